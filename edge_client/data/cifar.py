@@ -1,0 +1,141 @@
+"""CIFAR-10 and CIFAR-100 in their binary form; their Python form is pickled and is not read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from edge_client.data.archive import read_members
+from edge_client.data.dataset import Dataset
+from edge_client.data.errors import DataFormatError, DatasetDownloadError, PickledDataError
+from edge_client.data.image_set import ArrayStore, ImageSet
+
+_PIXELS = 3 * 32 * 32
+_SITE = "https://www.cs.toronto.edu/~kriz"
+
+
+@dataclass(frozen=True)
+class CifarForm:
+    """How one of the two sets lies on disk. label_bytes: before each image, the last one counts."""
+
+    folder: str
+    archive: str
+    md5: str  # as the authors publish it
+    train: tuple[str, ...]
+    test: tuple[str, ...]
+    names: str
+    label_bytes: int
+    classes: int
+    pickled: str
+
+
+FORMS = {
+    "CIFAR10": CifarForm(
+        folder="cifar-10-batches-bin",
+        archive="cifar-10-binary.tar.gz",
+        md5="c32a1d4ab5d03f1284b67883e8d87530",
+        train=tuple(f"data_batch_{i}.bin" for i in range(1, 6)),
+        test=("test_batch.bin",),
+        names="batches.meta.txt",
+        label_bytes=1,
+        classes=10,
+        pickled="cifar-10-batches-py",
+    ),
+    "CIFAR100": CifarForm(
+        folder="cifar-100-binary",
+        archive="cifar-100-binary.tar.gz",
+        md5="03b5dce01913d631647c71ecec9e9cb8",
+        train=("train.bin",),
+        test=("test.bin",),
+        names="fine_label_names.txt",
+        label_bytes=2,
+        classes=100,
+        pickled="cifar-100-python",
+    ),
+}
+
+
+def load_cifar(name: str, root: Path, *, download: bool = True) -> Dataset:
+    """CIFAR10 or CIFAR100 with its own training and test images.
+
+    root holds the unpacked binary form, its folder, or its archive; else the archive is fetched
+    there. Raises PickledDataError if only the Python form is there, DatasetDownloadError,
+    DataFormatError.
+    """
+    form = FORMS[name]
+    folder = next((place for place in (root / form.folder, root) if _complete(place, form)), None)
+    if folder is None:
+        folder = root / form.folder
+        _unpack(form, root, name, download)
+    names = _class_names(folder / form.names, form)
+    return Dataset(_read(folder, form.train, form, names), _read(folder, form.test, form, names))
+
+
+def _files(form: CifarForm) -> tuple[str, ...]:
+    return (*form.train, *form.test, form.names)
+
+
+def _complete(folder: Path, form: CifarForm) -> bool:
+    return all((folder / name).is_file() for name in _files(form))
+
+
+def _unpack(form: CifarForm, root: Path, name: str, download: bool) -> None:
+    archive = root / form.archive
+    where = f"{form.archive} in {root}, or {', '.join(_files(form))} in {root / form.folder}"
+    if not archive.is_file():
+        if (root / form.pickled).exists() or (root / f"{form.pickled}.tar.gz").exists():
+            raise PickledDataError(
+                name,
+                limit=where,
+                value=form.pickled,
+                hint=f"Take the binary form: {_SITE}/{form.archive}",
+            )
+        _download(form, root, name, where, download)
+    read_members(archive, form.folder, _files(form), root / form.folder)
+
+
+def _download(form: CifarForm, root: Path, name: str, where: str, download: bool) -> None:
+    hint = f"Fetch {_SITE}/{form.archive} (the binary form) and put it there."
+    if not download:
+        raise DatasetDownloadError(name, limit=where, value="no leave to download", hint=hint)
+    try:
+        from split_model.libraries import torchvision
+
+        torchvision.datasets.utils.download_url(
+            f"{_SITE}/{form.archive}", str(root), form.archive, form.md5
+        )
+    except (OSError, RuntimeError, ImportError) as error:
+        raise DatasetDownloadError(name, limit=where, value=str(error), hint=hint) from error
+
+
+def _class_names(path: Path, form: CifarForm) -> tuple[str, ...]:
+    names = tuple(filter(None, map(str.strip, path.read_text("utf-8").splitlines())))
+    if len(names) != form.classes:
+        raise DataFormatError(f"class names in {path}", limit=form.classes, value=len(names))
+    return names
+
+
+def _read(
+    folder: Path, files: Sequence[str], form: CifarForm, names: tuple[str, ...]
+) -> ImageSet:
+    record = form.label_bytes + _PIXELS
+    sizes = [(folder / name).stat().st_size for name in files]
+    for name, size in zip(files, sizes, strict=True):
+        if size == 0 or size % record:
+            raise DataFormatError(
+                f"size of {folder / name}", limit=f"a multiple of {record}", value=size
+            )
+    total = sum(sizes) // record
+    pixels = np.empty((total, 3, 32, 32), np.uint8)
+    labels = np.empty(total, np.int64)
+    done = 0
+    for name in files:
+        raw = np.fromfile(folder / name, np.uint8).reshape(-1, record)  # (m, record)
+        labels[done : done + len(raw)] = raw[:, form.label_bytes - 1]
+        pixels[done : done + len(raw)] = raw[:, form.label_bytes :].reshape(-1, 3, 32, 32)
+        done += len(raw)
+    return ImageSet(ArrayStore(torch.from_numpy(pixels)), torch.from_numpy(labels), names)

@@ -1,0 +1,87 @@
+"""What a loader gives: images to train on, images to test on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from edge_client.data.errors import ClassMismatchError, EmptyDatasetError
+from edge_client.data.image_set import ImageSet, Skipped
+from edge_client.data.sampling import stratified_pick, stratified_share
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Two image sets over the same classes."""
+
+    train: ImageSet
+    test: ImageSet
+
+    def __post_init__(self) -> None:
+        if self.train.class_names != self.test.class_names:
+            raise ClassMismatchError(
+                "class names of test",
+                limit=", ".join(self.train.class_names),
+                value=", ".join(self.test.class_names),
+            )
+        if len(self.train) == 0:
+            raise EmptyDatasetError(
+                "training set",
+                limit="at least one readable image",
+                value=0,
+                hint=_named(self.train.skipped),
+            )
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The classes, in the order of their labels."""
+        return self.train.class_names
+
+    @property
+    def skipped(self) -> tuple[Skipped, ...]:
+        """What was left out of either set, each named once."""
+        return tuple(dict.fromkeys(self.train.skipped + self.test.skipped))
+
+    def aligned(self, class_names: Sequence[str]) -> Dataset:
+        """Both sets with labels that index class_names. Raises ClassMismatchError,
+        EmptyDatasetError."""
+        return Dataset(self.train.aligned(class_names), self.test.aligned(class_names))
+
+
+def hold_out(images: ImageSet, share: float, seed: int) -> Dataset:
+    """Set aside a share of each class for testing, the same one for the same seed.
+
+    share lies in (0, 1). A class of two or more images has at least one on either side; a class
+    of one is trained on. Raises PartitionError, EmptyDatasetError.
+    """
+    test = stratified_share(images.labels.numpy(), share, seed)
+    train = np.setdiff1d(np.arange(len(images)), test)
+    return Dataset(images.subset(train), images.subset(test))
+
+
+def limit_per_set(
+    dataset: Dataset, *, train: int | None = None, test: int | None = None, seed: int
+) -> Dataset:
+    """At most so many images of each set, in the classes' own proportions. None: all of them.
+
+    Raises PartitionError if a limit is not positive.
+    """
+    return Dataset(
+        _limited(dataset.train, "train", train, seed), _limited(dataset.test, "test", test, seed)
+    )
+
+
+def _limited(images: ImageSet, field: str, limit: int | None, seed: int) -> ImageSet:
+    if limit is None or (limit >= len(images) and limit > 0):
+        return images
+    return images.subset(stratified_pick(images.labels.numpy(), limit, seed, field=field))
+
+
+def _named(skipped: tuple[Skipped, ...], most: int = 5) -> str:
+    if not skipped:
+        return ""
+    named = "; ".join(f"{entry.path} ({entry.reason})" for entry in skipped[:most])
+    more = f"; and {len(skipped) - most} more" if len(skipped) > most else ""
+    return f"Skipped: {named}{more}"

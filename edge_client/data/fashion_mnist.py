@@ -1,0 +1,150 @@
+"""Fashion-MNIST: 70,000 grey images of 28×28, found on this machine or fetched."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from edge_client.data.dataset import Dataset
+from edge_client.data.errors import DataFormatError, DatasetDownloadError
+from edge_client.data.idx import read_idx
+from edge_client.data.image_set import ArrayStore, ImageSet
+from edge_client.data.places import cache_dir
+
+CLASSES = (
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
+DEBIAN_PACKAGE = "dataset-fashion-mnist"
+SYSTEM_FOLDER = Path("/usr/share/datasets/fashion-mnist")
+
+_FILES = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
+_RAW = Path("FashionMNIST", "raw")  # torchvision's layout below its root
+_FETCH_SECONDS = 600
+
+
+def load_fashion_mnist(root: Path | None, *, download: bool = True) -> Dataset:
+    """Its own 60,000 training and 10,000 test images.
+
+    root: a folder with the four idx files (plain or .gz), torchvision's root, or the unpacked
+    Debian package; None looks in the cache and where Debian installs it. What is not there is
+    fetched into root (or the cache): from Debian's package, or else by torchvision.
+    Raises DatasetDownloadError, DataFormatError.
+    """
+    home = root or cache_dir() / "fashion-mnist"
+    folder = _find(home, system=root is None)
+    if folder is None:
+        folder = _fetch(home, download)
+    return Dataset(_read(folder, "train"), _read(folder, "t10k"))
+
+
+def _find(home: Path, *, system: bool) -> Path | None:
+    places = [home / _RAW, home, home / SYSTEM_FOLDER.relative_to("/")]
+    if system:
+        places.append(SYSTEM_FOLDER)
+    return next((place for place in places if _complete(place)), None)
+
+
+def _complete(folder: Path) -> bool:
+    return all(_file(folder, name) is not None for name in _FILES)
+
+
+def _file(folder: Path, name: str) -> Path | None:
+    plain = folder / name
+    packed = folder / f"{name}.gz"
+    return plain if plain.is_file() else packed if packed.is_file() else None
+
+
+def _read(folder: Path, prefix: str) -> ImageSet:
+    pixels = read_idx(_file(folder, f"{prefix}-images-idx3-ubyte") or folder, 3)  # (n, H, W)
+    labels = read_idx(_file(folder, f"{prefix}-labels-idx1-ubyte") or folder, 1)  # (n,)
+    if len(pixels) != len(labels):
+        raise DataFormatError(
+            f"{prefix} labels in {folder}", limit=f"{len(pixels)}, one an image", value=len(labels)
+        )
+    return ImageSet(ArrayStore(pixels.unsqueeze(1)), labels.to(torch.int64), CLASSES)
+
+
+def _fetch(home: Path, download: bool) -> Path:
+    target = home / _RAW
+    ways: tuple[Callable[[Path], None], ...] = (_from_debian, _from_torchvision)
+    failures: list[str] = []
+    for way in ways if download else ():
+        try:
+            way(home)
+        except (OSError, RuntimeError, ImportError, subprocess.SubprocessError) as error:
+            failures.append(str(error).strip())
+        else:
+            if _complete(target):
+                return target
+    raise DatasetDownloadError(
+        "Fashion-MNIST",
+        limit=f"{', '.join(_FILES)} (plain or .gz) in {target}, in {home}, or in {SYSTEM_FOLDER}",
+        value="; ".join(failures) or "no such files, and no leave to download",
+        hint=(
+            f"Any of these helps: apt-get install {DEBIAN_PACKAGE}; apt-get download "
+            f"{DEBIAN_PACKAGE} && dpkg -x {DEBIAN_PACKAGE}_*.deb {home}; copy the four files of "
+            f"https://github.com/zalandoresearch/fashion-mnist to {target}"
+        ),
+    )
+
+
+def _from_debian(home: Path) -> None:
+    """Fetch and unpack Debian's package without installing it, so without root."""
+    if not (shutil.which("apt-get") and shutil.which("dpkg")):
+        raise RuntimeError("Debian's package: no apt-get or no dpkg on this machine")
+    home.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=home, prefix=".fetch-") as name:
+        folder = Path(name)
+        # As root, apt would hand the download to a user who may not write here.
+        as_caller = ["-o", "APT::Sandbox::User=root"]
+        _run(["apt-get", *as_caller, "download", "--quiet", DEBIAN_PACKAGE], folder)
+        packages = sorted(folder.glob(f"{DEBIAN_PACKAGE}_*.deb"))
+        if not packages:
+            raise RuntimeError("Debian's package: apt-get left no file")
+        _run(["dpkg", "-x", str(packages[-1]), str(folder / "unpacked")], folder)
+        unpacked = folder / "unpacked" / SYSTEM_FOLDER.relative_to("/")
+        if not _complete(unpacked):
+            raise RuntimeError("Debian's package: it does not hold the four files")
+        target = home / _RAW
+        target.mkdir(parents=True, exist_ok=True)
+        for part in _FILES:
+            source = _file(unpacked, part) or unpacked
+            os.replace(source, target / source.name)
+
+
+def _run(command: list[str], folder: Path) -> None:
+    done = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, timeout=_FETCH_SECONDS, check=False
+    )
+    if done.returncode:
+        said = done.stderr.strip().splitlines()
+        raise RuntimeError(f"{command[0]}: {said[-1] if said else f'exit {done.returncode}'}")
+
+
+def _from_torchvision(home: Path) -> None:
+    from split_model.libraries import torchvision
+
+    try:
+        torchvision.datasets.FashionMNIST(str(home), download=True)
+    except (OSError, RuntimeError) as error:
+        raise RuntimeError(f"torchvision: {error}") from error

@@ -1,0 +1,59 @@
+"""Seeded choices that keep the classes' proportions."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_client.data.errors import PartitionError
+
+Indices = NDArray[np.int64]
+
+
+def stratified_share(labels: Indices, share: float, seed: int) -> Indices:
+    """Sorted positions of about share of each class; labels: int64 (n,), share in (0, 1).
+
+    A class of two or more gives at least one and keeps at least one; a class of one gives none.
+    Raises PartitionError.
+    """
+    if not 0.0 < share < 1.0:
+        raise PartitionError("held-out share", limit="more than 0, less than 1", value=share)
+    rng = generator(seed, "held-out")
+    chosen: list[Indices] = [np.empty(0, np.int64)]
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        if len(members) < 2:
+            continue
+        count = min(max(round(share * len(members)), 1), len(members) - 1)
+        chosen.append(rng.permutation(members)[:count])
+    return np.sort(np.concatenate(chosen))
+
+
+def stratified_pick(labels: Indices, count: int, seed: int, *, field: str = "count") -> Indices:
+    """Sorted positions of count images, each class with its share (largest remainders).
+
+    Raises PartitionError unless 1 <= count <= n.
+    """
+    total = len(labels)
+    if not 1 <= count <= total:
+        raise PartitionError(field, limit=f"1 to {total}", value=count)
+    rng = generator(seed, "limit")
+    classes, sizes = np.unique(labels, return_counts=True)
+    exact = sizes * (count / total)
+    quota = np.floor(exact).astype(np.int64)
+    largest = np.argsort(quota - exact, kind="stable")[: count - int(quota.sum())]
+    quota[largest] += 1
+    chosen = [
+        rng.permutation(np.flatnonzero(labels == label))[:size]
+        for label, size in zip(classes, quota, strict=True)
+    ]
+    return np.sort(np.concatenate(chosen))
+
+
+def generator(seed: int, purpose: str, *more: int) -> np.random.Generator:
+    """A generator of its own for one purpose, so that no two uses of a seed share their numbers.
+
+    seed may be any integer; more: further whole numbers >= 0, such as an epoch or an index.
+    """
+    words = [seed & 0xFFFF_FFFF_FFFF_FFFF, *purpose.encode(), *more]
+    return np.random.default_rng(np.random.SeedSequence(words))

@@ -1,0 +1,1 @@
+"""The contract of the two ends: frames, messages, codecs, limits and errors."""

@@ -1,0 +1,289 @@
+"""Frames: a msgpack header and, beside it, the tensors' raw buffers. See SPEC.md, section 3.
+
+    "SFPF" | version u16 | reserved u16 | header length u32 | total length u64 | header | pad
+    buffer | pad | buffer | pad | ...
+
+Integers are little-endian; every buffer begins at a multiple of 64 bytes.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgpack
+from torch import Tensor
+
+from protocol.codecs import Buffer, codec_named
+from protocol.errors import InvalidField, MalformedFrame, TooLarge, UnsupportedVersion
+from protocol.limits import DEFAULT_LIMITS, FrameLimits
+from protocol.version import PROTOCOL_VERSION
+
+MAGIC = b"SFPF"
+ALIGNMENT = 64
+_PREFIX = struct.Struct("<4sHHIQ")  # magic, version, reserved, header length, total length
+PREFIX_BYTES = _PREFIX.size
+_PADDING = bytes(ALIGNMENT)
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What a header says of one tensor."""
+
+    name: str
+    codec: str
+    shape: tuple[int, ...]
+    sizes: tuple[int, ...]  # bytes of each of its buffers
+
+    def to_wire(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "codec": self.codec,
+            "shape": list(self.shape),
+            "sizes": list(self.sizes),
+        }
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A decoded frame. Its buffers lie in the memory it was decoded from."""
+
+    kind: str
+    meta: Mapping[str, Any]
+    specs: Mapping[str, TensorSpec]
+    buffers: Mapping[str, tuple[memoryview, ...]] = field(repr=False)
+
+    def tensor(self, name: str) -> Tensor:
+        """Decode one tensor, in the dtype of its codec.
+
+        Raises:
+            MalformedFrame: the frame has no tensor of this name.
+        """
+        spec = self.specs.get(name)
+        if spec is None:
+            raise MalformedFrame(
+                "the frame lacks a tensor", field=name, limit=[name], value=sorted(self.specs)
+            )
+        return codec_named(spec.codec).decode(self.buffers[name], spec.shape)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: self.tensor(name) for name in self.specs}
+
+
+def encode_frame(
+    kind: str, meta: Mapping[str, Any], tensors: Mapping[str, tuple[Tensor, str]]
+) -> list[memoryview]:
+    """The pieces of a frame, to be written one after the other: nothing is joined or copied.
+
+    Args:
+        kind: the kind of message, e.g. ``forward``.
+        meta: what msgpack can hold: text, numbers, booleans, None, lists and maps of these.
+        tensors: by name, the tensor (any shape) and the name of the codec to send it with.
+
+    Raises:
+        UnknownCodec: no such codec.
+        InvalidField: a tensor cannot be sent with its codec.
+    """
+    specs: list[dict[str, Any]] = []
+    payload: list[memoryview] = []
+    for name, (tensor, codec) in tensors.items():
+        buffers = codec_named(codec).encode(tensor)
+        sizes = tuple(buffer.nbytes for buffer in buffers)
+        specs.append(TensorSpec(name, codec, tuple(tensor.shape), sizes).to_wire())
+        payload.extend(buffers)
+    header = msgpack.packb({"kind": kind, "meta": dict(meta), "tensors": specs})
+    length = _aligned(PREFIX_BYTES + len(header))
+    pieces = [memoryview(header + _pad(PREFIX_BYTES + len(header)))]
+    for buffer in payload:
+        length += _aligned(buffer.nbytes)
+        pieces.append(buffer)
+        if pad := _pad(buffer.nbytes):
+            pieces.append(memoryview(pad))
+    prefix = _PREFIX.pack(MAGIC, PROTOCOL_VERSION, 0, len(header), length)
+    return [memoryview(prefix), *pieces]
+
+
+def frame_length(pieces: Sequence[memoryview]) -> int:
+    """Bytes of an encoded frame."""
+    return sum(piece.nbytes for piece in pieces)
+
+
+def join_frame(pieces: Sequence[memoryview]) -> bytearray:
+    """An encoded frame in one buffer, where a caller cannot write pieces."""
+    return bytearray(b"".join(pieces))
+
+
+def decode_frame(data: Buffer, limits: FrameLimits = DEFAULT_LIMITS) -> Frame:
+    """Read a frame without copying its buffers.
+
+    Every length is checked against `limits` and against the bytes that are really there before
+    anything is allocated from it.
+
+    Raises:
+        MalformedFrame: the bytes are not a frame.
+        TooLarge: a length is over its limit.
+        UnsupportedVersion: a frame of another version of the protocol.
+        UnknownCodec: a tensor's codec is not known here.
+    """
+    view = memoryview(data).cast("B")
+    header_bytes = _read_prefix(view, limits)
+    end = PREFIX_BYTES + header_bytes
+    header = _unpack_header(view[PREFIX_BYTES:end], limits)
+    kind, meta, raw_specs = header.get("kind"), header.get("meta"), header.get("tensors")
+    if not isinstance(kind, str) or not isinstance(meta, dict) or not isinstance(raw_specs, list):
+        raise MalformedFrame(
+            "a header holds exactly kind (text), meta (map) and tensors (list)",
+            field="header",
+            value=sorted(map(str, header)),
+        )
+    specs, buffers = _read_tensors(view, _aligned(end), raw_specs, limits)
+    return Frame(kind, meta, specs, buffers)
+
+
+def _read_prefix(view: memoryview, limits: FrameLimits) -> int:
+    if view.nbytes > limits.max_frame_bytes:
+        raise TooLarge(
+            "the frame is too large",
+            field="frame",
+            limit=limits.max_frame_bytes,
+            value=view.nbytes,
+        )
+    if view.nbytes < PREFIX_BYTES:
+        raise MalformedFrame(
+            "a frame begins with a fixed prefix", limit=PREFIX_BYTES, value=view.nbytes
+        )
+    magic, version, _reserved, header_bytes, total = _PREFIX.unpack_from(view)
+    if magic != MAGIC:
+        raise MalformedFrame(
+            "a frame begins with its magic bytes", field="magic", limit="SFPF", value=magic.hex()
+        )
+    if version != PROTOCOL_VERSION:
+        raise UnsupportedVersion(
+            "this frame is of another version of the protocol",
+            field="version",
+            limit=PROTOCOL_VERSION,
+            value=version,
+            hint="run the same release on both ends",
+        )
+    if header_bytes > limits.max_header_bytes:
+        raise TooLarge(
+            "the header is too large",
+            field="header",
+            limit=limits.max_header_bytes,
+            value=header_bytes,
+        )
+    if total != view.nbytes or _aligned(PREFIX_BYTES + header_bytes) > total:
+        raise MalformedFrame(
+            "the frame is not as long as it says", field="length", limit=view.nbytes, value=total
+        )
+    return int(header_bytes)
+
+
+def _unpack_header(packed: memoryview, limits: FrameLimits) -> dict[str, Any]:
+    try:
+        header = msgpack.unpackb(
+            packed,
+            raw=False,
+            strict_map_key=True,
+            ext_hook=_refuse_extension,
+            max_ext_len=0,  # no extension types: nothing on the wire names code
+            max_bin_len=0,
+            max_str_len=limits.max_text,
+            max_array_len=limits.max_tensors,
+            max_map_len=limits.max_tensors,
+        )
+    except (ValueError, msgpack.UnpackException, RecursionError) as error:
+        raise MalformedFrame(
+            f"the header is not msgpack of the allowed kinds ({error})", field="header"
+        ) from error
+    if not isinstance(header, dict):
+        raise MalformedFrame("the header is not a map", field="header", limit="map")
+    return header
+
+
+def _refuse_extension(code: int, _data: bytes) -> None:
+    raise ValueError(f"extension type {code}")
+
+
+def _read_tensors(
+    view: memoryview, offset: int, raw_specs: list[Any], limits: FrameLimits
+) -> tuple[dict[str, TensorSpec], dict[str, tuple[memoryview, ...]]]:
+    specs: dict[str, TensorSpec] = {}
+    buffers: dict[str, tuple[memoryview, ...]] = {}
+    for raw in raw_specs:
+        spec = _read_spec(raw, limits)
+        if spec.name in specs:
+            raise MalformedFrame("a tensor is named twice", field="tensors", value=spec.name)
+        pieces: list[memoryview] = []
+        for size in spec.sizes:
+            if offset + size > view.nbytes:
+                raise MalformedFrame(
+                    "a buffer reaches past the end of the frame",
+                    field=spec.name,
+                    limit=view.nbytes,
+                    value=offset + size,
+                )
+            pieces.append(view[offset : offset + size])
+            offset += _aligned(size)
+        specs[spec.name] = spec
+        buffers[spec.name] = tuple(pieces)
+    if offset != view.nbytes:
+        raise MalformedFrame(
+            "the frame holds bytes that no tensor owns",
+            field="length",
+            limit=offset,
+            value=view.nbytes,
+        )
+    return specs, buffers
+
+
+def _read_spec(raw: Any, limits: FrameLimits) -> TensorSpec:
+    if not isinstance(raw, dict) or set(raw) != {"name", "codec", "shape", "sizes"}:
+        raise MalformedFrame(
+            "a tensor is described by exactly name, codec, shape and sizes", field="tensors"
+        )
+    name, codec = raw["name"], raw["codec"]
+    if not isinstance(name, str) or not isinstance(codec, str):
+        raise MalformedFrame("a tensor's name and codec are text", field="tensors")
+    shape = tuple(_naturals(raw["shape"], f"{name}.shape"))
+    sizes = tuple(_naturals(raw["sizes"], f"{name}.sizes"))
+    if len(shape) > limits.max_dims:
+        raise TooLarge(
+            "a tensor has too many dimensions",
+            field=f"{name}.shape",
+            limit=limits.max_dims,
+            value=len(shape),
+        )
+    codec_named(codec).check_sizes(shape, sizes)
+    return TensorSpec(name, codec, shape, sizes)
+
+
+def _naturals(raw: Any, where: str) -> Iterator[int]:
+    if not isinstance(raw, list):
+        raise MalformedFrame("a list of whole numbers is needed", field=where)
+    for number in raw:
+        if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+            raise MalformedFrame("a whole number of at least 0 is needed", field=where)
+        yield number
+
+
+def _aligned(length: int) -> int:
+    return -(-length // ALIGNMENT) * ALIGNMENT
+
+
+def _pad(length: int) -> bytes:
+    return _PADDING[: _aligned(length) - length]
+
+
+def require_kind(frame: Frame, kind: str) -> None:
+    """Refuse a frame of another kind.
+
+    Raises:
+        InvalidField: the frame's kind is not ``kind``.
+    """
+    if frame.kind != kind:
+        raise InvalidField(
+            "a frame of another kind is needed here", field="kind", limit=kind, value=frame.kind
+        )

@@ -1,0 +1,201 @@
+"""The messages of the federation plane (JSON) and the meta part of the split plane's frames."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Any, TypeVar
+
+from pydantic import Field, ValidationError
+
+from protocol.errors import InvalidField
+from protocol.settings import Message, RunSettings, Text
+
+Count = Annotated[int, Field(ge=0, lt=2**53)]
+Seconds = Annotated[float, Field(ge=0)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+StepId = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9._-]+$")]
+BytesByPhase = dict[str, dict[str, int]]
+
+
+class RunStatus(StrEnum):
+    WAITING = "waiting"  # for its first participants
+    RUNNING = "running"
+    FINISHED = "finished"
+    CANCELLED = "cancelled"
+    FAILED = "failed"
+
+    @property
+    def over(self) -> bool:
+        return self in (RunStatus.FINISHED, RunStatus.CANCELLED, RunStatus.FAILED)
+
+
+class RoundStatus(StrEnum):
+    TRAINING = "training"  # updates are taken
+    EVALUATING = "evaluating"  # the new global state is being measured
+    CLOSED = "closed"
+    REPEATED = "repeated"  # too few updates came; the same round was opened anew
+
+
+class Task(StrEnum):
+    """What a participant is to do next."""
+
+    TRAIN = "train"
+    EVALUATE = "evaluate"
+    WAIT = "wait"
+    STOP = "stop"
+
+
+class BlobRef(Message):
+    """A file that the server holds, by the hash of its content."""
+
+    sha256: Sha256
+    nbytes: Count
+
+
+class RunView(Message):
+    """A run, as anybody who may see it sees it."""
+
+    id: Text
+    status: RunStatus
+    reason: str | None = None  # why it failed or was cancelled
+    settings: RunSettings
+    round: Count  # the open round, from 1; 0 before the first
+    participants: Count
+    created_at: float  # seconds since 1970
+    finished_at: float | None = None
+    backbone_bytes: Count  # of the uncut model with its classifier, in float32
+    head: BlobRef
+    state: BlobRef  # the newest global state
+
+
+class RoundView(Message):
+    """One round, as it went."""
+
+    round: Count
+    attempt: Count
+    status: RoundStatus
+    opened_at: float
+    closed_at: float | None = None
+    sampled: tuple[str, ...]  # participants that were asked to train
+    updated: tuple[str, ...] = ()  # those whose update was counted
+    samples: Count = 0  # kept samples behind these updates
+    train_loss: float | None = None  # mean over the kept samples, of split training
+    local_loss: float | None = None  # mean over the samples of the local-loss update
+    accuracy: float | None = None  # of the new global state on held-out samples
+    evaluation_loss: float | None = None
+    evaluation_samples: Count = 0
+    traffic: BytesByPhase = {}
+    state: BlobRef | None = None  # the global state that the round made
+
+
+class ParticipantView(Message):
+    """A participant, as the run's owner sees it."""
+
+    id: Text
+    name: Text
+    train_samples: Count
+    test_samples: Count
+    joined_at: float
+    left_at: float | None = None
+    traffic: BytesByPhase = {}
+
+
+class Results(Message):
+    """Everything that a run has produced so far."""
+
+    run: RunView
+    rounds: tuple[RoundView, ...]
+    participants: tuple[ParticipantView, ...]
+    traffic: BytesByPhase  # of all participants
+
+
+class Event(Message):
+    """Something that happened in a run, for those who watch it."""
+
+    seq: Count
+    at: float
+    kind: Text
+    data: dict[str, Any]
+
+
+class JoinRequest(Message):
+    """A device asks to take part. Its data is described by counts alone."""
+
+    name: Text
+    train_samples: Count
+    test_samples: Count
+    num_classes: Count
+
+
+class JoinResponse(Message):
+    """The credential stands for the participant in every later request."""
+
+    participant: Text
+    credential: Text
+    run: RunView
+
+
+class Assignment(Message):
+    """What to do next, and with which global state."""
+
+    task: Task
+    round: Count
+    attempt: Count = 0
+    state: BlobRef
+    remaining_s: Seconds | None = None  # until the round lets stragglers go
+    status: RunStatus
+    reason: str | None = None
+
+
+class UpdateMeta(Message):
+    """Beside the tensors of an update: what they were trained on."""
+
+    round: Count
+    attempt: Count
+    samples: Count  # kept samples, the weight of the update
+    train_loss: float | None = None
+    local_loss: float | None = None
+
+
+class UpdateReceipt(Message):
+    round: Count
+    samples: Count
+
+
+class EvaluationReport(Message):
+    """One participant's measurement of a global state on its held-out samples."""
+
+    round: Count
+    attempt: Count
+    samples: Count
+    correct: Count
+    loss_sum: float
+
+
+class StepMeta(Message):
+    """The meta part of every frame of the split plane. ``step`` is its idempotency key."""
+
+    step: StepId
+    round: Count
+
+
+M = TypeVar("M", bound=Message)
+
+
+def parse_message(kind: type[M], raw: object) -> M:
+    """Validate a message from the other end.
+
+    Raises:
+        InvalidField: with the path, the limit and the value of the first field that is wrong.
+    """
+    try:
+        return kind.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        value = first.get("input")
+        shown = value if isinstance(value, (str, int, float, bool)) else None
+        raise InvalidField(
+            f"{kind.__name__}: {first['msg']}",
+            field=".".join(str(part) for part in first["loc"]) or "body",
+            value=shown[:200] if isinstance(shown, str) else shown,
+        ) from None

@@ -1,0 +1,127 @@
+"""What a run is made of: the model's cut, the federation, the training and the wire.
+
+The server keeps these settings for the length of the run and hands them to every participant, so
+that a device needs to be told nothing but where the server is and where its data lie.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Text = Annotated[str, Field(min_length=1, max_length=200)]
+PromptPlacement = Literal["input", "cut"]
+PromptDepth = Literal["shallow", "deep"]
+FloatCodec = Literal["float32", "float16", "bfloat16"]
+
+
+class Message(BaseModel):
+    """Base of everything that crosses the wire as JSON: immutable, nothing unknown accepted."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class BackboneSettings(Message):
+    """Which pretrained model, and where it is cut."""
+
+    backbone: Text = Field("vit_small_patch14_dinov2", description="timm's name of the model")
+    weights: Text = Field(
+        "packaged",
+        description="packaged | hub | file:PATH (on the server) | random:SEED (untrained)",
+    )
+    image_size: int = Field(56, ge=8, le=2048, description="pixels a side")
+    cut: int = Field(1, ge=0, le=256, description="blocks in the head")
+    tail_blocks: int = Field(0, ge=0, le=256, description="last blocks that belong to the tail")
+    num_classes: int = Field(10, ge=2, le=100_000)
+    prompt_at: PromptPlacement = "input"
+    prompt_depth: PromptDepth = "shallow"
+    prompt_count: int = Field(10, ge=0, le=1024, description="soft prompt tokens")
+    prompt_init: Literal["normal", "mean-token"] = "normal"
+
+
+class FederationSettings(Message):
+    """Who takes part in a round, and how long it may last."""
+
+    rounds: int = Field(8, ge=1, le=100_000)
+    min_participants: int = Field(
+        1, ge=1, le=100_000, description="the first round waits for this many"
+    )
+    participants_per_round: int | None = Field(
+        None, ge=1, le=100_000, description="drawn anew each round; none: all"
+    )
+    min_updates: int = Field(
+        1, ge=1, le=100_000, description="a round with fewer updates at its deadline is repeated"
+    )
+    round_timeout_s: float = Field(
+        600.0, gt=0, le=7 * 86_400, description="later updates are refused"
+    )
+    max_repeats: int = Field(
+        3, ge=0, le=1000, description="repeats of one round before the run fails"
+    )
+    evaluate_every: int = Field(1, ge=0, le=100_000, description="rounds; 0: never")
+
+    @model_validator(mode="after")
+    def _enough_participants(self) -> FederationSettings:
+        drawn = self.participants_per_round
+        if drawn is not None and drawn < self.min_updates:
+            raise ValueError(
+                f"participants_per_round ({drawn}) is below min_updates ({self.min_updates})"
+            )
+        return self
+
+
+class TrainingSettings(Message):
+    """The three phases of a round on a device (SFPrompt, arXiv 2407.17533, section 3)."""
+
+    keep_fraction: float = Field(
+        0.5, gt=0, le=1, description="share of a device's samples kept for split training"
+    )
+    pruning: Literal["el2n", "grand", "margin", "loss", "random"] = "el2n"
+    prune_per_class: bool = Field(False, description="keep the same share of every class")
+    local_epochs: int = Field(1, ge=0, le=10_000, description="local-loss update, head to tail")
+    split_epochs: int = Field(1, ge=1, le=10_000)
+    batch_size: int = Field(32, ge=1, le=4096)
+    optimizer: Literal["sgd", "adam", "adamw"] = "adamw"
+    prompt_learning_rate: float = Field(5e-3, ge=0, le=100)
+    tail_learning_rate: float = Field(2e-3, ge=0, le=100)
+    local_learning_rate_scale: float = Field(
+        1.0, ge=0, le=100, description="factor on both rates during the local-loss update"
+    )
+    momentum: float = Field(0.0, ge=0, lt=1, description="of sgd")
+    weight_decay: float = Field(0.0, ge=0, le=10)
+    schedule: Literal["constant", "cosine"] = Field(
+        "cosine", description="of the learning rates over the rounds of the run"
+    )
+    warmup_rounds: int = Field(0, ge=0, le=10_000)
+    augment: bool = False
+
+
+class WireSettings(Message):
+    """The codec of each kind of tensor."""
+
+    smashed: FloatCodec = "float32"
+    features: FloatCodec = "float32"
+    gradients: FloatCodec = "float32"
+    updates: FloatCodec = "float32"
+
+
+class RunSettings(Message):
+    """Everything that defines a run. Two runs with equal settings and data give equal results."""
+
+    name: Text = "run"
+    seed: int = Field(0, ge=0, lt=2**63)
+    class_names: tuple[Text, ...] | None = Field(None, description="in the order of the classes")
+    model: BackboneSettings = BackboneSettings()
+    federation: FederationSettings = FederationSettings()
+    training: TrainingSettings = TrainingSettings()
+    wire: WireSettings = WireSettings()
+
+    @model_validator(mode="after")
+    def _one_name_per_class(self) -> RunSettings:
+        names = self.class_names
+        if names is not None and len(names) != self.model.num_classes:
+            raise ValueError(
+                f"class_names has {len(names)} names for num_classes {self.model.num_classes}"
+            )
+        return self

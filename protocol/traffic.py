@@ -1,0 +1,94 @@
+"""What the bytes at the socket were for. Both ends attribute by this one table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Final
+
+
+class Phase(StrEnum):
+    """The purpose of bytes."""
+
+    DOWNLOAD = "download"  # the head, once
+    SMASHED = "smashed"  # split training: forward request
+    FEATURES = "features"  # split training: forward response
+    GRADIENTS = "gradients"  # split training: backward, both ways
+    UPDATES = "updates"  # prompts + tail, both ways
+    INFERENCE = "inference"  # evaluation and prediction, both ways
+    CONTROL = "control"  # all the rest
+
+
+FORWARD_PATH: Final = "/v1/split/forward"
+BACKWARD_PATH: Final = "/v1/split/backward"
+INFER_PATH: Final = "/v1/split/infer"
+
+_BY_PATH: Final[Mapping[str, tuple[Phase, Phase]]] = {
+    FORWARD_PATH: (Phase.SMASHED, Phase.FEATURES),
+    BACKWARD_PATH: (Phase.GRADIENTS, Phase.GRADIENTS),
+    INFER_PATH: (Phase.INFERENCE, Phase.INFERENCE),
+}
+_BY_LAST_SEGMENT: Final[Mapping[str, Phase]] = {
+    "head": Phase.DOWNLOAD,
+    "state": Phase.UPDATES,
+    "update": Phase.UPDATES,
+}
+
+
+def phases_of(path: str) -> tuple[Phase, Phase]:
+    """The phases of a request's bytes (up, down), headers included, by its path."""
+    if path in _BY_PATH:
+        return _BY_PATH[path]
+    phase = _BY_LAST_SEGMENT.get(path.rsplit("/", 1)[-1], Phase.CONTROL)
+    return phase, phase
+
+
+@dataclass
+class Traffic:
+    """Bytes by phase, seen from the device: ``up`` to the server, ``down`` from it."""
+
+    up: dict[Phase, int] = field(default_factory=dict)
+    down: dict[Phase, int] = field(default_factory=dict)
+
+    def add(self, path: str, up: int, down: int) -> None:
+        """Count one exchange: ``up`` and ``down`` bytes at the socket for a request to ``path``."""
+        phase_up, phase_down = phases_of(path)
+        self.up[phase_up] = self.up.get(phase_up, 0) + up
+        self.down[phase_down] = self.down.get(phase_down, 0) + down
+
+    def merge(self, other: Traffic) -> None:
+        for phase, count in other.up.items():
+            self.up[phase] = self.up.get(phase, 0) + count
+        for phase, count in other.down.items():
+            self.down[phase] = self.down.get(phase, 0) + count
+
+    def since(self, earlier: Traffic) -> Traffic:
+        """What has come since a copy was taken."""
+        return Traffic(
+            {phase: count - earlier.up.get(phase, 0) for phase, count in self.up.items()},
+            {phase: count - earlier.down.get(phase, 0) for phase, count in self.down.items()},
+        )
+
+    def copy(self) -> Traffic:
+        return Traffic(dict(self.up), dict(self.down))
+
+    def total(self) -> int:
+        """Bytes in both directions."""
+        return sum(self.up.values()) + sum(self.down.values())
+
+    def to_dict(self) -> dict[str, dict[str, int]]:
+        """``{phase: {"up": bytes, "down": bytes}}`` for every phase that was used."""
+        return {
+            str(phase): {"up": self.up.get(phase, 0), "down": self.down.get(phase, 0)}
+            for phase in Phase
+            if phase in self.up or phase in self.down
+        }
+
+    @classmethod
+    def from_dict(cls, counts: Mapping[str, Mapping[str, int]]) -> Traffic:
+        """The inverse of `to_dict`."""
+        return cls(
+            {Phase(phase): count["up"] for phase, count in counts.items()},
+            {Phase(phase): count["down"] for phase, count in counts.items()},
+        )

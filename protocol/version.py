@@ -1,0 +1,7 @@
+"""The version of the protocol: one number, in every frame and in every request's header."""
+
+PROTOCOL_VERSION = 1
+VERSION_HEADER = "sfprompt-version"
+IDEMPOTENCY_HEADER = "idempotency-key"
+REQUEST_ID_HEADER = "x-request-id"
+FRAME_MEDIA_TYPE = "application/vnd.sfprompt.frame"
