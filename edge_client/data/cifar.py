@@ -119,9 +119,7 @@ def _class_names(path: Path, form: CifarForm) -> tuple[str, ...]:
     return names
 
 
-def _read(
-    folder: Path, files: Sequence[str], form: CifarForm, names: tuple[str, ...]
-) -> ImageSet:
+def _read(folder: Path, files: Sequence[str], form: CifarForm, names: tuple[str, ...]) -> ImageSet:
     record = form.label_bytes + _PIXELS
     sizes = [(folder / name).stat().st_size for name in files]
     for name, size in zip(files, sizes, strict=True):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from edge_client.data.errors import CorruptImageError
@@ -67,11 +67,11 @@ def _open(path: Path) -> Image.Image:
     width, height = image.size
     if width * height > MAX_PIXELS:
         image.close()
-        raise ValueError(f"{width}×{height} pixels, more than {MAX_PIXELS:,}")
+        raise ValueError(f"{width} x {height} pixels, more than {MAX_PIXELS:,}")
     return image
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, Image.UnidentifiedImageError):
+    if isinstance(error, UnidentifiedImageError):
         return "not an image, whatever its name says"
     return f"cannot be decoded: {error}"

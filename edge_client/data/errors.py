@@ -1,37 +1,41 @@
 """What can go wrong between the user's `--data` text and a batch of images.
 
-    DataError
-    ├── SourceError            the text after --data names no known kind of source
-    ├── UnknownDatasetError    no classification set of that name
-    ├── MissingDataError       the folder or the files are not where they are expected
-    ├── EmptyDatasetError      nothing is left to learn from
-    ├── DatasetDownloadError   the files are not there and could not be fetched
-    ├── DataFormatError        a file's bytes contradict its format
-    ├── PickledDataError       the only form at hand is pickled, which is never read
-    ├── CorruptImageError      an image that was readable before no longer is
-    ├── ClassMismatchError     the set shares no class with the run
-    ├── PartitionError         the set cannot be parted as asked
-    ├── PreprocessingError     an image size, mean or batch size that makes no sense
-    └── MissingLibraryError    the set needs a library that is not installed
+DataError
+├── SourceError            the text after --data names no known kind of source
+├── UnknownDatasetError    no classification set of that name
+├── MissingDataError       the folder or the files are not where they are expected
+├── EmptyDatasetError      nothing is left to learn from
+├── DatasetDownloadError   the files are not there and could not be fetched
+├── DataFormatError        a file's bytes contradict its format
+├── PickledDataError       the only form at hand is pickled, which is never read
+├── CorruptImageError      an image that was readable before no longer is
+├── ClassMismatchError     the set shares no class with the run
+├── PartitionError         the set cannot be parted as asked
+├── PreprocessingError     an image size, mean or batch size that makes no sense
+└── MissingLibraryError    the set needs a library that is not installed
 """
 
 from __future__ import annotations
 
+from typing import ClassVar
 
-class DataError(Exception):
-    """A fault in the data or in how it was asked for.
+from protocol.errors import FieldValue, SFPromptError
 
-    field: what was refused; limit: what is allowed or expected; value: what was found;
-    hint: what the user can do about it.
-    """
+
+class DataError(SFPromptError):
+    """A fault in the data or in how it was asked for."""
+
+    code: ClassVar[str] = "data_error"
 
     def __init__(self, field: str, *, limit: object, value: object, hint: str = "") -> None:
-        self.field = field
-        self.limit = limit
-        self.value = value
-        self.hint = hint
-        text = f"{field}: expected {limit}, got {value!r}"
-        super().__init__(f"{text}. {hint}" if hint else text)
+        sentence = type(self).__doc__ or type(self).__name__
+        super().__init__(
+            sentence.rstrip("."),
+            field=field,
+            limit=_plain(limit),
+            value=_plain(value),
+            hint=hint or None,
+        )
 
 
 class SourceError(DataError):
@@ -80,3 +84,7 @@ class PreprocessingError(DataError):
 
 class MissingLibraryError(DataError):
     """The set needs a library that is not installed."""
+
+
+def _plain(value: object) -> FieldValue:
+    return value if isinstance(value, str | int | float | bool | None) else str(value)

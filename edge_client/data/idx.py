@@ -57,7 +57,7 @@ def _read(stream: BinaryIO, path: Path, dimensions: int) -> Tensor:
             f"size of {path}", limit=header_bytes + size, value=path.stat().st_size
         )
     values = np.empty(size, np.uint8)
-    view, filled = memoryview(values), 0
+    view, filled = values.data, 0
     while filled < size:
         count = cast(int, stream.readinto(view[filled:]))  # type: ignore[attr-defined]
         if not count:

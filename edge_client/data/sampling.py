@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_client.data.errors import PartitionError
+from protocol.seeds import derive_seed
 
 Indices = NDArray[np.int64]
 
@@ -53,7 +54,6 @@ def stratified_pick(labels: Indices, count: int, seed: int, *, field: str = "cou
 def generator(seed: int, purpose: str, *more: int) -> np.random.Generator:
     """A generator of its own for one purpose, so that no two uses of a seed share their numbers.
 
-    seed may be any integer; more: further whole numbers >= 0, such as an epoch or an index.
+    more: what else sets this use apart, such as an epoch or an index.
     """
-    words = [seed & 0xFFFF_FFFF_FFFF_FFFF, *purpose.encode(), *more]
-    return np.random.default_rng(np.random.SeedSequence(words))
+    return np.random.default_rng(derive_seed(seed, purpose, *more))

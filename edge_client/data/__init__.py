@@ -1,0 +1,66 @@
+"""The device's own images: where they come from, how they are parted, how they are batched."""
+
+from edge_client.data.augment import Augmentation
+from edge_client.data.batches import (
+    BatchReader,
+    Interpolation,
+    Preprocessing,
+    preprocess,
+    shuffled,
+)
+from edge_client.data.dataset import Dataset, hold_out, limit_per_set
+from edge_client.data.errors import (
+    ClassMismatchError,
+    CorruptImageError,
+    DataError,
+    DataFormatError,
+    DatasetDownloadError,
+    EmptyDatasetError,
+    MissingDataError,
+    MissingLibraryError,
+    PartitionError,
+    PickledDataError,
+    PreprocessingError,
+    SourceError,
+    UnknownDatasetError,
+)
+from edge_client.data.image_set import ImageSet, Skipped
+from edge_client.data.loading import load_dataset
+from edge_client.data.partition import Part, Scheme, parse_scheme, partition
+from edge_client.data.places import cache_dir
+from edge_client.data.source import DataSource, parse_source
+
+__all__ = [
+    "Augmentation",
+    "BatchReader",
+    "ClassMismatchError",
+    "CorruptImageError",
+    "DataError",
+    "DataFormatError",
+    "DataSource",
+    "Dataset",
+    "DatasetDownloadError",
+    "EmptyDatasetError",
+    "ImageSet",
+    "Interpolation",
+    "MissingDataError",
+    "MissingLibraryError",
+    "Part",
+    "PartitionError",
+    "PickledDataError",
+    "Preprocessing",
+    "PreprocessingError",
+    "Scheme",
+    "Skipped",
+    "SourceError",
+    "UnknownDatasetError",
+    "cache_dir",
+    "hold_out",
+    "limit_per_set",
+    "load_dataset",
+    "parse_scheme",
+    "parse_source",
+    "partition",
+    "preprocess",
+    "shuffled",
+]

@@ -1,0 +1,240 @@
+"""An httpx transport over ``http.client`` that counts every byte at the socket.
+
+httpx's own engine parses and copies each chunk in Python; for tensors of a megabyte that is most
+of the client's time. This one writes the request's pieces straight to the socket and reads the
+response into one buffer, and it is where the meter sits: below HTTP, so headers count.
+"""
+
+from __future__ import annotations
+
+import http.client
+import io
+import socket
+import ssl
+import threading
+from collections.abc import Iterable
+from typing import Any, cast
+
+import httpx
+
+from protocol.traffic import Traffic
+
+BODY_EXTENSION = "sfprompt_body"  # the response's body as one writable buffer
+_STALE = (http.client.RemoteDisconnected, BrokenPipeError, ConnectionResetError)
+
+
+class _CountingSocket(io.RawIOBase):
+    """What ``http.client`` needs of a socket, with a count of the bytes that pass."""
+
+    def __init__(self, inner: socket.socket) -> None:
+        self._inner = inner
+        self.sent = 0
+        self.received = 0
+
+    def sendall(self, data: bytes | memoryview) -> None:
+        self._inner.sendall(data)
+        self.sent += memoryview(data).nbytes
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = self._inner.recv_into(buffer)
+        self.received += count
+        return count
+
+    def makefile(self, _mode: str) -> io.BufferedReader:
+        return io.BufferedReader(_Borrowed(self), buffer_size=64 * 1024)
+
+    def settimeout(self, seconds: float | None) -> None:
+        self._inner.settimeout(seconds)
+
+    def close(self) -> None:
+        self._inner.close()
+
+
+class _Borrowed(io.RawIOBase):
+    """A reader that leaves the socket open when a response is done with it."""
+
+    def __init__(self, source: _CountingSocket) -> None:
+        self._source = source
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        return self._source.readinto(buffer)
+
+
+class _Connection:
+    """One connection to one origin, kept alive from request to request."""
+
+    def __init__(self, url: httpx.URL, tls: ssl.SSLContext | None, timeout: float) -> None:
+        host, port = url.host, url.port
+        if url.scheme == "https":
+            self._http: http.client.HTTPConnection = http.client.HTTPSConnection(
+                host, port, timeout=timeout, context=tls
+            )
+        else:
+            self._http = http.client.HTTPConnection(host, port, timeout=timeout)
+        self.used = False
+
+    def connect(self) -> None:
+        self._http.connect()
+        plain = cast(socket.socket, self._http.sock)
+        # A router between the two may forget a connection that is silent between rounds.
+        plain.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        self.socket = _CountingSocket(plain)
+        self._http.sock = self.socket
+
+    def exchange(
+        self, request: httpx.Request, timeout: float
+    ) -> tuple[http.client.HTTPResponse, bytearray]:
+        self.socket.settimeout(timeout)
+        target = request.url.raw_path.decode("ascii")
+        self._http.putrequest(request.method, target, skip_host=True, skip_accept_encoding=True)
+        for name, value in request.headers.raw:
+            self._http.putheader(name, value)
+        self._http.endheaders()
+        for piece in cast("Iterable[bytes]", request.stream):
+            if piece:
+                self.socket.sendall(piece)
+        response = self._http.getresponse()
+        body = _read_body(response)
+        self.used = True
+        if response.will_close:
+            self.close()
+        return response, body
+
+    @property
+    def closed(self) -> bool:
+        return self._http.sock is None
+
+    def close(self) -> None:
+        self._http.close()
+
+
+def _read_body(response: http.client.HTTPResponse) -> bytearray:
+    if response.length is None:
+        return bytearray(response.read())
+    body = bytearray(response.length)
+    view, filled = memoryview(body), 0
+    while filled < len(body):
+        count = response.readinto(view[filled:])
+        if count == 0:
+            raise http.client.IncompleteRead(bytes(view[:filled]), len(body) - filled)
+        filled += count
+    response.read()  # lets http.client see the end of the message
+    return body
+
+
+class MeteredTransport(httpx.BaseTransport):
+    """Sends httpx requests over kept-alive connections and counts their bytes by phase.
+
+    Args:
+        tls: the context of ``https`` connections; None: the system's trust store.
+        connect_timeout_s: seconds to wait for a connection.
+
+    A request whose kept-alive connection turns out to be dead is sent once more on a new one;
+    that is safe because every request of the protocol may be repeated.
+    """
+
+    def __init__(self, tls: ssl.SSLContext | None = None, connect_timeout_s: float = 10.0) -> None:
+        self._tls = tls
+        self._connect_timeout_s = connect_timeout_s
+        self._idle: dict[tuple[str, str, int | None], list[_Connection]] = {}
+        self._lock = threading.Lock()
+        self._traffic = Traffic()
+
+    def traffic(self) -> Traffic:
+        """A copy of what has been counted so far."""
+        with self._lock:
+            return self._traffic.copy()
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        """Send one request and read its whole response.
+
+        Raises:
+            httpx.ConnectError: no connection could be made (also: a certificate was refused).
+            httpx.TimeoutException: the server did not answer in time.
+            httpx.ReadError: the connection broke in the middle.
+        """
+        timeouts = request.extensions.get("timeout", {})
+        read_timeout = timeouts.get("read") or 60.0
+        connection = self._take(request)
+        try:
+            try:
+                response, body = self._exchange(connection, request, read_timeout)
+            except _STALE:
+                if not connection.used:
+                    raise
+                connection = self._open(request)
+                response, body = self._exchange(connection, request, read_timeout)
+        except TimeoutError as error:
+            raise httpx.ReadTimeout(
+                f"no answer within {read_timeout:g} s", request=request
+            ) from error
+        except (OSError, http.client.HTTPException) as error:
+            raise httpx.ReadError(str(error) or type(error).__name__, request=request) from error
+        if not connection.closed:
+            with self._lock:
+                self._idle.setdefault(_origin(request.url), []).append(connection)
+        return httpx.Response(
+            response.status,
+            headers=[(name.encode(), value.encode("latin-1")) for name, value in response.getheaders()],
+            stream=_Body(body),
+            extensions={BODY_EXTENSION: body},
+        )
+
+    def close(self) -> None:
+        with self._lock:
+            idle, self._idle = self._idle, {}
+        for connections in idle.values():
+            for connection in connections:
+                connection.close()
+
+    def _exchange(
+        self, connection: _Connection, request: httpx.Request, timeout: float
+    ) -> tuple[http.client.HTTPResponse, bytearray]:
+        sent, received = connection.socket.sent, connection.socket.received
+        try:
+            return connection.exchange(request, timeout)
+        except BaseException:
+            connection.close()
+            raise
+        finally:
+            with self._lock:
+                self._traffic.add(
+                    request.url.path,
+                    connection.socket.sent - sent,
+                    connection.socket.received - received,
+                )
+
+    def _take(self, request: httpx.Request) -> _Connection:
+        with self._lock:
+            idle = self._idle.get(_origin(request.url))
+            if idle:
+                return idle.pop()
+        return self._open(request)
+
+    def _open(self, request: httpx.Request) -> _Connection:
+        connection = _Connection(request.url, self._tls, self._connect_timeout_s)
+        try:
+            connection.connect()
+        except TimeoutError as error:
+            raise httpx.ConnectTimeout(str(error), request=request) from error
+        except OSError as error:
+            raise httpx.ConnectError(str(error), request=request) from error
+        return connection
+
+
+class _Body(httpx.SyncByteStream):
+    def __init__(self, body: bytearray) -> None:
+        self._body = body
+
+    def __iter__(self) -> Any:
+        yield bytes(self._body)
+
+
+def _origin(url: httpx.URL) -> tuple[str, str, int | None]:
+    return url.scheme, url.host, url.port

@@ -1,0 +1,55 @@
+"""How long a device waits for a server that is busy, restarting or out of reach."""
+
+from __future__ import annotations
+
+import random
+import ssl
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from protocol.errors import Busy, SFPromptError, Unreachable
+
+T = TypeVar("T")
+
+
+@dataclass
+class RetryPolicy:
+    """Waits between attempts, growing and with jitter, until patience runs out.
+
+    Only `Busy` and `Unreachable` are tried again: every other error stays the same however often
+    the request is sent. A refused certificate is not tried again either.
+    """
+
+    patience_s: float = 300.0  # from the first failure to giving up
+    first_wait_s: float = 0.2
+    longest_wait_s: float = 15.0
+    sleep: Callable[[float], None] = time.sleep
+    clock: Callable[[], float] = time.monotonic
+    jitter: random.Random = field(default_factory=random.Random)
+    on_wait: Callable[[SFPromptError, float], None] = lambda _error, _seconds: None
+
+    def call(self, attempt: Callable[[], T]) -> T:
+        """Call until it succeeds, fails for good, or patience runs out.
+
+        Raises:
+            SFPromptError: the error of the last attempt.
+        """
+        give_up_at: float | None = None
+        wait = self.first_wait_s
+        while True:
+            try:
+                return attempt()
+            except (Busy, Unreachable) as error:
+                if isinstance(error.__cause__, ssl.SSLCertVerificationError):
+                    raise
+                now = self.clock()
+                give_up_at = now + self.patience_s if give_up_at is None else give_up_at
+                asked = error.retry_after_s or 0.0
+                pause = max(asked, wait) * (1 + 0.25 * self.jitter.random())
+                if now + pause > give_up_at:
+                    raise
+                self.on_wait(error, pause)
+                self.sleep(pause)
+                wait = min(2 * wait, self.longest_wait_s)
