@@ -1,4 +1,4 @@
-"""How a tensor becomes bytes. Every codec stands in one registry, by the name it has on the wire."""
+"""How a tensor becomes bytes: one registry of codecs, by the names they have on the wire."""
 
 from __future__ import annotations
 
@@ -11,6 +11,19 @@ import torch
 from torch import Tensor
 
 from protocol.errors import InvalidField, MalformedFrame, UnknownCodec
+
+__all__ = [
+    "CODECS",
+    "FLOAT_CODECS",
+    "BFloat16",
+    "Buffer",
+    "Codec",
+    "Float16",
+    "Float32",
+    "Int64",
+    "RawCodec",
+    "codec_named",
+]
 
 Buffer = bytes | bytearray | memoryview
 
@@ -71,6 +84,8 @@ class RawCodec(Codec):
 
 
 class Float32(RawCodec):
+    """Single precision, exact."""
+
     name, dtype = "float32", torch.float32
 
 
@@ -80,23 +95,28 @@ class Float16(RawCodec):
     name, dtype = "float16", torch.float16
 
     def encode(self, tensor: Tensor) -> list[memoryview]:
-        limit = torch.finfo(torch.float16).max
-        if tensor.numel() and bool((tensor.detach().abs() > limit).any()):
+        half = tensor.detach().to(device="cpu", dtype=torch.float16)
+        infinite = half.isinf()
+        if bool(infinite.any()):
             raise InvalidField(
                 "a value is too large for float16",
                 field="codec",
-                limit=limit,
-                value=float(tensor.detach().abs().max()),
+                limit=torch.finfo(torch.float16).max,
+                value=float(tensor.detach().cpu()[infinite].abs().max()),
                 hint="use bfloat16 or float32 for this kind of tensor",
             )
-        return super().encode(tensor)
+        return super().encode(half)
 
 
 class BFloat16(RawCodec):
+    """The upper half of a float32: its whole range, with 8 bits of precision."""
+
     name, dtype = "bfloat16", torch.bfloat16
 
 
 class Int64(RawCodec):
+    """Whole numbers, exact."""
+
     name, dtype = "int64", torch.int64
 
 

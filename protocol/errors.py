@@ -25,8 +25,35 @@ SFPromptError                     anything this project raises on purpose
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, TypeAlias
+
+__all__ = [
+    "Busy",
+    "Conflict",
+    "EmptyUpdate",
+    "FieldValue",
+    "Forbidden",
+    "IdempotencyKeyReused",
+    "InternalError",
+    "InvalidField",
+    "InvalidRequest",
+    "MalformedFrame",
+    "NonFinite",
+    "NotFound",
+    "RunClosed",
+    "SFPromptError",
+    "StaleRound",
+    "StepLost",
+    "TooLarge",
+    "Unauthorized",
+    "UnknownCodec",
+    "Unreachable",
+    "UnsupportedVersion",
+    "WrongShape",
+    "error_from_wire",
+]
 
 FieldValue: TypeAlias = str | int | float | bool | list[Any] | None
 
@@ -77,7 +104,11 @@ class SFPromptError(Exception):
         return "; ".join(parts)
 
     def to_wire(self) -> dict[str, Any]:
-        """The error as it stands in a response: ``{"error": {...}}`` without empty fields."""
+        """The error as it stands in a response: ``{"error": {...}}`` without empty fields.
+
+        It is always JSON: NaN, infinity and huge integers become text, what is not Unicode is
+        replaced, and long texts and lists are cut, so that a refusal never echoes a whole body.
+        """
         fields = {
             "code": self.code,
             "message": self.message,
@@ -87,7 +118,11 @@ class SFPromptError(Exception):
             "hint": self.hint,
             "retry_after_s": self.retry_after_s,
         }
-        return {"error": {name: value for name, value in fields.items() if value is not None}}
+        return {
+            "error": {
+                name: _json_safe(value) for name, value in fields.items() if value is not None
+            }
+        }
 
 
 class InvalidRequest(SFPromptError):
@@ -219,7 +254,9 @@ def _leaves_and_nodes(root: type[SFPromptError]) -> Iterator[type[SFPromptError]
 _BY_CODE: dict[str, type[SFPromptError]] = {
     error.code: error for error in _leaves_and_nodes(SFPromptError)
 }
-_SCALARS = (str, int, float, bool, list, type(None))
+_MAX_CHARACTERS = 500  # of one text in an error
+_MAX_ITEMS = 64  # of one list in an error
+_MAX_RETRY_AFTER_S = 86_400.0
 
 
 def error_from_wire(body: object, status: int) -> SFPromptError:
@@ -232,14 +269,13 @@ def error_from_wire(body: object, status: int) -> SFPromptError:
     if not isinstance(wire, Mapping):
         return _error_for_status(status)
     kind = _BY_CODE.get(str(wire.get("code")), type(_error_for_status(status)))
-    retry_after = wire.get("retry_after_s")
     return kind(
-        str(wire.get("message", "the server gave no reason")),
+        _text(wire.get("message")) or "the server gave no reason",
         field=_text(wire.get("field")),
-        limit=_scalar(wire.get("limit")),
-        value=_scalar(wire.get("value")),
+        limit=_field_value(wire.get("limit")),
+        value=_field_value(wire.get("value")),
         hint=_text(wire.get("hint")),
-        retry_after_s=float(retry_after) if isinstance(retry_after, (int, float)) else None,
+        retry_after_s=_seconds(wire.get("retry_after_s")),
     )
 
 
@@ -249,6 +285,7 @@ def _error_for_status(status: int) -> SFPromptError:
         401: Unauthorized,
         403: Forbidden,
         404: NotFound,
+        408: Busy,
         409: Conflict,
         413: TooLarge,
         429: Busy,
@@ -260,9 +297,38 @@ def _error_for_status(status: int) -> SFPromptError:
     return nearest.get(status, fallback)(message)
 
 
+def _json_safe(value: FieldValue) -> FieldValue:
+    if isinstance(value, str):
+        return _clipped(value)
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, int):  # bool too
+        return value if value.bit_length() <= 64 else f"a number of {value.bit_length()} bits"
+    if isinstance(value, list):
+        return [_json_safe(item) for item in value[:_MAX_ITEMS]]
+    return None if value is None else _clipped(repr(value))
+
+
+def _clipped(text: str) -> str:
+    return text[:_MAX_CHARACTERS].encode("utf-8", "replace").decode()
+
+
 def _text(value: object) -> str | None:
-    return value if isinstance(value, str) else None
+    return _clipped(value) if isinstance(value, str) else None
 
 
-def _scalar(value: object) -> FieldValue:
-    return value if isinstance(value, _SCALARS) else None
+def _field_value(value: object) -> FieldValue:
+    if isinstance(value, list):
+        return [_json_safe(item) for item in value[:_MAX_ITEMS] if _is_scalar(item)]
+    return _json_safe(value) if isinstance(value, (str, int, float)) else None
+
+
+def _is_scalar(value: object) -> bool:
+    return value is None or isinstance(value, (str, int, float))
+
+
+def _seconds(value: object) -> float | None:
+    """Seconds to wait, from 0 to a day; None for what is no such number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return float(min(value, _MAX_RETRY_AFTER_S)) if value >= 0 else None

@@ -8,18 +8,32 @@ Integers are little-endian; every buffer begins at a multiple of 64 bytes.
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import msgpack
 from torch import Tensor
 
 from protocol.codecs import Buffer, codec_named
 from protocol.errors import InvalidField, MalformedFrame, TooLarge, UnsupportedVersion
+from protocol.header import check_text, pack_header, unpack_header
 from protocol.limits import DEFAULT_LIMITS, FrameLimits
 from protocol.version import PROTOCOL_VERSION
+
+__all__ = [
+    "ALIGNMENT",
+    "MAGIC",
+    "PREFIX_BYTES",
+    "Frame",
+    "TensorSpec",
+    "decode_frame",
+    "encode_frame",
+    "frame_length",
+    "join_frame",
+    "require_kind",
+]
 
 MAGIC = b"SFPF"
 ALIGNMENT = 64
@@ -73,18 +87,27 @@ class Frame:
 
 
 def encode_frame(
-    kind: str, meta: Mapping[str, Any], tensors: Mapping[str, tuple[Tensor, str]]
+    kind: str,
+    meta: Mapping[str, Any],
+    tensors: Mapping[str, tuple[Tensor, str]],
+    limits: FrameLimits = DEFAULT_LIMITS,
 ) -> list[memoryview]:
-    """The pieces of a frame, to be written one after the other: nothing is joined or copied.
+    """The pieces of a frame, to be written one after the other: nothing is joined.
+
+    A contiguous CPU tensor in its codec's dtype is not copied: its piece is the tensor's memory,
+    so the tensor must not change before the piece has been written.
 
     Args:
         kind: the kind of message, e.g. ``forward``.
         meta: what msgpack can hold: text, numbers, booleans, None, lists and maps of these.
         tensors: by name, the tensor (any shape) and the name of the codec to send it with.
+        limits: of the header; what `decode_frame` would refuse there is not sent at all.
 
     Raises:
         UnknownCodec: no such codec.
         InvalidField: a tensor cannot be sent with its codec.
+        MalformedFrame: ``meta`` holds what no frame carries (bytes, NaN, a date, ...).
+        TooLarge: the header is over a limit.
     """
     specs: list[dict[str, Any]] = []
     payload: list[memoryview] = []
@@ -93,7 +116,10 @@ def encode_frame(
         sizes = tuple(buffer.nbytes for buffer in buffers)
         specs.append(TensorSpec(name, codec, tuple(tensor.shape), sizes).to_wire())
         payload.extend(buffers)
-    header = msgpack.packb({"kind": kind, "meta": dict(meta), "tensors": specs})
+    header = pack_header(kind, dict(meta), specs)
+    if len(header) > limits.max_header_bytes:
+        raise _header_too_large(len(header), limits)
+    unpack_header(header, limits)
     length = _aligned(PREFIX_BYTES + len(header))
     pieces = [memoryview(header + _pad(PREFIX_BYTES + len(header)))]
     for buffer in payload:
@@ -130,14 +156,8 @@ def decode_frame(data: Buffer, limits: FrameLimits = DEFAULT_LIMITS) -> Frame:
     view = memoryview(data).cast("B")
     header_bytes = _read_prefix(view, limits)
     end = PREFIX_BYTES + header_bytes
-    header = _unpack_header(view[PREFIX_BYTES:end], limits)
-    kind, meta, raw_specs = header.get("kind"), header.get("meta"), header.get("tensors")
-    if not isinstance(kind, str) or not isinstance(meta, dict) or not isinstance(raw_specs, list):
-        raise MalformedFrame(
-            "a header holds exactly kind (text), meta (map) and tensors (list)",
-            field="header",
-            value=sorted(map(str, header)),
-        )
+    kind, meta, raw_specs = unpack_header(view[PREFIX_BYTES:end], limits)
+    _check_padding(view, end)
     specs, buffers = _read_tensors(view, _aligned(end), raw_specs, limits)
     return Frame(kind, meta, specs, buffers)
 
@@ -152,9 +172,12 @@ def _read_prefix(view: memoryview, limits: FrameLimits) -> int:
         )
     if view.nbytes < PREFIX_BYTES:
         raise MalformedFrame(
-            "a frame begins with a fixed prefix", limit=PREFIX_BYTES, value=view.nbytes
+            "a frame begins with a fixed prefix",
+            field="length",
+            limit=PREFIX_BYTES,
+            value=view.nbytes,
         )
-    magic, version, _reserved, header_bytes, total = _PREFIX.unpack_from(view)
+    magic, version, reserved, header_bytes, total = _PREFIX.unpack_from(view)
     if magic != MAGIC:
         raise MalformedFrame(
             "a frame begins with its magic bytes", field="magic", limit="SFPF", value=magic.hex()
@@ -167,44 +190,15 @@ def _read_prefix(view: memoryview, limits: FrameLimits) -> int:
             value=version,
             hint="run the same release on both ends",
         )
+    if reserved != 0:
+        raise MalformedFrame("reserved bytes are zero", field="reserved", limit=0, value=reserved)
     if header_bytes > limits.max_header_bytes:
-        raise TooLarge(
-            "the header is too large",
-            field="header",
-            limit=limits.max_header_bytes,
-            value=header_bytes,
-        )
+        raise _header_too_large(header_bytes, limits)
     if total != view.nbytes or _aligned(PREFIX_BYTES + header_bytes) > total:
         raise MalformedFrame(
             "the frame is not as long as it says", field="length", limit=view.nbytes, value=total
         )
     return int(header_bytes)
-
-
-def _unpack_header(packed: memoryview, limits: FrameLimits) -> dict[str, Any]:
-    try:
-        header = msgpack.unpackb(
-            packed,
-            raw=False,
-            strict_map_key=True,
-            ext_hook=_refuse_extension,
-            max_ext_len=0,  # no extension types: nothing on the wire names code
-            max_bin_len=0,
-            max_str_len=limits.max_text,
-            max_array_len=limits.max_tensors,
-            max_map_len=limits.max_tensors,
-        )
-    except (ValueError, msgpack.UnpackException, RecursionError) as error:
-        raise MalformedFrame(
-            f"the header is not msgpack of the allowed kinds ({error})", field="header"
-        ) from error
-    if not isinstance(header, dict):
-        raise MalformedFrame("the header is not a map", field="header", limit="map")
-    return header
-
-
-def _refuse_extension(code: int, _data: bytes) -> None:
-    raise ValueError(f"extension type {code}")
 
 
 def _read_tensors(
@@ -226,6 +220,7 @@ def _read_tensors(
                     value=offset + size,
                 )
             pieces.append(view[offset : offset + size])
+            _check_padding(view, offset + size)
             offset += _aligned(size)
         specs[spec.name] = spec
         buffers[spec.name] = tuple(pieces)
@@ -245,10 +240,22 @@ def _read_spec(raw: Any, limits: FrameLimits) -> TensorSpec:
             "a tensor is described by exactly name, codec, shape and sizes", field="tensors"
         )
     name, codec = raw["name"], raw["codec"]
-    if not isinstance(name, str) or not isinstance(codec, str):
+    if not isinstance(name, str) or not isinstance(codec, str) or not name:
         raise MalformedFrame("a tensor's name and codec are text", field="tensors")
+    check_text(name, "tensors.name", limits)
+    check_text(codec, f"{name}.codec", limits)
     shape = tuple(_naturals(raw["shape"], f"{name}.shape"))
     sizes = tuple(_naturals(raw["sizes"], f"{name}.sizes"))
+    _check_shape(name, shape, limits)
+    try:
+        codec_named(codec).check_sizes(shape, sizes)
+    except MalformedFrame as error:
+        error.field = f"{name}.sizes"
+        raise
+    return TensorSpec(name, codec, shape, sizes)
+
+
+def _check_shape(name: str, shape: Sequence[int], limits: FrameLimits) -> None:
     if len(shape) > limits.max_dims:
         raise TooLarge(
             "a tensor has too many dimensions",
@@ -256,8 +263,15 @@ def _read_spec(raw: Any, limits: FrameLimits) -> TensorSpec:
             limit=limits.max_dims,
             value=len(shape),
         )
-    codec_named(codec).check_sizes(shape, sizes)
-    return TensorSpec(name, codec, shape, sizes)
+    # A zero must not hide dimensions whose strides overflow: it counts as one.
+    elements = math.prod(max(size, 1) for size in shape)
+    if elements > limits.max_elements:
+        raise TooLarge(
+            "a tensor has too many elements",
+            field=f"{name}.shape",
+            limit=limits.max_elements,
+            value=list(shape),
+        )
 
 
 def _naturals(raw: Any, where: str) -> Iterator[int]:
@@ -271,6 +285,18 @@ def _naturals(raw: Any, where: str) -> Iterator[int]:
 
 def _aligned(length: int) -> int:
     return -(-length // ALIGNMENT) * ALIGNMENT
+
+
+def _check_padding(view: memoryview, end: int) -> None:
+    padding = view[end : _aligned(end)]
+    if padding != _PADDING[: padding.nbytes]:
+        raise MalformedFrame("padding is zero", field="padding", limit=0, value=end)
+
+
+def _header_too_large(length: int, limits: FrameLimits) -> TooLarge:
+    return TooLarge(
+        "the header is too large", field="header", limit=limits.max_header_bytes, value=length
+    )
 
 
 def _pad(length: int) -> bytes:

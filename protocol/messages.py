@@ -2,13 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
 from typing import Annotated, Any, TypeVar
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
-from protocol.errors import InvalidField
+from protocol.errors import FieldValue, InvalidField
 from protocol.settings import Message, RunSettings, Text
+
+__all__ = [
+    "Assignment",
+    "BlobRef",
+    "BytesByPhase",
+    "Count",
+    "EvaluationReport",
+    "Event",
+    "JoinRequest",
+    "JoinResponse",
+    "ParticipantView",
+    "Results",
+    "RoundStatus",
+    "RoundView",
+    "RunStatus",
+    "RunView",
+    "Seconds",
+    "Sha256",
+    "StepId",
+    "StepMeta",
+    "Task",
+    "UpdateMeta",
+    "UpdateReceipt",
+    "parse_message",
+]
 
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 Seconds = Annotated[float, Field(ge=0)]
@@ -18,6 +44,8 @@ BytesByPhase = dict[str, dict[str, int]]
 
 
 class RunStatus(StrEnum):
+    """Where a run stands."""
+
     WAITING = "waiting"  # for its first participants
     RUNNING = "running"
     FINISHED = "finished"
@@ -30,6 +58,8 @@ class RunStatus(StrEnum):
 
 
 class RoundStatus(StrEnum):
+    """Where one attempt at a round stands."""
+
     TRAINING = "training"  # updates are taken
     EVALUATING = "evaluating"  # the new global state is being measured
     CLOSED = "closed"
@@ -158,6 +188,8 @@ class UpdateMeta(Message):
 
 
 class UpdateReceipt(Message):
+    """The server's word that an update is on its disk and counts once."""
+
     round: Count
     samples: Count
 
@@ -171,6 +203,12 @@ class EvaluationReport(Message):
     correct: Count
     loss_sum: float
 
+    @model_validator(mode="after")
+    def _no_more_correct_than_seen(self) -> EvaluationReport:
+        if self.correct > self.samples:
+            raise ValueError(f"correct ({self.correct}) is above samples ({self.samples})")
+        return self
+
 
 class StepMeta(Message):
     """The meta part of every frame of the split plane. ``step`` is its idempotency key."""
@@ -180,6 +218,7 @@ class StepMeta(Message):
 
 
 M = TypeVar("M", bound=Message)
+_BOUNDS = ("ge", "gt", "le", "lt", "min_length", "max_length", "pattern", "expected")
 
 
 def parse_message(kind: type[M], raw: object) -> M:
@@ -193,9 +232,17 @@ def parse_message(kind: type[M], raw: object) -> M:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         value = first.get("input")
-        shown = value if isinstance(value, (str, int, float, bool)) else None
         raise InvalidField(
             f"{kind.__name__}: {first['msg']}",
             field=".".join(str(part) for part in first["loc"]) or "body",
-            value=shown[:200] if isinstance(shown, str) else shown,
+            limit=_limit_of(first.get("ctx", {})),
+            value=value if isinstance(value, (str, int, float)) else None,
         ) from None
+
+
+def _limit_of(context: Mapping[str, Any]) -> FieldValue:
+    """The bound that a value broke, where pydantic names one."""
+    for name in _BOUNDS:
+        if isinstance(bound := context.get(name), (str, int, float)):
+            return bound
+    return None

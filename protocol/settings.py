@@ -10,6 +10,19 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+__all__ = [
+    "BackboneSettings",
+    "FederationSettings",
+    "FloatCodec",
+    "Message",
+    "PromptDepth",
+    "PromptPlacement",
+    "RunSettings",
+    "Text",
+    "TrainingSettings",
+    "WireSettings",
+]
+
 Text = Annotated[str, Field(min_length=1, max_length=200)]
 PromptPlacement = Literal["input", "cut"]
 PromptDepth = Literal["shallow", "deep"]

@@ -7,6 +7,17 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final
 
+from protocol.errors import InvalidField
+
+__all__ = [
+    "BACKWARD_PATH",
+    "FORWARD_PATH",
+    "INFER_PATH",
+    "Phase",
+    "Traffic",
+    "phases_of",
+]
+
 
 class Phase(StrEnum):
     """The purpose of bytes."""
@@ -19,6 +30,8 @@ class Phase(StrEnum):
     INFERENCE = "inference"  # evaluation and prediction, both ways
     CONTROL = "control"  # all the rest
 
+
+_PHASES: Final = frozenset(str(phase) for phase in Phase)
 
 FORWARD_PATH: Final = "/v1/split/forward"
 BACKWARD_PATH: Final = "/v1/split/backward"
@@ -58,13 +71,14 @@ class Traffic:
         self.down[phase_down] = self.down.get(phase_down, 0) + down
 
     def merge(self, other: Traffic) -> None:
+        """Add the counts of another meter."""
         for phase, count in other.up.items():
             self.up[phase] = self.up.get(phase, 0) + count
         for phase, count in other.down.items():
             self.down[phase] = self.down.get(phase, 0) + count
 
     def since(self, earlier: Traffic) -> Traffic:
-        """What has come since a copy was taken."""
+        """What has come since ``earlier``, a `copy` of this very meter, was taken."""
         return Traffic(
             {phase: count - earlier.up.get(phase, 0) for phase, count in self.up.items()},
             {phase: count - earlier.down.get(phase, 0) for phase, count in self.down.items()},
@@ -87,8 +101,20 @@ class Traffic:
 
     @classmethod
     def from_dict(cls, counts: Mapping[str, Mapping[str, int]]) -> Traffic:
-        """The inverse of `to_dict`."""
-        return cls(
-            {Phase(phase): count["up"] for phase, count in counts.items()},
-            {Phase(phase): count["down"] for phase, count in counts.items()},
-        )
+        """The inverse of `to_dict`.
+
+        Raises:
+            InvalidField: an unknown phase, or a count that is not there.
+        """
+        traffic = cls()
+        for name, count in counts.items():
+            if name not in _PHASES or set(count) != {"up", "down"}:
+                raise InvalidField(
+                    "traffic is up and down by phase",
+                    field=f"traffic.{name}",
+                    limit=sorted(_PHASES),
+                    value=sorted(count),
+                )
+            traffic.up[Phase(name)] = count["up"]
+            traffic.down[Phase(name)] = count["down"]
+        return traffic

@@ -1,5 +1,13 @@
 """The version of the protocol: one number, in every frame and in every request's header."""
 
+__all__ = [
+    "FRAME_MEDIA_TYPE",
+    "IDEMPOTENCY_HEADER",
+    "PROTOCOL_VERSION",
+    "REQUEST_ID_HEADER",
+    "VERSION_HEADER",
+]
+
 PROTOCOL_VERSION = 1
 VERSION_HEADER = "sfprompt-version"
 IDEMPOTENCY_HEADER = "idempotency-key"

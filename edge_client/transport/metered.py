@@ -181,7 +181,9 @@ class MeteredTransport(httpx.BaseTransport):
                 self._idle.setdefault(_origin(request.url), []).append(connection)
         return httpx.Response(
             response.status,
-            headers=[(name.encode(), value.encode("latin-1")) for name, value in response.getheaders()],
+            headers=[
+                (name.encode(), value.encode("latin-1")) for name, value in response.getheaders()
+            ],
             stream=_Body(body),
             extensions={BODY_EXTENSION: body},
         )

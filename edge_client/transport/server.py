@@ -15,7 +15,13 @@ from torch import Tensor
 
 from edge_client.transport.metered import BODY_EXTENSION, MeteredTransport
 from edge_client.transport.retry import RetryPolicy
-from protocol.errors import InvalidField, MalformedFrame, SFPromptError, Unreachable, error_from_wire
+from protocol.errors import (
+    InvalidField,
+    MalformedFrame,
+    SFPromptError,
+    Unreachable,
+    error_from_wire,
+)
 from protocol.frames import Frame, decode_frame, encode_frame, frame_length, require_kind
 from protocol.messages import (
     Assignment,
@@ -128,9 +134,7 @@ class Server:
             "update", meta.model_dump(), {name: (value, codec) for name, value in state.items()}
         )
         key = f"update-{meta.round}-{meta.attempt}"
-        body = self._call(
-            "PUT", f"/v1/runs/{run}/update", pieces, media=FRAME_MEDIA_TYPE, key=key
-        )
+        body = self._call("PUT", f"/v1/runs/{run}/update", pieces, media=FRAME_MEDIA_TYPE, key=key)
         return parse_message(UpdateReceipt, _parse_json(body))
 
     def send_evaluation(self, run: str, report: EvaluationReport) -> None:

@@ -1,0 +1,76 @@
+"""Pictures of a run: accuracy over rounds, bytes over rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+
+mpl.use("Agg")  # files, no window
+from matplotlib import pyplot as plt  # noqa: E402
+
+from protocol.messages import RoundView  # noqa: E402
+from protocol.traffic import Phase  # noqa: E402
+
+_COLOURS = {
+    Phase.SMASHED: "#1b6ca8",
+    Phase.FEATURES: "#6fb1dc",
+    Phase.GRADIENTS: "#f0a202",
+    Phase.UPDATES: "#3a7d44",
+    Phase.INFERENCE: "#b7b7b7",
+    Phase.DOWNLOAD: "#7b4b94",
+    Phase.CONTROL: "#333333",
+}
+MB = 1e6
+
+
+def plot_accuracy(rounds: Sequence[RoundView], title: str, out: Path) -> Path:
+    """Accuracy of the global state on the held-out samples, round by round."""
+    measured = [(view.round, view.accuracy) for view in rounds if view.accuracy is not None]
+    figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    numbers = [number for number, _ in measured]
+    shares = [100 * accuracy for _, accuracy in measured]
+    axes.plot(numbers, shares, marker="o", color="#1b6ca8")
+    if shares:
+        axes.annotate(
+            f"{shares[-1]:.1f} %",
+            (numbers[-1], shares[-1]),
+            textcoords="offset points",
+            xytext=(0, 8),
+            ha="right",
+        )
+    axes.set(xlabel="round", ylabel="accuracy on held-out samples (%)", title=title)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.3)
+    axes.margins(y=0.15)
+    return _save(figure, out)
+
+
+def plot_bytes(
+    rounds: Sequence[RoundView], full_round_bytes: int, title: str, out: Path
+) -> Path:
+    """Bytes at the socket in each round by phase, beside federated full fine-tuning's."""
+    figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    numbers = [view.round for view in rounds]
+    floor = [0.0] * len(rounds)
+    for phase, colour in _COLOURS.items():
+        heights = [sum(view.traffic.get(phase, {}).values()) / MB for view in rounds]
+        if any(heights):
+            axes.bar(numbers, heights, bottom=floor, color=colour, label=str(phase), width=0.7)
+            floor = [low + height for low, height in zip(floor, heights, strict=True)]
+    axes.axhline(
+        full_round_bytes / MB, color="#c1121f", linestyle="--", label="federated full fine-tuning"
+    )
+    axes.set(xlabel="round", ylabel="MB at the socket, all devices", title=title)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_ylim(top=1.2 * max([full_round_bytes / MB, *floor]))
+    axes.legend(fontsize="small", ncols=3, loc="upper center")
+    return _save(figure, out)
+
+
+def _save(figure: plt.Figure, out: Path) -> Path:
+    figure.savefig(out, dpi=150)
+    plt.close(figure)
+    return out

@@ -1,0 +1,129 @@
+"""Server and devices as processes of their own, with their logs in the run folder."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from protocol.errors import SFPromptError
+
+DeviceEvent = Callable[[str, dict[str, Any]], None]  # the device's name, and what it said
+
+
+class Process:
+    """A child process that dies with its owner.
+
+    Args:
+        name: what people call it; its log is ``NAME.log``.
+        arguments: of ``python -m``.
+        on_line: called with every line of its standard output; None: that goes to the log too.
+        threads: CPU threads that its libraries may use; None: all.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        arguments: Sequence[str],
+        folder: Path,
+        on_line: Callable[[str], None] | None = None,
+        threads: int | None = None,
+    ) -> None:
+        self.name = name
+        self.log = folder / f"{name}.log"
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        if threads is not None:
+            environment["OMP_NUM_THREADS"] = str(threads)
+        with self.log.open("ab") as log:
+            self._child = subprocess.Popen(  # noqa: S603 - our own interpreter and modules
+                [sys.executable, "-m", *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE if on_line else log,
+                stderr=log,
+                env=environment,
+            )
+        self._reader: threading.Thread | None = None
+        if on_line is not None:
+            self._reader = threading.Thread(target=self._read, args=(on_line,), daemon=True)
+            self._reader.start()
+
+    def _read(self, on_line: Callable[[str], None]) -> None:
+        if self._child.stdout is None:
+            return
+        for line in self._child.stdout:
+            on_line(line.decode(errors="replace").rstrip("\n"))
+
+    @property
+    def pid(self) -> int:
+        return self._child.pid
+
+    def exit_code(self) -> int | None:
+        """None while it runs."""
+        return self._child.poll()
+
+    def wait(self, seconds: float) -> int:
+        """Its exit code; `subprocess.TimeoutExpired` if it is not done by then."""
+        code = self._child.wait(seconds)
+        if self._reader is not None:
+            self._reader.join(5)
+        return code
+
+    def kill(self) -> None:
+        """End it without asking, as a power cut would."""
+        self._child.kill()
+        self._child.wait()
+
+    def stop(self, seconds: float = 10.0) -> None:
+        """Ask it to end, and end it if it does not."""
+        if self._child.poll() is None:
+            self._child.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._child.wait(seconds)
+        if self._child.poll() is None:
+            self.kill()
+
+    def last_lines(self, count: int = 15) -> str:
+        lines = self.log.read_text(errors="replace").splitlines()
+        return "\n".join(lines[-count:])
+
+
+def start_device(
+    name: str,
+    arguments: Sequence[str],
+    folder: Path,
+    on_event: DeviceEvent,
+    threads: int | None = None,
+) -> Process:
+    """Start an edge client that tells of itself in lines of JSON."""
+
+    def on_line(line: str) -> None:
+        try:
+            data = json.loads(line)
+        except ValueError:
+            return
+        if isinstance(data, dict):
+            on_event(name, data)
+
+    arguments = ["edge_client.cli", *arguments, "--name", name, "--progress", "json"]
+    return Process(name, arguments, folder, on_line, threads)
+
+
+def wait_until_healthy(server: Process, probe: Callable[[], bool], seconds: float) -> None:
+    """Wait for the server's first answer.
+
+    Raises:
+        SFPromptError: it ended, or did not answer in time; with the end of its log.
+    """
+    give_up_at = time.monotonic() + seconds
+    while not probe():
+        if server.exit_code() is not None or time.monotonic() > give_up_at:
+            state = "ended" if server.exit_code() is not None else "does not answer"
+            raise SFPromptError(f"the server {state}:\n{server.last_lines()}", field=str(server.log))
+        time.sleep(0.1)

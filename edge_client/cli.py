@@ -1,0 +1,272 @@
+"""The command ``edge-client``: take part in a run, or classify images with what it made."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import socket
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from edge_client.data import (
+    DataError,
+    Dataset,
+    Part,
+    cache_dir,
+    limit_per_set,
+    load_dataset,
+)
+from edge_client.identity import Identity
+from edge_client.participant import Participant, succeeded
+from edge_client.prediction import Prediction, Predictor, image_files
+from edge_client.reporter import BarReporter, JsonReporter, Reporter
+from edge_client.transport import RetryPolicy, Server
+from protocol.errors import NotFound, SFPromptError
+from protocol.messages import RunStatus, RunView
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Tune a split vision model together with others; images and labels stay on this device.",
+)
+err = Console(stderr=True)
+
+
+class Progress(StrEnum):
+    BAR = "bar"
+    JSON = "json"
+
+
+Url = Annotated[str, typer.Argument(help="Address of the split server, e.g. http://gpu-node:8500")]
+RunOption = Annotated[
+    str | None, typer.Option("--run", help="Run to use. Default: the newest that fits.")
+]
+CaOption = Annotated[
+    Path | None, typer.Option("--ca-file", help="PEM file to trust for https, e.g. your own CA.")
+]
+NameOption = Annotated[
+    str, typer.Option("--name", help="This device's name; a restart under it goes on as before.")
+]
+ThreadsOption = Annotated[
+    int | None, typer.Option(min=1, help="CPU threads. Default: all there are.")
+]
+HomeOption = Annotated[
+    Path | None, typer.Option("--home", help="Where downloads and the identity are kept.")
+]
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "edge-client join http://gpu-node:8500 --data folder:photos\n\n"
+    "edge-client join http://gpu-node:8500 --data torchvision:EuroSAT --part 2/6"
+)
+def join(
+    url: Url,
+    data: Annotated[
+        str,
+        typer.Option(
+            help="folder:PATH (class folders, or train/ and test/ of them) | torchvision:NAME | "
+            "fashion-mnist | digits"
+        ),
+    ],
+    run: RunOption = None,
+    name: NameOption = socket.gethostname(),
+    part: Annotated[
+        str | None,
+        typer.Option(help="Use only part k of n of the data, e.g. 1/4, to simulate n devices."),
+    ] = None,
+    partition: Annotated[
+        str, typer.Option(help="How --part divides: iid | dirichlet:ALPHA | shards:N | quantity:A")
+    ] = "iid",
+    data_seed: Annotated[int, typer.Option(help="Seed of --part, held-out share and limits.")] = 0,
+    held_out: Annotated[
+        float, typer.Option(min=0.01, max=0.9, help="Share to test on, if there is no test set.")
+    ] = 0.2,
+    limit_train: Annotated[
+        int | None, typer.Option(min=1, help="Use so many images in all.")
+    ] = None,
+    limit_test: Annotated[int | None, typer.Option(min=1)] = None,
+    threads: ThreadsOption = None,
+    cache_mib: Annotated[
+        int, typer.Option(min=0, help="Memory for resized images, train and test each.")
+    ] = 256,
+    patience: Annotated[
+        float, typer.Option(min=0, help="Seconds to wait for a server that is out of reach.")
+    ] = 300.0,
+    join_token: Annotated[
+        str | None,
+        typer.Option(envvar="EDGE_CLIENT_JOIN_TOKEN", help="If the server asks for one."),
+    ] = None,
+    ca_file: CaOption = None,
+    home: HomeOption = None,
+    progress: Annotated[Progress, typer.Option(help="Bars, or lines of JSON.")] = Progress.BAR,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v")] = False,
+) -> None:
+    """Take part in a run until it ends."""
+    _prepare(threads, verbose)
+    reporter: Reporter = JsonReporter() if progress is Progress.JSON else BarReporter()
+    folder = home or cache_dir()
+    server = _server(url, patience, ca_file, reporter)
+    try:
+        chosen = _choose(server, run, open_only=True)
+        dataset = _own_data(
+            data, chosen, part, partition, data_seed, held_out, limit_train, limit_test
+        )
+        for skipped in dataset.skipped:
+            reporter.event("skipped", path=skipped.path, reason=skipped.reason)
+        identity = Identity(folder / "identities", url, chosen.id, name)
+        participant = Participant(
+            server, dataset, folder / "blobs", name, reporter, cache_mib * 1024 * 1024
+        )
+        participant.join(chosen.id, identity.key, join_token)
+        last = participant.take_part()
+        identity.release()
+    finally:
+        reporter.close()
+        server.close()
+    if not succeeded(last):
+        err.print(f"[red]The run ended as {last.status}[/red]: {last.reason or 'no reason given'}")
+        raise typer.Exit(3)
+
+
+@app.command(epilog="Example: edge-client predict http://gpu-node:8500 photos/ --json")
+def predict(
+    url: Url,
+    images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
+    run: RunOption = None,
+    name: NameOption = socket.gethostname(),
+    top: Annotated[int, typer.Option(min=1, help="Classes to show for each image.")] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object an image.")] = False,
+    threads: ThreadsOption = None,
+    join_token: Annotated[
+        str | None,
+        typer.Option(envvar="EDGE_CLIENT_JOIN_TOKEN", help="If the server asks for one."),
+    ] = None,
+    ca_file: CaOption = None,
+    home: HomeOption = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v")] = False,
+) -> None:
+    """Classify images through the server with the newest tuned state of a run."""
+    _prepare(threads, verbose)
+    folder = home or cache_dir()
+    server = _server(url, 30.0, ca_file, None)
+    try:
+        chosen = _choose(server, run, open_only=False)
+        identity = Identity(folder / "identities", url, chosen.id, f"{name} (predict)")
+        predictor = Predictor(server, chosen, folder / "blobs")
+        predictor.join(identity.key, f"{name} (predict)", join_token)
+        table = _prediction_table()
+        for prediction in predictor.predict(image_files(images), top):
+            if as_json:
+                typer.echo(json.dumps(prediction.to_dict()))
+            else:
+                _add_row(table, prediction)
+        identity.release()
+    finally:
+        server.close()
+    if not as_json:
+        Console().print(table)
+
+
+def _prepare(threads: int | None, verbose: bool) -> None:
+    logging.basicConfig(
+        level=logging.DEBUG if verbose else logging.WARNING,
+        stream=sys.stderr,
+        format="%(asctime)s %(levelname)s %(name)s %(message)s",
+    )
+    for noisy in ("httpx", "httpcore", "PIL"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    # A supervisor's stop is like Ctrl-C: finally-blocks run, bars are cleared.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+def _server(url: str, patience: float, ca_file: Path | None, reporter: Reporter | None) -> Server:
+    def say(error: SFPromptError, seconds: float) -> None:
+        if reporter is not None:
+            reporter.event("waiting", reason=str(error), seconds=seconds)
+
+    return Server(url, retry=RetryPolicy(patience_s=patience, on_wait=say), ca_file=ca_file)
+
+
+def _choose(server: Server, wanted: str | None, *, open_only: bool) -> RunView:
+    if wanted is not None:
+        return server.run(wanted)
+    fitting = [
+        run
+        for run in server.runs()
+        if (not run.status.over if open_only else run.status is not RunStatus.FAILED)
+    ]
+    if not fitting:
+        raise NotFound(
+            "the server has no open run" if open_only else "the server has no run",
+            field="run",
+            hint="create one on the server: split-server create-run",
+        )
+    return max(fitting, key=lambda run: run.created_at)
+
+
+def _own_data(
+    source: str,
+    run: RunView,
+    part: str | None,
+    partition: str,
+    seed: int,
+    held_out: float,
+    limit_train: int | None,
+    limit_test: int | None,
+) -> Dataset:
+    names = run.settings.class_names
+    whole = load_dataset(source, held_out=held_out, seed=seed, class_names=names)
+    whole = limit_per_set(whole, train=limit_train, test=limit_test, seed=seed)
+    if part is None:
+        return whole
+    mine = Part.parse(part)
+    return Dataset(
+        whole.train.subset(mine.take(whole.train.labels, partition, seed)),
+        whole.test.subset(mine.take(whole.test.labels, "iid", seed)),
+    )
+
+
+def _prediction_table() -> Table:
+    table = Table()
+    table.add_column("image")
+    table.add_column("class", style="bold")
+    table.add_column("probability", justify="right")
+    table.add_column("next best")
+    return table
+
+
+def _add_row(table: Table, prediction: Prediction) -> None:
+    if prediction.error is not None:
+        table.add_row(prediction.path, "-", "-", f"[red]{prediction.error}[/red]")
+        return
+    (best, probability), *others = prediction.classes
+    rest = ", ".join(f"{name} {share:.1%}" for name, share in others)
+    table.add_row(prediction.path, best, f"{probability:.1%}", rest)
+
+
+def main() -> None:
+    """Run the command; typed errors become one line and an exit code."""
+    try:
+        app()
+    except (SFPromptError, DataError) as error:
+        err.print(f"[red]error[/red]: {error}", highlight=False, markup=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        err.print("stopped")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+"""A device's life in a run: join, take assignments until it is told to stop, leave."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from edge_client.blob_cache import BlobCache
+from edge_client.data import Augmentation, BatchReader, Dataset
+from edge_client.device_model import DeviceModel
+from edge_client.phases import evaluate, keep_samples, local_update, split_train
+from edge_client.phases.context import RoundContext
+from edge_client.reporter import Reporter
+from edge_client.transport import Server
+from protocol.errors import EmptyUpdate, InvalidField, RunClosed, StaleRound
+from protocol.messages import (
+    Assignment,
+    BlobRef,
+    EvaluationReport,
+    JoinRequest,
+    JoinResponse,
+    RunStatus,
+    Task,
+    UpdateMeta,
+)
+from protocol.seeds import derive_seed
+from split_model import load_state
+
+_POLL_S = 20.0
+
+
+@dataclass
+class Participant:
+    """One device in one run.
+
+    Args:
+        server: where to; authenticated by `join`.
+        data: this device's own train and test images.
+        folder: for cached files of the server.
+        name: what people call this device.
+        cache_bytes: how much memory resized images may take, per set.
+    """
+
+    server: Server
+    data: Dataset
+    folder: Path
+    name: str
+    reporter: Reporter
+    cache_bytes: int = 256 * 1024 * 1024
+
+    def join(self, run: str, key: str, join_token: str | None = None) -> None:
+        """Join, and get the head and the first global state, from the cache where it has them.
+
+        Raises:
+            InvalidField: this device's classes are more than the run has.
+            RunClosed: the run is over.
+        """
+        request = JoinRequest(
+            name=self.name,
+            train_samples=len(self.data.train),
+            test_samples=len(self.data.test),
+            num_classes=len(self.data.class_names),
+        )
+        joined: JoinResponse = self.server.join(run, request, key, join_token)
+        self.id, self.run = joined.participant, joined.run
+        self.settings = joined.run.settings
+        self.server.authenticate(joined.credential)
+        if len(self.data.class_names) > self.settings.model.num_classes:
+            raise InvalidField(
+                "the data have more classes than the run",
+                field="data",
+                limit=self.settings.model.num_classes,
+                value=len(self.data.class_names),
+            )
+        self.files = BlobCache(self.folder)
+        head = self.files.fetch(self.run.head, lambda start: self.server.head(self.run.id, start))
+        state = self._state_file(self.run.state)
+        self.model = DeviceModel.load(self.settings.model, head, state)
+        augmentation = None
+        if self.settings.training.augment:
+            augmentation = Augmentation(derive_seed(self.settings.seed, "augment", self.id))
+        way = self.model.preprocessing
+        self._train = BatchReader(
+            self.data.train, way, cache_bytes=self.cache_bytes, augmentation=augmentation
+        )
+        self._test = BatchReader(self.data.test, way, cache_bytes=self.cache_bytes)
+        self.reporter.event(
+            "joined",
+            participant=self.id,
+            name=self.name,
+            train_samples=len(self.data.train),
+            test_samples=len(self.data.test),
+        )
+
+    def take_part(self) -> Assignment:
+        """Do what the server asks for until it says stop. Returns that last assignment."""
+        done: Assignment | None = None
+        while True:
+            assignment = self.server.assignment(self.run.id, done, _POLL_S)
+            if assignment.task is Task.STOP:
+                traffic = self.server.traffic()
+                self.reporter.event(
+                    "stopped",
+                    status=str(assignment.status),
+                    reason=assignment.reason,
+                    traffic=traffic.to_dict(),
+                )
+                return assignment
+            if done is None or _differ(assignment, done):
+                self._carry_out(assignment)
+            done = assignment
+
+    def _carry_out(self, assignment: Assignment) -> None:
+        try:
+            if assignment.task is Task.TRAIN:
+                self._train_round(assignment)
+            elif assignment.task is Task.EVALUATE:
+                self._evaluate(assignment)
+        except EmptyUpdate as error:
+            self.reporter.event("nothing-to-train", round=assignment.round, reason=str(error))
+        except (StaleRound, RunClosed) as error:
+            self.reporter.event("left-behind", round=assignment.round, reason=str(error))
+
+    def _train_round(self, assignment: Assignment) -> None:
+        started, before = time.monotonic(), self.server.traffic()
+        self._take_state(assignment)
+        if assignment.round == 1 and self.settings.model.prompt_init == "mean-token":
+            self.model.add_mean_token(self._train)
+        context = RoundContext(
+            self.settings,
+            self.name,
+            assignment.round,
+            assignment.attempt,
+            self.model,
+            self._train,
+            self.reporter.advance,
+        )
+        kept = keep_samples(context)
+        local_loss = local_update(context)
+        train_loss = split_train(context, self.server, kept) if len(kept) else None
+        meta = UpdateMeta(
+            round=assignment.round,
+            attempt=assignment.attempt,
+            samples=len(kept),
+            train_loss=train_loss,
+            local_loss=local_loss,
+        )
+        codec = self.settings.wire.updates
+        self.server.send_update(self.run.id, meta, self.model.state(), codec)
+        self.reporter.event(
+            "trained",
+            round=assignment.round,
+            kept=len(kept),
+            local_loss=local_loss,
+            train_loss=train_loss,
+            seconds=time.monotonic() - started,
+            bytes=self.server.traffic().since(before).total(),
+        )
+
+    def _evaluate(self, assignment: Assignment) -> None:
+        self._take_state(assignment)
+        measured = evaluate(
+            self.model,
+            self.server,
+            self._test,
+            round_=assignment.round,
+            codec=self.settings.wire.smashed,
+            advance=self.reporter.advance,
+        )
+        report = EvaluationReport(
+            round=assignment.round,
+            attempt=assignment.attempt,
+            samples=measured.samples,
+            correct=measured.correct,
+            loss_sum=measured.loss_sum,
+        )
+        self.server.send_evaluation(self.run.id, report)
+        self.reporter.event(
+            "evaluated",
+            round=assignment.round,
+            samples=measured.samples,
+            accuracy=measured.correct / measured.samples if measured.samples else None,
+        )
+
+    def _take_state(self, assignment: Assignment) -> None:
+        self.model.apply(load_state(self._state_file(assignment.state)))
+        self.files.drop_old(keep={self.run.head.sha256})
+
+    def _state_file(self, ref: BlobRef) -> Path:
+        return self.files.fetch(ref, lambda start: self.server.state(self.run.id, ref, start))
+
+
+def _differ(one: Assignment, other: Assignment) -> bool:
+    return (one.task, one.round, one.attempt) != (other.task, other.round, other.attempt)
+
+
+def succeeded(last: Assignment) -> bool:
+    """Whether the run ended as it was meant to."""
+    return last.status is RunStatus.FINISHED

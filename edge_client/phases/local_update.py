@@ -1,0 +1,38 @@
+"""Phase 1b: tune prompts and tail on the device alone, with the body left out."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from edge_client.phases.context import RoundContext
+from edge_client.schedule import make_optimizer, set_progress
+
+
+def local_update(context: RoundContext) -> float | None:
+    """The local-loss update of SFPrompt (arXiv 2407.17533, section 3), on all samples.
+
+    The head's output goes straight into the tail; nothing crosses the network.
+
+    Returns:
+        The mean cross-entropy over the last epoch; None where there was nothing to do.
+    """
+    training, model = context.run.training, context.model
+    samples = len(context.samples)
+    if training.local_epochs == 0 or samples == 0:
+        return None
+    optimizer = make_optimizer(
+        training, model.prompts, model.tail, scale=training.local_learning_rate_scale
+    )
+    set_progress(optimizer, context.rate_factor(0, 1))
+    loss_sum = 0.0
+    everything = torch.arange(samples)
+    for epoch, positions in context.batches("local", everything, training.local_epochs):
+        images, labels = context.samples.read(positions, epoch=epoch)
+        loss = F.cross_entropy(model.tail(model.head(images, model.prompts)), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if epoch == training.local_epochs - 1:
+            loss_sum += loss.item() * len(positions)
+    return loss_sum / samples

@@ -1,0 +1,34 @@
+"""Phase 1a: score every sample through head and tail alone, and keep the best."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from edge_client.phases.context import RoundContext
+from pruning import SCORES, keep_highest
+
+
+@torch.no_grad()
+def keep_samples(context: RoundContext) -> Tensor:
+    """Positions [k] of the samples to keep for split training, ascending.
+
+    The shortcut of SFPrompt (arXiv 2407.17533, section 3): head → tail without body and prompts.
+    With ``keep_fraction`` 1 nothing is scored.
+    """
+    training = context.run.training
+    everything = torch.arange(len(context.samples))
+    if training.keep_fraction == 1 or len(everything) == 0:
+        return everything
+    model, labels = context.model, context.samples.image_set.labels
+    logits, inputs = [], []
+    chunks = everything.split(128)
+    for done, positions in enumerate(chunks, start=1):
+        images, _ = context.samples.read(positions)
+        smashed = model.head(images)  # [b, T, D]
+        inputs.append(model.tail.pool(smashed))
+        logits.append(model.tail(smashed))
+        context.advance("prune", done, len(chunks))
+    generator = torch.Generator().manual_seed(context.seed("prune"))
+    scores = SCORES[training.pruning](torch.cat(logits), labels, torch.cat(inputs), generator)
+    return keep_highest(scores, training.keep_fraction, labels, training.prune_per_class)

@@ -1,0 +1,112 @@
+"""Classify image files through the server's body with a run's tuned state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from edge_client.blob_cache import BlobCache
+from edge_client.data import CorruptImageError
+from edge_client.data.decode import decode_file
+from edge_client.device_model import DeviceModel
+from edge_client.transport import Server
+from protocol.errors import NotFound
+from protocol.messages import JoinRequest, RunView
+
+_BATCH = 32
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One image's most probable classes, best first, or why there are none."""
+
+    path: str
+    classes: tuple[tuple[str, float], ...] = ()
+    error: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        if self.error is not None:
+            return {"path": self.path, "error": self.error}
+        return {"path": self.path, "classes": dict(self.classes)}
+
+
+def image_files(paths: Iterable[Path]) -> list[Path]:
+    """The image files among ``paths`` and below the folders among them, sorted.
+
+    Raises:
+        NotFound: a path does not exist, or there is no image at all.
+    """
+    suffixes = set(Image.registered_extensions())
+    files: list[Path] = []
+    for path in paths:
+        if not path.exists():
+            raise NotFound("no such file or folder", field="images", value=str(path))
+        if path.is_dir():
+            files += sorted(f for f in path.rglob("*") if f.suffix.lower() in suffixes)
+        else:
+            files.append(path)
+    if not files:
+        raise NotFound("no image file found", field="images", limit=sorted(suffixes)[:12])
+    return files
+
+
+class Predictor:
+    """Head and tail on this device, the body on the server.
+
+    Args:
+        run: whose newest global state to use.
+        folder: for cached files of the server.
+    """
+
+    def __init__(self, server: Server, run: RunView, folder: Path) -> None:
+        self._server, self._run = server, run
+        self._files = BlobCache(folder)
+
+    def join(self, key: str, name: str, join_token: str | None = None) -> None:
+        """Get a credential and the model's parts. No data are announced: nothing to train on."""
+        classes = self._run.settings.model.num_classes
+        request = JoinRequest(name=name, train_samples=0, test_samples=0, num_classes=classes)
+        joined = self._server.join(self._run.id, request, key, join_token)
+        self._server.authenticate(joined.credential)
+        run = self._run = joined.run
+        head = self._files.fetch(run.head, lambda start: self._server.head(run.id, start))
+        state = self._files.fetch(
+            run.state, lambda start: self._server.state(run.id, run.state, start)
+        )
+        self._model = DeviceModel.load(run.settings.model, head, state)
+
+    @torch.no_grad()
+    def predict(self, files: list[Path], top: int) -> Iterator[Prediction]:
+        """The ``top`` classes of each file, in order; an unreadable file is named and passed."""
+        names = self._run.settings.class_names
+        labels = names or tuple(map(str, range(self._run.settings.model.num_classes)))
+        way = self._model.preprocessing
+        for start in range(0, len(files), _BATCH):
+            chunk = files[start : start + _BATCH]
+            images, errors = [], {}
+            for path in chunk:
+                try:
+                    images.append(way.resize(decode_file(path).unsqueeze(0)))  # [1, 3, S, S]
+                except CorruptImageError as error:
+                    errors[path] = str(error)
+            shares = iter(self._shares(way.normalise(torch.cat(images)), start) if images else [])
+            for path in chunk:
+                if path in errors:
+                    yield Prediction(str(path), error=errors[path])
+                    continue
+                best = next(shares).topk(min(top, len(labels)))
+                pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+                yield Prediction(str(path), tuple((labels[i], share) for i, share in pairs))
+
+    def _shares(self, images: torch.Tensor, start: int) -> torch.Tensor:
+        """Probabilities [B, C] of images [B, 3, S, S]."""
+        model, codec = self._model, self._run.settings.wire.smashed
+        smashed = model.head(images, model.prompts)
+        step = f"predict.{start}"
+        features = self._server.infer(smashed, step=step, round_=self._run.round, codec=codec)
+        return model.tail(features).softmax(dim=1)

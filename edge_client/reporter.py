@@ -1,0 +1,73 @@
+"""What a device says of its work: bars for people, lines of JSON for programs."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Any, Protocol, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+
+class Reporter(Protocol):
+    """Told of everything that a person or a launcher may want to see."""
+
+    def event(self, kind: str, **data: Any) -> None:
+        """Something happened, e.g. ``joined`` or ``round-done``."""
+
+    def advance(self, phase: str, done: int, total: int) -> None:
+        """``done`` of ``total`` batches of a phase are behind."""
+
+    def close(self) -> None: ...
+
+
+class JsonReporter:
+    """One JSON object a line; progress at most five times a second."""
+
+    def __init__(self, out: TextIO = sys.stdout) -> None:
+        self._out = out
+        self._last = 0.0
+
+    def event(self, kind: str, **data: Any) -> None:
+        print(json.dumps({"event": kind, **data}), file=self._out, flush=True)
+
+    def advance(self, phase: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if done == total or now - self._last >= 0.2:
+            self._last = now
+            self.event("progress", phase=phase, done=done, total=total)
+
+    def close(self) -> None:
+        self._out.flush()
+
+
+class BarReporter:
+    """A bar for the phase at hand, a line for every event."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description:>10}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=console or Console(stderr=True),
+            transient=True,
+        )
+        self._progress.start()
+        self._task = self._progress.add_task("waiting", total=None)
+
+    def event(self, kind: str, **data: Any) -> None:
+        shown = "  ".join(f"{name} {_short(value)}" for name, value in data.items())
+        self._progress.console.print(f"[bold]{kind}[/bold]  {shown}", highlight=False)
+
+    def advance(self, phase: str, done: int, total: int) -> None:
+        self._progress.update(self._task, description=phase, completed=done, total=total)
+
+    def close(self) -> None:
+        self._progress.stop()
+
+
+def _short(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,58 @@
+"""Optimiser and learning rates of a participant, fresh in every round."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from protocol.settings import TrainingSettings
+
+
+def learning_rate_factor(training: TrainingSettings, progress: float, rounds: int) -> float:
+    """The factor on the learning rates when ``progress`` (0 … 1) of the run is behind.
+
+    A linear warm-up over ``warmup_rounds``, then constant or half a cosine down to 0.
+    """
+    warm = min(training.warmup_rounds / rounds, 1.0)
+    if progress < warm:
+        return progress / warm
+    if training.schedule == "constant" or warm == 1.0:
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * (progress - warm) / (1 - warm)))
+
+
+def make_optimizer(
+    training: TrainingSettings, prompts: nn.Parameter | None, tail: nn.Module, scale: float = 1.0
+) -> torch.optim.Optimizer:
+    """An optimiser with one group for the prompts and one for the tail.
+
+    Each group remembers its full rate as ``full_lr``; `set_progress` works from that. Weight decay
+    is for the tail alone: prompts are inputs, not weights.
+    """
+    groups = [
+        {
+            "params": [] if prompts is None else [prompts],
+            "lr": training.prompt_learning_rate * scale,
+            "weight_decay": 0.0,
+        },
+        {
+            "params": list(tail.parameters()),
+            "lr": training.tail_learning_rate * scale,
+            "weight_decay": training.weight_decay,
+        },
+    ]
+    for group in groups:
+        group["full_lr"] = group["lr"]
+    if training.optimizer == "sgd":
+        return torch.optim.SGD(groups, momentum=training.momentum)
+    if training.optimizer == "adam":
+        return torch.optim.Adam(groups)
+    return torch.optim.AdamW(groups)
+
+
+def set_progress(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Set every group's learning rate to ``factor`` of its full rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["full_lr"] * factor

@@ -1,0 +1,159 @@
+"""The header of a frame: msgpack of a closed set of types, and nothing else.
+
+Text, whole numbers of 64 bits, finite floating-point numbers, booleans, nil, lists, and maps with
+text for keys. No binary, no extension type, no time-stamp: nothing in a header names code.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import msgpack
+
+from protocol.errors import MalformedFrame, TooLarge
+from protocol.limits import FrameLimits
+
+__all__ = ["check_text", "pack_header", "unpack_header"]
+
+_KEYS = {"kind", "meta", "tensors"}
+_SPEC_KEYS = 4  # of the map that describes one tensor
+
+
+def pack_header(kind: str, meta: dict[str, Any], tensors: list[dict[str, Any]]) -> bytes:
+    """The header as bytes: the keys in this order, every number in its shortest form.
+
+    Raises:
+        MalformedFrame: a value that msgpack cannot hold.
+    """
+    try:
+        packed: bytes = msgpack.packb({"kind": kind, "meta": meta, "tensors": tensors})
+    except (TypeError, ValueError, OverflowError) as error:
+        raise MalformedFrame(f"the header cannot be packed ({error})", field="header") from error
+    return packed
+
+
+def unpack_header(
+    packed: memoryview | bytes, limits: FrameLimits
+) -> tuple[str, dict[str, Any], list[Any]]:
+    """The kind, the meta part and the raw descriptions of the tensors.
+
+    The first two are checked through and through; the third is a list, and no more is said of it.
+
+    Raises:
+        MalformedFrame: not msgpack, a type outside the closed set, or a missing or unknown part.
+        TooLarge: a text, a list, a map or the nesting is over its limit.
+    """
+    # msgpack takes memory for a list as soon as its length is declared, hence the bound.
+    items = max(limits.max_items, limits.max_tensors, _SPEC_KEYS)
+    try:
+        header = msgpack.unpackb(
+            packed,
+            raw=False,
+            strict_map_key=True,
+            object_pairs_hook=_map_of_pairs,
+            ext_hook=_refuse_extension,
+            max_ext_len=0,
+            max_bin_len=0,
+            max_array_len=items,
+            max_map_len=items,
+        )
+    except (ValueError, msgpack.UnpackException, RecursionError) as error:
+        if "exceeds max_array_len" in str(error) or "exceeds max_map_len" in str(error):
+            raise TooLarge(
+                f"a list or map in the header is too long ({error})", field="header", limit=items
+            ) from error
+        raise MalformedFrame(
+            f"the header is not msgpack of the allowed kinds ({error})", field="header"
+        ) from error
+    if not isinstance(header, dict) or set(header) != _KEYS:
+        raise _not_a_header(header)
+    kind, meta, tensors = header["kind"], header["meta"], header["tensors"]
+    if not isinstance(kind, str) or not isinstance(meta, dict) or not isinstance(tensors, list):
+        raise _not_a_header(header)
+    check_text(kind, "kind", limits)
+    _check_value(meta, "meta", limits, depth=1)
+    if len(tensors) > limits.max_tensors:
+        raise TooLarge(
+            "the frame has too many tensors",
+            field="tensors",
+            limit=limits.max_tensors,
+            value=len(tensors),
+        )
+    return kind, meta, tensors
+
+
+def check_text(text: str, where: str, limits: FrameLimits) -> None:
+    """Refuse a text of more bytes than `FrameLimits.max_text`.
+
+    Raises:
+        TooLarge: it is longer.
+    """
+    length = len(text.encode())
+    if length > limits.max_text:
+        raise TooLarge(
+            "a text in the header is too long", field=where, limit=limits.max_text, value=length
+        )
+
+
+def _not_a_header(header: object) -> MalformedFrame:
+    return MalformedFrame(
+        "a header is a map of exactly kind (text), meta (map) and tensors (list)",
+        field="header",
+        limit=sorted(_KEYS),
+        value=sorted(header) if isinstance(header, dict) else type(header).__name__,
+    )
+
+
+def _refuse_extension(code: int, _data: bytes) -> None:
+    raise ValueError(f"extension type {code}")
+
+
+def _map_of_pairs(pairs: list[tuple[object, Any]]) -> dict[str, Any]:
+    made: dict[str, Any] = {}
+    for key, value in pairs:
+        if not isinstance(key, str):
+            raise ValueError("a key that is not text")
+        if key in made:
+            raise ValueError("a key that stands twice in one map")
+        made[key] = value
+    return made
+
+
+def _check_value(value: object, where: str, limits: FrameLimits, depth: int) -> None:
+    if value is None or isinstance(value, (bool, int)):
+        return
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise MalformedFrame("a number is not finite", field=where, value=str(value))
+    elif isinstance(value, str):
+        check_text(value, where, limits)
+    elif isinstance(value, (dict, list)):
+        _check_size(value, where, limits, depth)
+        if isinstance(value, dict):
+            for key, item in value.items():
+                check_text(key, where, limits)
+                _check_value(item, f"{where}.{key}", limits, depth + 1)
+        else:
+            for index, item in enumerate(value):
+                _check_value(item, f"{where}.{index}", limits, depth + 1)
+    else:
+        raise MalformedFrame(
+            "a value of a type that no frame carries", field=where, value=type(value).__name__
+        )
+
+
+def _check_size(
+    value: dict[str, Any] | list[Any], where: str, limits: FrameLimits, depth: int
+) -> None:
+    if depth > limits.max_depth:
+        raise TooLarge(
+            "lists and maps stand too deep within each other",
+            field=where,
+            limit=limits.max_depth,
+            value=depth,
+        )
+    if len(value) > limits.max_items:
+        raise TooLarge(
+            "a list or map is too long", field=where, limit=limits.max_items, value=len(value)
+        )

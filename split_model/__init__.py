@@ -1,0 +1,95 @@
+"""One timm backbone cut in head, body and tail, with soft prompts."""
+
+from split_model.architecture import (
+    Anatomy,
+    UnsupportedBackboneError,
+    anatomy,
+    body_blocks,
+    skeleton,
+    supported_backbones,
+)
+from split_model.body import Body
+from split_model.cost import PartBytes, part_bytes
+from split_model.export import TunedModel, export_model, load_exported
+from split_model.head import Head
+from split_model.head_file import (
+    ImagePreparation,
+    image_preparation,
+    read_head_file,
+    write_head_file,
+)
+from split_model.packaged import PackagedBackboneError
+from split_model.part import TokenCountError, WeightsMismatchError
+from split_model.parts import (
+    body_names,
+    build_body,
+    build_head,
+    build_tail,
+    head_names,
+    tail_names,
+)
+from split_model.prompts import initial_prompts, insert_prompts, prompt_shape
+from split_model.settings import SplitSettings, SplitSettingsError
+from split_model.tail import Tail
+from split_model.tensor_file import TensorFileError
+from split_model.tuned_state import (
+    TunedState,
+    apply_state,
+    check_state,
+    initial_state,
+    load_state,
+    read_state,
+    save_state,
+    state_shapes,
+    tail_tensors,
+)
+from split_model.weights import BackboneFile, WeightSourceError, open_backbone, prepare_backbone
+
+__all__ = [
+    "Anatomy",
+    "BackboneFile",
+    "Body",
+    "Head",
+    "ImagePreparation",
+    "PackagedBackboneError",
+    "PartBytes",
+    "SplitSettings",
+    "SplitSettingsError",
+    "Tail",
+    "TensorFileError",
+    "TokenCountError",
+    "TunedModel",
+    "TunedState",
+    "UnsupportedBackboneError",
+    "WeightSourceError",
+    "WeightsMismatchError",
+    "anatomy",
+    "apply_state",
+    "body_blocks",
+    "body_names",
+    "build_body",
+    "build_head",
+    "build_tail",
+    "check_state",
+    "export_model",
+    "head_names",
+    "image_preparation",
+    "initial_prompts",
+    "initial_state",
+    "insert_prompts",
+    "load_exported",
+    "load_state",
+    "open_backbone",
+    "part_bytes",
+    "prepare_backbone",
+    "prompt_shape",
+    "read_head_file",
+    "read_state",
+    "save_state",
+    "skeleton",
+    "state_shapes",
+    "supported_backbones",
+    "tail_names",
+    "tail_tensors",
+    "write_head_file",
+]

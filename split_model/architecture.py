@@ -1,0 +1,175 @@
+"""Which timm architectures can be cut, and their skeletons on the meta device."""
+
+import copy
+import dataclasses
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+
+from split_model.libraries import timm
+from split_model.settings import SplitSettings, SplitSettingsError
+
+# Every architecture that these modules of timm register is of one of the classes below.
+_MODULES = ("vision_transformer", "vision_transformer_hybrid", "deit", "vitamin", "eva", "beit")
+_SUPPORTED = (
+    "timm architectures of the classes VisionTransformer (also distilled and hybrid), Eva and "
+    "Beit: see split_model.supported_backbones()"
+)
+
+
+class UnsupportedBackboneError(ValueError):
+    """timm does not know the backbone, or it is no plain vision transformer that can be cut.
+
+    Attributes: `backbone` (its name), `supported` (what can be cut, in words).
+    """
+
+    def __init__(self, backbone: str, reason: str) -> None:
+        super().__init__(f"cannot cut {backbone!r}: {reason}; supported are {_SUPPORTED}")
+        self.backbone = backbone
+        self.supported = _SUPPORTED
+
+
+@dataclasses.dataclass(frozen=True)
+class Anatomy:
+    """The sizes of a cut backbone that both ends compute with."""
+
+    depth: int  # blocks in all
+    width: int  # features per token
+    prefix: int  # class, distillation and register tokens, at the front
+    patches: int  # image tokens
+    family: str  # "plain", "rotary" (Eva) or "relative" (Beit)
+    leading: int | None  # the first features that the tail reads; None: it reads them all
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one image without prompts."""
+        return self.prefix + self.patches
+
+
+@functools.cache
+def supported_backbones() -> list[str]:
+    """The names of all architectures that can be cut, sorted."""
+    return sorted({name for module in _MODULES for name in timm.list_models(module=module)})
+
+
+def family_of(model: nn.Module) -> str | None:
+    """How the blocks of a timm model learn positions, or None where it cannot be cut."""
+    models = timm.models
+    # Exact types: a subclass may have changed the forward pass.
+    if type(model) in (models.VisionTransformer, models.deit.VisionTransformerDistilled):
+        return "plain"
+    if type(model) is models.eva.Eva:
+        return "rotary"
+    if type(model) is models.beit.Beit:
+        return "relative"
+    return None
+
+
+def check_backbone(backbone: str) -> None:
+    """Raise `UnsupportedBackboneError` unless timm registers the backbone under its name."""
+    if ":" in backbone or not timm.is_model(backbone):
+        raise UnsupportedBackboneError(backbone, "timm has no architecture of that name")
+    architecture = backbone.split(".", 1)[0]
+    module = timm.model_entrypoint(architecture).__module__
+    built_in = module.startswith("timm.models.")
+    if built_in and architecture not in supported_backbones():
+        raise UnsupportedBackboneError(backbone, f"it comes from {module}")
+
+
+def create(settings: SplitSettings, num_classes: int, **arguments: Any) -> nn.Module:
+    """timm's own model for the settings, in eval mode, on torch's default device.
+
+    Raises `UnsupportedBackboneError`, or `SplitSettingsError` where timm refuses the arguments.
+    """
+    check_backbone(settings.backbone)
+    arguments = {**dict(settings.model_overrides), **arguments}
+    try:
+        model: nn.Module = timm.create_model(
+            settings.backbone, img_size=settings.image_size, num_classes=num_classes, **arguments
+        )
+    except (AssertionError, TypeError, ValueError) as error:
+        limit = f"what {settings.backbone} accepts at {settings.image_size} pixels ({error})"
+        raise SplitSettingsError("model_overrides", limit, settings.model_overrides) from error
+    if family_of(model) is None:
+        raise UnsupportedBackboneError(settings.backbone, f"it is a {type(model).__name__}")
+    return model.eval()
+
+
+def skeleton(settings: SplitSettings) -> nn.Module:
+    """timm's model with the settings' classifier on the meta device: shapes without memory.
+
+    Raises `UnsupportedBackboneError` or `SplitSettingsError`.
+    """
+    return copy.deepcopy(_checked(settings))  # the caller will take it apart
+
+
+@functools.lru_cache(maxsize=16)
+def _pristine(settings: SplitSettings) -> nn.Module:
+    # Meta tensors take no memory, and building anew takes ten times as long as copying.
+    with torch.device("meta"):
+        return create(settings, settings.num_classes)
+
+
+@functools.lru_cache(maxsize=64)
+def anatomy(settings: SplitSettings) -> Anatomy:
+    """The sizes of the backbone that the settings describe. Raises as `skeleton` does."""
+    return _measure(_checked(settings))
+
+
+def _checked(settings: SplitSettings) -> nn.Module:
+    uncut = dataclasses.replace(
+        settings, cut=0, tail_blocks=0, prompt_at="input", prompt_depth="shallow", prompt_count=0
+    )
+    pristine = _pristine(uncut)
+    _check(settings, _measure(pristine))
+    _check_image(settings, pristine)
+    return pristine
+
+
+def body_blocks(settings: SplitSettings) -> range:
+    """The numbers of the body's blocks in the whole model."""
+    return range(settings.cut, anatomy(settings).depth - settings.tail_blocks)
+
+
+def _measure(model: Any) -> Anatomy:
+    distilled = hasattr(model, "head_dist")
+    by_token = model.global_pool == "token" and getattr(model, "attn_pool", None) is None
+    return Anatomy(
+        depth=len(model.blocks),
+        width=int(model.embed_dim),
+        prefix=int(model.num_prefix_tokens),
+        patches=int(model.patch_embed.num_patches),
+        family=family_of(model) or "",
+        leading=(2 if distilled else 1) if by_token else None,
+    )
+
+
+def _check(settings: SplitSettings, sizes: Anatomy) -> None:
+    if sizes.patches < 1:
+        raise SplitSettingsError("image_size", "at least one patch", settings.image_size)
+    if settings.tail_blocks > sizes.depth:
+        limit = f"at most the {sizes.depth} blocks of {settings.backbone}"
+        raise SplitSettingsError("tail_blocks", limit, settings.tail_blocks)
+    last = sizes.depth - settings.tail_blocks
+    if settings.cut > last:
+        limit = f"from 0 to {last} (depth {sizes.depth} less {settings.tail_blocks} tail blocks)"
+        raise SplitSettingsError("cut", limit, settings.cut)
+    if settings.prompt_count and settings.prompt_at == "cut":
+        # Prompts act by attention only: without a block behind them they would do nothing.
+        if settings.prompt_depth == "deep" and settings.cut == last:
+            limit = "'shallow' where the body has no blocks"
+            raise SplitSettingsError("prompt_depth", limit, settings.prompt_depth)
+        if settings.cut == sizes.depth:
+            limit = "'input' where no block follows the cut"
+            raise SplitSettingsError("prompt_at", limit, settings.prompt_at)
+
+
+def _check_image(settings: SplitSettings, model: Any) -> None:
+    embed = model.patch_embed
+    if not getattr(model, "dynamic_img_size", False) or hasattr(embed, "backbone"):
+        return
+    side = max(embed.patch_size)
+    if settings.image_size % side and not getattr(model, "dynamic_img_pad", False):
+        raise SplitSettingsError("image_size", f"a multiple of {side}", settings.image_size)

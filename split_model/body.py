@@ -1,0 +1,48 @@
+"""The body: the blocks between head and tail, on the server, frozen."""
+
+from torch import Tensor
+
+from split_model.architecture import body_blocks
+from split_model.part import POSITIONS, Part, TokenCountError
+from split_model.prompts import insert_prompts, prompt_shape, replace_prompts
+from split_model.settings import SplitSettings
+
+
+class Body(Part):
+    """Smashed data to features. It keeps nothing between calls, so threads may share it."""
+
+    def __init__(self, settings: SplitSettings) -> None:
+        super().__init__(settings, body_blocks(settings), POSITIONS)
+
+    def forward(self, smashed: Tensor, prompts: Tensor | None = None) -> Tensor:
+        """[B, T, D] to features [B, T', D].
+
+        `prompts`, where they join at the cut: [L, P, D] for the whole batch, or [B, L, P, D] for
+        a batch of several participants; L is 1 (shallow) or the number of body blocks (deep).
+        T' is T, and P more with such prompts. Raises `TokenCountError`.
+        """
+        inside = self.prompt_tokens(smashed, "smashed data")
+        if prompts is None:
+            return self.run(smashed, inside)
+        self._check_prompts(smashed, prompts, inside)
+        prefix = self.sizes.prefix
+        tokens = insert_prompts(smashed, _layer(prompts, 0), prefix)
+
+        def refresh(place: int, now: Tensor) -> Tensor:
+            return replace_prompts(now, _layer(prompts, place), prefix) if place else now
+
+        deep = self.settings.prompt_depth == "deep"
+        return self.run(tokens, prompts.shape[-2], refresh if deep else None)
+
+    def _check_prompts(self, smashed: Tensor, prompts: Tensor, inside: int) -> None:
+        given = tuple(prompts.shape)
+        if self.settings.prompt_at != "cut" or inside:
+            raise TokenCountError("prompts", "absent: they are in the smashed data", given)
+        one = prompt_shape(self.settings)
+        if given not in (one, (smashed.shape[0], *one)):
+            limit = f"of shape {list(one)} or {[int(smashed.shape[0]), *one]}"
+            raise TokenCountError("prompts", limit, given)
+
+
+def _layer(prompts: Tensor, place: int) -> Tensor:
+    return prompts[..., place, :, :]  # (P, D) or (B, P, D)

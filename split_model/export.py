@@ -1,0 +1,80 @@
+"""A tuned model as one file that runs without any server."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from split_model.parts import body_names, build_body, build_head, build_tail, head_names
+from split_model.settings import SplitSettings, SplitSettingsError
+from split_model.tensor_file import TensorFile, write_tensors
+from split_model.tuned_state import PROMPTS, check_state, tail_tensors
+from split_model.weights import open_backbone
+
+_BACKBONE = "backbone."
+
+
+class TunedModel(nn.Module):
+    """Head, body, tail and prompts in one module, for prediction."""
+
+    def __init__(
+        self,
+        settings: SplitSettings,
+        backbone: Mapping[str, Tensor],
+        state: Mapping[str, Tensor],
+    ) -> None:
+        """Raises `WeightsMismatchError` where the tensors do not fit the settings."""
+        super().__init__()
+        check_state(settings, state)
+        self.settings = settings
+        self.head = build_head(settings, backbone)
+        self.body = build_body(settings, backbone)
+        self.tail = build_tail(settings, tail_tensors(state)).requires_grad_(False)
+        self.register_buffer("prompts", state[PROMPTS].clone() if PROMPTS in state else None)
+        self.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, 3, S, S] to logits [B, C]."""
+        prompts: Tensor | None = self.get_buffer("prompts") if self.settings.prompt_count else None
+        at_input = self.settings.prompt_at == "input"
+        smashed = self.head(images, prompts if at_input else None)
+        features = self.body(smashed, None if at_input else prompts)
+        logits: Tensor = self.tail(features)
+        return logits
+
+
+def export_model(
+    settings: SplitSettings,
+    backbone_path: Path | str,
+    state: Mapping[str, Tensor],
+    out: Path | str,
+    extra_metadata: Mapping[str, str] | None = None,
+) -> Path:
+    """Write backbone, prompts and tail as one self-contained safetensors file.
+
+    Raises `WeightsMismatchError` or `TensorFileError`.
+    """
+    check_state(settings, state)
+    backbone = open_backbone(backbone_path)
+    names = dict.fromkeys([*head_names(settings), *body_names(settings)])
+    tensors = {_BACKBONE + name: backbone[name] for name in names}
+    metadata = {**(extra_metadata or {}), "settings": json.dumps(settings.to_dict())}
+    write_tensors(Path(out), {**tensors, **state}, metadata)
+    return Path(out)
+
+
+def load_exported(path: Path | str) -> TunedModel:
+    """The whole model from what `export_model` wrote: images [B, 3, S, S] to logits [B, C].
+
+    Raises `TensorFileError`, `SplitSettingsError` or `WeightsMismatchError`.
+    """
+    file = TensorFile(Path(path))
+    values = file.json("settings")
+    if not isinstance(values, dict):
+        raise SplitSettingsError("settings", "a mapping", values)
+    settings = SplitSettings.from_dict(values)
+    backbone = {n.removeprefix(_BACKBONE): file[n] for n in file if n.startswith(_BACKBONE)}
+    state = {n: file[n].to(torch.float32) for n in file if not n.startswith(_BACKBONE)}
+    return TunedModel(settings, backbone, state)

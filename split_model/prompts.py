@@ -1,0 +1,49 @@
+"""Soft prompts: their shape, their first values, and where they stand among the tokens."""
+
+import torch
+from torch import Tensor
+
+from split_model.architecture import anatomy, body_blocks
+from split_model.part import TokenCountError
+from split_model.settings import SplitSettings
+
+STANDARD_DEVIATION = 0.02  # timm's own for class and position tokens
+
+
+def prompt_shape(settings: SplitSettings) -> tuple[int, ...]:
+    """(P, D) where prompts join the input; (L, P, D) where they join at the cut, L insertions."""
+    one = (settings.prompt_count, anatomy(settings).width)
+    if settings.prompt_at == "input":
+        return one
+    layers = len(body_blocks(settings)) if settings.prompt_depth == "deep" else 1
+    return (layers, *one)
+
+
+def initial_prompts(settings: SplitSettings, seed: int, mean_token: Tensor | None = None) -> Tensor:
+    """First values, float32 on the CPU, of `prompt_shape`: normal with deviation 0.02.
+
+    With `mean_token` [D], the mean of the data's embedded tokens, the noise is added to it.
+    Raises `TokenCountError` where that has another shape.
+    """
+    shape = prompt_shape(settings)
+    generator = torch.Generator().manual_seed(seed)
+    prompts = torch.randn(shape, generator=generator) * STANDARD_DEVIATION
+    if mean_token is None:
+        return prompts
+    if tuple(mean_token.shape) != shape[-1:]:
+        raise TokenCountError("mean_token", f"[{shape[-1]}]", tuple(mean_token.shape))
+    return prompts + mean_token.detach().to("cpu", torch.float32)
+
+
+def insert_prompts(tokens: Tensor, prompts: Tensor, prefix: int) -> Tensor:
+    """[B, prefix + N, D] and prompts [P, D] or [B, P, D] joined to [B, prefix + P + N, D]."""
+    if prompts.ndim == 2:
+        prompts = prompts.expand(tokens.shape[0], -1, -1)  # (B, P, D)
+    prompts = prompts.to(tokens.dtype)
+    return torch.cat([tokens[:, :prefix], prompts, tokens[:, prefix:]], dim=1)
+
+
+def replace_prompts(tokens: Tensor, prompts: Tensor, prefix: int) -> Tensor:
+    """The prompts in [B, prefix + P + N, D] exchanged for others, [P, D] or [B, P, D]."""
+    behind = prefix + prompts.shape[-2]
+    return insert_prompts(torch.cat([tokens[:, :prefix], tokens[:, behind:]], 1), prompts, prefix)

@@ -1,0 +1,122 @@
+"""What is cut, where, and where the prompts go: the settings that both ends must share."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal, cast
+
+from protocol.settings import BackboneSettings
+
+PromptPlace = Literal["input", "cut"]
+PromptDepth = Literal["shallow", "deep"]
+
+# Settled by the other fields, or would load weights behind our back.
+_RESERVED_OVERRIDES = frozenset(
+    {"img_size", "num_classes", "in_chans", "pretrained", "pretrained_cfg", "checkpoint_path"}
+    | {"pretrained_cfg_overlay", "features_only", "use_naflex", "cache_dir", "device", "dtype"}
+)
+
+
+class SplitSettingsError(ValueError):
+    """A setting is outside its limit.
+
+    Attributes: `field` (its name), `limit` (what is allowed, in words), `value` (what was given).
+    """
+
+    def __init__(self, field: str, limit: str, value: object) -> None:
+        super().__init__(f"{field} must be {limit}, not {value!r}")
+        self.field = field
+        self.limit = limit
+        self.value = value
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitSettings:
+    """How a backbone is cut and prompted. Limits that need the architecture (the largest `cut`)
+    are checked when it is built; the others here.
+
+    Raises `SplitSettingsError` for a value outside its limit.
+    """
+
+    backbone: str = "vit_small_patch14_dinov2"  # a name that timm knows, with or without its tag
+    image_size: int = 56  # pixels, both sides
+    cut: int = 1  # blocks in the head, 0 … depth − tail_blocks
+    tail_blocks: int = 0  # blocks in the tail, besides norm, pooling and classifier
+    num_classes: int = 10
+    prompt_at: PromptPlace = "input"  # before the head's first block, or the body's
+    prompt_depth: PromptDepth = "shallow"  # deep: fresh prompts before every body block
+    prompt_count: int = 10  # soft tokens per insertion; 0: none
+    model_overrides: tuple[tuple[str, Any], ...] = ()  # further arguments of timm.create_model
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.backbone, str) or not self.backbone:
+            raise SplitSettingsError("backbone", "a non-empty string", self.backbone)
+        for field, low, high in (
+            ("image_size", 1, 4096),
+            ("cut", 0, 1024),
+            ("tail_blocks", 0, 1024),
+            ("num_classes", 1, 1_000_000),
+            ("prompt_count", 0, 4096),
+        ):
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+                raise SplitSettingsError(field, f"an integer from {low} to {high}", value)
+        if self.prompt_at not in ("input", "cut"):
+            raise SplitSettingsError("prompt_at", "'input' or 'cut'", self.prompt_at)
+        if self.prompt_depth not in ("shallow", "deep"):
+            raise SplitSettingsError("prompt_depth", "'shallow' or 'deep'", self.prompt_depth)
+        if self.prompt_depth == "deep" and self.prompt_at != "cut":
+            limit = "'shallow' where prompt_at is 'input'"
+            raise SplitSettingsError("prompt_depth", limit, self.prompt_depth)
+        object.__setattr__(self, "model_overrides", _overrides(self.model_overrides))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as values that JSON and msgpack can carry."""
+        values = dataclasses.asdict(self)
+        values["model_overrides"] = [list(pair) for pair in self.model_overrides]
+        return values
+
+    @classmethod
+    def of(cls, model: BackboneSettings) -> "SplitSettings":
+        """The part of a run's settings that shapes the model."""
+        return cls(
+            backbone=model.backbone,
+            image_size=model.image_size,
+            cut=model.cut,
+            tail_blocks=model.tail_blocks,
+            num_classes=model.num_classes,
+            prompt_at=model.prompt_at,
+            prompt_depth=model.prompt_depth,
+            prompt_count=model.prompt_count,
+        )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "SplitSettings":
+        """The inverse of `to_dict`. Raises `SplitSettingsError`, also for an unknown field."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        for name in values:
+            if name not in known:
+                raise SplitSettingsError(str(name), f"one of {sorted(known)}", name)
+        return cls(**cast(dict[str, Any], dict(values)))
+
+
+def _overrides(pairs: object) -> tuple[tuple[str, Any], ...]:
+    limit = "pairs of a name and a plain value"
+    if not isinstance(pairs, (tuple, list)):
+        raise SplitSettingsError("model_overrides", limit, pairs)
+    result = []
+    for pair in pairs:
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not isinstance(pair[0], str):
+            raise SplitSettingsError("model_overrides", limit, pair)
+        if pair[0] in _RESERVED_OVERRIDES:
+            raise SplitSettingsError("model_overrides", "free of reserved names", pair[0])
+        result.append((pair[0], _plain(pair[1])))
+    return tuple(result)
+
+
+def _plain(value: object) -> object:
+    # Lists become tuples, so that settings stay hashable after a trip through JSON.
+    if isinstance(value, (tuple, list)):
+        return tuple(_plain(item) for item in value)
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise SplitSettingsError("model_overrides", "plain values (numbers, strings, lists)", value)

@@ -1,0 +1,52 @@
+"""The tail: optionally the last blocks, then norm, pooling and classifier; on the device, tuned."""
+
+import torch
+from torch import Tensor
+
+from split_model.architecture import anatomy
+from split_model.part import OUTPUT, POSITIONS, Part
+from split_model.settings import SplitSettings
+
+
+class Tail(Part):
+    """Features to logits. Every parameter is trained.
+
+    With tail blocks, learned positions that all blocks share (mixed rotary frequencies, a shared
+    relative bias) are copied into the tail and trained there.
+    """
+
+    def __init__(self, settings: SplitSettings) -> None:
+        depth = anatomy(settings).depth
+        blocks = range(depth - settings.tail_blocks, depth)
+        super().__init__(settings, blocks, OUTPUT | POSITIONS if blocks else OUTPUT)
+
+    @property
+    def leading(self) -> int | None:
+        """How many leading feature tokens are enough, or None where all are needed."""
+        return None if self.blocks else self.sizes.leading
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[B, T, D] to logits [B, C].
+
+        T is prefix + N, with or without P prompts, or just `leading` tokens. Prompts act by
+        attention only: they are dropped ahead of pooling. Raises `TokenCountError`.
+        """
+        logits: Tensor = self.trunk.forward_head(self._normed(features))
+        return logits
+
+    def pool(self, features: Tensor) -> Tensor:
+        """[B, T, D] to what the classifier reads, [B, F]. Raises `TokenCountError`."""
+        pooled: Tensor = self.trunk.forward_head(self._normed(features), pre_logits=True)
+        return pooled
+
+    def _normed(self, features: Tensor) -> Tensor:
+        if self.leading is not None and features.ndim == 3 and features.shape[1] == self.leading:
+            tokens = features
+        else:
+            prompts = self.prompt_tokens(features, "features")
+            tokens = self.run(features, prompts)
+            prefix = self.sizes.prefix
+            if prompts:
+                tokens = torch.cat([tokens[:, :prefix], tokens[:, prefix + prompts :]], dim=1)
+        normed: Tensor = self.trunk.norm(tokens)
+        return normed

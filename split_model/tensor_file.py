@@ -1,0 +1,106 @@
+"""Named tensors in safetensors files: written whole or not at all, read lazily."""
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+class TensorFileError(ValueError):
+    """A tensor file is missing, broken, or not what it should be.
+
+    Attribute: `path`.
+    """
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.path = path
+
+
+class TensorFile(Mapping[str, Tensor]):
+    """The tensors of one safetensors file, each read when asked for.
+
+    Raises `TensorFileError` where the file cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            opened: Any = safe_open(str(path), framework="pt")
+        except (OSError, SafetensorError) as error:
+            raise TensorFileError(path, f"no readable safetensors file ({error})") from error
+        self._file = opened
+        self._names: tuple[str, ...] = tuple(opened.keys())
+        self.metadata: dict[str, str] = dict(opened.metadata() or {})
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        tensor: Tensor = self._file.get_tensor(name)
+        return tensor
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def json(self, key: str) -> Any:
+        """A metadata entry that holds JSON. Raises `TensorFileError`."""
+        try:
+            return json.loads(self.metadata[key])
+        except (KeyError, ValueError) as error:
+            raise TensorFileError(self.path, f"its metadata has no valid {key!r}") from error
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file so that a reader sees the old file or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        save_file(plain, name, metadata=dict(metadata or {}))
+        _publish(name, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small text file as `write_tensors` does."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        _publish(name, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file, as 64 hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _publish(name: str, path: Path) -> None:
+    with open(name, "rb") as file:
+        os.fsync(file.fileno())
+    os.chmod(name, 0o644)  # mkstemp's 0600 would hide a shared cache from other users
+    os.replace(name, path)

@@ -1,0 +1,61 @@
+"""Where a body runs and in which numbers: chosen, or checked where it was set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from protocol.errors import InvalidField
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A device and a dtype."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+
+def choose_placement(device: str = "auto", dtype: str = "auto") -> Placement:
+    """The device and dtype of the bodies.
+
+    ``auto``: CUDA before MPS before the CPU; bfloat16 on a CUDA device that computes in it,
+    float32 elsewhere. float16 is never chosen: gradients leave its range.
+
+    Raises:
+        InvalidField: the device is not there, or there is none of that name.
+    """
+    chosen = _choose_device(device)
+    if dtype == "auto":
+        fast = chosen.type == "cuda" and torch.cuda.is_bf16_supported()
+        return Placement(chosen, torch.bfloat16 if fast else torch.float32)
+    if dtype not in _DTYPES:
+        raise InvalidField("no such dtype", field="dtype", limit=["auto", *_DTYPES], value=dtype)
+    return Placement(chosen, _DTYPES[dtype])
+
+
+def _choose_device(name: str) -> torch.device:
+    present = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        return torch.device(next(kind for kind, there in present.items() if there))
+    if name not in present:
+        raise InvalidField("no such device", field="device", limit=["auto", *present], value=name)
+    if not present[name]:
+        raise InvalidField(
+            "torch does not see this device here",
+            field="device",
+            limit=["auto", *(kind for kind, there in present.items() if there)],
+            value=name,
+        )
+    return torch.device(name)

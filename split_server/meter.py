@@ -1,0 +1,146 @@
+"""Bytes at the socket, both ways, by participant and phase."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from protocol.traffic import Traffic
+from split_server.tables import ParticipantRow
+
+SOCKET_KEY = "sfprompt_socket"  # in the ASGI scope's state
+
+
+@dataclass
+class SocketCounter:
+    """What has passed through one connection and not been attributed yet.
+
+    ``last`` remembers whom to charge for bytes that come after the answer: a body that was
+    refused while it was still being sent.
+    """
+
+    received: int = 0
+    sent: int = 0
+    last: tuple[str, str, str] | None = None  # run, participant, path
+
+    def take(self) -> tuple[int, int]:
+        """The bytes (up, down) since the last call."""
+        taken = self.received, self.sent
+        self.received = self.sent = 0
+        return taken
+
+
+class _CountingTransport:
+    """Passes everything on to a transport and counts what is written."""
+
+    def __init__(self, inner: asyncio.Transport, counter: SocketCounter) -> None:
+        self._inner = inner
+        self._counter = counter
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        self._counter.sent += memoryview(data).nbytes
+        self._inner.write(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+
+class MeteredProtocol(HttpToolsProtocol):
+    """uvicorn's HTTP protocol with a counter beneath it: request lines and headers count too.
+
+    Under TLS it counts what is inside the encrypted stream, as the device does.
+    """
+
+    def connection_made(  # type: ignore[override]
+        self, transport: asyncio.Transport
+    ) -> None:
+        self.counter = SocketCounter()
+        counting = _CountingTransport(transport, self.counter)
+        super().connection_made(cast(asyncio.Transport, counting))
+
+    def data_received(self, data: bytes) -> None:
+        self.counter.received += len(data)
+        super().data_received(data)
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self.scope["state"][SOCKET_KEY] = self.counter
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        meter = self.app_state.get("meter")
+        if isinstance(meter, Meter) and self.counter.last is not None:
+            meter.charge(self.counter, *self.counter.last)
+
+
+class Meter:
+    """Totals of every participant. Counted on the event loop, read from any thread."""
+
+    def __init__(self) -> None:
+        self._totals: dict[str, dict[str, Traffic]] = {}
+        self._dirty: set[str] = set()
+        self._lock = threading.Lock()
+
+    def charge(self, counter: SocketCounter, run: str, participant: str, path: str) -> None:
+        """Put what a connection has counted on a participant's account."""
+        counter.last = (run, participant, path)
+        up, down = counter.take()
+        if not up and not down:
+            return
+        with self._lock:
+            self._account(run, participant).add(path, up, down)
+            self._dirty.add(run)
+
+    def participant(self, run: str, participant: str) -> Traffic:
+        """All of one participant's bytes so far."""
+        with self._lock:
+            return self._account(run, participant).copy()
+
+    def run(self, run: str) -> Traffic:
+        """All bytes of a run's participants so far."""
+        total = Traffic()
+        with self._lock:
+            for traffic in self._totals.get(run, {}).values():
+                total.merge(traffic)
+        return total
+
+    def load(self, session: Session) -> None:
+        """Begin with what was saved before a restart."""
+        rows = session.execute(
+            select(ParticipantRow.run_id, ParticipantRow.id, ParticipantRow.traffic)
+        )
+        with self._lock:
+            for run, participant, traffic in rows:
+                self._account(run, participant).merge(Traffic.from_dict(traffic))
+
+    def save(self, session: Session, run: str) -> None:
+        """Write a run's totals."""
+        with self._lock:
+            totals = {
+                participant: traffic.to_dict()
+                for participant, traffic in self._totals.get(run, {}).items()
+            }
+        self._write(session, run, totals)
+
+    def take_dirty(self) -> set[str]:
+        """The runs with bytes that have not been saved; they count as saved from here on."""
+        with self._lock:
+            dirty, self._dirty = self._dirty, set()
+        return dirty
+
+    def _write(
+        self, session: Session, run: str, totals: Mapping[str, Mapping[str, Any]]
+    ) -> None:
+        rows = session.scalars(select(ParticipantRow).where(ParticipantRow.run_id == run))
+        for row in rows:
+            row.traffic = dict(totals.get(row.id, row.traffic))
+
+    def _account(self, run: str, participant: str) -> Traffic:
+        return self._totals.setdefault(run, {}).setdefault(participant, Traffic())

@@ -1,0 +1,99 @@
+"""What a run needs of its model before it can begin: backbone, head file, first global state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import split_model
+from protocol.errors import FieldValue, InvalidField
+from protocol.messages import BlobRef
+from protocol.seeds import derive_seed
+from protocol.settings import RunSettings
+from split_model import SplitSettings
+from split_server.states import RunFiles
+
+
+@dataclass(frozen=True)
+class PreparedRun:
+    """The model's files of a new run."""
+
+    backbone_path: Path
+    backbone_bytes: int  # of the uncut model with its classifier, in float32
+    head: BlobRef
+    state: BlobRef
+
+
+def prepare_run(settings: RunSettings, files: RunFiles, cache_dir: Path) -> PreparedRun:
+    """Fetch or make the backbone, and write the head file and the first global state.
+
+    Takes seconds, or minutes where weights are downloaded: never call it on the event loop.
+
+    Raises:
+        InvalidField: the model cannot be had, or cannot be cut as the settings ask.
+    """
+    require_served(settings)
+    with model_errors():
+        split = SplitSettings.of(settings.model)
+        sizes = split_model.part_bytes(split)
+        backbone = split_model.prepare_backbone(split, settings.model.weights, cache_dir)
+        weights = split_model.open_backbone(backbone.path)
+        seed = derive_seed(settings.seed, "initial-state")
+        state = split_model.initial_state(split, weights, seed)
+        head, sha256 = split_model.write_head_file(split, backbone.path, files.head)
+    return PreparedRun(
+        backbone_path=backbone.path,
+        backbone_bytes=sizes.backbone_bytes,
+        head=BlobRef(sha256=sha256, nbytes=head.stat().st_size),
+        state=files.write_state(state),
+    )
+
+
+def require_served(settings: RunSettings) -> None:
+    """Refuse settings that the contract knows and this server does not serve yet.
+
+    Raises:
+        InvalidField: one of them.
+    """
+    model = settings.model
+    for field, value, served in (
+        ("model.prompt_at", model.prompt_at, "input"),
+        ("model.prompt_depth", model.prompt_depth, "shallow"),
+        ("model.prompt_init", model.prompt_init, "normal"),
+    ):
+        if value != served:
+            raise InvalidField("not served yet", field=field, limit=served, value=value)
+
+
+@contextmanager
+def model_errors() -> Iterator[None]:
+    """Turn what the model's package raises into the contract's error.
+
+    Raises:
+        InvalidField: naming the field of the run's settings.
+    """
+    try:
+        yield
+    except split_model.SplitSettingsError as error:
+        field = "model." + error.field.replace("model_overrides", "image_size")
+        raise InvalidField(
+            str(error), field=field, limit=error.limit, value=_plain(error.value)
+        ) from error
+    except split_model.UnsupportedBackboneError as error:
+        raise InvalidField(str(error), field="model.backbone", value=error.backbone) from error
+    except split_model.WeightSourceError as error:
+        raise InvalidField(
+            str(error), field="model.weights", limit=error.limit, value=error.value
+        ) from error
+    except (
+        split_model.PackagedBackboneError,
+        split_model.TensorFileError,
+        split_model.WeightsMismatchError,
+    ) as error:
+        raise InvalidField(str(error), field="model.weights") from error
+
+
+def _plain(value: object) -> FieldValue:
+    return value if isinstance(value, (str, int, float)) else str(value)

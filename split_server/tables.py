@@ -1,0 +1,143 @@
+"""What the server remembers: the tables of its SQLite file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import JSON, ForeignKey, ForeignKeyConstraint
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+SCHEMA_VERSION = 1
+
+
+class Base(DeclarativeBase):
+    """All tables of `SCHEMA_VERSION`."""
+
+    type_annotation_map = {dict[str, Any]: JSON, list[str]: JSON}
+
+
+class RunRow(Base):
+    """One federation."""
+
+    __tablename__ = "runs"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    status: Mapped[str]
+    reason: Mapped[str | None]
+    settings: Mapped[dict[str, Any]]
+    created_at: Mapped[float]
+    finished_at: Mapped[float | None]
+    backbone_path: Mapped[str]
+    backbone_bytes: Mapped[int]
+    head_sha256: Mapped[str]
+    head_nbytes: Mapped[int]
+    state_sha256: Mapped[str]
+    state_nbytes: Mapped[int]
+
+
+class ParticipantRow(Base):
+    """One device in one run."""
+
+    __tablename__ = "participants"
+
+    run_id: Mapped[str] = mapped_column(ForeignKey("runs.id"), primary_key=True)
+    id: Mapped[str] = mapped_column(primary_key=True)
+    ordinal: Mapped[int]  # in the order of joining, from 1
+    name: Mapped[str]
+    train_samples: Mapped[int]
+    test_samples: Mapped[int]
+    joined_at: Mapped[float]
+    left_at: Mapped[float | None]
+    traffic: Mapped[dict[str, Any]]
+
+
+class RoundRow(Base):
+    """One attempt at one round."""
+
+    __tablename__ = "rounds"
+
+    run_id: Mapped[str] = mapped_column(ForeignKey("runs.id"), primary_key=True)
+    round: Mapped[int] = mapped_column(primary_key=True)
+    attempt: Mapped[int] = mapped_column(primary_key=True)
+    status: Mapped[str]
+    opened_at: Mapped[float]
+    closed_at: Mapped[float | None]
+    sampled: Mapped[list[str]]
+    declined: Mapped[list[str]]  # sampled, but had nothing that could be counted
+    evaluators: Mapped[list[str]]
+    samples: Mapped[int]
+    train_loss: Mapped[float | None]
+    local_loss: Mapped[float | None]
+    accuracy: Mapped[float | None]
+    evaluation_loss: Mapped[float | None]
+    evaluation_samples: Mapped[int]
+    state_sha256: Mapped[str | None]
+    state_nbytes: Mapped[int | None]
+    traffic: Mapped[dict[str, Any]]
+
+
+class _OfRound:
+    """Columns and key of what belongs to one participant in one attempt at one round."""
+
+    run_id: Mapped[str] = mapped_column(primary_key=True)
+    round: Mapped[int] = mapped_column(primary_key=True)
+    attempt: Mapped[int] = mapped_column(primary_key=True)
+    participant_id: Mapped[str] = mapped_column(primary_key=True)
+    samples: Mapped[int]
+    received_at: Mapped[float]
+
+
+def _round_and_participant() -> tuple[ForeignKeyConstraint, ForeignKeyConstraint]:
+    return (
+        ForeignKeyConstraint(
+            ["run_id", "round", "attempt"], ["rounds.run_id", "rounds.round", "rounds.attempt"]
+        ),
+        ForeignKeyConstraint(
+            ["run_id", "participant_id"], ["participants.run_id", "participants.id"]
+        ),
+    )
+
+
+class UpdateRow(_OfRound, Base):
+    """An update that counts. Its tensors lie in a file until the round is aggregated."""
+
+    __tablename__ = "updates"
+    __table_args__ = _round_and_participant()
+
+    train_loss: Mapped[float | None]
+    local_loss: Mapped[float | None]
+    sha256: Mapped[str]
+
+
+class EvaluationRow(_OfRound, Base):
+    """One participant's measurement of the state that a round made."""
+
+    __tablename__ = "evaluations"
+    __table_args__ = _round_and_participant()
+
+    correct: Mapped[int]
+    loss_sum: Mapped[float]
+
+
+class EventRow(Base):
+    """Something that happened in a run."""
+
+    __tablename__ = "events"
+
+    run_id: Mapped[str] = mapped_column(ForeignKey("runs.id"), primary_key=True)
+    seq: Mapped[int] = mapped_column(primary_key=True)
+    at: Mapped[float]
+    kind: Mapped[str]
+    data: Mapped[dict[str, Any]]
+
+
+class AnswerRow(Base):
+    """The answer to a request that changed state, kept for a repeat of the same request."""
+
+    __tablename__ = "answers"
+
+    scope: Mapped[str] = mapped_column(primary_key=True)  # who asked, and for what
+    key: Mapped[str] = mapped_column(primary_key=True)
+    request: Mapped[str]  # SHA-256 of the request
+    answer: Mapped[dict[str, Any]]
+    created_at: Mapped[float]
