@@ -8,10 +8,12 @@ from pathlib import Path
 import matplotlib as mpl
 
 mpl.use("Agg")  # files, no window
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-from protocol.messages import RoundView  # noqa: E402
-from protocol.traffic import Phase  # noqa: E402
+from protocol.messages import RoundView
+from protocol.traffic import Phase
 
 _COLOURS = {
     Phase.SMASHED: "#1b6ca8",
@@ -41,15 +43,13 @@ def plot_accuracy(rounds: Sequence[RoundView], title: str, out: Path) -> Path:
             ha="right",
         )
     axes.set(xlabel="round", ylabel="accuracy on held-out samples (%)", title=title)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.margins(y=0.15)
     return _save(figure, out)
 
 
-def plot_bytes(
-    rounds: Sequence[RoundView], full_round_bytes: int, title: str, out: Path
-) -> Path:
+def plot_bytes(rounds: Sequence[RoundView], full_round_bytes: int, title: str, out: Path) -> Path:
     """Bytes at the socket in each round by phase, beside federated full fine-tuning's."""
     figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
     numbers = [view.round for view in rounds]
@@ -63,14 +63,14 @@ def plot_bytes(
         full_round_bytes / MB, color="#c1121f", linestyle="--", label="federated full fine-tuning"
     )
     axes.set(xlabel="round", ylabel="MB at the socket, all devices", title=title)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="y", alpha=0.3)
     axes.set_ylim(top=1.2 * max([full_round_bytes / MB, *floor]))
     axes.legend(fontsize="small", ncols=3, loc="upper center")
     return _save(figure, out)
 
 
-def _save(figure: plt.Figure, out: Path) -> Path:
+def _save(figure: Figure, out: Path) -> Path:
     figure.savefig(out, dpi=150)
     plt.close(figure)
     return out

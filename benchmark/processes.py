@@ -125,5 +125,7 @@ def wait_until_healthy(server: Process, probe: Callable[[], bool], seconds: floa
     while not probe():
         if server.exit_code() is not None or time.monotonic() > give_up_at:
             state = "ended" if server.exit_code() is not None else "does not answer"
-            raise SFPromptError(f"the server {state}:\n{server.last_lines()}", field=str(server.log))
+            raise SFPromptError(
+                f"the server {state}:\n{server.last_lines()}", field=str(server.log)
+            )
         time.sleep(0.1)

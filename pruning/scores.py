@@ -57,7 +57,7 @@ def el2n(
     The score of SFPrompt's pruning (arXiv 2407.17533, section 3), defined as EL2N in Paul et al.
     (arXiv 2107.07075, section 2). Types and errors: see `Score`.
     """
-    return torch.linalg.vector_norm(_error(*_checked(logits, labels)), dim=1)  # (n,)
+    return _error(*_checked(logits, labels)).square().sum(dim=1).sqrt()  # (n,)
 
 
 def grand(
@@ -167,7 +167,6 @@ def _error(logits: Tensor, labels: Tensor) -> Tensor:
     """
     column = labels.unsqueeze(1)  # (n, 1)
     others = logits.softmax(dim=1).scatter(1, column, 0.0)  # (n, C), zero at the true class
-    # The sum alone would hide a NaN that stood at the true class only; softmax spreads it.
     return others.scatter(1, column, -others.sum(dim=1, keepdim=True))
 
 

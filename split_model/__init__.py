@@ -9,7 +9,7 @@ from split_model.architecture import (
     supported_backbones,
 )
 from split_model.body import Body
-from split_model.cost import PartBytes, part_bytes
+from split_model.cost import PartBytes, PartFlops, part_bytes, part_flops
 from split_model.export import TunedModel, export_model, load_exported
 from split_model.head import Head
 from split_model.head_file import (
@@ -53,6 +53,7 @@ __all__ = [
     "ImagePreparation",
     "PackagedBackboneError",
     "PartBytes",
+    "PartFlops",
     "SplitSettings",
     "SplitSettingsError",
     "Tail",
@@ -81,6 +82,7 @@ __all__ = [
     "load_state",
     "open_backbone",
     "part_bytes",
+    "part_flops",
     "prepare_backbone",
     "prompt_shape",
     "read_head_file",

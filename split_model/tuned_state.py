@@ -1,5 +1,6 @@
 """What a run tunes and sends: the prompts and the tail, as one mapping of named tensors."""
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -25,6 +26,12 @@ def state_shapes(settings: SplitSettings) -> dict[str, tuple[int, ...]]:
 
     Raises `UnsupportedBackboneError` or `SplitSettingsError`.
     """
+    return dict(_shapes(settings))
+
+
+@functools.lru_cache(maxsize=64)
+def _shapes(settings: SplitSettings) -> dict[str, tuple[int, ...]]:
+    # A server asks for every update that it checks.
     tail = Tail(settings)
     state = tail.state_dict()
     shapes = {TAIL + name: tuple(state[own].shape) for name, own in tail.names().items()}

@@ -254,3 +254,13 @@ def require_first(already: Collection[str], participant: str, what: str) -> None
 def open_number(run: RunSnapshot) -> int | None:
     """The number of the open round, if one is open."""
     return run.open_round.round if run.open_round else None
+
+
+def require_evaluator(open_round: OpenRound, participant: str) -> None:
+    """Refuse an evaluation by somebody who was not asked for one.
+
+    Raises:
+        StaleRound: this participant was not asked.
+    """
+    if participant not in open_round.evaluators:
+        raise StaleRound("this participant was not asked to evaluate this round", field="round")

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from uncut_model import Hooks, difference, random_model, reduced, signature
 
 from split_model import (
     SplitSettings,
@@ -17,12 +18,12 @@ from split_model import (
     skeleton,
     supported_backbones,
 )
-from uncut_model import Hooks, difference, random_model, reduced, signature
 
 OUTPUT_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 1e-4
 
 _verified: set[int] = set()
+_models: dict[str, Any] = {}
 
 # cut, tail_blocks, prompt_at, prompt_depth for a depth of two
 EVERY_CUT = [
@@ -135,4 +136,6 @@ def test_every_architecture(name: str) -> None:
 )
 def test_every_cut(name: str, case: tuple[Any, ...]) -> None:
     settings = _with(reduced(name), case)
-    check(random_model(settings), settings)
+    if name not in _models:
+        _models[name] = random_model(settings)
+    check(_models[name], settings)

@@ -1,4 +1,4 @@
-"""The uncut timm model with prompts put in by hooks: a path independent of `split_model`'s parts."""
+"""The uncut timm model with prompts put in by hooks: a path independent of the parts."""
 
 import dataclasses
 from typing import Any

@@ -1,0 +1,117 @@
+"""The command ``sfprompt-bench``: whole runs on one machine, measured."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from benchmark.local_run import LocalRun
+from benchmark.preflight import check_disk, check_packages
+from benchmark.presets import PRESETS, preset_named
+from benchmark.report import result_table, write_files
+from edge_client.data import DataError
+from protocol.errors import SFPromptError
+from protocol.settings import RunSettings
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Whole runs on one machine: server and devices as processes, measured and drawn.",
+)
+err = Console(stderr=True)
+
+
+@app.callback()
+def _commands() -> None:
+    """Keeps `run` a command of its own while it is the only one."""
+
+
+@app.command(
+    epilog="Examples:\n\nsfprompt-bench run\n\n"
+    "sfprompt-bench run --data fashion-mnist --partition dirichlet:0.3 --json result.json"
+)
+def run(
+    data: Annotated[
+        str, typer.Option(help=f"Data set, with its settings: {' | '.join(PRESETS)}")
+    ] = "digits",
+    devices: Annotated[int, typer.Option(min=1, max=64, help="Edge clients to start.")] = 4,
+    partition: Annotated[
+        str, typer.Option(help="How the data are divided: iid | dirichlet:ALPHA | shards:N")
+    ] = "iid",
+    rounds: Annotated[int | None, typer.Option(min=1, help="Default: the preset's.")] = None,
+    keep_fraction: Annotated[
+        float | None, typer.Option(help="Share of samples kept for split training.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Fixes the data's parts and all draws.")] = 0,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 0,
+    server_threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads of the body. Default: all.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder. Default: runs/DATA-TIME.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the figures here.")
+    ] = None,
+) -> None:
+    """Tune with one server and several devices, all on this machine, and show what it took."""
+    console = Console()
+    check_packages()
+    preset = preset_named(data)
+    folder = out or Path("runs") / f"{data}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder.mkdir(parents=True, exist_ok=True)
+    check_disk(folder)
+    local = LocalRun(
+        settings=_adjusted(preset.settings, devices, rounds, keep_fraction, seed),
+        data=preset.data,
+        devices=devices,
+        partition=partition,
+        folder=folder,
+        port=port,
+        server_threads=server_threads,
+        limit_train=preset.limit_train,
+        limit_test=preset.limit_test,
+    )
+    results, figures = local.execute(console)
+    written = write_files(results, figures, folder)
+    console.print()
+    console.print(result_table(results, figures))
+    for path in [folder / "tuned.safetensors", *written]:
+        console.print(f"  {path}", highlight=False)
+    if json_file is not None:
+        json_file.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def _adjusted(
+    settings: RunSettings, devices: int, rounds: int | None, keep: float | None, seed: int
+) -> RunSettings:
+    """The preset with what the command line changes; validated again as a whole."""
+    values = settings.model_dump()
+    values["seed"] = seed
+    values["federation"]["min_participants"] = devices
+    if rounds is not None:
+        values["federation"]["rounds"] = rounds
+    if keep is not None:
+        values["training"]["keep_fraction"] = keep
+    return RunSettings.model_validate(values)
+
+
+def main() -> None:
+    """Run the command; typed errors become a message and an exit code."""
+    try:
+        app()
+    except (SFPromptError, DataError) as error:
+        err.print(f"[red]error[/red]: {error}", highlight=False)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        err.print("stopped")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""Judges an update before it may count."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+import split_model
+from protocol.codecs import FLOAT_CODECS
+from protocol.errors import EmptyUpdate, InvalidField, NonFinite, WrongShape
+from protocol.frames import Frame
+from protocol.messages import EvaluationReport, UpdateMeta
+from protocol.settings import BackboneSettings
+from split_model import SplitSettings
+from split_server.snapshot import Member
+
+
+@lru_cache(maxsize=64)
+def _shapes(model: BackboneSettings) -> Mapping[str, tuple[int, ...]]:
+    return split_model.state_shapes(SplitSettings.of(model))
+
+
+def check_samples(meta: UpdateMeta, member: Member) -> None:
+    """Refuse a weight that the participant cannot have.
+
+    Raises:
+        EmptyUpdate: no sample was kept.
+        InvalidField: more samples than the participant has.
+    """
+    if meta.samples == 0:
+        raise EmptyUpdate(
+            "an update that was trained on no sample is not counted",
+            field="samples",
+            limit=1,
+            value=0,
+            hint="wait for the next round",
+        )
+    if meta.samples > member.train_samples:
+        raise InvalidField(
+            "an update cannot weigh more than the samples its participant has joined with",
+            field="samples",
+            limit=member.train_samples,
+            value=meta.samples,
+        )
+
+
+def read_update(frame: Frame, model: BackboneSettings) -> dict[str, Tensor]:
+    """The tensors of an update in float32, if they are exactly those of the run, and finite.
+
+    Raises:
+        WrongShape: a tensor is missing, unknown, or of another shape.
+        InvalidField: a codec that carries no floating-point numbers.
+        NonFinite: NaN or infinity in a tensor.
+    """
+    shapes = _shapes(model)
+    if set(frame.specs) != set(shapes):
+        raise WrongShape(
+            "an update holds exactly the tensors of the global state",
+            field="tensors",
+            limit=sorted(shapes),
+            value=sorted(frame.specs),
+        )
+    tensors: dict[str, Tensor] = {}
+    for name, shape in shapes.items():
+        spec = frame.specs[name]
+        if spec.shape != tuple(shape):
+            raise WrongShape(
+                "a tensor of the update has another shape than the global state's",
+                field=name,
+                limit=list(shape),
+                value=list(spec.shape),
+            )
+        tensors[name] = read_floats(frame, name)
+    return tensors
+
+
+def read_floats(frame: Frame, name: str) -> Tensor:
+    """One tensor of a frame in float32.
+
+    Raises:
+        InvalidField: its codec carries no floating-point numbers.
+        NonFinite: it holds NaN or infinity.
+    """
+    tensor = frame.tensor(name)
+    if frame.specs[name].codec not in FLOAT_CODECS:
+        raise InvalidField(
+            "this tensor takes a codec of floating-point numbers",
+            field=name,
+            limit=list(FLOAT_CODECS),
+            value=frame.specs[name].codec,
+        )
+    plain = tensor.to(torch.float32)
+    if not bool(torch.isfinite(plain).all()):
+        raise NonFinite("a tensor holds NaN or infinity", field=name)
+    return plain
+
+
+def check_report(report: EvaluationReport, member: Member) -> None:
+    """Refuse an evaluation that this participant cannot have made.
+
+    Raises:
+        InvalidField: no sample, more samples than it has, or a negative loss.
+    """
+    if not 1 <= report.samples <= member.test_samples:
+        raise InvalidField(
+            "an evaluation covers at least one and at most all of the participant's samples",
+            field="samples",
+            limit=member.test_samples,
+            value=report.samples,
+        )
+    if report.loss_sum < 0:
+        raise InvalidField(
+            "a sum of losses is not negative", field="loss_sum", limit=0, value=report.loss_sum
+        )

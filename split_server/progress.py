@@ -1,0 +1,220 @@
+"""Carries out what `rounds.decide` decided: one transaction for each step of a run."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from protocol.errors import SFPromptError
+from protocol.messages import BlobRef, RoundStatus, RunStatus
+from split_server.aggregation import WeightedState, federated_average, weighted_mean
+from split_server.journal import record_event
+from split_server.meter import Meter
+from split_server.rounds import Action, Aggregate, CloseRound, FailRun, OpenTraining, Repeat
+from split_server.snapshot import RunSnapshot
+from split_server.states import RunFiles, read_tensors
+from split_server.tables import EvaluationRow, RoundRow, RunRow, UpdateRow
+from split_server.views import closed_traffic
+
+
+def apply(
+    session: Session, run: RunSnapshot, action: Action, files: RunFiles, meter: Meter, at: float
+) -> None:
+    """Make one step of a run true.
+
+    Args:
+        session: the transaction of the step.
+        run: the run as it stands.
+        action: the step.
+        files: the run's files; a new global state is on disk before it is named.
+        meter: what the round that ends has cost.
+        at: seconds since 1970.
+    """
+    if isinstance(action, OpenTraining):
+        _open(session, run, action, at)
+        return
+    row = _open_row(session, run)
+    if isinstance(action, Aggregate):
+        _aggregate(session, run, row, action, files, meter, at)
+    elif isinstance(action, CloseRound):
+        _measure(session, run, row)
+        _close(session, run, row, meter, at)
+    elif isinstance(action, Repeat):
+        _give_up(session, run, row, meter, at)
+        record_event(
+            session,
+            run.id,
+            at,
+            "round_repeated",
+            round=row.round,
+            attempt=row.attempt,
+            updates=action.updates,
+        )
+    else:
+        _give_up(session, run, row, meter, at)
+        end_run(session, run.id, RunStatus.FAILED, action.reason, at)
+
+
+def end_run(session: Session, run_id: str, status: RunStatus, reason: str | None, at: float) -> None:
+    """Finish, cancel or fail a run."""
+    row = session.get_one(RunRow, run_id)
+    row.status, row.reason, row.finished_at = status, reason, at
+    data = {"reason": reason} if reason else {}
+    record_event(session, run_id, at, f"run_{status}", **data)
+
+
+def abandon_round(session: Session, run: RunSnapshot, meter: Meter, at: float) -> None:
+    """Close the open attempt without a result, where there is one."""
+    if run.open_round is not None:
+        _give_up(session, run, _open_row(session, run), meter, at)
+
+
+def _open(session: Session, run: RunSnapshot, action: OpenTraining, at: float) -> None:
+    if run.status == RunStatus.WAITING:
+        session.get_one(RunRow, run.id).status = RunStatus.RUNNING
+    session.add(
+        RoundRow(
+            run_id=run.id,
+            round=action.round,
+            attempt=action.attempt,
+            status=RoundStatus.TRAINING,
+            opened_at=at,
+            closed_at=None,
+            sampled=list(action.sampled),
+            declined=[],
+            evaluators=[],
+            samples=0,
+            evaluation_samples=0,
+            traffic={},
+        )
+    )
+    record_event(
+        session,
+        run.id,
+        at,
+        "round_opened",
+        round=action.round,
+        attempt=action.attempt,
+        sampled=list(action.sampled),
+    )
+
+
+def _aggregate(
+    session: Session,
+    run: RunSnapshot,
+    row: RoundRow,
+    action: Aggregate,
+    files: RunFiles,
+    meter: Meter,
+    at: float,
+) -> None:
+    updates = {update.participant_id: update for update in _updates(session, row)}
+    ordered = [updates[participant] for participant in action.updated]
+    try:
+        state = federated_average(
+            WeightedState(update.samples, partial(read_tensors, files.update(update.sha256)))
+            for update in ordered
+        )
+    except SFPromptError as error:
+        # Every update was checked alone; only a sum can still leave float32's range.
+        _give_up(session, run, row, meter, at)
+        end_run(session, run.id, RunStatus.FAILED, f"round {row.round}: {error}", at)
+        return
+    blob = files.write_state(state)
+    row.samples = sum(update.samples for update in ordered)
+    row.train_loss = weighted_mean((update.train_loss, update.samples) for update in ordered)
+    row.local_loss = weighted_mean((update.local_loss, update.samples) for update in ordered)
+    _set_state(session, run, row, blob)
+    record_event(
+        session,
+        run.id,
+        at,
+        "state_aggregated",
+        round=row.round,
+        attempt=row.attempt,
+        updates=len(ordered),
+        samples=row.samples,
+        train_loss=row.train_loss,
+        state=blob.sha256,
+    )
+    if action.evaluators:
+        row.status, row.evaluators = RoundStatus.EVALUATING, list(action.evaluators)
+    else:
+        _close(session, run, row, meter, at)
+
+
+def _set_state(session: Session, run: RunSnapshot, row: RoundRow, blob: BlobRef) -> None:
+    row.state_sha256, row.state_nbytes = blob.sha256, blob.nbytes
+    run_row = session.get_one(RunRow, run.id)
+    run_row.state_sha256, run_row.state_nbytes = blob.sha256, blob.nbytes
+
+
+def _measure(session: Session, run: RunSnapshot, row: RoundRow) -> None:
+    found = {
+        report.participant_id: report
+        for report in session.scalars(
+            select(EvaluationRow).where(
+                EvaluationRow.run_id == row.run_id,
+                EvaluationRow.round == row.round,
+                EvaluationRow.attempt == row.attempt,
+            )
+        )
+    }
+    reports = [found[participant] for participant in run.in_order(frozenset(found))]
+    samples = sum(report.samples for report in reports)
+    if samples:
+        row.evaluation_samples = samples
+        row.accuracy = sum(report.correct for report in reports) / samples
+        row.evaluation_loss = sum(report.loss_sum for report in reports) / samples
+
+
+def _close(session: Session, run: RunSnapshot, row: RoundRow, meter: Meter, at: float) -> None:
+    row.status, row.closed_at = RoundStatus.CLOSED, at
+    _charge(session, run, row, meter)
+    record_event(
+        session,
+        run.id,
+        at,
+        "round_closed",
+        round=row.round,
+        attempt=row.attempt,
+        accuracy=row.accuracy,
+        evaluation_loss=row.evaluation_loss,
+        evaluation_samples=row.evaluation_samples,
+    )
+    if row.round >= run.settings.federation.rounds:
+        end_run(session, run.id, RunStatus.FINISHED, None, at)
+
+
+def _give_up(session: Session, run: RunSnapshot, row: RoundRow, meter: Meter, at: float) -> None:
+    # An attempt that was being measured has made its state; only training is repeated.
+    aggregated = row.status == RoundStatus.EVALUATING
+    row.status = RoundStatus.CLOSED if aggregated else RoundStatus.REPEATED
+    row.closed_at = at
+    _charge(session, run, row, meter)
+
+
+def _charge(session: Session, run: RunSnapshot, row: RoundRow, meter: Meter) -> None:
+    """A round pays for all bytes since the one before it ended."""
+    meter.save(session, run.id)
+    row.traffic = meter.run(run.id).since(closed_traffic(session, run.id)).to_dict()
+
+
+def _updates(session: Session, row: RoundRow) -> list[UpdateRow]:
+    return list(
+        session.scalars(
+            select(UpdateRow).where(
+                UpdateRow.run_id == row.run_id,
+                UpdateRow.round == row.round,
+                UpdateRow.attempt == row.attempt,
+            )
+        )
+    )
+
+
+def _open_row(session: Session, run: RunSnapshot) -> RoundRow:
+    if run.open_round is None:  # decided from this snapshot, so it cannot be
+        raise LookupError(f"run {run.id} has no open round")
+    return session.get_one(RoundRow, (run.id, run.open_round.round, run.open_round.attempt))

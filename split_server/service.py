@@ -1,0 +1,529 @@
+"""The federation plane: what can be done with runs, each step on disk before it is answered."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from protocol.errors import (
+    EmptyUpdate,
+    Forbidden,
+    InvalidField,
+    NonFinite,
+    NotFound,
+    SFPromptError,
+    WrongShape,
+)
+from protocol.frames import Frame
+from protocol.messages import (
+    Assignment,
+    EvaluationReport,
+    Event,
+    JoinRequest,
+    JoinResponse,
+    Results,
+    RoundStatus,
+    RunStatus,
+    RunView,
+    UpdateMeta,
+    UpdateReceipt,
+)
+from protocol.settings import RunSettings
+from split_server import intake, progress, rounds, views
+from split_server.clock import Clock
+from split_server.credentials import Credentials
+from split_server.journal import Once, record_event
+from split_server.meter import Meter
+from split_server.model_files import PreparedRun, prepare_run, require_served
+from split_server.presence import Presence
+from split_server.snapshot import Member, RunSnapshot, load_snapshot
+from split_server.states import RunFiles
+from split_server.store import Store
+from split_server.tables import (
+    EvaluationRow,
+    ParticipantRow,
+    RoundRow,
+    RunRow,
+    UpdateRow,
+)
+
+log = logging.getLogger(__name__)
+
+Prepare = Callable[[RunSettings, RunFiles, Path], PreparedRun]
+
+
+class Watcher(Protocol):
+    """Is told of what happens. Called from any thread; must not block."""
+
+    def changed(self, run: str) -> None:
+        """Something in a run is new."""
+
+    def round_over(self, run: str) -> None:
+        """No training step of a run can go on."""
+
+    def left(self, run: str, participant: str) -> None:
+        """A participant will not come back."""
+
+
+class Federation:
+    """All runs of a server. Methods may be called from many threads at once.
+
+    Args:
+        data_dir: where the runs' files and the backbones lie.
+        store: the database.
+        credentials: issues what participants show.
+        meter: the bytes of the participants.
+        presence: who has been heard of lately.
+        watcher: is told of changes.
+        clock: the two times.
+        prepare: makes the model's files of a new run.
+    """
+
+    def __init__(
+        self,
+        data_dir: Path,
+        store: Store,
+        credentials: Credentials,
+        meter: Meter,
+        presence: Presence,
+        watcher: Watcher,
+        clock: Clock | None = None,
+        prepare: Prepare = prepare_run,
+    ) -> None:
+        self._data_dir = data_dir
+        self._store = store
+        self._credentials = credentials
+        self._meter = meter
+        self._presence = presence
+        self._watcher = watcher
+        self._clock = clock or Clock()
+        self._prepare = prepare
+        self._runs: dict[str, RunSnapshot] = {}
+        self._locks: dict[str, threading.RLock] = {}
+        self._creating = threading.Lock()
+
+    # Reading
+
+    def run(self, run_id: str) -> RunSnapshot:
+        """A run as it stands.
+
+        Raises:
+            NotFound: there is none of this id.
+        """
+        snapshot = self._runs.get(run_id)
+        if snapshot is None:
+            raise NotFound("there is no such run", field="run", value=run_id)
+        return snapshot
+
+    def member(self, run_id: str, participant: str) -> tuple[RunSnapshot, Member]:
+        """A participant in good standing, and its run.
+
+        Raises:
+            NotFound: no such run or participant.
+            Forbidden: the participant has left.
+        """
+        snapshot = self.run(run_id)
+        member = snapshot.members.get(participant)
+        if member is None:
+            raise NotFound("there is no such participant", field="participant", value=participant)
+        if member.left:
+            raise Forbidden("this participant has left the run", field="participant")
+        return snapshot, member
+
+    def files(self, run_id: str) -> RunFiles:
+        return RunFiles(self._data_dir / "runs" / run_id)
+
+    def views(self) -> list[RunView]:
+        """All runs, the oldest first."""
+        every = sorted(self._runs.values(), key=lambda run: (run.created_at, run.id))
+        return [views.run_view(run) for run in every]
+
+    def results(self, run_id: str) -> Results:
+        self.run(run_id)
+        with self._lock(run_id), self._store.reading() as session:
+            return views.results(session, self.run(run_id), self._meter)
+
+    def events(self, run_id: str, after: int) -> list[Event]:
+        self.run(run_id)
+        with self._store.reading() as session:
+            return views.events(session, run_id, after)
+
+    def assignment(self, run_id: str, participant: str) -> Assignment:
+        """What a participant is to do next; computed from memory, so it may be asked often."""
+        snapshot = self.run(run_id)
+        if participant not in snapshot.members:
+            raise NotFound("there is no such participant", field="participant", value=participant)
+        return rounds.assignment_for(snapshot, participant, self._clock.monotonic())
+
+    def open_runs(self) -> list[str]:
+        return [run.id for run in self._runs.values() if not run.status.over]
+
+    # Changing
+
+    def load(self) -> None:
+        """Take up all runs where they stood when the server stopped."""
+        with self._store.reading() as session:
+            self._meter.load(session)
+            known = list(session.scalars(select(RunRow.id)))
+        for run_id in known:
+            self._reload(run_id)
+            self._sweep_updates(run_id)
+        runs = self._data_dir / "runs"
+        if runs.is_dir():
+            for folder in runs.iterdir():
+                if folder.name not in self._runs:  # its creation was cut short
+                    RunFiles(folder).remove()
+
+    def create(self, settings: RunSettings, once: Once) -> RunView:
+        """Make a run: its model's files first, then the run itself."""
+        require_served(settings)
+        with self._creating:  # one at a time: a repeat must find the first one's answer
+            with self._store.reading() as session:
+                known = once.recall(session)
+            if known is not None:
+                return RunView.model_validate(known)
+            run_id = "r" + secrets.token_hex(5)
+            files = self.files(run_id)
+            try:
+                view = self._create(run_id, settings, files, once)
+            except BaseException:
+                files.remove()
+                raise
+        self._watcher.changed(run_id)
+        log.info("run %s (%s) created", run_id, settings.name)
+        return view
+
+    def _create(
+        self, run_id: str, settings: RunSettings, files: RunFiles, once: Once
+    ) -> RunView:
+        prepared = self._prepare(settings, files, self._data_dir / "backbones")
+        at = self._clock.wall()
+        with self._store.writing() as session:
+            session.add(
+                RunRow(
+                    id=run_id,
+                    status=RunStatus.WAITING,
+                    reason=None,
+                    settings=settings.model_dump(mode="json"),
+                    created_at=at,
+                    finished_at=None,
+                    backbone_path=str(prepared.backbone_path),
+                    backbone_bytes=prepared.backbone_bytes,
+                    head_sha256=prepared.head.sha256,
+                    head_nbytes=prepared.head.nbytes,
+                    state_sha256=prepared.state.sha256,
+                    state_nbytes=prepared.state.nbytes,
+                )
+            )
+            record_event(session, run_id, at, "run_created", name=settings.name)
+            view = views.run_view(load_snapshot(session, run_id))
+            once.remember(session, view.model_dump(mode="json"), at)
+        self._reload(run_id)
+        return view
+
+    def cancel(self, run_id: str, once: Once) -> RunView:
+        """Stop a run; its participants are told at their next call.
+
+        Raises:
+            NotFound, RunClosed
+        """
+        with self._changing(run_id) as session:
+            if (known := once.recall(session)) is not None:
+                return RunView.model_validate(known)
+            run = self.run(run_id)
+            rounds.require_running(run)
+            at = self._clock.wall()
+            progress.abandon_round(session, run, self._meter, at)
+            progress.end_run(session, run_id, RunStatus.CANCELLED, "cancelled by its operator", at)
+            view = views.run_view(load_snapshot(session, run_id))
+            once.remember(session, view.model_dump(mode="json"), at)
+        self._watcher.round_over(run_id)
+        return view
+
+    def join(self, run_id: str, request: JoinRequest, once: Once) -> JoinResponse:
+        """Take a device into a run; a repeat gets the same participant again.
+
+        Raises:
+            NotFound, RunClosed
+            InvalidField: the device's data have another number of classes than the run.
+        """
+        with self._changing(run_id) as session:
+            known = once.recall(session)
+            participant = str(known["participant"]) if known else None
+            if participant is None:
+                participant = self._join(session, self.run(run_id), request, once)
+        self._presence.touch(run_id, participant)
+        self.advance(run_id)
+        return JoinResponse(
+            participant=participant,
+            credential=self._credentials.issue(run_id, participant),
+            run=views.run_view(self.run(run_id)),
+        )
+
+    def _join(
+        self, session: Session, run: RunSnapshot, request: JoinRequest, once: Once
+    ) -> str:
+        rounds.require_running(run)
+        if request.num_classes != run.settings.model.num_classes:
+            raise InvalidField(
+                "the device's data have another number of classes than the run",
+                field="num_classes",
+                limit=run.settings.model.num_classes,
+                value=request.num_classes,
+            )
+        ordinal = len(run.members) + 1
+        participant = f"p{ordinal:04d}"
+        at = self._clock.wall()
+        session.add(
+            ParticipantRow(
+                run_id=run.id,
+                id=participant,
+                ordinal=ordinal,
+                name=request.name,
+                train_samples=request.train_samples,
+                test_samples=request.test_samples,
+                joined_at=at,
+                left_at=None,
+                traffic={},
+            )
+        )
+        once.remember(session, {"participant": participant}, at)
+        record_event(
+            session, run.id, at, "participant_joined", participant=participant, name=request.name
+        )
+        return participant
+
+    def leave(self, run_id: str, participant: str, once: Once) -> None:
+        """Let a participant go; a round does not wait for it any more."""
+        with self._changing(run_id) as session:
+            if once.recall(session) is not None:
+                return
+            self.member(run_id, participant)
+            at = self._clock.wall()
+            session.get_one(ParticipantRow, (run_id, participant)).left_at = at
+            once.remember(session, {}, at)
+            record_event(session, run_id, at, "participant_left", participant=participant)
+        self._presence.forget(run_id, participant)
+        self._watcher.left(run_id, participant)
+        self.advance(run_id)
+
+    def update(
+        self, run_id: str, participant: str, meta: UpdateMeta, frame: Frame, once: Once
+    ) -> UpdateReceipt:
+        """Count an update, once.
+
+        Raises:
+            StaleRound, RunClosed, Conflict: not now, or not again.
+            EmptyUpdate, NonFinite, WrongShape: not like this; the round goes on without it.
+            InvalidField: a field is wrong; the participant may correct it.
+        """
+        self.advance(run_id)
+        receipt = UpdateReceipt(round=meta.round, samples=meta.samples)
+        with self._changing(run_id) as session:
+            if once.recall(session) is not None:
+                return receipt
+            run, member = self.member(run_id, participant)
+            open_round = rounds.require_trainer(run, member, meta.round, meta.attempt)
+            rounds.require_first(open_round.updated, participant, "update")
+            try:
+                intake.check_samples(meta, member)
+                tensors = intake.read_update(frame, run.settings.model)
+            except (EmptyUpdate, NonFinite, WrongShape) as error:
+                self._decline(session, run, member, error)
+                refusal: SFPromptError | None = error
+            else:
+                refusal = None
+                sha256 = self.files(run_id).write_update(tensors).sha256
+                self._count(session, run, member, meta, sha256, once)
+        self.advance(run_id)
+        if refusal is not None:
+            raise refusal
+        return receipt
+
+    def _count(
+        self,
+        session: Session,
+        run: RunSnapshot,
+        member: Member,
+        meta: UpdateMeta,
+        sha256: str,
+        once: Once,
+    ) -> None:
+        at = self._clock.wall()
+        session.add(
+            UpdateRow(
+                run_id=run.id,
+                round=meta.round,
+                attempt=meta.attempt,
+                participant_id=member.id,
+                samples=meta.samples,
+                received_at=at,
+                train_loss=meta.train_loss,
+                local_loss=meta.local_loss,
+                sha256=sha256,
+            )
+        )
+        once.remember(session, {}, at)
+        record_event(
+            session,
+            run.id,
+            at,
+            "update_counted",
+            round=meta.round,
+            attempt=meta.attempt,
+            participant=member.id,
+            samples=meta.samples,
+            train_loss=meta.train_loss,
+        )
+
+    def _decline(
+        self, session: Session, run: RunSnapshot, member: Member, error: SFPromptError
+    ) -> None:
+        """Remember that this participant has nothing to count, so that nobody waits for it."""
+        if run.open_round is None or member.id in run.open_round.declined:
+            return
+        key = (run.id, run.open_round.round, run.open_round.attempt)
+        row = session.get_one(RoundRow, key)
+        row.declined = [*row.declined, member.id]
+        record_event(
+            session,
+            run.id,
+            self._clock.wall(),
+            "update_refused",
+            round=row.round,
+            attempt=row.attempt,
+            participant=member.id,
+            code=error.code,
+        )
+
+    def evaluation(
+        self, run_id: str, participant: str, report: EvaluationReport, once: Once
+    ) -> None:
+        """Take one participant's measurement of the new global state, once.
+
+        Raises:
+            StaleRound, RunClosed, Conflict: not now, or not again.
+            InvalidField: a count that this participant cannot have.
+        """
+        self.advance(run_id)
+        with self._changing(run_id) as session:
+            if once.recall(session) is not None:
+                return
+            run, member = self.member(run_id, participant)
+            open_round = rounds.require_phase(
+                run, report.round, report.attempt, RoundStatus.EVALUATING
+            )
+            rounds.require_evaluator(open_round, participant)
+            rounds.require_first(open_round.evaluated, participant, "evaluation")
+            intake.check_report(report, member)
+            at = self._clock.wall()
+            session.add(
+                EvaluationRow(
+                    run_id=run_id,
+                    participant_id=participant,
+                    received_at=at,
+                    **report.model_dump(),
+                )
+            )
+            once.remember(session, {}, at)
+            data: dict[str, Any] = report.model_dump(exclude={"loss_sum"})
+            record_event(
+                session, run_id, at, "evaluation_counted", participant=participant, **data
+            )
+        self.advance(run_id)
+
+    # Going on
+
+    def due(self, run_id: str) -> bool:
+        """Whether `advance` would change something; cheap, and without a lock."""
+        run = self._runs[run_id]
+        live = self._presence.live(run_id)
+        now = self._clock.monotonic()
+        return rounds.decide(run, live, now, settled=self._presence.settled) is not None
+
+    def advance(self, run_id: str) -> None:
+        """Take every step of a run that is due."""
+        self.run(run_id)
+        with self._lock(run_id):
+            while (action := self._next(run_id)) is not None:
+                run = self._runs[run_id]
+                with self._changing(run_id) as session:
+                    files = self.files(run_id)
+                    at = self._clock.wall()
+                    progress.apply(session, run, action, files, self._meter, at)
+                log.info("run %s: %s", run_id, action)
+                if not isinstance(action, rounds.OpenTraining):
+                    self._sweep_updates(run_id)
+                    self._watcher.round_over(run_id)
+
+    def save_traffic(self) -> None:
+        """Write down the meter's counts, so that little is lost if the server is killed."""
+        for run_id in self._meter.take_dirty():
+            if run_id in self._runs:
+                with self._store.writing() as session:
+                    self._meter.save(session, run_id)
+
+    def _next(self, run_id: str) -> rounds.Action | None:
+        live = self._presence.live(run_id)
+        now = self._clock.monotonic()
+        return rounds.decide(self._runs[run_id], live, now, settled=self._presence.settled)
+
+    @contextmanager
+    def _changing(self, run_id: str) -> Iterator[Session]:
+        """One transaction on one run; what it has changed is seen only once it is on disk."""
+        self.run(run_id)
+        with self._lock(run_id):
+            with self._store.writing() as session:
+                yield session
+                changed = bool(session.new or session.dirty or session.deleted) or session.info.get(
+                    "flushed", False
+                )
+            self._reload(run_id)
+        if changed:
+            self._watcher.changed(run_id)
+
+    def _lock(self, run_id: str) -> threading.RLock:
+        return self._locks.setdefault(run_id, threading.RLock())
+
+    def _reload(self, run_id: str) -> None:
+        with self._store.reading() as session:
+            fresh = load_snapshot(session, run_id)
+        old = self._runs.get(run_id)
+        deadline: float | None = None
+        if fresh.open_round is not None:
+            if (
+                old is not None
+                and old.open_round is not None
+                and old.open_round.key == fresh.open_round.key
+            ):
+                deadline = old.deadline
+            else:
+                timeout = fresh.settings.federation.round_timeout_s
+                deadline = self._clock.monotonic() + timeout
+        self._runs[run_id] = replace(fresh, deadline=deadline)
+
+    def _sweep_updates(self, run_id: str) -> None:
+        """Remove the tensors of updates whose round is over; their weights stay on record."""
+        run = self._runs[run_id]
+        wanted: list[str] = []
+        if run.open_round is not None and run.open_round.status == RoundStatus.TRAINING:
+            with self._store.reading() as session:
+                wanted = list(
+                    session.scalars(
+                        select(UpdateRow.sha256).where(
+                            UpdateRow.run_id == run_id,
+                            UpdateRow.round == run.open_round.round,
+                            UpdateRow.attempt == run.open_round.attempt,
+                        )
+                    )
+                )
+        self.files(run_id).keep_updates(wanted)
