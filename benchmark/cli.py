@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from benchmark.accuracy import accuracy_table, measure
 from benchmark.local_run import LocalRun
 from benchmark.preflight import check_disk, check_packages
 from benchmark.presets import PRESETS, preset_named
@@ -26,11 +28,6 @@ app = typer.Typer(
     help="Whole runs on one machine: server and devices as processes, measured and drawn.",
 )
 err = Console(stderr=True)
-
-
-@app.callback()
-def _commands() -> None:
-    """Keeps `run` a command of its own while it is the only one."""
 
 
 @app.command(
@@ -85,6 +82,37 @@ def run(
         console.print(f"  {path}", highlight=False)
     if json_file is not None:
         json_file.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+@app.command(epilog="Example:\n\nsfprompt-bench accuracy --data fashion-mnist --json accuracy.json")
+def accuracy(
+    data: Annotated[
+        str, typer.Option(help=f"Data set, with its settings: {' | '.join(PRESETS)}")
+    ] = "fashion-mnist",
+    devices: Annotated[int, typer.Option(min=1, max=64, help="Edge clients to start.")] = 4,
+    partition: Annotated[
+        list[str] | None, typer.Option(help="Again for more. Default: iid and dirichlet:0.3")
+    ] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Default: the preset's.")] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    out: Annotated[Path | None, typer.Option(help="Folder. Default: runs/accuracy-TIME.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the figures here.")
+    ] = None,
+) -> None:
+    """Compare federated runs with centralised tuning and a linear probe on the same data."""
+    console = Console()
+    check_packages()
+    preset = preset_named(data)
+    folder = out or Path("runs") / f"accuracy-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder.mkdir(parents=True, exist_ok=True)
+    check_disk(folder)
+    settings = _adjusted(preset.settings, devices, rounds, None, seed)
+    wanted = partition or ["iid", "dirichlet:0.3"]
+    rows = measure(preset, settings, devices, wanted, folder, console)
+    console.print(accuracy_table(rows))
+    if json_file is not None:
+        json_file.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
 
 
 def _adjusted(

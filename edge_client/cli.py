@@ -42,6 +42,8 @@ err = Console(stderr=True)
 
 
 class Progress(StrEnum):
+    """How a device tells of its work."""
+
     BAR = "bar"
     JSON = "json"
 
@@ -54,7 +56,13 @@ CaOption = Annotated[
     Path | None, typer.Option("--ca-file", help="PEM file to trust for https, e.g. your own CA.")
 ]
 NameOption = Annotated[
-    str, typer.Option("--name", help="This device's name; a restart under it goes on as before.")
+    str,
+    typer.Option(
+        "--name",
+        default_factory=socket.gethostname,
+        show_default="the host's name",
+        help="This device's name; a restart under it goes on as before.",
+    ),
 ]
 ThreadsOption = Annotated[
     int | None, typer.Option(min=1, help="CPU threads. Default: all there are.")
@@ -71,6 +79,7 @@ HomeOption = Annotated[
 )
 def join(
     url: Url,
+    name: NameOption,
     data: Annotated[
         str,
         typer.Option(
@@ -79,7 +88,6 @@ def join(
         ),
     ],
     run: RunOption = None,
-    name: NameOption = socket.gethostname(),
     part: Annotated[
         str | None,
         typer.Option(help="Use only part k of n of the data, e.g. 1/4, to simulate n devices."),
@@ -142,8 +150,8 @@ def join(
 def predict(
     url: Url,
     images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
+    name: NameOption,
     run: RunOption = None,
-    name: NameOption = socket.gethostname(),
     top: Annotated[int, typer.Option(min=1, help="Classes to show for each image.")] = 3,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object an image.")] = False,
     threads: ThreadsOption = None,

@@ -86,4 +86,4 @@ class DeviceModel:
             tokens = self.head.embed(images)[:, self.head.sizes.prefix :]  # [b, N, D]
             total += tokens.sum(dim=(0, 1)).double()
             count += tokens.shape[0] * tokens.shape[1]
-        self.prompts += (total / count).to(self.prompts.dtype)
+        self.prompts.add_((total / count).to(self.prompts.dtype))

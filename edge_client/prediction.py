@@ -94,7 +94,9 @@ class Predictor:
                     images.append(way.resize(decode_file(path).unsqueeze(0)))  # [1, 3, S, S]
                 except CorruptImageError as error:
                     errors[path] = str(error)
-            shares = iter(self._shares(way.normalise(torch.cat(images)), start) if images else [])
+            shares: Iterator[torch.Tensor] = iter(())
+            if images:
+                shares = iter(self._shares(way.normalise(torch.cat(images)), start))
             for path in chunk:
                 if path in errors:
                     yield Prediction(str(path), error=errors[path])
@@ -109,4 +111,5 @@ class Predictor:
         smashed = model.head(images, model.prompts)
         step = f"predict.{start}"
         features = self._server.infer(smashed, step=step, round_=self._run.round, codec=codec)
-        return model.tail(features).softmax(dim=1)
+        logits: torch.Tensor = model.tail(features)
+        return logits.softmax(dim=1)

@@ -118,9 +118,14 @@ def _convert(content: bytes) -> dict[str, Tensor]:
         raise PackagedBackboneError(
             "reading the packaged backbone needs the package onnx: pip install onnx"
         ) from error
-    # No external data: everything the file needs must be in it.
-    graph: Any = onnx.load_model_from_string(content).graph
+    try:
+        graph: Any = onnx.load_model_from_string(content).graph
+    except Exception as error:  # onnx names no type of its own for a broken file
+        raise PackagedBackboneError(f"{_MEMBER} in {REQUIREMENT} is no ONNX file") from error
     arrays = {item.name: item for item in graph.initializer}
+    for name, item in arrays.items():
+        if item.data_location == onnx.TensorProto.EXTERNAL:
+            raise PackagedBackboneError(f"{name} in {REQUIREMENT} points outside the file")
 
     def tensor(name: str) -> Tensor:
         return torch.from_numpy(numpy_helper.to_array(arrays[name]).copy())

@@ -107,9 +107,9 @@ class Part(nn.Module):
         self.load_state_dict(state, assign=True)
         for parameter in self.parameters():
             parameter.requires_grad_(False)
-        self._fill_tables(device)
+        self._fill_tables(device, dtype)
 
-    def _fill_tables(self, device: torch.device | str) -> None:
+    def _fill_tables(self, device: torch.device | str, dtype: torch.dtype) -> None:
         # Position tables are no part of the state: timm computes them from the sizes.
         for name, module in self.named_modules():
             waiting = [key for key, value in module.named_buffers(recurse=False) if value.is_meta]
@@ -117,6 +117,8 @@ class Part(nn.Module):
                 continue
             for key in waiting:
                 table = torch.empty_like(module.get_buffer(key), device=device)
+                if table.is_floating_point() and name != "trunk.rope":
+                    table = table.to(dtype)
                 module.register_buffer(key, table, persistent=False)
             compute: Any = getattr(module, "init_non_persistent_buffers", None)
             if compute is None:

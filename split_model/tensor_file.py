@@ -13,6 +13,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+# One entry for all metadata: safetensors writes several in random order, and a file's digest is
+# to depend on its content alone.
+_METADATA = "sfprompt"
+
 
 class TensorFileError(ValueError):
     """A tensor file is missing, broken, or not what it should be.
@@ -39,7 +43,7 @@ class TensorFile(Mapping[str, Tensor]):
             raise TensorFileError(path, f"no readable safetensors file ({error})") from error
         self._file = opened
         self._names: tuple[str, ...] = tuple(opened.keys())
-        self.metadata: dict[str, str] = dict(opened.metadata() or {})
+        self.metadata = self._read_metadata(dict(opened.metadata() or {}))
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:
@@ -56,6 +60,17 @@ class TensorFile(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._names)
 
+    def _read_metadata(self, raw: dict[str, str]) -> dict[str, str]:
+        if _METADATA not in raw:
+            return raw
+        try:
+            values = json.loads(raw[_METADATA])
+        except ValueError as error:
+            raise TensorFileError(self.path, "its metadata is broken") from error
+        if not isinstance(values, dict) or not all(isinstance(v, str) for v in values.values()):
+            raise TensorFileError(self.path, "its metadata is broken")
+        return values
+
     def json(self, key: str) -> Any:
         """A metadata entry that holds JSON. Raises `TensorFileError`."""
         try:
@@ -67,13 +82,17 @@ class TensorFile(Mapping[str, Tensor]):
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a safetensors file so that a reader sees the old file or the whole new one."""
+    """Write a safetensors file so that a reader sees the old file or the whole new one.
+
+    The same tensors and metadata give the same bytes.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     try:
         plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        save_file(plain, name, metadata=dict(metadata or {}))
+        entry = json.dumps(dict(metadata or {}), sort_keys=True)
+        save_file(plain, name, metadata={_METADATA: entry})
         _publish(name, path)
     finally:
         with contextlib.suppress(FileNotFoundError):

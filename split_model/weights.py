@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -113,7 +114,7 @@ def _load(settings: SplitSettings, source: str, cache: Path) -> nn.Module:
         return _fitted(settings, source, packaged.packaged_state(settings.backbone, cache))
     if source == "hub":
         try:
-            return create(settings, 0, pretrained=True)
+            return _pretrained(settings)
         except (OSError, RuntimeError) as error:
             limit = f"one that has weights for {settings.backbone} and can be reached ({error})"
             raise WeightSourceError(limit, source) from error
@@ -137,7 +138,15 @@ def _fitted(settings: SplitSettings, source: str, state: dict[str, Tensor]) -> n
     state = {name: t for name, t in state.items() if not name.startswith(_CLASSIFIERS)}
     overlay = {"state_dict": state, "num_classes": 0, "label_offset": 0}
     try:
-        return create(settings, 0, pretrained=True, pretrained_cfg_overlay=overlay)
+        return _pretrained(settings, pretrained_cfg_overlay=overlay)
     except RuntimeError as error:
         limit = f"one whose tensors fit {settings.backbone} ({error})"
         raise WeightSourceError(limit, source) from error
+
+
+def _pretrained(settings: SplitSettings, **arguments: Any) -> nn.Module:
+    with warnings.catch_warnings():
+        # From timm's resampling of Beit's bias tables: slow or old-fashioned there, not wrong.
+        for message in ("torch.searchsorted", "Using a non-tuple sequence"):
+            warnings.filterwarnings("ignore", message, UserWarning)
+        return create(settings, 0, pretrained=True, **arguments)

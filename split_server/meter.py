@@ -135,9 +135,7 @@ class Meter:
             dirty, self._dirty = self._dirty, set()
         return dirty
 
-    def _write(
-        self, session: Session, run: str, totals: Mapping[str, Mapping[str, Any]]
-    ) -> None:
+    def _write(self, session: Session, run: str, totals: Mapping[str, Mapping[str, Any]]) -> None:
         rows = session.scalars(select(ParticipantRow).where(ParticipantRow.run_id == run))
         for row in rows:
             row.traffic = dict(totals.get(row.id, row.traffic))

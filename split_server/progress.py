@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -12,23 +13,47 @@ from protocol.messages import BlobRef, RoundStatus, RunStatus
 from split_server.aggregation import WeightedState, federated_average, weighted_mean
 from split_server.journal import record_event
 from split_server.meter import Meter
-from split_server.rounds import Action, Aggregate, CloseRound, FailRun, OpenTraining, Repeat
+from split_server.rounds import (
+    Action,
+    Aggregate,
+    CloseRound,
+    FailRun,
+    OpenTraining,
+    Publish,
+    Repeat,
+)
 from split_server.snapshot import RunSnapshot
 from split_server.states import RunFiles, read_tensors
 from split_server.tables import EvaluationRow, RoundRow, RunRow, UpdateRow
 from split_server.views import closed_traffic
 
 
-def apply(
-    session: Session, run: RunSnapshot, action: Action, files: RunFiles, meter: Meter, at: float
-) -> None:
+def average(
+    session: Session, run: RunSnapshot, action: Aggregate, files: RunFiles
+) -> Publish | FailRun:
+    """The new global state, written to disk and not yet named by anything.
+
+    Apart from `apply`, so that no transaction waits for the arithmetic.
+    """
+    row = _open_row(session, run)
+    try:
+        state = federated_average(
+            WeightedState(update.samples, partial(read_tensors, files.update(update.sha256)))
+            for update in _updates(session, row, action.updated)
+        )
+    except SFPromptError as error:
+        # Every update was checked alone; only their sum can still leave float32's range.
+        return FailRun(f"round {row.round}: {error}")
+    return Publish(action.updated, action.evaluators, files.write_state(state))
+
+
+def apply(session: Session, run: RunSnapshot, action: Action, meter: Meter, at: float) -> None:
     """Make one step of a run true.
 
     Args:
         session: the transaction of the step.
         run: the run as it stands.
-        action: the step.
-        files: the run's files; a new global state is on disk before it is named.
+        action: the step; not `Aggregate`, which `average` turns into another.
         meter: what the round that ends has cost.
         at: seconds since 1970.
     """
@@ -36,28 +61,24 @@ def apply(
         _open(session, run, action, at)
         return
     row = _open_row(session, run)
-    if isinstance(action, Aggregate):
-        _aggregate(session, run, row, action, files, meter, at)
+    if isinstance(action, Publish):
+        _publish(session, run, row, action, meter, at)
     elif isinstance(action, CloseRound):
         _measure(session, run, row)
         _close(session, run, row, meter, at)
     elif isinstance(action, Repeat):
         _give_up(session, run, row, meter, at)
-        record_event(
-            session,
-            run.id,
-            at,
-            "round_repeated",
-            round=row.round,
-            attempt=row.attempt,
-            updates=action.updates,
-        )
-    else:
+        _record(session, row, "round_repeated", at, updates=action.updates)
+    elif isinstance(action, FailRun):
         _give_up(session, run, row, meter, at)
         end_run(session, run.id, RunStatus.FAILED, action.reason, at)
+    else:
+        raise TypeError(f"{type(action).__name__} is no step that can be applied")
 
 
-def end_run(session: Session, run_id: str, status: RunStatus, reason: str | None, at: float) -> None:
+def end_run(
+    session: Session, run_id: str, status: RunStatus, reason: str | None, at: float
+) -> None:
     """Finish, cancel or fail a run."""
     row = session.get_one(RunRow, run_id)
     row.status, row.reason, row.finished_at = status, reason, at
@@ -101,43 +122,23 @@ def _open(session: Session, run: RunSnapshot, action: OpenTraining, at: float) -
     )
 
 
-def _aggregate(
-    session: Session,
-    run: RunSnapshot,
-    row: RoundRow,
-    action: Aggregate,
-    files: RunFiles,
-    meter: Meter,
-    at: float,
+def _publish(
+    session: Session, run: RunSnapshot, row: RoundRow, action: Publish, meter: Meter, at: float
 ) -> None:
-    updates = {update.participant_id: update for update in _updates(session, row)}
-    ordered = [updates[participant] for participant in action.updated]
-    try:
-        state = federated_average(
-            WeightedState(update.samples, partial(read_tensors, files.update(update.sha256)))
-            for update in ordered
-        )
-    except SFPromptError as error:
-        # Every update was checked alone; only a sum can still leave float32's range.
-        _give_up(session, run, row, meter, at)
-        end_run(session, run.id, RunStatus.FAILED, f"round {row.round}: {error}", at)
-        return
-    blob = files.write_state(state)
-    row.samples = sum(update.samples for update in ordered)
-    row.train_loss = weighted_mean((update.train_loss, update.samples) for update in ordered)
-    row.local_loss = weighted_mean((update.local_loss, update.samples) for update in ordered)
-    _set_state(session, run, row, blob)
-    record_event(
+    updates = _updates(session, row, action.updated)
+    row.samples = sum(update.samples for update in updates)
+    row.train_loss = weighted_mean((update.train_loss, update.samples) for update in updates)
+    row.local_loss = weighted_mean((update.local_loss, update.samples) for update in updates)
+    _set_state(session, run, row, action.state)
+    _record(
         session,
-        run.id,
-        at,
+        row,
         "state_aggregated",
-        round=row.round,
-        attempt=row.attempt,
-        updates=len(ordered),
+        at,
+        updates=len(updates),
         samples=row.samples,
         train_loss=row.train_loss,
-        state=blob.sha256,
+        state=action.state.sha256,
     )
     if action.evaluators:
         row.status, row.evaluators = RoundStatus.EVALUATING, list(action.evaluators)
@@ -173,13 +174,11 @@ def _measure(session: Session, run: RunSnapshot, row: RoundRow) -> None:
 def _close(session: Session, run: RunSnapshot, row: RoundRow, meter: Meter, at: float) -> None:
     row.status, row.closed_at = RoundStatus.CLOSED, at
     _charge(session, run, row, meter)
-    record_event(
+    _record(
         session,
-        run.id,
-        at,
+        row,
         "round_closed",
-        round=row.round,
-        attempt=row.attempt,
+        at,
         accuracy=row.accuracy,
         evaluation_loss=row.evaluation_loss,
         evaluation_samples=row.evaluation_samples,
@@ -202,16 +201,23 @@ def _charge(session: Session, run: RunSnapshot, row: RoundRow, meter: Meter) -> 
     row.traffic = meter.run(run.id).since(closed_traffic(session, run.id)).to_dict()
 
 
-def _updates(session: Session, row: RoundRow) -> list[UpdateRow]:
-    return list(
-        session.scalars(
+def _record(session: Session, row: RoundRow, kind: str, at: float, **data: Any) -> None:
+    record_event(session, row.run_id, at, kind, round=row.round, attempt=row.attempt, **data)
+
+
+def _updates(session: Session, row: RoundRow, participants: tuple[str, ...]) -> list[UpdateRow]:
+    """The attempt's updates in this order of participants."""
+    found = {
+        update.participant_id: update
+        for update in session.scalars(
             select(UpdateRow).where(
                 UpdateRow.run_id == row.run_id,
                 UpdateRow.round == row.round,
                 UpdateRow.attempt == row.attempt,
             )
         )
-    )
+    }
+    return [found[participant] for participant in participants]
 
 
 def _open_row(session: Session, run: RunSnapshot) -> RoundRow:

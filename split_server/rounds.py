@@ -7,7 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from protocol.errors import Conflict, RunClosed, StaleRound
-from protocol.messages import Assignment, RoundStatus, RunStatus, Task
+from protocol.messages import Assignment, BlobRef, RoundStatus, RunStatus, Task
 from protocol.seeds import derive_seed
 from split_server.snapshot import Member, OpenRound, RunSnapshot
 
@@ -30,6 +30,15 @@ class Aggregate:
 
 
 @dataclass(frozen=True)
+class Publish:
+    """The average is on disk: make it the global state."""
+
+    updated: tuple[str, ...]
+    evaluators: tuple[str, ...]
+    state: BlobRef
+
+
+@dataclass(frozen=True)
 class Repeat:
     """Too few updates came: close this attempt without a result."""
 
@@ -48,7 +57,7 @@ class FailRun:
     reason: str
 
 
-Action = OpenTraining | Aggregate | Repeat | CloseRound | FailRun
+Action = OpenTraining | Aggregate | Publish | Repeat | CloseRound | FailRun
 
 
 def decide(run: RunSnapshot, live: Collection[str], now: float, *, settled: bool) -> Action | None:
@@ -117,9 +126,7 @@ def _end_training(
     return Repeat(len(open_round.updated))
 
 
-def _evaluators(
-    run: RunSnapshot, open_round: OpenRound, live: Collection[str]
-) -> tuple[str, ...]:
+def _evaluators(run: RunSnapshot, open_round: OpenRound, live: Collection[str]) -> tuple[str, ...]:
     federation = run.settings.federation
     every = federation.evaluate_every
     is_last = open_round.round >= federation.rounds

@@ -187,9 +187,7 @@ class Federation:
         """Make a run: its model's files first, then the run itself."""
         require_served(settings)
         with self._creating:  # one at a time: a repeat must find the first one's answer
-            with self._store.reading() as session:
-                known = once.recall(session)
-            if known is not None:
+            if (known := self._recall(once)) is not None:
                 return RunView.model_validate(known)
             run_id = "r" + secrets.token_hex(5)
             files = self.files(run_id)
@@ -202,9 +200,7 @@ class Federation:
         log.info("run %s (%s) created", run_id, settings.name)
         return view
 
-    def _create(
-        self, run_id: str, settings: RunSettings, files: RunFiles, once: Once
-    ) -> RunView:
+    def _create(self, run_id: str, settings: RunSettings, files: RunFiles, once: Once) -> RunView:
         prepared = self._prepare(settings, files, self._data_dir / "backbones")
         at = self._clock.wall()
         with self._store.writing() as session:
@@ -269,9 +265,7 @@ class Federation:
             run=views.run_view(self.run(run_id)),
         )
 
-    def _join(
-        self, session: Session, run: RunSnapshot, request: JoinRequest, once: Once
-    ) -> str:
+    def _join(self, session: Session, run: RunSnapshot, request: JoinRequest, once: Once) -> str:
         rounds.require_running(run)
         if request.num_classes != run.settings.model.num_classes:
             raise InvalidField(
@@ -328,8 +322,8 @@ class Federation:
         """
         self.advance(run_id)
         receipt = UpdateReceipt(round=meta.round, samples=meta.samples)
-        with self._changing(run_id) as session:
-            if once.recall(session) is not None:
+        with self._lock(run_id):
+            if self._recall(once) is not None:
                 return receipt
             run, member = self.member(run_id, participant)
             open_round = rounds.require_trainer(run, member, meta.round, meta.attempt)
@@ -338,72 +332,57 @@ class Federation:
                 intake.check_samples(meta, member)
                 tensors = intake.read_update(frame, run.settings.model)
             except (EmptyUpdate, NonFinite, WrongShape) as error:
-                self._decline(session, run, member, error)
+                self._decline(run, member, error)
                 refusal: SFPromptError | None = error
             else:
                 refusal = None
                 sha256 = self.files(run_id).write_update(tensors).sha256
-                self._count(session, run, member, meta, sha256, once)
+                self._count(run, member, meta, sha256, once)
         self.advance(run_id)
         if refusal is not None:
             raise refusal
         return receipt
 
     def _count(
-        self,
-        session: Session,
-        run: RunSnapshot,
-        member: Member,
-        meta: UpdateMeta,
-        sha256: str,
-        once: Once,
+        self, run: RunSnapshot, member: Member, meta: UpdateMeta, sha256: str, once: Once
     ) -> None:
         at = self._clock.wall()
-        session.add(
-            UpdateRow(
-                run_id=run.id,
-                round=meta.round,
-                attempt=meta.attempt,
-                participant_id=member.id,
-                samples=meta.samples,
-                received_at=at,
-                train_loss=meta.train_loss,
-                local_loss=meta.local_loss,
-                sha256=sha256,
+        with self._changing(run.id) as session:
+            session.add(
+                UpdateRow(
+                    run_id=run.id,
+                    round=meta.round,
+                    attempt=meta.attempt,
+                    participant_id=member.id,
+                    samples=meta.samples,
+                    received_at=at,
+                    train_loss=meta.train_loss,
+                    local_loss=meta.local_loss,
+                    sha256=sha256,
+                )
             )
-        )
-        once.remember(session, {}, at)
-        record_event(
-            session,
-            run.id,
-            at,
-            "update_counted",
-            round=meta.round,
-            attempt=meta.attempt,
-            participant=member.id,
-            samples=meta.samples,
-            train_loss=meta.train_loss,
-        )
+            once.remember(session, {}, at)
+            data = meta.model_dump(exclude={"local_loss"})
+            record_event(session, run.id, at, "update_counted", participant=member.id, **data)
 
-    def _decline(
-        self, session: Session, run: RunSnapshot, member: Member, error: SFPromptError
-    ) -> None:
+    def _decline(self, run: RunSnapshot, member: Member, error: SFPromptError) -> None:
         """Remember that this participant has nothing to count, so that nobody waits for it."""
         if run.open_round is None or member.id in run.open_round.declined:
             return
         key = (run.id, run.open_round.round, run.open_round.attempt)
-        row = session.get_one(RoundRow, key)
-        row.declined = [*row.declined, member.id]
-        record_event(
-            session,
-            run.id,
-            self._clock.wall(),
-            "update_refused",
-            round=row.round,
-            attempt=row.attempt,
-            participant=member.id,
-            code=error.code,
-        )
+        with self._changing(run.id) as session:
+            row = session.get_one(RoundRow, key)
+            row.declined = [*row.declined, member.id]
+            record_event(
+                session,
+                run.id,
+                self._clock.wall(),
+                "update_refused",
+                round=row.round,
+                attempt=row.attempt,
+                participant=member.id,
+                code=error.code,
+            )
 
     def evaluation(
         self, run_id: str, participant: str, report: EvaluationReport, once: Once
@@ -436,9 +415,7 @@ class Federation:
             )
             once.remember(session, {}, at)
             data: dict[str, Any] = report.model_dump(exclude={"loss_sum"})
-            record_event(
-                session, run_id, at, "evaluation_counted", participant=participant, **data
-            )
+            record_event(session, run_id, at, "evaluation_counted", participant=participant, **data)
         self.advance(run_id)
 
     # Going on
@@ -455,15 +432,18 @@ class Federation:
         self.run(run_id)
         with self._lock(run_id):
             while (action := self._next(run_id)) is not None:
-                run = self._runs[run_id]
-                with self._changing(run_id) as session:
-                    files = self.files(run_id)
-                    at = self._clock.wall()
-                    progress.apply(session, run, action, files, self._meter, at)
-                log.info("run %s: %s", run_id, action)
-                if not isinstance(action, rounds.OpenTraining):
-                    self._sweep_updates(run_id)
-                    self._watcher.round_over(run_id)
+                self._take(self._runs[run_id], action)
+
+    def _take(self, run: RunSnapshot, action: rounds.Action) -> None:
+        if isinstance(action, rounds.Aggregate):
+            with self._store.reading() as session:
+                action = progress.average(session, run, action, self.files(run.id))
+        with self._changing(run.id) as session:
+            progress.apply(session, run, action, self._meter, self._clock.wall())
+        log.info("run %s: %s", run.id, action)
+        if not isinstance(action, rounds.OpenTraining):
+            self._sweep_updates(run.id)
+            self._watcher.round_over(run.id)
 
     def save_traffic(self) -> None:
         """Write down the meter's counts, so that little is lost if the server is killed."""
@@ -477,6 +457,10 @@ class Federation:
         now = self._clock.monotonic()
         return rounds.decide(self._runs[run_id], live, now, settled=self._presence.settled)
 
+    def _recall(self, once: Once) -> dict[str, Any] | None:
+        with self._store.reading() as session:
+            return once.recall(session)
+
     @contextmanager
     def _changing(self, run_id: str) -> Iterator[Session]:
         """One transaction on one run; what it has changed is seen only once it is on disk."""
@@ -484,12 +468,8 @@ class Federation:
         with self._lock(run_id):
             with self._store.writing() as session:
                 yield session
-                changed = bool(session.new or session.dirty or session.deleted) or session.info.get(
-                    "flushed", False
-                )
             self._reload(run_id)
-        if changed:
-            self._watcher.changed(run_id)
+        self._watcher.changed(run_id)
 
     def _lock(self, run_id: str) -> threading.RLock:
         return self._locks.setdefault(run_id, threading.RLock())

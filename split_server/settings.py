@@ -98,7 +98,9 @@ class ServerSettings(BaseSettings):
         return self.data_dir / "server.sqlite"
 
 
-def load_settings(flags: Mapping[str, Any] | None = None, file: Path | None = None) -> ServerSettings:
+def load_settings(
+    flags: Mapping[str, Any] | None = None, file: Path | None = None
+) -> ServerSettings:
     """The settings from flags (those given), the environment and a TOML file.
 
     Raises:

@@ -44,9 +44,7 @@ def run_view(run: RunSnapshot) -> RunView:
 def results(session: Session, run: RunSnapshot, meter: Meter) -> Results:
     """Everything that a run has produced so far."""
     rows = session.scalars(
-        select(RoundRow)
-        .where(RoundRow.run_id == run.id)
-        .order_by(RoundRow.round, RoundRow.attempt)
+        select(RoundRow).where(RoundRow.run_id == run.id).order_by(RoundRow.round, RoundRow.attempt)
     ).all()
     total = meter.run(run.id)
     return Results(
@@ -112,9 +110,7 @@ def _round(
     )
 
 
-def _participants(
-    session: Session, run: RunSnapshot, meter: Meter
-) -> tuple[ParticipantView, ...]:
+def _participants(session: Session, run: RunSnapshot, meter: Meter) -> tuple[ParticipantView, ...]:
     rows = session.scalars(
         select(ParticipantRow)
         .where(ParticipantRow.run_id == run.id)

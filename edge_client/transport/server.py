@@ -29,12 +29,12 @@ from protocol.messages import (
     EvaluationReport,
     JoinRequest,
     JoinResponse,
-    Message,
     RunView,
     UpdateMeta,
     UpdateReceipt,
     parse_message,
 )
+from protocol.settings import Message
 from protocol.traffic import BACKWARD_PATH, FORWARD_PATH, INFER_PATH, Traffic
 from protocol.version import (
     FRAME_MEDIA_TYPE,

@@ -125,5 +125,10 @@ def test_onnx_reads_no_external_data(tmp_path: Path) -> None:
     tensor.ClearField("raw_data")
     tensor.data_location = onnx.TensorProto.EXTERNAL
     graph = helper.make_graph([], "g", [], [], initializer=[tensor])
-    with pytest.raises(PackagedBackboneError):
+    with pytest.raises(PackagedBackboneError, match="points outside"):
         packaged._convert(helper.make_model(graph).SerializeToString())
+
+
+def test_a_broken_onnx_file_is_refused() -> None:
+    with pytest.raises(PackagedBackboneError, match="no ONNX file"):
+        packaged._convert(b"\xff\xff\xff")

@@ -111,7 +111,7 @@ def test_participants_joined_in_a_batch_get_what_they_get_alone(name: str, depth
     assert difference(mine.grad, grad) <= 1e-4
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "eva02_base_patch14_224", "vit_pe_core_base_patch16_224"])
 def test_a_body_in_low_precision(name: str) -> None:
     settings = dataclasses.replace(reduced(name), cut=0)
     weights = random_model(settings).state_dict()

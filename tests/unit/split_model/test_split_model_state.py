@@ -277,3 +277,22 @@ def test_costs_of_a_vit_base() -> None:
     prompted = dataclasses.replace(settings, prompt_count=50)
     work = part_flops(prompted)
     assert (work.head + work.body + work.tail) / 2 == pytest.approx(22.2e9, rel=0.02)
+
+
+def test_a_resampled_bias_table_keeps_its_shape(tmp_path: Path) -> None:
+    settings = reduced("beit_base_patch16_224")
+    weights = {name: tensor.clone() for name, tensor in random_model(settings).state_dict().items()}
+    name = "blocks.0.attn.relative_position_bias_table"
+    # A ramp over the vertical distances −2 … 2, then the class token's three entries.
+    ramp = torch.arange(-2.0, 3.0).repeat_interleave(5)
+    weights[name] = torch.cat([ramp, torch.tensor([7.0, 8.0, 9.0])])[:, None].repeat(1, 2)
+    save_file(weights, tmp_path / "weights.safetensors")
+    large = dataclasses.replace(settings, image_size=40)
+    source = f"file:{tmp_path / 'weights.safetensors'}"
+    table = load_file(prepare_backbone(large, source, tmp_path / "cache").path)[name]
+    assert table.shape == (9 * 9 + 3, 2)
+    rows = table[:-3, 0].view(9, 9)
+    assert (rows.diff(dim=0) >= 0).all()  # flat at the ends, as timm spaces the points
+    assert torch.allclose(rows, rows[:, :1].expand(9, 9), atol=1e-5)
+    assert rows[4, 4].abs() < 1e-5
+    assert table[-3:, 0].tolist() == [7.0, 8.0, 9.0]

@@ -1,0 +1,120 @@
+"""The references in one process: the same prompts and tail tuned on all the data, and a probe."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import torch
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from edge_client.data import BatchReader, Dataset, Preprocessing, cache_dir, shuffled
+from edge_client.schedule import learning_rate_factor, make_optimizer, set_progress
+from protocol.seeds import derive_seed
+from protocol.settings import RunSettings
+from split_model import (
+    Body,
+    Head,
+    SplitSettings,
+    Tail,
+    build_body,
+    build_head,
+    build_tail,
+    image_preparation,
+    initial_state,
+    open_backbone,
+    prepare_backbone,
+    tail_tensors,
+)
+
+_BATCH = 200
+Advance = Callable[[int, int], None]  # steps done, steps in all
+
+
+class Centralised:
+    """Head, body and tail of a run in one process, with all its data.
+
+    Args:
+        settings: of the run; rounds × split epochs give the epochs, keep fraction is not used.
+    """
+
+    def __init__(self, settings: RunSettings, data: Dataset) -> None:
+        split = SplitSettings.of(settings.model)
+        backbone = prepare_backbone(split, settings.model.weights, cache_dir() / "backbones")
+        weights = open_backbone(backbone.path)
+        self.settings = settings
+        self.head: Head = build_head(split, weights)
+        self.body: Body = build_body(split, weights)
+        state = initial_state(split, weights, derive_seed(settings.seed, "initial-state"))
+        self.tail: Tail = build_tail(split, tail_tensors(state))
+        self.prompts = nn.Parameter(state["prompts"]) if split.prompt_count else None
+        images = image_preparation(split)
+        way = Preprocessing(split.image_size, images.mean, images.std, "bicubic")
+        self.train = BatchReader(data.train, way, cache_bytes=2**30)
+        self.test = BatchReader(data.test, way, cache_bytes=2**30)
+
+    def tune(self, advance: Advance) -> float:
+        """Tune prompts and tail as a run would, on one heap of data. Returns test accuracy.
+
+        As many passes over the data as the run's devices make over theirs, the same optimiser,
+        rates and schedule, but no rounds: nothing is averaged and no sample is left out.
+        """
+        training, rounds = self.settings.training, self.settings.federation.rounds
+        optimizer = make_optimizer(training, self.prompts, self.tail)
+        epochs = rounds * training.split_epochs
+        seed = derive_seed(self.settings.seed, "centralised")
+        batches = list(
+            itertools.chain.from_iterable(
+                shuffled(len(self.train), training.batch_size, seed, epoch)
+                for epoch in range(epochs)
+            )
+        )
+        for step, positions in enumerate(batches):
+            set_progress(optimizer, learning_rate_factor(training, step / len(batches), rounds))
+            images, labels = self.train.read(positions)
+            loss = F.cross_entropy(self.tail(self._features(images, self.prompts)), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            advance(step + 1, len(batches))
+        return self._accuracy()
+
+    @torch.no_grad()
+    def probe(self) -> float:
+        """Test accuracy of logistic regression on the frozen features, without prompts.
+
+        The best of four strengths of regularisation, which favours the probe.
+        """
+        train, train_labels = self._pooled(self.train)
+        test, test_labels = self._pooled(self.test)
+        return max(
+            float(
+                LogisticRegression(C=strength, max_iter=2000)
+                .fit(train.numpy(), train_labels.numpy())
+                .score(test.numpy(), test_labels.numpy())
+            )
+            for strength in (0.001, 0.01, 0.1, 1.0)
+        )
+
+    def _features(self, images: Tensor, prompts: Tensor | None) -> Tensor:
+        features: Tensor = self.body(self.head(images, prompts))
+        return features
+
+    def _pooled(self, samples: BatchReader) -> tuple[Tensor, Tensor]:
+        pooled, labels = [], []
+        for positions in torch.arange(len(samples)).split(_BATCH):
+            images, some = samples.read(positions)
+            pooled.append(self.tail.pool(self._features(images, None)))
+            labels.append(some)
+        return torch.cat(pooled), torch.cat(labels)  # [n, F], [n]
+
+    @torch.no_grad()
+    def _accuracy(self) -> float:
+        correct = 0
+        for positions in torch.arange(len(self.test)).split(_BATCH):
+            images, labels = self.test.read(positions)
+            logits: Tensor = self.tail(self._features(images, self.prompts))
+            correct += int((logits.argmax(dim=1) == labels).sum())
+        return correct / len(self.test)
