@@ -28,6 +28,7 @@ app = typer.Typer(
     help="Whole runs on one machine: server and devices as processes, measured and drawn.",
 )
 err = Console(stderr=True)
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the figures here.")]
 
 
 @app.command(
@@ -52,9 +53,7 @@ def run(
         int | None, typer.Option(min=1, help="CPU threads of the body. Default: all.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder. Default: runs/DATA-TIME.")] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the figures here.")
-    ] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Tune with one server and several devices, all on this machine, and show what it took."""
     console = Console()
@@ -96,9 +95,7 @@ def accuracy(
     rounds: Annotated[int | None, typer.Option(min=1, help="Default: the preset's.")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder. Default: runs/accuracy-TIME.")] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the figures here.")
-    ] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Compare federated runs with centralised tuning and a linear probe on the same data."""
     console = Console()
