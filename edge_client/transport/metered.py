@@ -2,7 +2,8 @@
 
 httpx's own engine parses and copies each chunk in Python; for tensors of a megabyte that is most
 of the client's time. This one writes the request's pieces straight to the socket and reads the
-response into one buffer, and it is where the meter sits: below HTTP, so headers count.
+response into one buffer, and it is where the meter sits: below HTTP, so headers count. What TLS
+adds below it does not.
 """
 
 from __future__ import annotations
@@ -12,15 +13,20 @@ import io
 import socket
 import ssl
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
 import httpx
 
+from protocol.errors import TooLarge
+from protocol.limits import DEFAULT_LIMITS
 from protocol.traffic import Traffic
 
 BODY_EXTENSION = "sfprompt_body"  # the response's body as one writable buffer
-_STALE = (http.client.RemoteDisconnected, BrokenPipeError, ConnectionResetError)
+_BROKEN = (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError)  # the other end is gone
+_READ_BYTES = 1024 * 1024  # at a time, of a body whose length is not announced
+# A router between the two may forget a connection that is silent while the device computes.
+_KEEP_ALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 6}  # seconds, seconds, times
 
 
 class _CountingSocket(io.RawIOBase):
@@ -32,8 +38,12 @@ class _CountingSocket(io.RawIOBase):
         self.received = 0
 
     def sendall(self, data: bytes | memoryview) -> None:
-        self._inner.sendall(data)
-        self.sent += memoryview(data).nbytes
+        # Not the socket's own: its time-out is for all of ``data``, however slow the link.
+        rest = memoryview(data).cast("B")
+        while rest.nbytes:
+            count = self._inner.send(rest)
+            self.sent += count
+            rest = rest[count:]
 
     def readable(self) -> bool:
         return True
@@ -50,6 +60,9 @@ class _CountingSocket(io.RawIOBase):
         self._inner.settimeout(seconds)
 
     def close(self) -> None:
+        """Nothing: ``http.client`` closes ahead of the body when a connection ends with it."""
+
+    def shut(self) -> None:
         self._inner.close()
 
 
@@ -77,32 +90,37 @@ class _Connection:
             )
         else:
             self._http = http.client.HTTPConnection(host, port, timeout=timeout)
-        self.used = False
-
-    def connect(self) -> None:
         self._http.connect()
         plain = cast(socket.socket, self._http.sock)
-        # A router between the two may forget a connection that is silent between rounds.
         plain.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in _KEEP_ALIVE.items():
+            if hasattr(socket, option):
+                plain.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
         self.socket = _CountingSocket(plain)
         self._http.sock = self.socket
+        self.used = False
 
     def exchange(
-        self, request: httpx.Request, timeout: float
+        self, request: httpx.Request, timeout: float, max_body_bytes: int
     ) -> tuple[http.client.HTTPResponse, bytearray]:
         self.socket.settimeout(timeout)
         target = request.url.raw_path.decode("ascii")
         self._http.putrequest(request.method, target, skip_host=True, skip_accept_encoding=True)
         for name, value in request.headers.raw:
             self._http.putheader(name, value)
-        self._http.endheaders()
-        for piece in cast("Iterable[bytes]", request.stream):
-            if piece:
-                self.socket.sendall(piece)
+        complete = True
+        try:
+            self._http.endheaders()
+            for piece in cast("Iterable[bytes]", request.stream):
+                if piece:
+                    self.socket.sendall(piece)
+        except _BROKEN:
+            # A server may refuse a request before it has read all of it: its answer is waiting.
+            complete = False
         response = self._http.getresponse()
-        body = _read_body(response)
+        body = _read_body(response, max_body_bytes)
         self.used = True
-        if response.will_close:
+        if response.will_close or not complete:
             self.close()
         return response, body
 
@@ -112,11 +130,19 @@ class _Connection:
 
     def close(self) -> None:
         self._http.close()
+        self.socket.shut()
 
 
-def _read_body(response: http.client.HTTPResponse) -> bytearray:
+def _read_body(response: http.client.HTTPResponse, most: int) -> bytearray:
     if response.length is None:
-        return bytearray(response.read())
+        body = bytearray()
+        while chunk := response.read(_READ_BYTES):
+            body += chunk
+            if len(body) > most:
+                raise _too_large(most, len(body))
+        return body
+    if response.length > most:
+        raise _too_large(most, response.length)
     body = bytearray(response.length)
     view, filled = memoryview(body), 0
     while filled < len(body):
@@ -134,14 +160,24 @@ class MeteredTransport(httpx.BaseTransport):
     Args:
         tls: the context of ``https`` connections; None: the system's trust store.
         connect_timeout_s: seconds to wait for a connection.
+        max_body_bytes: of one response.
+        prefix: what precedes the protocol's own paths in the server's address.
 
     A request whose kept-alive connection turns out to be dead is sent once more on a new one;
     that is safe because every request of the protocol may be repeated.
     """
 
-    def __init__(self, tls: ssl.SSLContext | None = None, connect_timeout_s: float = 10.0) -> None:
+    def __init__(
+        self,
+        tls: ssl.SSLContext | None = None,
+        connect_timeout_s: float = 10.0,
+        max_body_bytes: int = DEFAULT_LIMITS.max_frame_bytes,
+        prefix: str = "",
+    ) -> None:
         self._tls = tls
         self._connect_timeout_s = connect_timeout_s
+        self._max_body_bytes = max_body_bytes
+        self._prefix = prefix.rstrip("/")
         self._idle: dict[tuple[str, str, int | None], list[_Connection]] = {}
         self._lock = threading.Lock()
         self._traffic = Traffic()
@@ -158,15 +194,18 @@ class MeteredTransport(httpx.BaseTransport):
             httpx.ConnectError: no connection could be made (also: a certificate was refused).
             httpx.TimeoutException: the server did not answer in time.
             httpx.ReadError: the connection broke in the middle.
+            TooLarge: the response is over ``max_body_bytes``.
         """
         timeouts = request.extensions.get("timeout", {})
         read_timeout = timeouts.get("read") or 60.0
         connection = self._take(request)
         try:
+            received = connection.socket.received
             try:
                 response, body = self._exchange(connection, request, read_timeout)
-            except _STALE:
-                if not connection.used:
+            except _BROKEN:
+                stale = connection.used and connection.socket.received == received
+                if not stale:
                     raise
                 connection = self._open(request)
                 response, body = self._exchange(connection, request, read_timeout)
@@ -182,7 +221,8 @@ class MeteredTransport(httpx.BaseTransport):
         return httpx.Response(
             response.status,
             headers=[
-                (name.encode(), value.encode("latin-1")) for name, value in response.getheaders()
+                (name.encode("latin-1"), value.encode("latin-1"))
+                for name, value in response.getheaders()
             ],
             stream=_Body(body),
             extensions={BODY_EXTENSION: body},
@@ -200,14 +240,14 @@ class MeteredTransport(httpx.BaseTransport):
     ) -> tuple[http.client.HTTPResponse, bytearray]:
         sent, received = connection.socket.sent, connection.socket.received
         try:
-            return connection.exchange(request, timeout)
+            return connection.exchange(request, timeout, self._max_body_bytes)
         except BaseException:
             connection.close()
             raise
         finally:
             with self._lock:
                 self._traffic.add(
-                    request.url.path,
+                    request.url.path.removeprefix(self._prefix),
                     connection.socket.sent - sent,
                     connection.socket.received - received,
                 )
@@ -220,22 +260,26 @@ class MeteredTransport(httpx.BaseTransport):
         return self._open(request)
 
     def _open(self, request: httpx.Request) -> _Connection:
-        connection = _Connection(request.url, self._tls, self._connect_timeout_s)
+        if self._tls is None and request.url.scheme == "https":
+            self._tls = ssl.create_default_context()  # reads the trust store: once is enough
         try:
-            connection.connect()
+            return _Connection(request.url, self._tls, self._connect_timeout_s)
         except TimeoutError as error:
             raise httpx.ConnectTimeout(str(error), request=request) from error
         except OSError as error:
             raise httpx.ConnectError(str(error), request=request) from error
-        return connection
 
 
 class _Body(httpx.SyncByteStream):
     def __init__(self, body: bytearray) -> None:
         self._body = body
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[bytes]:
         yield bytes(self._body)
+
+
+def _too_large(limit: int, value: int) -> TooLarge:
+    return TooLarge("the server's answer is too large", field="body", limit=limit, value=value)
 
 
 def _origin(url: httpx.URL) -> tuple[str, str, int | None]:

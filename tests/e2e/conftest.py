@@ -1,0 +1,66 @@
+"""A real server process on loopback, and small settings for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from benchmark.operator import Operator
+from benchmark.preflight import choose_port
+from benchmark.processes import Process, wait_until_healthy
+from protocol.settings import (
+    BackboneSettings,
+    FederationSettings,
+    RunSettings,
+    TrainingSettings,
+)
+
+SMALL = BackboneSettings(
+    backbone="vit_tiny_patch16_224", weights="random:3", image_size=32, cut=1, prompt_count=4
+)
+
+
+def small_run(
+    *, rounds: int = 2, devices: int = 1, seed: int = 0, **training: object
+) -> RunSettings:
+    """A run that takes seconds: an untrained tiny transformer on 32 px images."""
+    return RunSettings(
+        name="small",
+        seed=seed,
+        model=SMALL,
+        federation=FederationSettings(rounds=rounds, min_participants=devices),
+        training=TrainingSettings.model_validate(
+            {"batch_size": 16, "keep_fraction": 0.5, "prune_per_class": True, **training}
+        ),
+    )
+
+
+class ServerProcess:
+    """A split server as a process, which can be killed and started again on the same data."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.data_dir = folder, folder / "server"
+        self.port = choose_port(0)
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.start()
+
+    def start(self) -> None:
+        arguments = ["split_server.cli", "serve", "--port", str(self.port)]
+        arguments += ["--data-dir", str(self.data_dir), "--torch-threads", "1"]
+        self.process = Process("server", arguments, self.folder, threads=1)
+        probe = Operator(self.url)
+        wait_until_healthy(self.process, probe.is_healthy, 60)
+        probe.close()
+
+    def operator(self) -> Operator:
+        return Operator(self.url, (self.data_dir / "operator.token").read_text().strip())
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[ServerProcess]:
+    running = ServerProcess(tmp_path / "node")
+    yield running
+    running.process.stop()

@@ -1,0 +1,119 @@
+"""The whole path over HTTP trains exactly as the uncut model would in one process."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from edge_client.data import limit_per_set, load_dataset, shuffled
+from edge_client.participant import Participant
+from edge_client.transport import Server
+from protocol.seeds import derive_seed
+from protocol.settings import RunSettings
+from split_model import SplitSettings, load_state, open_backbone, prepare_backbone
+from split_model.libraries import timm
+from tests.e2e.conftest import ServerProcess, small_run
+
+STEPS_COMPARED = 12
+
+
+class Recorder:
+    """Keeps a copy of prompts and tail after every step of split training."""
+
+    def __init__(self) -> None:
+        self.participant: Participant | None = None
+        self.states: list[dict[str, Tensor]] = []
+
+    def event(self, kind: str, **data: Any) -> None:
+        pass
+
+    def advance(self, phase: str, done: int, total: int) -> None:
+        if phase == "split" and self.participant is not None:
+            self.states.append(self.participant.model.state())
+
+    def close(self) -> None:
+        pass
+
+
+class Uncut:
+    """timm's own model, with prompts put in by a hook ahead of the first block."""
+
+    def __init__(self, settings: RunSettings, folder: Path, state: dict[str, Tensor]) -> None:
+        model = settings.model
+        split = SplitSettings.of(model)
+        weights = open_backbone(prepare_backbone(split, model.weights, folder).path)
+        self.model = timm.create_model(
+            model.backbone, img_size=model.image_size, num_classes=model.num_classes
+        ).eval()
+        tail = {name.removeprefix("tail."): t for name, t in state.items() if name != "prompts"}
+        self.model.load_state_dict({**{name: weights[name] for name in weights}, **tail})
+        self.model.requires_grad_(False)
+        self.tail_names = sorted(tail)
+        own = dict(self.model.named_parameters())
+        self.tail = [own[name].requires_grad_() for name in self.tail_names]
+        self.prompts = state["prompts"].clone().requires_grad_()
+        self.model.blocks[0].register_forward_pre_hook(self._put_in)
+
+    def _put_in(self, _block: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        tokens = arguments[0]
+        prompts = self.prompts.expand(tokens.shape[0], -1, -1)
+        return (torch.cat([tokens[:, :1], prompts, tokens[:, 1:]], dim=1), *arguments[1:])
+
+    def state(self) -> dict[str, Tensor]:
+        tail = zip(self.tail_names, self.tail, strict=True)
+        return {
+            "prompts": self.prompts.detach().clone(),
+            **{f"tail.{name}": value.detach().clone() for name, value in tail},
+        }
+
+
+def test_one_device_with_sgd_equals_the_uncut_model_step_by_step(
+    server: ServerProcess, tmp_path: Path
+) -> None:
+    settings = small_run(
+        rounds=2,
+        keep_fraction=1,
+        local_epochs=0,
+        optimizer="sgd",
+        momentum=0.9,
+        schedule="constant",
+        prompt_learning_rate=0.05,
+        tail_learning_rate=0.02,
+    )
+    data = limit_per_set(load_dataset("digits"), train=6 * 16 - 3, test=10, seed=0)
+    recorder = Recorder()
+    with contextlib.closing(server.operator()) as operator:
+        run = operator.create_run(settings)
+    with contextlib.closing(Server(server.url)) as client:
+        participant = Participant(client, data, tmp_path / "blobs", "only", recorder)
+        recorder.participant = participant
+        participant.join(run.id, key="join-1")
+        initial = load_state(participant.files.fetch(run.state, lambda _: b""))
+        participant.take_part()
+
+    uncut = Uncut(settings, tmp_path / "backbones", initial)
+    samples = participant._train
+    step = 0
+    for round_ in (1, 2):
+        optimizer = torch.optim.SGD(
+            [{"params": [uncut.prompts], "lr": 0.05}, {"params": uncut.tail, "lr": 0.02}],
+            momentum=0.9,
+        )
+        seed = derive_seed(settings.seed, "split", "only", round_)
+        for positions in shuffled(len(samples), 16, seed, 0):
+            images, labels = samples.read(positions)
+            optimizer.zero_grad()
+            F.cross_entropy(uncut.model(images), labels).backward()
+            optimizer.step()
+            expected = uncut.state()
+            for name, value in recorder.states[step].items():
+                torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-5, msg=name)
+            step += 1
+    assert step == len(recorder.states) == STEPS_COMPARED
+    moved = (recorder.states[-1]["prompts"] - initial["prompts"]).abs().max()
+    assert moved > 1e-4  # the comparison is not of two models that stand still
