@@ -13,13 +13,13 @@ from typing import Any
 from rich.console import Console
 
 from benchmark.live import LiveView
-from benchmark.operator import Operator
 from benchmark.preflight import choose_port
 from benchmark.processes import Process, start_device, wait_until_healthy
 from benchmark.report import summary
 from protocol.errors import SFPromptError
 from protocol.messages import Results
 from protocol.settings import RunSettings
+from split_server.client import OperatorClient, read_token
 
 _START_S = 120.0
 _POLL_S = 0.5
@@ -93,21 +93,21 @@ class LocalRun:
         return results, summary(results, time.monotonic() - started)
 
     @contextmanager
-    def _server(self, console: Console) -> Iterator[tuple[str, Operator, Process]]:
+    def _server(self, console: Console) -> Iterator[tuple[str, OperatorClient, Process]]:
         port = choose_port(self.port)
         data_dir = self.folder / "server"
         arguments = ["split_server.cli", "serve", "--host", "127.0.0.1", "--port", str(port)]
         arguments += ["--data-dir", str(data_dir)]
         if self.server_threads is not None:
-            arguments += ["--threads", str(self.server_threads)]
+            arguments += ["--torch-threads", str(self.server_threads)]
         url = f"http://127.0.0.1:{port}"
         console.print(f"starting the split server on {url} …")
         server = Process("server", arguments, self.folder, threads=self.server_threads)
         try:
-            probe = Operator(url)
+            probe = OperatorClient(url)
             wait_until_healthy(server, probe.is_healthy, _START_S)
             probe.close()
-            operator = Operator(url, (data_dir / "operator.token").read_text().strip())
+            operator = OperatorClient(url, read_token(data_dir))
             try:
                 yield url, operator, server
             finally:

@@ -69,7 +69,9 @@ class BlobCache:
             part.replace(path)
         return path
 
-    def drop_old(self, keep: set[str], newest: int = _KEPT_STATES, unused_s: float = _GRACE_S) -> None:
+    def drop_old(
+        self, keep: set[str], newest: int = _KEPT_STATES, unused_s: float = _GRACE_S
+    ) -> None:
         """Delete all files but those named, the ``newest`` used last, and those in recent use.
 
         Args:
@@ -81,7 +83,7 @@ class BlobCache:
             with contextlib.suppress(FileNotFoundError):
                 os.utime(self._folder / f"{sha256}.safetensors")
         oldest_in_use = time.time() - unused_s
-        others = [(when, file) for when, file in self._by_use("*.safetensors") if file.stem not in keep]
+        others = [used for used in self._by_use("*.safetensors") if used[1].stem not in keep]
         for when, file in others[: max(0, len(others) - newest)]:
             if when <= oldest_in_use:
                 file.unlink(missing_ok=True)

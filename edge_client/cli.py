@@ -14,10 +14,10 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from edge_client.data import (
-    DataError,
     Dataset,
     Part,
     cache_dir,
@@ -131,18 +131,18 @@ def join(
         )
         for skipped in dataset.skipped:
             reporter.event("skipped", path=skipped.path, reason=skipped.reason)
-        identity = Identity(folder / "identities", url, chosen.id, name)
         participant = Participant(
             server, dataset, folder / "blobs", name, reporter, cache_mib * 1024 * 1024
         )
-        participant.join(chosen.id, identity.key, join_token)
-        last = participant.take_part()
-        identity.release()
+        with Identity(folder / "identities", url, chosen.id, name) as identity:
+            participant.join(chosen.id, identity.key, join_token)
+            last = participant.take_part()
     finally:
         reporter.close()
         server.close()
     if not succeeded(last):
-        err.print(f"[red]The run ended as {last.status}[/red]: {last.reason or 'no reason given'}")
+        reason = escape(last.reason or "no reason given")
+        err.print(f"[red]The run ended as {last.status}[/red]: {reason}", soft_wrap=True)
         raise typer.Exit(3)
 
 
@@ -166,19 +166,20 @@ def predict(
     """Classify images through the server with the newest tuned state of a run."""
     _prepare(threads, verbose)
     folder = home or cache_dir()
+    files = image_files(images)
     server = _server(url, 30.0, ca_file, None)
     try:
         chosen = _choose(server, run, open_only=False)
-        identity = Identity(folder / "identities", url, chosen.id, f"{name} (predict)")
         predictor = Predictor(server, chosen, folder / "blobs")
-        predictor.join(identity.key, f"{name} (predict)", join_token)
+        guest = f"{name} (predict)"
+        with Identity(folder / "identities", url, chosen.id, guest) as identity:
+            predictor.join(identity.key, guest, join_token)
         table = _prediction_table()
-        for prediction in predictor.predict(image_files(images), top):
+        for prediction in predictor.predict(files, top):
             if as_json:
                 typer.echo(json.dumps(prediction.to_dict()))
             else:
                 _add_row(table, prediction)
-        identity.release()
     finally:
         server.close()
     if not as_json:
@@ -256,20 +257,21 @@ def _prediction_table() -> Table:
 
 
 def _add_row(table: Table, prediction: Prediction) -> None:
+    path = escape(prediction.path)
     if prediction.error is not None:
-        table.add_row(prediction.path, "-", "-", f"[red]{prediction.error}[/red]")
+        table.add_row(path, "-", "-", f"[red]{escape(prediction.error)}[/red]")
         return
     (best, probability), *others = prediction.classes
     rest = ", ".join(f"{name} {share:.1%}" for name, share in others)
-    table.add_row(prediction.path, best, f"{probability:.1%}", rest)
+    table.add_row(path, escape(best), f"{probability:.1%}", escape(rest))
 
 
 def main() -> None:
     """Run the command; typed errors become one line and an exit code."""
     try:
         app()
-    except (SFPromptError, DataError) as error:
-        err.print(f"[red]error[/red]: {error}", highlight=False, markup=True)
+    except (SFPromptError, OSError) as error:  # OSError: a folder or disk of this device
+        err.print(f"[red]error[/red]: {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
         err.print("stopped")

@@ -10,13 +10,17 @@ import torch
 from torch import nn
 
 from edge_client.data import BatchReader, Interpolation, Preprocessing
-from protocol.errors import MalformedFrame
+from protocol.errors import InvalidField, MalformedFrame
 from protocol.settings import BackboneSettings
 from split_model import (
     Head,
     SplitSettings,
+    SplitSettingsError,
     Tail,
+    TensorFileError,
     TunedState,
+    UnsupportedBackboneError,
+    WeightsMismatchError,
     apply_state,
     build_tail,
     load_state,
@@ -27,6 +31,7 @@ from split_model import (
 )
 
 _CHUNK = 128
+_UNUSABLE = (TensorFileError, SplitSettingsError, UnsupportedBackboneError, WeightsMismatchError)
 
 
 @dataclass
@@ -43,10 +48,20 @@ class DeviceModel:
         """Build from the files of the server. The body is never allocated.
 
         Raises:
-            MalformedFrame: the head is not of this run's model.
-            TensorFileError, WeightsMismatchError: a file is damaged.
+            MalformedFrame: a file is damaged, or the head is not of this run's model.
+            InvalidField: the prompts join at the cut, which a device cannot train.
         """
-        split, images, head = read_head_file(head_file)
+        if settings.prompt_at != "input" and settings.prompt_count:
+            raise InvalidField(
+                "a device trains prompts that join at its input",
+                field="prompt_at",
+                limit="input",
+                value=settings.prompt_at,
+            )
+        try:
+            split, images, head = read_head_file(head_file)
+        except _UNUSABLE as error:
+            raise _unusable(head_file, error) from error
         if split != SplitSettings.of(settings):
             raise MalformedFrame(
                 "the head belongs to another model than the run's",
@@ -54,18 +69,28 @@ class DeviceModel:
                 limit=settings.model_dump_json(),
                 value=str(split),
             )
-        state = load_state(state_file)
+        state = _read(state_file)
         prompts = nn.Parameter(torch.empty(prompt_shape(split))) if split.prompt_count else None
         way = Preprocessing(
             split.image_size, images.mean, images.std, cast(Interpolation, images.interpolation)
         )
-        model = cls(head, build_tail(split, tail_tensors(state)), prompts, way)
-        model.apply(state)
+        try:
+            model = cls(head, build_tail(split, tail_tensors(state)), prompts, way)
+            apply_state(model.tail, model.prompts, state)
+        except _UNUSABLE as error:
+            raise _unusable(state_file, error) from error
         return model
 
-    def apply(self, state: TunedState) -> None:
-        """Take over a global state, in place."""
-        apply_state(self.tail, self.prompts, state)
+    def take(self, state_file: Path) -> None:
+        """Take over a global state, in place.
+
+        Raises:
+            MalformedFrame: the file is damaged, or not of this model.
+        """
+        try:
+            apply_state(self.tail, self.prompts, _read(state_file))
+        except _UNUSABLE as error:
+            raise _unusable(state_file, error) from error
 
     def state(self) -> TunedState:
         """Prompts and tail as they are now: float32 copies."""
@@ -87,3 +112,14 @@ class DeviceModel:
             total += tokens.sum(dim=(0, 1)).double()
             count += tokens.shape[0] * tokens.shape[1]
         self.prompts.add_((total / count).to(self.prompts.dtype))
+
+
+def _read(state_file: Path) -> TunedState:
+    try:
+        return load_state(state_file)
+    except _UNUSABLE as error:
+        raise _unusable(state_file, error) from error
+
+
+def _unusable(file: Path, error: Exception) -> MalformedFrame:
+    return MalformedFrame(f"a file of the server cannot be used: {error}", value=str(file))

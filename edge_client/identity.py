@@ -28,12 +28,13 @@ class Identity:
 
     def __init__(self, folder: Path, url: str, run: str, name: str) -> None:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        url = url.rstrip("/")
         digest = hashlib.sha256("\n".join((url, run, name)).encode()).hexdigest()[:24]
         path = folder / f"{digest}.json"
         self._file: IO[str] = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             self._file.close()
             raise Conflict(
                 "another process on this device already takes part under this name",
@@ -41,14 +42,32 @@ class Identity:
                 value=name,
                 hint="give each its own --name",
             ) from None
-        text = self._file.read()
-        if text:
-            self.key: str = json.loads(text)["key"]
-        else:
-            self.key = uuid.uuid4().hex
-            json.dump({"url": url, "run": run, "name": name, "key": self.key}, self._file)
+        os.fchmod(self._file.fileno(), 0o600)  # whoever has the key can get the credential
+        key = _key_in(self._file.read())
+        if key is None:
+            key = uuid.uuid4().hex
+            self._file.seek(0)
+            self._file.truncate()
+            json.dump({"url": url, "run": run, "name": name, "key": key}, self._file)
             self._file.flush()
             os.fsync(self._file.fileno())
+        self.key: str = key
+
+    def __enter__(self) -> Identity:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
 
     def release(self) -> None:
+        """Let another process take part under this name."""
         self._file.close()
+
+
+def _key_in(text: str) -> str | None:
+    """The key in an identity's file. A file that was cut off in writing was never joined with."""
+    try:
+        key = json.loads(text)["key"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return key if isinstance(key, str) and key else None

@@ -1,4 +1,4 @@
-"""A device's life in a run: join, take assignments until it is told to stop, leave."""
+"""A device's life in a run: join, and take assignments until it is told to stop."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from edge_client.phases import evaluate, keep_samples, local_update, split_train
 from edge_client.phases.context import RoundContext
 from edge_client.reporter import Reporter
 from edge_client.transport import Server
-from protocol.errors import EmptyUpdate, InvalidField, RunClosed, StaleRound
+from protocol.errors import Conflict, EmptyUpdate, InvalidField
 from protocol.messages import (
     Assignment,
     BlobRef,
@@ -25,7 +25,6 @@ from protocol.messages import (
     UpdateMeta,
 )
 from protocol.seeds import derive_seed
-from split_model import load_state
 
 _POLL_S = 20.0
 
@@ -79,7 +78,7 @@ class Participant:
         self.model = DeviceModel.load(self.settings.model, head, state)
         augmentation = None
         if self.settings.training.augment:
-            augmentation = Augmentation(derive_seed(self.settings.seed, "augment", self.id))
+            augmentation = Augmentation(derive_seed(self.settings.seed, "augment", self.name))
         way = self.model.preprocessing
         self._train = BatchReader(
             self.data.train, way, cache_bytes=self.cache_bytes, augmentation=augmentation
@@ -119,7 +118,7 @@ class Participant:
                 self._evaluate(assignment)
         except EmptyUpdate as error:
             self.reporter.event("nothing-to-train", round=assignment.round, reason=str(error))
-        except (StaleRound, RunClosed) as error:
+        except Conflict as error:  # the round, the run or this step is over: see what is next
             self.reporter.event("left-behind", round=assignment.round, reason=str(error))
 
     def _train_round(self, assignment: Assignment) -> None:
@@ -184,7 +183,7 @@ class Participant:
         )
 
     def _take_state(self, assignment: Assignment) -> None:
-        self.model.apply(load_state(self._state_file(assignment.state)))
+        self.model.take(self._state_file(assignment.state))
         self.files.drop_old(keep={self.run.head.sha256})
 
     def _state_file(self, ref: BlobRef) -> Path:

@@ -8,6 +8,7 @@ import time
 from typing import Any, Protocol, TextIO
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 
@@ -60,7 +61,7 @@ class BarReporter:
 
     def event(self, kind: str, **data: Any) -> None:
         shown = "  ".join(f"{name} {_short(value)}" for name, value in data.items())
-        self._progress.console.print(f"[bold]{kind}[/bold]  {shown}", highlight=False)
+        self._progress.console.print(f"[bold]{kind}[/bold]  {escape(shown)}", highlight=False)
 
     def advance(self, phase: str, done: int, total: int) -> None:
         self._progress.update(self._task, description=phase, completed=done, total=total)

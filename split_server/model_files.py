@@ -61,7 +61,6 @@ def require_served(settings: RunSettings) -> None:
     for field, value, served in (
         ("model.prompt_at", model.prompt_at, "input"),
         ("model.prompt_depth", model.prompt_depth, "shallow"),
-        ("model.prompt_init", model.prompt_init, "normal"),
     ):
         if value != served:
             raise InvalidField("not served yet", field=field, limit=served, value=value)

@@ -83,8 +83,8 @@ def decide(run: RunSnapshot, live: Collection[str], now: float, *, settled: bool
 
 def _open_next(run: RunSnapshot, live: Collection[str], *, settled: bool) -> OpenTraining | None:
     federation = run.settings.federation
-    present = run.present
-    candidates = [m.id for m in present if m.train_samples > 0 and m.id in live]
+    present = [m for m in run.present if m.train_samples > 0]
+    candidates = [m.id for m in present if m.id in live]
     if run.closed_rounds == 0 and len(present) < federation.min_participants:
         return None
     if len(candidates) < federation.min_updates:

@@ -266,7 +266,8 @@ class Federation:
         )
 
     def _join(self, session: Session, run: RunSnapshot, request: JoinRequest, once: Once) -> str:
-        rounds.require_running(run)
+        if request.train_samples or request.test_samples:
+            rounds.require_running(run)  # one without data only looks, and may always
         if request.num_classes != run.settings.model.num_classes:
             raise InvalidField(
                 "the device's data have another number of classes than the run",

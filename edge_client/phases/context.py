@@ -42,6 +42,11 @@ class RoundContext:
                 done += 1
                 self.advance(purpose, done, total)
 
+    def epoch_of_run(self, epoch: int) -> int:
+        """The number, over all rounds, of an epoch of this one: split training follows local."""
+        training = self.run.training
+        return (self.round - 1) * (training.local_epochs + training.split_epochs) + epoch
+
     def rate_factor(self, done: int, total: int) -> float:
         """The schedule's factor when ``done`` of ``total`` steps of this round are behind."""
         rounds = self.run.federation.rounds

@@ -44,6 +44,5 @@ def evaluate(
         logits = model.tail(server.infer(smashed, step=step, round_=round_, codec=codec))
         correct += int((logits.argmax(dim=1) == labels).sum())
         loss_sum += F.cross_entropy(logits, labels, reduction="sum").item()
-        context_total = len(chunks)
-        advance("evaluate", done, context_total)
+        advance("evaluate", done, len(chunks))
     return Evaluation(len(samples), correct, loss_sum)

@@ -24,11 +24,12 @@ def local_update(context: RoundContext) -> float | None:
     optimizer = make_optimizer(
         training, model.prompts, model.tail, scale=training.local_learning_rate_scale
     )
-    set_progress(optimizer, context.rate_factor(0, 1))
+    # One rate for the phase, the one of the round's middle: a warm-up begins at 0.
+    set_progress(optimizer, context.rate_factor(1, 2))
     loss_sum = 0.0
     everything = torch.arange(samples)
     for epoch, positions in context.batches("local", everything, training.local_epochs):
-        images, labels = context.samples.read(positions, epoch=epoch)
+        images, labels = context.samples.read(positions, epoch=context.epoch_of_run(epoch))
         loss = F.cross_entropy(model.tail(model.head(images, model.prompts)), labels)
         optimizer.zero_grad()
         loss.backward()

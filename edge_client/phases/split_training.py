@@ -35,7 +35,8 @@ def split_train(context: RoundContext, server: Server, kept: Tensor) -> float:
     batches = context.batches("split", kept, training.split_epochs)
     for step, (epoch, positions) in enumerate(batches):
         set_progress(optimizer, context.rate_factor(step, steps))
-        images, labels = context.samples.read(positions, epoch=epoch)
+        number = context.epoch_of_run(training.local_epochs + epoch)
+        images, labels = context.samples.read(positions, epoch=number)
         optimizer.zero_grad()
         name = f"{context.round}.{context.attempt}.{step}"
         loss = _step(context, server, images, labels, name)

@@ -19,7 +19,7 @@ class RetryPolicy:
     """Waits between attempts, growing and with jitter, until patience runs out.
 
     Only `Busy` and `Unreachable` are tried again: every other error stays the same however often
-    the request is sent. A refused certificate is not tried again either.
+    the request is sent. Nor is what TLS refuses, such as a certificate.
     """
 
     patience_s: float = 300.0  # from the first failure to giving up
@@ -42,7 +42,7 @@ class RetryPolicy:
             try:
                 return attempt()
             except (Busy, Unreachable) as error:
-                if isinstance(error.__cause__, ssl.SSLCertVerificationError):
+                if _is_permanent(error.__cause__):
                     raise
                 now = self.clock()
                 give_up_at = now + self.patience_s if give_up_at is None else give_up_at
@@ -53,3 +53,9 @@ class RetryPolicy:
                 self.on_wait(error, pause)
                 self.sleep(pause)
                 wait = min(2 * wait, self.longest_wait_s)
+
+
+def _is_permanent(cause: BaseException | None) -> bool:
+    """Whether TLS itself refused; a connection that broke in its handshake may come back."""
+    lost = (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+    return isinstance(cause, ssl.SSLError) and not isinstance(cause, lost)

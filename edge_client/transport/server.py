@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import re
 import ssl
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 import httpx
 from torch import Tensor
@@ -46,6 +49,8 @@ from protocol.version import (
 
 log = logging.getLogger("edge_client")
 M = TypeVar("M", bound=Message)
+_PIECE_BYTES = 4 * 1024 * 1024  # of a download: what is lost at most when a connection breaks
+_LONGEST_WAIT_S = 86_400.0
 
 
 class Server:
@@ -58,7 +63,7 @@ class Server:
         answer_timeout_s: seconds to wait for one answer.
 
     Raises:
-        InvalidField: ``url`` is no http(s) address.
+        InvalidField: ``url`` is no http(s) address, or ``ca_file`` no PEM file.
     """
 
     def __init__(
@@ -69,21 +74,19 @@ class Server:
         ca_file: Path | None = None,
         answer_timeout_s: float = 120.0,
     ) -> None:
-        parsed = httpx.URL(url)
-        if parsed.scheme not in ("http", "https") or not parsed.host:
-            raise InvalidField(
-                "the server's address is http://HOST:PORT or https://HOST:PORT",
-                field="url",
-                value=url,
-            )
-        context = ssl.create_default_context(cafile=str(ca_file)) if ca_file else None
-        self._transport = MeteredTransport(context)
+        base = _base_url(url)
+        context = _trusting(ca_file) if ca_file else None
+        self._transport = MeteredTransport(context, prefix=base.path)
         self._retry = retry or RetryPolicy()
         self._client = httpx.Client(
-            base_url=url, transport=self._transport, timeout=answer_timeout_s, trust_env=False
+            base_url=base,
+            transport=self._transport,
+            timeout=answer_timeout_s,
+            trust_env=False,
+            # The body is taken as it lies on the wire: nothing between may compress it.
+            headers={"accept-encoding": "identity", "user-agent": "edge-client"},
         )
         self._headers = {VERSION_HEADER: str(PROTOCOL_VERSION)}
-        self._answer_timeout_s = answer_timeout_s
 
     def close(self) -> None:
         self._client.close()
@@ -94,7 +97,7 @@ class Server:
 
     def authenticate(self, credential: str) -> None:
         """Send this credential with every later request."""
-        self._headers["authorization"] = f"Bearer {credential}"
+        self._headers["authorization"] = _bearer(credential, "credential")
 
     # Federation plane
 
@@ -105,18 +108,18 @@ class Server:
         return [parse_message(RunView, run) for run in body]
 
     def run(self, run: str) -> RunView:
-        return self._message(RunView, "GET", f"/v1/runs/{run}")
+        return self._message(RunView, "GET", _run_path(run))
 
     def join(
         self, run: str, request: JoinRequest, key: str, join_token: str | None = None
     ) -> JoinResponse:
         """Join a run, or with the key of an earlier join get that join's answer again."""
-        extra = {"authorization": f"Bearer {join_token}"} if join_token else {}
-        path = f"/v1/runs/{run}/participants"
+        extra = {"authorization": _bearer(join_token, "join_token")} if join_token else {}
+        path = _run_path(run, "participants")
         return self._message(JoinResponse, "POST", path, request, key=key, extra=extra)
 
     def leave(self, run: str) -> None:
-        self._json("DELETE", f"/v1/runs/{run}/participants/me", key=_new_key())
+        self._json("DELETE", _run_path(run, "participants/me"), key=uuid.uuid4().hex)
 
     def assignment(self, run: str, after: Assignment | None, wait_s: float) -> Assignment:
         """The next assignment; waits up to ``wait_s`` while it is still ``after``."""
@@ -125,7 +128,7 @@ class Server:
             query = (
                 f"?task={after.task}&round={after.round}&attempt={after.attempt}&wait={wait_s:g}"
             )
-        return self._message(Assignment, "GET", f"/v1/runs/{run}/assignment{query}")
+        return self._message(Assignment, "GET", _run_path(run, "assignment") + query)
 
     def send_update(
         self, run: str, meta: UpdateMeta, state: Mapping[str, Tensor], codec: str
@@ -134,20 +137,21 @@ class Server:
             "update", meta.model_dump(), {name: (value, codec) for name, value in state.items()}
         )
         key = f"update-{meta.round}-{meta.attempt}"
-        body = self._call("PUT", f"/v1/runs/{run}/update", pieces, media=FRAME_MEDIA_TYPE, key=key)
-        return parse_message(UpdateReceipt, _parse_json(body))
+        path = _run_path(run, "update")
+        answer = self._call("PUT", path, pieces, media=FRAME_MEDIA_TYPE, key=key)
+        return parse_message(UpdateReceipt, _parse_json(_body(answer)))
 
     def send_evaluation(self, run: str, report: EvaluationReport) -> None:
         key = f"evaluation-{report.round}-{report.attempt}"
-        self._json("PUT", f"/v1/runs/{run}/evaluation", report, key=key)
+        self._json("PUT", _run_path(run, "evaluation"), report, key=key)
 
     def head(self, run: str, start: int = 0) -> bytearray:
-        """The head file's bytes from ``start`` on."""
-        return self._download(f"/v1/runs/{run}/head", start)
+        """The next bytes of the head file from ``start`` on, not all where it is large."""
+        return self._download(_run_path(run, "head"), start)
 
     def state(self, run: str, ref: BlobRef, start: int = 0) -> bytearray:
-        """The bytes of a global state's file from ``start`` on."""
-        return self._download(f"/v1/runs/{run}/states/{ref.sha256}/state", start)
+        """The next bytes of a global state's file from ``start`` on, as `head` does."""
+        return self._download(_run_path(run, f"states/{ref.sha256}/state"), start)
 
     # Split plane
 
@@ -179,7 +183,7 @@ class Server:
         tensors: Mapping[str, tuple[Tensor, str]],
     ) -> Frame:
         pieces = encode_frame(kind, meta, tensors)
-        return decode_frame(self._call("POST", path, pieces, media=FRAME_MEDIA_TYPE))
+        return decode_frame(_body(self._call("POST", path, pieces, media=FRAME_MEDIA_TYPE)))
 
     def _message(self, kind: type[M], *args: Any, **kwargs: Any) -> M:
         return parse_message(kind, self._json(*args, **kwargs))
@@ -195,11 +199,23 @@ class Server:
     ) -> Any:
         pieces = [memoryview(message.model_dump_json().encode())] if message else []
         media = "application/json" if message else None
-        return _parse_json(self._call(method, path, pieces, media=media, key=key, extra=extra))
+        answer = self._call(method, path, pieces, media=media, key=key, extra=extra)
+        return _parse_json(_body(answer))
 
     def _download(self, path: str, start: int) -> bytearray:
-        extra = {"range": f"bytes={start}-"} if start else {}
-        return self._call("GET", path, [], extra=extra)
+        extra = {"range": f"bytes={start}-{start + _PIECE_BYTES - 1}"}
+        answer = self._call("GET", path, [], extra=extra)
+        if answer.status_code != httpx.codes.PARTIAL_CONTENT:
+            return _body(answer)[start:]  # a server, or a proxy, that knows no ranges
+        stated = answer.headers.get("content-range", "")
+        if not re.match(rf"bytes {start}-", stated):
+            raise MalformedFrame(
+                "the server answered with another part of the file",
+                field="content-range",
+                limit=f"bytes {start}-",
+                value=stated,
+            )
+        return _body(answer)
 
     def _call(
         self,
@@ -210,7 +226,7 @@ class Server:
         media: str | None = None,
         key: str | None = None,
         extra: Mapping[str, str] | None = None,
-    ) -> bytearray:
+    ) -> httpx.Response:
         headers = {**self._headers, **(extra or {})}
         if media is not None:
             headers["content-type"] = media
@@ -222,7 +238,7 @@ class Server:
 
     def _attempt(
         self, method: str, path: str, pieces: list[memoryview], headers: dict[str, str]
-    ) -> bytearray:
+    ) -> httpx.Response:
         request_id = uuid.uuid4().hex[:16]
         request = self._client.build_request(
             method,
@@ -238,28 +254,15 @@ class Server:
                 field="url",
                 value=str(self._client.base_url),
                 hint="is the server running, and can this device reach it?",
-            ) from (_root_cause(error) or error)
-        body: bytearray = response.extensions[BODY_EXTENSION]
-        if response.status_code >= 400:
-            raise self._refusal(response, body, method, path, request_id)
+            ) from (_tls_refusal(error) or error)
+        if not response.is_success:
+            refused = _refusal(response)
+            log.info(
+                "request %s %s %s refused: %s (%s)", request_id, method, path, refused.code, refused
+            )
+            raise refused
         log.debug("request %s %s %s -> %d", request_id, method, path, response.status_code)
-        return body
-
-    def _refusal(
-        self, response: httpx.Response, body: bytearray, method: str, path: str, request_id: str
-    ) -> SFPromptError:
-        try:
-            wire = json.loads(body)
-        except ValueError:
-            wire = None
-        error = error_from_wire(wire, response.status_code)
-        if error.retry_after_s is None:
-            try:
-                error.retry_after_s = float(response.headers.get("retry-after", ""))
-            except ValueError:
-                error.retry_after_s = None
-        log.info("request %s %s %s refused: %s (%s)", request_id, method, path, error.code, error)
-        return error
+        return response
 
 
 class _Pieces:
@@ -272,9 +275,75 @@ class _Pieces:
         return iter(self._pieces)
 
 
+def _base_url(url: str) -> httpx.URL:
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL:
+        parsed = httpx.URL("")
+    if parsed.scheme not in ("http", "https") or not parsed.host:
+        raise InvalidField(
+            "the server's address is http://HOST:PORT or https://HOST:PORT", field="url", value=url
+        )
+    return parsed
+
+
+def _trusting(ca_file: Path) -> ssl.SSLContext:
+    try:
+        return ssl.create_default_context(cafile=str(ca_file))
+    except OSError as error:  # ssl.SSLError too
+        raise InvalidField(
+            f"no readable PEM file of certificates ({error})", field="ca_file", value=str(ca_file)
+        ) from error
+
+
+def _bearer(token: str, field: str) -> str:
+    if not re.fullmatch(r"[!-~]+", token):
+        raise InvalidField("a token is of visible ASCII characters, without spaces", field=field)
+    return f"Bearer {token}"
+
+
+def _run_path(run: str, rest: str = "") -> str:
+    path = f"/v1/runs/{quote(run, safe='')}"
+    return f"{path}/{rest}" if rest else path
+
+
+def _body(response: httpx.Response) -> bytearray:
+    body: bytearray = response.extensions[BODY_EXTENSION]
+    return body
+
+
+def _refusal(response: httpx.Response) -> SFPromptError:
+    if response.is_redirect:
+        return InvalidField(
+            "the server is at another address",
+            field="url",
+            value=response.headers["location"],
+            hint="give that address",
+        )
+    try:
+        wire = json.loads(_body(response))
+    except (ValueError, RecursionError):
+        wire = None
+    error = error_from_wire(wire, response.status_code)
+    if error.retry_after_s is None:
+        error.retry_after_s = _seconds(response.headers.get("retry-after", ""))
+    return error
+
+
+def _seconds(text: str) -> float | None:
+    """What a Retry-After header asks for, if it does so in seconds."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        return None
+    return min(seconds, _LONGEST_WAIT_S) if seconds >= 0 and not math.isnan(seconds) else None
+
+
 def _tensor(reply: Frame, name: str, like: Tensor) -> Tensor:
     require_kind(reply, name)
     tensor = reply.tensor(name)
+    if not tensor.is_floating_point():
+        raise MalformedFrame("the server answered with whole numbers", field=name)
     if tensor.shape != like.shape:
         raise MalformedFrame(
             "the server answered with a tensor of another shape",
@@ -288,14 +357,10 @@ def _tensor(reply: Frame, name: str, like: Tensor) -> Tensor:
 def _parse_json(body: bytearray) -> Any:
     try:
         return json.loads(body) if body else None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise MalformedFrame("the server's answer is not JSON", field="body") from error
 
 
-def _root_cause(error: BaseException) -> BaseException | None:
+def _tls_refusal(error: BaseException) -> ssl.SSLError | None:
     cause = error.__cause__
-    return cause if isinstance(cause, ssl.SSLCertVerificationError) else None
-
-
-def _new_key() -> str:
-    return uuid.uuid4().hex
+    return cause if isinstance(cause, ssl.SSLError) else None

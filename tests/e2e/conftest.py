@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from benchmark.operator import Operator
 from benchmark.preflight import choose_port
 from benchmark.processes import Process, wait_until_healthy
 from protocol.settings import (
@@ -16,6 +15,7 @@ from protocol.settings import (
     RunSettings,
     TrainingSettings,
 )
+from split_server.client import OperatorClient, read_token
 
 SMALL = BackboneSettings(
     backbone="vit_tiny_patch16_224", weights="random:3", image_size=32, cut=1, prompt_count=4
@@ -51,12 +51,12 @@ class ServerProcess:
         arguments = ["split_server.cli", "serve", "--port", str(self.port)]
         arguments += ["--data-dir", str(self.data_dir), "--torch-threads", "1"]
         self.process = Process("server", arguments, self.folder, threads=1)
-        probe = Operator(self.url)
+        probe = OperatorClient(self.url)
         wait_until_healthy(self.process, probe.is_healthy, 60)
         probe.close()
 
-    def operator(self) -> Operator:
-        return Operator(self.url, (self.data_dir / "operator.token").read_text().strip())
+    def operator(self) -> OperatorClient:
+        return OperatorClient(self.url, read_token(self.data_dir))
 
 
 @pytest.fixture

@@ -57,7 +57,7 @@ def main() -> None:
         for tensor in part.state_dict().values()
     )
     legs = 4 * smashed.numel() * 4 + images.numel() * 4
-    print(
+    sys.stdout.write(
         json.dumps(
             {
                 "extra_peak": peak_bytes() - before,

@@ -1,0 +1,166 @@
+"""The application: everything that a server is made of, put together once."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from fastapi import FastAPI
+from starlette.types import Receive, Scope, Send
+
+from split_server.bodies import Bodies
+from split_server.clock import Clock
+from split_server.credentials import Credentials, load_operator_token, load_secret
+from split_server.devices import choose_placement
+from split_server.engine import Engine
+from split_server.meter import Meter
+from split_server.notifier import Notifier
+from split_server.presence import Presence
+from split_server.routes.errors import add_error_handlers
+from split_server.routes.federation import FederationRoutes
+from split_server.routes.gate import Gate
+from split_server.routes.small_bodies import SmallBodies
+from split_server.routes.split import SplitPlane
+from split_server.service import Federation
+from split_server.settings import ServerSettings
+from split_server.steps import Steps
+from split_server.store import Store
+
+log = logging.getLogger(__name__)
+
+_MIB = 1024 * 1024
+_TICK_S = 0.25  # how late a deadline may be noticed
+_TICKS_PER_SAVE = 20  # between two savings of the meter
+
+
+@dataclass(frozen=True)
+class _Watcher:
+    """Carries what happens in the federation plane to those who wait and to the engine."""
+
+    notifier: Notifier
+    engine: Engine
+
+    def changed(self, run: str) -> None:
+        self.notifier.notify(run)
+
+    def round_over(self, run: str) -> None:
+        self.engine.forget(run)
+        self.notifier.notify(run)
+
+    def left(self, run: str, participant: str) -> None:
+        self.engine.forget(run, participant)
+        self.notifier.notify(run)
+
+
+class SplitServer:
+    """An ASGI application. Everything is opened at its start and closed at its end."""
+
+    def __init__(self, settings: ServerSettings) -> None:
+        self.settings = settings
+        self.placement = choose_placement(settings.device, settings.dtype)
+        self._fastapi = FastAPI(title="SFPrompt split server", lifespan=self._lifespan)
+        add_error_handlers(self._fastapi)
+        self._meter = Meter()
+        self._app: Any = Gate(self._fastapi, self._meter)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._app(scope, receive, send)
+
+    @contextlib.asynccontextmanager
+    async def _lifespan(self, app: FastAPI) -> AsyncIterator[dict[str, Any]]:
+        settings = self.settings
+        if settings.torch_threads is not None:
+            torch.set_num_threads(settings.torch_threads)
+        store = await asyncio.to_thread(Store, settings.database)
+        engine = self._engine()
+        notifier = Notifier(asyncio.get_running_loop())
+        federation = await asyncio.to_thread(self._federation, store, _Watcher(notifier, engine))
+        routes = FederationRoutes(
+            federation,
+            self._credentials,
+            self._presence,
+            notifier,
+            self.placement,
+            settings.frame_limits,
+            settings.body_timeout_s,
+            settings.max_wait_s,
+        )
+        app.include_router(routes.router)
+        plane = SplitPlane(
+            SmallBodies(app),
+            federation,
+            engine,
+            self._credentials,
+            self._presence,
+            settings.frame_limits,
+            settings.body_timeout_s,
+        )
+        self._app = Gate(plane, self._meter)
+        ticking = asyncio.create_task(self._tick(federation, engine))
+        log.info("ready: bodies on %s in %s", self.placement.device, self.placement.dtype_name)
+        try:
+            yield {"meter": self._meter}
+        finally:
+            ticking.cancel()
+            notifier.close()
+            await engine.close()
+            await asyncio.to_thread(federation.save_traffic)
+            await asyncio.to_thread(store.close)
+
+    def _engine(self) -> Engine:
+        settings = self.settings
+        steps = Steps(
+            settings.engine_memory_mib * _MIB,
+            settings.max_steps,
+            settings.step_timeout_s,
+            Clock().monotonic,
+        )
+        bodies = Bodies(self.placement, settings.max_bodies)
+        return Engine(bodies, steps, settings.queue_mib * _MIB, settings.answer_mib * _MIB)
+
+    def _federation(self, store: Store, watcher: _Watcher) -> Federation:
+        settings, clock = self.settings, Clock()
+        given = settings.operator_token
+        operator = load_operator_token(
+            settings.data_dir / "operator.token", given.get_secret_value() if given else None
+        )
+        join = settings.join_token
+        self._credentials = Credentials(
+            load_secret(settings.data_dir / "secret"),
+            operator,
+            join.get_secret_value() if join else None,
+        )
+        self._presence = Presence(settings.live_window_s, clock)
+        federation = Federation(
+            settings.data_dir, store, self._credentials, self._meter, self._presence, watcher, clock
+        )
+        federation.load()
+        return federation
+
+    async def _tick(self, federation: Federation, engine: Engine) -> None:
+        """Notice deadlines, and save now and then what only memory holds."""
+        for number in range(1, 2**62):
+            await asyncio.sleep(_TICK_S)
+            try:
+                for run in federation.open_runs():
+                    if federation.due(run):
+                        await asyncio.to_thread(federation.advance, run)
+                if number % _TICKS_PER_SAVE == 0:
+                    engine.expire()
+                    await asyncio.to_thread(federation.save_traffic)
+            except Exception:
+                log.exception("the clock's work failed; trying again")
+
+
+def create_app(settings: ServerSettings) -> SplitServer:
+    """A server's application.
+
+    Raises:
+        InvalidField: a device that is not there.
+    """
+    return SplitServer(settings)

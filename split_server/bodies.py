@@ -1,0 +1,83 @@
+"""The frozen bodies: each loaded once, shared by all runs that cut the same backbone alike."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+import split_model
+from protocol.settings import RunSettings
+from split_model import Body, SplitSettings
+from split_server.devices import Placement
+from split_server.model_files import model_errors
+
+
+@dataclass(frozen=True)
+class BodyKey:
+    """Which body: jobs of equal keys may be computed together."""
+
+    backbone: Path
+    settings: SplitSettings
+
+    @classmethod
+    def of(cls, backbone: str, settings: RunSettings) -> BodyKey:
+        """The body of a run. What shapes only its tail is left out, so that runs can share."""
+        model = settings.model.model_copy(update={"num_classes": 2})
+        return cls(Path(backbone), SplitSettings.of(model))
+
+    @property
+    def weights(self) -> tuple[object, ...]:
+        """What decides the weights: bodies that differ only in their prompts share them."""
+        s = self.settings
+        return self.backbone, s.backbone, s.image_size, s.cut, s.tail_blocks, s.model_overrides
+
+
+class Bodies:
+    """Loads bodies when they are first needed; the one unused for longest makes room.
+
+    Args:
+        placement: device and dtype of all of them.
+        most: how many sets of weights are held at once.
+    """
+
+    def __init__(self, placement: Placement, most: int = 4) -> None:
+        self._placement = placement
+        self._most = most
+        self._bodies: OrderedDict[tuple[object, ...], dict[BodyKey, Body]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: BodyKey) -> Body:
+        """The body of this key, in memory.
+
+        Raises:
+            InvalidField: its weights cannot be read any more.
+        """
+        with self._lock:
+            alike = self._bodies.setdefault(key.weights, {})
+            self._bodies.move_to_end(key.weights)
+            if key not in alike:
+                try:
+                    alike[key] = self._load(key, next(iter(alike.values()), None))
+                except BaseException:
+                    if not alike:
+                        del self._bodies[key.weights]
+                    raise
+            while len(self._bodies) > self._most:
+                self._bodies.popitem(last=False)
+            return alike[key]
+
+    def _load(self, key: BodyKey, twin: Body | None) -> Body:
+        with model_errors():
+            weights = split_model.open_backbone(key.backbone) if twin is None else _weights_of(twin)
+            placement = self._placement
+            return split_model.build_body(key.settings, weights, placement.device, placement.dtype)
+
+
+def _weights_of(body: Body) -> Mapping[str, Tensor]:
+    state = body.state_dict()
+    return {name: state[own] for name, own in body.names().items()}

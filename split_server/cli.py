@@ -1,0 +1,307 @@
+"""The command ``split-server``: host the split server, and own its runs."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import uvicorn
+from rich.console import Console
+from rich.table import Table
+
+from protocol.errors import InvalidField, NotFound, SFPromptError
+from protocol.messages import Event, Results, RunView, parse_message
+from protocol.settings import RunSettings
+from split_server.allocator import keep_large_buffers
+from split_server.app import create_app
+from split_server.client import OperatorClient, read_token
+from split_server.exporting import export_run
+from split_server.logs import set_up_logging
+from split_server.meter import MeteredProtocol
+from split_server.settings import DEFAULT_PORT, ServerSettings, load_settings
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Run the frozen middle of a vision model for many devices, and average what they tune.",
+)
+out, err = Console(), Console(stderr=True)
+
+DataDir = Annotated[
+    Path, typer.Option("--data-dir", help="The server's folder.", envvar="SPLIT_SERVER_DATA_DIR")
+]
+Url = Annotated[str, typer.Option("--url", help="Address of the server.")]
+Json = Annotated[bool, typer.Option("--json", help="JSON for scripts.")]
+TokenOption = Annotated[
+    str | None,
+    typer.Option(
+        "--operator-token",
+        envvar="SPLIT_SERVER_OPERATOR_TOKEN",
+        help="Default: the one in the data folder.",
+    ),
+]
+CaFile = Annotated[Path | None, typer.Option("--ca-file", help="PEM file to trust for https.")]
+_DATA_DIR = Path("sfprompt-data")
+_URL = f"http://127.0.0.1:{DEFAULT_PORT}"
+
+
+def _described(name: str) -> Any:
+    """An option whose help is the setting's own description; not given: None."""
+    setting = ServerSettings.model_fields[name]
+    default = setting.get_default(call_default_factory=True)
+    shown = "" if default is None else f" [default: {default}]"
+    text = setting.description or name.replace("_", " ")
+    return typer.Option(help=text[0].upper() + text[1:] + "." + shown)
+
+
+@app.command(
+    epilog="Every setting can also stand in the environment (SPLIT_SERVER_PORT) or in a TOML file "
+    "(port = 8500); flags win over the environment, the environment over the file.\n\n"
+    "Examples:\n\nsplit-server serve --host 0.0.0.0 --data-dir /srv/sfprompt\n\n"
+    "split-server serve --config server.toml --device cuda --dtype bfloat16"
+)
+def serve(
+    config: Annotated[Path | None, typer.Option(help="TOML file with settings.")] = None,
+    host: Annotated[str | None, _described("host")] = None,
+    port: Annotated[int | None, _described("port")] = None,
+    data_dir: Annotated[Path | None, _described("data_dir")] = None,
+    device: Annotated[str | None, _described("device")] = None,
+    dtype: Annotated[str | None, _described("dtype")] = None,
+    torch_threads: Annotated[int | None, _described("torch_threads")] = None,
+    max_frame_mib: Annotated[int | None, _described("max_frame_mib")] = None,
+    engine_memory_mib: Annotated[int | None, _described("engine_memory_mib")] = None,
+    queue_mib: Annotated[int | None, _described("queue_mib")] = None,
+    step_timeout_s: Annotated[float | None, _described("step_timeout_s")] = None,
+    live_window_s: Annotated[float | None, _described("live_window_s")] = None,
+    operator_token: Annotated[str | None, _described("operator_token")] = None,
+    join_token: Annotated[str | None, _described("join_token")] = None,
+    tls_cert: Annotated[Path | None, _described("tls_cert")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="PEM file of the certificate's key.")] = None,
+    log_level: Annotated[str | None, _described("log_level")] = None,
+) -> None:
+    """Host the split server until it is stopped."""
+    flags = {name: value for name, value in locals().items() if name != "config"}
+    settings = load_settings(flags, config)
+    set_up_logging(settings.log_level)
+    keep_large_buffers()
+    server = create_app(settings)
+    _say_what_is_used(settings, f"{server.placement.device}, {server.placement.dtype_name}")
+    uvicorn.run(
+        server,
+        host=settings.host,
+        port=settings.port,
+        http=MeteredProtocol,
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        timeout_keep_alive=120,  # longer than a device's long poll
+        limit_concurrency=settings.max_connections,
+        timeout_graceful_shutdown=10,
+        ssl_certfile=settings.tls_cert,
+        ssl_keyfile=settings.tls_key,
+    )
+
+
+def _say_what_is_used(settings: ServerSettings, placement: str) -> None:
+    logging.getLogger("split_server").info(
+        "bodies on %s; memory: at most %d MiB for open steps, %d MiB for queued tensors, "
+        "%d MiB for answers, and %d bodies; data in %s",
+        placement,
+        settings.engine_memory_mib,
+        settings.queue_mib,
+        settings.answer_mib,
+        settings.max_bodies,
+        settings.data_dir,
+    )
+
+
+@app.command(
+    "create-run",
+    epilog="Examples:\n\nsplit-server create-run --config run.toml\n\n"
+    "split-server create-run --set model.num_classes=6 --set federation.rounds=20",
+)
+def create_run(
+    config: Annotated[Path | None, typer.Option(help="TOML file with the run's settings.")] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="One setting, SECTION.NAME=VALUE; wins over the file."),
+    ] = None,
+    url: Url = _URL,
+    data_dir: DataDir = _DATA_DIR,
+    operator_token: TokenOption = None,
+    ca_file: CaFile = None,
+    as_json: Json = False,
+) -> None:
+    """Create a run that devices can join."""
+    settings = parse_message(RunSettings, _run_settings(config, changes or []))
+    run = _client(url, data_dir, operator_token, ca_file).create_run(settings)
+    if as_json:
+        typer.echo(run.model_dump_json())
+    else:
+        out.print(f"run [bold]{run.id}[/bold] ({run.settings.name}) waits for participants")
+
+
+@app.command(epilog="Example: split-server runs --json")
+def runs(url: Url = _URL, ca_file: CaFile = None, as_json: Json = False) -> None:
+    """List the runs of a server."""
+    found = OperatorClient(url, ca_file=ca_file).runs()
+    if as_json:
+        typer.echo(json.dumps([run.model_dump(mode="json") for run in found]))
+        return
+    table = Table("run", "name", "status", "round", "participants", "backbone", "cut")
+    for run in found:
+        table.add_row(*_run_cells(run))
+    out.print(table)
+
+
+@app.command(epilog="Example: split-server watch RUN --data-dir sfprompt-data")
+def watch(
+    run: Annotated[str, typer.Argument(help="The run's id.")],
+    url: Url = _URL,
+    data_dir: DataDir = _DATA_DIR,
+    operator_token: TokenOption = None,
+    ca_file: CaFile = None,
+    as_json: Json = False,
+) -> None:
+    """Follow a run's events until it is over."""
+    client, after = _client(url, data_dir, operator_token, ca_file), 0
+    while True:
+        events = client.events(run, after, wait_s=20)
+        for event in events:
+            after = event.seq
+            typer.echo(event.model_dump_json() if as_json else _event_line(event))
+        if not events and client.results(run).run.status.over:
+            return
+
+
+@app.command(epilog="Example: split-server results RUN --json")
+def results(
+    run: Annotated[str, typer.Argument(help="The run's id.")],
+    url: Url = _URL,
+    data_dir: DataDir = _DATA_DIR,
+    operator_token: TokenOption = None,
+    ca_file: CaFile = None,
+    as_json: Json = False,
+) -> None:
+    """Show a run's rounds: updates, losses, accuracy, bytes."""
+    found = _client(url, data_dir, operator_token, ca_file).results(run)
+    if as_json:
+        typer.echo(found.model_dump_json())
+    else:
+        out.print(_rounds_table(found))
+
+
+@app.command()
+def cancel(
+    run: Annotated[str, typer.Argument(help="The run's id.")],
+    url: Url = _URL,
+    data_dir: DataDir = _DATA_DIR,
+    operator_token: TokenOption = None,
+    ca_file: CaFile = None,
+) -> None:
+    """Stop a run; its devices are told at their next call."""
+    stopped = _client(url, data_dir, operator_token, ca_file).cancel(run)
+    out.print(f"run {stopped.id} is {stopped.status}")
+
+
+@app.command(
+    epilog="Example: split-server export RUN --out model.safetensors\n\n"
+    "Load it anywhere: split_model.load_exported('model.safetensors')(images)"
+)
+def export(
+    run: Annotated[str, typer.Argument(help="The run's id.")],
+    destination: Annotated[Path, typer.Option("--out", help="File to write.")],
+    data_dir: DataDir = _DATA_DIR,
+) -> None:
+    """Write the tuned model, whole, as one safetensors file. Needs no running server."""
+    export_run(data_dir, run, destination)
+    size = destination.stat().st_size / 1e6
+    out.print(f"{destination} ({size:.1f} MB)", highlight=False)
+
+
+def _client(url: str, data_dir: Path, token: str | None, ca_file: Path | None) -> OperatorClient:
+    return OperatorClient(url, token or read_token(data_dir), ca_file)
+
+
+def _run_settings(config: Path | None, changes: list[str]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    if config is not None:
+        try:
+            values = tomllib.loads(config.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise NotFound("the file cannot be read", field="config", value=str(error)) from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise InvalidField(
+                f"not valid TOML ({error})", field="config", value=str(config)
+            ) from None
+    for change in changes:
+        name, equals, text = change.partition("=")
+        if not equals:
+            raise InvalidField("write SECTION.NAME=VALUE", field="set", value=change)
+        *sections, last = name.strip().split(".")
+        place = values
+        for section in sections:
+            place = place.setdefault(section, {})
+        try:
+            place[last] = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            place[last] = text  # plain text needs no quotes here
+    return values
+
+
+def _run_cells(run: RunView) -> tuple[str, ...]:
+    model, federation = run.settings.model, run.settings.federation
+    return (
+        run.id,
+        run.settings.name,
+        str(run.status),
+        f"{run.round}/{federation.rounds}",
+        str(run.participants),
+        model.backbone,
+        str(model.cut),
+    )
+
+
+def _event_line(event: Event) -> str:
+    data = "  ".join(f"{name}={value}" for name, value in event.data.items())
+    return f"{event.seq:>4}  {event.kind:<20}  {data}"
+
+
+def _rounds_table(found: Results) -> Table:
+    table = Table(title=f"{found.run.id} ({found.run.status})", title_justify="left")
+    for name in ("round", "status", "updates", "samples", "loss", "accuracy", "MB"):
+        table.add_column(name, justify="left" if name == "status" else "right")
+    for view in found.rounds:
+        moved = sum(sum(counts.values()) for counts in view.traffic.values())
+        table.add_row(
+            str(view.round) + ("" if not view.attempt else f" ({view.attempt + 1})"),
+            str(view.status),
+            f"{len(view.updated)}/{len(view.sampled)}",
+            str(view.samples),
+            "-" if view.train_loss is None else f"{view.train_loss:.4f}",
+            "-" if view.accuracy is None else f"{view.accuracy:.2%}",
+            f"{moved / 1e6:.2f}",
+        )
+    return table
+
+
+def main() -> None:
+    """Run the command; typed errors become one line and an exit code."""
+    try:
+        app()
+    except SFPromptError as error:
+        err.print(f"[red]error[/red]: {error}", highlight=False)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

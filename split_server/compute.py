@@ -1,0 +1,125 @@
+"""The arithmetic of the split plane: one body, one tensor, forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+import split_model
+from protocol.errors import NonFinite, WrongShape
+from split_model import Body
+from split_server.devices import Placement
+from split_server.steps import RetainedStep
+
+_BUFFERS_PER_BLOCK = 20  # [B, T, D] tensors that a block saves; a first guess, then measured
+
+
+class StepSizes:
+    """How many bytes a forward keeps: guessed once for each kind of step, then known."""
+
+    def __init__(self) -> None:
+        self._per_sample: dict[tuple[object, int], int] = {}
+
+    def estimate(self, kind: object, blocks: int, smashed: Tensor, itemsize: int) -> int:
+        """Bytes that a forward of ``smashed`` [B, T, D] will keep."""
+        batch, tokens, width = smashed.shape
+        guess = (blocks * _BUFFERS_PER_BLOCK + 2) * tokens * width * itemsize
+        return int(batch) * self._per_sample.get((kind, int(tokens)), guess)
+
+    def is_known(self, kind: object, smashed: Tensor) -> bool:
+        return (kind, int(smashed.shape[1])) in self._per_sample
+
+    def learn(self, kind: object, smashed: Tensor, nbytes: int) -> None:
+        batch, tokens, _ = smashed.shape
+        self._per_sample[kind, int(tokens)] = -(-nbytes // max(1, int(batch)))
+
+
+def place_input(tensor: Tensor, placement: Placement, name: str) -> Tensor:
+    """A tensor from the network on the device, once it is known to be finite.
+
+    Raises:
+        NonFinite: it holds NaN or infinity, or does in the dtype of the body.
+    """
+    placed = tensor.to(placement.device, placement.dtype)
+    if not bool(torch.isfinite(placed).all()):
+        raise NonFinite("a tensor holds NaN or infinity", field=name)
+    return placed
+
+
+def run_forward(body: Body, smashed: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Smashed data [B, T, D] to the leaf, the features [B, T, D] and the bytes that they keep.
+
+    Raises:
+        WrongShape: no number of tokens or width that this body takes.
+    """
+    leaf = smashed.detach().requires_grad_(True)
+    counter = _SavedBytes(body)
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(counter.pack, _unpack):
+        features = _call(body, leaf)
+    return leaf, features, counter.nbytes + 2 * _nbytes(leaf)
+
+
+def run_backward(step: RetainedStep, gradients: Tensor) -> Tensor:
+    """The gradient of the features [B, T, D] to that of the smashed data [B, T, D].
+
+    Raises:
+        WrongShape: the gradient is not of the features' shape.
+    """
+    if gradients.shape != step.features.shape:
+        raise WrongShape(
+            "the gradient has another shape than the features of its step",
+            field="gradients",
+            limit=list(step.features.shape),
+            value=list(gradients.shape),
+        )
+    (result,) = torch.autograd.grad(step.features, step.smashed, gradients)
+    return result
+
+
+def run_inference(body: Body, smashed: Tensor) -> Tensor:
+    """Smashed data [B, T, D] to features [B, T, D], keeping nothing.
+
+    Raises:
+        WrongShape: no number of tokens or width that this body takes.
+    """
+    with torch.inference_mode():
+        return _call(body, smashed)
+
+
+def _call(body: Body, smashed: Tensor) -> Tensor:
+    try:
+        features: Tensor = body(smashed)
+    except split_model.TokenCountError as error:
+        raise WrongShape(
+            str(error), field=error.field, limit=error.limit, value=list(error.value)
+        ) from error
+    return features
+
+
+class _SavedBytes:
+    """Counts what autograd saves, each piece of memory once and the frozen weights not at all."""
+
+    def __init__(self, body: Body) -> None:
+        self._seen = set(_pointers(body.parameters())) | set(_pointers(body.buffers()))
+        self.nbytes = 0
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._seen:
+            self._seen.add(storage.data_ptr())
+            self.nbytes += storage.nbytes()
+        return tensor
+
+
+def _unpack(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _pointers(tensors: Iterable[Tensor]) -> list[int]:
+    return [tensor.untyped_storage().data_ptr() for tensor in tensors]
+
+
+def _nbytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

@@ -1,0 +1,383 @@
+"""The split plane's engine: jobs in, tensors out, within fixed memory."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from protocol.errors import (
+    Busy,
+    IdempotencyKeyReused,
+    InternalError,
+    SFPromptError,
+    StepLost,
+    TooLarge,
+)
+from split_model import anatomy
+from split_server import compute
+from split_server.bodies import Bodies, BodyKey
+from split_server.clock import Clock
+from split_server.devices import Placement
+from split_server.steps import Answer, Answers, RetainedStep, RetainedSteps, StepKey
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ForwardJob:
+    """Smashed data of one step."""
+
+    key: StepKey
+    body: BodyKey
+    smashed: Tensor  # [B, T, D]
+    fingerprint: int  # of the request: a repeat has the same one
+
+
+@dataclass(frozen=True)
+class BackwardJob:
+    """The gradient of one step's features."""
+
+    key: StepKey
+    body: BodyKey
+    gradients: Tensor  # [B, T, D]
+    fingerprint: int
+
+
+@dataclass(frozen=True)
+class InferJob:
+    """Smashed data for which nothing is kept."""
+
+    body: BodyKey
+    smashed: Tensor  # [B, T, D]
+
+
+@dataclass(frozen=True)
+class EngineLimits:
+    """Bounds of the engine's memory and patience."""
+
+    retained_bytes: int  # graphs between forward and backward
+    queued_bytes: int  # tensors that wait for their turn
+    answer_bytes: int  # answers kept for repeats
+    step_timeout_s: float = 300.0
+    steps_per_participant: int = 4
+
+
+class Engine(Protocol):
+    """What the routes need of the split plane. It may stand for one process or for many."""
+
+    async def forward(self, job: ForwardJob) -> Tensor:
+        """Features [B, T, D] on the CPU; the step is kept for its backward.
+
+        Raises:
+            Busy: no room now.
+            TooLarge: no room ever.
+            IdempotencyKeyReused: the step was another request.
+            NonFinite, WrongShape
+        """
+
+    async def backward(self, job: BackwardJob) -> Tensor:
+        """The gradient of the smashed data [B, T, D] on the CPU; the step is over.
+
+        Raises:
+            StepLost: the step is not kept (any more).
+            Busy, IdempotencyKeyReused, NonFinite, WrongShape
+        """
+
+    async def infer(self, job: InferJob) -> Tensor:
+        """Features [B, T, D] on the CPU; nothing is kept.
+
+        Raises:
+            Busy, NonFinite, WrongShape
+        """
+
+    def release(self, run: str, participant: str | None = None) -> None:
+        """Free the steps of a run, or of one of its participants. Safe from any thread."""
+
+    def sweep(self) -> None:
+        """Free the steps whose backward has not come in time."""
+
+    def close(self) -> None:
+        """Stop. What waits is refused."""
+
+
+@dataclass
+class _Ticket:
+    """A job in the queue or at work."""
+
+    work: Callable[[], Tensor]
+    body: BodyKey
+    nbytes: int
+    reserved: int = 0  # of the retained bytes
+    fingerprint: int = 0
+    future: Future[Tensor] = field(default_factory=Future)
+
+
+class LocalEngine:
+    """One worker thread on one device, first come, first served.
+
+    One job's failure is that job's alone. Memory is bounded by `EngineLimits`, whatever the
+    number of participants; beyond, `Busy` says when to come back.
+    """
+
+    def __init__(
+        self,
+        bodies: Bodies,
+        placement: Placement,
+        limits: EngineLimits,
+        clock: Clock | None = None,
+    ) -> None:
+        self._bodies = bodies
+        self._placement = placement
+        self._limits = limits
+        self._clock = clock or Clock()
+        self._wake = threading.Condition()  # guards all that follows
+        self._queue: deque[_Ticket] = deque()
+        self._queued_bytes = 0
+        self._reserved_bytes = 0
+        self._in_flight: dict[tuple[str, StepKey], _Ticket] = {}
+        self._steps = RetainedSteps(limits.steps_per_participant)
+        self._answers = Answers(limits.steps_per_participant, limits.answer_bytes)
+        self._sizes = compute.StepSizes()
+        self._seconds_per_job = 0.05  # a running mean
+        self._closed = False
+        self._worker = threading.Thread(target=self._work, name="split-engine", daemon=True)
+        self._worker.start()
+
+    async def forward(self, job: ForwardJob) -> Tensor:
+        """See `Engine.forward`."""
+        with self._wake:
+            if (known := self._known("forward", job.key, job.fingerprint)) is not None:
+                return known
+            ticket = self._in_flight.get(("forward", job.key))
+            if ticket is None:
+                need = self._room_for(job)
+                ticket = _Ticket(
+                    lambda: self._forward(job),
+                    job.body,
+                    _nbytes(job.smashed),
+                    need,
+                    job.fingerprint,
+                )
+                self._enqueue(ticket, ("forward", job.key))
+        return await _result(ticket, job.fingerprint, job.key)
+
+    async def backward(self, job: BackwardJob) -> Tensor:
+        """See `Engine.backward`."""
+        with self._wake:
+            if (known := self._known("backward", job.key, job.fingerprint)) is not None:
+                return known
+            ticket = self._in_flight.get(("backward", job.key))
+            if ticket is None:
+                if self._steps.get(job.key) is None:
+                    raise _lost(job.key)
+                ticket = _Ticket(
+                    lambda: self._backward(job),
+                    job.body,
+                    _nbytes(job.gradients),
+                    fingerprint=job.fingerprint,
+                )
+                self._enqueue(ticket, ("backward", job.key))
+        return await _result(ticket, job.fingerprint, job.key)
+
+    async def infer(self, job: InferJob) -> Tensor:
+        """See `Engine.infer`."""
+        with self._wake:
+            ticket = _Ticket(lambda: self._infer(job), job.body, _nbytes(job.smashed))
+            self._enqueue(ticket, None)
+        return await asyncio.wrap_future(ticket.future)
+
+    def release(self, run: str, participant: str | None = None) -> None:
+        """See `Engine.release`."""
+
+        def unwanted(key: StepKey) -> bool:
+            return key.run == run and participant in (None, key.participant)
+
+        with self._wake:
+            self._steps.drop_where(lambda key, _: unwanted(key))
+            self._answers.drop_where(unwanted)
+
+    def sweep(self) -> None:
+        """See `Engine.sweep`."""
+        with self._wake:
+            self._sweep()
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+        with self._wake:
+            self._closed = True
+            waiting, self._queue = self._queue, deque()
+            self._wake.notify_all()
+        for ticket in waiting:
+            ticket.future.set_exception(Busy("the server is shutting down", retry_after_s=5.0))
+        self._worker.join(timeout=30)
+
+    # Under the lock
+
+    def _known(self, kind: str, key: StepKey, fingerprint: int) -> Tensor | None:
+        answer = self._answers.get(kind, key)
+        if answer is None and kind == "forward" and (step := self._steps.get(key)) is not None:
+            answer = Answer(step.answer, step.fingerprint)
+        if answer is None:
+            return None
+        _require_same(answer.fingerprint, fingerprint, key)
+        return answer.tensor
+
+    def _room_for(self, job: ForwardJob) -> int:
+        depth = anatomy(job.body.settings).depth
+        blocks = depth - job.body.settings.cut - job.body.settings.tail_blocks
+        itemsize = self._placement.dtype.itemsize
+        need = self._sizes.estimate(job.body, blocks, job.smashed, itemsize)
+        limit = self._limits.retained_bytes
+        if need > limit and self._sizes.is_known(job.body, job.smashed):
+            raise TooLarge(
+                "a batch of this size does not fit the memory that steps may take",
+                field="smashed",
+                limit=limit,
+                value=need,
+                hint="use a smaller batch_size, or raise engine_memory_mib",
+            )
+        need = min(need, limit)  # a guess may be too high
+        if self._steps.nbytes + self._reserved_bytes + need > limit:
+            self._sweep()
+        if self._steps.nbytes + self._reserved_bytes + need > limit:
+            raise self._busy("the memory for open steps is taken")
+        return need
+
+    def _enqueue(self, ticket: _Ticket, name: tuple[str, StepKey] | None) -> None:
+        if self._closed:
+            raise Busy("the server is shutting down", retry_after_s=5.0)
+        # One job is always let in, however large: a bound below it would refuse it for ever.
+        if self._queue and self._queued_bytes + ticket.nbytes > self._limits.queued_bytes:
+            raise self._busy("the queue is full")
+        ticket.future.set_running_or_notify_cancel()  # one asker's going must not stop the others
+        if name is not None:
+            self._in_flight[name] = ticket
+            ticket.future.add_done_callback(lambda _: self._land(name, ticket))
+        self._queue.append(ticket)
+        self._queued_bytes += ticket.nbytes
+        self._reserved_bytes += ticket.reserved
+        self._wake.notify()
+
+    def _busy(self, why: str) -> Busy:
+        wait = self._seconds_per_job * (len(self._queue) + 1)
+        return Busy(f"{why}; try again later", retry_after_s=round(min(max(wait, 0.1), 10.0), 2))
+
+    def _sweep(self) -> None:
+        now = self._clock.monotonic()
+        gone = self._steps.drop_where(lambda _, step: step.expires_at <= now)
+        if gone:
+            log.info("%d open steps were dropped: their backward did not come in time", gone)
+
+    # On the worker
+
+    def _work(self) -> None:
+        while True:
+            with self._wake:
+                while not self._queue and not self._closed:
+                    self._wake.wait()
+                if self._closed:
+                    return
+                ticket = self._queue.popleft()
+                self._queued_bytes -= ticket.nbytes
+            self._run(ticket)
+
+    def _run(self, ticket: _Ticket) -> None:
+        began = time.perf_counter()
+        result: Tensor | None = None
+        error: BaseException | None = None
+        try:
+            result = ticket.work()
+        except SFPromptError as refusal:
+            error = refusal
+        except torch.OutOfMemoryError:
+            log.warning("a job did not fit the device's memory; it was sent away")
+            torch.cuda.empty_cache()
+            error = Busy("the device's memory is taken; try again later", retry_after_s=1.0)
+        except Exception as unexpected:
+            log.exception("a job failed")
+            error = InternalError("the body failed on this batch")
+            error.__cause__ = unexpected
+        seconds = time.perf_counter() - began
+        with self._wake:
+            self._reserved_bytes -= ticket.reserved
+            self._seconds_per_job += 0.1 * (seconds - self._seconds_per_job)
+        if error is not None:
+            ticket.future.set_exception(error)
+        elif result is not None:
+            ticket.future.set_result(result)
+
+    def _land(self, name: tuple[str, StepKey], ticket: _Ticket) -> None:
+        with self._wake:
+            if self._in_flight.get(name) is ticket:
+                del self._in_flight[name]
+
+    def _forward(self, job: ForwardJob) -> Tensor:
+        body = self._bodies.get(job.body)
+        smashed = compute.place_input(job.smashed, self._placement, "smashed")
+        leaf, features, nbytes = compute.run_forward(body, smashed)
+        answer = features.detach().cpu()
+        step = RetainedStep(
+            smashed=leaf,
+            features=features,
+            answer=answer,
+            fingerprint=job.fingerprint,
+            nbytes=nbytes,
+            expires_at=self._clock.monotonic() + self._limits.step_timeout_s,
+        )
+        with self._wake:
+            self._sizes.learn(job.body, smashed, nbytes)
+            self._steps.add(job.key, step)
+        return answer
+
+    def _backward(self, job: BackwardJob) -> Tensor:
+        with self._wake:
+            step = self._steps.get(job.key)
+        if step is None:
+            raise _lost(job.key)
+        gradients = compute.place_input(job.gradients, self._placement, "gradients")
+        result = compute.run_backward(step, gradients).cpu()
+        with self._wake:
+            self._steps.drop(job.key)
+            self._answers.add("forward", job.key, Answer(step.answer, step.fingerprint))
+            self._answers.add("backward", job.key, Answer(result, job.fingerprint))
+        return result
+
+    def _infer(self, job: InferJob) -> Tensor:
+        body = self._bodies.get(job.body)
+        smashed = compute.place_input(job.smashed, self._placement, "smashed")
+        return compute.run_inference(body, smashed).cpu()
+
+
+async def _result(ticket: _Ticket, fingerprint: int, key: StepKey) -> Tensor:
+    _require_same(ticket.fingerprint, fingerprint, key)
+    return await asyncio.wrap_future(ticket.future)
+
+
+def _require_same(first: int, second: int, key: StepKey) -> None:
+    if first != second:
+        raise IdempotencyKeyReused(
+            "this step was used for another request", field="step", value=key.step
+        )
+
+
+def _lost(key: StepKey) -> StepLost:
+    return StepLost(
+        "the server does not hold this step",
+        field="step",
+        value=key.step,
+        hint="send its forward again",
+    )
+
+
+def _nbytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

@@ -1,0 +1,40 @@
+"""The tuned model of a run as one file, from the server's folder alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from protocol.errors import NotFound
+from split_model import SplitSettings, export_model
+from split_server.model_files import model_errors
+from split_server.snapshot import load_snapshot
+from split_server.states import RunFiles, read_tensors
+from split_server.store import Store
+from split_server.tables import RunRow
+
+
+def export_run(data_dir: Path, run_id: str, out: Path) -> None:
+    """Write backbone, prompts and tail of a run's newest global state to ``out``.
+
+    Raises:
+        NotFound: the folder holds no such run.
+        InvalidField: one of its files is damaged.
+    """
+    database = data_dir / "server.sqlite"
+    if not database.is_file():
+        raise NotFound("this is no folder of a server", field="data_dir", value=str(data_dir))
+    store = Store(database)
+    try:
+        with store.reading() as session:
+            if session.get(RunRow, run_id) is None:
+                raise NotFound("there is no such run", field="run", value=run_id)
+            run = load_snapshot(session, run_id)
+    finally:
+        store.close()
+    state = read_tensors(RunFiles(data_dir / "runs" / run_id).state(run.state.sha256))
+    metadata = {"run": run.id, "name": run.settings.name, "round": str(run.closed_rounds)}
+    if run.settings.class_names is not None:
+        metadata["class_names"] = json.dumps(run.settings.class_names)
+    with model_errors():
+        export_model(SplitSettings.of(run.settings.model), run.backbone_path, state, out, metadata)

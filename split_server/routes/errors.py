@@ -1,0 +1,47 @@
+"""Every refusal, whoever raises it, leaves as the contract's typed error."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from protocol.errors import InvalidField, InvalidRequest, NotFound, SFPromptError
+from split_server.routes.responses import error_body, error_headers
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Register the handlers. Unexpected exceptions are the gate's."""
+    app.add_exception_handler(SFPromptError, _typed)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _http)
+
+
+async def _typed(_request: Request, error: Exception) -> JSONResponse:
+    if not isinstance(error, SFPromptError):
+        raise error
+    return JSONResponse(error_body(error), error.status, error_headers(error))
+
+
+async def _invalid(request: Request, error: Exception) -> JSONResponse:
+    if not isinstance(error, RequestValidationError):
+        raise error
+    first = error.errors()[0]
+    value = first.get("input")
+    plain = value if isinstance(value, (str, int, float, bool)) else None
+    where = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
+    refusal = InvalidField(
+        first["msg"],
+        field=".".join(where) or "body",
+        value=plain[:200] if isinstance(plain, str) else plain,
+    )
+    return await _typed(request, refusal)
+
+
+async def _http(request: Request, error: Exception) -> JSONResponse:
+    if not isinstance(error, HTTPException):
+        raise error
+    kind = NotFound if error.status_code == 404 else InvalidRequest
+    refusal = kind(str(error.detail), field="path", value=request.url.path)
+    return JSONResponse(error_body(refusal), error.status_code, error.headers)

@@ -1,0 +1,255 @@
+"""The federation plane over HTTP: small JSON messages, and files by their hash."""
+
+from __future__ import annotations
+
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Header, Query, Request
+from fastapi.responses import FileResponse
+from starlette.concurrency import run_in_threadpool
+
+from protocol.errors import InvalidField, NotFound
+from protocol.frames import decode_frame, require_kind
+from protocol.limits import FrameLimits
+from protocol.messages import (
+    Assignment,
+    EvaluationReport,
+    Event,
+    JoinRequest,
+    JoinResponse,
+    Results,
+    RunView,
+    Task,
+    UpdateMeta,
+    UpdateReceipt,
+    parse_message,
+)
+from protocol.settings import Message, RunSettings
+from protocol.version import PROTOCOL_VERSION
+from split_server import views
+from split_server.credentials import (
+    Credentials,
+    Identity,
+    Member,
+    require_member,
+    require_operator,
+    require_reader,
+)
+from split_server.devices import Placement
+from split_server.journal import Once
+from split_server.notifier import Notifier, wait_for
+from split_server.presence import Presence
+from split_server.routes.bodies import read_body
+from split_server.routes.gate import set_member
+from split_server.service import Federation
+
+Key = Annotated[str | None, Header(alias="idempotency-key")]
+Wait = Annotated[float, Query(ge=0, le=3600, description="seconds to wait for something new")]
+
+
+class FederationRoutes:
+    """The routes, with what they need; `router` goes into the app."""
+
+    def __init__(
+        self,
+        federation: Federation,
+        credentials: Credentials,
+        presence: Presence,
+        notifier: Notifier,
+        placement: Placement,
+        limits: FrameLimits,
+        body_timeout_s: float,
+        max_wait_s: float,
+    ) -> None:
+        self._federation = federation
+        self._credentials = credentials
+        self._presence = presence
+        self._notifier = notifier
+        self._placement = placement
+        self._limits = limits
+        self._body_timeout_s = body_timeout_s
+        self._max_wait_s = max_wait_s
+        self.router = APIRouter(prefix="/v1")
+        add = self.router.add_api_route
+        add("/health", self.health, methods=["GET"])
+        add("/runs", self.create, methods=["POST"], status_code=201)
+        add("/runs", self.runs, methods=["GET"])
+        add("/runs/{run}", self.run, methods=["GET"])
+        add("/runs/{run}/cancel", self.cancel, methods=["POST"])
+        add("/runs/{run}/results", self.results, methods=["GET"])
+        add("/runs/{run}/events", self.events, methods=["GET"])
+        add("/runs/{run}/participants", self.join, methods=["POST"], status_code=201)
+        add("/runs/{run}/participants/me", self.leave, methods=["DELETE"])
+        add("/runs/{run}/assignment", self.assignment, methods=["GET"])
+        add("/runs/{run}/head", self.head, methods=["GET"])
+        add("/runs/{run}/states/{sha256}/state", self.state, methods=["GET"])
+        add("/runs/{run}/update", self.update, methods=["PUT"])
+        add("/runs/{run}/evaluation", self.evaluation, methods=["PUT"])
+
+    # For everybody
+
+    async def health(self) -> dict[str, Any]:
+        """Whether the server answers, and what it runs on."""
+        return {
+            "status": "ok",
+            "version": PROTOCOL_VERSION,
+            "release": version("sfprompt"),
+            "device": str(self._placement.device),
+            "dtype": self._placement.dtype_name,
+        }
+
+    async def runs(self) -> list[RunView]:
+        """All runs, the oldest first."""
+        return self._federation.views()
+
+    async def run(self, run: str) -> RunView:
+        """One run."""
+        return views.run_view(self._federation.run(run))
+
+    # For the operator
+
+    async def create(self, request: Request, settings: RunSettings, key: Key = None) -> RunView:
+        """Create a run; takes as long as preparing its backbone does."""
+        require_operator(self._identity(request))
+        once = Once.of("create", key, _content(settings))
+        return await run_in_threadpool(self._federation.create, settings, once)
+
+    async def cancel(self, request: Request, run: str, key: Key = None) -> RunView:
+        """Stop a run."""
+        require_operator(self._identity(request))
+        once = Once.of(f"{run}/cancel", key)
+        return await run_in_threadpool(self._federation.cancel, run, once)
+
+    async def results(self, request: Request, run: str) -> Results:
+        """Rounds, participants and bytes of a run, as far as it has come."""
+        require_reader(self._identity(request), run)
+        return await run_in_threadpool(self._federation.results, run)
+
+    async def events(
+        self, request: Request, run: str, after: Annotated[int, Query(ge=0)] = 0, wait: Wait = 0
+    ) -> list[Event]:
+        """What has happened since event ``after``; waits for the first one."""
+        require_reader(self._identity(request), run)
+        give_up_at = time.monotonic() + min(wait, self._max_wait_s)
+        while True:
+            ticket = self._notifier.ticket(run)
+            found = await run_in_threadpool(self._federation.events, run, after)
+            left = give_up_at - time.monotonic()
+            if found or left <= 0 or self._notifier.closed:
+                return found
+            await wait_for(ticket, left)
+
+    # For participants
+
+    async def join(
+        self, request: Request, run: str, message: JoinRequest, key: Key = None
+    ) -> JoinResponse:
+        """Join a run. The credential in the answer stands for the participant from now on."""
+        self._credentials.may_join(self._identity(request))
+        once = Once.of(f"{run}/join", key, _content(message))
+        joined = await run_in_threadpool(self._federation.join, run, message, once)
+        set_member(request.scope, Member(run, joined.participant))
+        return joined
+
+    async def leave(self, request: Request, run: str, key: Key = None) -> dict[str, Any]:
+        """Leave a run for good."""
+        member = self._member(request, run)
+        once = Once.of(f"{run}/{member.participant}/leave", key)
+        await run_in_threadpool(self._federation.leave, run, member.participant, once)
+        return {}
+
+    async def assignment(
+        self,
+        request: Request,
+        run: str,
+        task: Task | None = None,
+        round_: Annotated[int, Query(alias="round", ge=0)] = 0,
+        attempt: Annotated[int, Query(ge=0)] = 0,
+        wait: Wait = 0,
+    ) -> Assignment:
+        """What to do next; waits while it is still the named one."""
+        member = self._member(request, run)
+        wait = min(wait, self._max_wait_s)
+        self._presence.touch(run, member.participant, wait)
+        if self._federation.due(run):
+            await run_in_threadpool(self._federation.advance, run)
+        give_up_at = time.monotonic() + wait
+        while True:
+            ticket = self._notifier.ticket(run)
+            found = self._federation.assignment(run, member.participant)
+            new = (found.task, found.round, found.attempt) != (task, round_, attempt)
+            left = give_up_at - time.monotonic()
+            if new or left <= 0 or self._notifier.closed:
+                return found
+            await wait_for(ticket, left)
+
+    async def head(self, request: Request, run: str) -> FileResponse:
+        """The head file."""
+        require_reader(self._identity_of_reader(request, run), run)
+        snapshot = self._federation.run(run)
+        return _file(self._federation.files(run).head, snapshot.head.sha256)
+
+    async def state(self, request: Request, run: str, sha256: str) -> FileResponse:
+        """A global state of the run."""
+        require_reader(self._identity_of_reader(request, run), run)
+        self._federation.run(run)
+        if len(sha256) != 64 or not all(letter in "0123456789abcdef" for letter in sha256):
+            raise InvalidField("not a SHA-256", field="sha256", value=sha256[:80])
+        return _file(self._federation.files(run).state(sha256), sha256)
+
+    async def update(self, request: Request, run: str, key: Key = None) -> UpdateReceipt:
+        """Count an update: a frame of kind ``update``."""
+        member = self._member(request, run)
+        limit = self._limits.max_frame_bytes
+        data = await read_body(request.scope, request.receive, limit, self._body_timeout_s)
+        return await run_in_threadpool(self._count, run, member.participant, data, key)
+
+    def _count(self, run: str, participant: str, data: bytearray, key: str | None) -> UpdateReceipt:
+        once = Once.of(f"{run}/{participant}/update", key, data)
+        frame = decode_frame(data, self._limits)
+        require_kind(frame, "update")
+        meta = parse_message(UpdateMeta, dict(frame.meta))
+        return self._federation.update(run, participant, meta, frame, once)
+
+    async def evaluation(
+        self, request: Request, run: str, report: EvaluationReport, key: Key = None
+    ) -> dict[str, Any]:
+        """Take a measurement of the newest global state."""
+        member = self._member(request, run)
+        once = Once.of(f"{run}/{member.participant}/evaluation", key, _content(report))
+        await run_in_threadpool(self._federation.evaluation, run, member.participant, report, once)
+        return {}
+
+    # Who is asking
+
+    def _identity(self, request: Request) -> Identity:
+        return self._credentials.identify(request.headers.get("authorization"))
+
+    def _identity_of_reader(self, request: Request, run: str) -> Identity:
+        identity = self._identity(request)
+        if isinstance(identity, Member) and identity.run == run:
+            self._member(request, run)
+        return identity
+
+    def _member(self, request: Request, run: str) -> Member:
+        """The participant that asks; its bytes are its own from here on."""
+        member = require_member(self._identity(request), run)
+        set_member(request.scope, member)
+        self._federation.member(run, member.participant)
+        self._presence.touch(run, member.participant)
+        return member
+
+
+def _content(message: Message) -> bytes:
+    return message.model_dump_json().encode()
+
+
+def _file(path: Path, sha256: str) -> FileResponse:
+    if not path.is_file():
+        raise NotFound("there is no such file", field="sha256", value=sha256)
+    return FileResponse(
+        path, media_type="application/octet-stream", headers={"etag": f'"{sha256}"'}
+    )

@@ -1,0 +1,57 @@
+"""Answers as raw ASGI messages, for the routes that FastAPI does not see."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+
+from starlette.types import Send
+
+from protocol.errors import SFPromptError
+from protocol.version import REQUEST_ID_HEADER
+from split_server.logs import request_id
+
+Header = tuple[bytes, bytes]
+
+
+def error_headers(error: SFPromptError) -> dict[str, str]:
+    """What a refusal says in its headers: when to come back."""
+    if error.retry_after_s is None:
+        return {}
+    return {"retry-after": str(max(1, math.ceil(error.retry_after_s)))}
+
+
+def error_body(error: SFPromptError) -> dict[str, object]:
+    """A refusal as JSON, with the id of the request it refuses."""
+    wire = error.to_wire()
+    wire["error"]["request_id"] = request_id.get()
+    return wire
+
+
+async def send_error(send: Send, error: SFPromptError) -> None:
+    """Answer with a typed error."""
+    body = json.dumps(error_body(error)).encode()
+    extra = [(name.encode(), value.encode()) for name, value in error_headers(error).items()]
+    await send_pieces(send, error.status, b"application/json", [body], extra)
+
+
+async def send_pieces(
+    send: Send,
+    status: int,
+    media: bytes,
+    pieces: Sequence[bytes | memoryview],
+    extra: Iterable[Header] = (),
+) -> None:
+    """Answer with a body in pieces that are written one after the other, never joined."""
+    length = sum(memoryview(piece).nbytes for piece in pieces)
+    headers = [
+        (b"content-type", media),
+        (b"content-length", str(length).encode()),
+        (REQUEST_ID_HEADER.encode(), request_id.get().encode()),
+        *extra,
+    ]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    for piece in pieces:
+        await send({"type": "http.response.body", "body": piece, "more_body": True})
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
