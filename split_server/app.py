@@ -17,18 +17,18 @@ from split_server.bodies import Bodies
 from split_server.clock import Clock
 from split_server.credentials import Credentials, load_operator_token, load_secret
 from split_server.devices import choose_placement
-from split_server.engine import Engine
+from split_server.engine import Engine, EngineLimits, LocalEngine
 from split_server.meter import Meter
 from split_server.notifier import Notifier
 from split_server.presence import Presence
 from split_server.routes.errors import add_error_handlers
 from split_server.routes.federation import FederationRoutes
 from split_server.routes.gate import Gate
+from split_server.routes.room import Room
 from split_server.routes.small_bodies import SmallBodies
 from split_server.routes.split import SplitPlane
 from split_server.service import Federation
 from split_server.settings import ServerSettings
-from split_server.steps import Steps
 from split_server.store import Store
 
 log = logging.getLogger(__name__)
@@ -49,11 +49,11 @@ class _Watcher:
         self.notifier.notify(run)
 
     def round_over(self, run: str) -> None:
-        self.engine.forget(run)
+        self.engine.release(run)
         self.notifier.notify(run)
 
     def left(self, run: str, participant: str) -> None:
-        self.engine.forget(run, participant)
+        self.engine.release(run, participant)
         self.notifier.notify(run)
 
 
@@ -98,6 +98,7 @@ class SplitServer:
             self._credentials,
             self._presence,
             settings.frame_limits,
+            Room(settings.queue_mib * _MIB),
             settings.body_timeout_s,
         )
         self._app = Gate(plane, self._meter)
@@ -108,20 +109,21 @@ class SplitServer:
         finally:
             ticking.cancel()
             notifier.close()
-            await engine.close()
+            await asyncio.to_thread(engine.close)
             await asyncio.to_thread(federation.save_traffic)
             await asyncio.to_thread(store.close)
 
     def _engine(self) -> Engine:
         settings = self.settings
-        steps = Steps(
-            settings.engine_memory_mib * _MIB,
-            settings.max_steps,
-            settings.step_timeout_s,
-            Clock().monotonic,
+        limits = EngineLimits(
+            retained_bytes=settings.engine_memory_mib * _MIB,
+            queued_bytes=settings.queue_mib * _MIB,
+            answer_bytes=settings.answer_mib * _MIB,
+            step_timeout_s=settings.step_timeout_s,
+            steps_per_participant=settings.max_steps,
         )
         bodies = Bodies(self.placement, settings.max_bodies)
-        return Engine(bodies, steps, settings.queue_mib * _MIB, settings.answer_mib * _MIB)
+        return LocalEngine(bodies, self.placement, limits)
 
     def _federation(self, store: Store, watcher: _Watcher) -> Federation:
         settings, clock = self.settings, Clock()
@@ -151,7 +153,7 @@ class SplitServer:
                     if federation.due(run):
                         await asyncio.to_thread(federation.advance, run)
                 if number % _TICKS_PER_SAVE == 0:
-                    engine.expire()
+                    engine.sweep()
                     await asyncio.to_thread(federation.save_traffic)
             except Exception:
                 log.exception("the clock's work failed; trying again")

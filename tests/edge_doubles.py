@@ -9,7 +9,7 @@ import socket
 import ssl
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -271,7 +271,3 @@ class BodyServer:
         with torch.no_grad():
             return self._body(smashed)
 
-
-def pieces_of(data: bytes, most: int) -> Iterator[bytes]:
-    for start in range(0, len(data), most):
-        yield data[start : start + most]

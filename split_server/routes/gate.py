@@ -66,7 +66,7 @@ class Gate:
                 scope["method"],
                 scope["path"],
                 status,
-                milliseconds,
+                ms,
             )
             request_id.reset(token)
 

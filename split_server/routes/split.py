@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
 
 from starlette.concurrency import run_in_threadpool
@@ -9,21 +10,24 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 from torch import Tensor
 
-from protocol.errors import InvalidField, SFPromptError
+from protocol.errors import InvalidField, SFPromptError, WrongShape
 from protocol.frames import decode_frame, encode_frame, require_kind
 from protocol.limits import FrameLimits
 from protocol.messages import StepMeta, parse_message
 from protocol.traffic import BACKWARD_PATH, FORWARD_PATH, INFER_PATH
 from protocol.version import FRAME_MEDIA_TYPE
 from split_server import rounds
+from split_server.bodies import BodyKey
 from split_server.credentials import Credentials, require_member
-from split_server.engine import BodyOf, Engine
+from split_server.engine import BackwardJob, Engine, ForwardJob, InferJob
 from split_server.presence import Presence
 from split_server.routes.bodies import declared_length, read_body
 from split_server.routes.gate import set_member
 from split_server.routes.responses import send_error, send_pieces
+from split_server.routes.room import Room
 from split_server.service import Federation
 from split_server.snapshot import Member, RunSnapshot
+from split_server.steps import StepKey
 
 _KINDS = {FORWARD_PATH: "forward", BACKWARD_PATH: "backward", INFER_PATH: "infer"}
 _TENSOR = {"forward": "smashed", "backward": "gradients", "infer": "smashed"}
@@ -41,6 +45,7 @@ class SplitPlane:
     credentials: Credentials
     presence: Presence
     limits: FrameLimits
+    room: Room
     body_timeout_s: float
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -60,32 +65,45 @@ class SplitPlane:
         set_member(scope, shown)
         run, member = self.federation.member(shown.run, shown.participant)
         self.presence.touch(run.id, member.id)
-        room = declared_length(scope)
-        if room is None:
-            room = self.limits.max_frame_bytes
-        with self.engine.reserve(min(room, self.limits.max_frame_bytes)):
+        most, length = self.limits.max_frame_bytes, declared_length(scope)
+        with self.room.take(most if length is None else min(length, most)):
             data = await read_body(scope, receive, self.limits.max_frame_bytes, self.body_timeout_s)
-            meta, tensor = await run_in_threadpool(self._decode, kind, data)
-            answer = await self._work(kind, run, member, meta, tensor)
+            meta, tensor, fingerprint = await run_in_threadpool(self._decode, kind, data)
+            answer = await self._work(kind, run, member, meta, tensor, fingerprint)
             pieces = await run_in_threadpool(_encode, kind, meta, run, answer)
             await send_pieces(send, 200, _MEDIA, pieces)
 
-    def _decode(self, kind: str, data: bytearray) -> tuple[StepMeta, Tensor]:
+    def _decode(self, kind: str, data: bytearray) -> tuple[StepMeta, Tensor, int]:
         frame = decode_frame(data, self.limits)
         require_kind(frame, kind)
-        return parse_message(StepMeta, dict(frame.meta)), frame.tensor(_TENSOR[kind])
+        meta = parse_message(StepMeta, dict(frame.meta))
+        tensor = frame.tensor(_TENSOR[kind])
+        if tensor.ndim != 3 or tensor.shape[0] == 0:
+            raise WrongShape(
+                "a batch of tokens is needed",
+                field=_TENSOR[kind],
+                limit="[B, T, D] with B of at least 1",
+                value=list(tensor.shape),
+            )
+        return meta, tensor, zlib.crc32(data)
 
     async def _work(
-        self, kind: str, run: RunSnapshot, member: Member, meta: StepMeta, tensor: Tensor
+        self,
+        kind: str,
+        run: RunSnapshot,
+        member: Member,
+        meta: StepMeta,
+        tensor: Tensor,
+        fingerprint: int,
     ) -> Tensor:
-        body = BodyOf(run.backbone_path, run.settings.model)
+        body = BodyKey.of(run.backbone_path, run.settings)
         if kind == "infer":
-            return await self.engine.infer(body, tensor)
+            return await self.engine.infer(InferJob(body, tensor))
         rounds.require_trainer(run, member, meta.round, None)
-        owner = (run.id, member.id)
+        key = StepKey(run.id, member.id, meta.step)
         if kind == "forward":
-            return await self.engine.forward(body, owner, meta.step, tensor)
-        return await self.engine.backward(body, owner, meta.step, tensor)
+            return await self.engine.forward(ForwardJob(key, body, tensor, fingerprint))
+        return await self.engine.backward(BackwardJob(key, body, tensor, fingerprint))
 
 
 def _encode(kind: str, meta: StepMeta, run: RunSnapshot, answer: Tensor) -> list[memoryview]:

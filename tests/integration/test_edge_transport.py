@@ -1,0 +1,342 @@
+"""The metered transport, against a server of raw sockets that counts for itself."""
+
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import trustme
+
+from edge_client.transport import MeteredTransport
+from edge_client.transport.metered import BODY_EXTENSION
+from protocol.errors import TooLarge
+from protocol.traffic import FORWARD_PATH, Phase
+from tests.edge_doubles import Connection, RawServer, answering, response
+
+BIG = 8 * 1024 * 1024
+
+
+@pytest.fixture
+def transport() -> Iterator[MeteredTransport]:
+    made = MeteredTransport(connect_timeout_s=5)
+    yield made
+    made.close()
+
+
+def client_of(transport: MeteredTransport, timeout: float = 5) -> httpx.Client:
+    return httpx.Client(transport=transport, timeout=timeout, trust_env=False)
+
+
+class Pieces:
+    def __init__(self, *pieces: bytes) -> None:
+        self.pieces = [memoryview(piece) for piece in pieces]
+
+    def __iter__(self) -> Iterator[memoryview]:
+        return iter(self.pieces)
+
+
+def counted(transport: MeteredTransport) -> tuple[int, int]:
+    traffic = transport.traffic()
+    return sum(traffic.up.values()), sum(traffic.down.values())
+
+
+def test_the_meter_says_what_the_server_counts(transport: MeteredTransport) -> None:
+    seen = []
+
+    def answer(request):
+        seen.append(request)
+        return response(b"abc" * 1000, "200 OK", "x-more: of the header")
+
+    with RawServer(answering(answer)) as server:
+        client = client_of(transport)
+        assert client.get(f"{server.url}/v1/runs").content == b"abc" * 1000
+        pieces = Pieces(b"one", b"", b"two" * 50_000)
+        headers = {"content-length": str(3 + 150_000)}
+        answer_ = client.post(f"{server.url}{FORWARD_PATH}", content=pieces, headers=headers)
+        assert answer_.extensions[BODY_EXTENSION] == b"abc" * 1000
+        assert answer_.headers["x-more"] == "of the header"
+        client.put(f"{server.url}/v1/runs/r/update", content=b"x")
+        assert counted(transport) == (server.received, server.sent)
+        assert len(server.connections) == 1  # kept alive
+    assert seen[1].body == b"one" + b"two" * 50_000
+    assert "transfer-encoding" not in seen[1].headers
+    traffic = transport.traffic()
+    assert set(traffic.up) == {Phase.CONTROL, Phase.SMASHED, Phase.UPDATES}
+    assert set(traffic.down) == {Phase.CONTROL, Phase.FEATURES, Phase.UPDATES}
+
+
+def test_phases_are_told_apart_behind_a_prefix() -> None:
+    with RawServer(answering(lambda _: response())) as server:
+        transport = MeteredTransport(prefix="/gpu/")
+        client_of(transport).post(f"{server.url}/gpu{FORWARD_PATH}", content=b"x")
+        assert set(transport.traffic().up) == {Phase.SMASHED}
+        transport.close()
+
+
+def test_eight_mebibytes_go_both_ways(transport: MeteredTransport) -> None:
+    sent, back = bytes(range(256)) * (BIG // 256), b"\7" * BIG
+    with RawServer(answering(lambda r: response(back if r.body == sent else b""))) as server:
+        assert client_of(transport).post(server.url, content=sent).content == back
+        assert counted(transport) == (server.received, server.sent)
+
+
+def test_chunked_and_empty_answers_keep_the_connection(transport: MeteredTransport) -> None:
+    chunked = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
+    answers = iter(
+        [
+            chunked + b"4\r\nwiki\r\n6;x=y\r\npedia!\r\n0\r\n\r\n",
+            chunked + b"0\r\n\r\n",
+            b"HTTP/1.1 204 No Content\r\n\r\n",
+            response(),
+            response(b"last"),
+        ]
+    )
+    with RawServer(answering(lambda _: next(answers))) as server:
+        client = client_of(transport)
+        bodies = [client.get(server.url).content for _ in range(5)]
+        assert bodies == [b"wikipedia!", b"", b"", b"", b"last"]
+        assert len(server.connections) == 1
+        assert counted(transport) == (server.received, server.sent)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: 300000\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nconnection: close\r\n\r\n",
+        b"HTTP/1.0 200 OK\r\n\r\n",
+    ],
+)
+def test_a_body_ahead_of_the_connection_s_end_is_read_whole(
+    transport: MeteredTransport, head: bytes
+) -> None:
+    def serve(connection: Connection) -> None:
+        connection.request()
+        connection.send(head)
+        for _ in range(3):
+            connection.send(b"z" * 100_000)
+
+    with RawServer(serve) as server:
+        client = client_of(transport)
+        assert client.get(server.url).content == b"z" * 300_000
+        assert client.get(server.url).content == b"z" * 300_000
+        assert len(server.connections) == 2
+        assert counted(transport) == (server.received, server.sent)
+
+
+def test_a_stale_connection_is_replaced_once(transport: MeteredTransport) -> None:
+    ends = [Connection.reset, lambda connection: connection.raw.close()]
+
+    def serve(connection: Connection) -> None:
+        request = connection.request()
+        assert request is not None
+        connection.send(response(request.body))
+        time.sleep(0.01)
+        if ends:
+            ends.pop()(connection)
+        else:
+            connection.request()
+
+    with RawServer(serve) as server:
+        client = client_of(transport)
+        for number in range(3):
+            body = str(number).encode() * 100_000
+            content, headers = Pieces(body[:1], body[1:]), {"content-length": "100000"}
+            assert client.put(server.url, content=content, headers=headers).content == body
+            time.sleep(0.05)
+        assert len(server.connections) == 3
+
+
+def test_a_new_connection_that_dies_is_an_error_at_once(transport: MeteredTransport) -> None:
+    with RawServer(lambda connection: connection.request()) as server:
+        with pytest.raises(httpx.ReadError):
+            client_of(transport).get(server.url)
+        assert len(server.connections) == 1
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_an_answer_that_breaks_off_is_a_read_error(
+    transport: MeteredTransport, warm: bool
+) -> None:
+    """Also on a kept-alive connection: part of an answer has come, so it was not stale."""
+
+    def serve(connection: Connection) -> None:
+        if warm:
+            connection.request()
+            connection.send(response())
+        connection.request()
+        connection.send(response(b"x" * 1000)[:-10])
+
+    with RawServer(serve) as server:
+        client = client_of(transport)
+        if warm:
+            client.get(server.url)
+        with pytest.raises(httpx.ReadError, match="10 more expected"):
+            client.get(server.url)
+        assert counted(transport) == (server.received, server.sent)
+        assert len(server.connections) == 1
+
+
+def test_a_chunked_answer_that_breaks_off_is_a_read_error(transport: MeteredTransport) -> None:
+    def serve(connection: Connection) -> None:
+        connection.request()
+        connection.send(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\nff\r\nonly")
+
+    with RawServer(serve) as server, pytest.raises(httpx.ReadError):
+        client_of(transport).get(server.url)
+
+
+def test_a_silent_server_is_a_read_timeout(transport: MeteredTransport) -> None:
+    done = threading.Event()
+
+    def serve(connection: Connection) -> None:
+        connection.request()
+        done.wait(5)
+
+    with RawServer(serve) as server:
+        with pytest.raises(httpx.ReadTimeout, match="0.1 s"):
+            client_of(transport, timeout=0.1).get(server.url)
+        done.set()
+        with pytest.raises(httpx.ReadError):  # the connection was not kept
+            client_of(transport).get(server.url)
+
+
+def test_a_slow_link_is_not_a_silent_one(transport: MeteredTransport) -> None:
+    """The time-out is for the wait between two bytes, in both directions, not for the whole."""
+
+    def serve(connection: Connection) -> None:
+        connection.raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+        while connection.received < BIG:
+            time.sleep(0.002)
+            connection.receive()
+        for piece in [response(b"slowly")[:20], response(b"slowly")[20:]]:
+            time.sleep(0.2)
+            connection.send(piece)
+
+    with RawServer(serve) as server:
+        start = time.monotonic()
+        assert client_of(transport, timeout=0.3).post(server.url, content=bytes(BIG)).is_success
+        assert time.monotonic() - start > 0.3
+
+
+def test_a_refused_connection(transport: MeteredTransport) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    with pytest.raises(httpx.ConnectError):
+        client_of(transport).get(f"http://127.0.0.1:{port}")
+    assert transport.traffic().total() == 0
+
+
+def test_a_refusal_ahead_of_the_body_is_heard(transport: MeteredTransport) -> None:
+    """A server that is full says so without reading megabytes first."""
+
+    def serve(connection: Connection) -> None:
+        connection.receive()
+        connection.send(response(b"later", "503 Service Unavailable", "connection: close"))
+        connection.raw.shutdown(socket.SHUT_WR)
+        time.sleep(0.05)  # then it closes with bytes unread, which resets the connection
+
+    with RawServer(serve) as server:
+        answer = client_of(transport).post(server.url, content=bytes(4 * BIG))
+        assert (answer.status_code, answer.content) == (503, b"later")
+
+
+def test_threads_share_a_transport(transport: MeteredTransport) -> None:
+    wrong = []
+    with RawServer(answering(lambda r: response(r.body * 2))) as server:
+        client = client_of(transport)
+
+        def talk(name: int) -> None:
+            for number in range(20):
+                body = f"{name}.{number}".encode() * 500
+                if client.post(server.url, content=body).content != body * 2:
+                    wrong.append((name, number))
+
+        threads = [threading.Thread(target=talk, args=(name,)) for name in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not wrong
+        assert len(server.connections) <= 6
+        assert counted(transport) == (server.received, server.sent)
+
+
+def test_an_answer_over_the_limit_is_refused() -> None:
+    chunk = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n" + b"2\r\nab\r\n" * 11
+    answers = iter([response(b"x" * 20), response(b"x" * 21), chunk + b"0\r\n\r\n"])
+    transport = MeteredTransport(max_body_bytes=20)
+    with RawServer(answering(lambda _: next(answers))) as server:
+        client = client_of(transport)
+        assert len(client.get(server.url).content) == 20
+        for value in (21, 22):
+            with pytest.raises(TooLarge) as caught:
+                client.get(server.url)
+            assert (caught.value.limit, caught.value.value) == (20, value)
+    transport.close()
+
+
+@pytest.fixture(scope="module")
+def authority() -> trustme.CA:
+    return trustme.CA()
+
+
+def server_side(authority: trustme.CA, *names: str) -> ssl.SSLContext:
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.issue_cert(*names).configure_cert(context)
+    return context
+
+
+def test_https_with_an_own_authority(authority: trustme.CA, tmp_path: Path) -> None:
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    transport = MeteredTransport(ssl.create_default_context(cafile=str(tmp_path / "ca.pem")))
+    with RawServer(answering(lambda r: response(r.body)), server_side(authority, "127.0.0.1")) as s:
+        client = client_of(transport)
+        body = bytes(range(256)) * 4096
+        assert client.post(s.url, content=body).content == body
+        assert client.post(s.url, content=b"again").content == b"again"
+        assert len(s.connections) == 1
+        assert counted(transport) == (s.received, s.sent)  # of HTTP, above TLS
+    transport.close()
+
+
+def test_a_stale_https_connection_is_replaced(authority: trustme.CA, tmp_path: Path) -> None:
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    transport = MeteredTransport(ssl.create_default_context(cafile=str(tmp_path / "ca.pem")))
+    ends = [Connection.reset, lambda c: c.raw.unwrap(), lambda c: c.raw.close()]
+
+    def serve(connection: Connection) -> None:
+        request = connection.request()
+        assert request is not None
+        connection.send(response(request.body))
+        time.sleep(0.02)  # a reset must not overtake the answer
+        if ends:
+            ends.pop()(connection)
+        else:
+            connection.request()
+
+    with RawServer(serve, server_side(authority, "127.0.0.1")) as server:
+        client = client_of(transport)
+        for number in range(4):
+            body = str(number).encode() * 50_000
+            assert client.put(server.url, content=body).content == body
+            time.sleep(0.05)
+    transport.close()
+
+
+def test_a_certificate_of_nobody_or_for_another_is_refused(
+    authority: trustme.CA, tmp_path: Path
+) -> None:
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    own = ssl.create_default_context(cafile=str(tmp_path / "ca.pem"))
+    for context, name in ((None, "127.0.0.1"), (own, "another.example")):
+        transport = MeteredTransport(context)
+        with RawServer(answering(lambda _: response()), server_side(authority, name)) as server:
+            with pytest.raises(httpx.ConnectError) as caught:
+                client_of(transport).get(server.url)
+            assert isinstance(caught.value.__cause__, ssl.SSLCertVerificationError)
+        transport.close()
