@@ -47,6 +47,12 @@ def run(
     keep_fraction: Annotated[
         float | None, typer.Option(help="Share of samples kept for split training.")
     ] = None,
+    limit_train: Annotated[
+        int | None, typer.Option(min=1, help="Training images over all devices.")
+    ] = None,
+    limit_test: Annotated[
+        int | None, typer.Option(min=1, help="Test images over all devices.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Fixes the data's parts and all draws.")] = 0,
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 0,
     server_threads: Annotated[
@@ -70,8 +76,8 @@ def run(
         folder=folder,
         port=port,
         server_threads=server_threads,
-        limit_train=preset.limit_train,
-        limit_test=preset.limit_test,
+        limit_train=limit_train or preset.limit_train,
+        limit_test=limit_test or preset.limit_test,
     )
     results, figures = local.execute(console)
     written = write_files(results, figures, folder)

@@ -67,7 +67,7 @@ def _fashion_mnist() -> Preset:
                 "Ankle boot",
             ),
             model=BackboneSettings(image_size=42, cut=1, num_classes=10, prompt_count=5),
-            federation=FederationSettings(rounds=10),
+            federation=FederationSettings(rounds=10, evaluate_every=2),
             training=_RECIPE.model_copy(update={"keep_fraction": 0.8}),
         ),
         limit_train=6000,

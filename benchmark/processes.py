@@ -26,6 +26,7 @@ class Process:
         arguments: of ``python -m``.
         on_line: called with every line of its standard output; None: that goes to the log too.
         threads: CPU threads that its libraries may use; None: all.
+        cwd: its working directory; None: this process's.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class Process:
         folder: Path,
         on_line: Callable[[str], None] | None = None,
         threads: int | None = None,
+        cwd: Path | None = None,
     ) -> None:
         self.name = name
         self.log = folder / f"{name}.log"
@@ -48,6 +50,7 @@ class Process:
                 stdout=subprocess.PIPE if on_line else log,
                 stderr=log,
                 env=environment,
+                cwd=cwd,
             )
         self._reader: threading.Thread | None = None
         if on_line is not None:

@@ -40,7 +40,7 @@ class BlobCache:
         or in another one. A file that was damaged on the disk is downloaded again.
 
         Raises:
-            MalformedFrame: what came is not what the hash says.
+            MalformedFrame: what came is not what hash and size say.
         """
         path = self._folder / f"{ref.sha256}.safetensors"
         if _is(path, ref):
@@ -53,16 +53,16 @@ class BlobCache:
                 return path
             resumed = file.seek(0, os.SEEK_END) > 0
             found = _complete(file, ref, download)
-            if found != ref.sha256 and resumed:
+            if found != ref and resumed:
                 file.truncate(0)  # what lay there was damaged: once more from the start
                 found = _complete(file, ref, download)
-            if found != ref.sha256:
+            if found != ref:
                 part.unlink()
                 raise MalformedFrame(
                     "a downloaded file is not the one that was announced",
                     field="sha256",
-                    limit=ref.sha256,
-                    value=found,
+                    limit=_named(ref),
+                    value=_named(found),
                     hint="try again; if it stays so, the server's files are damaged",
                 )
             os.fsync(file.fileno())
@@ -126,8 +126,8 @@ def _is_at(file: BinaryIO, path: Path) -> bool:
         return False
 
 
-def _complete(file: BinaryIO, ref: BlobRef, download: Download) -> str:
-    """Append what is missing, each piece as it comes. Returns the SHA-256 of the whole."""
+def _complete(file: BinaryIO, ref: BlobRef, download: Download) -> BlobRef:
+    """Append what is missing, each piece as it comes. Returns what there is then."""
     size = file.seek(0, os.SEEK_END)
     while size < ref.nbytes:
         piece = download(size)
@@ -136,7 +136,11 @@ def _complete(file: BinaryIO, ref: BlobRef, download: Download) -> str:
         file.write(piece)
         file.flush()
         size += len(piece)
-    return _sha256(file)
+    return BlobRef(sha256=_sha256(file), nbytes=size)
+
+
+def _named(ref: BlobRef) -> str:
+    return f"{ref.sha256} of {ref.nbytes} bytes"
 
 
 def _sha256(file: BinaryIO) -> str:

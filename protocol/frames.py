@@ -194,9 +194,16 @@ def _read_prefix(view: memoryview, limits: FrameLimits) -> int:
         raise MalformedFrame("reserved bytes are zero", field="reserved", limit=0, value=reserved)
     if header_bytes > limits.max_header_bytes:
         raise _header_too_large(header_bytes, limits)
-    if total != view.nbytes or _aligned(PREFIX_BYTES + header_bytes) > total:
+    if total != view.nbytes:
         raise MalformedFrame(
             "the frame is not as long as it says", field="length", limit=view.nbytes, value=total
+        )
+    if _aligned(PREFIX_BYTES + header_bytes) > total:
+        raise MalformedFrame(
+            "the header reaches past the end of the frame",
+            field="header",
+            limit=total - PREFIX_BYTES,
+            value=header_bytes,
         )
     return int(header_bytes)
 

@@ -58,13 +58,16 @@ def unpack_header(
             max_array_len=items,
             max_map_len=items,
         )
-    except (ValueError, msgpack.UnpackException, RecursionError) as error:
+    except (msgpack.StackError, RecursionError) as error:
+        raise _too_deep("header", limits) from error
+    except (ValueError, msgpack.UnpackException) as error:
         if "exceeds max_array_len" in str(error) or "exceeds max_map_len" in str(error):
             raise TooLarge(
                 f"a list or map in the header is too long ({error})", field="header", limit=items
             ) from error
+        reason = str(error) or type(error).__name__
         raise MalformedFrame(
-            f"the header is not msgpack of the allowed kinds ({error})", field="header"
+            f"the header is not msgpack of the allowed kinds ({reason})", field="header"
         ) from error
     if not isinstance(header, dict) or set(header) != _KEYS:
         raise _not_a_header(header)
@@ -102,6 +105,12 @@ def _not_a_header(header: object) -> MalformedFrame:
         field="header",
         limit=sorted(_KEYS),
         value=sorted(header) if isinstance(header, dict) else type(header).__name__,
+    )
+
+
+def _too_deep(where: str, limits: FrameLimits) -> TooLarge:
+    return TooLarge(
+        "lists and maps stand too deep within each other", field=where, limit=limits.max_depth
     )
 
 
@@ -147,12 +156,7 @@ def _check_size(
     value: dict[str, Any] | list[Any], where: str, limits: FrameLimits, depth: int
 ) -> None:
     if depth > limits.max_depth:
-        raise TooLarge(
-            "lists and maps stand too deep within each other",
-            field=where,
-            limit=limits.max_depth,
-            value=depth,
-        )
+        raise _too_deep(where, limits)
     if len(value) > limits.max_items:
         raise TooLarge(
             "a list or map is too long", field=where, limit=limits.max_items, value=len(value)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from anyio import CapacityLimiter
 from fastapi import FastAPI
 from starlette.types import Receive, Scope, Send
 
@@ -34,7 +35,9 @@ from split_server.store import Store
 log = logging.getLogger(__name__)
 
 _MIB = 1024 * 1024
+_CODEC_THREADS = 8  # decode and encode frames
 _TICK_S = 0.25  # how late a deadline may be noticed
+_RETRY_S = 5.0  # after a run could not go on (a full disk, say)
 _TICKS_PER_SAVE = 20  # between two savings of the meter
 
 
@@ -66,10 +69,16 @@ class SplitServer:
         self._fastapi = FastAPI(title="SFPrompt split server", lifespan=self._lifespan)
         add_error_handlers(self._fastapi)
         self._meter = Meter()
+        self._notifier: Notifier | None = None
         self._app: Any = Gate(self._fastapi, self._meter)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self._app(scope, receive, send)
+
+    def stop_waiting(self) -> None:
+        """Answer all long polls now: the server is about to stop."""
+        if self._notifier is not None:
+            self._notifier.close()
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: FastAPI) -> AsyncIterator[dict[str, Any]]:
@@ -78,7 +87,7 @@ class SplitServer:
             torch.set_num_threads(settings.torch_threads)
         store = await asyncio.to_thread(Store, settings.database)
         engine = self._engine()
-        notifier = Notifier(asyncio.get_running_loop())
+        self._notifier = notifier = Notifier(asyncio.get_running_loop())
         federation = await asyncio.to_thread(self._federation, store, _Watcher(notifier, engine))
         routes = FederationRoutes(
             federation,
@@ -99,9 +108,10 @@ class SplitServer:
             self._presence,
             settings.frame_limits,
             Room(settings.queue_mib * _MIB),
+            CapacityLimiter(_CODEC_THREADS),
             settings.body_timeout_s,
         )
-        self._app = Gate(plane, self._meter)
+        self._app = Gate(plane, self._meter, self._credentials)
         ticking = asyncio.create_task(self._tick(federation, engine))
         log.info("ready: bodies on %s in %s", self.placement.device, self.placement.dtype_name)
         try:
@@ -146,17 +156,34 @@ class SplitServer:
 
     async def _tick(self, federation: Federation, engine: Engine) -> None:
         """Notice deadlines, and save now and then what only memory holds."""
+        not_before: dict[str, float] = {}  # runs that failed to go on, and when to try again
         for number in range(1, 2**62):
             await asyncio.sleep(_TICK_S)
-            try:
-                for run in federation.open_runs():
-                    if federation.due(run):
-                        await asyncio.to_thread(federation.advance, run)
-                if number % _TICKS_PER_SAVE == 0:
-                    engine.sweep()
+            now = asyncio.get_running_loop().time()
+            for run in federation.open_runs():
+                if now >= not_before.get(run, 0.0) and not await _advance(federation, run):
+                    not_before[run] = now + _RETRY_S
+            if number % _TICKS_PER_SAVE == 0:
+                engine.sweep()
+                with _logged("saving the meter failed"):
                     await asyncio.to_thread(federation.save_traffic)
-            except Exception:
-                log.exception("the clock's work failed; trying again")
+
+
+async def _advance(federation: Federation, run: str) -> bool:
+    """Take the steps of a run that are due; False: one failed, and only this run waits for it."""
+    with _logged(f"run {run} could not go on"):
+        if federation.due(run):
+            await asyncio.to_thread(federation.advance, run)
+        return True
+    return False
+
+
+@contextlib.contextmanager
+def _logged(what: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception:
+        log.exception("%s; trying again later", what)
 
 
 def create_app(settings: ServerSettings) -> SplitServer:

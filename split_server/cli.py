@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import uvicorn
 from rich.console import Console
 from rich.table import Table
 
@@ -22,7 +21,7 @@ from split_server.app import create_app
 from split_server.client import OperatorClient, read_token
 from split_server.exporting import export_run
 from split_server.logs import set_up_logging
-from split_server.meter import MeteredProtocol
+from split_server.serving import serve_until_stopped
 from split_server.settings import DEFAULT_PORT, ServerSettings, load_settings
 
 app = typer.Typer(
@@ -92,21 +91,7 @@ def serve(
     keep_large_buffers()
     server = create_app(settings)
     _say_what_is_used(settings, f"{server.placement.device}, {server.placement.dtype_name}")
-    uvicorn.run(
-        server,
-        host=settings.host,
-        port=settings.port,
-        http=MeteredProtocol,
-        ws="none",
-        lifespan="on",
-        log_config=None,
-        access_log=False,
-        timeout_keep_alive=120,  # longer than a device's long poll
-        limit_concurrency=settings.max_connections,
-        timeout_graceful_shutdown=10,
-        ssl_certfile=settings.tls_cert,
-        ssl_keyfile=settings.tls_key,
-    )
+    serve_until_stopped(server, settings)
 
 
 def _say_what_is_used(settings: ServerSettings, placement: str) -> None:

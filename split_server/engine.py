@@ -6,7 +6,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -147,6 +147,7 @@ class LocalEngine:
         self._in_flight: dict[tuple[str, StepKey], _Ticket] = {}
         self._steps = RetainedSteps(limits.steps_per_participant)
         self._answers = Answers(limits.steps_per_participant, limits.answer_bytes)
+        self._releases: Counter[tuple[str, str | None]] = Counter()
         self._sizes = compute.StepSizes()
         self._seconds_per_job = 0.05  # a running mean
         self._closed = False
@@ -160,9 +161,9 @@ class LocalEngine:
                 return known
             ticket = self._in_flight.get(("forward", job.key))
             if ticket is None:
-                need = self._room_for(job)
+                need, releases = self._room_for(job), self._releases_of(job.key)
                 ticket = _Ticket(
-                    lambda: self._forward(job),
+                    lambda: self._forward(job, releases),
                     job.body,
                     _nbytes(job.smashed),
                     need,
@@ -203,6 +204,7 @@ class LocalEngine:
             return key.run == run and participant in (None, key.participant)
 
         with self._wake:
+            self._releases[run, participant] += 1
             self._steps.drop_where(lambda key, _: unwanted(key))
             self._answers.drop_where(unwanted)
 
@@ -252,6 +254,10 @@ class LocalEngine:
         if self._steps.nbytes + self._reserved_bytes + need > limit:
             raise self._busy("the memory for open steps is taken")
         return need
+
+    def _releases_of(self, key: StepKey) -> int:
+        """Changes when the steps of this one's run or participant are released."""
+        return self._releases[key.run, None] + self._releases[key.run, key.participant]
 
     def _enqueue(self, ticket: _Ticket, name: tuple[str, StepKey] | None) -> None:
         if self._closed:
@@ -321,7 +327,7 @@ class LocalEngine:
             if self._in_flight.get(name) is ticket:
                 del self._in_flight[name]
 
-    def _forward(self, job: ForwardJob) -> Tensor:
+    def _forward(self, job: ForwardJob, releases: int) -> Tensor:
         body = self._bodies.get(job.body)
         smashed = compute.place_input(job.smashed, self._placement, "smashed")
         leaf, features, nbytes = compute.run_forward(body, smashed)
@@ -336,7 +342,8 @@ class LocalEngine:
         )
         with self._wake:
             self._sizes.learn(job.body, smashed, nbytes)
-            self._steps.add(job.key, step)
+            if releases == self._releases_of(job.key):  # else its round ended while it waited
+                self._steps.add(job.key, step)
         return answer
 
     def _backward(self, job: BackwardJob) -> Tensor:

@@ -81,8 +81,22 @@ def read_floats(frame: Frame, name: str) -> Tensor:
     """One tensor of a frame in float32.
 
     Raises:
+        MalformedFrame: the frame lacks it.
         InvalidField: its codec carries no floating-point numbers.
         NonFinite: it holds NaN or infinity.
+    """
+    plain = read_tensor(frame, name).to(torch.float32)
+    if not bool(torch.isfinite(plain).all()):
+        raise NonFinite("a tensor holds NaN or infinity", field=name)
+    return plain
+
+
+def read_tensor(frame: Frame, name: str) -> Tensor:
+    """One tensor of floating-point numbers, in the dtype of its codec and not yet looked into.
+
+    Raises:
+        MalformedFrame: the frame lacks it.
+        InvalidField: its codec carries no floating-point numbers.
     """
     tensor = frame.tensor(name)
     if frame.specs[name].codec not in FLOAT_CODECS:
@@ -92,10 +106,41 @@ def read_floats(frame: Frame, name: str) -> Tensor:
             limit=list(FLOAT_CODECS),
             value=frame.specs[name].codec,
         )
-    plain = tensor.to(torch.float32)
-    if not bool(torch.isfinite(plain).all()):
-        raise NonFinite("a tensor holds NaN or infinity", field=name)
-    return plain
+    return tensor
+
+
+def check_tokens(settings: SplitSettings, tensor: Tensor, name: str) -> None:
+    """Refuse what no body of these settings takes, before it waits for one.
+
+    Raises:
+        WrongShape: not [B, T, D] with at least one sample, the run's tokens (prompts included)
+            and the backbone's width.
+    """
+    sizes = split_model.anatomy(settings)
+    tokens = sizes.tokens + settings.prompt_count
+    shape = list(tensor.shape)
+    if len(shape) != 3 or shape[0] < 1 or shape[1:] != [tokens, sizes.width]:
+        raise WrongShape(
+            "a tensor of the split plane is [samples, tokens, width]",
+            field=name,
+            limit=["at least 1", tokens, sizes.width],
+            value=shape,
+        )
+
+
+def check_batch(tensor: Tensor, most: int, name: str) -> None:
+    """Refuse a training step of more samples than a batch of the run.
+
+    Raises:
+        InvalidField: there are more.
+    """
+    if tensor.shape[0] > most:
+        raise InvalidField(
+            "a training step holds at most batch_size samples",
+            field=name,
+            limit=most,
+            value=int(tensor.shape[0]),
+        )
 
 
 def check_report(report: EvaluationReport, member: Member) -> None:

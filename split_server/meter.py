@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 from sqlalchemy import select
@@ -22,12 +22,14 @@ SOCKET_KEY = "sfprompt_socket"  # in the ASGI scope's state
 class SocketCounter:
     """What has passed through one connection and not been attributed yet.
 
-    ``last`` remembers whom to charge for bytes that come after the answer: a body that was
-    refused while it was still being sent.
+    ``pending`` holds requests that showed no credential: a device that looks at a run before it
+    joins is charged for that when it has joined. ``last`` remembers whom to charge for bytes that
+    come after the answer: a body that was refused while it was still being sent.
     """
 
     received: int = 0
     sent: int = 0
+    pending: Traffic = field(default_factory=Traffic)
     last: tuple[str, str, str] | None = None  # run, participant, path
 
     def take(self) -> tuple[int, int]:
@@ -35,6 +37,10 @@ class SocketCounter:
         taken = self.received, self.sent
         self.received = self.sent = 0
         return taken
+
+    def defer(self, path: str) -> None:
+        """Keep the bytes of a request for whoever turns out to be at the other end."""
+        self.pending.add(path, *self.take())
 
 
 class _CountingTransport:
@@ -92,10 +98,14 @@ class Meter:
         """Put what a connection has counted on a participant's account."""
         counter.last = (run, participant, path)
         up, down = counter.take()
-        if not up and not down:
+        if not up and not down and not counter.pending.total():
             return
+        pending, counter.pending = counter.pending, Traffic()
         with self._lock:
-            self._account(run, participant).add(path, up, down)
+            account = self._account(run, participant)
+            account.merge(pending)
+            if up or down:
+                account.add(path, up, down)
             self._dirty.add(run)
 
     def participant(self, run: str, participant: str) -> Traffic:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tomllib
 from collections.abc import Mapping
 from contextvars import ContextVar
@@ -159,6 +160,4 @@ def _explain(
 
 
 def _environment() -> set[str]:
-    import os
-
     return {key.upper() for key in os.environ}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import shutil
 import socket
@@ -76,8 +77,8 @@ class Connection:
         return Request(method, target, headers, bytes(body[:length]))
 
     def send(self, data: bytes) -> None:
+        self.sent += len(data)  # ahead of the sending: the client may be faster than this thread
         self.raw.sendall(data)
-        self.sent += len(data)
 
     def reset(self) -> None:
         """Close with RST, as a host does that has forgotten the connection."""
@@ -152,10 +153,8 @@ class RawServer:
 
 
 def _shut(raw: socket.socket) -> None:
-    try:
+    with contextlib.suppress(OSError):
         raw.shutdown(socket.SHUT_RDWR)
-    except OSError:
-        pass
 
 
 def answering(answer: Callable[[Request], bytes]) -> Callable[[Connection], None]:
@@ -270,4 +269,3 @@ class BodyServer:
         self.calls.append("infer")
         with torch.no_grad():
             return self._body(smashed)
-

@@ -280,7 +280,8 @@ def _base_url(url: str) -> httpx.URL:
         parsed = httpx.URL(url)
     except httpx.InvalidURL:
         parsed = httpx.URL("")
-    if parsed.scheme not in ("http", "https") or not parsed.host:
+    usable = parsed.scheme in ("http", "https") and parsed.host
+    if not usable or not 0 < (parsed.port or 80) < 65536:
         raise InvalidField(
             "the server's address is http://HOST:PORT or https://HOST:PORT", field="url", value=url
         )

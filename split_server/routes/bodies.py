@@ -8,6 +8,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope
 
 from protocol.errors import InvalidField, MalformedFrame, TooLarge
+from split_server.routes.room import Claim
 
 
 def declared_length(scope: Scope) -> int | None:
@@ -24,35 +25,41 @@ def declared_length(scope: Scope) -> int | None:
     return None
 
 
-async def read_body(scope: Scope, receive: Receive, limit: int, timeout_s: float) -> bytearray:
-    """The whole body in one writable buffer.
+async def read_body(
+    scope: Scope, receive: Receive, limit: int, timeout_s: float, claim: Claim | None = None
+) -> bytearray:
+    """The whole body in one writable buffer; ``claim`` takes room for it as it comes.
 
     Raises:
         TooLarge: it is declared longer than ``limit`` bytes, or comes longer.
         MalformedFrame: it ended early, or did not come within ``timeout_s`` seconds.
+        Busy: there is no room for it now.
     """
     length = declared_length(scope)
     if length is not None and length > limit:
         raise too_large(limit, length)
     try:
         async with asyncio.timeout(timeout_s):
-            return await _read(receive, length, limit)
+            return await _read(receive, length, limit, claim)
     except TimeoutError:
         raise MalformedFrame(
             "the body did not come in time", field="body", limit=timeout_s
         ) from None
 
 
-async def _read(receive: Receive, length: int | None, limit: int) -> bytearray:
+async def _read(receive: Receive, length: int | None, limit: int, claim: Claim | None) -> bytearray:
     # A declared length is not believed beyond what has come: the buffer grows with the bytes.
     body = bytearray()
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
             raise ClientDisconnect
-        body += message.get("body", b"")
-        if len(body) > limit:
-            raise too_large(limit, len(body))
+        chunk = message.get("body", b"")
+        if len(body) + len(chunk) > limit:
+            raise too_large(limit, len(body) + len(chunk))
+        if claim is not None:
+            claim.add(len(chunk))
+        body += chunk
         if not message.get("more_body", False):
             break
     if length is not None and len(body) != length:

@@ -7,15 +7,16 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from protocol.errors import InvalidField, InvalidRequest, NotFound, SFPromptError
+from protocol.errors import InternalError, InvalidField, InvalidRequest, NotFound, SFPromptError
 from split_server.routes.responses import error_body, error_headers
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Register the handlers. Unexpected exceptions are the gate's."""
+    """Register the handlers. What is unexpected goes on to the gate, which logs it."""
     app.add_exception_handler(SFPromptError, _typed)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(Exception, _unexpected)
 
 
 async def _typed(_request: Request, error: Exception) -> JSONResponse:
@@ -45,3 +46,8 @@ async def _http(request: Request, error: Exception) -> JSONResponse:
     kind = NotFound if error.status_code == 404 else InvalidRequest
     refusal = kind(str(error.detail), field="path", value=request.url.path)
     return JSONResponse(error_body(refusal), error.status_code, error.headers)
+
+
+async def _unexpected(_request: Request, _error: Exception) -> JSONResponse:
+    refusal = InternalError("the server failed on this request")
+    return JSONResponse(error_body(refusal), refusal.status)

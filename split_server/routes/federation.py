@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query, Request
-from fastapi.responses import FileResponse
+from fastapi.responses import FileResponse, Response
 from starlette.concurrency import run_in_threadpool
 
 from protocol.errors import InvalidField, NotFound
@@ -47,6 +48,8 @@ from split_server.routes.gate import set_member
 from split_server.service import Federation
 
 Key = Annotated[str | None, Header(alias="idempotency-key")]
+_RANGE = re.compile(r"bytes=(\d{1,18})-.*")
+_UPDATE_MARGIN = 1024 * 1024  # header and padding of the frame
 Wait = Annotated[float, Query(ge=0, le=3600, description="seconds to wait for something new")]
 
 
@@ -186,24 +189,26 @@ class FederationRoutes:
                 return found
             await wait_for(ticket, left)
 
-    async def head(self, request: Request, run: str) -> FileResponse:
+    async def head(self, request: Request, run: str) -> Response:
         """The head file."""
         require_reader(self._identity_of_reader(request, run), run)
         snapshot = self._federation.run(run)
-        return _file(self._federation.files(run).head, snapshot.head.sha256)
+        return _file(request, self._federation.files(run).head, snapshot.head.sha256)
 
-    async def state(self, request: Request, run: str, sha256: str) -> FileResponse:
+    async def state(self, request: Request, run: str, sha256: str) -> Response:
         """A global state of the run."""
         require_reader(self._identity_of_reader(request, run), run)
         self._federation.run(run)
         if len(sha256) != 64 or not all(letter in "0123456789abcdef" for letter in sha256):
             raise InvalidField("not a SHA-256", field="sha256", value=sha256[:80])
-        return _file(self._federation.files(run).state(sha256), sha256)
+        return _file(request, self._federation.files(run).state(sha256), sha256)
 
     async def update(self, request: Request, run: str, key: Key = None) -> UpdateReceipt:
         """Count an update: a frame of kind ``update``."""
         member = self._member(request, run)
-        limit = self._limits.max_frame_bytes
+        # Nothing larger than the state it is to change, in the widest codec, can be an update.
+        limit = self._federation.run(run).state.nbytes + _UPDATE_MARGIN
+        limit = min(limit, self._limits.max_frame_bytes)
         data = await read_body(request.scope, request.receive, limit, self._body_timeout_s)
         return await run_in_threadpool(self._count, run, member.participant, data, key)
 
@@ -235,9 +240,8 @@ class FederationRoutes:
         return identity
 
     def _member(self, request: Request, run: str) -> Member:
-        """The participant that asks; its bytes are its own from here on."""
+        """The participant that asks, if it is in good standing."""
         member = require_member(self._identity(request), run)
-        set_member(request.scope, member)
         self._federation.member(run, member.participant)
         self._presence.touch(run, member.participant)
         return member
@@ -247,9 +251,22 @@ def _content(message: Message) -> bytes:
     return message.model_dump_json().encode()
 
 
-def _file(path: Path, sha256: str) -> FileResponse:
-    if not path.is_file():
-        raise NotFound("there is no such file", field="sha256", value=sha256)
+def _file(request: Request, path: Path, sha256: str) -> Response:
+    try:
+        stat = path.stat()
+    except OSError:
+        raise NotFound("there is no such file", field="sha256", value=sha256) from None
+    etag = f'"{sha256}"'
+    if etag in request.headers.get("if-none-match", ""):
+        return Response(status_code=304, headers={"etag": etag})
+    first = _RANGE.fullmatch(request.headers.get("range", ""))
+    if first is not None and int(first.group(1)) >= stat.st_size:
+        raise InvalidField(
+            "the range begins behind the end of the file",
+            field="range",
+            limit=stat.st_size,
+            value=first.group(0),
+        )
     return FileResponse(
-        path, media_type="application/octet-stream", headers={"etag": f'"{sha256}"'}
+        path, media_type="application/octet-stream", headers={"etag": etag}, stat_result=stat
     )

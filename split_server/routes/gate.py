@@ -2,98 +2,174 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 import re
 import secrets
 import time
+from dataclasses import dataclass, field
 
 from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from protocol.errors import InternalError, SFPromptError, UnsupportedVersion
 from protocol.version import PROTOCOL_VERSION, REQUEST_ID_HEADER, VERSION_HEADER
-from split_server.credentials import Member
+from split_server.credentials import Credentials, Identity, Member, Operator
 from split_server.logs import request_id
 from split_server.meter import SOCKET_KEY, Meter, SocketCounter
 from split_server.routes.responses import send_error
 
 log = logging.getLogger(__name__)
 
-MEMBER_KEY = "sfprompt_member"  # whom the bytes of this request belong to
+IDENTITY_KEY = "sfprompt_identity"  # in the scope's state: who is asking
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_FOR_EVERYBODY = "/v1/health"  # answers ends of every version
+_LINGER_S = 5.0  # how long a refused body may go on coming
+_LINGER_BYTES = 64 * 1024 * 1024
 
 
+@dataclass(frozen=True)
 class Gate:
     """Pure ASGI, outermost: even a refused request has an id, is metered and is logged."""
 
-    def __init__(self, app: ASGIApp, meter: Meter) -> None:
-        self._app, self._meter = app, meter
+    app: ASGIApp
+    meter: Meter
+    credentials: Credentials | None = None  # None: before the server is ready
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            await self._app(scope, receive, send)
+            await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)
         shown = headers.get(REQUEST_ID_HEADER, "")
         token = request_id.set(shown if _REQUEST_ID.fullmatch(shown) else secrets.token_hex(8))
-        started, status = time.perf_counter(), 0
-
-        async def send_metered(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-            if message["type"] == "http.response.body" and not message.get("more_body", False):
-                # Now, before anything is awaited: the next request may be on its way already.
-                self._charge(scope)
-
+        self._recognise(scope, headers)
+        exchange = _Exchange(self, scope, receive, send)
+        began = time.perf_counter()
         try:
-            _require_version(headers)
-            await self._app(scope, receive, send_metered)
+            _require_version(scope, headers)
+            await self.app(scope, exchange.receive, exchange.send)
         except SFPromptError as error:
-            if status == 0:
-                await send_error(send_metered, error)
+            await exchange.refuse(error)
+        except ClientDisconnect:
+            log.debug("the client has gone")
         except Exception:
             log.exception("%s %s failed", scope["method"], scope["path"])
-            if status == 0:
-                await send_error(send_metered, InternalError("the server failed on this request"))
+            await exchange.refuse(InternalError("the server failed on this request"))
         finally:
-            ms = 1000 * (time.perf_counter() - started)
-            level = logging.DEBUG if status < 400 else logging.INFO
-            log.log(
-                level,
-                "%s %s -> %d in %.1f ms",
-                scope["method"],
-                scope["path"],
-                status,
-                ms,
-            )
+            self.charge(scope)
+            _log_line(scope, exchange.status, time.perf_counter() - began)
             request_id.reset(token)
 
-    def _charge(self, scope: Scope) -> None:
+    def charge(self, scope: Scope) -> None:
+        """Put what the connection has counted on the account of this request's participant."""
         counter: SocketCounter | None = scope.get("state", {}).get(SOCKET_KEY)
         if counter is None:
             return
-        member: Member | None = scope["state"].get(MEMBER_KEY)
-        if member is None:
+        identity: Identity | None = scope["state"].get(IDENTITY_KEY)
+        if isinstance(identity, Member):
+            self.meter.charge(counter, identity.run, identity.participant, scope["path"])
+        elif isinstance(identity, Operator):
             counter.take()
-            counter.last = None
         else:
-            self._meter.charge(counter, member.run, member.participant, scope["path"])
+            counter.defer(scope["path"])
+
+    def _recognise(self, scope: Scope, headers: Headers) -> None:
+        """Every request that shows a credential is on its account, also where none is needed."""
+        if self.credentials is not None:
+            identity = self.credentials.identify(headers.get("authorization"))
+            scope.setdefault("state", {})[IDENTITY_KEY] = identity
+
+
+@dataclass
+class _Exchange:
+    """One request and its answer, and what of them has passed."""
+
+    gate: Gate
+    scope: Scope
+    inner_receive: Receive
+    inner_send: Send
+    status: int = 0  # 0: no answer yet
+    body_is_read: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        names = {name for name, _ in self.scope["headers"]}
+        self.body_is_read = not names & {b"content-length", b"transfer-encoding"}
+
+    async def receive(self) -> Message:
+        message = await self.inner_receive()
+        if message["type"] != "http.request" or not message.get("more_body", False):
+            self.body_is_read = True
+        return message
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message = self._begin(message)
+        ends = message["type"] == "http.response.body" and not message.get("more_body", False)
+        if ends and not self.body_is_read:
+            # The connection closes with this answer. A client that is still sending would be
+            # cut off before it has read it, so the rest is taken off its hands for a while.
+            await self.inner_send({**message, "more_body": True})
+            await self._drain()
+            message = {"type": "http.response.body", "body": b"", "more_body": False}
+        await self.inner_send(message)
+        if ends:
+            # Now, before anything is awaited: the next request may be on its way already.
+            self.gate.charge(self.scope)
+
+    async def refuse(self, error: SFPromptError) -> None:
+        if self.status == 0:
+            with contextlib.suppress(ClientDisconnect):
+                await send_error(self.send, error)
+
+    def _begin(self, message: Message) -> Message:
+        self.status = message["status"]
+        own = {REQUEST_ID_HEADER: request_id.get(), VERSION_HEADER: str(PROTOCOL_VERSION)}
+        if not self.body_is_read:
+            own["connection"] = "close"
+        added = [(name.encode(), value.encode()) for name, value in own.items()]
+        names = {name for name, _ in added}
+        kept = [pair for pair in message.get("headers", []) if pair[0].lower() not in names]
+        return {**message, "headers": [*kept, *added]}
+
+    async def _drain(self) -> None:
+        taken = 0
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LINGER_S):
+                while not self.body_is_read and taken < _LINGER_BYTES:
+                    taken += len((await self.receive()).get("body", b""))
 
 
 def set_member(scope: Scope, member: Member) -> None:
-    """The bytes of this request are this participant's."""
-    scope.setdefault("state", {})[MEMBER_KEY] = member
+    """The bytes of this request are this participant's, though it showed no credential."""
+    scope.setdefault("state", {})[IDENTITY_KEY] = member
 
 
-def _require_version(headers: Headers) -> None:
+def _log_line(scope: Scope, status: int, seconds: float) -> None:
+    log.log(
+        logging.DEBUG if status < 400 else logging.INFO,
+        "%s %s -> %d in %.1f ms",
+        scope["method"],
+        scope["path"],
+        status,
+        1000 * seconds,
+    )
+
+
+def _require_version(scope: Scope, headers: Headers) -> None:
     shown = headers.get(VERSION_HEADER)
-    if shown is not None and shown != str(PROTOCOL_VERSION):
-        raise UnsupportedVersion(
-            "this server speaks another version of the protocol",
-            field=VERSION_HEADER,
-            limit=PROTOCOL_VERSION,
-            value=shown[:20],
-            hint="run the same release on both ends",
-        )
+    if shown == str(PROTOCOL_VERSION) or scope["path"] == _FOR_EVERYBODY:
+        return
+    if shown is None and scope["method"] in ("GET", "HEAD"):
+        return  # a person with a browser
+    raise UnsupportedVersion(
+        "this server speaks another version of the protocol"
+        if shown is not None
+        else "every request that does something names the protocol's version",
+        field=VERSION_HEADER,
+        limit=PROTOCOL_VERSION,
+        value=None if shown is None else shown[:20],
+        hint="run the same release on both ends",
+    )

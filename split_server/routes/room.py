@@ -1,4 +1,4 @@
-"""Room for the bodies of requests, taken before a byte of them is read."""
+"""Room for the bodies of requests, taken as their bytes come."""
 
 from __future__ import annotations
 
@@ -20,14 +20,27 @@ class Room:
         self._limit = limit
         self._taken = 0
 
+    @property
+    def taken(self) -> int:
+        """Bytes that are held now."""
+        return self._taken
+
     @contextmanager
-    def take(self, nbytes: int) -> Iterator[None]:
-        """Hold ``nbytes`` for one request. One is always let in, however large.
+    def claim(self) -> Iterator[Claim]:
+        """One request's share, given back at the end."""
+        claim = Claim(self)
+        try:
+            yield claim
+        finally:
+            self._taken -= claim.nbytes
+
+    def take(self, nbytes: int, held: int) -> None:
+        """Hold ``nbytes`` more for a request that holds ``held``. One alone is always let in.
 
         Raises:
             Busy: the rest is taken.
         """
-        if self._taken and self._taken + nbytes > self._limit:
+        if self._taken > held and self._taken + nbytes > self._limit:
             raise Busy(
                 "too many requests are being read; try again later",
                 field="queue_mib",
@@ -36,7 +49,24 @@ class Room:
                 retry_after_s=_RETRY_S,
             )
         self._taken += nbytes
-        try:
-            yield
-        finally:
-            self._taken -= nbytes
+
+
+class Claim:
+    """What one request holds of a `Room`.
+
+    It grows with the bytes that have come, not with those that were announced: whoever sends
+    slowly keeps little from the others.
+    """
+
+    def __init__(self, room: Room) -> None:
+        self._room = room
+        self.nbytes = 0
+
+    def add(self, nbytes: int) -> None:
+        """Take room for bytes that have come.
+
+        Raises:
+            Busy: there is none.
+        """
+        self._room.take(nbytes, self.nbytes)
+        self.nbytes += nbytes

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import ParamSpec, TypeVar
 
-from starlette.concurrency import run_in_threadpool
+from anyio import CapacityLimiter, to_thread
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 from torch import Tensor
 
-from protocol.errors import InvalidField, SFPromptError, WrongShape
+from protocol.errors import InvalidField
 from protocol.frames import decode_frame, encode_frame, require_kind
 from protocol.limits import FrameLimits
 from protocol.messages import StepMeta, parse_message
@@ -20,10 +23,10 @@ from split_server import rounds
 from split_server.bodies import BodyKey
 from split_server.credentials import Credentials, require_member
 from split_server.engine import BackwardJob, Engine, ForwardJob, InferJob
+from split_server.intake import check_batch, check_tokens, read_tensor
 from split_server.presence import Presence
-from split_server.routes.bodies import declared_length, read_body
-from split_server.routes.gate import set_member
-from split_server.routes.responses import send_error, send_pieces
+from split_server.routes.bodies import read_body
+from split_server.routes.responses import send_pieces
 from split_server.routes.room import Room
 from split_server.service import Federation
 from split_server.snapshot import Member, RunSnapshot
@@ -33,6 +36,8 @@ _KINDS = {FORWARD_PATH: "forward", BACKWARD_PATH: "backward", INFER_PATH: "infer
 _TENSOR = {"forward": "smashed", "backward": "gradients", "infer": "smashed"}
 _ANSWER = {"forward": "features", "backward": "gradients", "infer": "features"}
 _MEDIA = FRAME_MEDIA_TYPE.encode()
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,7 @@ class SplitPlane:
     presence: Presence
     limits: FrameLimits
     room: Room
+    threads: CapacityLimiter  # for decoding and encoding
     body_timeout_s: float
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -53,57 +59,55 @@ class SplitPlane:
         if kind is None:
             await self.app(scope, receive, send)
             return
-        try:
-            await self._answer(kind, scope, receive, send)
-        except SFPromptError as error:
-            await send_error(send, error)
+        await self._answer(kind, scope, receive, send)
 
     async def _answer(self, kind: str, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["method"] != "POST":
             raise InvalidField("this path takes POST", field="method", value=scope["method"])
         shown = require_member(self.credentials.identify(Headers(scope=scope).get("authorization")))
-        set_member(scope, shown)
         run, member = self.federation.member(shown.run, shown.participant)
         self.presence.touch(run.id, member.id)
-        most, length = self.limits.max_frame_bytes, declared_length(scope)
-        with self.room.take(most if length is None else min(length, most)):
-            data = await read_body(scope, receive, self.limits.max_frame_bytes, self.body_timeout_s)
-            meta, tensor, fingerprint = await run_in_threadpool(self._decode, kind, data)
-            answer = await self._work(kind, run, member, meta, tensor, fingerprint)
-            pieces = await run_in_threadpool(_encode, kind, meta, run, answer)
+        with self.room.claim() as claim:
+            limit = self.limits.max_frame_bytes
+            data = await read_body(scope, receive, limit, self.body_timeout_s, claim)
+            step = await self._off_loop(self._decode, kind, data)
+            del data
+            answer = await self._work(kind, run, member, step)
+            pieces = await self._off_loop(_encode, kind, step.meta, run, answer)
             await send_pieces(send, 200, _MEDIA, pieces)
 
-    def _decode(self, kind: str, data: bytearray) -> tuple[StepMeta, Tensor, int]:
+    async def _off_loop(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        # Threads of their own: a federation plane that waits for its disk must not delay a step.
+        return await to_thread.run_sync(partial(function, *args, **kwargs), limiter=self.threads)
+
+    def _decode(self, kind: str, data: bytearray) -> _Step:
         frame = decode_frame(data, self.limits)
         require_kind(frame, kind)
         meta = parse_message(StepMeta, dict(frame.meta))
-        tensor = frame.tensor(_TENSOR[kind])
-        if tensor.ndim != 3 or tensor.shape[0] == 0:
-            raise WrongShape(
-                "a batch of tokens is needed",
-                field=_TENSOR[kind],
-                limit="[B, T, D] with B of at least 1",
-                value=list(tensor.shape),
-            )
-        return meta, tensor, zlib.crc32(data)
+        return _Step(meta, read_tensor(frame, _TENSOR[kind]), zlib.crc32(data))
 
-    async def _work(
-        self,
-        kind: str,
-        run: RunSnapshot,
-        member: Member,
-        meta: StepMeta,
-        tensor: Tensor,
-        fingerprint: int,
-    ) -> Tensor:
+    async def _work(self, kind: str, run: RunSnapshot, member: Member, step: _Step) -> Tensor:
         body = BodyKey.of(run.backbone_path, run.settings)
         if kind == "infer":
-            return await self.engine.infer(InferJob(body, tensor))
-        rounds.require_trainer(run, member, meta.round, None)
-        key = StepKey(run.id, member.id, meta.step)
+            check_tokens(body.settings, step.tensor, "smashed")
+            return await self.engine.infer(InferJob(body, step.tensor))
+        rounds.require_trainer(run, member, step.meta.round, None)
+        check_tokens(body.settings, step.tensor, _TENSOR[kind])
+        check_batch(step.tensor, run.settings.training.batch_size, _TENSOR[kind])
+        key = StepKey(run.id, member.id, step.meta.step)
         if kind == "forward":
-            return await self.engine.forward(ForwardJob(key, body, tensor, fingerprint))
-        return await self.engine.backward(BackwardJob(key, body, tensor, fingerprint))
+            job = ForwardJob(key, body, step.tensor, step.fingerprint)
+            return await self.engine.forward(job)
+        return await self.engine.backward(BackwardJob(key, body, step.tensor, step.fingerprint))
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One request of the split plane, decoded."""
+
+    meta: StepMeta
+    tensor: Tensor  # [B, T, D]
+    fingerprint: int  # tells a repeat from another request under the same name
 
 
 def _encode(kind: str, meta: StepMeta, run: RunSnapshot, answer: Tensor) -> list[memoryview]:

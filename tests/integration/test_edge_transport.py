@@ -1,10 +1,11 @@
 """The metered transport, against a server of raw sockets that counts for itself."""
 
+import contextlib
 import socket
 import ssl
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -12,7 +13,7 @@ import pytest
 import trustme
 
 from edge_client.transport import MeteredTransport
-from edge_client.transport.metered import BODY_EXTENSION
+from edge_client.transport.metered import BODY_EXTENSION, _CountingSocket
 from protocol.errors import TooLarge
 from protocol.traffic import FORWARD_PATH, Phase
 from tests.edge_doubles import Connection, RawServer, answering, response
@@ -128,27 +129,54 @@ def test_a_body_ahead_of_the_connection_s_end_is_read_whole(
         assert counted(transport) == (server.received, server.sent)
 
 
-def test_a_stale_connection_is_replaced_once(transport: MeteredTransport) -> None:
-    ends = [Connection.reset, lambda connection: connection.raw.close()]
+class Forgetful:
+    """A server that ends each connection after one answer, each in another way."""
 
-    def serve(connection: Connection) -> None:
+    def __init__(self, *ends: Callable[[Connection], None]) -> None:
+        self.ends = list(ends)
+        self.answered, self.ended = threading.Semaphore(0), threading.Semaphore(0)
+
+    def __call__(self, connection: Connection) -> None:
         request = connection.request()
         assert request is not None
         connection.send(response(request.body))
-        time.sleep(0.01)
-        if ends:
-            ends.pop()(connection)
-        else:
-            connection.request()
+        self.answered.acquire(timeout=5)  # else a reset could overtake the answer
+        if self.ends:
+            self.ends.pop()(connection)
+        self.ended.release()
+
+    def talk_to(self, client: httpx.Client, url: str) -> None:
+        for number in range(len(self.ends) + 1):
+            body = str(number).encode() * 100_000
+            content, headers = Pieces(body[:1], body[1:]), {"content-length": "100000"}
+            assert client.put(url, content=content, headers=headers).content == body
+            self.answered.release()
+            self.ended.acquire(timeout=5)
+
+
+def test_a_stale_connection_is_replaced(transport: MeteredTransport) -> None:
+    serve = Forgetful(Connection.reset, lambda connection: connection.raw.close())
+    with RawServer(serve) as server:
+        serve.talk_to(client_of(transport), server.url)
+        assert len(server.connections) == 3
+
+
+def test_a_stale_connection_is_replaced_once_only(transport: MeteredTransport) -> None:
+    requests = []
+
+    def serve(connection: Connection) -> None:
+        requests.append(connection.request())
+        if len(requests) == 1:
+            connection.send(response())
+            requests.append(connection.request())
 
     with RawServer(serve) as server:
         client = client_of(transport)
-        for number in range(3):
-            body = str(number).encode() * 100_000
-            content, headers = Pieces(body[:1], body[1:]), {"content-length": "100000"}
-            assert client.put(server.url, content=content, headers=headers).content == body
-            time.sleep(0.05)
-        assert len(server.connections) == 3
+        client.get(server.url)
+        with pytest.raises(httpx.ReadError):
+            client.get(server.url)
+        assert len(requests) == 3
+        assert len(server.connections) == 2
 
 
 def test_a_new_connection_that_dies_is_an_error_at_once(transport: MeteredTransport) -> None:
@@ -159,9 +187,7 @@ def test_a_new_connection_that_dies_is_an_error_at_once(transport: MeteredTransp
 
 
 @pytest.mark.parametrize("warm", [False, True])
-def test_an_answer_that_breaks_off_is_a_read_error(
-    transport: MeteredTransport, warm: bool
-) -> None:
+def test_an_answer_that_breaks_off_is_a_read_error(transport: MeteredTransport, warm: bool) -> None:
     """Also on a kept-alive connection: part of an answer has come, so it was not stale."""
 
     def serve(connection: Connection) -> None:
@@ -198,29 +224,50 @@ def test_a_silent_server_is_a_read_timeout(transport: MeteredTransport) -> None:
         done.wait(5)
 
     with RawServer(serve) as server:
-        with pytest.raises(httpx.ReadTimeout, match="0.1 s"):
+        with pytest.raises(httpx.ReadTimeout, match=r"0\.1 s"):
             client_of(transport, timeout=0.1).get(server.url)
         done.set()
         with pytest.raises(httpx.ReadError):  # the connection was not kept
             client_of(transport).get(server.url)
 
 
-def test_a_slow_link_is_not_a_silent_one(transport: MeteredTransport) -> None:
-    """The time-out is for the wait between two bytes, in both directions, not for the whole."""
+def test_a_slow_answer_is_not_a_silent_server(transport: MeteredTransport) -> None:
+    """The time-out is for the wait between two bytes, not for the whole."""
 
     def serve(connection: Connection) -> None:
-        connection.raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
-        while connection.received < BIG:
-            time.sleep(0.002)
-            connection.receive()
-        for piece in [response(b"slowly")[:20], response(b"slowly")[20:]]:
+        connection.request()
+        for byte in (b"HTTP/1.1 200 OK\r\n", b"content-length: 2\r\n\r\n", b"o", b"k"):
             time.sleep(0.2)
-            connection.send(piece)
+            connection.send(byte)
 
     with RawServer(serve) as server:
-        start = time.monotonic()
-        assert client_of(transport, timeout=0.3).post(server.url, content=bytes(BIG)).is_success
-        assert time.monotonic() - start > 0.3
+        assert client_of(transport, timeout=0.6).get(server.url).content == b"ok"
+
+
+def test_a_slow_upload_does_not_time_out_while_it_goes_on() -> None:
+    near, far = socket.socketpair()
+    near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 12)
+    near.settimeout(0.3)
+    received = bytearray()
+
+    def read_slowly() -> None:
+        while len(received) < 200_000:
+            time.sleep(0.03)
+            received.extend(far.recv(10_000))
+
+    thread = threading.Thread(target=read_slowly)
+    thread.start()
+    counting = _CountingSocket(near)
+    data = bytes(range(250)) * 800
+    counting.sendall(data)  # takes 20 waits of 0.03 s
+    thread.join()
+    assert received == data
+    assert counting.sent == len(data)
+    with pytest.raises(TimeoutError):
+        counting.sendall(bytes(10_000_000))
+    assert 0 < counting.sent - len(data) < 10_000_000  # what has left counts all the same
+    near.close()
+    far.close()
 
 
 def test_a_refused_connection(transport: MeteredTransport) -> None:
@@ -305,26 +352,17 @@ def test_https_with_an_own_authority(authority: trustme.CA, tmp_path: Path) -> N
 
 
 def test_a_stale_https_connection_is_replaced(authority: trustme.CA, tmp_path: Path) -> None:
+    def say_goodbye(connection: Connection) -> None:
+        connection.raw.settimeout(0)
+        with contextlib.suppress(ssl.SSLWantReadError):
+            connection.raw.unwrap()
+
     authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
     transport = MeteredTransport(ssl.create_default_context(cafile=str(tmp_path / "ca.pem")))
-    ends = [Connection.reset, lambda c: c.raw.unwrap(), lambda c: c.raw.close()]
-
-    def serve(connection: Connection) -> None:
-        request = connection.request()
-        assert request is not None
-        connection.send(response(request.body))
-        time.sleep(0.02)  # a reset must not overtake the answer
-        if ends:
-            ends.pop()(connection)
-        else:
-            connection.request()
-
+    serve = Forgetful(Connection.reset, say_goodbye, lambda connection: connection.raw.close())
     with RawServer(serve, server_side(authority, "127.0.0.1")) as server:
-        client = client_of(transport)
-        for number in range(4):
-            body = str(number).encode() * 50_000
-            assert client.put(server.url, content=body).content == body
-            time.sleep(0.05)
+        serve.talk_to(client_of(transport), server.url)
+        assert len(server.connections) == 4
     transport.close()
 
 

@@ -1,0 +1,154 @@
+"""Every command of the README is run, in its order, as a reader would run it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from benchmark.preflight import choose_port
+from benchmark.processes import Process, wait_until_healthy
+from edge_client.data import load_dataset
+from split_server.client import OperatorClient, read_token
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+README = (ROOT / "README.md").read_text()
+CLASSES = ("cat", "dog")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+COMMANDS = [line for block in blocks("sh") for line in block.splitlines() if line.strip()]
+
+
+def test_the_readme_has_no_command_that_this_file_does_not_run() -> None:
+    known = ("make run", "make test", "make lint", "pip install", "split-server", "edge-client")
+    assert all(command.startswith(known) for command in COMMANDS)
+    assert len(COMMANDS) == 13
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("make run")])
+def test_make_run_tunes_and_leaves_a_run_folder(command: str, tmp_path: Path) -> None:
+    smaller = f"--devices 2 --rounds 1 --limit-train 64 --limit-test 40 --out {tmp_path}/run"
+    # The environment that runs this test is taken for the one that make would set up.
+    stamp = f"VENV={BIN.parent} STAMP={ROOT / 'README.md'}"
+    done = subprocess.run(
+        [*shlex.split(command), *shlex.split(stamp), f"ARGS={smaller}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "accuracy" in done.stdout
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"tuned.safetensors", "history.jsonl", "accuracy.png", "bytes.png"} <= left
+
+
+@pytest.mark.parametrize("target", ["test", "lint"])
+def test_the_make_targets_of_development_call_what_they_say(target: str) -> None:
+    # Running them here would run this test again; .ci/run runs both.
+    assert f"make {target}" in COMMANDS
+    assert f"make {target}" in (ROOT / ".ci" / "run").read_text()
+    printed = run_command(f"make -n {target} STAMP=README.md", ROOT)
+    assert {"test": "pytest", "lint": "ruff"}[target] in printed
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("pip install")])
+def test_the_extras_that_are_installed_exist(command: str) -> None:
+    output = run_command(f"{command} --dry-run --no-deps --quiet --no-build-isolation", ROOT)
+    assert "does not provide the extra" not in output
+
+
+def run_command(command: str, folder: Path) -> str:
+    words = shlex.split(command)
+    if words[0] == "pip":
+        words = [sys.executable, "-m", *words]
+    elif (BIN / words[0]).exists():
+        words[0] = str(BIN / words[0])
+    done = subprocess.run(
+        words,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout + done.stderr
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Two classes of real images, as a folder of class folders."""
+    digits = load_dataset("digits").train
+    for label, name in enumerate(CLASSES):
+        folder = tmp_path / "photos" / name
+        folder.mkdir(parents=True)
+        chosen = [i for i in range(len(digits)) if digits.label(i) == label][:20]
+        for number in chosen:
+            pixels = digits.image(number).permute(1, 2, 0).numpy()
+            Image.fromarray(pixels).save(folder / f"{number}.png")
+    return tmp_path / "photos"
+
+
+def test_hosting_joining_watching_exporting_and_predicting(photos: Path) -> None:
+    folder, port = photos.parent, choose_port(0)
+    (folder / "run.example.toml").write_text(
+        (ROOT / "run.example.toml")
+        .read_text()
+        .replace("num_classes = 10", "num_classes = 2")
+        .replace("rounds = 10", "rounds = 1")
+        .replace("min_participants = 2", "min_participants = 1")
+    )
+    hosted = [c for c in COMMANDS if c.startswith(("split-server", "edge-client"))]
+    places = {"gpu-node:8500": f"127.0.0.1:{port}", "--port 8500": f"--port {port}"}
+    serve, create, join, *later = [_placed(command, places) for command in hosted]
+    assert serve.startswith("split-server serve")
+    words = shlex.split(serve.replace("0.0.0.0", "127.0.0.1"))[1:]
+    server = Process("server", ["split_server.cli", *words], folder, threads=1, cwd=folder)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        probe = OperatorClient(url)
+        wait_until_healthy(server, probe.is_healthy, 60)
+        probe.close()
+        run_command(f"{create} --url {url}", folder)
+        client = OperatorClient(url, read_token(folder / "sfprompt-data"))
+        [run] = client.runs()
+        client.close()
+        run_command(join, folder)
+        for command in later:
+            here = command.replace("RUN", run.id)
+            if not here.startswith("edge-client") and " export " not in here:
+                here += f" --url {url}"
+            output = run_command(here, folder)
+            if " watch " in here:
+                assert "run_finished" in output
+            elif " predict " in here:
+                assert any(name in output for name in CLASSES)
+        model = folder / "model.safetensors"
+        assert model.stat().st_size > 1e6
+        [snippet] = blocks("python")
+        script = (
+            snippet.replace("model.safetensors", str(model)) + "assert logits.shape == (1, 2)\n"
+        )
+        subprocess.run([sys.executable, "-c", script], check=True, timeout=60, cwd=folder)
+    finally:
+        server.stop()
+
+
+def _placed(command: str, places: dict[str, str]) -> str:
+    for there, here in places.items():
+        command = command.replace(there, here)
+    return command
