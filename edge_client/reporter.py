@@ -45,16 +45,18 @@ class JsonReporter:
 
 
 class BarReporter:
-    """A bar for the phase at hand, a line for every event."""
+    """A bar for the phase at hand, if somebody can see it; a line for every event."""
 
     def __init__(self, console: Console | None = None) -> None:
+        console = console or Console(stderr=True)
         self._progress = Progress(
             TextColumn("{task.description:>10}"),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            console=console or Console(stderr=True),
+            console=console,
             transient=True,
+            disable=not console.is_terminal,
         )
         self._progress.start()
         self._task = self._progress.add_task("waiting", total=None)

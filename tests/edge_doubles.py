@@ -188,9 +188,13 @@ class Files:
         return BlobRef(sha256=sha256_of(file), nbytes=file.stat().st_size)
 
 
-@functools.cache
 def files(model: BackboneSettings = SMALL) -> Files:
     """The files that a server has for a small, untrained vision transformer."""
+    return _files(model)
+
+
+@functools.cache
+def _files(model: BackboneSettings) -> Files:
     folder = Path(tempfile.mkdtemp(prefix="sfprompt-test-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     settings = SplitSettings.of(model)

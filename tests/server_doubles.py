@@ -1,4 +1,4 @@
-"""Stand-ins for the server's tests: a clock, a run without weights, and a real server in a thread."""
+"""Stand-ins for the server's tests: a clock, runs without weights, a real server in a thread."""
 
 from __future__ import annotations
 

@@ -118,7 +118,10 @@ class _Connection:
             # A server may refuse a request before it has read all of it: its answer is waiting.
             complete = False
         response = self._http.getresponse()
-        body = _read_body(response, max_body_bytes)
+        try:
+            body = _read_body(response, max_body_bytes)
+        except ValueError as error:  # http.client believes in chunks of negative length
+            raise http.client.HTTPException(f"no HTTP: {error}") from error
         self.used = True
         if response.will_close or not complete:
             self.close()

@@ -1,5 +1,6 @@
 """What a device holds of the model, and what it never does."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,14 @@ from split_model import SplitSettings, build_body, load_state, open_backbone, sa
 from tests.edge_doubles import SMALL, device_model, files, image_set
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 class Allocations(TorchDispatchMode):
     """Counts the bytes of all memory that tensors take while it is active."""
 
@@ -26,7 +35,8 @@ class Allocations(TorchDispatchMode):
         for tensor in made if isinstance(made, (tuple, list)) else [made]:
             if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
                 storage = tensor.untyped_storage()
-                if self._seen.setdefault(storage.data_ptr(), storage) is storage:
+                if storage.data_ptr() not in self._seen:
+                    self._seen[storage.data_ptr()] = storage
                     self.nbytes += storage.nbytes()
         return made
 
@@ -55,7 +65,7 @@ def test_the_body_is_never_allocated() -> None:
     body = build_body(SplitSettings.of(SMALL), open_backbone(files().backbone))
     assert size(body) == 11 * block
     held = 4 * (embedding + block + tail)
-    assert held <= taken.nbytes < 3 * held < 4 * size(body) / 2
+    assert held <= taken.nbytes < 1.1 * held < 4 * size(body) / 4
     assert files().head.stat().st_size < 4 * (embedding + block) + 8192
 
 

@@ -1,5 +1,6 @@
 """Classifying files: their order, and those that cannot be read."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,14 @@ from protocol.errors import NotFound
 from protocol.messages import BlobRef, JoinRequest, JoinResponse, RunStatus, RunView
 from protocol.settings import RunSettings
 from tests.edge_doubles import SMALL, BodyServer, device_model, files, image_set
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def save_images(folder: Path, count: int) -> list[Path]:

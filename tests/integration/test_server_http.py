@@ -1,0 +1,481 @@
+"""The server over real HTTP: every route, every refusal, and bytes as a raw socket counts them."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import split_model
+from protocol.errors import error_from_wire
+from protocol.messages import Results, RunStatus, RunView, Task
+from protocol.version import PROTOCOL_VERSION, VERSION_HEADER
+from split_server.exporting import export_run
+from tests.server_doubles import (
+    OPERATOR,
+    SPLIT,
+    TOKENS,
+    WIDTH,
+    Api,
+    Running,
+    code_of,
+    run_settings,
+    running_server,
+    smashed,
+    state_of,
+    step_frame,
+    tensor_in,
+    wait_until,
+)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    with running_server(tmp_path_factory.mktemp("node")) as running:
+        yield running
+
+
+@pytest.fixture
+def operator(server: Running) -> Api:
+    return server.operator()
+
+
+_keys = iter(range(10**6))
+
+
+def new_run(operator: Api, **federation: object) -> str:
+    return operator.create(run_settings(**federation), key=f"run-{next(_keys)}").id
+
+
+def joined(server: Running, run: str, name: str = "a", **data: int) -> Api:
+    return server.api(server.api().join(run, name, **data).credential)
+
+
+def test_health_answers_everybody(server: Running) -> None:
+    answer = server.api().call("GET", "/v1/health", headers={VERSION_HEADER: "99"})
+    said = answer.json()
+    assert said["status"] == "ok"
+    assert (said["version"], said["device"], said["dtype"]) == (PROTOCOL_VERSION, "cpu", "float32")
+
+
+def test_a_whole_run_over_http(server: Running, operator: Api, tmp_path: Path) -> None:
+    run = new_run(operator, rounds=1, min_participants=2)
+    a, b = joined(server, run, "a"), joined(server, run, "b")
+    assigned = a.assignment(run)
+    assert (assigned.task, assigned.round) == (Task.TRAIN, 1)
+    weights = operator.http.get(f"/v1/runs/{run}/states/{assigned.state.sha256}/state")
+    assert len(weights.content) == assigned.state.nbytes
+
+    features = tensor_in(a.step("forward", smashed(), "s1"), "features")
+    gradient = tensor_in(a.step("backward", smashed(seed=1), "s1"), "gradients")
+    body_path = next(server_folder(server).rglob("vit_tiny*.safetensors"))
+    body = split_model.build_body(SPLIT, split_model.open_backbone(body_path))
+    leaf = smashed().requires_grad_(True)
+    expected = body(leaf)
+    expected.backward(smashed(seed=1))
+    assert torch.equal(features, expected)
+    assert torch.equal(gradient, leaf.grad)  # type: ignore[arg-type]
+
+    for api, value in ((a, 1.0), (b, 3.0)):
+        receipt = api.update(run, state_of(value), "u", samples=10, train_loss=0.5)
+        assert receipt.json() == {"round": 1, "samples": 10}
+        assert (
+            receipt.json()
+            == api.update(run, state_of(value), "u", samples=10, train_loss=0.5).json()
+        )
+    for api in (a, b):
+        assert api.assignment(run).task is Task.EVALUATE
+        assert api.evaluate(run, "e", correct=7).json() == {}
+    stop = a.assignment(run)
+    assert (stop.task, stop.status) == (Task.STOP, RunStatus.FINISHED)
+    results = Results.model_validate(operator.call("GET", f"/v1/runs/{run}/results").json())
+    assert results.rounds[0].accuracy == 0.7
+    assert tensor_in(a.step("infer", smashed(), "later"), "features").shape == (2, TOKENS, WIDTH)
+
+    out = tmp_path / "model.safetensors"
+    export_run(server_folder(server), run, out)
+    model = split_model.load_exported(out)
+    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+    assert float(model.get_buffer("prompts").mean()) == 2.0
+
+
+def server_folder(server: Running) -> Path:
+    return server.server._application.settings.data_dir
+
+
+def test_a_run_cannot_be_made_of_what_there_is_not(operator: Api) -> None:
+    settings = run_settings().model_dump(mode="json")
+    for change, field in (
+        ({"backbone": "no_such_model"}, "model.backbone"),
+        ({"backbone": "resnet18"}, "model.backbone"),
+        ({"weights": "random:many"}, "model.weights"),
+        ({"weights": "file:/nowhere.safetensors"}, "model.weights"),
+        ({"cut": 13}, "model.cut"),
+        ({"prompt_at": "cut"}, "model.prompt_at"),
+    ):
+        wrong = {**settings, "model": {**settings["model"], **change}}
+        answer = operator.call("POST", "/v1/runs", key=f"wrong-{next(_keys)}", json=wrong)
+        assert answer.status_code == 422, answer.text
+        assert answer.json()["error"]["field"] == field
+    answer = operator.call("POST", "/v1/runs", key="x", json={"rounds": 1})
+    assert (code_of(answer), answer.json()["error"]["field"]) == ("invalid_field", "rounds")
+    answer = operator.call("POST", "/v1/runs", key="x", content=b"{")
+    assert code_of(answer) == "invalid_field"
+    answer = operator.call("POST", "/v1/runs", json=settings)
+    assert answer.json()["error"]["field"] == "idempotency-key"
+
+
+def test_a_repeated_creation_gives_the_same_run(operator: Api) -> None:
+    first = operator.create(run_settings(), key="same")
+    assert operator.create(run_settings(), key="same") == first
+    other = operator.call(
+        "POST", "/v1/runs", key="same", json=run_settings(seed=1).model_dump(mode="json")
+    )
+    assert code_of(other) == "idempotency_key_reused"
+    listed = [RunView.model_validate(one) for one in operator.call("GET", "/v1/runs").json()]
+    assert [one.id for one in listed].count(first.id) == 1
+
+
+def test_a_repeated_join_gives_the_same_credential(server: Running, operator: Api) -> None:
+    run = new_run(operator)
+    api = server.api()
+    assert api.join(run, key="k").credential == api.join(run, key="k").credential
+    assert api.join(run, key="k2").credential != api.join(run, key="k").credential
+
+
+def test_who_may_do_what(server: Running, operator: Api) -> None:
+    run, other = new_run(operator), new_run(operator)
+    nobody, member, foreign = server.api(), joined(server, run), joined(server, other)
+    forged = server.api("sfp1." + run + ".p0001." + "0" * 64)
+    paths = [
+        ("GET", f"/v1/runs/{run}/assignment"),
+        ("PUT", f"/v1/runs/{run}/update"),
+        ("DELETE", f"/v1/runs/{run}/participants/me"),
+        ("GET", f"/v1/runs/{run}/head"),
+        ("GET", f"/v1/runs/{run}/results"),
+        ("GET", f"/v1/runs/{run}/events"),
+    ]
+    for method, path in paths:
+        assert code_of(nobody.call(method, path, key="k")) == "unauthorized"
+        assert code_of(forged.call(method, path, key="k")) == "unauthorized"
+        assert code_of(foreign.call(method, path, key="k")) == "forbidden"
+    report = {"round": 1, "attempt": 0, "samples": 1, "correct": 1, "loss_sum": 1.0}
+    path = f"/v1/runs/{run}/evaluation"
+    assert code_of(nobody.call("PUT", path, key="k", json=report)) == "unauthorized"
+    assert code_of(foreign.call("PUT", path, key="k", json=report)) == "forbidden"
+    for kind in ("forward", "backward", "infer"):
+        assert code_of(nobody.step(kind, smashed(), "s")) == "unauthorized"
+        assert code_of(forged.step(kind, smashed(), "s")) == "unauthorized"
+        assert code_of(operator.step(kind, smashed(), "s")) == "forbidden"
+    settings = run_settings().model_dump(mode="json")
+    assert code_of(nobody.call("POST", "/v1/runs", key="k", json=settings)) == "unauthorized"
+    assert code_of(member.call("POST", "/v1/runs", key="k", json=settings)) == "forbidden"
+    assert code_of(member.call("POST", f"/v1/runs/{run}/cancel", key="k")) == "forbidden"
+
+
+def test_one_who_has_left_is_out(server: Running, operator: Api) -> None:
+    run = new_run(operator)
+    api = joined(server, run)
+    path = f"/v1/runs/{run}/participants/me"
+    assert code_of(api.call("DELETE", path)) == "invalid_field"
+    assert api.call("DELETE", path, key="k").json() == {}
+    assert code_of(api.step("infer", smashed(), "s")) == "forbidden"
+    assert code_of(api.update(run, state_of(1.0), "u")) == "forbidden"
+
+
+def test_refused_updates_do_not_count(server: Running, operator: Api) -> None:
+    run = new_run(operator, min_participants=2, evaluate_every=0, rounds=1)
+    api, other = joined(server, run, "a"), joined(server, run, "b")
+    good = state_of(1.0)
+    nan = {**good, "prompts": good["prompts"] * float("nan")}
+    bent = {**good, "prompts": good["prompts"][:1]}
+    for state, meta, code in (
+        (good, {"samples": 0}, "empty_update"),
+        (nan, {}, "non_finite"),
+        (bent, {}, "wrong_shape"),
+        (good, {"round": 2}, "stale_round"),
+        (good, {"attempt": 1}, "stale_round"),
+        (good, {"samples": -1}, "invalid_field"),
+        (good, {"samples": 1.5}, "invalid_field"),
+        (good, {"samples": 10**6}, "invalid_field"),
+    ):
+        assert code_of(api.update(run, state, f"u-{code}-{next(_keys)}", **meta)) == code
+    path = f"/v1/runs/{run}/update"
+    assert code_of(api.call("PUT", path, key="k", content=b"x" * 100)) == "malformed_frame"
+    wrong_kind = step_frame("forward", smashed(), "s")
+    assert code_of(api.call("PUT", path, key="k", content=wrong_kind)) == "invalid_field"
+    other.update(run, state_of(4.0), "u")
+    results = Results.model_validate(operator.call("GET", f"/v1/runs/{run}/results").json())
+    assert len(results.rounds[0].updated) == 1
+
+
+def test_split_steps_keep_to_the_open_round(server: Running, operator: Api) -> None:
+    run = new_run(operator, min_participants=2, participants_per_round=1, evaluate_every=0)
+    apis = {
+        one: api
+        for one, api in (("p0001", joined(server, run)), ("p0002", joined(server, run, "b")))
+    }
+    tasks = {one: api.assignment(run).task for one, api in apis.items()}
+    assert sorted(tasks.values()) == [Task.TRAIN, Task.WAIT]
+    trainer = next(api for one, api in apis.items() if tasks[one] is Task.TRAIN)
+    waiter = next(api for one, api in apis.items() if tasks[one] is Task.WAIT)
+    assert code_of(waiter.step("forward", smashed(), "s")) == "stale_round"
+    assert code_of(trainer.step("forward", smashed(), "s", round_=2)) == "stale_round"
+    assert code_of(trainer.step("backward", smashed(), "s")) == "step_lost"
+    assert code_of(trainer.step("forward", smashed(batch=9), "s")) == "invalid_field"
+    for wrong in (torch.zeros(2, TOKENS - 2, WIDTH), torch.zeros(0, TOKENS, WIDTH), torch.zeros(3)):
+        assert code_of(trainer.step("forward", wrong, "s")) == "wrong_shape"
+    nan = smashed() * float("nan")
+    assert code_of(trainer.step("forward", nan, "s")) == "non_finite"
+    assert code_of(trainer.step("forward", smashed(), "no/slash")) == "invalid_field"
+    first = trainer.step("forward", smashed(), "s")
+    assert first.content == trainer.step("forward", smashed(), "s").content
+    assert code_of(trainer.step("forward", smashed(seed=3), "s")) == "idempotency_key_reused"
+    back = trainer.step("backward", smashed(seed=1), "s")
+    assert back.content == trainer.step("backward", smashed(seed=1), "s").content
+    trainer.step("forward", smashed(), "t")
+    assert trainer.update(run, state_of(1.0), "u").is_success
+    assert code_of(trainer.step("backward", smashed(), "t")) == "stale_round"
+    assert waiter.step("infer", smashed(), "i").is_success
+
+
+def test_answers_use_the_codecs_of_the_run(server: Running, operator: Api) -> None:
+    settings = run_settings()
+    wire = settings.wire.model_copy(update={"features": "bfloat16", "gradients": "float16"})
+    run = operator.create(settings.model_copy(update={"wire": wire}), key="codecs").id
+    api = joined(server, run)
+    api.assignment(run)
+    assert tensor_in(api.step("forward", smashed(), "s"), "features").dtype is torch.bfloat16
+    assert tensor_in(api.step("backward", smashed(), "s"), "gradients").dtype is torch.float16
+
+
+def test_files_have_etags_and_ranges(server: Running, operator: Api) -> None:
+    run = new_run(operator)
+    api = joined(server, run)
+    view = RunView.model_validate(api.call("GET", f"/v1/runs/{run}").json())
+    for path, blob in (
+        (f"/v1/runs/{run}/head", view.head),
+        (f"/v1/runs/{run}/states/{view.state.sha256}/state", view.state),
+    ):
+        whole = api.call("GET", path)
+        assert len(whole.content) == blob.nbytes
+        assert whole.headers["etag"] == f'"{blob.sha256}"'
+        rest = api.call("GET", path, headers={"range": "bytes=100-"})
+        assert (rest.status_code, rest.content) == (206, whole.content[100:])
+        same = api.call("GET", path, headers={"if-none-match": whole.headers["etag"]})
+        assert (same.status_code, same.content) == (304, b"")
+        behind = api.call("GET", path, headers={"range": f"bytes={blob.nbytes}-"})
+        assert code_of(behind) == "invalid_field"
+    assert code_of(api.call("GET", f"/v1/runs/{run}/states/{'0' * 64}/state")) == "not_found"
+    assert code_of(api.call("GET", f"/v1/runs/{run}/states/..%2Fhead/state")) in (
+        "not_found",
+        "invalid_field",
+    )
+
+
+def test_a_long_poll_is_answered_when_something_changes(server: Running, operator: Api) -> None:
+    run = new_run(operator, min_participants=2)
+    a = joined(server, run, "a")
+    assert a.assignment(run, "?task=train&round=1&attempt=0&wait=30").task is Task.WAIT
+    began = time.monotonic()
+    same = a.assignment(run, "?task=wait&round=0&attempt=0&wait=0.3")
+    assert same.task is Task.WAIT
+    assert 0.3 <= time.monotonic() - began < 5
+    timer = threading.Timer(0.3, lambda: joined(server, run, "b"))
+    timer.start()
+    began = time.monotonic()
+    woken = a.assignment(run, "?task=wait&round=0&attempt=0&wait=30")
+    assert woken.task is Task.TRAIN
+    assert time.monotonic() - began < 5
+    timer.join()
+    events = operator.call("GET", f"/v1/runs/{run}/events").json()
+    assert [event["seq"] for event in events] == list(range(1, len(events) + 1))
+    last = events[-1]["seq"]
+    empty = operator.call("GET", f"/v1/runs/{run}/events?after={last}&wait=0.1")
+    assert empty.json() == []
+    timer = threading.Timer(
+        0.2, lambda: server.operator().call("POST", f"/v1/runs/{run}/cancel", key="k")
+    )
+    timer.start()
+    news = operator.call("GET", f"/v1/runs/{run}/events?after={last}&wait=30").json()
+    assert "run_cancelled" in [event["kind"] for event in news]
+    timer.join()
+    assert code_of(a.call("GET", f"/v1/runs/{run}/assignment?wait=-1")) == "invalid_field"
+
+
+def test_the_deadline_passes_though_nobody_calls(server: Running, operator: Api) -> None:
+    run = new_run(operator, round_timeout_s=0.2, max_repeats=0)
+    joined(server, run)
+    wait_until(lambda: operator.call("GET", f"/v1/runs/{run}").json()["status"] == "failed")
+
+
+def test_versions_are_checked(server: Running) -> None:
+    api = server.api()
+    wrong = api.call("GET", "/v1/runs", headers={VERSION_HEADER: "2"})
+    assert (code_of(wrong), wrong.status_code) == ("unsupported_version", 426)
+    assert wrong.json()["error"]["limit"] == PROTOCOL_VERSION
+    del api.http.headers[VERSION_HEADER]
+    assert api.call("GET", "/v1/runs").is_success
+    assert code_of(api.call("POST", "/v1/runs", key="k")) == "unsupported_version"
+
+
+def test_every_refusal_is_typed_and_has_a_request_id(server: Running) -> None:
+    api = server.api()
+    for method, path, code in (
+        ("GET", "/nowhere", "not_found"),
+        ("GET", "/v1/runs/none", "not_found"),
+        ("PATCH", "/v1/runs", "invalid_request"),
+        ("GET", "/v1/split/forward", "invalid_field"),
+    ):
+        answer = api.call(method, path, headers={"x-request-id": "mine-1"})
+        assert code_of(answer) == code
+        assert answer.headers["x-request-id"] == "mine-1"
+        assert answer.json()["error"]["request_id"] == "mine-1"
+        assert error_from_wire(answer.json(), answer.status_code).code == code
+    odd = api.call("GET", "/v1/health", headers={"x-request-id": "no spaces here"})
+    assert odd.headers["x-request-id"] != "no spaces here"
+
+
+def test_an_unexpected_failure_is_typed_too(
+    server: Running, operator: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = new_run(operator)
+    api = joined(server, run)
+    api.assignment(run)
+
+    def broken(*_args: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("split_server.views.results", broken)
+    answer = operator.call("GET", f"/v1/runs/{run}/results")
+    assert (answer.status_code, code_of(answer)) == (500, "internal_error")
+    assert "ZeroDivision" not in answer.text
+    monkeypatch.setattr("split_server.routes.split.check_tokens", broken)
+    assert code_of(api.step("infer", smashed(), "s")) == "internal_error"
+
+
+class RawClient:
+    """HTTP by hand, with every byte counted."""
+
+    def __init__(self, port: int, token: str | None = None) -> None:
+        self.socket = socket.create_connection(("127.0.0.1", port), timeout=20)
+        self.token = token
+        self.sent = self.received = 0
+
+    def request(self, method: str, path: str, body: bytes = b"", **headers: str) -> bytes:
+        lines = [f"{method} {path} HTTP/1.1", "host: x", f"content-length: {len(body)}"]
+        lines.append(f"{VERSION_HEADER}: {PROTOCOL_VERSION}")
+        if self.token:
+            lines.append(f"authorization: Bearer {self.token}")
+        lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
+        data = "\r\n".join(lines).encode() + b"\r\n\r\n" + body
+        self.socket.sendall(data)
+        self.sent += len(data)
+        return self.answer()
+
+    def answer(self) -> bytes:
+        head = b""
+        while b"\r\n\r\n" not in head:
+            head += self._receive()
+        head, _, body = head.partition(b"\r\n\r\n")
+        length = next(
+            int(line.split(b":")[1])
+            for line in head.split(b"\r\n")
+            if line.lower().startswith(b"content-length")
+        )
+        while len(body) < length:
+            body += self._receive()
+        return body
+
+    def _receive(self) -> bytes:
+        data = self.socket.recv(65536)
+        assert data, "the server closed the connection"
+        self.received += len(data)
+        return data
+
+    def take(self) -> tuple[int, int]:
+        counted = self.sent, self.received
+        self.sent = self.received = 0
+        return counted
+
+    def close(self) -> None:
+        self.socket.close()
+
+
+def test_the_meter_counts_what_a_raw_socket_counts(server: Running, operator: Api) -> None:
+    run = new_run(operator)
+    raw = RawClient(server.port)
+    raw.request("GET", f"/v1/runs/{run}")
+    body = json.dumps(
+        {"name": "raw", "train_samples": 9, "test_samples": 9, "num_classes": 10}
+    ).encode()
+    answer = raw.request(
+        "POST",
+        f"/v1/runs/{run}/participants",
+        body,
+        idempotency_key="k",
+        content_type="application/json",
+    )
+    raw.token = json.loads(answer)["credential"]
+    raw.request("GET", f"/v1/runs/{run}/assignment")
+    control = raw.take()
+    raw.request("GET", f"/v1/runs/{run}/head")
+    download = raw.take()
+    raw.request("POST", "/v1/split/forward", step_frame("forward", smashed(), "s"))
+    up, down = raw.take()
+    raw.request("POST", "/v1/split/backward", step_frame("backward", smashed(), "s"))
+    raw.request("POST", "/v1/split/backward", step_frame("backward", smashed(), "lost"))
+    gradients = raw.take()
+    raw.request("POST", "/v1/split/infer", step_frame("infer", smashed(), "i"))
+    inference = raw.take()
+    raw.close()
+    counted = operator.call("GET", f"/v1/runs/{run}/results").json()
+    assert counted["traffic"] == {
+        "download": {"up": download[0], "down": download[1]},
+        "smashed": {"up": up, "down": 0},
+        "features": {"up": 0, "down": down},
+        "gradients": {"up": gradients[0], "down": gradients[1]},
+        "inference": {"up": inference[0], "down": inference[1]},
+        "control": {"up": control[0], "down": control[1]},
+    }
+    assert counted["participants"][0]["traffic"] == counted["traffic"]
+
+
+def test_a_join_token_is_asked_for_where_one_is_set(tmp_path: Path) -> None:
+    with running_server(tmp_path, join_token="join-token-1") as running:
+        run = running.operator().create(run_settings()).id
+        path = f"/v1/runs/{run}/participants"
+        request = {"name": "a", "train_samples": 1, "test_samples": 1, "num_classes": 10}
+        assert code_of(running.api().call("POST", path, key="k", json=request)) == "unauthorized"
+        assert (
+            code_of(running.api("wrong-token").call("POST", path, key="k", json=request))
+            == "unauthorized"
+        )
+        assert running.api("join-token-1").join(run).participant == "p0001"
+        assert running.operator().http.headers["authorization"] == f"Bearer {OPERATOR}"
+
+
+def test_a_stopping_server_does_not_wait_for_those_who_wait(tmp_path: Path) -> None:
+    with running_server(tmp_path) as running:
+        run = running.operator().create(run_settings(min_participants=2)).id
+        api = joined(running, run)
+        answers = []
+        poll = threading.Thread(
+            target=lambda: answers.append(
+                api.assignment(run, "?task=wait&round=0&attempt=0&wait=60")
+            )
+        )
+        poll.start()
+        time.sleep(0.3)
+        began = time.monotonic()
+        running.server.should_exit = True
+        poll.join(20)
+        assert answers[0].task is Task.WAIT
+        running.thread.join(20)
+        assert time.monotonic() - began < 8

@@ -1,0 +1,56 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import protocol
+from protocol.errors import SFPromptError
+from protocol.frames import decode_frame, encode_frame, join_frame
+from tests import make_protocol_vectors
+
+FOLDER = Path(protocol.__file__).with_name("vectors")
+VECTORS = json.loads((FOLDER / "vectors.json").read_text(encoding="utf-8"))
+
+
+def named(vectors):
+    return [pytest.param(vector, id=vector["file"]) for vector in vectors]
+
+
+@pytest.mark.parametrize("vector", named(VECTORS["valid"]))
+def test_a_valid_vector_is_decoded(vector):
+    frame = decode_frame((FOLDER / vector["file"]).read_bytes())
+    assert (frame.kind, frame.meta) == (vector["kind"], vector["meta"])
+    assert list(frame.specs) == [tensor["name"] for tensor in vector["tensors"]]
+    for tensor in vector["tensors"]:
+        decoded = frame.tensor(tensor["name"])
+        assert list(decoded.shape) == tensor["shape"]
+        assert decoded.flatten().tolist() == tensor["values"]
+
+
+@pytest.mark.parametrize("vector", named(v for v in VECTORS["valid"] if v["canonical"]))
+def test_a_canonical_vector_is_encoded_to_its_very_bytes(vector):
+    tensors = {}
+    for tensor in vector["tensors"]:
+        wide = torch.int64 if tensor["codec"] == "int64" else torch.float64
+        values = torch.tensor(tensor["values"], dtype=wide).reshape(tensor["shape"])
+        tensors[tensor["name"]] = (values, tensor["codec"])
+    data = join_frame(encode_frame(vector["kind"], vector["meta"], tensors))
+    assert data == (FOLDER / vector["file"]).read_bytes()
+
+
+@pytest.mark.parametrize("writable", [bytes, bytearray])
+@pytest.mark.parametrize("vector", named(VECTORS["invalid"]))
+def test_an_invalid_vector_is_refused_with_its_code(vector, writable):
+    with pytest.raises(SFPromptError) as caught:
+        decode_frame(writable((FOLDER / vector["file"]).read_bytes()))
+    assert caught.value.code == vector["code"]
+    assert caught.value.field is not None
+    json.dumps(caught.value.to_wire(), allow_nan=False)
+
+
+def test_the_checked_in_vectors_are_what_the_script_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr(make_protocol_vectors, "FOLDER", tmp_path)
+    make_protocol_vectors.main()
+    fresh = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert fresh == {path.name: path.read_bytes() for path in FOLDER.iterdir()}
