@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import secrets
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from edge_client.schedule import make_optimizer, set_progress
 from edge_client.transport import Server
 from protocol.errors import StepLost
 
+# A device that was restarted in the middle of a round begins it anew: its steps are new ones.
+_PROCESS = secrets.token_hex(4)
 _SENDINGS = 5  # of one step's forward, before its loss is reported as an error
 
 
@@ -38,7 +41,7 @@ def split_train(context: RoundContext, server: Server, kept: Tensor) -> float:
         number = context.epoch_of_run(training.local_epochs + epoch)
         images, labels = context.samples.read(positions, epoch=number)
         optimizer.zero_grad()
-        name = f"{context.round}.{context.attempt}.{step}"
+        name = f"{_PROCESS}.{context.round}.{context.attempt}.{step}"
         loss = _step(context, server, images, labels, name)
         optimizer.step()
         if epoch == training.split_epochs - 1:

@@ -95,8 +95,9 @@ class _Exchange:
     body_is_read: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        names = {name for name, _ in self.scope["headers"]}
-        self.body_is_read = not names & {b"content-length", b"transfer-encoding"}
+        headers = dict(self.scope["headers"])
+        length = headers.get(b"content-length", b"0")
+        self.body_is_read = length == b"0" and b"transfer-encoding" not in headers
 
     async def receive(self) -> Message:
         message = await self.inner_receive()

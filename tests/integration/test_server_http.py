@@ -217,10 +217,7 @@ def test_refused_updates_do_not_count(server: Running, operator: Api) -> None:
 
 def test_split_steps_keep_to_the_open_round(server: Running, operator: Api) -> None:
     run = new_run(operator, min_participants=2, participants_per_round=1, evaluate_every=0)
-    apis = {
-        one: api
-        for one, api in (("p0001", joined(server, run)), ("p0002", joined(server, run, "b")))
-    }
+    apis = {"a": joined(server, run, "a"), "b": joined(server, run, "b")}
     tasks = {one: api.assignment(run).task for one, api in apis.items()}
     assert sorted(tasks.values()) == [Task.TRAIN, Task.WAIT]
     trainer = next(api for one, api in apis.items() if tasks[one] is Task.TRAIN)
