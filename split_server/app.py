@@ -101,7 +101,7 @@ class SplitServer:
         )
         app.include_router(routes.router)
         plane = SplitPlane(
-            SmallBodies(app),
+            SmallBodies(app, settings.body_timeout_s),
             federation,
             engine,
             self._credentials,

@@ -5,18 +5,14 @@ from __future__ import annotations
 import logging
 import secrets
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from protocol.errors import (
     EmptyUpdate,
-    Forbidden,
     InvalidField,
     NonFinite,
     NotFound,
@@ -45,6 +41,7 @@ from split_server.journal import Once, record_event
 from split_server.meter import Meter
 from split_server.model_files import PreparedRun, prepare_run, require_served
 from split_server.presence import Presence
+from split_server.runs import Runs, Watcher
 from split_server.snapshot import Member, RunSnapshot, load_snapshot
 from split_server.states import RunFiles
 from split_server.store import Store
@@ -61,21 +58,8 @@ log = logging.getLogger(__name__)
 Prepare = Callable[[RunSettings, RunFiles, Path], PreparedRun]
 
 
-class Watcher(Protocol):
-    """Is told of what happens. Called from any thread; must not block."""
-
-    def changed(self, run: str) -> None:
-        """Something in a run is new."""
-
-    def round_over(self, run: str) -> None:
-        """No training step of a run can go on."""
-
-    def left(self, run: str, participant: str) -> None:
-        """A participant will not come back."""
-
-
-class Federation:
-    """All runs of a server. Methods may be called from many threads at once.
+class Federation(Runs):
+    """What can be asked of the runs. Methods may be called from many threads at once.
 
     Args:
         data_dir: where the runs' files and the backbones lie.
@@ -99,48 +83,12 @@ class Federation:
         clock: Clock | None = None,
         prepare: Prepare = prepare_run,
     ) -> None:
-        self._data_dir = data_dir
-        self._store = store
+        super().__init__(data_dir, store, meter, presence, watcher, clock or Clock())
         self._credentials = credentials
-        self._meter = meter
-        self._presence = presence
-        self._watcher = watcher
-        self._clock = clock or Clock()
         self._prepare = prepare
-        self._runs: dict[str, RunSnapshot] = {}
-        self._locks: dict[str, threading.RLock] = {}
         self._creating = threading.Lock()
 
     # Reading
-
-    def run(self, run_id: str) -> RunSnapshot:
-        """A run as it stands.
-
-        Raises:
-            NotFound: there is none of this id.
-        """
-        snapshot = self._runs.get(run_id)
-        if snapshot is None:
-            raise NotFound("there is no such run", field="run", value=run_id)
-        return snapshot
-
-    def member(self, run_id: str, participant: str) -> tuple[RunSnapshot, Member]:
-        """A participant in good standing, and its run.
-
-        Raises:
-            NotFound: no such run or participant.
-            Forbidden: the participant has left.
-        """
-        snapshot = self.run(run_id)
-        member = snapshot.members.get(participant)
-        if member is None:
-            raise NotFound("there is no such participant", field="participant", value=participant)
-        if member.left:
-            raise Forbidden("this participant has left the run", field="participant")
-        return snapshot, member
-
-    def files(self, run_id: str) -> RunFiles:
-        return RunFiles(self._data_dir / "runs" / run_id)
 
     def views(self) -> list[RunView]:
         """All runs, the oldest first."""
@@ -164,24 +112,7 @@ class Federation:
             raise NotFound("there is no such participant", field="participant", value=participant)
         return rounds.assignment_for(snapshot, participant, self._clock.monotonic())
 
-    def open_runs(self) -> list[str]:
-        return [run.id for run in self._runs.values() if not run.status.over]
-
     # Changing
-
-    def load(self) -> None:
-        """Take up all runs where they stood when the server stopped."""
-        with self._store.reading() as session:
-            self._meter.load(session)
-            known = list(session.scalars(select(RunRow.id)))
-        for run_id in known:
-            self._reload(run_id)
-            self._sweep_updates(run_id)
-        runs = self._data_dir / "runs"
-        if runs.is_dir():
-            for folder in runs.iterdir():
-                if folder.name not in self._runs:  # its creation was cut short
-                    RunFiles(folder).remove()
 
     def create(self, settings: RunSettings, once: Once) -> RunView:
         """Make a run: its model's files first, then the run itself."""
@@ -418,93 +349,3 @@ class Federation:
             data: dict[str, Any] = report.model_dump(exclude={"loss_sum"})
             record_event(session, run_id, at, "evaluation_counted", participant=participant, **data)
         self.advance(run_id)
-
-    # Going on
-
-    def due(self, run_id: str) -> bool:
-        """Whether `advance` would change something; cheap, and without a lock."""
-        run = self._runs[run_id]
-        live = self._presence.live(run_id)
-        now = self._clock.monotonic()
-        return rounds.decide(run, live, now, settled=self._presence.settled) is not None
-
-    def advance(self, run_id: str) -> None:
-        """Take every step of a run that is due."""
-        self.run(run_id)
-        with self._lock(run_id):
-            while (action := self._next(run_id)) is not None:
-                self._take(self._runs[run_id], action)
-
-    def _take(self, run: RunSnapshot, action: rounds.Action) -> None:
-        if isinstance(action, rounds.Aggregate):
-            with self._store.reading() as session:
-                action = progress.average(session, run, action, self.files(run.id))
-        with self._changing(run.id) as session:
-            progress.apply(session, run, action, self._meter, self._clock.wall())
-        log.info("run %s: %s", run.id, action)
-        if not isinstance(action, rounds.OpenTraining):
-            self._sweep_updates(run.id)
-            self._watcher.round_over(run.id)
-
-    def save_traffic(self) -> None:
-        """Write down the meter's counts, so that little is lost if the server is killed."""
-        for run_id in self._meter.take_dirty():
-            if run_id in self._runs:
-                with self._store.writing() as session:
-                    self._meter.save(session, run_id)
-
-    def _next(self, run_id: str) -> rounds.Action | None:
-        live = self._presence.live(run_id)
-        now = self._clock.monotonic()
-        return rounds.decide(self._runs[run_id], live, now, settled=self._presence.settled)
-
-    def _recall(self, once: Once) -> dict[str, Any] | None:
-        with self._store.reading() as session:
-            return once.recall(session)
-
-    @contextmanager
-    def _changing(self, run_id: str) -> Iterator[Session]:
-        """One transaction on one run; what it has changed is seen only once it is on disk."""
-        self.run(run_id)
-        with self._lock(run_id):
-            with self._store.writing() as session:
-                yield session
-            self._reload(run_id)
-        self._watcher.changed(run_id)
-
-    def _lock(self, run_id: str) -> threading.RLock:
-        return self._locks.setdefault(run_id, threading.RLock())
-
-    def _reload(self, run_id: str) -> None:
-        with self._store.reading() as session:
-            fresh = load_snapshot(session, run_id)
-        old = self._runs.get(run_id)
-        deadline: float | None = None
-        if fresh.open_round is not None:
-            if (
-                old is not None
-                and old.open_round is not None
-                and old.open_round.key == fresh.open_round.key
-            ):
-                deadline = old.deadline
-            else:
-                timeout = fresh.settings.federation.round_timeout_s
-                deadline = self._clock.monotonic() + timeout
-        self._runs[run_id] = replace(fresh, deadline=deadline)
-
-    def _sweep_updates(self, run_id: str) -> None:
-        """Remove the tensors of updates whose round is over; their weights stay on record."""
-        run = self._runs[run_id]
-        wanted: list[str] = []
-        if run.open_round is not None and run.open_round.status == RoundStatus.TRAINING:
-            with self._store.reading() as session:
-                wanted = list(
-                    session.scalars(
-                        select(UpdateRow.sha256).where(
-                            UpdateRow.run_id == run_id,
-                            UpdateRow.round == run.open_round.round,
-                            UpdateRow.attempt == run.open_round.attempt,
-                        )
-                    )
-                )
-        self.files(run_id).keep_updates(wanted)

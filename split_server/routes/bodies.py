@@ -42,9 +42,7 @@ async def read_body(
         async with asyncio.timeout(timeout_s):
             return await _read(receive, length, limit, claim)
     except TimeoutError:
-        raise MalformedFrame(
-            "the body did not come in time", field="body", limit=timeout_s
-        ) from None
+        raise too_slow(timeout_s) from None
 
 
 async def _read(receive: Receive, length: int | None, limit: int, claim: Claim | None) -> bytearray:
@@ -76,3 +74,8 @@ def too_large(limit: int, value: int) -> TooLarge:
         value=value,
         hint="send smaller batches, or raise --max-frame-mib on the server",
     )
+
+
+def too_slow(limit_s: float) -> MalformedFrame:
+    """The refusal of a body that does not come."""
+    return MalformedFrame("the body did not come in time", field="body", limit=limit_s)

@@ -11,6 +11,14 @@ from protocol.errors import InternalError, InvalidField, InvalidRequest, NotFoun
 from split_server.routes.responses import error_body, error_headers
 
 
+class Refused(HTTPException):
+    """Carries a typed error through FastAPI's reading of bodies, which rewrites all others."""
+
+    def __init__(self, refusal: SFPromptError) -> None:
+        super().__init__(refusal.status, refusal.message)
+        self.refusal = refusal
+
+
 def add_error_handlers(app: FastAPI) -> None:
     """Register the handlers. What is unexpected goes on to the gate, which logs it."""
     app.add_exception_handler(SFPromptError, _typed)
@@ -43,6 +51,8 @@ async def _invalid(request: Request, error: Exception) -> JSONResponse:
 async def _http(request: Request, error: Exception) -> JSONResponse:
     if not isinstance(error, HTTPException):
         raise error
+    if isinstance(error, Refused):
+        return await _typed(request, error.refusal)
     kind = NotFound if error.status_code == 404 else InvalidRequest
     refusal = kind(str(error.detail), field="path", value=request.url.path)
     return JSONResponse(error_body(refusal), error.status_code, error.headers)

@@ -59,7 +59,8 @@ class Gate:
             log.exception("%s %s failed", scope["method"], scope["path"])
             await exchange.refuse(InternalError("the server failed on this request"))
         finally:
-            self.charge(scope)
+            if not exchange.ended:  # else the next request's bytes may be here already
+                self.charge(scope)
             _log_line(scope, exchange.status, time.perf_counter() - began)
             request_id.reset(token)
 
@@ -92,6 +93,7 @@ class _Exchange:
     inner_receive: Receive
     inner_send: Send
     status: int = 0  # 0: no answer yet
+    ended: bool = False
     body_is_read: bool = field(init=False)
 
     def __post_init__(self) -> None:
@@ -118,6 +120,7 @@ class _Exchange:
         await self.inner_send(message)
         if ends:
             # Now, before anything is awaited: the next request may be on its way already.
+            self.ended = True
             self.gate.charge(self.scope)
 
     async def refuse(self, error: SFPromptError) -> None:

@@ -52,6 +52,8 @@ async def send_pieces(
         *extra,
     ]
     await send({"type": "http.response.start", "status": status, "headers": headers})
-    for piece in pieces:
-        await send({"type": "http.response.body", "body": piece, "more_body": True})
-    await send({"type": "http.response.body", "body": b"", "more_body": False})
+    # The last piece ends the answer: an empty message after it might have to wait, and the next
+    # request would be counted with this one.
+    last = len(pieces) - 1
+    for place, piece in enumerate(pieces):
+        await send({"type": "http.response.body", "body": piece, "more_body": place < last})

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -49,12 +50,12 @@ def operator(server: Running) -> Api:
 _keys = iter(range(10**6))
 
 
-def new_run(operator: Api, **federation: object) -> str:
+def new_run(operator: Api, **federation: Any) -> str:
     return operator.create(run_settings(**federation), key=f"run-{next(_keys)}").id
 
 
-def joined(server: Running, run: str, name: str = "a", **data: int) -> Api:
-    return server.api(server.api().join(run, name, **data).credential)
+def joined(server: Running, run: str, name: str = "a") -> Api:
+    return server.api(server.api().join(run, name).credential)
 
 
 def test_health_answers_everybody(server: Running) -> None:

@@ -12,6 +12,7 @@ import pytest
 from protocol.errors import Forbidden, InvalidField, Unauthorized
 from split_server.credentials import (
     Credentials,
+    Identity,
     Joiner,
     Member,
     Operator,
@@ -78,16 +79,22 @@ def test_tokens_are_recognised() -> None:
 def test_each_role_does_its_own() -> None:
     member = Member("r1", "p1")
     require_operator(Operator())
-    for identity, error in ((Stranger(), Unauthorized), (member, Forbidden), (Joiner(), Forbidden)):
+    refused: list[tuple[Identity, type[Exception]]] = [
+        (Stranger(), Unauthorized),
+        (member, Forbidden),
+        (Joiner(), Forbidden),
+    ]
+    for identity, error in refused:
         with pytest.raises(error):
             require_operator(identity)
     assert require_member(member) == require_member(member, "r1") == member
-    for identity, error in (
+    refused = [
         (Stranger(True), Unauthorized),
         (Operator(), Forbidden),
         (Joiner(), Forbidden),
         (Member("r2", "p1"), Forbidden),
-    ):
+    ]
+    for identity, error in refused:
         with pytest.raises(error):
             require_member(identity, "r1")
     require_reader(Operator(), "r1")

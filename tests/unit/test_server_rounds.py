@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -29,7 +30,7 @@ def member(number: int, *, train: int = 10, test: int = 5, left: bool = False) -
     return Member(f"p{number}", f"device-{number}", number, train, test, left)
 
 
-def a_run(members: int = 3, *, closed: int = 0, **federation: object) -> RunSnapshot:
+def a_run(members: int = 3, *, closed: int = 0, **federation: Any) -> RunSnapshot:
     return RunSnapshot(
         id="r1",
         status=RunStatus.RUNNING if closed else RunStatus.WAITING,

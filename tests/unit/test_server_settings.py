@@ -12,6 +12,7 @@ from protocol.errors import InvalidField
 from split_server.allocator import keep_large_buffers
 from split_server.cli import app
 from split_server.devices import choose_placement
+from split_server.folder import held_folder
 from split_server.settings import DEFAULT_PORT, load_settings
 
 
@@ -124,3 +125,10 @@ def test_the_help_of_serve_names_every_source_and_gives_examples() -> None:
     shown = CliRunner().invoke(app, ["serve", "--help"], env={"COLUMNS": "200"}).output
     for words in ("SPLIT_SERVER_PORT", "TOML", "--device", "split-server serve --host"):
         assert words in shown
+
+
+def test_a_folder_in_use_is_one_line_and_no_traceback(tmp_path: Path) -> None:
+    with held_folder(tmp_path):
+        shown = CliRunner().invoke(app, ["serve", "--port", "0", "--data-dir", str(tmp_path)])
+    assert isinstance(shown.exception, InvalidField)
+    assert shown.exception.field == "data_dir"
