@@ -60,8 +60,9 @@ class Process:
     def _read(self, on_line: Callable[[str], None]) -> None:
         if self._child.stdout is None:
             return
-        for line in self._child.stdout:
-            on_line(line.decode(errors="replace").rstrip("\n"))
+        with self._child.stdout as lines:
+            for line in lines:
+                on_line(line.decode(errors="replace").rstrip("\n"))
 
     @property
     def pid(self) -> int:
@@ -74,14 +75,14 @@ class Process:
     def wait(self, seconds: float) -> int:
         """Its exit code; `subprocess.TimeoutExpired` if it is not done by then."""
         code = self._child.wait(seconds)
-        if self._reader is not None:
-            self._reader.join(5)
+        self._finish_reading()
         return code
 
     def kill(self) -> None:
         """End it without asking, as a power cut would."""
         self._child.kill()
         self._child.wait()
+        self._finish_reading()
 
     def stop(self, seconds: float = 10.0) -> None:
         """Ask it to end, and end it if it does not."""
@@ -91,6 +92,11 @@ class Process:
                 self._child.wait(seconds)
         if self._child.poll() is None:
             self.kill()
+        self._finish_reading()
+
+    def _finish_reading(self) -> None:
+        if self._reader is not None:
+            self._reader.join(5)
 
     def last_lines(self, count: int = 15) -> str:
         lines = self.log.read_text(errors="replace").splitlines()
