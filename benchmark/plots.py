@@ -65,8 +65,8 @@ def plot_bytes(rounds: Sequence[RoundView], full_round_bytes: int, title: str, o
     axes.set(xlabel="round", ylabel="MB at the socket, all devices", title=title)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="y", alpha=0.3)
-    axes.set_ylim(top=1.2 * max([full_round_bytes / MB, *floor]))
-    axes.legend(fontsize="small", ncols=3, loc="upper center")
+    axes.set_ylim(top=1.08 * max([full_round_bytes / MB, *floor]))
+    figure.legend(fontsize="small", ncols=4, loc="outside lower center")
     return _save(figure, out)
 
 
