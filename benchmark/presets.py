@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from edge_client.data.fashion_mnist import CLASSES
 from protocol.errors import NotFound
 from protocol.settings import (
     BackboneSettings,
@@ -54,18 +55,7 @@ def _fashion_mnist() -> Preset:
         data="fashion-mnist",
         settings=RunSettings(
             name="fashion-mnist",
-            class_names=(
-                "T-shirt/top",
-                "Trouser",
-                "Pullover",
-                "Dress",
-                "Coat",
-                "Sandal",
-                "Shirt",
-                "Sneaker",
-                "Bag",
-                "Ankle boot",
-            ),
+            class_names=CLASSES,
             model=BackboneSettings(image_size=42, cut=1, num_classes=10, prompt_count=5),
             federation=FederationSettings(rounds=10, evaluate_every=2),
             training=_RECIPE.model_copy(update={"keep_fraction": 0.8}),
