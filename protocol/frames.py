@@ -14,9 +14,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from protocol.codecs import Buffer, codec_named
+from protocol.codecs import Buffer, Device, codec_named
 from protocol.errors import InvalidField, MalformedFrame, TooLarge, UnsupportedVersion
 from protocol.header import check_text, pack_header, unpack_header
 from protocol.limits import DEFAULT_LIMITS, FrameLimits
@@ -69,8 +70,8 @@ class Frame:
     specs: Mapping[str, TensorSpec]
     buffers: Mapping[str, tuple[memoryview, ...]] = field(repr=False)
 
-    def tensor(self, name: str) -> Tensor:
-        """Decode one tensor, in the dtype of its codec.
+    def tensor(self, name: str, device: Device = "cpu") -> Tensor:
+        """Decode one tensor on ``device``, in the dtype of its codec.
 
         Raises:
             MalformedFrame: the frame has no tensor of this name.
@@ -80,7 +81,7 @@ class Frame:
             raise MalformedFrame(
                 "the frame lacks a tensor", field=name, limit=[name], value=sorted(self.specs)
             )
-        return codec_named(spec.codec).decode(self.buffers[name], spec.shape)
+        return codec_named(spec.codec).decode(self.buffers[name], spec.shape, device)
 
     def tensors(self) -> dict[str, Tensor]:
         return {name: self.tensor(name) for name in self.specs}
@@ -91,6 +92,7 @@ def encode_frame(
     meta: Mapping[str, Any],
     tensors: Mapping[str, tuple[Tensor, str]],
     limits: FrameLimits = DEFAULT_LIMITS,
+    generator: torch.Generator | None = None,
 ) -> list[memoryview]:
     """The pieces of a frame, to be written one after the other: nothing is joined.
 
@@ -102,6 +104,7 @@ def encode_frame(
         meta: what msgpack can hold: text, numbers, booleans, None, lists and maps of these.
         tensors: by name, the tensor (any shape) and the name of the codec to send it with.
         limits: of the header; what `decode_frame` would refuse there is not sent at all.
+        generator: where given, codecs that round do so at random by it.
 
     Raises:
         UnknownCodec: no such codec.
@@ -112,7 +115,7 @@ def encode_frame(
     specs: list[dict[str, Any]] = []
     payload: list[memoryview] = []
     for name, (tensor, codec) in tensors.items():
-        buffers = codec_named(codec).encode(tensor)
+        buffers = codec_named(codec).encode(tensor, generator)
         sizes = tuple(buffer.nbytes for buffer in buffers)
         specs.append(TensorSpec(name, codec, tuple(tensor.shape), sizes).to_wire())
         payload.extend(buffers)

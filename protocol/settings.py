@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from protocol.codec_names import FLOAT_CODECS, check_float_codec
+from protocol.errors import UnknownCodec
 
 __all__ = [
     "BackboneSettings",
+    "CodecName",
     "FederationSettings",
-    "FloatCodec",
     "Message",
     "PromptDepth",
     "PromptPlacement",
@@ -26,7 +30,18 @@ __all__ = [
 Text = Annotated[str, Field(min_length=1, max_length=200)]
 PromptPlacement = Literal["input", "cut"]
 PromptDepth = Literal["shallow", "deep"]
-FloatCodec = Literal["float32", "float16", "bfloat16"]
+
+
+def _known_codec(name: str) -> str:
+    try:
+        return check_float_codec(name)
+    except UnknownCodec as error:
+        raise PydanticCustomError(
+            "unknown_codec", "no such codec", {"expected": ", ".join(FLOAT_CODECS)}
+        ) from error
+
+
+CodecName = Annotated[str, AfterValidator(_known_codec)]
 
 
 class Message(BaseModel):
@@ -113,10 +128,10 @@ class TrainingSettings(Message):
 class WireSettings(Message):
     """The codec of each kind of tensor."""
 
-    smashed: FloatCodec = "float32"
-    features: FloatCodec = "float32"
-    gradients: FloatCodec = "float32"
-    updates: FloatCodec = "float32"
+    smashed: CodecName = "float32"
+    features: CodecName = "float32"
+    gradients: CodecName = "float32"
+    updates: CodecName = "float32"
 
 
 class RunSettings(Message):

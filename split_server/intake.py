@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import split_model
-from protocol.codecs import FLOAT_CODECS
+from protocol.codecs import codec_named
 from protocol.errors import EmptyUpdate, InvalidField, NonFinite, WrongShape
 from protocol.frames import Frame
 from protocol.messages import EvaluationReport, UpdateMeta
@@ -99,11 +99,10 @@ def read_tensor(frame: Frame, name: str) -> Tensor:
         InvalidField: its codec carries no floating-point numbers.
     """
     tensor = frame.tensor(name)
-    if frame.specs[name].codec not in FLOAT_CODECS:
+    if not codec_named(frame.specs[name].codec).floating:
         raise InvalidField(
             "this tensor takes a codec of floating-point numbers",
             field=name,
-            limit=list(FLOAT_CODECS),
             value=frame.specs[name].codec,
         )
     return tensor

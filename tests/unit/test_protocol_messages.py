@@ -36,10 +36,10 @@ BLOB = {"sha256": "0" * 64, "nbytes": 1}
         (RunSettings, {"training": {"momentum": 1}}, "training.momentum", 1, 1),
         (
             RunSettings,
-            {"wire": {"smashed": "int8"}},
+            {"wire": {"smashed": "int3"}},
             "wire.smashed",
-            "'float32', 'float16' or 'bfloat16'",
-            "int8",
+            "float32, float16, bfloat16",
+            "int3",
         ),
         (RunSettings, {"class_names": ["a", "b"]}, "body", None, None),
         (

@@ -1,0 +1,87 @@
+"""Codecs that send a tensor's own bytes: row-major, little-endian, one dtype."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from protocol.codecs.codec import Codec, Device
+from protocol.errors import InvalidField, MalformedFrame
+
+
+class RawCodec(Codec):
+    """The tensor's own bytes: row-major, little-endian, one dtype."""
+
+    dtype: torch.dtype
+    row_wise = True
+
+    def encode(self, tensor: Tensor, generator: torch.Generator | None = None) -> list[memoryview]:
+        plain = tensor.detach().to(device="cpu", dtype=self.dtype).contiguous()
+        if plain.numel() == 0:
+            return [memoryview(b"")]
+        return [memoryview(plain.reshape(-1).view(torch.uint8).numpy().data)]
+
+    def check_sizes(self, shape: Sequence[int], sizes: Sequence[int]) -> None:
+        expected = math.prod(shape) * self.dtype.itemsize
+        if list(sizes) != [expected]:
+            raise MalformedFrame(
+                f"a {self.name} tensor of shape {list(shape)} takes one buffer of {expected} bytes",
+                field="sizes",
+                limit=[expected],
+                value=list(sizes),
+            )
+
+    def decode(
+        self, buffers: Sequence[memoryview], shape: Sequence[int], device: Device = "cpu"
+    ) -> Tensor:
+        if buffers[0].nbytes == 0:
+            return torch.empty(tuple(shape), dtype=self.dtype, device=device)
+        # torch wants memory it may write to; a read-only buffer is copied once.
+        memory = bytearray(buffers[0]) if buffers[0].readonly else buffers[0]
+        return torch.frombuffer(memory, dtype=self.dtype).reshape(tuple(shape)).to(device)
+
+
+class Float32(RawCodec):
+    """Single precision, exact."""
+
+    name, dtype = "float32", torch.float32
+
+
+class Float16(RawCodec):
+    """Half precision. What does not fit its range is refused, never sent as infinity."""
+
+    name, dtype = "float16", torch.float16
+
+    def encode(self, tensor: Tensor, generator: torch.Generator | None = None) -> list[memoryview]:
+        half = tensor.detach().to(device="cpu", dtype=torch.float16)
+        infinite = half.isinf()
+        if bool(infinite.any()):
+            raise InvalidField(
+                "a value is too large for float16",
+                field="codec",
+                limit=torch.finfo(torch.float16).max,
+                value=float(tensor.detach().cpu()[infinite].abs().max()),
+                hint="use bfloat16 or float32 for this kind of tensor",
+            )
+        return super().encode(half, generator)
+
+
+class BFloat16(RawCodec):
+    """The upper half of a float32: its whole range, with 8 bits of precision."""
+
+    name, dtype = "bfloat16", torch.bfloat16
+
+
+class Int64(RawCodec):
+    """Whole numbers, exact."""
+
+    name, dtype, floating = "int64", torch.int64, False
+
+
+class UInt8(RawCodec):
+    """Bytes, exact: names of samples, for one."""
+
+    name, dtype, floating = "uint8", torch.uint8, False
