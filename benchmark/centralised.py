@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edge_client.data import BatchReader, Dataset, Preprocessing, cache_dir, shuffled
-from edge_client.schedule import learning_rate_factor, make_optimizer, set_progress
 from protocol.seeds import derive_seed
 from protocol.settings import RunSettings
 from split_model import (
@@ -28,6 +27,7 @@ from split_model import (
     prepare_backbone,
     tail_tensors,
 )
+from split_model.schedule import learning_rate_factor, make_optimizer, set_progress
 
 _BATCH = 200
 Advance = Callable[[int, int], None]  # steps done, steps in all

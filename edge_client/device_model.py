@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from edge_client.data import BatchReader, Interpolation, Preprocessing
-from protocol.errors import InvalidField, MalformedFrame
+from protocol.errors import MalformedFrame
 from protocol.settings import BackboneSettings
 from split_model import (
     Head,
@@ -36,7 +36,10 @@ _UNUSABLE = (TensorFileError, SplitSettingsError, UnsupportedBackboneError, Weig
 
 @dataclass
 class DeviceModel:
-    """Head and tail as modules, the prompts [P, D] as a parameter (None where there are none)."""
+    """Head and tail as modules, the prompts [P, D] as a parameter.
+
+    No prompts where there are none, or where they join at the cut and so live on the server.
+    """
 
     head: Head
     tail: Tail
@@ -49,15 +52,7 @@ class DeviceModel:
 
         Raises:
             MalformedFrame: a file is damaged, or the head is not of this run's model.
-            InvalidField: the prompts join at the cut, which a device cannot train.
         """
-        if settings.prompt_at != "input" and settings.prompt_count:
-            raise InvalidField(
-                "a device trains prompts that join at its input",
-                field="prompt_at",
-                limit="input",
-                value=settings.prompt_at,
-            )
         try:
             split, images, head = read_head_file(head_file)
         except _UNUSABLE as error:
@@ -70,7 +65,8 @@ class DeviceModel:
                 value=str(split),
             )
         state = _read(state_file)
-        prompts = nn.Parameter(torch.empty(prompt_shape(split))) if split.prompt_count else None
+        held = split.prompt_count and split.prompt_at == "input"
+        prompts = nn.Parameter(torch.empty(prompt_shape(split))) if held else None
         way = Preprocessing(
             split.image_size, images.mean, images.std, cast(Interpolation, images.interpolation)
         )
@@ -93,7 +89,7 @@ class DeviceModel:
             raise _unusable(state_file, error) from error
 
     def state(self) -> TunedState:
-        """Prompts and tail as they are now: float32 copies."""
+        """Tail and prompts, if they are here, as they are now: float32 copies."""
         return read_state(self.tail, self.prompts)
 
     @torch.no_grad()

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
 import os
+import secrets
 import uuid
 from pathlib import Path
 from typing import IO
 
 from protocol.errors import Conflict
+
+_SECRET_BYTES = 32
 
 
 class Identity:
@@ -71,3 +75,32 @@ def _key_in(text: str) -> str | None:
     except (ValueError, KeyError, TypeError):
         return None
     return key if isinstance(key, str) and key else None
+
+
+def device_secret(folder: Path) -> bytes:
+    """32 bytes that never leave this device, made when they are first asked for.
+
+    Args:
+        folder: where they are kept, readable by this user alone.
+    """
+    path = folder / "device.secret"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if not path.exists():
+        own = folder / f".{uuid.uuid4().hex}.secret"
+        with os.fdopen(os.open(own, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(secrets.token_bytes(_SECRET_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+        with contextlib.suppress(FileExistsError):  # another process was faster: its secret counts
+            os.link(own, path)
+        own.unlink()
+    secret = path.read_bytes()
+    if len(secret) != _SECRET_BYTES:
+        raise Conflict(
+            "the device's secret is damaged",
+            field="device.secret",
+            limit=_SECRET_BYTES,
+            value=len(secret),
+            hint=f"delete {path}; samples are then sent once more",
+        )
+    return secret

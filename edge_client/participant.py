@@ -9,11 +9,20 @@ from pathlib import Path
 from edge_client.blob_cache import BlobCache
 from edge_client.data import Augmentation, BatchReader, Dataset
 from edge_client.device_model import DeviceModel
-from edge_client.phases import evaluate, keep_samples, local_update, split_train
-from edge_client.phases.context import RoundContext
+from edge_client.head_outputs import HeadOutputs
+from edge_client.identity import device_secret
+from edge_client.kept_samples import KeptSamples
+from edge_client.phases import (
+    RoundContext,
+    Samples,
+    evaluate,
+    keep_samples,
+    local_update,
+    split_train,
+)
 from edge_client.reporter import Reporter
-from edge_client.transport import Server
-from protocol.errors import Conflict, EmptyUpdate, InvalidField
+from edge_client.transport import Server, SplitPlane
+from protocol.errors import Conflict, EmptyUpdate, InvalidField, StepLost
 from protocol.messages import (
     Assignment,
     BlobRef,
@@ -27,6 +36,7 @@ from protocol.messages import (
 from protocol.seeds import derive_seed
 
 _POLL_S = 20.0
+_BEGINNINGS = 5  # of one round, before the loss of a session is reported as an error
 
 
 @dataclass
@@ -80,10 +90,13 @@ class Participant:
         if self.settings.training.augment:
             augmentation = Augmentation(derive_seed(self.settings.seed, "augment", self.name))
         way = self.model.preprocessing
-        self._train = BatchReader(
-            self.data.train, way, cache_bytes=self.cache_bytes, augmentation=augmentation
+        self._plane = SplitPlane(self.server, self.settings)
+        self._train = self._samples(
+            BatchReader(
+                self.data.train, way, cache_bytes=self.cache_bytes, augmentation=augmentation
+            )
         )
-        self._test = BatchReader(self.data.test, way, cache_bytes=self.cache_bytes)
+        self._test = self._samples(BatchReader(self.data.test, way, cache_bytes=self.cache_bytes))
         self.reporter.event(
             "joined",
             participant=self.id,
@@ -110,10 +123,21 @@ class Participant:
                 self._carry_out(assignment)
             done = assignment
 
+    def _samples(self, images: BatchReader) -> Samples:
+        settings = self.settings
+        if settings.model.prompt_at != "cut":
+            return Samples(images)
+        outputs = HeadOutputs(self.model.head, images, self.cache_bytes)
+        if not settings.wire.keep_smashed:
+            return Samples(images, outputs)
+        form = f"{self.run.head.sha256} {settings.wire.smashed}"
+        secret = device_secret(self.folder)
+        return Samples(images, outputs, KeptSamples(outputs, images, self._plane, secret, form))
+
     def _carry_out(self, assignment: Assignment) -> None:
         try:
             if assignment.task is Task.TRAIN:
-                self._train_round(assignment)
+                self._train_until_counted(assignment)
             elif assignment.task is Task.EVALUATE:
                 self._evaluate(assignment)
         except EmptyUpdate as error:
@@ -121,11 +145,22 @@ class Participant:
         except Conflict as error:  # the round, the run or this step is over: see what is next
             self.reporter.event("left-behind", round=assignment.round, reason=str(error))
 
+    def _train_until_counted(self, assignment: Assignment) -> None:
+        """Train a round, and from its start again where the server has lost its part of it."""
+        for beginning in range(1, _BEGINNINGS + 1):
+            try:
+                self._train_round(assignment)
+                return
+            except StepLost as error:
+                if beginning == _BEGINNINGS:
+                    raise
+                self.reporter.event("begun-anew", round=assignment.round, reason=str(error))
+
     def _train_round(self, assignment: Assignment) -> None:
         started, before = time.monotonic(), self.server.traffic()
         self._take_state(assignment)
         if assignment.round == 1 and self.settings.model.prompt_init == "mean-token":
-            self.model.add_mean_token(self._train)
+            self.model.add_mean_token(self._train.images)
         context = RoundContext(
             self.settings,
             self.name,
@@ -137,13 +172,15 @@ class Participant:
         )
         kept = keep_samples(context)
         local_loss = local_update(context)
-        train_loss = split_train(context, self.server, kept) if len(kept) else None
+        trained = split_train(context, self._plane, kept) if len(kept) else None
+        train_loss = trained.loss if trained else None
         meta = UpdateMeta(
             round=assignment.round,
             attempt=assignment.attempt,
             samples=len(kept),
             train_loss=train_loss,
             local_loss=local_loss,
+            session=trained.session if trained else None,
         )
         codec = self.settings.wire.updates
         self.server.send_update(self.run.id, meta, self.model.state(), codec)
@@ -161,10 +198,9 @@ class Participant:
         self._take_state(assignment)
         measured = evaluate(
             self.model,
-            self.server,
+            self._plane,
             self._test,
             round_=assignment.round,
-            codec=self.settings.wire.smashed,
             advance=self.reporter.advance,
         )
         report = EvaluationReport(

@@ -14,7 +14,7 @@ from edge_client.blob_cache import BlobCache
 from edge_client.data import CorruptImageError
 from edge_client.data.decode import decode_file
 from edge_client.device_model import DeviceModel
-from edge_client.transport import Server
+from edge_client.transport import Server, SplitPlane
 from protocol.errors import NotFound
 from protocol.messages import JoinRequest, RunView
 
@@ -78,6 +78,7 @@ class Predictor:
         state = self._files.fetch(
             run.state, lambda start: self._server.state(run.id, run.state, start)
         )
+        self._plane = SplitPlane(self._server, run.settings)
         self._model = DeviceModel.load(run.settings.model, head, state)
 
     @torch.no_grad()
@@ -107,9 +108,9 @@ class Predictor:
 
     def _shares(self, images: torch.Tensor, start: int) -> torch.Tensor:
         """Probabilities [B, C] of images [B, 3, S, S]."""
-        model, codec = self._model, self._run.settings.wire.smashed
+        model = self._model
         smashed = model.head(images, model.prompts)
         step = f"predict.{start}"
-        features = self._server.infer(smashed, step=step, round_=self._run.round, codec=codec)
+        features = self._plane.infer(smashed, step=step, round_=self._run.round)
         logits: torch.Tensor = model.tail(features)
         return logits.softmax(dim=1)

@@ -12,12 +12,14 @@ from protocol.errors import FieldValue, InvalidField
 from protocol.settings import Message, RunSettings, Text
 
 __all__ = [
+    "SAMPLE_ID_BYTES",
     "Assignment",
     "BlobRef",
     "BytesByPhase",
     "Count",
     "EvaluationReport",
     "Event",
+    "ExchangeMeta",
     "JoinRequest",
     "JoinResponse",
     "ParticipantView",
@@ -26,6 +28,7 @@ __all__ = [
     "RoundView",
     "RunStatus",
     "RunView",
+    "SamplesMeta",
     "Seconds",
     "Sha256",
     "StepId",
@@ -40,6 +43,7 @@ Count = Annotated[int, Field(ge=0, lt=2**53)]
 Seconds = Annotated[float, Field(ge=0)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 StepId = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9._-]+$")]
+SAMPLE_ID_BYTES = 16  # of a sample that the server keeps
 BytesByPhase = dict[str, dict[str, int]]
 
 
@@ -183,6 +187,7 @@ class UpdateMeta(Message):
     round: Count
     attempt: Count
     samples: Count  # kept samples, the weight of the update
+    session: StepId | None = None  # whose prompts on the server belong to the update
     train_loss: float | None = None
     local_loss: float | None = None
 
@@ -211,10 +216,35 @@ class EvaluationReport(Message):
 
 
 class StepMeta(Message):
-    """The meta part of every frame of the split plane. ``step`` is its idempotency key."""
+    """The meta part of a frame of the split plane. ``step`` is its idempotency key."""
 
     step: StepId
     round: Count
+
+
+class ExchangeMeta(Message):
+    """The meta part of an exchange: a session's requests, in order, each sent until answered.
+
+    A session is one participant's split training in one round, with its prompts on the server.
+    Request ``number`` brings the gradients of batch ``number - 1`` and asks for the features of
+    batch ``number``; the first one brings none, the last one, ``number == steps``, asks for none.
+    """
+
+    session: StepId
+    round: Count
+    attempt: Count
+    number: Count
+    steps: Annotated[int, Field(ge=1, lt=2**31)]
+
+    @model_validator(mode="after")
+    def _within_the_session(self) -> ExchangeMeta:
+        if self.number > self.steps:
+            raise ValueError(f"number ({self.number}) is above steps ({self.steps})")
+        return self
+
+
+class SamplesMeta(Message):
+    """The meta part of frames that speak of samples the server keeps."""
 
 
 M = TypeVar("M", bound=Message)

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from protocol.codec_names import FLOAT_CODECS, check_float_codec
+from protocol.codec_names import FLOAT_CODECS, check_float_codec, is_row_wise
 from protocol.errors import UnknownCodec
 
 __all__ = [
@@ -123,15 +123,31 @@ class TrainingSettings(Message):
     )
     warmup_rounds: int = Field(0, ge=0, le=10_000)
     augment: bool = False
+    views: int = Field(
+        4, ge=1, le=1000, description="augmented views of a sample whose smashed data are kept"
+    )
 
 
 class WireSettings(Message):
-    """The codec of each kind of tensor."""
+    """What crosses the wire, and the codec of each kind of tensor."""
 
     smashed: CodecName = "float32"
     features: CodecName = "float32"
     gradients: CodecName = "float32"
-    updates: CodecName = "float32"
+    updates: CodecName = Field("float32", description="tail and prompts, from a device")
+    head: Literal["float32", "float16"] = Field(
+        "float32", description="the frozen head's weights, downloaded once"
+    )
+    keep_smashed: bool = Field(
+        False,
+        description="send a sample's smashed data once; the server keeps it (prompt_at = cut)",
+    )
+    pooled_features: bool = Field(
+        False, description="return only the tokens that the tail reads, where it reads the first"
+    )
+    stochastic_rounding: bool = Field(
+        False, description="of the gradients, where their codec rounds"
+    )
 
 
 class RunSettings(Message):
@@ -151,5 +167,21 @@ class RunSettings(Message):
         if names is not None and len(names) != self.model.num_classes:
             raise ValueError(
                 f"class_names has {len(names)} names for num_classes {self.model.num_classes}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _kept_smashed_data_are_constant(self) -> RunSettings:
+        if not self.wire.keep_smashed:
+            return self
+        if self.model.prompt_at != "cut":
+            raise ValueError(
+                "wire.keep_smashed needs model.prompt_at = cut: prompts at the input change the "
+                "smashed data in every step"
+            )
+        if not is_row_wise(self.wire.smashed):
+            raise ValueError(
+                f"wire.keep_smashed needs a codec that can be taken apart by samples, not "
+                f"wire.smashed = {self.wire.smashed}"
             )
         return self

@@ -11,8 +11,11 @@ from protocol.errors import InvalidField
 
 __all__ = [
     "BACKWARD_PATH",
+    "EXCHANGE_PATH",
     "FORWARD_PATH",
     "INFER_PATH",
+    "MISSING_PATH",
+    "SAMPLES_PATH",
     "Phase",
     "Traffic",
     "phases_of",
@@ -23,9 +26,9 @@ class Phase(StrEnum):
     """The purpose of bytes."""
 
     DOWNLOAD = "download"  # the head, once
-    SMASHED = "smashed"  # split training: forward request
+    SMASHED = "smashed"  # split training: forward request; or samples that the server keeps
     FEATURES = "features"  # split training: forward response
-    GRADIENTS = "gradients"  # split training: backward, both ways
+    GRADIENTS = "gradients"  # split training: backward, both ways; of an exchange, up
     UPDATES = "updates"  # prompts + tail, both ways
     INFERENCE = "inference"  # evaluation and prediction, both ways
     CONTROL = "control"  # all the rest
@@ -36,11 +39,17 @@ _PHASES: Final = frozenset(str(phase) for phase in Phase)
 FORWARD_PATH: Final = "/v1/split/forward"
 BACKWARD_PATH: Final = "/v1/split/backward"
 INFER_PATH: Final = "/v1/split/infer"
+EXCHANGE_PATH: Final = "/v1/split/exchange"
+SAMPLES_PATH: Final = "/v1/split/samples"
+MISSING_PATH: Final = "/v1/split/missing"
 
 _BY_PATH: Final[Mapping[str, tuple[Phase, Phase]]] = {
     FORWARD_PATH: (Phase.SMASHED, Phase.FEATURES),
     BACKWARD_PATH: (Phase.GRADIENTS, Phase.GRADIENTS),
     INFER_PATH: (Phase.INFERENCE, Phase.INFERENCE),
+    EXCHANGE_PATH: (Phase.GRADIENTS, Phase.FEATURES),
+    SAMPLES_PATH: (Phase.SMASHED, Phase.SMASHED),
+    MISSING_PATH: (Phase.SMASHED, Phase.SMASHED),
 }
 _BY_LAST_SEGMENT: Final[Mapping[str, Phase]] = {
     "head": Phase.DOWNLOAD,

@@ -29,13 +29,15 @@ from split_model.parts import (
     tail_names,
 )
 from split_model.prompts import initial_prompts, insert_prompts, prompt_shape
+from split_model.schedule import learning_rate_factor, make_optimizer, set_progress
 from split_model.settings import SplitSettings, SplitSettingsError
-from split_model.tail import Tail
+from split_model.tail import Tail, needed_tokens
 from split_model.tensor_file import TensorFileError
 from split_model.tuned_state import (
     TunedState,
     apply_state,
     check_state,
+    device_shapes,
     initial_state,
     load_state,
     read_state,
@@ -72,14 +74,18 @@ __all__ = [
     "build_head",
     "build_tail",
     "check_state",
+    "device_shapes",
     "export_model",
     "head_names",
     "image_preparation",
     "initial_prompts",
     "initial_state",
     "insert_prompts",
+    "learning_rate_factor",
     "load_exported",
     "load_state",
+    "make_optimizer",
+    "needed_tokens",
     "open_backbone",
     "part_bytes",
     "part_flops",
@@ -88,6 +94,7 @@ __all__ = [
     "read_head_file",
     "read_state",
     "save_state",
+    "set_progress",
     "skeleton",
     "state_shapes",
     "supported_backbones",

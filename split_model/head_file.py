@@ -3,7 +3,10 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
 
 from split_model.architecture import skeleton
 from split_model.head import Head
@@ -30,9 +33,14 @@ def image_preparation(settings: SplitSettings) -> ImagePreparation:
 
 
 def write_head_file(
-    settings: SplitSettings, backbone_path: Path | str, out: Path | str
+    settings: SplitSettings,
+    backbone_path: Path | str,
+    out: Path | str,
+    dtype: Literal["float32", "float16"] = "float32",
 ) -> tuple[Path, str]:
     """Write the head of a prepared backbone; returns its path and SHA-256.
+
+    `dtype` is that of its weights in the file; a head always computes in float32.
 
     Raises `TensorFileError` or `WeightsMismatchError`.
     """
@@ -46,7 +54,8 @@ def write_head_file(
         "images": json.dumps(dataclasses.asdict(image_preparation(settings))),
     }
     path = Path(out)
-    write_tensors(path, {name: backbone[name] for name in names}, metadata)
+    narrow = torch.float16 if dtype == "float16" else torch.float32
+    write_tensors(path, {name: _narrowed(backbone[name], narrow) for name in names}, metadata)
     return path, sha256_of(path)
 
 
@@ -65,6 +74,10 @@ def read_head_file(path: Path | str) -> tuple[SplitSettings, ImagePreparation, H
     except (KeyError, TypeError, ValueError) as error:
         raise TensorFileError(file.path, "its image preparation is broken") from error
     return settings, preparation, build_head(settings, file)
+
+
+def _narrowed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.dtype == torch.float32 else tensor
 
 
 def _preparation(values: Any) -> ImagePreparation:

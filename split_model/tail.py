@@ -23,7 +23,7 @@ class Tail(Part):
     @property
     def leading(self) -> int | None:
         """How many leading feature tokens are enough, or None where all are needed."""
-        return None if self.blocks else self.sizes.leading
+        return needed_tokens(self.settings)
 
     def forward(self, features: Tensor) -> Tensor:
         """[B, T, D] to logits [B, C].
@@ -50,3 +50,8 @@ class Tail(Part):
                 tokens = torch.cat([tokens[:, :prefix], tokens[:, prefix + prompts :]], dim=1)
         normed: Tensor = self.trunk.norm(tokens)
         return normed
+
+
+def needed_tokens(settings: SplitSettings) -> int | None:
+    """How many leading feature tokens the tail reads, or None where it reads them all."""
+    return None if settings.tail_blocks else anatomy(settings).leading

@@ -70,9 +70,20 @@ def initial_state(
     return state
 
 
+def device_shapes(settings: SplitSettings) -> dict[str, tuple[int, ...]]:
+    """The shapes of what a device tunes: all of the state, less prompts that join at the cut."""
+    shapes = state_shapes(settings)
+    if settings.prompt_at == "cut":
+        shapes.pop(PROMPTS, None)
+    return shapes
+
+
 def check_state(settings: SplitSettings, state: Mapping[str, Tensor]) -> None:
     """Raise `WeightsMismatchError` unless names and shapes are exactly the settings' own."""
-    shapes = state_shapes(settings)
+    _check(state_shapes(settings), state)
+
+
+def _check(shapes: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor]) -> None:
     for name in state:
         if name not in shapes:
             raise WeightsMismatchError(name, f"one of {sorted(shapes)}", "unknown")
@@ -88,11 +99,11 @@ def tail_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def apply_state(tail: Tail, prompts: Tensor | None, state: Mapping[str, Tensor]) -> None:
-    """Copy a state into a tail and a prompt parameter, in place; optimisers keep their hold.
+    """Copy a device's state into its tail and its prompts, in place; optimisers keep their hold.
 
     Raises `WeightsMismatchError` before anything is changed.
     """
-    check_state(tail.settings, state)
+    _check(device_shapes(tail.settings), state)
     if prompts is not None and PROMPTS in state and prompts.shape != state[PROMPTS].shape:
         limit = f"of shape {list(prompts.shape)}"
         raise WeightsMismatchError(PROMPTS, limit, list(state[PROMPTS].shape))
@@ -105,7 +116,7 @@ def apply_state(tail: Tail, prompts: Tensor | None, state: Mapping[str, Tensor])
 
 
 def read_state(tail: Tail, prompts: Tensor | None) -> TunedState:
-    """The state of a tail and its prompts: float32 copies on the CPU."""
+    """The state of a tail and, where they are given, its prompts: float32 copies on the CPU."""
     own = tail.state_dict()
     state = {TAIL + name: _copy(own[own_name]) for name, own_name in tail.names().items()}
     if prompts is not None:

@@ -28,6 +28,8 @@ from split_server.routes.gate import Gate
 from split_server.routes.room import Room
 from split_server.routes.small_bodies import SmallBodies
 from split_server.routes.split import SplitPlane
+from split_server.routes.split_requests import Desk
+from split_server.samples import SampleStore, StoreLimits
 from split_server.service import Federation
 from split_server.settings import ServerSettings
 from split_server.store import Store
@@ -47,6 +49,7 @@ class _Watcher:
 
     notifier: Notifier
     engine: Engine
+    samples: SampleStore
 
     def changed(self, run: str) -> None:
         self.notifier.notify(run)
@@ -55,8 +58,12 @@ class _Watcher:
         self.engine.release(run)
         self.notifier.notify(run)
 
+    def run_over(self, run: str) -> None:
+        self.samples.drop(run)
+
     def left(self, run: str, participant: str) -> None:
         self.engine.release(run, participant)
+        self.samples.drop(run, participant)
         self.notifier.notify(run)
 
 
@@ -88,12 +95,16 @@ class SplitServer:
         store = await asyncio.to_thread(Store, settings.database)
         engine = self._engine()
         self._notifier = notifier = Notifier(asyncio.get_running_loop())
-        federation = await asyncio.to_thread(self._federation, store, _Watcher(notifier, engine))
+        samples = await asyncio.to_thread(self._sample_store)
+        watcher = _Watcher(notifier, engine, samples)
+        federation = await asyncio.to_thread(self._federation, store, watcher)
         routes = FederationRoutes(
             federation,
             self._credentials,
             self._presence,
             notifier,
+            engine,
+            samples,
             self.placement,
             settings.frame_limits,
             settings.body_timeout_s,
@@ -102,8 +113,8 @@ class SplitServer:
         app.include_router(routes.router)
         plane = SplitPlane(
             SmallBodies(app, settings.body_timeout_s),
+            Desk(engine, samples, self.placement.device, federation.files),
             federation,
-            engine,
             self._credentials,
             self._presence,
             settings.frame_limits,
@@ -120,6 +131,7 @@ class SplitServer:
             ticking.cancel()
             notifier.close()
             await asyncio.to_thread(engine.close)
+            await asyncio.to_thread(samples.close)
             await asyncio.to_thread(federation.save_traffic)
             await asyncio.to_thread(store.close)
 
@@ -134,6 +146,15 @@ class SplitServer:
         )
         bodies = Bodies(self.placement, settings.max_bodies)
         return LocalEngine(bodies, self.placement, limits)
+
+    def _sample_store(self) -> SampleStore:
+        settings = self.settings
+        limits = StoreLimits(
+            memory_bytes=settings.samples_mib * _MIB,
+            disk_bytes=settings.samples_disk_mib * _MIB,
+            participant_bytes=settings.participant_samples_mib * _MIB,
+        )
+        return SampleStore(settings.data_dir / "samples", limits)
 
     def _federation(self, store: Store, watcher: _Watcher) -> Federation:
         settings, clock = self.settings, Clock()

@@ -48,21 +48,30 @@ def place_input(tensor: Tensor, placement: Placement, name: str) -> Tensor:
     return placed
 
 
-def run_forward(body: Body, smashed: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Smashed data [B, T, D] to the leaf, the features [B, T, D] and the bytes that they keep.
+def run_forward(
+    body: Body, smashed: Tensor, prompts: Tensor | None, leading: int | None
+) -> tuple[Tensor, Tensor, int]:
+    """Smashed data [B, T, D] to the leaf, the features [B, T', D] and the bytes that they keep.
+
+    Args:
+        body: whose blocks to run.
+        smashed: the leaf, where no prompts are given.
+        prompts: [L, P, D] that join at the cut, and are then the leaf.
+        leading: how many of the features' tokens are wanted; None: all.
 
     Raises:
         WrongShape: no number of tokens or width that this body takes.
     """
-    leaf = smashed.detach().requires_grad_(True)
+    constant = smashed.detach()
+    leaf = constant.requires_grad_(True) if prompts is None else prompts.detach().requires_grad_()
     counter = _SavedBytes(body)
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(counter.pack, _unpack):
-        features = _call(body, leaf)
-    return leaf, features, counter.nbytes + 2 * _nbytes(leaf)
+        features = _call(body, constant, None if prompts is None else leaf)[:, :leading]
+    return leaf, features, counter.nbytes + _nbytes(constant) + _nbytes(leaf)
 
 
 def run_backward(step: RetainedStep, gradients: Tensor) -> Tensor:
-    """The gradient of the features [B, T, D] to that of the smashed data [B, T, D].
+    """The gradient of the features [B, T, D] to that of the step's leaf.
 
     Raises:
         WrongShape: the gradient is not of the features' shape.
@@ -74,23 +83,25 @@ def run_backward(step: RetainedStep, gradients: Tensor) -> Tensor:
             limit=list(step.features.shape),
             value=list(gradients.shape),
         )
-    (result,) = torch.autograd.grad(step.features, step.smashed, gradients)
+    (result,) = torch.autograd.grad(step.features, step.leaf, gradients)
     return result
 
 
-def run_inference(body: Body, smashed: Tensor) -> Tensor:
-    """Smashed data [B, T, D] to features [B, T, D], keeping nothing.
+def run_inference(
+    body: Body, smashed: Tensor, prompts: Tensor | None, leading: int | None
+) -> Tensor:
+    """Smashed data [B, T, D] to features [B, T', D], keeping nothing. See `run_forward`.
 
     Raises:
         WrongShape: no number of tokens or width that this body takes.
     """
     with torch.inference_mode():
-        return _call(body, smashed)
+        return _call(body, smashed, prompts)[:, :leading]
 
 
-def _call(body: Body, smashed: Tensor) -> Tensor:
+def _call(body: Body, smashed: Tensor, prompts: Tensor | None) -> Tensor:
     try:
-        features: Tensor = body(smashed)
+        features: Tensor = body(smashed, prompts)
     except split_model.TokenCountError as error:
         raise WrongShape(
             str(error), field=error.field, limit=error.limit, value=list(error.value)

@@ -23,11 +23,18 @@ from protocol.errors import (
     StepLost,
     TooLarge,
 )
-from split_model import anatomy
+from split_model import Body, anatomy
 from split_server import compute
 from split_server.bodies import Bodies, BodyKey
 from split_server.clock import Clock
 from split_server.devices import Placement
+from split_server.sessions import (
+    Session,
+    SessionPlan,
+    Sessions,
+    batch_key,
+    lost_session,
+)
 from split_server.steps import Answer, Answers, RetainedStep, RetainedSteps, StepKey
 
 log = logging.getLogger(__name__)
@@ -41,6 +48,7 @@ class ForwardJob:
     body: BodyKey
     smashed: Tensor  # [B, T, D]
     fingerprint: int  # of the request: a repeat has the same one
+    leading: int | None = None  # tokens of the features that are wanted; None: all
 
 
 @dataclass(frozen=True)
@@ -54,11 +62,37 @@ class BackwardJob:
 
 
 @dataclass(frozen=True)
+class ExchangeJob:
+    """One request of a session: the last batch's gradients, and the next batch.
+
+    See `protocol.messages.ExchangeMeta` for what ``number`` and ``steps`` mean.
+    """
+
+    run: str
+    participant: str
+    session: str
+    number: int
+    steps: int
+    body: BodyKey
+    plan: SessionPlan
+    gradients: Tensor | None  # [B, T', D] of the features of batch ``number - 1``
+    smashed: Tensor | None  # [B, T, D] of batch ``number``
+    fingerprint: int
+    leading: int | None = None
+
+    @property
+    def key(self) -> StepKey:
+        return batch_key(self.run, self.participant, self.session, self.number)
+
+
+@dataclass(frozen=True)
 class InferJob:
     """Smashed data for which nothing is kept."""
 
     body: BodyKey
     smashed: Tensor  # [B, T, D]
+    prompts: Tensor | None = None  # [L, P, D], where they join at the cut
+    leading: int | None = None
 
 
 @dataclass(frozen=True)
@@ -93,15 +127,32 @@ class Engine(Protocol):
             Busy, IdempotencyKeyReused, NonFinite, WrongShape
         """
 
+    async def exchange(self, job: ExchangeJob) -> Tensor:
+        """Tune the session's prompts with the gradients; the next batch's features [B, T', D].
+
+        After the last batch the answer is empty, [0].
+
+        Raises:
+            StepLost: the session, or its last batch, is not kept (any more).
+            Busy, TooLarge, IdempotencyKeyReused, NonFinite, WrongShape
+        """
+
+    def trained(self, run: str, participant: str, session: str) -> Tensor:
+        """The prompts [L, P, D] of a session that has come to its end, on the CPU.
+
+        Raises:
+            StepLost: it is not kept (any more), or not at its end.
+        """
+
     async def infer(self, job: InferJob) -> Tensor:
-        """Features [B, T, D] on the CPU; nothing is kept.
+        """Features [B, T', D] on the CPU; nothing is kept.
 
         Raises:
             Busy, NonFinite, WrongShape
         """
 
     def release(self, run: str, participant: str | None = None) -> None:
-        """Free the steps of a run, or of one of its participants. Safe from any thread."""
+        """Free steps and sessions of a run, or of one participant. Safe from any thread."""
 
     def sweep(self) -> None:
         """Free the steps whose backward has not come in time."""
@@ -146,6 +197,7 @@ class LocalEngine:
         self._reserved_bytes = 0
         self._in_flight: dict[tuple[str, StepKey], _Ticket] = {}
         self._steps = RetainedSteps(limits.steps_per_participant)
+        self._sessions = Sessions()
         self._answers = Answers(limits.steps_per_participant, limits.answer_bytes)
         self._releases: Counter[tuple[str, str | None]] = Counter()
         self._sizes = compute.StepSizes()
@@ -161,7 +213,7 @@ class LocalEngine:
                 return known
             ticket = self._in_flight.get(("forward", job.key))
             if ticket is None:
-                need, releases = self._room_for(job), self._releases_of(job.key)
+                need, releases = self._room_for(job.body, job.smashed), self._releases_of(job.key)
                 ticket = _Ticket(
                     lambda: self._forward(job, releases),
                     job.body,
@@ -190,6 +242,25 @@ class LocalEngine:
                 self._enqueue(ticket, ("backward", job.key))
         return await _result(ticket, job.fingerprint, job.key)
 
+    async def exchange(self, job: ExchangeJob) -> Tensor:
+        """See `Engine.exchange`."""
+        with self._wake:
+            if (known := self._exchanged(job)) is not None:
+                return known
+            ticket = self._in_flight.get(("exchange", job.key))
+            if ticket is None:
+                ticket = self._exchange_ticket(job)
+                self._enqueue(ticket, ("exchange", job.key))
+        return await _result(ticket, job.fingerprint, job.key)
+
+    def trained(self, run: str, participant: str, session: str) -> Tensor:
+        """See `Engine.trained`."""
+        with self._wake:
+            found = self._sessions.get(run, participant, session)
+            if found.applied != found.steps:
+                raise lost_session(session)
+            return found.trained()
+
     async def infer(self, job: InferJob) -> Tensor:
         """See `Engine.infer`."""
         with self._wake:
@@ -207,6 +278,7 @@ class LocalEngine:
             self._releases[run, participant] += 1
             self._steps.drop_where(lambda key, _: unwanted(key))
             self._answers.drop_where(unwanted)
+            self._sessions.drop(run, participant)
 
     def sweep(self) -> None:
         """See `Engine.sweep`."""
@@ -234,13 +306,40 @@ class LocalEngine:
         _require_same(answer.fingerprint, fingerprint, key)
         return answer.tensor
 
-    def _room_for(self, job: ForwardJob) -> int:
-        depth = anatomy(job.body.settings).depth
-        blocks = depth - job.body.settings.cut - job.body.settings.tail_blocks
+    def _exchanged(self, job: ExchangeJob) -> Tensor | None:
+        """What this very request was answered with, if it is a repeat of the newest one."""
+        step = self._steps.get(job.key)
+        if step is not None:
+            _require_same(step.fingerprint, job.fingerprint, job.key)
+            return step.answer
+        if job.number == 0:
+            return None
+        session = self._sessions.get(job.run, job.participant, job.session)
+        done = job.number == job.steps == session.applied
+        return torch.empty(0) if done else None
+
+    def _exchange_ticket(self, job: ExchangeJob) -> _Ticket:
+        releases = self._releases_of(job.key)
+        waiting = [tensor for tensor in (job.gradients, job.smashed) if tensor is not None]
+        last = self._steps.get(_before(job))
+        return _Ticket(
+            lambda: self._exchange(job, releases),
+            job.body,
+            sum(map(_nbytes, waiting)),
+            # Its last batch makes room before this one takes it.
+            0 if job.smashed is None else self._room_for(job.body, job.smashed, last),
+            job.fingerprint,
+        )
+
+    def _room_for(
+        self, body: BodyKey, smashed: Tensor, instead_of: RetainedStep | None = None
+    ) -> int:
+        depth = anatomy(body.settings).depth
+        blocks = depth - body.settings.cut - body.settings.tail_blocks
         itemsize = self._placement.dtype.itemsize
-        need = self._sizes.estimate(job.body, blocks, job.smashed, itemsize)
+        need = self._sizes.estimate(body, blocks, smashed, itemsize)
         limit = self._limits.retained_bytes
-        if need > limit and self._sizes.is_known(job.body, job.smashed):
+        if need > limit and self._sizes.is_known(body, smashed):
             raise TooLarge(
                 "a batch of this size does not fit the memory that steps may take",
                 field="smashed",
@@ -249,6 +348,8 @@ class LocalEngine:
                 hint="use a smaller batch_size, or raise engine_memory_mib",
             )
         need = min(need, limit)  # a guess may be too high
+        if instead_of is not None:
+            need = max(0, need - instead_of.nbytes)
         if self._steps.nbytes + self._reserved_bytes + need > limit:
             self._sweep()
         if self._steps.nbytes + self._reserved_bytes + need > limit:
@@ -330,10 +431,21 @@ class LocalEngine:
     def _forward(self, job: ForwardJob, releases: int) -> Tensor:
         body = self._bodies.get(job.body)
         smashed = compute.place_input(job.smashed, self._placement, "smashed")
-        leaf, features, nbytes = compute.run_forward(body, smashed)
+        return self._retain(job, body, smashed, None, releases)
+
+    def _retain(
+        self,
+        job: ForwardJob | ExchangeJob,
+        body: Body,
+        smashed: Tensor,
+        prompts: Tensor | None,
+        releases: int,
+    ) -> Tensor:
+        """Run forward, keep the graph for its backward, and answer with the features."""
+        leaf, features, nbytes = compute.run_forward(body, smashed, prompts, job.leading)
         answer = features.detach().cpu()
         step = RetainedStep(
-            smashed=leaf,
+            leaf=leaf,
             features=features,
             answer=answer,
             fingerprint=job.fingerprint,
@@ -345,6 +457,43 @@ class LocalEngine:
             if releases == self._releases_of(job.key):  # else its round ended while it waited
                 self._steps.add(job.key, step)
         return answer
+
+    def _exchange(self, job: ExchangeJob, releases: int) -> Tensor:
+        body = self._bodies.get(job.body)
+        smashed = None
+        if job.smashed is not None:
+            smashed = compute.place_input(job.smashed, self._placement, "smashed")
+        session = self._begin(job, smashed, releases) if job.number == 0 else self._apply(job)
+        if smashed is None:
+            return torch.empty(0)
+        return self._retain(job, body, smashed, session.prompts, releases)
+
+    def _begin(self, job: ExchangeJob, smashed: Tensor | None, releases: int) -> Session:
+        patches = None
+        if smashed is not None:
+            patches = smashed[:, anatomy(job.body.settings).prefix :]  # [B, N, D]
+        session = Session.begin(job.session, job.steps, job.plan, self._placement.device, patches)
+        with self._wake:
+            owner = (job.run, job.participant)
+            self._steps.drop_where(lambda key, _: (key.run, key.participant) == owner)
+            if releases == self._releases_of(job.key):
+                self._sessions.begin(*owner, session)
+        return session
+
+    def _apply(self, job: ExchangeJob) -> Session:
+        """Bring the gradients of the last batch into the prompts, once."""
+        with self._wake:
+            session = self._sessions.get(job.run, job.participant, job.session)
+            step = self._steps.get(_before(job))
+        if session.applied == job.number:  # a repeat, whose forward had failed
+            return session
+        if session.applied != job.number - 1 or step is None or job.gradients is None:
+            raise lost_session(job.session)
+        gradients = compute.place_input(job.gradients, self._placement, "gradients")
+        session.apply(compute.run_backward(step, gradients))
+        with self._wake:
+            self._steps.drop(_before(job))
+        return session
 
     def _backward(self, job: BackwardJob) -> Tensor:
         with self._wake:
@@ -362,7 +511,14 @@ class LocalEngine:
     def _infer(self, job: InferJob) -> Tensor:
         body = self._bodies.get(job.body)
         smashed = compute.place_input(job.smashed, self._placement, "smashed")
-        return compute.run_inference(body, smashed).cpu()
+        prompts = None
+        if job.prompts is not None:
+            prompts = compute.place_input(job.prompts, self._placement, "prompts")
+        return compute.run_inference(body, smashed, prompts, job.leading).cpu()
+
+
+def _before(job: ExchangeJob) -> StepKey:
+    return batch_key(job.run, job.participant, job.session, job.number - 1)
 
 
 async def _result(ticket: _Ticket, fingerprint: int, key: StepKey) -> Tensor:

@@ -9,7 +9,7 @@ from protocol.errors import NotFound
 from split_model import SplitSettings, export_model
 from split_server.model_files import model_errors
 from split_server.snapshot import load_snapshot
-from split_server.states import RunFiles, read_tensors
+from split_server.states import RunFiles, StateRefs
 from split_server.store import Store
 from split_server.tables import RunRow
 
@@ -32,7 +32,7 @@ def export_run(data_dir: Path, run_id: str, out: Path) -> None:
             run = load_snapshot(session, run_id)
     finally:
         store.close()
-    state = read_tensors(RunFiles(data_dir / "runs" / run_id).state(run.state.sha256))
+    state = RunFiles(data_dir / "runs" / run_id).read_state(StateRefs(run.state, run.prompts))
     metadata = {"run": run.id, "name": run.settings.name, "round": str(run.closed_rounds)}
     if run.settings.class_names is not None:
         metadata["class_names"] = json.dumps(run.settings.class_names)

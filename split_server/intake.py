@@ -20,7 +20,7 @@ from split_server.snapshot import Member
 
 @lru_cache(maxsize=64)
 def _shapes(model: BackboneSettings) -> Mapping[str, tuple[int, ...]]:
-    return split_model.state_shapes(SplitSettings.of(model))
+    return split_model.device_shapes(SplitSettings.of(model))
 
 
 def check_samples(meta: UpdateMeta, member: Member) -> None:
@@ -48,7 +48,7 @@ def check_samples(meta: UpdateMeta, member: Member) -> None:
 
 
 def read_update(frame: Frame, model: BackboneSettings) -> dict[str, Tensor]:
-    """The tensors of an update in float32, if they are exactly those of the run, and finite.
+    """A device's tensors of an update in float32, if exactly those of the run, and finite.
 
     Raises:
         WrongShape: a tensor is missing, unknown, or of another shape.
@@ -91,14 +91,14 @@ def read_floats(frame: Frame, name: str) -> Tensor:
     return plain
 
 
-def read_tensor(frame: Frame, name: str) -> Tensor:
+def read_tensor(frame: Frame, name: str, device: torch.device | str = "cpu") -> Tensor:
     """One tensor of floating-point numbers, in the dtype of its codec and not yet looked into.
 
     Raises:
         MalformedFrame: the frame lacks it.
         InvalidField: its codec carries no floating-point numbers.
     """
-    tensor = frame.tensor(name)
+    tensor = frame.tensor(name, device)
     if not codec_named(frame.specs[name].codec).floating:
         raise InvalidField(
             "this tensor takes a codec of floating-point numbers",
@@ -108,15 +108,29 @@ def read_tensor(frame: Frame, name: str) -> Tensor:
     return tensor
 
 
-def check_tokens(settings: SplitSettings, tensor: Tensor, name: str) -> None:
+def check_smashed(settings: SplitSettings, smashed: Tensor) -> None:
     """Refuse what no body of these settings takes, before it waits for one.
 
     Raises:
-        WrongShape: not [B, T, D] with at least one sample, the run's tokens (prompts included)
-            and the backbone's width.
+        WrongShape: not [B, T, D] with at least one sample, the tokens that leave the run's head
+            (prompts included, if they join at the input) and the backbone's width.
     """
+    inside = settings.prompt_count if settings.prompt_at == "input" else 0
+    _check_tokens(settings, smashed, split_model.anatomy(settings).tokens + inside, "smashed")
+
+
+def check_gradients(settings: SplitSettings, gradients: Tensor, leading: int | None) -> None:
+    """Refuse what cannot be the gradient of features that the run hands out.
+
+    Raises:
+        WrongShape: not [B, T', D], with the ``leading`` tokens or else all, prompts included.
+    """
+    tokens = split_model.anatomy(settings).tokens + settings.prompt_count
+    _check_tokens(settings, gradients, tokens if leading is None else leading, "gradients")
+
+
+def _check_tokens(settings: SplitSettings, tensor: Tensor, tokens: int, name: str) -> None:
     sizes = split_model.anatomy(settings)
-    tokens = sizes.tokens + settings.prompt_count
     shape = list(tensor.shape)
     if len(shape) != 3 or shape[0] < 1 or shape[1:] != [tokens, sizes.width]:
         raise WrongShape(

@@ -13,7 +13,7 @@ from protocol.messages import BlobRef
 from protocol.seeds import derive_seed
 from protocol.settings import RunSettings
 from split_model import SplitSettings
-from split_server.states import RunFiles
+from split_server.states import RunFiles, StateRefs
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class PreparedRun:
     backbone_path: Path
     backbone_bytes: int  # of the uncut model with its classifier, in float32
     head: BlobRef
-    state: BlobRef
+    state: StateRefs
 
 
 def prepare_run(settings: RunSettings, files: RunFiles, cache_dir: Path) -> PreparedRun:
@@ -34,7 +34,6 @@ def prepare_run(settings: RunSettings, files: RunFiles, cache_dir: Path) -> Prep
     Raises:
         InvalidField: the model cannot be had, or cannot be cut as the settings ask.
     """
-    require_served(settings)
     with model_errors():
         split = SplitSettings.of(settings.model)
         sizes = split_model.part_bytes(split)
@@ -42,28 +41,15 @@ def prepare_run(settings: RunSettings, files: RunFiles, cache_dir: Path) -> Prep
         weights = split_model.open_backbone(backbone.path)
         seed = derive_seed(settings.seed, "initial-state")
         state = split_model.initial_state(split, weights, seed)
-        head, sha256 = split_model.write_head_file(split, backbone.path, files.head)
+        head, sha256 = split_model.write_head_file(
+            split, backbone.path, files.head, settings.wire.head
+        )
     return PreparedRun(
         backbone_path=backbone.path,
         backbone_bytes=sizes.backbone_bytes,
         head=BlobRef(sha256=sha256, nbytes=head.stat().st_size),
-        state=files.write_state(state),
+        state=files.write_state(state, settings.model.prompt_at),
     )
-
-
-def require_served(settings: RunSettings) -> None:
-    """Refuse settings that the contract knows and this server does not serve yet.
-
-    Raises:
-        InvalidField: one of them.
-    """
-    model = settings.model
-    for field, value, served in (
-        ("model.prompt_at", model.prompt_at, "input"),
-        ("model.prompt_depth", model.prompt_depth, "shallow"),
-    ):
-        if value != served:
-            raise InvalidField("not served yet", field=field, limit=served, value=value)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from protocol.errors import SFPromptError
-from protocol.messages import BlobRef, RoundStatus, RunStatus
+from protocol.messages import RoundStatus, RunStatus
 from split_server.aggregation import WeightedState, federated_average, weighted_mean
 from split_server.journal import record_event
 from split_server.meter import Meter
@@ -23,7 +23,7 @@ from split_server.rounds import (
     Repeat,
 )
 from split_server.snapshot import RunSnapshot
-from split_server.states import RunFiles, read_tensors
+from split_server.states import RunFiles, StateRefs, read_tensors
 from split_server.tables import EvaluationRow, RoundRow, RunRow, UpdateRow
 from split_server.views import closed_traffic
 
@@ -35,7 +35,7 @@ def average(
 
     Apart from `apply`, so that no transaction waits for the arithmetic.
     """
-    row = _open_row(session, run)
+    row, placement = _open_row(session, run), run.settings.model.prompt_at
     try:
         state = federated_average(
             WeightedState(update.samples, partial(read_tensors, files.update(update.sha256)))
@@ -44,7 +44,7 @@ def average(
     except SFPromptError as error:
         # Every update was checked alone; only their sum can still leave float32's range.
         return FailRun(f"round {row.round}: {error}")
-    return Publish(action.updated, action.evaluators, files.write_state(state))
+    return Publish(action.updated, action.evaluators, files.write_state(state, placement))
 
 
 def apply(session: Session, run: RunSnapshot, action: Action, meter: Meter, at: float) -> None:
@@ -138,7 +138,7 @@ def _publish(
         updates=len(updates),
         samples=row.samples,
         train_loss=row.train_loss,
-        state=action.state.sha256,
+        state=action.state.device.sha256,
     )
     if action.evaluators:
         row.status, row.evaluators = RoundStatus.EVALUATING, list(action.evaluators)
@@ -146,10 +146,10 @@ def _publish(
         _close(session, run, row, meter, at)
 
 
-def _set_state(session: Session, run: RunSnapshot, row: RoundRow, blob: BlobRef) -> None:
-    row.state_sha256, row.state_nbytes = blob.sha256, blob.nbytes
+def _set_state(session: Session, run: RunSnapshot, row: RoundRow, refs: StateRefs) -> None:
+    row.state_sha256, row.state_nbytes = refs.device.sha256, refs.device.nbytes
     run_row = session.get_one(RunRow, run.id)
-    run_row.state_sha256, run_row.state_nbytes = blob.sha256, blob.nbytes
+    run_row.set_state(refs)
 
 
 def _measure(session: Session, run: RunSnapshot, row: RoundRow) -> None:

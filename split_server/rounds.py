@@ -7,9 +7,10 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from protocol.errors import Conflict, RunClosed, StaleRound
-from protocol.messages import Assignment, BlobRef, RoundStatus, RunStatus, Task
+from protocol.messages import Assignment, RoundStatus, RunStatus, Task
 from protocol.seeds import derive_seed
 from split_server.snapshot import Member, OpenRound, RunSnapshot
+from split_server.states import StateRefs
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Publish:
 
     updated: tuple[str, ...]
     evaluators: tuple[str, ...]
-    state: BlobRef
+    state: StateRefs
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,9 @@ class Watcher(Protocol):
     def round_over(self, run: str) -> None:
         """No training step of a run can go on."""
 
+    def run_over(self, run: str) -> None:
+        """Nothing more is trained or measured in a run."""
+
     def left(self, run: str, participant: str) -> None:
         """A participant will not come back."""
 
@@ -151,6 +154,8 @@ class Runs:
         if not isinstance(action, rounds.OpenTraining):
             self._sweep_updates(run.id)
             self._watcher.round_over(run.id)
+            if self.run(run.id).status.over:
+                self._watcher.run_over(run.id)
 
     def _next(self, run_id: str) -> rounds.Action | None:
         live = self._presence.live(run_id)

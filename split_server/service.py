@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy.orm import Session
+from torch import Tensor
 
 from protocol.errors import (
     EmptyUpdate,
@@ -39,7 +40,7 @@ from split_server.clock import Clock
 from split_server.credentials import Credentials
 from split_server.journal import Once, record_event
 from split_server.meter import Meter
-from split_server.model_files import PreparedRun, prepare_run, require_served
+from split_server.model_files import PreparedRun, prepare_run
 from split_server.presence import Presence
 from split_server.runs import Runs, Watcher
 from split_server.snapshot import Member, RunSnapshot, load_snapshot
@@ -55,6 +56,7 @@ from split_server.tables import (
 
 log = logging.getLogger(__name__)
 
+Held = Callable[[], dict[str, Tensor]]
 Prepare = Callable[[RunSettings, RunFiles, Path], PreparedRun]
 
 
@@ -116,7 +118,6 @@ class Federation(Runs):
 
     def create(self, settings: RunSettings, once: Once) -> RunView:
         """Make a run: its model's files first, then the run itself."""
-        require_served(settings)
         with self._creating:  # one at a time: a repeat must find the first one's answer
             if (known := self._recall(once)) is not None:
                 return RunView.model_validate(known)
@@ -135,22 +136,20 @@ class Federation(Runs):
         prepared = self._prepare(settings, files, self._data_dir / "backbones")
         at = self._clock.wall()
         with self._store.writing() as session:
-            session.add(
-                RunRow(
-                    id=run_id,
-                    status=RunStatus.WAITING,
-                    reason=None,
-                    settings=settings.model_dump(mode="json"),
-                    created_at=at,
-                    finished_at=None,
-                    backbone_path=str(prepared.backbone_path),
-                    backbone_bytes=prepared.backbone_bytes,
-                    head_sha256=prepared.head.sha256,
-                    head_nbytes=prepared.head.nbytes,
-                    state_sha256=prepared.state.sha256,
-                    state_nbytes=prepared.state.nbytes,
-                )
+            row = RunRow(
+                id=run_id,
+                status=RunStatus.WAITING,
+                reason=None,
+                settings=settings.model_dump(mode="json"),
+                created_at=at,
+                finished_at=None,
+                backbone_path=str(prepared.backbone_path),
+                backbone_bytes=prepared.backbone_bytes,
+                head_sha256=prepared.head.sha256,
+                head_nbytes=prepared.head.nbytes,
             )
+            row.set_state(prepared.state)
+            session.add(row)
             record_event(session, run_id, at, "run_created", name=settings.name)
             view = views.run_view(load_snapshot(session, run_id))
             once.remember(session, view.model_dump(mode="json"), at)
@@ -174,6 +173,7 @@ class Federation(Runs):
             view = views.run_view(load_snapshot(session, run_id))
             once.remember(session, view.model_dump(mode="json"), at)
         self._watcher.round_over(run_id)
+        self._watcher.run_over(run_id)
         return view
 
     def join(self, run_id: str, request: JoinRequest, once: Once) -> JoinResponse:
@@ -243,11 +243,24 @@ class Federation(Runs):
         self.advance(run_id)
 
     def update(
-        self, run_id: str, participant: str, meta: UpdateMeta, frame: Frame, once: Once
+        self,
+        run_id: str,
+        participant: str,
+        meta: UpdateMeta,
+        frame: Frame,
+        once: Once,
+        held: Held | None = None,
     ) -> UpdateReceipt:
         """Count an update, once.
 
+        Args:
+            run_id, participant: whose it is.
+            meta, frame: as the device sent them.
+            once: the request.
+            held: gives the part of the update that the server has already, where it has one.
+
         Raises:
+            StepLost: that part is not here any more.
             StaleRound, RunClosed, Conflict: not now, or not again.
             EmptyUpdate, NonFinite, WrongShape: not like this; the round goes on without it.
             InvalidField: a field is wrong; the participant may correct it.
@@ -263,6 +276,8 @@ class Federation(Runs):
             try:
                 intake.check_samples(meta, member)
                 tensors = intake.read_update(frame, run.settings.model)
+                if held is not None:
+                    tensors |= held()
             except (EmptyUpdate, NonFinite, WrongShape) as error:
                 self._decline(run, member, error)
                 refusal: SFPromptError | None = error
@@ -294,7 +309,7 @@ class Federation(Runs):
                 )
             )
             once.remember(session, {}, at)
-            data = meta.model_dump(exclude={"local_loss"})
+            data = meta.model_dump(exclude={"local_loss", "session"})
             record_event(session, run.id, at, "update_counted", participant=member.id, **data)
 
     def _decline(self, run: RunSnapshot, member: Member, error: SFPromptError) -> None:

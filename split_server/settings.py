@@ -48,6 +48,15 @@ class ServerSettings(BaseSettings):
     )
     queue_mib: int = Field(512, ge=1, le=2**20, description="tensors being read or waiting")
     answer_mib: int = Field(256, ge=0, le=2**20, description="answers kept for repeated steps")
+    samples_mib: int = Field(
+        1024, ge=1, le=2**24, description="smashed data kept in memory for later steps"
+    )
+    samples_disk_mib: int = Field(
+        8192, ge=0, le=2**24, description="the same on disk, where memory is full"
+    )
+    participant_samples_mib: int = Field(
+        2048, ge=1, le=2**24, description="the same, most for one participant"
+    )
     step_timeout_s: float = Field(
         300.0, gt=0, le=86_400, description="a step without its backward is dropped after this"
     )

@@ -62,7 +62,8 @@ class RunSnapshot:
     backbone_path: str
     backbone_bytes: int
     head: BlobRef
-    state: BlobRef
+    state: BlobRef  # as devices take it
+    prompts: BlobRef | None  # the rest of it, where prompts join at the cut
     members: Mapping[str, Member]
     open_round: OpenRound | None
     closed_rounds: int  # rounds that have made a global state and been measured
@@ -119,7 +120,8 @@ def load_snapshot(session: Session, run_id: str) -> RunSnapshot:
         backbone_path=run.backbone_path,
         backbone_bytes=run.backbone_bytes,
         head=BlobRef(sha256=run.head_sha256, nbytes=run.head_nbytes),
-        state=BlobRef(sha256=run.state_sha256, nbytes=run.state_nbytes),
+        state=run.state.device,
+        prompts=run.state.prompts,
         members=_members(session, run_id),
         open_round=_open_round(session, last),
         closed_rounds=closed or 0,

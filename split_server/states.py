@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -15,6 +16,16 @@ from safetensors.torch import save
 from torch import Tensor
 
 from protocol.messages import BlobRef
+
+PROMPTS = "prompts"  # their name in a state
+
+
+@dataclass(frozen=True)
+class StateRefs:
+    """A global state on disk: what devices take, and prompts that never leave the server."""
+
+    device: BlobRef
+    prompts: BlobRef | None = None
 
 
 @dataclass(frozen=True)
@@ -37,9 +48,25 @@ class RunFiles:
     def update(self, sha256: str) -> Path:
         return self.root / "updates" / f"{sha256}.safetensors"
 
-    def write_state(self, tensors: dict[str, Tensor]) -> BlobRef:
-        """Store a global state; the same tensors always give the same reference."""
-        return write_tensors(self.root / "states", tensors)
+    def write_state(self, tensors: Mapping[str, Tensor], prompt_at: str) -> StateRefs:
+        """Store a global state where it acts; the same tensors always give the same references.
+
+        With ``prompt_at`` cut, the prompts are a file of their own that devices never see.
+        """
+        folder = self.root / "states"
+        held = {PROMPTS} & set(tensors) if prompt_at == "cut" else set()
+        device = {name: tensor for name, tensor in tensors.items() if name not in held}
+        server = {name: tensors[name] for name in held}
+        return StateRefs(
+            write_tensors(folder, device), write_tensors(folder, server) if server else None
+        )
+
+    def read_state(self, refs: StateRefs) -> dict[str, Tensor]:
+        """A whole global state, prompts and tail."""
+        state = read_tensors(self.state(refs.device.sha256))
+        if refs.prompts is not None:
+            state |= read_tensors(self.state(refs.prompts.sha256))
+        return state
 
     def write_update(self, tensors: dict[str, Tensor]) -> BlobRef:
         return write_tensors(self.root / "updates", tensors)
@@ -57,7 +84,7 @@ class RunFiles:
         shutil.rmtree(self.root, ignore_errors=True)
 
 
-def write_tensors(folder: Path, tensors: dict[str, Tensor]) -> BlobRef:
+def write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> BlobRef:
     """Write a safetensors file named by its hash, durable when this returns."""
     plain = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
     data = save(plain)
@@ -71,6 +98,16 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     with safe_open(path, framework="pt") as file:
         names: list[str] = list(file.keys())
         return {name: torch.as_tensor(file.get_tensor(name)) for name in names}
+
+
+@lru_cache(maxsize=64)
+def read_prompts(path: Path) -> Tensor:
+    """The prompts [L, P, D] of a global state's file, remembered: nobody may change them.
+
+    Raises:
+        OSError: the file is not there.
+    """
+    return read_tensors(path)[PROMPTS]
 
 
 def write_durably(path: Path, data: bytes, mode: int = 0o644) -> None:

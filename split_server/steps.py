@@ -22,7 +22,7 @@ class StepKey:
 class RetainedStep:
     """A forward whose backward is still to come."""
 
-    smashed: Tensor  # [B, T, D], the leaf of the graph
+    leaf: Tensor  # smashed data [B, T, D] or prompts [L, P, D]: what the gradient is for
     features: Tensor  # [B, T, D], the graph's output
     answer: Tensor  # [B, T, D], what the participant was sent
     fingerprint: int  # of the request that made it

@@ -7,6 +7,9 @@ from typing import Any
 from sqlalchemy import JSON, ForeignKey, ForeignKeyConstraint
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
+from protocol.messages import BlobRef
+from split_server.states import StateRefs
+
 SCHEMA_VERSION = 1
 
 
@@ -33,6 +36,23 @@ class RunRow(Base):
     head_nbytes: Mapped[int]
     state_sha256: Mapped[str]
     state_nbytes: Mapped[int]
+    prompts_sha256: Mapped[str | None]  # of the state, where the server keeps them to itself
+    prompts_nbytes: Mapped[int | None]
+
+    def set_state(self, refs: StateRefs) -> None:
+        """Make this the global state."""
+        self.state_sha256, self.state_nbytes = refs.device.sha256, refs.device.nbytes
+        held = refs.prompts
+        self.prompts_sha256 = held.sha256 if held else None
+        self.prompts_nbytes = held.nbytes if held else None
+
+    @property
+    def state(self) -> StateRefs:
+        """The global state."""
+        held = None
+        if self.prompts_sha256 is not None and self.prompts_nbytes is not None:
+            held = BlobRef(sha256=self.prompts_sha256, nbytes=self.prompts_nbytes)
+        return StateRefs(BlobRef(sha256=self.state_sha256, nbytes=self.state_nbytes), held)
 
 
 class ParticipantRow(Base):

@@ -116,7 +116,7 @@ def prepare_without_weights(settings: RunSettings, files: RunFiles, _cache: Path
         backbone_path=files.root / "backbone.safetensors",
         backbone_bytes=1,
         head=head,
-        state=files.write_state(state_of(0.0)),
+        state=files.write_state(state_of(0.0), "input"),
     )
 
 
@@ -131,6 +131,9 @@ class Quiet:
 
     def round_over(self, run: str) -> None:
         self.told.append(("round over", run))
+
+    def run_over(self, run: str) -> None:
+        self.told.append(("run over", run))
 
     def left(self, run: str, participant: str) -> None:
         self.told.append(("left", run, participant))

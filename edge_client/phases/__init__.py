@@ -1,8 +1,18 @@
 """The phases of a round on the device, in the order in which they run."""
 
+from edge_client.phases.context import RoundContext, Samples
 from edge_client.phases.evaluation import Evaluation, evaluate
 from edge_client.phases.local_update import local_update
 from edge_client.phases.scoring import keep_samples
-from edge_client.phases.split_training import split_train
+from edge_client.phases.split_training import Trained, split_train
 
-__all__ = ["Evaluation", "evaluate", "keep_samples", "local_update", "split_train"]
+__all__ = [
+    "Evaluation",
+    "RoundContext",
+    "Samples",
+    "Trained",
+    "evaluate",
+    "keep_samples",
+    "local_update",
+    "split_train",
+]

@@ -4,16 +4,54 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 from torch import Tensor
 
 from edge_client.data import BatchReader, shuffled
 from edge_client.device_model import DeviceModel
-from edge_client.schedule import learning_rate_factor
+from edge_client.head_outputs import HeadOutputs
+from edge_client.kept_samples import KeptSamples
+from edge_client.transport import SamplesMissing
 from protocol.seeds import derive_seed
 from protocol.settings import RunSettings
+from split_model import learning_rate_factor
 
+R = TypeVar("R")
 Advance = Callable[[str, int, int], None]  # phase, batches done, batches in all
+_SENDINGS = 5  # of samples that a request lacks, before their loss is reported as an error
+
+
+@dataclass(frozen=True)
+class Samples:
+    """One set of the device's samples, and what is known of them.
+
+    ``outputs`` where the head's output is constant (prompts at the cut); ``kept`` where the
+    server keeps it too.
+    """
+
+    images: BatchReader
+    outputs: HeadOutputs | None = None
+    kept: KeptSamples | None = None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def with_batch(self, positions: Tensor, view: int | None, request: Callable[[Tensor], R]) -> R:
+        """Make a request of the split plane with these samples, by their ids where they are kept.
+
+        Samples that the server has lost are sent again, and the request after them.
+        """
+        if self.outputs is None:
+            raise ValueError("the head's output is not constant in this run")
+        if self.kept is None:
+            return request(self.outputs.smashed(positions, view))
+        for _ in range(_SENDINGS - 1):
+            try:
+                return request(self.kept.ids(positions, view))
+            except SamplesMissing as error:
+                self.kept.send(positions[error.places], view)
+        return request(self.kept.ids(positions, view))
 
 
 @dataclass
@@ -25,7 +63,7 @@ class RoundContext:
     round: int  # from 1
     attempt: int
     model: DeviceModel
-    samples: BatchReader
+    samples: Samples
     advance: Advance
 
     def seed(self, purpose: str) -> int:
@@ -46,6 +84,11 @@ class RoundContext:
         """The number, over all rounds, of an epoch of this one: split training follows local."""
         training = self.run.training
         return (self.round - 1) * (training.local_epochs + training.split_epochs) + epoch
+
+    def view(self, epoch: int) -> int | None:
+        """Which view of a sample an epoch of this round sees, where there is a fixed number."""
+        training = self.run.training
+        return self.epoch_of_run(epoch) % training.views if training.augment else None
 
     def rate_factor(self, done: int, total: int) -> float:
         """The schedule's factor when ``done`` of ``total`` steps of this round are behind."""

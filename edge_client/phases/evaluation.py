@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
-from edge_client.data import BatchReader
 from edge_client.device_model import DeviceModel
-from edge_client.transport import Server
+from edge_client.phases.context import Advance, Samples
+from edge_client.transport import SplitPlane
 
 _BATCH = 128
 
@@ -26,22 +26,25 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: DeviceModel,
-    server: Server,
-    samples: BatchReader,
-    *,
-    round_: int,
-    codec: str,
-    advance: Callable[[str, int, int], None],
+    model: DeviceModel, plane: SplitPlane, samples: Samples, *, round_: int, advance: Advance
 ) -> Evaluation:
     """Classify every sample with head → body → tail and count."""
     correct, loss_sum = 0, 0.0
-    chunks = torch.arange(len(samples)).split(_BATCH) if len(samples) else ()
+    everything = torch.arange(len(samples))
+    if samples.kept is not None:
+        samples.kept.ensure(everything)
+    chunks = everything.split(_BATCH) if len(samples) else ()
     for done, positions in enumerate(chunks, start=1):
-        images, labels = samples.read(positions)
-        smashed = model.head(images, model.prompts)
         step = f"evaluate.{round_}.{done}"
-        logits = model.tail(server.infer(smashed, step=step, round_=round_, codec=codec))
+
+        def request(batch: Tensor, step: str = step) -> Tensor:
+            return plane.infer(batch, step=step, round_=round_)
+
+        if samples.outputs is not None:
+            features = samples.with_batch(positions, None, request)
+        else:
+            features = request(model.head(samples.images.read(positions)[0], model.prompts))
+        logits, labels = model.tail(features), samples.images.image_set.labels[positions]
         correct += int((logits.argmax(dim=1) == labels).sum())
         loss_sum += F.cross_entropy(logits, labels, reduction="sum").item()
         advance("evaluate", done, len(chunks))

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from edge_client.phases.context import RoundContext
-from edge_client.schedule import make_optimizer, set_progress
+from split_model.schedule import make_optimizer, set_progress
 
 
 def local_update(context: RoundContext) -> float | None:
     """The local-loss update of SFPrompt (arXiv 2407.17533, section 3), on all samples.
 
-    The head's output goes straight into the tail; nothing crosses the network.
+    The head's output goes straight into the tail; nothing crosses the network. Prompts that join
+    at the cut are not here and have no part in it.
 
     Returns:
         The mean cross-entropy over the last epoch; None where there was nothing to do.
@@ -29,11 +31,21 @@ def local_update(context: RoundContext) -> float | None:
     loss_sum = 0.0
     everything = torch.arange(samples)
     for epoch, positions in context.batches("local", everything, training.local_epochs):
-        images, labels = context.samples.read(positions, epoch=context.epoch_of_run(epoch))
-        loss = F.cross_entropy(model.tail(model.head(images, model.prompts)), labels)
+        smashed, labels = _smashed(context, positions, epoch)
+        loss = F.cross_entropy(model.tail(smashed), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         if epoch == training.local_epochs - 1:
             loss_sum += loss.item() * len(positions)
     return loss_sum / samples
+
+
+def _smashed(context: RoundContext, positions: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
+    """What the head makes of a batch, [b, T', D], and its labels [b]."""
+    samples, model = context.samples, context.model
+    labels = samples.images.image_set.labels[positions]
+    if samples.outputs is not None:
+        return samples.outputs.for_tail(positions, context.view(epoch)), labels
+    images, _ = samples.images.read(positions, epoch=context.epoch_of_run(epoch))
+    return model.head(images, model.prompts), labels

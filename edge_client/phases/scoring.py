@@ -20,15 +20,22 @@ def keep_samples(context: RoundContext) -> Tensor:
     everything = torch.arange(len(context.samples))
     if training.keep_fraction == 1 or len(everything) == 0:
         return everything
-    model, labels = context.model, context.samples.image_set.labels
+    model, labels = context.model, context.samples.images.image_set.labels
     logits, inputs = [], []
     chunks = everything.split(128)
     for done, positions in enumerate(chunks, start=1):
-        images, _ = context.samples.read(positions)
-        smashed = model.head(images)  # [b, T, D]
+        smashed = _without_prompts(context, positions)  # [b, T', D]
         inputs.append(model.tail.pool(smashed))
         logits.append(model.tail(smashed))
         context.advance("prune", done, len(chunks))
     generator = torch.Generator().manual_seed(context.seed("prune"))
     scores = SCORES[training.pruning](torch.cat(logits), labels, torch.cat(inputs), generator)
     return keep_highest(scores, training.keep_fraction, labels, training.prune_per_class)
+
+
+def _without_prompts(context: RoundContext, positions: Tensor) -> Tensor:
+    samples = context.samples
+    if samples.outputs is not None:
+        return samples.outputs.for_tail(positions)
+    smashed: Tensor = context.model.head(samples.images.read(positions)[0])
+    return smashed

@@ -4,76 +4,168 @@ from __future__ import annotations
 
 import math
 import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from edge_client.device_model import DeviceModel
 from edge_client.phases.context import RoundContext
-from edge_client.schedule import make_optimizer, set_progress
-from edge_client.transport import Server
+from edge_client.transport import SplitPlane
 from protocol.errors import StepLost
+from protocol.messages import ExchangeMeta
+from split_model import make_optimizer, set_progress
 
-# A device that was restarted in the middle of a round begins it anew: its steps are new ones.
-_PROCESS = secrets.token_hex(4)
 _SENDINGS = 5  # of one step's forward, before its loss is reported as an error
 
 
-def split_train(context: RoundContext, server: Server, kept: Tensor) -> float:
+@dataclass(frozen=True)
+class Trained:
+    """What split training came to: the mean cross-entropy over its last epoch.
+
+    ``session`` names the prompts on the server that belong to it, where they are tuned there.
+    """
+
+    loss: float
+    session: str | None = None
+
+
+def split_train(context: RoundContext, plane: SplitPlane, kept: Tensor) -> Trained:
     """Split training in U-shape over the kept samples [k] (SFPrompt, section 3).
 
-    Four tensors a step: smashed data up, features down, their gradient up, the gradient of the
-    smashed data down.
-
-    Returns:
-        The mean cross-entropy over the last epoch.
+    With prompts at the input, four tensors a step: smashed data up, features down, their gradient
+    up, the gradient of the smashed data down. With prompts at the cut, two: features down and
+    their gradient up, in one round trip.
 
     Raises:
         StaleRound: the round was closed without this participant.
+        StepLost: the server has lost what it held of this round; begin it anew.
     """
-    training, model = context.run.training, context.model
-    optimizer = make_optimizer(training, model.prompts, model.tail)
-    steps = training.split_epochs * math.ceil(len(kept) / training.batch_size)
-    loss_sum = 0.0
-    batches = context.batches("split", kept, training.split_epochs)
+    if context.run.model.prompt_at == "cut":
+        return _train_with_prompts_at_the_cut(context, plane, kept)
+    return _train_with_prompts_at_the_input(context, plane, kept)
+
+
+def _train_with_prompts_at_the_input(
+    context: RoundContext, plane: SplitPlane, kept: Tensor
+) -> Trained:
+    model = context.model
+    optimizer = make_optimizer(context.run.training, model.prompts, model.tail)
+    batches = _Batches(context, kept)
+    name = f"{secrets.token_hex(4)}.{context.round}.{context.attempt}"
     for step, (epoch, positions) in enumerate(batches):
-        set_progress(optimizer, context.rate_factor(step, steps))
-        number = context.epoch_of_run(training.local_epochs + epoch)
-        images, labels = context.samples.read(positions, epoch=number)
+        set_progress(optimizer, context.rate_factor(step, batches.steps))
+        number = context.epoch_of_run(context.run.training.local_epochs + epoch)
+        images, labels = context.samples.images.read(positions, epoch=number)
         optimizer.zero_grad()
-        name = f"{_PROCESS}.{context.round}.{context.attempt}.{step}"
-        loss = _step(context, server, images, labels, name)
+        loss = _step(context, plane, images, labels, f"{name}.{step}")
         optimizer.step()
-        if epoch == training.split_epochs - 1:
-            loss_sum += loss * len(positions)
-    return loss_sum / len(kept)
+        batches.count(epoch, loss, len(positions))
+    return Trained(batches.mean_loss)
 
 
 def _step(
-    context: RoundContext, server: Server, images: Tensor, labels: Tensor, name: str
+    context: RoundContext, plane: SplitPlane, images: Tensor, labels: Tensor, name: str
 ) -> float:
     """Leave the gradients of one batch in prompts and tail, and return its mean loss."""
-    model, wire = context.model, context.run.wire
-    smashed = model.head(images, model.prompts)  # [B, T, D]
+    model = context.model
+    smashed = model.head(images, model.prompts)
     for sending in range(_SENDINGS):
         # A step is named once a sending: the server answers a repeated name with its old answer.
         step = f"{name}.{sending}"
-        features = server.forward(
-            smashed.detach(), step=step, round_=context.round, codec=wire.smashed
-        ).requires_grad_()
-        loss = F.cross_entropy(model.tail(features), labels)
-        parameters = list(model.tail.parameters())
-        features_gradient, *tail_gradients = torch.autograd.grad(loss, [features, *parameters])
+        features = plane.forward(smashed.detach(), step=step, round_=context.round)
+        loss, gradients = _through_the_tail(model, features, labels)
         try:
-            smashed_gradient = server.backward(
-                features_gradient, step=step, round_=context.round, codec=wire.gradients
-            )
+            shape = tuple(smashed.shape)
+            returned = plane.backward(gradients, step=step, round_=context.round, smashed=shape)
             break
         except StepLost:
             if sending == _SENDINGS - 1:
                 raise
-    for parameter, gradient in zip(parameters, tail_gradients, strict=True):
-        parameter.grad = gradient
     if smashed.requires_grad:
-        smashed.backward(smashed_gradient)
-    return loss.item()
+        smashed.backward(returned)
+    return loss
+
+
+def _train_with_prompts_at_the_cut(
+    context: RoundContext, plane: SplitPlane, kept: Tensor
+) -> Trained:
+    """One exchange a step: the gradients of a batch go up with the ids of the next one."""
+    samples, model = context.samples, context.model
+    if samples.kept is not None:
+        for view in _views(context):
+            samples.kept.ensure(kept, view)
+    optimizer = make_optimizer(context.run.training, None, model.tail)
+    batches = _Batches(context, kept)
+    session = f"{secrets.token_hex(4)}.{context.round}.{context.attempt}"
+
+    def meta(number: int) -> ExchangeMeta:
+        return ExchangeMeta(
+            session=session,
+            round=context.round,
+            attempt=context.attempt,
+            number=number,
+            steps=batches.steps,
+        )
+
+    gradients: Tensor | None = None
+    for step, (epoch, positions) in enumerate(batches):
+        sent = gradients
+
+        def request(batch: Tensor, step: int = step, sent: Tensor | None = sent) -> Tensor | None:
+            return plane.exchange(meta(step), sent, batch)
+
+        view = context.view(context.run.training.local_epochs + epoch)
+        features = samples.with_batch(positions, view, request)
+        if features is None:
+            raise StepLost("the server answered a batch without its features", field="session")
+        set_progress(optimizer, context.rate_factor(step, batches.steps))
+        labels = samples.images.image_set.labels[positions]
+        loss, gradients = _through_the_tail(model, features, labels)
+        optimizer.step()
+        batches.count(epoch, loss, len(positions))
+    plane.exchange(meta(batches.steps), gradients, None)
+    return Trained(batches.mean_loss, session)
+
+
+def _views(context: RoundContext) -> list[int | None]:
+    """The views that split training sees in this round, each once."""
+    training = context.run.training
+    epochs = range(training.local_epochs, training.local_epochs + training.split_epochs)
+    return list(dict.fromkeys(context.view(epoch) for epoch in epochs))
+
+
+def _through_the_tail(model: DeviceModel, features: Tensor, labels: Tensor) -> tuple[float, Tensor]:
+    """The mean loss and the gradient of the features; the tail's stay in its parameters."""
+    features = features.requires_grad_()
+    loss = F.cross_entropy(model.tail(features), labels)
+    parameters = list(model.tail.parameters())
+    returned, *gradients = torch.autograd.grad(loss, [features, *parameters])
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
+    return loss.item(), returned
+
+
+class _Batches:
+    """The batches of a round's split training, and the mean loss of its last epoch."""
+
+    def __init__(self, context: RoundContext, kept: Tensor) -> None:
+        training = context.run.training
+        self._batches = context.batches("split", kept, training.split_epochs)
+        self._last = training.split_epochs - 1
+        self._kept = len(kept)
+        self._loss = 0.0
+        self.steps = training.split_epochs * math.ceil(len(kept) / training.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[int, Tensor]]:
+        return self._batches
+
+    def count(self, epoch: int, loss: float, samples: int) -> None:
+        if epoch == self._last:
+            self._loss += loss * samples
+
+    @property
+    def mean_loss(self) -> float:
+        return self._loss / self._kept

@@ -1,7 +1,9 @@
 """The way to the server: one metered connection, typed errors, and patience."""
 
+from edge_client.transport.link import Link
 from edge_client.transport.metered import MeteredTransport
 from edge_client.transport.retry import RetryPolicy
 from edge_client.transport.server import Server
+from edge_client.transport.split_plane import SamplesMissing, SplitPlane
 
-__all__ = ["MeteredTransport", "RetryPolicy", "Server"]
+__all__ = ["Link", "MeteredTransport", "RetryPolicy", "SamplesMissing", "Server", "SplitPlane"]

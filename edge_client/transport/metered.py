@@ -3,11 +3,12 @@
 httpx's own engine parses and copies each chunk in Python; for tensors of a megabyte that is most
 of the client's time. This one writes the request's pieces straight to the socket and reads the
 response into one buffer, and it is where the meter sits: below HTTP, so headers count. What TLS
-adds below it does not.
+adds below it does not. A simulated link, if there is one, sits at the same place.
 """
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import io
 import socket
@@ -18,6 +19,7 @@ from typing import Any, cast
 
 import httpx
 
+from edge_client.transport.link import Line, Link
 from protocol.errors import TooLarge
 from protocol.limits import DEFAULT_LIMITS
 from protocol.traffic import Traffic
@@ -36,6 +38,9 @@ class _CountingSocket(io.RawIOBase):
         self._inner = inner
         self.sent = 0
         self.received = 0
+
+    def begin_exchange(self) -> None:
+        """Nothing: only a simulated link asks when a request begins."""
 
     def sendall(self, data: bytes | memoryview) -> None:
         # Not the socket's own: its time-out is for all of ``data``, however slow the link.
@@ -66,6 +71,30 @@ class _CountingSocket(io.RawIOBase):
         self._inner.close()
 
 
+class _SlowedSocket(_CountingSocket):
+    """The same at the end of a simulated line, in pieces that each wait for their turn."""
+
+    def __init__(self, inner: socket.socket, line: Line) -> None:
+        super().__init__(inner)
+        self._line = line
+        self._exchange = line.exchange()
+
+    def begin_exchange(self) -> None:
+        self._exchange = self._line.exchange()
+
+    def sendall(self, data: bytes | memoryview) -> None:
+        rest, most = memoryview(data).cast("B"), self._line.up.piece_bytes
+        while rest.nbytes:
+            piece, rest = rest[:most], rest[most:]
+            self._exchange.send(piece.nbytes)
+            super().sendall(piece)
+
+    def readinto(self, buffer: Any) -> int:
+        count = super().readinto(memoryview(buffer)[: self._line.down.piece_bytes])
+        self._exchange.receive(count)
+        return count
+
+
 class _Borrowed(io.RawIOBase):
     """A reader that leaves the socket open when a response is done with it."""
 
@@ -82,7 +111,9 @@ class _Borrowed(io.RawIOBase):
 class _Connection:
     """One connection to one origin, kept alive from request to request."""
 
-    def __init__(self, url: httpx.URL, tls: ssl.SSLContext | None, timeout: float) -> None:
+    def __init__(
+        self, url: httpx.URL, tls: ssl.SSLContext | None, timeout: float, line: Line | None
+    ) -> None:
         host, port = url.host, url.port
         if url.scheme == "https":
             self._http: http.client.HTTPConnection = http.client.HTTPSConnection(
@@ -90,13 +121,15 @@ class _Connection:
             )
         else:
             self._http = http.client.HTTPConnection(host, port, timeout=timeout)
-        self._http.connect()
+        round_trips = 2 if url.scheme == "https" else 1
+        with contextlib.nullcontext() if line is None else line.opening(round_trips):
+            self._http.connect()
         plain = cast(socket.socket, self._http.sock)
         plain.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for option, value in _KEEP_ALIVE.items():
             if hasattr(socket, option):
                 plain.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
-        self.socket = _CountingSocket(plain)
+        self.socket = _CountingSocket(plain) if line is None else _SlowedSocket(plain, line)
         self._http.sock = self.socket
         self.used = False
 
@@ -104,6 +137,7 @@ class _Connection:
         self, request: httpx.Request, timeout: float, max_body_bytes: int
     ) -> tuple[http.client.HTTPResponse, bytearray]:
         self.socket.settimeout(timeout)
+        self.socket.begin_exchange()
         target = request.url.raw_path.decode("ascii")
         self._http.putrequest(request.method, target, skip_host=True, skip_accept_encoding=True)
         for name, value in request.headers.raw:
@@ -165,6 +199,8 @@ class MeteredTransport(httpx.BaseTransport):
         connect_timeout_s: seconds to wait for a connection.
         max_body_bytes: of one response.
         prefix: what precedes the protocol's own paths in the server's address.
+        link: take the time that this link would, shared by all connections; None: just loopback
+            or the real network.
 
     A request whose kept-alive connection turns out to be dead is sent once more on a new one;
     that is safe because every request of the protocol may be repeated.
@@ -176,11 +212,13 @@ class MeteredTransport(httpx.BaseTransport):
         connect_timeout_s: float = 10.0,
         max_body_bytes: int = DEFAULT_LIMITS.max_frame_bytes,
         prefix: str = "",
+        link: Link | None = None,
     ) -> None:
         self._tls = tls
         self._connect_timeout_s = connect_timeout_s
         self._max_body_bytes = max_body_bytes
         self._prefix = prefix.rstrip("/")
+        self._line = None if link is None else Line(link)
         self._idle: dict[tuple[str, str, int | None], list[_Connection]] = {}
         self._lock = threading.Lock()
         self._traffic = Traffic()
@@ -266,7 +304,7 @@ class MeteredTransport(httpx.BaseTransport):
         if self._tls is None and request.url.scheme == "https":
             self._tls = ssl.create_default_context()  # reads the trust store: once is enough
         try:
-            return _Connection(request.url, self._tls, self._connect_timeout_s)
+            return _Connection(request.url, self._tls, self._connect_timeout_s, self._line)
         except TimeoutError as error:
             raise httpx.ConnectTimeout(str(error), request=request) from error
         except OSError as error:

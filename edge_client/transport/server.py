@@ -14,8 +14,10 @@ from typing import Any, TypeVar
 from urllib.parse import quote
 
 import httpx
+import torch
 from torch import Tensor
 
+from edge_client.transport.link import Link
 from edge_client.transport.metered import BODY_EXTENSION, MeteredTransport
 from edge_client.transport.retry import RetryPolicy
 from protocol.errors import (
@@ -25,7 +27,7 @@ from protocol.errors import (
     Unreachable,
     error_from_wire,
 )
-from protocol.frames import Frame, decode_frame, encode_frame, frame_length, require_kind
+from protocol.frames import Frame, decode_frame, encode_frame, frame_length
 from protocol.messages import (
     Assignment,
     BlobRef,
@@ -38,7 +40,7 @@ from protocol.messages import (
     parse_message,
 )
 from protocol.settings import Message
-from protocol.traffic import BACKWARD_PATH, FORWARD_PATH, INFER_PATH, Traffic
+from protocol.traffic import Traffic
 from protocol.version import (
     FRAME_MEDIA_TYPE,
     IDEMPOTENCY_HEADER,
@@ -61,6 +63,7 @@ class Server:
         retry: how long to wait for a server that is busy or out of reach.
         ca_file: a PEM file to trust instead of the system's store, for ``https``.
         answer_timeout_s: seconds to wait for one answer.
+        link: simulates a slower line, for benchmarks.
 
     Raises:
         InvalidField: ``url`` is no http(s) address, or ``ca_file`` no PEM file.
@@ -73,10 +76,11 @@ class Server:
         retry: RetryPolicy | None = None,
         ca_file: Path | None = None,
         answer_timeout_s: float = 120.0,
+        link: Link | None = None,
     ) -> None:
         base = _base_url(url)
         context = _trusting(ca_file) if ca_file else None
-        self._transport = MeteredTransport(context, prefix=base.path)
+        self._transport = MeteredTransport(context, prefix=base.path, link=link)
         self._retry = retry or RetryPolicy()
         self._client = httpx.Client(
             base_url=base,
@@ -155,35 +159,22 @@ class Server:
 
     # Split plane
 
-    def forward(self, smashed: Tensor, *, step: str, round_: int, codec: str) -> Tensor:
-        """Smashed data [B, T, D] up, features [B, T, D] down; the server keeps the step."""
-        meta = {"step": step, "round": round_}
-        reply = self._split(FORWARD_PATH, "forward", meta, {"smashed": (smashed, codec)})
-        return _tensor(reply, "features", smashed)
-
-    def backward(self, gradients: Tensor, *, step: str, round_: int, codec: str) -> Tensor:
-        """Gradient of the features [B, T, D] up, of the smashed data [B, T, D] down."""
-        meta = {"step": step, "round": round_}
-        reply = self._split(BACKWARD_PATH, "backward", meta, {"gradients": (gradients, codec)})
-        return _tensor(reply, "gradients", gradients)
-
-    def infer(self, smashed: Tensor, *, step: str, round_: int, codec: str) -> Tensor:
-        """Smashed data [B, T, D] up, features [B, T, D] down; the server keeps nothing."""
-        meta = {"step": step, "round": round_}
-        reply = self._split(INFER_PATH, "infer", meta, {"smashed": (smashed, codec)})
-        return _tensor(reply, "features", smashed)
-
-    # What every request goes through
-
-    def _split(
+    def ask(
         self,
         path: str,
         kind: str,
         meta: Mapping[str, Any],
         tensors: Mapping[str, tuple[Tensor, str]],
+        generator: torch.Generator | None = None,
     ) -> Frame:
-        pieces = encode_frame(kind, meta, tensors)
+        """One frame up to a path of the split plane, one down.
+
+        ``generator`` rounds at random, where it is given and a codec rounds.
+        """
+        pieces = encode_frame(kind, meta, tensors, generator=generator)
         return decode_frame(_body(self._call("POST", path, pieces, media=FRAME_MEDIA_TYPE)))
+
+    # What every request goes through
 
     def _message(self, kind: type[M], *args: Any, **kwargs: Any) -> M:
         return parse_message(kind, self._json(*args, **kwargs))
@@ -338,21 +329,6 @@ def _seconds(text: str) -> float | None:
     except ValueError:
         return None
     return min(seconds, _LONGEST_WAIT_S) if seconds >= 0 and not math.isnan(seconds) else None
-
-
-def _tensor(reply: Frame, name: str, like: Tensor) -> Tensor:
-    require_kind(reply, name)
-    tensor = reply.tensor(name)
-    if not tensor.is_floating_point():
-        raise MalformedFrame("the server answered with whole numbers", field=name)
-    if tensor.shape != like.shape:
-        raise MalformedFrame(
-            "the server answered with a tensor of another shape",
-            field=name,
-            limit=list(like.shape),
-            value=list(tensor.shape),
-        )
-    return tensor.to(like.dtype)
 
 
 def _parse_json(body: bytearray) -> Any:

@@ -1,8 +1,10 @@
 """How a tensor becomes bytes: one registry of codecs, by the names they have on the wire."""
 
-from protocol.codecs.codec import Buffer, Codec, Device
+from protocol.codecs.codec import Buffer, Codec, Device, FixedSizeCodec
+from protocol.codecs.int4 import Int4, Int4Asymmetric
+from protocol.codecs.int8 import Int8
 from protocol.codecs.raw import BFloat16, Float16, Float32, Int64, RawCodec, UInt8
-from protocol.codecs.registry import CODECS, codec_named
+from protocol.codecs.registry import CODECS, codec_named, encoded_bytes
 
 __all__ = [
     "CODECS",
@@ -10,10 +12,15 @@ __all__ = [
     "Buffer",
     "Codec",
     "Device",
+    "FixedSizeCodec",
     "Float16",
     "Float32",
+    "Int4",
+    "Int4Asymmetric",
+    "Int8",
     "Int64",
     "RawCodec",
     "UInt8",
     "codec_named",
+    "encoded_bytes",
 ]

@@ -8,40 +8,27 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from protocol.codecs.codec import Codec, Device
-from protocol.errors import InvalidField, MalformedFrame
+from protocol.codecs.codec import Device, FixedSizeCodec
+from protocol.codecs.memory import bytes_of, tensor_of
+from protocol.errors import InvalidField
 
 
-class RawCodec(Codec):
+class RawCodec(FixedSizeCodec):
     """The tensor's own bytes: row-major, little-endian, one dtype."""
 
     dtype: torch.dtype
     row_wise = True
 
     def encode(self, tensor: Tensor, generator: torch.Generator | None = None) -> list[memoryview]:
-        plain = tensor.detach().to(device="cpu", dtype=self.dtype).contiguous()
-        if plain.numel() == 0:
-            return [memoryview(b"")]
-        return [memoryview(plain.reshape(-1).view(torch.uint8).numpy().data)]
+        return [bytes_of(tensor.detach().to(device="cpu", dtype=self.dtype))]
 
-    def check_sizes(self, shape: Sequence[int], sizes: Sequence[int]) -> None:
-        expected = math.prod(shape) * self.dtype.itemsize
-        if list(sizes) != [expected]:
-            raise MalformedFrame(
-                f"a {self.name} tensor of shape {list(shape)} takes one buffer of {expected} bytes",
-                field="sizes",
-                limit=[expected],
-                value=list(sizes),
-            )
+    def sizes(self, shape: Sequence[int]) -> list[int]:
+        return [math.prod(shape) * self.dtype.itemsize]
 
     def decode(
         self, buffers: Sequence[memoryview], shape: Sequence[int], device: Device = "cpu"
     ) -> Tensor:
-        if buffers[0].nbytes == 0:
-            return torch.empty(tuple(shape), dtype=self.dtype, device=device)
-        # torch wants memory it may write to; a read-only buffer is copied once.
-        memory = bytearray(buffers[0]) if buffers[0].readonly else buffers[0]
-        return torch.frombuffer(memory, dtype=self.dtype).reshape(tuple(shape)).to(device)
+        return tensor_of(buffers[0], self.dtype, *shape).to(device)
 
 
 class Float32(RawCodec):

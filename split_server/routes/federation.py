@@ -40,12 +40,15 @@ from split_server.credentials import (
     require_reader,
 )
 from split_server.devices import Placement
+from split_server.engine import Engine
 from split_server.journal import Once
 from split_server.notifier import Notifier, wait_for
 from split_server.presence import Presence
 from split_server.routes.bodies import read_body
 from split_server.routes.gate import set_member
-from split_server.service import Federation
+from split_server.samples import SampleStore
+from split_server.service import Federation, Held
+from split_server.states import PROMPTS
 
 Key = Annotated[str | None, Header(alias="idempotency-key")]
 _RANGE = re.compile(r"bytes=(\d{1,18})-.*")
@@ -62,6 +65,8 @@ class FederationRoutes:
         credentials: Credentials,
         presence: Presence,
         notifier: Notifier,
+        engine: Engine,
+        samples: SampleStore,
         placement: Placement,
         limits: FrameLimits,
         body_timeout_s: float,
@@ -71,6 +76,8 @@ class FederationRoutes:
         self._credentials = credentials
         self._presence = presence
         self._notifier = notifier
+        self._engine = engine
+        self._samples = samples
         self._placement = placement
         self._limits = limits
         self._body_timeout_s = body_timeout_s
@@ -86,6 +93,7 @@ class FederationRoutes:
         add("/runs/{run}/events", self.events, methods=["GET"])
         add("/runs/{run}/participants", self.join, methods=["POST"], status_code=201)
         add("/runs/{run}/participants/me", self.leave, methods=["DELETE"])
+        add("/runs/{run}/samples", self.forget, methods=["DELETE"])
         add("/runs/{run}/assignment", self.assignment, methods=["GET"])
         add("/runs/{run}/head", self.head, methods=["GET"])
         add("/runs/{run}/states/{sha256}/state", self.state, methods=["GET"])
@@ -164,6 +172,12 @@ class FederationRoutes:
         await run_in_threadpool(self._federation.leave, run, member.participant, once)
         return {}
 
+    async def forget(self, request: Request, run: str) -> dict[str, Any]:
+        """Forget the smashed data that the server keeps of the participant that asks."""
+        member = self._member(request, run)
+        await run_in_threadpool(self._samples.drop, run, member.participant)
+        return {}
+
     async def assignment(
         self,
         request: Request,
@@ -217,7 +231,19 @@ class FederationRoutes:
         frame = decode_frame(data, self._limits)
         require_kind(frame, "update")
         meta = parse_message(UpdateMeta, dict(frame.meta))
-        return self._federation.update(run, participant, meta, frame, once)
+        held = self._prompts_of(run, participant, meta)
+        return self._federation.update(run, participant, meta, frame, once, held)
+
+    def _prompts_of(self, run: str, participant: str, meta: UpdateMeta) -> Held | None:
+        """What gives the prompts that this participant has tuned on the server, if it does so."""
+        if self._federation.run(run).prompts is None:
+            return None
+        if meta.session is None:
+            raise InvalidField(
+                "an update names the session whose prompts belong to it", field="session"
+            )
+        session = meta.session
+        return lambda: {PROMPTS: self._engine.trained(run, participant, session)}
 
     async def evaluation(
         self, request: Request, run: str, report: EvaluationReport, key: Key = None

@@ -12,11 +12,11 @@ from edge_client.data import Augmentation, shuffled
 from edge_client.device_model import DeviceModel
 from edge_client.phases import evaluate, keep_samples, local_update, split_train
 from edge_client.phases.context import RoundContext
-from edge_client.schedule import learning_rate_factor
 from protocol.errors import StepLost
 from protocol.seeds import derive_seed
 from split_model import load_state, open_backbone
 from split_model.libraries import timm
+from split_model.schedule import learning_rate_factor
 from tests.edge_doubles import SMALL, BodyServer, device_model, files, image_set, round_context
 
 SGD = {

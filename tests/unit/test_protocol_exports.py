@@ -8,9 +8,9 @@ import pytest
 import protocol
 
 EXPORTED = {
-    "codec_names": "FLOAT_CODECS WHOLE_CODECS check_float_codec",
-    "codecs": "BFloat16 Buffer CODECS Codec Device Float16 Float32 Int64 RawCodec UInt8 "
-    "codec_named",
+    "codec_names": "CodecParts FLOAT_CODECS WHOLE_CODECS check_float_codec is_row_wise parse_codec",
+    "codecs": "BFloat16 Buffer CODECS Codec Device FixedSizeCodec Float16 Float32 Int4 "
+    "Int4Asymmetric Int64 Int8 RawCodec UInt8 codec_named encoded_bytes",
     "errors": "Busy Conflict EmptyUpdate FieldValue Forbidden IdempotencyKeyReused InternalError "
     "InvalidField InvalidRequest MalformedFrame NonFinite NotFound RunClosed SFPromptError "
     "StaleRound StepLost TooLarge Unauthorized UnknownCodec Unreachable UnsupportedVersion "

@@ -3,6 +3,7 @@ import math
 
 import pytest
 
+from protocol.codec_names import FLOAT_CODECS
 from protocol.errors import InvalidField
 from protocol.messages import (
     Assignment,

@@ -1,4 +1,4 @@
-"""Optimiser and learning rates of a participant, fresh in every round."""
+"""Optimiser and learning rates of prompts and tail, alike on both ends, fresh in every round."""
 
 from __future__ import annotations
 
@@ -24,9 +24,12 @@ def learning_rate_factor(training: TrainingSettings, progress: float, rounds: in
 
 
 def make_optimizer(
-    training: TrainingSettings, prompts: nn.Parameter | None, tail: nn.Module, scale: float = 1.0
+    training: TrainingSettings,
+    prompts: nn.Parameter | None,
+    tail: nn.Module | None,
+    scale: float = 1.0,
 ) -> torch.optim.Optimizer:
-    """An optimiser with one group for the prompts and one for the tail.
+    """An optimiser with one group for the prompts and one for the tail, either of which may lack.
 
     Each group remembers its full rate as ``full_lr``; `set_progress` works from that. Weight decay
     is for the tail alone: prompts are inputs, not weights.
@@ -38,7 +41,7 @@ def make_optimizer(
             "weight_decay": 0.0,
         },
         {
-            "params": list(tail.parameters()),
+            "params": [] if tail is None else list(tail.parameters()),
             "lr": training.tail_learning_rate * scale,
             "weight_decay": training.weight_decay,
         },

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from edge_client.schedule import learning_rate_factor, make_optimizer, set_progress
 from protocol.settings import TrainingSettings
+from split_model.schedule import learning_rate_factor, make_optimizer, set_progress
 
 
 def factors(rounds: int, *progress: float, **settings: object) -> list[float]:

@@ -1,0 +1,29 @@
+"""What every method can tell."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+from benchmark.estimate.method_cost import MethodCost
+from benchmark.estimate.question import Question
+
+
+class Method(ABC):
+    """A way of tuning a model on devices.
+
+    Attributes:
+        name: the same in every table and file.
+    """
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def cost(self, question: Question) -> MethodCost:
+        """What it costs one device.
+
+        Raises:
+            UnsupportedBackboneError: the backbone cannot be cut.
+            SplitSettingsError: the settings do not fit the backbone.
+            InvalidField: the size of a codec's payload cannot be known ahead.
+        """

@@ -1,0 +1,87 @@
+"""An estimate for people and for scripts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from rich.table import Table
+
+from benchmark.estimate.comparison import Ratios, ratios
+from benchmark.estimate.method_cost import MethodCost
+from benchmark.estimate.question import Question
+
+_COLUMNS = (
+    "tuned M",
+    "start MB",
+    "up MB/round",
+    "down MB/round",
+    "in all MB",
+    "vs fl-full",
+    "TFLOP in all",
+    "memory MB",
+)
+
+
+def estimate_table(question: Question, costs: Mapping[str, MethodCost]) -> Table:
+    """The costs of `estimate`, a row for each method; totals over the rounds of the run."""
+    run, rounds = question.settings, question.settings.federation.rounds
+    table = Table(
+        title=f"One device, {run.model.backbone} at {run.model.image_size} px, {rounds} rounds",
+        title_justify="left",
+        caption=_caption(ratios(costs, rounds)),
+        caption_justify="left",
+    )
+    table.add_column("method")
+    for name in _COLUMNS:
+        table.add_column(name, justify="right")
+    full = costs["fl-full"].bytes_total(rounds)
+    for name, cost in costs.items():
+        total = cost.bytes_total(rounds)
+        table.add_row(
+            name,
+            f"{cost.trainable_parameters / 1e6:,.3f}",
+            _mega(cost.bytes_start),
+            _mega(cost.bytes_up_per_round),
+            _mega(cost.bytes_down_per_round),
+            _mega(total),
+            f"{total / full:.2%}",
+            f"{cost.flops_total(rounds) / 1e12:,.1f}",
+            _mega(cost.device_peak_bytes),
+        )
+    return table
+
+
+def estimate_report(question: Question, costs: Mapping[str, MethodCost]) -> dict[str, Any]:
+    """The costs of `estimate` as values that JSON can carry."""
+    rounds = question.settings.federation.rounds
+    return {
+        "settings": question.settings.model_dump(mode="json"),
+        "train_samples": question.train_samples,
+        "test_samples": question.test_samples,
+        "local_epochs": question.local_epochs,
+        "rounds": rounds,
+        "methods": {
+            name: asdict(cost)
+            | {"bytes_total": cost.bytes_total(rounds), "flops_total": cost.flops_total(rounds)}
+            for name, cost in costs.items()
+        },
+        "ratios": asdict(ratios(costs, rounds)),
+    }
+
+
+def _caption(found: Ratios) -> str:
+    even = found.break_even_rounds
+    crossing = "never" if even is None else f"after {even:,.1f} rounds"
+    return (
+        f"sfprompt moves {found.bytes_vs_paper:.2%} of the paper's form, "
+        f"{found.bytes_vs_full:.2%} of fl-full, "
+        f"{found.bytes_vs_fedpeft_prompt:.2%} of fedpeft-prompt (equal {crossing}), "
+        f"with {found.flops_vs_full:.2%} of fl-full's operations.\n"
+        "Payloads without headers; start, what is sent once and evaluations are in the total."
+    )
+
+
+def _mega(count: int) -> str:
+    return f"{count / 1e6:,.2f}"

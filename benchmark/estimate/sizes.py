@@ -1,0 +1,138 @@
+"""What the methods ask of a model: numbers, operations and blocks, found on the meta device."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+from torch import nn
+
+from split_model import (
+    PartBytes,
+    PartFlops,
+    SplitSettings,
+    anatomy,
+    part_bytes,
+    part_flops,
+    prompt_shape,
+    skeleton,
+)
+
+_CLASSIFIERS = ("head.", "head_dist.")  # timm's names
+_BIASES = frozenset({"bias", "q_bias", "k_bias", "v_bias"})
+
+
+@functools.lru_cache(maxsize=64)
+def _part_bytes(settings: SplitSettings) -> PartBytes:
+    return part_bytes(settings)
+
+
+@functools.lru_cache(maxsize=64)
+def _part_flops(settings: SplitSettings) -> PartFlops:
+    return part_flops(settings)
+
+
+def bytes_of(settings: SplitSettings) -> PartBytes:
+    """Numbers in head, body, tail, prompts and the uncut model."""
+    # The parts do not depend on the prompts, and methods differ in little else.
+    bare = _part_bytes(_bare(settings))
+    return dataclasses.replace(bare, prompts=math.prod(prompt_shape(settings)))
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardFlops:
+    """Operations of the forward pass for one image."""
+
+    embedding: int  # ahead of the first block
+    block: int  # of one; all are alike
+    output: int  # norm, pooling and classifier
+    depth: int  # blocks in all
+
+    @property
+    def behind_embedding(self) -> int:
+        """Of all blocks and the output."""
+        return self.depth * self.block + self.output
+
+    @property
+    def whole(self) -> int:
+        """Of the whole model."""
+        return self.embedding + self.behind_embedding
+
+
+def forward_flops(settings: SplitSettings, prompts: int = 0) -> ForwardFlops:
+    """What the backbone computes, with so many prompts in every block, wherever they joined."""
+    uncut = _uncut(settings)
+    if prompts:
+        # Every block is in the body, so all of them get the prompts.
+        uncut = dataclasses.replace(uncut, prompt_at="cut", prompt_count=prompts)
+    flops, depth = _part_flops(uncut), anatomy(uncut).depth
+    return ForwardFlops(flops.head, flops.body // depth, flops.tail, depth)
+
+
+def _bare(settings: SplitSettings) -> SplitSettings:
+    return dataclasses.replace(settings, prompt_at="input", prompt_depth="shallow", prompt_count=0)
+
+
+def _uncut(settings: SplitSettings) -> SplitSettings:
+    return dataclasses.replace(_bare(settings), cut=0, tail_blocks=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameters:
+    """Numbers that can be trained in the whole model."""
+
+    every: int
+    classifier: int
+    classifier_weights: int  # of these, the factors of a matrix product
+    other_biases: int  # of all layers ahead of the classifier
+
+    @property
+    def classifier_flops(self) -> int:
+        """Of the classifier's forward pass, for one image: a product and a sum for each weight."""
+        return 2 * self.classifier_weights
+
+
+def parameters(settings: SplitSettings) -> Parameters:
+    """The parameters of the uncut model with the settings' classes."""
+    return _parameters(_uncut(settings))
+
+
+@functools.lru_cache(maxsize=64)
+def _parameters(settings: SplitSettings) -> Parameters:
+    every = classifier = weights = biases = 0
+    for name, parameter in skeleton(settings).named_parameters():
+        count = parameter.numel()
+        every += count
+        if name.startswith(_CLASSIFIERS):
+            classifier += count
+            weights += count if parameter.ndim > 1 else 0
+        elif name.rpartition(".")[2] in _BIASES:
+            biases += count
+    return Parameters(every, classifier, weights, biases)
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockWidths:
+    """Numbers per token in one block's linear layers."""
+
+    outputs: int  # of all of them together
+    inputs: int
+    widest: int  # the largest output
+
+
+def block_widths(settings: SplitSettings) -> BlockWidths:
+    """The widths of the first block; those of a vision transformer are all alike."""
+    return _block_widths(_uncut(settings))
+
+
+@functools.lru_cache(maxsize=64)
+def _block_widths(settings: SplitSettings) -> BlockWidths:
+    model = skeleton(settings)
+    blocks = model.get_submodule("blocks")
+    layers = [m for m in next(blocks.children()).modules() if isinstance(m, nn.Linear)]
+    return BlockWidths(
+        outputs=sum(layer.out_features for layer in layers),
+        inputs=sum(layer.in_features for layer in layers),
+        widest=max(layer.out_features for layer in layers),
+    )

@@ -1,0 +1,167 @@
+"""The split plane as the device sees it: tensors up, tensors down, in the run's codecs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edge_client.transport.server import Server
+from protocol.errors import MalformedFrame
+from protocol.frames import Frame, require_kind
+from protocol.messages import SAMPLE_ID_BYTES, ExchangeMeta
+from protocol.seeds import derive_seed
+from protocol.settings import RunSettings
+from protocol.traffic import (
+    BACKWARD_PATH,
+    EXCHANGE_PATH,
+    FORWARD_PATH,
+    INFER_PATH,
+    MISSING_PATH,
+    SAMPLES_PATH,
+)
+from split_model import SplitSettings, anatomy, needed_tokens
+
+Payload = Mapping[str, tuple[Tensor, str]]
+
+
+class SamplesMissing(Exception):
+    """The server does not keep some of the samples that a request names; nothing has changed.
+
+    Attributes:
+        places: of these samples, among those named.
+    """
+
+    def __init__(self, places: list[int]) -> None:
+        super().__init__(f"the server lacks {len(places)} samples")
+        self.places = places
+
+
+class SplitPlane:
+    """Requests of one run's split plane.
+
+    A batch is smashed data [B, T, D], or the ids [B, 16] (uint8) of samples that the server keeps.
+    Features come back as [B, T', D]: T' are all tokens, prompts included, or with
+    ``wire.pooled_features`` those that the tail reads.
+
+    Args:
+        server: authenticated.
+        run: the run's settings.
+    """
+
+    def __init__(self, server: Server, run: RunSettings) -> None:
+        self._server = server
+        self._wire = run.wire
+        self._seed = run.seed
+        split = SplitSettings.of(run.model)
+        sizes = anatomy(split)
+        leading = needed_tokens(split) if run.wire.pooled_features else None
+        tokens = sizes.tokens + split.prompt_count
+        self._features = (tokens if leading is None else leading, sizes.width)
+
+    def forward(self, smashed: Tensor, *, step: str, round_: int) -> Tensor:
+        """Features [B, T', D] of smashed data [B, T, D]; the server keeps the step."""
+        reply = self._server.ask(
+            FORWARD_PATH, "forward", {"step": step, "round": round_}, self._batch(smashed)
+        )
+        return _tensor(reply, "features", (len(smashed), *self._features))
+
+    def backward(
+        self, gradients: Tensor, *, step: str, round_: int, smashed: tuple[int, ...]
+    ) -> Tensor:
+        """The gradient [B, T, D] of a step's smashed data, from that of its features.
+
+        Args:
+            gradients: [B, T', D].
+            step, round_: as in the step's `forward`.
+            smashed: the shape of what comes back.
+        """
+        reply = self._server.ask(
+            BACKWARD_PATH,
+            "backward",
+            {"step": step, "round": round_},
+            {"gradients": (gradients, self._wire.gradients)},
+            self._noise(step),
+        )
+        return _tensor(reply, "gradients", smashed)
+
+    def exchange(
+        self, meta: ExchangeMeta, gradients: Tensor | None, batch: Tensor | None
+    ) -> Tensor | None:
+        """The gradients [B, T', D] of the last batch up; features [B, T', D] of the next one down.
+
+        Raises:
+            SamplesMissing: keep them first, then send the same again.
+            StepLost: the session is gone; begin the round anew.
+        """
+        tensors: dict[str, tuple[Tensor, str]] = {}
+        if gradients is not None:
+            tensors["gradients"] = (gradients, self._wire.gradients)
+        if batch is not None:
+            tensors |= self._batch(batch)
+        noise = self._noise(f"{meta.session}/{meta.number}")
+        reply = self._server.ask(EXCHANGE_PATH, "exchange", meta.model_dump(), tensors, noise)
+        _require_kept(reply)
+        if batch is None:
+            require_kind(reply, "features")
+            return None
+        return _tensor(reply, "features", (len(batch), *self._features))
+
+    def infer(self, batch: Tensor, *, step: str, round_: int) -> Tensor:
+        """Features [B, T', D] of a batch; the server keeps nothing.
+
+        Raises:
+            SamplesMissing: as in `exchange`.
+        """
+        meta = {"step": step, "round": round_}
+        reply = self._server.ask(INFER_PATH, "infer", meta, self._batch(batch))
+        _require_kept(reply)
+        return _tensor(reply, "features", (len(batch), *self._features))
+
+    def keep(self, ids: Tensor, smashed: Tensor) -> None:
+        """Smashed data [B, T, D] for the server to keep under these ids [B, 16]."""
+        tensors = {"ids": (ids, "uint8"), "smashed": (smashed, self._wire.smashed)}
+        require_kind(self._server.ask(SAMPLES_PATH, "samples", {}, tensors), "kept")
+
+    def missing(self, ids: Tensor) -> list[int]:
+        """Which of these samples [B, 16] the server does not keep, by their places."""
+        reply = self._server.ask(MISSING_PATH, "missing", {}, {"ids": (ids, "uint8")})
+        return _places(reply)
+
+    def _batch(self, batch: Tensor) -> Payload:
+        if batch.dtype == torch.uint8:
+            return {"ids": (batch.reshape(-1, SAMPLE_ID_BYTES), "uint8")}
+        return {"smashed": (batch, self._wire.smashed)}
+
+    def _noise(self, *purpose: Any) -> torch.Generator | None:
+        if not self._wire.stochastic_rounding:
+            return None
+        return torch.Generator().manual_seed(derive_seed(self._seed, "rounding", *purpose))
+
+
+def _require_kept(reply: Frame) -> None:
+    if reply.kind == "missing":
+        raise SamplesMissing(_places(reply))
+
+
+def _places(reply: Frame) -> list[int]:
+    require_kind(reply, "missing")
+    places: list[int] = reply.tensor("places").reshape(-1).tolist()
+    return places
+
+
+def _tensor(reply: Frame, name: str, shape: tuple[int, ...]) -> Tensor:
+    require_kind(reply, name)
+    tensor = reply.tensor(name)
+    if not tensor.is_floating_point():
+        raise MalformedFrame("the server answered with whole numbers", field=name)
+    if tuple(tensor.shape) != tuple(shape):
+        raise MalformedFrame(
+            "the server answered with a tensor of another shape",
+            field=name,
+            limit=list(shape),
+            value=list(tensor.shape),
+        )
+    return tensor.to(torch.float32)

@@ -1,0 +1,236 @@
+"""Half a byte a number, with a scale for each group of 64 in a row of the last dimension."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from protocol.codecs.codec import Device, FixedSizeCodec
+from protocol.codecs.memory import (
+    as_matrix,
+    bytes_of,
+    cannot_send,
+    round_,
+    row_chunks,
+    rows_of,
+    tensor_of,
+    within,
+)
+from protocol.errors import MalformedFrame
+
+GROUP = 64
+_SMALLEST_SCALE = 2.0**-126  # the smallest normal float32: below it precision is lost
+_LARGEST_SCALE = 2.0**123  # 15 times this, and a minimum, is finite, whatever the other end sends
+_LARGEST_MINIMUM = 2.0**125
+
+
+class _FourBits(FixedSizeCodec):
+    """What both forms share: rows, groups, and two codes in a byte.
+
+    Buffers: the codes, then one bfloat16 number for every group, for each of `numbers`. (bfloat16
+    and not float16: gradients lie below the range of float16, and a scale needs no more precision,
+    since codes are chosen for the scale as it is sent.)
+
+    A row of D codes takes H = ⌈D / 2⌉ bytes: byte j holds code j in its low half and code H + j
+    in its high half, so that each half of a row is read and written in one piece.
+    """
+
+    row_wise = True
+    numbers: int  # that describe a group
+    codes: tuple[int, int]  # the least and the greatest
+    zero: int  # what stands in a byte for the code 0
+
+    @abstractmethod
+    def _describe(self, groups: Tensor, scratch: Tensor) -> list[Tensor]:
+        """`numbers` bfloat16 tensors [rows, groups, 1]; ``scratch`` is as large as ``groups``."""
+
+    @abstractmethod
+    def _sound(self, numbers: Sequence[Tensor]) -> bool:
+        """Whether these (on the CPU) are what groups of finite numbers give."""
+
+    @abstractmethod
+    def _to_codes(self, groups: Tensor, numbers: Tensor, out: Tensor) -> None:
+        """Write codes that are not yet rounded to ``out``."""
+
+    @abstractmethod
+    def _from_codes(self, groups: Tensor, numbers: Tensor) -> None:
+        """Turn what stands in the bytes into numbers again, in place."""
+
+    def encode(self, tensor: Tensor, generator: torch.Generator | None = None) -> list[memoryview]:
+        source = as_matrix(tensor)
+        rows, width = source.shape
+        groups, size = _groups(width)
+        device = source.device
+        packed = torch.empty(rows, _half(width), dtype=torch.int8, device=device)
+        numbers = torch.empty(self.numbers, rows, groups, 1, dtype=torch.bfloat16, device=device)
+        scratch: Tensor | None = None
+        for chunk in row_chunks(rows, groups * size, device):
+            part = _widened(source[chunk].to(torch.float32), groups * size)
+            part = part.view(-1, groups, size)
+            scratch = torch.empty_like(part) if scratch is None else scratch[: len(part)]
+            for kept, found in zip(numbers, self._describe(part, scratch), strict=True):
+                kept[chunk] = found
+            self._to_codes(part, numbers[:, chunk], scratch)
+            round_(scratch, generator, *self.codes)
+            _pack(scratch.view(len(part), -1)[:, :width], self.zero, packed[chunk])
+        numbers = numbers.cpu()
+        if not self._sound(numbers.unbind()):
+            raise cannot_send(self.name, _LARGEST_MINIMUM)
+        return [bytes_of(packed), *map(bytes_of, numbers)]
+
+    def sizes(self, shape: Sequence[int]) -> list[int]:
+        rows, width = rows_of(shape)
+        groups, _ = _groups(width)
+        return [rows * _half(width)] + [rows * groups * 2] * self.numbers
+
+    def decode(
+        self, buffers: Sequence[memoryview], shape: Sequence[int], device: Device = "cpu"
+    ) -> Tensor:
+        rows, width = rows_of(shape)
+        groups, size = _groups(width)
+        packed = tensor_of(buffers[0], torch.uint8, rows, _half(width))
+        if width % 2 and bool((packed[:, -1:] > 15).any()):
+            raise MalformedFrame("the unused half of a byte is zero", field="codes", limit=0)
+        few = [tensor_of(buffer, torch.bfloat16, rows, groups, 1) for buffer in buffers[1:]]
+        if not self._sound(few):
+            raise MalformedFrame(
+                "a number of a group is out of range", field="scales", limit=_LARGEST_SCALE
+            )
+        packed, numbers = packed.to(device), torch.stack(few).to(device)
+        decoded = torch.empty(rows, width, device=device)
+        for chunk in row_chunks(rows, groups * size, decoded.device):
+            codes = decoded[chunk]
+            _unpack(packed[chunk], codes)
+            wide = _widened(codes, groups * size)
+            self._from_codes(wide.view(-1, groups, size), numbers[:, chunk])
+            if wide is not codes:
+                codes.copy_(wide[:, :width])
+        return decoded.reshape(tuple(shape))
+
+
+class Int4(_FourBits):
+    """Symmetric quantisation to −7 … 7, a bfloat16 scale for each group of 64.
+
+    A group is 64 neighbours in a row of the last dimension; the last one of a row may be shorter.
+    Where its largest magnitude is a, the scale s is a / 7 cut to bfloat16 (towards zero) and x
+    becomes round(x / s). Every element comes back within s / 2 ≤ a / 14 (s, with stochastic
+    rounding); a group of magnitudes below 7 · 2⁻¹²⁶ comes back as zeros. NaN, infinity and
+    magnitudes of 2¹²⁶ and more are refused; what is decoded is finite.
+
+    Ratio to float32: 4 D / (⌈D / 2⌉ + 2 ⌈D / 64⌉), for rows of D elements (7.53 for D = 384). A
+    tensor of one dimension is a single row.
+    """
+
+    name, numbers, codes, zero = "int4", 1, (-7, 7), 8
+
+    def _describe(self, groups: Tensor, scratch: Tensor) -> list[Tensor]:
+        largest = torch.amax(torch.abs(groups, out=scratch), 2, keepdim=True)
+        return [_cut(_normal(largest.div_(7)))]
+
+    def _sound(self, numbers: Sequence[Tensor]) -> bool:
+        return within(numbers[0], 0.0, _LARGEST_SCALE)
+
+    def _to_codes(self, groups: Tensor, numbers: Tensor, out: Tensor) -> None:
+        torch.div(groups, _divisor(numbers[0]), out=out)
+
+    def _from_codes(self, groups: Tensor, numbers: Tensor) -> None:
+        groups.sub_(self.zero).mul_(numbers[0].to(torch.float32))
+
+
+class Int4Asymmetric(_FourBits):
+    """Quantisation to 0 … 15 above a minimum: a bfloat16 scale and minimum for each group of 64.
+
+    For what is not centred on zero. The minimum m is the least element of the group, cut to
+    bfloat16 downwards; the scale s is (greatest − m) / 15, cut to bfloat16 upwards; x becomes
+    round((x − m) / s). Every element comes back within s / 2 (s, with stochastic rounding), which
+    is at most (1 + 2⁻⁷) / 30 of the group's range plus 2⁻⁷ times its least element's magnitude;
+    float32's own rounding is added. A group whose range lies below 15 · 2⁻¹²⁶ comes back as its
+    minimum. NaN, infinity and magnitudes of 2¹²⁶ and more are refused; what is decoded is finite.
+
+    Ratio to float32: 4 D / (⌈D / 2⌉ + 4 ⌈D / 64⌉), for rows of D elements (7.11 for D = 384). A
+    tensor of one dimension is a single row.
+    """
+
+    name, numbers, codes, zero = "int4-asym", 2, (0, 15), 0
+
+    def _describe(self, groups: Tensor, scratch: Tensor) -> list[Tensor]:
+        minimum = _cut(torch.amin(groups, 2, keepdim=True), downwards=True)
+        greatest = torch.amax(groups, 2, keepdim=True)
+        scale = greatest.sub_(minimum.to(torch.float32)).div_(15)
+        return [_cut(_normal(scale), upwards=True), minimum]
+
+    def _sound(self, numbers: Sequence[Tensor]) -> bool:
+        scale, minimum = numbers
+        return within(scale, 0.0, _LARGEST_SCALE) and within(
+            minimum, -_LARGEST_MINIMUM, _LARGEST_MINIMUM
+        )
+
+    def _to_codes(self, groups: Tensor, numbers: Tensor, out: Tensor) -> None:
+        scale, minimum = numbers
+        torch.sub(groups, minimum.to(torch.float32), out=out).div_(_divisor(scale))
+
+    def _from_codes(self, groups: Tensor, numbers: Tensor) -> None:
+        scale, minimum = numbers.to(torch.float32)
+        groups.mul_(scale).add_(minimum)
+
+
+def _groups(width: int) -> tuple[int, int]:
+    """How many groups a row has, and their size. A narrow row is one group of its own width."""
+    return -(-width // GROUP), min(width, GROUP)
+
+
+def _half(width: int) -> int:
+    return -(-width // 2)
+
+
+def _widened(rows: Tensor, width: int) -> Tensor:
+    """Rows made wider by repeating their last element, which moves neither minimum nor maximum."""
+    missing = width - rows.shape[1]
+    return torch.cat([rows, rows[:, -1:].expand(-1, missing)], 1) if missing else rows
+
+
+def _normal(scale: Tensor) -> Tensor:
+    """In place, scales too small to be precise become zero."""
+    return scale.masked_fill_(scale < _SMALLEST_SCALE, 0.0)
+
+
+def _divisor(scale: Tensor) -> Tensor:
+    """Scales in float32, infinity for zero: everything divided by it becomes zero."""
+    wide = scale.to(torch.float32)
+    return wide.masked_fill_(wide == 0, math.inf)
+
+
+def _cut(values: Tensor, *, downwards: bool = False, upwards: bool = False) -> Tensor:
+    """float32 as the upper half of its bits: towards zero, or towards −∞, or away from zero.
+
+    Args:
+        values: any shape; where ``upwards``, none below zero.
+        downwards: towards −∞.
+        upwards: towards +∞.
+    """
+    bits = values.view(torch.int32)
+    if downwards:  # a negative number's magnitude grows
+        bits = bits + (bits >> 31).bitwise_and_(0xFFFF)
+    if upwards:
+        bits = bits + 0xFFFF
+    return (bits >> 16).to(torch.int16).view(torch.bfloat16)
+
+
+def _pack(codes: Tensor, zero: int, out: Tensor) -> None:
+    """Whole numbers [rows, D], which are overwritten, into int8 ``out`` [rows, ⌈D / 2⌉]."""
+    half = out.shape[1]
+    low, high = codes[:, :half], codes[:, half:]
+    low[:, : high.shape[1]].add_(high, alpha=16).add_(16 * zero)  # else the high half stays zero
+    # float32 converts fast to signed bytes alone: leave out the highest bit, then turn it over.
+    out.copy_(low.add_(zero - 128)).bitwise_xor_(-128)
+
+
+def _unpack(packed: Tensor, out: Tensor) -> None:
+    """uint8 [rows, ⌈D / 2⌉] into numbers 0 … 15, float32 ``out`` [rows, D]."""
+    half = packed.shape[1]
+    out[:, :half].copy_(packed.bitwise_and(15))
+    out[:, half:].copy_(packed[:, : out.shape[1] - half].bitwise_right_shift(4))

@@ -1,0 +1,83 @@
+"""Between tensors and the buffers of a frame."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from protocol.errors import InvalidField
+
+_CACHE_BYTES = 512 * 1024  # of float32 at a time on a CPU: what is read again is still in L2
+_DEVICE_BYTES = 64 * 1024 * 1024  # elsewhere: few large kernels, and scratch memory has a bound
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a tensor, row-major; a copy only where it is not contiguous or not here."""
+    if tensor.numel() == 0:
+        return memoryview(b"")
+    plain = tensor.detach().cpu().contiguous()
+    return memoryview(plain.reshape(-1).view(torch.uint8).numpy().data)
+
+
+def tensor_of(buffer: memoryview, dtype: torch.dtype, *shape: int) -> Tensor:
+    """A CPU tensor of this dtype and shape in the memory of a buffer of just this size."""
+    if buffer.nbytes == 0:
+        return torch.empty(shape, dtype=dtype)
+    # torch wants memory it may write to; a read-only buffer is copied once.
+    memory = bytearray(buffer) if buffer.readonly else buffer
+    return torch.frombuffer(memory, dtype=dtype).reshape(shape)
+
+
+def rows_of(shape: Sequence[int]) -> tuple[int, int]:
+    """A shape as a matrix: how many rows, and the width of a row (the last dimension).
+
+    A scalar is one row of one element; a tensor without elements has no rows.
+    """
+    elements, width = math.prod(shape), shape[-1] if shape else 1
+    return (elements // width if elements else 0), width
+
+
+def as_matrix(tensor: Tensor) -> Tensor:
+    """A tensor as [rows, width] (see `rows_of`), without a copy where it is contiguous."""
+    return tensor.detach().reshape(rows_of(tensor.shape))
+
+
+def chunk_rows(width: int, device: torch.device) -> int:
+    """How many rows of float32 to work on at a time, so that they stay in the device's cache."""
+    most = _CACHE_BYTES if device.type == "cpu" else _DEVICE_BYTES
+    return max(1, most // (4 * max(width, 1)))
+
+
+def round_(values: Tensor, generator: torch.Generator | None, low: int, high: int) -> Tensor:
+    """Round in place: to nearest, ties to even, or at random by ``generator``, unbiased.
+
+    At random a value goes to one of its two neighbours, to the upper one with a chance equal to
+    its distance from the lower one. Nothing leaves ``low`` … ``high``, which the values may pass
+    by a rounding error.
+    """
+    if generator is None:
+        return values.round_()
+    noise = torch.rand(values.shape, generator=generator, device=generator.device)
+    return values.add_(noise.to(values.device)).floor_().clamp_(low, high)
+
+
+def within(values: Tensor, low: float, high: float) -> bool:
+    """Whether all values (few, on the CPU) lie in a range. NaN lies in none."""
+    if values.numel() == 0:
+        return True
+    least, most = torch.aminmax(values)
+    return bool(least >= low) and bool(most <= high)
+
+
+def cannot_send(codec: str, limit: float) -> InvalidField:
+    """The refusal of NaN, infinity, or numbers too large for a codec."""
+    return InvalidField(
+        f"{codec} carries finite numbers of at most this magnitude alone",
+        field="codec",
+        limit=limit,
+        value=codec,
+        hint="send this tensor with float32, or find out why it is not finite",
+    )

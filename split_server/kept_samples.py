@@ -1,0 +1,72 @@
+"""Frames that speak of kept samples: their ids, their rows, and the tensors made of them again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from protocol.codec_names import is_row_wise
+from protocol.codecs import codec_named
+from protocol.errors import InvalidField, MalformedFrame, NonFinite
+from protocol.frames import Frame
+from protocol.messages import SAMPLE_ID_BYTES
+from split_model import SplitSettings
+from split_server.intake import check_smashed, read_tensor
+from split_server.samples import RowForm
+
+
+def read_ids(frame: Frame) -> list[bytes]:
+    """The sample ids of a frame, [B, 16] bytes.
+
+    Raises:
+        MalformedFrame: the frame lacks them, or they have another form.
+    """
+    ids = frame.tensor("ids")
+    if ids.dtype != torch.uint8 or ids.ndim != 2 or ids.shape[1] != SAMPLE_ID_BYTES or not len(ids):
+        raise MalformedFrame(
+            "sample ids are bytes, [samples, 16]",
+            field="ids",
+            limit=["at least 1", SAMPLE_ID_BYTES],
+            value=list(ids.shape),
+        )
+    data = bytes(frame.buffers["ids"][0])
+    return [data[at : at + SAMPLE_ID_BYTES] for at in range(0, len(data), SAMPLE_ID_BYTES)]
+
+
+def read_rows(
+    frame: Frame, settings: SplitSettings
+) -> tuple[list[bytes], RowForm, Sequence[memoryview]]:
+    """Ids, form and encoded rows of samples that are to be kept.
+
+    They are decoded once, so that what is kept is known to be sound; kept is what came.
+
+    Raises:
+        MalformedFrame: ids and samples differ in number, or one of them is not there.
+        InvalidField: a codec that cannot be taken apart.
+        WrongShape, NonFinite
+    """
+    ids = read_ids(frame)
+    smashed = read_tensor(frame, "smashed")
+    spec = frame.specs["smashed"]
+    check_smashed(settings, smashed)
+    if len(ids) != len(smashed):
+        raise MalformedFrame(
+            "there is one id for each sample", field="ids", limit=len(smashed), value=len(ids)
+        )
+    if not is_row_wise(spec.codec):
+        raise InvalidField(
+            "samples are kept in a codec that can be taken apart", field="codec", value=spec.codec
+        )
+    if not bool(torch.isfinite(smashed).all()):
+        raise NonFinite("a tensor holds NaN or infinity", field="smashed")
+    rows = len(ids)
+    sizes = tuple(size // rows for size in spec.sizes)
+    return ids, RowForm(spec.codec, spec.shape[1:], sizes), frame.buffers["smashed"]
+
+
+def read_kept(form: RowForm, buffers: Sequence[memoryview], device: torch.device) -> Tensor:
+    """Smashed data [B, T, D] of samples that were kept."""
+    rows = buffers[0].nbytes // form.sizes[0]
+    return codec_named(form.codec).decode(buffers, (rows, *form.shape), device)

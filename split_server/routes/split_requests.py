@@ -1,0 +1,261 @@
+"""What can be asked on the split plane: a function for each kind of request.
+
+Each runs on a thread of its own, off the event loop: it decodes and checks, and returns either the
+answer or what is to be awaited for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from protocol.errors import InvalidField, MalformedFrame
+from protocol.frames import Frame
+from protocol.messages import ExchangeMeta, SamplesMeta, StepMeta, parse_message
+from protocol.traffic import (
+    BACKWARD_PATH,
+    EXCHANGE_PATH,
+    FORWARD_PATH,
+    INFER_PATH,
+    MISSING_PATH,
+    SAMPLES_PATH,
+)
+from split_model import SplitSettings, needed_tokens
+from split_server import rounds
+from split_server.bodies import BodyKey
+from split_server.engine import BackwardJob, Engine, ExchangeJob, ForwardJob, InferJob
+from split_server.intake import check_batch, check_gradients, check_smashed, read_tensor
+from split_server.kept_samples import read_ids, read_kept, read_rows
+from split_server.samples import Owner, SampleStore
+from split_server.sessions import SessionPlan
+from split_server.snapshot import Member, RunSnapshot
+from split_server.states import RunFiles, read_prompts
+from split_server.steps import StepKey
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request as it came: by whom, and its frame."""
+
+    run: RunSnapshot
+    member: Member
+    frame: Frame
+    fingerprint: int  # tells a repeat from another request under the same name
+
+    @property
+    def owner(self) -> Owner:
+        return Owner(self.run.id, self.member.id)
+
+    @property
+    def body(self) -> BodyKey:
+        return BodyKey.of(self.run.backbone_path, self.run.settings)
+
+    @property
+    def leading(self) -> int | None:
+        """How many tokens of the features the run wants back; None: all."""
+        if not self.run.settings.wire.pooled_features:
+            return None
+        return needed_tokens(SplitSettings.of(self.run.settings.model))
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer that is not encoded yet."""
+
+    kind: str
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    tensors: Mapping[str, tuple[Tensor, str]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Desk:
+    """What the requests work with."""
+
+    engine: Engine
+    samples: SampleStore
+    device: torch.device  # tensors are decoded there
+    files: Callable[[str], RunFiles]  # of a run
+
+
+Work = Callable[[], Awaitable[Reply]]
+Reader = Callable[[Desk, Asked], Work | Reply]
+
+
+def read_forward(desk: Desk, asked: Asked) -> Work:
+    """Smashed data in, features out; the step is kept for its backward."""
+    meta = _training_step(asked)
+    smashed = read_tensor(asked.frame, "smashed", desk.device)
+    check_smashed(asked.body.settings, smashed)
+    check_batch(smashed, asked.run.settings.training.batch_size, "smashed")
+    key = StepKey(asked.run.id, asked.member.id, meta.step)
+    job = ForwardJob(key, asked.body, smashed, asked.fingerprint, asked.leading)
+    return _work(partial(desk.engine.forward, job), asked, "features", meta.model_dump())
+
+
+def read_backward(desk: Desk, asked: Asked) -> Work:
+    """The gradient of a step's features in, that of its smashed data out."""
+    meta = _training_step(asked)
+    gradients = read_tensor(asked.frame, "gradients", desk.device)
+    check_gradients(asked.body.settings, gradients, asked.leading)
+    check_batch(gradients, asked.run.settings.training.batch_size, "gradients")
+    key = StepKey(asked.run.id, asked.member.id, meta.step)
+    job = BackwardJob(key, asked.body, gradients, asked.fingerprint)
+    return _work(partial(desk.engine.backward, job), asked, "gradients", meta.model_dump())
+
+
+def read_exchange(desk: Desk, asked: Asked) -> Work | Reply:
+    """The gradients of one batch in and the features of the next out; prompts are tuned here."""
+    meta = parse_message(ExchangeMeta, dict(asked.frame.meta))
+    _require_placement(asked, "cut")
+    rounds.require_trainer(asked.run, asked.member, meta.round, meta.attempt)
+    _require_tensors(asked.frame, meta)
+    most = asked.run.settings.training.batch_size
+    gradients, smashed = None, None
+    if meta.number > 0:
+        gradients = read_tensor(asked.frame, "gradients", desk.device)
+        check_gradients(asked.body.settings, gradients, asked.leading)
+        check_batch(gradients, most, "gradients")
+    if meta.number < meta.steps:
+        found = _smashed(desk, asked)
+        if isinstance(found, Reply):
+            return found
+        check_batch(found, most, "smashed")
+        smashed = found
+    job = ExchangeJob(
+        run=asked.run.id,
+        participant=asked.member.id,
+        session=meta.session,
+        number=meta.number,
+        steps=meta.steps,
+        body=asked.body,
+        plan=_plan(desk, asked, meta.round),
+        gradients=gradients,
+        smashed=smashed,
+        fingerprint=asked.fingerprint,
+        leading=asked.leading,
+    )
+    return _work(partial(desk.engine.exchange, job), asked, "features", meta.model_dump())
+
+
+def read_infer(desk: Desk, asked: Asked) -> Work | Reply:
+    """Smashed data in, features out; nothing is kept for a backward."""
+    meta = parse_message(StepMeta, dict(asked.frame.meta))
+    found = _smashed(desk, asked)
+    if isinstance(found, Reply):
+        return found
+    prompts = None
+    if (held := asked.run.prompts) is not None:
+        prompts = read_prompts(desk.files(asked.run.id).state(held.sha256))
+    job = InferJob(asked.body, found, prompts, asked.leading)
+    return _work(partial(desk.engine.infer, job), asked, "features", meta.model_dump())
+
+
+def read_samples(desk: Desk, asked: Asked) -> Reply:
+    """Smashed data in, to be kept under the ids that came with them."""
+    parse_message(SamplesMeta, dict(asked.frame.meta))
+    _require_kept(asked)
+    ids, form, buffers = read_rows(asked.frame, asked.body.settings)
+    desk.samples.put(asked.owner, form, ids, buffers)
+    return Reply("kept")
+
+
+def read_missing(desk: Desk, asked: Asked) -> Reply:
+    """Ids in, the places of those out whose samples are not kept."""
+    parse_message(SamplesMeta, dict(asked.frame.meta))
+    _require_kept(asked)
+    return _missing(desk.samples.missing(asked.owner, read_ids(asked.frame)))
+
+
+READERS: Final[Mapping[str, tuple[str, Reader]]] = {  # by path: the frame's kind, who reads it
+    FORWARD_PATH: ("forward", read_forward),
+    BACKWARD_PATH: ("backward", read_backward),
+    EXCHANGE_PATH: ("exchange", read_exchange),
+    INFER_PATH: ("infer", read_infer),
+    SAMPLES_PATH: ("samples", read_samples),
+    MISSING_PATH: ("missing", read_missing),
+}
+
+
+def _work(
+    compute: Callable[[], Awaitable[Tensor]], asked: Asked, name: str, meta: Mapping[str, Any]
+) -> Work:
+    wire = asked.run.settings.wire
+    codec = wire.gradients if name == "gradients" else wire.features
+
+    async def work() -> Reply:
+        answer = await compute()
+        return Reply(name, meta, {name: (answer, codec)} if answer.numel() else {})
+
+    return work
+
+
+def _training_step(asked: Asked) -> StepMeta:
+    meta = parse_message(StepMeta, dict(asked.frame.meta))
+    _require_placement(asked, "input")
+    rounds.require_trainer(asked.run, asked.member, meta.round, None)
+    return meta
+
+
+def _smashed(desk: Desk, asked: Asked) -> Tensor | Reply:
+    """Smashed data [B, T, D] that came with the request, or are kept; or what is missing."""
+    if "ids" not in asked.frame.specs:
+        smashed = read_tensor(asked.frame, "smashed", desk.device)
+        check_smashed(asked.body.settings, smashed)
+        return smashed
+    _require_kept(asked)
+    found = desk.samples.take(asked.owner, read_ids(asked.frame))
+    return _missing(found) if isinstance(found, list) else read_kept(*found, desk.device)
+
+
+def _missing(places: list[int]) -> Reply:
+    return Reply("missing", tensors={"places": (torch.tensor(places, dtype=torch.int64), "int64")})
+
+
+def _plan(desk: Desk, asked: Asked, round_: int) -> SessionPlan:
+    settings, held = asked.run.settings, asked.run.prompts
+    if held is None:
+        raise InvalidField(
+            "this run has no prompts to tune", field="prompt_count", limit=1, value=0
+        )
+    return SessionPlan(
+        training=settings.training,
+        rounds=settings.federation.rounds,
+        round=round_,
+        initial=partial(read_prompts, desk.files(asked.run.id).state(held.sha256)),
+        from_mean_token=round_ == 1 and settings.model.prompt_init == "mean-token",
+    )
+
+
+def _require_placement(asked: Asked, placement: str) -> None:
+    if asked.run.settings.model.prompt_at != placement:
+        raise InvalidField(
+            "this request is for runs whose prompts join elsewhere",
+            field="prompt_at",
+            limit=placement,
+            value=asked.run.settings.model.prompt_at,
+        )
+
+
+def _require_kept(asked: Asked) -> None:
+    if not asked.run.settings.wire.keep_smashed:
+        raise InvalidField(
+            "the server keeps no smashed data of this run", field="keep_smashed", limit=True
+        )
+
+
+def _require_tensors(frame: Frame, meta: ExchangeMeta) -> None:
+    """Refuse tensors for which an exchange of this number has no use."""
+    wanted = {"gradients"} if meta.number > 0 else set()
+    batch = {"ids", "smashed"} & set(frame.specs) if meta.number < meta.steps else set()
+    if set(frame.specs) != wanted | batch or len(batch) > 1:
+        raise MalformedFrame(
+            "an exchange brings gradients (but the first) and ids or smashed (but the last)",
+            field="tensors",
+            limit=sorted(wanted | {"ids"}) if meta.number < meta.steps else sorted(wanted),
+            value=sorted(frame.specs),
+        )
