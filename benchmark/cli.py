@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from dataclasses import asdict
@@ -15,8 +16,17 @@ from rich.console import Console
 from benchmark.accuracy import accuracy_table, measure
 from benchmark.local_run import LocalRun
 from benchmark.preflight import check_disk, check_packages
-from benchmark.presets import PRESETS, preset_named
+from benchmark.presets import FORMS, PRESETS, Form, preset_named, traffic_preset
 from benchmark.report import result_table, write_files
+from benchmark.traffic import (
+    Setting,
+    climb,
+    ladder,
+    large_table,
+    plot_ladder,
+    traffic_figures,
+    traffic_table,
+)
 from edge_client.data import DataError
 from protocol.errors import SFPromptError
 from protocol.settings import RunSettings
@@ -28,6 +38,10 @@ app = typer.Typer(
     help="Whole runs on one machine: server and devices as processes, measured and drawn.",
 )
 err = Console(stderr=True)
+FormOption = Annotated[
+    Form,
+    typer.Option(help="default: prompts at the cut, little traffic; paper: as it was published."),
+]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the figures here.")]
 
 
@@ -39,6 +53,7 @@ def run(
     data: Annotated[
         str, typer.Option(help=f"Data set, with its settings: {' | '.join(PRESETS)}")
     ] = "digits",
+    form: FormOption = "default",
     devices: Annotated[int, typer.Option(min=1, max=64, help="Edge clients to start.")] = 4,
     partition: Annotated[
         str, typer.Option(help="How the data are divided: iid | dirichlet:ALPHA | shards:N")
@@ -64,7 +79,7 @@ def run(
     """Tune with one server and several devices, all on this machine, and show what it took."""
     console = Console()
     check_packages()
-    preset = preset_named(data)
+    preset = preset_named(data, form)
     folder = out or Path("runs") / f"{data}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder.mkdir(parents=True, exist_ok=True)
     check_disk(folder)
@@ -94,6 +109,7 @@ def accuracy(
     data: Annotated[
         str, typer.Option(help=f"Data set, with its settings: {' | '.join(PRESETS)}")
     ] = "fashion-mnist",
+    form: FormOption = "default",
     devices: Annotated[int, typer.Option(min=1, max=64, help="Edge clients to start.")] = 4,
     partition: Annotated[
         list[str] | None, typer.Option(help="Again for more. Default: iid and dirichlet:0.3")
@@ -106,7 +122,7 @@ def accuracy(
     """Compare federated runs with centralised tuning and a linear probe on the same data."""
     console = Console()
     check_packages()
-    preset = preset_named(data)
+    preset = preset_named(data, form)
     folder = out or Path("runs") / f"accuracy-{time.strftime('%Y%m%d-%H%M%S')}"
     folder.mkdir(parents=True, exist_ok=True)
     check_disk(folder)
@@ -116,6 +132,50 @@ def accuracy(
     console.print(accuracy_table(rows))
     if json_file is not None:
         json_file.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+
+
+@app.command(
+    epilog="Examples:\n\nsfprompt-bench traffic --quick\n\n"
+    "sfprompt-bench traffic --json traffic.json"
+)
+def traffic(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A small setting on the digits, in minutes.")
+    ] = False,
+    devices: Annotated[int, typer.Option(min=1, max=64, help="Edge clients of a run.")] = 4,
+    seed: Annotated[
+        list[int] | None, typer.Option(min=0, help="Again for more. Default: 0, 1 and 2.")
+    ] = None,
+    link: Annotated[
+        str, typer.Option(help="The line of each device that is simulated.")
+    ] = "20mbit,50ms",
+    at_once: Annotated[
+        int | None, typer.Option(min=1, help="Runs at a time. Default: one for each CPU core.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder; runs found there are not repeated.")
+    ] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Climb from the paper's form to the default, measure by measure: bytes, accuracy, time."""
+    console = Console()
+    check_packages()
+    folder = out or Path("runs") / f"traffic-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder.mkdir(parents=True, exist_ok=True)
+    check_disk(folder)
+    paper, default = (traffic_preset(form, quick=quick) for form in FORMS[::-1])
+    seeds = tuple(seed or ((0,) if quick else (0, 1, 2)))
+    setting = Setting(default, devices, seeds, link, at_once or os.cpu_count() or 1)
+    rungs = ladder(paper.settings, default.settings)
+    climbs = climb(rungs, setting, folder, console)
+    for rung in rungs:
+        console.print(f"  [bold]{rung.name}[/bold]: {rung.what}", highlight=False)
+    console.print(traffic_table(climbs, setting))
+    console.print(large_table(default.settings))
+    console.print(f"  {plot_ladder(climbs, setting, folder / 'traffic.png')}", highlight=False)
+    if json_file is not None:
+        figures = traffic_figures(climbs, setting)
+        json_file.write_text(json.dumps(figures, indent=2) + "\n")
 
 
 def _adjusted(

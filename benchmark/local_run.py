@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -19,7 +18,9 @@ from benchmark.report import summary
 from protocol.errors import SFPromptError
 from protocol.messages import Results
 from protocol.settings import RunSettings
+from split_model import save_state
 from split_server.client import OperatorClient, read_token
+from split_server.exporting import newest_state
 
 _START_S = 120.0
 _POLL_S = 0.5
@@ -39,6 +40,7 @@ class LocalRun:
         port: of the server; 0: any free one.
         server_threads: CPU threads of the body; None: all.
         limit_train, limit_test: images over all devices; None: all.
+        link: a line to simulate between each device and the server, e.g. ``20mbit,50ms``.
     """
 
     settings: RunSettings
@@ -50,6 +52,7 @@ class LocalRun:
     server_threads: int | None = None
     limit_train: int | None = None
     limit_test: int | None = None
+    link: str | None = None
 
     def execute(self, console: Console) -> tuple[Results, dict[str, Any]]:
         """Run to the end and return the server's results and their summary.
@@ -123,16 +126,15 @@ class LocalRun:
             arguments += ["--limit-train", str(self.limit_train)]
         if self.limit_test is not None:
             arguments += ["--limit-test", str(self.limit_test)]
+        if self.link is not None:
+            arguments += ["--link", self.link]
         # Each device downloads for itself, as it would in its own place.
         home = self.folder / "devices" / str(number)
         return [*arguments, "--home", str(home)]
 
     def _keep_state(self, results: Results) -> None:
-        name = f"{results.run.state.sha256}.safetensors"
-        for path in (self.folder / "server").rglob(name):
-            shutil.copyfile(path, self.folder / "tuned.safetensors")
-            return
-        raise SFPromptError("the server's folder lacks the final state", field=name)
+        _, state = newest_state(self.folder / "server", results.run.id)
+        save_state(state, self.folder / "tuned.safetensors")
 
 
 def _require_alive(processes: list[Process]) -> None:

@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from protocol.messages import RoundView
 from protocol.traffic import Phase
 
-_COLOURS = {
+COLOURS = {
     Phase.SMASHED: "#1b6ca8",
     Phase.FEATURES: "#6fb1dc",
     Phase.GRADIENTS: "#f0a202",
@@ -46,7 +46,7 @@ def plot_accuracy(rounds: Sequence[RoundView], title: str, out: Path) -> Path:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.margins(y=0.15)
-    return _save(figure, out)
+    return save(figure, out)
 
 
 def plot_bytes(rounds: Sequence[RoundView], full_round_bytes: int, title: str, out: Path) -> Path:
@@ -54,7 +54,7 @@ def plot_bytes(rounds: Sequence[RoundView], full_round_bytes: int, title: str, o
     figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
     numbers = [view.round for view in rounds]
     floor = [0.0] * len(rounds)
-    for phase, colour in _COLOURS.items():
+    for phase, colour in COLOURS.items():
         heights = [sum(view.traffic.get(phase, {}).values()) / MB for view in rounds]
         if any(heights):
             axes.bar(numbers, heights, bottom=floor, color=colour, label=str(phase), width=0.7)
@@ -67,10 +67,11 @@ def plot_bytes(rounds: Sequence[RoundView], full_round_bytes: int, title: str, o
     axes.grid(axis="y", alpha=0.3)
     axes.set_ylim(top=1.08 * max([full_round_bytes / MB, *floor]))
     figure.legend(fontsize="small", ncols=4, loc="outside lower center")
-    return _save(figure, out)
+    return save(figure, out)
 
 
-def _save(figure: Figure, out: Path) -> Path:
+def save(figure: Figure, out: Path) -> Path:
+    """Write a figure and free it."""
     figure.savefig(out, dpi=150)
     plt.close(figure)
     return out

@@ -7,6 +7,7 @@ import logging
 import signal
 import socket
 import sys
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -28,9 +29,10 @@ from edge_client.identity import Identity
 from edge_client.participant import Participant, succeeded
 from edge_client.prediction import Prediction, Predictor, image_files
 from edge_client.reporter import BarReporter, JsonReporter, Reporter
-from edge_client.transport import RetryPolicy, Server
+from edge_client.transport import Link, RetryPolicy, Server
 from protocol.errors import NotFound, SFPromptError
 from protocol.messages import RunStatus, RunView
+from protocol.seeds import derive_seed
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -103,6 +105,10 @@ def join(
         int | None, typer.Option(min=1, help="Use so many images in all.")
     ] = None,
     limit_test: Annotated[int | None, typer.Option(min=1)] = None,
+    link: Annotated[
+        str | None,
+        typer.Option(help="Simulate a slower line, for benchmarks, e.g. 20mbit/5mbit,50ms."),
+    ] = None,
     threads: ThreadsOption = None,
     cache_mib: Annotated[
         int, typer.Option(min=0, help="Memory for resized images, train and test each.")
@@ -123,7 +129,8 @@ def join(
     _prepare(threads, verbose)
     reporter: Reporter = JsonReporter() if progress is Progress.JSON else BarReporter()
     folder = home or cache_dir()
-    server = _server(url, patience, ca_file, reporter)
+    line = None if link is None else _line(link, data_seed, name)
+    server = _server(url, patience, ca_file, reporter, line)
     try:
         chosen = _choose(server, run, open_only=True)
         dataset = _own_data(
@@ -200,12 +207,24 @@ def _prepare(threads: int | None, verbose: bool) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
-def _server(url: str, patience: float, ca_file: Path | None, reporter: Reporter | None) -> Server:
+def _line(text: str, seed: int, name: str) -> Link:
+    """The link to simulate, with delays and losses of this device's own."""
+    return replace(Link.parse(text), seed=derive_seed(seed, "link", name))
+
+
+def _server(
+    url: str,
+    patience: float,
+    ca_file: Path | None,
+    reporter: Reporter | None,
+    link: Link | None = None,
+) -> Server:
     def say(error: SFPromptError, seconds: float) -> None:
         if reporter is not None:
             reporter.event("waiting", reason=str(error), seconds=seconds)
 
-    return Server(url, retry=RetryPolicy(patience_s=patience, on_wait=say), ca_file=ca_file)
+    retry = RetryPolicy(patience_s=patience, on_wait=say)
+    return Server(url, retry=retry, ca_file=ca_file, link=link)
 
 
 def _choose(server: Server, wanted: str | None, *, open_only: bool) -> RunView:

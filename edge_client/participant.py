@@ -9,6 +9,7 @@ from pathlib import Path
 from edge_client.blob_cache import BlobCache
 from edge_client.data import Augmentation, BatchReader, Dataset
 from edge_client.device_model import DeviceModel
+from edge_client.global_states import GlobalStates
 from edge_client.head_outputs import HeadOutputs
 from edge_client.identity import device_secret
 from edge_client.kept_samples import KeptSamples
@@ -25,7 +26,6 @@ from edge_client.transport import Server, SplitPlane
 from protocol.errors import Conflict, EmptyUpdate, InvalidField, StepLost
 from protocol.messages import (
     Assignment,
-    BlobRef,
     EvaluationReport,
     JoinRequest,
     JoinResponse,
@@ -84,7 +84,8 @@ class Participant:
             )
         self.files = BlobCache(self.folder)
         head = self.files.fetch(self.run.head, lambda start: self.server.head(self.run.id, start))
-        state = self._state_file(self.run.state)
+        self._states = GlobalStates(self.server, self.run.id, self.settings.wire, self.files)
+        state = self._states.fetch(self.run.state)
         self.model = DeviceModel.load(self.settings.model, head, state)
         augmentation = None
         if self.settings.training.augment:
@@ -182,8 +183,7 @@ class Participant:
             local_loss=local_loss,
             session=trained.session if trained else None,
         )
-        codec = self.settings.wire.updates
-        self.server.send_update(self.run.id, meta, self.model.state(), codec)
+        self._states.send(meta, self.model.state())
         self.reporter.event(
             "trained",
             round=assignment.round,
@@ -219,11 +219,8 @@ class Participant:
         )
 
     def _take_state(self, assignment: Assignment) -> None:
-        self.model.take(self._state_file(assignment.state))
+        self.model.take(self._states.fetch(assignment.state))
         self.files.drop_old(keep={self.run.head.sha256})
-
-    def _state_file(self, ref: BlobRef) -> Path:
-        return self.files.fetch(ref, lambda start: self.server.state(self.run.id, ref, start))
 
 
 def _differ(one: Assignment, other: Assignment) -> bool:

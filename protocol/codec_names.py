@@ -14,6 +14,7 @@ from protocol.errors import UnknownCodec
 
 __all__ = [
     "FLOAT_CODECS",
+    "LOSSLESS_SUFFIX",
     "WHOLE_CODECS",
     "CodecParts",
     "check_float_codec",
@@ -21,11 +22,22 @@ __all__ = [
     "parse_codec",
 ]
 
-FLOAT_CODECS: Final = ("float32", "float16", "bfloat16", "int8", "int4", "int4-asym")
+FLOAT_CODECS: Final = (
+    "float32",
+    "float16",
+    "bfloat16",
+    "int8",
+    "int4",
+    "int4-asym",
+    "pq",
+    "topk:F",
+    "cosine:S",
+    "svd:E",
+)  # to show to people: a letter behind a colon stands for a parameter
 WHOLE_CODECS: Final = ("int64", "uint8")
+LOSSLESS_SUFFIX: Final = "+zstd"
 
 _ROW_WISE: Final = {"float32", "float16", "bfloat16", "int8", "int4", "int4-asym", *WHOLE_CODECS}
-_LOSSLESS: Final = "+zstd"
 
 
 @dataclass(frozen=True)
@@ -40,7 +52,7 @@ _SHARE: Final = _Parameter(
     re.compile(r"0\.(?!0+$)[0-9]{1,6}|1|1\.0{1,6}"), "above 0, to 1, with at most 6 decimals"
 )
 _BITS: Final = _Parameter(re.compile(r"[2-8]"), "a whole number from 2 to 8")
-_PARAMETERS: Final[dict[str, _Parameter]] = {}
+_PARAMETERS: Final = {"topk": _SHARE, "cosine": _BITS, "svd": _SHARE}
 _BASES: Final = {shown.partition(":")[0]: shown for shown in (*FLOAT_CODECS, *WHOLE_CODECS)}
 
 
@@ -65,7 +77,7 @@ def parse_codec(name: str) -> CodecParts:
     Raises:
         UnknownCodec: there is no such codec, or its parameter is not allowed.
     """
-    plain = name.removesuffix(_LOSSLESS)
+    plain = name.removesuffix(LOSSLESS_SUFFIX)
     base, colon, parameter = plain.partition(":")
     if base not in _BASES:
         raise UnknownCodec(

@@ -187,6 +187,7 @@ class UpdateMeta(Message):
     round: Count
     attempt: Count
     samples: Count  # kept samples, the weight of the update
+    base: Sha256 | None = None  # the state that the tensors are changes of; None: whole ones
     session: StepId | None = None  # whose prompts on the server belong to the update
     train_loss: float | None = None
     local_loss: float | None = None

@@ -134,7 +134,10 @@ class WireSettings(Message):
     smashed: CodecName = "float32"
     features: CodecName = "float32"
     gradients: CodecName = "float32"
-    updates: CodecName = Field("float32", description="tail and prompts, from a device")
+    updates: CodecName = Field("float32", description="tail and prompts from a device")
+    update_deltas: bool = Field(
+        False, description="send a state as its change against the round's, both ways"
+    )
     head: Literal["float32", "float16"] = Field(
         "float32", description="the frozen head's weights, downloaded once"
     )

@@ -54,6 +54,7 @@ _BY_PATH: Final[Mapping[str, tuple[Phase, Phase]]] = {
 _BY_LAST_SEGMENT: Final[Mapping[str, Phase]] = {
     "head": Phase.DOWNLOAD,
     "state": Phase.UPDATES,
+    "delta": Phase.UPDATES,
     "update": Phase.UPDATES,
 }
 

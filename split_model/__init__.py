@@ -10,6 +10,7 @@ from split_model.architecture import (
 )
 from split_model.body import Body
 from split_model.cost import PartBytes, PartFlops, part_bytes, part_flops
+from split_model.deltas import applied, difference, state_bytes
 from split_model.export import TunedModel, export_model, load_exported
 from split_model.head import Head
 from split_model.head_file import (
@@ -67,6 +68,7 @@ __all__ = [
     "WeightSourceError",
     "WeightsMismatchError",
     "anatomy",
+    "applied",
     "apply_state",
     "body_blocks",
     "body_names",
@@ -75,6 +77,7 @@ __all__ = [
     "build_tail",
     "check_state",
     "device_shapes",
+    "difference",
     "export_model",
     "head_names",
     "image_preparation",
@@ -96,6 +99,7 @@ __all__ = [
     "save_state",
     "set_progress",
     "skeleton",
+    "state_bytes",
     "state_shapes",
     "supported_backbones",
     "tail_names",

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from torch import Tensor
+
 from protocol.errors import NotFound
 from split_model import SplitSettings, export_model
 from split_server.model_files import model_errors
-from split_server.snapshot import load_snapshot
+from split_server.snapshot import RunSnapshot, load_snapshot
 from split_server.states import RunFiles, StateRefs
 from split_server.store import Store
 from split_server.tables import RunRow
@@ -21,6 +23,20 @@ def export_run(data_dir: Path, run_id: str, out: Path) -> None:
         NotFound: the folder holds no such run.
         InvalidField: one of its files is damaged.
     """
+    run, state = newest_state(data_dir, run_id)
+    metadata = {"run": run.id, "name": run.settings.name, "round": str(run.closed_rounds)}
+    if run.settings.class_names is not None:
+        metadata["class_names"] = json.dumps(run.settings.class_names)
+    with model_errors():
+        export_model(SplitSettings.of(run.settings.model), run.backbone_path, state, out, metadata)
+
+
+def newest_state(data_dir: Path, run_id: str) -> tuple[RunSnapshot, dict[str, Tensor]]:
+    """A run, and its newest global state: prompts and tail, wherever they are kept.
+
+    Raises:
+        NotFound: the folder holds no such run.
+    """
     database = data_dir / "server.sqlite"
     if not database.is_file():
         raise NotFound("this is no folder of a server", field="data_dir", value=str(data_dir))
@@ -32,9 +48,5 @@ def export_run(data_dir: Path, run_id: str, out: Path) -> None:
             run = load_snapshot(session, run_id)
     finally:
         store.close()
-    state = RunFiles(data_dir / "runs" / run_id).read_state(StateRefs(run.state, run.prompts))
-    metadata = {"run": run.id, "name": run.settings.name, "round": str(run.closed_rounds)}
-    if run.settings.class_names is not None:
-        metadata["class_names"] = json.dumps(run.settings.class_names)
-    with model_errors():
-        export_model(SplitSettings.of(run.settings.model), run.backbone_path, state, out, metadata)
+    files = RunFiles(data_dir / "runs" / run_id)
+    return run, files.read_state(StateRefs(run.state, run.prompts))

@@ -12,7 +12,7 @@ import split_model
 from protocol.codecs import codec_named
 from protocol.errors import EmptyUpdate, InvalidField, NonFinite, WrongShape
 from protocol.frames import Frame
-from protocol.messages import EvaluationReport, UpdateMeta
+from protocol.messages import BlobRef, EvaluationReport, UpdateMeta
 from protocol.settings import BackboneSettings
 from split_model import SplitSettings
 from split_server.snapshot import Member
@@ -75,6 +75,21 @@ def read_update(frame: Frame, model: BackboneSettings) -> dict[str, Tensor]:
             )
         tensors[name] = read_floats(frame, name)
     return tensors
+
+
+def require_base(meta: UpdateMeta, state: BlobRef) -> None:
+    """Refuse changes against another state than the round's.
+
+    Raises:
+        InvalidField: it is another.
+    """
+    if meta.base is not None and meta.base != state.sha256:
+        raise InvalidField(
+            "the changes of an update are against the state that its round began with",
+            field="base",
+            limit=state.sha256,
+            value=meta.base,
+        )
 
 
 def read_floats(frame: Frame, name: str) -> Tensor:

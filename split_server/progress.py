@@ -13,6 +13,7 @@ from protocol.messages import RoundStatus, RunStatus
 from split_server.aggregation import WeightedState, federated_average, weighted_mean
 from split_server.journal import record_event
 from split_server.meter import Meter
+from split_server.publishing import publish
 from split_server.rounds import (
     Action,
     Aggregate,
@@ -35,7 +36,7 @@ def average(
 
     Apart from `apply`, so that no transaction waits for the arithmetic.
     """
-    row, placement = _open_row(session, run), run.settings.model.prompt_at
+    row = _open_row(session, run)
     try:
         state = federated_average(
             WeightedState(update.samples, partial(read_tensors, files.update(update.sha256)))
@@ -44,7 +45,9 @@ def average(
     except SFPromptError as error:
         # Every update was checked alone; only their sum can still leave float32's range.
         return FailRun(f"round {row.round}: {error}")
-    return Publish(action.updated, action.evaluators, files.write_state(state, placement))
+    base = StateRefs(run.state, run.prompts)
+    refs = publish(state, base, run.settings, files)
+    return Publish(action.updated, action.evaluators, refs)
 
 
 def apply(session: Session, run: RunSnapshot, action: Action, meter: Meter, at: float) -> None:

@@ -226,15 +226,17 @@ class SampleStore:
                     self._forget(owner, name)
 
     def _coldest(self) -> tuple[Owner, list[bytes]]:
-        """Samples in memory of the owner unused for longest, about a segment's worth."""
+        """Samples in memory of the owner unused for longest: one, or up to a segment's worth."""
+        most = min(_SEGMENT_BYTES, self._limits.memory_bytes // 4)
         for owner, shelf in self._shelves.items():
-            names, nbytes = [], 0
+            names: list[bytes] = []
+            nbytes = 0
             for name, record in shelf.records.items():
                 if record.segment is None:
-                    names.append(name)
                     nbytes += record.form.nbytes
-                if nbytes >= min(_SEGMENT_BYTES, self._limits.memory_bytes // 4):
-                    break
+                    if names and nbytes > most:
+                        break
+                    names.append(name)
             if names:
                 return owner, names
         raise LookupError("bytes are counted that no sample takes")

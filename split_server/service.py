@@ -35,6 +35,7 @@ from protocol.messages import (
     UpdateReceipt,
 )
 from protocol.settings import RunSettings
+from split_model import applied
 from split_server import intake, progress, rounds, views
 from split_server.clock import Clock
 from split_server.credentials import Credentials
@@ -44,7 +45,7 @@ from split_server.model_files import PreparedRun, prepare_run
 from split_server.presence import Presence
 from split_server.runs import Runs, Watcher
 from split_server.snapshot import Member, RunSnapshot, load_snapshot
-from split_server.states import RunFiles
+from split_server.states import RunFiles, read_tensors
 from split_server.store import Store
 from split_server.tables import (
     EvaluationRow,
@@ -275,7 +276,10 @@ class Federation(Runs):
             rounds.require_first(open_round.updated, participant, "update")
             try:
                 intake.check_samples(meta, member)
+                intake.require_base(meta, run.state)
                 tensors = intake.read_update(frame, run.settings.model)
+                if meta.base is not None:
+                    tensors = applied(read_tensors(self.files(run_id).state(meta.base)), tensors)
                 if held is not None:
                     tensors |= held()
             except (EmptyUpdate, NonFinite, WrongShape) as error:
@@ -309,7 +313,7 @@ class Federation(Runs):
                 )
             )
             once.remember(session, {}, at)
-            data = meta.model_dump(exclude={"local_loss", "session"})
+            data = meta.model_dump(exclude={"local_loss", "session", "base"})
             record_event(session, run.id, at, "update_counted", participant=member.id, **data)
 
     def _decline(self, run: RunSnapshot, member: Member, error: SFPromptError) -> None:

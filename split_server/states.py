@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from protocol.messages import BlobRef
+from split_model import state_bytes
 
 PROMPTS = "prompts"  # their name in a state
 
@@ -61,6 +61,10 @@ class RunFiles:
             write_tensors(folder, device), write_tensors(folder, server) if server else None
         )
 
+    def delta(self, sha256: str, base: str) -> Path:
+        """A frame that takes the state ``base`` to the one named first, as a device holds them."""
+        return self.root / "states" / f"{sha256}.from.{base}.frame"
+
     def read_state(self, refs: StateRefs) -> dict[str, Tensor]:
         """A whole global state, prompts and tail."""
         state = read_tensors(self.state(refs.device.sha256))
@@ -86,8 +90,7 @@ class RunFiles:
 
 def write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> BlobRef:
     """Write a safetensors file named by its hash, durable when this returns."""
-    plain = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
-    data = save(plain)
+    data = state_bytes(tensors)
     sha256 = hashlib.sha256(data).hexdigest()
     write_durably(folder / f"{sha256}.safetensors", data)
     return BlobRef(sha256=sha256, nbytes=len(data))

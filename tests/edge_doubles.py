@@ -10,7 +10,7 @@ import socket
 import ssl
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,16 @@ from torch import Tensor
 from edge_client.data import BatchReader, ImageSet
 from edge_client.data.image_set import ArrayStore
 from edge_client.device_model import DeviceModel
-from edge_client.phases.context import RoundContext
+from edge_client.phases import RoundContext, Samples
+from edge_client.transport import SplitPlane
 from protocol.errors import StepLost
+from protocol.frames import Frame, decode_frame, encode_frame, join_frame
 from protocol.messages import BlobRef
 from protocol.settings import BackboneSettings, RunSettings, TrainingSettings
 from split_model import (
     SplitSettings,
     build_body,
+    device_shapes,
     initial_state,
     open_backbone,
     prepare_backbone,
@@ -201,7 +204,8 @@ def _files(model: BackboneSettings) -> Files:
     backbone = prepare_backbone(settings, model.weights, folder).path
     head, _ = write_head_file(settings, backbone, folder / "head.safetensors")
     state = initial_state(settings, open_backbone(backbone), seed=1)
-    save_state(state, folder / "state.safetensors")
+    device = {name: state[name] for name in device_shapes(settings)}
+    save_state(device, folder / "state.safetensors")
     return Files(backbone, head, folder / "state.safetensors")
 
 
@@ -233,12 +237,15 @@ def round_context(
         seed=5, model=SMALL, training=TrainingSettings.model_validate({"batch_size": 4, **training})
     )
     reader = BatchReader(image_set(samples), model.preprocessing)
-    return RoundContext(settings, name, round_, 0, model, reader, advance)
+    return RoundContext(settings, name, round_, 0, model, Samples(reader), advance)
 
 
 @dataclass
 class BodyServer:
-    """The split plane of `edge_client.transport.Server`, in this process, with the real body."""
+    """The split plane's part of `edge_client.transport.Server`, in this process: the real body.
+
+    What is asked and answered goes through frames, as on the wire.
+    """
 
     model: BackboneSettings = SMALL
     lose: int = 0  # so many steps are lost before their backward
@@ -250,18 +257,38 @@ class BodyServer:
         self._body = build_body(SplitSettings.of(self.model), tensors)
         self._held: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def forward(self, smashed: Tensor, *, step: str, round_: int, codec: str) -> Tensor:
-        assert not smashed.requires_grad
+    @property
+    def plane(self) -> SplitPlane:
+        """The split plane of a run with this server."""
+        return SplitPlane(self, RunSettings(model=self.model))
+
+    def ask(
+        self,
+        path: str,
+        kind: str,
+        meta: Mapping[str, Any],
+        tensors: Mapping[str, tuple[Tensor, str]],
+        generator: torch.Generator | None = None,
+    ) -> Frame:
+        assert path == f"/v1/split/{kind}"
+        assert not any(tensor.requires_grad for tensor, _ in tensors.values())
+        sent = _over_the_wire(kind, meta, tensors, generator)
+        self.calls.append(kind)
+        answers = {"forward": self.forward, "backward": self.backward, "infer": self.infer}
+        (tensor,) = sent.tensors().values()
+        answer = answers[kind](tensor, step=sent.meta["step"], round_=sent.meta["round"])
+        name = "gradients" if kind == "backward" else "features"
+        return _over_the_wire(name, meta, {name: (answer, "float32")})
+
+    def forward(self, smashed: Tensor, *, step: str, round_: int) -> Tensor:
         assert step not in self.steps, "a name is used once"
-        self.calls.append("forward")
         self.steps.append(step)
         inputs = smashed.clone().requires_grad_()
         features = self._body(inputs)
         self._held[step] = (inputs, features)
         return features.detach().clone()
 
-    def backward(self, gradients: Tensor, *, step: str, round_: int, codec: str) -> Tensor:
-        self.calls.append("backward")
+    def backward(self, gradients: Tensor, *, step: str, round_: int) -> Tensor:
         inputs, features = self._held.pop(step)
         if self.lose:
             self.lose -= 1
@@ -269,7 +296,15 @@ class BodyServer:
         (gradient,) = torch.autograd.grad(features, inputs, gradients)
         return gradient
 
-    def infer(self, smashed: Tensor, *, step: str, round_: int, codec: str) -> Tensor:
-        self.calls.append("infer")
+    def infer(self, smashed: Tensor, *, step: str, round_: int) -> Tensor:
         with torch.no_grad():
             return self._body(smashed)
+
+
+def _over_the_wire(
+    kind: str,
+    meta: Mapping[str, Any],
+    tensors: Mapping[str, tuple[Tensor, str]],
+    generator: torch.Generator | None = None,
+) -> Frame:
+    return decode_frame(join_frame(encode_frame(kind, meta, tensors, generator=generator)))

@@ -18,7 +18,8 @@ class Ratios:
         bytes_vs_fedpeft_prompt: against `fedpeft-prompt`.
         flops_vs_full: operations on the device against `fl-full`.
         break_even_rounds: after so many rounds `sfprompt` and `fedpeft-prompt` have moved equally
-            many bytes, what is sent once and evaluations included; None: never.
+            many bytes, what is sent once and evaluations included; None: never. Until then the
+            one that needs less to start has moved less.
     """
 
     bytes_vs_paper: float

@@ -71,6 +71,10 @@ def headline() -> Headline:
     The abstract's 0.47x (ViT-Base) and 0.19x (ViT-Large) of the traffic are those of a round,
     without what is downloaded to start: 5 prompts, 10 classes, 224 pixels, float32. Its 0.46 % of
     the compute is ViT-Base's. Costs are linear in visits, so two questions give the line.
+
+    No setting gives all three. The two claims of traffic agree on one number of visits only with
+    a block in the tail (about 107); without, they ask for 129 to 131 and 136 to 143. The claim of
+    compute needs a device that holds no block at all: the patch embedding and the classifier.
     """
     traffic = tuple(
         _traffic_fit(backbone, claim, tail_blocks)

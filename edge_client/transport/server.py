@@ -137,6 +137,7 @@ class Server:
     def send_update(
         self, run: str, meta: UpdateMeta, state: Mapping[str, Tensor], codec: str
     ) -> UpdateReceipt:
+        """The tuned state of a round, or with ``meta.base`` its change against that state."""
         pieces = encode_frame(
             "update", meta.model_dump(), {name: (value, codec) for name, value in state.items()}
         )
@@ -156,6 +157,15 @@ class Server:
     def state(self, run: str, ref: BlobRef, start: int = 0) -> bytearray:
         """The next bytes of a global state's file from ``start`` on, as `head` does."""
         return self._download(_run_path(run, f"states/{ref.sha256}/state"), start)
+
+    def delta(self, run: str, ref: BlobRef, base: BlobRef) -> Frame:
+        """What takes the state ``base`` to another.
+
+        Raises:
+            NotFound: the server knows no way from the one to the other.
+        """
+        path = _run_path(run, f"states/{ref.sha256}/delta?base={base.sha256}")
+        return decode_frame(_body(self._call("GET", path, [])))
 
     # Split plane
 

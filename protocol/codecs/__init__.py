@@ -1,17 +1,26 @@
 """How a tensor becomes bytes: one registry of codecs, by the names they have on the wire."""
 
 from protocol.codecs.codec import Buffer, Codec, Device, FixedSizeCodec
+from protocol.codecs.cosine import Cosine
+from protocol.codecs.feedback import ErrorFeedback
 from protocol.codecs.int4 import Int4, Int4Asymmetric
 from protocol.codecs.int8 import Int8
+from protocol.codecs.pq import ProductQuantiser
 from protocol.codecs.raw import BFloat16, Float16, Float32, Int64, RawCodec, UInt8
 from protocol.codecs.registry import CODECS, codec_named, encoded_bytes
+from protocol.codecs.svd import Svd
+from protocol.codecs.topk import TopK
+from protocol.codecs.zstd import Compressed
 
 __all__ = [
     "CODECS",
     "BFloat16",
     "Buffer",
     "Codec",
+    "Compressed",
+    "Cosine",
     "Device",
+    "ErrorFeedback",
     "FixedSizeCodec",
     "Float16",
     "Float32",
@@ -19,7 +28,10 @@ __all__ = [
     "Int4Asymmetric",
     "Int8",
     "Int64",
+    "ProductQuantiser",
     "RawCodec",
+    "Svd",
+    "TopK",
     "UInt8",
     "codec_named",
     "encoded_bytes",

@@ -14,8 +14,8 @@ from protocol.codecs.memory import (
     as_matrix,
     bytes_of,
     cannot_send,
+    chunk_rows,
     round_,
-    row_chunks,
     rows_of,
     tensor_of,
     within,
@@ -45,40 +45,42 @@ class _FourBits(FixedSizeCodec):
     zero: int  # what stands in a byte for the code 0
 
     @abstractmethod
-    def _describe(self, groups: Tensor, scratch: Tensor) -> list[Tensor]:
-        """`numbers` bfloat16 tensors [rows, groups, 1]; ``scratch`` is as large as ``groups``."""
+    def _extremes(self, groups: Tensor, scratch: Tensor) -> list[Tensor]:
+        """What `_describe` needs of groups [rows, groups, size]: float32 [rows, groups, 1] each."""
+
+    @abstractmethod
+    def _describe(self, extremes: Sequence[Tensor]) -> list[Tensor]:
+        """The numbers of each group: bfloat16, the scale first."""
 
     @abstractmethod
     def _sound(self, numbers: Sequence[Tensor]) -> bool:
         """Whether these (on the CPU) are what groups of finite numbers give."""
 
     @abstractmethod
-    def _to_codes(self, groups: Tensor, numbers: Tensor, out: Tensor) -> None:
-        """Write codes that are not yet rounded to ``out``."""
+    def _to_codes(self, groups: Tensor, numbers: Sequence[Tensor], out: Tensor) -> Tensor:
+        """``out``, filled with codes that are not yet rounded."""
 
     @abstractmethod
-    def _from_codes(self, groups: Tensor, numbers: Tensor) -> None:
+    def _from_codes(self, groups: Tensor, numbers: Sequence[Tensor]) -> None:
         """Turn what stands in the bytes into numbers again, in place."""
 
     def encode(self, tensor: Tensor, generator: torch.Generator | None = None) -> list[memoryview]:
         source = as_matrix(tensor)
-        rows, width = source.shape
-        groups, size = _groups(width)
-        device = source.device
-        packed = torch.empty(rows, _half(width), dtype=torch.int8, device=device)
-        numbers = torch.empty(self.numbers, rows, groups, 1, dtype=torch.bfloat16, device=device)
-        scratch: Tensor | None = None
-        for chunk in row_chunks(rows, groups * size, device):
-            part = _widened(source[chunk].to(torch.float32), groups * size)
-            part = part.view(-1, groups, size)
-            scratch = torch.empty_like(part) if scratch is None else scratch[: len(part)]
-            for kept, found in zip(numbers, self._describe(part, scratch), strict=True):
-                kept[chunk] = found
-            self._to_codes(part, numbers[:, chunk], scratch)
-            round_(scratch, generator, *self.codes)
-            _pack(scratch.view(len(part), -1)[:, :width], self.zero, packed[chunk])
-        numbers = numbers.cpu()
-        if not self._sound(numbers.unbind()):
+        width = source.shape[1]
+        at_once = chunk_rows(width, source.device)
+        parts = source.split(at_once)
+        scratch = torch.empty_like(_grouped(source[:at_once]))
+        found = [self._extremes(part, scratch[: len(part)]) for part in map(_grouped, parts)]
+        numbers = self._describe([torch.cat(same) for same in zip(*found, strict=True)])
+        wide = [number.to(torch.float32) for number in numbers]
+        wide[0].masked_fill_(wide[0] == 0, math.inf)  # what it divides becomes zero
+        packed = torch.empty(len(source), _half(width), dtype=torch.int8, device=source.device)
+        for part, out, *few in zip(parts, *_split(at_once, packed, *wide), strict=True):
+            codes = self._to_codes(_grouped(part), few, scratch[: len(part)])
+            round_(codes, generator, *self.codes)
+            _pack(codes.flatten(1)[:, :width], self.zero, out)
+        numbers = [number.cpu() for number in numbers]
+        if not self._sound(numbers):
             raise cannot_send(self.name, _LARGEST_MINIMUM)
         return [bytes_of(packed), *map(bytes_of, numbers)]
 
@@ -100,15 +102,16 @@ class _FourBits(FixedSizeCodec):
             raise MalformedFrame(
                 "a number of a group is out of range", field="scales", limit=_LARGEST_SCALE
             )
-        packed, numbers = packed.to(device), torch.stack(few).to(device)
+        packed = packed.to(device)
+        numbers = [number.to(device).to(torch.float32) for number in few]
         decoded = torch.empty(rows, width, device=device)
-        for chunk in row_chunks(rows, groups * size, decoded.device):
-            codes = decoded[chunk]
-            _unpack(packed[chunk], codes)
-            wide = _widened(codes, groups * size)
-            self._from_codes(wide.view(-1, groups, size), numbers[:, chunk])
-            if wide is not codes:
-                codes.copy_(wide[:, :width])
+        at_once = chunk_rows(width, decoded.device)
+        for codes, part, *own in zip(*_split(at_once, decoded, packed, *numbers), strict=True):
+            _unpack(part, codes)
+            wide = _grouped(codes)
+            self._from_codes(wide, own)
+            if width % size:
+                codes.copy_(wide.flatten(1)[:, :width])
         return decoded.reshape(tuple(shape))
 
 
@@ -127,18 +130,20 @@ class Int4(_FourBits):
 
     name, numbers, codes, zero = "int4", 1, (-7, 7), 8
 
-    def _describe(self, groups: Tensor, scratch: Tensor) -> list[Tensor]:
-        largest = torch.amax(torch.abs(groups, out=scratch), 2, keepdim=True)
-        return [_cut(_normal(largest.div_(7)))]
+    def _extremes(self, groups: Tensor, scratch: Tensor) -> list[Tensor]:
+        return [torch.amax(torch.abs(groups, out=scratch), 2, keepdim=True)]
+
+    def _describe(self, extremes: Sequence[Tensor]) -> list[Tensor]:
+        return [_cut(_normal(extremes[0] / 7))]
 
     def _sound(self, numbers: Sequence[Tensor]) -> bool:
         return within(numbers[0], 0.0, _LARGEST_SCALE)
 
-    def _to_codes(self, groups: Tensor, numbers: Tensor, out: Tensor) -> None:
-        torch.div(groups, _divisor(numbers[0]), out=out)
+    def _to_codes(self, groups: Tensor, numbers: Sequence[Tensor], out: Tensor) -> Tensor:
+        return torch.div(groups, numbers[0], out=out)
 
-    def _from_codes(self, groups: Tensor, numbers: Tensor) -> None:
-        groups.sub_(self.zero).mul_(numbers[0].to(torch.float32))
+    def _from_codes(self, groups: Tensor, numbers: Sequence[Tensor]) -> None:
+        groups.sub_(self.zero).mul_(numbers[0])
 
 
 class Int4Asymmetric(_FourBits):
@@ -157,11 +162,13 @@ class Int4Asymmetric(_FourBits):
 
     name, numbers, codes, zero = "int4-asym", 2, (0, 15), 0
 
-    def _describe(self, groups: Tensor, scratch: Tensor) -> list[Tensor]:
-        minimum = _cut(torch.amin(groups, 2, keepdim=True), downwards=True)
-        greatest = torch.amax(groups, 2, keepdim=True)
-        scale = greatest.sub_(minimum.to(torch.float32)).div_(15)
-        return [_cut(_normal(scale), upwards=True), minimum]
+    def _extremes(self, groups: Tensor, scratch: Tensor) -> list[Tensor]:
+        return [torch.amin(groups, 2, keepdim=True), torch.amax(groups, 2, keepdim=True)]
+
+    def _describe(self, extremes: Sequence[Tensor]) -> list[Tensor]:
+        least, greatest = extremes
+        minimum = _cut(least, downwards=True)
+        return [_cut(_normal((greatest - minimum.to(torch.float32)) / 15), upwards=True), minimum]
 
     def _sound(self, numbers: Sequence[Tensor]) -> bool:
         scale, minimum = numbers
@@ -169,12 +176,12 @@ class Int4Asymmetric(_FourBits):
             minimum, -_LARGEST_MINIMUM, _LARGEST_MINIMUM
         )
 
-    def _to_codes(self, groups: Tensor, numbers: Tensor, out: Tensor) -> None:
+    def _to_codes(self, groups: Tensor, numbers: Sequence[Tensor], out: Tensor) -> Tensor:
         scale, minimum = numbers
-        torch.sub(groups, minimum.to(torch.float32), out=out).div_(_divisor(scale))
+        return torch.sub(groups, minimum, out=out).div_(scale)
 
-    def _from_codes(self, groups: Tensor, numbers: Tensor) -> None:
-        scale, minimum = numbers.to(torch.float32)
+    def _from_codes(self, groups: Tensor, numbers: Sequence[Tensor]) -> None:
+        scale, minimum = numbers
         groups.mul_(scale).add_(minimum)
 
 
@@ -187,21 +194,27 @@ def _half(width: int) -> int:
     return -(-width // 2)
 
 
-def _widened(rows: Tensor, width: int) -> Tensor:
-    """Rows made wider by repeating their last element, which moves neither minimum nor maximum."""
-    missing = width - rows.shape[1]
-    return torch.cat([rows, rows[:, -1:].expand(-1, missing)], 1) if missing else rows
+def _grouped(rows: Tensor) -> Tensor:
+    """Rows [rows, D] as float32 groups [rows, groups, size], without a copy where they fit.
+
+    Where they do not, the last element is repeated: it moves neither minimum nor maximum.
+    """
+    width = rows.shape[1]
+    groups, size = _groups(width)
+    missing = groups * size - width
+    plain = rows.to(torch.float32)
+    if missing:
+        plain = torch.cat([plain, plain[:, -1:].expand(-1, missing)], 1)
+    return plain.view(-1, groups, size)
+
+
+def _split(at_once: int, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    return [tensor.split(at_once) for tensor in tensors]
 
 
 def _normal(scale: Tensor) -> Tensor:
     """In place, scales too small to be precise become zero."""
     return scale.masked_fill_(scale < _SMALLEST_SCALE, 0.0)
-
-
-def _divisor(scale: Tensor) -> Tensor:
-    """Scales in float32, infinity for zero: everything divided by it becomes zero."""
-    wide = scale.to(torch.float32)
-    return wide.masked_fill_(wide == 0, math.inf)
 
 
 def _cut(values: Tensor, *, downwards: bool = False, upwards: bool = False) -> Tensor:
@@ -224,9 +237,11 @@ def _pack(codes: Tensor, zero: int, out: Tensor) -> None:
     """Whole numbers [rows, D], which are overwritten, into int8 ``out`` [rows, ⌈D / 2⌉]."""
     half = out.shape[1]
     low, high = codes[:, :half], codes[:, half:]
-    low[:, : high.shape[1]].add_(high, alpha=16).add_(16 * zero)  # else the high half stays zero
+    low[:, : high.shape[1]].add_(high, alpha=16)
     # float32 converts fast to signed bytes alone: leave out the highest bit, then turn it over.
-    out.copy_(low.add_(zero - 128)).bitwise_xor_(-128)
+    out.copy_(low.add_(17 * zero - 128)).bitwise_xor_(-128)
+    if high.shape[1] < half:
+        out[:, -1].bitwise_and_(15)  # there is no second code
 
 
 def _unpack(packed: Tensor, out: Tensor) -> None:

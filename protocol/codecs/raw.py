@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from protocol.codecs.codec import Device, FixedSizeCodec
-from protocol.codecs.memory import bytes_of, tensor_of
+from protocol.codecs.memory import bytes_of, largest_magnitude, tensor_of
 from protocol.errors import InvalidField
 
 
@@ -44,15 +44,8 @@ class Float16(RawCodec):
 
     def encode(self, tensor: Tensor, generator: torch.Generator | None = None) -> list[memoryview]:
         half = tensor.detach().to(device="cpu", dtype=torch.float16)
-        infinite = half.isinf()
-        if bool(infinite.any()):
-            raise InvalidField(
-                "a value is too large for float16",
-                field="codec",
-                limit=torch.finfo(torch.float16).max,
-                value=float(tensor.detach().cpu()[infinite].abs().max()),
-                hint="use bfloat16 or float32 for this kind of tensor",
-            )
+        if not math.isfinite(largest_magnitude(half)):  # the quick test; NaN may pass
+            _refuse_infinity(half.isinf(), tensor.detach().cpu())
         return super().encode(half, generator)
 
 
@@ -72,3 +65,14 @@ class UInt8(RawCodec):
     """Bytes, exact: names of samples, for one."""
 
     name, dtype, floating = "uint8", torch.uint8, False
+
+
+def _refuse_infinity(infinite: Tensor, tensor: Tensor) -> None:
+    if bool(infinite.any()):
+        raise InvalidField(
+            "a value is too large for float16",
+            field="codec",
+            limit=torch.finfo(torch.float16).max,
+            value=float(tensor[infinite].abs().max()),
+            hint="use bfloat16 or float32 for this kind of tensor",
+        )

@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from functools import lru_cache
 
-from protocol.codec_names import parse_codec
+from protocol.codec_names import LOSSLESS_SUFFIX, parse_codec
 from protocol.codecs.codec import Codec, FixedSizeCodec
+from protocol.codecs.cosine import Cosine
 from protocol.codecs.int4 import Int4, Int4Asymmetric
 from protocol.codecs.int8 import Int8
+from protocol.codecs.pq import ProductQuantiser
 from protocol.codecs.raw import BFloat16, Float16, Float32, Int64, RawCodec, UInt8
+from protocol.codecs.svd import Svd
+from protocol.codecs.topk import TopK
+from protocol.codecs.zstd import Compressed
 
 CODECS: dict[str, RawCodec] = {
     codec.name: codec for codec in (Float32(), Float16(), BFloat16(), Int64(), UInt8())
 }
 """Those that send a tensor's own bytes."""
 
-_LOSSY: dict[str, Callable[[], Codec]] = {
-    codec.name: codec for codec in (Int8, Int4, Int4Asymmetric)
+_WITHOUT_PARAMETER: dict[str, Codec] = {
+    codec.name: codec for codec in (Int8(), Int4(), Int4Asymmetric(), ProductQuantiser())
+}
+_WITH_PARAMETER: dict[str, Callable[[str, str], Codec]] = {
+    "topk": lambda parameter, name: TopK(Fraction(parameter), name),
+    "cosine": lambda parameter, name: Cosine(int(parameter), name),
+    "svd": lambda parameter, name: Svd(float(parameter), name),
 }
 
 
@@ -30,7 +41,11 @@ def codec_named(name: str) -> Codec:
             not installed here.
     """
     parts = parse_codec(name)
-    return CODECS[parts.base] if parts.base in CODECS else _LOSSY[parts.base]()
+    if parts.compressed:
+        return Compressed(codec_named(name.removesuffix(LOSSLESS_SUFFIX)), name)
+    if parts.parameter is not None:
+        return _WITH_PARAMETER[parts.base](parts.parameter, name)
+    return CODECS.get(parts.base) or _WITHOUT_PARAMETER[parts.base]
 
 
 def encoded_bytes(name: str, shape: Sequence[int]) -> int | None:
@@ -39,7 +54,9 @@ def encoded_bytes(name: str, shape: Sequence[int]) -> int | None:
     None where they depend on what the tensor holds.
 
     Raises:
-        UnknownCodec: see `codec_named`.
+        UnknownCodec: there is no such codec, or its parameter is not allowed.
     """
+    if parse_codec(name).compressed:
+        return None  # known also where the library is not
     codec = codec_named(name)
     return sum(codec.sizes(shape)) if isinstance(codec, FixedSizeCodec) else None

@@ -52,6 +52,7 @@ from split_server.states import PROMPTS
 
 Key = Annotated[str | None, Header(alias="idempotency-key")]
 _RANGE = re.compile(r"bytes=(\d{1,18})-.*")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _UPDATE_MARGIN = 1024 * 1024  # header and padding of the frame
 Wait = Annotated[float, Query(ge=0, le=3600, description="seconds to wait for something new")]
 
@@ -97,6 +98,7 @@ class FederationRoutes:
         add("/runs/{run}/assignment", self.assignment, methods=["GET"])
         add("/runs/{run}/head", self.head, methods=["GET"])
         add("/runs/{run}/states/{sha256}/state", self.state, methods=["GET"])
+        add("/runs/{run}/states/{sha256}/delta", self.delta, methods=["GET"])
         add("/runs/{run}/update", self.update, methods=["PUT"])
         add("/runs/{run}/evaluation", self.evaluation, methods=["PUT"])
 
@@ -213,9 +215,16 @@ class FederationRoutes:
         """A global state of the run."""
         require_reader(self._identity_of_reader(request, run), run)
         self._federation.run(run)
-        if len(sha256) != 64 or not all(letter in "0123456789abcdef" for letter in sha256):
-            raise InvalidField("not a SHA-256", field="sha256", value=sha256[:80])
+        _require_sha256(sha256, "sha256")
         return _file(request, self._federation.files(run).state(sha256), sha256)
+
+    async def delta(self, request: Request, run: str, sha256: str, base: str) -> Response:
+        """A frame of kind ``delta``: what takes the state ``base`` to this one."""
+        require_reader(self._identity_of_reader(request, run), run)
+        self._federation.run(run)
+        _require_sha256(sha256, "sha256")
+        _require_sha256(base, "base")
+        return _file(request, self._federation.files(run).delta(sha256, base), f"{base}-{sha256}")
 
     async def update(self, request: Request, run: str, key: Key = None) -> UpdateReceipt:
         """Count an update: a frame of kind ``update``."""
@@ -275,6 +284,11 @@ class FederationRoutes:
 
 def _content(message: Message) -> bytes:
     return message.model_dump_json().encode()
+
+
+def _require_sha256(text: str, field: str) -> None:
+    if not _SHA256.fullmatch(text):
+        raise InvalidField("not a SHA-256", field=field, value=text[:80])
 
 
 def _file(request: Request, path: Path, sha256: str) -> Response:

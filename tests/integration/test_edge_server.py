@@ -52,32 +52,6 @@ VIEW = RunView(
     state=REF,
 )
 JOIN = JoinRequest(name="n", train_samples=1, test_samples=0, num_classes=2)
-NO_PATIENCE = RetryPolicy(patience_s=0)
-
-
-def impatient(server: RawServer, **more: object) -> Server:
-    return Server(server.url, retry=NO_PATIENCE, answer_timeout_s=5, **more)
-
-
-def as_json(message: object, status: str = "200 OK", *headers: str) -> bytes:
-    return response(json.dumps(message).encode(), status, *headers)
-
-
-class Recorder:
-    """Answers each request with the next of these, or the same one for ever."""
-
-    def __init__(self, *answers: bytes | Callable[[Request], bytes]) -> None:
-        self.answers, self.requests = list(answers), []
-
-    def __call__(self, connection: Connection) -> None:
-        def answer(request: Request) -> bytes:
-            self.requests.append(request)
-            chosen = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
-            return chosen if isinstance(chosen, bytes) else chosen(request)
-
-        answering(answer)(connection)
-
-
 def test_every_request_carries_version_and_its_own_id() -> None:
     serve = Recorder(as_json([VIEW.model_dump(mode="json")]))
     with RawServer(serve) as raw:
@@ -221,97 +195,6 @@ def test_a_busy_server_gets_the_same_request_again() -> None:
     bodies = {request.body for request in serve.requests}
     keys = {request.headers["idempotency-key"] for request in serve.requests}
     assert (len(serve.requests), len(bodies), len(keys)) == (3, 1, 1)
-
-
-def test_a_stale_round_is_final() -> None:
-    serve = Recorder(as_json(StaleRound("too late").to_wire(), "409 x"))
-    with RawServer(serve) as raw:
-        server = Server(raw.url)
-        with pytest.raises(StaleRound):
-            server.forward(torch.ones(1, 2, 3), step="1", round_=1, codec="float32")
-        server.close()
-    assert len(serve.requests) == 1
-
-
-def frame(kind: str, name: str, tensor: torch.Tensor, codec: str = "float32") -> bytes:
-    return response(bytes(join_frame(encode_frame(kind, {}, {name: (tensor, codec)}))))
-
-
-def test_the_split_plane() -> None:
-    x = torch.randn(2, 3, 4)
-    serve = Recorder(
-        frame("features", "features", x + 1),
-        frame("gradients", "gradients", x + 2),
-        frame("features", "features", x, "bfloat16"),
-    )
-    with RawServer(serve) as raw:
-        server = impatient(raw)
-        assert torch.equal(server.forward(x, step="s", round_=3, codec="float16"), x + 1)
-        assert torch.equal(server.backward(x, step="s", round_=3, codec="float32"), x + 2)
-        inferred = server.infer(x, step="t", round_=3, codec="float32")
-        assert torch.equal(inferred, x.bfloat16().float())
-        server.close()
-    kinds = ["forward", "backward", "infer"]
-    assert [r.target for r in serve.requests] == [f"/v1/split/{kind}" for kind in kinds]
-    frames = [decode_frame(request.body) for request in serve.requests]
-    assert [f.kind for f in frames] == kinds
-    assert [dict(f.meta) for f in frames] == [
-        {"step": "s", "round": 3},
-        {"step": "s", "round": 3},
-        {"step": "t", "round": 3},
-    ]
-    assert torch.equal(frames[0].tensor("smashed"), x.half())
-    assert torch.equal(frames[1].tensor("gradients"), x)
-
-
-def test_features_can_be_trained_on() -> None:
-    """The tensor lies in the response's own buffer, and nobody else writes there."""
-    x = torch.randn(2, 3, 4)
-    with RawServer(Recorder(frame("features", "features", x))) as raw:
-        server = impatient(raw)
-        features = server.forward(x, step="s", round_=1, codec="float32").requires_grad_()
-        other = server.forward(x, step="t", round_=1, codec="float32")
-        other.add_(1)
-        (features * 2).sum().backward()
-        assert torch.equal(features.grad, torch.full_like(x, 2))
-        assert torch.equal(features, x)
-        server.close()
-
-
-X = torch.ones(2, 3, 4)
-MALFORMED = [
-    response(b""),
-    response(b"SFPF"),
-    response(b"<html>" * 100),
-    frame("features", "features", torch.ones(2, 3, 5)),
-    frame("features", "features", torch.ones(24)),
-    frame("features", "other", X),
-    frame("features", "features", X.long(), "int64"),
-    response(frame("features", "features", X).split(b"\r\n\r\n", 1)[1][:-64]),
-]
-
-
-@pytest.mark.parametrize("answer", MALFORMED)
-def test_a_malformed_frame_is_refused_and_not_asked_for_again(answer: bytes) -> None:
-    serve = Recorder(answer)
-    with RawServer(serve) as raw:
-        server = Server(raw.url)
-        with pytest.raises(MalformedFrame):
-            server.forward(X, step="s", round_=1, codec="float32")
-        server.close()
-    assert len(serve.requests) == 1
-
-
-def test_frames_of_another_kind_or_version_are_refused() -> None:
-    newer = bytearray(frame("features", "features", X))
-    newer[newer.index(b"SFPF") + 4] = 2
-    with RawServer(Recorder(frame("update", "features", X), bytes(newer))) as raw:
-        server = impatient(raw)
-        with pytest.raises(InvalidField):
-            server.forward(X, step="s", round_=1, codec="float32")
-        with pytest.raises(UnsupportedVersion):
-            server.forward(X, step="s", round_=1, codec="float32")
-        server.close()
 
 
 @pytest.mark.parametrize("body", [b"{", b"\xff", b"[" * 100_000, b'"x"', b"{}", b"7"])

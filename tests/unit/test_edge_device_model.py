@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from edge_client.data import BatchReader
 from edge_client.device_model import DeviceModel
-from protocol.errors import InvalidField, MalformedFrame
+from protocol.errors import MalformedFrame
 from split_model import SplitSettings, build_body, load_state, open_backbone, save_state
 from tests.edge_doubles import SMALL, device_model, files, image_set
 
@@ -122,11 +122,15 @@ def test_a_head_of_another_model_is_refused() -> None:
             DeviceModel.load(SMALL.model_copy(update=change), made.head, made.state)
 
 
-def test_prompts_at_the_cut_are_refused() -> None:
-    made = files()
-    with pytest.raises(InvalidField) as caught:
-        DeviceModel.load(SMALL.model_copy(update={"prompt_at": "cut"}), made.head, made.state)
-    assert (caught.value.field, caught.value.limit) == ("prompt_at", "input")
+def test_prompts_at_the_cut_are_not_on_the_device(tmp_path: Path) -> None:
+    model = device_model(SMALL.model_copy(update={"prompt_at": "cut"}))
+    assert model.prompts is None
+    model.add_mean_token(BatchReader(image_set(), model.preprocessing))
+    state = model.state()
+    assert set(state) == set(load_state(files().state)) - {"prompts"}
+    save_state(state | {"prompts": torch.zeros(1, 4, 192)}, tmp_path / "with-prompts")
+    with pytest.raises(MalformedFrame):
+        model.take(tmp_path / "with-prompts")
 
 
 def test_damaged_files_are_typed_errors(tmp_path: Path) -> None:

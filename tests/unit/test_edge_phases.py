@@ -10,8 +10,13 @@ from torch.nn import functional as F
 
 from edge_client.data import Augmentation, shuffled
 from edge_client.device_model import DeviceModel
-from edge_client.phases import evaluate, keep_samples, local_update, split_train
-from edge_client.phases.context import RoundContext
+from edge_client.phases import (
+    RoundContext,
+    evaluate,
+    keep_samples,
+    local_update,
+    split_train,
+)
 from protocol.errors import StepLost
 from protocol.seeds import derive_seed
 from split_model import load_state, open_backbone
@@ -87,7 +92,7 @@ def moved(state: dict[str, Tensor]) -> float:
 def el2n_by_hand(model: DeviceModel, context: RoundContext) -> list[float]:
     scores = []
     for position in range(len(context.samples)):
-        image, label = context.samples.read([position])
+        image, label = context.samples.images.read([position])
         logits = model.tail(model.head(image)).flatten().tolist()
         total = sum(math.exp(value) for value in logits)
         error = [math.exp(value) / total - (i == int(label)) for i, value in enumerate(logits)]
@@ -115,7 +120,7 @@ def test_prompts_and_body_have_no_say_in_the_scores() -> None:
 def test_each_class_keeps_its_share() -> None:
     context = round_context(samples=9, keep_fraction=0.34, prune_per_class=True)
     kept = keep_samples(context)
-    assert sorted(context.samples.image_set.labels[kept].tolist()) == [0, 1, 2]
+    assert sorted(context.samples.images.image_set.labels[kept].tolist()) == [0, 1, 2]
 
 
 def test_all_are_kept_without_scoring() -> None:
@@ -165,7 +170,7 @@ def test_the_local_update_is_a_plain_torch_loop() -> None:
     )
     losses = []
     for positions in batches("local", 10, 2):
-        images, labels = context.samples.read(positions)
+        images, labels = context.samples.images.read(positions)
         value = F.cross_entropy(model.tail(model.head(images, model.prompts)), labels)
         optimizer.zero_grad()
         value.backward()
@@ -198,7 +203,7 @@ def test_split_training_is_the_uncut_model_s_step_by_step() -> None:
     )
     server = BodyServer()
     kept = torch.tensor([0, 2, 3, 5, 7, 8, 9])
-    loss = split_train(context, server, kept)
+    trained = split_train(context, server.plane, kept)
 
     uncut = Uncut()
     tuned = [*uncut.model.norm.parameters(), *uncut.model.head.parameters()]
@@ -209,14 +214,15 @@ def test_split_training_is_the_uncut_model_s_step_by_step() -> None:
     orders = batches("split", 7, 2)
     assert len(states) == len(orders) == 4
     for order, state in zip(orders, states, strict=True):
-        images, labels = context.samples.read(kept[order])
+        images, labels = context.samples.images.read(kept[order])
         value = F.cross_entropy(uncut(images), labels)
         optimizer.zero_grad()
         value.backward()
         optimizer.step()
         losses.append(value.item() * len(order))
         assert_same(state, uncut.state(), 1e-5)
-    assert loss == pytest.approx(sum(losses[2:]) / 7, abs=1e-5)
+    assert trained.loss == pytest.approx(sum(losses[2:]) / 7, abs=1e-5)
+    assert trained.session is None
     assert server.calls == ["forward", "backward"] * 4
     assert moved(uncut.state()) > 1e-4
 
@@ -233,7 +239,7 @@ def test_the_schedule_runs_through_the_steps_of_the_round() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.optim, "SGD", Watching)
         context = round_context(round_=3, **{**SGD, "schedule": "cosine"})
-        split_train(context, BodyServer(), torch.arange(8))
+        split_train(context, BodyServer().plane, torch.arange(8))
     training, rounds = context.run.training, context.run.federation.rounds
     expected = [0.5 * learning_rate_factor(training, (2 + s / 2) / rounds, rounds) for s in (0, 1)]
     assert rates == pytest.approx(expected)
@@ -242,9 +248,9 @@ def test_the_schedule_runs_through_the_steps_of_the_round() -> None:
 @pytest.mark.parametrize("lost", [1, 4])
 def test_a_lost_step_is_sent_again_and_changes_nothing(lost: int) -> None:
     smooth = round_context(**SGD)
-    loss = split_train(smooth, BodyServer(), torch.arange(8))
+    trained = split_train(smooth, BodyServer().plane, torch.arange(8))
     shaken, server = round_context(**SGD), BodyServer(lose=lost)
-    assert split_train(shaken, server, torch.arange(8)) == loss
+    assert split_train(shaken, server.plane, torch.arange(8)) == trained
     assert_same(shaken.model.state(), smooth.model.state(), 0)
     assert server.calls == ["forward", "backward"] * (2 + lost)
     assert len(set(server.steps)) == 2 + lost
@@ -253,7 +259,7 @@ def test_a_lost_step_is_sent_again_and_changes_nothing(lost: int) -> None:
 def test_a_step_that_is_always_lost_is_an_error() -> None:
     context, server = round_context(**SGD), BodyServer(lose=100)
     with pytest.raises(StepLost):
-        split_train(context, server, torch.arange(4))
+        split_train(context, server.plane, torch.arange(4))
     assert len(server.steps) == 5
     assert_same(context.model.state(), load_state(files().state), 0)
 
@@ -263,7 +269,7 @@ def test_steps_have_other_names_in_every_round_and_attempt() -> None:
     for round_, attempt in ((1, 0), (1, 1), (2, 0)):
         context, server = round_context(round_=round_, **SGD), BodyServer()
         context.attempt = attempt
-        split_train(context, server, torch.arange(8))
+        split_train(context, server.plane, torch.arange(8))
         names |= set(server.steps)
     assert len(names) == 6
 
@@ -272,7 +278,7 @@ def test_without_prompts_the_tail_alone_is_trained() -> None:
     bare = SMALL.model_copy(update={"prompt_count": 0})
     context = round_context(device_model(bare), **SGD)
     local_update(context)
-    split_train(context, BodyServer(bare), torch.arange(4))
+    split_train(context, BodyServer(bare).plane, torch.arange(4))
     assert set(context.model.state()) == set(load_state(files(bare).state))
 
 
@@ -286,16 +292,15 @@ def test_every_epoch_of_the_run_is_augmented_anew() -> None:
 
     for round_ in (1, 2):
         context = round_context(round_=round_, samples=4, local_epochs=2, split_epochs=1, **SGD)
-        context.samples.augmentation = Watching(0)
+        context.samples.images.augmentation = Watching(0)
         keep_samples(context)
         local_update(context)
-        split_train(context, BodyServer(), torch.arange(4))
+        split_train(context, BodyServer().plane, torch.arange(4))
         evaluate(
             context.model,
-            BodyServer(),
+            BodyServer().plane,
             context.samples,
             round_=1,
-            codec="float32",
             advance=lambda *_: None,
         )
     assert seen == [0, 1, 2, 3, 4, 5]
@@ -310,13 +315,12 @@ def test_evaluation_counts_what_the_uncut_model_gets_right() -> None:
     server = BodyServer()
     measured = evaluate(
         context.model,
-        server,
+        server.plane,
         context.samples,
         round_=1,
-        codec="float32",
         advance=lambda *step: told.append(step),
     )
-    images, labels = context.samples.read(range(150))
+    images, labels = context.samples.images.read(range(150))
     logits = Uncut()(images)
     assert measured.samples == 150
     assert measured.correct == int((logits.argmax(dim=1) == labels).sum())
@@ -329,13 +333,12 @@ def test_evaluation_counts_what_the_uncut_model_gets_right() -> None:
 
 def test_a_device_without_test_images_has_nothing_to_count() -> None:
     context = round_context()
-    context.samples.image_set = image_set().subset([])
+    context.samples.images.image_set = image_set().subset([])
     measured = evaluate(
         context.model,
-        BodyServer(),
+        BodyServer().plane,
         context.samples,
         round_=1,
-        codec="float32",
         advance=lambda *_: None,
     )
     assert (measured.samples, measured.correct, measured.loss_sum) == (0, 0, 0.0)

@@ -119,7 +119,7 @@ def test_every_file_in_order_with_the_unreadable_named(tmp_path: Path) -> None:
             model.preprocessing.resize(decode_file(path).unsqueeze(0))
         )
         with torch.no_grad():
-            features = body.infer(model.head(image, model.prompts), step="", round_=0, codec="")
+            features = body.infer(model.head(image, model.prompts), step="", round_=0)
             shares = model.tail(features).softmax(dim=1)[0]
         order = shares.argsort(descending=True)[:2].tolist()
         assert prediction.error is None

@@ -8,9 +8,11 @@ import pytest
 import protocol
 
 EXPORTED = {
-    "codec_names": "CodecParts FLOAT_CODECS WHOLE_CODECS check_float_codec is_row_wise parse_codec",
-    "codecs": "BFloat16 Buffer CODECS Codec Device FixedSizeCodec Float16 Float32 Int4 "
-    "Int4Asymmetric Int64 Int8 RawCodec UInt8 codec_named encoded_bytes",
+    "codec_names": "CodecParts FLOAT_CODECS LOSSLESS_SUFFIX WHOLE_CODECS check_float_codec "
+    "is_row_wise parse_codec",
+    "codecs": "BFloat16 Buffer CODECS Codec Compressed Cosine Device ErrorFeedback FixedSizeCodec "
+    "Float16 Float32 Int4 Int4Asymmetric Int64 Int8 ProductQuantiser RawCodec Svd TopK UInt8 "
+    "codec_named encoded_bytes",
     "errors": "Busy Conflict EmptyUpdate FieldValue Forbidden IdempotencyKeyReused InternalError "
     "InvalidField InvalidRequest MalformedFrame NonFinite NotFound RunClosed SFPromptError "
     "StaleRound StepLost TooLarge Unauthorized UnknownCodec Unreachable UnsupportedVersion "

@@ -39,7 +39,7 @@ BLOB = {"sha256": "0" * 64, "nbytes": 1}
             RunSettings,
             {"wire": {"smashed": "int3"}},
             "wire.smashed",
-            "float32, float16, bfloat16",
+            ", ".join(FLOAT_CODECS),
             "int3",
         ),
         (RunSettings, {"class_names": ["a", "b"]}, "body", None, None),

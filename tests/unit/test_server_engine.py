@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -117,10 +118,10 @@ def test_a_repeat_gets_the_same_answer_and_computes_nothing(
     calls = 0
     real = compute.run_forward
 
-    def counted(body: Body, tensor: Tensor) -> tuple[Tensor, Tensor, int]:
+    def counted(*job: Any) -> tuple[Tensor, Tensor, int]:
         nonlocal calls
         calls += 1
-        return real(body, tensor)
+        return real(*job)
 
     monkeypatch.setattr(compute, "run_forward", counted)
 
@@ -258,10 +259,10 @@ def test_the_queue_is_bounded(
     gate, at_work = threading.Event(), threading.Event()
     real = compute.run_inference
 
-    def held(body: Body, tensor: Tensor) -> Tensor:
+    def held(*job: Any) -> Tensor:
         at_work.set()
         gate.wait(20)
-        return real(body, tensor)
+        return real(*job)
 
     monkeypatch.setattr(compute, "run_inference", held)
 
@@ -285,10 +286,10 @@ def test_one_jobs_failure_is_its_own(
     engine = make()
     real = compute.run_inference
 
-    def broken(body: Body, tensor: Tensor) -> Tensor:
+    def broken(body: Body, tensor: Tensor, *job: Any) -> Tensor:
         if float(tensor[0, 0, 0]) == 42.0:
             raise ZeroDivisionError
-        return real(body, tensor)
+        return real(body, tensor, *job)
 
     monkeypatch.setattr(compute, "run_inference", broken)
     bad = smashed()
@@ -339,9 +340,9 @@ def test_a_forward_whose_round_ended_while_it_waited_is_not_kept(
     engine = make()
     real = compute.run_forward
 
-    def overtaken(body: Body, tensor: Tensor) -> tuple[Tensor, Tensor, int]:
+    def overtaken(*job: Any) -> tuple[Tensor, Tensor, int]:
         engine.release("r1")
-        return real(body, tensor)
+        return real(*job)
 
     monkeypatch.setattr(compute, "run_forward", overtaken)
     asyncio.run(engine.forward(forward(key, smashed())))

@@ -14,7 +14,7 @@ from protocol.errors import InvalidField
 from protocol.traffic import Traffic
 from split_server.folder import held_folder
 from split_server.meter import Meter, SocketCounter
-from split_server.states import RunFiles, read_tensors, write_durably
+from split_server.states import RunFiles, read_prompts, read_tensors, write_durably
 from split_server.store import Store
 from split_server.tables import EventRow
 
@@ -69,13 +69,29 @@ def test_a_file_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_states_are_named_by_their_content(tmp_path: Path) -> None:
     files = RunFiles(tmp_path)
     state = {"b": torch.ones(2), "a": torch.zeros(3)}
-    blob = files.write_state(state)
-    assert blob == files.write_state(dict(reversed(state.items())))
+    refs = files.write_state(state, "input")
+    assert refs == files.write_state(dict(reversed(state.items())), "input")
+    assert refs.prompts is None
+    blob = refs.device
     assert files.state(blob.sha256).stat().st_size == blob.nbytes
     assert {name: t.tolist() for name, t in read_tensors(files.state(blob.sha256)).items()} == {
         "a": [0, 0, 0],
         "b": [1, 1],
     }
+
+
+def test_prompts_at_the_cut_have_a_file_of_their_own(tmp_path: Path) -> None:
+    files = RunFiles(tmp_path)
+    state = {"prompts": torch.ones(1, 2, 3), "tail.a": torch.zeros(3)}
+    refs = files.write_state(state, "cut")
+    assert refs.prompts is not None
+    assert set(read_tensors(files.state(refs.device.sha256))) == {"tail.a"}
+    assert torch.equal(read_prompts(files.state(refs.prompts.sha256)), state["prompts"])
+    whole = files.read_state(refs)
+    assert set(whole) == set(state)
+    assert all(torch.equal(whole[name], state[name]) for name in state)
+    assert set(files.read_state(files.write_state(state, "input"))) == set(state)
+    assert files.write_state({"tail.a": torch.zeros(3)}, "cut").prompts is None
 
 
 def test_a_folder_serves_one_server(tmp_path: Path) -> None:

@@ -1,0 +1,60 @@
+"""What is changed from rung to rung, each on top of the one before."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from protocol.settings import RunSettings
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One measure.
+
+    Attributes:
+        name: short, for tables and plots.
+        what: what it does, in a sentence.
+        settings: of the whole run on this rung.
+    """
+
+    name: str
+    what: str
+    settings: RunSettings
+
+
+def ladder(paper: RunSettings, default: RunSettings) -> list[Rung]:
+    """The rungs from the paper-faithful form of a run to its default form.
+
+    The first and the last are these two, untouched; those between take over part after part.
+    """
+    wire = default.wire
+    half = dict.fromkeys(("smashed", "features", "gradients"), "bfloat16")
+    at_the_cut = {
+        "model": default.model.model_dump(),
+        "training": default.training.model_dump(),
+        "wire": {"keep_smashed": True, "pooled_features": True},
+    }
+    lean = _changed(paper, {"wire": half | {"pooled_features": True}})
+    cut = _changed(paper, at_the_cut)
+    small = _changed(cut, {"wire": {"smashed": wire.smashed}})
+    return [
+        Rung("paper", "the paper's form: four tensors a step, all tokens, float32", paper),
+        Rung("lean legs", "the same in bfloat16, features only as far as the tail reads", lean),
+        Rung("at the cut", "prompts in the body, tuned there; smashed data sent once", cut),
+        Rung("smashed", f"smashed data in {wire.smashed}", small),
+        Rung(
+            "default",
+            f"features in {wire.features}, gradients in {wire.gradients}, head in {wire.head}, "
+            f"updates in {wire.updates}",
+            default,
+        ),
+    ]
+
+
+def _changed(settings: RunSettings, changes: Mapping[str, Mapping[str, Any]]) -> RunSettings:
+    values = settings.model_dump()
+    for part, change in changes.items():
+        values[part] |= change
+    return RunSettings.model_validate(values)

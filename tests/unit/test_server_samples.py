@@ -1,0 +1,425 @@
+"""The smashed data that the server keeps: within its budgets, and never anything but what came."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from protocol.errors import InvalidField, TooLarge
+from split_server.samples import Owner, RowForm, SampleStore, StoreLimits
+
+A, B, C = Owner("r1", "p1"), Owner("r1", "p2"), Owner("r2", "p1")
+PLAIN = RowForm("float32", (1, 2), (8,))
+TWO_BUFFERS = RowForm("int8", (2, 3), (6, 8))
+TEN = RowForm("uint8", (10,), (10,))
+PLENTY = 10**6
+
+Kept = tuple[RowForm, list[memoryview]]
+MakeStore = Callable[..., SampleStore]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Iterator[MakeStore]:
+    made: list[SampleStore] = []
+
+    def one(memory: int = PLENTY, disk: int = 0, participant: int = PLENTY) -> SampleStore:
+        folder = tmp_path / f"samples-{len(made)}"
+        made.append(SampleStore(folder, StoreLimits(memory, disk, participant)))
+        return made[-1]
+
+    yield one
+    for store in made:
+        store.close()
+
+
+def name(number: int) -> bytes:
+    return number.to_bytes(16, "little")
+
+
+def content(owner: Owner, number: int, form: RowForm) -> list[bytes]:
+    """What this owner's sample of this number is made of: nobody else's is alike."""
+    seed = repr((owner, number, form)).encode()
+    return [
+        hashlib.shake_128(seed + bytes([place])).digest(size)
+        for place, size in enumerate(form.sizes)
+    ]
+
+
+def put(store: SampleStore, owner: Owner, numbers: Sequence[int], form: RowForm = TEN) -> None:
+    rows = [content(owner, number, form) for number in numbers]
+    buffers = [memoryview(b"".join(parts)) for parts in zip(*rows, strict=True)]
+    store.put(owner, form, [name(number) for number in numbers], buffers)
+
+
+def take(store: SampleStore, owner: Owner, numbers: Sequence[int]) -> Kept | list[int]:
+    return store.take(owner, [name(number) for number in numbers])
+
+
+def lacking(store: SampleStore, owner: Owner, numbers: Sequence[int]) -> list[int]:
+    return store.missing(owner, [name(number) for number in numbers])
+
+
+def kept(store: SampleStore, owner: Owner, among: Sequence[int] = range(40)) -> list[int]:
+    gone = set(lacking(store, owner, among))
+    return [number for place, number in enumerate(among) if place not in gone]
+
+
+def assert_whole(
+    found: Kept | list[int], owner: Owner, numbers: Sequence[int], form: RowForm = TEN
+) -> None:
+    assert isinstance(found, tuple), f"places {found} are missing"
+    assert found[0] == form
+    rows = [content(owner, number, form) for number in numbers]
+    expected = [b"".join(parts) for parts in zip(*rows, strict=True)]
+    assert [bytes(buffer) for buffer in found[1]] == expected
+
+
+def files(folder: Path) -> list[int]:
+    """The sizes of the files in a folder."""
+    return [path.stat().st_size for path in folder.iterdir()]
+
+
+# What came is what is given out
+
+
+@pytest.mark.parametrize("form", [PLAIN, TWO_BUFFERS, TEN])
+@pytest.mark.parametrize("memory", [PLENTY, 60])  # below: most of them are on disk
+def test_a_batch_in_any_order_is_what_was_sent(
+    make: MakeStore, form: RowForm, memory: int
+) -> None:
+    store = make(memory=memory, disk=PLENTY)
+    put(store, A, range(12), form)
+    assert (store.disk_bytes > 0) is (memory == 60)
+    for wanted in ([3], [11, 0, 5, 5, 7], list(range(12))):
+        assert_whole(take(store, A, wanted), A, wanted, form)
+
+
+def test_what_is_handed_out_is_the_takers_own(make: MakeStore) -> None:
+    store = make()
+    put(store, A, [1])
+    found = take(store, A, [1])
+    assert isinstance(found, tuple)
+    found[1][0][:] = bytes(10)
+    assert_whole(take(store, A, [1]), A, [1])
+
+
+def test_a_store_keeps_nothing_of_the_frame_it_came_in(make: MakeStore) -> None:
+    store = make()
+    frame = bytearray(b"".join(content(A, 1, TEN)))
+    store.put(A, TEN, [name(1)], [memoryview(frame)])
+    frame[:] = bytes(10)
+    assert_whole(take(store, A, [1]), A, [1])
+
+
+def test_a_sample_on_disk_comes_back_with_the_same_bytes(make: MakeStore, tmp_path: Path) -> None:
+    store = make(memory=40, disk=PLENTY)
+    put(store, A, range(4), TEN)
+    assert (store.memory_bytes, store.disk_bytes) == (40, 0)
+    put(store, A, range(4, 12), TEN)
+    assert store.memory_bytes <= 40
+    assert sum(files(tmp_path / "samples-0")) == store.disk_bytes >= 80
+    assert kept(store, A) == list(range(12))
+    for number in range(12):
+        assert_whole(take(store, A, [number]), A, [number])
+
+
+def test_a_batch_outlives_what_happens_to_its_samples(make: MakeStore) -> None:
+    store = make(memory=40, disk=PLENTY)
+    put(store, A, range(12))
+    found = take(store, A, range(12))
+    store.drop("r1")
+    assert_whole(found, A, range(12))
+
+
+def test_an_id_that_is_here_is_left_as_it_is(make: MakeStore) -> None:
+    store = make()
+    put(store, A, [1])
+    store.put(A, TEN, [name(1), name(2)], [memoryview(bytes(20))])
+    assert_whole(take(store, A, [1]), A, [1])
+    assert store.memory_bytes == 20
+
+
+# What is missing
+
+
+def test_the_places_of_what_is_missing_are_told_and_nothing_changes(make: MakeStore) -> None:
+    store = make(memory=30, disk=0)
+    put(store, A, [1, 2, 3])
+    assert take(store, A, [9, 1, 8, 2, 8]) == [0, 2, 4] == lacking(store, A, [9, 1, 8, 2, 8])
+    assert take(store, B, [1, 2]) == [0, 1] == lacking(store, B, [1, 2])
+    assert store.memory_bytes == 30
+    put(store, A, [4])  # 1 is still the one unused for longest: the refused take used nothing
+    assert kept(store, A) == [2, 3, 4]
+
+
+def test_to_ask_what_is_missing_uses_nothing(make: MakeStore) -> None:
+    store = make(memory=30)
+    put(store, A, [1, 2, 3])
+    assert lacking(store, A, [1]) == []
+    put(store, A, [4])
+    assert kept(store, A) == [2, 3, 4]
+
+
+def test_mixed_forms_are_refused(make: MakeStore) -> None:
+    store = make()
+    put(store, A, [1], PLAIN)
+    put(store, A, [2], TWO_BUFFERS)
+    with pytest.raises(InvalidField) as caught:
+        take(store, A, [1, 2])
+    assert caught.value.field == "ids"
+    assert_whole(take(store, A, [1]), A, [1], PLAIN)
+    assert_whole(take(store, A, [2]), A, [2], TWO_BUFFERS)
+
+
+@pytest.mark.parametrize(("memory", "participant"), [(9, 100), (100, 9)])
+def test_a_sample_over_a_limit_is_refused_and_nothing_else_lost(
+    make: MakeStore, memory: int, participant: int
+) -> None:
+    store = make(memory, 1000, participant)
+    put(store, A, [1], PLAIN)
+    with pytest.raises(TooLarge) as caught:
+        put(store, A, [2], TEN)
+    assert (caught.value.limit, caught.value.value) == (9, 10)
+    assert kept(store, A) == [1]
+    assert store.memory_bytes == 8
+
+
+# Who goes first
+
+
+def test_the_one_unused_for_longest_goes_first(make: MakeStore) -> None:
+    store = make(memory=40)
+    put(store, A, [1, 2, 3, 4])
+    take(store, A, [1])
+    put(store, A, [2])  # sent again: used again
+    put(store, A, [5])
+    assert kept(store, A) == [1, 2, 4, 5]
+    put(store, A, [6])
+    assert kept(store, A) == [1, 2, 5, 6]
+
+
+def test_the_owner_unused_for_longest_goes_first(make: MakeStore) -> None:
+    store = make(memory=40)
+    put(store, A, [1, 2])
+    put(store, B, [1, 2])
+    take(store, A, [1])
+    put(store, C, [1, 2])
+    assert (kept(store, A), kept(store, B), kept(store, C)) == ([1, 2], [], [1, 2])
+
+
+def test_a_participant_over_its_budget_loses_its_own_samples_alone(make: MakeStore) -> None:
+    store = make(participant=30)
+    put(store, B, [1, 2, 3])
+    put(store, A, [1, 2])
+    put(store, A, [3, 4, 5])
+    assert (kept(store, A), kept(store, B)) == ([3, 4, 5], [1, 2, 3])
+    assert store.memory_bytes == 60
+
+
+def test_the_budget_of_a_participant_counts_its_disk(make: MakeStore) -> None:
+    store = make(memory=20, disk=PLENTY, participant=50)
+    put(store, A, range(9))
+    assert kept(store, A) == [4, 5, 6, 7, 8]
+    assert store.memory_bytes <= 20
+
+
+def test_from_disk_what_was_unused_for_longest_goes_first(make: MakeStore) -> None:
+    store = make(memory=40, disk=40)
+    put(store, A, range(8))
+    assert (store.memory_bytes, store.disk_bytes) == (40, 40)
+    take(store, A, [0])
+    put(store, A, [8])
+    assert kept(store, A) == [0, *range(2, 9)]
+
+
+@pytest.mark.parametrize("disk", [0, 15, 1000])
+def test_what_was_just_sent_is_there(make: MakeStore, disk: int) -> None:
+    """However large a sample is: else a device would send it for ever."""
+    store = make(memory=100, disk=disk)
+    small, large = RowForm("uint8", (20,), (20,)), RowForm("uint8", (90,), (90,))
+    for form, number in ((small, 1), (large, 2), (large, 3), (small, 4), (large, 5)):
+        put(store, A, [number], form)
+        assert_whole(take(store, A, [number]), A, [number], form)
+
+
+# Owners
+
+
+def test_owners_never_see_each_others_samples(make: MakeStore) -> None:
+    store = make()
+    put(store, A, [1, 2])
+    assert [lacking(store, owner, [1, 2]) for owner in (A, B, C)] == [[], [0, 1], [0, 1]]
+    for owner in (B, C):
+        put(store, owner, [1])
+    for owner in (A, B, C):
+        assert_whole(take(store, owner, [1]), owner, [1])
+
+
+def test_dropping_frees_memory_and_files(make: MakeStore, tmp_path: Path) -> None:
+    store = make(memory=40, disk=PLENTY)
+    for owner in (A, B, C):
+        put(store, owner, range(10))
+    store.drop("r1", "p2")
+    assert [kept(store, owner, range(10)) for owner in (A, B, C)] == [
+        list(range(10)),
+        [],
+        list(range(10)),
+    ]
+    store.drop("r1")
+    assert kept(store, A, range(10)) == []
+    assert_whole(take(store, C, range(10)), C, range(10))
+    assert sum(files(tmp_path / "samples-0")) == store.disk_bytes
+    store.drop("r2")
+    store.drop("r2")
+    assert (store.memory_bytes, store.disk_bytes, files(tmp_path / "samples-0")) == (0, 0, [])
+    put(store, A, [1])
+    assert_whole(take(store, A, [1]), A, [1])
+
+
+def test_what_an_earlier_process_has_left_is_removed(tmp_path: Path) -> None:
+    limits = StoreLimits(40, PLENTY, PLENTY)
+    killed = SampleStore(tmp_path / "samples", limits)
+    put(killed, A, range(10))
+    assert files(tmp_path / "samples")
+    again = SampleStore(tmp_path / "samples", limits)
+    assert (files(tmp_path / "samples"), kept(again, A)) == ([], [])
+    again.close()
+    assert not (tmp_path / "samples").exists()
+
+
+# Whatever is put
+
+OWNERS = st.sampled_from((A, B, C))
+FORMS = st.sampled_from((PLAIN, TWO_BUFFERS))
+NUMBERS = st.lists(st.integers(0, 15), min_size=1, max_size=10)
+
+
+class AnyUse(RuleBasedStateMachine):
+    """Against a plain record of what was ever sent, and when each sample was used."""
+
+    @initialize(
+        memory=st.integers(1, 120), disk=st.integers(0, 150), participant=st.integers(1, 200)
+    )
+    def begin(self, memory: int, disk: int, participant: int) -> None:
+        self.folder = TemporaryDirectory()
+        self.limits = StoreLimits(memory, disk, participant)
+        self.path = Path(self.folder.name) / "samples"
+        self.store = SampleStore(self.path, self.limits)
+        self.sent: dict[tuple[Owner, int], RowForm] = {}  # all that can be there
+        self.used: dict[tuple[Owner, int], int] = {}
+        self.now = 0
+
+    def use(self, owner: Owner, numbers: Sequence[int]) -> None:
+        for number in numbers:
+            self.now += 1
+            self.used[owner, number] = self.now
+
+    @rule(owner=OWNERS, numbers=NUMBERS, form=FORMS)
+    def put(self, owner: Owner, numbers: list[int], form: RowForm) -> None:
+        if form.nbytes > min(self.limits.memory_bytes, self.limits.participant_bytes):
+            with pytest.raises(TooLarge):
+                put(self.store, owner, numbers, form)
+            return
+        there = kept(self.store, owner)
+        put(self.store, owner, numbers, form)
+        self.sent |= {(owner, number): form for number in numbers if number not in there}
+        self.use(owner, numbers)
+        if numbers[-1] not in numbers[:-1] and numbers[-1] not in there:
+            assert lacking(self.store, owner, numbers[-1:]) == [], "just sent, and gone"
+        if not self.limits.disk_bytes:
+            here = kept(self.store, owner)
+            gone = {number for who, number in self.sent if who == owner} - set(here)
+            oldest = min(self.used[owner, number] for number in here)
+            assert all(self.used[owner, number] < oldest for number in gone)
+
+    @rule(owner=OWNERS, numbers=NUMBERS)
+    def take(self, owner: Owner, numbers: list[int]) -> None:
+        gone = lacking(self.store, owner, numbers)
+        counted = self.store.memory_bytes, self.store.disk_bytes
+        forms = [self.sent[owner, n] for place, n in enumerate(numbers) if place not in gone]
+        if gone:
+            assert take(self.store, owner, numbers) == gone
+        elif len(set(forms)) > 1:
+            self.use(owner, numbers)
+            with pytest.raises(InvalidField):
+                take(self.store, owner, numbers)
+        else:
+            self.use(owner, numbers)
+            assert_whole(take(self.store, owner, numbers), owner, numbers, forms[0])
+        assert (self.store.memory_bytes, self.store.disk_bytes) == counted
+
+    @rule(run=st.sampled_from(("r1", "r2")), participant=st.sampled_from((None, "p1", "p2")))
+    def drop(self, run: str, participant: str | None) -> None:
+        self.store.drop(run, participant)
+        for owner, number in list(self.sent):
+            if owner.run == run and participant in (None, owner.participant):
+                del self.sent[owner, number]
+                assert lacking(self.store, owner, [number]) == [0]
+
+    @invariant()
+    def no_budget_is_passed(self) -> None:
+        here = {owner: kept(self.store, owner) for owner in (A, B, C)}
+        sizes = {
+            owner: sum(self.sent[owner, number].nbytes for number in numbers)
+            for owner, numbers in here.items()
+        }
+        assert max(sizes.values()) <= self.limits.participant_bytes
+        assert 0 <= self.store.memory_bytes <= self.limits.memory_bytes
+        assert self.store.disk_bytes == sum(files(self.path)) <= self.limits.disk_bytes
+        on_disk = sum(sizes.values()) - self.store.memory_bytes
+        assert 0 <= on_disk <= self.store.disk_bytes
+        assert bool(on_disk) == bool(self.store.disk_bytes), "a file without samples is left"
+
+    def teardown(self) -> None:
+        if hasattr(self, "store"):
+            self.store.close()
+            self.folder.cleanup()
+
+
+TestAnyUse = AnyUse.TestCase
+TestAnyUse.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
+
+
+def test_many_threads_at_once(make: MakeStore, tmp_path: Path) -> None:
+    store = make(memory=300, disk=600, participant=500)
+    begin = threading.Barrier(6)
+
+    def use(thread: int) -> int:
+        rng, seen = random.Random(thread), 0
+        begin.wait(20)
+        for _ in range(120):
+            owner = rng.choice((A, B, C))
+            numbers = [rng.randrange(60) for _ in range(rng.randint(1, 8))]
+            act = rng.random()
+            if act < 0.5:
+                put(store, owner, numbers)
+            elif act < 0.97:
+                found = take(store, owner, numbers)
+                if isinstance(found, tuple):
+                    assert_whole(found, owner, numbers)
+                    seen += 1
+            else:
+                store.drop(owner.run, owner.participant)
+            assert store.memory_bytes >= 0
+        return seen
+
+    with ThreadPoolExecutor(6) as threads:
+        seen = sum(threads.map(use, range(6)))
+    assert seen > 20, "hardly anything was found"
+    here = sum(len(kept(store, owner, range(60))) for owner in (A, B, C))
+    assert store.memory_bytes <= 300
+    assert store.disk_bytes == sum(files(tmp_path / "samples-0")) <= 600
+    assert store.memory_bytes <= 10 * here <= store.memory_bytes + store.disk_bytes
+    store.drop("r1")
+    store.drop("r2")
+    assert (store.memory_bytes, store.disk_bytes, files(tmp_path / "samples-0")) == (0, 0, [])
