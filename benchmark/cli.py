@@ -23,6 +23,7 @@ from benchmark.traffic import (
     climb,
     ladder,
     large_table,
+    phase_table,
     plot_ladder,
     traffic_figures,
     traffic_table,
@@ -170,6 +171,7 @@ def traffic(
     climbs = climb(rungs, setting, folder, console)
     for rung in rungs:
         console.print(f"  [bold]{rung.name}[/bold]: {rung.what}", highlight=False)
+    console.print(phase_table(climbs, setting))
     console.print(traffic_table(climbs, setting))
     console.print(large_table(default.settings))
     console.print(f"  {plot_ladder(climbs, setting, folder / 'traffic.png')}", highlight=False)

@@ -62,6 +62,9 @@ class BackboneSettings(Message):
     cut: int = Field(1, ge=0, le=256, description="blocks in the head")
     tail_blocks: int = Field(0, ge=0, le=256, description="last blocks that belong to the tail")
     num_classes: int = Field(10, ge=2, le=100_000)
+    keep_tokens: int = Field(
+        0, ge=0, le=65_536, description="image tokens that cross the cut, merged; 0: all"
+    )
     prompt_at: PromptPlacement = "input"
     prompt_depth: PromptDepth = "shallow"
     prompt_count: int = Field(10, ge=0, le=1024, description="soft prompt tokens")
@@ -170,6 +173,15 @@ class RunSettings(Message):
         if names is not None and len(names) != self.model.num_classes:
             raise ValueError(
                 f"class_names has {len(names)} names for num_classes {self.model.num_classes}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _prompts_at_the_cut_are_some(self) -> RunSettings:
+        if self.model.prompt_at == "cut" and self.model.prompt_count == 0:
+            raise ValueError(
+                "model.prompt_at = cut needs a model.prompt_count above 0: the server has nothing "
+                "else to tune"
             )
         return self
 

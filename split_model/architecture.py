@@ -38,7 +38,7 @@ class Anatomy:
     depth: int  # blocks in all
     width: int  # features per token
     prefix: int  # class, distillation and register tokens, at the front
-    patches: int  # image tokens
+    patches: int  # image tokens behind the cut
     family: str  # "plain", "rotary" (Eva) or "relative" (Beit)
     leading: int | None  # the first features that the tail reads; None: it reads them all
 
@@ -115,12 +115,20 @@ def _pristine(settings: SplitSettings) -> nn.Module:
 @functools.lru_cache(maxsize=64)
 def anatomy(settings: SplitSettings) -> Anatomy:
     """The sizes of the backbone that the settings describe. Raises as `skeleton` does."""
-    return _measure(_checked(settings))
+    sizes = _measure(_checked(settings))
+    keep = settings.keep_tokens
+    return dataclasses.replace(sizes, patches=keep) if keep else sizes
 
 
 def _checked(settings: SplitSettings) -> nn.Module:
     uncut = dataclasses.replace(
-        settings, cut=0, tail_blocks=0, prompt_at="input", prompt_depth="shallow", prompt_count=0
+        settings,
+        cut=0,
+        tail_blocks=0,
+        prompt_at="input",
+        prompt_depth="shallow",
+        prompt_count=0,
+        keep_tokens=0,
     )
     pristine = _pristine(uncut)
     _check(settings, _measure(pristine))
@@ -156,6 +164,13 @@ def _check(settings: SplitSettings, sizes: Anatomy) -> None:
     if settings.cut > last:
         limit = f"from 0 to {last} (depth {sizes.depth} less {settings.tail_blocks} tail blocks)"
         raise SplitSettingsError("cut", limit, settings.cut)
+    if settings.keep_tokens:
+        if sizes.family != "plain":
+            limit = "0 for a backbone whose blocks know positions"
+            raise SplitSettingsError("keep_tokens", limit, settings.keep_tokens)
+        if settings.keep_tokens > sizes.patches:
+            limit = f"at most the {sizes.patches} patches of an image"
+            raise SplitSettingsError("keep_tokens", limit, settings.keep_tokens)
     if settings.prompt_count and settings.prompt_at == "cut":
         # Prompts act by attention only: without a block behind them they would do nothing.
         if settings.prompt_depth == "deep" and settings.cut == last:

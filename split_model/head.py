@@ -1,10 +1,12 @@
 """The head: patch embedding and the first `cut` blocks, on the device, frozen."""
 
+import torch
 from torch import Tensor
 
 from split_model.part import EMBEDDING, POSITIONS, Part, TokenCountError
 from split_model.prompts import insert_prompts
 from split_model.settings import SplitSettings
+from split_model.token_merging import merge_tokens
 
 
 class Head(Part):
@@ -28,12 +30,19 @@ class Head(Part):
     def forward(self, images: Tensor, prompts: Tensor | None = None) -> Tensor:
         """[B, 3, S, S] and prompts [P, D] to smashed data [B, prefix + P + N, D].
 
-        Without prompts T is prefix + N. Raises `TokenCountError`.
+        Without prompts T is prefix + N, with `keep_tokens` image tokens in place of N.
+        Raises `TokenCountError`.
         """
         tokens = self.embed(images)
         if prompts is None:
-            return self.run(tokens, 0)
+            return self._merged(self.run(tokens, 0))
         expected = (self.settings.prompt_count, self.sizes.width)
         if tuple(prompts.shape) != expected:
             raise TokenCountError("prompts", f"of shape {list(expected)}", tuple(prompts.shape))
         return self.run(insert_prompts(tokens, prompts, self.sizes.prefix), expected[0])
+
+    def _merged(self, tokens: Tensor) -> Tensor:
+        keep, prefix = self.settings.keep_tokens, self.sizes.prefix
+        if not keep:
+            return tokens
+        return torch.cat([tokens[:, :prefix], merge_tokens(tokens[:, prefix:], keep)], dim=1)

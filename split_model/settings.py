@@ -45,6 +45,7 @@ class SplitSettings:
     prompt_at: PromptPlace = "input"  # before the head's first block, or the body's
     prompt_depth: PromptDepth = "shallow"  # deep: fresh prompts before every body block
     prompt_count: int = 10  # soft tokens per insertion; 0: none
+    keep_tokens: int = 0  # image tokens behind the cut, the most similar merged; 0: all of them
     model_overrides: tuple[tuple[str, Any], ...] = ()  # further arguments of timm.create_model
 
     def __post_init__(self) -> None:
@@ -56,6 +57,7 @@ class SplitSettings:
             ("tail_blocks", 0, 1024),
             ("num_classes", 1, 1_000_000),
             ("prompt_count", 0, 4096),
+            ("keep_tokens", 0, 65_536),
         ):
             value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
@@ -67,6 +69,9 @@ class SplitSettings:
         if self.prompt_depth == "deep" and self.prompt_at != "cut":
             limit = "'shallow' where prompt_at is 'input'"
             raise SplitSettingsError("prompt_depth", limit, self.prompt_depth)
+        if self.keep_tokens and self.prompt_at != "cut":
+            limit = "0 where prompt_at is 'input': prompts are not to be merged"
+            raise SplitSettingsError("keep_tokens", limit, self.keep_tokens)
         object.__setattr__(self, "model_overrides", _overrides(self.model_overrides))
 
     def to_dict(self) -> dict[str, Any]:
@@ -87,6 +92,7 @@ class SplitSettings:
             prompt_at=model.prompt_at,
             prompt_depth=model.prompt_depth,
             prompt_count=model.prompt_count,
+            keep_tokens=model.keep_tokens,
         )
 
     @classmethod

@@ -67,7 +67,8 @@ def run_forward(
     counter = _SavedBytes(body)
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(counter.pack, _unpack):
         features = _call(body, constant, None if prompts is None else leaf)[:, :leading]
-    return leaf, features, counter.nbytes + _nbytes(constant) + _nbytes(leaf)
+    # Prompts are their session's: what a step takes then grows with its batch and nothing else.
+    return leaf, features, counter.nbytes + _nbytes(constant)
 
 
 def run_backward(step: RetainedStep, gradients: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from protocol.errors import (
     Busy,
     IdempotencyKeyReused,
     InternalError,
+    NonFinite,
     SFPromptError,
     StepLost,
     TooLarge,
@@ -142,6 +143,7 @@ class Engine(Protocol):
 
         Raises:
             StepLost: it is not kept (any more), or not at its end.
+            NonFinite: its prompts are not finite.
         """
 
     async def infer(self, job: InferJob) -> Tensor:
@@ -321,6 +323,8 @@ class LocalEngine:
     def _exchange_ticket(self, job: ExchangeJob) -> _Ticket:
         releases = self._releases_of(job.key)
         waiting = [tensor for tensor in (job.gradients, job.smashed) if tensor is not None]
+        if job.number == 0:  # begun anew: what was before makes room
+            self._drop_steps(job.run, job.participant)
         last = self._steps.get(_before(job))
         return _Ticket(
             lambda: self._exchange(job, releases),
@@ -355,6 +359,9 @@ class LocalEngine:
         if self._steps.nbytes + self._reserved_bytes + need > limit:
             raise self._busy("the memory for open steps is taken")
         return need
+
+    def _drop_steps(self, run: str, participant: str) -> None:
+        self._steps.drop_where(lambda key, _: (key.run, key.participant) == (run, participant))
 
     def _releases_of(self, key: StepKey) -> int:
         """Changes when the steps of this one's run or participant are released."""
@@ -431,17 +438,18 @@ class LocalEngine:
     def _forward(self, job: ForwardJob, releases: int) -> Tensor:
         body = self._bodies.get(job.body)
         smashed = compute.place_input(job.smashed, self._placement, "smashed")
-        return self._retain(job, body, smashed, None, releases)
+        return self._retain(job, body, smashed, releases)
 
     def _retain(
         self,
         job: ForwardJob | ExchangeJob,
         body: Body,
         smashed: Tensor,
-        prompts: Tensor | None,
         releases: int,
+        prompts: Tensor | None = None,
+        last: StepKey | None = None,
     ) -> Tensor:
-        """Run forward, keep the graph for its backward, and answer with the features."""
+        """Run forward, keep the graph in the place of the last one, and answer with the features."""
         leaf, features, nbytes = compute.run_forward(body, smashed, prompts, job.leading)
         answer = features.detach().cpu()
         step = RetainedStep(
@@ -454,6 +462,8 @@ class LocalEngine:
         )
         with self._wake:
             self._sizes.learn(job.body, smashed, nbytes)
+            if last is not None:
+                self._steps.drop(last)
             if releases == self._releases_of(job.key):  # else its round ended while it waited
                 self._steps.add(job.key, step)
         return answer
@@ -464,9 +474,11 @@ class LocalEngine:
         if job.smashed is not None:
             smashed = compute.place_input(job.smashed, self._placement, "smashed")
         session = self._begin(job, smashed, releases) if job.number == 0 else self._apply(job)
-        if smashed is None:
-            return torch.empty(0)
-        return self._retain(job, body, smashed, session.prompts, releases)
+        if smashed is not None:
+            return self._retain(job, body, smashed, releases, session.prompts, _before(job))
+        with self._wake:
+            self._steps.drop(_before(job))
+        return torch.empty(0)
 
     def _begin(self, job: ExchangeJob, smashed: Tensor | None, releases: int) -> Session:
         patches = None
@@ -474,14 +486,16 @@ class LocalEngine:
             patches = smashed[:, anatomy(job.body.settings).prefix :]  # [B, N, D]
         session = Session.begin(job.session, job.steps, job.plan, self._placement.device, patches)
         with self._wake:
-            owner = (job.run, job.participant)
-            self._steps.drop_where(lambda key, _: (key.run, key.participant) == owner)
+            self._drop_steps(job.run, job.participant)
             if releases == self._releases_of(job.key):
-                self._sessions.begin(*owner, session)
+                self._sessions.begin(job.run, job.participant, session)
         return session
 
     def _apply(self, job: ExchangeJob) -> Session:
-        """Bring the gradients of the last batch into the prompts, once."""
+        """Bring the gradients of the last batch into the prompts, once.
+
+        Its step is spent then, but keeps its room for the next one.
+        """
         with self._wake:
             session = self._sessions.get(job.run, job.participant, job.session)
             step = self._steps.get(_before(job))
@@ -490,9 +504,12 @@ class LocalEngine:
         if session.applied != job.number - 1 or step is None or job.gradients is None:
             raise lost_session(job.session)
         gradients = compute.place_input(job.gradients, self._placement, "gradients")
-        session.apply(compute.run_backward(step, gradients))
-        with self._wake:
-            self._steps.drop(_before(job))
+        try:
+            session.apply(compute.run_backward(step, gradients))
+        except (NonFinite, RuntimeError):  # spent for nothing: there is no second backward
+            with self._wake:
+                self._steps.drop(_before(job))
+            raise
         return session
 
     def _backward(self, job: BackwardJob) -> Tensor:

@@ -82,8 +82,15 @@ class Session:
         self.applied += 1
 
     def trained(self) -> Tensor:
-        """The prompts [L, P, D] as they are now: a copy on the CPU."""
-        return self.prompts.detach().to("cpu", copy=True)
+        """The prompts [L, P, D] as they are now: a copy on the CPU.
+
+        Raises:
+            NonFinite: a step of the optimiser has left float32's range.
+        """
+        prompts = self.prompts.detach().to("cpu", copy=True)
+        if not bool(torch.isfinite(prompts).all()):
+            raise NonFinite("the prompts tuned on the server are not finite", field="prompts")
+        return prompts
 
 
 class Sessions:

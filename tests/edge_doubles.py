@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import json
 import shutil
 import socket
 import ssl
@@ -22,7 +23,7 @@ from edge_client.data import BatchReader, ImageSet
 from edge_client.data.image_set import ArrayStore
 from edge_client.device_model import DeviceModel
 from edge_client.phases import RoundContext, Samples
-from edge_client.transport import SplitPlane
+from edge_client.transport import RetryPolicy, Server, SplitPlane
 from protocol.errors import StepLost
 from protocol.frames import Frame, decode_frame, encode_frame, join_frame
 from protocol.messages import BlobRef
@@ -168,6 +169,32 @@ def answering(answer: Callable[[Request], bytes]) -> Callable[[Connection], None
             connection.send(answer(request))
 
     return serve
+
+
+class Recorder:
+    """Answers each request with the next of these, or the same one for ever."""
+
+    def __init__(self, *answers: bytes | Callable[[Request], bytes]) -> None:
+        self.answers, self.requests = list(answers), []
+
+    def __call__(self, connection: Connection) -> None:
+        def answer(request: Request) -> bytes:
+            self.requests.append(request)
+            chosen = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+            return chosen if isinstance(chosen, bytes) else chosen(request)
+
+        answering(answer)(connection)
+
+
+def as_json(message: object, status: str = "200 OK", *headers: str) -> bytes:
+    return response(json.dumps(message).encode(), status, *headers)
+
+
+NO_PATIENCE = RetryPolicy(patience_s=0)
+
+
+def impatient(server: RawServer, **more: object) -> Server:
+    return Server(server.url, retry=NO_PATIENCE, answer_timeout_s=5, **more)
 
 
 SMALL = BackboneSettings(

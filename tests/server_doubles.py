@@ -240,6 +240,13 @@ def bench(folder: Path) -> Iterator[Bench]:
         made.close()
 
 
+def everywhere(site: Bench, run: str) -> float:
+    """The one number that the global state holds everywhere."""
+    values = {float(value) for tensor in site.state(run).values() for value in tensor.unique()}
+    assert len(values) == 1
+    return values.pop()
+
+
 class Api:
     """Requests to a real server, as a test wants them: with or without what they need."""
 

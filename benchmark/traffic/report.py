@@ -17,6 +17,7 @@ from protocol.settings import RunSettings
 from protocol.traffic import Phase
 
 MB = 1e6
+_PHASES = tuple(phase for phase in Phase if phase is not Phase.CONTROL)
 # The setting that no small machine can run, for the calculator.
 _LARGE_SAMPLES, _LARGE_ROUNDS = 1000, 50
 
@@ -98,11 +99,9 @@ def device_flops(climb: Climb, setting: Setting) -> int:
 
 def traffic_table(climbs: Sequence[Climb], setting: Setting) -> Table:
     """A row for each rung; bytes are of one device, in the whole run."""
-    table = Table(title=f"One device, {setting.link}, mean over seeds", title_justify="left")
+    table = Table(title=f"One device over {setting.link}, mean over seeds", title_justify="left")
     table.add_column("rung")
-    for name in ("start", "smashed", "features", "gradients", "updates", "evaluation", "other"):
-        table.add_column(f"{name} MB", justify="right")
-    for name in ("in all MB", "vs paper", "accuracy", "time", "device TFLOP"):
+    for name in ("MB", "of paper", "accuracy", "time", "TFLOP"):
         table.add_column(name, justify="right")
     first = climbs[0].mean_bytes
     for one in climbs:
@@ -111,8 +110,7 @@ def traffic_table(climbs: Sequence[Climb], setting: Setting) -> Table:
             accuracy += f" ± {100 * one.spread:.1f}"
         table.add_row(
             one.rung.name,
-            *(f"{both / MB / setting.devices:,.2f}" for both in _by_phase(one)),
-            f"{one.mean_bytes / MB / setting.devices:,.1f}",
+            f"{one.mean_bytes / MB / setting.devices:,.2f}",
             f"{one.mean_bytes / first:.2%}",
             accuracy,
             f"{sum(one.seconds) / len(one.seconds):,.0f} s",
@@ -127,6 +125,18 @@ def traffic_table(climbs: Sequence[Climb], setting: Setting) -> Table:
         f"{-found.accuracy_drop_points:+.1f} points of accuracy against the paper's form."
     )
     table.caption_justify = "left"
+    return table
+
+
+def phase_table(climbs: Sequence[Climb], setting: Setting) -> Table:
+    """What the bytes of each rung were for, in MB of one device, in the whole run."""
+    table = Table(title="MB by purpose, both directions", title_justify="left")
+    table.add_column("rung")
+    for phase in _PHASES:
+        table.add_column(str(phase), justify="right")
+    for one in climbs:
+        counts = (sum(one.traffic[phase].values()) for phase in _PHASES)
+        table.add_row(one.rung.name, *(f"{count / MB / setting.devices:,.2f}" for count in counts))
     return table
 
 
@@ -180,9 +190,3 @@ def _question(settings: RunSettings, setting: Setting) -> Question:
     preset, devices = setting.preset, setting.devices
     train = (preset.limit_train or 0) // devices
     return Question(settings, train, (preset.limit_test or 0) // devices)
-
-
-def _by_phase(one: Climb) -> list[int]:
-    phases = [Phase.DOWNLOAD, Phase.SMASHED, Phase.FEATURES, Phase.GRADIENTS, Phase.UPDATES]
-    phases += [Phase.INFERENCE, Phase.CONTROL]
-    return [sum(one.traffic[phase].values()) for phase in phases]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from edge_client.transport.server import Server
-from protocol.errors import MalformedFrame
+from protocol.errors import MalformedFrame, SFPromptError
 from protocol.frames import Frame, require_kind
 from protocol.messages import SAMPLE_ID_BYTES, ExchangeMeta
 from protocol.seeds import derive_seed
@@ -27,7 +27,7 @@ from split_model import SplitSettings, anatomy, needed_tokens
 Payload = Mapping[str, tuple[Tensor, str]]
 
 
-class SamplesMissing(Exception):
+class SamplesMissing(SFPromptError):
     """The server does not keep some of the samples that a request names; nothing has changed.
 
     Attributes:
@@ -35,7 +35,13 @@ class SamplesMissing(Exception):
     """
 
     def __init__(self, places: list[int]) -> None:
-        super().__init__(f"the server lacks {len(places)} samples")
+        super().__init__(
+            "the server lacks samples that this device has sent",
+            field="ids",
+            limit=0,
+            value=len(places),
+            hint="it may keep too few: raise its samples_mib and participant_samples_mib",
+        )
         self.places = places
 
 
@@ -103,10 +109,10 @@ class SplitPlane:
             tensors |= self._batch(batch)
         noise = self._noise(f"{meta.session}/{meta.number}")
         reply = self._server.ask(EXCHANGE_PATH, "exchange", meta.model_dump(), tensors, noise)
-        _require_kept(reply)
         if batch is None:
             require_kind(reply, "features")
             return None
+        _require_kept(reply, len(batch))
         return _tensor(reply, "features", (len(batch), *self._features))
 
     def infer(self, batch: Tensor, *, step: str, round_: int) -> Tensor:
@@ -117,7 +123,7 @@ class SplitPlane:
         """
         meta = {"step": step, "round": round_}
         reply = self._server.ask(INFER_PATH, "infer", meta, self._batch(batch))
-        _require_kept(reply)
+        _require_kept(reply, len(batch))
         return _tensor(reply, "features", (len(batch), *self._features))
 
     def keep(self, ids: Tensor, smashed: Tensor) -> None:
@@ -128,7 +134,7 @@ class SplitPlane:
     def missing(self, ids: Tensor) -> list[int]:
         """Which of these samples [B, 16] the server does not keep, by their places."""
         reply = self._server.ask(MISSING_PATH, "missing", {}, {"ids": (ids, "uint8")})
-        return _places(reply)
+        return _places(reply, len(ids))
 
     def _batch(self, batch: Tensor) -> Payload:
         if batch.dtype == torch.uint8:
@@ -141,14 +147,19 @@ class SplitPlane:
         return torch.Generator().manual_seed(derive_seed(self._seed, "rounding", *purpose))
 
 
-def _require_kept(reply: Frame) -> None:
+def _require_kept(reply: Frame, named: int) -> None:
     if reply.kind == "missing":
-        raise SamplesMissing(_places(reply))
+        raise SamplesMissing(_places(reply, named))
 
 
-def _places(reply: Frame) -> list[int]:
+def _places(reply: Frame, named: int) -> list[int]:
     require_kind(reply, "missing")
-    places: list[int] = reply.tensor("places").reshape(-1).tolist()
+    found = reply.tensor("places")
+    places: list[int] = found.reshape(-1).tolist()
+    if found.is_floating_point() or not all(0 <= place < named for place in places):
+        raise MalformedFrame(
+            "the server names samples that the request did not", field="places", limit=named
+        )
     return places
 
 

@@ -16,6 +16,7 @@ from protocol.codecs.memory import (
     chunk_rows,
     largest_magnitude,
     tensor_of,
+    unit_for,
 )
 from protocol.errors import MalformedFrame
 
@@ -55,12 +56,13 @@ class Cosine(FixedSizeCodec):
         plain = tensor.detach().reshape(-1).to(torch.float32)
         largest = largest_magnitude(plain)
         if not largest <= _LARGEST:  # NaN too
-            raise cannot_send(self.name, _LARGEST)
-        ratios = plain / largest if largest else plain
-        relative_norm = math.sqrt(float(ratios.square().sum(dtype=torch.float64)))
-        bound = math.asin(min(1.0, 1 / relative_norm)) if largest else 0.0
-        codes = self._codes(ratios, bound, generator).add_(self._most).to(torch.uint8)
-        header = bytearray(_HEADER.pack(largest * relative_norm, bound))
+            raise cannot_send(self.name, _LARGEST, largest)
+        unit = unit_for(largest)
+        scaled = plain / unit
+        norm = _norm(scaled)
+        bound = math.asin(min(1.0, largest / unit / norm)) if norm else 0.0
+        codes = self._codes(scaled, norm, bound, generator).add_(self._most).to(torch.uint8)
+        header = bytearray(_HEADER.pack(norm * unit, bound))
         return [bytes_of(_packed(codes, self._bits)), memoryview(header)]
 
     def sizes(self, shape: Sequence[int]) -> list[int]:
@@ -80,8 +82,9 @@ class Cosine(FixedSizeCodec):
         if unused := packed.numel() * 8 // self._bits - elements:
             _check_unused(int(packed[-1]), 8 - unused * self._bits)
         packed = packed.to(device)
-        levels = torch.tensor([norm * sine for sine in self._sines(bound)], device=device)
-        decoded = torch.empty(elements, device=device)
+        values = [norm * sine for sine in self._sines(bound)]
+        levels = torch.tensor(values, dtype=torch.float32, device=device)
+        decoded = torch.empty(elements, dtype=torch.float32, device=device)
         at_once = chunk_rows(1, decoded.device) // 8 * 8
         for out, part in zip(
             decoded.split(at_once), packed.split(at_once * self._bits // 8), strict=True
@@ -92,24 +95,33 @@ class Cosine(FixedSizeCodec):
             torch.index_select(levels, 0, codes.to(torch.int32), out=out)
         return decoded.reshape(tuple(shape))
 
-    def _codes(self, ratios: Tensor, bound: float, generator: torch.Generator | None) -> Tensor:
-        """Codes −m … m of elements that are given as shares of the largest magnitude."""
+    def _codes(
+        self, values: Tensor, norm: float, bound: float, generator: torch.Generator | None
+    ) -> Tensor:
+        """Codes −m … m of values [n] of this norm; ``values`` may be overwritten."""
         if bound == 0:
-            return torch.zeros_like(ratios)
-        codes = (ratios * math.sin(bound)).asin_().mul_(self._most / bound)
+            return torch.zeros_like(values)
+        sines = values.mul_(1 / norm).clamp_(-1, 1)
+        codes = torch.asin(sines).mul_(self._most / bound)
         if generator is None:
             return codes.round_().clamp_(-self._most, self._most)
         lower = codes.floor_().clamp_(-self._most, self._most - 1)
-        sines = torch.tensor(self._sines(bound), device=ratios.device) / math.sin(bound)
+        levels = torch.tensor(self._sines(bound), dtype=torch.float32, device=values.device)
         places = (lower + self._most).to(torch.int64)
-        below, above = sines[places], sines[places + 1]
-        noise = torch.rand(ratios.shape, generator=generator, device=generator.device)
-        return lower.add_(noise.to(ratios.device) * (above - below) < ratios - below)
+        below, above = levels[places], levels[places + 1]
+        noise = torch.rand(values.shape, generator=generator, device=generator.device)
+        return lower.add_(noise.to(values.device) * (above - below) < sines - below)
 
     def _sines(self, bound: float) -> list[float]:
         """The sines of the angles of all codes."""
         codes = range(-self._most, self._most + 1)
         return [math.sin(code * bound / self._most) for code in codes]
+
+
+def _norm(values: Tensor) -> float:
+    """The norm of float32 values of magnitudes up to 1, in double precision."""
+    parts = values.split(chunk_rows(1, values.device))
+    return math.sqrt(sum(float(part.to(torch.float64).square().sum()) for part in parts))
 
 
 def _packed(codes: Tensor, bits: int) -> Tensor:

@@ -15,6 +15,7 @@ from protocol.codecs.memory import (
     bytes_of,
     cannot_send,
     chunk_rows,
+    largest_magnitude,
     round_,
     rows_of,
     tensor_of,
@@ -81,7 +82,7 @@ class _FourBits(FixedSizeCodec):
             _pack(codes.flatten(1)[:, :width], self.zero, out)
         numbers = [number.cpu() for number in numbers]
         if not self._sound(numbers):
-            raise cannot_send(self.name, _LARGEST_MINIMUM)
+            raise cannot_send(self.name, _LARGEST_MINIMUM, largest_magnitude(source))
         return [bytes_of(packed), *map(bytes_of, numbers)]
 
     def sizes(self, shape: Sequence[int]) -> list[int]:
@@ -104,7 +105,7 @@ class _FourBits(FixedSizeCodec):
             )
         packed = packed.to(device)
         numbers = [number.to(device).to(torch.float32) for number in few]
-        decoded = torch.empty(rows, width, device=device)
+        decoded = torch.empty(rows, width, dtype=torch.float32, device=device)
         at_once = chunk_rows(width, decoded.device)
         for codes, part, *own in zip(*_split(at_once, decoded, packed, *numbers), strict=True):
             _unpack(part, codes)
@@ -154,7 +155,8 @@ class Int4Asymmetric(_FourBits):
     round((x − m) / s). Every element comes back within s / 2 (s, with stochastic rounding), which
     is at most (1 + 2⁻⁷) / 30 of the group's range plus 2⁻⁷ times its least element's magnitude;
     float32's own rounding is added. A group whose range lies below 15 · 2⁻¹²⁶ comes back as its
-    minimum. NaN, infinity and magnitudes of 2¹²⁶ and more are refused; what is decoded is finite.
+    minimum. NaN, infinity, a minimum below −2¹²⁵ or above 2¹²⁵ and a range above 15 · 2¹²³ are
+    refused; what is decoded is finite.
 
     Ratio to float32: 4 D / (⌈D / 2⌉ + 4 ⌈D / 64⌉), for rows of D elements (7.11 for D = 384). A
     tensor of one dimension is a single row.

@@ -14,6 +14,7 @@ from protocol.codecs.memory import (
     bytes_of,
     cannot_send,
     chunk_rows,
+    largest_magnitude,
     round_,
     rows_of,
     tensor_of,
@@ -44,7 +45,7 @@ class Int8(FixedSizeCodec):
         source = as_matrix(tensor)
         at_once = chunk_rows(source.shape[1], source.device)
         values = torch.empty(source.shape, dtype=torch.int8, device=source.device)
-        scales = torch.empty(len(source), 1, device=source.device)
+        scales = torch.empty(len(source), 1, dtype=torch.float32, device=source.device)
         scratch = torch.empty_like(source[:at_once], dtype=torch.float32)
         for part, scale in zip(source.split(at_once), scales.split(at_once), strict=True):
             magnitudes = torch.abs(part.to(torch.float32), out=scratch[: len(part)])
@@ -58,7 +59,7 @@ class Int8(FixedSizeCodec):
             out.copy_(round_(codes, generator, -_LEVELS, _LEVELS))
         scales = scales.cpu()
         if not within(scales, 0.0, LARGEST_SCALE):
-            raise cannot_send(self.name, _LEVELS * LARGEST_SCALE)
+            raise cannot_send(self.name, _LEVELS * LARGEST_SCALE, largest_magnitude(source))
         return [bytes_of(values), bytes_of(scales)]
 
     def sizes(self, shape: Sequence[int]) -> list[int]:
@@ -76,7 +77,7 @@ class Int8(FixedSizeCodec):
             )
         values = tensor_of(buffers[0], torch.int8, rows, width).to(device)
         scales = scales.to(device)
-        decoded = torch.empty(rows, width, device=device)
+        decoded = torch.empty(rows, width, dtype=torch.float32, device=device)
         at_once = chunk_rows(width, decoded.device)
         for out, codes, scale in zip(
             decoded.split(at_once), values.split(at_once), scales.split(at_once), strict=True

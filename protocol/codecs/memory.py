@@ -41,8 +41,8 @@ def rows_of(shape: Sequence[int]) -> tuple[int, int]:
 
 
 def as_matrix(tensor: Tensor) -> Tensor:
-    """A tensor as [rows, width] (see `rows_of`), without a copy where it is contiguous."""
-    return tensor.detach().reshape(rows_of(tensor.shape))
+    """A tensor as contiguous [rows, width] (see `rows_of`), without a copy where it is so."""
+    return tensor.detach().reshape(rows_of(tensor.shape)).contiguous()
 
 
 def chunk_rows(width: int, device: torch.device) -> int:
@@ -72,6 +72,11 @@ def largest_magnitude(tensor: Tensor) -> float:
     return float(torch.maximum(-tensor.amin(), tensor.amax()))
 
 
+def unit_for(largest: float) -> float:
+    """A power of two just above a magnitude: dividing by it is exact, and no square overflows."""
+    return 2.0 ** max(math.frexp(largest)[1], -100)
+
+
 def within(values: Tensor, low: float, high: float) -> bool:
     """Whether all values (few, on the CPU) lie in a range. NaN lies in none."""
     if values.numel() == 0:
@@ -79,12 +84,12 @@ def within(values: Tensor, low: float, high: float) -> bool:
     return bool(values.amin() >= low) and bool(values.amax() <= high)
 
 
-def cannot_send(codec: str, limit: float) -> InvalidField:
+def cannot_send(codec: str, limit: float, largest: float) -> InvalidField:
     """The refusal of NaN, infinity, or numbers too large for a codec."""
     return InvalidField(
         f"{codec} carries finite numbers of at most this magnitude alone",
         field="codec",
         limit=limit,
-        value=codec,
+        value=largest,
         hint="send this tensor with float32, or find out why it is not finite",
     )

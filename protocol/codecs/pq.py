@@ -18,6 +18,7 @@ from protocol.codecs.memory import (
     largest_magnitude,
     rows_of,
     tensor_of,
+    unit_for,
     within,
 )
 from protocol.errors import MalformedFrame
@@ -55,9 +56,8 @@ class ProductQuantiser(FixedSizeCodec):
         plain = as_matrix(tensor).to(torch.float32)
         largest = largest_magnitude(plain)
         if not largest <= _LARGEST:  # NaN too
-            raise cannot_send(self.name, _LARGEST)
-        # A power of two, so that scaling is exact: no square of what remains can overflow.
-        unit = 2.0 ** max(math.frexp(largest)[1], -100)
+            raise cannot_send(self.name, _LARGEST, largest)
+        unit = unit_for(largest)
         vectors = F.pad(plain / unit, (0, -plain.shape[1] % RUN)).view(-1, RUN)
         codes, codebook = _cluster(vectors)
         return [bytes_of(codes), bytes_of(codebook * unit)]
@@ -86,7 +86,7 @@ class ProductQuantiser(FixedSizeCodec):
                 "an entry of the codebook is out of range", field="codebook", limit=2 * _LARGEST
             )
         codes, codebook = codes.to(device), codebook.to(device)
-        decoded = torch.empty(rows, width, device=device)
+        decoded = torch.empty(rows, width, dtype=torch.float32, device=device)
         at_once = chunk_rows(width, decoded.device)
         for out, part in zip(decoded.split(at_once), codes.split(at_once), strict=True):
             out.copy_(F.embedding(part.to(torch.int64), codebook).flatten(1)[:, :width])

@@ -42,7 +42,7 @@ class Svd(Codec):
         plain = tensor.detach().to(torch.float32)
         largest = largest_magnitude(plain)
         if not largest <= _LARGEST:  # NaN too
-            raise cannot_send(self.name, _LARGEST)
+            raise cannot_send(self.name, _LARGEST, largest)
         most = _largest_rank(tensor.shape)
         factors = self._factors(plain.reshape(len(plain), -1), most) if most else None
         return [bytes_of(part) for part in factors or [plain]]

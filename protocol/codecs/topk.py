@@ -48,8 +48,9 @@ class TopK(FixedSizeCodec):
                 value=tensor.numel(),
             )
         plain = tensor.detach().reshape(-1).to(torch.float32)
-        if not largest_magnitude(plain) <= _LARGEST:  # NaN too
-            raise cannot_send(self.name, _LARGEST)
+        largest = largest_magnitude(plain)
+        if not largest <= _LARGEST:  # NaN too
+            raise cannot_send(self.name, _LARGEST, largest)
         places = _places_of_largest(plain.abs(), self._count(tensor.shape))
         return [bytes_of(places.to(torch.int32)), bytes_of(plain[places].to(torch.bfloat16))]
 
@@ -69,7 +70,7 @@ class TopK(FixedSizeCodec):
             )
         if not within(values, -2 * _LARGEST, 2 * _LARGEST):
             raise MalformedFrame("a value is out of range", field="values", limit=2 * _LARGEST)
-        decoded = torch.zeros(elements, device=device)
+        decoded = torch.zeros(elements, dtype=torch.float32, device=device)
         decoded[places.to(device).to(torch.int64)] = values.to(device).to(torch.float32)
         return decoded.reshape(tuple(shape))
 

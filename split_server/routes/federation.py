@@ -245,7 +245,7 @@ class FederationRoutes:
 
     def _prompts_of(self, run: str, participant: str, meta: UpdateMeta) -> Held | None:
         """What gives the prompts that this participant has tuned on the server, if it does so."""
-        if self._federation.run(run).prompts is None:
+        if self._federation.run(run).prompts is None or meta.samples == 0:
             return None
         if meta.session is None:
             raise InvalidField(

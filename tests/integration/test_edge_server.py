@@ -2,7 +2,6 @@
 
 import json
 import ssl
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,12 +18,10 @@ from protocol.errors import (
     MalformedFrame,
     NotFound,
     SFPromptError,
-    StaleRound,
     TooLarge,
     Unreachable,
-    UnsupportedVersion,
 )
-from protocol.frames import decode_frame, encode_frame, join_frame
+from protocol.frames import decode_frame
 from protocol.messages import (
     Assignment,
     BlobRef,
@@ -37,7 +34,16 @@ from protocol.messages import (
 )
 from protocol.settings import RunSettings
 from split_model.tensor_file import sha256_of
-from tests.edge_doubles import Connection, RawServer, Request, answering, response
+from tests.edge_doubles import (
+    NO_PATIENCE,
+    Connection,
+    RawServer,
+    Recorder,
+    Request,
+    as_json,
+    impatient,
+    response,
+)
 
 REF = BlobRef(sha256="a" * 64, nbytes=10)
 VIEW = RunView(
@@ -52,6 +58,8 @@ VIEW = RunView(
     state=REF,
 )
 JOIN = JoinRequest(name="n", train_samples=1, test_samples=0, num_classes=2)
+
+
 def test_every_request_carries_version_and_its_own_id() -> None:
     serve = Recorder(as_json([VIEW.model_dump(mode="json")]))
     with RawServer(serve) as raw:

@@ -132,6 +132,9 @@ def test_what_is_not_finite_or_too_large_is_refused_by_lossy_codecs(name, place,
     with pytest.raises(InvalidField) as caught:
         codec_named(name).encode(tensor)
     assert caught.value.field == "codec"
+    assert math.isnan(value) == math.isnan(caught.value.value)
+    assert math.isnan(value) or caught.value.value == abs(value)
+    json.dumps(caught.value.to_wire(), allow_nan=False)
 
 
 @pytest.mark.parametrize("name", LOSSY)
@@ -170,6 +173,12 @@ def test_other_dtypes_and_strides_and_gradients_are_taken_as_the_numbers_they_ar
     strided = plain.transpose(0, 2).contiguous().transpose(0, 2)
     assert not strided.is_contiguous()
     others = [strided, plain.bfloat16(), plain.double(), plain.clone().requires_grad_()]
+    flat = plain.reshape(6, 20)
+    turned = flat.t().contiguous().t()
+    assert not turned.is_contiguous()
+    assert [bytes(buffer) for buffer in codec.encode(turned)] == [
+        bytes(buffer) for buffer in codec.encode(flat)
+    ]
     for tensor in others:
         assert [bytes(buffer) for buffer in codec.encode(tensor)] == expected
 

@@ -21,13 +21,15 @@ EXPORTED = {
     "frame_length join_frame require_kind",
     "header": "check_text pack_header unpack_header",
     "limits": "DEFAULT_LIMITS FrameLimits MIB",
-    "messages": "Assignment BlobRef BytesByPhase Count EvaluationReport Event JoinRequest "
-    "JoinResponse ParticipantView Results RoundStatus RoundView RunStatus RunView Seconds Sha256 "
-    "StepId StepMeta Task UpdateMeta UpdateReceipt parse_message",
+    "messages": "Assignment BlobRef BytesByPhase Count EvaluationReport Event ExchangeMeta "
+    "JoinRequest JoinResponse ParticipantView Results RoundStatus RoundView RunStatus RunView "
+    "SAMPLE_ID_BYTES SamplesMeta Seconds Sha256 StepId StepMeta Task UpdateMeta UpdateReceipt "
+    "parse_message",
     "seeds": "derive_seed",
     "settings": "BackboneSettings CodecName FederationSettings Message PromptDepth "
     "PromptPlacement RunSettings Text TrainingSettings WireSettings",
-    "traffic": "BACKWARD_PATH FORWARD_PATH INFER_PATH Phase Traffic phases_of",
+    "traffic": "BACKWARD_PATH EXCHANGE_PATH FORWARD_PATH INFER_PATH MISSING_PATH Phase "
+    "SAMPLES_PATH Traffic phases_of",
     "version": "FRAME_MEDIA_TYPE IDEMPOTENCY_HEADER PROTOCOL_VERSION REQUEST_ID_HEADER "
     "VERSION_HEADER",
 }

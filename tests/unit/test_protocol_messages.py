@@ -9,8 +9,10 @@ from protocol.messages import (
     Assignment,
     BlobRef,
     EvaluationReport,
+    ExchangeMeta,
     JoinRequest,
     RunStatus,
+    SamplesMeta,
     StepMeta,
     UpdateMeta,
     parse_message,
@@ -19,6 +21,7 @@ from protocol.settings import RunSettings
 
 JOIN = {"name": "pi", "train_samples": 5, "test_samples": 2, "num_classes": 10}
 BLOB = {"sha256": "0" * 64, "nbytes": 1}
+EXCHANGE = {"session": "s", "round": 1, "attempt": 0, "number": 3, "steps": 3}
 
 
 @pytest.mark.parametrize(
@@ -43,6 +46,18 @@ BLOB = {"sha256": "0" * 64, "nbytes": 1}
             "int3",
         ),
         (RunSettings, {"class_names": ["a", "b"]}, "body", None, None),
+        (RunSettings, {"model": {"prompt_at": "cut", "prompt_count": 0}}, "body", None, None),
+        (RunSettings, {"wire": {"keep_smashed": True}}, "body", None, None),
+        (
+            RunSettings,
+            {
+                "model": {"prompt_at": "cut"},
+                "wire": {"keep_smashed": True, "smashed": "topk:0.1"},
+            },
+            "body",
+            None,
+            None,
+        ),
         (
             RunSettings,
             {"federation": {"participants_per_round": 1, "min_updates": 2}},
@@ -60,6 +75,10 @@ BLOB = {"sha256": "0" * 64, "nbytes": 1}
         ),
         (StepMeta, {"step": "../x", "round": 1}, "step", r"^[A-Za-z0-9._-]+$", "../x"),
         (StepMeta, {"step": "x" * 65, "round": 1}, "step", 64, "x" * 65),
+        (ExchangeMeta, {**EXCHANGE, "steps": 0}, "steps", 1, 0),
+        (ExchangeMeta, {**EXCHANGE, "number": 4}, "body", None, None),
+        (ExchangeMeta, {**EXCHANGE, "session": "a/b"}, "session", r"^[A-Za-z0-9._-]+$", "a/b"),
+        (SamplesMeta, {"round": 1}, "round", None, 1),
     ],
 )
 def test_a_refusal_names_field_limit_and_value(kind, raw, field, limit, value):
@@ -90,6 +109,10 @@ def test_a_refusal_of_strange_json_can_be_sent(raw):
 
 def test_an_update_of_no_sample_is_a_message_so_that_it_can_be_refused_by_its_name():
     assert parse_message(UpdateMeta, {"round": 1, "attempt": 0, "samples": 0}).samples == 0
+
+
+def test_the_last_exchange_of_a_session_has_the_number_of_its_steps():
+    assert parse_message(ExchangeMeta, EXCHANGE).number == 3
 
 
 def test_nobody_is_right_more_often_than_asked():

@@ -7,14 +7,31 @@ from hypothesis import strategies as st
 
 import protocol
 from protocol.errors import InvalidField
-from protocol.traffic import BACKWARD_PATH, FORWARD_PATH, INFER_PATH, Phase, Traffic, phases_of
+from protocol.traffic import (
+    BACKWARD_PATH,
+    EXCHANGE_PATH,
+    FORWARD_PATH,
+    INFER_PATH,
+    MISSING_PATH,
+    SAMPLES_PATH,
+    Phase,
+    Traffic,
+    phases_of,
+)
 
-PATHS = {
+SPLIT_PATHS = {
     FORWARD_PATH: (Phase.SMASHED, Phase.FEATURES),
     BACKWARD_PATH: (Phase.GRADIENTS, Phase.GRADIENTS),
     INFER_PATH: (Phase.INFERENCE, Phase.INFERENCE),
+    EXCHANGE_PATH: (Phase.GRADIENTS, Phase.FEATURES),
+    SAMPLES_PATH: (Phase.SMASHED, Phase.SMASHED),
+    MISSING_PATH: (Phase.SMASHED, Phase.SMASHED),
+}
+PATHS = SPLIT_PATHS | {
     "/v1/runs/r1/head": (Phase.DOWNLOAD, Phase.DOWNLOAD),
     f"/v1/runs/r1/states/{'0' * 64}/state": (Phase.UPDATES, Phase.UPDATES),
+    f"/v1/runs/r1/states/{'0' * 64}/delta": (Phase.UPDATES, Phase.UPDATES),
+    "/v1/runs/r1/samples": (Phase.CONTROL, Phase.CONTROL),
     "/v1/runs/r1/update": (Phase.UPDATES, Phase.UPDATES),
     "/v1/runs/r1/evaluation": (Phase.CONTROL, Phase.CONTROL),
     "/v1/runs/r1/assignment": (Phase.CONTROL, Phase.CONTROL),
@@ -42,8 +59,7 @@ def test_a_path_tells_the_phases(path):
 
 def test_the_specification_has_every_path_and_phase():
     spec = Path(protocol.__file__).with_name("SPEC.md").read_text(encoding="utf-8")
-    for path in (FORWARD_PATH, BACKWARD_PATH, INFER_PATH):
-        up, down = phases_of(path)
+    for path, (up, down) in SPLIT_PATHS.items():
         assert f"| `{path}` | `{up}` | `{down}` |" in spec
 
 

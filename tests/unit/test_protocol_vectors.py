@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import protocol
+from protocol.codec_names import FLOAT_CODECS, WHOLE_CODECS
 from protocol.errors import SFPromptError
 from protocol.frames import decode_frame, encode_frame, join_frame
 from tests import make_protocol_vectors
@@ -33,7 +34,8 @@ def test_a_canonical_vector_is_encoded_to_its_very_bytes(vector):
     tensors = {}
     for tensor in vector["tensors"]:
         wide = torch.int64 if tensor["codec"] == "int64" else torch.float64
-        values = torch.tensor(tensor["values"], dtype=wide).reshape(tensor["shape"])
+        given = tensor.get("input", tensor["values"])
+        values = torch.tensor(given, dtype=wide).reshape(tensor["shape"])
         tensors[tensor["name"]] = (values, tensor["codec"])
     data = join_frame(encode_frame(vector["kind"], vector["meta"], tensors))
     assert data == (FOLDER / vector["file"]).read_bytes()
@@ -43,10 +45,17 @@ def test_a_canonical_vector_is_encoded_to_its_very_bytes(vector):
 @pytest.mark.parametrize("vector", named(VECTORS["invalid"]))
 def test_an_invalid_vector_is_refused_with_its_code(vector, writable):
     with pytest.raises(SFPromptError) as caught:
-        decode_frame(writable((FOLDER / vector["file"]).read_bytes()))
+        decode_frame(writable((FOLDER / vector["file"]).read_bytes())).tensors()
     assert caught.value.code == vector["code"]
     assert caught.value.field is not None
     json.dumps(caught.value.to_wire(), allow_nan=False)
+
+
+def test_every_codec_has_vectors():
+    names = {tensor["codec"] for vector in VECTORS["valid"] for tensor in vector["tensors"]}
+    bases = {shown.partition(":")[0] for shown in (*FLOAT_CODECS, *WHOLE_CODECS)}
+    assert {name.removesuffix("+zstd").partition(":")[0] for name in names} == bases
+    assert any(name.endswith("+zstd") for name in names)
 
 
 def test_the_checked_in_vectors_are_what_the_script_writes(tmp_path, monkeypatch):

@@ -24,21 +24,13 @@ from protocol.errors import (
 )
 from protocol.messages import JoinRequest, RoundStatus, RunStatus, Task
 from split_server.journal import Once
-from split_server.meter import SocketCounter
-from tests.server_doubles import Bench, bench, random_state, run_settings, state_of
+from tests.server_doubles import Bench, bench, everywhere, random_state, run_settings, state_of
 
 
 @pytest.fixture
 def site(tmp_path: Path) -> Iterator[Bench]:
     with bench(tmp_path) as made:
         yield made
-
-
-def everywhere(site: Bench, run: str) -> float:
-    """The one number that the global state holds everywhere."""
-    values = {float(value) for tensor in site.state(run).values() for value in tensor.unique()}
-    assert len(values) == 1
-    return values.pop()
 
 
 def test_a_whole_run(site: Bench) -> None:
@@ -318,144 +310,8 @@ def test_what_is_not_there_is_not_found(site: Bench) -> None:
         site.federation.member(run, "p9999")
 
 
-@pytest.mark.parametrize("field", ["prompt_at", "prompt_depth"])
-def test_what_is_not_served_yet_is_refused_at_creation(site: Bench, field: str) -> None:
-    settings = run_settings()
-    value = {"prompt_at": "cut", "prompt_depth": "deep"}[field]
-    model = settings.model.model_copy(update={field: value})
-    with pytest.raises(InvalidField, match="not served yet"):
-        site.federation.create(settings.model_copy(update={"model": model}), Once.of("create", "k"))
-
-
 @pytest.mark.parametrize("key", [None, "", "x" * 201, "line\nbreak", "é"])
 def test_a_change_needs_a_key(key: str | None) -> None:
     with pytest.raises(InvalidField) as caught:
         Once.of("scope", key)
     assert caught.value.field == "idempotency-key"
-
-
-def test_a_restart_goes_on_in_the_open_round(site: Bench) -> None:
-    run = site.create(min_participants=3, participants_per_round=2, evaluate_every=0)
-    who = [site.join(run, name) for name in "abc"]
-    sampled = site.federation.run(run).open_round.sampled  # type: ignore[union-attr]
-    site.update(run, sampled[0], state_of(1.0), key="k")
-    site.close()
-    site.open()
-    opened = site.federation.run(run).open_round
-    assert opened is not None
-    assert opened.sampled == sampled
-    assert opened.updated == {sampled[0]}
-    site.update(run, sampled[0], state_of(1.0), key="k")
-    site.update(run, sampled[1], state_of(3.0))
-    assert everywhere(site, run) == 2.0
-    # The next round waits until all three have called, or might have.
-    assert site.federation.run(run).open_round is None
-    for one in who:
-        site.task(run, one)
-    assert site.federation.run(run).open_round is not None
-
-
-def test_after_a_restart_the_silent_are_waited_for_no_longer_than_the_window(
-    site: Bench,
-) -> None:
-    run = site.create(min_participants=2, evaluate_every=0, rounds=3)
-    a, b = site.join(run, "a"), site.join(run, "b")
-    for one in (a, b):
-        site.update(run, one, state_of(1.0))
-    site.close()
-    site.open()
-    site.update(run, a, state_of(1.0), round_=2)
-    site.update(run, b, state_of(1.0), round_=2)
-    assert site.task(run, a).task is Task.WAIT
-    site.time.now += 61
-    assert site.task(run, a).task is Task.TRAIN
-    opened = site.federation.run(run).open_round
-    assert opened is not None
-    assert opened.sampled == (a,)
-
-
-def test_a_restart_in_the_middle_of_an_evaluation_goes_on_with_it(site: Bench) -> None:
-    run = site.create(min_participants=2, rounds=1)
-    a, b = site.join(run, "a"), site.join(run, "b")
-    for one in (a, b):
-        site.update(run, one, state_of(1.0))
-    site.evaluate(run, a, correct=10)
-    site.close()
-    site.open()
-    assert site.task(run, a).task is Task.WAIT
-    assert site.task(run, b).task is Task.EVALUATE
-    site.evaluate(run, b, correct=0)
-    assert site.federation.results(run).rounds[0].accuracy == 0.5
-
-
-def test_the_deadline_starts_anew_after_a_restart(site: Bench) -> None:
-    run = site.create(round_timeout_s=10, max_repeats=0)
-    a = site.join(run)
-    site.time.now += 9
-    site.close()
-    site.open()
-    site.time.now += 9
-    assert site.task(run, a).task is Task.TRAIN
-
-
-def test_what_a_crash_leaves_behind_is_swept(site: Bench) -> None:
-    run = site.create(min_participants=2)
-    a = site.join(run, "a")
-    site.join(run, "b")
-    site.update(run, a, state_of(1.0))
-    files = site.federation.files(run)
-    [kept] = (files.root / "updates").iterdir()
-    (files.root / "updates" / "half.tmp").write_bytes(b"x")
-    (site.folder / "runs" / "r-half-made").mkdir()
-    site.close()
-    site.open()
-    assert list((files.root / "updates").iterdir()) == [kept]
-    assert not (site.folder / "runs" / "r-half-made").exists()
-
-
-def test_updates_leave_the_disk_with_their_round(site: Bench) -> None:
-    run = site.create(evaluate_every=0)
-    a = site.join(run)
-    site.update(run, a, state_of(1.0))
-    assert not list((site.federation.files(run).root / "updates").iterdir())
-
-
-def test_each_round_pays_for_its_own_bytes_and_a_restart_loses_none(site: Bench) -> None:
-    run = site.create(evaluate_every=0)
-    a = site.join(run)
-
-    def moved(nbytes: int) -> None:
-        counter = SocketCounter(received=nbytes, sent=1)
-        site.meter.charge(counter, run, a, f"/v1/runs/{run}/update")
-
-    moved(100)
-    site.update(run, a, state_of(1.0))
-    moved(10)
-    site.federation.save_traffic()
-    site.close()
-    site.open()
-    moved(1)
-    site.update(run, a, state_of(1.0), round_=2)
-    moved(7)
-    results = site.federation.results(run)
-    assert [view.traffic["updates"]["up"] for view in results.rounds] == [100, 11]
-    assert results.traffic == {"updates": {"up": 118, "down": 4}}
-    assert results.participants[0].traffic == results.traffic
-
-
-def test_a_failed_change_changes_nothing(site: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = site.create(min_participants=2)
-    a = site.join(run, "a")
-    site.join(run, "b")
-    before = site.federation.run(run), site.kinds(run)
-
-    def full_disk(*_args: object) -> None:
-        raise OSError("no space left")
-
-    with monkeypatch.context() as broken:
-        broken.setattr(Once, "remember", full_disk)
-        with pytest.raises(OSError, match="no space"):
-            site.update(run, a, state_of(1.0), key="k")
-    assert (site.federation.run(run), site.kinds(run)) == before
-    site.update(run, a, state_of(1.0), key="k")
-    assert site.kinds(run)[-1] == "update_counted"

@@ -120,6 +120,13 @@ def test_a_gradient_that_is_not_finite_changes_nothing(bad: float) -> None:
     assert torch.equal(session.trained(), undisturbed.trained())
 
 
+def test_prompts_that_have_left_the_range_of_float32_are_not_given_out() -> None:
+    session = begin(plan(prompt_learning_rate=100.0, schedule="constant"))
+    session.apply(torch.full((LAYERS, PROMPTS, WIDTH), 1e38))
+    with pytest.raises(NonFinite):
+        session.trained()
+
+
 def test_what_is_given_out_does_not_change_any_more() -> None:
     session = begin()
     first = session.trained()
