@@ -61,14 +61,15 @@ class KeptSamples:
 
     def ensure(self, positions: Tensor, view: int | None = None) -> None:
         """See that the server keeps these samples; what it has, also from earlier, is not sent."""
-        unsent = [
-            row for row, name in enumerate(self._names(positions, view)) if name not in self._sent
-        ]
+        unsent: dict[bytes, int] = {}  # the first row of each: equal images are one sample
+        for row, name in enumerate(self._names(positions, view)):
+            if name not in self._sent:
+                unsent.setdefault(name, row)
         if not unsent:
             return
-        asked = positions[torch.tensor(unsent)]
+        asked = positions[torch.tensor(list(unsent.values()))]
         lacking = self._plane.missing(self.ids(asked, view))
-        self._sent.update(self._names(asked, view))
+        self._sent.update(unsent)
         if lacking:
             self.send(asked[torch.tensor(lacking)], view)
 

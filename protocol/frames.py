@@ -70,8 +70,8 @@ class Frame:
     specs: Mapping[str, TensorSpec]
     buffers: Mapping[str, tuple[memoryview, ...]] = field(repr=False)
 
-    def tensor(self, name: str, device: Device = "cpu") -> Tensor:
-        """Decode one tensor on ``device``, in the dtype of its codec.
+    def spec(self, name: str) -> TensorSpec:
+        """What the header says of one tensor.
 
         Raises:
             MalformedFrame: the frame has no tensor of this name.
@@ -81,6 +81,15 @@ class Frame:
             raise MalformedFrame(
                 "the frame lacks a tensor", field=name, limit=[name], value=sorted(self.specs)
             )
+        return spec
+
+    def tensor(self, name: str, device: Device = "cpu") -> Tensor:
+        """Decode one tensor on ``device``, in the dtype of its codec.
+
+        Raises:
+            MalformedFrame: the frame has no tensor of this name.
+        """
+        spec = self.spec(name)
         return codec_named(spec.codec).decode(self.buffers[name], spec.shape, device)
 
     def tensors(self) -> dict[str, Tensor]:

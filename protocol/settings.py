@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from protocol.codec_names import FLOAT_CODECS, check_float_codec, is_row_wise
+from protocol.codec_names import check_float_codec, is_row_wise
 from protocol.errors import UnknownCodec
 
 __all__ = [
@@ -36,8 +36,9 @@ def _known_codec(name: str) -> str:
     try:
         return check_float_codec(name)
     except UnknownCodec as error:
+        limit = error.limit if isinstance(error.limit, list) else [str(error.limit)]
         raise PydanticCustomError(
-            "unknown_codec", "no such codec", {"expected": ", ".join(FLOAT_CODECS)}
+            "unknown_codec", "{reason}", {"reason": error.message, "expected": ", ".join(limit)}
         ) from error
 
 

@@ -449,7 +449,7 @@ class LocalEngine:
         prompts: Tensor | None = None,
         last: StepKey | None = None,
     ) -> Tensor:
-        """Run forward, keep the graph in the place of the last one, and answer with the features."""
+        """Run forward, keep the graph in the last one's place, and answer with the features."""
         leaf, features, nbytes = compute.run_forward(body, smashed, prompts, job.leading)
         answer = features.detach().cpu()
         step = RetainedStep(

@@ -109,65 +109,93 @@ def read_floats(frame: Frame, name: str) -> Tensor:
 def read_tensor(frame: Frame, name: str, device: torch.device | str = "cpu") -> Tensor:
     """One tensor of floating-point numbers, in the dtype of its codec and not yet looked into.
 
+    Its shape has to be checked first: a small frame may stand for a tensor of any size.
+
     Raises:
         MalformedFrame: the frame lacks it.
         InvalidField: its codec carries no floating-point numbers.
     """
-    tensor = frame.tensor(name, device)
-    if not codec_named(frame.specs[name].codec).floating:
+    spec = frame.spec(name)
+    if not codec_named(spec.codec).floating:
         raise InvalidField(
-            "this tensor takes a codec of floating-point numbers",
-            field=name,
-            value=frame.specs[name].codec,
+            "this tensor takes a codec of floating-point numbers", field=name, value=spec.codec
         )
-    return tensor
+    return frame.tensor(name, device)
 
 
-def check_smashed(settings: SplitSettings, smashed: Tensor) -> None:
-    """Refuse what no body of these settings takes, before it waits for one.
+def read_smashed(
+    frame: Frame,
+    settings: SplitSettings,
+    device: torch.device | str = "cpu",
+    most: int | None = None,
+) -> Tensor:
+    """The frame's smashed data [B, T, D], of a shape that a body of these settings takes.
+
+    T are the tokens that leave the head, prompts included if they join at the input.
+
+    Args:
+        frame, settings: what came, and the run's.
+        device: where it is decoded.
+        most: samples of a training step; None: any number.
 
     Raises:
-        WrongShape: not [B, T, D] with at least one sample, the tokens that leave the run's head
-            (prompts included, if they join at the input) and the backbone's width.
+        MalformedFrame, WrongShape
+        InvalidField: more samples than ``most``, or no codec for smashed data.
     """
     inside = settings.prompt_count if settings.prompt_at == "input" else 0
-    _check_tokens(settings, smashed, split_model.anatomy(settings).tokens + inside, "smashed")
+    tokens = split_model.anatomy(settings).tokens + inside
+    return _read_tokens(frame, "smashed", settings, tokens, device, most)
 
 
-def check_gradients(settings: SplitSettings, gradients: Tensor, leading: int | None) -> None:
-    """Refuse what cannot be the gradient of features that the run hands out.
+def read_gradients(
+    frame: Frame,
+    settings: SplitSettings,
+    device: torch.device | str,
+    leading: int | None,
+    most: int,
+) -> Tensor:
+    """The frame's gradient [B, T', D] of features that the run hands out.
 
-    Raises:
-        WrongShape: not [B, T', D], with the ``leading`` tokens or else all, prompts included.
+    T' are the ``leading`` tokens, or all, prompts included. Raises as `read_smashed` does.
     """
-    tokens = split_model.anatomy(settings).tokens + settings.prompt_count
-    _check_tokens(settings, gradients, tokens if leading is None else leading, "gradients")
+    tokens = leading
+    if tokens is None:
+        tokens = split_model.anatomy(settings).tokens + settings.prompt_count
+    return _read_tokens(frame, "gradients", settings, tokens, device, most)
 
 
-def _check_tokens(settings: SplitSettings, tensor: Tensor, tokens: int, name: str) -> None:
-    sizes = split_model.anatomy(settings)
-    shape = list(tensor.shape)
-    if len(shape) != 3 or shape[0] < 1 or shape[1:] != [tokens, sizes.width]:
+def _read_tokens(
+    frame: Frame,
+    name: str,
+    settings: SplitSettings,
+    tokens: int,
+    device: torch.device | str,
+    most: int | None,
+) -> Tensor:
+    width, shape = split_model.anatomy(settings).width, list(frame.spec(name).shape)
+    if len(shape) != 3 or shape[0] < 1 or shape[1:] != [tokens, width]:
         raise WrongShape(
             "a tensor of the split plane is [samples, tokens, width]",
             field=name,
-            limit=["at least 1", tokens, sizes.width],
+            limit=["at least 1", tokens, width],
             value=shape,
         )
+    check_batch(shape[0], most, name)
+    return read_tensor(frame, name, device)
 
 
-def check_batch(tensor: Tensor, most: int, name: str) -> None:
+def check_batch(samples: int, most: int | None, name: str) -> None:
     """Refuse a training step of more samples than a batch of the run.
 
     Raises:
         InvalidField: there are more.
     """
-    if tensor.shape[0] > most:
+    if most is not None and samples > most:
         raise InvalidField(
             "a training step holds at most batch_size samples",
             field=name,
             limit=most,
-            value=int(tensor.shape[0]),
+            value=samples,
         )
 
 

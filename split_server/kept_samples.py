@@ -13,7 +13,7 @@ from protocol.errors import InvalidField, MalformedFrame, NonFinite
 from protocol.frames import Frame
 from protocol.messages import SAMPLE_ID_BYTES
 from split_model import SplitSettings
-from split_server.intake import check_smashed, read_tensor
+from split_server.intake import read_smashed
 from split_server.samples import RowForm
 
 
@@ -48,9 +48,8 @@ def read_rows(
         WrongShape, NonFinite
     """
     ids = read_ids(frame)
-    smashed = read_tensor(frame, "smashed")
-    spec = frame.specs["smashed"]
-    check_smashed(settings, smashed)
+    smashed = read_smashed(frame, settings)
+    spec = frame.spec("smashed")
     if len(ids) != len(smashed):
         raise MalformedFrame(
             "there is one id for each sample", field="ids", limit=len(smashed), value=len(ids)

@@ -154,6 +154,9 @@ class SampleStore:
     ) -> tuple[RowForm, list[memoryview]] | list[int]:
         """The samples joined to the buffers of one tensor; or the places of those not kept.
 
+        Where some are not, the others count as used all the same: when those are sent, they must
+        not make room for them.
+
         Raises:
             InvalidField: they were not all sent in the same form.
         """
@@ -161,10 +164,9 @@ class SampleStore:
             shelf = self._shelves.get(owner)
             if shelf is None:
                 return list(range(len(ids)))
-            lacking = [place for place, name in enumerate(ids) if name not in shelf.records]
-            if lacking:
-                return lacking
-            records = [self._use(owner, shelf, name) for name in ids]
+            records = [self._use(owner, shelf, name) for name in ids if name in shelf.records]
+            if len(records) < len(ids):
+                return [place for place, name in enumerate(ids) if name not in shelf.records]
         form = records[0].form
         if any(record.form != form for record in records):
             raise InvalidField(

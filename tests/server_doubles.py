@@ -1,10 +1,7 @@
-"""Stand-ins for the server's tests: a clock, runs without weights, a real server in a thread."""
+"""Stand-ins for the server's tests: a clock, small runs, a federation without weights."""
 
 from __future__ import annotations
 
-import socket
-import threading
-import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,18 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import httpx
 import torch
 from torch import Tensor
 
 import split_model
-from protocol.frames import Frame, decode_frame, encode_frame, join_frame
+from protocol.frames import decode_frame, encode_frame, join_frame
 from protocol.messages import (
     Assignment,
     EvaluationReport,
     JoinRequest,
-    JoinResponse,
-    RunView,
     UpdateMeta,
 )
 from protocol.settings import (
@@ -31,20 +25,17 @@ from protocol.settings import (
     FederationSettings,
     RunSettings,
     TrainingSettings,
+    WireSettings,
 )
-from protocol.version import IDEMPOTENCY_HEADER, PROTOCOL_VERSION, VERSION_HEADER
 from split_model import SplitSettings
-from split_server.app import create_app
 from split_server.clock import Clock
 from split_server.credentials import Credentials
 from split_server.journal import Once
 from split_server.meter import Meter
 from split_server.model_files import PreparedRun
 from split_server.presence import Presence
-from split_server.service import Federation
-from split_server.serving import Server, build_server
-from split_server.settings import ServerSettings, load_settings
-from split_server.states import RunFiles, write_tensors
+from split_server.service import Federation, Held
+from split_server.states import RunFiles, StateRefs, write_tensors
 from split_server.store import Store
 
 OPERATOR = "operator-token"
@@ -55,21 +46,29 @@ SPLIT = SplitSettings.of(SMALL)
 TOKENS, WIDTH = 1 + 2 + 4, 192  # class token, prompts, 2 x 2 patches
 
 
-def run_settings(*, seed: int = 0, batch_size: int = 8, **federation: Any) -> RunSettings:
+def run_settings(
+    *,
+    seed: int = 0,
+    batch_size: int = 8,
+    prompt_at: str = "input",
+    wire: Mapping[str, Any] | None = None,
+    **federation: Any,
+) -> RunSettings:
     """A run of two rounds on an untrained tiny transformer."""
     return RunSettings(
         name="small",
         seed=seed,
-        model=SMALL,
+        model=SMALL.model_copy(update={"prompt_at": prompt_at}),
         federation=FederationSettings.model_validate({"rounds": 2, **federation}),
         training=TrainingSettings(batch_size=batch_size),
+        wire=WireSettings.model_validate(wire or {}),
     )
 
 
-def state_of(value: float) -> dict[str, Tensor]:
+def state_of(value: float, split: SplitSettings = SPLIT) -> dict[str, Tensor]:
     """A global state with this number everywhere."""
     return {
-        name: torch.full(shape, value) for name, shape in split_model.state_shapes(SPLIT).items()
+        name: torch.full(shape, value) for name, shape in split_model.state_shapes(split).items()
     }
 
 
@@ -112,11 +111,12 @@ class FakeTime:
 def prepare_without_weights(settings: RunSettings, files: RunFiles, _cache: Path) -> PreparedRun:
     """The files of a run, without a backbone."""
     head = write_tensors(files.root, {"head": torch.zeros(4)})
+    state = state_of(0.0, SplitSettings.of(settings.model))
     return PreparedRun(
         backbone_path=files.root / "backbone.safetensors",
         backbone_bytes=1,
         head=head,
-        state=files.write_state(state_of(0.0), "input"),
+        state=files.write_state(state, settings.model.prompt_at),
     )
 
 
@@ -194,12 +194,13 @@ class Bench:
         attempt: int = 0,
         samples: int = 10,
         key: str | None = None,
+        held: Held | None = None,
         **losses: float,
     ) -> None:
         meta = UpdateMeta(round=round_, attempt=attempt, samples=samples, **losses)
         data = update_frame(state, meta.model_dump())
         once = Once.of(f"{run}/{participant}/update", key or uuid.uuid4().hex, data)
-        self.federation.update(run, participant, meta, decode_frame(data), once)
+        self.federation.update(run, participant, meta, decode_frame(data), once, held)
 
     def evaluate(
         self,
@@ -221,10 +222,10 @@ class Bench:
         self.federation.evaluation(run, participant, report, once)
 
     def state(self, run: str) -> dict[str, Tensor]:
-        """The newest global state."""
+        """The newest global state, with what devices never see of it."""
         snapshot = self.federation.run(run)
-        path = self.federation.files(run).state(snapshot.state.sha256)
-        return split_model.load_state(path)
+        refs = StateRefs(snapshot.state, snapshot.prompts)
+        return self.federation.files(run).read_state(refs)
 
     def kinds(self, run: str) -> list[str]:
         """The kinds of the run's events."""
@@ -245,143 +246,3 @@ def everywhere(site: Bench, run: str) -> float:
     values = {float(value) for tensor in site.state(run).values() for value in tensor.unique()}
     assert len(values) == 1
     return values.pop()
-
-
-class Api:
-    """Requests to a real server, as a test wants them: with or without what they need."""
-
-    def __init__(self, url: str, token: str | None = None) -> None:
-        self.url = url
-        headers = {VERSION_HEADER: str(PROTOCOL_VERSION)}
-        if token is not None:
-            headers["authorization"] = f"Bearer {token}"
-        self.http = httpx.Client(base_url=url, headers=headers, timeout=30, trust_env=False)
-
-    def close(self) -> None:
-        self.http.close()
-
-    def call(
-        self,
-        method: str,
-        path: str,
-        *,
-        key: str | None = None,
-        json: object = None,
-        content: bytes | None = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> httpx.Response:
-        extra = dict(headers or {})
-        if key is not None:
-            extra[IDEMPOTENCY_HEADER] = key
-        return self.http.request(method, path, json=json, content=content, headers=extra)
-
-    def create(self, settings: RunSettings, key: str = "create-1") -> RunView:
-        answer = self.call("POST", "/v1/runs", key=key, json=settings.model_dump(mode="json"))
-        assert answer.is_success, answer.text
-        return RunView.model_validate(answer.json())
-
-    def join(
-        self, run: str, name: str = "a", *, key: str | None = None, train: int = 100, test: int = 10
-    ) -> JoinResponse:
-        request = {
-            "name": name,
-            "train_samples": train,
-            "test_samples": test,
-            "num_classes": 10,
-        }
-        path = f"/v1/runs/{run}/participants"
-        answer = self.call("POST", path, key=key or f"join-{name}", json=request)
-        assert answer.is_success, answer.text
-        return JoinResponse.model_validate(answer.json())
-
-    def assignment(self, run: str, query: str = "") -> Assignment:
-        answer = self.call("GET", f"/v1/runs/{run}/assignment{query}")
-        assert answer.is_success, answer.text
-        return Assignment.model_validate(answer.json())
-
-    def update(
-        self, run: str, state: Mapping[str, Tensor], key: str, **meta: Any
-    ) -> httpx.Response:
-        full = {"round": 1, "attempt": 0, "samples": 10, **meta}
-        return self.call(
-            "PUT", f"/v1/runs/{run}/update", key=key, content=update_frame(state, full)
-        )
-
-    def evaluate(self, run: str, key: str, **report: Any) -> httpx.Response:
-        full = {"round": 1, "attempt": 0, "samples": 10, "correct": 5, "loss_sum": 1.0, **report}
-        return self.call("PUT", f"/v1/runs/{run}/evaluation", key=key, json=full)
-
-    def step(self, kind: str, tensor: Tensor, step: str, round_: int = 1) -> httpx.Response:
-        content = step_frame(kind, tensor, step, round_)
-        return self.call("POST", f"/v1/split/{kind}", content=content)
-
-
-def tensor_in(answer: httpx.Response, name: str) -> Tensor:
-    assert answer.is_success, answer.text
-    frame: Frame = decode_frame(bytearray(answer.content))
-    assert frame.kind == name
-    return frame.tensor(name)
-
-
-def code_of(answer: httpx.Response) -> str:
-    """The code of a refusal."""
-    assert answer.is_error, answer.text
-    return str(answer.json()["error"]["code"])
-
-
-@dataclass
-class Running:
-    """A real server on a loopback port, in a thread of this process."""
-
-    url: str
-    server: Server
-    thread: threading.Thread
-    apis: list[Api] = field(default_factory=list)
-
-    @property
-    def port(self) -> int:
-        return int(self.url.rsplit(":", 1)[1])
-
-    def api(self, token: str | None = None) -> Api:
-        api = Api(self.url, token)
-        self.apis.append(api)
-        return api
-
-    def operator(self) -> Api:
-        return self.api(OPERATOR)
-
-    def stop(self) -> None:
-        for api in self.apis:
-            api.close()
-        self.server.should_exit = True
-        self.thread.join(20)
-        assert not self.thread.is_alive(), "the server does not stop"
-
-
-def server_settings(folder: Path, **changes: Any) -> ServerSettings:
-    given = {"port": 0, "data_dir": folder, "operator_token": OPERATOR, "torch_threads": 1}
-    return load_settings({**given, **changes})
-
-
-@contextmanager
-def running_server(folder: Path, **changes: Any) -> Iterator[Running]:
-    settings = server_settings(folder, **changes)
-    server = build_server(create_app(settings), settings)
-    listener = socket.create_server(("127.0.0.1", 0))
-    port = listener.getsockname()[1]
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    running = Running(f"http://127.0.0.1:{port}", server, thread)
-    try:
-        wait_until(lambda: server.started or not thread.is_alive())
-        assert server.started, "the server did not start"
-        yield running
-    finally:
-        running.stop()
-
-
-def wait_until(true: Any, seconds: float = 20.0) -> None:
-    give_up_at = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < give_up_at, "it did not come true in time"
-        time.sleep(0.01)

@@ -29,7 +29,7 @@ from split_model import SplitSettings, needed_tokens
 from split_server import rounds
 from split_server.bodies import BodyKey
 from split_server.engine import BackwardJob, Engine, ExchangeJob, ForwardJob, InferJob
-from split_server.intake import check_batch, check_gradients, check_smashed, read_tensor
+from split_server.intake import check_batch, read_gradients, read_smashed
 from split_server.kept_samples import read_ids, read_kept, read_rows
 from split_server.samples import Owner, SampleStore
 from split_server.sessions import SessionPlan
@@ -89,9 +89,8 @@ Reader = Callable[[Desk, Asked], Work | Reply]
 def read_forward(desk: Desk, asked: Asked) -> Work:
     """Smashed data in, features out; the step is kept for its backward."""
     meta = _training_step(asked)
-    smashed = read_tensor(asked.frame, "smashed", desk.device)
-    check_smashed(asked.body.settings, smashed)
-    check_batch(smashed, asked.run.settings.training.batch_size, "smashed")
+    most = asked.run.settings.training.batch_size
+    smashed = read_smashed(asked.frame, asked.body.settings, desk.device, most)
     key = StepKey(asked.run.id, asked.member.id, meta.step)
     job = ForwardJob(key, asked.body, smashed, asked.fingerprint, asked.leading)
     return _work(partial(desk.engine.forward, job), asked, "features", meta.model_dump())
@@ -100,9 +99,7 @@ def read_forward(desk: Desk, asked: Asked) -> Work:
 def read_backward(desk: Desk, asked: Asked) -> Work:
     """The gradient of a step's features in, that of its smashed data out."""
     meta = _training_step(asked)
-    gradients = read_tensor(asked.frame, "gradients", desk.device)
-    check_gradients(asked.body.settings, gradients, asked.leading)
-    check_batch(gradients, asked.run.settings.training.batch_size, "gradients")
+    gradients = _gradients(desk, asked)
     key = StepKey(asked.run.id, asked.member.id, meta.step)
     job = BackwardJob(key, asked.body, gradients, asked.fingerprint)
     return _work(partial(desk.engine.backward, job), asked, "gradients", meta.model_dump())
@@ -114,17 +111,13 @@ def read_exchange(desk: Desk, asked: Asked) -> Work | Reply:
     _require_placement(asked, "cut")
     rounds.require_trainer(asked.run, asked.member, meta.round, meta.attempt)
     _require_tensors(asked.frame, meta)
-    most = asked.run.settings.training.batch_size
     gradients, smashed = None, None
     if meta.number > 0:
-        gradients = read_tensor(asked.frame, "gradients", desk.device)
-        check_gradients(asked.body.settings, gradients, asked.leading)
-        check_batch(gradients, most, "gradients")
+        gradients = _gradients(desk, asked)
     if meta.number < meta.steps:
-        found = _smashed(desk, asked)
+        found = _smashed(desk, asked, asked.run.settings.training.batch_size)
         if isinstance(found, Reply):
             return found
-        check_batch(found, most, "smashed")
         smashed = found
     job = ExchangeJob(
         run=asked.run.id,
@@ -201,14 +194,19 @@ def _training_step(asked: Asked) -> StepMeta:
     return meta
 
 
-def _smashed(desk: Desk, asked: Asked) -> Tensor | Reply:
+def _gradients(desk: Desk, asked: Asked) -> Tensor:
+    most = asked.run.settings.training.batch_size
+    return read_gradients(asked.frame, asked.body.settings, desk.device, asked.leading, most)
+
+
+def _smashed(desk: Desk, asked: Asked, most: int | None = None) -> Tensor | Reply:
     """Smashed data [B, T, D] that came with the request, or are kept; or what is missing."""
     if "ids" not in asked.frame.specs:
-        smashed = read_tensor(asked.frame, "smashed", desk.device)
-        check_smashed(asked.body.settings, smashed)
-        return smashed
+        return read_smashed(asked.frame, asked.body.settings, desk.device, most)
     _require_kept(asked)
-    found = desk.samples.take(asked.owner, read_ids(asked.frame))
+    ids = read_ids(asked.frame)
+    check_batch(len(ids), most, "ids")
+    found = desk.samples.take(asked.owner, ids)
     return _missing(found) if isinstance(found, list) else read_kept(*found, desk.device)
 
 

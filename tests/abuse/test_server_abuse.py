@@ -17,17 +17,19 @@ from hypothesis import strategies as st
 
 from protocol.messages import Task
 from protocol.version import PROTOCOL_VERSION, VERSION_HEADER
-from tests.server_doubles import (
+from tests.http_doubles import (
     Api,
     Running,
     code_of,
-    run_settings,
     running_server,
+    wait_until,
+)
+from tests.server_doubles import (
+    run_settings,
     smashed,
     state_of,
     step_frame,
     update_frame,
-    wait_until,
 )
 
 GIB = 1024**3

@@ -1,14 +1,11 @@
-"""The server over real HTTP: every route, every refusal, and bytes as a raw socket counts them."""
+"""The server over real HTTP: the federation plane's routes and every refusal."""
 
 from __future__ import annotations
 
-import json
-import socket
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,21 +15,25 @@ from protocol.errors import error_from_wire
 from protocol.messages import Results, RunStatus, RunView, Task
 from protocol.version import PROTOCOL_VERSION, VERSION_HEADER
 from split_server.exporting import export_run
+from tests.http_doubles import (
+    Api,
+    Running,
+    code_of,
+    joined,
+    new_run,
+    running_server,
+    tensor_in,
+    wait_until,
+)
 from tests.server_doubles import (
     OPERATOR,
     SPLIT,
     TOKENS,
     WIDTH,
-    Api,
-    Running,
-    code_of,
     run_settings,
-    running_server,
     smashed,
     state_of,
     step_frame,
-    tensor_in,
-    wait_until,
 )
 
 
@@ -48,14 +49,6 @@ def operator(server: Running) -> Api:
 
 
 _keys = iter(range(10**6))
-
-
-def new_run(operator: Api, **federation: Any) -> str:
-    return operator.create(run_settings(**federation), key=f"run-{next(_keys)}").id
-
-
-def joined(server: Running, run: str, name: str = "a") -> Api:
-    return server.api(server.api().join(run, name).credential)
 
 
 def test_health_answers_everybody(server: Running) -> None:
@@ -118,7 +111,8 @@ def test_a_run_cannot_be_made_of_what_there_is_not(operator: Api) -> None:
         ({"weights": "random:many"}, "model.weights"),
         ({"weights": "file:/nowhere.safetensors"}, "model.weights"),
         ({"cut": 13}, "model.cut"),
-        ({"prompt_at": "cut"}, "model.prompt_at"),
+        ({"prompt_at": "cut", "cut": 12}, "model.prompt_at"),
+        ({"prompt_depth": "deep"}, "model.prompt_depth"),
     ):
         wrong = {**settings, "model": {**settings["model"], **change}}
         answer = operator.call("POST", "/v1/runs", key=f"wrong-{next(_keys)}", json=wrong)
@@ -158,6 +152,7 @@ def test_who_may_do_what(server: Running, operator: Api) -> None:
         ("GET", f"/v1/runs/{run}/assignment"),
         ("PUT", f"/v1/runs/{run}/update"),
         ("DELETE", f"/v1/runs/{run}/participants/me"),
+        ("DELETE", f"/v1/runs/{run}/samples"),
         ("GET", f"/v1/runs/{run}/head"),
         ("GET", f"/v1/runs/{run}/results"),
         ("GET", f"/v1/runs/{run}/events"),
@@ -170,7 +165,7 @@ def test_who_may_do_what(server: Running, operator: Api) -> None:
     path = f"/v1/runs/{run}/evaluation"
     assert code_of(nobody.call("PUT", path, key="k", json=report)) == "unauthorized"
     assert code_of(foreign.call("PUT", path, key="k", json=report)) == "forbidden"
-    for kind in ("forward", "backward", "infer"):
+    for kind in ("forward", "backward", "exchange", "infer", "samples", "missing"):
         assert code_of(nobody.step(kind, smashed(), "s")) == "unauthorized"
         assert code_of(forged.step(kind, smashed(), "s")) == "unauthorized"
         assert code_of(operator.step(kind, smashed(), "s")) == "forbidden"
@@ -214,43 +209,6 @@ def test_refused_updates_do_not_count(server: Running, operator: Api) -> None:
     other.update(run, state_of(4.0), "u")
     results = Results.model_validate(operator.call("GET", f"/v1/runs/{run}/results").json())
     assert len(results.rounds[0].updated) == 1
-
-
-def test_split_steps_keep_to_the_open_round(server: Running, operator: Api) -> None:
-    run = new_run(operator, min_participants=2, participants_per_round=1, evaluate_every=0)
-    apis = {"a": joined(server, run, "a"), "b": joined(server, run, "b")}
-    tasks = {one: api.assignment(run).task for one, api in apis.items()}
-    assert sorted(tasks.values()) == [Task.TRAIN, Task.WAIT]
-    trainer = next(api for one, api in apis.items() if tasks[one] is Task.TRAIN)
-    waiter = next(api for one, api in apis.items() if tasks[one] is Task.WAIT)
-    assert code_of(waiter.step("forward", smashed(), "s")) == "stale_round"
-    assert code_of(trainer.step("forward", smashed(), "s", round_=2)) == "stale_round"
-    assert code_of(trainer.step("backward", smashed(), "s")) == "step_lost"
-    assert code_of(trainer.step("forward", smashed(batch=9), "s")) == "invalid_field"
-    for wrong in (torch.zeros(2, TOKENS - 2, WIDTH), torch.zeros(0, TOKENS, WIDTH), torch.zeros(3)):
-        assert code_of(trainer.step("forward", wrong, "s")) == "wrong_shape"
-    nan = smashed() * float("nan")
-    assert code_of(trainer.step("forward", nan, "s")) == "non_finite"
-    assert code_of(trainer.step("forward", smashed(), "no/slash")) == "invalid_field"
-    first = trainer.step("forward", smashed(), "s")
-    assert first.content == trainer.step("forward", smashed(), "s").content
-    assert code_of(trainer.step("forward", smashed(seed=3), "s")) == "idempotency_key_reused"
-    back = trainer.step("backward", smashed(seed=1), "s")
-    assert back.content == trainer.step("backward", smashed(seed=1), "s").content
-    trainer.step("forward", smashed(), "t")
-    assert trainer.update(run, state_of(1.0), "u").is_success
-    assert code_of(trainer.step("backward", smashed(), "t")) == "stale_round"
-    assert waiter.step("infer", smashed(), "i").is_success
-
-
-def test_answers_use_the_codecs_of_the_run(server: Running, operator: Api) -> None:
-    settings = run_settings()
-    wire = settings.wire.model_copy(update={"features": "bfloat16", "gradients": "float16"})
-    run = operator.create(settings.model_copy(update={"wire": wire}), key="codecs").id
-    api = joined(server, run)
-    api.assignment(run)
-    assert tensor_in(api.step("forward", smashed(), "s"), "features").dtype is torch.bfloat16
-    assert tensor_in(api.step("backward", smashed(), "s"), "gradients").dtype is torch.float16
 
 
 def test_files_have_etags_and_ranges(server: Running, operator: Api) -> None:
@@ -354,95 +312,8 @@ def test_an_unexpected_failure_is_typed_too(
     answer = operator.call("GET", f"/v1/runs/{run}/results")
     assert (answer.status_code, code_of(answer)) == (500, "internal_error")
     assert "ZeroDivision" not in answer.text
-    monkeypatch.setattr("split_server.routes.split.check_tokens", broken)
+    monkeypatch.setattr("split_server.routes.split_requests.read_smashed", broken)
     assert code_of(api.step("infer", smashed(), "s")) == "internal_error"
-
-
-class RawClient:
-    """HTTP by hand, with every byte counted."""
-
-    def __init__(self, port: int, token: str | None = None) -> None:
-        self.socket = socket.create_connection(("127.0.0.1", port), timeout=20)
-        self.token = token
-        self.sent = self.received = 0
-
-    def request(self, method: str, path: str, body: bytes = b"", **headers: str) -> bytes:
-        lines = [f"{method} {path} HTTP/1.1", "host: x", f"content-length: {len(body)}"]
-        lines.append(f"{VERSION_HEADER}: {PROTOCOL_VERSION}")
-        if self.token:
-            lines.append(f"authorization: Bearer {self.token}")
-        lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
-        data = "\r\n".join(lines).encode() + b"\r\n\r\n" + body
-        self.socket.sendall(data)
-        self.sent += len(data)
-        return self.answer()
-
-    def answer(self) -> bytes:
-        head = b""
-        while b"\r\n\r\n" not in head:
-            head += self._receive()
-        head, _, body = head.partition(b"\r\n\r\n")
-        length = next(
-            int(line.split(b":")[1])
-            for line in head.split(b"\r\n")
-            if line.lower().startswith(b"content-length")
-        )
-        while len(body) < length:
-            body += self._receive()
-        return body
-
-    def _receive(self) -> bytes:
-        data = self.socket.recv(65536)
-        assert data, "the server closed the connection"
-        self.received += len(data)
-        return data
-
-    def take(self) -> tuple[int, int]:
-        counted = self.sent, self.received
-        self.sent = self.received = 0
-        return counted
-
-    def close(self) -> None:
-        self.socket.close()
-
-
-def test_the_meter_counts_what_a_raw_socket_counts(server: Running, operator: Api) -> None:
-    run = new_run(operator)
-    raw = RawClient(server.port)
-    raw.request("GET", f"/v1/runs/{run}")
-    body = json.dumps(
-        {"name": "raw", "train_samples": 9, "test_samples": 9, "num_classes": 10}
-    ).encode()
-    answer = raw.request(
-        "POST",
-        f"/v1/runs/{run}/participants",
-        body,
-        idempotency_key="k",
-        content_type="application/json",
-    )
-    raw.token = json.loads(answer)["credential"]
-    raw.request("GET", f"/v1/runs/{run}/assignment")
-    control = raw.take()
-    raw.request("GET", f"/v1/runs/{run}/head")
-    download = raw.take()
-    raw.request("POST", "/v1/split/forward", step_frame("forward", smashed(), "s"))
-    up, down = raw.take()
-    raw.request("POST", "/v1/split/backward", step_frame("backward", smashed(), "s"))
-    raw.request("POST", "/v1/split/backward", step_frame("backward", smashed(), "lost"))
-    gradients = raw.take()
-    raw.request("POST", "/v1/split/infer", step_frame("infer", smashed(), "i"))
-    inference = raw.take()
-    raw.close()
-    counted = operator.call("GET", f"/v1/runs/{run}/results").json()
-    assert counted["traffic"] == {
-        "download": {"up": download[0], "down": download[1]},
-        "smashed": {"up": up, "down": 0},
-        "features": {"up": 0, "down": down},
-        "gradients": {"up": gradients[0], "down": gradients[1]},
-        "inference": {"up": inference[0], "down": inference[1]},
-        "control": {"up": control[0], "down": control[1]},
-    }
-    assert counted["participants"][0]["traffic"] == counted["traffic"]
 
 
 def test_a_join_token_is_asked_for_where_one_is_set(tmp_path: Path) -> None:

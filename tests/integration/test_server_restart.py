@@ -17,15 +17,17 @@ import split_model
 from protocol.messages import Results, RunStatus, Task
 from split_server.meter import Meter
 from split_server.store import Store
-from tests.server_doubles import (
-    OPERATOR,
+from tests.http_doubles import (
     Api,
     code_of,
+    running_server,
+    wait_until,
+)
+from tests.server_doubles import (
+    OPERATOR,
     random_state,
     run_settings,
-    running_server,
     smashed,
-    wait_until,
 )
 
 

@@ -1,4 +1,4 @@
-"""Exchanges: prompts tuned on the server are those of a plain loop over the uncut model's blocks."""
+"""Exchanges: the prompts that they tune are those of a plain loop over the uncut model's blocks."""
 
 from __future__ import annotations
 

@@ -94,9 +94,7 @@ def files(folder: Path) -> list[int]:
 
 @pytest.mark.parametrize("form", [PLAIN, TWO_BUFFERS, TEN])
 @pytest.mark.parametrize("memory", [PLENTY, 60])  # below: most of them are on disk
-def test_a_batch_in_any_order_is_what_was_sent(
-    make: MakeStore, form: RowForm, memory: int
-) -> None:
+def test_a_batch_in_any_order_is_what_was_sent(make: MakeStore, form: RowForm, memory: int) -> None:
     store = make(memory=memory, disk=PLENTY)
     put(store, A, range(12), form)
     assert (store.disk_bytes > 0) is (memory == 60)
@@ -152,14 +150,14 @@ def test_an_id_that_is_here_is_left_as_it_is(make: MakeStore) -> None:
 # What is missing
 
 
-def test_the_places_of_what_is_missing_are_told_and_nothing_changes(make: MakeStore) -> None:
+def test_the_places_of_what_is_missing_are_told_and_nothing_is_lost(make: MakeStore) -> None:
     store = make(memory=30, disk=0)
     put(store, A, [1, 2, 3])
     assert take(store, A, [9, 1, 8, 2, 8]) == [0, 2, 4] == lacking(store, A, [9, 1, 8, 2, 8])
     assert take(store, B, [1, 2]) == [0, 1] == lacking(store, B, [1, 2])
     assert store.memory_bytes == 30
-    put(store, A, [4])  # 1 is still the one unused for longest: the refused take used nothing
-    assert kept(store, A) == [2, 3, 4]
+    put(store, A, [4])  # 1 and 2 were asked for
+    assert kept(store, A) == [1, 2, 4]
 
 
 def test_to_ask_what_is_missing_uses_nothing(make: MakeStore) -> None:
@@ -240,6 +238,18 @@ def test_from_disk_what_was_unused_for_longest_goes_first(make: MakeStore) -> No
     take(store, A, [0])
     put(store, A, [8])
     assert kept(store, A) == [0, *range(2, 9)]
+
+
+@pytest.mark.parametrize("disk", [0, 40])
+def test_a_batch_is_there_once_what_it_lacked_was_sent(make: MakeStore, disk: int) -> None:
+    """Those of it that were here, and unused for longest, must not make room for the others."""
+    store = make(memory=80, disk=disk, participant=80 + disk)
+    put(store, A, range(20))
+    here = kept(store, A)
+    batch = [*here[:5], 0, 1]
+    assert take(store, A, batch) == [5, 6]
+    put(store, A, [0, 1])
+    assert_whole(take(store, A, batch), A, batch)
 
 
 @pytest.mark.parametrize("disk", [0, 15, 1000])
@@ -349,6 +359,7 @@ class AnyUse(RuleBasedStateMachine):
         forms = [self.sent[owner, n] for place, n in enumerate(numbers) if place not in gone]
         if gone:
             assert take(self.store, owner, numbers) == gone
+            self.use(owner, [n for place, n in enumerate(numbers) if place not in gone])
         elif len(set(forms)) > 1:
             self.use(owner, numbers)
             with pytest.raises(InvalidField):
@@ -357,6 +368,7 @@ class AnyUse(RuleBasedStateMachine):
             self.use(owner, numbers)
             assert_whole(take(self.store, owner, numbers), owner, numbers, forms[0])
         assert (self.store.memory_bytes, self.store.disk_bytes) == counted
+        assert lacking(self.store, owner, numbers) == gone
 
     @rule(run=st.sampled_from(("r1", "r2")), participant=st.sampled_from((None, "p1", "p2")))
     def drop(self, run: str, participant: str | None) -> None:

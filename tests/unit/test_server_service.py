@@ -20,10 +20,13 @@ from protocol.errors import (
     RunClosed,
     SFPromptError,
     StaleRound,
+    StepLost,
     WrongShape,
 )
 from protocol.messages import JoinRequest, RoundStatus, RunStatus, Task
+from split_model import load_state
 from split_server.journal import Once
+from split_server.service import Held
 from tests.server_doubles import Bench, bench, everywhere, random_state, run_settings, state_of
 
 
@@ -200,6 +203,54 @@ def test_one_who_was_refused_may_still_do_better(site: Bench) -> None:
     site.update(run, a, state_of(1.0))
     site.update(run, b, state_of(3.0))
     assert everywhere(site, run) == 2.0
+
+
+def on_device(value: float) -> dict[str, torch.Tensor]:
+    """What a device sends whose prompts are tuned on the server."""
+    return {name: tensor for name, tensor in state_of(value).items() if name != "prompts"}
+
+
+def tuned(value: float) -> Held:
+    return lambda: {"prompts": torch.full((1, 2, 192), value)}
+
+
+def test_prompts_that_the_server_has_tuned_are_averaged_with_the_rest(site: Bench) -> None:
+    run = site.create(prompt_at="cut", min_participants=2, evaluate_every=0)
+    a, b = site.join(run, "a"), site.join(run, "b")
+    site.update(run, a, on_device(1.0), samples=30, held=tuned(1.0))
+    site.update(run, b, on_device(5.0), samples=10, held=tuned(5.0))
+    assert everywhere(site, run) == 2.0
+    assert site.state(run)["prompts"].shape == (1, 2, 192)
+    seen = site.federation.files(run).state(site.task(run, a).state.sha256)
+    assert "prompts" not in load_state(seen)
+
+
+def test_an_update_whose_prompts_are_lost_may_come_again(site: Bench) -> None:
+    def lost() -> dict[str, torch.Tensor]:
+        raise StepLost("the server was restarted")
+
+    run = site.create(prompt_at="cut", evaluate_every=0)
+    a = site.join(run)
+    with pytest.raises(StepLost):
+        site.update(run, a, on_device(1.0), key="k", held=lost)
+    assert site.task(run, a).task is Task.TRAIN
+    site.update(run, a, on_device(3.0), key="k", held=tuned(3.0))
+    assert everywhere(site, run) == 3.0
+
+
+def test_prompts_that_are_not_finite_are_refused_as_an_update_is(site: Bench) -> None:
+    def burst() -> dict[str, torch.Tensor]:
+        raise NonFinite("the prompts are not finite")
+
+    run = site.create(prompt_at="cut", min_participants=2, evaluate_every=0)
+    bad, good = site.join(run, "bad"), site.join(run, "good")
+    with pytest.raises(NonFinite):
+        site.update(run, bad, on_device(7.0), held=burst)
+    assert site.task(run, bad).task is Task.WAIT
+    with pytest.raises(WrongShape):  # nor may it send prompts of its own
+        site.update(run, bad, state_of(7.0), held=tuned(7.0))
+    site.update(run, good, on_device(1.0), held=tuned(1.0))
+    assert everywhere(site, run) == 1.0
 
 
 def test_if_nobody_has_a_sample_the_run_fails_without_waiting(site: Bench) -> None:

@@ -23,7 +23,9 @@ def numbers(seed: int, *shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def plan(round_: int = 1, rounds: int = 4, mean_token: bool = False, **training: Any) -> SessionPlan:
+def plan(
+    round_: int = 1, rounds: int = 4, mean_token: bool = False, **training: Any
+) -> SessionPlan:
     given = {
         "optimizer": "sgd",
         "prompt_learning_rate": RATE,
@@ -100,9 +102,7 @@ def test_gradients_of_a_lower_precision_are_applied_in_float32() -> None:
     session = begin(plan(schedule="constant"))
     session.apply(torch.full((LAYERS, PROMPTS, WIDTH), 2**-12, dtype=torch.bfloat16))
     assert session.prompts.dtype == torch.float32
-    torch.testing.assert_close(
-        session.trained(), numbers(0) - RATE * 2**-12, rtol=0, atol=2**-24
-    )
+    torch.testing.assert_close(session.trained(), numbers(0) - RATE * 2**-12, rtol=0, atol=2**-24)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])

@@ -1,0 +1,389 @@
+"""The split plane over real HTTP: steps, sessions, kept samples, bytes as a raw socket counts."""
+
+from __future__ import annotations
+
+import json
+import math
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor
+
+import split_model
+from protocol.frames import encode_frame, join_frame
+from protocol.messages import BlobRef, Task
+from protocol.version import PROTOCOL_VERSION, VERSION_HEADER
+from split_model import SplitSettings
+from split_server.exporting import export_run
+from split_server.states import RunFiles
+from split_server.store import Store
+from split_server.tables import RunRow
+from tests.http_doubles import (
+    Api,
+    Running,
+    code_of,
+    frame_in,
+    joined,
+    new_run,
+    running_server,
+    tensor_in,
+)
+from tests.server_doubles import (
+    TOKENS,
+    WIDTH,
+    run_settings,
+    smashed,
+    state_of,
+    step_frame,
+)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    with running_server(tmp_path_factory.mktemp("node")) as running:
+        yield running
+
+
+@pytest.fixture
+def operator(server: Running) -> Api:
+    return server.operator()
+
+
+def test_split_steps_keep_to_the_open_round(server: Running, operator: Api) -> None:
+    run = new_run(operator, min_participants=2, participants_per_round=1, evaluate_every=0)
+    apis = {"a": joined(server, run, "a"), "b": joined(server, run, "b")}
+    tasks = {one: api.assignment(run).task for one, api in apis.items()}
+    assert sorted(tasks.values()) == [Task.TRAIN, Task.WAIT]
+    trainer = next(api for one, api in apis.items() if tasks[one] is Task.TRAIN)
+    waiter = next(api for one, api in apis.items() if tasks[one] is Task.WAIT)
+    assert code_of(waiter.step("forward", smashed(), "s")) == "stale_round"
+    assert code_of(trainer.step("forward", smashed(), "s", round_=2)) == "stale_round"
+    assert code_of(trainer.step("backward", smashed(), "s")) == "step_lost"
+    assert code_of(trainer.step("forward", smashed(batch=9), "s")) == "invalid_field"
+    for wrong in (torch.zeros(2, TOKENS - 2, WIDTH), torch.zeros(0, TOKENS, WIDTH), torch.zeros(3)):
+        assert code_of(trainer.step("forward", wrong, "s")) == "wrong_shape"
+    nan = smashed() * float("nan")
+    assert code_of(trainer.step("forward", nan, "s")) == "non_finite"
+    assert code_of(trainer.step("forward", smashed(), "no/slash")) == "invalid_field"
+    first = trainer.step("forward", smashed(), "s")
+    assert first.content == trainer.step("forward", smashed(), "s").content
+    assert code_of(trainer.step("forward", smashed(seed=3), "s")) == "idempotency_key_reused"
+    back = trainer.step("backward", smashed(seed=1), "s")
+    assert back.content == trainer.step("backward", smashed(seed=1), "s").content
+    trainer.step("forward", smashed(), "t")
+    assert trainer.update(run, state_of(1.0), "u").is_success
+    assert code_of(trainer.step("backward", smashed(), "t")) == "stale_round"
+    assert waiter.step("infer", smashed(), "i").is_success
+
+
+def test_answers_use_the_codecs_of_the_run(server: Running, operator: Api) -> None:
+    run = new_run(operator, wire={"features": "bfloat16", "gradients": "float16"})
+    api = joined(server, run)
+    api.assignment(run)
+    assert tensor_in(api.step("forward", smashed(), "s"), "features").dtype is torch.bfloat16
+    assert tensor_in(api.step("backward", smashed(), "s"), "gradients").dtype is torch.float16
+
+
+def by_ids(*numbers: int) -> Tensor:
+    """The ids [B, 16] of samples."""
+    return torch.stack([torch.full((16,), number, dtype=torch.uint8) for number in numbers])
+
+
+def exchange(number: int, steps: int = 2, session: str = "s", attempt: int = 0) -> dict[str, Any]:
+    return {
+        "session": session,
+        "round": 1,
+        "attempt": attempt,
+        "number": number,
+        "steps": steps,
+    }
+
+
+def body_of(server: Running, split: SplitSettings) -> split_model.Body:
+    folder = server.server._application.settings.data_dir
+    path = next(folder.rglob("vit_tiny*.safetensors"))
+    return split_model.build_body(split, split_model.open_backbone(path))
+
+
+def test_a_round_with_prompts_at_the_cut(server: Running, operator: Api, tmp_path: Path) -> None:
+    wire = {"keep_smashed": True, "pooled_features": True}
+    settings = run_settings(prompt_at="cut", wire=wire, rounds=1)
+    run = operator.create(settings, key="cut").id
+    api = joined(server, run)
+    assigned = api.assignment(run)
+    folder = server.server._application.settings.data_dir
+    start, _ = newest(folder, run)
+
+    # Smashed data are sent once.
+    ids, rows = by_ids(1, 2), smashed(batch=2)[:, :5]
+    asked = {"ids": ids}
+    assert tensor_of(api.ask("missing", {}, **asked), "missing", "places").tolist() == [0, 1]
+    assert not frame_in(api.ask("samples", {}, ids=ids, smashed=rows), "kept").specs
+    assert tensor_of(api.ask("missing", {}, **asked), "missing", "places").tolist() == []
+
+    # Two batches, and the prompts are those of a plain loop.
+    body = body_of(server, SplitSettings.of(settings.model))
+    prompts = start["prompts"].clone().requires_grad_()
+    optimizer = torch.optim.AdamW([prompts], lr=0.005, weight_decay=0.0)
+    gradients = smashed(seed=1)[:, :1]
+    sent: dict[str, Tensor] = {}
+    for number, factor in ((0, 1.0), (1, 0.5 * (1 + math.cos(math.pi / 2)))):
+        expected = body(rows, prompts)[:, :1]
+        features = tensor_in(api.ask("exchange", exchange(number), **sent, **asked), "features")
+        torch.testing.assert_close(features, expected.detach())
+        optimizer.param_groups[0]["lr"] = 0.005 * factor
+        optimizer.zero_grad()
+        expected.backward(gradients)
+        optimizer.step()
+        sent = {"gradients": gradients}
+    assert not frame_in(api.ask("exchange", exchange(2), **sent), "features").specs
+
+    # The device's part of the update is the tail alone.
+    tail = {name: tensor for name, tensor in start.items() if name != "prompts"}
+    assert code_of(api.update(run, tail, "u")) == "invalid_field"
+    assert code_of(api.update(run, tail, "u", session="other")) == "step_lost"
+    assert api.update(run, tail, "u", session="s").is_success
+    assert api.update(run, tail, "u", session="s").is_success  # though the session is over
+    after, state = newest(folder, run)
+    torch.testing.assert_close(after["prompts"], prompts.detach())
+    assert not torch.equal(after["prompts"], start["prompts"])
+    assert state.nbytes == assigned.state.nbytes
+
+    # The new prompts are there for those who measure them.
+    inferred = tensor_in(api.ask("infer", {"step": "i", "round": 1}, **asked), "features")
+    torch.testing.assert_close(inferred, body(rows, prompts)[:, :1].detach())
+    export_run(folder, run, tmp_path / "model.safetensors")
+    model = split_model.load_exported(tmp_path / "model.safetensors")
+    torch.testing.assert_close(model.get_buffer("prompts"), prompts.detach())
+
+
+def newest(folder: Path, run: str) -> tuple[dict[str, Tensor], BlobRef]:
+    """The newest global state with its prompts, and what devices download of it."""
+    store = Store(folder / "server.sqlite")
+    try:
+        with store.reading() as session:
+            refs = session.get_one(RunRow, run).state
+    finally:
+        store.close()
+    return RunFiles(folder / "runs" / run).read_state(refs), refs.device
+
+
+def tensor_of(answer: httpx.Response, kind: str, name: str) -> Tensor:
+    return frame_in(answer, kind).tensor(name)
+
+
+def test_samples_that_are_not_kept_are_named_and_nothing_else_happens(
+    server: Running, operator: Api
+) -> None:
+    run = new_run(operator, prompt_at="cut", wire={"keep_smashed": True}, min_participants=2)
+    a, b = joined(server, run, "a"), joined(server, run, "b")
+    rows = smashed(batch=2)[:, :5]
+    assert a.ask("samples", {}, ids=by_ids(1, 2), smashed=rows).is_success
+    asked = {"ids": by_ids(1, 3, 2, 4)}
+    for _ in range(2):
+        answer = a.ask("exchange", exchange(0), **asked)
+        assert tensor_of(answer, "missing", "places").tolist() == [1, 3]
+    answer = a.ask("infer", {"step": "i", "round": 1}, **asked)
+    assert tensor_of(answer, "missing", "places").tolist() == [1, 3]
+    assert a.ask("samples", {}, ids=by_ids(3, 4), smashed=rows).is_success
+    features = tensor_in(a.ask("exchange", exchange(0), **asked), "features")
+    again = tensor_in(a.ask("infer", {"step": "i", "round": 1}, smashed=rows), "features")
+    torch.testing.assert_close(features[::2], again)  # samples 1 and 2 have the rows 0 and 1
+    # Nobody has another's samples, not even under the same ids.
+    answer = b.ask("missing", {}, ids=by_ids(1, 2))
+    assert tensor_of(answer, "missing", "places").tolist() == [0, 1]
+    assert a.call("DELETE", f"/v1/runs/{run}/samples").json() == {}
+    answer = a.ask("missing", {}, ids=by_ids(1, 2, 3, 4))
+    assert tensor_of(answer, "missing", "places").tolist() == [0, 1, 2, 3]
+
+
+def test_samples_go_with_their_participant_and_their_run(server: Running, operator: Api) -> None:
+    run = new_run(operator, prompt_at="cut", wire={"keep_smashed": True}, min_participants=3)
+    a, b = joined(server, run, "a"), joined(server, run, "b")
+    store = server.server._application._app.app.desk.samples
+    rows = smashed(batch=2)[:, :5]
+    for api in (a, b):
+        assert api.ask("samples", {}, ids=by_ids(1, 2), smashed=rows).is_success
+    before = store.memory_bytes
+    assert a.call("DELETE", f"/v1/runs/{run}/participants/me", key="k").is_success
+    assert before - store.memory_bytes == 2 * 5 * WIDTH * 4
+    assert operator.call("POST", f"/v1/runs/{run}/cancel", key="k").is_success
+    assert before - store.memory_bytes == 2 * 2 * 5 * WIDTH * 4
+
+
+def test_where_prompts_join_decides_what_may_be_asked(server: Running, operator: Api) -> None:
+    at_input, at_cut = new_run(operator), new_run(operator, prompt_at="cut")
+    device, other = joined(server, at_input), joined(server, at_cut)
+    rows = smashed()[:, :5]
+    for api in (device, other):
+        api.assignment(at_input if api is device else at_cut)
+        for kind, tensors in (("samples", {"smashed": rows}), ("missing", {})):
+            answer = api.ask(kind, {}, ids=by_ids(1, 2), **tensors)
+            assert answer.json()["error"]["field"] == "keep_smashed"
+        answer = api.ask("infer", {"step": "s", "round": 1}, ids=by_ids(1))
+        assert answer.json()["error"]["field"] == "keep_smashed"
+    answer = device.ask("exchange", exchange(0), smashed=smashed())
+    assert answer.json()["error"]["field"] == "prompt_at"
+    for kind in ("forward", "backward"):
+        answer = other.step(kind, rows, "s")
+        assert answer.json()["error"]["field"] == "prompt_at"
+    assert other.ask("exchange", exchange(0), smashed=rows).is_success  # ids are not a must
+
+
+def test_an_exchange_that_cannot_be_is_refused(server: Running, operator: Api) -> None:
+    run = new_run(operator, prompt_at="cut", wire={"keep_smashed": True})
+    api = joined(server, run)
+    api.assignment(run)
+    rows, ids, features = smashed()[:, :5], by_ids(1, 2), smashed()
+    assert api.ask("samples", {}, ids=ids, smashed=rows).is_success
+    for meta, tensors, code in (
+        (exchange(3), {"gradients": features}, "invalid_field"),
+        (exchange(0, attempt=1), {"smashed": rows}, "stale_round"),
+        ({**exchange(0), "round": 2}, {"smashed": rows}, "stale_round"),
+        (exchange(0), {}, "malformed_frame"),
+        (exchange(0), {"smashed": rows, "gradients": features}, "malformed_frame"),
+        (exchange(0), {"smashed": rows, "ids": ids}, "malformed_frame"),
+        (exchange(2), {"gradients": features, "ids": ids}, "malformed_frame"),
+        (exchange(1), {"ids": ids}, "malformed_frame"),
+        (exchange(0), {"ids": ids[:, :15].contiguous()}, "malformed_frame"),
+        (exchange(0), {"ids": ids.long()}, "malformed_frame"),
+        (exchange(0), {"ids": by_ids(*[1] * 9)}, "invalid_field"),
+        (exchange(0), {"smashed": smashed()}, "wrong_shape"),
+        (exchange(0), {"smashed": rows * float("nan")}, "non_finite"),
+        (exchange(1), {"gradients": features, "ids": ids}, "step_lost"),
+    ):
+        answer = api.ask("exchange", meta, **tensors)
+        assert code_of(answer) == code, (meta, answer.text)
+    first = api.ask("exchange", exchange(0), ids=ids)
+    assert first.content == api.ask("exchange", exchange(0), ids=ids).content
+    assert code_of(api.ask("exchange", exchange(0), smashed=rows)) == "idempotency_key_reused"
+    for tensors, code in (
+        ({"gradients": features[:, :5].contiguous(), "ids": ids}, "wrong_shape"),
+        ({"gradients": features[:1], "ids": ids}, "wrong_shape"),
+    ):
+        assert code_of(api.ask("exchange", exchange(1), **tensors)) == code
+    assert api.ask("exchange", exchange(1), gradients=features, ids=ids).is_success
+
+
+def test_samples_that_cannot_be_kept_are_refused(server: Running, operator: Api) -> None:
+    run = new_run(operator, prompt_at="cut", wire={"keep_smashed": True}, min_participants=2)
+    api = joined(server, run)
+    rows, ids = smashed()[:, :5].contiguous(), by_ids(1, 2)
+    for tensors, code in (
+        ({"ids": ids}, "malformed_frame"),
+        ({"smashed": rows}, "malformed_frame"),
+        ({"ids": ids[:1], "smashed": rows}, "malformed_frame"),
+        ({"ids": ids, "smashed": smashed()}, "wrong_shape"),
+        ({"ids": ids, "smashed": rows * float("inf")}, "non_finite"),
+        ({"ids": ids, "smashed": rows.long()}, "invalid_field"),
+    ):
+        assert code_of(api.ask("samples", {}, **tensors)) == code
+    assert code_of(api.ask("samples", {"round": 1}, ids=ids, smashed=rows)) == "invalid_field"
+    pieces = encode_frame("samples", {}, {"ids": (ids, "uint8"), "smashed": (rows, "pq")})
+    whole = api.call("POST", "/v1/split/samples", content=bytes(join_frame(pieces)))
+    assert code_of(whole) == "invalid_field"  # a codec whose rows cannot be told apart
+    answer = api.ask("missing", {}, ids=ids)
+    assert tensor_of(answer, "missing", "places").tolist() == [0, 1]
+
+
+def test_an_update_of_no_sample_names_no_session(server: Running, operator: Api) -> None:
+    run = new_run(operator, prompt_at="cut", max_repeats=0)
+    api = joined(server, run)
+    assigned = api.assignment(run)
+    path = f"/v1/runs/{run}/states/{assigned.state.sha256}/state"
+    tail = safetensors.torch.load(api.call("GET", path).content)
+    assert code_of(api.update(run, tail, "u", samples=0)) == "empty_update"
+    assert api.assignment(run).task is Task.STOP
+
+
+class RawClient:
+    """HTTP by hand, with every byte counted."""
+
+    def __init__(self, port: int, token: str | None = None) -> None:
+        self.socket = socket.create_connection(("127.0.0.1", port), timeout=20)
+        self.token = token
+        self.sent = self.received = 0
+
+    def request(self, method: str, path: str, body: bytes = b"", **headers: str) -> bytes:
+        lines = [f"{method} {path} HTTP/1.1", "host: x", f"content-length: {len(body)}"]
+        lines.append(f"{VERSION_HEADER}: {PROTOCOL_VERSION}")
+        if self.token:
+            lines.append(f"authorization: Bearer {self.token}")
+        lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
+        data = "\r\n".join(lines).encode() + b"\r\n\r\n" + body
+        self.socket.sendall(data)
+        self.sent += len(data)
+        return self.answer()
+
+    def answer(self) -> bytes:
+        head = b""
+        while b"\r\n\r\n" not in head:
+            head += self._receive()
+        head, _, body = head.partition(b"\r\n\r\n")
+        length = next(
+            int(line.split(b":")[1])
+            for line in head.split(b"\r\n")
+            if line.lower().startswith(b"content-length")
+        )
+        while len(body) < length:
+            body += self._receive()
+        return body
+
+    def _receive(self) -> bytes:
+        data = self.socket.recv(65536)
+        assert data, "the server closed the connection"
+        self.received += len(data)
+        return data
+
+    def take(self) -> tuple[int, int]:
+        counted = self.sent, self.received
+        self.sent = self.received = 0
+        return counted
+
+    def close(self) -> None:
+        self.socket.close()
+
+
+def test_the_meter_counts_what_a_raw_socket_counts(server: Running, operator: Api) -> None:
+    run = new_run(operator)
+    raw = RawClient(server.port)
+    raw.request("GET", f"/v1/runs/{run}")
+    body = json.dumps(
+        {"name": "raw", "train_samples": 9, "test_samples": 9, "num_classes": 10}
+    ).encode()
+    answer = raw.request(
+        "POST",
+        f"/v1/runs/{run}/participants",
+        body,
+        idempotency_key="k",
+        content_type="application/json",
+    )
+    raw.token = json.loads(answer)["credential"]
+    raw.request("GET", f"/v1/runs/{run}/assignment")
+    control = raw.take()
+    raw.request("GET", f"/v1/runs/{run}/head")
+    download = raw.take()
+    raw.request("POST", "/v1/split/forward", step_frame("forward", smashed(), "s"))
+    up, down = raw.take()
+    raw.request("POST", "/v1/split/backward", step_frame("backward", smashed(), "s"))
+    raw.request("POST", "/v1/split/backward", step_frame("backward", smashed(), "lost"))
+    gradients = raw.take()
+    raw.request("POST", "/v1/split/infer", step_frame("infer", smashed(), "i"))
+    inference = raw.take()
+    raw.close()
+    counted = operator.call("GET", f"/v1/runs/{run}/results").json()
+    assert counted["traffic"] == {
+        "download": {"up": download[0], "down": download[1]},
+        "smashed": {"up": up, "down": 0},
+        "features": {"up": 0, "down": down},
+        "gradients": {"up": gradients[0], "down": gradients[1]},
+        "inference": {"up": inference[0], "down": inference[1]},
+        "control": {"up": control[0], "down": control[1]},
+    }
+    assert counted["participants"][0]["traffic"] == counted["traffic"]
