@@ -14,6 +14,8 @@ import typer
 from rich.console import Console
 
 from benchmark.accuracy import accuracy_table, measure
+from benchmark.estimate import Question, estimate_report, estimate_table
+from benchmark.estimate import estimate as calculate
 from benchmark.local_run import LocalRun
 from benchmark.preflight import check_disk, check_packages
 from benchmark.presets import FORMS, PRESETS, Form, preset_named, traffic_preset
@@ -116,6 +118,9 @@ def accuracy(
         list[str] | None, typer.Option(help="Again for more. Default: iid and dirichlet:0.3")
     ] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="Default: the preset's.")] = None,
+    keep_fraction: Annotated[
+        float | None, typer.Option(help="Share of samples kept for split training.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder. Default: runs/accuracy-TIME.")] = None,
     json_file: JsonFile = None,
@@ -127,7 +132,7 @@ def accuracy(
     folder = out or Path("runs") / f"accuracy-{time.strftime('%Y%m%d-%H%M%S')}"
     folder.mkdir(parents=True, exist_ok=True)
     check_disk(folder)
-    settings = _adjusted(preset.settings, devices, rounds, None, seed)
+    settings = _adjusted(preset.settings, devices, rounds, keep_fraction, seed)
     wanted = partition or ["iid", "dirichlet:0.3"]
     rows = measure(preset, settings, devices, wanted, folder, console)
     console.print(accuracy_table(rows))
@@ -178,6 +183,50 @@ def traffic(
     if json_file is not None:
         figures = traffic_figures(climbs, setting)
         json_file.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+@app.command(
+    epilog="Example:\n\nsfprompt-bench estimate --backbone vit_base_patch16_224 --image-size 224 "
+    "--samples 1000 --rounds 50"
+)
+def estimate(
+    backbone: Annotated[
+        str, typer.Option(help="timm's name of the model; no weights are needed.")
+    ] = "vit_small_patch14_dinov2",
+    image_size: Annotated[int, typer.Option(min=8, max=2048, help="Pixels a side.")] = 224,
+    classes: Annotated[int, typer.Option(min=2)] = 10,
+    samples: Annotated[int, typer.Option(min=1, help="Training images of a device.")] = 1000,
+    rounds: Annotated[int, typer.Option(min=1)] = 50,
+    local_epochs: Annotated[
+        int, typer.Option(min=1, help="Of a round, in methods that train the whole model locally.")
+    ] = 10,
+    cut: Annotated[int, typer.Option(min=0, help="Blocks in the head.")] = 1,
+    keep_fraction: Annotated[
+        float | None, typer.Option(help="Share of samples kept for split training.")
+    ] = None,
+    keep_tokens: Annotated[
+        int, typer.Option(min=0, help="Image tokens that cross the cut, merged; 0: all.")
+    ] = 0,
+    json_file: JsonFile = None,
+) -> None:
+    """Calculate traffic, compute and memory of a device for every method, in a second."""
+    values = preset_named("fashion-mnist").settings.model_dump()
+    values["class_names"] = None
+    values["model"] |= {
+        "backbone": backbone,
+        "image_size": image_size,
+        "num_classes": classes,
+        "cut": cut,
+        "keep_tokens": keep_tokens,
+    }
+    values["federation"] |= {"rounds": rounds, "evaluate_every": 0}
+    if keep_fraction is not None:
+        values["training"]["keep_fraction"] = keep_fraction
+    question = Question(RunSettings.model_validate(values), samples, local_epochs=local_epochs)
+    costs = calculate(question)
+    Console().print(estimate_table(question, costs))
+    if json_file is not None:
+        json_file.write_text(json.dumps(estimate_report(question, costs), indent=2) + "\n")
 
 
 def _adjusted(

@@ -26,7 +26,7 @@ _NONE = -1  # the version of a copy that is not there
 
 
 @dataclass(frozen=True)
-class Update:
+class Revision:
     """A batch for the server, against the copies that it has.
 
     Attributes:
@@ -60,8 +60,8 @@ class _Copy:
 class Copies:
     """The copies of one set's samples, the one unused for longest first.
 
-    A copy changes only once the server has said that its own did. Every update has a version of its
-    own, which is never used again: copies of one version are equal, whatever was lost on the way.
+    A copy changes only once the server has said that its own did. Every revision has a version of
+    its own, which is never used again: copies of one version are equal, whatever got lost.
 
     On the wire a sample's name is a hash of its position and view under a secret of this object.
     The position itself would tell of the label, where a set is sorted by classes.
@@ -87,7 +87,7 @@ class Copies:
     def __len__(self) -> int:
         return len(self._copies)
 
-    def update(self, samples: Sequence[Sample], smashed: Tensor) -> Update:
+    def revise(self, samples: Sequence[Sample], smashed: Tensor) -> Revision:
         """What to send of these samples, each named once, now that they give this [B, T, D].
 
         Raises:
@@ -116,16 +116,16 @@ class Copies:
         for row in sent:
             versions[row][1] = self._version
         tensors["versions"] = _whole_numbers(versions)
-        return Update(tuple(samples), tensors, decoded, self._version, sent)
+        return Revision(tuple(samples), tensors, decoded, self._version, sent)
 
-    def confirm(self, update: Update) -> None:
-        """The server has taken this update."""
-        for row in update.sent:
-            sample = update.samples[row]
+    def confirm(self, revision: Revision) -> None:
+        """The server has taken this revision."""
+        for row in revision.sent:
+            sample = revision.samples[row]
             self.forget([sample])
-            self._copies[sample] = _Copy(update.version, update.decoded[row].clone())
+            self._copies[sample] = _Copy(revision.version, revision.decoded[row].clone())
             self.nbytes += self._copies[sample].nbytes
-        for sample in update.samples:
+        for sample in revision.samples:
             if sample in self._copies:
                 self._copies.move_to_end(sample)
         while self.nbytes > self._limit_bytes:

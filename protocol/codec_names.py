@@ -102,13 +102,15 @@ def check_float_codec(name: str) -> str:
     Raises:
         UnknownCodec: there is none, or its parameter is not allowed.
     """
-    if parse_codec(name).base in WHOLE_CODECS:
+    base = name.removesuffix(LOSSLESS_SUFFIX).partition(":")[0]
+    if base in WHOLE_CODECS or base not in _BASES:
         raise UnknownCodec(
-            "this codec carries no floating-point numbers",
+            "there is no codec of this name for floating-point numbers",
             field="codec",
             limit=list(FLOAT_CODECS),
             value=name,
         )
+    parse_codec(name)
     return name
 
 

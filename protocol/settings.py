@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from protocol.codec_names import check_float_codec, is_row_wise
+from protocol.codec_names import LOSSLESS_SUFFIX, check_float_codec, is_row_wise
 from protocol.errors import UnknownCodec
 
 __all__ = [
@@ -142,12 +142,30 @@ class WireSettings(Message):
     update_deltas: bool = Field(
         False, description="send a state as its change against the round's, both ways"
     )
-    head: Literal["float32", "float16"] = Field(
+    head: Literal["float32", "float16", "int8"] = Field(
         "float32", description="the frozen head's weights, downloaded once"
     )
     keep_smashed: bool = Field(
         False,
         description="send a sample's smashed data once; the server keeps it (prompt_at = cut)",
+    )
+    delta_smashed: CodecName | None = Field(
+        None,
+        description="codec of the change of a sample's smashed data since its last visit; none: "
+        "they are sent whole (prompt_at = input)",
+    )
+    skip_below: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="a relative change (L2) of a sample below this is not sent (delta_smashed)",
+    )
+    gradient_correction: float = Field(
+        0.0,
+        ge=0,
+        le=1000,
+        description="times what the codecs leave out of smashed data is added to their gradient "
+        "(prompt_at = input)",
     )
     pooled_features: bool = Field(
         False, description="return only the tokens that the tail reads, where it reads the first"
@@ -195,9 +213,29 @@ class RunSettings(Message):
                 "wire.keep_smashed needs model.prompt_at = cut: prompts at the input change the "
                 "smashed data in every step"
             )
-        if not is_row_wise(self.wire.smashed):
+        if not is_row_wise(self.wire.smashed.removesuffix(LOSSLESS_SUFFIX)):
             raise ValueError(
                 f"wire.keep_smashed needs a codec that can be taken apart by samples, not "
                 f"wire.smashed = {self.wire.smashed}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _changes_are_of_smashed_data_that_change(self) -> RunSettings:
+        wire = self.wire
+        if wire.skip_below and wire.delta_smashed is None:
+            raise ValueError("wire.skip_below needs wire.delta_smashed")
+        if self.model.prompt_at != "input" and (wire.delta_smashed or wire.gradient_correction):
+            raise ValueError(
+                "wire.delta_smashed and wire.gradient_correction need model.prompt_at = input: "
+                "prompts at the cut leave the smashed data as they are"
+            )
+        if wire.delta_smashed is None:
+            return self
+        for name in ("smashed", "delta_smashed"):
+            if not is_row_wise(getattr(wire, name)):
+                raise ValueError(
+                    f"wire.delta_smashed needs codecs that can be taken apart by samples, not "
+                    f"wire.{name} = {getattr(wire, name)}"
+                )
         return self

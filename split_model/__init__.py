@@ -15,6 +15,7 @@ from split_model.export import TunedModel, export_model, load_exported
 from split_model.head import Head
 from split_model.head_file import (
     ImagePreparation,
+    head_weights,
     image_preparation,
     read_head_file,
     write_head_file,
@@ -80,6 +81,7 @@ __all__ = [
     "difference",
     "export_model",
     "head_names",
+    "head_weights",
     "image_preparation",
     "initial_prompts",
     "initial_state",

@@ -51,15 +51,20 @@ def export_model(
     state: Mapping[str, Tensor],
     out: Path | str,
     extra_metadata: Mapping[str, str] | None = None,
+    head: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write backbone, prompts and tail as one self-contained safetensors file.
+
+    `head` are the head's weights as devices had them, if they were rounded on their way.
 
     Raises `WeightsMismatchError` or `TensorFileError`.
     """
     check_state(settings, state)
     backbone = open_backbone(backbone_path)
-    names = dict.fromkeys([*head_names(settings), *body_names(settings)])
-    tensors = {_BACKBONE + name: backbone[name] for name in names}
+    shared = body_names(settings)  # a table that both have stays exact
+    rounded = {} if head is None else {name: head[name] for name in head if name not in shared}
+    names = dict.fromkeys([*head_names(settings), *shared])
+    tensors = {_BACKBONE + name: rounded.get(name, backbone[name]) for name in names}
     metadata = {**(extra_metadata or {}), "settings": json.dumps(settings.to_dict())}
     write_tensors(Path(out), {**tensors, **state}, metadata)
     return Path(out)

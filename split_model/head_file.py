@@ -2,14 +2,15 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from split_model.architecture import skeleton
 from split_model.head import Head
+from split_model.head_weights import HeadDtype, Unpacked, packed
 from split_model.libraries import timm
 from split_model.parts import build_head, head_names
 from split_model.settings import SplitSettings, SplitSettingsError
@@ -36,7 +37,7 @@ def write_head_file(
     settings: SplitSettings,
     backbone_path: Path | str,
     out: Path | str,
-    dtype: Literal["float32", "float16"] = "float32",
+    dtype: HeadDtype = "float32",
 ) -> tuple[Path, str]:
     """Write the head of a prepared backbone; returns its path and SHA-256.
 
@@ -54,8 +55,7 @@ def write_head_file(
         "images": json.dumps(dataclasses.asdict(image_preparation(settings))),
     }
     path = Path(out)
-    narrow = torch.float16 if dtype == "float16" else torch.float32
-    write_tensors(path, {name: _narrowed(backbone[name], narrow) for name in names}, metadata)
+    write_tensors(path, packed({name: backbone[name] for name in names}, dtype), metadata)
     return path, sha256_of(path)
 
 
@@ -73,11 +73,12 @@ def read_head_file(path: Path | str) -> tuple[SplitSettings, ImagePreparation, H
         preparation = _preparation(file.json("images"))
     except (KeyError, TypeError, ValueError) as error:
         raise TensorFileError(file.path, "its image preparation is broken") from error
-    return settings, preparation, build_head(settings, file)
+    return settings, preparation, build_head(settings, Unpacked(file))
 
 
-def _narrowed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.to(dtype) if tensor.dtype == torch.float32 else tensor
+def head_weights(path: Path | str) -> Mapping[str, Tensor]:
+    """The head's tensors as devices have them, by timm's names. Raises `TensorFileError`."""
+    return Unpacked(TensorFile(Path(path)))
 
 
 def _preparation(values: Any) -> ImagePreparation:

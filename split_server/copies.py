@@ -1,16 +1,17 @@
 """Forwards that bring changes: smashed data made of them and of the copies that the server has.
 
-Both ends hold the same copy of a sample's smashed data, in float32. A request names, for each of its
-samples, the version of the copy that it is against and the version of the copy that it leaves. A
-version is made once and stands for one content, so a request that comes twice finds its own work
+Both ends hold the same copy of a sample's smashed data, in float32. A request names, for each of
+its samples, the version of the copy that it is against and the version of the copy that it leaves.
+A version is made once and stands for one content, so a request that comes twice finds its own work
 done, and whatever does not fit is asked for whole. See AQ-SGD (arXiv 2206.01299) and SplitCom
 (arXiv 2602.10564).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Final
 
 import torch
@@ -23,11 +24,12 @@ from protocol.frames import Frame
 from split_model import SplitSettings, anatomy
 from split_server.intake import check_batch, read_floats
 from split_server.kept_samples import read_ids
-from split_server.samples import Owner, RowForm, SampleStore
+from split_server.samples import Kept, Owner, RowForm, SampleStore
 
 _ROWS: Final[Mapping[str, str]] = {"whole": "whole_rows", "changes": "change_rows"}
 _TENSORS: Final = {"ids", "versions", *_ROWS, *_ROWS.values()}
 _PLAIN = "float32"  # of the copies
+_SHOWN = 16  # wrong numbers in a refusal
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Update:
+class Revision:
     """What a forward brings of its samples; rows in neither part are as their copies are.
 
     Attributes:
@@ -57,8 +59,8 @@ class Update:
     changes: Rows
 
 
-def read_update(frame: Frame, settings: SplitSettings, most: int) -> Update:
-    """An update of at most ``most`` samples.
+def read_revision(frame: Frame, settings: SplitSettings, most: int) -> Revision:
+    """A revision of at most ``most`` samples.
 
     Raises:
         MalformedFrame: a tensor is missing, unknown or at odds with another.
@@ -76,37 +78,127 @@ def read_update(frame: Frame, settings: SplitSettings, most: int) -> Update:
     ids = read_ids(frame)
     check_batch(len(ids), most, "ids")
     if len(set(ids)) < len(ids):
-        raise MalformedFrame("a sample is named twice", field="ids", limit=1, value=2)
+        raise MalformedFrame(
+            "a sample is named twice", field="ids", limit=len(ids), value=len(set(ids))
+        )
     versions = _read_numbers(frame, "versions", (len(ids), 2))
     shape = (anatomy(settings).tokens + settings.prompt_count, anatomy(settings).width)
     whole, changes = (_read_rows(frame, name, len(ids), shape) for name in _ROWS)
-    update = Update(ids, versions[:, 0].tolist(), versions[:, 1].tolist(), whole, changes)
-    _check_versions(update)
-    return update
+    revision = Revision(ids, versions[:, 0].tolist(), versions[:, 1].tolist(), whole, changes)
+    _check_versions(revision)
+    return revision
 
 
-def rebuild(store: SampleStore, owner: Owner, update: Update) -> Tensor | list[int]:
+def rebuild(store: SampleStore, owner: Owner, revision: Revision) -> Tensor | list[int]:
     """Smashed data [B, T, D] in float32; or the places of samples whose copies are missing.
 
-    The store then has the new copies, or is as it was.
+    The store then has the copies that the revision leaves; or, where some are missing, it is as it
+    was.
 
     Raises:
         NonFinite: a change leads out of float32's range.
         TooLarge: one sample alone is over what the server keeps.
     """
-    copies = store.find(owner, update.ids)
-    missing: list[int] = []
-    kept: dict[int, memoryview] = {}
-    unchanged: list[int] = []  # their copies are not what the update leaves
-    for place in sorted(set(range(len(update.ids))) - set(update.whole.places)):
-        copy = copies[place]
-        if copy is None or copy.version not in (update.before[place], update.after[place]):
-            missing.append(place)
-            continue
-        kept[place] = memoryview(copy.data)
-        if copy.version != update.after[place]:
-            unchanged.append(place)
+    kept = store.find(owner, revision.ids)
+    standing = set(range(len(kept))) - set(revision.whole.places)
+    missing = [place for place in sorted(standing) if not _fits(kept[place], revision, place)]
     if missing:
         return missing
-    rows = (update.changes if update.changes.places else update.whole).tensor
-    shape = ...
+    shape = revision.whole.tensor.shape[1:]
+    smashed = torch.empty(len(kept), *shape)
+    _fill(smashed, {place: copy.data for place in standing if (copy := kept[place]) is not None})
+    changes = [
+        (place, change)
+        for place, change in zip(revision.changes.places, revision.changes.tensor, strict=True)
+        if not _has(kept[place], revision.after[place])  # else this very request was here before
+    ]
+    for place, change in changes:
+        smashed[place] += change
+    for place, whole in zip(revision.whole.places, revision.whole.tensor, strict=True):
+        smashed[place] = whole
+    if not bool(torch.isfinite(smashed).all()):
+        raise NonFinite("a change leads out of the range of numbers", field="changes")
+    renewed = revision.whole.places + [place for place, _ in changes]
+    if renewed:
+        store.replace(
+            owner,
+            RowForm(_PLAIN, tuple(shape), (smashed[0].nbytes,)),
+            [revision.ids[place] for place in renewed],
+            codec_named(_PLAIN).encode(smashed[renewed]),
+            [revision.after[place] for place in renewed],
+        )
+    return smashed
+
+
+def _fits(copy: Kept | None, revision: Revision, place: int) -> bool:
+    """Whether a copy is the one that this revision is against, or the one that it leaves."""
+    return _has(copy, revision.before[place]) or _has(copy, revision.after[place])
+
+
+def _has(copy: Kept | None, version: int) -> bool:
+    return copy is not None and copy.version == version
+
+
+def _fill(smashed: Tensor, copies: Mapping[int, bytes | memoryview]) -> None:
+    """Write copies to their places in [B, T, D]."""
+    if copies:
+        joined = memoryview(bytearray(b"".join(copies.values())))
+        shape = (len(copies), *smashed.shape[1:])
+        smashed[list(copies)] = codec_named(_PLAIN).decode([joined], shape)
+
+
+def _read_rows(frame: Frame, name: str, samples: int, shape: tuple[int, int]) -> Rows:
+    """The rows of one part; none, where the frame has neither the part nor its places."""
+    if name not in frame.specs and _ROWS[name] not in frame.specs:
+        return Rows([], torch.empty(0, *shape))
+    spec = frame.spec(name)
+    if len(spec.shape) != 3 or spec.shape[1:] != shape or spec.shape[0] < 1:
+        raise WrongShape(
+            "rows of a batch are [rows, tokens, width]",
+            field=name,
+            limit=["at least 1", *shape],
+            value=list(spec.shape),
+        )
+    if not is_row_wise(spec.codec):
+        raise InvalidField(
+            "rows are sent in a codec that can be taken apart", field=name, value=spec.codec
+        )
+    places = _read_numbers(frame, _ROWS[name], (spec.shape[0],)).tolist()
+    if not all(low < high for low, high in pairwise([-1, *places, samples])):
+        raise MalformedFrame(
+            "places are those of samples of the batch, and rise",
+            field=_ROWS[name],
+            limit=samples - 1,
+            value=places[:_SHOWN],
+        )
+    return Rows(places, read_floats(frame, name))
+
+
+def _read_numbers(frame: Frame, name: str, shape: tuple[int, ...]) -> Tensor:
+    spec = frame.spec(name)
+    if spec.codec != "int64" or spec.shape != shape:
+        raise MalformedFrame(
+            "whole numbers of this shape are needed",
+            field=name,
+            limit=list(shape),
+            value=list(spec.shape),
+        )
+    return frame.tensor(name)
+
+
+def _check_versions(revision: Revision) -> None:
+    """A row is sent once and then has a new version, or not at all and keeps its own."""
+    sent = {*revision.whole.places, *revision.changes.places}
+    parts = len(revision.whole.places) + len(revision.changes.places)
+    if len(sent) < parts:
+        raise MalformedFrame(
+            "a row is whole or a change", field="change_rows", limit=len(sent), value=parts
+        )
+    for place, (before, after) in enumerate(zip(revision.before, revision.after, strict=True)):
+        if (before == after) is (place in sent):
+            raise MalformedFrame(
+                "a row has a new version if it is sent, and else the one that it had",
+                field="versions",
+                limit=place,
+                value=[before, after],
+            )

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from protocol.errors import NotFound
-from split_model import SplitSettings, export_model
+from split_model import SplitSettings, export_model, head_weights
 from split_server.model_files import model_errors
 from split_server.snapshot import RunSnapshot, load_snapshot
 from split_server.states import RunFiles, StateRefs
@@ -28,7 +28,9 @@ def export_run(data_dir: Path, run_id: str, out: Path) -> None:
     if run.settings.class_names is not None:
         metadata["class_names"] = json.dumps(run.settings.class_names)
     with model_errors():
-        export_model(SplitSettings.of(run.settings.model), run.backbone_path, state, out, metadata)
+        head = head_weights(RunFiles(data_dir / "runs" / run_id).head)
+        split = SplitSettings.of(run.settings.model)
+        export_model(split, run.backbone_path, state, out, metadata, head)
 
 
 def newest_state(data_dir: Path, run_id: str) -> tuple[RunSnapshot, dict[str, Tensor]]:

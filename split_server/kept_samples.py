@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from protocol.codec_names import is_row_wise
-from protocol.codecs import codec_named
+from protocol.codecs import Compressed, codec_named
 from protocol.errors import InvalidField, MalformedFrame, NonFinite
 from protocol.frames import Frame
 from protocol.messages import SAMPLE_ID_BYTES
@@ -23,13 +22,14 @@ def read_ids(frame: Frame) -> list[bytes]:
     Raises:
         MalformedFrame: the frame lacks them, or they have another form.
     """
-    ids = frame.tensor("ids")
-    if ids.dtype != torch.uint8 or ids.ndim != 2 or ids.shape[1] != SAMPLE_ID_BYTES or not len(ids):
+    spec = frame.spec("ids")
+    shape = list(spec.shape)
+    if spec.codec != "uint8" or len(shape) != 2 or shape[0] < 1 or shape[1] != SAMPLE_ID_BYTES:
         raise MalformedFrame(
             "sample ids are bytes, [samples, 16]",
             field="ids",
             limit=["at least 1", SAMPLE_ID_BYTES],
-            value=list(ids.shape),
+            value=shape,
         )
     data = bytes(frame.buffers["ids"][0])
     return [data[at : at + SAMPLE_ID_BYTES] for at in range(0, len(data), SAMPLE_ID_BYTES)]
@@ -40,7 +40,8 @@ def read_rows(
 ) -> tuple[list[bytes], RowForm, Sequence[memoryview]]:
     """Ids, form and encoded rows of samples that are to be kept.
 
-    They are decoded once, so that what is kept is known to be sound; kept is what came.
+    They are decoded once, so that what is kept is known to be sound. Kept is what came, less a
+    compression of all together.
 
     Raises:
         MalformedFrame: ids and samples differ in number, or one of them is not there.
@@ -49,20 +50,24 @@ def read_rows(
     """
     ids = read_ids(frame)
     smashed = read_smashed(frame, settings)
-    spec = frame.spec("smashed")
+    spec, buffers = frame.spec("smashed"), frame.buffers["smashed"]
+    codec = codec_named(spec.codec)
+    if isinstance(codec, Compressed):  # together on the wire, one by one here
+        buffers = tuple(codec.unpacked(buffers, spec.shape))
+        codec = codec.inner
     if len(ids) != len(smashed):
         raise MalformedFrame(
             "there is one id for each sample", field="ids", limit=len(smashed), value=len(ids)
         )
-    if not is_row_wise(spec.codec):
+    if not codec.row_wise:
         raise InvalidField(
             "samples are kept in a codec that can be taken apart", field="codec", value=spec.codec
         )
     if not bool(torch.isfinite(smashed).all()):
         raise NonFinite("a tensor holds NaN or infinity", field="smashed")
     rows = len(ids)
-    sizes = tuple(size // rows for size in spec.sizes)
-    return ids, RowForm(spec.codec, spec.shape[1:], sizes), frame.buffers["smashed"]
+    sizes = tuple(buffer.nbytes // rows for buffer in buffers)
+    return ids, RowForm(codec.name, spec.shape[1:], sizes), buffers
 
 
 def read_kept(form: RowForm, buffers: Sequence[memoryview], device: torch.device) -> Tensor:

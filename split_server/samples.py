@@ -43,6 +43,15 @@ class RowForm:
 
 
 @dataclass(frozen=True)
+class Kept:
+    """A sample as it lies here. Its bytes stay, whatever becomes of the store."""
+
+    form: RowForm
+    data: bytes | memoryview
+    version: int
+
+
+@dataclass(frozen=True)
 class StoreLimits:
     """Bounds in bytes of what is kept, for one participant and in all."""
 
@@ -58,6 +67,7 @@ class _Record:
     form: RowForm
     data: bytes | memoryview
     segment: _Segment | None = None
+    version: int = 0
 
 
 @dataclass(eq=False)
@@ -115,26 +125,72 @@ class SampleStore:
         Raises:
             TooLarge: one sample alone is over a limit.
         """
+        self._add(owner, form, ids, buffers, None)
+
+    def replace(
+        self,
+        owner: Owner,
+        form: RowForm,
+        ids: Sequence[bytes],
+        buffers: Sequence[memoryview],
+        versions: Sequence[int],
+    ) -> None:
+        """Keep samples that have a version, in the place of what is here under their ids.
+
+        Args:
+            owner, form, ids, buffers: as in `put`; no id twice.
+            versions: one for each sample.
+
+        Raises:
+            TooLarge: one sample alone is over a limit.
+        """
+        self._add(owner, form, ids, buffers, versions)
+
+    def find(self, owner: Owner, ids: Sequence[bytes]) -> list[Kept | None]:
+        """Each sample as it is now, or None where it is not kept."""
+        with self._lock:
+            shelf = self._shelves.get(owner)
+            if shelf is None:
+                return [None] * len(ids)
+            records = [
+                self._use(owner, shelf, name) if name in shelf.records else None for name in ids
+            ]
+        return [
+            None if record is None else Kept(record.form, record.data, record.version)
+            for record in records
+        ]
+
+    def _add(
+        self,
+        owner: Owner,
+        form: RowForm,
+        ids: Sequence[bytes],
+        buffers: Sequence[memoryview],
+        versions: Sequence[int] | None,
+    ) -> None:
         if form.nbytes > min(self._limits.participant_bytes, self._limits.memory_bytes):
             raise TooLarge(
                 "a sample is larger than what the server keeps for a participant",
                 field="smashed",
                 limit=min(self._limits.participant_bytes, self._limits.memory_bytes),
                 value=form.nbytes,
-                hint="raise samples_mib, or switch wire.keep_smashed off",
+                hint="raise samples_mib, or switch wire.keep_smashed or wire.delta_smashed off",
             )
         with self._lock:
             shelf = self._shelves.setdefault(owner, _Shelf())
             self._shelves.move_to_end(owner)
             for row, name in enumerate(ids):
-                if name in shelf.records:
+                if name in shelf.records and versions is None:
                     shelf.records.move_to_end(name)
                     continue
+                if name in shelf.records:
+                    self._take_off(shelf, name)
                 data = b"".join(
                     buffer[row * size : (row + 1) * size]
                     for buffer, size in zip(buffers, form.sizes, strict=True)
                 )
-                shelf.records[name] = _Record(form, data)
+                version = 0 if versions is None else versions[row]
+                shelf.records[name] = _Record(form, data, version=version)
                 shelf.nbytes += len(data)
                 self.memory_bytes += len(data)
             while shelf.nbytes > self._limits.participant_bytes:
@@ -202,6 +258,11 @@ class SampleStore:
 
     def _forget(self, owner: Owner, name: bytes) -> None:
         shelf = self._shelves[owner]
+        self._take_off(shelf, name)
+        if not shelf.records:
+            del self._shelves[owner]
+
+    def _take_off(self, shelf: _Shelf, name: bytes) -> None:
         record = shelf.records.pop(name)
         shelf.nbytes -= record.form.nbytes
         if record.segment is None:
@@ -210,8 +271,6 @@ class SampleStore:
             record.segment.ids.remove(name)
             if not record.segment.ids:
                 self._unlink(record.segment)
-        if not shelf.records:
-            del self._shelves[owner]
 
     def _unlink(self, segment: _Segment) -> None:
         self._segments.pop(segment)
@@ -257,7 +316,7 @@ class SampleStore:
         start = 0
         for name, record in chosen:
             end = start + record.form.nbytes
-            records[name] = _Record(record.form, mapped[start:end], segment)
+            records[name] = _Record(record.form, mapped[start:end], segment, record.version)
             self.memory_bytes -= record.form.nbytes
             start = end
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from benchmark.estimate.comparison import Ratios, ratios
@@ -13,14 +14,13 @@ from benchmark.estimate.method_cost import MethodCost
 from benchmark.estimate.question import Question
 
 _COLUMNS = (
-    "tuned M",
-    "start MB",
-    "up MB/round",
-    "down MB/round",
-    "in all MB",
-    "vs fl-full",
-    "TFLOP in all",
-    "memory MB",
+    "tuned",
+    "start",
+    "up",
+    "down",
+    "in all",
+    "TFLOP",
+    "memory",
 )
 
 
@@ -32,22 +32,21 @@ def estimate_table(question: Question, costs: Mapping[str, MethodCost]) -> Table
         title_justify="left",
         caption=_caption(ratios(costs, rounds)),
         caption_justify="left",
+        box=box.SIMPLE_HEAD,
     )
-    table.add_column("method")
+    table.add_column("method", no_wrap=True)
     for name in _COLUMNS:
-        table.add_column(name, justify="right")
-    full = costs["fl-full"].bytes_total(rounds)
+        table.add_column(name, justify="right", no_wrap=True)
     for name, cost in costs.items():
         total = cost.bytes_total(rounds)
         table.add_row(
             name,
-            f"{cost.trainable_parameters / 1e6:,.3f}",
+            f"{cost.trainable_parameters / 1e6:.3f}",
             _mega(cost.bytes_start),
             _mega(cost.bytes_up_per_round),
             _mega(cost.bytes_down_per_round),
             _mega(total),
-            f"{total / full:.2%}",
-            f"{cost.flops_total(rounds) / 1e12:,.1f}",
+            _short(cost.flops_total(rounds) / 1e12),
             _mega(cost.device_peak_bytes),
         )
     return table
@@ -79,9 +78,15 @@ def _caption(found: Ratios) -> str:
         f"{found.bytes_vs_full:.2%} of fl-full, "
         f"{found.bytes_vs_fedpeft_prompt:.2%} of fedpeft-prompt (equal {crossing}), "
         f"with {found.flops_vs_full:.2%} of fl-full's operations.\n"
+        "Tuned numbers in millions; bytes and memory in MB, up and down in a round; operations in "
+        "the whole run.\n"
         "Payloads without headers; start, what is sent once and evaluations are in the total."
     )
 
 
 def _mega(count: int) -> str:
-    return f"{count / 1e6:,.2f}"
+    return _short(count / 1e6)
+
+
+def _short(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.2f}"

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from edge_client.copies import Sample, as_decoded
 from edge_client.device_model import DeviceModel
 from edge_client.phases.context import RoundContext
-from edge_client.transport import SplitPlane
+from edge_client.transport import SamplesMissing, SplitPlane
 from protocol.errors import StepLost
 from protocol.messages import ExchangeMeta
 from split_model import make_optimizer, set_progress
@@ -57,17 +58,25 @@ def _train_with_prompts_at_the_input(
     name = f"{secrets.token_hex(4)}.{context.round}.{context.attempt}"
     for step, (epoch, positions) in enumerate(batches):
         set_progress(optimizer, context.rate_factor(step, batches.steps))
-        number = context.epoch_of_run(context.run.training.local_epochs + epoch)
-        images, labels = context.samples.images.read(positions, epoch=number)
+        epoch_of_round = context.run.training.local_epochs + epoch
+        view = context.view(epoch_of_round)  # without copies every epoch has a view of its own
+        seen = context.epoch_of_run(epoch_of_round) if plane.copies is None else view
+        images, labels = context.samples.images.read(positions, epoch=seen)
+        samples = [(position, view) for position in positions.tolist()]
         optimizer.zero_grad()
-        loss = _step(context, plane, images, labels, f"{name}.{step}")
+        loss = _step(context, plane, samples, images, labels, f"{name}.{step}")
         optimizer.step()
         batches.count(epoch, loss, len(positions))
     return Trained(batches.mean_loss)
 
 
 def _step(
-    context: RoundContext, plane: SplitPlane, images: Tensor, labels: Tensor, name: str
+    context: RoundContext,
+    plane: SplitPlane,
+    samples: Sequence[Sample],
+    images: Tensor,
+    labels: Tensor,
+    name: str,
 ) -> float:
     """Leave the gradients of one batch in prompts and tail, and return its mean loss."""
     model = context.model
@@ -75,18 +84,56 @@ def _step(
     for sending in range(_SENDINGS):
         # A step is named once a sending: the server answers a repeated name with its old answer.
         step = f"{name}.{sending}"
-        features = plane.forward(smashed.detach(), step=step, round_=context.round)
-        loss, gradients = _through_the_tail(model, features, labels)
         try:
+            features, decoded = _forward(context, plane, samples, smashed.detach(), step)
+            loss, gradients = _through_the_tail(model, features, labels)
             shape = tuple(smashed.shape)
             returned = plane.backward(gradients, step=step, round_=context.round, smashed=shape)
             break
-        except StepLost:
+        except (SamplesMissing, StepLost):
             if sending == _SENDINGS - 1:
                 raise
     if smashed.requires_grad:
-        smashed.backward(returned)
+        # Straight through: what the codecs have changed is taken for what was sent.
+        smashed.backward(_corrected(context, returned, smashed.detach(), decoded))
     return loss
+
+
+def _forward(
+    context: RoundContext,
+    plane: SplitPlane,
+    samples: Sequence[Sample],
+    smashed: Tensor,
+    step: str,
+) -> tuple[Tensor, Tensor | None]:
+    """Features [B, T', D], and the smashed data [B, T, D] as the server has them, if known."""
+    copies = plane.copies
+    if copies is None:
+        return plane.forward(smashed, step=step, round_=context.round), None
+    revision = copies.revise(samples, smashed)
+    try:
+        features = plane.forward(revision, step=step, round_=context.round)
+    except SamplesMissing as error:
+        copies.forget(samples[place] for place in error.places)
+        raise
+    copies.confirm(revision)
+    return features, revision.decoded
+
+
+def _corrected(
+    context: RoundContext, gradient: Tensor, smashed: Tensor, decoded: Tensor | None
+) -> Tensor:
+    """The gradient at the smashed data [B, T, D] from that at what the server decoded.
+
+    It grows by `gradient_correction` times what the codecs left out, as if the loss were curved
+    alike everywhere (FedLite, arXiv 2201.11865).
+    """
+    wire = context.run.wire
+    if not wire.gradient_correction:
+        return gradient
+    if decoded is None:
+        decoded = as_decoded(smashed, wire.smashed)
+    return gradient + wire.gradient_correction * (smashed - decoded)
 
 
 def _train_with_prompts_at_the_cut(

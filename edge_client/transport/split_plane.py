@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from edge_client.copies import Copies, Revision
 from edge_client.transport.server import Server
 from protocol.errors import MalformedFrame, SFPromptError
 from protocol.frames import Frame, require_kind
@@ -55,24 +56,42 @@ class SplitPlane:
     Args:
         server: authenticated.
         run: the run's settings.
+        copies_bytes: how much memory the copies of what was sent may take.
+
+    Attributes:
+        copies: of what the server has of the training samples, where their changes are sent.
     """
 
-    def __init__(self, server: Server, run: RunSettings) -> None:
+    def __init__(
+        self, server: Server, run: RunSettings, copies_bytes: int = 256 * 1024 * 1024
+    ) -> None:
         self._server = server
         self._wire = run.wire
         self._seed = run.seed
+        self.copies: Copies | None = None
+        if run.wire.delta_smashed is not None:
+            self.copies = Copies(
+                run.wire.smashed, run.wire.delta_smashed, run.wire.skip_below, copies_bytes
+            )
         split = SplitSettings.of(run.model)
         sizes = anatomy(split)
         leading = needed_tokens(split) if run.wire.pooled_features else None
         tokens = sizes.tokens + split.prompt_count
         self._features = (tokens if leading is None else leading, sizes.width)
 
-    def forward(self, smashed: Tensor, *, step: str, round_: int) -> Tensor:
-        """Features [B, T', D] of smashed data [B, T, D]; the server keeps the step."""
-        reply = self._server.ask(
-            FORWARD_PATH, "forward", {"step": step, "round": round_}, self._batch(smashed)
-        )
-        return _tensor(reply, "features", (len(smashed), *self._features))
+    def forward(self, batch: Tensor | Revision, *, step: str, round_: int) -> Tensor:
+        """Features [B, T', D] of smashed data [B, T, D]; the server keeps the step.
+
+        Raises:
+            SamplesMissing: the server lacks copies that a revision is against; forget them too,
+                then send another revision under another name.
+        """
+        meta = {"step": step, "round": round_}
+        tensors = batch.tensors if isinstance(batch, Revision) else self._batch(batch)
+        reply = self._server.ask(FORWARD_PATH, "forward", meta, tensors)
+        if isinstance(batch, Revision):
+            _require_kept(reply, len(batch))
+        return _tensor(reply, "features", (len(batch), *self._features))
 
     def backward(
         self, gradients: Tensor, *, step: str, round_: int, smashed: tuple[int, ...]

@@ -34,18 +34,18 @@ class Compressed(Codec):
     """
 
     def __init__(self, inner: Codec, name: str) -> None:
-        self.name, self.floating, self._inner = name, inner.floating, inner
+        self.name, self.floating, self.inner = name, inner.floating, inner
         self._library = _library(name)
 
     def encode(self, tensor: Tensor, generator: torch.Generator | None = None) -> list[memoryview]:
         compressor = self._library.ZstdCompressor(level=_LEVEL)
         return [
             _smaller(plain, compressor.compress(plain))
-            for plain in self._inner.encode(tensor, generator)
+            for plain in self.inner.encode(tensor, generator)
         ]
 
     def largest_sizes(self, shape: Sequence[int], count: int) -> list[int]:
-        return [size + 1 for size in self._inner.largest_sizes(shape, count)]
+        return [size + 1 for size in self.inner.largest_sizes(shape, count)]
 
     def check_sizes(self, shape: Sequence[int], sizes: Sequence[int]) -> None:
         limits = self.largest_sizes(shape, len(sizes))
@@ -60,10 +60,17 @@ class Compressed(Codec):
     def decode(
         self, buffers: Sequence[memoryview], shape: Sequence[int], device: Device = "cpu"
     ) -> Tensor:
+        return self.inner.decode(self.unpacked(buffers, shape), shape, device)
+
+    def unpacked(self, buffers: Sequence[memoryview], shape: Sequence[int]) -> list[memoryview]:
+        """The buffers as the other codec wrote them, of a size that fits the shape.
+
+        Raises:
+            MalformedFrame: they are not what this codec writes for that shape.
+        """
         sizes = [self._plain_size(buffer) for buffer in buffers]
-        self._inner.check_sizes(shape, sizes)
-        plain = [self._plain(buffer, size) for buffer, size in zip(buffers, sizes, strict=True)]
-        return self._inner.decode(plain, shape, device)
+        self.inner.check_sizes(shape, sizes)
+        return [self._plain(buffer, size) for buffer, size in zip(buffers, sizes, strict=True)]
 
     def _plain_size(self, buffer: memoryview) -> int:
         """The bytes that a buffer says it stands for."""

@@ -28,6 +28,7 @@ from protocol.traffic import (
 from split_model import SplitSettings, needed_tokens
 from split_server import rounds
 from split_server.bodies import BodyKey
+from split_server.copies import read_revision, rebuild
 from split_server.engine import BackwardJob, Engine, ExchangeJob, ForwardJob, InferJob
 from split_server.intake import check_batch, read_gradients, read_smashed
 from split_server.kept_samples import read_ids, read_kept, read_rows
@@ -86,11 +87,12 @@ Work = Callable[[], Awaitable[Reply]]
 Reader = Callable[[Desk, Asked], Work | Reply]
 
 
-def read_forward(desk: Desk, asked: Asked) -> Work:
-    """Smashed data in, features out; the step is kept for its backward."""
+def read_forward(desk: Desk, asked: Asked) -> Work | Reply:
+    """Smashed data in, or their changes; features out; the step is kept for its backward."""
     meta = _training_step(asked)
-    most = asked.run.settings.training.batch_size
-    smashed = read_smashed(asked.frame, asked.body.settings, desk.device, most)
+    smashed = _renewed(desk, asked) if "ids" in asked.frame.specs else _sent(desk, asked)
+    if isinstance(smashed, list):
+        return _missing(smashed)
     key = StepKey(asked.run.id, asked.member.id, meta.step)
     job = ForwardJob(key, asked.body, smashed, asked.fingerprint, asked.leading)
     return _work(partial(desk.engine.forward, job), asked, "features", meta.model_dump())
@@ -197,6 +199,28 @@ def _training_step(asked: Asked) -> StepMeta:
 def _gradients(desk: Desk, asked: Asked) -> Tensor:
     most = asked.run.settings.training.batch_size
     return read_gradients(asked.frame, asked.body.settings, desk.device, asked.leading, most)
+
+
+def _sent(desk: Desk, asked: Asked) -> Tensor:
+    most = asked.run.settings.training.batch_size
+    return read_smashed(asked.frame, asked.body.settings, desk.device, most)
+
+
+def _renewed(desk: Desk, asked: Asked) -> Tensor | list[int]:
+    """Smashed data [B, T, D] made of what is kept and its changes; or the places of what is not.
+
+    Made on the CPU wherever the body runs: the device does the same sums, and no bit may differ.
+    """
+    if asked.run.settings.wire.delta_smashed is None:
+        raise InvalidField(
+            "the server keeps no copies of this run's smashed data",
+            field="delta_smashed",
+            limit="a codec",
+        )
+    most = asked.run.settings.training.batch_size
+    revision = read_revision(asked.frame, asked.body.settings, most)
+    found = rebuild(desk.samples, asked.owner, revision)
+    return found if isinstance(found, list) else found.to(desk.device)
 
 
 def _smashed(desk: Desk, asked: Asked, most: int | None = None) -> Tensor | Reply:

@@ -6,6 +6,7 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -15,8 +16,9 @@ from edge_client.participant import Participant
 from edge_client.transport import Server
 from protocol.seeds import derive_seed
 from protocol.settings import RunSettings
-from split_model import SplitSettings, load_state, open_backbone, prepare_backbone
+from split_model import SplitSettings, open_backbone, prepare_backbone
 from split_model.libraries import timm
+from split_server.exporting import newest_state
 from tests.e2e.conftest import ServerProcess, small_run
 
 STEPS_COMPARED = 12
@@ -41,7 +43,7 @@ class Recorder:
 
 
 class Uncut:
-    """timm's own model, with prompts put in by a hook ahead of the first block."""
+    """timm's own model, with prompts put in by a hook ahead of a block."""
 
     def __init__(self, settings: RunSettings, folder: Path, state: dict[str, Tensor]) -> None:
         model = settings.model
@@ -57,11 +59,12 @@ class Uncut:
         own = dict(self.model.named_parameters())
         self.tail = [own[name].requires_grad_() for name in self.tail_names]
         self.prompts = state["prompts"].clone().requires_grad_()
-        self.model.blocks[0].register_forward_pre_hook(self._put_in)
+        block = model.cut if model.prompt_at == "cut" else 0
+        self.model.blocks[block].register_forward_pre_hook(self._put_in)
 
     def _put_in(self, _block: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         tokens = arguments[0]
-        prompts = self.prompts.expand(tokens.shape[0], -1, -1)
+        prompts = self.prompts.expand(tokens.shape[0], -1, -1)  # [P, D], at the cut [1, P, D]
         return (torch.cat([tokens[:, :1], prompts, tokens[:, 1:]], dim=1), *arguments[1:])
 
     def state(self) -> dict[str, Tensor]:
@@ -72,10 +75,17 @@ class Uncut:
         }
 
 
+WIRES = {
+    "input": {},
+    "cut": {"keep_smashed": True, "pooled_features": True},
+}
+
+
+@pytest.mark.parametrize("prompt_at", WIRES)
 def test_one_device_with_sgd_equals_the_uncut_model_step_by_step(
-    server: ServerProcess, tmp_path: Path
+    server: ServerProcess, tmp_path: Path, prompt_at: str
 ) -> None:
-    settings = small_run(
+    plain = small_run(
         rounds=2,
         keep_fraction=1,
         local_epochs=0,
@@ -85,6 +95,12 @@ def test_one_device_with_sgd_equals_the_uncut_model_step_by_step(
         prompt_learning_rate=0.05,
         tail_learning_rate=0.02,
     )
+    settings = plain.model_copy(
+        update={
+            "model": plain.model.model_copy(update={"prompt_at": prompt_at}),
+            "wire": plain.wire.model_copy(update=WIRES[prompt_at]),
+        }
+    )
     data = limit_per_set(load_dataset("digits"), train=6 * 16 - 3, test=10, seed=0)
     recorder = Recorder()
     with contextlib.closing(server.operator()) as operator:
@@ -93,11 +109,12 @@ def test_one_device_with_sgd_equals_the_uncut_model_step_by_step(
         participant = Participant(client, data, tmp_path / "blobs", "only", recorder)
         recorder.participant = participant
         participant.join(run.id, key="join-1")
-        initial = load_state(participant.files.fetch(run.state, lambda _: b""))
+        _, initial = newest_state(server.data_dir, run.id)
         participant.take_part()
+    _, final = newest_state(server.data_dir, run.id)
 
     uncut = Uncut(settings, tmp_path / "backbones", initial)
-    samples = participant._train
+    samples = participant._train.images
     step = 0
     for round_ in (1, 2):
         optimizer = torch.optim.SGD(
@@ -115,5 +132,7 @@ def test_one_device_with_sgd_equals_the_uncut_model_step_by_step(
                 torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-5, msg=name)
             step += 1
     assert step == len(recorder.states) == STEPS_COMPARED
-    moved = (recorder.states[-1]["prompts"] - initial["prompts"]).abs().max()
+    for name, value in uncut.state().items():
+        torch.testing.assert_close(final[name], value, rtol=0, atol=1e-5, msg=name)
+    moved = (final["prompts"] - initial["prompts"]).abs().max()
     assert moved > 1e-4  # the comparison is not of two models that stand still

@@ -271,6 +271,18 @@ def test_an_exchange_that_cannot_be_is_refused(server: Running, operator: Api) -
     assert api.ask("exchange", exchange(1), gradients=features, ids=ids).is_success
 
 
+def test_ids_are_read_as_they_lie_in_the_frame_or_not_at_all(
+    server: Running, operator: Api
+) -> None:
+    """Compressed, they would be other bytes, and as many as the sender likes."""
+    run = new_run(operator, prompt_at="cut", wire={"keep_smashed": True}, min_participants=2)
+    api = joined(server, run)
+    for ids in (by_ids(1, 2), by_ids(*[1] * 4096)):
+        pieces = encode_frame("missing", {}, {"ids": (ids, "uint8+zstd")})
+        answer = api.call("POST", "/v1/split/missing", content=bytes(join_frame(pieces)))
+        assert code_of(answer) == "malformed_frame"
+
+
 def test_samples_that_cannot_be_kept_are_refused(server: Running, operator: Api) -> None:
     run = new_run(operator, prompt_at="cut", wire={"keep_smashed": True}, min_participants=2)
     api = joined(server, run)

@@ -1,0 +1,349 @@
+"""Prompts at the cut, over HTTP: tuned as the uncut model would tune them, whatever gets lost."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from edge_client.data import Dataset, limit_per_set, load_dataset, shuffled
+from edge_client.participant import Participant, succeeded
+from edge_client.transport import Server
+from protocol.messages import Results, RunStatus
+from protocol.seeds import derive_seed
+from protocol.settings import RunSettings
+from protocol.version import PROTOCOL_VERSION, VERSION_HEADER
+from split_model import SplitSettings, open_backbone, prepare_backbone
+from split_model.libraries import timm
+from split_server.client import OperatorClient, read_token
+from split_server.exporting import newest_state
+from tests.e2e.conftest import ServerProcess, small_run
+from tests.http_doubles import Running, running_server
+from tests.server_doubles import OPERATOR
+
+BATCH, TRAIN, TEST = 16, 4 * 16 - 3, 10
+WIDTH, TOKENS = 192, 1 + 4  # class token, 2 x 2 patches
+
+
+@pytest.fixture(scope="module")
+def data() -> Dataset:
+    return limit_per_set(load_dataset("digits"), train=TRAIN, test=TEST, seed=0)
+
+
+@pytest.fixture(scope="module")
+def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    with running_server(tmp_path_factory.mktemp("node")) as running:
+        yield running
+
+
+def folder_of(server: Running) -> Path:
+    return server.server._application.settings.data_dir
+
+
+def cut_run(
+    depth: str = "shallow",
+    *,
+    wire: dict[str, Any] | None = None,
+    model: dict[str, Any] | None = None,
+    **training: Any,
+) -> RunSettings:
+    """Two rounds with prompts at the cut."""
+    values = small_run(**training).model_dump()
+    values["model"] |= {"prompt_at": "cut", "prompt_depth": depth, **(model or {})}
+    values["wire"] |= wire or {}
+    return RunSettings.model_validate(values)
+
+
+@dataclass
+class Told:
+    """What a device says; at a step of split training, something happens to its server."""
+
+    at: dict[tuple[int, int], Callable[[], None]] = field(default_factory=dict)  # round, step
+    steps: Callable[[], None] = lambda: None
+    evaluated: Callable[[], None] = lambda: None
+    events: list[str] = field(default_factory=list)
+    round: int = 1
+
+    def event(self, kind: str, **data: Any) -> None:
+        self.events.append(kind)
+        if kind == "evaluated":
+            self.evaluated()
+            self.round = data["round"] + 1
+
+    def advance(self, phase: str, done: int, total: int) -> None:
+        if phase == "split":
+            self.steps()
+            self.at.pop((self.round, done), lambda: None)()
+
+    def close(self) -> None: ...
+
+
+@dataclass
+class Done:
+    """A run that has come to its end."""
+
+    results: Results
+    state: dict[str, Tensor]  # prompts and tail
+    traffic: dict[str, dict[str, int]]  # as the device counts it
+
+
+def take_part(
+    url: str,
+    token: str,
+    server_folder: Path,
+    settings: RunSettings,
+    data: Dataset,
+    home: Path,
+    told: Told,
+    started: Callable[[Participant], None] = lambda _: None,
+) -> Done:
+    """Create a run and go through it as its only device."""
+    with (
+        contextlib.closing(OperatorClient(url, token)) as operator,
+        contextlib.closing(Server(url)) as client,
+    ):
+        run = operator.create_run(settings)
+        participant = Participant(client, data, home, "only", told)
+        participant.join(run.id, key="join-1")
+        started(participant)
+        assert succeeded(participant.take_part())
+        results = operator.results(run.id)
+        counted = client.traffic().to_dict()
+    assert results.run.status is RunStatus.FINISHED
+    return Done(results, newest_state(server_folder, run.id)[1], counted)
+
+
+def on_node(node: Running, settings: RunSettings, data: Dataset, home: Path, told: Told) -> Done:
+    return take_part(node.url, OPERATOR, folder_of(node), settings, data, home, told)
+
+
+def assert_same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    different = [name for name, value in one.items() if not torch.equal(value, other[name])]
+    assert not different
+
+
+# The same numbers as the uncut model's
+
+
+class Uncut:
+    """timm's own model, with prompts put in by hooks ahead of the blocks behind the cut."""
+
+    def __init__(self, settings: RunSettings, folder: Path, state: dict[str, Tensor]) -> None:
+        model = settings.model
+        weights = open_backbone(
+            prepare_backbone(SplitSettings.of(model), model.weights, folder).path
+        )
+        self.model = timm.create_model(
+            model.backbone, img_size=model.image_size, num_classes=model.num_classes
+        ).eval()
+        tail = {name.removeprefix("tail."): t for name, t in state.items() if name != "prompts"}
+        self.model.load_state_dict({**{name: weights[name] for name in weights}, **tail})
+        self.model.requires_grad_(False)
+        own = dict(self.model.named_parameters())
+        self.tail = {f"tail.{name}": own[name].requires_grad_() for name in sorted(tail)}
+        self.prompts = state["prompts"].clone().requires_grad_()  # [L, P, D]
+        for layer in range(len(self.prompts)):
+            self.model.blocks[model.cut + layer].register_forward_pre_hook(self._hook(layer))
+
+    def _hook(self, layer: int) -> Callable[..., Any]:
+        def put_in(_block: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+            tokens = arguments[0]
+            own = self.prompts[layer].expand(len(tokens), -1, -1)
+            patches = tokens[:, -(TOKENS - 1) :]
+            return (torch.cat([tokens[:, :1], own, patches], dim=1), *arguments[1:])
+
+        return put_in
+
+
+@pytest.mark.parametrize(
+    ("depth", "wire"),
+    [("shallow", {}), ("deep", {"pooled_features": True, "keep_smashed": True})],
+)
+def test_one_device_with_sgd_tunes_what_the_uncut_model_would(
+    node: Running, data: Dataset, tmp_path: Path, depth: str, wire: dict[str, Any]
+) -> None:
+    settings = cut_run(
+        depth,
+        wire=wire,
+        keep_fraction=1,
+        local_epochs=0,
+        optimizer="sgd",
+        momentum=0.9,
+        schedule="cosine",
+        prompt_learning_rate=2.0,
+        tail_learning_rate=0.02,
+    )
+    tails: list[dict[str, Tensor]] = []
+    states: list[dict[str, Tensor]] = []  # after each round
+    found: list[Participant] = []
+    told = Told(steps=lambda: tails.append(found[0].model.state()))
+    told.evaluated = lambda: states.append(newest_state(folder_of(node), found[0].run.id)[1])
+
+    def started(participant: Participant) -> None:
+        found.append(participant)
+        states.append(newest_state(folder_of(node), participant.run.id)[1])
+
+    home = tmp_path / "home"
+    take_part(node.url, OPERATOR, folder_of(node), settings, data, home, told, started)
+    initial, *after_rounds = states
+    assert len(after_rounds) == 2
+    assert len(initial["prompts"]) == (11 if depth == "deep" else 1)
+
+    uncut = Uncut(settings, tmp_path / "backbones", initial)
+    samples = found[0]._train.images
+    recorded = iter(tails)
+    for round_ in (1, 2):
+        optimizer = torch.optim.SGD(
+            [{"params": [uncut.prompts]}, {"params": list(uncut.tail.values())}],
+            lr=0.0,
+            momentum=0.9,
+        )
+        seed = derive_seed(settings.seed, "split", "only", round_)
+        batches = shuffled(TRAIN, BATCH, seed, 0)
+        for step, positions in enumerate(batches):
+            done = (round_ - 1 + step / len(batches)) / 2  # of the run
+            for group, rate in zip(optimizer.param_groups, (2.0, 0.02), strict=True):
+                group["lr"] = rate * (1 + math.cos(math.pi * done)) / 2
+            images, labels = samples.read(positions)
+            optimizer.zero_grad()
+            F.cross_entropy(uncut.model(images), labels).backward()
+            optimizer.step()
+            assert_close(next(recorded), uncut.tail)
+        assert_close(after_rounds[round_ - 1], {**uncut.tail, "prompts": uncut.prompts})
+    assert next(recorded, None) is None
+    moved = (after_rounds[-1]["prompts"] - initial["prompts"]).abs().amax(dim=(1, 2))
+    assert moved.min() > 1e-3, "the comparison is not of prompts that stand still"
+
+
+def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name].detach(), rtol=1e-5, atol=1e-5, msg=name)
+
+
+# Kept samples
+
+
+def everything(**wire: Any) -> RunSettings:
+    """All phases of a round, two epochs, augmented views, and codecs that round."""
+    codecs = {"smashed": "int8", "features": "float16", "pooled_features": True}
+    return cut_run(
+        wire={**codecs, **wire},
+        keep_fraction=0.6,
+        split_epochs=2,
+        local_epochs=1,
+        augment=True,
+        views=3,
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(node: Running, data: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Done:
+    home = tmp_path_factory.mktemp("undisturbed")
+    return on_node(node, everything(keep_smashed=True), data, home, Told())
+
+
+def test_keeping_samples_changes_no_bit_of_the_result(
+    node: Running, data: Dataset, tmp_path: Path, undisturbed: Done
+) -> None:
+    plain = on_node(node, everything(keep_smashed=False), data, tmp_path, Told())
+    assert_same_bits(plain.state, undisturbed.state)
+    for one, other in zip(plain.results.rounds, undisturbed.results.rounds, strict=True):
+        assert (one.train_loss, one.accuracy) == (other.train_loss, other.accuracy)
+
+
+def test_both_ends_count_the_same_bytes_in_every_phase(node: Running, undisturbed: Done) -> None:
+    counted = undisturbed.traffic
+    with contextlib.closing(OperatorClient(node.url, OPERATOR)) as operator:
+        assert operator.results(undisturbed.results.run.id).traffic == counted
+    kept = [view.samples for view in undisturbed.results.rounds]
+    views = 2  # of a sample in its two epochs, the same ones in both rounds
+    row = TOKENS * WIDTH  # bytes of a sample in int8, with scales a little more
+    once = max(kept) * views * row
+    assert once < counted["smashed"]["up"] < 1.1 * (TRAIN * views + TEST) * row + 20_000
+    one_way = sum(kept) * views * WIDTH * 4  # the tail reads one token
+    assert one_way < counted["gradients"]["up"] < one_way + 20_000
+    assert counted["gradients"]["down"] == 0, "the gradient of the prompts stays on the server"
+    assert one_way / 2 < counted["features"]["down"] < one_way / 2 + 20_000
+    for phase in ("download", "updates", "inference", "control"):
+        assert counted[phase]["down"] > 0
+
+
+def test_samples_that_were_lost_on_the_way_change_no_bit_of_the_result(
+    node: Running, data: Dataset, tmp_path: Path, undisturbed: Done
+) -> None:
+    found: list[Participant] = []
+
+    def forget() -> None:
+        participant = found[0]
+        headers = {**participant.server._headers, VERSION_HEADER: str(PROTOCOL_VERSION)}
+        url = f"{node.url}/v1/runs/{participant.run.id}/samples"
+        assert httpx.delete(url, headers=headers, trust_env=False).is_success
+
+    told = Told(at={(1, 3): forget, (2, 1): forget, (2, 5): forget})
+    forgetful = take_part(
+        node.url,
+        OPERATOR,
+        folder_of(node),
+        everything(keep_smashed=True),
+        data,
+        tmp_path,
+        told,
+        found.append,
+    )
+    assert not told.at
+    assert "begun-anew" not in told.events
+    assert_same_bits(forgetful.state, undisturbed.state)
+    assert forgetful.traffic["smashed"]["up"] > undisturbed.traffic["smashed"]["up"]
+
+
+def test_a_server_that_can_keep_too_few_samples_changes_no_bit_of_the_result(
+    node: Running, data: Dataset, tmp_path: Path
+) -> None:
+    settings = cut_run(
+        model={"image_size": 80},  # 26 tokens: 1.2 MiB for all samples
+        wire={"keep_smashed": True},
+        rounds=1,
+        keep_fraction=1,
+    )
+    plenty = on_node(node, settings, data, tmp_path / "plenty", Told())
+    tiny = {"samples_mib": 1, "samples_disk_mib": 0, "participant_samples_mib": 1}
+    with running_server(tmp_path / "tiny", **tiny) as small:
+        found = on_node(small, settings, data, tmp_path / "home", Told())
+    assert_same_bits(found.state, plenty.state)
+    assert found.traffic["smashed"]["up"] > 1.1 * plenty.traffic["smashed"]["up"]
+
+
+# A server that is killed
+
+
+def test_a_server_killed_in_the_middle_of_a_round_ends_with_the_same_state(
+    data: Dataset, server: ServerProcess, tmp_path: Path, undisturbed: Done
+) -> None:
+    def kill() -> None:
+        server.process.kill()
+        server.start()
+
+    told = Told(at={(2, 3): kill})
+    disturbed = take_part(
+        server.url,
+        read_token(server.data_dir),
+        server.data_dir,
+        everything(keep_smashed=True),
+        data,
+        tmp_path / "home",
+        told,
+    )
+    assert told.events.count("begun-anew") == 1
+    assert [view.round for view in disturbed.results.rounds] == [1, 2]
+    assert_same_bits(disturbed.state, undisturbed.state)

@@ -1,0 +1,360 @@
+"""Changes of smashed data instead of all of them: a real server over HTTP, a real small model."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from torch import Tensor
+
+from edge_client.copies import Revision, Sample, as_decoded
+from edge_client.data import Dataset
+from edge_client.participant import Participant
+from edge_client.transport import SamplesMissing, Server
+from protocol.settings import FederationSettings, RunSettings, TrainingSettings, WireSettings
+from protocol.traffic import Phase
+from split_model import SplitSettings, build_body, load_state, open_backbone
+from split_server.samples import Owner, SampleStore
+from tests.edge_doubles import SMALL, device_model, files, image_set
+from tests.http_doubles import Api, Running, code_of, frame_in, running_server, tensor_in
+
+TOKENS, WIDTH = 1 + 4 + 4, 192  # class token, prompts, 2 x 2 patches
+WHOLE = TOKENS * WIDTH * 4  # bytes of a sample in float32
+SAMPLES, BATCH = 8, 4
+BESIDE = 1100  # bytes of a request beside its rows, at most: HTTP, header, padding, names
+CODED = {"smashed": "int8", "delta_smashed": "int4"}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    before = torch.get_num_threads()
+    with running_server(tmp_path_factory.mktemp("node")) as running:
+        yield running
+    torch.set_num_threads(before)
+
+
+def store_of(server: Running) -> SampleStore:
+    store: SampleStore = server.server._application._app.app.desk.samples
+    return store
+
+
+_keys = itertools.count()
+
+
+def created(server: Running, wire: dict[str, Any], **training: Any) -> str:
+    plain = {"batch_size": BATCH, "keep_fraction": 1.0, "local_epochs": 0, "optimizer": "sgd"}
+    rates = {"prompt_learning_rate": 0.05, "tail_learning_rate": 0.02, "schedule": "constant"}
+    settings = RunSettings(
+        seed=3,
+        model=SMALL,
+        federation=FederationSettings(rounds=1, evaluate_every=0),
+        training=TrainingSettings.model_validate({**plain, **rates, **training}),
+        wire=WireSettings.model_validate(wire),
+    )
+    return server.operator().create(settings, key=f"delta-{next(_keys)}").id
+
+
+class Device:
+    """One device's whole run, and what it had after each step of split training.
+
+    Attributes:
+        states: prompts and tail after each step.
+        sent: what went up, and of which smashed data.
+        missing: samples that the server said to lack.
+        apart: copies after each step that were not exactly what the server had.
+    """
+
+    def __init__(
+        self,
+        server: Running,
+        folder: Path,
+        wire: dict[str, Any],
+        between: Callable[[Device, int], None] = lambda *_: None,
+        **training: Any,
+    ) -> None:
+        self.store = store_of(server)
+        self.states: list[dict[str, Tensor]] = []
+        self.sent: list[tuple[Tensor, Revision]] = []
+        self.missing: list[Sample] = []
+        self.apart: list[int] = []
+        self._between = between
+        run = created(server, wire, **training)
+        data = Dataset(image_set(SAMPLES), image_set(1))
+        with contextlib.closing(Server(server.url)) as client:
+            self.participant = Participant(client, data, folder / run, "only", self)
+            self.participant.join(run, key="join")
+            self.owner = Owner(run, self.participant.id)
+            self.initial = load_state(
+                self.participant.files.fetch(self.participant.run.state, lambda _: b"")
+            )
+            self._watch()
+            self.participant.take_part()
+            self.up = client.traffic().up[Phase.SMASHED]
+
+    # What a reporter does
+
+    def event(self, kind: str, **data: Any) -> None:
+        pass
+
+    def advance(self, phase: str, done: int, total: int) -> None:
+        if phase == "split":
+            self.states.append(self.participant.model.state())
+            self.apart.append(self._disagreements())
+            self._between(self, done)
+
+    def close(self) -> None:
+        pass
+
+    # What a test asks
+
+    def rows(self, part: str) -> int:
+        """How many rows went up as ``whole`` or ``changes``."""
+        return sum(len(sent.tensors[part][0]) for _, sent in self.sent if part in sent.tensors)
+
+    def _disagreements(self) -> int:
+        copies = self.participant._plane.copies
+        if copies is None:
+            return 0
+        names = [bytes(name.tolist()) for name in copies._ids(list(copies._copies))]
+        assert len(names) >= BATCH
+        return sum(
+            kept is None
+            or kept.version != copy.version
+            or bytes(kept.data) != copy.smashed.numpy().tobytes()
+            for kept, copy in zip(
+                self.store.find(self.owner, names), copies._copies.values(), strict=True
+            )
+        )
+
+    def _watch(self) -> None:
+        plane, copies = self.participant._plane, self.participant._plane.copies
+        if copies is None:
+            return
+        forward, revise = plane.forward, copies.revise
+
+        def revised(samples: Sequence[Sample], smashed: Tensor) -> Revision:
+            self.sent.append((smashed.clone(), revise(samples, smashed)))
+            return self.sent[-1][1]
+
+        def forwarded(batch: Revision, **step: Any) -> Tensor:
+            try:
+                return forward(batch, **step)
+            except SamplesMissing as error:
+                self.missing += [batch.samples[place] for place in error.places]
+                raise
+
+        plane.forward, copies.revise = forwarded, revised
+
+
+def relative(tensor: Tensor, reference: Tensor) -> float:
+    return float((tensor - reference).norm() / reference.norm())
+
+
+# Training
+
+
+def test_in_float32_it_trains_as_if_all_were_sent(server: Running, tmp_path: Path) -> None:
+    plain = Device(server, tmp_path, {}, split_epochs=4)
+    delta = Device(server, tmp_path, {"delta_smashed": "float32"}, split_epochs=4)
+    assert (delta.rows("whole"), delta.rows("changes")) == (SAMPLES, 3 * SAMPLES)
+    assert len(plain.states) == len(delta.states) == 8
+    for ours, theirs in zip(delta.states, plain.states, strict=True):
+        for name, value in ours.items():
+            torch.testing.assert_close(value, theirs[name], rtol=1e-6, atol=1e-7, msg=name)
+    assert all(relative(sent.decoded, smashed) < 1e-6 for smashed, sent in delta.sent)
+    assert relative(delta.states[-1]["prompts"], delta.initial["prompts"]) > 1e-3
+    assert not any(delta.apart)
+
+
+def test_the_error_of_int4_changes_does_not_grow_over_30_visits(
+    server: Running, tmp_path: Path
+) -> None:
+    device = Device(server, tmp_path, CODED, split_epochs=30)
+    errors = [relative(sent.decoded, smashed) for smashed, sent in device.sent]
+    alone = [relative(as_decoded(smashed, "int4"), smashed) for smashed, _ in device.sent]
+    visits = [max(errors[at : at + 2]) for at in range(0, 60, 2)]  # of two batches each
+    assert len(visits) == 30
+    assert max(errors) < 0.3 * min(alone)
+    assert max(visits[20:]) < 1.2 * max(visits[1:10])
+    assert relative(device.states[-1]["prompts"], device.initial["prompts"]) > 1e-2
+    assert not any(device.apart)
+
+
+def test_of_what_stands_still_only_names_go_up(server: Running, tmp_path: Path) -> None:
+    still = {"prompt_learning_rate": 0.0, "split_epochs": 5}
+    wire = {"delta_smashed": "float32", "skip_below": 1e-4}
+    plain = Device(server, tmp_path, {}, **still)
+    delta = Device(server, tmp_path, wire, **still)
+    assert (delta.rows("whole"), delta.rows("changes")) == (SAMPLES, 0)
+    assert plain.up > 5 * SAMPLES * WHOLE
+    assert SAMPLES * WHOLE < delta.up < SAMPLES * WHOLE + len(delta.sent) * BESIDE
+    for name, value in delta.states[-1].items():
+        torch.testing.assert_close(value, plain.states[-1][name], rtol=0, atol=1e-6, msg=name)
+
+
+def test_int4_changes_are_a_seventh_of_what_went_up_before(server: Running, tmp_path: Path) -> None:
+    device = Device(server, tmp_path, {**CODED, "smashed": "float32"}, split_epochs=8)
+    change = TOKENS * (WIDTH // 2 + 2 * WIDTH // 64)  # half a byte each, 2 for a group of 64
+    rows = SAMPLES * WHOLE + 7 * SAMPLES * change
+    assert rows < device.up < rows + len(device.sent) * BESIDE
+
+
+def test_a_skipped_sample_is_off_by_less_than_the_border(server: Running, tmp_path: Path) -> None:
+    device = Device(server, tmp_path, {**CODED, "skip_below": 0.02}, split_epochs=10)
+    assert 0 < device.rows("changes") < 9 * SAMPLES
+    for smashed, sent in device.sent:
+        for row in set(range(len(sent))) - set(sent.sent):
+            assert relative(sent.decoded[row], smashed[row]) < 0.02
+    assert not any(device.apart)
+
+
+def test_a_server_that_loses_its_copies_asks_for_them(server: Running, tmp_path: Path) -> None:
+    def lose(device: Device, done: int) -> None:
+        if done == 6:
+            device.store.drop(device.owner.run)
+
+    device = Device(server, tmp_path, CODED, lose, split_epochs=5)
+    assert sorted(device.missing) == [(position, None) for position in range(SAMPLES)]
+    assert device.rows("whole") == 2 * SAMPLES
+    # Half of them are not yet due a step later.
+    assert device.apart == [0, 0, 0, 0, 0, 0, BATCH, 0, 0, 0]
+
+
+def test_a_device_that_forgets_sends_whole_again(server: Running, tmp_path: Path) -> None:
+    def forget(device: Device, done: int) -> None:
+        if done == 5:
+            device.participant._plane.copies.forget([(0, None), (3, None)])
+
+    device = Device(server, tmp_path, CODED, forget, split_epochs=4)
+    assert device.missing == []
+    assert device.rows("whole") == SAMPLES + 2
+    assert not any(device.apart)
+
+
+def test_every_view_of_a_sample_has_a_copy(server: Running, tmp_path: Path) -> None:
+    device = Device(server, tmp_path, CODED, split_epochs=6, augment=True, views=2)
+    assert (device.rows("whole"), device.rows("changes")) == (2 * SAMPLES, 4 * SAMPLES)
+    assert not any(device.apart)
+
+
+@pytest.mark.parametrize("wire", [{"smashed": "int4"}, {**CODED, "smashed": "int4"}])
+def test_what_codecs_leave_out_corrects_the_gradient(
+    server: Running, tmp_path: Path, wire: dict[str, Any]
+) -> None:
+    """One step of SGD: the prompts move by what the error of the smashed data weighs on them."""
+    weight, rate = 0.5, 0.05
+    once = {"split_epochs": 1, "batch_size": SAMPLES}
+    without = Device(server, tmp_path, wire, **once)
+    corrected = Device(server, tmp_path, {**wire, "gradient_correction": weight}, **once)
+    model = device_model()
+    with torch.no_grad():
+        model.prompts.copy_(corrected.initial["prompts"])
+    images, _ = corrected.participant._train.images.read(range(SAMPLES))
+    smashed = model.head(images, model.prompts)
+    smashed.backward(weight * (smashed.detach() - as_decoded(smashed.detach(), "int4")))
+    moved = corrected.states[0]["prompts"] - without.states[0]["prompts"]
+    assert relative(moved, -rate * model.prompts.grad) < 1e-3
+
+
+# Requests
+
+NAMES = [bytes([name] * 16) for name in range(2)]
+
+
+def member(server: Running, wire: dict[str, Any]) -> tuple[Api, Owner]:
+    """A participant of a new run that is in its first round."""
+    run = created(server, wire)
+    request = {"name": "a", "train_samples": 9, "test_samples": 1, "num_classes": 3}
+    answer = server.api().call("POST", f"/v1/runs/{run}/participants", key="join", json=request)
+    assert answer.is_success, answer.text
+    api = server.api(answer.json()["credential"])
+    api.assignment(run)
+    return api, Owner(run, answer.json()["participant"])
+
+
+def numbers(seed: int, batch: int = 2) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn((batch, TOKENS, WIDTH), generator=generator)
+
+
+def forward(
+    api: Api,
+    step: str,
+    versions: list[list[int]],
+    *,
+    whole: dict[int, Tensor] | None = None,
+    changes: dict[int, Tensor] | None = None,
+) -> httpx.Response:
+    """Two samples, some of their rows whole and some as changes."""
+    tensors = {
+        "ids": torch.arange(2, dtype=torch.uint8)[:, None].expand(-1, 16),
+        "versions": torch.tensor(versions),
+    }
+    for part, places, rows in (("whole", "whole_rows", whole), ("changes", "change_rows", changes)):
+        if rows:
+            tensors |= {part: torch.stack(list(rows.values())), places: torch.tensor(list(rows))}
+    return api.ask("forward", {"step": step, "round": 1}, **tensors)
+
+
+def begin(api: Api, smashed: Tensor) -> httpx.Response:
+    return forward(api, "s0", [[-1, 1], [-1, 1]], whole=dict(enumerate(smashed)))
+
+
+def features_of(smashed: Tensor) -> Tensor:
+    body = build_body(SplitSettings.of(SMALL), open_backbone(files().backbone))
+    with torch.no_grad():
+        return body(smashed)
+
+
+def test_a_repeated_request_is_applied_once_and_answered_alike(server: Running) -> None:
+    api, owner = member(server, {"delta_smashed": "float32"})
+    start, change = numbers(0), numbers(1)
+    assert torch.equal(tensor_in(begin(api, start), "features"), features_of(start))
+    answers = [forward(api, "s1", [[1, 1], [1, 2]], changes={1: change[1]}) for _ in range(3)]
+    assert all(answer.content == answers[0].content for answer in answers)
+    expected = torch.stack([start[0], start[1] + change[1]])
+    assert torch.equal(tensor_in(answers[0], "features"), features_of(expected))
+    found = store_of(server).find(owner, NAMES)
+    assert [kept and bytes(kept.data) for kept in found] == [
+        row.numpy().tobytes() for row in expected
+    ]
+    returned = tensor_in(api.step("backward", numbers(2), "s1"), "gradients")
+    assert torch.equal(returned, tensor_in(api.step("backward", numbers(2), "s1"), "gradients"))
+
+
+def test_missing_copies_are_named_over_http(server: Running) -> None:
+    api, _ = member(server, {"delta_smashed": "float32"})
+    start, other = numbers(0), numbers(1)
+    assert begin(api, start).is_success
+    answer = forward(api, "s1", [[1, 1], [4, 5]], changes={1: other[1]})
+    assert frame_in(answer, "missing").tensor("places").tolist() == [1]
+    answer = forward(api, "s2", [[1, 1], [4, 6]], whole={1: other[1]})
+    expected = features_of(torch.stack([start[0], other[1]]))
+    assert torch.equal(tensor_in(answer, "features"), expected)
+
+
+def test_changes_are_for_runs_that_send_them(server: Running) -> None:
+    api, _ = member(server, {})
+    answer = begin(api, numbers(0))
+    assert code_of(answer) == "invalid_field"
+    assert answer.json()["error"]["field"] == "delta_smashed"
+
+
+def test_all_smashed_data_of_a_batch_are_always_taken(server: Running) -> None:
+    api, _ = member(server, {"delta_smashed": "int4"})
+    answer = api.step("forward", numbers(0), "s0")
+    assert torch.equal(tensor_in(answer, "features"), features_of(numbers(0)))
+
+
+def test_a_device_that_leaves_takes_its_copies_with_it(server: Running) -> None:
+    api, owner = member(server, {"delta_smashed": "float32"})
+    assert begin(api, numbers(0)).is_success
+    assert all(store_of(server).find(owner, NAMES))
+    assert api.call("DELETE", f"/v1/runs/{owner.run}/participants/me", key="leave").is_success
+    assert store_of(server).find(owner, NAMES) == [None, None]
