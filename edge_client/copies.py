@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from protocol.codec_names import LOSSLESS_SUFFIX
 from protocol.codecs import codec_named
 from protocol.messages import SAMPLE_ID_BYTES
 
@@ -164,7 +165,7 @@ def as_decoded(tensor: Tensor, codec: str) -> Tensor:
     Raises:
         InvalidField: the codec does not carry these numbers.
     """
-    one = codec_named(codec)
+    one = codec_named(codec.removesuffix(LOSSLESS_SUFFIX))
     return one.decode(one.encode(tensor), tensor.shape).to(torch.float32)
 
 

@@ -233,7 +233,7 @@ class RunSettings(Message):
         if wire.delta_smashed is None:
             return self
         for name in ("smashed", "delta_smashed"):
-            if not is_row_wise(getattr(wire, name)):
+            if not is_row_wise(getattr(wire, name).removesuffix(LOSSLESS_SUFFIX)):
                 raise ValueError(
                     f"wire.delta_smashed needs codecs that can be taken apart by samples, not "
                     f"wire.{name} = {getattr(wire, name)}"

@@ -15,6 +15,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from protocol.frames import encode_frame, join_frame
 from protocol.messages import Task
 from protocol.version import PROTOCOL_VERSION, VERSION_HEADER
 from tests.http_doubles import (
@@ -22,6 +23,7 @@ from tests.http_doubles import (
     Running,
     code_of,
     running_server,
+    tensor_in,
     wait_until,
 )
 from tests.server_doubles import (
@@ -51,6 +53,16 @@ def run(server: Running) -> str:
 def member(server: Running, run: str) -> Api:
     api = server.api(server.api().join(run, "a").credential)
     server.api().join(run, "b")
+    return api
+
+
+@pytest.fixture(scope="module")
+def keeper(server: Running) -> Api:
+    """A participant whose prompts and samples are on the server."""
+    settings = run_settings(prompt_at="cut", wire={"keep_smashed": True})
+    run = server.operator().create(settings, key="keeper").id
+    api = server.api(server.api().join(run, "a").credential)
+    assert api.assignment(run).task is Task.TRAIN
     return api
 
 
@@ -99,6 +111,8 @@ def some(connection: socket.socket) -> bytes:
 ROUTES = [
     ("POST", "/v1/split/forward", 1024 * 1024),
     ("POST", "/v1/split/infer", 1024 * 1024),
+    ("POST", "/v1/split/exchange", 1024 * 1024),
+    ("POST", "/v1/split/samples", 1024 * 1024),
     ("PUT", "/v1/runs/{run}/update", 1024 * 1024),
     ("PUT", "/v1/runs/{run}/evaluation", 1024 * 1024),
     ("POST", "/v1/runs/{run}/participants", 1024 * 1024),
@@ -215,6 +229,45 @@ def test_identity_and_steps_are_not_taken_from_a_frame(
         frame = step_frame("infer", smashed(), step=None)  # type: ignore[arg-type]
     answer = member.call("POST", "/v1/split/infer", content=frame)
     assert answer.status_code in (400, 413, 422)
+
+
+def split_frame(kind: str) -> bytes:
+    """A good frame of a kind that speaks of kept samples."""
+    ids = (torch.ones(1, 16, dtype=torch.uint8), "uint8")
+    rows = (smashed(batch=1)[:, :5], "float32")
+    meta = {"session": "s", "round": 1, "attempt": 0, "number": 0, "steps": 1}
+    pieces = {
+        "samples": lambda: encode_frame("samples", {}, {"ids": ids, "smashed": rows}),
+        "missing": lambda: encode_frame("missing", {}, {"ids": ids}),
+        "exchange": lambda: encode_frame("exchange", meta, {"ids": ids}),
+    }
+    return bytes(join_frame(pieces[kind]()))
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    noise=st.binary(max_size=100),
+    place=st.integers(0, 400),
+    kind=st.sampled_from(["samples", "missing", "exchange"]),
+)
+def test_a_damaged_frame_about_samples_is_refused_and_never_a_failure(
+    keeper: Api, noise: bytes, place: int, kind: str
+) -> None:
+    frame = bytearray(split_frame(kind))
+    frame[place : place + len(noise)] = noise
+    answer = keeper.call("POST", f"/v1/split/{kind}", content=bytes(frame))
+    if answer.is_error:
+        assert answer.status_code < 500, answer.text
+        assert code_of(answer)
+
+
+def test_after_damaged_frames_samples_are_kept_as_before(keeper: Api) -> None:
+    for kind in ("samples", "missing", "exchange"):
+        answer = keeper.call("POST", f"/v1/split/{kind}", content=split_frame(kind))
+        assert answer.is_success, answer.text
+    assert tensor_in(answer, "features").shape == (1, 7, 192)
 
 
 def raw_frame(header: object, payload: bytes = b"") -> bytes:

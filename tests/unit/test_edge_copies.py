@@ -261,7 +261,7 @@ def test_the_bytes_are_those_of_the_copies_and_within_the_limit(
 
 
 def test_a_run_may_send_changes() -> None:
-    wire = {"smashed": "int8", "delta_smashed": "int4", "skip_below": 0.05}
+    wire = {"smashed": "int8", "delta_smashed": "int4+zstd", "skip_below": 0.05}
     settings = RunSettings.model_validate({"wire": {**wire, "gradient_correction": 0.01}})
     assert RunSettings.model_validate_json(settings.model_dump_json()) == settings
 
@@ -272,7 +272,7 @@ def test_a_run_may_send_changes() -> None:
         ({"delta_smashed": "int4"}, {"prompt_at": "cut"}, "prompt_at = input"),
         ({"gradient_correction": 0.1}, {"prompt_at": "cut"}, "prompt_at = input"),
         ({"delta_smashed": "topk:0.1"}, {}, "wire.delta_smashed = topk:0.1"),
-        ({"delta_smashed": "int4+zstd"}, {}, "wire.delta_smashed = int4\\+zstd"),
+        ({"delta_smashed": "pq+zstd"}, {}, "wire.delta_smashed = pq\\+zstd"),
         ({"delta_smashed": "int4", "smashed": "pq"}, {}, "wire.smashed = pq"),
         ({"delta_smashed": "int4", "keep_smashed": True}, {}, "keep_smashed"),
         ({"delta_smashed": "int4", "keep_smashed": True}, {"prompt_at": "cut"}, "delta_smashed"),

@@ -1,184 +1,39 @@
-"""The head's output is computed once and alike; of kept samples, only what is lacking is sent."""
+"""Samples that the server keeps: only what it lacks is sent, under ids that tell it nothing."""
 
 from __future__ import annotations
 
-import functools
-import os
-import stat
-import subprocess
-import sys
 import threading
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
-from edge_client.data import Augmentation, BatchReader, ImageSet
+from edge_client.data import BatchReader, ImageSet
 from edge_client.data.image_set import ArrayStore
 from edge_client.device_model import DeviceModel
 from edge_client.head_outputs import HeadOutputs
-from edge_client.identity import device_secret
 from edge_client.kept_samples import KeptSamples
 from edge_client.phases.context import Samples
 from edge_client.transport import SamplesMissing
-from protocol.errors import Busy, Conflict
-from tests.edge_doubles import CLASSES, SMALL, device_model, image_set
+from protocol.errors import Busy
+from tests.edge_doubles import CLASSES, image_set
+from tests.head_doubles import (
+    EVERYTHING,
+    PLENTY,
+    SAMPLES,
+    everything,
+    outputs,
+    reader,
+    shared_model,
+)
 
-AT_CUT = SMALL.model_copy(update={"prompt_at": "cut", "cut": 2})
-SAMPLES, TOKENS, WIDTH = 37, 5, 192
-PLENTY = 10**8
 SECRET = b"s" * 32
-EVERYTHING = torch.arange(SAMPLES)
-
-
-@functools.cache
-def shared_model() -> DeviceModel:
-    return device_model(AT_CUT)
-
-
-@functools.cache
-def everything() -> Tensor:
-    """What the head makes of all samples at once, [n, T, D]."""
-    return outputs(shared_model()).smashed(EVERYTHING)
 
 
 @pytest.fixture
 def model() -> DeviceModel:
     return shared_model()
-
-
-@pytest.fixture
-def threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
-
-
-def reader(model: DeviceModel, samples: int = SAMPLES, *, augmented: bool = False) -> BatchReader:
-    augmentation = Augmentation(3) if augmented else None
-    return BatchReader(image_set(samples), model.preprocessing, augmentation=augmentation)
-
-
-def outputs(
-    model: DeviceModel, cache_bytes: int = PLENTY, *, augmented: bool = False
-) -> HeadOutputs:
-    return HeadOutputs(model.head, reader(model, augmented=augmented), cache_bytes)
-
-
-@pytest.fixture
-def runs(model: DeviceModel) -> Iterator[list[Tensor]]:
-    """Every batch of images that goes through the head."""
-    seen: list[Tensor] = []
-
-    def remember(_head: object, given: tuple[Tensor, ...]) -> None:
-        seen.append(given[0].clone())
-
-    hook = model.head.register_forward_pre_hook(remember)
-    yield seen
-    hook.remove()
-
-
-def positions_in(runs: list[Tensor], images: BatchReader) -> set[int]:
-    """Which samples are among these batches of images."""
-    known = images.read(range(len(images)))[0]
-    return {
-        int((known == image).flatten(1).all(dim=1).nonzero()) for batch in runs for image in batch
-    }
-
-
-# The head's output
-
-
-@pytest.mark.parametrize("threads", [1, 2], indirect=True)
-@pytest.mark.usefixtures("threads")
-def test_a_sample_has_the_same_bits_in_any_company_and_order(model: DeviceModel) -> None:
-    together = outputs(model).smashed(torch.arange(SAMPLES))
-    assert together.shape == (SAMPLES, TOKENS, WIDTH)
-    order = torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(0))
-    companies = [*order.split(1)[:9], *order.split(5), *order.split(16), *order.split(30)]
-    companies.append(torch.tensor([4, 4, 0, 36, 4]))
-    for positions in companies:
-        fresh = outputs(model)
-        assert torch.equal(fresh.smashed(positions), together[positions])
-        assert torch.equal(fresh.for_tail(positions), together[positions, :1])
-    plain = model.head(reader(model).read(range(SAMPLES))[0])
-    torch.testing.assert_close(together, plain, rtol=1e-5, atol=1e-5)
-    assert not together.requires_grad
-
-
-def test_the_head_runs_once_for_what_the_tail_reads(model: DeviceModel, runs: list[Tensor]) -> None:
-    images = reader(model)
-    made = HeadOutputs(model.head, images, PLENTY)
-    made.for_tail(torch.arange(10))
-    assert positions_in(runs, images) == set(range(10))
-    runs.clear()
-    made.for_tail(torch.arange(5, 20))
-    assert positions_in(runs, images) == set(range(10, 20))
-    made.smashed(torch.arange(20, SAMPLES))
-    runs.clear()
-    for _ in range(3):
-        made.for_tail(torch.arange(SAMPLES).flip(0))
-    assert runs == []
-
-
-@settings(max_examples=25, deadline=None)
-@given(st.lists(st.lists(st.integers(0, SAMPLES - 1), min_size=1, max_size=20), max_size=4))
-def test_whatever_is_asked_for_in_turn_it_is_the_samples_own(asked: list[list[int]]) -> None:
-    made, together = outputs(shared_model()), everything()
-    for number, positions in enumerate(asked):
-        chosen = torch.tensor(positions)
-        if number % 2:
-            assert torch.equal(made.smashed(chosen), together[chosen])
-        assert torch.equal(made.for_tail(chosen), together[chosen, :1])
-
-
-def test_what_does_not_fit_the_cache_is_computed_each_time(
-    model: DeviceModel, runs: list[Tensor]
-) -> None:
-    together = everything()
-    small = outputs(model, cache_bytes=SAMPLES * WIDTH * 4 - 1)
-    runs.clear()
-    for _ in range(2):
-        assert torch.equal(small.for_tail(torch.arange(8)), together[:8, :1])
-    assert len(runs) == 2
-    enough = outputs(model, cache_bytes=SAMPLES * WIDTH * 4)
-    runs.clear()
-    for _ in range(2):
-        enough.for_tail(torch.arange(8))
-    assert len(runs) == 1
-
-
-def test_a_tail_with_blocks_reads_every_token() -> None:
-    model = device_model(AT_CUT.model_copy(update={"tail_blocks": 1}))
-    made = outputs(model)
-    every = made.for_tail(torch.arange(8))
-    assert every.shape == (8, TOKENS, WIDTH)
-    assert torch.equal(every, made.smashed(torch.arange(8)))
-
-
-def test_views_are_of_their_own(model: DeviceModel, runs: list[Tensor]) -> None:
-    made, images = outputs(model, augmented=True), reader(model, augmented=True)
-    positions = torch.arange(20)
-    plain = made.for_tail(positions)
-    runs.clear()
-    seen = [made.for_tail(positions, view) for view in (0, 1, 0)]
-    assert len(runs) == 6, "views are not remembered"
-    for view, tokens in zip((0, 1, 0), seen, strict=True):
-        expected = model.head(images.read(positions, epoch=view)[0])
-        torch.testing.assert_close(tokens, expected[:, :1], rtol=1e-5, atol=1e-5)
-    assert torch.equal(seen[0], seen[2])
-    assert not torch.equal(seen[0], seen[1])
-    assert torch.equal(made.for_tail(positions), plain)
-    one_by_one = torch.cat([made.smashed(position, 1) for position in positions.split(1)])
-    assert torch.equal(one_by_one, made.smashed(positions, 1))
-
-
-# Kept samples
 
 
 class Plane:
@@ -405,57 +260,3 @@ def test_without_kept_samples_the_smashed_data_themselves_go(model: DeviceModel)
     positions = torch.tensor([5, 1])
     found = samples.with_batch(positions, None, lambda batch: batch)
     assert torch.equal(found, everything()[positions])
-
-
-# The device's secret
-
-
-def test_the_secret_is_made_once_and_for_this_user_alone(tmp_path: Path) -> None:
-    old = os.umask(0)
-    try:
-        secret = device_secret(tmp_path / "home")
-    finally:
-        os.umask(old)
-    assert len(secret) == 32
-    assert device_secret(tmp_path / "home") == secret
-    assert device_secret(tmp_path / "elsewhere") != secret
-    (file,) = (tmp_path / "home").iterdir()
-    assert stat.S_IMODE(file.stat().st_mode) == 0o600
-    assert stat.S_IMODE(file.parent.stat().st_mode) == 0o700
-
-
-def test_several_processes_at_once_have_the_same_secret(tmp_path: Path) -> None:
-    program = (
-        "import pathlib, sys, time\n"
-        "from edge_client.identity import device_secret\n"
-        "print('ready', flush=True)\n"
-        "sys.stdin.readline()\n"
-        f"print(device_secret(pathlib.Path({str(tmp_path / 'home')!r})).hex())\n"
-    )
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", program],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for _ in range(5)
-    ]
-    for process in processes:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-    for process in processes:  # all are loaded: now at once
-        assert process.stdin is not None
-        process.stdin.write("\n")
-        process.stdin.flush()
-    found = {process.communicate(timeout=30)[0] for process in processes}
-    assert found == {device_secret(tmp_path / "home").hex() + "\n"}
-    assert [file.name for file in (tmp_path / "home").iterdir()] == ["device.secret"]
-
-
-@pytest.mark.parametrize("damaged", [b"", b"x" * 31, b"x" * 33])
-def test_a_damaged_secret_is_told(tmp_path: Path, damaged: bytes) -> None:
-    (tmp_path / "device.secret").write_bytes(damaged)
-    with pytest.raises(Conflict) as caught:
-        device_secret(tmp_path)
-    assert (caught.value.limit, caught.value.value) == (32, len(damaged))

@@ -106,7 +106,7 @@ def test_whole_changed_and_skipped_rows_make_one_batch(store: SampleStore) -> No
     assert torch.equal(rest, torch.stack([X[0] + Y[0], X[1], X[2]]))
 
 
-@pytest.mark.parametrize("codec", ["float16", "bfloat16", "int8", "int4", "int4-asym"])
+@pytest.mark.parametrize("codec", ["float16", "bfloat16", "int8", "int4", "int4-asym", "int4+zstd"])
 def test_copies_are_what_was_decoded(store: SampleStore, codec: str) -> None:
     whole = forward([1], [(-1, 1)], whole={0: X[0]}, codec=codec)
     changed = forward([1], [(1, 2)], changes={0: Y[0]}, codec=codec)
@@ -204,7 +204,7 @@ REFUSALS: list[tuple[Tensors, type[SFPromptError], str]] = [
     (changed(whole=(X[:1, 1:], "float32")), WrongShape, "whole"),
     (changed(whole=(X[:0], "float32")), WrongShape, "whole"),
     (changed(whole=(X[:1], "topk:0.1")), InvalidField, "whole"),
-    (changed(changes=(X[:1], "pq")), InvalidField, "changes"),
+    (changed(changes=(X[:1], "pq+zstd")), InvalidField, "changes"),
     (changed(changes=(X[:1].long(), "int64")), InvalidField, "changes"),
     (changed(whole_rows=whole_numbers(0, 1)), MalformedFrame, "whole_rows"),
     (changed(whole_rows=whole_numbers(2)), MalformedFrame, "whole_rows"),
@@ -365,7 +365,9 @@ class Pair:
 
 @settings(max_examples=40, deadline=None)
 @given(
-    codecs=st.sampled_from([("float32", "float32"), ("int8", "int4"), ("float16", "int4-asym")]),
+    codecs=st.sampled_from(
+        [("float32", "float32"), ("int8", "int4+zstd"), ("float16", "int4-asym")]
+    ),
     skip_below=st.sampled_from([0.0, 0.05]),
     room=st.integers(1, 6),
     visits=st.lists(
