@@ -91,7 +91,7 @@ class Participant:
         if self.settings.training.augment:
             augmentation = Augmentation(derive_seed(self.settings.seed, "augment", self.name))
         way = self.model.preprocessing
-        self._plane = SplitPlane(self.server, self.settings)
+        self._plane = SplitPlane(self.server, self.settings, copies_bytes=self.cache_bytes)
         self._train = self._samples(
             BatchReader(
                 self.data.train, way, cache_bytes=self.cache_bytes, augmentation=augmentation

@@ -205,6 +205,12 @@ class RunSettings(Message):
         return self
 
     @model_validator(mode="after")
+    def _prompts_at_the_cut_are_there(self) -> RunSettings:
+        if self.model.prompt_at == "cut" and self.model.prompt_count == 0:
+            raise ValueError("model.prompt_at = cut needs a model.prompt_count of at least 1")
+        return self
+
+    @model_validator(mode="after")
     def _kept_smashed_data_are_constant(self) -> RunSettings:
         if not self.wire.keep_smashed:
             return self

@@ -7,6 +7,7 @@ of the server. Nothing here is worth more than its traffic: whatever is missing 
 
 from __future__ import annotations
 
+import logging
 import mmap
 import secrets
 import shutil
@@ -17,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from protocol.errors import InvalidField, TooLarge
+
+log = logging.getLogger(__name__)
 
 _SEGMENT_BYTES = 8 * 1024 * 1024  # moved to disk together
 
@@ -280,11 +283,10 @@ class SampleStore:
     def _keep_within_memory(self) -> None:
         while self.memory_bytes > self._limits.memory_bytes:
             owner, names = self._coldest()
-            if self._limits.disk_bytes:
-                self._move_to_disk(owner, names)
-            else:
-                for name in names:
-                    self._forget(owner, name)
+            if self._limits.disk_bytes and self._moved_to_disk(owner, names):
+                continue
+            for name in names:
+                self._forget(owner, name)
 
     def _coldest(self) -> tuple[Owner, list[bytes]]:
         """Samples in memory of the owner unused for longest: one, or up to a segment's worth."""
@@ -302,14 +304,20 @@ class SampleStore:
                 return owner, names
         raise LookupError("bytes are counted that no sample takes")
 
-    def _move_to_disk(self, owner: Owner, names: Iterable[bytes]) -> None:
+    def _moved_to_disk(self, owner: Owner, names: Iterable[bytes]) -> bool:
+        """Whether these samples are on disk now; a full one takes none."""
         records = self._shelves[owner].records
         chosen = [(name, records[name]) for name in names]
         path = self._folder / f"{secrets.token_hex(8)}.samples"
-        with path.open("w+b") as file:
-            file.writelines(record.data for _, record in chosen)
-            file.flush()
-            mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        try:
+            with path.open("w+b") as file:
+                file.writelines(record.data for _, record in chosen)
+                file.flush()
+                mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            log.warning("samples could not be moved to disk and are forgotten: %s", error)
+            return False
         segment = _Segment(owner, path, mapped.nbytes, [name for name, _ in chosen])
         self._segments[segment] = None
         self.disk_bytes += segment.nbytes
@@ -319,6 +327,7 @@ class SampleStore:
             records[name] = _Record(record.form, mapped[start:end], segment, record.version)
             self.memory_bytes -= record.form.nbytes
             start = end
+        return True
 
     def _keep_within_disk(self) -> None:
         while self.disk_bytes > self._limits.disk_bytes:

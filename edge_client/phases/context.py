@@ -19,7 +19,7 @@ from split_model import learning_rate_factor
 
 R = TypeVar("R")
 Advance = Callable[[str, int, int], None]  # phase, batches done, batches in all
-_SENDINGS = 5  # of samples that a request lacks, before their loss is reported as an error
+_SENDINGS = 3  # of samples that a request lacks, before it brings them itself
 
 
 @dataclass(frozen=True)
@@ -40,18 +40,19 @@ class Samples:
     def with_batch(self, positions: Tensor, view: int | None, request: Callable[[Tensor], R]) -> R:
         """Make a request of the split plane with these samples, by their ids where they are kept.
 
-        Samples that the server has lost are sent again, and the request after them.
+        Samples that the server has lost are sent again, and the request after them. Where it
+        cannot even keep one batch, the batch goes with the request itself.
         """
         if self.outputs is None:
             raise ValueError("the head's output is not constant in this run")
         if self.kept is None:
             return request(self.outputs.smashed(positions, view))
-        for _ in range(_SENDINGS - 1):
+        for _ in range(_SENDINGS):
             try:
                 return request(self.kept.ids(positions, view))
             except SamplesMissing as error:
                 self.kept.send(positions[error.places], view)
-        return request(self.kept.ids(positions, view))
+        return request(self.outputs.smashed(positions, view))
 
 
 @dataclass

@@ -260,3 +260,18 @@ def test_what_an_earlier_process_has_left_is_removed(tmp_path: Path) -> None:
     assert (files(tmp_path / "samples"), kept(again, A)) == ([], [])
     again.close()
     assert not (tmp_path / "samples").exists()
+
+
+def test_a_full_disk_costs_samples_and_nothing_else(
+    make: MakeStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def full(*_args: object, **_more: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("split_server.samples.mmap.mmap", full)
+    store = make(memory=60, disk=PLENTY)
+    put(store, A, range(12))
+    assert store.memory_bytes <= 60
+    assert store.disk_bytes == 0
+    assert files(tmp_path / "samples-0") == []
+    assert_whole(take(store, A, [11]), A, [11])
