@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 DATA   ?= digits
 
-.PHONY: help run test lint format bench clean
+.PHONY: help run test coverage lint format bench clean
 
 help:  ## Show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -23,7 +23,10 @@ $(STAMP): pyproject.toml constraints.txt
 run: $(STAMP)  ## Tune with one server and four devices here (DATA=digits | fashion-mnist)
 	@$(BIN)/sfprompt-bench run --data $(DATA) $(ARGS)
 
-test: $(STAMP)  ## All tests, with coverage
+test: $(STAMP)  ## All tests, a worker for each core
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+
+coverage: $(STAMP)  ## The same, one after the other, with coverage
 	@$(BIN)/python -m pytest --cov --cov-report=term:skip-covered $(ARGS)
 
 lint: $(STAMP)  ## Lint, format check, types
@@ -35,8 +38,8 @@ format: $(STAMP)  ## Format and fix what can be fixed
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-bench: $(STAMP)  ## Accuracy on Fashion-MNIST beside centralised tuning and a linear probe
-	@$(BIN)/sfprompt-bench accuracy $(ARGS)
+bench: $(STAMP)  ## Traffic and accuracy from the paper's form to the default, in minutes
+	@$(BIN)/sfprompt-bench traffic --quick $(ARGS)
 
 clean:  ## Remove the environment and everything that was made
 	rm -rf $(VENV) *.egg-info build dist .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis
