@@ -101,7 +101,7 @@ def encode_frame(
     meta: Mapping[str, Any],
     tensors: Mapping[str, tuple[Tensor, str]],
     limits: FrameLimits = DEFAULT_LIMITS,
-    generator: torch.Generator | None = None,
+    at_random: Mapping[str, torch.Generator] | None = None,
 ) -> list[memoryview]:
     """The pieces of a frame, to be written one after the other: nothing is joined.
 
@@ -113,7 +113,7 @@ def encode_frame(
         meta: what msgpack can hold: text, numbers, booleans, None, lists and maps of these.
         tensors: by name, the tensor (any shape) and the name of the codec to send it with.
         limits: of the header; what `decode_frame` would refuse there is not sent at all.
-        generator: where given, codecs that round do so at random by it.
+        at_random: tensors whose codec, if it rounds, does so at random by this generator.
 
     Raises:
         UnknownCodec: no such codec.
@@ -124,7 +124,7 @@ def encode_frame(
     specs: list[dict[str, Any]] = []
     payload: list[memoryview] = []
     for name, (tensor, codec) in tensors.items():
-        buffers = codec_named(codec).encode(tensor, generator)
+        buffers = codec_named(codec).encode(tensor, (at_random or {}).get(name))
         sizes = tuple(buffer.nbytes for buffer in buffers)
         specs.append(TensorSpec(name, codec, tuple(tensor.shape), sizes).to_wire())
         payload.extend(buffers)

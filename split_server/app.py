@@ -18,7 +18,8 @@ from split_server.bodies import Bodies
 from split_server.clock import Clock
 from split_server.credentials import Credentials, load_operator_token, load_secret
 from split_server.devices import choose_placement
-from split_server.engine import Engine, EngineLimits, LocalEngine
+from split_server.engine import Engine, EngineLimits
+from split_server.local_engine import LocalEngine
 from split_server.meter import Meter
 from split_server.notifier import Notifier
 from split_server.presence import Presence

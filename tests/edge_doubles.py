@@ -295,11 +295,11 @@ class BodyServer:
         kind: str,
         meta: Mapping[str, Any],
         tensors: Mapping[str, tuple[Tensor, str]],
-        generator: torch.Generator | None = None,
+        at_random: Mapping[str, torch.Generator] | None = None,
     ) -> Frame:
         assert path == f"/v1/split/{kind}"
         assert not any(tensor.requires_grad for tensor, _ in tensors.values())
-        sent = _over_the_wire(kind, meta, tensors, generator)
+        sent = _over_the_wire(kind, meta, tensors, at_random)
         self.calls.append(kind)
         answers = {"forward": self.forward, "backward": self.backward, "infer": self.infer}
         (tensor,) = sent.tensors().values()
@@ -332,6 +332,6 @@ def _over_the_wire(
     kind: str,
     meta: Mapping[str, Any],
     tensors: Mapping[str, tuple[Tensor, str]],
-    generator: torch.Generator | None = None,
+    at_random: Mapping[str, torch.Generator] | None = None,
 ) -> Frame:
-    return decode_frame(join_frame(encode_frame(kind, meta, tensors, generator=generator)))
+    return decode_frame(join_frame(encode_frame(kind, meta, tensors, at_random=at_random)))

@@ -16,7 +16,8 @@ from split_model import SplitSettings
 from split_model.libraries import timm
 from split_server.bodies import Bodies, BodyKey
 from split_server.devices import choose_placement
-from split_server.engine import EngineLimits, ExchangeJob, LocalEngine
+from split_server.engine import EngineLimits, ExchangeJob
+from split_server.local_engine import LocalEngine
 from split_server.sessions import SessionPlan
 from tests.server_doubles import SMALL, FakeTime
 

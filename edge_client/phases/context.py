@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from edge_client.data import BatchReader, shuffled
@@ -70,6 +71,13 @@ class RoundContext:
     def seed(self, purpose: str) -> int:
         """A seed for one purpose in this round of this participant."""
         return derive_seed(self.run.seed, purpose, self.participant, self.round)
+
+    def noise(self, step: int) -> torch.Generator | None:
+        """What rounds a step's gradients at random, if the run asks for it."""
+        if not self.run.wire.stochastic_rounding:
+            return None
+        seed = derive_seed(self.run.seed, "rounding", self.participant, self.round, step)
+        return torch.Generator().manual_seed(seed)
 
     def batches(self, purpose: str, kept: Tensor, epochs: int) -> Iterator[tuple[int, Tensor]]:
         """(epoch, sample positions [b]) over ``kept`` [n], shuffled anew in every epoch."""

@@ -64,7 +64,8 @@ def _train_with_prompts_at_the_input(
         images, labels = context.samples.images.read(positions, epoch=seen)
         samples = [(position, view) for position in positions.tolist()]
         optimizer.zero_grad()
-        loss = _step(context, plane, samples, images, labels, f"{name}.{step}")
+        noise = context.noise(step)
+        loss = _step(context, plane, samples, images, labels, f"{name}.{step}", noise)
         optimizer.step()
         batches.count(epoch, loss, len(positions))
     return Trained(batches.mean_loss)
@@ -77,6 +78,7 @@ def _step(
     images: Tensor,
     labels: Tensor,
     name: str,
+    noise: torch.Generator | None,
 ) -> float:
     """Leave the gradients of one batch in prompts and tail, and return its mean loss."""
     model = context.model
@@ -87,15 +89,21 @@ def _step(
         try:
             features, decoded = _forward(context, plane, samples, smashed.detach(), step)
             loss, gradients = _through_the_tail(model, features, labels)
-            shape = tuple(smashed.shape)
-            returned = plane.backward(gradients, step=step, round_=context.round, smashed=shape)
+            if not smashed.requires_grad:
+                return loss  # no prompts to tune: nobody needs the gradient of the smashed data
+            returned = plane.backward(
+                gradients,
+                step=step,
+                round_=context.round,
+                smashed=tuple(smashed.shape),
+                noise=noise,
+            )
             break
         except (SamplesMissing, StepLost):
             if sending == _SENDINGS - 1:
                 raise
-    if smashed.requires_grad:
-        # Straight through: what the codecs have changed is taken for what was sent.
-        smashed.backward(_corrected(context, returned, smashed.detach(), decoded))
+    # Straight through: what the codecs have changed is taken for what was sent.
+    smashed.backward(_corrected(context, returned, smashed.detach(), decoded))
     return loss
 
 
@@ -162,7 +170,7 @@ def _train_with_prompts_at_the_cut(
         sent = gradients
 
         def request(batch: Tensor, step: int = step, sent: Tensor | None = sent) -> Tensor | None:
-            return plane.exchange(meta(step), sent, batch)
+            return plane.exchange(meta(step), sent, batch, context.noise(step))
 
         view = context.view(context.run.training.local_epochs + epoch)
         features = samples.with_batch(positions, view, request)
@@ -173,7 +181,7 @@ def _train_with_prompts_at_the_cut(
         loss, gradients = _through_the_tail(model, features, labels)
         optimizer.step()
         batches.count(epoch, loss, len(positions))
-    plane.exchange(meta(batches.steps), gradients, None)
+    plane.exchange(meta(batches.steps), gradients, None, context.noise(batches.steps))
     return Trained(batches.mean_loss, session)
 
 

@@ -175,13 +175,13 @@ class Server:
         kind: str,
         meta: Mapping[str, Any],
         tensors: Mapping[str, tuple[Tensor, str]],
-        generator: torch.Generator | None = None,
+        at_random: Mapping[str, torch.Generator] | None = None,
     ) -> Frame:
         """One frame up to a path of the split plane, one down.
 
-        ``generator`` rounds at random, where it is given and a codec rounds.
+        ``at_random`` names tensors whose codec is to round by a generator.
         """
-        pieces = encode_frame(kind, meta, tensors, generator=generator)
+        pieces = encode_frame(kind, meta, tensors, at_random=at_random)
         return decode_frame(_body(self._call("POST", path, pieces, media=FRAME_MEDIA_TYPE)))
 
     # What every request goes through

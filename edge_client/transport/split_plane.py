@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +12,6 @@ from edge_client.transport.server import Server
 from protocol.errors import MalformedFrame, SFPromptError
 from protocol.frames import Frame, require_kind
 from protocol.messages import SAMPLE_ID_BYTES, ExchangeMeta
-from protocol.seeds import derive_seed
 from protocol.settings import RunSettings
 from protocol.traffic import (
     BACKWARD_PATH,
@@ -67,7 +65,6 @@ class SplitPlane:
     ) -> None:
         self._server = server
         self._wire = run.wire
-        self._seed = run.seed
         self.copies: Copies | None = None
         if run.wire.delta_smashed is not None:
             self.copies = Copies(
@@ -94,7 +91,13 @@ class SplitPlane:
         return _tensor(reply, "features", (len(batch), *self._features))
 
     def backward(
-        self, gradients: Tensor, *, step: str, round_: int, smashed: tuple[int, ...]
+        self,
+        gradients: Tensor,
+        *,
+        step: str,
+        round_: int,
+        smashed: tuple[int, ...],
+        noise: torch.Generator | None = None,
     ) -> Tensor:
         """The gradient [B, T, D] of a step's smashed data, from that of its features.
 
@@ -102,20 +105,27 @@ class SplitPlane:
             gradients: [B, T', D].
             step, round_: as in the step's `forward`.
             smashed: the shape of what comes back.
+            noise: rounds the gradients at random, where their codec rounds.
         """
         reply = self._server.ask(
             BACKWARD_PATH,
             "backward",
             {"step": step, "round": round_},
             {"gradients": (gradients, self._wire.gradients)},
-            self._noise(step),
+            _rounding(noise),
         )
         return _tensor(reply, "gradients", smashed)
 
     def exchange(
-        self, meta: ExchangeMeta, gradients: Tensor | None, batch: Tensor | None
+        self,
+        meta: ExchangeMeta,
+        gradients: Tensor | None,
+        batch: Tensor | None,
+        noise: torch.Generator | None = None,
     ) -> Tensor | None:
         """The gradients [B, T', D] of the last batch up; features [B, T', D] of the next one down.
+
+        ``noise`` rounds the gradients at random, where their codec rounds.
 
         Raises:
             SamplesMissing: keep them first, then send the same again.
@@ -126,8 +136,8 @@ class SplitPlane:
             tensors["gradients"] = (gradients, self._wire.gradients)
         if batch is not None:
             tensors |= self._batch(batch)
-        noise = self._noise(f"{meta.session}/{meta.number}")
-        reply = self._server.ask(EXCHANGE_PATH, "exchange", meta.model_dump(), tensors, noise)
+        rounding = _rounding(noise)
+        reply = self._server.ask(EXCHANGE_PATH, "exchange", meta.model_dump(), tensors, rounding)
         if batch is None:
             require_kind(reply, "features")
             return None
@@ -160,10 +170,9 @@ class SplitPlane:
             return {"ids": (batch.reshape(-1, SAMPLE_ID_BYTES), "uint8")}
         return {"smashed": (batch, self._wire.smashed)}
 
-    def _noise(self, *purpose: Any) -> torch.Generator | None:
-        if not self._wire.stochastic_rounding:
-            return None
-        return torch.Generator().manual_seed(derive_seed(self._seed, "rounding", *purpose))
+
+def _rounding(noise: torch.Generator | None) -> dict[str, torch.Generator]:
+    return {} if noise is None else {"gradients": noise}
 
 
 def _require_kept(reply: Frame, named: int) -> None:

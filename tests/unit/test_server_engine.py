@@ -26,7 +26,8 @@ from split_model import Body
 from split_server import compute
 from split_server.bodies import Bodies, BodyKey
 from split_server.devices import choose_placement
-from split_server.engine import BackwardJob, EngineLimits, ForwardJob, InferJob, LocalEngine
+from split_server.engine import BackwardJob, EngineLimits, ForwardJob, InferJob
+from split_server.local_engine import LocalEngine
 from split_server.steps import StepKey
 from tests.server_doubles import SPLIT, TOKENS, WIDTH, FakeTime, run_settings, smashed
 

@@ -20,7 +20,7 @@ from protocol.errors import (
     WrongShape,
 )
 from split_server import compute
-from split_server.engine import LocalEngine
+from split_server.local_engine import LocalEngine
 from tests.exchange_doubles import (
     BATCHES,
     DEPTHS,
