@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from edge_client.data import BatchReader
-from split_model import Head, needed_tokens
+from split_model import Head, for_the_tail, needed_tokens
 
 # Matrix products of another size may differ in their last bit. A head that always sees as many
 # images gives a sample the same smashed data in whatever company it is asked for.
@@ -47,14 +47,14 @@ class HeadOutputs:
         images, _ = self._samples.read(positions, epoch=view)
         smashed = torch.cat([self._head(group)[:rows] for group, rows in _groups(images)])
         if view is None and len(self._known):
-            self._tokens[positions] = smashed[:, : self._tokens.shape[1]]
+            self._tokens[positions] = for_the_tail(self._head.settings, smashed)
             self._known[positions] = True
         return smashed
 
     def for_tail(self, positions: Tensor, view: int | None = None) -> Tensor:
         """What the tail reads of them, [B, T', D]; the head runs for those not known yet."""
         if view is not None or not len(self._known):
-            return self.smashed(positions, view)[:, : self._tokens.shape[1]]
+            return for_the_tail(self._head.settings, self.smashed(positions, view))
         unknown = positions[~self._known[positions]]
         if len(unknown):
             self.smashed(unknown)

@@ -33,7 +33,7 @@ from split_model.parts import (
 from split_model.prompts import initial_prompts, insert_prompts, prompt_shape
 from split_model.schedule import learning_rate_factor, make_optimizer, set_progress
 from split_model.settings import SplitSettings, SplitSettingsError
-from split_model.tail import Tail, needed_tokens
+from split_model.tail import Tail, for_the_tail, needed_tokens
 from split_model.tensor_file import TensorFileError
 from split_model.tuned_state import (
     TunedState,
@@ -80,6 +80,7 @@ __all__ = [
     "device_shapes",
     "difference",
     "export_model",
+    "for_the_tail",
     "head_names",
     "head_weights",
     "image_preparation",

@@ -41,6 +41,7 @@ class Anatomy:
     patches: int  # image tokens behind the cut
     family: str  # "plain", "rotary" (Eva) or "relative" (Beit)
     leading: int | None  # the first features that the tail reads; None: it reads them all
+    averaged: bool = False  # the tail reads the mean of the image tokens, before any norm
 
     @property
     def tokens(self) -> int:
@@ -143,7 +144,9 @@ def body_blocks(settings: SplitSettings) -> range:
 
 def _measure(model: Any) -> Anatomy:
     distilled = hasattr(model, "head_dist")
-    by_token = model.global_pool == "token" and getattr(model, "attn_pool", None) is None
+    plain_pool = getattr(model, "attn_pool", None) is None
+    by_token = model.global_pool == "token" and plain_pool
+    norm_follows = isinstance(model.norm, nn.Identity)
     return Anatomy(
         depth=len(model.blocks),
         width=int(model.embed_dim),
@@ -151,6 +154,7 @@ def _measure(model: Any) -> Anatomy:
         patches=int(model.patch_embed.num_patches),
         family=family_of(model) or "",
         leading=(2 if distilled else 1) if by_token else None,
+        averaged=model.global_pool == "avg" and plain_pool and norm_follows,
     )
 
 

@@ -28,8 +28,8 @@ class Tail(Part):
     def forward(self, features: Tensor) -> Tensor:
         """[B, T, D] to logits [B, C].
 
-        T is prefix + N, with or without P prompts, or just `leading` tokens. Prompts act by
-        attention only: they are dropped ahead of pooling. Raises `TokenCountError`.
+        T is prefix + N, with or without P prompts, or what `for_the_tail` leaves of them. Prompts
+        act by attention only: they are dropped ahead of pooling. Raises `TokenCountError`.
         """
         logits: Tensor = self.trunk.forward_head(self._normed(features))
         return logits
@@ -42,6 +42,9 @@ class Tail(Part):
     def _normed(self, features: Tensor) -> Tensor:
         if self.leading is not None and features.ndim == 3 and features.shape[1] == self.leading:
             tokens = features
+            if self.sizes.averaged:  # timm leaves the prefix out of the mean: any will do
+                empty = features.new_zeros(len(features), self.sizes.prefix, features.shape[2])
+                tokens = torch.cat([empty, features], dim=1)
         else:
             prompts = self.prompt_tokens(features, "features")
             tokens = self.run(features, prompts)
@@ -53,5 +56,21 @@ class Tail(Part):
 
 
 def needed_tokens(settings: SplitSettings) -> int | None:
-    """How many leading feature tokens the tail reads, or None where it reads them all."""
-    return None if settings.tail_blocks else anatomy(settings).leading
+    """How many tokens of the features the tail reads, or None where it reads them all.
+
+    They are the leading ones, or the one mean that `for_the_tail` makes of the image tokens.
+    """
+    sizes = anatomy(settings)
+    if settings.tail_blocks:
+        return None
+    return 1 if sizes.averaged else sizes.leading
+
+
+def for_the_tail(settings: SplitSettings, features: Tensor) -> Tensor:
+    """What the tail reads of features [B, T, D], [B, T', D], T' as `needed_tokens` says."""
+    count, sizes = needed_tokens(settings), anatomy(settings)
+    if count is None:
+        return features
+    if sizes.averaged:
+        return features[:, -sizes.patches :].mean(dim=1, keepdim=True)
+    return features[:, :count]

@@ -57,7 +57,8 @@ def run_forward(
         body: whose blocks to run.
         smashed: the leaf, where no prompts are given.
         prompts: [L, P, D] that join at the cut, and are then the leaf.
-        leading: how many of the features' tokens are wanted; None: all.
+        leading: whether all tokens of the features are wanted (None), or those so many that the
+            tail reads.
 
     Raises:
         WrongShape: no number of tokens or width that this body takes.
@@ -66,7 +67,7 @@ def run_forward(
     leaf = constant.requires_grad_(True) if prompts is None else prompts.detach().requires_grad_()
     counter = _SavedBytes(body)
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(counter.pack, _unpack):
-        features = _call(body, constant, None if prompts is None else leaf)[:, :leading]
+        features = _wanted(body, _call(body, constant, None if prompts is None else leaf), leading)
     # Prompts are their session's: what a step takes then grows with its batch and nothing else.
     return leaf, features, counter.nbytes + _nbytes(constant)
 
@@ -97,7 +98,7 @@ def run_inference(
         WrongShape: no number of tokens or width that this body takes.
     """
     with torch.inference_mode():
-        return _call(body, smashed, prompts)[:, :leading]
+        return _wanted(body, _call(body, smashed, prompts), leading)
 
 
 def _call(body: Body, smashed: Tensor, prompts: Tensor | None) -> Tensor:
@@ -108,6 +109,12 @@ def _call(body: Body, smashed: Tensor, prompts: Tensor | None) -> Tensor:
             str(error), field=error.field, limit=error.limit, value=list(error.value)
         ) from error
     return features
+
+
+def _wanted(body: Body, features: Tensor, leading: int | None) -> Tensor:
+    if leading is None or not body.sizes.averaged:
+        return features[:, :leading]
+    return split_model.for_the_tail(body.settings, features)
 
 
 class _SavedBytes:

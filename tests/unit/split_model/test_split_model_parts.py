@@ -16,6 +16,7 @@ from split_model import (
     build_body,
     build_head,
     build_tail,
+    for_the_tail,
     head_names,
     initial_prompts,
     prompt_shape,
@@ -202,3 +203,21 @@ def test_initial_prompts() -> None:
     before = torch.get_rng_state()
     initial_prompts(settings, 9)
     assert torch.equal(before, torch.get_rng_state())  # the global generator is left alone
+
+
+@pytest.mark.parametrize(
+    "name", ["vit_little_patch16_reg1_gap_256", "beitv2_base_patch16_224", "eva02_tiny_patch14_224"]
+)
+def test_the_mean_of_the_image_tokens_is_enough_where_the_tail_takes_it(name: str) -> None:
+    settings = reduced(name)
+    tail = build_tail(settings, random_model(settings).state_dict())
+    sizes, width = tail.sizes, tail.sizes.width
+    features = torch.randn(
+        2, sizes.tokens + 3, width, generator=torch.Generator().manual_seed(0), requires_grad=True
+    )
+    short = for_the_tail(settings, features)
+    assert short.shape == (2, 1, width)
+    assert difference(tail(short), tail(features)) <= 1e-6
+    (through_mean,) = torch.autograd.grad(tail(short).square().sum(), features)
+    (through_all,) = torch.autograd.grad(tail(features).square().sum(), features)
+    assert difference(through_mean, through_all) <= 1e-6
