@@ -80,11 +80,16 @@ def _run(name: str, form: Form, **more: object) -> RunSettings:
     )
 
 
+def _training(settings: RunSettings, **changes: object) -> RunSettings:
+    training = settings.training.model_copy(update=changes)
+    return settings.model_copy(update={"training": training})
+
+
 def _digits(form: Form) -> Preset:
-    return Preset(
-        data="digits",
-        settings=_run("digits", form, federation=FederationSettings(rounds=8)),
-    )
+    settings = _run("digits", form, federation=FederationSettings(rounds=8))
+    if form == "default":  # few images: all of them, in small steps
+        settings = _training(settings, keep_fraction=1.0, batch_size=8)
+    return Preset(data="digits", settings=settings)
 
 
 def _fashion_mnist(form: Form) -> Preset:
@@ -127,7 +132,8 @@ def traffic_preset(form: Form, *, quick: bool) -> Preset:
         preset = preset_named("fashion-mnist", form)
         federation = preset.settings.federation.model_copy(update={"evaluate_every": 10})
     else:
-        preset = replace(preset_named("digits", form), limit_train=400, limit_test=200)
-        federation = FederationSettings(rounds=3, evaluate_every=3)
+        preset = replace(preset_named("digits", form), limit_train=800, limit_test=200)
+        preset = replace(preset, settings=_training(preset.settings, keep_fraction=1.0))
+        federation = FederationSettings(rounds=4, evaluate_every=4)
     settings = preset.settings.model_copy(update={"federation": federation})
     return replace(preset, settings=settings)
