@@ -138,6 +138,9 @@ class WireSettings(Message):
     smashed: CodecName = "float32"
     features: CodecName = "float32"
     gradients: CodecName = "float32"
+    inference: CodecName = Field(
+        "float32", description="features of evaluation and prediction: rounding them costs accuracy"
+    )
     updates: CodecName = Field("float32", description="tail and prompts from a device")
     update_deltas: bool = Field(
         False, description="send a state as its change against the round's, both ways"

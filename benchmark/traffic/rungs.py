@@ -38,16 +38,14 @@ def ladder(paper: RunSettings, default: RunSettings) -> list[Rung]:
     }
     lean = _changed(paper, {"wire": half | {"pooled_features": True}})
     cut = _changed(paper, at_the_cut)
-    small = _changed(cut, {"wire": {"smashed": wire.smashed}})
     return [
         Rung("paper", "the paper's form: four tensors a step, all tokens, float32", paper),
         Rung("lean legs", "the same in bfloat16, features only as far as the tail reads", lean),
         Rung("at the cut", "prompts in the body, tuned there; smashed data sent once", cut),
-        Rung("smashed", f"smashed data in {wire.smashed}", small),
         Rung(
             "default",
-            f"features in {wire.features}, gradients in {wire.gradients}, head in {wire.head}, "
-            f"updates in {wire.updates}",
+            f"smashed data in {wire.smashed}, features in {wire.features}, gradients in "
+            f"{wire.gradients}, head in {wire.head}, updates in {wire.updates}",
             default,
         ),
     ]

@@ -17,6 +17,7 @@ from torch import Tensor
 from protocol.errors import InvalidField, MalformedFrame
 from protocol.frames import Frame
 from protocol.messages import ExchangeMeta, SamplesMeta, StepMeta, parse_message
+from protocol.settings import WireSettings
 from protocol.traffic import (
     BACKWARD_PATH,
     EXCHANGE_PATH,
@@ -57,6 +58,10 @@ class Asked:
         return BodyKey.of(self.run.backbone_path, self.run.settings)
 
     @property
+    def wire(self) -> WireSettings:
+        return self.run.settings.wire
+
+    @property
     def leading(self) -> int | None:
         """How many tokens of the features the run wants back; None: all."""
         if not self.run.settings.wire.pooled_features:
@@ -95,7 +100,7 @@ def read_forward(desk: Desk, asked: Asked) -> Work | Reply:
         return _missing(smashed)
     key = StepKey(asked.run.id, asked.member.id, meta.step)
     job = ForwardJob(key, asked.body, smashed, asked.fingerprint, asked.leading)
-    return _work(partial(desk.engine.forward, job), asked, "features", meta.model_dump())
+    return _work(partial(desk.engine.forward, job), "features", asked.wire.features, meta)
 
 
 def read_backward(desk: Desk, asked: Asked) -> Work:
@@ -104,7 +109,7 @@ def read_backward(desk: Desk, asked: Asked) -> Work:
     gradients = _gradients(desk, asked)
     key = StepKey(asked.run.id, asked.member.id, meta.step)
     job = BackwardJob(key, asked.body, gradients, asked.fingerprint)
-    return _work(partial(desk.engine.backward, job), asked, "gradients", meta.model_dump())
+    return _work(partial(desk.engine.backward, job), "gradients", asked.wire.gradients, meta)
 
 
 def read_exchange(desk: Desk, asked: Asked) -> Work | Reply:
@@ -134,7 +139,7 @@ def read_exchange(desk: Desk, asked: Asked) -> Work | Reply:
         fingerprint=asked.fingerprint,
         leading=asked.leading,
     )
-    return _work(partial(desk.engine.exchange, job), asked, "features", meta.model_dump())
+    return _work(partial(desk.engine.exchange, job), "features", asked.wire.features, meta)
 
 
 def read_infer(desk: Desk, asked: Asked) -> Work | Reply:
@@ -147,7 +152,7 @@ def read_infer(desk: Desk, asked: Asked) -> Work | Reply:
     if (held := asked.run.prompts) is not None:
         prompts = read_prompts(desk.files(asked.run.id).state(held.sha256))
     job = InferJob(asked.body, found, prompts, asked.leading)
-    return _work(partial(desk.engine.infer, job), asked, "features", meta.model_dump())
+    return _work(partial(desk.engine.infer, job), "features", asked.wire.inference, meta)
 
 
 def read_samples(desk: Desk, asked: Asked) -> Reply:
@@ -177,14 +182,12 @@ READERS: Final[Mapping[str, tuple[str, Reader]]] = {  # by path: the frame's kin
 
 
 def _work(
-    compute: Callable[[], Awaitable[Tensor]], asked: Asked, name: str, meta: Mapping[str, Any]
+    compute: Callable[[], Awaitable[Tensor]], name: str, codec: str, meta: StepMeta | ExchangeMeta
 ) -> Work:
-    wire = asked.run.settings.wire
-    codec = wire.gradients if name == "gradients" else wire.features
-
     async def work() -> Reply:
         answer = await compute()
-        return Reply(name, meta, {name: (answer, codec)} if answer.numel() else {})
+        tensors = {name: (answer, codec)} if answer.numel() else {}
+        return Reply(name, meta.model_dump(), tensors)
 
     return work
 

@@ -135,7 +135,7 @@ class _Traffic:
     def evaluation_down(self) -> int:
         if not self._evaluates():
             return 0
-        return self._samples(self.wire.features, self.question.test_samples, self.shapes.features)
+        return self._samples(self.wire.inference, self.question.test_samples, self.shapes.features)
 
     def _evaluates(self) -> bool:
         return self.question.settings.federation.evaluate_every > 0
