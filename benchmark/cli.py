@@ -32,7 +32,9 @@ from benchmark.traffic import (
 )
 from edge_client.data import DataError
 from protocol.errors import SFPromptError
+from protocol.messages import parse_message
 from protocol.settings import RunSettings
+from split_server.model_files import model_errors
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -222,8 +224,9 @@ def estimate(
     values["federation"] |= {"rounds": rounds, "evaluate_every": 0}
     if keep_fraction is not None:
         values["training"]["keep_fraction"] = keep_fraction
-    question = Question(RunSettings.model_validate(values), samples, local_epochs=local_epochs)
-    costs = calculate(question)
+    question = Question(parse_message(RunSettings, values), samples, local_epochs=local_epochs)
+    with model_errors():
+        costs = calculate(question)
     Console().print(estimate_table(question, costs))
     if json_file is not None:
         json_file.write_text(json.dumps(estimate_report(question, costs), indent=2) + "\n")
@@ -240,7 +243,7 @@ def _adjusted(
         values["federation"]["rounds"] = rounds
     if keep is not None:
         values["training"]["keep_fraction"] = keep
-    return RunSettings.model_validate(values)
+    return parse_message(RunSettings, values)
 
 
 def main() -> None:

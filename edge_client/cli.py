@@ -21,6 +21,7 @@ from rich.table import Table
 from edge_client.data import (
     Dataset,
     Part,
+    by_content,
     cache_dir,
     limit_per_set,
     load_dataset,
@@ -257,13 +258,13 @@ def _own_data(
     names = run.settings.class_names
     whole = load_dataset(source, held_out=held_out, seed=seed, class_names=names)
     whole = limit_per_set(whole, train=limit_train, test=limit_test, seed=seed)
-    if part is None:
-        return whole
-    mine = Part.parse(part)
-    return Dataset(
-        whole.train.subset(mine.take(whole.train.labels, partition, seed)),
-        whole.test.subset(mine.take(whole.test.labels, "iid", seed)),
-    )
+    if part is not None:
+        mine = Part.parse(part)
+        whole = Dataset(
+            whole.train.subset(mine.take(whole.train.labels, partition, seed)),
+            whole.test.subset(mine.take(whole.test.labels, "iid", seed)),
+        )
+    return by_content(whole)
 
 
 def _prediction_table() -> Table:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy as copy
 from pathlib import Path
 
 from torch import Tensor
@@ -11,7 +12,7 @@ from edge_client.blob_cache import BlobCache
 from edge_client.transport import Server
 from protocol.codecs import codec_named
 from protocol.codecs.feedback import ErrorFeedback
-from protocol.errors import NotFound
+from protocol.errors import MalformedFrame, NotFound
 from protocol.frames import require_kind
 from protocol.messages import BlobRef, UpdateMeta
 from protocol.settings import WireSettings
@@ -37,6 +38,8 @@ class GlobalStates:
         self._wire = wire
         self._files = files
         self._feedback = ErrorFeedback()
+        self._feedback_before = ErrorFeedback()
+        self._sent_against: str | None = None
         self._held: tuple[BlobRef, TunedState] | None = None
 
     def fetch(self, ref: BlobRef) -> Path:
@@ -49,7 +52,13 @@ class GlobalStates:
                 made = self._from_delta(ref) or b""
             return made[start:] if made else self._server.state(self._run, ref, start)
 
-        path = self._files.fetch(ref, download)
+        try:
+            path = self._files.fetch(ref, download)
+        except MalformedFrame:
+            if not made:
+                raise
+            # What this device makes of a change is not what the server made of it.
+            path = self._files.fetch(ref, lambda start: self._server.state(self._run, ref, start))
         if self._wire.update_deltas:
             self._held = (ref, load_state(path))
         return path
@@ -66,6 +75,9 @@ class GlobalStates:
             self._server.send_update(self._run, meta, state, codec)
             return
         base, old = self._held
+        if base.sha256 == self._sent_against:  # the round is repeated: its first update is void
+            self._feedback = copy(self._feedback_before)
+        self._feedback_before = copy(self._feedback)
         corrected = {
             name: self._feedback.correct(name, change)
             for name, change in difference(state, old).items()
@@ -75,6 +87,7 @@ class GlobalStates:
         for name, value in corrected.items():
             buffers = codec_named(codec).encode(value)
             self._feedback.keep(name, value, codec_named(codec).decode(buffers, value.shape))
+        self._sent_against = base.sha256
 
     def _from_delta(self, ref: BlobRef) -> bytes | None:
         """The state's file, made from the one that is here; None: it has to come whole."""
@@ -86,4 +99,8 @@ class GlobalStates:
         except NotFound:
             return None
         require_kind(frame, "delta")
+        if {name: spec.shape for name, spec in frame.specs.items()} != {
+            name: tuple(tensor.shape) for name, tensor in old.items()
+        }:
+            raise MalformedFrame("a change has other tensors than the state", field="tensors")
         return state_bytes(applied(old, frame.tensors()))

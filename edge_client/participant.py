@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from edge_client.head_outputs import HeadOutputs
 from edge_client.identity import device_secret
 from edge_client.kept_samples import KeptSamples
 from edge_client.phases import (
+    Diverged,
     RoundContext,
     Samples,
     evaluate,
@@ -36,7 +38,7 @@ from protocol.messages import (
 from protocol.seeds import derive_seed
 
 _POLL_S = 20.0
-_BEGINNINGS = 5  # of one round, before the loss of a session is reported as an error
+_BEGINNINGS = 5  # of one round, before this device leaves it to the others
 
 
 @dataclass
@@ -148,14 +150,23 @@ class Participant:
 
     def _train_until_counted(self, assignment: Assignment) -> None:
         """Train a round, and from its start again where the server has lost its part of it."""
-        for beginning in range(1, _BEGINNINGS + 1):
+        for _ in range(_BEGINNINGS):
             try:
                 self._train_round(assignment)
                 return
+            except Diverged as error:
+                self._decline(assignment, str(error))
+                return
             except StepLost as error:
-                if beginning == _BEGINNINGS:
-                    raise
                 self.reporter.event("begun-anew", round=assignment.round, reason=str(error))
+        self._decline(assignment, f"{_BEGINNINGS} times the server has lost its part of the round")
+
+    def _decline(self, assignment: Assignment, reason: str) -> None:
+        """Say that nothing comes from this device in this round, so that nobody waits for it."""
+        self.reporter.event("declined", round=assignment.round, reason=reason)
+        meta = UpdateMeta(round=assignment.round, attempt=assignment.attempt, samples=0)
+        self._take_state(assignment)  # nothing that has diverged is sent
+        self._states.send(meta, self.model.state())
 
     def _train_round(self, assignment: Assignment) -> None:
         started, before = time.monotonic(), self.server.traffic()
@@ -202,7 +213,13 @@ class Participant:
             self._test,
             round_=assignment.round,
             advance=self.reporter.advance,
+            state=assignment.state.sha256,
         )
+        if not math.isfinite(measured.loss_sum):
+            self.reporter.event(
+                "left-behind", round=assignment.round, reason="the global state has diverged"
+            )
+            return
         report = EvaluationReport(
             round=assignment.round,
             attempt=assignment.attempt,

@@ -111,6 +111,7 @@ class Predictor:
         model = self._model
         smashed = model.head(images, model.prompts)
         step = f"predict.{start}"
-        features = self._plane.infer(smashed, step=step, round_=self._run.round)
+        run = self._run
+        features = self._plane.infer(smashed, step=step, round_=run.round, state=run.state.sha256)
         logits: torch.Tensor = model.tail(features)
         return logits.softmax(dim=1)

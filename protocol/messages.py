@@ -12,6 +12,7 @@ from protocol.errors import FieldValue, InvalidField
 from protocol.settings import Message, RunSettings, Text
 
 __all__ = [
+    "MAX_LOSS",
     "SAMPLE_ID_BYTES",
     "Assignment",
     "BlobRef",
@@ -20,8 +21,10 @@ __all__ = [
     "EvaluationReport",
     "Event",
     "ExchangeMeta",
+    "InferMeta",
     "JoinRequest",
     "JoinResponse",
+    "Loss",
     "ParticipantView",
     "Results",
     "RoundStatus",
@@ -44,6 +47,8 @@ Seconds = Annotated[float, Field(ge=0)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 StepId = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9._-]+$")]
 SAMPLE_ID_BYTES = 16  # of a sample that the server keeps
+MAX_LOSS = 1e9  # of one sample; more is no loss but a model that has diverged
+Loss = Annotated[float, Field(ge=0, le=MAX_LOSS)]
 BytesByPhase = dict[str, dict[str, int]]
 
 
@@ -189,8 +194,8 @@ class UpdateMeta(Message):
     samples: Count  # kept samples, the weight of the update
     base: Sha256 | None = None  # the state that the tensors are changes of; None: whole ones
     session: StepId | None = None  # whose prompts on the server belong to the update
-    train_loss: float | None = None
-    local_loss: float | None = None
+    train_loss: Loss | None = None
+    local_loss: Loss | None = None
 
 
 class UpdateReceipt(Message):
@@ -221,6 +226,12 @@ class StepMeta(Message):
 
     step: StepId
     round: Count
+
+
+class InferMeta(StepMeta):
+    """The meta part of an inference. With ``state``, only that global state may answer."""
+
+    state: Sha256 | None = None
 
 
 class ExchangeMeta(Message):

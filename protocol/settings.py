@@ -208,12 +208,6 @@ class RunSettings(Message):
         return self
 
     @model_validator(mode="after")
-    def _prompts_at_the_cut_are_there(self) -> RunSettings:
-        if self.model.prompt_at == "cut" and self.model.prompt_count == 0:
-            raise ValueError("model.prompt_at = cut needs a model.prompt_count of at least 1")
-        return self
-
-    @model_validator(mode="after")
     def _kept_smashed_data_are_constant(self) -> RunSettings:
         if not self.wire.keep_smashed:
             return self
@@ -247,4 +241,13 @@ class RunSettings(Message):
                     f"wire.delta_smashed needs codecs that can be taken apart by samples, not "
                     f"wire.{name} = {getattr(wire, name)}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _what_is_left_out_is_a_change(self) -> RunSettings:
+        if self.wire.updates.startswith("topk") and not self.wire.update_deltas:
+            raise ValueError(
+                "wire.updates = topk needs wire.update_deltas: of whole states it would set most "
+                "numbers to 0"
+            )
         return self

@@ -75,4 +75,4 @@ def weighted_mean(values: Iterable[tuple[float | None, int]]) -> float | None:
     """The mean of those values that are there, weighted; None if none is."""
     present = [(value, weight) for value, weight in values if value is not None and weight > 0]
     total = sum(weight for _, weight in present)
-    return sum(value * weight for value, weight in present) / total if total else None
+    return sum(value * (weight / total) for value, weight in present) if total else None

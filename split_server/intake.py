@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import lru_cache
 
@@ -10,12 +11,15 @@ from torch import Tensor
 
 import split_model
 from protocol.codecs import codec_named
-from protocol.errors import EmptyUpdate, InvalidField, NonFinite, WrongShape
+from protocol.errors import EmptyUpdate, InvalidField, NonFinite, TooLarge, WrongShape
 from protocol.frames import Frame
-from protocol.messages import BlobRef, EvaluationReport, UpdateMeta
+from protocol.limits import DEFAULT_LIMITS
+from protocol.messages import MAX_LOSS, BlobRef, EvaluationReport, UpdateMeta
 from protocol.settings import BackboneSettings
 from split_model import SplitSettings
 from split_server.snapshot import Member
+
+_FLOAT_BYTES = 4
 
 
 @lru_cache(maxsize=64)
@@ -101,9 +105,19 @@ def read_floats(frame: Frame, name: str) -> Tensor:
         NonFinite: it holds NaN or infinity.
     """
     plain = read_tensor(frame, name).to(torch.float32)
-    if not bool(torch.isfinite(plain).all()):
-        raise NonFinite("a tensor holds NaN or infinity", field=name)
+    require_finite({name: plain})
     return plain
+
+
+def require_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse NaN and infinity.
+
+    Raises:
+        NonFinite: naming the tensor.
+    """
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise NonFinite("a tensor holds NaN or infinity", field=name)
 
 
 def read_tensor(frame: Frame, name: str, device: torch.device | str = "cpu") -> Tensor:
@@ -181,7 +195,25 @@ def _read_tokens(
             value=shape,
         )
     check_batch(shape[0], most, name)
+    check_decoded(math.prod(shape), name)
     return read_tensor(frame, name, device)
+
+
+def check_decoded(elements: int, name: str) -> None:
+    """Refuse what is small on the wire and large in memory.
+
+    Raises:
+        TooLarge: it is over what one frame may hold.
+    """
+    limit = DEFAULT_LIMITS.max_frame_bytes
+    if elements * _FLOAT_BYTES > limit:
+        raise TooLarge(
+            "a tensor is too large once it is decoded",
+            field=name,
+            limit=limit,
+            value=elements * _FLOAT_BYTES,
+            hint="send fewer samples in a request",
+        )
 
 
 def check_batch(samples: int, most: int | None, name: str) -> None:
@@ -212,7 +244,10 @@ def check_report(report: EvaluationReport, member: Member) -> None:
             limit=member.test_samples,
             value=report.samples,
         )
-    if report.loss_sum < 0:
+    if not 0 <= report.loss_sum <= MAX_LOSS * report.samples:
         raise InvalidField(
-            "a sum of losses is not negative", field="loss_sum", limit=0, value=report.loss_sum
+            "a sum of losses is not negative, and no loss is that large",
+            field="loss_sum",
+            limit=[0, MAX_LOSS * report.samples],
+            value=report.loss_sum,
         )

@@ -198,6 +198,8 @@ class LocalEngine:
             _require_same(step.fingerprint, job.fingerprint, job.key)
             return step.answer
         if job.number == 0:
+            if self._sessions.is_under_way(job.run, job.participant, job.session):
+                raise lost_session(job.session)  # a late repeat must not begin it anew
             return None
         session = self._sessions.get(job.run, job.participant, job.session)
         done = job.number == job.steps == session.applied

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 from torch import Tensor
 
+from protocol.codec_names import LOSSLESS_SUFFIX, is_row_wise
+from protocol.errors import InvalidField
 from protocol.frames import decode_frame, encode_frame, join_frame
 from protocol.settings import RunSettings
 from split_model import applied, difference
 from split_server.states import PROMPTS, RunFiles, StateRefs, write_durably
+
+log = logging.getLogger(__name__)
 
 
 def publish(
@@ -26,15 +31,24 @@ def publish(
     held = {PROMPTS} if placement == "cut" else set()
     old = files.read_state(StateRefs(base.device))
     change = difference({k: v for k, v in average.items() if k not in held}, old)
-    frame = join_frame(
-        encode_frame(
-            "delta",
-            {"base": base.device.sha256},
-            {name: (tensor, settings.wire.updates) for name, tensor in change.items()},
-        )
-    )
+    codec = _codec_down(settings.wire.updates)
+    tensors = {name: (tensor, codec) for name, tensor in change.items()}
+    try:
+        frame = join_frame(encode_frame("delta", {"base": base.device.sha256}, tensors))
+    except InvalidField as error:  # a change beyond the codec's range: devices take the file
+        log.warning("a global state is published whole: %s", error)
+        return files.write_state(average, placement)
     new = applied(old, decode_frame(frame).tensors())
     new |= {name: average[name] for name in held if name in average}
     refs = files.write_state(new, placement)
+    files.drop_deltas()
     write_durably(files.delta(refs.device.sha256, base.device.sha256), bytes(frame))
     return refs
+
+
+def _codec_down(updates: str) -> str:
+    """The codec of changes to devices: that of updates, unless it leaves most of a tensor out.
+
+    A device adds what was left out of one update to its next. Nobody does so on the way down.
+    """
+    return updates if is_row_wise(updates.removesuffix(LOSSLESS_SUFFIX)) else "float16"

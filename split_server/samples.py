@@ -80,7 +80,7 @@ class _Segment:
     owner: Owner
     path: Path
     nbytes: int
-    ids: list[bytes]
+    ids: set[bytes]
 
 
 @dataclass
@@ -271,7 +271,7 @@ class SampleStore:
         if record.segment is None:
             self.memory_bytes -= record.form.nbytes
         else:
-            record.segment.ids.remove(name)
+            record.segment.ids.discard(name)
             if not record.segment.ids:
                 self._unlink(record.segment)
 
@@ -318,7 +318,7 @@ class SampleStore:
             path.unlink(missing_ok=True)
             log.warning("samples could not be moved to disk and are forgotten: %s", error)
             return False
-        segment = _Segment(owner, path, mapped.nbytes, [name for name, _ in chosen])
+        segment = _Segment(owner, path, mapped.nbytes, {name for name, _ in chosen})
         self._segments[segment] = None
         self.disk_bytes += segment.nbytes
         start = 0

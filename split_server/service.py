@@ -280,6 +280,7 @@ class Federation(Runs):
                 tensors = intake.read_update(frame, run.settings.model)
                 if meta.base is not None:
                     tensors = applied(read_tensors(self.files(run_id).state(meta.base)), tensors)
+                    intake.require_finite(tensors)
                 if held is not None:
                     tensors |= held()
             except (EmptyUpdate, NonFinite, WrongShape) as error:

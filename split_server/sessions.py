@@ -114,6 +114,11 @@ class Sessions:
             raise lost_session(name)
         return session
 
+    def is_under_way(self, run: str, participant: str, name: str) -> bool:
+        """Whether the session of this name has taken gradients in already."""
+        session = self._sessions.get((run, participant))
+        return session is not None and session.name == name and session.applied > 0
+
     def drop(self, run: str, participant: str | None = None) -> None:
         for key in [k for k in self._sessions if k[0] == run and participant in (None, k[1])]:
             del self._sessions[key]

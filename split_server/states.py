@@ -65,6 +65,11 @@ class RunFiles:
         """A frame that takes the state ``base`` to the one named first, as a device holds them."""
         return self.root / "states" / f"{sha256}.from.{base}.frame"
 
+    def drop_deltas(self) -> None:
+        """Remove the ways to earlier states: devices that need one take the file."""
+        for path in (self.root / "states").glob("*.frame*"):
+            path.unlink(missing_ok=True)
+
     def read_state(self, refs: StateRefs) -> dict[str, Tensor]:
         """A whole global state, prompts and tail."""
         state = read_tensors(self.state(refs.device.sha256))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,8 @@ from benchmark.report import write_files
 from benchmark.traffic.rungs import Rung
 from protocol.settings import RunSettings
 from protocol.traffic import Phase
+
+_FIGURES = "rung.json"
 
 
 @dataclass(frozen=True)
@@ -97,9 +100,16 @@ def climb(rungs: Sequence[Rung], setting: Setting, folder: Path, console: Consol
 def _run(rung: Rung, seed: int, setting: Setting, folder: Path) -> dict[str, Any]:
     place = folder / f"{rung.name.replace(' ', '-')}-{seed}"
     settings = _seeded(rung.settings, seed, setting.devices)
-    known = _known(place / "result.json", settings)
+    what = {
+        "settings": settings.model_dump(mode="json"),
+        "devices": setting.devices,
+        "link": setting.link,
+        "images": [setting.preset.limit_train, setting.preset.limit_test],
+    }
+    known = _known(place / _FIGURES, what)
     if known is not None:
         return known
+    shutil.rmtree(place, ignore_errors=True)  # what an interrupted run has downloaded counts, too
     local = LocalRun(
         settings=settings,
         data=setting.preset.data,
@@ -113,15 +123,17 @@ def _run(rung: Rung, seed: int, setting: Setting, folder: Path) -> dict[str, Any
     )
     results, figures = local.execute(Console(quiet=True))
     write_files(results, figures, place)
+    (place / _FIGURES).write_text(json.dumps({"of": what, "figures": figures}, indent=2) + "\n")
     return figures
 
 
-def _known(file: Path, settings: RunSettings) -> dict[str, Any] | None:
-    """The figures of an earlier run with the very same settings."""
+def _known(file: Path, what: dict[str, Any]) -> dict[str, Any] | None:
+    """The figures of an earlier run of the very same setting."""
     if not file.is_file():
         return None
     found: dict[str, Any] = json.loads(file.read_text())
-    return found if found.get("settings") == settings.model_dump(mode="json") else None
+    figures: dict[str, Any] = found["figures"]
+    return figures if found["of"] == what else None
 
 
 def _seeded(settings: RunSettings, seed: int, devices: int) -> RunSettings:

@@ -1,4 +1,4 @@
-"""What is changed from rung to rung, each on top of the one before."""
+"""What is changed from rung to rung."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ class Rung:
 def ladder(paper: RunSettings, default: RunSettings) -> list[Rung]:
     """The rungs from the paper-faithful form of a run to its default form.
 
-    The first and the last are these two, untouched; those between take over part after part.
+    The first and the last are these two, untouched. Those between take over part after part, the
+    recipe of training together with the place of the prompts that it was found for.
     """
     wire = default.wire
     half = dict.fromkeys(("smashed", "features", "gradients"), "bfloat16")
@@ -41,7 +42,12 @@ def ladder(paper: RunSettings, default: RunSettings) -> list[Rung]:
     return [
         Rung("paper", "the paper's form: four tensors a step, all tokens, float32", paper),
         Rung("lean legs", "the same in bfloat16, features only as far as the tail reads", lean),
-        Rung("at the cut", "prompts in the body, tuned there; smashed data sent once", cut),
+        Rung(
+            "at the cut",
+            "prompts in the body, tuned there, with a recipe of their own; smashed data sent once, "
+            "all in float32",
+            cut,
+        ),
         Rung(
             "default",
             f"smashed data in {wire.smashed}, features in {wire.features}, gradients in "

@@ -26,6 +26,7 @@ from edge_client.data.errors import (
 )
 from edge_client.data.image_set import ImageSet, Skipped
 from edge_client.data.loading import load_dataset
+from edge_client.data.order import by_content
 from edge_client.data.partition import Part, Scheme, parse_scheme, partition
 from edge_client.data.places import cache_dir
 from edge_client.data.source import DataSource, parse_source
@@ -54,6 +55,7 @@ __all__ = [
     "Skipped",
     "SourceError",
     "UnknownDatasetError",
+    "by_content",
     "cache_dir",
     "hold_out",
     "limit_per_set",

@@ -23,6 +23,10 @@ Advance = Callable[[str, int, int], None]  # phase, batches done, batches in all
 _SENDINGS = 3  # of samples that a request lacks, before it brings them itself
 
 
+class Diverged(Exception):
+    """Loss or gradients are not finite any more: there is nothing to train with."""
+
+
 @dataclass(frozen=True)
 class Samples:
     """One set of the device's samples, and what is known of them.

@@ -26,9 +26,19 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: DeviceModel, plane: SplitPlane, samples: Samples, *, round_: int, advance: Advance
+    model: DeviceModel,
+    plane: SplitPlane,
+    samples: Samples,
+    *,
+    round_: int,
+    advance: Advance,
+    state: str | None = None,
 ) -> Evaluation:
-    """Classify every sample with head → body → tail and count."""
+    """Classify every sample with head → body → tail and count.
+
+    Raises:
+        StaleRound: the server holds another global state than ``state`` by now.
+    """
     correct, loss_sum = 0, 0.0
     everything = torch.arange(len(samples))
     if samples.kept is not None:
@@ -38,7 +48,7 @@ def evaluate(
         step = f"evaluate.{round_}.{done}"
 
         def request(batch: Tensor, step: str = step) -> Tensor:
-            return plane.infer(batch, step=step, round_=round_)
+            return plane.infer(batch, step=step, round_=round_, state=state)
 
         if samples.outputs is not None:
             features = samples.with_batch(positions, None, request)

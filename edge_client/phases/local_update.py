@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from edge_client.phases.context import RoundContext
+from edge_client.phases.context import Diverged, RoundContext
+from protocol.messages import MAX_LOSS
 from split_model.schedule import make_optimizer, set_progress
 
 
@@ -34,6 +35,8 @@ def local_update(context: RoundContext) -> float | None:
         smashed, labels = _smashed(context, positions, epoch)
         loss = F.cross_entropy(model.tail(smashed), labels)
         optimizer.zero_grad()
+        if not 0 <= loss.item() <= MAX_LOSS:
+            raise Diverged(f"the local update has diverged: the loss of a batch is {loss.item():g}")
         loss.backward()
         optimizer.step()
         if epoch == training.local_epochs - 1:

@@ -21,6 +21,10 @@ def keep_samples(context: RoundContext) -> Tensor:
     if training.keep_fraction == 1 or len(everything) == 0:
         return everything
     model, labels = context.model, context.samples.images.image_set.labels
+    generator = torch.Generator().manual_seed(context.seed("prune"))
+    if training.pruning == "random":  # needs to know nothing of the samples
+        scores = torch.rand(len(everything), generator=generator)
+        return keep_highest(scores, training.keep_fraction, labels, training.prune_per_class)
     logits, inputs = [], []
     chunks = everything.split(128)
     for done, positions in enumerate(chunks, start=1):
@@ -28,7 +32,6 @@ def keep_samples(context: RoundContext) -> Tensor:
         inputs.append(model.tail.pool(smashed))
         logits.append(model.tail(smashed))
         context.advance("prune", done, len(chunks))
-    generator = torch.Generator().manual_seed(context.seed("prune"))
     scores = SCORES[training.pruning](torch.cat(logits), labels, torch.cat(inputs), generator)
     return keep_highest(scores, training.keep_fraction, labels, training.prune_per_class)
 

@@ -13,10 +13,10 @@ from torch.nn import functional as F
 
 from edge_client.copies import Sample, as_decoded
 from edge_client.device_model import DeviceModel
-from edge_client.phases.context import RoundContext
+from edge_client.phases.context import Diverged, RoundContext
 from edge_client.transport import SamplesMissing, SplitPlane
 from protocol.errors import StepLost
-from protocol.messages import ExchangeMeta
+from protocol.messages import MAX_LOSS, ExchangeMeta
 from split_model import make_optimizer, set_progress
 
 _SENDINGS = 5  # of one step's forward, before its loss is reported as an error
@@ -198,6 +198,8 @@ def _through_the_tail(model: DeviceModel, features: Tensor, labels: Tensor) -> t
     loss = F.cross_entropy(model.tail(features), labels)
     parameters = list(model.tail.parameters())
     returned, *gradients = torch.autograd.grad(loss, [features, *parameters])
+    if not bool(torch.isfinite(returned).all()) or not 0 <= loss.item() <= MAX_LOSS:
+        raise Diverged(f"the training has diverged: the loss of a batch is {loss.item():g}")
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient
     return loss.item(), returned

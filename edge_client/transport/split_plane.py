@@ -23,6 +23,7 @@ from protocol.traffic import (
 )
 from split_model import SplitSettings, anatomy, needed_tokens
 
+_IDS_AT_ONCE = 16_384
 Payload = Mapping[str, tuple[Tensor, str]]
 
 
@@ -144,13 +145,16 @@ class SplitPlane:
         _require_kept(reply, len(batch))
         return _tensor(reply, "features", (len(batch), *self._features))
 
-    def infer(self, batch: Tensor, *, step: str, round_: int) -> Tensor:
+    def infer(self, batch: Tensor, *, step: str, round_: int, state: str | None = None) -> Tensor:
         """Features [B, T', D] of a batch; the server keeps nothing.
+
+        ``state`` is the global state whose tail will read them; None: whichever is the newest.
 
         Raises:
             SamplesMissing: as in `exchange`.
+            StaleRound: the server's prompts are of a newer state.
         """
-        meta = {"step": step, "round": round_}
+        meta = {"step": step, "round": round_, "state": state}
         reply = self._server.ask(INFER_PATH, "infer", meta, self._batch(batch))
         _require_kept(reply, len(batch))
         return _tensor(reply, "features", (len(batch), *self._features))
@@ -162,8 +166,12 @@ class SplitPlane:
 
     def missing(self, ids: Tensor) -> list[int]:
         """Which of these samples [B, 16] the server does not keep, by their places."""
-        reply = self._server.ask(MISSING_PATH, "missing", {}, {"ids": (ids, "uint8")})
-        return _places(reply, len(ids))
+        lacking: list[int] = []
+        for start in range(0, len(ids), _IDS_AT_ONCE):
+            asked = ids[start : start + _IDS_AT_ONCE]
+            reply = self._server.ask(MISSING_PATH, "missing", {}, {"ids": (asked, "uint8")})
+            lacking += [start + place for place in _places(reply, len(asked))]
+        return lacking
 
     def _batch(self, batch: Tensor) -> Payload:
         if batch.dtype == torch.uint8:
@@ -177,14 +185,24 @@ def _rounding(noise: torch.Generator | None) -> dict[str, torch.Generator]:
 
 def _require_kept(reply: Frame, named: int) -> None:
     if reply.kind == "missing":
-        raise SamplesMissing(_places(reply, named))
+        places = _places(reply, named)
+        if not places:
+            raise MalformedFrame("the server lacks samples and names none", field="places")
+        raise SamplesMissing(places)
 
 
 def _places(reply: Frame, named: int) -> list[int]:
     require_kind(reply, "missing")
-    found = reply.tensor("places")
-    places: list[int] = found.reshape(-1).tolist()
-    if found.is_floating_point() or not all(0 <= place < named for place in places):
+    spec = reply.spec("places")
+    if spec.codec != "int64" or len(spec.shape) != 1 or spec.shape[0] > named:
+        raise MalformedFrame(
+            "places are whole numbers, at most one for each sample",
+            field="places",
+            limit=[named],
+            value=list(spec.shape),
+        )
+    places: list[int] = reply.tensor("places").tolist()
+    if places != sorted(set(places)) or not all(0 <= place < named for place in places):
         raise MalformedFrame(
             "the server names samples that the request did not", field="places", limit=named
         )
@@ -193,14 +211,14 @@ def _places(reply: Frame, named: int) -> list[int]:
 
 def _tensor(reply: Frame, name: str, shape: tuple[int, ...]) -> Tensor:
     require_kind(reply, name)
-    tensor = reply.tensor(name)
-    if not tensor.is_floating_point():
-        raise MalformedFrame("the server answered with whole numbers", field=name)
-    if tuple(tensor.shape) != tuple(shape):
+    if reply.spec(name).shape != tuple(shape):
         raise MalformedFrame(
             "the server answered with a tensor of another shape",
             field=name,
             limit=list(shape),
-            value=list(tensor.shape),
+            value=list(reply.spec(name).shape),
         )
+    tensor = reply.tensor(name)
+    if not tensor.is_floating_point():
+        raise MalformedFrame("the server answered with whole numbers", field=name)
     return tensor.to(torch.float32)

@@ -14,9 +14,9 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from protocol.errors import InvalidField, MalformedFrame
+from protocol.errors import InvalidField, MalformedFrame, StaleRound
 from protocol.frames import Frame
-from protocol.messages import ExchangeMeta, SamplesMeta, StepMeta, parse_message
+from protocol.messages import ExchangeMeta, InferMeta, SamplesMeta, StepMeta, parse_message
 from protocol.settings import WireSettings
 from protocol.traffic import (
     BACKWARD_PATH,
@@ -26,12 +26,12 @@ from protocol.traffic import (
     MISSING_PATH,
     SAMPLES_PATH,
 )
-from split_model import SplitSettings, needed_tokens
+from split_model import SplitSettings, anatomy, needed_tokens
 from split_server import rounds
 from split_server.bodies import BodyKey
 from split_server.copies import read_revision, rebuild
 from split_server.engine import BackwardJob, Engine, ExchangeJob, ForwardJob, InferJob
-from split_server.intake import check_batch, read_gradients, read_smashed
+from split_server.intake import check_batch, check_decoded, read_gradients, read_smashed
 from split_server.kept_samples import read_ids, read_kept, read_rows
 from split_server.samples import Owner, SampleStore
 from split_server.sessions import SessionPlan
@@ -144,7 +144,14 @@ def read_exchange(desk: Desk, asked: Asked) -> Work | Reply:
 
 def read_infer(desk: Desk, asked: Asked) -> Work | Reply:
     """Smashed data in, features out; nothing is kept for a backward."""
-    meta = parse_message(StepMeta, dict(asked.frame.meta))
+    meta = parse_message(InferMeta, dict(asked.frame.meta))
+    if meta.state not in (None, asked.run.state.sha256):
+        raise StaleRound(
+            "there is a newer global state; its tail belongs to these prompts",
+            field="state",
+            limit=asked.run.state.sha256,
+            value=meta.state,
+        )
     found = _smashed(desk, asked)
     if isinstance(found, Reply):
         return found
@@ -159,6 +166,7 @@ def read_samples(desk: Desk, asked: Asked) -> Reply:
     """Smashed data in, to be kept under the ids that came with them."""
     parse_message(SamplesMeta, dict(asked.frame.meta))
     _require_kept(asked)
+    rounds.require_running(asked.run)
     ids, form, buffers = read_rows(asked.frame, asked.body.settings)
     desk.samples.put(asked.owner, form, ids, buffers)
     return Reply("kept")
@@ -233,6 +241,8 @@ def _smashed(desk: Desk, asked: Asked, most: int | None = None) -> Tensor | Repl
     _require_kept(asked)
     ids = read_ids(asked.frame)
     check_batch(len(ids), most, "ids")
+    sizes = anatomy(asked.body.settings)
+    check_decoded(len(ids) * sizes.tokens * sizes.width, "ids")
     found = desk.samples.take(asked.owner, ids)
     return _missing(found) if isinstance(found, list) else read_kept(*found, desk.device)
 
