@@ -16,7 +16,7 @@ from split_server.folder import held_folder
 from split_server.meter import Meter, SocketCounter
 from split_server.states import RunFiles, read_prompts, read_tensors, write_durably
 from split_server.store import Store
-from split_server.tables import EventRow
+from split_server.tables import SCHEMA_VERSION, EventRow
 
 
 def test_the_database_is_durable_and_checked(tmp_path: Path) -> None:
@@ -39,7 +39,7 @@ def test_a_file_of_another_schema_is_refused(tmp_path: Path) -> None:
     connection.close()
     with pytest.raises(InvalidField) as caught:
         Store(path)
-    assert (caught.value.limit, caught.value.value) == (1, 99)
+    assert (caught.value.limit, caught.value.value) == (SCHEMA_VERSION, 99)
 
 
 def test_a_foreign_database_is_not_touched(tmp_path: Path) -> None:
