@@ -1,0 +1,27 @@
+"""The order in which a device goes through its samples tells nothing of their classes."""
+
+import torch
+
+from edge_client.data import by_content, load_dataset
+
+
+def test_the_order_depends_on_the_images_alone() -> None:
+    data = load_dataset("digits")
+    count = 60
+    rows = torch.arange(count)
+    turned = rows.flip(0)
+    one = by_content(type(data)(data.train.subset(rows), data.test))
+    other = by_content(type(data)(data.train.subset(turned), data.test))
+    for position in range(count):
+        assert torch.equal(one.train.image(position), other.train.image(position))
+    assert torch.equal(one.train.labels, other.train.labels)
+
+
+def test_neighbours_of_one_class_are_parted() -> None:
+    data = load_dataset("digits")
+    by_class = data.train.labels.argsort(stable=True)
+    sorted_set = type(data)(data.train.subset(by_class), data.test)
+    labels = by_content(sorted_set).train.labels
+    alike = (labels[1:] == labels[:-1]).float().mean().item()
+    assert 0.05 < alike < 0.15  # ten classes: a tenth by chance
+    assert labels.sort().values.equal(data.train.labels.sort().values)
