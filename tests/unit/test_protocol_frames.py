@@ -122,7 +122,17 @@ def test_a_missing_tensor_and_another_kind_are_named():
 
 @pytest.mark.parametrize(
     "value",
-    [math.nan, math.inf, b"", b"x", 2**64, {1}, object(), {1: 2}, datetime(2026, 1, 1, tzinfo=UTC)],
+    [
+        math.nan,
+        math.inf,
+        b"",
+        b"x",
+        2**64,
+        {1},
+        pytest.param(object(), id="an object"),
+        {1: 2},
+        datetime(2026, 1, 1, tzinfo=UTC),
+    ],
     ids=repr,
 )
 def test_what_the_other_end_would_refuse_in_meta_is_not_sent(value):
