@@ -9,8 +9,8 @@ from pathlib import Path
 from torch import Tensor
 
 from edge_client.blob_cache import BlobCache
+from edge_client.copies import as_decoded
 from edge_client.transport import Server
-from protocol.codecs import codec_named
 from protocol.codecs.feedback import ErrorFeedback
 from protocol.errors import MalformedFrame, NotFound
 from protocol.frames import require_kind
@@ -85,8 +85,7 @@ class GlobalStates:
         based = meta.model_copy(update={"base": base.sha256})
         self._server.send_update(self._run, based, corrected, codec)
         for name, value in corrected.items():
-            buffers = codec_named(codec).encode(value)
-            self._feedback.keep(name, value, codec_named(codec).decode(buffers, value.shape))
+            self._feedback.keep(name, value, as_decoded(value, codec))
         self._sent_against = base.sha256
 
     def _from_delta(self, ref: BlobRef) -> bytes | None:

@@ -4,7 +4,17 @@ Phase 1 of SFPrompt (arXiv 2407.17533, section 3): a device scores its samples w
 the tail alone, and sends only the highest-scoring share through the split model.
 """
 
-from pruning.scores import SCORES, Score, el2n, grand, loss, margin, random, score_named
+from pruning.scores import (
+    SCORES,
+    Score,
+    el2n,
+    grand,
+    loss,
+    margin,
+    random,
+    random_draw,
+    score_named,
+)
 from pruning.selection import keep_highest, kept_count
 
 __all__ = [
@@ -17,5 +27,6 @@ __all__ = [
     "loss",
     "margin",
     "random",
+    "random_draw",
     "score_named",
 ]

@@ -15,7 +15,17 @@ from torch import Tensor
 
 from protocol.errors import InvalidField, WrongShape
 
-__all__ = ["SCORES", "Score", "el2n", "grand", "loss", "margin", "random", "score_named"]
+__all__ = [
+    "SCORES",
+    "Score",
+    "el2n",
+    "grand",
+    "loss",
+    "margin",
+    "random",
+    "random_draw",
+    "score_named",
+]
 
 
 class Score(Protocol):
@@ -134,8 +144,12 @@ def random(
     logits, _ = _checked(logits, labels)
     if generator is None:
         raise InvalidField("random needs a seeded generator", field="generator")
-    drawn = torch.rand(logits.shape[0], generator=generator, device=generator.device)  # (n,)
-    return drawn.to(logits.device)
+    return random_draw(logits.shape[0], generator).to(logits.device)
+
+
+def random_draw(samples: int, generator: torch.Generator) -> Tensor:
+    """The scores (samples,) of `random`, for whoever has no logits: it needs none."""
+    return torch.rand(samples, generator=generator, device=generator.device)  # (n,)
 
 
 SCORES: dict[str, Score] = {

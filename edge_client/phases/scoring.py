@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from edge_client.phases.context import RoundContext
-from pruning import SCORES, keep_highest
+from pruning import SCORES, keep_highest, random_draw
 
 
 @torch.no_grad()
@@ -23,7 +23,7 @@ def keep_samples(context: RoundContext) -> Tensor:
     model, labels = context.model, context.samples.images.image_set.labels
     generator = torch.Generator().manual_seed(context.seed("prune"))
     if training.pruning == "random":  # needs to know nothing of the samples
-        scores = torch.rand(len(everything), generator=generator)
+        scores = random_draw(len(everything), generator)
         return keep_highest(scores, training.keep_fraction, labels, training.prune_per_class)
     logits, inputs = [], []
     chunks = everything.split(128)

@@ -183,6 +183,7 @@ def test_the_registry_has_what_the_settings_allow():
 
 
 def test_the_exported_names():
-    names = "SCORES Score el2n grand keep_highest kept_count loss margin random score_named"
+    names = "SCORES Score el2n grand keep_highest kept_count loss margin random "
+    names += "random_draw score_named"
     assert sorted(pruning.__all__) == sorted(names.split())
     assert all(hasattr(pruning, name) for name in pruning.__all__)

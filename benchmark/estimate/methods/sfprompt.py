@@ -111,8 +111,9 @@ class _Traffic:
         return sent + self._visits(self.wire.smashed, self.shapes.smashed)
 
     def down(self) -> int:
-        # The global state is a file of float32, whatever the codec of the updates.
-        received = self._state("float32") + self._visits(self.wire.features, self.shapes.features)
+        # The global state is a file of float32, unless it comes as a change.
+        codec = self.wire.updates if self.wire.update_deltas else "float32"
+        received = self._state(codec) + self._visits(self.wire.features, self.shapes.features)
         if self.shapes.at_cut:
             return received
         return received + self._visits(self.wire.gradients, self.shapes.smashed)
