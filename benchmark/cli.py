@@ -14,6 +14,8 @@ import typer
 from rich.console import Console
 
 from benchmark.accuracy import accuracy_table, measure
+from benchmark.compare.command import compare
+from benchmark.engine.command import engine
 from benchmark.estimate import Question, estimate_report, estimate_table
 from benchmark.estimate import estimate as calculate
 from benchmark.local_run import LocalRun
@@ -187,6 +189,12 @@ def traffic(
         json_file.write_text(json.dumps(figures, indent=2) + "\n")
 
 
+app.command(
+    epilog="Examples:\n\nsfprompt-bench compare --quick\n\n"
+    "sfprompt-bench compare docs/comparisons/digits.toml --out runs/digits"
+)(compare)
+
+
 @app.command(
     epilog="Example:\n\nsfprompt-bench estimate --backbone vit_base_patch16_224 --image-size 224 "
     "--samples 1000 --rounds 50"
@@ -230,6 +238,12 @@ def estimate(
     Console().print(estimate_table(question, costs))
     if json_file is not None:
         json_file.write_text(json.dumps(estimate_report(question, costs), indent=2) + "\n")
+
+
+app.command(
+    epilog="Examples:\n\nsfprompt-bench engine --quick\n\n"
+    "sfprompt-bench engine --device cuda --out engine --json engine.json"
+)(engine)
 
 
 def _adjusted(

@@ -1,4 +1,4 @@
-"""The part of the model that a device holds: head, soft prompts and tail. Never the body."""
+"""The part of the model that a device holds: head, soft prompts and tail. Never a body."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from protocol.errors import MalformedFrame
 from protocol.settings import BackboneSettings
 from split_model import (
     Head,
+    Layered,
     SplitSettings,
     SplitSettingsError,
     Tail,
@@ -22,7 +23,11 @@ from split_model import (
     UnsupportedBackboneError,
     WeightsMismatchError,
     apply_state,
+    body_blocks,
+    build_head,
     build_tail,
+    check_device_state,
+    head_tensors,
     load_state,
     prompt_shape,
     read_head_file,
@@ -36,7 +41,7 @@ _UNUSABLE = (TensorFileError, SplitSettingsError, UnsupportedBackboneError, Weig
 
 @dataclass
 class DeviceModel:
-    """Head and tail as modules, the prompts [P, D] as a parameter.
+    """Head and tail as modules, the prompts, [P, D] or deep [L, P, D], as a parameter.
 
     No prompts where there are none, or where they join at the cut and so live on the server.
     """
@@ -54,7 +59,7 @@ class DeviceModel:
             MalformedFrame: a file is damaged, or the head is not of this run's model.
         """
         try:
-            split, images, head = read_head_file(head_file)
+            split, images, frozen = read_head_file(head_file)
         except _UNUSABLE as error:
             raise _unusable(head_file, error) from error
         if split != SplitSettings.of(settings):
@@ -65,17 +70,33 @@ class DeviceModel:
                 value=str(split),
             )
         state = _read(state_file)
+        try:
+            check_device_state(split, state)
+        except _UNUSABLE as error:
+            raise _unusable(state_file, error) from error
         held = split.prompt_count and split.prompt_at == "input"
         prompts = nn.Parameter(torch.empty(prompt_shape(split))) if held else None
         way = Preprocessing(
             split.image_size, images.mean, images.std, cast(Interpolation, images.interpolation)
         )
         try:
-            model = cls(head, build_tail(split, tail_tensors(state)), prompts, way)
-            apply_state(model.tail, model.prompts, state)
+            head = build_head(split, Layered(head_tensors(state), frozen))
+            tail = build_tail(split, Layered(tail_tensors(state), frozen))
         except _UNUSABLE as error:
-            raise _unusable(state_file, error) from error
-        return model
+            raise _unusable(head_file, error) from error
+        apply_state(tail, prompts, state, head)
+        return cls(head, tail, prompts, way)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether no block is left for a body: head and tail are the model."""
+        return not body_blocks(self.head.settings)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All that is tuned here: prompts, tail, and what is tuned of the head."""
+        held = [] if self.prompts is None else [self.prompts]
+        parts = [*self.tail.parameters(), *self.head.parameters()]
+        return held + [own for own in parts if own.requires_grad]
 
     def take(self, state_file: Path) -> None:
         """Take over a global state, in place.
@@ -84,17 +105,17 @@ class DeviceModel:
             MalformedFrame: the file is damaged, or not of this model.
         """
         try:
-            apply_state(self.tail, self.prompts, _read(state_file))
+            apply_state(self.tail, self.prompts, _read(state_file), self.head)
         except _UNUSABLE as error:
             raise _unusable(state_file, error) from error
 
     def state(self) -> TunedState:
-        """Tail and prompts, if they are here, as they are now: float32 copies."""
-        return read_state(self.tail, self.prompts)
+        """What is tuned here, as it is now: float32 copies."""
+        return read_state(self.tail, self.prompts, self.head)
 
     @torch.no_grad()
     def add_mean_token(self, samples: BatchReader) -> None:
-        """Shift the prompts by the mean embedded token of these samples.
+        """Shift the prompts by the mean embedded token of these samples, of deep ones the first.
 
         Done by every participant in the first round, so that FedAvg makes the prompts start from
         the mean of all data although nobody sees them.
@@ -107,7 +128,8 @@ class DeviceModel:
             tokens = self.head.embed(images)[:, self.head.sizes.prefix :]  # [b, N, D]
             total += tokens.sum(dim=(0, 1)).double()
             count += tokens.shape[0] * tokens.shape[1]
-        self.prompts.add_((total / count).to(self.prompts.dtype))
+        first = self.prompts[0] if self.prompts.ndim == 3 else self.prompts  # (P, D)
+        first.add_((total / count).to(first.dtype))
 
 
 def _read(state_file: Path) -> TunedState:

@@ -16,6 +16,7 @@ from edge_client.identity import device_secret
 from edge_client.kept_samples import KeptSamples
 from edge_client.phases import (
     Diverged,
+    Proximal,
     RoundContext,
     Samples,
     evaluate,
@@ -171,6 +172,8 @@ class Participant:
     def _train_round(self, assignment: Assignment) -> None:
         started, before = time.monotonic(), self.server.traffic()
         self._take_state(assignment)
+        strength = self.settings.training.proximal
+        proximal = Proximal(self.model, strength) if strength else None
         if assignment.round == 1 and self.settings.model.prompt_init == "mean-token":
             self.model.add_mean_token(self._train.images)
         context = RoundContext(
@@ -181,10 +184,12 @@ class Participant:
             self.model,
             self._train,
             self.reporter.advance,
+            proximal,
         )
         kept = keep_samples(context)
         local_loss = local_update(context)
-        trained = split_train(context, self._plane, kept) if len(kept) else None
+        through_server = len(kept) > 0 and self.settings.training.split_epochs > 0
+        trained = split_train(context, self._plane, kept) if through_server else None
         train_loss = trained.loss if trained else None
         meta = UpdateMeta(
             round=assignment.round,

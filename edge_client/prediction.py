@@ -1,4 +1,4 @@
-"""Classify image files through the server's body with a run's tuned state."""
+"""Classify image files with a run's tuned state, through the server's body where it has one."""
 
 from __future__ import annotations
 
@@ -110,8 +110,10 @@ class Predictor:
         """Probabilities [B, C] of images [B, 3, S, S]."""
         model = self._model
         smashed = model.head(images, model.prompts)
-        step = f"predict.{start}"
-        run = self._run
-        features = self._plane.infer(smashed, step=step, round_=run.round, state=run.state.sha256)
+        features = smashed if model.is_whole else self._through_the_body(smashed, start)
         logits: torch.Tensor = model.tail(features)
         return logits.softmax(dim=1)
+
+    def _through_the_body(self, smashed: torch.Tensor, start: int) -> torch.Tensor:
+        run, step = self._run, f"predict.{start}"
+        return self._plane.infer(smashed, step=step, round_=run.round, state=run.state.sha256)

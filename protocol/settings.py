@@ -22,14 +22,18 @@ __all__ = [
     "PromptDepth",
     "PromptPlacement",
     "RunSettings",
+    "ServerOptimizer",
     "Text",
     "TrainingSettings",
+    "Tuned",
     "WireSettings",
 ]
 
 Text = Annotated[str, Field(min_length=1, max_length=200)]
 PromptPlacement = Literal["input", "cut"]
 PromptDepth = Literal["shallow", "deep"]
+ServerOptimizer = Literal["fedavg", "fedavgm", "fedadam", "fedyogi"]
+Tuned = Literal["tail", "classifier", "bias", "adapter", "full"]
 
 
 def _known_codec(name: str) -> str:
@@ -70,6 +74,22 @@ class BackboneSettings(Message):
     prompt_depth: PromptDepth = "shallow"
     prompt_count: int = Field(10, ge=0, le=1024, description="soft prompt tokens")
     prompt_init: Literal["normal", "mean-token"] = "normal"
+    tune: Tuned = Field(
+        "tail",
+        description="beside the prompts: tail | classifier, the tail's last layer | bias, "
+        "every bias on the device, and the classifier | adapter, one bottleneck behind every "
+        "block of the head, and the classifier | full, head and tail",
+    )
+    adapter_width: int = Field(96, ge=1, le=4096, description="inner width (tune = adapter)")
+
+    @model_validator(mode="after")
+    def _a_tuned_head_is_trained_on_the_device(self) -> BackboneSettings:
+        if self.prompt_at == "cut" and self.tune in ("bias", "adapter", "full"):
+            raise ValueError(
+                f"model.tune = {self.tune} needs model.prompt_at = input: prompts at the cut are "
+                "for a head that never changes"
+            )
+        return self
 
 
 class FederationSettings(Message):
@@ -92,6 +112,20 @@ class FederationSettings(Message):
         3, ge=0, le=1000, description="repeats of one round before the run fails"
     )
     evaluate_every: int = Field(1, ge=0, le=100_000, description="rounds; 0: never")
+    server_optimizer: ServerOptimizer = Field(
+        "fedavg", description="how the mean of the updates becomes the global state"
+    )
+    server_learning_rate: float | None = Field(
+        None,
+        gt=0,
+        le=100,
+        description="none: 1 for fedavgm, 0.01 for fedadam and fedyogi; fedavg has none",
+    )
+    server_momentum: float = Field(0.9, ge=0, lt=1, description="beta 1 of fedadam and fedyogi")
+    server_beta2: float = Field(0.99, ge=0, lt=1, description="of fedadam and fedyogi")
+    server_tau: float = Field(
+        1e-3, gt=0, le=1, description="adaptivity of fedadam and fedyogi: added to the root"
+    )
 
     @model_validator(mode="after")
     def _enough_participants(self) -> FederationSettings:
@@ -100,6 +134,12 @@ class FederationSettings(Message):
             raise ValueError(
                 f"participants_per_round ({drawn}) is below min_updates ({self.min_updates})"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _the_mean_has_no_rate(self) -> FederationSettings:
+        if self.server_optimizer == "fedavg" and self.server_learning_rate is not None:
+            raise ValueError("server_learning_rate needs a server_optimizer other than fedavg")
         return self
 
 
@@ -112,7 +152,9 @@ class TrainingSettings(Message):
     pruning: Literal["el2n", "grand", "margin", "loss", "random"] = "el2n"
     prune_per_class: bool = Field(False, description="keep the same share of every class")
     local_epochs: int = Field(1, ge=0, le=10_000, description="local-loss update, head to tail")
-    split_epochs: int = Field(1, ge=1, le=10_000)
+    split_epochs: int = Field(
+        1, ge=0, le=10_000, description="through the server; 0: the local-loss update is all"
+    )
     batch_size: int = Field(32, ge=1, le=4096)
     optimizer: Literal["sgd", "adam", "adamw"] = "adamw"
     prompt_learning_rate: float = Field(5e-3, ge=0, le=100)
@@ -121,7 +163,11 @@ class TrainingSettings(Message):
         1.0, ge=0, le=100, description="factor on both rates during the local-loss update"
     )
     momentum: float = Field(0.0, ge=0, lt=1, description="of sgd")
+    nesterov: bool = Field(False, description="Nesterov's momentum, of sgd")
     weight_decay: float = Field(0.0, ge=0, le=10)
+    proximal: float = Field(
+        0.0, ge=0, le=100, description="FedProx's mu: pull to the round's global state"
+    )
     schedule: Literal["constant", "cosine"] = Field(
         "cosine", description="of the learning rates over the rounds of the run"
     )
@@ -130,6 +176,12 @@ class TrainingSettings(Message):
     views: int = Field(
         4, ge=1, le=1000, description="augmented views of a sample whose smashed data are kept"
     )
+
+    @model_validator(mode="after")
+    def _nesterov_needs_momentum(self) -> TrainingSettings:
+        if self.nesterov and (self.optimizer != "sgd" or self.momentum == 0):
+            raise ValueError("nesterov needs optimizer = sgd and a momentum above 0")
+        return self
 
 
 class WireSettings(Message):
@@ -241,6 +293,42 @@ class RunSettings(Message):
                     f"wire.delta_smashed needs codecs that can be taken apart by samples, not "
                     f"wire.{name} = {getattr(wire, name)}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _what_shifts_or_pulls_is_on_the_device(self) -> RunSettings:
+        if self.training.proximal and self.model.prompt_at == "cut":
+            raise ValueError(
+                "training.proximal needs model.prompt_at = input: the server does not pull prompts"
+            )
+        averaged = self.federation.server_optimizer == "fedavg"
+        if self.model.prompt_init == "mean-token" and not averaged:
+            raise ValueError(
+                "model.prompt_init = mean-token needs federation.server_optimizer = fedavg: the "
+                "others would take the shift of the first round for a gradient"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _local_training_alone_is_whole(self) -> RunSettings:
+        training = self.training
+        if training.split_epochs:
+            return self
+        without = "training.split_epochs = 0 (no training through the server)"
+        if training.local_epochs == 0:
+            raise ValueError(f"{without} needs training.local_epochs above 0")
+        if training.keep_fraction != 1:
+            raise ValueError(
+                f"{without} needs training.keep_fraction = 1: the local update takes all samples"
+            )
+        if training.local_learning_rate_scale != 1:
+            raise ValueError(f"{without} needs training.local_learning_rate_scale = 1")
+        if self.model.prompt_at == "cut":
+            raise ValueError(
+                f"{without} needs model.prompt_at = input: prompts at the cut would never be tuned"
+            )
+        if self.wire.delta_smashed or self.wire.gradient_correction:
+            raise ValueError(f"{without} has no smashed data for wire.delta_smashed")
         return self
 
     @model_validator(mode="after")

@@ -23,10 +23,12 @@ from split_model.head_file import (
 from split_model.packaged import PackagedBackboneError
 from split_model.part import TokenCountError, WeightsMismatchError
 from split_model.parts import (
+    Layered,
     body_names,
     build_body,
     build_head,
     build_tail,
+    frozen_names,
     head_names,
     tail_names,
 )
@@ -38,8 +40,10 @@ from split_model.tensor_file import TensorFileError
 from split_model.tuned_state import (
     TunedState,
     apply_state,
+    check_device_state,
     check_state,
     device_shapes,
+    head_tensors,
     initial_state,
     load_state,
     read_state,
@@ -55,6 +59,7 @@ __all__ = [
     "Body",
     "Head",
     "ImagePreparation",
+    "Layered",
     "PackagedBackboneError",
     "PartBytes",
     "PartFlops",
@@ -76,12 +81,15 @@ __all__ = [
     "build_body",
     "build_head",
     "build_tail",
+    "check_device_state",
     "check_state",
     "device_shapes",
     "difference",
     "export_model",
     "for_the_tail",
+    "frozen_names",
     "head_names",
+    "head_tensors",
     "head_weights",
     "image_preparation",
     "initial_prompts",

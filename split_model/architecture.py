@@ -130,6 +130,8 @@ def _checked(settings: SplitSettings) -> nn.Module:
         prompt_depth="shallow",
         prompt_count=0,
         keep_tokens=0,
+        tune="tail",
+        adapter_width=1,
     )
     pristine = _pristine(uncut)
     _check(settings, _measure(pristine))

@@ -7,10 +7,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from split_model.parts import body_names, build_body, build_head, build_tail, head_names
+from split_model.parts import (
+    Layered,
+    body_names,
+    build_body,
+    build_head,
+    build_tail,
+    frozen_names,
+)
 from split_model.settings import SplitSettings, SplitSettingsError
 from split_model.tensor_file import TensorFile, write_tensors
-from split_model.tuned_state import PROMPTS, check_state, tail_tensors
+from split_model.tuned_state import PROMPTS, check_state, head_tensors, tail_tensors
 from split_model.weights import open_backbone
 
 _BACKBONE = "backbone."
@@ -29,9 +36,10 @@ class TunedModel(nn.Module):
         super().__init__()
         check_state(settings, state)
         self.settings = settings
-        self.head = build_head(settings, backbone)
+        self.head = build_head(settings, Layered(head_tensors(state), backbone))
         self.body = build_body(settings, backbone)
-        self.tail = build_tail(settings, tail_tensors(state)).requires_grad_(False)
+        self.tail = build_tail(settings, Layered(tail_tensors(state), backbone))
+        self.requires_grad_(False)
         self.register_buffer("prompts", state[PROMPTS].clone() if PROMPTS in state else None)
         self.eval()
 
@@ -53,9 +61,10 @@ def export_model(
     extra_metadata: Mapping[str, str] | None = None,
     head: Mapping[str, Tensor] | None = None,
 ) -> Path:
-    """Write backbone, prompts and tail as one self-contained safetensors file.
+    """Write the backbone and what was tuned as one self-contained safetensors file.
 
-    `head` are the head's weights as devices had them, if they were rounded on their way.
+    What was tuned stands there once. `head` are the frozen weights as devices had them, if they
+    were rounded on their way.
 
     Raises `WeightsMismatchError` or `TensorFileError`.
     """
@@ -63,7 +72,7 @@ def export_model(
     backbone = open_backbone(backbone_path)
     shared = body_names(settings)  # a table that both have stays exact
     rounded = {} if head is None else {name: head[name] for name in head if name not in shared}
-    names = dict.fromkeys([*head_names(settings), *shared])
+    names = dict.fromkeys([*frozen_names(settings), *shared])
     tensors = {_BACKBONE + name: rounded.get(name, backbone[name]) for name in names}
     metadata = {**(extra_metadata or {}), "settings": json.dumps(settings.to_dict())}
     write_tensors(Path(out), {**tensors, **state}, metadata)

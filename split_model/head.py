@@ -1,19 +1,25 @@
-"""The head: patch embedding and the first `cut` blocks, on the device, frozen."""
+"""The head: patch embedding and the first `cut` blocks, on the device; frozen, or tuned there."""
 
 import torch
 from torch import Tensor
 
-from split_model.part import EMBEDDING, POSITIONS, Part, TokenCountError
-from split_model.prompts import insert_prompts
+from split_model.adapter import Adapter
+from split_model.part import EMBEDDING, POSITIONS, Part, TokenCountError, is_bias
+from split_model.prompts import insert_prompts, prompt_shape, replace_prompts
 from split_model.settings import SplitSettings
 from split_model.token_merging import merge_tokens
 
+ADAPTER = "adapter."  # before the names of its tensors, which timm's model does not have
+
 
 class Head(Part):
-    """Images to smashed data. Parameters are frozen; gradients flow to the prompts."""
+    """Images to smashed data. Gradients flow to the prompts, and to what `tune` names."""
 
     def __init__(self, settings: SplitSettings) -> None:
         super().__init__(settings, range(settings.cut), EMBEDDING | POSITIONS)
+        self.adapter: Adapter | None = None
+        if settings.tune == "adapter":
+            self.adapter = Adapter(self.sizes.width, settings.adapter_width)
 
     def embed(self, images: Tensor) -> Tensor:
         """[B, 3, S, S] to the tokens ahead of the first block, [B, prefix + N, D].
@@ -30,16 +36,32 @@ class Head(Part):
     def forward(self, images: Tensor, prompts: Tensor | None = None) -> Tensor:
         """[B, 3, S, S] and prompts [P, D] to smashed data [B, prefix + P + N, D].
 
-        Without prompts T is prefix + N, with `keep_tokens` image tokens in place of N.
-        Raises `TokenCountError`.
+        Deep prompts are [L, P, D], one set for each block. Without prompts T is prefix + N, with
+        `keep_tokens` image tokens in place of N. Raises `TokenCountError`.
         """
         tokens = self.embed(images)
         if prompts is None:
-            return self._merged(self.run(tokens, 0))
-        expected = (self.settings.prompt_count, self.sizes.width)
+            return self._merged(self.run(tokens, 0, after=self.adapter))
+        expected = prompt_shape(self.settings)
         if tuple(prompts.shape) != expected:
             raise TokenCountError("prompts", f"of shape {list(expected)}", tuple(prompts.shape))
-        return self.run(insert_prompts(tokens, prompts, self.sizes.prefix), expected[0])
+        layers = prompts if prompts.ndim == 3 else prompts[None]  # (L, P, D)
+        prefix = self.sizes.prefix
+
+        def refresh(place: int, now: Tensor) -> Tensor:
+            return replace_prompts(now, layers[place], prefix) if place else now
+
+        tokens = insert_prompts(tokens, layers[0], prefix)
+        deep = self.settings.prompt_depth == "deep"
+        return self.run(tokens, layers.shape[1], refresh if deep else None, self.adapter)
+
+    def _tunes(self, name: str, *, parameter: bool) -> bool:
+        tune = self.settings.tune
+        if name.startswith(ADAPTER):
+            return True
+        if tune == "bias":
+            return parameter and is_bias(name)
+        return parameter and tune == "full"
 
     def _merged(self, tokens: Tensor) -> Tensor:
         keep, prefix = self.settings.keep_tokens, self.sizes.prefix

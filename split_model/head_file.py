@@ -1,4 +1,4 @@
-"""The file a device downloads once: the head's tensors and how images are prepared for it."""
+"""The file a device downloads once: what it holds frozen, and how images are prepared for it."""
 
 import dataclasses
 import json
@@ -9,10 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from split_model.architecture import skeleton
-from split_model.head import Head
 from split_model.head_weights import HeadDtype, Unpacked, packed
 from split_model.libraries import timm
-from split_model.parts import build_head, head_names
+from split_model.parts import frozen_names
 from split_model.settings import SplitSettings, SplitSettingsError
 from split_model.tensor_file import TensorFile, TensorFileError, sha256_of, write_tensors
 from split_model.weights import open_backbone
@@ -39,17 +38,18 @@ def write_head_file(
     out: Path | str,
     dtype: HeadDtype = "float32",
 ) -> tuple[Path, str]:
-    """Write the head of a prepared backbone; returns its path and SHA-256.
+    """Write what a device holds frozen of a prepared backbone; returns its path and SHA-256.
 
-    `dtype` is that of its weights in the file; a head always computes in float32.
+    That is the head, less what is tuned of it, and what is not tuned of the tail. `dtype` is that
+    of the weights in the file; a head always computes in float32.
 
     Raises `TensorFileError` or `WeightsMismatchError`.
     """
     backbone = open_backbone(backbone_path)
-    names = head_names(settings)
+    names = frozen_names(settings)
     missing = [name for name in names if name not in backbone]
     if missing:
-        raise TensorFileError(Path(backbone_path), f"lacks the head's tensors {missing}")
+        raise TensorFileError(Path(backbone_path), f"lacks the tensors {missing}")
     metadata = {
         "settings": json.dumps(settings.to_dict()),
         "images": json.dumps(dataclasses.asdict(image_preparation(settings))),
@@ -59,10 +59,13 @@ def write_head_file(
     return path, sha256_of(path)
 
 
-def read_head_file(path: Path | str) -> tuple[SplitSettings, ImagePreparation, Head]:
-    """The settings, the image preparation and the head that `write_head_file` wrote.
+def read_head_file(
+    path: Path | str,
+) -> tuple[SplitSettings, ImagePreparation, Mapping[str, Tensor]]:
+    """The settings, the image preparation and the tensors that `write_head_file` wrote.
 
-    Raises `TensorFileError`, `SplitSettingsError` or `WeightsMismatchError`.
+    The tensors bear timm's names and are as devices have them; each is read when asked for.
+    Raises `TensorFileError` or `SplitSettingsError`.
     """
     file = TensorFile(Path(path))
     values = file.json("settings")
@@ -73,11 +76,11 @@ def read_head_file(path: Path | str) -> tuple[SplitSettings, ImagePreparation, H
         preparation = _preparation(file.json("images"))
     except (KeyError, TypeError, ValueError) as error:
         raise TensorFileError(file.path, "its image preparation is broken") from error
-    return settings, preparation, build_head(settings, Unpacked(file))
+    return settings, preparation, Unpacked(file)
 
 
 def head_weights(path: Path | str) -> Mapping[str, Tensor]:
-    """The head's tensors as devices have them, by timm's names. Raises `TensorFileError`."""
+    """The file's tensors as devices have them, by timm's names. Raises `TensorFileError`."""
     return Unpacked(TensorFile(Path(path)))
 
 

@@ -49,6 +49,9 @@ class Unpacked(Mapping[str, Tensor]):
         scale = self._stored[name + _SCALE].reshape(-1, 1)
         return (_rows(tensor).to(torch.float32) * scale).reshape(tensor.shape)
 
+    def __contains__(self, name: object) -> bool:  # without reading it
+        return name in self._stored and not str(name).endswith(_SCALE)
+
     def __iter__(self) -> Iterator[str]:
         return (name for name in self._stored if not name.endswith(_SCALE))
 

@@ -81,6 +81,18 @@ class Part(nn.Module):
         """timm's name of every tensor of this part's state, and the name it has here."""
         return {own.removeprefix("trunk."): own for own in self.state_dict()}
 
+    def tuned(self) -> dict[str, str]:
+        """As `names`, of those tensors alone that the settings have tuned."""
+        own_parameters = {own for own, _ in self.named_parameters()}
+        return {
+            name: own
+            for name, own in self.names().items()
+            if self._tunes(name, parameter=own in own_parameters)
+        }
+
+    def _tunes(self, name: str, *, parameter: bool) -> bool:
+        return False
+
     def fill(
         self,
         tensors: Mapping[str, Tensor],
@@ -143,11 +155,18 @@ class Part(nn.Module):
             raise TokenCountError(field, limit, tuple(tokens.shape))
         return int(tokens.shape[1]) - plain
 
-    def run(self, tokens: Tensor, prompts: int, before: StepHook | None = None) -> Tensor:
+    def run(
+        self,
+        tokens: Tensor,
+        prompts: int,
+        before: StepHook | None = None,
+        after: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
         """[B, T, D] through this part's blocks, in order.
 
         `prompts` of the T tokens, behind the prefix, are untouched by positions. `before` may
-        change the tokens ahead of each block; it gets the block's place in this part.
+        change the tokens ahead of each block; it gets the block's place in this part. `after` may
+        change them behind each.
         """
         rope = self._rope(prompts) if self.blocks else None
         for place, (number, block) in enumerate(self.blocks.items()):
@@ -162,6 +181,8 @@ class Part(nn.Module):
                 tokens = block(tokens, shared_rel_pos_bias=self._bias(block, prompts))
             else:
                 tokens = block(tokens)
+            if after is not None:
+                tokens = after(tokens)
         return tokens
 
     def _rope(self, prompts: int) -> Tensor | None:
@@ -179,6 +200,12 @@ class Part(nn.Module):
         if shared is not None:
             bias = shared()[None] if own is None else own + shared()
         return None if bias is None else padded_bias(bias, self.sizes.prefix, prompts)
+
+
+def is_bias(name: str) -> bool:
+    """Whether timm's name is that of a bias: of a layer, or of queries or values alone."""
+    last = name.rsplit(".", 1)[-1]
+    return last == "bias" or last.endswith("_bias")
 
 
 def _strip(settings: SplitSettings, trunk: nn.Module, members: frozenset[str]) -> None:

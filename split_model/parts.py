@@ -1,24 +1,48 @@
 """Building one part without allocating the others."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from split_model.body import Body
-from split_model.head import Head
+from split_model.head import ADAPTER, Head
+from split_model.part import Part
 from split_model.settings import SplitSettings
 from split_model.tail import Tail
 
 
+class Layered(Mapping[str, Tensor]):
+    """Tensors by name, each from the first of these mappings that has it, when asked for."""
+
+    def __init__(self, *layers: Mapping[str, Tensor]) -> None:
+        self._layers = layers
+
+    def __getitem__(self, name: str) -> Tensor:
+        for layer in self._layers:
+            if name in layer:
+                return layer[name]
+        raise KeyError(name)
+
+    def __contains__(self, name: object) -> bool:  # without reading it
+        return any(name in layer for layer in self._layers)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict.fromkeys(name for layer in self._layers for name in layer))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
 def build_head(settings: SplitSettings, tensors: Mapping[str, Tensor]) -> Head:
-    """The frozen head, float32 on the CPU, from a mapping of timm's names.
+    """The head, float32 on the CPU, from a mapping of timm's names; what is tuned, trainable.
 
     Only its own tensors are read. Raises `UnsupportedBackboneError`, `SplitSettingsError` or
     `WeightsMismatchError`.
     """
     head = Head(settings)
     head.fill(tensors)
+    _free(head)
     return head
 
 
@@ -35,21 +59,29 @@ def build_body(
 
 
 def build_tail(settings: SplitSettings, tensors: Mapping[str, Tensor]) -> Tail:
-    """The tail, float32 on the CPU, ready to be trained; raises as `build_head` does.
+    """The tail, float32 on the CPU; what is tuned, trainable. Raises as `build_head` does.
 
     `tensors` holds timm's names, the classifier's among them.
     """
     tail = Tail(settings)
-    # A copy: training must not write into the mapping's tensors.
-    tail.fill({name: tensors[name].clone() for name in tail.names() if name in tensors})
-    for parameter in tail.parameters():
-        parameter.requires_grad_(True)
+    tail.fill(tensors)
+    _free(tail)
     return tail
+
+
+def _free(part: Part) -> None:
+    """Make what is tuned trainable."""
+    tensors = part.state_dict(keep_vars=True)
+    for own in part.tuned().values():
+        tensor = tensors[own]
+        tensor.data = tensor.detach().clone()  # training must not write into what was given
+        if isinstance(tensor, nn.Parameter):
+            tensor.requires_grad_(True)
 
 
 def head_names(settings: SplitSettings) -> list[str]:
     """timm's names of the tensors that the head reads."""
-    return list(Head(settings).names())
+    return [name for name in Head(settings).names() if not name.startswith(ADAPTER)]
 
 
 def body_names(settings: SplitSettings) -> list[str]:
@@ -60,3 +92,12 @@ def body_names(settings: SplitSettings) -> list[str]:
 def tail_names(settings: SplitSettings) -> list[str]:
     """timm's names of the tensors that the tail reads, the classifier's included."""
     return list(Tail(settings).names())
+
+
+def frozen_names(settings: SplitSettings) -> list[str]:
+    """timm's names of what a device holds and nobody tunes: of the head, then of the tail."""
+    names: list[str] = []
+    for part in (Head(settings), Tail(settings)):
+        tuned = part.tuned()
+        names += [name for name in part.names() if name not in tuned]
+    return list(dict.fromkeys(names))

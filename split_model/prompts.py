@@ -11,11 +11,16 @@ STANDARD_DEVIATION = 0.02  # timm's own for class and position tokens
 
 
 def prompt_shape(settings: SplitSettings) -> tuple[int, ...]:
-    """(P, D) where prompts join the input; (L, P, D) where they join at the cut, L insertions."""
+    """(P, D) where prompts join the input alone; else (L, P, D), L insertions.
+
+    Deep ones join ahead of each block: of the head where they begin at the input, of the body
+    where they begin at the cut.
+    """
     one = (settings.prompt_count, anatomy(settings).width)
+    deep = settings.prompt_depth == "deep"
     if settings.prompt_at == "input":
-        return one
-    layers = len(body_blocks(settings)) if settings.prompt_depth == "deep" else 1
+        return (settings.cut, *one) if deep else one
+    layers = len(body_blocks(settings)) if deep else 1
     return (layers, *one)
 
 

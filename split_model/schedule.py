@@ -28,12 +28,21 @@ def make_optimizer(
     prompts: nn.Parameter | None,
     tail: nn.Module | None,
     scale: float = 1.0,
+    head: nn.Module | None = None,
 ) -> torch.optim.Optimizer:
-    """An optimiser with one group for the prompts and one for the tail, either of which may lack.
+    """An optimiser with one group for the prompts and one for tail and head, any of which may lack.
 
-    Each group remembers its full rate as ``full_lr``; `set_progress` works from that. Weight decay
-    is for the tail alone: prompts are inputs, not weights.
+    What is not trainable of tail and head is left out. Each group remembers its full rate as
+    ``full_lr``; `set_progress` works from that. Weight decay is for weights alone: prompts are
+    inputs.
     """
+    weights = [
+        parameter
+        for part in (head, tail)
+        if part is not None
+        for parameter in part.parameters()
+        if parameter.requires_grad
+    ]
     groups = [
         {
             "params": [] if prompts is None else [prompts],
@@ -41,7 +50,7 @@ def make_optimizer(
             "weight_decay": 0.0,
         },
         {
-            "params": [] if tail is None else list(tail.parameters()),
+            "params": weights,
             "lr": training.tail_learning_rate * scale,
             "weight_decay": training.weight_decay,
         },
@@ -49,7 +58,7 @@ def make_optimizer(
     for group in groups:
         group["full_lr"] = group["lr"]
     if training.optimizer == "sgd":
-        return torch.optim.SGD(groups, momentum=training.momentum)
+        return torch.optim.SGD(groups, momentum=training.momentum, nesterov=training.nesterov)
     if training.optimizer == "adam":
         return torch.optim.Adam(groups)
     return torch.optim.AdamW(groups)

@@ -4,10 +4,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal, cast
 
-from protocol.settings import BackboneSettings
+from protocol.settings import BackboneSettings, Tuned
 
 PromptPlace = Literal["input", "cut"]
 PromptDepth = Literal["shallow", "deep"]
+TUNED = ("tail", "classifier", "bias", "adapter", "full")
+HEAD_TUNED = ("bias", "adapter", "full")  # of these, those that change the head
 
 # Settled by the other fields, or would load weights behind our back.
 _RESERVED_OVERRIDES = frozenset(
@@ -43,10 +45,12 @@ class SplitSettings:
     tail_blocks: int = 0  # blocks in the tail, besides norm, pooling and classifier
     num_classes: int = 10
     prompt_at: PromptPlace = "input"  # before the head's first block, or the body's
-    prompt_depth: PromptDepth = "shallow"  # deep: fresh prompts before every body block
+    prompt_depth: PromptDepth = "shallow"  # deep: fresh ones before each block of head or body
     prompt_count: int = 10  # soft tokens per insertion; 0: none
     keep_tokens: int = 0  # image tokens behind the cut, the most similar merged; 0: all of them
     model_overrides: tuple[tuple[str, Any], ...] = ()  # further arguments of timm.create_model
+    tune: Tuned = "tail"  # what is tuned beside the prompts
+    adapter_width: int = 96  # numbers inside the bottleneck, where `tune` is "adapter"
 
     def __post_init__(self) -> None:
         if not isinstance(self.backbone, str) or not self.backbone:
@@ -58,6 +62,7 @@ class SplitSettings:
             ("num_classes", 1, 1_000_000),
             ("prompt_count", 0, 4096),
             ("keep_tokens", 0, 65_536),
+            ("adapter_width", 1, 4096),
         ):
             value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
@@ -66,13 +71,24 @@ class SplitSettings:
             raise SplitSettingsError("prompt_at", "'input' or 'cut'", self.prompt_at)
         if self.prompt_depth not in ("shallow", "deep"):
             raise SplitSettingsError("prompt_depth", "'shallow' or 'deep'", self.prompt_depth)
-        if self.prompt_depth == "deep" and self.prompt_at != "cut":
-            limit = "'shallow' where prompt_at is 'input'"
+        if self.prompt_depth == "deep" and self.prompt_at == "input" and self.cut == 0:
+            limit = "'shallow' where prompt_at is 'input' and the head has no blocks"
             raise SplitSettingsError("prompt_depth", limit, self.prompt_depth)
+        self._check_tune()
         if self.keep_tokens and self.prompt_at != "cut":
             limit = "0 where prompt_at is 'input': prompts are not to be merged"
             raise SplitSettingsError("keep_tokens", limit, self.keep_tokens)
         object.__setattr__(self, "model_overrides", _overrides(self.model_overrides))
+
+    def _check_tune(self) -> None:
+        if self.tune not in TUNED:
+            raise SplitSettingsError("tune", f"one of {list(TUNED)}", self.tune)
+        if self.tune in HEAD_TUNED and self.prompt_at == "cut":
+            limit = "'tail' or 'classifier' where prompt_at is 'cut': the head never changes"
+            raise SplitSettingsError("tune", limit, self.tune)
+        if self.tune == "adapter" and self.cut == 0:
+            limit = "another than 'adapter' where the head has no blocks"
+            raise SplitSettingsError("tune", limit, self.tune)
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as values that JSON and msgpack can carry."""
@@ -93,6 +109,8 @@ class SplitSettings:
             prompt_depth=model.prompt_depth,
             prompt_count=model.prompt_count,
             keep_tokens=model.keep_tokens,
+            tune=model.tune,
+            adapter_width=model.adapter_width,
         )
 
     @classmethod

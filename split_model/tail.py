@@ -1,15 +1,17 @@
-"""The tail: optionally the last blocks, then norm, pooling and classifier; on the device, tuned."""
+"""The tail: optionally the last blocks, then norm, pooling and classifier; tuned on the device."""
 
 import torch
 from torch import Tensor
 
 from split_model.architecture import anatomy
-from split_model.part import OUTPUT, POSITIONS, Part
+from split_model.part import OUTPUT, POSITIONS, Part, is_bias
 from split_model.settings import SplitSettings
+
+_CLASSIFIERS = ("head.", "head_dist.")  # timm's names begin so
 
 
 class Tail(Part):
-    """Features to logits. Every parameter is trained.
+    """Features to logits. Every parameter is trained, or those that `tune` names.
 
     With tail blocks, learned positions that all blocks share (mixed rotary frequencies, a shared
     relative bias) are copied into the tail and trained there.
@@ -39,6 +41,12 @@ class Tail(Part):
         pooled: Tensor = self.trunk.forward_head(self._normed(features), pre_logits=True)
         return pooled
 
+    def _tunes(self, name: str, *, parameter: bool) -> bool:
+        tune = self.settings.tune
+        if tune in ("tail", "full") or is_classifier(name):
+            return True
+        return tune == "bias" and parameter and is_bias(name)
+
     def _normed(self, features: Tensor) -> Tensor:
         if self.leading is not None and features.ndim == 3 and features.shape[1] == self.leading:
             tokens = features
@@ -53,6 +61,11 @@ class Tail(Part):
                 tokens = torch.cat([tokens[:, :prefix], tokens[:, prefix + prompts :]], dim=1)
         normed: Tensor = self.trunk.norm(tokens)
         return normed
+
+
+def is_classifier(name: str) -> bool:
+    """Whether timm's name of a tensor of the tail is one of the classifier's."""
+    return name.startswith(_CLASSIFIERS)
 
 
 def needed_tokens(settings: SplitSettings) -> int | None:

@@ -1,4 +1,4 @@
-"""What a run tunes and sends: the prompts and the tail, as one mapping of named tensors."""
+"""What a run tunes and sends: prompts and tail, and what is tuned of the head, by name."""
 
 import functools
 from collections.abc import Mapping
@@ -7,22 +7,25 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from protocol.seeds import derive_seed
+from split_model.adapter import initial_adapter
+from split_model.head import ADAPTER, Head
 from split_model.part import WeightsMismatchError
 from split_model.prompts import initial_prompts, prompt_shape
-from split_model.settings import SplitSettings
-from split_model.tail import Tail
+from split_model.settings import HEAD_TUNED, SplitSettings
+from split_model.tail import Tail, is_classifier
 from split_model.tensor_file import TensorFile, write_tensors
 
-TunedState = dict[str, Tensor]  # "prompts", and "tail." before timm's names
+TunedState = dict[str, Tensor]  # "prompts", and "head." or "tail." before timm's names
 
 PROMPTS = "prompts"
+HEAD = "head."
 TAIL = "tail."
-_CLASSIFIERS = ("head.", "head_dist.")
 _CLASSIFIER_DEVIATION = 0.02
 
 
 def state_shapes(settings: SplitSettings) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor of the state, computed without memory for the tail.
+    """The shape of every tensor of the state, computed without memory for the parts.
 
     Raises `UnsupportedBackboneError` or `SplitSettingsError`.
     """
@@ -32,9 +35,10 @@ def state_shapes(settings: SplitSettings) -> dict[str, tuple[int, ...]]:
 @functools.lru_cache(maxsize=64)
 def _shapes(settings: SplitSettings) -> dict[str, tuple[int, ...]]:
     # A server asks for every update that it checks.
-    tail = Tail(settings)
-    state = tail.state_dict()
-    shapes = {TAIL + name: tuple(state[own].shape) for name, own in tail.names().items()}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for prefix, part in ((HEAD, Head(settings)), (TAIL, Tail(settings))):
+        tensors = part.state_dict()
+        shapes |= {prefix + name: tuple(tensors[own].shape) for name, own in part.tuned().items()}
     if settings.prompt_count:
         shapes[PROMPTS] = prompt_shape(settings)
     return shapes
@@ -46,9 +50,10 @@ def initial_state(
     seed: int,
     mean_token: Tensor | None = None,
 ) -> TunedState:
-    """Pretrained norm and tail blocks, a fresh classifier and fresh prompts, all from one seed.
+    """Pretrained weights, and a fresh classifier, prompts and adapter, all from one seed.
 
-    Raises `WeightsMismatchError` where `weights` lacks a pretrained tensor of the tail.
+    The classifier is the same whatever is tuned beside it. Raises `WeightsMismatchError` where
+    `weights` lacks a pretrained tensor.
     """
     generator = torch.Generator().manual_seed(seed)
     state: TunedState = {}
@@ -56,8 +61,10 @@ def initial_state(
         if name == PROMPTS:
             state[name] = initial_prompts(settings, seed, mean_token)
             continue
-        own = name.removeprefix(TAIL)
-        if own.startswith(_CLASSIFIERS):
+        prefix, own = name.split(".", 1)
+        if name.startswith(HEAD + ADAPTER):
+            state[name] = initial_adapter(own, shape, derive_seed(seed, "adapter"))
+        elif prefix + "." == TAIL and is_classifier(own):
             fresh = torch.zeros(shape)
             if own.endswith(".weight"):
                 fresh = torch.randn(shape, generator=generator) * _CLASSIFIER_DEVIATION
@@ -83,6 +90,11 @@ def check_state(settings: SplitSettings, state: Mapping[str, Tensor]) -> None:
     _check(state_shapes(settings), state)
 
 
+def check_device_state(settings: SplitSettings, state: Mapping[str, Tensor]) -> None:
+    """As `check_state`, for what a device has of the state."""
+    _check(device_shapes(settings), state)
+
+
 def _check(shapes: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor]) -> None:
     for name in state:
         if name not in shapes:
@@ -98,30 +110,52 @@ def tail_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(TAIL): t for name, t in state.items() if name.startswith(TAIL)}
 
 
-def apply_state(tail: Tail, prompts: Tensor | None, state: Mapping[str, Tensor]) -> None:
-    """Copy a device's state into its tail and its prompts, in place; optimisers keep their hold.
+def head_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The head's part of a state, by the head's names for them."""
+    return {name.removeprefix(HEAD): t for name, t in state.items() if name.startswith(HEAD)}
 
-    Raises `WeightsMismatchError` before anything is changed.
+
+def apply_state(
+    tail: Tail, prompts: Tensor | None, state: Mapping[str, Tensor], head: Head | None = None
+) -> None:
+    """Copy a device's state into its parts, in place; optimisers keep their hold.
+
+    `head` may be left out where nothing of it is tuned. Raises `WeightsMismatchError` before
+    anything is changed.
     """
-    _check(device_shapes(tail.settings), state)
+    check_device_state(tail.settings, state)
     if prompts is not None and PROMPTS in state and prompts.shape != state[PROMPTS].shape:
         limit = f"of shape {list(prompts.shape)}"
         raise WeightsMismatchError(PROMPTS, limit, list(state[PROMPTS].shape))
-    own = tail.state_dict(keep_vars=True)
+    live = _live(tail, head)
+    if prompts is not None and PROMPTS in state:
+        live[PROMPTS] = prompts
     with torch.no_grad():
-        for name, own_name in tail.names().items():
-            own[own_name].copy_(state[TAIL + name])
-        if prompts is not None and PROMPTS in state:
-            prompts.copy_(state[PROMPTS])
+        for name, tensor in live.items():
+            tensor.copy_(state[name])
 
 
-def read_state(tail: Tail, prompts: Tensor | None) -> TunedState:
-    """The state of a tail and, where they are given, its prompts: float32 copies on the CPU."""
-    own = tail.state_dict()
-    state = {TAIL + name: _copy(own[own_name]) for name, own_name in tail.names().items()}
+def read_state(tail: Tail, prompts: Tensor | None, head: Head | None = None) -> TunedState:
+    """The state of a device's parts, its prompts where they are given: float32 copies on the CPU.
+
+    `head` may be left out where nothing of it is tuned; else raises `WeightsMismatchError`.
+    """
+    state = {name: _copy(tensor) for name, tensor in _live(tail, head).items()}
     if prompts is not None:
         state[PROMPTS] = _copy(prompts)
     return state
+
+
+def _live(tail: Tail, head: Head | None) -> dict[str, Tensor]:
+    """What is tuned of these parts, by its names in a state: the tensors themselves."""
+    if head is None and tail.settings.tune in HEAD_TUNED:
+        raise WeightsMismatchError(HEAD, f"given where {tail.settings.tune} is tuned", "missing")
+    live: dict[str, Tensor] = {}
+    for prefix, part in ((HEAD, head), (TAIL, tail)):
+        if part is not None:
+            own = part.state_dict(keep_vars=True)
+            live |= {prefix + name: own[place] for name, place in part.tuned().items()}
+    return live
 
 
 def save_state(

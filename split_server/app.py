@@ -14,18 +14,20 @@ from anyio import CapacityLimiter
 from fastapi import FastAPI
 from starlette.types import Receive, Scope, Send
 
-from split_server.bodies import Bodies
 from split_server.clock import Clock
 from split_server.credentials import Credentials, load_operator_token, load_secret
 from split_server.devices import choose_placement
-from split_server.engine import Engine, EngineLimits
-from split_server.local_engine import LocalEngine
+from split_server.engine.bodies import Bodies
+from split_server.engine.figures import EngineFigures
+from split_server.engine.jobs import Engine, EngineLimits
+from split_server.engine.local_engine import LocalEngine
 from split_server.meter import Meter
 from split_server.notifier import Notifier
 from split_server.presence import Presence
 from split_server.routes.errors import add_error_handlers
 from split_server.routes.federation import FederationRoutes
 from split_server.routes.gate import Gate
+from split_server.routes.metrics import metrics_router
 from split_server.routes.room import Room
 from split_server.routes.small_bodies import SmallBodies
 from split_server.routes.split import SplitPlane
@@ -61,6 +63,7 @@ class _Watcher:
 
     def run_over(self, run: str) -> None:
         self.samples.drop(run)
+        self.engine.forget(run)
 
     def left(self, run: str, participant: str) -> None:
         self.engine.release(run, participant)
@@ -94,7 +97,8 @@ class SplitServer:
         if settings.torch_threads is not None:
             torch.set_num_threads(settings.torch_threads)
         store = await asyncio.to_thread(Store, settings.database)
-        engine = self._engine()
+        figures = EngineFigures()
+        engine = self._engine(figures)
         self._notifier = notifier = Notifier(asyncio.get_running_loop())
         samples = await asyncio.to_thread(self._sample_store)
         watcher = _Watcher(notifier, engine, samples)
@@ -112,6 +116,9 @@ class SplitServer:
             settings.max_wait_s,
         )
         app.include_router(routes.router)
+        app.include_router(metrics_router(figures.registry))
+        room = Room(settings.queue_mib * _MIB)
+        _watch(figures, room, samples)
         plane = SplitPlane(
             SmallBodies(app, settings.body_timeout_s),
             Desk(engine, samples, self.placement.device, federation.files),
@@ -119,7 +126,7 @@ class SplitServer:
             self._credentials,
             self._presence,
             settings.frame_limits,
-            Room(settings.queue_mib * _MIB),
+            room,
             CapacityLimiter(_CODEC_THREADS),
             settings.body_timeout_s,
         )
@@ -136,7 +143,7 @@ class SplitServer:
             await asyncio.to_thread(federation.save_traffic)
             await asyncio.to_thread(store.close)
 
-    def _engine(self) -> Engine:
+    def _engine(self, figures: EngineFigures) -> Engine:
         settings = self.settings
         limits = EngineLimits(
             retained_bytes=settings.engine_memory_mib * _MIB,
@@ -144,9 +151,12 @@ class SplitServer:
             answer_bytes=settings.answer_mib * _MIB,
             step_timeout_s=settings.step_timeout_s,
             steps_per_participant=settings.max_steps,
+            max_batch_samples=settings.max_batch_samples,
+            max_wait_s=settings.max_wait_ms / 1000,
+            backward=settings.backward,
         )
-        bodies = Bodies(self.placement, settings.max_bodies)
-        return LocalEngine(bodies, self.placement, limits)
+        bodies = Bodies(self.placement, settings.max_bodies, compiled=settings.compile)
+        return LocalEngine(bodies, self.placement, limits, figures=figures)
 
     def _sample_store(self) -> SampleStore:
         settings = self.settings
@@ -189,6 +199,15 @@ class SplitServer:
                 engine.sweep()
                 with _logged("saving the meter failed"):
                     await asyncio.to_thread(federation.save_traffic)
+
+
+def _watch(figures: EngineFigures, room: Room, samples: SampleStore) -> None:
+    watch = figures.watch
+    watch("sfprompt_requests_bytes", "Bodies of requests that are held", lambda: room.taken)
+    watch(
+        "sfprompt_samples_memory_bytes", "Smashed data kept in memory", lambda: samples.memory_bytes
+    )
+    watch("sfprompt_samples_disk_bytes", "Smashed data kept on disk", lambda: samples.disk_bytes)
 
 
 async def _advance(federation: Federation, run: str) -> bool:

@@ -75,6 +75,10 @@ def serve(
     torch_threads: Annotated[int | None, _described("torch_threads")] = None,
     max_frame_mib: Annotated[int | None, _described("max_frame_mib")] = None,
     engine_memory_mib: Annotated[int | None, _described("engine_memory_mib")] = None,
+    max_batch_samples: Annotated[int | None, _described("max_batch_samples")] = None,
+    max_wait_ms: Annotated[float | None, _described("max_wait_ms")] = None,
+    backward: Annotated[str | None, _described("backward")] = None,
+    compile: Annotated[bool | None, _described("compile")] = None,  # noqa: A002
     queue_mib: Annotated[int | None, _described("queue_mib")] = None,
     step_timeout_s: Annotated[float | None, _described("step_timeout_s")] = None,
     live_window_s: Annotated[float | None, _described("live_window_s")] = None,
@@ -97,11 +101,13 @@ def serve(
 def _say_what_is_used(settings: ServerSettings, placement: str) -> None:
     logging.getLogger("split_server").info(
         "bodies on %s; memory: at most %d MiB for open steps, %d MiB for queued tensors, "
-        "%d MiB for answers, and %d bodies; data in %s",
+        "%d MiB for answers, %d MiB for kept samples (and %d on disk), and %d bodies; data in %s",
         placement,
         settings.engine_memory_mib,
         settings.queue_mib,
         settings.answer_mib,
+        settings.samples_mib,
+        settings.samples_disk_mib,
         settings.max_bodies,
         settings.data_dir,
     )

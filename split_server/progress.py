@@ -7,9 +7,11 @@ from typing import Any
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
+from torch import Tensor
 
 from protocol.errors import SFPromptError
 from protocol.messages import RoundStatus, RunStatus
+from protocol.settings import FederationSettings
 from split_server.aggregation import WeightedState, federated_average, weighted_mean
 from split_server.journal import record_event
 from split_server.meter import Meter
@@ -23,6 +25,7 @@ from split_server.rounds import (
     Publish,
     Repeat,
 )
+from split_server.server_optimizer import server_step
 from split_server.snapshot import RunSnapshot
 from split_server.states import RunFiles, StateRefs, read_tensors
 from split_server.tables import EvaluationRow, RoundRow, RunRow, UpdateRow
@@ -37,17 +40,34 @@ def average(
     Apart from `apply`, so that no transaction waits for the arithmetic.
     """
     row = _open_row(session, run)
+    base = StateRefs(run.state, run.prompts)
     try:
-        state = federated_average(
+        mean = federated_average(
             WeightedState(update.samples, partial(read_tensors, files.update(update.sha256)))
             for update in _updates(session, row, action.updated)
         )
+        state = _stepped(run.settings.federation, row.round, base, mean, files)
     except SFPromptError as error:
-        # Every update was checked alone; only their sum can still leave float32's range.
+        # Every update was checked alone; only what is made of them can still be wrong.
         return FailRun(f"round {row.round}: {error}")
-    base = StateRefs(run.state, run.prompts)
     refs = publish(state, base, run.settings, files)
     return Publish(action.updated, action.evaluators, refs)
+
+
+def _stepped(
+    federation: FederationSettings,
+    round_: int,
+    base: StateRefs,
+    mean: dict[str, Tensor],
+    files: RunFiles,
+) -> dict[str, Tensor]:
+    """The new global state: the mean, or where the server optimiser's step leads."""
+    if federation.server_optimizer == "fedavg":
+        return mean
+    before = files.read_moments(round_ - 1)
+    state, moments = server_step(federation, files.read_state(base), mean, before)
+    files.write_moments(round_, moments)
+    return state
 
 
 def apply(session: Session, run: RunSnapshot, action: Action, meter: Meter, at: float) -> None:

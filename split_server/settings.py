@@ -25,6 +25,7 @@ DEFAULT_PORT = 8500
 
 Device = Literal["auto", "cuda", "mps", "cpu"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+Backward = Literal["auto", "retained", "recompute"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 Token = Annotated[SecretStr, Field(min_length=8, max_length=200)]
 
@@ -46,6 +47,18 @@ class ServerSettings(BaseSettings):
     engine_memory_mib: int = Field(
         4096, ge=1, le=2**24, description="what split steps keep between forward and backward"
     )
+    max_batch_samples: int | None = Field(
+        None, ge=1, le=2**20, description="computed together; none: what the device gains from"
+    )
+    max_wait_ms: float = Field(
+        2.0, ge=0, le=10_000, description="a forward waits for others while the device is idle"
+    )
+    backward: Backward = Field(
+        "auto",
+        description="retained: steps keep their graph | recompute: their input, forward runs twice "
+        "| auto: their graph while engine_memory_mib lasts",
+    )
+    compile: bool = Field(False, description="compile bodies with torch.compile when first used")
     queue_mib: int = Field(512, ge=1, le=2**20, description="tensors being read or waiting")
     answer_mib: int = Field(256, ge=0, le=2**20, description="answers kept for repeated steps")
     samples_mib: int = Field(

@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from protocol.errors import NotFound
 from protocol.messages import BlobRef
 from split_model import state_bytes
 
@@ -32,8 +33,9 @@ class StateRefs:
 class RunFiles:
     """The files of one run.
 
-    ``head.safetensors``, ``states/SHA256.safetensors`` (global states) and
-    ``updates/SHA256.safetensors`` (until their round is aggregated).
+    ``head.safetensors``, ``states/SHA256.safetensors`` (global states),
+    ``updates/SHA256.safetensors`` (until their round is aggregated) and
+    ``moments/ROUND.safetensors`` (of a server optimiser, of the last two rounds).
     """
 
     root: Path
@@ -76,6 +78,37 @@ class RunFiles:
         if refs.prompts is not None:
             state |= read_tensors(self.state(refs.prompts.sha256))
         return state
+
+    def read_moments(self, round_: int) -> dict[str, Tensor]:
+        """What the server optimiser remembered after this round; nothing after round 0.
+
+        Raises:
+            NotFound: the file is gone.
+        """
+        if round_ == 0:
+            return {}
+        path = self._moments(round_)
+        if not path.is_file():
+            raise NotFound(
+                "what the server optimiser remembered of the last round is gone",
+                field="moments",
+                value=path.name,
+            )
+        return read_tensors(path)
+
+    def write_moments(self, round_: int, moments: Mapping[str, Tensor]) -> None:
+        """Keep what the server optimiser remembers after this round, and after the one before.
+
+        A server that is killed before the round's state counts makes that state again.
+        """
+        write_durably(self._moments(round_), state_bytes(moments))
+        wanted = {self._moments(number) for number in (round_ - 1, round_)}
+        for path in self._moments(round_).parent.iterdir():
+            if path not in wanted:
+                path.unlink(missing_ok=True)
+
+    def _moments(self, round_: int) -> Path:
+        return self.root / "moments" / f"{round_}.safetensors"
 
     def write_update(self, tensors: dict[str, Tensor]) -> BlobRef:
         return write_tensors(self.root / "updates", tensors)

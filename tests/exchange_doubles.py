@@ -14,11 +14,11 @@ import split_model
 from protocol.settings import RunSettings, TrainingSettings
 from split_model import SplitSettings
 from split_model.libraries import timm
-from split_server.bodies import Bodies, BodyKey
 from split_server.devices import choose_placement
-from split_server.engine import EngineLimits, ExchangeJob
-from split_server.local_engine import LocalEngine
-from split_server.sessions import SessionPlan
+from split_server.engine.bodies import Bodies, BodyKey
+from split_server.engine.jobs import EngineLimits, ExchangeJob
+from split_server.engine.local_engine import LocalEngine
+from split_server.engine.sessions import SessionPlan
 from tests.server_doubles import SMALL, FakeTime
 
 MIB = 1024 * 1024
@@ -40,14 +40,20 @@ def engines() -> Iterator[MakeEngine]:
     """Makes engines that hold the same bodies, and stops them in the end."""
     bodies, made = Bodies(PLACEMENT), list[LocalEngine]()
 
-    def one(retained: int = 256 * MIB, time: FakeTime | None = None) -> LocalEngine:
-        limits = EngineLimits(retained, 64 * MIB, 64 * MIB, 300.0, 4)
+    def one(retained: int = 256 * MIB, time: FakeTime | None = None, **more: Any) -> LocalEngine:
+        limits = EngineLimits(retained, 64 * MIB, 64 * MIB, 300.0, 4, **more)
         made.append(LocalEngine(bodies, PLACEMENT, limits, (time or FakeTime()).clock()))
         return made[-1]
 
     yield one
     for engine in made:
         engine.close()
+
+
+def is_empty(engine: LocalEngine) -> bool:
+    """Whether no step is held and no room is promised to one."""
+    room = engine._keeper.room
+    return len(room.steps) == room.steps.nbytes == room.reserved == 0
 
 
 def numbers(seed: int, *shape: int) -> Tensor:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 import statistics
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from benchmark.compare.tasks import Figures, Task, perform_all
 from benchmark.local_run import LocalRun
 from benchmark.presets import Preset
 from benchmark.report import write_files
@@ -74,31 +71,24 @@ def climb(rungs: Sequence[Rung], setting: Setting, folder: Path, console: Consol
         SFPromptError: a run failed.
     """
     jobs = [(rung, seed) for seed in setting.seeds for rung in rungs]
-    with (
-        Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            console=console,
-        ) as progress,
-        ThreadPoolExecutor(setting.at_once) as workers,
-    ):
-        bar = progress.add_task("runs", total=len(jobs))
+    tasks = [_task(rung, seed, setting, folder) for rung, seed in jobs]
+    of_task = {task.name: job for task, job in zip(tasks, jobs, strict=True)}
 
-        def one(job: tuple[Rung, int]) -> dict[str, Any]:
-            figures = _run(*job, setting, folder)
-            progress.advance(bar)
-            shown = f"{job[0].name}, seed {job[1]}: accuracy {figures['accuracy']:.1%}"
-            progress.console.print(f"  {shown}, {figures['bytes_total'] / 1e6:,.1f} MB")
-            return figures
+    def perform(task: Task) -> Figures:
+        return _run(*of_task[task.name], setting, task.folder)
 
-        done = dict(zip(jobs, workers.map(one, jobs), strict=True))
+    outcomes = perform_all(
+        tasks, perform, file=_FIGURES, at_once=setting.at_once, console=console, say=_line
+    )
+    done: dict[tuple[Rung, int], Figures] = {}
+    for job, outcome in zip(jobs, outcomes, strict=True):
+        if isinstance(outcome, Exception):
+            raise outcome
+        done[job] = outcome
     return [_climbed(rung, [done[rung, seed] for seed in setting.seeds]) for rung in rungs]
 
 
-def _run(rung: Rung, seed: int, setting: Setting, folder: Path) -> dict[str, Any]:
-    place = folder / f"{rung.name.replace(' ', '-')}-{seed}"
+def _task(rung: Rung, seed: int, setting: Setting, folder: Path) -> Task:
     settings = _seeded(rung.settings, seed, setting.devices)
     what = {
         "settings": settings.model_dump(mode="json"),
@@ -106,12 +96,18 @@ def _run(rung: Rung, seed: int, setting: Setting, folder: Path) -> dict[str, Any
         "link": setting.link,
         "images": [setting.preset.limit_train, setting.preset.limit_test],
     }
-    known = _known(place / _FIGURES, what)
-    if known is not None:
-        return known
-    shutil.rmtree(place, ignore_errors=True)  # what an interrupted run has downloaded counts, too
+    place = folder / f"{rung.name.replace(' ', '-')}-{seed}"
+    return Task(f"{rung.name}, seed {seed}", place, what)
+
+
+def _line(task: Task, figures: Figures) -> str:
+    accuracy, moved = figures["accuracy"], figures["bytes_total"]
+    return f"{task.name}: accuracy {accuracy:.1%}, {moved / 1e6:,.1f} MB"
+
+
+def _run(rung: Rung, seed: int, setting: Setting, place: Path) -> Figures:
     local = LocalRun(
-        settings=settings,
+        settings=_seeded(rung.settings, seed, setting.devices),
         data=setting.preset.data,
         devices=setting.devices,
         partition="iid",
@@ -123,17 +119,7 @@ def _run(rung: Rung, seed: int, setting: Setting, folder: Path) -> dict[str, Any
     )
     results, figures = local.execute(Console(quiet=True))
     write_files(results, figures, place)
-    (place / _FIGURES).write_text(json.dumps({"of": what, "figures": figures}, indent=2) + "\n")
     return figures
-
-
-def _known(file: Path, what: dict[str, Any]) -> dict[str, Any] | None:
-    """The figures of an earlier run of the very same setting."""
-    if not file.is_file():
-        return None
-    found: dict[str, Any] = json.loads(file.read_text())
-    figures: dict[str, Any] = found["figures"]
-    return figures if found["of"] == what else None
 
 
 def _seeded(settings: RunSettings, seed: int, devices: int) -> RunSettings:

@@ -3,12 +3,14 @@
 from edge_client.phases.context import Diverged, RoundContext, Samples
 from edge_client.phases.evaluation import Evaluation, evaluate
 from edge_client.phases.local_update import local_update
+from edge_client.phases.proximal import Proximal
 from edge_client.phases.scoring import keep_samples
 from edge_client.phases.split_training import Trained, split_train
 
 __all__ = [
     "Diverged",
     "Evaluation",
+    "Proximal",
     "RoundContext",
     "Samples",
     "Trained",

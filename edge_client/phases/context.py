@@ -13,6 +13,7 @@ from edge_client.data import BatchReader, shuffled
 from edge_client.device_model import DeviceModel
 from edge_client.head_outputs import HeadOutputs
 from edge_client.kept_samples import KeptSamples
+from edge_client.phases.proximal import Proximal
 from edge_client.transport import SamplesMissing
 from protocol.seeds import derive_seed
 from protocol.settings import RunSettings
@@ -71,6 +72,12 @@ class RoundContext:
     model: DeviceModel
     samples: Samples
     advance: Advance
+    proximal: Proximal | None = None
+
+    def pull(self) -> None:
+        """Add FedProx's gradient to that of a batch, if the run has it."""
+        if self.proximal is not None:
+            self.proximal.add_gradients()
 
     def seed(self, purpose: str) -> int:
         """A seed for one purpose in this round of this participant."""

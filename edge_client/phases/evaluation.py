@@ -1,4 +1,4 @@
-"""Measure the global state on the device's held-out samples, through the server's body."""
+"""Measure the global state on the device's held-out samples, through the body, if there is one."""
 
 from __future__ import annotations
 
@@ -36,6 +36,8 @@ def evaluate(
 ) -> Evaluation:
     """Classify every sample with head → body → tail and count.
 
+    A device that holds the whole model asks nobody.
+
     Raises:
         StaleRound: the server holds another global state than ``state`` by now.
     """
@@ -53,7 +55,8 @@ def evaluate(
         if samples.outputs is not None:
             features = samples.with_batch(positions, None, request)
         else:
-            features = request(model.head(samples.images.read(positions)[0], model.prompts))
+            smashed = model.head(samples.images.read(positions)[0], model.prompts)
+            features = smashed if model.is_whole else request(smashed)
         logits, labels = model.tail(features), samples.images.image_set.labels[positions]
         correct += int((logits.argmax(dim=1) == labels).sum())
         loss_sum += F.cross_entropy(logits, labels, reduction="sum").item()

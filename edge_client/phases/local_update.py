@@ -1,4 +1,4 @@
-"""Phase 1b: tune prompts and tail on the device alone, with the body left out."""
+"""Phase 1b: tune on the device alone, with the body left out."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ def local_update(context: RoundContext) -> float | None:
     """The local-loss update of SFPrompt (arXiv 2407.17533, section 3), on all samples.
 
     The head's output goes straight into the tail; nothing crosses the network. Prompts that join
-    at the cut are not here and have no part in it.
+    at the cut are not here and have no part in it. Where the device holds the whole model, this is
+    the local training of FedAvg and FedPEFT (arXiv 2210.01708).
 
     Returns:
         The mean cross-entropy over the last epoch; None where there was nothing to do.
@@ -24,9 +25,8 @@ def local_update(context: RoundContext) -> float | None:
     samples = len(context.samples)
     if training.local_epochs == 0 or samples == 0:
         return None
-    optimizer = make_optimizer(
-        training, model.prompts, model.tail, scale=training.local_learning_rate_scale
-    )
+    scale = training.local_learning_rate_scale
+    optimizer = make_optimizer(training, model.prompts, model.tail, scale, model.head)
     # One rate for the phase, the one of the round's middle: a warm-up begins at 0.
     set_progress(optimizer, context.rate_factor(1, 2))
     loss_sum = 0.0
@@ -38,9 +38,12 @@ def local_update(context: RoundContext) -> float | None:
         if not 0 <= loss.item() <= MAX_LOSS:
             raise Diverged(f"the local update has diverged: the loss of a batch is {loss.item():g}")
         loss.backward()
+        context.pull()
         optimizer.step()
         if epoch == training.local_epochs - 1:
             loss_sum += loss.item() * len(positions)
+    if not all(bool(torch.isfinite(own).all()) for own in model.parameters()):
+        raise Diverged("the local update has diverged: what it has tuned is not finite")
     return loss_sum / samples
 
 

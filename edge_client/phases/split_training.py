@@ -53,7 +53,7 @@ def _train_with_prompts_at_the_input(
     context: RoundContext, plane: SplitPlane, kept: Tensor
 ) -> Trained:
     model = context.model
-    optimizer = make_optimizer(context.run.training, model.prompts, model.tail)
+    optimizer = make_optimizer(context.run.training, model.prompts, model.tail, head=model.head)
     batches = _Batches(context, kept)
     name = f"{secrets.token_hex(4)}.{context.round}.{context.attempt}"
     for step, (epoch, positions) in enumerate(batches):
@@ -66,6 +66,7 @@ def _train_with_prompts_at_the_input(
         optimizer.zero_grad()
         noise = context.noise(step)
         loss = _step(context, plane, samples, images, labels, f"{name}.{step}", noise)
+        context.pull()
         optimizer.step()
         batches.count(epoch, loss, len(positions))
     return Trained(batches.mean_loss)
@@ -90,7 +91,7 @@ def _step(
             features, decoded = _forward(context, plane, samples, smashed.detach(), step)
             loss, gradients = _through_the_tail(model, features, labels)
             if not smashed.requires_grad:
-                return loss  # no prompts to tune: nobody needs the gradient of the smashed data
+                return loss  # nothing is tuned ahead of the cut: nobody needs their gradient
             returned = plane.backward(
                 gradients,
                 step=step,
@@ -196,7 +197,7 @@ def _through_the_tail(model: DeviceModel, features: Tensor, labels: Tensor) -> t
     """The mean loss and the gradient of the features; the tail's stay in its parameters."""
     features = features.requires_grad_()
     loss = F.cross_entropy(model.tail(features), labels)
-    parameters = list(model.tail.parameters())
+    parameters = [tensor for tensor in model.tail.parameters() if tensor.requires_grad]
     returned, *gradients = torch.autograd.grad(loss, [features, *parameters])
     if not bool(torch.isfinite(returned).all()) or not 0 <= loss.item() <= MAX_LOSS:
         raise Diverged(f"the training has diverged: the loss of a batch is {loss.item():g}")

@@ -9,6 +9,7 @@ import re
 import ssl
 import uuid
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -82,18 +83,18 @@ class Server:
         context = _trusting(ca_file) if ca_file else None
         self._transport = MeteredTransport(context, prefix=base.path, link=link)
         self._retry = retry or RetryPolicy()
-        self._client = httpx.Client(
-            base_url=base,
-            transport=self._transport,
-            timeout=answer_timeout_s,
-            trust_env=False,
+        self._base = base
+        self._address = lru_cache(maxsize=64)(self._join)  # parsing costs more than a small step
+        self._timeouts = {"read": answer_timeout_s}
+        self._headers = {
             # The body is taken as it lies on the wire: nothing between may compress it.
-            headers={"accept-encoding": "identity", "user-agent": "edge-client"},
-        )
-        self._headers = {VERSION_HEADER: str(PROTOCOL_VERSION)}
+            "accept-encoding": "identity",
+            "user-agent": "edge-client",
+            VERSION_HEADER: str(PROTOCOL_VERSION),
+        }
 
     def close(self) -> None:
-        self._client.close()
+        self._transport.close()
 
     def traffic(self) -> Traffic:
         """Bytes at the socket so far, both directions, by phase."""
@@ -241,19 +242,22 @@ class Server:
         self, method: str, path: str, pieces: list[memoryview], headers: dict[str, str]
     ) -> httpx.Response:
         request_id = uuid.uuid4().hex[:16]
-        request = self._client.build_request(
+        request = httpx.Request(
             method,
-            path,
+            self._address(path),
             headers={**headers, REQUEST_ID_HEADER: request_id},
             content=_Pieces(pieces) if pieces else None,
+            extensions={"timeout": self._timeouts},
         )
         try:
-            response = self._client.send(request, stream=True)
+            # Not through httpx's client: cookies, redirects and merged headers, of which there are
+            # none, took a third of the time that the processor spent on 1.5 MB there and back.
+            response = self._transport.handle_request(request)
         except httpx.TransportError as error:
             raise Unreachable(
                 f"{method} {path}: {error}",
                 field="url",
-                value=str(self._client.base_url),
+                value=str(self._base),
                 hint="is the server running, and can this device reach it?",
             ) from (_tls_refusal(error) or error)
         if not response.is_success:
@@ -264,6 +268,10 @@ class Server:
             raise refused
         log.debug("request %s %s %s -> %d", request_id, method, path, response.status_code)
         return response
+
+    def _join(self, path: str) -> httpx.URL:
+        prefix = self._base.raw_path.rstrip(b"/")
+        return self._base.copy_with(raw_path=prefix + httpx.URL(path).raw_path)
 
 
 class _Pieces:

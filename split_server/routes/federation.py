@@ -40,7 +40,7 @@ from split_server.credentials import (
     require_reader,
 )
 from split_server.devices import Placement
-from split_server.engine import Engine
+from split_server.engine.jobs import Engine
 from split_server.journal import Once
 from split_server.notifier import Notifier, wait_for
 from split_server.presence import Presence

@@ -28,16 +28,22 @@ from protocol.traffic import (
 )
 from split_model import SplitSettings, anatomy, needed_tokens
 from split_server import rounds
-from split_server.bodies import BodyKey
 from split_server.copies import read_revision, rebuild
-from split_server.engine import BackwardJob, Engine, ExchangeJob, ForwardJob, InferJob
-from split_server.intake import check_batch, check_decoded, read_gradients, read_smashed
+from split_server.engine.bodies import BodyKey
+from split_server.engine.jobs import BackwardJob, Engine, ExchangeJob, ForwardJob, InferJob
+from split_server.engine.sessions import SessionPlan
+from split_server.engine.steps import StepKey
+from split_server.intake import (
+    check_batch,
+    check_decoded,
+    read_gradients,
+    read_smashed,
+    require_finite,
+)
 from split_server.kept_samples import read_ids, read_kept, read_rows
 from split_server.samples import Owner, SampleStore
-from split_server.sessions import SessionPlan
 from split_server.snapshot import Member, RunSnapshot
 from split_server.states import RunFiles, read_prompts
-from split_server.steps import StepKey
 
 
 @dataclass(frozen=True)
@@ -158,7 +164,7 @@ def read_infer(desk: Desk, asked: Asked) -> Work | Reply:
     prompts = None
     if (held := asked.run.prompts) is not None:
         prompts = read_prompts(desk.files(asked.run.id).state(held.sha256))
-    job = InferJob(asked.body, found, prompts, asked.leading)
+    job = InferJob(asked.run.id, asked.member.id, asked.body, found, prompts, asked.leading)
     return _work(partial(desk.engine.infer, job), "features", asked.wire.inference, meta)
 
 
@@ -209,12 +215,14 @@ def _training_step(asked: Asked) -> StepMeta:
 
 def _gradients(desk: Desk, asked: Asked) -> Tensor:
     most = asked.run.settings.training.batch_size
-    return read_gradients(asked.frame, asked.body.settings, desk.device, asked.leading, most)
+    found = read_gradients(asked.frame, asked.body.settings, desk.device, asked.leading, most)
+    require_finite({"gradients": found})
+    return found
 
 
 def _sent(desk: Desk, asked: Asked) -> Tensor:
     most = asked.run.settings.training.batch_size
-    return read_smashed(asked.frame, asked.body.settings, desk.device, most)
+    return _received(desk, asked, most)
 
 
 def _renewed(desk: Desk, asked: Asked) -> Tensor | list[int]:
@@ -234,10 +242,16 @@ def _renewed(desk: Desk, asked: Asked) -> Tensor | list[int]:
     return found if isinstance(found, list) else found.to(desk.device)
 
 
+def _received(desk: Desk, asked: Asked, most: int | None) -> Tensor:
+    found = read_smashed(asked.frame, asked.body.settings, desk.device, most)
+    require_finite({"smashed": found})
+    return found
+
+
 def _smashed(desk: Desk, asked: Asked, most: int | None = None) -> Tensor | Reply:
     """Smashed data [B, T, D] that came with the request, or are kept; or what is missing."""
     if "ids" not in asked.frame.specs:
-        return read_smashed(asked.frame, asked.body.settings, desk.device, most)
+        return _received(desk, asked, most)
     _require_kept(asked)
     ids = read_ids(asked.frame)
     check_batch(len(ids), most, "ids")

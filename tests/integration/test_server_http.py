@@ -112,7 +112,8 @@ def test_a_run_cannot_be_made_of_what_there_is_not(operator: Api) -> None:
         ({"weights": "file:/nowhere.safetensors"}, "model.weights"),
         ({"cut": 13}, "model.cut"),
         ({"prompt_at": "cut", "cut": 12}, "model.prompt_at"),
-        ({"prompt_depth": "deep"}, "model.prompt_depth"),
+        ({"prompt_depth": "deep", "cut": 0}, "model.prompt_depth"),
+        ({"tune": "adapter", "cut": 0}, "model.tune"),
     ):
         wrong = {**settings, "model": {**settings["model"], **change}}
         answer = operator.call("POST", "/v1/runs", key=f"wrong-{next(_keys)}", json=wrong)

@@ -17,18 +17,17 @@ from protocol.errors import (
     Busy,
     IdempotencyKeyReused,
     InternalError,
-    NonFinite,
     StepLost,
     TooLarge,
     WrongShape,
 )
 from split_model import Body
-from split_server import compute
-from split_server.bodies import Bodies, BodyKey
 from split_server.devices import choose_placement
-from split_server.engine import BackwardJob, EngineLimits, ForwardJob, InferJob
-from split_server.local_engine import LocalEngine
-from split_server.steps import StepKey
+from split_server.engine import compute
+from split_server.engine.bodies import Bodies, BodyKey
+from split_server.engine.jobs import BackwardJob, EngineLimits, ForwardJob, InferJob
+from split_server.engine.local_engine import LocalEngine
+from split_server.engine.steps import StepKey
 from tests.server_doubles import SPLIT, TOKENS, WIDTH, FakeTime, run_settings, smashed
 
 MIB = 1024 * 1024
@@ -69,8 +68,9 @@ def make(bodies: Bodies) -> Iterator[MakeEngine]:
         answers: int = 64 * MIB,
         time: FakeTime | None = None,
         steps: int = 4,
+        **more: Any,
     ) -> LocalEngine:
-        limits = EngineLimits(retained, queued, answers, 300.0, steps)
+        limits = EngineLimits(retained, queued, answers, 300.0, steps, **more)
         made.append(LocalEngine(bodies, PLACEMENT, limits, (time or FakeTime()).clock()))
         return made[-1]
 
@@ -103,7 +103,7 @@ def test_a_step_is_the_bodys_own_forward_and_backward(
     async def whole_step() -> tuple[Tensor, Tensor, Tensor]:
         features = await engine.forward(forward(key, smashed()))
         result = await engine.backward(backward(key, gradients))
-        return features, result, await engine.infer(InferJob(key, smashed()))
+        return features, result, await engine.infer(InferJob("r1", "p1", key, smashed()))
 
     features, result, inferred = asyncio.run(whole_step())
     assert torch.equal(features, expected)
@@ -191,10 +191,10 @@ def test_a_step_whose_backward_does_not_come_is_dropped(make: MakeEngine, key: B
         first = await engine.forward(forward(key, smashed()))
         time.now += 299
         engine.sweep()
-        assert len(engine._steps) == 1
+        assert len(engine._keeper.room.steps) == 1
         time.now += 1
         engine.sweep()
-        assert len(engine._steps) == engine._steps.nbytes == 0
+        assert len(engine._keeper.room.steps) == engine._keeper.room.steps.nbytes == 0
         with pytest.raises(StepLost):
             await engine.backward(backward(key, smashed()))
         again = await engine.forward(forward(key, smashed()))
@@ -221,9 +221,9 @@ def test_a_participants_oldest_steps_make_room(make: MakeEngine, key: BodyKey) -
 def test_open_steps_stay_within_their_memory(make: MakeEngine, key: BodyKey) -> None:
     probe = make()
     asyncio.run(probe.forward(forward(key, smashed())))
-    one_step = probe._steps.nbytes
+    one_step = probe._keeper.room.steps.nbytes
     assert one_step > 11 * TOKENS * WIDTH * 4 * 2, "eleven blocks save more than their inputs"
-    engine = make(retained=int(2.5 * one_step))
+    engine = make(retained=int(2.5 * one_step), backward="retained")
 
     async def crowd() -> None:
         names = "abcdef"
@@ -235,13 +235,13 @@ def test_open_steps_stay_within_their_memory(make: MakeEngine, key: BodyKey) -> 
         assert refused
         assert all(isinstance(one, Busy) for one in refused)
         assert all(one.retry_after_s and one.retry_after_s > 0 for one in refused)  # type: ignore[attr-defined]
-        assert engine._steps.nbytes <= 2.5 * one_step
+        assert engine._keeper.room.steps.nbytes <= 2.5 * one_step
         served = [
             who for who, answer in zip(names, answers, strict=True) if isinstance(answer, Tensor)
         ]
         for who in served:
             await engine.backward(backward(key, smashed(), who=who))
-        assert engine._steps.nbytes == engine._reserved_bytes == 0
+        assert engine._keeper.room.steps.nbytes == engine._keeper.room.reserved == 0
         for who in ("x", "y"):
             await engine.forward(forward(key, smashed(), who=who))
         with pytest.raises(Busy):
@@ -268,15 +268,18 @@ def test_the_queue_is_bounded(
     monkeypatch.setattr(compute, "run_inference", held)
 
     async def crowd() -> None:
-        first = asyncio.create_task(engine.infer(InferJob(key, smashed())))
+        first = asyncio.create_task(engine.infer(InferJob("r1", "p1", key, smashed())))
         await asyncio.to_thread(at_work.wait, 20)
-        waiting = [asyncio.create_task(engine.infer(InferJob(key, smashed()))) for _ in range(2)]
+        waiting = [
+            asyncio.create_task(engine.infer(InferJob("r1", "p1", key, smashed())))
+            for _ in range(2)
+        ]
         await asyncio.sleep(0)
         with pytest.raises(Busy):
-            await engine.infer(InferJob(key, smashed()))
+            await engine.infer(InferJob("r1", "p1", key, smashed()))
         gate.set()
         await asyncio.gather(first, *waiting)
-        await engine.infer(InferJob(key, smashed()))
+        await engine.infer(InferJob("r1", "p1", key, smashed()))
 
     asyncio.run(crowd())
 
@@ -288,7 +291,7 @@ def test_one_jobs_failure_is_its_own(
     real = compute.run_inference
 
     def broken(body: Body, tensor: Tensor, *job: Any) -> Tensor:
-        if float(tensor[0, 0, 0]) == 42.0:
+        if bool((tensor[:, 0, 0] == 42.0).any()):
             raise ZeroDivisionError
         return real(body, tensor, *job)
 
@@ -298,9 +301,9 @@ def test_one_jobs_failure_is_its_own(
 
     async def mixed() -> None:
         good, failed, after = await asyncio.gather(
-            engine.infer(InferJob(key, smashed())),
-            engine.infer(InferJob(key, bad)),
-            engine.infer(InferJob(key, smashed())),
+            engine.infer(InferJob("r1", "p1", key, smashed())),
+            engine.infer(InferJob("r1", "p1", key, bad)),
+            engine.infer(InferJob("r1", "p1", key, smashed())),
             return_exceptions=True,
         )
         assert isinstance(failed, InternalError)
@@ -313,21 +316,13 @@ def test_one_jobs_failure_is_its_own(
 
 def test_bad_tensors_are_refused_and_the_step_stays(make: MakeEngine, key: BodyKey) -> None:
     engine = make()
-    bad = smashed()
-    bad[1, 2, 3] = float("nan")
 
     async def refusals() -> None:
-        with pytest.raises(NonFinite):
-            await engine.forward(ForwardJob(step("s"), key, smashed() * torch.inf, 1))
-        with pytest.raises(NonFinite):
-            await engine.infer(InferJob(key, bad))
         with pytest.raises(WrongShape):
-            await engine.infer(InferJob(key, torch.zeros(1, TOKENS + 1, WIDTH)))
+            await engine.infer(InferJob("r1", "p1", key, torch.zeros(1, TOKENS + 1, WIDTH)))
         with pytest.raises(WrongShape):
-            await engine.infer(InferJob(key, torch.zeros(1, TOKENS, WIDTH + 1)))
+            await engine.infer(InferJob("r1", "p1", key, torch.zeros(1, TOKENS, WIDTH + 1)))
         await engine.forward(forward(key, smashed(), "t"))
-        with pytest.raises(NonFinite):
-            await engine.backward(BackwardJob(step("t"), key, bad, 1))
         with pytest.raises(WrongShape):
             await engine.backward(BackwardJob(step("t"), key, smashed(batch=3), 2))
         await engine.backward(BackwardJob(step("t"), key, smashed(seed=1), 3))
@@ -347,7 +342,7 @@ def test_a_forward_whose_round_ended_while_it_waited_is_not_kept(
 
     monkeypatch.setattr(compute, "run_forward", overtaken)
     asyncio.run(engine.forward(forward(key, smashed())))
-    assert len(engine._steps) == engine._steps.nbytes == 0
+    assert len(engine._keeper.room.steps) == engine._keeper.room.steps.nbytes == 0
 
 
 def test_an_askers_going_does_not_stop_the_others(make: MakeEngine, key: BodyKey) -> None:
@@ -367,7 +362,7 @@ def test_a_stopped_engine_says_so(make: MakeEngine, key: BodyKey) -> None:
     engine = make()
     engine.close()
     with pytest.raises(Busy):
-        asyncio.run(engine.infer(InferJob(key, smashed())))
+        asyncio.run(engine.infer(InferJob("r1", "p1", key, smashed())))
 
 
 def test_no_memory_for_answers_means_no_repeats(make: MakeEngine, key: BodyKey) -> None:
@@ -376,7 +371,7 @@ def test_no_memory_for_answers_means_no_repeats(make: MakeEngine, key: BodyKey) 
     async def once() -> None:
         await engine.forward(forward(key, smashed()))
         await engine.backward(backward(key, smashed(seed=1)))
-        assert engine._answers.nbytes == 0
+        assert engine._keeper.answer_bytes == 0
         with pytest.raises(StepLost):
             await engine.backward(backward(key, smashed(seed=1)))
 

@@ -16,8 +16,8 @@ from protocol.errors import (
     IdempotencyKeyReused,
     StepLost,
 )
-from split_server import compute
-from split_server.engine import InferJob
+from split_server.engine import compute
+from split_server.engine.jobs import InferJob
 from tests.exchange_doubles import (
     BATCHES,
     DEPTHS,
@@ -75,7 +75,7 @@ def test_inference_with_the_prompts_gives_the_same_features(
     make: MakeEngine, case: Case, leading: int | None
 ) -> None:
     case.leading = leading
-    job = InferJob(case.key, BATCHES[0], case.initial, leading)
+    job = InferJob("r1", "p1", case.key, BATCHES[0], case.initial, leading)
     features = asyncio.run(make().infer(job))
     torch.testing.assert_close(features, case.by_hand(BATCHES[:1])[0][0], rtol=1e-5, atol=1e-5)
     assert not features.requires_grad
@@ -90,7 +90,7 @@ def test_the_mean_of_the_patch_tokens_shifts_the_prompts_where_it_is_asked_for(
     mean = BATCHES[0][:, PREFIX:].reshape(-1, WIDTH).double().mean(dim=0)
     shifted = case.initial.clone()
     shifted[0] += mean.float()
-    found = engine._sessions.get("r1", "p1", "s").trained()
+    found = engine._exchanges._sessions.get("r1", "p1", "s").trained()
     torch.testing.assert_close(found, shifted, rtol=0, atol=1e-6)
 
 
@@ -159,7 +159,7 @@ def test_a_number_cannot_be_two_requests(make: MakeEngine, case: Case) -> None:
             await engine.exchange(case.job(1, 4, BATCHES[1], gradient_of(first) * 2))
 
     asyncio.run(reuse())
-    assert engine._sessions.get("r1", "p1", "s").applied == 1
+    assert engine._exchanges._sessions.get("r1", "p1", "s").applied == 1
 
 
 @pytest.mark.parametrize("number", [0, 1, 3, 4])
@@ -172,17 +172,17 @@ def test_a_request_out_of_order_is_lost(make: MakeEngine, case: Case, number: in
         for place in range(3):
             features = await engine.exchange(case.job(place, 5, BATCHES[place], gradients))
             gradients = gradient_of(features)
-        before = engine._sessions.get("r1", "p1", "s").trained()
+        before = engine._exchanges._sessions.get("r1", "p1", "s").trained()
         job = case.job(number, 5, BATCHES[3], gradients)
         if number == 0:  # a late repeat of the first one
             job = replace(job, gradients=None)
         if number == 3:
             await engine.exchange(job)
-            assert engine._sessions.get("r1", "p1", "s").applied == 3
+            assert engine._exchanges._sessions.get("r1", "p1", "s").applied == 3
         else:
             with pytest.raises(StepLost):
                 await engine.exchange(job)
-            assert torch.equal(engine._sessions.get("r1", "p1", "s").trained(), before)
+            assert torch.equal(engine._exchanges._sessions.get("r1", "p1", "s").trained(), before)
             await engine.exchange(case.job(3, 5, BATCHES[3], gradients))  # it goes on
 
     asyncio.run(out_of_order())
@@ -199,7 +199,7 @@ def test_a_session_that_is_not_here_is_lost(make: MakeEngine, case: Case) -> Non
                 await engine.exchange(case.job(1, 2, BATCHES[1], gradients, **of))
             with pytest.raises(StepLost):
                 await engine.exchange(case.job(2, 2, None, gradients, **of))
-        assert len(engine._steps) == 1
+        assert len(engine._keeper.room.steps) == 1
 
     asyncio.run(lost())
 
@@ -223,7 +223,12 @@ def test_prompts_are_given_out_at_the_end_alone(make: MakeEngine, case: Case) ->
 
     asyncio.run(unfinished())
     assert torch.equal(engine.trained("r1", "p1", "s"), engine.trained("r1", "p1", "s"))
-    assert len(engine._steps) == engine._steps.nbytes == engine._reserved_bytes == 0
+    assert (
+        len(engine._keeper.room.steps)
+        == engine._keeper.room.steps.nbytes
+        == engine._keeper.room.reserved
+        == 0
+    )
 
 
 def test_begun_anew_it_forgets_what_was_before(make: MakeEngine, case: Case) -> None:
@@ -241,4 +246,4 @@ def test_begun_anew_it_forgets_what_was_before(make: MakeEngine, case: Case) -> 
     undisturbed, tuned = asyncio.run(case.train(make(), BATCHES))
     assert all(torch.equal(one, other) for one, other in zip(features, undisturbed, strict=True))
     assert torch.equal(prompts, tuned)
-    assert len(engine._steps) == 0
+    assert len(engine._keeper.room.steps) == 0

@@ -27,7 +27,8 @@ from split_model import SplitSettings, SplitSettingsError
         ("prompt_count", 4097),
         ("prompt_at", "output"),
         ("prompt_depth", "middle"),
-        ("prompt_depth", "deep"),  # only at the cut
+        ("tune", "head"),
+        ("adapter_width", 0),
         ("model_overrides", "depth"),
         ("model_overrides", (("depth",),)),
         ("model_overrides", ((1, 2),)),
@@ -42,6 +43,24 @@ def test_a_value_outside_its_limit_is_refused(field: str, value: Any) -> None:
     assert caught.value.field == field
     assert field in str(caught.value)
     assert caught.value.limit in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "settings"),
+    [
+        ("prompt_depth", {"prompt_depth": "deep", "cut": 0}),  # no block ahead of which to stand
+        ("tune", {"tune": "adapter", "cut": 0}),
+        ("tune", {"tune": "adapter", "prompt_at": "cut"}),  # that head never changes
+        ("tune", {"tune": "bias", "prompt_at": "cut"}),
+        ("tune", {"tune": "full", "prompt_at": "cut"}),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(
+    field: str, settings: dict[str, Any]
+) -> None:
+    with pytest.raises(SplitSettingsError) as caught:
+        SplitSettings(**settings)
+    assert caught.value.field == field
 
 
 @given(

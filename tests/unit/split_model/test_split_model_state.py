@@ -18,6 +18,7 @@ from split_model import (
     WeightSourceError,
     apply_state,
     build_body,
+    build_head,
     build_tail,
     export_model,
     head_names,
@@ -185,12 +186,18 @@ def test_the_head_file_is_all_that_a_device_needs(tmp_path: Path) -> None:
     path, digest = write_head_file(SETTINGS, file.path, tmp_path / "head.safetensors")
     assert len(digest) == 64
     assert set(load_file(path)) == set(head_names(SETTINGS))
-    settings, images, head = read_head_file(path)
+    settings, images, tensors = read_head_file(path)
+    head = build_head(settings, tensors)
     assert settings == SETTINGS
     assert images.mean == (0.5, 0.5, 0.5)
     assert images.interpolation == "bicubic"
     assert head(torch.zeros(1, 3, 24, 24)).shape == (1, 10, 32)
     assert write_head_file(SETTINGS, file.path, tmp_path / "again")[1] == digest
+
+
+def _built(path: Path) -> None:
+    settings, _, tensors = read_head_file(path)
+    build_head(settings, tensors)
 
 
 def test_broken_head_files_are_refused(tmp_path: Path) -> None:
@@ -212,7 +219,7 @@ def test_broken_head_files_are_refused(tmp_path: Path) -> None:
     for metadata, error in cases:
         save_file({"x": torch.zeros(1)}, tmp_path / "head", metadata=metadata)
         with pytest.raises(error):
-            read_head_file(tmp_path / "head")
+            _built(tmp_path / "head")
     with pytest.raises(TensorFileError):
         read_head_file(tmp_path / "absent")
 
@@ -236,7 +243,8 @@ def test_an_exported_model_predicts_as_the_split_one(
     weights = open_backbone(file.path)
     state = initial_state(settings, weights, seed=1)
     state = {name: t + 0.3 * torch.randn(t.shape) for name, t in state.items()}  # "tuned"
-    head = read_head_file(write_head_file(settings, file.path, tmp_path / "head")[0])[2]
+    frozen = read_head_file(write_head_file(settings, file.path, tmp_path / "head")[0])[2]
+    head = build_head(settings, frozen)
     body, tail = build_body(settings, weights), build_tail(settings, tail_tensors(state))
     images = torch.randn(2, 3, 24, 24)
     at_input = prompt_at == "input"

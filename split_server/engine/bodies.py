@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 import split_model
@@ -43,9 +44,11 @@ class Bodies:
     Args:
         placement: device and dtype of all of them.
         most: how many sets of weights are held at once.
+        compiled: compile each block with torch.compile.
     """
 
-    def __init__(self, placement: Placement, most: int = 4) -> None:
+    def __init__(self, placement: Placement, most: int = 4, *, compiled: bool = False) -> None:
+        self._compiled = compiled
         self._placement = placement
         self._most = most
         self._bodies: OrderedDict[tuple[object, ...], dict[BodyKey, Body]] = OrderedDict()
@@ -75,7 +78,22 @@ class Bodies:
         with model_errors():
             weights = split_model.open_backbone(key.backbone) if twin is None else _weights_of(twin)
             placement = self._placement
-            return split_model.build_body(key.settings, weights, placement.device, placement.dtype)
+            body = split_model.build_body(key.settings, weights, placement.device, placement.dtype)
+            if self._compiled:
+                _compile(body, placement)
+            return body
+
+
+def _compile(body: Body, placement: Placement) -> None:
+    """Compile each block, and run a batch both ways so that no participant waits for it."""
+    for block in body.blocks.values():
+        block.compile(dynamic=True)
+    inside = body.settings.prompt_count if body.settings.prompt_at == "input" else 0
+    shape = (2, body.sizes.tokens + inside, body.sizes.width)
+    smashed = torch.zeros(shape, device=placement.device, dtype=placement.dtype)
+    leaf = smashed.requires_grad_()
+    features = body(leaf)
+    torch.autograd.grad(features, leaf, torch.ones_like(features))
 
 
 def _weights_of(body: Body) -> Mapping[str, Tensor]:

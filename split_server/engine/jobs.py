@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor
 
-from split_server.bodies import BodyKey
-from split_server.sessions import SessionPlan, batch_key
-from split_server.steps import StepKey
+from split_server.engine.bodies import BodyKey
+from split_server.engine.figures import RunFigures
+from split_server.engine.sessions import SessionPlan, batch_key
+from split_server.engine.steps import StepKey
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,14 @@ class ForwardJob:
     smashed: Tensor  # [B, T, D]
     fingerprint: int  # of the request: a repeat has the same one
     leading: int | None = None  # tokens of the features that are wanted; None: all
+
+    @property
+    def run(self) -> str:
+        return self.key.run
+
+    @property
+    def participant(self) -> str:
+        return self.key.participant
 
 
 @dataclass(frozen=True)
@@ -61,25 +70,49 @@ class ExchangeJob:
 class InferJob:
     """Smashed data for which nothing is kept."""
 
+    run: str
+    participant: str
     body: BodyKey
     smashed: Tensor  # [B, T, D]
     prompts: Tensor | None = None  # [L, P, D], where they join at the cut
     leading: int | None = None
 
 
+Backward = Literal["auto", "retained", "recompute"]
+
+
 @dataclass(frozen=True)
 class EngineLimits:
-    """Bounds of the engine's memory and patience."""
+    """Bounds of the engine's memory and patience, and how it joins what comes.
 
-    retained_bytes: int  # graphs between forward and backward
-    queued_bytes: int  # tensors that wait for their turn
-    answer_bytes: int  # answers kept for repeats
+    Attributes:
+        retained_bytes: what steps keep between forward and backward, and sessions.
+        queued_bytes: of the tensors that wait for their turn.
+        answer_bytes: of the answers kept for repeats.
+        step_timeout_s: a step without its backward is dropped after this.
+        steps_per_participant: open ones; the oldest makes room.
+        max_batch_samples: that are computed together; None: what the device gains from.
+        max_wait_s: the longest that a forward waits for others while the device is idle.
+        backward: whether a step keeps its graph (``retained``), or its input alone and runs its
+            forward twice (``recompute``); ``auto``: its graph while there is room.
+    """
+
+    retained_bytes: int
+    queued_bytes: int
+    answer_bytes: int
     step_timeout_s: float = 300.0
     steps_per_participant: int = 4
+    max_batch_samples: int | None = None
+    max_wait_s: float = 0.002
+    backward: Backward = "auto"
 
 
 class Engine(Protocol):
-    """What the routes need of the split plane. It may stand for one process or for many."""
+    """What the routes need of the split plane. It may stand for one process or for many.
+
+    Tensors of jobs are finite: whoever reads them from the network has seen to it, on a thread of
+    its own, so that no batch waits for a look at its numbers.
+    """
 
     async def forward(self, job: ForwardJob) -> Tensor:
         """Features [B, T, D] on the CPU; the step is kept for its backward.
@@ -88,7 +121,7 @@ class Engine(Protocol):
             Busy: no room now.
             TooLarge: no room ever.
             IdempotencyKeyReused: the step was another request.
-            NonFinite, WrongShape
+            WrongShape
         """
 
     async def backward(self, job: BackwardJob) -> Tensor:
@@ -96,7 +129,7 @@ class Engine(Protocol):
 
         Raises:
             StepLost: the step is not kept (any more).
-            Busy, IdempotencyKeyReused, NonFinite, WrongShape
+            Busy, IdempotencyKeyReused, WrongShape
         """
 
     async def exchange(self, job: ExchangeJob) -> Tensor:
@@ -106,7 +139,7 @@ class Engine(Protocol):
 
         Raises:
             StepLost: the session, or its last batch, is not kept (any more).
-            Busy, TooLarge, IdempotencyKeyReused, NonFinite, WrongShape
+            Busy, TooLarge, IdempotencyKeyReused, WrongShape
         """
 
     def trained(self, run: str, participant: str, session: str) -> Tensor:
@@ -121,11 +154,17 @@ class Engine(Protocol):
         """Features [B, T', D] on the CPU; nothing is kept.
 
         Raises:
-            Busy, NonFinite, WrongShape
+            Busy, WrongShape
         """
 
     def release(self, run: str, participant: str | None = None) -> None:
         """Free steps and sessions of a run, or of one participant. Safe from any thread."""
+
+    def figures(self, run: str) -> RunFigures:
+        """What was done for a run so far."""
+
+    def forget(self, run: str) -> None:
+        """A run is over: free all that is held for it, its figures too."""
 
     def sweep(self) -> None:
         """Free the steps whose backward has not come in time."""

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 import split_model
-from protocol.errors import NonFinite, WrongShape
+from protocol.errors import WrongShape
 from split_model import Body
-from split_server.devices import Placement
-from split_server.steps import RetainedStep
+from split_server.engine.steps import Graph
 
 _BUFFERS_PER_BLOCK = 20  # [B, T, D] tensors that a block saves; a first guess, then measured
 
@@ -36,18 +35,6 @@ class StepSizes:
         self._per_sample[kind, int(tokens)] = -(-nbytes // max(1, int(batch)))
 
 
-def place_input(tensor: Tensor, placement: Placement, name: str) -> Tensor:
-    """A tensor from the network on the device, once it is known to be finite.
-
-    Raises:
-        NonFinite: it holds NaN or infinity, or does in the dtype of the body.
-    """
-    placed = tensor.to(placement.device, placement.dtype)
-    if not bool(torch.isfinite(placed).all()):
-        raise NonFinite("a tensor holds NaN or infinity", field=name)
-    return placed
-
-
 def run_forward(
     body: Body, smashed: Tensor, prompts: Tensor | None, leading: int | None
 ) -> tuple[Tensor, Tensor, int]:
@@ -56,7 +43,7 @@ def run_forward(
     Args:
         body: whose blocks to run.
         smashed: the leaf, where no prompts are given.
-        prompts: [L, P, D] that join at the cut, and are then the leaf.
+        prompts: [B, L, P, D] that join at the cut, and are then the leaf.
         leading: whether all tokens of the features are wanted (None), or those so many that the
             tail reads.
 
@@ -72,20 +59,9 @@ def run_forward(
     return leaf, features, counter.nbytes + _nbytes(constant)
 
 
-def run_backward(step: RetainedStep, gradients: Tensor) -> Tensor:
-    """The gradient of the features [B, T, D] to that of the step's leaf.
-
-    Raises:
-        WrongShape: the gradient is not of the features' shape.
-    """
-    if gradients.shape != step.features.shape:
-        raise WrongShape(
-            "the gradient has another shape than the features of its step",
-            field="gradients",
-            limit=list(step.features.shape),
-            value=list(gradients.shape),
-        )
-    (result,) = torch.autograd.grad(step.features, step.leaf, gradients)
+def run_backward(graph: Graph, gradients: Tensor) -> Tensor:
+    """The gradient of the features [B, T', D] to that of the graph's leaf. It can be run once."""
+    (result,) = torch.autograd.grad(graph.features, graph.leaf, gradients)
     return result
 
 

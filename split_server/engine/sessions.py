@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from protocol.errors import NonFinite, StepLost
 from protocol.settings import TrainingSettings
 from split_model.schedule import learning_rate_factor, make_optimizer, set_progress
-from split_server.steps import StepKey
+from split_server.engine.steps import StepKey
 
 
 @dataclass(frozen=True)
@@ -69,17 +69,23 @@ class Session:
     def apply(self, gradient: Tensor) -> None:
         """One step of the optimiser with the gradient [L, P, D] of the oldest open batch.
 
-        Raises:
-            NonFinite: the gradient is not finite; the prompts stay as they are.
+        Nobody waits for the device to see whether it is finite: `trained` does, in the end.
         """
-        if not bool(torch.isfinite(gradient).all()):
-            raise NonFinite("the gradient of the prompts is not finite", field="gradients")
         plan = self.plan
         progress = (plan.round - 1 + self.applied / self.steps) / plan.rounds
         set_progress(self.optimizer, learning_rate_factor(plan.training, progress, plan.rounds))
         self.prompts.grad = gradient.to(torch.float32)
         self.optimizer.step()
         self.applied += 1
+
+    def current(self, _smashed: Tensor | None = None) -> Tensor:
+        """The prompts [L, P, D] for the next batch, on the device."""
+        return self.prompts.detach()
+
+    @property
+    def nbytes(self) -> int:
+        """Of the prompts and what an optimiser keeps beside them: at most two moments."""
+        return 4 * self.prompts.numel() * self.prompts.element_size()
 
     def trained(self) -> Tensor:
         """The prompts [L, P, D] as they are now: a copy on the CPU.
@@ -98,6 +104,10 @@ class Sessions:
 
     def __init__(self) -> None:
         self._sessions: dict[tuple[str, str], Session] = {}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(session.nbytes for session in self._sessions.values())
 
     def begin(self, run: str, participant: str, session: Session) -> None:
         """Take the place of whatever session the participant had: it has begun anew."""

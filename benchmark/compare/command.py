@@ -1,0 +1,141 @@
+"""The command ``sfprompt-bench compare``."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from benchmark.compare.comparison import Comparison, load_comparison, point_name
+from benchmark.compare.files import comparison_csv, comparison_json
+from benchmark.compare.methods import METHODS
+from benchmark.compare.mlflow_log import check_mlflow, log_mlflow
+from benchmark.compare.outcome import Outcome
+from benchmark.compare.presets import QUICK
+from benchmark.compare.report import report_html
+from benchmark.compare.running import RESOLVED, run_comparison
+from benchmark.compare.tables import cost_table, result_table
+from benchmark.compare.tensorboard_log import check_tensorboard, log_tensorboard
+from benchmark.preflight import check_disk, check_packages
+from protocol.errors import InvalidField, NotFound
+from protocol.messages import parse_message
+
+
+def compare(
+    file: Annotated[
+        Path | None, typer.Argument(help="TOML file of the comparison; see docs/compare.md.")
+    ] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Again for more; in place of the file's. {' | '.join(METHODS)}"),
+    ] = None,
+    seed: Annotated[
+        list[int] | None, typer.Option(min=0, help="Again for more; in place of the file's.")
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Few digits and rounds, in minutes; takes no file.")
+    ] = False,
+    at_once: Annotated[
+        int, typer.Option(min=1, help="Tasks at a time; times are those of a busy machine then.")
+    ] = 1,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder; tasks found done there are not repeated. Default: a new one."),
+    ] = None,
+    tensorboard: Annotated[
+        Path | None, typer.Option(help="Log for TensorBoard here (extra: tensorboard).")
+    ] = None,
+    mlflow: Annotated[
+        str | None, typer.Option(help="Log to MLflow at this tracking URI (extra: mlflow).")
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the figures here.")
+    ] = None,
+) -> None:
+    """Run every method side by side: accuracy, bytes, compute, memory, time; one report."""
+    console = Console()
+    _check(tensorboard is not None, mlflow is not None)
+    comparison = _chosen(file, quick, method, seed)
+    folder = out or Path("runs") / f"compare-{comparison.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder.mkdir(parents=True, exist_ok=True)
+    check_disk(folder)
+    outcomes = run_comparison(comparison, folder, at_once, console)
+    _show(comparison, outcomes, console)
+    for path in _write(comparison, outcomes, folder, json_file):
+        console.print(f"  {path}", highlight=False)
+    if tensorboard is not None:
+        log_tensorboard(outcomes, tensorboard)
+    if mlflow is not None:
+        log_mlflow(comparison, outcomes, mlflow)
+    if any(one.failures for one in outcomes):
+        raise typer.Exit(1)
+
+
+def _check(tensorboard: bool, mlflow: bool) -> None:
+    """What is needed at the end is looked for before anything is begun."""
+    check_packages()
+    if tensorboard:
+        check_tensorboard()
+    if mlflow:
+        check_mlflow()
+    missing = [name for name in ("jinja2", "psutil") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise NotFound(
+            "packages are missing",
+            field="packages",
+            value=missing,
+            hint='install the extras: pip install "sfprompt[bench]"',
+        )
+
+
+def _chosen(
+    file: Path | None, quick: bool, methods: list[str] | None, seeds: list[int] | None
+) -> Comparison:
+    """The file's comparison, or the quick one, with what the command line changes."""
+    if (file is None) != quick:
+        raise InvalidField(
+            "compare takes a file, or --quick",
+            field="file",
+            hint="docs/comparisons has files to begin with",
+        )
+    comparison = QUICK if file is None else load_comparison(file)
+    values = comparison.model_dump()
+    if methods:
+        values["methods"] = methods
+        kept = comparison.overrides.items()
+        values["overrides"] = {name: parts for name, parts in kept if name in methods}
+    if seeds:
+        values["seeds"] = seeds
+    return parse_message(Comparison, values)
+
+
+def _show(comparison: Comparison, outcomes: Sequence[Outcome], console: Console) -> None:
+    for point in comparison.points():
+        here = [one for one in outcomes if one.point == point]
+        where = f", {point_name(point)}" if point else ""
+        console.print(result_table(here, f"{comparison.name}{where}", comparison.target_accuracy))
+        console.print(cost_table(here))
+    for one in outcomes:
+        for failure in one.failures:
+            console.print(f"[red]{one.name}[/red]")
+            console.print(failure, markup=False, highlight=False)
+
+
+def _write(
+    comparison: Comparison, outcomes: Sequence[Outcome], folder: Path, json_file: Path | None
+) -> list[Path]:
+    resolved = folder / RESOLVED
+    page, table, figures = (folder / f"comparison.{kind}" for kind in ("html", "csv", "json"))
+    page.write_text(report_html(comparison, outcomes, resolved.read_text()))
+    table.write_text(comparison_csv(outcomes))
+    text = json.dumps(comparison_json(comparison, outcomes), indent=2) + "\n"
+    figures.write_text(text)
+    if json_file is not None:
+        json_file.write_text(text)
+    return [page, table, figures, resolved]

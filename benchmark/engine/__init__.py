@@ -1,0 +1,1 @@
+"""The split server's engine, measured: throughput, round trips, the gain of batching, a soak."""

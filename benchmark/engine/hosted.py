@@ -1,0 +1,122 @@
+"""A split server for measuring: a process on its cores, with a run whose round stays open."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from benchmark.engine.cores import Cores, held_on
+from benchmark.preflight import choose_port
+from benchmark.processes import Process, wait_until_healthy
+from edge_client.transport import Server
+from protocol.errors import SFPromptError
+from protocol.messages import JoinRequest, Task
+from protocol.settings import RunSettings
+from split_server.client import OperatorClient, read_token
+from split_server.settings import ServerSettings
+
+HOST = "127.0.0.1"
+_START_S = 120.0
+_SAMPLES = 1_000_000  # that each participant claims to have
+
+
+@dataclass(frozen=True)
+class OpenRun:
+    """A run whose round is open for everybody who has joined."""
+
+    settings: RunSettings
+    credentials: tuple[str, ...]
+    round: int
+
+
+class Hosted:
+    """A server that answers."""
+
+    def __init__(self, process: Process, port: int, data_dir: Path) -> None:
+        self.port = port
+        self.data_dir = data_dir
+        self._process = psutil.Process(process.pid)
+
+    @property
+    def url(self) -> str:
+        return f"http://{HOST}:{self.port}"
+
+    def cpu_s(self) -> float:
+        """CPU seconds of the server so far."""
+        times = self._process.cpu_times()
+        return float(times.user + times.system)
+
+    def resident_bytes(self) -> int:
+        return int(self._process.memory_info().rss)
+
+    def open_run(self, settings: RunSettings) -> OpenRun:
+        """Create a run and join it until its first round opens.
+
+        Raises:
+            SFPromptError: the server refuses the run, or the round does not open.
+        """
+        operator = OperatorClient(self.url, read_token(self.data_dir))
+        device = Server(self.url)
+        try:
+            run = operator.create_run(settings).id
+            joined = []
+            for number in range(1, settings.federation.min_participants + 1):
+                request = JoinRequest(
+                    name=f"device-{number}",
+                    train_samples=_SAMPLES,
+                    test_samples=0,
+                    num_classes=settings.model.num_classes,
+                )
+                joined.append(device.join(run, request, f"join-{number}").credential)
+            device.authenticate(joined[-1])
+            assignment = device.assignment(run, None, 0.0)
+            if assignment.task != Task.TRAIN:
+                raise SFPromptError(f"the round did not open: {assignment.task}")
+            return OpenRun(settings, tuple(joined), assignment.round)
+        finally:
+            operator.close()
+            device.close()
+
+
+@contextmanager
+def hosted(
+    name: str, folder: Path, cores: Cores, device: str, changes: Mapping[str, object]
+) -> Iterator[Hosted]:
+    """A server on its own cores, with settings of its own, until the end of the block.
+
+    Raises:
+        SFPromptError: it does not start; with the end of its log.
+    """
+    port, data_dir = choose_port(0), folder / name
+    values = {
+        "host": HOST,
+        "port": port,
+        "data_dir": str(data_dir),
+        "device": device,
+        "torch_threads": cores.threads,
+        **changes,
+    }
+    config = folder / f"{name}.toml"
+    config.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items()))
+    with held_on(cores.server):
+        arguments = ["split_server.cli", "serve", "--config", str(config)]
+        process = Process(name, arguments, folder, threads=cores.threads)
+    try:
+        probe = OperatorClient(f"http://{HOST}:{port}")
+        try:
+            wait_until_healthy(process, probe.is_healthy, _START_S)
+        finally:
+            probe.close()
+        yield Hosted(process, port, data_dir)
+    finally:
+        process.stop()
+
+
+def can_switch_batching_off() -> bool:
+    """Whether this release's server joins batches at all, and can be told not to."""
+    return "max_batch_samples" in ServerSettings.model_fields

@@ -1,0 +1,239 @@
+"""The benchmark's figures for people and for scripts."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from rich.table import Table
+
+from benchmark.engine.cores import Cores
+from benchmark.engine.curve import Point, write_csv
+from benchmark.engine.plots import plot_curve, plot_soak
+from benchmark.engine.roundtrip import RoundTrip
+from benchmark.engine.setting import EngineSetting
+from benchmark.engine.soak import Soak
+from benchmark.engine.throughput import Throughput
+
+# By figure: the bound that it should keep, and whether it is a lower one.
+TARGETS: Final = {
+    "throughput_vs_loop_8x16": (0.90, True),
+    "throughput_vs_loop_8x32": (0.95, True),
+    "throughput_vs_loop_1x32": (0.80, True),
+    "roundtrip_vs_socket": (2.5, False),
+    "fairness": (0.8, True),
+    "p99_vs_median": (3.0, False),
+    "memory_drift": (0.05, False),
+}
+_DISTURBED = 0.05  # share of the cores that others may take before it is said
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Everything that one run of the benchmark has measured."""
+
+    setting: EngineSetting
+    cores: Cores
+    place: str  # device and dtype of the bodies
+    throughput: Sequence[Throughput]
+    roundtrip: RoundTrip
+    curve: Sequence[Point] | None  # None: this server cannot switch batching off
+    soak: Soak
+
+    @property
+    def ratios(self) -> dict[str, float]:
+        """The main figures."""
+        found = {f"throughput_vs_loop_{t.load}": t.ratio.median for t in self.throughput}
+        return found | {
+            "roundtrip_vs_socket": self.roundtrip.ratio.median,
+            "fairness": self.soak.fairness,
+            "p99_vs_median": self.soak.p99_vs_median,
+        }
+
+    @property
+    def taken(self) -> float | None:
+        """The share of its cores that other programs took from the loop; None: not on the CPU."""
+        if not self.place.startswith("cpu"):
+            return None
+        looped = [one for t in self.throughput for one in t.looped]
+        whole = self.cores.threads * sum(one.seconds for one in looped)
+        return max(0.0, 1 - sum(one.cpu_s for one in looped) / whole)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "ratios": self.ratios,
+            "taken_by_other_programs": self.taken,
+            "machine": {
+                "device": self.place,
+                "server_cores": list(self.cores.server),
+                "client_cores": list(self.cores.clients),
+                "cores_shared": self.cores.shared,
+                "threads": self.cores.threads,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
+            "model": self.setting.model.model_dump(mode="json"),
+            "throughput": [one.to_json() for one in self.throughput],
+            "roundtrip": self.roundtrip.to_json(),
+            "curve": None if self.curve is None else [one.to_json() for one in self.curve],
+            "soak": self.soak.to_json(),
+        }
+
+
+def keeps(name: str, value: float) -> bool:
+    """Whether a figure keeps its target, if it has one."""
+    if name not in TARGETS:
+        return True
+    bound, lower = TARGETS[name]
+    return value >= bound if lower else value <= bound
+
+
+def ratio_table(found: Findings) -> Table:
+    """The main figures beside their targets."""
+    spreads = {f"throughput_vs_loop_{t.load}": t.ratio for t in found.throughput}
+    spreads["roundtrip_vs_socket"] = found.roundtrip.ratio
+    table = Table(title=f"The engine on {found.place}", title_justify="left")
+    table.add_column("figure")
+    for name in ("value", "least … most", "target"):
+        table.add_column(name, justify="right")
+    for name, value in (found.ratios | {"memory_drift": found.soak.memory_drift}).items():
+        spread = spreads.get(name)
+        colour = "green" if keeps(name, value) else "red"
+        table.add_row(
+            name,
+            f"[{colour}]{value:.3f}[/{colour}]",
+            f"{spread.least:.3f} … {spread.most:.3f}" if spread else "",
+            _target(name),
+        )
+    table.caption = _caption(found)
+    table.caption_justify = "left"
+    return table
+
+
+def throughput_table(found: Findings) -> Table:
+    """Samples a second, and who was busy."""
+    table = Table(title="Samples a second", title_justify="left")
+    table.add_column("clients x batch")
+    for name in ("server", "loop, one batch", "loop, client's batch"):
+        table.add_column(name, justify="right")
+    for name in ("CPU ratio", "server's CPU", "clients' CPU"):
+        table.add_column(name, justify="right")
+    for one in found.throughput:
+        figures = one.to_json()
+        table.add_row(
+            str(one.load),
+            f"{figures['server_samples_per_s']['median']:,.1f}",
+            f"{figures['loop_samples_per_s']['median']:,.1f}",
+            f"{one.looped_small.samples_per_s:,.1f}",
+            f"{one.cpu_ratio:.3f}",
+            f"{figures['server_busy_share']['median']:.0%}",
+            f"{figures['client_cpu_share']['median']:.1%}",
+        )
+    table.caption = (
+        "CPU ratio: the loop's CPU seconds a sample over the server's; other programs change it "
+        "less than the clock. CPU: seconds of the processor in a second, 100 % is one core."
+    )
+    table.caption_justify = "left"
+    return table
+
+
+def roundtrip_table(trip: RoundTrip) -> Table:
+    """Where the processor's time of a round trip goes."""
+    figures = trip.to_json()
+    table = Table(
+        title=f"{trip.nbytes / 1e6:.2f} MB there and back: {1e3 * figures['seconds']:.2f} ms; "
+        f"bare sockets: {1e3 * figures['echo_seconds']:.2f} ms",
+        title_justify="left",
+    )
+    table.add_column("stage")
+    table.add_column("CPU ms for a MB there and back", justify="right")
+    for name, value in trip.budget.items():
+        table.add_row(name, f"{value:.3f}")
+    cpu = trip.cpu
+    table.add_section()
+    table.add_row("all of the client", f"{2 * cpu['client']:.3f}")
+    table.add_row("all of the server", f"{2 * cpu['server']:.3f}")
+    table.add_row("both, over the bare sockets'", f"{trip.cpu_ratio:.2f} times")
+    return table
+
+
+def curve_table(points: Sequence[Point]) -> Table:
+    """The gain of batching, point by point."""
+    table = Table(title="Gain of batching", title_justify="left")
+    for name in ("clients", "batch", "samples/s", "without", "gain", "least … most"):
+        table.add_column(name, justify="right")
+    for point in points:
+        figures, gain = point.to_json(), point.gain
+        table.add_row(
+            str(point.load.clients),
+            str(point.load.batch),
+            f"{figures['samples_per_s']['median']:,.1f}",
+            f"{figures['samples_per_s_alone']['median']:,.1f}",
+            f"{gain.median:.2f}",
+            f"{gain.least:.2f} … {gain.most:.2f}",
+        )
+    return table
+
+
+def soak_table(soak: Soak) -> Table:
+    """The soak in a few lines."""
+    figures = soak.to_json()
+    table = Table(
+        title=f"{soak.load.clients} clients of batch {soak.load.batch} for {soak.seconds:,.0f} s",
+        title_justify="left",
+        show_header=False,
+    )
+    table.add_column()
+    table.add_column(justify="right")
+    for name, value in (
+        ("samples/s", f"{figures['samples_per_s']:,.1f}"),
+        ("step: median", f"{figures['step_s_median']:.3f} s"),
+        ("step: p99", f"{figures['step_s_p99']:.3f} s"),
+        ("steps of the slowest client", str(figures["steps_least"])),
+        ("steps of the fastest client", str(figures["steps_most"])),
+        ("resident memory of the server", f"{figures['memory_mib_median']:,.0f} MiB"),
+        ("told to wait", str(soak.waits)),
+        ("steps sent again", str(soak.lost)),
+        ("clients' CPU, of one core", f"{soak.client_share:.1%}"),
+    ):
+        table.add_row(name, value)
+    return table
+
+
+def write_findings(found: Findings, folder: Path) -> list[Path]:
+    """All figures and pictures of a benchmark; where they lie."""
+    written = [folder / "engine.json"]
+    written[0].write_text(json.dumps(found.to_json(), indent=2) + "\n")
+    if found.curve is not None:
+        written.append(write_csv(found.curve, folder / "engine-batching.csv"))
+        written.append(plot_curve(found.curve, folder / "engine-batching.png"))
+    written.append(plot_soak(found.soak, folder / "engine-soak.png"))
+    return written
+
+
+def _target(name: str) -> str:
+    if name not in TARGETS:
+        return ""
+    bound, lower = TARGETS[name]
+    return f"{'≥' if lower else '≤'} {bound:g}"
+
+
+def _caption(found: Findings) -> str:
+    cores, taken = found.cores, found.taken
+    if cores.shared:
+        return (
+            "[red]Server and clients share their cores here: the figures against the loop are too "
+            "low.[/red]"
+        )
+    held = f"Server and loop on cores {list(cores.server)}, clients on {list(cores.clients)}."
+    if taken is None or taken < _DISTURBED:
+        return held
+    return (
+        f"{held} [yellow]Other programs took {taken:.0%} of the loop's cores meanwhile: trust the "
+        "ratios of CPU time more than those of the clock.[/yellow]"
+    )

@@ -1,0 +1,176 @@
+"""Exchanges: a session's gradients are applied to its prompts, then its next batch goes forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from split_model import anatomy
+from split_server.engine.jobs import ExchangeJob
+from split_server.engine.keeper import Admitted, Keeper
+from split_server.engine.outbox import Outbox
+from split_server.engine.sessions import Session, Sessions, batch_key, lost_session
+from split_server.engine.steps import StepKey
+from split_server.engine.tasks import Forwarded
+from split_server.engine.tickets import Ticket
+from split_server.engine.work import backward_task, forward_task, nbytes_of, require_shape
+from split_server.engine.worker import Worker
+
+
+class Exchanges:
+    """The sessions of an engine, and what becomes of their requests.
+
+    Methods without another word are called under the keeper's lock.
+    """
+
+    def __init__(
+        self, keeper: Keeper, worker: Worker, outbox: Outbox, device: torch.device
+    ) -> None:
+        self._keeper = keeper
+        self._worker = worker
+        self._outbox = outbox
+        self._device = device
+        self._sessions = Sessions()
+
+    def known(self, job: ExchangeJob) -> Tensor | None:
+        """What this very request was answered with, if it is a repeat of the newest one.
+
+        Raises:
+            StepLost: it is a late repeat, or its session is not here.
+            IdempotencyKeyReused
+        """
+        if (answer := self._keeper.known("exchange", job.key, job.fingerprint)) is not None:
+            return answer
+        if job.number == 0:
+            if self._sessions.is_under_way(job.run, job.participant, job.session):
+                raise lost_session(job.session)  # a late repeat must not begin it anew
+            return None
+        session = self._sessions.get(job.run, job.participant, job.session)
+        done = job.number == job.steps == session.applied
+        return torch.empty(0) if done else None
+
+    def begin(self, job: ExchangeJob) -> Ticket:
+        """Put a request to work: its backward first, if it brings gradients.
+
+        Raises:
+            StepLost: it is not the next one of a session that is here.
+            Busy, TooLarge, WrongShape
+        """
+        self._worker.require_room(_waiting_bytes(job))
+        if job.number == 0:
+            self._keeper.drop_steps(job.run, job.participant)  # begun anew: it makes room
+            ticket, admitted = self._open(job)
+            first = partial(self._first, job, admitted)
+            self._go_on(job, ticket, admitted, first, _waiting_bytes(job))
+            return ticket
+        session = self._sessions.get(job.run, job.participant, job.session)
+        if session.applied == job.number:  # a repeat, whose forward had failed
+            ticket, admitted = self._open(job)
+            self._go_on(job, ticket, admitted, session.current, _waiting_bytes(job))
+            return ticket
+        step = self._keeper.room.steps.get(_before(job))
+        if session.applied != job.number - 1 or step is None or job.gradients is None:
+            raise lost_session(job.session)
+        require_shape(job.gradients, step)
+        ticket, admitted = self._open(job)
+        fail = partial(self._broke_off, job, ticket)
+        done = partial(self._apply, job, ticket, admitted, session)
+        task = backward_task(_before(job), step, job.gradients, done, fail, _waiting_bytes(job))
+        self._worker.add(task)
+        return ticket
+
+    def trained(self, run: str, participant: str, session: str) -> Tensor:
+        """See `Engine.trained`."""
+        found = self._sessions.get(run, participant, session)
+        if found.applied != found.steps:
+            raise lost_session(session)
+        return found.trained()
+
+    def release(self, run: str, participant: str | None) -> None:
+        self._sessions.drop(run, participant)
+        self._account()
+
+    def _account(self) -> None:
+        self._keeper.room.others = self._sessions.nbytes
+
+    def _open(self, job: ExchangeJob) -> tuple[Ticket, Admitted | None]:
+        admitted = None
+        if job.smashed is not None:
+            admitted = self._keeper.admit(
+                job.body, job.smashed, job.key, _before(job), self._worker.busy
+            )
+        reserved = 0 if admitted is None else admitted.nbytes
+        name = ("exchange", job.key)
+        return self._keeper.open(name, job.fingerprint, reserved), admitted
+
+    def _go_on(
+        self,
+        job: ExchangeJob,
+        ticket: Ticket,
+        admitted: Admitted | None,
+        prompts: Callable[[Tensor], Tensor],
+        nbytes: int = 0,
+    ) -> None:
+        """The forward of the next batch; after the last, nothing."""
+        if job.smashed is None or admitted is None:
+            self._keeper.room.steps.drop(_before(job))
+            ticket.answer(torch.empty(0))
+            return
+        done = partial(self._ran_forward, job, ticket, admitted)
+        self._worker.add(forward_task(job, admitted.keep, prompts, done, ticket.fail, nbytes))
+
+    # On the worker, without the lock
+
+    def _first(self, job: ExchangeJob, admitted: Admitted | None, smashed: Tensor) -> Tensor:
+        """The prompts of a session that begins with this batch [B, T, D]."""
+        patches = smashed[:, anatomy(job.body.settings).prefix :]  # [B, N, D]
+        session = Session.begin(job.session, job.steps, job.plan, self._device, patches)
+        with self._keeper.lock:
+            self._keeper.drop_steps(job.run, job.participant)
+            if admitted is not None and admitted.releases == self._keeper.releases_of(job.key):
+                self._sessions.begin(job.run, job.participant, session)
+                self._account()
+        return session.current(smashed)
+
+    def _apply(
+        self,
+        job: ExchangeJob,
+        ticket: Ticket,
+        admitted: Admitted | None,
+        session: Session,
+        gradients: Tensor,
+    ) -> None:
+        """Bring the gradients [B, L, P, D] of the last batch into the prompts.
+
+        Its step is spent then, but keeps its room for the next one.
+        """
+        session.apply(gradients.sum(dim=0))
+        with self._keeper.lock:
+            self._go_on(job, ticket, admitted, session.current)
+
+    def _broke_off(self, job: ExchangeJob, ticket: Ticket, error: Exception) -> None:
+        """A backward has failed, and its graph is spent: the device must begin anew."""
+        with self._keeper.lock:
+            self._keeper.room.steps.drop(_before(job))
+        ticket.fail(error)
+
+    def _ran_forward(
+        self, job: ExchangeJob, ticket: Ticket, admitted: Admitted, part: Forwarded
+    ) -> None:
+        def deliver(features: Tensor) -> None:
+            with self._keeper.lock:
+                self._keeper.retain(job, admitted, part, features, _before(job))
+            ticket.answer(features)
+
+        self._outbox.send(part.features, deliver)
+
+
+def _before(job: ExchangeJob) -> StepKey:
+    return batch_key(job.run, job.participant, job.session, job.number - 1)
+
+
+def _waiting_bytes(job: ExchangeJob) -> int:
+    return sum(nbytes_of(t) for t in (job.gradients, job.smashed) if t is not None)

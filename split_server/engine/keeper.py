@@ -1,0 +1,176 @@
+"""What the engine holds of its jobs: tickets, retained steps, answers, and who has gone."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from protocol.errors import Busy, SFPromptError
+from split_server.clock import Clock
+from split_server.engine.answers import Answer, Answers
+from split_server.engine.bodies import BodyKey
+from split_server.engine.jobs import EngineLimits, ExchangeJob, ForwardJob
+from split_server.engine.room import StepRoom
+from split_server.engine.steps import RetainedStep, StepKey
+from split_server.engine.tasks import Forwarded, Keep
+from split_server.engine.tickets import Name, Ticket, require_same
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """A forward that has its room.
+
+    Attributes:
+        keep, nbytes: what will be kept of it.
+        releases: changes when the steps of its run or participant are released.
+    """
+
+    keep: Keep
+    nbytes: int
+    releases: int
+
+
+class Keeper:
+    """Holds what outlives a job. Not thread-safe: whoever calls holds ``lock``."""
+
+    def __init__(
+        self,
+        limits: EngineLimits,
+        dtype: torch.dtype,
+        clock: Clock,
+        refused: Callable[[SFPromptError], None],
+    ) -> None:
+        self.lock = threading.Condition()
+        self.room = StepRoom(
+            limits.retained_bytes, limits.backward, limits.steps_per_participant, dtype
+        )
+        self._answers = Answers(limits.steps_per_participant, limits.answer_bytes)
+        self._step_timeout_s = limits.step_timeout_s
+        self._clock = clock
+        self._refused = refused
+        self._in_flight: dict[Name, Ticket] = {}
+        self._releases: Counter[tuple[str, str | None]] = Counter()
+
+    @property
+    def answer_bytes(self) -> int:
+        return self._answers.nbytes
+
+    def known(self, kind: str, key: StepKey, fingerprint: int) -> Tensor | None:
+        """What this very request was answered with, if it is a repeat.
+
+        Raises:
+            IdempotencyKeyReused: its name was used for another request.
+        """
+        answer = self._answers.get(kind, key)
+        if answer is None and kind != "backward" and (step := self.room.steps.get(key)) is not None:
+            answer = Answer(step.answer, step.fingerprint)
+        if answer is None:
+            return None
+        require_same(answer.fingerprint, fingerprint, key)
+        return answer.tensor
+
+    def under_way(self, name: Name) -> Ticket | None:
+        return self._in_flight.get(name)
+
+    def open(self, name: Name | None, fingerprint: int, reserved: int = 0) -> Ticket:
+        """A ticket for a job that begins now. Without a name nobody can repeat it."""
+        self.room.reserved += reserved
+        ticket = Ticket(fingerprint, self._refused, reserved)
+        if name is not None:
+            self._in_flight[name] = ticket
+        ticket.future.add_done_callback(lambda _: self._close(name, ticket))
+        return ticket
+
+    def admit(
+        self,
+        body: BodyKey,
+        smashed: Tensor,
+        key: StepKey,
+        instead_of: StepKey | None,
+        busy: Callable[[str], Busy],
+    ) -> Admitted:
+        """Room for a forward of ``smashed`` [B, T, D].
+
+        Raises:
+            Busy, TooLarge
+        """
+        found = self.room.ask(body, smashed, instead_of)
+        if found is None:
+            self.sweep()
+            found = self.room.ask(body, smashed, instead_of)
+        if found is None:
+            raise busy("the memory for open steps is taken")
+        return Admitted(*found, self.releases_of(key))
+
+    def releases_of(self, key: StepKey) -> int:
+        """Changes when the steps of this one's run or participant are released."""
+        return self._releases[key.run, None] + self._releases[key.run, key.participant]
+
+    def retain(
+        self,
+        job: ForwardJob | ExchangeJob,
+        admitted: Admitted,
+        part: Forwarded,
+        answer: Tensor,
+        last: StepKey | None = None,
+    ) -> None:
+        """Keep a forward for its backward, in the place of its session's last one."""
+        graph = part.graph
+        if graph is not None:
+            share = graph.share(job.key)
+            self.room.sizes.learn(job.body, part.smashed, share)
+        if last is not None:
+            self.room.steps.drop(last)
+        if admitted.releases != self.releases_of(job.key):
+            return  # its round ended while it waited
+        step = RetainedStep(
+            body=job.body,
+            smashed=part.smashed,
+            prompts=part.prompts,
+            leading=job.leading,
+            answer=answer,
+            fingerprint=job.fingerprint,
+            expires_at=self._clock.monotonic() + self._step_timeout_s,
+            graph=graph,
+        )
+        self.room.steps.add(job.key, step)
+
+    def answered(self, key: StepKey, step: RetainedStep, answer: Answer) -> None:
+        """A step is over; its answers are kept for repeats."""
+        self.room.steps.drop(key)
+        self._answers.add("forward", key, Answer(step.answer, step.fingerprint))
+        self._answers.add("backward", key, answer)
+
+    def drop_steps(self, run: str, participant: str | None) -> None:
+        self.room.steps.drop_where(lambda key, _: _is_of(key, run, participant))
+
+    def release(self, run: str, participant: str | None) -> None:
+        """Free the steps and answers of a run, or of one participant."""
+        self._releases[run, participant] += 1
+        self.drop_steps(run, participant)
+        self._answers.drop_where(lambda key: _is_of(key, run, participant))
+
+    def sweep(self) -> None:
+        """Free the steps whose backward has not come in time."""
+        now = self._clock.monotonic()
+        gone = self.room.steps.drop_where(lambda _, step: step.expires_at <= now)
+        if gone:
+            log.info("%d open steps were dropped: their backward did not come in time", gone)
+
+    def _close(self, name: Name | None, ticket: Ticket) -> None:
+        with self.lock:
+            self.room.reserved -= ticket.reserved
+            if name is not None and self._in_flight.get(name) is ticket:
+                del self._in_flight[name]
+
+
+def _is_of(key: StepKey, run: str, participant: str | None) -> bool:
+    return key.run == run and participant in (None, key.participant)

@@ -1,0 +1,207 @@
+"""The engine of one process: one device, within fixed memory."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from torch import Tensor
+
+from protocol.errors import SFPromptError, StepLost
+from split_server.clock import Clock
+from split_server.devices import Placement
+from split_server.engine.answers import Answer
+from split_server.engine.bodies import Bodies
+from split_server.engine.exchanges import Exchanges
+from split_server.engine.executor import Executor
+from split_server.engine.figures import EngineFigures, RunFigures
+from split_server.engine.jobs import BackwardJob, EngineLimits, ExchangeJob, ForwardJob, InferJob
+from split_server.engine.keeper import Admitted, Keeper
+from split_server.engine.outbox import Outbox
+from split_server.engine.schedule import Schedule
+from split_server.engine.steps import RetainedStep, StepKey
+from split_server.engine.tasks import Forwarded
+from split_server.engine.tickets import Ticket, require_same
+from split_server.engine.work import backward_task, forward_task, nbytes_of, require_shape
+from split_server.engine.worker import Worker
+
+# Tokens of a batch beyond which a body gains nothing from more: a CPU core's matrix kernels are
+# full at some hundred rows, a GPU's at some ten thousand.
+_FULL_BATCH_TOKENS = {"cpu": 1024, "mps": 8192, "cuda": 32_768}
+
+
+class LocalEngine:
+    """One worker on one device, for all runs and participants.
+
+    Jobs become tasks; tasks of one kind are computed together, whoever sent them. One job's failure
+    is that job's alone. Memory is bounded by `EngineLimits`, whatever the number of participants;
+    beyond, `Busy` says when to come back.
+    """
+
+    def __init__(
+        self,
+        bodies: Bodies,
+        placement: Placement,
+        limits: EngineLimits,
+        clock: Clock | None = None,
+        figures: EngineFigures | None = None,
+    ) -> None:
+        self._figures = figures or EngineFigures()
+        self._keeper = Keeper(limits, placement.dtype, clock or Clock(), self._refused)
+        self._lock = self._keeper.lock  # guards the keeper, the schedule and the sessions
+        tokens = _FULL_BATCH_TOKENS.get(placement.device.type, 8192)
+        self._schedule = Schedule(tokens, limits.max_batch_samples, limits.max_wait_s)
+        self._outbox = Outbox(placement.device)
+        self._worker = Worker(
+            self._schedule,
+            Executor(bodies, placement),
+            self._figures,
+            self._lock,
+            self._keeper.room.steps,
+            limits.queued_bytes,
+        )
+        self._exchanges = Exchanges(self._keeper, self._worker, self._outbox, placement.device)
+        self._show()
+        self._worker.start()
+
+    async def forward(self, job: ForwardJob) -> Tensor:
+        """See `Engine.forward`."""
+        with self._lock:
+            if (known := self._keeper.known("forward", job.key, job.fingerprint)) is not None:
+                return known
+            ticket = self._keeper.under_way(("forward", job.key)) or self._begin_forward(job)
+        return await _result(ticket, job.fingerprint, job.key)
+
+    async def backward(self, job: BackwardJob) -> Tensor:
+        """See `Engine.backward`."""
+        with self._lock:
+            if (known := self._keeper.known("backward", job.key, job.fingerprint)) is not None:
+                return known
+            ticket = self._keeper.under_way(("backward", job.key)) or self._begin_backward(job)
+        return await _result(ticket, job.fingerprint, job.key)
+
+    async def exchange(self, job: ExchangeJob) -> Tensor:
+        """See `Engine.exchange`."""
+        with self._lock:
+            if (known := self._exchanges.known(job)) is not None:
+                return known
+            ticket = self._keeper.under_way(("exchange", job.key)) or self._exchanges.begin(job)
+        return await _result(ticket, job.fingerprint, job.key)
+
+    def trained(self, run: str, participant: str, session: str) -> Tensor:
+        """See `Engine.trained`."""
+        with self._lock:
+            return self._exchanges.trained(run, participant, session)
+
+    async def infer(self, job: InferJob) -> Tensor:
+        """See `Engine.infer`."""
+        with self._lock:
+            self._worker.require_room(nbytes_of(job.smashed))
+            ticket = self._keeper.open(None, 0)
+
+            def ran(part: Forwarded) -> None:
+                self._outbox.send(part.features, ticket.answer)
+
+            nbytes = nbytes_of(job.smashed)
+            task = forward_task(job, "nothing", lambda _: job.prompts, ran, ticket.fail, nbytes)
+            self._worker.add(task)
+        return await ticket.result()
+
+    def release(self, run: str, participant: str | None = None) -> None:
+        """See `Engine.release`."""
+        with self._lock:
+            self._keeper.release(run, participant)
+            self._exchanges.release(run, participant)
+            self._lock.notify()  # a graph may have waited for what is gone
+
+    def figures(self, run: str) -> RunFigures:
+        """See `Engine.figures`."""
+        return self._figures.of_run(run)
+
+    def forget(self, run: str) -> None:
+        """See `Engine.forget`."""
+        self.release(run)
+        self._figures.forget(run)
+
+    def sweep(self) -> None:
+        """See `Engine.sweep`."""
+        with self._lock:
+            self._keeper.sweep()
+            self._lock.notify()
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+        self._worker.close()
+        self._outbox.close()
+
+    # Under the lock
+
+    def _begin_forward(self, job: ForwardJob) -> Ticket:
+        nbytes = nbytes_of(job.smashed)
+        self._worker.require_room(nbytes)
+        admitted = self._keeper.admit(job.body, job.smashed, job.key, None, self._worker.busy)
+        ticket = self._keeper.open(("forward", job.key), job.fingerprint, admitted.nbytes)
+        done = partial(self._ran_forward, job, ticket, admitted)
+        self._worker.add(
+            forward_task(job, admitted.keep, lambda _: None, done, ticket.fail, nbytes)
+        )
+        return ticket
+
+    def _begin_backward(self, job: BackwardJob) -> Ticket:
+        step = self._keeper.room.steps.get(job.key)
+        if step is None:
+            raise _lost(job.key)
+        require_shape(job.gradients, step)
+        nbytes = nbytes_of(job.gradients)
+        self._worker.require_room(nbytes)
+        ticket = self._keeper.open(("backward", job.key), job.fingerprint)
+        done = partial(self._ran_backward, job, step, ticket)
+        self._worker.add(backward_task(job.key, step, job.gradients, done, ticket.fail, nbytes))
+        return ticket
+
+    # On the worker, without the lock
+
+    def _ran_forward(
+        self, job: ForwardJob, ticket: Ticket, admitted: Admitted, part: Forwarded
+    ) -> None:
+        def deliver(features: Tensor) -> None:
+            with self._lock:
+                self._keeper.retain(job, admitted, part, features)
+            ticket.answer(features)
+
+        self._outbox.send(part.features, deliver)
+
+    def _ran_backward(
+        self, job: BackwardJob, step: RetainedStep, ticket: Ticket, gradients: Tensor
+    ) -> None:
+        def deliver(answer: Tensor) -> None:
+            with self._lock:
+                self._keeper.answered(job.key, step, Answer(answer, job.fingerprint))
+            ticket.answer(answer)
+
+        self._outbox.send(gradients, deliver)
+
+    def _refused(self, error: SFPromptError) -> None:
+        self._figures.refused(error.code)
+
+    def _show(self) -> None:
+        watch, room = self._figures.watch, self._keeper.room
+        watch("sfprompt_engine_queue_tasks", "Tasks that wait", lambda: len(self._schedule))
+        watch("sfprompt_engine_queue_samples", "Their samples", lambda: self._schedule.samples)
+        watch("sfprompt_engine_queue_bytes", "Their tensors", lambda: self._worker.queued_bytes)
+        watch("sfprompt_engine_open_steps", "Steps that lack their backward", room.steps.__len__)
+        watch("sfprompt_engine_retained_bytes", "Held for open steps", lambda: room.taken)
+        watch("sfprompt_engine_answer_bytes", "Held for repeats", lambda: self._keeper.answer_bytes)
+
+
+async def _result(ticket: Ticket, fingerprint: int, key: StepKey) -> Tensor:
+    require_same(ticket.fingerprint, fingerprint, key)
+    return await ticket.result()
+
+
+def _lost(key: StepKey) -> StepLost:
+    return StepLost(
+        "the server does not hold this step",
+        field="step",
+        value=key.step,
+        hint="send its forward again",
+    )

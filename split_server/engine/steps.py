@@ -1,0 +1,136 @@
+"""What split training keeps between a step's forward and its backward, bounded in bytes."""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from split_server.engine.bodies import BodyKey
+
+
+@dataclass(frozen=True)
+class StepKey:
+    """One step of one participant of one run."""
+
+    run: str
+    participant: str
+    step: str
+
+
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """What autograd kept of one forward, for all the steps whose samples were in it."""
+
+    leaf: Tensor  # smashed data [B, T, D], or prompts [B, L, P, D]: what the gradient is for
+    features: Tensor  # [B, T', D], the graph's output
+    rows: dict[StepKey, slice]  # of each step's samples in the batch
+    nbytes: int
+    seconds: float  # that its forward took
+
+    def share(self, key: StepKey) -> int:
+        """The bytes that one step answers for."""
+        rows = self.rows[key]
+        samples: int = rows.stop - rows.start
+        return -(-self.nbytes * samples // max(1, len(self.features)))
+
+
+@dataclass(eq=False)
+class RetainedStep:
+    """A forward whose backward is still to come."""
+
+    body: BodyKey
+    smashed: Tensor  # [B, T, D] on the body's device
+    prompts: Tensor | None  # [L, P, D], where they join at the cut
+    leading: int | None  # of the features' tokens: those that were wanted
+    answer: Tensor  # [B, T', D] on the CPU, what the participant was sent
+    fingerprint: int  # of the request that made it
+    expires_at: float  # on the monotonic clock
+    graph: Graph | None = None  # none: the forward is run again for the backward
+
+    @property
+    def input_bytes(self) -> int:
+        return self.smashed.numel() * self.smashed.element_size()
+
+
+class RetainedSteps:
+    """All retained steps, the oldest first. Not thread-safe: the engine holds its lock."""
+
+    def __init__(self, most_per_participant: int) -> None:
+        self._most = most_per_participant
+        self._steps: OrderedDict[StepKey, RetainedStep] = OrderedDict()
+        self._holders: Counter[Graph] = Counter()  # steps that need each graph
+        self.nbytes = 0
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    @property
+    def graphs(self) -> int:
+        """How many graphs are held."""
+        return len(self._holders)
+
+    def get(self, key: StepKey) -> RetainedStep | None:
+        return self._steps.get(key)
+
+    def room_of(self, key: StepKey) -> int:
+        """The bytes that are free once this step has gone; of a shared graph, its share."""
+        step = self._steps.get(key)
+        if step is None:
+            return 0
+        return step.input_bytes if step.graph is None else step.graph.share(key)
+
+    def add(self, key: StepKey, step: RetainedStep) -> None:
+        """Keep a step; its participant's oldest ones go where it has too many."""
+        self.drop(key)
+        own = [k for k in self._steps if (k.run, k.participant) == (key.run, key.participant)]
+        for old in own[: max(0, len(own) + 1 - self._most)]:
+            self.drop(old)
+        self._steps[key] = step
+        if step.graph is None:
+            self.nbytes += step.input_bytes
+        else:
+            self._hold(step.graph)
+
+    def drop(self, key: StepKey) -> None:
+        step = self._steps.pop(key, None)
+        if step is None:
+            return
+        if step.graph is None:
+            self.nbytes -= step.input_bytes
+        else:
+            self._let_go(step.graph)
+
+    def drop_where(self, unwanted: Callable[[StepKey, RetainedStep], bool]) -> int:
+        """Drop all steps of which this is true; how many."""
+        gone = [key for key, step in self._steps.items() if unwanted(key, step)]
+        for key in gone:
+            self.drop(key)
+        return len(gone)
+
+    def spend(self, graph: Graph, but: set[StepKey]) -> None:
+        """A graph has been run backward: the steps in it but these go on with their input alone."""
+        for key in graph.rows.keys() - but:
+            step = self._steps.get(key)
+            if step is not None and step.graph is graph:
+                self._let_go(graph)
+                step.graph = None
+                self.nbytes += step.input_bytes
+
+    def wanted(self, graph: Graph) -> set[StepKey]:
+        """The steps that still need this graph."""
+        held = ((key, self._steps.get(key)) for key in graph.rows)
+        return {key for key, step in held if step is not None and step.graph is graph}
+
+    def _hold(self, graph: Graph) -> None:
+        if graph not in self._holders:
+            self.nbytes += graph.nbytes
+        self._holders[graph] += 1
+
+    def _let_go(self, graph: Graph) -> None:
+        self._holders[graph] -= 1
+        if not self._holders[graph]:
+            del self._holders[graph]
+            self.nbytes -= graph.nbytes

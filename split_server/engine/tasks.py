@@ -1,0 +1,75 @@
+"""The work that waits in the engine: pieces of jobs that may be computed together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor
+
+from split_server.engine.bodies import BodyKey
+from split_server.engine.steps import Graph, RetainedStep, StepKey
+
+Sender = tuple[str, str]  # run and participant: whose turn it is
+Keep = Literal["graph", "input", "nothing"]  # what is kept of a forward
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Tasks of equal kinds may join one batch."""
+
+    body: BodyKey
+    tokens: int
+    width: int
+    leading: int | None  # of the features' tokens: those that are wanted; None: all
+    keep: Keep
+
+
+@dataclass(frozen=True)
+class Forwarded:
+    """One task's part of a forward."""
+
+    features: Tensor  # [B, T', D] on the device
+    smashed: Tensor  # [B, T, D] on the device, in the body's dtype
+    prompts: Tensor | None  # [L, P, D]
+    graph: Graph | None
+
+
+@dataclass(eq=False, kw_only=True)
+class Task:
+    """A part of one participant's job.
+
+    ``done`` and ``fail`` are called once, one of them, on the engine's worker.
+    """
+
+    kind: Kind
+    sender: Sender
+    samples: int
+    nbytes: int  # of the queue, which it takes until its turn
+    fail: Callable[[Exception], None]
+    arrived: float = field(default=0.0, init=False)  # on the monotonic clock
+
+
+@dataclass(eq=False, kw_only=True)
+class ForwardTask(Task):
+    """A forward of some samples.
+
+    ``prompts`` is asked on the worker for those that join at the cut, [L, P, D], with the smashed
+    data as they lie on the device.
+    """
+
+    smashed: Tensor  # [B, T, D]
+    prompts: Callable[[Tensor], Tensor | None]
+    key: StepKey | None  # of the step that is to be kept
+    done: Callable[[Forwarded], None]
+
+
+@dataclass(eq=False, kw_only=True)
+class BackwardTask(Task):
+    """A backward of one retained step. ``done`` gets the gradient of its leaf, for each sample."""
+
+    key: StepKey
+    step: RetainedStep
+    gradients: Tensor  # [B, T', D]
+    done: Callable[[Tensor], None]

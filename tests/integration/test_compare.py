@@ -1,0 +1,78 @@
+"""A whole comparison, for real: processes, HTTP, a resumed folder."""
+
+import csv
+import json
+import tomllib
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from benchmark.cli import app
+from edge_client.data.places import CACHE_VARIABLE
+
+TINY = """
+data = "digits"
+devices = 1
+rounds = 1
+limit_train = 40
+limit_test = 20
+methods = ["sfprompt", "splitfed-linear", "linear-probe"]
+target_accuracy = 0.01
+
+[model]
+backbone = "vit_tiny_patch16_224"
+weights = "random:3"
+image_size = 32
+prompt_count = 4
+"""
+
+
+def compare(folder: Path, file: Path) -> str:
+    """The command as a user gives it; what it prints."""
+    arguments = ["compare", str(file), "--out", str(folder / "out"), "--at-once", "2"]
+    done = CliRunner().invoke(app, [*arguments, "--json", str(folder / "c.json")])
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def test_a_comparison_runs_measures_and_is_not_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    file = tmp_path / "tiny.toml"
+    file.write_text(TINY)
+    shown = compare(tmp_path, file)
+    assert "worst device" in shown
+    out = tmp_path / "out"
+    made = json.loads((tmp_path / "c.json").read_text())["methods"]
+    assert set(made) == {"sfprompt", "splitfed-linear", "linear-probe"}
+    for name in ("sfprompt", "splitfed-linear"):
+        found = made[name]
+        # The probe's features need no training; 10 classes make 10 % by chance.
+        assert 0 <= found["accuracy_worst_client"] <= found["accuracy"] <= 1
+        assert found["bytes_start"] < found["bytes_total"] == found["bytes_all_devices"]
+        # Head, classifier and norm are known numbers; what is around them is less than 2 %.
+        assert found["bytes_total"] > found["calculated"]["bytes_start"]
+        assert found["bytes_up_per_round"] > 0
+        assert found["bytes_down_per_round"] > 0
+        assert found["device_peak_bytes"] > 50_000_000
+        assert found["device_seconds"] > 0.5
+        assert found["server_seconds"] > 0.5
+        assert found["curve"][-1]["accuracy"] == found["accuracy"]
+    assert made["linear-probe"]["trainable_parameters"] == 10 * (192 + 1)
+    assert made["linear-probe"]["bytes_total"] is None
+    # What is tuned beside the classifier: the norm, and four prompts for each of eleven blocks.
+    tuned = made["sfprompt"]["trainable_parameters"]
+    assert tuned == 10 * (192 + 1) + 2 * 192 + 11 * 4 * 192
+    assert (out / "comparison.html").read_text().count("<svg") == 4
+    assert len(list(csv.reader((out / "comparison.csv").read_text().splitlines()))) == 4
+    assert tomllib.loads((out / "comparison.toml").read_text())["rounds"] == 1
+    files = sorted(out.glob("tasks/*/task.json"))
+    assert len(files) == 3
+    assert not list(out.glob("tasks/*/devices"))
+
+    before = [file.stat().st_mtime_ns for file in files]
+    compare(tmp_path, out / "comparison.toml")  # the file that it left
+    assert [file.stat().st_mtime_ns for file in sorted(out.glob("tasks/*/task.json"))] == before
+    assert json.loads((tmp_path / "c.json").read_text())["methods"] == made

@@ -1,0 +1,49 @@
+"""The engine's benchmark against a real server, as small as it can be."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+from rich.console import Console
+
+from benchmark.engine.command import measure_engine, show
+from benchmark.engine.hosted import can_switch_batching_off
+from benchmark.engine.report import write_findings
+from benchmark.engine.setting import EngineSetting, Load, Plan
+
+TINY = Plan(
+    loads=(Load(2, 2),),
+    repetitions=1,
+    seconds=0.1,
+    turn_repetitions=2,
+    turns=2,
+    curve_clients=(2,),
+    curve_batches=(1,),
+    curve_repetitions=1,
+    curve_seconds=0.1,
+    soak=Load(3, 1),
+    soak_s=2.0,
+)
+
+
+def test_a_benchmark_measures_everything_and_writes_it_down(tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), width=120)
+    setting = EngineSetting(backbone="vit_tiny_patch16_224", image_size=32, cut=10, plan=TINY)
+    found = measure_engine(setting, tmp_path, console)
+    show(found, console)
+    written = write_findings(found, tmp_path)
+    assert all(path.stat().st_size > 0 for path in written)
+    figures = json.loads((tmp_path / "engine.json").read_text())
+    assert set(figures["ratios"]) == {
+        "throughput_vs_loop_2x2",
+        "roundtrip_vs_socket",
+        "fairness",
+        "p99_vs_median",
+    }
+    assert all(value > 0 for value in figures["ratios"].values())
+    assert (figures["curve"] is not None) == can_switch_batching_off()
+    assert figures["roundtrip"]["seconds"] > figures["roundtrip"]["echo_seconds"]
+    assert figures["soak"]["steps_least"] >= 1
+    assert "roundtrip_vs_socket" in console.file.getvalue()  # type: ignore[attr-defined]
