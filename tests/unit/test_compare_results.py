@@ -52,6 +52,7 @@ def figures(accuracy: float, megabytes: int) -> dict[str, Any]:
         "bytes": {
             "smashed": {"up": total // 2, "down": 0},
             "download": {"up": 0, "down": total // 2},
+            "inference": {"up": total, "down": total},
         },
         "device_flops_per_round": 10**9,
         "device_flops_total": 2 * 10**9,
@@ -64,7 +65,13 @@ def figures(accuracy: float, megabytes: int) -> dict[str, Any]:
             {"round": 1, "bytes": total * 3 // 4, "accuracy": accuracy - 0.2},
             {"round": 2, "bytes": total, "accuracy": accuracy},
         ],
-        "calculated": {"bytes_total": total * 4 // 5},
+        # 4/5 of what was measured: 2/5 to start, 1/10 each way in each of the two rounds.
+        "calculated": {
+            "bytes_start": total * 2 // 5,
+            "bytes_up_once": 0,
+            "bytes_up_per_round": total // 10,
+            "bytes_down_per_round": total // 10,
+        },
     }
 
 
