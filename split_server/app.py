@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from anyio import CapacityLimiter
 from fastapi import FastAPI
 from starlette.types import Receive, Scope, Send
 
@@ -65,6 +65,10 @@ class _Watcher:
         self.samples.drop(run)
         self.engine.forget(run)
 
+    def work(self, run: str) -> Mapping[str, float]:
+        figures = self.engine.figures(run)
+        return figures.to_dict() if figures.tasks else {}
+
     def left(self, run: str, participant: str) -> None:
         self.engine.release(run, participant)
         self.samples.drop(run, participant)
@@ -117,6 +121,7 @@ class SplitServer:
         )
         app.include_router(routes.router)
         app.include_router(metrics_router(figures.registry))
+        threads = ThreadPoolExecutor(_CODEC_THREADS, "split-codec")
         room = Room(settings.queue_mib * _MIB)
         _watch(figures, room, samples)
         plane = SplitPlane(
@@ -127,7 +132,7 @@ class SplitServer:
             self._presence,
             settings.frame_limits,
             room,
-            CapacityLimiter(_CODEC_THREADS),
+            threads,
             settings.body_timeout_s,
         )
         self._app = Gate(plane, self._meter, self._credentials)
@@ -139,6 +144,7 @@ class SplitServer:
             ticking.cancel()
             notifier.close()
             await asyncio.to_thread(engine.close)
+            await asyncio.to_thread(threads.shutdown)
             await asyncio.to_thread(samples.close)
             await asyncio.to_thread(federation.save_traffic)
             await asyncio.to_thread(store.close)

@@ -22,7 +22,7 @@ from protocol.codecs import codec_named
 from protocol.errors import InvalidField, MalformedFrame, NonFinite, WrongShape
 from protocol.frames import Frame
 from split_model import SplitSettings, anatomy
-from split_server.intake import check_batch, read_floats
+from split_server.intake import check_batch, is_finite, read_floats
 from split_server.kept_samples import read_ids
 from split_server.samples import Kept, Owner, RowForm, SampleStore
 
@@ -116,7 +116,7 @@ def rebuild(store: SampleStore, owner: Owner, revision: Revision) -> Tensor | li
         smashed[place] += change
     for place, whole in zip(revision.whole.places, revision.whole.tensor, strict=True):
         smashed[place] = whole
-    if not bool(torch.isfinite(smashed).all()):
+    if not is_finite(smashed):
         raise NonFinite("a change leads out of the range of numbers", field="changes")
     renewed = revision.whole.places + [place for place, _ in changes]
     if renewed:

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from protocol.codecs import Compressed, codec_named
-from protocol.errors import InvalidField, MalformedFrame, NonFinite
+from protocol.errors import InvalidField, MalformedFrame
 from protocol.frames import Frame
 from protocol.messages import SAMPLE_ID_BYTES
 from split_model import SplitSettings
-from split_server.intake import read_smashed
+from split_server.intake import read_smashed, require_finite
 from split_server.samples import RowForm
 
 
@@ -63,8 +63,7 @@ def read_rows(
         raise InvalidField(
             "samples are kept in a codec that can be taken apart", field="codec", value=spec.codec
         )
-    if not bool(torch.isfinite(smashed).all()):
-        raise NonFinite("a tensor holds NaN or infinity", field="smashed")
+    require_finite({"smashed": smashed})
     rows = len(ids)
     sizes = tuple(buffer.nbytes // rows for buffer in buffers)
     return ids, RowForm(codec.name, spec.shape[1:], sizes), buffers

@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from protocol.traffic import Traffic
+from split_server.sink import SINK_KEY, SinkHolder
 from split_server.tables import ParticipantRow
 
 SOCKET_KEY = "sfprompt_socket"  # in the ASGI scope's state
@@ -70,6 +71,7 @@ class MeteredProtocol(HttpToolsProtocol):
         self.counter = SocketCounter()
         counting = _CountingTransport(transport, self.counter)
         super().connection_made(cast(asyncio.Transport, counting))
+        self.holder = SinkHolder(self.flow.resume_reading)
 
     def data_received(self, data: bytes) -> None:
         self.counter.received += len(data)
@@ -78,9 +80,19 @@ class MeteredProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self.scope["state"][SOCKET_KEY] = self.counter
+        self.scope["state"][SINK_KEY] = self.holder
+
+    def on_body(self, body: bytes) -> None:
+        sink = self.holder.open_sink
+        if sink is None:
+            super().on_body(body)
+        else:
+            sink.write(body)
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
+        if self.holder.sink is not None:
+            self.holder.sink.disconnect()
         meter = self.app_state.get("meter")
         if isinstance(meter, Meter) and self.counter.last is not None:
             meter.charge(self.counter, *self.counter.last)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -70,7 +71,14 @@ def _stepped(
     return state
 
 
-def apply(session: Session, run: RunSnapshot, action: Action, meter: Meter, at: float) -> None:
+def apply(
+    session: Session,
+    run: RunSnapshot,
+    action: Action,
+    meter: Meter,
+    at: float,
+    work: Mapping[str, float] | None = None,
+) -> None:
     """Make one step of a run true.
 
     Args:
@@ -79,7 +87,10 @@ def apply(session: Session, run: RunSnapshot, action: Action, meter: Meter, at: 
         action: the step; not `Aggregate`, which `average` turns into another.
         meter: what the round that ends has cost.
         at: seconds since 1970.
+        work: what the server has computed for the run, for its history.
     """
+    if work and isinstance(action, Publish | CloseRound):
+        record_event(session, run.id, at, "engine", **work)
     if isinstance(action, OpenTraining):
         _open(session, run, action, at)
         return

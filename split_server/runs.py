@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -42,6 +42,9 @@ class Watcher(Protocol):
 
     def left(self, run: str, participant: str) -> None:
         """A participant will not come back."""
+
+    def work(self, run: str) -> Mapping[str, float]:
+        """What the server has computed for a run since it started, in numbers."""
 
 
 class Runs:
@@ -149,7 +152,8 @@ class Runs:
             with self._store.reading() as session:
                 action = progress.average(session, run, action, self.files(run.id))
         with self._changing(run.id) as session:
-            progress.apply(session, run, action, self._meter, self._clock.wall())
+            work = self._watcher.work(run.id)
+            progress.apply(session, run, action, self._meter, self._clock.wall(), work)
         log.info("run %s: %s", run.id, action)
         if not isinstance(action, rounds.OpenTraining):
             self._sweep_updates(run.id)

@@ -135,6 +135,9 @@ class Quiet:
     def run_over(self, run: str) -> None:
         self.told.append(("run over", run))
 
+    def work(self, run: str) -> dict[str, float]:
+        return {}
+
     def left(self, run: str, participant: str) -> None:
         self.told.append(("left", run, participant))
 

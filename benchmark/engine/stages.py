@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import statistics
 import time
-import zlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from xxhash import xxh3_64_intdigest
 
 from protocol.frames import decode_frame, encode_frame, join_frame
 from protocol.limits import DEFAULT_LIMITS
 from split_server.allocator import keep_large_buffers
+from split_server.intake import is_finite
 from split_server.routes.bodies import read_body
 
 _CHUNK_BYTES = 256 * 1024  # what one read of the server's event loop brings, at most
@@ -46,8 +47,8 @@ def server_stages(shape: list[int], times: int) -> dict[str, Any]:
             {
                 "server read": lambda: loop.run(_read(data)),
                 "server decode": lambda: decode_frame(data).tensor("smashed"),
-                "server fingerprint": lambda: zlib.crc32(data),
-                "server finite check": lambda: bool(torch.isfinite(tensor).all()),
+                "server fingerprint": lambda: xxh3_64_intdigest(data),
+                "server finite check": lambda: is_finite(tensor),
                 "server encode": lambda: encode_frame("features", _META, tensors),
             },
             len(data),

@@ -33,6 +33,18 @@ class RunFigures:
     wait_s: float = 0.0
     compute_s: float = 0.0
 
+    def to_dict(self) -> dict[str, float]:
+        """For a run's history: means where a sum says little."""
+        tasks = max(1, self.tasks)
+        return {
+            "tasks": self.tasks,
+            "samples": self.samples,
+            "batch_samples": round(self.batch_samples / tasks, 2),
+            "recomputed": self.recomputed,
+            "wait_ms": round(1000 * self.wait_s / tasks, 3),
+            "compute_s": round(self.compute_s, 3),
+        }
+
 
 @dataclass(frozen=True)
 class Turn:

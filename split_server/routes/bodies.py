@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 
 from starlette.requests import ClientDisconnect
-from starlette.types import Receive, Scope
+from starlette.types import Message, Receive, Scope
 
 from protocol.errors import InvalidField, MalformedFrame, TooLarge
 from split_server.routes.room import Claim
+from split_server.sink import SINK_KEY, SinkHolder
 
 
 def declared_length(scope: Scope) -> int | None:
@@ -27,7 +28,7 @@ def declared_length(scope: Scope) -> int | None:
 
 async def read_body(
     scope: Scope, receive: Receive, limit: int, timeout_s: float, claim: Claim | None = None
-) -> bytearray:
+) -> bytearray | memoryview:
     """The whole body in one writable buffer; ``claim`` takes room for it as it comes.
 
     Raises:
@@ -40,18 +41,21 @@ async def read_body(
         raise too_large(limit, length)
     try:
         async with asyncio.timeout(timeout_s):
-            return await _read(receive, length, limit, claim)
+            return await _read(scope, receive, length, limit, claim)
     except TimeoutError:
         raise too_slow(timeout_s) from None
 
 
-async def _read(receive: Receive, length: int | None, limit: int, claim: Claim | None) -> bytearray:
+async def _read(
+    scope: Scope, receive: Receive, length: int | None, limit: int, claim: Claim | None
+) -> bytearray | memoryview:
+    holder: SinkHolder | None = scope.get("state", {}).get(SINK_KEY)
+    if holder is not None and length is not None:
+        return await _into_sink(holder, receive, length, claim)
     # A declared length is not believed beyond what has come: the buffer grows with the bytes.
     body = bytearray()
     while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientDisconnect
+        message = await _next(receive)
         chunk = message.get("body", b"")
         if len(body) + len(chunk) > limit:
             raise too_large(limit, len(body) + len(chunk))
@@ -63,6 +67,33 @@ async def _read(receive: Receive, length: int | None, limit: int, claim: Claim |
     if length is not None and len(body) != length:
         raise MalformedFrame("the body ended early", field="body", limit=length, value=len(body))
     return body
+
+
+async def _into_sink(
+    holder: SinkHolder, receive: Receive, length: int, claim: Claim | None
+) -> memoryview:
+    """The body straight from the parser, behind what it has kept so far."""
+    first = await _next(receive)
+    sink = holder.open(length, first.get("body", b""), claim)
+    try:
+        if first.get("more_body", False):
+            await sink.complete
+            while (await _next(receive)).get("more_body", False):  # the end, told to all others
+                pass
+        if not sink.complete.done():
+            raise MalformedFrame("the body ended early", field="body", limit=length)
+        return sink.complete.result()
+    except ConnectionError:
+        raise ClientDisconnect from None
+    finally:
+        holder.sink = None
+
+
+async def _next(receive: Receive) -> Message:
+    message = await receive()
+    if message["type"] == "http.disconnect":
+        raise ClientDisconnect
+    return message
 
 
 def too_large(limit: int, value: int) -> TooLarge:

@@ -235,8 +235,10 @@ class FederationRoutes:
         data = await read_body(request.scope, request.receive, limit, self._body_timeout_s)
         return await run_in_threadpool(self._count, run, member.participant, data, key)
 
-    def _count(self, run: str, participant: str, data: bytearray, key: str | None) -> UpdateReceipt:
-        once = Once.of(f"{run}/{participant}/update", key, data)
+    def _count(
+        self, run: str, participant: str, data: bytearray | memoryview, key: str | None
+    ) -> UpdateReceipt:
+        once = Once.of(f"{run}/{participant}/update", key, bytes(data))
         frame = decode_frame(data, self._limits)
         require_kind(frame, "update")
         meta = parse_message(UpdateMeta, dict(frame.meta))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import zlib
+import asyncio
+import contextvars
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
-from anyio import CapacityLimiter, to_thread
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
+from xxhash import xxh3_64_intdigest
 
 from protocol.errors import InvalidField
 from protocol.frames import decode_frame, encode_frame, require_kind
@@ -40,7 +42,7 @@ class SplitPlane:
     presence: Presence
     limits: FrameLimits
     room: Room
-    threads: CapacityLimiter  # for decoding and encoding
+    threads: ThreadPoolExecutor  # for decoding and encoding
     body_timeout_s: float
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -71,14 +73,20 @@ class SplitPlane:
 
     async def _off_loop(self, function: Callable[[], R]) -> R:
         # Threads of their own: a federation plane that waits for its disk must not delay a step.
-        return await to_thread.run_sync(function, limiter=self.threads)
+        run = contextvars.copy_context().run  # the log knows whose request it is
+        return await asyncio.get_running_loop().run_in_executor(self.threads, run, function)
 
     def _read(
-        self, kind: str, reader: Reader, run: RunSnapshot, member: Member, data: bytearray
+        self,
+        kind: str,
+        reader: Reader,
+        run: RunSnapshot,
+        member: Member,
+        data: bytearray | memoryview,
     ) -> Work | Reply:
         frame = decode_frame(data, self.limits)
         require_kind(frame, kind)
-        return reader(self.desk, Asked(run, member, frame, zlib.crc32(data)))
+        return reader(self.desk, Asked(run, member, frame, xxh3_64_intdigest(data)))
 
 
 def _encode(reply: Reply) -> list[memoryview]:

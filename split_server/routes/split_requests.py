@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Final
 
 import torch
@@ -59,7 +59,7 @@ class Asked:
     def owner(self) -> Owner:
         return Owner(self.run.id, self.member.id)
 
-    @property
+    @cached_property
     def body(self) -> BodyKey:
         return BodyKey.of(self.run.backbone_path, self.run.settings)
 
@@ -67,7 +67,7 @@ class Asked:
     def wire(self) -> WireSettings:
         return self.run.settings.wire
 
-    @property
+    @cached_property
     def leading(self) -> int | None:
         """How many tokens of the features the run wants back; None: all."""
         if not self.run.settings.wire.pooled_features:
