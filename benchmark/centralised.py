@@ -16,11 +16,13 @@ from protocol.settings import RunSettings
 from split_model import (
     Body,
     Head,
+    Layered,
     SplitSettings,
     Tail,
     build_body,
     build_head,
     build_tail,
+    head_tensors,
     image_preparation,
     initial_state,
     open_backbone,
@@ -45,15 +47,22 @@ class Centralised:
         backbone = prepare_backbone(split, settings.model.weights, cache_dir() / "backbones")
         weights = open_backbone(backbone.path)
         self.settings = settings
-        self.head: Head = build_head(split, weights)
         self.body: Body = build_body(split, weights)
         state = initial_state(split, weights, derive_seed(settings.seed, "initial-state"))
-        self.tail: Tail = build_tail(split, tail_tensors(state))
+        self.head: Head = build_head(split, Layered(head_tensors(state), weights))
+        self.tail: Tail = build_tail(split, Layered(tail_tensors(state), weights))
         self.prompts = nn.Parameter(state["prompts"]) if split.prompt_count else None
         images = image_preparation(split)
         way = Preprocessing(split.image_size, images.mean, images.std, "bicubic")
         self.train = BatchReader(data.train, way, cache_bytes=2**30)
         self.test = BatchReader(data.test, way, cache_bytes=2**30)
+
+    @property
+    def trainable_parameters(self) -> int:
+        """Of prompts, tail and head, whatever is tuned of them."""
+        weights = [*self.head.parameters(), *self.tail.parameters()]
+        own = sum(weight.numel() for weight in weights if weight.requires_grad)
+        return own + (0 if self.prompts is None else self.prompts.numel())
 
     def tune(self, advance: Advance) -> float:
         """Tune prompts and tail as a run would, on one heap of data. Returns test accuracy.
@@ -62,7 +71,7 @@ class Centralised:
         rates and schedule, but no rounds: nothing is averaged and no sample is left out.
         """
         training, rounds = self.settings.training, self.settings.federation.rounds
-        optimizer = make_optimizer(training, self.prompts, self.tail)
+        optimizer = make_optimizer(training, self.prompts, self.tail, head=self.head)
         epochs = rounds * training.split_epochs
         seed = derive_seed(self.settings.seed, "centralised")
         batches = list(
@@ -99,7 +108,11 @@ class Centralised:
         )
 
     def _features(self, images: Tensor, prompts: Tensor | None) -> Tensor:
-        features: Tensor = self.body(self.head(images, prompts))
+        features: Tensor
+        if self.settings.model.prompt_at == "cut":
+            features = self.body(self.head(images), prompts)
+        else:
+            features = self.body(self.head(images, prompts))
         return features
 
     def _pooled(self, samples: BatchReader) -> tuple[Tensor, Tensor]:

@@ -57,9 +57,9 @@ _PAPER_RECIPE = TrainingSettings(
     prompt_learning_rate=1e-2,
     tail_learning_rate=2e-2,
 )
-# Many small steps, with samples drawn anew in each round. At the same bytes, gradients in 4 bits,
-# rounded at random so that they are right in the mean, of 80 % of the samples do better than those of
-# 60 % in 8 bits, and than features and gradients of all in 4 bits.
+# Many small steps, with samples drawn anew in each round. At the same bytes, gradients of 80 % of
+# the samples in 4 bits, rounded at random so that they are right in the mean, do better than those
+# of 60 % in 8 bits, and than features and gradients of all in 4 bits.
 _DEFAULT_RECIPE = TrainingSettings(
     keep_fraction=0.8,
     pruning="random",

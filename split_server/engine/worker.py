@@ -73,6 +73,7 @@ class Worker:
 
     def busy(self, why: str) -> Busy:
         """To be asked again when what waits now has been worked off."""
+        self._figures.refused(Busy.code)
         wait = self._seconds_per_sample * (self._schedule.samples + 1)
         return Busy(f"{why}; try again later", retry_after_s=round(min(max(wait, 0.1), 30.0), 2))
 

@@ -26,7 +26,7 @@ class Central(Reference):
 
     def measure(self, settings: RunSettings, data: Dataset, advance: Advance) -> Measured:
         # Here, as scikit-learn takes seconds that no other method should wait for.
-        from benchmark.compare.references import Uncut
+        from benchmark.centralised import Centralised
 
-        model = Uncut(settings, data)
+        model = Centralised(settings, data)
         return Measured(model.tune(advance), model.trainable_parameters)

@@ -28,8 +28,8 @@ class LinearProbe(Reference):
 
     def measure(self, settings: RunSettings, data: Dataset, advance: Advance) -> Measured:
         # Here, as scikit-learn takes seconds that no other method should wait for.
-        from benchmark.compare.references import Uncut
+        from benchmark.centralised import Centralised
 
-        model = Uncut(settings, data)
+        model = Centralised(settings, data)
         weights = settings.model.num_classes * (model.tail.sizes.width + 1)
         return Measured(model.probe(), weights)

@@ -1,0 +1,61 @@
+"""What the engine does, as Prometheus and as a run's history show it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.http_doubles import Running, joined, new_run, running_server, wait_until
+from tests.server_doubles import smashed, state_of
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    with running_server(tmp_path_factory.mktemp("node")) as running:
+        yield running
+
+
+def measured(server: Running) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+    """Every sample of /metrics, by its name and labels."""
+    page = server.api().http.get("/metrics")
+    assert page.headers["content-type"].startswith("text/plain")
+    return {
+        (sample.name, frozenset(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(page.text)
+        for sample in family.samples
+    }
+
+
+def labels(**pairs: str) -> frozenset[tuple[str, str]]:
+    return frozenset(pairs.items())
+
+
+def test_a_step_is_counted_where_it_belongs_until_its_run_is_over(server: Running) -> None:
+    operator = server.operator()
+    run = new_run(operator, rounds=1, min_participants=1, evaluate_every=0)
+    device = joined(server, run, "a")
+    device.assignment(run)
+    device.step("forward", smashed(batch=3), "s")
+    waiting = measured(server)
+    assert waiting["sfprompt_engine_open_steps", labels()] == 1
+    assert waiting["sfprompt_engine_retained_bytes", labels()] > 0
+    device.step("backward", smashed(batch=3), "s")
+    samples = "sfprompt_engine_samples_total"
+    wait_until(lambda: (samples, labels(run=run, work="backward")) in measured(server))
+    found = measured(server)
+    for work in ("forward", "backward"):
+        assert found[samples, labels(run=run, work=work)] == 3
+        assert found["sfprompt_engine_batch_samples_count", labels(work=work)] >= 1
+        assert found["sfprompt_engine_compute_seconds_sum", labels(work=work)] > 0
+    for gauge in ("open_steps", "retained_bytes", "queue_tasks", "queue_samples", "queue_bytes"):
+        assert found[f"sfprompt_engine_{gauge}", labels()] == 0
+
+    assert device.step("backward", smashed(), "lost").status_code >= 400
+    device.update(run, state_of(1.0), "u", samples=3)
+    wait_until(lambda: (samples, labels(run=run, work="forward")) not in measured(server))
+    events = operator.call("GET", f"/v1/runs/{run}/events").json()
+    work = next(event["data"] for event in events if event["kind"] == "engine")
+    assert (work["tasks"], work["samples"], work["batch_samples"]) == (2, 6, 3)
+    assert work["compute_s"] >= 0

@@ -1,0 +1,73 @@
+"""A body on its way from the parser into its buffer."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from protocol.errors import Busy
+from split_server.routes.room import Room
+from split_server.sink import SinkHolder
+
+
+def holder() -> SinkHolder:
+    return SinkHolder(lambda: None)
+
+
+@given(st.lists(st.binary(max_size=50), max_size=8), st.binary(max_size=20))
+def test_what_comes_in_pieces_is_one_body(pieces: list[bytes], begun: bytes) -> None:
+    whole = begun + b"".join(pieces)
+
+    async def take() -> bytes:
+        sink = holder().open(len(whole), begun, None)
+        for piece in pieces:
+            if sink.is_open:
+                sink.write(piece)
+        return bytes(await sink.complete)
+
+    assert asyncio.run(take()) == whole
+
+
+def test_room_is_taken_for_what_has_come_and_not_for_what_was_announced() -> None:
+    room = Room(1000)
+
+    async def take() -> None:
+        with room.claim() as claim, room.claim() as other:
+            other.add(500)
+            sink = holder().open(10**9, b"x" * 100, claim)
+            assert room.taken == 600
+            sink.write(b"x" * 400)
+            assert room.taken == 1000
+            sink.write(b"x")
+            assert not sink.is_open
+            with pytest.raises(Busy):
+                await sink.complete
+
+    asyncio.run(take())
+    assert room.taken == 0
+
+
+def test_whoever_goes_away_leaves_no_one_waiting() -> None:
+    async def gone() -> None:
+        place = holder()
+        sink = place.open(10, b"abc", None)
+        assert place.open_sink is sink
+        sink.disconnect()
+        assert place.open_sink is None
+        with pytest.raises(ConnectionError):
+            await sink.complete
+
+    asyncio.run(gone())
+
+
+def test_reading_goes_on_once_there_is_a_sink() -> None:
+    resumed: list[bool] = []
+
+    async def begin() -> None:
+        SinkHolder(lambda: resumed.append(True)).open(10, b"", None)
+
+    asyncio.run(begin())
+    assert resumed == [True]
