@@ -143,7 +143,7 @@ def join(
             server, dataset, folder / "blobs", name, reporter, cache_mib * 1024 * 1024
         )
         with Identity(folder / "identities", url, chosen.id, name) as identity:
-            participant.join(chosen.id, identity.key, join_token)
+            identity.remember(participant.join(chosen.id, identity.key, join_token))
             last = participant.take_part()
     finally:
         reporter.close()
@@ -192,6 +192,45 @@ def predict(
         server.close()
     if not as_json:
         Console().print(table)
+
+
+@app.command(
+    epilog="Examples:\n\nedge-client leave http://gpu-node:8500\n\n"
+    "edge-client leave http://gpu-node:8500 --samples-only"
+)
+def leave(
+    url: Url,
+    name: NameOption,
+    run: RunOption = None,
+    samples_only: Annotated[
+        bool, typer.Option(help="Stay, but have the smashed data deleted that the server keeps.")
+    ] = False,
+    ca_file: CaOption = None,
+    home: HomeOption = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v")] = False,
+) -> None:
+    """Leave a run for good; the server deletes what it keeps of this device's samples."""
+    _prepare(None, verbose)
+    server = _server(url, 30.0, ca_file, None)
+    try:
+        chosen = _choose(server, run, open_only=True)
+        with Identity((home or cache_dir()) / "identities", url, chosen.id, name) as identity:
+            if identity.credential is None:
+                raise NotFound(
+                    "this device has not joined the run under this name",
+                    field="name",
+                    value=name,
+                    hint="give the --name, and the --home, that it joined with",
+                )
+            server.authenticate(identity.credential)
+            if samples_only:
+                server.forget_samples(chosen.id)
+            else:
+                server.leave(chosen.id)
+    finally:
+        server.close()
+    done = "has had its samples deleted" if samples_only else "has left"
+    typer.echo(f"{name} {done}: run {chosen.id}")
 
 
 def _prepare(threads: int | None, verbose: bool) -> None:

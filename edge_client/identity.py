@@ -47,15 +47,22 @@ class Identity:
                 hint="give each its own --name",
             ) from None
         os.fchmod(self._file.fileno(), 0o600)  # whoever has the key can get the credential
-        key = _key_in(self._file.read())
-        if key is None:
-            key = uuid.uuid4().hex
-            self._file.seek(0)
-            self._file.truncate()
-            json.dump({"url": url, "run": run, "name": name, "key": key}, self._file)
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        self.key: str = key
+        self._known = {"url": url, "run": run, "name": name, **_known_in(self._file.read())}
+        if "key" not in self._known:
+            self._known["key"] = uuid.uuid4().hex
+            self._write()
+        self.key: str = self._known["key"]
+
+    @property
+    def credential(self) -> str | None:
+        """What the server gave when this device joined; None: it has not."""
+        return self._known.get("credential")
+
+    def remember(self, credential: str) -> None:
+        """Keep the credential, so that the device can leave when it does not take part."""
+        if credential != self.credential:
+            self._known["credential"] = credential
+            self._write()
 
     def __enter__(self) -> Identity:
         return self
@@ -67,14 +74,27 @@ class Identity:
         """Let another process take part under this name."""
         self._file.close()
 
+    def _write(self) -> None:
+        self._file.seek(0)
+        self._file.truncate()
+        json.dump(self._known, self._file)
+        self._file.flush()
+        os.fsync(self._file.fileno())
 
-def _key_in(text: str) -> str | None:
-    """The key in an identity's file. A file that was cut off in writing was never joined with."""
+
+def _known_in(text: str) -> dict[str, str]:
+    """Key and credential in an identity's file.
+
+    A file that was cut off in writing the key was never joined with.
+    """
     try:
-        key = json.loads(text)["key"]
-    except (ValueError, KeyError, TypeError):
-        return None
-    return key if isinstance(key, str) and key else None
+        found = json.loads(text)
+    except ValueError:
+        return {}
+    if not isinstance(found, dict):
+        return {}
+    own = {name: found.get(name) for name in ("key", "credential")}
+    return {name: value for name, value in own.items() if isinstance(value, str) and value}
 
 
 def device_secret(folder: Path) -> bytes:

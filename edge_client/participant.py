@@ -61,8 +61,10 @@ class Participant:
     reporter: Reporter
     cache_bytes: int = 256 * 1024 * 1024
 
-    def join(self, run: str, key: str, join_token: str | None = None) -> None:
+    def join(self, run: str, key: str, join_token: str | None = None) -> str:
         """Join, and get the head and the first global state, from the cache where it has them.
+
+        Returns the credential, which this device may need without taking part.
 
         Raises:
             InvalidField: this device's classes are more than the run has.
@@ -108,6 +110,7 @@ class Participant:
             train_samples=len(self.data.train),
             test_samples=len(self.data.test),
         )
+        return joined.credential
 
     def take_part(self) -> Assignment:
         """Do what the server asks for until it says stop. Returns that last assignment."""

@@ -124,7 +124,12 @@ class Server:
         return self._message(JoinResponse, "POST", path, request, key=key, extra=extra)
 
     def leave(self, run: str) -> None:
+        """Leave for good; what the server keeps of this device goes."""
         self._json("DELETE", _run_path(run, "participants/me"), key=uuid.uuid4().hex)
+
+    def forget_samples(self, run: str) -> None:
+        """Have the server forget the smashed data that it keeps of this device."""
+        self._json("DELETE", _run_path(run, "samples"), key=uuid.uuid4().hex)
 
     def assignment(self, run: str, after: Assignment | None, wait_s: float) -> Assignment:
         """The next assignment; waits up to ``wait_s`` while it is still ``after``."""

@@ -1,0 +1,92 @@
+"""``edge-client leave``: a device that is not taking part right now takes its samples with it."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from edge_client import cli
+from edge_client.identity import Identity
+from tests.http_doubles import Api, Running, code_of, new_run, running_server
+from tests.integration.test_server_split_http import by_ids
+from tests.server_doubles import smashed
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    with running_server(tmp_path_factory.mktemp("node")) as running:
+        yield running
+
+
+@pytest.fixture
+def leave(
+    server: Running,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> Iterator[Command]:
+    terminated = signal.getsignal(signal.SIGTERM)
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        own = ["--name", "kitchen", "--home", str(tmp_path)]
+        monkeypatch.setattr(sys, "argv", ["edge-client", "leave", server.url, *own, *arguments])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return code, *capsys.readouterr()
+
+    yield run
+    signal.signal(signal.SIGTERM, terminated)
+
+
+def a_device(server: Running, home: Path) -> tuple[str, Api]:
+    """A device that has joined and sent two samples, and then stopped."""
+    keeps = {"keep_smashed": True}
+    run = new_run(server.operator(), prompt_at="cut", wire=keeps, min_participants=2)
+    credential = server.api().join(run, "kitchen").credential
+    with Identity(home / "identities", server.url, run, "kitchen") as identity:
+        identity.remember(credential)
+    device = server.api(credential)
+    rows = smashed(batch=2)[:, :5]
+    assert device.ask("samples", {}, ids=by_ids(1, 2), smashed=rows).is_success
+    return run, device
+
+
+def kept(server: Running) -> int:
+    store = server.server._application._app.app.desk.samples
+    return int(store.memory_bytes)
+
+
+def test_whoever_leaves_is_out_and_its_samples_are_gone(
+    server: Running, leave: Command, tmp_path: Path
+) -> None:
+    before = kept(server)
+    run, device = a_device(server, tmp_path)
+    assert kept(server) > before
+    code, out, _ = leave("--run", run)
+    assert (code, out) == (0, f"kitchen has left: run {run}\n")
+    assert kept(server) == before
+    assert code_of(device.call("GET", f"/v1/runs/{run}/assignment")) == "forbidden"
+
+
+def test_samples_alone_can_be_deleted(server: Running, leave: Command, tmp_path: Path) -> None:
+    before = kept(server)
+    run, device = a_device(server, tmp_path)
+    assert leave("--run", run, "--samples-only")[0] == 0
+    assert kept(server) == before
+    assert device.call("GET", f"/v1/runs/{run}/assignment").is_success
+
+
+def test_who_has_not_joined_cannot_leave(server: Running, leave: Command) -> None:
+    run = new_run(server.operator())
+    code, _, err = leave("--run", run)
+    assert code == 2
+    assert "has not joined" in err
