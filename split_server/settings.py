@@ -48,7 +48,11 @@ class ServerSettings(BaseSettings):
         4096, ge=1, le=2**24, description="what split steps keep between forward and backward"
     )
     max_batch_samples: int | None = Field(
-        None, ge=1, le=2**20, description="computed together; none: what the device gains from"
+        None,
+        ge=1,
+        le=2**20,
+        description="computed together; none: what the device gains from; 1: each job by itself, "
+        "so that runs repeat bit for bit",
     )
     max_wait_ms: float = Field(
         2.0, ge=0, le=10_000, description="a forward waits for others while the device is idle"

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib import pyplot as plt
-from matplotlib.ticker import ScalarFormatter
 
 from benchmark.engine.curve import Point
 from benchmark.engine.soak import Soak
@@ -49,7 +48,7 @@ def plot_curve(points: Sequence[Point], out: Path) -> Path:
     right.axhline(1, color="#999999", linewidth=1)
     for axes in (left, right):
         axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_major_formatter("{x:g}")
         axes.grid(alpha=0.3)
     figure.legend(fontsize="small", ncols=6, loc="outside lower center")
     return save(figure, out)

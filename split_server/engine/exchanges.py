@@ -165,7 +165,7 @@ class Exchanges:
                 self._keeper.retain(job, admitted, part, features, _before(job))
             ticket.answer(features)
 
-        self._outbox.send(part.features, deliver)
+        self._outbox.send(part.features, deliver, ticket.fail)
 
 
 def _before(job: ExchangeJob) -> StepKey:

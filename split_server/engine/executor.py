@@ -87,13 +87,16 @@ class Executor:
 
     def _through(self, graph: Graph, tasks: Sequence[BackwardTask]) -> None:
         """Backward through a graph that was kept; it is spent then, whatever comes of it."""
+        result: Tensor | None
         try:
             result = compute.run_backward(graph, self._whole_gradient(graph, tasks))
         except Exception as error:
             if len(tasks) == 1:
                 tasks[0].fail(error)
-            else:
-                self._again(tasks)
+                return
+            result = None  # and what the error holds on to goes before anything is tried again
+        if result is None:
+            self._again(tasks)
             return
         for task in tasks:
             _hand_over(task, result[graph.rows[task.key]], task.done)

@@ -99,7 +99,7 @@ class LocalEngine:
             ticket = self._keeper.open(None, 0)
 
             def ran(part: Forwarded) -> None:
-                self._outbox.send(part.features, ticket.answer)
+                self._outbox.send(part.features, ticket.answer, ticket.fail)
 
             nbytes = nbytes_of(job.smashed)
             task = forward_task(job, "nothing", lambda _: job.prompts, ran, ticket.fail, nbytes)
@@ -154,8 +154,10 @@ class LocalEngine:
         nbytes = nbytes_of(job.gradients)
         self._worker.require_room(nbytes)
         ticket = self._keeper.open(("backward", job.key), job.fingerprint)
-        done = partial(self._ran_backward, job, step, ticket)
-        self._worker.add(backward_task(job.key, step, job.gradients, done, ticket.fail, nbytes))
+        releases = self._keeper.releases_of(job.key)
+        done = partial(self._ran_backward, job, step, ticket, releases)
+        fail = partial(self._broke_off, job, step, ticket)
+        self._worker.add(backward_task(job.key, step, job.gradients, done, fail, nbytes))
         return ticket
 
     # On the worker, without the lock
@@ -168,25 +170,45 @@ class LocalEngine:
                 self._keeper.retain(job, admitted, part, features)
             ticket.answer(features)
 
-        self._outbox.send(part.features, deliver)
+        self._outbox.send(part.features, deliver, ticket.fail)
 
     def _ran_backward(
-        self, job: BackwardJob, step: RetainedStep, ticket: Ticket, gradients: Tensor
+        self,
+        job: BackwardJob,
+        step: RetainedStep,
+        ticket: Ticket,
+        releases: int,
+        gradients: Tensor,
     ) -> None:
         def deliver(answer: Tensor) -> None:
             with self._lock:
-                self._keeper.answered(job.key, step, Answer(answer, job.fingerprint))
+                if releases == self._keeper.releases_of(job.key):
+                    self._keeper.answered(job.key, step, Answer(answer, job.fingerprint))
             ticket.answer(answer)
 
-        self._outbox.send(gradients, deliver)
+        self._outbox.send(gradients, deliver, ticket.fail)
+
+    def _broke_off(
+        self, job: BackwardJob, step: RetainedStep, ticket: Ticket, error: Exception
+    ) -> None:
+        """A backward has failed, and its graph may be spent: the forward must come again."""
+        with self._lock:
+            if self._keeper.room.steps.get(job.key) is step:
+                self._keeper.room.steps.drop(job.key)
+        ticket.fail(error)
 
     def _refused(self, error: SFPromptError) -> None:
         self._figures.refused(error.code)
 
+    def _waiting(self) -> tuple[int, int]:
+        """How many tasks wait, and their samples. For any thread."""
+        with self._lock:
+            return len(self._schedule), self._schedule.samples
+
     def _show(self) -> None:
         watch, room = self._figures.watch, self._keeper.room
-        watch("sfprompt_engine_queue_tasks", "Tasks that wait", lambda: len(self._schedule))
-        watch("sfprompt_engine_queue_samples", "Their samples", lambda: self._schedule.samples)
+        watch("sfprompt_engine_queue_tasks", "Tasks that wait", lambda: self._waiting()[0])
+        watch("sfprompt_engine_queue_samples", "Their samples", lambda: self._waiting()[1])
         watch("sfprompt_engine_queue_bytes", "Their tensors", lambda: self._worker.queued_bytes)
         watch("sfprompt_engine_open_steps", "Steps that lack their backward", room.steps.__len__)
         watch("sfprompt_engine_retained_bytes", "Held for open steps", lambda: room.taken)

@@ -5,11 +5,23 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 Deliver = Callable[[Tensor], None]
+Fail = Callable[[Exception], None]
+
+
+@dataclass(frozen=True)
+class _Copy:
+    """A copy that is on its way."""
+
+    done: torch.cuda.Event
+    host: Tensor
+    deliver: Deliver
+    fail: Fail
 
 
 class Outbox:
@@ -21,16 +33,17 @@ class Outbox:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._copying: queue.SimpleQueue[tuple[torch.cuda.Event, Tensor, Deliver] | None] = (
-            queue.SimpleQueue()
-        )
+        self._copying: queue.SimpleQueue[_Copy | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         if device.type == "cuda":
             self._thread = threading.Thread(target=self._work, name="split-outbox", daemon=True)
             self._thread.start()
 
-    def send(self, result: Tensor, deliver: Deliver) -> None:
-        """Call ``deliver`` with the tensor on the CPU, with memory of its own."""
+    def send(self, result: Tensor, deliver: Deliver, fail: Fail) -> None:
+        """Call ``deliver`` with the tensor on the CPU, with memory of its own.
+
+        Where that does not come about later on, ``fail`` is called instead.
+        """
         result = result.detach()
         if self._thread is None:
             deliver(_alone(result) if result.device.type == "cpu" else result.cpu())
@@ -39,7 +52,7 @@ class Outbox:
         host.copy_(result, non_blocking=True)
         done = torch.cuda.Event()
         done.record(torch.cuda.current_stream(self._device))
-        self._copying.put((done, host, deliver))
+        self._copying.put(_Copy(done, host, deliver, fail))
 
     def close(self) -> None:
         """Deliver what is on its way, then stop."""
@@ -49,9 +62,11 @@ class Outbox:
 
     def _work(self) -> None:
         while (entry := self._copying.get()) is not None:
-            done, host, deliver = entry
-            done.synchronize()
-            deliver(host)
+            try:
+                entry.done.synchronize()
+                entry.deliver(entry.host)
+            except Exception as error:
+                entry.fail(error)
 
 
 def _alone(tensor: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from split_server.engine.steps import Graph, StepKey
 from split_server.engine.tasks import BackwardTask
 
+_LONGEST_S = 3.0  # a first forward takes long for reasons of its own
+
 
 class PendingGraph:
     """The gradients of one graph that have come, and how long the others are waited for.
@@ -20,7 +22,7 @@ class PendingGraph:
 
     def __init__(self, graph: Graph, least_s: float) -> None:
         self.graph = graph
-        self.patience_s = max(least_s, graph.seconds)
+        self.patience_s = max(least_s, min(graph.seconds, _LONGEST_S))
         self.tasks: dict[StepKey, BackwardTask] = {}
         self.first_at = 0.0  # on the monotonic clock
 

@@ -37,7 +37,8 @@ class StepRoom:
         return self.steps.nbytes + self.reserved + self.others
 
     def fits(self, need: int) -> bool:
-        return self.taken + need <= self._limit
+        """Whether there is room; whoever needs no more than it gives back always has it."""
+        return need <= 0 or self.taken + need <= self._limit
 
     def ask(
         self, body: BodyKey, smashed: torch.Tensor, instead_of: StepKey | None = None
@@ -54,19 +55,27 @@ class StepRoom:
         """
         freed = 0 if instead_of is None else self.steps.room_of(instead_of)
         if self._backward != "recompute":
-            need = max(0, self._graph_bytes(body, smashed) - freed)
-            if self.fits(need):
+            whole = self._graph_bytes(body, smashed)
+            need = max(0, whole - freed)
+            if whole <= self._limit and self.fits(need):
                 return "graph", need
             if self._backward == "retained":
+                self._require_ever(whole)
                 return None
-        need = max(0, smashed.numel() * self._itemsize - freed)
+        whole = smashed.numel() * self._itemsize
+        self._require_ever(whole)
+        need = max(0, whole - freed)
         return ("input", need) if self.fits(need) else None
 
     def _graph_bytes(self, body: BodyKey, smashed: torch.Tensor) -> int:
         depth = anatomy(body.settings).depth
         blocks = depth - body.settings.cut - body.settings.tail_blocks
         need = self.sizes.estimate(body, blocks, smashed, self._itemsize)
-        if need > self._limit and self.sizes.is_known(body, smashed):
+        known = self.sizes.is_known(body, smashed)
+        return need if known else min(need, self._limit)  # a guess may be too high
+
+    def _require_ever(self, need: int) -> None:
+        if need > self._limit:
             raise TooLarge(
                 "a batch of this size does not fit the memory that steps may take",
                 field="smashed",
@@ -74,4 +83,3 @@ class StepRoom:
                 value=need,
                 hint="use a smaller batch_size, or raise engine_memory_mib",
             )
-        return min(need, self._limit)  # a guess may be too high

@@ -13,6 +13,7 @@ from split_server.engine.steps import Graph
 from split_server.engine.tasks import BackwardTask, ForwardTask, Kind, Sender, Task
 
 _PEERS_S = 1.0  # whoever was here within this time is expected back
+_MOST_SEEN = 1000
 _HOLD_FACTOR = 20  # times its first patience a graph waits at most while there is other work
 
 T = TypeVar("T", bound=Task)
@@ -52,12 +53,17 @@ class _Lane(Generic[T]):
 
     def held_until(self, most: int, max_wait_s: float, now: float) -> float:
         """Until when others, who were here a moment ago, are worth waiting for."""
+        if len(self.seen) > _MOST_SEEN:
+            self._forget_old(now)
         oldest = min(task.arrived for _, _, task in self.heap)
         if self.samples >= most or oldest + max_wait_s <= now:
             return now
         waiting = {task.sender for _, _, task in self.heap}
-        self.seen = {who: at for who, at in self.seen.items() if at + _PEERS_S > now}
+        self._forget_old(now)
         return oldest + max_wait_s if self.seen.keys() - waiting else now
+
+    def _forget_old(self, now: float) -> None:
+        self.seen = {who: at for who, at in self.seen.items() if at + _PEERS_S > now}
 
 
 class Schedule:

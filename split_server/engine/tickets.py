@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -62,7 +63,8 @@ def _shown(error: Exception) -> SFPromptError:
         return error
     if isinstance(error, torch.OutOfMemoryError):
         log.warning("a job did not fit the device's memory; it was sent away")
-        torch.cuda.empty_cache()
+        with contextlib.suppress(RuntimeError):
+            torch.cuda.empty_cache()
         return Busy("the device's memory is taken; try again later", retry_after_s=1.0)
     log.error("a job failed", exc_info=error)
     shown = InternalError("the body failed on this batch")

@@ -51,7 +51,10 @@ class Worker:
     # Under the lock
 
     def add(self, task: Task) -> None:
-        """Put a task into the queue: one that goes on a job is never refused."""
+        """Put a task into the queue: one that goes on with a job is refused at the end alone."""
+        if self._closed:
+            task.fail(_stopping())
+            return
         now = time.monotonic()
         if isinstance(task, ForwardTask):
             self._schedule.add_forward(task, now)
@@ -67,7 +70,7 @@ class Worker:
             Busy: the queue is full, or the engine stops.
         """
         if self._closed:
-            raise Busy("the server is shutting down", retry_after_s=5.0)
+            raise _stopping()
         if self.queued_bytes and self.queued_bytes + nbytes > self._queued_limit:
             raise self.busy("the queue is full")
 
@@ -86,15 +89,18 @@ class Worker:
             waiting = self._schedule.drain()
             self._lock.notify_all()
         for task in waiting:
-            task.fail(Busy("the server is shutting down", retry_after_s=5.0))
+            task.fail(_stopping())
         self._thread.join(timeout=30)
 
     def _work(self) -> None:
         while (batch := self._next()) is not None:
             began = time.monotonic()
-            self._executor.run(batch)
-            seconds = time.monotonic() - began
-            self._count(batch, began, seconds)
+            try:
+                self._executor.run(batch)
+            except Exception as error:  # whatever it is, nobody waits for ever
+                for task in batch.tasks:
+                    task.fail(error)
+            self._count(batch, began, time.monotonic() - began)
 
     def _next(self) -> Batch | None:
         """The next batch, waited for; None: there is none any more."""
@@ -120,6 +126,10 @@ class Worker:
         with self._lock:
             now = seconds / max(1, samples)
             self._seconds_per_sample += 0.1 * (now - self._seconds_per_sample)
+
+
+def _stopping() -> Busy:
+    return Busy("the server is shutting down", retry_after_s=5.0)
 
 
 def _work_of(batch: Batch) -> str:

@@ -50,6 +50,8 @@ class ServerProcess:
     def start(self) -> None:
         arguments = ["split_server.cli", "serve", "--port", str(self.port)]
         arguments += ["--data-dir", str(self.data_dir), "--torch-threads", "1"]
+        # Bit for bit: what a batch is joined with may change how its matrices are rounded.
+        arguments += ["--max-batch-samples", "1"]
         self.process = Process("server", arguments, self.folder, threads=1)
         probe = OperatorClient(self.url)
         wait_until_healthy(self.process, probe.is_healthy, 60)

@@ -41,7 +41,7 @@ def data() -> Dataset:
 
 @pytest.fixture(scope="module")
 def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    with running_server(tmp_path_factory.mktemp("node")) as running:
+    with running_server(tmp_path_factory.mktemp("node"), max_batch_samples=1) as running:
         yield running
 
 
@@ -318,7 +318,7 @@ def test_a_server_that_can_keep_too_few_samples_changes_no_bit_of_the_result(
     )
     plenty = on_node(node, settings, data, tmp_path / "plenty", Told())
     tiny = {"samples_mib": 1, "samples_disk_mib": 0, "participant_samples_mib": 1}
-    with running_server(tmp_path / "tiny", **tiny) as small:
+    with running_server(tmp_path / "tiny", max_batch_samples=1, **tiny) as small:
         found = on_node(small, settings, data, tmp_path / "home", Told())
     assert_same_bits(found.state, plenty.state)
     assert found.traffic["smashed"]["up"] > 1.1 * plenty.traffic["smashed"]["up"]

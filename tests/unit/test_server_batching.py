@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import split_model
-from protocol.errors import InternalError
+from protocol.errors import Busy, InternalError, StepLost, TooLarge
 from split_server.engine import compute
 from split_server.engine.bodies import BodyKey
 from split_server.engine.jobs import BackwardJob, ForwardJob, InferJob
@@ -349,3 +349,63 @@ def test_a_gradient_of_another_shape_costs_the_others_nothing(
         await engine.exchange(case.job(1, 1, None, gradient_of(features)))
 
     asyncio.run(steps())
+
+
+def test_a_backward_that_failed_makes_the_forward_come_again(
+    make: MakeEngine, key: BodyKey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, real = make(), compute.run_backward
+
+    def full(*job: Any) -> Tensor:
+        real(*job)
+        raise torch.OutOfMemoryError("full")
+
+    async def steps() -> Tensor:
+        await engine.forward(forward(key, with_prompts(), "p1"))
+        with monkeypatch.context() as patch:
+            patch.setattr(compute, "run_backward", full)
+            with pytest.raises(Busy):
+                await engine.backward(backward(key, with_prompts(seed=1), "p1"))
+        assert engine._keeper.room.taken == 0
+        with pytest.raises(StepLost):
+            await engine.backward(backward(key, with_prompts(seed=1), "p1"))
+        await engine.forward(forward(key, with_prompts(), "p1"))
+        return await engine.backward(backward(key, with_prompts(seed=1), "p1"))
+
+    expected = by_itself(key, with_prompts(), with_prompts(seed=1))[1]
+    torch.testing.assert_close(asyncio.run(steps()), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_graph_larger_than_all_memory_is_not_kept_and_its_step_is_served(
+    make: MakeEngine, key: BodyKey
+) -> None:
+    engine = make(retained=100_000)
+
+    async def steps() -> None:
+        for name in ("p1", "p2", "p3"):
+            await engine.forward(forward(key, with_prompts(), name))
+            await engine.backward(backward(key, with_prompts(seed=1), name))
+        with pytest.raises(TooLarge):
+            await engine.forward(forward(key, with_prompts(batch=200), "p4"))
+
+    asyncio.run(steps())
+    assert engine._keeper.room.taken == 0
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_sessions_that_fill_the_memory_still_come_to_their_end(
+    make: MakeEngine, backbone: Path, mode: str
+) -> None:
+    """Whoever is under way needs no more room than it gives back."""
+    case, probe = Case(backbone, "deep"), make(backward=mode)
+    asyncio.run(probe.exchange(case.job(0, 1, smashed(4))))
+    engine = make(retained=probe._keeper.room.taken, backward=mode)
+    batches = [smashed(4, seed) for seed in range(4)]
+
+    async def sessions() -> None:
+        await engine.exchange(case.job(0, 4, batches[0], who="given up"))
+        engine._keeper.room.others *= 3  # more sessions than there is room for
+        engine.release("r1", "given up")
+        await case.train(engine, batches, who="p1")
+
+    asyncio.run(sessions())

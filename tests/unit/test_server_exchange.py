@@ -105,8 +105,9 @@ def test_participants_do_not_meet(make: MakeEngine, case: Case) -> None:
 
     for (features, prompts), batches in zip(asyncio.run(both()), (BATCHES, others), strict=True):
         expected, tuned = asyncio.run(case.train(make(), batches))
-        assert all(torch.equal(one, other) for one, other in zip(features, expected, strict=True))
-        assert torch.equal(prompts, tuned)
+        for one, other in zip(features, expected, strict=True):  # joined or not
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(prompts, tuned, rtol=1e-5, atol=1e-6)
 
 
 # Repeats, and what comes out of order
