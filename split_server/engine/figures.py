@@ -66,6 +66,7 @@ class EngineFigures:
         self.registry = registry or CollectorRegistry()
         self._lock = threading.Lock()
         self._runs: dict[str, RunFigures] = {}
+        self._over: set[str] = set()  # runs whose last batch may still be at work
         self._samples = Counter(
             "sfprompt_engine_samples",
             "Samples that passed through a body, by run and pass",
@@ -110,8 +111,10 @@ class EngineFigures:
         self._fill.labels(work).observe(samples)
         self._compute.labels(work).observe(seconds)
         for turn in turns:
-            self._samples.labels(turn.run, work).inc(turn.samples)
             self._wait.labels(work).observe(turn.waited_s)
+            if turn.run in self._over:
+                continue
+            self._samples.labels(turn.run, work).inc(turn.samples)
             self._add(turn, samples, seconds * turn.samples / max(1, samples), work)
 
     def refused(self, code: str) -> None:
@@ -125,6 +128,7 @@ class EngineFigures:
     def forget(self, run: str) -> None:
         """A run is over: its numbers are in its history."""
         with self._lock:
+            self._over.add(run)
             self._runs.pop(run, None)
         for work in ("forward", "backward", "recompute", "inference"):
             self._samples.remove(run, work)
