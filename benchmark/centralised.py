@@ -108,11 +108,10 @@ class Centralised:
         )
 
     def _features(self, images: Tensor, prompts: Tensor | None) -> Tensor:
-        features: Tensor
-        if self.settings.model.prompt_at == "cut":
-            features = self.body(self.head(images), prompts)
-        else:
-            features = self.body(self.head(images, prompts))
+        at_cut = self.settings.model.prompt_at == "cut"
+        smashed = self.head(images, None if at_cut else prompts)
+        leading = None if self.body.sizes.averaged else self.tail.leading
+        features: Tensor = self.body(smashed, prompts if at_cut else None, leading)
         return features
 
     def _pooled(self, samples: BatchReader) -> tuple[Tensor, Tensor]:

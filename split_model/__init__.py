@@ -32,7 +32,8 @@ from split_model.parts import (
     head_names,
     tail_names,
 )
-from split_model.prompts import initial_prompts, insert_prompts, prompt_shape
+from split_model.prompt_tokens import insert_prompts
+from split_model.prompts import initial_prompts, prompt_shape
 from split_model.schedule import learning_rate_factor, make_optimizer, set_progress
 from split_model.settings import SplitSettings, SplitSettingsError
 from split_model.tail import Tail, for_the_tail, needed_tokens

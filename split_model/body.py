@@ -4,7 +4,8 @@ from torch import Tensor
 
 from split_model.architecture import body_blocks
 from split_model.part import POSITIONS, Part, TokenCountError
-from split_model.prompts import insert_prompts, prompt_shape, replace_prompts
+from split_model.prompt_tokens import insert_prompts
+from split_model.prompts import prompt_shape
 from split_model.settings import SplitSettings
 
 
@@ -14,8 +15,10 @@ class Body(Part):
     def __init__(self, settings: SplitSettings) -> None:
         super().__init__(settings, body_blocks(settings), POSITIONS)
 
-    def forward(self, smashed: Tensor, prompts: Tensor | None = None) -> Tensor:
-        """[B, T, D] to features [B, T', D].
+    def forward(
+        self, smashed: Tensor, prompts: Tensor | None = None, leading: int | None = None
+    ) -> Tensor:
+        """[B, T, D] to features [B, T', D], or to their first ``leading`` tokens.
 
         `prompts`, where they join at the cut: [L, P, D] for the whole batch, or [B, L, P, D] for
         a batch of several participants; L is 1 (shallow) or the number of body blocks (deep).
@@ -23,16 +26,12 @@ class Body(Part):
         """
         inside = self.prompt_tokens(smashed, "smashed data")
         if prompts is None:
-            return self.run(smashed, inside)
+            return self.run(smashed, inside, leading=leading)
         self._check_prompts(smashed, prompts, inside)
-        prefix = self.sizes.prefix
-        tokens = insert_prompts(smashed, _layer(prompts, 0), prefix)
-
-        def refresh(place: int, now: Tensor) -> Tensor:
-            return replace_prompts(now, _layer(prompts, place), prefix) if place else now
-
-        deep = self.settings.prompt_depth == "deep"
-        return self.run(tokens, prompts.shape[-2], refresh if deep else None)
+        if self.settings.prompt_depth == "deep":
+            return self.run_deep(smashed, prompts, leading=leading)
+        tokens = insert_prompts(smashed, prompts[..., 0, :, :], self.sizes.prefix)
+        return self.run(tokens, prompts.shape[-2], leading=leading)
 
     def _check_prompts(self, smashed: Tensor, prompts: Tensor, inside: int) -> None:
         given = tuple(prompts.shape)
@@ -42,7 +41,3 @@ class Body(Part):
         if given not in (one, (smashed.shape[0], *one)):
             limit = f"of shape {list(one)} or {[int(smashed.shape[0]), *one]}"
             raise TokenCountError("prompts", limit, given)
-
-
-def _layer(prompts: Tensor, place: int) -> Tensor:
-    return prompts[..., place, :, :]  # (P, D) or (B, P, D)

@@ -5,7 +5,8 @@ from torch import Tensor
 
 from split_model.adapter import Adapter
 from split_model.part import EMBEDDING, POSITIONS, Part, TokenCountError, is_bias
-from split_model.prompts import insert_prompts, prompt_shape, replace_prompts
+from split_model.prompt_tokens import insert_prompts
+from split_model.prompts import prompt_shape
 from split_model.settings import SplitSettings
 from split_model.token_merging import merge_tokens
 
@@ -41,19 +42,14 @@ class Head(Part):
         """
         tokens = self.embed(images)
         if prompts is None:
-            return self._merged(self.run(tokens, 0, after=self.adapter))
+            return self._merged(self.run(tokens, 0, self.adapter))
         expected = prompt_shape(self.settings)
         if tuple(prompts.shape) != expected:
             raise TokenCountError("prompts", f"of shape {list(expected)}", tuple(prompts.shape))
-        layers = prompts if prompts.ndim == 3 else prompts[None]  # (L, P, D)
-        prefix = self.sizes.prefix
-
-        def refresh(place: int, now: Tensor) -> Tensor:
-            return replace_prompts(now, layers[place], prefix) if place else now
-
-        tokens = insert_prompts(tokens, layers[0], prefix)
-        deep = self.settings.prompt_depth == "deep"
-        return self.run(tokens, layers.shape[1], refresh if deep else None, self.adapter)
+        if self.settings.prompt_depth == "deep":
+            return self.run_deep(tokens, prompts, self.adapter)
+        tokens = insert_prompts(tokens, prompts, self.sizes.prefix)
+        return self.run(tokens, prompts.shape[0], self.adapter)
 
     def _tunes(self, name: str, *, parameter: bool) -> bool:
         tune = self.settings.tune

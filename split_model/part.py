@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from split_model.architecture import Anatomy, UnsupportedBackboneError, anatomy, skeleton
+from split_model.asking import ask, can_ask
 from split_model.positions import padded_bias, padded_rope, use_shared_bias
+from split_model.prompt_tokens import drop_prompts, insert_prompts, spread_prompts
 from split_model.settings import SplitSettings
 
 # The members of timm's models beside the blocks, by the part that needs them.
@@ -20,7 +22,7 @@ OUTPUT = frozenset({"norm", "attn_pool", "fc_norm", "head_drop", "head", "head_d
 # Members that timm asks `is not None` of; the rest are called, so an identity replaces them.
 _OPTIONAL = frozenset({"rope", "rel_pos_bias", "attn_pool", "patch_drop"})
 
-StepHook = Callable[[int, Tensor], Tensor]
+BlockHook = Callable[[Tensor], Tensor]
 
 
 class WeightsMismatchError(ValueError):
@@ -71,6 +73,7 @@ class Part(nn.Module):
         if self.sizes.family == "relative":
             for block in self.blocks.values():
                 use_shared_bias(block.attn)
+        self.whole_blocks = False  # run each block for all tokens, whoever reads them
         super().train(False)
 
     def train(self, mode: bool = True) -> "Part":
@@ -159,31 +162,73 @@ class Part(nn.Module):
         self,
         tokens: Tensor,
         prompts: int,
-        before: StepHook | None = None,
-        after: Callable[[Tensor], Tensor] | None = None,
+        after: BlockHook | None = None,
+        leading: int | None = None,
     ) -> Tensor:
-        """[B, T, D] through this part's blocks, in order.
+        """[B, T, D] through this part's blocks, in order, to [B, T, D] or its ``leading`` tokens.
 
-        `prompts` of the T tokens, behind the prefix, are untouched by positions. `before` may
-        change the tokens ahead of each block; it gets the block's place in this part. `after` may
-        change them behind each.
+        `prompts` of the T tokens, behind the prefix, are untouched by positions. `after` may
+        change the tokens behind each block.
         """
+        return self._through(tokens, lambda _: None, prompts, after, leading)
+
+    def run_deep(
+        self,
+        tokens: Tensor,
+        prompts: Tensor,
+        after: BlockHook | None = None,
+        leading: int | None = None,
+    ) -> Tensor:
+        """As `run`, with fresh prompts in each block: VPT-Deep (arXiv 2203.12119, section 3.2).
+
+        `prompts` are [L, P, D], or [B, L, P, D] with each sample's own, for L blocks; `tokens`
+        come without. T' of the result is T + P, the last block's prompts among them.
+        """
+
+        def of_block(place: int) -> Tensor:
+            return prompts[..., place, :, :]  # (P, D) or (B, P, D)
+
+        return self._through(tokens, of_block, prompts.shape[-2], after, leading)
+
+    def _through(
+        self,
+        tokens: Tensor,
+        fresh: Callable[[int], Tensor | None],
+        prompts: int,
+        after: BlockHook | None,
+        leading: int | None,
+    ) -> Tensor:
         rope = self._rope(prompts) if self.blocks else None
+        last, prefix = len(self.blocks) - 1, self.sizes.prefix
         for place, (number, block) in enumerate(self.blocks.items()):
-            if before is not None:
-                tokens = before(place, tokens)
-            if self.sizes.family == "rotary":
-                mixed = rope is not None and self.trunk.rope_mixed
-                tokens = block(
-                    tokens, rope=rope[int(number)] if mixed and rope is not None else rope
-                )
-            elif self.sizes.family == "relative":
-                tokens = block(tokens, shared_rel_pos_bias=self._bias(block, prompts))
+            own, asking = fresh(place), can_ask(block) and not self.whole_blocks
+            if asking and own is not None and place < last:
+                tokens = ask(block, tokens, spread_prompts(own, tokens), tokens.shape[1])
             else:
-                tokens = block(tokens)
+                if own is not None:
+                    tokens = insert_prompts(tokens, own, prefix)
+                if asking and leading is not None and place == last:
+                    tokens = ask(block, tokens, None, leading)
+                else:
+                    tokens = self._whole(block, int(number), tokens, prompts, rope)
+                if own is not None and place < last:
+                    tokens = drop_prompts(tokens, prompts, prefix)
             if after is not None:
                 tokens = after(tokens)
-        return tokens
+        return tokens[:, :leading]
+
+    def _whole(
+        self, block: nn.Module, number: int, tokens: Tensor, prompts: int, rope: Tensor | None
+    ) -> Tensor:
+        result: Tensor
+        if self.sizes.family == "rotary":
+            mixed = rope is not None and self.trunk.rope_mixed
+            result = block(tokens, rope=rope[number] if mixed and rope is not None else rope)
+        elif self.sizes.family == "relative":
+            result = block(tokens, shared_rel_pos_bias=self._bias(block, prompts))
+        else:
+            result = block(tokens)
+        return result
 
     def _rope(self, prompts: int) -> Tensor | None:
         rope = getattr(self.trunk, "rope", None)

@@ -1,4 +1,4 @@
-"""Soft prompts: their shape, their first values, and where they stand among the tokens."""
+"""Soft prompts: their shape and their first values."""
 
 import torch
 from torch import Tensor
@@ -38,17 +38,3 @@ def initial_prompts(settings: SplitSettings, seed: int, mean_token: Tensor | Non
     if tuple(mean_token.shape) != shape[-1:]:
         raise TokenCountError("mean_token", f"[{shape[-1]}]", tuple(mean_token.shape))
     return prompts + mean_token.detach().to("cpu", torch.float32)
-
-
-def insert_prompts(tokens: Tensor, prompts: Tensor, prefix: int) -> Tensor:
-    """[B, prefix + N, D] and prompts [P, D] or [B, P, D] joined to [B, prefix + P + N, D]."""
-    if prompts.ndim == 2:
-        prompts = prompts.expand(tokens.shape[0], -1, -1)  # (B, P, D)
-    prompts = prompts.to(tokens.dtype)
-    return torch.cat([tokens[:, :prefix], prompts, tokens[:, prefix:]], dim=1)
-
-
-def replace_prompts(tokens: Tensor, prompts: Tensor, prefix: int) -> Tensor:
-    """The prompts in [B, prefix + P + N, D] exchanged for others, [P, D] or [B, P, D]."""
-    behind = prefix + prompts.shape[-2]
-    return insert_prompts(torch.cat([tokens[:, :prefix], tokens[:, behind:]], 1), prompts, prefix)

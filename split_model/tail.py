@@ -5,6 +5,7 @@ from torch import Tensor
 
 from split_model.architecture import anatomy
 from split_model.part import OUTPUT, POSITIONS, Part, is_bias
+from split_model.prompt_tokens import drop_prompts
 from split_model.settings import SplitSettings
 
 _CLASSIFIERS = ("head.", "head_dist.")  # timm's names begin so
@@ -56,9 +57,8 @@ class Tail(Part):
         else:
             prompts = self.prompt_tokens(features, "features")
             tokens = self.run(features, prompts)
-            prefix = self.sizes.prefix
             if prompts:
-                tokens = torch.cat([tokens[:, :prefix], tokens[:, prefix + prompts :]], dim=1)
+                tokens = drop_prompts(tokens, prompts, self.sizes.prefix)
         normed: Tensor = self.trunk.norm(tokens)
         return normed
 

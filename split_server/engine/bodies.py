@@ -88,6 +88,7 @@ def _compile(body: Body, placement: Placement) -> None:
     """Compile each block, and run a batch both ways so that no participant waits for it."""
     for block in body.blocks.values():
         block.compile(dynamic=True)
+    body.whole_blocks = True  # what has been compiled is a block's own way
     inside = body.settings.prompt_count if body.settings.prompt_at == "input" else 0
     shape = (2, body.sizes.tokens + inside, body.sizes.width)
     smashed = torch.zeros(shape, device=placement.device, dtype=placement.dtype)

@@ -54,7 +54,7 @@ def run_forward(
     leaf = constant.requires_grad_(True) if prompts is None else prompts.detach().requires_grad_()
     counter = _SavedBytes(body)
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(counter.pack, _unpack):
-        features = _wanted(body, _call(body, constant, None if prompts is None else leaf), leading)
+        features = _call(body, constant, None if prompts is None else leaf, leading)
     # Prompts are their session's: what a step takes then grows with its batch and nothing else.
     return leaf, features, counter.nbytes + _nbytes(constant)
 
@@ -74,23 +74,18 @@ def run_inference(
         WrongShape: no number of tokens or width that this body takes.
     """
     with torch.inference_mode():
-        return _wanted(body, _call(body, smashed, prompts), leading)
+        return _call(body, smashed, prompts, leading)
 
 
-def _call(body: Body, smashed: Tensor, prompts: Tensor | None) -> Tensor:
+def _call(body: Body, smashed: Tensor, prompts: Tensor | None, leading: int | None) -> Tensor:
+    averaged = leading is not None and body.sizes.averaged
     try:
-        features: Tensor = body(smashed, prompts)
+        features: Tensor = body(smashed, prompts, None if averaged else leading)
     except split_model.TokenCountError as error:
         raise WrongShape(
             str(error), field=error.field, limit=error.limit, value=list(error.value)
         ) from error
-    return features
-
-
-def _wanted(body: Body, features: Tensor, leading: int | None) -> Tensor:
-    if leading is None or not body.sizes.averaged:
-        return features[:, :leading]
-    return split_model.for_the_tail(body.settings, features)
+    return split_model.for_the_tail(body.settings, features) if averaged else features
 
 
 class _SavedBytes:
