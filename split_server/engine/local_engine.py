@@ -25,8 +25,8 @@ from split_server.engine.work import backward_task, forward_task, nbytes_of, req
 from split_server.engine.worker import Worker
 
 # Tokens of a batch beyond which a body gains nothing from more: a CPU core's matrix kernels are
-# full at some hundred rows, a GPU's at some ten thousand.
-_FULL_BATCH_TOKENS = {"cpu": 1024, "mps": 8192, "cuda": 32_768}
+# full at one or two thousand rows, a GPU's at some ten thousand.
+_FULL_BATCH_TOKENS = {"cpu": 2048, "mps": 8192, "cuda": 32_768}
 
 
 class LocalEngine:
