@@ -1,4 +1,4 @@
-"""The body: the blocks between head and tail, on the server, frozen."""
+"""The body: the blocks between head and tail, on the server; frozen, or tuned there."""
 
 from torch import Tensor
 
@@ -9,7 +9,10 @@ from split_model.settings import SplitSettings
 
 
 class Body(Part):
-    """Smashed data to features. It keeps nothing between calls, so threads may share it."""
+    """Smashed data to features. It keeps nothing between calls, so threads may share it.
+
+    Gradients flow to the prompts, and with `tune_body` to every parameter.
+    """
 
     def __init__(self, settings: SplitSettings) -> None:
         super().__init__(settings, body_blocks(settings), POSITIONS)
@@ -33,6 +36,9 @@ class Body(Part):
 
         deep = self.settings.prompt_depth == "deep"
         return self.run(tokens, prompts.shape[-2], refresh if deep else None)
+
+    def _tunes(self, name: str, *, parameter: bool) -> bool:
+        return parameter and self.settings.tune_body
 
     def _check_prompts(self, smashed: Tensor, prompts: Tensor, inside: int) -> None:
         given = tuple(prompts.shape)
