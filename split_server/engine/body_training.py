@@ -117,7 +117,9 @@ class BodyTraining:
         largest = torch.empty(shape, device="meta")
         found = self._keeper.room.ask_for_body(job.body, largest, job.plan.nbytes)
         if found is None:
-            raise self._worker.busy("the memory for bodies is taken")
+            full = self._worker.busy("the memory for bodies is taken")
+            full.hint = "raise engine_memory_mib where more are to be trained at once"
+            raise full
         session = BodySession(job.session, job.steps, job.body, job.plan, *found)
         self._sessions.begin(job.run, job.participant, session)
         self._account()
