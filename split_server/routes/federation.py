@@ -246,9 +246,9 @@ class FederationRoutes:
         try:
             receipt = self._federation.update(run, participant, meta, frame, once, held)
         except (EmptyUpdate, NonFinite, WrongShape):
-            self._let_go(run, participant)
+            self._let_go(run, participant, meta)
             raise
-        self._let_go(run, participant)
+        self._let_go(run, participant, meta)
         return receipt
 
     def _held_by(self, run: str, participant: str, meta: UpdateMeta) -> Held | None:
@@ -265,9 +265,13 @@ class FederationRoutes:
             return lambda: self._engine.trained_body(run, participant, session)
         return lambda: {PROMPTS: self._engine.trained(run, participant, session)}
 
-    def _let_go(self, run: str, participant: str) -> None:
+    def _let_go(self, run: str, participant: str, meta: UpdateMeta) -> None:
         """Nothing more comes of this participant in its round: others may wait for the memory."""
-        if self._federation.run(run).settings.model.tune_body:
+        snapshot = self._federation.run(run)
+        open_round = snapshot.open_round
+        if not snapshot.settings.model.tune_body or open_round is None:
+            return
+        if (open_round.round, open_round.attempt) == (meta.round, meta.attempt):  # no late repeat
             self._engine.release(run, participant)
 
     async def evaluation(
