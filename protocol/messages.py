@@ -16,6 +16,7 @@ __all__ = [
     "SAMPLE_ID_BYTES",
     "Assignment",
     "BlobRef",
+    "BodyStepMeta",
     "BytesByPhase",
     "Count",
     "EvaluationReport",
@@ -226,6 +227,26 @@ class StepMeta(Message):
 
     step: StepId
     round: Count
+
+
+class BodyStepMeta(Message):
+    """The meta part of forward and backward where the body is tuned: a session's steps, in order.
+
+    A session is one participant's split training in one round, with a body of its own on the
+    server. Its steps are numbered from 0; each is one forward and then one backward.
+    """
+
+    session: StepId
+    round: Count
+    attempt: Count
+    number: Count
+    steps: Annotated[int, Field(ge=1, lt=2**31)]
+
+    @model_validator(mode="after")
+    def _within_the_session(self) -> BodyStepMeta:
+        if self.number >= self.steps:
+            raise ValueError(f"number ({self.number}) is not below steps ({self.steps})")
+        return self
 
 
 class InferMeta(StepMeta):

@@ -81,6 +81,11 @@ class BackboneSettings(Message):
         "block of the head, and the classifier | full, head and tail",
     )
     adapter_width: int = Field(96, ge=1, le=4096, description="inner width (tune = adapter)")
+    tune_body: bool = Field(
+        False,
+        description="tune the body too: in a round every participant has a copy of its own on the "
+        "server, and the copies are averaged (tune = full, prompt_count = 0)",
+    )
 
     @model_validator(mode="after")
     def _a_tuned_head_is_trained_on_the_device(self) -> BackboneSettings:
@@ -88,6 +93,16 @@ class BackboneSettings(Message):
             raise ValueError(
                 f"model.tune = {self.tune} needs model.prompt_at = input: prompts at the cut are "
                 "for a head that never changes"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_tuned_body_is_tuned_with_all_the_rest(self) -> BackboneSettings:
+        if self.tune_body and self.tune != "full":
+            raise ValueError(f"model.tune_body needs model.tune = full, not {self.tune}")
+        if self.tune_body and self.prompt_count:
+            raise ValueError(
+                f"model.tune_body needs model.prompt_count = 0, not {self.prompt_count}"
             )
         return self
 
@@ -306,6 +321,25 @@ class RunSettings(Message):
             raise ValueError(
                 "model.prompt_init = mean-token needs federation.server_optimizer = fedavg: the "
                 "others would take the shift of the first round for a gradient"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_tuned_body_is_tuned_through_the_server(self) -> RunSettings:
+        if not self.model.tune_body:
+            return self
+        if self.training.split_epochs == 0:
+            raise ValueError(
+                "model.tune_body needs training.split_epochs above 0: the body would never be tuned"
+            )
+        if self.training.proximal:
+            raise ValueError(
+                "training.proximal needs model.tune_body = false: the server does not pull bodies"
+            )
+        if self.wire.delta_smashed:
+            raise ValueError(
+                "wire.delta_smashed needs model.tune_body = false: a head that is tuned changes "
+                "all smashed data in every step"
             )
         return self
 

@@ -28,6 +28,7 @@ from split_model.parts import (
     build_body,
     build_head,
     build_tail,
+    build_tunable_body,
     frozen_names,
     head_names,
     tail_names,
@@ -39,14 +40,18 @@ from split_model.settings import SplitSettings, SplitSettingsError
 from split_model.tail import Tail, for_the_tail, needed_tokens
 from split_model.tensor_file import TensorFileError
 from split_model.tuned_state import (
+    BODY,
     TunedState,
     apply_state,
+    body_tensors,
     check_device_state,
     check_state,
     device_shapes,
     head_tensors,
     initial_state,
+    is_held,
     load_state,
+    read_body,
     read_state,
     save_state,
     state_shapes,
@@ -55,6 +60,7 @@ from split_model.tuned_state import (
 from split_model.weights import BackboneFile, WeightSourceError, open_backbone, prepare_backbone
 
 __all__ = [
+    "BODY",
     "Anatomy",
     "BackboneFile",
     "Body",
@@ -79,9 +85,11 @@ __all__ = [
     "apply_state",
     "body_blocks",
     "body_names",
+    "body_tensors",
     "build_body",
     "build_head",
     "build_tail",
+    "build_tunable_body",
     "check_device_state",
     "check_state",
     "device_shapes",
@@ -96,6 +104,7 @@ __all__ = [
     "initial_prompts",
     "initial_state",
     "insert_prompts",
+    "is_held",
     "learning_rate_factor",
     "load_exported",
     "load_state",
@@ -106,6 +115,7 @@ __all__ = [
     "part_flops",
     "prepare_backbone",
     "prompt_shape",
+    "read_body",
     "read_head_file",
     "read_state",
     "save_state",

@@ -132,6 +132,7 @@ def _checked(settings: SplitSettings) -> nn.Module:
         keep_tokens=0,
         tune="tail",
         adapter_width=1,
+        tune_body=False,
     )
     pristine = _pristine(uncut)
     _check(settings, _measure(pristine))
@@ -177,6 +178,8 @@ def _check(settings: SplitSettings, sizes: Anatomy) -> None:
         if settings.keep_tokens > sizes.patches:
             limit = f"at most the {sizes.patches} patches of an image"
             raise SplitSettingsError("keep_tokens", limit, settings.keep_tokens)
+    if settings.tune_body and settings.cut == last:
+        raise SplitSettingsError("tune_body", "false where the body has no blocks", True)
     if settings.prompt_count and settings.prompt_at == "cut":
         # Prompts act by attention only: without a block behind them they would do nothing.
         if settings.prompt_depth == "deep" and settings.cut == last:

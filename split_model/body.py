@@ -1,4 +1,4 @@
-"""The body: the blocks between head and tail, on the server, frozen."""
+"""The body: the blocks between head and tail, on the server; frozen, or tuned there."""
 
 from torch import Tensor
 
@@ -10,7 +10,10 @@ from split_model.settings import SplitSettings
 
 
 class Body(Part):
-    """Smashed data to features. It keeps nothing between calls, so threads may share it."""
+    """Smashed data to features. It keeps nothing between calls, so threads may share it.
+
+    Gradients flow to the prompts, and with `tune_body` to every parameter.
+    """
 
     def __init__(self, settings: SplitSettings) -> None:
         super().__init__(settings, body_blocks(settings), POSITIONS)
@@ -32,6 +35,9 @@ class Body(Part):
             return self.run_deep(smashed, prompts, leading=leading)
         tokens = insert_prompts(smashed, prompts[..., 0, :, :], self.sizes.prefix)
         return self.run(tokens, prompts.shape[-2], leading=leading)
+
+    def _tunes(self, name: str, *, parameter: bool) -> bool:
+        return parameter and self.settings.tune_body
 
     def _check_prompts(self, smashed: Tensor, prompts: Tensor, inside: int) -> None:
         given = tuple(prompts.shape)

@@ -9,15 +9,21 @@ from torch import Tensor, nn
 
 from split_model.parts import (
     Layered,
-    body_names,
     build_body,
     build_head,
     build_tail,
+    frozen_body_names,
     frozen_names,
 )
 from split_model.settings import SplitSettings, SplitSettingsError
 from split_model.tensor_file import TensorFile, write_tensors
-from split_model.tuned_state import PROMPTS, check_state, head_tensors, tail_tensors
+from split_model.tuned_state import (
+    PROMPTS,
+    body_tensors,
+    check_state,
+    head_tensors,
+    tail_tensors,
+)
 from split_model.weights import open_backbone
 
 _BACKBONE = "backbone."
@@ -37,7 +43,7 @@ class TunedModel(nn.Module):
         check_state(settings, state)
         self.settings = settings
         self.head = build_head(settings, Layered(head_tensors(state), backbone))
-        self.body = build_body(settings, backbone)
+        self.body = build_body(settings, Layered(body_tensors(state), backbone))
         self.tail = build_tail(settings, Layered(tail_tensors(state), backbone))
         self.requires_grad_(False)
         self.register_buffer("prompts", state[PROMPTS].clone() if PROMPTS in state else None)
@@ -70,7 +76,7 @@ def export_model(
     """
     check_state(settings, state)
     backbone = open_backbone(backbone_path)
-    shared = body_names(settings)  # a table that both have stays exact
+    shared = frozen_body_names(settings)  # a table that both have stays exact
     rounded = {} if head is None else {name: head[name] for name in head if name not in shared}
     names = dict.fromkeys([*frozen_names(settings), *shared])
     tensors = {_BACKBONE + name: rounded.get(name, backbone[name]) for name in names}

@@ -58,6 +58,18 @@ def build_body(
     return body
 
 
+def build_tunable_body(
+    settings: SplitSettings, tensors: Mapping[str, Tensor], device: torch.device | str = "cpu"
+) -> Body:
+    """A body on `device` in float32 that shares no memory; what is tuned, trainable.
+
+    Raises as `build_head` does.
+    """
+    body = build_body(settings, tensors, device)
+    _free(body)
+    return body
+
+
 def build_tail(settings: SplitSettings, tensors: Mapping[str, Tensor]) -> Tail:
     """The tail, float32 on the CPU; what is tuned, trainable. Raises as `build_head` does.
 
@@ -96,8 +108,14 @@ def tail_names(settings: SplitSettings) -> list[str]:
 
 def frozen_names(settings: SplitSettings) -> list[str]:
     """timm's names of what a device holds and nobody tunes: of the head, then of the tail."""
-    names: list[str] = []
-    for part in (Head(settings), Tail(settings)):
-        tuned = part.tuned()
-        names += [name for name in part.names() if name not in tuned]
-    return list(dict.fromkeys(names))
+    return list(dict.fromkeys([*_untuned(Head(settings)), *_untuned(Tail(settings))]))
+
+
+def frozen_body_names(settings: SplitSettings) -> list[str]:
+    """timm's names of what the body reads and nobody tunes: all of it, but with `tune_body`."""
+    return _untuned(Body(settings))
+
+
+def _untuned(part: Part) -> list[str]:
+    tuned = part.tuned()
+    return [name for name in part.names() if name not in tuned]

@@ -51,6 +51,7 @@ class SplitSettings:
     model_overrides: tuple[tuple[str, Any], ...] = ()  # further arguments of timm.create_model
     tune: Tuned = "tail"  # what is tuned beside the prompts
     adapter_width: int = 96  # numbers inside the bottleneck, where `tune` is "adapter"
+    tune_body: bool = False  # whether the body is tuned too, beside all of head and tail
 
     def __post_init__(self) -> None:
         if not isinstance(self.backbone, str) or not self.backbone:
@@ -89,11 +90,18 @@ class SplitSettings:
         if self.tune == "adapter" and self.cut == 0:
             limit = "another than 'adapter' where the head has no blocks"
             raise SplitSettingsError("tune", limit, self.tune)
+        if not isinstance(self.tune_body, bool):
+            raise SplitSettingsError("tune_body", "true or false", self.tune_body)
+        if self.tune_body and (self.tune != "full" or self.prompt_count):
+            limit = "false unless tune is 'full' and prompt_count 0"
+            raise SplitSettingsError("tune_body", limit, self.tune_body)
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as values that JSON and msgpack can carry."""
         values = dataclasses.asdict(self)
         values["model_overrides"] = [list(pair) for pair in self.model_overrides]
+        if not self.tune_body:
+            del values["tune_body"]  # files of other runs stay as they were, byte for byte
         return values
 
     @classmethod
@@ -111,6 +119,7 @@ class SplitSettings:
             keep_tokens=model.keep_tokens,
             tune=model.tune,
             adapter_width=model.adapter_width,
+            tune_body=model.tune_body,
         )
 
     @classmethod

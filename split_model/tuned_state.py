@@ -1,4 +1,4 @@
-"""What a run tunes and sends: prompts and tail, and what is tuned of the head, by name."""
+"""What a run tunes: prompts and tail, and what is tuned of head and body, by name."""
 
 import functools
 from collections.abc import Mapping
@@ -9,17 +9,20 @@ from torch import Tensor
 
 from protocol.seeds import derive_seed
 from split_model.adapter import initial_adapter
+from split_model.body import Body
 from split_model.head import ADAPTER, Head
-from split_model.part import WeightsMismatchError
+from split_model.part import Part, WeightsMismatchError
 from split_model.prompts import initial_prompts, prompt_shape
-from split_model.settings import HEAD_TUNED, SplitSettings
+from split_model.settings import HEAD_TUNED, PromptPlace, SplitSettings
 from split_model.tail import Tail, is_classifier
 from split_model.tensor_file import TensorFile, write_tensors
 
-TunedState = dict[str, Tensor]  # "prompts", and "head." or "tail." before timm's names
+# "prompts", and "head.", "body." or "tail." before timm's names
+TunedState = dict[str, Tensor]
 
 PROMPTS = "prompts"
 HEAD = "head."
+BODY = "body."
 TAIL = "tail."
 _CLASSIFIER_DEVIATION = 0.02
 
@@ -36,7 +39,10 @@ def state_shapes(settings: SplitSettings) -> dict[str, tuple[int, ...]]:
 def _shapes(settings: SplitSettings) -> dict[str, tuple[int, ...]]:
     # A server asks for every update that it checks.
     shapes: dict[str, tuple[int, ...]] = {}
-    for prefix, part in ((HEAD, Head(settings)), (TAIL, Tail(settings))):
+    parts: list[tuple[str, Part]] = [(HEAD, Head(settings)), (TAIL, Tail(settings))]
+    if settings.tune_body:
+        parts.append((BODY, Body(settings)))
+    for prefix, part in parts:
         tensors = part.state_dict()
         shapes |= {prefix + name: tuple(tensors[own].shape) for name, own in part.tuned().items()}
     if settings.prompt_count:
@@ -78,11 +84,17 @@ def initial_state(
 
 
 def device_shapes(settings: SplitSettings) -> dict[str, tuple[int, ...]]:
-    """The shapes of what a device tunes: all of the state, less prompts that join at the cut."""
+    """The shapes of what a device tunes: all of the state, less what is tuned on the server."""
     shapes = state_shapes(settings)
-    if settings.prompt_at == "cut":
-        shapes.pop(PROMPTS, None)
-    return shapes
+    return {name: shapes[name] for name in shapes if not is_held(name, settings.prompt_at)}
+
+
+def is_held(name: str, prompt_at: PromptPlace) -> bool:
+    """Whether a tensor of a state is tuned on the server, and never seen by a device.
+
+    That are prompts that join at the cut, and a tuned body.
+    """
+    return name.startswith(BODY) or (name == PROMPTS and prompt_at == "cut")
 
 
 def check_state(settings: SplitSettings, state: Mapping[str, Tensor]) -> None:
@@ -113,6 +125,17 @@ def tail_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def head_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The head's part of a state, by the head's names for them."""
     return {name.removeprefix(HEAD): t for name, t in state.items() if name.startswith(HEAD)}
+
+
+def body_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The body's part of a state, by timm's names; empty where the body is frozen."""
+    return {name.removeprefix(BODY): t for name, t in state.items() if name.startswith(BODY)}
+
+
+def read_body(body: Body) -> TunedState:
+    """What is tuned of a body, by its names in a state: float32 copies on the CPU."""
+    own = body.state_dict()
+    return {BODY + name: _copy(own[place]) for name, place in body.tuned().items()}
 
 
 def apply_state(

@@ -17,7 +17,7 @@ from split_server.tables import RunRow
 
 
 def export_run(data_dir: Path, run_id: str, out: Path) -> None:
-    """Write backbone, prompts and tail of a run's newest global state to ``out``.
+    """Write the whole tuned model of a run's newest global state to ``out``.
 
     Raises:
         NotFound: the folder holds no such run.
@@ -34,7 +34,7 @@ def export_run(data_dir: Path, run_id: str, out: Path) -> None:
 
 
 def newest_state(data_dir: Path, run_id: str) -> tuple[RunSnapshot, dict[str, Tensor]]:
-    """A run, and its newest global state: prompts and tail, wherever they are kept.
+    """A run, and its newest global state: what is tuned, wherever it is kept.
 
     Raises:
         NotFound: the folder holds no such run.
@@ -51,4 +51,4 @@ def newest_state(data_dir: Path, run_id: str) -> tuple[RunSnapshot, dict[str, Te
     finally:
         store.close()
     files = RunFiles(data_dir / "runs" / run_id)
-    return run, files.read_state(StateRefs(run.state, run.prompts))
+    return run, files.read_state(StateRefs(run.state, run.held))

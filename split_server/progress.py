@@ -41,7 +41,7 @@ def average(
     Apart from `apply`, so that no transaction waits for the arithmetic.
     """
     row = _open_row(session, run)
-    base = StateRefs(run.state, run.prompts)
+    base = StateRefs(run.state, run.held)
     try:
         mean = federated_average(
             WeightedState(update.samples, partial(read_tensors, files.update(update.sha256)))

@@ -11,8 +11,8 @@ from protocol.codec_names import LOSSLESS_SUFFIX, is_row_wise
 from protocol.errors import InvalidField
 from protocol.frames import decode_frame, encode_frame, join_frame
 from protocol.settings import RunSettings
-from split_model import applied, difference
-from split_server.states import PROMPTS, RunFiles, StateRefs, write_durably
+from split_model import applied, difference, is_held
+from split_server.states import RunFiles, StateRefs, write_durably
 
 log = logging.getLogger(__name__)
 
@@ -23,12 +23,12 @@ def publish(
     """Write a new global state to disk, and with ``wire.update_deltas`` the way to it.
 
     A lossy codec rounds the change that devices are sent. What it rounds to is then the global
-    state, so that all ends hold the very same one. Prompts that stay on the server are exact.
+    state, so that all ends hold the very same one. What stays on the server is exact.
     """
     placement = settings.model.prompt_at
     if not settings.wire.update_deltas:
         return files.write_state(average, placement)
-    held = {PROMPTS} if placement == "cut" else set()
+    held = {name: average[name] for name in average if is_held(name, placement)}
     old = files.read_state(StateRefs(base.device))
     change = difference({k: v for k, v in average.items() if k not in held}, old)
     codec = _codec_down(settings.wire.updates)
@@ -39,7 +39,7 @@ def publish(
         log.warning("a global state is published whole: %s", error)
         return files.write_state(average, placement)
     new = applied(old, decode_frame(frame).tensors())
-    new |= {name: average[name] for name in held if name in average}
+    new |= held
     refs = files.write_state(new, placement)
     files.drop_deltas()
     write_durably(files.delta(refs.device.sha256, base.device.sha256), bytes(frame))

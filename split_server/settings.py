@@ -45,7 +45,10 @@ class ServerSettings(BaseSettings):
     torch_threads: int | None = Field(None, ge=1, le=1024, description="none: torch's choice")
     max_frame_mib: int = Field(256, ge=1, le=16_384, description="largest body of a request")
     engine_memory_mib: int = Field(
-        4096, ge=1, le=2**24, description="what split steps keep between forward and backward"
+        4096,
+        ge=1,
+        le=2**24,
+        description="what split steps keep between forward and backward, and bodies that are tuned",
     )
     max_batch_samples: int | None = Field(
         None,

@@ -63,7 +63,7 @@ class RunSnapshot:
     backbone_bytes: int
     head: BlobRef
     state: BlobRef  # as devices take it
-    prompts: BlobRef | None  # the rest of it, where prompts join at the cut
+    held: BlobRef | None  # the rest of it: prompts at the cut, or a tuned body
     members: Mapping[str, Member]
     open_round: OpenRound | None
     closed_rounds: int  # rounds that have made a global state and been measured
@@ -121,7 +121,7 @@ def load_snapshot(session: Session, run_id: str) -> RunSnapshot:
         backbone_bytes=run.backbone_bytes,
         head=BlobRef(sha256=run.head_sha256, nbytes=run.head_nbytes),
         state=run.state.device,
-        prompts=run.state.prompts,
+        held=run.state.held,
         members=_members(session, run_id),
         open_round=_open_round(session, last),
         closed_rounds=closed or 0,

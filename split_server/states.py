@@ -16,17 +16,21 @@ from torch import Tensor
 
 from protocol.errors import NotFound
 from protocol.messages import BlobRef
-from split_model import state_bytes
+from protocol.settings import PromptPlacement
+from split_model import is_held, state_bytes
 
 PROMPTS = "prompts"  # their name in a state
 
 
 @dataclass(frozen=True)
 class StateRefs:
-    """A global state on disk: what devices take, and prompts that never leave the server."""
+    """A global state on disk: what devices take, and what never leaves the server.
+
+    The latter are prompts at the cut or a tuned body, where there is one of them.
+    """
 
     device: BlobRef
-    prompts: BlobRef | None = None
+    held: BlobRef | None = None
 
 
 @dataclass(frozen=True)
@@ -50,13 +54,13 @@ class RunFiles:
     def update(self, sha256: str) -> Path:
         return self.root / "updates" / f"{sha256}.safetensors"
 
-    def write_state(self, tensors: Mapping[str, Tensor], prompt_at: str) -> StateRefs:
+    def write_state(self, tensors: Mapping[str, Tensor], prompt_at: PromptPlacement) -> StateRefs:
         """Store a global state where it acts; the same tensors always give the same references.
 
-        With ``prompt_at`` cut, the prompts are a file of their own that devices never see.
+        Prompts at the cut and a tuned body are a file of their own that devices never see.
         """
         folder = self.root / "states"
-        held = {PROMPTS} & set(tensors) if prompt_at == "cut" else set()
+        held = {name for name in tensors if is_held(name, prompt_at)}
         device = {name: tensor for name, tensor in tensors.items() if name not in held}
         server = {name: tensors[name] for name in held}
         return StateRefs(
@@ -73,10 +77,10 @@ class RunFiles:
             path.unlink(missing_ok=True)
 
     def read_state(self, refs: StateRefs) -> dict[str, Tensor]:
-        """A whole global state, prompts and tail."""
+        """A whole global state: what devices have of it, and what the server holds."""
         state = read_tensors(self.state(refs.device.sha256))
-        if refs.prompts is not None:
-            state |= read_tensors(self.state(refs.prompts.sha256))
+        if refs.held is not None:
+            state |= read_tensors(self.state(refs.held.sha256))
         return state
 
     def read_moments(self, round_: int) -> dict[str, Tensor]:

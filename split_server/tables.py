@@ -36,22 +36,23 @@ class RunRow(Base):
     head_nbytes: Mapped[int]
     state_sha256: Mapped[str]
     state_nbytes: Mapped[int]
-    prompts_sha256: Mapped[str | None]  # of the state, where the server keeps them to itself
-    prompts_nbytes: Mapped[int | None]
+    # What the server keeps of the state to itself: prompts, or a body.
+    held_sha256: Mapped[str | None] = mapped_column("prompts_sha256")
+    held_nbytes: Mapped[int | None] = mapped_column("prompts_nbytes")
 
     def set_state(self, refs: StateRefs) -> None:
         """Make this the global state."""
         self.state_sha256, self.state_nbytes = refs.device.sha256, refs.device.nbytes
-        held = refs.prompts
-        self.prompts_sha256 = held.sha256 if held else None
-        self.prompts_nbytes = held.nbytes if held else None
+        held = refs.held
+        self.held_sha256 = held.sha256 if held else None
+        self.held_nbytes = held.nbytes if held else None
 
     @property
     def state(self) -> StateRefs:
         """The global state."""
         held = None
-        if self.prompts_sha256 is not None and self.prompts_nbytes is not None:
-            held = BlobRef(sha256=self.prompts_sha256, nbytes=self.prompts_nbytes)
+        if self.held_sha256 is not None and self.held_nbytes is not None:
+            held = BlobRef(sha256=self.held_sha256, nbytes=self.held_nbytes)
         return StateRefs(BlobRef(sha256=self.state_sha256, nbytes=self.state_nbytes), held)
 
 

@@ -227,7 +227,7 @@ class Bench:
     def state(self, run: str) -> dict[str, Tensor]:
         """The newest global state, with what devices never see of it."""
         snapshot = self.federation.run(run)
-        refs = StateRefs(snapshot.state, snapshot.prompts)
+        refs = StateRefs(snapshot.state, snapshot.held)
         return self.federation.files(run).read_state(refs)
 
     def kinds(self, run: str) -> list[str]:

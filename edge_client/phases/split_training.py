@@ -16,7 +16,7 @@ from edge_client.device_model import DeviceModel
 from edge_client.phases.context import Diverged, RoundContext
 from edge_client.transport import SamplesMissing, SplitPlane
 from protocol.errors import StepLost
-from protocol.messages import MAX_LOSS, ExchangeMeta
+from protocol.messages import MAX_LOSS, BodyStepMeta, ExchangeMeta
 from split_model import make_optimizer, set_progress
 
 _SENDINGS = 5  # of one step's forward, before its loss is reported as an error
@@ -26,7 +26,7 @@ _SENDINGS = 5  # of one step's forward, before its loss is reported as an error
 class Trained:
     """What split training came to: the mean cross-entropy over its last epoch.
 
-    ``session`` names the prompts on the server that belong to it, where they are tuned there.
+    ``session`` names what belongs to it of prompts or body, where those are tuned on the server.
     """
 
     loss: float
@@ -38,7 +38,8 @@ def split_train(context: RoundContext, plane: SplitPlane, kept: Tensor) -> Train
 
     With prompts at the input, four tensors a step: smashed data up, features down, their gradient
     up, the gradient of the smashed data down. With prompts at the cut, two: features down and
-    their gradient up, in one round trip.
+    their gradient up, in one round trip. Where the body is tuned, too, it is four as well, numbered
+    within a session.
 
     Raises:
         StaleRound: the round was closed without this participant.
@@ -46,6 +47,8 @@ def split_train(context: RoundContext, plane: SplitPlane, kept: Tensor) -> Train
     """
     if context.run.model.prompt_at == "cut":
         return _train_with_prompts_at_the_cut(context, plane, kept)
+    if context.run.model.tune_body:
+        return _train_with_the_body(context, plane, kept)
     return _train_with_prompts_at_the_input(context, plane, kept)
 
 
@@ -106,6 +109,35 @@ def _step(
     # Straight through: what the codecs have changed is taken for what was sent.
     smashed.backward(_corrected(context, returned, smashed.detach(), decoded))
     return loss
+
+
+def _train_with_the_body(context: RoundContext, plane: SplitPlane, kept: Tensor) -> Trained:
+    """Head, body and tail (SplitFed, arXiv 2004.12088): no step can be sent under another name."""
+    model = context.model
+    optimizer = make_optimizer(context.run.training, None, model.tail, head=model.head)
+    batches = _Batches(context, kept)
+    session = f"{secrets.token_hex(4)}.{context.round}.{context.attempt}"
+    for step, (epoch, positions) in enumerate(batches):
+        set_progress(optimizer, context.rate_factor(step, batches.steps))
+        meta = BodyStepMeta(
+            session=session,
+            round=context.round,
+            attempt=context.attempt,
+            number=step,
+            steps=batches.steps,
+        )
+        seen = context.epoch_of_run(context.run.training.local_epochs + epoch)
+        images, labels = context.samples.images.read(positions, epoch=seen)
+        optimizer.zero_grad()
+        smashed = model.head(images)
+        features = plane.body_forward(smashed.detach(), meta)
+        loss, gradients = _through_the_tail(model, features, labels)
+        shape, noise = tuple(smashed.shape), context.noise(step)
+        returned = plane.body_backward(gradients, meta, shape, noise)
+        smashed.backward(_corrected(context, returned, smashed.detach(), None))
+        optimizer.step()
+        batches.count(epoch, loss, len(positions))
+    return Trained(batches.mean_loss, session)
 
 
 def _forward(

@@ -11,7 +11,7 @@ from edge_client.copies import Copies, Revision
 from edge_client.transport.server import Server
 from protocol.errors import MalformedFrame, SFPromptError
 from protocol.frames import Frame, require_kind
-from protocol.messages import SAMPLE_ID_BYTES, ExchangeMeta
+from protocol.messages import SAMPLE_ID_BYTES, BodyStepMeta, ExchangeMeta
 from protocol.settings import RunSettings
 from protocol.traffic import (
     BACKWARD_PATH,
@@ -115,6 +115,31 @@ class SplitPlane:
             {"gradients": (gradients, self._wire.gradients)},
             _rounding(noise),
         )
+        return _tensor(reply, "gradients", smashed)
+
+    def body_forward(self, smashed: Tensor, meta: BodyStepMeta) -> Tensor:
+        """Features [B, T', D] of smashed data [B, T, D], through this session's own body.
+
+        Raises:
+            StepLost: the session is gone; begin the round anew.
+        """
+        reply = self._server.ask(FORWARD_PATH, "forward", meta.model_dump(), self._batch(smashed))
+        return _tensor(reply, "features", (len(smashed), *self._features))
+
+    def body_backward(
+        self,
+        gradients: Tensor,
+        meta: BodyStepMeta,
+        smashed: tuple[int, ...],
+        noise: torch.Generator | None = None,
+    ) -> Tensor:
+        """The gradient [B, T, D] of the smashed data; the session's body is tuned, once.
+
+        Arguments and errors are those of `backward` and `body_forward`.
+        """
+        tensors = {"gradients": (gradients, self._wire.gradients)}
+        rounding = _rounding(noise)
+        reply = self._server.ask(BACKWARD_PATH, "backward", meta.model_dump(), tensors, rounding)
         return _tensor(reply, "gradients", smashed)
 
     def exchange(

@@ -1,11 +1,11 @@
-"""The frozen bodies: each loaded once, shared by all runs that cut the same backbone alike."""
+"""Bodies that nobody tunes now: each loaded once, shared by all runs that cut alike."""
 
 from __future__ import annotations
 
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,10 +20,14 @@ from split_server.model_files import model_errors
 
 @dataclass(frozen=True)
 class BodyKey:
-    """Which body: jobs of equal keys may be computed together."""
+    """Which body: jobs of equal keys may be computed together.
+
+    ``state`` is the file of what was tuned of it, where a run tunes its body.
+    """
 
     backbone: Path
     settings: SplitSettings
+    state: Path | None = None
 
     @classmethod
     def of(cls, backbone: str, settings: RunSettings) -> BodyKey:
@@ -35,7 +39,25 @@ class BodyKey:
     def weights(self) -> tuple[object, ...]:
         """What decides the weights: bodies that differ only in their prompts share them."""
         s = self.settings
-        return self.backbone, s.backbone, s.image_size, s.cut, s.tail_blocks, s.model_overrides
+        sizes = s.backbone, s.image_size, s.cut, s.tail_blocks, s.model_overrides
+        return self.backbone, self.state, *sizes
+
+    @property
+    def unstated(self) -> BodyKey:
+        """The same body, whatever was tuned of it: what tells the sizes alone."""
+        return replace(self, state=None)
+
+
+def weights_of(key: BodyKey) -> Mapping[str, Tensor]:
+    """The weights of a body by timm's names, each read when asked for.
+
+    Raises what `split_model.open_backbone` and `split_model.load_state` raise.
+    """
+    backbone = split_model.open_backbone(key.backbone)
+    if key.state is None:
+        return backbone
+    tuned = split_model.body_tensors(split_model.load_state(key.state))
+    return split_model.Layered(tuned, backbone)
 
 
 class Bodies:
@@ -76,7 +98,7 @@ class Bodies:
 
     def _load(self, key: BodyKey, twin: Body | None) -> Body:
         with model_errors():
-            weights = split_model.open_backbone(key.backbone) if twin is None else _weights_of(twin)
+            weights = weights_of(key) if twin is None else _weights_in(twin)
             placement = self._placement
             body = split_model.build_body(key.settings, weights, placement.device, placement.dtype)
             if self._compiled:
@@ -97,6 +119,6 @@ def _compile(body: Body, placement: Placement) -> None:
     torch.autograd.grad(features, leaf, torch.ones_like(features))
 
 
-def _weights_of(body: Body) -> Mapping[str, Tensor]:
+def _weights_in(body: Body) -> Mapping[str, Tensor]:
     state = body.state_dict()
     return {name: state[own] for name, own in body.names().items()}

@@ -15,7 +15,7 @@ from split_server.engine import compute
 from split_server.engine.bodies import Bodies
 from split_server.engine.schedule import Batch
 from split_server.engine.steps import Graph, StepKey
-from split_server.engine.tasks import BackwardTask, Forwarded, ForwardTask, Task
+from split_server.engine.tasks import BackwardTask, Forwarded, ForwardTask, OwnTask, Task
 
 Item = TypeVar("Item")
 Part = TypeVar("Part")
@@ -44,7 +44,9 @@ class Executor:
     def run(self, batch: Batch) -> None:
         """Compute a batch; all its tasks are done, or have failed, after."""
         tasks = batch.tasks
-        if isinstance(tasks[0], ForwardTask):
+        if isinstance(tasks[0], OwnTask):
+            _alone(cast(Sequence[OwnTask], tasks))
+        elif isinstance(tasks[0], ForwardTask):
             self._forward(cast(Sequence[ForwardTask], tasks))
         elif batch.graph is None:
             self._again(cast(Sequence[BackwardTask], tasks))
@@ -129,6 +131,14 @@ class Executor:
 
     def _placed(self, tensor: Tensor) -> Tensor:
         return tensor.to(self._placement.device, self._placement.dtype, non_blocking=True)
+
+
+def _alone(tasks: Sequence[OwnTask]) -> None:
+    for task in tasks:
+        try:
+            task.run()
+        except Exception as error:
+            task.fail(error)
 
 
 def _each(

@@ -8,6 +8,7 @@ from typing import Literal, Protocol
 from torch import Tensor
 
 from split_server.engine.bodies import BodyKey
+from split_server.engine.body_sessions import BodyPlan
 from split_server.engine.figures import RunFigures
 from split_server.engine.sessions import SessionPlan, batch_key
 from split_server.engine.steps import StepKey
@@ -67,6 +68,29 @@ class ExchangeJob:
 
 
 @dataclass(frozen=True)
+class BodyJob:
+    """Either way of one step through the body that a session tunes.
+
+    See `protocol.messages.BodyStepMeta` for what ``number`` and ``steps`` mean.
+    """
+
+    run: str
+    participant: str
+    session: str
+    number: int
+    steps: int
+    body: BodyKey  # that the session begins with
+    plan: BodyPlan
+    tensor: Tensor  # smashed data [B, T, D], or the gradients [B, T', D] of their features
+    fingerprint: int
+    leading: int | None = None
+
+    @property
+    def key(self) -> StepKey:
+        return batch_key(self.run, self.participant, self.session, self.number)
+
+
+@dataclass(frozen=True)
 class InferJob:
     """Smashed data for which nothing is kept."""
 
@@ -86,10 +110,12 @@ class EngineLimits:
     """Bounds of the engine's memory and patience, and how it joins what comes.
 
     Attributes:
-        retained_bytes: what steps keep between forward and backward, and sessions.
+        retained_bytes: what steps keep between forward and backward, and sessions, with bodies of
+            their own.
         queued_bytes: of the tensors that wait for their turn.
         answer_bytes: of the answers kept for repeats.
-        step_timeout_s: a step without its backward is dropped after this.
+        step_timeout_s: a step without its backward is dropped after this, and so is a body of a
+            session that is not heard of.
         steps_per_participant: open ones; the oldest makes room.
         max_batch_samples: that are computed together; None: what the device gains from.
         max_wait_s: the longest that a forward waits for others while the device is idle.
@@ -150,6 +176,32 @@ class Engine(Protocol):
             NonFinite: its prompts are not finite.
         """
 
+    async def body_forward(self, job: BodyJob) -> Tensor:
+        """Features [B, T', D] of a batch, through the body of the session, which number 0 begins.
+
+        Raises:
+            StepLost: the session is not here (any more), or this is not its next step.
+            Busy: no room now for a session that begins.
+            TooLarge: no room ever.
+            IdempotencyKeyReused, InvalidField, WrongShape
+        """
+
+    async def body_backward(self, job: BodyJob) -> Tensor:
+        """Tune the session's body with the gradients; that of the smashed data [B, T, D].
+
+        Raises:
+            StepLost: the session, or this step of it, is not here (any more).
+            Busy, IdempotencyKeyReused, InvalidField, WrongShape
+        """
+
+    def trained_body(self, run: str, participant: str, session: str) -> dict[str, Tensor]:
+        """What a session that has come to its end has tuned, by names of a state, on the CPU.
+
+        Raises:
+            StepLost: it is not kept (any more), or not at its end.
+            NonFinite: the body is not finite.
+        """
+
     async def infer(self, job: InferJob) -> Tensor:
         """Features [B, T', D] on the CPU; nothing is kept.
 
@@ -167,7 +219,7 @@ class Engine(Protocol):
         """A run is over: free all that is held for it, its figures too."""
 
     def sweep(self) -> None:
-        """Free the steps whose backward has not come in time."""
+        """Free the steps whose backward has not come in time, and bodies of sessions left alone."""
 
     def close(self) -> None:
         """Stop. What waits is refused."""

@@ -63,6 +63,19 @@ class Keeper:
     def answer_bytes(self) -> int:
         return self._answers.nbytes
 
+    @property
+    def now(self) -> float:
+        return self._clock.monotonic()
+
+    @property
+    def expiry(self) -> float:
+        """Until when one who is heard of now is waited for, on the monotonic clock."""
+        return self.now + self._step_timeout_s
+
+    def is_at_work(self, run: str, participant: str) -> bool:
+        """Whether a job of this participant waits or runs."""
+        return any(_is_of(key, run, participant) for _, key in self._in_flight)
+
     def known(self, kind: str, key: StepKey, fingerprint: int) -> Tensor | None:
         """What this very request was answered with, if it is a repeat.
 
@@ -138,7 +151,7 @@ class Keeper:
             leading=job.leading,
             answer=answer,
             fingerprint=job.fingerprint,
-            expires_at=self._clock.monotonic() + self._step_timeout_s,
+            expires_at=self.expiry,
             graph=graph,
         )
         self.room.steps.add(job.key, step)
@@ -160,7 +173,7 @@ class Keeper:
 
     def sweep(self) -> None:
         """Free the steps whose backward has not come in time."""
-        now = self._clock.monotonic()
+        now = self.now
         gone = self.room.steps.drop_where(lambda _, step: step.expires_at <= now)
         if gone:
             log.info("%d open steps were dropped: their backward did not come in time", gone)

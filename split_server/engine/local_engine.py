@@ -11,10 +11,18 @@ from split_server.clock import Clock
 from split_server.devices import Placement
 from split_server.engine.answers import Answer
 from split_server.engine.bodies import Bodies
+from split_server.engine.body_training import BodyTraining
 from split_server.engine.exchanges import Exchanges
 from split_server.engine.executor import Executor
 from split_server.engine.figures import EngineFigures, RunFigures
-from split_server.engine.jobs import BackwardJob, EngineLimits, ExchangeJob, ForwardJob, InferJob
+from split_server.engine.jobs import (
+    BackwardJob,
+    BodyJob,
+    EngineLimits,
+    ExchangeJob,
+    ForwardJob,
+    InferJob,
+)
 from split_server.engine.keeper import Admitted, Keeper
 from split_server.engine.outbox import Outbox
 from split_server.engine.schedule import Schedule
@@ -60,6 +68,7 @@ class LocalEngine:
             limits.queued_bytes,
         )
         self._exchanges = Exchanges(self._keeper, self._worker, self._outbox, placement.device)
+        self._bodies = BodyTraining(self._keeper, self._worker, self._outbox, placement.device)
         self._show()
         self._worker.start()
 
@@ -92,6 +101,29 @@ class LocalEngine:
         with self._lock:
             return self._exchanges.trained(run, participant, session)
 
+    async def body_forward(self, job: BodyJob) -> Tensor:
+        """See `Engine.body_forward`."""
+        with self._lock:
+            if (known := self._bodies.known("forward", job)) is not None:
+                return known
+            ticket = self._keeper.under_way(("forward", job.key)) or self._bodies.begin_forward(job)
+        return await _result(ticket, job.fingerprint, job.key)
+
+    async def body_backward(self, job: BodyJob) -> Tensor:
+        """See `Engine.body_backward`."""
+        with self._lock:
+            if (known := self._bodies.known("backward", job)) is not None:
+                return known
+            under_way = self._keeper.under_way(("backward", job.key))
+            ticket = under_way or self._bodies.begin_backward(job)
+        return await _result(ticket, job.fingerprint, job.key)
+
+    def trained_body(self, run: str, participant: str, session: str) -> dict[str, Tensor]:
+        """See `Engine.trained_body`."""
+        with self._lock:
+            found = self._bodies.finished(run, participant, session)
+        return found.trained()  # nothing changes it any more, and copying takes its time
+
     async def infer(self, job: InferJob) -> Tensor:
         """See `Engine.infer`."""
         with self._lock:
@@ -111,6 +143,7 @@ class LocalEngine:
         with self._lock:
             self._keeper.release(run, participant)
             self._exchanges.release(run, participant)
+            self._bodies.release(run, participant)
             self._lock.notify()  # a graph may have waited for what is gone
 
     def figures(self, run: str) -> RunFigures:
@@ -126,6 +159,7 @@ class LocalEngine:
         """See `Engine.sweep`."""
         with self._lock:
             self._keeper.sweep()
+            self._bodies.sweep()
             self._lock.notify()
 
     def close(self) -> None:
@@ -212,6 +246,7 @@ class LocalEngine:
         watch("sfprompt_engine_queue_bytes", "Their tensors", lambda: self._worker.queued_bytes)
         watch("sfprompt_engine_open_steps", "Steps that lack their backward", room.steps.__len__)
         watch("sfprompt_engine_retained_bytes", "Held for open steps", lambda: room.taken)
+        watch("sfprompt_engine_own_bodies", "Bodies that sessions tune", self._bodies.__len__)
         watch("sfprompt_engine_answer_bytes", "Held for repeats", lambda: self._keeper.answer_bytes)
 
 

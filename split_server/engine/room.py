@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 
 from protocol.errors import TooLarge
-from split_model import anatomy
+from split_model import body_blocks
 from split_server.engine.bodies import BodyKey
 from split_server.engine.compute import StepSizes
 from split_server.engine.jobs import Backward
 from split_server.engine.steps import RetainedSteps, StepKey
 from split_server.engine.tasks import Keep
+
+_FLOAT_BYTES = 4
 
 
 class StepRoom:
@@ -30,11 +32,12 @@ class StepRoom:
         self.sizes = StepSizes()
         self.reserved = 0  # for forwards that wait
         self.others = 0  # sessions
+        self.bodies = 0  # that participants have of their own, each with its open step
 
     @property
     def taken(self) -> int:
         """Bytes that are held or promised."""
-        return self.steps.nbytes + self.reserved + self.others
+        return self.steps.nbytes + self.reserved + self.others + self.bodies
 
     def fits(self, need: int) -> bool:
         """Whether there is room; whoever needs no more than it gives back always has it."""
@@ -67,10 +70,47 @@ class StepRoom:
         need = max(0, whole - freed)
         return ("input", need) if self.fits(need) else None
 
+    def ask_for_body(
+        self, body: BodyKey, largest: torch.Tensor, weights: int
+    ) -> tuple[Keep, int] | None:
+        """What may be kept of each step of a body of one's own, and the bytes of it all.
+
+        Args:
+            body: which.
+            largest: a batch [B, T, D] that is as large as any.
+            weights: bytes of the body, its gradients and its optimiser, all in float32.
+
+        Returns:
+            None: there is no room now.
+
+        Raises:
+            TooLarge: it never fits.
+        """
+        found: list[tuple[Keep, int]] = []
+        least = weights + largest.numel() * _FLOAT_BYTES
+        if self._backward != "recompute":
+            size = self.sizes.estimate(body.unstated, _blocks(body), largest, _FLOAT_BYTES)
+            if not self.sizes.is_known(body.unstated, largest):
+                size = min(size, self._limit - weights)  # a guess may be too high
+            found.append(("graph", max(least, weights + size)))
+        if self._backward != "retained":
+            found.append(("input", least))
+        for keep, need in found:
+            if need <= self._limit and self.fits(need):
+                return keep, need
+        least = min(need for _, need in found)
+        if least > self._limit:
+            raise TooLarge(
+                "a body of one's own, its optimiser and a step do not fit the engine's memory",
+                field="tune_body",
+                limit=self._limit,
+                value=least,
+                hint="raise engine_memory_mib",
+            )
+        return None
+
     def _graph_bytes(self, body: BodyKey, smashed: torch.Tensor) -> int:
-        depth = anatomy(body.settings).depth
-        blocks = depth - body.settings.cut - body.settings.tail_blocks
-        need = self.sizes.estimate(body, blocks, smashed, self._itemsize)
+        need = self.sizes.estimate(body, _blocks(body), smashed, self._itemsize)
         known = self.sizes.is_known(body, smashed)
         return need if known else min(need, self._limit)  # a guess may be too high
 
@@ -83,3 +123,7 @@ class StepRoom:
                 value=need,
                 hint="use a smaller batch_size, or raise engine_memory_mib",
             )
+
+
+def _blocks(body: BodyKey) -> int:
+    return len(body_blocks(body.settings))

@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 
 from split_server.engine.pending import PendingGraph
 from split_server.engine.steps import Graph
-from split_server.engine.tasks import BackwardTask, ForwardTask, Kind, Sender, Task
+from split_server.engine.tasks import BackwardTask, ForwardTask, Kind, OwnTask, Sender, Task
 
 _PEERS_S = 1.0  # whoever was here within this time is expected back
 _MOST_SEEN = 1000
@@ -82,7 +82,7 @@ class Schedule:
         self._max_tokens = max_tokens
         self._max_samples = max_samples
         self._max_wait_s = max_wait_s
-        self._forward: dict[Kind, _Lane[ForwardTask]] = {}
+        self._forward: dict[Kind, _Lane[ForwardTask | OwnTask]] = {}
         self._again: dict[Kind, _Lane[BackwardTask]] = {}  # backwards that need their forward first
         self._graphs: dict[Graph, PendingGraph] = {}
         self._numbers = itertools.count()
@@ -99,7 +99,8 @@ class Schedule:
         waiting = sum(lane.samples for lane in self._lanes())
         return waiting + sum(pending.samples for pending in self._graphs.values())
 
-    def add_forward(self, task: ForwardTask, now: float) -> None:
+    def add_forward(self, task: ForwardTask | OwnTask, now: float) -> None:
+        """A forward, or either way through weights of one's own: memory is no reason to hurry."""
         task.arrived = now
         lane = self._forward.setdefault(task.kind, _Lane())
         lane.add(self._turn_of(task), next(self._numbers), task)
@@ -129,7 +130,7 @@ class Schedule:
         free, until = self._free_lanes(now)
         if free:
             kind = self._first(free)
-            forwards: list[ForwardTask] = self._take(free[kind], kind)
+            forwards: list[ForwardTask | OwnTask] = self._take(free[kind], kind)
             return Batch(forwards)
         for pending in self._graphs.values():
             if pending.first_at + pending.patience_s <= now:
@@ -175,7 +176,7 @@ class Schedule:
         self._next_turn[task.sender] = turn + task.samples
         return turn
 
-    def _free_lanes(self, now: float) -> tuple[dict[Kind, _Lane[ForwardTask]], float]:
+    def _free_lanes(self, now: float) -> tuple[dict[Kind, _Lane[ForwardTask | OwnTask]], float]:
         """The lanes that wait for nobody, and when the first of the others will not any more."""
         held = {
             kind: lane.held_until(self._most(kind), self._max_wait_s, now)
@@ -206,6 +207,6 @@ class Schedule:
             return self._max_samples
         return max(1, self._max_tokens // max(1, kind.tokens))
 
-    def _lanes(self) -> Iterator[_Lane[ForwardTask] | _Lane[BackwardTask]]:
+    def _lanes(self) -> Iterator[_Lane[ForwardTask | OwnTask] | _Lane[BackwardTask]]:
         yield from self._forward.values()
         yield from self._again.values()

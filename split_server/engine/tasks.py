@@ -24,6 +24,7 @@ class Kind:
     width: int
     leading: int | None  # of the features' tokens: those that are wanted; None: all
     keep: Keep
+    own: tuple[str, str, str] | None = None  # run, participant, session: whose weights alone
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,17 @@ class ForwardTask(Task):
     prompts: Callable[[Tensor], Tensor | None]
     key: StepKey | None  # of the step that is to be kept
     done: Callable[[Forwarded], None]
+
+
+@dataclass(eq=False, kw_only=True)
+class OwnTask(Task):
+    """A forward or backward through weights that are one participant's own.
+
+    ``run`` computes it on the worker, alone, and answers; what it raises goes to ``fail``.
+    """
+
+    run: Callable[[], None]
+    work: str  # forward, backward or recompute, for the figures
 
 
 @dataclass(eq=False, kw_only=True)

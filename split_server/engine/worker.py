@@ -10,7 +10,7 @@ from split_server.engine.executor import Executor
 from split_server.engine.figures import EngineFigures, Turn
 from split_server.engine.schedule import Batch, Schedule
 from split_server.engine.steps import RetainedSteps
-from split_server.engine.tasks import BackwardTask, ForwardTask, Task
+from split_server.engine.tasks import BackwardTask, ForwardTask, OwnTask, Task
 
 
 class Worker:
@@ -56,7 +56,7 @@ class Worker:
             task.fail(_stopping())
             return
         now = time.monotonic()
-        if isinstance(task, ForwardTask):
+        if isinstance(task, ForwardTask | OwnTask):
             self._schedule.add_forward(task, now)
         elif isinstance(task, BackwardTask):
             self._schedule.add_backward(task, now)
@@ -134,6 +134,8 @@ def _stopping() -> Busy:
 
 def _work_of(batch: Batch) -> str:
     first = batch.tasks[0]
+    if isinstance(first, OwnTask):
+        return first.work
     if isinstance(first, ForwardTask):
         return "inference" if first.kind.keep == "nothing" else "forward"
     return "recompute" if batch.graph is None else "backward"

@@ -12,7 +12,7 @@ from fastapi import APIRouter, Header, Query, Request
 from fastapi.responses import FileResponse, Response
 from starlette.concurrency import run_in_threadpool
 
-from protocol.errors import InvalidField, NotFound
+from protocol.errors import EmptyUpdate, InvalidField, NonFinite, NotFound, WrongShape
 from protocol.frames import decode_frame, require_kind
 from protocol.limits import FrameLimits
 from protocol.messages import (
@@ -242,19 +242,37 @@ class FederationRoutes:
         frame = decode_frame(data, self._limits)
         require_kind(frame, "update")
         meta = parse_message(UpdateMeta, dict(frame.meta))
-        held = self._prompts_of(run, participant, meta)
-        return self._federation.update(run, participant, meta, frame, once, held)
+        held = self._held_by(run, participant, meta)
+        try:
+            receipt = self._federation.update(run, participant, meta, frame, once, held)
+        except (EmptyUpdate, NonFinite, WrongShape):
+            self._let_go(run, participant, meta)
+            raise
+        self._let_go(run, participant, meta)
+        return receipt
 
-    def _prompts_of(self, run: str, participant: str, meta: UpdateMeta) -> Held | None:
-        """What gives the prompts that this participant has tuned on the server, if it does so."""
-        if self._federation.run(run).prompts is None or meta.samples == 0:
+    def _held_by(self, run: str, participant: str, meta: UpdateMeta) -> Held | None:
+        """What gives the part of an update that was tuned on the server, if there is one."""
+        snapshot = self._federation.run(run)
+        if snapshot.held is None or meta.samples == 0:
             return None
         if meta.session is None:
             raise InvalidField(
-                "an update names the session whose prompts belong to it", field="session"
+                "an update names the session whose prompts or body belong to it", field="session"
             )
         session = meta.session
+        if snapshot.settings.model.tune_body:
+            return lambda: self._engine.trained_body(run, participant, session)
         return lambda: {PROMPTS: self._engine.trained(run, participant, session)}
+
+    def _let_go(self, run: str, participant: str, meta: UpdateMeta) -> None:
+        """Nothing more comes of this participant in its round: others may wait for the memory."""
+        snapshot = self._federation.run(run)
+        open_round = snapshot.open_round
+        if not snapshot.settings.model.tune_body or open_round is None:
+            return
+        if (open_round.round, open_round.attempt) == (meta.round, meta.attempt):  # no late repeat
+            self._engine.release(run, participant)
 
     async def evaluation(
         self, request: Request, run: str, report: EvaluationReport, key: Key = None

@@ -88,7 +88,8 @@ class SplitPlane:
             require_kind(frame, kind)
             return Asked(run, member, frame, xxh3_64_intdigest(data))
 
-        light = kind in _LIGHT_KINDS and self.desk.device.type == "cpu"
+        frozen = not run.settings.model.tune_body
+        light = frozen and kind in _LIGHT_KINDS and self.desk.device.type == "cpu"
         if not light or len(data) > _LIGHT_BYTES:
             return await self._off_loop(lambda: reader(self.desk, asked()))
         request = asked()

@@ -6,8 +6,9 @@ answer or what is to be awaited for it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, Final
 
@@ -16,7 +17,14 @@ from torch import Tensor
 
 from protocol.errors import InvalidField, MalformedFrame, StaleRound
 from protocol.frames import Frame
-from protocol.messages import ExchangeMeta, InferMeta, SamplesMeta, StepMeta, parse_message
+from protocol.messages import (
+    BodyStepMeta,
+    ExchangeMeta,
+    InferMeta,
+    SamplesMeta,
+    StepMeta,
+    parse_message,
+)
 from protocol.settings import WireSettings
 from protocol.traffic import (
     BACKWARD_PATH,
@@ -26,11 +34,19 @@ from protocol.traffic import (
     MISSING_PATH,
     SAMPLES_PATH,
 )
-from split_model import SplitSettings, anatomy, needed_tokens
+from split_model import BODY, SplitSettings, anatomy, needed_tokens, state_shapes
 from split_server import rounds
 from split_server.copies import read_revision, rebuild
 from split_server.engine.bodies import BodyKey
-from split_server.engine.jobs import BackwardJob, Engine, ExchangeJob, ForwardJob, InferJob
+from split_server.engine.body_sessions import BodyPlan
+from split_server.engine.jobs import (
+    BackwardJob,
+    BodyJob,
+    Engine,
+    ExchangeJob,
+    ForwardJob,
+    InferJob,
+)
 from split_server.engine.sessions import SessionPlan
 from split_server.engine.steps import StepKey
 from split_server.intake import (
@@ -67,6 +83,10 @@ class Asked:
     def wire(self) -> WireSettings:
         return self.run.settings.wire
 
+    @property
+    def tunes_body(self) -> bool:
+        return self.run.settings.model.tune_body
+
     @cached_property
     def leading(self) -> int | None:
         """How many tokens of the features the run wants back; None: all."""
@@ -100,6 +120,8 @@ Reader = Callable[[Desk, Asked], Work | Reply]
 
 def read_forward(desk: Desk, asked: Asked) -> Work | Reply:
     """Smashed data in, or their changes; features out; the step is kept for its backward."""
+    if asked.tunes_body:
+        return _body_forward(desk, asked)
     meta = _training_step(asked)
     smashed = _renewed(desk, asked) if "ids" in asked.frame.specs else _sent(desk, asked)
     if isinstance(smashed, list):
@@ -111,6 +133,8 @@ def read_forward(desk: Desk, asked: Asked) -> Work | Reply:
 
 def read_backward(desk: Desk, asked: Asked) -> Work:
     """The gradient of a step's features in, that of its smashed data out."""
+    if asked.tunes_body:
+        return _body_backward(desk, asked)
     meta = _training_step(asked)
     gradients = _gradients(desk, asked)
     key = StepKey(asked.run.id, asked.member.id, meta.step)
@@ -161,10 +185,12 @@ def read_infer(desk: Desk, asked: Asked) -> Work | Reply:
     found = _smashed(desk, asked)
     if isinstance(found, Reply):
         return found
-    prompts = None
-    if (held := asked.run.prompts) is not None:
+    prompts, body = None, asked.body
+    if asked.tunes_body:
+        body = _tuned_body(desk, asked)
+    elif (held := asked.run.held) is not None:
         prompts = read_prompts(desk.files(asked.run.id).state(held.sha256))
-    job = InferJob(asked.run.id, asked.member.id, asked.body, found, prompts, asked.leading)
+    job = InferJob(asked.run.id, asked.member.id, body, found, prompts, asked.leading)
     return _work(partial(desk.engine.infer, job), "features", asked.wire.inference, meta)
 
 
@@ -196,7 +222,10 @@ READERS: Final[Mapping[str, tuple[str, Reader]]] = {  # by path: the frame's kin
 
 
 def _work(
-    compute: Callable[[], Awaitable[Tensor]], name: str, codec: str, meta: StepMeta | ExchangeMeta
+    compute: Callable[[], Awaitable[Tensor]],
+    name: str,
+    codec: str,
+    meta: StepMeta | BodyStepMeta | ExchangeMeta,
 ) -> Work:
     async def work() -> Reply:
         answer = await compute()
@@ -211,6 +240,55 @@ def _training_step(asked: Asked) -> StepMeta:
     _require_placement(asked, "input")
     rounds.require_trainer(asked.run, asked.member, meta.round, None)
     return meta
+
+
+def _body_forward(desk: Desk, asked: Asked) -> Work:
+    meta = _body_step(asked)
+    job = _body_job(desk, asked, meta, _sent(desk, asked))
+    return _work(partial(desk.engine.body_forward, job), "features", asked.wire.features, meta)
+
+
+def _body_backward(desk: Desk, asked: Asked) -> Work:
+    meta = _body_step(asked)
+    job = _body_job(desk, asked, meta, _gradients(desk, asked))
+    return _work(partial(desk.engine.body_backward, job), "gradients", asked.wire.gradients, meta)
+
+
+def _body_step(asked: Asked) -> BodyStepMeta:
+    meta = parse_message(BodyStepMeta, dict(asked.frame.meta))
+    rounds.require_trainer(asked.run, asked.member, meta.round, meta.attempt)
+    return meta
+
+
+def _body_job(desk: Desk, asked: Asked, meta: BodyStepMeta, tensor: Tensor) -> BodyJob:
+    settings = asked.run.settings
+    shapes = state_shapes(SplitSettings.of(settings.model))
+    plan = BodyPlan(
+        training=settings.training,
+        rounds=settings.federation.rounds,
+        round=meta.round,
+        numbers=sum(math.prod(shapes[name]) for name in shapes if name.startswith(BODY)),
+    )
+    return BodyJob(
+        run=asked.run.id,
+        participant=asked.member.id,
+        session=meta.session,
+        number=meta.number,
+        steps=meta.steps,
+        body=_tuned_body(desk, asked),
+        plan=plan,
+        tensor=tensor,
+        fingerprint=asked.fingerprint,
+        leading=asked.leading,
+    )
+
+
+def _tuned_body(desk: Desk, asked: Asked) -> BodyKey:
+    """The body of the newest global state."""
+    held = asked.run.held
+    if held is None:
+        raise InvalidField("this run has no body of its own", field="tune_body", limit=True)
+    return replace(asked.body, state=desk.files(asked.run.id).state(held.sha256))
 
 
 def _gradients(desk: Desk, asked: Asked) -> Tensor:
@@ -266,7 +344,7 @@ def _missing(places: list[int]) -> Reply:
 
 
 def _plan(desk: Desk, asked: Asked, round_: int) -> SessionPlan:
-    settings, held = asked.run.settings, asked.run.prompts
+    settings, held = asked.run.settings, asked.run.held
     if held is None:
         raise InvalidField(
             "this run has no prompts to tune", field="prompt_count", limit=1, value=0

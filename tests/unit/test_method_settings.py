@@ -21,6 +21,7 @@ ALONE: dict[str, Any] = {"split_epochs": 0, "keep_fraction": 1}
         {"training": ALONE, "model": {"cut": 12, "tune": "classifier", "prompt_depth": "deep"}},
         {"model": {"tune": "bias"}},  # split training tunes the head through the server
         {"model": {"tune": "classifier", "prompt_at": "cut"}},
+        {"model": {"tune": "full", "tune_body": True, "prompt_count": 0}},
         {"training": {"optimizer": "sgd", "momentum": 0.9, "nesterov": True}},
         {"training": {"proximal": 0.1}},
         {"federation": {"server_optimizer": "fedyogi", "server_learning_rate": 0.1}},
@@ -42,6 +43,8 @@ def test_what_goes_together(settings: dict[str, Any]) -> None:
         ({"model": {"tune": "everything"}}, "tune"),
         ({"model": {"tune": "full", "prompt_at": "cut"}}, "prompt_at"),
         ({"model": {"adapter_width": 0}}, "adapter_width"),
+        ({"model": {"tune_body": True, "prompt_count": 0}}, "model.tune = full"),
+        ({"model": {"tune_body": True, "tune": "full"}}, "model.prompt_count = 0"),
         ({"training": {"nesterov": True}}, "nesterov"),
         ({"training": {"nesterov": True, "optimizer": "sgd"}}, "momentum"),
         ({"training": {"proximal": 0.1}, "model": {"prompt_at": "cut"}}, "proximal"),

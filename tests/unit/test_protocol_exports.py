@@ -21,9 +21,9 @@ EXPORTED = {
     "frame_length join_frame require_kind",
     "header": "check_text pack_header unpack_header",
     "limits": "DEFAULT_LIMITS FrameLimits MIB",
-    "messages": "Assignment BlobRef BytesByPhase Count EvaluationReport Event ExchangeMeta "
-    "InferMeta JoinRequest JoinResponse Loss MAX_LOSS ParticipantView Results RoundStatus "
-    "RoundView RunStatus RunView "
+    "messages": "Assignment BlobRef BodyStepMeta BytesByPhase Count EvaluationReport Event "
+    "ExchangeMeta InferMeta JoinRequest JoinResponse Loss MAX_LOSS ParticipantView Results "
+    "RoundStatus RoundView RunStatus RunView "
     "SAMPLE_ID_BYTES SamplesMeta Seconds Sha256 StepId StepMeta Task UpdateMeta UpdateReceipt "
     "parse_message",
     "seeds": "derive_seed",

@@ -42,7 +42,7 @@ def a_run(members: int = 3, *, closed: int = 0, **federation: Any) -> RunSnapsho
         backbone_bytes=1,
         head=BLOB,
         state=BLOB,
-        prompts=None,
+        held=None,
         members={f"p{n}": member(n) for n in range(1, members + 1)},
         open_round=None,
         closed_rounds=closed,

@@ -13,6 +13,7 @@ from benchmark.compare.methods.sfprompt_cut_shallow import SFPromptCutShallow
 from benchmark.compare.methods.sfprompt_input_deep import SFPromptInputDeep
 from benchmark.compare.methods.sfprompt_input_shallow import SFPromptInputShallow
 from benchmark.compare.methods.sfprompt_paper import SFPromptPaper
+from benchmark.compare.methods.splitfed_full import SplitFedFull
 from benchmark.compare.methods.splitfed_linear import SplitFedLinear
 from protocol.errors import NotFound
 
@@ -22,6 +23,7 @@ _CLASSES: tuple[type[Method], ...] = (
     FedPeftBias,
     FedPeftAdapter,
     FedPeftPrompt,
+    SplitFedFull,
     SplitFedLinear,
     SFPromptPaper,
     SFPromptInputShallow,

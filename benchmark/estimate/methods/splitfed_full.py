@@ -15,8 +15,8 @@ class SplitFedFull(Method):
     """SplitFed (arXiv 2004.12088) in U-shape: head and tail are trained and averaged too.
 
     All samples cross in every split epoch, as float32: smashed data up, features down and their
-    gradients back, 4q a visit. Head and tail cross both ways each round. The server trains the
-    body, so all parameters are tuned.
+    gradients back, 4q a visit. Head and tail cross both ways each round. The server trains a body
+    for each device, so all parameters are tuned.
     """
 
     name = "splitfed-full"

@@ -14,9 +14,9 @@ from split_model import anatomy
 class SplitFedLinear(Method):
     """SplitFed (arXiv 2004.12088) in U-shape with everything frozen but the classifier.
 
-    All samples cross in every split epoch, as float32, in three legs: smashed data up, features
-    down, the gradient of the features up. Nothing comes back to the frozen head. The classifier
-    crosses both ways each round.
+    All samples cross in every split epoch, as float32, in two legs: smashed data up and features
+    down. No gradient crosses, as nothing is tuned ahead of the tail. The classifier crosses both
+    ways each round.
     """
 
     name = "splitfed-linear"
@@ -39,11 +39,12 @@ class SplitFedLinear(Method):
             + 3 * stream  # smashed data, features, their gradient
         )
         device = numbers.head + numbers.tail
+        each_way = FLOAT_BYTES * (own.classifier + visits * stream)
         return MethodCost(
             trainable_parameters=own.classifier,
             bytes_start=FLOAT_BYTES * device,
-            bytes_up_per_round=FLOAT_BYTES * (own.classifier + 2 * visits * stream),
-            bytes_down_per_round=FLOAT_BYTES * (own.classifier + visits * stream),
+            bytes_up_per_round=each_way,
+            bytes_down_per_round=each_way,
             device_flops_per_round=visits * visit_flops,
             device_peak_bytes=peak_bytes(device, own.classifier, training.batch_size, activations),
         )

@@ -11,10 +11,15 @@ from uncut_model import Hooks, difference, random_model, reduced
 
 from split_model import (
     SplitSettings,
+    SplitSettingsError,
     WeightsMismatchError,
     apply_state,
+    body_tensors,
+    build_body,
     build_head,
     build_tail,
+    build_tunable_body,
+    device_shapes,
     export_model,
     frozen_names,
     head_names,
@@ -22,6 +27,7 @@ from split_model import (
     initial_state,
     load_exported,
     prepare_backbone,
+    read_body,
     read_head_file,
     read_state,
     state_shapes,
@@ -190,3 +196,58 @@ def test_an_exported_model_is_the_device_s(tune: str, dtype: str, tmp_path: Path
 
 def _body(stored: dict[str, torch.Tensor]) -> list[str]:
     return [name for name in stored if name.startswith("backbone.blocks.1.")]
+
+
+BODY = {"tune": "full", "tune_body": True, "prompt_count": 0}
+
+
+def test_a_tuned_body_makes_every_parameter_a_part_of_the_state() -> None:
+    settings = dataclasses.replace(WHOLE, cut=2, tail_blocks=1, **BODY)
+    shapes = state_shapes(settings)
+    assert sum(math.prod(shape) for shape in shapes.values()) == 85_875_556
+    body = [name for name in shapes if name.startswith("body.")]
+    assert sum(math.prod(shapes[name]) for name in body) == 9 * (12 * 768**2 + 13 * 768)
+    assert device_shapes(settings).keys() == shapes.keys() - set(body)
+
+
+@pytest.mark.parametrize("name", ["vit_base_patch16_224", "eva02_tiny_patch14_224"])
+def test_a_tuned_body_is_trained_apart_from_what_it_was_made_of_and_exported(
+    name: str, tmp_path: Path
+) -> None:
+    settings = dataclasses.replace(reduced(name), cut=1, **BODY)
+    file = prepare_backbone(settings, "random:1", tmp_path)
+    weights = load_file(file.path)
+    before = {key: value.clone() for key, value in weights.items()}
+    state = initial_state(settings, weights, seed=1)
+    body = build_tunable_body(settings, Layered(body_tensors(state), weights))
+    tokens = torch.randn(2, 10, 32, generator=torch.Generator().manual_seed(0))
+    frozen = build_body(settings, weights)
+    assert torch.equal(body(tokens), frozen(tokens))
+    assert not any(own.requires_grad for own in frozen.parameters())
+    optimizer = torch.optim.SGD(body.parameters(), lr=0.1)
+    body(tokens).square().sum().backward()
+    optimizer.step()
+    moved = read_body(body)
+    assert moved.keys() == {key for key in state if key.startswith("body.")}
+    assert all(torch.equal(weights[key], value) for key, value in before.items())
+    model = load_exported(
+        export_model(settings, file.path, state | moved, tmp_path / "model.safetensors")
+    )
+    assert torch.equal(model.body(tokens), body(tokens))
+    assert not torch.equal(model.body(tokens), frozen(tokens))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"tune": "tail"}, {"prompt_count": 1}, {"cut": 12}, {"tune_body": 1}]
+)
+def test_a_body_that_cannot_be_tuned_is_refused_by_name(wrong: dict[str, object]) -> None:
+    with pytest.raises(SplitSettingsError) as caught:
+        state_shapes(dataclasses.replace(WHOLE, **{"cut": 2, **BODY, **wrong}))
+    assert caught.value.field == "tune_body"
+
+
+def test_files_of_runs_with_a_frozen_body_say_nothing_of_it() -> None:
+    assert "tune_body" not in WHOLE.to_dict()
+    tuned = dataclasses.replace(WHOLE, cut=2, **BODY)
+    assert SplitSettings.from_dict(tuned.to_dict()) == tuned
+    assert SplitSettings.from_dict(WHOLE.to_dict()) == WHOLE

@@ -1,0 +1,85 @@
+"""What the SplitFed methods send, at the socket, against what the calculator says."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmark.compare.figures import calculated, run_figures
+from benchmark.compare.methods import method_named
+from benchmark.compare.usage import Usage
+from edge_client.data import Dataset
+from edge_client.participant import Participant
+from edge_client.transport import Server
+from protocol.messages import Results, RunStatus
+from protocol.settings import BackboneSettings, FederationSettings, RunSettings, TrainingSettings
+from tests.edge_doubles import image_set
+from tests.http_doubles import running_server
+
+SAMPLES, BATCH, ROUNDS = 24, 8, 2
+MODEL = BackboneSettings(
+    backbone="vit_tiny_patch16_224", weights="random:0", image_size=64, cut=1, num_classes=3
+)
+A_REQUEST = 1500  # bytes of its headers and its answer's, in one direction, at most
+LEGS = {
+    "splitfed-full": {"smashed", "features", "gradients"},
+    # Nothing ahead of the tail is tuned: no gradient crosses.
+    "splitfed-linear": {"smashed", "features"},
+}
+
+
+class Quiet:
+    def event(self, kind: str, **data: object) -> None:
+        pass
+
+    def advance(self, phase: str, done: int, total: int) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("name", LEGS)
+def test_the_bytes_of_start_and_training_are_the_calculated_ones(name: str, tmp_path: Path) -> None:
+    method = method_named(name)
+    base = RunSettings(
+        model=MODEL,
+        federation=FederationSettings(rounds=ROUNDS),
+        training=TrainingSettings(batch_size=BATCH),
+    )
+    settings = method.settings(base)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with running_server(tmp_path / "node") as server:
+        operator = server.operator()
+        run = operator.create(settings)
+        data = Dataset(image_set(SAMPLES), image_set(5, seed=1))
+        with contextlib.closing(Server(server.url)) as client:
+            participant = Participant(client, data, tmp_path / "blobs", "only", Quiet())
+            participant.join(run.id, key="join")
+            assert participant.take_part().status is RunStatus.FINISHED
+        answer = operator.call("GET", f"/v1/runs/{run.id}/results")
+        results = Results.model_validate(answer.json())
+    torch.set_num_threads(threads)
+
+    split = results.traffic.keys() & {"smashed", "features", "gradients"}
+    assert split == LEGS[name]
+    usage = Usage(0, 0.0)
+    measured = run_figures(
+        results,
+        seconds=1.0,
+        trainable_parameters=0,
+        devices=[usage],
+        server=usage,
+        by_device={},
+    )
+    costed = method.costed_as
+    expected = calculated(costed, method.costed(settings), results)["calculated"]
+    requests = 2 * SAMPLES // BATCH + 2  # of a round, with the state and the update
+    for field in ("bytes_up_per_round", "bytes_down_per_round"):
+        extra = 40_000 if name == "splitfed-full" else 4_000  # names of the tensors of states
+        assert expected[field] <= measured[field] <= expected[field] + requests * A_REQUEST + extra
+    assert expected["bytes_start"] <= measured["bytes_start"] <= expected["bytes_start"] + 40_000

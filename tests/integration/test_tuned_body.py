@@ -1,0 +1,397 @@
+"""SplitFed with a tuned body over HTTP, against timm's own model in one process."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from edge_client.data import BatchReader, Dataset, shuffled
+from edge_client.participant import Participant
+from edge_client.transport import Server
+from protocol.messages import Results, RunStatus, RunView
+from protocol.seeds import derive_seed
+from protocol.settings import BackboneSettings, FederationSettings, RunSettings, TrainingSettings
+from split_model import load_exported, load_state, open_backbone
+from split_model.libraries import timm
+from split_server.exporting import export_run, newest_state
+from tests.edge_doubles import files, image_set
+from tests.http_doubles import Running, code_of, running_server, tensor_in
+
+MODEL = BackboneSettings(
+    backbone="vit_tiny_patch16_224",
+    weights="random:0",
+    image_size=32,
+    cut=3,
+    num_classes=3,
+    prompt_count=0,
+    tune="full",
+    tune_body=True,
+)
+SAMPLES, BATCH, ROUNDS, EPOCHS, RATE, DECAY = 10, 4, 2, 2, 0.02, 1e-4
+_keys = itertools.count()
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("node")
+
+
+@pytest.fixture(scope="module")
+def server(data_dir: Path) -> Iterator[Running]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with running_server(data_dir) as running:
+        yield running
+    torch.set_num_threads(before)
+
+
+def created(server: Running, devices: int = 1, rounds: int = ROUNDS, **parts: Any) -> RunView:
+    training = {
+        "local_epochs": 0,
+        "split_epochs": EPOCHS,
+        "keep_fraction": 1,
+        "batch_size": BATCH,
+        "optimizer": "sgd",
+        "momentum": 0.9,
+        "weight_decay": DECAY,
+        "tail_learning_rate": RATE,
+        "schedule": "constant",
+    }
+    settings = RunSettings(
+        seed=3,
+        model=MODEL.model_copy(update=parts.get("model", {})),
+        federation=FederationSettings(
+            rounds=rounds, min_participants=devices, **parts.get("federation", {})
+        ),
+        training=TrainingSettings.model_validate(training | parts.get("training", {})),
+        wire=parts.get("wire", {}),
+    )
+    return server.operator().create(settings, key=f"body-{next(_keys)}")
+
+
+def two_sets(seed: int = 0) -> Dataset:
+    return Dataset(image_set(SAMPLES, seed=seed), image_set(7, seed=1))
+
+
+class Device:
+    """A whole run of one device, and its state after each step."""
+
+    def __init__(
+        self, server: Running, folder: Path, run: RunView, data: Dataset, name: str = "only"
+    ) -> None:
+        self.states: list[dict[str, Tensor]] = []
+        self.events: list[str] = []
+        with contextlib.closing(Server(server.url)) as client:
+            self.participant = Participant(client, data, folder / name, name, self)
+            self.participant.join(run.id, key=f"join-{name}")
+            self.initial = load_state(self.participant.files.fetch(run.state, lambda _: b""))
+            self.last = self.participant.take_part()
+            self.traffic = client.traffic().to_dict()
+
+    def event(self, kind: str, **data: Any) -> None:
+        self.events.append(kind)
+
+    def advance(self, phase: str, done: int, total: int) -> None:
+        if phase == "split":
+            self.states.append(self.participant.model.state())
+
+    def close(self) -> None:
+        pass
+
+
+class Uncut:
+    """timm's own model, all of it trained."""
+
+    def __init__(self, initial: dict[str, Tensor]) -> None:
+        self.model = timm.create_model(MODEL.backbone, img_size=32, num_classes=3).eval()
+        weights = dict(open_backbone(files(MODEL).backbone))
+        weights |= {name: initial["tail." + name] for name in ("head.weight", "head.bias")}
+        self.model.load_state_dict(weights)
+
+    def train(self, samples: BatchReader, name: str, round_: int) -> Iterator[None]:
+        """One round's steps; its momentum begins anew."""
+        optimizer = torch.optim.SGD(
+            self.model.parameters(), lr=RATE, momentum=0.9, weight_decay=DECAY
+        )
+        seed = derive_seed(3, "split", name, round_)
+        for epoch in range(EPOCHS):
+            for positions in shuffled(len(samples), BATCH, seed, epoch):
+                images, labels = samples.read(positions)
+                optimizer.zero_grad()
+                F.cross_entropy(self.model(images), labels).backward()
+                optimizer.step()
+                yield
+
+    def state(self) -> dict[str, Tensor]:
+        """By the names of a run's state: which part a block belongs to follows from its number."""
+        found = {}
+        for name, tensor in self.model.state_dict().items():
+            part = "tail" if name.split(".")[0] in ("norm", "head") else "head"
+            if name.startswith("blocks.") and int(name.split(".")[1]) >= MODEL.cut:
+                part = "body"
+            found[f"{part}.{name}"] = tensor.clone()
+        return found
+
+
+def require_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-5, msg=name)
+
+
+def state_after(data_dir: Path, server: Running, run: RunView, round_: int) -> dict[str, Tensor]:
+    """The device's part of the global state that a round made."""
+    answer = server.operator().call("GET", f"/v1/runs/{run.id}/results")
+    made = Results.model_validate(answer.json()).rounds[round_ - 1].state
+    assert made is not None
+    return load_state(data_dir / "runs" / run.id / "states" / f"{made.sha256}.safetensors")
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_one_device_trains_head_body_and_tail_as_the_uncut_model_step_by_step(
+    server: Running, data_dir: Path, tmp_path: Path, pooled: bool
+) -> None:
+    run = created(server, wire={"pooled_features": pooled})
+    device = Device(server, tmp_path, run, two_sets())
+    assert device.last.status is RunStatus.FINISHED
+    assert "begun-anew" not in device.events
+    samples = BatchReader(image_set(SAMPLES), device.participant.model.preprocessing)
+    uncut, step = Uncut(device.initial), 0
+    first = uncut.state()
+    for round_ in range(1, ROUNDS + 1):
+        for _ in uncut.train(samples, "only", round_):
+            require_equal(device.states[step], uncut.state())
+            step += 1
+        require_equal(state_after(data_dir, server, run, round_), uncut.state())
+    assert step == len(device.states) == ROUNDS * EPOCHS * 3
+    _, final = newest_state(data_dir, run.id)
+    assert final.keys() == first.keys(), "the whole model is tuned"
+    moved = device.traffic["updates"]
+    sent = 4 * sum(tensor.numel() for tensor in device.initial.values())
+    assert not any(name.startswith("body.") for name in device.initial)
+    assert moved["up"] < ROUNDS * sent + 100_000, "the body is no part of an update"
+    assert moved["down"] < (ROUNDS + 1) * sent + 100_000, "nor of a download"
+    require_equal(final, uncut.state())
+    for name, value in final.items():
+        assert not torch.equal(value, first[name]), f"{name} stands still"
+
+    # The server's own measurement, the export and the uncut model say the same.
+    images, labels = BatchReader(image_set(7, seed=1), samples.preprocessing).read(range(7))
+    with torch.no_grad():
+        logits = uncut.model(images)
+    export_run(data_dir, run.id, tmp_path / "model.safetensors")
+    exported = load_exported(tmp_path / "model.safetensors")(images)
+    torch.testing.assert_close(exported, logits, rtol=0, atol=1e-4)
+    answer = server.operator().call("GET", f"/v1/runs/{run.id}/results")
+    measured = Results.model_validate(answer.json()).rounds[-1]
+    assert measured.accuracy == int((logits.argmax(1) == labels).sum()) / 7
+    expected = F.cross_entropy(logits, labels).item()
+    assert measured.evaluation_loss == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_bodies_of_two_devices_are_averaged_by_their_samples(
+    server: Running, data_dir: Path, tmp_path: Path
+) -> None:
+    """With 10 and 4 samples the one weighs 5/7, the other 2/7; and again in the second round."""
+    run = created(server, devices=2, wire={"update_deltas": True})
+    sets = {
+        "a": Dataset(image_set(10, seed=5), image_set(3, seed=1)),
+        "b": Dataset(image_set(4, seed=6), image_set(3, seed=2)),
+    }
+    devices: dict[str, Device] = {}
+
+    def take_part(name: str) -> None:
+        devices[name] = Device(server, tmp_path, run, sets[name], name)
+
+    threads = [threading.Thread(target=take_part, args=(name,)) for name in sets]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert devices.keys() == sets.keys()
+    whole = Uncut(devices["a"].initial)
+    for round_ in range(1, ROUNDS + 1):
+        begun, trained = whole.model.state_dict(), {}
+        for name, data in sets.items():
+            way = devices[name].participant.model.preprocessing
+            alone = Uncut(devices["a"].initial)
+            alone.model.load_state_dict(begun)
+            for _ in alone.train(BatchReader(data.train, way), name, round_):
+                pass
+            trained[name] = alone.model.state_dict()
+        mean = {n: (5 * trained["a"][n] + 2 * trained["b"][n]) / 7 for n in begun}
+        whole.model.load_state_dict(mean)
+    finished, final = newest_state(data_dir, run.id)
+    assert finished.status is RunStatus.FINISHED
+    require_equal(final, whole.state())
+    assert any(name.startswith("body.") for name in final)
+
+
+def test_a_body_that_finds_no_room_waits_for_another_s_end(tmp_path: Path) -> None:
+    """Nine blocks of the tiny transformer with SGD's momentum take 48 MiB; two do not fit in 64."""
+    with running_server(tmp_path / "node", engine_memory_mib=64) as server:
+        run = created(server, devices=2, rounds=1)
+        devices: list[Device] = []
+
+        def take_part(name: str) -> None:
+            devices.append(Device(server, tmp_path, run, two_sets(), name))
+
+        threads = [threading.Thread(target=take_part, args=(name,)) for name in ("a", "b")]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(120)
+        assert [device.last.status for device in devices] == [RunStatus.FINISHED] * 2
+        assert not any("begun-anew" in device.events for device in devices)
+        metrics = server.api().call("GET", "/metrics").text
+    refused = [line for line in metrics.splitlines() if 'refused_total{code="busy"}' in line]
+    assert float(refused[0].split()[-1]) > 0
+    assert "sfprompt_engine_own_bodies 0.0" in metrics
+
+
+TOKENS, WIDTH = 1 + 4, 192
+
+
+def meta(number: int, steps: int = 2, round_: int = 1, **more: Any) -> dict[str, Any]:
+    given = {"session": "s", "round": round_, "attempt": 0, "number": number, "steps": steps}
+    return given | more
+
+
+def numbers(seed: int) -> Tensor:
+    """[B, T, D]"""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn((BATCH, TOKENS, WIDTH), generator=generator)
+
+
+class BodyAlone:
+    """The blocks behind the cut, trained by torch."""
+
+    def __init__(self) -> None:
+        whole = timm.create_model(MODEL.backbone, img_size=32, num_classes=3).eval()
+        whole.load_state_dict(dict(open_backbone(files(MODEL).backbone)), strict=False)
+        self.blocks = whole.blocks[MODEL.cut :]
+        self.begin()
+
+    def begin(self) -> None:
+        parameters = self.blocks.parameters()
+        self.optimizer = torch.optim.SGD(parameters, lr=RATE, momentum=0.9, weight_decay=DECAY)
+
+    def step(self, smashed: Tensor, gradients: Tensor) -> Tensor:
+        """The gradient of the smashed data; the blocks are one step on."""
+        leaf = smashed.clone().requires_grad_()
+        self.optimizer.zero_grad()
+        self.blocks(leaf).backward(gradients)
+        self.optimizer.step()
+        assert leaf.grad is not None
+        return leaf.grad
+
+    @torch.no_grad()
+    def features(self, smashed: Tensor) -> Tensor:
+        found: Tensor = self.blocks(smashed)
+        return found
+
+
+def test_the_body_survives_the_server_and_an_open_session_does_not(tmp_path: Path) -> None:
+    folder, alone = tmp_path / "node", BodyAlone()
+    with running_server(folder) as first:
+        run = created(first, training={"split_epochs": 1})
+        joining = {"name": "a", "train_samples": 8, "test_samples": 4, "num_classes": 3}
+        path = f"/v1/runs/{run.id}/participants"
+        answer = first.api().call("POST", path, key="j", json=joining)
+        credential = answer.json()["credential"]
+        api = first.api(credential)
+        sha256 = api.assignment(run.id).state.sha256
+        state = load_state(folder / "runs" / run.id / "states" / f"{sha256}.safetensors")
+        for number in (0, 1):
+            smashed, gradients = numbers(number), numbers(10 + number)
+            expected = alone.features(smashed)
+            for _ in range(2):  # and its repeat
+                answer = api.ask("forward", meta(number), smashed=smashed)
+                torch.testing.assert_close(
+                    tensor_in(answer, "features"), expected, rtol=0, atol=1e-5
+                )
+            expected = alone.step(smashed, gradients)
+            for _ in range(3):  # applied once
+                answer = api.ask("backward", meta(number), gradients=gradients)
+                found = tensor_in(answer, "gradients")
+                torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        assert code_of(api.update(run.id, state, "u", samples=8)) == "invalid_field"
+        assert code_of(api.update(run.id, state, "u", samples=8, session="t")) == "step_lost"
+        assert api.update(run.id, state, "u", samples=8, session="s").is_success
+        assert api.update(run.id, state, "u", samples=8, session="s").is_success, "a repeat"
+        assert api.evaluate(run.id, "e", samples=4, correct=1).is_success
+        assert api.assignment(run.id).round == 2
+        alone.begin()
+
+    with running_server(folder) as again:
+        api = again.api(credential)
+        assert api.assignment(run.id).round == 2
+        inferred = api.ask("infer", {"step": "i", "round": 2}, smashed=numbers(5))
+        expected = alone.features(numbers(5))
+        torch.testing.assert_close(tensor_in(inferred, "features"), expected, rtol=0, atol=1e-5)
+        answer = api.ask("forward", meta(0, round_=2), smashed=numbers(6))
+        expected = alone.features(numbers(6))
+        torch.testing.assert_close(tensor_in(answer, "features"), expected, rtol=0, atol=1e-5)
+
+    with running_server(folder) as last:  # in the middle of a step
+        api = last.api(credential)
+        answer = api.ask("backward", meta(0, round_=2), gradients=numbers(7))
+        assert code_of(answer) == "step_lost"
+        answer = api.ask("forward", meta(0, round_=2, session="t"), smashed=numbers(6))
+        torch.testing.assert_close(tensor_in(answer, "features"), expected, rtol=0, atol=1e-5)
+
+
+def test_what_a_session_of_a_body_is_asked_otherwise_is_refused_by_name(server: Running) -> None:
+    run = created(server, federation={"max_repeats": 0})
+    joining = {"name": "a", "train_samples": 8, "test_samples": 4, "num_classes": 3}
+    path = f"/v1/runs/{run.id}/participants"
+    api = server.api(server.api().call("POST", path, key="j", json=joining).json()["credential"])
+    assert api.assignment(run.id).round == 1
+
+    def refusal(kind: str, asked: dict[str, Any], **tensors: Tensor) -> tuple[str, str]:
+        error = api.ask(kind, asked, **tensors).json()["error"]
+        return error["code"], error.get("field", "")
+
+    batch = numbers(0)
+    frozen = refusal("forward", {"step": "a", "round": 1}, smashed=batch)
+    assert frozen == ("invalid_field", "session")
+    assert refusal("forward", meta(2), smashed=batch) == ("invalid_field", "body")
+    assert refusal("forward", meta(0, attempt=1), smashed=batch) == ("stale_round", "attempt")
+    assert refusal("forward", meta(0, round_=2), smashed=batch) == ("stale_round", "round")
+    bad = batch.clone()
+    bad[0, 0, 0] = math.nan
+    assert refusal("forward", meta(0), smashed=bad) == ("non_finite", "smashed")
+    assert refusal("backward", meta(0), gradients=batch) == ("step_lost", "session")
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"model": {"tune": "tail"}}, "tune_body"),
+        ({"model": {"prompt_count": 2}}, "prompt_count"),
+        ({"model": {"cut": 12}}, "model.tune_body"),
+        ({"model": {"cut": 4, "tail_blocks": 8}}, "model.tune_body"),
+        ({"training": {"split_epochs": 0, "local_epochs": 1, "keep_fraction": 1}}, "tune_body"),
+        ({"training": {"proximal": 0.1}}, "proximal"),
+        ({"wire": {"delta_smashed": "int8"}}, "delta_smashed"),
+    ],
+)
+def test_settings_that_a_tuned_body_cannot_have_are_refused_by_name(
+    server: Running, changes: dict[str, dict[str, Any]], named: str
+) -> None:
+    values = RunSettings(model=MODEL).model_dump(mode="json")
+    for part, fields in changes.items():
+        values[part] |= fields
+    answer = server.operator().call("POST", "/v1/runs", key=f"no-{next(_keys)}", json=values)
+    assert code_of(answer) == "invalid_field"
+    error = answer.json()["error"]
+    assert named in f"{error['field']} {error['message']}"
