@@ -75,6 +75,10 @@ def run(
     limit_test: Annotated[
         int | None, typer.Option(min=1, help="Test images over all devices.")
     ] = None,
+    shots: Annotated[
+        int | None,
+        typer.Option(min=1, help="Training images of each class over all devices, instead."),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Fixes the data's parts and all draws.")] = 0,
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 0,
     server_threads: Annotated[
@@ -98,8 +102,9 @@ def run(
         folder=folder,
         port=port,
         server_threads=server_threads,
-        limit_train=limit_train or preset.limit_train,
+        limit_train=limit_train or (None if shots else preset.limit_train),
         limit_test=limit_test or preset.limit_test,
+        shots=shots,
     )
     results, figures = local.execute(console)
     written = write_files(results, figures, folder)

@@ -106,6 +106,10 @@ def join(
         int | None, typer.Option(min=1, help="Use so many images in all.")
     ] = None,
     limit_test: Annotated[int | None, typer.Option(min=1)] = None,
+    shots: Annotated[
+        int | None,
+        typer.Option(min=1, help="Use so many training images of each class, over all parts."),
+    ] = None,
     link: Annotated[
         str | None,
         typer.Option(help="Simulate a slower line, for benchmarks, e.g. 20mbit/5mbit,50ms."),
@@ -135,7 +139,7 @@ def join(
     try:
         chosen = _choose(server, run, open_only=True)
         dataset = _own_data(
-            data, chosen, part, partition, data_seed, held_out, limit_train, limit_test
+            data, chosen, part, partition, data_seed, held_out, limit_train, limit_test, shots
         )
         for skipped in dataset.skipped:
             reporter.event("skipped", path=skipped.path, reason=skipped.reason)
@@ -293,10 +297,11 @@ def _own_data(
     held_out: float,
     limit_train: int | None,
     limit_test: int | None,
+    shots: int | None,
 ) -> Dataset:
     names = run.settings.class_names
     whole = load_dataset(source, held_out=held_out, seed=seed, class_names=names)
-    whole = limit_per_set(whole, train=limit_train, test=limit_test, seed=seed)
+    whole = limit_per_set(whole, train=limit_train, test=limit_test, shots=shots, seed=seed)
     if part is not None:
         mine = Part.parse(part)
         whole = Dataset(
