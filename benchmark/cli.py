@@ -33,6 +33,7 @@ from benchmark.traffic import (
     traffic_table,
 )
 from edge_client.data import DataError
+from edge_client.data.partition import SCHEMES
 from protocol.errors import SFPromptError
 from protocol.messages import parse_message
 from protocol.settings import RunSettings
@@ -62,9 +63,7 @@ def run(
     ] = "digits",
     form: FormOption = "default",
     devices: Annotated[int, typer.Option(min=1, max=64, help="Edge clients to start.")] = 4,
-    partition: Annotated[
-        str, typer.Option(help="How the data are divided: iid | dirichlet:ALPHA | shards:N")
-    ] = "iid",
+    partition: Annotated[str, typer.Option(help=f"How the data are divided: {SCHEMES}")] = "iid",
     rounds: Annotated[int | None, typer.Option(min=1, help="Default: the preset's.")] = None,
     keep_fraction: Annotated[
         float | None, typer.Option(help="Share of samples kept for split training.")

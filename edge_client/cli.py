@@ -96,7 +96,11 @@ def join(
         typer.Option(help="Use only part k of n of the data, e.g. 1/4, to simulate n devices."),
     ] = None,
     partition: Annotated[
-        str, typer.Option(help="How --part divides: iid | dirichlet:ALPHA | shards:N | quantity:A")
+        str,
+        typer.Option(
+            help="How --part divides: iid | dirichlet:ALPHA | shards:N | quantity:ALPHA | natural "
+            "(whole groups, by groups.csv in the folder or GROUP_… in the files' names)"
+        ),
     ] = "iid",
     data_seed: Annotated[int, typer.Option(help="Seed of --part, held-out share and limits.")] = 0,
     held_out: Annotated[
@@ -304,10 +308,7 @@ def _own_data(
     whole = limit_per_set(whole, train=limit_train, test=limit_test, shots=shots, seed=seed)
     if part is not None:
         mine = Part.parse(part)
-        whole = Dataset(
-            whole.train.subset(mine.take(whole.train.labels, partition, seed)),
-            whole.test.subset(mine.take(whole.test.labels, "iid", seed)),
-        )
+        whole = Dataset(mine.take(whole.train, partition, seed), mine.take(whole.test, "iid", seed))
     return by_content(whole)
 
 

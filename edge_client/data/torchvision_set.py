@@ -27,6 +27,7 @@ from edge_client.data.errors import (
     UnknownDatasetError,
 )
 from edge_client.data.fashion_mnist import load_fashion_mnist
+from edge_client.data.groups import no_groups
 from edge_client.data.image_set import ImageSet
 from edge_client.data.places import cache_dir
 
@@ -276,6 +277,10 @@ class TorchvisionStore:
     def take(self, indices: Tensor) -> TorchvisionStore:
         """A store of these images alone; the files or arrays behind it are shared."""
         return TorchvisionStore(self.name, self.half, self.rows[indices])
+
+    def groups(self) -> tuple[str, ...]:
+        """Raises PartitionError: torchvision tells of none."""
+        raise no_groups(f"torchvision:{self.name}")
 
 
 def _rgb(pixels: Tensor) -> Tensor:
