@@ -101,7 +101,7 @@ def test_the_part_of_a_name_before_the_first_underscore_is_the_group(tmp_path: P
     write(tmp_path, *NAMED)
     hands = [own(tmp_path, f"{k}/3") for k in (1, 2, 3)]
     assert [len({Path(name).name.split("_")[0] for name in hand}) for hand in hands] == [1, 1, 1]
-    assert sorted(list(chain.from_iterable(hands))) == sorted(
+    assert sorted(chain.from_iterable(hands)) == sorted(
         name for name in NAMED if name.startswith("train")
     )
 
