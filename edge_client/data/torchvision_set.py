@@ -241,10 +241,15 @@ def _as_labels(found: Any, count: int) -> NDArray[np.int64] | None:
 
 
 def _pcam_labels(half: Any) -> NDArray[np.int64]:
-    """PCAM keeps its labels in a file of their own: int64 (n,)."""
+    """PCAM keeps its labels in a file of their own: int64 (n,). Raises DataFormatError."""
     file = half._base_folder / half._FILES[half._split]["targets"][0]
-    with half.h5py.File(file) as opened:
-        return np.asarray(opened["y"]).astype(np.int64).reshape(-1)
+    try:
+        with half.h5py.File(file) as opened:
+            return np.asarray(opened["y"]).astype(np.int64).reshape(-1)
+    except (OSError, KeyError) as error:
+        raise DataFormatError(
+            str(file), limit="an HDF5 file with the array y", value="another", hint=str(error)
+        ) from error
 
 
 class TorchvisionStore:
