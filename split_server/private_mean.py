@@ -89,7 +89,8 @@ def normal(shape: torch.Size, generator: torch.Generator | None) -> Tensor:
     words = torch.frombuffer(bytearray(os.urandom(8 * count)), dtype=torch.int64)
     # The middle of one of 2^52 equal steps from 0 to 1, through the inverse of the distribution.
     fractions = ((words & (2**_BITS - 1)).to(torch.float64) + 0.5) * 2.0**-_BITS
-    return torch.special.ndtri(fractions).reshape(shape)
+    numbers: Tensor = torch.special.ndtri(fractions)
+    return numbers.reshape(shape)
 
 
 def _change(update: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from protocol.messages import Results, RunStatus, Task, parse_message
 from protocol.settings import RunSettings
 from split_server.accountant import epsilon_of
 from split_server.aggregation import WeightedState, federated_average
+from split_server.cli import _rounds_table
 from split_server.private_mean import clipped, normal, private_mean
 from split_server.rounds import OpenTraining
 from tests.server_doubles import Bench, bench, random_state, state_of
@@ -197,6 +198,8 @@ def test_history_tells_epsilon_after_each_round_also_after_a_restart(tmp_path: P
     assert [event["epsilon"] for event in events] == told
     assert [(event["delta"], event["sampling_rate"]) for event in events] == [(1e-2, 1.0)] * 3
     assert site.federation.run(run).status is RunStatus.FINISHED
+    shown = _rounds_table(view(site, run)).columns[-1]
+    assert [shown.header, *shown.cells] == ["epsilon", *(f"{epsilon:.2f}" for epsilon in told)]
     site.close()
 
 
