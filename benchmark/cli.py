@@ -33,6 +33,7 @@ from benchmark.traffic import (
     traffic_table,
 )
 from edge_client.data import DataError
+from edge_client.data.partition import SCHEMES
 from protocol.errors import SFPromptError
 from protocol.messages import parse_message
 from protocol.settings import RunSettings
@@ -62,9 +63,7 @@ def run(
     ] = "digits",
     form: FormOption = "default",
     devices: Annotated[int, typer.Option(min=1, max=64, help="Edge clients to start.")] = 4,
-    partition: Annotated[
-        str, typer.Option(help="How the data are divided: iid | dirichlet:ALPHA | shards:N")
-    ] = "iid",
+    partition: Annotated[str, typer.Option(help=f"How the data are divided: {SCHEMES}")] = "iid",
     rounds: Annotated[int | None, typer.Option(min=1, help="Default: the preset's.")] = None,
     keep_fraction: Annotated[
         float | None, typer.Option(help="Share of samples kept for split training.")
@@ -74,6 +73,10 @@ def run(
     ] = None,
     limit_test: Annotated[
         int | None, typer.Option(min=1, help="Test images over all devices.")
+    ] = None,
+    shots: Annotated[
+        int | None,
+        typer.Option(min=1, help="Training images of each class over all devices, instead."),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Fixes the data's parts and all draws.")] = 0,
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 0,
@@ -98,8 +101,9 @@ def run(
         folder=folder,
         port=port,
         server_threads=server_threads,
-        limit_train=limit_train or preset.limit_train,
+        limit_train=limit_train or (None if shots else preset.limit_train),
         limit_test=limit_test or preset.limit_test,
+        shots=shots,
     )
     results, figures = local.execute(console)
     written = write_files(results, figures, folder)

@@ -40,6 +40,7 @@ class LocalRun:
         port: of the server; 0: any free one.
         server_threads: CPU threads of the body; None: all.
         limit_train, limit_test: images over all devices; None: all.
+        shots: training images of each class over all devices, in place of limit_train; None: all.
         link: a line to simulate between each device and the server, e.g. ``20mbit,50ms``.
     """
 
@@ -53,6 +54,7 @@ class LocalRun:
     limit_train: int | None = None
     limit_test: int | None = None
     link: str | None = None
+    shots: int | None = None
 
     def execute(self, console: Console) -> tuple[Results, dict[str, Any]]:
         """Run to the end and return the server's results and their summary.
@@ -126,6 +128,8 @@ class LocalRun:
             arguments += ["--limit-train", str(self.limit_train)]
         if self.limit_test is not None:
             arguments += ["--limit-test", str(self.limit_test)]
+        if self.shots is not None:
+            arguments += ["--shots", str(self.shots)]
         if self.link is not None:
             arguments += ["--link", self.link]
         # Each device downloads for itself, as it would in its own place.

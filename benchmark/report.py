@@ -29,6 +29,12 @@ def closed_rounds(results: Results) -> list[RoundView]:
     return [view for view in results.rounds if view.status is RoundStatus.CLOSED]
 
 
+def spent_epsilon(results: Results) -> float | None:
+    """What all rounds have cost in privacy (``federation.dp_delta``); None without noise."""
+    closed = closed_rounds(results)
+    return closed[-1].epsilon if closed else None
+
+
 def full_fine_tuning_bytes(results: Results) -> int:
     """What federated full fine-tuning sends in one round: the whole model, down and up, for every
     participant that this run sampled in its last round (2|W| each, float32, without headers)."""
@@ -50,6 +56,7 @@ def summary(results: Results, seconds: float) -> dict[str, Any]:
         "accuracy": measured[-1] if measured else None,
         "best_accuracy": max(measured, default=None),
         "seconds": seconds,
+        "epsilon": spent_epsilon(results),
         "bytes": results.traffic,
         "bytes_total": sent,
         "bytes_full_fine_tuning": full,
@@ -90,6 +97,9 @@ def result_table(results: Results, figures: dict[str, Any]) -> Table:
         f"accuracy on held-out images {shown} after {figures['rounds']} rounds, "
         f"{figures['seconds']:.0f} s"
     )
+    if figures["epsilon"] is not None:
+        delta = results.run.settings.federation.dp_delta
+        table.caption += f", epsilon {figures['epsilon']:.2f} for delta {delta:g}"
     table.caption_justify = "left"
     return table
 

@@ -96,7 +96,11 @@ def join(
         typer.Option(help="Use only part k of n of the data, e.g. 1/4, to simulate n devices."),
     ] = None,
     partition: Annotated[
-        str, typer.Option(help="How --part divides: iid | dirichlet:ALPHA | shards:N | quantity:A")
+        str,
+        typer.Option(
+            help="How --part divides: iid | dirichlet:ALPHA | shards:N | quantity:ALPHA | natural "
+            "(whole groups, by groups.csv in the folder or GROUP_… in the files' names)"
+        ),
     ] = "iid",
     data_seed: Annotated[int, typer.Option(help="Seed of --part, held-out share and limits.")] = 0,
     held_out: Annotated[
@@ -106,6 +110,10 @@ def join(
         int | None, typer.Option(min=1, help="Use so many images in all.")
     ] = None,
     limit_test: Annotated[int | None, typer.Option(min=1)] = None,
+    shots: Annotated[
+        int | None,
+        typer.Option(min=1, help="Use so many training images of each class, over all parts."),
+    ] = None,
     link: Annotated[
         str | None,
         typer.Option(help="Simulate a slower line, for benchmarks, e.g. 20mbit/5mbit,50ms."),
@@ -135,7 +143,7 @@ def join(
     try:
         chosen = _choose(server, run, open_only=True)
         dataset = _own_data(
-            data, chosen, part, partition, data_seed, held_out, limit_train, limit_test
+            data, chosen, part, partition, data_seed, held_out, limit_train, limit_test, shots
         )
         for skipped in dataset.skipped:
             reporter.event("skipped", path=skipped.path, reason=skipped.reason)
@@ -293,16 +301,14 @@ def _own_data(
     held_out: float,
     limit_train: int | None,
     limit_test: int | None,
+    shots: int | None,
 ) -> Dataset:
     names = run.settings.class_names
     whole = load_dataset(source, held_out=held_out, seed=seed, class_names=names)
-    whole = limit_per_set(whole, train=limit_train, test=limit_test, seed=seed)
+    whole = limit_per_set(whole, train=limit_train, test=limit_test, shots=shots, seed=seed)
     if part is not None:
         mine = Part.parse(part)
-        whole = Dataset(
-            whole.train.subset(mine.take(whole.train.labels, partition, seed)),
-            whole.test.subset(mine.take(whole.test.labels, "iid", seed)),
-        )
+        whole = Dataset(mine.take(whole.train, partition, seed), mine.take(whole.test, "iid", seed))
     return by_content(whole)
 
 

@@ -124,6 +124,7 @@ class RoundView(Message):
     accuracy: float | None = None  # of the new global state on held-out samples
     evaluation_loss: float | None = None
     evaluation_samples: Count = 0
+    epsilon: float | None = None  # of all rounds so far, where they are noised (federation.dp_…)
     traffic: BytesByPhase = {}
     state: BlobRef | None = None  # the global state that the round made
 

@@ -142,6 +142,31 @@ class FederationSettings(Message):
         1e-3, gt=0, le=1, description="adaptivity of fedadam and fedyogi: added to the root"
     )
 
+    dp_clip: float | None = Field(
+        None,
+        gt=0,
+        le=1e6,
+        description="L2 bound of a participant's whole update, as its change of the global state; "
+        "all then weigh the same; none: no differential privacy",
+    )
+    dp_noise_multiplier: float = Field(
+        0.0, ge=0, le=1000, description="standard deviation of the noise on the sum, over dp_clip"
+    )
+    dp_delta: float = Field(1e-3, gt=0, lt=1, description="for which epsilon is told")
+    dp_seed: int | None = Field(
+        None,
+        ge=0,
+        lt=2**63,
+        description="for tests and benchmarks: noise that all participants could calculate; none: "
+        "from the operating system's entropy",
+    )
+
+    @model_validator(mode="after")
+    def _noise_is_in_proportion_to_the_clip(self) -> FederationSettings:
+        if self.dp_noise_multiplier and self.dp_clip is None:
+            raise ValueError("dp_noise_multiplier needs dp_clip")
+        return self
+
     @model_validator(mode="after")
     def _enough_participants(self) -> FederationSettings:
         drawn = self.participants_per_round
@@ -321,6 +346,11 @@ class RunSettings(Message):
             raise ValueError(
                 "model.prompt_init = mean-token needs federation.server_optimizer = fedavg: the "
                 "others would take the shift of the first round for a gradient"
+            )
+        if self.model.prompt_init == "mean-token" and self.federation.dp_clip is not None:
+            raise ValueError(
+                "model.prompt_init = mean-token does not go with federation.dp_clip, which would "
+                "cut off the shift of the first round"
             )
         return self
 

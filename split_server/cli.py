@@ -181,7 +181,7 @@ def results(
     ca_file: CaFile = None,
     as_json: Json = False,
 ) -> None:
-    """Show a run's rounds: updates, losses, accuracy, bytes."""
+    """Show a run's rounds: updates, losses, accuracy, bytes, and the privacy spent."""
     found = _client(url, data_dir, operator_token, ca_file).results(run)
     if as_json:
         typer.echo(found.model_dump_json())
@@ -267,9 +267,12 @@ def _event_line(event: Event) -> str:
 
 def _rounds_table(found: Results) -> Table:
     table = Table(title=f"{found.run.id} ({found.run.status})", title_justify="left")
-    for name in ("round", "status", "updates", "samples", "loss", "accuracy", "MB"):
+    private = any(view.epsilon is not None for view in found.rounds)
+    names = ["round", "status", "updates", "samples", "loss", "accuracy", "MB"]
+    for name in [*names, "epsilon"] if private else names:
         table.add_column(name, justify="left" if name == "status" else "right")
     for view in found.rounds:
+        spent = "-" if view.epsilon is None else f"{view.epsilon:.2f}"
         moved = sum(sum(counts.values()) for counts in view.traffic.values())
         table.add_row(
             str(view.round) + ("" if not view.attempt else f" ({view.attempt + 1})"),
@@ -279,6 +282,7 @@ def _rounds_table(found: Results) -> Table:
             "-" if view.train_loss is None else f"{view.train_loss:.4f}",
             "-" if view.accuracy is None else f"{view.accuracy:.2%}",
             f"{moved / 1e6:.2f}",
+            *([spent] if private else []),
         )
     return table
 

@@ -12,10 +12,12 @@ from torch import Tensor
 
 from protocol.errors import SFPromptError
 from protocol.messages import RoundStatus, RunStatus
-from protocol.settings import FederationSettings
+from protocol.settings import FederationSettings, RunSettings
 from split_server.aggregation import WeightedState, federated_average, weighted_mean
 from split_server.journal import record_event
 from split_server.meter import Meter
+from split_server.privacy_spent import OPENED, noise_generator, record_spent
+from split_server.private_mean import private_mean
 from split_server.publishing import publish
 from split_server.rounds import (
     Action,
@@ -43,16 +45,36 @@ def average(
     row = _open_row(session, run)
     base = StateRefs(run.state, run.held)
     try:
-        mean = federated_average(
-            WeightedState(update.samples, partial(read_tensors, files.update(update.sha256)))
-            for update in _updates(session, row, action.updated)
-        )
+        mean = _mean(run.settings, row, base, _updates(session, row, action.updated), files)
         state = _stepped(run.settings.federation, row.round, base, mean, files)
     except SFPromptError as error:
         # Every update was checked alone; only what is made of them can still be wrong.
         return FailRun(f"round {row.round}: {error}")
     refs = publish(state, base, run.settings, files)
     return Publish(action.updated, action.evaluators, refs)
+
+
+def _mean(
+    settings: RunSettings,
+    row: RoundRow,
+    base: StateRefs,
+    updates: list[UpdateRow],
+    files: RunFiles,
+) -> dict[str, Tensor]:
+    """The mean of the updates, weighted by samples; or of equal weight, clipped and noised."""
+    federation = settings.federation
+    loads = [partial(read_tensors, files.update(update.sha256)) for update in updates]
+    if federation.dp_clip is None:
+        return federated_average(
+            WeightedState(update.samples, load) for update, load in zip(updates, loads, strict=True)
+        )
+    return private_mean(
+        loads,
+        files.read_state(base),
+        clip=federation.dp_clip,
+        noise_multiplier=federation.dp_noise_multiplier,
+        generator=noise_generator(settings, row.round, row.attempt),
+    )
 
 
 def _stepped(
@@ -145,14 +167,16 @@ def _open(session: Session, run: RunSnapshot, action: OpenTraining, at: float) -
             traffic={},
         )
     )
+    rate = {} if action.sampling_rate is None else {"sampling_rate": action.sampling_rate}
     record_event(
         session,
         run.id,
         at,
-        "round_opened",
+        OPENED,
         round=action.round,
         attempt=action.attempt,
         sampled=list(action.sampled),
+        **rate,
     )
 
 
@@ -174,6 +198,7 @@ def _publish(
         train_loss=row.train_loss,
         state=action.state.device.sha256,
     )
+    record_spent(session, run, row, at)
     if action.evaluators:
         row.status, row.evaluators = RoundStatus.EVALUATING, list(action.evaluators)
     else:

@@ -20,6 +20,7 @@ class OpenTraining:
     round: int
     attempt: int
     sampled: tuple[str, ...]
+    sampling_rate: float | None = None  # told where differential privacy takes account of it
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,9 @@ def _open_next(run: RunSnapshot, live: Collection[str], *, settled: bool) -> Ope
         return None
     round_, attempt = run.closed_rounds + 1, run.repeats
     count = federation.participants_per_round
-    return OpenTraining(round_, attempt, _draw(run, candidates, count, round_, attempt))
+    drawn = _draw(run, candidates, count, round_, attempt)
+    rate = len(drawn) / len(candidates) if federation.dp_noise_multiplier else None
+    return OpenTraining(round_, attempt, drawn, rate)
 
 
 def _draw(
@@ -102,8 +105,13 @@ def _draw(
 ) -> tuple[str, ...]:
     if count is None or count >= len(candidates):
         return tuple(candidates)
-    seed = derive_seed(run.settings.seed, "sample", round_, attempt)
-    drawn = random.Random(seed).sample(candidates, count)  # noqa: S311 - fairness, not secrecy
+    federation = run.settings.federation
+    if federation.dp_noise_multiplier and federation.dp_seed is None:
+        # A draw that participants can calculate would not add to anybody's privacy.
+        drawn = random.SystemRandom().sample(candidates, count)
+    else:
+        seed = derive_seed(run.settings.seed, "sample", round_, attempt)
+        drawn = random.Random(seed).sample(candidates, count)  # noqa: S311 - fairness, not secrecy
     return tuple(run.in_order(frozenset(drawn)))
 
 

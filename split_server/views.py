@@ -18,6 +18,7 @@ from protocol.messages import (
 )
 from protocol.traffic import Traffic
 from split_server.meter import Meter
+from split_server.privacy_spent import spent
 from split_server.snapshot import RunSnapshot
 from split_server.tables import EventRow, ParticipantRow, RoundRow, UpdateRow
 
@@ -76,17 +77,22 @@ def _rounds(
     earlier = Traffic()
     for row in rows:
         earlier.merge(Traffic.from_dict(row.traffic))
+    epsilons = spent(session, run.id)
     views = []
     for row in rows:
         is_open = row.closed_at is None
         traffic = total.since(earlier).to_dict() if is_open else row.traffic
         who = run.in_order(frozenset(updated.get((row.round, row.attempt), set())))
-        views.append(_round(row, tuple(who), traffic))
+        epsilon = epsilons.get((row.round, row.attempt))
+        views.append(_round(row, tuple(who), traffic, epsilon))
     return tuple(views)
 
 
 def _round(
-    row: RoundRow, updated: tuple[str, ...], traffic: dict[str, dict[str, int]]
+    row: RoundRow,
+    updated: tuple[str, ...],
+    traffic: dict[str, dict[str, int]],
+    epsilon: float | None,
 ) -> RoundView:
     state = None
     if row.state_sha256 is not None and row.state_nbytes is not None:
@@ -105,6 +111,7 @@ def _round(
         accuracy=row.accuracy,
         evaluation_loss=row.evaluation_loss,
         evaluation_samples=row.evaluation_samples,
+        epsilon=epsilon,
         traffic=traffic,
         state=state,
     )

@@ -21,7 +21,7 @@ Part = dict[str, Scalar]
 Values = dict[str, Scalar]  # of one point of a sweep, by dotted name
 
 _SWEPT_HERE = frozenset(
-    {"data", "devices", "partition", "rounds", "limit_train", "limit_test", "link"}
+    {"data", "devices", "partition", "rounds", "limit_train", "limit_test", "shots", "link"}
 )
 # Told once for all methods, so that no method can be given more than another.
 _TOLD_ONCE = {"rounds": "rounds", "min_participants": "devices"}
@@ -44,6 +44,9 @@ class Comparison(Message):
     methods: tuple[Text, ...] = Field(("sfprompt", "sfprompt-paper"), min_length=1)
     limit_train: int | None = Field(None, ge=1, description="images over all devices; none: all")
     limit_test: int | None = Field(None, ge=1)
+    shots: int | None = Field(
+        None, ge=1, description="training images of each class over all devices; none: all"
+    )
     link: Text | None = Field(None, description="a line to simulate, e.g. 20mbit,50ms")
     target_accuracy: float | None = Field(None, gt=0, le=1, description="bytes are counted up to")
     model: Part = {}
@@ -68,6 +71,12 @@ class Comparison(Message):
         if twice:
             raise ValueError(f"given twice: {', '.join(twice)}")
         return given
+
+    @model_validator(mode="after")
+    def _shots_are_the_limit(self) -> Comparison:
+        if self.shots is not None and self.limit_train is not None:
+            raise ValueError("shots and limit_train both say how many training images there are")
+        return self
 
     @model_validator(mode="after")
     def _nothing_is_told_twice(self) -> Comparison:

@@ -10,7 +10,7 @@ from typing import Any
 from benchmark.compare.tasks import Figures
 from benchmark.compare.usage import Usage
 from benchmark.estimate import METHODS, MethodCost, Question
-from benchmark.report import closed_rounds
+from benchmark.report import closed_rounds, spent_epsilon
 from protocol.errors import InvalidField
 from protocol.messages import BytesByPhase, Results
 from protocol.settings import RunSettings
@@ -63,6 +63,7 @@ def run_figures(
         "server_peak_bytes": server.peak_bytes or None,
         "server_seconds": server.cpu_seconds or None,
         "seconds": seconds,
+        "epsilon": spent_epsilon(results),
         "curve": _curve(results, count),
     }
 
@@ -114,6 +115,7 @@ def reference_figures(accuracy: float, trainable_parameters: int, seconds: float
             "server_peak_bytes",
             "server_seconds",
             "calculated",
+            "epsilon",
         )
     )
     return {

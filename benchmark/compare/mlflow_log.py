@@ -10,7 +10,7 @@ from benchmark.compare.comparison import Comparison
 from benchmark.compare.outcome import FIELDS, Outcome
 from protocol.errors import NotFound
 
-_SHARED = ("data", "devices", "partition", "rounds", "limit_train", "limit_test", "link")
+_SHARED = ("data", "devices", "partition", "rounds", "limit_train", "limit_test", "shots", "link")
 
 
 def check_mlflow() -> None:

@@ -29,6 +29,7 @@ FIELDS = (
     "server_seconds",
     "server_peak_bytes",
     "seconds",
+    "epsilon",
 )
 
 

@@ -159,6 +159,7 @@ def _job(
         "settings": settings.model_dump(mode="json"),
         "data": here.data,
         "limits": [here.limit_train, here.limit_test],
+        "shots": here.shots,
     }
     if not isinstance(method, Reference):
         of |= {"devices": here.devices, "partition": here.partition, "link": here.link}

@@ -114,8 +114,9 @@ def _section(comparison: Comparison, point: Values, outcomes: Sequence[Outcome])
 
 def _lead(comparison: Comparison) -> str:
     seeds = len(comparison.seeds)
+    few = "" if comparison.shots is None else f"{comparison.shots} images a class, "
     return (
-        f"{comparison.data}, {_many(comparison.devices, 'device')}, {comparison.partition}, "
+        f"{comparison.data}, {few}{_many(comparison.devices, 'device')}, {comparison.partition}, "
         f"{_many(comparison.rounds, 'round')}, {_many(seeds, 'seed')}"
     )
 

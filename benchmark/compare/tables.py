@@ -17,10 +17,12 @@ _APART = frozenset({Phase.INFERENCE, Phase.CONTROL})  # neither start nor traini
 
 
 def result_table(outcomes: Sequence[Outcome], title: str, target: float | None) -> Table:
-    """Accuracy, worst device, bytes of one device in the whole run, and time."""
+    """Accuracy, worst device, bytes of one device in the whole run, privacy spent, and time."""
     table = _table(title)
     columns = ["accuracy", "worst device", "MB in all"]
     columns += [] if target is None else [f"MB to {target:.0%}"]
+    private = any(one.mean("epsilon") is not None for one in outcomes)
+    columns += ["epsilon"] if private else []
     for name in (*columns, "time"):
         table.add_column(name, justify="right", no_wrap=True)
     for one in outcomes:
@@ -34,6 +36,8 @@ def result_table(outcomes: Sequence[Outcome], title: str, target: float | None) 
         ]
         if target is not None:
             cells.append(_cell(one, "bytes_to_target", _megabytes))
+        if private:
+            cells.append(_cell(one, "epsilon", _short))
         table.add_row(one.name, *cells, _cell(one, "seconds", _whole_seconds))
     table.caption = (
         "Means over the seeds ± standard deviation. Bytes are those of one device at the socket, "

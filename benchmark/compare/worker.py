@@ -66,7 +66,7 @@ def _refer(method: Reference, settings: RunSettings, of: dict[str, Any], threads
     train, test = of["limits"]
     seed = settings.seed % _SEEDS  # the same images as the devices of a run have together
     data = load_dataset(of["data"], seed=seed, class_names=settings.class_names)
-    data = limit_per_set(data, train=train, test=test, seed=seed)
+    data = limit_per_set(data, train=train, test=test, shots=of["shots"], seed=seed)
     started = time.monotonic()
     measured = method.measure(settings, data, lambda done, total: None)
     seconds = time.monotonic() - started
@@ -87,6 +87,7 @@ def _run(
         limit_train=train,
         limit_test=test,
         link=of["link"],
+        shots=of["shots"],
     )
     with UsageWatch(folder) as watch, (folder / "run.log").open("w") as log:
         results, summary = local.execute(Console(file=log))

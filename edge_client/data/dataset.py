@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edge_client.data.errors import ClassMismatchError, EmptyDatasetError
+from edge_client.data.errors import ClassMismatchError, EmptyDatasetError, PartitionError
 from edge_client.data.image_set import ImageSet, Skipped
-from edge_client.data.sampling import stratified_pick, stratified_share
+from edge_client.data.sampling import pick_per_class, stratified_pick, stratified_share
 
 
 @dataclass(frozen=True)
@@ -62,15 +62,31 @@ def hold_out(images: ImageSet, share: float, seed: int) -> Dataset:
 
 
 def limit_per_set(
-    dataset: Dataset, *, train: int | None = None, test: int | None = None, seed: int
+    dataset: Dataset,
+    *,
+    train: int | None = None,
+    test: int | None = None,
+    shots: int | None = None,
+    seed: int,
 ) -> Dataset:
     """At most so many images of each set, in the classes' own proportions. None: all of them.
 
-    Raises PartitionError if a limit is not positive.
+    shots, in place of train: just so many training images of every class, drawn with a seed of
+    their own. All who have the same data and seed draw the same images.
+    Raises PartitionError if a limit is not positive, if both train and shots are given, or if a
+    class has fewer training images than shots.
     """
-    return Dataset(
-        _limited(dataset.train, "train", train, seed), _limited(dataset.test, "test", test, seed)
-    )
+    chosen = dataset.train
+    if shots is None:
+        chosen = _limited(chosen, "train", train, seed)
+    elif train is None:
+        few = pick_per_class(chosen.labels.numpy(), chosen.class_names, shots, seed)
+        chosen = chosen.subset(few)
+    else:
+        raise PartitionError(
+            "training images", limit="shots or a number in all", value=f"{shots} and {train}"
+        )
+    return Dataset(chosen, _limited(dataset.test, "test", test, seed))
 
 
 def _limited(images: ImageSet, field: str, limit: int | None, seed: int) -> ImageSet:

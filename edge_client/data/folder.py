@@ -36,7 +36,8 @@ def load_folder(root: Path, *, held_out: float, seed: int) -> Dataset:
 
     Every file is decoded once: what cannot be is skipped and named, and so is a class without a
     readable image. Without a test folder (test, testing, val, valid or validation) a share of
-    each class is held out, by seed. Only paths are kept in memory.
+    each class is held out, by seed. Only paths are kept in memory. Groups of the images, should
+    anybody ask, are as `file_groups` finds them.
     Raises MissingDataError, EmptyDatasetError, PartitionError.
     """
     if not root.is_dir():
@@ -45,12 +46,12 @@ def load_folder(root: Path, *, held_out: float, seed: int) -> Dataset:
     test_folder = _below(root, TEST_NAMES)
     if train_folder is None:
         found = _scan(root)
-        return hold_out(_image_set(root, found, found.classes), held_out, seed)
+        return hold_out(_image_set(root, root, found), held_out, seed)
     found = _scan(train_folder)
-    train = _image_set(train_folder, found, found.classes)
+    train = _image_set(root, train_folder, found)
     if test_folder is None:
         return hold_out(train, held_out, seed)
-    return Dataset(train, _test_set(_scan(test_folder), train))
+    return Dataset(train, _test_set(root, _scan(test_folder), train))
 
 
 def _below(root: Path, names: tuple[str, ...]) -> Path | None:
@@ -92,26 +93,27 @@ def _scan(root: Path) -> _Found:
     return _Found(tuple(files), tuple(skipped))
 
 
-def _image_set(root: Path, found: _Found, classes: frozenset[str]) -> ImageSet:
+def _image_set(root: Path, folder: Path, found: _Found) -> ImageSet:
+    """What was found in a folder of the data folder root."""
     if not found.files:
         named = "; ".join(f"{entry.path} ({entry.reason})" for entry in found.skipped[:5])
         raise EmptyDatasetError(
             "--data folder",
-            limit=f"{root}/CLASS/IMAGE with a suffix of {' '.join(sorted(SUFFIXES))}",
+            limit=f"{folder}/CLASS/IMAGE with a suffix of {' '.join(sorted(SUFFIXES))}",
             value="no readable image",
             hint=f"Skipped: {named}" if named else "",
         )
-    names = tuple(sorted(classes))
+    names = tuple(sorted(found.classes))
     place = {name: i for i, name in enumerate(names)}
     return ImageSet(
-        FileStore([path for _, path in found.files]),
+        FileStore([path for _, path in found.files], root),
         torch.tensor([place[name] for name, _ in found.files], dtype=torch.int64),
         names,
         found.skipped,
     )
 
 
-def _test_set(found: _Found, train: ImageSet) -> ImageSet:
+def _test_set(root: Path, found: _Found, train: ImageSet) -> ImageSet:
     """The test images of the classes there is something to learn of; the others are named."""
     place = {name: i for i, name in enumerate(train.class_names)}
     known = [(place[name], path) for name, path in found.files if name in place]
@@ -127,7 +129,7 @@ def _test_set(found: _Found, train: ImageSet) -> ImageSet:
     labels = torch.tensor([label for label, _ in known], dtype=torch.int64)
     return replace(
         train,
-        store=FileStore([path for _, path in known]),
+        store=FileStore([path for _, path in known], root),
         labels=labels,
         skipped=found.skipped + unknown + untested,
     )

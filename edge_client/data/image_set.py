@@ -13,6 +13,7 @@ from torch import Tensor
 
 from edge_client.data.decode import decode_file
 from edge_client.data.errors import ClassMismatchError, DataFormatError
+from edge_client.data.groups import file_groups, no_groups
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,10 @@ class ImageStore(Protocol):
 
     def take(self, indices: Tensor) -> ImageStore:
         """A store of these images alone, in this order; indices: int64 (n,)."""
+        ...
+
+    def groups(self) -> tuple[str, ...]:
+        """The natural group of every image. Raises PartitionError, DataFormatError."""
         ...
 
 
@@ -61,12 +66,17 @@ class ArrayStore:
         """A copy of these images alone, so that the rest can be freed."""
         return ArrayStore(self.pixels[indices])
 
+    def groups(self) -> tuple[str, ...]:
+        """Raises PartitionError: nothing is known but pixels."""
+        raise no_groups("this set")
+
 
 class FileStore:
-    """One image file each, decoded when it is read."""
+    """One image file each, decoded when it is read. root: the data folder that they are of."""
 
-    def __init__(self, paths: Sequence[Path]) -> None:
+    def __init__(self, paths: Sequence[Path], root: Path) -> None:
         self.paths = tuple(paths)
+        self.root = root
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -77,7 +87,11 @@ class FileStore:
 
     def take(self, indices: Tensor) -> FileStore:
         """A store of these files alone."""
-        return FileStore([self.paths[i] for i in indices.tolist()])
+        return FileStore([self.paths[i] for i in indices.tolist()], self.root)
+
+    def groups(self) -> tuple[str, ...]:
+        """As `file_groups` finds them. Raises PartitionError, DataFormatError."""
+        return file_groups(self.root, self.paths)
 
 
 @dataclass(frozen=True)

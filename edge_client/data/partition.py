@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,11 +11,13 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from edge_client.data.errors import PartitionError
+from edge_client.data.image_set import ImageSet
 from edge_client.data.sampling import Indices, generator
 
-SchemeKind = Literal["iid", "dirichlet", "shards", "quantity"]
+SchemeKind = Literal["iid", "dirichlet", "shards", "quantity", "natural"]
 
-SCHEMES = "iid | dirichlet:ALPHA | shards:PER_PART | quantity:ALPHA"
+SCHEMES = "iid | dirichlet:ALPHA | shards:PER_PART | quantity:ALPHA | natural"
+_PLAIN = ("iid", "natural")
 _ALPHA_RANGE = (0.001, 1_000_000.0)
 _MOST_SHARDS = 10_000
 
@@ -25,12 +28,13 @@ class Scheme:
 
     iid: equal parts of a shuffled set; dirichlet: each class spread over the parts by a draw from
     Dirichlet(value); shards: the set sorted by class, cut in equal shards, value of them to each
-    part; quantity: shuffled, part sizes by a draw from Dirichlet(value). A smaller alpha is more
-    uneven.
+    part; quantity: shuffled, part sizes by a draw from Dirichlet(value); natural: whole groups,
+    such as all images of one writer, dealt so that the parts are of about one size. A smaller
+    alpha is more uneven.
     """
 
     kind: SchemeKind
-    value: float = 0.0  # alpha, or shards per part; unused by iid
+    value: float = 0.0  # alpha, or shards per part; unused by the others
 
     def __post_init__(self) -> None:
         low, high = _ALPHA_RANGE
@@ -45,14 +49,16 @@ class Scheme:
 
     def __str__(self) -> str:
         """The text that parses to this scheme."""
-        return self.kind if self.kind == "iid" else f"{self.kind}:{self.value:g}"
+        return self.kind if self.kind in _PLAIN else f"{self.kind}:{self.value:g}"
 
 
 def parse_scheme(text: str) -> Scheme:
-    """Read `iid`, `dirichlet:0.3`, `shards:2` or `quantity:0.5`. Raises PartitionError."""
+    """Read `iid`, `dirichlet:0.3`, `shards:2`, `quantity:0.5`, `natural`. Raises PartitionError."""
     kind, colon, rest = text.strip().partition(":")
     if kind == "iid" and not colon:
         return Scheme("iid")
+    if kind == "natural" and not colon:
+        return Scheme("natural")
     try:
         value = float(rest)
     except ValueError:
@@ -89,17 +95,27 @@ class Part:
             raise PartitionError("part", limit="K/N with 1 <= K <= N", value=text)
         return cls(int(number), int(count))
 
-    def take(self, labels: ArrayLike, scheme: str | Scheme, seed: int) -> Indices:
-        """This part's positions: int64, sorted. Raises PartitionError."""
-        return partition(labels, self.count, scheme, seed)[self.number - 1]
+    def take(self, images: ImageSet, scheme: str | Scheme, seed: int) -> ImageSet:
+        """This part of a set. Raises PartitionError, DataFormatError."""
+        way = parse_scheme(scheme) if isinstance(scheme, str) else scheme
+        groups = images.store.groups() if way.kind == "natural" else None
+        cut = partition(images.labels.numpy(), self.count, way, seed, groups)
+        return images.subset(cut[self.number - 1])
 
 
-def partition(labels: ArrayLike, parts: int, scheme: str | Scheme, seed: int) -> list[Indices]:
+def partition(
+    labels: ArrayLike,
+    parts: int,
+    scheme: str | Scheme,
+    seed: int,
+    groups: Sequence[str] | None = None,
+) -> list[Indices]:
     """Cut n labelled samples into parts, the same way for the same seed.
 
-    labels: integers (n,). Gives one sorted int64 array of positions for each part; every position
-    is in exactly one of them and no part is empty. Raises PartitionError if the scheme cannot be
-    read, or if there are more parts than samples.
+    labels: integers (n,); groups: the natural group of each, for the scheme of that name. Gives one
+    sorted int64 array of positions for each part; every position is in exactly one of them and no
+    part is empty. Raises PartitionError if the scheme cannot be read, if there are more parts than
+    samples (or groups), or if groups are asked for and not given.
     """
     known = np.asarray(labels, dtype=np.int64)
     if known.ndim != 1:
@@ -114,8 +130,10 @@ def partition(labels: ArrayLike, parts: int, scheme: str | Scheme, seed: int) ->
         cut = _cut_unevenly(rng.permutation(len(known)), parts, way.value, rng)
     elif way.kind == "dirichlet":
         cut = _by_dirichlet(known, parts, way.value, rng)
-    else:
+    elif way.kind == "shards":
         cut = _by_shards(known, parts, int(way.value), rng)
+    else:
+        cut = _by_group(groups, len(known), parts, rng)
     return [np.sort(part) for part in _without_empty(cut, rng)]
 
 
@@ -137,6 +155,30 @@ def _by_shards(
     shards = np.array_split(by_class, parts * per_part)
     dealt = rng.permutation(parts * per_part).reshape(parts, per_part)
     return [np.concatenate([shards[i] for i in hand]) for hand in dealt]
+
+
+def _by_group(
+    groups: Sequence[str] | None, count: int, parts: int, rng: np.random.Generator
+) -> list[Indices]:
+    """The largest group first, each to the part that has the fewest samples so far."""
+    if groups is None or len(groups) != count:
+        raise PartitionError(
+            "groups", limit=f"{count}, one a sample", value=None if groups is None else len(groups)
+        )
+    names = {name: place for place, name in enumerate(sorted(set(groups)))}
+    of = np.array([names[group] for group in groups])  # (n,)
+    if parts > len(names):
+        raise PartitionError("parts", limit=f"1 to {len(names)}, one group each", value=parts)
+    sizes = np.bincount(of)
+    mixed = rng.permutation(len(names))  # so that the seed decides among groups of one size
+    hands: list[list[int]] = [[] for _ in range(parts)]
+    held = [0] * parts
+    for group in mixed[np.argsort(-sizes[mixed], kind="stable")].tolist():
+        least = min(range(parts), key=held.__getitem__)
+        hands[least].append(group)
+        held[least] += int(sizes[group])
+    order = rng.permutation(parts)  # or the first part would always have the largest group
+    return [np.flatnonzero(np.isin(of, hands[place])) for place in order]
 
 
 def _cut_unevenly(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -48,6 +50,29 @@ def stratified_pick(labels: Indices, count: int, seed: int, *, field: str = "cou
         rng.permutation(np.flatnonzero(labels == label))[:size]
         for label, size in zip(classes, quota, strict=True)
     ]
+    return np.sort(np.concatenate(chosen))
+
+
+def pick_per_class(labels: Indices, class_names: Sequence[str], count: int, seed: int) -> Indices:
+    """Sorted positions of count images of every class; labels: int64 (n,).
+
+    Raises PartitionError unless 1 <= count, and where a class has fewer images: it names the first
+    such class.
+    """
+    if count < 1:
+        raise PartitionError("shots", limit="1 and up", value=count)
+    rng = generator(seed, "shots")
+    chosen: list[Indices] = []
+    for label, name in enumerate(class_names):
+        members = np.flatnonzero(labels == label)
+        if len(members) < count:
+            raise PartitionError(
+                f"training images of class {name}",
+                limit=f"at least {count}",
+                value=len(members),
+                hint="Take fewer shots.",
+            )
+        chosen.append(rng.permutation(members)[:count])
     return np.sort(np.concatenate(chosen))
 
 

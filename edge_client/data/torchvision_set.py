@@ -27,6 +27,7 @@ from edge_client.data.errors import (
     UnknownDatasetError,
 )
 from edge_client.data.fashion_mnist import load_fashion_mnist
+from edge_client.data.groups import no_groups
 from edge_client.data.image_set import ImageSet
 from edge_client.data.places import cache_dir
 
@@ -240,10 +241,15 @@ def _as_labels(found: Any, count: int) -> NDArray[np.int64] | None:
 
 
 def _pcam_labels(half: Any) -> NDArray[np.int64]:
-    """PCAM keeps its labels in a file of their own: int64 (n,)."""
+    """PCAM keeps its labels in a file of their own: int64 (n,). Raises DataFormatError."""
     file = half._base_folder / half._FILES[half._split]["targets"][0]
-    with half.h5py.File(file) as opened:
-        return np.asarray(opened["y"]).astype(np.int64).reshape(-1)
+    try:
+        with half.h5py.File(file) as opened:
+            return np.asarray(opened["y"]).astype(np.int64).reshape(-1)
+    except (OSError, KeyError) as error:
+        raise DataFormatError(
+            str(file), limit="an HDF5 file with the array y", value="another", hint=str(error)
+        ) from error
 
 
 class TorchvisionStore:
@@ -276,6 +282,10 @@ class TorchvisionStore:
     def take(self, indices: Tensor) -> TorchvisionStore:
         """A store of these images alone; the files or arrays behind it are shared."""
         return TorchvisionStore(self.name, self.half, self.rows[indices])
+
+    def groups(self) -> tuple[str, ...]:
+        """Raises PartitionError: torchvision tells of none."""
+        raise no_groups(f"torchvision:{self.name}")
 
 
 def _rgb(pixels: Tensor) -> Tensor:

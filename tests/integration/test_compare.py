@@ -15,7 +15,7 @@ TINY = """
 data = "digits"
 devices = 1
 rounds = 1
-limit_train = 40
+shots = 4
 limit_test = 20
 methods = ["sfprompt", "splitfed-linear", "linear-probe"]
 target_accuracy = 0.01
@@ -25,6 +25,12 @@ backbone = "vit_tiny_patch16_224"
 weights = "random:3"
 image_size = 32
 prompt_count = 4
+
+[federation]
+dp_clip = 0.5
+dp_noise_multiplier = 2.0
+dp_delta = 1e-2
+dp_seed = 7
 """
 
 
@@ -44,6 +50,7 @@ def test_a_comparison_runs_measures_and_is_not_run_again(
     file.write_text(TINY)
     shown = compare(tmp_path, file)
     assert "worst device" in shown
+    assert "epsilon" in shown
     out = tmp_path / "out"
     made = json.loads((tmp_path / "c.json").read_text())["methods"]
     assert set(made) == {"sfprompt", "splitfed-linear", "linear-probe"}
@@ -60,8 +67,11 @@ def test_a_comparison_runs_measures_and_is_not_run_again(
         assert found["device_seconds"] > 0.5
         assert found["server_seconds"] > 0.5
         assert found["curve"][-1]["accuracy"] == found["accuracy"]
+        # One round, everybody in it: 1.1640594 by hand at order 7, and no better one is far off.
+        assert 1.1 < found["epsilon"] <= 1.1640594
     assert made["linear-probe"]["trainable_parameters"] == 10 * (192 + 1)
     assert made["linear-probe"]["bytes_total"] is None
+    assert made["linear-probe"]["epsilon"] is None
     # What is tuned beside the classifier: the norm, and four prompts for each of eleven blocks.
     tuned = made["sfprompt"]["trainable_parameters"]
     assert tuned == 10 * (192 + 1) + 2 * 192 + 11 * 4 * 192

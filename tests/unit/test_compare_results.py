@@ -135,6 +135,7 @@ def test_the_figures_of_a_run_are_per_device_and_start_counts_once() -> None:
             opened_at=0,
             sampled=("a", "b"),
             accuracy=accuracy,
+            epsilon=float(number),
             traffic=half,
         )
         for number, accuracy in ((1, None), (2, 0.5))
@@ -169,6 +170,7 @@ def test_the_figures_of_a_run_are_per_device_and_start_counts_once() -> None:
     assert (found["accuracy"], found["accuracy_worst_client"]) == (0.5, 0.4)
     assert (found["device_peak_bytes"], found["device_seconds"]) == (300, 3.0)
     assert (found["server_peak_bytes"], found["server_seconds"]) == (500, 8.0)
+    assert found["epsilon"] == 2.0  # of both rounds
 
 
 def test_a_reference_has_every_field_of_a_run() -> None:
@@ -241,6 +243,21 @@ def test_the_tables_fit_a_terminal_of_80_columns() -> None:
     assert re.search(r"central +95\.0% ± 0\.0 +- +- ", text)
     assert re.search(r"fedpeft-<b> +failed", text)
     assert "1.25x" in text  # 10 MB where 8 are calculated, 12 where 9.6 are
+
+
+def test_privacy_has_a_column_where_there_is_some() -> None:
+    private = measured(
+        "sfprompt", figures(0.8, 10) | {"epsilon": 2.0}, figures(0.9, 12) | {"epsilon": 3.0}
+    )
+    columns = [str(c.header) for c in result_table([private, CENTRAL, FAILED], "t", 0.7).columns]
+    assert columns[-2:] == ["epsilon", "time"]
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(result_table([private, CENTRAL, FAILED], "t", 0.7))
+    text = console.export_text()
+    assert re.search(r"sfprompt +85\.0% ± 7\.1 +75\.0% ± 7\.1 +11\.00 +9\.50 +2\.50 +10", text)
+    assert "epsilon" not in [str(c.header) for c in result_table(EVERY, "t", None).columns]
+    made = comparison_json(COMPARISON, [private, CENTRAL])["methods"]
+    assert (made["sfprompt"]["epsilon"], made["central"]["epsilon"]) == (2.5, None)
 
 
 class Page(HTMLParser):

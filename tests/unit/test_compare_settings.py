@@ -188,6 +188,18 @@ def test_a_probe_is_done_once_whatever_is_swept_that_it_does_not_know(tmp_path: 
     assert [task.of["method"] for task in tasks].count("linear-probe") == 1
 
 
+def test_references_know_nothing_of_privacy(tmp_path: Path) -> None:
+    asked = comparison(
+        methods=("sfprompt", "central", "linear-probe"),
+        federation={"dp_clip": 1.0, "dp_seed": 3},
+        sweep={"federation.dp_noise_multiplier": (0.5, 1.0)},
+    )
+    jobs = plan(asked, tmp_path)
+    assert {job.settings.federation.dp_noise_multiplier for job in jobs[::3]} == {0.5, 1.0}
+    tasks = [task.of["method"] for task in tasks_of(jobs)]
+    assert [tasks.count(name) for name in asked.methods] == [2, 1, 1]
+
+
 @pytest.mark.parametrize("file", sorted(DOCS.glob("*.toml")), ids=lambda file: file.stem)
 def test_the_resolved_file_makes_the_same_tasks(file: Path, tmp_path: Path) -> None:
     asked = load_comparison(file)

@@ -32,7 +32,7 @@ def mixed(tmp_path: Path) -> ImageSet:
         pixels = torch.randint(0, 256, (*size, 3), dtype=torch.uint8).numpy()
         paths.append(tmp_path / f"{i}.png")
         Image.fromarray(pixels).save(paths[-1])
-    return ImageSet(FileStore(paths), torch.arange(6) % 2, ("a", "b"))
+    return ImageSet(FileStore(paths, tmp_path), torch.arange(6) % 2, ("a", "b"))
 
 
 def test_values_are_scaled_and_normalised() -> None:

@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_client.data import Part, PartitionError, Scheme, parse_scheme, partition
+from edge_client.data import ImageSet, Part, PartitionError, Scheme, parse_scheme, partition
+from edge_client.data.image_set import ArrayStore
 
 SCHEMES = st.one_of(
     st.just("iid"),
@@ -90,6 +92,7 @@ def test_more_parts_than_samples_are_refused() -> None:
         ("dirichlet:0.3", Scheme("dirichlet", 0.3)),
         ("shards:2", Scheme("shards", 2)),
         ("quantity:0.5", Scheme("quantity", 0.5)),
+        ("natural", Scheme("natural")),
     ],
 )
 def test_a_scheme_is_read_and_written_back(text: str, scheme: Scheme) -> None:
@@ -99,7 +102,17 @@ def test_a_scheme_is_read_and_written_back(text: str, scheme: Scheme) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "iid:1", "dirichlet", "dirichlet:0", "dirichlet:nan", "shards:1.5", "shards:0", "x:1"],
+    [
+        "",
+        "iid:1",
+        "dirichlet",
+        "dirichlet:0",
+        "dirichlet:nan",
+        "shards:1.5",
+        "shards:0",
+        "x:1",
+        "natural:2",
+    ],
 )
 def test_an_unreadable_scheme_is_refused(text: str) -> None:
     with pytest.raises(PartitionError):
@@ -107,10 +120,12 @@ def test_an_unreadable_scheme_is_refused(text: str) -> None:
 
 
 def test_a_part_is_counted_from_one() -> None:
-    labels = np.arange(40) % 4
-    taken = [Part.parse(f"{k}/4").take(labels, "iid", 7) for k in (1, 2, 3, 4)]
+    pixels = torch.arange(40, dtype=torch.uint8).view(-1, 1, 1, 1)
+    labels = torch.arange(40) % 4
+    images = ImageSet(ArrayStore(pixels), labels, ("a", "b", "c", "d"))
+    taken = [Part.parse(f"{k}/4").take(images, "iid", 7) for k in (1, 2, 3, 4)]
     assert all(
-        np.array_equal(part, cut)
+        part.store.pixels.flatten().tolist() == cut.tolist()
         for part, cut in zip(taken, partition(labels, 4, "iid", 7), strict=True)
     )
     assert str(Part.parse("2/4")) == "2/4"

@@ -14,7 +14,9 @@ class Central(Reference):
     what = "the ceiling: the prompts and tail of sfprompt, tuned on one heap of data"
 
     def settings(self, base: RunSettings) -> RunSettings:
-        federation = {"min_participants": 1, "evaluate_every": 0}
+        # There is nobody to protect here, and nothing to tell of a sweep over how.
+        private = {"dp_clip": None, "dp_noise_multiplier": 0.0, "dp_seed": None}
+        federation = {"min_participants": 1, "evaluate_every": 0, **private}
         return changed(
             base,
             {
