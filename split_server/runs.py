@@ -119,7 +119,7 @@ class Runs:
             known = list(session.scalars(select(RunRow.id)))
         for run_id in known:
             self._reload(run_id)
-            self._sweep_updates(run_id)
+            self._sweep(run_id, self._runs[run_id])
         runs = self._data_dir / "runs"
         if runs.is_dir():
             for folder in runs.iterdir():
@@ -156,7 +156,7 @@ class Runs:
             progress.apply(session, run, action, self._meter, self._clock.wall(), work)
         log.info("run %s: %s", run.id, action)
         if not isinstance(action, rounds.OpenTraining):
-            self._sweep_updates(run.id)
+            self._sweep(run.id, run)
             self._watcher.round_over(run.id)
             if self.run(run.id).status.over:
                 self._watcher.run_over(run.id)
@@ -200,9 +200,14 @@ class Runs:
                 deadline = self._clock.monotonic() + timeout
         self._runs[run_id] = replace(fresh, deadline=deadline)
 
-    def _sweep_updates(self, run_id: str) -> None:
-        """Remove the tensors of updates whose round is over; their weights stay on record."""
+    def _sweep(self, run_id: str, before: RunSnapshot) -> None:
+        """Remove the tensors of updates whose round is over, and of held states long gone.
+
+        Weights of updates stay on record. The state before this one may still be in somebody's
+        hands: ``before`` is the run as it was.
+        """
         run = self._runs[run_id]
+        self.files(run_id).keep_held(one.held.sha256 for one in (before, run) if one.held)
         wanted: list[str] = []
         if run.open_round is not None and run.open_round.status == RoundStatus.TRAINING:
             with self._store.reading() as session:

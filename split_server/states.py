@@ -37,7 +37,8 @@ class StateRefs:
 class RunFiles:
     """The files of one run.
 
-    ``head.safetensors``, ``states/SHA256.safetensors`` (global states),
+    ``head.safetensors``, ``states/SHA256.safetensors`` (what devices have of the global states),
+    ``held/SHA256.safetensors`` (what they do not, of the last two),
     ``updates/SHA256.safetensors`` (until their round is aggregated) and
     ``moments/ROUND.safetensors`` (of a server optimiser, of the last two rounds).
     """
@@ -51,6 +52,9 @@ class RunFiles:
     def state(self, sha256: str) -> Path:
         return self.root / "states" / f"{sha256}.safetensors"
 
+    def held(self, sha256: str) -> Path:
+        return self.root / "held" / f"{sha256}.safetensors"
+
     def update(self, sha256: str) -> Path:
         return self.root / "updates" / f"{sha256}.safetensors"
 
@@ -59,12 +63,12 @@ class RunFiles:
 
         Prompts at the cut and a tuned body are a file of their own that devices never see.
         """
-        folder = self.root / "states"
         held = {name for name in tensors if is_held(name, prompt_at)}
         device = {name: tensor for name, tensor in tensors.items() if name not in held}
         server = {name: tensors[name] for name in held}
         return StateRefs(
-            write_tensors(folder, device), write_tensors(folder, server) if server else None
+            write_tensors(self.root / "states", device),
+            write_tensors(self.root / "held", server) if server else None,
         )
 
     def delta(self, sha256: str, base: str) -> Path:
@@ -80,7 +84,7 @@ class RunFiles:
         """A whole global state: what devices have of it, and what the server holds."""
         state = read_tensors(self.state(refs.device.sha256))
         if refs.held is not None:
-            state |= read_tensors(self.state(refs.held.sha256))
+            state |= read_tensors(self.held(refs.held.sha256))
         return state
 
     def read_moments(self, round_: int) -> dict[str, Tensor]:
@@ -119,15 +123,22 @@ class RunFiles:
 
     def keep_updates(self, wanted: Iterable[str]) -> None:
         """Remove the files of all other updates, and what a crash has left half written."""
-        names = {f"{sha256}.safetensors" for sha256 in wanted}
-        folder = self.root / "updates"
-        if folder.is_dir():
-            for path in folder.iterdir():
-                if path.name not in names:
-                    path.unlink(missing_ok=True)
+        _keep(self.root / "updates", wanted)
+
+    def keep_held(self, wanted: Iterable[str]) -> None:
+        """The same of what the server holds of global states: a body is large."""
+        _keep(self.root / "held", wanted)
 
     def remove(self) -> None:
         shutil.rmtree(self.root, ignore_errors=True)
+
+
+def _keep(folder: Path, wanted: Iterable[str]) -> None:
+    names = {f"{sha256}.safetensors" for sha256 in wanted}
+    if folder.is_dir():
+        for path in folder.iterdir():
+            if path.name not in names:
+                path.unlink(missing_ok=True)
 
 
 def write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> BlobRef:

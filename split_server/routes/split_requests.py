@@ -189,7 +189,7 @@ def read_infer(desk: Desk, asked: Asked) -> Work | Reply:
     if asked.tunes_body:
         body = _tuned_body(desk, asked)
     elif (held := asked.run.held) is not None:
-        prompts = read_prompts(desk.files(asked.run.id).state(held.sha256))
+        prompts = read_prompts(desk.files(asked.run.id).held(held.sha256))
     job = InferJob(asked.run.id, asked.member.id, body, found, prompts, asked.leading)
     return _work(partial(desk.engine.infer, job), "features", asked.wire.inference, meta)
 
@@ -288,7 +288,7 @@ def _tuned_body(desk: Desk, asked: Asked) -> BodyKey:
     held = asked.run.held
     if held is None:
         raise InvalidField("this run has no body of its own", field="tune_body", limit=True)
-    return replace(asked.body, state=desk.files(asked.run.id).state(held.sha256))
+    return replace(asked.body, state=desk.files(asked.run.id).held(held.sha256))
 
 
 def _gradients(desk: Desk, asked: Asked) -> Tensor:
@@ -353,7 +353,7 @@ def _plan(desk: Desk, asked: Asked, round_: int) -> SessionPlan:
         training=settings.training,
         rounds=settings.federation.rounds,
         round=round_,
-        initial=partial(read_prompts, desk.files(asked.run.id).state(held.sha256)),
+        initial=partial(read_prompts, desk.files(asked.run.id).held(held.sha256)),
         from_mean_token=round_ == 1 and settings.model.prompt_init == "mean-token",
     )
 

@@ -61,7 +61,7 @@ def test_bodies_are_averaged_as_the_rest_is(site: Bench, wire: dict[str, Any]) -
     snapshot = site.federation.run(run)
     assert snapshot.held is not None
     device = load_state(site.federation.files(run).state(snapshot.state.sha256))
-    held = load_state(site.federation.files(run).state(snapshot.held.sha256))
+    held = load_state(site.federation.files(run).held(snapshot.held.sha256))
     sent, body = parts_of(0.0)
     assert (device.keys(), held.keys()) == (sent.keys(), body.keys())
 
@@ -111,3 +111,20 @@ def test_a_server_killed_before_the_state_counts_makes_it_again(
         name: tensor.shape for name, tensor in state_of(0.0, SPLIT).items()
     }
     assert all(torch.allclose(tensor, torch.tensor(2.4)) for tensor in state.values())
+
+
+def test_bodies_of_rounds_long_over_take_no_disk(site: Bench) -> None:
+    run = created(site, rounds=4, evaluate_every=0)
+    a = site.join(run)
+    for round_ in (1, 2, 3):
+        site.task(run, a)
+        send(site, run, a, float(round_), round_=round_)
+    files, snapshot = site.federation.files(run), site.federation.run(run)
+    assert snapshot.held is not None
+    bodies = {path.stem for path in (files.root / "held").iterdir()}
+    assert snapshot.held.sha256 in bodies
+    assert len(bodies) <= 2, "of four states"
+    assert len(list((files.root / "states").iterdir())) == 4, "what devices took can be had again"
+    site.close()
+    site.open()
+    assert {path.stem for path in (files.root / "held").iterdir()} == {snapshot.held.sha256}
