@@ -167,7 +167,7 @@ class Keeper:
 
     def release(self, run: str, participant: str | None) -> None:
         """Free the steps and answers of a run, or of one participant."""
-        self._releases[run, participant] += 1
+        self._count_release(run, participant)
         self.drop_steps(run, participant)
         self._answers.drop_where(lambda key: _is_of(key, run, participant))
 
@@ -177,6 +177,12 @@ class Keeper:
         gone = self.room.steps.drop_where(lambda _, step: step.expires_at <= now)
         if gone:
             log.info("%d open steps were dropped: their backward did not come in time", gone)
+
+    def _count_release(self, run: str, participant: str | None) -> None:
+        if participant is None:  # one number for all its participants, above what any has had
+            own = [key for key in self._releases if key[0] == run]
+            self._releases[run, None] = sum(self._releases.pop(key) for key in own)
+        self._releases[run, participant] += 1
 
     def _close(self, name: Name | None, ticket: Ticket) -> None:
         with self.lock:
