@@ -33,7 +33,7 @@ Text = Annotated[str, Field(min_length=1, max_length=200)]
 PromptPlacement = Literal["input", "cut"]
 PromptDepth = Literal["shallow", "deep"]
 ServerOptimizer = Literal["fedavg", "fedavgm", "fedadam", "fedyogi"]
-Tuned = Literal["tail", "classifier", "bias", "adapter", "full"]
+Tuned = Literal["tail", "classifier", "bias", "adapter", "lora", "full"]
 
 
 def _known_codec(name: str) -> str:
@@ -78,13 +78,18 @@ class BackboneSettings(Message):
         "tail",
         description="beside the prompts: tail | classifier, the tail's last layer | bias, "
         "every bias on the device, and the classifier | adapter, one bottleneck behind every "
-        "block of the head, and the classifier | full, head and tail",
+        "block of the head, and the classifier | lora, a change of low rank of queries and "
+        "values in the blocks on the device, and the classifier | full, head and tail",
     )
     adapter_width: int = Field(96, ge=1, le=4096, description="inner width (tune = adapter)")
+    lora_rank: int = Field(8, ge=1, le=1024, description="of each change (tune = lora)")
+    lora_ends: int = Field(
+        0, ge=0, le=256, description="blocks at either end that get one; 0: all (tune = lora)"
+    )
 
     @model_validator(mode="after")
     def _a_tuned_head_is_trained_on_the_device(self) -> BackboneSettings:
-        if self.prompt_at == "cut" and self.tune in ("bias", "adapter", "full"):
+        if self.prompt_at == "cut" and self.tune in ("bias", "adapter", "lora", "full"):
             raise ValueError(
                 f"model.tune = {self.tune} needs model.prompt_at = input: prompts at the cut are "
                 "for a head that never changes"

@@ -132,6 +132,8 @@ def _checked(settings: SplitSettings) -> nn.Module:
         keep_tokens=0,
         tune="tail",
         adapter_width=1,
+        lora_rank=1,
+        lora_ends=0,
     )
     pristine = _pristine(uncut)
     _check(settings, _measure(pristine))

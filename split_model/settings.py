@@ -8,8 +8,8 @@ from protocol.settings import BackboneSettings, Tuned
 
 PromptPlace = Literal["input", "cut"]
 PromptDepth = Literal["shallow", "deep"]
-TUNED = ("tail", "classifier", "bias", "adapter", "full")
-HEAD_TUNED = ("bias", "adapter", "full")  # of these, those that change the head
+TUNED = ("tail", "classifier", "bias", "adapter", "lora", "full")
+HEAD_TUNED = ("bias", "adapter", "lora", "full")  # of these, those that change the head
 
 # Settled by the other fields, or would load weights behind our back.
 _RESERVED_OVERRIDES = frozenset(
@@ -51,6 +51,8 @@ class SplitSettings:
     model_overrides: tuple[tuple[str, Any], ...] = ()  # further arguments of timm.create_model
     tune: Tuned = "tail"  # what is tuned beside the prompts
     adapter_width: int = 96  # numbers inside the bottleneck, where `tune` is "adapter"
+    lora_rank: int = 8  # of each change of a matrix, where `tune` is "lora"
+    lora_ends: int = 0  # blocks at either end that get such changes; 0: all blocks
 
     def __post_init__(self) -> None:
         if not isinstance(self.backbone, str) or not self.backbone:
@@ -63,6 +65,8 @@ class SplitSettings:
             ("prompt_count", 0, 4096),
             ("keep_tokens", 0, 65_536),
             ("adapter_width", 1, 4096),
+            ("lora_rank", 1, 1024),
+            ("lora_ends", 0, 1024),
         ):
             value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
@@ -111,6 +115,8 @@ class SplitSettings:
             keep_tokens=model.keep_tokens,
             tune=model.tune,
             adapter_width=model.adapter_width,
+            lora_rank=model.lora_rank,
+            lora_ends=model.lora_ends,
         )
 
     @classmethod
