@@ -21,6 +21,7 @@ __all__ = [
     "Message",
     "PromptDepth",
     "PromptPlacement",
+    "ProxyKind",
     "RunSettings",
     "ServerOptimizer",
     "Text",
@@ -33,6 +34,7 @@ Text = Annotated[str, Field(min_length=1, max_length=200)]
 PromptPlacement = Literal["input", "cut"]
 PromptDepth = Literal["shallow", "deep"]
 ServerOptimizer = Literal["fedavg", "fedavgm", "fedadam", "fedyogi"]
+ProxyKind = Literal["none", "pruned", "dropped"]
 Tuned = Literal["tail", "classifier", "bias", "adapter", "lora", "full"]
 
 
@@ -86,6 +88,20 @@ class BackboneSettings(Message):
     lora_ends: int = Field(
         0, ge=0, le=256, description="blocks at either end that get one; 0: all (tune = lora)"
     )
+    proxy: ProxyKind = Field(
+        "none",
+        description="the run's model is a smaller one made from the backbone: pruned, with fewer "
+        "neurons in the MLPs, or dropped, with fewer blocks",
+    )
+    proxy_ends: int = Field(
+        1, ge=0, le=128, description="blocks at either end that a proxy has as they are"
+    )
+    proxy_width: int = Field(
+        768, ge=1, le=65_536, description="neurons of the other MLPs (proxy = pruned)"
+    )
+    proxy_blocks: int = Field(
+        4, ge=1, le=256, description="blocks that stay in all (proxy = dropped)"
+    )
 
     @model_validator(mode="after")
     def _a_tuned_head_is_trained_on_the_device(self) -> BackboneSettings:
@@ -94,6 +110,18 @@ class BackboneSettings(Message):
                 f"model.tune = {self.tune} needs model.prompt_at = input: prompts at the cut are "
                 "for a head that never changes"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _what_is_tuned_on_a_proxy_fits_the_backbone(self) -> BackboneSettings:
+        if self.proxy == "none":
+            return self
+        if self.tune not in ("tail", "classifier", "lora"):
+            raise ValueError(
+                f"model.proxy needs model.tune = tail, classifier or lora, not {self.tune}"
+            )
+        if self.prompt_at != "input" or self.prompt_depth != "shallow":
+            raise ValueError("model.proxy needs model.prompt_at = input, prompt_depth = shallow")
         return self
 
 

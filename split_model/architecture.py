@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from split_model.libraries import timm
+from split_model.proxy_shape import shape_proxy
 from split_model.settings import SplitSettings, SplitSettingsError
 
 # Every architecture that these modules of timm register is of one of the classes below.
@@ -110,7 +111,9 @@ def skeleton(settings: SplitSettings) -> nn.Module:
 def _pristine(settings: SplitSettings) -> nn.Module:
     # Meta tensors take no memory, and building anew takes ten times as long as copying.
     with torch.device("meta"):
-        return create(settings, settings.num_classes)
+        model = create(settings, settings.num_classes)
+        shape_proxy(settings, model)
+        return model
 
 
 @functools.lru_cache(maxsize=64)

@@ -4,11 +4,13 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal, cast
 
-from protocol.settings import BackboneSettings, Tuned
+from protocol.settings import BackboneSettings, ProxyKind, Tuned
 
 PromptPlace = Literal["input", "cut"]
 PromptDepth = Literal["shallow", "deep"]
 TUNED = ("tail", "classifier", "bias", "adapter", "lora", "full")
+PROXIES = ("none", "pruned", "dropped")
+PROXY_TUNED = ("tail", "classifier", "lora")  # what fits the proxy and its backbone alike
 HEAD_TUNED = ("bias", "adapter", "lora", "full")  # of these, those that change the head
 
 # Settled by the other fields, or would load weights behind our back.
@@ -53,6 +55,10 @@ class SplitSettings:
     adapter_width: int = 96  # numbers inside the bottleneck, where `tune` is "adapter"
     lora_rank: int = 8  # of each change of a matrix, where `tune` is "lora"
     lora_ends: int = 0  # blocks at either end that get such changes; 0: all blocks
+    proxy: ProxyKind = "none"  # the model is a smaller one, made from the backbone
+    proxy_ends: int = 1  # blocks at either end that it has as they are
+    proxy_width: int = 768  # neurons of the other blocks' MLPs, where it is "pruned"
+    proxy_blocks: int = 4  # blocks in all, where it is "dropped"
 
     def __post_init__(self) -> None:
         if not isinstance(self.backbone, str) or not self.backbone:
@@ -67,6 +73,9 @@ class SplitSettings:
             ("adapter_width", 1, 4096),
             ("lora_rank", 1, 1024),
             ("lora_ends", 0, 1024),
+            ("proxy_ends", 0, 1024),
+            ("proxy_width", 1, 65_536),
+            ("proxy_blocks", 1, 1024),
         ):
             value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
@@ -79,6 +88,7 @@ class SplitSettings:
             limit = "'shallow' where prompt_at is 'input' and the head has no blocks"
             raise SplitSettingsError("prompt_depth", limit, self.prompt_depth)
         self._check_tune()
+        self._check_proxy()
         if self.keep_tokens and self.prompt_at != "cut":
             limit = "0 where prompt_at is 'input': prompts are not to be merged"
             raise SplitSettingsError("keep_tokens", limit, self.keep_tokens)
@@ -93,6 +103,18 @@ class SplitSettings:
         if self.tune == "adapter" and self.cut == 0:
             limit = "another than 'adapter' where the head has no blocks"
             raise SplitSettingsError("tune", limit, self.tune)
+
+    def _check_proxy(self) -> None:
+        if self.proxy not in PROXIES:
+            raise SplitSettingsError("proxy", f"one of {list(PROXIES)}", self.proxy)
+        if self.proxy == "none":
+            return
+        if self.tune not in PROXY_TUNED:
+            limit = f"one of {list(PROXY_TUNED)} for a proxy: it is put into the backbone"
+            raise SplitSettingsError("tune", limit, self.tune)
+        if self.prompt_at == "cut" or self.prompt_depth == "deep":
+            limit = "'none' where prompts join anywhere but at the input alone"
+            raise SplitSettingsError("proxy", limit, self.proxy)
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as values that JSON and msgpack can carry."""
@@ -117,6 +139,10 @@ class SplitSettings:
             adapter_width=model.adapter_width,
             lora_rank=model.lora_rank,
             lora_ends=model.lora_ends,
+            proxy=model.proxy,
+            proxy_ends=model.proxy_ends,
+            proxy_width=model.proxy_width,
+            proxy_blocks=model.proxy_blocks,
         )
 
     @classmethod
