@@ -17,6 +17,7 @@ from protocol.errors import UnknownCodec
 __all__ = [
     "BackboneSettings",
     "CodecName",
+    "DistillationSettings",
     "FederationSettings",
     "Message",
     "PromptDepth",
@@ -263,6 +264,27 @@ class WireSettings(Message):
     )
 
 
+class DistillationSettings(Message):
+    """How the server prepares a smaller stand-in for blocks (FedPFT, arXiv 2404.11536).
+
+    The server has none of the devices' data: it distils on images of its own.
+    """
+
+    epochs: int = Field(0, ge=0, le=10_000, description="over these images; 0: no distillation")
+    images: str = Field(
+        "random",
+        pattern=r"^[a-z0-9][a-z0-9-]{0,63}$",
+        description="random, normal noise | NAME, of distillation/NAME.safetensors in the "
+        "server's folder",
+    )
+    samples: int = Field(512, ge=1, le=1_000_000, description="of these images, at most")
+    batch_size: int = Field(32, ge=1, le=4096)
+    learning_rate: float = Field(6e-4, gt=0, le=1, description="of Adam")
+    mlp_weight: float = Field(
+        0.01, ge=0, le=1000, description="alpha: the share of the MLPs' outputs in the loss"
+    )
+
+
 class RunSettings(Message):
     """Everything that defines a run. Two runs with equal settings and data give equal results."""
 
@@ -273,6 +295,13 @@ class RunSettings(Message):
     federation: FederationSettings = FederationSettings()
     training: TrainingSettings = TrainingSettings()
     wire: WireSettings = WireSettings()
+    distillation: DistillationSettings = DistillationSettings()
+
+    @model_validator(mode="after")
+    def _something_is_distilled(self) -> RunSettings:
+        if self.distillation.epochs and self.model.proxy == "none":
+            raise ValueError("distillation.epochs needs a model.proxy to be distilled")
+        return self
 
     @model_validator(mode="after")
     def _one_name_per_class(self) -> RunSettings:
