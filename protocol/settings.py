@@ -98,10 +98,10 @@ class BackboneSettings(Message):
         1, ge=0, le=128, description="blocks at either end that a proxy has as they are"
     )
     proxy_width: int = Field(
-        768, ge=1, le=65_536, description="neurons of the other MLPs (proxy = pruned)"
+        0, ge=0, le=65_536, description="neurons of the other MLPs (proxy = pruned); 0: a quarter"
     )
     proxy_blocks: int = Field(
-        4, ge=1, le=256, description="blocks that stay in all (proxy = dropped)"
+        0, ge=0, le=256, description="blocks that stay in all (proxy = dropped); 0: half"
     )
 
     @model_validator(mode="after")

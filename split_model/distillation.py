@@ -6,8 +6,8 @@ devices', the loss is the mean over the layers of
     |h_T - h_S|^2 / RMS(h_T)^2 + alpha |f_T - f_S|^2 / RMS(f_T)^2
 
 with h what comes out of a layer, f what comes out of its MLP, T of the backbone and S of the proxy,
-squares as means over all numbers. What the proxy has of the backbone unchanged stays frozen: what is
-tuned beside it is put into the backbone later.
+squares as means over all numbers. What the proxy has of the backbone unchanged stays frozen: what
+is tuned beside it is put into the backbone later.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from split_model.architecture import anatomy
 from split_model.head import Head, is_added
-from split_model.proxy_shape import kept_blocks, pruned_blocks
+from split_model.proxy_shape import kept_blocks, proxy_width, pruned_blocks
 from split_model.settings import SplitSettings, SplitSettingsError
 from split_model.tuned_state import HEAD, TunedState, check_state, state_shapes
 
@@ -59,7 +59,8 @@ def proxy_weights(settings: SplitSettings, weights: Mapping[str, Tensor]) -> dic
     for number in pruned_blocks(settings, depth):
         mlp = f"{_BLOCKS}{number}.mlp."
         ways_in, ways_out = weights[mlp + "fc1.weight"], weights[mlp + "fc2.weight"]
-        kept = neuron_order(ways_in, ways_out)[: settings.proxy_width].sort().values
+        width = proxy_width(settings, len(ways_in))
+        kept = neuron_order(ways_in, ways_out)[:width].sort().values
         made[mlp + "fc1.weight"] = ways_in[kept].contiguous()
         made[mlp + "fc2.weight"] = ways_out[:, kept].contiguous()
         if mlp + "fc1.bias" in weights:

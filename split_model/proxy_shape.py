@@ -10,6 +10,14 @@ from split_model.libraries import timm
 from split_model.settings import SplitSettings, SplitSettingsError
 
 
+_PRUNING = 4  # 768 of 3072 in ViT-B (FedPFT, arXiv 2404.11536)
+
+
+def proxy_width(settings: SplitSettings, whole: int) -> int:
+    """The neurons of a narrower MLP that has so many in the backbone."""
+    return settings.proxy_width or max(1, whole // _PRUNING)
+
+
 def kept_blocks(settings: SplitSettings, depth: int) -> list[int]:
     """Which of the backbone's ``depth`` blocks the proxy has, in order.
 
@@ -19,7 +27,8 @@ def kept_blocks(settings: SplitSettings, depth: int) -> list[int]:
 
     Raises `SplitSettingsError`.
     """
-    ends, count = settings.proxy_ends, settings.proxy_blocks
+    ends = settings.proxy_ends
+    count = settings.proxy_blocks or max(1, 2 * ends, depth // 2)
     if 2 * ends > depth:
         raise SplitSettingsError("proxy_ends", f"at most half of the {depth} blocks", ends)
     if settings.proxy != "dropped":
@@ -81,7 +90,8 @@ def _is_plain(model: Any) -> bool:
 
 
 def _narrow(settings: SplitSettings, mlp: Any) -> None:
-    width, whole = settings.proxy_width, mlp.fc1.out_features
+    whole = mlp.fc1.out_features
+    width = proxy_width(settings, whole)
     if width > whole:
         limit = f"at most the {whole} neurons of an MLP of {settings.backbone}"
         raise SplitSettingsError("proxy_width", limit, width)

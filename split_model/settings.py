@@ -57,8 +57,8 @@ class SplitSettings:
     lora_ends: int = 0  # blocks at either end that get such changes; 0: all blocks
     proxy: ProxyKind = "none"  # the model is a smaller one, made from the backbone
     proxy_ends: int = 1  # blocks at either end that it has as they are
-    proxy_width: int = 768  # neurons of the other blocks' MLPs, where it is "pruned"
-    proxy_blocks: int = 4  # blocks in all, where it is "dropped"
+    proxy_width: int = 0  # neurons of the other MLPs, where it is "pruned"; 0: a quarter
+    proxy_blocks: int = 0  # blocks in all, where it is "dropped"; 0: half
 
     def __post_init__(self) -> None:
         if not isinstance(self.backbone, str) or not self.backbone:
@@ -74,8 +74,8 @@ class SplitSettings:
             ("lora_rank", 1, 1024),
             ("lora_ends", 0, 1024),
             ("proxy_ends", 0, 1024),
-            ("proxy_width", 1, 65_536),
-            ("proxy_blocks", 1, 1024),
+            ("proxy_width", 0, 65_536),
+            ("proxy_blocks", 0, 1024),
         ):
             value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:

@@ -5,9 +5,11 @@ from benchmark.compare.methods.fedpeft_adapter import FedPeftAdapter
 from benchmark.compare.methods.fedpeft_bias import FedPeftBias
 from benchmark.compare.methods.fedpeft_head import FedPeftHead
 from benchmark.compare.methods.fedpeft_prompt import FedPeftPrompt
+from benchmark.compare.methods.fedpft import FedPft
 from benchmark.compare.methods.fl_full import FullFineTuning
 from benchmark.compare.methods.linear_probe import LinearProbe
 from benchmark.compare.methods.method import Measured, Method, Reference, changed
+from benchmark.compare.methods.offsite_tuning import OffsiteTuning
 from benchmark.compare.methods.sfprompt import SFPrompt
 from benchmark.compare.methods.sfprompt_cut_shallow import SFPromptCutShallow
 from benchmark.compare.methods.sfprompt_input_deep import SFPromptInputDeep
@@ -22,6 +24,8 @@ _CLASSES: tuple[type[Method], ...] = (
     FedPeftBias,
     FedPeftAdapter,
     FedPeftPrompt,
+    FedPft,
+    OffsiteTuning,
     SplitFedLinear,
     SFPromptPaper,
     SFPromptInputShallow,

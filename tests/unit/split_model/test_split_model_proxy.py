@@ -131,7 +131,7 @@ def test_a_part_of_a_proxy_cannot_be_put_into_the_backbone() -> None:
 def test_vit_b_s_proxy_is_as_large_as_in_fedpft_s_paper() -> None:
     # 81 M and 47 M in arXiv 2404.11536: parameters of the blocks, in units of 2^20.
     full = SplitSettings(backbone="vit_base_patch16_224", image_size=224, prompt_count=0)
-    proxy = dataclasses.replace(full, proxy="pruned", proxy_ends=1, proxy_width=768)
+    proxy = dataclasses.replace(full, proxy="pruned")
     block = 4 * 768**2 + 4 * 768 + 2 * 768 * 3072 + 3072 + 768 + 4 * 768
     assert proxy_numbers(full) == 12 * block
     assert proxy_numbers(proxy) == 12 * block - 10 * (2 * 768 + 1) * (3072 - 768)
