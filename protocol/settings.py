@@ -104,6 +104,14 @@ class BackboneSettings(Message):
         0, ge=0, le=256, description="blocks that stay in all (proxy = dropped); 0: half"
     )
 
+    local_body: int = Field(
+        0,
+        ge=0,
+        le=256,
+        description="blocks of a small frozen body that the local update runs through on the "
+        "device; 0: from head straight to tail",
+    )
+
     @model_validator(mode="after")
     def _a_tuned_head_is_trained_on_the_device(self) -> BackboneSettings:
         if self.prompt_at == "cut" and self.tune in ("bias", "adapter", "lora", "full"):
@@ -115,6 +123,8 @@ class BackboneSettings(Message):
 
     @model_validator(mode="after")
     def _what_is_tuned_on_a_proxy_fits_the_backbone(self) -> BackboneSettings:
+        if self.local_body and (self.prompt_at == "cut" or self.proxy != "none"):
+            raise ValueError("model.local_body needs model.prompt_at = input and no model.proxy")
         if self.proxy == "none":
             return self
         if self.tune not in ("tail", "classifier", "lora"):
@@ -299,8 +309,11 @@ class RunSettings(Message):
 
     @model_validator(mode="after")
     def _something_is_distilled(self) -> RunSettings:
-        if self.distillation.epochs and self.model.proxy == "none":
-            raise ValueError("distillation.epochs needs a model.proxy to be distilled")
+        smaller = self.model.proxy != "none" or self.model.local_body
+        if self.distillation.epochs and not smaller:
+            raise ValueError("distillation.epochs needs a model.proxy or a model.local_body")
+        if self.model.local_body and not self.training.local_epochs:
+            raise ValueError("model.local_body needs training.local_epochs above 0")
         return self
 
     @model_validator(mode="after")

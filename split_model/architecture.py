@@ -137,6 +137,7 @@ def _checked(settings: SplitSettings) -> nn.Module:
         adapter_width=1,
         lora_rank=1,
         lora_ends=0,
+        local_body=0,
     )
     pristine = _pristine(uncut)
     _check(settings, _measure(pristine))
@@ -175,6 +176,13 @@ def _check(settings: SplitSettings, sizes: Anatomy) -> None:
     if settings.cut > last:
         limit = f"from 0 to {last} (depth {sizes.depth} less {settings.tail_blocks} tail blocks)"
         raise SplitSettingsError("cut", limit, settings.cut)
+    if settings.local_body:
+        if sizes.family != "plain":
+            limit = "0 for a backbone whose blocks know positions"
+            raise SplitSettingsError("local_body", limit, settings.local_body)
+        if settings.local_body > last - settings.cut:
+            limit = f"at most the {last - settings.cut} blocks of the body"
+            raise SplitSettingsError("local_body", limit, settings.local_body)
     if settings.keep_tokens:
         if sizes.family != "plain":
             limit = "0 for a backbone whose blocks know positions"

@@ -9,7 +9,6 @@ from torch import nn
 from split_model.libraries import timm
 from split_model.settings import SplitSettings, SplitSettingsError
 
-
 _PRUNING = 4  # 768 of 3072 in ViT-B (FedPFT, arXiv 2404.11536)
 
 

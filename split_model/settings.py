@@ -60,6 +60,8 @@ class SplitSettings:
     proxy_width: int = 0  # neurons of the other MLPs, where it is "pruned"; 0: a quarter
     proxy_blocks: int = 0  # blocks in all, where it is "dropped"; 0: half
 
+    local_body: int = 0  # blocks of a small body on the device, for its local update; 0: none
+
     def __post_init__(self) -> None:
         if not isinstance(self.backbone, str) or not self.backbone:
             raise SplitSettingsError("backbone", "a non-empty string", self.backbone)
@@ -76,6 +78,7 @@ class SplitSettings:
             ("proxy_ends", 0, 1024),
             ("proxy_width", 0, 65_536),
             ("proxy_blocks", 0, 1024),
+            ("local_body", 0, 1024),
         ):
             value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
@@ -105,6 +108,9 @@ class SplitSettings:
             raise SplitSettingsError("tune", limit, self.tune)
 
     def _check_proxy(self) -> None:
+        if self.local_body and (self.prompt_at == "cut" or self.proxy != "none"):
+            limit = "0 for a proxy, and where prompts join at the cut"
+            raise SplitSettingsError("local_body", limit, self.local_body)
         if self.proxy not in PROXIES:
             raise SplitSettingsError("proxy", f"one of {list(PROXIES)}", self.proxy)
         if self.proxy == "none":
@@ -115,6 +121,10 @@ class SplitSettings:
         if self.prompt_at == "cut" or self.prompt_depth == "deep":
             limit = "'none' where prompts join anywhere but at the input alone"
             raise SplitSettingsError("proxy", limit, self.proxy)
+
+    def untuned(self) -> "SplitSettings":
+        """The same cut with nothing of the head tuned."""
+        return dataclasses.replace(self, tune="tail")
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as values that JSON and msgpack can carry."""
@@ -143,6 +153,7 @@ class SplitSettings:
             proxy_ends=model.proxy_ends,
             proxy_width=model.proxy_width,
             proxy_blocks=model.proxy_blocks,
+            local_body=model.local_body,
         )
 
     @classmethod

@@ -14,7 +14,7 @@ from protocol.seeds import derive_seed
 from protocol.settings import RunSettings
 from split_model import SplitSettings
 from split_model.proxy import whole_model
-from split_server.proxies import prepare_proxy
+from split_server.proxies import prepare_local_body, prepare_proxy
 from split_server.states import RunFiles, StateRefs
 
 
@@ -43,10 +43,13 @@ def prepare_run(settings: RunSettings, files: RunFiles, cache_dir: Path) -> Prep
         sizes = split_model.part_bytes(whole_model(split))
         backbone = split_model.prepare_backbone(split, settings.model.weights, cache_dir)
         path = prepare_proxy(settings, split, backbone, cache_dir)
+        local_body = prepare_local_body(settings, split, backbone, cache_dir)
         weights = split_model.open_backbone(path)
         seed = derive_seed(settings.seed, "initial-state")
         state = split_model.initial_state(split, weights, seed)
-        head, sha256 = split_model.write_head_file(split, path, files.head, settings.wire.head)
+        head, sha256 = split_model.write_head_file(
+            split, path, files.head, settings.wire.head, local_body
+        )
     return PreparedRun(
         backbone_path=path,
         backbone_bytes=sizes.backbone_bytes,

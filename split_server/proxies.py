@@ -1,10 +1,11 @@
-"""The model of a run on a proxy, made once from the backbone and kept in the server's folder."""
+"""Smaller stand-ins for blocks, made once from the backbone and kept in the server's folder."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -14,15 +15,20 @@ from torch.nn import functional as F
 import split_model
 from protocol.errors import InvalidField
 from protocol.seeds import derive_seed
-from protocol.settings import RunSettings
+from protocol.settings import DistillationSettings, RunSettings
 from split_model import BackboneFile, SplitSettings
 from split_model.distillation import distilled_proxy
+from split_model.local_body import local_body_weights
 from split_model.tensor_file import TensorFile, sha256_of, write_tensors
 
 log = logging.getLogger(__name__)
 
 IMAGES = "distillation"  # of the server's folder: files of images to distil on
-_SHAPE = ("proxy", "proxy_ends", "proxy_width", "proxy_blocks")
+_PROXY = ("proxy", "proxy_ends", "proxy_width", "proxy_blocks")
+_LOCAL_BODY = ("local_body", "cut", "tail_blocks")
+Make = Callable[
+    [SplitSettings, Mapping[str, Tensor], Tensor, DistillationSettings, int], dict[str, Tensor]
+]
 
 
 def prepare_proxy(
@@ -38,30 +44,57 @@ def prepare_proxy(
     """
     if split.proxy == "none":
         return backbone.path
+    return _made_once(settings, split, backbone, cache_dir, _PROXY, distilled_proxy)
+
+
+def prepare_local_body(
+    settings: RunSettings, split: SplitSettings, backbone: BackboneFile, cache_dir: Path
+) -> Mapping[str, Tensor] | None:
+    """The tensors of the small body for the devices' local update; None where there is none.
+
+    Kept and made as a proxy is; raises as `prepare_proxy` does.
+    """
+    if not split.local_body:
+        return None
+    make = local_body_weights
+    return TensorFile(_made_once(settings, split, backbone, cache_dir, _LOCAL_BODY, make))
+
+
+def _made_once(
+    settings: RunSettings,
+    split: SplitSettings,
+    backbone: BackboneFile,
+    cache_dir: Path,
+    shape: tuple[str, ...],
+    make: Make,
+) -> Path:
     file = None
     if settings.distillation.epochs and settings.distillation.images != "random":
         file = _image_file(settings, cache_dir)
-    path = cache_dir / f"proxy-{_key(settings, split, backbone, file)[:32]}.safetensors"
+    path = cache_dir / f"proxy-{_key(settings, split, backbone, shape, file)[:32]}.safetensors"
     if path.is_file():
         return path
-    log.info("making the proxy %s of %s", path.stem, split.backbone)
+    log.info("making %s of %s", path.stem, split.backbone)
     images = _images(settings, split, file)
     seed = derive_seed(settings.seed, "proxy")
     weights = split_model.open_backbone(backbone.path)
-    proxy = distilled_proxy(split, weights, images, settings.distillation, seed)
-    write_tensors(path, proxy, {"backbone": split.backbone, "proxy": split.proxy})
-    log.info("the proxy %s is ready", path.stem)
+    made = make(split, weights, images, settings.distillation, seed)
+    write_tensors(path, made, {"backbone": split.backbone})
+    log.info("%s is ready", path.stem)
     return path
 
 
 def _key(
-    settings: RunSettings, split: SplitSettings, backbone: BackboneFile, file: Path | None
+    settings: RunSettings,
+    split: SplitSettings,
+    backbone: BackboneFile,
+    shape: tuple[str, ...],
+    file: Path | None,
 ) -> str:
-    shape = {name: getattr(split, name) for name in _SHAPE}
     how = settings.distillation.model_dump(mode="json") if settings.distillation.epochs else None
     what = {
         "backbone": backbone.sha256,
-        "shape": shape,
+        "shape": {name: getattr(split, name) for name in shape},
         "distillation": how,
         "seed": settings.seed if how else None,
         "images": None if file is None else sha256_of(file),

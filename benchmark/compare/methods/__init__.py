@@ -15,6 +15,7 @@ from benchmark.compare.methods.sfprompt_cut_shallow import SFPromptCutShallow
 from benchmark.compare.methods.sfprompt_input_deep import SFPromptInputDeep
 from benchmark.compare.methods.sfprompt_input_shallow import SFPromptInputShallow
 from benchmark.compare.methods.sfprompt_paper import SFPromptPaper
+from benchmark.compare.methods.sfprompt_paper_proxy import SFPromptPaperProxy
 from benchmark.compare.methods.splitfed_linear import SplitFedLinear
 from protocol.errors import NotFound
 
@@ -28,6 +29,7 @@ _CLASSES: tuple[type[Method], ...] = (
     OffsiteTuning,
     SplitFedLinear,
     SFPromptPaper,
+    SFPromptPaperProxy,
     SFPromptInputShallow,
     SFPromptInputDeep,
     SFPromptCutShallow,

@@ -30,6 +30,7 @@ class WholeModel(Method):
             sizes = anatomy(SplitSettings.of(_bare(base.model)))
         model = {
             "proxy": "none",
+            "local_body": 0,
             "cut": sizes.depth,
             "tail_blocks": 0,
             "keep_tokens": 0,
