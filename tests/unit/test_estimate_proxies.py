@@ -7,7 +7,6 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmark.compare.plugged_in import of_backbone
 from benchmark.estimate import METHODS, Question, estimate
 from protocol.settings import BackboneSettings, RunSettings
 from split_model.libraries import timm
@@ -99,13 +98,3 @@ def test_a_small_body_costs_its_download_and_its_passes() -> None:
     # Forward and back, for each sample of the one local epoch.
     assert two.device_flops_per_round - one.device_flops_per_round == 2 * 2 * block * IMAGES
     assert two.bytes_per_round == one.bytes_per_round
-
-
-def test_of_a_proxy_s_run_the_backbone_is_shown_and_the_proxy_beside_it() -> None:
-    points = [{"round": 1, "bytes": 5, "accuracy": 0.3}, {"round": 2, "bytes": 9, "accuracy": 0.4}]
-    run = {"accuracy": 0.4, "accuracy_worst_client": 0.1, "curve": points, "bytes_total": 9}
-    found = of_backbone(run, 0.7)
-    assert (found["accuracy"], found["accuracy_proxy"], found["bytes_total"]) == (0.7, 0.4, 9)
-    assert [point["accuracy"] for point in found["curve"]] == [None, 0.7]
-    assert found["accuracy_worst_client"] is None
-    assert points[1]["accuracy"] == 0.4
