@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
 import logging
 from collections.abc import Iterator
@@ -18,10 +19,11 @@ from edge_client.participant import Participant
 from edge_client.transport import Server
 from protocol.messages import RunStatus, RunView
 from protocol.settings import RunSettings
-from split_model import load_exported, open_backbone
+from split_model import distillation, load_exported, open_backbone
 from split_model.libraries import timm
 from split_model.tensor_file import write_tensors
 from split_server.exporting import export_run, newest_state
+from split_server.logs import set_up_logging
 from tests.edge_doubles import files, image_set
 from tests.http_doubles import Running, running_server
 from tests.integration.test_whole_model import WHOLE
@@ -154,6 +156,23 @@ def test_an_equal_proxy_is_made_once(
     assert len(said) == 1
     assert created(server, PRUNED, {**DISTILLED, "samples": 7}).head != first.head
     assert created(server, PRUNED).head != first.head
+
+
+def test_the_server_s_log_tells_of_every_epoch() -> None:
+    names = ("split_server", "split_model", "uvicorn")
+    before = {name: vars(logging.getLogger(name)).copy() for name in names}
+    access = logging.getLogger("uvicorn.access").disabled
+    heard = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(heard):
+            set_up_logging("info")
+            logging.getLogger(distillation.__name__).info("distillation, epoch 1 of 5")
+    finally:
+        logging.getLogger("uvicorn.access").disabled = access
+        for name, found in before.items():
+            vars(logging.getLogger(name)).update(found)
+            logging.getLogger(name).setLevel(found["level"])  # forgets what it has cached
+    assert "epoch 1 of 5" in heard.getvalue()
 
 
 def test_a_server_distils_on_the_images_that_it_holds(server: Running, data_dir: Path) -> None:
