@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from protocol.base import Message
 from protocol.codec_names import LOSSLESS_SUFFIX, check_float_codec, is_row_wise
+from protocol.distillation import DistillationSettings
 from protocol.errors import UnknownCodec
 
 __all__ = [
@@ -50,12 +52,6 @@ def _known_codec(name: str) -> str:
 
 
 CodecName = Annotated[str, AfterValidator(_known_codec)]
-
-
-class Message(BaseModel):
-    """Base of everything that crosses the wire as JSON: immutable, nothing unknown accepted."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class BackboneSettings(Message):
@@ -271,27 +267,6 @@ class WireSettings(Message):
     )
     stochastic_rounding: bool = Field(
         False, description="of the gradients, where their codec rounds"
-    )
-
-
-class DistillationSettings(Message):
-    """How the server prepares a smaller stand-in for blocks (FedPFT, arXiv 2404.11536).
-
-    The server has none of the devices' data: it distils on images of its own.
-    """
-
-    epochs: int = Field(0, ge=0, le=10_000, description="over these images; 0: no distillation")
-    images: str = Field(
-        "random",
-        pattern=r"^[a-z0-9][a-z0-9-]{0,63}$",
-        description="random, normal noise | NAME, of distillation/NAME.safetensors in the "
-        "server's folder",
-    )
-    samples: int = Field(512, ge=1, le=1_000_000, description="of these images, at most")
-    batch_size: int = Field(32, ge=1, le=4096)
-    learning_rate: float = Field(6e-4, gt=0, le=1, description="of Adam")
-    mlp_weight: float = Field(
-        0.01, ge=0, le=1000, description="alpha: the share of the MLPs' outputs in the loss"
     )
 
 
