@@ -30,7 +30,8 @@ EXPORTED = {
     "parse_message",
     "seeds": "derive_seed",
     "settings": "BackboneSettings CodecName DistillationSettings FederationSettings Message "
-    "PromptDepth PromptPlacement ProxyKind RunSettings ServerOptimizer Text TrainingSettings Tuned WireSettings",
+    "PromptDepth PromptPlacement ProxyKind RunSettings ServerOptimizer Text "
+    "TrainingSettings Tuned WireSettings",
     "traffic": "BACKWARD_PATH EXCHANGE_PATH FORWARD_PATH INFER_PATH MISSING_PATH Phase "
     "SAMPLES_PATH Traffic phases_of",
     "version": "FRAME_MEDIA_TYPE IDEMPOTENCY_HEADER PROTOCOL_VERSION REQUEST_ID_HEADER "
