@@ -34,6 +34,8 @@ from split_model import (
     read_state,
     tail_tensors,
 )
+from split_model.head_file import local_body_tensors
+from split_model.local_body import LocalBody, build_local_body
 
 _CHUNK = 128
 _UNUSABLE = (TensorFileError, SplitSettingsError, UnsupportedBackboneError, WeightsMismatchError)
@@ -50,6 +52,7 @@ class DeviceModel:
     tail: Tail
     prompts: nn.Parameter | None
     preprocessing: Preprocessing
+    local_body: LocalBody | None = None  # what the local update has for a body
 
     @classmethod
     def load(cls, settings: BackboneSettings, head_file: Path, state_file: Path) -> DeviceModel:
@@ -82,10 +85,12 @@ class DeviceModel:
         try:
             head = build_head(split, Layered(head_tensors(state), frozen))
             tail = build_tail(split, Layered(tail_tensors(state), frozen))
+            small = local_body_tensors(frozen)
+            body = build_local_body(split, small) if split.local_body else None
         except _UNUSABLE as error:
             raise _unusable(head_file, error) from error
         apply_state(tail, prompts, state, head)
-        return cls(head, tail, prompts, way)
+        return cls(head, tail, prompts, way, body)
 
     @property
     def is_whole(self) -> bool:

@@ -8,19 +8,23 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from protocol.base import Message
 from protocol.codec_names import LOSSLESS_SUFFIX, check_float_codec, is_row_wise
+from protocol.distillation import DistillationSettings
 from protocol.errors import UnknownCodec
 
 __all__ = [
     "BackboneSettings",
     "CodecName",
+    "DistillationSettings",
     "FederationSettings",
     "Message",
     "PromptDepth",
     "PromptPlacement",
+    "ProxyKind",
     "RunSettings",
     "ServerOptimizer",
     "Text",
@@ -33,7 +37,8 @@ Text = Annotated[str, Field(min_length=1, max_length=200)]
 PromptPlacement = Literal["input", "cut"]
 PromptDepth = Literal["shallow", "deep"]
 ServerOptimizer = Literal["fedavg", "fedavgm", "fedadam", "fedyogi"]
-Tuned = Literal["tail", "classifier", "bias", "adapter", "full"]
+ProxyKind = Literal["none", "pruned", "dropped"]
+Tuned = Literal["tail", "classifier", "bias", "adapter", "lora", "full"]
 
 
 def _known_codec(name: str) -> str:
@@ -47,12 +52,6 @@ def _known_codec(name: str) -> str:
 
 
 CodecName = Annotated[str, AfterValidator(_known_codec)]
-
-
-class Message(BaseModel):
-    """Base of everything that crosses the wire as JSON: immutable, nothing unknown accepted."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class BackboneSettings(Message):
@@ -78,7 +77,8 @@ class BackboneSettings(Message):
         "tail",
         description="beside the prompts: tail | classifier, the tail's last layer | bias, "
         "every bias on the device, and the classifier | adapter, one bottleneck behind every "
-        "block of the head, and the classifier | full, head and tail",
+        "block of the head, and the classifier | lora, a change of low rank of queries and "
+        "values in the blocks on the device, and the classifier | full, head and tail",
     )
     adapter_width: int = Field(96, ge=1, le=4096, description="inner width (tune = adapter)")
     tune_body: bool = Field(
@@ -86,10 +86,36 @@ class BackboneSettings(Message):
         description="tune the body too: in a round every participant has a copy of its own on the "
         "server, and the copies are averaged (tune = full, prompt_count = 0)",
     )
+    lora_rank: int = Field(8, ge=1, le=1024, description="of each change (tune = lora)")
+    lora_ends: int = Field(
+        0, ge=0, le=256, description="blocks at either end that get one; 0: all (tune = lora)"
+    )
+    proxy: ProxyKind = Field(
+        "none",
+        description="the run's model is a smaller one made from the backbone: pruned, with fewer "
+        "neurons in the MLPs, or dropped, with fewer blocks",
+    )
+    proxy_ends: int = Field(
+        1, ge=0, le=128, description="blocks at either end that a proxy has as they are"
+    )
+    proxy_width: int = Field(
+        0, ge=0, le=65_536, description="neurons of the other MLPs (proxy = pruned); 0: a quarter"
+    )
+    proxy_blocks: int = Field(
+        0, ge=0, le=256, description="blocks that stay in all (proxy = dropped); 0: half"
+    )
+
+    local_body: int = Field(
+        0,
+        ge=0,
+        le=256,
+        description="blocks of a small frozen body that the local update runs through on the "
+        "device; 0: from head straight to tail",
+    )
 
     @model_validator(mode="after")
     def _a_tuned_head_is_trained_on_the_device(self) -> BackboneSettings:
-        if self.prompt_at == "cut" and self.tune in ("bias", "adapter", "full"):
+        if self.prompt_at == "cut" and self.tune in ("bias", "adapter", "lora", "full"):
             raise ValueError(
                 f"model.tune = {self.tune} needs model.prompt_at = input: prompts at the cut are "
                 "for a head that never changes"
@@ -104,6 +130,20 @@ class BackboneSettings(Message):
             raise ValueError(
                 f"model.tune_body needs model.prompt_count = 0, not {self.prompt_count}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _what_is_tuned_on_a_proxy_fits_the_backbone(self) -> BackboneSettings:
+        if self.local_body and (self.prompt_at == "cut" or self.proxy != "none"):
+            raise ValueError("model.local_body needs model.prompt_at = input and no model.proxy")
+        if self.proxy == "none":
+            return self
+        if self.tune not in ("tail", "classifier", "lora"):
+            raise ValueError(
+                f"model.proxy needs model.tune = tail, classifier or lora, not {self.tune}"
+            )
+        if self.prompt_at != "input" or self.prompt_depth != "shallow":
+            raise ValueError("model.proxy needs model.prompt_at = input, prompt_depth = shallow")
         return self
 
 
@@ -280,6 +320,16 @@ class RunSettings(Message):
     federation: FederationSettings = FederationSettings()
     training: TrainingSettings = TrainingSettings()
     wire: WireSettings = WireSettings()
+    distillation: DistillationSettings = DistillationSettings()
+
+    @model_validator(mode="after")
+    def _something_is_distilled(self) -> RunSettings:
+        smaller = self.model.proxy != "none" or self.model.local_body
+        if self.distillation.epochs and not smaller:
+            raise ValueError("distillation.epochs needs a model.proxy or a model.local_body")
+        if self.model.local_body and not self.training.local_epochs:
+            raise ValueError("model.local_body needs training.local_epochs above 0")
+        return self
 
     @model_validator(mode="after")
     def _one_name_per_class(self) -> RunSettings:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from split_model.libraries import timm
+from split_model.proxy_shape import shape_proxy
 from split_model.settings import SplitSettings, SplitSettingsError
 
 # Every architecture that these modules of timm register is of one of the classes below.
@@ -110,7 +111,9 @@ def skeleton(settings: SplitSettings) -> nn.Module:
 def _pristine(settings: SplitSettings) -> nn.Module:
     # Meta tensors take no memory, and building anew takes ten times as long as copying.
     with torch.device("meta"):
-        return create(settings, settings.num_classes)
+        model = create(settings, settings.num_classes)
+        shape_proxy(settings, model)
+        return model
 
 
 @functools.lru_cache(maxsize=64)
@@ -133,6 +136,9 @@ def _checked(settings: SplitSettings) -> nn.Module:
         tune="tail",
         adapter_width=1,
         tune_body=False,
+        lora_rank=1,
+        lora_ends=0,
+        local_body=0,
     )
     pristine = _pristine(uncut)
     _check(settings, _measure(pristine))
@@ -171,6 +177,13 @@ def _check(settings: SplitSettings, sizes: Anatomy) -> None:
     if settings.cut > last:
         limit = f"from 0 to {last} (depth {sizes.depth} less {settings.tail_blocks} tail blocks)"
         raise SplitSettingsError("cut", limit, settings.cut)
+    if settings.local_body:
+        if sizes.family != "plain":
+            limit = "0 for a backbone whose blocks know positions"
+            raise SplitSettingsError("local_body", limit, settings.local_body)
+        if settings.local_body > last - settings.cut:
+            limit = f"at most the {last - settings.cut} blocks of the body"
+            raise SplitSettingsError("local_body", limit, settings.local_body)
     if settings.keep_tokens:
         if sizes.family != "plain":
             limit = "0 for a backbone whose blocks know positions"

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from split_model.adapter import Adapter
+from split_model.lora import add_lora, is_lora
 from split_model.part import EMBEDDING, POSITIONS, Part, TokenCountError, is_bias
 from split_model.prompt_tokens import insert_prompts
 from split_model.prompts import prompt_shape
@@ -21,6 +22,8 @@ class Head(Part):
         self.adapter: Adapter | None = None
         if settings.tune == "adapter":
             self.adapter = Adapter(self.sizes.width, settings.adapter_width)
+        if settings.tune == "lora":
+            add_lora(settings, self.blocks)
 
     def embed(self, images: Tensor) -> Tensor:
         """[B, 3, S, S] to the tokens ahead of the first block, [B, prefix + N, D].
@@ -53,7 +56,7 @@ class Head(Part):
 
     def _tunes(self, name: str, *, parameter: bool) -> bool:
         tune = self.settings.tune
-        if name.startswith(ADAPTER):
+        if is_added(name):
             return True
         if tune == "bias":
             return parameter and is_bias(name)
@@ -64,3 +67,8 @@ class Head(Part):
         if not keep:
             return tokens
         return torch.cat([tokens[:, :prefix], merge_tokens(tokens[:, prefix:], keep)], dim=1)
+
+
+def is_added(name: str) -> bool:
+    """Whether a tensor of this name is tuned beside timm's own, which do not have it."""
+    return name.startswith(ADAPTER) or is_lora(name)

@@ -16,6 +16,8 @@ from split_model.settings import SplitSettings, SplitSettingsError
 from split_model.tensor_file import TensorFile, TensorFileError, sha256_of, write_tensors
 from split_model.weights import open_backbone
 
+LOCAL_BODY = "local_body."  # before timm's names
+
 
 @dataclasses.dataclass(frozen=True)
 class ImagePreparation:
@@ -37,11 +39,13 @@ def write_head_file(
     backbone_path: Path | str,
     out: Path | str,
     dtype: HeadDtype = "float32",
+    local_body: Mapping[str, Tensor] | None = None,
 ) -> tuple[Path, str]:
     """Write what a device holds frozen of a prepared backbone; returns its path and SHA-256.
 
     That is the head, less what is tuned of it, and what is not tuned of the tail. `dtype` is that
-    of the weights in the file; a head always computes in float32.
+    of the weights in the file; a head always computes in float32. `local_body` are the tensors of a
+    small body for the local update, which stand there by names of their own.
 
     Raises `TensorFileError` or `WeightsMismatchError`.
     """
@@ -55,7 +59,9 @@ def write_head_file(
         "images": json.dumps(dataclasses.asdict(image_preparation(settings))),
     }
     path = Path(out)
-    write_tensors(path, packed({name: backbone[name] for name in names}, dtype), metadata)
+    tensors = {name: backbone[name] for name in names}
+    tensors |= {LOCAL_BODY + name: tensor for name, tensor in (local_body or {}).items()}
+    write_tensors(path, packed(tensors, dtype), metadata)
     return path, sha256_of(path)
 
 
@@ -82,6 +88,11 @@ def read_head_file(
 def head_weights(path: Path | str) -> Mapping[str, Tensor]:
     """The file's tensors as devices have them, by timm's names. Raises `TensorFileError`."""
     return Unpacked(TensorFile(Path(path)))
+
+
+def local_body_tensors(frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of a head file's tensors those of the local update's small body, by timm's names."""
+    return {n.removeprefix(LOCAL_BODY): frozen[n] for n in frozen if n.startswith(LOCAL_BODY)}
 
 
 def _preparation(values: Any) -> ImagePreparation:

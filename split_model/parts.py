@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from split_model.body import Body
-from split_model.head import ADAPTER, Head
+from split_model.head import Head, is_added
+from split_model.lora import is_lora
 from split_model.part import Part
 from split_model.settings import SplitSettings
 from split_model.tail import Tail
@@ -93,7 +94,7 @@ def _free(part: Part) -> None:
 
 def head_names(settings: SplitSettings) -> list[str]:
     """timm's names of the tensors that the head reads."""
-    return [name for name in Head(settings).names() if not name.startswith(ADAPTER)]
+    return [name for name in Head(settings).names() if not is_added(name)]
 
 
 def body_names(settings: SplitSettings) -> list[str]:
@@ -103,7 +104,7 @@ def body_names(settings: SplitSettings) -> list[str]:
 
 def tail_names(settings: SplitSettings) -> list[str]:
     """timm's names of the tensors that the tail reads, the classifier's included."""
-    return list(Tail(settings).names())
+    return [name for name in Tail(settings).names() if not is_lora(name)]
 
 
 def frozen_names(settings: SplitSettings) -> list[str]:

@@ -4,12 +4,14 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal, cast
 
-from protocol.settings import BackboneSettings, Tuned
+from protocol.settings import BackboneSettings, ProxyKind, Tuned
 
 PromptPlace = Literal["input", "cut"]
 PromptDepth = Literal["shallow", "deep"]
-TUNED = ("tail", "classifier", "bias", "adapter", "full")
-HEAD_TUNED = ("bias", "adapter", "full")  # of these, those that change the head
+TUNED = ("tail", "classifier", "bias", "adapter", "lora", "full")
+PROXIES = ("none", "pruned", "dropped")
+PROXY_TUNED = ("tail", "classifier", "lora")  # what fits the proxy and its backbone alike
+HEAD_TUNED = ("bias", "adapter", "lora", "full")  # of these, those that change the head
 
 # Settled by the other fields, or would load weights behind our back.
 _RESERVED_OVERRIDES = frozenset(
@@ -52,6 +54,14 @@ class SplitSettings:
     tune: Tuned = "tail"  # what is tuned beside the prompts
     adapter_width: int = 96  # numbers inside the bottleneck, where `tune` is "adapter"
     tune_body: bool = False  # whether the body is tuned too, beside all of head and tail
+    lora_rank: int = 8  # of each change of a matrix, where `tune` is "lora"
+    lora_ends: int = 0  # blocks at either end that get such changes; 0: all blocks
+    proxy: ProxyKind = "none"  # the model is a smaller one, made from the backbone
+    proxy_ends: int = 1  # blocks at either end that it has as they are
+    proxy_width: int = 0  # neurons of the other MLPs, where it is "pruned"; 0: a quarter
+    proxy_blocks: int = 0  # blocks in all, where it is "dropped"; 0: half
+
+    local_body: int = 0  # blocks of a small body on the device, for its local update; 0: none
 
     def __post_init__(self) -> None:
         if not isinstance(self.backbone, str) or not self.backbone:
@@ -64,6 +74,12 @@ class SplitSettings:
             ("prompt_count", 0, 4096),
             ("keep_tokens", 0, 65_536),
             ("adapter_width", 1, 4096),
+            ("lora_rank", 1, 1024),
+            ("lora_ends", 0, 1024),
+            ("proxy_ends", 0, 1024),
+            ("proxy_width", 0, 65_536),
+            ("proxy_blocks", 0, 1024),
+            ("local_body", 0, 1024),
         ):
             value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
@@ -76,6 +92,7 @@ class SplitSettings:
             limit = "'shallow' where prompt_at is 'input' and the head has no blocks"
             raise SplitSettingsError("prompt_depth", limit, self.prompt_depth)
         self._check_tune()
+        self._check_proxy()
         if self.keep_tokens and self.prompt_at != "cut":
             limit = "0 where prompt_at is 'input': prompts are not to be merged"
             raise SplitSettingsError("keep_tokens", limit, self.keep_tokens)
@@ -95,6 +112,25 @@ class SplitSettings:
         if self.tune_body and (self.tune != "full" or self.prompt_count):
             limit = "false unless tune is 'full' and prompt_count 0"
             raise SplitSettingsError("tune_body", limit, self.tune_body)
+
+    def _check_proxy(self) -> None:
+        if self.local_body and (self.prompt_at == "cut" or self.proxy != "none"):
+            limit = "0 for a proxy, and where prompts join at the cut"
+            raise SplitSettingsError("local_body", limit, self.local_body)
+        if self.proxy not in PROXIES:
+            raise SplitSettingsError("proxy", f"one of {list(PROXIES)}", self.proxy)
+        if self.proxy == "none":
+            return
+        if self.tune not in PROXY_TUNED:
+            limit = f"one of {list(PROXY_TUNED)} for a proxy: it is put into the backbone"
+            raise SplitSettingsError("tune", limit, self.tune)
+        if self.prompt_at == "cut" or self.prompt_depth == "deep":
+            limit = "'none' where prompts join anywhere but at the input alone"
+            raise SplitSettingsError("proxy", limit, self.proxy)
+
+    def untuned(self) -> "SplitSettings":
+        """The same cut with nothing of head and body tuned."""
+        return dataclasses.replace(self, tune="tail", tune_body=False)
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as values that JSON and msgpack can carry."""
@@ -120,6 +156,13 @@ class SplitSettings:
             tune=model.tune,
             adapter_width=model.adapter_width,
             tune_body=model.tune_body,
+            lora_rank=model.lora_rank,
+            lora_ends=model.lora_ends,
+            proxy=model.proxy,
+            proxy_ends=model.proxy_ends,
+            proxy_width=model.proxy_width,
+            proxy_blocks=model.proxy_blocks,
+            local_body=model.local_body,
         )
 
     @classmethod

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from split_model.architecture import anatomy
+from split_model.lora import add_lora, is_lora
 from split_model.part import OUTPUT, POSITIONS, Part, is_bias
 from split_model.prompt_tokens import drop_prompts
 from split_model.settings import SplitSettings
@@ -22,6 +23,8 @@ class Tail(Part):
         depth = anatomy(settings).depth
         blocks = range(depth - settings.tail_blocks, depth)
         super().__init__(settings, blocks, OUTPUT | POSITIONS if blocks else OUTPUT)
+        if settings.tune == "lora":
+            add_lora(settings, self.blocks)
 
     @property
     def leading(self) -> int | None:
@@ -44,7 +47,7 @@ class Tail(Part):
 
     def _tunes(self, name: str, *, parameter: bool) -> bool:
         tune = self.settings.tune
-        if tune in ("tail", "full") or is_classifier(name):
+        if tune in ("tail", "full") or is_classifier(name) or is_lora(name):
             return True
         return tune == "bias" and parameter and is_bias(name)
 

@@ -11,6 +11,7 @@ from protocol.seeds import derive_seed
 from split_model.adapter import initial_adapter
 from split_model.body import Body
 from split_model.head import ADAPTER, Head
+from split_model.lora import initial_lora, is_lora
 from split_model.part import Part, WeightsMismatchError
 from split_model.prompts import initial_prompts, prompt_shape
 from split_model.settings import HEAD_TUNED, PromptPlace, SplitSettings
@@ -56,7 +57,7 @@ def initial_state(
     seed: int,
     mean_token: Tensor | None = None,
 ) -> TunedState:
-    """Pretrained weights, and a fresh classifier, prompts and adapter, all from one seed.
+    """Pretrained weights, and a fresh classifier, prompts and what is added, all from one seed.
 
     The classifier is the same whatever is tuned beside it. Raises `WeightsMismatchError` where
     `weights` lacks a pretrained tensor.
@@ -70,6 +71,8 @@ def initial_state(
         prefix, own = name.split(".", 1)
         if name.startswith(HEAD + ADAPTER):
             state[name] = initial_adapter(own, shape, derive_seed(seed, "adapter"))
+        elif is_lora(own):
+            state[name] = initial_lora(own, shape, derive_seed(seed, own))
         elif prefix + "." == TAIL and is_classifier(own):
             fresh = torch.zeros(shape)
             if own.endswith(".weight"):

@@ -8,7 +8,8 @@ from pathlib import Path
 from torch import Tensor
 
 from protocol.errors import NotFound
-from split_model import SplitSettings, export_model, head_weights
+from split_model import SplitSettings, export_model, head_weights, prepare_backbone
+from split_model.proxy import plugged
 from split_server.model_files import model_errors
 from split_server.snapshot import RunSnapshot, load_snapshot
 from split_server.states import RunFiles, StateRefs
@@ -19,6 +20,8 @@ from split_server.tables import RunRow
 def export_run(data_dir: Path, run_id: str, out: Path) -> None:
     """Write the whole tuned model of a run's newest global state to ``out``.
 
+    What was tuned on a proxy is put into the whole backbone.
+
     Raises:
         NotFound: the folder holds no such run.
         InvalidField: one of its files is damaged.
@@ -28,8 +31,14 @@ def export_run(data_dir: Path, run_id: str, out: Path) -> None:
     if run.settings.class_names is not None:
         metadata["class_names"] = json.dumps(run.settings.class_names)
     with model_errors():
-        head = head_weights(RunFiles(data_dir / "runs" / run_id).head)
         split = SplitSettings.of(run.settings.model)
+        if split.proxy != "none":
+            cache = data_dir / "backbones"
+            backbone = prepare_backbone(split, run.settings.model.weights, cache)
+            split, state = plugged(split, state)
+            export_model(split, backbone.path, state, out, metadata)
+            return
+        head = head_weights(RunFiles(data_dir / "runs" / run_id).head)
         export_model(split, run.backbone_path, state, out, metadata, head)
 
 

@@ -13,6 +13,8 @@ from protocol.messages import BlobRef
 from protocol.seeds import derive_seed
 from protocol.settings import RunSettings
 from split_model import SplitSettings
+from split_model.proxy import whole_model
+from split_server.proxies import prepare_local_body, prepare_proxy
 from split_server.states import RunFiles, StateRefs
 
 
@@ -20,32 +22,36 @@ from split_server.states import RunFiles, StateRefs
 class PreparedRun:
     """The model's files of a new run."""
 
-    backbone_path: Path
+    backbone_path: Path  # the weights of the run's model: a proxy's, where it is one
     backbone_bytes: int  # of the uncut model with its classifier, in float32
     head: BlobRef
     state: StateRefs
 
 
 def prepare_run(settings: RunSettings, files: RunFiles, cache_dir: Path) -> PreparedRun:
-    """Fetch or make the backbone, and write the head file and the first global state.
+    """Fetch or make the backbone or proxy, and write the head file and the first global state.
 
-    Takes seconds, or minutes where weights are downloaded: never call it on the event loop.
+    Takes seconds, or minutes where weights are downloaded or distilled: never call it on the
+    event loop.
 
     Raises:
         InvalidField: the model cannot be had, or cannot be cut as the settings ask.
     """
     with model_errors():
         split = SplitSettings.of(settings.model)
-        sizes = split_model.part_bytes(split)
+        split_model.part_bytes(split)  # refuses what cannot be cut, ahead of any work
+        sizes = split_model.part_bytes(whole_model(split))
         backbone = split_model.prepare_backbone(split, settings.model.weights, cache_dir)
-        weights = split_model.open_backbone(backbone.path)
+        path = prepare_proxy(settings, split, backbone, cache_dir)
+        local_body = prepare_local_body(settings, split, backbone, cache_dir)
+        weights = split_model.open_backbone(path)
         seed = derive_seed(settings.seed, "initial-state")
         state = split_model.initial_state(split, weights, seed)
         head, sha256 = split_model.write_head_file(
-            split, backbone.path, files.head, settings.wire.head
+            split, path, files.head, settings.wire.head, local_body
         )
     return PreparedRun(
-        backbone_path=backbone.path,
+        backbone_path=path,
         backbone_bytes=sizes.backbone_bytes,
         head=BlobRef(sha256=sha256, nbytes=head.stat().st_size),
         state=files.write_state(state, settings.model.prompt_at),

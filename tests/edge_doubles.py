@@ -256,12 +256,15 @@ def round_context(
     samples: int = 10,
     round_: int = 1,
     name: str = "device",
+    model_settings: BackboneSettings = SMALL,
     advance: Callable[[str, int, int], None] = lambda *_: None,
     **training: Any,
 ) -> RoundContext:
     model = model or device_model()
     settings = RunSettings(
-        seed=5, model=SMALL, training=TrainingSettings.model_validate({"batch_size": 4, **training})
+        seed=5,
+        model=model_settings,
+        training=TrainingSettings.model_validate({"batch_size": 4, **training}),
     )
     reader = BatchReader(image_set(samples), model.preprocessing)
     return RoundContext(settings, name, round_, 0, model, Samples(reader), advance)

@@ -15,7 +15,7 @@ from protocol.errors import InvalidField
 from protocol.messages import parse_message
 from protocol.settings import Message, Text
 
-PARTS = ("model", "federation", "training", "wire")  # of a run's settings
+PARTS = ("model", "federation", "training", "wire", "distillation")  # of a run's settings
 Scalar = bool | int | float | str
 Part = dict[str, Scalar]
 Values = dict[str, Scalar]  # of one point of a sweep, by dotted name
@@ -53,6 +53,7 @@ class Comparison(Message):
     federation: Part = {}
     training: Part = {}
     wire: Part = {}
+    distillation: Part = {}
     overrides: dict[str, dict[str, Part]] = Field({}, description="by method, then as the parts")
     sweep: dict[str, tuple[Scalar, ...]] = Field({}, description="values by dotted name")
 

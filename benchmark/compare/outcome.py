@@ -21,6 +21,7 @@ FIELDS = (
     "device_peak_bytes",
     "accuracy",
     "accuracy_worst_client",
+    "accuracy_proxy",
     "bytes_total",
     "bytes_to_target",
     "bytes_all_devices",

@@ -96,6 +96,7 @@ def _settings(
     except InvalidField as error:
         raise _of_method(error, method, point) from error
     _refuse_lost(whole, method, settings, point)
+    _refuse_private(here, method, settings)
     return settings
 
 
@@ -133,6 +134,18 @@ def _refuse_lost(
                     value=value,
                     hint="leave it out, or compare another method",
                 )
+
+
+def _refuse_private(here: Comparison, method: Method, settings: RunSettings) -> None:
+    """A server has none of the devices' data, so that it cannot distil on them either."""
+    how = settings.distillation
+    if how.epochs and how.images == here.data.partition(":")[0]:
+        raise InvalidField(
+            f"{method.name}: a server has none of the devices' images to distil on",
+            field="distillation.images",
+            limit="random, or another data set than the devices'",
+            value=how.images,
+        )
 
 
 def _check_overrides(comparison: Comparison) -> None:

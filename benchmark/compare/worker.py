@@ -19,10 +19,11 @@ from rich.console import Console
 from benchmark.compare.evaluations import device_accuracies
 from benchmark.compare.figures import calculated, reference_figures, run_figures
 from benchmark.compare.methods import Method, Reference, method_named
+from benchmark.compare.plugged_in import give_images, of_backbone, plugged_in_accuracy
 from benchmark.compare.tasks import Figures
 from benchmark.compare.usage import UsageWatch
 from benchmark.local_run import LocalRun
-from edge_client.data import DataError, limit_per_set, load_dataset
+from edge_client.data import DataError, Dataset, limit_per_set, load_dataset
 from protocol.errors import SFPromptError
 from protocol.messages import parse_message
 from protocol.settings import RunSettings
@@ -63,14 +64,19 @@ def perform(of: dict[str, Any], folder: Path, threads: int) -> Figures:
 
 def _refer(method: Reference, settings: RunSettings, of: dict[str, Any], threads: int) -> Figures:
     torch.set_num_threads(threads)
-    train, test = of["limits"]
-    seed = settings.seed % _SEEDS  # the same images as the devices of a run have together
-    data = load_dataset(of["data"], seed=seed, class_names=settings.class_names)
-    data = limit_per_set(data, train=train, test=test, shots=of["shots"], seed=seed)
+    data = _heap(settings, of)
     started = time.monotonic()
     measured = method.measure(settings, data, lambda done, total: None)
     seconds = time.monotonic() - started
     return reference_figures(measured.accuracy, measured.trainable_parameters, seconds)
+
+
+def _heap(settings: RunSettings, of: dict[str, Any]) -> Dataset:
+    """The images that the devices of a run have together."""
+    train, test = of["limits"]
+    seed = settings.seed % _SEEDS
+    data = load_dataset(of["data"], seed=seed, class_names=settings.class_names)
+    return limit_per_set(data, train=train, test=test, shots=of["shots"], seed=seed)
 
 
 def _run(
@@ -89,6 +95,7 @@ def _run(
         link=of["link"],
         shots=of["shots"],
     )
+    give_images(settings, folder / "server")
     with UsageWatch(folder) as watch, (folder / "run.log").open("w") as log:
         results, summary = local.execute(Console(file=log))
     state = load_state(folder / "tuned.safetensors")
@@ -100,6 +107,10 @@ def _run(
         server=watch.server(),
         by_device=device_accuracies(folder / "server", results.run.id),
     )
+    if settings.model.proxy != "none":
+        cache = folder / "server" / "backbones"
+        found = plugged_in_accuracy(settings, state, _heap(settings, of), cache)
+        figures = of_backbone(figures, found)
     history = "".join(view.model_dump_json() + "\n" for view in results.rounds)
     (folder / "history.jsonl").write_text(history)
     # What is left is small: weights and states of every device and round are not.

@@ -10,6 +10,8 @@ from benchmark.estimate.question import Question
 def estimate(question: Question) -> dict[str, MethodCost]:
     """What each method costs one device, by the method's name, in the order of tables.
 
+    Methods that the backbone does not allow are left out.
+
     Models are built on the meta device: no weights are read and no memory is taken for them.
 
     Raises:
@@ -17,4 +19,6 @@ def estimate(question: Question) -> dict[str, MethodCost]:
         SplitSettingsError: the settings do not fit the backbone.
         InvalidField: the size of a codec's payload cannot be known ahead.
     """
-    return {name: method.cost(question) for name, method in METHODS.items()}
+    return {
+        name: method.cost(question) for name, method in METHODS.items() if method.applies(question)
+    }

@@ -18,6 +18,7 @@ from split_model import (
     prompt_shape,
     skeleton,
 )
+from split_model.local_body import LocalBody
 
 _CLASSIFIERS = ("head.", "head_dist.")  # timm's names
 _BIASES = frozenset({"bias", "q_bias", "k_bias", "v_bias"})
@@ -38,6 +39,13 @@ def bytes_of(settings: SplitSettings) -> PartBytes:
     # The parts do not depend on the prompts, and methods differ in little else.
     bare = _part_bytes(_bare(settings))
     return dataclasses.replace(bare, prompts=math.prod(prompt_shape(settings)))
+
+
+def local_body_numbers(settings: SplitSettings) -> int:
+    """Numbers of the small body that the local update runs through; 0 where there is none."""
+    if not settings.local_body:
+        return 0
+    return sum(tensor.numel() for tensor in LocalBody(settings).state_dict().values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +79,9 @@ def forward_flops(settings: SplitSettings, prompts: int = 0) -> ForwardFlops:
 
 
 def _bare(settings: SplitSettings) -> SplitSettings:
-    return dataclasses.replace(settings, prompt_at="input", prompt_depth="shallow", prompt_count=0)
+    return dataclasses.replace(
+        settings, prompt_at="input", prompt_depth="shallow", prompt_count=0, local_body=0
+    )
 
 
 def _uncut(settings: SplitSettings) -> SplitSettings:

@@ -14,7 +14,8 @@ from split_model.schedule import make_optimizer, set_progress
 def local_update(context: RoundContext) -> float | None:
     """The local-loss update of SFPrompt (arXiv 2407.17533, section 3), on all samples.
 
-    The head's output goes straight into the tail; nothing crosses the network. Prompts that join
+    The head's output goes straight into the tail, or through the run's small body on the device;
+    nothing crosses the network. Prompts that join
     at the cut are not here and have no part in it. Where the device holds the whole model, this is
     the local training of FedAvg and FedPEFT (arXiv 2210.01708).
 
@@ -48,10 +49,11 @@ def local_update(context: RoundContext) -> float | None:
 
 
 def _smashed(context: RoundContext, positions: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
-    """What the head makes of a batch, [b, T', D], and its labels [b]."""
+    """What the tail is to read of a batch, [b, T', D], and its labels [b]."""
     samples, model = context.samples, context.model
     labels = samples.images.image_set.labels[positions]
     if samples.outputs is not None:
         return samples.outputs.for_tail(positions, context.view(epoch)), labels
     images, _ = samples.images.read(positions, epoch=context.epoch_of_run(epoch))
-    return model.head(images, model.prompts), labels
+    smashed = model.head(images, model.prompts)
+    return smashed if model.local_body is None else model.local_body(smashed), labels

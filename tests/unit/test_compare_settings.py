@@ -230,6 +230,28 @@ def test_federated_methods_have_the_names_of_the_calculator() -> None:
         assert (name in REFERENCES) <= (method.costed_as is None)
 
 
+def test_a_proxy_is_the_whole_head_whatever_it_lacks(tmp_path: Path) -> None:
+    asked = comparison(
+        methods=("fedpft", "offsite-tuning", "sfprompt-paper-proxy"),
+        overrides={"offsite-tuning": {"model": {"proxy_ends": 2, "proxy_blocks": 5}}},
+    )
+    pruned, dropped, split = (job.settings for job in plan(asked, tmp_path))
+    assert (pruned.model.cut, pruned.model.proxy, pruned.model.lora_ends) == (12, "pruned", 0)
+    assert (dropped.model.cut, dropped.model.proxy, dropped.model.lora_ends) == (5, "dropped", 2)
+    assert pruned.distillation.epochs == 5
+    assert dropped.distillation.epochs == 0
+    assert (split.model.local_body, split.model.proxy, split.model.cut) == (2, "none", 1)
+
+
+def test_a_server_does_not_distil_on_the_devices_own_data(tmp_path: Path) -> None:
+    asked = comparison(methods=("fedpft",), distillation={"images": "digits"})
+    with pytest.raises(InvalidField) as caught:
+        plan(asked, tmp_path)
+    assert caught.value.field == "distillation.images"
+    others = comparison(methods=("fedpft", "sfprompt"), distillation={"images": "cifar"})
+    assert {job.settings.distillation.images for job in plan(others, tmp_path)} == {"cifar"}
+
+
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 scalars = st.one_of(
     st.booleans(),

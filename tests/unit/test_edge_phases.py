@@ -1,6 +1,7 @@
 """The phases of a round on a real, small vision transformer, against plain torch."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from edge_client.phases import (
 )
 from protocol.errors import StepLost
 from protocol.seeds import derive_seed
-from split_model import load_state, open_backbone
+from split_model import SplitSettings, load_state, open_backbone, write_head_file
 from split_model.libraries import timm
 from split_model.schedule import learning_rate_factor
 from tests.edge_doubles import SMALL, BodyServer, device_model, files, image_set, round_context
@@ -179,6 +180,46 @@ def test_the_local_update_is_a_plain_torch_loop() -> None:
     assert_same(context.model.state(), model.state(), 1e-6)
     assert loss == pytest.approx(sum(losses[3:]) / 10)
     assert moved(model.state()) > 1e-4
+
+
+def test_a_local_update_through_a_small_body_is_a_plain_torch_loop(tmp_path: Path) -> None:
+    settings = SMALL.model_copy(update={"local_body": 2})
+    split = SplitSettings.of(settings)
+    weights = open_backbone(files().backbone)
+    # Of blocks 1 ... 11, by hand: the middles of two halves.
+    sources = {"blocks.1.": "blocks.3.", "blocks.2.": "blocks.9."}
+    small = {
+        own + name.removeprefix(source): weights[name]
+        for own, source in sources.items()
+        for name in weights
+        if name.startswith(source)
+    }
+    head, _ = write_head_file(split, files().backbone, tmp_path / "head", "float32", small)
+    model = DeviceModel.load(settings, head, files().state)
+    context = round_context(model, model_settings=settings, local_epochs=2, **SGD)
+    loss = local_update(context)
+
+    whole = timm.create_model(SMALL.backbone, img_size=32, num_classes=3).eval()
+    whole.load_state_dict(dict(weights), strict=False)
+    plain = device_model()
+    rates = ((plain.prompts, 0.5), (plain.tail, 0.1))
+    groups = [
+        {"params": [own] if isinstance(own, nn.Parameter) else list(own.parameters()), "lr": rate}
+        for own, rate in rates
+    ]
+    optimizer = torch.optim.SGD(groups, momentum=0.9)
+    losses = []
+    for positions in batches("local", 10, 2):
+        images, labels = context.samples.images.read(positions)
+        tokens = whole.blocks[9](whole.blocks[3](plain.head(images, plain.prompts)))
+        value = F.cross_entropy(plain.tail(tokens), labels)
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        losses.append(value.item() * len(positions))
+    assert_same(context.model.state(), plain.state(), 1e-5)
+    assert loss == pytest.approx(sum(losses[3:]) / 10, rel=1e-4)
+    assert all(own.grad is None for own in model.local_body.parameters())
 
 
 def test_no_local_epochs_change_nothing() -> None:

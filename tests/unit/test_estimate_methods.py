@@ -77,6 +77,8 @@ def test_every_method_answers_under_its_own_name(thousand: dict[str, MethodCost]
         "fedpeft-bias",
         "fedpeft-adapter",
         "fedpeft-prompt",
+        "fedpft",
+        "offsite-tuning",
         "splitfed-full",
         "splitfed-linear",
         "sfprompt-paper",

@@ -8,11 +8,13 @@ import pytest
 import protocol
 
 EXPORTED = {
+    "base": "Message",
     "codec_names": "CodecParts FLOAT_CODECS LOSSLESS_SUFFIX WHOLE_CODECS check_float_codec "
     "is_row_wise parse_codec",
     "codecs": "BFloat16 Buffer CODECS Codec Compressed Cosine Device ErrorFeedback FixedSizeCodec "
     "Float16 Float32 Int4 Int4Asymmetric Int64 Int8 ProductQuantiser RawCodec Svd TopK UInt8 "
     "codec_named encoded_bytes",
+    "distillation": "DistillationSettings",
     "errors": "Busy Conflict EmptyUpdate FieldValue Forbidden IdempotencyKeyReused InternalError "
     "InvalidField InvalidRequest MalformedFrame NonFinite NotFound RunClosed SFPromptError "
     "StaleRound StepLost TooLarge Unauthorized UnknownCodec Unreachable UnsupportedVersion "
@@ -27,8 +29,9 @@ EXPORTED = {
     "SAMPLE_ID_BYTES SamplesMeta Seconds Sha256 StepId StepMeta Task UpdateMeta UpdateReceipt "
     "parse_message",
     "seeds": "derive_seed",
-    "settings": "BackboneSettings CodecName FederationSettings Message PromptDepth "
-    "PromptPlacement RunSettings ServerOptimizer Text TrainingSettings Tuned WireSettings",
+    "settings": "BackboneSettings CodecName DistillationSettings FederationSettings Message "
+    "PromptDepth PromptPlacement ProxyKind RunSettings ServerOptimizer Text "
+    "TrainingSettings Tuned WireSettings",
     "traffic": "BACKWARD_PATH EXCHANGE_PATH FORWARD_PATH INFER_PATH MISSING_PATH Phase "
     "SAMPLES_PATH Traffic phases_of",
     "version": "FRAME_MEDIA_TYPE IDEMPOTENCY_HEADER PROTOCOL_VERSION REQUEST_ID_HEADER "

@@ -5,14 +5,17 @@ from benchmark.compare.methods.fedpeft_adapter import FedPeftAdapter
 from benchmark.compare.methods.fedpeft_bias import FedPeftBias
 from benchmark.compare.methods.fedpeft_head import FedPeftHead
 from benchmark.compare.methods.fedpeft_prompt import FedPeftPrompt
+from benchmark.compare.methods.fedpft import FedPft
 from benchmark.compare.methods.fl_full import FullFineTuning
 from benchmark.compare.methods.linear_probe import LinearProbe
 from benchmark.compare.methods.method import Measured, Method, Reference, changed
+from benchmark.compare.methods.offsite_tuning import OffsiteTuning
 from benchmark.compare.methods.sfprompt import SFPrompt
 from benchmark.compare.methods.sfprompt_cut_shallow import SFPromptCutShallow
 from benchmark.compare.methods.sfprompt_input_deep import SFPromptInputDeep
 from benchmark.compare.methods.sfprompt_input_shallow import SFPromptInputShallow
 from benchmark.compare.methods.sfprompt_paper import SFPromptPaper
+from benchmark.compare.methods.sfprompt_paper_proxy import SFPromptPaperProxy
 from benchmark.compare.methods.splitfed_full import SplitFedFull
 from benchmark.compare.methods.splitfed_linear import SplitFedLinear
 from protocol.errors import NotFound
@@ -24,8 +27,11 @@ _CLASSES: tuple[type[Method], ...] = (
     FedPeftAdapter,
     FedPeftPrompt,
     SplitFedFull,
+    FedPft,
+    OffsiteTuning,
     SplitFedLinear,
     SFPromptPaper,
+    SFPromptPaperProxy,
     SFPromptInputShallow,
     SFPromptInputDeep,
     SFPromptCutShallow,

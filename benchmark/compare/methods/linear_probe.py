@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from benchmark.compare.methods.method import Advance, Measured, Reference, changed
 from edge_client.data import Dataset
-from protocol.settings import FederationSettings, RunSettings, TrainingSettings, WireSettings
+from protocol.settings import (
+    DistillationSettings,
+    FederationSettings,
+    RunSettings,
+    TrainingSettings,
+    WireSettings,
+)
 
 
 class LinearProbe(Reference):
@@ -23,6 +29,7 @@ class LinearProbe(Reference):
                 "federation": FederationSettings(rounds=1).model_dump(),
                 "training": TrainingSettings().model_dump(),
                 "wire": WireSettings().model_dump(),
+                "distillation": DistillationSettings().model_dump(),
             },
         )
 

@@ -29,6 +29,8 @@ class WholeModel(Method):
         with model_errors():
             sizes = anatomy(SplitSettings.of(_bare(base.model)))
         model = {
+            "proxy": "none",
+            "local_body": 0,
             "cut": sizes.depth,
             "tail_blocks": 0,
             "keep_tokens": 0,

@@ -4,8 +4,10 @@ from benchmark.estimate.methods.fedpeft_adapter import FedPeftAdapter
 from benchmark.estimate.methods.fedpeft_bias import FedPeftBias
 from benchmark.estimate.methods.fedpeft_head import FedPeftHead
 from benchmark.estimate.methods.fedpeft_prompt import FedPeftPrompt
+from benchmark.estimate.methods.fedpft import FedPft
 from benchmark.estimate.methods.fl_full import FullFineTuning
 from benchmark.estimate.methods.method import Method
+from benchmark.estimate.methods.offsite_tuning import OffsiteTuning
 from benchmark.estimate.methods.sfprompt import SFPrompt
 from benchmark.estimate.methods.sfprompt_paper import SFPromptPaper
 from benchmark.estimate.methods.splitfed_full import SplitFedFull
@@ -17,6 +19,8 @@ _CLASSES: tuple[type[Method], ...] = (
     FedPeftBias,
     FedPeftAdapter,
     FedPeftPrompt,
+    FedPft,
+    OffsiteTuning,
     SplitFedFull,
     SplitFedLinear,
     SFPromptPaper,

@@ -18,6 +18,10 @@ class Method(ABC):
 
     name: ClassVar[str]
 
+    def applies(self, question: Question) -> bool:
+        """Whether the method can be had with the question's backbone."""
+        return True
+
     @abstractmethod
     def cost(self, question: Question) -> MethodCost:
         """What it costs one device.

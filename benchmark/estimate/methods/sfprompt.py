@@ -16,7 +16,7 @@ from benchmark.estimate.method_cost import MethodCost
 from benchmark.estimate.methods.method import Method
 from benchmark.estimate.payload import samples_bytes, tensor_bytes, tensors_bytes
 from benchmark.estimate.question import Question
-from benchmark.estimate.sizes import bytes_of, forward_flops
+from benchmark.estimate.sizes import bytes_of, forward_flops, local_body_numbers
 from protocol.messages import SAMPLE_ID_BYTES
 from split_model import anatomy, device_shapes, needed_tokens, state_shapes
 
@@ -98,7 +98,8 @@ class _Traffic:
         self.wire, self.training = question.settings.wire, question.settings.training
 
     def start(self) -> int:
-        head = tensor_bytes(self.wire.head, (bytes_of(self.question.split).head,))
+        numbers = bytes_of(self.question.split).head + local_body_numbers(self.question.split)
+        head = tensor_bytes(self.wire.head, (numbers,))
         return head + self._state("float32")
 
     def up(self) -> int:
@@ -162,6 +163,7 @@ class _Work:
         self.question, self.shapes = question, shapes
         # Keeping everything needs no scores.
         self.scored = question.train_samples if training.keep_fraction < 1 else 0
+        self.local_visits = question.train_samples * training.local_epochs
         self.visits = (
             question.train_samples * training.local_epochs + question.kept * training.split_epochs
         )
@@ -174,6 +176,9 @@ class _Work:
         if self.shapes.at_cut:
             return work + (self.scored + self.visits) * self._head(0)
         visit = self._head(prompts) + (self._head_blocks(prompts) if prompts else 0)
+        # Through the small body and, where there is something ahead of it to tune, back again.
+        through = self.split.local_body * forward_flops(self.split, prompts).block
+        work += self.local_visits * through * (2 if prompts else 1)
         return work + self.scored * self._head(0) + self.visits * visit
 
     def once(self) -> int:
@@ -208,10 +213,15 @@ def _peak(question: Question, shapes: _Shapes) -> int:
         activations = max(head, smashed + step)
     else:
         prompts = numbers.prompts
-        through = passed_blocks(split, split.cut, shapes.smashed[0]) if prompts else 0
+        passed = split.cut + split.local_body
+        through = passed_blocks(split, passed, shapes.smashed[0]) if prompts else 0
         activations = max(head, image_numbers(split) + through + 2 * smashed + step)
     return peak_bytes(
-        numbers.head + numbers.tail + prompts + _remembered(question, shapes, width),
+        numbers.head
+        + numbers.tail
+        + prompts
+        + _remembered(question, shapes, width)
+        + local_body_numbers(split),
         numbers.tail + prompts,
         training.batch_size,
         activations,

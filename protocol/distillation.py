@@ -1,0 +1,30 @@
+"""The part of a run's settings that says how the server makes stand-ins for blocks."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from protocol.base import Message
+
+__all__ = ["DistillationSettings"]
+
+
+class DistillationSettings(Message):
+    """How the server prepares a smaller stand-in for blocks (FedPFT, arXiv 2404.11536).
+
+    The server has none of the devices' data: it distils on images of its own.
+    """
+
+    epochs: int = Field(0, ge=0, le=10_000, description="over these images; 0: no distillation")
+    images: str = Field(
+        "random",
+        pattern=r"^[a-z0-9][a-z0-9-]{0,63}$",
+        description="random, normal noise | NAME, of distillation/NAME.safetensors in the "
+        "server's folder",
+    )
+    samples: int = Field(512, ge=1, le=1_000_000, description="of these images, at most")
+    batch_size: int = Field(32, ge=1, le=4096)
+    learning_rate: float = Field(6e-4, gt=0, le=1, description="of Adam")
+    mlp_weight: float = Field(
+        0.01, ge=0, le=1000, description="alpha: the share of the MLPs' outputs in the loss"
+    )
