@@ -32,6 +32,7 @@ __all__ = [
     "decode_frame",
     "encode_frame",
     "frame_length",
+    "header_length",
     "join_frame",
     "require_kind",
 ]
@@ -146,6 +147,12 @@ def encode_frame(
 def frame_length(pieces: Sequence[memoryview]) -> int:
     """Bytes of an encoded frame."""
     return sum(piece.nbytes for piece in pieces)
+
+
+def header_length(data: Buffer) -> int:
+    """The bytes of a frame's header, as its beginning claims; nothing is checked, nothing read."""
+    _, _, _, length, _ = _PREFIX.unpack_from(bytes(data[:PREFIX_BYTES]).ljust(PREFIX_BYTES, b"\0"))
+    return int(length)
 
 
 def join_frame(pieces: Sequence[memoryview]) -> bytearray:

@@ -205,6 +205,8 @@ class FederationSettings(Message):
     def _noise_is_in_proportion_to_the_clip(self) -> FederationSettings:
         if self.dp_noise_multiplier and self.dp_clip is None:
             raise ValueError("dp_noise_multiplier needs dp_clip")
+        if 0 < self.dp_noise_multiplier < 1e-3:
+            raise ValueError("dp_noise_multiplier is 0 or at least 0.001: less is no privacy")
         return self
 
     @model_validator(mode="after")

@@ -75,7 +75,8 @@ def divergence(rate: float, noise_multiplier: float, order: int) -> float:
         + (k * k - k) / twice
         for k in range(order + 1)
     ]
-    return max(0.0, _log_sum(terms) / (order - 1))
+    total = _log_sum(terms) / (order - 1)
+    return max(0.0, total) if math.isfinite(total) else math.inf
 
 
 def converted(spent: float, order: int, delta: float) -> float:
@@ -102,4 +103,6 @@ def _log_binomial(n: int, k: int) -> float:
 def _log_sum(logs: list[float]) -> float:
     """The logarithm of the sum of what these are the logarithms of."""
     largest = max(logs)
+    if math.isinf(largest):
+        return largest
     return largest + math.log(math.fsum(math.exp(one - largest) for one in logs))

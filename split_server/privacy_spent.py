@@ -34,7 +34,8 @@ def noise_generator(settings: RunSettings, round_: int, attempt: int) -> torch.G
 def record_spent(session: Session, run: RunSnapshot, row: RoundRow, at: float) -> None:
     """Tell what the run has cost with this round, in the transaction that makes its state count.
 
-    Only attempts that made a state are paid for: of the others nobody has seen anything.
+    Only attempts that made a state are paid for: of the others nobody has seen anything. The
+    history says who was drawn, to participants, too: sampling hides nothing from them.
     """
     federation = run.settings.federation
     if federation.dp_noise_multiplier == 0:
@@ -52,8 +53,8 @@ def record_spent(session: Session, run: RunSnapshot, row: RoundRow, at: float) -
         attempt=row.attempt,
         sampling_rate=rate,
         delta=delta,
-        epsilon=_number(epsilon_of(rates, z, delta)),
-        epsilon_known_sample=_number(epsilon_of([1.0] * len(rates), z, delta)),
+        epsilon=_number(epsilon_of([1.0] * len(rates), z, delta)),
+        epsilon_secret_sample=_number(epsilon_of(rates, z, delta)),
     )
 
 

@@ -156,10 +156,10 @@ class Runs:
             progress.apply(session, run, action, self._meter, self._clock.wall(), work)
         log.info("run %s: %s", run.id, action)
         if not isinstance(action, rounds.OpenTraining):
-            self._sweep(run.id, run)
             self._watcher.round_over(run.id)
             if self.run(run.id).status.over:
                 self._watcher.run_over(run.id)
+            self._sweep(run.id, run)
 
     def _next(self, run_id: str) -> rounds.Action | None:
         live = self._presence.live(run_id)

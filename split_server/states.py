@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import shutil
 from collections.abc import Iterable, Mapping
@@ -18,6 +19,8 @@ from protocol.errors import NotFound
 from protocol.messages import BlobRef
 from protocol.settings import PromptPlacement
 from split_model import is_held, state_bytes
+
+log = logging.getLogger(__name__)
 
 PROMPTS = "prompts"  # their name in a state
 
@@ -135,10 +138,14 @@ class RunFiles:
 
 def _keep(folder: Path, wanted: Iterable[str]) -> None:
     names = {f"{sha256}.safetensors" for sha256 in wanted}
-    if folder.is_dir():
-        for path in folder.iterdir():
-            if path.name not in names:
+    if not folder.is_dir():
+        return
+    for path in folder.iterdir():
+        if path.name not in names:
+            try:
                 path.unlink(missing_ok=True)
+            except OSError as error:  # some systems keep a file that is being read
+                log.warning("%s stays for now: %s", path.name, error)
 
 
 def write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> BlobRef:

@@ -10,7 +10,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from protocol.messages import BlobRef
 from split_server.states import StateRefs
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 class Base(DeclarativeBase):
@@ -37,8 +37,8 @@ class RunRow(Base):
     state_sha256: Mapped[str]
     state_nbytes: Mapped[int]
     # What the server keeps of the state to itself: prompts, or a body.
-    held_sha256: Mapped[str | None] = mapped_column("prompts_sha256")
-    held_nbytes: Mapped[int | None] = mapped_column("prompts_nbytes")
+    held_sha256: Mapped[str | None]
+    held_nbytes: Mapped[int | None]
 
     def set_state(self, refs: StateRefs) -> None:
         """Make this the global state."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from edge_client.copies import Copies, Revision
 from edge_client.transport.server import Server
-from protocol.errors import MalformedFrame, SFPromptError
+from protocol.errors import Busy, MalformedFrame, SFPromptError
 from protocol.frames import Frame, require_kind
 from protocol.messages import SAMPLE_ID_BYTES, BodyStepMeta, ExchangeMeta
 from protocol.settings import RunSettings
@@ -120,10 +120,21 @@ class SplitPlane:
     def body_forward(self, smashed: Tensor, meta: BodyStepMeta) -> Tensor:
         """Features [B, T', D] of smashed data [B, T, D], through this session's own body.
 
+        A session begins when the server has room for its body, however long others have theirs: the
+        round's end ends the waiting.
+
         Raises:
             StepLost: the session is gone; begin the round anew.
+            StaleRound: the round is over.
         """
-        reply = self._server.ask(FORWARD_PATH, "forward", meta.model_dump(), self._batch(smashed))
+        batch = self._batch(smashed)
+        while True:
+            try:
+                reply = self._server.ask(FORWARD_PATH, "forward", meta.model_dump(), batch)
+                break
+            except Busy:
+                if meta.number > 0:
+                    raise
         return _tensor(reply, "features", (len(smashed), *self._features))
 
     def body_backward(

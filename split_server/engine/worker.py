@@ -101,6 +101,7 @@ class Worker:
                 for task in batch.tasks:
                     task.fail(error)
             self._count(batch, began, time.monotonic() - began)
+            del batch  # what it holds is not kept while nothing is to do
 
     def _next(self) -> Batch | None:
         """The next batch, waited for; None: there is none any more."""

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from xxhash import xxh3_64_intdigest
 
 from protocol.errors import InvalidField
-from protocol.frames import decode_frame, encode_frame, require_kind
+from protocol.frames import decode_frame, encode_frame, header_length, require_kind
 from protocol.limits import FrameLimits
 from protocol.version import FRAME_MEDIA_TYPE
 from split_server.credentials import Credentials, require_member
@@ -31,6 +31,7 @@ _MEDIA = FRAME_MEDIA_TYPE.encode()
 # Up to so many bytes, floats that nothing is done to are read and checked in a fifth of a
 # millisecond: less than it takes to hand them to a thread and to be woken by it.
 _LIGHT_BYTES = 2 * 1024 * 1024
+_LIGHT_HEADER_BYTES = 4096  # a larger one is nobody's, and takes its time
 _LIGHT_KINDS = frozenset({"forward", "backward"})  # they touch no disk
 _RAW = frozenset({"float32", "float16", "bfloat16"})
 R = TypeVar("R")
@@ -68,6 +69,7 @@ class SplitPlane:
         with self.room.claim() as claim:
             limit = self.limits.max_frame_bytes
             data = await read_body(scope, receive, limit, self.body_timeout_s, claim)
+            run, member = self.federation.member(run.id, member.id)  # that took its time
             found = await self._read(kind, reader, run, member, data)
             del data
             reply = found if isinstance(found, Reply) else await found()
@@ -90,7 +92,7 @@ class SplitPlane:
 
         frozen = not run.settings.model.tune_body
         light = frozen and kind in _LIGHT_KINDS and self.desk.device.type == "cpu"
-        if not light or len(data) > _LIGHT_BYTES:
+        if not light or len(data) > _LIGHT_BYTES or header_length(data) > _LIGHT_HEADER_BYTES:
             return await self._off_loop(lambda: reader(self.desk, asked()))
         request = asked()
         if _is_raw(spec.codec for spec in request.frame.specs.values()):

@@ -10,6 +10,7 @@ import math
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from protocol.errors import InvalidField, MalformedFrame, StaleRound
 from protocol.frames import Frame
 from protocol.messages import (
+    BlobRef,
     BodyStepMeta,
     ExchangeMeta,
     InferMeta,
@@ -189,7 +191,7 @@ def read_infer(desk: Desk, asked: Asked) -> Work | Reply:
     if asked.tunes_body:
         body = _tuned_body(desk, asked)
     elif (held := asked.run.held) is not None:
-        prompts = read_prompts(desk.files(asked.run.id).held(held.sha256))
+        prompts = read_prompts(_held_file(desk, asked, held))
     job = InferJob(asked.run.id, asked.member.id, body, found, prompts, asked.leading)
     return _work(partial(desk.engine.infer, job), "features", asked.wire.inference, meta)
 
@@ -256,8 +258,17 @@ def _body_backward(desk: Desk, asked: Asked) -> Work:
 
 def _body_step(asked: Asked) -> BodyStepMeta:
     meta = parse_message(BodyStepMeta, dict(asked.frame.meta))
-    rounds.require_trainer(asked.run, asked.member, meta.round, meta.attempt)
+    open_round = rounds.require_trainer(asked.run, asked.member, meta.round, meta.attempt)
+    if asked.member.id in open_round.updated or asked.member.id in open_round.declined:
+        raise StaleRound("this participant's update has been counted", field="round")
     return meta
+
+
+def _held_file(desk: Desk, asked: Asked, held: BlobRef) -> Path:
+    path = desk.files(asked.run.id).held(held.sha256)
+    if not path.is_file():
+        raise StaleRound("there is a newer global state, and this one is gone", field="state")
+    return path
 
 
 def _body_job(desk: Desk, asked: Asked, meta: BodyStepMeta, tensor: Tensor) -> BodyJob:
@@ -288,7 +299,7 @@ def _tuned_body(desk: Desk, asked: Asked) -> BodyKey:
     held = asked.run.held
     if held is None:
         raise InvalidField("this run has no body of its own", field="tune_body", limit=True)
-    return replace(asked.body, state=desk.files(asked.run.id).held(held.sha256))
+    return replace(asked.body, state=_held_file(desk, asked, held))
 
 
 def _gradients(desk: Desk, asked: Asked) -> Tensor:
@@ -353,7 +364,7 @@ def _plan(desk: Desk, asked: Asked, round_: int) -> SessionPlan:
         training=settings.training,
         rounds=settings.federation.rounds,
         round=round_,
-        initial=partial(read_prompts, desk.files(asked.run.id).held(held.sha256)),
+        initial=partial(read_prompts, _held_file(desk, asked, held)),
         from_mean_token=round_ == 1 and settings.model.prompt_init == "mean-token",
     )
 

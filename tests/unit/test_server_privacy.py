@@ -218,10 +218,10 @@ def test_a_share_of_the_participants_costs_less_and_a_repeated_round_nothing(
         site.update(run, drawn[0], state_of(1.0), attempt=1)
         first, second = view(site, run).rounds
         assert first.epsilon is None
-        assert second.epsilon == pytest.approx(epsilon_of([0.5], 2.0, 1e-2))
+        assert second.epsilon == pytest.approx(epsilon_of([1.0], 2.0, 1e-2))
         (event,) = [e.data for e in site.federation.events(run, 0) if e.kind == "privacy_spent"]
         assert event["sampling_rate"] == 0.5
-        assert event["epsilon_known_sample"] == pytest.approx(epsilon_of([1.0], 2.0, 1e-2))
+        assert event["epsilon_secret_sample"] == pytest.approx(epsilon_of([0.5], 2.0, 1e-2))
 
 
 def change(site: Bench, run: str) -> float:
