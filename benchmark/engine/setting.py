@@ -49,14 +49,14 @@ class Plan:
 
     loads: tuple[Load, ...] = (Load(8, 16), Load(8, 32), Load(1, 32))
     repetitions: int = 5
-    seconds: float = 12.0
+    seconds: float = 8.0
     turn_repetitions: int = 25
     turns: int = 8
     curve_clients: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
     curve_batches: tuple[int, ...] = (1, 4, 16, 32)
     curve_samples: int = 2048
-    curve_repetitions: int = 3
-    curve_seconds: float = 4.0
+    curve_repetitions: int = 2
+    curve_seconds: float = 2.0
     soak: Load = Load(64, 4)
     soak_s: float = 600.0
 
