@@ -17,7 +17,7 @@ from protocol.messages import BlobRef
 _KEPT_STATES = 4  # newest global states that stay on the disk
 _GRACE_S = 600.0  # a file used so recently may be another process's
 
-Download = Callable[[int], bytes | bytearray]
+Download = Callable[[int], bytes | bytearray | memoryview]
 
 
 class BlobCache:

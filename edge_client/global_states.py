@@ -46,7 +46,7 @@ class GlobalStates:
         """The file of a state; nothing is downloaded that is here already."""
         made: bytes | None = None
 
-        def download(start: int) -> bytes | bytearray:
+        def download(start: int) -> bytes | bytearray | memoryview:
             nonlocal made
             if made is None:
                 made = self._from_delta(ref) or b""

@@ -8,14 +8,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+import httptools
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from protocol.traffic import Traffic
-from split_server.sink import SINK_KEY, SinkHolder
+from split_server.sink import SINK_KEY, BodySink, DirectReceiver, SinkHolder
 from split_server.tables import ParticipantRow
 
+_DIRECT_BYTES = 64 * 1024  # from here on, taking the connection over is worth it
 SOCKET_KEY = "sfprompt_socket"  # in the ASGI scope's state
 
 
@@ -71,10 +73,10 @@ class MeteredProtocol(HttpToolsProtocol):
         self.counter = SocketCounter()
         counting = _CountingTransport(transport, self.counter)
         super().connection_made(cast(asyncio.Transport, counting))
-        self.holder = SinkHolder(self.flow.resume_reading)
+        self.holder = SinkHolder(self._receive_into)
 
     def data_received(self, data: bytes) -> None:
-        self.counter.received += len(data)
+        self._count(len(data))
         super().data_received(data)
 
     def on_message_begin(self) -> None:
@@ -88,6 +90,27 @@ class MeteredProtocol(HttpToolsProtocol):
             super().on_body(body)
         else:
             sink.write(body)
+
+    def _receive_into(self, sink: BodySink) -> None:
+        """Let the body's rest come: a long one past the parser, which would copy it twice."""
+        if sink.rest.nbytes >= _DIRECT_BYTES:
+            self._hand_over(DirectReceiver(self.holder, self, self._count, self._take_back))
+        else:
+            self.flow.resume_reading()
+
+    def _take_back(self) -> None:
+        self.parser = httptools.HttpRequestParser(self)  # the old one still waits for the body
+        self._hand_over(self)
+        self.on_message_complete()
+
+    def _hand_over(self, protocol: asyncio.BaseProtocol) -> None:
+        # An event loop may ask only when it begins to read how its protocol takes bytes.
+        self.flow.pause_reading()
+        self.transport.set_protocol(protocol)
+        self.flow.resume_reading()
+
+    def _count(self, nbytes: int) -> None:
+        self.counter.received += nbytes
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)

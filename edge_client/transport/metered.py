@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
 import httpx
+import numpy as np
 
 from edge_client.transport.link import Line, Link
 from protocol.errors import TooLarge
@@ -25,6 +26,7 @@ from protocol.limits import DEFAULT_LIMITS
 from protocol.traffic import Traffic
 
 BODY_EXTENSION = "sfprompt_body"  # the response's body as one writable buffer
+Body = bytearray | memoryview
 _BROKEN = (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError)  # the other end is gone
 _READ_BYTES = 1024 * 1024  # at a time, of a body whose length is not announced
 # A router between the two may forget a connection that is silent while the device computes.
@@ -135,7 +137,7 @@ class _Connection:
 
     def exchange(
         self, request: httpx.Request, timeout: float, max_body_bytes: int
-    ) -> tuple[http.client.HTTPResponse, bytearray]:
+    ) -> tuple[http.client.HTTPResponse, Body]:
         self.socket.settimeout(timeout)
         self.socket.begin_exchange()
         target = request.url.raw_path.decode("ascii")
@@ -170,22 +172,22 @@ class _Connection:
         self.socket.shut()
 
 
-def _read_body(response: http.client.HTTPResponse, most: int) -> bytearray:
+def _read_body(response: http.client.HTTPResponse, most: int) -> Body:
     if response.length is None:
-        body = bytearray()
+        grown = bytearray()
         while chunk := response.read(_READ_BYTES):
-            body += chunk
-            if len(body) > most:
-                raise _too_large(most, len(body))
-        return body
+            grown += chunk
+            if len(grown) > most:
+                raise _too_large(most, len(grown))
+        return grown
     if response.length > most:
         raise _too_large(most, response.length)
-    body = bytearray(response.length)
-    view, filled = memoryview(body), 0
+    body: memoryview = np.empty(response.length, np.uint8).data  # pages that nobody has to clear
+    filled = 0
     while filled < len(body):
-        count = response.readinto(view[filled:])
+        count = response.readinto(body[filled:])
         if count == 0:
-            raise http.client.IncompleteRead(bytes(view[:filled]), len(body) - filled)
+            raise http.client.IncompleteRead(bytes(body[:filled]), len(body) - filled)
         filled += count
     response.read()  # lets http.client see the end of the message
     return body
@@ -278,7 +280,7 @@ class MeteredTransport(httpx.BaseTransport):
 
     def _exchange(
         self, connection: _Connection, request: httpx.Request, timeout: float
-    ) -> tuple[http.client.HTTPResponse, bytearray]:
+    ) -> tuple[http.client.HTTPResponse, Body]:
         sent, received = connection.socket.sent, connection.socket.received
         try:
             return connection.exchange(request, timeout, self._max_body_bytes)
@@ -312,7 +314,7 @@ class MeteredTransport(httpx.BaseTransport):
 
 
 class _Body(httpx.SyncByteStream):
-    def __init__(self, body: bytearray) -> None:
+    def __init__(self, body: Body) -> None:
         self._body = body
 
     def __iter__(self) -> Iterator[bytes]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from edge_client.transport.link import Link
-from edge_client.transport.metered import BODY_EXTENSION, MeteredTransport
+from edge_client.transport.metered import BODY_EXTENSION, Body, MeteredTransport
 from edge_client.transport.retry import RetryPolicy
 from protocol.errors import (
     InvalidField,
@@ -156,11 +156,11 @@ class Server:
         key = f"evaluation-{report.round}-{report.attempt}"
         self._json("PUT", _run_path(run, "evaluation"), report, key=key)
 
-    def head(self, run: str, start: int = 0) -> bytearray:
+    def head(self, run: str, start: int = 0) -> Body:
         """The next bytes of the head file from ``start`` on, not all where it is large."""
         return self._download(_run_path(run, "head"), start)
 
-    def state(self, run: str, ref: BlobRef, start: int = 0) -> bytearray:
+    def state(self, run: str, ref: BlobRef, start: int = 0) -> Body:
         """The next bytes of a global state's file from ``start`` on, as `head` does."""
         return self._download(_run_path(run, f"states/{ref.sha256}/state"), start)
 
@@ -209,7 +209,7 @@ class Server:
         answer = self._call(method, path, pieces, media=media, key=key, extra=extra)
         return _parse_json(_body(answer))
 
-    def _download(self, path: str, start: int) -> bytearray:
+    def _download(self, path: str, start: int) -> Body:
         extra = {"range": f"bytes={start}-{start + _PIECE_BYTES - 1}"}
         answer = self._call("GET", path, [], extra=extra)
         if answer.status_code != httpx.codes.PARTIAL_CONTENT:
@@ -322,8 +322,8 @@ def _run_path(run: str, rest: str = "") -> str:
     return f"{path}/{rest}" if rest else path
 
 
-def _body(response: httpx.Response) -> bytearray:
-    body: bytearray = response.extensions[BODY_EXTENSION]
+def _body(response: httpx.Response) -> Body:
+    body: Body = response.extensions[BODY_EXTENSION]
     return body
 
 
@@ -336,7 +336,7 @@ def _refusal(response: httpx.Response) -> SFPromptError:
             hint="give that address",
         )
     try:
-        wire = json.loads(_body(response))
+        wire = json.loads(bytes(_body(response)))
     except (ValueError, RecursionError):
         wire = None
     error = error_from_wire(wire, response.status_code)
@@ -354,9 +354,9 @@ def _seconds(text: str) -> float | None:
     return min(seconds, _LONGEST_WAIT_S) if seconds >= 0 and not math.isnan(seconds) else None
 
 
-def _parse_json(body: bytearray) -> Any:
+def _parse_json(body: Body) -> Any:
     try:
-        return json.loads(body) if body else None
+        return json.loads(bytes(body)) if body else None
     except (ValueError, RecursionError) as error:
         raise MalformedFrame("the server's answer is not JSON", field="body") from error
 

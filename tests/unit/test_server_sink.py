@@ -14,7 +14,7 @@ from split_server.sink import SinkHolder
 
 
 def holder() -> SinkHolder:
-    return SinkHolder(lambda: None)
+    return SinkHolder(lambda _: None)
 
 
 @given(st.lists(st.binary(max_size=50), max_size=8), st.binary(max_size=20))
@@ -64,10 +64,10 @@ def test_whoever_goes_away_leaves_no_one_waiting() -> None:
 
 
 def test_reading_goes_on_once_there_is_a_sink() -> None:
-    resumed: list[bool] = []
+    left: list[int] = []
 
     async def begin() -> None:
-        SinkHolder(lambda: resumed.append(True)).open(10, b"", None)
+        SinkHolder(lambda sink: left.append(sink.rest.nbytes)).open(10, b"abc", None)
 
     asyncio.run(begin())
-    assert resumed == [True]
+    assert left == [7]
