@@ -99,12 +99,17 @@ def create(settings: SplitSettings, num_classes: int, **arguments: Any) -> nn.Mo
     return model.eval()
 
 
-def skeleton(settings: SplitSettings) -> nn.Module:
+def skeleton(settings: SplitSettings, blocks: range | None = None) -> nn.Module:
     """timm's model with the settings' classifier on the meta device: shapes without memory.
+
+    The caller may take it apart. Of blocks that are not among ``blocks`` only the places are there.
 
     Raises `UnsupportedBackboneError` or `SplitSettingsError`.
     """
-    return copy.deepcopy(_checked(settings))  # the caller will take it apart
+    model: Any = _checked(settings)
+    absent = [b for n, b in enumerate(model.blocks) if blocks is not None and n not in blocks]
+    copied: nn.Module = copy.deepcopy(model, {id(block): nn.Identity() for block in absent})
+    return copied
 
 
 @functools.lru_cache(maxsize=16)

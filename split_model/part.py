@@ -60,7 +60,7 @@ class Part(nn.Module):
 
     def __init__(self, settings: SplitSettings, blocks: range, members: frozenset[str]) -> None:
         super().__init__()
-        trunk: Any = skeleton(settings)
+        trunk: Any = skeleton(settings, blocks)
         self.settings = settings
         self.sizes: Anatomy = anatomy(settings)
         self.grid: Any = trunk.patch_embed.grid_size
