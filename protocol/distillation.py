@@ -28,3 +28,17 @@ class DistillationSettings(Message):
     mlp_weight: float = Field(
         0.01, ge=0, le=1000, description="alpha: the share of the MLPs' outputs in the loss"
     )
+    every: int = Field(
+        0,
+        ge=0,
+        le=100_000,
+        description="rounds after which the neurons that devices use least are distilled again "
+        "(proxy = pruned); 0: never",
+    )
+    retained: float = Field(
+        0.5, ge=0, lt=1, description="share of an MLP's neurons, the busiest, that then stay"
+    )
+
+    def due(self, round_: int, rounds: int) -> bool:
+        """Whether the stand-ins are distilled again after this of so many rounds; not the last."""
+        return self.every > 0 and 0 < round_ < rounds and round_ % self.every == 0
