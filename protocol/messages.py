@@ -203,7 +203,7 @@ class Assignment(Message):
     ) -> dict[str, Any]:
         values: dict[str, Any] = handler(self)
         if self.head is None:
-            del values["head"]
+            values.pop("head", None)
         return values
 
 

@@ -238,8 +238,10 @@ def test_a_proxy_is_the_whole_head_whatever_it_lacks(tmp_path: Path) -> None:
     pruned, dropped, split = (job.settings for job in plan(asked, tmp_path))
     assert (pruned.model.cut, pruned.model.proxy, pruned.model.lora_ends) == (12, "pruned", 0)
     assert (dropped.model.cut, dropped.model.proxy, dropped.model.lora_ends) == (5, "dropped", 2)
-    assert pruned.distillation.epochs == 5
-    assert dropped.distillation.epochs == 0
+    assert (pruned.distillation.epochs, pruned.distillation.every) == (5, 10)
+    assert (dropped.distillation.epochs, dropped.distillation.every) == (0, 0)
+    never = comparison(methods=("fedpft",), distillation={"every": 0})
+    assert {job.settings.distillation.every for job in plan(never, tmp_path)} == {0}
     assert (split.model.local_body, split.model.proxy, split.model.cut) == (2, "none", 1)
 
 
