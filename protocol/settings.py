@@ -39,7 +39,6 @@ PromptDepth = Literal["shallow", "deep"]
 ServerOptimizer = Literal["fedavg", "fedavgm", "fedadam", "fedyogi"]
 ProxyKind = Literal["none", "pruned", "dropped"]
 Tuned = Literal["tail", "classifier", "bias", "adapter", "lora", "full"]
-_EVERY = "distillation.every"
 
 
 def _known_codec(name: str) -> str:
@@ -331,23 +330,10 @@ class RunSettings(Message):
         if self.distillation.epochs and not smaller:
             raise ValueError("distillation.epochs needs a model.proxy or a model.local_body")
         if self.distillation.every:
-            self._neurons_are_distilled_again()
+            self.distillation.check_neurons(self.model.proxy, self.federation.dp_clip)
         if self.model.local_body and not self.training.local_epochs:
             raise ValueError("model.local_body needs training.local_epochs above 0")
         return self
-
-    def _neurons_are_distilled_again(self) -> None:
-        needs = None
-        if self.model.proxy != "pruned":
-            needs = "model.proxy = pruned: there are no other stand-ins for neurons"
-        elif self.distillation.epochs == 0:
-            needs = "distillation.epochs above 0"
-        elif self.federation.dp_clip is not None:
-            needs = "no federation.dp_clip: no noise would hide which neurons a device uses"
-        if needs is not None:
-            raise PydanticCustomError(
-                "not_together", "{field} needs {needs}", {"field": _EVERY, "needs": needs}
-            )
 
     @model_validator(mode="after")
     def _one_name_per_class(self) -> RunSettings:

@@ -16,7 +16,7 @@ from edge_client.data import BatchReader, Dataset
 from edge_client.device_model import DeviceModel
 from edge_client.participant import Participant
 from edge_client.transport import Server
-from protocol.messages import RunStatus, RunView
+from protocol.messages import Assignment, BlobRef, JoinResponse, RunStatus, RunView, Task
 from protocol.settings import RunSettings
 from split_model import SplitSettings, load_state, state_shapes
 from split_model.tensor_file import TensorFile
@@ -301,3 +301,36 @@ def test_a_state_on_disk_has_no_neurons(server: Running, data_dir: Path) -> None
     files = RunFiles(data_dir / "runs" / run.id)
     state = load_state(files.state(device.assignment(run.id).state.sha256))
     assert set(state) == set(told_state(0, 0)) - {"neurons"}
+
+
+class Late(Server):
+    """A device's server that names heads which the run does not have any more."""
+
+    gone = BlobRef(sha256="0" * 64, nbytes=5)
+
+    def join(self, *given: Any) -> JoinResponse:
+        found = super().join(*given)
+        run = found.run.model_copy(update={"head": self.gone})
+        return found.model_copy(update={"run": run})
+
+    def assignment(self, run: str, after: Assignment | None, wait_s: float) -> Assignment:
+        found = super().assignment(run, after, wait_s)
+        if found.round == 1 and found.task is Task.TRAIN:
+            return found.model_copy(update={"head": self.gone})
+        return found
+
+
+def test_a_device_that_is_too_late_for_a_head_asks_what_is_next(
+    server: Running, tmp_path: Path
+) -> None:
+    run = created(server, federation={"rounds": 2, "round_timeout_s": 4.0, "max_repeats": 0})
+    told, data = Told(), Dataset(image_set(10), image_set(7, seed=1))
+    with contextlib.closing(Late(server.url)) as client:
+        participant = Participant(client, data, tmp_path, "late", told)
+        participant.join(run.id, "join-late")
+        assert participant.run.head == run.head, "it has looked again"
+        last = participant.take_part()
+    assert last.status is RunStatus.FAILED, "nobody trained"
+    [left] = told.of("left-behind")
+    assert left["round"] == 1
+    assert told.of("trained") == []
