@@ -237,8 +237,12 @@ class FederationRoutes:
     async def update(self, request: Request, run: str, key: Key = None) -> UpdateReceipt:
         """Count an update: a frame of kind ``update``."""
         member = self._member(request, run)
-        # Nothing larger than the state it is to change, in the widest codec, can be an update.
-        limit = _largest_update(self._federation.run(run))
+        # Nothing larger than the state it is to change, in the widest codec, can be an update,
+        # and what is told of neurons beside it.
+        snapshot = self._federation.run(run)
+        limit = snapshot.state.nbytes + _UPDATE_MARGIN
+        if snapshot.settings.distillation.every:
+            limit += await run_in_threadpool(_told_bytes, snapshot)
         limit = min(limit, self._limits.max_frame_bytes)
         data = await read_body(request.scope, request.receive, limit, self._body_timeout_s)
         return await run_in_threadpool(self._count, run, member.participant, data, key)
@@ -310,10 +314,10 @@ class FederationRoutes:
         return member
 
 
-def _largest_update(run: RunSnapshot) -> int:
+def _told_bytes(run: RunSnapshot) -> int:
+    """Of what an update of the open round tells of neurons; may have to look at the model."""
     shape = asked_shape(run.settings, run.round)
-    beside = _FLOAT_BYTES * math.prod(shape) if shape else 0
-    return run.state.nbytes + beside + _UPDATE_MARGIN
+    return _FLOAT_BYTES * math.prod(shape) if shape else 0
 
 
 def _content(message: Message) -> bytes:

@@ -334,3 +334,18 @@ def test_a_device_that_is_too_late_for_a_head_asks_what_is_next(
     [left] = told.of("left-behind")
     assert left["round"] == 1
     assert told.of("trained") == []
+
+
+def test_changes_and_a_rounded_head_go_with_it(server: Running, tmp_path: Path) -> None:
+    rounded = {"update_deltas": True, "updates": "float16", "head": "int8"}
+    prompted = {"prompt_count": 3, "prompt_at": "input"}
+    run = created(server, federation={"rounds": 2}, wire=rounded, model=prompted)
+    told, data = Told(), Dataset(image_set(10), image_set(7, seed=1))
+    with contextlib.closing(Server(server.url)) as client:
+        participant = Participant(client, data, tmp_path, "only", told)
+        participant.join(run.id, "join-rounded")
+        assert participant.take_part().status is RunStatus.FINISHED
+    [taken] = told.of("head-taken")
+    head = results_of(server, run.id).run.head
+    assert (taken["sha256"], taken["bytes"]) == (head.sha256, head.nbytes)
+    assert len(told.of("trained")) == 2
