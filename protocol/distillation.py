@@ -48,7 +48,7 @@ class DistillationSettings(Message):
         """Raises pydantic's error where neurons cannot be distilled again in such a run."""
         needs = None
         if proxy != "pruned":
-            needs = "model.proxy = pruned: no other stand-in has neurons less"
+            needs = "model.proxy = pruned: no other stand-in has fewer neurons"
         elif self.epochs == 0:
             needs = "distillation.epochs above 0"
         elif dp_clip is not None:

@@ -17,7 +17,7 @@ from split_model.neurons import neurons_shape
 from split_model.proxy import whole_model
 from split_server.proxies import prepare_local_body, prepare_proxy, write_renewed_proxy
 from split_server.snapshot import RunSnapshot
-from split_server.states import RunFiles, StateRefs
+from split_server.states import RunFiles, StateRefs, sync_folder
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,8 @@ def renew_run(
             inactive = files.read_neurons(round_)
             write_renewed_proxy(run, split, backbone, state, inactive, cache_dir, proxy, check)
         _, sha256 = split_model.write_head_file(split, proxy, head, settings.wire.head)
+    for folder in (proxy.parent, head.parent, files.root):
+        sync_folder(folder)
     return RenewedModel(proxy, BlobRef(sha256=sha256, nbytes=head.stat().st_size))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from protocol.messages import Assignment, BlobRef, JoinResponse, RunStatus, RunV
 from protocol.settings import RunSettings
 from split_model import SplitSettings, load_state, state_shapes
 from split_model.tensor_file import TensorFile
+from split_server import model_files
 from split_server.client import OperatorClient
 from split_server.states import RunFiles
 from tests.edge_doubles import image_set
@@ -219,11 +221,28 @@ def test_an_update_that_tells_no_shares_of_its_neurons_is_refused(
     assert again.is_success or code != "invalid_field", "a wrong number can be put right"
 
 
+def take_time(patch: pytest.MonkeyPatch) -> None:
+    """Let each batch of a distillation during the rounds last, as with a larger model."""
+    real = model_files.write_renewed_proxy
+
+    def slow(*given: Any) -> None:
+        *rest, check = given
+
+        def paced() -> None:
+            time.sleep(0.5)
+            check()
+
+        real(*rest, paced)
+
+    patch.setattr(model_files, "write_renewed_proxy", slow)
+
+
 def test_a_new_start_takes_up_what_the_last_one_was_stopped_in(tmp_path: Path) -> None:
-    long = by_hand(federation=FREE | {"rounds": 2}, distillation={"epochs": 12})
+    long = by_hand(federation=FREE | {"rounds": 2}, distillation={"epochs": 8})
     generator = torch.Generator().manual_seed(3)
     told = told_state(0.1, torch.rand(LAYERS, WIDTH, generator=generator))
-    with running_server(tmp_path) as first:
+    with pytest.MonkeyPatch.context() as patch, running_server(tmp_path) as first:
+        take_time(patch)
         run = created(first, **long)
         device = joined(first, run.id)
         token = device.http.headers["authorization"].removeprefix("Bearer ")
@@ -248,7 +267,10 @@ def test_a_new_start_takes_up_what_the_last_one_was_stopped_in(tmp_path: Path) -
         assert device.assignment(other.id).head == renewed
 
 
-def test_a_run_that_is_cancelled_does_not_wait_for_its_distillation(server: Running) -> None:
+def test_a_run_that_is_cancelled_does_not_wait_for_its_distillation(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take_time(monkeypatch)
     run = created(server, **by_hand(federation=FREE, distillation={"epochs": 2}))
     device = joined(server, run.id)
     assert device.update(run.id, told_state(0.1, 0.5), "one").is_success

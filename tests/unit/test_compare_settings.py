@@ -304,3 +304,13 @@ def test_the_guide_names_every_method() -> None:
     for name in METHODS:
         short = [name.replace(start, "-") for start in ("fedpeft-", "sfprompt-")]
         assert any(f"`{one}`" in table for one in (name, *short)), name
+
+
+def test_neurons_are_not_distilled_again_beside_differential_privacy(tmp_path: Path) -> None:
+    private = {"methods": ("fedpft",), "federation": {"dp_clip": 1.0, "dp_seed": 3}}
+    with pytest.raises(InvalidField, match="fedpft") as caught:
+        plan(comparison(**private), tmp_path)
+    assert caught.value.field == "distillation.every"
+    never = comparison(**private, overrides={"fedpft": {"distillation": {"every": 0}}})
+    [job] = plan(never, tmp_path)
+    assert job.settings.distillation.every == 0
