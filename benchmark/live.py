@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from protocol.messages import RoundStatus, RoundView
 
-_PHASES = ("prune", "local", "split", "evaluate")  # in the order of a round
+_PHASES = ("prune", "local", "split", "neurons", "evaluate")  # in the order of a round
 
 
 class LiveView:

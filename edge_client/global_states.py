@@ -63,8 +63,13 @@ class GlobalStates:
             self._held = (ref, load_state(path))
         return path
 
-    def send(self, meta: UpdateMeta, state: Mapping[str, Tensor]) -> None:
-        """Send an update of the state that was fetched last.
+    def send(
+        self,
+        meta: UpdateMeta,
+        state: Mapping[str, Tensor],
+        beside: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Send an update of the state that was fetched last, and other tensors beside it.
 
         Raises:
             StaleRound: its round is over.
@@ -72,7 +77,7 @@ class GlobalStates:
         """
         codec = self._wire.updates
         if not self._wire.update_deltas or self._held is None:
-            self._server.send_update(self._run, meta, state, codec)
+            self._server.send_update(self._run, meta, state, codec, beside)
             return
         base, old = self._held
         if base.sha256 == self._sent_against:  # the round is repeated: its first update is void
@@ -83,7 +88,7 @@ class GlobalStates:
             for name, change in difference(state, old).items()
         }
         based = meta.model_copy(update={"base": base.sha256})
-        self._server.send_update(self._run, based, corrected, codec)
+        self._server.send_update(self._run, based, corrected, codec, beside)
         for name, value in corrected.items():
             self._feedback.keep(name, value, as_decoded(value, codec))
         self._sent_against = base.sha256

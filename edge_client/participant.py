@@ -7,6 +7,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from edge_client.blob_cache import BlobCache
 from edge_client.data import Augmentation, BatchReader, Dataset
 from edge_client.device_model import DeviceModel
@@ -20,15 +22,26 @@ from edge_client.phases import (
     RoundContext,
     Samples,
     evaluate,
+    inactive_neurons,
     keep_samples,
     local_update,
     split_train,
 )
 from edge_client.reporter import Reporter
 from edge_client.transport import Server, SplitPlane
-from protocol.errors import Conflict, EmptyUpdate, InvalidField, StepLost
+from edge_client.transport.metered import Body
+from protocol.errors import (
+    Conflict,
+    EmptyUpdate,
+    InvalidField,
+    NotFound,
+    StaleRound,
+    StepLost,
+)
 from protocol.messages import (
+    NEURONS,
     Assignment,
+    BlobRef,
     EvaluationReport,
     JoinRequest,
     JoinResponse,
@@ -88,7 +101,11 @@ class Participant:
                 value=len(self.data.class_names),
             )
         self.files = BlobCache(self.folder)
-        head = self.files.fetch(self.run.head, lambda start: self.server.head(self.run.id, start))
+        try:
+            head = self._fetch_head(self.run.head)
+        except NotFound:  # the run has got another one since the answer to the join
+            self.run = self.server.run(run)
+            head = self._fetch_head(self.run.head)
         self._states = GlobalStates(self.server, self.run.id, self.settings.wire, self.files)
         state = self._states.fetch(self.run.state)
         self.model = DeviceModel.load(self.settings.model, head, state)
@@ -137,7 +154,7 @@ class Participant:
         outputs = HeadOutputs(self.model.head, images, self.cache_bytes)
         if not settings.wire.keep_smashed:
             return Samples(images, outputs)
-        form = f"{self.run.head.sha256} {settings.wire.smashed}"
+        form = f"{self._head.sha256} {settings.wire.smashed}"
         secret = device_secret(self.folder)
         return Samples(images, outputs, KeptSamples(outputs, images, self._plane, secret, form))
 
@@ -202,7 +219,10 @@ class Participant:
             local_loss=local_loss,
             session=trained.session if trained else None,
         )
-        self._states.send(meta, self.model.state())
+        beside: dict[str, Tensor] = {}
+        if self.settings.distillation.due(assignment.round, self.settings.federation.rounds):
+            beside[NEURONS] = inactive_neurons(context, kept)
+        self._states.send(meta, self.model.state(), beside)
         self.reporter.event(
             "trained",
             round=assignment.round,
@@ -244,8 +264,33 @@ class Participant:
         )
 
     def _take_state(self, assignment: Assignment) -> None:
+        if assignment.head is not None and assignment.head != self._head:
+            self._take_head(assignment.head, assignment.state)
         self.model.take(self._states.fetch(assignment.state))
-        self.files.drop_old(keep={self.run.head.sha256})
+        self.files.drop_old(keep={self._head.sha256})
+
+    def _take_head(self, head: BlobRef, state: BlobRef) -> None:
+        """Go on with another head than so far, and with the state that belongs to it.
+
+        Raises:
+            StaleRound: the run has yet another one by now.
+        """
+        try:
+            file = self._fetch_head(head)
+        except NotFound as error:
+            raise StaleRound(str(error), field="head", value=head.sha256) from error
+        self.model = DeviceModel.load(self.settings.model, file, self._states.fetch(state))
+        self.reporter.event("head-taken", sha256=head.sha256, bytes=head.nbytes)
+
+    def _fetch_head(self, head: BlobRef) -> Path:
+        def download(start: int) -> Body:
+            if self.settings.distillation.every:  # then there may be another one by now
+                return self.server.head(self.run.id, start, head.sha256)
+            return self.server.head(self.run.id, start)
+
+        file = self.files.fetch(head, download)
+        self._head = head
+        return file
 
 
 def _differ(one: Assignment, other: Assignment) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pydantic import Field
+from pydantic_core import PydanticCustomError
 
 from protocol.base import Message
 
@@ -28,3 +29,32 @@ class DistillationSettings(Message):
     mlp_weight: float = Field(
         0.01, ge=0, le=1000, description="alpha: the share of the MLPs' outputs in the loss"
     )
+    every: int = Field(
+        0,
+        ge=0,
+        le=100_000,
+        description="rounds after which the neurons that devices use least are distilled again "
+        "(proxy = pruned); 0: never",
+    )
+    retained: float = Field(
+        0.5, ge=0, lt=1, description="share of an MLP's neurons, the busiest, that then stay"
+    )
+
+    def due(self, round_: int, rounds: int) -> bool:
+        """Whether the stand-ins are distilled again after this of so many rounds; not the last."""
+        return self.every > 0 and 0 < round_ < rounds and round_ % self.every == 0
+
+    def check_neurons(self, proxy: str, dp_clip: float | None) -> None:
+        """Raises pydantic's error where neurons cannot be distilled again in such a run."""
+        needs = None
+        if proxy != "pruned":
+            needs = "model.proxy = pruned: no other stand-in has fewer neurons"
+        elif self.epochs == 0:
+            needs = "distillation.epochs above 0"
+        elif dp_clip is not None:
+            needs = "no federation.dp_clip: no noise would hide which neurons a device uses"
+        if needs is not None:
+            field = "distillation.every"
+            raise PydanticCustomError(
+                "not_together", "{field} needs {needs}", {"field": field, "needs": needs}
+            )

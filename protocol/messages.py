@@ -6,13 +6,20 @@ from collections.abc import Mapping
 from enum import StrEnum
 from typing import Annotated, Any, TypeVar
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from protocol.errors import FieldValue, InvalidField
 from protocol.settings import Message, RunSettings, Text
 
 __all__ = [
     "MAX_LOSS",
+    "NEURONS",
     "SAMPLE_ID_BYTES",
     "Assignment",
     "BlobRef",
@@ -40,6 +47,7 @@ __all__ = [
     "Task",
     "UpdateMeta",
     "UpdateReceipt",
+    "named_field",
     "parse_message",
 ]
 
@@ -48,6 +56,7 @@ Seconds = Annotated[float, Field(ge=0)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 StepId = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9._-]+$")]
 SAMPLE_ID_BYTES = 16  # of a sample that the server keeps
+NEURONS = "neurons"  # in an update: how often each of them was not above zero
 MAX_LOSS = 1e9  # of one sample; more is no loss but a model that has diverged
 Loss = Annotated[float, Field(ge=0, le=MAX_LOSS)]
 BytesByPhase = dict[str, dict[str, int]]
@@ -186,6 +195,16 @@ class Assignment(Message):
     remaining_s: Seconds | None = None  # until the round lets stragglers go
     status: RunStatus
     reason: str | None = None
+    head: BlobRef | None = None  # where it changes during the run (distillation.every)
+
+    @model_serializer(mode="wrap")
+    def _without_a_head_that_never_changes(
+        self, handler: SerializerFunctionWrapHandler
+    ) -> dict[str, Any]:
+        values: dict[str, Any] = handler(self)
+        if self.head is None:
+            values.pop("head", None)
+        return values
 
 
 class UpdateMeta(Message):
@@ -298,10 +317,15 @@ def parse_message(kind: type[M], raw: object) -> M:
         value = first.get("input")
         raise InvalidField(
             f"{kind.__name__}: {first['msg']}",
-            field=".".join(str(part) for part in first["loc"]) or "body",
+            field=".".join(str(part) for part in first["loc"]) or named_field(first),
             limit=_limit_of(first.get("ctx", {})),
             value=value if isinstance(value, (str, int, float)) else None,
         ) from None
+
+
+def named_field(error: Mapping[str, Any]) -> str:
+    """The field that one of pydantic's errors of a whole message names, if it names one."""
+    return str(error.get("ctx", {}).get("field", "body"))
 
 
 def _limit_of(context: Mapping[str, Any]) -> FieldValue:

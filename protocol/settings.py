@@ -329,6 +329,8 @@ class RunSettings(Message):
         smaller = self.model.proxy != "none" or self.model.local_body
         if self.distillation.epochs and not smaller:
             raise ValueError("distillation.epochs needs a model.proxy or a model.local_body")
+        if self.distillation.every:
+            self.distillation.check_neurons(self.model.proxy, self.federation.dp_clip)
         if self.model.local_body and not self.training.local_epochs:
             raise ValueError("model.local_body needs training.local_epochs above 0")
         return self

@@ -1,4 +1,4 @@
-"""Layer-level distillation: smaller blocks are taught to do what the backbone's do.
+"""Distillation, layer by layer: smaller blocks are taught to do what the backbone's do.
 
 FedPFT (arXiv 2404.11536, section 3.3): before federated learning, on images that are not the
 devices', the loss is the mean over the layers of
@@ -8,6 +8,9 @@ devices', the loss is the mean over the layers of
 with h what comes out of a layer, f what comes out of its MLP, T of the backbone and S of the proxy,
 squares as means over all numbers. What the proxy has of the backbone unchanged stays frozen: what
 is tuned beside it is put into the backbone later.
+
+During federated learning (same section) the neurons that devices use least are trained once more
+with the same loss, what is tuned being in both as it then is.
 """
 
 from __future__ import annotations
@@ -23,11 +26,13 @@ from protocol.seeds import derive_seed
 from protocol.settings import DistillationSettings
 from split_model.architecture import anatomy
 from split_model.head import Head
+from split_model.neurons import hold, pruned_mlps, stay
 from split_model.part import Part
-from split_model.parts import build_head
-from split_model.proxy import proxy_weights, whole_model
+from split_model.parts import Layered, build_head
+from split_model.proxy import plugged, proxy_weights, whole_model
 from split_model.proxy_shape import kept_blocks, pruned_blocks
 from split_model.settings import SplitSettings
+from split_model.tuned_state import PROMPTS, head_tensors
 
 log = logging.getLogger(__name__)
 
@@ -42,8 +47,8 @@ class Trace:
     mlps: dict[str, Tensor]
 
 
-def traced(part: Part, inputs: Tensor) -> Trace:
-    """Run a part and keep what its blocks and their MLPs make."""
+def traced(part: Part, inputs: Tensor, prompts: Tensor | None = None) -> Trace:
+    """Run a part and keep what its blocks and their MLPs make. `prompts` [P, D] are for a head."""
     trace = Trace({}, {})
 
     def keep(place: dict[str, Tensor], number: str) -> Callable[..., None]:
@@ -58,7 +63,7 @@ def traced(part: Part, inputs: Tensor) -> Trace:
         mlp = block.get_submodule("mlp")
         handles.append(mlp.register_forward_hook(keep(trace.mlps, number)))
     try:
-        part(inputs)
+        part(inputs) if prompts is None else part(inputs, prompts)
     finally:
         for handle in handles:
             handle.remove()
@@ -111,8 +116,49 @@ def distilled_proxy(
     lasts = [*(following - 1 for following in kept[1:]), kept[-1]]
     pairs = [(str(last), str(place)) for place, last in enumerate(lasts)]
     distil(build_head(full, weights), pupil, pairs, trained, images, how, seed)
+    return _taken(pupil, proxy)
+
+
+def renewed_proxy(
+    settings: SplitSettings,
+    weights: Mapping[str, Tensor],
+    proxy: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
+    inactive: Tensor,
+    images: Tensor,
+    how: DistillationSettings,
+    seed: int,
+    before_batch: Callable[[], None] = lambda: None,
+) -> dict[str, Tensor]:
+    """A pruned proxy whose least busy neurons are distilled again; the others are as they were.
+
+    Args:
+        settings: of the run; the whole proxy is its head.
+        weights: of the backbone, by timm's names.
+        proxy: the tensors that it had so far, by timm's names.
+        state: what is tuned, as it is now: it is in teacher and pupil alike.
+        inactive: how often each neuron was inactive on the devices, [L, H].
+        images: [N, 3, S, S], prepared for the backbone.
+        before_batch: is called ahead of every batch; what it raises ends the work.
+
+    Raises `SplitSettingsError` or `WeightsMismatchError`.
+    """
+    full, tuned = plugged(settings, state)
+    teacher = build_head(full, Layered(head_tensors(tuned), weights))
+    pupil = build_head(settings, Layered(head_tensors(state), proxy))
+    pupil.requires_grad_(False)
+    rows = zip(pruned_mlps(pupil), stay(inactive, how.retained), strict=True)
+    trained = [own for mlp, staying in rows for own in hold(mlp, staying)]
+    pairs = [(number, number) for number in pupil.blocks]
+    prompts = state.get(PROMPTS)
+    distil(teacher, pupil, pairs, trained, images, how, seed, prompts, before_batch)
+    return _taken(pupil, proxy)
+
+
+def _taken(pupil: Part, proxy: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The proxy's tensors, those that the pupil has from there."""
     tensors = pupil.state_dict()
-    return proxy | {
+    return dict(proxy) | {
         name: tensors[own].detach().clone() for name, own in pupil.names().items() if name in proxy
     }
 
@@ -125,11 +171,15 @@ def distil(
     inputs: Tensor,
     how: DistillationSettings,
     seed: int,
+    prompts: Tensor | None = None,
+    before_batch: Callable[[], None] = lambda: None,
 ) -> list[float]:
     """Train some of the pupil's parameters in place; the rest stay as they are.
 
     Args:
         inputs: what both parts take, [N, ...].
+        prompts: beside them, [P, D], where both are heads.
+        before_batch: is called ahead of every batch; what it raises ends the work.
 
     Returns:
         The mean loss of each epoch.
@@ -145,10 +195,11 @@ def distil(
         generator = torch.Generator().manual_seed(derive_seed(seed, "distillation", epoch))
         total = 0.0
         for positions in torch.randperm(len(inputs), generator=generator).split(how.batch_size):
+            before_batch()
             batch = inputs[positions]
             with torch.no_grad():
-                wanted = traced(teacher, batch)
-            loss = layer_loss(wanted, traced(pupil, batch), pairs, how.mlp_weight)
+                wanted = traced(teacher, batch, prompts)
+            loss = layer_loss(wanted, traced(pupil, batch, prompts), pairs, how.mlp_weight)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

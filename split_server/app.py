@@ -143,6 +143,7 @@ class SplitServer:
         finally:
             ticking.cancel()
             notifier.close()
+            await asyncio.to_thread(federation.close)
             await asyncio.to_thread(engine.close)
             await asyncio.to_thread(threads.shutdown)
             await asyncio.to_thread(samples.close)

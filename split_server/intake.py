@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import lru_cache
 
 import torch
@@ -51,8 +51,12 @@ def check_samples(meta: UpdateMeta, member: Member) -> None:
         )
 
 
-def read_update(frame: Frame, model: BackboneSettings) -> dict[str, Tensor]:
+def read_update(
+    frame: Frame, model: BackboneSettings, beside: Collection[str] = ()
+) -> dict[str, Tensor]:
     """A device's tensors of an update in float32, if exactly those of the run, and finite.
+
+    Those named ``beside`` them are others' to read.
 
     Raises:
         WrongShape: a tensor is missing, unknown, or of another shape.
@@ -60,7 +64,7 @@ def read_update(frame: Frame, model: BackboneSettings) -> dict[str, Tensor]:
         NonFinite: NaN or infinity in a tensor.
     """
     shapes = _shapes(model)
-    if set(frame.specs) != set(shapes):
+    if set(frame.specs) - set(beside) != set(shapes):
         raise WrongShape(
             "an update holds exactly the tensors of the global state",
             field="tensors",

@@ -11,11 +11,12 @@ from sqlalchemy.orm import Session
 from torch import Tensor
 
 from protocol.errors import SFPromptError
-from protocol.messages import RoundStatus, RunStatus
+from protocol.messages import NEURONS, RoundStatus, RunStatus
 from protocol.settings import FederationSettings, RunSettings
 from split_server.aggregation import WeightedState, federated_average, weighted_mean
 from split_server.journal import record_event
 from split_server.meter import Meter
+from split_server.model_files import RenewedModel
 from split_server.privacy_spent import OPENED, noise_generator, record_spent
 from split_server.private_mean import private_mean
 from split_server.publishing import publish
@@ -46,6 +47,8 @@ def average(
     base = StateRefs(run.state, run.held)
     try:
         mean = _mean(run.settings, row, base, _updates(session, row, action.updated), files)
+        if (neurons := mean.pop(NEURONS, None)) is not None:
+            files.write_neurons(row.round, neurons)
         state = _stepped(run.settings.federation, row.round, base, mean, files)
     except SFPromptError as error:
         # Every update was checked alone; only what is made of them can still be wrong.
@@ -140,6 +143,14 @@ def end_run(
     row.status, row.reason, row.finished_at = status, reason, at
     data = {"reason": reason} if reason else {}
     record_event(session, run_id, at, f"run_{status}", **data)
+
+
+def renew(session: Session, run: RunSnapshot, made: RenewedModel, round_: int, at: float) -> None:
+    """Make the proxy that was distilled after this round the run's model."""
+    row = session.get_one(RunRow, run.id)
+    row.backbone_path, row.renewed = str(made.backbone_path), round_
+    row.head_sha256, row.head_nbytes = made.head.sha256, made.head.nbytes
+    record_event(session, run.id, at, "proxy_renewed", round=round_, head=made.head.sha256)
 
 
 def abandon_round(session: Session, run: RunSnapshot, meter: Meter, at: float) -> None:

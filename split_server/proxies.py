@@ -17,9 +17,11 @@ from protocol.errors import InvalidField
 from protocol.seeds import derive_seed
 from protocol.settings import DistillationSettings, RunSettings
 from split_model import BackboneFile, SplitSettings
-from split_model.distillation import distilled_proxy
+from split_model.distillation import distilled_proxy, renewed_proxy
 from split_model.local_body import local_body_weights
 from split_model.tensor_file import TensorFile, sha256_of, write_tensors
+from split_server.intake import require_finite
+from split_server.snapshot import RunSnapshot
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +60,45 @@ def prepare_local_body(
         return None
     make = local_body_weights
     return TensorFile(_made_once(settings, split, backbone, cache_dir, _LOCAL_BODY, make))
+
+
+def write_renewed_proxy(
+    run: RunSnapshot,
+    split: SplitSettings,
+    backbone: BackboneFile,
+    state: Mapping[str, Tensor],
+    inactive: Tensor,
+    cache_dir: Path,
+    out: Path,
+    check: Callable[[], None],
+) -> None:
+    """Distil the run's proxy again, on the images that it was made with, and write it whole.
+
+    Args:
+        state: the global state.
+        inactive: how often each neuron was inactive, [L, H].
+        check: is called now and then; what it raises ends the work.
+
+    Raises:
+        InvalidField: there are no such images any more, or they cannot be used.
+        NonFinite: the distillation has diverged.
+    """
+    settings, how = run.settings, run.settings.distillation
+    file = None if how.images == "random" else _image_file(settings, cache_dir)
+    log.info("run %s: distilling its proxy again after round %d", run.id, run.closed_rounds)
+    made = renewed_proxy(
+        split,
+        split_model.open_backbone(backbone.path),
+        split_model.open_backbone(run.backbone_path),
+        state,
+        inactive,
+        _images(settings, split, file),
+        how,
+        derive_seed(settings.seed, "proxy", run.closed_rounds),
+        check,
+    )
+    require_finite(made)
+    write_tensors(out, made, {"backbone": split.backbone})
 
 
 def _made_once(

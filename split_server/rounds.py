@@ -53,13 +53,20 @@ class CloseRound:
 
 
 @dataclass(frozen=True)
+class Renew:
+    """Distil the proxy again, with what this round's devices have told of its neurons."""
+
+    round: int
+
+
+@dataclass(frozen=True)
 class FailRun:
     """The round has been repeated as often as it may be."""
 
     reason: str
 
 
-Action = OpenTraining | Aggregate | Publish | Repeat | CloseRound | FailRun
+Action = OpenTraining | Aggregate | Publish | Repeat | CloseRound | Renew | FailRun
 
 
 def decide(run: RunSnapshot, live: Collection[str], now: float, *, settled: bool) -> Action | None:
@@ -75,6 +82,8 @@ def decide(run: RunSnapshot, live: Collection[str], now: float, *, settled: bool
     if run.status.over:
         return None
     if run.open_round is None:
+        if run.to_renew:
+            return Renew(run.closed_rounds)
         return _open_next(run, live, settled=settled)
     if run.open_round.status == RoundStatus.TRAINING:
         return _end_training(run, run.open_round, live, now)
@@ -189,6 +198,7 @@ def assignment_for(run: RunSnapshot, participant: str, now: float) -> Assignment
         remaining_s=remaining,
         status=run.status,
         reason=reason,
+        head=run.head if run.settings.distillation.every else None,
     )
 
 

@@ -13,13 +13,14 @@ from typing import Any, Protocol
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from protocol.errors import Forbidden, NotFound
-from protocol.messages import RoundStatus
-from split_server import progress, rounds
+from protocol.errors import Forbidden, NotFound, SFPromptError
+from protocol.messages import RoundStatus, RunStatus
+from split_server import model_files, progress, rounds
 from split_server.clock import Clock
 from split_server.journal import Once
 from split_server.meter import Meter
 from split_server.presence import Presence
+from split_server.renewals import Check, Renewals, Stopped
 from split_server.snapshot import Member, RunSnapshot, load_snapshot
 from split_server.states import RunFiles
 from split_server.store import Store
@@ -79,6 +80,11 @@ class Runs:
         self._clock = clock
         self._runs: dict[str, RunSnapshot] = {}
         self._locks: dict[str, threading.RLock] = {}
+        self._renewals = Renewals(self._renew, self._cannot_renew)
+
+    def close(self) -> None:
+        """Leave work that takes long for the next start."""
+        self._renewals.close()
 
     def run(self, run_id: str) -> RunSnapshot:
         """A run as it stands.
@@ -128,10 +134,7 @@ class Runs:
 
     def due(self, run_id: str) -> bool:
         """Whether `advance` would change something; cheap, and without a lock."""
-        run = self._runs[run_id]
-        live = self._presence.live(run_id)
-        now = self._clock.monotonic()
-        return rounds.decide(run, live, now, settled=self._presence.settled) is not None
+        return self._next(run_id) is not None
 
     def advance(self, run_id: str) -> None:
         """Take every step of a run that is due."""
@@ -148,6 +151,9 @@ class Runs:
                     self._meter.save(session, run_id)
 
     def _take(self, run: RunSnapshot, action: rounds.Action) -> None:
+        if isinstance(action, rounds.Renew):
+            self._renewals.start(run.id)
+            return
         if isinstance(action, rounds.Aggregate):
             with self._store.reading() as session:
                 action = progress.average(session, run, action, self.files(run.id))
@@ -162,9 +168,39 @@ class Runs:
             self._sweep(run.id, run)
 
     def _next(self, run_id: str) -> rounds.Action | None:
+        if self._renewals.busy(run_id):
+            return None
         live = self._presence.live(run_id)
         now = self._clock.monotonic()
         return rounds.decide(self._runs[run_id], live, now, settled=self._presence.settled)
+
+    def _renew(self, run_id: str, check: Check) -> None:
+        """Distil a run's proxy again; its next round waits for that."""
+        run, files = self.run(run_id), self.files(run_id)
+
+        def still_wanted() -> None:
+            check()
+            if self.run(run_id).status.over:
+                raise Stopped
+
+        if not run.to_renew:
+            return
+        still_wanted()
+        cache = self._data_dir / "backbones"
+        made = model_files.renew_run(run, files, cache, still_wanted)
+        with self._changing(run_id) as session:
+            still_wanted()
+            progress.renew(session, run, made, run.closed_rounds, self._clock.wall())
+        files.keep_renewed(run.closed_rounds)
+        log.info("run %s: its proxy was distilled again after round %d", run_id, run.closed_rounds)
+
+    def _cannot_renew(self, run_id: str, error: SFPromptError) -> None:
+        with self._changing(run_id) as session:
+            if self.run(run_id).status.over:
+                return
+            reason = f"distillation after round {self.run(run_id).closed_rounds}: {error}"
+            progress.end_run(session, run_id, RunStatus.FAILED, reason, self._clock.wall())
+        self._watcher.run_over(run_id)
 
     def _recall(self, once: Once) -> dict[str, Any] | None:
         with self._store.reading() as session:

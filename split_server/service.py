@@ -42,6 +42,7 @@ from split_server.credentials import Credentials
 from split_server.journal import Once, record_event
 from split_server.meter import Meter
 from split_server.model_files import PreparedRun, prepare_run
+from split_server.neurons import read_neurons
 from split_server.presence import Presence
 from split_server.runs import Runs, Watcher
 from split_server.snapshot import Member, RunSnapshot, load_snapshot
@@ -146,6 +147,7 @@ class Federation(Runs):
                 finished_at=None,
                 backbone_path=str(prepared.backbone_path),
                 backbone_bytes=prepared.backbone_bytes,
+                renewed=0,
                 head_sha256=prepared.head.sha256,
                 head_nbytes=prepared.head.nbytes,
             )
@@ -277,12 +279,14 @@ class Federation(Runs):
             try:
                 intake.check_samples(meta, member)
                 intake.require_base(meta, run.state)
-                tensors = intake.read_update(frame, run.settings.model)
+                neurons = read_neurons(frame, run.settings, meta.round)
+                tensors = intake.read_update(frame, run.settings.model, neurons)
                 if meta.base is not None:
                     tensors = applied(read_tensors(self.files(run_id).state(meta.base)), tensors)
                     intake.require_finite(tensors)
                 if held is not None:
                     tensors |= held()
+                tensors |= neurons
             except (EmptyUpdate, NonFinite, WrongShape) as error:
                 self._decline(run, member, error)
                 refusal: SFPromptError | None = error

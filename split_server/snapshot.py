@@ -68,6 +68,7 @@ class RunSnapshot:
     open_round: OpenRound | None
     closed_rounds: int  # rounds that have made a global state and been measured
     repeats: int  # failed attempts at the round after these
+    renewed: int = 0  # the round after which backbone and head were made; 0: with the run
     deadline: float | None = None  # of the open phase, on the monotonic clock
 
     @property
@@ -76,6 +77,12 @@ class RunSnapshot:
         if self.open_round is not None:
             return self.open_round.round
         return self.closed_rounds + (1 if self.repeats else 0)
+
+    @property
+    def to_renew(self) -> bool:
+        """Whether the proxy has to be distilled again before the next round."""
+        due = self.settings.distillation.due(self.closed_rounds, self.settings.federation.rounds)
+        return due and self.renewed < self.closed_rounds
 
     @property
     def present(self) -> list[Member]:
@@ -126,6 +133,7 @@ def load_snapshot(session: Session, run_id: str) -> RunSnapshot:
         open_round=_open_round(session, last),
         closed_rounds=closed or 0,
         repeats=repeats or 0,
+        renewed=run.renewed,
     )
 
 

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from protocol.errors import NotFound
-from protocol.messages import BlobRef
+from protocol.messages import NEURONS, BlobRef
 from protocol.settings import PromptPlacement
 from split_model import is_held, state_bytes
 
@@ -42,8 +42,10 @@ class RunFiles:
 
     ``head.safetensors``, ``states/SHA256.safetensors`` (what devices have of the global states),
     ``held/SHA256.safetensors`` (what they do not, of the last two),
-    ``updates/SHA256.safetensors`` (until their round is aggregated) and
-    ``moments/ROUND.safetensors`` (of a server optimiser, of the last two rounds).
+    ``updates/SHA256.safetensors`` (until their round is aggregated),
+    ``moments/ROUND.safetensors`` (of a server optimiser, of the last two rounds) and, where the
+    proxy is distilled again, ``neurons/ROUND``, ``proxies/ROUND`` and ``heads/ROUND.safetensors``
+    (what the devices told in this round, and what came of it; of the last such round).
     """
 
     root: Path
@@ -51,6 +53,14 @@ class RunFiles:
     @property
     def head(self) -> Path:
         return self.root / "head.safetensors"
+
+    def head_after(self, round_: int) -> Path:
+        """The head file that this round made; 0: the run's first."""
+        return self.root / "heads" / f"{round_}.safetensors" if round_ else self.head
+
+    def proxy_after(self, round_: int) -> Path:
+        """The weights of the proxy that this round made."""
+        return self.root / "proxies" / f"{round_}.safetensors"
 
     def state(self, sha256: str) -> Path:
         return self.root / "states" / f"{sha256}.safetensors"
@@ -113,13 +123,35 @@ class RunFiles:
         A server that is killed before the round's state counts makes that state again.
         """
         write_durably(self._moments(round_), state_bytes(moments))
-        wanted = {self._moments(number) for number in (round_ - 1, round_)}
-        for path in self._moments(round_).parent.iterdir():
-            if path not in wanted:
-                path.unlink(missing_ok=True)
+        _keep(self._moments(round_).parent, (str(number) for number in (round_ - 1, round_)))
 
     def _moments(self, round_: int) -> Path:
         return self.root / "moments" / f"{round_}.safetensors"
+
+    def read_neurons(self, round_: int) -> Tensor:
+        """How often each neuron of the proxy's MLPs was inactive in this round, [L, H].
+
+        Raises:
+            NotFound: the file is gone.
+        """
+        path = self._neurons(round_)
+        if not path.is_file():
+            raise NotFound(
+                "what the devices told of their neurons is gone", field=NEURONS, value=path.name
+            )
+        return read_tensors(path)[NEURONS]
+
+    def write_neurons(self, round_: int, shares: Tensor) -> None:
+        """Keep what `read_neurons` reads."""
+        write_durably(self._neurons(round_), state_bytes({NEURONS: shares}))
+
+    def _neurons(self, round_: int) -> Path:
+        return self.root / "neurons" / f"{round_}.safetensors"
+
+    def keep_renewed(self, round_: int) -> None:
+        """Remove what earlier rounds than this have made of the proxy."""
+        for folder in ("neurons", "proxies", "heads"):
+            _keep(self.root / folder, [str(round_)])
 
     def write_update(self, tensors: dict[str, Tensor]) -> BlobRef:
         return write_tensors(self.root / "updates", tensors)
@@ -137,7 +169,7 @@ class RunFiles:
 
 
 def _keep(folder: Path, wanted: Iterable[str]) -> None:
-    names = {f"{sha256}.safetensors" for sha256 in wanted}
+    names = {f"{name}.safetensors" for name in wanted}
     if not folder.is_dir():
         return
     for path in folder.iterdir():

@@ -10,7 +10,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from protocol.messages import BlobRef
 from split_server.states import StateRefs
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 
 class Base(DeclarativeBase):
@@ -32,6 +32,7 @@ class RunRow(Base):
     finished_at: Mapped[float | None]
     backbone_path: Mapped[str]
     backbone_bytes: Mapped[int]
+    renewed: Mapped[int]  # the round after which backbone and head were made; 0: with the run
     head_sha256: Mapped[str]
     head_nbytes: Mapped[int]
     state_sha256: Mapped[str]

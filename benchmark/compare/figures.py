@@ -33,11 +33,13 @@ def run_figures(
 
     Bytes to start are the head, and the first global state (its file; its headers count in the
     first round). Bytes of a round are the mean over the rounds, so that what crosses once in the
-    run is spread over them. Times of processes are processor time.
+    run, or a head that comes anew, is spread over them. Times of processes are processor time.
     """
     count = len(results.participants) or 1
     closed = closed_rounds(results)
-    head = results.traffic.get(Phase.DOWNLOAD, {})
+    heads = sum(results.traffic.get(Phase.DOWNLOAD, {}).values())
+    how, rounds = results.run.settings.distillation, results.run.settings.federation.rounds
+    first = heads / (1 + sum(how.due(view.round, rounds) for view in closed))
     state = results.run.state.nbytes  # of float32 in a file: as large before the first round
     up, down = (_training_bytes(results.traffic, way) for way in ("up", "down"))
     sampled = sum(len(view.sampled) for view in closed) or 1
@@ -49,9 +51,9 @@ def run_figures(
         "accuracy_clients": dict(by_device),
         "accuracy_worst_client": min(by_device.values(), default=None),
         "trainable_parameters": trainable_parameters,
-        "bytes_start": round(sum(head.values()) / count) + state,
+        "bytes_start": round(first / count) + state,
         "bytes_up_per_round": round(up / sampled),
-        "bytes_down_per_round": round(max(0, down - count * state) / sampled),
+        "bytes_down_per_round": round((max(0, down - count * state) + heads - first) / sampled),
         "bytes_total": round(everything / count),
         "bytes_all_devices": everything,
         "bytes": {
@@ -90,7 +92,11 @@ def calculated(costed_as: str | None, settings: RunSettings, results: Results) -
     except InvalidField:  # the size of a codec's payload that depends on the values
         return unknown
     rounds = settings.federation.rounds
-    totals = {"bytes_total": cost.bytes_total(rounds), "flops_total": cost.flops_total(rounds)}
+    totals = {
+        "bytes_total": cost.bytes_total(rounds),
+        "bytes_renewed": cost.bytes_renewed(rounds),
+        "flops_total": cost.flops_total(rounds),
+    }
     return {
         "device_flops_per_round": cost.device_flops_per_round,
         "device_flops_total": cost.flops_total(rounds),

@@ -87,6 +87,7 @@ def against_calculated(outcome: Outcome) -> str:
             rounds = len(one["curve"])
             each = found["bytes_up_per_round"] + found["bytes_down_per_round"]
             payload = found["bytes_start"] + found["bytes_up_once"] + rounds * each
+            payload += found.get("bytes_renewed", 0)  # older results have none
             moved = [counts for phase, counts in one["bytes"].items() if phase not in _APART]
             shares.append(sum(sum(counts.values()) for counts in moved) / payload)
     return f"{statistics.fmean(shares):.2f}x" if shares else _ABSENT

@@ -37,6 +37,10 @@ class MethodCost:
         bytes_down_per_evaluation: received whenever the global state is evaluated.
         evaluate_every: rounds between evaluations; 0: never. The last round always has one else.
         device_flops_once: computed once in the run.
+        bytes_up_per_renewal: sent in a round after which what devices hold is made anew.
+        bytes_down_per_renewal: received behind such a round.
+        device_flops_per_renewal: computed for it.
+        renew_every: rounds between two such rounds; 0: there are none. The last is never one.
     """
 
     trainable_parameters: int
@@ -50,6 +54,10 @@ class MethodCost:
     bytes_down_per_evaluation: int = 0
     evaluate_every: int = 0
     device_flops_once: int = 0
+    bytes_up_per_renewal: int = 0
+    bytes_down_per_renewal: int = 0
+    device_flops_per_renewal: int = 0
+    renew_every: int = 0
 
     @property
     def bytes_per_round(self) -> int:
@@ -67,6 +75,15 @@ class MethodCost:
             return 0
         return -(-rounds // self.evaluate_every)
 
+    def renewals(self, rounds: int) -> int:
+        """How often what devices hold is made anew in a run of so many rounds."""
+        return max(0, rounds - 1) // self.renew_every if self.renew_every else 0
+
+    def bytes_renewed(self, rounds: int) -> int:
+        """What crosses for that in a run of so many rounds, both directions."""
+        each = self.bytes_up_per_renewal + self.bytes_down_per_renewal
+        return self.renewals(rounds) * each
+
     def bytes_total(self, rounds: int) -> int:
         """Everything that crosses in a run of so many rounds, both directions, start included.
 
@@ -76,7 +93,7 @@ class MethodCost:
         _check(rounds)
         training = rounds * self.bytes_per_round + (self.bytes_up_once if rounds else 0)
         evaluation = self.evaluations(rounds) * self.bytes_per_evaluation
-        return self.bytes_start + training + evaluation
+        return self.bytes_start + training + evaluation + self.bytes_renewed(rounds)
 
     def flops_total(self, rounds: int) -> int:
         """Operations of training in a run of so many rounds.
@@ -85,7 +102,9 @@ class MethodCost:
             InvalidField: ``rounds`` is negative.
         """
         _check(rounds)
-        return rounds * self.device_flops_per_round + (self.device_flops_once if rounds else 0)
+        renewed = self.renewals(rounds) * self.device_flops_per_renewal
+        once = self.device_flops_once if rounds else 0
+        return rounds * self.device_flops_per_round + once + renewed
 
 
 def _check(rounds: int) -> None:

@@ -141,12 +141,20 @@ class Server:
         return self._message(Assignment, "GET", _run_path(run, "assignment") + query)
 
     def send_update(
-        self, run: str, meta: UpdateMeta, state: Mapping[str, Tensor], codec: str
+        self,
+        run: str,
+        meta: UpdateMeta,
+        state: Mapping[str, Tensor],
+        codec: str,
+        beside: Mapping[str, Tensor] | None = None,
     ) -> UpdateReceipt:
-        """The tuned state of a round, or with ``meta.base`` its change against that state."""
-        pieces = encode_frame(
-            "update", meta.model_dump(), {name: (value, codec) for name, value in state.items()}
-        )
+        """The tuned state of a round, or with ``meta.base`` its change against that state.
+
+        ``beside`` it go other tensors, as float32.
+        """
+        tensors = {name: (value, codec) for name, value in state.items()}
+        tensors |= {name: (value, "float32") for name, value in (beside or {}).items()}
+        pieces = encode_frame("update", meta.model_dump(), tensors)
         key = f"update-{meta.round}-{meta.attempt}"
         path = _run_path(run, "update")
         answer = self._call("PUT", path, pieces, media=FRAME_MEDIA_TYPE, key=key)
@@ -156,9 +164,14 @@ class Server:
         key = f"evaluation-{report.round}-{report.attempt}"
         self._json("PUT", _run_path(run, "evaluation"), report, key=key)
 
-    def head(self, run: str, start: int = 0) -> Body:
-        """The next bytes of the head file from ``start`` on, not all where it is large."""
-        return self._download(_run_path(run, "head"), start)
+    def head(self, run: str, start: int = 0, sha256: str | None = None) -> Body:
+        """The next bytes of the head file from ``start`` on, not all where it is large.
+
+        Raises:
+            NotFound: the run has another one than ``sha256`` by now.
+        """
+        path = "head" if sha256 is None else f"head?sha256={sha256}"
+        return self._download(_run_path(run, path), start)
 
     def state(self, run: str, ref: BlobRef, start: int = 0) -> Body:
         """The next bytes of a global state's file from ``start`` on, as `head` does."""

@@ -8,6 +8,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from protocol.errors import InternalError, InvalidField, InvalidRequest, NotFound, SFPromptError
+from protocol.messages import named_field
 from split_server.routes.responses import error_body, error_headers
 
 
@@ -42,7 +43,7 @@ async def _invalid(request: Request, error: Exception) -> JSONResponse:
     where = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
     refusal = InvalidField(
         first["msg"],
-        field=".".join(where) or "body",
+        field=".".join(where) or named_field(first),
         value=plain[:200] if isinstance(plain, str) else plain,
     )
     return await _typed(request, refusal)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from importlib.metadata import version
@@ -42,17 +43,20 @@ from split_server.credentials import (
 from split_server.devices import Placement
 from split_server.engine.jobs import Engine
 from split_server.journal import Once
+from split_server.neurons import asked_shape
 from split_server.notifier import Notifier, wait_for
 from split_server.presence import Presence
 from split_server.routes.bodies import read_body
 from split_server.routes.gate import set_member
 from split_server.samples import SampleStore
 from split_server.service import Federation, Held
+from split_server.snapshot import RunSnapshot
 from split_server.states import PROMPTS
 
 Key = Annotated[str | None, Header(alias="idempotency-key")]
 _RANGE = re.compile(r"bytes=(\d{1,18})-.*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_FLOAT_BYTES = 4
 _UPDATE_MARGIN = 1024 * 1024  # header and padding of the frame
 Wait = Annotated[float, Query(ge=0, le=3600, description="seconds to wait for something new")]
 
@@ -205,11 +209,15 @@ class FederationRoutes:
                 return found
             await wait_for(ticket, left)
 
-    async def head(self, request: Request, run: str) -> Response:
-        """The head file."""
+    async def head(self, request: Request, run: str, sha256: str | None = None) -> Response:
+        """The head file; only this one, where it is named."""
         require_reader(self._identity_of_reader(request, run), run)
         snapshot = self._federation.run(run)
-        return _file(request, self._federation.files(run).head, snapshot.head.sha256)
+        if sha256 is not None and sha256 != snapshot.head.sha256:
+            _require_sha256(sha256, "sha256")
+            raise NotFound("the run has another head by now", field="sha256", value=sha256)
+        path = self._federation.files(run).head_after(snapshot.renewed)
+        return _file(request, path, snapshot.head.sha256)
 
     async def state(self, request: Request, run: str, sha256: str) -> Response:
         """A global state of the run."""
@@ -229,8 +237,12 @@ class FederationRoutes:
     async def update(self, request: Request, run: str, key: Key = None) -> UpdateReceipt:
         """Count an update: a frame of kind ``update``."""
         member = self._member(request, run)
-        # Nothing larger than the state it is to change, in the widest codec, can be an update.
-        limit = self._federation.run(run).state.nbytes + _UPDATE_MARGIN
+        # Nothing larger than the state it is to change, in the widest codec, can be an update,
+        # and what is told of neurons beside it.
+        snapshot = self._federation.run(run)
+        limit = snapshot.state.nbytes + _UPDATE_MARGIN
+        if snapshot.settings.distillation.every:
+            limit += await run_in_threadpool(_told_bytes, snapshot)
         limit = min(limit, self._limits.max_frame_bytes)
         data = await read_body(request.scope, request.receive, limit, self._body_timeout_s)
         return await run_in_threadpool(self._count, run, member.participant, data, key)
@@ -300,6 +312,12 @@ class FederationRoutes:
         self._federation.member(run, member.participant)
         self._presence.touch(run, member.participant)
         return member
+
+
+def _told_bytes(run: RunSnapshot) -> int:
+    """Of what an update of the open round tells of neurons; may have to look at the model."""
+    shape = asked_shape(run.settings, run.round)
+    return _FLOAT_BYTES * math.prod(shape) if shape else 0
 
 
 def _content(message: Message) -> bytes:

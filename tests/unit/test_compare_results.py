@@ -18,7 +18,7 @@ from benchmark.compare.files import comparison_csv, comparison_json
 from benchmark.compare.methods import METHODS
 from benchmark.compare.outcome import FIELDS, Outcome, bytes_to_target
 from benchmark.compare.report import report_html
-from benchmark.compare.tables import cost_table, result_table
+from benchmark.compare.tables import against_calculated, cost_table, result_table
 from benchmark.compare.usage import Usage
 from benchmark.estimate import Question, estimate, estimate_report
 from benchmark.presets import preset_named
@@ -109,7 +109,7 @@ def test_bytes_to_a_target_are_those_of_the_first_round_that_reaches_it() -> Non
     assert FULL.mean("bytes_to_target") is None  # one of its seeds never reaches it
 
 
-def test_the_figures_of_a_run_are_per_device_and_start_counts_once() -> None:
+def found_of(settings: RunSettings) -> dict[str, Any]:
     """Two devices, two rounds. A state has 1,000 bytes, of which one crosses before round 1."""
     traffic = {
         str(Phase.DOWNLOAD): {"up": 200, "down": 9_800},
@@ -143,7 +143,7 @@ def test_the_figures_of_a_run_are_per_device_and_start_counts_once() -> None:
     run = RunView(
         id="r",
         status="finished",
-        settings=RunSettings(),
+        settings=settings,
         round=2,
         participants=2,
         created_at=0,
@@ -151,7 +151,7 @@ def test_the_figures_of_a_run_are_per_device_and_start_counts_once() -> None:
         head=BLOB,
         state=BLOB,
     )
-    found = run_figures(
+    return run_figures(
         Results(run=run, rounds=rounds, participants=members, traffic=traffic),
         seconds=1.0,
         trainable_parameters=7,
@@ -159,6 +159,10 @@ def test_the_figures_of_a_run_are_per_device_and_start_counts_once() -> None:
         server=Usage(500, 8.0),
         by_device={"a": 0.4, "b": 0.6},
     )
+
+
+def test_the_figures_of_a_run_are_per_device_and_start_counts_once() -> None:
+    found = found_of(RunSettings())
     assert found["bytes_start"] == 10_000 // 2 + 1_000
     assert found["bytes_up_per_round"] == (8_000 + 4_000) // 4
     assert found["bytes_down_per_round"] == (400 + 4_000 + 6_000 - 2 * 1_000) // 4
@@ -171,6 +175,27 @@ def test_the_figures_of_a_run_are_per_device_and_start_counts_once() -> None:
     assert (found["device_peak_bytes"], found["device_seconds"]) == (300, 3.0)
     assert (found["server_peak_bytes"], found["server_seconds"]) == (500, 8.0)
     assert found["epsilon"] == 2.0  # of both rounds
+
+
+def test_a_head_that_came_again_belongs_to_the_rounds() -> None:
+    settings = RunSettings.model_validate(
+        {
+            "model": {"proxy": "pruned", "tune": "lora"},
+            "federation": {"rounds": 2},
+            "distillation": {"epochs": 1, "every": 1},
+        }
+    )
+    plain, found = found_of(RunSettings()), found_of(settings)
+    assert found["bytes_start"] == 10_000 // 2 // 2 + 1_000  # two heads for each of two devices
+    assert found["bytes_down_per_round"] == plain["bytes_down_per_round"] + 5_000 // 4
+    assert found["bytes_total"] == plain["bytes_total"]
+
+
+def test_the_calculated_payload_has_every_head() -> None:
+    made = figures(0.8, 10)
+    assert against_calculated(measured("fedpft", made)) == "1.25x"
+    made["calculated"]["bytes_renewed"] = 10_000_000 // 5  # with it 5/5 of what was measured
+    assert against_calculated(measured("fedpft", made)) == "1.00x"
 
 
 def test_a_reference_has_every_field_of_a_run() -> None:

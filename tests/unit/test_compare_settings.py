@@ -238,8 +238,10 @@ def test_a_proxy_is_the_whole_head_whatever_it_lacks(tmp_path: Path) -> None:
     pruned, dropped, split = (job.settings for job in plan(asked, tmp_path))
     assert (pruned.model.cut, pruned.model.proxy, pruned.model.lora_ends) == (12, "pruned", 0)
     assert (dropped.model.cut, dropped.model.proxy, dropped.model.lora_ends) == (5, "dropped", 2)
-    assert pruned.distillation.epochs == 5
-    assert dropped.distillation.epochs == 0
+    assert (pruned.distillation.epochs, pruned.distillation.every) == (5, 10)
+    assert (dropped.distillation.epochs, dropped.distillation.every) == (0, 0)
+    never = comparison(methods=("fedpft",), distillation={"every": 0})
+    assert {job.settings.distillation.every for job in plan(never, tmp_path)} == {0}
     assert (split.model.local_body, split.model.proxy, split.model.cut) == (2, "none", 1)
 
 
@@ -302,3 +304,13 @@ def test_the_guide_names_every_method() -> None:
     for name in METHODS:
         short = [name.replace(start, "-") for start in ("fedpeft-", "sfprompt-")]
         assert any(f"`{one}`" in table for one in (name, *short)), name
+
+
+def test_neurons_are_not_distilled_again_beside_differential_privacy(tmp_path: Path) -> None:
+    private = {"methods": ("fedpft",), "federation": {"dp_clip": 1.0, "dp_seed": 3}}
+    with pytest.raises(InvalidField, match="fedpft") as caught:
+        plan(comparison(**private), tmp_path)
+    assert caught.value.field == "distillation.every"
+    never = comparison(**private, overrides={"fedpft": {"distillation": {"every": 0}}})
+    [job] = plan(never, tmp_path)
+    assert job.settings.distillation.every == 0

@@ -52,8 +52,14 @@ class Origin:
         return decode_frame(join_frame(encode_frame("delta", {}, tensors)))
 
     def send_update(
-        self, _run: str, meta: UpdateMeta, state: Mapping[str, Tensor], codec: str
+        self,
+        _run: str,
+        meta: UpdateMeta,
+        state: Mapping[str, Tensor],
+        codec: str,
+        beside: Mapping[str, Tensor] | None,
     ) -> None:
+        assert not beside
         tensors = {name: (tensor, codec) for name, tensor in state.items()}
         frame = decode_frame(join_frame(encode_frame("update", {}, tensors)))
         self.updates.append((meta, frame.tensors()))

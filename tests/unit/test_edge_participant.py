@@ -106,8 +106,14 @@ class Script(BodyServer):
         return Assignment(task=task, round=round_, state=self._state, status=status)
 
     def send_update(
-        self, run: str, meta: UpdateMeta, state: dict[str, torch.Tensor], codec: str
+        self,
+        run: str,
+        meta: UpdateMeta,
+        state: dict[str, torch.Tensor],
+        codec: str,
+        beside: dict[str, torch.Tensor],
     ) -> UpdateReceipt:
+        assert not beside
         if meta.round in self.refusals:
             raise self.refusals[meta.round]
         self.updates.append((meta, state))

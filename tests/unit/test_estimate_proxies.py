@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmark.estimate import METHODS, Question, estimate
-from protocol.settings import BackboneSettings, RunSettings
+from protocol.settings import BackboneSettings, DistillationSettings, RunSettings
 from split_model.libraries import timm
 
 IMAGES, EPOCHS = 50, 2
@@ -98,3 +98,31 @@ def test_a_small_body_costs_its_download_and_its_passes() -> None:
     # Forward and back, for each sample of the one local epoch.
     assert two.device_flops_per_round - one.device_flops_per_round == 2 * 2 * block * IMAGES
     assert two.bytes_per_round == one.bytes_per_round
+
+
+def test_a_proxy_that_is_distilled_again_is_downloaded_again() -> None:
+    found = METHODS["fedpft"].cost(question())
+    proxy = FRAME + 12 * BLOCK - 10 * PRUNED
+    told = 10 * 768
+    assert found.bytes_total(10) == found.bytes_start + 10 * found.bytes_per_round
+    for rounds, times in ((11, 1), (20, 1), (21, 2), (50, 4)):
+        rest = found.bytes_start + rounds * found.bytes_per_round
+        assert found.bytes_total(rounds) - rest == times * 4 * (proxy + told)
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model = timm.create_model("vit_base_patch16_224", num_classes=0)
+        for block in model.blocks[1:-1]:
+            block.mlp.fc1, block.mlp.fc2 = nn.Linear(768, 768), nn.Linear(768, 768)
+        model(torch.empty(1, 3, 224, 224))
+    again = found.flops_total(11) - 11 * found.device_flops_per_round
+    assert again == pytest.approx(IMAGES * counter.get_total_flops(), rel=0.02)  # LoRA beside it
+
+
+def test_how_often_is_the_run_s_own_affair_where_it_has_such_a_proxy() -> None:
+    own = {"proxy": "pruned", "cut": 12, "prompt_count": 0, "tune": "lora"}
+    asked = question(**own)
+    assert METHODS["fedpft"].cost(asked).renewals(1000) == 0
+    often = DistillationSettings(epochs=1, every=3)
+    settings = asked.settings.model_copy(update={"distillation": often})
+    found = METHODS["fedpft"].cost(Question(settings, IMAGES, local_epochs=EPOCHS))
+    assert [found.renewals(rounds) for rounds in (0, 3, 4, 6, 7)] == [0, 0, 1, 1, 2]
+    assert METHODS["offsite-tuning"].cost(question()).renewals(1000) == 0

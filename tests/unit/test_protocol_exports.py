@@ -24,10 +24,10 @@ EXPORTED = {
     "header": "check_text pack_header unpack_header",
     "limits": "DEFAULT_LIMITS FrameLimits MIB",
     "messages": "Assignment BlobRef BodyStepMeta BytesByPhase Count EvaluationReport Event "
-    "ExchangeMeta InferMeta JoinRequest JoinResponse Loss MAX_LOSS ParticipantView Results "
+    "ExchangeMeta InferMeta JoinRequest JoinResponse Loss MAX_LOSS NEURONS ParticipantView Results "
     "RoundStatus RoundView RunStatus RunView "
     "SAMPLE_ID_BYTES SamplesMeta Seconds Sha256 StepId StepMeta Task UpdateMeta UpdateReceipt "
-    "parse_message",
+    "named_field parse_message",
     "seeds": "derive_seed",
     "settings": "BackboneSettings CodecName DistillationSettings FederationSettings Message "
     "PromptDepth PromptPlacement ProxyKind RunSettings ServerOptimizer Text "

@@ -9,12 +9,14 @@ import pytest
 
 from protocol.errors import RunClosed, StaleRound
 from protocol.messages import BlobRef, RoundStatus, RunStatus, Task
+from protocol.settings import DistillationSettings
 from split_server import rounds
 from split_server.rounds import (
     Aggregate,
     CloseRound,
     FailRun,
     OpenTraining,
+    Renew,
     Repeat,
     assignment_for,
     decide,
@@ -252,3 +254,30 @@ def test_a_request_names_the_open_round_attempt_and_phase() -> None:
         rounds.require_phase(replace(run, status=RunStatus.FINISHED), 1, 1, RoundStatus.TRAINING)
     with pytest.raises(StaleRound):
         rounds.require_trainer(run, member(9), 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("closed", "renewed", "due"),
+    [(0, 0, False), (1, 0, False), (2, 0, True), (2, 2, False), (3, 2, False), (4, 2, True)],
+)
+def test_a_round_waits_for_a_distillation_that_is_due(closed: int, renewed: int, due: bool) -> None:
+    run = replace(a_run(closed=closed, rounds=6), renewed=renewed)
+    again = DistillationSettings(epochs=1, every=2)
+    run = replace(run, settings=run.settings.model_copy(update={"distillation": again}))
+    everybody = set(run.members)
+    action = decide(run, everybody, NOW, settled=True)
+    assert action == Renew(closed) if due else isinstance(action, OpenTraining)
+    assert assignment_for(run, "p1", NOW).head == run.head
+    never = replace(run, settings=run_settings(rounds=6))
+    assert isinstance(decide(never, everybody, NOW, settled=True), OpenTraining)
+    assert "head" not in assignment_for(never, "p1", NOW).model_dump_json()
+
+
+def test_nothing_is_distilled_after_the_last_round() -> None:
+    again = DistillationSettings(epochs=1, every=3)
+    assert [again.due(round_, 7) for round_ in range(8)] == [
+        *[False, False, False, True, False, False],
+        *[True, False],
+    ]
+    assert not again.due(6, 6)
+    assert not DistillationSettings(epochs=1).due(6, 7)

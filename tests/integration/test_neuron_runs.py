@@ -1,0 +1,373 @@
+"""Runs whose proxy is distilled again over HTTP: heads that change, restarts, refusals."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from edge_client.data import BatchReader, Dataset
+from edge_client.device_model import DeviceModel
+from edge_client.participant import Participant
+from edge_client.transport import Server
+from protocol.messages import Assignment, BlobRef, JoinResponse, RunStatus, RunView, Task
+from protocol.settings import RunSettings
+from split_model import SplitSettings, load_state, state_shapes
+from split_model.tensor_file import TensorFile
+from split_server import model_files
+from split_server.client import OperatorClient
+from split_server.states import RunFiles
+from tests.edge_doubles import image_set
+from tests.http_doubles import Api, Running, joined, running_server, wait_until
+from tests.integration.test_whole_model import WHOLE
+from tests.server_doubles import OPERATOR
+
+WIDTH = 24  # neurons that stay of 768
+PRUNED = {"tune": "lora", "lora_rank": 2, "proxy": "pruned", "proxy_width": WIDTH}
+DISTILLED = {"epochs": 1, "samples": 8, "batch_size": 8, "every": 1}
+LAYERS = 10
+FREE: dict[str, Any] = {"evaluate_every": 0}
+_keys = itertools.count()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("node")
+
+
+@pytest.fixture(scope="module")
+def server(data_dir: Path) -> Iterator[Running]:
+    with running_server(data_dir) as running:
+        yield running
+
+
+def settings(**parts: dict[str, Any]) -> RunSettings:
+    alone = {"split_epochs": 0, "keep_fraction": 1, "local_epochs": 1, "batch_size": 5}
+    given = {part: dict(fields) for part, fields in parts.items()}
+    model = {**WHOLE.model_dump(), **PRUNED, **given.pop("model", {})}
+    rest = {
+        "federation": {"rounds": 3, **given.pop("federation", {})},
+        "training": {**alone, "tail_learning_rate": 0.01, **given.pop("training", {})},
+        "distillation": {**DISTILLED, **given.pop("distillation", {})},
+    }
+    return RunSettings.model_validate({"model": model, **rest, **given})
+
+
+def created(server: Running, **parts: dict[str, Any]) -> RunView:
+    return server.operator().create(settings(**parts), key=f"neurons-{next(_keys)}")
+
+
+class Told:
+    def __init__(self) -> None:
+        self.events: list[tuple[str, dict[str, Any]]] = []
+
+    def event(self, kind: str, **data: Any) -> None:
+        self.events.append((kind, data))
+
+    def advance(self, phase: str, done: int, total: int) -> None: ...
+
+    def close(self) -> None: ...
+
+    def of(self, kind: str) -> list[dict[str, Any]]:
+        return [data for said, data in self.events if said == kind]
+
+
+def results_of(server: Running, run: str) -> Any:
+    with contextlib.closing(OperatorClient(server.url, OPERATOR)) as operator:
+        return operator.results(run)
+
+
+def renewals(api: Api, run: str) -> list[dict[str, Any]]:
+    events = api.call("GET", f"/v1/runs/{run}/events?after=0").json()
+    return [event["data"] for event in events if event["kind"] == "proxy_renewed"]
+
+
+def inactive_by_hand(model: DeviceModel, images: Tensor) -> Tensor:
+    made: dict[int, Tensor] = {}
+    hooks = [
+        model.head.blocks[str(number)].mlp.act.register_forward_hook(  # type: ignore[union-attr]
+            lambda _, __, out, number=number: made.update({number: out})
+        )
+        for number in range(1, 11)
+    ]
+    with torch.no_grad():
+        model.head(images, model.prompts)
+    for hook in hooks:
+        hook.remove()
+    return torch.stack([(made[number] <= 0).double().mean(dim=(0, 1)) for number in range(1, 11)])
+
+
+def test_a_device_takes_every_new_head_and_goes_on(
+    server: Running, data_dir: Path, tmp_path: Path
+) -> None:
+    run = created(server)
+    told, data = Told(), Dataset(image_set(10), image_set(7, seed=1))
+    with contextlib.closing(Server(server.url)) as client:
+        participant = Participant(client, data, tmp_path, "only", told)
+        participant.join(run.id, key="join-only")
+        assert participant.take_part().status is RunStatus.FINISHED
+        down = client.traffic().to_dict()["download"]["down"]
+    assert len(told.of("trained")) == len(told.of("evaluated")) == 3
+
+    results = results_of(server, run.id)
+    heads = [run.head.sha256, *(one["head"] for one in renewals(server.operator(), run.id))]
+    assert [one["round"] for one in renewals(server.operator(), run.id)] == [1, 2], "not the last"
+    assert len(set(heads)) == 3
+    assert results.run.head.sha256 == heads[-1]
+    assert [one["sha256"] for one in told.of("head-taken")] == heads[1:]
+    assert 0 <= down - 3 * run.head.nbytes < 3 * 2000, "each came once"
+    assert results.traffic["download"]["down"] == down
+
+    model = participant.model
+    proxy = TensorFile(RunFiles(data_dir / "runs" / run.id).proxy_after(2))
+    for number in range(12):
+        for layer in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"):
+            own = model.head.blocks[str(number)].get_parameter(f"mlp.{layer}")
+            assert torch.equal(own, proxy[f"blocks.{number}.mlp.{layer}"])
+
+    # What the server ranked after round 2: counted again on the files of that round.
+    files = RunFiles(data_dir / "runs" / run.id)
+    state = files.state(results.rounds[1].state.sha256)
+    then = DeviceModel.load(run.settings.model, tmp_path / f"{heads[1]}.safetensors", state)
+    images, _ = BatchReader(image_set(10), then.preprocessing).read(range(10))
+    expected = inactive_by_hand(then, images)
+    torch.testing.assert_close(files.read_neurons(2).double(), expected, rtol=0, atol=1e-6)
+    assert expected.std() > 0.01
+    staying = expected.argsort(dim=1, stable=True)[:, : WIDTH // 2]
+    old = TensorFile(tmp_path / f"{heads[1]}.safetensors")
+    for row, number in enumerate(range(1, 11)):
+        name = f"blocks.{number}.mlp.fc1.weight"
+        same = [torch.equal(old[name][n], proxy[name][n]) for n in range(WIDTH)]
+        assert {n for n in range(WIDTH) if same[n]} == set(staying[row].tolist())
+    folders = {
+        path.name: len(list(path.iterdir())) for path in files.root.iterdir() if path.is_dir()
+    }
+    assert (folders["neurons"], folders["proxies"], folders["heads"]) == (1, 1, 1)
+
+
+def told_state(value: float, share: float | Tensor) -> dict[str, Tensor]:
+    split = SplitSettings.of(settings(model={"num_classes": 10}).model)
+    state = {name: torch.full(shape, value) for name, shape in state_shapes(split).items()}
+    shares = share if isinstance(share, Tensor) else torch.full((LAYERS, WIDTH), share)
+    return {**state, "neurons": shares}
+
+
+def by_hand(**parts: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {"model": {"num_classes": 10}, **parts}
+
+
+def test_shares_are_averaged_by_samples_and_asked_for_only_when_they_are_due(
+    server: Running, data_dir: Path
+) -> None:
+    apart = by_hand(federation={**FREE, "min_participants": 2}, distillation={"every": 2})
+    run = created(server, **apart)
+    a, b = joined(server, run.id, "a"), joined(server, run.id, "b")
+    plain = {n: t for n, t in told_state(0.1, 0.0).items() if n != "neurons"}
+    refused = a.update(run.id, told_state(0.1, 0.0), "a-1", samples=10)
+    assert refused.json()["error"]["code"] == "wrong_shape", "in a round that does not ask"
+    assert b.update(run.id, plain, "b-1", samples=30).is_success
+    wait_until(lambda: a.assignment(run.id).round == 2)
+    assert a.assignment(run.id).head == run.head
+    assert a.update(run.id, told_state(0.1, 0.2), "a-2", samples=10, round=2).is_success
+    assert b.update(run.id, told_state(0.1, 0.6), "b-2", samples=30, round=2).is_success
+    wait_until(lambda: (a.assignment(run.id), b.assignment(run.id))[1].round == 3, 60)
+    shares = RunFiles(data_dir / "runs" / run.id).read_neurons(2)
+    torch.testing.assert_close(shares, torch.full((LAYERS, WIDTH), 0.5))
+    assert a.assignment(run.id).head != run.head
+    old = a.call("GET", f"/v1/runs/{run.id}/head?sha256={run.head.sha256}")
+    assert (old.status_code, old.json()["error"]["code"]) == (404, "not_found")
+    assert a.call("GET", f"/v1/runs/{run.id}/head?sha256=x").json()["error"]["field"] == "sha256"
+
+
+@pytest.mark.parametrize(
+    ("neurons", "code"),
+    [
+        (None, "wrong_shape"),
+        (torch.zeros(LAYERS, WIDTH + 1), "wrong_shape"),
+        (torch.full((LAYERS, WIDTH), float("nan")), "non_finite"),
+        (torch.full((LAYERS, WIDTH), 1.25), "invalid_field"),
+        (torch.full((LAYERS, WIDTH), -0.25), "invalid_field"),
+    ],
+    ids=["missing", "shape", "nan", "above", "below"],
+)
+def test_an_update_that_tells_no_shares_of_its_neurons_is_refused(
+    server: Running, neurons: Tensor | None, code: str
+) -> None:
+    run = created(server, **by_hand(federation={**FREE, "min_participants": 2}))
+    device = joined(server, run.id, "a")
+    joined(server, run.id, "b")
+    state = told_state(0.1, 0.0)
+    state = {n: t for n, t in state.items() if n != "neurons"}
+    if neurons is not None:
+        state["neurons"] = neurons
+    error = device.update(run.id, state, "update").json()["error"]
+    assert (error["code"], error["field"]) == (code, "neurons")
+    again = device.update(run.id, told_state(0.1, 0.0), "again")
+    assert again.is_success or code != "invalid_field", "a wrong number can be put right"
+
+
+def take_time(patch: pytest.MonkeyPatch) -> None:
+    """Let each batch of a distillation during the rounds last, as with a larger model."""
+    real = model_files.write_renewed_proxy
+
+    def slow(*given: Any) -> None:
+        *rest, check = given
+
+        def paced() -> None:
+            time.sleep(0.5)
+            check()
+
+        real(*rest, paced)
+
+    patch.setattr(model_files, "write_renewed_proxy", slow)
+
+
+def test_a_new_start_takes_up_what_the_last_one_was_stopped_in(tmp_path: Path) -> None:
+    long = by_hand(federation=FREE | {"rounds": 2}, distillation={"epochs": 8})
+    generator = torch.Generator().manual_seed(3)
+    told = told_state(0.1, torch.rand(LAYERS, WIDTH, generator=generator))
+    with pytest.MonkeyPatch.context() as patch, running_server(tmp_path) as first:
+        take_time(patch)
+        run = created(first, **long)
+        device = joined(first, run.id)
+        token = device.http.headers["authorization"].removeprefix("Bearer ")
+        assert device.update(run.id, told, "one").is_success
+        files = RunFiles(tmp_path / "runs" / run.id)
+        assert (files.root / "neurons" / "1.safetensors").is_file(), "on disk when it counts"
+    assert not files.proxy_after(1).exists(), "it was stopped in the middle"
+    with running_server(tmp_path) as second:
+        device = second.api(token)
+        assert device.assignment(run.id).head == run.head
+        wait_until(lambda: device.assignment(run.id).round == 2, 60)
+        renewed = device.assignment(run.id).head
+        assert renewed is not None
+        assert renewed != run.head
+        content = device.call("GET", f"/v1/runs/{run.id}/head?sha256={renewed.sha256}").content
+        assert len(content) == renewed.nbytes
+
+        other = created(second, **long)  # as if nothing had happened
+        device = joined(second, other.id)
+        assert device.update(other.id, told, "one").is_success
+        wait_until(lambda: device.assignment(other.id).round == 2, 60)
+        assert device.assignment(other.id).head == renewed
+
+
+def test_a_run_that_is_cancelled_does_not_wait_for_its_distillation(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take_time(monkeypatch)
+    run = created(server, **by_hand(federation=FREE, distillation={"epochs": 2}))
+    device = joined(server, run.id)
+    assert device.update(run.id, told_state(0.1, 0.5), "one").is_success
+    answer = server.operator().call("POST", f"/v1/runs/{run.id}/cancel", key="cancel")
+    assert answer.json()["status"] == "cancelled"
+    assert device.assignment(run.id).task == "stop"
+    assert renewals(server.operator(), run.id) == []
+
+
+def test_a_distillation_that_diverges_fails_its_run(server: Running) -> None:
+    run = created(server, **by_hand(federation=FREE, distillation={"learning_rate": 1.0}))
+    device = joined(server, run.id)
+    assert device.update(run.id, told_state(3e38, 0.5), "one").is_success
+    wait_until(lambda: device.assignment(run.id).task == "stop", 60)
+    last = device.assignment(run.id)
+    assert last.status is RunStatus.FAILED
+    assert "distillation after round 1" in str(last.reason)
+
+
+@pytest.mark.parametrize(
+    ("parts", "field"),
+    [
+        ({"model": {"proxy": "dropped", "proxy_blocks": 4, "cut": 4}}, "distillation.every"),
+        ({"model": {"proxy": "none"}, "distillation": {"epochs": 0}}, "distillation.every"),
+        ({"distillation": {"epochs": 0}}, "distillation.every"),
+        ({"federation": {"dp_clip": 1.0}}, "distillation.every"),
+        ({"distillation": {"retained": 1.0}}, "distillation.retained"),
+        ({"distillation": {"every": -1}}, "distillation.every"),
+        ({"model": {"cut": 11}}, "model.cut"),
+        ({"model": {"proxy_ends": 6}}, "model.proxy_ends"),
+    ],
+)
+def test_a_run_whose_neurons_cannot_be_distilled_again_is_refused(
+    server: Running, parts: dict[str, dict[str, Any]], field: str
+) -> None:
+    given = settings().model_dump(mode="json")
+    for part, fields in parts.items():
+        given[part] |= fields
+    answer = server.operator().call("POST", "/v1/runs", key=f"no-{next(_keys)}", json=given)
+    error = answer.json()["error"]
+    assert (error["code"], error["field"]) == ("invalid_field", field)
+
+
+def test_a_state_on_disk_has_no_neurons(server: Running, data_dir: Path) -> None:
+    run = created(server, **by_hand(federation=FREE | {"rounds": 2}))
+    device = joined(server, run.id)
+    assert device.update(run.id, told_state(0.5, 0.5), "one").is_success
+    wait_until(lambda: device.assignment(run.id).round == 2, 60)
+    assert device.assignment(run.id).state.sha256 != run.state.sha256
+    files = RunFiles(data_dir / "runs" / run.id)
+    state = load_state(files.state(device.assignment(run.id).state.sha256))
+    assert set(state) == set(told_state(0, 0)) - {"neurons"}
+
+
+class Late(Server):
+    """A device's server that names heads which the run does not have any more."""
+
+    gone = BlobRef(sha256="0" * 64, nbytes=5)
+
+    def join(self, *given: Any) -> JoinResponse:
+        found = super().join(*given)
+        run = found.run.model_copy(update={"head": self.gone})
+        return found.model_copy(update={"run": run})
+
+    def assignment(self, run: str, after: Assignment | None, wait_s: float) -> Assignment:
+        found = super().assignment(run, after, wait_s)
+        if found.round == 1 and found.task is Task.TRAIN:
+            return found.model_copy(update={"head": self.gone})
+        return found
+
+
+def test_a_device_that_is_too_late_for_a_head_asks_what_is_next(
+    server: Running, tmp_path: Path
+) -> None:
+    run = created(server, federation={"rounds": 2, "round_timeout_s": 4.0, "max_repeats": 0})
+    told, data = Told(), Dataset(image_set(10), image_set(7, seed=1))
+    with contextlib.closing(Late(server.url)) as client:
+        participant = Participant(client, data, tmp_path, "late", told)
+        participant.join(run.id, "join-late")
+        assert participant.run.head == run.head, "it has looked again"
+        last = participant.take_part()
+    assert last.status is RunStatus.FAILED, "nobody trained"
+    [left] = told.of("left-behind")
+    assert left["round"] == 1
+    assert told.of("trained") == []
+
+
+def test_changes_and_a_rounded_head_go_with_it(server: Running, tmp_path: Path) -> None:
+    rounded = {"update_deltas": True, "updates": "float16", "head": "int8"}
+    prompted = {"prompt_count": 3, "prompt_at": "input"}
+    run = created(server, federation={"rounds": 2}, wire=rounded, model=prompted)
+    told, data = Told(), Dataset(image_set(10), image_set(7, seed=1))
+    with contextlib.closing(Server(server.url)) as client:
+        participant = Participant(client, data, tmp_path, "only", told)
+        participant.join(run.id, "join-rounded")
+        assert participant.take_part().status is RunStatus.FINISHED
+    [taken] = told.of("head-taken")
+    head = results_of(server, run.id).run.head
+    assert (taken["sha256"], taken["bytes"]) == (head.sha256, head.nbytes)
+    assert len(told.of("trained")) == 2
