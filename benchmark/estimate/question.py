@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from protocol.errors import InvalidField
@@ -42,6 +43,11 @@ class Question:
     def split(self) -> SplitSettings:
         """The cut and the prompts of the run."""
         return SplitSettings.of(self.settings.model)
+
+    @property
+    def unmerged(self) -> SplitSettings:
+        """The same with all image tokens, as methods have it that merge none."""
+        return dataclasses.replace(self.split, keep_tokens=0)
 
     @property
     def kept(self) -> int:

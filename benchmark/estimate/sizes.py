@@ -80,7 +80,12 @@ def forward_flops(settings: SplitSettings, prompts: int = 0) -> ForwardFlops:
 
 def _bare(settings: SplitSettings) -> SplitSettings:
     return dataclasses.replace(
-        settings, prompt_at="input", prompt_depth="shallow", prompt_count=0, local_body=0
+        settings,
+        prompt_at="input",
+        prompt_depth="shallow",
+        prompt_count=0,
+        local_body=0,
+        keep_tokens=0,
     )
 
 

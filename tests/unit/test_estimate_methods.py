@@ -167,6 +167,19 @@ def test_the_papers_form_is_the_same_whatever_the_runs_placement_and_codecs_are(
     assert paper.cost(Question(plain, 64)) == paper.cost(Question(other, 64))
 
 
+def test_merging_tokens_makes_the_run_cheaper_and_no_other_method() -> None:
+    values = base(prompts=5).model_dump()
+    values["model"] |= {"prompt_at": "cut", "prompt_depth": "deep"}
+    values["wire"] |= {"keep_smashed": True, "pooled_features": True}
+    every = estimate(Question(RunSettings.model_validate(values), 64))
+    values["model"]["keep_tokens"] = 98
+    half = estimate(Question(RunSettings.model_validate(values), 64))
+    own, merged = every.pop("sfprompt"), half.pop("sfprompt")
+    assert half == every
+    saved = own.bytes_up_once - merged.bytes_up_once
+    assert saved == 64 * (196 - 98) * 768 * 4  # float32
+
+
 def test_splitfed_sends_all_samples_and_what_the_device_trains() -> None:
     question = Question(base(split_epochs=2, keep_fraction=0.5), 100)
     full = METHODS["splitfed-full"].cost(question)

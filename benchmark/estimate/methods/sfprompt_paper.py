@@ -27,7 +27,8 @@ class SFPromptPaper(Method):
 
     def cost(self, question: Question) -> MethodCost:
         run = question.settings
-        model = run.model.model_copy(update={"prompt_at": "input", "prompt_depth": "shallow"})
+        placed = {"prompt_at": "input", "prompt_depth": "shallow", "keep_tokens": 0}
+        model = run.model.model_copy(update=placed)
         federation = run.federation.model_copy(update={"evaluate_every": 0})
         plain = run.model_copy(
             update={"model": model, "federation": federation, "wire": WireSettings()}

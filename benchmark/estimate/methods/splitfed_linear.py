@@ -22,7 +22,7 @@ class SplitFedLinear(Method):
     name = "splitfed-linear"
 
     def cost(self, question: Question) -> MethodCost:
-        settings, training = question.split, question.settings.training
+        settings, training = question.unmerged, question.settings.training
         sizes, numbers = anatomy(settings), bytes_of(settings)
         flops = forward_flops(settings)
         own = parameters(settings)

@@ -40,7 +40,7 @@ class WholeModelMethod(Method):
         return self.trained(settings)
 
     def cost(self, question: Question) -> MethodCost:
-        settings = question.split
+        settings = question.unmerged
         sizes, whole = anatomy(settings), bytes_of(settings).backbone
         sent = FLOAT_BYTES * self.sent_per_round(settings)
         visits = question.train_samples * question.local_epochs
