@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 from dataclasses import asdict
@@ -266,6 +267,8 @@ def _adjusted(
 
 def main() -> None:
     """Run the command; typed errors become a message and an exit code."""
+    # Whoever stops this command has its server and devices stopped, too.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         app()
     except (SFPromptError, DataError) as error:

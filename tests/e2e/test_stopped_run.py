@@ -1,0 +1,32 @@
+"""Whoever stops a run on one machine leaves none of its processes behind."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_server_and_devices_end_with_the_command(tmp_path: Path, how: signal.Signals) -> None:
+    command = [sys.executable, "-m", "benchmark.cli", "run", "--out", str(tmp_path / "run")]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as main:
+        processes = wait_for_children(psutil.Process(main.pid))
+        main.send_signal(how)
+        assert main.wait(60) == 130
+    _, alive = psutil.wait_procs(processes, timeout=20)
+    assert not alive
+
+
+def wait_for_children(main: psutil.Process, most_s: float = 60) -> list[psutil.Process]:
+    """The processes that it has started, once there are some."""
+    end = time.monotonic() + most_s
+    while not (found := main.children(recursive=True)):
+        assert time.monotonic() < end, "nothing was started"
+        time.sleep(0.1)
+    return found
