@@ -24,7 +24,7 @@ run: $(STAMP)  ## Tune with one server and four devices here (DATA=digits | fash
 	@$(BIN)/sfprompt-bench run --data $(DATA) $(ARGS)
 
 test: $(STAMP)  ## All tests, a worker for each core
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 coverage: $(STAMP)  ## The same, one after the other, with coverage
 	@$(BIN)/python -m pytest --cov --cov-report=term:skip-covered $(ARGS)

@@ -15,6 +15,7 @@ from benchmark.live import LiveView
 from benchmark.preflight import choose_port
 from benchmark.processes import Process, start_device, wait_until_healthy
 from benchmark.report import summary
+from benchmark.shared_backbones import shared_backbones
 from protocol.errors import SFPromptError
 from protocol.messages import Results
 from protocol.settings import RunSettings
@@ -107,6 +108,12 @@ class LocalRun:
             arguments += ["--torch-threads", str(self.server_threads)]
         url = f"http://127.0.0.1:{port}"
         console.print(f"starting the split server on {url} …")
+        with shared_backbones(data_dir):
+            yield from self._serving(arguments, url, data_dir)
+
+    def _serving(
+        self, arguments: list[str], url: str, data_dir: Path
+    ) -> Iterator[tuple[str, OperatorClient, Process]]:
         server = Process("server", arguments, self.folder, threads=self.server_threads)
         try:
             probe = OperatorClient(url)

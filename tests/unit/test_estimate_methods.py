@@ -333,7 +333,7 @@ def test_a_device_of_a_split_method_needs_far_less_memory(
     rounds=st.integers(1, 20),
     at_cut=st.booleans(),
 )
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=15)
 def test_more_samples_never_cost_less(
     fewer: int, more: int, tests: int, keep: float, epochs: int, rounds: int, at_cut: bool
 ) -> None:
