@@ -157,7 +157,10 @@ def traffic(
     quick: Annotated[
         bool, typer.Option("--quick", help="A small setting on the digits, in minutes.")
     ] = False,
-    devices: Annotated[int, typer.Option(min=1, max=64, help="Edge clients of a run.")] = 4,
+    devices: Annotated[
+        int | None,
+        typer.Option(min=1, max=64, help="Edge clients of a run. Default: 4, or 2 with --quick."),
+    ] = None,
     seed: Annotated[
         list[int] | None, typer.Option(min=0, help="Again for more. Default: 0, 1 and 2.")
     ] = None,
@@ -180,7 +183,9 @@ def traffic(
     check_disk(folder)
     paper, default = (traffic_preset(form, quick=quick) for form in FORMS[::-1])
     seeds = tuple(seed or ((0,) if quick else (0, 1, 2)))
-    setting = Setting(default, devices, seeds, link, at_once or os.cpu_count() or 1)
+    setting = Setting(
+        default, devices or (2 if quick else 4), seeds, link, at_once or os.cpu_count() or 1
+    )
     rungs = ladder(paper.settings, default.settings)
     climbs = climb(rungs, setting, folder, console)
     for rung in rungs:
