@@ -19,6 +19,7 @@ EXPORTED = {
     "InvalidField InvalidRequest MalformedFrame NonFinite NotFound RunClosed SFPromptError "
     "StaleRound StepLost TooLarge Unauthorized UnknownCodec Unreachable UnsupportedVersion "
     "WrongShape error_from_wire",
+    "federation": "FederationSettings ServerOptimizer",
     "frames": "ALIGNMENT Frame MAGIC PREFIX_BYTES TensorSpec decode_frame encode_frame "
     "frame_length header_length join_frame require_kind",
     "header": "check_text pack_header unpack_header",
