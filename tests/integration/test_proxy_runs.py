@@ -6,7 +6,6 @@ import contextlib
 import io
 import itertools
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from split_model.tensor_file import write_tensors
 from split_server.exporting import export_run, newest_state
 from split_server.logs import set_up_logging
 from tests.edge_doubles import files, image_set
-from tests.http_doubles import Running, running_server
+from tests.http_doubles import Running
 from tests.integration.test_whole_model import WHOLE
 
 LORA = {"tune": "lora", "lora_rank": 2}
@@ -35,20 +34,6 @@ KEPT = [0, 3, 8, 11]  # by hand: the ends, and the middles of two halves of 1 â€
 DISTILLED = {"epochs": 1, "samples": 8, "batch_size": 8}
 WIDTH, CLASSIFIER = 192, 3 * 193
 LAYERS = 12 * WIDTH**2 + 13 * WIDTH  # of one block
-
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("node")
-
-
-@pytest.fixture(scope="module")
-def server(data_dir: Path) -> Iterator[Running]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with running_server(data_dir) as running:
-        yield running
-    torch.set_num_threads(before)
 
 
 _keys = itertools.count()

@@ -41,20 +41,6 @@ SAMPLES, BATCH, ROUNDS, EPOCHS, RATE, DECAY = 10, 4, 2, 2, 0.02, 1e-4
 _keys = itertools.count()
 
 
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("node")
-
-
-@pytest.fixture(scope="module")
-def server(data_dir: Path) -> Iterator[Running]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with running_server(data_dir) as running:
-        yield running
-    torch.set_num_threads(before)
-
-
 def created(server: Running, devices: int = 1, rounds: int = ROUNDS, **parts: Any) -> RunView:
     training = {
         "local_epochs": 0,

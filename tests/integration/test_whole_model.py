@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ from split_model import load_exported, load_state, open_backbone
 from split_model.libraries import timm
 from split_server.exporting import export_run, newest_state
 from tests.edge_doubles import files, image_set
-from tests.http_doubles import Running, running_server
+from tests.http_doubles import Running
 
 WHOLE = BackboneSettings(
     backbone="vit_tiny_patch16_224",
@@ -63,20 +62,6 @@ NUMBERS = {
 SAMPLES, BATCH, ROUNDS, EPOCHS = 10, 4, 2, 2
 SPLIT_PLANE = {"smashed", "features", "gradients", "inference"}
 HEADERS = 32_768  # bytes of a download beside its tensors, at most: names, HTTP
-
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("node")
-
-
-@pytest.fixture(scope="module")
-def server(data_dir: Path) -> Iterator[Running]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with running_server(data_dir) as running:
-        yield running
-    torch.set_num_threads(before)
 
 
 _keys = itertools.count()
