@@ -39,7 +39,7 @@ class Centralised:
     """Head, body and tail of a run in one process, with all its data.
 
     Args:
-        settings: of the run; rounds × split epochs give the epochs, keep fraction is not used.
+        settings: of the run; rounds × split epochs × keep fraction give the passes over the data.
     """
 
     def __init__(self, settings: RunSettings, data: Dataset) -> None:
@@ -67,12 +67,13 @@ class Centralised:
     def tune(self, advance: Advance) -> float:
         """Tune prompts and tail as a run would, on one heap of data. Returns test accuracy.
 
-        As many passes over the data as the run's devices make over theirs, the same optimiser,
-        rates and schedule, but no rounds: nothing is averaged and no sample is left out.
+        As many samples as the run's devices train on through the server, the same optimiser,
+        rates and schedule, but no rounds: nothing is averaged, and every pass is over all samples.
         """
         training, rounds = self.settings.training, self.settings.federation.rounds
         optimizer = make_optimizer(training, self.prompts, self.tail, head=self.head)
-        epochs = rounds * training.split_epochs
+        passes = rounds * training.split_epochs * training.keep_fraction
+        epochs = max(1, round(passes))
         seed = derive_seed(self.settings.seed, "centralised")
         batches = list(
             itertools.chain.from_iterable(

@@ -7,14 +7,12 @@ import os
 import signal
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from benchmark.accuracy import accuracy_table, measure
 from benchmark.compare.command import compare
 from benchmark.engine.command import engine
 from benchmark.estimate import Question, estimate_report, estimate_table
@@ -114,39 +112,6 @@ def run(
         console.print(f"  {path}", highlight=False)
     if json_file is not None:
         json_file.write_text(json.dumps(figures, indent=2) + "\n")
-
-
-@app.command(epilog="Example:\n\nsfprompt-bench accuracy --data fashion-mnist --json accuracy.json")
-def accuracy(
-    data: Annotated[
-        str, typer.Option(help=f"Data set, with its settings: {' | '.join(PRESETS)}")
-    ] = "fashion-mnist",
-    form: FormOption = "default",
-    devices: Annotated[int, typer.Option(min=1, max=64, help="Edge clients to start.")] = 4,
-    partition: Annotated[
-        list[str] | None, typer.Option(help="Again for more. Default: iid and dirichlet:0.3")
-    ] = None,
-    rounds: Annotated[int | None, typer.Option(min=1, help="Default: the preset's.")] = None,
-    keep_fraction: Annotated[
-        float | None, typer.Option(help="Share of samples kept for split training.")
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    out: Annotated[Path | None, typer.Option(help="Folder. Default: runs/accuracy-TIME.")] = None,
-    json_file: JsonFile = None,
-) -> None:
-    """Compare federated runs with centralised tuning and a linear probe on the same data."""
-    console = Console()
-    check_packages()
-    preset = preset_named(data, form)
-    folder = out or Path("runs") / f"accuracy-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder.mkdir(parents=True, exist_ok=True)
-    check_disk(folder)
-    settings = _adjusted(preset.settings, devices, rounds, keep_fraction, seed)
-    wanted = partition or ["iid", "dirichlet:0.3"]
-    rows = measure(preset, settings, devices, wanted, folder, console)
-    console.print(accuracy_table(rows))
-    if json_file is not None:
-        json_file.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
 
 
 @app.command(

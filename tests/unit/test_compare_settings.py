@@ -21,7 +21,7 @@ from protocol.messages import parse_message
 
 DOCS = Path(__file__).parents[2] / "docs" / "comparisons"
 TINY = {"backbone": "vit_tiny_patch16_224", "weights": "random:3", "image_size": 32}
-REFERENCES = {"central", "linear-probe"}
+REFERENCES = {"central", "central-paper", "linear-probe"}
 
 
 def comparison(**more: object) -> Comparison:

@@ -1,6 +1,7 @@
 """The methods, each in a file of its own. A new one is a class there and a name here."""
 
 from benchmark.compare.methods.central import Central
+from benchmark.compare.methods.central_paper import CentralPaper
 from benchmark.compare.methods.fedpeft_adapter import FedPeftAdapter
 from benchmark.compare.methods.fedpeft_bias import FedPeftBias
 from benchmark.compare.methods.fedpeft_head import FedPeftHead
@@ -37,6 +38,7 @@ _CLASSES: tuple[type[Method], ...] = (
     SFPromptCutShallow,
     SFPrompt,
     Central,
+    CentralPaper,
     LinearProbe,
 )
 

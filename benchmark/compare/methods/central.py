@@ -22,7 +22,7 @@ class Central(Reference):
             {
                 "wire": WireSettings().model_dump(),
                 "federation": federation,
-                "training": {"keep_fraction": 1.0},
+                "training": {"pruning": "random", "prune_per_class": False},
             },
         )
 
