@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import sys
 import time
@@ -20,6 +19,7 @@ from benchmark.estimate import estimate as calculate
 from benchmark.local_run import LocalRun
 from benchmark.preflight import check_disk, check_packages
 from benchmark.presets import FORMS, PRESETS, Form, preset_named, traffic_preset
+from benchmark.processes import usable_cores
 from benchmark.report import result_table, write_files
 from benchmark.traffic import (
     Setting,
@@ -149,7 +149,7 @@ def traffic(
     paper, default = (traffic_preset(form, quick=quick) for form in FORMS[::-1])
     seeds = tuple(seed or ((0,) if quick else (0, 1, 2)))
     setting = Setting(
-        default, devices or (2 if quick else 4), seeds, link, at_once or os.cpu_count() or 1
+        default, devices or (2 if quick else 4), seeds, link, at_once or usable_cores()
     )
     rungs = ladder(paper.settings, default.settings)
     climbs = climb(rungs, setting, folder, console)

@@ -88,7 +88,7 @@ class LocalRun:
                 view.show_rounds(results.rounds)
                 if results.run.status.over:
                     break
-                _require_alive([server, *devices])
+                _require_alive(server, devices)
                 time.sleep(_POLL_S)
             for device in devices:
                 device.wait(_GOODBYE_S)
@@ -148,10 +148,10 @@ class LocalRun:
         save_state(state, self.folder / "tuned.safetensors")
 
 
-def _require_alive(processes: list[Process]) -> None:
-    for process in processes:
+def _require_alive(server: Process, devices: list[Process]) -> None:
+    for process in (server, *devices):
         code = process.exit_code()
-        if code not in (None, 0):
+        if code or (code == 0 and process is server):
             raise SFPromptError(
                 f"{process.name} ended early (exit code {code}):\n{process.last_lines()}",
                 field=str(process.log),

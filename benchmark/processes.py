@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from typing import Any
 from protocol.errors import SFPromptError
 
 DeviceEvent = Callable[[str, dict[str, Any]], None]  # the device's name, and what it said
+
+
+_started: weakref.WeakSet[Process] = weakref.WeakSet()
 
 
 class Process:
@@ -52,6 +56,7 @@ class Process:
                 env=environment,
                 cwd=cwd,
             )
+        _started.add(self)
         self._reader: threading.Thread | None = None
         if on_line is not None:
             self._reader = threading.Thread(target=self._read, args=(on_line,), daemon=True)
@@ -84,10 +89,14 @@ class Process:
         self._child.wait()
         self._finish_reading()
 
-    def stop(self, seconds: float = 10.0) -> None:
-        """Ask it to end, and end it if it does not."""
+    def ask_to_end(self) -> None:
         if self._child.poll() is None:
             self._child.terminate()
+
+    def stop(self, seconds: float = 10.0) -> None:
+        """Ask it to end, and end it if it does not."""
+        self.ask_to_end()
+        if self._child.poll() is None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._child.wait(seconds)
         if self._child.poll() is None:
@@ -101,6 +110,19 @@ class Process:
     def last_lines(self, count: int = 15) -> str:
         lines = self.log.read_text(errors="replace").splitlines()
         return "\n".join(lines[-count:])
+
+
+def end_processes() -> None:
+    """Ask every process that this one has started to end; whoever waits for one learns of it."""
+    for process in list(_started):
+        process.ask_to_end()
+
+
+def usable_cores() -> int:
+    """How many processor cores this process may use, which may be fewer than there are."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def start_device(

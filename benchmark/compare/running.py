@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from benchmark.compare.plan import plan, resolved, tasks_of
 from benchmark.compare.tasks import Failure, Figures, Task, perform_all
 from benchmark.compare.toml_file import toml_text
 from benchmark.compare.worker import FIGURES, JOB, perform
-from benchmark.processes import Process
+from benchmark.processes import Process, usable_cores
 from protocol.errors import SFPromptError
 
 RESOLVED = "comparison.toml"
@@ -38,7 +37,7 @@ def run_comparison(
     text = toml_text(resolved(comparison))
     (folder / RESOLVED).write_text(text)
     tasks = tasks_of(jobs)
-    threads = max(1, (os.cpu_count() or 1) // at_once)
+    threads = max(1, usable_cores() // at_once)
 
     def do(task: Task) -> Figures:
         if isinstance(method_named(task.of["method"]), Reference):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,11 +15,13 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from benchmark.processes import end_processes
 from edge_client.data import DataError
 from protocol.errors import SFPromptError
 
 Figures = dict[str, Any]  # what came of a task, as JSON carries it
 Failure = SFPromptError | DataError
+_ENDING_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,9 @@ def perform_all(
             return [done.result() for done in waiting]
         except BaseException:
             workers.shutdown(wait=False, cancel_futures=True)  # what is not begun never is
+            while not all(done.done() for done in waiting):
+                end_processes()  # again and again: a task may be about to start one
+                time.sleep(_ENDING_S)
             raise
 
 

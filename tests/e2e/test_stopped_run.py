@@ -13,8 +13,11 @@ import pytest
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
-def test_server_and_devices_end_with_the_command(tmp_path: Path, how: signal.Signals) -> None:
-    command = [sys.executable, "-m", "benchmark.cli", "run", "--out", str(tmp_path / "run")]
+@pytest.mark.parametrize("words", [["run"], ["compare", "--quick", "--at-once", "2"]], ids=" ".join)
+def test_server_and_devices_end_with_the_command(
+    tmp_path: Path, words: list[str], how: signal.Signals
+) -> None:
+    command = [sys.executable, "-m", "benchmark.cli", *words, "--out", str(tmp_path / "run")]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as main:
         processes = wait_for_children(psutil.Process(main.pid))
         main.send_signal(how)
