@@ -16,12 +16,8 @@ from rich.table import Table
 from protocol.errors import InvalidField, NotFound, SFPromptError
 from protocol.messages import Event, Results, RunView, parse_message
 from protocol.settings import RunSettings
-from split_server.allocator import keep_large_buffers
-from split_server.app import create_app
 from split_server.client import OperatorClient, read_token
-from split_server.exporting import export_run
 from split_server.logs import set_up_logging
-from split_server.serving import serve_until_stopped
 from split_server.settings import DEFAULT_PORT, ServerSettings, load_settings
 
 app = typer.Typer(
@@ -92,6 +88,11 @@ def serve(
     flags = {name: value for name, value in locals().items() if name != "config"}
     settings = load_settings(flags, config)
     set_up_logging(settings.log_level)
+    # Here, as torch takes seconds that the commands of a run's owner should not wait for.
+    from split_server.allocator import keep_large_buffers
+    from split_server.app import create_app
+    from split_server.serving import serve_until_stopped
+
     keep_large_buffers()
     server = create_app(settings)
     _say_what_is_used(settings, f"{server.placement.device}, {server.placement.dtype_name}")
@@ -212,6 +213,8 @@ def export(
     data_dir: DataDir = _DATA_DIR,
 ) -> None:
     """Write the tuned model, whole, as one safetensors file. Needs no running server."""
+    from split_server.exporting import export_run
+
     export_run(data_dir, run, destination)
     size = destination.stat().st_size / 1e6
     out.print(f"{destination} ({size:.1f} MB)", highlight=False)

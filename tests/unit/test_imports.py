@@ -1,6 +1,8 @@
 """The rooms know of each other in one direction only."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,3 +46,11 @@ def test_only_one_module_imports_timm_and_torchvision(library: str) -> None:
         if library in imported(path) or f'import_module("{library}")' in path.read_text()
     }
     assert importers == {"split_model/libraries.py"}
+
+
+def test_the_commands_of_a_runs_owner_do_not_wait_for_torch() -> None:
+    code = "import sys, split_server.cli; print({'torch', 'timm', 'fastapi'} & set(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.strip() == "set()"
