@@ -18,7 +18,7 @@ from benchmark.estimate import Question, estimate_report, estimate_table
 from benchmark.estimate import estimate as calculate
 from benchmark.local_run import LocalRun
 from benchmark.preflight import check_disk, check_packages
-from benchmark.presets import FORMS, PRESETS, Form, preset_named, traffic_preset
+from benchmark.presets import PRESETS, preset_named, traffic_preset
 from benchmark.processes import usable_cores
 from benchmark.report import result_table, write_files
 from benchmark.traffic import (
@@ -34,6 +34,7 @@ from benchmark.traffic import (
 from edge_client.data import DataError
 from edge_client.data.partition import SCHEMES
 from protocol.errors import SFPromptError
+from protocol.forms import FORMS, Form
 from protocol.messages import parse_message
 from protocol.settings import RunSettings
 from split_server.model_files import model_errors

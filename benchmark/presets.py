@@ -3,20 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
 
 from edge_client.data.fashion_mnist import CLASSES
 from protocol.errors import NotFound
-from protocol.settings import (
-    BackboneSettings,
-    FederationSettings,
-    RunSettings,
-    TrainingSettings,
-    WireSettings,
-)
-
-Form = Literal["default", "paper"]
-FORMS: tuple[Form, ...] = get_args(Form)
+from protocol.forms import FORMS, Form, over_form
+from protocol.settings import FederationSettings, RunSettings
 
 
 @dataclass(frozen=True)
@@ -29,60 +20,11 @@ class Preset:
     limit_test: int | None = None
 
 
-# Where the prompts join, and what crosses: as in the paper, and as this project does it.
-_PAPER = BackboneSettings(image_size=42, cut=1, num_classes=10, prompt_count=5)
-_DEFAULT = _PAPER.model_copy(update={"prompt_at": "cut", "prompt_depth": "deep"})
-_WIRE = WireSettings(
-    smashed="int4+zstd",
-    features="int8",
-    gradients="int4",
-    stochastic_rounding=True,
-    inference="float16",
-    updates="float16",
-    update_deltas=True,
-    head="int8",
-    keep_smashed=True,
-    pooled_features=True,
-)
-
-# Found by trial on Fashion-MNIST. A device makes few steps a round, so the rates are high; the
-# tail is a classifier on normalised features and stands that. Pruning by EL2N over all classes
-# together drops whole classes while the classifier is fresh: it is done within each class.
-_PAPER_RECIPE = TrainingSettings(
-    keep_fraction=0.5,
-    prune_per_class=True,
-    local_epochs=1,
-    local_learning_rate_scale=0.1,
-    batch_size=8,
-    prompt_learning_rate=1e-2,
-    tail_learning_rate=2e-2,
-)
-# Many small steps, with samples drawn anew in each round. At the same bytes, gradients of 80 % of
-# the samples in 4 bits, rounded at random so that they are right in the mean, do better than those
-# of 60 % in 8 bits, and than features and gradients of all in 4 bits. Without a warm-up, the first
-# steps of fresh prompts are too long: 160 digits a device were at 27 % after 5 rounds, not at 88 %.
-_DEFAULT_RECIPE = TrainingSettings(
-    keep_fraction=0.8,
-    pruning="random",
-    local_epochs=0,
-    batch_size=8,
-    prompt_learning_rate=2e-3,
-    tail_learning_rate=1e-2,
-    warmup_rounds=1,
-)
+_MODEL = {"image_size": 42, "cut": 1, "num_classes": 10, "prompt_count": 5}
 
 
 def _run(name: str, form: Form, **more: object) -> RunSettings:
-    paper = form == "paper"
-    return RunSettings.model_validate(
-        {
-            "name": name,
-            "model": _PAPER if paper else _DEFAULT,
-            "training": _PAPER_RECIPE if paper else _DEFAULT_RECIPE,
-            "wire": WireSettings() if paper else _WIRE,
-            **more,
-        }
-    )
+    return RunSettings.model_validate(over_form(form, {"name": name, "model": _MODEL, **more}))
 
 
 def _training(settings: RunSettings, **changes: object) -> RunSettings:

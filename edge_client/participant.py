@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,6 +90,7 @@ class Participant:
             train_samples=len(self.data.train),
             test_samples=len(self.data.test),
             num_classes=len(self.data.class_names),
+            classes_sha256=_hash_of(self.data.class_names),
         )
         joined: JoinResponse = self.server.join(run, request, key, join_token)
         self.id, self.run = joined.participant, joined.run
@@ -300,3 +303,8 @@ def _differ(one: Assignment, other: Assignment) -> bool:
 def succeeded(last: Assignment) -> bool:
     """Whether the run ended as it was meant to."""
     return last.status is RunStatus.FINISHED
+
+
+def _hash_of(class_names: Sequence[str]) -> str:
+    """SHA-256 over the names in order, each with a newline behind it."""
+    return hashlib.sha256("".join(f"{name}\n" for name in class_names).encode()).hexdigest()

@@ -169,12 +169,13 @@ class Event(Message):
 
 
 class JoinRequest(Message):
-    """A device asks to take part. Its data is described by counts alone."""
+    """A device asks to take part. Its data is described by counts, and a hash of its classes."""
 
     name: Text
     train_samples: Count
     test_samples: Count
     num_classes: Count
+    classes_sha256: Sha256 | None = None  # of the classes' names in order; None: it has no data
 
 
 class JoinResponse(Message):

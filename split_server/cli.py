@@ -7,13 +7,15 @@ import logging
 import sys
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from protocol.errors import InvalidField, NotFound, SFPromptError
+from protocol.forms import Form, over_form
 from protocol.messages import Event, Results, RunView, parse_message
 from protocol.settings import RunSettings
 from split_server.client import OperatorClient, read_token
@@ -50,9 +52,11 @@ def _described(name: str) -> Any:
     """An option whose help is the setting's own description; not given: None."""
     setting = ServerSettings.model_fields[name]
     default = setting.get_default(call_default_factory=True)
-    shown = "" if default is None else f" [default: {default}]"
     text = setting.description or name.replace("_", " ")
-    return typer.Option(help=text[0].upper() + text[1:] + "." + shown)
+    if get_origin(setting.annotation) is Literal and setting.description is None:
+        text += ": " + " | ".join(get_args(setting.annotation))
+    shown = "" if default is None else f" Default: {default}."
+    return typer.Option(help=text[0].upper() + text[1:] + "." + shown, show_default=False)
 
 
 @app.command(
@@ -76,8 +80,17 @@ def serve(
     backward: Annotated[str | None, _described("backward")] = None,
     compile: Annotated[bool | None, _described("compile")] = None,  # noqa: A002
     queue_mib: Annotated[int | None, _described("queue_mib")] = None,
+    answer_mib: Annotated[int | None, _described("answer_mib")] = None,
+    samples_mib: Annotated[int | None, _described("samples_mib")] = None,
+    samples_disk_mib: Annotated[int | None, _described("samples_disk_mib")] = None,
+    participant_samples_mib: Annotated[int | None, _described("participant_samples_mib")] = None,
+    max_bodies: Annotated[int | None, _described("max_bodies")] = None,
+    max_steps: Annotated[int | None, _described("max_steps")] = None,
+    max_connections: Annotated[int | None, _described("max_connections")] = None,
     step_timeout_s: Annotated[float | None, _described("step_timeout_s")] = None,
+    body_timeout_s: Annotated[float | None, _described("body_timeout_s")] = None,
     live_window_s: Annotated[float | None, _described("live_window_s")] = None,
+    max_wait_s: Annotated[float | None, _described("max_wait_s")] = None,
     operator_token: Annotated[str | None, _described("operator_token")] = None,
     join_token: Annotated[str | None, _described("join_token")] = None,
     tls_cert: Annotated[Path | None, _described("tls_cert")] = None,
@@ -125,6 +138,13 @@ def create_run(
         list[str] | None,
         typer.Option("--set", help="One setting, SECTION.NAME=VALUE; wins over the file."),
     ] = None,
+    form: Annotated[
+        Form,
+        typer.Option(
+            help="What the file and --set leave open is filled with. default: prompts at the cut, "
+            "little traffic; paper: as it was published."
+        ),
+    ] = "default",
     url: Url = _URL,
     data_dir: DataDir = _DATA_DIR,
     operator_token: TokenOption = None,
@@ -132,7 +152,8 @@ def create_run(
     as_json: Json = False,
 ) -> None:
     """Create a run that devices can join."""
-    settings = parse_message(RunSettings, _run_settings(config, changes or []))
+    values = over_form(form, _run_settings(config, changes or []))
+    settings = parse_message(RunSettings, values)
     run = _client(url, data_dir, operator_token, ca_file).create_run(settings)
     if as_json:
         typer.echo(run.model_dump_json())
@@ -243,6 +264,10 @@ def _run_settings(config: Path | None, changes: list[str]) -> dict[str, Any]:
         place = values
         for section in sections:
             place = place.setdefault(section, {})
+            if not isinstance(place, dict):
+                raise InvalidField(
+                    f"{section} is no section of settings", field="set", value=change
+                )
         try:
             place[last] = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:
@@ -294,8 +319,8 @@ def main() -> None:
     """Run the command; typed errors become one line and an exit code."""
     try:
         app()
-    except SFPromptError as error:
-        err.print(f"[red]error[/red]: {error}", highlight=False)
+    except (SFPromptError, OSError) as error:  # OSError: a folder, a file or a port of this machine
+        err.print(f"[red]error[/red]: {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import ssl
 import uuid
 from pathlib import Path
 from typing import Any
 
 import httpx
 
-from protocol.errors import NotFound, Unreachable, error_from_wire
+from protocol.errors import InvalidField, NotFound, Unreachable, error_from_wire
 from protocol.messages import Event, Results, RunView, parse_message
 from protocol.settings import RunSettings
 from protocol.version import IDEMPOTENCY_HEADER, PROTOCOL_VERSION, VERSION_HEADER
@@ -38,13 +39,23 @@ class OperatorClient:
     """The owner of runs, with the operator token.
 
     Every request raises `Unreachable` or the server's typed error.
+
+    Raises:
+        InvalidField: the address or the file of trusted certificates is none.
     """
 
     def __init__(self, url: str, token: str | None = None, ca_file: Path | None = None) -> None:
         headers = {VERSION_HEADER: str(PROTOCOL_VERSION)}
         if token is not None:
             headers["authorization"] = f"Bearer {token}"
-        verify: Any = httpx.create_ssl_context(verify=str(ca_file)) if ca_file else True
+        if httpx.URL(url).scheme not in ("http", "https"):
+            raise InvalidField(
+                "an address begins with http:// or https://",
+                field="url",
+                value=url,
+                hint="for example http://gpu-node:8500",
+            )
+        verify = _trusting(ca_file) if ca_file else True
         # No proxy of the environment: the server is where the address says.
         self._client = httpx.Client(
             base_url=url, headers=headers, timeout=600, trust_env=False, verify=verify
@@ -96,3 +107,12 @@ class OperatorClient:
         if response.is_error:
             raise error_from_wire(content, response.status_code)
         return content
+
+
+def _trusting(ca_file: Path) -> ssl.SSLContext:
+    try:
+        return ssl.create_default_context(cafile=str(ca_file))
+    except OSError as error:  # ssl.SSLError too
+        raise InvalidField(
+            f"no readable PEM file of certificates ({error})", field="ca_file", value=str(ca_file)
+        ) from error

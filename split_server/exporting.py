@@ -56,7 +56,7 @@ def newest_state(data_dir: Path, run_id: str) -> tuple[RunSnapshot, dict[str, Te
         with store.reading() as session:
             if session.get(RunRow, run_id) is None:
                 raise NotFound("there is no such run", field="run", value=run_id)
-            run = load_snapshot(session, run_id)
+            run = load_snapshot(session, run_id, data_dir)
     finally:
         store.close()
     files = RunFiles(data_dir / "runs" / run_id)

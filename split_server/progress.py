@@ -11,12 +11,11 @@ from sqlalchemy.orm import Session
 from torch import Tensor
 
 from protocol.errors import SFPromptError
-from protocol.messages import NEURONS, RoundStatus, RunStatus
+from protocol.messages import NEURONS, BlobRef, RoundStatus, RunStatus
 from protocol.settings import FederationSettings, RunSettings
 from split_server.aggregation import WeightedState, federated_average, weighted_mean
 from split_server.journal import record_event
 from split_server.meter import Meter
-from split_server.model_files import RenewedModel
 from split_server.privacy_spent import OPENED, noise_generator, record_spent
 from split_server.private_mean import private_mean
 from split_server.publishing import publish
@@ -145,12 +144,14 @@ def end_run(
     record_event(session, run_id, at, f"run_{status}", **data)
 
 
-def renew(session: Session, run: RunSnapshot, made: RenewedModel, round_: int, at: float) -> None:
+def renew(
+    session: Session, run: RunSnapshot, backbone: str, head: BlobRef, round_: int, at: float
+) -> None:
     """Make the proxy that was distilled after this round the run's model."""
     row = session.get_one(RunRow, run.id)
-    row.backbone_path, row.renewed = str(made.backbone_path), round_
-    row.head_sha256, row.head_nbytes = made.head.sha256, made.head.nbytes
-    record_event(session, run.id, at, "proxy_renewed", round=round_, head=made.head.sha256)
+    row.backbone_path, row.renewed = backbone, round_
+    row.head_sha256, row.head_nbytes = head.sha256, head.nbytes
+    record_event(session, run.id, at, "proxy_renewed", round=round_, head=head.sha256)
 
 
 def abandon_round(session: Session, run: RunSnapshot, meter: Meter, at: float) -> None:

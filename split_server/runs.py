@@ -22,7 +22,7 @@ from split_server.meter import Meter
 from split_server.presence import Presence
 from split_server.renewals import Check, Renewals, Stopped
 from split_server.snapshot import Member, RunSnapshot, load_snapshot
-from split_server.states import RunFiles
+from split_server.states import RunFiles, from_folder
 from split_server.store import Store
 from split_server.tables import RunRow, UpdateRow
 
@@ -190,7 +190,9 @@ class Runs:
         made = model_files.renew_run(run, files, cache, still_wanted)
         with self._changing(run_id) as session:
             still_wanted()
-            progress.renew(session, run, made, run.closed_rounds, self._clock.wall())
+            backbone = from_folder(made.backbone_path, self._data_dir)
+            at = self._clock.wall()
+            progress.renew(session, run, backbone, made.head, run.closed_rounds, at)
         files.keep_renewed(run.closed_rounds)
         log.info("run %s: its proxy was distilled again after round %d", run_id, run.closed_rounds)
 
@@ -221,7 +223,7 @@ class Runs:
 
     def _reload(self, run_id: str) -> None:
         with self._store.reading() as session:
-            fresh = load_snapshot(session, run_id)
+            fresh = load_snapshot(session, run_id, self._data_dir)
         old = self._runs.get(run_id)
         deadline: float | None = None
         if fresh.open_round is not None:

@@ -46,7 +46,7 @@ from split_server.neurons import read_neurons
 from split_server.presence import Presence
 from split_server.runs import Runs, Watcher
 from split_server.snapshot import Member, RunSnapshot, load_snapshot
-from split_server.states import RunFiles, read_tensors
+from split_server.states import RunFiles, from_folder, read_tensors
 from split_server.store import Store
 from split_server.tables import (
     EvaluationRow,
@@ -145,7 +145,7 @@ class Federation(Runs):
                 settings=settings.model_dump(mode="json"),
                 created_at=at,
                 finished_at=None,
-                backbone_path=str(prepared.backbone_path),
+                backbone_path=from_folder(prepared.backbone_path, self._data_dir),
                 backbone_bytes=prepared.backbone_bytes,
                 renewed=0,
                 head_sha256=prepared.head.sha256,
@@ -154,7 +154,7 @@ class Federation(Runs):
             row.set_state(prepared.state)
             session.add(row)
             record_event(session, run_id, at, "run_created", name=settings.name)
-            view = views.run_view(load_snapshot(session, run_id))
+            view = views.run_view(load_snapshot(session, run_id, self._data_dir))
             once.remember(session, view.model_dump(mode="json"), at)
         self._reload(run_id)
         return view
@@ -173,7 +173,7 @@ class Federation(Runs):
             at = self._clock.wall()
             progress.abandon_round(session, run, self._meter, at)
             progress.end_run(session, run_id, RunStatus.CANCELLED, "cancelled by its operator", at)
-            view = views.run_view(load_snapshot(session, run_id))
+            view = views.run_view(load_snapshot(session, run_id, self._data_dir))
             once.remember(session, view.model_dump(mode="json"), at)
         self._watcher.round_over(run_id)
         self._watcher.run_over(run_id)
@@ -208,7 +208,9 @@ class Federation(Runs):
                 field="num_classes",
                 limit=run.settings.model.num_classes,
                 value=request.num_classes,
+                hint="a device that lacks a class needs class_names in the run's settings",
             )
+        _require_same_classes(run, request)
         ordinal = len(run.members) + 1
         participant = f"p{ordinal:04d}"
         at = self._clock.wall()
@@ -220,6 +222,7 @@ class Federation(Runs):
                 name=request.name,
                 train_samples=request.train_samples,
                 test_samples=request.test_samples,
+                classes_sha256=request.classes_sha256,
                 joined_at=at,
                 left_at=None,
                 traffic={},
@@ -373,3 +376,16 @@ class Federation(Runs):
             data: dict[str, Any] = report.model_dump(exclude={"loss_sum"})
             record_event(session, run_id, at, "evaluation_counted", participant=participant, **data)
         self.advance(run_id)
+
+
+def _require_same_classes(run: RunSnapshot, request: JoinRequest) -> None:
+    """Labels are numbers: to devices whose classes differ they would mean different things."""
+    known = {member.classes_sha256 for member in run.members.values()} - {None}
+    if request.classes_sha256 is not None and known - {request.classes_sha256}:
+        raise InvalidField(
+            "the classes of this device's data have other names than those of the devices before",
+            field="classes_sha256",
+            limit=sorted(filter(None, known)),
+            value=request.classes_sha256,
+            hint="name its folders alike, or list class_names in the run's settings",
+        )

@@ -40,8 +40,10 @@ class ServerSettings(BaseSettings):
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0: all")
     port: int = Field(DEFAULT_PORT, ge=0, le=65_535, description="0: any free one")
     data_dir: Path = Field(Path("sfprompt-data"), description="runs, states and backbones")
-    device: Device = Field("auto", description="where the bodies run")
-    dtype: DType = Field("auto", description="what the bodies compute in")
+    device: Device = Field("auto", description="where the bodies run: auto | cuda | mps | cpu")
+    dtype: DType = Field(
+        "auto", description="what the bodies compute in: auto | float32 | bfloat16 | float16"
+    )
     torch_threads: int | None = Field(None, ge=1, le=1024, description="none: torch's choice")
     max_frame_mib: int = Field(256, ge=1, le=16_384, description="largest body of a request")
     engine_memory_mib: int = Field(
@@ -87,7 +89,7 @@ class ServerSettings(BaseSettings):
         60.0, gt=0, le=86_400, description="a silent participant is not drawn after this"
     )
     max_wait_s: float = Field(60.0, gt=0, le=600, description="longest long poll")
-    max_connections: int = Field(2000, ge=1, le=1_000_000)
+    max_connections: int = Field(2000, ge=1, le=1_000_000, description="open at once")
     operator_token: Token | None = Field(None, description="none: made, in DATA_DIR/operator.token")
     join_token: Token | None = Field(None, description="none: everybody may join")
     tls_cert: Path | None = Field(None, description="PEM file; with tls_key: https")
@@ -98,6 +100,14 @@ class ServerSettings(BaseSettings):
     def _tls_is_whole(self) -> ServerSettings:
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("tls_cert and tls_key belong together: set both or neither")
+        return self
+
+    @model_validator(mode="after")
+    def _tls_files_are_there(self) -> ServerSettings:
+        for name in ("tls_cert", "tls_key"):
+            path: Path | None = getattr(self, name)
+            if path is not None and not path.is_file():
+                raise ValueError(f"{name}: there is no file {path}")
         return self
 
     @model_validator(mode="after")

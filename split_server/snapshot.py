@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
@@ -23,6 +24,7 @@ class Member:
     train_samples: int
     test_samples: int
     left: bool
+    classes_sha256: str | None = None
 
     @property
     def order(self) -> tuple[str, int]:
@@ -94,8 +96,8 @@ class RunSnapshot:
         return sorted(participants, key=lambda one: self.members[one].order)
 
 
-def load_snapshot(session: Session, run_id: str) -> RunSnapshot:
-    """Read a run."""
+def load_snapshot(session: Session, run_id: str, data_dir: Path) -> RunSnapshot:
+    """Read a run of the server whose data folder this is."""
     run = session.get_one(RunRow, run_id)
     last = session.scalars(
         select(RoundRow)
@@ -124,7 +126,7 @@ def load_snapshot(session: Session, run_id: str) -> RunSnapshot:
         settings=RunSettings.model_validate(run.settings),
         created_at=run.created_at,
         finished_at=run.finished_at,
-        backbone_path=run.backbone_path,
+        backbone_path=str(data_dir / run.backbone_path),
         backbone_bytes=run.backbone_bytes,
         head=BlobRef(sha256=run.head_sha256, nbytes=run.head_nbytes),
         state=run.state.device,
@@ -146,6 +148,7 @@ def _members(session: Session, run_id: str) -> dict[str, Member]:
             ParticipantRow.train_samples,
             ParticipantRow.test_samples,
             ParticipantRow.left_at,
+            ParticipantRow.classes_sha256,
         ).where(ParticipantRow.run_id == run_id)
     )
     return {
@@ -156,6 +159,7 @@ def _members(session: Session, run_id: str) -> dict[str, Member]:
             row.train_samples,
             row.test_samples,
             row.left_at is not None,
+            row.classes_sha256,
         )
         for row in rows
     }

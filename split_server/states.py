@@ -25,6 +25,11 @@ log = logging.getLogger(__name__)
 PROMPTS = "prompts"  # their name in a state
 
 
+def from_folder(path: Path, data_dir: Path) -> str:
+    """Where a file lies, told from the data folder on: that may be moved, or put back."""
+    return str(path.relative_to(data_dir) if path.is_relative_to(data_dir) else path)
+
+
 @dataclass(frozen=True)
 class StateRefs:
     """A global state on disk: what devices take, and what never leaves the server.

@@ -10,7 +10,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from protocol.messages import BlobRef
 from split_server.states import StateRefs
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 
 
 class Base(DeclarativeBase):
@@ -68,6 +68,7 @@ class ParticipantRow(Base):
     name: Mapped[str]
     train_samples: Mapped[int]
     test_samples: Mapped[int]
+    classes_sha256: Mapped[str | None]
     joined_at: Mapped[float]
     left_at: Mapped[float | None]
     traffic: Mapped[dict[str, Any]]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from benchmark.presets import FORMS, preset_named, traffic_preset
+from benchmark.presets import preset_named, traffic_preset
 from benchmark.traffic import (
     Climb,
     Setting,
@@ -20,6 +20,7 @@ from benchmark.traffic import (
     traffic_table,
 )
 from protocol.errors import NotFound
+from protocol.forms import FORMS
 from protocol.traffic import Phase
 
 PAPER, DEFAULT = (traffic_preset(form, quick=False) for form in ("paper", "default"))

@@ -353,6 +353,24 @@ def test_a_device_with_other_classes_is_refused(site: Bench) -> None:
     assert (caught.value.field, caught.value.limit) == ("num_classes", 10)
 
 
+def test_devices_whose_classes_have_other_names_do_not_meet(site: Bench) -> None:
+    run = site.create(min_participants=3)
+
+    def join(name: str, classes: str | None) -> None:
+        request = JoinRequest(
+            name=name, train_samples=1, test_samples=1, num_classes=10, classes_sha256=classes
+        )
+        site.federation.join(run, request, Once.of(f"{run}/join", name))
+
+    join("cats", "a" * 64)
+    join("guest", None)
+    with pytest.raises(InvalidField) as caught:
+        join("dogs", "b" * 64)
+    assert (caught.value.field, caught.value.limit) == ("classes_sha256", ["a" * 64])
+    assert "class_names" in (caught.value.hint or "")
+    join("more cats", "a" * 64)
+
+
 def test_what_is_not_there_is_not_found(site: Bench) -> None:
     run = site.create()
     with pytest.raises(NotFound):

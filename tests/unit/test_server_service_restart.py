@@ -144,3 +144,16 @@ def test_a_failed_change_changes_nothing(site: Bench, monkeypatch: pytest.Monkey
     assert (site.federation.run(run), site.kinds(run)) == before
     site.update(run, a, state_of(1.0), key="k")
     assert site.kinds(run)[-1] == "update_counted"
+
+
+def test_a_data_folder_that_was_moved_has_its_backbones_with_it(tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.mkdir()
+    with bench(old) as site:
+        run = site.create(min_participants=2)
+        before = Path(site.federation.run(run).backbone_path)
+        site.close()
+        old.rename(new)
+        site.folder = new
+        site.open()
+        assert Path(site.federation.run(run).backbone_path) == new / before.relative_to(old)

@@ -13,7 +13,7 @@ from split_server.allocator import keep_large_buffers
 from split_server.cli import app
 from split_server.devices import choose_placement
 from split_server.folder import held_folder
-from split_server.settings import DEFAULT_PORT, load_settings
+from split_server.settings import DEFAULT_PORT, ServerSettings, load_settings
 
 
 @pytest.fixture(autouse=True)
@@ -125,6 +125,29 @@ def test_the_help_of_serve_names_every_source_and_gives_examples() -> None:
     shown = CliRunner().invoke(app, ["serve", "--help"], env={"COLUMNS": "200"}).output
     for words in ("SPLIT_SERVER_PORT", "TOML", "--device", "split-server serve --host"):
         assert words in shown
+
+
+def test_the_help_of_serve_has_every_setting_with_its_default() -> None:
+    shown = CliRunner().invoke(app, ["serve", "--help"], env={"COLUMNS": "300"}).output
+    for name, setting in ServerSettings.model_fields.items():
+        assert f"--{name.replace('_', '-')} " in shown
+        if setting.default is not None:
+            assert f"Default: {setting.default}." in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "field"),
+    [
+        (["create-run", "--set", "name=a", "--set", "name.x=1"], "set"),
+        (["runs", "--url", "gpu-node:8500"], "url"),
+        (["runs", "--url", "https://gpu-node:8500", "--ca-file", "no/such.pem"], "ca_file"),
+        (["serve", "--tls-cert", "no/such.pem", "--tls-key", "no/such.pem"], "settings"),
+    ],
+)
+def test_a_wrong_word_on_the_command_line_is_named(words: list[str], field: str) -> None:
+    shown = CliRunner().invoke(app, words)
+    assert isinstance(shown.exception, InvalidField)
+    assert shown.exception.field == field
 
 
 def test_a_folder_in_use_is_one_line_and_no_traceback(tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from benchmark.presets import Form
 from edge_client.data import Dataset
+from protocol.forms import Form
 from protocol.messages import parse_message
 from protocol.settings import RunSettings
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from benchmark.compare.methods.method import Changes, Method, changed
-from benchmark.presets import Form
+from protocol.forms import Form
 from protocol.settings import RunSettings, WireSettings
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from benchmark.compare.methods.method import Changes, Method, changed
-from benchmark.presets import Form
+from protocol.forms import Form
 from protocol.settings import BackboneSettings, RunSettings, WireSettings
 from split_model import Anatomy, SplitSettings, anatomy
 from split_server.model_files import model_errors
