@@ -17,7 +17,9 @@ class FedPeftAdapter(WholeModel):
     name = "fedpeft-adapter"
     what = "FedPEFT: one bottleneck behind every block, and the classifier"
     costed_as = "fedpeft-adapter"
-    recipe: ClassVar[Changes] = {"training": {"local_epochs": 1, "tail_learning_rate": 1e-3}}
+    recipe: ClassVar[Changes] = {
+        "training": {"local_epochs": 1, "tail_learning_rate": 1e-3, "warmup_rounds": 1}
+    }
     tuned = "adapter"
 
     def added(self, sizes: Anatomy) -> dict[str, Any]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
+from benchmark.compare.methods.method import Changes
 from benchmark.compare.methods.whole_model import WholeModel
 from split_model import Anatomy
 
@@ -16,6 +17,14 @@ class FedPeftPrompt(WholeModel):
     name = "fedpeft-prompt"
     what = "FedPEFT: ten prompts ahead of every block, and the classifier"
     costed_as = "fedpeft-prompt"
+    recipe: ClassVar[Changes] = {
+        "training": {
+            "local_epochs": 1,
+            "prompt_learning_rate": 2e-3,
+            "tail_learning_rate": 1e-2,
+            "warmup_rounds": 1,
+        }
+    }
     tuned = "classifier"
 
     def added(self, sizes: Anatomy) -> dict[str, Any]:

@@ -20,7 +20,8 @@ class SplitFedFull(Method):
     what = "U-shaped SplitFed: head, body and tail are trained, all are averaged, float32"
     form: ClassVar[Form] = "paper"
     costed_as = "splitfed-full"
-    recipe: ClassVar[Changes] = {"training": {"tail_learning_rate": 2e-4}}  # as full fine-tuning
+    # As full fine-tuning.
+    recipe: ClassVar[Changes] = {"training": {"tail_learning_rate": 5e-5, "warmup_rounds": 1}}
 
     def settings(self, base: RunSettings) -> RunSettings:
         return changed(
