@@ -120,7 +120,12 @@ def join(
     ] = None,
     threads: ThreadsOption = None,
     cache_mib: Annotated[
-        int, typer.Option(min=0, help="Memory for resized images, train and test each.")
+        int,
+        typer.Option(
+            min=0,
+            help="Memory for resized images, train and test each, and as much for what the head made of "
+            "them.",
+        ),
     ] = 256,
     patience: Annotated[
         float, typer.Option(min=0, help="Seconds to wait for a server that is out of reach.")

@@ -19,7 +19,7 @@ def check_mlflow() -> None:
         raise NotFound(
             "MLflow is not installed",
             field="mlflow",
-            hint='install the extra: pip install "sfprompt[mlflow]"',
+            hint='install the extra, from a checkout: pip install ".[mlflow]"',
         )
 
 

@@ -18,7 +18,7 @@ def check_tensorboard() -> None:
         raise NotFound(
             "TensorBoard is not installed",
             field="tensorboard",
-            hint='install the extra: pip install "sfprompt[tensorboard]"',
+            hint='install the extra, from a checkout: pip install ".[tensorboard]"',
         )
 
 

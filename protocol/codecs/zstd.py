@@ -136,6 +136,6 @@ def _library(name: str) -> ModuleType:
             field="codec",
             limit="zstandard",
             value=name,
-            hint="pip install 'sfprompt[zstd]', or take the codec without +zstd",
+            hint="pip install zstandard, or take the codec without +zstd",
         ) from error
     return zstandard

@@ -24,7 +24,7 @@ def test_a_missing_extra_is_named_before_anything_is_begun(
     done = CliRunner().invoke(app, ["compare", "--quick", "--out", str(out), option, "x"])
     assert isinstance(done.exception, NotFound)
     assert done.exception.field == package
-    assert f"sfprompt[{package}]" in str(done.exception)
+    assert f".[{package}]" in str(done.exception)
     assert not out.exists()
 
 
