@@ -123,8 +123,8 @@ def join(
         int,
         typer.Option(
             min=0,
-            help="Memory for resized images, train and test each, and as much for what the head made of "
-            "them.",
+            help="Memory for resized images, train and test each; as much again for what the head "
+            "makes of them.",
         ),
     ] = 256,
     patience: Annotated[
