@@ -51,12 +51,7 @@ def _shapes(settings: SplitSettings) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def initial_state(
-    settings: SplitSettings,
-    weights: Mapping[str, Tensor],
-    seed: int,
-    mean_token: Tensor | None = None,
-) -> TunedState:
+def initial_state(settings: SplitSettings, weights: Mapping[str, Tensor], seed: int) -> TunedState:
     """Pretrained weights, and a fresh classifier, prompts and what is added, all from one seed.
 
     The classifier is the same whatever is tuned beside it. Raises `WeightsMismatchError` where
@@ -66,7 +61,7 @@ def initial_state(
     state: TunedState = {}
     for name, shape in sorted(state_shapes(settings).items()):
         if name == PROMPTS:
-            state[name] = initial_prompts(settings, seed, mean_token)
+            state[name] = initial_prompts(settings, seed)
             continue
         prefix, own = name.split(".", 1)
         if name.startswith(HEAD + ADAPTER):
@@ -184,11 +179,9 @@ def _live(tail: Tail, head: Head | None) -> dict[str, Tensor]:
     return live
 
 
-def save_state(
-    state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None
-) -> None:
+def save_state(state: Mapping[str, Tensor], path: Path) -> None:
     """Write a state as safetensors, whole or not at all."""
-    write_tensors(path, state, metadata)
+    write_tensors(path, state)
 
 
 def load_state(path: Path) -> TunedState:

@@ -75,7 +75,7 @@ def test_apply_then_read_gives_the_state_back(state: dict[str, Tensor], tmp_path
     assert all(one is two for one, two in zip(held, tail.parameters(), strict=True))
     read = read_state(tail, prompts)
     assert all(torch.equal(read[name], tensor) for name, tensor in state.items())
-    save_state(read, tmp_path / "state", {"round": "3"})
+    save_state(read, tmp_path / "state")
     loaded = load_state(tmp_path / "state")
     assert loaded.keys() == state.keys()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
