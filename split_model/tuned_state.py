@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from protocol.seeds import derive_seed
+from protocol.settings import PromptPlacement
 from split_model.adapter import initial_adapter
 from split_model.body import Body
 from split_model.head import ADAPTER, Head
 from split_model.lora import initial_lora, is_lora
 from split_model.part import Part, WeightsMismatchError
 from split_model.prompts import initial_prompts, prompt_shape
-from split_model.settings import HEAD_TUNED, PromptPlace, SplitSettings
+from split_model.settings import HEAD_TUNED, SplitSettings
 from split_model.tail import Tail, is_classifier
 from split_model.tensor_file import TensorFile, write_tensors
 
@@ -87,7 +88,7 @@ def device_shapes(settings: SplitSettings) -> dict[str, tuple[int, ...]]:
     return {name: shapes[name] for name in shapes if not is_held(name, settings.prompt_at)}
 
 
-def is_held(name: str, prompt_at: PromptPlace) -> bool:
+def is_held(name: str, prompt_at: PromptPlacement) -> bool:
     """Whether a tensor of a state is tuned on the server, and never seen by a device.
 
     That are prompts that join at the cut, and a tuned body.
