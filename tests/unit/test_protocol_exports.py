@@ -10,7 +10,7 @@ import protocol
 EXPORTED = {
     "base": "Message",
     "codec_names": "CodecParts FLOAT_CODECS LOSSLESS_SUFFIX WHOLE_CODECS check_float_codec "
-    "is_row_wise parse_codec",
+    "is_row_wise_inside parse_codec",
     "codecs": "BFloat16 Buffer CODECS Codec Compressed Cosine Device ErrorFeedback FixedSizeCodec "
     "Float16 Float32 Int4 Int4Asymmetric Int64 Int8 ProductQuantiser RawCodec Svd TopK UInt8 "
     "codec_named encoded_bytes",
