@@ -10,7 +10,8 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from edge_client.data import BatchReader, Dataset, Preprocessing, cache_dir, shuffled
+from edge_client.data import BatchReader, Dataset, cache_dir, shuffled
+from edge_client.device_model import preprocessing_of
 from protocol.seeds import derive_seed
 from protocol.settings import RunSettings
 from split_model import (
@@ -52,8 +53,7 @@ class Centralised:
         self.head: Head = build_head(split, Layered(head_tensors(state), weights))
         self.tail: Tail = build_tail(split, Layered(tail_tensors(state), weights))
         self.prompts = nn.Parameter(state["prompts"]) if split.prompt_count else None
-        images = image_preparation(split)
-        way = Preprocessing(split.image_size, images.mean, images.std, "bicubic")
+        way = preprocessing_of(split, image_preparation(split))
         self.train = BatchReader(data.train, way, cache_bytes=2**30)
         self.test = BatchReader(data.test, way, cache_bytes=2**30)
 

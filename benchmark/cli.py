@@ -237,7 +237,10 @@ def _adjusted(
 
 
 def main() -> None:
-    """Run the command; typed errors become a message and an exit code."""
+    """Run the command; typed errors become a message and an exit code.
+
+    Ctrl-C ends it with 130, which is typer's doing.
+    """
     # Whoever stops this command has its server and devices stopped, too.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -245,9 +248,6 @@ def main() -> None:
     except (SFPromptError, DataError) as error:
         err.print(f"[red]error[/red]: {error}", highlight=False)
         sys.exit(2)
-    except KeyboardInterrupt:
-        err.print("stopped")
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from protocol.messages import RoundStatus, RoundView
+from protocol.traffic import total_bytes
 
 _PHASES = ("prune", "local", "split", "neurons", "evaluate")  # in the order of a round
 
@@ -116,7 +117,7 @@ def round_note(view: RoundView) -> str:
     """A closed round in a few words."""
     accuracy = "not measured" if view.accuracy is None else f"{view.accuracy:6.1%}"
     loss = "" if view.train_loss is None else f"  loss {view.train_loss:.3f}"
-    moved = sum(sum(counts.values()) for counts in view.traffic.values())
+    moved = total_bytes(view.traffic)
     return f"accuracy {accuracy}{loss}  {_megabytes(moved)}"
 
 

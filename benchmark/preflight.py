@@ -26,9 +26,10 @@ def check_disk(folder: Path) -> None:
         )
 
 
-def check_packages() -> None:
-    """Raises `NotFound` if an extra was not installed."""
-    missing = [name for name in _COMMANDS_NEED if importlib.util.find_spec(name) is None]
+def check_packages(*more: str) -> None:
+    """Raises `NotFound` if an extra was not installed. ``more``: modules of one command alone."""
+    needed = (*_COMMANDS_NEED, *more)
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         raise NotFound(
             "packages are missing",

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from benchmark.plots import plot_accuracy, plot_bytes
 from protocol.messages import Results, RoundStatus, RoundView
-from protocol.traffic import Phase
+from protocol.traffic import Phase, total_bytes
 
 _PURPOSE = {
     Phase.DOWNLOAD: "head, once",
@@ -46,7 +46,7 @@ def full_fine_tuning_bytes(results: Results) -> int:
 def summary(results: Results, seconds: float) -> dict[str, Any]:
     """The run in figures, for scripts."""
     closed = closed_rounds(results)
-    sent = sum(sum(counts.values()) for counts in results.traffic.values())
+    sent = total_bytes(results.traffic)
     full = sum(2 * results.run.backbone_bytes * len(view.sampled) for view in closed)
     measured = [view.accuracy for view in closed if view.accuracy is not None]
     return {

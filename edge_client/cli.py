@@ -337,15 +337,15 @@ def _add_row(table: Table, prediction: Prediction) -> None:
 
 
 def main() -> None:
-    """Run the command; typed errors become one line and an exit code."""
+    """Run the command; typed errors become one line and an exit code.
+
+    Ctrl-C ends it with 130, which is typer's doing.
+    """
     try:
         app()
     except (SFPromptError, OSError) as error:  # OSError: a folder or disk of this device
         err.print(f"[red]error[/red]: {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        err.print("stopped")
-        sys.exit(130)
 
 
 if __name__ == "__main__":

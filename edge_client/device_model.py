@@ -14,6 +14,7 @@ from protocol.errors import MalformedFrame
 from protocol.settings import BackboneSettings
 from split_model import (
     Head,
+    ImagePreparation,
     Layered,
     SplitSettings,
     SplitSettingsError,
@@ -79,9 +80,7 @@ class DeviceModel:
             raise _unusable(state_file, error) from error
         held = split.prompt_count and split.prompt_at == "input"
         prompts = nn.Parameter(torch.empty(prompt_shape(split))) if held else None
-        way = Preprocessing(
-            split.image_size, images.mean, images.std, cast(Interpolation, images.interpolation)
-        )
+        way = preprocessing_of(split, images)
         try:
             head = build_head(split, Layered(head_tensors(state), frozen))
             tail = build_tail(split, Layered(tail_tensors(state), frozen))
@@ -135,6 +134,16 @@ class DeviceModel:
             count += tokens.shape[0] * tokens.shape[1]
         first = self.prompts[0] if self.prompts.ndim == 3 else self.prompts  # (P, D)
         first.add_((total / count).to(first.dtype))
+
+
+def preprocessing_of(split: SplitSettings, images: ImagePreparation) -> Preprocessing:
+    """How an image becomes the input of this model, as its backbone was trained.
+
+    Raises:
+        PreprocessingError: the backbone's images were resized in a way that is not known here.
+    """
+    interpolation = cast(Interpolation, images.interpolation)
+    return Preprocessing(split.image_size, images.mean, images.std, interpolation)
 
 
 def _read(state_file: Path) -> TunedState:

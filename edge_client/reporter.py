@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.markup import escape
@@ -27,12 +27,12 @@ class Reporter(Protocol):
 class JsonReporter:
     """One JSON object a line; progress at most five times a second."""
 
-    def __init__(self, out: TextIO = sys.stdout) -> None:
-        self._out = out
+    def __init__(self) -> None:
         self._last = 0.0
 
     def event(self, kind: str, **data: Any) -> None:
-        print(json.dumps({"event": kind, **data}), file=self._out, flush=True)
+        sys.stdout.write(json.dumps({"event": kind, **data}) + "\n")
+        sys.stdout.flush()
 
     def advance(self, phase: str, done: int, total: int) -> None:
         now = time.monotonic()
@@ -41,14 +41,14 @@ class JsonReporter:
             self.event("progress", phase=phase, done=done, total=total)
 
     def close(self) -> None:
-        self._out.flush()
+        sys.stdout.flush()
 
 
 class BarReporter:
     """A bar for the phase at hand, if somebody can see it; a line for every event."""
 
-    def __init__(self, console: Console | None = None) -> None:
-        console = console or Console(stderr=True)
+    def __init__(self) -> None:
+        console = Console(stderr=True)
         self._progress = Progress(
             TextColumn("{task.description:>10}"),
             BarColumn(),

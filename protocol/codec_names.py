@@ -18,7 +18,7 @@ __all__ = [
     "WHOLE_CODECS",
     "CodecParts",
     "check_float_codec",
-    "is_row_wise",
+    "is_row_wise_inside",
     "parse_codec",
 ]
 
@@ -114,11 +114,12 @@ def check_float_codec(name: str) -> str:
     return name
 
 
-def is_row_wise(name: str) -> bool:
+def is_row_wise_inside(name: str) -> bool:
     """Whether what this codec encodes together can be taken apart by the first dimension.
+
+    Of a codec that compresses without loss: before it does so.
 
     Raises:
         UnknownCodec: there is no such codec, or its parameter is not allowed.
     """
-    parts = parse_codec(name)
-    return parts.base in _ROW_WISE and not parts.compressed
+    return parse_codec(name).base in _ROW_WISE

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from protocol.base import Message
-from protocol.codec_names import LOSSLESS_SUFFIX, check_float_codec, is_row_wise
+from protocol.codec_names import check_float_codec, is_row_wise_inside
 from protocol.distillation import DistillationSettings
 from protocol.errors import UnknownCodec
 from protocol.federation import FederationSettings, ServerOptimizer
@@ -283,7 +283,7 @@ class RunSettings(Message):
                 "wire.keep_smashed needs model.prompt_at = cut: prompts at the input change the "
                 "smashed data in every step"
             )
-        if not is_row_wise(self.wire.smashed.removesuffix(LOSSLESS_SUFFIX)):
+        if not is_row_wise_inside(self.wire.smashed):
             raise ValueError(
                 f"wire.keep_smashed needs a codec that can be taken apart by samples, not "
                 f"wire.smashed = {self.wire.smashed}"
@@ -303,7 +303,7 @@ class RunSettings(Message):
         if wire.delta_smashed is None:
             return self
         for name in ("smashed", "delta_smashed"):
-            if not is_row_wise(getattr(wire, name).removesuffix(LOSSLESS_SUFFIX)):
+            if not is_row_wise_inside(getattr(wire, name)):
                 raise ValueError(
                     f"wire.delta_smashed needs codecs that can be taken apart by samples, not "
                     f"wire.{name} = {getattr(wire, name)}"

@@ -19,6 +19,7 @@ __all__ = [
     "Phase",
     "Traffic",
     "phases_of",
+    "total_bytes",
 ]
 
 
@@ -65,6 +66,11 @@ def phases_of(path: str) -> tuple[Phase, Phase]:
         return _BY_PATH[path]
     phase = _BY_LAST_SEGMENT.get(path.rsplit("/", 1)[-1], Phase.CONTROL)
     return phase, phase
+
+
+def total_bytes(counts: Mapping[str, Mapping[str, int]]) -> int:
+    """The bytes of all these phases in both directions, as `Traffic.to_dict` tells them."""
+    return sum(sum(ways.values()) for ways in counts.values())
 
 
 @dataclass

@@ -13,7 +13,6 @@ from pruning.scores import (
     margin,
     random,
     random_draw,
-    score_named,
 )
 from pruning.selection import keep_highest, kept_count
 
@@ -28,5 +27,4 @@ __all__ = [
     "margin",
     "random",
     "random_draw",
-    "score_named",
 ]

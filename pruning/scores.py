@@ -24,7 +24,6 @@ __all__ = [
     "margin",
     "random",
     "random_draw",
-    "score_named",
 ]
 
 
@@ -159,18 +158,6 @@ SCORES: dict[str, Score] = {
     "loss": loss,
     "random": random,
 }
-
-
-def score_named(name: str) -> Score:
-    """The score of this name.
-
-    Raises:
-        InvalidField: there is none.
-    """
-    score = SCORES.get(name)
-    if score is None:
-        raise InvalidField("no such score", field="pruning", limit=sorted(SCORES), value=name)
-    return score
 
 
 def _error(logits: Tensor, labels: Tensor) -> Tensor:

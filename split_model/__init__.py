@@ -24,14 +24,11 @@ from split_model.packaged import PackagedBackboneError
 from split_model.part import TokenCountError, WeightsMismatchError
 from split_model.parts import (
     Layered,
-    body_names,
     build_body,
     build_head,
     build_tail,
     build_tunable_body,
     frozen_names,
-    head_names,
-    tail_names,
 )
 from split_model.prompt_tokens import insert_prompts
 from split_model.prompts import initial_prompts, prompt_shape
@@ -84,7 +81,6 @@ __all__ = [
     "applied",
     "apply_state",
     "body_blocks",
-    "body_names",
     "body_tensors",
     "build_body",
     "build_head",
@@ -97,7 +93,6 @@ __all__ = [
     "export_model",
     "for_the_tail",
     "frozen_names",
-    "head_names",
     "head_tensors",
     "head_weights",
     "image_preparation",
@@ -124,7 +119,6 @@ __all__ = [
     "state_bytes",
     "state_shapes",
     "supported_backbones",
-    "tail_names",
     "tail_tensors",
     "write_head_file",
 ]

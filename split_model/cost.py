@@ -18,7 +18,7 @@ from split_model.tail import Tail
 
 @dataclasses.dataclass(frozen=True)
 class PartBytes:
-    """Numbers in each part, and their float32 bytes.
+    """Numbers in each part.
 
     A part's tensors, buffers of its state included. `backbone` is the whole timm model with the
     settings' classifier. Positions that parts share count in each.
@@ -29,27 +29,11 @@ class PartBytes:
     tail: int
     prompts: int
     backbone: int
-    itemsize: int = 4
-
-    @property
-    def head_bytes(self) -> int:
-        return self.head * self.itemsize
-
-    @property
-    def body_bytes(self) -> int:
-        return self.body * self.itemsize
-
-    @property
-    def tail_bytes(self) -> int:
-        return self.tail * self.itemsize
-
-    @property
-    def prompts_bytes(self) -> int:
-        return self.prompts * self.itemsize
 
     @property
     def backbone_bytes(self) -> int:
-        return self.backbone * self.itemsize
+        """Of the whole model in float32."""
+        return 4 * self.backbone
 
 
 def part_bytes(settings: SplitSettings) -> PartBytes:

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from split_model.body import Body
-from split_model.head import Head, is_added
-from split_model.lora import is_lora
+from split_model.head import Head
 from split_model.part import Part
 from split_model.settings import SplitSettings
 from split_model.tail import Tail
@@ -90,21 +89,6 @@ def _free(part: Part) -> None:
         tensor.data = tensor.detach().clone()  # training must not write into what was given
         if isinstance(tensor, nn.Parameter):
             tensor.requires_grad_(True)
-
-
-def head_names(settings: SplitSettings) -> list[str]:
-    """timm's names of the tensors that the head reads."""
-    return [name for name in Head(settings).names() if not is_added(name)]
-
-
-def body_names(settings: SplitSettings) -> list[str]:
-    """timm's names of the tensors that the body reads."""
-    return list(Body(settings).names())
-
-
-def tail_names(settings: SplitSettings) -> list[str]:
-    """timm's names of the tensors that the tail reads, the classifier's included."""
-    return [name for name in Tail(settings).names() if not is_lora(name)]
 
 
 def frozen_names(settings: SplitSettings) -> list[str]:

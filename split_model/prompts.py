@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from split_model.architecture import anatomy, body_blocks
-from split_model.part import TokenCountError
 from split_model.settings import SplitSettings
 
 STANDARD_DEVIATION = 0.02  # timm's own for class and position tokens
@@ -24,17 +23,7 @@ def prompt_shape(settings: SplitSettings) -> tuple[int, ...]:
     return (layers, *one)
 
 
-def initial_prompts(settings: SplitSettings, seed: int, mean_token: Tensor | None = None) -> Tensor:
-    """First values, float32 on the CPU, of `prompt_shape`: normal with deviation 0.02.
-
-    With `mean_token` [D], the mean of the data's embedded tokens, the noise is added to it.
-    Raises `TokenCountError` where that has another shape.
-    """
-    shape = prompt_shape(settings)
+def initial_prompts(settings: SplitSettings, seed: int) -> Tensor:
+    """First values, float32 on the CPU, of `prompt_shape`: normal with deviation 0.02."""
     generator = torch.Generator().manual_seed(seed)
-    prompts = torch.randn(shape, generator=generator) * STANDARD_DEVIATION
-    if mean_token is None:
-        return prompts
-    if tuple(mean_token.shape) != shape[-1:]:
-        raise TokenCountError("mean_token", f"[{shape[-1]}]", tuple(mean_token.shape))
-    return prompts + mean_token.detach().to("cpu", torch.float32)
+    return torch.randn(prompt_shape(settings), generator=generator) * STANDARD_DEVIATION

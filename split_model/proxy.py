@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from split_model.architecture import anatomy
-from split_model.head import Head, is_added
+from split_model.head import is_added
 from split_model.proxy_shape import kept_blocks, proxy_width, pruned_blocks
 from split_model.settings import SplitSettings, SplitSettingsError
 from split_model.tuned_state import HEAD, TunedState, check_state, state_shapes
@@ -97,17 +97,6 @@ def plugged(
             made[name] = torch.zeros(shape)
     check_state(target, made)
     return target, made
-
-
-def proxy_numbers(settings: SplitSettings) -> int:
-    """Parameters in all blocks of the model of these settings, counted without memory.
-
-    Without embedding, last norm and classifier: in units of 2^20 FedPFT's table has ViT-B's 81 M
-    and its proxy's 47 M so.
-    """
-    depth = anatomy(settings).depth
-    head = Head(dataclasses.replace(settings, cut=depth, tail_blocks=0, tune="tail"))
-    return sum(own.numel() for own in head.blocks.parameters())
 
 
 def _depth(settings: SplitSettings) -> int:

@@ -2,14 +2,10 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal, cast
+from typing import Any, cast, get_args
 
-from protocol.settings import BackboneSettings, ProxyKind, Tuned
+from protocol.settings import BackboneSettings, PromptDepth, PromptPlacement, ProxyKind, Tuned
 
-PromptPlace = Literal["input", "cut"]
-PromptDepth = Literal["shallow", "deep"]
-TUNED = ("tail", "classifier", "bias", "adapter", "lora", "full")
-PROXIES = ("none", "pruned", "dropped")
 PROXY_TUNED = ("tail", "classifier", "lora")  # what fits the proxy and its backbone alike
 HEAD_TUNED = ("bias", "adapter", "lora", "full")  # of these, those that change the head
 
@@ -46,7 +42,7 @@ class SplitSettings:
     cut: int = 1  # blocks in the head, 0 … depth − tail_blocks
     tail_blocks: int = 0  # blocks in the tail, besides norm, pooling and classifier
     num_classes: int = 10
-    prompt_at: PromptPlace = "input"  # before the head's first block, or the body's
+    prompt_at: PromptPlacement = "input"  # before the head's first block, or the body's
     prompt_depth: PromptDepth = "shallow"  # deep: fresh ones before each block of head or body
     prompt_count: int = 10  # soft tokens per insertion; 0: none
     keep_tokens: int = 0  # image tokens behind the cut, the most similar merged; 0: all of them
@@ -84,10 +80,10 @@ class SplitSettings:
             value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
                 raise SplitSettingsError(field, f"an integer from {low} to {high}", value)
-        if self.prompt_at not in ("input", "cut"):
-            raise SplitSettingsError("prompt_at", "'input' or 'cut'", self.prompt_at)
-        if self.prompt_depth not in ("shallow", "deep"):
-            raise SplitSettingsError("prompt_depth", "'shallow' or 'deep'", self.prompt_depth)
+        for field, literal in (("prompt_at", PromptPlacement), ("prompt_depth", PromptDepth)):
+            if getattr(self, field) not in get_args(literal):
+                limit = " or ".join(map(repr, get_args(literal)))
+                raise SplitSettingsError(field, limit, getattr(self, field))
         if self.prompt_depth == "deep" and self.prompt_at == "input" and self.cut == 0:
             limit = "'shallow' where prompt_at is 'input' and the head has no blocks"
             raise SplitSettingsError("prompt_depth", limit, self.prompt_depth)
@@ -99,8 +95,8 @@ class SplitSettings:
         object.__setattr__(self, "model_overrides", _overrides(self.model_overrides))
 
     def _check_tune(self) -> None:
-        if self.tune not in TUNED:
-            raise SplitSettingsError("tune", f"one of {list(TUNED)}", self.tune)
+        if self.tune not in get_args(Tuned):
+            raise SplitSettingsError("tune", f"one of {list(get_args(Tuned))}", self.tune)
         if self.tune in HEAD_TUNED and self.prompt_at == "cut":
             limit = "'tail' or 'classifier' where prompt_at is 'cut': the head never changes"
             raise SplitSettingsError("tune", limit, self.tune)
@@ -117,8 +113,8 @@ class SplitSettings:
         if self.local_body and (self.prompt_at == "cut" or self.proxy != "none"):
             limit = "0 for a proxy, and where prompts join at the cut"
             raise SplitSettingsError("local_body", limit, self.local_body)
-        if self.proxy not in PROXIES:
-            raise SplitSettingsError("proxy", f"one of {list(PROXIES)}", self.proxy)
+        if self.proxy not in get_args(ProxyKind):
+            raise SplitSettingsError("proxy", f"one of {list(get_args(ProxyKind))}", self.proxy)
         if self.proxy == "none":
             return
         if self.tune not in PROXY_TUNED:

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from protocol.seeds import derive_seed
+from protocol.settings import PromptPlacement
 from split_model.adapter import initial_adapter
 from split_model.body import Body
 from split_model.head import ADAPTER, Head
 from split_model.lora import initial_lora, is_lora
 from split_model.part import Part, WeightsMismatchError
 from split_model.prompts import initial_prompts, prompt_shape
-from split_model.settings import HEAD_TUNED, PromptPlace, SplitSettings
+from split_model.settings import HEAD_TUNED, SplitSettings
 from split_model.tail import Tail, is_classifier
 from split_model.tensor_file import TensorFile, write_tensors
 
@@ -51,12 +52,7 @@ def _shapes(settings: SplitSettings) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def initial_state(
-    settings: SplitSettings,
-    weights: Mapping[str, Tensor],
-    seed: int,
-    mean_token: Tensor | None = None,
-) -> TunedState:
+def initial_state(settings: SplitSettings, weights: Mapping[str, Tensor], seed: int) -> TunedState:
     """Pretrained weights, and a fresh classifier, prompts and what is added, all from one seed.
 
     The classifier is the same whatever is tuned beside it. Raises `WeightsMismatchError` where
@@ -66,7 +62,7 @@ def initial_state(
     state: TunedState = {}
     for name, shape in sorted(state_shapes(settings).items()):
         if name == PROMPTS:
-            state[name] = initial_prompts(settings, seed, mean_token)
+            state[name] = initial_prompts(settings, seed)
             continue
         prefix, own = name.split(".", 1)
         if name.startswith(HEAD + ADAPTER):
@@ -92,7 +88,7 @@ def device_shapes(settings: SplitSettings) -> dict[str, tuple[int, ...]]:
     return {name: shapes[name] for name in shapes if not is_held(name, settings.prompt_at)}
 
 
-def is_held(name: str, prompt_at: PromptPlace) -> bool:
+def is_held(name: str, prompt_at: PromptPlacement) -> bool:
     """Whether a tensor of a state is tuned on the server, and never seen by a device.
 
     That are prompts that join at the cut, and a tuned body.
@@ -184,11 +180,9 @@ def _live(tail: Tail, head: Head | None) -> dict[str, Tensor]:
     return live
 
 
-def save_state(
-    state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None
-) -> None:
+def save_state(state: Mapping[str, Tensor], path: Path) -> None:
     """Write a state as safetensors, whole or not at all."""
-    write_tensors(path, state, metadata)
+    write_tensors(path, state)
 
 
 def load_state(path: Path) -> TunedState:

@@ -18,6 +18,7 @@ from protocol.errors import InvalidField, NotFound, SFPromptError
 from protocol.forms import Form, over_form
 from protocol.messages import Event, Results, RunView, parse_message
 from protocol.settings import RunSettings
+from protocol.traffic import total_bytes
 from split_server.client import OperatorClient, read_token
 from split_server.logs import set_up_logging
 from split_server.settings import DEFAULT_PORT, ServerSettings, load_settings
@@ -301,7 +302,7 @@ def _rounds_table(found: Results) -> Table:
         table.add_column(name, justify="left" if name == "status" else "right")
     for view in found.rounds:
         spent = "-" if view.epsilon is None else f"{view.epsilon:.2f}"
-        moved = sum(sum(counts.values()) for counts in view.traffic.values())
+        moved = total_bytes(view.traffic)
         table.add_row(
             str(view.round) + ("" if not view.attempt else f" ({view.attempt + 1})"),
             str(view.status),

@@ -17,7 +17,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from protocol.codec_names import LOSSLESS_SUFFIX, is_row_wise
+from protocol.codec_names import is_row_wise_inside
 from protocol.codecs import codec_named
 from protocol.errors import InvalidField, MalformedFrame, NonFinite, WrongShape
 from protocol.frames import Frame
@@ -159,7 +159,7 @@ def _read_rows(frame: Frame, name: str, samples: int, shape: tuple[int, int]) ->
             limit=["at least 1", *shape],
             value=list(spec.shape),
         )
-    if not is_row_wise(spec.codec.removesuffix(LOSSLESS_SUFFIX)):
+    if not is_row_wise_inside(spec.codec):
         raise InvalidField(
             "rows are sent in a codec that can be taken apart", field=name, value=spec.codec
         )

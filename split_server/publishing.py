@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from protocol.codec_names import LOSSLESS_SUFFIX, is_row_wise
+from protocol.codec_names import is_row_wise_inside
 from protocol.errors import InvalidField
 from protocol.frames import decode_frame, encode_frame, join_frame
 from protocol.settings import RunSettings
@@ -51,4 +51,4 @@ def _codec_down(updates: str) -> str:
 
     A device adds what was left out of one update to its next. Nobody does so on the way down.
     """
-    return updates if is_row_wise(updates.removesuffix(LOSSLESS_SUFFIX)) else "float16"
+    return updates if is_row_wise_inside(updates) else "float16"

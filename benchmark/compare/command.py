@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import time
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ from benchmark.compare.running import RESOLVED, run_comparison
 from benchmark.compare.tables import cost_table, result_table
 from benchmark.compare.tensorboard_log import check_tensorboard, log_tensorboard
 from benchmark.preflight import check_disk, check_packages
-from protocol.errors import InvalidField, NotFound
+from protocol.errors import InvalidField
 from protocol.messages import parse_message
 
 
@@ -79,19 +78,11 @@ def compare(
 
 def _check(tensorboard: bool, mlflow: bool) -> None:
     """What is needed at the end is looked for before anything is begun."""
-    check_packages()
+    check_packages("jinja2", "psutil")
     if tensorboard:
         check_tensorboard()
     if mlflow:
         check_mlflow()
-    missing = [name for name in ("jinja2", "psutil") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise NotFound(
-            "packages are missing",
-            field="packages",
-            value=missing,
-            hint='install the extras: pip install "sfprompt[bench]"',
-        )
 
 
 def _chosen(

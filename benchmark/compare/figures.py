@@ -14,7 +14,7 @@ from benchmark.report import closed_rounds, spent_epsilon
 from protocol.errors import InvalidField
 from protocol.messages import BytesByPhase, Results
 from protocol.settings import RunSettings
-from protocol.traffic import Phase
+from protocol.traffic import Phase, total_bytes
 
 # Of a round of training; the rest is the start, evaluation, and asking what to do next.
 _TRAINING = (Phase.SMASHED, Phase.FEATURES, Phase.GRADIENTS, Phase.UPDATES)
@@ -44,7 +44,7 @@ def run_figures(
     up, down = (_training_bytes(results.traffic, way) for way in ("up", "down"))
     sampled = sum(len(view.sampled) for view in closed) or 1
     measured = [view.accuracy for view in closed if view.accuracy is not None]
-    everything = sum(sum(counts.values()) for counts in results.traffic.values())
+    everything = total_bytes(results.traffic)
     return {
         "accuracy": measured[-1] if measured else None,
         "best_accuracy": max(measured, default=None),
@@ -145,7 +145,7 @@ def _curve(results: Results, devices: int) -> list[dict[str, Any]]:
     points, moved = [], 0
     closed = {(view.round, view.attempt) for view in closed_rounds(results)}
     for view in results.rounds:
-        moved += sum(sum(counts.values()) for counts in view.traffic.values())
+        moved += total_bytes(view.traffic)
         if (view.round, view.attempt) in closed:
             points.append(
                 {

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from benchmark.compare.tasks import Figures
-from edge_client.data import BatchReader, Dataset, ImageSet, Preprocessing, load_dataset
+from edge_client.data import BatchReader, Dataset, ImageSet, load_dataset
+from edge_client.device_model import preprocessing_of
 from protocol.seeds import derive_seed
 from protocol.settings import RunSettings
 from split_model import (
@@ -61,9 +62,8 @@ def plugged_in_accuracy(
 
 @torch.no_grad()
 def _accuracy(model: TunedModel, held_out: ImageSet) -> float:
-    way = image_preparation(model.settings)
-    preparation = Preprocessing(model.settings.image_size, way.mean, way.std, "bicubic")
-    images, correct = BatchReader(held_out, preparation, cache_bytes=0), 0
+    way = preprocessing_of(model.settings, image_preparation(model.settings))
+    images, correct = BatchReader(held_out, way, cache_bytes=0), 0
     for positions in torch.arange(len(images)).split(_BATCH):
         pixels, labels = images.read(positions)
         correct += int((model(pixels).argmax(dim=1) == labels).sum())

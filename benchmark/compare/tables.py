@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 
 from benchmark.compare.outcome import Outcome
-from protocol.traffic import Phase
+from protocol.traffic import Phase, total_bytes
 
 MB = 1e6
 _ABSENT = "-"
@@ -88,8 +88,8 @@ def against_calculated(outcome: Outcome) -> str:
             each = found["bytes_up_per_round"] + found["bytes_down_per_round"]
             payload = found["bytes_start"] + found["bytes_up_once"] + rounds * each
             payload += found.get("bytes_renewed", 0)  # older results have none
-            moved = [counts for phase, counts in one["bytes"].items() if phase not in _APART]
-            shares.append(sum(sum(counts.values()) for counts in moved) / payload)
+            moved = {phase: ways for phase, ways in one["bytes"].items() if phase not in _APART}
+            shares.append(total_bytes(moved) / payload)
     return f"{statistics.fmean(shares):.2f}x" if shares else _ABSENT
 
 

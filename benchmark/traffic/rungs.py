@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
+from benchmark.compare.methods import changed
 from protocol.settings import RunSettings
 
 
@@ -37,8 +36,8 @@ def ladder(paper: RunSettings, default: RunSettings) -> list[Rung]:
         "training": default.training.model_dump(),
         "wire": {"keep_smashed": True, "pooled_features": True},
     }
-    lean = _changed(paper, {"wire": half | {"pooled_features": True}})
-    cut = _changed(paper, at_the_cut)
+    lean = changed(paper, {"wire": half | {"pooled_features": True}})
+    cut = changed(paper, at_the_cut)
     return [
         Rung("paper", "the paper's form: four tensors a step, all tokens, float32", paper),
         Rung("lean legs", "the same in bfloat16, features only as far as the tail reads", lean),
@@ -55,10 +54,3 @@ def ladder(paper: RunSettings, default: RunSettings) -> list[Rung]:
             default,
         ),
     ]
-
-
-def _changed(settings: RunSettings, changes: Mapping[str, Mapping[str, Any]]) -> RunSettings:
-    values = settings.model_dump()
-    for part, change in changes.items():
-        values[part] |= change
-    return RunSettings.model_validate(values)

@@ -5,7 +5,6 @@ from edge_client.data.batches import (
     BatchReader,
     Interpolation,
     Preprocessing,
-    preprocess,
     shuffled,
 )
 from edge_client.data.dataset import Dataset, hold_out, limit_per_set
@@ -63,6 +62,5 @@ __all__ = [
     "parse_scheme",
     "parse_source",
     "partition",
-    "preprocess",
     "shuffled",
 ]

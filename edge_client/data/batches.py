@@ -74,23 +74,6 @@ class Preprocessing:
         return images.to(torch.float32).sub_(mean).div_(std)
 
 
-def preprocess(
-    image_set: ImageSet,
-    indices: Sequence[int] | Tensor,
-    image_size: int,
-    mean: tuple[float, float, float],
-    std: tuple[float, float, float],
-    interpolation: Interpolation = "bicubic",
-) -> Tensor:
-    """These images as a model reads them: float32 (n, 3, image_size, image_size).
-
-    An image's values do not depend on the others it is asked for with.
-    Raises PreprocessingError, CorruptImageError.
-    """
-    way = Preprocessing(image_size, mean, std, interpolation)
-    return way.normalise(_resized(image_set, _positions(indices), way))
-
-
 def shuffled(n: int, batch_size: int, seed: int, epoch: int = 0) -> list[Tensor]:
     """0 … n-1 in an order fixed by seed and epoch, cut into batches: int64 (batch_size,) each.
 
@@ -133,16 +116,12 @@ class BatchReader:
     def __len__(self) -> int:
         return len(self.image_set)
 
-    @property
-    def cached_images(self) -> int:
-        """How many images are in the cache now."""
-        return int(self._filled.sum())
-
     def read(
         self, indices: Sequence[int] | Tensor, *, epoch: int | None = None
     ) -> tuple[Tensor, Tensor]:
         """Images float32 (b, 3, S, S) and labels int64 (b,) at these positions.
 
+        An image's values do not depend on the others it is asked for with.
         epoch: which training epoch this is, for the augmentation; None: not augmented.
         Raises CorruptImageError.
         """

@@ -59,7 +59,7 @@ FORMS = {
 }
 
 
-def load_cifar(name: str, root: Path, *, download: bool = True) -> Dataset:
+def load_cifar(name: str, root: Path) -> Dataset:
     """CIFAR10 or CIFAR100 with its own training and test images.
 
     root holds the unpacked binary form, its folder, or its archive; else the archive is fetched
@@ -70,7 +70,7 @@ def load_cifar(name: str, root: Path, *, download: bool = True) -> Dataset:
     folder = next((place for place in (root / form.folder, root) if _complete(place, form)), None)
     if folder is None:
         folder = root / form.folder
-        _unpack(form, root, name, download)
+        _unpack(form, root, name)
     names = _class_names(folder / form.names, form)
     return Dataset(_read(folder, form.train, form, names), _read(folder, form.test, form, names))
 
@@ -83,7 +83,7 @@ def _complete(folder: Path, form: CifarForm) -> bool:
     return all((folder / name).is_file() for name in _files(form))
 
 
-def _unpack(form: CifarForm, root: Path, name: str, download: bool) -> None:
+def _unpack(form: CifarForm, root: Path, name: str) -> None:
     archive = root / form.archive
     where = f"{form.archive} in {root}, or {', '.join(_files(form))} in {root / form.folder}"
     if not archive.is_file():
@@ -94,14 +94,12 @@ def _unpack(form: CifarForm, root: Path, name: str, download: bool) -> None:
                 value=form.pickled,
                 hint=f"Take the binary form: {_SITE}/{form.archive}",
             )
-        _download(form, root, name, where, download)
+        _download(form, root, name, where)
     read_members(archive, form.folder, _files(form), root / form.folder)
 
 
-def _download(form: CifarForm, root: Path, name: str, where: str, download: bool) -> None:
+def _download(form: CifarForm, root: Path, name: str, where: str) -> None:
     hint = f"Fetch {_SITE}/{form.archive} (the binary form) and put it there."
-    if not download:
-        raise DatasetDownloadError(name, limit=where, value="no leave to download", hint=hint)
     try:
         from split_model.libraries import torchvision
 

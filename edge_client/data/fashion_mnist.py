@@ -42,7 +42,7 @@ _RAW = Path("FashionMNIST", "raw")  # torchvision's layout below its root
 _FETCH_SECONDS = 600
 
 
-def load_fashion_mnist(root: Path | None, *, download: bool = True) -> Dataset:
+def load_fashion_mnist(root: Path | None) -> Dataset:
     """Its own 60,000 training and 10,000 test images.
 
     root: a folder with the four idx files (plain or .gz), torchvision's root, or the unpacked
@@ -53,7 +53,7 @@ def load_fashion_mnist(root: Path | None, *, download: bool = True) -> Dataset:
     home = root or cache_dir() / "fashion-mnist"
     folder = _find(home, system=root is None)
     if folder is None:
-        folder = _fetch(home, download)
+        folder = _fetch(home)
     return Dataset(_read(folder, "train"), _read(folder, "t10k"))
 
 
@@ -84,11 +84,11 @@ def _read(folder: Path, prefix: str) -> ImageSet:
     return ImageSet(ArrayStore(pixels.unsqueeze(1)), labels.to(torch.int64), CLASSES)
 
 
-def _fetch(home: Path, download: bool) -> Path:
+def _fetch(home: Path) -> Path:
     target = home / _RAW
     ways: tuple[Callable[[Path], None], ...] = (_from_debian, _from_torchvision)
     failures: list[str] = []
-    for way in ways if download else ():
+    for way in ways:
         try:
             way(home)
         except (OSError, RuntimeError, ImportError, subprocess.SubprocessError) as error:
@@ -99,7 +99,7 @@ def _fetch(home: Path, download: bool) -> Path:
     raise DatasetDownloadError(
         "Fashion-MNIST",
         limit=f"{', '.join(_FILES)} (plain or .gz) in {target}, in {home}, or in {SYSTEM_FOLDER}",
-        value="; ".join(failures) or "no such files, and no leave to download",
+        value="; ".join(failures) or "no such files",
         hint=(
             f"Any of these helps: apt-get install {DEBIAN_PACKAGE}; apt-get download "
             f"{DEBIAN_PACKAGE} && dpkg -x {DEBIAN_PACKAGE}_*.deb {home}; copy the four files of "

@@ -16,23 +16,22 @@ def load_dataset(
     held_out: float = 0.2,
     seed: int = 0,
     class_names: Sequence[str] | None = None,
-    download: bool = True,
 ) -> Dataset:
-    """Open a data set for training and testing.
+    """Open a data set for training and testing; files that are not there are fetched.
 
     held_out: the share of each class to test on, in (0, 1), where the set has no test half of its
     own; chosen by seed. class_names: the run's classes in the order of its labels; images of
-    others are left out and named. download: whether files that are not there may be fetched.
+    others are left out and named.
     Raises DataError; see edge_client.data.errors for its kinds.
     """
     if not 0.0 < held_out < 1.0:
         raise PartitionError("held-out share", limit="more than 0, less than 1", value=held_out)
     wanted = parse_source(source) if isinstance(source, str) else source
-    dataset = _load(wanted, held_out, seed, download)
+    dataset = _load(wanted, held_out, seed)
     return dataset if class_names is None else dataset.aligned(class_names)
 
 
-def _load(source: DataSource, held_out: float, seed: int, download: bool) -> Dataset:
+def _load(source: DataSource, held_out: float, seed: int) -> Dataset:
     """Each kind's module is imported when it is asked for: a device may lack its library."""
     if source.kind == "digits":
         from edge_client.data.digits import load_digits
@@ -41,13 +40,11 @@ def _load(source: DataSource, held_out: float, seed: int, download: bool) -> Dat
     if source.kind == "fashion-mnist":
         from edge_client.data.fashion_mnist import load_fashion_mnist
 
-        return load_fashion_mnist(source.path, download=download)
+        return load_fashion_mnist(source.path)
     if source.kind == "folder":
         from edge_client.data.folder import load_folder
 
         return load_folder(source.path or Path(source.name), held_out=held_out, seed=seed)
     from edge_client.data.torchvision_set import load_torchvision
 
-    return load_torchvision(
-        source.name, source.path, held_out=held_out, seed=seed, download=download
-    )
+    return load_torchvision(source.name, source.path, held_out=held_out, seed=seed)

@@ -73,9 +73,7 @@ _LABEL_ATTRIBUTES = ("targets", "labels", "_labels", "y")
 _PAIR_ATTRIBUTES = ("_samples", "samples", "_flat_character_images")
 
 
-def load_torchvision(
-    name: str, root: Path | None, *, held_out: float, seed: int, download: bool = True
-) -> Dataset:
+def load_torchvision(name: str, root: Path | None, *, held_out: float, seed: int) -> Dataset:
     """A set of torchvision.datasets with its own halves, or with a share of each class held out.
 
     root: where its files lie or are fetched to; None: the cache. Fetched only if not there. Sets
@@ -85,20 +83,20 @@ def load_torchvision(
     """
     home = root or cache_dir() / "torchvision"
     if name == "FashionMNIST":
-        return load_fashion_mnist(root, download=download)
+        return load_fashion_mnist(root)
     if name in CIFAR_FORMS:
-        return load_cifar(name, home, download=download)
+        return load_cifar(name, home)
     if name in _PICKLED:
         raise PickledDataError(
             f"torchvision:{name}", limit="no pickle", value=name, hint=_PICKLED[name]
         )
     factory = _factory(name)
     halves = _halves(name, factory)
-    train = _open(name, factory, halves[0], home, download)
+    train = _open(name, factory, halves[0], home)
     if halves[1] is None:
         (images,) = _image_sets(name, [train])
         return hold_out(images, held_out, seed)
-    test = _open(name, factory, halves[1], home, download)
+    test = _open(name, factory, halves[1], home)
     return Dataset(*_image_sets(name, [train, test]))
 
 
@@ -131,7 +129,7 @@ def _halves(name: str, factory: Any) -> tuple[Arguments, Arguments | None]:
     return {}, None
 
 
-def _open(name: str, factory: Any, half: Arguments, home: Path, download: bool) -> Any:
+def _open(name: str, factory: Any, half: Arguments, home: Path) -> Any:
     """Open one half: as it lies there, else fetched."""
     accepted = inspect.signature(factory).parameters
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values())
@@ -147,7 +145,7 @@ def _open(name: str, factory: Any, half: Arguments, home: Path, download: bool) 
             raise MissingLibraryError(
                 f"torchvision:{name}", limit=str(error), value=None
             ) from error
-        if not (fetches and download):
+        if not fetches:
             raise _not_there(name, home, half, error) from error
     try:
         home.mkdir(parents=True, exist_ok=True)

@@ -67,11 +67,6 @@ class RetainedSteps:
     def __len__(self) -> int:
         return len(self._steps)
 
-    @property
-    def graphs(self) -> int:
-        """How many graphs are held."""
-        return len(self._holders)
-
     def get(self, key: StepKey) -> RetainedStep | None:
         return self._steps.get(key)
 

@@ -1,5 +1,6 @@
 """Images to batches of floats: resizing, the cache, the order, the augmentation."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,11 @@ from PIL import Image
 from edge_client.data import (
     Augmentation,
     BatchReader,
+    CorruptImageError,
     ImageSet,
     Preprocessing,
     PreprocessingError,
     load_dataset,
-    preprocess,
     shuffled,
 )
 from edge_client.data.image_set import ArrayStore, FileStore
@@ -35,11 +36,15 @@ def mixed(tmp_path: Path) -> ImageSet:
     return ImageSet(FileStore(paths, tmp_path), torch.arange(6) % 2, ("a", "b"))
 
 
+def read(images: ImageSet, positions: Sequence[int], way: Preprocessing) -> torch.Tensor:
+    return BatchReader(images, way).read(positions)[0]
+
+
 def test_values_are_scaled_and_normalised() -> None:
     pixels = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
     pixels[1] = 255
     images = ImageSet(ArrayStore(pixels), torch.tensor([0, 1]), ("a", "b"))
-    batch = preprocess(images, [0, 1], 4, MEAN, STD)
+    batch = read(images, [0, 1], Preprocessing(4, MEAN, STD))
     assert batch.shape == (2, 3, 4, 4)
     assert batch.dtype == torch.float32
     for channel in range(3):
@@ -51,18 +56,19 @@ def test_values_are_scaled_and_normalised() -> None:
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "nearest"])
 def test_an_image_alone_and_among_others_is_the_same(mixed: ImageSet, interpolation) -> None:
-    order = [5, 0, 1, 2, 3, 4, 1]
-    together = preprocess(mixed, order, 7, MEAN, STD, interpolation)
-    alone = torch.cat([preprocess(mixed, [i], 7, MEAN, STD, interpolation) for i in order])
+    order, way = [5, 0, 1, 2, 3, 4, 1], Preprocessing(7, MEAN, STD, interpolation)
+    together = read(mixed, order, way)
+    alone = torch.cat([read(mixed, [i], way) for i in order])
     assert torch.equal(together, alone)
 
 
 def test_large_images_are_resized_a_few_at_a_time(
     mixed: ImageSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = preprocess(mixed, range(6), 7, MEAN, STD)
+    way = Preprocessing(7, MEAN, STD)
+    whole = read(mixed, range(6), way)
     monkeypatch.setattr("edge_client.data.batches._CHUNK_BYTES", 1)
-    assert torch.equal(preprocess(mixed, range(6), 7, MEAN, STD), whole)
+    assert torch.equal(read(mixed, range(6), way), whole)
 
 
 def test_the_middle_of_a_long_image_is_kept() -> None:
@@ -79,11 +85,13 @@ def test_shrinking_averages_rather_than_skips() -> None:
 
 
 def test_no_index_gives_an_empty_batch(mixed: ImageSet) -> None:
-    assert preprocess(mixed, [], 8, MEAN, STD).shape == (0, 3, 8, 8)
+    assert read(mixed, [], WAY).shape == (0, 3, 8, 8)
 
 
 @pytest.mark.parametrize("images_kept", [0, 2, 6, 100])
-def test_the_cache_changes_nothing_but_the_reading(mixed: ImageSet, images_kept: int) -> None:
+def test_the_cache_changes_nothing_but_the_reading(
+    mixed: ImageSet, images_kept: int, tmp_path: Path
+) -> None:
     plain = BatchReader(mixed, WAY)
     cached = BatchReader(mixed, WAY, cache_bytes=images_kept * WAY.bytes_per_image)
     for batch in ([4, 0, 1], [5, 5, 2], [3], [0, 1, 2, 3, 4, 5]):
@@ -91,8 +99,14 @@ def test_the_cache_changes_nothing_but_the_reading(mixed: ImageSet, images_kept:
         images, same_labels = cached.read(torch.tensor(batch))
         assert torch.equal(images, expected)
         assert torch.equal(labels, same_labels)
-    assert cached.cached_images == min(images_kept, 6)
     assert len(cached) == 6
+    for path in tmp_path.glob("*.png"):
+        path.unlink()
+    kept = min(images_kept, 6)
+    assert cached.read(range(kept))[0].shape == (kept, 3, 8, 8)
+    for position in range(kept, 6):
+        with pytest.raises(CorruptImageError):
+            cached.read([position])
 
 
 def test_a_cached_image_is_not_read_again(mixed: ImageSet, tmp_path: Path) -> None:

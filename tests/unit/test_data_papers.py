@@ -14,6 +14,12 @@ from PIL import Image
 
 from edge_client.data import DataFormatError, MissingLibraryError, load_dataset
 from split_model.libraries import torchvision
+from tests.data_doubles import cut_network
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    cut_network(monkeypatch)
 
 
 def write_flowers(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,7 +40,7 @@ def write_flowers(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_flowers_102(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_flowers(tmp_path, monkeypatch)
-    data = load_dataset(f"torchvision:Flowers102:{tmp_path}", download=False)
+    data = load_dataset(f"torchvision:Flowers102:{tmp_path}")
     assert len(data.class_names) == 102
     assert data.class_names[101] == "blackberry lily"
     assert data.train.labels.tolist() == [0, 101, 0, 101]
@@ -70,7 +76,7 @@ def write_pcam(root: Path) -> None:
 
 def test_pcam(tmp_path: Path) -> None:
     write_pcam(tmp_path)
-    data = load_dataset(f"torchvision:PCAM:{tmp_path}", download=False)
+    data = load_dataset(f"torchvision:PCAM:{tmp_path}")
     assert data.class_names == ("0", "1")
     assert data.train.labels.tolist() == [0, 1, 0, 1, 0]
     assert data.test.labels.tolist() == [0, 1, 0]
@@ -82,10 +88,10 @@ def test_a_broken_pcam_is_a_typed_error(tmp_path: Path) -> None:
     write_pcam(tmp_path)
     (tmp_path / "pcam" / "camelyonpatch_level_2_split_test_y.h5").write_bytes(b"no labels")
     with pytest.raises(DataFormatError, match="split_test_y"):
-        load_dataset(f"torchvision:PCAM:{tmp_path}", download=False)
+        load_dataset(f"torchvision:PCAM:{tmp_path}")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("h5py") is not None, reason="h5py is installed")
 def test_pcam_without_its_library_says_which(tmp_path: Path) -> None:
     with pytest.raises(MissingLibraryError, match="pip install h5py"):
-        load_dataset(f"torchvision:PCAM:{tmp_path}", download=False)
+        load_dataset(f"torchvision:PCAM:{tmp_path}")

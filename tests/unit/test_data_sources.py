@@ -26,6 +26,12 @@ from edge_client.data import (
     parse_source,
 )
 from edge_client.data.decode import decode_file, rgb_tensor
+from tests.data_doubles import cut_network
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    cut_network(monkeypatch)
 
 
 def write_image(path: Path, colour: tuple[int, int, int] = (9, 99, 199), size=(6, 4)) -> Path:
@@ -256,11 +262,12 @@ def test_the_cache_lies_where_the_environment_says(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("name", ["NoSuchSet", "VOCDetection", "ImageFolder", "cifar10"])
 def test_what_is_no_classification_set_is_unknown(name: str, tmp_path: Path) -> None:
     with pytest.raises(UnknownDatasetError):
-        load_dataset(f"torchvision:{name}:{tmp_path}", download=False)
+        load_dataset(f"torchvision:{name}:{tmp_path}")
 
 
 def test_a_torchvision_set_that_is_not_there_says_what_goes_where(tmp_path: Path) -> None:
     with pytest.raises(DatasetDownloadError) as refused:
-        load_dataset(f"torchvision:GTSRB:{tmp_path}", download=False)
+        load_dataset(f"torchvision:GTSRB:{tmp_path}")
     assert str(tmp_path) in str(refused.value)
     assert "folder:PATH" in str(refused.value)
+    assert "no network here" in str(refused.value)

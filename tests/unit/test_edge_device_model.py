@@ -8,10 +8,17 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from edge_client.data import BatchReader
-from edge_client.device_model import DeviceModel
+from edge_client.data import BatchReader, Preprocessing
+from edge_client.device_model import DeviceModel, preprocessing_of
 from protocol.errors import MalformedFrame
-from split_model import SplitSettings, build_body, load_state, open_backbone, save_state
+from split_model import (
+    SplitSettings,
+    build_body,
+    image_preparation,
+    load_state,
+    open_backbone,
+    save_state,
+)
 from tests.edge_doubles import SMALL, device_model, files, image_set
 
 
@@ -113,6 +120,26 @@ def test_no_prompts_no_mean_token() -> None:
     assert model.prompts is None
     model.add_mean_token(BatchReader(image_set(), model.preprocessing))
     assert "prompts" not in model.state()
+
+
+@pytest.mark.parametrize(
+    ("backbone", "expected"),
+    [
+        (
+            "vit_small_patch14_dinov2",
+            Preprocessing(42, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "bicubic"),
+        ),
+        (
+            "vit_base_patch16_224_miil",
+            Preprocessing(48, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "bilinear"),
+        ),
+    ],
+)
+def test_images_are_prepared_as_timm_records_it_for_the_backbone(
+    backbone: str, expected: Preprocessing
+) -> None:
+    split = SplitSettings(backbone=backbone, image_size=expected.image_size)
+    assert preprocessing_of(split, image_preparation(split)) == expected
 
 
 def test_a_head_of_another_model_is_refused() -> None:

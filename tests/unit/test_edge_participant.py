@@ -1,6 +1,5 @@
 """A device's life in a run, against a federation that is a script."""
 
-import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -9,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 
 from edge_client.data import Dataset
 from edge_client.participant import Participant, succeeded
@@ -286,23 +284,24 @@ def test_a_run_that_failed_did_not_succeed() -> None:
 # What is told
 
 
-def test_lines_of_json() -> None:
-    out = io.StringIO()
-    reporter = JsonReporter(out)
+def test_lines_of_json(capsys: pytest.CaptureFixture[str]) -> None:
+    reporter = JsonReporter()
     reporter.event("joined", participant="p", path="[/b]")
     for done in range(1, 101):
         reporter.advance("split", done, 100)
     reporter.close()
-    lines = [json.loads(line) for line in out.getvalue().splitlines()]
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert lines[0] == {"event": "joined", "participant": "p", "path": "[/b]"}
     assert lines[-1] == {"event": "progress", "phase": "split", "done": 100, "total": 100}
     assert len(lines) < 10
 
 
-def test_bars_show_every_text_as_it_is() -> None:
-    out = io.StringIO()
-    reporter = BarReporter(Console(file=out, width=200))
+def test_bars_show_every_text_as_it_is(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    reporter = BarReporter()
     reporter.event("skipped", path="photos/[/red] [bold]x.png", loss=0.123456)
     reporter.advance("split", 1, 2)
     reporter.close()
-    assert "skipped  path photos/[/red] [bold]x.png  loss 0.1235" in out.getvalue()
+    assert "skipped  path photos/[/red] [bold]x.png  loss 0.1235" in capsys.readouterr().err

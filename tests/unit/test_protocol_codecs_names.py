@@ -13,7 +13,7 @@ from protocol.codec_names import (
     WHOLE_CODECS,
     CodecParts,
     check_float_codec,
-    is_row_wise,
+    is_row_wise_inside,
     parse_codec,
 )
 from protocol.codecs import codec_named, encoded_bytes
@@ -50,7 +50,7 @@ def test_every_valid_name_is_taken_as_it_is(name):
     codec = codec_named(name)
     assert codec.name == name
     assert codec.floating
-    assert codec.row_wise == is_row_wise(name)
+    assert codec.row_wise == (is_row_wise_inside(name) and not name.endswith("+zstd"))
 
 
 @pytest.mark.parametrize("name", WHOLE_CODECS)
@@ -60,8 +60,15 @@ def test_codecs_of_whole_numbers_are_codecs_but_carry_no_floats(name):
         with pytest.raises(UnknownCodec) as caught:
             check_float_codec(variant)
         assert caught.value.value == variant
-    assert is_row_wise(name)
-    assert not is_row_wise(f"{name}+zstd")
+    assert is_row_wise_inside(name)
+    assert is_row_wise_inside(f"{name}+zstd")
+
+
+@pytest.mark.parametrize("name", VALID)
+def test_what_is_row_wise_inside_is_so_without_its_compression(name):
+    base = name.partition(":")[0]
+    expected = base in ("float32", "float16", "bfloat16", "int8", "int4", "int4-asym")
+    assert is_row_wise_inside(name) == is_row_wise_inside(f"{name}+zstd") == expected
 
 
 def test_names_are_taken_apart():
@@ -82,7 +89,7 @@ def test_names_are_taken_apart():
         *("topk", "cosine", "svd", "topk:0.5:0.5"),
     ],
 )
-@pytest.mark.parametrize("read", [check_float_codec, parse_codec, is_row_wise, codec_named])
+@pytest.mark.parametrize("read", [check_float_codec, parse_codec, is_row_wise_inside, codec_named])
 def test_a_wrong_name_or_parameter_is_refused_with_field_limit_and_value(name, read):
     with pytest.raises(UnknownCodec) as caught:
         read(name)
@@ -129,8 +136,9 @@ def test_a_share_is_not_rounded_as_a_float_would_be():
 
 def test_names_are_read_without_torch():
     code = (
-        "import sys; from protocol.codec_names import is_row_wise, check_float_codec; "
-        "assert is_row_wise('int8') and not is_row_wise('pq'); check_float_codec('svd:0.9+zstd'); "
+        "import sys; from protocol.codec_names import is_row_wise_inside, check_float_codec; "
+        "assert is_row_wise_inside('int8+zstd') and not is_row_wise_inside('pq'); "
+        "check_float_codec('svd:0.9+zstd'); "
         "assert not {'torch', 'numpy', 'zstandard'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -10,7 +10,7 @@ import protocol
 EXPORTED = {
     "base": "Message",
     "codec_names": "CodecParts FLOAT_CODECS LOSSLESS_SUFFIX WHOLE_CODECS check_float_codec "
-    "is_row_wise parse_codec",
+    "is_row_wise_inside parse_codec",
     "codecs": "BFloat16 Buffer CODECS Codec Compressed Cosine Device ErrorFeedback FixedSizeCodec "
     "Float16 Float32 Int4 Int4Asymmetric Int64 Int8 ProductQuantiser RawCodec Svd TopK UInt8 "
     "codec_named encoded_bytes",
@@ -34,7 +34,7 @@ EXPORTED = {
     "PromptDepth PromptPlacement ProxyKind RunSettings ServerOptimizer Text "
     "TrainingSettings Tuned WireSettings",
     "traffic": "BACKWARD_PATH EXCHANGE_PATH FORWARD_PATH INFER_PATH MISSING_PATH Phase "
-    "SAMPLES_PATH Traffic phases_of",
+    "SAMPLES_PATH Traffic phases_of total_bytes",
     "version": "FRAME_MEDIA_TYPE IDEMPOTENCY_HEADER PROTOCOL_VERSION REQUEST_ID_HEADER "
     "VERSION_HEADER",
 }

@@ -17,6 +17,7 @@ from protocol.traffic import (
     Phase,
     Traffic,
     phases_of,
+    total_bytes,
 )
 
 SPLIT_PATHS = {
@@ -73,7 +74,8 @@ def test_counts_by_hand():
         "features": {"up": 0, "down": 72},
         "gradients": {"up": 40, "down": 30},
     }
-    assert traffic.total() == 101 + 72 + 40 + 30
+    assert traffic.total() == total_bytes(traffic.to_dict()) == 101 + 72 + 40 + 30
+    assert total_bytes({}) == 0
 
 
 @given(EXCHANGES, EXCHANGES)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 import pruning
 from protocol.errors import InvalidField, WrongShape
 from protocol.settings import TrainingSettings
-from pruning import SCORES, el2n, grand, loss, margin, random, score_named
+from pruning import SCORES, el2n, grand, loss, margin, random
 
 # softmax of (log 1, log 2, log 5) is (1/8, 2/8, 5/8).
 LOGITS = torch.tensor([[0.0, math.log(2), math.log(5)]] * 3)
@@ -176,14 +176,9 @@ def test_what_one_score_needs_is_asked_for():
 def test_the_registry_has_what_the_settings_allow():
     allowed = TrainingSettings.model_json_schema()["properties"]["pruning"]["enum"]
     assert sorted(SCORES) == sorted(allowed)
-    assert score_named("el2n") is el2n
-    with pytest.raises(InvalidField) as caught:
-        score_named("luck")
-    assert (caught.value.limit, caught.value.value) == (sorted(SCORES), "luck")
 
 
 def test_the_exported_names():
-    names = "SCORES Score el2n grand keep_highest kept_count loss margin random "
-    names += "random_draw score_named"
+    names = "SCORES Score el2n grand keep_highest kept_count loss margin random random_draw"
     assert sorted(pruning.__all__) == sorted(names.split())
     assert all(hasattr(pruning, name) for name in pruning.__all__)

@@ -11,6 +11,7 @@ from torch import Tensor
 from uncut_model import difference, random_model, reduced
 
 from split_model import (
+    Head,
     SplitSettings,
     SplitSettingsError,
     TensorFileError,
@@ -21,7 +22,6 @@ from split_model import (
     build_head,
     build_tail,
     export_model,
-    head_names,
     initial_state,
     load_exported,
     load_state,
@@ -75,7 +75,7 @@ def test_apply_then_read_gives_the_state_back(state: dict[str, Tensor], tmp_path
     assert all(one is two for one, two in zip(held, tail.parameters(), strict=True))
     read = read_state(tail, prompts)
     assert all(torch.equal(read[name], tensor) for name, tensor in state.items())
-    save_state(read, tmp_path / "state", {"round": "3"})
+    save_state(read, tmp_path / "state")
     loaded = load_state(tmp_path / "state")
     assert loaded.keys() == state.keys()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
@@ -185,7 +185,7 @@ def test_the_head_file_is_all_that_a_device_needs(tmp_path: Path) -> None:
     file = prepare_backbone(SETTINGS, "random:1", tmp_path)
     path, digest = write_head_file(SETTINGS, file.path, tmp_path / "head.safetensors")
     assert len(digest) == 64
-    assert set(load_file(path)) == set(head_names(SETTINGS))
+    assert set(load_file(path)) == set(Head(SETTINGS).names())
     settings, images, tensors = read_head_file(path)
     head = build_head(settings, tensors)
     assert settings == SETTINGS

@@ -10,8 +10,10 @@ from safetensors.torch import load_file
 from uncut_model import Hooks, difference, random_model, reduced
 
 from split_model import (
+    Head,
     SplitSettings,
     SplitSettingsError,
+    Tail,
     WeightsMismatchError,
     apply_state,
     body_tensors,
@@ -22,7 +24,6 @@ from split_model import (
     device_shapes,
     export_model,
     frozen_names,
-    head_names,
     head_tensors,
     initial_state,
     load_exported,
@@ -31,7 +32,6 @@ from split_model import (
     read_head_file,
     read_state,
     state_shapes,
-    tail_names,
     tail_tensors,
     write_head_file,
 )
@@ -78,9 +78,8 @@ NAMES = [
 def test_every_tensor_is_either_tuned_or_frozen(name: str, tune: str) -> None:
     settings = dataclasses.replace(reduced(name), tune=tune, cut=1, tail_blocks=1, prompt_count=0)
     state, frozen = state_shapes(settings), set(frozen_names(settings))
-    for prefix, names in (("head.", head_names(settings)), ("tail.", tail_names(settings))):
-        tuned = {n.removeprefix(prefix) for n in state if n.startswith(prefix)}
-        tuned = {n for n in tuned if not n.startswith("adapter.")}
+    for prefix, part in (("head.", Head(settings)), ("tail.", Tail(settings))):
+        tuned, names = {n.removeprefix(prefix) for n in state if n.startswith(prefix)}, part.names()
         assert tuned <= set(names)
         assert set(names) - tuned <= frozen
     if tune == "full":
