@@ -172,8 +172,8 @@ class FederationRoutes:
         return joined
 
     async def leave(self, request: Request, run: str, key: Key = None) -> dict[str, Any]:
-        """Leave a run for good."""
-        member = self._member(request, run)
+        """Leave a run for good; one who has left may ask again, and gets the same answer."""
+        member = require_member(self._identity(request), run)
         once = Once.of(f"{run}/{member.participant}/leave", key)
         await run_in_threadpool(self._federation.leave, run, member.participant, once)
         return {}
@@ -193,10 +193,11 @@ class FederationRoutes:
         attempt: Annotated[int, Query(ge=0)] = 0,
         wait: Wait = 0,
     ) -> Assignment:
-        """What to do next; waits while it is still the named one."""
-        member = self._member(request, run)
+        """What to do next; waits while it is still the named one. Who has left is to stop."""
+        member = require_member(self._identity(request), run)
         wait = min(wait, self._max_wait_s)
-        self._presence.touch(run, member.participant, wait)
+        if not self._federation.has_left(run, member.participant):
+            self._presence.touch(run, member.participant, wait)
         if self._federation.due(run):
             await run_in_threadpool(self._federation.advance, run)
         give_up_at = time.monotonic() + wait

@@ -184,6 +184,36 @@ def test_one_who_has_left_is_out(server: Running, operator: Api) -> None:
     assert api.call("DELETE", path, key="k").json() == {}
     assert code_of(api.step("infer", smashed(), "s")) == "forbidden"
     assert code_of(api.update(run, state_of(1.0), "u")) == "forbidden"
+    assert code_of(api.call("GET", f"/v1/runs/{run}/head")) == "forbidden"
+    assert api.call("GET", f"/v1/runs/{run}/results").is_success
+    assert api.call("GET", f"/v1/runs/{run}/events").is_success
+
+
+def test_leaving_is_answered_again_where_the_answer_was_lost(
+    server: Running, operator: Api
+) -> None:
+    run = new_run(operator, min_participants=2)
+    api = joined(server, run)
+    path = f"/v1/runs/{run}/participants/me"
+    first, repeat = (api.call("DELETE", path, key="k") for _ in range(2))
+    assert (first.status_code, first.content) == (repeat.status_code, repeat.content)
+    assert code_of(api.call("DELETE", path, key="another")) == "forbidden"
+    events = operator.call("GET", f"/v1/runs/{run}/events").json()
+    assert [event["kind"] for event in events].count("participant_left") == 1
+
+
+def test_one_who_has_left_and_asks_is_told_to_stop(server: Running, operator: Api) -> None:
+    run = new_run(operator, min_participants=2)
+    api = joined(server, run)
+    assert api.assignment(run).task is Task.WAIT
+    assert api.call("DELETE", f"/v1/runs/{run}/participants/me", key="k").is_success
+    stop = api.assignment(run, "?task=wait&round=0&attempt=0&wait=30")
+    assert (stop.task, stop.status) == (Task.STOP, RunStatus.WAITING)
+    assert stop.reason is not None
+    joined(server, run, "b")
+    assert joined(server, run, "c").assignment(run).task is Task.TRAIN
+    sampled = operator.call("GET", f"/v1/runs/{run}/results").json()["rounds"][0]["sampled"]
+    assert sampled == ["p0002", "p0003"]
 
 
 def test_refused_updates_do_not_count(server: Running, operator: Api) -> None:
