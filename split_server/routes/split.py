@@ -14,7 +14,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 from xxhash import xxh3_64_intdigest
 
-from protocol.errors import InvalidField
+from protocol.errors import InvalidField, NonFinite
 from protocol.frames import decode_frame, encode_frame, header_length, require_kind
 from protocol.limits import FrameLimits
 from protocol.version import FRAME_MEDIA_TYPE
@@ -106,7 +106,21 @@ class SplitPlane:
 
 
 def _encode(reply: Reply) -> list[memoryview]:
-    return encode_frame(reply.kind, reply.meta, reply.tensors)
+    """The pieces of an answer.
+
+    Raises:
+        NonFinite: its tensor is beyond the run's codec; nothing was wrong with the request.
+    """
+    try:
+        return encode_frame(reply.kind, reply.meta, reply.tensors)
+    except InvalidField as error:
+        raise NonFinite(
+            f"the answer cannot be sent: {error.message}",
+            field=next(iter(reply.tensors), None),
+            limit=error.limit,
+            value=error.value,
+            hint="the training has diverged, or the run's codec is too narrow",
+        ) from error
 
 
 def _is_raw(codecs: Iterable[str]) -> bool:
