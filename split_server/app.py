@@ -126,7 +126,7 @@ class SplitServer:
         _watch(figures, room, samples)
         plane = SplitPlane(
             SmallBodies(app, settings.body_timeout_s),
-            Desk(engine, samples, self.placement.device, federation.files),
+            Desk(engine, samples, self.placement.device, federation.files, settings.frame_limits),
             federation,
             self._credentials,
             self._presence,

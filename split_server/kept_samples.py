@@ -10,6 +10,7 @@ from torch import Tensor
 from protocol.codecs import Compressed, codec_named
 from protocol.errors import InvalidField, MalformedFrame
 from protocol.frames import Frame
+from protocol.limits import FrameLimits
 from protocol.messages import SAMPLE_ID_BYTES
 from split_model import SplitSettings
 from split_server.intake import read_smashed, require_finite
@@ -36,7 +37,7 @@ def read_ids(frame: Frame) -> list[bytes]:
 
 
 def read_rows(
-    frame: Frame, settings: SplitSettings
+    frame: Frame, settings: SplitSettings, limits: FrameLimits
 ) -> tuple[list[bytes], RowForm, Sequence[memoryview]]:
     """Ids, form and encoded rows of samples that are to be kept.
 
@@ -46,10 +47,10 @@ def read_rows(
     Raises:
         MalformedFrame: ids and samples differ in number, or one of them is not there.
         InvalidField: a codec that cannot be taken apart.
-        WrongShape, NonFinite
+        WrongShape, NonFinite, TooLarge
     """
     ids = read_ids(frame)
-    smashed = read_smashed(frame, settings)
+    smashed = read_smashed(frame, settings, limits)
     spec, buffers = frame.spec("smashed"), frame.buffers["smashed"]
     codec = codec_named(spec.codec)
     if isinstance(codec, Compressed):  # together on the wire, one by one here

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from protocol.errors import InvalidField, MalformedFrame, StaleRound
 from protocol.frames import Frame
+from protocol.limits import FrameLimits
 from protocol.messages import (
     BlobRef,
     BodyStepMeta,
@@ -114,6 +115,7 @@ class Desk:
     samples: SampleStore
     device: torch.device  # tensors are decoded there
     files: Callable[[str], RunFiles]  # of a run
+    limits: FrameLimits
 
 
 Work = Callable[[], Awaitable[Reply]]
@@ -201,7 +203,7 @@ def read_samples(desk: Desk, asked: Asked) -> Reply:
     parse_message(SamplesMeta, dict(asked.frame.meta))
     _require_kept(asked)
     rounds.require_running(asked.run)
-    ids, form, buffers = read_rows(asked.frame, asked.body.settings)
+    ids, form, buffers = read_rows(asked.frame, asked.body.settings, desk.limits)
     desk.samples.put(asked.owner, form, ids, buffers)
     return Reply("kept")
 
@@ -303,8 +305,8 @@ def _tuned_body(desk: Desk, asked: Asked) -> BodyKey:
 
 
 def _gradients(desk: Desk, asked: Asked) -> Tensor:
-    most = asked.run.settings.training.batch_size
-    found = read_gradients(asked.frame, asked.body.settings, desk.device, asked.leading, most)
+    most, settings = asked.run.settings.training.batch_size, asked.body.settings
+    found = read_gradients(asked.frame, settings, desk.limits, desk.device, asked.leading, most)
     require_finite({"gradients": found})
     return found
 
@@ -332,7 +334,7 @@ def _renewed(desk: Desk, asked: Asked) -> Tensor | list[int]:
 
 
 def _received(desk: Desk, asked: Asked, most: int | None) -> Tensor:
-    found = read_smashed(asked.frame, asked.body.settings, desk.device, most)
+    found = read_smashed(asked.frame, asked.body.settings, desk.limits, desk.device, most)
     require_finite({"smashed": found})
     return found
 
@@ -345,7 +347,7 @@ def _smashed(desk: Desk, asked: Asked, most: int | None = None) -> Tensor | Repl
     ids = read_ids(asked.frame)
     check_batch(len(ids), most, "ids")
     sizes = anatomy(asked.body.settings)
-    check_decoded(len(ids) * sizes.tokens * sizes.width, "ids")
+    check_decoded(len(ids) * sizes.tokens * sizes.width, "ids", desk.limits)
     found = desk.samples.take(asked.owner, ids)
     return _missing(found) if isinstance(found, list) else read_kept(*found, desk.device)
 

@@ -186,6 +186,26 @@ def test_those_who_only_announce_take_no_room_from_the_others(server: Running, m
             one.close()
 
 
+def test_what_unpacks_to_more_than_a_frame_may_hold_is_refused(member: Api, keeper: Api) -> None:
+    """The limit is the server's own, and not the default of frames."""
+    shape = (200, 7, 192)
+    largest = 1024 * 1024 // (4 * 7 * 192)
+    for batch, is_let_in in ((shape[0], False), (largest + 1, False), (largest, True)):
+        zeros = torch.zeros(batch, *shape[1:])
+        pieces = encode_frame("infer", {"step": "s", "round": 1}, {"smashed": (zeros, "int4+zstd")})
+        content = bytes(join_frame(pieces))
+        assert len(content) < 4096
+        answer = member.call("POST", "/v1/split/infer", content=content)
+        assert answer.is_success == is_let_in, answer.text
+        if not is_let_in:
+            error = answer.json()["error"]
+            assert (code_of(answer), error["field"]) == ("too_large", "smashed")
+            assert (error["limit"], error["value"]) == (1024 * 1024, 4 * zeros.numel())
+    ids = torch.arange(300, dtype=torch.int64).view(torch.uint8).view(-1, 8).repeat(1, 2)
+    answer = keeper.ask("infer", {"step": "s", "round": 1}, ids=ids)
+    assert (code_of(answer), answer.json()["error"]["value"]) == ("too_large", 300 * 4 * 5 * 192)
+
+
 def test_full_room_is_busy_and_becomes_free_again(server: Running, member: Api) -> None:
     head = head_of(member, "POST", "/v1/split/infer", "content-length: 1040000")
     with socket.create_connection(("127.0.0.1", server.port)) as hog:
