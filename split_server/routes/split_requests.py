@@ -328,7 +328,7 @@ def _renewed(desk: Desk, asked: Asked) -> Tensor | list[int]:
             limit="a codec",
         )
     most = asked.run.settings.training.batch_size
-    revision = read_revision(asked.frame, asked.body.settings, most)
+    revision = read_revision(asked.frame, asked.body.settings, desk.limits, most)
     found = rebuild(desk.samples, asked.owner, revision)
     return found if isinstance(found, list) else found.to(desk.device)
 
