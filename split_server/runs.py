@@ -208,6 +208,11 @@ class Runs:
             progress.end_run(session, run_id, RunStatus.FAILED, reason, self._clock.wall())
         self._watcher.run_over(run_id)
 
+    def is_known(self, once: Once) -> bool:
+        """Whether a request of this key was answered before, whatever its content."""
+        with self._store.reading() as session:
+            return once.is_known(session)
+
     def _recall(self, once: Once) -> dict[str, Any] | None:
         with self._store.reading() as session:
             return once.recall(session)

@@ -13,7 +13,7 @@ from fastapi import APIRouter, Header, Query, Request
 from fastapi.responses import FileResponse, Response
 from starlette.concurrency import run_in_threadpool
 
-from protocol.errors import EmptyUpdate, InvalidField, NonFinite, NotFound, WrongShape
+from protocol.errors import Conflict, EmptyUpdate, InvalidField, NonFinite, NotFound, WrongShape
 from protocol.frames import decode_frame, require_kind
 from protocol.limits import FrameLimits
 from protocol.messages import (
@@ -31,7 +31,7 @@ from protocol.messages import (
 )
 from protocol.settings import Message, RunSettings
 from protocol.version import PROTOCOL_VERSION
-from split_server import views
+from split_server import rounds, views
 from split_server.credentials import (
     Credentials,
     Identity,
@@ -48,6 +48,7 @@ from split_server.notifier import Notifier, wait_for
 from split_server.presence import Presence
 from split_server.routes.bodies import read_body
 from split_server.routes.gate import set_member
+from split_server.routes.room import Room
 from split_server.samples import SampleStore
 from split_server.service import Federation, Held
 from split_server.snapshot import RunSnapshot
@@ -73,6 +74,7 @@ class FederationRoutes:
         engine: Engine,
         samples: SampleStore,
         placement: Placement,
+        room: Room,
         limits: FrameLimits,
         body_timeout_s: float,
         max_wait_s: float,
@@ -84,6 +86,7 @@ class FederationRoutes:
         self._engine = engine
         self._samples = samples
         self._placement = placement
+        self._room = room
         self._limits = limits
         self._body_timeout_s = body_timeout_s
         self._max_wait_s = max_wait_s
@@ -238,6 +241,7 @@ class FederationRoutes:
     async def update(self, request: Request, run: str, key: Key = None) -> UpdateReceipt:
         """Count an update: a frame of kind ``update``."""
         member = self._member(request, run)
+        await self._require_wanted(run, member.participant, Once.of(_update_of(member), key))
         # Nothing larger than the state it is to change, in the widest codec, can be an update,
         # and what is told of neurons beside it.
         snapshot = self._federation.run(run)
@@ -245,13 +249,25 @@ class FederationRoutes:
         if snapshot.settings.distillation.every:
             limit += await run_in_threadpool(_told_bytes, snapshot)
         limit = min(limit, self._limits.max_frame_bytes)
-        data = await read_body(request.scope, request.receive, limit, self._body_timeout_s)
-        return await run_in_threadpool(self._count, run, member.participant, data, key)
+        with self._room.claim() as claim:
+            data = await read_body(
+                request.scope, request.receive, limit, self._body_timeout_s, claim
+            )
+            return await run_in_threadpool(self._count, member, data, key)
+
+    async def _require_wanted(self, run: str, participant: str, once: Once) -> None:
+        """Refuse an update that cannot count before it takes memory; a repeat is let in."""
+        try:
+            rounds.require_any_trainer(*self._federation.member(run, participant))
+        except Conflict:
+            if not await run_in_threadpool(self._federation.is_known, once):
+                raise
 
     def _count(
-        self, run: str, participant: str, data: bytearray | memoryview, key: str | None
+        self, member: Member, data: bytearray | memoryview, key: str | None
     ) -> UpdateReceipt:
-        once = Once.of(f"{run}/{participant}/update", key, bytes(data))
+        run, participant = member.run, member.participant
+        once = Once.of(_update_of(member), key, data)
         frame = decode_frame(data, self._limits)
         require_kind(frame, "update")
         meta = parse_message(UpdateMeta, dict(frame.meta))
@@ -319,6 +335,11 @@ def _told_bytes(run: RunSnapshot) -> int:
     """Of what an update of the open round tells of neurons; may have to look at the model."""
     shape = asked_shape(run.settings, run.round)
     return _FLOAT_BYTES * math.prod(shape) if shape else 0
+
+
+def _update_of(member: Member) -> str:
+    """The scope of an update's key."""
+    return f"{member.run}/{member.participant}/update"
 
 
 def _content(message: Message) -> bytes:
