@@ -62,7 +62,9 @@ class SplitPlane:
         self, kind: str, reader: Reader, scope: Scope, receive: Receive, send: Send
     ) -> None:
         if scope["method"] != "POST":
-            raise InvalidField("this path takes POST", field="method", value=scope["method"])
+            raise InvalidField(
+                "this path takes POST", field="method", limit="POST", value=scope["method"]
+            )
         shown = require_member(self.credentials.identify(Headers(scope=scope).get("authorization")))
         run, member = self.federation.member(shown.run, shown.participant)
         self.presence.touch(run.id, member.id)

@@ -329,6 +329,58 @@ def test_every_refusal_is_typed_and_has_a_request_id(server: Running) -> None:
     assert odd.headers["x-request-id"] != "no spaces here"
 
 
+@pytest.mark.parametrize(
+    ("message", "field", "limit", "value"),
+    [
+        ({"round": -1}, "round", 0, -1),
+        ({"round": 2**53}, "round", 2**53, 2**53),
+        ({"unknown": 1}, "unknown", None, 1),
+        ({"correct": 11}, "body", None, None),
+    ],
+)
+def test_a_message_out_of_range_is_refused_with_the_bound(
+    server: Running,
+    operator: Api,
+    message: dict[str, int],
+    field: str,
+    limit: object,
+    value: object,
+) -> None:
+    run = new_run(operator, min_participants=2)
+    answer = joined(server, run).evaluate(run, "e", **message)
+    error = answer.json()["error"]
+    assert (code_of(answer), error["field"]) == ("invalid_field", field)
+    assert (error.get("limit"), error.get("value")) == (limit, value)
+
+
+def test_a_query_out_of_range_is_refused_with_the_bound(server: Running, operator: Api) -> None:
+    run = new_run(operator, min_participants=2)
+    answer = joined(server, run).call("GET", f"/v1/runs/{run}/assignment?wait=3601")
+    error = answer.json()["error"]
+    assert (code_of(answer), error["field"], error["limit"]) == ("invalid_field", "wait", 3600)
+
+
+@pytest.mark.parametrize(
+    "content", [b'{"rounds": 1, x', b"{", b'{"name": "\xff"}', b"[" * 100_000, b"\xff\xfe"]
+)
+def test_what_is_no_json_is_refused_as_a_whole(operator: Api, content: bytes) -> None:
+    json = {"content-type": "application/json"}
+    answer = operator.call("POST", "/v1/runs", key="no-json", content=content, headers=json)
+    error = answer.json()["error"]
+    assert (answer.status_code, code_of(answer), error["field"]) == (422, "invalid_field", "body")
+
+
+def test_a_wrong_method_is_named(server: Running) -> None:
+    api = server.api()
+    answer = api.call("PATCH", "/v1/runs/r/evaluation")
+    error = answer.json()["error"]
+    assert (answer.status_code, code_of(answer)) == (405, "invalid_request")
+    assert (error["field"], error["value"]) == ("method", "PATCH")
+    assert answer.headers["allow"] == "PUT"
+    error = api.call("GET", "/v1/split/forward").json()["error"]
+    assert (error["field"], error["limit"], error["value"]) == ("method", "POST", "GET")
+
+
 def test_an_unexpected_failure_is_typed_too(
     server: Running, operator: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
