@@ -55,7 +55,7 @@ from split_server.snapshot import RunSnapshot
 from split_server.states import PROMPTS
 
 Key = Annotated[str | None, Header(alias="idempotency-key")]
-_RANGE = re.compile(r"bytes=(\d{1,18})-.*")
+_RANGE = re.compile(r"bytes=([0-9]{1,18})-([0-9]{0,18})")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _FLOAT_BYTES = 4
 _UPDATE_MARGIN = 1024 * 1024  # header and padding of the frame
@@ -351,6 +351,24 @@ def _require_sha256(text: str, field: str) -> None:
         raise InvalidField("not a SHA-256", field=field, value=text[:80])
 
 
+def _require_range(wanted: str, size: int) -> None:
+    """Refuse what is no range ``bytes=N-`` or ``bytes=N-M`` of a file of so many bytes."""
+    found = _RANGE.fullmatch(wanted)
+    if found is None:
+        raise InvalidField(
+            "a range is one run of bytes", field="range", limit="bytes=N-", value=wanted[:80]
+        )
+    first, last = int(found[1]), found[2]
+    if first >= size:
+        raise InvalidField(
+            "the range begins behind the end of the file", field="range", limit=size, value=first
+        )
+    if last and int(last) < first:
+        raise InvalidField(
+            "the range ends before it begins", field="range", limit=first, value=int(last)
+        )
+
+
 def _file(request: Request, path: Path, sha256: str) -> Response:
     try:
         stat = path.stat()
@@ -359,14 +377,8 @@ def _file(request: Request, path: Path, sha256: str) -> Response:
     etag = f'"{sha256}"'
     if etag in request.headers.get("if-none-match", ""):
         return Response(status_code=304, headers={"etag": etag})
-    first = _RANGE.fullmatch(request.headers.get("range", ""))
-    if first is not None and int(first.group(1)) >= stat.st_size:
-        raise InvalidField(
-            "the range begins behind the end of the file",
-            field="range",
-            limit=stat.st_size,
-            value=first.group(0),
-        )
+    if (wanted := request.headers.get("range")) is not None:
+        _require_range(wanted, stat.st_size)
     return FileResponse(
         path, media_type="application/octet-stream", headers={"etag": etag}, stat_result=stat
     )

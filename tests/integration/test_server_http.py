@@ -259,11 +259,38 @@ def test_files_have_etags_and_ranges(server: Running, operator: Api) -> None:
         assert (same.status_code, same.content) == (304, b"")
         behind = api.call("GET", path, headers={"range": f"bytes={blob.nbytes}-"})
         assert code_of(behind) == "invalid_field"
+        part = api.call("GET", path, headers={"range": "bytes=100-199"})
+        assert (part.status_code, part.content) == (206, whole.content[100:200])
     assert code_of(api.call("GET", f"/v1/runs/{run}/states/{'0' * 64}/state")) == "not_found"
     assert code_of(api.call("GET", f"/v1/runs/{run}/states/..%2Fhead/state")) in (
         "not_found",
         "invalid_field",
     )
+
+
+@pytest.mark.parametrize(
+    ("wanted", "limit"),
+    [
+        ("bytes=5-4", 5),
+        ("bytes=0-1,5-6", "bytes=N-"),
+        ("bytes=-5", "bytes=N-"),
+        ("bytes=-", "bytes=N-"),
+        ("bytes=\u0663-".encode(), "bytes=N-"),
+        ("lines=0-", "bytes=N-"),
+        ("5", "bytes=N-"),
+        ("", "bytes=N-"),
+        ("bytes=" + 30 * "9" + "-", "bytes=N-"),
+    ],
+)
+def test_a_range_that_is_none_is_refused_with_a_typed_error(
+    server: Running, operator: Api, wanted: str | bytes, limit: object
+) -> None:
+    run = new_run(operator)
+    path = f"/v1/runs/{run}/head"
+    answer = operator.http.get(path, headers={"range": wanted})
+    error = answer.json()["error"]
+    assert (answer.status_code, code_of(answer)) == (422, "invalid_field")
+    assert (error["field"], error["limit"]) == ("range", limit)
 
 
 def test_a_long_poll_is_answered_when_something_changes(server: Running, operator: Api) -> None:
