@@ -20,10 +20,11 @@ from protocol.limits import FrameLimits
 from protocol.version import FRAME_MEDIA_TYPE
 from split_server.credentials import Credentials, require_member
 from split_server.presence import Presence
+from split_server.routes.asked import Asked
 from split_server.routes.bodies import read_body
 from split_server.routes.responses import send_pieces
 from split_server.routes.room import Room
-from split_server.routes.split_requests import READERS, Asked, Desk, Reader, Reply, Work
+from split_server.routes.split_requests import READERS, Desk, Reader, Reply, Work
 from split_server.service import Federation
 from split_server.snapshot import Member, RunSnapshot
 

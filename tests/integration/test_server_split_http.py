@@ -327,6 +327,16 @@ def test_samples_that_cannot_be_kept_are_refused(server: Running, operator: Api)
     assert tensor_of(answer, "missing", "places").tolist() == [0, 1]
 
 
+def test_an_inference_by_ids_brings_no_smashed_data(server: Running, operator: Api) -> None:
+    run = new_run(operator, prompt_at="cut", wire={"keep_smashed": True}, min_participants=2)
+    api = joined(server, run)
+    rows, ids = smashed()[:, :5].contiguous(), by_ids(1, 2)
+    assert api.ask("samples", {}, ids=ids, smashed=rows).is_success
+    meta = {"step": "s", "round": 1}
+    assert code_of(api.ask("infer", meta, ids=ids, smashed=rows)) == "malformed_frame"
+    assert api.ask("infer", meta, ids=ids).content == api.ask("infer", meta, smashed=rows).content
+
+
 def test_an_update_of_no_sample_names_no_session(server: Running, operator: Api) -> None:
     run = new_run(operator, prompt_at="cut", max_repeats=0)
     api = joined(server, run)
