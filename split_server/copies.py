@@ -25,7 +25,7 @@ from protocol.frames import Frame
 from protocol.limits import FrameLimits
 from split_model import SplitSettings, anatomy
 from split_server.intake import check_batch, check_decoded, is_finite, read_floats
-from split_server.kept_samples import read_ids
+from split_server.kept_samples import read_ids, require_codec
 from split_server.samples import Kept, Owner, RowForm, SampleStore
 
 _ROWS: Final[Mapping[str, str]] = {"whole": "whole_rows", "changes": "change_rows"}
@@ -182,7 +182,8 @@ def _read_rows(frame: Frame, name: str, samples: int, shape: tuple[int, int]) ->
 
 def _read_numbers(frame: Frame, name: str, shape: tuple[int, ...]) -> Tensor:
     spec = frame.spec(name)
-    if spec.codec != "int64" or spec.shape != shape:
+    require_codec(spec, "int64")
+    if spec.shape != shape:
         raise MalformedFrame(
             "whole numbers of this shape are needed",
             field=name,

@@ -202,7 +202,8 @@ REFUSALS: list[tuple[Tensors, type[SFPromptError], str]] = [
     (changed(versions=None), MalformedFrame, "versions"),
     (changed(versions=whole_numbers(1, 2)), MalformedFrame, "versions"),
     (changed(versions=whole_numbers([1, 2])), MalformedFrame, "versions"),
-    (changed(versions=(torch.zeros(2, 2), "float32")), MalformedFrame, "versions"),
+    (changed(versions=(torch.zeros(2, 2), "float32")), MalformedFrame, "versions.codec"),
+    (changed(ids=(ids(1, 2), "uint8+zstd")), MalformedFrame, "ids.codec"),
     (changed(versions=whole_numbers([-1, 1], [1, 1])), MalformedFrame, "versions"),
     (changed(versions=whole_numbers([1, 1], [0, 1])), MalformedFrame, "versions"),
     (changed(whole=None, whole_rows=None), MalformedFrame, "versions"),
@@ -218,7 +219,7 @@ REFUSALS: list[tuple[Tensors, type[SFPromptError], str]] = [
     (changed(whole_rows=whole_numbers(2)), MalformedFrame, "whole_rows"),
     (changed(whole_rows=whole_numbers(-1)), MalformedFrame, "whole_rows"),
     (changed(whole_rows=whole_numbers(1)), MalformedFrame, "change_rows"),
-    (changed(whole_rows=(torch.zeros(1), "float32")), MalformedFrame, "whole_rows"),
+    (changed(whole_rows=(torch.zeros(1), "float32")), MalformedFrame, "whole_rows.codec"),
     (
         changed(
             changes=(X[:2], "float32"),
@@ -242,6 +243,7 @@ def test_a_request_at_odds_with_itself_is_refused(
         read_revision(frame(tensors), SPLIT, DEFAULT_LIMITS, MOST)
     assert type(caught.value) is error
     assert caught.value.field == field
+    assert caught.value.limit is None or caught.value.limit != caught.value.value
 
 
 @pytest.mark.parametrize("part", ["whole", "changes", "neither"])
