@@ -48,6 +48,7 @@ __all__ = [
     "UpdateMeta",
     "UpdateReceipt",
     "named_field",
+    "named_limit",
     "parse_message",
 ]
 
@@ -319,7 +320,7 @@ def parse_message(kind: type[M], raw: object) -> M:
         raise InvalidField(
             f"{kind.__name__}: {first['msg']}",
             field=".".join(str(part) for part in first["loc"]) or named_field(first),
-            limit=_limit_of(first.get("ctx", {})),
+            limit=named_limit(first),
             value=value if isinstance(value, (str, int, float)) else None,
         ) from None
 
@@ -329,9 +330,9 @@ def named_field(error: Mapping[str, Any]) -> str:
     return str(error.get("ctx", {}).get("field", "body"))
 
 
-def _limit_of(context: Mapping[str, Any]) -> FieldValue:
-    """The bound that a value broke, where pydantic names one."""
+def named_limit(error: Mapping[str, Any]) -> FieldValue:
+    """The bound that a value broke, where one of pydantic's errors names it."""
     for name in _BOUNDS:
-        if isinstance(bound := context.get(name), (str, int, float)):
+        if isinstance(bound := error.get("ctx", {}).get(name), (str, int, float)):
             return bound
     return None

@@ -107,6 +107,7 @@ class SplitServer:
         samples = await asyncio.to_thread(self._sample_store)
         watcher = _Watcher(notifier, engine, samples)
         federation = await asyncio.to_thread(self._federation, store, watcher)
+        room = Room(settings.queue_mib * _MIB)
         routes = FederationRoutes(
             federation,
             self._credentials,
@@ -115,6 +116,7 @@ class SplitServer:
             engine,
             samples,
             self.placement,
+            room,
             settings.frame_limits,
             settings.body_timeout_s,
             settings.max_wait_s,
@@ -122,11 +124,10 @@ class SplitServer:
         app.include_router(routes.router)
         app.include_router(metrics_router(figures.registry))
         threads = ThreadPoolExecutor(_CODEC_THREADS, "split-codec")
-        room = Room(settings.queue_mib * _MIB)
         _watch(figures, room, samples)
         plane = SplitPlane(
             SmallBodies(app, settings.body_timeout_s),
-            Desk(engine, samples, self.placement.device, federation.files),
+            Desk(engine, samples, self.placement.device, federation.files, settings.frame_limits),
             federation,
             self._credentials,
             self._presence,

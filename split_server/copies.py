@@ -9,6 +9,7 @@ done, and whatever does not fit is asked for whole. See AQ-SGD (arXiv 2206.01299
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -21,9 +22,10 @@ from protocol.codec_names import is_row_wise_inside
 from protocol.codecs import codec_named
 from protocol.errors import InvalidField, MalformedFrame, NonFinite, WrongShape
 from protocol.frames import Frame
+from protocol.limits import FrameLimits
 from split_model import SplitSettings, anatomy
-from split_server.intake import check_batch, is_finite, read_floats
-from split_server.kept_samples import read_ids
+from split_server.intake import check_batch, check_decoded, is_finite, read_floats
+from split_server.kept_samples import read_ids, require_codec
 from split_server.samples import Kept, Owner, RowForm, SampleStore
 
 _ROWS: Final[Mapping[str, str]] = {"whole": "whole_rows", "changes": "change_rows"}
@@ -59,11 +61,14 @@ class Revision:
     changes: Rows
 
 
-def read_revision(frame: Frame, settings: SplitSettings, most: int) -> Revision:
+def read_revision(
+    frame: Frame, settings: SplitSettings, limits: FrameLimits, most: int
+) -> Revision:
     """A revision of at most ``most`` samples.
 
     Raises:
         MalformedFrame: a tensor is missing, unknown or at odds with another.
+        TooLarge: the batch is over the limits once it is decoded, however little was sent.
         InvalidField: too many samples, or a codec that cannot be taken apart.
         WrongShape: rows that are not [T, D] of this run.
         NonFinite: NaN or infinity.
@@ -83,6 +88,7 @@ def read_revision(frame: Frame, settings: SplitSettings, most: int) -> Revision:
         )
     versions = _read_numbers(frame, "versions", (len(ids), 2))
     shape = (anatomy(settings).tokens + settings.prompt_count, anatomy(settings).width)
+    check_decoded(len(ids) * math.prod(shape), "ids", limits)
     whole, changes = (_read_rows(frame, name, len(ids), shape) for name in _ROWS)
     revision = Revision(ids, versions[:, 0].tolist(), versions[:, 1].tolist(), whole, changes)
     _check_versions(revision)
@@ -176,7 +182,8 @@ def _read_rows(frame: Frame, name: str, samples: int, shape: tuple[int, int]) ->
 
 def _read_numbers(frame: Frame, name: str, shape: tuple[int, ...]) -> Tensor:
     spec = frame.spec(name)
-    if spec.codec != "int64" or spec.shape != shape:
+    require_codec(spec, "int64")
+    if spec.shape != shape:
         raise MalformedFrame(
             "whole numbers of this shape are needed",
             field=name,

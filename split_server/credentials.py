@@ -76,13 +76,14 @@ class Credentials:
         """Refuse who may not join a run.
 
         Raises:
-            Unauthorized: a join token is set and was not shown.
+            Unauthorized: a join token is set, and what was shown was not issued here, or nothing.
+            Forbidden: the same, and a good credential of another kind was shown.
         """
-        if self._join is not None and not isinstance(identity, (Joiner, Operator)):
-            raise Unauthorized(
-                "joining takes this server's join token",
-                hint="send it as Authorization: Bearer TOKEN",
-            )
+        if self._join is None or isinstance(identity, (Joiner, Operator)):
+            return
+        if isinstance(identity, Stranger):
+            raise _stranger(identity, "joining takes this server's join token")
+        raise Forbidden("joining takes this server's join token; a credential was shown")
 
     def _member(self, token: str) -> Member | None:
         parts = token.split(".")

@@ -13,7 +13,7 @@ import split_model
 from protocol.codecs import codec_named
 from protocol.errors import EmptyUpdate, InvalidField, NonFinite, TooLarge, WrongShape
 from protocol.frames import Frame
-from protocol.limits import DEFAULT_LIMITS
+from protocol.limits import FrameLimits
 from protocol.messages import MAX_LOSS, BlobRef, EvaluationReport, UpdateMeta
 from protocol.settings import BackboneSettings
 from split_model import SplitSettings
@@ -154,6 +154,7 @@ def read_tensor(frame: Frame, name: str, device: torch.device | str = "cpu") -> 
 def read_smashed(
     frame: Frame,
     settings: SplitSettings,
+    limits: FrameLimits,
     device: torch.device | str = "cpu",
     most: int | None = None,
 ) -> Tensor:
@@ -163,21 +164,23 @@ def read_smashed(
 
     Args:
         frame, settings: what came, and the run's.
+        limits: of the server; they bound what is decoded, too.
         device: where it is decoded.
         most: samples of a training step; None: any number.
 
     Raises:
-        MalformedFrame, WrongShape
+        MalformedFrame, WrongShape, TooLarge
         InvalidField: more samples than ``most``, or no codec for smashed data.
     """
     inside = settings.prompt_count if settings.prompt_at == "input" else 0
     tokens = split_model.anatomy(settings).tokens + inside
-    return _read_tokens(frame, "smashed", settings, tokens, device, most)
+    return _read_tokens(frame, "smashed", settings, limits, tokens, device, most)
 
 
 def read_gradients(
     frame: Frame,
     settings: SplitSettings,
+    limits: FrameLimits,
     device: torch.device | str,
     leading: int | None,
     most: int,
@@ -189,13 +192,14 @@ def read_gradients(
     tokens = leading
     if tokens is None:
         tokens = split_model.anatomy(settings).tokens + settings.prompt_count
-    return _read_tokens(frame, "gradients", settings, tokens, device, most)
+    return _read_tokens(frame, "gradients", settings, limits, tokens, device, most)
 
 
 def _read_tokens(
     frame: Frame,
     name: str,
     settings: SplitSettings,
+    limits: FrameLimits,
     tokens: int,
     device: torch.device | str,
     most: int | None,
@@ -209,17 +213,17 @@ def _read_tokens(
             value=shape,
         )
     check_batch(shape[0], most, name)
-    check_decoded(math.prod(shape), name)
+    check_decoded(math.prod(shape), name, limits)
     return read_tensor(frame, name, device)
 
 
-def check_decoded(elements: int, name: str) -> None:
+def check_decoded(elements: int, name: str, limits: FrameLimits) -> None:
     """Refuse what is small on the wire and large in memory.
 
     Raises:
         TooLarge: it is over what one frame may hold.
     """
-    limit = DEFAULT_LIMITS.max_frame_bytes
+    limit = limits.max_frame_bytes
     if elements * _FLOAT_BYTES > limit:
         raise TooLarge(
             "a tensor is too large once it is decoded",

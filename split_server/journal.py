@@ -25,7 +25,7 @@ class Once:
     digest: str
 
     @classmethod
-    def of(cls, scope: str, key: str | None, content: bytes | bytearray = b"") -> Once:
+    def of(cls, scope: str, key: str | None, content: bytes | bytearray | memoryview = b"") -> Once:
         """Raises `InvalidField` where the key is missing or no key."""
         if not key:
             raise InvalidField(
@@ -41,6 +41,10 @@ class Once:
                 value=len(key),
             )
         return cls(scope, key, hashlib.sha256(content).hexdigest())
+
+    def is_known(self, session: Session) -> bool:
+        """Whether a request of this key was answered before, whatever its content."""
+        return session.get(AnswerRow, (self.scope, self.key)) is not None
 
     def recall(self, session: Session) -> dict[str, Any] | None:
         """The answer that this very request was given before.

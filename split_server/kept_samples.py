@@ -9,11 +9,27 @@ from torch import Tensor
 
 from protocol.codecs import Compressed, codec_named
 from protocol.errors import InvalidField, MalformedFrame
-from protocol.frames import Frame
+from protocol.frames import Frame, TensorSpec
+from protocol.limits import FrameLimits
 from protocol.messages import SAMPLE_ID_BYTES
 from split_model import SplitSettings
 from split_server.intake import read_smashed, require_finite
 from split_server.samples import RowForm
+
+
+def require_codec(spec: TensorSpec, codec: str) -> None:
+    """Refuse what is not numbers of this kind, as they lie in the frame.
+
+    Raises:
+        MalformedFrame: another codec.
+    """
+    if spec.codec != codec:
+        raise MalformedFrame(
+            "this tensor takes one codec alone",
+            field=f"{spec.name}.codec",
+            limit=codec,
+            value=spec.codec,
+        )
 
 
 def read_ids(frame: Frame) -> list[bytes]:
@@ -23,8 +39,9 @@ def read_ids(frame: Frame) -> list[bytes]:
         MalformedFrame: the frame lacks them, or they have another form.
     """
     spec = frame.spec("ids")
+    require_codec(spec, "uint8")
     shape = list(spec.shape)
-    if spec.codec != "uint8" or len(shape) != 2 or shape[0] < 1 or shape[1] != SAMPLE_ID_BYTES:
+    if len(shape) != 2 or shape[0] < 1 or shape[1] != SAMPLE_ID_BYTES:
         raise MalformedFrame(
             "sample ids are bytes, [samples, 16]",
             field="ids",
@@ -36,7 +53,7 @@ def read_ids(frame: Frame) -> list[bytes]:
 
 
 def read_rows(
-    frame: Frame, settings: SplitSettings
+    frame: Frame, settings: SplitSettings, limits: FrameLimits
 ) -> tuple[list[bytes], RowForm, Sequence[memoryview]]:
     """Ids, form and encoded rows of samples that are to be kept.
 
@@ -46,10 +63,10 @@ def read_rows(
     Raises:
         MalformedFrame: ids and samples differ in number, or one of them is not there.
         InvalidField: a codec that cannot be taken apart.
-        WrongShape, NonFinite
+        WrongShape, NonFinite, TooLarge
     """
     ids = read_ids(frame)
-    smashed = read_smashed(frame, settings)
+    smashed = read_smashed(frame, settings, limits)
     spec, buffers = frame.spec("smashed"), frame.buffers["smashed"]
     codec = codec_named(spec.codec)
     if isinstance(codec, Compressed):  # together on the wire, one by one here

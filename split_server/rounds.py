@@ -267,6 +267,19 @@ def require_trainer(
     return open_round
 
 
+def require_any_trainer(run: RunSnapshot, member: Member) -> None:
+    """Refuse a participant that no round waits for, whichever round it may mean.
+
+    Raises:
+        RunClosed: the run is over.
+        StaleRound: no round is open for training, or not for this participant.
+    """
+    require_running(run)
+    if run.open_round is None:
+        raise StaleRound("no round is open", field="round")
+    require_trainer(run, member, run.open_round.round, None)
+
+
 def require_first(already: Collection[str], participant: str, what: str) -> None:
     """Refuse a second answer to the same request.
 

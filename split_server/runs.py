@@ -105,12 +105,18 @@ class Runs:
             Forbidden: the participant has left.
         """
         snapshot = self.run(run_id)
-        member = snapshot.members.get(participant)
-        if member is None:
-            raise NotFound("there is no such participant", field="participant", value=participant)
+        member = _member_of(snapshot, participant)
         if member.left:
             raise Forbidden("this participant has left the run", field="participant")
         return snapshot, member
+
+    def has_left(self, run_id: str, participant: str) -> bool:
+        """Whether a participant has left its run.
+
+        Raises:
+            NotFound: no such run or participant.
+        """
+        return _member_of(self.run(run_id), participant).left
 
     def files(self, run_id: str) -> RunFiles:
         return RunFiles(self._data_dir / "runs" / run_id)
@@ -204,6 +210,11 @@ class Runs:
             progress.end_run(session, run_id, RunStatus.FAILED, reason, self._clock.wall())
         self._watcher.run_over(run_id)
 
+    def is_known(self, once: Once) -> bool:
+        """Whether a request of this key was answered before, whatever its content."""
+        with self._store.reading() as session:
+            return once.is_known(session)
+
     def _recall(self, once: Once) -> dict[str, Any] | None:
         with self._store.reading() as session:
             return once.recall(session)
@@ -259,3 +270,10 @@ class Runs:
                     )
                 )
         self.files(run_id).keep_updates(wanted)
+
+
+def _member_of(run: RunSnapshot, participant: str) -> Member:
+    member = run.members.get(participant)
+    if member is None:
+        raise NotFound("there is no such participant", field="participant", value=participant)
+    return member

@@ -7,13 +7,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from protocol.errors import InvalidField, WrongShape
+from protocol.errors import WrongShape
 from split_server.engine.answers import Answer
 from split_server.engine.body_sessions import BodySession, BodySessions, OpenStep, Way
 from split_server.engine.jobs import BodyJob
 from split_server.engine.keeper import Keeper
 from split_server.engine.outbox import Outbox
-from split_server.engine.sessions import lost_session
+from split_server.engine.sessions import lost_session, require_steps
 from split_server.engine.tasks import Kind, OwnTask
 from split_server.engine.tickets import Ticket, require_same
 from split_server.engine.work import nbytes_of
@@ -126,13 +126,7 @@ class BodyTraining:
         return session
 
     def _open(self, way: Way, job: BodyJob, session: BodySession) -> Ticket:
-        if job.steps != session.steps:
-            raise InvalidField(
-                "a session has a fixed number of steps",
-                field="steps",
-                limit=session.steps,
-                value=job.steps,
-            )
+        require_steps(job.steps, session.steps)
         session.expires_at = self._keeper.expiry
         return self._keeper.open((way, job.key), job.fingerprint)
 

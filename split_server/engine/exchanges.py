@@ -12,7 +12,7 @@ from split_model import anatomy
 from split_server.engine.jobs import ExchangeJob
 from split_server.engine.keeper import Admitted, Keeper
 from split_server.engine.outbox import Outbox
-from split_server.engine.sessions import Session, Sessions, batch_key, lost_session
+from split_server.engine.sessions import Session, Sessions, batch_key, lost_session, require_steps
 from split_server.engine.steps import StepKey
 from split_server.engine.tasks import Forwarded
 from split_server.engine.tickets import Ticket
@@ -41,6 +41,7 @@ class Exchanges:
         Raises:
             StepLost: it is a late repeat, or its session is not here.
             IdempotencyKeyReused
+            InvalidField: its session has another number of steps.
         """
         if (answer := self._keeper.known("exchange", job.key, job.fingerprint)) is not None:
             return answer
@@ -49,7 +50,8 @@ class Exchanges:
                 raise lost_session(job.session)  # a late repeat must not begin it anew
             return None
         session = self._sessions.get(job.run, job.participant, job.session)
-        done = job.number == job.steps == session.applied
+        require_steps(job.steps, session.steps)
+        done = job.number == session.steps == session.applied
         return torch.empty(0) if done else None
 
     def begin(self, job: ExchangeJob) -> Ticket:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from protocol.errors import NonFinite, StepLost
+from protocol.errors import InvalidField, NonFinite, StepLost
 from protocol.settings import TrainingSettings
 from split_model.schedule import learning_rate_factor, make_optimizer, set_progress
 from split_server.engine.steps import StepKey
@@ -142,6 +142,18 @@ def lost_session(name: str) -> StepLost:
         value=name,
         hint="begin the round's training anew, with a new session",
     )
+
+
+def require_steps(named: int, steps: int) -> None:
+    """Refuse a request that names another number of steps than its session has.
+
+    Raises:
+        InvalidField: it is another.
+    """
+    if named != steps:
+        raise InvalidField(
+            "a session has a fixed number of steps", field="steps", limit=steps, value=named
+        )
 
 
 def batch_key(run: str, participant: str, session: str, number: int) -> StepKey:

@@ -8,7 +8,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from protocol.errors import InternalError, InvalidField, InvalidRequest, NotFound, SFPromptError
-from protocol.messages import named_field
+from protocol.messages import named_field, named_limit
 from split_server.routes.responses import error_body, error_headers
 
 
@@ -38,12 +38,15 @@ async def _invalid(request: Request, error: Exception) -> JSONResponse:
     if not isinstance(error, RequestValidationError):
         raise error
     first = error.errors()[0]
+    if first["type"] == "json_invalid":  # its place is that of a byte, not of a field
+        return await _typed(request, _no_json(f"{first['ctx']['error']}, at {first['loc'][-1]}"))
     value = first.get("input")
     plain = value if isinstance(value, (str, int, float, bool)) else None
     where = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
     refusal = InvalidField(
         first["msg"],
         field=".".join(where) or named_field(first),
+        limit=named_limit(first),
         value=plain[:200] if isinstance(plain, str) else plain,
     )
     return await _typed(request, refusal)
@@ -54,9 +57,22 @@ async def _http(request: Request, error: Exception) -> JSONResponse:
         raise error
     if isinstance(error, Refused):
         return await _typed(request, error.refusal)
-    kind = NotFound if error.status_code == 404 else InvalidRequest
-    refusal = kind(str(error.detail), field="path", value=request.url.path)
+    if error.status_code == 400:  # what FastAPI makes of UTF-8, or of nesting, that is none
+        return await _typed(request, _no_json("it cannot be read"))
+    refusal = _not_routed(request, error)
     return JSONResponse(error_body(refusal), error.status_code, error.headers)
+
+
+def _no_json(reason: str) -> InvalidField:
+    return InvalidField(f"the body is not JSON: {reason}", field="body", limit="JSON in UTF-8")
+
+
+def _not_routed(request: Request, error: HTTPException) -> SFPromptError:
+    if error.status_code == 405:
+        message = "this path does not take this method"
+        return InvalidRequest(message, field="method", value=request.method)
+    kind = NotFound if error.status_code == 404 else InvalidRequest
+    return kind(str(error.detail), field="path", value=request.url.path)
 
 
 async def _unexpected(_request: Request, _error: Exception) -> JSONResponse:

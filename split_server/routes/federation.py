@@ -13,7 +13,7 @@ from fastapi import APIRouter, Header, Query, Request
 from fastapi.responses import FileResponse, Response
 from starlette.concurrency import run_in_threadpool
 
-from protocol.errors import EmptyUpdate, InvalidField, NonFinite, NotFound, WrongShape
+from protocol.errors import Conflict, EmptyUpdate, InvalidField, NonFinite, NotFound, WrongShape
 from protocol.frames import decode_frame, require_kind
 from protocol.limits import FrameLimits
 from protocol.messages import (
@@ -31,7 +31,7 @@ from protocol.messages import (
 )
 from protocol.settings import Message, RunSettings
 from protocol.version import PROTOCOL_VERSION
-from split_server import views
+from split_server import rounds, views
 from split_server.credentials import (
     Credentials,
     Identity,
@@ -48,13 +48,14 @@ from split_server.notifier import Notifier, wait_for
 from split_server.presence import Presence
 from split_server.routes.bodies import read_body
 from split_server.routes.gate import set_member
+from split_server.routes.room import Room
 from split_server.samples import SampleStore
 from split_server.service import Federation, Held
 from split_server.snapshot import RunSnapshot
 from split_server.states import PROMPTS
 
 Key = Annotated[str | None, Header(alias="idempotency-key")]
-_RANGE = re.compile(r"bytes=(\d{1,18})-.*")
+_RANGE = re.compile(r"bytes=([0-9]{1,18})-([0-9]{0,18})")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _FLOAT_BYTES = 4
 _UPDATE_MARGIN = 1024 * 1024  # header and padding of the frame
@@ -73,6 +74,7 @@ class FederationRoutes:
         engine: Engine,
         samples: SampleStore,
         placement: Placement,
+        room: Room,
         limits: FrameLimits,
         body_timeout_s: float,
         max_wait_s: float,
@@ -84,6 +86,7 @@ class FederationRoutes:
         self._engine = engine
         self._samples = samples
         self._placement = placement
+        self._room = room
         self._limits = limits
         self._body_timeout_s = body_timeout_s
         self._max_wait_s = max_wait_s
@@ -172,8 +175,8 @@ class FederationRoutes:
         return joined
 
     async def leave(self, request: Request, run: str, key: Key = None) -> dict[str, Any]:
-        """Leave a run for good."""
-        member = self._member(request, run)
+        """Leave a run for good; one who has left may ask again, and gets the same answer."""
+        member = require_member(self._identity(request), run)
         once = Once.of(f"{run}/{member.participant}/leave", key)
         await run_in_threadpool(self._federation.leave, run, member.participant, once)
         return {}
@@ -193,10 +196,11 @@ class FederationRoutes:
         attempt: Annotated[int, Query(ge=0)] = 0,
         wait: Wait = 0,
     ) -> Assignment:
-        """What to do next; waits while it is still the named one."""
-        member = self._member(request, run)
+        """What to do next; waits while it is still the named one. Who has left is to stop."""
+        member = require_member(self._identity(request), run)
         wait = min(wait, self._max_wait_s)
-        self._presence.touch(run, member.participant, wait)
+        if not self._federation.has_left(run, member.participant):
+            self._presence.touch(run, member.participant, wait)
         if self._federation.due(run):
             await run_in_threadpool(self._federation.advance, run)
         give_up_at = time.monotonic() + wait
@@ -237,6 +241,7 @@ class FederationRoutes:
     async def update(self, request: Request, run: str, key: Key = None) -> UpdateReceipt:
         """Count an update: a frame of kind ``update``."""
         member = self._member(request, run)
+        await self._require_wanted(run, member.participant, Once.of(_update_of(member), key))
         # Nothing larger than the state it is to change, in the widest codec, can be an update,
         # and what is told of neurons beside it.
         snapshot = self._federation.run(run)
@@ -244,13 +249,25 @@ class FederationRoutes:
         if snapshot.settings.distillation.every:
             limit += await run_in_threadpool(_told_bytes, snapshot)
         limit = min(limit, self._limits.max_frame_bytes)
-        data = await read_body(request.scope, request.receive, limit, self._body_timeout_s)
-        return await run_in_threadpool(self._count, run, member.participant, data, key)
+        with self._room.claim() as claim:
+            data = await read_body(
+                request.scope, request.receive, limit, self._body_timeout_s, claim
+            )
+            return await run_in_threadpool(self._count, member, data, key)
+
+    async def _require_wanted(self, run: str, participant: str, once: Once) -> None:
+        """Refuse an update that cannot count before it takes memory; a repeat is let in."""
+        try:
+            rounds.require_any_trainer(*self._federation.member(run, participant))
+        except Conflict:
+            if not await run_in_threadpool(self._federation.is_known, once):
+                raise
 
     def _count(
-        self, run: str, participant: str, data: bytearray | memoryview, key: str | None
+        self, member: Member, data: bytearray | memoryview, key: str | None
     ) -> UpdateReceipt:
-        once = Once.of(f"{run}/{participant}/update", key, bytes(data))
+        run, participant = member.run, member.participant
+        once = Once.of(_update_of(member), key, data)
         frame = decode_frame(data, self._limits)
         require_kind(frame, "update")
         meta = parse_message(UpdateMeta, dict(frame.meta))
@@ -320,6 +337,11 @@ def _told_bytes(run: RunSnapshot) -> int:
     return _FLOAT_BYTES * math.prod(shape) if shape else 0
 
 
+def _update_of(member: Member) -> str:
+    """The scope of an update's key."""
+    return f"{member.run}/{member.participant}/update"
+
+
 def _content(message: Message) -> bytes:
     return message.model_dump_json().encode()
 
@@ -327,6 +349,24 @@ def _content(message: Message) -> bytes:
 def _require_sha256(text: str, field: str) -> None:
     if not _SHA256.fullmatch(text):
         raise InvalidField("not a SHA-256", field=field, value=text[:80])
+
+
+def _require_range(wanted: str, size: int) -> None:
+    """Refuse what is no range ``bytes=N-`` or ``bytes=N-M`` of a file of so many bytes."""
+    found = _RANGE.fullmatch(wanted)
+    if found is None:
+        raise InvalidField(
+            "a range is one run of bytes", field="range", limit="bytes=N-", value=wanted[:80]
+        )
+    first, last = int(found[1]), found[2]
+    if first >= size:
+        raise InvalidField(
+            "the range begins behind the end of the file", field="range", limit=size, value=first
+        )
+    if last and int(last) < first:
+        raise InvalidField(
+            "the range ends before it begins", field="range", limit=first, value=int(last)
+        )
 
 
 def _file(request: Request, path: Path, sha256: str) -> Response:
@@ -337,14 +377,8 @@ def _file(request: Request, path: Path, sha256: str) -> Response:
     etag = f'"{sha256}"'
     if etag in request.headers.get("if-none-match", ""):
         return Response(status_code=304, headers={"etag": etag})
-    first = _RANGE.fullmatch(request.headers.get("range", ""))
-    if first is not None and int(first.group(1)) >= stat.st_size:
-        raise InvalidField(
-            "the range begins behind the end of the file",
-            field="range",
-            limit=stat.st_size,
-            value=first.group(0),
-        )
+    if (wanted := request.headers.get("range")) is not None:
+        _require_range(wanted, stat.st_size)
     return FileResponse(
         path, media_type="application/octet-stream", headers={"etag": etag}, stat_result=stat
     )

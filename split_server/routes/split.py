@@ -14,16 +14,17 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 from xxhash import xxh3_64_intdigest
 
-from protocol.errors import InvalidField
+from protocol.errors import InvalidField, NonFinite
 from protocol.frames import decode_frame, encode_frame, header_length, require_kind
 from protocol.limits import FrameLimits
 from protocol.version import FRAME_MEDIA_TYPE
 from split_server.credentials import Credentials, require_member
 from split_server.presence import Presence
+from split_server.routes.asked import Asked
 from split_server.routes.bodies import read_body
 from split_server.routes.responses import send_pieces
 from split_server.routes.room import Room
-from split_server.routes.split_requests import READERS, Asked, Desk, Reader, Reply, Work
+from split_server.routes.split_requests import READERS, Desk, Reader, Reply, Work
 from split_server.service import Federation
 from split_server.snapshot import Member, RunSnapshot
 
@@ -62,7 +63,9 @@ class SplitPlane:
         self, kind: str, reader: Reader, scope: Scope, receive: Receive, send: Send
     ) -> None:
         if scope["method"] != "POST":
-            raise InvalidField("this path takes POST", field="method", value=scope["method"])
+            raise InvalidField(
+                "this path takes POST", field="method", limit="POST", value=scope["method"]
+            )
         shown = require_member(self.credentials.identify(Headers(scope=scope).get("authorization")))
         run, member = self.federation.member(shown.run, shown.participant)
         self.presence.touch(run.id, member.id)
@@ -106,7 +109,21 @@ class SplitPlane:
 
 
 def _encode(reply: Reply) -> list[memoryview]:
-    return encode_frame(reply.kind, reply.meta, reply.tensors)
+    """The pieces of an answer.
+
+    Raises:
+        NonFinite: its tensor is beyond the run's codec; nothing was wrong with the request.
+    """
+    try:
+        return encode_frame(reply.kind, reply.meta, reply.tensors)
+    except InvalidField as error:
+        raise NonFinite(
+            f"the answer cannot be sent: {error.message}",
+            field=next(iter(reply.tensors), None),
+            limit=error.limit,
+            value=error.value,
+            hint="the training has diverged, or the run's codec is too narrow",
+        ) from error
 
 
 def _is_raw(codecs: Iterable[str]) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from protocol.errors import InvalidField, MalformedFrame, StaleRound
-from protocol.frames import Frame
+from protocol.limits import FrameLimits
 from protocol.messages import (
     BlobRef,
     BodyStepMeta,
@@ -27,7 +27,6 @@ from protocol.messages import (
     StepMeta,
     parse_message,
 )
-from protocol.settings import WireSettings
 from protocol.traffic import (
     BACKWARD_PATH,
     EXCHANGE_PATH,
@@ -36,7 +35,7 @@ from protocol.traffic import (
     MISSING_PATH,
     SAMPLES_PATH,
 )
-from split_model import BODY, SplitSettings, anatomy, needed_tokens, state_shapes
+from split_model import BODY, SplitSettings, anatomy, state_shapes
 from split_server import rounds
 from split_server.copies import read_revision, rebuild
 from split_server.engine.bodies import BodyKey
@@ -59,42 +58,15 @@ from split_server.intake import (
     require_finite,
 )
 from split_server.kept_samples import read_ids, read_kept, read_rows
-from split_server.samples import Owner, SampleStore
-from split_server.snapshot import Member, RunSnapshot
+from split_server.routes.asked import (
+    Asked,
+    require_copies,
+    require_kept,
+    require_placement,
+    require_tensors,
+)
+from split_server.samples import SampleStore
 from split_server.states import RunFiles, read_prompts
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A request as it came: by whom, and its frame."""
-
-    run: RunSnapshot
-    member: Member
-    frame: Frame
-    fingerprint: int  # tells a repeat from another request under the same name
-
-    @property
-    def owner(self) -> Owner:
-        return Owner(self.run.id, self.member.id)
-
-    @cached_property
-    def body(self) -> BodyKey:
-        return BodyKey.of(self.run.backbone_path, self.run.settings)
-
-    @property
-    def wire(self) -> WireSettings:
-        return self.run.settings.wire
-
-    @property
-    def tunes_body(self) -> bool:
-        return self.run.settings.model.tune_body
-
-    @cached_property
-    def leading(self) -> int | None:
-        """How many tokens of the features the run wants back; None: all."""
-        if not self.run.settings.wire.pooled_features:
-            return None
-        return needed_tokens(SplitSettings.of(self.run.settings.model))
 
 
 @dataclass(frozen=True)
@@ -114,6 +86,7 @@ class Desk:
     samples: SampleStore
     device: torch.device  # tensors are decoded there
     files: Callable[[str], RunFiles]  # of a run
+    limits: FrameLimits
 
 
 Work = Callable[[], Awaitable[Reply]]
@@ -147,9 +120,9 @@ def read_backward(desk: Desk, asked: Asked) -> Work:
 def read_exchange(desk: Desk, asked: Asked) -> Work | Reply:
     """The gradients of one batch in and the features of the next out; prompts are tuned here."""
     meta = parse_message(ExchangeMeta, dict(asked.frame.meta))
-    _require_placement(asked, "cut")
+    require_placement(asked, "cut")
     rounds.require_trainer(asked.run, asked.member, meta.round, meta.attempt)
-    _require_tensors(asked.frame, meta)
+    require_tensors(asked, meta)
     gradients, smashed = None, None
     if meta.number > 0:
         gradients = _gradients(desk, asked)
@@ -199,9 +172,9 @@ def read_infer(desk: Desk, asked: Asked) -> Work | Reply:
 def read_samples(desk: Desk, asked: Asked) -> Reply:
     """Smashed data in, to be kept under the ids that came with them."""
     parse_message(SamplesMeta, dict(asked.frame.meta))
-    _require_kept(asked)
+    require_kept(asked)
     rounds.require_running(asked.run)
-    ids, form, buffers = read_rows(asked.frame, asked.body.settings)
+    ids, form, buffers = read_rows(asked.frame, asked.body.settings, desk.limits)
     desk.samples.put(asked.owner, form, ids, buffers)
     return Reply("kept")
 
@@ -209,7 +182,7 @@ def read_samples(desk: Desk, asked: Asked) -> Reply:
 def read_missing(desk: Desk, asked: Asked) -> Reply:
     """Ids in, the places of those out whose samples are not kept."""
     parse_message(SamplesMeta, dict(asked.frame.meta))
-    _require_kept(asked)
+    require_kept(asked)
     return _missing(desk.samples.missing(asked.owner, read_ids(asked.frame)))
 
 
@@ -239,13 +212,15 @@ def _work(
 
 def _training_step(asked: Asked) -> StepMeta:
     meta = parse_message(StepMeta, dict(asked.frame.meta))
-    _require_placement(asked, "input")
+    require_placement(asked, "input")
     rounds.require_trainer(asked.run, asked.member, meta.round, None)
     return meta
 
 
 def _body_forward(desk: Desk, asked: Asked) -> Work:
     meta = _body_step(asked)
+    if "ids" in asked.frame.specs:
+        require_copies(asked)  # and there are none
     job = _body_job(desk, asked, meta, _sent(desk, asked))
     return _work(partial(desk.engine.body_forward, job), "features", asked.wire.features, meta)
 
@@ -303,8 +278,8 @@ def _tuned_body(desk: Desk, asked: Asked) -> BodyKey:
 
 
 def _gradients(desk: Desk, asked: Asked) -> Tensor:
-    most = asked.run.settings.training.batch_size
-    found = read_gradients(asked.frame, asked.body.settings, desk.device, asked.leading, most)
+    most, settings = asked.run.settings.training.batch_size, asked.body.settings
+    found = read_gradients(asked.frame, settings, desk.limits, desk.device, asked.leading, most)
     require_finite({"gradients": found})
     return found
 
@@ -319,20 +294,15 @@ def _renewed(desk: Desk, asked: Asked) -> Tensor | list[int]:
 
     Made on the CPU wherever the body runs: the device does the same sums, and no bit may differ.
     """
-    if asked.run.settings.wire.delta_smashed is None:
-        raise InvalidField(
-            "the server keeps no copies of this run's smashed data",
-            field="delta_smashed",
-            limit="a codec",
-        )
+    require_copies(asked)
     most = asked.run.settings.training.batch_size
-    revision = read_revision(asked.frame, asked.body.settings, most)
+    revision = read_revision(asked.frame, asked.body.settings, desk.limits, most)
     found = rebuild(desk.samples, asked.owner, revision)
     return found if isinstance(found, list) else found.to(desk.device)
 
 
 def _received(desk: Desk, asked: Asked, most: int | None) -> Tensor:
-    found = read_smashed(asked.frame, asked.body.settings, desk.device, most)
+    found = read_smashed(asked.frame, asked.body.settings, desk.limits, desk.device, most)
     require_finite({"smashed": found})
     return found
 
@@ -341,11 +311,18 @@ def _smashed(desk: Desk, asked: Asked, most: int | None = None) -> Tensor | Repl
     """Smashed data [B, T, D] that came with the request, or are kept; or what is missing."""
     if "ids" not in asked.frame.specs:
         return _received(desk, asked, most)
-    _require_kept(asked)
+    require_kept(asked)
+    if "smashed" in asked.frame.specs:
+        raise MalformedFrame(
+            "a batch is named by its ids or sent as it is, and not both",
+            field="tensors",
+            limit=["ids"],
+            value=sorted(asked.frame.specs),
+        )
     ids = read_ids(asked.frame)
     check_batch(len(ids), most, "ids")
     sizes = anatomy(asked.body.settings)
-    check_decoded(len(ids) * sizes.tokens * sizes.width, "ids")
+    check_decoded(len(ids) * sizes.tokens * sizes.width, "ids", desk.limits)
     found = desk.samples.take(asked.owner, ids)
     return _missing(found) if isinstance(found, list) else read_kept(*found, desk.device)
 
@@ -367,33 +344,3 @@ def _plan(desk: Desk, asked: Asked, round_: int) -> SessionPlan:
         initial=partial(read_prompts, _held_file(desk, asked, held)),
         from_mean_token=round_ == 1 and settings.model.prompt_init == "mean-token",
     )
-
-
-def _require_placement(asked: Asked, placement: str) -> None:
-    if asked.run.settings.model.prompt_at != placement:
-        raise InvalidField(
-            "this request is for runs whose prompts join elsewhere",
-            field="prompt_at",
-            limit=placement,
-            value=asked.run.settings.model.prompt_at,
-        )
-
-
-def _require_kept(asked: Asked) -> None:
-    if not asked.run.settings.wire.keep_smashed:
-        raise InvalidField(
-            "the server keeps no smashed data of this run", field="keep_smashed", limit=True
-        )
-
-
-def _require_tensors(frame: Frame, meta: ExchangeMeta) -> None:
-    """Refuse tensors for which an exchange of this number has no use."""
-    wanted = {"gradients"} if meta.number > 0 else set()
-    batch = {"ids", "smashed"} & set(frame.specs) if meta.number < meta.steps else set()
-    if set(frame.specs) != wanted | batch or len(batch) > 1:
-        raise MalformedFrame(
-            "an exchange brings gradients (but the first) and ids or smashed (but the last)",
-            field="tensors",
-            limit=sorted(wanted | {"ids"}) if meta.number < meta.steps else sorted(wanted),
-            value=sorted(frame.specs),
-        )

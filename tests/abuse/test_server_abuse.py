@@ -186,8 +186,33 @@ def test_those_who_only_announce_take_no_room_from_the_others(server: Running, m
             one.close()
 
 
-def test_full_room_is_busy_and_becomes_free_again(server: Running, member: Api) -> None:
-    head = head_of(member, "POST", "/v1/split/infer", "content-length: 1040000")
+def test_what_unpacks_to_more_than_a_frame_may_hold_is_refused(member: Api, keeper: Api) -> None:
+    """The limit is the server's own, and not the default of frames."""
+    shape = (200, 7, 192)
+    largest = 1024 * 1024 // (4 * 7 * 192)
+    for batch, is_let_in in ((shape[0], False), (largest + 1, False), (largest, True)):
+        zeros = torch.zeros(batch, *shape[1:])
+        pieces = encode_frame("infer", {"step": "s", "round": 1}, {"smashed": (zeros, "int4+zstd")})
+        content = bytes(join_frame(pieces))
+        assert len(content) < 4096
+        answer = member.call("POST", "/v1/split/infer", content=content)
+        assert answer.is_success == is_let_in, answer.text
+        if not is_let_in:
+            error = answer.json()["error"]
+            assert (code_of(answer), error["field"]) == ("too_large", "smashed")
+            assert (error["limit"], error["value"]) == (1024 * 1024, 4 * zeros.numel())
+    ids = torch.arange(300, dtype=torch.int64).view(torch.uint8).view(-1, 8).repeat(1, 2)
+    answer = keeper.ask("infer", {"step": "s", "round": 1}, ids=ids)
+    assert (code_of(answer), answer.json()["error"]["value"]) == ("too_large", 300 * 4 * 5 * 192)
+
+
+@pytest.mark.parametrize(
+    ("method", "path"), [("POST", "/v1/split/infer"), ("PUT", "/v1/runs/{run}/update")]
+)
+def test_full_room_is_busy_and_becomes_free_again(
+    server: Running, run: str, member: Api, method: str, path: str
+) -> None:
+    head = head_of(member, method, path.format(run=run), "content-length: 1040000")
     with socket.create_connection(("127.0.0.1", server.port)) as hog:
         hog.sendall(head + b"x" * 1_030_000)
         time.sleep(0.5)  # until the server has read it; asking earlier would take the hog's room
@@ -196,6 +221,27 @@ def test_full_room_is_busy_and_becomes_free_again(server: Running, member: Api) 
         assert answer.json()["error"]["retry_after_s"] > 0
         assert int(answer.headers["retry-after"]) >= 1
     wait_until(lambda: member.step("infer", smashed(batch=8), "b").is_success)
+
+
+def test_an_update_that_nobody_waits_for_is_refused_before_it_is_read(server: Running) -> None:
+    operator = server.operator()
+    settings = run_settings(min_participants=2, participants_per_round=1, evaluate_every=0)
+    run = operator.create(settings, key="waited-for").id
+    path = f"/v1/runs/{run}/update"
+    apis = [server.api(server.api().join(run, name).credential) for name in ("a", "b")]
+    trainer = next(api for api in apis if api.assignment(run).task is Task.TRAIN)
+    waiter = next(api for api in apis if api is not trainer)
+    began = time.monotonic()
+    for line in ("content-length: 1000000", "transfer-encoding: chunked"):
+        status, error = exchange(server, head_of(waiter, "PUT", path, line))
+        assert (status, error["code"]) == (409, "stale_round")
+    assert time.monotonic() - began < 1.5, "the server waited for a body"
+    counted = trainer.update(run, state_of(1.0), "u")
+    assert counted.is_success
+    assert operator.call("POST", f"/v1/runs/{run}/cancel", key="cancel").is_success
+    assert trainer.update(run, state_of(1.0), "u").content == counted.content
+    assert code_of(trainer.update(run, state_of(2.0), "u")) == "idempotency_key_reused"
+    assert code_of(trainer.update(run, state_of(1.0), "v")) == "run_closed"
 
 
 def test_a_client_that_goes_away_harms_nobody(server: Running, run: str, member: Api) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from edge_client import cli
 from edge_client.identity import Identity
+from protocol.messages import Task
 from tests.http_doubles import Api, Running, code_of, new_run, running_server
 from tests.integration.test_server_split_http import by_ids
 from tests.server_doubles import smashed
@@ -74,7 +75,8 @@ def test_whoever_leaves_is_out_and_its_samples_are_gone(
     code, out, _ = leave("--run", run)
     assert (code, out) == (0, f"kitchen has left: run {run}\n")
     assert kept(server) == before
-    assert code_of(device.call("GET", f"/v1/runs/{run}/assignment")) == "forbidden"
+    assert code_of(device.call("DELETE", f"/v1/runs/{run}/samples")) == "forbidden"
+    assert device.assignment(run).task is Task.STOP
 
 
 def test_samples_alone_can_be_deleted(server: Running, leave: Command, tmp_path: Path) -> None:

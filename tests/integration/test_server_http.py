@@ -184,6 +184,36 @@ def test_one_who_has_left_is_out(server: Running, operator: Api) -> None:
     assert api.call("DELETE", path, key="k").json() == {}
     assert code_of(api.step("infer", smashed(), "s")) == "forbidden"
     assert code_of(api.update(run, state_of(1.0), "u")) == "forbidden"
+    assert code_of(api.call("GET", f"/v1/runs/{run}/head")) == "forbidden"
+    assert api.call("GET", f"/v1/runs/{run}/results").is_success
+    assert api.call("GET", f"/v1/runs/{run}/events").is_success
+
+
+def test_leaving_is_answered_again_where_the_answer_was_lost(
+    server: Running, operator: Api
+) -> None:
+    run = new_run(operator, min_participants=2)
+    api = joined(server, run)
+    path = f"/v1/runs/{run}/participants/me"
+    first, repeat = (api.call("DELETE", path, key="k") for _ in range(2))
+    assert (first.status_code, first.content) == (repeat.status_code, repeat.content)
+    assert code_of(api.call("DELETE", path, key="another")) == "forbidden"
+    events = operator.call("GET", f"/v1/runs/{run}/events").json()
+    assert [event["kind"] for event in events].count("participant_left") == 1
+
+
+def test_one_who_has_left_and_asks_is_told_to_stop(server: Running, operator: Api) -> None:
+    run = new_run(operator, min_participants=2)
+    api = joined(server, run)
+    assert api.assignment(run).task is Task.WAIT
+    assert api.call("DELETE", f"/v1/runs/{run}/participants/me", key="k").is_success
+    stop = api.assignment(run, "?task=wait&round=0&attempt=0&wait=30")
+    assert (stop.task, stop.status) == (Task.STOP, RunStatus.WAITING)
+    assert stop.reason is not None
+    joined(server, run, "b")
+    assert joined(server, run, "c").assignment(run).task is Task.TRAIN
+    sampled = operator.call("GET", f"/v1/runs/{run}/results").json()["rounds"][0]["sampled"]
+    assert sampled == ["p0002", "p0003"]
 
 
 def test_refused_updates_do_not_count(server: Running, operator: Api) -> None:
@@ -229,11 +259,38 @@ def test_files_have_etags_and_ranges(server: Running, operator: Api) -> None:
         assert (same.status_code, same.content) == (304, b"")
         behind = api.call("GET", path, headers={"range": f"bytes={blob.nbytes}-"})
         assert code_of(behind) == "invalid_field"
+        part = api.call("GET", path, headers={"range": "bytes=100-199"})
+        assert (part.status_code, part.content) == (206, whole.content[100:200])
     assert code_of(api.call("GET", f"/v1/runs/{run}/states/{'0' * 64}/state")) == "not_found"
     assert code_of(api.call("GET", f"/v1/runs/{run}/states/..%2Fhead/state")) in (
         "not_found",
         "invalid_field",
     )
+
+
+@pytest.mark.parametrize(
+    ("wanted", "limit"),
+    [
+        ("bytes=5-4", 5),
+        ("bytes=0-1,5-6", "bytes=N-"),
+        ("bytes=-5", "bytes=N-"),
+        ("bytes=-", "bytes=N-"),
+        ("bytes=\u0663-".encode(), "bytes=N-"),
+        ("lines=0-", "bytes=N-"),
+        ("5", "bytes=N-"),
+        ("", "bytes=N-"),
+        ("bytes=" + 30 * "9" + "-", "bytes=N-"),
+    ],
+)
+def test_a_range_that_is_none_is_refused_with_a_typed_error(
+    server: Running, operator: Api, wanted: str | bytes, limit: object
+) -> None:
+    run = new_run(operator)
+    path = f"/v1/runs/{run}/head"
+    answer = operator.http.get(path, headers={"range": wanted})
+    error = answer.json()["error"]
+    assert (answer.status_code, code_of(answer)) == (422, "invalid_field")
+    assert (error["field"], error["limit"]) == ("range", limit)
 
 
 def test_a_long_poll_is_answered_when_something_changes(server: Running, operator: Api) -> None:
@@ -297,6 +354,58 @@ def test_every_refusal_is_typed_and_has_a_request_id(server: Running) -> None:
         assert error_from_wire(answer.json(), answer.status_code).code == code
     odd = api.call("GET", "/v1/health", headers={"x-request-id": "no spaces here"})
     assert odd.headers["x-request-id"] != "no spaces here"
+
+
+@pytest.mark.parametrize(
+    ("message", "field", "limit", "value"),
+    [
+        ({"round": -1}, "round", 0, -1),
+        ({"round": 2**53}, "round", 2**53, 2**53),
+        ({"unknown": 1}, "unknown", None, 1),
+        ({"correct": 11}, "body", None, None),
+    ],
+)
+def test_a_message_out_of_range_is_refused_with_the_bound(
+    server: Running,
+    operator: Api,
+    message: dict[str, int],
+    field: str,
+    limit: object,
+    value: object,
+) -> None:
+    run = new_run(operator, min_participants=2)
+    answer = joined(server, run).evaluate(run, "e", **message)
+    error = answer.json()["error"]
+    assert (code_of(answer), error["field"]) == ("invalid_field", field)
+    assert (error.get("limit"), error.get("value")) == (limit, value)
+
+
+def test_a_query_out_of_range_is_refused_with_the_bound(server: Running, operator: Api) -> None:
+    run = new_run(operator, min_participants=2)
+    answer = joined(server, run).call("GET", f"/v1/runs/{run}/assignment?wait=3601")
+    error = answer.json()["error"]
+    assert (code_of(answer), error["field"], error["limit"]) == ("invalid_field", "wait", 3600)
+
+
+@pytest.mark.parametrize(
+    "content", [b'{"rounds": 1, x', b"{", b'{"name": "\xff"}', b"[" * 100_000, b"\xff\xfe"]
+)
+def test_what_is_no_json_is_refused_as_a_whole(operator: Api, content: bytes) -> None:
+    json = {"content-type": "application/json"}
+    answer = operator.call("POST", "/v1/runs", key="no-json", content=content, headers=json)
+    error = answer.json()["error"]
+    assert (answer.status_code, code_of(answer), error["field"]) == (422, "invalid_field", "body")
+
+
+def test_a_wrong_method_is_named(server: Running) -> None:
+    api = server.api()
+    answer = api.call("PATCH", "/v1/runs/r/evaluation")
+    error = answer.json()["error"]
+    assert (answer.status_code, code_of(answer)) == (405, "invalid_request")
+    assert (error["field"], error["value"]) == ("method", "PATCH")
+    assert answer.headers["allow"] == "PUT"
+    error = api.call("GET", "/v1/split/forward").json()["error"]
+    assert (error["field"], error["limit"], error["value"]) == ("method", "POST", "GET")
 
 
 def test_an_unexpected_failure_is_typed_too(

@@ -90,6 +90,29 @@ def test_answers_use_the_codecs_of_the_run(server: Running, operator: Api) -> No
     assert tensor_in(api.step("backward", smashed(), "s"), "gradients").dtype is torch.float16
 
 
+@pytest.mark.parametrize(
+    ("codec", "factor", "limit"), [("float16", 1e6, 65504.0), ("int8", 5e37, 127 * 2.0**119)]
+)
+def test_an_answer_beyond_its_codec_is_not_the_requests_fault(
+    server: Running, operator: Api, codec: str, factor: float, limit: float
+) -> None:
+    """What goes past the body's blocks on its way is as large as what came in."""
+    run = new_run(operator, wire={"features": codec, "gradients": codec, "inference": codec})
+    api = joined(server, run)
+    api.assignment(run)
+    large = smashed() * factor
+    assert api.step("forward", smashed(), "fine").is_success
+    for answer, name in (
+        (api.step("forward", large, "large"), "features"),
+        (api.step("infer", large, "large"), "features"),
+        (api.step("backward", large, "fine"), "gradients"),
+    ):
+        error = answer.json()["error"]
+        assert (code_of(answer), error["field"], error["limit"]) == ("non_finite", name, limit)
+        assert error["value"] == "nan" or error["value"] > limit
+    assert api.step("forward", smashed(), "next").is_success
+
+
 def by_ids(*numbers: int) -> Tensor:
     """The ids [B, 16] of samples."""
     return torch.stack([torch.full((16,), number, dtype=torch.uint8) for number in numbers])
@@ -302,6 +325,16 @@ def test_samples_that_cannot_be_kept_are_refused(server: Running, operator: Api)
     assert code_of(whole) == "invalid_field"  # a codec whose rows cannot be told apart
     answer = api.ask("missing", {}, ids=ids)
     assert tensor_of(answer, "missing", "places").tolist() == [0, 1]
+
+
+def test_an_inference_by_ids_brings_no_smashed_data(server: Running, operator: Api) -> None:
+    run = new_run(operator, prompt_at="cut", wire={"keep_smashed": True}, min_participants=2)
+    api = joined(server, run)
+    rows, ids = smashed()[:, :5].contiguous(), by_ids(1, 2)
+    assert api.ask("samples", {}, ids=ids, smashed=rows).is_success
+    meta = {"step": "s", "round": 1}
+    assert code_of(api.ask("infer", meta, ids=ids, smashed=rows)) == "malformed_frame"
+    assert api.ask("infer", meta, ids=ids).content == api.ask("infer", meta, smashed=rows).content
 
 
 def test_an_update_of_no_sample_names_no_session(server: Running, operator: Api) -> None:

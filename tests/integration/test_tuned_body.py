@@ -356,6 +356,9 @@ def test_what_a_session_of_a_body_is_asked_otherwise_is_refused_by_name(server: 
     bad = batch.clone()
     bad[0, 0, 0] = math.nan
     assert refusal("forward", meta(0), smashed=bad) == ("non_finite", "smashed")
+    ids = torch.arange(16, dtype=torch.uint8).reshape(1, 16)
+    for with_ids in ({"ids": ids}, {"ids": ids, "smashed": batch[:1]}):
+        assert refusal("forward", meta(0), **with_ids) == ("invalid_field", "delta_smashed")
     assert refusal("backward", meta(0), gradients=batch) == ("step_lost", "session")
 
 

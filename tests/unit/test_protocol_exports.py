@@ -28,7 +28,7 @@ EXPORTED = {
     "ExchangeMeta InferMeta JoinRequest JoinResponse Loss MAX_LOSS NEURONS ParticipantView Results "
     "RoundStatus RoundView RunStatus RunView "
     "SAMPLE_ID_BYTES SamplesMeta Seconds Sha256 StepId StepMeta Task UpdateMeta UpdateReceipt "
-    "named_field parse_message",
+    "named_field named_limit parse_message",
     "seeds": "derive_seed",
     "settings": "BackboneSettings CodecName DistillationSettings FederationSettings Message "
     "PromptDepth PromptPlacement ProxyKind RunSettings ServerOptimizer Text "

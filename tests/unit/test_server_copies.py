@@ -14,8 +14,16 @@ from torch import Tensor
 
 from edge_client.copies import Copies, Sample
 from edge_client.copies import Revision as Sending
-from protocol.errors import InvalidField, MalformedFrame, NonFinite, SFPromptError, WrongShape
+from protocol.errors import (
+    InvalidField,
+    MalformedFrame,
+    NonFinite,
+    SFPromptError,
+    TooLarge,
+    WrongShape,
+)
 from protocol.frames import Frame, decode_frame, encode_frame, join_frame
+from protocol.limits import DEFAULT_LIMITS, FrameLimits
 from split_server.copies import read_revision, rebuild
 from split_server.samples import Kept, Owner, RowForm, SampleStore, StoreLimits
 from tests.server_doubles import SPLIT, TOKENS, WIDTH, smashed
@@ -77,7 +85,7 @@ def frame(tensors: Tensors) -> Frame:
 
 
 def ask(store: SampleStore, tensors: Tensors, owner: Owner = A) -> Tensor | list[int]:
-    return rebuild(store, owner, read_revision(frame(tensors), SPLIT, MOST))
+    return rebuild(store, owner, read_revision(frame(tensors), SPLIT, DEFAULT_LIMITS, MOST))
 
 
 def answer(store: SampleStore, tensors: Tensors, owner: Owner = A) -> Tensor:
@@ -194,7 +202,8 @@ REFUSALS: list[tuple[Tensors, type[SFPromptError], str]] = [
     (changed(versions=None), MalformedFrame, "versions"),
     (changed(versions=whole_numbers(1, 2)), MalformedFrame, "versions"),
     (changed(versions=whole_numbers([1, 2])), MalformedFrame, "versions"),
-    (changed(versions=(torch.zeros(2, 2), "float32")), MalformedFrame, "versions"),
+    (changed(versions=(torch.zeros(2, 2), "float32")), MalformedFrame, "versions.codec"),
+    (changed(ids=(ids(1, 2), "uint8+zstd")), MalformedFrame, "ids.codec"),
     (changed(versions=whole_numbers([-1, 1], [1, 1])), MalformedFrame, "versions"),
     (changed(versions=whole_numbers([1, 1], [0, 1])), MalformedFrame, "versions"),
     (changed(whole=None, whole_rows=None), MalformedFrame, "versions"),
@@ -210,7 +219,7 @@ REFUSALS: list[tuple[Tensors, type[SFPromptError], str]] = [
     (changed(whole_rows=whole_numbers(2)), MalformedFrame, "whole_rows"),
     (changed(whole_rows=whole_numbers(-1)), MalformedFrame, "whole_rows"),
     (changed(whole_rows=whole_numbers(1)), MalformedFrame, "change_rows"),
-    (changed(whole_rows=(torch.zeros(1), "float32")), MalformedFrame, "whole_rows"),
+    (changed(whole_rows=(torch.zeros(1), "float32")), MalformedFrame, "whole_rows.codec"),
     (
         changed(
             changes=(X[:2], "float32"),
@@ -231,13 +240,34 @@ def test_a_request_at_odds_with_itself_is_refused(
     tensors: Tensors, error: type[SFPromptError], field: str
 ) -> None:
     with pytest.raises(SFPromptError) as caught:
-        read_revision(frame(tensors), SPLIT, MOST)
+        read_revision(frame(tensors), SPLIT, DEFAULT_LIMITS, MOST)
     assert type(caught.value) is error
     assert caught.value.field == field
+    assert caught.value.limit is None or caught.value.limit != caught.value.value
+
+
+@pytest.mark.parametrize("part", ["whole", "changes", "neither"])
+def test_a_batch_that_is_small_on_the_wire_alone_is_refused_before_it_is_decoded(
+    part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names, zeros = list(range(1, 7)), dict.fromkeys(range(6), torch.zeros(TOKENS, WIDTH))
+    versions = [(1, 1 if part == "neither" else 2)] * 6
+    sent = {} if part == "neither" else {part: zeros}
+    small = frame(forward(names, versions, **sent, codec="float32+zstd"))
+
+    def decoded(*_: object) -> None:
+        raise AssertionError("a tensor was decoded")
+
+    limits = FrameLimits(max_frame_bytes=6 * ONE)
+    assert len(read_revision(small, SPLIT, limits, MOST).ids) == 6
+    monkeypatch.setattr("split_server.copies.read_floats", decoded)
+    with pytest.raises(TooLarge) as caught:
+        read_revision(small, SPLIT, FrameLimits(max_frame_bytes=6 * ONE - 1), MOST)
+    assert (caught.value.field, caught.value.value) == ("ids", 6 * ONE)
 
 
 def test_the_sound_request_is_taken() -> None:
-    revision = read_revision(frame(changed()), SPLIT, MOST)
+    revision = read_revision(frame(changed()), SPLIT, DEFAULT_LIMITS, MOST)
     assert (revision.before, revision.after) == ([-1, 0], [1, 1])
     assert (revision.whole.places, revision.changes.places) == ([0], [1])
 

@@ -70,10 +70,15 @@ def test_tokens_are_recognised() -> None:
     assert both.identify("Bearer the-join-token") == Joiner()
     both.may_join(Joiner())
     both.may_join(Operator())
-    for refused in (Stranger(), Member("r1", "p1")):
-        with pytest.raises(Unauthorized):
-            both.may_join(refused)
-    credentials().may_join(Stranger())
+    refused: list[tuple[Identity, type[Exception]]] = [
+        (Stranger(), Unauthorized),
+        (Stranger(True), Unauthorized),
+        (Member("r1", "p1"), Forbidden),
+    ]
+    for identity, error in refused:
+        credentials().may_join(identity)
+        with pytest.raises(error):
+            both.may_join(identity)
 
 
 def test_each_role_does_its_own() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from protocol.errors import (
     IdempotencyKeyReused,
+    InvalidField,
     StepLost,
 )
 from split_server.engine import compute
@@ -203,6 +204,28 @@ def test_a_session_that_is_not_here_is_lost(make: MakeEngine, case: Case) -> Non
         assert len(engine._keeper.room.steps) == 1
 
     asyncio.run(lost())
+
+
+def test_a_session_has_one_number_of_steps(make: MakeEngine, case: Case) -> None:
+    engine = make()
+
+    async def wrong() -> None:
+        features = await engine.exchange(case.job(0, 3, BATCHES[0]))
+        gradients = gradient_of(features)
+        for job in (case.job(1, 2, BATCHES[1], gradients), case.job(1, 1, None, gradients)):
+            with pytest.raises(InvalidField) as caught:
+                await engine.exchange(job)
+            named = (caught.value.field, caught.value.limit, caught.value.value)
+            assert named == ("steps", 3, job.steps)
+        features = await engine.exchange(case.job(1, 3, BATCHES[1], gradients))
+        with pytest.raises(InvalidField):  # nobody ends a session before its end
+            await engine.exchange(case.job(2, 2, None, gradient_of(features)))
+        features = await engine.exchange(case.job(2, 3, BATCHES[2], gradient_of(features)))
+        await engine.exchange(case.job(3, 3, None, gradient_of(features)))
+
+    asyncio.run(wrong())
+    prompts = engine.trained("r1", "p1", "s")
+    torch.testing.assert_close(prompts, case.by_hand(BATCHES[:3])[1], rtol=1e-5, atol=1e-6)
 
 
 def test_prompts_are_given_out_at_the_end_alone(make: MakeEngine, case: Case) -> None:
