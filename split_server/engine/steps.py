@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from weakref import WeakSet
 
 from torch import Tensor
 
@@ -62,6 +63,7 @@ class RetainedSteps:
         self._most = most_per_participant
         self._steps: OrderedDict[StepKey, RetainedStep] = OrderedDict()
         self._holders: Counter[Graph] = Counter()  # steps that need each graph
+        self._spent: WeakSet[Graph] = WeakSet()  # whose steps may not all have been added
         self.nbytes = 0
 
     def __len__(self) -> int:
@@ -83,8 +85,14 @@ class RetainedSteps:
         return step.input_bytes if step.graph is None else step.graph.share(key)
 
     def add(self, key: StepKey, step: RetainedStep) -> None:
-        """Keep a step; its participant's oldest ones go where it has too many."""
+        """Keep a step; its participant's oldest ones go where it has too many.
+
+        The steps of one forward are added one by one, so its graph may be spent by then: such a
+        step begins with its input alone.
+        """
         self.drop(key)
+        if step.graph is not None and step.graph in self._spent:
+            step.graph = None
         own = [k for k in self._steps if (k.run, k.participant) == (key.run, key.participant)]
         for old in own[: max(0, len(own) + 1 - self._most)]:
             self.drop(old)
@@ -112,7 +120,10 @@ class RetainedSteps:
 
     def spend(self, graph: Graph, but: set[StepKey]) -> None:
         """A graph has been run backward: the steps in it but these go on with their input alone."""
-        for key in graph.rows.keys() - but:
+        others = graph.rows.keys() - but
+        if others:
+            self._spent.add(graph)
+        for key in others:
             step = self._steps.get(key)
             if step is not None and step.graph is graph:
                 self._let_go(graph)
