@@ -192,7 +192,7 @@ class Federation(Runs):
             if participant is None:
                 participant = self._join(session, self.run(run_id), request, once)
         self._presence.touch(run_id, participant)
-        self.advance(run_id)
+        self.go_on(run_id)
         return JoinResponse(
             participant=participant,
             credential=self._credentials.issue(run_id, participant),
@@ -243,7 +243,7 @@ class Federation(Runs):
             record_event(session, run_id, at, "participant_left", participant=participant)
         self._presence.forget(run_id, participant)
         self._watcher.left(run_id, participant)
-        self.advance(run_id)
+        self.go_on(run_id)
 
     def update(
         self,
@@ -268,7 +268,7 @@ class Federation(Runs):
             EmptyUpdate, NonFinite, WrongShape: not like this; the round goes on without it.
             InvalidField: a field is wrong; the participant may correct it.
         """
-        self.advance(run_id)
+        self.go_on(run_id)
         receipt = UpdateReceipt(round=meta.round, samples=meta.samples)
         with self._lock(run_id):
             if self._recall(once) is not None:
@@ -294,7 +294,7 @@ class Federation(Runs):
                 refusal = None
                 sha256 = self.files(run_id).write_update(tensors).sha256
                 self._count(run, member, meta, sha256, once)
-        self.advance(run_id)
+        self.go_on(run_id)
         if refusal is not None:
             raise refusal
         return receipt
@@ -349,7 +349,7 @@ class Federation(Runs):
             StaleRound, RunClosed, Conflict: not now, or not again.
             InvalidField: a count that this participant cannot have.
         """
-        self.advance(run_id)
+        self.go_on(run_id)
         with self._changing(run_id) as session:
             if once.recall(session) is not None:
                 return
@@ -372,4 +372,4 @@ class Federation(Runs):
             once.remember(session, {}, at)
             data: dict[str, Any] = report.model_dump(exclude={"loss_sum"})
             record_event(session, run_id, at, "evaluation_counted", participant=participant, **data)
-        self.advance(run_id)
+        self.go_on(run_id)
