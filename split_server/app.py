@@ -199,7 +199,7 @@ class SplitServer:
             for run in federation.open_runs():
                 with _logged(f"run {run} could not go on"):
                     if federation.due(run):
-                        await asyncio.to_thread(federation.go_on, run)
+                        await asyncio.to_thread(federation.go_on, run, wait=False)
             if number % _TICKS_PER_SAVE == 0:
                 engine.sweep()
                 with _logged("saving the meter failed"):

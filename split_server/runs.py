@@ -139,20 +139,29 @@ class Runs:
         """Whether `go_on` would change something; cheap, and without a lock."""
         return not self._pauses(run_id) and self._next(run_id) is not None
 
-    def go_on(self, run_id: str) -> None:
+    def go_on(self, run_id: str, *, wait: bool = True) -> None:
         """Take every step of a run that is due, for somebody whose own request is done without.
 
         A step that fails is no matter of theirs: it is logged, and the run pauses for a moment,
         whoever asks.
+
+        Args:
+            run_id: of the run.
+            wait: for whoever changes the run just now. Who will hear of the change anyway need not
+                hold a thread for that, of which requests of all runs have few.
         """
         self.run(run_id)
-        if self._pauses(run_id):
+        lock = self._lock(run_id)
+        if not lock.acquire(blocking=wait):
             return
         try:
-            self.advance(run_id)
+            if not self._pauses(run_id):
+                self.advance(run_id)
         except Exception:
             self._not_before[run_id] = self._clock.monotonic() + _RETRY_S
             log.exception("run %s could not go on; trying again later", run_id)
+        finally:
+            lock.release()
 
     def advance(self, run_id: str) -> None:
         """Take every step of a run that is due."""

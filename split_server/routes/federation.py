@@ -198,7 +198,7 @@ class FederationRoutes:
         wait = min(wait, self._max_wait_s)
         self._presence.touch(run, member.participant, wait)
         if self._federation.due(run):
-            await run_in_threadpool(self._federation.go_on, run)
+            await run_in_threadpool(self._federation.go_on, run, wait=False)
         give_up_at = time.monotonic() + wait
         while True:
             ticket = self._notifier.ticket(run)

@@ -1,7 +1,8 @@
-"""Runs that cannot go on for a moment, and those whose requests come meanwhile."""
+"""Runs that cannot go on for a moment, or take long, and requests that come meanwhile."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,3 +110,39 @@ def test_a_run_that_pauses_holds_up_no_other(site: Bench, monkeypatch: pytest.Mo
     site.update(runs[1], second, state_of(4.0))
     assert everywhere(site, runs[0]) == 0.0
     assert everywhere(site, runs[1]) == 4.0
+
+
+def test_nobody_who_polls_waits_for_an_aggregation(
+    site: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = site.create(min_participants=2, evaluate_every=0)
+    a, b = site.join(run, "a"), site.join(run, "b")
+    site.update(run, a, state_of(1.0))
+    at_work, over, real = threading.Event(), threading.Event(), progress.average
+
+    def long(*given: Any) -> Any:
+        at_work.set()
+        assert over.wait(20)
+        return real(*given)
+
+    monkeypatch.setattr(progress, "average", long)
+    last = threading.Thread(target=lambda: site.update(run, b, state_of(3.0)))
+    last.start()
+    polls = [
+        threading.Thread(target=lambda: site.federation.go_on(run, wait=False)) for _ in range(3)
+    ]
+    try:
+        assert at_work.wait(20)
+        assert site.federation.due(run)
+        for poll in polls:
+            poll.start()
+        for poll in polls:
+            poll.join(5)
+        assert not any(poll.is_alive() for poll in polls)
+        assert site.federation.assignment(run, a).task is Task.WAIT
+    finally:
+        over.set()
+        last.join(20)
+        for poll in polls:
+            poll.join(20)
+    assert everywhere(site, run) == 2.0
