@@ -93,14 +93,17 @@ class RetainedSteps:
         self.drop(key)
         if step.graph is not None and step.graph in self._spent:
             step.graph = None
-        own = [k for k in self._steps if (k.run, k.participant) == (key.run, key.participant)]
-        for old in own[: max(0, len(own) + 1 - self._most)]:
+        for old in self._one_too_many(key):
             self.drop(old)
         self._steps[key] = step
         if step.graph is None:
             self.nbytes += step.input_bytes
         else:
             self._hold(step.graph)
+
+    def next_to_go(self, key: StepKey) -> StepKey | None:
+        """The step that one more of its participant's would take the place of, if any."""
+        return next(iter(self._one_too_many(key)), None)
 
     def drop(self, key: StepKey) -> None:
         step = self._steps.pop(key, None)
@@ -134,6 +137,11 @@ class RetainedSteps:
         """The steps that still need this graph."""
         held = ((key, self._steps.get(key)) for key in graph.rows)
         return {key for key, step in held if step is not None and step.graph is graph}
+
+    def _one_too_many(self, key: StepKey) -> list[StepKey]:
+        """The oldest steps of this one's participant, which go when it is added."""
+        own = [k for k in self._steps if (k.run, k.participant) == (key.run, key.participant)]
+        return own[: max(0, len(own) + 1 - self._most)]
 
     def _hold(self, graph: Graph) -> None:
         if graph not in self._holders:
