@@ -124,6 +124,11 @@ class SplitSettings:
             limit = "'none' where prompts join anywhere but at the input alone"
             raise SplitSettingsError("proxy", limit, self.proxy)
 
+    @property
+    def tunes_ahead(self) -> bool:
+        """Whether anything ahead of the body is tuned: nobody else needs the gradient there."""
+        return self.tune in HEAD_TUNED or (self.prompt_count > 0 and self.prompt_at == "input")
+
     def untuned(self) -> "SplitSettings":
         """The same cut with nothing of head and body tuned."""
         return dataclasses.replace(self, tune="tail", tune_body=False)

@@ -42,7 +42,6 @@ log = logging.getLogger(__name__)
 _MIB = 1024 * 1024
 _CODEC_THREADS = 8  # decode and encode frames
 _TICK_S = 0.25  # how late a deadline may be noticed
-_RETRY_S = 5.0  # after a run could not go on (a full disk, say)
 _TICKS_PER_SAVE = 20  # between two savings of the meter
 
 
@@ -196,13 +195,12 @@ class SplitServer:
 
     async def _tick(self, federation: Federation, engine: Engine) -> None:
         """Notice deadlines, and save now and then what only memory holds."""
-        not_before: dict[str, float] = {}  # runs that failed to go on, and when to try again
         for number in range(1, 2**62):
             await asyncio.sleep(_TICK_S)
-            now = asyncio.get_running_loop().time()
             for run in federation.open_runs():
-                if now >= not_before.get(run, 0.0) and not await _advance(federation, run):
-                    not_before[run] = now + _RETRY_S
+                with _logged(f"run {run} could not go on"):
+                    if federation.due(run):
+                        await asyncio.to_thread(federation.go_on, run, wait=False)
             if number % _TICKS_PER_SAVE == 0:
                 engine.sweep()
                 with _logged("saving the meter failed"):
@@ -216,15 +214,6 @@ def _watch(figures: EngineFigures, room: Room, samples: SampleStore) -> None:
         "sfprompt_samples_memory_bytes", "Smashed data kept in memory", lambda: samples.memory_bytes
     )
     watch("sfprompt_samples_disk_bytes", "Smashed data kept on disk", lambda: samples.disk_bytes)
-
-
-async def _advance(federation: Federation, run: str) -> bool:
-    """Take the steps of a run that are due; False: one failed, and only this run waits for it."""
-    with _logged(f"run {run} could not go on"):
-        if federation.due(run):
-            await asyncio.to_thread(federation.advance, run)
-        return True
-    return False
 
 
 @contextlib.contextmanager

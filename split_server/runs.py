@@ -28,6 +28,8 @@ from split_server.tables import RunRow, UpdateRow
 
 log = logging.getLogger(__name__)
 
+_RETRY_S = 5.0  # after a run could not go on (a full disk, say)
+
 
 class Watcher(Protocol):
     """Is told of what happens. Called from any thread; must not block."""
@@ -80,6 +82,7 @@ class Runs:
         self._clock = clock
         self._runs: dict[str, RunSnapshot] = {}
         self._locks: dict[str, threading.RLock] = {}
+        self._not_before: dict[str, float] = {}  # runs that could not go on: when to try again
         self._renewals = Renewals(self._renew, self._cannot_renew)
 
     def close(self) -> None:
@@ -139,8 +142,32 @@ class Runs:
                     RunFiles(folder).remove()
 
     def due(self, run_id: str) -> bool:
-        """Whether `advance` would change something; cheap, and without a lock."""
-        return self._next(run_id) is not None
+        """Whether `go_on` would change something; cheap, and without a lock."""
+        return not self._pauses(run_id) and self._next(run_id) is not None
+
+    def go_on(self, run_id: str, *, wait: bool = True) -> None:
+        """Take every step of a run that is due, for somebody whose own request is done without.
+
+        A step that fails is no matter of theirs: it is logged, and the run pauses for a moment,
+        whoever asks.
+
+        Args:
+            run_id: of the run.
+            wait: for whoever changes the run just now. Who will hear of the change anyway need not
+                hold a thread for that, of which requests of all runs have few.
+        """
+        self.run(run_id)
+        lock = self._lock(run_id)
+        if not lock.acquire(blocking=wait):
+            return
+        try:
+            if not self._pauses(run_id):
+                self.advance(run_id)
+        except Exception:
+            self._not_before[run_id] = self._clock.monotonic() + _RETRY_S
+            log.exception("run %s could not go on; trying again later", run_id)
+        finally:
+            lock.release()
 
     def advance(self, run_id: str) -> None:
         """Take every step of a run that is due."""
@@ -172,6 +199,9 @@ class Runs:
             if self.run(run.id).status.over:
                 self._watcher.run_over(run.id)
             self._sweep(run.id, run)
+
+    def _pauses(self, run_id: str) -> bool:
+        return self._clock.monotonic() < self._not_before.get(run_id, 0.0)
 
     def _next(self, run_id: str) -> rounds.Action | None:
         if self._renewals.busy(run_id):

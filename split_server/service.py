@@ -192,7 +192,7 @@ class Federation(Runs):
             if participant is None:
                 participant = self._join(session, self.run(run_id), request, once)
         self._presence.touch(run_id, participant)
-        self.advance(run_id)
+        self.go_on(run_id)
         return JoinResponse(
             participant=participant,
             credential=self._credentials.issue(run_id, participant),
@@ -246,7 +246,7 @@ class Federation(Runs):
             record_event(session, run_id, at, "participant_left", participant=participant)
         self._presence.forget(run_id, participant)
         self._watcher.left(run_id, participant)
-        self.advance(run_id)
+        self.go_on(run_id)
 
     def update(
         self,
@@ -271,7 +271,7 @@ class Federation(Runs):
             EmptyUpdate, NonFinite, WrongShape: not like this; the round goes on without it.
             InvalidField: a field is wrong; the participant may correct it.
         """
-        self.advance(run_id)
+        self.go_on(run_id)
         receipt = UpdateReceipt(round=meta.round, samples=meta.samples)
         with self._lock(run_id):
             if self._recall(once) is not None:
@@ -297,7 +297,7 @@ class Federation(Runs):
                 refusal = None
                 sha256 = self.files(run_id).write_update(tensors).sha256
                 self._count(run, member, meta, sha256, once)
-        self.advance(run_id)
+        self.go_on(run_id)
         if refusal is not None:
             raise refusal
         return receipt
@@ -352,7 +352,7 @@ class Federation(Runs):
             StaleRound, RunClosed, Conflict: not now, or not again.
             InvalidField: a count that this participant cannot have.
         """
-        self.advance(run_id)
+        self.go_on(run_id)
         with self._changing(run_id) as session:
             if once.recall(session) is not None:
                 return
@@ -375,7 +375,7 @@ class Federation(Runs):
             once.remember(session, {}, at)
             data: dict[str, Any] = report.model_dump(exclude={"loss_sum"})
             record_event(session, run_id, at, "evaluation_counted", participant=participant, **data)
-        self.advance(run_id)
+        self.go_on(run_id)
 
 
 def _require_same_classes(run: RunSnapshot, request: JoinRequest) -> None:

@@ -84,12 +84,16 @@ class Exchanges:
         self._worker.add(task)
         return ticket
 
-    def trained(self, run: str, participant: str, session: str) -> Tensor:
-        """See `Engine.trained`."""
-        found = self._sessions.get(run, participant, session)
-        if found.applied != found.steps:
-            raise lost_session(session)
-        return found.trained()
+    def finished(self, run: str, participant: str, name: str) -> Session:
+        """A session that has come to its end.
+
+        Raises:
+            StepLost: it is not here, or not at its end.
+        """
+        session = self._sessions.get(run, participant, name)
+        if session.applied != session.steps:
+            raise lost_session(name)
+        return session
 
     def release(self, run: str, participant: str | None) -> None:
         self._sessions.drop(run, participant)

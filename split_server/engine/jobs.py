@@ -23,6 +23,7 @@ class ForwardJob:
     smashed: Tensor  # [B, T, D]
     fingerprint: int  # of the request: a repeat has the same one
     leading: int | None = None  # tokens of the features that are wanted; None: all
+    backward: bool = True  # whether one may follow; without it nothing is kept for one
 
     @property
     def run(self) -> str:
@@ -141,7 +142,7 @@ class Engine(Protocol):
     """
 
     async def forward(self, job: ForwardJob) -> Tensor:
-        """Features [B, T, D] on the CPU; the step is kept for its backward.
+        """Features [B, T, D] on the CPU; the step is kept for its backward, if one may follow.
 
         Raises:
             Busy: no room now.

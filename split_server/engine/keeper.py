@@ -118,10 +118,25 @@ class Keeper:
         found = self.room.ask(body, smashed, instead_of)
         if found is None:
             self.sweep()
-            found = self.room.ask(body, smashed, instead_of)
+            found = self.room.ask(body, smashed, instead_of) or self._in_its_place(
+                body, smashed, key
+            )
         if found is None:
             raise busy("the memory for open steps is taken")
         return Admitted(*found, self.releases_of(key))
+
+    def _in_its_place(
+        self, body: BodyKey, smashed: Tensor, key: StepKey
+    ) -> tuple[Keep, int] | None:
+        """Room that the participant's own oldest step gives, where it has too many with this one.
+
+        It goes at once: of several forwards that wait, only one can have its room.
+        """
+        oldest = self.room.steps.next_to_go(key)
+        if oldest is None or self.room.ask(body, smashed, oldest) is None:
+            return None
+        self.room.steps.drop(oldest)
+        return self.room.ask(body, smashed)
 
     def releases_of(self, key: StepKey) -> int:
         """Changes when the steps of this one's run or participant are released."""
@@ -159,8 +174,12 @@ class Keeper:
     def answered(self, key: StepKey, step: RetainedStep, answer: Answer) -> None:
         """A step is over; its answers are kept for repeats."""
         self.room.steps.drop(key)
-        self._answers.add("forward", key, Answer(step.answer, step.fingerprint))
-        self._answers.add("backward", key, answer)
+        self.remember("forward", key, Answer(step.answer, step.fingerprint))
+        self.remember("backward", key, answer)
+
+    def remember(self, kind: str, key: StepKey, answer: Answer) -> None:
+        """Keep an answer for repeats."""
+        self._answers.add(kind, key, answer)
 
     def drop_steps(self, run: str, participant: str | None) -> None:
         self.room.steps.drop_where(lambda key, _: _is_of(key, run, participant))

@@ -99,7 +99,8 @@ class LocalEngine:
     def trained(self, run: str, participant: str, session: str) -> Tensor:
         """See `Engine.trained`."""
         with self._lock:
-            return self._exchanges.trained(run, participant, session)
+            found = self._exchanges.finished(run, participant, session)
+        return found.trained()  # nothing changes it any more, and a device's queue may be long
 
     async def body_forward(self, job: BodyJob) -> Tensor:
         """See `Engine.body_forward`."""
@@ -172,12 +173,22 @@ class LocalEngine:
     def _begin_forward(self, job: ForwardJob) -> Ticket:
         nbytes = nbytes_of(job.smashed)
         self._worker.require_room(nbytes)
+        if not job.backward:
+            return self._begin_lone_forward(job, nbytes)
         admitted = self._keeper.admit(job.body, job.smashed, job.key, None, self._worker.busy)
         ticket = self._keeper.open(("forward", job.key), job.fingerprint, admitted.nbytes)
         done = partial(self._ran_forward, job, ticket, admitted)
         self._worker.add(
             forward_task(job, admitted.keep, lambda _: None, done, ticket.fail, nbytes)
         )
+        return ticket
+
+    def _begin_lone_forward(self, job: ForwardJob, nbytes: int) -> Ticket:
+        """A forward without a backward: of it the answer alone is kept, for repeats."""
+        ticket = self._keeper.open(("forward", job.key), job.fingerprint)
+        done = partial(self._ran_lone_forward, job, ticket, self._keeper.releases_of(job.key))
+        # Computed without a graph, with those whose input alone is kept.
+        self._worker.add(forward_task(job, "input", lambda _: None, done, ticket.fail, nbytes))
         return ticket
 
     def _begin_backward(self, job: BackwardJob) -> Ticket:
@@ -202,6 +213,17 @@ class LocalEngine:
         def deliver(features: Tensor) -> None:
             with self._lock:
                 self._keeper.retain(job, admitted, part, features)
+            ticket.answer(features)
+
+        self._outbox.send(part.features, deliver, ticket.fail)
+
+    def _ran_lone_forward(
+        self, job: ForwardJob, ticket: Ticket, releases: int, part: Forwarded
+    ) -> None:
+        def deliver(features: Tensor) -> None:
+            with self._lock:
+                if releases == self._keeper.releases_of(job.key):
+                    self._keeper.remember("forward", job.key, Answer(features, job.fingerprint))
             ticket.answer(features)
 
         self._outbox.send(part.features, deliver, ticket.fail)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from weakref import WeakSet
 
 from torch import Tensor
 
@@ -62,6 +63,7 @@ class RetainedSteps:
         self._most = most_per_participant
         self._steps: OrderedDict[StepKey, RetainedStep] = OrderedDict()
         self._holders: Counter[Graph] = Counter()  # steps that need each graph
+        self._spent: WeakSet[Graph] = WeakSet()  # whose steps may not all have been added
         self.nbytes = 0
 
     def __len__(self) -> int:
@@ -78,16 +80,25 @@ class RetainedSteps:
         return step.input_bytes if step.graph is None else step.graph.share(key)
 
     def add(self, key: StepKey, step: RetainedStep) -> None:
-        """Keep a step; its participant's oldest ones go where it has too many."""
+        """Keep a step; its participant's oldest ones go where it has too many.
+
+        The steps of one forward are added one by one, so its graph may be spent by then: such a
+        step begins with its input alone.
+        """
         self.drop(key)
-        own = [k for k in self._steps if (k.run, k.participant) == (key.run, key.participant)]
-        for old in own[: max(0, len(own) + 1 - self._most)]:
+        if step.graph is not None and step.graph in self._spent:
+            step.graph = None
+        for old in self._one_too_many(key):
             self.drop(old)
         self._steps[key] = step
         if step.graph is None:
             self.nbytes += step.input_bytes
         else:
             self._hold(step.graph)
+
+    def next_to_go(self, key: StepKey) -> StepKey | None:
+        """The step that one more of its participant's would take the place of, if any."""
+        return next(iter(self._one_too_many(key)), None)
 
     def drop(self, key: StepKey) -> None:
         step = self._steps.pop(key, None)
@@ -107,7 +118,10 @@ class RetainedSteps:
 
     def spend(self, graph: Graph, but: set[StepKey]) -> None:
         """A graph has been run backward: the steps in it but these go on with their input alone."""
-        for key in graph.rows.keys() - but:
+        others = graph.rows.keys() - but
+        if others:
+            self._spent.add(graph)
+        for key in others:
             step = self._steps.get(key)
             if step is not None and step.graph is graph:
                 self._let_go(graph)
@@ -118,6 +132,11 @@ class RetainedSteps:
         """The steps that still need this graph."""
         held = ((key, self._steps.get(key)) for key in graph.rows)
         return {key for key, step in held if step is not None and step.graph is graph}
+
+    def _one_too_many(self, key: StepKey) -> list[StepKey]:
+        """The oldest steps of this one's participant, which go when it is added."""
+        own = [k for k in self._steps if (k.run, k.participant) == (key.run, key.participant)]
+        return own[: max(0, len(own) + 1 - self._most)]
 
     def _hold(self, graph: Graph) -> None:
         if graph not in self._holders:

@@ -202,7 +202,7 @@ class FederationRoutes:
         if not self._federation.has_left(run, member.participant):
             self._presence.touch(run, member.participant, wait)
         if self._federation.due(run):
-            await run_in_threadpool(self._federation.advance, run)
+            await run_in_threadpool(self._federation.go_on, run, wait=False)
         give_up_at = time.monotonic() + wait
         while True:
             ticket = self._notifier.ticket(run)

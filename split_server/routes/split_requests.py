@@ -94,7 +94,7 @@ Reader = Callable[[Desk, Asked], Work | Reply]
 
 
 def read_forward(desk: Desk, asked: Asked) -> Work | Reply:
-    """Smashed data in, or their changes; features out; the step is kept for its backward."""
+    """Smashed data in, or their changes; features out; it is kept where a backward follows."""
     if asked.tunes_body:
         return _body_forward(desk, asked)
     meta = _training_step(asked)
@@ -102,7 +102,8 @@ def read_forward(desk: Desk, asked: Asked) -> Work | Reply:
     if isinstance(smashed, list):
         return _missing(smashed)
     key = StepKey(asked.run.id, asked.member.id, meta.step)
-    job = ForwardJob(key, asked.body, smashed, asked.fingerprint, asked.leading)
+    backward = asked.body.settings.tunes_ahead
+    job = ForwardJob(key, asked.body, smashed, asked.fingerprint, asked.leading, backward)
     return _work(partial(desk.engine.forward, job), "features", asked.wire.features, meta)
 
 
@@ -111,9 +112,8 @@ def read_backward(desk: Desk, asked: Asked) -> Work:
     if asked.tunes_body:
         return _body_backward(desk, asked)
     meta = _training_step(asked)
-    gradients = _gradients(desk, asked)
     key = StepKey(asked.run.id, asked.member.id, meta.step)
-    job = BackwardJob(key, asked.body, gradients, asked.fingerprint)
+    job = BackwardJob(key, asked.body, _gradients(desk, asked), asked.fingerprint)
     return _work(partial(desk.engine.backward, job), "gradients", asked.wire.gradients, meta)
 
 

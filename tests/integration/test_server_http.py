@@ -14,6 +14,7 @@ import split_model
 from protocol.errors import error_from_wire
 from protocol.messages import Results, RunStatus, RunView, Task
 from protocol.version import PROTOCOL_VERSION, VERSION_HEADER
+from split_server import progress, runs
 from split_server.exporting import export_run
 from tests.http_doubles import (
     Api,
@@ -327,6 +328,24 @@ def test_the_deadline_passes_though_nobody_calls(server: Running, operator: Api)
     run = new_run(operator, round_timeout_s=0.2, max_repeats=0)
     joined(server, run)
     wait_until(lambda: operator.call("GET", f"/v1/runs/{run}").json()["status"] == "failed")
+
+
+def test_a_full_disk_stops_a_run_for_a_moment_and_no_device(
+    server: Running, operator: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_given: object) -> None:
+        raise OSError("no space left")
+
+    run = new_run(operator, rounds=1, evaluate_every=0)
+    api = joined(server, run)
+    monkeypatch.setattr(runs, "_RETRY_S", 0.1)
+    with monkeypatch.context() as broken:
+        broken.setattr(progress, "publish", full)
+        assert api.update(run, state_of(1.0), "u").is_success
+        for _ in range(3):
+            assert api.assignment(run).task is Task.WAIT
+            time.sleep(0.15)
+    wait_until(lambda: api.assignment(run).task is Task.STOP)
 
 
 def test_versions_are_checked(server: Running) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from protocol.errors import (
 )
 from split_server.engine import compute
 from split_server.engine.jobs import InferJob
+from split_server.engine.sessions import Session
 from tests.exchange_doubles import (
     BATCHES,
     DEPTHS,
@@ -271,3 +273,33 @@ def test_begun_anew_it_forgets_what_was_before(make: MakeEngine, case: Case) -> 
     assert all(torch.equal(one, other) for one, other in zip(features, undisturbed, strict=True))
     assert torch.equal(prompts, tuned)
     assert len(engine._keeper.room.steps) == 0
+
+
+def test_nobody_waits_while_prompts_are_copied(
+    make: MakeEngine, case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The copy waits for all that a GPU has in its queue."""
+    engine, real = make(), Session.trained
+    asyncio.run(case.train(engine, BATCHES))
+    copying, go_on = threading.Event(), threading.Event()
+
+    def slow(session: Session) -> Tensor:
+        copying.set()
+        assert go_on.wait(20)
+        return real(session)
+
+    async def meanwhile() -> Tensor:
+        asked = asyncio.ensure_future(asyncio.to_thread(engine.trained, "r1", "p1", "s"))
+        assert await asyncio.to_thread(copying.wait, 20)
+        late = threading.Timer(10, go_on.set)  # should somebody wait after all
+        late.start()
+        await engine.infer(InferJob("r1", "p2", case.key, BATCHES[0], case.initial))
+        assert not go_on.is_set()
+        late.cancel()
+        go_on.set()
+        return await asked
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "trained", slow)
+        found = asyncio.run(meanwhile())
+    assert torch.equal(found, engine.trained("r1", "p1", "s"))

@@ -1,0 +1,51 @@
+"""Runs whose devices need no gradient from the server: a forward each step and no backward."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any
+
+import pytest
+import torch
+
+from protocol.settings import RunSettings
+from tests.http_doubles import Running, code_of, joined, tensor_in
+from tests.server_doubles import SMALL, TOKENS, WIDTH, run_settings
+
+
+@pytest.mark.parametrize(
+    ("changes", "comes"),
+    [
+        ({"prompt_count": 0, "tune": "tail"}, False),
+        ({"prompt_count": 0, "tune": "classifier"}, False),
+        ({"prompt_count": 0, "tune": "bias"}, True),
+        ({"prompt_count": 2, "tune": "classifier"}, True),
+    ],
+)
+def test_a_step_is_open_only_where_something_ahead_of_the_body_is_tuned(
+    server: Running, changes: dict[str, Any], comes: bool
+) -> None:
+    settings: RunSettings = run_settings()
+    settings = settings.model_copy(update={"model": SMALL.model_copy(update=changes)})
+    run = server.operator().create(settings, key=uuid.uuid4().hex).id
+    api = joined(server, run)
+    api.assignment(run)
+    shape = (2, TOKENS - 2 + changes["prompt_count"], WIDTH)
+    rows = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    first = api.step("forward", rows, "s")
+    assert tensor_in(first, "features").shape == shape
+    assert api.step("forward", rows, "s").content == first.content
+    assert code_of(api.step("forward", rows + 1, "s")) == "idempotency_key_reused"
+    metrics = api.call("GET", "/metrics").text
+    assert (_gauge(metrics, "sfprompt_engine_open_steps") > 0) == comes
+    assert (_gauge(metrics, "sfprompt_engine_retained_bytes") > 0) == comes
+    back = api.step("backward", rows, "s")
+    if comes:
+        assert tensor_in(back, "gradients").shape == shape
+    else:
+        assert code_of(back) == "step_lost"
+
+
+def _gauge(metrics: str, name: str) -> float:
+    [line] = [line for line in metrics.splitlines() if line.startswith(f"{name} ")]
+    return float(line.split()[1])
