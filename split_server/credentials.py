@@ -82,7 +82,8 @@ class Credentials:
         if self._join is None or isinstance(identity, (Joiner, Operator)):
             return
         if isinstance(identity, Stranger):
-            raise _stranger(identity, "joining takes this server's join token")
+            hint = "edge-client takes it as --join-token, or from EDGE_CLIENT_JOIN_TOKEN"
+            raise _stranger(identity, "joining takes this server's join token", hint)
         raise Forbidden("joining takes this server's join token; a credential was shown")
 
     def _member(self, token: str) -> Member | None:
@@ -110,7 +111,8 @@ def require_operator(identity: Identity) -> None:
     if isinstance(identity, Operator):
         return
     if isinstance(identity, Stranger):
-        raise _stranger(identity, "this takes the operator token")
+        hint = "split-server takes it as --operator-token; a server that was given none made its own"
+        raise _stranger(identity, "this takes the operator token", hint)
     raise Forbidden("this takes the operator token; the credential shown is of another kind")
 
 
@@ -145,10 +147,12 @@ def require_reader(identity: Identity, run: str) -> None:
         require_member(identity, run)
 
 
-def _stranger(identity: Stranger, needed: str) -> Unauthorized:
+def _stranger(
+    identity: Stranger, needed: str, hint: str = "send it as Authorization: Bearer TOKEN"
+) -> Unauthorized:
     if identity.showed_something:
-        return Unauthorized(f"{needed}; the one shown was not issued by this server")
-    return Unauthorized(needed, hint="send it as Authorization: Bearer TOKEN")
+        return Unauthorized(f"{needed}; the one shown is not this server's", hint=hint)
+    return Unauthorized(needed, hint=hint)
 
 
 def load_secret(path: Path) -> bytes:
