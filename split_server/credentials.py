@@ -111,7 +111,7 @@ def require_operator(identity: Identity) -> None:
     if isinstance(identity, Operator):
         return
     if isinstance(identity, Stranger):
-        hint = "split-server takes it as --operator-token; a server that was given none made its own"
+        hint = "split-server takes it as --operator-token; without one the server makes its own"
         raise _stranger(identity, "this takes the operator token", hint)
     raise Forbidden("this takes the operator token; the credential shown is of another kind")
 
