@@ -317,14 +317,15 @@ def _rounds_table(found: Results) -> Table:
 
 
 def main() -> None:
-    """Run the command; typed errors become one line and an exit code."""
+    """Run the command; typed errors become one line and an exit code.
+
+    Ctrl-C ends it with 130, which is typer's doing.
+    """
     try:
         app()
     except (SFPromptError, OSError) as error:  # OSError: a folder, a file or a port of this machine
         err.print(f"[red]error[/red]: {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 if __name__ == "__main__":
