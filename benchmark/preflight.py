@@ -35,7 +35,7 @@ def check_packages(*more: str) -> None:
             "packages are missing",
             field="packages",
             value=missing,
-            hint='install the extras: pip install "sfprompt[bench]"',
+            hint='install the extras, from a checkout: pip install ".[bench]"',
         )
 
 
