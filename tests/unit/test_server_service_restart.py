@@ -105,6 +105,19 @@ def test_updates_leave_the_disk_with_their_round(site: Bench) -> None:
     assert not list((site.federation.files(run).root / "updates").iterdir())
 
 
+def test_updates_leave_the_disk_with_a_run_that_is_cancelled(site: Bench) -> None:
+    run, other = (site.create(min_participants=2, prompt_at="cut") for _ in range(2))
+    tail = {name: tensor for name, tensor in state_of(1.0).items() if name != "prompts"}
+    prompts = {"prompts": state_of(1.0)["prompts"].unsqueeze(0)}
+    for one in (run, other):
+        a, _ = site.join(one, "a"), site.join(one, "b")
+        site.update(one, a, tail, held=lambda: prompts)
+    site.federation.cancel(run, Once.of(f"{run}/cancel", "k"))
+    assert not list((site.federation.files(run).root / "updates").iterdir())
+    assert len(list((site.federation.files(other).root / "updates").iterdir())) == 1
+    assert everywhere(site, run) == 0.0, "its states stay, held ones too"
+
+
 def test_each_round_pays_for_its_own_bytes_and_a_restart_loses_none(site: Bench) -> None:
     run = site.create(evaluate_every=0)
     a = site.join(run)
