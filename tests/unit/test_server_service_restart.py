@@ -141,6 +141,29 @@ def test_each_round_pays_for_its_own_bytes_and_a_restart_loses_none(site: Bench)
     assert results.participants[0].traffic == results.traffic
 
 
+def test_bytes_that_could_not_be_saved_are_saved_later(
+    site: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    who = {run: site.join(run) for run in (site.create() for _ in range(3))}
+    for run, participant in who.items():
+        counter = SocketCounter(received=100, sent=10)
+        site.meter.charge(counter, run, participant, f"/v1/runs/{run}/update")
+
+    def full_disk(*_args: object) -> None:
+        raise OSError("no space left")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(site.meter, "save", full_disk)
+        with pytest.raises(OSError, match="no space"):
+            site.federation.save_traffic()
+    site.federation.save_traffic()
+    assert not site.meter.take_dirty()
+    site.close()
+    site.open()
+    for run in who:
+        assert site.federation.results(run).traffic == {"updates": {"up": 100, "down": 10}}
+
+
 def test_a_failed_change_changes_nothing(site: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     run = site.create(min_participants=2)
     a = site.join(run, "a")
