@@ -44,8 +44,9 @@ class BlobCache:
         """
         path = self._folder / f"{ref.sha256}.safetensors"
         if _is(path, ref):
-            path.touch()
-            return path
+            with contextlib.suppress(FileNotFoundError):  # else another process has just dropped it
+                os.utime(path)
+                return path
         part = self._folder / f"{ref.sha256}.part"
         with _held(part) as file:
             if _is(path, ref):  # made by another process in the meantime

@@ -34,12 +34,10 @@ class Identity:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         url = url.rstrip("/")
         digest = hashlib.sha256("\n".join((url, run, name)).encode()).hexdigest()[:24]
-        path = folder / f"{digest}.json"
-        self._file: IO[str] = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+")
+        self._path = folder / f"{digest}.json"
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._file = _locked(self._path)
         except BlockingIOError:
-            self._file.close()
             raise Conflict(
                 "another process on this device already takes part under this name",
                 field="name",
@@ -75,11 +73,50 @@ class Identity:
         self._file.close()
 
     def _write(self) -> None:
-        self._file.seek(0)
-        self._file.truncate()
-        json.dump(self._known, self._file)
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """Put a whole file into the place of the old one; it is locked before it is there."""
+        own = self._path.with_name(f".{uuid.uuid4().hex}.json")
+        file = os.fdopen(os.open(own, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600), "r+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            json.dump(self._known, file)
+            file.flush()
+            os.fsync(file.fileno())
+            own.replace(self._path)
+        except BaseException:
+            own.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # what it could not write before, it cannot now
+                file.close()
+            raise
+        self._file.close()
+        self._file = file
+        _sync(self._path.parent)
+
+
+def _locked(path: Path) -> IO[str]:
+    """The file at this path, made if it is not there, open and locked.
+
+    Raises:
+        BlockingIOError: another process has locked it.
+    """
+    while True:
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise
+        if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            return file
+        file.close()  # its holder has put another into its place meanwhile
+
+
+def _sync(folder: Path) -> None:
+    """Have the folder's names on the disk, too."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _known_in(text: str) -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -179,6 +179,11 @@ class Meter:
         with self._lock:
             dirty, self._dirty = self._dirty, set()
         return dirty
+
+    def not_saved(self, runs: Iterable[str]) -> None:
+        """Saving these has failed: they have bytes to be saved still."""
+        with self._lock:
+            self._dirty.update(runs)
 
     def _write(self, session: Session, run: str, totals: Mapping[str, Mapping[str, Any]]) -> None:
         rows = session.scalars(select(ParticipantRow).where(ParticipantRow.run_id == run))

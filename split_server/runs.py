@@ -178,10 +178,15 @@ class Runs:
 
     def save_traffic(self) -> None:
         """Write down the meter's counts, so that little is lost if the server is killed."""
-        for run_id in self._meter.take_dirty():
-            if run_id in self._runs:
-                with self._store.writing() as session:
-                    self._meter.save(session, run_id)
+        unsaved = self._meter.take_dirty()
+        try:
+            for run_id in list(unsaved):
+                if run_id in self._runs:
+                    with self._store.writing() as session:
+                        self._meter.save(session, run_id)
+                unsaved.discard(run_id)
+        finally:
+            self._meter.not_saved(unsaved)
 
     def _take(self, run: RunSnapshot, action: rounds.Action) -> None:
         if isinstance(action, rounds.Renew):

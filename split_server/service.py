@@ -177,6 +177,8 @@ class Federation(Runs):
             once.remember(session, view.model_dump(mode="json"), at)
         self._watcher.round_over(run_id)
         self._watcher.run_over(run_id)
+        with self._lock(run_id):
+            self._sweep(run_id, run)
         return view
 
     def join(self, run_id: str, request: JoinRequest, once: Once) -> JoinResponse:

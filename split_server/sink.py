@@ -49,13 +49,13 @@ class BodySink:
 
     def advance(self, count: int) -> None:
         """So many bytes have been written into ``rest``."""
+        self._filled += count  # refused or not, they are no more to come
         try:
             if self._claim is not None:
                 self._claim.add(count)
         except Busy as error:
             self.complete.set_exception(error)
             return
-        self._filled += count
         if self._filled == len(self._view):
             self.complete.set_result(self._view)
 

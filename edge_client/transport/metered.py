@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import io
+import select
 import socket
 import ssl
 import threading
@@ -71,6 +72,13 @@ class _CountingSocket(io.RawIOBase):
 
     def shut(self) -> None:
         self._inner.close()
+
+    @property
+    def silent(self) -> bool:
+        """Whether nothing has come that nobody has read: not even the connection's end."""
+        poll = select.poll()
+        poll.register(self._inner, select.POLLIN)
+        return not poll.poll(0)
 
 
 class _SlowedSocket(_CountingSocket):
@@ -296,11 +304,21 @@ class MeteredTransport(httpx.BaseTransport):
                 )
 
     def _take(self, request: httpx.Request) -> _Connection:
-        with self._lock:
-            idle = self._idle.get(_origin(request.url))
-            if idle:
-                return idle.pop()
+        """A kept-alive connection, or a new one.
+
+        Those that the server has ended meanwhile are closed: whatever is still sent into one
+        counts here, and never arrives.
+        """
+        while (connection := self._idle_one(_origin(request.url))) is not None:
+            if connection.socket.silent:
+                return connection
+            connection.close()
         return self._open(request)
+
+    def _idle_one(self, origin: tuple[str, str, int | None]) -> _Connection | None:
+        with self._lock:
+            idle = self._idle.get(origin)
+            return idle.pop() if idle else None
 
     def _open(self, request: httpx.Request) -> _Connection:
         if self._tls is None and request.url.scheme == "https":

@@ -70,6 +70,7 @@ class Exchanges:
             return ticket
         session = self._sessions.get(job.run, job.participant, job.session)
         if session.applied == job.number:  # a repeat, whose forward had failed
+            session.expires_at = self._keeper.expiry
             ticket, admitted = self._open(job)
             self._go_on(job, ticket, admitted, session.current, _waiting_bytes(job))
             return ticket
@@ -98,6 +99,20 @@ class Exchanges:
     def release(self, run: str, participant: str | None) -> None:
         self._sessions.drop(run, participant)
         self._account()
+
+    def sweep(self) -> None:
+        """Free the sessions that stopped half-way and were not heard of in time.
+
+        Their runs may be over: a first batch can still be on its way here when that is told. Who
+        has finished is waited for as long as the round is open: a slow link may hold the update.
+        """
+        for (run, participant), session in self._sessions.expired(self._keeper.now):
+            step = batch_key(run, participant, session.name, session.applied)
+            held = self._keeper.room.steps.get(step) is not None
+            if held or self._keeper.is_at_work(run, participant):
+                session.expires_at = self._keeper.expiry
+            else:
+                self.release(run, participant)
 
     def _account(self) -> None:
         self._keeper.room.others = self._sessions.nbytes
@@ -135,6 +150,7 @@ class Exchanges:
         patches = smashed[:, anatomy(job.body.settings).prefix :]  # [B, N, D]
         session = Session.begin(job.session, job.steps, job.plan, self._device, patches)
         with self._keeper.lock:
+            session.expires_at = self._keeper.expiry
             self._keeper.drop_steps(job.run, job.participant)
             if admitted is not None and admitted.releases == self._keeper.releases_of(job.key):
                 self._sessions.begin(job.run, job.participant, session)

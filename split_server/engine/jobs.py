@@ -220,7 +220,7 @@ class Engine(Protocol):
         """A run is over: free all that is held for it, its figures too."""
 
     def sweep(self) -> None:
-        """Free the steps whose backward has not come in time, and bodies of sessions left alone."""
+        """Free the steps whose backward has not come in time, and sessions left half-way."""
 
     def close(self) -> None:
         """Stop. What waits is refused."""

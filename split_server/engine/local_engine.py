@@ -160,6 +160,7 @@ class LocalEngine:
         """See `Engine.sweep`."""
         with self._lock:
             self._keeper.sweep()
+            self._exchanges.sweep()
             self._bodies.sweep()
             self._lock.notify()
 

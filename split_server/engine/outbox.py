@@ -67,6 +67,7 @@ class Outbox:
                 entry.deliver(entry.host)
             except Exception as error:
                 entry.fail(error)
+            del entry  # what its job holds, a graph say, is not kept while nothing is to do
 
 
 def _alone(tensor: Tensor) -> Tensor:

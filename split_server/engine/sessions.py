@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -46,6 +47,7 @@ class Session:
     prompts: nn.Parameter  # [L, P, D]
     optimizer: torch.optim.Optimizer = field(init=False)
     applied: int = 0
+    expires_at: float = math.inf  # on the monotonic clock, unless it is at its end
 
     def __post_init__(self) -> None:
         self.optimizer = make_optimizer(self.plan.training, self.prompts, None)
@@ -128,6 +130,14 @@ class Sessions:
         """Whether the session of this name has taken gradients in already."""
         session = self._sessions.get((run, participant))
         return session is not None and session.name == name and session.applied > 0
+
+    def expired(self, now: float) -> list[tuple[tuple[str, str], Session]]:
+        """The unfinished sessions whose time is up, with their run and participant."""
+        return [
+            (who, session)
+            for who, session in self._sessions.items()
+            if session.expires_at <= now and session.applied < session.steps
+        ]
 
     def drop(self, run: str, participant: str | None = None) -> None:
         for key in [k for k in self._sessions if k[0] == run and participant in (None, k[1])]:

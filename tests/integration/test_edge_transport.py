@@ -120,6 +120,7 @@ def test_a_stale_connection_is_replaced(transport: MeteredTransport) -> None:
     with RawServer(serve) as server:
         serve.talk_to(client_of(transport), server.url)
         assert len(server.connections) == 3
+        assert counted(transport) == (server.received, server.sent)  # nothing sent into the void
 
 
 def test_a_stale_connection_is_replaced_once_only(transport: MeteredTransport) -> None:
@@ -318,6 +319,7 @@ def test_a_stale_https_connection_is_replaced(authority: trustme.CA, tmp_path: P
     with RawServer(serve, server_side(authority, "127.0.0.1")) as server:
         serve.talk_to(client_of(transport), server.url)
         assert len(server.connections) == 4
+        assert counted(transport) == (server.received, server.sent)
     transport.close()
 
 

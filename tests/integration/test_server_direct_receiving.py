@@ -173,6 +173,18 @@ def test_a_body_refused_half_way_leaves_the_connection_in_order(place: Place) ->
         assert (status, text.split()[0]) == (200, expected(next_).split()[0])
 
 
+def test_a_body_refused_at_its_beginning_leaves_the_connection_in_order(place: Place) -> None:
+    next_ = random.Random(4).randbytes(500_000)
+    with place.connect() as connection:
+        with place.app.room.claim() as other:
+            other.add(ROOM)
+            connection.sendall(request_of(bytes(300_000)))
+            assert read_answer(connection)[0] == 503
+        connection.sendall(request_of(next_))
+        status, text = read_answer(connection)
+        assert (status, text.split()[0]) == (200, expected(next_).split()[0])
+
+
 def test_whoever_hangs_up_in_a_long_body_is_not_waited_for(place: Place) -> None:
     place.app.gone.clear()
     with place.connect() as connection:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from edge_client import blob_cache
 from edge_client.blob_cache import BlobCache
 from protocol.errors import MalformedFrame, Unreachable
 from protocol.messages import BlobRef
@@ -72,6 +73,7 @@ def test_what_broke_off_goes_on(cache: BlobCache, tmp_path: Path) -> None:
 def test_a_killed_process_is_continued_by_the_next(tmp_path: Path) -> None:
     program = f"""
 import os, pathlib, signal
+from edge_client import blob_cache
 from edge_client.blob_cache import BlobCache
 from protocol.messages import BlobRef
 content = bytes.fromhex({CONTENT.hex()!r})
@@ -156,6 +158,7 @@ def test_threads_download_a_file_once(cache: BlobCache) -> None:
 def test_processes_download_a_file_once(tmp_path: Path) -> None:
     program = f"""
 import pathlib, time
+from edge_client import blob_cache
 from edge_client.blob_cache import BlobCache
 from protocol.messages import BlobRef
 content = bytes.fromhex({CONTENT.hex()!r})
@@ -220,6 +223,24 @@ def test_a_file_in_recent_use_stays(cache: BlobCache) -> None:
     assert [path.exists() for path in paths] == [False, True, False, False, False, False]
     cache.drop_old(keep=set(), newest=0, unused_s=0)
     assert not any(path.exists() for path in paths)
+
+
+def test_a_file_that_goes_while_it_is_fetched_is_downloaded_again(
+    cache: BlobCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process on this device has dropped it, after this one has seen it."""
+    path, real = cache.fetch(REF, Source()), blob_cache._is
+
+    def seen_and_gone(file: Path, ref: BlobRef) -> bool:
+        found = real(file, ref)
+        BlobCache(tmp_path).drop_old(keep=set(), newest=0, unused_s=-60)
+        return found
+
+    monkeypatch.setattr(blob_cache, "_is", seen_and_gone)
+    source = Source()
+    assert cache.fetch(REF, source) == path
+    assert path.read_bytes() == CONTENT
+    assert source.starts == [0, 3000, 6000, 9000]
 
 
 def test_being_kept_is_a_use(cache: BlobCache) -> None:

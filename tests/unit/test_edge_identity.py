@@ -1,14 +1,17 @@
 """A device's identity: the same after a restart, one process at a time, for one user's eyes."""
 
+import fcntl
 import json
 import os
 import stat
 import subprocess
 import sys
 from pathlib import Path
+from typing import IO, Any
 
 import pytest
 
+from edge_client import identity as module
 from edge_client.identity import Identity
 from protocol.errors import Conflict
 
@@ -83,3 +86,54 @@ def test_a_file_cut_off_in_writing_is_made_anew(tmp_path: Path, damaged: str) ->
     (file,) = tmp_path.iterdir()
     file.write_text(damaged)
     assert key(tmp_path) == key(tmp_path) == json.loads(file.read_text())["key"]
+
+
+def test_a_credential_that_cannot_be_written_does_not_cost_the_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut_off(known: Any, file: IO[str]) -> None:
+        file.write(json.dumps(known)[:20])
+        file.flush()
+        raise OSError("no space left")
+
+    with Identity(tmp_path, URL, "run", "device") as identity:
+        first = identity.key
+        with monkeypatch.context() as broken:
+            broken.setattr(module.json, "dump", cut_off)
+            with pytest.raises(OSError, match="no space"):
+                identity.remember("secret")
+        with pytest.raises(Conflict):  # it is locked as before
+            Identity(tmp_path, URL, "run", "device")
+    assert len(list(tmp_path.iterdir())) == 1
+    assert key(tmp_path) == first
+
+
+def test_what_was_remembered_is_there_after_a_restart_and_was_never_unlocked(
+    tmp_path: Path,
+) -> None:
+    for credential in ("first", "second"):
+        with Identity(tmp_path, URL, "run", "device") as identity:
+            identity.remember(credential)
+            with pytest.raises(Conflict):
+                Identity(tmp_path, URL, "run", "device")
+    with Identity(tmp_path, URL, "run", "device") as identity:
+        assert identity.credential == "second"
+
+
+def test_no_lock_is_taken_of_a_file_that_another_has_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One process has opened the file; before it locks it, another joins and remembers."""
+    holder, real = Identity(tmp_path, URL, "run", "device"), fcntl.flock
+    tries: list[int] = []
+
+    def late(file: Any, how: int) -> None:
+        tries.append(how)
+        if len(tries) == 1:
+            holder.remember("secret")
+        real(file, how)
+
+    monkeypatch.setattr(module.fcntl, "flock", late)
+    with holder, pytest.raises(Conflict):
+        Identity(tmp_path, URL, "run", "device")
+    assert len(tries) == 3, "the holder's new file, the old one, and the new one once more"

@@ -184,6 +184,41 @@ def test_a_batch_whose_gradients_come_too_late_is_lost(make: MakeEngine, case: C
     asyncio.run(late())
 
 
+def test_a_session_that_is_left_half_way_makes_room(make: MakeEngine, case: Case) -> None:
+    """Such as one whose first batch was decoded while its run came to its end."""
+    time = FakeTime()
+    engine = make(time=time)
+    engine.forget("r1")
+    asyncio.run(engine.exchange(case.job(0, 2, BATCHES[0])))
+    time.now += 299
+    engine.sweep()
+    assert len(engine._keeper.room.steps) == 1
+    time.now += 2
+    engine.sweep()
+    assert engine._keeper.room.taken == 0
+    with pytest.raises(StepLost):
+        asyncio.run(engine.exchange(case.job(1, 2, BATCHES[1], BATCHES[0])))
+
+
+def test_a_session_that_goes_on_or_is_done_is_not_swept(make: MakeEngine, case: Case) -> None:
+    time = FakeTime()
+    engine = make(time=time)
+
+    async def slow() -> None:
+        gradients: Tensor | None = None
+        for number, batch in enumerate([*BATCHES, None]):
+            features = await engine.exchange(case.job(number, len(BATCHES), batch, gradients))
+            time.now += 299
+            engine.sweep()
+            gradients = None if batch is None else gradient_of(features)
+        time.now += 3600
+        engine.sweep()
+
+    asyncio.run(slow())
+    undisturbed = asyncio.run(case.train(make(), BATCHES))[1]
+    assert torch.equal(engine.trained("r1", "p1", "s"), undisturbed)
+
+
 # Release
 
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
+import weakref
 from collections.abc import Iterator
+from typing import cast
 
 import pytest
 import torch
@@ -12,7 +16,7 @@ from torch import Tensor
 import split_model
 from split_server.engine.bodies import BodyKey
 from split_server.engine.jobs import BackwardJob, ForwardJob
-from split_server.engine.outbox import Deliver, Fail, Outbox
+from split_server.engine.outbox import Deliver, Fail, Outbox, _Copy
 from split_server.engine.steps import StepKey
 from tests.exchange_doubles import MakeEngine, engines, is_empty
 from tests.server_doubles import SPLIT, run_settings, smashed
@@ -90,3 +94,37 @@ def test_a_step_may_hear_of_its_forward_after_the_backward_of_another_in_its_bat
         expected = gradient_by_itself(key, inputs[place], gradients[place])
         torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
     assert is_empty(engine)
+
+
+class Copied:
+    """Stands for the event of a copy that is done."""
+
+    def synchronize(self) -> None:
+        """It is there already."""
+
+
+class Held:
+    """What a job holds on to until it is delivered."""
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_result_that_was_delivered_is_held_no_longer(fails: bool) -> None:
+    outbox = Outbox(torch.device("cuda"))  # which begins its thread and needs no GPU for that
+    delivered, held = threading.Event(), Held()
+    gone = weakref.ref(held)
+
+    def deliver(_: Tensor, held: Held = held) -> None:
+        if fails:
+            raise ZeroDivisionError
+        delivered.set()
+
+    event = cast(torch.cuda.Event, Copied())
+    copy = _Copy(event, torch.empty(1), deliver, lambda _: delivered.set())
+    outbox._copying.put(copy)
+    del copy, deliver, held
+    assert delivered.wait(20)
+    give_up_at = time.monotonic() + 20
+    while gone() is not None and time.monotonic() < give_up_at:
+        time.sleep(0.005)
+    assert gone() is None
+    outbox.close()

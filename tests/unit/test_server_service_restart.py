@@ -105,6 +105,19 @@ def test_updates_leave_the_disk_with_their_round(site: Bench) -> None:
     assert not list((site.federation.files(run).root / "updates").iterdir())
 
 
+def test_updates_leave_the_disk_with_a_run_that_is_cancelled(site: Bench) -> None:
+    run, other = (site.create(min_participants=2, prompt_at="cut") for _ in range(2))
+    tail = {name: tensor for name, tensor in state_of(1.0).items() if name != "prompts"}
+    prompts = {"prompts": state_of(1.0)["prompts"].unsqueeze(0)}
+    for one in (run, other):
+        a, _ = site.join(one, "a"), site.join(one, "b")
+        site.update(one, a, tail, held=lambda: prompts)
+    site.federation.cancel(run, Once.of(f"{run}/cancel", "k"))
+    assert not list((site.federation.files(run).root / "updates").iterdir())
+    assert len(list((site.federation.files(other).root / "updates").iterdir())) == 1
+    assert everywhere(site, run) == 0.0, "its states stay, held ones too"
+
+
 def test_each_round_pays_for_its_own_bytes_and_a_restart_loses_none(site: Bench) -> None:
     run = site.create(evaluate_every=0)
     a = site.join(run)
@@ -126,6 +139,29 @@ def test_each_round_pays_for_its_own_bytes_and_a_restart_loses_none(site: Bench)
     assert [view.traffic["updates"]["up"] for view in results.rounds] == [100, 11]
     assert results.traffic == {"updates": {"up": 118, "down": 4}}
     assert results.participants[0].traffic == results.traffic
+
+
+def test_bytes_that_could_not_be_saved_are_saved_later(
+    site: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    who = {run: site.join(run) for run in (site.create() for _ in range(3))}
+    for run, participant in who.items():
+        counter = SocketCounter(received=100, sent=10)
+        site.meter.charge(counter, run, participant, f"/v1/runs/{run}/update")
+
+    def full_disk(*_args: object) -> None:
+        raise OSError("no space left")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(site.meter, "save", full_disk)
+        with pytest.raises(OSError, match="no space"):
+            site.federation.save_traffic()
+    site.federation.save_traffic()
+    assert not site.meter.take_dirty()
+    site.close()
+    site.open()
+    for run in who:
+        assert site.federation.results(run).traffic == {"updates": {"up": 100, "down": 10}}
 
 
 def test_a_failed_change_changes_nothing(site: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,3 +71,21 @@ def test_reading_goes_on_once_there_is_a_sink() -> None:
 
     asyncio.run(begin())
     assert left == [7]
+
+
+@pytest.mark.parametrize("refused", [0, 1, 2])
+def test_what_is_refused_has_come_and_is_not_waited_for(refused: int) -> None:
+    room = Room(1000)
+
+    async def take() -> int:
+        with room.claim() as other, room.claim() as claim:
+            other.add(1000 - 100 * refused)
+            sink = holder().open(10_000, b"x" * 100, claim)
+            for _ in range(refused):
+                assert sink.is_open
+                sink.write(b"x" * 100)
+            with pytest.raises(Busy):
+                await sink.complete
+            return sink.rest.nbytes
+
+    assert asyncio.run(take()) == 10_000 - 100 * (refused + 1)
