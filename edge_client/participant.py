@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from edge_client.identity import device_secret
 from edge_client.kept_samples import KeptSamples
 from edge_client.phases import (
     Diverged,
+    Evaluation,
     Proximal,
     RoundContext,
     Samples,
@@ -39,6 +39,7 @@ from protocol.errors import (
     StepLost,
 )
 from protocol.messages import (
+    MAX_LOSS,
     NEURONS,
     Assignment,
     BlobRef,
@@ -243,11 +244,11 @@ class Participant:
             advance=self.reporter.advance,
             state=assignment.state.sha256,
         )
-        if not math.isfinite(measured.loss_sum):
+        if not 0 <= measured.loss_sum <= MAX_LOSS * measured.samples:  # NaN too
             self.reporter.event(
                 "left-behind", round=assignment.round, reason="the global state has diverged"
             )
-            return
+            measured = Evaluation(samples=0, correct=0, loss_sum=0.0)  # nobody is to wait
         report = EvaluationReport(
             round=assignment.round,
             attempt=assignment.attempt,
@@ -256,11 +257,13 @@ class Participant:
             loss_sum=measured.loss_sum,
         )
         self.server.send_evaluation(self.run.id, report)
+        if not report.samples:
+            return
         self.reporter.event(
             "evaluated",
             round=assignment.round,
             samples=measured.samples,
-            accuracy=measured.correct / measured.samples if measured.samples else None,
+            accuracy=measured.correct / measured.samples,
         )
 
     def _take_state(self, assignment: Assignment) -> None:

@@ -253,11 +253,11 @@ def check_report(report: EvaluationReport, member: Member) -> None:
     """Refuse an evaluation that this participant cannot have made.
 
     Raises:
-        InvalidField: no sample, more samples than it has, or a negative loss.
+        InvalidField: more samples than it has, or a loss out of range.
     """
-    if not 1 <= report.samples <= member.test_samples:
+    if report.samples > member.test_samples:
         raise InvalidField(
-            "an evaluation covers at least one and at most all of the participant's samples",
+            "an evaluation covers at most all of the participant's samples",
             field="samples",
             limit=member.test_samples,
             value=report.samples,
