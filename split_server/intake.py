@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import split_model
+from protocol.codec_names import FLOAT_CODECS
 from protocol.codecs import codec_named
 from protocol.errors import EmptyUpdate, InvalidField, NonFinite, TooLarge, WrongShape
 from protocol.frames import Frame
@@ -146,7 +147,10 @@ def read_tensor(frame: Frame, name: str, device: torch.device | str = "cpu") -> 
     spec = frame.spec(name)
     if not codec_named(spec.codec).floating:
         raise InvalidField(
-            "this tensor takes a codec of floating-point numbers", field=name, value=spec.codec
+            "this tensor takes a codec of floating-point numbers",
+            field=name,
+            limit=list(FLOAT_CODECS),
+            value=spec.codec,
         )
     return frame.tensor(name, device)
 

@@ -301,8 +301,9 @@ def test_a_repeated_update_counts_once(site: Bench) -> None:
     site.update(run, a, state_of(1.0), key="k")
     with pytest.raises(IdempotencyKeyReused):
         site.update(run, a, state_of(2.0), key="k")
-    with pytest.raises(Conflict):
+    with pytest.raises(Conflict) as second:
         site.update(run, a, state_of(2.0), key="k2")
+    assert (second.value.field, second.value.limit, second.value.value) == ("update", 1, 2)
     site.update(run, b, state_of(1.0), key="k")
     assert site.federation.results(run).rounds[0].samples == 20
     site.update(run, a, state_of(1.0), key="k")  # the round is over; the answer is the same
