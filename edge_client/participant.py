@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from edge_client.identity import device_secret
 from edge_client.kept_samples import KeptSamples
 from edge_client.phases import (
     Diverged,
+    Evaluation,
     Proximal,
     RoundContext,
     Samples,
@@ -41,6 +41,7 @@ from protocol.errors import (
     StepLost,
 )
 from protocol.messages import (
+    MAX_LOSS,
     NEURONS,
     Assignment,
     BlobRef,
@@ -246,11 +247,11 @@ class Participant:
             advance=self.reporter.advance,
             state=assignment.state.sha256,
         )
-        if not math.isfinite(measured.loss_sum):
+        if not 0 <= measured.loss_sum <= MAX_LOSS * measured.samples:  # NaN too
             self.reporter.event(
                 "left-behind", round=assignment.round, reason="the global state has diverged"
             )
-            return
+            measured = Evaluation(samples=0, correct=0, loss_sum=0.0)  # nobody is to wait
         report = EvaluationReport(
             round=assignment.round,
             attempt=assignment.attempt,
@@ -259,11 +260,13 @@ class Participant:
             loss_sum=measured.loss_sum,
         )
         self.server.send_evaluation(self.run.id, report)
+        if not report.samples:
+            return
         self.reporter.event(
             "evaluated",
             round=assignment.round,
             samples=measured.samples,
-            accuracy=measured.correct / measured.samples if measured.samples else None,
+            accuracy=measured.correct / measured.samples,
         )
 
     def _take_state(self, assignment: Assignment) -> None:

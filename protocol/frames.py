@@ -42,6 +42,7 @@ ALIGNMENT = 64
 _PREFIX = struct.Struct("<4sHHIQ")  # magic, version, reserved, header length, total length
 PREFIX_BYTES = _PREFIX.size
 _PADDING = bytes(ALIGNMENT)
+_SPEC_KEYS = {"name", "codec", "shape", "sizes"}
 
 
 @dataclass(frozen=True)
@@ -261,13 +262,21 @@ def _read_tensors(
 
 
 def _read_spec(raw: Any, limits: FrameLimits) -> TensorSpec:
-    if not isinstance(raw, dict) or set(raw) != {"name", "codec", "shape", "sizes"}:
+    if not isinstance(raw, dict) or set(raw) != _SPEC_KEYS:
         raise MalformedFrame(
-            "a tensor is described by exactly name, codec, shape and sizes", field="tensors"
+            "a tensor is described by exactly name, codec, shape and sizes",
+            field="tensors",
+            limit=sorted(_SPEC_KEYS),
+            value=sorted(raw) if isinstance(raw, dict) else type(raw).__name__,
         )
     name, codec = raw["name"], raw["codec"]
     if not isinstance(name, str) or not isinstance(codec, str) or not name:
-        raise MalformedFrame("a tensor's name and codec are text", field="tensors")
+        raise MalformedFrame(
+            "a tensor's name and codec are text, the name not empty",
+            field="tensors",
+            limit=["str", "str"],
+            value=[name and type(name).__name__, type(codec).__name__],
+        )
     check_text(name, "tensors.name", limits)
     check_text(codec, f"{name}.codec", limits)
     shape = tuple(_naturals(raw["shape"], f"{name}.shape"))
@@ -302,10 +311,20 @@ def _check_shape(name: str, shape: Sequence[int], limits: FrameLimits) -> None:
 
 def _naturals(raw: Any, where: str) -> Iterator[int]:
     if not isinstance(raw, list):
-        raise MalformedFrame("a list of whole numbers is needed", field=where)
+        raise MalformedFrame(
+            "a list of whole numbers is needed",
+            field=where,
+            limit="list",
+            value=type(raw).__name__,
+        )
     for number in raw:
         if isinstance(number, bool) or not isinstance(number, int) or number < 0:
-            raise MalformedFrame("a whole number of at least 0 is needed", field=where)
+            raise MalformedFrame(
+                "a whole number of at least 0 is needed",
+                field=where,
+                limit=0,
+                value=number if isinstance(number, (int, float)) else type(number).__name__,
+            )
         yield number
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgpack
 
-from protocol.errors import MalformedFrame, TooLarge
+from protocol.errors import FieldValue, MalformedFrame, TooLarge
 from protocol.limits import FrameLimits
 
 __all__ = ["check_text", "pack_header", "unpack_header"]
@@ -59,11 +59,14 @@ def unpack_header(
             max_map_len=items,
         )
     except (msgpack.StackError, RecursionError) as error:
-        raise _too_deep("header", limits) from error
+        raise _too_deep("header", limits, "more than msgpack reads") from error
     except (ValueError, msgpack.UnpackException) as error:
         if "exceeds max_array_len" in str(error) or "exceeds max_map_len" in str(error):
             raise TooLarge(
-                f"a list or map in the header is too long ({error})", field="header", limit=items
+                "a list or map in the header is too long",
+                field="header",
+                limit=items,
+                value=str(error),
             ) from error
         reason = str(error) or type(error).__name__
         raise MalformedFrame(
@@ -108,9 +111,12 @@ def _not_a_header(header: object) -> MalformedFrame:
     )
 
 
-def _too_deep(where: str, limits: FrameLimits) -> TooLarge:
+def _too_deep(where: str, limits: FrameLimits, depth: FieldValue) -> TooLarge:
     return TooLarge(
-        "lists and maps stand too deep within each other", field=where, limit=limits.max_depth
+        "lists and maps stand too deep within each other",
+        field=where,
+        limit=limits.max_depth,
+        value=depth,
     )
 
 
@@ -156,7 +162,7 @@ def _check_size(
     value: dict[str, Any] | list[Any], where: str, limits: FrameLimits, depth: int
 ) -> None:
     if depth > limits.max_depth:
-        raise _too_deep(where, limits)
+        raise _too_deep(where, limits, depth)
     if len(value) > limits.max_items:
         raise TooLarge(
             "a list or map is too long", field=where, limit=limits.max_items, value=len(value)

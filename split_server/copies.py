@@ -18,14 +18,13 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from protocol.codec_names import is_row_wise_inside
 from protocol.codecs import codec_named
-from protocol.errors import InvalidField, MalformedFrame, NonFinite, WrongShape
+from protocol.errors import MalformedFrame, NonFinite, WrongShape
 from protocol.frames import Frame
 from protocol.limits import FrameLimits
 from split_model import SplitSettings, anatomy
 from split_server.intake import check_batch, check_decoded, is_finite, read_floats
-from split_server.kept_samples import read_ids, require_codec
+from split_server.kept_samples import read_ids, require_codec, require_row_wise
 from split_server.samples import Kept, Owner, RowForm, SampleStore
 
 _ROWS: Final[Mapping[str, str]] = {"whole": "whole_rows", "changes": "change_rows"}
@@ -165,10 +164,7 @@ def _read_rows(frame: Frame, name: str, samples: int, shape: tuple[int, int]) ->
             limit=["at least 1", *shape],
             value=list(spec.shape),
         )
-    if not is_row_wise_inside(spec.codec):
-        raise InvalidField(
-            "rows are sent in a codec that can be taken apart", field=name, value=spec.codec
-        )
+    require_row_wise(spec)
     places = _read_numbers(frame, _ROWS[name], (spec.shape[0],)).tolist()
     if not all(low < high for low, high in pairwise([-1, *places, samples])):
         raise MalformedFrame(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import split_model
+from protocol.codec_names import FLOAT_CODECS
 from protocol.codecs import codec_named
 from protocol.errors import EmptyUpdate, InvalidField, NonFinite, TooLarge, WrongShape
 from protocol.frames import Frame
@@ -146,7 +147,10 @@ def read_tensor(frame: Frame, name: str, device: torch.device | str = "cpu") -> 
     spec = frame.spec(name)
     if not codec_named(spec.codec).floating:
         raise InvalidField(
-            "this tensor takes a codec of floating-point numbers", field=name, value=spec.codec
+            "this tensor takes a codec of floating-point numbers",
+            field=name,
+            limit=list(FLOAT_CODECS),
+            value=spec.codec,
         )
     return frame.tensor(name, device)
 
@@ -253,11 +257,11 @@ def check_report(report: EvaluationReport, member: Member) -> None:
     """Refuse an evaluation that this participant cannot have made.
 
     Raises:
-        InvalidField: no sample, more samples than it has, or a negative loss.
+        InvalidField: more samples than it has, or a loss out of range.
     """
-    if not 1 <= report.samples <= member.test_samples:
+    if report.samples > member.test_samples:
         raise InvalidField(
-            "an evaluation covers at least one and at most all of the participant's samples",
+            "an evaluation covers at most all of the participant's samples",
             field="samples",
             limit=member.test_samples,
             value=report.samples,

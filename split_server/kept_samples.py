@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from protocol.codec_names import FLOAT_CODECS, is_row_wise_inside
 from protocol.codecs import Compressed, codec_named
 from protocol.errors import InvalidField, MalformedFrame
 from protocol.frames import Frame, TensorSpec
@@ -15,6 +16,9 @@ from protocol.messages import SAMPLE_ID_BYTES
 from split_model import SplitSettings
 from split_server.intake import read_smashed, require_finite
 from split_server.samples import RowForm
+
+# A codec with a parameter looks at a whole tensor.
+_ROW_WISE = tuple(codec for codec in FLOAT_CODECS if ":" not in codec and is_row_wise_inside(codec))
 
 
 def require_codec(spec: TensorSpec, codec: str) -> None:
@@ -28,6 +32,21 @@ def require_codec(spec: TensorSpec, codec: str) -> None:
             "this tensor takes one codec alone",
             field=f"{spec.name}.codec",
             limit=codec,
+            value=spec.codec,
+        )
+
+
+def require_row_wise(spec: TensorSpec) -> None:
+    """Refuse a codec whose rows cannot be taken apart, less a compression of all together.
+
+    Raises:
+        InvalidField: it is such a codec.
+    """
+    if not is_row_wise_inside(spec.codec):
+        raise InvalidField(
+            "rows are sent in a codec that can be taken apart",
+            field=spec.name,
+            limit=list(_ROW_WISE),
             value=spec.codec,
         )
 
@@ -65,22 +84,21 @@ def read_rows(
         InvalidField: a codec that cannot be taken apart.
         WrongShape, NonFinite, TooLarge
     """
-    ids = read_ids(frame)
+    ids, spec = read_ids(frame), frame.spec("smashed")
+    require_row_wise(spec)
+    if spec.shape[:1] != (len(ids),):
+        raise MalformedFrame(
+            "there is one id for each sample",
+            field="ids",
+            limit=list(spec.shape[:1]),
+            value=len(ids),
+        )
     smashed = read_smashed(frame, settings, limits)
-    spec, buffers = frame.spec("smashed"), frame.buffers["smashed"]
-    codec = codec_named(spec.codec)
+    require_finite({"smashed": smashed})
+    codec, buffers = codec_named(spec.codec), frame.buffers["smashed"]
     if isinstance(codec, Compressed):  # together on the wire, one by one here
         buffers = tuple(codec.unpacked(buffers, spec.shape))
         codec = codec.inner
-    if len(ids) != len(smashed):
-        raise MalformedFrame(
-            "there is one id for each sample", field="ids", limit=len(smashed), value=len(ids)
-        )
-    if not codec.row_wise:
-        raise InvalidField(
-            "samples are kept in a codec that can be taken apart", field="codec", value=spec.codec
-        )
-    require_finite({"smashed": smashed})
     rows = len(ids)
     sizes = tuple(buffer.nbytes // rows for buffer in buffers)
     return ids, RowForm(codec.name, spec.shape[1:], sizes), buffers

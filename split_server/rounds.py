@@ -263,7 +263,9 @@ def require_trainer(
     """
     open_round = require_phase(run, round_, attempt, RoundStatus.TRAINING)
     if member.id not in open_round.sampled:
-        raise StaleRound("this participant was not asked to train in this round", field="round")
+        raise StaleRound(
+            "this participant was not asked to train in this round", field="round", value=round_
+        )
     return open_round
 
 
@@ -276,7 +278,9 @@ def require_any_trainer(run: RunSnapshot, member: Member) -> None:
     """
     require_running(run)
     if run.open_round is None:
-        raise StaleRound("no round is open", field="round")
+        raise StaleRound(
+            "no round is open", field="round", limit="an open one", value=str(run.status)
+        )
     require_trainer(run, member, run.open_round.round, None)
 
 
@@ -287,7 +291,12 @@ def require_first(already: Collection[str], participant: str, what: str) -> None
         Conflict: one has been counted.
     """
     if participant in already:
-        raise Conflict(f"this participant's {what} for this round has been counted already")
+        raise Conflict(
+            f"this participant's {what} for this round has been counted already",
+            field=what,
+            limit=1,
+            value=2,
+        )
 
 
 def open_number(run: RunSnapshot) -> int | None:
@@ -302,4 +311,8 @@ def require_evaluator(open_round: OpenRound, participant: str) -> None:
         StaleRound: this participant was not asked.
     """
     if participant not in open_round.evaluators:
-        raise StaleRound("this participant was not asked to evaluate this round", field="round")
+        raise StaleRound(
+            "this participant was not asked to evaluate this round",
+            field="round",
+            value=open_round.round,
+        )

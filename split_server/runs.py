@@ -110,7 +110,9 @@ class Runs:
         snapshot = self.run(run_id)
         member = _member_of(snapshot, participant)
         if member.left:
-            raise Forbidden("this participant has left the run", field="participant")
+            raise Forbidden(
+                "this participant has left the run", field="participant", value=participant
+            )
         return snapshot, member
 
     def has_left(self, run_id: str, participant: str) -> bool:

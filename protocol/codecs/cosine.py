@@ -75,7 +75,10 @@ class Cosine(FixedSizeCodec):
         norm, bound = _HEADER.unpack(buffers[1])
         if not (0 <= bound <= math.pi / 2 and 0 <= norm * math.sin(bound) <= 2 * _LARGEST):
             raise MalformedFrame(
-                "norm and bound are those of a finite tensor", field="norm", limit=2 * _LARGEST
+                "norm and bound are those of a finite tensor",
+                field="norm",
+                limit=2 * _LARGEST,
+                value=[norm, bound],
             )
         elements = math.prod(shape)
         packed = tensor_of(buffers[0], torch.uint8, buffers[0].nbytes)
@@ -91,7 +94,12 @@ class Cosine(FixedSizeCodec):
         ):
             codes = _unpacked(part, self._bits)[: len(out)]
             if len(out) and int(codes.max()) >= len(levels):
-                raise MalformedFrame("a code is not in use", field="codes", limit=len(levels) - 1)
+                raise MalformedFrame(
+                    "a code is not in use",
+                    field="codes",
+                    limit=len(levels) - 1,
+                    value=int(codes.max()),
+                )
             torch.index_select(levels, 0, codes.to(torch.int32), out=out)
         return decoded.reshape(tuple(shape))
 

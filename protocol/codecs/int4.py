@@ -15,6 +15,7 @@ from protocol.codecs.memory import (
     bytes_of,
     cannot_send,
     chunk_rows,
+    extremes,
     largest_magnitude,
     round_,
     rows_of,
@@ -101,7 +102,10 @@ class _FourBits(FixedSizeCodec):
         few = [tensor_of(buffer, torch.bfloat16, rows, groups, 1) for buffer in buffers[1:]]
         if not self._sound(few):
             raise MalformedFrame(
-                "a number of a group is out of range", field="scales", limit=_LARGEST_SCALE
+                "a number of a group is out of range",
+                field="scales",
+                limit=_LARGEST_SCALE,
+                value=extremes(*few),
             )
         packed = packed.to(device)
         numbers = [number.to(device).to(torch.float32) for number in few]

@@ -14,6 +14,7 @@ from protocol.codecs.memory import (
     bytes_of,
     cannot_send,
     chunk_rows,
+    extremes,
     largest_magnitude,
     round_,
     rows_of,
@@ -73,7 +74,10 @@ class Int8(FixedSizeCodec):
         scales = tensor_of(buffers[1], torch.float32, rows, 1)
         if not within(scales, 0.0, LARGEST_SCALE):
             raise MalformedFrame(
-                "a scale is a finite number of at least 0", field="scales", limit=LARGEST_SCALE
+                "a scale is a finite number of at least 0",
+                field="scales",
+                limit=LARGEST_SCALE,
+                value=extremes(scales),
             )
         values = tensor_of(buffers[0], torch.int8, rows, width).to(device)
         scales = scales.to(device)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from protocol.errors import InvalidField
+from protocol.errors import FieldValue, InvalidField
 
 _CACHE_BYTES = 768 * 1024  # of float32 at a time on a CPU: what is read again is still in L2
 _DEVICE_BYTES = 64 * 1024 * 1024  # elsewhere: few large kernels, and scratch memory has a bound
@@ -82,6 +82,11 @@ def within(values: Tensor, low: float, high: float) -> bool:
     if values.numel() == 0:
         return True
     return bool(values.amin() >= low) and bool(values.amax() <= high)
+
+
+def extremes(*every: Tensor) -> list[FieldValue]:
+    """The least and the greatest number of each of these tensors, for a refusal that shows them."""
+    return [float(end) for values in every for end in (values.amin(), values.amax())]
 
 
 def cannot_send(codec: str, limit: float, largest: float) -> InvalidField:

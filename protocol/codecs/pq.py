@@ -15,6 +15,7 @@ from protocol.codecs.memory import (
     bytes_of,
     cannot_send,
     chunk_rows,
+    extremes,
     largest_magnitude,
     rows_of,
     tensor_of,
@@ -83,7 +84,10 @@ class ProductQuantiser(FixedSizeCodec):
             )
         if not within(codebook, -2 * _LARGEST, 2 * _LARGEST):
             raise MalformedFrame(
-                "an entry of the codebook is out of range", field="codebook", limit=2 * _LARGEST
+                "an entry of the codebook is out of range",
+                field="codebook",
+                limit=2 * _LARGEST,
+                value=extremes(codebook),
             )
         codes, codebook = codes.to(device), codebook.to(device)
         decoded = torch.empty(rows, width, dtype=torch.float32, device=device)

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from protocol.codecs.codec import Codec, Device
-from protocol.codecs.memory import bytes_of, cannot_send, largest_magnitude, tensor_of, within
+from protocol.codecs.memory import (
+    bytes_of,
+    cannot_send,
+    extremes,
+    largest_magnitude,
+    tensor_of,
+    within,
+)
 from protocol.errors import MalformedFrame
 
 _LARGEST = 2.0**125
@@ -86,11 +93,17 @@ class Svd(Codec):
         right = tensor_of(buffers[2], torch.float16, rank, math.prod(shape[1:]))
         if not (within(left, -1, 1) and within(right, -1, 1)):
             raise MalformedFrame(
-                "an element of a singular vector is at most 1", field="vectors", limit=1
+                "an element of a singular vector is at most 1",
+                field="vectors",
+                limit=1,
+                value=extremes(left, right),
             )
         if not within(values, 0, _LARGEST_SINGULAR_VALUE):
             raise MalformedFrame(
-                "a singular value is out of range", field="values", limit=_LARGEST_SINGULAR_VALUE
+                "a singular value is out of range",
+                field="values",
+                limit=_LARGEST_SINGULAR_VALUE,
+                value=extremes(values),
             )
         scaled = left.to(device).to(torch.float32) * values.to(device)
         return (scaled @ right.to(device).to(torch.float32)).reshape(tuple(shape))

@@ -10,11 +10,19 @@ import torch
 from torch import Tensor
 
 from protocol.codecs.codec import Device, FixedSizeCodec
-from protocol.codecs.memory import bytes_of, cannot_send, largest_magnitude, tensor_of, within
+from protocol.codecs.memory import (
+    bytes_of,
+    cannot_send,
+    extremes,
+    largest_magnitude,
+    tensor_of,
+    within,
+)
 from protocol.errors import InvalidField, MalformedFrame
 
 _LARGEST = 2.0**125
 _MOST_ELEMENTS = 2**31  # an index is a positive int32
+_SHOWN = 16  # wrong indices in a refusal
 
 
 class TopK(FixedSizeCodec):
@@ -66,10 +74,18 @@ class TopK(FixedSizeCodec):
         values = tensor_of(buffers[1], torch.bfloat16, count)
         if count and not _rises_within(places, elements):
             raise MalformedFrame(
-                "indices rise, each within the tensor", field="indices", limit=elements - 1
+                "indices rise, each within the tensor",
+                field="indices",
+                limit=elements - 1,
+                value=places[:_SHOWN].tolist(),
             )
         if not within(values, -2 * _LARGEST, 2 * _LARGEST):
-            raise MalformedFrame("a value is out of range", field="values", limit=2 * _LARGEST)
+            raise MalformedFrame(
+                "a value is out of range",
+                field="values",
+                limit=2 * _LARGEST,
+                value=extremes(values),
+            )
         decoded = torch.zeros(elements, dtype=torch.float32, device=device)
         decoded[places.to(device).to(torch.int64)] = values.to(device).to(torch.float32)
         return decoded.reshape(tuple(shape))

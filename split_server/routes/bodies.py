@@ -21,7 +21,9 @@ def declared_length(scope: Scope) -> int | None:
     for name, value in scope["headers"]:
         if name == b"content-length":
             if not value.isdigit():
-                raise InvalidField("not a length", field="content-length", value=repr(value))
+                raise InvalidField(
+                    "not a length", field="content-length", limit="digits", value=repr(value)
+                )
             return int(value)
     return None
 

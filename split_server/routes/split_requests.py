@@ -235,14 +235,20 @@ def _body_step(asked: Asked) -> BodyStepMeta:
     meta = parse_message(BodyStepMeta, dict(asked.frame.meta))
     open_round = rounds.require_trainer(asked.run, asked.member, meta.round, meta.attempt)
     if asked.member.id in open_round.updated or asked.member.id in open_round.declined:
-        raise StaleRound("this participant's update has been counted", field="round")
+        raise StaleRound(
+            "this participant's update has been counted", field="round", value=meta.round
+        )
     return meta
 
 
 def _held_file(desk: Desk, asked: Asked, held: BlobRef) -> Path:
     path = desk.files(asked.run.id).held(held.sha256)
     if not path.is_file():
-        raise StaleRound("there is a newer global state, and this one is gone", field="state")
+        raise StaleRound(
+            "there is a newer global state, and this one is gone",
+            field="state",
+            value=asked.run.state.sha256,
+        )
     return path
 
 

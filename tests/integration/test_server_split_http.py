@@ -314,6 +314,8 @@ def test_samples_that_cannot_be_kept_are_refused(server: Running, operator: Api)
         ({"ids": ids}, "malformed_frame"),
         ({"smashed": rows}, "malformed_frame"),
         ({"ids": ids[:1], "smashed": rows}, "malformed_frame"),
+        ({"ids": ids[:1], "smashed": rows * float("inf")}, "malformed_frame"),
+        ({"ids": ids, "smashed": rows[0, 0, 0]}, "malformed_frame"),
         ({"ids": ids, "smashed": smashed()}, "wrong_shape"),
         ({"ids": ids, "smashed": rows * float("inf")}, "non_finite"),
         ({"ids": ids, "smashed": rows.long()}, "invalid_field"),
@@ -323,6 +325,9 @@ def test_samples_that_cannot_be_kept_are_refused(server: Running, operator: Api)
     pieces = encode_frame("samples", {}, {"ids": (ids, "uint8"), "smashed": (rows, "pq")})
     whole = api.call("POST", "/v1/split/samples", content=bytes(join_frame(pieces)))
     assert code_of(whole) == "invalid_field"  # a codec whose rows cannot be told apart
+    error = whole.json()["error"]
+    assert (error["field"], error["value"]) == ("smashed", "pq")
+    assert error["limit"] == ["float32", "float16", "bfloat16", "int8", "int4", "int4-asym"]
     answer = api.ask("missing", {}, ids=ids)
     assert tensor_of(answer, "missing", "places").tolist() == [0, 1]
 

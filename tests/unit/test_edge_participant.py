@@ -243,6 +243,18 @@ def test_an_empty_update_is_told_and_passed(tmp_path: Path) -> None:
     assert [kind for kind, _ in told.events] == ["joined", "nothing-to-train", "stopped"]
 
 
+def test_a_device_that_cannot_measure_a_state_says_so(tmp_path: Path) -> None:
+    class Poisoned(Script):
+        def infer(self, smashed: torch.Tensor, **more: Any) -> torch.Tensor:
+            return super().infer(smashed, **more).fill_(torch.nan)
+
+    server = Poisoned(assignments=[(EVALUATE, 1), (STOP, 1)])
+    told, _ = take_part(server, tmp_path)
+    assert [kind for kind, _ in told.events] == ["joined", "left-behind", "stopped"]
+    [report] = server.reports
+    assert (report.round, report.samples, report.correct, report.loss_sum) == (1, 0, 0, 0.0)
+
+
 @pytest.mark.parametrize("error", [NonFinite, Unauthorized])
 def test_what_waiting_cannot_mend_ends_the_device(
     tmp_path: Path, error: type[SFPromptError]

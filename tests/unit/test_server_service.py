@@ -122,6 +122,24 @@ def test_too_few_updates_repeat_the_round_and_then_fail_the_run(site: Bench) -> 
     assert everywhere(site, run) == 0.0
 
 
+def test_who_reports_on_no_sample_is_not_waited_for_and_not_counted(site: Bench) -> None:
+    run = site.create(min_participants=2, rounds=2)
+    a, b = site.join(run, "a"), site.join(run, "b")
+    for round_, reported in ((1, (0.5, 2.0, 10)), (2, (None, None, 0))):
+        for one in (a, b):
+            site.update(run, one, state_of(1.0), round_=round_)
+        site.evaluate(run, a, round_=round_, samples=0, correct=0, loss_sum=0.0)
+        assert site.task(run, a).task is Task.WAIT
+        if round_ == 1:
+            site.evaluate(run, b, round_=1, samples=10, correct=5, loss_sum=20.0)
+        else:
+            site.evaluate(run, b, round_=2, samples=0, correct=0, loss_sum=0.0)
+        view = site.federation.results(run).rounds[-1 if round_ == 2 else 0]
+        assert view.status is RoundStatus.CLOSED
+        assert (view.accuracy, view.evaluation_loss, view.evaluation_samples) == reported
+    assert site.task(run, a).task is Task.STOP
+
+
 def test_an_evaluation_that_nobody_answers_ends_at_its_deadline(site: Bench) -> None:
     run = site.create(round_timeout_s=10)
     a = site.join(run)
@@ -283,8 +301,9 @@ def test_a_repeated_update_counts_once(site: Bench) -> None:
     site.update(run, a, state_of(1.0), key="k")
     with pytest.raises(IdempotencyKeyReused):
         site.update(run, a, state_of(2.0), key="k")
-    with pytest.raises(Conflict):
+    with pytest.raises(Conflict) as second:
         site.update(run, a, state_of(2.0), key="k2")
+    assert (second.value.field, second.value.limit, second.value.value) == ("update", 1, 2)
     site.update(run, b, state_of(1.0), key="k")
     assert site.federation.results(run).rounds[0].samples == 20
     site.update(run, a, state_of(1.0), key="k")  # the round is over; the answer is the same
@@ -320,7 +339,7 @@ def test_evaluations_are_checked_and_counted_once(site: Bench) -> None:
     with pytest.raises(InvalidField):
         site.evaluate(run, a, samples=11)
     with pytest.raises(InvalidField):
-        site.evaluate(run, a, samples=0, correct=0)
+        site.evaluate(run, a, samples=0, correct=0, loss_sum=0.1)
     with pytest.raises(InvalidField):
         site.evaluate(run, a, loss_sum=-1.0)
     with pytest.raises(StaleRound):
