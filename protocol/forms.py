@@ -11,6 +11,8 @@ from typing import Any, Literal, get_args
 
 from protocol.settings import TrainingSettings, WireSettings
 
+__all__ = ["FORMS", "Form", "over_form"]
+
 Form = Literal["default", "paper"]
 FORMS: tuple[Form, ...] = get_args(Form)
 

@@ -121,6 +121,8 @@ class EngineSetting:
             "image_size": self.image_size,
             "cut": cut,
             "prompt_count": prompts,
+            # A backward is due only where something ahead of the body is tuned.
+            "tune": "tail" if prompts else "bias",
         }
         return parse_message(BackboneSettings, values)
 

@@ -18,12 +18,19 @@ def test_server_and_devices_end_with_the_command(
     tmp_path: Path, words: list[str], how: signal.Signals
 ) -> None:
     command = [sys.executable, "-m", "benchmark.cli", *words, "--out", str(tmp_path / "run")]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as main:
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, preexec_fn=heed_interrupts
+    ) as main:
         processes = wait_for_children(psutil.Process(main.pid))
         main.send_signal(how)
         assert main.wait(60) == 130
     _, alive = psutil.wait_procs(processes, timeout=20)
     assert not alive
+
+
+def heed_interrupts() -> None:
+    """As in a terminal: what a shell runs in the background ignores them."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def wait_for_children(main: psutil.Process, most_s: float = 60) -> list[psutil.Process]:

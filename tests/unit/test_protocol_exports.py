@@ -20,6 +20,7 @@ EXPORTED = {
     "StaleRound StepLost TooLarge Unauthorized UnknownCodec Unreachable UnsupportedVersion "
     "WrongShape error_from_wire",
     "federation": "FederationSettings ServerOptimizer",
+    "forms": "FORMS Form over_form",
     "frames": "ALIGNMENT Frame MAGIC PREFIX_BYTES TensorSpec decode_frame encode_frame "
     "frame_length header_length join_frame require_kind",
     "header": "check_text pack_header unpack_header",
