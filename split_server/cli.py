@@ -54,10 +54,13 @@ def _described(name: str) -> Any:
     setting = ServerSettings.model_fields[name]
     default = setting.get_default(call_default_factory=True)
     text = setting.description or name.replace("_", " ")
-    if get_origin(setting.annotation) is Literal and setting.description is None:
-        text += ": " + " | ".join(get_args(setting.annotation))
+    choices = get_args(setting.annotation) if get_origin(setting.annotation) is Literal else ()
     shown = "" if default is None else f" Default: {default}."
-    return typer.Option(help=text[0].upper() + text[1:] + "." + shown, show_default=False)
+    return typer.Option(
+        help=text[0].upper() + text[1:] + "." + shown,
+        show_default=False,
+        metavar="<" + "|".join(choices) + ">" if choices else None,
+    )
 
 
 @app.command(

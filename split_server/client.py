@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ssl
 import uuid
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import httpx
 from protocol.errors import InvalidField, NotFound, Unreachable, error_from_wire
 from protocol.messages import Event, Results, RunView, parse_message
 from protocol.settings import RunSettings
+from protocol.trust import trusting
 from protocol.version import IDEMPOTENCY_HEADER, PROTOCOL_VERSION, VERSION_HEADER
 
 TOKEN_FILE = "operator.token"  # noqa: S105 - the name of a file
@@ -55,7 +55,7 @@ class OperatorClient:
                 value=url,
                 hint="for example http://gpu-node:8500",
             )
-        verify = _trusting(ca_file) if ca_file else True
+        verify = trusting(ca_file) if ca_file else True
         # No proxy of the environment: the server is where the address says.
         self._client = httpx.Client(
             base_url=url, headers=headers, timeout=600, trust_env=False, verify=verify
@@ -107,12 +107,3 @@ class OperatorClient:
         if response.is_error:
             raise error_from_wire(content, response.status_code)
         return content
-
-
-def _trusting(ca_file: Path) -> ssl.SSLContext:
-    try:
-        return ssl.create_default_context(cafile=str(ca_file))
-    except OSError as error:  # ssl.SSLError too
-        raise InvalidField(
-            f"no readable PEM file of certificates ({error})", field="ca_file", value=str(ca_file)
-        ) from error

@@ -165,6 +165,7 @@ class Runs:
         try:
             if not self._pauses(run_id):
                 self.advance(run_id)
+                self._not_before.pop(run_id, None)
         except Exception:
             self._not_before[run_id] = self._clock.monotonic() + _RETRY_S
             log.exception("run %s could not go on; trying again later", run_id)

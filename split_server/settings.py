@@ -40,10 +40,8 @@ class ServerSettings(BaseSettings):
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0: all")
     port: int = Field(DEFAULT_PORT, ge=0, le=65_535, description="0: any free one")
     data_dir: Path = Field(Path("sfprompt-data"), description="runs, states and backbones")
-    device: Device = Field("auto", description="where the bodies run: auto | cuda | mps | cpu")
-    dtype: DType = Field(
-        "auto", description="what the bodies compute in: auto | float32 | bfloat16 | float16"
-    )
+    device: Device = Field("auto", description="where the bodies run")
+    dtype: DType = Field("auto", description="what the bodies compute in")
     torch_threads: int | None = Field(None, ge=1, le=1024, description="none: torch's choice")
     max_frame_mib: int = Field(256, ge=1, le=16_384, description="largest body of a request")
     engine_memory_mib: int = Field(

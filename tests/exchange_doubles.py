@@ -19,7 +19,7 @@ from split_server.engine.bodies import Bodies, BodyKey
 from split_server.engine.jobs import EngineLimits, ExchangeJob
 from split_server.engine.local_engine import LocalEngine
 from split_server.engine.sessions import SessionPlan
-from tests.server_doubles import SMALL, FakeTime
+from tests.server_doubles import SMALL, SPLIT, FakeTime, run_settings
 
 MIB = 1024 * 1024
 PLACEMENT = choose_placement("cpu", "float32")
@@ -33,6 +33,12 @@ MakeEngine = Callable[..., LocalEngine]
 
 def prepare_backbone(folder: Path) -> Path:
     return split_model.prepare_backbone(SplitSettings.of(SMALL), "random:0", folder).path
+
+
+def input_body(folder: Path) -> BodyKey:
+    """The body of a run in the paper's form, its weights in this folder."""
+    path = split_model.prepare_backbone(SPLIT, "random:0", folder).path
+    return BodyKey.of(str(path), run_settings())
 
 
 @contextmanager

@@ -42,6 +42,7 @@ from protocol.messages import (
 )
 from protocol.settings import Message
 from protocol.traffic import Traffic
+from protocol.trust import trusting
 from protocol.version import (
     FRAME_MEDIA_TYPE,
     IDEMPOTENCY_HEADER,
@@ -80,7 +81,7 @@ class Server:
         link: Link | None = None,
     ) -> None:
         base = _base_url(url)
-        context = _trusting(ca_file) if ca_file else None
+        context = trusting(ca_file) if ca_file else None
         self._transport = MeteredTransport(context, prefix=base.path, link=link)
         self._retry = retry or RetryPolicy()
         self._base = base
@@ -313,15 +314,6 @@ def _base_url(url: str) -> httpx.URL:
             "the server's address is http://HOST:PORT or https://HOST:PORT", field="url", value=url
         )
     return parsed
-
-
-def _trusting(ca_file: Path) -> ssl.SSLContext:
-    try:
-        return ssl.create_default_context(cafile=str(ca_file))
-    except OSError as error:  # ssl.SSLError too
-        raise InvalidField(
-            f"no readable PEM file of certificates ({error})", field="ca_file", value=str(ca_file)
-        ) from error
 
 
 def _bearer(token: str, field: str) -> str:

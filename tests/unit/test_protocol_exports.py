@@ -36,6 +36,7 @@ EXPORTED = {
     "TrainingSettings Tuned WireSettings",
     "traffic": "BACKWARD_PATH EXCHANGE_PATH FORWARD_PATH INFER_PATH MISSING_PATH Phase "
     "SAMPLES_PATH Traffic phases_of total_bytes",
+    "trust": "trusting",
     "version": "FRAME_MEDIA_TYPE IDEMPOTENCY_HEADER PROTOCOL_VERSION REQUEST_ID_HEADER "
     "VERSION_HEADER",
 }

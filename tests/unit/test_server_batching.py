@@ -28,10 +28,10 @@ from tests.exchange_doubles import (
     MakeEngine,
     engines,
     gradient_of,
+    input_body,
     prepare_backbone,
     smashed,
 )
-from tests.server_doubles import SPLIT, run_settings
 from tests.server_doubles import smashed as with_prompts
 
 MODES = ["auto", "retained", "recompute"]
@@ -51,9 +51,7 @@ def make() -> Iterator[MakeEngine]:
 
 @pytest.fixture(scope="module")
 def key(tmp_path_factory: pytest.TempPathFactory) -> BodyKey:
-    cache = tmp_path_factory.mktemp("input-backbones")
-    path = split_model.prepare_backbone(SPLIT, "random:0", cache).path
-    return BodyKey.of(str(path), run_settings())
+    return input_body(tmp_path_factory.mktemp("backbones"))
 
 
 @contextmanager

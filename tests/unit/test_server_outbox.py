@@ -18,8 +18,8 @@ from split_server.engine.bodies import BodyKey
 from split_server.engine.jobs import BackwardJob, ForwardJob
 from split_server.engine.outbox import Deliver, Fail, Outbox, _Copy
 from split_server.engine.steps import StepKey
-from tests.exchange_doubles import MakeEngine, engines, is_empty
-from tests.server_doubles import SPLIT, run_settings, smashed
+from tests.exchange_doubles import MakeEngine, engines, input_body, is_empty
+from tests.server_doubles import smashed
 
 
 @pytest.fixture
@@ -30,9 +30,7 @@ def make() -> Iterator[MakeEngine]:
 
 @pytest.fixture(scope="module")
 def key(tmp_path_factory: pytest.TempPathFactory) -> BodyKey:
-    cache = tmp_path_factory.mktemp("backbones")
-    path = split_model.prepare_backbone(SPLIT, "random:0", cache).path
-    return BodyKey.of(str(path), run_settings())
+    return input_body(tmp_path_factory.mktemp("backbones"))
 
 
 class Letters(Outbox):

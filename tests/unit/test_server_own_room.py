@@ -9,13 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-import split_model
 from protocol.errors import Busy, StepLost
 from split_server.engine.bodies import BodyKey
 from split_server.engine.jobs import BackwardJob, ForwardJob
 from split_server.engine.steps import StepKey
-from tests.exchange_doubles import MakeEngine, engines
-from tests.server_doubles import SPLIT, run_settings, smashed
+from tests.exchange_doubles import MakeEngine, engines, input_body
+from tests.server_doubles import smashed
 
 INPUT = smashed().nbytes
 
@@ -28,9 +27,7 @@ def make() -> Iterator[MakeEngine]:
 
 @pytest.fixture(scope="module")
 def key(tmp_path_factory: pytest.TempPathFactory) -> BodyKey:
-    cache = tmp_path_factory.mktemp("backbones")
-    path = split_model.prepare_backbone(SPLIT, "random:0", cache).path
-    return BodyKey.of(str(path), run_settings())
+    return input_body(tmp_path_factory.mktemp("backbones"))
 
 
 def forward(key: BodyKey, name: str, who: str = "p1", samples: int = 2) -> ForwardJob:
