@@ -20,7 +20,7 @@ from split_model import Body, learning_rate_factor, make_optimizer, set_progress
 from split_server.engine import compute
 from split_server.engine.answers import Answer
 from split_server.engine.bodies import BodyKey, weights_of
-from split_server.engine.sessions import lost_session
+from split_server.engine.open_sessions import lost_session
 from split_server.engine.steps import Graph
 from split_server.engine.tasks import Keep
 from split_server.model_files import model_errors
@@ -142,47 +142,6 @@ class BodySession:
                 body = split_model.build_tunable_body(self.key.settings, weights, device)
             self._body, self._optimizer = body, make_optimizer(self.plan.training, None, body)
         return self._body, self._optimizer
-
-
-class BodySessions:
-    """The open session of each participant. Not thread-safe: the engine holds its lock."""
-
-    def __init__(self) -> None:
-        self._sessions: dict[tuple[str, str], BodySession] = {}
-
-    def __len__(self) -> int:
-        return len(self._sessions)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(session.nbytes for session in self._sessions.values())
-
-    def begin(self, run: str, participant: str, session: BodySession) -> None:
-        """Take the place of whatever session the participant had: it has begun anew."""
-        self._sessions[run, participant] = session
-
-    def find(self, run: str, participant: str, name: str) -> BodySession | None:
-        session = self._sessions.get((run, participant))
-        return session if session is not None and session.name == name else None
-
-    def get(self, run: str, participant: str, name: str) -> BodySession:
-        """The session of this name.
-
-        Raises:
-            StepLost: it is not here; the server was restarted, or the round is over.
-        """
-        session = self.find(run, participant, name)
-        if session is None:
-            raise lost_session(name)
-        return session
-
-    def expired(self, now: float) -> list[tuple[str, str]]:
-        """Run and participant of the sessions of which nothing was heard for too long."""
-        return [who for who, session in self._sessions.items() if session.expires_at <= now]
-
-    def drop(self, run: str, participant: str | None = None) -> None:
-        for key in [k for k in self._sessions if k[0] == run and participant in (None, k[1])]:
-            del self._sessions[key]
 
 
 def _graph(body: Body, smashed: Tensor, leading: int | None) -> Graph:

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from protocol.errors import WrongShape
 from split_server.engine.answers import Answer
-from split_server.engine.body_sessions import BodySession, BodySessions, OpenStep, Way
+from split_server.engine.body_sessions import BodySession, OpenStep, Way
 from split_server.engine.jobs import BodyJob
 from split_server.engine.keeper import Keeper
+from split_server.engine.open_sessions import OpenSessions, lost_session, require_steps
 from split_server.engine.outbox import Outbox
-from split_server.engine.sessions import lost_session, require_steps
 from split_server.engine.tasks import Kind, OwnTask
 from split_server.engine.tickets import Ticket, require_same
 from split_server.engine.work import nbytes_of
@@ -36,7 +36,7 @@ class BodyTraining:
         self._worker = worker
         self._outbox = outbox
         self._device = device
-        self._sessions = BodySessions()
+        self._sessions = OpenSessions[BodySession]()
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -95,10 +95,7 @@ class BodyTraining:
         Raises:
             StepLost: it is not here, or not at its end.
         """
-        session = self._sessions.get(run, participant, name)
-        if session.applied != session.steps:
-            raise lost_session(name)
-        return session
+        return self._sessions.finished(run, participant, name)
 
     def release(self, run: str, participant: str | None) -> None:
         self._sessions.drop(run, participant)
@@ -106,7 +103,7 @@ class BodyTraining:
 
     def sweep(self) -> None:
         """Free the sessions of participants that were not heard of in time."""
-        for run, participant in self._sessions.expired(self._keeper.now):
+        for run, participant, _ in self._sessions.expired(self._keeper.now):
             if not self._keeper.is_at_work(run, participant):
                 self.release(run, participant)
 

@@ -11,8 +11,9 @@ from torch import Tensor
 from split_model import anatomy
 from split_server.engine.jobs import ExchangeJob
 from split_server.engine.keeper import Admitted, Keeper
+from split_server.engine.open_sessions import OpenSessions, lost_session, require_steps
 from split_server.engine.outbox import Outbox
-from split_server.engine.sessions import Session, Sessions, batch_key, lost_session, require_steps
+from split_server.engine.sessions import Session, batch_key
 from split_server.engine.steps import StepKey
 from split_server.engine.tasks import Forwarded
 from split_server.engine.tickets import Ticket
@@ -33,7 +34,7 @@ class Exchanges:
         self._worker = worker
         self._outbox = outbox
         self._device = device
-        self._sessions = Sessions()
+        self._sessions = OpenSessions[Session]()
 
     def known(self, job: ExchangeJob) -> Tensor | None:
         """What this very request was answered with, if it is a repeat of the newest one.
@@ -46,7 +47,8 @@ class Exchanges:
         if (answer := self._keeper.known("exchange", job.key, job.fingerprint)) is not None:
             return answer
         if job.number == 0:
-            if self._sessions.is_under_way(job.run, job.participant, job.session):
+            begun = self._sessions.find(job.run, job.participant, job.session)
+            if begun is not None and begun.applied > 0:
                 raise lost_session(job.session)  # a late repeat must not begin it anew
             return None
         session = self._sessions.get(job.run, job.participant, job.session)
@@ -91,10 +93,7 @@ class Exchanges:
         Raises:
             StepLost: it is not here, or not at its end.
         """
-        session = self._sessions.get(run, participant, name)
-        if session.applied != session.steps:
-            raise lost_session(name)
-        return session
+        return self._sessions.finished(run, participant, name)
 
     def release(self, run: str, participant: str | None) -> None:
         self._sessions.drop(run, participant)
@@ -106,7 +105,9 @@ class Exchanges:
         Their runs may be over: a first batch can still be on its way here when that is told. Who
         has finished is waited for as long as the round is open: a slow link may hold the update.
         """
-        for (run, participant), session in self._sessions.expired(self._keeper.now):
+        for run, participant, session in self._sessions.expired(self._keeper.now):
+            if session.applied == session.steps:
+                continue
             step = batch_key(run, participant, session.name, session.applied)
             held = self._keeper.room.steps.get(step) is not None
             if held or self._keeper.is_at_work(run, participant):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from protocol.errors import InvalidField, NonFinite, StepLost
+from protocol.errors import NonFinite
 from protocol.settings import TrainingSettings
 from split_model.schedule import learning_rate_factor, make_optimizer, set_progress
 from split_server.engine.steps import StepKey
@@ -47,7 +47,7 @@ class Session:
     prompts: nn.Parameter  # [L, P, D]
     optimizer: torch.optim.Optimizer = field(init=False)
     applied: int = 0
-    expires_at: float = math.inf  # on the monotonic clock, unless it is at its end
+    expires_at: float = math.inf  # on the monotonic clock
 
     def __post_init__(self) -> None:
         self.optimizer = make_optimizer(self.plan.training, self.prompts, None)
@@ -99,71 +99,6 @@ class Session:
         if not bool(torch.isfinite(prompts).all()):
             raise NonFinite("the prompts tuned on the server are not finite", field="prompts")
         return prompts
-
-
-class Sessions:
-    """The open session of each participant. Not thread-safe: the engine holds its lock."""
-
-    def __init__(self) -> None:
-        self._sessions: dict[tuple[str, str], Session] = {}
-
-    @property
-    def nbytes(self) -> int:
-        return sum(session.nbytes for session in self._sessions.values())
-
-    def begin(self, run: str, participant: str, session: Session) -> None:
-        """Take the place of whatever session the participant had: it has begun anew."""
-        self._sessions[run, participant] = session
-
-    def get(self, run: str, participant: str, name: str) -> Session:
-        """The session of this name.
-
-        Raises:
-            StepLost: it is not here; the server was restarted, or the round is over.
-        """
-        session = self._sessions.get((run, participant))
-        if session is None or session.name != name:
-            raise lost_session(name)
-        return session
-
-    def is_under_way(self, run: str, participant: str, name: str) -> bool:
-        """Whether the session of this name has taken gradients in already."""
-        session = self._sessions.get((run, participant))
-        return session is not None and session.name == name and session.applied > 0
-
-    def expired(self, now: float) -> list[tuple[tuple[str, str], Session]]:
-        """The unfinished sessions whose time is up, with their run and participant."""
-        return [
-            (who, session)
-            for who, session in self._sessions.items()
-            if session.expires_at <= now and session.applied < session.steps
-        ]
-
-    def drop(self, run: str, participant: str | None = None) -> None:
-        for key in [k for k in self._sessions if k[0] == run and participant in (None, k[1])]:
-            del self._sessions[key]
-
-
-def lost_session(name: str) -> StepLost:
-    """The error that makes a device begin its round's split training anew."""
-    return StepLost(
-        "the server does not hold this session",
-        field="session",
-        value=name,
-        hint="begin the round's training anew, with a new session",
-    )
-
-
-def require_steps(named: int, steps: int) -> None:
-    """Refuse a request that names another number of steps than its session has.
-
-    Raises:
-        InvalidField: it is another.
-    """
-    if named != steps:
-        raise InvalidField(
-            "a session has a fixed number of steps", field="steps", limit=steps, value=named
-        )
 
 
 def batch_key(run: str, participant: str, session: str, number: int) -> StepKey:

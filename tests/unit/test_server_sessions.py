@@ -11,7 +11,8 @@ from torch import Tensor
 
 from protocol.errors import NonFinite, StepLost
 from protocol.settings import TrainingSettings
-from split_server.engine.sessions import Session, SessionPlan, Sessions, batch_key
+from split_server.engine.open_sessions import OpenSessions
+from split_server.engine.sessions import Session, SessionPlan, batch_key
 
 CPU = torch.device("cpu")
 LAYERS, PROMPTS, WIDTH = 3, 4, 8
@@ -159,7 +160,7 @@ def test_the_mean_token_of_the_first_batch_shifts_the_first_layer_alone() -> Non
 
 
 def test_a_session_is_found_by_run_participant_and_name() -> None:
-    sessions, one, other = Sessions(), begin(name="s"), begin(name="s")
+    sessions, one, other = OpenSessions[Session](), begin(name="s"), begin(name="s")
     sessions.begin("r1", "p1", one)
     sessions.begin("r1", "p2", other)
     assert sessions.get("r1", "p1", "s") is one
@@ -172,7 +173,7 @@ def test_a_session_is_found_by_run_participant_and_name() -> None:
 
 @pytest.mark.parametrize("name", ["s", "t"])
 def test_one_that_is_begun_anew_takes_the_old_ones_place(name: str) -> None:
-    sessions, old, new = Sessions(), begin(name="s"), begin(name=name)
+    sessions, old, new = OpenSessions[Session](), begin(name="s"), begin(name=name)
     old.apply(numbers(1))
     sessions.begin("r1", "p1", old)
     sessions.begin("r1", "p1", new)
@@ -185,7 +186,7 @@ def test_one_that_is_begun_anew_takes_the_old_ones_place(name: str) -> None:
 
 
 def test_sessions_go_with_their_participant_or_their_run() -> None:
-    sessions = Sessions()
+    sessions = OpenSessions[Session]()
     places = [("r1", "p1"), ("r1", "p2"), ("r2", "p1")]
     for place in places:
         sessions.begin(*place, begin())
