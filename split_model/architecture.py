@@ -115,10 +115,16 @@ def skeleton(settings: SplitSettings, blocks: range | None = None) -> nn.Module:
 @functools.lru_cache(maxsize=16)
 def _pristine(settings: SplitSettings) -> nn.Module:
     # Meta tensors take no memory, and building anew takes ten times as long as copying.
-    with torch.device("meta"):
-        model = create(settings, settings.num_classes)
-        shape_proxy(settings, model)
+    if settings.proxy != "none":
+        plain = dataclasses.replace(
+            settings, proxy="none", proxy_ends=1, proxy_width=0, proxy_blocks=0
+        )
+        model = copy.deepcopy(_pristine(plain))
+        with torch.device("meta"):
+            shape_proxy(settings, model)
         return model
+    with torch.device("meta"):
+        return create(settings, settings.num_classes)
 
 
 @functools.lru_cache(maxsize=64)

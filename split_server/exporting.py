@@ -9,8 +9,8 @@ from torch import Tensor
 
 from protocol.errors import NotFound
 from split_model import SplitSettings, export_model, head_weights, prepare_backbone
+from split_model.model_errors import model_errors
 from split_model.proxy import plugged
-from split_server.model_files import model_errors
 from split_server.snapshot import RunSnapshot, load_snapshot
 from split_server.states import RunFiles, StateRefs
 from split_server.store import Store

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import split_model
-from protocol.errors import FieldValue, InvalidField
 from protocol.messages import BlobRef
 from protocol.seeds import derive_seed
 from protocol.settings import RunSettings
 from split_model import SplitSettings
+from split_model.model_errors import model_errors
 from split_model.neurons import neurons_shape
 from split_model.proxy import whole_model
 from split_server.proxies import prepare_local_body, prepare_proxy, write_renewed_proxy
@@ -98,35 +97,3 @@ def renew_run(
     for folder in (proxy.parent, head.parent, files.root):
         sync_folder(folder)
     return RenewedModel(proxy, BlobRef(sha256=sha256, nbytes=head.stat().st_size))
-
-
-@contextmanager
-def model_errors() -> Iterator[None]:
-    """Turn what the model's package raises into the contract's error.
-
-    Raises:
-        InvalidField: naming the field of the run's settings.
-    """
-    try:
-        yield
-    except split_model.SplitSettingsError as error:
-        field = "model." + error.field.replace("model_overrides", "image_size")
-        raise InvalidField(
-            str(error), field=field, limit=error.limit, value=_plain(error.value)
-        ) from error
-    except split_model.UnsupportedBackboneError as error:
-        raise InvalidField(str(error), field="model.backbone", value=error.backbone) from error
-    except split_model.WeightSourceError as error:
-        raise InvalidField(
-            str(error), field="model.weights", limit=error.limit, value=error.value
-        ) from error
-    except (
-        split_model.PackagedBackboneError,
-        split_model.TensorFileError,
-        split_model.WeightsMismatchError,
-    ) as error:
-        raise InvalidField(str(error), field="model.weights") from error
-
-
-def _plain(value: object) -> FieldValue:
-    return value if isinstance(value, (str, int, float)) else str(value)

@@ -15,7 +15,7 @@ from protocol.errors import InvalidField
 from protocol.messages import parse_message
 from protocol.settings import RunSettings
 from split_model import SplitSettings, anatomy
-from split_server.model_files import model_errors
+from split_model.model_errors import model_errors
 
 _LIKE_OTHERS = "fashion-mnist"  # whose presets serve data sets that have none
 _NOT_OVERRIDDEN = {"federation": {"rounds", "min_participants"}}  # the comparison sets them

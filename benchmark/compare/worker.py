@@ -28,7 +28,7 @@ from protocol.errors import SFPromptError
 from protocol.messages import parse_message
 from protocol.settings import RunSettings
 from split_model import load_state
-from split_server.model_files import model_errors
+from split_model.model_errors import model_errors
 
 JOB, FIGURES = "job.json", "figures.json"
 _SEEDS = 2**31  # of the data's parts, as `LocalRun` tells them to devices

@@ -8,7 +8,7 @@ import split_model
 from protocol.messages import parse_message
 from protocol.settings import BackboneSettings, RunSettings
 from split_model import SplitSettings
-from split_server.model_files import model_errors
+from split_model.model_errors import model_errors
 
 _PROMPTS = 5
 _ROUND_S = 7 * 86_400.0  # the round stays open for as long as is measured

@@ -8,13 +8,14 @@ import math
 
 from torch import nn
 
+from benchmark.estimate.operations import blocks_flops, embedding_flops, output_flops
 from split_model import (
+    Head,
     PartBytes,
-    PartFlops,
     SplitSettings,
+    Tail,
     anatomy,
     part_bytes,
-    part_flops,
     prompt_shape,
     skeleton,
 )
@@ -27,11 +28,6 @@ _BIASES = frozenset({"bias", "q_bias", "k_bias", "v_bias"})
 @functools.lru_cache(maxsize=64)
 def _part_bytes(settings: SplitSettings) -> PartBytes:
     return part_bytes(settings)
-
-
-@functools.lru_cache(maxsize=64)
-def _part_flops(settings: SplitSettings) -> PartFlops:
-    return part_flops(settings)
 
 
 def bytes_of(settings: SplitSettings) -> PartBytes:
@@ -70,12 +66,21 @@ class ForwardFlops:
 
 def forward_flops(settings: SplitSettings, prompts: int = 0) -> ForwardFlops:
     """What the backbone computes, with so many prompts in every block, wherever they joined."""
-    uncut = _uncut(settings)
-    if prompts:
-        # Every block is in the body, so all of them get the prompts.
-        uncut = dataclasses.replace(uncut, prompt_at="cut", prompt_count=prompts)
-    flops, depth = _part_flops(uncut), anatomy(uncut).depth
-    return ForwardFlops(flops.head, flops.body // depth, flops.tail, depth)
+    return _forward_flops(_uncut(settings), prompts)
+
+
+@functools.lru_cache(maxsize=64)
+def _forward_flops(uncut: SplitSettings, prompts: int) -> ForwardFlops:
+    depth = anatomy(uncut).depth
+    # Every block is in the head, where nothing is tuned.
+    whole = dataclasses.replace(uncut, cut=depth, prompt_count=prompts, tune="tail")
+    head, tail = Head(whole).requires_grad_(False), Tail(whole).requires_grad_(False)
+    return ForwardFlops(
+        embedding=embedding_flops(head),
+        block=blocks_flops(head, prompts) // depth,
+        output=output_flops(tail, prompts),
+        depth=depth,
+    )
 
 
 def _bare(settings: SplitSettings) -> SplitSettings:

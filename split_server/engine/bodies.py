@@ -14,8 +14,8 @@ from torch import Tensor
 import split_model
 from protocol.settings import RunSettings
 from split_model import Body, SplitSettings
+from split_model.model_errors import model_errors
 from split_server.devices import Placement
-from split_server.model_files import model_errors
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,13 @@ import split_model
 from protocol.errors import NonFinite
 from protocol.settings import TrainingSettings
 from split_model import Body, learning_rate_factor, make_optimizer, set_progress
+from split_model.model_errors import model_errors
 from split_server.engine import compute
 from split_server.engine.answers import Answer
 from split_server.engine.bodies import BodyKey, weights_of
 from split_server.engine.open_sessions import lost_session
 from split_server.engine.steps import Graph
 from split_server.engine.tasks import Keep
-from split_server.model_files import model_errors
 
 FLOAT_BYTES = 4  # these bodies are float32, whatever those are that nobody tunes
 Way = Literal["forward", "backward"]

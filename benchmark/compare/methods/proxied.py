@@ -8,7 +8,7 @@ from benchmark.compare.methods.method import changed
 from benchmark.compare.methods.whole_model import WholeModel
 from protocol.settings import ProxyKind, RunSettings
 from split_model import Anatomy, SplitSettings, anatomy
-from split_server.model_files import model_errors
+from split_model.model_errors import model_errors
 
 
 class Proxied(WholeModel):

@@ -8,7 +8,7 @@ from benchmark.compare.methods.method import Changes, Method, changed
 from protocol.forms import Form
 from protocol.settings import BackboneSettings, RunSettings, WireSettings
 from split_model import Anatomy, SplitSettings, anatomy
-from split_server.model_files import model_errors
+from split_model.model_errors import model_errors
 
 
 class WholeModel(Method):

@@ -7,11 +7,9 @@ import functools
 import math
 from typing import ClassVar
 
-import torch
-from torch.utils.flop_counter import FlopCounterMode
-
 from benchmark.estimate.method_cost import MethodCost
 from benchmark.estimate.methods.proxied import ProxiedMethod
+from benchmark.estimate.operations import blocks_flops, embedding_flops
 from benchmark.estimate.payload import FLOAT_BYTES
 from benchmark.estimate.question import Question
 from protocol.settings import ProxyKind
@@ -50,7 +48,5 @@ class FedPft(ProxiedMethod):
 @functools.lru_cache(maxsize=64)
 def _forward_flops(settings: SplitSettings) -> int:
     """Of one image through the head, without gradients."""
-    images = torch.empty(1, 3, settings.image_size, settings.image_size, device="meta")
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        Head(settings)(images)
-    return int(counter.get_total_flops())
+    head = Head(settings).requires_grad_(False)
+    return embedding_flops(head) + blocks_flops(head)

@@ -7,14 +7,12 @@ import functools
 import math
 from typing import Any, ClassVar
 
-import torch
 from torch import nn
-from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmark.estimate.memory import image_numbers, peak_bytes
 from benchmark.estimate.method_cost import MethodCost
 from benchmark.estimate.methods.method import Method
+from benchmark.estimate.operations import blocks_flops, embedding_flops, is_tuned, output_flops
 from benchmark.estimate.payload import FLOAT_BYTES
 from benchmark.estimate.question import Question
 from protocol.settings import ProxyKind
@@ -96,11 +94,8 @@ def _step_flops(settings: SplitSettings) -> int:
         tuned = set(part.tuned().values())
         for name, parameter in part.named_parameters():
             parameter.requires_grad_(name in tuned)
-    images = torch.empty(1, 3, settings.image_size, settings.image_size, device="meta")
-    labels = torch.zeros(1, dtype=torch.int64, device="meta")
-    with FlopCounterMode(display=False) as counter:
-        F.cross_entropy(tail(head(images)), labels).backward()
-    return int(counter.get_total_flops())
+    output = output_flops(tail, passes=is_tuned(head))
+    return embedding_flops(head) + blocks_flops(head) + output
 
 
 def _activations(settings: SplitSettings) -> int:
