@@ -17,9 +17,7 @@ class FedPeftAdapter(WholeModel):
     name = "fedpeft-adapter"
     what = "FedPEFT: one bottleneck behind every block, and the classifier"
     costed_as = "fedpeft-adapter"
-    recipe: ClassVar[Changes] = {
-        "training": {"local_epochs": 1, "tail_learning_rate": 1e-3, "warmup_rounds": 1}
-    }
+    recipe: ClassVar[Changes] = {"training": {"batch_size": 8, "tail_learning_rate": 1e-3}}
     tuned = "adapter"
 
     def added(self, sizes: Anatomy) -> dict[str, Any]:

@@ -14,7 +14,5 @@ class FedPeftBias(WholeModel):
     name = "fedpeft-bias"
     what = "FedPEFT: all biases and the classifier"
     costed_as = "fedpeft-bias"
-    recipe: ClassVar[Changes] = {
-        "training": {"local_epochs": 1, "tail_learning_rate": 2e-3, "warmup_rounds": 1}
-    }
+    recipe: ClassVar[Changes] = {"training": {"batch_size": 8, "tail_learning_rate": 2e-3}}
     tuned = "bias"

@@ -19,10 +19,9 @@ class FedPeftPrompt(WholeModel):
     costed_as = "fedpeft-prompt"
     recipe: ClassVar[Changes] = {
         "training": {
-            "local_epochs": 1,
+            "batch_size": 8,
             "prompt_learning_rate": 2e-3,
             "tail_learning_rate": 1e-2,
-            "warmup_rounds": 1,
         }
     }
     tuned = "classifier"

@@ -26,6 +26,6 @@ class FedPft(Proxied):
     proxy: ClassVar[ProxyKind] = "pruned"
     recipe: ClassVar[Changes] = {
         "model": {"proxy": "pruned"},
-        "training": {"local_epochs": 1, "tail_learning_rate": 2e-3, "warmup_rounds": 1},
+        "training": {"batch_size": 8, "tail_learning_rate": 2e-3},
         "distillation": {"epochs": 5, "every": 10},
     }

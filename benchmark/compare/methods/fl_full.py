@@ -14,7 +14,5 @@ class FullFineTuning(WholeModel):
     name = "fl-full"
     what = "federated full fine-tuning: every weight is trained on the device and averaged"
     costed_as = "fl-full"
-    recipe: ClassVar[Changes] = {
-        "training": {"local_epochs": 1, "tail_learning_rate": 5e-5, "warmup_rounds": 1}
-    }
+    recipe: ClassVar[Changes] = {"training": {"batch_size": 8, "tail_learning_rate": 5e-5}}
     tuned = "full"

@@ -22,7 +22,7 @@ class OffsiteTuning(Proxied):
     proxy: ClassVar[ProxyKind] = "dropped"
     recipe: ClassVar[Changes] = {
         "model": {"proxy": "dropped"},
-        "training": {"local_epochs": 1, "tail_learning_rate": 2e-3, "warmup_rounds": 1},
+        "training": {"batch_size": 8, "tail_learning_rate": 2e-3},
     }
 
     def chosen(self, base: RunSettings) -> dict[str, int]:

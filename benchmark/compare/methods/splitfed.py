@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from benchmark.compare.methods.method import Method, changed
+from benchmark.compare.methods.method import Changes, Method, changed
 from protocol.forms import Form
 from protocol.settings import RunSettings, WireSettings
 
@@ -20,6 +20,7 @@ class SplitFed(Method):
     """
 
     form: ClassVar[Form] = "paper"
+    recipe: ClassVar[Changes] = {"training": {"batch_size": 8}}
     tuned: ClassVar[Mapping[str, Any]]
 
     def settings(self, base: RunSettings) -> RunSettings:

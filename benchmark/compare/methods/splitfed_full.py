@@ -20,5 +20,5 @@ class SplitFedFull(SplitFed):
     what = "U-shaped SplitFed: head, body and tail are trained, all are averaged, float32"
     costed_as = "splitfed-full"
     # As full fine-tuning.
-    recipe: ClassVar[Changes] = {"training": {"tail_learning_rate": 5e-5, "warmup_rounds": 1}}
+    recipe: ClassVar[Changes] = {"training": {"batch_size": 8, "tail_learning_rate": 5e-5}}
     tuned: ClassVar[Mapping[str, Any]] = {"tune": "full", "tune_body": True}

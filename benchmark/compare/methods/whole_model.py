@@ -22,7 +22,7 @@ class WholeModel(Method):
     """
 
     form: ClassVar[Form] = "paper"
-    recipe: ClassVar[Changes] = {"training": {"local_epochs": 1, "warmup_rounds": 1}}
+    recipe: ClassVar[Changes] = {"training": {"batch_size": 8}}
     tuned: ClassVar[str]
 
     def settings(self, base: RunSettings) -> RunSettings:
