@@ -44,17 +44,16 @@ class Int8(FixedSizeCodec):
 
     def encode(self, tensor: Tensor, generator: torch.Generator | None = None) -> list[memoryview]:
         source = as_matrix(tensor)
-        at_once = chunk_rows(source.shape[1], source.device)
-        values = torch.empty(source.shape, dtype=torch.int8, device=source.device)
-        scales = torch.empty(len(source), 1, dtype=torch.float32, device=source.device)
-        scratch = torch.empty_like(source[:at_once], dtype=torch.float32)
-        for part, scale in zip(source.split(at_once), scales.split(at_once), strict=True):
-            magnitudes = torch.abs(part.to(torch.float32), out=scratch[: len(part)])
-            torch.amax(magnitudes, 1, keepdim=True, out=scale)
-        scales.div_(_LEVELS).masked_fill_(scales < SMALLEST_SCALE, 0.0)
+        # Two passes that only read are faster than one that writes magnitudes down.
+        highest, lowest = source.amax(1, keepdim=True), source.amin(1, keepdim=True)
+        scales = torch.maximum(highest, -lowest).to(torch.float32).div_(_LEVELS)
+        scales.masked_fill_(scales < SMALLEST_SCALE, 0.0)
         divisors = scales.masked_fill(scales == 0, math.inf)  # what it divides becomes zero
+        values = torch.empty(source.shape, dtype=torch.int8, device=source.device)
+        at_once = chunk_rows(source.shape[1], source.device)
+        scratch = torch.empty_like(source[:at_once], dtype=torch.float32)
         for part, divisor, out in zip(
-            source.split(at_once), divisors.split(at_once), values.split(at_once), strict=True
+            *(every.split(at_once) for every in (source, divisors, values)), strict=True
         ):
             codes = torch.div(part.to(torch.float32), divisor, out=scratch[: len(part)])
             out.copy_(round_(codes, generator, -_LEVELS, _LEVELS))
