@@ -8,7 +8,7 @@ import protocol
 from protocol.codec_names import FLOAT_CODECS, WHOLE_CODECS
 from protocol.errors import SFPromptError
 from protocol.frames import decode_frame, encode_frame, join_frame
-from tests import make_protocol_vectors
+from tests.protocol_vectors import write
 
 FOLDER = Path(protocol.__file__).with_name("vectors")
 VECTORS = json.loads((FOLDER / "vectors.json").read_text(encoding="utf-8"))
@@ -59,7 +59,7 @@ def test_every_codec_has_vectors():
 
 
 def test_the_checked_in_vectors_are_what_the_script_writes(tmp_path, monkeypatch):
-    monkeypatch.setattr(make_protocol_vectors, "FOLDER", tmp_path)
-    make_protocol_vectors.main()
+    monkeypatch.setattr(write, "FOLDER", tmp_path)
+    write.main()
     fresh = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert fresh == {path.name: path.read_bytes() for path in FOLDER.iterdir()}

@@ -1,0 +1,82 @@
+"""Frames and the payloads of codecs, byte by byte."""
+
+import math
+import struct
+
+import msgpack
+
+
+def padded(data):
+    return data + bytes(-len(data) % 64)
+
+
+def frame(
+    header, buffers=(), *, magic=b"SFPF", version=1, reserved=0, length=None, total=None, pad=None
+):
+    packed = header if isinstance(header, bytes) else msgpack.packb(header)
+    length = len(packed) if length is None else length
+    body = packed + bytes(-(20 + len(packed)) % 64) + b"".join(padded(b) for b in buffers)
+    total = 20 + len(body) if total is None else total
+    data = struct.pack("<4sHHIQ", magic, version, reserved, length, total) + body
+    return data if pad is None else data[:-1] + pad
+
+
+def header(tensors=(), kind="forward", meta=None):
+    meta = {"step": "1.0.0", "round": 1} if meta is None else meta
+    return {"kind": kind, "meta": meta, "tensors": list(tensors)}
+
+
+def spec(name, codec, shape, *sizes):
+    return {"name": name, "codec": codec, "shape": list(shape), "sizes": list(sizes)}
+
+
+def brain(value):
+    """bfloat16 of a value that it can hold exactly."""
+    return struct.pack("<f", value)[2:]
+
+
+def single(value):
+    """A number rounded to binary32."""
+    return struct.unpack("<f", struct.pack("<f", value))[0]
+
+
+def brains(*values):
+    return b"".join(map(brain, values))
+
+
+def floats(*values):
+    return struct.pack(f"<{len(values)}f", *values)
+
+
+def halves(*values):
+    return struct.pack(f"<{len(values)}e", *values)
+
+
+def nibbles(*codes):
+    """The bytes of a row of `int4`: code j below code H + j, with H the rounded-up half."""
+    half = -(-len(codes) // 2)
+    above = [*codes[half:], *[0] * (len(codes) % 2)]
+    return bytes(low | high << 4 for low, high in zip(codes[:half], above, strict=True))
+
+
+def sines(bits, norm, bound, codes):
+    """What the codes −m … m of `cosine` stand for."""
+    most = 2 ** (bits - 1) - 1
+    return [single(norm * math.sin(code * bound / most)) for code in codes]
+
+
+def zstd(content, size=None):
+    """A Zstandard frame of one repeated byte: one segment, its size in one byte, one RLE block."""
+    size = len(content) if size is None else size
+    block = (1 | 1 << 1 | len(content) << 3).to_bytes(3, "little") + content[:1]
+    return b"\x28\xb5\x2f\xfd\x20" + bytes([size]) + block
+
+
+def one(codec, shape, *buffers):
+    """The header and the buffers of a frame of one tensor."""
+    return header([spec("smashed", codec, shape, *map(len, buffers))]), list(buffers)
+
+
+ONE = spec("smashed", "float32", [1], 4)
+ONE_BUFFER = struct.pack("<f", 1.0)
+THIRDS = 5, math.asin(4 / 5)  # norm and bound of (3, 4)

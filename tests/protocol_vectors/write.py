@@ -1,0 +1,60 @@
+"""Write protocol/vectors anew: python -m tests.protocol_vectors.write"""
+
+import json
+from pathlib import Path
+
+from tests.protocol_vectors.by_hand import ONE_BUFFER, frame
+from tests.protocol_vectors.refused import INVALID, INVALID_CODECS
+from tests.protocol_vectors.valid import LOSSY, OTHER_ORDER, VALID
+
+FOLDER = Path(__file__).parents[2] / "protocol" / "vectors"
+
+
+def described(name, head, values, canonical, given=None):
+    tensors = [
+        {
+            "name": tensor["name"],
+            "codec": tensor["codec"],
+            "shape": tensor["shape"],
+            "values": numbers,
+        }
+        for tensor, numbers in zip(head["tensors"], values, strict=True)
+    ]
+    if given is not None and given != values[0]:
+        tensors[0]["input"] = given
+    return {
+        "file": f"{name}.bin",
+        "canonical": canonical,
+        "kind": head["kind"],
+        "meta": head["meta"],
+        "tensors": tensors,
+    }
+
+
+def main():
+    FOLDER.mkdir(exist_ok=True)
+    for old in FOLDER.glob("*.bin"):
+        old.unlink()
+    valid, invalid = [], []
+    for name, head, buffers, values in VALID:
+        (FOLDER / f"{name}.bin").write_bytes(frame(head, buffers))
+        valid.append(described(name, head, values, canonical=True))
+    for name, (head, buffers), values, given in LOSSY:
+        (FOLDER / f"{name}.bin").write_bytes(frame(head, buffers))
+        valid.append(described(name, head, [values], canonical=given is not None, given=given))
+    (FOLDER / "other-order.bin").write_bytes(frame(OTHER_ORDER, [ONE_BUFFER]))
+    valid.append(described("other-order", OTHER_ORDER, [[1.0]], canonical=False))
+    for name, data, code, why in INVALID:
+        (FOLDER / f"invalid-{name}.bin").write_bytes(data)
+        invalid.append({"file": f"invalid-{name}.bin", "code": code, "why": why})
+    for name, (head, buffers), why in INVALID_CODECS:
+        code = "unknown_codec" if name.startswith("name-") else "malformed_frame"
+        (FOLDER / f"invalid-{name}.bin").write_bytes(frame(head, buffers))
+        invalid.append({"file": f"invalid-{name}.bin", "code": code, "why": why})
+    content = {"version": 1, "valid": valid, "invalid": invalid}
+    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+    (FOLDER / "vectors.json").write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
