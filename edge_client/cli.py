@@ -10,30 +10,23 @@ import sys
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from edge_client.data import (
-    Dataset,
-    Part,
-    by_content,
-    cache_dir,
-    limit_per_set,
-    load_dataset,
-)
-from edge_client.identity import Identity
-from edge_client.participant import Participant, succeeded
-from edge_client.prediction import Prediction, Predictor, image_files
-from edge_client.reporter import BarReporter, JsonReporter, Reporter
-from edge_client.transport import Link, RetryPolicy, Server
 from protocol.errors import NotFound, SFPromptError
 from protocol.messages import RunStatus, RunView
 from protocol.seeds import derive_seed
+
+# What loads torch is imported where it is used: a small device shows its help at once.
+if TYPE_CHECKING:
+    from edge_client.data import Dataset
+    from edge_client.prediction import Prediction
+    from edge_client.reporter import Reporter
+    from edge_client.transport import Link, Server
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -140,6 +133,11 @@ def join(
     verbose: Annotated[bool, typer.Option("--verbose", "-v")] = False,
 ) -> None:
     """Take part in a run until it ends."""
+    from edge_client.data import cache_dir
+    from edge_client.identity import Identity
+    from edge_client.participant import Participant, succeeded
+    from edge_client.reporter import BarReporter, JsonReporter
+
     _prepare(threads, verbose)
     reporter: Reporter = JsonReporter() if progress is Progress.JSON else BarReporter()
     folder = home or cache_dir()
@@ -185,6 +183,10 @@ def predict(
     verbose: Annotated[bool, typer.Option("--verbose", "-v")] = False,
 ) -> None:
     """Classify images through the server with the newest tuned state of a run."""
+    from edge_client.data import cache_dir
+    from edge_client.identity import Identity
+    from edge_client.prediction import Predictor, image_files
+
     _prepare(threads, verbose)
     folder = home or cache_dir()
     files = image_files(images)
@@ -223,6 +225,9 @@ def leave(
     verbose: Annotated[bool, typer.Option("--verbose", "-v")] = False,
 ) -> None:
     """Leave a run for good; the server deletes what it keeps of this device's samples."""
+    from edge_client.data import cache_dir
+    from edge_client.identity import Identity
+
     _prepare(None, verbose)
     server = _server(url, 30.0, ca_file, None)
     try:
@@ -255,6 +260,8 @@ def _prepare(threads: int | None, verbose: bool) -> None:
     for noisy in ("httpx", "httpcore", "PIL"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     if threads is not None:
+        import torch
+
         torch.set_num_threads(threads)
     # A supervisor's stop is like Ctrl-C: finally-blocks run, bars are cleared.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -262,6 +269,8 @@ def _prepare(threads: int | None, verbose: bool) -> None:
 
 def _line(text: str, seed: int, name: str) -> Link:
     """The link to simulate, with delays and losses of this device's own."""
+    from edge_client.transport import Link
+
     return replace(Link.parse(text), seed=derive_seed(seed, "link", name))
 
 
@@ -272,6 +281,8 @@ def _server(
     reporter: Reporter | None,
     link: Link | None = None,
 ) -> Server:
+    from edge_client.transport import RetryPolicy, Server
+
     def say(error: SFPromptError, seconds: float) -> None:
         if reporter is not None:
             reporter.event("waiting", reason=str(error), seconds=seconds)
@@ -308,6 +319,8 @@ def _own_data(
     limit_test: int | None,
     shots: int | None,
 ) -> Dataset:
+    from edge_client.data import Dataset, Part, by_content, limit_per_set, load_dataset
+
     names = run.settings.class_names
     whole = load_dataset(source, held_out=held_out, seed=seed, class_names=names)
     whole = limit_per_set(whole, train=limit_train, test=limit_test, shots=shots, seed=seed)
