@@ -7,6 +7,7 @@ import logging
 import signal
 import socket
 import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
@@ -165,9 +166,17 @@ def join(
         raise typer.Exit(3)
 
 
-@app.command(epilog="Example: edge-client predict http://gpu-node:8500 photos/ --json")
+@app.command(
+    epilog="Examples:\n\nedge-client predict http://gpu-node:8500 photos/ --json\n\n"
+    "edge-client predict model.safetensors photos/"
+)
 def predict(
-    url: Url,
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="Address of the split server, or the file of an exported model, which needs none."
+        ),
+    ],
     images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
     name: NameOption,
     run: RunOption = None,
@@ -182,31 +191,27 @@ def predict(
     home: HomeOption = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v")] = False,
 ) -> None:
-    """Classify images through the server with the newest tuned state of a run."""
+    """Classify images with the newest tuned state of a run, or with an exported model."""
     from edge_client.data import cache_dir
     from edge_client.identity import Identity
-    from edge_client.prediction import Predictor, image_files
+    from edge_client.prediction import Predictor, WholePredictor, image_files
 
     _prepare(threads, verbose)
-    folder = home or cache_dir()
     files = image_files(images)
-    server = _server(url, 30.0, ca_file, None)
+    if model.endswith(".safetensors"):
+        _show_predictions(WholePredictor(Path(model)).predict(files, top), as_json=as_json)
+        return
+    folder = home or cache_dir()
+    server = _server(model, 30.0, ca_file, None)
     try:
         chosen = _choose(server, run, open_only=False)
         predictor = Predictor(server, chosen, folder / "blobs")
         guest = f"{name} (predict)"
-        with Identity(folder / "identities", url, chosen.id, guest) as identity:
+        with Identity(folder / "identities", model, chosen.id, guest) as identity:
             predictor.join(identity.key, guest, join_token)
-        table = _prediction_table()
-        for prediction in predictor.predict(files, top):
-            if as_json:
-                typer.echo(json.dumps(prediction.to_dict()))
-            else:
-                _add_row(table, prediction)
+        _show_predictions(predictor.predict(files, top), as_json=as_json)
     finally:
         server.close()
-    if not as_json:
-        Console().print(table)
 
 
 @app.command(
@@ -330,13 +335,19 @@ def _own_data(
     return by_content(whole)
 
 
-def _prediction_table() -> Table:
+def _show_predictions(predictions: Iterable[Prediction], *, as_json: bool) -> None:
+    if as_json:
+        for prediction in predictions:
+            typer.echo(json.dumps(prediction.to_dict()))
+        return
     table = Table()
     table.add_column("image")
     table.add_column("class", style="bold")
     table.add_column("probability", justify="right")
     table.add_column("next best")
-    return table
+    for prediction in predictions:
+        _add_row(table, prediction)
+    Console().print(table)
 
 
 def _add_row(table: Table, prediction: Prediction) -> None:

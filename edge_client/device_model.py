@@ -39,7 +39,8 @@ from split_model.head_file import local_body_tensors
 from split_model.local_body import LocalBody, build_local_body
 
 _CHUNK = 128
-_UNUSABLE = (TensorFileError, SplitSettingsError, UnsupportedBackboneError, WeightsMismatchError)
+# What a file raises that is not what it should be.
+UNUSABLE = (TensorFileError, SplitSettingsError, UnsupportedBackboneError, WeightsMismatchError)
 
 
 @dataclass
@@ -64,7 +65,7 @@ class DeviceModel:
         """
         try:
             split, images, frozen = read_head_file(head_file)
-        except _UNUSABLE as error:
+        except UNUSABLE as error:
             raise _unusable(head_file, error) from error
         if split != SplitSettings.of(settings):
             raise MalformedFrame(
@@ -76,7 +77,7 @@ class DeviceModel:
         state = _read(state_file)
         try:
             check_device_state(split, state)
-        except _UNUSABLE as error:
+        except UNUSABLE as error:
             raise _unusable(state_file, error) from error
         held = split.prompt_count and split.prompt_at == "input"
         prompts = nn.Parameter(torch.empty(prompt_shape(split))) if held else None
@@ -86,7 +87,7 @@ class DeviceModel:
             tail = build_tail(split, Layered(tail_tensors(state), frozen))
             small = local_body_tensors(frozen)
             body = build_local_body(split, small) if split.local_body else None
-        except _UNUSABLE as error:
+        except UNUSABLE as error:
             raise _unusable(head_file, error) from error
         apply_state(tail, prompts, state, head)
         return cls(head, tail, prompts, way, body)
@@ -110,7 +111,7 @@ class DeviceModel:
         """
         try:
             apply_state(self.tail, self.prompts, _read(state_file), self.head)
-        except _UNUSABLE as error:
+        except UNUSABLE as error:
             raise _unusable(state_file, error) from error
 
     def state(self) -> TunedState:
@@ -149,7 +150,7 @@ def preprocessing_of(split: SplitSettings, images: ImagePreparation) -> Preproce
 def _read(state_file: Path) -> TunedState:
     try:
         return load_state(state_file)
-    except _UNUSABLE as error:
+    except UNUSABLE as error:
         raise _unusable(state_file, error) from error
 
 

@@ -1,8 +1,9 @@
-"""Classify image files with a run's tuned state, through the server's body where it has one."""
+"""Classify image files with a tuned model: through the server's body, or whole on this machine."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,13 @@ import torch
 from PIL import Image
 
 from edge_client.blob_cache import BlobCache
-from edge_client.data import CorruptImageError
+from edge_client.data import CorruptImageError, Preprocessing
 from edge_client.data.decode import decode_file
-from edge_client.device_model import DeviceModel
+from edge_client.device_model import UNUSABLE, DeviceModel, preprocessing_of
 from edge_client.transport import Server, SplitPlane
-from protocol.errors import NotFound
+from protocol.errors import InvalidField, NotFound
 from protocol.messages import JoinRequest, RunView
+from split_model import load_exported
 
 _BATCH = 32
 
@@ -55,7 +57,48 @@ def image_files(paths: Iterable[Path]) -> list[Path]:
     return files
 
 
-class Predictor:
+class Classifier(ABC):
+    """Files to classes, a batch at a time."""
+
+    @property
+    @abstractmethod
+    def preprocessing(self) -> Preprocessing:
+        """How an image becomes the model's input."""
+
+    @property
+    @abstractmethod
+    def labels(self) -> Sequence[str]:
+        """The classes' names, or their numbers where they have none."""
+
+    @abstractmethod
+    def shares(self, images: torch.Tensor, start: int) -> torch.Tensor:
+        """Probabilities [B, C] of images [B, 3, S, S], the first of them number ``start``."""
+
+    @torch.no_grad()
+    def predict(self, files: list[Path], top: int) -> Iterator[Prediction]:
+        """The ``top`` classes of each file, in order; an unreadable file is named and passed."""
+        way, labels = self.preprocessing, self.labels
+        for start in range(0, len(files), _BATCH):
+            chunk = files[start : start + _BATCH]
+            images, errors = [], {}
+            for path in chunk:
+                try:
+                    images.append(way.resize(decode_file(path).unsqueeze(0)))  # [1, 3, S, S]
+                except CorruptImageError as error:
+                    errors[path] = str(error)
+            found: Iterator[torch.Tensor] = iter(())
+            if images:
+                found = iter(self.shares(way.normalise(torch.cat(images)), start))
+            for path in chunk:
+                if path in errors:
+                    yield Prediction(str(path), error=errors[path])
+                    continue
+                best = next(found).topk(min(top, len(labels)))
+                pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+                yield Prediction(str(path), tuple((labels[i], share) for i, share in pairs))
+
+
+class Predictor(Classifier):
     """Head and tail on this device, the body on the server.
 
     Args:
@@ -81,33 +124,15 @@ class Predictor:
         self._plane = SplitPlane(self._server, run.settings)
         self._model = DeviceModel.load(run.settings.model, head, state)
 
-    @torch.no_grad()
-    def predict(self, files: list[Path], top: int) -> Iterator[Prediction]:
-        """The ``top`` classes of each file, in order; an unreadable file is named and passed."""
-        names = self._run.settings.class_names
-        labels = names or tuple(map(str, range(self._run.settings.model.num_classes)))
-        way = self._model.preprocessing
-        for start in range(0, len(files), _BATCH):
-            chunk = files[start : start + _BATCH]
-            images, errors = [], {}
-            for path in chunk:
-                try:
-                    images.append(way.resize(decode_file(path).unsqueeze(0)))  # [1, 3, S, S]
-                except CorruptImageError as error:
-                    errors[path] = str(error)
-            shares: Iterator[torch.Tensor] = iter(())
-            if images:
-                shares = iter(self._shares(way.normalise(torch.cat(images)), start))
-            for path in chunk:
-                if path in errors:
-                    yield Prediction(str(path), error=errors[path])
-                    continue
-                best = next(shares).topk(min(top, len(labels)))
-                pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-                yield Prediction(str(path), tuple((labels[i], share) for i, share in pairs))
+    @property
+    def preprocessing(self) -> Preprocessing:
+        return self._model.preprocessing
 
-    def _shares(self, images: torch.Tensor, start: int) -> torch.Tensor:
-        """Probabilities [B, C] of images [B, 3, S, S]."""
+    @property
+    def labels(self) -> Sequence[str]:
+        return _named(self._run.settings.class_names, self._run.settings.model.num_classes)
+
+    def shares(self, images: torch.Tensor, start: int) -> torch.Tensor:
         model = self._model
         smashed = model.head(images, model.prompts)
         features = smashed if model.is_whole else self._through_the_body(smashed, start)
@@ -117,3 +142,38 @@ class Predictor:
     def _through_the_body(self, smashed: torch.Tensor, start: int) -> torch.Tensor:
         run, step = self._run, f"predict.{start}"
         return self._plane.infer(smashed, step=step, round_=run.round, state=run.state.sha256)
+
+
+class WholePredictor(Classifier):
+    """An exported model, whole on this machine; no server.
+
+    Raises:
+        InvalidField: the file is no exported model.
+    """
+
+    def __init__(self, file: Path) -> None:
+        try:
+            self._model = load_exported(file)
+        except UNUSABLE as error:
+            raise InvalidField(
+                f"this is no exported model: {error}",
+                field="model",
+                value=str(file),
+                hint="make one on the server: split-server export RUN --out model.safetensors",
+            ) from error
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        return preprocessing_of(self._model.settings, self._model.preparation)
+
+    @property
+    def labels(self) -> Sequence[str]:
+        return _named(self._model.class_names, self._model.settings.num_classes)
+
+    def shares(self, images: torch.Tensor, start: int) -> torch.Tensor:
+        logits: torch.Tensor = self._model(images)
+        return logits.softmax(dim=1)
+
+
+def _named(names: Sequence[str] | None, count: int) -> Sequence[str]:
+    return names or tuple(map(str, range(count)))

@@ -11,15 +11,14 @@ from split_model.architecture import (
 from split_model.body import Body
 from split_model.cost import PartBytes, PartFlops, part_bytes, part_flops
 from split_model.deltas import applied, difference, state_bytes
-from split_model.export import TunedModel, export_model, load_exported
+from split_model.export import ExportedModel, TunedModel, export_model, load_exported
 from split_model.head import Head
 from split_model.head_file import (
-    ImagePreparation,
     head_weights,
-    image_preparation,
     read_head_file,
     write_head_file,
 )
+from split_model.image_preparation import ImagePreparation, image_preparation
 from split_model.packaged import PackagedBackboneError
 from split_model.part import TokenCountError, WeightsMismatchError
 from split_model.parts import (
@@ -61,6 +60,7 @@ __all__ = [
     "Anatomy",
     "BackboneFile",
     "Body",
+    "ExportedModel",
     "Head",
     "ImagePreparation",
     "Layered",

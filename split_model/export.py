@@ -1,12 +1,19 @@
 """A tuned model as one file that runs without any server."""
 
+import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from split_model.image_preparation import (
+    PREPARATION,
+    ImagePreparation,
+    image_preparation,
+    recorded_preparation,
+)
 from split_model.parts import (
     Layered,
     build_body,
@@ -16,7 +23,7 @@ from split_model.parts import (
     frozen_names,
 )
 from split_model.settings import SplitSettings, SplitSettingsError
-from split_model.tensor_file import TensorFile, write_tensors
+from split_model.tensor_file import TensorFile, TensorFileError, write_tensors
 from split_model.tuned_state import (
     PROMPTS,
     body_tensors,
@@ -26,7 +33,7 @@ from split_model.tuned_state import (
 )
 from split_model.weights import open_backbone
 
-_BACKBONE = "backbone."
+_BACKBONE, _CLASSES = "backbone.", "class_names"
 
 
 class TunedModel(nn.Module):
@@ -59,12 +66,33 @@ class TunedModel(nn.Module):
         return logits
 
 
+class ExportedModel(TunedModel):
+    """A tuned model from a file, which knows what to do with an image and what it says of it.
+
+    Attributes: `preparation` (how pixels become its input, as the devices had it) and
+    `class_names` (of the logits, in their order; empty where the run had none).
+    """
+
+    def __init__(
+        self,
+        settings: SplitSettings,
+        backbone: Mapping[str, Tensor],
+        state: Mapping[str, Tensor],
+        preparation: ImagePreparation,
+        class_names: Sequence[str],
+    ) -> None:
+        super().__init__(settings, backbone, state)
+        self.preparation = preparation
+        self.class_names = tuple(class_names)
+
+
 def export_model(
     settings: SplitSettings,
     backbone_path: Path | str,
     state: Mapping[str, Tensor],
     out: Path | str,
     extra_metadata: Mapping[str, str] | None = None,
+    class_names: Sequence[str] | None = None,
     head: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write the backbone and what was tuned as one self-contained safetensors file.
@@ -80,12 +108,17 @@ def export_model(
     rounded = {} if head is None else {name: head[name] for name in head if name not in shared}
     names = dict.fromkeys([*frozen_names(settings), *shared])
     tensors = {_BACKBONE + name: rounded.get(name, backbone[name]) for name in names}
-    metadata = {**(extra_metadata or {}), "settings": json.dumps(settings.to_dict())}
+    metadata = {
+        **(extra_metadata or {}),
+        "settings": json.dumps(settings.to_dict()),
+        PREPARATION: json.dumps(dataclasses.asdict(image_preparation(settings))),
+        _CLASSES: json.dumps(list(class_names or ())),
+    }
     write_tensors(Path(out), {**tensors, **state}, metadata)
     return Path(out)
 
 
-def load_exported(path: Path | str) -> TunedModel:
+def load_exported(path: Path | str) -> ExportedModel:
     """The whole model from what `export_model` wrote: images [B, 3, S, S] to logits [B, C].
 
     Raises `TensorFileError`, `SplitSettingsError` or `WeightsMismatchError`.
@@ -97,4 +130,11 @@ def load_exported(path: Path | str) -> TunedModel:
     settings = SplitSettings.from_dict(values)
     backbone = {n.removeprefix(_BACKBONE): file[n] for n in file if n.startswith(_BACKBONE)}
     state = {n: file[n].to(torch.float32) for n in file if not n.startswith(_BACKBONE)}
-    return TunedModel(settings, backbone, state)
+    return ExportedModel(settings, backbone, state, recorded_preparation(file), _names(file))
+
+
+def _names(file: TensorFile) -> list[str]:
+    names = file.json(_CLASSES)
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise TensorFileError(file.path, "its class names are broken")
+    return names

@@ -4,34 +4,22 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
-from split_model.architecture import skeleton
 from split_model.head_weights import HeadDtype, Unpacked, packed
-from split_model.libraries import timm
+from split_model.image_preparation import (
+    PREPARATION,
+    ImagePreparation,
+    image_preparation,
+    recorded_preparation,
+)
 from split_model.parts import frozen_names
 from split_model.settings import SplitSettings, SplitSettingsError
 from split_model.tensor_file import TensorFile, TensorFileError, sha256_of, write_tensors
 from split_model.weights import open_backbone
 
 LOCAL_BODY = "local_body."  # before timm's names
-
-
-@dataclasses.dataclass(frozen=True)
-class ImagePreparation:
-    """How pixels become the head's input: resize, scale to 0 … 1, then (x − mean) / std."""
-
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    interpolation: str  # "bicubic", "bilinear", …
-
-
-def image_preparation(settings: SplitSettings) -> ImagePreparation:
-    """What timm records for the backbone's pretrained weights."""
-    config = timm.data.resolve_model_data_config(skeleton(settings))
-    return _preparation(config)
 
 
 def write_head_file(
@@ -56,7 +44,7 @@ def write_head_file(
         raise TensorFileError(Path(backbone_path), f"lacks the tensors {missing}")
     metadata = {
         "settings": json.dumps(settings.to_dict()),
-        "images": json.dumps(dataclasses.asdict(image_preparation(settings))),
+        PREPARATION: json.dumps(dataclasses.asdict(image_preparation(settings))),
     }
     path = Path(out)
     tensors = {name: backbone[name] for name in names}
@@ -78,11 +66,7 @@ def read_head_file(
     if not isinstance(values, dict):
         raise SplitSettingsError("settings", "a mapping", values)
     settings = SplitSettings.from_dict(values)
-    try:
-        preparation = _preparation(file.json("images"))
-    except (KeyError, TypeError, ValueError) as error:
-        raise TensorFileError(file.path, "its image preparation is broken") from error
-    return settings, preparation, Unpacked(file)
+    return settings, recorded_preparation(file), Unpacked(file)
 
 
 def head_weights(path: Path | str) -> Mapping[str, Tensor]:
@@ -93,12 +77,3 @@ def head_weights(path: Path | str) -> Mapping[str, Tensor]:
 def local_body_tensors(frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Of a head file's tensors those of the local update's small body, by timm's names."""
     return {n.removeprefix(LOCAL_BODY): frozen[n] for n in frozen if n.startswith(LOCAL_BODY)}
-
-
-def _preparation(values: Any) -> ImagePreparation:
-    mean, std = ([float(number) for number in values[key]] for key in ("mean", "std"))
-    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-        raise ValueError("mean and std must have three numbers each, std positive ones")
-    return ImagePreparation(
-        (mean[0], mean[1], mean[2]), (std[0], std[1], std[2]), str(values["interpolation"])
-    )

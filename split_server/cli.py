@@ -230,7 +230,8 @@ def cancel(
 
 @app.command(
     epilog="Example: split-server export RUN --out model.safetensors\n\n"
-    "Load it anywhere: split_model.load_exported('model.safetensors')(images)"
+    "Use it anywhere: edge-client predict model.safetensors photos/, or, in a program, "
+    "split_model.load_exported('model.safetensors')(images)"
 )
 def export(
     run: Annotated[str, typer.Argument(help="The run's id.")],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from torch import Tensor
@@ -28,18 +27,17 @@ def export_run(data_dir: Path, run_id: str, out: Path) -> None:
     """
     run, state = newest_state(data_dir, run_id)
     metadata = {"run": run.id, "name": run.settings.name, "round": str(run.closed_rounds)}
-    if run.settings.class_names is not None:
-        metadata["class_names"] = json.dumps(run.settings.class_names)
+    classes = run.settings.class_names
     with model_errors():
         split = SplitSettings.of(run.settings.model)
         if split.proxy != "none":
             cache = data_dir / "backbones"
             backbone = prepare_backbone(split, run.settings.model.weights, cache)
             split, state = plugged(split, state)
-            export_model(split, backbone.path, state, out, metadata)
+            export_model(split, backbone.path, state, out, metadata, classes)
             return
         head = head_weights(RunFiles(data_dir / "runs" / run_id).head)
-        export_model(split, run.backbone_path, state, out, metadata, head)
+        export_model(split, run.backbone_path, state, out, metadata, classes, head)
 
 
 def newest_state(data_dir: Path, run_id: str) -> tuple[RunSnapshot, dict[str, Tensor]]:

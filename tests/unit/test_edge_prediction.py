@@ -8,10 +8,20 @@ import torch
 from PIL import Image
 
 from edge_client.data.decode import decode_file
-from edge_client.prediction import Prediction, Predictor, image_files
-from protocol.errors import NotFound
+from edge_client.device_model import preprocessing_of
+from edge_client.prediction import Prediction, Predictor, WholePredictor, image_files
+from protocol.errors import InvalidField, NotFound
 from protocol.messages import BlobRef, JoinRequest, JoinResponse, RunStatus, RunView
 from protocol.settings import RunSettings
+from split_model import (
+    SplitSettings,
+    export_model,
+    image_preparation,
+    initial_state,
+    load_exported,
+    open_backbone,
+    prepare_backbone,
+)
 from tests.edge_doubles import SMALL, BodyServer, device_model, files, image_set
 
 
@@ -127,6 +137,37 @@ def test_every_file_in_order_with_the_unreadable_named(tmp_path: Path) -> None:
         assert [share for _, share in prediction.classes] == pytest.approx(
             [float(shares[i]) for i in order], abs=1e-5
         )
+
+
+@pytest.mark.parametrize("names", [("r", "g", "b"), None])
+def test_an_exported_model_says_what_it_says_to_the_same_pixels(
+    tmp_path: Path, names: tuple[str, ...] | None
+) -> None:
+    paths = save_images(tmp_path / "images", 3)
+    paths[1].write_bytes(b"no image")
+    split = SplitSettings.of(SMALL)
+    backbone = prepare_backbone(split, SMALL.weights, tmp_path / "backbones").path
+    state = initial_state(split, open_backbone(backbone), seed=3)
+    file = export_model(split, backbone, state, tmp_path / "m.safetensors", class_names=names)
+    got = list(WholePredictor(file).predict(paths, top=3))
+    assert got[1].error is not None
+    model, way = load_exported(file), preprocessing_of(split, image_preparation(split))
+    for number in (0, 2):
+        image = way.normalise(way.resize(decode_file(paths[number]).unsqueeze(0)))
+        shares = model(image).softmax(dim=1)[0]
+        expected = {(names or "012")[i]: pytest.approx(float(shares[i])) for i in range(3)}
+        assert dict(got[number].classes) == expected
+
+
+def test_a_file_that_is_no_exported_model_is_refused_by_name(tmp_path: Path) -> None:
+    for content in (None, b"no safetensors"):
+        file = tmp_path / "model.safetensors"
+        if content is not None:
+            file.write_bytes(content)
+        with pytest.raises(InvalidField) as caught:
+            WholePredictor(file)
+        assert (caught.value.field, caught.value.value) == ("model", str(file))
+        assert "split-server export" in str(caught.value)
 
 
 def test_a_batch_of_unreadable_files_asks_the_server_nothing(tmp_path: Path) -> None:

@@ -181,7 +181,7 @@ def test_an_exported_model_is_the_device_s(tune: str, dtype: str, tmp_path: Path
     state = {n: t + 0.1 * torch.randn(t.shape, generator=generator) for n, t in state.items()}
     _, _, frozen = read_head_file(write_head_file(settings, file.path, tmp_path / "head", dtype)[0])
     assert set(frozen) == set(frozen_names(settings))
-    out = export_model(settings, file.path, state, tmp_path / "model", None, frozen)
+    out = export_model(settings, file.path, state, tmp_path / "model", head=frozen)
     stored = load_file(out)
     assert set(stored) == {*state, *(f"backbone.{n}" for n in frozen), *_body(stored)}
     model = load_exported(out)
