@@ -72,8 +72,8 @@ def forward_flops(settings: SplitSettings, prompts: int = 0) -> ForwardFlops:
 @functools.lru_cache(maxsize=64)
 def _forward_flops(uncut: SplitSettings, prompts: int) -> ForwardFlops:
     depth = anatomy(uncut).depth
-    # Every block is in the head, where nothing is tuned.
-    whole = dataclasses.replace(uncut, cut=depth, prompt_count=prompts, tune="tail")
+    # Every block is in the head, and nothing is tuned there.
+    whole = dataclasses.replace(uncut, cut=depth, prompt_count=prompts)
     head, tail = Head(whole).requires_grad_(False), Tail(whole).requires_grad_(False)
     return ForwardFlops(
         embedding=embedding_flops(head),
@@ -95,7 +95,7 @@ def _bare(settings: SplitSettings) -> SplitSettings:
 
 
 def _uncut(settings: SplitSettings) -> SplitSettings:
-    return dataclasses.replace(_bare(settings), cut=0, tail_blocks=0)
+    return dataclasses.replace(_bare(settings), cut=0, tail_blocks=0, tune="tail", tune_body=False)
 
 
 @dataclasses.dataclass(frozen=True)

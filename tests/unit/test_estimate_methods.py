@@ -192,6 +192,16 @@ def test_splitfed_sends_all_samples_and_what_the_device_trains() -> None:
     assert (full.trainable_parameters, linear.trainable_parameters) == (WHOLE, CLASSIFIER)
 
 
+@pytest.mark.parametrize("tuned", ["bias", "full"])
+def test_what_a_run_tunes_does_not_change_what_a_method_costs(tuned: str) -> None:
+    plain = base(prompts=0)
+    values = plain.model_dump()
+    values["model"] |= {"tune": tuned, "tune_body": tuned == "full"}
+    question = Question(RunSettings.model_validate(values), 10)
+    for name in ("fl-full", "splitfed-full"):
+        assert METHODS[name].cost(question) == METHODS[name].cost(Question(plain, 10))
+
+
 def test_operations_follow_from_those_of_a_block_worked_out_by_hand() -> None:
     tokens, width = 197, 768
     block = 2 * 12 * tokens * width**2 + 4 * tokens**2 * width  # layers; scores and their use
