@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -54,8 +55,12 @@ def estimate(
     if keep_fraction is not None:
         values["training"]["keep_fraction"] = keep_fraction
     question = Question(parse_message(RunSettings, values), samples, local_epochs=local_epochs)
+    started = time.perf_counter()
     with model_errors():
         costs = calculate(question)
-    Console().print(estimate_table(question, costs))
+    seconds = time.perf_counter() - started
+    console = Console()
+    console.print(estimate_table(question, costs))
+    console.print(f"Calculated in {seconds:.1f} s.", highlight=False)
     if json_file is not None:
         json_file.write_text(json.dumps(estimate_report(question, costs), indent=2) + "\n")

@@ -74,14 +74,18 @@ def _caption(found: Ratios) -> str:
     even = found.break_even_rounds
     crossing = "never" if even is None else f"after {even:,.1f} rounds"
     return (
-        f"sfprompt moves {found.bytes_vs_paper:.2%} of the paper's form, "
-        f"{found.bytes_vs_full:.2%} of fl-full, "
-        f"{found.bytes_vs_fedpeft_prompt:.2%} of fedpeft-prompt (equal {crossing}), "
-        f"with {found.flops_vs_full:.2%} of fl-full's operations.\n"
+        f"sfprompt moves {_percent(found.bytes_vs_paper)} of the paper's form, "
+        f"{_percent(found.bytes_vs_full)} of fl-full, "
+        f"{_percent(found.bytes_vs_fedpeft_prompt)} of fedpeft-prompt (equal {crossing}), "
+        f"with {_percent(found.flops_vs_full)} of fl-full's operations.\n"
         "Tuned numbers in millions; bytes and memory in MB, up and down in a round; operations in "
         "the whole run.\n"
         "Payloads without headers; start, what is sent once and evaluations are in the total."
     )
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g}%"
 
 
 def _mega(count: int) -> str:
