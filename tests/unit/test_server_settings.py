@@ -102,6 +102,30 @@ def test_placements() -> None:
         assert caught.value.field == field
 
 
+@pytest.mark.parametrize(
+    ("cuda", "bfloat16", "mps", "expected"),
+    [
+        (True, True, True, ("cuda", torch.bfloat16)),
+        (True, False, False, ("cuda", torch.float32)),
+        (False, False, True, ("mps", torch.float32)),
+        (False, False, False, ("cpu", torch.float32)),
+    ],
+)
+def test_the_fastest_device_that_torch_tells_of_is_chosen(
+    monkeypatch: pytest.MonkeyPatch,
+    cuda: bool,
+    bfloat16: bool,
+    mps: bool,
+    expected: tuple[str, torch.dtype],
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: bfloat16)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    placement = choose_placement()
+    assert (placement.device.type, placement.dtype) == expected
+    assert choose_placement("cpu").device.type == "cpu"
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device")
 def test_a_device_that_is_not_there_is_named() -> None:
     with pytest.raises(InvalidField, match="does not see"):
