@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import socket
+import time
 from pathlib import Path
 
 from protocol.errors import Conflict, NotFound, SFPromptError
@@ -24,6 +25,14 @@ def check_disk(folder: Path) -> None:
             value=free,
             hint="free some space, or choose another place with --out",
         )
+
+
+def run_folder(wanted: Path | None, name: str) -> Path:
+    """``wanted``, or runs/NAME-TIME; made, and with room for a run. Raises as `check_disk` does."""
+    folder = wanted or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder.mkdir(parents=True, exist_ok=True)
+    check_disk(folder)
+    return folder
 
 
 def check_packages(*more: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +10,8 @@ import typer
 from rich.console import Console
 
 from benchmark.local_run import LocalRun
-from benchmark.preflight import check_disk, check_packages
+from benchmark.options import JsonFile
+from benchmark.preflight import check_packages, run_folder
 from benchmark.presets import PRESETS, preset_named
 from benchmark.report import result_table, write_files
 from edge_client.data.partition import SCHEMES
@@ -52,17 +52,13 @@ def run(
         int | None, typer.Option(min=1, help="CPU threads of the body. Default: all.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder. Default: runs/DATA-TIME.")] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the figures here.")
-    ] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Tune with one server and several devices, all on this machine, and show what it took."""
     console = Console()
     check_packages()
     preset = preset_named(data, form)
-    folder = out or Path("runs") / f"{data}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder.mkdir(parents=True, exist_ok=True)
-    check_disk(folder)
+    folder = run_folder(out, data)
     local = LocalRun(
         settings=_adjusted(preset.settings, devices, rounds, keep_fraction, seed),
         data=preset.data,

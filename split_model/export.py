@@ -97,8 +97,8 @@ def export_model(
 ) -> Path:
     """Write the backbone and what was tuned as one self-contained safetensors file.
 
-    What was tuned stands there once. `head` are the frozen weights as devices had them, if they
-    were rounded on their way.
+    What was tuned stands there once. `class_names` are those of the logits, in their order. `head`
+    are the frozen weights as devices had them, if they were rounded on their way.
 
     Raises `WeightsMismatchError` or `TensorFileError`.
     """

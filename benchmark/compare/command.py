@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -21,7 +20,8 @@ from benchmark.compare.report import report_html
 from benchmark.compare.running import RESOLVED, run_comparison
 from benchmark.compare.tables import cost_table, result_table
 from benchmark.compare.tensorboard_log import check_tensorboard, log_tensorboard
-from benchmark.preflight import check_disk, check_packages
+from benchmark.options import JsonFile
+from benchmark.preflight import check_packages, run_folder
 from protocol.errors import InvalidField
 from protocol.messages import parse_message
 
@@ -53,17 +53,13 @@ def compare(
     mlflow: Annotated[
         str | None, typer.Option(help="Log to MLflow at this tracking URI (extra: mlflow).")
     ] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the figures here.")
-    ] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Run every method side by side: accuracy, bytes, compute, memory, time; one report."""
     console = Console()
     _check(tensorboard is not None, mlflow is not None)
     comparison = _chosen(file, quick, method, seed)
-    folder = out or Path("runs") / f"compare-{comparison.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder.mkdir(parents=True, exist_ok=True)
-    check_disk(folder)
+    folder = run_folder(out, f"compare-{comparison.name}")
     outcomes = run_comparison(comparison, folder, at_once, console)
     _show(comparison, outcomes, console)
     for path in _write(comparison, outcomes, folder, json_file):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +29,8 @@ from benchmark.engine.setting import QUICK, QUICK_CUT, EngineSetting, Load, Plan
 from benchmark.engine.soak import measure_soak
 from benchmark.engine.stand import Stand, stand
 from benchmark.engine.throughput import measure_throughput
-from benchmark.preflight import check_disk, check_packages
+from benchmark.options import JsonFile
+from benchmark.preflight import check_packages, run_folder
 
 
 def engine(
@@ -50,16 +50,12 @@ def engine(
     ] = None,
     clients: Annotated[int, typer.Option(min=1, max=1024, help="Of the soak.")] = 64,
     out: Annotated[Path | None, typer.Option(help="Folder. Default: runs/engine-TIME.")] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the figures here.")
-    ] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Measure the split server's engine: against a plain loop, an echo, itself, and time."""
     console = Console()
     check_packages()
-    folder = out or Path("runs") / f"engine-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder.mkdir(parents=True, exist_ok=True)
-    check_disk(folder)
+    folder = run_folder(out, "engine")
     plan = QUICK if quick else Plan()
     plan = replace(plan, soak=Load(clients, plan.soak.batch))
     if minutes is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -13,6 +12,7 @@ from rich.console import Console
 from benchmark.estimate.calculator import estimate as calculate
 from benchmark.estimate.question import Question
 from benchmark.estimate.report import estimate_report, estimate_table
+from benchmark.options import JsonFile
 from benchmark.presets import preset_named
 from protocol.messages import parse_message
 from protocol.settings import RunSettings
@@ -37,11 +37,9 @@ def estimate(
     keep_tokens: Annotated[
         int, typer.Option(min=0, help="Image tokens that cross the cut, merged; 0: all.")
     ] = 0,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the figures here.")
-    ] = None,
+    json_file: JsonFile = None,
 ) -> None:
-    """Calculate traffic, compute and memory of a device for every method, in a second."""
+    """Calculate traffic, compute and memory of a device for every method; nothing is run."""
     values = preset_named("fashion-mnist").settings.model_dump()
     values["class_names"] = None
     values["model"] |= {

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from benchmark.preflight import check_disk, check_packages
+from benchmark.options import JsonFile
+from benchmark.preflight import check_packages, run_folder
 from benchmark.presets import traffic_preset
 from benchmark.processes import usable_cores
 from benchmark.traffic.ladder import Setting, climb
@@ -45,16 +45,12 @@ def traffic(
     out: Annotated[
         Path | None, typer.Option(help="Folder; runs found there are not repeated.")
     ] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the figures here.")
-    ] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Climb from the paper's form to the default, measure by measure: bytes, accuracy, time."""
     console = Console()
     check_packages()
-    folder = out or Path("runs") / f"traffic-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder.mkdir(parents=True, exist_ok=True)
-    check_disk(folder)
+    folder = run_folder(out, "traffic")
     paper, default = (traffic_preset(form, quick=quick) for form in FORMS[::-1])
     seeds = tuple(seed or ((0,) if quick else (0, 1, 2)))
     setting = Setting(
