@@ -53,6 +53,31 @@ def test_the_ladder_goes_from_the_papers_form_to_the_default_one() -> None:
     assert len({rung.name for rung in RUNGS}) == len(RUNGS)
 
 
+def test_every_measure_has_a_rung_of_its_own() -> None:
+    names = [rung.name for rung in RUNGS]
+    assert names == [
+        "paper",
+        "bfloat16",
+        "lean features",
+        "at the cut",
+        "kept",
+        "coded smashed",
+        "coded steps",
+        "coded states",
+        "fewer samples",
+    ]
+    assert RUNGS[-1].what.endswith("the default form")
+
+
+def test_a_measure_that_a_form_leaves_out_has_no_rung() -> None:
+    quick = [traffic_preset(form, quick=True).settings for form in ("paper", "default")]
+    rungs = ladder(*quick)
+    assert rungs[-1].settings == quick[-1], "all samples of the few digits"
+    assert len(rungs) == len(RUNGS) - 1
+    for lower, upper in itertools.pairwise(rungs):
+        assert lower.settings != upper.settings
+
+
 def test_the_papers_form_has_none_of_the_measures() -> None:
     wire, model = PAPER.settings.wire, PAPER.settings.model
     assert {wire.smashed, wire.features, wire.gradients, wire.updates, wire.head} == {"float32"}
