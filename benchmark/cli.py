@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import signal
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import typer
@@ -14,36 +16,49 @@ from typer.main import get_command
 
 from protocol.errors import SFPromptError
 
-# Where each command is, and its examples. Its module is imported when it is asked for: one that
-# only calculates should not wait for the libraries that draw and serve.
-_COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "run": (
+
+@dataclass(frozen=True)
+class _Entry:
+    """Where a command's function is, and what its help says."""
+
+    module: str
+    summary: str
+    examples: tuple[str, ...]
+
+
+_COMMANDS = {
+    "run": _Entry(
         "benchmark.run_command",
+        "Tune with one server and several devices, all on this machine, and show what it took.",
         (
             "sfprompt-bench run",
             "sfprompt-bench run --data fashion-mnist --partition dirichlet:0.3 --json result.json",
         ),
     ),
-    "traffic": (
+    "traffic": _Entry(
         "benchmark.traffic.command",
+        "Climb from the paper's form to the default, measure by measure: bytes, accuracy, time.",
         ("sfprompt-bench traffic --quick", "sfprompt-bench traffic --json traffic.json"),
     ),
-    "compare": (
+    "compare": _Entry(
         "benchmark.compare.command",
+        "Run every method side by side: accuracy, bytes, compute, memory, time; one report.",
         (
             "sfprompt-bench compare --quick",
             "sfprompt-bench compare docs/comparisons/digits.toml --out runs/digits",
         ),
     ),
-    "estimate": (
+    "estimate": _Entry(
         "benchmark.estimate.command",
+        "Calculate traffic, compute and memory of a device for every method; nothing is run.",
         (
             "sfprompt-bench estimate --backbone vit_base_patch16_224 --image-size 224 "
             "--samples 1000 --rounds 50",
         ),
     ),
-    "engine": (
+    "engine": _Entry(
         "benchmark.engine.command",
+        "Measure the split server's engine: against a plain loop, an echo, itself, and time.",
         (
             "sfprompt-bench engine --quick",
             "sfprompt-bench engine --device cuda --out engine --json engine.json",
@@ -53,23 +68,33 @@ _COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 class _Commands(TyperGroup):
-    """Imports a command's module when the command is asked for.
+    """Imports a command's module when the command is called.
 
-    What it takes and gives are click's classes, which some versions of typer have of their own.
+    One that only calculates does not wait for the libraries that draw and serve, and the list of
+    commands waits for none. What is taken and given are click's classes, which some versions of
+    typer have of their own.
     """
 
     def list_commands(self, ctx: Any) -> list[str]:
         return list(_COMMANDS)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        if cmd_name not in _COMMANDS:
-            return None
-        module, examples = _COMMANDS[cmd_name]
-        function = getattr(importlib.import_module(module), cmd_name)
-        one = typer.Typer(add_completion=False, rich_markup_mode="rich")
-        title = "Example" if len(examples) == 1 else "Examples"
-        one.command(cmd_name, epilog="\n\n".join([f"{title}:", *examples]))(function)
-        return get_command(one)
+        """A command's name and summary alone, for the list; nothing is imported."""
+        return _made(cmd_name, lambda: None) if cmd_name in _COMMANDS else None
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, _, rest = super().resolve_command(ctx, args)
+        module = importlib.import_module(_COMMANDS[str(name)].module)
+        return name, _made(str(name), getattr(module, str(name))), rest
+
+
+def _made(name: str, function: Callable[..., None]) -> Any:
+    entry = _COMMANDS[name]
+    title = "Example" if len(entry.examples) == 1 else "Examples"
+    epilog = "\n\n".join([f"{title}:", *entry.examples])
+    one = typer.Typer(add_completion=False, rich_markup_mode="rich")
+    one.command(name, help=entry.summary, epilog=epilog)(function)
+    return get_command(one)
 
 
 app = typer.Typer(

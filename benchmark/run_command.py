@@ -14,7 +14,7 @@ from benchmark.options import JsonFile
 from benchmark.preflight import check_packages, run_folder
 from benchmark.presets import PRESETS, preset_named
 from benchmark.report import result_table, write_files
-from edge_client.data.partition import SCHEMES
+from edge_client.data.partition import SCHEMES, parse_scheme
 from protocol.forms import Form
 from protocol.messages import parse_message
 from protocol.settings import RunSettings
@@ -58,12 +58,13 @@ def run(
     console = Console()
     check_packages()
     preset = preset_named(data, form)
+    scheme = parse_scheme(partition)
     folder = run_folder(out, data)
     local = LocalRun(
         settings=_adjusted(preset.settings, devices, rounds, keep_fraction, seed),
         data=preset.data,
         devices=devices,
-        partition=partition,
+        partition=str(scheme),
         folder=folder,
         port=port,
         server_threads=server_threads,

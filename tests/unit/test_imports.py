@@ -48,8 +48,13 @@ def test_only_one_module_imports_timm_and_torchvision(library: str) -> None:
     assert importers == {"split_model/libraries.py"}
 
 
-def test_the_commands_of_a_runs_owner_do_not_wait_for_torch() -> None:
-    code = "import sys, split_server.cli; print({'torch', 'timm', 'fastapi'} & set(sys.modules))"
+@pytest.mark.parametrize("cli", ["split_server.cli", "edge_client.cli", "benchmark.cli"])
+def test_help_does_not_wait_for_torch(cli: str) -> None:
+    code = (
+        f"import sys, {cli} as cli; from typer.testing import CliRunner; "
+        "shown = CliRunner().invoke(cli.app, ['--help']); assert not shown.exit_code, shown; "
+        "print({'torch', 'timm', 'fastapi', 'matplotlib'} & set(sys.modules))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
     )
