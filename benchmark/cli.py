@@ -11,19 +11,22 @@ from typing import Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from typer.core import TyperGroup
 from typer.main import get_command
 
+from benchmark.preflight import PACKAGES, check_packages
 from protocol.errors import SFPromptError
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """Where a command's function is, and what its help says."""
+    """Where a command's function is, what its help says, and what must be installed for it."""
 
     module: str
     summary: str
     examples: tuple[str, ...]
+    packages: tuple[str, ...] = PACKAGES
 
 
 _COMMANDS = {
@@ -47,6 +50,7 @@ _COMMANDS = {
             "sfprompt-bench compare --quick",
             "sfprompt-bench compare docs/comparisons/digits.toml --out runs/digits",
         ),
+        packages=(*PACKAGES, "jinja2", "psutil"),
     ),
     "estimate": _Entry(
         "benchmark.estimate.command",
@@ -55,6 +59,7 @@ _COMMANDS = {
             "sfprompt-bench estimate --backbone vit_base_patch16_224 --image-size 224 "
             "--samples 1000 --rounds 50",
         ),
+        packages=(),
     ),
     "engine": _Entry(
         "benchmark.engine.command",
@@ -84,6 +89,7 @@ class _Commands(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, _, rest = super().resolve_command(ctx, args)
+        check_packages(_COMMANDS[str(name)].packages)
         module = importlib.import_module(_COMMANDS[str(name)].module)
         return name, _made(str(name), getattr(module, str(name))), rest
 
@@ -120,8 +126,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         app()
-    except SFPromptError as error:
-        err.print(f"[red]error[/red]: {error}", highlight=False)
+    except (SFPromptError, OSError) as error:  # of a file that cannot be written, say
+        err.print(f"[red]error[/red]: {escape(str(error))}", highlight=False)
         sys.exit(2)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from split_server.exporting import newest_state
 
 _START_S = 120.0
 _POLL_S = 0.5
+_DEVICES = "devices"  # their homes
 _GOODBYE_S = 60.0  # for devices to hear that the run is over and to leave
 
 
@@ -64,6 +67,7 @@ class LocalRun:
             SFPromptError: a process ended early, with the last lines of its log; or the run failed.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(self.folder / _DEVICES, ignore_errors=True)  # of an earlier run into it
         names = [f"device-{number}" for number in range(1, self.devices + 1)]
         rounds = self.settings.federation.rounds
         with self._server(console) as (url, operator, server), ExitStack() as stack:
@@ -90,8 +94,9 @@ class LocalRun:
                     break
                 _require_alive(server, devices)
                 time.sleep(_POLL_S)
-            for device in devices:
-                device.wait(_GOODBYE_S)
+            for device in devices:  # one that still computes is stopped
+                with suppress(subprocess.TimeoutExpired):
+                    device.wait(_GOODBYE_S)
             results = operator.results(run.id)  # with the bytes of the last goodbye
         if results.run.status != "finished":
             raise SFPromptError(f"the run ended as {results.run.status}: {results.run.reason}")
@@ -140,7 +145,7 @@ class LocalRun:
         if self.link is not None:
             arguments += ["--link", self.link]
         # Each device downloads for itself, as it would in its own place.
-        home = self.folder / "devices" / str(number)
+        home = self.folder / _DEVICES / str(number)
         return [*arguments, "--home", str(home)]
 
     def _keep_state(self, results: Results) -> None:

@@ -6,12 +6,13 @@ import importlib.util
 import shutil
 import socket
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from protocol.errors import Conflict, NotFound, SFPromptError
 
 _NEEDED_BYTES = 500 * 1024 * 1024  # weights, their conversion, states and logs
-_COMMANDS_NEED = ("fastapi", "uvicorn", "sqlalchemy", "onnx", "matplotlib", "sklearn")
+PACKAGES = ("fastapi", "uvicorn", "sqlalchemy", "onnx", "matplotlib", "sklearn")
 
 
 def check_disk(folder: Path) -> None:
@@ -35,9 +36,8 @@ def run_folder(wanted: Path | None, name: str) -> Path:
     return folder
 
 
-def check_packages(*more: str) -> None:
-    """Raises `NotFound` if an extra was not installed. ``more``: modules of one command alone."""
-    needed = (*_COMMANDS_NEED, *more)
+def check_packages(needed: Sequence[str] = PACKAGES) -> None:
+    """Raises `NotFound` if an extra that brings one of these was not installed."""
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         raise NotFound(

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from benchmark.local_run import LocalRun
 from benchmark.options import JsonFile
-from benchmark.preflight import check_packages, run_folder
+from benchmark.preflight import run_folder
 from benchmark.presets import PRESETS, preset_named
 from benchmark.report import result_table, write_files
 from edge_client.data.partition import SCHEMES, parse_scheme
@@ -56,7 +56,6 @@ def run(
 ) -> None:
     """Tune with one server and several devices, all on this machine, and show what it took."""
     console = Console()
-    check_packages()
     preset = preset_named(data, form)
     scheme = parse_scheme(partition)
     folder = run_folder(out, data)

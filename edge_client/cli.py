@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import signal
@@ -18,13 +19,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from protocol.errors import NotFound, SFPromptError
+from protocol.errors import Forbidden, IdempotencyKeyReused, NotFound, SFPromptError
 from protocol.messages import RunStatus, RunView
 from protocol.seeds import derive_seed
 
 # What loads torch is imported where it is used: a small device shows its help at once.
 if TYPE_CHECKING:
     from edge_client.data import Dataset
+    from edge_client.identity import Identity
+    from edge_client.participant import Participant
     from edge_client.prediction import Prediction
     from edge_client.reporter import Reporter
     from edge_client.transport import Link, Server
@@ -155,14 +158,15 @@ def join(
             server, dataset, folder / "blobs", name, reporter, cache_mib * 1024 * 1024
         )
         with Identity(folder / "identities", url, chosen.id, name) as identity:
-            identity.remember(participant.join(chosen.id, identity.key, join_token))
+            _join_as(identity, participant, chosen.id, join_token)
             last = participant.take_part()
     finally:
         reporter.close()
         server.close()
     if not succeeded(last):
         reason = escape(last.reason or "no reason given")
-        err.print(f"[red]The run ended as {last.status}[/red]: {reason}", soft_wrap=True)
+        what = f"The run ended as {last.status}" if last.status.over else "No longer taking part"
+        err.print(f"[red]{what}[/red]: {reason}", soft_wrap=True)
         raise typer.Exit(3)
 
 
@@ -223,33 +227,40 @@ def leave(
     name: NameOption,
     run: RunOption = None,
     samples_only: Annotated[
-        bool, typer.Option(help="Stay, but have the smashed data deleted that the server keeps.")
+        bool,
+        typer.Option(
+            help="Stay, but have the smashed data deleted that the server keeps; what is needed "
+            "later is sent again."
+        ),
     ] = False,
     ca_file: CaOption = None,
     home: HomeOption = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v")] = False,
 ) -> None:
-    """Leave a run for good; the server deletes what it keeps of this device's samples."""
+    """Leave a run for good; the server deletes what it keeps of this device's samples.
+
+    A device that is taking part ends by itself at its next call.
+    """
     from edge_client.data import cache_dir
-    from edge_client.identity import Identity
+    from edge_client.identity import credential_of
 
     _prepare(None, verbose)
     server = _server(url, 30.0, ca_file, None)
     try:
         chosen = _choose(server, run, open_only=True)
-        with Identity((home or cache_dir()) / "identities", url, chosen.id, name) as identity:
-            if identity.credential is None:
-                raise NotFound(
-                    "this device has not joined the run under this name",
-                    field="name",
-                    value=name,
-                    hint="give the --name, and the --home, that it joined with",
-                )
-            server.authenticate(identity.credential)
-            if samples_only:
-                server.forget_samples(chosen.id)
-            else:
-                server.leave(chosen.id)
+        credential = credential_of((home or cache_dir()) / "identities", url, chosen.id, name)
+        if credential is None:
+            raise NotFound(
+                "this device has not joined the run under this name",
+                field="name",
+                value=name,
+                hint="give the address, the --name and the --home that it joined with",
+            )
+        server.authenticate(credential)
+        if samples_only:
+            server.forget_samples(chosen.id)
+        else:
+            server.leave(chosen.id)
     finally:
         server.close()
     done = "has had its samples deleted" if samples_only else "has left"
@@ -270,6 +281,22 @@ def _prepare(threads: int | None, verbose: bool) -> None:
         torch.set_num_threads(threads)
     # A supervisor's stop is like Ctrl-C: finally-blocks run, bars are cleared.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+def _join_as(
+    identity: Identity, participant: Participant, run: str, join_token: str | None
+) -> None:
+    """Join under a remembered identity; with other images than then, leave as that one before."""
+    try:
+        credential = participant.join(run, identity.key, join_token)
+    except IdempotencyKeyReused:
+        if (before := identity.credential) is not None:
+            participant.server.authenticate(before)
+            with contextlib.suppress(Forbidden):  # it has left already
+                participant.server.leave(run)
+        identity.renew()
+        credential = participant.join(run, identity.key, join_token)
+    identity.remember(credential)
 
 
 def _line(text: str, seed: int, name: str) -> Link:

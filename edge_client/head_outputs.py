@@ -28,7 +28,7 @@ class HeadOutputs:
     """
 
     def __init__(self, head: Head, samples: BatchReader, cache_bytes: int) -> None:
-        self._head = head
+        self.head = head
         self._samples = samples
         leading = needed_tokens(head.settings)
         tokens = head.sizes.tokens if leading is None else leading
@@ -45,16 +45,16 @@ class HeadOutputs:
         ``view`` names one of a sample's augmented views; None: as it is.
         """
         images, _ = self._samples.read(positions, epoch=view)
-        smashed = torch.cat([self._head(group)[:rows] for group, rows in _groups(images)])
+        smashed = torch.cat([self.head(group)[:rows] for group, rows in _groups(images)])
         if view is None and len(self._known):
-            self._tokens[positions] = for_the_tail(self._head.settings, smashed)
+            self._tokens[positions] = for_the_tail(self.head.settings, smashed)
             self._known[positions] = True
         return smashed
 
     def for_tail(self, positions: Tensor, view: int | None = None) -> Tensor:
         """What the tail reads of them, [B, T', D]; the head runs for those not known yet."""
         if view is not None or not len(self._known):
-            return for_the_tail(self._head.settings, self.smashed(positions, view))
+            return for_the_tail(self.head.settings, self.smashed(positions, view))
         unknown = positions[~self._known[positions]]
         if len(unknown):
             self.smashed(unknown)

@@ -33,8 +33,7 @@ class Identity:
     def __init__(self, folder: Path, url: str, run: str, name: str) -> None:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         url = url.rstrip("/")
-        digest = hashlib.sha256("\n".join((url, run, name)).encode()).hexdigest()[:24]
-        self._path = folder / f"{digest}.json"
+        self._path = _path_of(folder, url, run, name)
         try:
             self._file = _locked(self._path)
         except BlockingIOError:
@@ -55,6 +54,12 @@ class Identity:
     def credential(self) -> str | None:
         """What the server gave when this device joined; None: it has not."""
         return self._known.get("credential")
+
+    def renew(self) -> None:
+        """Be somebody else to the run from now on: another key, and no credential yet."""
+        self._known["key"] = self.key = uuid.uuid4().hex
+        self._known.pop("credential", None)
+        self._write()
 
     def remember(self, credential: str) -> None:
         """Keep the credential, so that the device can leave when it does not take part."""
@@ -90,6 +95,20 @@ class Identity:
         self._file.close()
         self._file = file
         _sync(self._path.parent)
+
+
+def credential_of(folder: Path, url: str, run: str, name: str) -> str | None:
+    """What the server gave the device of this name, which may be taking part; None: nothing yet.
+
+    Needs no lock: a whole file is put into the place of the old one.
+    """
+    path = _path_of(folder, url.rstrip("/"), run, name)
+    return _known_in(path.read_text()).get("credential") if path.exists() else None
+
+
+def _path_of(folder: Path, url: str, run: str, name: str) -> Path:
+    digest = hashlib.sha256("\n".join((url, run, name)).encode()).hexdigest()[:24]
+    return folder / f"{digest}.json"
 
 
 def _locked(path: Path) -> IO[str]:

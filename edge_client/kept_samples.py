@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from edge_client.data import BatchReader
+from edge_client.frame_room import samples_in_a_frame
 from edge_client.head_outputs import HeadOutputs
 from edge_client.transport.split_plane import SplitPlane
 from protocol.messages import SAMPLE_ID_BYTES
@@ -39,6 +40,7 @@ class KeptSamples:
         form: str,
     ) -> None:
         self._outputs = outputs
+        self._chunk = samples_in_a_frame(outputs.head, _CHUNK)
         self._samples = samples
         self._plane = plane
         self._secret = secret
@@ -52,7 +54,7 @@ class KeptSamples:
         fresh = [key for key in keys if key not in self._ids]
         if fresh:
             places = torch.tensor([position for position, _ in fresh])
-            for chunk in places.split(_CHUNK):
+            for chunk in places.split(self._chunk):
                 images, _ = self._samples.read(chunk, epoch=view)
                 for position, image in zip(chunk.tolist(), images, strict=True):
                     self._ids[position, view] = self._name(image)
@@ -77,7 +79,7 @@ class KeptSamples:
         """Send these samples. The head computes the next chunk while one is on its way."""
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="upload") as uploads:
             under_way: Future[None] | None = None
-            for chunk in positions.split(_CHUNK):
+            for chunk in positions.split(self._chunk):
                 ids, smashed = self.ids(chunk, view), self._outputs.smashed(chunk, view)
                 if under_way is not None:
                     under_way.result()

@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from edge_client.blob_cache import BlobCache
-from edge_client.data import Augmentation, BatchReader, Dataset
+from edge_client.data import Augmentation, BatchReader, CorruptImageError, Dataset
 from edge_client.device_model import DeviceModel
 from edge_client.global_states import GlobalStates
 from edge_client.head_outputs import HeadOutputs
@@ -35,6 +35,7 @@ from edge_client.transport.metered import Body
 from protocol.errors import (
     Conflict,
     EmptyUpdate,
+    Forbidden,
     InvalidField,
     NotFound,
     StaleRound,
@@ -113,17 +114,7 @@ class Participant:
         self._states = GlobalStates(self.server, self.run.id, self.settings.wire, self.files)
         state = self._states.fetch(self.run.state)
         self.model = DeviceModel.load(self.settings.model, head, state)
-        augmentation = None
-        if self.settings.training.augment:
-            augmentation = Augmentation(derive_seed(self.settings.seed, "augment", self.name))
-        way = self.model.preprocessing
-        self._plane = SplitPlane(self.server, self.settings, copies_bytes=self.cache_bytes)
-        self._train = self._samples(
-            BatchReader(
-                self.data.train, way, cache_bytes=self.cache_bytes, augmentation=augmentation
-            )
-        )
-        self._test = self._samples(BatchReader(self.data.test, way, cache_bytes=self.cache_bytes))
+        self._read_data()
         self.reporter.event(
             "joined",
             participant=self.id,
@@ -151,6 +142,29 @@ class Participant:
                 self._carry_out(assignment)
             done = assignment
 
+    def _read_data(self) -> None:
+        """Both sets, with nothing known of them yet."""
+        augmentation = None
+        if self.settings.training.augment:
+            augmentation = Augmentation(derive_seed(self.settings.seed, "augment", self.name))
+        way, cache = self.model.preprocessing, self.cache_bytes
+        self._plane = SplitPlane(self.server, self.settings, copies_bytes=cache)
+        train = BatchReader(self.data.train, way, cache_bytes=cache, augmentation=augmentation)
+        self._train = self._samples(train)
+        self._test = self._samples(BatchReader(self.data.test, way, cache_bytes=cache))
+
+    def _leave_out_unreadable(self) -> None:
+        """Go on without the images that have gone since the device joined; each is named.
+
+        Raises:
+            EmptyDatasetError: there is none left.
+        """
+        known = self.data.skipped
+        self.data = self.data.readable()
+        for skipped in (one for one in self.data.skipped if one not in known):
+            self.reporter.event("skipped", path=skipped.path, reason=skipped.reason)
+        self._read_data()
+
     def _samples(self, images: BatchReader) -> Samples:
         settings = self.settings
         if settings.model.prompt_at != "cut":
@@ -164,14 +178,30 @@ class Participant:
 
     def _carry_out(self, assignment: Assignment) -> None:
         try:
-            if assignment.task is Task.TRAIN:
-                self._train_until_counted(assignment)
-            elif assignment.task is Task.EVALUATE:
-                self._evaluate(assignment)
+            for _ in range(_BEGINNINGS - 1):
+                try:
+                    self._do(assignment)
+                    return
+                except CorruptImageError as error:
+                    reason = str(error)
+                    self.reporter.event("begun-anew", round=assignment.round, reason=reason)
+                    self._leave_out_unreadable()
+            self._do(assignment)
         except EmptyUpdate as error:
             self.reporter.event("nothing-to-train", round=assignment.round, reason=str(error))
         except Conflict as error:  # the round, the run or this step is over: see what is next
             self.reporter.event("left-behind", round=assignment.round, reason=str(error))
+        except Forbidden as error:
+            if error.field != "participant":
+                raise
+            # This device was taken out of the run, by another process of it: it is told to stop.
+            self.reporter.event("left-behind", round=assignment.round, reason=str(error))
+
+    def _do(self, assignment: Assignment) -> None:
+        if assignment.task is Task.TRAIN:
+            self._train_until_counted(assignment)
+        elif assignment.task is Task.EVALUATE:
+            self._evaluate(assignment)
 
     def _train_until_counted(self, assignment: Assignment) -> None:
         """Train a round, and from its start again where the server has lost its part of it."""

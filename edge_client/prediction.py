@@ -16,11 +16,12 @@ from edge_client.data import CorruptImageError, Preprocessing
 from edge_client.data.decode import decode_file
 from edge_client.device_model import UNUSABLE, DeviceModel, preprocessing_of
 from edge_client.transport import Server, SplitPlane
-from protocol.errors import InvalidField, NotFound
+from protocol.errors import InvalidField, NotFound, StaleRound
 from protocol.messages import JoinRequest, RunView
 from split_model import load_exported
 
 _BATCH = 32
+_RENEWALS = 5  # of the state, for one batch
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,11 @@ class Predictor(Classifier):
         request = JoinRequest(name=name, train_samples=0, test_samples=0, num_classes=classes)
         joined = self._server.join(self._run.id, request, key, join_token)
         self._server.authenticate(joined.credential)
-        run = self._run = joined.run
+        self._take(joined.run)
+
+    def _take(self, run: RunView) -> None:
+        """Use the run's state of now."""
+        self._run = run
         head = self._files.fetch(run.head, lambda start: self._server.head(run.id, start))
         state = self._files.fetch(
             run.state, lambda start: self._server.state(run.id, run.state, start)
@@ -133,6 +138,14 @@ class Predictor(Classifier):
         return _named(self._run.settings.class_names, self._run.settings.model.num_classes)
 
     def shares(self, images: torch.Tensor, start: int) -> torch.Tensor:
+        for _ in range(_RENEWALS):
+            try:
+                return self._shares(images, start)
+            except StaleRound:  # a round was closed meanwhile
+                self._take(self._server.run(self._run.id))
+        return self._shares(images, start)
+
+    def _shares(self, images: torch.Tensor, start: int) -> torch.Tensor:
         model = self._model
         smashed = model.head(images, model.prompts)
         features = smashed if model.is_whole else self._through_the_body(smashed, start)

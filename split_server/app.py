@@ -16,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from split_server.clock import Clock
 from split_server.credentials import Credentials, load_operator_token, load_secret
+from split_server.descriptors import descriptor_limit
 from split_server.devices import choose_placement
 from split_server.engine.bodies import Bodies
 from split_server.engine.figures import EngineFigures
@@ -171,6 +172,7 @@ class SplitServer:
             memory_bytes=settings.samples_mib * _MIB,
             disk_bytes=settings.samples_disk_mib * _MIB,
             participant_bytes=settings.participant_samples_mib * _MIB,
+            files=descriptor_limit() // 2,
         )
         return SampleStore(settings.data_dir / "samples", limits)
 

@@ -108,8 +108,10 @@ def serve(
     # Here, as torch takes seconds that the commands of a run's owner should not wait for.
     from split_server.allocator import keep_large_buffers
     from split_server.app import create_app
+    from split_server.descriptors import raise_descriptor_limit
     from split_server.serving import serve_until_stopped
 
+    raise_descriptor_limit()
     keep_large_buffers()
     server = create_app(settings)
     _say_what_is_used(settings, f"{server.placement.device}, {server.placement.dtype_name}")

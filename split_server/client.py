@@ -15,6 +15,7 @@ from protocol.trust import trusting
 from protocol.version import IDEMPOTENCY_HEADER, PROTOCOL_VERSION, VERSION_HEADER
 
 TOKEN_FILE = "operator.token"  # noqa: S105 - the name of a file
+_TIMEOUT_S = 600.0
 
 
 def read_token(data_dir: Path) -> str:
@@ -58,7 +59,7 @@ class OperatorClient:
         verify = trusting(ca_file) if ca_file else True
         # No proxy of the environment: the server is where the address says.
         self._client = httpx.Client(
-            base_url=url, headers=headers, timeout=600, trust_env=False, verify=verify
+            base_url=url, headers=headers, timeout=_TIMEOUT_S, trust_env=False, verify=verify
         )
 
     def close(self) -> None:
@@ -71,9 +72,9 @@ class OperatorClient:
             return False
 
     def create_run(self, settings: RunSettings) -> RunView:
-        """Create a run; the server prepares its backbone before it answers."""
+        """Create a run; the server prepares its backbone first, however long that takes."""
         body = settings.model_dump(mode="json")
-        return parse_message(RunView, self._call("POST", "/v1/runs", body))
+        return parse_message(RunView, self._call("POST", "/v1/runs", body, timeout_s=None))
 
     def runs(self) -> list[RunView]:
         return [parse_message(RunView, run) for run in self._call("GET", "/v1/runs")]
@@ -89,10 +90,18 @@ class OperatorClient:
     def cancel(self, run: str) -> RunView:
         return parse_message(RunView, self._call("POST", f"/v1/runs/{run}/cancel"))
 
-    def _call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+    def _call(
+        self,
+        method: str,
+        path: str,
+        body: dict[str, Any] | None = None,
+        timeout_s: float | None = _TIMEOUT_S,
+    ) -> Any:
         headers = {IDEMPOTENCY_HEADER: uuid.uuid4().hex} if method == "POST" else {}
         try:
-            response = self._client.request(method, path, json=body, headers=headers)
+            response = self._client.request(
+                method, path, json=body, headers=headers, timeout=timeout_s
+            )
         except httpx.TransportError as error:
             raise Unreachable(
                 f"the server does not answer ({error})",

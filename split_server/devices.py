@@ -34,7 +34,7 @@ def choose_placement(device: str = "auto", dtype: str = "auto") -> Placement:
     """
     chosen = _choose_device(device)
     if dtype == "auto":
-        fast = chosen.type == "cuda" and torch.cuda.is_bf16_supported()
+        fast = chosen.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return Placement(chosen, torch.bfloat16 if fast else torch.float32)
     if dtype not in _DTYPES:
         raise InvalidField("no such dtype", field="dtype", limit=["auto", *_DTYPES], value=dtype)

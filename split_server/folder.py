@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +15,8 @@ try:
     import fcntl
 except ImportError:  # Windows has no such lock
     fcntl = None  # type: ignore[assignment]
+
+_RUN_ID = re.compile("r[0-9a-f]{10}")
 
 
 @contextlib.contextmanager
@@ -35,6 +39,35 @@ def held_folder(path: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def new_run_id() -> str:
+    """A name that no run has, and no folder of anybody else's."""
+    return "r" + secrets.token_hex(5)
+
+
+def run_folders(path: Path) -> list[Path]:
+    """What a server has made for its runs; whatever else lies there is not the server's."""
+    folder = path / "runs"
+    return (
+        [one for one in folder.iterdir() if _RUN_ID.fullmatch(one.name)] if folder.is_dir() else []
+    )
+
+
+def require_whole(path: Path, database: Path) -> None:
+    """Refuse a folder that has runs and has lost what knows of them: they would be swept away.
+
+    Raises:
+        InvalidField: there are run folders and no database.
+    """
+    found = run_folders(path)
+    if found and not database.exists():
+        raise InvalidField(
+            f"the folder has {len(found)} runs and no {database.name}",
+            field="data_dir",
+            value=str(path),
+            hint=f"put {database.name} back beside them, or move its runs/ away",
+        )
 
 
 def _lock(descriptor: int, path: Path) -> None:

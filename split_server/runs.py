@@ -17,6 +17,7 @@ from protocol.errors import Forbidden, NotFound, SFPromptError
 from protocol.messages import RoundStatus, RunStatus
 from split_server import model_files, progress, rounds
 from split_server.clock import Clock
+from split_server.folder import run_folders
 from split_server.journal import Once
 from split_server.meter import Meter
 from split_server.presence import Presence
@@ -137,11 +138,10 @@ class Runs:
         for run_id in known:
             self._reload(run_id)
             self._sweep(run_id, self._runs[run_id])
-        runs = self._data_dir / "runs"
-        if runs.is_dir():
-            for folder in runs.iterdir():
-                if folder.name not in self._runs:  # its creation was cut short
-                    RunFiles(folder).remove()
+        for folder in run_folders(self._data_dir):
+            if folder.name not in self._runs:
+                log.info("%s is removed: its run was never made", folder)
+                RunFiles(folder).remove()
 
     def due(self, run_id: str) -> bool:
         """Whether `go_on` would change something; cheap, and without a lock."""

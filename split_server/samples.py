@@ -7,10 +7,10 @@ of the server. Nothing here is worth more than its traffic: whatever is missing 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import mmap
 import secrets
-import shutil
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -56,11 +56,15 @@ class Kept:
 
 @dataclass(frozen=True)
 class StoreLimits:
-    """Bounds in bytes of what is kept, for one participant and in all."""
+    """Bounds of what is kept, in bytes for one participant and in all, and in files.
+
+    A file that is mapped holds one of the process's descriptors.
+    """
 
     memory_bytes: int
     disk_bytes: int
     participant_bytes: int
+    files: int = 1024
 
 
 @dataclass(frozen=True)
@@ -95,13 +99,14 @@ class SampleStore:
     """Keeps encoded samples within `StoreLimits`. Methods may be called from many threads.
 
     Args:
-        folder: for the files; whatever an earlier process has left there is removed.
+        folder: for the files; those that an earlier process has left there are removed.
         limits: over them, the samples unused for longest go.
     """
 
     def __init__(self, folder: Path, limits: StoreLimits) -> None:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob("*.samples"):
+            left.unlink()
         self._folder = folder
         self._limits = limits
         self._lock = threading.Lock()  # guards all that follows
@@ -245,9 +250,12 @@ class SampleStore:
         """Forget everything."""
         with self._lock:
             self._shelves.clear()
-            self._segments.clear()
             self.memory_bytes = self.disk_bytes = 0
-            shutil.rmtree(self._folder, ignore_errors=True)
+            for segment in self._segments:
+                segment.path.unlink(missing_ok=True)
+            self._segments.clear()
+            with contextlib.suppress(OSError):  # somebody else's files are in it
+                self._folder.rmdir()
 
     # Under the lock
 
@@ -330,7 +338,8 @@ class SampleStore:
         return True
 
     def _keep_within_disk(self) -> None:
-        while self.disk_bytes > self._limits.disk_bytes:
+        limits = self._limits
+        while self.disk_bytes > limits.disk_bytes or len(self._segments) > limits.files:
             coldest = next(iter(self._segments))
             for name in list(coldest.ids):
                 self._forget(coldest.owner, name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import secrets
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -39,6 +38,7 @@ from split_model import applied
 from split_server import intake, progress, rounds, views
 from split_server.clock import Clock
 from split_server.credentials import Credentials
+from split_server.folder import new_run_id
 from split_server.journal import Once, record_event
 from split_server.meter import Meter
 from split_server.model_files import PreparedRun, prepare_run
@@ -123,7 +123,7 @@ class Federation(Runs):
         with self._creating:  # one at a time: a repeat must find the first one's answer
             if (known := self._recall(once)) is not None:
                 return RunView.model_validate(known)
-            run_id = "r" + secrets.token_hex(5)
+            run_id = new_run_id()
             files = self.files(run_id)
             try:
                 view = self._create(run_id, settings, files, once)

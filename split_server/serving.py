@@ -8,7 +8,7 @@ import socket
 import uvicorn
 
 from split_server.app import SplitServer
-from split_server.folder import held_folder
+from split_server.folder import held_folder, require_whole
 from split_server.meter import MeteredProtocol
 from split_server.settings import ServerSettings
 from split_server.store import Store
@@ -57,6 +57,7 @@ def serve_until_stopped(application: SplitServer, settings: ServerSettings) -> N
         InvalidField: the folder is in use, cannot be used, or is of another release.
     """
     with held_folder(settings.data_dir):
+        require_whole(settings.data_dir, settings.database)
         Store(settings.database).close()  # a wrong schema is told in one line, not in a traceback
         with contextlib.suppress(KeyboardInterrupt):
             build_server(application, settings).run()

@@ -21,7 +21,7 @@ from benchmark.compare.running import RESOLVED, run_comparison
 from benchmark.compare.tables import cost_table, result_table
 from benchmark.compare.tensorboard_log import check_tensorboard, log_tensorboard
 from benchmark.options import JsonFile
-from benchmark.preflight import check_packages, run_folder
+from benchmark.preflight import run_folder
 from protocol.errors import InvalidField
 from protocol.messages import parse_message
 
@@ -74,7 +74,6 @@ def compare(
 
 def _check(tensorboard: bool, mlflow: bool) -> None:
     """What is needed at the end is looked for before anything is begun."""
-    check_packages("jinja2", "psutil")
     if tensorboard:
         check_tensorboard()
     if mlflow:

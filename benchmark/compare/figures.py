@@ -91,15 +91,17 @@ def calculated(costed_as: str | None, settings: RunSettings, results: Results) -
         cost: MethodCost = METHODS[costed_as].cost(question)
     except InvalidField:  # the size of a codec's payload that depends on the values
         return unknown
-    rounds = settings.federation.rounds
+    rounds, asked = settings.federation.rounds, sum(len(one.sampled) for one in results.rounds)
+    trained = round(asked / len(members))  # by the mean device, where each round draws some
     totals = {
-        "bytes_total": cost.bytes_total(rounds),
+        "rounds_trained": trained,
+        "bytes_total": cost.bytes_total(rounds, trained),
         "bytes_renewed": cost.bytes_renewed(rounds),
-        "flops_total": cost.flops_total(rounds),
+        "flops_total": cost.flops_total(trained),
     }
     return {
         "device_flops_per_round": cost.device_flops_per_round,
-        "device_flops_total": cost.flops_total(rounds),
+        "device_flops_total": cost.flops_total(trained),
         "calculated": asdict(cost) | totals,
     }
 

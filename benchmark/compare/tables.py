@@ -84,7 +84,7 @@ def against_calculated(outcome: Outcome) -> str:
     for one in outcome.figures:
         found = one["calculated"]
         if found is not None:
-            rounds = len(one["curve"])
+            rounds = found.get("rounds_trained", len(one["curve"]))  # older results have none
             each = found["bytes_up_per_round"] + found["bytes_down_per_round"]
             payload = found["bytes_start"] + found["bytes_up_once"] + rounds * each
             payload += found.get("bytes_renewed", 0)  # older results have none

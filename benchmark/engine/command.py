@@ -30,7 +30,7 @@ from benchmark.engine.soak import measure_soak
 from benchmark.engine.stand import Stand, stand
 from benchmark.engine.throughput import measure_throughput
 from benchmark.options import JsonFile
-from benchmark.preflight import check_packages, run_folder
+from benchmark.preflight import run_folder
 
 
 def engine(
@@ -54,7 +54,6 @@ def engine(
 ) -> None:
     """Measure the split server's engine: against a plain loop, an echo, itself, and time."""
     console = Console()
-    check_packages()
     folder = run_folder(out, "engine")
     plan = QUICK if quick else Plan()
     plan = replace(plan, soak=Load(clients, plan.soak.batch))

@@ -3,7 +3,7 @@
 Nothing is run and no weights are needed, so any backbone of timm can be asked for.
 """
 
-from benchmark.estimate.calculator import estimate
+from benchmark.estimate.calculator import estimate, paper_training
 from benchmark.estimate.comparison import Ratios, ratios
 from benchmark.estimate.headline import ComputeFit, Headline, TrafficFit, headline
 from benchmark.estimate.method_cost import MethodCost
@@ -24,5 +24,6 @@ __all__ = [
     "estimate_report",
     "estimate_table",
     "headline",
+    "paper_training",
     "ratios",
 ]

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from benchmark.estimate.method_cost import MethodCost
 from benchmark.estimate.methods import METHODS
+from benchmark.estimate.methods.sfprompt_paper import SFPromptPaper
 from benchmark.estimate.question import Question
+from protocol.forms import over_form
+from protocol.settings import TrainingSettings
 
 
-def estimate(question: Question) -> dict[str, MethodCost]:
+def paper_training() -> TrainingSettings:
+    """How the paper's form trains, where a question leaves it open."""
+    return TrainingSettings.model_validate(over_form("paper", {})["training"])
+
+
+def estimate(question: Question, paper: TrainingSettings | None = None) -> dict[str, MethodCost]:
     """What each method costs one device, by the method's name, in the order of tables.
+
+    Args:
+        question: the run.
+        paper: how `sfprompt-paper` trains, where that is not as the run does.
 
     Methods that the backbone does not allow are left out.
 
@@ -19,6 +33,11 @@ def estimate(question: Question) -> dict[str, MethodCost]:
         SplitSettingsError: the settings do not fit the backbone.
         InvalidField: the size of a codec's payload cannot be known ahead.
     """
-    return {
+    costs = {
         name: method.cost(question) for name, method in METHODS.items() if method.applies(question)
     }
+    if paper is not None:
+        settings = question.settings.model_copy(update={"training": paper})
+        asked = dataclasses.replace(question, settings=settings)
+        costs[SFPromptPaper.name] = SFPromptPaper().cost(asked)
+    return costs

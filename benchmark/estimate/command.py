@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from benchmark.estimate.calculator import estimate as calculate
+from benchmark.estimate.calculator import paper_training
 from benchmark.estimate.question import Question
 from benchmark.estimate.report import estimate_report, estimate_table
 from benchmark.options import JsonFile
@@ -32,7 +33,8 @@ def estimate(
     ] = 10,
     cut: Annotated[int, typer.Option(min=0, help="Blocks in the head.")] = 1,
     keep_fraction: Annotated[
-        float | None, typer.Option(help="Share of samples kept for split training.")
+        float | None,
+        typer.Option(help="Share of samples kept for split training. Default: each form's own."),
     ] = None,
     keep_tokens: Annotated[
         int, typer.Option(min=0, help="Image tokens that cross the cut, merged; 0: all.")
@@ -50,12 +52,14 @@ def estimate(
         "keep_tokens": keep_tokens,
     }
     values["federation"] |= {"rounds": rounds, "evaluate_every": 0}
+    paper = paper_training()
     if keep_fraction is not None:
         values["training"]["keep_fraction"] = keep_fraction
+        paper = paper.model_copy(update={"keep_fraction": keep_fraction})
     question = Question(parse_message(RunSettings, values), samples, local_epochs=local_epochs)
     started = time.perf_counter()
     with model_errors():
-        costs = calculate(question)
+        costs = calculate(question, paper)
     seconds = time.perf_counter() - started
     console = Console()
     console.print(estimate_table(question, costs))

@@ -84,14 +84,19 @@ class MethodCost:
         each = self.bytes_up_per_renewal + self.bytes_down_per_renewal
         return self.renewals(rounds) * each
 
-    def bytes_total(self, rounds: int) -> int:
+    def bytes_total(self, rounds: int, trained: int | None = None) -> int:
         """Everything that crosses in a run of so many rounds, both directions, start included.
+
+        Args:
+            rounds: of the run.
+            trained: of these, those that the device is asked to train in; None: all.
 
         Raises:
             InvalidField: ``rounds`` is negative.
         """
         _check(rounds)
-        training = rounds * self.bytes_per_round + (self.bytes_up_once if rounds else 0)
+        trained = rounds if trained is None else trained
+        training = trained * self.bytes_per_round + (self.bytes_up_once if rounds else 0)
         evaluation = self.evaluations(rounds) * self.bytes_per_evaluation
         return self.bytes_start + training + evaluation + self.bytes_renewed(rounds)
 

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from benchmark.options import JsonFile
-from benchmark.preflight import check_packages, run_folder
+from benchmark.preflight import run_folder
 from benchmark.presets import traffic_preset
 from benchmark.processes import usable_cores
 from benchmark.traffic.ladder import Setting, climb
@@ -49,7 +49,6 @@ def traffic(
 ) -> None:
     """Climb from the paper's form to the default, measure by measure: bytes, accuracy, time."""
     console = Console()
-    check_packages()
     folder = run_folder(out, "traffic")
     paper, default = (traffic_preset(form, quick=quick) for form in FORMS[::-1])
     seeds = tuple(seed or ((0,) if quick else (0, 1, 2)))

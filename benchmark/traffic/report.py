@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib import pyplot as plt
 from rich.table import Table
 
-from benchmark.estimate import Question, estimate, ratios
+from benchmark.estimate import Question, estimate, paper_training, ratios
 from benchmark.plots import COLOURS, save
 from benchmark.traffic.ladder import Climb, Setting
 from protocol.settings import RunSettings
@@ -58,7 +58,7 @@ def large_setting(default: RunSettings) -> tuple[Question, dict[str, Any]]:
     values["model"] |= {"backbone": "vit_base_patch16_224", "image_size": 224}
     values["federation"] |= {"rounds": _LARGE_ROUNDS, "evaluate_every": 0}
     question = Question(RunSettings.model_validate(values), _LARGE_SAMPLES)
-    return question, asdict(ratios(estimate(question), _LARGE_ROUNDS))
+    return question, asdict(ratios(estimate(question, paper_training()), _LARGE_ROUNDS))
 
 
 def traffic_figures(climbs: Sequence[Climb], setting: Setting) -> dict[str, Any]:

@@ -44,6 +44,10 @@ class Dataset:
         """What was left out of either set, each named once."""
         return tuple(dict.fromkeys(self.train.skipped + self.test.skipped))
 
+    def readable(self) -> Dataset:
+        """Without the images that cannot be read any more. Raises EmptyDatasetError."""
+        return Dataset(self.train.readable(), self.test.readable())
+
     def aligned(self, class_names: Sequence[str]) -> Dataset:
         """Both sets with labels that index class_names. Raises ClassMismatchError,
         EmptyDatasetError."""

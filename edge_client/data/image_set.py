@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edge_client.data.decode import decode_file
+from edge_client.data.decode import check_files, decode_file
 from edge_client.data.errors import ClassMismatchError, DataFormatError
 from edge_client.data.groups import file_groups, no_groups
 
@@ -31,6 +31,10 @@ class ImageStore(Protocol):
 
     def read(self, index: int) -> Tensor:
         """One image: uint8 (3, H, W). Raises CorruptImageError."""
+        ...
+
+    def unreadable(self) -> dict[int, Skipped]:
+        """The images that cannot be read now, by their positions."""
         ...
 
     def take(self, indices: Tensor) -> ImageStore:
@@ -62,6 +66,10 @@ class ArrayStore:
         image = self.pixels[index]  # (C, H, W)
         return image.expand(3, -1, -1)
 
+    def unreadable(self) -> dict[int, Skipped]:
+        """None: they are in memory."""
+        return {}
+
     def take(self, indices: Tensor) -> ArrayStore:
         """A copy of these images alone, so that the rest can be freed."""
         return ArrayStore(self.pixels[indices])
@@ -84,6 +92,15 @@ class FileStore:
     def read(self, index: int) -> Tensor:
         """One image: uint8 (3, H, W). Raises CorruptImageError."""
         return decode_file(self.paths[index])
+
+    def unreadable(self) -> dict[int, Skipped]:
+        """Those whose files are gone or damaged by now."""
+        reasons = check_files(self.paths)
+        return {
+            index: Skipped(str(path), reason)
+            for index, (path, reason) in enumerate(zip(self.paths, reasons, strict=True))
+            if reason is not None
+        }
 
     def take(self, indices: Tensor) -> FileStore:
         """A store of these files alone."""
@@ -140,6 +157,14 @@ class ImageSet:
         """
         chosen = torch.as_tensor(indices, dtype=torch.int64)
         return replace(self, store=self.store.take(chosen), labels=self.labels[chosen])
+
+    def readable(self) -> ImageSet:
+        """Without the images that cannot be read any more; they are named in skipped."""
+        lost = self.store.unreadable()
+        if not lost:
+            return self
+        kept = torch.tensor([i for i in range(len(self)) if i not in lost], dtype=torch.int64)
+        return replace(self.subset(kept), skipped=self.skipped + tuple(lost.values()))
 
     def class_counts(self) -> Tensor:
         """How many images each class has: int64 (classes,)."""

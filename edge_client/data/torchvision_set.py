@@ -28,7 +28,7 @@ from edge_client.data.errors import (
 )
 from edge_client.data.fashion_mnist import load_fashion_mnist
 from edge_client.data.groups import no_groups
-from edge_client.data.image_set import ImageSet
+from edge_client.data.image_set import ImageSet, Skipped
 from edge_client.data.places import cache_dir
 
 Arguments = Mapping[str, object]
@@ -276,6 +276,16 @@ class TorchvisionStore:
                 value=f"image {row}",
                 hint=str(error),
             ) from error
+
+    def unreadable(self) -> dict[int, Skipped]:
+        """Those whose files are gone or damaged by now."""
+        lost = {}
+        for index in range(len(self)):
+            try:
+                self.read(index)
+            except CorruptImageError as error:
+                lost[index] = Skipped(f"{error.field}: {error.value}", error.hint or "unreadable")
+        return lost
 
     def take(self, indices: Tensor) -> TorchvisionStore:
         """A store of these images alone; the files or arrays behind it are shared."""

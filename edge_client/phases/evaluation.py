@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from edge_client.device_model import DeviceModel
+from edge_client.frame_room import samples_in_a_frame
 from edge_client.phases.context import Advance, Samples
 from edge_client.transport import SplitPlane
 
@@ -45,7 +46,7 @@ def evaluate(
     everything = torch.arange(len(samples))
     if samples.kept is not None:
         samples.kept.ensure(everything)
-    chunks = everything.split(_BATCH) if len(samples) else ()
+    chunks = everything.split(samples_in_a_frame(model.head, _BATCH)) if len(samples) else ()
     for done, positions in enumerate(chunks, start=1):
         step = f"evaluate.{round_}.{done}"
 

@@ -9,17 +9,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from protocol.errors import Busy, SFPromptError, Unreachable
+from protocol.errors import Busy, InternalError, SFPromptError, Unreachable
 
 T = TypeVar("T")
+
+_FAULTS = 3  # of the server in one request, before they are taken for lasting
 
 
 @dataclass
 class RetryPolicy:
     """Waits between attempts, growing and with jitter, until patience runs out.
 
-    Only `Busy` and `Unreachable` are tried again: every other error stays the same however often
-    the request is sent. Nor is what TLS refuses, such as a certificate.
+    `Busy` and `Unreachable` are tried again, but for what TLS refuses, such as a certificate; so is
+    a fault of the server's own, which may have been a full disk. Every other error stays the same
+    however often the request is sent.
     """
 
     patience_s: float = 300.0  # from the first failure to giving up
@@ -37,12 +40,15 @@ class RetryPolicy:
             SFPromptError: the error of the last attempt.
         """
         give_up_at: float | None = None
-        wait = self.first_wait_s
+        wait, faults = self.first_wait_s, 0
         while True:
             try:
                 return attempt()
-            except (Busy, Unreachable) as error:
+            except (Busy, Unreachable, InternalError) as error:
                 if _is_permanent(error.__cause__):
+                    raise
+                faults += isinstance(error, InternalError)
+                if faults > _FAULTS:
                     raise
                 now = self.clock()
                 give_up_at = now + self.patience_s if give_up_at is None else give_up_at

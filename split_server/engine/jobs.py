@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 from torch import Tensor
@@ -101,6 +101,15 @@ class InferJob:
     smashed: Tensor  # [B, T, D]
     prompts: Tensor | None = None  # [L, P, D], where they join at the cut
     leading: int | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Of one sample in the body, prompts included."""
+        return self.smashed.shape[1] + (0 if self.prompts is None else self.prompts.shape[1])
+
+    def split(self, rows: int) -> list[InferJob]:
+        """The same in jobs of at most so many samples."""
+        return [replace(self, smashed=part) for part in self.smashed.split(rows)]
 
 
 Backward = Literal["auto", "retained", "recompute"]

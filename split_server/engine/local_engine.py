@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from protocol.errors import SFPromptError, StepLost
@@ -56,8 +57,8 @@ class LocalEngine:
         self._figures = figures or EngineFigures()
         self._keeper = Keeper(limits, placement.dtype, clock or Clock(), self._refused)
         self._lock = self._keeper.lock  # guards the keeper, the schedule and the sessions
-        tokens = _FULL_BATCH_TOKENS.get(placement.device.type, 8192)
-        self._schedule = Schedule(tokens, limits.max_batch_samples, limits.max_wait_s)
+        self._full_tokens = _FULL_BATCH_TOKENS.get(placement.device.type, 8192)
+        self._schedule = Schedule(self._full_tokens, limits.max_batch_samples, limits.max_wait_s)
         self._outbox = Outbox(placement.device)
         self._worker = Worker(
             self._schedule,
@@ -126,7 +127,12 @@ class LocalEngine:
         return found.trained()  # nothing changes it any more, and copying takes its time
 
     async def infer(self, job: InferJob) -> Tensor:
-        """See `Engine.infer`."""
+        """See `Engine.infer`. A large job is done in full batches; others come between them."""
+        rows = max(1, self._full_tokens // job.tokens)
+        parts = [await self._infer(part) for part in job.split(rows)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    async def _infer(self, job: InferJob) -> Tensor:
         with self._lock:
             self._worker.require_room(nbytes_of(job.smashed))
             ticket = self._keeper.open(None, 0)

@@ -50,7 +50,7 @@ class Outbox:
             return
         host = torch.empty(result.shape, dtype=result.dtype, pin_memory=True)
         host.copy_(result, non_blocking=True)
-        done = torch.cuda.Event()
+        done = torch.cuda.Event(blocking=True)
         done.record(torch.cuda.current_stream(self._device))
         self._copying.put(_Copy(done, host, deliver, fail))
 

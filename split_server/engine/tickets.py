@@ -37,7 +37,7 @@ class Ticket:
 
     def fail(self, error: Exception) -> None:
         """Answer with what went wrong, as the asker may know it."""
-        shown = _shown(error)
+        shown = as_shown(error)
         self.on_failure(shown)
         if not self.future.done():
             self.future.set_exception(shown)
@@ -58,7 +58,8 @@ def require_same(first: int, second: int, key: StepKey) -> None:
         )
 
 
-def _shown(error: Exception) -> SFPromptError:
+def as_shown(error: Exception) -> SFPromptError:
+    """What went wrong, as the asker may know it."""
     if isinstance(error, SFPromptError):
         return error
     if isinstance(error, torch.OutOfMemoryError):

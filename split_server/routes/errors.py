@@ -7,9 +7,9 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from protocol.errors import InternalError, InvalidField, InvalidRequest, NotFound, SFPromptError
+from protocol.errors import InvalidField, InvalidRequest, NotFound, SFPromptError
 from protocol.messages import named_field, named_limit
-from split_server.routes.responses import error_body, error_headers
+from split_server.routes.responses import error_body, error_headers, unexpected
 
 
 class Refused(HTTPException):
@@ -75,6 +75,6 @@ def _not_routed(request: Request, error: HTTPException) -> SFPromptError:
     return kind(str(error.detail), field="path", value=request.url.path)
 
 
-async def _unexpected(_request: Request, _error: Exception) -> JSONResponse:
-    refusal = InternalError("the server failed on this request")
-    return JSONResponse(error_body(refusal), refusal.status)
+async def _unexpected(_request: Request, error: Exception) -> JSONResponse:
+    refusal = unexpected(error)
+    return JSONResponse(error_body(refusal), refusal.status, error_headers(refusal))

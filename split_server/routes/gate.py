@@ -14,12 +14,12 @@ from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from protocol.errors import InternalError, SFPromptError, UnsupportedVersion
+from protocol.errors import SFPromptError, UnsupportedVersion
 from protocol.version import PROTOCOL_VERSION, REQUEST_ID_HEADER, VERSION_HEADER
 from split_server.credentials import Credentials, Identity, Member, Operator
 from split_server.logs import request_id
 from split_server.meter import SOCKET_KEY, Meter, SocketCounter
-from split_server.routes.responses import send_error
+from split_server.routes.responses import send_error, unexpected
 
 log = logging.getLogger(__name__)
 
@@ -55,9 +55,9 @@ class Gate:
             await exchange.refuse(error)
         except ClientDisconnect:
             log.debug("the client has gone")
-        except Exception:
+        except Exception as error:
             log.exception("%s %s failed", scope["method"], scope["path"])
-            await exchange.refuse(InternalError("the server failed on this request"))
+            await exchange.refuse(unexpected(error))
         finally:
             if not exchange.ended:  # else the next request's bytes may be here already
                 self.charge(scope)

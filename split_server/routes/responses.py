@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 from collections.abc import Iterable, Sequence
 
+from sqlalchemy.exc import OperationalError
 from starlette.types import Send
 
-from protocol.errors import SFPromptError
+from protocol.errors import Busy, InternalError, SFPromptError
 from protocol.version import REQUEST_ID_HEADER
 from split_server.logs import request_id
 
 Header = tuple[bytes, bytes]
+
+_FULL_DISK_S = 10.0
+
+
+def unexpected(error: Exception) -> SFPromptError:
+    """What an asker is told of a failure that is no fault of the request."""
+    if _is_full_disk(error):
+        return Busy("the server's disk is full; try again later", retry_after_s=_FULL_DISK_S)
+    return InternalError("the server failed on this request")
+
+
+def _is_full_disk(error: Exception) -> bool:
+    if isinstance(error, OperationalError):
+        return "disk is full" in str(error.orig)
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def error_headers(error: SFPromptError) -> dict[str, str]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
+import torch
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 from xxhash import xxh3_64_intdigest
@@ -19,6 +20,7 @@ from protocol.frames import decode_frame, encode_frame, header_length, require_k
 from protocol.limits import FrameLimits
 from protocol.version import FRAME_MEDIA_TYPE
 from split_server.credentials import Credentials, require_member
+from split_server.engine.tickets import as_shown
 from split_server.presence import Presence
 from split_server.routes.asked import Asked
 from split_server.routes.bodies import read_body
@@ -93,10 +95,16 @@ class SplitPlane:
             require_kind(frame, kind)
             return Asked(run, member, frame, xxh3_64_intdigest(data))
 
+        def read() -> Work | Reply:
+            try:
+                return reader(self.desk, asked())
+            except torch.OutOfMemoryError as error:  # decoded straight into the GPU's memory
+                raise as_shown(error) from error
+
         frozen = not run.settings.model.tune_body
         light = frozen and kind in _LIGHT_KINDS and self.desk.device.type == "cpu"
         if not light or len(data) > _LIGHT_BYTES or header_length(data) > _LIGHT_HEADER_BYTES:
-            return await self._off_loop(lambda: reader(self.desk, asked()))
+            return await self._off_loop(read)
         request = asked()
         if _is_raw(spec.codec for spec in request.frame.specs.values()):
             return reader(self.desk, request)

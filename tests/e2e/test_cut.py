@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from edge_client.data import Dataset, limit_per_set, load_dataset, shuffled
 from edge_client.participant import Participant, succeeded
 from edge_client.transport import Server
-from protocol.messages import Results, RunStatus
+from protocol.messages import Results, RunStatus, Task
 from protocol.seeds import derive_seed
 from protocol.settings import RunSettings
 from protocol.version import PROTOCOL_VERSION, VERSION_HEADER
@@ -305,6 +305,25 @@ def test_samples_that_were_lost_on_the_way_change_no_bit_of_the_result(
     assert "begun-anew" not in told.events
     assert_same_bits(forgetful.state, undisturbed.state)
     assert forgetful.traffic["smashed"]["up"] > undisturbed.traffic["smashed"]["up"]
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_device_that_is_taken_out_in_the_middle_of_a_round_stops(
+    node: Running, data: Dataset, tmp_path: Path, keep: bool
+) -> None:
+    """As by `edge-client leave` in another process."""
+    with (
+        contextlib.closing(OperatorClient(node.url, OPERATOR)) as operator,
+        contextlib.closing(Server(node.url)) as client,
+        contextlib.closing(Server(node.url)) as elsewhere,
+    ):
+        run = operator.create_run(everything(keep_smashed=keep))
+        told = Told(at={(1, 2): lambda: elsewhere.leave(run.id)})
+        participant = Participant(client, data, tmp_path, "only", told)
+        elsewhere.authenticate(participant.join(run.id, key="join-1"))
+        last = participant.take_part()
+    assert (last.task, last.reason) == (Task.STOP, "you have left this run")
+    assert "trained" not in told.events
 
 
 def test_a_server_that_can_keep_too_few_samples_changes_no_bit_of_the_result(

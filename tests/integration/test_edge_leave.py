@@ -1,4 +1,4 @@
-"""``edge-client leave``: a device that is not taking part right now takes its samples with it."""
+"""``edge-client leave``: a device takes its samples with it, whether it takes part or not."""
 
 from __future__ import annotations
 
@@ -76,6 +76,16 @@ def test_whoever_leaves_is_out_and_its_samples_are_gone(
     assert (code, out) == (0, f"kitchen has left: run {run}\n")
     assert kept(server) == before
     assert code_of(device.call("DELETE", f"/v1/runs/{run}/samples")) == "forbidden"
+    assert device.assignment(run).task is Task.STOP
+
+
+def test_a_device_can_leave_while_its_process_takes_part(
+    server: Running, leave: Command, tmp_path: Path
+) -> None:
+    run, device = a_device(server, tmp_path)
+    with Identity(tmp_path / "identities", server.url, run, "kitchen"):
+        code, out, _ = leave("--run", run)
+    assert (code, out) == (0, f"kitchen has left: run {run}\n")
     assert device.assignment(run).task is Task.STOP
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import sqlite3
 from collections.abc import Iterator
 
 import pytest
+from sqlalchemy.exc import OperationalError
 
 from protocol.errors import error_from_wire
 from protocol.messages import RunView
 from protocol.version import PROTOCOL_VERSION, VERSION_HEADER
 from tests.http_doubles import Api, Running, code_of, joined, new_run, running_server
-from tests.server_doubles import smashed
+from tests.server_doubles import smashed, state_of
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +155,30 @@ def test_a_wrong_method_is_named(server: Running) -> None:
     assert answer.headers["allow"] == "PUT"
     error = api.call("GET", "/v1/split/forward").json()["error"]
     assert (error["field"], error["limit"], error["value"]) == ("method", "POST", "GET")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OperationalError("INSERT", None, sqlite3.OperationalError("database or disk is full")),
+    ],
+)
+def test_who_meets_a_full_disk_is_asked_to_come_back(
+    server: Running, operator: Api, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    api = joined(server, run := new_run(operator))
+    api.assignment(run)
+
+    def full(*_args: object) -> None:
+        raise error
+
+    with monkeypatch.context() as broken:
+        broken.setattr("split_server.states.RunFiles.write_update", full)
+        answer = api.update(run, state_of(1.0), "u")
+    assert (answer.status_code, code_of(answer)) == (503, "busy")
+    assert int(answer.headers["retry-after"]) >= 1
+    assert api.update(run, state_of(1.0), "u").is_success
 
 
 def test_an_unexpected_failure_is_typed_too(

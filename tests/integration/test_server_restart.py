@@ -58,6 +58,20 @@ class ServerProcess:
         self.process.wait(10)
 
 
+def test_a_folder_that_has_lost_its_database_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+    node = tmp_path / "node"
+    state = node / "runs" / "r0123456789" / "states" / "state.safetensors"
+    state.parent.mkdir(parents=True)
+    state.write_bytes(b"x")
+    command = [sys.executable, "-m", "split_server.cli", "serve", "--port", "0"]
+    done = subprocess.run(
+        [*command, "--data-dir", str(node)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 2
+    assert "has 1 runs and no server.sqlite" in " ".join(done.stderr.split())
+    assert state.exists()
+
+
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[ServerProcess]:
     running = ServerProcess(tmp_path / "node")

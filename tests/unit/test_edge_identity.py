@@ -12,7 +12,7 @@ from typing import IO, Any
 import pytest
 
 from edge_client import identity as module
-from edge_client.identity import Identity
+from edge_client.identity import Identity, credential_of
 from protocol.errors import Conflict
 
 URL = "http://node:8500"
@@ -116,8 +116,8 @@ def test_what_was_remembered_is_there_after_a_restart_and_was_never_unlocked(
             identity.remember(credential)
             with pytest.raises(Conflict):
                 Identity(tmp_path, URL, "run", "device")
-    with Identity(tmp_path, URL, "run", "device") as identity:
-        assert identity.credential == "second"
+    assert credential_of(tmp_path, URL + "/", "run", "device") == "second"
+    assert credential_of(tmp_path, URL, "run", "another") is None
 
 
 def test_no_lock_is_taken_of_a_file_that_another_has_replaced(

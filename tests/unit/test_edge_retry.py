@@ -8,7 +8,7 @@ import pytest
 
 from edge_client.transport import RetryPolicy
 from protocol import errors
-from protocol.errors import Busy, SFPromptError, Unreachable
+from protocol.errors import Busy, InternalError, SFPromptError, Unreachable
 
 
 class Clock:
@@ -48,10 +48,19 @@ def test_busy_and_unreachable_are_tried_again(kind: type[SFPromptError]) -> None
     assert clock.pauses == [0.2, 0.4, 0.8]
 
 
+def test_a_fault_of_the_server_is_tried_again_but_not_for_long() -> None:
+    clock, attempts = Clock(), Attempts(InternalError("1"), InternalError("2"))
+    assert policy(clock).call(attempts) == "done"
+    assert clock.pauses == [0.2, 0.4]
+    lasting = Attempts(*(InternalError(str(number)) for number in range(100)))
+    with pytest.raises(InternalError, match="3"):
+        policy(Clock()).call(lasting)
+
+
 OTHERS = [
     getattr(errors, name)
     for name in errors.__all__
-    if name not in ("Busy", "Unreachable", "FieldValue", "error_from_wire")
+    if name not in ("Busy", "Unreachable", "InternalError", "FieldValue", "error_from_wire")
 ]
 
 

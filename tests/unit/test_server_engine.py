@@ -23,7 +23,7 @@ from protocol.errors import (
 )
 from split_model import Body
 from split_server.devices import choose_placement
-from split_server.engine import compute
+from split_server.engine import compute, local_engine
 from split_server.engine.bodies import Bodies, BodyKey
 from split_server.engine.jobs import BackwardJob, EngineLimits, ForwardJob, InferJob
 from split_server.engine.local_engine import LocalEngine
@@ -110,6 +110,25 @@ def test_a_step_is_the_bodys_own_forward_and_backward(
     assert torch.equal(result, leaf.grad)  # type: ignore[arg-type]
     assert torch.equal(inferred, expected)
     assert not inferred.requires_grad
+
+
+def test_a_large_batch_of_inference_is_done_in_full_batches(
+    make: MakeEngine, key: BodyKey, body: Body, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that one request takes neither the body for itself nor memory without a limit."""
+    monkeypatch.setitem(local_engine._FULL_BATCH_TOKENS, "cpu", 3 * smashed().shape[1])
+    rows, sizes = smashed().repeat(4, 1, 1), []
+    real = compute.run_inference
+
+    def counted(body: Body, batch: Tensor, *more: object) -> Tensor:
+        sizes.append(len(batch))
+        return real(body, batch, *more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(compute, "run_inference", counted)
+    found = asyncio.run(make().infer(InferJob("r1", "p1", key, rows)))
+    assert torch.allclose(found, body(rows), atol=1e-5)
+    assert sum(sizes) == len(rows)
+    assert max(sizes) == 3
 
 
 def test_a_repeat_gets_the_same_answer_and_computes_nothing(

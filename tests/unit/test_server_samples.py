@@ -262,6 +262,23 @@ def test_what_an_earlier_process_has_left_is_removed(tmp_path: Path) -> None:
     assert not (tmp_path / "samples").exists()
 
 
+def test_no_more_files_are_mapped_than_the_process_may_hold(tmp_path: Path) -> None:
+    store = SampleStore(tmp_path / "samples", StoreLimits(40, PLENTY, PLENTY, files=3))
+    put(store, A, range(40))
+    assert 0 < len(files(tmp_path / "samples")) <= 3
+    assert kept(store, A)[-1] == 39
+    store.close()
+
+
+def test_only_its_own_files_are_removed(tmp_path: Path) -> None:
+    photo = tmp_path / "samples" / "photo.jpg"
+    photo.parent.mkdir()
+    photo.write_bytes(b"x")
+    (tmp_path / "samples" / "old.samples").write_bytes(b"x")
+    SampleStore(tmp_path / "samples", StoreLimits(40, PLENTY, PLENTY)).close()
+    assert list(photo.parent.iterdir()) == [photo]
+
+
 def test_a_full_disk_costs_samples_and_nothing_else(
     make: MakeStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

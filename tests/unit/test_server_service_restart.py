@@ -91,11 +91,14 @@ def test_what_a_crash_leaves_behind_is_swept(site: Bench) -> None:
     files = site.federation.files(run)
     [kept] = (files.root / "updates").iterdir()
     (files.root / "updates" / "half.tmp").write_bytes(b"x")
-    (site.folder / "runs" / "r-half-made").mkdir()
+    half_made, foreign = (site.folder / "runs" / name for name in ("r0123456789", "resnet"))
+    half_made.mkdir()
+    foreign.mkdir()
     site.close()
     site.open()
     assert list((files.root / "updates").iterdir()) == [kept]
-    assert not (site.folder / "runs" / "r-half-made").exists()
+    assert not half_made.exists()
+    assert foreign.exists(), "whatever is not of the server's making stays"
 
 
 def test_updates_leave_the_disk_with_their_round(site: Bench) -> None:

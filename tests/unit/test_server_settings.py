@@ -119,7 +119,7 @@ def test_the_fastest_device_that_torch_tells_of_is_chosen(
     expected: tuple[str, torch.dtype],
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: bfloat16)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: bfloat16)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
     placement = choose_placement()
     assert (placement.device.type, placement.dtype) == expected

@@ -161,8 +161,9 @@ class _Work:
     def __init__(self, question: Question, shapes: _Shapes) -> None:
         training, self.split = question.settings.training, question.split
         self.question, self.shapes = question, shapes
-        # Keeping everything needs no scores.
-        self.scored = question.train_samples if training.keep_fraction < 1 else 0
+        # Keeping everything needs no scores, and neither does drawing.
+        scores = training.keep_fraction < 1 and training.pruning != "random"
+        self.scored = question.train_samples if scores else 0
         self.local_visits = question.train_samples * training.local_epochs
         self.visits = (
             question.train_samples * training.local_epochs + question.kept * training.split_epochs

@@ -1,0 +1,81 @@
+"""Images that come and go while a device takes part, or while it is away."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from edge_client.cli import _join_as
+from edge_client.data import Dataset, limit_per_set, load_dataset
+from edge_client.data.folder import load_folder
+from edge_client.identity import Identity
+from edge_client.participant import Participant
+from edge_client.transport import Server
+from protocol.messages import Results
+from split_server.client import OperatorClient
+from tests.e2e.test_cut import Told, cut_run, folder_of, take_part
+from tests.http_doubles import Running, running_server
+from tests.server_doubles import OPERATOR
+
+
+@pytest.fixture(scope="module")
+def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    with running_server(tmp_path_factory.mktemp("node")) as running:
+        yield running
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Dataset:
+    """All ten digits, six images of each, as files."""
+    digits = load_dataset("digits").train
+    for label in range(10):
+        folder = tmp_path / "photos" / str(label)
+        folder.mkdir(parents=True)
+        for number in [i for i in range(len(digits)) if digits.label(i) == label][:6]:
+            pixels = digits.image(number).permute(1, 2, 0).numpy()
+            Image.fromarray(pixels).save(folder / f"{number}.png")
+    return load_folder(tmp_path / "photos", held_out=0.3, seed=0)
+
+
+def test_a_device_goes_on_without_images_that_are_gone(
+    node: Running, photos: Dataset, tmp_path: Path
+) -> None:
+    told, joined = Told(), []
+
+    def lose(participant: Participant) -> None:
+        joined.append(participant)
+        participant.data.train.store.paths[3].unlink()  # type: ignore[attr-defined]
+        participant.data.test.store.paths[1].write_bytes(b"no image")  # type: ignore[attr-defined]
+
+    settings = cut_run(wire={"keep_smashed": True}, keep_fraction=1.0)
+    done = take_part(
+        node.url, OPERATOR, folder_of(node), settings, photos, tmp_path / "home", told, lose
+    )
+    assert told.events.count("skipped") == 2
+    assert [view.samples for view in done.results.rounds] == [len(photos.train) - 1] * 2
+    assert done.results.rounds[-1].accuracy is not None
+
+
+def test_a_device_with_other_images_joins_anew_and_is_one_participant(
+    node: Running, tmp_path: Path
+) -> None:
+    digits = load_dataset("digits")
+    with (
+        contextlib.closing(OperatorClient(node.url, OPERATOR)) as operator,
+        contextlib.closing(Server(node.url)) as client,
+    ):
+        run = operator.create_run(cut_run())
+        for images in (40, 40, 30):
+            data = limit_per_set(digits, train=images, test=10, seed=0)
+            participant = Participant(client, data, tmp_path, "kitchen", Told())
+            with Identity(tmp_path / "identities", node.url, run.id, "kitchen") as identity:
+                _join_as(identity, participant, run.id, None)
+        results: Results = operator.results(run.id)
+    assert [(one.train_samples, one.left_at is None) for one in results.participants] == [
+        (40, False),
+        (30, True),
+    ]
