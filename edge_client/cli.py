@@ -83,7 +83,7 @@ def join(
     data: Annotated[
         str,
         typer.Option(
-            help="folder:PATH (class folders, or train/ and test/ of them) | torchvision:NAME | "
+            help="folder:PATH (class folders, or train/ and test/ of them) | torchvision:NAME[:ROOT] | "
             "fashion-mnist | digits"
         ),
     ],
