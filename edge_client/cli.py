@@ -83,8 +83,8 @@ def join(
     data: Annotated[
         str,
         typer.Option(
-            help="folder:PATH (class folders, or train/ and test/ of them) | torchvision:NAME[:ROOT] | "
-            "fashion-mnist | digits"
+            help="folder:PATH (class folders, or train/ and test/ of them) | "
+            "torchvision:NAME[:ROOT] | fashion-mnist | digits"
         ),
     ],
     run: RunOption = None,
