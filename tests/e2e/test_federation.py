@@ -6,8 +6,9 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -77,16 +78,34 @@ def run_to_the_end(
         return operator.results(run.id), devices
 
 
-def final_state(server: ServerProcess, results: Results) -> bytes:
-    [path] = server.data_dir.rglob(f"{results.run.state.sha256}.safetensors")
-    return path.read_bytes()
+@dataclass(frozen=True)
+class Reference:
+    """A run that nothing disturbs, for all that can be seen of one."""
+
+    results: Results
+    devices: Devices
 
 
-def test_server_and_devices_count_the_same_bytes_in_every_phase(server: ServerProcess) -> None:
-    results, devices = run_to_the_end(server, small_run(devices=2), 2)
+SETTINGS = small_run(devices=2, seed=6, rounds=3)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    running = ServerProcess(tmp_path_factory.mktemp("node"))
+    yield running
+    running.process.stop()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(server: ServerProcess) -> Reference:
+    return Reference(*run_to_the_end(server, SETTINGS, 2))
+
+
+def test_server_and_devices_count_the_same_bytes_in_every_phase(undisturbed: Reference) -> None:
+    results = undisturbed.results
     assert results.run.status is RunStatus.FINISHED
     seen_by_devices = Traffic()
-    for said in devices.events.values():
+    for said in undisturbed.devices.events.values():
         [stopped] = [event for event in said if event["event"] == "stopped"]
         seen_by_devices.merge(Traffic.from_dict(stopped["traffic"]))
     assert results.traffic == seen_by_devices.to_dict()
@@ -97,9 +116,9 @@ def test_server_and_devices_count_the_same_bytes_in_every_phase(server: ServerPr
 
 
 def test_the_bytes_of_split_training_are_those_of_the_papers_formula(
-    server: ServerProcess,
+    undisturbed: Reference,
 ) -> None:
-    results, _ = run_to_the_end(server, small_run(devices=2), 2)
+    results = undisturbed.results
     tokens, width = 1 + 4 + 4, 192  # class token, prompts, 2 x 2 patches
     one_sample = tokens * width * 4
     kept = sum(view.samples for view in results.rounds)
@@ -110,23 +129,9 @@ def test_the_bytes_of_split_training_are_those_of_the_papers_formula(
     assert four_legs < split < 1.06 * four_legs  # the rest is headers
 
 
-def test_the_same_seed_gives_the_same_state_bit_for_bit(
-    server: ServerProcess, tmp_path: Path
+def test_the_same_seed_gives_the_same_state_though_the_server_is_killed_in_a_round(
+    undisturbed: Reference, tmp_path: Path
 ) -> None:
-    first, _ = run_to_the_end(server, small_run(devices=2, seed=5), 2)
-    other = ServerProcess(tmp_path / "other")
-    try:
-        second, _ = run_to_the_end(other, small_run(devices=2, seed=5), 2)
-    finally:
-        other.process.stop()
-    assert second.run.state == first.run.state
-
-
-def test_a_server_that_is_killed_goes_on_in_its_round_and_ends_with_the_same_state(
-    server: ServerProcess, tmp_path: Path
-) -> None:
-    settings = small_run(devices=2, seed=6, rounds=3)
-    undisturbed, _ = run_to_the_end(server, settings, 2)
     crashing = ServerProcess(tmp_path / "crashing")
     killed: list[int] = []
 
@@ -137,12 +142,12 @@ def test_a_server_that_is_killed_goes_on_in_its_round_and_ends_with_the_same_sta
             crashing.start()
 
     try:
-        disturbed, _ = run_to_the_end(crashing, settings, 2, kill_in_round_two)
+        disturbed, _ = run_to_the_end(crashing, SETTINGS, 2, kill_in_round_two)
     finally:
         crashing.process.stop()
     assert killed
     assert [view.round for view in disturbed.rounds] == [1, 2, 3]
-    assert disturbed.run.state == undisturbed.run.state
+    assert disturbed.run.state == undisturbed.results.run.state
 
 
 def test_an_exported_model_alone_predicts_what_the_split_one_predicts(
