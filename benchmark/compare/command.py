@@ -102,11 +102,17 @@ def _chosen(
 
 
 def _show(comparison: Comparison, outcomes: Sequence[Outcome], console: Console) -> None:
-    for point in comparison.points():
+    points = comparison.points()
+    for number, point in enumerate(points, start=1):
         here = [one for one in outcomes if one.point == point]
-        where = f", {point_name(point)}" if point else ""
-        console.print(result_table(here, f"{comparison.name}{where}", comparison.target_accuracy))
-        console.print(cost_table(here))
+        title = f"{comparison.name}: {point_name(point)}" if point else comparison.name
+        for table in (
+            result_table(here, title, comparison.target_accuracy),
+            cost_table(here),
+        ):
+            if number < len(points):
+                table.caption = None  # it is the same below every point
+            console.print(table)
     for one in outcomes:
         for failure in one.failures:
             console.print(f"[red]{one.name}[/red]")

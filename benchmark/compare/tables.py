@@ -17,7 +17,10 @@ _APART = frozenset({Phase.INFERENCE, Phase.CONTROL})  # neither start nor traini
 
 
 def result_table(outcomes: Sequence[Outcome], title: str, target: float | None) -> Table:
-    """Accuracy, worst device, bytes of one device in the whole run, privacy spent, and time."""
+    """Accuracy, worst device, bytes of one device in the whole run, privacy spent, and time.
+
+    Of one point of a sweep, which is for the title to tell.
+    """
     table = _table(title)
     columns = ["accuracy", "worst device", "MB in all"]
     columns += [] if target is None else [f"MB to {target:.0%}"]
@@ -27,7 +30,7 @@ def result_table(outcomes: Sequence[Outcome], title: str, target: float | None) 
         table.add_column(name, justify="right", no_wrap=True)
     for one in outcomes:
         if not one.figures:
-            table.add_row(one.name, "failed", style="red")
+            table.add_row(one.method, "failed", style="red")
             continue
         cells = [
             _with_spread(one, "accuracy", _percent),
@@ -38,7 +41,7 @@ def result_table(outcomes: Sequence[Outcome], title: str, target: float | None) 
             cells.append(_cell(one, "bytes_to_target", _megabytes))
         if private:
             cells.append(_cell(one, "epsilon", _short))
-        table.add_row(one.name, *cells, _cell(one, "seconds", _whole_seconds))
+        table.add_row(one.method, *cells, _cell(one, "seconds", _whole_seconds))
     table.caption = (
         "Means over the seeds ± standard deviation. Bytes are those of one device at the socket, "
         "start included."
@@ -56,7 +59,7 @@ def cost_table(outcomes: Sequence[Outcome]) -> Table:
     for one in outcomes:
         if one.figures:
             table.add_row(
-                one.name,
+                one.method,
                 _cell(one, "trainable_parameters", _millions),
                 _cell(one, "bytes_start", _megabytes),
                 _cell(one, "bytes_up_per_round", _megabytes),
