@@ -79,8 +79,8 @@ def traffic_preset(form: Form, *, quick: bool) -> Preset:
         preset = preset_named("fashion-mnist", form)
         federation = preset.settings.federation.model_copy(update={"evaluate_every": 10})
     else:
-        preset = replace(preset_named("digits", form), limit_train=720, limit_test=200)
+        preset = replace(preset_named("digits", form), limit_train=480, limit_test=160)
         preset = replace(preset, settings=_training(preset.settings, keep_fraction=1.0))
-        federation = FederationSettings(rounds=4, evaluate_every=4)
+        federation = FederationSettings(rounds=3, evaluate_every=3)
     settings = preset.settings.model_copy(update={"federation": federation})
     return replace(preset, settings=settings)
