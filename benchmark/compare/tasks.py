@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -90,12 +91,15 @@ def perform_all(
         ThreadPoolExecutor(at_once) as workers,
     ):
         bar = progress.add_task("runs", total=len(tasks))
+        stopping = threading.Event()
 
         def one(task: Task) -> Figures | Failure:
             try:
                 figures = _perform_once(task, perform, file)
             except (SFPromptError, DataError) as error:
-                progress.console.print(f"  {task.name}: {error}", style="red", highlight=False)
+                if not stopping.is_set():  # else it failed because its processes were ended
+                    text = f"  {task.name}: {error}"
+                    progress.console.print(text, style="red", highlight=False, markup=False)
                 return error
             finally:
                 progress.advance(bar)
@@ -106,6 +110,7 @@ def perform_all(
         try:
             return [done.result() for done in waiting]
         except BaseException:
+            stopping.set()
             workers.shutdown(wait=False, cancel_futures=True)  # what is not begun never is
             while not all(done.done() for done in waiting):
                 end_processes()  # again and again: a task may be about to start one
