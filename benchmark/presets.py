@@ -79,7 +79,7 @@ def traffic_preset(form: Form, *, quick: bool) -> Preset:
         preset = preset_named("fashion-mnist", form)
         federation = preset.settings.federation.model_copy(update={"evaluate_every": 10})
     else:
-        preset = replace(preset_named("digits", form), limit_train=240, limit_test=100)
+        preset = replace(preset_named("digits", form), limit_train=200, limit_test=100)
         preset = replace(preset, settings=_training(preset.settings, keep_fraction=1.0))
         federation = FederationSettings(rounds=3, evaluate_every=3)
     settings = preset.settings.model_copy(update={"federation": federation})

@@ -31,7 +31,7 @@ def traffic(
     ] = False,
     devices: Annotated[
         int | None,
-        typer.Option(min=1, max=64, help="Edge clients of a run. Default: 4, or 2 with --quick."),
+        typer.Option(min=1, max=64, help="Edge clients of a run. Default: 4, or 1 with --quick."),
     ] = None,
     seed: Annotated[
         list[int] | None, typer.Option(min=0, help="Again for more. Default: 0, 1 and 2.")
@@ -53,7 +53,7 @@ def traffic(
     paper, default = (traffic_preset(form, quick=quick) for form in FORMS[::-1])
     seeds = tuple(seed or ((0,) if quick else (0, 1, 2)))
     setting = Setting(
-        default, devices or (2 if quick else 4), seeds, link, at_once or usable_cores()
+        default, devices or (1 if quick else 4), seeds, link, at_once or usable_cores()
     )
     rungs = ladder(paper.settings, default.settings)
     climbs = climb(rungs, setting, folder, console)
