@@ -40,7 +40,10 @@ def traffic(
         str, typer.Option(help="The line of each device that is simulated.")
     ] = "20mbit,50ms",
     at_once: Annotated[
-        int | None, typer.Option(min=1, help="Runs at a time. Default: one for each CPU core.")
+        int | None,
+        typer.Option(
+            min=1, help="Runs at a time. Default: one for each CPU core, or two with --quick."
+        ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder; runs found there are not repeated.")
@@ -52,9 +55,9 @@ def traffic(
     folder = run_folder(out, "traffic")
     paper, default = (traffic_preset(form, quick=quick) for form in FORMS[::-1])
     seeds = tuple(seed or ((0,) if quick else (0, 1, 2)))
-    setting = Setting(
-        default, devices or (1 if quick else 4), seeds, link, at_once or usable_cores()
-    )
+    # With few images, most of a run is waiting for the line.
+    cores = usable_cores() * (2 if quick else 1)
+    setting = Setting(default, devices or (1 if quick else 4), seeds, link, at_once or cores)
     rungs = ladder(paper.settings, default.settings)
     climbs = climb(rungs, setting, folder, console)
     for rung in rungs:
