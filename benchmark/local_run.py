@@ -43,6 +43,7 @@ class LocalRun:
         folder: where everything of the run goes; made if it is not there.
         port: of the server; 0: any free one.
         server_threads: CPU threads of the body; None: all.
+        dtype: what the body computes in, as ``split-server serve --dtype`` takes it.
         limit_train, limit_test: images over all devices; None: all.
         shots: training images of each class over all devices, in place of limit_train; None: all.
         link: a line to simulate between each device and the server, e.g. ``20mbit,50ms``.
@@ -55,6 +56,7 @@ class LocalRun:
     folder: Path
     port: int = 0
     server_threads: int | None = None
+    dtype: str = "auto"
     limit_train: int | None = None
     limit_test: int | None = None
     link: str | None = None
@@ -108,7 +110,7 @@ class LocalRun:
         port = choose_port(self.port)
         data_dir = self.folder / "server"
         arguments = ["split_server.cli", "serve", "--host", "127.0.0.1", "--port", str(port)]
-        arguments += ["--data-dir", str(data_dir)]
+        arguments += ["--data-dir", str(data_dir), "--dtype", self.dtype]
         if self.server_threads is not None:
             arguments += ["--torch-threads", str(self.server_threads)]
         url = f"http://127.0.0.1:{port}"

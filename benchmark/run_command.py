@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from benchmark.local_run import LocalRun
-from benchmark.options import JsonFile
+from benchmark.options import BodyType, JsonFile
 from benchmark.preflight import run_folder
 from benchmark.presets import PRESETS, preset_named
 from benchmark.report import result_table, write_files
@@ -51,6 +51,7 @@ def run(
     server_threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads of the body. Default: all.")
     ] = None,
+    dtype: BodyType = "auto",
     out: Annotated[Path | None, typer.Option(help="Run folder. Default: runs/DATA-TIME.")] = None,
     json_file: JsonFile = None,
 ) -> None:
@@ -67,6 +68,7 @@ def run(
         folder=folder,
         port=port,
         server_threads=server_threads,
+        dtype=dtype,
         limit_train=limit_train or (None if shots else preset.limit_train),
         limit_test=limit_test or preset.limit_test,
         shots=shots,

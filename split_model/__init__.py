@@ -29,6 +29,7 @@ from split_model.parts import (
     build_tunable_body,
     frozen_names,
 )
+from split_model.products import activation_dtype
 from split_model.prompt_tokens import insert_prompts
 from split_model.prompts import initial_prompts, prompt_shape
 from split_model.schedule import learning_rate_factor, make_optimizer, set_progress
@@ -77,6 +78,7 @@ __all__ = [
     "UnsupportedBackboneError",
     "WeightSourceError",
     "WeightsMismatchError",
+    "activation_dtype",
     "anatomy",
     "applied",
     "apply_state",

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from split_model.libraries import timm
+from split_model.products import HalfLinear, product
 
 
 def can_ask(block: nn.Module) -> bool:
@@ -23,7 +24,7 @@ def can_ask(block: nn.Module) -> bool:
     return (
         type(block) is timm.models.vision_transformer.Block
         and type(attention) is timm.models.vision_transformer.Attention
-        and type(attention.qkv) is nn.Linear
+        and type(attention.qkv) in (nn.Linear, HalfLinear)
         and getattr(attention, "gate", None) is None
     )
 
@@ -50,8 +51,8 @@ def _attend(attention: Any, normed: Tensor, count: int) -> Tensor:
     heads, width = attention.num_heads, attention.qkv.out_features // 3
     weight, bias = attention.qkv.weight, attention.qkv.bias
     own, shared = (None, None) if bias is None else (bias[:width], bias[width:])
-    asked = F.linear(normed[:, :count], weight[:width], own)  # (B, count, H·d)
-    held = F.linear(normed, weight[width:], shared)  # (B, T, 2·H·d)
+    asked = product(normed[:, :count], weight[:width], own)  # (B, count, H·d)
+    held = product(normed, weight[width:], shared)  # (B, T, 2·H·d)
     query = asked.reshape(batch, count, heads, -1).transpose(1, 2)  # (B, H, count, d)
     key, value = held.reshape(batch, length, 2, heads, -1).permute(2, 0, 3, 1, 4)  # (B, H, T, d)
     query, key = attention.q_norm(query), attention.k_norm(key)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from split_model.body import Body
 from split_model.head import Head
 from split_model.part import Part
+from split_model.products import activation_dtype, multiply_in_bfloat16
 from split_model.settings import SplitSettings
 from split_model.tail import Tail
 
@@ -52,9 +53,15 @@ def build_body(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Body:
-    """The frozen body on `device` in `dtype`; raises as `build_head` does."""
+    """The frozen body on `device` in `dtype`; raises as `build_head` does.
+
+    What it takes and gives is of `activation_dtype`: in bfloat16 on a CPU it multiplies alone.
+    """
     body = Body(settings)
-    body.fill(tensors, device, dtype)
+    flowing = activation_dtype(device, dtype)
+    body.fill(tensors, device, flowing)
+    if flowing != dtype:
+        multiply_in_bfloat16(body)
     return body
 
 

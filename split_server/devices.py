@@ -7,16 +7,22 @@ from dataclasses import dataclass
 import torch
 
 from protocol.errors import InvalidField
+from split_model import activation_dtype
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Placement:
-    """A device and a dtype."""
+    """A device, and the dtype that bodies multiply in there."""
 
     device: torch.device
     dtype: torch.dtype
+
+    @property
+    def flowing(self) -> torch.dtype:
+        """The dtype of what a body takes and gives."""
+        return activation_dtype(self.device, self.dtype)
 
     @property
     def dtype_name(self) -> str:

@@ -14,7 +14,7 @@ import split_model
 from protocol.settings import RunSettings, TrainingSettings
 from split_model import SplitSettings
 from split_model.libraries import timm
-from split_server.devices import choose_placement
+from split_server.devices import Placement, choose_placement
 from split_server.engine.bodies import Bodies, BodyKey
 from split_server.engine.jobs import EngineLimits, ExchangeJob
 from split_server.engine.local_engine import LocalEngine
@@ -42,13 +42,13 @@ def input_body(folder: Path) -> BodyKey:
 
 
 @contextmanager
-def engines() -> Iterator[MakeEngine]:
+def engines(placement: Placement = PLACEMENT) -> Iterator[MakeEngine]:
     """Makes engines that hold the same bodies, and stops them in the end."""
-    bodies, made = Bodies(PLACEMENT), list[LocalEngine]()
+    bodies, made = Bodies(placement), list[LocalEngine]()
 
     def one(retained: int = 256 * MIB, time: FakeTime | None = None, **more: Any) -> LocalEngine:
         limits = EngineLimits(retained, 64 * MIB, 64 * MIB, 300.0, 4, **more)
-        made.append(LocalEngine(bodies, PLACEMENT, limits, (time or FakeTime()).clock()))
+        made.append(LocalEngine(bodies, placement, limits, (time or FakeTime()).clock()))
         return made[-1]
 
     yield one

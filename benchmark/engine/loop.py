@@ -52,7 +52,7 @@ class Loop:
         draw = torch.Generator().manual_seed(0)
         shape = (batch, tokens, body.sizes.width)
         smashed, gradients = (
-            torch.randn(shape, generator=draw).to(place.device, place.dtype) for _ in range(2)
+            torch.randn(shape, generator=draw).to(place.device, place.flowing) for _ in range(2)
         )
         self._wait()
         cpu, clock = time.process_time(), time.perf_counter()

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from benchmark.options import JsonFile
+from benchmark.options import BodyType, JsonFile
 from benchmark.preflight import run_folder
 from benchmark.presets import traffic_preset
 from benchmark.processes import usable_cores
@@ -45,6 +45,7 @@ def traffic(
             min=1, help="Runs at a time. Default: one for each CPU core, or two with --quick."
         ),
     ] = None,
+    dtype: BodyType = "auto",
     out: Annotated[
         Path | None, typer.Option(help="Folder; runs found there are not repeated.")
     ] = None,
@@ -57,7 +58,7 @@ def traffic(
     seeds = tuple(seed or ((0,) if quick else (0, 1, 2)))
     # With few images, most of a run is waiting for the line.
     cores = usable_cores() * (2 if quick else 1)
-    setting = Setting(default, devices or (1 if quick else 4), seeds, link, at_once or cores)
+    setting = Setting(default, devices or (1 if quick else 4), seeds, link, at_once or cores, dtype)
     rungs = ladder(paper.settings, default.settings)
     climbs = climb(rungs, setting, folder, console)
     for rung in rungs:

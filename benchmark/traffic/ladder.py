@@ -55,6 +55,7 @@ class Setting:
         seeds: a run for each.
         link: the simulated line of each device.
         at_once: runs at a time; each has one thread for its server.
+        dtype: what the bodies compute in.
     """
 
     preset: Preset
@@ -62,6 +63,7 @@ class Setting:
     seeds: tuple[int, ...]
     link: str
     at_once: int
+    dtype: str = "auto"
 
 
 def climb(rungs: Sequence[Rung], setting: Setting, folder: Path, console: Console) -> list[Climb]:
@@ -94,6 +96,7 @@ def _task(rung: Rung, seed: int, setting: Setting, folder: Path) -> Task:
         "settings": settings.model_dump(mode="json"),
         "devices": setting.devices,
         "link": setting.link,
+        "dtype": setting.dtype,
         "images": [setting.preset.limit_train, setting.preset.limit_test],
     }
     place = folder / f"{rung.name.replace(' ', '-')}-{seed}"
@@ -113,6 +116,7 @@ def _run(rung: Rung, seed: int, setting: Setting, place: Path) -> Figures:
         partition="iid",
         folder=place,
         server_threads=1,
+        dtype=setting.dtype,
         limit_train=setting.preset.limit_train,
         limit_test=setting.preset.limit_test,
         link=setting.link,

@@ -113,7 +113,7 @@ def _compile(body: Body, placement: Placement) -> None:
     body.whole_blocks = True  # what has been compiled is a block's own way
     inside = body.settings.prompt_count if body.settings.prompt_at == "input" else 0
     shape = (2, body.sizes.tokens + inside, body.sizes.width)
-    smashed = torch.zeros(shape, device=placement.device, dtype=placement.dtype)
+    smashed = torch.zeros(shape, device=placement.device, dtype=placement.flowing)
     leaf = smashed.requires_grad_()
     features = body(leaf)
     torch.autograd.grad(features, leaf, torch.ones_like(features))

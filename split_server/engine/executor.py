@@ -130,7 +130,7 @@ class Executor:
         return [result[part] for part in rows]
 
     def _placed(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self._placement.device, self._placement.dtype, non_blocking=True)
+        return tensor.to(self._placement.device, self._placement.flowing, non_blocking=True)
 
 
 def _alone(tasks: Sequence[OwnTask]) -> None:

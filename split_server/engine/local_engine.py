@@ -55,7 +55,7 @@ class LocalEngine:
         figures: EngineFigures | None = None,
     ) -> None:
         self._figures = figures or EngineFigures()
-        self._keeper = Keeper(limits, placement.dtype, clock or Clock(), self._refused)
+        self._keeper = Keeper(limits, placement.flowing, clock or Clock(), self._refused)
         self._lock = self._keeper.lock  # guards the keeper, the schedule and the sessions
         self._full_tokens = _FULL_BATCH_TOKENS.get(placement.device.type, 8192)
         self._schedule = Schedule(self._full_tokens, limits.max_batch_samples, limits.max_wait_s)

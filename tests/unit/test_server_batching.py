@@ -16,6 +16,7 @@ from torch import Tensor
 
 import split_model
 from protocol.errors import Busy, InternalError, StepLost, TooLarge
+from split_server.devices import Placement
 from split_server.engine import compute
 from split_server.engine.bodies import BodyKey
 from split_server.engine.jobs import BackwardJob, ForwardJob, InferJob
@@ -112,9 +113,12 @@ def sizes(tensors: Sequence[Tensor]) -> int:
     return sum(len(tensor) for tensor in tensors)
 
 
-def by_itself(key: BodyKey, tensor: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+def by_itself(
+    key: BodyKey, tensor: Tensor, gradient: Tensor, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
     """Features and input gradient from the body itself."""
-    body = split_model.build_body(key.settings, split_model.open_backbone(key.backbone))
+    weights = split_model.open_backbone(key.backbone)
+    body = split_model.build_body(key.settings, weights, dtype=dtype)
     leaf = tensor.clone().requires_grad_()
     features = body(leaf)
     features.backward(gradient)
@@ -123,10 +127,10 @@ def by_itself(key: BodyKey, tensor: Tensor, gradient: Tensor) -> tuple[Tensor, T
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_joined_steps_give_each_participant_what_the_body_alone_would(
-    make: MakeEngine, key: BodyKey, monkeypatch: pytest.MonkeyPatch, mode: str
+    key: BodyKey, monkeypatch: pytest.MonkeyPatch, mode: str, dtype: torch.dtype, near: float
 ) -> None:
-    engine = make(backward=mode)
     inputs = [with_prompts(batch=number + 1, seed=number) for number in range(len(PEOPLE))]
     gradients = [with_prompts(batch=number + 1, seed=50 + number) for number in range(len(PEOPLE))]
 
@@ -143,11 +147,13 @@ def test_joined_steps_give_each_participant_what_the_body_alone_would(
         ]
         return features, await together(engine, key, monkeypatch, jobs)
 
-    features, results = asyncio.run(steps())
+    with engines(Placement(torch.device("cpu"), dtype)) as make:
+        engine = make(backward=mode)
+        features, results = asyncio.run(steps())
     for number, tensor in enumerate(inputs):
-        expected, gradient = by_itself(key, tensor, gradients[number])
-        torch.testing.assert_close(features[number], expected, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(results[number], gradient, rtol=1e-5, atol=1e-5)
+        expected, gradient = by_itself(key, tensor, gradients[number], dtype)
+        torch.testing.assert_close(features[number], expected, rtol=near, atol=near)
+        torch.testing.assert_close(results[number], gradient, rtol=near, atol=near)
     asyncio.run(mean_batch(engine, 2 * len(PEOPLE)))
     assert engine.figures("r1").recomputed == (sizes(inputs) if mode == "recompute" else 0)
     assert engine._keeper.room.taken == engine._worker.queued_bytes == 0

@@ -95,7 +95,8 @@ def test_placements() -> None:
         torch.float32,
         "float32",
     )
-    assert choose_placement("cpu", "bfloat16").dtype is torch.bfloat16
+    half = choose_placement("cpu", "bfloat16")
+    assert (half.dtype, half.flowing) == (torch.bfloat16, torch.float32)
     for device, dtype, field in (("tpu", "auto", "device"), ("cpu", "int8", "dtype")):
         with pytest.raises(InvalidField) as caught:
             choose_placement(device, dtype)

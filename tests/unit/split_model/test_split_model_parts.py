@@ -108,7 +108,7 @@ def test_participants_joined_in_a_batch_get_what_they_get_alone(name: str, depth
 
 
 @pytest.mark.parametrize("name", [*NAMES, "eva02_base_patch14_224", "vit_pe_core_base_patch16_224"])
-def test_a_body_in_low_precision(name: str) -> None:
+def test_a_body_in_bfloat16_on_a_cpu_multiplies_alone_in_it(name: str) -> None:
     settings = dataclasses.replace(reduced(name), cut=0)
     weights = random_model(settings).state_dict()
     exact, coarse = (
@@ -116,9 +116,39 @@ def test_a_body_in_low_precision(name: str) -> None:
         build_body(settings, weights, dtype=torch.bfloat16),
     )
     tokens = torch.randn(2, exact.sizes.tokens + 3, 32, generator=torch.Generator().manual_seed(0))
-    result = coarse(tokens.bfloat16())
-    assert result.dtype == torch.bfloat16
-    assert difference(result.float(), exact(tokens)) < 0.05
+    leaves, results = (tokens.clone(), tokens.clone()), []
+    for body, leaf in zip((exact, coarse), leaves, strict=True):
+        results.append(body(leaf.requires_grad_(), None, 1))
+        results[-1].sin().sum().backward()
+    (wanted, result), gradient = results, leaves[1].grad
+    assert result.dtype == torch.float32
+    assert 0 < difference(result, wanted) < 0.02
+    assert gradient is not None
+    assert leaves[0].grad is not None
+    assert difference(gradient, leaves[0].grad) < 0.03
+    assert coarse.blocks["0"].attn.proj.weight.dtype == torch.bfloat16
+    again = build_body(settings, {n: coarse.state_dict()[o] for n, o in coarse.names().items()})
+    assert difference(again(tokens), exact(tokens)) < 0.02
+
+
+@pytest.mark.parametrize("depth", ["shallow", "deep"])
+def test_prompts_at_the_cut_get_their_gradient_through_bfloat16(depth: str) -> None:
+    settings = dataclasses.replace(
+        reduced("vit_small_patch14_dinov2"), cut=1, prompt_at="cut", prompt_depth=depth
+    )
+    weights = random_model(settings).state_dict()
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randn(prompt_shape(settings), generator=generator)
+    gradients = []
+    for dtype in (torch.float32, torch.bfloat16):
+        body = build_body(settings, weights, dtype=dtype)
+        tokens = torch.randn(2, body.sizes.tokens, 32, generator=torch.Generator().manual_seed(1))
+        leaf = prompts.clone().requires_grad_()
+        body(tokens, leaf, 1).sin().sum().backward()
+        gradients.append(leaf.grad)
+    assert gradients[0] is not None
+    assert gradients[1] is not None
+    assert difference(gradients[1], gradients[0]) < 0.03
 
 
 def test_prompts_change_the_result_and_the_shortcut_works_with_and_without() -> None:
