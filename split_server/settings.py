@@ -42,8 +42,7 @@ class ServerSettings(BaseSettings):
     data_dir: Path = Field(Path("sfprompt-data"), description="runs, states and backbones")
     device: Device = Field("auto", description="where the bodies run")
     dtype: DType = Field(
-        "auto",
-        description="what the bodies compute in; on a CPU bfloat16 is for the matrix products alone",
+        "auto", description="what bodies compute in; bfloat16 on a CPU: matrix products alone"
     )
     torch_threads: int | None = Field(None, ge=1, le=1024, description="none: torch's choice")
     max_frame_mib: int = Field(256, ge=1, le=16_384, description="largest body of a request")
