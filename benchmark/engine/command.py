@@ -29,7 +29,7 @@ from benchmark.engine.setting import QUICK, QUICK_CUT, EngineSetting, Load, Plan
 from benchmark.engine.soak import measure_soak
 from benchmark.engine.stand import Stand, stand
 from benchmark.engine.throughput import measure_throughput
-from benchmark.options import JsonFile
+from benchmark.options import BodyType, JsonFile
 from benchmark.preflight import run_folder
 
 
@@ -45,6 +45,7 @@ def engine(
         int | None, typer.Option(min=0, help="Blocks in the head. Default: 1, or 6 with --quick.")
     ] = None,
     device: Annotated[str, typer.Option(help="Of the body: auto | cuda | mps | cpu")] = "cpu",
+    dtype: BodyType = "auto",
     minutes: Annotated[
         float | None, typer.Option(min=0.05, help="Of the soak. Default: 10, or 0.5 with --quick.")
     ] = None,
@@ -61,7 +62,7 @@ def engine(
         plan = replace(plan, soak_s=60 * minutes)
     if cut is None:
         cut = QUICK_CUT if quick else 1
-    setting = EngineSetting(backbone, image_size, cut, device, plan)
+    setting = EngineSetting(backbone, image_size, cut, device, plan, dtype)
     found = measure_engine(setting, folder, console)
     show(found, console)
     for path in write_findings(found, folder):

@@ -60,9 +60,8 @@ def points_of(plan: Plan) -> list[Load]:
 
 def measure_curve(stand: Stand, advance: Callable[[str], None]) -> list[Point]:
     """Every point of the plan, on two servers that take turns."""
-    with hosted(
-        "server-alone", stand.folder, stand.cores, stand.setting.device, WITHOUT_BATCHING
-    ) as alone:
+    settings = stand.setting.place | WITHOUT_BATCHING
+    with hosted("server-alone", stand.folder, stand.cores, settings) as alone:
         other = (alone, alone.open_run(stand.setting.run))
         return [_measure(stand, load, other, advance) for load in points_of(stand.setting.plan)]
 

@@ -85,7 +85,7 @@ class Hosted:
 
 @contextmanager
 def hosted(
-    name: str, folder: Path, cores: Cores, device: str, changes: Mapping[str, object]
+    name: str, folder: Path, cores: Cores, settings: Mapping[str, object]
 ) -> Iterator[Hosted]:
     """A server on its own cores, with settings of its own, until the end of the block.
 
@@ -97,9 +97,8 @@ def hosted(
         "host": HOST,
         "port": port,
         "data_dir": str(data_dir),
-        "device": device,
         "torch_threads": cores.threads,
-        **changes,
+        **settings,
     }
     config = folder / f"{name}.toml"
     config.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items()))

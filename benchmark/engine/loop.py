@@ -26,14 +26,14 @@ class Loop:
         self._placement: Placement | None = None
 
     def build(
-        self, model: dict[str, Any], backbones: str, device: str, threads: int
+        self, model: dict[str, Any], backbones: str, place: dict[str, str], threads: int
     ) -> dict[str, Any]:
         """Load the body where the server would."""
         torch.set_num_threads(threads)
         keep_large_buffers()
         settings = parse_message(BackboneSettings, model)
         split = SplitSettings.of(settings)
-        self._placement = choose_placement(device)
+        self._placement = choose_placement(**place)
         file = split_model.prepare_backbone(split, settings.weights, Path(backbones))
         self._body = split_model.build_body(
             split,

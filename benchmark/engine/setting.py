@@ -88,7 +88,7 @@ class EngineSetting:
         backbone: timm's name of the model; its weights are random.
         image_size: pixels a side.
         cut: blocks in the head.
-        device: of the body, as `split-server serve --device` takes it.
+        device, dtype: of the body, as `split-server serve` takes them.
         plan: how much is measured.
     """
 
@@ -97,6 +97,12 @@ class EngineSetting:
     cut: int = 1
     device: str = "cpu"
     plan: Plan = Plan()
+    dtype: str = "auto"
+
+    @property
+    def place(self) -> dict[str, str]:
+        """Where the body runs, among a server's settings."""
+        return {"device": self.device, "dtype": self.dtype}
 
     @property
     def model(self) -> BackboneSettings:

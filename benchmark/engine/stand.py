@@ -105,13 +105,13 @@ def stand(setting: EngineSetting, folder: Path, cores: Cores) -> Iterator[Stand]
         stack.callback(loop.stop)
         crowd = Worker("clients", "benchmark.engine.crowd", folder, cores.clients, 1)
         stack.callback(crowd.stop)
-        server = stack.enter_context(hosted("server", folder, cores, setting.device, {}))
+        server = stack.enter_context(hosted("server", folder, cores, setting.place))
         run = server.open_run(setting.run)
         place = loop.ask(
             "build",
             model=json.loads(setting.model.model_dump_json()),
             backbones=str(server.data_dir / "backbones"),
-            device=setting.device,
+            place=setting.place,
             threads=cores.threads,
         )
         yield Stand(
