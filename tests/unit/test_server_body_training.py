@@ -44,7 +44,7 @@ from tests.server_doubles import SMALL, FakeTime
 
 CUT, WIDTH, DECAY, ROUNDS, ROUND = 10, 192, 0.1, 4, 2
 # AdamW steps by the rate even where a gradient is no more than rounding: small, or rounding shows.
-RATES = {"sgd": 0.05, "adamw": 1e-3}
+RATES = {"sgd": 0.05, "adamw": 2e-4}
 NUMBERS = 2 * (12 * WIDTH**2 + 13 * WIDTH)  # of blocks 10 and 11
 BATCHES = [smashed(3, 1), smashed(3, 2), smashed(2, 3)]
 OPTIMIZERS = {
