@@ -110,7 +110,9 @@ class LocalRun:
         port = choose_port(self.port)
         data_dir = self.folder / "server"
         arguments = ["split_server.cli", "serve", "--host", "127.0.0.1", "--port", str(port)]
-        arguments += ["--data-dir", str(data_dir), "--dtype", self.dtype]
+        arguments += ["--data-dir", str(data_dir)]
+        if self.dtype != "auto":  # which the environment may have set otherwise
+            arguments += ["--dtype", self.dtype]
         if self.server_threads is not None:
             arguments += ["--torch-threads", str(self.server_threads)]
         url = f"http://127.0.0.1:{port}"
