@@ -121,9 +121,7 @@ class Exchanges:
     def _open(self, job: ExchangeJob) -> tuple[Ticket, Admitted | None]:
         admitted = None
         if job.smashed is not None:
-            admitted = self._keeper.admit(
-                job.body, job.smashed, job.key, _before(job), self._worker.busy
-            )
+            admitted = self._keeper.admit(job, job.smashed, _before(job), self._worker.busy)
         reserved = 0 if admitted is None else admitted.nbytes
         name = ("exchange", job.key)
         return self._keeper.open(name, job.fingerprint, reserved), admitted

@@ -7,6 +7,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,7 +15,6 @@ from torch import Tensor
 from protocol.errors import Busy, SFPromptError
 from split_server.clock import Clock
 from split_server.engine.answers import Answer, Answers
-from split_server.engine.bodies import BodyKey
 from split_server.engine.jobs import EngineLimits, ExchangeJob, ForwardJob
 from split_server.engine.room import StepRoom
 from split_server.engine.steps import RetainedStep, StepKey
@@ -104,39 +104,37 @@ class Keeper:
 
     def admit(
         self,
-        body: BodyKey,
+        job: ForwardJob | ExchangeJob,
         smashed: Tensor,
-        key: StepKey,
         instead_of: StepKey | None,
         busy: Callable[[str], Busy],
     ) -> Admitted:
-        """Room for a forward of ``smashed`` [B, T, D].
+        """Room for a job's forward of ``smashed`` [B, T, D].
 
         Raises:
             Busy, TooLarge
         """
-        found = self.room.ask(body, smashed, instead_of)
+        ask = partial(self.room.ask, job.body, smashed, job.leading)
+        found = ask(instead_of)
         if found is None:
             self.sweep()
-            found = self.room.ask(body, smashed, instead_of) or self._in_its_place(
-                body, smashed, key
-            )
+            found = ask(instead_of) or self._in_its_place(job.key, ask)
         if found is None:
             raise busy("the memory for open steps is taken")
-        return Admitted(*found, self.releases_of(key))
+        return Admitted(*found, self.releases_of(job.key))
 
     def _in_its_place(
-        self, body: BodyKey, smashed: Tensor, key: StepKey
+        self, key: StepKey, ask: Callable[[StepKey | None], tuple[Keep, int] | None]
     ) -> tuple[Keep, int] | None:
         """Room that the participant's own oldest step gives, where it has too many with this one.
 
         It goes at once: of several forwards that wait, only one can have its room.
         """
         oldest = self.room.steps.next_to_go(key)
-        if oldest is None or self.room.ask(body, smashed, oldest) is None:
+        if oldest is None or ask(oldest) is None:
             return None
         self.room.steps.drop(oldest)
-        return self.room.ask(body, smashed)
+        return ask(None)
 
     def releases_of(self, key: StepKey) -> int:
         """Changes when the steps of this one's run or participant are released."""

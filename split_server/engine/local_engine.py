@@ -182,7 +182,7 @@ class LocalEngine:
         self._worker.require_room(nbytes)
         if not job.backward:
             return self._begin_lone_forward(job, nbytes)
-        admitted = self._keeper.admit(job.body, job.smashed, job.key, None, self._worker.busy)
+        admitted = self._keeper.admit(job, job.smashed, None, self._worker.busy)
         ticket = self._keeper.open(("forward", job.key), job.fingerprint, admitted.nbytes)
         done = partial(self._ran_forward, job, ticket, admitted)
         self._worker.add(

@@ -44,28 +44,36 @@ class StepRoom:
         return need <= 0 or self.taken + need <= self._limit
 
     def ask(
-        self, body: BodyKey, smashed: torch.Tensor, instead_of: StepKey | None = None
+        self,
+        body: BodyKey,
+        smashed: torch.Tensor,
+        leading: int | None,
+        instead_of: StepKey | None = None,
     ) -> tuple[Keep, int] | None:
         """What may be kept of a forward of ``smashed`` [B, T, D], and its bytes; None: nothing now.
+
+        Its answer is among them, which is kept for repeats.
 
         Args:
             body: that it runs through.
             smashed: its input.
+            leading: of the features' tokens, those that are wanted; None: all.
             instead_of: a step that makes room for it.
 
         Raises:
             TooLarge: it never fits.
         """
         freed = 0 if instead_of is None else self.steps.room_of(instead_of)
+        answer = self._answer_bytes(body, smashed, leading)
         if self._backward != "recompute":
-            whole = self._graph_bytes(body, smashed)
+            whole = self._graph_bytes(body, smashed, answer)
             need = max(0, whole - freed)
             if whole <= self._limit and self.fits(need):
                 return "graph", need
             if self._backward == "retained":
                 self._require_ever(whole)
                 return None
-        whole = smashed.numel() * self._itemsize
+        whole = smashed.numel() * self._itemsize + answer
         self._require_ever(whole)
         need = max(0, whole - freed)
         return ("input", need) if self.fits(need) else None
@@ -109,10 +117,16 @@ class StepRoom:
             )
         return None
 
-    def _graph_bytes(self, body: BodyKey, smashed: torch.Tensor) -> int:
-        need = self.sizes.estimate(body, _blocks(body), smashed, self._itemsize)
+    def _graph_bytes(self, body: BodyKey, smashed: torch.Tensor, answer: int) -> int:
+        need = self.sizes.estimate(body, _blocks(body), smashed, self._itemsize) + answer
         known = self.sizes.is_known(body, smashed)
         return need if known else min(need, self._limit)  # a guess may be too high
+
+    def _answer_bytes(self, body: BodyKey, smashed: torch.Tensor, leading: int | None) -> int:
+        batch, tokens, width = smashed.shape
+        joined = body.settings.prompt_count if body.settings.prompt_at == "cut" else 0
+        wanted = int(tokens) + joined if leading is None else leading
+        return int(batch) * wanted * int(width) * self._itemsize
 
     def _require_ever(self, need: int) -> None:
         if need > self._limit:

@@ -55,6 +55,10 @@ class RetainedStep:
     def input_bytes(self) -> int:
         return self.smashed.numel() * self.smashed.element_size()
 
+    @property
+    def answer_bytes(self) -> int:
+        return self.answer.numel() * self.answer.element_size()
+
 
 class RetainedSteps:
     """All retained steps, the oldest first. Not thread-safe: the engine holds its lock."""
@@ -77,7 +81,8 @@ class RetainedSteps:
         step = self._steps.get(key)
         if step is None:
             return 0
-        return step.input_bytes if step.graph is None else step.graph.share(key)
+        kept = step.input_bytes if step.graph is None else step.graph.share(key)
+        return kept + step.answer_bytes
 
     def add(self, key: StepKey, step: RetainedStep) -> None:
         """Keep a step; its participant's oldest ones go where it has too many.
@@ -91,6 +96,7 @@ class RetainedSteps:
         for old in self._one_too_many(key):
             self.drop(old)
         self._steps[key] = step
+        self.nbytes += step.answer_bytes
         if step.graph is None:
             self.nbytes += step.input_bytes
         else:
@@ -104,6 +110,7 @@ class RetainedSteps:
         step = self._steps.pop(key, None)
         if step is None:
             return
+        self.nbytes -= step.answer_bytes
         if step.graph is None:
             self.nbytes -= step.input_bytes
         else:

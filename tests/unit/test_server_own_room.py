@@ -16,7 +16,7 @@ from split_server.engine.steps import StepKey
 from tests.exchange_doubles import MakeEngine, engines, input_body
 from tests.server_doubles import smashed
 
-INPUT = smashed().nbytes
+STEP = 2 * smashed().nbytes  # input and answer
 
 
 @pytest.fixture
@@ -36,13 +36,13 @@ def forward(key: BodyKey, name: str, who: str = "p1", samples: int = 2) -> Forwa
 
 
 def test_its_oldest_step_makes_room_and_nobody_elses(make: MakeEngine, key: BodyKey) -> None:
-    engine = make(retained=5 * INPUT, backward="recompute")  # four steps a participant
+    engine = make(retained=5 * STEP, backward="recompute")  # four steps a participant
 
     async def steps() -> None:
         await engine.forward(forward(key, "s", "p2"))
         for name in "abcdef":
             await engine.forward(forward(key, name))
-            assert engine._keeper.room.taken <= 5 * INPUT
+            assert engine._keeper.room.taken <= 5 * STEP
         with pytest.raises(Busy):  # which has one, and may have more
             await engine.forward(forward(key, "t", "p2"))
         for lost in "ab":
@@ -53,12 +53,12 @@ def test_its_oldest_step_makes_room_and_nobody_elses(make: MakeEngine, key: Body
             assert torch.isfinite(await engine.backward(job)).all()
 
     asyncio.run(steps())
-    assert engine._keeper.room.taken == 2 * INPUT
+    assert engine._keeper.room.taken == 2 * STEP
 
 
 def test_many_forwards_at_once_do_not_share_one_steps_room(make: MakeEngine, key: BodyKey) -> None:
     """The oldest is large, and the others are small."""
-    engine = make(retained=7 * INPUT, backward="recompute")
+    engine = make(retained=7 * STEP, backward="recompute")
 
     async def steps() -> None:
         await engine.forward(forward(key, "large", samples=8))
@@ -69,13 +69,13 @@ def test_many_forwards_at_once_do_not_share_one_steps_room(make: MakeEngine, key
             return_exceptions=True,
         )
         assert [type(answer) for answer in answers] == [Tensor, Busy, Busy, Busy]
-        assert engine._keeper.room.taken <= 7 * INPUT
+        assert engine._keeper.room.taken <= 7 * STEP
 
     asyncio.run(steps())
 
 
 def test_a_step_that_would_not_make_room_enough_stays(make: MakeEngine, key: BodyKey) -> None:
-    engine = make(retained=4 * INPUT, backward="recompute")
+    engine = make(retained=4 * STEP, backward="recompute")
 
     async def steps() -> None:
         for name in "abcd":
