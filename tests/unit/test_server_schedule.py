@@ -260,7 +260,8 @@ def test_the_bytes_of_steps_and_graphs_are_always_accounted(moves: list[tuple[st
         held = [one for k in "abcdef" if (one := steps.get(StepKey("r", k, "s"))) is not None]
         alive = {one.graph for one in held if one.graph is not None}
         alone = sum(one.input_bytes for one in held if one.graph is None)
-        assert steps.nbytes == alone + sum(one.nbytes for one in alive)
+        answers = sum(one.answer_bytes for one in held)
+        assert steps.nbytes == alone + sum(one.nbytes for one in alive) + answers
 
 
 def test_split_settings_are_part_of_a_kind() -> None:
