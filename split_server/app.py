@@ -37,6 +37,7 @@ from split_server.samples import SampleStore, StoreLimits
 from split_server.service import Federation
 from split_server.settings import ServerSettings
 from split_server.store import Store
+from split_server.streams import SideStreams
 
 log = logging.getLogger(__name__)
 
@@ -134,6 +135,7 @@ class SplitServer:
             settings.frame_limits,
             room,
             threads,
+            SideStreams(self.placement.device),
             settings.body_timeout_s,
         )
         self._app = Gate(plane, self._meter, self._credentials)

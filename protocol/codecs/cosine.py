@@ -15,6 +15,7 @@ from protocol.codecs.memory import (
     cannot_send,
     chunk_rows,
     largest_magnitude,
+    placed,
     tensor_of,
     unit_for,
 )
@@ -84,7 +85,7 @@ class Cosine(FixedSizeCodec):
         packed = tensor_of(buffers[0], torch.uint8, buffers[0].nbytes)
         if unused := packed.numel() * 8 // self._bits - elements:
             _check_unused(int(packed[-1]), 8 - unused * self._bits)
-        packed = packed.to(device)
+        packed = placed(packed, device)
         values = [norm * sine for sine in self._sines(bound)]
         levels = torch.tensor(values, dtype=torch.float32, device=device)
         decoded = torch.empty(elements, dtype=torch.float32, device=device)

@@ -17,6 +17,7 @@ from protocol.codecs.memory import (
     chunk_rows,
     extremes,
     largest_magnitude,
+    placed,
     round_,
     rows_of,
     tensor_of,
@@ -107,8 +108,8 @@ class _FourBits(FixedSizeCodec):
                 limit=_LARGEST_SCALE,
                 value=extremes(*few),
             )
-        packed = packed.to(device)
-        numbers = [number.to(device).to(torch.float32) for number in few]
+        packed = placed(packed, device)
+        numbers = [placed(number, device).to(torch.float32) for number in few]
         decoded = torch.empty(rows, width, dtype=torch.float32, device=device)
         at_once = chunk_rows(width, decoded.device)
         for codes, part, *own in zip(*_split(at_once, decoded, packed, *numbers), strict=True):

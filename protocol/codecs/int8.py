@@ -16,6 +16,7 @@ from protocol.codecs.memory import (
     chunk_rows,
     extremes,
     largest_magnitude,
+    placed,
     round_,
     rows_of,
     tensor_of,
@@ -78,8 +79,8 @@ class Int8(FixedSizeCodec):
                 limit=LARGEST_SCALE,
                 value=extremes(scales),
             )
-        values = tensor_of(buffers[0], torch.int8, rows, width).to(device)
-        scales = scales.to(device)
+        values = placed(tensor_of(buffers[0], torch.int8, rows, width), device)
+        scales = placed(scales, device)
         decoded = torch.empty(rows, width, dtype=torch.float32, device=device)
         at_once = chunk_rows(width, decoded.device)
         for out, codes, scale in zip(

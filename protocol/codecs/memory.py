@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from protocol.codecs.codec import Device
 from protocol.errors import FieldValue, InvalidField
 
 _CACHE_BYTES = 768 * 1024  # of float32 at a time on a CPU: what is read again is still in L2
@@ -18,8 +19,25 @@ def bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a tensor, row-major; a copy only where it is not contiguous or not here."""
     if tensor.numel() == 0:
         return memoryview(b"")
-    plain = tensor.detach().cpu().contiguous()
+    plain = _fetched(tensor.detach().contiguous())
     return memoryview(plain.reshape(-1).view(torch.uint8).numpy().data)
+
+
+def placed(tensor: Tensor, device: Device) -> Tensor:
+    """A CPU tensor on ``device``; to a GPU it goes by pinned memory, and nobody waits for it."""
+    if torch.device(device).type != "cuda" or tensor.numel() == 0:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def _fetched(tensor: Tensor) -> Tensor:
+    """A tensor on the CPU; from a GPU it comes by pinned memory, behind this stream's work."""
+    if not tensor.is_cuda:
+        return tensor.cpu()
+    host = torch.empty_like(tensor, device="cpu", pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    torch.cuda.current_stream(tensor.device).synchronize()
+    return host
 
 
 def tensor_of(buffer: memoryview, dtype: torch.dtype, *shape: int) -> Tensor:

@@ -17,6 +17,7 @@ from protocol.codecs.memory import (
     chunk_rows,
     extremes,
     largest_magnitude,
+    placed,
     rows_of,
     tensor_of,
     unit_for,
@@ -89,7 +90,7 @@ class ProductQuantiser(FixedSizeCodec):
                 limit=2 * _LARGEST,
                 value=extremes(codebook),
             )
-        codes, codebook = codes.to(device), codebook.to(device)
+        codes, codebook = placed(codes, device), placed(codebook, device)
         decoded = torch.empty(rows, width, dtype=torch.float32, device=device)
         at_once = chunk_rows(width, decoded.device)
         for out, part in zip(decoded.split(at_once), codes.split(at_once), strict=True):

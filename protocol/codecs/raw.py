@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from protocol.codecs.codec import Device, FixedSizeCodec
-from protocol.codecs.memory import bytes_of, largest_magnitude, tensor_of
+from protocol.codecs.memory import bytes_of, largest_magnitude, placed, tensor_of
 from protocol.errors import InvalidField
 
 
@@ -20,7 +20,7 @@ class RawCodec(FixedSizeCodec):
     row_wise = True
 
     def encode(self, tensor: Tensor, generator: torch.Generator | None = None) -> list[memoryview]:
-        return [bytes_of(tensor.detach().to(device="cpu", dtype=self.dtype))]
+        return [bytes_of(tensor.detach().to(self.dtype))]
 
     def sizes(self, shape: Sequence[int]) -> list[int]:
         return [math.prod(shape) * self.dtype.itemsize]
@@ -28,7 +28,7 @@ class RawCodec(FixedSizeCodec):
     def decode(
         self, buffers: Sequence[memoryview], shape: Sequence[int], device: Device = "cpu"
     ) -> Tensor:
-        return tensor_of(buffers[0], self.dtype, *shape).to(device)
+        return placed(tensor_of(buffers[0], self.dtype, *shape), device)
 
 
 class Float32(RawCodec):
@@ -43,9 +43,9 @@ class Float16(RawCodec):
     name, dtype = "float16", torch.float16
 
     def encode(self, tensor: Tensor, generator: torch.Generator | None = None) -> list[memoryview]:
-        half = tensor.detach().to(device="cpu", dtype=torch.float16)
+        half = tensor.detach().to(torch.float16)
         if not math.isfinite(largest_magnitude(half)):  # the quick test; NaN may pass
-            _refuse_infinity(half.isinf(), tensor.detach().cpu())
+            _refuse_infinity(half.isinf(), tensor.detach())
         return super().encode(half, generator)
 
 

@@ -14,6 +14,7 @@ from protocol.codecs.memory import (
     cannot_send,
     extremes,
     largest_magnitude,
+    placed,
     tensor_of,
     within,
 )
@@ -86,7 +87,7 @@ class Svd(Codec):
         self, buffers: Sequence[memoryview], shape: Sequence[int], device: Device = "cpu"
     ) -> Tensor:
         if len(buffers) == 1:
-            return tensor_of(buffers[0], torch.float32, *shape).to(device)
+            return placed(tensor_of(buffers[0], torch.float32, *shape), device)
         rank = buffers[1].nbytes // 4
         left = tensor_of(buffers[0], torch.float16, shape[0], rank)
         values = tensor_of(buffers[1], torch.float32, rank)
@@ -105,8 +106,8 @@ class Svd(Codec):
                 limit=_LARGEST_SINGULAR_VALUE,
                 value=extremes(values),
             )
-        scaled = left.to(device).to(torch.float32) * values.to(device)
-        return (scaled @ right.to(device).to(torch.float32)).reshape(tuple(shape))
+        scaled = placed(left, device).to(torch.float32) * placed(values, device)
+        return (scaled @ placed(right, device).to(torch.float32)).reshape(tuple(shape))
 
     def _wrong_sizes(self, shape: Sequence[int], sizes: list[int]) -> MalformedFrame:
         return MalformedFrame(

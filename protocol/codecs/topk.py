@@ -15,6 +15,7 @@ from protocol.codecs.memory import (
     cannot_send,
     extremes,
     largest_magnitude,
+    placed,
     tensor_of,
     within,
 )
@@ -87,7 +88,7 @@ class TopK(FixedSizeCodec):
                 value=extremes(values),
             )
         decoded = torch.zeros(elements, dtype=torch.float32, device=device)
-        decoded[places.to(device).to(torch.int64)] = values.to(device).to(torch.float32)
+        decoded[placed(places, device).to(torch.int64)] = placed(values, device).to(torch.float32)
         return decoded.reshape(tuple(shape))
 
     def _count(self, shape: Sequence[int]) -> int:

@@ -18,6 +18,7 @@ from split_server.engine.tasks import Kind, OwnTask
 from split_server.engine.tickets import Ticket, require_same
 from split_server.engine.work import nbytes_of
 from split_server.engine.worker import Worker
+from split_server.streams import used_here
 
 
 class BodyTraining:
@@ -147,7 +148,7 @@ class BodyTraining:
     # On the worker, without the lock
 
     def _forward(self, job: BodyJob, session: BodySession, ticket: Ticket) -> None:
-        smashed = job.tensor.to(self._device, torch.float32)
+        smashed = used_here(job.tensor).to(self._device, torch.float32)
         features, step = session.forward(job.number, smashed, job.leading)
         with self._keeper.lock:
             session.open = step
@@ -157,7 +158,7 @@ class BodyTraining:
 
     def _backward(self, job: BodyJob, session: BodySession, step: OpenStep, ticket: Ticket) -> None:
         try:
-            gradients = job.tensor.to(self._device, torch.float32)
+            gradients = used_here(job.tensor).to(self._device, torch.float32)
             result = session.backward(step, gradients)
         except Exception:
             with self._keeper.lock:  # half a step may be in the weights: the device begins anew

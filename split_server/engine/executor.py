@@ -16,6 +16,7 @@ from split_server.engine.bodies import Bodies
 from split_server.engine.schedule import Batch
 from split_server.engine.steps import Graph, StepKey
 from split_server.engine.tasks import BackwardTask, Forwarded, ForwardTask, OwnTask, Task
+from split_server.streams import used_here
 
 Item = TypeVar("Item")
 Part = TypeVar("Part")
@@ -130,7 +131,8 @@ class Executor:
         return [result[part] for part in rows]
 
     def _placed(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self._placement.device, self._placement.flowing, non_blocking=True)
+        place = self._placement
+        return used_here(tensor).to(place.device, place.flowing, non_blocking=True)
 
 
 def _alone(tasks: Sequence[OwnTask]) -> None:

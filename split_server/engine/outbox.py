@@ -1,4 +1,4 @@
-"""From the body's device to the CPU, without making the worker wait."""
+"""Behind the computation, without making the worker wait."""
 
 from __future__ import annotations
 
@@ -15,59 +15,57 @@ Fail = Callable[[Exception], None]
 
 
 @dataclass(frozen=True)
-class _Copy:
-    """A copy that is on its way."""
+class _Letter:
+    """A result whose computation is queued on the GPU."""
 
     done: torch.cuda.Event
-    host: Tensor
+    result: Tensor
     deliver: Deliver
     fail: Fail
 
 
 class Outbox:
-    """Copies results to the CPU in the order of their computation.
+    """Delivers results in the order of their computation, each when it is complete.
 
-    On the CPU there is nothing to copy or to wait for. On CUDA the copy goes into pinned memory
-    behind the computation, and a thread waits for it while the worker queues the next batch.
+    On the CPU there is nothing to wait for. On CUDA a thread waits while the worker queues the
+    next batch; the result stays on the GPU, where it is encoded: what crosses is its wire form.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._copying: queue.SimpleQueue[_Copy | None] = queue.SimpleQueue()
+        self._letters: queue.SimpleQueue[_Letter | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         if device.type == "cuda":
             self._thread = threading.Thread(target=self._work, name="split-outbox", daemon=True)
             self._thread.start()
 
     def send(self, result: Tensor, deliver: Deliver, fail: Fail) -> None:
-        """Call ``deliver`` with the tensor on the CPU, with memory of its own.
+        """Call ``deliver`` with the complete tensor, with memory of its own.
 
         Where that does not come about later on, ``fail`` is called instead.
         """
-        result = result.detach()
+        result = _alone(result.detach())
         if self._thread is None:
-            deliver(_alone(result) if result.device.type == "cpu" else result.cpu())
+            deliver(result.cpu())
             return
-        host = torch.empty(result.shape, dtype=result.dtype, pin_memory=True)
-        host.copy_(result, non_blocking=True)
         done = torch.cuda.Event(blocking=True)
         done.record(torch.cuda.current_stream(self._device))
-        self._copying.put(_Copy(done, host, deliver, fail))
+        self._letters.put(_Letter(done, result, deliver, fail))
 
     def close(self) -> None:
         """Deliver what is on its way, then stop."""
         if self._thread is not None:
-            self._copying.put(None)
+            self._letters.put(None)
             self._thread.join(timeout=30)
 
     def _work(self) -> None:
-        while (entry := self._copying.get()) is not None:
+        while (letter := self._letters.get()) is not None:
             try:
-                entry.done.synchronize()
-                entry.deliver(entry.host)
+                letter.done.synchronize()
+                letter.deliver(letter.result)
             except Exception as error:
-                entry.fail(error)
-            del entry  # what its job holds, a graph say, is not kept while nothing is to do
+                letter.fail(error)
+            del letter  # what its job holds, a graph say, is not kept while nothing is to do
 
 
 def _alone(tensor: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from protocol.limits import FrameLimits
 from protocol.version import FRAME_MEDIA_TYPE
 from split_server.credentials import Credentials, require_member
 from split_server.engine.tickets import as_shown
+from split_server.engine.work import nbytes_of
 from split_server.presence import Presence
 from split_server.routes.asked import Asked
 from split_server.routes.bodies import read_body
@@ -29,6 +30,7 @@ from split_server.routes.room import Room
 from split_server.routes.split_requests import READERS, Desk, Reader, Reply, Work
 from split_server.service import Federation
 from split_server.snapshot import Member, RunSnapshot
+from split_server.streams import SideStreams, used_here
 
 _MEDIA = FRAME_MEDIA_TYPE.encode()
 # Up to so many bytes, floats that nothing is done to are read and checked in a fifth of a
@@ -52,6 +54,7 @@ class SplitPlane:
     limits: FrameLimits
     room: Room
     threads: ThreadPoolExecutor  # for decoding and encoding
+    streams: SideStreams  # of those threads
     body_timeout_s: float
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -95,16 +98,10 @@ class SplitPlane:
             require_kind(frame, kind)
             return Asked(run, member, frame, xxh3_64_intdigest(data))
 
-        def read() -> Work | Reply:
-            try:
-                return reader(self.desk, asked())
-            except torch.OutOfMemoryError as error:  # decoded straight into the GPU's memory
-                raise as_shown(error) from error
-
         frozen = not run.settings.model.tune_body
         light = frozen and kind in _LIGHT_KINDS and self.desk.device.type == "cpu"
         if not light or len(data) > _LIGHT_BYTES or header_length(data) > _LIGHT_HEADER_BYTES:
-            return await self._off_loop(read)
+            return await self._off_loop(lambda: reader(self.desk, asked()))
         request = asked()
         if _is_raw(spec.codec for spec in request.frame.specs.values()):
             return reader(self.desk, request)
@@ -112,8 +109,15 @@ class SplitPlane:
 
     async def _off_loop(self, function: Callable[[], R]) -> R:
         # Threads of their own: a federation plane that waits for its disk must not delay a step.
+        def call() -> R:
+            try:
+                with self.streams.own():
+                    return function()
+            except torch.OutOfMemoryError as error:  # codecs work in the GPU's memory
+                raise as_shown(error) from error
+
         run = contextvars.copy_context().run  # the log knows whose request it is
-        return await asyncio.get_running_loop().run_in_executor(self.threads, run, function)
+        return await asyncio.get_running_loop().run_in_executor(self.threads, run, call)
 
 
 def _encode(reply: Reply) -> list[memoryview]:
@@ -122,8 +126,9 @@ def _encode(reply: Reply) -> list[memoryview]:
     Raises:
         NonFinite: its tensor is beyond the run's codec; nothing was wrong with the request.
     """
+    tensors = {name: (used_here(tensor), codec) for name, (tensor, codec) in reply.tensors.items()}
     try:
-        return encode_frame(reply.kind, reply.meta, reply.tensors)
+        return encode_frame(reply.kind, reply.meta, tensors)
     except InvalidField as error:
         raise NonFinite(
             f"the answer cannot be sent: {error.message}",
@@ -139,6 +144,7 @@ def _is_raw(codecs: Iterable[str]) -> bool:
 
 
 def _is_light(reply: Reply) -> bool:
-    tensors = reply.tensors.values()
-    nbytes = sum(tensor.numel() * tensor.element_size() for tensor, _ in tensors)
-    return nbytes <= _LIGHT_BYTES and _is_raw(codec for _, codec in tensors)
+    tensors = [tensor for tensor, _ in reply.tensors.values()]
+    here = all(tensor.device.type == "cpu" for tensor in tensors)
+    light = sum(map(nbytes_of, tensors)) <= _LIGHT_BYTES
+    return here and light and _is_raw(codec for _, codec in reply.tensors.values())

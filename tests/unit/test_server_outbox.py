@@ -16,7 +16,7 @@ from torch import Tensor
 import split_model
 from split_server.engine.bodies import BodyKey
 from split_server.engine.jobs import BackwardJob, ForwardJob
-from split_server.engine.outbox import Deliver, Fail, Outbox, _Copy
+from split_server.engine.outbox import Deliver, Fail, Outbox, _Letter
 from split_server.engine.steps import StepKey
 from tests.exchange_doubles import MakeEngine, engines, input_body, is_empty
 from tests.server_doubles import smashed
@@ -94,8 +94,8 @@ def test_a_step_may_hear_of_its_forward_after_the_backward_of_another_in_its_bat
     assert is_empty(engine)
 
 
-class Copied:
-    """Stands for the event of a copy that is done."""
+class Computed:
+    """Stands for the event of a computation that is done."""
 
     def synchronize(self) -> None:
         """It is there already."""
@@ -116,10 +116,10 @@ def test_a_result_that_was_delivered_is_held_no_longer(fails: bool) -> None:
             raise ZeroDivisionError
         delivered.set()
 
-    event = cast(torch.cuda.Event, Copied())
-    copy = _Copy(event, torch.empty(1), deliver, lambda _: delivered.set())
-    outbox._copying.put(copy)
-    del copy, deliver, held
+    event = cast(torch.cuda.Event, Computed())
+    letter = _Letter(event, torch.empty(1), deliver, lambda _: delivered.set())
+    outbox._letters.put(letter)
+    del letter, deliver, held
     assert delivered.wait(20)
     give_up_at = time.monotonic() + 20
     while gone() is not None and time.monotonic() < give_up_at:
