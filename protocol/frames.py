@@ -105,7 +105,7 @@ def encode_frame(
     limits: FrameLimits = DEFAULT_LIMITS,
     at_random: Mapping[str, torch.Generator] | None = None,
 ) -> list[memoryview]:
-    """The pieces of a frame, to be written one after the other: nothing is joined.
+    """The pieces of a frame, to be written one after the other; no buffer is copied into another.
 
     A contiguous CPU tensor in its codec's dtype is not copied: its piece is the tensor's memory,
     so the tensor must not change before the piece has been written.
@@ -135,14 +135,14 @@ def encode_frame(
         raise _header_too_large(len(header), limits)
     unpack_header(header, limits)
     length = _aligned(PREFIX_BYTES + len(header))
-    pieces = [memoryview(header + _pad(PREFIX_BYTES + len(header)))]
+    pieces = []
     for buffer in payload:
         length += _aligned(buffer.nbytes)
         pieces.append(buffer)
         if pad := _pad(buffer.nbytes):
             pieces.append(memoryview(pad))
     prefix = _PREFIX.pack(MAGIC, PROTOCOL_VERSION, 0, len(header), length)
-    return [memoryview(prefix), *pieces]
+    return [memoryview(prefix + header + _pad(PREFIX_BYTES + len(header))), *pieces]
 
 
 def frame_length(pieces: Sequence[memoryview]) -> int:

@@ -130,7 +130,6 @@ class SplitServer:
             SmallBodies(app, settings.body_timeout_s),
             Desk(engine, samples, self.placement.device, federation.files, settings.frame_limits),
             federation,
-            self._credentials,
             self._presence,
             settings.frame_limits,
             room,

@@ -132,7 +132,7 @@ def is_finite(tensor: Tensor) -> bool:
     gets lost in it. Where it is not finite, large numbers may be the reason: then each is looked
     at.
     """
-    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
+    return math.isfinite(tensor.sum()) or bool(torch.isfinite(tensor).all())
 
 
 def read_tensor(frame: Frame, name: str, device: torch.device | str = "cpu") -> Tensor:

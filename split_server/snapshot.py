@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from sqlalchemy import func, select
@@ -11,6 +12,7 @@ from sqlalchemy.orm import Session
 
 from protocol.messages import BlobRef, RoundStatus, RunStatus
 from protocol.settings import RunSettings
+from split_server.engine.bodies import BodyKey
 from split_server.tables import EvaluationRow, ParticipantRow, RoundRow, RunRow, UpdateRow
 
 
@@ -72,6 +74,11 @@ class RunSnapshot:
     repeats: int  # failed attempts at the round after these
     renewed: int = 0  # the round after which backbone and head were made; 0: with the run
     deadline: float | None = None  # of the open phase, on the monotonic clock
+
+    @cached_property
+    def body(self) -> BodyKey:
+        """What its jobs run through, as it was made with the run."""
+        return BodyKey.of(self.backbone_path, self.settings)
 
     @property
     def round(self) -> int:

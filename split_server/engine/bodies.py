@@ -6,6 +6,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -35,7 +36,14 @@ class BodyKey:
         model = settings.model.model_copy(update={"num_classes": 2})
         return cls(Path(backbone), SplitSettings.of(model))
 
-    @property
+    def __hash__(self) -> int:  # taken several times a job, of some thirty values
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.backbone, self.settings, self.state))
+
+    @cached_property
     def weights(self) -> tuple[object, ...]:
         """What decides the weights: bodies that differ only in their prompts share them."""
         s = self.settings

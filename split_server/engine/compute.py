@@ -27,8 +27,11 @@ class StepSizes:
         guess = (blocks * _BUFFERS_PER_BLOCK + 2) * tokens * width * itemsize
         return int(batch) * self._per_sample.get((kind, int(tokens)), guess)
 
-    def is_known(self, kind: object, smashed: Tensor) -> bool:
-        return (kind, int(smashed.shape[1])) in self._per_sample
+    def known(self, kind: object, smashed: Tensor) -> int | None:
+        """Bytes that a forward of ``smashed`` [B, T, D] keeps, if one of its kind was measured."""
+        batch, tokens, _ = smashed.shape
+        found = self._per_sample.get((kind, int(tokens)))
+        return None if found is None else int(batch) * found
 
     def learn(self, kind: object, smashed: Tensor, nbytes: int) -> None:
         batch, tokens, _ = smashed.shape
@@ -36,7 +39,11 @@ class StepSizes:
 
 
 def run_forward(
-    body: Body, smashed: Tensor, prompts: Tensor | None, leading: int | None
+    body: Body,
+    smashed: Tensor,
+    prompts: Tensor | None,
+    leading: int | None,
+    known_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor, int]:
     """Smashed data [B, T, D] to the leaf, the features [B, T', D] and the bytes that they keep.
 
@@ -46,15 +53,20 @@ def run_forward(
         prompts: [B, L, P, D] that join at the cut, and are then the leaf.
         leading: whether all tokens of the features are wanted (None), or those so many that the
             tail reads.
+        known_bytes: that are kept; None: they are counted, at every tensor that is.
 
     Raises:
         WrongShape: no number of tokens or width that this body takes.
     """
     constant = smashed.detach()
     leaf = constant.requires_grad_(True) if prompts is None else prompts.detach().requires_grad_()
+    tuned = None if prompts is None else leaf
+    if known_bytes is not None:
+        with torch.enable_grad():
+            return leaf, _call(body, constant, tuned, leading), known_bytes
     counter = _SavedBytes(body)
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(counter.pack, _unpack):
-        features = _call(body, constant, None if prompts is None else leaf, leading)
+        features = _call(body, constant, tuned, leading)
     # Prompts are their session's: what a step takes then grows with its batch and nothing else.
     return leaf, features, counter.nbytes + _nbytes(constant)
 

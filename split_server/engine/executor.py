@@ -36,11 +36,17 @@ class Executor:
 
     What goes wrong with a batch of several is tried again with each of them alone: a task's
     failure is its own.
+
+    Args:
+        bodies: that tasks run through.
+        placement: where.
+        sizes: what a forward keeps, where it is known; counting slows it down.
     """
 
-    def __init__(self, bodies: Bodies, placement: Placement) -> None:
+    def __init__(self, bodies: Bodies, placement: Placement, sizes: compute.StepSizes) -> None:
         self._bodies = bodies
         self._placement = placement
+        self._sizes = sizes
 
     def run(self, batch: Batch) -> None:
         """Compute a batch; all its tasks are done, or have failed, after."""
@@ -77,7 +83,10 @@ class Executor:
         graph = None
         if kind.keep == "graph":
             began = time.perf_counter()
-            leaf, features, nbytes = compute.run_forward(body, smashed, prompts, kind.leading)
+            known = self._sizes.known((kind.body, kind.leading), smashed)
+            leaf, features, nbytes = compute.run_forward(
+                body, smashed, prompts, kind.leading, known
+            )
             keys = [cast(StepKey, one.task.key) for one in prepared]
             seconds = time.perf_counter() - began
             graph = Graph(leaf, features, dict(zip(keys, rows, strict=True)), nbytes, seconds)
@@ -123,9 +132,9 @@ class Executor:
         body = self._bodies.get(kind.body)
         smashed = _joined([task.step.smashed for task in tasks])
         prompts = _joined_prompts([(task.step.prompts, task.samples) for task in tasks])
-        leaf, features, nbytes = compute.run_forward(body, smashed, prompts, kind.leading)
+        leaf, features, _ = compute.run_forward(body, smashed, prompts, kind.leading, known_bytes=0)
         rows = _rows([task.samples for task in tasks])
-        graph = Graph(leaf, features, {}, nbytes, 0.0)
+        graph = Graph(leaf, features, {}, 0, 0.0)
         gradients = _joined([self._placed(task.gradients) for task in tasks])
         result = compute.run_backward(graph, gradients)
         return [result[part] for part in rows]

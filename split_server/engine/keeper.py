@@ -152,7 +152,7 @@ class Keeper:
         graph = part.graph
         if graph is not None:
             share = graph.share(job.key)
-            self.room.sizes.learn(job.body, part.smashed, share)
+            self.room.sizes.learn((job.body, job.leading), part.smashed, share)
         if last is not None:
             self.room.steps.drop(last)
         if admitted.releases != self.releases_of(job.key):

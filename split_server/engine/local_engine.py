@@ -62,7 +62,7 @@ class LocalEngine:
         self._outbox = Outbox(placement.device)
         self._worker = Worker(
             self._schedule,
-            Executor(bodies, placement),
+            Executor(bodies, placement, self._keeper.room.sizes),
             self._figures,
             self._lock,
             self._keeper.room.steps,

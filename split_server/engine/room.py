@@ -66,7 +66,7 @@ class StepRoom:
         freed = 0 if instead_of is None else self.steps.room_of(instead_of)
         answer = self._answer_bytes(body, smashed, leading)
         if self._backward != "recompute":
-            whole = self._graph_bytes(body, smashed, answer)
+            whole = self._graph_bytes(body, smashed, leading, answer)
             need = max(0, whole - freed)
             if whole <= self._limit and self.fits(need):
                 return "graph", need
@@ -98,7 +98,7 @@ class StepRoom:
         least = weights + largest.numel() * _FLOAT_BYTES
         if self._backward != "recompute":
             size = self.sizes.estimate(body.unstated, _blocks(body), largest, _FLOAT_BYTES)
-            if not self.sizes.is_known(body.unstated, largest):
+            if self.sizes.known(body.unstated, largest) is None:
                 size = min(size, self._limit - weights)  # a guess may be too high
             found.append(("graph", max(least, weights + size)))
         if self._backward != "retained":
@@ -117,10 +117,13 @@ class StepRoom:
             )
         return None
 
-    def _graph_bytes(self, body: BodyKey, smashed: torch.Tensor, answer: int) -> int:
-        need = self.sizes.estimate(body, _blocks(body), smashed, self._itemsize) + answer
-        known = self.sizes.is_known(body, smashed)
-        return need if known else min(need, self._limit)  # a guess may be too high
+    def _graph_bytes(
+        self, body: BodyKey, smashed: torch.Tensor, leading: int | None, answer: int
+    ) -> int:
+        kind = body, leading
+        need = self.sizes.estimate(kind, _blocks(body), smashed, self._itemsize) + answer
+        measured = self.sizes.known(kind, smashed) is not None
+        return need if measured else min(need, self._limit)  # a guess may be too high
 
     def _answer_bytes(self, body: BodyKey, smashed: torch.Tensor, leading: int | None) -> int:
         batch, tokens, width = smashed.shape

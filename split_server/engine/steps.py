@@ -46,7 +46,7 @@ class RetainedStep:
     smashed: Tensor  # [B, T, D] on the body's device
     prompts: Tensor | None  # [L, P, D], where they join at the cut
     leading: int | None  # of the features' tokens: those that were wanted
-    answer: Tensor  # [B, T', D] on the CPU, what the participant was sent
+    answer: Tensor  # [B, T', D], what the participant was sent
     fingerprint: int  # of the request that made it
     expires_at: float  # on the monotonic clock
     graph: Graph | None = None  # none: the forward is run again for the backward

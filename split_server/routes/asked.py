@@ -28,9 +28,9 @@ class Asked:
     def owner(self) -> Owner:
         return Owner(self.run.id, self.member.id)
 
-    @cached_property
+    @property
     def body(self) -> BodyKey:
-        return BodyKey.of(self.run.backbone_path, self.run.settings)
+        return self.run.body
 
     @property
     def wire(self) -> WireSettings:

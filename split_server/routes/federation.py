@@ -47,7 +47,7 @@ from split_server.neurons import asked_shape
 from split_server.notifier import Notifier, wait_for
 from split_server.presence import Presence
 from split_server.routes.bodies import read_body
-from split_server.routes.gate import set_member
+from split_server.routes.gate import identity_of, set_member
 from split_server.routes.room import Room
 from split_server.samples import SampleStore
 from split_server.service import Federation, Held
@@ -133,26 +133,26 @@ class FederationRoutes:
 
     async def create(self, request: Request, settings: RunSettings, key: Key = None) -> RunView:
         """Create a run; takes as long as preparing its backbone does."""
-        require_operator(self._identity(request))
+        require_operator(identity_of(request.scope))
         once = Once.of("create", key, _content(settings))
         return await run_in_threadpool(self._federation.create, settings, once)
 
     async def cancel(self, request: Request, run: str, key: Key = None) -> RunView:
         """Stop a run."""
-        require_operator(self._identity(request))
+        require_operator(identity_of(request.scope))
         once = Once.of(f"{run}/cancel", key)
         return await run_in_threadpool(self._federation.cancel, run, once)
 
     async def results(self, request: Request, run: str) -> Results:
         """Rounds, participants and bytes of a run, as far as it has come."""
-        require_reader(self._identity(request), run)
+        require_reader(identity_of(request.scope), run)
         return await run_in_threadpool(self._federation.results, run)
 
     async def events(
         self, request: Request, run: str, after: Annotated[int, Query(ge=0)] = 0, wait: Wait = 0
     ) -> list[Event]:
         """What has happened since event ``after``; waits for the first one."""
-        require_reader(self._identity(request), run)
+        require_reader(identity_of(request.scope), run)
         give_up_at = time.monotonic() + min(wait, self._max_wait_s)
         while True:
             ticket = self._notifier.ticket(run)
@@ -168,7 +168,7 @@ class FederationRoutes:
         self, request: Request, run: str, message: JoinRequest, key: Key = None
     ) -> JoinResponse:
         """Join a run. The credential in the answer stands for the participant from now on."""
-        self._credentials.may_join(self._identity(request))
+        self._credentials.may_join(identity_of(request.scope))
         once = Once.of(f"{run}/join", key, _content(message))
         joined = await run_in_threadpool(self._federation.join, run, message, once)
         set_member(request.scope, Member(run, joined.participant))
@@ -176,7 +176,7 @@ class FederationRoutes:
 
     async def leave(self, request: Request, run: str, key: Key = None) -> dict[str, Any]:
         """Leave a run for good; one who has left may ask again, and gets the same answer."""
-        member = require_member(self._identity(request), run)
+        member = require_member(identity_of(request.scope), run)
         once = Once.of(f"{run}/{member.participant}/leave", key)
         await run_in_threadpool(self._federation.leave, run, member.participant, once)
         return {}
@@ -197,7 +197,7 @@ class FederationRoutes:
         wait: Wait = 0,
     ) -> Assignment:
         """What to do next; waits while it is still the named one. Who has left is to stop."""
-        member = require_member(self._identity(request), run)
+        member = require_member(identity_of(request.scope), run)
         wait = min(wait, self._max_wait_s)
         if not self._federation.has_left(run, member.participant):
             self._presence.touch(run, member.participant, wait)
@@ -314,18 +314,15 @@ class FederationRoutes:
 
     # Who is asking
 
-    def _identity(self, request: Request) -> Identity:
-        return self._credentials.identify(request.headers.get("authorization"))
-
     def _identity_of_reader(self, request: Request, run: str) -> Identity:
-        identity = self._identity(request)
+        identity = identity_of(request.scope)
         if isinstance(identity, Member) and identity.run == run:
             self._member(request, run)
         return identity
 
     def _member(self, request: Request, run: str) -> Member:
         """The participant that asks, if it is in good standing."""
-        member = require_member(self._identity(request), run)
+        member = require_member(identity_of(request.scope), run)
         self._federation.member(run, member.participant)
         self._presence.touch(run, member.participant)
         return member

@@ -23,7 +23,7 @@ from split_server.routes.responses import send_error, unexpected
 
 log = logging.getLogger(__name__)
 
-IDENTITY_KEY = "sfprompt_identity"  # in the scope's state: who is asking
+_IDENTITY_KEY = "sfprompt_identity"  # in the scope's state: who is asking
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _FOR_EVERYBODY = "/v1/health"  # answers ends of every version
 _LINGER_S = 5.0  # how long a refused body may go on coming
@@ -69,7 +69,7 @@ class Gate:
         counter: SocketCounter | None = scope.get("state", {}).get(SOCKET_KEY)
         if counter is None:
             return
-        identity: Identity | None = scope["state"].get(IDENTITY_KEY)
+        identity: Identity | None = scope["state"].get(_IDENTITY_KEY)
         if isinstance(identity, Member):
             self.meter.charge(counter, identity.run, identity.participant, scope["path"])
         elif isinstance(identity, Operator):
@@ -81,7 +81,7 @@ class Gate:
         """Every request that shows a credential is on its account, also where none is needed."""
         if self.credentials is not None:
             identity = self.credentials.identify(headers.get("authorization"))
-            scope.setdefault("state", {})[IDENTITY_KEY] = identity
+            scope.setdefault("state", {})[_IDENTITY_KEY] = identity
 
 
 @dataclass
@@ -146,9 +146,15 @@ class _Exchange:
                     taken += len((await self.receive()).get("body", b""))
 
 
+def identity_of(scope: Scope) -> Identity:
+    """Who shows the credential of this request."""
+    identity: Identity = scope["state"][_IDENTITY_KEY]
+    return identity
+
+
 def set_member(scope: Scope, member: Member) -> None:
     """The bytes of this request are this participant's, though it showed no credential."""
-    scope.setdefault("state", {})[IDENTITY_KEY] = member
+    scope.setdefault("state", {})[_IDENTITY_KEY] = member
 
 
 def _log_line(scope: Scope, status: int, seconds: float) -> None:

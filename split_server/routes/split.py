@@ -11,7 +11,6 @@ from functools import partial
 from typing import TypeVar
 
 import torch
-from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 from xxhash import xxh3_64_intdigest
 
@@ -19,12 +18,13 @@ from protocol.errors import InvalidField, NonFinite
 from protocol.frames import decode_frame, encode_frame, header_length, require_kind
 from protocol.limits import FrameLimits
 from protocol.version import FRAME_MEDIA_TYPE
-from split_server.credentials import Credentials, require_member
+from split_server.credentials import require_member
 from split_server.engine.tickets import as_shown
 from split_server.engine.work import nbytes_of
 from split_server.presence import Presence
 from split_server.routes.asked import Asked
 from split_server.routes.bodies import read_body
+from split_server.routes.gate import identity_of
 from split_server.routes.responses import send_pieces
 from split_server.routes.room import Room
 from split_server.routes.split_requests import READERS, Desk, Reader, Reply, Work
@@ -49,7 +49,6 @@ class SplitPlane:
     app: ASGIApp
     desk: Desk
     federation: Federation
-    credentials: Credentials
     presence: Presence
     limits: FrameLimits
     room: Room
@@ -71,7 +70,7 @@ class SplitPlane:
             raise InvalidField(
                 "this path takes POST", field="method", limit="POST", value=scope["method"]
             )
-        shown = require_member(self.credentials.identify(Headers(scope=scope).get("authorization")))
+        shown = require_member(identity_of(scope))
         run, member = self.federation.member(shown.run, shown.participant)
         self.presence.touch(run.id, member.id)
         with self.room.claim() as claim:
