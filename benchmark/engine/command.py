@@ -14,7 +14,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benchmark.engine.cores import divide_cores
 from benchmark.engine.curve import measure_curve, points_of
-from benchmark.engine.hosted import can_switch_batching_off
 from benchmark.engine.report import (
     Findings,
     curve_table,
@@ -50,6 +49,9 @@ def engine(
         float | None, typer.Option(min=0.05, help="Of the soak. Default: 10, or 0.5 with --quick.")
     ] = None,
     clients: Annotated[int, typer.Option(min=1, max=1024, help="Of the soak.")] = 64,
+    curve: Annotated[
+        bool, typer.Option(help="The gain of batching over clients and batch: half of the time.")
+    ] = True,
     out: Annotated[Path | None, typer.Option(help="Folder. Default: runs/engine-TIME.")] = None,
     json_file: JsonFile = None,
 ) -> None:
@@ -60,6 +62,8 @@ def engine(
     plan = replace(plan, soak=Load(clients, plan.soak.batch))
     if minutes is not None:
         plan = replace(plan, soak_s=60 * minutes)
+    if not curve:
+        plan = replace(plan, curve_clients=())
     if cut is None:
         cut = QUICK_CUT if quick else 1
     setting = EngineSetting(backbone, image_size, cut, device, plan, dtype)
@@ -89,19 +93,16 @@ def measure_engine(setting: EngineSetting, folder: Path, console: Console) -> Fi
             console=console,
         ) as bars,
     ):
-        return _measured(place, bars, console)
+        return _measured(place, bars)
 
 
-def _measured(place: Stand, bars: Progress, console: Console) -> Findings:
+def _measured(place: Stand, bars: Progress) -> Findings:
     plan = place.setting.plan
     trip = measure_roundtrip(place, _bar(bars, "round trip", plan.turn_repetitions + 1))
     loads = len(plan.loads) * (plan.repetitions + 1)
     throughput = measure_throughput(place, _bar(bars, "throughput", loads))
-    curve = None
-    if can_switch_batching_off():
-        curve = measure_curve(place, _bar(bars, "gain of batching", len(points_of(plan))))
-    else:
-        console.print("  this server cannot switch batching off: its gain is not measured")
+    points = len(points_of(plan))
+    curve = measure_curve(place, _bar(bars, "gain of batching", points)) if points else None
     whole = round(plan.soak_s)
     clock = bars.add_task(f"soak of {plan.soak.clients} clients, s", total=whole)
     soak = measure_soak(place, lambda s: bars.update(clock, completed=min(whole, round(s))))

@@ -18,7 +18,6 @@ from protocol.errors import SFPromptError
 from protocol.messages import JoinRequest, Task
 from protocol.settings import RunSettings
 from split_server.client import OperatorClient, read_token
-from split_server.settings import ServerSettings
 
 HOST = "127.0.0.1"
 _START_S = 120.0
@@ -114,8 +113,3 @@ def hosted(
         yield Hosted(process, port, data_dir)
     finally:
         process.stop()
-
-
-def can_switch_batching_off() -> bool:
-    """Whether this release's server joins batches at all, and can be told not to."""
-    return "max_batch_samples" in ServerSettings.model_fields

@@ -42,7 +42,7 @@ class Findings:
     place: str  # device and dtype of the bodies
     throughput: Sequence[Throughput]
     roundtrip: RoundTrip
-    curve: Sequence[Point] | None  # None: this server cannot switch batching off
+    curve: Sequence[Point] | None  # None: left out
     soak: Soak
 
     @property

@@ -9,7 +9,6 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmark.engine.command import measure_engine, show
-from benchmark.engine.hosted import can_switch_batching_off
 from benchmark.engine.report import write_findings
 from benchmark.engine.setting import EngineSetting, Load, Plan
 
@@ -43,7 +42,7 @@ def test_a_benchmark_measures_everything_and_writes_it_down(tmp_path: Path) -> N
         "p99_vs_median",
     }
     assert all(value > 0 for value in figures["ratios"].values())
-    assert (figures["curve"] is not None) == can_switch_batching_off()
+    assert [point["clients"] for point in figures["curve"]] == [2]
     assert figures["roundtrip"]["seconds"] > figures["roundtrip"]["echo_seconds"]
     assert figures["soak"]["steps_least"] >= 1
     assert "roundtrip_vs_socket" in console.file.getvalue()  # type: ignore[attr-defined]
