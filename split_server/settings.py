@@ -69,7 +69,9 @@ class ServerSettings(BaseSettings):
     )
     compile: bool = Field(False, description="compile bodies with torch.compile when first used")
     queue_mib: int = Field(512, ge=1, le=2**20, description="tensors being read or waiting")
-    answer_mib: int = Field(256, ge=0, le=2**20, description="answers kept for repeated steps")
+    answer_mib: int = Field(
+        256, ge=0, le=2**20, description="answers kept for repeated steps, where bodies run"
+    )
     samples_mib: int = Field(
         1024, ge=1, le=2**24, description="smashed data kept in memory for later steps"
     )

@@ -12,6 +12,7 @@ from protocol.codecs.codec import Device
 from protocol.errors import FieldValue, InvalidField
 
 _CACHE_BYTES = 768 * 1024  # of float32 at a time on a CPU: what is read again is still in L2
+_PINNED_BYTES = 32 * 1024 * 1024  # at a time: torch never gives back what it has pinned
 _DEVICE_BYTES = 64 * 1024 * 1024  # elsewhere: few large kernels, and scratch memory has a bound
 
 
@@ -25,19 +26,25 @@ def bytes_of(tensor: Tensor) -> memoryview:
 
 def placed(tensor: Tensor, device: Device) -> Tensor:
     """A CPU tensor on ``device``; to a GPU it goes by pinned memory, and nobody waits for it."""
-    if torch.device(device).type != "cuda" or tensor.numel() == 0:
+    if torch.device(device).type != "cuda" or not 0 < _nbytes(tensor) <= _PINNED_BYTES:
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _fetched(tensor: Tensor) -> Tensor:
     """A tensor on the CPU; from a GPU it comes by pinned memory, behind this stream's work."""
-    if not tensor.is_cuda:
+    if not tensor.is_cuda or _nbytes(tensor) > _PINNED_BYTES:
         return tensor.cpu()
     host = torch.empty_like(tensor, device="cpu", pin_memory=True)
     host.copy_(tensor, non_blocking=True)
-    torch.cuda.current_stream(tensor.device).synchronize()
+    done = torch.cuda.Event(blocking=True)  # sleeps; a stream would spin
+    done.record(torch.cuda.current_stream(tensor.device))
+    done.synchronize()
     return host
+
+
+def _nbytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def tensor_of(buffer: memoryview, dtype: torch.dtype, *shape: int) -> Tensor:

@@ -186,7 +186,9 @@ class BodyTraining:
         sizes, plan = self._keeper.room.sizes, session.plan
         sizes.learn(session.key.unstated, step.smashed, nbytes)
         per_sample = -(-nbytes // len(step.smashed))
-        session.nbytes = plan.nbytes + max(per_sample * plan.training.batch_size, nbytes)
+        answers = 2 * nbytes_of(step.smashed) // len(step.smashed)
+        largest = max((per_sample + answers) * plan.training.batch_size, nbytes)
+        session.nbytes = plan.nbytes + largest
         self._account()
 
 

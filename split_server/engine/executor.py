@@ -83,10 +83,13 @@ class Executor:
         graph = None
         if kind.keep == "graph":
             began = time.perf_counter()
-            known = self._sizes.known((kind.body, kind.leading), smashed)
+            sized = kind.body, kind.leading
+            known = self._sizes.measured(sized, smashed)
             leaf, features, nbytes = compute.run_forward(
                 body, smashed, prompts, kind.leading, known
             )
+            if known is None:
+                self._sizes.learn(sized, smashed, nbytes)
             keys = [cast(StepKey, one.task.key) for one in prepared]
             seconds = time.perf_counter() - began
             graph = Graph(leaf, features, dict(zip(keys, rows, strict=True)), nbytes, seconds)

@@ -147,11 +147,12 @@ class Engine(Protocol):
     """What the routes need of the split plane. It may stand for one process or for many.
 
     Tensors of jobs are finite: whoever reads them from the network has seen to it, on a thread of
-    its own, so that no batch waits for a look at its numbers.
+    its own, so that no batch waits for a look at its numbers. Answers are complete, and lie where
+    the body is: what crosses to the CPU is their encoding.
     """
 
     async def forward(self, job: ForwardJob) -> Tensor:
-        """Features [B, T, D] on the CPU; the step is kept for its backward, if one may follow.
+        """Features [B, T, D]; the step is kept for its backward, if one may follow.
 
         Raises:
             Busy: no room now.
@@ -161,7 +162,7 @@ class Engine(Protocol):
         """
 
     async def backward(self, job: BackwardJob) -> Tensor:
-        """The gradient of the smashed data [B, T, D] on the CPU; the step is over.
+        """The gradient of the smashed data [B, T, D]; the step is over.
 
         Raises:
             StepLost: the step is not kept (any more).
@@ -213,7 +214,7 @@ class Engine(Protocol):
         """
 
     async def infer(self, job: InferJob) -> Tensor:
-        """Features [B, T', D] on the CPU; nothing is kept.
+        """Features [B, T', D]; nothing is kept.
 
         Raises:
             Busy, WrongShape

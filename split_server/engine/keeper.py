@@ -149,10 +149,6 @@ class Keeper:
         last: StepKey | None = None,
     ) -> None:
         """Keep a forward for its backward, in the place of its session's last one."""
-        graph = part.graph
-        if graph is not None:
-            share = graph.share(job.key)
-            self.room.sizes.learn((job.body, job.leading), part.smashed, share)
         if last is not None:
             self.room.steps.drop(last)
         if admitted.releases != self.releases_of(job.key):
@@ -165,7 +161,7 @@ class Keeper:
             answer=answer,
             fingerprint=job.fingerprint,
             expires_at=self.expiry,
-            graph=graph,
+            graph=part.graph,
         )
         self.room.steps.add(job.key, step)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -29,9 +31,10 @@ from split_server.engine.outbox import Outbox
 from split_server.engine.schedule import Schedule
 from split_server.engine.steps import RetainedStep, StepKey
 from split_server.engine.tasks import Forwarded
-from split_server.engine.tickets import Ticket, require_same
+from split_server.engine.tickets import Ticket, as_shown, require_same
 from split_server.engine.work import backward_task, forward_task, nbytes_of, require_shape
 from split_server.engine.worker import Worker
+from split_server.streams import SideStreams, used_here
 
 # Tokens of a batch beyond which a body gains nothing from more: a CPU core's matrix kernels are
 # full at one or two thousand rows, a GPU's at some ten thousand.
@@ -60,6 +63,7 @@ class LocalEngine:
         self._full_tokens = _FULL_BATCH_TOKENS.get(placement.device.type, 8192)
         self._schedule = Schedule(self._full_tokens, limits.max_batch_samples, limits.max_wait_s)
         self._outbox = Outbox(placement.device)
+        self._streams = SideStreams(placement.device)
         self._worker = Worker(
             self._schedule,
             Executor(bodies, placement, self._keeper.room.sizes),
@@ -130,7 +134,14 @@ class LocalEngine:
         """See `Engine.infer`. A large job is done in full batches; others come between them."""
         rows = max(1, self._full_tokens // job.tokens)
         parts = [await self._infer(part) for part in job.split(rows)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return parts[0] if len(parts) == 1 else await asyncio.to_thread(self._joined, parts)
+
+    def _joined(self, parts: Sequence[Tensor]) -> Tensor:
+        try:
+            with self._streams.own():  # behind no batch, and complete when it is handed on
+                return torch.cat([used_here(part) for part in parts])
+        except torch.OutOfMemoryError as error:
+            raise as_shown(error) from error
 
     async def _infer(self, job: InferJob) -> Tensor:
         with self._lock:

@@ -95,10 +95,12 @@ class StepRoom:
             TooLarge: it never fits.
         """
         found: list[tuple[Keep, int]] = []
-        least = weights + largest.numel() * _FLOAT_BYTES
+        one = largest.numel() * _FLOAT_BYTES
+        weights += 2 * one  # the newest answer of either way, which is kept for repeats
+        least = weights + one
         if self._backward != "recompute":
             size = self.sizes.estimate(body.unstated, _blocks(body), largest, _FLOAT_BYTES)
-            if self.sizes.known(body.unstated, largest) is None:
+            if not self.sizes.is_known(body.unstated, largest):
                 size = min(size, self._limit - weights)  # a guess may be too high
             found.append(("graph", max(least, weights + size)))
         if self._backward != "retained":
@@ -122,8 +124,8 @@ class StepRoom:
     ) -> int:
         kind = body, leading
         need = self.sizes.estimate(kind, _blocks(body), smashed, self._itemsize) + answer
-        measured = self.sizes.known(kind, smashed) is not None
-        return need if measured else min(need, self._limit)  # a guess may be too high
+        known = self.sizes.is_known(kind, smashed)
+        return need if known else min(need, self._limit)  # a guess may be too high
 
     def _answer_bytes(self, body: BodyKey, smashed: torch.Tensor, leading: int | None) -> int:
         batch, tokens, width = smashed.shape

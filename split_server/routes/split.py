@@ -82,6 +82,7 @@ class SplitPlane:
             reply = found if isinstance(found, Reply) else await found()
             encode = partial(_encode, reply)
             pieces = encode() if _is_light(reply) else await self._off_loop(encode)
+            del found, reply, encode  # their tensors do not wait for a client that reads slowly
             await send_pieces(send, 200, _MEDIA, pieces)
 
     async def _read(

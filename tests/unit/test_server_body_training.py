@@ -375,7 +375,7 @@ def test_a_body_that_never_fits_is_refused_with_its_size(
 
 
 def test_without_room_for_a_graph_the_forward_is_run_again(make: MakeEngine, case: Case) -> None:
-    engine = make(retained=case.plan.nbytes + 2 * BATCHES[0].numel() * 4)
+    engine = make(retained=case.plan.nbytes + 3 * BATCHES[0].numel() * 4)  # two answers
     learn = engine._keeper.room.sizes.learn
     learn(case.key, BATCHES[0], 100 * BATCHES[0].numel() * 4)  # known from another round
     _, body = asyncio.run(case.train(engine, BATCHES))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from protocol.codecs import codec_named
 from split_server.devices import choose_placement
-from split_server.engine.jobs import BackwardJob, ForwardJob
+from split_server.engine.jobs import BackwardJob, ForwardJob, InferJob
 from split_server.engine.steps import StepKey
 from split_server.streams import SideStreams, used_here
 from tests.exchange_doubles import engines, input_body
@@ -23,12 +23,15 @@ from tests.server_doubles import smashed
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA on this machine")
 
 EXACT = ["float32", "float16", "bfloat16"]
-NEAR = ["int8", "int4", "int4-asym", "int8+zstd", "topk:0.25", "cosine:4", "svd:0.99"]
+NEAR = ["int8", "int4", "int4-asym", "int8+zstd", "topk:0.25", "cosine:4", "svd:0.99", "pq"]
 STEPS = 40
 
 
 def numbers(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    """Of a low rank, so that a factorisation pays."""
+    draw = torch.Generator().manual_seed(0)
+    rows, width = shape[:-1], shape[-1]
+    return torch.randn(*rows, 3, generator=draw) @ torch.randn(3, width, generator=draw)
 
 
 @pytest.mark.parametrize("name", EXACT + NEAR)
@@ -87,3 +90,24 @@ def test_requests_that_are_read_beside_the_computation_keep_their_numbers(tmp_pa
             last = BackwardJob(step, key, torch.ones_like(features), 2)
             expected = asyncio.run(engine.backward(last))
             torch.testing.assert_close(gradients, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_what_was_inferred_in_parts_is_complete_when_it_is_written(tmp_path: Path) -> None:
+    key, gpu = input_body(tmp_path), choose_placement("cuda", "float32")
+    streams, codec, sent = SideStreams(gpu.device), codec_named("float32"), smashed(batch=64)
+    job = InferJob("r1", "p1", key, sent)
+
+    async def infer(times: int) -> list[Tensor]:
+        return [await engine.infer(job) for _ in range(times)]
+
+    with engines(gpu) as make:
+        engine = make()
+        engine._full_tokens = 4 * job.tokens
+        answers = asyncio.run(infer(STEPS))
+        with streams.own():
+            found = [codec.decode(codec.encode(used_here(one)), one.shape) for one in answers]
+    with engines(replace(gpu, device=torch.device("cpu"))) as make:
+        engine = make()
+        (expected,) = asyncio.run(infer(1))
+    for one in found:
+        torch.testing.assert_close(one, expected, rtol=1e-3, atol=1e-4)
