@@ -7,18 +7,19 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from fastapi import FastAPI
+from prometheus_client import ProcessCollector
 from starlette.types import Receive, Scope, Send
 
 from split_server.clock import Clock
 from split_server.credentials import Credentials, load_operator_token, load_secret
 from split_server.descriptors import descriptor_limit
 from split_server.devices import choose_placement
-from split_server.engine.bodies import Bodies
+from split_server.engine.bodies import Bodies, BodyKey
 from split_server.engine.figures import EngineFigures
 from split_server.engine.jobs import Engine, EngineLimits
 from split_server.engine.local_engine import LocalEngine
@@ -33,6 +34,7 @@ from split_server.routes.room import Room
 from split_server.routes.small_bodies import SmallBodies
 from split_server.routes.split import SplitPlane
 from split_server.routes.split_requests import Desk
+from split_server.run_figures import RunCollector
 from split_server.samples import SampleStore, StoreLimits
 from split_server.service import Federation
 from split_server.settings import ServerSettings
@@ -76,6 +78,32 @@ class _Watcher:
         self.notifier.notify(run)
 
 
+@dataclass(frozen=True)
+class _Ahead:
+    """Compiles the bodies of open runs before anybody has to wait for them."""
+
+    federation: Federation
+    engine: Engine
+    ready: set[BodyKey] = field(default_factory=set)
+
+    async def prepare(self) -> None:
+        """Those of the runs that are open now, but bodies that are tuned."""
+        for name in self.federation.open_runs():
+            run = self.federation.run(name)
+            if run.settings.model.tune_body or run.body in self.ready:
+                continue
+            self.ready.add(run.body)
+            with _logged(f"the body of run {name} could not be compiled ahead"):
+                await asyncio.to_thread(self.engine.prepare, run.body)
+
+    async def keep_on(self) -> None:
+        """The same for runs that are created from now on."""
+        while True:
+            await asyncio.sleep(_TICK_S)
+            with _logged("bodies could not be compiled ahead"):
+                await self.prepare()
+
+
 class SplitServer:
     """An ASGI application. Everything is opened at its start and closed at its end."""
 
@@ -108,7 +136,7 @@ class SplitServer:
         samples = await asyncio.to_thread(self._sample_store)
         watcher = _Watcher(notifier, engine, samples)
         federation = await asyncio.to_thread(self._federation, store, watcher)
-        room = Room(settings.queue_mib * _MIB)
+        room = Room(settings.queue_mib * _MIB, engine.busy)
         routes = FederationRoutes(
             federation,
             self._credentials,
@@ -126,6 +154,9 @@ class SplitServer:
         app.include_router(metrics_router(figures.registry))
         threads = ThreadPoolExecutor(_CODEC_THREADS, "split-codec")
         _watch(figures, room, samples)
+        figures.registry.register(
+            RunCollector(federation.open_runs, figures.of_run, self._meter.run)
+        )
         plane = SplitPlane(
             SmallBodies(app, settings.body_timeout_s),
             Desk(engine, samples, self.placement.device, federation.files, settings.frame_limits),
@@ -138,12 +169,17 @@ class SplitServer:
             settings.body_timeout_s,
         )
         self._app = Gate(plane, self._meter, self._credentials)
-        ticking = asyncio.create_task(self._tick(federation, engine))
+        ticking = [asyncio.create_task(self._tick(federation, engine))]
+        if settings.compile:
+            ahead = _Ahead(federation, engine)
+            await ahead.prepare()
+            ticking.append(asyncio.create_task(ahead.keep_on()))
         log.info("ready: bodies on %s in %s", self.placement.device, self.placement.dtype_name)
         try:
             yield {"meter": self._meter}
         finally:
-            ticking.cancel()
+            for task in ticking:
+                task.cancel()
             notifier.close()
             await asyncio.to_thread(federation.close)
             await asyncio.to_thread(engine.close)
@@ -159,6 +195,7 @@ class SplitServer:
             queued_bytes=settings.queue_mib * _MIB,
             answer_bytes=settings.answer_mib * _MIB,
             step_timeout_s=settings.step_timeout_s,
+            graph_timeout_s=settings.graph_timeout_s,
             steps_per_participant=settings.max_steps,
             max_batch_samples=settings.max_batch_samples,
             max_wait_s=settings.max_wait_ms / 1000,
@@ -205,7 +242,8 @@ class SplitServer:
                     if federation.due(run):
                         await asyncio.to_thread(federation.go_on, run, wait=False)
             if number % _TICKS_PER_SAVE == 0:
-                engine.sweep()
+                with _logged("what has been left open could not be let go"):
+                    engine.sweep()
                 with _logged("saving the meter failed"):
                     await asyncio.to_thread(federation.save_traffic)
 
@@ -217,6 +255,9 @@ def _watch(figures: EngineFigures, room: Room, samples: SampleStore) -> None:
         "sfprompt_samples_memory_bytes", "Smashed data kept in memory", lambda: samples.memory_bytes
     )
     watch("sfprompt_samples_disk_bytes", "Smashed data kept on disk", lambda: samples.disk_bytes)
+    ProcessCollector(registry=figures.registry)  # memory and time of the whole server
+    if torch.cuda.is_available():
+        watch("sfprompt_gpu_bytes", "Memory of the GPU in use", torch.cuda.memory_allocated)
 
 
 @contextlib.contextmanager

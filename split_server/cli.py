@@ -120,8 +120,9 @@ def serve(
 
 def _say_what_is_used(settings: ServerSettings, placement: str) -> None:
     logging.getLogger("split_server").info(
-        "bodies on %s; memory: at most %d MiB for open steps, %d MiB for queued tensors, "
-        "%d MiB for answers, %d MiB for kept samples (and %d on disk), and %d bodies; data in %s",
+        "bodies on %s; memory: at most %d MiB for open steps, %d MiB for requests and as much for "
+        "what waits of them, %d MiB for answers, %d MiB for kept samples (and %d on disk), and the "
+        "weights of %d bodies; data in %s",
         placement,
         settings.engine_memory_mib,
         settings.queue_mib,

@@ -67,7 +67,9 @@ class ServerSettings(BaseSettings):
         description="retained: steps keep their graph | recompute: their input, forward runs twice "
         "| auto: their graph while engine_memory_mib lasts",
     )
-    compile: bool = Field(False, description="compile bodies with torch.compile when first used")
+    compile: bool = Field(
+        False, description="compile bodies with torch.compile, those of open runs ahead"
+    )
     queue_mib: int = Field(512, ge=1, le=2**20, description="tensors being read or waiting")
     answer_mib: int = Field(
         256, ge=0, le=2**20, description="answers kept for repeated steps, where bodies run"
@@ -83,6 +85,9 @@ class ServerSettings(BaseSettings):
     )
     step_timeout_s: float = Field(
         300.0, gt=0, le=86_400, description="a step without its backward is dropped after this"
+    )
+    graph_timeout_s: float = Field(
+        30.0, gt=0, le=86_400, description="a step keeps its input alone after this, if not before"
     )
     max_steps: int = Field(4, ge=1, le=1024, description="open steps of one participant")
     max_bodies: int = Field(4, ge=1, le=1024, description="frozen bodies held at once")

@@ -40,6 +40,27 @@ class SideStreams:
         done.synchronize()
 
 
+class Ahead:
+    """Keeps whoever queues batches on the GPU at most one batch ahead of it.
+
+    Further ahead nothing is gained: what comes meanwhile would join a batch that is not queued
+    yet, and nobody would know how long one takes.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._last: torch.cuda.Event | None = None
+
+    def queued(self) -> None:
+        """A batch is on its way: wait until the one before it is through."""
+        if self._device.type != "cuda":
+            return
+        before, self._last = self._last, torch.cuda.Event(blocking=True)
+        self._last.record(torch.cuda.current_stream(self._device))
+        if before is not None:
+            before.synchronize()
+
+
 def used_here(tensor: Tensor) -> Tensor:
     """A tensor that another stream may have made: its memory is not given away while this one
     has work queued that reads it."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from prometheus_client.parser import text_string_to_metric_families
 from torch import Tensor
 
 from protocol.frames import Frame, decode_frame, encode_frame, join_frame
@@ -179,6 +180,21 @@ def running_server(folder: Path, **changes: Any) -> Iterator[Running]:
         yield running
     finally:
         running.stop()
+
+
+def measured(server: Running) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+    """Every sample of /metrics, by its name and labels."""
+    page = server.api().http.get("/metrics")
+    assert page.headers["content-type"].startswith("text/plain")
+    return {
+        (sample.name, frozenset(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(page.text)
+        for sample in family.samples
+    }
+
+
+def labels(**pairs: str) -> frozenset[tuple[str, str]]:
+    return frozenset(pairs.items())
 
 
 def wait_until(true: Any, seconds: float = 20.0) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import split_model
+from protocol.errors import Busy
 from protocol.frames import decode_frame, encode_frame, join_frame
 from protocol.messages import (
     Assignment,
@@ -63,6 +64,11 @@ def run_settings(
         training=TrainingSettings(batch_size=batch_size),
         wire=WireSettings.model_validate(wire or {}),
     )
+
+
+def busy(why: str) -> Busy:
+    """A refusal, as an engine makes them."""
+    return Busy(why, retry_after_s=0.5)
 
 
 def state_of(value: float, split: SplitSettings = SPLIT) -> dict[str, Tensor]:

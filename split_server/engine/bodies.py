@@ -83,6 +83,11 @@ class Bodies:
         self._most = most
         self._bodies: OrderedDict[tuple[object, ...], dict[BodyKey, Body]] = OrderedDict()
         self._lock = threading.Lock()
+        self._loading = threading.Lock()  # held for long, but not by who finds what it needs
+
+    def __len__(self) -> int:
+        with self._lock:
+            return sum(map(len, self._bodies.values()))
 
     def get(self, key: BodyKey) -> Body:
         """The body of this key, in memory.
@@ -90,19 +95,27 @@ class Bodies:
         Raises:
             InvalidField: its weights cannot be read any more.
         """
+        if (found := self._held(key)) is not None:
+            return found
+        with self._loading:
+            if (found := self._held(key)) is not None:
+                return found
+            with self._lock:
+                twin = next(iter(self._bodies.get(key.weights, {}).values()), None)
+            body = self._load(key, twin)
+            with self._lock:
+                self._bodies.setdefault(key.weights, {})[key] = body
+                self._bodies.move_to_end(key.weights)
+                while len(self._bodies) > self._most:
+                    self._bodies.popitem(last=False)
+            return body
+
+    def _held(self, key: BodyKey) -> Body | None:
         with self._lock:
-            alike = self._bodies.setdefault(key.weights, {})
-            self._bodies.move_to_end(key.weights)
-            if key not in alike:
-                try:
-                    alike[key] = self._load(key, next(iter(alike.values()), None))
-                except BaseException:
-                    if not alike:
-                        del self._bodies[key.weights]
-                    raise
-            while len(self._bodies) > self._most:
-                self._bodies.popitem(last=False)
-            return alike[key]
+            alike = self._bodies.get(key.weights, {})
+            if alike:
+                self._bodies.move_to_end(key.weights)
+            return alike.get(key)
 
     def _load(self, key: BodyKey, twin: Body | None) -> Body:
         with model_errors():
@@ -115,15 +128,21 @@ class Bodies:
 
 
 def _compile(body: Body, placement: Placement) -> None:
-    """Compile each block, and run a batch both ways so that no participant waits for it."""
+    """Compile each block, and run a batch as jobs do, so that no participant waits for it."""
     for block in body.blocks.values():
         block.compile(dynamic=True)
     body.whole_blocks = True  # what has been compiled is a block's own way
-    inside = body.settings.prompt_count if body.settings.prompt_at == "input" else 0
+    settings, at_cut = body.settings, body.settings.prompt_at == "cut"
+    inside = 0 if at_cut else settings.prompt_count
     shape = (2, body.sizes.tokens + inside, body.sizes.width)
     smashed = torch.zeros(shape, device=placement.device, dtype=placement.flowing)
-    leaf = smashed.requires_grad_()
-    features = body(leaf)
+    prompts = None
+    if at_cut and settings.prompt_count:
+        prompts = smashed.new_zeros((2, *split_model.prompt_shape(settings)))  # [B, L, P, D]
+    with torch.inference_mode():
+        body(smashed, prompts)
+    leaf = (smashed if prompts is None else prompts).requires_grad_()
+    features = body(smashed, prompts)
     torch.autograd.grad(features, leaf, torch.ones_like(features))
 
 

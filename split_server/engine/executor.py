@@ -16,7 +16,7 @@ from split_server.engine.bodies import Bodies
 from split_server.engine.schedule import Batch
 from split_server.engine.steps import Graph, StepKey
 from split_server.engine.tasks import BackwardTask, Forwarded, ForwardTask, OwnTask, Task
-from split_server.streams import used_here
+from split_server.streams import Ahead, used_here
 
 Item = TypeVar("Item")
 Part = TypeVar("Part")
@@ -47,9 +47,10 @@ class Executor:
         self._bodies = bodies
         self._placement = placement
         self._sizes = sizes
+        self._ahead = Ahead(placement.device)
 
     def run(self, batch: Batch) -> None:
-        """Compute a batch; all its tasks are done, or have failed, after."""
+        """Compute a batch, or queue it on a GPU; all its tasks are done, or have failed, after."""
         tasks = batch.tasks
         if isinstance(tasks[0], OwnTask):
             _alone(cast(Sequence[OwnTask], tasks))
@@ -59,6 +60,7 @@ class Executor:
             self._again(cast(Sequence[BackwardTask], tasks))
         else:
             self._through(batch.graph, cast(Sequence[BackwardTask], tasks))
+        self._ahead.queued()
 
     def _forward(self, tasks: Sequence[ForwardTask]) -> None:
         prepared = [one for task in tasks if (one := self._prepare(task)) is not None]

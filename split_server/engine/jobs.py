@@ -7,6 +7,7 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
+from protocol.errors import Busy
 from split_server.engine.bodies import BodyKey
 from split_server.engine.body_sessions import BodyPlan
 from split_server.engine.figures import RunFigures
@@ -131,6 +132,7 @@ class EngineLimits:
         max_wait_s: the longest that a forward waits for others while the device is idle.
         backward: whether a step keeps its graph (``retained``), or its input alone and runs its
             forward twice (``recompute``); ``auto``: its graph while there is room.
+        graph_timeout_s: a step without its backward keeps its input alone after this.
     """
 
     retained_bytes: int
@@ -141,6 +143,7 @@ class EngineLimits:
     max_batch_samples: int | None = None
     max_wait_s: float = 0.002
     backward: Backward = "auto"
+    graph_timeout_s: float = 30.0
 
 
 class Engine(Protocol):
@@ -222,6 +225,16 @@ class Engine(Protocol):
 
     def release(self, run: str, participant: str | None = None) -> None:
         """Free steps and sessions of a run, or of one participant. Safe from any thread."""
+
+    def prepare(self, body: BodyKey) -> None:
+        """Have a body in memory before its first job. Takes its time; for any thread.
+
+        Raises:
+            InvalidField: its weights cannot be read.
+        """
+
+    def busy(self, why: str) -> Busy:
+        """The refusal of what has no room now, with when the queue will have been worked off."""
 
     def figures(self, run: str) -> RunFigures:
         """What was done for a run so far."""

@@ -57,6 +57,7 @@ class Keeper:
         self._clock = clock
         self._refused = refused
         self._in_flight: dict[Name, Ticket] = {}
+        self._graph_timeout_s = limits.graph_timeout_s
         self._releases: Counter[tuple[str, str | None]] = Counter()
 
     @property
@@ -161,6 +162,7 @@ class Keeper:
             answer=answer,
             fingerprint=job.fingerprint,
             expires_at=self.expiry,
+            graph_until=self.now + self._graph_timeout_s,
             graph=part.graph,
         )
         self.room.steps.add(job.key, step)
@@ -185,8 +187,9 @@ class Keeper:
         self._answers.drop_where(lambda key: _is_of(key, run, participant))
 
     def sweep(self) -> None:
-        """Free the steps whose backward has not come in time."""
+        """Free the steps whose backward has not come in time, and the graphs of slow ones."""
         now = self.now
+        self.room.steps.let_graphs_go(now)
         gone = self.room.steps.drop_where(lambda _, step: step.expires_at <= now)
         if gone:
             log.info("%d open steps were dropped: their backward did not come in time", gone)

@@ -9,11 +9,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from protocol.errors import SFPromptError, StepLost
+from protocol.errors import Busy, SFPromptError, StepLost
 from split_server.clock import Clock
 from split_server.devices import Placement
 from split_server.engine.answers import Answer
-from split_server.engine.bodies import Bodies
+from split_server.engine.bodies import Bodies, BodyKey
 from split_server.engine.body_training import BodyTraining
 from split_server.engine.exchanges import Exchanges
 from split_server.engine.executor import Executor
@@ -58,6 +58,7 @@ class LocalEngine:
         figures: EngineFigures | None = None,
     ) -> None:
         self._figures = figures or EngineFigures()
+        self._frozen = bodies
         self._keeper = Keeper(limits, placement.flowing, clock or Clock(), self._refused)
         self._lock = self._keeper.lock  # guards the keeper, the schedule and the sessions
         self._full_tokens = _FULL_BATCH_TOKENS.get(placement.device.type, 8192)
@@ -163,6 +164,15 @@ class LocalEngine:
             self._exchanges.release(run, participant)
             self._bodies.release(run, participant)
             self._lock.notify()  # a graph may have waited for what is gone
+
+    def prepare(self, body: BodyKey) -> None:
+        """See `Engine.prepare`."""
+        self._frozen.get(body)
+
+    def busy(self, why: str) -> Busy:
+        """See `Engine.busy`."""
+        with self._lock:
+            return self._worker.busy(why)
 
     def figures(self, run: str) -> RunFigures:
         """See `Engine.figures`."""
@@ -286,6 +296,7 @@ class LocalEngine:
         watch("sfprompt_engine_queue_bytes", "Their tensors", lambda: self._worker.queued_bytes)
         watch("sfprompt_engine_open_steps", "Steps that lack their backward", room.steps.__len__)
         watch("sfprompt_engine_retained_bytes", "Held for open steps", lambda: room.taken)
+        watch("sfprompt_engine_bodies", "Frozen bodies in memory", self._frozen.__len__)
         watch("sfprompt_engine_own_bodies", "Bodies that sessions tune", self._bodies.__len__)
         watch("sfprompt_engine_answer_bytes", "Held for repeats", lambda: self._keeper.answer_bytes)
 

@@ -49,6 +49,7 @@ class RetainedStep:
     answer: Tensor  # [B, T', D], what the participant was sent
     fingerprint: int  # of the request that made it
     expires_at: float  # on the monotonic clock
+    graph_until: float  # on the same; its input is enough from then on
     graph: Graph | None = None  # none: the forward is run again for the backward
 
     @property
@@ -134,6 +135,12 @@ class RetainedSteps:
                 self._let_go(graph)
                 step.graph = None
                 self.nbytes += step.input_bytes
+
+    def let_graphs_go(self, now: float) -> None:
+        """Steps whose gradients have not come for long go on with their input alone."""
+        late = {s.graph for s in self._steps.values() if s.graph and s.graph_until <= now}
+        for graph in late:
+            self.spend(graph, set())
 
     def wanted(self, graph: Graph) -> set[StepKey]:
         """The steps that still need this graph."""

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from protocol.errors import Busy
-
-_RETRY_S = 0.25
 
 
 class Room:
     """A bound on the bytes of all requests that are being read or worked on.
 
     Used on the event loop alone.
+
+    Args:
+        limit: in bytes.
+        busy: makes the refusal, which says when the queue will have been worked off.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, busy: Callable[[str], Busy]) -> None:
         self._limit = limit
+        self._busy = busy
         self._taken = 0
 
     @property
@@ -41,13 +44,14 @@ class Room:
             Busy: the rest is taken.
         """
         if self._taken > held and self._taken + nbytes > self._limit:
-            raise Busy(
-                "too many requests are being read; try again later",
-                field="queue_mib",
-                limit=self._limit,
-                value=self._taken + nbytes,
-                retry_after_s=_RETRY_S,
-            )
+            refusal = self._busy("too many requests are being read")
+            refusal.field, refusal.limit = "queue_mib", self._limit
+            refusal.value = self._taken + nbytes
+            raise refusal
+        self.hold(nbytes)
+
+    def hold(self, nbytes: int) -> None:
+        """Hold ``nbytes`` more that are there already."""
         self._taken += nbytes
 
 
@@ -69,4 +73,9 @@ class Claim:
             Busy: there is none.
         """
         self._room.take(nbytes, self.nbytes)
+        self.nbytes += nbytes
+
+    def hold(self, nbytes: int) -> None:
+        """Count the bytes of an answer: it is not refused, but others may be while it is sent."""
+        self._room.hold(nbytes)
         self.nbytes += nbytes

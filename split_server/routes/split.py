@@ -15,7 +15,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from xxhash import xxh3_64_intdigest
 
 from protocol.errors import InvalidField, NonFinite
-from protocol.frames import decode_frame, encode_frame, header_length, require_kind
+from protocol.frames import (
+    decode_frame,
+    encode_frame,
+    frame_length,
+    header_length,
+    require_kind,
+)
 from protocol.limits import FrameLimits
 from protocol.version import FRAME_MEDIA_TYPE
 from split_server.credentials import require_member
@@ -82,6 +88,7 @@ class SplitPlane:
             reply = found if isinstance(found, Reply) else await found()
             encode = partial(_encode, reply)
             pieces = encode() if _is_light(reply) else await self._off_loop(encode)
+            claim.hold(frame_length(pieces))
             del found, reply, encode  # their tensors do not wait for a client that reads slowly
             await send_pieces(send, 200, _MEDIA, pieces)
 

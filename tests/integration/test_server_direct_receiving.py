@@ -24,6 +24,7 @@ from split_server.meter import SOCKET_KEY, MeteredProtocol
 from split_server.routes.bodies import read_body
 from split_server.routes.responses import send_error, send_pieces
 from split_server.routes.room import Room
+from tests.server_doubles import busy
 
 ROOM = 4_000_000
 LENGTHS = (0, 1, 65_535, 65_536, 65_537, 300_000, 1_500_000, 3_000_000)
@@ -33,7 +34,7 @@ LENGTHS = (0, 1, 65_535, 65_536, 65_537, 300_000, 1_500_000, 3_000_000)
 class Digests:
     """Answers each body with its digest and the bytes that the connection counted for it."""
 
-    room: Room = field(default_factory=lambda: Room(ROOM))
+    room: Room = field(default_factory=lambda: Room(ROOM, busy))
     gone: threading.Event = field(default_factory=threading.Event)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

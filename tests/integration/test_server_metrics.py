@@ -5,9 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
-from tests.http_doubles import Running, joined, new_run, running_server, wait_until
+from tests.http_doubles import (
+    Running,
+    joined,
+    labels,
+    measured,
+    new_run,
+    running_server,
+    wait_until,
+)
 from tests.server_doubles import smashed, state_of
 
 
@@ -15,21 +22,6 @@ from tests.server_doubles import smashed, state_of
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     with running_server(tmp_path_factory.mktemp("node")) as running:
         yield running
-
-
-def measured(server: Running) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
-    """Every sample of /metrics, by its name and labels."""
-    page = server.api().http.get("/metrics")
-    assert page.headers["content-type"].startswith("text/plain")
-    return {
-        (sample.name, frozenset(sample.labels.items())): sample.value
-        for family in text_string_to_metric_families(page.text)
-        for sample in family.samples
-    }
-
-
-def labels(**pairs: str) -> frozenset[tuple[str, str]]:
-    return frozenset(pairs.items())
 
 
 def test_a_step_is_counted_where_it_belongs_until_its_run_is_over(server: Running) -> None:
@@ -49,6 +41,11 @@ def test_a_step_is_counted_where_it_belongs_until_its_run_is_over(server: Runnin
         assert found[samples, labels(run=run, work=work)] == 3
         assert found["sfprompt_engine_batch_samples_count", labels(work=work)] >= 1
         assert found["sfprompt_engine_compute_seconds_sum", labels(work=work)] > 0
+    assert found["sfprompt_engine_run_tasks_total", labels(run=run)] == 2
+    assert found["sfprompt_engine_run_batch_samples_total", labels(run=run)] == 6
+    assert found["sfprompt_engine_run_compute_seconds_total", labels(run=run)] > 0
+    sent = found["sfprompt_wire_bytes_total", labels(run=run, phase="smashed", direction="up")]
+    assert sent > smashed(batch=3).nbytes
     for gauge in ("open_steps", "retained_bytes", "queue_tasks", "queue_samples", "queue_bytes"):
         assert found[f"sfprompt_engine_{gauge}", labels()] == 0
 

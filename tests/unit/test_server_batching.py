@@ -33,6 +33,7 @@ from tests.exchange_doubles import (
     prepare_backbone,
     smashed,
 )
+from tests.server_doubles import run_settings
 from tests.server_doubles import smashed as with_prompts
 
 MODES = ["auto", "retained", "recompute"]
@@ -157,6 +158,30 @@ def test_joined_steps_give_each_participant_what_the_body_alone_would(
     asyncio.run(mean_batch(engine, 2 * len(PEOPLE)))
     assert engine.figures("r1").recomputed == (sizes(inputs) if mode == "recompute" else 0)
     assert engine._keeper.room.taken == engine._worker.queued_bytes == 0
+
+
+def test_jobs_of_runs_that_cut_alike_join_one_batch(
+    make: MakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = run_settings()
+    other = own.model_copy(update={"model": own.model.model_copy(update={"num_classes": 7})})
+    path = prepare_backbone(tmp_path)
+    keys = [BodyKey.of(str(path), settings) for settings in (own, other)]
+    inputs = [with_prompts(batch=number + 2, seed=number) for number in range(2)]
+    engine = make()
+
+    async def steps() -> list[Tensor]:
+        jobs = [
+            ForwardJob(StepKey(run, "p1", "s"), key, tensor, fingerprint=1)
+            for run, key, tensor in zip(("r1", "r2"), keys, inputs, strict=True)
+        ]
+        return await together(engine, keys[0], monkeypatch, [engine.forward(job) for job in jobs])
+
+    found = asyncio.run(steps())
+    for run, key, tensor, features in zip(("r1", "r2"), keys, inputs, found, strict=True):
+        assert engine.figures(run).batch_samples == sizes(inputs), "they were one batch"
+        expected, _ = by_itself(key, tensor, torch.ones_like(tensor))
+        torch.testing.assert_close(features, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -223,6 +223,24 @@ def test_a_step_whose_backward_does_not_come_is_dropped(make: MakeEngine, key: B
     asyncio.run(late())
 
 
+def test_a_graph_whose_gradients_do_not_come_makes_room_and_its_step_goes_on(
+    make: MakeEngine, key: BodyKey
+) -> None:
+    time = FakeTime()
+    engine = make(time=time)
+
+    async def late(wait_s: float) -> Tensor:
+        await engine.forward(forward(key, smashed(), str(wait_s)))
+        whole = engine._keeper.room.taken
+        time.now += wait_s
+        engine.sweep()
+        assert (engine._keeper.room.taken < whole / 10) == (wait_s >= 30)
+        return await engine.backward(backward(key, smashed(), str(wait_s)))
+
+    assert torch.equal(asyncio.run(late(29)), asyncio.run(late(30)))
+    assert engine._keeper.room.taken == 0
+
+
 def test_a_participants_oldest_steps_make_room(make: MakeEngine, key: BodyKey) -> None:
     engine = make(steps=2)
 

@@ -60,6 +60,7 @@ def backward(who: str, graph: Graph | None, samples: int = 1) -> BackwardTask:
         answer=torch.empty(samples, 5, 4),
         fingerprint=0,
         expires_at=0.0,
+        graph_until=0.0,
         graph=graph,
     )
     return BackwardTask(

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from protocol.errors import Busy
 from split_server.routes.room import Room
 from split_server.sink import SinkHolder
+from tests.server_doubles import busy
 
 
 def holder() -> SinkHolder:
@@ -32,7 +33,7 @@ def test_what_comes_in_pieces_is_one_body(pieces: list[bytes], begun: bytes) -> 
 
 
 def test_room_is_taken_for_what_has_come_and_not_for_what_was_announced() -> None:
-    room = Room(1000)
+    room = Room(1000, busy)
 
     async def take() -> None:
         with room.claim() as claim, room.claim() as other:
@@ -75,7 +76,7 @@ def test_reading_goes_on_once_there_is_a_sink() -> None:
 
 @pytest.mark.parametrize("refused", [0, 1, 2])
 def test_what_is_refused_has_come_and_is_not_waited_for(refused: int) -> None:
-    room = Room(1000)
+    room = Room(1000, busy)
 
     async def take() -> int:
         with room.claim() as other, room.claim() as claim:
