@@ -13,11 +13,12 @@ from rich.table import Table
 from benchmark.estimate import Question, estimate, paper_training, ratios
 from benchmark.plots import COLOURS, save
 from benchmark.traffic.ladder import Climb, Setting
+from edge_client.transport.link import Link
 from protocol.settings import RunSettings
 from protocol.traffic import Phase
 
 MB = 1e6
-_PHASES = tuple(phase for phase in Phase if phase is not Phase.CONTROL)
+_PHASES = tuple(phase for phase in Phase if phase is not Phase.CONTROL)  # which is little
 # The setting that no small machine can run, for the calculator.
 _LARGE_SAMPLES, _LARGE_ROUNDS = 1000, 50
 
@@ -82,6 +83,7 @@ def traffic_figures(climbs: Sequence[Climb], setting: Setting) -> dict[str, Any]
                 "seconds": list(one.seconds),
                 "bytes_total": list(one.bytes_total),
                 "bytes": one.traffic,
+                "seconds_on_the_line": seconds_on_the_line(one, setting),
                 "device_flops": device_flops(one, setting),
                 "settings": one.rung.settings.model_dump(mode="json"),
             }
@@ -101,7 +103,7 @@ def traffic_table(climbs: Sequence[Climb], setting: Setting) -> Table:
     """A row for each rung; bytes are of one device, in the whole run."""
     table = Table(title=f"One device over {setting.link}, mean over seeds", title_justify="left")
     table.add_column("rung")
-    for name in ("MB", "of paper", "accuracy", "time", "TFLOP"):
+    for name in ("MB", "of paper", "accuracy", "on the line", "time", "TFLOP"):
         table.add_column(name, justify="right")
     first = climbs[0].mean_bytes
     for one in climbs:
@@ -113,6 +115,7 @@ def traffic_table(climbs: Sequence[Climb], setting: Setting) -> Table:
             f"{one.mean_bytes / MB / setting.devices:,.2f}",
             f"{one.mean_bytes / first:.2%}",
             accuracy,
+            f"{seconds_on_the_line(one, setting):,.0f} s",
             f"{sum(one.seconds) / len(one.seconds):,.0f} s",
             f"{device_flops(one, setting) / 1e12:,.2f}",
         )
@@ -122,15 +125,33 @@ def traffic_table(climbs: Sequence[Climb], setting: Setting) -> Table:
         f"{found.bytes_vs_full:.2%} of federated full fine-tuning's and "
         f"{found.bytes_vs_fedpeft_prompt:.1%} of FedPEFT-Prompt's, with "
         f"{found.flops_vs_full:.3%} of full fine-tuning's operations on the device and "
-        f"{-found.accuracy_drop_points:+.1f} points of accuracy against the paper's form."
+        f"{-found.accuracy_drop_points:+.1f} points of accuracy against the paper's form. "
+        + _break_even(climbs[-1].rung.settings, setting)
+        + " On the line: what the bytes alone take; time: of the runs as they were made."
     )
     table.caption_justify = "left"
     return table
 
 
+def seconds_on_the_line(climb: Climb, setting: Setting) -> float:
+    """What the bytes of one device take at the link's rates, were nothing else to be waited for."""
+    link = Link.parse(setting.link)
+    ways = climb.traffic.values()
+    up, down = (sum(way[name] for way in ways) / setting.devices for name in ("up", "down"))
+    return 8 * up / link.up_bps + 8 * down / link.down_bps
+
+
+def _break_even(default: RunSettings, setting: Setting) -> str:
+    costs = estimate(_question(default, setting))
+    rounds = ratios(costs, default.federation.rounds).break_even_rounds
+    if rounds is None:
+        return "FedPEFT-Prompt never moves fewer bytes."
+    return f"FedPEFT-Prompt would move as many bytes in {rounds:,.0f} rounds."
+
+
 def phase_table(climbs: Sequence[Climb], setting: Setting) -> Table:
     """What the bytes of each rung were for, in MB of one device, in the whole run."""
-    table = Table(title="MB by purpose, both directions", title_justify="left")
+    table = Table(title="MB by purpose, both directions, but for control", title_justify="left")
     table.add_column("rung")
     for phase in _PHASES:
         table.add_column(str(phase), justify="right")
@@ -161,7 +182,7 @@ def large_table(default: RunSettings) -> Table:
 
 
 def plot_ladder(climbs: Sequence[Climb], setting: Setting, out: Path) -> Path:
-    """Bytes of each rung by phase, on a logarithmic scale, and its accuracy beside them."""
+    """Bytes of each rung, on a logarithmic scale, and its accuracy beside them."""
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(10, 4), sharey=True, layout="constrained", width_ratios=(3, 1)
     )

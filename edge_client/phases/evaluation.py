@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from edge_client.device_model import DeviceModel
 from edge_client.frame_room import samples_in_a_frame
+from edge_client.look_ahead import one_ahead
 from edge_client.phases.context import Advance, Samples
 from edge_client.transport import SplitPlane
 
@@ -37,6 +38,7 @@ def evaluate(
 ) -> Evaluation:
     """Classify every sample with head → body → tail and count.
 
+    The head runs on the next batch while one is with the server.
     A device that holds the whole model asks nobody.
 
     Raises:
@@ -47,16 +49,23 @@ def evaluate(
     if samples.kept is not None:
         samples.kept.ensure(everything)
     chunks = everything.split(samples_in_a_frame(model.head, _BATCH)) if len(samples) else ()
-    for done, positions in enumerate(chunks, start=1):
+
+    def smashed_of(positions: Tensor) -> Tensor | None:
+        if samples.outputs is not None:
+            return None
+        with torch.no_grad():  # which holds for a thread, and this is another
+            smashed: Tensor = model.head(samples.images.read(positions)[0], model.prompts)
+            return smashed
+
+    for done, (positions, smashed) in enumerate(one_ahead(chunks, smashed_of), start=1):
         step = f"evaluate.{round_}.{done}"
 
         def request(batch: Tensor, step: str = step) -> Tensor:
             return plane.infer(batch, step=step, round_=round_, state=state)
 
-        if samples.outputs is not None:
+        if smashed is None:
             features = samples.with_batch(positions, None, request)
         else:
-            smashed = model.head(samples.images.read(positions)[0], model.prompts)
             features = smashed if model.is_whole else request(smashed)
         logits, labels = model.tail(features), samples.images.image_set.labels[positions]
         correct += int((logits.argmax(dim=1) == labels).sum())

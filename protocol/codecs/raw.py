@@ -38,7 +38,10 @@ class Float32(RawCodec):
 
 
 class Float16(RawCodec):
-    """Half precision. What does not fit its range is refused, never sent as infinity."""
+    """Half precision, half the bytes. What leaves its range is refused, never sent as infinity.
+
+    Every element x comes back within 2⁻¹¹ |x|, or within 2⁻²⁵ where |x| is below 2⁻¹⁴.
+    """
 
     name, dtype = "float16", torch.float16
 
@@ -50,7 +53,10 @@ class Float16(RawCodec):
 
 
 class BFloat16(RawCodec):
-    """The upper half of a float32: its whole range, with 8 bits of precision."""
+    """The upper half of a float32: half the bytes, its whole range, with 8 bits of precision.
+
+    Every element x comes back within 2⁻⁸ |x|, where |x| is at least 2⁻¹²⁶.
+    """
 
     name, dtype = "bfloat16", torch.bfloat16
 

@@ -247,19 +247,23 @@ def everything(**wire: Any) -> RunSettings:
     )
 
 
+@pytest.mark.parametrize("codecs", [{}, {"smashed": "float32", "features": "float32"}])
+def test_keeping_samples_changes_no_bit_of_the_result(
+    node: Running, data: Dataset, tmp_path: Path, codecs: dict[str, str]
+) -> None:
+    kept, plain = (
+        on_node(node, everything(keep_smashed=keep, **codecs), data, tmp_path / str(keep), Told())
+        for keep in (True, False)
+    )
+    assert_same_bits(plain.state, kept.state)
+    for one, other in zip(plain.results.rounds, kept.results.rounds, strict=True):
+        assert (one.train_loss, one.accuracy) == (other.train_loss, other.accuracy)
+
+
 @pytest.fixture(scope="module")
 def undisturbed(node: Running, data: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Done:
     home = tmp_path_factory.mktemp("undisturbed")
     return on_node(node, everything(keep_smashed=True), data, home, Told())
-
-
-def test_keeping_samples_changes_no_bit_of_the_result(
-    node: Running, data: Dataset, tmp_path: Path, undisturbed: Done
-) -> None:
-    plain = on_node(node, everything(keep_smashed=False), data, tmp_path, Told())
-    assert_same_bits(plain.state, undisturbed.state)
-    for one, other in zip(plain.results.rounds, undisturbed.results.rounds, strict=True):
-        assert (one.train_loss, one.accuracy) == (other.train_loss, other.accuracy)
 
 
 def test_both_ends_count_the_same_bytes_in_every_phase(node: Running, undisturbed: Done) -> None:

@@ -235,6 +235,33 @@ def test_a_writable_buffer_is_not_copied_and_a_readonly_one_is():
     assert bytes(memory[:4]) == b"\x00\x00\x80\x3f"
 
 
+HALVES = {"float16": (2.0**-11, 2.0**-25), "bfloat16": (2.0**-8, 2.0**-134)}  # relative, absolute
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.sampled_from(sorted(HALVES)), st.integers(0, 2**32), st.integers(-30, 15))
+def test_half_the_bytes_come_back_within_their_bound(name, seed, power):
+    relative, absolute = HALVES[name]
+    tensor = (random_tensor([300], seed) * 2.0**power).clamp_(-65_000, 65_000)
+    (buffer,) = codec_named(name).encode(tensor)
+    assert buffer.nbytes == tensor.nbytes / 2
+    error = (codec_named(name).decode([buffer], [300]).double() - tensor.double()).abs()
+    assert bool((error <= (relative * tensor.double().abs()).clamp(min=absolute)).all())
+
+
+@pytest.mark.parametrize("name", sorted(HALVES))
+def test_the_gradient_of_a_linear_map_on_halves_stays_within_the_bound(name):
+    # dL/dW = gradientᵀ · activations: the error is gradientᵀ · (their error).
+    activations, gradient = random_tensor([256, 384]), random_tensor([256, 10], 1).double()
+    codec = codec_named(name)
+    back = codec.decode(codec.encode(activations), activations.shape).double()
+    exact = gradient.T @ activations.double()
+    error = gradient.T @ back - exact
+    bound = HALVES[name][0] * gradient.abs().T @ activations.double().abs()
+    assert bool((error.abs() <= bound + 1e-6).all())
+    assert float(error.norm() / exact.norm()) < 2 * HALVES[name][0]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64])
 def test_float16_refuses_what_would_become_infinity(dtype):
     # 65536 in bfloat16 equals the rounded limit 65504: a comparison in that dtype misses it.
