@@ -91,6 +91,7 @@ def serve(
     max_bodies: Annotated[int | None, _described("max_bodies")] = None,
     max_steps: Annotated[int | None, _described("max_steps")] = None,
     max_connections: Annotated[int | None, _described("max_connections")] = None,
+    graph_timeout_s: Annotated[float | None, _described("graph_timeout_s")] = None,
     step_timeout_s: Annotated[float | None, _described("step_timeout_s")] = None,
     body_timeout_s: Annotated[float | None, _described("body_timeout_s")] = None,
     live_window_s: Annotated[float | None, _described("live_window_s")] = None,
