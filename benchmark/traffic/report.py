@@ -127,18 +127,25 @@ def traffic_table(climbs: Sequence[Climb], setting: Setting) -> Table:
         f"{found.flops_vs_full:.3%} of full fine-tuning's operations on the device and "
         f"{-found.accuracy_drop_points:+.1f} points of accuracy against the paper's form. "
         + _break_even(climbs[-1].rung.settings, setting)
-        + " On the line: what the bytes alone take; time: of the runs as they were made."
+        + " On the line: bytes and the latency of each step; time: of the runs as they were made."
     )
     table.caption_justify = "left"
     return table
 
 
 def seconds_on_the_line(climb: Climb, setting: Setting) -> float:
-    """What the bytes of one device take at the link's rates, were nothing else to be waited for."""
-    link = Link.parse(setting.link)
+    """What one device would wait for its line, and for nothing else.
+
+    Its bytes at the link's rates, and the latency of each request of split training.
+    """
+    link, settings = Link.parse(setting.link), climb.rung.settings
+    training = settings.training
+    steps = training.split_epochs * -(-_question(settings, setting).kept // training.batch_size)
+    ways_a_step = 2 if settings.model.prompt_at == "input" else 1  # forward and backward, or both
+    requests = settings.federation.rounds * steps * ways_a_step
     ways = climb.traffic.values()
     up, down = (sum(way[name] for way in ways) / setting.devices for name in ("up", "down"))
-    return 8 * up / link.up_bps + 8 * down / link.down_bps
+    return 8 * up / link.up_bps + 8 * down / link.down_bps + requests * link.rtt_s
 
 
 def _break_even(default: RunSettings, setting: Setting) -> str:

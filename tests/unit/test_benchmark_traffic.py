@@ -114,6 +114,16 @@ def test_ratios_are_worked_out_per_device_with_the_start_on_both_sides() -> None
     assert 0 < ratios["flops_vs_full"] < 1e-3
 
 
+def test_a_line_is_waited_for_by_bytes_and_by_steps() -> None:
+    first, *_, last = traffic_figures(climbs(), SETTING)["rungs"]
+    nbytes = sum(sum(ways.values()) for ways in first["bytes"].values()) / 4
+    steps = 2 * 10 * 188  # two requests for each of 750 samples in fours, in 10 rounds
+    assert first["seconds_on_the_line"] == pytest.approx(8 * nbytes / 20e6 + 0.05 * steps)
+    nbytes = sum(sum(ways.values()) for ways in last["bytes"].values()) / 4
+    steps = 10 * 150  # one for each of 1,200 in eights
+    assert last["seconds_on_the_line"] == pytest.approx(8 * nbytes / 20e6 + 0.05 * steps)
+
+
 def test_the_figures_are_json_and_hold_every_rung() -> None:
     figures = json.loads(json.dumps(traffic_figures(climbs(), SETTING)))
     assert [rung["name"] for rung in figures["rungs"]] == [rung.name for rung in RUNGS]
