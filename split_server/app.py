@@ -79,7 +79,7 @@ class _Watcher:
 
 
 @dataclass(frozen=True)
-class _Ahead:
+class _Compiling:
     """Compiles the bodies of open runs before anybody has to wait for them."""
 
     federation: Federation
@@ -171,9 +171,9 @@ class SplitServer:
         self._app = Gate(plane, self._meter, self._credentials)
         ticking = [asyncio.create_task(self._tick(federation, engine))]
         if settings.compile:
-            ahead = _Ahead(federation, engine)
-            await ahead.prepare()
-            ticking.append(asyncio.create_task(ahead.keep_on()))
+            compiling = _Compiling(federation, engine)
+            await compiling.prepare()
+            ticking.append(asyncio.create_task(compiling.keep_on()))
         log.info("ready: bodies on %s in %s", self.placement.device, self.placement.dtype_name)
         try:
             yield {"meter": self._meter}

@@ -186,9 +186,9 @@ class BodyTraining:
         sizes, plan = self._keeper.room.sizes, session.plan
         sizes.learn(session.key.unstated, step.smashed, nbytes)
         per_sample = -(-nbytes // len(step.smashed))
-        answers = 2 * nbytes_of(step.smashed) // len(step.smashed)
-        largest = max((per_sample + answers) * plan.training.batch_size, nbytes)
-        session.nbytes = plan.nbytes + largest
+        size = plan.training.batch_size
+        answers = 2 * size * nbytes_of(step.smashed) // len(step.smashed)  # the newest, each way
+        session.nbytes = plan.nbytes + answers + max(per_sample * size, nbytes)
         self._account()
 
 
