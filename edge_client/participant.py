@@ -31,7 +31,7 @@ from edge_client.phases import (
 )
 from edge_client.reporter import Reporter
 from edge_client.transport import Server, SplitPlane
-from edge_client.transport.metered import Body
+from edge_client.transport.answer import Body
 from protocol.errors import (
     Conflict,
     EmptyUpdate,

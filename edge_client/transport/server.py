@@ -18,8 +18,9 @@ import httpx
 import torch
 from torch import Tensor
 
+from edge_client.transport.answer import Body
 from edge_client.transport.link import Link
-from edge_client.transport.metered import BODY_EXTENSION, Body, MeteredTransport
+from edge_client.transport.metered import BODY_EXTENSION, MeteredTransport
 from edge_client.transport.retry import RetryPolicy
 from protocol.errors import (
     InvalidField,
@@ -87,12 +88,15 @@ class Server:
         self._base = base
         self._address = lru_cache(maxsize=64)(self._join)  # parsing costs more than a small step
         self._timeouts = {"read": answer_timeout_s}
-        self._headers = {
-            # The body is taken as it lies on the wire: nothing between may compress it.
-            "accept-encoding": "identity",
-            "user-agent": "edge-client",
-            VERSION_HEADER: str(PROTOCOL_VERSION),
-        }
+        self._headers = httpx.Headers(
+            {
+                "host": base.netloc.decode("ascii"),
+                # The body is taken as it lies on the wire: nothing between may compress it.
+                "accept-encoding": "identity",
+                "user-agent": "edge-client",
+                VERSION_HEADER: str(PROTOCOL_VERSION),
+            }
+        )
 
     def close(self) -> None:
         self._transport.close()
@@ -248,7 +252,9 @@ class Server:
         key: str | None = None,
         extra: Mapping[str, str] | None = None,
     ) -> httpx.Response:
-        headers = {**self._headers, **(extra or {})}
+        headers = self._headers.copy()
+        if extra:
+            headers.update(extra)
         if media is not None:
             headers["content-type"] = media
         if method != "GET":
@@ -258,14 +264,15 @@ class Server:
         return self._retry.call(lambda: self._attempt(method, path, pieces, headers))
 
     def _attempt(
-        self, method: str, path: str, pieces: list[memoryview], headers: dict[str, str]
+        self, method: str, path: str, pieces: list[memoryview], headers: httpx.Headers
     ) -> httpx.Response:
         request_id = uuid.uuid4().hex[:16]
+        headers[REQUEST_ID_HEADER] = request_id
         request = httpx.Request(
             method,
             self._address(path),
-            headers={**headers, REQUEST_ID_HEADER: request_id},
-            content=_Pieces(pieces) if pieces else None,
+            headers=headers,
+            stream=_Pieces(pieces),
             extensions={"timeout": self._timeouts},
         )
         try:
@@ -293,8 +300,8 @@ class Server:
         return self._base.copy_with(raw_path=prefix + httpx.URL(path).raw_path)
 
 
-class _Pieces:
-    """An iterable that can be sent again, unlike an iterator."""
+class _Pieces(httpx.SyncByteStream):
+    """A body that can be sent again, unlike an iterator."""
 
     def __init__(self, pieces: list[memoryview]) -> None:
         self._pieces = pieces

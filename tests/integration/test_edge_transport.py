@@ -13,7 +13,8 @@ import pytest
 import trustme
 
 from edge_client.transport import Link, MeteredTransport
-from edge_client.transport.metered import BODY_EXTENSION, _CountingSocket
+from edge_client.transport.metered import BODY_EXTENSION
+from edge_client.transport.sockets import CountingSocket
 from protocol.errors import TooLarge
 from protocol.traffic import FORWARD_PATH, Phase
 from tests.edge_doubles import Connection, RawServer, answering, response
@@ -88,6 +89,52 @@ def test_chunked_and_empty_answers_keep_the_connection(transport: MeteredTranspo
         assert bodies == [b"wikipedia!", b"", b"", b"", b"last"]
         assert len(server.connections) == 1
         assert counted(transport) == (server.received, server.sent)
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_what_is_said_ahead_of_the_answer_is_not_the_answer(
+    transport: MeteredTransport, together: bool
+) -> None:
+    early = b"HTTP/1.1 103 Early Hints\r\nlink: </x>\r\n\r\n"
+
+    def serve(connection: Connection) -> None:
+        while connection.request() is not None:
+            for part in [early + response(b"all")] if together else [early, response(b"all")]:
+                connection.send(part)
+                time.sleep(0.02)
+
+    with RawServer(serve) as server:
+        client = client_of(transport)
+        for _ in range(2):
+            answer = client.get(server.url)
+            assert (answer.status_code, answer.content) == (200, b"all")
+            assert "link" not in answer.headers
+        assert len(server.connections) == 1
+
+
+def test_the_answer_to_head_ends_with_its_head(transport: MeteredTransport) -> None:
+    answers = iter([b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\n", response(b"whole")])
+    with RawServer(answering(lambda _: next(answers))) as server:
+        client = client_of(transport)
+        assert client.head(server.url).headers["content-length"] == "5"
+        assert client.get(server.url).content == b"whole"
+        assert len(server.connections) == 1
+
+
+@pytest.mark.parametrize("value", ["a\r\nx-smuggled: 1", "a\nb", "a\rb"])
+def test_a_header_of_two_lines_is_not_sent(transport: MeteredTransport, value: str) -> None:
+    with RawServer(answering(lambda _: response())) as server:
+        with pytest.raises(httpx.LocalProtocolError):
+            client_of(transport).get(server.url, headers={"x-mine": value})
+        assert server.received == 0
+
+
+def test_nobody_goes_on_with_a_connection_that_says_too_much(transport: MeteredTransport) -> None:
+    """Bytes behind an answer belong to nobody; what follows them could be anything."""
+    with RawServer(answering(lambda _: response(b"one") + response(b"two"))) as server:
+        client = client_of(transport)
+        assert [client.get(server.url).content for _ in range(2)] == [b"one", b"one"]
+        assert len(server.connections) == 2
 
 
 @pytest.mark.parametrize(
@@ -219,14 +266,14 @@ def test_a_slow_upload_does_not_time_out_while_it_goes_on() -> None:
 
     thread = threading.Thread(target=read_slowly)
     thread.start()
-    counting = _CountingSocket(near)
+    counting = CountingSocket(near)
     data = bytes(range(250)) * 800
-    counting.sendall(data)  # takes 20 waits of 0.03 s
+    counting.send_all(data)  # takes 20 waits of 0.03 s
     thread.join()
     assert received == data
     assert counting.sent == len(data)
     with pytest.raises(TimeoutError):
-        counting.sendall(bytes(10_000_000))
+        counting.send_all(bytes(10_000_000))
     assert 0 < counting.sent - len(data) < 10_000_000  # what has left counts all the same
     near.close()
     far.close()

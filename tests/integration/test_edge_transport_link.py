@@ -9,7 +9,7 @@ import trustme
 
 from edge_client.transport import Link, MeteredTransport
 from edge_client.transport.link import Line
-from edge_client.transport.metered import _CountingSocket
+from edge_client.transport.sockets import CountingSocket
 from tests.edge_doubles import Connection, RawServer, answering, response
 from tests.transport_doubles import Forgetful, client_of, counted, server_side
 
@@ -123,5 +123,5 @@ def test_without_a_link_the_socket_is_the_plain_one() -> None:
         transport = MeteredTransport()
         client_of(transport).get(server.url)
         ((connection,),) = transport._idle.values()
-        assert type(connection.socket) is _CountingSocket
+        assert type(connection.socket) is CountingSocket
         transport.close()
