@@ -97,10 +97,9 @@ class Keeper:
     def open(self, name: Name | None, fingerprint: int, reserved: int = 0) -> Ticket:
         """A ticket for a job that begins now. Without a name nobody can repeat it."""
         self.room.reserved += reserved
-        ticket = Ticket(fingerprint, self._refused, reserved)
+        ticket = Ticket(fingerprint, self._refused, partial(self._close, name), reserved)
         if name is not None:
             self._in_flight[name] = ticket
-        ticket.future.add_done_callback(lambda _: self._close(name, ticket))
         return ticket
 
     def admit(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import torch
@@ -34,6 +34,7 @@ from split_server.engine.tasks import Forwarded
 from split_server.engine.tickets import Ticket, as_shown, require_same
 from split_server.engine.work import backward_task, forward_task, nbytes_of, require_shape
 from split_server.engine.worker import Worker
+from split_server.off_loop import run_on
 from split_server.streams import SideStreams, used_here
 
 # Tokens of a batch beyond which a body gains nothing from more: a CPU core's matrix kernels are
@@ -65,6 +66,7 @@ class LocalEngine:
         self._schedule = Schedule(self._full_tokens, limits.max_batch_samples, limits.max_wait_s)
         self._outbox = Outbox(placement.device)
         self._streams = SideStreams(placement.device)
+        self._joiner = ThreadPoolExecutor(1, "split-joiner")
         self._worker = Worker(
             self._schedule,
             Executor(bodies, placement, self._keeper.room.sizes),
@@ -135,7 +137,11 @@ class LocalEngine:
         """See `Engine.infer`. A large job is done in full batches; others come between them."""
         rows = max(1, self._full_tokens // job.tokens)
         parts = [await self._infer(part) for part in job.split(rows)]
-        return parts[0] if len(parts) == 1 else await asyncio.to_thread(self._joined, parts)
+        return (
+            parts[0]
+            if len(parts) == 1
+            else await run_on(self._joiner, partial(self._joined, parts))
+        )
 
     def _joined(self, parts: Sequence[Tensor]) -> Tensor:
         try:
@@ -195,6 +201,7 @@ class LocalEngine:
         """See `Engine.close`."""
         self._worker.close()
         self._outbox.close()
+        self._joiner.shutdown()
 
     # Under the lock
 

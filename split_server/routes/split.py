@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextvars
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,6 +25,7 @@ from protocol.version import FRAME_MEDIA_TYPE
 from split_server.credentials import require_member
 from split_server.engine.tickets import as_shown
 from split_server.engine.work import nbytes_of
+from split_server.off_loop import run_on
 from split_server.presence import Presence
 from split_server.routes.asked import Asked
 from split_server.routes.bodies import read_body
@@ -123,8 +122,7 @@ class SplitPlane:
             except torch.OutOfMemoryError as error:  # codecs work in the GPU's memory
                 raise as_shown(error) from error
 
-        run = contextvars.copy_context().run  # the log knows whose request it is
-        return await asyncio.get_running_loop().run_in_executor(self.threads, run, call)
+        return await run_on(self.threads, call)
 
 
 def _encode(reply: Reply) -> list[memoryview]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -110,6 +112,29 @@ def test_a_step_is_the_bodys_own_forward_and_backward(
     assert torch.equal(result, leaf.grad)  # type: ignore[arg-type]
     assert torch.equal(inferred, expected)
     assert not inferred.requires_grad
+
+
+def test_the_memory_of_an_answer_is_free_when_it_has_been_taken(
+    make: MakeEngine, key: BodyKey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not when a search for cycles comes by: what is taken follows from settings alone."""
+    monkeypatch.setitem(local_engine._FULL_BATCH_TOKENS, "cpu", smashed().shape[1])
+    engine = make(answers=0)
+    taken: list[weakref.ref[Tensor]] = []
+
+    async def take_all() -> None:
+        taken.append(weakref.ref(await engine.forward(forward(key, smashed()))))
+        taken.append(weakref.ref(await engine.backward(backward(key, smashed(seed=1)))))
+        joined = InferJob("r1", "p1", key, smashed().repeat(2, 1, 1))
+        taken.append(weakref.ref(await engine.infer(joined)))
+
+    gc.disable()
+    try:
+        asyncio.run(take_all())
+        engine.close()  # and the worker has let go of its last batch
+        assert [tensor() is None for tensor in taken] == [True, True, True]
+    finally:
+        gc.enable()
 
 
 def test_a_large_batch_of_inference_is_done_in_full_batches(
