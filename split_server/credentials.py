@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 import secrets
 from dataclasses import dataclass
@@ -98,7 +97,7 @@ class Credentials:
 
     def _mac(self, run: str, participant: str) -> str:
         message = f"{_PREFIX}.{run}.{participant}".encode()
-        return hmac.new(self._secret, message, hashlib.sha256).hexdigest()
+        return hmac.digest(self._secret, message, "sha256").hex()
 
 
 def require_operator(identity: Identity) -> None:

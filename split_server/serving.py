@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import socket
 
 import uvicorn
@@ -41,6 +42,7 @@ def build_server(application: SplitServer, settings: ServerSettings) -> Server:
         log_config=None,
         access_log=False,
         server_header=False,
+        proxy_headers=False,  # nothing here asks where a request came from
         timeout_keep_alive=_KEEP_ALIVE_S,
         limit_concurrency=settings.max_connections,
         timeout_graceful_shutdown=_GRACE_S,
@@ -59,5 +61,8 @@ def serve_until_stopped(application: SplitServer, settings: ServerSettings) -> N
     with held_folder(settings.data_dir):
         require_whole(settings.data_dir, settings.database)
         Store(settings.database).close()  # a wrong schema is told in one line, not in a traceback
+        # A search for cycles in all that was imported takes a fifth of a second: not while serving.
+        gc.collect()
+        gc.freeze()
         with contextlib.suppress(KeyboardInterrupt):
             build_server(application, settings).run()

@@ -21,7 +21,9 @@ def bytes_of(tensor: Tensor) -> memoryview:
     if tensor.numel() == 0:
         return memoryview(b"")
     plain = _fetched(tensor.detach().contiguous())
-    return memoryview(plain.reshape(-1).view(torch.uint8).numpy().data)
+    # numpy knows no bfloat16, and a view of other elements takes a dimension.
+    whole = plain if plain.dim() else plain.reshape(1)
+    return whole.view(torch.uint8).numpy().data.cast("B")
 
 
 def placed(tensor: Tensor, device: Device) -> Tensor:

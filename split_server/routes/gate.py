@@ -10,7 +10,6 @@ import secrets
 import time
 from dataclasses import dataclass, field
 
-from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -23,6 +22,9 @@ from split_server.routes.responses import send_error, unexpected
 
 log = logging.getLogger(__name__)
 
+Headers = dict[bytes, bytes]
+
+_ID_NAME, _VERSION_NAME = REQUEST_ID_HEADER.encode(), VERSION_HEADER.encode()
 _IDENTITY_KEY = "sfprompt_identity"  # in the scope's state: who is asking
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _FOR_EVERYBODY = "/v1/health"  # answers ends of every version
@@ -42,11 +44,11 @@ class Gate:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        headers = Headers(scope=scope)
-        shown = headers.get(REQUEST_ID_HEADER, "")
+        headers: Headers = dict(scope["headers"])
+        shown = headers.get(_ID_NAME, b"").decode("latin-1")
         token = request_id.set(shown if _REQUEST_ID.fullmatch(shown) else secrets.token_hex(8))
         self._recognise(scope, headers)
-        exchange = _Exchange(self, scope, receive, send)
+        exchange = _Exchange(self, scope, headers, receive, send)
         began = time.perf_counter()
         try:
             _require_version(scope, headers)
@@ -80,7 +82,8 @@ class Gate:
     def _recognise(self, scope: Scope, headers: Headers) -> None:
         """Every request that shows a credential is on its account, also where none is needed."""
         if self.credentials is not None:
-            identity = self.credentials.identify(headers.get("authorization"))
+            shown = headers.get(b"authorization", b"").decode("latin-1")
+            identity = self.credentials.identify(shown)
             scope.setdefault("state", {})[_IDENTITY_KEY] = identity
 
 
@@ -90,6 +93,7 @@ class _Exchange:
 
     gate: Gate
     scope: Scope
+    headers: Headers
     inner_receive: Receive
     inner_send: Send
     status: int = 0  # 0: no answer yet
@@ -97,9 +101,8 @@ class _Exchange:
     body_is_read: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        headers = dict(self.scope["headers"])
-        length = headers.get(b"content-length", b"0")
-        self.body_is_read = length == b"0" and b"transfer-encoding" not in headers
+        length = self.headers.get(b"content-length", b"0")
+        self.body_is_read = length == b"0" and b"transfer-encoding" not in self.headers
 
     async def receive(self) -> Message:
         message = await self.inner_receive()
@@ -130,13 +133,11 @@ class _Exchange:
 
     def _begin(self, message: Message) -> Message:
         self.status = message["status"]
-        own = {REQUEST_ID_HEADER: request_id.get(), VERSION_HEADER: str(PROTOCOL_VERSION)}
+        own = {_ID_NAME: request_id.get().encode(), _VERSION_NAME: b"%d" % PROTOCOL_VERSION}
         if not self.body_is_read:
-            own["connection"] = "close"
-        added = [(name.encode(), value.encode()) for name, value in own.items()]
-        names = {name for name, _ in added}
-        kept = [pair for pair in message.get("headers", []) if pair[0].lower() not in names]
-        return {**message, "headers": [*kept, *added]}
+            own[b"connection"] = b"close"
+        kept = [pair for pair in message.get("headers", []) if pair[0].lower() not in own]
+        return {**message, "headers": [*kept, *own.items()]}
 
     async def _drain(self) -> None:
         taken = 0
@@ -169,8 +170,8 @@ def _log_line(scope: Scope, status: int, seconds: float) -> None:
 
 
 def _require_version(scope: Scope, headers: Headers) -> None:
-    shown = headers.get(VERSION_HEADER)
-    if shown == str(PROTOCOL_VERSION) or scope["path"] == _FOR_EVERYBODY:
+    shown = headers.get(_VERSION_NAME)
+    if shown == b"%d" % PROTOCOL_VERSION or scope["path"] == _FOR_EVERYBODY:
         return
     if shown is None and scope["method"] in ("GET", "HEAD"):
         return  # a person with a browser
@@ -180,6 +181,6 @@ def _require_version(scope: Scope, headers: Headers) -> None:
         else "every request that does something names the protocol's version",
         field=VERSION_HEADER,
         limit=PROTOCOL_VERSION,
-        value=None if shown is None else shown[:20],
+        value=None if shown is None else shown[:20].decode("latin-1"),
         hint="run the same release on both ends",
     )

@@ -11,7 +11,6 @@ from sqlalchemy.exc import OperationalError
 from starlette.types import Send
 
 from protocol.errors import Busy, InternalError, SFPromptError
-from protocol.version import REQUEST_ID_HEADER
 from split_server.logs import request_id
 
 Header = tuple[bytes, bytes]
@@ -64,8 +63,7 @@ async def send_pieces(
     length = sum(memoryview(piece).nbytes for piece in pieces)
     headers = [
         (b"content-type", media),
-        (b"content-length", str(length).encode()),
-        (REQUEST_ID_HEADER.encode(), request_id.get().encode()),
+        (b"content-length", b"%d" % length),
         *extra,
     ]
     await send({"type": "http.response.start", "status": status, "headers": headers})
