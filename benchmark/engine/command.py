@@ -107,7 +107,7 @@ def _measured(place: Stand, bars: Progress) -> Findings:
     clock = bars.add_task(f"soak of {plan.soak.clients} clients, s", total=whole)
     soak = measure_soak(place, lambda s: bars.update(clock, completed=min(whole, round(s))))
     bars.update(clock, completed=whole)
-    return Findings(place.setting, place.cores, place.loop_place, throughput, trip, curve, soak)
+    return Findings(place.setting, place.cores, place.limit, throughput, trip, curve, soak)
 
 
 def show(found: Findings, console: Console) -> None:

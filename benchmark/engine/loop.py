@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import split_model
+from benchmark.engine.limit import limit_of
 from benchmark.engine.stages import server_stages
 from benchmark.engine.worker import serve_tasks
 from protocol.messages import parse_message
@@ -28,7 +30,7 @@ class Loop:
     def build(
         self, model: dict[str, Any], backbones: str, place: dict[str, str], threads: int
     ) -> dict[str, Any]:
-        """Load the body where the server would."""
+        """Load the body where the server would, and see what the device can do."""
         torch.set_num_threads(threads)
         keep_large_buffers()
         settings = parse_message(BackboneSettings, model)
@@ -41,19 +43,14 @@ class Loop:
             self._placement.device,
             self._placement.dtype,
         )
-        return {"device": str(self._placement.device), "dtype": self._placement.dtype_name}
+        return limit_of(self._body, self._placement, self._drawn(1, torch.Generator())).to_json()
 
     def run(self, batch: int, steps: int) -> dict[str, Any]:
         """Seconds that ``steps`` steps of ``batch`` samples take, on the clock and of the CPU."""
-        if self._body is None or self._placement is None:
+        if self._body is None:
             raise RuntimeError("the loop has no body yet")
-        body, place = self._body, self._placement
-        tokens = body.sizes.tokens + body.settings.prompt_count
-        draw = torch.Generator().manual_seed(0)
-        shape = (batch, tokens, body.sizes.width)
-        smashed, gradients = (
-            torch.randn(shape, generator=draw).to(place.device, place.flowing) for _ in range(2)
-        )
+        body, draw = self._body, torch.Generator().manual_seed(0)
+        smashed, gradients = self._drawn(batch, draw), self._drawn(batch, draw)
         self._wait()
         cpu, clock = time.process_time(), time.perf_counter()
         for _ in range(steps):
@@ -61,6 +58,15 @@ class Loop:
             torch.autograd.grad(body(leaf), leaf, gradients)
         self._wait()
         return {"seconds": time.perf_counter() - clock, "cpu_s": time.process_time() - cpu}
+
+    def _drawn(self, batch: int, draw: torch.Generator) -> Tensor:
+        """Random smashed data [B, T, D], where the body takes it."""
+        if self._body is None or self._placement is None:
+            raise RuntimeError("the loop has no body yet")
+        body, place = self._body, self._placement
+        tokens = body.sizes.tokens + body.settings.prompt_count
+        drawn = torch.randn(batch, tokens, body.sizes.width, generator=draw)
+        return drawn.to(place.device, place.flowing)
 
     def _wait(self) -> None:
         if self._placement is not None and self._placement.device.type == "cuda":

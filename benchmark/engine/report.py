@@ -14,6 +14,7 @@ from rich.table import Table
 
 from benchmark.engine.cores import Cores
 from benchmark.engine.curve import Point, write_csv
+from benchmark.engine.limit import Limit
 from benchmark.engine.plots import plot_curve, plot_soak
 from benchmark.engine.roundtrip import RoundTrip
 from benchmark.engine.setting import EngineSetting
@@ -39,7 +40,7 @@ class Findings:
 
     setting: EngineSetting
     cores: Cores
-    place: str  # device and dtype of the bodies
+    limit: Limit  # of the device that bodies run on
     throughput: Sequence[Throughput]
     roundtrip: RoundTrip
     curve: Sequence[Point] | None  # None: left out
@@ -58,18 +59,22 @@ class Findings:
     @property
     def taken(self) -> float | None:
         """The share of its cores that other programs took from the loop; None: not on the CPU."""
-        if not self.place.startswith("cpu"):
+        if not self.limit.device.startswith("cpu"):
             return None
         looped = [one for t in self.throughput for one in t.looped]
         whole = self.cores.threads * sum(one.seconds for one in looped)
         return max(0.0, 1 - sum(one.cpu_s for one in looped) / whole)
+
+    def share(self, one: Throughput) -> float:
+        """How much of the device's measured matrix rate the server makes use of."""
+        return self.limit.share(one.served_rate.median)
 
     def to_json(self) -> dict[str, Any]:
         return {
             "ratios": self.ratios,
             "taken_by_other_programs": self.taken,
             "machine": {
-                "device": self.place,
+                "limit": self.limit.to_json(),
                 "server_cores": list(self.cores.server),
                 "client_cores": list(self.cores.clients),
                 "cores_shared": self.cores.shared,
@@ -78,7 +83,9 @@ class Findings:
                 "python": platform.python_version(),
             },
             "model": self.setting.model.model_dump(mode="json"),
-            "throughput": [one.to_json() for one in self.throughput],
+            "throughput": [
+                one.to_json() | {"share_of_matrix_rate": self.share(one)} for one in self.throughput
+            ],
             "roundtrip": self.roundtrip.to_json(),
             "curve": None if self.curve is None else [one.to_json() for one in self.curve],
             "soak": self.soak.to_json(),
@@ -97,7 +104,7 @@ def ratio_table(found: Findings) -> Table:
     """The main figures beside their targets."""
     spreads = {f"throughput_vs_loop_{t.load}": t.ratio for t in found.throughput}
     spreads["roundtrip_vs_socket"] = found.roundtrip.ratio
-    table = Table(title=f"The engine on {found.place}", title_justify="left")
+    table = Table(title=f"The engine on {found.limit}", title_justify="left")
     table.add_column("figure")
     for name in ("value", "least … most", "target"):
         table.add_column(name, justify="right")
@@ -121,7 +128,7 @@ def throughput_table(found: Findings) -> Table:
     table.add_column("clients x batch")
     for name in ("server", "loop, one batch", "loop, client's batch"):
         table.add_column(name, justify="right")
-    for name in ("CPU ratio", "server's CPU", "clients' CPU"):
+    for name in ("of matrix rate", "CPU ratio", "server's CPU", "clients' CPU"):
         table.add_column(name, justify="right")
     for one in found.throughput:
         figures = one.to_json()
@@ -130,11 +137,15 @@ def throughput_table(found: Findings) -> Table:
             f"{figures['server_samples_per_s']['median']:,.1f}",
             f"{figures['loop_samples_per_s']['median']:,.1f}",
             f"{one.looped_small.samples_per_s:,.1f}",
+            f"{found.share(one):.0%}",
             f"{one.cpu_ratio:.3f}",
             f"{figures['server_busy_share']['median']:.0%}",
             f"{figures['client_cpu_share']['median']:.1%}",
         )
+    rate, sample = found.limit.flops_per_s / 1e9, found.limit.sample_flops / 1e9
     table.caption = (
+        f"Matrix rate: {rate:,.0f} GFLOP/s in one large product, measured; a sample takes "
+        f"{sample:.3g} GFLOP, forward and input gradient. "
         "CPU ratio: the loop's CPU seconds a sample over the server's; other programs change it "
         "less than the clock. CPU: seconds of the processor in a second, 100 % is one core."
     )

@@ -48,9 +48,9 @@ class Plan:
     """
 
     loads: tuple[Load, ...] = (Load(8, 16), Load(8, 32), Load(1, 32))
-    repetitions: int = 5
-    seconds: float = 8.0
-    turn_repetitions: int = 25
+    repetitions: int = 13
+    seconds: float = 4.0
+    turn_repetitions: int = 101
     turns: int = 8
     curve_clients: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
     curve_batches: tuple[int, ...] = (1, 4, 16, 32)
@@ -70,7 +70,7 @@ QUICK_CUT = 6  # half the body takes half the time; the network's share is twice
 QUICK = Plan(
     repetitions=2,
     seconds=2.0,
-    turn_repetitions=11,
+    turn_repetitions=25,
     curve_clients=(1, 8),
     curve_batches=(1, 4),
     curve_repetitions=1,

@@ -11,6 +11,7 @@ from typing import Any
 
 from benchmark.engine.cores import Cores
 from benchmark.engine.hosted import HOST, Hosted, OpenRun, hosted
+from benchmark.engine.limit import Limit
 from benchmark.engine.setting import EngineSetting, Load, shape_of
 from benchmark.engine.worker import Worker
 
@@ -57,7 +58,7 @@ class Stand:
     run: OpenRun
     crowd: Worker
     loop: Worker
-    loop_place: str  # device and dtype
+    limit: Limit  # of the device, for this body
 
     def serve(self, load: Load, steps: int, other: tuple[Hosted, OpenRun] | None = None) -> Served:
         """Let the clients of a load do so many steps each; on another server where one is given."""
@@ -107,7 +108,7 @@ def stand(setting: EngineSetting, folder: Path, cores: Cores) -> Iterator[Stand]
         stack.callback(crowd.stop)
         server = stack.enter_context(hosted("server", folder, cores, setting.place))
         run = server.open_run(setting.run)
-        place = loop.ask(
+        limit = loop.ask(
             "build",
             model=json.loads(setting.model.model_dump_json()),
             backbones=str(server.data_dir / "backbones"),
@@ -122,5 +123,5 @@ def stand(setting: EngineSetting, folder: Path, cores: Cores) -> Iterator[Stand]
             run=run,
             crowd=crowd,
             loop=loop,
-            loop_place=f"{place['device']}, {place['dtype']}",
+            limit=Limit(**limit),
         )

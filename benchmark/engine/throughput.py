@@ -44,6 +44,11 @@ class Throughput:
         )
 
     @property
+    def served_rate(self) -> Spread:
+        """The server's samples a second."""
+        return Spread.of([one.samples_per_s for one in self.served])
+
+    @property
     def cpu_ratio(self) -> float:
         """CPU seconds a sample of the loop over the server's: what other programs do not touch."""
         loop = sum(one.cpu_s for one in self.looped) / sum(one.samples for one in self.looped)
@@ -56,7 +61,7 @@ class Throughput:
             "steps": self.steps,
             "ratio": self.ratio.to_json(),
             "cpu_ratio": self.cpu_ratio,
-            "server_samples_per_s": Spread.of([s.samples_per_s for s in self.served]).to_json(),
+            "server_samples_per_s": self.served_rate.to_json(),
             "loop_samples_per_s": Spread.of([s.samples_per_s for s in self.looped]).to_json(),
             "loop_samples_per_s_client_batch": self.looped_small.samples_per_s,
             "server_busy_share": Spread.of(
@@ -81,9 +86,9 @@ def measure_throughput(stand: Stand, advance: Advance) -> list[Throughput]:
 def _measure(stand: Stand, load: Load, advance: Advance) -> Throughput:
     plan = stand.setting.plan
     rate = stand.loop_over(load.samples, 1).samples_per_s  # also warms it up
-    stand.serve(load, 1)
-    advance(f"throughput {load}")
     steps = steps_for(load, rate, plan.seconds)
+    stand.serve(load, steps)  # a whole repetition, until its memory has grown as far as it will
+    advance(f"throughput {load}")
     served, looped = [], [stand.loop_over(load.samples, steps)]
     for _ in range(plan.repetitions):
         served.append(stand.serve(load, steps))

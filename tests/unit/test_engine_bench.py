@@ -13,10 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+import split_model
 from benchmark.engine.cores import Cores, held_on
 from benchmark.engine.cores import _divided as divided
 from benchmark.engine.curve import Point, points_of, write_csv
 from benchmark.engine.device import _read_head as read_head
+from benchmark.engine.limit import Limit, limit_of
 from benchmark.engine.plots import plot_curve, plot_soak
 from benchmark.engine.report import Findings, keeps, ratio_table, roundtrip_table
 from benchmark.engine.roundtrip import REST, RoundTrip, Turns
@@ -27,6 +29,10 @@ from benchmark.engine.stand import Looped, Served
 from benchmark.engine.throughput import Throughput, steps_for
 from benchmark.engine.worker import Worker
 from protocol.errors import InvalidField, SFPromptError
+from split_server.devices import choose_placement
+from tests.server_doubles import SPLIT, smashed
+
+CPU = Limit("cpu", "float32", flops_per_s=1e11, sample_flops=10**8)
 
 
 def served(rate: float, samples: int = 100, cpu_s: float = 2.0) -> Served:
@@ -59,12 +65,30 @@ def findings(curve: Sequence[Point] | None = None) -> Findings:
     return Findings(
         EngineSetting(),
         Cores((0,), (1,)),
-        "cpu, float32",
+        CPU,
         [throughput(load, 0.93) for load in loads],
         RoundTrip(1_000_000, [turns], [echo], {"forward": 0.004}, {"client encode": 0.1}),
         curve,
         soak([[2.0, 3.0], [2.0, 3.0]], [[1.0, 1.0], [1.0, 1.0]]),
     )
+
+
+def test_the_share_of_the_matrix_rate_is_that_of_its_operations() -> None:
+    assert CPU.share(200.0) == pytest.approx(0.2)  # 2e10 of 1e11
+    assert findings().to_json()["throughput"][0]["share_of_matrix_rate"] == pytest.approx(0.093)
+
+
+def test_a_limit_counts_a_samples_forward_and_input_gradient(tmp_path: Path) -> None:
+    file = split_model.prepare_backbone(SPLIT, "random:0", tmp_path).path
+    body = split_model.build_body(SPLIT, split_model.open_backbone(file))
+    _, tokens, width = smashed().shape
+    found = limit_of(body, choose_placement("cpu", "float32"), smashed()[:1])
+    # Twelve D x D products of two operations a token, once forward and once for the gradient;
+    # attention's own products, two forward, take four to six times as many more at most.
+    linear = len(list(body.blocks)) * 2 * 12 * 2 * tokens * width**2
+    attention = len(list(body.blocks)) * 2 * 2 * tokens**2 * width
+    assert linear <= found.sample_flops <= linear + 7 * attention
+    assert found.flops_per_s > 1e8
 
 
 @given(st.lists(st.integers(0, 1000), min_size=1, max_size=300, unique=True))
@@ -136,7 +160,7 @@ def test_what_other_programs_took_is_what_the_loop_lacks_of_its_cores() -> None:
     assert findings().taken == pytest.approx(0.0)
     busy = Throughput(Load(1, 1), 2, [served(1.0)], [Looped(50.0, 1.5, 100)] * 2, Looped(1, 1, 1))
     assert replace(findings(), throughput=[busy]).taken == pytest.approx(0.25)  # 1.5 s of 2
-    assert replace(findings(), place="cuda, bfloat16").taken is None
+    assert replace(findings(), limit=replace(CPU, device="cuda")).taken is None
 
 
 def test_a_round_trips_cpu_is_held_against_the_echos() -> None:
