@@ -5,9 +5,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+WORK: Final = ("forward", "backward", "recompute", "inference")
 _SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 _SAMPLES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
@@ -55,6 +57,15 @@ class Turn:
     waited_s: float
 
 
+@dataclass(frozen=True)
+class _OfWork:
+    """What is counted of one kind of batch."""
+
+    fill: Histogram
+    compute: Histogram
+    wait: Histogram
+
+
 class EngineFigures:
     """Counts what the engine does. Safe from any thread.
 
@@ -73,27 +84,32 @@ class EngineFigures:
             ["run", "work"],
             registry=self.registry,
         )
-        self._fill = Histogram(
+        fill = Histogram(
             "sfprompt_engine_batch_samples",
             "Samples of a batch",
             ["work"],
             buckets=_SAMPLES,
             registry=self.registry,
         )
-        self._compute = Histogram(
+        compute = Histogram(
             "sfprompt_engine_compute_seconds",
             "Time of a batch in its body",
             ["work"],
             buckets=_SECONDS,
             registry=self.registry,
         )
-        self._wait = Histogram(
+        wait = Histogram(
             "sfprompt_engine_wait_seconds",
             "Time of a task in the queue",
             ["work"],
             buckets=_SECONDS,
             registry=self.registry,
         )
+        # Found once: to look a series up by its labels takes longer than to count in it.
+        self._of_work = {
+            work: _OfWork(fill.labels(work), compute.labels(work), wait.labels(work))
+            for work in WORK
+        }
         self._refused = Counter(
             "sfprompt_engine_refused",
             "Jobs that were refused or failed, by the code of their error",
@@ -108,10 +124,11 @@ class EngineFigures:
     def ran(self, work: str, turns: list[Turn], seconds: float) -> None:
         """A batch has been computed."""
         samples = sum(turn.samples for turn in turns)
-        self._fill.labels(work).observe(samples)
-        self._compute.labels(work).observe(seconds)
+        own = self._of_work[work]
+        own.fill.observe(samples)
+        own.compute.observe(seconds)
         for turn in turns:
-            self._wait.labels(work).observe(turn.waited_s)
+            own.wait.observe(turn.waited_s)
             if turn.run in self._over:
                 continue
             self._samples.labels(turn.run, work).inc(turn.samples)
@@ -130,7 +147,7 @@ class EngineFigures:
         with self._lock:
             self._over.add(run)
             self._runs.pop(run, None)
-        for work in ("forward", "backward", "recompute", "inference"):
+        for work in WORK:
             self._samples.remove(run, work)
 
     def _add(self, turn: Turn, batch: int, seconds: float, work: str) -> None:
