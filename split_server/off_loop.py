@@ -10,7 +10,8 @@ import asyncio
 import contextlib
 import contextvars
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import TypeVar
 
 R = TypeVar("R")
@@ -20,17 +21,11 @@ async def run_on(threads: ThreadPoolExecutor, function: Callable[[], R]) -> R:
     """What ``function`` returns or raises on one of the threads, in the context of its asker."""
     waiting: asyncio.Future[R] = asyncio.get_running_loop().create_future()
     run = contextvars.copy_context().run
-
-    def call() -> None:
-        try:
-            result = run(function)
-        except BaseException as error:
-            refuse(waiting, error)
-        else:
-            deliver(waiting, result)
-
-    threads.submit(call)
-    return await waiting
+    threads.submit(run, function).add_done_callback(partial(_pass_on, waiting))
+    try:
+        return await waiting
+    finally:
+        del waiting  # an error holds this frame, and would be held by it
 
 
 def deliver(waiting: asyncio.Future[R], result: R) -> None:
@@ -41,6 +36,26 @@ def deliver(waiting: asyncio.Future[R], result: R) -> None:
 def refuse(waiting: asyncio.Future[R], error: BaseException) -> None:
     """Give an error to whoever waits, if anybody still does. For any thread."""
     _tell(waiting, waiting.set_exception, error)
+
+
+def _pass_on(waiting: asyncio.Future[R], done: Future[R]) -> None:
+    error = done.exception()
+    if error is None:
+        deliver(waiting, done.result())
+    else:
+        refuse(waiting, error)
+
+
+def let_go(error: BaseException) -> None:
+    """Forget where an error came from, once it has been told.
+
+    Its traceback holds all frames on its way, and these what they work with: tensors, and often the
+    error itself.
+    """
+    rest: BaseException | None = error
+    while rest is not None and rest.__traceback__ is not None:
+        rest.__traceback__ = None
+        rest = rest.__cause__ or rest.__context__
 
 
 def _tell(waiting: asyncio.Future[R], settle: Callable[..., None], outcome: object) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from split_model import Body
@@ -56,7 +57,8 @@ def limit_of(body: Body, place: Placement, sample: Tensor) -> Limit:
 
 def _step_flops(body: Body, sample: Tensor) -> int:
     leaf = sample.detach().requires_grad_(True)
-    with FlopCounterMode(display=False) as counter:
+    # Only of plain products does the counter know what they take, on every device.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         features = body(leaf)
         features.backward(torch.ones_like(features))  # the counter cannot follow autograd.grad
     return int(counter.get_total_flops())

@@ -63,9 +63,12 @@ def read_answer(socket: CountingSocket, most: int, *, bodiless: bool = False) ->
             body = _read_on(socket, message, most)
         elif length > most:
             raise _too_large(most, length)
+        elif message.whole:  # with 204 and 304 a length is that of another answer
+            body = message.body
         else:
             body = _read_exactly(socket, length, message.body)
-        keeps_alive = message.keeps_alive and not message.followed
+        followed = message.followed or (bodiless and bool(message.body))
+        keeps_alive = message.keeps_alive and not followed
         return Answer(message.status, message.headers, body, keeps_alive)
     finally:
         message.parser = None  # they hold each other
@@ -91,7 +94,7 @@ class _Message:
         self.followed = self.whole
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if not self.followed:
+        if not self.has_head:  # else a trailer, or another answer's
             self.headers.append((name, value))
 
     def on_headers_complete(self) -> None:
@@ -101,7 +104,7 @@ class _Message:
             self.has_head = self.status >= 200 or self.status == _SWITCHING_PROTOCOLS
 
     def on_body(self, body: bytes) -> None:
-        if not self.followed:
+        if self.has_head and not self.followed:
             self.body += body
 
     def on_message_complete(self) -> None:
@@ -138,7 +141,7 @@ def _length_of(headers: Headers) -> int | None:
     """The length that the head names; the parser has refused what is no length."""
     for name, value in headers:
         if name.lower() == b"content-length":
-            return int(value)
+            return int(value.strip().lstrip(b"0") or b"0")  # Python counts digits, zeros too
     return None
 
 
@@ -156,10 +159,11 @@ def _read_exactly(socket: CountingSocket, length: int, begun: bytearray) -> Body
 
 def _read_on(socket: CountingSocket, message: _Message, most: int) -> Body:
     """A body in chunks, or one that ends with its connection."""
-    buffer = memoryview(bytearray(_READ_BYTES))
+    buffer, idle = memoryview(bytearray(_READ_BYTES)), 0
     while True:
-        if len(message.body) > most:
-            raise _too_large(most, len(message.body))
+        size = len(message.body)
+        if size > most:
+            raise _too_large(most, size)
         if message.whole:
             return message.body
         count = socket.receive_into(buffer)
@@ -168,6 +172,9 @@ def _read_on(socket: CountingSocket, message: _Message, most: int) -> Body:
                 raise BrokenAnswer("the answer broke off between two chunks")
             return message.body
         _feed(message, buffer[:count])
+        idle = 0 if len(message.body) > size else idle + count
+        if idle > _HEAD_BYTES:
+            raise BrokenAnswer("between the answer's chunks, or behind them, is too much")
 
 
 def _too_large(most: int, value: int) -> TooLarge:

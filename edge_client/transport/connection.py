@@ -13,6 +13,7 @@ import httpx
 from edge_client.transport.answer import Answer, read_answer
 from edge_client.transport.link import Line
 from edge_client.transport.sockets import CountingSocket, SlowedSocket
+from protocol.errors import InvalidField
 
 BROKEN: Final = (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError)  # the other end is gone
 _PORTS: Final = {"http": 80, "https": 443}
@@ -41,10 +42,8 @@ class Connection:
     ) -> None:
         round_trips = 1 if tls is None else 2
         with contextlib.nullcontext() if line is None else line.opening(round_trips):
-            plain = _connected(url.host, url.port or _PORTS[url.scheme], timeout)
-            if tls is not None:
-                plain = _secured(plain, tls, url.host)
-        self.socket = CountingSocket(plain) if line is None else SlowedSocket(plain, line)
+            made = _connected(url, tls, timeout)
+        self.socket = CountingSocket(made) if line is None else SlowedSocket(made, line)
         self.used = False
         self.closed = False
 
@@ -53,7 +52,7 @@ class Connection:
 
         Raises:
             BrokenAnswer, OSError, TooLarge: as `read_answer` does.
-            httpx.LocalProtocolError: a header of the request holds a line's end.
+            InvalidField: a header of the request holds a line's end.
         """
         self.socket.set_timeout(timeout)
         self.socket.begin_exchange()
@@ -88,19 +87,15 @@ class Connection:
         return True
 
 
-def _connected(host: str, port: int, timeout: float) -> socket.socket:
-    made = socket.create_connection((host, port), timeout)
-    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in _KEEP_ALIVE.items():
-        if hasattr(socket, option):
-            made.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
-    return made
-
-
-def _secured(plain: socket.socket, tls: ssl.SSLContext, host: str) -> ssl.SSLSocket:
+def _connected(url: httpx.URL, tls: ssl.SSLContext | None, timeout: float) -> socket.socket:
+    plain = socket.create_connection((url.host, url.port or _PORTS[url.scheme]), timeout)
     try:
-        return tls.wrap_socket(plain, server_hostname=host)
+        plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        plain.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in _KEEP_ALIVE.items():
+            if hasattr(socket, option):
+                plain.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+        return plain if tls is None else tls.wrap_socket(plain, server_hostname=url.host)
     except BaseException:
         plain.close()
         raise
@@ -113,5 +108,5 @@ def _head_of(request: httpx.Request) -> bytes:
     lines += [b"%s: %s" % header for header in headers]
     head = b"\r\n".join(lines)
     if head.count(b"\n") != len(headers) or head.count(b"\r") != len(headers):
-        raise httpx.LocalProtocolError("a header is one line", request=request)
+        raise InvalidField("a header of a request is one line", field="headers", limit=1)
     return head + b"\r\n\r\n"

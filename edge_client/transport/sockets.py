@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import select
 import socket
+import ssl
 
 from edge_client.transport.link import Line
 
@@ -44,6 +45,8 @@ class CountingSocket:
     @property
     def silent(self) -> bool:
         """Whether nothing has come that nobody has read: not even the connection's end."""
+        if isinstance(self._inner, ssl.SSLSocket) and self._inner.pending():
+            return False  # it has been read already, by TLS
         poll = select.poll()
         poll.register(self._inner, select.POLLIN)
         return not poll.poll(0)

@@ -21,9 +21,11 @@ def bytes_of(tensor: Tensor) -> memoryview:
     if tensor.numel() == 0:
         return memoryview(b"")
     plain = _fetched(tensor.detach().contiguous())
-    # numpy knows no bfloat16, and a view of other elements takes a dimension.
-    whole = plain if plain.dim() else plain.reshape(1)
-    return whole.view(torch.uint8).numpy().data.cast("B")
+    # numpy knows no bfloat16, and a view of other elements takes a last dimension without gaps:
+    # one of a single element counts as contiguous at any stride.
+    if not plain.dim() or plain.stride(-1) != 1:
+        plain = plain.clone(memory_format=torch.contiguous_format).reshape(-1)
+    return plain.view(torch.uint8).numpy().data.cast("B")
 
 
 def placed(tensor: Tensor, device: Device) -> Tensor:

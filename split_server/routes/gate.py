@@ -18,6 +18,7 @@ from protocol.version import PROTOCOL_VERSION, REQUEST_ID_HEADER, VERSION_HEADER
 from split_server.credentials import Credentials, Identity, Member, Operator
 from split_server.logs import request_id
 from split_server.meter import SOCKET_KEY, Meter, SocketCounter
+from split_server.off_loop import let_go
 from split_server.routes.responses import send_error, unexpected
 
 log = logging.getLogger(__name__)
@@ -55,11 +56,13 @@ class Gate:
             await self.app(scope, exchange.receive, exchange.send)
         except SFPromptError as error:
             await exchange.refuse(error)
+            let_go(error)
         except ClientDisconnect:
             log.debug("the client has gone")
         except Exception as error:
             log.exception("%s %s failed", scope["method"], scope["path"])
             await exchange.refuse(unexpected(error))
+            let_go(error)
         finally:
             if not exchange.ended:  # else the next request's bytes may be here already
                 self.charge(scope)

@@ -53,6 +53,16 @@ def test_a_body_without_end_is_cut_off() -> None:
 
 
 @pytest.mark.parametrize(
+    "chunks",
+    [b"0\r\n" + b"a: b\r\n" * 50_000, b"0\r\nx: " + b"y" * 300_000, b"2;" + b"e" * 300_000],
+    ids=["trailers", "a trailer", "an extension"],
+)
+def test_what_stands_between_chunks_and_behind_them_has_an_end(chunks: bytes) -> None:
+    head = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
+    assert isinstance(talk(head + chunks, then_close=False), Unreachable)
+
+
+@pytest.mark.parametrize(
     "answer",
     [
         b"220 smtp ready\r\n",
@@ -78,6 +88,8 @@ def test_what_is_no_http_is_an_unreachable_server(answer: bytes) -> None:
     [
         b"HTTP/1.1 200 OK\r\ncontent-length: -5\r\n\r\n{",
         b"HTTP/1.1 200 OK\r\ncontent-length: many\r\n\r\n{",
+        b"HTTP/1.1 200 OK\r\ncontent-length: " + b"0" * 5000 + b"1\r\n\r\n{",
+        b"HTTP/1.1 150 x\r\ncontent-length: 9\r\n\r\nsomething" + b"HTTP/1.1 200 OK\r\n\r\n",
         b"HTTP/1.1 200 OK\r\ncontent-length: 1\r\nx-\xff\xfe: \xff\r\n\r\n{",
         b"HTTP/1.1 200 OK\r\n : x\r\ncontent-length: 1\r\n\r\n{",
         b"HTTP/1.1 302 x\r\ncontent-length: 0\r\nlocation: http://[\r\n\r\n",

@@ -15,7 +15,7 @@ import trustme
 from edge_client.transport import Link, MeteredTransport
 from edge_client.transport.metered import BODY_EXTENSION
 from edge_client.transport.sockets import CountingSocket
-from protocol.errors import TooLarge
+from protocol.errors import InvalidField, TooLarge
 from protocol.traffic import FORWARD_PATH, Phase
 from tests.edge_doubles import Connection, RawServer, answering, response
 from tests.transport_doubles import Forgetful, Pieces, client_of, counted, server_side
@@ -78,24 +78,33 @@ def test_chunked_and_empty_answers_keep_the_connection(transport: MeteredTranspo
         [
             chunked + b"4\r\nwiki\r\n6;x=y\r\npedia!\r\n0\r\n\r\n",
             chunked + b"0\r\n\r\n",
+            chunked + b"1\r\na\r\n0\r\nx-trailer: b\r\n\r\n",
             b"HTTP/1.1 204 No Content\r\n\r\n",
+            b"HTTP/1.1 304 Not Modified\r\ncontent-length: 5\r\n\r\n",
             response(),
             response(b"last"),
         ]
     )
     with RawServer(answering(lambda _: next(answers))) as server:
         client = client_of(transport)
-        bodies = [client.get(server.url).content for _ in range(5)]
-        assert bodies == [b"wikipedia!", b"", b"", b"", b"last"]
+        found = [client.get(server.url) for _ in range(7)]
+        assert [one.content for one in found] == [b"wikipedia!", b"", b"a", b"", b"", b"", b"last"]
+        assert "x-trailer" not in found[2].headers
         assert len(server.connections) == 1
         assert counted(transport) == (server.received, server.sent)
 
 
 @pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize(
+    "early",
+    [
+        b"HTTP/1.1 103 Early Hints\r\nlink: </x>\r\n\r\n",
+        b"HTTP/1.1 150 Odd\r\nlink: </x>\r\ncontent-length: 2\r\n\r\nno",
+    ],
+)
 def test_what_is_said_ahead_of_the_answer_is_not_the_answer(
-    transport: MeteredTransport, together: bool
+    transport: MeteredTransport, early: bytes, together: bool
 ) -> None:
-    early = b"HTTP/1.1 103 Early Hints\r\nlink: </x>\r\n\r\n"
 
     def serve(connection: Connection) -> None:
         while connection.request() is not None:
@@ -124,7 +133,7 @@ def test_the_answer_to_head_ends_with_its_head(transport: MeteredTransport) -> N
 @pytest.mark.parametrize("value", ["a\r\nx-smuggled: 1", "a\nb", "a\rb"])
 def test_a_header_of_two_lines_is_not_sent(transport: MeteredTransport, value: str) -> None:
     with RawServer(answering(lambda _: response())) as server:
-        with pytest.raises(httpx.LocalProtocolError):
+        with pytest.raises(InvalidField):
             client_of(transport).get(server.url, headers={"x-mine": value})
         assert server.received == 0
 
@@ -351,6 +360,21 @@ def test_https_with_an_own_authority(authority: trustme.CA, tmp_path: Path) -> N
         assert client.post(s.url, content=b"again").content == b"again"
         assert len(s.connections) == 1
         assert counted(transport) == (s.received, s.sent)  # of HTTP, above TLS
+    transport.close()
+
+
+def test_bytes_behind_an_answer_are_nobodys_under_tls_either(
+    authority: trustme.CA, tmp_path: Path
+) -> None:
+    """TLS has read them with the answer's last bytes: the socket itself is silent."""
+    body = b"x" * 20_000
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    transport = MeteredTransport(ssl.create_default_context(cafile=str(tmp_path / "ca.pem")))
+    serve = answering(lambda _: response(body) + response(b"[evil]"))
+    with RawServer(serve, server_side(authority, "127.0.0.1")) as server:
+        client = client_of(transport)
+        assert [client.get(server.url).content == body for _ in range(3)] == [True] * 3
+        assert len(server.connections) == 3
     transport.close()
 
 

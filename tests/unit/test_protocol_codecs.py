@@ -183,6 +183,17 @@ def test_other_dtypes_and_strides_and_gradients_are_taken_as_the_numbers_they_ar
         assert [bytes(buffer) for buffer in codec.encode(tensor)] == expected
 
 
+@pytest.mark.parametrize("codec", ["float32", "bfloat16", "int64"])
+@pytest.mark.parametrize("shape", [(5, 1), (1,), (1, 1, 1)])
+def test_single_elements_far_from_each_other_are_sent(codec: str, shape: tuple[int, ...]) -> None:
+    """torch calls a dimension of one element contiguous, whatever its stride."""
+    values = torch.arange(math.prod(shape)).to(CODECS[codec].dtype)
+    strides = (1, *[7] * (len(shape) - 1)) if len(shape) > 1 else (7,)
+    tensor = torch.as_strided(values, shape, strides)
+    buffers = codec_named(codec).encode(tensor)
+    assert torch.equal(codec_named(codec).decode(buffers, shape), tensor)
+
+
 @pytest.mark.parametrize("name", LOSSY)
 def test_encoding_changes_nothing_in_the_tensor(name):
     tensor = random_tensor([3, 130])

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from split_server.off_loop import deliver, refuse, run_on
+from split_server.off_loop import deliver, let_go, refuse, run_on
 
 WHO = contextvars.ContextVar("who", default="nobody")
 
@@ -59,6 +59,32 @@ def test_a_result_is_nobodys_once_it_has_been_taken(threads: ThreadPoolExecutor)
         gc.enable()
 
 
+def test_an_error_that_has_been_told_holds_nothing(threads: ThreadPoolExecutor) -> None:
+    held: list[weakref.ref[Large]] = []
+
+    async def ask() -> None:
+        large = Large()
+        held.append(weakref.ref(large))
+
+        def fail() -> None:
+            own = Large()
+            held.append(weakref.ref(own))
+            raise ValueError(f"{large} {own}") from KeyError()
+
+        try:
+            await run_on(threads, fail)
+        except ValueError as error:
+            let_go(error)
+
+    gc.disable()
+    try:
+        asyncio.run(ask())
+        threads.submit(int).result()
+        assert [one() is None for one in held] == [True, True]
+    finally:
+        gc.enable()
+
+
 def test_who_has_gone_is_told_nothing(threads: ThreadPoolExecutor) -> None:
     go_on, reported = threading.Event(), []
 
@@ -68,7 +94,8 @@ def test_who_has_gone_is_told_nothing(threads: ThreadPoolExecutor) -> None:
         await asyncio.sleep(0)
         asked.cancel()
         go_on.set()
-        await asyncio.sleep(0.05)
+        await asyncio.to_thread(threads.submit(int).result)  # the thread is behind it
+        await asyncio.sleep(0)
         assert asked.cancelled()
 
     asyncio.run(ask_and_go())
