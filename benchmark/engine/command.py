@@ -46,7 +46,7 @@ def engine(
     device: Annotated[str, typer.Option(help="Of the body: auto | cuda | mps | cpu")] = "cpu",
     dtype: BodyType = "auto",
     minutes: Annotated[
-        float | None, typer.Option(min=0.05, help="Of the soak. Default: 10, or 0.5 with --quick.")
+        float | None, typer.Option(min=0.05, help="Of the soak. Default: 10, or 0.3 with --quick.")
     ] = None,
     clients: Annotated[int, typer.Option(min=1, max=1024, help="Of the soak.")] = 64,
     curve: Annotated[

@@ -68,15 +68,15 @@ class Plan:
 
 QUICK_CUT = 6  # half the body takes half the time; the network's share is twice as large
 QUICK = Plan(
-    repetitions=2,
-    seconds=2.0,
+    repetitions=3,
+    seconds=1.5,
     turn_repetitions=25,
     curve_clients=(1, 8),
     curve_batches=(1, 4),
     curve_repetitions=1,
     curve_seconds=1.0,
     soak=Load(64, 1),
-    soak_s=30.0,
+    soak_s=20.0,
 )
 
 
