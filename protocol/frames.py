@@ -54,6 +54,14 @@ class TensorSpec:
     shape: tuple[int, ...]
     sizes: tuple[int, ...]  # bytes of each of its buffers
 
+    def to_wire(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "codec": self.codec,
+            "shape": list(self.shape),
+            "sizes": list(self.sizes),
+        }
+
 
 @dataclass(frozen=True)
 class Frame:
@@ -119,13 +127,13 @@ def encode_frame(
     payload: list[memoryview] = []
     for name, (tensor, codec) in tensors.items():
         buffers = codec_named(codec).encode(tensor, (at_random or {}).get(name))
-        sizes = [buffer.nbytes for buffer in buffers]
-        shape = list(tensor.shape)
-        specs.append({"name": name, "codec": codec, "shape": shape, "sizes": sizes})
+        sizes = tuple(buffer.nbytes for buffer in buffers)
+        specs.append(TensorSpec(name, codec, tuple(tensor.shape), sizes).to_wire())
         payload.extend(buffers)
-    header = pack_header(kind, dict(meta), specs, limits)
+    header = pack_header(kind, dict(meta), specs)
     if len(header) > limits.max_header_bytes:
         raise _header_too_large(len(header), limits)
+    unpack_header(header, limits)
     length = _aligned(PREFIX_BYTES + len(header))
     pieces = []
     for buffer in payload:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import httptools
@@ -17,6 +18,8 @@ _READ_BYTES = 16 * 1024  # at a time, through the parser
 _HEAD_BYTES = 64 * 1024
 _MOST_HEADERS = 100
 _SWITCHING_PROTOCOLS = 101
+# A length of over 64 bits is no HTTP to the parser, but it is a body that will not get smaller.
+_OVERLONG = re.compile(rb"^content-length:[ \t]*([1-9][0-9]{19,999})[ \t]*\r$", re.I | re.M)
 
 
 class BrokenAnswer(Exception):
@@ -54,7 +57,7 @@ def read_answer(socket: CountingSocket, most: int, *, bodiless: bool = False) ->
     message = _Message()
     message.parser = httptools.HttpResponseParser(message)
     try:
-        _read_head(socket, message)
+        _read_head(socket, message, most)
         length = _length_of(message.headers)
         body: Body = bytearray()
         if bodiless:
@@ -113,7 +116,7 @@ class _Message:
             self.headers = []
 
 
-def _read_head(socket: CountingSocket, message: _Message) -> None:
+def _read_head(socket: CountingSocket, message: _Message, most: int) -> None:
     taken, buffer = 0, memoryview(bytearray(_READ_BYTES))
     while not message.has_head:
         count = socket.receive_into(buffer)
@@ -122,7 +125,12 @@ def _read_head(socket: CountingSocket, message: _Message) -> None:
                 raise ConnectionResetError("the server closed the connection without an answer")
             raise BrokenAnswer("the answer broke off in its head")
         taken += count
-        _feed(message, buffer[:count])
+        try:
+            _feed(message, buffer[:count])
+        except BrokenAnswer:
+            if (overlong := _OVERLONG.search(buffer[:count])) is not None:
+                raise _too_large(most, int(overlong[1])) from None
+            raise
         if len(message.headers) > _MOST_HEADERS or (taken > _HEAD_BYTES and not message.has_head):
             raise BrokenAnswer("the answer's head is too large")
 
