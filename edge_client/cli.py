@@ -26,10 +26,10 @@ from protocol.seeds import derive_seed
 # What loads torch is imported where it is used: a small device shows its help at once.
 if TYPE_CHECKING:
     from edge_client.data import Dataset
-    from edge_client.identity import Identity
     from edge_client.participant import Participant
     from edge_client.prediction import Prediction
     from edge_client.reporter import Reporter
+    from edge_client.storage.identity import Identity
     from edge_client.transport import Link, Server
 
 app = typer.Typer(
@@ -38,6 +38,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Tune a split vision model together with others; images and labels stay on this device.",
 )
+
 err = Console(stderr=True)
 
 
@@ -49,12 +50,15 @@ class Progress(StrEnum):
 
 
 Url = Annotated[str, typer.Argument(help="Address of the split server, e.g. http://gpu-node:8500")]
+
 RunOption = Annotated[
     str | None, typer.Option("--run", help="Run to use. Default: the newest that fits.")
 ]
+
 CaOption = Annotated[
     Path | None, typer.Option("--ca-file", help="PEM file to trust for https, e.g. your own CA.")
 ]
+
 NameOption = Annotated[
     str,
     typer.Option(
@@ -64,9 +68,11 @@ NameOption = Annotated[
         help="This device's name; a restart under it goes on as before.",
     ),
 ]
+
 ThreadsOption = Annotated[
     int | None, typer.Option(min=1, help="CPU threads. Default: all there are.")
 ]
+
 HomeOption = Annotated[
     Path | None, typer.Option("--home", help="Where downloads and the identity are kept.")
 ]
@@ -138,9 +144,9 @@ def join(
 ) -> None:
     """Take part in a run until it ends."""
     from edge_client.data import cache_dir
-    from edge_client.identity import Identity
     from edge_client.participant import Participant, succeeded
     from edge_client.reporter import BarReporter, JsonReporter
+    from edge_client.storage.identity import Identity
 
     _prepare(threads, verbose)
     reporter: Reporter = JsonReporter() if progress is Progress.JSON else BarReporter()
@@ -197,8 +203,8 @@ def predict(
 ) -> None:
     """Classify images with the newest tuned state of a run, or with an exported model."""
     from edge_client.data import cache_dir
-    from edge_client.identity import Identity
     from edge_client.prediction import Predictor, WholePredictor, image_files
+    from edge_client.storage.identity import Identity
 
     _prepare(threads, verbose)
     files = image_files(images)
@@ -242,7 +248,7 @@ def leave(
     A device that is taking part ends by itself at its next call.
     """
     from edge_client.data import cache_dir
-    from edge_client.identity import credential_of
+    from edge_client.storage.identity import credential_of
 
     _prepare(None, verbose)
     server = _server(url, 30.0, ca_file, None)

@@ -10,14 +10,15 @@ from pathlib import Path
 
 from torch import Tensor
 
-from edge_client.blob_cache import BlobCache
 from edge_client.data import Augmentation, BatchReader, CorruptImageError, Dataset
-from edge_client.device_model import DeviceModel
-from edge_client.global_states import GlobalStates
-from edge_client.head_outputs import HeadOutputs
-from edge_client.identity import device_secret
-from edge_client.kept_samples import KeptSamples
-from edge_client.phases import (
+from edge_client.model import DeviceModel
+from edge_client.reporter import Reporter
+from edge_client.smashed.head_cache import HeadOutputs
+from edge_client.smashed.uploads import KeptSamples
+from edge_client.storage.blob_cache import BlobCache
+from edge_client.storage.global_state import GlobalStates
+from edge_client.storage.identity import device_secret
+from edge_client.training import (
     Diverged,
     Evaluation,
     Proximal,
@@ -29,9 +30,8 @@ from edge_client.phases import (
     local_update,
     split_train,
 )
-from edge_client.reporter import Reporter
 from edge_client.transport import Server, SplitPlane
-from edge_client.transport.answer import Body
+from edge_client.transport.connection import Body
 from protocol.errors import (
     Conflict,
     EmptyUpdate,
@@ -56,6 +56,7 @@ from protocol.messages import (
 from protocol.seeds import derive_seed
 
 _POLL_S = 20.0
+
 _BEGINNINGS = 5  # of one round, before this device leaves it to the others
 
 

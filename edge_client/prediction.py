@@ -11,16 +11,17 @@ from typing import Any
 import torch
 from PIL import Image
 
-from edge_client.blob_cache import BlobCache
 from edge_client.data import CorruptImageError, Preprocessing
 from edge_client.data.decode import decode_file
-from edge_client.device_model import UNUSABLE, DeviceModel, preprocessing_of
+from edge_client.model import UNUSABLE, DeviceModel, preprocessing_of
+from edge_client.storage.blob_cache import BlobCache
 from edge_client.transport import Server, SplitPlane
 from protocol.errors import InvalidField, NotFound, StaleRound
 from protocol.messages import JoinRequest, RunView
 from split_model import load_exported
 
 _BATCH = 32
+
 _RENEWALS = 5  # of the state, for one batch
 
 

@@ -8,5 +8,5 @@ Names are imported from the modules themselves, so that reading the settings cos
 - `protocol.frames`, `protocol.header`, `protocol.codecs`: what travels as bytes
 - `protocol.limits`: the bounds of a frame
 - `protocol.traffic`: what the bytes at the socket were for
-- `protocol.seeds`, `protocol.version`
+- `protocol.seeds`, `protocol.wire`
 """

@@ -34,7 +34,9 @@ FLOAT_CODECS: Final = (
     "cosine:S",
     "svd:E",
 )  # to show to people: a letter behind a colon stands for a parameter
+
 WHOLE_CODECS: Final = ("int64", "uint8")
+
 LOSSLESS_SUFFIX: Final = "+zstd"
 
 _ROW_WISE: Final = {"float32", "float16", "bfloat16", "int8", "int4", "int4-asym", *WHOLE_CODECS}
@@ -51,8 +53,11 @@ class _Parameter:
 _SHARE: Final = _Parameter(
     re.compile(r"0\.(?!0+$)[0-9]{1,6}|1|1\.0{1,6}"), "above 0, to 1, with at most 6 decimals"
 )
+
 _BITS: Final = _Parameter(re.compile(r"[2-8]"), "a whole number from 2 to 8")
+
 _PARAMETERS: Final = {"topk": _SHARE, "cosine": _BITS, "svd": _SHARE}
+
 _BASES: Final = {shown.partition(":")[0]: shown for shown in (*FLOAT_CODECS, *WHOLE_CODECS)}
 
 

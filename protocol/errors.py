@@ -254,8 +254,11 @@ def _leaves_and_nodes(root: type[SFPromptError]) -> Iterator[type[SFPromptError]
 _BY_CODE: dict[str, type[SFPromptError]] = {
     error.code: error for error in _leaves_and_nodes(SFPromptError)
 }
+
 _MAX_CHARACTERS = 500  # of one text in an error
+
 _MAX_ITEMS = 64  # of one list in an error
+
 _MAX_RETRY_AFTER_S = 86_400.0
 
 

@@ -21,7 +21,7 @@ from protocol.codecs import Buffer, Device, codec_named
 from protocol.errors import InvalidField, MalformedFrame, TooLarge, UnsupportedVersion
 from protocol.header import check_text, pack_header, unpack_header
 from protocol.limits import DEFAULT_LIMITS, FrameLimits
-from protocol.version import PROTOCOL_VERSION
+from protocol.wire import PROTOCOL_VERSION
 
 __all__ = [
     "ALIGNMENT",
@@ -38,10 +38,15 @@ __all__ = [
 ]
 
 MAGIC = b"SFPF"
+
 ALIGNMENT = 64
+
 _PREFIX = struct.Struct("<4sHHIQ")  # magic, version, reserved, header length, total length
+
 PREFIX_BYTES = _PREFIX.size
+
 _PADDING = bytes(ALIGNMENT)
+
 _SPEC_KEYS = {"name", "codec", "shape", "sizes"}
 
 

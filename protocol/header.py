@@ -17,6 +17,7 @@ from protocol.limits import FrameLimits
 __all__ = ["check_text", "pack_header", "unpack_header"]
 
 _KEYS = {"kind", "meta", "tensors"}
+
 _SPEC_KEYS = 4  # of the map that describes one tensor
 
 

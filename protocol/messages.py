@@ -14,8 +14,9 @@ from pydantic import (
     model_validator,
 )
 
+from protocol.base import Message
 from protocol.errors import FieldValue, InvalidField
-from protocol.settings import Message, RunSettings, Text
+from protocol.settings import RunSettings, Text
 
 __all__ = [
     "MAX_LOSS",
@@ -53,13 +54,21 @@ __all__ = [
 ]
 
 Count = Annotated[int, Field(ge=0, lt=2**53)]
+
 Seconds = Annotated[float, Field(ge=0)]
+
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
 StepId = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9._-]+$")]
+
 SAMPLE_ID_BYTES = 16  # of a sample that the server keeps
+
 NEURONS = "neurons"  # in an update: how often each of them was not above zero
+
 MAX_LOSS = 1e9  # of one sample; more is no loss but a model that has diverged
+
 Loss = Annotated[float, Field(ge=0, le=MAX_LOSS)]
+
 BytesByPhase = dict[str, dict[str, int]]
 
 
@@ -303,6 +312,7 @@ class SamplesMeta(Message):
 
 
 M = TypeVar("M", bound=Message)
+
 _BOUNDS = ("ge", "gt", "le", "lt", "min_length", "max_length", "pattern", "expected")
 
 

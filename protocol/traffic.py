@@ -8,6 +8,14 @@ from enum import StrEnum
 from typing import Final
 
 from protocol.errors import InvalidField
+from protocol.wire import (
+    BACKWARD_PATH,
+    EXCHANGE_PATH,
+    FORWARD_PATH,
+    INFER_PATH,
+    MISSING_PATH,
+    SAMPLES_PATH,
+)
 
 __all__ = [
     "BACKWARD_PATH",
@@ -37,13 +45,6 @@ class Phase(StrEnum):
 
 _PHASES: Final = frozenset(str(phase) for phase in Phase)
 
-FORWARD_PATH: Final = "/v1/split/forward"
-BACKWARD_PATH: Final = "/v1/split/backward"
-INFER_PATH: Final = "/v1/split/infer"
-EXCHANGE_PATH: Final = "/v1/split/exchange"
-SAMPLES_PATH: Final = "/v1/split/samples"
-MISSING_PATH: Final = "/v1/split/missing"
-
 _BY_PATH: Final[Mapping[str, tuple[Phase, Phase]]] = {
     FORWARD_PATH: (Phase.SMASHED, Phase.FEATURES),
     BACKWARD_PATH: (Phase.GRADIENTS, Phase.GRADIENTS),
@@ -52,6 +53,7 @@ _BY_PATH: Final[Mapping[str, tuple[Phase, Phase]]] = {
     SAMPLES_PATH: (Phase.SMASHED, Phase.SMASHED),
     MISSING_PATH: (Phase.SMASHED, Phase.SMASHED),
 }
+
 _BY_LAST_SEGMENT: Final[Mapping[str, Phase]] = {
     "head": Phase.DOWNLOAD,
     "state": Phase.UPDATES,

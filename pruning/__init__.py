@@ -4,16 +4,7 @@ Phase 1 of SFPrompt (arXiv 2407.17533, section 3): a device scores its samples w
 the tail alone, and sends only the highest-scoring share through the split model.
 """
 
-from pruning.scores import (
-    SCORES,
-    Score,
-    el2n,
-    grand,
-    loss,
-    margin,
-    random,
-    random_draw,
-)
+from pruning.scores import SCORES, Score, el2n, grand, loss, margin, random, random_draw
 from pruning.selection import keep_highest, kept_count
 
 __all__ = [

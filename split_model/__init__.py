@@ -1,49 +1,26 @@
 """One timm backbone cut in head, body and tail, with soft prompts."""
 
-from split_model.architecture import (
+from split_model.backbone.architecture import (
     Anatomy,
-    UnsupportedBackboneError,
     anatomy,
     body_blocks,
     skeleton,
     supported_backbones,
 )
-from split_model.body import Body
-from split_model.cost import PartBytes, PartFlops, part_bytes, part_flops
-from split_model.deltas import applied, difference, state_bytes
-from split_model.export import ExportedModel, TunedModel, export_model, load_exported
-from split_model.head import Head
-from split_model.head_file import (
-    head_weights,
-    read_head_file,
-    write_head_file,
-)
-from split_model.image_preparation import ImagePreparation, image_preparation
-from split_model.packaged import PackagedBackboneError
-from split_model.part import TokenCountError, WeightsMismatchError
-from split_model.parts import (
-    Layered,
-    build_body,
-    build_head,
-    build_tail,
-    build_tunable_body,
-    frozen_names,
-)
-from split_model.products import activation_dtype
-from split_model.prompt_tokens import insert_prompts
-from split_model.prompts import initial_prompts, prompt_shape
-from split_model.schedule import learning_rate_factor, make_optimizer, set_progress
-from split_model.settings import SplitSettings, SplitSettingsError
-from split_model.tail import Tail, for_the_tail, needed_tokens
-from split_model.tensor_file import TensorFileError
-from split_model.tuned_state import (
+from split_model.backbone.images import ImagePreparation, image_preparation
+from split_model.backbone.weights import BackboneFile, open_backbone, prepare_backbone
+from split_model.checkpoints.export import ExportedModel, TunedModel, export_model, load_exported
+from split_model.checkpoints.head_file import head_weights, read_head_file, write_head_file
+from split_model.checkpoints.state import (
     BODY,
     TunedState,
+    applied,
     apply_state,
     body_tensors,
     check_device_state,
     check_state,
     device_shapes,
+    difference,
     head_tensors,
     initial_state,
     is_held,
@@ -51,10 +28,35 @@ from split_model.tuned_state import (
     read_body,
     read_state,
     save_state,
+    state_bytes,
     state_shapes,
     tail_tensors,
 )
-from split_model.weights import BackboneFile, WeightSourceError, open_backbone, prepare_backbone
+from split_model.errors import (
+    PackagedBackboneError,
+    SplitSettingsError,
+    TensorFileError,
+    TokenCountError,
+    UnsupportedBackboneError,
+    WeightsMismatchError,
+    WeightSourceError,
+)
+from split_model.layers.bfloat16 import activation_dtype
+from split_model.layers.prompts import initial_prompts, insert_prompts, prompt_shape
+from split_model.optimizer import learning_rate_factor, make_optimizer, set_progress
+from split_model.parts.body import Body
+from split_model.parts.build import (
+    Layered,
+    build_body,
+    build_head,
+    build_tail,
+    build_tunable_body,
+    frozen_names,
+)
+from split_model.parts.cost import PartBytes, PartFlops, part_bytes, part_flops
+from split_model.parts.head import Head
+from split_model.parts.tail import Tail, for_the_tail, needed_tokens
+from split_model.settings import SplitSettings
 
 __all__ = [
     "BODY",

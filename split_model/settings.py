@@ -5,8 +5,10 @@ from collections.abc import Mapping
 from typing import Any, cast, get_args
 
 from protocol.settings import BackboneSettings, PromptDepth, PromptPlacement, ProxyKind, Tuned
+from split_model.errors import SplitSettingsError
 
 PROXY_TUNED = ("tail", "classifier", "lora")  # what fits the proxy and its backbone alike
+
 HEAD_TUNED = ("bias", "adapter", "lora", "full")  # of these, those that change the head
 
 # Settled by the other fields, or would load weights behind our back.
@@ -14,19 +16,6 @@ _RESERVED_OVERRIDES = frozenset(
     {"img_size", "num_classes", "in_chans", "pretrained", "pretrained_cfg", "checkpoint_path"}
     | {"pretrained_cfg_overlay", "features_only", "use_naflex", "cache_dir", "device", "dtype"}
 )
-
-
-class SplitSettingsError(ValueError):
-    """A setting is outside its limit.
-
-    Attributes: `field` (its name), `limit` (what is allowed, in words), `value` (what was given).
-    """
-
-    def __init__(self, field: str, limit: str, value: object) -> None:
-        super().__init__(f"{field} must be {limit}, not {value!r}")
-        self.field = field
-        self.limit = limit
-        self.value = value
 
 
 @dataclasses.dataclass(frozen=True)

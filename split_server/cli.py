@@ -15,12 +15,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from protocol.errors import InvalidField, NotFound, SFPromptError
-from protocol.forms import Form, over_form
 from protocol.messages import Event, Results, RunView, parse_message
+from protocol.presets import Form, over_form
 from protocol.settings import RunSettings
 from protocol.traffic import total_bytes
 from split_server.client import OperatorClient, read_token
-from split_server.logs import set_up_logging
+from split_server.runtime.process import set_up_logging
 from split_server.settings import DEFAULT_PORT, ServerSettings, load_settings
 
 app = typer.Typer(
@@ -29,13 +29,17 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Run the frozen middle of a vision model for many devices, and average what they tune.",
 )
+
 out, err = Console(), Console(stderr=True)
 
 DataDir = Annotated[
     Path, typer.Option("--data-dir", help="The server's folder.", envvar="SPLIT_SERVER_DATA_DIR")
 ]
+
 Url = Annotated[str, typer.Option("--url", help="Address of the server.")]
+
 Json = Annotated[bool, typer.Option("--json", help="JSON for scripts.")]
+
 TokenOption = Annotated[
     str | None,
     typer.Option(
@@ -44,8 +48,11 @@ TokenOption = Annotated[
         help="Default: the one in the data folder.",
     ),
 ]
+
 CaFile = Annotated[Path | None, typer.Option("--ca-file", help="PEM file to trust for https.")]
+
 _DATA_DIR = Path("sfprompt-data")
+
 _URL = f"http://127.0.0.1:{DEFAULT_PORT}"
 
 
@@ -107,10 +114,8 @@ def serve(
     settings = load_settings(flags, config)
     set_up_logging(settings.log_level)
     # Here, as torch takes seconds that the commands of a run's owner should not wait for.
-    from split_server.allocator import keep_large_buffers
-    from split_server.app import create_app
-    from split_server.descriptors import raise_descriptor_limit
-    from split_server.serving import serve_until_stopped
+    from split_server.app import create_app, serve_until_stopped
+    from split_server.runtime.process import keep_large_buffers, raise_descriptor_limit
 
     raise_descriptor_limit()
     keep_large_buffers()
@@ -243,7 +248,7 @@ def export(
     data_dir: DataDir = _DATA_DIR,
 ) -> None:
     """Write the tuned model, whole, as one safetensors file. Needs no running server."""
-    from split_server.exporting import export_run
+    from split_server.federation.export import export_run
 
     export_run(data_dir, run, destination)
     size = destination.stat().st_size / 1e6

@@ -11,10 +11,11 @@ import httpx
 from protocol.errors import InvalidField, NotFound, Unreachable, error_from_wire
 from protocol.messages import Event, Results, RunView, parse_message
 from protocol.settings import RunSettings
-from protocol.trust import trusting
-from protocol.version import IDEMPOTENCY_HEADER, PROTOCOL_VERSION, VERSION_HEADER
+from protocol.tls import trusting
+from protocol.wire import IDEMPOTENCY_HEADER, PROTOCOL_VERSION, VERSION_HEADER
 
 TOKEN_FILE = "operator.token"  # noqa: S105 - the name of a file
+
 _TIMEOUT_S = 600.0
 
 

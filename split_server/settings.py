@@ -21,12 +21,17 @@ from protocol.errors import InvalidField
 from protocol.limits import MIB, FrameLimits
 
 ENV_PREFIX = "SPLIT_SERVER_"
+
 DEFAULT_PORT = 8500
 
 Device = Literal["auto", "cuda", "mps", "cpu"]
+
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+
 Backward = Literal["auto", "retained", "recompute"]
+
 LogLevel = Literal["debug", "info", "warning", "error"]
+
 Token = Annotated[SecretStr, Field(min_length=8, max_length=200)]
 
 _file: ContextVar[Mapping[str, Any]] = ContextVar("settings_file")

@@ -1,13 +1,14 @@
 """The device's own images: where they come from, how they are parted, how they are batched."""
 
-from edge_client.data.augment import Augmentation
 from edge_client.data.batches import (
+    Augmentation,
     BatchReader,
     Interpolation,
     Preprocessing,
     shuffled,
 )
-from edge_client.data.dataset import Dataset, hold_out, limit_per_set
+from edge_client.data.dataset import Dataset, by_content, hold_out, limit_per_set
+from edge_client.data.download import cache_dir
 from edge_client.data.errors import (
     ClassMismatchError,
     CorruptImageError,
@@ -24,11 +25,8 @@ from edge_client.data.errors import (
     UnknownDatasetError,
 )
 from edge_client.data.image_set import ImageSet, Skipped
-from edge_client.data.loading import load_dataset
-from edge_client.data.order import by_content
 from edge_client.data.partition import Part, Scheme, parse_scheme, partition
-from edge_client.data.places import cache_dir
-from edge_client.data.source import DataSource, parse_source
+from edge_client.data.sources import DataSource, load_dataset, parse_source
 
 __all__ = [
     "Augmentation",

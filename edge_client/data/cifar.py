@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from edge_client.data.archive import read_members
 from edge_client.data.dataset import Dataset
+from edge_client.data.download import read_members
 from edge_client.data.errors import DataFormatError, DatasetDownloadError, PickledDataError
 from edge_client.data.image_set import ArrayStore, ImageSet
 
 _PIXELS = 3 * 32 * 32
+
 _SITE = "https://www.cs.toronto.edu/~kriz"
 
 
@@ -101,7 +102,7 @@ def _unpack(form: CifarForm, root: Path, name: str) -> None:
 def _download(form: CifarForm, root: Path, name: str, where: str) -> None:
     hint = f"Fetch {_SITE}/{form.archive} (the binary form) and put it there."
     try:
-        from split_model.libraries import torchvision
+        from split_model.backbone.libraries import torchvision
 
         torchvision.datasets.utils.download_url(
             f"{_SITE}/{form.archive}", str(root), form.archive, form.md5

@@ -15,6 +15,7 @@ from torch import Tensor
 from edge_client.data.errors import CorruptImageError
 
 MAX_PIXELS = 64_000_000  # 192 MB as RGB; larger claims are refused before any decoding
+
 _CHECK_THREADS = 2
 
 

@@ -15,7 +15,9 @@ from edge_client.data.image_set import FileStore, ImageSet, Skipped
 SUFFIXES = frozenset(
     {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 )
+
 TRAIN_NAMES = ("train", "training")
+
 TEST_NAMES = ("test", "testing", "val", "valid", "validation")
 
 

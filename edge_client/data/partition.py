@@ -17,8 +17,11 @@ from edge_client.data.sampling import Indices, generator
 SchemeKind = Literal["iid", "dirichlet", "shards", "quantity", "natural"]
 
 SCHEMES = "iid | dirichlet:ALPHA | shards:PER_PART | quantity:ALPHA | natural"
+
 _PLAIN = ("iid", "natural")
+
 _ALPHA_RANGE = (0.001, 1_000_000.0)
+
 _MOST_SHARDS = 10_000
 
 

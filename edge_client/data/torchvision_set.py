@@ -17,6 +17,7 @@ from edge_client.data.cifar import FORMS as CIFAR_FORMS
 from edge_client.data.cifar import load_cifar
 from edge_client.data.dataset import Dataset, hold_out
 from edge_client.data.decode import rgb_tensor
+from edge_client.data.download import cache_dir
 from edge_client.data.errors import (
     CorruptImageError,
     DataFormatError,
@@ -27,9 +28,7 @@ from edge_client.data.errors import (
     UnknownDatasetError,
 )
 from edge_client.data.fashion_mnist import load_fashion_mnist
-from edge_client.data.groups import no_groups
-from edge_client.data.image_set import ImageSet, Skipped
-from edge_client.data.places import cache_dir
+from edge_client.data.image_set import ImageSet, Skipped, no_groups
 
 Arguments = Mapping[str, object]
 
@@ -62,14 +61,18 @@ _OTHER_TASKS = frozenset({
     "PhotoTour", "SBDataset", "SBU", "SceneFlowStereo", "Sintel", "SintelStereo", "UCF101",
     "VOCDetection", "VOCSegmentation", "VisionDataset", "WIDERFace",
 })
+
 # fmt: on
 _PICKLED = {
     "ImageNet": "its meta.bin is a pickle: point folder:PATH at the folder with train/ and val/",
     "LSUN": "its cache is a pickle: point folder:PATH at a folder of images by class",
     "LSUNClass": "its cache is a pickle: point folder:PATH at a folder of images by class",
 }
+
 _FOLDERS = frozenset({"ImageFolder", "DatasetFolder"})
+
 _LABEL_ATTRIBUTES = ("targets", "labels", "_labels", "y")
+
 _PAIR_ATTRIBUTES = ("_samples", "samples", "_flat_character_images")
 
 
@@ -101,7 +104,7 @@ def load_torchvision(name: str, root: Path | None, *, held_out: float, seed: int
 
 
 def _factory(name: str) -> Any:
-    from split_model.libraries import torchvision
+    from split_model.backbone.libraries import torchvision
 
     known = [entry for entry in torchvision.datasets.__all__ if entry[:1].isupper()]
     if name in _FOLDERS:

@@ -1,9 +1,9 @@
 """The way to the server: one metered connection, typed errors, and patience."""
 
+from edge_client.transport.client import Server
+from edge_client.transport.http_transport import MeteredTransport
 from edge_client.transport.link import Link
-from edge_client.transport.metered import MeteredTransport
 from edge_client.transport.retry import RetryPolicy
-from edge_client.transport.server import Server
-from edge_client.transport.split_plane import SamplesMissing, SplitPlane
+from edge_client.transport.split_client import SamplesMissing, SplitPlane
 
 __all__ = ["Link", "MeteredTransport", "RetryPolicy", "SamplesMissing", "Server", "SplitPlane"]

@@ -36,13 +36,21 @@ from typing import Final
 from protocol.errors import FieldValue, InvalidField
 
 _EXAMPLE: Final = "for example 20mbit/5mbit,50ms,jitter=10ms,loss=0.01"
+
 _LEAST_BPS, _MOST_BPS = 1e3, 1e12
+
 _LONGEST_S = 60.0
+
 _LEAST_RETRANSMISSION_S = 0.2  # Linux waits no shorter for an acknowledgement
+
 _PIECE_S = 0.005  # of a line's time in one piece: connections take turns at this pace
+
 _LEAST_PIECE_BYTES = 1500  # one packet
+
 _BANDWIDTH_UNITS: Final = {"gbit": 9, "mbit": 6, "kbit": 3}  # powers of ten of a bit a second
+
 _TIME_UNITS: Final = {"s": 0, "ms": -3}  # powers of ten of a second
+
 _OPTIONS: Final = ("jitter", "loss", "seed")
 
 

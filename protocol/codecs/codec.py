@@ -11,6 +11,7 @@ from torch import Tensor
 from protocol.errors import MalformedFrame
 
 Buffer = bytes | bytearray | memoryview
+
 Device = torch.device | str
 
 

@@ -22,6 +22,7 @@ from protocol.codecs.memory import (
 from protocol.errors import MalformedFrame
 
 _HEADER = struct.Struct("<2d")  # norm, bound
+
 _LARGEST = 2.0**125
 
 

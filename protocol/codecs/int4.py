@@ -26,8 +26,11 @@ from protocol.codecs.memory import (
 from protocol.errors import MalformedFrame
 
 GROUP = 64
+
 _SMALLEST_SCALE = 2.0**-126  # the smallest normal float32: below it precision is lost
+
 _LARGEST_SCALE = 2.0**123  # 15 times this, and a minimum, is finite, whatever the other end sends
+
 _LARGEST_MINIMUM = 2.0**125
 
 

@@ -25,7 +25,9 @@ from protocol.codecs.memory import (
 from protocol.errors import MalformedFrame
 
 SMALLEST_SCALE = 2.0**-126  # the smallest normal float32: below it precision is lost
+
 LARGEST_SCALE = 2.0**119  # 128 times this is finite, whatever the other end sends
+
 _LEVELS = 127
 
 

@@ -12,7 +12,9 @@ from protocol.codecs.codec import Device
 from protocol.errors import FieldValue, InvalidField
 
 _CACHE_BYTES = 768 * 1024  # of float32 at a time on a CPU: what is read again is still in L2
+
 _PINNED_BYTES = 32 * 1024 * 1024  # at a time: torch never gives back what it has pinned
+
 _DEVICE_BYTES = 64 * 1024 * 1024  # elsewhere: few large kernels, and scratch memory has a bound
 
 

@@ -26,9 +26,13 @@ from protocol.codecs.memory import (
 from protocol.errors import MalformedFrame
 
 RUN = 4  # numbers that share an index
+
 _ENTRIES = 256  # of a codebook, as many as a byte can name
+
 _LARGEST = 2.0**125
+
 _ITERATIONS = 8
+
 _FITTED = 16_384  # vectors that the codebook is fitted to, of a tensor that has more
 
 

@@ -6,6 +6,9 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from functools import lru_cache
 
+import torch
+from torch import Tensor
+
 from protocol.codec_names import LOSSLESS_SUFFIX, parse_codec
 from protocol.codecs.codec import Codec, FixedSizeCodec
 from protocol.codecs.cosine import Cosine
@@ -20,11 +23,13 @@ from protocol.codecs.zstd import Compressed
 CODECS: dict[str, RawCodec] = {
     codec.name: codec for codec in (Float32(), Float16(), BFloat16(), Int64(), UInt8())
 }
+
 """Those that send a tensor's own bytes."""
 
 _WITHOUT_PARAMETER: dict[str, Codec] = {
     codec.name: codec for codec in (Int8(), Int4(), Int4Asymmetric(), ProductQuantiser())
 }
+
 _WITH_PARAMETER: dict[str, Callable[[str, str], Codec]] = {
     "topk": lambda parameter, name: TopK(Fraction(parameter), name),
     "cosine": lambda parameter, name: Cosine(int(parameter), name),
@@ -60,3 +65,15 @@ def encoded_bytes(name: str, shape: Sequence[int]) -> int | None:
         return None  # known also where the library is not
     codec = codec_named(name)
     return sum(codec.sizes(shape)) if isinstance(codec, FixedSizeCodec) else None
+
+
+def as_decoded(tensor: Tensor, codec: str) -> Tensor:
+    """What the other end makes of a tensor that is sent with this codec, in float32.
+
+    It may share the tensor's memory.
+
+    Raises:
+        InvalidField: the codec does not carry these numbers.
+    """
+    one = codec_named(codec.removesuffix(LOSSLESS_SUFFIX))
+    return one.decode(one.encode(tensor), tensor.shape).to(torch.float32)

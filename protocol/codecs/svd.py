@@ -21,6 +21,7 @@ from protocol.codecs.memory import (
 from protocol.errors import MalformedFrame
 
 _LARGEST = 2.0**125
+
 _LARGEST_SINGULAR_VALUE = 2.0**100  # the product of what is sent is finite
 
 

@@ -22,7 +22,9 @@ from protocol.codecs.memory import (
 from protocol.errors import InvalidField, MalformedFrame
 
 _LARGEST = 2.0**125
+
 _MOST_ELEMENTS = 2**31  # an index is a positive int32
+
 _SHOWN = 16  # wrong indices in a refusal
 
 

@@ -12,6 +12,7 @@ from protocol.codecs.codec import Codec, Device
 from protocol.errors import MalformedFrame, UnknownCodec
 
 _LEVEL = 1
+
 _PLAIN, _FRAME = 0, 1  # the last byte of a buffer: what stands before it
 
 

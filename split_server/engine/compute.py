@@ -12,39 +12,6 @@ from protocol.errors import WrongShape
 from split_model import Body
 from split_server.engine.steps import Graph
 
-_BUFFERS_PER_BLOCK = 20  # [B, T, D] tensors that a block saves; a first guess, then measured
-
-
-class StepSizes:
-    """How many bytes a forward keeps: guessed once for each kind of step, then known."""
-
-    def __init__(self) -> None:
-        self._per_sample: dict[tuple[object, int], int] = {}
-        self._batch: dict[tuple[object, int], int] = {}  # the largest that was measured
-
-    def estimate(self, kind: object, blocks: int, smashed: Tensor, itemsize: int) -> int:
-        """Bytes that a forward of ``smashed`` [B, T, D] will keep."""
-        batch, tokens, width = smashed.shape
-        guess = (blocks * _BUFFERS_PER_BLOCK + 2) * tokens * width * itemsize
-        return int(batch) * self._per_sample.get((kind, int(tokens)), guess)
-
-    def is_known(self, kind: object, smashed: Tensor) -> bool:
-        return (kind, int(smashed.shape[1])) in self._per_sample
-
-    def measured(self, kind: object, smashed: Tensor) -> int | None:
-        """Bytes that a forward of ``smashed`` [B, T, D] keeps; None: none so large was measured.
-
-        What is kept once a batch, whatever its size, weighs the more in a small one.
-        """
-        batch, tokens, _ = smashed.shape
-        key = kind, int(tokens)
-        return int(batch) * self._per_sample[key] if batch <= self._batch.get(key, 0) else None
-
-    def learn(self, kind: object, smashed: Tensor, nbytes: int) -> None:
-        batch, tokens, _ = smashed.shape
-        self._per_sample[kind, int(tokens)] = -(-nbytes // max(1, int(batch)))
-        self._batch[kind, int(tokens)] = int(batch)
-
 
 def run_forward(
     body: Body,

@@ -7,14 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmark.preflight import choose_port
-from benchmark.processes import Process, wait_until_healthy
-from protocol.settings import (
-    BackboneSettings,
-    FederationSettings,
-    RunSettings,
-    TrainingSettings,
-)
+from protocol.federation import FederationSettings
+from protocol.settings import BackboneSettings, RunSettings, TrainingSettings
+from sfprompt_bench.run.preflight import choose_port
+from sfprompt_bench.run.processes import Process, wait_until_healthy
 from split_server.client import OperatorClient, read_token
 
 SMALL = BackboneSettings(

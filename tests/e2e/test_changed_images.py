@@ -12,14 +12,14 @@ from PIL import Image
 from edge_client.cli import _join_as
 from edge_client.data import Dataset, limit_per_set, load_dataset
 from edge_client.data.folder import load_folder
-from edge_client.identity import Identity
 from edge_client.participant import Participant
+from edge_client.storage.identity import Identity
 from edge_client.transport import Server
 from protocol.messages import Results
 from split_server.client import OperatorClient
 from tests.e2e.test_cut import Told, cut_run, folder_of, take_part
-from tests.http_doubles import Running, running_server
-from tests.server_doubles import OPERATOR
+from tests.support.federation import OPERATOR
+from tests.support.server import Running, running_server
 
 
 @pytest.fixture(scope="module")

@@ -21,16 +21,17 @@ from edge_client.transport import Server
 from protocol.messages import Results, RunStatus, Task
 from protocol.seeds import derive_seed
 from protocol.settings import RunSettings
-from protocol.version import PROTOCOL_VERSION, VERSION_HEADER
+from protocol.wire import PROTOCOL_VERSION, VERSION_HEADER
 from split_model import SplitSettings, open_backbone, prepare_backbone
-from split_model.libraries import timm
+from split_model.backbone.libraries import timm
 from split_server.client import OperatorClient, read_token
-from split_server.exporting import newest_state
+from split_server.federation.export import newest_state
 from tests.e2e.conftest import ServerProcess, small_run
-from tests.http_doubles import Running, running_server
-from tests.server_doubles import OPERATOR
+from tests.support.federation import OPERATOR
+from tests.support.server import Running, running_server
 
 BATCH, TRAIN, TEST = 16, 4 * 16 - 3, 10
+
 WIDTH, TOKENS = 192, 1 + 4  # class token, 2 x 2 patches
 
 

@@ -17,8 +17,8 @@ from edge_client.transport import Server
 from protocol.seeds import derive_seed
 from protocol.settings import RunSettings
 from split_model import SplitSettings, open_backbone, prepare_backbone
-from split_model.libraries import timm
-from split_server.exporting import newest_state
+from split_model.backbone.libraries import timm
+from split_server.federation.export import newest_state
 from tests.e2e.conftest import ServerProcess, small_run
 
 STEPS_COMPARED = 12

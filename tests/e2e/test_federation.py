@@ -17,11 +17,11 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmark.processes import Process, start_device
 from edge_client.data import load_dataset
 from protocol.messages import Results, RunStatus
 from protocol.settings import RunSettings
 from protocol.traffic import Traffic
+from sfprompt_bench.run.processes import Process, start_device
 from split_model import load_exported
 from tests.e2e.conftest import ServerProcess, small_run
 

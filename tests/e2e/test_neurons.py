@@ -6,7 +6,7 @@ from pathlib import Path
 
 from protocol.messages import Results, RunStatus
 from protocol.settings import RunSettings
-from split_server.states import RunFiles
+from split_server.storage.run_files import RunFiles
 from tests.e2e.conftest import ServerProcess, small_run
 from tests.e2e.test_federation import run_to_the_end
 

@@ -17,12 +17,12 @@ from edge_client.participant import Participant, succeeded
 from edge_client.transport import Server
 from protocol.messages import Results, RunStatus
 from protocol.settings import RunSettings
-from split_server.accountant import ORDERS
+from split_server.aggregation.differential_privacy import ORDERS
 from split_server.client import OperatorClient
-from split_server.exporting import newest_state
+from split_server.federation.export import newest_state
 from tests.e2e.conftest import small_run
-from tests.http_doubles import Running, running_server
-from tests.server_doubles import OPERATOR
+from tests.support.federation import OPERATOR
+from tests.support.server import Running, running_server
 
 DEVICES, ROUNDS = 2, 2
 

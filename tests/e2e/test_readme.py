@@ -12,14 +12,17 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from benchmark.preflight import choose_port
-from benchmark.processes import Process, wait_until_healthy
 from edge_client.data import load_dataset
+from sfprompt_bench.run.preflight import choose_port
+from sfprompt_bench.run.processes import Process, wait_until_healthy
 from split_server.client import OperatorClient, read_token
 
 ROOT = Path(__file__).parents[2]
+
 BIN = Path(sys.executable).parent
+
 README = (ROOT / "README.md").read_text()
+
 CLASSES = ("cat", "dog")
 
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import uuid
 
+from protocol.federation import FederationSettings
 from protocol.messages import JoinResponse, Results, Task
-from protocol.settings import FederationSettings, RunSettings
+from protocol.settings import RunSettings
 from split_server.client import read_token
 from tests.e2e.conftest import ServerProcess
-from tests.http_doubles import Api, wait_until
-from tests.server_doubles import SMALL, random_state
+from tests.support.federation import SMALL, random_state
+from tests.support.server import Api, wait_until
 
 ROUNDS = 3
+
 KINDS = ("fedavgm", "fedadam", "fedyogi")
 
 

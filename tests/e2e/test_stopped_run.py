@@ -17,7 +17,7 @@ import pytest
 def test_server_and_devices_end_with_the_command(
     tmp_path: Path, words: list[str], how: signal.Signals
 ) -> None:
-    command = [sys.executable, "-m", "benchmark.cli", *words, "--out", str(tmp_path / "run")]
+    command = [sys.executable, "-m", "sfprompt_bench.cli", *words, "--out", str(tmp_path / "run")]
     with subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, preexec_fn=heed_interrupts
     ) as main:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.http_doubles import Running, running_server
+from tests.support.server import Running, running_server
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from benchmark.cli import app
-from edge_client.data.places import CACHE_VARIABLE
+from edge_client.data.download import CACHE_VARIABLE
+from sfprompt_bench.cli import app
 
 TINY = """
 data = "digits"

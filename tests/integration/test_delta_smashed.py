@@ -13,21 +13,27 @@ import pytest
 import torch
 from torch import Tensor
 
-from edge_client.copies import Revision, Sample, as_decoded
 from edge_client.data import Dataset
 from edge_client.participant import Participant
 from edge_client.transport import SamplesMissing, Server
-from protocol.settings import FederationSettings, RunSettings, TrainingSettings, WireSettings
+from edge_client.transport.deltas import Revision, Sample
+from protocol.codecs.registry import as_decoded
+from protocol.federation import FederationSettings
+from protocol.settings import RunSettings, TrainingSettings, WireSettings
 from protocol.traffic import Phase
 from split_model import SplitSettings, build_body, load_state, open_backbone
-from split_server.samples import Owner, SampleStore
-from tests.edge_doubles import SMALL, device_model, files, image_set
-from tests.http_doubles import Api, Running, code_of, frame_in, running_server, tensor_in
+from split_server.storage.sample_store import Owner, SampleStore
+from tests.support.edge import SMALL, device_model, files, image_set
+from tests.support.server import Api, Running, code_of, frame_in, running_server, tensor_in
 
 TOKENS, WIDTH = 1 + 4 + 4, 192  # class token, prompts, 2 x 2 patches
+
 WHOLE = TOKENS * WIDTH * 4  # bytes of a sample in float32
+
 SAMPLES, BATCH = 8, 4
+
 BESIDE = 1100  # bytes of a request beside its rows, at most: HTTP, header, padding, names
+
 CODED = {"smashed": "int8", "delta_smashed": "int4"}
 
 

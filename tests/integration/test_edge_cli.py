@@ -15,9 +15,10 @@ from edge_client import cli
 from protocol.errors import Forbidden, NotFound
 from protocol.messages import BlobRef, RunStatus, RunView
 from protocol.settings import RunSettings
-from tests.edge_doubles import RawServer, Request, answering, response
+from tests.support.edge import RawServer, Request, answering, response
 
 REF = BlobRef(sha256="a" * 64, nbytes=10)
+
 Command = Callable[..., tuple[int, str, str]]
 
 

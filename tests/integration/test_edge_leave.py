@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from edge_client import cli
-from edge_client.identity import Identity
+from edge_client.storage.identity import Identity
 from protocol.messages import Task
-from tests.http_doubles import Api, Running, code_of, new_run, running_server
 from tests.integration.test_server_split_http import by_ids
-from tests.server_doubles import smashed
+from tests.support.federation import smashed
+from tests.support.server import Api, Running, code_of, new_run, running_server
 
 Command = Callable[..., tuple[int, str, str]]
 

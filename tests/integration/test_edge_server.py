@@ -8,7 +8,7 @@ import pytest
 import torch
 import trustme
 
-from edge_client.blob_cache import BlobCache
+from edge_client.storage.blob_cache import BlobCache
 from edge_client.transport import RetryPolicy, Server
 from protocol import errors
 from protocol.errors import (
@@ -33,8 +33,8 @@ from protocol.messages import (
     UpdateMeta,
 )
 from protocol.settings import RunSettings
-from split_model.tensor_file import sha256_of
-from tests.edge_doubles import (
+from split_model.files import sha256_of
+from tests.support.edge import (
     NO_PATIENCE,
     Connection,
     RawServer,
@@ -46,6 +46,7 @@ from tests.edge_doubles import (
 )
 
 REF = BlobRef(sha256="a" * 64, nbytes=10)
+
 VIEW = RunView(
     id="r1",
     status=RunStatus.RUNNING,
@@ -57,6 +58,7 @@ VIEW = RunView(
     head=REF,
     state=REF,
 )
+
 JOIN = JoinRequest(name="n", train_samples=1, test_samples=0, num_classes=2)
 
 
@@ -220,6 +222,7 @@ def test_malformed_json_is_refused(body: bytes) -> None:
 # Downloads
 
 CONTENT = bytes(range(256)) * 40_000  # 10 MB: three pieces
+
 FILE_REF = BlobRef(sha256="0" * 64, nbytes=len(CONTENT))
 
 

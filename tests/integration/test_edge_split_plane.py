@@ -7,21 +7,18 @@ import torch
 from torch import Tensor
 
 from edge_client.transport import SamplesMissing, Server, SplitPlane
-from protocol.errors import (
-    InvalidField,
-    MalformedFrame,
-    StaleRound,
-    StepLost,
-    UnsupportedVersion,
-)
+from protocol.errors import InvalidField, MalformedFrame, StaleRound, StepLost, UnsupportedVersion
 from protocol.frames import Frame, decode_frame, encode_frame, join_frame
 from protocol.messages import ExchangeMeta
 from protocol.settings import RunSettings, WireSettings
-from tests.edge_doubles import SMALL, RawServer, Recorder, Request, as_json, impatient, response
+from tests.support.edge import SMALL, RawServer, Recorder, Request, as_json, impatient, response
 
 X = torch.randn((2, 1 + 4 + 4, 192), generator=torch.Generator().manual_seed(0))  # with prompts
+
 BARE = X[:, :5]  # class token and 2 x 2 patches
+
 IDS = torch.arange(32, dtype=torch.uint8).reshape(2, 16)
+
 META = ExchangeMeta(session="s", round=3, attempt=1, number=1, steps=2)
 
 

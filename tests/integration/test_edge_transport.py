@@ -13,12 +13,13 @@ import pytest
 import trustme
 
 from edge_client.transport import Link, MeteredTransport
-from edge_client.transport.metered import BODY_EXTENSION
-from edge_client.transport.sockets import CountingSocket
+from edge_client.transport.connection import CountingSocket
+from edge_client.transport.http_transport import BODY_EXTENSION
 from protocol.errors import InvalidField, TooLarge
-from protocol.traffic import FORWARD_PATH, Phase
-from tests.edge_doubles import Connection, RawServer, answering, response
-from tests.transport_doubles import Forgetful, Pieces, client_of, counted, server_side
+from protocol.traffic import Phase
+from protocol.wire import FORWARD_PATH
+from tests.support.edge import Connection, RawServer, answering, response
+from tests.support.transport import Forgetful, Pieces, client_of, counted, server_side
 
 BIG = 8 * 1024 * 1024
 

@@ -8,10 +8,10 @@ import pytest
 import trustme
 
 from edge_client.transport import Link, MeteredTransport
+from edge_client.transport.connection import CountingSocket
 from edge_client.transport.link import Line
-from edge_client.transport.sockets import CountingSocket
-from tests.edge_doubles import Connection, RawServer, answering, response
-from tests.transport_doubles import Forgetful, client_of, counted, server_side
+from tests.support.edge import Connection, RawServer, answering, response
+from tests.support.transport import Forgetful, client_of, counted, server_side
 
 
 @pytest.fixture(scope="module")

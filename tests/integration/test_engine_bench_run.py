@@ -8,9 +8,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmark.engine.command import measure_engine, show
-from benchmark.engine.report import write_findings
-from benchmark.engine.setting import EngineSetting, Load, Plan
+from sfprompt_bench.engine.command import measure_engine, show
+from sfprompt_bench.engine.report import write_findings
+from sfprompt_bench.engine.workload import EngineSetting, Load, Plan
 
 TINY = Plan(
     loads=(Load(2, 2),),

@@ -15,9 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save
 
-from split_model.libraries import timm
+from split_model.backbone.libraries import timm
 
 NAME = "vit_tiny_patch16_224"
+
 PREPARE = """
 import sys
 from split_model import SplitSettings, prepare_backbone

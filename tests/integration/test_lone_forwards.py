@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from protocol.settings import RunSettings
-from tests.http_doubles import Running, code_of, joined, tensor_in
-from tests.server_doubles import SMALL, TOKENS, WIDTH, run_settings
+from tests.support.federation import SMALL, TOKENS, WIDTH, run_settings
+from tests.support.server import Running, code_of, joined, tensor_in
 
 
 @pytest.mark.parametrize(

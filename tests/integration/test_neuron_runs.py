@@ -14,26 +14,31 @@ import torch
 from torch import Tensor
 
 from edge_client.data import BatchReader, Dataset
-from edge_client.device_model import DeviceModel
+from edge_client.model import DeviceModel
 from edge_client.participant import Participant
 from edge_client.transport import Server
 from protocol.messages import Assignment, BlobRef, JoinResponse, RunStatus, RunView, Task
 from protocol.settings import RunSettings
 from split_model import SplitSettings, load_state, state_shapes
-from split_model.tensor_file import TensorFile
-from split_server import model_files
+from split_model.backbone.tensor_file import TensorFile
 from split_server.client import OperatorClient
-from split_server.states import RunFiles
-from tests.edge_doubles import image_set
-from tests.http_doubles import Api, Running, joined, running_server, wait_until
+from split_server.models import prepare
+from split_server.storage.run_files import RunFiles
 from tests.integration.test_whole_model import WHOLE
-from tests.server_doubles import OPERATOR
+from tests.support.edge import image_set
+from tests.support.federation import OPERATOR
+from tests.support.server import Api, Running, joined, running_server, wait_until
 
 WIDTH = 24  # neurons that stay of 768
+
 PRUNED = {"tune": "lora", "lora_rank": 2, "proxy": "pruned", "proxy_width": WIDTH}
+
 DISTILLED = {"epochs": 1, "samples": 8, "batch_size": 8, "every": 1}
+
 LAYERS = 10
+
 FREE: dict[str, Any] = {"evaluate_every": 0}
+
 _keys = itertools.count()
 
 
@@ -223,7 +228,7 @@ def test_an_update_that_tells_no_shares_of_its_neurons_is_refused(
 
 def take_time(patch: pytest.MonkeyPatch) -> None:
     """Let each batch of a distillation during the rounds last, as with a larger model."""
-    real = model_files.write_renewed_proxy
+    real = prepare.write_renewed_proxy
 
     def slow(*given: Any) -> None:
         *rest, check = given
@@ -234,7 +239,7 @@ def take_time(patch: pytest.MonkeyPatch) -> None:
 
         real(*rest, paced)
 
-    patch.setattr(model_files, "write_renewed_proxy", slow)
+    patch.setattr(prepare, "write_renewed_proxy", slow)
 
 
 def test_a_new_start_takes_up_what_the_last_one_was_stopped_in(tmp_path: Path) -> None:

@@ -18,21 +18,28 @@ from edge_client.participant import Participant
 from edge_client.transport import Server
 from protocol.messages import RunStatus, RunView
 from protocol.settings import RunSettings
-from split_model import distillation, load_exported, open_backbone
-from split_model.libraries import timm
-from split_model.tensor_file import write_tensors
-from split_server.exporting import export_run, newest_state
-from split_server.logs import set_up_logging
-from tests.edge_doubles import files, image_set
-from tests.http_doubles import Running
+from split_model import load_exported, open_backbone
+from split_model.backbone.libraries import timm
+from split_model.backbone.tensor_file import write_tensors
+from split_model.proxies import distillation
+from split_server.federation.export import export_run, newest_state
+from split_server.runtime.process import set_up_logging
 from tests.integration.test_whole_model import WHOLE
+from tests.support.edge import files, image_set
+from tests.support.server import Running
 
 LORA = {"tune": "lora", "lora_rank": 2}
+
 PRUNED = {**LORA, "proxy": "pruned", "proxy_width": 96}
+
 DROPPED = {**LORA, "proxy": "dropped", "proxy_blocks": 4, "cut": 4, "lora_ends": 1}
+
 KEPT = [0, 3, 8, 11]  # by hand: the ends, and the middles of two halves of 1 … 10
+
 DISTILLED = {"epochs": 1, "samples": 8, "batch_size": 8}
+
 WIDTH, CLASSIFIER = 192, 3 * 193
+
 LAYERS = 12 * WIDTH**2 + 13 * WIDTH  # of one block
 
 

@@ -12,8 +12,8 @@ from torch import nn
 import split_model
 from protocol.frames import decode_frame
 from split_model import SplitSettings
-from tests.http_doubles import joined, labels, measured, running_server, wait_until
-from tests.server_doubles import SMALL, run_settings, smashed
+from tests.support.federation import SMALL, run_settings, smashed
+from tests.support.server import joined, labels, measured, running_server, wait_until
 
 
 def test_the_body_of_a_run_is_compiled_before_its_first_step(

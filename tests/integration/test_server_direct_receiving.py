@@ -20,13 +20,13 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from protocol.errors import Busy
-from split_server.meter import SOCKET_KEY, MeteredProtocol
-from split_server.routes.bodies import read_body
-from split_server.routes.responses import send_error, send_pieces
-from split_server.routes.room import Room
-from tests.server_doubles import busy
+from split_server.http.body import Room, read_body
+from split_server.http.connection import SOCKET_KEY, MeteredProtocol
+from split_server.http.errors import send_error, send_pieces
+from tests.support.federation import busy
 
 ROOM = 4_000_000
+
 LENGTHS = (0, 1, 65_535, 65_536, 65_537, 300_000, 1_500_000, 3_000_000)
 
 

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.http_doubles import (
+from tests.support.federation import smashed, state_of
+from tests.support.server import (
     Running,
     joined,
     labels,
@@ -15,7 +16,6 @@ from tests.http_doubles import (
     running_server,
     wait_until,
 )
-from tests.server_doubles import smashed, state_of
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ from sqlalchemy.exc import OperationalError
 
 from protocol.errors import error_from_wire
 from protocol.messages import RunView
-from protocol.version import PROTOCOL_VERSION, VERSION_HEADER
-from tests.http_doubles import Api, Running, code_of, joined, new_run, running_server
-from tests.server_doubles import smashed, state_of
+from protocol.wire import PROTOCOL_VERSION, VERSION_HEADER
+from tests.support.federation import smashed, state_of
+from tests.support.server import Api, Running, code_of, joined, new_run, running_server
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +174,7 @@ def test_who_meets_a_full_disk_is_asked_to_come_back(
         raise error
 
     with monkeypatch.context() as broken:
-        broken.setattr("split_server.states.RunFiles.write_update", full)
+        broken.setattr("split_server.storage.run_files.RunFiles.write_update", full)
         answer = api.update(run, state_of(1.0), "u")
     assert (answer.status_code, code_of(answer)) == (503, "busy")
     assert int(answer.headers["retry-after"]) >= 1
@@ -191,9 +191,9 @@ def test_an_unexpected_failure_is_typed_too(
     def broken(*_args: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("split_server.views.results", broken)
+    monkeypatch.setattr("split_server.federation.views.results", broken)
     answer = operator.call("GET", f"/v1/runs/{run}/results")
     assert (answer.status_code, code_of(answer)) == (500, "internal_error")
     assert "ZeroDivision" not in answer.text
-    monkeypatch.setattr("split_server.routes.split_requests.read_smashed", broken)
+    monkeypatch.setattr("split_server.http.handlers.read_smashed", broken)
     assert code_of(api.step("infer", smashed(), "s")) == "internal_error"

@@ -15,20 +15,10 @@ import pytest
 
 import split_model
 from protocol.messages import Results, RunStatus, Task
-from split_server.meter import Meter
-from split_server.store import Store
-from tests.http_doubles import (
-    Api,
-    code_of,
-    running_server,
-    wait_until,
-)
-from tests.server_doubles import (
-    OPERATOR,
-    random_state,
-    run_settings,
-    smashed,
-)
+from split_server.storage.database import Store
+from split_server.storage.traffic import Meter
+from tests.support.federation import OPERATOR, random_state, run_settings, smashed
+from tests.support.server import Api, code_of, running_server, wait_until
 
 
 class ServerProcess:

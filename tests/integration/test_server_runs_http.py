@@ -12,20 +12,10 @@ import torch
 
 import split_model
 from protocol.messages import Results, RunStatus, RunView, Task
-from protocol.version import PROTOCOL_VERSION, VERSION_HEADER
-from split_server import progress, runs
-from split_server.exporting import export_run
-from tests.http_doubles import (
-    Api,
-    Running,
-    code_of,
-    joined,
-    new_run,
-    running_server,
-    tensor_in,
-    wait_until,
-)
-from tests.server_doubles import (
+from protocol.wire import PROTOCOL_VERSION, VERSION_HEADER
+from split_server.federation import runs, transitions
+from split_server.federation.export import export_run
+from tests.support.federation import (
     OPERATOR,
     SPLIT,
     TOKENS,
@@ -34,6 +24,16 @@ from tests.server_doubles import (
     smashed,
     state_of,
     step_frame,
+)
+from tests.support.server import (
+    Api,
+    Running,
+    code_of,
+    joined,
+    new_run,
+    running_server,
+    tensor_in,
+    wait_until,
 )
 
 
@@ -288,7 +288,7 @@ def test_a_full_disk_stops_a_run_for_a_moment_and_no_device(
     api = joined(server, run)
     monkeypatch.setattr(runs, "_RETRY_S", 0.1)
     with monkeypatch.context() as broken:
-        broken.setattr(progress, "publish", full)
+        broken.setattr(transitions, "publish", full)
         assert api.update(run, state_of(1.0), "u").is_success
         for _ in range(3):
             assert api.assignment(run).task is Task.WAIT

@@ -18,13 +18,13 @@ from torch import Tensor
 import split_model
 from protocol.frames import encode_frame, join_frame
 from protocol.messages import BlobRef, Task
-from protocol.version import PROTOCOL_VERSION, VERSION_HEADER
+from protocol.wire import PROTOCOL_VERSION, VERSION_HEADER
 from split_model import SplitSettings
-from split_server.exporting import export_run
-from split_server.states import RunFiles
-from split_server.store import Store
-from split_server.tables import RunRow
-from tests.http_doubles import (
+from split_server.federation.export import export_run
+from split_server.storage.database import RunRow, Store
+from split_server.storage.run_files import RunFiles
+from tests.support.federation import TOKENS, WIDTH, run_settings, smashed, state_of, step_frame
+from tests.support.server import (
     Api,
     Running,
     code_of,
@@ -33,14 +33,6 @@ from tests.http_doubles import (
     new_run,
     running_server,
     tensor_in,
-)
-from tests.server_doubles import (
-    TOKENS,
-    WIDTH,
-    run_settings,
-    smashed,
-    state_of,
-    step_frame,
 )
 
 

@@ -8,22 +8,25 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmark.compare.figures import calculated, run_figures
-from benchmark.compare.methods import method_named
-from benchmark.compare.usage import Usage
 from edge_client.data import Dataset
 from edge_client.participant import Participant
 from edge_client.transport import Server
+from protocol.federation import FederationSettings
 from protocol.messages import Results, RunStatus
-from protocol.settings import BackboneSettings, FederationSettings, RunSettings, TrainingSettings
-from tests.edge_doubles import image_set
-from tests.http_doubles import running_server
+from protocol.settings import BackboneSettings, RunSettings, TrainingSettings
+from sfprompt_bench.compare.methods import method_named
+from sfprompt_bench.compare.metrics import Usage, calculated, run_figures
+from tests.support.edge import image_set
+from tests.support.server import running_server
 
 SAMPLES, BATCH, ROUNDS = 24, 8, 2
+
 MODEL = BackboneSettings(
     backbone="vit_tiny_patch16_224", weights="random:0", image_size=64, cut=1, num_classes=3
 )
+
 A_REQUEST = 1500  # bytes of its headers and its answer's, in one direction, at most
+
 LEGS = {
     "splitfed-full": {"smashed", "features", "gradients"},
     # Nothing ahead of the tail is tuned: no gradient crosses.

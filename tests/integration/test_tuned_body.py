@@ -18,14 +18,15 @@ from torch.nn import functional as F
 from edge_client.data import BatchReader, Dataset, shuffled
 from edge_client.participant import Participant
 from edge_client.transport import Server
+from protocol.federation import FederationSettings
 from protocol.messages import Results, RunStatus, RunView
 from protocol.seeds import derive_seed
-from protocol.settings import BackboneSettings, FederationSettings, RunSettings, TrainingSettings
+from protocol.settings import BackboneSettings, RunSettings, TrainingSettings
 from split_model import load_exported, load_state, open_backbone
-from split_model.libraries import timm
-from split_server.exporting import export_run, newest_state
-from tests.edge_doubles import files, image_set
-from tests.http_doubles import Running, code_of, running_server, tensor_in
+from split_model.backbone.libraries import timm
+from split_server.federation.export import export_run, newest_state
+from tests.support.edge import files, image_set
+from tests.support.server import Running, code_of, running_server, tensor_in
 
 MODEL = BackboneSettings(
     backbone="vit_tiny_patch16_224",
@@ -37,7 +38,9 @@ MODEL = BackboneSettings(
     tune="full",
     tune_body=True,
 )
+
 SAMPLES, BATCH, ROUNDS, EPOCHS, RATE, DECAY = 10, 4, 2, 2, 0.02, 1e-4
+
 _keys = itertools.count()
 
 

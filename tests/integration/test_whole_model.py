@@ -18,21 +18,16 @@ from edge_client.data import BatchReader, Dataset, shuffled
 from edge_client.participant import Participant
 from edge_client.prediction import Predictor
 from edge_client.transport import Server
+from protocol.federation import FederationSettings
 from protocol.messages import Results, RunStatus, RunView
 from protocol.seeds import derive_seed
-from protocol.settings import (
-    BackboneSettings,
-    FederationSettings,
-    RunSettings,
-    TrainingSettings,
-    WireSettings,
-)
+from protocol.settings import BackboneSettings, RunSettings, TrainingSettings, WireSettings
 from protocol.traffic import Phase
 from split_model import load_exported, load_state, open_backbone
-from split_model.libraries import timm
-from split_server.exporting import export_run, newest_state
-from tests.edge_doubles import files, image_set
-from tests.http_doubles import Running
+from split_model.backbone.libraries import timm
+from split_server.federation.export import export_run, newest_state
+from tests.support.edge import files, image_set
+from tests.support.server import Running
 
 WHOLE = BackboneSettings(
     backbone="vit_tiny_patch16_224",
@@ -42,6 +37,7 @@ WHOLE = BackboneSettings(
     num_classes=3,
     prompt_count=0,
 )
+
 METHODS: dict[str, dict[str, Any]] = {
     "fl-full": {"tune": "full"},
     "fedpeft-head": {"tune": "classifier"},
@@ -49,9 +45,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "fedpeft-adapter": {"tune": "adapter", "adapter_width": 24},
     "fedpeft-prompt": {"tune": "classifier", "prompt_count": 10, "prompt_depth": "deep"},
 }
+
 RATES = {"prompt_learning_rate": 0.05, "tail_learning_rate": 0.02}
+
 WIDTH, DEPTH, CLASSIFIER = 192, 12, 3 * 193
+
 BLOCK = 12 * WIDTH**2 + 13 * WIDTH
+
 NUMBERS = {
     "fl-full": 3 * 256 * WIDTH + WIDTH + 6 * WIDTH + DEPTH * BLOCK + 2 * WIDTH + CLASSIFIER,
     "fedpeft-head": CLASSIFIER,
@@ -59,8 +59,11 @@ NUMBERS = {
     "fedpeft-adapter": 2 * WIDTH * 24 + 24 + WIDTH + CLASSIFIER,
     "fedpeft-prompt": DEPTH * 10 * WIDTH + CLASSIFIER,
 }
+
 SAMPLES, BATCH, ROUNDS, EPOCHS = 10, 4, 2, 2
+
 SPLIT_PLANE = {"smashed", "features", "gradients", "inference"}
+
 HEADERS = 32_768  # bytes of a download beside its tensors, at most: names, HTTP
 
 

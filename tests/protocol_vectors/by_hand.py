@@ -78,5 +78,7 @@ def one(codec, shape, *buffers):
 
 
 ONE = spec("smashed", "float32", [1], 4)
+
 ONE_BUFFER = struct.pack("<f", 1.0)
+
 THIRDS = 5, math.asin(4 / 5)  # norm and bound of (3, 4)

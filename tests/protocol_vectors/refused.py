@@ -30,6 +30,7 @@ def nested(depth):
 
 
 good = frame(header([ONE]), [ONE_BUFFER])
+
 INVALID = [
     ("nothing", b"", "malformed_frame", "no bytes"),
     ("short-prefix", good[:19], "malformed_frame", "less than the prefix"),
@@ -174,6 +175,7 @@ INVALID = [
 
 
 NAN, INFINITY = math.nan, math.inf
+
 INVALID_CODECS = [
     *(
         (f"name-{name.replace(':', '-').replace('+', '-')}", one(name, [1], bytes(4)), why)

@@ -19,9 +19,13 @@ from tests.protocol_vectors.by_hand import (
 )
 
 F32 = [0.0, 1.0, -2.5, 0.15625, 3.4028234663852886e38, 1.401298464324817e-45]
+
 F16 = [0.0, -1.0, 65504.0, 5.960464477539063e-08]
+
 BF16 = [1.0, -0.5, 3.3895313892515355e38]
+
 I64 = [0, -1, 9007199254740991, -9007199254740991]
+
 LONG = [float(number) for number in range(17)]  # 68 bytes: over one block of 64
 
 f32 = struct.pack("<6f", *F32)
@@ -69,6 +73,7 @@ VALID = [
         [],
     ),
 ]
+
 OTHER_ORDER = {
     "tensors": [{"sizes": [4], "shape": [1], "codec": "float32", "name": "smashed"}],
     "meta": {"round": 1, "step": "1.0.0"},
@@ -76,6 +81,7 @@ OTHER_ORDER = {
 }
 
 LONG_ROW = [7.0, -7.0, 2.5, 1.5, *[0.0] * 60, 3.5, -1.75, 0.2]  # two groups: 64 and 3
+
 SIXTH = 2, math.asin(1 / 2)  # of two times (1, -1)
 
 # Name, frame, the decoded values; where a sender makes these very bytes of other numbers, those;

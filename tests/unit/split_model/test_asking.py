@@ -3,9 +3,9 @@
 import pytest
 import torch
 from torch import nn
-from uncut_model import difference, random_model, reduced
+from tests.support.uncut_model import difference, random_model, reduced
 
-from split_model.asking import ask, can_ask
+from split_model.layers.partial_block import ask, can_ask
 
 NAMES = [
     "vit_base_patch16_224",

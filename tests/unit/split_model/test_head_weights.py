@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from split_model.head_weights import Unpacked, packed
+from split_model.checkpoints.head_file import Unpacked, packed
 
 WEIGHTS = {
     "blocks.0.mlp.fc1.weight": torch.randn(96, 64, generator=torch.Generator().manual_seed(0)),

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from protocol.settings import TrainingSettings
-from split_model.schedule import learning_rate_factor, make_optimizer, set_progress
+from split_model.optimizer import learning_rate_factor, make_optimizer, set_progress
 
 
 def factors(rounds: int, *progress: float, **settings: object) -> list[float]:

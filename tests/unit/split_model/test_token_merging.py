@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from split_model import SplitSettings, SplitSettingsError, anatomy
-from split_model.body import Body
-from split_model.head import Head
-from split_model.tail import Tail
-from split_model.token_merging import merge_tokens
+from split_model.layers.token_merging import merge_tokens
+from split_model.parts.body import Body
+from split_model.parts.head import Head
+from split_model.parts.tail import Tail
 
 TINY = {"backbone": "vit_tiny_patch16_224", "image_size": 64, "prompt_at": "cut"}
 

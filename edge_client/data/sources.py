@@ -1,0 +1,94 @@
+"""The text after `--data`: which set, and where it lies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from edge_client.data.dataset import Dataset
+from edge_client.data.errors import PartitionError, SourceError
+
+Kind = Literal["folder", "torchvision", "digits", "fashion-mnist"]
+
+FORMS = "folder:PATH | torchvision:NAME[:ROOT] | digits | fashion-mnist[:ROOT]"
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """One parsed `--data` text. path is the folder or root given, None where none was."""
+
+    kind: Kind
+    name: str
+    path: Path | None = None
+
+    def __str__(self) -> str:
+        """The text that parses to this source."""
+        words: list[str] = [self.kind]
+        if self.kind == "torchvision":
+            words.append(self.name)
+        if self.path is not None:
+            words.append(str(self.path))
+        return ":".join(words)
+
+
+def parse_source(text: str) -> DataSource:
+    """Read `folder:PATH`, `torchvision:NAME[:ROOT]`, `digits` or `fashion-mnist[:ROOT]`.
+
+    Only the shape of the text is checked; whether the set exists is for `load_dataset`.
+    Raises SourceError.
+    """
+    kind, colon, rest = text.strip().partition(":")
+    if kind == "folder" and rest:
+        path = Path(rest).expanduser()
+        return DataSource("folder", path.name or str(path), path)
+    if kind == "torchvision":
+        name, _, root = rest.partition(":")
+        if name:
+            return DataSource("torchvision", name, Path(root).expanduser() if root else None)
+    if kind == "digits" and not colon:
+        return DataSource("digits", "digits")
+    if kind == "fashion-mnist" and (rest or not colon):
+        return DataSource("fashion-mnist", kind, Path(rest).expanduser() if rest else None)
+    raise SourceError("--data", limit=FORMS, value=text)
+
+
+def load_dataset(
+    source: DataSource | str,
+    *,
+    held_out: float = 0.2,
+    seed: int = 0,
+    class_names: Sequence[str] | None = None,
+) -> Dataset:
+    """Open a data set for training and testing; files that are not there are fetched.
+
+    held_out: the share of each class to test on, in (0, 1), where the set has no test half of its
+    own; chosen by seed. class_names: the run's classes in the order of its labels; images of
+    others are left out and named.
+    Raises DataError; see edge_client.data.errors for its kinds.
+    """
+    if not 0.0 < held_out < 1.0:
+        raise PartitionError("held-out share", limit="more than 0, less than 1", value=held_out)
+    wanted = parse_source(source) if isinstance(source, str) else source
+    dataset = _load(wanted, held_out, seed)
+    return dataset if class_names is None else dataset.aligned(class_names)
+
+
+def _load(source: DataSource, held_out: float, seed: int) -> Dataset:
+    """Each kind's module is imported when it is asked for: a device may lack its library."""
+    if source.kind == "digits":
+        from edge_client.data.digits import load_digits
+
+        return load_digits(held_out=held_out, seed=seed)
+    if source.kind == "fashion-mnist":
+        from edge_client.data.fashion_mnist import load_fashion_mnist
+
+        return load_fashion_mnist(source.path)
+    if source.kind == "folder":
+        from edge_client.data.folder import load_folder
+
+        return load_folder(source.path or Path(source.name), held_out=held_out, seed=seed)
+    from edge_client.data.torchvision_set import load_torchvision
+
+    return load_torchvision(source.name, source.path, held_out=held_out, seed=seed)

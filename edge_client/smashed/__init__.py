@@ -1,0 +1,1 @@
+"""Outputs of the head: cached on the device, uploaded once."""

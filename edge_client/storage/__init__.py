@@ -1,0 +1,1 @@
+"""Files that the device keeps: identity, blobs, global states."""

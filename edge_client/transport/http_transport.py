@@ -1,0 +1,164 @@
+"""An httpx transport that counts every byte at the socket.
+
+httpx's own engine parses and copies each chunk in Python; for tensors of a megabyte that is most
+of the client's time. This one writes the request's pieces straight to the socket and reads the
+response into one buffer, and it is where the meter sits: below HTTP, so headers count. What TLS
+adds below it does not. A simulated link, if there is one, sits at the same place.
+"""
+
+from __future__ import annotations
+
+import ssl
+import threading
+from collections.abc import Iterator
+
+import httpx
+
+from edge_client.transport.connection import BROKEN, Answer, Body, BrokenAnswer, Connection
+from edge_client.transport.link import Line, Link
+from protocol.limits import DEFAULT_LIMITS
+from protocol.traffic import Traffic
+
+BODY_EXTENSION = "sfprompt_body"  # the response's body as one writable buffer
+
+_Origin = tuple[bytes, bytes, int | None]
+
+
+class MeteredTransport(httpx.BaseTransport):
+    """Sends httpx requests over kept-alive connections and counts their bytes by phase.
+
+    Args:
+        tls: the context of ``https`` connections; None: the system's trust store.
+        connect_timeout_s: seconds to wait for a connection.
+        max_body_bytes: of one response.
+        prefix: what precedes the protocol's own paths in the server's address.
+        link: take the time that this link would, shared by all connections; None: just loopback
+            or the real network.
+
+    A request whose kept-alive connection turns out to be dead is sent once more on a new one;
+    that is safe because every request of the protocol may be repeated.
+    """
+
+    def __init__(
+        self,
+        tls: ssl.SSLContext | None = None,
+        connect_timeout_s: float = 10.0,
+        max_body_bytes: int = DEFAULT_LIMITS.max_frame_bytes,
+        prefix: str = "",
+        link: Link | None = None,
+    ) -> None:
+        self._tls = tls
+        self._connect_timeout_s = connect_timeout_s
+        self._max_body_bytes = max_body_bytes
+        self._prefix = prefix.rstrip("/")
+        self._line = None if link is None else Line(link)
+        self._idle: dict[_Origin, list[Connection]] = {}
+        self._lock = threading.Lock()
+        self._traffic = Traffic()
+
+    def traffic(self) -> Traffic:
+        """A copy of what has been counted so far."""
+        with self._lock:
+            return self._traffic.copy()
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        """Send one request and read its whole response.
+
+        Raises:
+            httpx.ConnectError: no connection could be made (also: a certificate was refused).
+            httpx.TimeoutException: the server did not answer in time.
+            httpx.ReadError: the connection broke in the middle.
+            TooLarge: the response is over ``max_body_bytes``.
+        """
+        timeouts = request.extensions.get("timeout", {})
+        read_timeout = timeouts.get("read") or 60.0
+        origin = _origin(request.url)
+        connection = self._take(origin, request)
+        try:
+            received = connection.socket.received
+            try:
+                answer = self._exchange(connection, request, read_timeout)
+            except BROKEN:
+                stale = connection.used and connection.socket.received == received
+                if not stale:
+                    raise
+                connection = self._open(request)
+                answer = self._exchange(connection, request, read_timeout)
+        except TimeoutError as error:
+            raise httpx.ReadTimeout(
+                f"no answer within {read_timeout:g} s", request=request
+            ) from error
+        except (OSError, BrokenAnswer) as error:
+            raise httpx.ReadError(str(error) or type(error).__name__, request=request) from error
+        if not connection.closed:
+            with self._lock:
+                self._idle.setdefault(origin, []).append(connection)
+        return httpx.Response(
+            answer.status,
+            headers=answer.headers,
+            stream=_Body(answer.body),
+            extensions={BODY_EXTENSION: answer.body},
+        )
+
+    def close(self) -> None:
+        with self._lock:
+            idle, self._idle = self._idle, {}
+        for connections in idle.values():
+            for connection in connections:
+                connection.close()
+
+    def _exchange(self, connection: Connection, request: httpx.Request, timeout: float) -> Answer:
+        sent, received = connection.socket.sent, connection.socket.received
+        try:
+            return connection.exchange(request, timeout, self._max_body_bytes)
+        except BaseException:
+            connection.close()
+            raise
+        finally:
+            with self._lock:
+                self._traffic.add(
+                    request.url.path.removeprefix(self._prefix),
+                    connection.socket.sent - sent,
+                    connection.socket.received - received,
+                )
+
+    def _take(self, origin: _Origin, request: httpx.Request) -> Connection:
+        """A kept-alive connection, or a new one.
+
+        Those that the server has ended meanwhile are closed: whatever is still sent into one
+        counts here, and never arrives.
+        """
+        while (connection := self._idle_one(origin)) is not None:
+            if connection.socket.silent:
+                return connection
+            connection.close()
+        return self._open(request)
+
+    def _idle_one(self, origin: _Origin) -> Connection | None:
+        with self._lock:
+            idle = self._idle.get(origin)
+            return idle.pop() if idle else None
+
+    def _open(self, request: httpx.Request) -> Connection:
+        secure = request.url.scheme == "https"
+        if secure and self._tls is None:
+            self._tls = ssl.create_default_context()  # reads the trust store: once is enough
+        tls = self._tls if secure else None
+        try:
+            return Connection(request.url, tls, self._connect_timeout_s, self._line)
+        except TimeoutError as error:
+            raise httpx.ConnectTimeout(str(error), request=request) from error
+        except OSError as error:
+            raise httpx.ConnectError(str(error), request=request) from error
+
+
+class _Body(httpx.SyncByteStream):
+    def __init__(self, body: Body) -> None:
+        self._body = body
+
+    def __iter__(self) -> Iterator[bytes]:
+        yield bytes(self._body)
+
+
+def _origin(url: httpx.URL) -> _Origin:
+    return url.raw_scheme, url.raw_host, url.port

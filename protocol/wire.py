@@ -1,0 +1,35 @@
+"""The version of the protocol: one number, in every frame and in every request's header."""
+
+from __future__ import annotations
+
+from typing import Final
+
+__all__ = [
+    "FRAME_MEDIA_TYPE",
+    "IDEMPOTENCY_HEADER",
+    "PROTOCOL_VERSION",
+    "REQUEST_ID_HEADER",
+    "VERSION_HEADER",
+]
+
+PROTOCOL_VERSION = 1
+
+VERSION_HEADER = "sfprompt-version"
+
+IDEMPOTENCY_HEADER = "idempotency-key"
+
+REQUEST_ID_HEADER = "x-request-id"
+
+FRAME_MEDIA_TYPE = "application/vnd.sfprompt.frame"
+
+FORWARD_PATH: Final = "/v1/split/forward"
+
+BACKWARD_PATH: Final = "/v1/split/backward"
+
+INFER_PATH: Final = "/v1/split/infer"
+
+EXCHANGE_PATH: Final = "/v1/split/exchange"
+
+SAMPLES_PATH: Final = "/v1/split/samples"
+
+MISSING_PATH: Final = "/v1/split/missing"

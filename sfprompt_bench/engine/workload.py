@@ -1,0 +1,213 @@
+"""What the engine's benchmark runs on, and how long it measures."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import split_model
+from protocol.messages import parse_message
+from protocol.settings import BackboneSettings, RunSettings
+from split_model import SplitSettings
+from split_model.errors import model_errors
+
+_PROMPTS = 5
+
+_ROUND_S = 7 * 86_400.0  # the round stays open for as long as is measured
+
+_TENSOR_BYTES = 1_500_000  # of the round trip's tensor, about
+
+
+@dataclass(frozen=True)
+class Load:
+    """So many clients, each with so many samples a step."""
+
+    clients: int
+    batch: int
+
+    @property
+    def samples(self) -> int:
+        return self.clients * self.batch
+
+    def __str__(self) -> str:
+        return f"{self.clients}x{self.batch}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured.
+
+    Attributes:
+        loads: measured against the plain loop.
+        repetitions: of each measurement.
+        seconds: that one measurement should take.
+        turn_repetitions: of the round trips, in turn with the echo's.
+        turns: steps of one such repetition, of two round trips each.
+        curve_clients, curve_batches: the curve's points are all their pairs.
+        curve_samples: points with more samples in all are left out.
+        curve_repetitions, curve_seconds: of each point.
+        soak: the clients of the soak and their batch.
+        soak_s: how long it takes.
+    """
+
+    loads: tuple[Load, ...] = (Load(8, 16), Load(8, 32), Load(1, 32))
+    repetitions: int = 13
+    seconds: float = 4.0
+    turn_repetitions: int = 101
+    turns: int = 8
+    curve_clients: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
+    curve_batches: tuple[int, ...] = (1, 4, 16, 32)
+    curve_samples: int = 2048
+    curve_repetitions: int = 2
+    curve_seconds: float = 2.0
+    soak: Load = Load(64, 4)
+    soak_s: float = 600.0
+
+    @property
+    def most_clients(self) -> int:
+        loads = [load.clients for load in (*self.loads, self.soak)]
+        return max(*loads, *self.curve_clients)
+
+
+QUICK_CUT = 6  # half the body takes half the time; the network's share is twice as large
+
+QUICK = Plan(
+    repetitions=3,
+    seconds=1.5,
+    turn_repetitions=25,
+    curve_clients=(1, 8),
+    curve_batches=(1, 4),
+    curve_repetitions=1,
+    curve_seconds=1.0,
+    soak=Load(64, 1),
+    soak_s=20.0,
+)
+
+
+@dataclass(frozen=True)
+class EngineSetting:
+    """The model and the machine's part that is measured.
+
+    Args:
+        backbone: timm's name of the model; its weights are random.
+        image_size: pixels a side.
+        cut: blocks in the head.
+        device, dtype: of the body, as `split-server serve` takes them.
+        plan: how much is measured.
+    """
+
+    backbone: str = "vit_small_patch14_dinov2"
+    image_size: int = 42
+    cut: int = 1
+    device: str = "cpu"
+    plan: Plan = Plan()
+    dtype: str = "auto"
+
+    @property
+    def place(self) -> dict[str, str]:
+        """Where the body runs, among a server's settings."""
+        return {"device": self.device, "dtype": self.dtype}
+
+    @property
+    def model(self) -> BackboneSettings:
+        """The model of all figures but the round trip's.
+
+        Raises:
+            InvalidField: no such cut or backbone.
+        """
+        return self._model(self.cut, _PROMPTS)
+
+    @property
+    def empty_model(self) -> BackboneSettings:
+        """The same with an empty body: all blocks are in the head."""
+        with model_errors():
+            depth = split_model.anatomy(SplitSettings.of(self.model)).depth
+        return self._model(depth, 0)
+
+    def _model(self, cut: int, prompts: int) -> BackboneSettings:
+        values = {
+            "backbone": self.backbone,
+            "weights": "random:0",
+            "image_size": self.image_size,
+            "cut": cut,
+            "prompt_count": prompts,
+            # A backward is due only where something ahead of the body is tuned.
+            "tune": "tail" if prompts else "bias",
+        }
+        return parse_message(BackboneSettings, values)
+
+    @property
+    def run(self) -> RunSettings:
+        """A run in the paper's form whose first round stays open, in float32 on the wire."""
+        return _run(self.model, self.plan.most_clients, 32)
+
+    @property
+    def empty_run(self) -> RunSettings:
+        """The same with an empty body, for one device and the round trip's tensor."""
+        return _run(self.empty_model, 1, self.turn_shape[0])
+
+    @property
+    def turn_shape(self) -> tuple[int, int, int]:
+        """[B, T, D] of the round trip's tensor, the nearest to 1.5 MB in float32."""
+        _, tokens, width = shape_of(self.empty_model, 1)
+        return max(1, round(_TENSOR_BYTES / (4 * tokens * width))), tokens, width
+
+
+def shape_of(model: BackboneSettings, batch: int) -> tuple[int, int, int]:
+    """[B, T, D] of a batch's smashed data, prompts at the input included."""
+    with model_errors():
+        sizes = split_model.anatomy(SplitSettings.of(model))
+    return batch, sizes.tokens + model.prompt_count, sizes.width
+
+
+def _run(model: BackboneSettings, participants: int, batch: int) -> RunSettings:
+    values = {
+        "name": "engine",
+        "model": model.model_dump(),
+        "federation": {
+            "rounds": 1,
+            "min_participants": participants,
+            "round_timeout_s": _ROUND_S,
+            "evaluate_every": 0,
+        },
+        "training": {"batch_size": batch},
+    }
+    return parse_message(RunSettings, values)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The median of some measurements, with the least and the greatest."""
+
+    values: tuple[float, ...]
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        return cls(tuple(values))
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.values)
+
+    @property
+    def least(self) -> float:
+        return min(self.values)
+
+    @property
+    def most(self) -> float:
+        return max(self.values)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"median": self.median, "least": self.least, "most": self.most, "n": len(self)}
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """The least of the values that a ``share`` of all does not exceed (nearest rank)."""
+    ordered = sorted(values)
+    rank = -int(-share * len(ordered) // 1)  # rounded up
+    return ordered[max(0, min(len(ordered), rank) - 1)]

@@ -1,0 +1,67 @@
+"""The command ``sfprompt-bench estimate``."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from protocol.messages import parse_message
+from protocol.settings import RunSettings
+from sfprompt_bench.estimate.calculator import estimate as calculate
+from sfprompt_bench.estimate.calculator import paper_training
+from sfprompt_bench.estimate.question import Question
+from sfprompt_bench.estimate.report import estimate_report, estimate_table
+from sfprompt_bench.presets import JsonFile, preset_named
+from split_model.errors import model_errors
+
+
+def estimate(
+    backbone: Annotated[
+        str, typer.Option(help="timm's name of the model; no weights are needed.")
+    ] = "vit_small_patch14_dinov2",
+    image_size: Annotated[int, typer.Option(min=8, max=2048, help="Pixels a side.")] = 224,
+    classes: Annotated[int, typer.Option(min=2)] = 10,
+    samples: Annotated[int, typer.Option(min=1, help="Training images of a device.")] = 1000,
+    rounds: Annotated[int, typer.Option(min=1)] = 50,
+    local_epochs: Annotated[
+        int, typer.Option(min=1, help="Of a round, in methods that train the whole model locally.")
+    ] = 10,
+    cut: Annotated[int, typer.Option(min=0, help="Blocks in the head.")] = 1,
+    keep_fraction: Annotated[
+        float | None,
+        typer.Option(help="Share of samples kept for split training. Default: each form's own."),
+    ] = None,
+    keep_tokens: Annotated[
+        int, typer.Option(min=0, help="Image tokens that cross the cut, merged; 0: all.")
+    ] = 0,
+    json_file: JsonFile = None,
+) -> None:
+    """Calculate traffic, compute and memory of a device for every method; nothing is run."""
+    values = preset_named("fashion-mnist").settings.model_dump()
+    values["class_names"] = None
+    values["model"] |= {
+        "backbone": backbone,
+        "image_size": image_size,
+        "num_classes": classes,
+        "cut": cut,
+        "keep_tokens": keep_tokens,
+    }
+    values["federation"] |= {"rounds": rounds, "evaluate_every": 0}
+    paper = paper_training()
+    if keep_fraction is not None:
+        values["training"]["keep_fraction"] = keep_fraction
+        paper = paper.model_copy(update={"keep_fraction": keep_fraction})
+    question = Question(parse_message(RunSettings, values), samples, local_epochs=local_epochs)
+    started = time.perf_counter()
+    with model_errors():
+        costs = calculate(question, paper)
+    seconds = time.perf_counter() - started
+    console = Console()
+    console.print(estimate_table(question, costs))
+    console.print(f"Calculated in {seconds:.1f} s.", highlight=False)
+    if json_file is not None:
+        json_file.write_text(json.dumps(estimate_report(question, costs), indent=2) + "\n")

@@ -1,0 +1,92 @@
+"""Pictures of a run: accuracy over rounds, bytes over rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from protocol.messages import RoundView
+from protocol.traffic import Phase
+
+mpl.use("Agg")  # files, no window
+
+COLOURS = {
+    Phase.SMASHED: "#1b6ca8",
+    Phase.FEATURES: "#6fb1dc",
+    Phase.GRADIENTS: "#f0a202",
+    Phase.UPDATES: "#3a7d44",
+    Phase.INFERENCE: "#b7b7b7",
+    Phase.DOWNLOAD: "#7b4b94",
+    Phase.CONTROL: "#333333",
+}
+
+MB = 1e6
+
+_RED = "#c1121f"
+
+_FAR = 4  # times the highest bar
+
+
+def plot_accuracy(rounds: Sequence[RoundView], title: str, out: Path) -> Path:
+    """Accuracy of the global state on the held-out samples, round by round."""
+    measured = [(view.round, view.accuracy) for view in rounds if view.accuracy is not None]
+    figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    numbers = [number for number, _ in measured]
+    shares = [100 * accuracy for _, accuracy in measured]
+    axes.plot(numbers, shares, marker="o", color="#1b6ca8")
+    if shares:
+        axes.annotate(
+            f"{shares[-1]:.1f} %",
+            (numbers[-1], shares[-1]),
+            textcoords="offset points",
+            xytext=(0, 8),
+            ha="right",
+        )
+    axes.set(xlabel="round", ylabel="accuracy on held-out samples (%)", title=title)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    axes.margins(y=0.15)
+    return save(figure, out)
+
+
+def plot_bytes(rounds: Sequence[RoundView], full_round_bytes: int, title: str, out: Path) -> Path:
+    """Bytes at the socket in each round by phase, beside federated full fine-tuning's."""
+    figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    numbers = [view.round for view in rounds]
+    floor = [0.0] * len(rounds)
+    for phase, colour in COLOURS.items():
+        heights = [sum(view.traffic.get(phase, {}).values()) / MB for view in rounds]
+        if any(heights):
+            axes.bar(numbers, heights, bottom=floor, color=colour, label=str(phase), width=0.7)
+            floor = [low + height for low, height in zip(floor, heights, strict=True)]
+    _mark_full(axes, full_round_bytes / MB, max(floor, default=0.0))
+    axes.set(xlabel="round", ylabel="MB at the socket, all devices", title=title)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(axis="y", alpha=0.3)
+    figure.legend(fontsize="small", ncols=4, loc="outside lower center")
+    return save(figure, out)
+
+
+def _mark_full(axes: Axes, full: float, highest: float) -> None:
+    """What federated full fine-tuning sends in a round; above the scale where bars would vanish."""
+    label, top = "federated full fine-tuning", max(full, highest)
+    if 0 < highest < full / _FAR:
+        top = 1.15 * highest
+        text = f"{label}: {full:,.0f} MB in every round ↑"
+        axes.text(0.98, 0.97, text, color=_RED, ha="right", va="top", transform=axes.transAxes)
+    else:
+        axes.axhline(full, color=_RED, linestyle="--", label=label)
+    axes.set_ylim(top=1.08 * top)
+
+
+def save(figure: Figure, out: Path) -> Path:
+    """Write a figure and free it."""
+    figure.savefig(out, dpi=150)
+    plt.close(figure)
+    return out

@@ -1,0 +1,103 @@
+"""Settings of the runs that `sfprompt-bench` starts: a data set, and a form of the method."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from edge_client.data.fashion_mnist import CLASSES
+from protocol.errors import NotFound
+from protocol.federation import FederationSettings
+from protocol.presets import FORMS, Form, over_form
+from protocol.settings import RunSettings
+from split_server.settings import DType
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A run and the data that it is for."""
+
+    data: str  # as `edge-client --data` takes it
+    settings: RunSettings
+    limit_train: int | None = None  # images over all devices
+    limit_test: int | None = None
+
+
+_MODEL = {"image_size": 42, "cut": 1, "num_classes": 10, "prompt_count": 5}
+
+
+def _run(name: str, form: Form, **more: object) -> RunSettings:
+    return RunSettings.model_validate(over_form(form, {"name": name, "model": _MODEL, **more}))
+
+
+def _training(settings: RunSettings, **changes: object) -> RunSettings:
+    training = settings.training.model_copy(update=changes)
+    return settings.model_copy(update={"training": training})
+
+
+def _digits(form: Form) -> Preset:
+    settings = _run("digits", form, federation=FederationSettings(rounds=8))
+    if form == "default":  # few images: all of them
+        settings = _training(settings, keep_fraction=1.0)
+    return Preset(data="digits", settings=settings)
+
+
+def _fashion_mnist(form: Form) -> Preset:
+    return Preset(
+        data="fashion-mnist",
+        settings=_run(
+            "fashion-mnist",
+            form,
+            class_names=CLASSES,
+            federation=FederationSettings(rounds=10, evaluate_every=2),
+        ),
+        limit_train=6000,
+        limit_test=2000,
+    )
+
+
+PRESETS = {"digits": _digits, "fashion-mnist": _fashion_mnist}
+
+
+def preset_named(data: str, form: str = "default") -> Preset:
+    """The preset for a data set, in one form of the method.
+
+    Raises:
+        NotFound: there is none.
+    """
+    make = PRESETS.get(data)
+    if make is None:
+        raise NotFound(
+            "there is no preset for this data set", field="data", limit=sorted(PRESETS), value=data
+        )
+    for known in FORMS:
+        if known == form:
+            return make(known)
+    raise NotFound("there is no such form", field="form", limit=list(FORMS), value=form)
+
+
+def traffic_preset(form: Form, *, quick: bool) -> Preset:
+    """What the ladder of traffic runs: Fashion-MNIST, measured at the end; or few digits."""
+    if not quick:
+        preset = preset_named("fashion-mnist", form)
+        federation = preset.settings.federation.model_copy(update={"evaluate_every": 10})
+    else:
+        preset = replace(preset_named("digits", form), limit_train=200, limit_test=100)
+        preset = replace(preset, settings=_training(preset.settings, keep_fraction=1.0))
+        federation = FederationSettings(rounds=3, evaluate_every=3)
+    settings = preset.settings.model_copy(update={"federation": federation})
+    return replace(preset, settings=settings)
+
+
+BodyType = Annotated[
+    DType,
+    typer.Option(
+        help="What the body computes in; auto: float32 on a CPU. One with instructions for "
+        "bfloat16 takes half as long in it."
+    ),
+]
+
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the figures here.")]

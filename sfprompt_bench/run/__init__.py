@@ -1,0 +1,1 @@
+"""The command run: one server and some devices on this machine."""

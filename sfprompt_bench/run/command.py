@@ -1,0 +1,96 @@
+"""The command ``sfprompt-bench run``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from edge_client.data.partition import SCHEMES, parse_scheme
+from protocol.messages import parse_message
+from protocol.presets import Form
+from protocol.settings import RunSettings
+from sfprompt_bench.presets import PRESETS, BodyType, JsonFile, preset_named
+from sfprompt_bench.run.local_run import LocalRun
+from sfprompt_bench.run.preflight import run_folder
+from sfprompt_bench.run.report import result_table, write_files
+
+FormOption = Annotated[
+    Form,
+    typer.Option(help="default: prompts at the cut, little traffic; paper: as it was published."),
+]
+
+
+def run(
+    data: Annotated[
+        str, typer.Option(help=f"Data set, with its settings: {' | '.join(PRESETS)}")
+    ] = "digits",
+    form: FormOption = "default",
+    devices: Annotated[int, typer.Option(min=1, max=64, help="Edge clients to start.")] = 4,
+    partition: Annotated[str, typer.Option(help=f"How the data are divided: {SCHEMES}")] = "iid",
+    rounds: Annotated[int | None, typer.Option(min=1, help="Default: the preset's.")] = None,
+    keep_fraction: Annotated[
+        float | None, typer.Option(help="Share of samples kept for split training.")
+    ] = None,
+    limit_train: Annotated[
+        int | None, typer.Option(min=1, help="Training images over all devices.")
+    ] = None,
+    limit_test: Annotated[
+        int | None, typer.Option(min=1, help="Test images over all devices.")
+    ] = None,
+    shots: Annotated[
+        int | None,
+        typer.Option(min=1, help="Training images of each class over all devices, instead."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Fixes the data's parts and all draws.")] = 0,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 0,
+    server_threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads of the body. Default: all.")
+    ] = None,
+    dtype: BodyType = "auto",
+    out: Annotated[Path | None, typer.Option(help="Run folder. Default: runs/DATA-TIME.")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Tune with one server and several devices, all on this machine, and show what it took."""
+    console = Console()
+    preset = preset_named(data, form)
+    scheme = parse_scheme(partition)
+    folder = run_folder(out, data)
+    local = LocalRun(
+        settings=_adjusted(preset.settings, devices, rounds, keep_fraction, seed),
+        data=preset.data,
+        devices=devices,
+        partition=str(scheme),
+        folder=folder,
+        port=port,
+        server_threads=server_threads,
+        dtype=dtype,
+        limit_train=limit_train or (None if shots else preset.limit_train),
+        limit_test=limit_test or preset.limit_test,
+        shots=shots,
+    )
+    results, figures = local.execute(console)
+    written = write_files(results, figures, folder)
+    console.print()
+    console.print(result_table(results, figures))
+    for path in [folder / "tuned.safetensors", *written]:
+        console.print(f"  {path}", highlight=False)
+    if json_file is not None:
+        json_file.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def _adjusted(
+    settings: RunSettings, devices: int, rounds: int | None, keep: float | None, seed: int
+) -> RunSettings:
+    """The preset with what the command line changes; validated again as a whole."""
+    values = settings.model_dump()
+    values["seed"] = seed
+    values["federation"]["min_participants"] = devices
+    if rounds is not None:
+        values["federation"]["rounds"] = rounds
+    if keep is not None:
+        values["training"]["keep_fraction"] = keep
+    return parse_message(RunSettings, values)

@@ -1,0 +1,170 @@
+"""One run on this machine: a split server and some devices, each a process, over loopback."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from protocol.errors import SFPromptError
+from protocol.messages import Results
+from protocol.settings import RunSettings
+from sfprompt_bench.run.live import LiveView
+from sfprompt_bench.run.preflight import choose_port, shared_backbones
+from sfprompt_bench.run.processes import Process, start_device, wait_until_healthy
+from sfprompt_bench.run.report import summary
+from split_model import save_state
+from split_server.client import OperatorClient, read_token
+from split_server.federation.export import newest_state
+
+_START_S = 120.0
+
+_POLL_S = 0.5
+
+_DEVICES = "devices"  # their homes
+
+_GOODBYE_S = 60.0  # for devices to hear that the run is over and to leave
+
+
+@dataclass(frozen=True)
+class LocalRun:
+    """What to run, and on how many devices.
+
+    Args:
+        settings: of the run.
+        data: as ``edge-client --data`` takes it.
+        devices: how many edge clients.
+        partition: how the data are divided over them, as ``edge-client --partition`` takes it.
+        folder: where everything of the run goes; made if it is not there.
+        port: of the server; 0: any free one.
+        server_threads: CPU threads of the body; None: all.
+        dtype: what the body computes in, as ``split-server serve --dtype`` takes it.
+        limit_train, limit_test: images over all devices; None: all.
+        shots: training images of each class over all devices, in place of limit_train; None: all.
+        link: a line to simulate between each device and the server, e.g. ``20mbit,50ms``.
+    """
+
+    settings: RunSettings
+    data: str
+    devices: int
+    partition: str
+    folder: Path
+    port: int = 0
+    server_threads: int | None = None
+    dtype: str = "auto"
+    limit_train: int | None = None
+    limit_test: int | None = None
+    link: str | None = None
+    shots: int | None = None
+
+    def execute(self, console: Console) -> tuple[Results, dict[str, Any]]:
+        """Run to the end and return the server's results and their summary.
+
+        Raises:
+            SFPromptError: a process ended early, with the last lines of its log; or the run failed.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(self.folder / _DEVICES, ignore_errors=True)  # of an earlier run into it
+        names = [f"device-{number}" for number in range(1, self.devices + 1)]
+        rounds = self.settings.federation.rounds
+        with self._server(console) as (url, operator, server), ExitStack() as stack:
+            console.print("preparing the backbone …")
+            run = operator.create_run(self.settings)
+            started = time.monotonic()
+            view = stack.enter_context(LiveView(console, names, rounds))
+            devices = [
+                start_device(
+                    name,
+                    self._device_arguments(url, run.id, number),
+                    self.folder,
+                    view.device_said,
+                    threads=1,
+                )
+                for number, name in enumerate(names, start=1)
+            ]
+            for device in devices:
+                stack.callback(device.stop)
+            while True:
+                results = operator.results(run.id)
+                view.show_rounds(results.rounds)
+                if results.run.status.over:
+                    break
+                _require_alive(server, devices)
+                time.sleep(_POLL_S)
+            for device in devices:  # one that still computes is stopped
+                with suppress(subprocess.TimeoutExpired):
+                    device.wait(_GOODBYE_S)
+            results = operator.results(run.id)  # with the bytes of the last goodbye
+        if results.run.status != "finished":
+            raise SFPromptError(f"the run ended as {results.run.status}: {results.run.reason}")
+        self._keep_state(results)
+        return results, summary(results, time.monotonic() - started)
+
+    @contextmanager
+    def _server(self, console: Console) -> Iterator[tuple[str, OperatorClient, Process]]:
+        port = choose_port(self.port)
+        data_dir = self.folder / "server"
+        arguments = ["split_server.cli", "serve", "--host", "127.0.0.1", "--port", str(port)]
+        arguments += ["--data-dir", str(data_dir)]
+        if self.dtype != "auto":  # which the environment may have set otherwise
+            arguments += ["--dtype", self.dtype]
+        if self.server_threads is not None:
+            arguments += ["--torch-threads", str(self.server_threads)]
+        url = f"http://127.0.0.1:{port}"
+        console.print(f"starting the split server on {url} …")
+        with shared_backbones(data_dir):
+            yield from self._serving(arguments, url, data_dir)
+
+    def _serving(
+        self, arguments: list[str], url: str, data_dir: Path
+    ) -> Iterator[tuple[str, OperatorClient, Process]]:
+        server = Process("server", arguments, self.folder, threads=self.server_threads)
+        try:
+            probe = OperatorClient(url)
+            wait_until_healthy(server, probe.is_healthy, _START_S)
+            probe.close()
+            operator = OperatorClient(url, read_token(data_dir))
+            try:
+                yield url, operator, server
+            finally:
+                operator.close()
+        finally:
+            server.stop()
+
+    def _device_arguments(self, url: str, run: str, number: int) -> list[str]:
+        arguments = ["join", url, "--run", run, "--data", self.data]
+        arguments += ["--part", f"{number}/{self.devices}", "--partition", self.partition]
+        arguments += ["--data-seed", str(self.settings.seed % 2**31), "--threads", "1"]
+        if self.limit_train is not None:
+            arguments += ["--limit-train", str(self.limit_train)]
+        if self.limit_test is not None:
+            arguments += ["--limit-test", str(self.limit_test)]
+        if self.shots is not None:
+            arguments += ["--shots", str(self.shots)]
+        if self.link is not None:
+            arguments += ["--link", self.link]
+        # Each device downloads for itself, as it would in its own place.
+        home = self.folder / _DEVICES / str(number)
+        return [*arguments, "--home", str(home)]
+
+    def _keep_state(self, results: Results) -> None:
+        _, state = newest_state(self.folder / "server", results.run.id)
+        save_state(state, self.folder / "tuned.safetensors")
+
+
+def _require_alive(server: Process, devices: list[Process]) -> None:
+    for process in (server, *devices):
+        code = process.exit_code()
+        if code or (code == 0 and process is server):
+            raise SFPromptError(
+                f"{process.name} ended early (exit code {code}):\n{process.last_lines()}",
+                field=str(process.log),
+                hint="the whole log is in that file",
+            )

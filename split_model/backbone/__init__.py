@@ -1,0 +1,1 @@
+"""Pretrained backbones: architecture, weights, image preparation."""

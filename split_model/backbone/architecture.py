@@ -1,0 +1,299 @@
+"""Which timm architectures can be cut, and their skeletons on the meta device."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+
+from split_model.backbone.libraries import timm
+from split_model.errors import SplitSettingsError, UnsupportedBackboneError
+from split_model.settings import SplitSettings
+
+_PRUNING = 4  # 768 of 3072 in ViT-B (FedPFT, arXiv 2404.11536)
+
+
+def proxy_width(settings: SplitSettings, whole: int) -> int:
+    """The neurons of a narrower MLP that has so many in the backbone."""
+    return settings.proxy_width or max(1, whole // _PRUNING)
+
+
+def kept_blocks(settings: SplitSettings, depth: int) -> list[int]:
+    """Which of the backbone's ``depth`` blocks the proxy has, in order.
+
+    All but where blocks are dropped. Then `proxy_ends` stay at either end, and of those between
+    them so many at even distances that `proxy_blocks` stay in all (offsite-tuning's emulator,
+    arXiv 2302.04870, section 3).
+
+    Raises `SplitSettingsError`.
+    """
+    ends = settings.proxy_ends
+    count = settings.proxy_blocks or max(1, 2 * ends, depth // 2)
+    if 2 * ends > depth:
+        raise SplitSettingsError("proxy_ends", f"at most half of the {depth} blocks", ends)
+    if settings.proxy != "dropped":
+        return list(range(depth))
+    if not max(1, 2 * ends) <= count <= depth:
+        limit = (
+            f"from {max(1, 2 * ends)} (two ends of {ends}) to the {depth} blocks of the backbone"
+        )
+        raise SplitSettingsError("proxy_blocks", limit, count)
+    between = evenly(range(ends, depth - ends), count - 2 * ends)
+    return [*range(ends), *between, *range(depth - ends, depth)]
+
+
+def evenly(blocks: range, count: int) -> list[int]:
+    """So many of these blocks, each the middle one of its share."""
+    return [blocks[(2 * place + 1) * len(blocks) // (2 * count)] for place in range(count)]
+
+
+def pruned_blocks(settings: SplitSettings, depth: int) -> range:
+    """The blocks whose MLPs are narrower in the proxy: all but `proxy_ends` at either end.
+
+    Raises `SplitSettingsError`.
+    """
+    kept_blocks(settings, depth)
+    if settings.proxy != "pruned":
+        return range(0)
+    return range(settings.proxy_ends, depth - settings.proxy_ends)
+
+
+def shape_proxy(settings: SplitSettings, model: Any) -> None:
+    """Turn timm's whole model on the meta device into the proxy's, in place.
+
+    Blocks are numbered anew from 0, so that the proxy is a model like any other.
+
+    Raises `SplitSettingsError`, also for a backbone that no proxy is made of.
+    """
+    if settings.proxy == "none":
+        return
+    depth = len(model.blocks)
+    if not _is_plain(model):
+        limit = f"'none' for {settings.backbone}: its blocks are not a plain vision transformer's"
+        raise SplitSettingsError("proxy", limit, settings.proxy)
+    for number in pruned_blocks(settings, depth):
+        _narrow(settings, model.blocks[number].mlp)
+    model.blocks = nn.Sequential(*(model.blocks[one] for one in kept_blocks(settings, depth)))
+
+
+def _is_plain(model: Any) -> bool:
+    """Whether blocks know nothing of their number, and their MLPs are two layers."""
+    models, layers = timm.models, timm.layers
+    plain = (models.VisionTransformer, models.deit.VisionTransformerDistilled)
+    return type(model) in plain and all(
+        type(block) is models.vision_transformer.Block
+        and type(block.mlp) is layers.Mlp
+        and isinstance(block.mlp.fc1, nn.Linear)
+        and isinstance(block.mlp.norm, nn.Identity)
+        for block in model.blocks
+    )
+
+
+def _narrow(settings: SplitSettings, mlp: Any) -> None:
+    whole = mlp.fc1.out_features
+    width = proxy_width(settings, whole)
+    if width > whole:
+        limit = f"at most the {whole} neurons of an MLP of {settings.backbone}"
+        raise SplitSettingsError("proxy_width", limit, width)
+    ins, outs = mlp.fc1, mlp.fc2
+    mlp.fc1 = nn.Linear(ins.in_features, width, bias=ins.bias is not None, device="meta")
+    mlp.fc2 = nn.Linear(width, outs.out_features, bias=outs.bias is not None, device="meta")
+
+
+# Every architecture that these modules of timm register is of one of the classes below.
+_MODULES = ("vision_transformer", "vision_transformer_hybrid", "deit", "vitamin", "eva", "beit")
+
+
+@dataclasses.dataclass(frozen=True)
+class Anatomy:
+    """The sizes of a cut backbone that both ends compute with."""
+
+    depth: int  # blocks in all
+    width: int  # features per token
+    prefix: int  # class, distillation and register tokens, at the front
+    patches: int  # image tokens behind the cut
+    family: str  # "plain", "rotary" (Eva) or "relative" (Beit)
+    leading: int | None  # the first features that the tail reads; None: it reads them all
+    averaged: bool = False  # the tail reads the mean of the image tokens, before any norm
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one image without prompts."""
+        return self.prefix + self.patches
+
+
+@functools.cache
+def supported_backbones() -> list[str]:
+    """The names of all architectures that can be cut, sorted."""
+    return sorted({name for module in _MODULES for name in timm.list_models(module=module)})
+
+
+def family_of(model: nn.Module) -> str | None:
+    """How the blocks of a timm model learn positions, or None where it cannot be cut."""
+    models = timm.models
+    # Exact types: a subclass may have changed the forward pass.
+    if type(model) in (models.VisionTransformer, models.deit.VisionTransformerDistilled):
+        return "plain"
+    if type(model) is models.eva.Eva:
+        return "rotary"
+    if type(model) is models.beit.Beit:
+        return "relative"
+    return None
+
+
+def check_backbone(backbone: str) -> None:
+    """Raise `UnsupportedBackboneError` unless timm registers the backbone under its name."""
+    if ":" in backbone or not timm.is_model(backbone):
+        raise UnsupportedBackboneError(backbone, "timm has no architecture of that name")
+    architecture = backbone.split(".", 1)[0]
+    module = timm.model_entrypoint(architecture).__module__
+    built_in = module.startswith("timm.models.")
+    if built_in and architecture not in supported_backbones():
+        raise UnsupportedBackboneError(backbone, f"it comes from {module}")
+
+
+def create(settings: SplitSettings, num_classes: int, **arguments: Any) -> nn.Module:
+    """timm's own model for the settings, in eval mode, on torch's default device.
+
+    Raises `UnsupportedBackboneError`, or `SplitSettingsError` where timm refuses the arguments.
+    """
+    check_backbone(settings.backbone)
+    arguments = {**dict(settings.model_overrides), **arguments}
+    try:
+        model: nn.Module = timm.create_model(
+            settings.backbone, img_size=settings.image_size, num_classes=num_classes, **arguments
+        )
+    except (AssertionError, TypeError, ValueError) as error:
+        limit = f"what {settings.backbone} accepts at {settings.image_size} pixels ({error})"
+        raise SplitSettingsError("model_overrides", limit, settings.model_overrides) from error
+    if family_of(model) is None:
+        raise UnsupportedBackboneError(settings.backbone, f"it is a {type(model).__name__}")
+    return model.eval()
+
+
+def skeleton(settings: SplitSettings, blocks: range | None = None) -> nn.Module:
+    """timm's model with the settings' classifier on the meta device: shapes without memory.
+
+    The caller may take it apart. Of blocks that are not among ``blocks`` only the places are there.
+
+    Raises `UnsupportedBackboneError` or `SplitSettingsError`.
+    """
+    model: Any = _checked(settings)
+    absent = [b for n, b in enumerate(model.blocks) if blocks is not None and n not in blocks]
+    copied: nn.Module = copy.deepcopy(model, {id(block): nn.Identity() for block in absent})
+    return copied
+
+
+@functools.lru_cache(maxsize=16)
+def _pristine(settings: SplitSettings) -> nn.Module:
+    # Meta tensors take no memory, and building anew takes ten times as long as copying.
+    if settings.proxy != "none":
+        plain = dataclasses.replace(
+            settings, proxy="none", proxy_ends=1, proxy_width=0, proxy_blocks=0
+        )
+        model = copy.deepcopy(_pristine(plain))
+        with torch.device("meta"):
+            shape_proxy(settings, model)
+        return model
+    with torch.device("meta"):
+        return create(settings, settings.num_classes)
+
+
+@functools.lru_cache(maxsize=64)
+def anatomy(settings: SplitSettings) -> Anatomy:
+    """The sizes of the backbone that the settings describe. Raises as `skeleton` does."""
+    sizes = _measure(_checked(settings))
+    keep = settings.keep_tokens
+    return dataclasses.replace(sizes, patches=keep) if keep else sizes
+
+
+def _checked(settings: SplitSettings) -> nn.Module:
+    uncut = dataclasses.replace(
+        settings,
+        cut=0,
+        tail_blocks=0,
+        prompt_at="input",
+        prompt_depth="shallow",
+        prompt_count=0,
+        keep_tokens=0,
+        tune="tail",
+        adapter_width=1,
+        tune_body=False,
+        lora_rank=1,
+        lora_ends=0,
+        local_body=0,
+    )
+    pristine = _pristine(uncut)
+    _check(settings, _measure(pristine))
+    _check_image(settings, pristine)
+    return pristine
+
+
+def body_blocks(settings: SplitSettings) -> range:
+    """The numbers of the body's blocks in the whole model."""
+    return range(settings.cut, anatomy(settings).depth - settings.tail_blocks)
+
+
+def _measure(model: Any) -> Anatomy:
+    distilled = hasattr(model, "head_dist")
+    plain_pool = getattr(model, "attn_pool", None) is None
+    by_token = model.global_pool == "token" and plain_pool
+    norm_follows = isinstance(model.norm, nn.Identity)
+    return Anatomy(
+        depth=len(model.blocks),
+        width=int(model.embed_dim),
+        prefix=int(model.num_prefix_tokens),
+        patches=int(model.patch_embed.num_patches),
+        family=family_of(model) or "",
+        leading=(2 if distilled else 1) if by_token else None,
+        averaged=model.global_pool == "avg" and plain_pool and norm_follows,
+    )
+
+
+def _check(settings: SplitSettings, sizes: Anatomy) -> None:
+    if sizes.patches < 1:
+        raise SplitSettingsError("image_size", "at least one patch", settings.image_size)
+    if settings.tail_blocks > sizes.depth:
+        limit = f"at most the {sizes.depth} blocks of {settings.backbone}"
+        raise SplitSettingsError("tail_blocks", limit, settings.tail_blocks)
+    last = sizes.depth - settings.tail_blocks
+    if settings.cut > last:
+        limit = f"from 0 to {last} (depth {sizes.depth} less {settings.tail_blocks} tail blocks)"
+        raise SplitSettingsError("cut", limit, settings.cut)
+    if settings.local_body:
+        if sizes.family != "plain":
+            limit = "0 for a backbone whose blocks know positions"
+            raise SplitSettingsError("local_body", limit, settings.local_body)
+        if settings.local_body > last - settings.cut:
+            limit = f"at most the {last - settings.cut} blocks of the body"
+            raise SplitSettingsError("local_body", limit, settings.local_body)
+    if settings.keep_tokens:
+        if sizes.family != "plain":
+            limit = "0 for a backbone whose blocks know positions"
+            raise SplitSettingsError("keep_tokens", limit, settings.keep_tokens)
+        if settings.keep_tokens > sizes.patches:
+            limit = f"at most the {sizes.patches} patches of an image"
+            raise SplitSettingsError("keep_tokens", limit, settings.keep_tokens)
+    if settings.tune_body and settings.cut == last:
+        raise SplitSettingsError("tune_body", "false where the body has no blocks", True)
+    if settings.prompt_count and settings.prompt_at == "cut":
+        # Prompts act by attention only: without a block behind them they would do nothing.
+        if settings.prompt_depth == "deep" and settings.cut == last:
+            limit = "'shallow' where the body has no blocks"
+            raise SplitSettingsError("prompt_depth", limit, settings.prompt_depth)
+        if settings.cut == sizes.depth:
+            limit = "'input' where no block follows the cut"
+            raise SplitSettingsError("prompt_at", limit, settings.prompt_at)
+
+
+def _check_image(settings: SplitSettings, model: Any) -> None:
+    embed = model.patch_embed
+    if not getattr(model, "dynamic_img_size", False) or hasattr(embed, "backbone"):
+        return
+    side = max(embed.patch_size)
+    if settings.image_size % side and not getattr(model, "dynamic_img_pad", False):
+        raise SplitSettingsError("image_size", f"a multiple of {side}", settings.image_size)

@@ -1,0 +1,90 @@
+"""Named tensors in safetensors files: written whole or not at all, read lazily."""
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from split_model.errors import TensorFileError
+from split_model.files import _publish
+
+# One entry for all metadata: safetensors writes several in random order, and a file's digest is
+# to depend on its content alone.
+_METADATA = "sfprompt"
+
+
+class TensorFile(Mapping[str, Tensor]):
+    """The tensors of one safetensors file, each read when asked for.
+
+    Raises `TensorFileError` where the file cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            opened: Any = safe_open(str(path), framework="pt")
+        except (OSError, SafetensorError) as error:
+            raise TensorFileError(path, f"no readable safetensors file ({error})") from error
+        self._file = opened
+        self._names: tuple[str, ...] = tuple(opened.keys())
+        self.metadata = self._read_metadata(dict(opened.metadata() or {}))
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        tensor: Tensor = self._file.get_tensor(name)
+        return tensor
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def _read_metadata(self, raw: dict[str, str]) -> dict[str, str]:
+        if _METADATA not in raw:
+            return raw
+        try:
+            values = json.loads(raw[_METADATA])
+        except ValueError as error:
+            raise TensorFileError(self.path, "its metadata is broken") from error
+        if not isinstance(values, dict) or not all(isinstance(v, str) for v in values.values()):
+            raise TensorFileError(self.path, "its metadata is broken")
+        return values
+
+    def json(self, key: str) -> Any:
+        """A metadata entry that holds JSON. Raises `TensorFileError`."""
+        try:
+            return json.loads(self.metadata[key])
+        except (KeyError, ValueError) as error:
+            raise TensorFileError(self.path, f"its metadata has no valid {key!r}") from error
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file so that a reader sees the old file or the whole new one.
+
+    The same tensors and metadata give the same bytes.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        entry = json.dumps(dict(metadata or {}), sort_keys=True)
+        save_file(plain, name, metadata={_METADATA: entry})
+        _publish(name, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)

@@ -1,0 +1,1 @@
+"""Tensor files of a run: head, global state, exported model."""

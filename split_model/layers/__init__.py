@@ -1,0 +1,1 @@
+"""Layers that the split model adds to or changes in timm's blocks."""

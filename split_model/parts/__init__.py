@@ -1,0 +1,1 @@
+"""Head, body and tail as modules."""

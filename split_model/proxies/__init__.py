@@ -1,0 +1,1 @@
+"""Smaller stand-ins for the backbone, distilled from it."""

@@ -1,0 +1,1 @@
+"""Rules that turn the participants' updates into the next global state."""

@@ -1,0 +1,1 @@
+"""Runs, rounds and participants: every decision of the federation plane."""

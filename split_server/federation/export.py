@@ -1,0 +1,60 @@
+"""The tuned model of a run as one file, from the server's folder alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from protocol.errors import NotFound
+from split_model import SplitSettings, export_model, head_weights, prepare_backbone
+from split_model.errors import model_errors
+from split_model.proxies.weights import plugged
+from split_server.federation.snapshot import RunSnapshot, load_snapshot
+from split_server.storage.database import RunRow, Store
+from split_server.storage.run_files import RunFiles, StateRefs
+
+
+def export_run(data_dir: Path, run_id: str, out: Path) -> None:
+    """Write the whole tuned model of a run's newest global state to ``out``.
+
+    What was tuned on a proxy is put into the whole backbone.
+
+    Raises:
+        NotFound: the folder holds no such run.
+        InvalidField: one of its files is damaged.
+    """
+    run, state = newest_state(data_dir, run_id)
+    metadata = {"run": run.id, "name": run.settings.name, "round": str(run.closed_rounds)}
+    classes = run.settings.class_names
+    with model_errors():
+        split = SplitSettings.of(run.settings.model)
+        if split.proxy != "none":
+            cache = data_dir / "backbones"
+            backbone = prepare_backbone(split, run.settings.model.weights, cache)
+            split, state = plugged(split, state)
+            export_model(split, backbone.path, state, out, metadata, classes)
+            return
+        head = head_weights(RunFiles(data_dir / "runs" / run_id).head)
+        export_model(split, run.backbone_path, state, out, metadata, classes, head)
+
+
+def newest_state(data_dir: Path, run_id: str) -> tuple[RunSnapshot, dict[str, Tensor]]:
+    """A run, and its newest global state: what is tuned, wherever it is kept.
+
+    Raises:
+        NotFound: the folder holds no such run.
+    """
+    database = data_dir / "server.sqlite"
+    if not database.is_file():
+        raise NotFound("this is no folder of a server", field="data_dir", value=str(data_dir))
+    store = Store(database)
+    try:
+        with store.reading() as session:
+            if session.get(RunRow, run_id) is None:
+                raise NotFound("there is no such run", field="run", value=run_id)
+            run = load_snapshot(session, run_id, data_dir)
+    finally:
+        store.close()
+    files = RunFiles(data_dir / "runs" / run_id)
+    return run, files.read_state(StateRefs(run.state, run.held))

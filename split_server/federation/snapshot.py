@@ -1,0 +1,201 @@
+"""A run as it stood after its last committed change: immutable, read without a lock."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from protocol.messages import BlobRef, RoundStatus, RunStatus
+from protocol.settings import RunSettings
+from split_server.models.body_key import BodyKey
+from split_server.storage.database import EvaluationRow, ParticipantRow, RoundRow, RunRow, UpdateRow
+
+
+@dataclass(frozen=True)
+class Member:
+    """A participant, as far as the rounds need to know it."""
+
+    id: str
+    name: str
+    ordinal: int
+    train_samples: int
+    test_samples: int
+    left: bool
+    classes_sha256: str | None = None
+
+    @property
+    def order(self) -> tuple[str, int]:
+        """By name, so that the order of joining does not show in a run's result."""
+        return self.name, self.ordinal
+
+
+@dataclass(frozen=True)
+class OpenRound:
+    """The attempt at a round that is open now."""
+
+    round: int
+    attempt: int
+    status: RoundStatus  # training or evaluating
+    sampled: tuple[str, ...]
+    updated: frozenset[str]
+    declined: frozenset[str]
+    evaluators: tuple[str, ...]
+    evaluated: frozenset[str]
+
+    @property
+    def key(self) -> tuple[int, int, RoundStatus]:
+        """Names the phase: a deadline belongs to one of these."""
+        return self.round, self.attempt, self.status
+
+
+@dataclass(frozen=True)
+class RunSnapshot:
+    """A run as the assignments, the rounds and the split plane see it."""
+
+    id: str
+    status: RunStatus
+    reason: str | None
+    settings: RunSettings
+    created_at: float
+    finished_at: float | None
+    backbone_path: str
+    backbone_bytes: int
+    head: BlobRef
+    state: BlobRef  # as devices take it
+    held: BlobRef | None  # the rest of it: prompts at the cut, or a tuned body
+    members: Mapping[str, Member]
+    open_round: OpenRound | None
+    closed_rounds: int  # rounds that have made a global state and been measured
+    repeats: int  # failed attempts at the round after these
+    renewed: int = 0  # the round after which backbone and head were made; 0: with the run
+    deadline: float | None = None  # of the open phase, on the monotonic clock
+
+    @cached_property
+    def body(self) -> BodyKey:
+        """What its jobs run through, as it was made with the run."""
+        return BodyKey.of(self.backbone_path, self.settings)
+
+    @property
+    def round(self) -> int:
+        """The open round, or the last one that was; 0 before the first."""
+        if self.open_round is not None:
+            return self.open_round.round
+        return self.closed_rounds + (1 if self.repeats else 0)
+
+    @property
+    def to_renew(self) -> bool:
+        """Whether the proxy has to be distilled again before the next round."""
+        due = self.settings.distillation.due(self.closed_rounds, self.settings.federation.rounds)
+        return due and self.renewed < self.closed_rounds
+
+    @property
+    def present(self) -> list[Member]:
+        """Those who have joined and not left, in their order."""
+        return sorted((m for m in self.members.values() if not m.left), key=lambda m: m.order)
+
+    def in_order(self, participants: frozenset[str]) -> list[str]:
+        """Participants in the order in which everything is summed."""
+        return sorted(participants, key=lambda one: self.members[one].order)
+
+
+def load_snapshot(session: Session, run_id: str, data_dir: Path) -> RunSnapshot:
+    """Read a run of the server whose data folder this is."""
+    run = session.get_one(RunRow, run_id)
+    last = session.scalars(
+        select(RoundRow)
+        .where(RoundRow.run_id == run_id)
+        .order_by(RoundRow.round.desc(), RoundRow.attempt.desc())
+        .limit(1)
+    ).first()
+    closed = session.scalar(
+        select(func.count())
+        .select_from(RoundRow)
+        .where(RoundRow.run_id == run_id, RoundRow.status == RoundStatus.CLOSED)
+    )
+    repeats = session.scalar(
+        select(func.count())
+        .select_from(RoundRow)
+        .where(
+            RoundRow.run_id == run_id,
+            RoundRow.status == RoundStatus.REPEATED,
+            RoundRow.round == (closed or 0) + 1,
+        )
+    )
+    return RunSnapshot(
+        id=run.id,
+        status=RunStatus(run.status),
+        reason=run.reason,
+        settings=RunSettings.model_validate(run.settings),
+        created_at=run.created_at,
+        finished_at=run.finished_at,
+        backbone_path=str(data_dir / run.backbone_path),
+        backbone_bytes=run.backbone_bytes,
+        head=BlobRef(sha256=run.head_sha256, nbytes=run.head_nbytes),
+        state=run.state.device,
+        held=run.state.held,
+        members=_members(session, run_id),
+        open_round=_open_round(session, last),
+        closed_rounds=closed or 0,
+        repeats=repeats or 0,
+        renewed=run.renewed,
+    )
+
+
+def _members(session: Session, run_id: str) -> dict[str, Member]:
+    rows = session.execute(
+        select(
+            ParticipantRow.id,
+            ParticipantRow.name,
+            ParticipantRow.ordinal,
+            ParticipantRow.train_samples,
+            ParticipantRow.test_samples,
+            ParticipantRow.left_at,
+            ParticipantRow.classes_sha256,
+        ).where(ParticipantRow.run_id == run_id)
+    )
+    return {
+        row.id: Member(
+            row.id,
+            row.name,
+            row.ordinal,
+            row.train_samples,
+            row.test_samples,
+            row.left_at is not None,
+            row.classes_sha256,
+        )
+        for row in rows
+    }
+
+
+def _open_round(session: Session, row: RoundRow | None) -> OpenRound | None:
+    if row is None or row.status not in (RoundStatus.TRAINING, RoundStatus.EVALUATING):
+        return None
+    return OpenRound(
+        round=row.round,
+        attempt=row.attempt,
+        status=RoundStatus(row.status),
+        sampled=tuple(row.sampled),
+        updated=_who(session, UpdateRow, row),
+        declined=frozenset(row.declined),
+        evaluators=tuple(row.evaluators),
+        evaluated=_who(session, EvaluationRow, row),
+    )
+
+
+def _who(
+    session: Session, table: type[UpdateRow] | type[EvaluationRow], row: RoundRow
+) -> frozenset[str]:
+    return frozenset(
+        session.scalars(
+            select(table.participant_id).where(
+                table.run_id == row.run_id,
+                table.round == row.round,
+                table.attempt == row.attempt,
+            )
+        )
+    )

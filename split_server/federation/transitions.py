@@ -1,0 +1,298 @@
+"""Carries out what `rounds.decide` decided: one transaction for each step of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+from torch import Tensor
+
+from protocol.errors import SFPromptError
+from protocol.federation import FederationSettings
+from protocol.messages import NEURONS, BlobRef, RoundStatus, RunStatus
+from protocol.settings import RunSettings
+from split_server.aggregation.differential_privacy import noise_generator, private_mean
+from split_server.aggregation.fedavg import WeightedState, federated_average, weighted_mean
+from split_server.aggregation.publishing import publish
+from split_server.aggregation.server_optimizer import server_step
+from split_server.federation.privacy_budget import OPENED, record_spent
+from split_server.federation.rounds import (
+    Action,
+    Aggregate,
+    CloseRound,
+    FailRun,
+    OpenTraining,
+    Publish,
+    Repeat,
+)
+from split_server.federation.snapshot import RunSnapshot
+from split_server.federation.views import closed_traffic
+from split_server.storage.database import EvaluationRow, RoundRow, RunRow, UpdateRow
+from split_server.storage.events import record_event
+from split_server.storage.run_files import RunFiles, StateRefs, read_tensors
+from split_server.storage.traffic import Meter
+
+
+def average(
+    session: Session, run: RunSnapshot, action: Aggregate, files: RunFiles
+) -> Publish | FailRun:
+    """The new global state, written to disk and not yet named by anything.
+
+    Apart from `apply`, so that no transaction waits for the arithmetic.
+    """
+    row = _open_row(session, run)
+    base = StateRefs(run.state, run.held)
+    try:
+        mean = _mean(run.settings, row, base, _updates(session, row, action.updated), files)
+        if (neurons := mean.pop(NEURONS, None)) is not None:
+            files.write_neurons(row.round, neurons)
+        state = _stepped(run.settings.federation, row.round, base, mean, files)
+    except SFPromptError as error:
+        # Every update was checked alone; only what is made of them can still be wrong.
+        return FailRun(f"round {row.round}: {error}")
+    refs = publish(state, base, run.settings, files)
+    return Publish(action.updated, action.evaluators, refs)
+
+
+def _mean(
+    settings: RunSettings,
+    row: RoundRow,
+    base: StateRefs,
+    updates: list[UpdateRow],
+    files: RunFiles,
+) -> dict[str, Tensor]:
+    """The mean of the updates, weighted by samples; or of equal weight, clipped and noised."""
+    federation = settings.federation
+    loads = [partial(read_tensors, files.update(update.sha256)) for update in updates]
+    if federation.dp_clip is None:
+        return federated_average(
+            WeightedState(update.samples, load) for update, load in zip(updates, loads, strict=True)
+        )
+    return private_mean(
+        loads,
+        files.read_state(base),
+        clip=federation.dp_clip,
+        noise_multiplier=federation.dp_noise_multiplier,
+        generator=noise_generator(settings, row.round, row.attempt),
+    )
+
+
+def _stepped(
+    federation: FederationSettings,
+    round_: int,
+    base: StateRefs,
+    mean: dict[str, Tensor],
+    files: RunFiles,
+) -> dict[str, Tensor]:
+    """The new global state: the mean, or where the server optimiser's step leads."""
+    if federation.server_optimizer == "fedavg":
+        return mean
+    before = files.read_moments(round_ - 1)
+    state, moments = server_step(federation, files.read_state(base), mean, before)
+    files.write_moments(round_, moments)
+    return state
+
+
+def apply(
+    session: Session,
+    run: RunSnapshot,
+    action: Action,
+    meter: Meter,
+    at: float,
+    work: Mapping[str, float] | None = None,
+) -> None:
+    """Make one step of a run true.
+
+    Args:
+        session: the transaction of the step.
+        run: the run as it stands.
+        action: the step; not `Aggregate`, which `average` turns into another.
+        meter: what the round that ends has cost.
+        at: seconds since 1970.
+        work: what the server has computed for the run, for its history.
+    """
+    if work and isinstance(action, Publish | CloseRound):
+        record_event(session, run.id, at, "engine", **work)
+    if isinstance(action, OpenTraining):
+        _open(session, run, action, at)
+        return
+    row = _open_row(session, run)
+    if isinstance(action, Publish):
+        _publish(session, run, row, action, meter, at)
+    elif isinstance(action, CloseRound):
+        _measure(session, run, row)
+        _close(session, run, row, meter, at)
+    elif isinstance(action, Repeat):
+        _give_up(session, run, row, meter, at)
+        _record(session, row, "round_repeated", at, updates=action.updates)
+    elif isinstance(action, FailRun):
+        _give_up(session, run, row, meter, at)
+        end_run(session, run.id, RunStatus.FAILED, action.reason, at)
+    else:
+        raise TypeError(f"{type(action).__name__} is no step that can be applied")
+
+
+def end_run(
+    session: Session, run_id: str, status: RunStatus, reason: str | None, at: float
+) -> None:
+    """Finish, cancel or fail a run."""
+    row = session.get_one(RunRow, run_id)
+    row.status, row.reason, row.finished_at = status, reason, at
+    data = {"reason": reason} if reason else {}
+    record_event(session, run_id, at, f"run_{status}", **data)
+
+
+def renew(
+    session: Session, run: RunSnapshot, backbone: str, head: BlobRef, round_: int, at: float
+) -> None:
+    """Make the proxy that was distilled after this round the run's model."""
+    row = session.get_one(RunRow, run.id)
+    row.backbone_path, row.renewed = backbone, round_
+    row.head_sha256, row.head_nbytes = head.sha256, head.nbytes
+    record_event(session, run.id, at, "proxy_renewed", round=round_, head=head.sha256)
+
+
+def abandon_round(session: Session, run: RunSnapshot, meter: Meter, at: float) -> None:
+    """Close the open attempt without a result, where there is one."""
+    if run.open_round is not None:
+        _give_up(session, run, _open_row(session, run), meter, at)
+
+
+def _open(session: Session, run: RunSnapshot, action: OpenTraining, at: float) -> None:
+    if run.status == RunStatus.WAITING:
+        session.get_one(RunRow, run.id).status = RunStatus.RUNNING
+    session.add(
+        RoundRow(
+            run_id=run.id,
+            round=action.round,
+            attempt=action.attempt,
+            status=RoundStatus.TRAINING,
+            opened_at=at,
+            closed_at=None,
+            sampled=list(action.sampled),
+            declined=[],
+            evaluators=[],
+            samples=0,
+            evaluation_samples=0,
+            traffic={},
+        )
+    )
+    rate = {} if action.sampling_rate is None else {"sampling_rate": action.sampling_rate}
+    record_event(
+        session,
+        run.id,
+        at,
+        OPENED,
+        round=action.round,
+        attempt=action.attempt,
+        sampled=list(action.sampled),
+        **rate,
+    )
+
+
+def _publish(
+    session: Session, run: RunSnapshot, row: RoundRow, action: Publish, meter: Meter, at: float
+) -> None:
+    updates = _updates(session, row, action.updated)
+    row.samples = sum(update.samples for update in updates)
+    row.train_loss = weighted_mean((update.train_loss, update.samples) for update in updates)
+    row.local_loss = weighted_mean((update.local_loss, update.samples) for update in updates)
+    _set_state(session, run, row, action.state)
+    _record(
+        session,
+        row,
+        "state_aggregated",
+        at,
+        updates=len(updates),
+        samples=row.samples,
+        train_loss=row.train_loss,
+        state=action.state.device.sha256,
+    )
+    record_spent(session, run, row, at)
+    if action.evaluators:
+        row.status, row.evaluators = RoundStatus.EVALUATING, list(action.evaluators)
+    else:
+        _close(session, run, row, meter, at)
+
+
+def _set_state(session: Session, run: RunSnapshot, row: RoundRow, refs: StateRefs) -> None:
+    row.state_sha256, row.state_nbytes = refs.device.sha256, refs.device.nbytes
+    run_row = session.get_one(RunRow, run.id)
+    run_row.set_state(refs)
+
+
+def _measure(session: Session, run: RunSnapshot, row: RoundRow) -> None:
+    found = {
+        report.participant_id: report
+        for report in session.scalars(
+            select(EvaluationRow).where(
+                EvaluationRow.run_id == row.run_id,
+                EvaluationRow.round == row.round,
+                EvaluationRow.attempt == row.attempt,
+            )
+        )
+    }
+    reports = [found[participant] for participant in run.in_order(frozenset(found))]
+    samples = sum(report.samples for report in reports)
+    if samples:
+        row.evaluation_samples = samples
+        row.accuracy = sum(report.correct for report in reports) / samples
+        row.evaluation_loss = sum(report.loss_sum for report in reports) / samples
+
+
+def _close(session: Session, run: RunSnapshot, row: RoundRow, meter: Meter, at: float) -> None:
+    row.status, row.closed_at = RoundStatus.CLOSED, at
+    _charge(session, run, row, meter)
+    _record(
+        session,
+        row,
+        "round_closed",
+        at,
+        accuracy=row.accuracy,
+        evaluation_loss=row.evaluation_loss,
+        evaluation_samples=row.evaluation_samples,
+    )
+    if row.round >= run.settings.federation.rounds:
+        end_run(session, run.id, RunStatus.FINISHED, None, at)
+
+
+def _give_up(session: Session, run: RunSnapshot, row: RoundRow, meter: Meter, at: float) -> None:
+    # An attempt that was being measured has made its state; only training is repeated.
+    aggregated = row.status == RoundStatus.EVALUATING
+    row.status = RoundStatus.CLOSED if aggregated else RoundStatus.REPEATED
+    row.closed_at = at
+    _charge(session, run, row, meter)
+
+
+def _charge(session: Session, run: RunSnapshot, row: RoundRow, meter: Meter) -> None:
+    """A round pays for all bytes since the one before it ended."""
+    meter.save(session, run.id)
+    row.traffic = meter.run(run.id).since(closed_traffic(session, run.id)).to_dict()
+
+
+def _record(session: Session, row: RoundRow, kind: str, at: float, **data: Any) -> None:
+    record_event(session, row.run_id, at, kind, round=row.round, attempt=row.attempt, **data)
+
+
+def _updates(session: Session, row: RoundRow, participants: tuple[str, ...]) -> list[UpdateRow]:
+    """The attempt's updates in this order of participants."""
+    found = {
+        update.participant_id: update
+        for update in session.scalars(
+            select(UpdateRow).where(
+                UpdateRow.run_id == row.run_id,
+                UpdateRow.round == row.round,
+                UpdateRow.attempt == row.attempt,
+            )
+        )
+    }
+    return [found[participant] for participant in participants]
+
+
+def _open_row(session: Session, run: RunSnapshot) -> RoundRow:
+    if run.open_round is None:  # decided from this snapshot, so it cannot be
+        raise LookupError(f"run {run.id} has no open round")
+    return session.get_one(RoundRow, (run.id, run.open_round.round, run.open_round.attempt))

@@ -1,0 +1,154 @@
+"""Every refusal, whoever raises it, leaves as the contract's typed error."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+from collections.abc import Iterable, Sequence
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from sqlalchemy.exc import OperationalError
+from starlette.exceptions import HTTPException
+from starlette.types import Send
+
+from protocol.errors import (
+    Busy,
+    InternalError,
+    InvalidField,
+    InvalidRequest,
+    NotFound,
+    SFPromptError,
+)
+from protocol.messages import named_field, named_limit
+from split_server.runtime.process import request_id
+
+Header = tuple[bytes, bytes]
+
+_FULL_DISK_S = 10.0
+
+
+def unexpected(error: Exception) -> SFPromptError:
+    """What an asker is told of a failure that is no fault of the request."""
+    if _is_full_disk(error):
+        return Busy("the server's disk is full; try again later", retry_after_s=_FULL_DISK_S)
+    return InternalError("the server failed on this request")
+
+
+def _is_full_disk(error: Exception) -> bool:
+    if isinstance(error, OperationalError):
+        return "disk is full" in str(error.orig)
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def error_headers(error: SFPromptError) -> dict[str, str]:
+    """What a refusal says in its headers: when to come back."""
+    if error.retry_after_s is None:
+        return {}
+    return {"retry-after": str(max(1, math.ceil(error.retry_after_s)))}
+
+
+def error_body(error: SFPromptError) -> dict[str, object]:
+    """A refusal as JSON, with the id of the request it refuses."""
+    wire = error.to_wire()
+    wire["error"]["request_id"] = request_id.get()
+    return wire
+
+
+async def send_error(send: Send, error: SFPromptError) -> None:
+    """Answer with a typed error."""
+    body = json.dumps(error_body(error)).encode()
+    extra = [(name.encode(), value.encode()) for name, value in error_headers(error).items()]
+    await send_pieces(send, error.status, b"application/json", [body], extra)
+
+
+async def send_pieces(
+    send: Send,
+    status: int,
+    media: bytes,
+    pieces: Sequence[bytes | memoryview],
+    extra: Iterable[Header] = (),
+) -> None:
+    """Answer with a body in pieces that are written one after the other, never joined."""
+    length = sum(memoryview(piece).nbytes for piece in pieces)
+    headers = [
+        (b"content-type", media),
+        (b"content-length", b"%d" % length),
+        *extra,
+    ]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    # The last piece ends the answer: an empty message after it might have to wait, and the next
+    # request would be counted with this one.
+    last = len(pieces) - 1
+    for place, piece in enumerate(pieces):
+        await send({"type": "http.response.body", "body": piece, "more_body": place < last})
+
+
+class Refused(HTTPException):
+    """Carries a typed error through FastAPI's reading of bodies, which rewrites all others."""
+
+    def __init__(self, refusal: SFPromptError) -> None:
+        super().__init__(refusal.status, refusal.message)
+        self.refusal = refusal
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Register the handlers. What is unexpected goes on to the gate, which logs it."""
+    app.add_exception_handler(SFPromptError, _typed)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(Exception, _unexpected)
+
+
+async def _typed(_request: Request, error: Exception) -> JSONResponse:
+    if not isinstance(error, SFPromptError):
+        raise error
+    return JSONResponse(error_body(error), error.status, error_headers(error))
+
+
+async def _invalid(request: Request, error: Exception) -> JSONResponse:
+    if not isinstance(error, RequestValidationError):
+        raise error
+    first = error.errors()[0]
+    if first["type"] == "json_invalid":  # its place is that of a byte, not of a field
+        return await _typed(request, _no_json(f"{first['ctx']['error']}, at {first['loc'][-1]}"))
+    value = first.get("input")
+    plain = value if isinstance(value, (str, int, float, bool)) else None
+    where = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
+    refusal = InvalidField(
+        first["msg"],
+        field=".".join(where) or named_field(first),
+        limit=named_limit(first),
+        value=plain[:200] if isinstance(plain, str) else plain,
+    )
+    return await _typed(request, refusal)
+
+
+async def _http(request: Request, error: Exception) -> JSONResponse:
+    if not isinstance(error, HTTPException):
+        raise error
+    if isinstance(error, Refused):
+        return await _typed(request, error.refusal)
+    if error.status_code == 400:  # what FastAPI makes of UTF-8, or of nesting, that is none
+        return await _typed(request, _no_json("it cannot be read"))
+    refusal = _not_routed(request, error)
+    return JSONResponse(error_body(refusal), error.status_code, error.headers)
+
+
+def _no_json(reason: str) -> InvalidField:
+    return InvalidField(f"the body is not JSON: {reason}", field="body", limit="JSON in UTF-8")
+
+
+def _not_routed(request: Request, error: HTTPException) -> SFPromptError:
+    if error.status_code == 405:
+        message = "this path does not take this method"
+        return InvalidRequest(message, field="method", value=request.method)
+    kind = NotFound if error.status_code == 404 else InvalidRequest
+    return kind(str(error.detail), field="path", value=request.url.path)
+
+
+async def _unexpected(_request: Request, error: Exception) -> JSONResponse:
+    refusal = unexpected(error)
+    return JSONResponse(error_body(refusal), refusal.status, error_headers(refusal))

@@ -1,0 +1,1 @@
+"""Model files of a run: backbone, head, first state."""

@@ -1,0 +1,1 @@
+"""Decoding and validation of the tensors in a frame."""

@@ -1,0 +1,1 @@
+"""Process and device: threads, streams, clock, logging."""

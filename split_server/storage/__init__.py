@@ -1,0 +1,1 @@
+"""Database, run files, samples and traffic counters."""

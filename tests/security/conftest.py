@@ -1,0 +1,40 @@
+"""A small split server, and who takes part in its runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from protocol.messages import Task
+from tests.support.federation import run_settings
+from tests.support.server import Api, Running, running_server
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    folder = tmp_path_factory.mktemp("node")
+    with running_server(folder, max_frame_mib=1, queue_mib=1, body_timeout_s=2.0) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def run(server: Running) -> str:
+    return server.operator().create(run_settings(min_participants=2)).id
+
+
+@pytest.fixture(scope="module")
+def member(server: Running, run: str) -> Api:
+    api = server.api(server.api().join(run, "a").credential)
+    server.api().join(run, "b")
+    return api
+
+
+@pytest.fixture(scope="module")
+def keeper(server: Running) -> Api:
+    """A participant whose prompts and samples are on the server."""
+    settings = run_settings(prompt_at="cut", wire={"keep_smashed": True})
+    run = server.operator().create(settings, key="keeper").id
+    api = server.api(server.api().join(run, "a").credential)
+    assert api.assignment(run).task is Task.TRAIN
+    return api

@@ -1,0 +1,223 @@
+"""Bodies that are too large, do not come, or take the room of others."""
+
+from __future__ import annotations
+
+import json
+import socket
+import struct
+import time
+
+import pytest
+import torch
+
+from protocol.frames import encode_frame, join_frame
+from protocol.messages import Task
+from protocol.wire import PROTOCOL_VERSION, VERSION_HEADER
+from tests.support.federation import run_settings, smashed, state_of
+from tests.support.server import Api, Running, code_of, wait_until
+
+GIB = 1024**3
+
+
+def head_of(api: Api, method: str, path: str, *lines: str) -> bytes:
+    """The head of a request, as bytes; the body is the test's."""
+    authorization = api.http.headers.get("authorization", "")
+    every = [
+        f"{method} {path} HTTP/1.1",
+        "host: x",
+        f"{VERSION_HEADER}: {PROTOCOL_VERSION}",
+        f"authorization: {authorization}",
+        "idempotency-key: k",
+        *lines,
+    ]
+    return "\r\n".join(every).encode() + b"\r\n\r\n"
+
+
+def exchange(server: Running, data: bytes, *more: bytes) -> tuple[int, dict[str, object]]:
+    """Send bytes as they are; the status and the typed error of the answer."""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+        connection.sendall(data)
+        for piece in more:
+            connection.sendall(piece)
+        return answer_of(connection)
+
+
+def answer_of(connection: socket.socket) -> tuple[int, dict[str, object]]:
+    received = b""
+    while b"\r\n\r\n" not in received:
+        received += some(connection)
+    head, _, body = received.partition(b"\r\n\r\n")
+    status = int(head.split()[1])
+    length = int(head.lower().split(b"content-length:")[1].split(b"\r\n")[0])
+    while len(body) < length:
+        body += some(connection)
+    error: dict[str, object] = json.loads(body).get("error", {})
+    return status, error
+
+
+def some(connection: socket.socket) -> bytes:
+    data = connection.recv(65536)
+    assert data, "the server closed the connection without an answer"
+    return data
+
+
+ROUTES = [
+    ("POST", "/v1/split/forward", 1024 * 1024),
+    ("POST", "/v1/split/infer", 1024 * 1024),
+    ("POST", "/v1/split/exchange", 1024 * 1024),
+    ("POST", "/v1/split/samples", 1024 * 1024),
+    ("PUT", "/v1/runs/{run}/update", 1024 * 1024),
+    ("PUT", "/v1/runs/{run}/evaluation", 1024 * 1024),
+    ("POST", "/v1/runs/{run}/participants", 1024 * 1024),
+]
+
+
+@pytest.mark.parametrize(("method", "path", "limit"), ROUTES)
+def test_a_body_that_is_announced_too_large_is_refused_before_it_is_read(
+    server: Running, run: str, member: Api, method: str, path: str, limit: int
+) -> None:
+    head = head_of(member, method, path.format(run=run), f"content-length: {10 * GIB}")
+    began = time.monotonic()
+    status, error = exchange(server, head)
+    assert (status, error["code"]) == (413, "too_large")
+    assert error["value"] == 10 * GIB
+    assert isinstance(error["limit"], int)
+    assert error["limit"] <= limit + 1024 * 1024
+    assert time.monotonic() - began < 3
+
+
+@pytest.mark.parametrize(("method", "path", "limit"), ROUTES)
+def test_a_body_that_grows_too_large_is_cut(
+    server: Running, run: str, member: Api, method: str, path: str, limit: int
+) -> None:
+    head = head_of(
+        member,
+        method,
+        path.format(run=run),
+        "transfer-encoding: chunked",
+        "content-type: application/json",
+    )
+    chunk = b"40000\r\n" + b" " * 0x40000 + b"\r\n"
+    status, error = exchange(server, head, *([chunk] * 12), b"0\r\n\r\n")
+    assert (status, error["code"]) == (413, "too_large")
+
+
+def test_one_who_sends_it_all_the_same_can_still_read_the_refusal(
+    server: Running, member: Api
+) -> None:
+    body = b"x" * (8 * 1024 * 1024)
+    answer = member.call("POST", "/v1/split/forward", content=body)
+    assert code_of(answer) == "too_large"
+    assert answer.headers["connection"] == "close"
+    stranger = server.api()
+    answer = stranger.call("POST", "/v1/split/forward", content=body)
+    assert code_of(answer) == "unauthorized"
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(
+    server: Running, run: str, member: Api
+) -> None:
+    head = head_of(member, "POST", "/v1/split/infer", "content-length: 500000")
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as slow:
+        slow.sendall(head + b"x" * 1000)
+        assert member.step("infer", smashed(), "meanwhile").is_success
+        status, error = answer_of(slow)
+    assert 400 <= status < 600
+    assert error["code"] in ("malformed_frame", "busy")
+
+
+def test_those_who_only_announce_take_no_room_from_the_others(server: Running, member: Api) -> None:
+    head = head_of(member, "POST", "/v1/split/infer", "content-length: 1000000")
+    sockets = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(20)]
+    try:
+        for one in sockets:
+            one.sendall(head + b"x")
+        time.sleep(0.1)
+        assert member.step("infer", smashed(), "n").is_success
+    finally:
+        for one in sockets:
+            one.close()
+
+
+def test_what_unpacks_to_more_than_a_frame_may_hold_is_refused(member: Api, keeper: Api) -> None:
+    """The limit is the server's own, and not the default of frames."""
+    shape = (200, 7, 192)
+    largest = 1024 * 1024 // (4 * 7 * 192)
+    for batch, is_let_in in ((shape[0], False), (largest + 1, False), (largest, True)):
+        zeros = torch.zeros(batch, *shape[1:])
+        pieces = encode_frame("infer", {"step": "s", "round": 1}, {"smashed": (zeros, "int4+zstd")})
+        content = bytes(join_frame(pieces))
+        assert len(content) < 4096
+        answer = member.call("POST", "/v1/split/infer", content=content)
+        assert answer.is_success == is_let_in, answer.text
+        if not is_let_in:
+            error = answer.json()["error"]
+            assert (code_of(answer), error["field"]) == ("too_large", "smashed")
+            assert (error["limit"], error["value"]) == (1024 * 1024, 4 * zeros.numel())
+    ids = torch.arange(300, dtype=torch.int64).view(torch.uint8).view(-1, 8).repeat(1, 2)
+    answer = keeper.ask("infer", {"step": "s", "round": 1}, ids=ids)
+    assert (code_of(answer), answer.json()["error"]["value"]) == ("too_large", 300 * 4 * 5 * 192)
+
+
+@pytest.mark.parametrize(
+    ("method", "path"), [("POST", "/v1/split/infer"), ("PUT", "/v1/runs/{run}/update")]
+)
+def test_full_room_is_busy_and_becomes_free_again(
+    server: Running, run: str, member: Api, method: str, path: str
+) -> None:
+    head = head_of(member, method, path.format(run=run), "content-length: 1040000")
+    with socket.create_connection(("127.0.0.1", server.port)) as hog:
+        hog.sendall(head + b"x" * 1_030_000)
+        time.sleep(0.5)  # until the server has read it; asking earlier would take the hog's room
+        answer = member.step("infer", smashed(batch=8), "b")
+        assert code_of(answer) == "busy"
+        assert answer.json()["error"]["retry_after_s"] > 0
+        assert int(answer.headers["retry-after"]) >= 1
+    wait_until(lambda: member.step("infer", smashed(batch=8), "b").is_success)
+
+
+def test_an_update_that_nobody_waits_for_is_refused_before_it_is_read(server: Running) -> None:
+    operator = server.operator()
+    settings = run_settings(min_participants=2, participants_per_round=1, evaluate_every=0)
+    run = operator.create(settings, key="waited-for").id
+    path = f"/v1/runs/{run}/update"
+    apis = [server.api(server.api().join(run, name).credential) for name in ("a", "b")]
+    trainer = next(api for api in apis if api.assignment(run).task is Task.TRAIN)
+    waiter = next(api for api in apis if api is not trainer)
+    began = time.monotonic()
+    for line in ("content-length: 1000000", "transfer-encoding: chunked"):
+        status, error = exchange(server, head_of(waiter, "PUT", path, line))
+        assert (status, error["code"]) == (409, "stale_round")
+    assert time.monotonic() - began < 1.5, "the server waited for a body"
+    counted = trainer.update(run, state_of(1.0), "u")
+    assert counted.is_success
+    assert operator.call("POST", f"/v1/runs/{run}/cancel", key="cancel").is_success
+    assert trainer.update(run, state_of(1.0), "u").content == counted.content
+    assert code_of(trainer.update(run, state_of(2.0), "u")) == "idempotency_key_reused"
+    assert code_of(trainer.update(run, state_of(1.0), "v")) == "run_closed"
+
+
+def test_a_client_that_goes_away_harms_nobody(server: Running, run: str, member: Api) -> None:
+    for method, path, _ in ROUTES:
+        head = head_of(member, method, path.format(run=run), "content-length: 5000")
+        with socket.create_connection(("127.0.0.1", server.port)) as gone:
+            gone.sendall(head + b"x" * 100)
+            gone.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    assert member.step("infer", smashed(), "after").is_success
+
+
+def test_a_message_in_no_language_of_ours_ends_only_its_connection(server: Running) -> None:
+    for noise in (b"\x16\x03\x01\x02\x00\x01\x00", b"GET / SPDY/9\r\n\r\n", b"\r\n" * 50):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=5) as connection:
+            connection.sendall(noise)
+            connection.shutdown(socket.SHUT_WR)
+            connection.settimeout(5)
+            while connection.recv(4096):
+                pass
+    assert server.api().call("GET", "/v1/health").is_success
+
+
+def test_the_server_still_works_after_all_this(server: Running, run: str, member: Api) -> None:
+    assert member.assignment(run).task is Task.TRAIN
+    assert member.step("forward", smashed(), "end").is_success
+    assert member.step("backward", torch.ones_like(smashed()), "end").is_success

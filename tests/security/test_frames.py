@@ -1,0 +1,202 @@
+"""What a hostile frame may try, and what stops it. See also protocol/vectors/invalid-*.bin.
+
+| tried | stopped by |
+|---|---|
+| random bytes, a frame with bytes changed, cut or added | typed errors alone come out |
+| a declared length of gigabytes | compared with the bytes that came, before memory is taken |
+| nested list headers that each reserve memory | the length that a list may declare |
+| a shape that overflows beside a zero | the product, zeros counted as one |
+| code in an extension type, a pickle in a buffer | no extension types; buffers are numbers only |
+"""
+
+import json
+import struct
+import tracemalloc
+from pathlib import Path
+
+import msgpack
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import protocol
+from protocol.errors import MalformedFrame, SFPromptError, TooLarge
+from protocol.frames import decode_frame, encode_frame, join_frame
+
+VECTORS = Path(protocol.__file__).with_name("vectors")
+
+SEEDS = [path.read_bytes() for path in sorted(VECTORS.glob("*.bin"))]
+
+VALID = bytes(
+    join_frame(
+        encode_frame(
+            "update",
+            {"round": 1, "attempt": 0, "samples": 9, "train_loss": 0.5},
+            {"prompts": (torch.ones(2, 3), "float32"), "tail.b": (torch.ones(0), "bfloat16")},
+        )
+    )
+)
+
+
+def survives(data):
+    """Decode everything; True if it was a frame, False if it was refused in a typed way."""
+    try:
+        frame = decode_frame(data)
+        frame.tensors()
+    except SFPromptError as error:
+        json.dumps(error.to_wire(), allow_nan=False, ensure_ascii=False).encode()
+        return False
+    return True
+
+
+def wrapped(header, behind=b""):
+    """A frame with this header, its lengths true."""
+    body = header + bytes(-(20 + len(header)) % 64) + behind
+    return struct.pack("<4sHHIQ", b"SFPF", 1, 0, len(header), 20 + len(body)) + body
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=300))
+def test_random_bytes_are_refused(data):
+    assert not survives(data)
+    assert not survives(b"SFPF" + data)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=300), st.binary(max_size=64))
+@example(b"\xc7\x00\xff", b"")
+@example(b"\x83\xa4kind\xa0\xa4meta\x80\xa7tensors\x91\xc0", b"")
+def test_random_headers_raise_only_typed_errors(header, behind):
+    survives(wrapped(header, behind))
+
+
+MSGPACK = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.floats()
+    | st.text(max_size=5)
+    | st.binary(max_size=5)
+    | st.sampled_from(["float32", "float16", "int64", "smashed"])
+    | st.just(msgpack.Timestamp(1))
+    | st.just(msgpack.ExtType(5, b"x")),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=10,
+)
+
+SPECS = st.lists(
+    st.fixed_dictionaries(
+        {
+            "name": st.sampled_from(["a", "b", ""]) | MSGPACK,
+            "codec": st.sampled_from(["float32", "bfloat16", "int64"]) | MSGPACK,
+            "shape": st.lists(st.integers(0, 3) | st.integers(0, 2**64 - 1), max_size=6) | MSGPACK,
+            "sizes": st.lists(st.integers(0, 64) | st.integers(0, 2**64 - 1), max_size=2) | MSGPACK,
+        }
+    ),
+    max_size=3,
+)
+
+HEADERS = st.fixed_dictionaries(
+    {"kind": st.text(max_size=5) | MSGPACK, "meta": MSGPACK, "tensors": SPECS | MSGPACK}
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(HEADERS, st.integers(0, 4))
+def test_well_packed_nonsense_raises_only_typed_errors(header, blocks):
+    survives(wrapped(msgpack.packb(header), bytes(64 * blocks)))
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.sampled_from(SEEDS), st.data())
+def test_changed_frames_raise_only_typed_errors(seed, data):
+    changed = bytearray(seed)
+    for _ in range(data.draw(st.integers(1, 4))):
+        if not changed:
+            break
+        place = data.draw(st.integers(0, len(changed) - 1))
+        how = data.draw(st.sampled_from(["set", "cut", "insert", "drop"]))
+        if how == "set":
+            changed[place] = data.draw(st.integers(0, 255))
+        elif how == "cut":
+            del changed[place:]
+        elif how == "insert":
+            changed[place:place] = data.draw(st.binary(min_size=1, max_size=8))
+        else:
+            del changed[place]
+    survives(changed)
+
+
+def test_every_truncation_is_refused():
+    assert survives(VALID)
+    assert not any(survives(VALID[:length]) for length in range(len(VALID)))
+
+
+def test_no_byte_but_those_of_tensors_and_texts_can_be_changed_unnoticed():
+    """Prefix and padding hold nothing: whatever is changed there is refused."""
+    header_bytes = int.from_bytes(VALID[8:12], "little")
+    values = -(-(20 + header_bytes) // 64) * 64
+    idle = [*range(20), *range(20 + header_bytes, values), *range(values + 24, len(VALID))]
+    for place in idle:
+        changed = bytearray(VALID)
+        changed[place] ^= 1
+        assert not survives(changed), place
+
+
+def peak_of(data):
+    tracemalloc.start()
+    try:
+        with pytest.raises(SFPromptError) as caught:
+            decode_frame(data)
+        return caught.value, tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_declared_buffer_is_refused_before_memory_is_taken():
+    spec = {"name": "x", "codec": "float32", "shape": [2**26], "sizes": [2**28]}
+    error, peak = peak_of(wrapped(msgpack.packb({"kind": "f", "meta": {}, "tensors": [spec]})))
+    assert isinstance(error, MalformedFrame)
+    assert error.value > 2**28
+    assert peak < 2**20
+
+
+@pytest.mark.parametrize("list_of", [b"\xdd\xff\xff\xff\xff", b"\xdf\xff\xff\xff\xff"])
+def test_a_declared_list_or_map_is_refused_before_memory_is_taken(list_of):
+    error, peak = peak_of(wrapped(b"\x83\xa4kind\xa1f\xa4meta" + list_of + bytes(1000)))
+    assert isinstance(error, TooLarge)
+    assert peak < 2**20
+
+
+def test_lists_within_lists_do_not_add_up():
+    # 80 000 list headers of 4096 items each, as deep as the header allows.
+    header = b"\x83\xa4kind\xa1f\xa4meta" + b"\xdc\x10\x00" * 80_000
+    error, peak = peak_of(wrapped(header))
+    assert isinstance(error, TooLarge)
+    assert peak < 40 * 2**20
+
+
+def test_a_declared_total_is_refused_before_memory_is_taken():
+    data = bytearray(VALID)
+    data[12:20] = (2**63).to_bytes(8, "little")
+    error, peak = peak_of(bytes(data))
+    assert isinstance(error, MalformedFrame)
+    assert (error.field, error.value) == ("length", 2**63)
+    assert peak < 2**20
+
+
+@pytest.mark.parametrize("codec", ["float32", "float16", "bfloat16", "int64"])
+@pytest.mark.parametrize("shape", [[0, 2**63], [0, 2**62, 4], [2**32, 0, 2**32], [2**64 - 1, 0]])
+def test_a_zero_hides_no_overflow(codec, shape):
+    spec = {"name": "x", "codec": codec, "shape": shape, "sizes": [0]}
+    with pytest.raises(TooLarge) as caught:
+        decode_frame(wrapped(msgpack.packb({"kind": "f", "meta": {}, "tensors": [spec]})))
+    assert caught.value.field == "x.shape"
+
+
+def test_a_refusal_does_not_echo_a_large_header():
+    spec = {"name": "x" * 200, "codec": "y" * 200, "shape": [1], "sizes": [4]}
+    with pytest.raises(SFPromptError) as caught:
+        decode_frame(wrapped(msgpack.packb({"kind": "f", "meta": {}, "tensors": [spec] * 500})))
+    assert len(json.dumps(caught.value.to_wire())) < 2000

@@ -1,0 +1,207 @@
+"""Frames, JSON and paths that lie or are damaged, and messages sent again."""
+
+from __future__ import annotations
+
+import struct
+import threading
+
+import msgpack
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from protocol.frames import encode_frame, join_frame
+from protocol.messages import Task
+from tests.support.federation import run_settings, smashed, state_of, step_frame, update_frame
+from tests.support.server import Api, Running, code_of, tensor_in
+
+
+@pytest.mark.parametrize(
+    "meta",
+    [
+        {"step": "s", "round": 1, "participant": "p0002"},
+        {"step": "s", "round": 1, "run": "r0"},
+        {"step": "s" * 65, "round": 1},
+        {"step": "../../etc", "round": 1},
+        {"step": "", "round": 1},
+        {"step": "s", "round": -1},
+        {"step": "s", "round": 2**60},
+        {"step": "s", "round": "1e400"},
+        {"round": 1},
+    ],
+)
+def test_identity_and_steps_are_not_taken_from_a_frame(
+    member: Api, meta: dict[str, object]
+) -> None:
+    frame = step_frame("infer", smashed(), **{"step": "x", **meta}, round_=1)  # type: ignore[arg-type]
+    if "step" not in meta:
+        frame = step_frame("infer", smashed(), step=None)  # type: ignore[arg-type]
+    answer = member.call("POST", "/v1/split/infer", content=frame)
+    assert answer.status_code in (400, 413, 422)
+
+
+def split_frame(kind: str) -> bytes:
+    """A good frame of a kind that speaks of kept samples."""
+    ids = (torch.ones(1, 16, dtype=torch.uint8), "uint8")
+    rows = (smashed(batch=1)[:, :5], "float32")
+    meta = {"session": "s", "round": 1, "attempt": 0, "number": 0, "steps": 1}
+    pieces = {
+        "samples": lambda: encode_frame("samples", {}, {"ids": ids, "smashed": rows}),
+        "missing": lambda: encode_frame("missing", {}, {"ids": ids}),
+        "exchange": lambda: encode_frame("exchange", meta, {"ids": ids}),
+    }
+    return bytes(join_frame(pieces[kind]()))
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    noise=st.binary(max_size=100),
+    place=st.integers(0, 400),
+    kind=st.sampled_from(["samples", "missing", "exchange"]),
+)
+def test_a_damaged_frame_about_samples_is_refused_and_never_a_failure(
+    keeper: Api, noise: bytes, place: int, kind: str
+) -> None:
+    frame = bytearray(split_frame(kind))
+    frame[place : place + len(noise)] = noise
+    answer = keeper.call("POST", f"/v1/split/{kind}", content=bytes(frame))
+    if answer.is_error:
+        assert answer.status_code < 500, answer.text
+        assert code_of(answer)
+
+
+def test_after_damaged_frames_samples_are_kept_as_before(keeper: Api) -> None:
+    for kind in ("samples", "missing", "exchange"):
+        answer = keeper.call("POST", f"/v1/split/{kind}", content=split_frame(kind))
+        assert answer.is_success, answer.text
+    assert tensor_in(answer, "features").shape == (1, 7, 192)
+
+
+def raw_frame(header: object, payload: bytes = b"") -> bytes:
+    packed: bytes = msgpack.packb(header)
+    pad = -(20 + len(packed)) % 64
+    total = 20 + len(packed) + pad + len(payload)
+    prefix = struct.pack("<4sHHIQ", b"SFPF", 1, 0, len(packed), total)
+    return prefix + packed + bytes(pad) + payload
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        [{"name": "smashed", "codec": "float32", "shape": [2**40], "sizes": [2**42]}],
+        [{"name": "smashed", "codec": "float32", "shape": [2**62, 4], "sizes": [0]}],
+        [{"name": "smashed", "codec": "pickle", "shape": [1], "sizes": [64]}],
+        [{"name": "smashed", "codec": "int64", "shape": [1, 1, 8], "sizes": [64]}],
+        [{"name": "smashed", "codec": "float32", "shape": [-1], "sizes": [64]}],
+        [{"name": "smashed", "codec": "float32", "shape": [], "sizes": [4]}],
+        [],
+    ],
+)
+def test_tensors_that_lie_are_refused(member: Api, tensors: list[dict[str, object]]) -> None:
+    header = {"kind": "infer", "meta": {"step": "s", "round": 1}, "tensors": tensors}
+    answer = member.call("POST", "/v1/split/infer", content=raw_frame(header, bytes(64)))
+    assert answer.status_code in (400, 413, 415, 422), answer.text
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"[" * 100_000,
+        b'{"a":' * 50_000,
+        b'{"round": NaN, "attempt": 0, "samples": 1, "correct": 1, "loss_sum": 1}',
+        b'{"round": 1, "attempt": 0, "samples": 1, "correct": 1, "loss_sum": Infinity}',
+        b'{"round": 1, "attempt": 0, "samples": 1, "correct": 2, "loss_sum": 1}',
+        b'{"round": 1' + b"0" * 5000 + b"}",
+        b"\xff\xfe",
+        b"null",
+        b"",
+    ],
+)
+def test_json_that_bites_is_refused(member: Api, run: str, body: bytes) -> None:
+    answer = member.call("PUT", f"/v1/runs/{run}/evaluation", key="k", content=body)
+    assert (answer.status_code, code_of(answer)) == (422, "invalid_field"), answer.text
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v1/runs/{run}/states/../../secret/state",
+        "/v1/runs/{run}/states/%2e%2e%2f%2e%2e%2fsecret/state",
+        "/v1/runs/..%2f..%2fsecret/head",
+        "/v1/runs/{run}%00/head",
+    ],
+)
+def test_paths_do_not_lead_out(server: Running, run: str, path: str) -> None:
+    answer = server.operator().call("GET", path.format(run=run))
+    assert code_of(answer) in ("not_found", "invalid_field")
+
+
+def test_a_captured_update_cannot_be_replayed_into_another_round(
+    server: Running, member: Api
+) -> None:
+    operator = server.operator()
+    run = operator.create(run_settings(evaluate_every=0, rounds=3), key="replay").id
+    api = server.api(server.api().join(run).credential)
+    captured = update_frame(state_of(1.0), {"round": 1, "attempt": 0, "samples": 10})
+    path = f"/v1/runs/{run}/update"
+    first = api.call("PUT", path, key="k", content=captured)
+    assert first.is_success
+    assert api.call("PUT", path, key="k", content=captured).content == first.content
+    assert code_of(api.call("PUT", path, key="k2", content=captured)) == "stale_round"
+    assert code_of(member.call("PUT", path, key="k3", content=captured)) == "forbidden"
+    assert api.assignment(run).round == 2
+
+
+def test_many_updates_at_once_count_once(server: Running) -> None:
+    operator = server.operator()
+    run = operator.create(run_settings(rounds=1, evaluate_every=0, min_participants=2), key="r").id
+    credential = server.api().join(run).credential
+    server.api().join(run, "b")
+    answers: list[int] = []
+
+    def send(number: int) -> None:
+        api = Api(server.url, credential)
+        answers.append(api.update(run, state_of(1.0), f"k{number % 2}").status_code)
+        api.close()
+
+    threads = [threading.Thread(target=send, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(answers) == [200, 200, 200, 200, 409, 409, 409, 409]
+    kinds = [event["kind"] for event in operator.call("GET", f"/v1/runs/{run}/events").json()]
+    assert kinds.count("update_counted") == 1
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    noise=st.binary(max_size=300),
+    place=st.integers(0, 400),
+    kind=st.sampled_from(["infer", "update"]),
+)
+def test_a_damaged_frame_is_refused_and_never_a_failure(
+    server: Running, run: str, member: Api, noise: bytes, place: int, kind: str
+) -> None:
+    if kind == "infer":
+        method, path = "POST", "/v1/split/infer"
+        frame = bytearray(step_frame("infer", smashed(batch=1), "s"))
+    else:
+        method, path = "PUT", f"/v1/runs/{run}/update"
+        frame = bytearray(update_frame(state_of(0.0), {"round": 9, "attempt": 0, "samples": 1}))
+    frame[place : place + len(noise)] = noise
+    answer = member.call(method, path, key="fuzz", content=bytes(frame))
+    if answer.is_error:
+        assert answer.status_code < 500, answer.text
+        assert code_of(answer)
+
+
+def test_the_server_still_works_after_all_this(server: Running, run: str, member: Api) -> None:
+    assert member.assignment(run).task is Task.TRAIN
+    assert member.step("forward", smashed(), "end").is_success
+    assert member.step("backward", torch.ones_like(smashed()), "end").is_success

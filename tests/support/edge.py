@@ -1,0 +1,341 @@
+"""What stands in for the other end in the device's tests: a raw socket server and a body."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import json
+import shutil
+import socket
+import ssl
+import tempfile
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edge_client.data import BatchReader, ImageSet
+from edge_client.data.image_set import ArrayStore
+from edge_client.model import DeviceModel
+from edge_client.training import RoundContext, Samples
+from edge_client.transport import RetryPolicy, Server, SplitPlane
+from protocol.errors import StepLost
+from protocol.frames import Frame, decode_frame, encode_frame, join_frame
+from protocol.messages import BlobRef
+from protocol.settings import BackboneSettings, RunSettings, TrainingSettings
+from split_model import (
+    SplitSettings,
+    build_body,
+    device_shapes,
+    initial_state,
+    open_backbone,
+    prepare_backbone,
+    save_state,
+    write_head_file,
+)
+from split_model.files import sha256_of
+
+
+@dataclass
+class Request:
+    method: str
+    target: str
+    headers: dict[str, str]  # names in lower case
+    body: bytes
+
+
+class Connection:
+    """One accepted connection: requests out of it, raw bytes into it, all of them counted."""
+
+    def __init__(self, raw: socket.socket) -> None:
+        self.raw = raw
+        self.received = self.sent = 0
+        self._unread = b""
+
+    def receive(self) -> bytes:
+        data = self.raw.recv(1 << 16)
+        self.received += len(data)
+        return data
+
+    def request(self) -> Request | None:
+        """The next request, or None when the client has closed."""
+        while b"\r\n\r\n" not in self._unread:
+            data = self.receive()
+            if not data:
+                return None
+            self._unread += data
+        head, self._unread = self._unread.split(b"\r\n\r\n", 1)
+        first, *lines = head.decode().split("\r\n")
+        method, target, _ = first.split(" ")
+        headers = {n.lower(): v for n, v in (line.split(": ", 1) for line in lines)}
+        body = bytearray(self._unread)
+        length = int(headers.get("content-length", 0))
+        while len(body) < length:
+            body += self.receive()
+        self._unread = bytes(body[length:])
+        return Request(method, target, headers, bytes(body[:length]))
+
+    def send(self, data: bytes) -> None:
+        self.sent += len(data)  # ahead of the sending: the client may be faster than this thread
+        self.raw.sendall(data)
+
+    def reset(self) -> None:
+        """Close with RST, as a host does that has forgotten the connection."""
+        self.raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        self.raw.close()
+
+
+def response(body: bytes = b"", status: str = "200 OK", *headers: str) -> bytes:
+    lines = [f"HTTP/1.1 {status}", f"content-length: {len(body)}", *headers, "", ""]
+    return "\r\n".join(lines).encode() + body
+
+
+class RawServer:
+    """Runs ``serve`` on every connection, in a thread of its own; errors there fail the test."""
+
+    def __init__(
+        self, serve: Callable[[Connection], None], tls: ssl.SSLContext | None = None
+    ) -> None:
+        self._serve, self._tls = serve, tls
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self.url = f"{'https' if tls else 'http'}://127.0.0.1:{self.port}"
+        self.connections: list[Connection] = []
+        self.errors: list[BaseException] = []
+        self._threads = [threading.Thread(target=self._accept)]
+        self._threads[0].start()
+
+    @property
+    def received(self) -> int:
+        return sum(connection.received for connection in self.connections)
+
+    @property
+    def sent(self) -> int:
+        return sum(connection.sent for connection in self.connections)
+
+    def __enter__(self) -> RawServer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        for connection in self.connections:
+            _shut(connection.raw)
+        for thread in self._threads:
+            thread.join(5)
+        if self.errors:
+            raise self.errors[0]
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                raw, _ = self._listener.accept()
+            except OSError:
+                return
+            thread = threading.Thread(target=self._run, args=(raw,))
+            self._threads.append(thread)
+            thread.start()
+
+    def _run(self, raw: socket.socket) -> None:
+        connection = Connection(raw)
+        self.connections.append(connection)
+        try:
+            if self._tls is not None:
+                connection.raw = self._tls.wrap_socket(raw, server_side=True)
+            self._serve(connection)
+        except OSError:
+            pass  # the client closed, or the test is over
+        except BaseException as error:  # shown by __exit__
+            self.errors.append(error)
+        finally:
+            connection.raw.close()
+
+
+def _shut(raw: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        raw.shutdown(socket.SHUT_RDWR)
+
+
+def answering(answer: Callable[[Request], bytes]) -> Callable[[Connection], None]:
+    """A server that keeps the connection and answers each request with these bytes."""
+
+    def serve(connection: Connection) -> None:
+        while (request := connection.request()) is not None:
+            connection.send(answer(request))
+
+    return serve
+
+
+class Recorder:
+    """Answers each request with the next of these, or the same one for ever."""
+
+    def __init__(self, *answers: bytes | Callable[[Request], bytes]) -> None:
+        self.answers, self.requests = list(answers), []
+
+    def __call__(self, connection: Connection) -> None:
+        def answer(request: Request) -> bytes:
+            self.requests.append(request)
+            chosen = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+            return chosen if isinstance(chosen, bytes) else chosen(request)
+
+        answering(answer)(connection)
+
+
+def as_json(message: object, status: str = "200 OK", *headers: str) -> bytes:
+    return response(json.dumps(message).encode(), status, *headers)
+
+
+NO_PATIENCE = RetryPolicy(patience_s=0)
+
+
+def impatient(server: RawServer, **more: object) -> Server:
+    return Server(server.url, retry=NO_PATIENCE, answer_timeout_s=5, **more)
+
+
+SMALL = BackboneSettings(
+    backbone="vit_tiny_patch16_224",
+    weights="random:0",
+    image_size=32,
+    cut=1,
+    num_classes=3,
+    prompt_count=4,
+)
+
+CLASSES = ("red", "green", "blue")
+
+
+@dataclass(frozen=True)
+class Files:
+    backbone: Path
+    head: Path
+    state: Path
+
+    def ref(self, file: Path) -> BlobRef:
+        return BlobRef(sha256=sha256_of(file), nbytes=file.stat().st_size)
+
+
+def files(model: BackboneSettings = SMALL) -> Files:
+    """The files that a server has for a small, untrained vision transformer."""
+    return _files(model)
+
+
+@functools.cache
+def _files(model: BackboneSettings) -> Files:
+    folder = Path(tempfile.mkdtemp(prefix="sfprompt-test-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    settings = SplitSettings.of(model)
+    backbone = prepare_backbone(settings, model.weights, folder).path
+    head, _ = write_head_file(settings, backbone, folder / "head.safetensors")
+    state = initial_state(settings, open_backbone(backbone), seed=1)
+    device = {name: state[name] for name in device_shapes(settings)}
+    save_state(device, folder / "state.safetensors")
+    return Files(backbone, head, folder / "state.safetensors")
+
+
+def device_model(model: BackboneSettings = SMALL) -> DeviceModel:
+    made = files(model)
+    return DeviceModel.load(model, made.head, made.state)
+
+
+def image_set(samples: int = 10, seed: int = 0) -> ImageSet:
+    """Noisy images of three colours, 40 x 40 pixels."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(samples) % 3
+    pixels = torch.randint(0, 120, (samples, 3, 40, 40), generator=generator, dtype=torch.uint8)
+    pixels[torch.arange(samples), labels] += 100
+    return ImageSet(ArrayStore(pixels), labels, CLASSES)
+
+
+def round_context(
+    model: DeviceModel | None = None,
+    *,
+    samples: int = 10,
+    round_: int = 1,
+    name: str = "device",
+    model_settings: BackboneSettings = SMALL,
+    advance: Callable[[str, int, int], None] = lambda *_: None,
+    **training: Any,
+) -> RoundContext:
+    model = model or device_model()
+    settings = RunSettings(
+        seed=5,
+        model=model_settings,
+        training=TrainingSettings.model_validate({"batch_size": 4, **training}),
+    )
+    reader = BatchReader(image_set(samples), model.preprocessing)
+    return RoundContext(settings, name, round_, 0, model, Samples(reader), advance)
+
+
+@dataclass
+class BodyServer:
+    """The split plane's part of `edge_client.transport.Server`, in this process: the real body.
+
+    What is asked and answered goes through frames, as on the wire.
+    """
+
+    model: BackboneSettings = SMALL
+    lose: int = 0  # so many steps are lost before their backward
+    calls: list[str] = field(default_factory=list)
+    steps: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        tensors = open_backbone(files(self.model).backbone)
+        self._body = build_body(SplitSettings.of(self.model), tensors)
+        self._held: dict[str, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def plane(self) -> SplitPlane:
+        """The split plane of a run with this server."""
+        return SplitPlane(self, RunSettings(model=self.model))
+
+    def ask(
+        self,
+        path: str,
+        kind: str,
+        meta: Mapping[str, Any],
+        tensors: Mapping[str, tuple[Tensor, str]],
+        at_random: Mapping[str, torch.Generator] | None = None,
+    ) -> Frame:
+        assert path == f"/v1/split/{kind}"
+        assert not any(tensor.requires_grad for tensor, _ in tensors.values())
+        sent = _over_the_wire(kind, meta, tensors, at_random)
+        self.calls.append(kind)
+        answers = {"forward": self.forward, "backward": self.backward, "infer": self.infer}
+        (tensor,) = sent.tensors().values()
+        answer = answers[kind](tensor, step=sent.meta["step"], round_=sent.meta["round"])
+        name = "gradients" if kind == "backward" else "features"
+        return _over_the_wire(name, meta, {name: (answer, "float32")})
+
+    def forward(self, smashed: Tensor, *, step: str, round_: int) -> Tensor:
+        assert step not in self.steps, "a name is used once"
+        self.steps.append(step)
+        inputs = smashed.clone().requires_grad_()
+        features = self._body(inputs)
+        self._held[step] = (inputs, features)
+        return features.detach().clone()
+
+    def backward(self, gradients: Tensor, *, step: str, round_: int) -> Tensor:
+        inputs, features = self._held.pop(step)
+        if self.lose:
+            self.lose -= 1
+            raise StepLost("the step is gone")
+        (gradient,) = torch.autograd.grad(features, inputs, gradients)
+        return gradient
+
+    def infer(self, smashed: Tensor, *, step: str, round_: int) -> Tensor:
+        with torch.no_grad():
+            return self._body(smashed)
+
+
+def _over_the_wire(
+    kind: str,
+    meta: Mapping[str, Any],
+    tensors: Mapping[str, tuple[Tensor, str]],
+    at_random: Mapping[str, torch.Generator] | None = None,
+) -> Frame:
+    return decode_frame(join_frame(encode_frame(kind, meta, tensors, at_random=at_random)))

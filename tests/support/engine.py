@@ -1,0 +1,166 @@
+"""A round of exchanges, through the engine and by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import split_model
+from protocol.settings import RunSettings, TrainingSettings
+from split_model import SplitSettings
+from split_model.backbone.libraries import timm
+from split_server.engine.api import EngineLimits, ExchangeJob, SessionPlan
+from split_server.engine.body_cache import Bodies
+from split_server.engine.engine import LocalEngine
+from split_server.models.body_key import BodyKey
+from split_server.runtime.device import Placement, choose_placement
+from tests.support.federation import SMALL, SPLIT, FakeTime, run_settings
+
+MIB = 1024 * 1024
+
+PLACEMENT = choose_placement("cpu", "float32")
+
+PREFIX, PATCHES, PROMPTS, WIDTH = 1, 4, 2, 192
+
+TOKENS = PREFIX + PATCHES
+
+DEPTHS = ["shallow", "deep"]
+
+RATE = 0.5
+
+MakeEngine = Callable[..., LocalEngine]
+
+
+def prepare_backbone(folder: Path) -> Path:
+    return split_model.prepare_backbone(SplitSettings.of(SMALL), "random:0", folder).path
+
+
+def input_body(folder: Path) -> BodyKey:
+    """The body of a run in the paper's form, its weights in this folder."""
+    path = split_model.prepare_backbone(SPLIT, "random:0", folder).path
+    return BodyKey.of(str(path), run_settings())
+
+
+@contextmanager
+def engines(placement: Placement = PLACEMENT) -> Iterator[MakeEngine]:
+    """Makes engines that hold the same bodies, and stops them in the end."""
+    bodies, made = Bodies(placement), list[LocalEngine]()
+
+    def one(retained: int = 256 * MIB, time: FakeTime | None = None, **more: Any) -> LocalEngine:
+        limits = EngineLimits(retained, 64 * MIB, 64 * MIB, 300.0, 4, **more)
+        made.append(LocalEngine(bodies, placement, limits, (time or FakeTime()).clock()))
+        return made[-1]
+
+    yield one
+    for engine in made:
+        engine.close()
+
+
+def is_empty(engine: LocalEngine) -> bool:
+    """Whether no step is held and no room is promised to one."""
+    room = engine._keeper.room
+    return len(room.steps) == room.steps.nbytes == room.reserved == 0
+
+
+def numbers(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def smashed(batch: int = 3, seed: int = 0) -> Tensor:
+    """[B, T, D], without prompts."""
+    return numbers(seed, batch, TOKENS, WIDTH)
+
+
+class Case:
+    """A run with its prompts at the cut, and the requests of one participant's round."""
+
+    def __init__(self, backbone: Path, depth: str, leading: int | None = None) -> None:
+        model = SMALL.model_copy(update={"prompt_at": "cut", "prompt_depth": depth})
+        self.training = TrainingSettings(
+            optimizer="sgd", momentum=0.9, prompt_learning_rate=RATE, schedule="constant"
+        )
+        settings = RunSettings(model=model, training=self.training)
+        self.split = SplitSettings.of(model)
+        self.key = BodyKey.of(str(backbone), settings)
+        self.leading = leading
+        self.initial = 0.3 * numbers(99, *split_model.prompt_shape(self.split))
+        self.backbone = backbone
+
+    @property
+    def plan(self) -> SessionPlan:
+        return SessionPlan(self.training, rounds=4, round=1, initial=lambda: self.initial)
+
+    def job(
+        self,
+        number: int,
+        steps: int,
+        batch: Tensor | None,
+        gradients: Tensor | None = None,
+        *,
+        who: str = "p1",
+        session: str = "s",
+    ) -> ExchangeJob:
+        known = [tensor for tensor in (batch, gradients) if tensor is not None]
+        return ExchangeJob(
+            run="r1",
+            participant=who,
+            session=session,
+            number=number,
+            steps=steps,
+            body=self.key,
+            plan=self.plan,
+            gradients=gradients,
+            smashed=batch,
+            fingerprint=hash(tuple(float(tensor.double().sum()) for tensor in known)),
+            leading=self.leading,
+        )
+
+    async def train(
+        self, engine: LocalEngine, batches: Sequence[Tensor], **of: Any
+    ) -> tuple[list[Tensor], Tensor]:
+        """A whole session: the features of every batch, and the prompts that it leaves."""
+        gradients: Tensor | None = None
+        features = []
+        for number, batch in enumerate(batches):
+            job = self.job(number, len(batches), batch, gradients, **of)
+            features.append(await engine.exchange(job))
+            gradients = gradient_of(features[-1])
+        last = self.job(len(batches), len(batches), None, gradients, **of)
+        assert (await engine.exchange(last)).numel() == 0
+        return features, engine.trained("r1", of.get("who", "p1"), of.get("session", "s"))
+
+    def by_hand(self, batches: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+        """The same with timm's own blocks and torch's own optimiser."""
+        model = timm.create_model(SMALL.backbone, img_size=SMALL.image_size, num_classes=2).eval()
+        model.load_state_dict(dict(split_model.open_backbone(self.backbone)), strict=False)
+        model.requires_grad_(False)
+        prompts = nn.Parameter(self.initial.clone())
+        optimizer = torch.optim.SGD([prompts], lr=RATE, momentum=0.9)
+        features = []
+        for batch in batches:
+            tokens = batch
+            for place, block in enumerate(model.blocks[SMALL.cut :]):
+                if place < len(prompts):
+                    own = prompts[place].expand(len(batch), -1, -1)
+                    patches = tokens[:, -PATCHES:]
+                    tokens = torch.cat([tokens[:, :PREFIX], own, patches], dim=1)
+                tokens = block(tokens)
+            read = tokens if self.leading is None else tokens[:, : self.leading]
+            optimizer.zero_grad()
+            torch.sin(read).mean().backward()
+            optimizer.step()
+            features.append(read.detach())
+        return features, prompts.detach()
+
+
+def gradient_of(features: Tensor) -> Tensor:
+    """Of mean(sin(features)), as a device's loss would have one."""
+    return torch.cos(features) / features.numel()
+
+
+BATCHES = [smashed(3, 1), smashed(3, 2), smashed(2, 3), smashed(3, 4)]

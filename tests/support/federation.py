@@ -1,0 +1,250 @@
+"""Stand-ins for the server's tests: a clock, small runs, a federation without weights."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import split_model
+from protocol.errors import Busy
+from protocol.federation import FederationSettings
+from protocol.frames import decode_frame, encode_frame, join_frame
+from protocol.messages import Assignment, EvaluationReport, JoinRequest, UpdateMeta
+from protocol.settings import BackboneSettings, RunSettings, TrainingSettings, WireSettings
+from split_model import SplitSettings
+from split_server.federation.credentials import Credentials
+from split_server.federation.liveness import Presence
+from split_server.federation.service import Federation, Held
+from split_server.models.prepare import PreparedRun
+from split_server.runtime.clock import Clock
+from split_server.storage.database import Store
+from split_server.storage.events import Once
+from split_server.storage.run_files import RunFiles, StateRefs, write_tensors
+from split_server.storage.traffic import Meter
+
+OPERATOR = "operator-token"
+
+SMALL = BackboneSettings(
+    backbone="vit_tiny_patch16_224", weights="random:0", image_size=32, cut=1, prompt_count=2
+)
+
+SPLIT = SplitSettings.of(SMALL)
+
+TOKENS, WIDTH = 1 + 2 + 4, 192  # class token, prompts, 2 x 2 patches
+
+
+def run_settings(
+    *,
+    seed: int = 0,
+    batch_size: int = 8,
+    prompt_at: str = "input",
+    wire: Mapping[str, Any] | None = None,
+    **federation: Any,
+) -> RunSettings:
+    """A run of two rounds on an untrained tiny transformer."""
+    return RunSettings(
+        name="small",
+        seed=seed,
+        model=SMALL.model_copy(update={"prompt_at": prompt_at}),
+        federation=FederationSettings.model_validate({"rounds": 2, **federation}),
+        training=TrainingSettings(batch_size=batch_size),
+        wire=WireSettings.model_validate(wire or {}),
+    )
+
+
+def busy(why: str) -> Busy:
+    """A refusal, as an engine makes them."""
+    return Busy(why, retry_after_s=0.5)
+
+
+def state_of(value: float, split: SplitSettings = SPLIT) -> dict[str, Tensor]:
+    """A global state with this number everywhere."""
+    return {
+        name: torch.full(shape, value) for name, shape in split_model.state_shapes(split).items()
+    }
+
+
+def random_state(seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.randn(shape, generator=generator)
+        for name, shape in sorted(split_model.state_shapes(SPLIT).items())
+    }
+
+
+def smashed(batch: int = 2, seed: int = 0) -> Tensor:
+    """[B, T, D]"""
+    return torch.randn((batch, TOKENS, WIDTH), generator=torch.Generator().manual_seed(seed))
+
+
+def update_frame(
+    state: Mapping[str, Tensor], meta: Mapping[str, Any], codec: str = "float32"
+) -> bytes:
+    tensors = {name: (tensor, codec) for name, tensor in state.items()}
+    return bytes(join_frame(encode_frame("update", meta, tensors)))
+
+
+def step_frame(kind: str, tensor: Tensor, step: str, round_: int = 1, **extra: Any) -> bytes:
+    name = "gradients" if kind == "backward" else "smashed"
+    meta = {"step": step, "round": round_, **extra}
+    return bytes(join_frame(encode_frame(kind, meta, {name: (tensor, "float32")})))
+
+
+@dataclass
+class FakeTime:
+    """A clock that goes on when it is told to."""
+
+    now: float = 1000.0
+
+    def clock(self) -> Clock:
+        return Clock(monotonic=lambda: self.now, wall=lambda: 1.7e9 + self.now)
+
+
+def prepare_without_weights(settings: RunSettings, files: RunFiles, _cache: Path) -> PreparedRun:
+    """The files of a run, without a backbone."""
+    head = write_tensors(files.root, {"head": torch.zeros(4)})
+    state = state_of(0.0, SplitSettings.of(settings.model))
+    return PreparedRun(
+        backbone_path=files.root / "backbone.safetensors",
+        backbone_bytes=1,
+        head=head,
+        state=files.write_state(state, settings.model.prompt_at),
+    )
+
+
+@dataclass
+class Quiet:
+    """A watcher that remembers what it was told."""
+
+    told: list[tuple[str, ...]] = field(default_factory=list)
+
+    def changed(self, run: str) -> None:
+        self.told.append(("changed", run))
+
+    def round_over(self, run: str) -> None:
+        self.told.append(("round over", run))
+
+    def run_over(self, run: str) -> None:
+        self.told.append(("run over", run))
+
+    def work(self, run: str) -> dict[str, float]:
+        return {}
+
+    def left(self, run: str, participant: str) -> None:
+        self.told.append(("left", run, participant))
+
+
+class Bench:
+    """A federation on a real database, with a clock that the test moves."""
+
+    def __init__(self, folder: Path, time_: FakeTime | None = None) -> None:
+        self.folder = folder
+        self.time = time_ or FakeTime()
+        self.watcher = Quiet()
+        self.open()
+
+    def open(self) -> None:
+        """Begin, or begin again on the same folder with empty memory."""
+        clock = self.time.clock()
+        self.store = Store(self.folder / "server.sqlite")
+        self.meter = Meter()
+        self.presence = Presence(60.0, clock)
+        self.federation = Federation(
+            self.folder,
+            self.store,
+            Credentials(b"s" * 32, OPERATOR),
+            self.meter,
+            self.presence,
+            self.watcher,
+            clock,
+            prepare_without_weights,
+        )
+        self.federation.load()
+
+    def close(self) -> None:
+        self.store.close()
+
+    def create(self, **federation: Any) -> str:
+        settings = run_settings(**federation)
+        return self.federation.create(settings, Once.of("create", uuid.uuid4().hex)).id
+
+    def join(self, run: str, name: str = "a", train: int = 100, test: int = 10) -> str:
+        request = JoinRequest(name=name, train_samples=train, test_samples=test, num_classes=10)
+        once = Once.of(f"{run}/join", uuid.uuid4().hex)
+        return self.federation.join(run, request, once).participant
+
+    def task(self, run: str, participant: str) -> Assignment:
+        """Poll, as a device does."""
+        self.presence.touch(run, participant)
+        self.federation.advance(run)
+        return self.federation.assignment(run, participant)
+
+    def update(
+        self,
+        run: str,
+        participant: str,
+        state: Mapping[str, Tensor],
+        *,
+        round_: int = 1,
+        attempt: int = 0,
+        samples: int = 10,
+        key: str | None = None,
+        held: Held | None = None,
+        **losses: float,
+    ) -> None:
+        meta = UpdateMeta(round=round_, attempt=attempt, samples=samples, **losses)
+        data = update_frame(state, meta.model_dump())
+        once = Once.of(f"{run}/{participant}/update", key or uuid.uuid4().hex, data)
+        self.federation.update(run, participant, meta, decode_frame(data), once, held)
+
+    def evaluate(
+        self,
+        run: str,
+        participant: str,
+        *,
+        round_: int = 1,
+        attempt: int = 0,
+        samples: int = 10,
+        correct: int = 5,
+        loss_sum: float = 10.0,
+        key: str | None = None,
+    ) -> None:
+        report = EvaluationReport(
+            round=round_, attempt=attempt, samples=samples, correct=correct, loss_sum=loss_sum
+        )
+        content = report.model_dump_json().encode()
+        once = Once.of(f"{run}/{participant}/evaluation", key or uuid.uuid4().hex, content)
+        self.federation.evaluation(run, participant, report, once)
+
+    def state(self, run: str) -> dict[str, Tensor]:
+        """The newest global state, with what devices never see of it."""
+        snapshot = self.federation.run(run)
+        refs = StateRefs(snapshot.state, snapshot.held)
+        return self.federation.files(run).read_state(refs)
+
+    def kinds(self, run: str) -> list[str]:
+        """The kinds of the run's events."""
+        return [event.kind for event in self.federation.events(run, 0)]
+
+
+@contextmanager
+def bench(folder: Path) -> Iterator[Bench]:
+    made = Bench(folder)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def everywhere(site: Bench, run: str) -> float:
+    """The one number that the global state holds everywhere."""
+    values = {float(value) for tensor in site.state(run).values() for value in tensor.unique()}
+    assert len(values) == 1
+    return values.pop()

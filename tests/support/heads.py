@@ -1,0 +1,43 @@
+"""A head with its prompts at the cut, and what it makes of a few images."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from edge_client.data import Augmentation, BatchReader
+from edge_client.model import DeviceModel
+from edge_client.smashed.head_cache import HeadOutputs
+from tests.support.edge import SMALL, device_model, image_set
+
+AT_CUT = SMALL.model_copy(update={"prompt_at": "cut", "cut": 2})
+
+SAMPLES, TOKENS, WIDTH = 37, 5, 192
+
+PLENTY = 10**8
+
+EVERYTHING = torch.arange(SAMPLES)
+
+
+@functools.cache
+def shared_model() -> DeviceModel:
+    return device_model(AT_CUT)
+
+
+@functools.cache
+def everything() -> Tensor:
+    """What the head makes of all samples at once, [n, T, D]."""
+    return outputs(shared_model()).smashed(EVERYTHING)
+
+
+def reader(model: DeviceModel, samples: int = SAMPLES, *, augmented: bool = False) -> BatchReader:
+    augmentation = Augmentation(3) if augmented else None
+    return BatchReader(image_set(samples), model.preprocessing, augmentation=augmentation)
+
+
+def outputs(
+    model: DeviceModel, cache_bytes: int = PLENTY, *, augmented: bool = False
+) -> HeadOutputs:
+    return HeadOutputs(model.head, reader(model, augmented=augmented), cache_bytes)

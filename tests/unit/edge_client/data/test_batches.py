@@ -1,0 +1,195 @@
+"""Images to batches of floats: resizing, the cache, the order, the augmentation."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from edge_client.data import (
+    Augmentation,
+    BatchReader,
+    CorruptImageError,
+    ImageSet,
+    Preprocessing,
+    PreprocessingError,
+    load_dataset,
+    shuffled,
+)
+from edge_client.data.image_set import ArrayStore, FileStore
+
+MEAN = (0.5, 0.4, 0.3)
+
+STD = (0.2, 0.3, 0.4)
+
+WAY = Preprocessing(8, MEAN, STD)
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> ImageSet:
+    """Six image files of three sizes, each of random pixels."""
+    torch.manual_seed(0)
+    paths = []
+    for i, size in enumerate([(8, 8), (8, 8), (20, 12), (12, 20), (5, 5), (8, 8)]):
+        pixels = torch.randint(0, 256, (*size, 3), dtype=torch.uint8).numpy()
+        paths.append(tmp_path / f"{i}.png")
+        Image.fromarray(pixels).save(paths[-1])
+    return ImageSet(FileStore(paths, tmp_path), torch.arange(6) % 2, ("a", "b"))
+
+
+def read(images: ImageSet, positions: Sequence[int], way: Preprocessing) -> torch.Tensor:
+    return BatchReader(images, way).read(positions)[0]
+
+
+def test_values_are_scaled_and_normalised() -> None:
+    pixels = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    pixels[1] = 255
+    images = ImageSet(ArrayStore(pixels), torch.tensor([0, 1]), ("a", "b"))
+    batch = read(images, [0, 1], Preprocessing(4, MEAN, STD))
+    assert batch.shape == (2, 3, 4, 4)
+    assert batch.dtype == torch.float32
+    for channel in range(3):
+        low = -MEAN[channel] / STD[channel]
+        high = (1 - MEAN[channel]) / STD[channel]
+        assert torch.allclose(batch[0, channel], torch.tensor(low))
+        assert torch.allclose(batch[1, channel], torch.tensor(high))
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "nearest"])
+def test_an_image_alone_and_among_others_is_the_same(mixed: ImageSet, interpolation) -> None:
+    order, way = [5, 0, 1, 2, 3, 4, 1], Preprocessing(7, MEAN, STD, interpolation)
+    together = read(mixed, order, way)
+    alone = torch.cat([read(mixed, [i], way) for i in order])
+    assert torch.equal(together, alone)
+
+
+def test_large_images_are_resized_a_few_at_a_time(
+    mixed: ImageSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    way = Preprocessing(7, MEAN, STD)
+    whole = read(mixed, range(6), way)
+    monkeypatch.setattr("edge_client.data.batches._CHUNK_BYTES", 1)
+    assert torch.equal(read(mixed, range(6), way), whole)
+
+
+def test_the_middle_of_a_long_image_is_kept() -> None:
+    pixels = torch.zeros(1, 3, 4, 12, dtype=torch.uint8)
+    pixels[..., 4:8] = 255
+    assert torch.all(WAY.resize(pixels) == 255)
+
+
+def test_shrinking_averages_rather_than_skips() -> None:
+    stripes = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
+    stripes[..., ::2] = 200
+    small = Preprocessing(8, MEAN, STD, "bilinear").resize(stripes)
+    assert torch.all((small.int() - 100).abs() <= 4)
+
+
+def test_no_index_gives_an_empty_batch(mixed: ImageSet) -> None:
+    assert read(mixed, [], WAY).shape == (0, 3, 8, 8)
+
+
+@pytest.mark.parametrize("images_kept", [0, 2, 6, 100])
+def test_the_cache_changes_nothing_but_the_reading(
+    mixed: ImageSet, images_kept: int, tmp_path: Path
+) -> None:
+    plain = BatchReader(mixed, WAY)
+    cached = BatchReader(mixed, WAY, cache_bytes=images_kept * WAY.bytes_per_image)
+    for batch in ([4, 0, 1], [5, 5, 2], [3], [0, 1, 2, 3, 4, 5]):
+        expected, labels = plain.read(batch)
+        images, same_labels = cached.read(torch.tensor(batch))
+        assert torch.equal(images, expected)
+        assert torch.equal(labels, same_labels)
+    assert len(cached) == 6
+    for path in tmp_path.glob("*.png"):
+        path.unlink()
+    kept = min(images_kept, 6)
+    assert cached.read(range(kept))[0].shape == (kept, 3, 8, 8)
+    for position in range(kept, 6):
+        with pytest.raises(CorruptImageError):
+            cached.read([position])
+
+
+def test_a_cached_image_is_not_read_again(mixed: ImageSet, tmp_path: Path) -> None:
+    reader = BatchReader(mixed, WAY, cache_bytes=10**6)
+    before, _ = reader.read(range(6))
+    for path in tmp_path.glob("*.png"):
+        path.unlink()
+    assert torch.equal(reader.read(range(6))[0], before)
+
+
+def test_batches_hold_every_index_once_in_an_order_fixed_by_seed_and_epoch() -> None:
+    first = shuffled(10, 4, seed=1)
+    assert [len(batch) for batch in first] == [4, 4, 2]
+    assert sorted(torch.cat(first).tolist()) == list(range(10))
+    assert torch.equal(torch.cat(first), torch.cat(shuffled(10, 4, seed=1)))
+    assert not torch.equal(torch.cat(first), torch.cat(shuffled(10, 4, seed=2)))
+    assert not torch.equal(torch.cat(first), torch.cat(shuffled(10, 4, seed=1, epoch=1)))
+    assert shuffled(0, 4, seed=1) == []
+
+
+def test_the_global_generator_is_left_alone() -> None:
+    before = torch.get_rng_state()
+    shuffled(10, 4, seed=1)
+    load_dataset("digits", seed=4)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(("n", "batch_size", "epoch"), [(-1, 1, 0), (1, 0, 0), (1, 1, -1)])
+def test_senseless_batches_are_refused(n: int, batch_size: int, epoch: int) -> None:
+    with pytest.raises(PreprocessingError):
+        shuffled(n, batch_size, seed=0, epoch=epoch)
+
+
+@pytest.mark.parametrize(
+    ("field", "change"),
+    [
+        ("image_size", {"image_size": 0}),
+        ("image_size", {"image_size": 10**6}),
+        ("mean", {"mean": (0.0, float("nan"), 0.0)}),
+        ("std", {"std": (0.0, 1.0, 1.0)}),
+        ("std", {"std": (1.0, 1.0)}),
+        ("interpolation", {"interpolation": "lanczos"}),
+    ],
+)
+def test_senseless_preprocessing_is_refused_by_name(field: str, change: dict) -> None:
+    with pytest.raises(PreprocessingError) as refused:
+        Preprocessing(**({"image_size": 8, "mean": MEAN, "std": STD} | change))
+    assert refused.value.field == field
+
+
+def test_a_negative_cache_or_a_wild_shift_is_refused(mixed: ImageSet) -> None:
+    with pytest.raises(PreprocessingError):
+        BatchReader(mixed, WAY, cache_bytes=-1)
+    with pytest.raises(PreprocessingError):
+        Augmentation(seed=0, max_shift=0.6)
+
+
+def test_augmentation_is_off_unless_an_epoch_is_named(mixed: ImageSet) -> None:
+    plain = BatchReader(mixed, WAY).read(range(6))[0]
+    reader = BatchReader(mixed, WAY, augmentation=Augmentation(seed=1))
+    assert torch.equal(reader.read(range(6))[0], plain)
+    assert not torch.equal(reader.read(range(6), epoch=0)[0], plain)
+
+
+def test_augmentation_is_fixed_by_seed_epoch_and_image(mixed: ImageSet) -> None:
+    def read(order: list[int], *, seed: int = 1, epoch: int = 0, cache: int = 0) -> torch.Tensor:
+        augmentation = Augmentation(seed, max_shift=0.25)
+        reader = BatchReader(mixed, WAY, cache_bytes=cache, augmentation=augmentation)
+        return reader.read(order, epoch=epoch)[0]
+
+    whole = read([0, 1, 2, 3, 4, 5])
+    assert torch.equal(read([4, 2]), whole[[4, 2]])
+    assert torch.equal(read([0, 1, 2, 3, 4, 5], cache=10**6), whole)
+    assert not torch.equal(read([0, 1, 2, 3, 4, 5], epoch=1), whole)
+    assert not torch.equal(read([0, 1, 2, 3, 4, 5], seed=2), whole)
+
+
+def test_a_flip_without_a_shift_mirrors_some_images_and_keeps_the_rest() -> None:
+    images = torch.arange(20 * 3 * 4 * 4, dtype=torch.int64).to(torch.uint8).view(20, 3, 4, 4)
+    changed = Augmentation(seed=0, max_shift=0.0).apply(images, torch.arange(20), 0)
+    mirrored = [torch.equal(changed[i], images[i].flip(-1)) for i in range(20)]
+    kept = [torch.equal(changed[i], images[i]) for i in range(20)]
+    assert all(a != b for a, b in zip(mirrored, kept, strict=True))
+    assert 3 <= sum(mirrored) <= 17

@@ -1,0 +1,193 @@
+"""Classifying files: their order, and those that cannot be read."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from edge_client.data.decode import decode_file
+from edge_client.model import preprocessing_of
+from edge_client.prediction import Prediction, Predictor, WholePredictor, image_files
+from protocol.errors import InvalidField, NotFound
+from protocol.messages import BlobRef, JoinRequest, JoinResponse, RunStatus, RunView
+from protocol.settings import RunSettings
+from split_model import (
+    SplitSettings,
+    export_model,
+    image_preparation,
+    initial_state,
+    load_exported,
+    open_backbone,
+    prepare_backbone,
+)
+from tests.support.edge import SMALL, BodyServer, device_model, files, image_set
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def save_images(folder: Path, count: int) -> list[Path]:
+    folder.mkdir(exist_ok=True)
+    images, paths = image_set(count), []
+    for number in range(count):
+        pixels = images.store.read(number).permute(1, 2, 0).numpy()
+        paths.append(folder / f"{number:03}.png")
+        Image.fromarray(pixels).save(paths[-1])
+    return paths
+
+
+# Which files
+
+
+def test_folders_are_searched_and_sorted_and_files_taken_as_given(tmp_path: Path) -> None:
+    paths = save_images(tmp_path / "a", 3)
+    (tmp_path / "a" / "deep").mkdir()
+    nested = save_images(tmp_path / "a" / "deep", 1)
+    (tmp_path / "a" / "notes.txt").write_text("no image")
+    (tmp_path / "b.weird").write_text("named by hand")
+    (tmp_path / "a" / "UPPER.PNG").write_bytes(paths[0].read_bytes())
+    found = image_files([tmp_path / "b.weird", tmp_path / "a", paths[1]])
+    upper = tmp_path / "a" / "UPPER.PNG"
+    assert found == [tmp_path / "b.weird", *paths, upper, *nested, paths[1]]
+
+
+def test_nothing_to_classify(tmp_path: Path) -> None:
+    with pytest.raises(NotFound) as caught:
+        image_files([tmp_path / "absent"])
+    assert caught.value.value == str(tmp_path / "absent")
+    with pytest.raises(NotFound, match="no image"):
+        image_files([tmp_path])
+
+
+# Predictions
+
+
+class Host(BodyServer):
+    """A finished run to predict with."""
+
+    def view(self, names: tuple[str, ...] | None) -> RunView:
+        made = files()
+        return RunView(
+            id="r",
+            status=RunStatus.FINISHED,
+            settings=RunSettings(model=SMALL, class_names=names),
+            round=3,
+            participants=1,
+            created_at=0,
+            backbone_bytes=1,
+            head=made.ref(made.head),
+            state=made.ref(made.state),
+        )
+
+    def join(self, run: str, request: JoinRequest, key: str, token: str | None) -> JoinResponse:
+        self.request, self.key = request, key
+        return JoinResponse(participant="p", credential="c", run=self.run_view)
+
+    def authenticate(self, credential: str) -> None:
+        self.credential = credential
+
+    def head(self, run: str, start: int) -> bytes:
+        return files().head.read_bytes()[start:]
+
+    def state(self, run: str, ref: BlobRef, start: int) -> bytes:
+        return files().state.read_bytes()[start:]
+
+
+def predictor(folder: Path, names: tuple[str, ...] | None = ("r", "g", "b")) -> Predictor:
+    server = Host()
+    server.run_view = server.view(names)
+    made = Predictor(server, server.run_view, folder)
+    made.join("key", "me (predict)")
+    assert (server.request.train_samples, server.request.test_samples) == (0, 0)
+    assert server.credential == "c"
+    return made
+
+
+def test_every_file_in_order_with_the_unreadable_named(tmp_path: Path) -> None:
+    paths = save_images(tmp_path / "images", 40)  # more than one batch
+    broken = {paths[i] for i in (0, 7, 31, 32, 39)}
+    for path in broken:
+        path.write_bytes(path.read_bytes()[:50])
+    got = list(predictor(tmp_path / "blobs").predict(paths, top=2))
+    assert [prediction.path for prediction in got] == [str(path) for path in paths]
+
+    model, body = device_model(), BodyServer()
+    for path, prediction in zip(paths, got, strict=True):
+        if path in broken:
+            assert prediction.classes == ()
+            assert "not an image" in prediction.error or "cannot be decoded" in prediction.error
+            assert prediction.to_dict() == {"path": str(path), "error": prediction.error}
+            continue
+        image = model.preprocessing.normalise(
+            model.preprocessing.resize(decode_file(path).unsqueeze(0))
+        )
+        with torch.no_grad():
+            features = body.infer(model.head(image, model.prompts), step="", round_=0)
+            shares = model.tail(features).softmax(dim=1)[0]
+        order = shares.argsort(descending=True)[:2].tolist()
+        assert prediction.error is None
+        assert [name for name, _ in prediction.classes] == ["rgb"[i] for i in order]
+        assert [share for _, share in prediction.classes] == pytest.approx(
+            [float(shares[i]) for i in order], abs=1e-5
+        )
+
+
+@pytest.mark.parametrize("names", [("r", "g", "b"), None])
+def test_an_exported_model_says_what_it_says_to_the_same_pixels(
+    tmp_path: Path, names: tuple[str, ...] | None
+) -> None:
+    paths = save_images(tmp_path / "images", 3)
+    paths[1].write_bytes(b"no image")
+    split = SplitSettings.of(SMALL)
+    backbone = prepare_backbone(split, SMALL.weights, tmp_path / "backbones").path
+    state = initial_state(split, open_backbone(backbone), seed=3)
+    file = export_model(split, backbone, state, tmp_path / "m.safetensors", class_names=names)
+    got = list(WholePredictor(file).predict(paths, top=3))
+    assert got[1].error is not None
+    model, way = load_exported(file), preprocessing_of(split, image_preparation(split))
+    for number in (0, 2):
+        image = way.normalise(way.resize(decode_file(paths[number]).unsqueeze(0)))
+        shares = model(image).softmax(dim=1)[0]
+        expected = {(names or "012")[i]: pytest.approx(float(shares[i])) for i in range(3)}
+        assert dict(got[number].classes) == expected
+
+
+def test_a_file_that_is_no_exported_model_is_refused_by_name(tmp_path: Path) -> None:
+    for content in (None, b"no safetensors"):
+        file = tmp_path / "model.safetensors"
+        if content is not None:
+            file.write_bytes(content)
+        with pytest.raises(InvalidField) as caught:
+            WholePredictor(file)
+        assert (caught.value.field, caught.value.value) == ("model", str(file))
+        assert "split-server export" in str(caught.value)
+
+
+def test_a_batch_of_unreadable_files_asks_the_server_nothing(tmp_path: Path) -> None:
+    bad = [tmp_path / f"{number}.png" for number in range(3)]
+    for path in bad:
+        path.write_bytes(b"no image")
+    made = predictor(tmp_path / "blobs")
+    assert all(prediction.error for prediction in made.predict(bad, top=1))
+    assert made._server.calls == []
+
+
+def test_classes_without_names_are_numbers_and_never_more_than_there_are(tmp_path: Path) -> None:
+    paths = save_images(tmp_path / "images", 1)
+    (one,) = predictor(tmp_path / "blobs", names=None).predict(paths, top=9)
+    assert {name for name, _ in one.classes} == {"0", "1", "2"}
+    assert sum(share for _, share in one.classes) == pytest.approx(1)
+    assert Prediction("x", (("0", 0.5),)).to_dict() == {"path": "x", "classes": {"0": 0.5}}
+
+
+def test_gradients_are_off_while_predicting_and_on_again_after(tmp_path: Path) -> None:
+    paths = save_images(tmp_path / "images", 2)
+    for _ in predictor(tmp_path / "blobs").predict(paths, top=1):
+        assert torch.is_grad_enabled()

@@ -1,0 +1,35 @@
+"""What is made one item ahead."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from edge_client.training.evaluation import one_ahead
+
+
+def test_the_next_one_is_made_while_one_is_away() -> None:
+    begun = [threading.Event() for _ in range(3)]
+
+    def make(number: int) -> int:
+        begun[number].set()
+        return 10 * number
+
+    for number, made in one_ahead(range(3), make):
+        assert made == 10 * number
+        if number < 2:
+            assert begun[number + 1].wait(20)
+        assert not any(event.is_set() for event in begun[number + 2 :]), "and no more than that"
+
+
+@pytest.mark.parametrize("items", [[], [1], [3, 1, 2]])
+def test_they_come_in_their_order(items: list[int]) -> None:
+    assert list(one_ahead(items, str)) == [(item, str(item)) for item in items]
+
+
+def test_what_goes_wrong_is_told_at_its_turn() -> None:
+    found = one_ahead([2, 1, 0], lambda number: 2 // number)
+    assert [next(found), next(found)] == [(2, 1), (1, 2)]
+    with pytest.raises(ZeroDivisionError):
+        next(found)

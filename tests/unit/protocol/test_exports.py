@@ -1,0 +1,79 @@
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import protocol
+
+EXPORTED = {
+    "base": "Message",
+    "codec_names": "CodecParts FLOAT_CODECS LOSSLESS_SUFFIX WHOLE_CODECS check_float_codec "
+    "is_row_wise_inside parse_codec",
+    "codecs": "BFloat16 Buffer CODECS Codec Compressed Cosine Device ErrorFeedback FixedSizeCodec "
+    "Float16 Float32 Int4 Int4Asymmetric Int64 Int8 ProductQuantiser RawCodec Svd TopK UInt8 "
+    "codec_named encoded_bytes",
+    "distillation": "DistillationSettings",
+    "errors": "Busy Conflict EmptyUpdate FieldValue Forbidden IdempotencyKeyReused InternalError "
+    "InvalidField InvalidRequest MalformedFrame NonFinite NotFound RunClosed SFPromptError "
+    "StaleRound StepLost TooLarge Unauthorized UnknownCodec Unreachable UnsupportedVersion "
+    "WrongShape error_from_wire",
+    "federation": "FederationSettings ServerOptimizer",
+    "forms": "FORMS Form over_form",
+    "frames": "ALIGNMENT Frame MAGIC PREFIX_BYTES TensorSpec decode_frame encode_frame "
+    "frame_length header_length join_frame require_kind",
+    "header": "check_text pack_header unpack_header",
+    "limits": "DEFAULT_LIMITS FrameLimits MIB",
+    "messages": "Assignment BlobRef BodyStepMeta BytesByPhase Count EvaluationReport Event "
+    "ExchangeMeta InferMeta JoinRequest JoinResponse Loss MAX_LOSS NEURONS ParticipantView Results "
+    "RoundStatus RoundView RunStatus RunView "
+    "SAMPLE_ID_BYTES SamplesMeta Seconds Sha256 StepId StepMeta Task UpdateMeta UpdateReceipt "
+    "named_field named_limit parse_message",
+    "seeds": "derive_seed",
+    "settings": "BackboneSettings CodecName DistillationSettings FederationSettings Message "
+    "PromptDepth PromptPlacement ProxyKind RunSettings ServerOptimizer Text "
+    "TrainingSettings Tuned WireSettings",
+    "traffic": "BACKWARD_PATH EXCHANGE_PATH FORWARD_PATH INFER_PATH MISSING_PATH Phase "
+    "SAMPLES_PATH Traffic phases_of total_bytes",
+    "trust": "trusting",
+    "version": "FRAME_MEDIA_TYPE IDEMPOTENCY_HEADER PROTOCOL_VERSION REQUEST_ID_HEADER "
+    "VERSION_HEADER",
+}
+
+FOLDER = Path(protocol.__file__).parent
+
+ROOMS = {"timm", "split_model", "edge_client", "split_server", "benchmark", "pruning"}
+
+HTTP = {"httpx", "requests", "fastapi", "starlette", "uvicorn", "aiohttp"}
+
+
+@pytest.mark.parametrize("module", EXPORTED)
+def test_a_module_exports_exactly_this(module):
+    loaded = importlib.import_module(f"protocol.{module}")
+    assert sorted(loaded.__all__) == sorted(EXPORTED[module].split())
+    assert all(hasattr(loaded, name) for name in loaded.__all__)
+
+
+def test_every_module_is_in_the_list():
+    assert {path.stem for path in FOLDER.iterdir() if path.suffix == ".py"} - {"__init__"} == set(
+        EXPORTED
+    ) - {"codecs"}
+
+
+def loaded_by(*modules):
+    lines = [*(f"import protocol.{module}" for module in modules), "import sys"]
+    code = "; ".join([*lines, "print(*{name.split('.')[0] for name in sys.modules})"])
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=FOLDER.parent
+    )
+    return set(done.stdout.split())
+
+
+def test_the_contract_knows_neither_http_nor_models():
+    assert loaded_by(*EXPORTED).isdisjoint(ROOMS | HTTP)
+
+
+def test_settings_and_errors_cost_no_torch():
+    light = loaded_by("errors", "settings", "messages", "limits", "seeds", "traffic", "version")
+    assert light.isdisjoint(["torch", "numpy"])

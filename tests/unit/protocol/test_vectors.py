@@ -1,0 +1,66 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import protocol
+from protocol.codec_names import FLOAT_CODECS, WHOLE_CODECS
+from protocol.errors import SFPromptError
+from protocol.frames import decode_frame, encode_frame, join_frame
+from tests.protocol_vectors import write
+
+FOLDER = Path(protocol.__file__).with_name("vectors")
+
+VECTORS = json.loads((FOLDER / "vectors.json").read_text(encoding="utf-8"))
+
+
+def named(vectors):
+    return [pytest.param(vector, id=vector["file"]) for vector in vectors]
+
+
+@pytest.mark.parametrize("vector", named(VECTORS["valid"]))
+def test_a_valid_vector_is_decoded(vector):
+    frame = decode_frame((FOLDER / vector["file"]).read_bytes())
+    assert (frame.kind, frame.meta) == (vector["kind"], vector["meta"])
+    assert list(frame.specs) == [tensor["name"] for tensor in vector["tensors"]]
+    for tensor in vector["tensors"]:
+        decoded = frame.tensor(tensor["name"])
+        assert list(decoded.shape) == tensor["shape"]
+        assert decoded.flatten().tolist() == tensor["values"]
+
+
+@pytest.mark.parametrize("vector", named(v for v in VECTORS["valid"] if v["canonical"]))
+def test_a_canonical_vector_is_encoded_to_its_very_bytes(vector):
+    tensors = {}
+    for tensor in vector["tensors"]:
+        wide = torch.int64 if tensor["codec"] == "int64" else torch.float64
+        given = tensor.get("input", tensor["values"])
+        values = torch.tensor(given, dtype=wide).reshape(tensor["shape"])
+        tensors[tensor["name"]] = (values, tensor["codec"])
+    data = join_frame(encode_frame(vector["kind"], vector["meta"], tensors))
+    assert data == (FOLDER / vector["file"]).read_bytes()
+
+
+@pytest.mark.parametrize("writable", [bytes, bytearray])
+@pytest.mark.parametrize("vector", named(VECTORS["invalid"]))
+def test_an_invalid_vector_is_refused_with_its_code(vector, writable):
+    with pytest.raises(SFPromptError) as caught:
+        decode_frame(writable((FOLDER / vector["file"]).read_bytes())).tensors()
+    assert caught.value.code == vector["code"]
+    assert caught.value.field is not None
+    json.dumps(caught.value.to_wire(), allow_nan=False)
+
+
+def test_every_codec_has_vectors():
+    names = {tensor["codec"] for vector in VECTORS["valid"] for tensor in vector["tensors"]}
+    bases = {shown.partition(":")[0] for shown in (*FLOAT_CODECS, *WHOLE_CODECS)}
+    assert {name.removesuffix("+zstd").partition(":")[0] for name in names} == bases
+    assert any(name.endswith("+zstd") for name in names)
+
+
+def test_the_checked_in_vectors_are_what_the_script_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr(write, "FOLDER", tmp_path)
+    write.main()
+    fresh = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert fresh == {path.name: path.read_bytes() for path in FOLDER.iterdir()}

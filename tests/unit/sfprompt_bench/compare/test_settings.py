@@ -1,0 +1,318 @@
+"""The settings of a comparison, its points, and the tasks that are made of them."""
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from protocol.errors import InvalidField, NotFound
+from protocol.messages import parse_message
+from sfprompt_bench.compare.config import QUICK, Comparison, load_comparison, point_name, toml_text
+from sfprompt_bench.compare.methods import METHODS
+from sfprompt_bench.compare.plan import plan, resolved, tasks_of
+from sfprompt_bench.estimate import METHODS as CALCULATED
+from sfprompt_bench.presets import preset_named
+
+DOCS = Path(__file__).parents[4] / "docs" / "comparisons"
+
+TINY = {"backbone": "vit_tiny_patch16_224", "weights": "random:3", "image_size": 32}
+
+REFERENCES = {"central", "central-paper", "linear-probe"}
+
+
+def comparison(**more: object) -> Comparison:
+    return parse_message(Comparison, {"data": "digits", "model": TINY, **more})
+
+
+def written(tmp_path: Path, text: str) -> Path:
+    file = tmp_path / "some.toml"
+    file.write_text(text)
+    return file
+
+
+def test_a_file_gives_a_comparison_with_its_own_name(tmp_path: Path) -> None:
+    read = load_comparison(written(tmp_path, 'methods = ["sfprompt"]\nseeds = [3, 4]\n'))
+    assert (read.name, read.methods, read.seeds) == ("some", ("sfprompt",), (3, 4))
+
+
+@pytest.mark.parametrize(
+    ("text", "field", "named"),
+    [
+        ("devices = 0", "devices", "1"),
+        ("device = 4", "device", ""),
+        ("seeds = []", "seeds", ""),
+        ("seeds = [1, 1]", "seeds", "twice: 1"),
+        ('partition = "halves"', "partition", "iid | dirichlet"),
+        ("[federation]\nrounds = 3", "body", "federation.rounds is set by rounds"),
+        ("[overrides.sfprompt.federation]\nrounds = 3", "body", "overrides.sfprompt.federation"),
+        ("[overrides.sfprompt.trainin]\nbatch_size = 3", "body", "overrides.sfprompt.trainin"),
+        ("[sweep]\nlayers = [1]", "body", "sweep.layers"),
+        ("[sweep]\ndevices = []", "body", "sweep.devices"),
+        ("name = ", "file", ""),
+    ],
+)
+def test_a_wrong_setting_is_refused_by_name(
+    tmp_path: Path, text: str, field: str, named: str
+) -> None:
+    with pytest.raises(InvalidField) as caught:
+        load_comparison(written(tmp_path, text))
+    assert caught.value.field == field
+    assert named in str(caught.value)
+
+
+def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidField, match="cannot be read"):
+        load_comparison(tmp_path / "none.toml")
+
+
+def test_an_unknown_method_is_refused_with_those_there_are(tmp_path: Path) -> None:
+    with pytest.raises(NotFound) as caught:
+        plan(comparison(methods=("sfprompts",)), tmp_path)
+    assert caught.value.limit == sorted(METHODS)
+
+
+def test_a_setting_that_a_run_does_not_have_is_refused_with_the_method(tmp_path: Path) -> None:
+    with pytest.raises(InvalidField, match="sfprompt") as caught:
+        plan(comparison(methods=("sfprompt",), training={"batch": 3}), tmp_path)
+    assert caught.value.field == "training.batch"
+
+
+def test_a_cut_that_the_backbone_does_not_have_is_refused_before_anything_runs(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(InvalidField, match="sfprompt") as caught:
+        plan(comparison(methods=("sfprompt",), model={**TINY, "cut": 13}), tmp_path)
+    assert "cut" in str(caught.value.field)
+
+
+def test_what_makes_a_method_cannot_be_overridden(tmp_path: Path) -> None:
+    changed = {"splitfed-linear": {"model": {"prompt_count": 3}}}
+    with pytest.raises(InvalidField) as caught:
+        plan(comparison(methods=("splitfed-linear",), overrides=changed), tmp_path)
+    assert caught.value.field == "overrides.splitfed-linear.model.prompt_count"
+    assert caught.value.limit == 0
+
+
+def test_overrides_of_a_method_that_is_not_compared_are_refused(tmp_path: Path) -> None:
+    changed = {"central": {"training": {"batch_size": 3}}}
+    with pytest.raises(InvalidField) as caught:
+        plan(comparison(methods=("sfprompt",), overrides=changed), tmp_path)
+    assert caught.value.field == "overrides.central"
+
+
+def test_the_stronger_setting_wins(tmp_path: Path) -> None:
+    """Preset 8, all methods 16, one method 24, the sweep 32."""
+    named = {"methods": ("sfprompt", "sfprompt-paper"), "training": {"batch_size": 16}}
+    one = {"overrides": {"sfprompt": {"training": {"batch_size": 24}}}}
+
+    def sizes(**more: object) -> list[int]:
+        jobs = plan(comparison(**named | more), tmp_path)
+        return [job.settings.training.batch_size for job in jobs]
+
+    assert preset_named("digits").settings.training.batch_size == 8
+    assert sizes() == [16, 16]
+    assert sizes(**one) == [24, 16]
+    assert sizes(**one, sweep={"training.batch_size": (32,)}) == [32, 32]
+
+
+def test_all_methods_get_the_same_data_devices_rounds_and_seeds(tmp_path: Path) -> None:
+    asked = comparison(
+        methods=("sfprompt", "sfprompt-paper", "splitfed-linear"),
+        devices=3,
+        rounds=5,
+        seeds=(7, 8),
+        partition="dirichlet:0.3",
+        limit_train=100,
+    )
+    jobs = plan(asked, tmp_path)
+    assert len(jobs) == 6
+    for job in jobs:
+        federation, of = job.settings.federation, job.task.of
+        assert (federation.rounds, federation.min_participants) == (5, 3)
+        assert (of["devices"], of["partition"]) == (3, "dirichlet:0.3")
+        assert of["limits"] == [100, None]
+        assert job.settings.seed == job.seed
+    assert len({job.task.key for job in jobs}) == 6
+    assert len({job.task.folder for job in jobs}) == 6
+
+
+def test_the_presets_are_what_runs_unless_told_otherwise(tmp_path: Path) -> None:
+    plain = parse_message(Comparison, {"methods": ("sfprompt", "sfprompt-paper")})
+    default, paper = (job.settings for job in plan(plain, tmp_path))
+    for found, form in ((default, "default"), (paper, "paper")):
+        preset = preset_named("digits", form).settings
+        assert (found.model, found.training, found.wire) == (
+            preset.model,
+            preset.training,
+            preset.wire,
+        )
+
+
+def test_a_sweep_is_every_combination(tmp_path: Path) -> None:
+    asked = comparison(
+        methods=("sfprompt",), sweep={"devices": (2, 3), "training.batch_size": (4, 8)}
+    )
+    points = asked.points()
+    assert [point_name(point) for point in points] == [
+        "devices = 2, training.batch_size = 4",
+        "devices = 2, training.batch_size = 8",
+        "devices = 3, training.batch_size = 4",
+        "devices = 3, training.batch_size = 8",
+    ]
+    jobs = plan(asked, tmp_path)
+    assert [(job.task.of["devices"], job.settings.training.batch_size) for job in jobs] == [
+        (2, 4),
+        (2, 8),
+        (3, 4),
+        (3, 8),
+    ]
+
+
+def test_a_swept_value_is_checked_as_the_setting_is(tmp_path: Path) -> None:
+    with pytest.raises(InvalidField) as caught:
+        plan(comparison(methods=("sfprompt",), sweep={"devices": (0,)}), tmp_path)
+    assert caught.value.field == "devices"
+
+
+def test_a_probe_is_done_once_whatever_is_swept_that_it_does_not_know(tmp_path: Path) -> None:
+    asked = comparison(
+        methods=("sfprompt", "linear-probe"),
+        sweep={"partition": ("iid", "shards:2"), "training.batch_size": (4, 8)},
+    )
+    tasks = tasks_of(plan(asked, tmp_path))
+    assert [task.of["method"] for task in tasks].count("sfprompt") == 4
+    assert [task.of["method"] for task in tasks].count("linear-probe") == 1
+
+
+def test_references_know_nothing_of_privacy(tmp_path: Path) -> None:
+    asked = comparison(
+        methods=("sfprompt", "central", "linear-probe"),
+        federation={"dp_clip": 1.0, "dp_seed": 3},
+        sweep={"federation.dp_noise_multiplier": (0.5, 1.0)},
+    )
+    jobs = plan(asked, tmp_path)
+    assert {job.settings.federation.dp_noise_multiplier for job in jobs[::3]} == {0.5, 1.0}
+    tasks = [task.of["method"] for task in tasks_of(jobs)]
+    assert [tasks.count(name) for name in asked.methods] == [2, 1, 1]
+
+
+@pytest.mark.parametrize("file", sorted(DOCS.glob("*.toml")), ids=lambda file: file.stem)
+def test_the_resolved_file_makes_the_same_tasks(file: Path, tmp_path: Path) -> None:
+    asked = load_comparison(file)
+    again = load_comparison(written(tmp_path, toml_text(resolved(asked))))
+    assert {job.task.key for job in plan(again, tmp_path)} == {
+        job.task.key for job in plan(asked, tmp_path)
+    }
+
+
+def test_the_resolved_file_holds_every_setting_of_every_method(tmp_path: Path) -> None:
+    text = toml_text(resolved(comparison(methods=("sfprompt", "central"))))
+    overrides = tomllib.loads(text)["overrides"]
+    wire = preset_named("digits").settings.wire.model_dump(exclude_none=True)
+    assert overrides["sfprompt"]["wire"] == wire
+    assert overrides["central"]["model"]["backbone"] == "vit_tiny_patch16_224"
+
+
+def test_the_quick_comparison_is_one(tmp_path: Path) -> None:
+    assert len(plan(QUICK, tmp_path)) == len(QUICK.methods)
+
+
+def test_federated_methods_have_the_names_of_the_calculator() -> None:
+    for name, method in METHODS.items():
+        assert method.name == name
+        if method.costed_as is not None:
+            assert method.costed_as in CALCULATED
+            assert method.costed_as == name or name not in CALCULATED
+        assert (name in REFERENCES) <= (method.costed_as is None)
+
+
+def test_a_proxy_is_the_whole_head_whatever_it_lacks(tmp_path: Path) -> None:
+    asked = comparison(
+        methods=("fedpft", "offsite-tuning", "sfprompt-paper-proxy"),
+        overrides={"offsite-tuning": {"model": {"proxy_ends": 2, "proxy_blocks": 5}}},
+    )
+    pruned, dropped, split = (job.settings for job in plan(asked, tmp_path))
+    assert (pruned.model.cut, pruned.model.proxy, pruned.model.lora_ends) == (12, "pruned", 0)
+    assert (dropped.model.cut, dropped.model.proxy, dropped.model.lora_ends) == (5, "dropped", 2)
+    assert (pruned.distillation.epochs, pruned.distillation.every) == (5, 10)
+    assert (dropped.distillation.epochs, dropped.distillation.every) == (0, 0)
+    never = comparison(methods=("fedpft",), distillation={"every": 0})
+    assert {job.settings.distillation.every for job in plan(never, tmp_path)} == {0}
+    assert (split.model.local_body, split.model.proxy, split.model.cut) == (2, "none", 1)
+
+
+def test_a_server_does_not_distil_on_the_devices_own_data(tmp_path: Path) -> None:
+    asked = comparison(methods=("fedpft",), distillation={"images": "digits"})
+    with pytest.raises(InvalidField) as caught:
+        plan(asked, tmp_path)
+    assert caught.value.field == "distillation.images"
+    others = comparison(methods=("fedpft", "sfprompt"), distillation={"images": "cifar"})
+    assert {job.settings.distillation.images for job in plan(others, tmp_path)} == {"cifar"}
+
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+
+scalars = st.one_of(
+    st.booleans(),
+    st.integers(-(2**63), 2**63 - 1),
+    st.floats(allow_nan=False),
+    texts,
+)
+
+tables = st.recursive(
+    st.dictionaries(texts, scalars | st.lists(scalars, max_size=3), max_size=4),
+    lambda inner: st.dictionaries(texts, scalars | inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(tables)
+def test_toml_that_is_written_is_read_back(values: dict[str, object]) -> None:
+    assert tomllib.loads(toml_text(values)) == values
+
+
+def test_what_is_none_is_left_out_of_toml_and_what_has_no_form_is_refused() -> None:
+    assert tomllib.loads(toml_text({"a": None, "b": 1})) == {"b": 1}
+    with pytest.raises(TypeError, match="set"):
+        toml_text({"a": {1, 2}})
+
+
+def test_the_method_of_the_guide_is_a_method() -> None:
+    guide = (DOCS.parent / "compare.md").read_text()
+    (source,) = re.findall(r"```python\n(.*?)```", guide, flags=re.DOTALL)
+    assert len(source.splitlines()) <= 30
+    made: dict[str, Any] = {"__name__": "guide"}
+    exec(compile(source, "compare.md", "exec", dont_inherit=True), made)
+    method = made["SFPromptRandom"]()
+    paper = preset_named("digits", "paper").settings
+    expected = paper.training.model_copy(update={"pruning": "random"})
+    assert method.settings(paper).training == expected
+    assert method.settings(paper).model == paper.model
+
+
+def test_the_file_of_the_guide_is_a_comparison(tmp_path: Path) -> None:
+    guide = (DOCS.parent / "compare.md").read_text()
+    (text,) = re.findall(r"```toml\n(.*?)```", guide, flags=re.DOTALL)
+    jobs = plan(load_comparison(written(tmp_path, text)), tmp_path)
+    assert len(jobs) == 3 * 3 * 2 * 2
+
+
+def test_the_guide_names_every_method() -> None:
+    table = (DOCS.parent / "compare.md").read_text().split("## Methods")[1].split("## The file")[0]
+    for name in METHODS:
+        short = [name.replace(start, "-") for start in ("fedpeft-", "sfprompt-")]
+        assert any(f"`{one}`" in table for one in (name, *short)), name
+
+
+def test_neurons_are_not_distilled_again_beside_differential_privacy(tmp_path: Path) -> None:
+    private = {"methods": ("fedpft",), "federation": {"dp_clip": 1.0, "dp_seed": 3}}
+    with pytest.raises(InvalidField, match="fedpft") as caught:
+        plan(comparison(**private), tmp_path)
+    assert caught.value.field == "distillation.every"
+    never = comparison(**private, overrides={"fedpft": {"distillation": {"every": 0}}})
+    [job] = plan(never, tmp_path)
+    assert job.settings.distillation.every == 0

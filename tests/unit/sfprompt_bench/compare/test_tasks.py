@@ -1,0 +1,134 @@
+"""Tasks are done once, several at a time, and begun anew where they were interrupted."""
+
+import io
+import json
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from edge_client.data import DataError, PartitionError
+from protocol.errors import InvalidField, SFPromptError
+from sfprompt_bench.compare.tasks import Figures, Task, known_figures, perform_all, task_key
+
+FILE = "task.json"
+
+
+def task(folder: Path, name: str, **of: Any) -> Task:
+    return Task(name, folder / name, {"name": name, **of})
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO(), width=200)
+
+
+def do(
+    tasks: list[Task], perform: Any, at_once: int = 1, console: Console | None = None
+) -> list[Figures | SFPromptError | DataError]:
+    return perform_all(
+        tasks,
+        perform,
+        file=FILE,
+        at_once=at_once,
+        console=console or quiet(),
+        say=lambda task, figures: f"{task.name} gave {figures['value']}",
+    )
+
+
+def test_tasks_are_done_and_their_figures_come_in_order(tmp_path: Path) -> None:
+    tasks = [task(tmp_path, name) for name in ("a", "b", "c")]
+    console = quiet()
+    done = do(tasks, lambda one: {"value": one.name * 2}, at_once=2, console=console)
+    assert done == [{"value": "aa"}, {"value": "bb"}, {"value": "cc"}]
+    assert "b gave bb" in console.file.getvalue()  # type: ignore[attr-defined]
+    kept = json.loads((tmp_path / "b" / FILE).read_text())
+    assert kept == {"key": tasks[1].key, "of": {"name": "b"}, "figures": {"value": "bb"}}
+
+
+def test_a_task_that_is_done_is_not_done_again(tmp_path: Path) -> None:
+    calls: list[str] = []
+
+    def perform(one: Task) -> Figures:
+        calls.append(one.name)
+        return {"value": len(calls)}
+
+    first = do([task(tmp_path, "a"), task(tmp_path, "b")], perform)
+    again = do([task(tmp_path, "a"), task(tmp_path, "b")], perform)
+    assert first == again
+    assert calls == ["a", "b"]
+
+
+def test_a_task_with_another_setting_is_another_task(tmp_path: Path) -> None:
+    do([task(tmp_path, "a", rounds=1)], lambda one: {"value": 1})
+    assert do([task(tmp_path, "a", rounds=2)], lambda one: {"value": 2}) == [{"value": 2}]
+
+
+def test_an_interrupted_task_begins_in_an_empty_folder(tmp_path: Path) -> None:
+    one = task(tmp_path, "a")
+    one.folder.mkdir()
+    (one.folder / "half").write_text("what an interrupted run left")
+
+    def perform(given: Task) -> Figures:
+        assert list(given.folder.iterdir()) == []
+        return {"value": 1}
+
+    assert do([one], perform) == [{"value": 1}]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"of": {}, "figures": {}}', "\x00"])
+def test_a_damaged_file_is_no_result(tmp_path: Path, text: str) -> None:
+    one = task(tmp_path, "a")
+    one.folder.mkdir()
+    (one.folder / FILE).write_text(text)
+    assert known_figures(one, FILE) is None
+
+
+def test_a_failure_is_told_and_keeps_no_other_task_from_being_done(tmp_path: Path) -> None:
+    wrong = {
+        "a": InvalidField("too many", field="devices"),
+        "b": PartitionError("parts", limit=1, value=2),
+    }
+
+    def perform(one: Task) -> Figures:
+        if one.name in wrong:
+            raise wrong[one.name]
+        return {"value": 3}
+
+    console = quiet()
+    done = do([task(tmp_path, name) for name in "abc"], perform, console=console)
+    assert done == [wrong["a"], wrong["b"], {"value": 3}]
+    assert "too many; field: devices" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert known_figures(task(tmp_path, "a"), FILE) is None
+
+
+def test_so_many_run_at_once(tmp_path: Path) -> None:
+    together = threading.Barrier(3, timeout=20)
+
+    def perform(one: Task) -> Figures:
+        together.wait()  # passes only if three are here at one time
+        return {"value": 1}
+
+    assert len(do([task(tmp_path, name) for name in "abc"], perform, at_once=3)) == 3
+
+
+def test_what_is_not_begun_when_a_task_breaks_never_is(tmp_path: Path) -> None:
+    begun: list[str] = []
+
+    def perform(one: Task) -> Figures:
+        begun.append(one.name)
+        if one.name == "a":
+            raise KeyboardInterrupt
+        time.sleep(0.2)  # long enough for the others to be called off
+        return {"value": 1}
+
+    with pytest.raises(KeyboardInterrupt):
+        do([task(tmp_path, name) for name in "abcdefgh"], perform)
+    assert len(begun) < 8
+
+
+def test_a_key_depends_on_every_value_and_on_no_order() -> None:
+    assert task_key({"a": 1, "b": [2]}) == task_key({"b": [2], "a": 1})
+    assert len({task_key(of) for of in ({"a": 1}, {"a": 2}, {"a": "1"}, {"b": 1}, {})}) == 5

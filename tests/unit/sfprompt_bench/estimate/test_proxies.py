@@ -1,0 +1,135 @@
+"""The cost of methods on a proxy, against counts by hand and timm's own model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from protocol.distillation import DistillationSettings
+from protocol.settings import BackboneSettings, RunSettings
+from sfprompt_bench.estimate import METHODS, Question, estimate
+from split_model.backbone.libraries import timm
+
+IMAGES, EPOCHS = 50, 2
+
+WIDTH, CLASSIFIER = 768, 100 * 769
+
+BLOCK = 12 * WIDTH**2 + 13 * WIDTH
+
+FRAME = 3 * 256 * WIDTH + WIDTH + WIDTH + 197 * WIDTH + 2 * WIDTH  # all around the blocks
+
+PRUNED = (3072 - 768) * (2 * WIDTH + 1)  # what one pruned block lacks
+
+LORA = 2 * 2 * 8 * WIDTH  # in one block
+
+VIT = BackboneSettings(
+    backbone="vit_base_patch16_224", weights="random:0", image_size=224, num_classes=100
+)
+
+
+def question(**model: object) -> Question:
+    settings = VIT.model_copy(update=model)
+    return Question(RunSettings(model=settings), IMAGES, local_epochs=EPOCHS)
+
+
+def test_parameters_and_bytes_are_those_counted_by_hand() -> None:
+    found = METHODS["fedpft"].cost(question())
+    assert found.trainable_parameters == 12 * LORA + CLASSIFIER
+    start = FRAME + 12 * BLOCK - 10 * PRUNED + found.trainable_parameters
+    assert found.bytes_start == 4 * start
+    assert found.bytes_up_per_round == found.bytes_down_per_round == 4 * (12 * LORA + CLASSIFIER)
+    found = METHODS["offsite-tuning"].cost(question())
+    assert found.trainable_parameters == 2 * LORA + CLASSIFIER
+    assert found.bytes_start == 4 * (FRAME + 6 * BLOCK + found.trainable_parameters)
+
+
+def test_operations_are_those_of_timm_s_model_with_the_same_way_back() -> None:
+    with torch.device("meta"):
+        model = timm.create_model("vit_base_patch16_224", num_classes=100)
+        for block in model.blocks[1:-1]:
+            block.mlp.fc1, block.mlp.fc2 = nn.Linear(768, 768), nn.Linear(768, 768)
+    model.requires_grad_(False)
+    model.head.requires_grad_(True)
+    # LoRA wants the gradient of the first block's projection, but not of its input; hooks
+    # that add LoRA to the projection make that so here, too.
+    for block in model.blocks:
+        downs = [nn.Parameter(torch.empty(8, WIDTH, device="meta")) for _ in "qv"]
+        ups = [nn.Parameter(torch.empty(WIDTH, 8, device="meta")) for _ in "qv"]
+
+        def hook(_, given, joint, downs=downs, ups=ups):  # type: ignore[no-untyped-def]
+            query, value = ((given[0] @ d.T) @ u.T for d, u in zip(downs, ups, strict=True))
+            return joint + torch.cat([query, torch.zeros_like(query), value], dim=-1)
+
+        block.attn.qkv.register_forward_hook(hook)
+    with FlopCounterMode(display=False) as counter:
+        model(torch.empty(1, 3, 224, 224, device="meta")).sum().backward()
+    found = METHODS["fedpft"].cost(question()).device_flops_per_round
+    assert found == pytest.approx(IMAGES * EPOCHS * counter.get_total_flops(), rel=1e-3)
+    assert found < 0.7 * METHODS["fedpeft-bias"].cost(question()).device_flops_per_round
+
+
+def test_a_run_s_own_proxy_is_taken_as_it_is() -> None:
+    own = {"prompt_count": 0, "tune": "lora", "lora_rank": 2, "proxy_width": 1536}
+    found = METHODS["fedpft"].cost(question(proxy="pruned", cut=12, **own))
+    assert found.trainable_parameters == 12 * LORA // 4 + CLASSIFIER
+    lacks = 10 * 1536 * (2 * WIDTH + 1)
+    assert found.bytes_start == 4 * (FRAME + 12 * BLOCK - lacks + found.trainable_parameters)
+
+
+def test_memory_falls_with_what_the_proxy_lacks() -> None:
+    small, large = (
+        METHODS["fedpft"].cost(
+            question(proxy="pruned", cut=12, prompt_count=0, tune="lora", proxy_width=width)
+        )
+        for width in (768, 3072)
+    )
+    # Each lacks weights once, and per image and token the outputs of the first layer.
+    weights = 4 * 10 * PRUNED
+    kept = 4 * 32 * 10 * 197 * (3072 - 768)
+    assert large.device_peak_bytes - small.device_peak_bytes == weights + kept
+
+
+def test_a_backbone_without_proxies_has_all_the_other_methods() -> None:
+    beit = question(backbone="beit_base_patch16_224")
+    assert METHODS.keys() - estimate(beit).keys() == {"fedpft", "offsite-tuning"}
+
+
+def test_a_small_body_costs_its_download_and_its_passes() -> None:
+    bare, more = question(prompt_count=5), question(prompt_count=5, local_body=2)
+    one, two = (METHODS["sfprompt-paper"].cost(asked) for asked in (bare, more))
+    assert two.bytes_start - one.bytes_start == 4 * 2 * BLOCK
+    tokens = 197 + 5
+    block = 2 * tokens * 12 * WIDTH**2 + 4 * tokens**2 * WIDTH
+    # Forward and back, for each sample of the one local epoch.
+    assert two.device_flops_per_round - one.device_flops_per_round == 2 * 2 * block * IMAGES
+    assert two.bytes_per_round == one.bytes_per_round
+
+
+def test_a_proxy_that_is_distilled_again_is_downloaded_again() -> None:
+    found = METHODS["fedpft"].cost(question())
+    proxy = FRAME + 12 * BLOCK - 10 * PRUNED
+    told = 10 * 768
+    assert found.bytes_total(10) == found.bytes_start + 10 * found.bytes_per_round
+    for rounds, times in ((11, 1), (20, 1), (21, 2), (50, 4)):
+        rest = found.bytes_start + rounds * found.bytes_per_round
+        assert found.bytes_total(rounds) - rest == times * 4 * (proxy + told)
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model = timm.create_model("vit_base_patch16_224", num_classes=0)
+        for block in model.blocks[1:-1]:
+            block.mlp.fc1, block.mlp.fc2 = nn.Linear(768, 768), nn.Linear(768, 768)
+        model(torch.empty(1, 3, 224, 224))
+    again = found.flops_total(11) - 11 * found.device_flops_per_round
+    assert again == pytest.approx(IMAGES * counter.get_total_flops(), rel=0.02)  # LoRA beside it
+
+
+def test_how_often_is_the_run_s_own_affair_where_it_has_such_a_proxy() -> None:
+    own = {"proxy": "pruned", "cut": 12, "prompt_count": 0, "tune": "lora"}
+    asked = question(**own)
+    assert METHODS["fedpft"].cost(asked).renewals(1000) == 0
+    often = DistillationSettings(epochs=1, every=3)
+    settings = asked.settings.model_copy(update={"distillation": often})
+    found = METHODS["fedpft"].cost(Question(settings, IMAGES, local_epochs=EPOCHS))
+    assert [found.renewals(rounds) for rounds in (0, 3, 4, 6, 7)] == [0, 0, 1, 1, 2]
+    assert METHODS["offsite-tuning"].cost(question()).renewals(1000) == 0

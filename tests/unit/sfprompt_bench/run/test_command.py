@@ -1,0 +1,26 @@
+"""``sfprompt-bench run`` refuses what cannot work before anything is started."""
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from edge_client.data import PartitionError
+from protocol.errors import NotFound, SFPromptError
+from sfprompt_bench.cli import app
+
+
+@pytest.mark.parametrize(
+    ("words", "error", "value"),
+    [
+        (("--partition", "dirichlet:much"), PartitionError, "dirichlet:much"),
+        (("--data", "letters"), NotFound, "letters"),
+    ],
+)
+def test_nothing_is_made_for_a_run_that_cannot_be(
+    words: tuple[str, ...], error: type[SFPromptError], value: str, tmp_path: Path
+) -> None:
+    shown = CliRunner().invoke(app, ["run", *words, "--out", str(tmp_path / "run")])
+    assert isinstance(shown.exception, error)
+    assert shown.exception.value == value
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,48 @@
+"""Backbones that one run has fetched are there for the next."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sfprompt_bench.run.preflight import shared_backbones
+
+
+@pytest.fixture(params=["links", "no links"])
+def cache(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SFPROMPT_CACHE", str(tmp_path / "cache"))
+    if request.param == "no links":
+
+        def refuse(place: Path, target: Path) -> None:
+            raise PermissionError(place)
+
+        monkeypatch.setattr(Path, "hardlink_to", refuse)
+    return tmp_path / "cache" / "backbones"
+
+
+def test_what_one_server_makes_the_next_one_finds(cache: Path, tmp_path: Path) -> None:
+    with shared_backbones(tmp_path / "one"):
+        made = tmp_path / "one" / "backbones"
+        made.mkdir(parents=True)
+        (made / "vit.safetensors").write_bytes(b"weights")
+        (made / "vit.json").write_text("{}")
+        (made / ".vit.safetensors.x7").write_bytes(b"half")
+    assert {file.name for file in cache.iterdir()} == {"vit.safetensors", "vit.json"}
+    with shared_backbones(tmp_path / "two"):
+        found = tmp_path / "two" / "backbones"
+        assert (found / "vit.safetensors").read_bytes() == b"weights"
+        (found / "other.whl").write_bytes(b"wheel")
+    assert (cache / "other.whl").read_bytes() == b"wheel"
+    assert not (tmp_path / "one" / "backbones" / "other.whl").exists()
+
+
+def test_a_run_that_fails_keeps_what_it_had_made(cache: Path, tmp_path: Path) -> None:
+    def fail_after(name: str) -> None:
+        (tmp_path / "one" / "backbones").mkdir(parents=True)
+        (tmp_path / "one" / "backbones" / name).write_text("{}")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), shared_backbones(tmp_path / "one"):
+        fail_after("vit.json")
+    assert (cache / "vit.json").is_file()

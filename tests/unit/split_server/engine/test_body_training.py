@@ -1,0 +1,413 @@
+"""A body of one's own is trained as torch alone would, once a step, and only while it may be."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import split_model
+from protocol.errors import (
+    Busy,
+    IdempotencyKeyReused,
+    InternalError,
+    InvalidField,
+    NonFinite,
+    StepLost,
+    TooLarge,
+    WrongShape,
+)
+from protocol.settings import RunSettings, TrainingSettings
+from split_model import SplitSettings
+from split_model.backbone.libraries import timm
+from split_server.engine.api import BodyJob, BodyPlan, ForwardJob, StepKey
+from split_server.engine.engine import LocalEngine
+from split_server.engine.tuned_bodies import BodySession
+from split_server.models.body_key import BodyKey
+from tests.support.engine import MIB, MakeEngine, engines, gradient_of, prepare_backbone, smashed
+from tests.support.federation import SMALL, FakeTime
+
+CUT, WIDTH, DECAY, ROUNDS, ROUND = 10, 192, 0.1, 4, 2
+
+# AdamW steps by the rate even where a gradient is no more than rounding: small, or rounding shows.
+RATES = {"sgd": 0.05, "adamw": 2e-4}
+
+NUMBERS = 2 * (12 * WIDTH**2 + 13 * WIDTH)  # of blocks 10 and 11
+
+BATCHES = [smashed(3, 1), smashed(3, 2), smashed(2, 3)]
+
+OPTIMIZERS = {
+    "sgd": lambda own: torch.optim.SGD(own, momentum=0.9, weight_decay=DECAY),
+    "adamw": lambda own: torch.optim.AdamW(own, weight_decay=DECAY),
+}
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepare_backbone(tmp_path_factory.mktemp("backbones"))
+
+
+@pytest.fixture(scope="module")
+def make() -> Iterator[MakeEngine]:
+    with engines() as made:
+        yield made
+
+
+@pytest.fixture
+def case(backbone: Path) -> Case:
+    return Case(backbone)
+
+
+class Case:
+    """A run whose body is tuned, and the requests of one participant's round."""
+
+    def __init__(
+        self, backbone: Path, optimizer: str = "sgd", leading: int | None = None, **more: Any
+    ) -> None:
+        tuned = {"cut": CUT, "prompt_count": 0, "tune": "full", "tune_body": True}
+        given = {
+            "optimizer": optimizer,
+            "momentum": 0.9,
+            "weight_decay": DECAY,
+            "prompt_learning_rate": 7.0,  # of nothing here
+            "tail_learning_rate": RATES[optimizer],
+            "batch_size": 3,
+            **more,
+        }
+        settings = RunSettings(
+            model=SMALL.model_copy(update=tuned), training=TrainingSettings.model_validate(given)
+        )
+        self.backbone, self.optimizer, self.leading = backbone, optimizer, leading
+        self.split = SplitSettings.of(settings.model)
+        self.key = BodyKey.of(str(backbone), settings)
+        self.plan = BodyPlan(settings.training, ROUNDS, ROUND, NUMBERS)
+
+    def job(
+        self, number: int, steps: int, tensor: Tensor, *, who: str = "p1", session: str = "s"
+    ) -> BodyJob:
+        return BodyJob(
+            run="r1",
+            participant=who,
+            session=session,
+            number=number,
+            steps=steps,
+            body=self.key,
+            plan=self.plan,
+            tensor=tensor,
+            fingerprint=hash(float(tensor.double().sum())),
+            leading=self.leading,
+        )
+
+    async def train(
+        self, engine: LocalEngine, batches: Sequence[Tensor], times: int = 1, **of: Any
+    ) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """A session, each request sent so often at once and again: all answers, and the body."""
+        answers: list[Tensor] = []
+
+        async def ask(way: Any, job: BodyJob) -> Tensor:
+            found = await asyncio.gather(*(way(job) for _ in range(times)))
+            found.append(await way(job))
+            assert all(torch.equal(found[0], one) for one in found)
+            answers.append(found[0])
+            return found[0]
+
+        for number, batch in enumerate(batches):
+            job = self.job(number, len(batches), batch, **of)
+            features = await ask(engine.body_forward, job)
+            job = self.job(number, len(batches), gradient_of(features), **of)
+            await ask(engine.body_backward, job)
+        who, session = of.get("who", "p1"), of.get("session", "s")
+        return answers, engine.trained_body("r1", who, session)
+
+    def by_hand(self, batches: Sequence[Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """The same with timm's own blocks, torch's own optimiser and half a cosine."""
+        model = timm.create_model(SMALL.backbone, img_size=SMALL.image_size, num_classes=2).eval()
+        model.load_state_dict(dict(split_model.open_backbone(self.backbone)), strict=False)
+        blocks = model.blocks[CUT:]
+        optimizer = OPTIMIZERS[self.optimizer](list(blocks.parameters()))
+        answers, rate = [], RATES[self.optimizer]
+        for step, batch in enumerate(batches):
+            leaf = batch.clone().requires_grad_()
+            features = blocks(leaf)[:, : self.leading]
+            done = (ROUND - 1 + step / len(batches)) / ROUNDS
+            optimizer.param_groups[0]["lr"] = rate * (1 + math.cos(math.pi * done)) / 2
+            optimizer.zero_grad()
+            features.backward(gradient_of(features.detach()))
+            optimizer.step()
+            assert leaf.grad is not None
+            answers += [features.detach(), leaf.grad]
+        named = model.state_dict()
+        tuned = [f"blocks.{number}." for number in (10, 11)]
+        found = {"body." + n: t for n, t in named.items() if n.startswith(tuple(tuned))}
+        return answers, found
+
+    def initial(self) -> dict[str, Tensor]:
+        return self.by_hand([])[1]
+
+
+def close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-5, msg=name)
+
+
+# The same numbers
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("backward", ["auto", "recompute"])
+@pytest.mark.parametrize("leading", [None, 1])
+def test_features_gradients_and_body_are_those_of_torch_alone(
+    make: MakeEngine, backbone: Path, optimizer: str, backward: str, leading: int | None
+) -> None:
+    case = Case(backbone, optimizer, leading)
+    answers, body = asyncio.run(case.train(make(backward=backward), BATCHES))
+    expected, tuned = case.by_hand(BATCHES)
+    for one, other in zip(answers, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+    close(body, tuned)
+    initial = case.initial()
+    assert all((tuned[name] - initial[name]).abs().max() > 1e-5 for name in tuned)
+
+
+def test_participants_do_not_meet(make: MakeEngine, case: Case) -> None:
+    engine = make()
+    others = [smashed(3, seed) for seed in (11, 12)]
+
+    async def both() -> list[Any]:
+        return await asyncio.gather(
+            case.train(engine, BATCHES, who="p1"), case.train(engine, others, who="p2")
+        )
+
+    for (_, body), batches in zip(asyncio.run(both()), (BATCHES, others), strict=True):
+        close(body, case.by_hand(batches)[1])
+
+
+def test_a_session_begins_with_the_body_of_the_global_state(
+    make: MakeEngine, case: Case, tmp_path: Path
+) -> None:
+    moved = {name: tensor + 0.01 for name, tensor in case.initial().items()}
+    split_model.save_state(moved, tmp_path / "state.safetensors")
+    case.key = replace(case.key, state=tmp_path / "state.safetensors")
+    engine = make()
+    features = asyncio.run(engine.body_forward(case.job(0, 1, BATCHES[0])))
+    whole = timm.create_model(SMALL.backbone, img_size=SMALL.image_size, num_classes=2).eval()
+    own = {name.removeprefix("body."): tensor for name, tensor in moved.items()}
+    whole.load_state_dict(own, strict=False)
+    with torch.no_grad():
+        expected = whole.blocks[CUT:](BATCHES[0])
+    torch.testing.assert_close(features, expected, rtol=0, atol=1e-5)
+
+
+# Repeats, and what comes out of order
+
+
+def test_a_repeat_gets_the_same_answer_and_is_not_applied_twice(
+    make: MakeEngine, case: Case
+) -> None:
+    answers, body = asyncio.run(case.train(make(), BATCHES, times=3))
+    undisturbed, once = asyncio.run(case.train(make(), BATCHES))
+    assert all(torch.equal(one, other) for one, other in zip(answers, undisturbed, strict=True))
+    assert all(torch.equal(body[name], once[name]) for name in once)
+
+
+def test_a_number_cannot_be_two_requests(make: MakeEngine, case: Case) -> None:
+    engine = make()
+
+    async def reuse() -> None:
+        features = await engine.body_forward(case.job(0, 2, BATCHES[0]))
+        with pytest.raises(IdempotencyKeyReused):
+            await engine.body_forward(case.job(0, 2, BATCHES[1]))
+        gradients = gradient_of(features)
+        await engine.body_backward(case.job(0, 2, gradients))
+        with pytest.raises(IdempotencyKeyReused):
+            await engine.body_backward(case.job(0, 2, 2 * gradients))
+
+    asyncio.run(reuse())
+    assert engine._bodies._sessions.get("r1", "p1", "s").applied == 1
+
+
+@pytest.mark.parametrize("way", ["forward", "backward"])
+@pytest.mark.parametrize("number", [0, 2])
+def test_a_request_out_of_its_order_is_lost_and_changes_nothing(
+    make: MakeEngine, case: Case, way: str, number: int
+) -> None:
+    """After the forward of step 1 only its repeat and its backward are in order."""
+    engine = make()
+
+    async def out_of_order() -> dict[str, Tensor]:
+        for place in (0, 1):
+            features = await engine.body_forward(case.job(place, 3, BATCHES[place]))
+            if place == 0:
+                await engine.body_backward(case.job(0, 3, gradient_of(features)))
+        ask = engine.body_forward if way == "forward" else engine.body_backward
+        other = BATCHES[2] if way == "forward" else 2 * gradient_of(features)
+        with pytest.raises((IdempotencyKeyReused, StepLost)):
+            await ask(case.job(number, 3, other))
+        await engine.body_backward(case.job(1, 3, gradient_of(features)))
+        features = await engine.body_forward(case.job(2, 3, BATCHES[2]))
+        await engine.body_backward(case.job(2, 3, gradient_of(features)))
+        return engine.trained_body("r1", "p1", "s")
+
+    close(asyncio.run(out_of_order()), case.by_hand(BATCHES)[1])
+
+
+def test_a_session_has_one_number_of_steps_and_a_gradient_the_shape_of_its_features(
+    make: MakeEngine, case: Case
+) -> None:
+    engine = make()
+
+    async def wrong() -> None:
+        features = await engine.body_forward(case.job(0, 2, BATCHES[0]))
+        with pytest.raises(InvalidField, match="steps"):
+            await engine.body_backward(case.job(0, 3, gradient_of(features)))
+        with pytest.raises(WrongShape, match="gradients"):
+            await engine.body_backward(case.job(0, 2, gradient_of(features)[:1]))
+        await engine.body_backward(case.job(0, 2, gradient_of(features)))
+
+    asyncio.run(wrong())
+
+
+def test_a_body_is_given_out_at_the_end_alone_and_only_if_it_is_finite(
+    make: MakeEngine, case: Case
+) -> None:
+    engine = make()
+
+    async def whole() -> None:
+        with pytest.raises(StepLost):
+            engine.trained_body("r1", "p1", "s")
+        features = await engine.body_forward(case.job(0, 1, BATCHES[0]))
+        with pytest.raises(StepLost):
+            engine.trained_body("r1", "p1", "s")
+        huge = torch.full_like(features, 3e38)
+        await engine.body_backward(case.job(0, 1, huge))
+        with pytest.raises(NonFinite):
+            engine.trained_body("r1", "p1", "s")
+
+    asyncio.run(whole())
+
+
+def test_a_backward_that_breaks_off_ends_the_session(
+    make: MakeEngine, case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make()
+
+    def broken(*_: Any) -> Tensor:
+        raise RuntimeError("half a step")
+
+    async def broken_off() -> dict[str, Tensor]:
+        features = await engine.body_forward(case.job(0, 3, BATCHES[0]))
+        job = case.job(0, 3, gradient_of(features))
+        with monkeypatch.context() as patched:
+            patched.setattr(BodySession, "backward", broken)
+            with pytest.raises(InternalError):
+                await engine.body_backward(job)
+        with pytest.raises(StepLost):
+            await engine.body_backward(job)
+        assert engine._keeper.room.taken == 0
+        return (await case.train(engine, BATCHES, session="anew"))[1]
+
+    close(asyncio.run(broken_off()), case.by_hand(BATCHES)[1])
+
+
+# Memory
+
+
+@pytest.mark.parametrize(("optimizer", "kinds"), [("sgd", 3), ("adamw", 4)])
+def test_a_session_takes_its_weights_gradients_moments_and_a_step(
+    make: MakeEngine, backbone: Path, optimizer: str, kinds: int
+) -> None:
+    case, engine = Case(backbone, optimizer), make()
+    asyncio.run(engine.body_forward(case.job(0, 2, BATCHES[0])))
+    weights = kinds * 4 * NUMBERS
+    taken = engine._keeper.room.taken
+    # A step: 3 samples of 5 tokens, two blocks of some twenty tensors as wide as a token.
+    assert weights + 3 * 5 * WIDTH * 4 < taken < weights + 2 * 40 * 3 * 5 * WIDTH * 4
+    engine.release("r1", "p2")
+    assert engine._keeper.room.taken == taken
+    engine.release("r1", "p1")
+    assert engine._keeper.room.taken == 0
+
+
+def test_who_finds_no_room_is_told_to_come_again_and_gets_it_when_another_is_done(
+    make: MakeEngine, case: Case
+) -> None:
+    engine = make(retained=int(1.5 * case.plan.nbytes))
+
+    async def crowded() -> None:
+        await case.train(engine, BATCHES, who="p1")
+        with pytest.raises(Busy) as caught:
+            await engine.body_forward(case.job(0, 3, BATCHES[0], who="p2"))
+        assert caught.value.retry_after_s is not None
+        engine.release("r1", "p1")  # its update has been counted, or it has left
+        _, body = await case.train(engine, BATCHES, who="p2")
+        close(body, case.by_hand(BATCHES)[1])
+        await case.train(engine, BATCHES, who="p2", session="anew")  # in its own place
+        engine.release("r1")
+        assert engine._keeper.room.taken == 0
+
+    asyncio.run(crowded())
+
+
+@pytest.mark.parametrize("backward", ["auto", "retained", "recompute"])
+def test_a_body_that_never_fits_is_refused_with_its_size(
+    make: MakeEngine, case: Case, backward: str
+) -> None:
+    engine = make(retained=case.plan.nbytes, backward=backward)
+    with pytest.raises(TooLarge) as caught:
+        asyncio.run(engine.body_forward(case.job(0, 3, BATCHES[0])))
+    assert caught.value.field == "tune_body"
+    assert caught.value.limit == case.plan.nbytes
+    assert isinstance(caught.value.value, int)
+    assert caught.value.value > case.plan.nbytes
+    assert engine._keeper.room.taken == 0
+
+
+def test_without_room_for_a_graph_the_forward_is_run_again(make: MakeEngine, case: Case) -> None:
+    engine = make(retained=case.plan.nbytes + 3 * BATCHES[0].numel() * 4)  # two answers
+    learn = engine._keeper.room.sizes.learn
+    learn(case.key, BATCHES[0], 100 * BATCHES[0].numel() * 4)  # known from another round
+    _, body = asyncio.run(case.train(engine, BATCHES))
+    assert engine._bodies._sessions.get("r1", "p1", "s").keep == "input"
+    close(body, case.by_hand(BATCHES)[1])
+
+
+def test_a_session_that_is_left_alone_makes_room(make: MakeEngine, case: Case) -> None:
+    time = FakeTime()
+    engine = make(time=time)
+    features = asyncio.run(engine.body_forward(case.job(0, 2, BATCHES[0])))
+    time.now += 299
+    engine.sweep()
+    asyncio.run(engine.body_backward(case.job(0, 2, gradient_of(features))))
+    time.now += 299  # since the backward
+    engine.sweep()
+    assert engine._keeper.room.taken > 0
+    time.now += 2
+    engine.sweep()
+    assert engine._keeper.room.taken == 0
+    with pytest.raises(StepLost):
+        asyncio.run(engine.body_forward(case.job(1, 2, BATCHES[1])))
+
+
+def test_a_step_of_a_frozen_body_finds_no_room_where_a_session_has_it(
+    make: MakeEngine, case: Case
+) -> None:
+    engine = make(retained=case.plan.nbytes + MIB, backward="retained")
+    frozen = replace(case.key, settings=replace(case.split, tune_body=False, num_classes=2))
+    job = ForwardJob(StepKey("r2", "p1", "a"), frozen, smashed(8, 5), 1)
+
+    async def both() -> None:
+        await engine.body_forward(case.job(0, 1, BATCHES[0]))
+        with pytest.raises(Busy):
+            await engine.forward(job)
+        engine.release("r1")
+        await engine.forward(job)
+
+    asyncio.run(both())

@@ -1,0 +1,127 @@
+"""Results that are delivered later than they were computed, as those of a GPU are."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from typing import cast
+
+import pytest
+import torch
+from torch import Tensor
+
+import split_model
+from split_server.engine.api import BackwardJob, ForwardJob, StepKey
+from split_server.engine.delivery import Deliver, Fail, Outbox, _Letter
+from split_server.models.body_key import BodyKey
+from tests.support.engine import MakeEngine, engines, input_body, is_empty
+from tests.support.federation import smashed
+
+
+@pytest.fixture
+def make() -> Iterator[MakeEngine]:
+    with engines() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def key(tmp_path_factory: pytest.TempPathFactory) -> BodyKey:
+    return input_body(tmp_path_factory.mktemp("backbones"))
+
+
+class Letters(Outbox):
+    """Delivers each result when the test says so."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"))
+        self._written: list[tuple[Tensor, Deliver]] = []
+
+    def send(self, result: Tensor, deliver: Deliver, fail: Fail) -> None:
+        self._written.append((result.detach().clone(), deliver))
+
+    async def deliver(self, number: int) -> None:
+        """Deliver the result that was computed as this one, once it is."""
+        async with asyncio.timeout(20):
+            while len(self._written) <= number:  # noqa: ASYNC110
+                await asyncio.sleep(0.002)
+        result, deliver = self._written[number]
+        deliver(result)
+
+
+def gradient_by_itself(key: BodyKey, tensor: Tensor, gradient: Tensor) -> Tensor:
+    """That of the input, from the body itself."""
+    body = split_model.build_body(key.settings, split_model.open_backbone(key.backbone))
+    leaf = tensor.clone().requires_grad_()
+    body(leaf).backward(gradient)
+    assert leaf.grad is not None
+    return leaf.grad
+
+
+def test_a_step_may_hear_of_its_forward_after_the_backward_of_another_in_its_batch(
+    make: MakeEngine, key: BodyKey
+) -> None:
+    engine, letters = make(), Letters()
+    engine._outbox = letters
+    inputs = [smashed(seed=seed) for seed in (1, 2)]
+    gradients = [smashed(seed=seed) for seed in (3, 4)]
+    names = [StepKey("r1", who, "s") for who in ("early", "late")]
+
+    async def steps() -> list[Tensor]:
+        with engine._lock:  # the worker takes both at once
+            forwards = [
+                asyncio.ensure_future(engine.forward(ForwardJob(name, key, tensor, 1)))
+                for name, tensor in zip(names, inputs, strict=True)
+            ]
+            await asyncio.sleep(0)
+            assert len(engine._schedule) == 2
+        found = []
+        for place, forward in enumerate(forwards):
+            await letters.deliver(place)
+            await forward
+            job = BackwardJob(names[place], key, gradients[place], 2)
+            backward = asyncio.ensure_future(engine.backward(job))
+            await letters.deliver(2 + place)
+            found.append(await backward)
+        return found
+
+    for place, result in enumerate(asyncio.run(steps())):
+        expected = gradient_by_itself(key, inputs[place], gradients[place])
+        torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+    assert is_empty(engine)
+
+
+class Computed:
+    """Stands for the event of a computation that is done."""
+
+    def synchronize(self) -> None:
+        """It is there already."""
+
+
+class Held:
+    """What a job holds on to until it is delivered."""
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_result_that_was_delivered_is_held_no_longer(fails: bool) -> None:
+    outbox = Outbox(torch.device("cuda"))  # which begins its thread and needs no GPU for that
+    delivered, held = threading.Event(), Held()
+    gone = weakref.ref(held)
+
+    def deliver(_: Tensor, held: Held = held) -> None:
+        if fails:
+            raise ZeroDivisionError
+        delivered.set()
+
+    event = cast(torch.cuda.Event, Computed())
+    letter = _Letter(event, torch.empty(1), deliver, lambda _: delivered.set())
+    outbox._letters.put(letter)
+    del letter, deliver, held
+    assert delivered.wait(20)
+    give_up_at = time.monotonic() + 20
+    while gone() is not None and time.monotonic() < give_up_at:
+        time.sleep(0.005)
+    assert gone() is None
+    outbox.close()

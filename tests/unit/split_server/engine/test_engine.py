@@ -1,0 +1,468 @@
+"""The split plane's engine: the same numbers as the body alone, within fixed memory."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import split_model
+from protocol.errors import (
+    Busy,
+    IdempotencyKeyReused,
+    InternalError,
+    StepLost,
+    TooLarge,
+    WrongShape,
+)
+from split_model import Body
+from split_server.engine import compute, engine
+from split_server.engine.api import BackwardJob, EngineLimits, ForwardJob, InferJob, StepKey
+from split_server.engine.body_cache import Bodies
+from split_server.engine.engine import LocalEngine
+from split_server.models.body_key import BodyKey
+from split_server.runtime.device import choose_placement
+from tests.support.federation import SPLIT, TOKENS, WIDTH, FakeTime, run_settings, smashed
+
+MIB = 1024 * 1024
+
+PLACEMENT = choose_placement("cpu", "float32")
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    cache = tmp_path_factory.mktemp("backbones")
+    return split_model.prepare_backbone(SPLIT, "random:0", cache).path
+
+
+@pytest.fixture(scope="module")
+def bodies(backbone: Path) -> Bodies:
+    return Bodies(PLACEMENT)
+
+
+@pytest.fixture(scope="module")
+def key(backbone: Path) -> BodyKey:
+    return BodyKey.of(str(backbone), run_settings())
+
+
+@pytest.fixture(scope="module")
+def body(backbone: Path) -> Body:
+    return split_model.build_body(SPLIT, split_model.open_backbone(backbone))
+
+
+MakeEngine = Callable[..., LocalEngine]
+
+
+@pytest.fixture
+def make(bodies: Bodies) -> Iterator[MakeEngine]:
+    made: list[LocalEngine] = []
+
+    def one(
+        retained: int = 256 * MIB,
+        queued: int = 64 * MIB,
+        answers: int = 64 * MIB,
+        time: FakeTime | None = None,
+        steps: int = 4,
+        **more: Any,
+    ) -> LocalEngine:
+        limits = EngineLimits(retained, queued, answers, 300.0, steps, **more)
+        made.append(LocalEngine(bodies, PLACEMENT, limits, (time or FakeTime()).clock()))
+        return made[-1]
+
+    yield one
+    for engine in made:
+        engine.close()
+
+
+def step(name: str, participant: str = "p1", run: str = "r1") -> StepKey:
+    return StepKey(run, participant, name)
+
+
+def forward(key: BodyKey, tensor: Tensor, name: str = "s", who: str = "p1") -> ForwardJob:
+    return ForwardJob(step(name, who), key, tensor, fingerprint=int(tensor.sum() * 1000))
+
+
+def backward(key: BodyKey, tensor: Tensor, name: str = "s", who: str = "p1") -> BackwardJob:
+    return BackwardJob(step(name, who), key, tensor, fingerprint=int(tensor.sum() * 1000))
+
+
+def test_a_step_is_the_bodys_own_forward_and_backward(
+    make: MakeEngine, key: BodyKey, body: Body
+) -> None:
+    engine = make()
+    leaf = smashed().requires_grad_(True)
+    expected = body(leaf)
+    gradients = smashed(seed=1)
+    expected.backward(gradients)
+
+    async def whole_step() -> tuple[Tensor, Tensor, Tensor]:
+        features = await engine.forward(forward(key, smashed()))
+        result = await engine.backward(backward(key, gradients))
+        return features, result, await engine.infer(InferJob("r1", "p1", key, smashed()))
+
+    features, result, inferred = asyncio.run(whole_step())
+    assert torch.equal(features, expected)
+    assert torch.equal(result, leaf.grad)  # type: ignore[arg-type]
+    assert torch.equal(inferred, expected)
+    assert not inferred.requires_grad
+
+
+def test_the_memory_of_an_answer_is_free_when_it_has_been_taken(
+    make: MakeEngine, key: BodyKey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not when a search for cycles comes by: what is taken follows from settings alone."""
+    monkeypatch.setitem(engine._FULL_BATCH_TOKENS, "cpu", smashed().shape[1])
+    engine = make(answers=0)
+    taken: list[weakref.ref[Tensor]] = []
+
+    async def take_all() -> None:
+        taken.append(weakref.ref(await engine.forward(forward(key, smashed()))))
+        taken.append(weakref.ref(await engine.backward(backward(key, smashed(seed=1)))))
+        joined = InferJob("r1", "p1", key, smashed().repeat(2, 1, 1))
+        taken.append(weakref.ref(await engine.infer(joined)))
+
+    gc.disable()
+    try:
+        asyncio.run(take_all())
+        engine.close()  # and the worker has let go of its last batch
+        assert [tensor() is None for tensor in taken] == [True, True, True]
+    finally:
+        gc.enable()
+
+
+def test_a_large_batch_of_inference_is_done_in_full_batches(
+    make: MakeEngine, key: BodyKey, body: Body, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that one request takes neither the body for itself nor memory without a limit."""
+    monkeypatch.setitem(engine._FULL_BATCH_TOKENS, "cpu", 3 * smashed().shape[1])
+    rows, sizes = smashed().repeat(4, 1, 1), []
+    real = compute.run_inference
+
+    def counted(body: Body, batch: Tensor, *more: object) -> Tensor:
+        sizes.append(len(batch))
+        return real(body, batch, *more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(compute, "run_inference", counted)
+    found = asyncio.run(make().infer(InferJob("r1", "p1", key, rows)))
+    assert torch.allclose(found, body(rows), atol=1e-5)
+    assert sum(sizes) == len(rows)
+    assert max(sizes) == 3
+
+
+def test_a_repeat_gets_the_same_answer_and_computes_nothing(
+    make: MakeEngine, key: BodyKey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make()
+    calls = 0
+    real = compute.run_forward
+
+    def counted(*job: Any) -> tuple[Tensor, Tensor, int]:
+        nonlocal calls
+        calls += 1
+        return real(*job)
+
+    monkeypatch.setattr(compute, "run_forward", counted)
+
+    async def repeats() -> None:
+        both = await asyncio.gather(*(engine.forward(forward(key, smashed())) for _ in range(3)))
+        assert all(torch.equal(both[0], one) for one in both)
+        first = await engine.backward(backward(key, smashed(seed=1)))
+        assert torch.equal(first, await engine.backward(backward(key, smashed(seed=1))))
+        assert torch.equal(both[0], await engine.forward(forward(key, smashed())))
+
+    asyncio.run(repeats())
+    assert calls == 1
+
+
+def test_a_step_cannot_be_two_requests(make: MakeEngine, key: BodyKey) -> None:
+    engine = make()
+
+    async def reuse() -> None:
+        await engine.forward(forward(key, smashed()))
+        with pytest.raises(IdempotencyKeyReused):
+            await engine.forward(forward(key, smashed(seed=5)))
+        await engine.backward(backward(key, smashed(seed=1)))
+        with pytest.raises(IdempotencyKeyReused):
+            await engine.backward(backward(key, smashed(seed=2)))
+        with pytest.raises(IdempotencyKeyReused):
+            await engine.forward(forward(key, smashed(seed=5)))
+
+    asyncio.run(reuse())
+
+
+def test_steps_of_two_participants_do_not_meet(make: MakeEngine, key: BodyKey) -> None:
+    engine = make()
+
+    async def both() -> None:
+        one = await engine.forward(forward(key, smashed(), who="p1"))
+        other = await engine.forward(forward(key, smashed(seed=9), who="p2"))
+        assert not torch.equal(one, other)
+
+    asyncio.run(both())
+
+
+def test_a_step_that_is_not_held_is_lost(make: MakeEngine, key: BodyKey) -> None:
+    engine = make()
+
+    async def lost() -> None:
+        with pytest.raises(StepLost):
+            await engine.backward(backward(key, smashed()))
+        for name, release in (("a", ("r1", None)), ("b", ("r1", "p1"))):
+            await engine.forward(forward(key, smashed(), name))
+            engine.release(*release)
+            with pytest.raises(StepLost):
+                await engine.backward(backward(key, smashed(), name))
+        await engine.forward(forward(key, smashed(), "c"))
+        engine.release("r1", "p2")
+        engine.release("r2")
+        await engine.backward(backward(key, smashed(), "c"))
+
+    asyncio.run(lost())
+
+
+def test_a_step_whose_backward_does_not_come_is_dropped(make: MakeEngine, key: BodyKey) -> None:
+    time = FakeTime()
+    engine = make(time=time)
+
+    async def late() -> None:
+        first = await engine.forward(forward(key, smashed()))
+        time.now += 299
+        engine.sweep()
+        assert len(engine._keeper.room.steps) == 1
+        time.now += 1
+        engine.sweep()
+        assert len(engine._keeper.room.steps) == engine._keeper.room.steps.nbytes == 0
+        with pytest.raises(StepLost):
+            await engine.backward(backward(key, smashed()))
+        again = await engine.forward(forward(key, smashed()))
+        assert torch.equal(first, again)
+        await engine.backward(backward(key, smashed()))
+
+    asyncio.run(late())
+
+
+def test_a_graph_whose_gradients_do_not_come_makes_room_and_its_step_goes_on(
+    make: MakeEngine, key: BodyKey
+) -> None:
+    time = FakeTime()
+    engine = make(time=time)
+
+    async def late(wait_s: float) -> Tensor:
+        await engine.forward(forward(key, smashed(), str(wait_s)))
+        whole = engine._keeper.room.taken
+        time.now += wait_s
+        engine.sweep()
+        assert (engine._keeper.room.taken < whole / 10) == (wait_s >= 30)
+        return await engine.backward(backward(key, smashed(), str(wait_s)))
+
+    assert torch.equal(asyncio.run(late(29)), asyncio.run(late(30)))
+    assert engine._keeper.room.taken == 0
+
+
+def test_a_participants_oldest_steps_make_room(make: MakeEngine, key: BodyKey) -> None:
+    engine = make(steps=2)
+
+    async def many() -> None:
+        for name in "abc":
+            await engine.forward(forward(key, smashed(), name))
+        with pytest.raises(StepLost):
+            await engine.backward(backward(key, smashed(), "a"))
+        for name in "bc":
+            await engine.backward(backward(key, smashed(), name))
+
+    asyncio.run(many())
+
+
+def test_open_steps_stay_within_their_memory(make: MakeEngine, key: BodyKey) -> None:
+    probe = make()
+    asyncio.run(probe.forward(forward(key, smashed())))
+    one_step = probe._keeper.room.steps.nbytes
+    assert one_step > 11 * TOKENS * WIDTH * 4 * 2, "eleven blocks save more than their inputs"
+    engine = make(retained=int(2.5 * one_step), backward="retained")
+
+    async def crowd() -> None:
+        names = "abcdef"
+        answers = await asyncio.gather(
+            *(engine.forward(forward(key, smashed(), who=who)) for who in names),
+            return_exceptions=True,
+        )
+        refused = [answer for answer in answers if isinstance(answer, BaseException)]
+        assert refused
+        assert all(isinstance(one, Busy) for one in refused)
+        assert all(one.retry_after_s and one.retry_after_s > 0 for one in refused)  # type: ignore[attr-defined]
+        assert engine._keeper.room.steps.nbytes <= 2.5 * one_step
+        served = [
+            who for who, answer in zip(names, answers, strict=True) if isinstance(answer, Tensor)
+        ]
+        for who in served:
+            await engine.backward(backward(key, smashed(), who=who))
+        assert engine._keeper.room.steps.nbytes == engine._keeper.room.reserved == 0
+        for who in ("x", "y"):
+            await engine.forward(forward(key, smashed(), who=who))
+        with pytest.raises(Busy):
+            await engine.forward(forward(key, smashed(), who="z"))
+        with pytest.raises(TooLarge):
+            await engine.forward(forward(key, smashed(batch=6), who="z"))
+
+    asyncio.run(crowd())
+
+
+def test_the_queue_is_bounded(
+    make: MakeEngine, key: BodyKey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one_job = 2 * TOKENS * WIDTH * 4
+    engine = make(queued=2 * one_job)
+    gate, at_work = threading.Event(), threading.Event()
+    real = compute.run_inference
+
+    def held(*job: Any) -> Tensor:
+        at_work.set()
+        gate.wait(20)
+        return real(*job)
+
+    monkeypatch.setattr(compute, "run_inference", held)
+
+    async def crowd() -> None:
+        first = asyncio.create_task(engine.infer(InferJob("r1", "p1", key, smashed())))
+        await asyncio.to_thread(at_work.wait, 20)
+        waiting = [
+            asyncio.create_task(engine.infer(InferJob("r1", "p1", key, smashed())))
+            for _ in range(2)
+        ]
+        await asyncio.sleep(0)
+        with pytest.raises(Busy):
+            await engine.infer(InferJob("r1", "p1", key, smashed()))
+        gate.set()
+        await asyncio.gather(first, *waiting)
+        await engine.infer(InferJob("r1", "p1", key, smashed()))
+
+    asyncio.run(crowd())
+
+
+def test_one_jobs_failure_is_its_own(
+    make: MakeEngine, key: BodyKey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make()
+    real = compute.run_inference
+
+    def broken(body: Body, tensor: Tensor, *job: Any) -> Tensor:
+        if bool((tensor[:, 0, 0] == 42.0).any()):
+            raise ZeroDivisionError
+        return real(body, tensor, *job)
+
+    monkeypatch.setattr(compute, "run_inference", broken)
+    bad = smashed()
+    bad[0, 0, 0] = 42.0
+
+    async def mixed() -> None:
+        good, failed, after = await asyncio.gather(
+            engine.infer(InferJob("r1", "p1", key, smashed())),
+            engine.infer(InferJob("r1", "p1", key, bad)),
+            engine.infer(InferJob("r1", "p1", key, smashed())),
+            return_exceptions=True,
+        )
+        assert isinstance(failed, InternalError)
+        assert isinstance(good, Tensor)
+        assert isinstance(after, Tensor)
+        assert torch.equal(good, after)
+
+    asyncio.run(mixed())
+
+
+def test_bad_tensors_are_refused_and_the_step_stays(make: MakeEngine, key: BodyKey) -> None:
+    engine = make()
+
+    async def refusals() -> None:
+        with pytest.raises(WrongShape):
+            await engine.infer(InferJob("r1", "p1", key, torch.zeros(1, TOKENS + 1, WIDTH)))
+        with pytest.raises(WrongShape):
+            await engine.infer(InferJob("r1", "p1", key, torch.zeros(1, TOKENS, WIDTH + 1)))
+        await engine.forward(forward(key, smashed(), "t"))
+        with pytest.raises(WrongShape):
+            await engine.backward(BackwardJob(step("t"), key, smashed(batch=3), 2))
+        await engine.backward(BackwardJob(step("t"), key, smashed(seed=1), 3))
+
+    asyncio.run(refusals())
+
+
+def test_a_forward_whose_round_ended_while_it_waited_is_not_kept(
+    make: MakeEngine, key: BodyKey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make()
+    real = compute.run_forward
+
+    def overtaken(*job: Any) -> tuple[Tensor, Tensor, int]:
+        engine.release("r1")
+        return real(*job)
+
+    monkeypatch.setattr(compute, "run_forward", overtaken)
+    asyncio.run(engine.forward(forward(key, smashed())))
+    assert len(engine._keeper.room.steps) == engine._keeper.room.steps.nbytes == 0
+
+
+def test_an_askers_going_does_not_stop_the_others(make: MakeEngine, key: BodyKey) -> None:
+    engine = make()
+
+    async def gone() -> None:
+        first = asyncio.create_task(engine.forward(forward(key, smashed())))
+        second = asyncio.create_task(engine.forward(forward(key, smashed())))
+        await asyncio.sleep(0)
+        first.cancel()
+        assert (await second).shape == (2, TOKENS, WIDTH)
+
+    asyncio.run(gone())
+
+
+def test_a_stopped_engine_says_so(make: MakeEngine, key: BodyKey) -> None:
+    engine = make()
+    engine.close()
+    with pytest.raises(Busy):
+        asyncio.run(engine.infer(InferJob("r1", "p1", key, smashed())))
+
+
+def test_no_memory_for_answers_means_no_repeats(make: MakeEngine, key: BodyKey) -> None:
+    engine = make(answers=0)
+
+    async def once() -> None:
+        await engine.forward(forward(key, smashed()))
+        await engine.backward(backward(key, smashed(seed=1)))
+        assert engine._keeper.answer_bytes == 0
+        with pytest.raises(StepLost):
+            await engine.backward(backward(key, smashed(seed=1)))
+
+    asyncio.run(once())
+
+
+def test_the_weights_are_held_once_for_runs_with_other_prompts(
+    backbone: Path, key: BodyKey
+) -> None:
+    shelf = Bodies(PLACEMENT, most=1)
+    model = run_settings().model
+    other = run_settings().model_copy(
+        update={"model": model.model_copy(update={"prompt_count": 5, "num_classes": 3})}
+    )
+    first, second = shelf.get(key), shelf.get(BodyKey.of(str(backbone), other))
+    assert first is not second
+    assert first is shelf.get(BodyKey.of(str(backbone), run_settings(seed=3)))
+    assert {p.data_ptr() for p in first.parameters()} == {p.data_ptr() for p in second.parameters()}
+
+
+def test_a_body_without_blocks_passes_everything_through(make: MakeEngine, backbone: Path) -> None:
+    engine = make()
+    model = run_settings().model.model_copy(update={"cut": 12})
+    empty = BodyKey.of(str(backbone), run_settings().model_copy(update={"model": model}))
+
+    async def through() -> None:
+        assert torch.equal(await engine.forward(forward(empty, smashed())), smashed())
+        result = await engine.backward(backward(empty, smashed(seed=1)))
+        assert torch.equal(result, smashed(seed=1))
+
+    asyncio.run(through())

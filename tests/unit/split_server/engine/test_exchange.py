@@ -1,0 +1,301 @@
+"""Exchanges: the prompts that they tune are those of a plain loop over the uncut model's blocks."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from protocol.errors import IdempotencyKeyReused, InvalidField, StepLost
+from split_server.engine import compute
+from split_server.engine.api import InferJob
+from split_server.engine.prompt_sessions import Session
+from tests.support.engine import (
+    BATCHES,
+    DEPTHS,
+    PREFIX,
+    PROMPTS,
+    TOKENS,
+    WIDTH,
+    Case,
+    MakeEngine,
+    engines,
+    gradient_of,
+    prepare_backbone,
+    smashed,
+)
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepare_backbone(tmp_path_factory.mktemp("backbones"))
+
+
+@pytest.fixture(scope="module")
+def make() -> Iterator[MakeEngine]:
+    with engines() as made:
+        yield made
+
+
+@pytest.fixture(params=DEPTHS)
+def case(request: pytest.FixtureRequest, backbone: Path) -> Case:
+    return Case(backbone, request.param)
+
+
+# The same numbers
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+@pytest.mark.parametrize("leading", [None, 1, 3])
+def test_features_and_prompts_are_those_of_the_uncut_models_blocks(
+    make: MakeEngine, backbone: Path, depth: str, leading: int | None
+) -> None:
+    case = Case(backbone, depth, leading)
+    features, prompts = asyncio.run(case.train(make(), BATCHES))
+    expected, tuned = case.by_hand(BATCHES)
+    for one, other in zip(features, expected, strict=True):
+        assert one.shape[1] == (TOKENS + PROMPTS if leading is None else leading)
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(prompts, tuned, rtol=1e-5, atol=1e-6)
+    moved = (tuned - case.initial).abs().amax(dim=(1, 2))
+    assert len(moved) == (11 if depth == "deep" else 1)
+    assert moved.min() > 1e-4, "the comparison is not of prompts that stand still"
+
+
+@pytest.mark.parametrize("leading", [None, 1])
+def test_inference_with_the_prompts_gives_the_same_features(
+    make: MakeEngine, case: Case, leading: int | None
+) -> None:
+    case.leading = leading
+    job = InferJob("r1", "p1", case.key, BATCHES[0], case.initial, leading)
+    features = asyncio.run(make().infer(job))
+    torch.testing.assert_close(features, case.by_hand(BATCHES[:1])[0][0], rtol=1e-5, atol=1e-5)
+    assert not features.requires_grad
+
+
+def test_the_mean_of_the_patch_tokens_shifts_the_prompts_where_it_is_asked_for(
+    make: MakeEngine, case: Case
+) -> None:
+    job = case.job(0, 1, BATCHES[0])
+    engine = make()
+    asyncio.run(engine.exchange(replace(job, plan=replace(job.plan, from_mean_token=True))))
+    mean = BATCHES[0][:, PREFIX:].reshape(-1, WIDTH).double().mean(dim=0)
+    shifted = case.initial.clone()
+    shifted[0] += mean.float()
+    found = engine._exchanges._sessions.get("r1", "p1", "s").trained()
+    torch.testing.assert_close(found, shifted, rtol=0, atol=1e-6)
+
+
+def test_participants_do_not_meet(make: MakeEngine, case: Case) -> None:
+    engine = make()
+    others = [smashed(3, seed) for seed in (11, 12)]
+
+    async def both() -> list[tuple[list[Tensor], Tensor]]:
+        return await asyncio.gather(
+            case.train(engine, BATCHES, who="p1"), case.train(engine, others, who="p2")
+        )
+
+    for (features, prompts), batches in zip(asyncio.run(both()), (BATCHES, others), strict=True):
+        expected, tuned = asyncio.run(case.train(make(), batches))
+        for one, other in zip(features, expected, strict=True):  # joined or not
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(prompts, tuned, rtol=1e-5, atol=1e-6)
+
+
+# Repeats, and what comes out of order
+
+
+def test_a_repeat_gets_the_same_answer_and_tunes_nothing_twice(
+    make: MakeEngine, case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make()
+    undisturbed, tuned = asyncio.run(case.train(make(), BATCHES))
+    ran = {"forward": 0, "backward": 0}
+    forward, backward = compute.run_forward, compute.run_backward
+
+    def counted_forward(*arguments: Any) -> Any:
+        ran["forward"] += 1
+        return forward(*arguments)
+
+    def counted_backward(*arguments: Any) -> Any:
+        ran["backward"] += 1
+        return backward(*arguments)
+
+    monkeypatch.setattr(compute, "run_forward", counted_forward)
+    monkeypatch.setattr(compute, "run_backward", counted_backward)
+
+    async def stammering() -> None:
+        gradients: Tensor | None = None
+        for number, batch in enumerate([*BATCHES, None]):
+            job = case.job(number, 4, batch, gradients)
+            answers = await asyncio.gather(*(engine.exchange(job) for _ in range(3)))
+            answers.append(await engine.exchange(job))
+            assert all(torch.equal(answers[0], one) for one in answers)
+            if batch is not None:
+                assert torch.equal(answers[0], undisturbed[number])
+                gradients = gradient_of(answers[0])
+        assert torch.equal(engine.trained("r1", "p1", "s"), tuned)
+
+    asyncio.run(stammering())
+    assert ran == {"forward": 4, "backward": 4}
+
+
+def test_a_number_cannot_be_two_requests(make: MakeEngine, case: Case) -> None:
+    engine = make()
+
+    async def reuse() -> None:
+        first = await engine.exchange(case.job(0, 4, BATCHES[0]))
+        with pytest.raises(IdempotencyKeyReused):
+            await engine.exchange(case.job(0, 4, BATCHES[1]))
+        await engine.exchange(case.job(1, 4, BATCHES[1], gradient_of(first)))
+        with pytest.raises(IdempotencyKeyReused):
+            await engine.exchange(case.job(1, 4, BATCHES[1], gradient_of(first) * 2))
+
+    asyncio.run(reuse())
+    assert engine._exchanges._sessions.get("r1", "p1", "s").applied == 1
+
+
+@pytest.mark.parametrize("number", [0, 1, 3, 4])
+def test_a_request_out_of_order_is_lost(make: MakeEngine, case: Case, number: int) -> None:
+    """After the answer to request 2 only its repeat and request 3 are in order."""
+    engine = make()
+
+    async def out_of_order() -> None:
+        gradients: Tensor | None = None
+        for place in range(3):
+            features = await engine.exchange(case.job(place, 5, BATCHES[place], gradients))
+            gradients = gradient_of(features)
+        before = engine._exchanges._sessions.get("r1", "p1", "s").trained()
+        job = case.job(number, 5, BATCHES[3], gradients)
+        if number == 0:  # a late repeat of the first one
+            job = replace(job, gradients=None)
+        if number == 3:
+            await engine.exchange(job)
+            assert engine._exchanges._sessions.get("r1", "p1", "s").applied == 3
+        else:
+            with pytest.raises(StepLost):
+                await engine.exchange(job)
+            assert torch.equal(engine._exchanges._sessions.get("r1", "p1", "s").trained(), before)
+            await engine.exchange(case.job(3, 5, BATCHES[3], gradients))  # it goes on
+
+    asyncio.run(out_of_order())
+
+
+def test_a_session_that_is_not_here_is_lost(make: MakeEngine, case: Case) -> None:
+    engine = make()
+
+    async def lost() -> None:
+        features = await engine.exchange(case.job(0, 2, BATCHES[0]))
+        gradients = gradient_of(features)
+        for of in ({"who": "p2"}, {"session": "t"}):
+            with pytest.raises(StepLost):
+                await engine.exchange(case.job(1, 2, BATCHES[1], gradients, **of))
+            with pytest.raises(StepLost):
+                await engine.exchange(case.job(2, 2, None, gradients, **of))
+        assert len(engine._keeper.room.steps) == 1
+
+    asyncio.run(lost())
+
+
+def test_a_session_has_one_number_of_steps(make: MakeEngine, case: Case) -> None:
+    engine = make()
+
+    async def wrong() -> None:
+        features = await engine.exchange(case.job(0, 3, BATCHES[0]))
+        gradients = gradient_of(features)
+        for job in (case.job(1, 2, BATCHES[1], gradients), case.job(1, 1, None, gradients)):
+            with pytest.raises(InvalidField) as caught:
+                await engine.exchange(job)
+            named = (caught.value.field, caught.value.limit, caught.value.value)
+            assert named == ("steps", 3, job.steps)
+        features = await engine.exchange(case.job(1, 3, BATCHES[1], gradients))
+        with pytest.raises(InvalidField):  # nobody ends a session before its end
+            await engine.exchange(case.job(2, 2, None, gradient_of(features)))
+        features = await engine.exchange(case.job(2, 3, BATCHES[2], gradient_of(features)))
+        await engine.exchange(case.job(3, 3, None, gradient_of(features)))
+
+    asyncio.run(wrong())
+    prompts = engine.trained("r1", "p1", "s")
+    torch.testing.assert_close(prompts, case.by_hand(BATCHES[:3])[1], rtol=1e-5, atol=1e-6)
+
+
+def test_prompts_are_given_out_at_the_end_alone(make: MakeEngine, case: Case) -> None:
+    engine = make()
+
+    async def unfinished() -> None:
+        with pytest.raises(StepLost):
+            engine.trained("r1", "p1", "s")
+        features = await engine.exchange(case.job(0, 2, BATCHES[0]))
+        with pytest.raises(StepLost):
+            engine.trained("r1", "p1", "s")
+        features = await engine.exchange(case.job(1, 2, BATCHES[1], gradient_of(features)))
+        with pytest.raises(StepLost):
+            engine.trained("r1", "p1", "s")
+        await engine.exchange(case.job(2, 2, None, gradient_of(features)))
+        for who, name in (("p2", "s"), ("p1", "t")):
+            with pytest.raises(StepLost):
+                engine.trained("r1", who, name)
+
+    asyncio.run(unfinished())
+    assert torch.equal(engine.trained("r1", "p1", "s"), engine.trained("r1", "p1", "s"))
+    assert (
+        len(engine._keeper.room.steps)
+        == engine._keeper.room.steps.nbytes
+        == engine._keeper.room.reserved
+        == 0
+    )
+
+
+def test_begun_anew_it_forgets_what_was_before(make: MakeEngine, case: Case) -> None:
+    engine = make()
+
+    async def twice() -> tuple[Any, Any]:
+        features = await engine.exchange(case.job(0, 4, smashed(3, 77), session="old"))
+        await engine.exchange(case.job(1, 4, smashed(3, 78), gradient_of(features), session="old"))
+        anew = await case.train(engine, BATCHES, session="new")
+        with pytest.raises(StepLost):
+            await engine.exchange(case.job(2, 4, BATCHES[0], gradient_of(features), session="old"))
+        return anew
+
+    features, prompts = asyncio.run(twice())
+    undisturbed, tuned = asyncio.run(case.train(make(), BATCHES))
+    assert all(torch.equal(one, other) for one, other in zip(features, undisturbed, strict=True))
+    assert torch.equal(prompts, tuned)
+    assert len(engine._keeper.room.steps) == 0
+
+
+def test_nobody_waits_while_prompts_are_copied(
+    make: MakeEngine, case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The copy waits for all that a GPU has in its queue."""
+    engine, real = make(), Session.trained
+    asyncio.run(case.train(engine, BATCHES))
+    copying, go_on = threading.Event(), threading.Event()
+
+    def slow(session: Session) -> Tensor:
+        copying.set()
+        assert go_on.wait(20)
+        return real(session)
+
+    async def meanwhile() -> Tensor:
+        asked = asyncio.ensure_future(asyncio.to_thread(engine.trained, "r1", "p1", "s"))
+        assert await asyncio.to_thread(copying.wait, 20)
+        late = threading.Timer(10, go_on.set)  # should somebody wait after all
+        late.start()
+        await engine.infer(InferJob("r1", "p2", case.key, BATCHES[0], case.initial))
+        assert not go_on.is_set()
+        late.cancel()
+        go_on.set()
+        return await asked
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "trained", slow)
+        found = asyncio.run(meanwhile())
+    assert torch.equal(found, engine.trained("r1", "p1", "s"))

@@ -1,0 +1,343 @@
+"""Exchanges that go wrong, whose round ends, or for which there is little room."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from protocol.errors import Busy, InternalError, NonFinite, StepLost, TooLarge, WrongShape
+from split_server.engine import compute
+from split_server.engine.engine import LocalEngine
+from tests.support.engine import (
+    BATCHES,
+    DEPTHS,
+    PROMPTS,
+    TOKENS,
+    WIDTH,
+    Case,
+    MakeEngine,
+    engines,
+    gradient_of,
+    is_empty,
+    prepare_backbone,
+    smashed,
+)
+from tests.support.federation import FakeTime
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepare_backbone(tmp_path_factory.mktemp("backbones"))
+
+
+@pytest.fixture(scope="module")
+def make() -> Iterator[MakeEngine]:
+    with engines() as made:
+        yield made
+
+
+@pytest.fixture(params=DEPTHS)
+def case(request: pytest.FixtureRequest, backbone: Path) -> Case:
+    return Case(backbone, request.param)
+
+
+# What goes wrong
+
+
+@pytest.mark.parametrize(
+    ("trouble", "answer"),
+    [(ZeroDivisionError(), InternalError), (torch.OutOfMemoryError("full"), Busy)],
+)
+@pytest.mark.parametrize("number", [0, 2])
+def test_a_forward_that_failed_can_be_repeated(
+    make: MakeEngine,
+    case: Case,
+    monkeypatch: pytest.MonkeyPatch,
+    trouble: Exception,
+    answer: type[Exception],
+    number: int,
+) -> None:
+    """The gradients that came with it have been applied, and are not applied again."""
+    undisturbed, tuned = asyncio.run(case.train(make(), BATCHES))
+    engine, real, failures = make(), compute.run_forward, [trouble, trouble]
+
+    def failing(body: Any, tensor: Tensor, *more: Any) -> Any:
+        if failures and torch.equal(tensor, BATCHES[number]):
+            raise failures.pop()
+        return real(body, tensor, *more)
+
+    monkeypatch.setattr(compute, "run_forward", failing)
+
+    async def shaken() -> None:
+        gradients: Tensor | None = None
+        for place, batch in enumerate([*BATCHES, None]):
+            job = case.job(place, 4, batch, gradients)
+            for _ in range(2 if place == number else 0):
+                with pytest.raises(answer):
+                    await engine.exchange(job)
+            features = await engine.exchange(job)
+            if batch is not None:
+                assert torch.equal(features, undisturbed[place])
+                gradients = gradient_of(features)
+
+    asyncio.run(shaken())
+    assert not failures
+    assert torch.equal(engine.trained("r1", "p1", "s"), tuned)
+    assert (
+        len(engine._keeper.room.steps)
+        == engine._keeper.room.steps.nbytes
+        == engine._keeper.room.reserved
+        == 0
+    )
+
+
+def test_bad_tensors_are_refused_and_change_nothing(make: MakeEngine, case: Case) -> None:
+    engine = make()
+
+    async def refusals() -> None:
+        features = await engine.exchange(case.job(0, 1, BATCHES[0]))
+        good = gradient_of(features)
+        with pytest.raises(WrongShape):
+            await engine.exchange(case.job(1, 1, None, good[:2]))
+        assert engine._exchanges._sessions.get("r1", "p1", "s").applied == 0
+        await engine.exchange(case.job(1, 1, None, good))
+
+    asyncio.run(refusals())
+    assert torch.equal(
+        engine.trained("r1", "p1", "s"), asyncio.run(case.train(make(), BATCHES[:1]))[1]
+    )
+
+
+def test_gradients_that_leave_the_range_of_float32_never_become_an_update(
+    make: MakeEngine, case: Case
+) -> None:
+    engine = make()
+
+    async def overflow() -> None:
+        features = await engine.exchange(case.job(0, 1, BATCHES[0]))
+        huge = torch.full_like(features, 3e38)
+        await engine.exchange(case.job(1, 1, None, huge))
+        with pytest.raises(NonFinite):
+            engine.trained("r1", "p1", "s")
+        assert (
+            len(engine._keeper.room.steps)
+            == engine._keeper.room.steps.nbytes
+            == engine._keeper.room.reserved
+            == 0
+        )
+        await case.train(engine, BATCHES[:1], session="t")
+
+    asyncio.run(overflow())
+
+
+def test_a_backward_that_broke_off_makes_the_device_begin_anew(
+    make: MakeEngine, case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, real = make(), compute.run_backward
+    tuned = asyncio.run(case.train(make(), BATCHES))[1]
+
+    async def broken_off() -> Tensor:
+        features = await engine.exchange(case.job(0, 4, BATCHES[0]))
+
+        def full(*arguments: Any) -> Tensor:
+            real(*arguments)
+            raise torch.OutOfMemoryError("full")
+
+        monkeypatch.setattr(compute, "run_backward", full)
+        job = case.job(1, 4, BATCHES[1], gradient_of(features))
+        with pytest.raises(Busy):
+            await engine.exchange(job)
+        monkeypatch.setattr(compute, "run_backward", real)
+        with pytest.raises(StepLost):
+            await engine.exchange(job)
+        return (await case.train(engine, BATCHES))[1]
+
+    assert torch.equal(asyncio.run(broken_off()), tuned)
+
+
+def test_a_batch_whose_gradients_come_too_late_is_lost(make: MakeEngine, case: Case) -> None:
+    time = FakeTime()
+    engine = make(time=time)
+
+    async def late() -> None:
+        features = await engine.exchange(case.job(0, 2, BATCHES[0]))
+        time.now += 301
+        engine.sweep()
+        assert engine._keeper.room.steps.nbytes == 0
+        with pytest.raises(StepLost):
+            await engine.exchange(case.job(1, 2, BATCHES[1], gradient_of(features)))
+        await case.train(engine, BATCHES, session="anew")
+
+    asyncio.run(late())
+
+
+def test_a_session_that_is_left_half_way_makes_room(make: MakeEngine, case: Case) -> None:
+    """Such as one whose first batch was decoded while its run came to its end."""
+    time = FakeTime()
+    engine = make(time=time)
+    engine.forget("r1")
+    asyncio.run(engine.exchange(case.job(0, 2, BATCHES[0])))
+    time.now += 299
+    engine.sweep()
+    assert len(engine._keeper.room.steps) == 1
+    time.now += 2
+    engine.sweep()
+    assert engine._keeper.room.taken == 0
+    with pytest.raises(StepLost):
+        asyncio.run(engine.exchange(case.job(1, 2, BATCHES[1], BATCHES[0])))
+
+
+def test_a_session_that_goes_on_or_is_done_is_not_swept(make: MakeEngine, case: Case) -> None:
+    time = FakeTime()
+    engine = make(time=time)
+
+    async def slow() -> None:
+        gradients: Tensor | None = None
+        for number, batch in enumerate([*BATCHES, None]):
+            features = await engine.exchange(case.job(number, len(BATCHES), batch, gradients))
+            time.now += 299
+            engine.sweep()
+            gradients = None if batch is None else gradient_of(features)
+        time.now += 3600
+        engine.sweep()
+
+    asyncio.run(slow())
+    undisturbed = asyncio.run(case.train(make(), BATCHES))[1]
+    assert torch.equal(engine.trained("r1", "p1", "s"), undisturbed)
+
+
+# Release
+
+
+@pytest.mark.parametrize("release", [("r1",), ("r1", "p1")])
+def test_a_release_frees_session_and_steps(
+    make: MakeEngine, case: Case, release: tuple[str, ...]
+) -> None:
+    engine = make()
+
+    async def released() -> None:
+        features = await engine.exchange(case.job(0, 2, BATCHES[0]))
+        await case.train(engine, BATCHES, who="p2")
+        engine.release("r2")
+        engine.release("r1", "p3")
+        assert len(engine._keeper.room.steps) == 1
+        engine.release(*release)
+        assert is_empty(engine)
+        with pytest.raises(StepLost):
+            await engine.exchange(case.job(1, 2, BATCHES[1], gradient_of(features)))
+        if len(release) == 1:
+            with pytest.raises(StepLost):
+                engine.trained("r1", "p2", "s")
+        else:
+            engine.trained("r1", "p2", "s")
+
+    asyncio.run(released())
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_an_exchange_whose_round_ended_while_it_ran_leaves_nothing(
+    make: MakeEngine, case: Case, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    engine, real = make(), compute.run_forward
+
+    def overtaken(body: Any, tensor: Tensor, *more: Any) -> Any:
+        if torch.equal(tensor, BATCHES[number]):
+            engine.release("r1")
+        return real(body, tensor, *more)
+
+    monkeypatch.setattr(compute, "run_forward", overtaken)
+
+    async def ended() -> None:
+        gradients: Tensor | None = None
+        for place in range(number + 1):
+            features = await engine.exchange(case.job(place, 3, BATCHES[place], gradients))
+            gradients = gradient_of(features)
+        with pytest.raises(StepLost):
+            await engine.exchange(case.job(number + 1, 3, BATCHES[2], gradients))
+
+    asyncio.run(ended())
+    assert (
+        len(engine._keeper.room.steps)
+        == engine._keeper.room.steps.nbytes
+        == engine._keeper.room.reserved
+        == 0
+    )
+
+
+# Memory
+
+
+def room_of_a_step(engine: LocalEngine, case: Case, batch: Tensor) -> int:
+    asyncio.run(engine.exchange(case.job(0, 1, batch)))
+    return engine._keeper.room.taken
+
+
+def test_one_steps_room_is_enough_for_a_whole_session(make: MakeEngine, case: Case) -> None:
+    """Whatever order larger and smaller batches come in, and whoever begins anew."""
+    one_step = room_of_a_step(make(), case, smashed(4))
+    assert one_step > 11 * 4 * (TOKENS + PROMPTS) * WIDTH * 4 * 2, "blocks save their inputs"
+    engine = make(retained=one_step, backward="retained")
+    batches = [smashed(size, seed) for seed, size in enumerate((4, 4, 1, 4, 3, 4))]
+
+    async def sessions() -> None:
+        await case.train(engine, batches, session="first")
+        await engine.exchange(case.job(0, 6, batches[0], session="given up"))
+        assert engine._keeper.room.taken == one_step
+        await case.train(engine, batches, session="begun anew")
+        assert engine._keeper.room.steps.nbytes == engine._keeper.room.reserved == 0
+        with pytest.raises(TooLarge):
+            await engine.exchange(case.job(0, 1, smashed(5)))
+
+    asyncio.run(sessions())
+
+
+def test_others_wait_while_the_room_is_taken(make: MakeEngine, case: Case) -> None:
+    engine = make(retained=room_of_a_step(make(), case, smashed(4)), backward="retained")
+
+    async def crowd() -> None:
+        await engine.exchange(case.job(0, 1, smashed(4), who="p1"))
+        with pytest.raises(Busy) as caught:
+            await engine.exchange(case.job(0, 1, smashed(4), who="p2"))
+        assert caught.value.retry_after_s is not None
+        assert caught.value.retry_after_s > 0
+        features = await engine.exchange(case.job(0, 1, smashed(4), who="p1"))  # a repeat
+        await engine.exchange(case.job(1, 1, None, gradient_of(features), who="p1"))
+        await case.train(engine, [smashed(4)], who="p2")
+
+    asyncio.run(crowd())
+
+
+def test_nobody_takes_the_room_between_one_batch_and_the_next(
+    make: MakeEngine, case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probe = make()
+    limit = room_of_a_step(probe, case, smashed(4))
+    others = probe._exchanges._sessions.nbytes  # p1's session stays until its round ends
+    engine, real = make(retained=limit + others, backward="retained"), compute.run_forward
+    batches = [smashed(4, seed) for seed in range(3)]
+    answers: list[Any] = []
+
+    async def crowd() -> None:
+        loop = asyncio.get_running_loop()
+
+        def watched(body: Any, tensor: Tensor, *more: Any) -> Any:
+            assert engine._keeper.room.steps.nbytes <= limit
+            if not answers and torch.equal(tensor, batches[1]):
+                other = engine.exchange(case.job(0, 1, smashed(4), who="p2"))
+                answers.append(asyncio.run_coroutine_threadsafe(other, loop))
+                asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop).result(20)
+            return real(body, tensor, *more)
+
+        monkeypatch.setattr(compute, "run_forward", watched)
+        await case.train(engine, batches, who="p1")
+        with pytest.raises(Busy):
+            await asyncio.wrap_future(answers[0])
+        await case.train(engine, batches, who="p2")
+
+    asyncio.run(crowd())

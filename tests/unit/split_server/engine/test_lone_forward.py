@@ -1,0 +1,112 @@
+"""Forwards after which no backward comes, for nothing ahead of the body is tuned."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import split_model
+from protocol.errors import IdempotencyKeyReused, StepLost
+from split_server.engine import compute
+from split_server.engine.api import BackwardJob, ForwardJob, StepKey
+from split_server.models.body_key import BodyKey
+from tests.support.engine import MakeEngine, engines, input_body
+from tests.support.federation import smashed
+
+
+@pytest.fixture
+def make() -> Iterator[MakeEngine]:
+    with engines() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def key(tmp_path_factory: pytest.TempPathFactory) -> BodyKey:
+    return input_body(tmp_path_factory.mktemp("backbones"))
+
+
+def lone(key: BodyKey, tensor: Tensor, name: str = "s", who: str = "p1") -> ForwardJob:
+    fingerprint = int(tensor.sum() * 1000)
+    return ForwardJob(StepKey("r1", who, name), key, tensor, fingerprint, backward=False)
+
+
+def test_its_features_are_the_bodys_and_nothing_is_held_of_it(
+    make: MakeEngine, key: BodyKey
+) -> None:
+    engine = make(retained=1)  # not even an input
+    body = split_model.build_body(key.settings, split_model.open_backbone(key.backbone))
+
+    async def steps() -> None:
+        for who in ("p1", "p2"):
+            for seed in range(6):
+                features = await engine.forward(lone(key, smashed(seed=seed), f"s{seed}", who))
+                assert torch.equal(features, body(smashed(seed=seed)))
+                assert not features.requires_grad
+        assert engine._keeper.room.taken == len(engine._keeper.room.steps) == 0
+        assert 0 < engine._keeper.answer_bytes <= 2 * 4 * smashed().nbytes
+        with pytest.raises(StepLost):
+            await engine.backward(BackwardJob(StepKey("r1", "p1", "s5"), key, smashed(), 2))
+
+    asyncio.run(steps())
+
+
+def test_it_is_counted_as_any_forward(make: MakeEngine, key: BodyKey) -> None:
+    engine = make()
+
+    async def steps() -> None:
+        await engine.forward(lone(key, smashed()))
+        async with asyncio.timeout(20):
+            while not engine.figures("r1").tasks:  # noqa: ASYNC110
+                await asyncio.sleep(0.005)
+
+    asyncio.run(steps())
+    assert engine.figures("r1").samples == len(smashed())
+    counted = engine._figures.registry.get_sample_value(
+        "sfprompt_engine_samples_total", {"run": "r1", "work": "forward"}
+    )
+    assert counted == len(smashed())
+
+
+def test_a_repeat_gets_the_same_answer_and_computes_nothing(
+    make: MakeEngine, key: BodyKey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, calls, real = make(), 0, compute.run_inference
+
+    def counted(*job: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return real(*job)
+
+    monkeypatch.setattr(compute, "run_inference", counted)
+
+    async def repeats() -> None:
+        both = await asyncio.gather(*(engine.forward(lone(key, smashed())) for _ in range(3)))
+        again = await engine.forward(lone(key, smashed()))
+        assert all(torch.equal(again, one) for one in both)
+        with pytest.raises(IdempotencyKeyReused):
+            await engine.forward(lone(key, smashed(seed=5)))
+
+    asyncio.run(repeats())
+    assert calls == 1
+
+
+def test_its_answer_goes_with_its_round(
+    make: MakeEngine, key: BodyKey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, real = make(), compute.run_inference
+    asyncio.run(engine.forward(lone(key, smashed())))
+    engine.release("r1", "p1")
+    assert engine._keeper.answer_bytes == 0
+
+    def overtaken(*job: Any) -> Tensor:
+        engine.release("r1")
+        return real(*job)
+
+    monkeypatch.setattr(compute, "run_inference", overtaken)
+    asyncio.run(engine.forward(lone(key, smashed())))
+    assert engine._keeper.answer_bytes == 0

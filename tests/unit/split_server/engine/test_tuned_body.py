@@ -1,0 +1,130 @@
+"""The body as a part of the global state: averaged by weight, and kept over a restart."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from protocol.errors import StepLost, WrongShape
+from protocol.messages import RunStatus, Task
+from protocol.settings import RunSettings
+from split_model import SplitSettings, load_state
+from split_server.federation import transitions
+from split_server.federation.export import newest_state
+from split_server.storage.events import Once
+from tests.support.federation import SMALL, Bench, everywhere, run_settings, state_of
+
+MODEL = SMALL.model_copy(update={"prompt_count": 0, "tune": "full", "tune_body": True, "cut": 10})
+
+SPLIT = SplitSettings.of(MODEL)
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Bench]:
+    made = Bench(tmp_path)
+    yield made
+    made.close()
+
+
+def created(site: Bench, wire: dict[str, Any] | None = None, **federation: Any) -> str:
+    plain = run_settings(wire=wire, **federation)
+    settings = RunSettings.model_validate({**plain.model_dump(), "model": MODEL.model_dump()})
+    return site.federation.create(settings, Once.of("create", uuid.uuid4().hex)).id
+
+
+def parts_of(value: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A state of this number everywhere: what a device sends of it, and its body."""
+    state = state_of(value, SPLIT)
+    body = {name: tensor for name, tensor in state.items() if name.startswith("body.")}
+    return {name: state[name] for name in state.keys() - body.keys()}, body
+
+
+def send(site: Bench, run: str, who: str, value: float, samples: int = 10, round_: int = 1) -> None:
+    sent, body = parts_of(value)
+    site.update(run, who, sent, samples=samples, round_=round_, held=lambda: body)
+
+
+@pytest.mark.parametrize("wire", [{}, {"update_deltas": True, "updates": "float16"}])
+def test_bodies_are_averaged_as_the_rest_is(site: Bench, wire: dict[str, Any]) -> None:
+    """(10 x 2 + 30 x 6) / 40 = 5; of both parts, in both files."""
+    run = created(site, wire, min_participants=2, evaluate_every=0)
+    a, b = site.join(run, "a"), site.join(run, "b")
+    site.task(run, a), site.task(run, b)
+    send(site, run, b, 6.0, samples=30)
+    send(site, run, a, 2.0, samples=10)
+    assert everywhere(site, run) == 5.0
+    snapshot = site.federation.run(run)
+    assert snapshot.held is not None
+    device = load_state(site.federation.files(run).state(snapshot.state.sha256))
+    held = load_state(site.federation.files(run).held(snapshot.held.sha256))
+    sent, body = parts_of(0.0)
+    assert (device.keys(), held.keys()) == (sent.keys(), body.keys())
+
+
+def test_an_update_without_its_body_is_not_counted(site: Bench) -> None:
+    run = created(site)
+    a = site.join(run)
+    site.task(run, a)
+
+    def lost() -> dict[str, Tensor]:
+        raise StepLost("it is gone")
+
+    with pytest.raises(StepLost):
+        site.update(run, a, parts_of(1.0)[0], held=lost)
+    assert site.task(run, a).task is Task.TRAIN, "it may begin anew"
+    with pytest.raises(WrongShape):  # nor does a device send a body
+        site.update(run, a, state_of(1.0, SPLIT), held=lost)
+    assert site.kinds(run).count("update_counted") == 0
+
+
+def test_a_server_killed_before_the_state_counts_makes_it_again(
+    site: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FedAvgM: 0 to 1; then the momentum is 0.9 x 1 + 0.5, so 1 to 2.4."""
+    run = created(site, rounds=2, server_optimizer="fedavgm", evaluate_every=0)
+    a = site.join(run)
+    site.task(run, a)
+    send(site, run, a, 1.0)
+    assert everywhere(site, run) == 1.0
+    site.task(run, a)
+
+    def crash(*_: Any) -> None:
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(transitions, "apply", crash)
+        send(site, run, a, 1.5, round_=2)
+    assert everywhere(site, run) == 1.0
+    site.close()
+    site.open()
+    site.task(run, a)
+    assert everywhere(site, run) == pytest.approx(2.4)
+    finished, state = newest_state(site.folder, run)
+    assert finished.status is RunStatus.FINISHED
+    assert {name: tensor.shape for name, tensor in state.items()} == {
+        name: tensor.shape for name, tensor in state_of(0.0, SPLIT).items()
+    }
+    assert all(torch.allclose(tensor, torch.tensor(2.4)) for tensor in state.values())
+
+
+def test_bodies_of_rounds_long_over_take_no_disk(site: Bench) -> None:
+    run = created(site, rounds=4, evaluate_every=0)
+    a = site.join(run)
+    for round_ in (1, 2, 3):
+        site.task(run, a)
+        send(site, run, a, float(round_), round_=round_)
+    files, snapshot = site.federation.files(run), site.federation.run(run)
+    assert snapshot.held is not None
+    bodies = {path.stem for path in (files.root / "held").iterdir()}
+    assert snapshot.held.sha256 in bodies
+    assert len(bodies) <= 2, "of four states"
+    assert len(list((files.root / "states").iterdir())) == 4, "what devices took can be had again"
+    site.close()
+    site.open()
+    assert {path.stem for path in (files.root / "held").iterdir()} == {snapshot.held.sha256}

@@ -1,0 +1,129 @@
+"""Who is asking: issued credentials are recognised, everything else is a stranger's."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import stat
+from pathlib import Path
+
+import pytest
+
+from protocol.errors import Forbidden, InvalidField, Unauthorized
+from split_server.federation.credentials import (
+    Credentials,
+    Identity,
+    Joiner,
+    Member,
+    Operator,
+    Stranger,
+    load_operator_token,
+    load_secret,
+    require_member,
+    require_operator,
+    require_reader,
+)
+
+SECRET = b"s" * 32
+
+OPERATOR = "the-operator"
+
+
+def credentials(join_token: str | None = None, secret: bytes = SECRET) -> Credentials:
+    return Credentials(secret, OPERATOR, join_token)
+
+
+def test_a_credential_is_an_hmac_over_run_and_participant() -> None:
+    issued = credentials().issue("r1", "p1")
+    mac = hmac.new(SECRET, b"sfp1.r1.p1", hashlib.sha256).hexdigest()
+    assert issued == f"sfp1.r1.p1.{mac}"
+    assert issued == credentials().issue("r1", "p1"), "a repeated join gets the same one"
+    assert credentials().identify(f"Bearer {issued}") == Member("r1", "p1")
+    assert credentials().identify(f"bearer  {issued} ") == Member("r1", "p1")
+
+
+def test_what_was_not_issued_here_is_a_strangers() -> None:
+    issued = credentials().issue("r1", "p1")
+    mac = issued.rsplit(".", 1)[1]
+    for forged in (
+        f"sfp1.r1.p2.{mac}",
+        f"sfp1.r2.p1.{mac}",
+        f"sfp1.r1.p1.{mac[:-1]}",
+        f"sfp1.r1.p1.{mac[:-1]}{'0' if mac[-1] != '0' else '1'}",
+        f"sfp1.r1.p1.{mac.upper()}",
+        f"sfp2.r1.p1.{mac}",
+        f"sfp1.r1.p1.x.{mac}",
+        "sfp1.r1.p1.",
+        "sfp1...",
+        credentials(secret=b"t" * 32).issue("r1", "p1"),
+        "é" * 100,
+        "",
+    ):
+        assert isinstance(credentials().identify(f"Bearer {forged}"), Stranger)
+    assert isinstance(credentials().identify(f"Basic {issued}"), Stranger)
+    assert isinstance(credentials().identify(issued), Stranger)
+    assert credentials().identify(None) == Stranger(showed_something=False)
+
+
+def test_tokens_are_recognised() -> None:
+    both = credentials("the-join-token")
+    assert both.identify(f"Bearer {OPERATOR}") == Operator()
+    assert both.identify("Bearer the-join-token") == Joiner()
+    both.may_join(Joiner())
+    both.may_join(Operator())
+    refused: list[tuple[Identity, type[Exception]]] = [
+        (Stranger(), Unauthorized),
+        (Stranger(True), Unauthorized),
+        (Member("r1", "p1"), Forbidden),
+    ]
+    for identity, error in refused:
+        credentials().may_join(identity)
+        with pytest.raises(error):
+            both.may_join(identity)
+
+
+def test_each_role_does_its_own() -> None:
+    member = Member("r1", "p1")
+    require_operator(Operator())
+    refused: list[tuple[Identity, type[Exception]]] = [
+        (Stranger(), Unauthorized),
+        (member, Forbidden),
+        (Joiner(), Forbidden),
+    ]
+    for identity, error in refused:
+        with pytest.raises(error):
+            require_operator(identity)
+    assert require_member(member) == require_member(member, "r1") == member
+    refused = [
+        (Stranger(True), Unauthorized),
+        (Operator(), Forbidden),
+        (Joiner(), Forbidden),
+        (Member("r2", "p1"), Forbidden),
+    ]
+    for identity, error in refused:
+        with pytest.raises(error):
+            require_member(identity, "r1")
+    require_reader(Operator(), "r1")
+    require_reader(member, "r1")
+    with pytest.raises(Forbidden):
+        require_reader(member, "r2")
+
+
+def test_secrets_are_made_once_and_for_their_owner_alone(tmp_path: Path) -> None:
+    secret, token = tmp_path / "secret", tmp_path / "operator.token"
+    first = load_secret(secret), load_operator_token(token, None)
+    assert first == (load_secret(secret), load_operator_token(token, None))
+    assert len(first[0]) == 32
+    assert len(first[1]) >= 32
+    for path in (secret, token):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert load_operator_token(token, "given-token") == "given-token"
+
+
+def test_a_damaged_secret_is_not_used(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_bytes(b"short")
+    with pytest.raises(InvalidField):
+        load_secret(tmp_path / "secret")
+    (tmp_path / "operator.token").write_text("\n")
+    with pytest.raises(InvalidField):
+        load_operator_token(tmp_path / "operator.token", None)

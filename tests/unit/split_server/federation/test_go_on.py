@@ -1,0 +1,148 @@
+"""Runs that cannot go on for a moment, or take long, and requests that come meanwhile."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from protocol.messages import Task
+from split_server.federation import transitions
+from split_server.storage.events import Once
+from tests.support.federation import Bench, bench, everywhere, state_of
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Bench]:
+    with bench(tmp_path) as made:
+        yield made
+
+
+@dataclass
+class Disk:
+    """Where a run's steps are written, full from now on."""
+
+    full: bool = True
+    attempts: int = 0
+
+    def patch(self, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+        real: Any = getattr(transitions, step)
+
+        def written(*given: Any) -> Any:
+            self.attempts += 1
+            if self.full:
+                raise OSError("no space left")
+            return real(*given)
+
+        monkeypatch.setattr(transitions, step, written)
+
+
+def test_an_update_counts_although_its_round_cannot_be_aggregated_yet(
+    site: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = site.create(min_participants=2, evaluate_every=0)
+    a, b = site.join(run, "a"), site.join(run, "b")
+    site.update(run, a, state_of(1.0))
+    disk = Disk()
+    disk.patch(monkeypatch, "average")
+    site.update(run, b, state_of(3.0))
+    assert disk.attempts == 1
+    # Whoever polls now makes nothing of it happen again, and is told to wait.
+    for one in (a, b):
+        assert not site.federation.due(run)
+        site.federation.go_on(run)
+        assert site.federation.assignment(run, one).task is Task.WAIT
+    site.join(run, "c")
+    assert disk.attempts == 1
+    site.time.now += 5
+    assert site.federation.due(run)
+    site.federation.go_on(run)
+    assert disk.attempts == 2
+    assert everywhere(site, run) == 0.0
+    disk.full = False
+    site.time.now += 5
+    site.federation.go_on(run)
+    assert disk.attempts == 3
+    assert everywhere(site, run) == 2.0
+    assert site.federation.results(run).rounds[0].updated == (a, b)
+
+
+def test_an_evaluation_counts_although_its_round_cannot_be_closed_yet(
+    site: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = site.create(rounds=1)
+    a = site.join(run)
+    site.update(run, a, state_of(1.0))
+    disk = Disk()
+    disk.patch(monkeypatch, "apply")
+    site.evaluate(run, a, samples=10, correct=9)
+    assert site.federation.assignment(run, a).task is Task.WAIT
+    disk.full = False
+    site.time.now += 5
+    assert site.task(run, a).task is Task.STOP
+    assert site.federation.results(run).rounds[0].accuracy == 0.9
+
+
+def test_who_joins_or_leaves_has_done_so_although_the_run_cannot_go_on(
+    site: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = site.create(min_participants=2)
+    disk = Disk()
+    disk.patch(monkeypatch, "apply")
+    a, b = site.join(run, "a"), site.join(run, "b")
+    assert disk.attempts == 1
+    site.time.now += 5
+    site.federation.leave(run, b, Once.of(f"{run}/{b}/leave", "k"))
+    assert [member.id for member in site.federation.run(run).present] == [a]
+
+
+def test_a_run_that_pauses_holds_up_no_other(site: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = [site.create(evaluate_every=0) for _ in range(2)]
+    first, second = (site.join(run) for run in runs)
+    disk = Disk()
+    disk.patch(monkeypatch, "average")
+    site.update(runs[0], first, state_of(1.0))
+    disk.full = False
+    site.update(runs[1], second, state_of(4.0))
+    assert everywhere(site, runs[0]) == 0.0
+    assert everywhere(site, runs[1]) == 4.0
+
+
+def test_nobody_who_polls_waits_for_an_aggregation(
+    site: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = site.create(min_participants=2, evaluate_every=0)
+    a, b = site.join(run, "a"), site.join(run, "b")
+    site.update(run, a, state_of(1.0))
+    at_work, over, real = threading.Event(), threading.Event(), transitions.average
+
+    def long(*given: Any) -> Any:
+        at_work.set()
+        assert over.wait(20)
+        return real(*given)
+
+    monkeypatch.setattr(transitions, "average", long)
+    last = threading.Thread(target=lambda: site.update(run, b, state_of(3.0)))
+    last.start()
+    polls = [
+        threading.Thread(target=lambda: site.federation.go_on(run, wait=False)) for _ in range(3)
+    ]
+    try:
+        assert at_work.wait(20)
+        assert site.federation.due(run)
+        for poll in polls:
+            poll.start()
+        for poll in polls:
+            poll.join(5)
+        assert not any(poll.is_alive() for poll in polls)
+        assert site.federation.assignment(run, a).task is Task.WAIT
+    finally:
+        over.set()
+        last.join(20)
+        for poll in polls:
+            poll.join(20)
+    assert everywhere(site, run) == 2.0

@@ -1,0 +1,405 @@
+"""The federation plane on a real database, with a clock that the test moves."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from protocol.errors import (
+    Conflict,
+    EmptyUpdate,
+    Forbidden,
+    IdempotencyKeyReused,
+    InvalidField,
+    NonFinite,
+    NotFound,
+    RunClosed,
+    SFPromptError,
+    StaleRound,
+    StepLost,
+    WrongShape,
+)
+from protocol.messages import JoinRequest, RoundStatus, RunStatus, Task
+from split_model import load_state
+from split_server.federation.service import Held
+from split_server.storage.events import Once
+from tests.support.federation import Bench, bench, everywhere, random_state, run_settings, state_of
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Bench]:
+    with bench(tmp_path) as made:
+        yield made
+
+
+def test_a_whole_run(site: Bench) -> None:
+    run = site.create(min_participants=2)
+    a = site.join(run, "a")
+    assert site.task(run, a).task is Task.WAIT
+    b = site.join(run, "b")
+    for round_ in (1, 2):
+        for one in (a, b):
+            assigned = site.task(run, one)
+            assert (assigned.task, assigned.round) == (Task.TRAIN, round_)
+        site.update(run, a, state_of(1.0), round_=round_, samples=30, train_loss=1.0)
+        assert site.task(run, a).task is Task.WAIT
+        site.update(run, b, state_of(5.0), round_=round_, samples=10, train_loss=3.0)
+        for one in (a, b):
+            assert site.task(run, one).task is Task.EVALUATE
+        site.evaluate(run, a, round_=round_, samples=10, correct=9, loss_sum=2.0)
+        site.evaluate(run, b, round_=round_, samples=5, correct=3, loss_sum=7.0)
+    assert everywhere(site, run) == 2.0
+    results = site.federation.results(run)
+    assert results.run.status is RunStatus.FINISHED
+    assert results.run.finished_at is not None
+    first = results.rounds[0]
+    assert (first.status, first.samples, first.train_loss) == (RoundStatus.CLOSED, 40, 1.5)
+    assert (first.accuracy, first.evaluation_loss, first.evaluation_samples) == (0.8, 0.6, 15)
+    assert first.updated == first.sampled == (a, b)
+    assert site.task(run, a).task is Task.STOP
+    assert site.kinds(run) == [
+        "run_created",
+        "participant_joined",
+        "participant_joined",
+        *(
+            [
+                "round_opened",
+                "update_counted",
+                "update_counted",
+                "state_aggregated",
+                "evaluation_counted",
+                "evaluation_counted",
+                "round_closed",
+            ]
+            * 2
+        ),
+        "run_finished",
+    ]
+
+
+def test_a_round_goes_on_without_its_stragglers(site: Bench) -> None:
+    run = site.create(min_participants=2, round_timeout_s=100, evaluate_every=0)
+    a, b = site.join(run, "a"), site.join(run, "b")
+    site.update(run, a, state_of(1.0))
+    site.time.now += 99
+    assert site.task(run, a).task is Task.WAIT
+    site.time.now += 1
+    site.task(run, a)
+    assert everywhere(site, run) == 1.0
+    with pytest.raises(StaleRound):
+        site.update(run, b, state_of(9.0))
+    assert everywhere(site, run) == 1.0
+    assert site.federation.results(run).rounds[0].updated == (a,)
+
+
+def test_the_deadline_counts_even_if_nobody_has_looked_since(site: Bench) -> None:
+    run = site.create(round_timeout_s=10)
+    a = site.join(run)
+    site.time.now += 11
+    with pytest.raises(StaleRound):
+        site.update(run, a, state_of(1.0))
+
+
+def test_too_few_updates_repeat_the_round_and_then_fail_the_run(site: Bench) -> None:
+    run = site.create(round_timeout_s=10, max_repeats=1)
+    a = site.join(run)
+    site.time.now += 10
+    again = site.task(run, a)
+    assert (again.task, again.round, again.attempt) == (Task.TRAIN, 1, 1)
+    with pytest.raises(StaleRound):
+        site.update(run, a, state_of(1.0), attempt=0)
+    site.time.now += 10
+    stop = site.task(run, a)
+    assert (stop.task, stop.status) == (Task.STOP, RunStatus.FAILED)
+    assert stop.reason is not None
+    assert "0 of at least 1 updates" in stop.reason
+    statuses = [view.status for view in site.federation.results(run).rounds]
+    assert statuses == [RoundStatus.REPEATED, RoundStatus.REPEATED]
+    assert everywhere(site, run) == 0.0
+
+
+def test_who_reports_on_no_sample_is_not_waited_for_and_not_counted(site: Bench) -> None:
+    run = site.create(min_participants=2, rounds=2)
+    a, b = site.join(run, "a"), site.join(run, "b")
+    for round_, reported in ((1, (0.5, 2.0, 10)), (2, (None, None, 0))):
+        for one in (a, b):
+            site.update(run, one, state_of(1.0), round_=round_)
+        site.evaluate(run, a, round_=round_, samples=0, correct=0, loss_sum=0.0)
+        assert site.task(run, a).task is Task.WAIT
+        if round_ == 1:
+            site.evaluate(run, b, round_=1, samples=10, correct=5, loss_sum=20.0)
+        else:
+            site.evaluate(run, b, round_=2, samples=0, correct=0, loss_sum=0.0)
+        view = site.federation.results(run).rounds[-1 if round_ == 2 else 0]
+        assert view.status is RoundStatus.CLOSED
+        assert (view.accuracy, view.evaluation_loss, view.evaluation_samples) == reported
+    assert site.task(run, a).task is Task.STOP
+
+
+def test_an_evaluation_that_nobody_answers_ends_at_its_deadline(site: Bench) -> None:
+    run = site.create(round_timeout_s=10)
+    a = site.join(run)
+    site.update(run, a, state_of(1.0))
+    assert site.task(run, a).task is Task.EVALUATE
+    site.time.now += 10
+    assert site.task(run, a).round == 2
+    first = site.federation.results(run).rounds[0]
+    assert (first.status, first.accuracy, first.evaluation_samples) == (RoundStatus.CLOSED, None, 0)
+
+
+def test_a_participant_that_leaves_is_not_waited_for(site: Bench) -> None:
+    run = site.create(min_participants=2, evaluate_every=0)
+    a, b = site.join(run, "a"), site.join(run, "b")
+    site.update(run, a, state_of(1.0))
+    site.federation.leave(run, b, Once.of(f"{run}/{b}/leave", "k"))
+    assert ("left", run, b) in site.watcher.told
+    assert site.task(run, a).round == 2
+    site.federation.leave(run, b, Once.of(f"{run}/{b}/leave", "k"))
+    with pytest.raises(Forbidden):
+        site.federation.leave(run, b, Once.of(f"{run}/{b}/leave", "k2"))
+    assert site.federation.assignment(run, b).task is Task.STOP
+
+
+@pytest.mark.parametrize(
+    ("samples", "change", "error", "goes_on"),
+    [
+        (0, {}, EmptyUpdate, True),
+        (10, {"prompts": float("nan")}, NonFinite, True),
+        (10, {"tail.head.weight": float("inf")}, NonFinite, True),
+        (10, {"prompts": None}, WrongShape, True),
+        (10, {"more": 1.0}, WrongShape, True),
+        (101, {}, InvalidField, False),
+    ],
+)
+def test_an_update_that_cannot_count_is_refused(
+    site: Bench,
+    samples: int,
+    change: dict[str, float | None],
+    error: type[SFPromptError],
+    goes_on: bool,
+) -> None:
+    run = site.create(min_participants=2, evaluate_every=0)
+    bad, good = site.join(run, "bad"), site.join(run, "good")
+    state = state_of(7.0)
+    for name, value in change.items():
+        if value is None:
+            del state[name]
+        else:
+            state.setdefault(name, torch.zeros(3)).view(-1)[0] = value
+    with pytest.raises(error):
+        site.update(run, bad, state, samples=samples)
+    assert site.task(run, bad).task is (Task.WAIT if goes_on else Task.TRAIN)
+    site.update(run, good, state_of(1.0))
+    if goes_on:
+        assert everywhere(site, run) == 1.0
+        view = site.federation.results(run).rounds[0]
+        assert (view.updated, view.samples) == ((good,), 10)
+        assert "update_refused" in site.kinds(run)
+    else:
+        assert site.federation.run(run).closed_rounds == 0
+
+
+def test_a_wrong_shape_is_refused(site: Bench) -> None:
+    run = site.create()
+    a = site.join(run)
+    state = state_of(1.0)
+    state["prompts"] = state["prompts"].unsqueeze(0)
+    with pytest.raises(WrongShape) as caught:
+        site.update(run, a, state)
+    assert caught.value.field == "prompts"
+
+
+def test_one_who_was_refused_may_still_do_better(site: Bench) -> None:
+    run = site.create(min_participants=2, evaluate_every=0)
+    a, b = site.join(run, "a"), site.join(run, "b")
+    with pytest.raises(EmptyUpdate):
+        site.update(run, a, state_of(9.0), samples=0)
+    site.update(run, a, state_of(1.0))
+    site.update(run, b, state_of(3.0))
+    assert everywhere(site, run) == 2.0
+
+
+def on_device(value: float) -> dict[str, torch.Tensor]:
+    """What a device sends whose prompts are tuned on the server."""
+    return {name: tensor for name, tensor in state_of(value).items() if name != "prompts"}
+
+
+def tuned(value: float) -> Held:
+    return lambda: {"prompts": torch.full((1, 2, 192), value)}
+
+
+def test_prompts_that_the_server_has_tuned_are_averaged_with_the_rest(site: Bench) -> None:
+    run = site.create(prompt_at="cut", min_participants=2, evaluate_every=0)
+    a, b = site.join(run, "a"), site.join(run, "b")
+    site.update(run, a, on_device(1.0), samples=30, held=tuned(1.0))
+    site.update(run, b, on_device(5.0), samples=10, held=tuned(5.0))
+    assert everywhere(site, run) == 2.0
+    assert site.state(run)["prompts"].shape == (1, 2, 192)
+    seen = site.federation.files(run).state(site.task(run, a).state.sha256)
+    assert "prompts" not in load_state(seen)
+
+
+def test_an_update_whose_prompts_are_lost_may_come_again(site: Bench) -> None:
+    def lost() -> dict[str, torch.Tensor]:
+        raise StepLost("the server was restarted")
+
+    run = site.create(prompt_at="cut", evaluate_every=0)
+    a = site.join(run)
+    with pytest.raises(StepLost):
+        site.update(run, a, on_device(1.0), key="k", held=lost)
+    assert site.task(run, a).task is Task.TRAIN
+    site.update(run, a, on_device(3.0), key="k", held=tuned(3.0))
+    assert everywhere(site, run) == 3.0
+
+
+def test_prompts_that_are_not_finite_are_refused_as_an_update_is(site: Bench) -> None:
+    def burst() -> dict[str, torch.Tensor]:
+        raise NonFinite("the prompts are not finite")
+
+    run = site.create(prompt_at="cut", min_participants=2, evaluate_every=0)
+    bad, good = site.join(run, "bad"), site.join(run, "good")
+    with pytest.raises(NonFinite):
+        site.update(run, bad, on_device(7.0), held=burst)
+    assert site.task(run, bad).task is Task.WAIT
+    with pytest.raises(WrongShape):  # nor may it send prompts of its own
+        site.update(run, bad, state_of(7.0), held=tuned(7.0))
+    site.update(run, good, on_device(1.0), held=tuned(1.0))
+    assert everywhere(site, run) == 1.0
+
+
+def test_if_nobody_has_a_sample_the_run_fails_without_waiting(site: Bench) -> None:
+    run = site.create(max_repeats=2)
+    a = site.join(run)
+    for attempt in range(3):
+        assert site.task(run, a).attempt == attempt
+        with pytest.raises(EmptyUpdate):
+            site.update(run, a, state_of(1.0), samples=0, attempt=attempt)
+    assert site.federation.run(run).status is RunStatus.FAILED
+
+
+def test_the_order_of_arrival_does_not_show(site: Bench) -> None:
+    names = ["d", "a", "c", "b"]
+    states = {name: random_state(place) for place, name in enumerate(names)}
+    seen = set()
+    for order in itertools.islice(itertools.permutations(names), 0, 24, 5):
+        run = site.create(min_participants=4, evaluate_every=0)
+        who = {name: site.join(run, name) for name in order}
+        for name in reversed(order):
+            site.update(run, who[name], states[name], samples=ord(name) - 90)
+        seen.add(site.federation.run(run).state.sha256)
+    assert len(seen) == 1
+
+
+def test_a_repeated_update_counts_once(site: Bench) -> None:
+    run = site.create(min_participants=2, evaluate_every=0)
+    a, b = site.join(run, "a"), site.join(run, "b")
+    site.update(run, a, state_of(1.0), key="k")
+    site.update(run, a, state_of(1.0), key="k")
+    with pytest.raises(IdempotencyKeyReused):
+        site.update(run, a, state_of(2.0), key="k")
+    with pytest.raises(Conflict) as second:
+        site.update(run, a, state_of(2.0), key="k2")
+    assert (second.value.field, second.value.limit, second.value.value) == ("update", 1, 2)
+    site.update(run, b, state_of(1.0), key="k")
+    assert site.federation.results(run).rounds[0].samples == 20
+    site.update(run, a, state_of(1.0), key="k")  # the round is over; the answer is the same
+    assert site.kinds(run).count("update_counted") == 2
+
+
+def test_a_repeated_join_gives_the_same_participant(site: Bench) -> None:
+    run = site.create(min_participants=2)
+    request = JoinRequest(name="a", train_samples=1, test_samples=0, num_classes=10)
+    once = Once.of(f"{run}/join", "k", b"content")
+    first = site.federation.join(run, request, once)
+    again = site.federation.join(run, request, once)
+    assert first.credential == again.credential
+    assert len(site.federation.run(run).members) == 1
+    with pytest.raises(IdempotencyKeyReused):
+        site.federation.join(run, request, Once.of(f"{run}/join", "k", b"other"))
+
+
+def test_a_repeated_creation_gives_the_same_run(site: Bench) -> None:
+    once = Once.of("create", "k", b"content")
+    first = site.federation.create(run_settings(), once)
+    assert site.federation.create(run_settings(), once) == first
+    assert len(site.federation.views()) == 1
+
+
+def test_evaluations_are_checked_and_counted_once(site: Bench) -> None:
+    run = site.create(min_participants=2)
+    a, b = site.join(run, "a"), site.join(run, "b", test=0)
+    with pytest.raises(StaleRound):
+        site.evaluate(run, a)
+    for one in (a, b):
+        site.update(run, one, state_of(1.0))
+    with pytest.raises(InvalidField):
+        site.evaluate(run, a, samples=11)
+    with pytest.raises(InvalidField):
+        site.evaluate(run, a, samples=0, correct=0, loss_sum=0.1)
+    with pytest.raises(InvalidField):
+        site.evaluate(run, a, loss_sum=-1.0)
+    with pytest.raises(StaleRound):
+        site.evaluate(run, b)
+    site.evaluate(run, a, key="k")
+    site.evaluate(run, a, key="k")
+    assert site.federation.run(run).closed_rounds == 1
+
+
+def test_a_run_can_be_cancelled_once(site: Bench) -> None:
+    run = site.create()
+    a = site.join(run)
+    view = site.federation.cancel(run, Once.of(f"{run}/cancel", "k"))
+    assert view.status is RunStatus.CANCELLED
+    assert site.federation.cancel(run, Once.of(f"{run}/cancel", "k")) == view
+    with pytest.raises(RunClosed):
+        site.federation.cancel(run, Once.of(f"{run}/cancel", "k2"))
+    with pytest.raises(RunClosed):
+        site.update(run, a, state_of(1.0))
+    with pytest.raises(RunClosed):
+        site.join(run, "late")
+    assert site.task(run, a).task is Task.STOP
+
+
+def test_a_device_with_other_classes_is_refused(site: Bench) -> None:
+    run = site.create()
+    request = JoinRequest(name="a", train_samples=1, test_samples=1, num_classes=3)
+    with pytest.raises(InvalidField) as caught:
+        site.federation.join(run, request, Once.of(f"{run}/join", "k"))
+    assert (caught.value.field, caught.value.limit) == ("num_classes", 10)
+
+
+def test_devices_whose_classes_have_other_names_do_not_meet(site: Bench) -> None:
+    run = site.create(min_participants=3)
+
+    def join(name: str, classes: str | None) -> None:
+        request = JoinRequest(
+            name=name, train_samples=1, test_samples=1, num_classes=10, classes_sha256=classes
+        )
+        site.federation.join(run, request, Once.of(f"{run}/join", name))
+
+    join("cats", "a" * 64)
+    join("guest", None)
+    with pytest.raises(InvalidField) as caught:
+        join("dogs", "b" * 64)
+    assert (caught.value.field, caught.value.limit) == ("classes_sha256", ["a" * 64])
+    assert "class_names" in (caught.value.hint or "")
+    join("more cats", "a" * 64)
+
+
+def test_what_is_not_there_is_not_found(site: Bench) -> None:
+    run = site.create()
+    with pytest.raises(NotFound):
+        site.federation.run("r0")
+    with pytest.raises(NotFound):
+        site.federation.member(run, "p9999")
+
+
+@pytest.mark.parametrize("key", [None, "", "x" * 201, "line\nbreak", "é"])
+def test_a_change_needs_a_key(key: str | None) -> None:
+    with pytest.raises(InvalidField) as caught:
+        Once.of("scope", key)
+    assert caught.value.field == "idempotency-key"

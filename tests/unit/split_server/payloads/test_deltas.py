@@ -1,0 +1,427 @@
+"""Smashed data made of copies and changes: once for each request, and the same as on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from edge_client.transport.deltas import Copies, Sample
+from edge_client.transport.deltas import Revision as Sending
+from protocol.errors import (
+    InvalidField,
+    MalformedFrame,
+    NonFinite,
+    SFPromptError,
+    TooLarge,
+    WrongShape,
+)
+from protocol.frames import Frame, decode_frame, encode_frame, join_frame
+from protocol.limits import DEFAULT_LIMITS, FrameLimits
+from split_server.payloads.deltas import read_revision, rebuild
+from split_server.storage.sample_store import Kept, Owner, RowForm, SampleStore, StoreLimits
+from tests.support.federation import SPLIT, TOKENS, WIDTH, smashed
+
+A, B = Owner("r1", "p1"), Owner("r1", "p2")
+
+ONE = TOKENS * WIDTH * 4  # bytes of a copy
+
+PLENTY = 10**8
+
+MOST = 8  # samples of a batch
+
+MakeStore = Callable[..., SampleStore]
+
+Tensors = dict[str, tuple[Tensor, str]]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Iterator[MakeStore]:
+    made: list[SampleStore] = []
+
+    def one(memory: int = PLENTY, disk: int = 0, participant: int = PLENTY) -> SampleStore:
+        folder = tmp_path / f"samples-{len(made)}"
+        made.append(SampleStore(folder, StoreLimits(memory, disk, participant)))
+        return made[-1]
+
+    yield one
+    for store in made:
+        store.close()
+
+
+@pytest.fixture
+def store(make: MakeStore) -> SampleStore:
+    return make()
+
+
+def ids(*names: int) -> Tensor:
+    return torch.tensor([[name] * 16 for name in names], dtype=torch.uint8)
+
+
+def forward(
+    names: Sequence[int],
+    versions: Sequence[tuple[int, int]],
+    whole: dict[int, Tensor] | None = None,
+    changes: dict[int, Tensor] | None = None,
+    codec: str = "float32",
+) -> Tensors:
+    """The tensors of a request: rows by their places."""
+    tensors: Tensors = {
+        "ids": (ids(*names), "uint8"),
+        "versions": (torch.tensor(versions), "int64"),
+    }
+    for part, places, rows in (("whole", "whole_rows", whole), ("changes", "change_rows", changes)):
+        if rows:
+            tensors[part] = (torch.stack(list(rows.values())), codec)
+            tensors[places] = (torch.tensor(list(rows)), "int64")
+    return tensors
+
+
+def frame(tensors: Tensors) -> Frame:
+    meta = {"step": "s", "round": 1}
+    return decode_frame(join_frame(encode_frame("forward", meta, tensors)))
+
+
+def ask(store: SampleStore, tensors: Tensors, owner: Owner = A) -> Tensor | list[int]:
+    return rebuild(store, owner, read_revision(frame(tensors), SPLIT, DEFAULT_LIMITS, MOST))
+
+
+def answer(store: SampleStore, tensors: Tensors, owner: Owner = A) -> Tensor:
+    found = ask(store, tensors, owner)
+    assert isinstance(found, Tensor), f"places {found} are missing"
+    return found
+
+
+def content(store: SampleStore, *names: int, owner: Owner = A) -> list[tuple[int, bytes] | None]:
+    found = store.find(owner, [bytes([name] * 16) for name in names])
+    return [None if kept is None else (kept.version, bytes(kept.data)) for kept in found]
+
+
+X, Y, Z = smashed(4, seed=0), smashed(4, seed=1), smashed(4, seed=2)
+
+
+# Rebuilding
+
+
+def test_whole_changed_and_skipped_rows_make_one_batch(store: SampleStore) -> None:
+    first = answer(store, forward([1, 2], [(-1, 1), (-1, 1)], whole={0: X[0], 1: X[1]}))
+    assert torch.equal(first, X[:2])
+    mixed = forward([2, 3, 1], [(1, 1), (-1, 2), (1, 2)], whole={1: X[2]}, changes={2: Y[0]})
+    assert torch.equal(answer(store, mixed), torch.stack([X[1], X[2], X[0] + Y[0]]))
+    rest = answer(store, forward([1, 2, 3], [(2, 2), (1, 1), (2, 2)]))
+    assert torch.equal(rest, torch.stack([X[0] + Y[0], X[1], X[2]]))
+
+
+@pytest.mark.parametrize("codec", ["float16", "bfloat16", "int8", "int4", "int4-asym", "int4+zstd"])
+def test_copies_are_what_was_decoded(store: SampleStore, codec: str) -> None:
+    whole = forward([1], [(-1, 1)], whole={0: X[0]}, codec=codec)
+    changed = forward([1], [(1, 2)], changes={0: Y[0]}, codec=codec)
+    first, second = frame(whole).tensor("whole").float(), frame(changed).tensor("changes").float()
+    assert torch.equal(answer(store, whole), first)
+    assert torch.equal(answer(store, changed), first + second)
+    assert first.dtype == answer(store, forward([1], [(2, 2)])).dtype == torch.float32
+
+
+def test_a_repeat_is_answered_alike_and_applied_once(store: SampleStore) -> None:
+    answer(store, forward([1, 2, 3], [(-1, 1)] * 3, whole=dict(enumerate(X[:3]))))
+    request = forward([1, 2, 3], [(1, 1), (1, 2), (1, 2)], whole={1: Y[1]}, changes={2: Y[2]})
+    first = answer(store, request)
+    after = content(store, 1, 2, 3)
+    assert torch.equal(answer(store, request), first)
+    assert content(store, 1, 2, 3) == after
+    assert torch.equal(first, torch.stack([X[0], Y[1], X[2] + Y[2]]))
+
+
+def test_what_does_not_fit_is_named_and_nothing_changes(store: SampleStore) -> None:
+    answer(store, forward([1, 2], [(-1, 5), (-1, 5)], whole={0: X[0], 1: X[1]}))
+    before = content(store, 1, 2, 3, 4)
+    request = forward(
+        [4, 1, 2, 3, 9],
+        [(-1, 7), (4, 4), (5, 7), (5, 7), (6, 7)],  # new, other version, right, not here, not here
+        whole={0: Y[0]},
+        changes={2: Y[1], 3: Y[2], 4: Y[3]},
+    )
+    assert ask(store, request) == [1, 3, 4]
+    assert content(store, 1, 2, 3, 4) == before
+
+
+def test_a_late_repeat_of_an_older_request_changes_nothing(store: SampleStore) -> None:
+    answer(store, forward([1], [(-1, 1)], whole={0: X[0]}))
+    old = forward([1], [(1, 2)], changes={0: Y[0]})
+    answer(store, old)
+    answer(store, forward([1], [(2, 3)], changes={0: Z[0]}))
+    before = content(store, 1)
+    assert ask(store, old) == [0]
+    assert content(store, 1) == before
+
+
+def test_nobody_gets_at_the_copies_of_others(store: SampleStore) -> None:
+    answer(store, forward([1], [(-1, 1)], whole={0: X[0]}))
+    assert ask(store, forward([1], [(1, 1)]), owner=B) == [0]
+    answer(store, forward([1], [(-1, 1)], whole={0: Y[0]}), owner=B)
+    assert torch.equal(answer(store, forward([1], [(1, 1)])), X[:1])
+
+
+def test_what_is_answered_is_not_the_copy_itself(store: SampleStore) -> None:
+    answer(store, forward([1], [(-1, 1)], whole={0: X[0]})).zero_()
+    answer(store, forward([1], [(1, 1)])).zero_()
+    assert torch.equal(answer(store, forward([1], [(1, 1)])), X[:1])
+
+
+def test_a_sum_that_leaves_the_range_is_refused_and_nothing_changes(store: SampleStore) -> None:
+    large = torch.full((TOKENS, WIDTH), 3e38)
+    answer(store, forward([1], [(-1, 1)], whole={0: large}))
+    before = content(store, 1)
+    with pytest.raises(NonFinite):
+        ask(store, forward([1], [(1, 2)], changes={0: large}))
+    assert content(store, 1) == before
+
+
+# Refusals
+
+
+def changed(**tensors: tuple[Tensor, str] | None) -> Tensors:
+    """A sound request of two rows, one whole and one changed, with some tensors changed."""
+    sound = forward([1, 2], [(-1, 1), (0, 1)], whole={0: X[0]}, changes={1: X[1]})
+    full = {**sound, **tensors}
+    return {name: tensor for name, tensor in full.items() if tensor is not None}
+
+
+def whole_numbers(*numbers: object) -> tuple[Tensor, str]:
+    return torch.tensor(numbers, dtype=torch.int64), "int64"
+
+
+REFUSALS: list[tuple[Tensors, type[SFPromptError], str]] = [
+    (changed(smashed=(X[:1], "float32")), MalformedFrame, "tensors"),
+    (changed(ids=None), MalformedFrame, "ids"),
+    (changed(ids=(ids(1, 1), "uint8")), MalformedFrame, "ids"),
+    (changed(ids=(ids(1, 2)[:, :8].contiguous(), "uint8")), MalformedFrame, "ids"),
+    (changed(ids=(ids(*range(MOST + 1)), "uint8")), InvalidField, "ids"),
+    (changed(versions=None), MalformedFrame, "versions"),
+    (changed(versions=whole_numbers(1, 2)), MalformedFrame, "versions"),
+    (changed(versions=whole_numbers([1, 2])), MalformedFrame, "versions"),
+    (changed(versions=(torch.zeros(2, 2), "float32")), MalformedFrame, "versions.codec"),
+    (changed(ids=(ids(1, 2), "uint8+zstd")), MalformedFrame, "ids.codec"),
+    (changed(versions=whole_numbers([-1, 1], [1, 1])), MalformedFrame, "versions"),
+    (changed(versions=whole_numbers([1, 1], [0, 1])), MalformedFrame, "versions"),
+    (changed(whole=None, whole_rows=None), MalformedFrame, "versions"),
+    (changed(whole=None), MalformedFrame, "whole"),
+    (changed(whole_rows=None), MalformedFrame, "whole_rows"),
+    (changed(whole=(X[0], "float32")), WrongShape, "whole"),
+    (changed(whole=(X[:1, 1:], "float32")), WrongShape, "whole"),
+    (changed(whole=(X[:0], "float32")), WrongShape, "whole"),
+    (changed(whole=(X[:1], "topk:0.1")), InvalidField, "whole"),
+    (changed(changes=(X[:1], "pq+zstd")), InvalidField, "changes"),
+    (changed(changes=(X[:1].long(), "int64")), InvalidField, "changes"),
+    (changed(whole_rows=whole_numbers(0, 1)), MalformedFrame, "whole_rows"),
+    (changed(whole_rows=whole_numbers(2)), MalformedFrame, "whole_rows"),
+    (changed(whole_rows=whole_numbers(-1)), MalformedFrame, "whole_rows"),
+    (changed(whole_rows=whole_numbers(1)), MalformedFrame, "change_rows"),
+    (changed(whole_rows=(torch.zeros(1), "float32")), MalformedFrame, "whole_rows.codec"),
+    (
+        changed(
+            changes=(X[:2], "float32"),
+            change_rows=whole_numbers(1, 0),
+            whole=None,
+            whole_rows=None,
+        ),
+        MalformedFrame,
+        "change_rows",
+    ),
+    (changed(whole=(X[:1] * torch.nan, "float32")), NonFinite, "whole"),
+    (changed(changes=(X[:1] / 0, "bfloat16")), NonFinite, "changes"),
+]
+
+
+@pytest.mark.parametrize(("tensors", "error", "field"), REFUSALS)
+def test_a_request_at_odds_with_itself_is_refused(
+    tensors: Tensors, error: type[SFPromptError], field: str
+) -> None:
+    with pytest.raises(SFPromptError) as caught:
+        read_revision(frame(tensors), SPLIT, DEFAULT_LIMITS, MOST)
+    assert type(caught.value) is error
+    assert caught.value.field == field
+    assert caught.value.limit is None or caught.value.limit != caught.value.value
+
+
+@pytest.mark.parametrize("part", ["whole", "changes", "neither"])
+def test_a_batch_that_is_small_on_the_wire_alone_is_refused_before_it_is_decoded(
+    part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names, zeros = list(range(1, 7)), dict.fromkeys(range(6), torch.zeros(TOKENS, WIDTH))
+    versions = [(1, 1 if part == "neither" else 2)] * 6
+    sent = {} if part == "neither" else {part: zeros}
+    small = frame(forward(names, versions, **sent, codec="float32+zstd"))
+
+    def decoded(*_: object) -> None:
+        raise AssertionError("a tensor was decoded")
+
+    limits = FrameLimits(max_frame_bytes=6 * ONE)
+    assert len(read_revision(small, SPLIT, limits, MOST).ids) == 6
+    monkeypatch.setattr("split_server.payloads.deltas.read_floats", decoded)
+    with pytest.raises(TooLarge) as caught:
+        read_revision(small, SPLIT, FrameLimits(max_frame_bytes=6 * ONE - 1), MOST)
+    assert (caught.value.field, caught.value.value) == ("ids", 6 * ONE)
+
+
+def test_the_sound_request_is_taken() -> None:
+    revision = read_revision(frame(changed()), SPLIT, DEFAULT_LIMITS, MOST)
+    assert (revision.before, revision.after) == ([-1, 0], [1, 1])
+    assert (revision.whole.places, revision.changes.places) == ([0], [1])
+
+
+# The store
+
+FORM = RowForm("uint8", (10,), (10,))
+
+
+def rows(*numbers: int) -> list[memoryview]:
+    return [memoryview(b"".join(bytes([number] * 10) for number in numbers))]
+
+
+def names(*numbers: int) -> list[bytes]:
+    return [bytes([number] * 16) for number in numbers]
+
+
+def kept(store: SampleStore, *numbers: int) -> list[tuple[int, int] | None]:
+    """Version and content of each."""
+    found: list[Kept | None] = store.find(A, names(*numbers))
+    assert all(one is None or set(one.data) == {one.data[0]} for one in found)
+    return [None if one is None else (one.version, one.data[0]) for one in found]
+
+
+def test_a_sample_is_replaced_with_its_version(store: SampleStore) -> None:
+    assert kept(store, 1) == [None]
+    store.replace(A, FORM, names(1, 2), rows(10, 20), [4, 5])
+    assert kept(store, 2, 3, 1) == [(5, 20), None, (4, 10)]
+    store.replace(A, FORM, names(2), rows(21), [6])
+    assert kept(store, 1, 2) == [(4, 10), (6, 21)]
+    assert store.memory_bytes == 20
+
+
+def test_what_is_only_put_does_not_replace(store: SampleStore) -> None:
+    store.replace(A, FORM, names(1), rows(10), [4])
+    store.put(A, FORM, names(1, 2), rows(11, 20))
+    assert kept(store, 1, 2) == [(4, 10), (0, 20)]
+
+
+def test_the_longest_unused_copies_go(make: MakeStore) -> None:
+    store = make(participant=30)
+    store.replace(A, FORM, names(1, 2, 3), rows(1, 2, 3), [1, 1, 1])
+    store.replace(A, FORM, names(1), rows(10), [2])
+    store.find(A, names(2))
+    store.replace(A, FORM, names(4), rows(4), [3])
+    assert kept(store, 1, 2, 3, 4) == [(2, 10), (1, 2), None, (3, 4)]
+
+
+def test_a_copy_on_disk_keeps_its_version_and_can_be_replaced(make: MakeStore) -> None:
+    store = make(memory=20, disk=100)
+    store.replace(A, FORM, names(1, 2, 3), rows(1, 2, 3), [7, 8, 9])
+    assert (store.memory_bytes, store.disk_bytes) == (20, 10)
+    found = store.find(A, names(1))[0]
+    assert kept(store, 1, 2, 3) == [(7, 1), (8, 2), (9, 3)]
+    store.replace(A, FORM, names(1), rows(10), [10])
+    assert kept(store, 1, 2, 3) == [(10, 10), (8, 2), (9, 3)]
+    assert store.memory_bytes + store.disk_bytes == 30
+    assert found is not None
+    assert bytes(found.data) == bytes([1] * 10)  # whoever reads it still does
+
+
+def test_copies_are_forgotten_with_their_owner(store: SampleStore) -> None:
+    for owner in (A, B):
+        answer(store, forward([1], [(-1, 1)], whole={0: X[0]}), owner)
+    assert store.memory_bytes == 2 * ONE
+    store.drop(A.run, A.participant)
+    assert ask(store, forward([1], [(1, 1)])) == [0]
+    assert torch.equal(answer(store, forward([1], [(1, 1)]), B), X[:1])
+    store.drop(B.run)
+    assert store.memory_bytes == 0
+
+
+def test_a_batch_larger_than_its_room_is_answered_all_the_same(make: MakeStore) -> None:
+    store = make(participant=2 * ONE)
+    batch = forward([1, 2, 3], [(-1, 1)] * 3, whole=dict(enumerate(X[:3])))
+    assert torch.equal(answer(store, batch), X[:3])
+    assert ask(store, forward([1, 2, 3], [(1, 1)] * 3)) == [0]
+
+
+# Both ends
+
+EVENTS = ["nothing", "answer lost", "sent twice", "copies lost", "one copy lost", "forgotten"]
+
+
+class Pair:
+    """A device and a server, with a line between them that the test disturbs."""
+
+    def __init__(self, folder: Path, codecs: tuple[str, str], skip_below: float, room: int) -> None:
+        self.device = Copies(*codecs, skip_below, room * ONE)
+        self.store = SampleStore(folder, StoreLimits(3 * ONE, 3 * ONE, 5 * ONE))
+
+    def visit(self, positions: list[int], batch: Tensor, event: str) -> None:
+        named: list[Sample] = [(position, None) for position in positions]
+        if event == "copies lost":
+            self.store.drop(A.run)
+        if event == "one copy lost":
+            self._lose(named[0], batch)
+        if event == "forgotten":
+            self.device.forget(named[:1])
+        if event == "answer lost":  # and given up: the round was over
+            self._send(self.device.revise(named, batch))
+            return
+        for _ in range(3):
+            revision = self.device.revise(named, batch)
+            found = self._send(revision)
+            if event == "sent twice" and isinstance(found, Tensor):
+                again = self._send(revision)
+                assert isinstance(again, list) or torch.equal(again, found)
+            if isinstance(found, Tensor):
+                self.device.confirm(revision)
+                assert torch.equal(found, revision.decoded)
+                return
+            self.device.forget(named[place] for place in found)
+        raise AssertionError("three sendings were not enough")
+
+    def _send(self, revision: Sending) -> Tensor | list[int]:
+        return ask(self.store, dict(revision.tensors))
+
+    def _lose(self, sample: Sample, batch: Tensor) -> None:
+        """Put something else in the place of a copy."""
+        (name,) = self.device.revise([sample], batch[:1]).tensors["ids"][0]
+        form = RowForm("float32", (TOKENS, WIDTH), (ONE,))
+        self.store.replace(A, form, [bytes(name.tolist())], [memoryview(bytes(ONE))], [2**40])
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    codecs=st.sampled_from(
+        [("float32", "float32"), ("int8", "int4+zstd"), ("float16", "int4-asym")]
+    ),
+    skip_below=st.sampled_from([0.0, 0.05]),
+    room=st.integers(1, 6),
+    visits=st.lists(
+        st.tuples(
+            st.lists(st.integers(0, 6), min_size=1, max_size=3, unique=True),
+            st.sampled_from(EVENTS),
+        ),
+        max_size=10,
+    ),
+)
+def test_both_ends_agree_bit_by_bit_whatever_gets_lost(
+    codecs: tuple[str, str],
+    skip_below: float,
+    room: int,
+    visits: list[tuple[list[int], str]],
+) -> None:
+    with TemporaryDirectory() as folder:
+        pair = Pair(Path(folder) / "samples", codecs, skip_below, room)
+        now = smashed(7)
+        for number, (positions, event) in enumerate(visits):
+            now = now + 0.05 * smashed(7, seed=number + 1)
+            pair.visit(positions, now[positions], event)
+        pair.store.close()

@@ -1,0 +1,294 @@
+"""The smashed data that the server keeps: within its budgets, and never anything but what came."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from protocol.errors import InvalidField, TooLarge
+from split_server.storage.sample_store import RowForm, SampleStore, StoreLimits
+from tests.support.samples import (
+    PLAIN,
+    PLENTY,
+    TEN,
+    TWO_BUFFERS,
+    A,
+    B,
+    C,
+    assert_whole,
+    content,
+    files,
+    kept,
+    lacking,
+    name,
+    put,
+    take,
+)
+
+MakeStore = Callable[..., SampleStore]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Iterator[MakeStore]:
+    made: list[SampleStore] = []
+
+    def one(memory: int = PLENTY, disk: int = 0, participant: int = PLENTY) -> SampleStore:
+        folder = tmp_path / f"samples-{len(made)}"
+        made.append(SampleStore(folder, StoreLimits(memory, disk, participant)))
+        return made[-1]
+
+    yield one
+    for store in made:
+        store.close()
+
+
+# What came is what is given out
+
+
+@pytest.mark.parametrize("form", [PLAIN, TWO_BUFFERS, TEN])
+@pytest.mark.parametrize("memory", [PLENTY, 60])  # below: most of them are on disk
+def test_a_batch_in_any_order_is_what_was_sent(make: MakeStore, form: RowForm, memory: int) -> None:
+    store = make(memory=memory, disk=PLENTY)
+    put(store, A, range(12), form)
+    assert (store.disk_bytes > 0) is (memory == 60)
+    for wanted in ([3], [11, 0, 5, 5, 7], list(range(12))):
+        assert_whole(take(store, A, wanted), A, wanted, form)
+
+
+def test_what_is_handed_out_is_the_takers_own(make: MakeStore) -> None:
+    store = make()
+    put(store, A, [1])
+    found = take(store, A, [1])
+    assert isinstance(found, tuple)
+    found[1][0][:] = bytes(10)
+    assert_whole(take(store, A, [1]), A, [1])
+
+
+def test_a_store_keeps_nothing_of_the_frame_it_came_in(make: MakeStore) -> None:
+    store = make()
+    frame = bytearray(b"".join(content(A, 1, TEN)))
+    store.put(A, TEN, [name(1)], [memoryview(frame)])
+    frame[:] = bytes(10)
+    assert_whole(take(store, A, [1]), A, [1])
+
+
+def test_a_sample_on_disk_comes_back_with_the_same_bytes(make: MakeStore, tmp_path: Path) -> None:
+    store = make(memory=40, disk=PLENTY)
+    put(store, A, range(4), TEN)
+    assert (store.memory_bytes, store.disk_bytes) == (40, 0)
+    put(store, A, range(4, 12), TEN)
+    assert store.memory_bytes <= 40
+    assert sum(files(tmp_path / "samples-0")) == store.disk_bytes >= 80
+    assert kept(store, A) == list(range(12))
+    for number in range(12):
+        assert_whole(take(store, A, [number]), A, [number])
+
+
+def test_a_batch_outlives_what_happens_to_its_samples(make: MakeStore) -> None:
+    store = make(memory=40, disk=PLENTY)
+    put(store, A, range(12))
+    found = take(store, A, range(12))
+    store.drop("r1")
+    assert_whole(found, A, range(12))
+
+
+def test_an_id_that_is_here_is_left_as_it_is(make: MakeStore) -> None:
+    store = make()
+    put(store, A, [1])
+    store.put(A, TEN, [name(1), name(2)], [memoryview(bytes(20))])
+    assert_whole(take(store, A, [1]), A, [1])
+    assert store.memory_bytes == 20
+
+
+# What is missing
+
+
+def test_the_places_of_what_is_missing_are_told_and_nothing_is_lost(make: MakeStore) -> None:
+    store = make(memory=30, disk=0)
+    put(store, A, [1, 2, 3])
+    assert take(store, A, [9, 1, 8, 2, 8]) == [0, 2, 4] == lacking(store, A, [9, 1, 8, 2, 8])
+    assert take(store, B, [1, 2]) == [0, 1] == lacking(store, B, [1, 2])
+    assert store.memory_bytes == 30
+    put(store, A, [4])  # 1 and 2 were asked for
+    assert kept(store, A) == [1, 2, 4]
+
+
+def test_to_ask_what_is_missing_uses_nothing(make: MakeStore) -> None:
+    store = make(memory=30)
+    put(store, A, [1, 2, 3])
+    assert lacking(store, A, [1]) == []
+    put(store, A, [4])
+    assert kept(store, A) == [2, 3, 4]
+
+
+def test_mixed_forms_are_refused(make: MakeStore) -> None:
+    store = make()
+    put(store, A, [1], PLAIN)
+    put(store, A, [2], TWO_BUFFERS)
+    with pytest.raises(InvalidField) as caught:
+        take(store, A, [1, 2])
+    assert caught.value.field == "ids"
+    assert_whole(take(store, A, [1]), A, [1], PLAIN)
+    assert_whole(take(store, A, [2]), A, [2], TWO_BUFFERS)
+
+
+@pytest.mark.parametrize(("memory", "participant"), [(9, 100), (100, 9)])
+def test_a_sample_over_a_limit_is_refused_and_nothing_else_lost(
+    make: MakeStore, memory: int, participant: int
+) -> None:
+    store = make(memory, 1000, participant)
+    put(store, A, [1], PLAIN)
+    with pytest.raises(TooLarge) as caught:
+        put(store, A, [2], TEN)
+    assert (caught.value.limit, caught.value.value) == (9, 10)
+    assert kept(store, A) == [1]
+    assert store.memory_bytes == 8
+
+
+# Who goes first
+
+
+def test_the_one_unused_for_longest_goes_first(make: MakeStore) -> None:
+    store = make(memory=40)
+    put(store, A, [1, 2, 3, 4])
+    take(store, A, [1])
+    put(store, A, [2])  # sent again: used again
+    put(store, A, [5])
+    assert kept(store, A) == [1, 2, 4, 5]
+    put(store, A, [6])
+    assert kept(store, A) == [1, 2, 5, 6]
+
+
+def test_the_owner_unused_for_longest_goes_first(make: MakeStore) -> None:
+    store = make(memory=40)
+    put(store, A, [1, 2])
+    put(store, B, [1, 2])
+    take(store, A, [1])
+    put(store, C, [1, 2])
+    assert (kept(store, A), kept(store, B), kept(store, C)) == ([1, 2], [], [1, 2])
+
+
+def test_a_participant_over_its_budget_loses_its_own_samples_alone(make: MakeStore) -> None:
+    store = make(participant=30)
+    put(store, B, [1, 2, 3])
+    put(store, A, [1, 2])
+    put(store, A, [3, 4, 5])
+    assert (kept(store, A), kept(store, B)) == ([3, 4, 5], [1, 2, 3])
+    assert store.memory_bytes == 60
+
+
+def test_the_budget_of_a_participant_counts_its_disk(make: MakeStore) -> None:
+    store = make(memory=20, disk=PLENTY, participant=50)
+    put(store, A, range(9))
+    assert kept(store, A) == [4, 5, 6, 7, 8]
+    assert store.memory_bytes <= 20
+
+
+def test_from_disk_what_was_unused_for_longest_goes_first(make: MakeStore) -> None:
+    store = make(memory=40, disk=40)
+    put(store, A, range(8))
+    assert (store.memory_bytes, store.disk_bytes) == (40, 40)
+    take(store, A, [0])
+    put(store, A, [8])
+    assert kept(store, A) == [0, *range(2, 9)]
+
+
+@pytest.mark.parametrize("disk", [0, 40])
+def test_a_batch_is_there_once_what_it_lacked_was_sent(make: MakeStore, disk: int) -> None:
+    """Those of it that were here, and unused for longest, must not make room for the others."""
+    store = make(memory=80, disk=disk, participant=80 + disk)
+    put(store, A, range(20))
+    here = kept(store, A)
+    batch = [*here[:5], 0, 1]
+    assert take(store, A, batch) == [5, 6]
+    put(store, A, [0, 1])
+    assert_whole(take(store, A, batch), A, batch)
+
+
+@pytest.mark.parametrize("disk", [0, 15, 1000])
+def test_what_was_just_sent_is_there(make: MakeStore, disk: int) -> None:
+    """However large a sample is: else a device would send it for ever."""
+    store = make(memory=100, disk=disk)
+    small, large = RowForm("uint8", (20,), (20,)), RowForm("uint8", (90,), (90,))
+    for form, number in ((small, 1), (large, 2), (large, 3), (small, 4), (large, 5)):
+        put(store, A, [number], form)
+        assert_whole(take(store, A, [number]), A, [number], form)
+
+
+# Owners
+
+
+def test_owners_never_see_each_others_samples(make: MakeStore) -> None:
+    store = make()
+    put(store, A, [1, 2])
+    assert [lacking(store, owner, [1, 2]) for owner in (A, B, C)] == [[], [0, 1], [0, 1]]
+    for owner in (B, C):
+        put(store, owner, [1])
+    for owner in (A, B, C):
+        assert_whole(take(store, owner, [1]), owner, [1])
+
+
+def test_dropping_frees_memory_and_files(make: MakeStore, tmp_path: Path) -> None:
+    store = make(memory=40, disk=PLENTY)
+    for owner in (A, B, C):
+        put(store, owner, range(10))
+    store.drop("r1", "p2")
+    assert [kept(store, owner, range(10)) for owner in (A, B, C)] == [
+        list(range(10)),
+        [],
+        list(range(10)),
+    ]
+    store.drop("r1")
+    assert kept(store, A, range(10)) == []
+    assert_whole(take(store, C, range(10)), C, range(10))
+    assert sum(files(tmp_path / "samples-0")) == store.disk_bytes
+    store.drop("r2")
+    store.drop("r2")
+    assert (store.memory_bytes, store.disk_bytes, files(tmp_path / "samples-0")) == (0, 0, [])
+    put(store, A, [1])
+    assert_whole(take(store, A, [1]), A, [1])
+
+
+def test_what_an_earlier_process_has_left_is_removed(tmp_path: Path) -> None:
+    limits = StoreLimits(40, PLENTY, PLENTY)
+    killed = SampleStore(tmp_path / "samples", limits)
+    put(killed, A, range(10))
+    assert files(tmp_path / "samples")
+    again = SampleStore(tmp_path / "samples", limits)
+    assert (files(tmp_path / "samples"), kept(again, A)) == ([], [])
+    again.close()
+    assert not (tmp_path / "samples").exists()
+
+
+def test_no_more_files_are_mapped_than_the_process_may_hold(tmp_path: Path) -> None:
+    store = SampleStore(tmp_path / "samples", StoreLimits(40, PLENTY, PLENTY, files=3))
+    put(store, A, range(40))
+    assert 0 < len(files(tmp_path / "samples")) <= 3
+    assert kept(store, A)[-1] == 39
+    store.close()
+
+
+def test_only_its_own_files_are_removed(tmp_path: Path) -> None:
+    photo = tmp_path / "samples" / "photo.jpg"
+    photo.parent.mkdir()
+    photo.write_bytes(b"x")
+    (tmp_path / "samples" / "old.samples").write_bytes(b"x")
+    SampleStore(tmp_path / "samples", StoreLimits(40, PLENTY, PLENTY)).close()
+    assert list(photo.parent.iterdir()) == [photo]
+
+
+def test_a_full_disk_costs_samples_and_nothing_else(
+    make: MakeStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def full(*_args: object, **_more: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("split_server.storage.sample_store.mmap.mmap", full)
+    store = make(memory=60, disk=PLENTY)
+    put(store, A, range(12))
+    assert store.memory_bytes <= 60
+    assert store.disk_bytes == 0
+    assert files(tmp_path / "samples-0") == []
+    assert_whole(take(store, A, [11]), A, [11])

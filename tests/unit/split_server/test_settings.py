@@ -1,0 +1,182 @@
+"""Settings: where they come from, and what a wrong one is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from protocol.errors import InvalidField
+from split_server.cli import app
+from split_server.runtime.device import choose_placement
+from split_server.runtime.process import keep_large_buffers
+from split_server.settings import DEFAULT_PORT, ServerSettings, load_settings
+from split_server.storage.data_dir import held_folder
+
+
+@pytest.fixture(autouse=True)
+def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SPLIT_SERVER_PORT", raising=False)
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "server.toml"
+    path.write_text(text)
+    return path
+
+
+def test_flags_win_over_the_environment_and_that_over_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = written(tmp_path, 'port = 1\nhost = "from-file"\nqueue_mib = 7\n')
+    monkeypatch.setenv("SPLIT_SERVER_PORT", "2")
+    monkeypatch.setenv("SPLIT_SERVER_HOST", "from-environment")
+    settings = load_settings({"port": 3, "host": None}, file)
+    assert (settings.port, settings.host, settings.queue_mib) == (3, "from-environment", 7)
+    assert load_settings().max_frame_mib == 256
+    monkeypatch.delenv("SPLIT_SERVER_PORT")
+    assert load_settings().port == DEFAULT_PORT
+
+
+@pytest.mark.parametrize(
+    ("flags", "field", "words"),
+    [
+        ({"port": 70_000}, "port", ["port", "65535", "70000", "--port"]),
+        ({"device": "tpu"}, "device", ["device", "'cuda'", "tpu"]),
+        ({"engine_memory_mib": 0}, "engine_memory_mib", ["--engine-memory-mib", "1"]),
+        ({"step_timeout_s": -1}, "step_timeout_s", ["step_timeout_s", "-1"]),
+        ({"tls_cert": "c.pem"}, "settings", ["tls_cert", "tls_key"]),
+        (
+            {"join_token": "same-token", "operator_token": "same-token"},
+            "settings",
+            ["join_token", "operator_token"],
+        ),
+    ],
+)
+def test_a_wrong_flag_is_named(flags: dict[str, object], field: str, words: list[str]) -> None:
+    with pytest.raises(InvalidField) as caught:
+        load_settings(flags)
+    assert caught.value.field == field
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_a_wrong_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPLIT_SERVER_PORT", "many")
+    with pytest.raises(InvalidField, match="SPLIT_SERVER_PORT"):
+        load_settings()
+
+
+def test_a_wrong_or_unknown_setting_of_the_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InvalidField, match=r"server\.toml"):
+        load_settings({}, written(tmp_path, 'log_level = "loud"'))
+    with pytest.raises(InvalidField, match="no setting prot"):
+        load_settings({}, written(tmp_path, "prot = 1"))
+    with pytest.raises(InvalidField, match="TOML"):
+        load_settings({}, written(tmp_path, "port ="))
+    with pytest.raises(InvalidField, match="cannot be read"):
+        load_settings({}, tmp_path / "none.toml")
+
+
+def test_a_token_is_not_shown() -> None:
+    with pytest.raises(InvalidField) as caught:
+        load_settings({"operator_token": "hunter2"})
+    assert caught.value.field == "operator_token"
+    assert "hunter2" not in str(caught.value)
+    assert "hunter-long" not in repr(load_settings({"operator_token": "hunter-long"}))
+
+
+def test_placements() -> None:
+    placement = choose_placement("cpu")
+    assert (placement.device.type, placement.dtype, placement.dtype_name) == (
+        "cpu",
+        torch.float32,
+        "float32",
+    )
+    half = choose_placement("cpu", "bfloat16")
+    assert (half.dtype, half.flowing) == (torch.bfloat16, torch.float32)
+    for device, dtype, field in (("tpu", "auto", "device"), ("cpu", "int8", "dtype")):
+        with pytest.raises(InvalidField) as caught:
+            choose_placement(device, dtype)
+        assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("cuda", "bfloat16", "mps", "expected"),
+    [
+        (True, True, True, ("cuda", torch.bfloat16)),
+        (True, False, False, ("cuda", torch.float32)),
+        (False, False, True, ("mps", torch.float32)),
+        (False, False, False, ("cpu", torch.float32)),
+    ],
+)
+def test_the_fastest_device_that_torch_tells_of_is_chosen(
+    monkeypatch: pytest.MonkeyPatch,
+    cuda: bool,
+    bfloat16: bool,
+    mps: bool,
+    expected: tuple[str, torch.dtype],
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: bfloat16)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    placement = choose_placement()
+    assert (placement.device.type, placement.dtype) == expected
+    assert choose_placement("cpu").device.type == "cpu"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device")
+def test_a_device_that_is_not_there_is_named() -> None:
+    with pytest.raises(InvalidField, match="does not see"):
+        choose_placement("cuda")
+
+
+def test_the_allocator_is_asked_without_harm() -> None:
+    assert keep_large_buffers() in (True, False)
+
+
+@pytest.mark.parametrize(
+    "command", ["serve", "create-run", "runs", "watch", "cancel", "results", "export"]
+)
+def test_every_command_explains_itself(command: str) -> None:
+    shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"})
+    assert shown.exit_code == 0
+    assert "Usage" in shown.output
+
+
+def test_the_help_of_serve_names_every_source_and_gives_examples() -> None:
+    shown = CliRunner().invoke(app, ["serve", "--help"], env={"COLUMNS": "200"}).output
+    for words in ("SPLIT_SERVER_PORT", "TOML", "--device", "split-server serve --host"):
+        assert words in shown
+
+
+def test_the_help_of_serve_has_every_setting_with_its_default() -> None:
+    shown = CliRunner().invoke(app, ["serve", "--help"], env={"COLUMNS": "300"}).output
+    for name, setting in ServerSettings.model_fields.items():
+        assert f"--{name.replace('_', '-')} " in shown
+        if setting.default is not None:
+            assert f"Default: {setting.default}." in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "field"),
+    [
+        (["create-run", "--set", "name=a", "--set", "name.x=1"], "set"),
+        (["runs", "--url", "gpu-node:8500"], "url"),
+        (["runs", "--url", "https://gpu-node:8500", "--ca-file", "no/such.pem"], "ca_file"),
+        (["serve", "--tls-cert", "no/such.pem", "--tls-key", "no/such.pem"], "settings"),
+    ],
+)
+def test_a_wrong_word_on_the_command_line_is_named(words: list[str], field: str) -> None:
+    shown = CliRunner().invoke(app, words)
+    assert isinstance(shown.exception, InvalidField)
+    assert shown.exception.field == field
+
+
+def test_a_folder_in_use_is_one_line_and_no_traceback(tmp_path: Path) -> None:
+    with held_folder(tmp_path):
+        shown = CliRunner().invoke(app, ["serve", "--port", "0", "--data-dir", str(tmp_path)])
+    assert isinstance(shown.exception, InvalidField)
+    assert shown.exception.field == "data_dir"
