@@ -14,7 +14,7 @@ from edge_client.data import Augmentation, BatchReader, CorruptImageError, Datas
 from edge_client.model import DeviceModel
 from edge_client.reporter import Reporter
 from edge_client.smashed.head_cache import HeadOutputs
-from edge_client.smashed.uploads import KeptSamples
+from edge_client.smashed.uploads import SampleUploader
 from edge_client.storage.blob_cache import BlobCache
 from edge_client.storage.global_state import GlobalStates
 from edge_client.storage.identity import device_secret
@@ -26,8 +26,8 @@ from edge_client.training import (
     Samples,
     evaluate,
     inactive_neurons,
-    keep_samples,
     local_update,
+    select_samples,
     split_train,
 )
 from edge_client.transport import Server, SplitPlane
@@ -175,7 +175,7 @@ class Participant:
             return Samples(images, outputs)
         form = f"{self._head.sha256} {settings.wire.smashed}"
         secret = device_secret(self.folder)
-        return Samples(images, outputs, KeptSamples(outputs, images, self._plane, secret, form))
+        return Samples(images, outputs, SampleUploader(outputs, images, self._plane, secret, form))
 
     def _carry_out(self, assignment: Assignment) -> None:
         try:
@@ -241,7 +241,7 @@ class Participant:
             self.reporter.advance,
             proximal,
         )
-        kept = keep_samples(context)
+        kept = select_samples(context)
         local_loss = local_update(context)
         through_server = len(kept) > 0 and self.settings.training.split_epochs > 0
         trained = split_train(context, self._plane, kept) if through_server else None

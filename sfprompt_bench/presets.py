@@ -92,7 +92,7 @@ def traffic_preset(form: Form, *, quick: bool) -> Preset:
     return replace(preset, settings=settings)
 
 
-BodyType = Annotated[
+DTypeOption = Annotated[
     DType,
     typer.Option(
         help="What the body computes in; auto: float32 on a CPU. One with instructions for "

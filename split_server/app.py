@@ -19,19 +19,19 @@ from prometheus_client import ProcessCollector
 from starlette.types import Receive, Scope, Send
 
 from split_server.engine.api import Engine, EngineLimits
-from split_server.engine.body_cache import Bodies
+from split_server.engine.body_cache import BodyCache
 from split_server.engine.engine import LocalEngine
 from split_server.engine.metrics import EngineFigures
 from split_server.federation.credentials import Credentials, load_operator_token, load_secret
-from split_server.federation.liveness import Presence
-from split_server.federation.service import Federation
-from split_server.http.body import Room
+from split_server.federation.liveness import Liveness
+from split_server.federation.service import FederationService
+from split_server.http.body import BodyBudget
 from split_server.http.connection import MeteredProtocol
 from split_server.http.errors import add_error_handlers
 from split_server.http.federation_routes import FederationRoutes
-from split_server.http.handlers import Desk
+from split_server.http.handlers import HandlerContext
 from split_server.http.metrics import RunCollector, metrics_router
-from split_server.http.middleware import Gate, SmallBodies
+from split_server.http.middleware import JSONBodyLimit, RequestMiddleware
 from split_server.http.split_plane import SplitPlane
 from split_server.models.body_key import BodyKey
 from split_server.runtime.aio import Notifier
@@ -39,7 +39,7 @@ from split_server.runtime.clock import Clock
 from split_server.runtime.device import SideStreams, choose_placement
 from split_server.runtime.process import descriptor_limit
 from split_server.settings import ServerSettings
-from split_server.storage.data_dir import held_folder, require_whole
+from split_server.storage.data_dir import lock_data_dir, require_whole
 from split_server.storage.database import Store
 from split_server.storage.sample_store import SampleStore, StoreLimits
 from split_server.storage.traffic import Meter
@@ -88,7 +88,7 @@ class _Watcher:
 class _Compiling:
     """Compiles the bodies of open runs before anybody has to wait for them."""
 
-    federation: Federation
+    federation: FederationService
     engine: Engine
     ready: set[BodyKey] = field(default_factory=set)
 
@@ -120,7 +120,7 @@ class SplitServer:
         add_error_handlers(self._fastapi)
         self._meter = Meter()
         self._notifier: Notifier | None = None
-        self._app: Any = Gate(self._fastapi, self._meter)
+        self._app: Any = RequestMiddleware(self._fastapi, self._meter)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self._app(scope, receive, send)
@@ -142,7 +142,7 @@ class SplitServer:
         samples = await asyncio.to_thread(self._sample_store)
         watcher = _Watcher(notifier, engine, samples)
         federation = await asyncio.to_thread(self._federation, store, watcher)
-        room = Room(settings.queue_mib * _MIB, engine.busy)
+        room = BodyBudget(settings.queue_mib * _MIB, engine.busy_error)
         routes = FederationRoutes(
             federation,
             self._credentials,
@@ -164,8 +164,10 @@ class SplitServer:
             RunCollector(federation.open_runs, figures.of_run, self._meter.run)
         )
         plane = SplitPlane(
-            SmallBodies(app, settings.body_timeout_s),
-            Desk(engine, samples, self.placement.device, federation.files, settings.frame_limits),
+            JSONBodyLimit(app, settings.body_timeout_s),
+            HandlerContext(
+                engine, samples, self.placement.device, federation.files, settings.frame_limits
+            ),
             federation,
             self._presence,
             settings.frame_limits,
@@ -174,7 +176,7 @@ class SplitServer:
             SideStreams(self.placement.device),
             settings.body_timeout_s,
         )
-        self._app = Gate(plane, self._meter, self._credentials)
+        self._app = RequestMiddleware(plane, self._meter, self._credentials)
         ticking = [asyncio.create_task(self._tick(federation, engine))]
         if settings.compile:
             compiling = _Compiling(federation, engine)
@@ -207,7 +209,7 @@ class SplitServer:
             max_wait_s=settings.max_wait_ms / 1000,
             backward=settings.backward,
         )
-        bodies = Bodies(self.placement, settings.max_bodies, compiled=settings.compile)
+        bodies = BodyCache(self.placement, settings.max_bodies, compiled=settings.compile)
         return LocalEngine(bodies, self.placement, limits, figures=figures)
 
     def _sample_store(self) -> SampleStore:
@@ -220,7 +222,7 @@ class SplitServer:
         )
         return SampleStore(settings.data_dir / "samples", limits)
 
-    def _federation(self, store: Store, watcher: _Watcher) -> Federation:
+    def _federation(self, store: Store, watcher: _Watcher) -> FederationService:
         settings, clock = self.settings, Clock()
         given = settings.operator_token
         operator = load_operator_token(
@@ -232,14 +234,14 @@ class SplitServer:
             operator,
             join.get_secret_value() if join else None,
         )
-        self._presence = Presence(settings.live_window_s, clock)
-        federation = Federation(
+        self._presence = Liveness(settings.live_window_s, clock)
+        federation = FederationService(
             settings.data_dir, store, self._credentials, self._meter, self._presence, watcher, clock
         )
         federation.load()
         return federation
 
-    async def _tick(self, federation: Federation, engine: Engine) -> None:
+    async def _tick(self, federation: FederationService, engine: Engine) -> None:
         """Notice deadlines, and save now and then what only memory holds."""
         for number in range(1, 2**62):
             await asyncio.sleep(_TICK_S)
@@ -254,7 +256,7 @@ class SplitServer:
                     await asyncio.to_thread(federation.save_traffic)
 
 
-def _watch(figures: EngineFigures, room: Room, samples: SampleStore) -> None:
+def _watch(figures: EngineFigures, room: BodyBudget, samples: SampleStore) -> None:
     watch = figures.watch
     watch("sfprompt_requests_bytes", "Bodies of requests that are held", lambda: room.taken)
     watch(
@@ -328,7 +330,7 @@ def serve_until_stopped(application: SplitServer, settings: ServerSettings) -> N
     Raises:
         InvalidField: the folder is in use, cannot be used, or is of another release.
     """
-    with held_folder(settings.data_dir):
+    with lock_data_dir(settings.data_dir):
         require_whole(settings.data_dir, settings.database)
         Store(settings.database).close()  # a wrong schema is told in one line, not in a traceback
         # A search for cycles in all that was imported takes a fifth of a second: not while serving.

@@ -30,8 +30,8 @@ class HeadOutputs:
     def __init__(self, head: Head, samples: BatchReader, cache_bytes: int) -> None:
         self.head = head
         self._samples = samples
-        leading = needed_tokens(head.settings)
-        tokens = head.sizes.tokens if leading is None else leading
+        num_tokens = needed_tokens(head.settings)
+        tokens = head.sizes.tokens if num_tokens is None else num_tokens
         row_bytes = tokens * head.sizes.width * 4
         fits = len(samples) * row_bytes <= cache_bytes
         rows = len(samples) if fits else 0

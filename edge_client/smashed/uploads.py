@@ -10,13 +10,13 @@ from torch import Tensor
 
 from edge_client.data import BatchReader
 from edge_client.smashed.head_cache import HeadOutputs
-from edge_client.transport.split_client import SplitPlane, samples_in_a_frame
+from edge_client.transport.split_client import SplitPlane, max_samples_per_frame
 from protocol.messages import SAMPLE_ID_BYTES
 
 _CHUNK = 64  # samples sent together: what is lost when a connection breaks
 
 
-class KeptSamples:
+class SampleUploader:
     """One set's samples by the ids under which the server keeps their smashed data.
 
     An id is a hash of the image, the head and the codec under a secret of the device: equal
@@ -39,7 +39,7 @@ class KeptSamples:
         form: str,
     ) -> None:
         self._outputs = outputs
-        self._chunk = samples_in_a_frame(outputs.head, _CHUNK)
+        self._chunk = max_samples_per_frame(outputs.head, _CHUNK)
         self._samples = samples
         self._plane = plane
         self._secret = secret

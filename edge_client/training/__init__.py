@@ -3,8 +3,8 @@
 from edge_client.training.context import Diverged, Proximal, RoundContext, Samples
 from edge_client.training.evaluation import Evaluation, evaluate
 from edge_client.training.local_update import local_update
-from edge_client.training.selection import inactive_neurons, keep_samples
-from edge_client.training.split_training import Trained, split_train
+from edge_client.training.selection import inactive_neurons, select_samples
+from edge_client.training.split_training import TrainingResult, split_train
 
 __all__ = [
     "Diverged",
@@ -12,10 +12,10 @@ __all__ = [
     "Proximal",
     "RoundContext",
     "Samples",
-    "Trained",
+    "TrainingResult",
     "evaluate",
     "inactive_neurons",
-    "keep_samples",
+    "select_samples",
     "local_update",
     "split_train",
 ]

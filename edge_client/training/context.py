@@ -12,7 +12,7 @@ from torch import Tensor
 from edge_client.data import BatchReader, shuffled
 from edge_client.model import DeviceModel
 from edge_client.smashed.head_cache import HeadOutputs
-from edge_client.smashed.uploads import KeptSamples
+from edge_client.smashed.uploads import SampleUploader
 from edge_client.transport import SamplesMissing
 from protocol.seeds import derive_seed
 from protocol.settings import RunSettings
@@ -61,7 +61,7 @@ class Samples:
 
     images: BatchReader
     outputs: HeadOutputs | None = None
-    kept: KeptSamples | None = None
+    kept: SampleUploader | None = None
 
     def __len__(self) -> int:
         return len(self.images)

@@ -15,14 +15,14 @@ from torch.nn import functional as F
 from edge_client.model import DeviceModel
 from edge_client.training.context import Advance, Samples
 from edge_client.transport import SplitPlane
-from edge_client.transport.split_client import samples_in_a_frame
+from edge_client.transport.split_client import max_samples_per_frame
 
 Item = TypeVar("Item")
 
 Made = TypeVar("Made")
 
 
-def one_ahead(items: Iterable[Item], make: Callable[[Item], Made]) -> Iterator[tuple[Item, Made]]:
+def prefetch(items: Iterable[Item], make: Callable[[Item], Made]) -> Iterator[tuple[Item, Made]]:
     """Each item with what ``make`` makes of it, on a thread, one item ahead of whoever takes them.
 
     What ``make`` raises comes at its item's turn.
@@ -72,7 +72,7 @@ def evaluate(
     everything = torch.arange(len(samples))
     if samples.kept is not None:
         samples.kept.ensure(everything)
-    chunks = everything.split(samples_in_a_frame(model.head, _BATCH)) if len(samples) else ()
+    chunks = everything.split(max_samples_per_frame(model.head, _BATCH)) if len(samples) else ()
 
     def smashed_of(positions: Tensor) -> Tensor | None:
         if samples.outputs is not None:
@@ -81,7 +81,7 @@ def evaluate(
             smashed: Tensor = model.head(samples.images.read(positions)[0], model.prompts)
             return smashed
 
-    for done, (positions, smashed) in enumerate(one_ahead(chunks, smashed_of), start=1):
+    for done, (positions, smashed) in enumerate(prefetch(chunks, smashed_of), start=1):
         step = f"evaluate.{round_}.{done}"
 
         def request(batch: Tensor, step: str = step) -> Tensor:

@@ -11,7 +11,7 @@ from split_model.proxies.neurons import InactiveNeurons
 
 
 @torch.no_grad()
-def keep_samples(context: RoundContext) -> Tensor:
+def select_samples(context: RoundContext) -> Tensor:
     """Positions [k] of the samples to keep for split training, ascending.
 
     The shortcut of SFPrompt (arXiv 2407.17533, section 3): head → tail without body and prompts.

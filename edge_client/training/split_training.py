@@ -24,7 +24,7 @@ _SENDINGS = 5  # of one step's forward, before its loss is reported as an error
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainingResult:
     """What split training came to: the mean cross-entropy over its last epoch.
 
     ``session`` names what belongs to it of prompts or body, where those are tuned on the server.
@@ -34,7 +34,7 @@ class Trained:
     session: str | None = None
 
 
-def split_train(context: RoundContext, plane: SplitPlane, kept: Tensor) -> Trained:
+def split_train(context: RoundContext, plane: SplitPlane, kept: Tensor) -> TrainingResult:
     """Split training in U-shape over the kept samples [k] (SFPrompt, section 3).
 
     With prompts at the input, four tensors a step: smashed data up, features down, their gradient
@@ -55,7 +55,7 @@ def split_train(context: RoundContext, plane: SplitPlane, kept: Tensor) -> Train
 
 def _train_with_prompts_at_the_input(
     context: RoundContext, plane: SplitPlane, kept: Tensor
-) -> Trained:
+) -> TrainingResult:
     model = context.model
     optimizer = make_optimizer(context.run.training, model.prompts, model.tail, head=model.head)
     batches = _Batches(context, kept)
@@ -73,7 +73,7 @@ def _train_with_prompts_at_the_input(
         context.pull()
         optimizer.step()
         batches.count(epoch, loss, len(positions))
-    return Trained(batches.mean_loss)
+    return TrainingResult(batches.mean_loss)
 
 
 def _step(
@@ -112,7 +112,7 @@ def _step(
     return loss
 
 
-def _train_with_the_body(context: RoundContext, plane: SplitPlane, kept: Tensor) -> Trained:
+def _train_with_the_body(context: RoundContext, plane: SplitPlane, kept: Tensor) -> TrainingResult:
     """Head, body and tail (SplitFed, arXiv 2004.12088): no step can be sent under another name."""
     model = context.model
     optimizer = make_optimizer(context.run.training, None, model.tail, head=model.head)
@@ -138,7 +138,7 @@ def _train_with_the_body(context: RoundContext, plane: SplitPlane, kept: Tensor)
         smashed.backward(_corrected(context, returned, smashed.detach(), None))
         optimizer.step()
         batches.count(epoch, loss, len(positions))
-    return Trained(batches.mean_loss, session)
+    return TrainingResult(batches.mean_loss, session)
 
 
 def _forward(
@@ -180,7 +180,7 @@ def _corrected(
 
 def _train_with_prompts_at_the_cut(
     context: RoundContext, plane: SplitPlane, kept: Tensor
-) -> Trained:
+) -> TrainingResult:
     """One exchange a step: the gradients of a batch go up with the ids of the next one."""
     samples, model = context.samples, context.model
     if samples.kept is not None:
@@ -216,7 +216,7 @@ def _train_with_prompts_at_the_cut(
         optimizer.step()
         batches.count(epoch, loss, len(positions))
     plane.exchange(meta(batches.steps), gradients, None, context.noise(batches.steps))
-    return Trained(batches.mean_loss, session)
+    return TrainingResult(batches.mean_loss, session)
 
 
 def _views(context: RoundContext) -> list[int | None]:

@@ -107,7 +107,7 @@ class BrokenAnswer(Exception):
 
 
 @dataclass(frozen=True)
-class Answer:
+class RawResponse:
     """One answer.
 
     Attributes:
@@ -121,7 +121,7 @@ class Answer:
     keeps_alive: bool
 
 
-def read_answer(socket: CountingSocket, most: int, *, bodiless: bool = False) -> Answer:
+def read_answer(socket: CountingSocket, most: int, *, bodiless: bool = False) -> RawResponse:
     """The next answer that comes through a socket.
 
     Args:
@@ -152,7 +152,7 @@ def read_answer(socket: CountingSocket, most: int, *, bodiless: bool = False) ->
             body = _read_exactly(socket, length, message.body)
         followed = message.followed or (bodiless and bool(message.body))
         keeps_alive = message.keeps_alive and not followed
-        return Answer(message.status, message.headers, body, keeps_alive)
+        return RawResponse(message.status, message.headers, body, keeps_alive)
     finally:
         message.parser = None  # they hold each other
 
@@ -304,7 +304,7 @@ class Connection:
         self.used = False
         self.closed = False
 
-    def exchange(self, request: httpx.Request, timeout: float, most: int) -> Answer:
+    def exchange(self, request: httpx.Request, timeout: float, most: int) -> RawResponse:
         """Send a request and read its answer, of a body of at most ``most`` bytes.
 
         Raises:

@@ -28,7 +28,7 @@ _NONE = -1  # the version of a copy that is not there
 
 
 @dataclass(frozen=True)
-class Revision:
+class DeltaBatch:
     """A batch for the server, against the copies that it has.
 
     Attributes:
@@ -59,7 +59,7 @@ class _Copy:
         return self.smashed.numel() * self.smashed.element_size()
 
 
-class Copies:
+class DeltaCache:
     """The copies of one set's samples, the one unused for longest first.
 
     A copy changes only once the server has said that its own did. Every revision has a version of
@@ -89,7 +89,7 @@ class Copies:
     def __len__(self) -> int:
         return len(self._copies)
 
-    def revise(self, samples: Sequence[Sample], smashed: Tensor) -> Revision:
+    def revise(self, samples: Sequence[Sample], smashed: Tensor) -> DeltaBatch:
         """What to send of these samples, each named once, now that they give this [B, T, D].
 
         Raises:
@@ -118,9 +118,9 @@ class Copies:
         for row in sent:
             versions[row][1] = self._version
         tensors["versions"] = _whole_numbers(versions)
-        return Revision(tuple(samples), tensors, decoded, self._version, sent)
+        return DeltaBatch(tuple(samples), tensors, decoded, self._version, sent)
 
-    def confirm(self, revision: Revision) -> None:
+    def confirm(self, revision: DeltaBatch) -> None:
         """The server has taken this revision."""
         for row in revision.sent:
             sample = revision.samples[row]

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import httpx
 
-from edge_client.transport.connection import BROKEN, Answer, Body, BrokenAnswer, Connection
+from edge_client.transport.connection import BROKEN, Body, BrokenAnswer, Connection, RawResponse
 from edge_client.transport.link import Line, Link
 from protocol.limits import DEFAULT_LIMITS
 from protocol.traffic import Traffic
@@ -107,7 +107,9 @@ class MeteredTransport(httpx.BaseTransport):
             for connection in connections:
                 connection.close()
 
-    def _exchange(self, connection: Connection, request: httpx.Request, timeout: float) -> Answer:
+    def _exchange(
+        self, connection: Connection, request: httpx.Request, timeout: float
+    ) -> RawResponse:
         sent, received = connection.socket.sent, connection.socket.received
         try:
             return connection.exchange(request, timeout, self._max_body_bytes)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from edge_client.transport.client import Server
-from edge_client.transport.deltas import Copies, Revision
+from edge_client.transport.deltas import DeltaBatch, DeltaCache
 from protocol.errors import Busy, MalformedFrame, SFPromptError
 from protocol.frames import Frame, require_kind
 from protocol.limits import DEFAULT_LIMITS, MIB
@@ -68,18 +68,18 @@ class SplitPlane:
     ) -> None:
         self._server = server
         self._wire = run.wire
-        self.copies: Copies | None = None
+        self.copies: DeltaCache | None = None
         if run.wire.delta_smashed is not None:
-            self.copies = Copies(
+            self.copies = DeltaCache(
                 run.wire.smashed, run.wire.delta_smashed, run.wire.skip_below, copies_bytes
             )
         split = SplitSettings.of(run.model)
         sizes = anatomy(split)
-        leading = needed_tokens(split) if run.wire.pooled_features else None
+        num_tokens = needed_tokens(split) if run.wire.pooled_features else None
         tokens = sizes.tokens + split.prompt_count
-        self._features = (tokens if leading is None else leading, sizes.width)
+        self._features = (tokens if num_tokens is None else num_tokens, sizes.width)
 
-    def forward(self, batch: Tensor | Revision, *, step: str, round_: int) -> Tensor:
+    def forward(self, batch: Tensor | DeltaBatch, *, step: str, round_: int) -> Tensor:
         """Features [B, T', D] of smashed data [B, T, D]; the server keeps the step.
 
         Raises:
@@ -87,9 +87,9 @@ class SplitPlane:
                 then send another revision under another name.
         """
         meta = {"step": step, "round": round_}
-        tensors = batch.tensors if isinstance(batch, Revision) else self._batch(batch)
+        tensors = batch.tensors if isinstance(batch, DeltaBatch) else self._batch(batch)
         reply = self._server.ask(FORWARD_PATH, "forward", meta, tensors)
-        if isinstance(batch, Revision):
+        if isinstance(batch, DeltaBatch):
             _require_kept(reply, len(batch))
         return _tensor(reply, "features", (len(batch), *self._features))
 
@@ -267,7 +267,7 @@ _FLOAT_BYTES = 4
 _HEADER_BYTES = MIB
 
 
-def samples_in_a_frame(head: Head, most: int) -> int:
+def max_samples_per_frame(head: Head, most: int) -> int:
     """At most ``most``, and fewer where all their tokens in float32 would be over the limit.
 
     Tokens are those of the body, prompts included: answers may be as large as what was sent.

@@ -118,8 +118,8 @@ class Centralised:
     def _features(self, images: Tensor, prompts: Tensor | None) -> Tensor:
         at_cut = self.settings.model.prompt_at == "cut"
         smashed = self.head(images, None if at_cut else prompts)
-        leading = None if self.body.sizes.averaged else self.tail.leading
-        features: Tensor = self.body(smashed, prompts if at_cut else None, leading)
+        num_tokens = None if self.body.sizes.averaged else self.tail.num_tokens
+        features: Tensor = self.body(smashed, prompts if at_cut else None, num_tokens)
         return features
 
     def _pooled(self, samples: BatchReader) -> tuple[Tensor, Tensor]:

@@ -24,10 +24,10 @@ from sfprompt_bench.engine.report import (
 )
 from sfprompt_bench.engine.roundtrip import measure_roundtrip
 from sfprompt_bench.engine.soak import measure_soak
-from sfprompt_bench.engine.stand import Stand, stand
+from sfprompt_bench.engine.stand import Testbed, stand
 from sfprompt_bench.engine.throughput import measure_curve, measure_throughput, points_of
 from sfprompt_bench.engine.workload import QUICK, QUICK_CUT, EngineSetting, Load, Plan
-from sfprompt_bench.presets import BodyType, JsonFile
+from sfprompt_bench.presets import DTypeOption, JsonFile
 from sfprompt_bench.run.preflight import run_folder
 
 
@@ -43,7 +43,7 @@ def engine(
         int | None, typer.Option(min=0, help="Blocks in the head. Default: 1, or 6 with --quick.")
     ] = None,
     device: Annotated[str, typer.Option(help="Of the body: auto | cuda | mps | cpu")] = "cpu",
-    dtype: BodyType = "auto",
+    dtype: DTypeOption = "auto",
     minutes: Annotated[
         float | None, typer.Option(min=0.05, help="Of the soak. Default: 10, or 0.3 with --quick.")
     ] = None,
@@ -95,7 +95,7 @@ def measure_engine(setting: EngineSetting, folder: Path, console: Console) -> Fi
         return _measured(place, bars)
 
 
-def _measured(place: Stand, bars: Progress) -> Findings:
+def _measured(place: Testbed, bars: Progress) -> Findings:
     plan = place.setting.plan
     trip = measure_roundtrip(place, _bar(bars, "round trip", plan.turn_repetitions + 1))
     loads = len(plan.loads) * (plan.repetitions + 1)

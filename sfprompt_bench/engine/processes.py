@@ -197,7 +197,7 @@ class OpenRun:
     round: int
 
 
-class Hosted:
+class ServerProcess:
     """A server that answers."""
 
     def __init__(self, process: Process, port: int, data_dir: Path) -> None:
@@ -249,7 +249,7 @@ class Hosted:
 @contextmanager
 def hosted(
     name: str, folder: Path, cores: Cores, settings: Mapping[str, object]
-) -> Iterator[Hosted]:
+) -> Iterator[ServerProcess]:
     """A server on its own cores, with settings of its own, until the end of the block.
 
     Raises:
@@ -274,6 +274,6 @@ def hosted(
             wait_until_healthy(process, probe.is_healthy, _START_S)
         finally:
             probe.close()
-        yield Hosted(process, port, data_dir)
+        yield ServerProcess(process, port, data_dir)
     finally:
         process.stop()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sfprompt_bench.engine.processes import Worker
-from sfprompt_bench.engine.stand import Stand
+from sfprompt_bench.engine.stand import Testbed
 from sfprompt_bench.engine.workload import Spread
 
 _STAGE_TIMES = 40
@@ -95,7 +95,7 @@ class RoundTrip:
         }
 
 
-def measure_roundtrip(stand: Stand, advance: Callable[[str], None]) -> RoundTrip:
+def measure_roundtrip(stand: Testbed, advance: Callable[[str], None]) -> RoundTrip:
     """Round trips of the server and of the echo, in turn."""
     setting = stand.setting
     shape = setting.turn_shape
@@ -129,7 +129,7 @@ def measure_roundtrip(stand: Stand, advance: Callable[[str], None]) -> RoundTrip
 
 
 def _turns(
-    stand: Stand, shape: tuple[int, int, int], round_: int
+    stand: Testbed, shape: tuple[int, int, int], round_: int
 ) -> tuple[Turns, dict[str, list[float]]]:
     before = stand.server.cpu_s()
     found = stand.crowd.ask("turn", shape=shape, round_=round_, times=stand.setting.plan.turns)
@@ -138,7 +138,7 @@ def _turns(
     return Turns(seconds, found["cpu_s"], stand.server.cpu_s() - before), kinds
 
 
-def _echoes(stand: Stand, echo: Worker, port: int, nbytes: int) -> Turns:
+def _echoes(stand: Testbed, echo: Worker, port: int, nbytes: int) -> Turns:
     before = echo.ask("spent")["cpu_s"]
     times = 2 * stand.setting.plan.turns
     found = stand.crowd.ask("echo", port=port, nbytes=nbytes, times=times)

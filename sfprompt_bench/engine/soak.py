@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from protocol.errors import SFPromptError
-from sfprompt_bench.engine.stand import Stand, work_of
+from sfprompt_bench.engine.stand import Testbed, work_of
 from sfprompt_bench.engine.workload import Load, quantile
 
 _WARM_UP = 0.2  # share of the time
@@ -96,7 +96,7 @@ class Soak:
         }
 
 
-def measure_soak(stand: Stand, tick: Callable[[float], None]) -> Soak:
+def measure_soak(stand: Testbed, tick: Callable[[float], None]) -> Soak:
     """Let all clients work for the plan's time; ``tick`` is told the seconds that have passed.
 
     Raises:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sfprompt_bench.engine.baselines import Limit
-from sfprompt_bench.engine.processes import HOST, Cores, Hosted, OpenRun, Worker, hosted
+from sfprompt_bench.engine.processes import HOST, Cores, OpenRun, ServerProcess, Worker, hosted
 from sfprompt_bench.engine.workload import EngineSetting, Load, shape_of
 
 
@@ -46,19 +46,21 @@ class Looped:
 
 
 @dataclass
-class Stand:
+class Testbed:
     """A server with an open run, the clients' process and the loop's, each on its cores."""
 
     setting: EngineSetting
     folder: Path
     cores: Cores
-    server: Hosted
+    server: ServerProcess
     run: OpenRun
     crowd: Worker
     loop: Worker
     limit: Limit  # of the device, for this body
 
-    def serve(self, load: Load, steps: int, other: tuple[Hosted, OpenRun] | None = None) -> Served:
+    def serve(
+        self, load: Load, steps: int, other: tuple[ServerProcess, OpenRun] | None = None
+    ) -> Served:
         """Let the clients of a load do so many steps each; on another server where one is given."""
         server, run = other or (self.server, self.run)
         before = server.cpu_s()
@@ -81,7 +83,7 @@ class Stand:
         return Looped(samples / found["seconds"], found["cpu_s"], samples)
 
 
-def work_of(server: Hosted, run: OpenRun, load: Load) -> dict[str, Any]:
+def work_of(server: ServerProcess, run: OpenRun, load: Load) -> dict[str, Any]:
     """What `sfprompt_bench.engine.clients.work` is to be told."""
     return {
         "host": HOST,
@@ -93,7 +95,7 @@ def work_of(server: Hosted, run: OpenRun, load: Load) -> dict[str, Any]:
 
 
 @contextmanager
-def stand(setting: EngineSetting, folder: Path, cores: Cores) -> Iterator[Stand]:
+def stand(setting: EngineSetting, folder: Path, cores: Cores) -> Iterator[Testbed]:
     """Start it all, and stop it at the end of the block.
 
     Raises:
@@ -115,7 +117,7 @@ def stand(setting: EngineSetting, folder: Path, cores: Cores) -> Iterator[Stand]
             place=setting.place,
             threads=cores.threads,
         )
-        yield Stand(
+        yield Testbed(
             setting=setting,
             folder=folder,
             cores=cores,

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sfprompt_bench.engine.processes import Hosted, OpenRun, hosted
-from sfprompt_bench.engine.stand import Looped, Served, Stand
+from sfprompt_bench.engine.processes import OpenRun, ServerProcess, hosted
+from sfprompt_bench.engine.stand import Looped, Served, Testbed
 from sfprompt_bench.engine.workload import Load, Plan, Spread
 
 Advance = Callable[[str], None]  # told what has been done
@@ -81,12 +81,12 @@ def steps_for(load: Load, samples_per_s: float, seconds: float) -> int:
     return max(_LEAST_STEPS, round(seconds * samples_per_s / load.samples))
 
 
-def measure_throughput(stand: Stand, advance: Advance) -> list[Throughput]:
+def measure_throughput(stand: Testbed, advance: Advance) -> list[Throughput]:
     """Every load of the plan, the loop and the server in turn."""
     return [_measure(stand, load, advance) for load in stand.setting.plan.loads]
 
 
-def _measure(stand: Stand, load: Load, advance: Advance) -> Throughput:
+def _measure(stand: Testbed, load: Load, advance: Advance) -> Throughput:
     plan = stand.setting.plan
     rate = stand.loop_over(load.samples, 1).samples_per_s  # also warms it up
     steps = steps_for(load, rate, plan.seconds)
@@ -146,7 +146,7 @@ def points_of(plan: Plan) -> list[Load]:
     )
 
 
-def measure_curve(stand: Stand, advance: Callable[[str], None]) -> list[Point]:
+def measure_curve(stand: Testbed, advance: Callable[[str], None]) -> list[Point]:
     """Every point of the plan, on two servers that take turns."""
     settings = stand.setting.place | WITHOUT_BATCHING
     with hosted("server-alone", stand.folder, stand.cores, settings) as alone:
@@ -157,7 +157,7 @@ def measure_curve(stand: Stand, advance: Callable[[str], None]) -> list[Point]:
 
 
 def _measure_curve(
-    stand: Stand, load: Load, other: tuple[Hosted, OpenRun], advance: Callable[[str], None]
+    stand: Testbed, load: Load, other: tuple[ServerProcess, OpenRun], advance: Callable[[str], None]
 ) -> Point:
     plan = stand.setting.plan
     stand.serve(load, 1)

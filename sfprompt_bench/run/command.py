@@ -13,7 +13,7 @@ from edge_client.data.partition import SCHEMES, parse_scheme
 from protocol.messages import parse_message
 from protocol.presets import Form
 from protocol.settings import RunSettings
-from sfprompt_bench.presets import PRESETS, BodyType, JsonFile, preset_named
+from sfprompt_bench.presets import PRESETS, DTypeOption, JsonFile, preset_named
 from sfprompt_bench.run.local_run import LocalRun
 from sfprompt_bench.run.preflight import run_folder
 from sfprompt_bench.run.report import result_table, write_files
@@ -50,7 +50,7 @@ def run(
     server_threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads of the body. Default: all.")
     ] = None,
-    dtype: BodyType = "auto",
+    dtype: DTypeOption = "auto",
     out: Annotated[Path | None, typer.Option(help="Run folder. Default: runs/DATA-TIME.")] = None,
     json_file: JsonFile = None,
 ) -> None:

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from protocol.presets import FORMS
-from sfprompt_bench.presets import BodyType, JsonFile, traffic_preset
+from sfprompt_bench.presets import DTypeOption, JsonFile, traffic_preset
 from sfprompt_bench.run.preflight import run_folder
 from sfprompt_bench.run.processes import usable_cores
 from sfprompt_bench.traffic.ladder import Setting, climb, ladder
@@ -43,7 +43,7 @@ def traffic(
             min=1, help="Runs at a time. Default: one for each CPU core, or two with --quick."
         ),
     ] = None,
-    dtype: BodyType = "auto",
+    dtype: DTypeOption = "auto",
     out: Annotated[
         Path | None, typer.Option(help="Folder; runs found there are not repeated.")
     ] = None,

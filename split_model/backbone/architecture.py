@@ -117,7 +117,7 @@ class Anatomy:
     prefix: int  # class, distillation and register tokens, at the front
     patches: int  # image tokens behind the cut
     family: str  # "plain", "rotary" (Eva) or "relative" (Beit)
-    leading: int | None  # the first features that the tail reads; None: it reads them all
+    num_tokens: int | None  # the first features that the tail reads; None: it reads them all
     averaged: bool = False  # the tail reads the mean of the image tokens, before any norm
 
     @property
@@ -249,7 +249,7 @@ def _measure(model: Any) -> Anatomy:
         prefix=int(model.num_prefix_tokens),
         patches=int(model.patch_embed.num_patches),
         family=family_of(model) or "",
-        leading=(2 if distilled else 1) if by_token else None,
+        num_tokens=(2 if distilled else 1) if by_token else None,
         averaged=model.global_pool == "avg" and plain_pool and norm_follows,
     )
 

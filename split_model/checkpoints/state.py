@@ -92,10 +92,10 @@ def initial_state(settings: SplitSettings, weights: Mapping[str, Tensor], seed: 
 def device_shapes(settings: SplitSettings) -> dict[str, tuple[int, ...]]:
     """The shapes of what a device tunes: all of the state, less what is tuned on the server."""
     shapes = state_shapes(settings)
-    return {name: shapes[name] for name in shapes if not is_held(name, settings.prompt_at)}
+    return {name: shapes[name] for name in shapes if not is_server_side(name, settings.prompt_at)}
 
 
-def is_held(name: str, prompt_at: PromptPlacement) -> bool:
+def is_server_side(name: str, prompt_at: PromptPlacement) -> bool:
     """Whether a tensor of a state is tuned on the server, and never seen by a device.
 
     That are prompts that join at the cut, and a tuned body.

@@ -20,7 +20,7 @@ def activation_dtype(device: torch.device | str, dtype: torch.dtype) -> torch.dt
     return torch.float32 if on_cpu and dtype == torch.bfloat16 else dtype
 
 
-def product(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def mixed_linear(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``inputs`` [..., I] times ``weight`` [O, I], plus ``bias`` [O]: [..., O], of inputs' type.
 
     Where the types differ, the product is taken in that of the weight, which gets no gradient.
@@ -31,7 +31,7 @@ def product(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return result
 
 
-class HalfLinear(nn.Linear):
+class BFloat16Linear(nn.Linear):
     """A frozen linear layer that keeps its weights in bfloat16, for float32 inputs."""
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -43,7 +43,7 @@ class HalfLinear(nn.Linear):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """[..., I] to [..., O]."""
-        return product(inputs, self.weight, self.bias)
+        return mixed_linear(inputs, self.weight, self.bias)
 
 
 def multiply_in_bfloat16(part: nn.Module) -> None:
@@ -56,7 +56,7 @@ def multiply_in_bfloat16(part: nn.Module) -> None:
         for name, child in list(module.named_children()):
             own_bias = name == "qkv" and getattr(module, "q_bias", None) is not None
             if type(child) is nn.Linear and not own_bias:
-                setattr(module, name, HalfLinear(child))
+                setattr(module, name, BFloat16Linear(child))
 
 
 def _frozen(weight: Tensor) -> nn.Parameter:

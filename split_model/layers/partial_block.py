@@ -14,26 +14,26 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from split_model.backbone.libraries import timm
-from split_model.layers.bfloat16 import HalfLinear, product
+from split_model.layers.bfloat16 import BFloat16Linear, mixed_linear
 
 
-def can_ask(block: nn.Module) -> bool:
-    """Whether `ask` knows this block: timm's plain one, with timm's plain attention."""
+def supports_partial_run(block: nn.Module) -> bool:
+    """Whether `run_for_tokens` knows this block: timm's plain one, with timm's plain attention."""
     attention: Any = getattr(block, "attn", None)
     # Exact types: a subclass, or a layer put in its place, may compute otherwise.
     return (
         type(block) is timm.models.vision_transformer.Block
         and type(attention) is timm.models.vision_transformer.Attention
-        and type(attention.qkv) in (nn.Linear, HalfLinear)
+        and type(attention.qkv) in (nn.Linear, BFloat16Linear)
         and getattr(attention, "gate", None) is None
     )
 
 
-def ask(block: Any, tokens: Tensor, others: Tensor | None, count: int) -> Tensor:
+def run_for_tokens(block: Any, tokens: Tensor, others: Tensor | None, count: int) -> Tensor:
     """The block's output for the first ``count`` of the tokens, [B, count, D].
 
     Args:
-        block: one that `can_ask` knows.
+        block: one that `supports_partial_run` knows.
         tokens: [B, T, D].
         others: [B, P, D], more tokens to attend to. Attention does not mind their place.
         count: at most T.
@@ -51,8 +51,8 @@ def _attend(attention: Any, normed: Tensor, count: int) -> Tensor:
     heads, width = attention.num_heads, attention.qkv.out_features // 3
     weight, bias = attention.qkv.weight, attention.qkv.bias
     own, shared = (None, None) if bias is None else (bias[:width], bias[width:])
-    asked = product(normed[:, :count], weight[:width], own)  # (B, count, H·d)
-    held = product(normed, weight[width:], shared)  # (B, T, 2·H·d)
+    asked = mixed_linear(normed[:, :count], weight[:width], own)  # (B, count, H·d)
+    held = mixed_linear(normed, weight[width:], shared)  # (B, T, 2·H·d)
     query = asked.reshape(batch, count, heads, -1).transpose(1, 2)  # (B, H, count, d)
     key, value = held.reshape(batch, length, 2, heads, -1).permute(2, 0, 3, 1, 4)  # (B, H, T, d)
     query, key = attention.q_norm(query), attention.k_norm(key)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from split_model.backbone.architecture import Anatomy, anatomy, skeleton
 from split_model.errors import TokenCountError, UnsupportedBackboneError, WeightsMismatchError
-from split_model.layers.partial_block import ask, can_ask
+from split_model.layers.partial_block import run_for_tokens, supports_partial_run
 from split_model.layers.positions import padded_bias, padded_rope, use_shared_bias
 from split_model.layers.prompts import drop_prompts, insert_prompts, spread_prompts
 from split_model.settings import SplitSettings
@@ -141,21 +141,21 @@ class Part(nn.Module):
         tokens: Tensor,
         prompts: int,
         after: BlockHook | None = None,
-        leading: int | None = None,
+        num_tokens: int | None = None,
     ) -> Tensor:
-        """[B, T, D] through this part's blocks, in order, to [B, T, D] or its ``leading`` tokens.
+        """[B, T, D] through this part's blocks, in order, to [B, T, D] or its ``num_tokens`` tokens.
 
         `prompts` of the T tokens, behind the prefix, are untouched by positions. `after` may
         change the tokens behind each block.
         """
-        return self._through(tokens, lambda _: None, prompts, after, leading)
+        return self._through(tokens, lambda _: None, prompts, after, num_tokens)
 
     def run_deep(
         self,
         tokens: Tensor,
         prompts: Tensor,
         after: BlockHook | None = None,
-        leading: int | None = None,
+        num_tokens: int | None = None,
     ) -> Tensor:
         """As `run`, with fresh prompts in each block: VPT-Deep (arXiv 2203.12119, section 3.2).
 
@@ -166,7 +166,7 @@ class Part(nn.Module):
         def of_block(place: int) -> Tensor:
             return prompts[..., place, :, :]  # (P, D) or (B, P, D)
 
-        return self._through(tokens, of_block, prompts.shape[-2], after, leading)
+        return self._through(tokens, of_block, prompts.shape[-2], after, num_tokens)
 
     def _through(
         self,
@@ -174,26 +174,26 @@ class Part(nn.Module):
         fresh: Callable[[int], Tensor | None],
         prompts: int,
         after: BlockHook | None,
-        leading: int | None,
+        num_tokens: int | None,
     ) -> Tensor:
         rope = self._rope(prompts) if self.blocks else None
         last, prefix = len(self.blocks) - 1, self.sizes.prefix
         for place, (number, block) in enumerate(self.blocks.items()):
-            own, asking = fresh(place), can_ask(block) and not self.whole_blocks
+            own, asking = fresh(place), supports_partial_run(block) and not self.whole_blocks
             if asking and own is not None and place < last:
-                tokens = ask(block, tokens, spread_prompts(own, tokens), tokens.shape[1])
+                tokens = run_for_tokens(block, tokens, spread_prompts(own, tokens), tokens.shape[1])
             else:
                 if own is not None:
                     tokens = insert_prompts(tokens, own, prefix)
-                if asking and leading is not None and place == last:
-                    tokens = ask(block, tokens, None, leading)
+                if asking and num_tokens is not None and place == last:
+                    tokens = run_for_tokens(block, tokens, None, num_tokens)
                 else:
                     tokens = self._whole(block, int(number), tokens, prompts, rope)
                 if own is not None and place < last:
                     tokens = drop_prompts(tokens, prompts, prefix)
             if after is not None:
                 tokens = after(tokens)
-        return tokens[:, :leading]
+        return tokens[:, :num_tokens]
 
     def _whole(
         self, block: nn.Module, number: int, tokens: Tensor, prompts: int, rope: Tensor | None

@@ -19,9 +19,9 @@ class Body(Part):
         super().__init__(settings, body_blocks(settings), POSITIONS)
 
     def forward(
-        self, smashed: Tensor, prompts: Tensor | None = None, leading: int | None = None
+        self, smashed: Tensor, prompts: Tensor | None = None, num_tokens: int | None = None
     ) -> Tensor:
-        """[B, T, D] to features [B, T', D], or to their first ``leading`` tokens.
+        """[B, T, D] to features [B, T', D], or to their first ``num_tokens`` tokens.
 
         `prompts`, where they join at the cut: [L, P, D] for the whole batch, or [B, L, P, D] for
         a batch of several participants; L is 1 (shallow) or the number of body blocks (deep).
@@ -29,12 +29,12 @@ class Body(Part):
         """
         inside = self.prompt_tokens(smashed, "smashed data")
         if prompts is None:
-            return self.run(smashed, inside, leading=leading)
+            return self.run(smashed, inside, num_tokens=num_tokens)
         self._check_prompts(smashed, prompts, inside)
         if self.settings.prompt_depth == "deep":
-            return self.run_deep(smashed, prompts, leading=leading)
+            return self.run_deep(smashed, prompts, num_tokens=num_tokens)
         tokens = insert_prompts(smashed, prompts[..., 0, :, :], self.sizes.prefix)
-        return self.run(tokens, prompts.shape[-2], leading=leading)
+        return self.run(tokens, prompts.shape[-2], num_tokens=num_tokens)
 
     def _tunes(self, name: str, *, parameter: bool) -> bool:
         return parameter and self.settings.tune_body

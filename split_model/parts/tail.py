@@ -27,7 +27,7 @@ class Tail(Part):
             add_lora(settings, self.blocks)
 
     @property
-    def leading(self) -> int | None:
+    def num_tokens(self) -> int | None:
         """How many leading feature tokens are enough, or None where all are needed."""
         return needed_tokens(self.settings)
 
@@ -52,7 +52,11 @@ class Tail(Part):
         return tune == "bias" and parameter and is_bias(name)
 
     def _normed(self, features: Tensor) -> Tensor:
-        if self.leading is not None and features.ndim == 3 and features.shape[1] == self.leading:
+        if (
+            self.num_tokens is not None
+            and features.ndim == 3
+            and features.shape[1] == self.num_tokens
+        ):
             tokens = features
             if self.sizes.averaged:  # timm leaves the prefix out of the mean: any will do
                 empty = features.new_zeros(len(features), self.sizes.prefix, features.shape[2])
@@ -79,7 +83,7 @@ def needed_tokens(settings: SplitSettings) -> int | None:
     sizes = anatomy(settings)
     if settings.tail_blocks:
         return None
-    return 1 if sizes.averaged else sizes.leading
+    return 1 if sizes.averaged else sizes.num_tokens
 
 
 def for_the_tail(settings: SplitSettings, features: Tensor) -> Tensor:

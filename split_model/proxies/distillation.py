@@ -118,7 +118,7 @@ def distilled_proxy(
     return _taken(pupil, proxy)
 
 
-def renewed_proxy(
+def redistilled_proxy(
     settings: SplitSettings,
     weights: Mapping[str, Tensor],
     proxy: Mapping[str, Tensor],

@@ -11,7 +11,7 @@ from protocol.codec_names import is_row_wise_inside
 from protocol.errors import InvalidField
 from protocol.frames import decode_frame, encode_frame, join_frame
 from protocol.settings import RunSettings
-from split_model import applied, difference, is_held
+from split_model import applied, difference, is_server_side
 from split_model.files import write_durably
 from split_server.storage.run_files import RunFiles, StateRefs
 
@@ -29,7 +29,7 @@ def publish(
     placement = settings.model.prompt_at
     if not settings.wire.update_deltas:
         return files.write_state(average, placement)
-    held = {name: average[name] for name in average if is_held(name, placement)}
+    held = {name: average[name] for name in average if is_server_side(name, placement)}
     old = files.read_state(StateRefs(base.device))
     change = difference({k: v for k, v in average.items() if k not in held}, old)
     codec = _codec_down(settings.wire.updates)

@@ -83,7 +83,7 @@ class ForwardJob:
     body: BodyKey
     smashed: Tensor  # [B, T, D]
     fingerprint: int  # of the request: a repeat has the same one
-    leading: int | None = None  # tokens of the features that are wanted; None: all
+    num_tokens: int | None = None  # tokens of the features that are wanted; None: all
     backward: bool = True  # whether one may follow; without it nothing is kept for one
 
     @property
@@ -122,7 +122,7 @@ class ExchangeJob:
     gradients: Tensor | None  # [B, T', D] of the features of batch ``number - 1``
     smashed: Tensor | None  # [B, T, D] of batch ``number``
     fingerprint: int
-    leading: int | None = None
+    num_tokens: int | None = None
 
     @property
     def key(self) -> StepKey:
@@ -145,7 +145,7 @@ class BodyJob:
     plan: BodyPlan
     tensor: Tensor  # smashed data [B, T, D], or the gradients [B, T', D] of their features
     fingerprint: int
-    leading: int | None = None
+    num_tokens: int | None = None
 
     @property
     def key(self) -> StepKey:
@@ -161,7 +161,7 @@ class InferJob:
     body: BodyKey
     smashed: Tensor  # [B, T, D]
     prompts: Tensor | None = None  # [L, P, D], where they join at the cut
-    leading: int | None = None
+    num_tokens: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -293,7 +293,7 @@ class Engine(Protocol):
             InvalidField: its weights cannot be read.
         """
 
-    def busy(self, why: str) -> Busy:
+    def busy_error(self, why: str) -> Busy:
         """The refusal of what has no room now, with when the queue will have been worked off."""
 
     def figures(self, run: str) -> RunFigures:

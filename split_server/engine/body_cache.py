@@ -16,7 +16,7 @@ from split_server.models.body_key import BodyKey, weights_of
 from split_server.runtime.device import Placement
 
 
-class Bodies:
+class BodyCache:
     """Loads bodies when they are first needed; the one unused for longest makes room.
 
     Args:

@@ -17,7 +17,7 @@ def run_forward(
     body: Body,
     smashed: Tensor,
     prompts: Tensor | None,
-    leading: int | None,
+    num_tokens: int | None,
     known_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor, int]:
     """Smashed data [B, T, D] to the leaf, the features [B, T', D] and the bytes that they keep.
@@ -38,10 +38,10 @@ def run_forward(
     tuned = None if prompts is None else leaf
     if known_bytes is not None:
         with torch.enable_grad():
-            return leaf, _call(body, constant, tuned, leading), known_bytes
+            return leaf, _call(body, constant, tuned, num_tokens), known_bytes
     counter = _SavedBytes(body)
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(counter.pack, _unpack):
-        features = _call(body, constant, tuned, leading)
+        features = _call(body, constant, tuned, num_tokens)
     # Prompts are their session's: what a step takes then grows with its batch and nothing else.
     return leaf, features, counter.nbytes + _nbytes(constant)
 
@@ -53,7 +53,7 @@ def run_backward(graph: Graph, gradients: Tensor) -> Tensor:
 
 
 def run_inference(
-    body: Body, smashed: Tensor, prompts: Tensor | None, leading: int | None
+    body: Body, smashed: Tensor, prompts: Tensor | None, num_tokens: int | None
 ) -> Tensor:
     """Smashed data [B, T, D] to features [B, T', D], keeping nothing. See `run_forward`.
 
@@ -61,13 +61,13 @@ def run_inference(
         WrongShape: no number of tokens or width that this body takes.
     """
     with torch.inference_mode():
-        return _call(body, smashed, prompts, leading)
+        return _call(body, smashed, prompts, num_tokens)
 
 
-def _call(body: Body, smashed: Tensor, prompts: Tensor | None, leading: int | None) -> Tensor:
-    averaged = leading is not None and body.sizes.averaged
+def _call(body: Body, smashed: Tensor, prompts: Tensor | None, num_tokens: int | None) -> Tensor:
+    averaged = num_tokens is not None and body.sizes.averaged
     try:
-        features: Tensor = body(smashed, prompts, None if averaged else leading)
+        features: Tensor = body(smashed, prompts, None if averaged else num_tokens)
     except split_model.TokenCountError as error:
         raise WrongShape(
             str(error), field=error.field, limit=error.limit, value=list(error.value)

@@ -16,7 +16,7 @@ Fail = Callable[[Exception], None]
 
 
 @dataclass(frozen=True)
-class _Letter:
+class _Completion:
     """A result whose computation is queued on the GPU."""
 
     done: torch.cuda.Event
@@ -25,7 +25,7 @@ class _Letter:
     fail: Fail
 
 
-class Outbox:
+class CompletionQueue:
     """Delivers results in the order of their computation, each when it is complete.
 
     On the CPU there is nothing to wait for. On CUDA a thread waits while the worker queues the
@@ -34,7 +34,7 @@ class Outbox:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._letters: queue.SimpleQueue[_Letter | None] = queue.SimpleQueue()
+        self._letters: queue.SimpleQueue[_Completion | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         if device.type == "cuda":
             self._thread = threading.Thread(target=self._work, name="split-outbox", daemon=True)
@@ -51,7 +51,7 @@ class Outbox:
             return
         done = torch.cuda.Event(blocking=True)
         done.record(torch.cuda.current_stream(self._device))
-        self._letters.put(_Letter(done, result, deliver, fail))
+        self._letters.put(_Completion(done, result, deliver, fail))
 
     def close(self) -> None:
         """Deliver what is on its way, then stop."""

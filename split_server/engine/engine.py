@@ -19,13 +19,19 @@ from split_server.engine.api import (
     InferJob,
     StepKey,
 )
-from split_server.engine.body_cache import Bodies
-from split_server.engine.delivery import Outbox
+from split_server.engine.body_cache import BodyCache
+from split_server.engine.delivery import CompletionQueue
 from split_server.engine.metrics import EngineFigures, RunFigures
 from split_server.engine.prompt_sessions import Exchanges
-from split_server.engine.requests import Admitted, Keeper, Ticket, as_shown, require_same
+from split_server.engine.requests import (
+    Admitted,
+    PendingRequest,
+    RequestTracker,
+    as_shown,
+    require_same,
+)
 from split_server.engine.scheduler import Schedule
-from split_server.engine.steps import Answer, RetainedStep
+from split_server.engine.steps import CachedResponse, RetainedStep
 from split_server.engine.tasks import (
     Forwarded,
     backward_task,
@@ -55,7 +61,7 @@ class LocalEngine:
 
     def __init__(
         self,
-        bodies: Bodies,
+        bodies: BodyCache,
         placement: Placement,
         limits: EngineLimits,
         clock: Clock | None = None,
@@ -63,11 +69,11 @@ class LocalEngine:
     ) -> None:
         self._figures = figures or EngineFigures()
         self._frozen = bodies
-        self._keeper = Keeper(limits, placement.flowing, clock or Clock(), self._refused)
+        self._keeper = RequestTracker(limits, placement.flowing, clock or Clock(), self._refused)
         self._lock = self._keeper.lock  # guards the keeper, the schedule and the sessions
         self._full_tokens = _FULL_BATCH_TOKENS.get(placement.device.type, 8192)
         self._schedule = Schedule(self._full_tokens, limits.max_batch_samples, limits.max_wait_s)
-        self._outbox = Outbox(placement.device)
+        self._outbox = CompletionQueue(placement.device)
         self._streams = SideStreams(placement.device)
         self._joiner = ThreadPoolExecutor(1, "split-joiner")
         self._worker = Worker(
@@ -178,10 +184,10 @@ class LocalEngine:
         """See `Engine.prepare`."""
         self._frozen.get(body)
 
-    def busy(self, why: str) -> Busy:
-        """See `Engine.busy`."""
+    def busy_error(self, why: str) -> Busy:
+        """See `Engine.busy_error`."""
         with self._lock:
-            return self._worker.busy(why)
+            return self._worker.busy_error(why)
 
     def figures(self, run: str) -> RunFigures:
         """See `Engine.figures`."""
@@ -208,12 +214,12 @@ class LocalEngine:
 
     # Under the lock
 
-    def _begin_forward(self, job: ForwardJob) -> Ticket:
+    def _begin_forward(self, job: ForwardJob) -> PendingRequest:
         nbytes = nbytes_of(job.smashed)
         self._worker.require_room(nbytes)
         if not job.backward:
             return self._begin_lone_forward(job, nbytes)
-        admitted = self._keeper.admit(job, job.smashed, None, self._worker.busy)
+        admitted = self._keeper.admit(job, job.smashed, None, self._worker.busy_error)
         ticket = self._keeper.open(("forward", job.key), job.fingerprint, admitted.nbytes)
         done = partial(self._ran_forward, job, ticket, admitted)
         self._worker.add(
@@ -221,7 +227,7 @@ class LocalEngine:
         )
         return ticket
 
-    def _begin_lone_forward(self, job: ForwardJob, nbytes: int) -> Ticket:
+    def _begin_lone_forward(self, job: ForwardJob, nbytes: int) -> PendingRequest:
         """A forward without a backward: of it the answer alone is kept, for repeats."""
         ticket = self._keeper.open(("forward", job.key), job.fingerprint)
         done = partial(self._ran_lone_forward, job, ticket, self._keeper.releases_of(job.key))
@@ -229,7 +235,7 @@ class LocalEngine:
         self._worker.add(forward_task(job, "input", lambda _: None, done, ticket.fail, nbytes))
         return ticket
 
-    def _begin_backward(self, job: BackwardJob) -> Ticket:
+    def _begin_backward(self, job: BackwardJob) -> PendingRequest:
         step = self._keeper.room.steps.get(job.key)
         if step is None:
             raise _lost(job.key)
@@ -246,7 +252,7 @@ class LocalEngine:
     # On the worker, without the lock
 
     def _ran_forward(
-        self, job: ForwardJob, ticket: Ticket, admitted: Admitted, part: Forwarded
+        self, job: ForwardJob, ticket: PendingRequest, admitted: Admitted, part: Forwarded
     ) -> None:
         def deliver(features: Tensor) -> None:
             with self._lock:
@@ -256,12 +262,14 @@ class LocalEngine:
         self._outbox.send(part.features, deliver, ticket.fail)
 
     def _ran_lone_forward(
-        self, job: ForwardJob, ticket: Ticket, releases: int, part: Forwarded
+        self, job: ForwardJob, ticket: PendingRequest, releases: int, part: Forwarded
     ) -> None:
         def deliver(features: Tensor) -> None:
             with self._lock:
                 if releases == self._keeper.releases_of(job.key):
-                    self._keeper.remember("forward", job.key, Answer(features, job.fingerprint))
+                    self._keeper.remember(
+                        "forward", job.key, CachedResponse(features, job.fingerprint)
+                    )
             ticket.answer(features)
 
         self._outbox.send(part.features, deliver, ticket.fail)
@@ -270,20 +278,20 @@ class LocalEngine:
         self,
         job: BackwardJob,
         step: RetainedStep,
-        ticket: Ticket,
+        ticket: PendingRequest,
         releases: int,
         gradients: Tensor,
     ) -> None:
         def deliver(answer: Tensor) -> None:
             with self._lock:
                 if releases == self._keeper.releases_of(job.key):
-                    self._keeper.answered(job.key, step, Answer(answer, job.fingerprint))
+                    self._keeper.answered(job.key, step, CachedResponse(answer, job.fingerprint))
             ticket.answer(answer)
 
         self._outbox.send(gradients, deliver, ticket.fail)
 
     def _broke_off(
-        self, job: BackwardJob, step: RetainedStep, ticket: Ticket, error: Exception
+        self, job: BackwardJob, step: RetainedStep, ticket: PendingRequest, error: Exception
     ) -> None:
         """A backward has failed, and its graph may be spent: the forward must come again."""
         with self._lock:
@@ -311,7 +319,7 @@ class LocalEngine:
         watch("sfprompt_engine_answer_bytes", "Held for repeats", lambda: self._keeper.answer_bytes)
 
 
-async def _result(ticket: Ticket, fingerprint: int, key: StepKey) -> Tensor:
+async def _result(ticket: PendingRequest, fingerprint: int, key: StepKey) -> Tensor:
     require_same(ticket.fingerprint, fingerprint, key)
     return await ticket.result()
 

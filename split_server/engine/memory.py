@@ -49,7 +49,7 @@ class StepSizes:
 _FLOAT_BYTES = 4
 
 
-class StepRoom:
+class MemoryBudget:
     """Decides what is kept of a step. Not thread-safe: the engine holds its lock.
 
     Args:
@@ -81,7 +81,7 @@ class StepRoom:
         self,
         body: BodyKey,
         smashed: torch.Tensor,
-        leading: int | None,
+        num_tokens: int | None,
         instead_of: StepKey | None = None,
     ) -> tuple[Keep, int] | None:
         """What may be kept of a forward of ``smashed`` [B, T, D], and its bytes; None: nothing now.
@@ -98,9 +98,9 @@ class StepRoom:
             TooLarge: it never fits.
         """
         freed = 0 if instead_of is None else self.steps.room_of(instead_of)
-        answer = self._answer_bytes(body, smashed, leading)
+        answer = self._answer_bytes(body, smashed, num_tokens)
         if self._backward != "recompute":
-            whole = self._graph_bytes(body, smashed, leading, answer)
+            whole = self._graph_bytes(body, smashed, num_tokens, answer)
             need = max(0, whole - freed)
             if whole <= self._limit and self.fits(need):
                 return "graph", need
@@ -154,17 +154,17 @@ class StepRoom:
         return None
 
     def _graph_bytes(
-        self, body: BodyKey, smashed: torch.Tensor, leading: int | None, answer: int
+        self, body: BodyKey, smashed: torch.Tensor, num_tokens: int | None, answer: int
     ) -> int:
-        kind = body, leading
+        kind = body, num_tokens
         need = self.sizes.estimate(kind, _blocks(body), smashed, self._itemsize) + answer
         known = self.sizes.is_known(kind, smashed)
         return need if known else min(need, self._limit)  # a guess may be too high
 
-    def _answer_bytes(self, body: BodyKey, smashed: torch.Tensor, leading: int | None) -> int:
+    def _answer_bytes(self, body: BodyKey, smashed: torch.Tensor, num_tokens: int | None) -> int:
         batch, tokens, width = smashed.shape
         joined = body.settings.prompt_count if body.settings.prompt_at == "cut" else 0
-        wanted = int(tokens) + joined if leading is None else leading
+        wanted = int(tokens) + joined if num_tokens is None else num_tokens
         return int(batch) * wanted * int(width) * self._itemsize
 
     def _require_ever(self, need: int) -> None:

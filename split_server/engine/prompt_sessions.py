@@ -14,8 +14,8 @@ from protocol.errors import NonFinite
 from split_model import anatomy
 from split_model.optimizer import learning_rate_factor, make_optimizer, set_progress
 from split_server.engine.api import ExchangeJob, SessionPlan, StepKey, batch_key
-from split_server.engine.delivery import Outbox
-from split_server.engine.requests import Admitted, Keeper, Ticket
+from split_server.engine.delivery import CompletionQueue
+from split_server.engine.requests import Admitted, PendingRequest, RequestTracker
 from split_server.engine.session_table import OpenSessions, lost_session, require_steps
 from split_server.engine.tasks import (
     Forwarded,
@@ -101,7 +101,7 @@ class Exchanges:
     """
 
     def __init__(
-        self, keeper: Keeper, worker: Worker, outbox: Outbox, device: torch.device
+        self, keeper: RequestTracker, worker: Worker, outbox: CompletionQueue, device: torch.device
     ) -> None:
         self._keeper = keeper
         self._worker = worker
@@ -129,7 +129,7 @@ class Exchanges:
         done = job.number == session.steps == session.applied
         return torch.empty(0) if done else None
 
-    def begin(self, job: ExchangeJob) -> Ticket:
+    def begin(self, job: ExchangeJob) -> PendingRequest:
         """Put a request to work: its backward first, if it brings gradients.
 
         Raises:
@@ -191,10 +191,10 @@ class Exchanges:
     def _account(self) -> None:
         self._keeper.room.others = self._sessions.nbytes
 
-    def _open(self, job: ExchangeJob) -> tuple[Ticket, Admitted | None]:
+    def _open(self, job: ExchangeJob) -> tuple[PendingRequest, Admitted | None]:
         admitted = None
         if job.smashed is not None:
-            admitted = self._keeper.admit(job, job.smashed, _before(job), self._worker.busy)
+            admitted = self._keeper.admit(job, job.smashed, _before(job), self._worker.busy_error)
         reserved = 0 if admitted is None else admitted.nbytes
         name = ("exchange", job.key)
         return self._keeper.open(name, job.fingerprint, reserved), admitted
@@ -202,7 +202,7 @@ class Exchanges:
     def _go_on(
         self,
         job: ExchangeJob,
-        ticket: Ticket,
+        ticket: PendingRequest,
         admitted: Admitted | None,
         prompts: Callable[[Tensor], Tensor],
         nbytes: int = 0,
@@ -232,7 +232,7 @@ class Exchanges:
     def _apply(
         self,
         job: ExchangeJob,
-        ticket: Ticket,
+        ticket: PendingRequest,
         admitted: Admitted | None,
         session: Session,
         gradients: Tensor,
@@ -245,14 +245,14 @@ class Exchanges:
         with self._keeper.lock:
             self._go_on(job, ticket, admitted, session.current)
 
-    def _broke_off(self, job: ExchangeJob, ticket: Ticket, error: Exception) -> None:
+    def _broke_off(self, job: ExchangeJob, ticket: PendingRequest, error: Exception) -> None:
         """A backward has failed, and its graph is spent: the device must begin anew."""
         with self._keeper.lock:
             self._keeper.room.steps.drop(_before(job))
         ticket.fail(error)
 
     def _ran_forward(
-        self, job: ExchangeJob, ticket: Ticket, admitted: Admitted, part: Forwarded
+        self, job: ExchangeJob, ticket: PendingRequest, admitted: Admitted, part: Forwarded
     ) -> None:
         def deliver(features: Tensor) -> None:
             with self._keeper.lock:

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from protocol.errors import Busy, IdempotencyKeyReused, InternalError, SFPromptError
 from split_server.engine.api import EngineLimits, ExchangeJob, ForwardJob, StepKey
-from split_server.engine.memory import StepRoom
-from split_server.engine.steps import Answer, Answers, RetainedStep
+from split_server.engine.memory import MemoryBudget
+from split_server.engine.steps import CachedResponse, ResponseCache, RetainedStep
 from split_server.engine.tasks import Forwarded, Keep
 from split_server.runtime.aio import deliver, refuse
 from split_server.runtime.clock import Clock
@@ -28,7 +28,7 @@ Name = tuple[str, StepKey]
 
 
 @dataclass(eq=False)
-class Ticket:
+class PendingRequest:
     """A job, until it is answered: once, by any thread. Any number may wait for the answer.
 
     It holds nobody who holds it: an answer's memory is free again as soon as it has been sent, not
@@ -43,7 +43,7 @@ class Ticket:
 
     fingerprint: int
     on_failure: Callable[[SFPromptError], None]
-    on_end: Callable[[Ticket], None]
+    on_end: Callable[[PendingRequest], None]
     reserved: int = 0
     _outcome: Tensor | SFPromptError | None = field(default=None, init=False)
     _waiting: list[asyncio.Future[Tensor]] = field(default_factory=list, init=False)
@@ -129,7 +129,7 @@ class Admitted:
     releases: int
 
 
-class Keeper:
+class RequestTracker:
     """Holds what outlives a job. Not thread-safe: whoever calls holds ``lock``."""
 
     def __init__(
@@ -140,14 +140,14 @@ class Keeper:
         refused: Callable[[SFPromptError], None],
     ) -> None:
         self.lock = threading.Condition()
-        self.room = StepRoom(
+        self.room = MemoryBudget(
             limits.retained_bytes, limits.backward, limits.steps_per_participant, dtype
         )
-        self._answers = Answers(limits.steps_per_participant, limits.answer_bytes)
+        self._answers = ResponseCache(limits.steps_per_participant, limits.answer_bytes)
         self._step_timeout_s = limits.step_timeout_s
         self._clock = clock
         self._refused = refused
-        self._in_flight: dict[Name, Ticket] = {}
+        self._in_flight: dict[Name, PendingRequest] = {}
         self._graph_timeout_s = limits.graph_timeout_s
         self._releases: Counter[tuple[str, str | None]] = Counter()
 
@@ -176,19 +176,19 @@ class Keeper:
         """
         answer = self._answers.get(kind, key)
         if answer is None and kind != "backward" and (step := self.room.steps.get(key)) is not None:
-            answer = Answer(step.answer, step.fingerprint)
+            answer = CachedResponse(step.answer, step.fingerprint)
         if answer is None:
             return None
         require_same(answer.fingerprint, fingerprint, key)
         return answer.tensor
 
-    def under_way(self, name: Name) -> Ticket | None:
+    def under_way(self, name: Name) -> PendingRequest | None:
         return self._in_flight.get(name)
 
-    def open(self, name: Name | None, fingerprint: int, reserved: int = 0) -> Ticket:
+    def open(self, name: Name | None, fingerprint: int, reserved: int = 0) -> PendingRequest:
         """A ticket for a job that begins now. Without a name nobody can repeat it."""
         self.room.reserved += reserved
-        ticket = Ticket(fingerprint, self._refused, partial(self._close, name), reserved)
+        ticket = PendingRequest(fingerprint, self._refused, partial(self._close, name), reserved)
         if name is not None:
             self._in_flight[name] = ticket
         return ticket
@@ -198,20 +198,20 @@ class Keeper:
         job: ForwardJob | ExchangeJob,
         smashed: Tensor,
         instead_of: StepKey | None,
-        busy: Callable[[str], Busy],
+        busy_error: Callable[[str], Busy],
     ) -> Admitted:
         """Room for a job's forward of ``smashed`` [B, T, D].
 
         Raises:
             Busy, TooLarge
         """
-        ask = partial(self.room.ask, job.body, smashed, job.leading)
+        ask = partial(self.room.ask, job.body, smashed, job.num_tokens)
         found = ask(instead_of)
         if found is None:
             self.sweep()
             found = ask(instead_of) or self._in_its_place(job.key, ask)
         if found is None:
-            raise busy("the memory for open steps is taken")
+            raise busy_error("the memory for open steps is taken")
         return Admitted(*found, self.releases_of(job.key))
 
     def _in_its_place(
@@ -248,7 +248,7 @@ class Keeper:
             body=job.body,
             smashed=part.smashed,
             prompts=part.prompts,
-            leading=job.leading,
+            num_tokens=job.num_tokens,
             answer=answer,
             fingerprint=job.fingerprint,
             expires_at=self.expiry,
@@ -257,13 +257,13 @@ class Keeper:
         )
         self.room.steps.add(job.key, step)
 
-    def answered(self, key: StepKey, step: RetainedStep, answer: Answer) -> None:
+    def answered(self, key: StepKey, step: RetainedStep, answer: CachedResponse) -> None:
         """A step is over; its answers are kept for repeats."""
         self.room.steps.drop(key)
-        self.remember("forward", key, Answer(step.answer, step.fingerprint))
+        self.remember("forward", key, CachedResponse(step.answer, step.fingerprint))
         self.remember("backward", key, answer)
 
-    def remember(self, kind: str, key: StepKey, answer: Answer) -> None:
+    def remember(self, kind: str, key: StepKey, answer: CachedResponse) -> None:
         """Keep an answer for repeats."""
         self._answers.add(kind, key, answer)
 
@@ -290,7 +290,7 @@ class Keeper:
             self._releases[run, None] = sum(self._releases.pop(key) for key in own)
         self._releases[run, participant] += 1
 
-    def _close(self, name: Name | None, ticket: Ticket) -> None:
+    def _close(self, name: Name | None, ticket: PendingRequest) -> None:
         with self.lock:
             self.room.reserved -= ticket.reserved
             if name is not None and self._in_flight.get(name) is ticket:

@@ -37,7 +37,7 @@ class RetainedStep:
     body: BodyKey
     smashed: Tensor  # [B, T, D] on the body's device
     prompts: Tensor | None  # [L, P, D], where they join at the cut
-    leading: int | None  # of the features' tokens: those that were wanted
+    num_tokens: int | None  # of the features' tokens: those that were wanted
     answer: Tensor  # [B, T', D], what the participant was sent
     fingerprint: int  # of the request that made it
     expires_at: float  # on the monotonic clock
@@ -157,7 +157,7 @@ class RetainedSteps:
 
 
 @dataclass(frozen=True)
-class Answer:
+class CachedResponse:
     """What a request was answered with."""
 
     tensor: Tensor
@@ -168,19 +168,19 @@ class Answer:
         return self.tensor.numel() * self.tensor.element_size()
 
 
-class Answers:
+class ResponseCache:
     """The last answers of each participant, bounded in number and in bytes. Not thread-safe."""
 
     def __init__(self, most_per_participant: int, most_bytes: int) -> None:
         self._most = most_per_participant
         self._most_bytes = most_bytes
-        self._answers: OrderedDict[tuple[str, StepKey], Answer] = OrderedDict()
+        self._answers: OrderedDict[tuple[str, StepKey], CachedResponse] = OrderedDict()
         self.nbytes = 0
 
-    def get(self, kind: str, key: StepKey) -> Answer | None:
+    def get(self, kind: str, key: StepKey) -> CachedResponse | None:
         return self._answers.get((kind, key))
 
-    def add(self, kind: str, key: StepKey, answer: Answer) -> None:
+    def add(self, kind: str, key: StepKey, answer: CachedResponse) -> None:
         """Keep an answer; older ones go where there is no room."""
         self._drop((kind, key))
         own = [

@@ -25,7 +25,7 @@ class Kind:
     body: BodyKey
     tokens: int
     width: int
-    leading: int | None  # of the features' tokens: those that are wanted; None: all
+    num_tokens: int | None  # of the features' tokens: those that are wanted; None: all
     keep: Keep
     own: tuple[str, str, str] | None = None  # run, participant, session: whose weights alone
 
@@ -108,7 +108,7 @@ def forward_task(
     _, tokens, width = smashed.shape
     key = None if isinstance(job, InferJob) else job.key
     return ForwardTask(
-        kind=Kind(job.body, int(tokens), int(width), job.leading, keep),
+        kind=Kind(job.body, int(tokens), int(width), job.num_tokens, keep),
         sender=(job.run, job.participant),
         samples=len(smashed),
         nbytes=nbytes,
@@ -131,7 +131,7 @@ def backward_task(
     """The backward of a retained step, with the gradient [B, T', D] of its features."""
     _, tokens, width = step.smashed.shape
     return BackwardTask(
-        kind=Kind(step.body, int(tokens), int(width), step.leading, "graph"),
+        kind=Kind(step.body, int(tokens), int(width), step.num_tokens, "graph"),
         sender=(key.run, key.participant),
         samples=len(gradients),
         nbytes=nbytes,

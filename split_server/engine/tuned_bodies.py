@@ -16,10 +16,10 @@ from split_model import Body, learning_rate_factor, make_optimizer, set_progress
 from split_model.errors import model_errors
 from split_server.engine import compute
 from split_server.engine.api import BodyJob, BodyPlan
-from split_server.engine.delivery import Outbox
-from split_server.engine.requests import Keeper, Ticket, require_same
+from split_server.engine.delivery import CompletionQueue
+from split_server.engine.requests import PendingRequest, RequestTracker, require_same
 from split_server.engine.session_table import OpenSessions, lost_session, require_steps
-from split_server.engine.steps import Answer, Graph
+from split_server.engine.steps import CachedResponse, Graph
 from split_server.engine.tasks import Keep, Kind, OwnTask, nbytes_of
 from split_server.engine.worker import Worker
 from split_server.models.body_key import BodyKey, weights_of
@@ -34,7 +34,7 @@ class OpenStep:
 
     number: int
     smashed: Tensor  # [B, T, D]
-    leading: int | None  # of the features' tokens: those that were wanted
+    num_tokens: int | None  # of the features' tokens: those that were wanted
     shape: torch.Size  # of the features, [B, T', D]
     graph: Graph | None  # none: the forward is run again for the backward
 
@@ -56,11 +56,15 @@ class BodySession:
     applied: int = 0
     open: OpenStep | None = None
     expires_at: float = 0.0  # on the monotonic clock
-    answers: dict[Way, tuple[int, Answer]] = field(default_factory=dict)  # the newest: number, what
+    answers: dict[Way, tuple[int, CachedResponse]] = field(
+        default_factory=dict
+    )  # the newest: number, what
     _body: Body | None = None
     _optimizer: torch.optim.Optimizer | None = None
 
-    def forward(self, number: int, smashed: Tensor, leading: int | None) -> tuple[Tensor, OpenStep]:
+    def forward(
+        self, number: int, smashed: Tensor, num_tokens: int | None
+    ) -> tuple[Tensor, OpenStep]:
         """Features [B, T', D] of smashed data [B, T, D] on the body's device, and the step.
 
         Raises:
@@ -69,11 +73,11 @@ class BodySession:
         """
         body, _ = self._made(smashed.device)
         if self.keep == "input":
-            features = compute.run_inference(body, smashed, None, leading)
-            return features, OpenStep(number, smashed, leading, features.shape, None)
-        graph = _graph(body, smashed, leading)
+            features = compute.run_inference(body, smashed, None, num_tokens)
+            return features, OpenStep(number, smashed, num_tokens, features.shape, None)
+        graph = _graph(body, smashed, num_tokens)
         features = graph.features
-        return features.detach(), OpenStep(number, smashed, leading, features.shape, graph)
+        return features.detach(), OpenStep(number, smashed, num_tokens, features.shape, graph)
 
     def backward(self, step: OpenStep, gradients: Tensor) -> Tensor:
         """One step of the optimiser with the gradient [B, T', D] of the step's features.
@@ -85,7 +89,7 @@ class BodySession:
         plan = self.plan
         progress = (plan.round - 1 + self.applied / self.steps) / plan.rounds
         set_progress(optimizer, learning_rate_factor(plan.training, progress, plan.rounds))
-        graph = step.graph or _graph(body, step.smashed, step.leading)
+        graph = step.graph or _graph(body, step.smashed, step.num_tokens)
         optimizer.zero_grad()
         torch.autograd.backward(graph.features, gradients)
         if graph.leaf.grad is None:
@@ -118,8 +122,8 @@ class BodySession:
         return self._body, self._optimizer
 
 
-def _graph(body: Body, smashed: Tensor, leading: int | None) -> Graph:
-    leaf, features, nbytes = compute.run_forward(body, smashed, None, leading)
+def _graph(body: Body, smashed: Tensor, num_tokens: int | None) -> Graph:
+    leaf, features, nbytes = compute.run_forward(body, smashed, None, num_tokens)
     return Graph(leaf, features, {}, nbytes, 0.0)
 
 
@@ -133,7 +137,7 @@ class BodyTraining:
     """
 
     def __init__(
-        self, keeper: Keeper, worker: Worker, outbox: Outbox, device: torch.device
+        self, keeper: RequestTracker, worker: Worker, outbox: CompletionQueue, device: torch.device
     ) -> None:
         self._keeper = keeper
         self._worker = worker
@@ -157,7 +161,7 @@ class BodyTraining:
         require_same(answer.fingerprint, job.fingerprint, job.key)
         return answer.tensor
 
-    def begin_forward(self, job: BodyJob) -> Ticket:
+    def begin_forward(self, job: BodyJob) -> PendingRequest:
         """Put a forward to work, with number 0 of a session that begins.
 
         Raises:
@@ -174,7 +178,7 @@ class BodyTraining:
         self._add(job, ticket, partial(self._forward, job, session, ticket), "forward")
         return ticket
 
-    def begin_backward(self, job: BodyJob) -> Ticket:
+    def begin_backward(self, job: BodyJob) -> PendingRequest:
         """Put the backward of the open step to work.
 
         Raises:
@@ -217,7 +221,7 @@ class BodyTraining:
         largest = torch.empty(shape, device="meta")
         found = self._keeper.room.ask_for_body(job.body, largest, job.plan.nbytes)
         if found is None:
-            full = self._worker.busy("the memory for bodies is taken")
+            full = self._worker.busy_error("the memory for bodies is taken")
             full.hint = "raise engine_memory_mib where more are to be trained at once"
             raise full
         session = BodySession(job.session, job.steps, job.body, job.plan, *found)
@@ -225,16 +229,16 @@ class BodyTraining:
         self._account()
         return session
 
-    def _open(self, way: Way, job: BodyJob, session: BodySession) -> Ticket:
+    def _open(self, way: Way, job: BodyJob, session: BodySession) -> PendingRequest:
         require_steps(job.steps, session.steps)
         session.expires_at = self._keeper.expiry
         return self._keeper.open((way, job.key), job.fingerprint)
 
-    def _add(self, job: BodyJob, ticket: Ticket, run: partial[None], work: str) -> None:
+    def _add(self, job: BodyJob, ticket: PendingRequest, run: partial[None], work: str) -> None:
         samples, tokens, width = job.tensor.shape
         own = (job.run, job.participant, job.session)
         task = OwnTask(
-            kind=Kind(job.body, int(tokens), int(width), job.leading, "graph", own),
+            kind=Kind(job.body, int(tokens), int(width), job.num_tokens, "graph", own),
             sender=(job.run, job.participant),
             samples=int(samples),
             nbytes=nbytes_of(job.tensor),
@@ -249,16 +253,18 @@ class BodyTraining:
 
     # On the worker, without the lock
 
-    def _forward(self, job: BodyJob, session: BodySession, ticket: Ticket) -> None:
+    def _forward(self, job: BodyJob, session: BodySession, ticket: PendingRequest) -> None:
         smashed = used_here(job.tensor).to(self._device, torch.float32)
-        features, step = session.forward(job.number, smashed, job.leading)
+        features, step = session.forward(job.number, smashed, job.num_tokens)
         with self._keeper.lock:
             session.open = step
             if step.graph is not None:
                 self._measured(session, step, step.graph.nbytes)
         self._answer("forward", job, session, ticket, features)
 
-    def _backward(self, job: BodyJob, session: BodySession, step: OpenStep, ticket: Ticket) -> None:
+    def _backward(
+        self, job: BodyJob, session: BodySession, step: OpenStep, ticket: PendingRequest
+    ) -> None:
         try:
             gradients = used_here(job.tensor).to(self._device, torch.float32)
             result = session.backward(step, gradients)
@@ -273,11 +279,11 @@ class BodyTraining:
         self._answer("backward", job, session, ticket, result)
 
     def _answer(
-        self, way: Way, job: BodyJob, session: BodySession, ticket: Ticket, result: Tensor
+        self, way: Way, job: BodyJob, session: BodySession, ticket: PendingRequest, result: Tensor
     ) -> None:
         def deliver(answer: Tensor) -> None:
             with self._keeper.lock:
-                session.answers[way] = (job.number, Answer(answer, job.fingerprint))
+                session.answers[way] = (job.number, CachedResponse(answer, job.fingerprint))
                 session.expires_at = self._keeper.expiry
             ticket.answer(answer)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from protocol.errors import Busy
 from split_server.engine import compute
 from split_server.engine.api import StepKey
-from split_server.engine.body_cache import Bodies
+from split_server.engine.body_cache import BodyCache
 from split_server.engine.memory import StepSizes
 from split_server.engine.metrics import EngineFigures, Turn
 from split_server.engine.scheduler import Batch, Schedule
@@ -48,7 +48,7 @@ class Executor:
         sizes: what a forward keeps, where it is known; counting slows it down.
     """
 
-    def __init__(self, bodies: Bodies, placement: Placement, sizes: StepSizes) -> None:
+    def __init__(self, bodies: BodyCache, placement: Placement, sizes: StepSizes) -> None:
         self._bodies = bodies
         self._placement = placement
         self._sizes = sizes
@@ -90,10 +90,10 @@ class Executor:
         graph = None
         if kind.keep == "graph":
             began = time.perf_counter()
-            sized = kind.body, kind.leading
+            sized = kind.body, kind.num_tokens
             known = self._sizes.measured(sized, smashed)
             leaf, features, nbytes = compute.run_forward(
-                body, smashed, prompts, kind.leading, known
+                body, smashed, prompts, kind.num_tokens, known
             )
             if known is None:
                 self._sizes.learn(sized, smashed, nbytes)
@@ -101,7 +101,7 @@ class Executor:
             seconds = time.perf_counter() - began
             graph = Graph(leaf, features, dict(zip(keys, rows, strict=True)), nbytes, seconds)
         else:
-            features = compute.run_inference(body, smashed, prompts, kind.leading)
+            features = compute.run_inference(body, smashed, prompts, kind.num_tokens)
         return [
             Forwarded(features.detach()[part], one.smashed, one.prompts, graph)
             for one, part in zip(prepared, rows, strict=True)
@@ -142,7 +142,9 @@ class Executor:
         body = self._bodies.get(kind.body)
         smashed = _joined([task.step.smashed for task in tasks])
         prompts = _joined_prompts([(task.step.prompts, task.samples) for task in tasks])
-        leaf, features, _ = compute.run_forward(body, smashed, prompts, kind.leading, known_bytes=0)
+        leaf, features, _ = compute.run_forward(
+            body, smashed, prompts, kind.num_tokens, known_bytes=0
+        )
         rows = _rows([task.samples for task in tasks])
         graph = Graph(leaf, features, {}, 0, 0.0)
         gradients = _joined([self._placed(task.gradients) for task in tasks])
@@ -260,9 +262,9 @@ class Worker:
         if self._closed:
             raise _stopping()
         if self.queued_bytes and self.queued_bytes + nbytes > self._queued_limit:
-            raise self.busy("the queue is full")
+            raise self.busy_error("the queue is full")
 
-    def busy(self, why: str) -> Busy:
+    def busy_error(self, why: str) -> Busy:
         """To be asked again when what waits now has been worked off."""
         self._figures.refused(Busy.code)
         wait = self._seconds_per_sample * (self._schedule.samples + 1)

@@ -20,7 +20,7 @@ class Stopped(Exception):
     """Nobody waits for this work any more."""
 
 
-class Renewals:
+class RedistillationJobs:
     """Does the work of runs in a thread of its own, each run's once at a time.
 
     Args:
@@ -37,13 +37,13 @@ class Renewals:
         self._busy: set[str] = set()
         self._closing = threading.Event()
 
-    def busy(self, run: str) -> bool:
+    def is_running(self, run: str) -> bool:
         """Whether a run has to wait: for its work, or for the server's next start."""
         return run in self._busy or self._closing.is_set()
 
     def start(self, run: str) -> None:
         """Do a run's work soon, unless that is so already."""
-        if self.busy(run):
+        if self.is_running(run):
             return
         self._busy.add(run)
         try:

@@ -21,7 +21,7 @@ class Operator:
 
 
 @dataclass(frozen=True)
-class Joiner:
+class JoinTokenHolder:
     """Holds the join token: may join runs."""
 
 
@@ -34,13 +34,13 @@ class Member:
 
 
 @dataclass(frozen=True)
-class Stranger:
+class Anonymous:
     """Has shown nothing, or nothing that this server issued."""
 
     showed_something: bool = False
 
 
-Identity = Operator | Joiner | Member | Stranger
+Identity = Operator | JoinTokenHolder | Member | Anonymous
 
 
 class Credentials:
@@ -61,16 +61,16 @@ class Credentials:
     def identify(self, authorization: str | None) -> Identity:
         """Who shows this ``Authorization`` header. Never raises: a stranger is an answer."""
         if not authorization:
-            return Stranger()
+            return Anonymous()
         scheme, _, token = authorization.partition(" ")
         shown = token.strip().encode(errors="replace")
         if scheme.lower() != "bearer":
-            return Stranger(showed_something=True)
+            return Anonymous(showed_something=True)
         if hmac.compare_digest(shown, self._operator):
             return Operator()
         if self._join is not None and hmac.compare_digest(shown, self._join):
-            return Joiner()
-        return self._member(shown.decode(errors="replace")) or Stranger(showed_something=True)
+            return JoinTokenHolder()
+        return self._member(shown.decode(errors="replace")) or Anonymous(showed_something=True)
 
     def may_join(self, identity: Identity) -> None:
         """Refuse who may not join a run.
@@ -79,9 +79,9 @@ class Credentials:
             Unauthorized: a join token is set, and what was shown was not issued here, or nothing.
             Forbidden: the same, and a good credential of another kind was shown.
         """
-        if self._join is None or isinstance(identity, (Joiner, Operator)):
+        if self._join is None or isinstance(identity, (JoinTokenHolder, Operator)):
             return
-        if isinstance(identity, Stranger):
+        if isinstance(identity, Anonymous):
             hint = "edge-client takes it as --join-token, or from EDGE_CLIENT_JOIN_TOKEN"
             raise _stranger(identity, "joining takes this server's join token", hint)
         raise Forbidden("joining takes this server's join token; a credential was shown")
@@ -110,7 +110,7 @@ def require_operator(identity: Identity) -> None:
     """
     if isinstance(identity, Operator):
         return
-    if isinstance(identity, Stranger):
+    if isinstance(identity, Anonymous):
         hint = "split-server takes it as --operator-token; without one the server makes its own"
         raise _stranger(identity, "this takes the operator token", hint)
     raise Forbidden("this takes the operator token; the credential shown is of another kind")
@@ -127,7 +127,7 @@ def require_member(identity: Identity, run: str | None = None) -> Member:
         Unauthorized: no credential, or one that this server did not issue.
         Forbidden: a credential of another kind or of another run.
     """
-    if isinstance(identity, Stranger):
+    if isinstance(identity, Anonymous):
         raise _stranger(identity, "this takes a participant's credential")
     if not isinstance(identity, Member):
         raise Forbidden("this takes a participant's credential; the one shown is of another kind")
@@ -148,7 +148,7 @@ def require_reader(identity: Identity, run: str) -> None:
 
 
 def _stranger(
-    identity: Stranger, needed: str, hint: str = "send it as Authorization: Bearer TOKEN"
+    identity: Anonymous, needed: str, hint: str = "send it as Authorization: Bearer TOKEN"
 ) -> Unauthorized:
     if identity.showed_something:
         return Unauthorized(f"{needed}; the one shown is not this server's", hint=hint)

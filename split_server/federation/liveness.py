@@ -7,7 +7,7 @@ import threading
 from split_server.runtime.clock import Clock
 
 
-class Presence:
+class Liveness:
     """Remembers until when each participant counts as live. Lost at a restart, on purpose."""
 
     def __init__(self, window_s: float, clock: Clock) -> None:

@@ -53,7 +53,7 @@ class CloseRound:
 
 
 @dataclass(frozen=True)
-class Renew:
+class Redistill:
     """Distil the proxy again, with what this round's devices have told of its neurons."""
 
     round: int
@@ -66,7 +66,7 @@ class FailRun:
     reason: str
 
 
-Action = OpenTraining | Aggregate | Publish | Repeat | CloseRound | Renew | FailRun
+Action = OpenTraining | Aggregate | Publish | Repeat | CloseRound | Redistill | FailRun
 
 
 def decide(run: RunSnapshot, live: Collection[str], now: float, *, settled: bool) -> Action | None:
@@ -82,8 +82,8 @@ def decide(run: RunSnapshot, live: Collection[str], now: float, *, settled: bool
     if run.status.over:
         return None
     if run.open_round is None:
-        if run.to_renew:
-            return Renew(run.closed_rounds)
+        if run.distilled_round:
+            return Redistill(run.closed_rounds)
         return _open_next(run, live, settled=settled)
     if run.open_round.status == RoundStatus.TRAINING:
         return _end_training(run, run.open_round, live, now)

@@ -16,14 +16,14 @@ from sqlalchemy.orm import Session
 from protocol.errors import Forbidden, NotFound, SFPromptError
 from protocol.messages import RoundStatus, RunStatus
 from split_server.federation import rounds, transitions
-from split_server.federation.background import Check, Renewals, Stopped
-from split_server.federation.liveness import Presence
+from split_server.federation.background import Check, RedistillationJobs, Stopped
+from split_server.federation.liveness import Liveness
 from split_server.federation.snapshot import Member, RunSnapshot, load_snapshot
 from split_server.models import prepare
 from split_server.runtime.clock import Clock
 from split_server.storage.data_dir import run_folders
 from split_server.storage.database import RunRow, Store, UpdateRow
-from split_server.storage.events import Once
+from split_server.storage.events import IdempotentRequest
 from split_server.storage.run_files import RunFiles, from_folder
 from split_server.storage.traffic import Meter
 
@@ -71,7 +71,7 @@ class Runs:
         data_dir: Path,
         store: Store,
         meter: Meter,
-        presence: Presence,
+        presence: Liveness,
         watcher: Watcher,
         clock: Clock,
     ) -> None:
@@ -84,7 +84,7 @@ class Runs:
         self._runs: dict[str, RunSnapshot] = {}
         self._locks: dict[str, threading.RLock] = {}
         self._not_before: dict[str, float] = {}  # runs that could not go on: when to try again
-        self._renewals = Renewals(self._renew, self._cannot_renew)
+        self._renewals = RedistillationJobs(self._renew, self._cannot_renew)
 
     def close(self) -> None:
         """Leave work that takes long for the next start."""
@@ -192,7 +192,7 @@ class Runs:
             self._meter.not_saved(unsaved)
 
     def _take(self, run: RunSnapshot, action: rounds.Action) -> None:
-        if isinstance(action, rounds.Renew):
+        if isinstance(action, rounds.Redistill):
             self._renewals.start(run.id)
             return
         if isinstance(action, rounds.Aggregate):
@@ -212,7 +212,7 @@ class Runs:
         return self._clock.monotonic() < self._not_before.get(run_id, 0.0)
 
     def _next(self, run_id: str) -> rounds.Action | None:
-        if self._renewals.busy(run_id):
+        if self._renewals.is_running(run_id):
             return None
         live = self._presence.live(run_id)
         now = self._clock.monotonic()
@@ -227,11 +227,11 @@ class Runs:
             if self.run(run_id).status.over:
                 raise Stopped
 
-        if not run.to_renew:
+        if not run.distilled_round:
             return
         still_wanted()
         cache = self._data_dir / "backbones"
-        made = prepare.renew_run(run, files, cache, still_wanted)
+        made = prepare.redistill_run(run, files, cache, still_wanted)
         with self._changing(run_id) as session:
             still_wanted()
             backbone = from_folder(made.backbone_path, self._data_dir)
@@ -248,12 +248,12 @@ class Runs:
             transitions.end_run(session, run_id, RunStatus.FAILED, reason, self._clock.wall())
         self._watcher.run_over(run_id)
 
-    def is_known(self, once: Once) -> bool:
+    def is_known(self, once: IdempotentRequest) -> bool:
         """Whether a request of this key was answered before, whatever its content."""
         with self._store.reading() as session:
             return once.is_known(session)
 
-    def _recall(self, once: Once) -> dict[str, Any] | None:
+    def _recall(self, once: IdempotentRequest) -> dict[str, Any] | None:
         with self._store.reading() as session:
             return once.recall(session)
 

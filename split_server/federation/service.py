@@ -37,7 +37,7 @@ from protocol.settings import RunSettings
 from split_model import applied
 from split_server.federation import rounds, transitions, views
 from split_server.federation.credentials import Credentials
-from split_server.federation.liveness import Presence
+from split_server.federation.liveness import Liveness
 from split_server.federation.runs import Runs, Watcher
 from split_server.federation.snapshot import Member, RunSnapshot, load_snapshot
 from split_server.federation.updates import check_report, check_samples, read_neurons, require_base
@@ -53,7 +53,7 @@ from split_server.storage.database import (
     Store,
     UpdateRow,
 )
-from split_server.storage.events import Once, record_event
+from split_server.storage.events import IdempotentRequest, record_event
 from split_server.storage.run_files import RunFiles, from_folder, read_tensors
 from split_server.storage.traffic import Meter
 
@@ -64,7 +64,7 @@ Held = Callable[[], dict[str, Tensor]]
 Prepare = Callable[[RunSettings, RunFiles, Path], PreparedRun]
 
 
-class Federation(Runs):
+class FederationService(Runs):
     """What can be asked of the runs. Methods may be called from many threads at once.
 
     Args:
@@ -84,7 +84,7 @@ class Federation(Runs):
         store: Store,
         credentials: Credentials,
         meter: Meter,
-        presence: Presence,
+        presence: Liveness,
         watcher: Watcher,
         clock: Clock | None = None,
         prepare: Prepare = prepare_run,
@@ -120,7 +120,7 @@ class Federation(Runs):
 
     # Changing
 
-    def create(self, settings: RunSettings, once: Once) -> RunView:
+    def create(self, settings: RunSettings, once: IdempotentRequest) -> RunView:
         """Make a run: its model's files first, then the run itself."""
         with self._creating:  # one at a time: a repeat must find the first one's answer
             if (known := self._recall(once)) is not None:
@@ -136,7 +136,9 @@ class Federation(Runs):
         log.info("run %s (%s) created", run_id, settings.name)
         return view
 
-    def _create(self, run_id: str, settings: RunSettings, files: RunFiles, once: Once) -> RunView:
+    def _create(
+        self, run_id: str, settings: RunSettings, files: RunFiles, once: IdempotentRequest
+    ) -> RunView:
         prepared = self._prepare(settings, files, self._data_dir / "backbones")
         at = self._clock.wall()
         with self._store.writing() as session:
@@ -161,7 +163,7 @@ class Federation(Runs):
         self._reload(run_id)
         return view
 
-    def cancel(self, run_id: str, once: Once) -> RunView:
+    def cancel(self, run_id: str, once: IdempotentRequest) -> RunView:
         """Stop a run; its participants are told at their next call.
 
         Raises:
@@ -185,7 +187,7 @@ class Federation(Runs):
             self._sweep(run_id, run)
         return view
 
-    def join(self, run_id: str, request: JoinRequest, once: Once) -> JoinResponse:
+    def join(self, run_id: str, request: JoinRequest, once: IdempotentRequest) -> JoinResponse:
         """Take a device into a run; a repeat gets the same participant again.
 
         Raises:
@@ -205,7 +207,9 @@ class Federation(Runs):
             run=views.run_view(self.run(run_id)),
         )
 
-    def _join(self, session: Session, run: RunSnapshot, request: JoinRequest, once: Once) -> str:
+    def _join(
+        self, session: Session, run: RunSnapshot, request: JoinRequest, once: IdempotentRequest
+    ) -> str:
         if request.train_samples or request.test_samples:
             rounds.require_running(run)  # one without data only looks, and may always
         if request.num_classes != run.settings.model.num_classes:
@@ -240,7 +244,7 @@ class Federation(Runs):
         )
         return participant
 
-    def leave(self, run_id: str, participant: str, once: Once) -> None:
+    def leave(self, run_id: str, participant: str, once: IdempotentRequest) -> None:
         """Let a participant go; a round does not wait for it any more."""
         with self._changing(run_id) as session:
             if once.recall(session) is not None:
@@ -260,7 +264,7 @@ class Federation(Runs):
         participant: str,
         meta: UpdateMeta,
         frame: Frame,
-        once: Once,
+        once: IdempotentRequest,
         held: Held | None = None,
     ) -> UpdateReceipt:
         """Count an update, once.
@@ -309,7 +313,12 @@ class Federation(Runs):
         return receipt
 
     def _count(
-        self, run: RunSnapshot, member: Member, meta: UpdateMeta, sha256: str, once: Once
+        self,
+        run: RunSnapshot,
+        member: Member,
+        meta: UpdateMeta,
+        sha256: str,
+        once: IdempotentRequest,
     ) -> None:
         at = self._clock.wall()
         with self._changing(run.id) as session:
@@ -350,7 +359,7 @@ class Federation(Runs):
             )
 
     def evaluation(
-        self, run_id: str, participant: str, report: EvaluationReport, once: Once
+        self, run_id: str, participant: str, report: EvaluationReport, once: IdempotentRequest
     ) -> None:
         """Take one participant's measurement of the new global state, once.
 

@@ -88,7 +88,7 @@ class RunSnapshot:
         return self.closed_rounds + (1 if self.repeats else 0)
 
     @property
-    def to_renew(self) -> bool:
+    def distilled_round(self) -> bool:
         """Whether the proxy has to be distilled again before the next round."""
         due = self.settings.distillation.due(self.closed_rounds, self.settings.federation.rounds)
         return due and self.renewed < self.closed_rounds

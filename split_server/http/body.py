@@ -14,7 +14,7 @@ from starlette.types import Message, Receive, Scope
 from protocol.errors import Busy, InvalidField, MalformedFrame, TooLarge
 
 
-class Room:
+class BodyBudget:
     """A bound on the bytes of all requests that are being read or worked on.
 
     Used on the event loop alone.
@@ -24,9 +24,9 @@ class Room:
         busy: makes the refusal, which says when the queue will have been worked off.
     """
 
-    def __init__(self, limit: int, busy: Callable[[str], Busy]) -> None:
+    def __init__(self, limit: int, busy_error: Callable[[str], Busy]) -> None:
         self._limit = limit
-        self._busy = busy
+        self._busy = busy_error
         self._taken = 0
 
     @property
@@ -35,9 +35,9 @@ class Room:
         return self._taken
 
     @contextmanager
-    def claim(self) -> Iterator[Claim]:
+    def claim(self) -> Iterator[Reservation]:
         """One request's share, given back at the end."""
-        claim = Claim(self)
+        claim = Reservation(self)
         try:
             yield claim
         finally:
@@ -61,14 +61,14 @@ class Room:
         self._taken += nbytes
 
 
-class Claim:
-    """What one request holds of a `Room`.
+class Reservation:
+    """What one request holds of a `BodyBudget`.
 
     It grows with the bytes that have come, not with those that were announced: whoever sends
     slowly keeps little from the others.
     """
 
-    def __init__(self, room: Room) -> None:
+    def __init__(self, room: BodyBudget) -> None:
         self._room = room
         self.nbytes = 0
 
@@ -92,7 +92,7 @@ _DISCARD_BYTES = 64 * 1024
 SINK_KEY = "sfprompt_sinks"  # in the ASGI scope's state: the connection, see `SinkHolder`
 
 
-class BodySink:
+class RequestBodyBuffer:
     """Takes the rest of one body. Used on the event loop alone.
 
     A declared length is believed for addresses only: pages that nothing has been written to take
@@ -102,7 +102,7 @@ class BodySink:
         complete: done when the last byte has come; fails with what stopped it.
     """
 
-    def __init__(self, length: int, begun: bytes, claim: Claim | None) -> None:
+    def __init__(self, length: int, begun: bytes, claim: Reservation | None) -> None:
         self._buffer: NDArray[np.uint8] = np.empty(length, np.uint8)
         self._view = self._buffer.data
         self._filled = 0
@@ -150,18 +150,18 @@ class SinkHolder:
             has come.
     """
 
-    def __init__(self, begin: Callable[[BodySink], None]) -> None:
+    def __init__(self, begin: Callable[[RequestBodyBuffer], None]) -> None:
         self._begin = begin
-        self.sink: BodySink | None = None
+        self.sink: RequestBodyBuffer | None = None
 
-    def open(self, length: int, begun: bytes, claim: Claim | None) -> BodySink:
+    def open(self, length: int, begun: bytes, claim: Reservation | None) -> RequestBodyBuffer:
         """A sink for a body of which a part has come."""
-        self.sink = BodySink(length, begun, claim)
+        self.sink = RequestBodyBuffer(length, begun, claim)
         self._begin(self.sink)
         return self.sink
 
     @property
-    def open_sink(self) -> BodySink | None:
+    def open_sink(self) -> RequestBodyBuffer | None:
         return self.sink if self.sink is not None and self.sink.is_open else None
 
 
@@ -219,7 +219,7 @@ class DirectReceiver(asyncio.BufferedProtocol):
         self._owner.resume_writing()
 
     @property
-    def _open_sink(self) -> BodySink | None:
+    def _open_sink(self) -> RequestBodyBuffer | None:
         sink = self._holder.open_sink
         return sink if sink is self._sink else None
 
@@ -241,7 +241,7 @@ def declared_length(scope: Scope) -> int | None:
 
 
 async def read_body(
-    scope: Scope, receive: Receive, limit: int, timeout_s: float, claim: Claim | None = None
+    scope: Scope, receive: Receive, limit: int, timeout_s: float, claim: Reservation | None = None
 ) -> bytearray | memoryview:
     """The whole body in one writable buffer; ``claim`` takes room for it as it comes.
 
@@ -261,7 +261,7 @@ async def read_body(
 
 
 async def _read(
-    scope: Scope, receive: Receive, length: int | None, limit: int, claim: Claim | None
+    scope: Scope, receive: Receive, length: int | None, limit: int, claim: Reservation | None
 ) -> bytearray | memoryview:
     holder: SinkHolder | None = scope.get("state", {}).get(SINK_KEY)
     if holder is not None and length is not None:
@@ -284,7 +284,7 @@ async def _read(
 
 
 async def _into_sink(
-    holder: SinkHolder, receive: Receive, length: int, claim: Claim | None
+    holder: SinkHolder, receive: Receive, length: int, claim: Reservation | None
 ) -> memoryview:
     """The body straight from the parser, behind what it has kept so far."""
     first = await _next(receive)

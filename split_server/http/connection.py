@@ -6,7 +6,7 @@ from typing import Any, cast
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from split_server.http.body import SINK_KEY, BodySink, DirectReceiver, SinkHolder
+from split_server.http.body import SINK_KEY, DirectReceiver, RequestBodyBuffer, SinkHolder
 from split_server.storage.traffic import Meter, SocketCounter
 
 _DIRECT_BYTES = 64 * 1024  # from here on, taking the connection over is worth it
@@ -59,7 +59,7 @@ class MeteredProtocol(HttpToolsProtocol):
         else:
             sink.write(body)
 
-    def _receive_into(self, sink: BodySink) -> None:
+    def _receive_into(self, sink: RequestBodyBuffer) -> None:
         """Let the body's rest come: a long one past the parser, which would copy it twice."""
         if sink.rest.nbytes >= _DIRECT_BYTES:
             self._hand_over(DirectReceiver(self.holder, self, self._count, self._take_back))

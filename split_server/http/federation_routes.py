@@ -42,15 +42,15 @@ from split_server.federation.credentials import (
     require_operator,
     require_reader,
 )
-from split_server.federation.liveness import Presence
-from split_server.federation.service import Federation, Held
+from split_server.federation.liveness import Liveness
+from split_server.federation.service import FederationService, Held
 from split_server.federation.snapshot import RunSnapshot
 from split_server.federation.updates import asked_shape
-from split_server.http.body import Room, read_body
+from split_server.http.body import BodyBudget, read_body
 from split_server.http.middleware import identity_of, set_member
 from split_server.runtime.aio import Notifier, wait_for
 from split_server.runtime.device import Placement
-from split_server.storage.events import Once
+from split_server.storage.events import IdempotentRequest
 from split_server.storage.run_files import PROMPTS
 from split_server.storage.sample_store import SampleStore
 
@@ -72,14 +72,14 @@ class FederationRoutes:
 
     def __init__(
         self,
-        federation: Federation,
+        federation: FederationService,
         credentials: Credentials,
-        presence: Presence,
+        presence: Liveness,
         notifier: Notifier,
         engine: Engine,
         samples: SampleStore,
         placement: Placement,
-        room: Room,
+        room: BodyBudget,
         limits: FrameLimits,
         body_timeout_s: float,
         max_wait_s: float,
@@ -139,13 +139,13 @@ class FederationRoutes:
     async def create(self, request: Request, settings: RunSettings, key: Key = None) -> RunView:
         """Create a run; takes as long as preparing its backbone does."""
         require_operator(identity_of(request.scope))
-        once = Once.of("create", key, _content(settings))
+        once = IdempotentRequest.of("create", key, _content(settings))
         return await run_in_threadpool(self._federation.create, settings, once)
 
     async def cancel(self, request: Request, run: str, key: Key = None) -> RunView:
         """Stop a run."""
         require_operator(identity_of(request.scope))
-        once = Once.of(f"{run}/cancel", key)
+        once = IdempotentRequest.of(f"{run}/cancel", key)
         return await run_in_threadpool(self._federation.cancel, run, once)
 
     async def results(self, request: Request, run: str) -> Results:
@@ -174,7 +174,7 @@ class FederationRoutes:
     ) -> JoinResponse:
         """Join a run. The credential in the answer stands for the participant from now on."""
         self._credentials.may_join(identity_of(request.scope))
-        once = Once.of(f"{run}/join", key, _content(message))
+        once = IdempotentRequest.of(f"{run}/join", key, _content(message))
         joined = await run_in_threadpool(self._federation.join, run, message, once)
         set_member(request.scope, Member(run, joined.participant))
         return joined
@@ -182,7 +182,7 @@ class FederationRoutes:
     async def leave(self, request: Request, run: str, key: Key = None) -> dict[str, Any]:
         """Leave a run for good; one who has left may ask again, and gets the same answer."""
         member = require_member(identity_of(request.scope), run)
-        once = Once.of(f"{run}/{member.participant}/leave", key)
+        once = IdempotentRequest.of(f"{run}/{member.participant}/leave", key)
         await run_in_threadpool(self._federation.leave, run, member.participant, once)
         return {}
 
@@ -246,7 +246,9 @@ class FederationRoutes:
     async def update(self, request: Request, run: str, key: Key = None) -> UpdateReceipt:
         """Count an update: a frame of kind ``update``."""
         member = self._member(request, run)
-        await self._require_wanted(run, member.participant, Once.of(_update_of(member), key))
+        await self._require_wanted(
+            run, member.participant, IdempotentRequest.of(_update_of(member), key)
+        )
         # Nothing larger than the state it is to change, in the widest codec, can be an update,
         # and what is told of neurons beside it.
         snapshot = self._federation.run(run)
@@ -260,7 +262,7 @@ class FederationRoutes:
             )
             return await run_in_threadpool(self._count, member, data, key)
 
-    async def _require_wanted(self, run: str, participant: str, once: Once) -> None:
+    async def _require_wanted(self, run: str, participant: str, once: IdempotentRequest) -> None:
         """Refuse an update that cannot count before it takes memory; a repeat is let in."""
         try:
             rounds.require_any_trainer(*self._federation.member(run, participant))
@@ -272,7 +274,7 @@ class FederationRoutes:
         self, member: Member, data: bytearray | memoryview, key: str | None
     ) -> UpdateReceipt:
         run, participant = member.run, member.participant
-        once = Once.of(_update_of(member), key, data)
+        once = IdempotentRequest.of(_update_of(member), key, data)
         frame = decode_frame(data, self._limits)
         require_kind(frame, "update")
         meta = parse_message(UpdateMeta, dict(frame.meta))
@@ -313,7 +315,7 @@ class FederationRoutes:
     ) -> dict[str, Any]:
         """Take a measurement of the newest global state."""
         member = self._member(request, run)
-        once = Once.of(f"{run}/{member.participant}/evaluation", key, _content(report))
+        once = IdempotentRequest.of(f"{run}/{member.participant}/evaluation", key, _content(report))
         await run_in_threadpool(self._federation.evaluation, run, member.participant, report, once)
         return {}
 

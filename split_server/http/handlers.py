@@ -66,7 +66,7 @@ from split_server.storage.sample_store import Owner, SampleStore
 
 
 @dataclass(frozen=True)
-class Asked:
+class SplitRequest:
     """A request as it came: by whom, and its frame."""
 
     run: RunSnapshot
@@ -91,14 +91,14 @@ class Asked:
         return self.run.settings.model.tune_body
 
     @cached_property
-    def leading(self) -> int | None:
+    def num_tokens(self) -> int | None:
         """How many tokens of the features the run wants back; None: all."""
         if not self.run.settings.wire.pooled_features:
             return None
         return needed_tokens(SplitSettings.of(self.run.settings.model))
 
 
-def require_placement(asked: Asked, placement: str) -> None:
+def require_placement(asked: SplitRequest, placement: str) -> None:
     """Refuse a request that is for runs whose prompts join elsewhere.
 
     Raises:
@@ -113,7 +113,7 @@ def require_placement(asked: Asked, placement: str) -> None:
         )
 
 
-def require_copies(asked: Asked) -> None:
+def require_copies(asked: SplitRequest) -> None:
     """Refuse changes where the server keeps nothing that they could change.
 
     Raises:
@@ -127,7 +127,7 @@ def require_copies(asked: Asked) -> None:
         )
 
 
-def require_kept(asked: Asked) -> None:
+def require_kept(asked: SplitRequest) -> None:
     """Refuse ids where the server keeps no smashed data.
 
     Raises:
@@ -139,7 +139,7 @@ def require_kept(asked: Asked) -> None:
         )
 
 
-def require_tensors(asked: Asked, meta: ExchangeMeta) -> None:
+def require_tensors(asked: SplitRequest, meta: ExchangeMeta) -> None:
     """Refuse tensors for which an exchange of this number has no use.
 
     Raises:
@@ -167,7 +167,7 @@ class Reply:
 
 
 @dataclass(frozen=True)
-class Desk:
+class HandlerContext:
     """What the requests work with."""
 
     engine: Engine
@@ -179,10 +179,10 @@ class Desk:
 
 Work = Callable[[], Awaitable[Reply]]
 
-Reader = Callable[[Desk, Asked], Work | Reply]
+Handler = Callable[[HandlerContext, SplitRequest], Work | Reply]
 
 
-def read_forward(desk: Desk, asked: Asked) -> Work | Reply:
+def handle_forward(desk: HandlerContext, asked: SplitRequest) -> Work | Reply:
     """Smashed data in, or their changes; features out; it is kept where a backward follows."""
     if asked.tunes_body:
         return _body_forward(desk, asked)
@@ -192,11 +192,11 @@ def read_forward(desk: Desk, asked: Asked) -> Work | Reply:
         return _missing(smashed)
     key = StepKey(asked.run.id, asked.member.id, meta.step)
     backward = asked.body.settings.tunes_ahead
-    job = ForwardJob(key, asked.body, smashed, asked.fingerprint, asked.leading, backward)
+    job = ForwardJob(key, asked.body, smashed, asked.fingerprint, asked.num_tokens, backward)
     return _work(partial(desk.engine.forward, job), "features", asked.wire.features, meta)
 
 
-def read_backward(desk: Desk, asked: Asked) -> Work:
+def handle_backward(desk: HandlerContext, asked: SplitRequest) -> Work:
     """The gradient of a step's features in, that of its smashed data out."""
     if asked.tunes_body:
         return _body_backward(desk, asked)
@@ -206,7 +206,7 @@ def read_backward(desk: Desk, asked: Asked) -> Work:
     return _work(partial(desk.engine.backward, job), "gradients", asked.wire.gradients, meta)
 
 
-def read_exchange(desk: Desk, asked: Asked) -> Work | Reply:
+def handle_exchange(desk: HandlerContext, asked: SplitRequest) -> Work | Reply:
     """The gradients of one batch in and the features of the next out; prompts are tuned here."""
     meta = parse_message(ExchangeMeta, dict(asked.frame.meta))
     require_placement(asked, "cut")
@@ -231,12 +231,12 @@ def read_exchange(desk: Desk, asked: Asked) -> Work | Reply:
         gradients=gradients,
         smashed=smashed,
         fingerprint=asked.fingerprint,
-        leading=asked.leading,
+        num_tokens=asked.num_tokens,
     )
     return _work(partial(desk.engine.exchange, job), "features", asked.wire.features, meta)
 
 
-def read_infer(desk: Desk, asked: Asked) -> Work | Reply:
+def handle_infer(desk: HandlerContext, asked: SplitRequest) -> Work | Reply:
     """Smashed data in, features out; nothing is kept for a backward."""
     meta = parse_message(InferMeta, dict(asked.frame.meta))
     if meta.state not in (None, asked.run.state.sha256):
@@ -254,11 +254,11 @@ def read_infer(desk: Desk, asked: Asked) -> Work | Reply:
         body = _tuned_body(desk, asked)
     elif (held := asked.run.held) is not None:
         prompts = read_prompts(_held_file(desk, asked, held))
-    job = InferJob(asked.run.id, asked.member.id, body, found, prompts, asked.leading)
+    job = InferJob(asked.run.id, asked.member.id, body, found, prompts, asked.num_tokens)
     return _work(partial(desk.engine.infer, job), "features", asked.wire.inference, meta)
 
 
-def read_samples(desk: Desk, asked: Asked) -> Reply:
+def handle_samples(desk: HandlerContext, asked: SplitRequest) -> Reply:
     """Smashed data in, to be kept under the ids that came with them."""
     parse_message(SamplesMeta, dict(asked.frame.meta))
     require_kept(asked)
@@ -268,20 +268,20 @@ def read_samples(desk: Desk, asked: Asked) -> Reply:
     return Reply("kept")
 
 
-def read_missing(desk: Desk, asked: Asked) -> Reply:
+def handle_missing(desk: HandlerContext, asked: SplitRequest) -> Reply:
     """Ids in, the places of those out whose samples are not kept."""
     parse_message(SamplesMeta, dict(asked.frame.meta))
     require_kept(asked)
     return _missing(desk.samples.missing(asked.owner, read_ids(asked.frame)))
 
 
-READERS: Final[Mapping[str, tuple[str, Reader]]] = {  # by path: the frame's kind, who reads it
-    FORWARD_PATH: ("forward", read_forward),
-    BACKWARD_PATH: ("backward", read_backward),
-    EXCHANGE_PATH: ("exchange", read_exchange),
-    INFER_PATH: ("infer", read_infer),
-    SAMPLES_PATH: ("samples", read_samples),
-    MISSING_PATH: ("missing", read_missing),
+HANDLERS: Final[Mapping[str, tuple[str, Handler]]] = {  # by path: the frame's kind, who reads it
+    FORWARD_PATH: ("forward", handle_forward),
+    BACKWARD_PATH: ("backward", handle_backward),
+    EXCHANGE_PATH: ("exchange", handle_exchange),
+    INFER_PATH: ("infer", handle_infer),
+    SAMPLES_PATH: ("samples", handle_samples),
+    MISSING_PATH: ("missing", handle_missing),
 }
 
 
@@ -299,14 +299,14 @@ def _work(
     return work
 
 
-def _training_step(asked: Asked) -> StepMeta:
+def _training_step(asked: SplitRequest) -> StepMeta:
     meta = parse_message(StepMeta, dict(asked.frame.meta))
     require_placement(asked, "input")
     rounds.require_trainer(asked.run, asked.member, meta.round, None)
     return meta
 
 
-def _body_forward(desk: Desk, asked: Asked) -> Work:
+def _body_forward(desk: HandlerContext, asked: SplitRequest) -> Work:
     meta = _body_step(asked)
     if "ids" in asked.frame.specs:
         require_copies(asked)  # and there are none
@@ -314,13 +314,13 @@ def _body_forward(desk: Desk, asked: Asked) -> Work:
     return _work(partial(desk.engine.body_forward, job), "features", asked.wire.features, meta)
 
 
-def _body_backward(desk: Desk, asked: Asked) -> Work:
+def _body_backward(desk: HandlerContext, asked: SplitRequest) -> Work:
     meta = _body_step(asked)
     job = _body_job(desk, asked, meta, _gradients(desk, asked))
     return _work(partial(desk.engine.body_backward, job), "gradients", asked.wire.gradients, meta)
 
 
-def _body_step(asked: Asked) -> BodyStepMeta:
+def _body_step(asked: SplitRequest) -> BodyStepMeta:
     meta = parse_message(BodyStepMeta, dict(asked.frame.meta))
     open_round = rounds.require_trainer(asked.run, asked.member, meta.round, meta.attempt)
     if asked.member.id in open_round.updated or asked.member.id in open_round.declined:
@@ -330,7 +330,7 @@ def _body_step(asked: Asked) -> BodyStepMeta:
     return meta
 
 
-def _held_file(desk: Desk, asked: Asked, held: BlobRef) -> Path:
+def _held_file(desk: HandlerContext, asked: SplitRequest, held: BlobRef) -> Path:
     path = desk.files(asked.run.id).held(held.sha256)
     if not path.is_file():
         raise StaleRound(
@@ -341,7 +341,9 @@ def _held_file(desk: Desk, asked: Asked, held: BlobRef) -> Path:
     return path
 
 
-def _body_job(desk: Desk, asked: Asked, meta: BodyStepMeta, tensor: Tensor) -> BodyJob:
+def _body_job(
+    desk: HandlerContext, asked: SplitRequest, meta: BodyStepMeta, tensor: Tensor
+) -> BodyJob:
     settings = asked.run.settings
     shapes = state_shapes(SplitSettings.of(settings.model))
     plan = BodyPlan(
@@ -360,11 +362,11 @@ def _body_job(desk: Desk, asked: Asked, meta: BodyStepMeta, tensor: Tensor) -> B
         plan=plan,
         tensor=tensor,
         fingerprint=asked.fingerprint,
-        leading=asked.leading,
+        num_tokens=asked.num_tokens,
     )
 
 
-def _tuned_body(desk: Desk, asked: Asked) -> BodyKey:
+def _tuned_body(desk: HandlerContext, asked: SplitRequest) -> BodyKey:
     """The body of the newest global state."""
     held = asked.run.held
     if held is None:
@@ -372,19 +374,19 @@ def _tuned_body(desk: Desk, asked: Asked) -> BodyKey:
     return replace(asked.body, state=_held_file(desk, asked, held))
 
 
-def _gradients(desk: Desk, asked: Asked) -> Tensor:
+def _gradients(desk: HandlerContext, asked: SplitRequest) -> Tensor:
     most, settings = asked.run.settings.training.batch_size, asked.body.settings
-    found = read_gradients(asked.frame, settings, desk.limits, desk.device, asked.leading, most)
+    found = read_gradients(asked.frame, settings, desk.limits, desk.device, asked.num_tokens, most)
     require_finite({"gradients": found})
     return found
 
 
-def _sent(desk: Desk, asked: Asked) -> Tensor:
+def _sent(desk: HandlerContext, asked: SplitRequest) -> Tensor:
     most = asked.run.settings.training.batch_size
     return _received(desk, asked, most)
 
 
-def _renewed(desk: Desk, asked: Asked) -> Tensor | list[int]:
+def _renewed(desk: HandlerContext, asked: SplitRequest) -> Tensor | list[int]:
     """Smashed data [B, T, D] made of what is kept and its changes; or the places of what is not.
 
     Made on the CPU wherever the body runs: the device does the same sums, and no bit may differ.
@@ -396,13 +398,13 @@ def _renewed(desk: Desk, asked: Asked) -> Tensor | list[int]:
     return found if isinstance(found, list) else found.to(desk.device)
 
 
-def _received(desk: Desk, asked: Asked, most: int | None) -> Tensor:
+def _received(desk: HandlerContext, asked: SplitRequest, most: int | None) -> Tensor:
     found = read_smashed(asked.frame, asked.body.settings, desk.limits, desk.device, most)
     require_finite({"smashed": found})
     return found
 
 
-def _smashed(desk: Desk, asked: Asked, most: int | None = None) -> Tensor | Reply:
+def _smashed(desk: HandlerContext, asked: SplitRequest, most: int | None = None) -> Tensor | Reply:
     """Smashed data [B, T, D] that came with the request, or are kept; or what is missing."""
     if "ids" not in asked.frame.specs:
         return _received(desk, asked, most)
@@ -426,7 +428,7 @@ def _missing(places: list[int]) -> Reply:
     return Reply("missing", tensors={"places": (torch.tensor(places, dtype=torch.int64), "int64")})
 
 
-def _plan(desk: Desk, asked: Asked, round_: int) -> SessionPlan:
+def _plan(desk: HandlerContext, asked: SplitRequest, round_: int) -> SessionPlan:
     settings, held = asked.run.settings, asked.run.held
     if held is None:
         raise InvalidField(

@@ -19,7 +19,7 @@ from split_server.federation.credentials import Credentials, Identity, Member, O
 from split_server.http.body import declared_length, too_large, too_slow
 from split_server.http.connection import SOCKET_KEY
 from split_server.http.errors import Refused, send_error, unexpected
-from split_server.runtime.aio import let_go
+from split_server.runtime.aio import drop_traceback
 from split_server.runtime.process import request_id
 from split_server.storage.traffic import Meter, SocketCounter
 
@@ -41,7 +41,7 @@ _LINGER_BYTES = 64 * 1024 * 1024
 
 
 @dataclass(frozen=True)
-class Gate:
+class RequestMiddleware:
     """Pure ASGI, outermost: even a refused request has an id, is metered and is logged."""
 
     app: ASGIApp
@@ -56,20 +56,20 @@ class Gate:
         shown = headers.get(_ID_NAME, b"").decode("latin-1")
         token = request_id.set(shown if _REQUEST_ID.fullmatch(shown) else secrets.token_hex(8))
         self._recognise(scope, headers)
-        exchange = _Exchange(self, scope, headers, receive, send)
+        exchange = _RequestScope(self, scope, headers, receive, send)
         began = time.perf_counter()
         try:
             _require_version(scope, headers)
             await self.app(scope, exchange.receive, exchange.send)
         except SFPromptError as error:
             await exchange.refuse(error)
-            let_go(error)
+            drop_traceback(error)
         except ClientDisconnect:
             log.debug("the client has gone")
         except Exception as error:
             log.exception("%s %s failed", scope["method"], scope["path"])
             await exchange.refuse(unexpected(error))
-            let_go(error)
+            drop_traceback(error)
         finally:
             if not exchange.ended:  # else the next request's bytes may be here already
                 self.charge(scope)
@@ -98,10 +98,10 @@ class Gate:
 
 
 @dataclass
-class _Exchange:
+class _RequestScope:
     """One request and its answer, and what of them has passed."""
 
-    gate: Gate
+    gate: RequestMiddleware
     scope: Scope
     headers: Headers
     inner_receive: Receive
@@ -201,7 +201,7 @@ MAX_JSON_BYTES = 1024 * 1024
 _FRAMES = "/update"  # read their bodies themselves, under a limit of their own
 
 
-class SmallBodies:
+class JSONBodyLimit:
     """Pure ASGI: refuses a long body by its declared length, and cuts one that lies."""
 
     def __init__(self, app: ASGIApp, timeout_s: float) -> None:

@@ -19,12 +19,12 @@ from protocol.wire import FRAME_MEDIA_TYPE
 from split_server.engine.requests import as_shown
 from split_server.engine.tasks import nbytes_of
 from split_server.federation.credentials import require_member
-from split_server.federation.liveness import Presence
-from split_server.federation.service import Federation
+from split_server.federation.liveness import Liveness
+from split_server.federation.service import FederationService
 from split_server.federation.snapshot import Member, RunSnapshot
-from split_server.http.body import Room, read_body
+from split_server.http.body import BodyBudget, read_body
 from split_server.http.errors import send_pieces
-from split_server.http.handlers import READERS, Asked, Desk, Reader, Reply, Work
+from split_server.http.handlers import HANDLERS, Handler, HandlerContext, Reply, SplitRequest, Work
 from split_server.http.middleware import identity_of
 from split_server.runtime.aio import run_on
 from split_server.runtime.device import SideStreams, used_here
@@ -49,24 +49,24 @@ class SplitPlane:
     """Answers the paths of the split plane and passes everything else on."""
 
     app: ASGIApp
-    desk: Desk
-    federation: Federation
-    presence: Presence
+    desk: HandlerContext
+    federation: FederationService
+    presence: Liveness
     limits: FrameLimits
-    room: Room
+    room: BodyBudget
     threads: ThreadPoolExecutor  # for decoding and encoding
     streams: SideStreams  # of those threads
     body_timeout_s: float
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        known = READERS.get(scope["path"]) if scope["type"] == "http" else None
+        known = HANDLERS.get(scope["path"]) if scope["type"] == "http" else None
         if known is None:
             await self.app(scope, receive, send)
             return
         await self._answer(*known, scope, receive, send)
 
     async def _answer(
-        self, kind: str, reader: Reader, scope: Scope, receive: Receive, send: Send
+        self, kind: str, reader: Handler, scope: Scope, receive: Receive, send: Send
     ) -> None:
         if scope["method"] != "POST":
             raise InvalidField(
@@ -91,15 +91,15 @@ class SplitPlane:
     async def _read(
         self,
         kind: str,
-        reader: Reader,
+        reader: Handler,
         run: RunSnapshot,
         member: Member,
         data: bytearray | memoryview,
     ) -> Work | Reply:
-        def asked() -> Asked:
+        def asked() -> SplitRequest:
             frame = decode_frame(data, self.limits)
             require_kind(frame, kind)
-            return Asked(run, member, frame, xxh3_64_intdigest(data))
+            return SplitRequest(run, member, frame, xxh3_64_intdigest(data))
 
         frozen = not run.settings.model.tune_body
         light = frozen and kind in _LIGHT_KINDS and self.desk.device.type == "cpu"

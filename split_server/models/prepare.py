@@ -16,7 +16,7 @@ from split_model.files import sync_folder
 from split_model.proxies.neurons import neurons_shape
 from split_model.proxies.weights import whole_model
 from split_server.federation.snapshot import RunSnapshot
-from split_server.models.proxies import prepare_local_body, prepare_proxy, write_renewed_proxy
+from split_server.models.proxies import prepare_local_body, prepare_proxy, write_redistilled_proxy
 from split_server.storage.run_files import RunFiles, StateRefs
 
 
@@ -31,7 +31,7 @@ class PreparedRun:
 
 
 @dataclass(frozen=True)
-class RenewedModel:
+class RedistilledModel:
     """The model's files of a run after its proxy was distilled again."""
 
     backbone_path: Path
@@ -70,9 +70,9 @@ def prepare_run(settings: RunSettings, files: RunFiles, cache_dir: Path) -> Prep
     )
 
 
-def renew_run(
+def redistill_run(
     run: RunSnapshot, files: RunFiles, cache_dir: Path, check: Callable[[], None]
-) -> RenewedModel:
+) -> RedistilledModel:
     """Distil a run's proxy again after its last closed round, and write the new head file.
 
     What a run was stopped in is found or made again, the same. Takes minutes, like `prepare_run`.
@@ -93,8 +93,8 @@ def renew_run(
             backbone = split_model.prepare_backbone(split, settings.model.weights, cache_dir)
             state = files.read_state(StateRefs(run.state, run.held))
             inactive = files.read_neurons(round_)
-            write_renewed_proxy(run, split, backbone, state, inactive, cache_dir, proxy, check)
+            write_redistilled_proxy(run, split, backbone, state, inactive, cache_dir, proxy, check)
         _, sha256 = split_model.write_head_file(split, proxy, head, settings.wire.head)
     for folder in (proxy.parent, head.parent, files.root):
         sync_folder(folder)
-    return RenewedModel(proxy, BlobRef(sha256=sha256, nbytes=head.stat().st_size))
+    return RedistilledModel(proxy, BlobRef(sha256=sha256, nbytes=head.stat().st_size))

@@ -20,7 +20,7 @@ from protocol.settings import RunSettings
 from split_model import BackboneFile, SplitSettings
 from split_model.backbone.tensor_file import TensorFile, write_tensors
 from split_model.files import sha256_of
-from split_model.proxies.distillation import distilled_proxy, renewed_proxy
+from split_model.proxies.distillation import distilled_proxy, redistilled_proxy
 from split_model.proxies.local_body import local_body_weights
 from split_server.federation.snapshot import RunSnapshot
 from split_server.payloads.tensors import require_finite
@@ -67,7 +67,7 @@ def prepare_local_body(
     return TensorFile(_made_once(settings, split, backbone, cache_dir, _LOCAL_BODY, make))
 
 
-def write_renewed_proxy(
+def write_redistilled_proxy(
     run: RunSnapshot,
     split: SplitSettings,
     backbone: BackboneFile,
@@ -91,7 +91,7 @@ def write_renewed_proxy(
     settings, how = run.settings, run.settings.distillation
     file = None if how.images == "random" else _image_file(settings, cache_dir)
     log.info("run %s: distilling its proxy again after round %d", run.id, run.closed_rounds)
-    made = renewed_proxy(
+    made = redistilled_proxy(
         split,
         split_model.open_backbone(backbone.path),
         split_model.open_backbone(run.backbone_path),

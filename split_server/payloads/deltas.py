@@ -45,7 +45,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Revision:
+class DeltaBatch:
     """What a forward brings of its samples; rows in neither part are as their copies are.
 
     Attributes:
@@ -65,7 +65,7 @@ class Revision:
 
 def read_revision(
     frame: Frame, settings: SplitSettings, limits: FrameLimits, most: int
-) -> Revision:
+) -> DeltaBatch:
     """A revision of at most ``most`` samples.
 
     Raises:
@@ -92,12 +92,12 @@ def read_revision(
     shape = (anatomy(settings).tokens + settings.prompt_count, anatomy(settings).width)
     check_decoded(len(ids) * math.prod(shape), "ids", limits)
     whole, changes = (_read_rows(frame, name, len(ids), shape) for name in _ROWS)
-    revision = Revision(ids, versions[:, 0].tolist(), versions[:, 1].tolist(), whole, changes)
+    revision = DeltaBatch(ids, versions[:, 0].tolist(), versions[:, 1].tolist(), whole, changes)
     _check_versions(revision)
     return revision
 
 
-def rebuild(store: SampleStore, owner: Owner, revision: Revision) -> Tensor | list[int]:
+def rebuild(store: SampleStore, owner: Owner, revision: DeltaBatch) -> Tensor | list[int]:
     """Smashed data [B, T, D] in float32; or the places of samples whose copies are missing.
 
     The store then has the copies that the revision leaves; or, where some are missing, it is as it
@@ -138,7 +138,7 @@ def rebuild(store: SampleStore, owner: Owner, revision: Revision) -> Tensor | li
     return smashed
 
 
-def _fits(copy: Kept | None, revision: Revision, place: int) -> bool:
+def _fits(copy: Kept | None, revision: DeltaBatch, place: int) -> bool:
     """Whether a copy is the one that this revision is against, or the one that it leaves."""
     return _has(copy, revision.before[place]) or _has(copy, revision.after[place])
 
@@ -192,7 +192,7 @@ def _read_numbers(frame: Frame, name: str, shape: tuple[int, ...]) -> Tensor:
     return frame.tensor(name)
 
 
-def _check_versions(revision: Revision) -> None:
+def _check_versions(revision: DeltaBatch) -> None:
     """A row is sent once and then has a new version, or not at all and keeps its own."""
     sent = {*revision.whole.places, *revision.changes.places}
     parts = len(revision.whole.places) + len(revision.changes.places)

@@ -145,14 +145,14 @@ def read_gradients(
     settings: SplitSettings,
     limits: FrameLimits,
     device: torch.device | str,
-    leading: int | None,
+    num_tokens: int | None,
     most: int,
 ) -> Tensor:
     """The frame's gradient [B, T', D] of features that the run hands out.
 
-    T' are the ``leading`` tokens, or all, prompts included. Raises as `read_smashed` does.
+    T' are the ``num_tokens`` tokens, or all, prompts included. Raises as `read_smashed` does.
     """
-    tokens = leading
+    tokens = num_tokens
     if tokens is None:
         tokens = split_model.anatomy(settings).tokens + settings.prompt_count
     return _read_tokens(frame, "gradients", settings, limits, tokens, device, most)

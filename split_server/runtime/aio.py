@@ -46,7 +46,7 @@ def _pass_on(waiting: asyncio.Future[R], done: Future[R]) -> None:
         refuse(waiting, error)
 
 
-def let_go(error: BaseException) -> None:
+def drop_traceback(error: BaseException) -> None:
     """Forget where an error came from, once it has been told.
 
     Its traceback holds all frames on its way, and these what they work with: tensors, and often the

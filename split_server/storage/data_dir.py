@@ -20,7 +20,7 @@ _RUN_ID = re.compile("r[0-9a-f]{10}")
 
 
 @contextlib.contextmanager
-def held_folder(path: Path) -> Iterator[None]:
+def lock_data_dir(path: Path) -> Iterator[None]:
     """Keep other servers out of ``path`` for as long as this one runs, however it ends.
 
     Raises:

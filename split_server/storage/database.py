@@ -160,7 +160,7 @@ class EventRow(Base):
     data: Mapped[dict[str, Any]]
 
 
-class AnswerRow(Base):
+class IdempotentResponseRow(Base):
     """The answer to a request that changed state, kept for a repeat of the same request."""
 
     __tablename__ = "answers"

@@ -11,13 +11,13 @@ from sqlalchemy.orm import Session
 
 from protocol.errors import IdempotencyKeyReused, InvalidField
 from protocol.wire import IDEMPOTENCY_HEADER
-from split_server.storage.database import AnswerRow, EventRow
+from split_server.storage.database import EventRow, IdempotentResponseRow
 
 _MAX_KEY = 200  # characters
 
 
 @dataclass(frozen=True)
-class Once:
+class IdempotentRequest:
     """One request that changes state: who asks for what, under which key, with which content."""
 
     scope: str
@@ -25,7 +25,9 @@ class Once:
     digest: str
 
     @classmethod
-    def of(cls, scope: str, key: str | None, content: bytes | bytearray | memoryview = b"") -> Once:
+    def of(
+        cls, scope: str, key: str | None, content: bytes | bytearray | memoryview = b""
+    ) -> IdempotentRequest:
         """Raises `InvalidField` where the key is missing or no key."""
         if not key:
             raise InvalidField(
@@ -44,7 +46,7 @@ class Once:
 
     def is_known(self, session: Session) -> bool:
         """Whether a request of this key was answered before, whatever its content."""
-        return session.get(AnswerRow, (self.scope, self.key)) is not None
+        return session.get(IdempotentResponseRow, (self.scope, self.key)) is not None
 
     def recall(self, session: Session) -> dict[str, Any] | None:
         """The answer that this very request was given before.
@@ -52,7 +54,7 @@ class Once:
         Raises:
             IdempotencyKeyReused: the key was used for another request.
         """
-        row = session.get(AnswerRow, (self.scope, self.key))
+        row = session.get(IdempotentResponseRow, (self.scope, self.key))
         if row is None:
             return None
         if row.request != self.digest:
@@ -64,7 +66,7 @@ class Once:
     def remember(self, session: Session, answer: dict[str, Any], at: float) -> None:
         """Keep the answer, in the transaction that makes it true."""
         session.add(
-            AnswerRow(
+            IdempotentResponseRow(
                 scope=self.scope,
                 key=self.key,
                 request=self.digest,

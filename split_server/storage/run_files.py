@@ -17,7 +17,7 @@ from torch import Tensor
 from protocol.errors import NotFound
 from protocol.messages import NEURONS, BlobRef
 from protocol.settings import PromptPlacement
-from split_model import is_held, state_bytes
+from split_model import is_server_side, state_bytes
 from split_model.files import write_durably
 
 log = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ class RunFiles:
 
         Prompts at the cut and a tuned body are a file of their own that devices never see.
         """
-        held = {name for name in tensors if is_held(name, prompt_at)}
+        held = {name for name in tensors if is_server_side(name, prompt_at)}
         device = {name: tensor for name, tensor in tensors.items() if name not in held}
         server = {name: tensors[name] for name in held}
         return StateRefs(

@@ -17,13 +17,13 @@ from edge_client.storage.identity import Identity
 from edge_client.transport import Server
 from protocol.messages import Results
 from split_server.client import OperatorClient
-from tests.e2e.test_cut import Told, cut_run, folder_of, take_part
+from tests.e2e.test_cut import RecordingReporter, cut_run, folder_of, take_part
 from tests.support.federation import OPERATOR
-from tests.support.server import Running, running_server
+from tests.support.server import RunningServer, running_server
 
 
 @pytest.fixture(scope="module")
-def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     with running_server(tmp_path_factory.mktemp("node")) as running:
         yield running
 
@@ -42,9 +42,9 @@ def photos(tmp_path: Path) -> Dataset:
 
 
 def test_a_device_goes_on_without_images_that_are_gone(
-    node: Running, photos: Dataset, tmp_path: Path
+    node: RunningServer, photos: Dataset, tmp_path: Path
 ) -> None:
-    told, joined = Told(), []
+    told, joined = RecordingReporter(), []
 
     def lose(participant: Participant) -> None:
         joined.append(participant)
@@ -61,7 +61,7 @@ def test_a_device_goes_on_without_images_that_are_gone(
 
 
 def test_a_device_with_other_images_joins_anew_and_is_one_participant(
-    node: Running, tmp_path: Path
+    node: RunningServer, tmp_path: Path
 ) -> None:
     digits = load_dataset("digits")
     with (
@@ -71,7 +71,7 @@ def test_a_device_with_other_images_joins_anew_and_is_one_participant(
         run = operator.create_run(cut_run())
         for images in (40, 40, 30):
             data = limit_per_set(digits, train=images, test=10, seed=0)
-            participant = Participant(client, data, tmp_path, "kitchen", Told())
+            participant = Participant(client, data, tmp_path, "kitchen", RecordingReporter())
             with Identity(tmp_path / "identities", node.url, run.id, "kitchen") as identity:
                 _join_as(identity, participant, run.id, None)
         results: Results = operator.results(run.id)

@@ -28,7 +28,7 @@ from split_server.client import OperatorClient, read_token
 from split_server.federation.export import newest_state
 from tests.e2e.conftest import ServerProcess, small_run
 from tests.support.federation import OPERATOR
-from tests.support.server import Running, running_server
+from tests.support.server import RunningServer, running_server
 
 BATCH, TRAIN, TEST = 16, 4 * 16 - 3, 10
 
@@ -41,12 +41,12 @@ def data() -> Dataset:
 
 
 @pytest.fixture(scope="module")
-def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     with running_server(tmp_path_factory.mktemp("node"), max_batch_samples=1) as running:
         yield running
 
 
-def folder_of(server: Running) -> Path:
+def folder_of(server: RunningServer) -> Path:
     return server.server._application.settings.data_dir
 
 
@@ -65,7 +65,7 @@ def cut_run(
 
 
 @dataclass
-class Told:
+class RecordingReporter:
     """What a device says; at a step of split training, something happens to its server."""
 
     at: dict[tuple[int, int], Callable[[], None]] = field(default_factory=dict)  # round, step
@@ -104,7 +104,7 @@ def take_part(
     settings: RunSettings,
     data: Dataset,
     home: Path,
-    told: Told,
+    told: RecordingReporter,
     started: Callable[[Participant], None] = lambda _: None,
 ) -> Done:
     """Create a run and go through it as its only device."""
@@ -123,7 +123,9 @@ def take_part(
     return Done(results, newest_state(server_folder, run.id)[1], counted)
 
 
-def on_node(node: Running, settings: RunSettings, data: Dataset, home: Path, told: Told) -> Done:
+def on_node(
+    node: RunningServer, settings: RunSettings, data: Dataset, home: Path, told: RecordingReporter
+) -> Done:
     return take_part(node.url, OPERATOR, folder_of(node), settings, data, home, told)
 
 
@@ -171,7 +173,7 @@ class Uncut:
     [("shallow", {}), ("deep", {"pooled_features": True, "keep_smashed": True})],
 )
 def test_one_device_with_sgd_tunes_what_the_uncut_model_would(
-    node: Running, data: Dataset, tmp_path: Path, depth: str, wire: dict[str, Any]
+    node: RunningServer, data: Dataset, tmp_path: Path, depth: str, wire: dict[str, Any]
 ) -> None:
     settings = cut_run(
         depth,
@@ -187,7 +189,7 @@ def test_one_device_with_sgd_tunes_what_the_uncut_model_would(
     tails: list[dict[str, Tensor]] = []
     states: list[dict[str, Tensor]] = []  # after each round
     found: list[Participant] = []
-    told = Told(steps=lambda: tails.append(found[0].model.state()))
+    told = RecordingReporter(steps=lambda: tails.append(found[0].model.state()))
     told.evaluated = lambda: states.append(newest_state(folder_of(node), found[0].run.id)[1])
 
     def started(participant: Participant) -> None:
@@ -250,10 +252,16 @@ def everything(**wire: Any) -> RunSettings:
 
 @pytest.mark.parametrize("codecs", [{}, {"smashed": "float32", "features": "float32"}])
 def test_keeping_samples_changes_no_bit_of_the_result(
-    node: Running, data: Dataset, tmp_path: Path, codecs: dict[str, str]
+    node: RunningServer, data: Dataset, tmp_path: Path, codecs: dict[str, str]
 ) -> None:
     kept, plain = (
-        on_node(node, everything(keep_smashed=keep, **codecs), data, tmp_path / str(keep), Told())
+        on_node(
+            node,
+            everything(keep_smashed=keep, **codecs),
+            data,
+            tmp_path / str(keep),
+            RecordingReporter(),
+        )
         for keep in (True, False)
     )
     assert_same_bits(plain.state, kept.state)
@@ -262,12 +270,16 @@ def test_keeping_samples_changes_no_bit_of_the_result(
 
 
 @pytest.fixture(scope="module")
-def undisturbed(node: Running, data: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Done:
+def undisturbed(
+    node: RunningServer, data: Dataset, tmp_path_factory: pytest.TempPathFactory
+) -> Done:
     home = tmp_path_factory.mktemp("undisturbed")
-    return on_node(node, everything(keep_smashed=True), data, home, Told())
+    return on_node(node, everything(keep_smashed=True), data, home, RecordingReporter())
 
 
-def test_both_ends_count_the_same_bytes_in_every_phase(node: Running, undisturbed: Done) -> None:
+def test_both_ends_count_the_same_bytes_in_every_phase(
+    node: RunningServer, undisturbed: Done
+) -> None:
     counted = undisturbed.traffic
     with contextlib.closing(OperatorClient(node.url, OPERATOR)) as operator:
         assert operator.results(undisturbed.results.run.id).traffic == counted
@@ -285,7 +297,7 @@ def test_both_ends_count_the_same_bytes_in_every_phase(node: Running, undisturbe
 
 
 def test_samples_that_were_lost_on_the_way_change_no_bit_of_the_result(
-    node: Running, data: Dataset, tmp_path: Path, undisturbed: Done
+    node: RunningServer, data: Dataset, tmp_path: Path, undisturbed: Done
 ) -> None:
     found: list[Participant] = []
 
@@ -295,7 +307,7 @@ def test_samples_that_were_lost_on_the_way_change_no_bit_of_the_result(
         url = f"{node.url}/v1/runs/{participant.run.id}/samples"
         assert httpx.delete(url, headers=headers, trust_env=False).is_success
 
-    told = Told(at={(1, 3): forget, (2, 1): forget, (2, 5): forget})
+    told = RecordingReporter(at={(1, 3): forget, (2, 1): forget, (2, 5): forget})
     forgetful = take_part(
         node.url,
         OPERATOR,
@@ -314,7 +326,7 @@ def test_samples_that_were_lost_on_the_way_change_no_bit_of_the_result(
 
 @pytest.mark.parametrize("keep", [True, False])
 def test_a_device_that_is_taken_out_in_the_middle_of_a_round_stops(
-    node: Running, data: Dataset, tmp_path: Path, keep: bool
+    node: RunningServer, data: Dataset, tmp_path: Path, keep: bool
 ) -> None:
     """As by `edge-client leave` in another process."""
     with (
@@ -323,7 +335,7 @@ def test_a_device_that_is_taken_out_in_the_middle_of_a_round_stops(
         contextlib.closing(Server(node.url)) as elsewhere,
     ):
         run = operator.create_run(everything(keep_smashed=keep))
-        told = Told(at={(1, 2): lambda: elsewhere.leave(run.id)})
+        told = RecordingReporter(at={(1, 2): lambda: elsewhere.leave(run.id)})
         participant = Participant(client, data, tmp_path, "only", told)
         elsewhere.authenticate(participant.join(run.id, key="join-1"))
         last = participant.take_part()
@@ -332,7 +344,7 @@ def test_a_device_that_is_taken_out_in_the_middle_of_a_round_stops(
 
 
 def test_a_server_that_can_keep_too_few_samples_changes_no_bit_of_the_result(
-    node: Running, data: Dataset, tmp_path: Path
+    node: RunningServer, data: Dataset, tmp_path: Path
 ) -> None:
     settings = cut_run(
         model={"image_size": 80},  # 26 tokens: 1.2 MiB for all samples
@@ -340,10 +352,10 @@ def test_a_server_that_can_keep_too_few_samples_changes_no_bit_of_the_result(
         rounds=1,
         keep_fraction=1,
     )
-    plenty = on_node(node, settings, data, tmp_path / "plenty", Told())
+    plenty = on_node(node, settings, data, tmp_path / "plenty", RecordingReporter())
     tiny = {"samples_mib": 1, "samples_disk_mib": 0, "participant_samples_mib": 1}
     with running_server(tmp_path / "tiny", max_batch_samples=1, **tiny) as small:
-        found = on_node(small, settings, data, tmp_path / "home", Told())
+        found = on_node(small, settings, data, tmp_path / "home", RecordingReporter())
     assert_same_bits(found.state, plenty.state)
     assert found.traffic["smashed"]["up"] > 1.1 * plenty.traffic["smashed"]["up"]
 
@@ -358,7 +370,7 @@ def test_a_server_killed_in_the_middle_of_a_round_ends_with_the_same_state(
         server.process.kill()
         server.start()
 
-    told = Told(at={(2, 3): kill})
+    told = RecordingReporter(at={(2, 3): kill})
     disturbed = take_part(
         server.url,
         read_token(server.data_dir),

@@ -22,7 +22,7 @@ from split_server.client import OperatorClient
 from split_server.federation.export import newest_state
 from tests.e2e.conftest import small_run
 from tests.support.federation import OPERATOR
-from tests.support.server import Running, running_server
+from tests.support.server import RunningServer, running_server
 
 DEVICES, ROUNDS = 2, 2
 
@@ -40,7 +40,7 @@ def private_run(placement: str, **federation: Any) -> RunSettings:
     return RunSettings.model_validate(values)
 
 
-def run_through(node: Running, settings: RunSettings, home: Path) -> tuple[Results, str]:
+def run_through(node: RunningServer, settings: RunSettings, home: Path) -> tuple[Results, str]:
     data = limit_per_set(load_dataset("digits"), train=40, test=20, seed=0)
     with contextlib.closing(OperatorClient(node.url, OPERATOR)) as operator:
         run = operator.create_run(settings)

@@ -11,7 +11,7 @@ from protocol.settings import RunSettings
 from split_server.client import read_token
 from tests.e2e.conftest import ServerProcess
 from tests.support.federation import SMALL, random_state
-from tests.support.server import Api, wait_until
+from tests.support.server import ApiClient, wait_until
 
 ROUNDS = 3
 
@@ -47,8 +47,8 @@ class Device:
         rounds = Results.model_validate(answer.json()).rounds
         return [one.state.sha256 for one in rounds if one.state is not None]
 
-    def _api(self, token: str | None = None) -> contextlib.closing[Api]:
-        return contextlib.closing(Api(self.server.url, token))
+    def _api(self, token: str | None = None) -> contextlib.closing[ApiClient]:
+        return contextlib.closing(ApiClient(self.server.url, token))
 
 
 def test_a_killed_server_goes_on_bit_for_bit(server: ServerProcess) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support.server import Running, running_server
+from tests.support.server import RunningServer, running_server
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +17,7 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(data_dir: Path) -> Iterator[Running]:
+def server(data_dir: Path) -> Iterator[RunningServer]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     with running_server(data_dir) as running:

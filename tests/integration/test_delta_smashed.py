@@ -16,7 +16,7 @@ from torch import Tensor
 from edge_client.data import Dataset
 from edge_client.participant import Participant
 from edge_client.transport import SamplesMissing, Server
-from edge_client.transport.deltas import Revision, Sample
+from edge_client.transport.deltas import DeltaBatch, Sample
 from protocol.codecs.registry import as_decoded
 from protocol.federation import FederationSettings
 from protocol.settings import RunSettings, TrainingSettings, WireSettings
@@ -24,7 +24,14 @@ from protocol.traffic import Phase
 from split_model import SplitSettings, build_body, load_state, open_backbone
 from split_server.storage.sample_store import Owner, SampleStore
 from tests.support.edge import SMALL, device_model, files, image_set
-from tests.support.server import Api, Running, code_of, frame_in, running_server, tensor_in
+from tests.support.server import (
+    ApiClient,
+    RunningServer,
+    code_of,
+    frame_in,
+    running_server,
+    tensor_in,
+)
 
 TOKENS, WIDTH = 1 + 4 + 4, 192  # class token, prompts, 2 x 2 patches
 
@@ -38,14 +45,14 @@ CODED = {"smashed": "int8", "delta_smashed": "int4"}
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     before = torch.get_num_threads()
     with running_server(tmp_path_factory.mktemp("node")) as running:
         yield running
     torch.set_num_threads(before)
 
 
-def store_of(server: Running) -> SampleStore:
+def store_of(server: RunningServer) -> SampleStore:
     store: SampleStore = server.server._application._app.app.desk.samples
     return store
 
@@ -53,7 +60,7 @@ def store_of(server: Running) -> SampleStore:
 _keys = itertools.count()
 
 
-def created(server: Running, wire: dict[str, Any], **training: Any) -> str:
+def created(server: RunningServer, wire: dict[str, Any], **training: Any) -> str:
     plain = {"batch_size": BATCH, "keep_fraction": 1.0, "local_epochs": 0, "optimizer": "sgd"}
     rates = {"prompt_learning_rate": 0.05, "tail_learning_rate": 0.02, "schedule": "constant"}
     settings = RunSettings(
@@ -78,7 +85,7 @@ class Device:
 
     def __init__(
         self,
-        server: Running,
+        server: RunningServer,
         folder: Path,
         wire: dict[str, Any],
         between: Callable[[Device, int], None] = lambda *_: None,
@@ -86,7 +93,7 @@ class Device:
     ) -> None:
         self.store = store_of(server)
         self.states: list[dict[str, Tensor]] = []
-        self.sent: list[tuple[Tensor, Revision]] = []
+        self.sent: list[tuple[Tensor, DeltaBatch]] = []
         self.missing: list[Sample] = []
         self.apart: list[int] = []
         self._between = between
@@ -144,11 +151,11 @@ class Device:
             return
         forward, revise = plane.forward, copies.revise
 
-        def revised(samples: Sequence[Sample], smashed: Tensor) -> Revision:
+        def revised(samples: Sequence[Sample], smashed: Tensor) -> DeltaBatch:
             self.sent.append((smashed.clone(), revise(samples, smashed)))
             return self.sent[-1][1]
 
-        def forwarded(batch: Revision, **step: Any) -> Tensor:
+        def forwarded(batch: DeltaBatch, **step: Any) -> Tensor:
             try:
                 return forward(batch, **step)
             except SamplesMissing as error:
@@ -165,7 +172,7 @@ def relative(tensor: Tensor, reference: Tensor) -> float:
 # Training
 
 
-def test_in_float32_it_trains_as_if_all_were_sent(server: Running, tmp_path: Path) -> None:
+def test_in_float32_it_trains_as_if_all_were_sent(server: RunningServer, tmp_path: Path) -> None:
     plain = Device(server, tmp_path, {}, split_epochs=4)
     delta = Device(server, tmp_path, {"delta_smashed": "float32"}, split_epochs=4)
     assert (delta.rows("whole"), delta.rows("changes")) == (SAMPLES, 3 * SAMPLES)
@@ -179,7 +186,7 @@ def test_in_float32_it_trains_as_if_all_were_sent(server: Running, tmp_path: Pat
 
 
 def test_the_error_of_int4_changes_does_not_grow_over_30_visits(
-    server: Running, tmp_path: Path
+    server: RunningServer, tmp_path: Path
 ) -> None:
     device = Device(server, tmp_path, CODED, split_epochs=30)
     errors = [relative(sent.decoded, smashed) for smashed, sent in device.sent]
@@ -192,7 +199,7 @@ def test_the_error_of_int4_changes_does_not_grow_over_30_visits(
     assert not any(device.apart)
 
 
-def test_of_what_stands_still_only_names_go_up(server: Running, tmp_path: Path) -> None:
+def test_of_what_stands_still_only_names_go_up(server: RunningServer, tmp_path: Path) -> None:
     still = {"prompt_learning_rate": 0.0, "split_epochs": 5}
     wire = {"delta_smashed": "float32", "skip_below": 1e-4}
     plain = Device(server, tmp_path, {}, **still)
@@ -204,14 +211,18 @@ def test_of_what_stands_still_only_names_go_up(server: Running, tmp_path: Path) 
         torch.testing.assert_close(value, plain.states[-1][name], rtol=0, atol=1e-6, msg=name)
 
 
-def test_int4_changes_are_a_seventh_of_what_went_up_before(server: Running, tmp_path: Path) -> None:
+def test_int4_changes_are_a_seventh_of_what_went_up_before(
+    server: RunningServer, tmp_path: Path
+) -> None:
     device = Device(server, tmp_path, {**CODED, "smashed": "float32"}, split_epochs=8)
     change = TOKENS * (WIDTH // 2 + 2 * WIDTH // 64)  # half a byte each, 2 for a group of 64
     rows = SAMPLES * WHOLE + 7 * SAMPLES * change
     assert rows < device.up < rows + len(device.sent) * BESIDE
 
 
-def test_a_skipped_sample_is_off_by_less_than_the_border(server: Running, tmp_path: Path) -> None:
+def test_a_skipped_sample_is_off_by_less_than_the_border(
+    server: RunningServer, tmp_path: Path
+) -> None:
     device = Device(server, tmp_path, {**CODED, "skip_below": 0.02}, split_epochs=10)
     assert 0 < device.rows("changes") < 9 * SAMPLES
     for smashed, sent in device.sent:
@@ -220,7 +231,9 @@ def test_a_skipped_sample_is_off_by_less_than_the_border(server: Running, tmp_pa
     assert not any(device.apart)
 
 
-def test_a_server_that_loses_its_copies_asks_for_them(server: Running, tmp_path: Path) -> None:
+def test_a_server_that_loses_its_copies_asks_for_them(
+    server: RunningServer, tmp_path: Path
+) -> None:
     def lose(device: Device, done: int) -> None:
         if done == 6:
             device.store.drop(device.owner.run)
@@ -232,7 +245,7 @@ def test_a_server_that_loses_its_copies_asks_for_them(server: Running, tmp_path:
     assert device.apart == [0, 0, 0, 0, 0, 0, BATCH, 0, 0, 0]
 
 
-def test_a_device_that_forgets_sends_whole_again(server: Running, tmp_path: Path) -> None:
+def test_a_device_that_forgets_sends_whole_again(server: RunningServer, tmp_path: Path) -> None:
     def forget(device: Device, done: int) -> None:
         if done == 5:
             device.participant._plane.copies.forget([(0, None), (3, None)])
@@ -243,7 +256,7 @@ def test_a_device_that_forgets_sends_whole_again(server: Running, tmp_path: Path
     assert not any(device.apart)
 
 
-def test_every_view_of_a_sample_has_a_copy(server: Running, tmp_path: Path) -> None:
+def test_every_view_of_a_sample_has_a_copy(server: RunningServer, tmp_path: Path) -> None:
     device = Device(server, tmp_path, CODED, split_epochs=6, augment=True, views=2)
     assert (device.rows("whole"), device.rows("changes")) == (2 * SAMPLES, 4 * SAMPLES)
     assert not any(device.apart)
@@ -251,7 +264,7 @@ def test_every_view_of_a_sample_has_a_copy(server: Running, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("wire", [{"smashed": "int4"}, {**CODED, "smashed": "int4"}])
 def test_what_codecs_leave_out_corrects_the_gradient(
-    server: Running, tmp_path: Path, wire: dict[str, Any]
+    server: RunningServer, tmp_path: Path, wire: dict[str, Any]
 ) -> None:
     """One step of SGD: the prompts move by what the error of the smashed data weighs on them."""
     weight, rate = 0.5, 0.05
@@ -273,7 +286,7 @@ def test_what_codecs_leave_out_corrects_the_gradient(
 NAMES = [bytes([name] * 16) for name in range(2)]
 
 
-def member(server: Running, wire: dict[str, Any]) -> tuple[Api, Owner]:
+def member(server: RunningServer, wire: dict[str, Any]) -> tuple[ApiClient, Owner]:
     """A participant of a new run that is in its first round."""
     run = created(server, wire)
     request = {"name": "a", "train_samples": 9, "test_samples": 1, "num_classes": 3}
@@ -290,7 +303,7 @@ def numbers(seed: int, batch: int = 2) -> Tensor:
 
 
 def forward(
-    api: Api,
+    api: ApiClient,
     step: str,
     versions: list[list[int]],
     *,
@@ -308,7 +321,7 @@ def forward(
     return api.ask("forward", {"step": step, "round": 1}, **tensors)
 
 
-def begin(api: Api, smashed: Tensor) -> httpx.Response:
+def begin(api: ApiClient, smashed: Tensor) -> httpx.Response:
     return forward(api, "s0", [[-1, 1], [-1, 1]], whole=dict(enumerate(smashed)))
 
 
@@ -318,7 +331,7 @@ def features_of(smashed: Tensor) -> Tensor:
         return body(smashed)
 
 
-def test_a_repeated_request_is_applied_once_and_answered_alike(server: Running) -> None:
+def test_a_repeated_request_is_applied_once_and_answered_alike(server: RunningServer) -> None:
     api, owner = member(server, {"delta_smashed": "float32"})
     start, change = numbers(0), numbers(1)
     assert torch.equal(tensor_in(begin(api, start), "features"), features_of(start))
@@ -334,7 +347,7 @@ def test_a_repeated_request_is_applied_once_and_answered_alike(server: Running) 
     assert torch.equal(returned, tensor_in(api.step("backward", numbers(2), "s1"), "gradients"))
 
 
-def test_missing_copies_are_named_over_http(server: Running) -> None:
+def test_missing_copies_are_named_over_http(server: RunningServer) -> None:
     api, _ = member(server, {"delta_smashed": "float32"})
     start, other = numbers(0), numbers(1)
     assert begin(api, start).is_success
@@ -345,20 +358,20 @@ def test_missing_copies_are_named_over_http(server: Running) -> None:
     assert torch.equal(tensor_in(answer, "features"), expected)
 
 
-def test_changes_are_for_runs_that_send_them(server: Running) -> None:
+def test_changes_are_for_runs_that_send_them(server: RunningServer) -> None:
     api, _ = member(server, {})
     answer = begin(api, numbers(0))
     assert code_of(answer) == "invalid_field"
     assert answer.json()["error"]["field"] == "delta_smashed"
 
 
-def test_all_smashed_data_of_a_batch_are_always_taken(server: Running) -> None:
+def test_all_smashed_data_of_a_batch_are_always_taken(server: RunningServer) -> None:
     api, _ = member(server, {"delta_smashed": "int4"})
     answer = api.step("forward", numbers(0), "s0")
     assert torch.equal(tensor_in(answer, "features"), features_of(numbers(0)))
 
 
-def test_a_device_that_leaves_takes_its_copies_with_it(server: Running) -> None:
+def test_a_device_that_leaves_takes_its_copies_with_it(server: RunningServer) -> None:
     api, owner = member(server, {"delta_smashed": "float32"})
     assert begin(api, numbers(0)).is_success
     assert all(store_of(server).find(owner, NAMES))

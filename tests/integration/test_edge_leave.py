@@ -14,20 +14,20 @@ from edge_client.storage.identity import Identity
 from protocol.messages import Task
 from tests.integration.test_server_split_http import by_ids
 from tests.support.federation import smashed
-from tests.support.server import Api, Running, code_of, new_run, running_server
+from tests.support.server import ApiClient, RunningServer, code_of, new_run, running_server
 
 Command = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     with running_server(tmp_path_factory.mktemp("node")) as running:
         yield running
 
 
 @pytest.fixture
 def leave(
-    server: Running,
+    server: RunningServer,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
@@ -48,7 +48,7 @@ def leave(
     signal.signal(signal.SIGTERM, terminated)
 
 
-def a_device(server: Running, home: Path) -> tuple[str, Api]:
+def a_device(server: RunningServer, home: Path) -> tuple[str, ApiClient]:
     """A device that has joined and sent two samples, and then stopped."""
     keeps = {"keep_smashed": True}
     run = new_run(server.operator(), prompt_at="cut", wire=keeps, min_participants=2)
@@ -61,13 +61,13 @@ def a_device(server: Running, home: Path) -> tuple[str, Api]:
     return run, device
 
 
-def kept(server: Running) -> int:
+def kept(server: RunningServer) -> int:
     store = server.server._application._app.app.desk.samples
     return int(store.memory_bytes)
 
 
 def test_whoever_leaves_is_out_and_its_samples_are_gone(
-    server: Running, leave: Command, tmp_path: Path
+    server: RunningServer, leave: Command, tmp_path: Path
 ) -> None:
     before = kept(server)
     run, device = a_device(server, tmp_path)
@@ -80,7 +80,7 @@ def test_whoever_leaves_is_out_and_its_samples_are_gone(
 
 
 def test_a_device_can_leave_while_its_process_takes_part(
-    server: Running, leave: Command, tmp_path: Path
+    server: RunningServer, leave: Command, tmp_path: Path
 ) -> None:
     run, device = a_device(server, tmp_path)
     with Identity(tmp_path / "identities", server.url, run, "kitchen"):
@@ -89,7 +89,9 @@ def test_a_device_can_leave_while_its_process_takes_part(
     assert device.assignment(run).task is Task.STOP
 
 
-def test_samples_alone_can_be_deleted(server: Running, leave: Command, tmp_path: Path) -> None:
+def test_samples_alone_can_be_deleted(
+    server: RunningServer, leave: Command, tmp_path: Path
+) -> None:
     before = kept(server)
     run, device = a_device(server, tmp_path)
     assert leave("--run", run, "--samples-only")[0] == 0
@@ -97,7 +99,7 @@ def test_samples_alone_can_be_deleted(server: Running, leave: Command, tmp_path:
     assert device.call("GET", f"/v1/runs/{run}/assignment").is_success
 
 
-def test_who_has_not_joined_cannot_leave(server: Running, leave: Command) -> None:
+def test_who_has_not_joined_cannot_leave(server: RunningServer, leave: Command) -> None:
     run = new_run(server.operator())
     code, _, err = leave("--run", run)
     assert code == 2

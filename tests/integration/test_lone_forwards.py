@@ -10,7 +10,7 @@ import torch
 
 from protocol.settings import RunSettings
 from tests.support.federation import SMALL, TOKENS, WIDTH, run_settings
-from tests.support.server import Running, code_of, joined, tensor_in
+from tests.support.server import RunningServer, code_of, joined, tensor_in
 
 
 @pytest.mark.parametrize(
@@ -23,7 +23,7 @@ from tests.support.server import Running, code_of, joined, tensor_in
     ],
 )
 def test_a_step_is_open_only_where_something_ahead_of_the_body_is_tuned(
-    server: Running, changes: dict[str, Any], comes: bool
+    server: RunningServer, changes: dict[str, Any], comes: bool
 ) -> None:
     settings: RunSettings = run_settings()
     settings = settings.model_copy(update={"model": SMALL.model_copy(update=changes)})

@@ -27,7 +27,7 @@ from split_server.storage.run_files import RunFiles
 from tests.integration.test_whole_model import WHOLE
 from tests.support.edge import image_set
 from tests.support.federation import OPERATOR
-from tests.support.server import Api, Running, joined, running_server, wait_until
+from tests.support.server import ApiClient, RunningServer, joined, running_server, wait_until
 
 WIDTH = 24  # neurons that stay of 768
 
@@ -56,7 +56,7 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(data_dir: Path) -> Iterator[Running]:
+def server(data_dir: Path) -> Iterator[RunningServer]:
     with running_server(data_dir) as running:
         yield running
 
@@ -73,11 +73,11 @@ def settings(**parts: dict[str, Any]) -> RunSettings:
     return RunSettings.model_validate({"model": model, **rest, **given})
 
 
-def created(server: Running, **parts: dict[str, Any]) -> RunView:
+def created(server: RunningServer, **parts: dict[str, Any]) -> RunView:
     return server.operator().create(settings(**parts), key=f"neurons-{next(_keys)}")
 
 
-class Told:
+class RecordingReporter:
     def __init__(self) -> None:
         self.events: list[tuple[str, dict[str, Any]]] = []
 
@@ -92,12 +92,12 @@ class Told:
         return [data for said, data in self.events if said == kind]
 
 
-def results_of(server: Running, run: str) -> Any:
+def results_of(server: RunningServer, run: str) -> Any:
     with contextlib.closing(OperatorClient(server.url, OPERATOR)) as operator:
         return operator.results(run)
 
 
-def renewals(api: Api, run: str) -> list[dict[str, Any]]:
+def renewals(api: ApiClient, run: str) -> list[dict[str, Any]]:
     events = api.call("GET", f"/v1/runs/{run}/events?after=0").json()
     return [event["data"] for event in events if event["kind"] == "proxy_renewed"]
 
@@ -118,10 +118,10 @@ def inactive_by_hand(model: DeviceModel, images: Tensor) -> Tensor:
 
 
 def test_a_device_takes_every_new_head_and_goes_on(
-    server: Running, data_dir: Path, tmp_path: Path
+    server: RunningServer, data_dir: Path, tmp_path: Path
 ) -> None:
     run = created(server)
-    told, data = Told(), Dataset(image_set(10), image_set(7, seed=1))
+    told, data = RecordingReporter(), Dataset(image_set(10), image_set(7, seed=1))
     with contextlib.closing(Server(server.url)) as client:
         participant = Participant(client, data, tmp_path, "only", told)
         participant.join(run.id, key="join-only")
@@ -177,7 +177,7 @@ def by_hand(**parts: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def test_shares_are_averaged_by_samples_and_asked_for_only_when_they_are_due(
-    server: Running, data_dir: Path
+    server: RunningServer, data_dir: Path
 ) -> None:
     apart = by_hand(federation={**FREE, "min_participants": 2}, distillation={"every": 2})
     run = created(server, **apart)
@@ -211,7 +211,7 @@ def test_shares_are_averaged_by_samples_and_asked_for_only_when_they_are_due(
     ids=["missing", "shape", "nan", "above", "below"],
 )
 def test_an_update_that_tells_no_shares_of_its_neurons_is_refused(
-    server: Running, neurons: Tensor | None, code: str
+    server: RunningServer, neurons: Tensor | None, code: str
 ) -> None:
     run = created(server, **by_hand(federation={**FREE, "min_participants": 2}))
     device = joined(server, run.id, "a")
@@ -228,7 +228,7 @@ def test_an_update_that_tells_no_shares_of_its_neurons_is_refused(
 
 def take_time(patch: pytest.MonkeyPatch) -> None:
     """Let each batch of a distillation during the rounds last, as with a larger model."""
-    real = prepare.write_renewed_proxy
+    real = prepare.write_redistilled_proxy
 
     def slow(*given: Any) -> None:
         *rest, check = given
@@ -273,7 +273,7 @@ def test_a_new_start_takes_up_what_the_last_one_was_stopped_in(tmp_path: Path) -
 
 
 def test_a_run_that_is_cancelled_does_not_wait_for_its_distillation(
-    server: Running, monkeypatch: pytest.MonkeyPatch
+    server: RunningServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     take_time(monkeypatch)
     run = created(server, **by_hand(federation=FREE, distillation={"epochs": 2}))
@@ -285,7 +285,7 @@ def test_a_run_that_is_cancelled_does_not_wait_for_its_distillation(
     assert renewals(server.operator(), run.id) == []
 
 
-def test_a_distillation_that_diverges_fails_its_run(server: Running) -> None:
+def test_a_distillation_that_diverges_fails_its_run(server: RunningServer) -> None:
     run = created(server, **by_hand(federation=FREE, distillation={"learning_rate": 1.0}))
     device = joined(server, run.id)
     assert device.update(run.id, told_state(3e38, 0.5), "one").is_success
@@ -309,7 +309,7 @@ def test_a_distillation_that_diverges_fails_its_run(server: Running) -> None:
     ],
 )
 def test_a_run_whose_neurons_cannot_be_distilled_again_is_refused(
-    server: Running, parts: dict[str, dict[str, Any]], field: str
+    server: RunningServer, parts: dict[str, dict[str, Any]], field: str
 ) -> None:
     given = settings().model_dump(mode="json")
     for part, fields in parts.items():
@@ -319,7 +319,7 @@ def test_a_run_whose_neurons_cannot_be_distilled_again_is_refused(
     assert (error["code"], error["field"]) == ("invalid_field", field)
 
 
-def test_a_state_on_disk_has_no_neurons(server: Running, data_dir: Path) -> None:
+def test_a_state_on_disk_has_no_neurons(server: RunningServer, data_dir: Path) -> None:
     run = created(server, **by_hand(federation=FREE | {"rounds": 2}))
     device = joined(server, run.id)
     assert device.update(run.id, told_state(0.5, 0.5), "one").is_success
@@ -348,10 +348,10 @@ class Late(Server):
 
 
 def test_a_device_that_is_too_late_for_a_head_asks_what_is_next(
-    server: Running, tmp_path: Path
+    server: RunningServer, tmp_path: Path
 ) -> None:
     run = created(server, federation={"rounds": 2, "round_timeout_s": 4.0, "max_repeats": 0})
-    told, data = Told(), Dataset(image_set(10), image_set(7, seed=1))
+    told, data = RecordingReporter(), Dataset(image_set(10), image_set(7, seed=1))
     with contextlib.closing(Late(server.url)) as client:
         participant = Participant(client, data, tmp_path, "late", told)
         participant.join(run.id, "join-late")
@@ -363,11 +363,11 @@ def test_a_device_that_is_too_late_for_a_head_asks_what_is_next(
     assert told.of("trained") == []
 
 
-def test_changes_and_a_rounded_head_go_with_it(server: Running, tmp_path: Path) -> None:
+def test_changes_and_a_rounded_head_go_with_it(server: RunningServer, tmp_path: Path) -> None:
     rounded = {"update_deltas": True, "updates": "float16", "head": "int8"}
     prompted = {"prompt_count": 3, "prompt_at": "input"}
     run = created(server, federation={"rounds": 2}, wire=rounded, model=prompted)
-    told, data = Told(), Dataset(image_set(10), image_set(7, seed=1))
+    told, data = RecordingReporter(), Dataset(image_set(10), image_set(7, seed=1))
     with contextlib.closing(Server(server.url)) as client:
         participant = Participant(client, data, tmp_path, "only", told)
         participant.join(run.id, "join-rounded")

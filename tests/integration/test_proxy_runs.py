@@ -26,7 +26,7 @@ from split_server.federation.export import export_run, newest_state
 from split_server.runtime.process import set_up_logging
 from tests.integration.test_whole_model import WHOLE
 from tests.support.edge import files, image_set
-from tests.support.server import Running
+from tests.support.server import RunningServer
 
 LORA = {"tune": "lora", "lora_rank": 2}
 
@@ -47,7 +47,7 @@ _keys = itertools.count()
 
 
 def created(
-    server: Running,
+    server: RunningServer,
     model: dict[str, Any],
     distillation: dict[str, Any] | None = None,
     **training: Any,
@@ -64,7 +64,7 @@ def created(
     return server.operator().create(settings, key=f"proxy-{next(_keys)}")
 
 
-class Quiet:
+class RecordingWatcher:
     def event(self, kind: str, **data: Any) -> None:
         pass
 
@@ -75,10 +75,10 @@ class Quiet:
         pass
 
 
-def take_part(server: Running, folder: Path, run: RunView) -> Participant:
+def take_part(server: RunningServer, folder: Path, run: RunView) -> Participant:
     data = Dataset(image_set(10), image_set(7, seed=1))
     with contextlib.closing(Server(server.url)) as client:
-        participant = Participant(client, data, folder, "only", Quiet())
+        participant = Participant(client, data, folder, "only", RecordingWatcher())
         participant.join(run.id, key="join-only")
         assert participant.take_part().status is RunStatus.FINISHED
     return participant
@@ -108,7 +108,7 @@ def backbone_with(state: dict[str, Tensor], blocks: list[int]) -> Any:
     ids=["pruned", "dropped"],
 )
 def test_a_run_on_a_proxy_ends_in_the_whole_backbone(
-    server: Running,
+    server: RunningServer,
     data_dir: Path,
     tmp_path: Path,
     changes: dict[str, Any],
@@ -139,7 +139,7 @@ def test_a_run_on_a_proxy_ends_in_the_whole_backbone(
 
 
 def test_an_equal_proxy_is_made_once(
-    server: Running, data_dir: Path, caplog: pytest.LogCaptureFixture
+    server: RunningServer, data_dir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO):
         first, second = (created(server, PRUNED, {**DISTILLED, "samples": 9}) for _ in range(2))
@@ -167,7 +167,9 @@ def test_the_server_s_log_tells_of_every_epoch() -> None:
     assert "epoch 1 of 5" in heard.getvalue()
 
 
-def test_a_server_distils_on_the_images_that_it_holds(server: Running, data_dir: Path) -> None:
+def test_a_server_distils_on_the_images_that_it_holds(
+    server: RunningServer, data_dir: Path
+) -> None:
     named = {**DISTILLED, "images": "held"}
     with pytest.raises(AssertionError, match=r'"field":"distillation.images"'):  # of the double
         created(server, PRUNED, named)
@@ -180,7 +182,7 @@ def test_a_server_distils_on_the_images_that_it_holds(server: Running, data_dir:
 
 
 def test_a_small_body_comes_with_the_head_and_local_updates_run_through_it(
-    server: Running, data_dir: Path, tmp_path: Path
+    server: RunningServer, data_dir: Path, tmp_path: Path
 ) -> None:
     cut = {"cut": 1, "prompt_count": 2}
     split = {"split_epochs": 1, "keep_fraction": 0.5}

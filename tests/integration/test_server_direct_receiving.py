@@ -20,10 +20,10 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from protocol.errors import Busy
-from split_server.http.body import Room, read_body
+from split_server.http.body import BodyBudget, read_body
 from split_server.http.connection import SOCKET_KEY, MeteredProtocol
 from split_server.http.errors import send_error, send_pieces
-from tests.support.federation import busy
+from tests.support.federation import busy_error
 
 ROOM = 4_000_000
 
@@ -34,7 +34,7 @@ LENGTHS = (0, 1, 65_535, 65_536, 65_537, 300_000, 1_500_000, 3_000_000)
 class Digests:
     """Answers each body with its digest and the bytes that the connection counted for it."""
 
-    room: Room = field(default_factory=lambda: Room(ROOM, busy))
+    room: BodyBudget = field(default_factory=lambda: BodyBudget(ROOM, busy_error))
     gone: threading.Event = field(default_factory=threading.Event)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

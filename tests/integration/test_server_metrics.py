@@ -8,7 +8,7 @@ import pytest
 
 from tests.support.federation import smashed, state_of
 from tests.support.server import (
-    Running,
+    RunningServer,
     joined,
     labels,
     measured,
@@ -19,12 +19,12 @@ from tests.support.server import (
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     with running_server(tmp_path_factory.mktemp("node")) as running:
         yield running
 
 
-def test_a_step_is_counted_where_it_belongs_until_its_run_is_over(server: Running) -> None:
+def test_a_step_is_counted_where_it_belongs_until_its_run_is_over(server: RunningServer) -> None:
     operator = server.operator()
     run = new_run(operator, rounds=1, min_participants=1, evaluate_every=0)
     device = joined(server, run, "a")

@@ -13,21 +13,21 @@ from protocol.errors import error_from_wire
 from protocol.messages import RunView
 from protocol.wire import PROTOCOL_VERSION, VERSION_HEADER
 from tests.support.federation import smashed, state_of
-from tests.support.server import Api, Running, code_of, joined, new_run, running_server
+from tests.support.server import ApiClient, RunningServer, code_of, joined, new_run, running_server
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     with running_server(tmp_path_factory.mktemp("node")) as running:
         yield running
 
 
 @pytest.fixture
-def operator(server: Running) -> Api:
+def operator(server: RunningServer) -> ApiClient:
     return server.operator()
 
 
-def test_files_have_etags_and_ranges(server: Running, operator: Api) -> None:
+def test_files_have_etags_and_ranges(server: RunningServer, operator: ApiClient) -> None:
     run = new_run(operator)
     api = joined(server, run)
     view = RunView.model_validate(api.call("GET", f"/v1/runs/{run}").json())
@@ -68,7 +68,7 @@ def test_files_have_etags_and_ranges(server: Running, operator: Api) -> None:
     ],
 )
 def test_a_range_that_is_none_is_refused_with_a_typed_error(
-    server: Running, operator: Api, wanted: str | bytes, limit: object
+    server: RunningServer, operator: ApiClient, wanted: str | bytes, limit: object
 ) -> None:
     run = new_run(operator)
     path = f"/v1/runs/{run}/head"
@@ -78,7 +78,7 @@ def test_a_range_that_is_none_is_refused_with_a_typed_error(
     assert (error["field"], error["limit"]) == ("range", limit)
 
 
-def test_versions_are_checked(server: Running) -> None:
+def test_versions_are_checked(server: RunningServer) -> None:
     api = server.api()
     wrong = api.call("GET", "/v1/runs", headers={VERSION_HEADER: "2"})
     assert (code_of(wrong), wrong.status_code) == ("unsupported_version", 426)
@@ -88,7 +88,7 @@ def test_versions_are_checked(server: Running) -> None:
     assert code_of(api.call("POST", "/v1/runs", key="k")) == "unsupported_version"
 
 
-def test_every_refusal_is_typed_and_has_a_request_id(server: Running) -> None:
+def test_every_refusal_is_typed_and_has_a_request_id(server: RunningServer) -> None:
     api = server.api()
     for method, path, code in (
         ("GET", "/nowhere", "not_found"),
@@ -115,8 +115,8 @@ def test_every_refusal_is_typed_and_has_a_request_id(server: Running) -> None:
     ],
 )
 def test_a_message_out_of_range_is_refused_with_the_bound(
-    server: Running,
-    operator: Api,
+    server: RunningServer,
+    operator: ApiClient,
     message: dict[str, int],
     field: str,
     limit: object,
@@ -129,7 +129,9 @@ def test_a_message_out_of_range_is_refused_with_the_bound(
     assert (error.get("limit"), error.get("value")) == (limit, value)
 
 
-def test_a_query_out_of_range_is_refused_with_the_bound(server: Running, operator: Api) -> None:
+def test_a_query_out_of_range_is_refused_with_the_bound(
+    server: RunningServer, operator: ApiClient
+) -> None:
     run = new_run(operator, min_participants=2)
     answer = joined(server, run).call("GET", f"/v1/runs/{run}/assignment?wait=3601")
     error = answer.json()["error"]
@@ -139,14 +141,14 @@ def test_a_query_out_of_range_is_refused_with_the_bound(server: Running, operato
 @pytest.mark.parametrize(
     "content", [b'{"rounds": 1, x', b"{", b'{"name": "\xff"}', b"[" * 100_000, b"\xff\xfe"]
 )
-def test_what_is_no_json_is_refused_as_a_whole(operator: Api, content: bytes) -> None:
+def test_what_is_no_json_is_refused_as_a_whole(operator: ApiClient, content: bytes) -> None:
     json = {"content-type": "application/json"}
     answer = operator.call("POST", "/v1/runs", key="no-json", content=content, headers=json)
     error = answer.json()["error"]
     assert (answer.status_code, code_of(answer), error["field"]) == (422, "invalid_field", "body")
 
 
-def test_a_wrong_method_is_named(server: Running) -> None:
+def test_a_wrong_method_is_named(server: RunningServer) -> None:
     api = server.api()
     answer = api.call("PATCH", "/v1/runs/r/evaluation")
     error = answer.json()["error"]
@@ -165,7 +167,7 @@ def test_a_wrong_method_is_named(server: Running) -> None:
     ],
 )
 def test_who_meets_a_full_disk_is_asked_to_come_back(
-    server: Running, operator: Api, monkeypatch: pytest.MonkeyPatch, error: Exception
+    server: RunningServer, operator: ApiClient, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     api = joined(server, run := new_run(operator))
     api.assignment(run)
@@ -182,7 +184,7 @@ def test_who_meets_a_full_disk_is_asked_to_come_back(
 
 
 def test_an_unexpected_failure_is_typed_too(
-    server: Running, operator: Api, monkeypatch: pytest.MonkeyPatch
+    server: RunningServer, operator: ApiClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = new_run(operator)
     api = joined(server, run)

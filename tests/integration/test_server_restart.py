@@ -18,7 +18,7 @@ from protocol.messages import Results, RunStatus, Task
 from split_server.storage.database import Store
 from split_server.storage.traffic import Meter
 from tests.support.federation import OPERATOR, random_state, run_settings, smashed
-from tests.support.server import Api, code_of, running_server, wait_until
+from tests.support.server import ApiClient, code_of, running_server, wait_until
 
 
 class ServerProcess:
@@ -71,11 +71,11 @@ def server(tmp_path: Path) -> Iterator[ServerProcess]:
 
 def test_a_killed_server_goes_on_in_the_open_round(server: ServerProcess) -> None:
     states = {"a": random_state(1), "b": random_state(2), "c": random_state(3)}
-    operator = Api(server.url, OPERATOR)
+    operator = ApiClient(server.url, OPERATOR)
     run = operator.create(run_settings(min_participants=3, rounds=1, min_updates=3)).id
-    joiner = Api(server.url)
+    joiner = ApiClient(server.url)
     credentials = {name: joiner.join(run, name).credential for name in states}
-    devices = {name: Api(server.url, credential) for name, credential in credentials.items()}
+    devices = {name: ApiClient(server.url, credential) for name, credential in credentials.items()}
     before = devices["a"].assignment(run)
     assert before.task is Task.TRAIN
     assert devices["c"].update(run, states["c"], "u", samples=30).is_success

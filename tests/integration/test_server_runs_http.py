@@ -26,8 +26,8 @@ from tests.support.federation import (
     step_frame,
 )
 from tests.support.server import (
-    Api,
-    Running,
+    ApiClient,
+    RunningServer,
     code_of,
     joined,
     new_run,
@@ -38,27 +38,27 @@ from tests.support.server import (
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     with running_server(tmp_path_factory.mktemp("node")) as running:
         yield running
 
 
 @pytest.fixture
-def operator(server: Running) -> Api:
+def operator(server: RunningServer) -> ApiClient:
     return server.operator()
 
 
 _keys = iter(range(10**6))
 
 
-def test_health_answers_everybody(server: Running) -> None:
+def test_health_answers_everybody(server: RunningServer) -> None:
     answer = server.api().call("GET", "/v1/health", headers={VERSION_HEADER: "99"})
     said = answer.json()
     assert said["status"] == "ok"
     assert (said["version"], said["device"], said["dtype"]) == (PROTOCOL_VERSION, "cpu", "float32")
 
 
-def test_a_whole_run_over_http(server: Running, operator: Api, tmp_path: Path) -> None:
+def test_a_whole_run_over_http(server: RunningServer, operator: ApiClient, tmp_path: Path) -> None:
     run = new_run(operator, rounds=1, min_participants=2)
     a, b = joined(server, run, "a"), joined(server, run, "b")
     assigned = a.assignment(run)
@@ -99,11 +99,11 @@ def test_a_whole_run_over_http(server: Running, operator: Api, tmp_path: Path) -
     assert float(model.get_buffer("prompts").mean()) == 2.0
 
 
-def server_folder(server: Running) -> Path:
+def server_folder(server: RunningServer) -> Path:
     return server.server._application.settings.data_dir
 
 
-def test_a_run_cannot_be_made_of_what_there_is_not(operator: Api) -> None:
+def test_a_run_cannot_be_made_of_what_there_is_not(operator: ApiClient) -> None:
     settings = run_settings().model_dump(mode="json")
     for change, field in (
         ({"backbone": "no_such_model"}, "model.backbone"),
@@ -127,7 +127,7 @@ def test_a_run_cannot_be_made_of_what_there_is_not(operator: Api) -> None:
     assert answer.json()["error"]["field"] == "idempotency-key"
 
 
-def test_a_repeated_creation_gives_the_same_run(operator: Api) -> None:
+def test_a_repeated_creation_gives_the_same_run(operator: ApiClient) -> None:
     first = operator.create(run_settings(), key="same")
     assert operator.create(run_settings(), key="same") == first
     other = operator.call(
@@ -138,14 +138,16 @@ def test_a_repeated_creation_gives_the_same_run(operator: Api) -> None:
     assert [one.id for one in listed].count(first.id) == 1
 
 
-def test_a_repeated_join_gives_the_same_credential(server: Running, operator: Api) -> None:
+def test_a_repeated_join_gives_the_same_credential(
+    server: RunningServer, operator: ApiClient
+) -> None:
     run = new_run(operator)
     api = server.api()
     assert api.join(run, key="k").credential == api.join(run, key="k").credential
     assert api.join(run, key="k2").credential != api.join(run, key="k").credential
 
 
-def test_who_may_do_what(server: Running, operator: Api) -> None:
+def test_who_may_do_what(server: RunningServer, operator: ApiClient) -> None:
     run, other = new_run(operator), new_run(operator)
     nobody, member, foreign = server.api(), joined(server, run), joined(server, other)
     forged = server.api("sfp1." + run + ".p0001." + "0" * 64)
@@ -176,7 +178,7 @@ def test_who_may_do_what(server: Running, operator: Api) -> None:
     assert code_of(member.call("POST", f"/v1/runs/{run}/cancel", key="k")) == "forbidden"
 
 
-def test_one_who_has_left_is_out(server: Running, operator: Api) -> None:
+def test_one_who_has_left_is_out(server: RunningServer, operator: ApiClient) -> None:
     run = new_run(operator)
     api = joined(server, run)
     path = f"/v1/runs/{run}/participants/me"
@@ -190,7 +192,7 @@ def test_one_who_has_left_is_out(server: Running, operator: Api) -> None:
 
 
 def test_leaving_is_answered_again_where_the_answer_was_lost(
-    server: Running, operator: Api
+    server: RunningServer, operator: ApiClient
 ) -> None:
     run = new_run(operator, min_participants=2)
     api = joined(server, run)
@@ -202,7 +204,9 @@ def test_leaving_is_answered_again_where_the_answer_was_lost(
     assert [event["kind"] for event in events].count("participant_left") == 1
 
 
-def test_one_who_has_left_and_asks_is_told_to_stop(server: Running, operator: Api) -> None:
+def test_one_who_has_left_and_asks_is_told_to_stop(
+    server: RunningServer, operator: ApiClient
+) -> None:
     run = new_run(operator, min_participants=2)
     api = joined(server, run)
     assert api.assignment(run).task is Task.WAIT
@@ -216,7 +220,7 @@ def test_one_who_has_left_and_asks_is_told_to_stop(server: Running, operator: Ap
     assert sampled == ["p0002", "p0003"]
 
 
-def test_refused_updates_do_not_count(server: Running, operator: Api) -> None:
+def test_refused_updates_do_not_count(server: RunningServer, operator: ApiClient) -> None:
     run = new_run(operator, min_participants=2, evaluate_every=0, rounds=1)
     api, other = joined(server, run, "a"), joined(server, run, "b")
     good = state_of(1.0)
@@ -242,7 +246,9 @@ def test_refused_updates_do_not_count(server: Running, operator: Api) -> None:
     assert len(results.rounds[0].updated) == 1
 
 
-def test_a_long_poll_is_answered_when_something_changes(server: Running, operator: Api) -> None:
+def test_a_long_poll_is_answered_when_something_changes(
+    server: RunningServer, operator: ApiClient
+) -> None:
     run = new_run(operator, min_participants=2)
     a = joined(server, run, "a")
     assert a.assignment(run, "?task=train&round=1&attempt=0&wait=30").task is Task.WAIT
@@ -272,14 +278,16 @@ def test_a_long_poll_is_answered_when_something_changes(server: Running, operato
     assert code_of(a.call("GET", f"/v1/runs/{run}/assignment?wait=-1")) == "invalid_field"
 
 
-def test_the_deadline_passes_though_nobody_calls(server: Running, operator: Api) -> None:
+def test_the_deadline_passes_though_nobody_calls(
+    server: RunningServer, operator: ApiClient
+) -> None:
     run = new_run(operator, round_timeout_s=0.2, max_repeats=0)
     joined(server, run)
     wait_until(lambda: operator.call("GET", f"/v1/runs/{run}").json()["status"] == "failed")
 
 
 def test_a_full_disk_stops_a_run_for_a_moment_and_no_device(
-    server: Running, operator: Api, monkeypatch: pytest.MonkeyPatch
+    server: RunningServer, operator: ApiClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_given: object) -> None:
         raise OSError("no space left")

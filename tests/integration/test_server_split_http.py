@@ -25,8 +25,8 @@ from split_server.storage.database import RunRow, Store
 from split_server.storage.run_files import RunFiles
 from tests.support.federation import TOKENS, WIDTH, run_settings, smashed, state_of, step_frame
 from tests.support.server import (
-    Api,
-    Running,
+    ApiClient,
+    RunningServer,
     code_of,
     frame_in,
     joined,
@@ -37,17 +37,17 @@ from tests.support.server import (
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     with running_server(tmp_path_factory.mktemp("node")) as running:
         yield running
 
 
 @pytest.fixture
-def operator(server: Running) -> Api:
+def operator(server: RunningServer) -> ApiClient:
     return server.operator()
 
 
-def test_split_steps_keep_to_the_open_round(server: Running, operator: Api) -> None:
+def test_split_steps_keep_to_the_open_round(server: RunningServer, operator: ApiClient) -> None:
     run = new_run(operator, min_participants=2, participants_per_round=1, evaluate_every=0)
     apis = {"a": joined(server, run, "a"), "b": joined(server, run, "b")}
     tasks = {one: api.assignment(run).task for one, api in apis.items()}
@@ -74,7 +74,7 @@ def test_split_steps_keep_to_the_open_round(server: Running, operator: Api) -> N
     assert waiter.step("infer", smashed(), "i").is_success
 
 
-def test_answers_use_the_codecs_of_the_run(server: Running, operator: Api) -> None:
+def test_answers_use_the_codecs_of_the_run(server: RunningServer, operator: ApiClient) -> None:
     run = new_run(operator, wire={"features": "bfloat16", "gradients": "float16"})
     api = joined(server, run)
     api.assignment(run)
@@ -86,7 +86,7 @@ def test_answers_use_the_codecs_of_the_run(server: Running, operator: Api) -> No
     ("codec", "factor", "limit"), [("float16", 1e6, 65504.0), ("int8", 5e37, 127 * 2.0**119)]
 )
 def test_an_answer_beyond_its_codec_is_not_the_requests_fault(
-    server: Running, operator: Api, codec: str, factor: float, limit: float
+    server: RunningServer, operator: ApiClient, codec: str, factor: float, limit: float
 ) -> None:
     """What goes past the body's blocks on its way is as large as what came in."""
     run = new_run(operator, wire={"features": codec, "gradients": codec, "inference": codec})
@@ -120,13 +120,15 @@ def exchange(number: int, steps: int = 2, session: str = "s", attempt: int = 0) 
     }
 
 
-def body_of(server: Running, split: SplitSettings) -> split_model.Body:
+def body_of(server: RunningServer, split: SplitSettings) -> split_model.Body:
     folder = server.server._application.settings.data_dir
     path = next(folder.rglob("vit_tiny*.safetensors"))
     return split_model.build_body(split, split_model.open_backbone(path))
 
 
-def test_a_round_with_prompts_at_the_cut(server: Running, operator: Api, tmp_path: Path) -> None:
+def test_a_round_with_prompts_at_the_cut(
+    server: RunningServer, operator: ApiClient, tmp_path: Path
+) -> None:
     wire = {"keep_smashed": True, "pooled_features": True}
     settings = run_settings(prompt_at="cut", wire=wire, rounds=1)
     run = operator.create(settings, key="cut").id
@@ -194,7 +196,7 @@ def tensor_of(answer: httpx.Response, kind: str, name: str) -> Tensor:
 
 
 def test_samples_that_are_not_kept_are_named_and_nothing_else_happens(
-    server: Running, operator: Api
+    server: RunningServer, operator: ApiClient
 ) -> None:
     run = new_run(operator, prompt_at="cut", wire={"keep_smashed": True}, min_participants=2)
     a, b = joined(server, run, "a"), joined(server, run, "b")
@@ -218,7 +220,9 @@ def test_samples_that_are_not_kept_are_named_and_nothing_else_happens(
     assert tensor_of(answer, "missing", "places").tolist() == [0, 1, 2, 3]
 
 
-def test_samples_go_with_their_participant_and_their_run(server: Running, operator: Api) -> None:
+def test_samples_go_with_their_participant_and_their_run(
+    server: RunningServer, operator: ApiClient
+) -> None:
     run = new_run(operator, prompt_at="cut", wire={"keep_smashed": True}, min_participants=3)
     a, b = joined(server, run, "a"), joined(server, run, "b")
     store = server.server._application._app.app.desk.samples
@@ -232,7 +236,9 @@ def test_samples_go_with_their_participant_and_their_run(server: Running, operat
     assert before - store.memory_bytes == 2 * 2 * 5 * WIDTH * 4
 
 
-def test_where_prompts_join_decides_what_may_be_asked(server: Running, operator: Api) -> None:
+def test_where_prompts_join_decides_what_may_be_asked(
+    server: RunningServer, operator: ApiClient
+) -> None:
     at_input, at_cut = new_run(operator), new_run(operator, prompt_at="cut")
     device, other = joined(server, at_input), joined(server, at_cut)
     rows = smashed()[:, :5]
@@ -251,7 +257,7 @@ def test_where_prompts_join_decides_what_may_be_asked(server: Running, operator:
     assert other.ask("exchange", exchange(0), smashed=rows).is_success  # ids are not a must
 
 
-def test_an_exchange_that_cannot_be_is_refused(server: Running, operator: Api) -> None:
+def test_an_exchange_that_cannot_be_is_refused(server: RunningServer, operator: ApiClient) -> None:
     run = new_run(operator, prompt_at="cut", wire={"keep_smashed": True})
     api = joined(server, run)
     api.assignment(run)
@@ -287,7 +293,7 @@ def test_an_exchange_that_cannot_be_is_refused(server: Running, operator: Api) -
 
 
 def test_ids_are_read_as_they_lie_in_the_frame_or_not_at_all(
-    server: Running, operator: Api
+    server: RunningServer, operator: ApiClient
 ) -> None:
     """Compressed, they would be other bytes, and as many as the sender likes."""
     run = new_run(operator, prompt_at="cut", wire={"keep_smashed": True}, min_participants=2)
@@ -298,7 +304,9 @@ def test_ids_are_read_as_they_lie_in_the_frame_or_not_at_all(
         assert code_of(answer) == "malformed_frame"
 
 
-def test_samples_that_cannot_be_kept_are_refused(server: Running, operator: Api) -> None:
+def test_samples_that_cannot_be_kept_are_refused(
+    server: RunningServer, operator: ApiClient
+) -> None:
     run = new_run(operator, prompt_at="cut", wire={"keep_smashed": True}, min_participants=2)
     api = joined(server, run)
     rows, ids = smashed()[:, :5].contiguous(), by_ids(1, 2)
@@ -324,7 +332,9 @@ def test_samples_that_cannot_be_kept_are_refused(server: Running, operator: Api)
     assert tensor_of(answer, "missing", "places").tolist() == [0, 1]
 
 
-def test_an_inference_by_ids_brings_no_smashed_data(server: Running, operator: Api) -> None:
+def test_an_inference_by_ids_brings_no_smashed_data(
+    server: RunningServer, operator: ApiClient
+) -> None:
     run = new_run(operator, prompt_at="cut", wire={"keep_smashed": True}, min_participants=2)
     api = joined(server, run)
     rows, ids = smashed()[:, :5].contiguous(), by_ids(1, 2)
@@ -334,7 +344,9 @@ def test_an_inference_by_ids_brings_no_smashed_data(server: Running, operator: A
     assert api.ask("infer", meta, ids=ids).content == api.ask("infer", meta, smashed=rows).content
 
 
-def test_an_update_of_no_sample_names_no_session(server: Running, operator: Api) -> None:
+def test_an_update_of_no_sample_names_no_session(
+    server: RunningServer, operator: ApiClient
+) -> None:
     run = new_run(operator, prompt_at="cut", max_repeats=0)
     api = joined(server, run)
     assigned = api.assignment(run)
@@ -392,7 +404,9 @@ class RawClient:
         self.socket.close()
 
 
-def test_the_meter_counts_what_a_raw_socket_counts(server: Running, operator: Api) -> None:
+def test_the_meter_counts_what_a_raw_socket_counts(
+    server: RunningServer, operator: ApiClient
+) -> None:
     run = new_run(operator)
     raw = RawClient(server.port)
     raw.request("GET", f"/v1/runs/{run}")

@@ -26,7 +26,7 @@ from split_model import load_exported, load_state, open_backbone
 from split_model.backbone.libraries import timm
 from split_server.federation.export import export_run, newest_state
 from tests.support.edge import files, image_set
-from tests.support.server import Running, code_of, running_server, tensor_in
+from tests.support.server import RunningServer, code_of, running_server, tensor_in
 
 MODEL = BackboneSettings(
     backbone="vit_tiny_patch16_224",
@@ -44,7 +44,7 @@ SAMPLES, BATCH, ROUNDS, EPOCHS, RATE, DECAY = 10, 4, 2, 2, 0.02, 1e-4
 _keys = itertools.count()
 
 
-def created(server: Running, devices: int = 1, rounds: int = ROUNDS, **parts: Any) -> RunView:
+def created(server: RunningServer, devices: int = 1, rounds: int = ROUNDS, **parts: Any) -> RunView:
     training = {
         "local_epochs": 0,
         "split_epochs": EPOCHS,
@@ -76,7 +76,7 @@ class Device:
     """A whole run of one device, and its state after each step."""
 
     def __init__(
-        self, server: Running, folder: Path, run: RunView, data: Dataset, name: str = "only"
+        self, server: RunningServer, folder: Path, run: RunView, data: Dataset, name: str = "only"
     ) -> None:
         self.states: list[dict[str, Tensor]] = []
         self.events: list[str] = []
@@ -137,7 +137,9 @@ def require_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None
         torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-5, msg=name)
 
 
-def state_after(data_dir: Path, server: Running, run: RunView, round_: int) -> dict[str, Tensor]:
+def state_after(
+    data_dir: Path, server: RunningServer, run: RunView, round_: int
+) -> dict[str, Tensor]:
     """The device's part of the global state that a round made."""
     answer = server.operator().call("GET", f"/v1/runs/{run.id}/results")
     made = Results.model_validate(answer.json()).rounds[round_ - 1].state
@@ -147,7 +149,7 @@ def state_after(data_dir: Path, server: Running, run: RunView, round_: int) -> d
 
 @pytest.mark.parametrize("pooled", [False, True])
 def test_one_device_trains_head_body_and_tail_as_the_uncut_model_step_by_step(
-    server: Running, data_dir: Path, tmp_path: Path, pooled: bool
+    server: RunningServer, data_dir: Path, tmp_path: Path, pooled: bool
 ) -> None:
     run = created(server, wire={"pooled_features": pooled})
     device = Device(server, tmp_path, run, two_sets())
@@ -188,7 +190,7 @@ def test_one_device_trains_head_body_and_tail_as_the_uncut_model_step_by_step(
 
 
 def test_the_bodies_of_two_devices_are_averaged_by_their_samples(
-    server: Running, data_dir: Path, tmp_path: Path
+    server: RunningServer, data_dir: Path, tmp_path: Path
 ) -> None:
     """With 10 and 4 samples the one weighs 5/7, the other 2/7; and again in the second round."""
     run = created(server, devices=2, wire={"update_deltas": True})
@@ -339,7 +341,9 @@ def test_the_body_survives_the_server_and_an_open_session_does_not(tmp_path: Pat
         torch.testing.assert_close(tensor_in(answer, "features"), expected, rtol=0, atol=1e-5)
 
 
-def test_what_a_session_of_a_body_is_asked_otherwise_is_refused_by_name(server: Running) -> None:
+def test_what_a_session_of_a_body_is_asked_otherwise_is_refused_by_name(
+    server: RunningServer,
+) -> None:
     run = created(server, federation={"max_repeats": 0})
     joining = {"name": "a", "train_samples": 8, "test_samples": 4, "num_classes": 3}
     path = f"/v1/runs/{run.id}/participants"
@@ -378,7 +382,7 @@ def test_what_a_session_of_a_body_is_asked_otherwise_is_refused_by_name(server: 
     ],
 )
 def test_settings_that_a_tuned_body_cannot_have_are_refused_by_name(
-    server: Running, changes: dict[str, dict[str, Any]], named: str
+    server: RunningServer, changes: dict[str, dict[str, Any]], named: str
 ) -> None:
     values = RunSettings(model=MODEL).model_dump(mode="json")
     for part, fields in changes.items():

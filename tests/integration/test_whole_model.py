@@ -27,7 +27,7 @@ from split_model import load_exported, load_state, open_backbone
 from split_model.backbone.libraries import timm
 from split_server.federation.export import export_run, newest_state
 from tests.support.edge import files, image_set
-from tests.support.server import Running
+from tests.support.server import RunningServer
 
 WHOLE = BackboneSettings(
     backbone="vit_tiny_patch16_224",
@@ -71,7 +71,7 @@ _keys = itertools.count()
 
 
 def created(
-    server: Running,
+    server: RunningServer,
     method: str,
     wire: dict[str, Any] | None = None,
     model: dict[str, Any] | None = None,
@@ -98,7 +98,7 @@ class Device:
     """A whole run of one device, and its state after each step."""
 
     def __init__(
-        self, server: Running, folder: Path, run: RunView, data: Dataset, name: str = "only"
+        self, server: RunningServer, folder: Path, run: RunView, data: Dataset, name: str = "only"
     ) -> None:
         self.states: list[dict[str, Tensor]] = []
         with contextlib.closing(Server(server.url)) as client:
@@ -175,7 +175,7 @@ class Uncut:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_one_device_tunes_as_timms_own_model_step_by_step(
-    server: Running, data_dir: Path, tmp_path: Path, method: str
+    server: RunningServer, data_dir: Path, tmp_path: Path, method: str
 ) -> None:
     run = created(server, method)
     device = Device(server, tmp_path, run, two_sets())
@@ -184,7 +184,7 @@ def test_one_device_tunes_as_timms_own_model_step_by_step(
 
 @pytest.mark.parametrize("method", ["fl-full", "fedpeft-bias", "fedpeft-adapter", "fedpeft-prompt"])
 def test_a_tuned_head_learns_through_the_body_of_the_server(
-    server: Running, data_dir: Path, tmp_path: Path, method: str
+    server: RunningServer, data_dir: Path, tmp_path: Path, method: str
 ) -> None:
     split = {"local_epochs": 0, "split_epochs": EPOCHS}
     run = created(server, method, model={"cut": 3}, **split)
@@ -226,7 +226,7 @@ def require_equal_steps(device: Device, run: RunView, data_dir: Path, purpose: s
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_whole_run_with_its_bytes_its_export_and_its_predictions(
-    server: Running, data_dir: Path, tmp_path: Path, method: str
+    server: RunningServer, data_dir: Path, tmp_path: Path, method: str
 ) -> None:
     run = created(server, method)
     data = two_sets()
@@ -280,7 +280,7 @@ def test_a_whole_run_with_its_bytes_its_export_and_its_predictions(
 
 @pytest.mark.parametrize("method", ["fl-full", "fedpeft-bias", "fedpeft-prompt"])
 def test_two_devices_with_coded_changes_end_with_the_server_s_state(
-    server: Running, data_dir: Path, tmp_path: Path, method: str
+    server: RunningServer, data_dir: Path, tmp_path: Path, method: str
 ) -> None:
     wire = {"update_deltas": True, "updates": "float16", "head": "int8"}
     run = created(server, method, wire, devices=2, proximal=0.01)

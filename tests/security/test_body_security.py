@@ -14,12 +14,12 @@ from protocol.frames import encode_frame, join_frame
 from protocol.messages import Task
 from protocol.wire import PROTOCOL_VERSION, VERSION_HEADER
 from tests.support.federation import run_settings, smashed, state_of
-from tests.support.server import Api, Running, code_of, wait_until
+from tests.support.server import ApiClient, RunningServer, code_of, wait_until
 
 GIB = 1024**3
 
 
-def head_of(api: Api, method: str, path: str, *lines: str) -> bytes:
+def head_of(api: ApiClient, method: str, path: str, *lines: str) -> bytes:
     """The head of a request, as bytes; the body is the test's."""
     authorization = api.http.headers.get("authorization", "")
     every = [
@@ -33,7 +33,7 @@ def head_of(api: Api, method: str, path: str, *lines: str) -> bytes:
     return "\r\n".join(every).encode() + b"\r\n\r\n"
 
 
-def exchange(server: Running, data: bytes, *more: bytes) -> tuple[int, dict[str, object]]:
+def exchange(server: RunningServer, data: bytes, *more: bytes) -> tuple[int, dict[str, object]]:
     """Send bytes as they are; the status and the typed error of the answer."""
     with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
         connection.sendall(data)
@@ -74,7 +74,7 @@ ROUTES = [
 
 @pytest.mark.parametrize(("method", "path", "limit"), ROUTES)
 def test_a_body_that_is_announced_too_large_is_refused_before_it_is_read(
-    server: Running, run: str, member: Api, method: str, path: str, limit: int
+    server: RunningServer, run: str, member: ApiClient, method: str, path: str, limit: int
 ) -> None:
     head = head_of(member, method, path.format(run=run), f"content-length: {10 * GIB}")
     began = time.monotonic()
@@ -88,7 +88,7 @@ def test_a_body_that_is_announced_too_large_is_refused_before_it_is_read(
 
 @pytest.mark.parametrize(("method", "path", "limit"), ROUTES)
 def test_a_body_that_grows_too_large_is_cut(
-    server: Running, run: str, member: Api, method: str, path: str, limit: int
+    server: RunningServer, run: str, member: ApiClient, method: str, path: str, limit: int
 ) -> None:
     head = head_of(
         member,
@@ -103,7 +103,7 @@ def test_a_body_that_grows_too_large_is_cut(
 
 
 def test_one_who_sends_it_all_the_same_can_still_read_the_refusal(
-    server: Running, member: Api
+    server: RunningServer, member: ApiClient
 ) -> None:
     body = b"x" * (8 * 1024 * 1024)
     answer = member.call("POST", "/v1/split/forward", content=body)
@@ -115,7 +115,7 @@ def test_one_who_sends_it_all_the_same_can_still_read_the_refusal(
 
 
 def test_a_body_that_does_not_come_is_not_waited_for(
-    server: Running, run: str, member: Api
+    server: RunningServer, run: str, member: ApiClient
 ) -> None:
     head = head_of(member, "POST", "/v1/split/infer", "content-length: 500000")
     with socket.create_connection(("127.0.0.1", server.port), timeout=20) as slow:
@@ -126,7 +126,9 @@ def test_a_body_that_does_not_come_is_not_waited_for(
     assert error["code"] in ("malformed_frame", "busy")
 
 
-def test_those_who_only_announce_take_no_room_from_the_others(server: Running, member: Api) -> None:
+def test_those_who_only_announce_take_no_room_from_the_others(
+    server: RunningServer, member: ApiClient
+) -> None:
     head = head_of(member, "POST", "/v1/split/infer", "content-length: 1000000")
     sockets = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(20)]
     try:
@@ -139,7 +141,9 @@ def test_those_who_only_announce_take_no_room_from_the_others(server: Running, m
             one.close()
 
 
-def test_what_unpacks_to_more_than_a_frame_may_hold_is_refused(member: Api, keeper: Api) -> None:
+def test_what_unpacks_to_more_than_a_frame_may_hold_is_refused(
+    member: ApiClient, keeper: ApiClient
+) -> None:
     """The limit is the server's own, and not the default of frames."""
     shape = (200, 7, 192)
     largest = 1024 * 1024 // (4 * 7 * 192)
@@ -163,7 +167,7 @@ def test_what_unpacks_to_more_than_a_frame_may_hold_is_refused(member: Api, keep
     ("method", "path"), [("POST", "/v1/split/infer"), ("PUT", "/v1/runs/{run}/update")]
 )
 def test_full_room_is_busy_and_becomes_free_again(
-    server: Running, run: str, member: Api, method: str, path: str
+    server: RunningServer, run: str, member: ApiClient, method: str, path: str
 ) -> None:
     head = head_of(member, method, path.format(run=run), "content-length: 1040000")
     with socket.create_connection(("127.0.0.1", server.port)) as hog:
@@ -176,7 +180,9 @@ def test_full_room_is_busy_and_becomes_free_again(
     wait_until(lambda: member.step("infer", smashed(batch=8), "b").is_success)
 
 
-def test_an_update_that_nobody_waits_for_is_refused_before_it_is_read(server: Running) -> None:
+def test_an_update_that_nobody_waits_for_is_refused_before_it_is_read(
+    server: RunningServer,
+) -> None:
     operator = server.operator()
     settings = run_settings(min_participants=2, participants_per_round=1, evaluate_every=0)
     run = operator.create(settings, key="waited-for").id
@@ -197,7 +203,9 @@ def test_an_update_that_nobody_waits_for_is_refused_before_it_is_read(server: Ru
     assert code_of(trainer.update(run, state_of(1.0), "v")) == "run_closed"
 
 
-def test_a_client_that_goes_away_harms_nobody(server: Running, run: str, member: Api) -> None:
+def test_a_client_that_goes_away_harms_nobody(
+    server: RunningServer, run: str, member: ApiClient
+) -> None:
     for method, path, _ in ROUTES:
         head = head_of(member, method, path.format(run=run), "content-length: 5000")
         with socket.create_connection(("127.0.0.1", server.port)) as gone:
@@ -206,7 +214,7 @@ def test_a_client_that_goes_away_harms_nobody(server: Running, run: str, member:
     assert member.step("infer", smashed(), "after").is_success
 
 
-def test_a_message_in_no_language_of_ours_ends_only_its_connection(server: Running) -> None:
+def test_a_message_in_no_language_of_ours_ends_only_its_connection(server: RunningServer) -> None:
     for noise in (b"\x16\x03\x01\x02\x00\x01\x00", b"GET / SPDY/9\r\n\r\n", b"\r\n" * 50):
         with socket.create_connection(("127.0.0.1", server.port), timeout=5) as connection:
             connection.sendall(noise)
@@ -217,7 +225,9 @@ def test_a_message_in_no_language_of_ours_ends_only_its_connection(server: Runni
     assert server.api().call("GET", "/v1/health").is_success
 
 
-def test_the_server_still_works_after_all_this(server: Running, run: str, member: Api) -> None:
+def test_the_server_still_works_after_all_this(
+    server: RunningServer, run: str, member: ApiClient
+) -> None:
     assert member.assignment(run).task is Task.TRAIN
     assert member.step("forward", smashed(), "end").is_success
     assert member.step("backward", torch.ones_like(smashed()), "end").is_success

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from protocol.frames import encode_frame, join_frame
 from protocol.messages import Task
 from tests.support.federation import run_settings, smashed, state_of, step_frame, update_frame
-from tests.support.server import Api, Running, code_of, tensor_in
+from tests.support.server import ApiClient, RunningServer, code_of, tensor_in
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ from tests.support.server import Api, Running, code_of, tensor_in
     ],
 )
 def test_identity_and_steps_are_not_taken_from_a_frame(
-    member: Api, meta: dict[str, object]
+    member: ApiClient, meta: dict[str, object]
 ) -> None:
     frame = step_frame("infer", smashed(), **{"step": "x", **meta}, round_=1)  # type: ignore[arg-type]
     if "step" not in meta:
@@ -63,7 +63,7 @@ def split_frame(kind: str) -> bytes:
     kind=st.sampled_from(["samples", "missing", "exchange"]),
 )
 def test_a_damaged_frame_about_samples_is_refused_and_never_a_failure(
-    keeper: Api, noise: bytes, place: int, kind: str
+    keeper: ApiClient, noise: bytes, place: int, kind: str
 ) -> None:
     frame = bytearray(split_frame(kind))
     frame[place : place + len(noise)] = noise
@@ -73,7 +73,7 @@ def test_a_damaged_frame_about_samples_is_refused_and_never_a_failure(
         assert code_of(answer)
 
 
-def test_after_damaged_frames_samples_are_kept_as_before(keeper: Api) -> None:
+def test_after_damaged_frames_samples_are_kept_as_before(keeper: ApiClient) -> None:
     for kind in ("samples", "missing", "exchange"):
         answer = keeper.call("POST", f"/v1/split/{kind}", content=split_frame(kind))
         assert answer.is_success, answer.text
@@ -100,7 +100,7 @@ def raw_frame(header: object, payload: bytes = b"") -> bytes:
         [],
     ],
 )
-def test_tensors_that_lie_are_refused(member: Api, tensors: list[dict[str, object]]) -> None:
+def test_tensors_that_lie_are_refused(member: ApiClient, tensors: list[dict[str, object]]) -> None:
     header = {"kind": "infer", "meta": {"step": "s", "round": 1}, "tensors": tensors}
     answer = member.call("POST", "/v1/split/infer", content=raw_frame(header, bytes(64)))
     assert answer.status_code in (400, 413, 415, 422), answer.text
@@ -120,7 +120,7 @@ def test_tensors_that_lie_are_refused(member: Api, tensors: list[dict[str, objec
         b"",
     ],
 )
-def test_json_that_bites_is_refused(member: Api, run: str, body: bytes) -> None:
+def test_json_that_bites_is_refused(member: ApiClient, run: str, body: bytes) -> None:
     answer = member.call("PUT", f"/v1/runs/{run}/evaluation", key="k", content=body)
     assert (answer.status_code, code_of(answer)) == (422, "invalid_field"), answer.text
 
@@ -134,13 +134,13 @@ def test_json_that_bites_is_refused(member: Api, run: str, body: bytes) -> None:
         "/v1/runs/{run}%00/head",
     ],
 )
-def test_paths_do_not_lead_out(server: Running, run: str, path: str) -> None:
+def test_paths_do_not_lead_out(server: RunningServer, run: str, path: str) -> None:
     answer = server.operator().call("GET", path.format(run=run))
     assert code_of(answer) in ("not_found", "invalid_field")
 
 
 def test_a_captured_update_cannot_be_replayed_into_another_round(
-    server: Running, member: Api
+    server: RunningServer, member: ApiClient
 ) -> None:
     operator = server.operator()
     run = operator.create(run_settings(evaluate_every=0, rounds=3), key="replay").id
@@ -155,7 +155,7 @@ def test_a_captured_update_cannot_be_replayed_into_another_round(
     assert api.assignment(run).round == 2
 
 
-def test_many_updates_at_once_count_once(server: Running) -> None:
+def test_many_updates_at_once_count_once(server: RunningServer) -> None:
     operator = server.operator()
     run = operator.create(run_settings(rounds=1, evaluate_every=0, min_participants=2), key="r").id
     credential = server.api().join(run).credential
@@ -163,7 +163,7 @@ def test_many_updates_at_once_count_once(server: Running) -> None:
     answers: list[int] = []
 
     def send(number: int) -> None:
-        api = Api(server.url, credential)
+        api = ApiClient(server.url, credential)
         answers.append(api.update(run, state_of(1.0), f"k{number % 2}").status_code)
         api.close()
 
@@ -186,7 +186,7 @@ def test_many_updates_at_once_count_once(server: Running) -> None:
     kind=st.sampled_from(["infer", "update"]),
 )
 def test_a_damaged_frame_is_refused_and_never_a_failure(
-    server: Running, run: str, member: Api, noise: bytes, place: int, kind: str
+    server: RunningServer, run: str, member: ApiClient, noise: bytes, place: int, kind: str
 ) -> None:
     if kind == "infer":
         method, path = "POST", "/v1/split/infer"
@@ -201,7 +201,9 @@ def test_a_damaged_frame_is_refused_and_never_a_failure(
         assert code_of(answer)
 
 
-def test_the_server_still_works_after_all_this(server: Running, run: str, member: Api) -> None:
+def test_the_server_still_works_after_all_this(
+    server: RunningServer, run: str, member: ApiClient
+) -> None:
     assert member.assignment(run).task is Task.TRAIN
     assert member.step("forward", smashed(), "end").is_success
     assert member.step("backward", torch.ones_like(smashed()), "end").is_success

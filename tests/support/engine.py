@@ -15,11 +15,11 @@ from protocol.settings import RunSettings, TrainingSettings
 from split_model import SplitSettings
 from split_model.backbone.libraries import timm
 from split_server.engine.api import EngineLimits, ExchangeJob, SessionPlan
-from split_server.engine.body_cache import Bodies
+from split_server.engine.body_cache import BodyCache
 from split_server.engine.engine import LocalEngine
 from split_server.models.body_key import BodyKey
 from split_server.runtime.device import Placement, choose_placement
-from tests.support.federation import SMALL, SPLIT, FakeTime, run_settings
+from tests.support.federation import SMALL, SPLIT, FakeClock, run_settings
 
 MIB = 1024 * 1024
 
@@ -49,11 +49,11 @@ def input_body(folder: Path) -> BodyKey:
 @contextmanager
 def engines(placement: Placement = PLACEMENT) -> Iterator[MakeEngine]:
     """Makes engines that hold the same bodies, and stops them in the end."""
-    bodies, made = Bodies(placement), list[LocalEngine]()
+    bodies, made = BodyCache(placement), list[LocalEngine]()
 
-    def one(retained: int = 256 * MIB, time: FakeTime | None = None, **more: Any) -> LocalEngine:
+    def one(retained: int = 256 * MIB, time: FakeClock | None = None, **more: Any) -> LocalEngine:
         limits = EngineLimits(retained, 64 * MIB, 64 * MIB, 300.0, 4, **more)
-        made.append(LocalEngine(bodies, placement, limits, (time or FakeTime()).clock()))
+        made.append(LocalEngine(bodies, placement, limits, (time or FakeClock()).clock()))
         return made[-1]
 
     yield one
@@ -79,7 +79,7 @@ def smashed(batch: int = 3, seed: int = 0) -> Tensor:
 class Case:
     """A run with its prompts at the cut, and the requests of one participant's round."""
 
-    def __init__(self, backbone: Path, depth: str, leading: int | None = None) -> None:
+    def __init__(self, backbone: Path, depth: str, num_tokens: int | None = None) -> None:
         model = SMALL.model_copy(update={"prompt_at": "cut", "prompt_depth": depth})
         self.training = TrainingSettings(
             optimizer="sgd", momentum=0.9, prompt_learning_rate=RATE, schedule="constant"
@@ -87,7 +87,7 @@ class Case:
         settings = RunSettings(model=model, training=self.training)
         self.split = SplitSettings.of(model)
         self.key = BodyKey.of(str(backbone), settings)
-        self.leading = leading
+        self.num_tokens = num_tokens
         self.initial = 0.3 * numbers(99, *split_model.prompt_shape(self.split))
         self.backbone = backbone
 
@@ -117,7 +117,7 @@ class Case:
             gradients=gradients,
             smashed=batch,
             fingerprint=hash(tuple(float(tensor.double().sum()) for tensor in known)),
-            leading=self.leading,
+            num_tokens=self.num_tokens,
         )
 
     async def train(
@@ -150,7 +150,7 @@ class Case:
                     patches = tokens[:, -PATCHES:]
                     tokens = torch.cat([tokens[:, :PREFIX], own, patches], dim=1)
                 tokens = block(tokens)
-            read = tokens if self.leading is None else tokens[:, : self.leading]
+            read = tokens if self.num_tokens is None else tokens[:, : self.num_tokens]
             optimizer.zero_grad()
             torch.sin(read).mean().backward()
             optimizer.step()

@@ -20,12 +20,12 @@ from protocol.messages import Assignment, EvaluationReport, JoinRequest, UpdateM
 from protocol.settings import BackboneSettings, RunSettings, TrainingSettings, WireSettings
 from split_model import SplitSettings
 from split_server.federation.credentials import Credentials
-from split_server.federation.liveness import Presence
-from split_server.federation.service import Federation, Held
+from split_server.federation.liveness import Liveness
+from split_server.federation.service import FederationService, Held
 from split_server.models.prepare import PreparedRun
 from split_server.runtime.clock import Clock
 from split_server.storage.database import Store
-from split_server.storage.events import Once
+from split_server.storage.events import IdempotentRequest
 from split_server.storage.run_files import RunFiles, StateRefs, write_tensors
 from split_server.storage.traffic import Meter
 
@@ -59,7 +59,7 @@ def run_settings(
     )
 
 
-def busy(why: str) -> Busy:
+def busy_error(why: str) -> Busy:
     """A refusal, as an engine makes them."""
     return Busy(why, retry_after_s=0.5)
 
@@ -98,7 +98,7 @@ def step_frame(kind: str, tensor: Tensor, step: str, round_: int = 1, **extra: A
 
 
 @dataclass
-class FakeTime:
+class FakeClock:
     """A clock that goes on when it is told to."""
 
     now: float = 1000.0
@@ -120,7 +120,7 @@ def prepare_without_weights(settings: RunSettings, files: RunFiles, _cache: Path
 
 
 @dataclass
-class Quiet:
+class RecordingWatcher:
     """A watcher that remembers what it was told."""
 
     told: list[tuple[str, ...]] = field(default_factory=list)
@@ -141,13 +141,13 @@ class Quiet:
         self.told.append(("left", run, participant))
 
 
-class Bench:
+class FederationHarness:
     """A federation on a real database, with a clock that the test moves."""
 
-    def __init__(self, folder: Path, time_: FakeTime | None = None) -> None:
+    def __init__(self, folder: Path, time_: FakeClock | None = None) -> None:
         self.folder = folder
-        self.time = time_ or FakeTime()
-        self.watcher = Quiet()
+        self.time = time_ or FakeClock()
+        self.watcher = RecordingWatcher()
         self.open()
 
     def open(self) -> None:
@@ -155,8 +155,8 @@ class Bench:
         clock = self.time.clock()
         self.store = Store(self.folder / "server.sqlite")
         self.meter = Meter()
-        self.presence = Presence(60.0, clock)
-        self.federation = Federation(
+        self.presence = Liveness(60.0, clock)
+        self.federation = FederationService(
             self.folder,
             self.store,
             Credentials(b"s" * 32, OPERATOR),
@@ -173,11 +173,11 @@ class Bench:
 
     def create(self, **federation: Any) -> str:
         settings = run_settings(**federation)
-        return self.federation.create(settings, Once.of("create", uuid.uuid4().hex)).id
+        return self.federation.create(settings, IdempotentRequest.of("create", uuid.uuid4().hex)).id
 
     def join(self, run: str, name: str = "a", train: int = 100, test: int = 10) -> str:
         request = JoinRequest(name=name, train_samples=train, test_samples=test, num_classes=10)
-        once = Once.of(f"{run}/join", uuid.uuid4().hex)
+        once = IdempotentRequest.of(f"{run}/join", uuid.uuid4().hex)
         return self.federation.join(run, request, once).participant
 
     def task(self, run: str, participant: str) -> Assignment:
@@ -201,7 +201,7 @@ class Bench:
     ) -> None:
         meta = UpdateMeta(round=round_, attempt=attempt, samples=samples, **losses)
         data = update_frame(state, meta.model_dump())
-        once = Once.of(f"{run}/{participant}/update", key or uuid.uuid4().hex, data)
+        once = IdempotentRequest.of(f"{run}/{participant}/update", key or uuid.uuid4().hex, data)
         self.federation.update(run, participant, meta, decode_frame(data), once, held)
 
     def evaluate(
@@ -220,7 +220,9 @@ class Bench:
             round=round_, attempt=attempt, samples=samples, correct=correct, loss_sum=loss_sum
         )
         content = report.model_dump_json().encode()
-        once = Once.of(f"{run}/{participant}/evaluation", key or uuid.uuid4().hex, content)
+        once = IdempotentRequest.of(
+            f"{run}/{participant}/evaluation", key or uuid.uuid4().hex, content
+        )
         self.federation.evaluation(run, participant, report, once)
 
     def state(self, run: str) -> dict[str, Tensor]:
@@ -235,15 +237,15 @@ class Bench:
 
 
 @contextmanager
-def bench(folder: Path) -> Iterator[Bench]:
-    made = Bench(folder)
+def bench(folder: Path) -> Iterator[FederationHarness]:
+    made = FederationHarness(folder)
     try:
         yield made
     finally:
         made.close()
 
 
-def everywhere(site: Bench, run: str) -> float:
+def everywhere(site: FederationHarness, run: str) -> float:
     """The one number that the global state holds everywhere."""
     values = {float(value) for tensor in site.state(run).values() for value in tensor.unique()}
     assert len(values) == 1

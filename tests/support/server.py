@@ -25,7 +25,7 @@ from split_server.settings import ServerSettings, load_settings
 from tests.support.federation import OPERATOR, run_settings, step_frame, update_frame
 
 
-class Api:
+class ApiClient:
     """Requests to a real server, as a test wants them: with or without what they need."""
 
     def __init__(self, url: str, token: str | None = None) -> None:
@@ -121,24 +121,24 @@ def code_of(answer: httpx.Response) -> str:
 
 
 @dataclass
-class Running:
+class RunningServer:
     """A real server on a loopback port, in a thread of this process."""
 
     url: str
     server: Server
     thread: threading.Thread
-    apis: list[Api] = field(default_factory=list)
+    apis: list[ApiClient] = field(default_factory=list)
 
     @property
     def port(self) -> int:
         return int(self.url.rsplit(":", 1)[1])
 
-    def api(self, token: str | None = None) -> Api:
-        api = Api(self.url, token)
+    def api(self, token: str | None = None) -> ApiClient:
+        api = ApiClient(self.url, token)
         self.apis.append(api)
         return api
 
-    def operator(self) -> Api:
+    def operator(self) -> ApiClient:
         return self.api(OPERATOR)
 
     def stop(self) -> None:
@@ -149,12 +149,12 @@ class Running:
         assert not self.thread.is_alive(), "the server does not stop"
 
 
-def new_run(operator: Api, **settings: Any) -> str:
+def new_run(operator: ApiClient, **settings: Any) -> str:
     """A run of `run_settings`."""
     return operator.create(run_settings(**settings), key=uuid.uuid4().hex).id
 
 
-def joined(server: Running, run: str, name: str = "a") -> Api:
+def joined(server: RunningServer, run: str, name: str = "a") -> ApiClient:
     """What a new participant of a run can ask."""
     return server.api(server.api().join(run, name).credential)
 
@@ -165,14 +165,14 @@ def server_settings(folder: Path, **changes: Any) -> ServerSettings:
 
 
 @contextmanager
-def running_server(folder: Path, **changes: Any) -> Iterator[Running]:
+def running_server(folder: Path, **changes: Any) -> Iterator[RunningServer]:
     settings = server_settings(folder, **changes)
     server = build_server(create_app(settings), settings)
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
-    running = Running(f"http://127.0.0.1:{port}", server, thread)
+    running = RunningServer(f"http://127.0.0.1:{port}", server, thread)
     try:
         wait_until(lambda: server.started or not thread.is_alive())
         assert server.started, "the server did not start"
@@ -181,7 +181,7 @@ def running_server(folder: Path, **changes: Any) -> Iterator[Running]:
         running.stop()
 
 
-def measured(server: Running) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+def measured(server: RunningServer) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
     """Every sample of /metrics, by its name and labels."""
     page = server.api().http.get("/metrics")
     assert page.headers["content-type"].startswith("text/plain")

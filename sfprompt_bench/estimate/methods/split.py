@@ -85,13 +85,13 @@ class _Shapes:
     @classmethod
     def of(cls, question: Question) -> _Shapes:
         split, run = question.split, question.settings
-        sizes, leading = anatomy(split), needed_tokens(split)
+        sizes, num_tokens = anatomy(split), needed_tokens(split)
         at_cut = split.prompt_at == "cut"
         inside = sizes.tokens + split.prompt_count
-        pooled = run.wire.pooled_features and leading is not None
+        pooled = run.wire.pooled_features and num_tokens is not None
         return cls(
             smashed=(sizes.tokens if at_cut else inside, sizes.width),
-            features=(leading if pooled and leading is not None else inside, sizes.width),
+            features=(num_tokens if pooled and num_tokens is not None else inside, sizes.width),
             at_cut=at_cut,
             stored=at_cut and run.wire.keep_smashed,
             views=run.training.views if run.training.augment else 1,

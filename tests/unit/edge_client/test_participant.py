@@ -124,7 +124,7 @@ class Script(BodyServer):
         return Traffic()
 
 
-class Told:
+class RecordingReporter:
     def __init__(self) -> None:
         self.events: list[tuple[str, dict[str, Any]]] = []
 
@@ -136,8 +136,10 @@ class Told:
     def close(self) -> None: ...
 
 
-def take_part(server: Script, folder: Path, name: str = "device") -> tuple[Told, Participant]:
-    told = Told()
+def take_part(
+    server: Script, folder: Path, name: str = "device"
+) -> tuple[RecordingReporter, Participant]:
+    told = RecordingReporter()
     data = Dataset(image_set(9), image_set(6, seed=1))
     participant = Participant(server, data, folder, name, told)
     participant.join("run", "key", "token")

@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from tests.support.uncut_model import reduced
 
 from split_model import (
     SplitSettings,
@@ -17,6 +16,7 @@ from split_model import (
     supported_backbones,
 )
 from split_model.backbone.libraries import timm, torchvision
+from tests.support.uncut_model import reduced
 
 TINY: dict[str, Any] = {
     "backbone": "vit_tiny_patch16_224",
@@ -106,9 +106,9 @@ def test_anatomy() -> None:
     sizes = anatomy(reduced("vit_base_patch14_reg4_dinov2"))
     assert (sizes.depth, sizes.width, sizes.prefix, sizes.patches) == (2, 32, 5, 9)
     assert sizes.tokens == 14
-    assert sizes.leading == 1
-    assert anatomy(reduced("deit_tiny_distilled_patch16_224")).leading == 2
-    assert anatomy(reduced("vit_base_patch16_siglip_224")).leading is None
+    assert sizes.num_tokens == 1
+    assert anatomy(reduced("deit_tiny_distilled_patch16_224")).num_tokens == 2
+    assert anatomy(reduced("vit_base_patch16_siglip_224")).num_tokens is None
     assert body_blocks(SplitSettings(cut=2, tail_blocks=3)) == range(2, 9)
 
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from torch import nn
-from tests.support.uncut_model import difference, random_model, reduced
 
-from split_model.layers.partial_block import ask, can_ask
+from split_model.layers.partial_block import run_for_tokens, supports_partial_run
+from tests.support.uncut_model import difference, random_model, reduced
 
 NAMES = [
     "vit_base_patch16_224",
@@ -21,13 +21,13 @@ def test_what_is_asked_for_equals_that_part_of_the_whole(
     name: str, count: int, others: int
 ) -> None:
     block = random_model(reduced(name)).blocks[0]
-    assert can_ask(block)
+    assert supports_partial_run(block)
     width = block.norm1.normalized_shape[0]
     draw = torch.Generator().manual_seed(0)
     tokens = torch.randn(2, 5 + others, width, generator=draw).requires_grad_()
     weighting = torch.randn(2, count, width, generator=draw)
     whole = block(tokens)[:, :count]
-    asked = ask(block, tokens[:, :5], tokens[:, 5:] if others else None, count)
+    asked = run_for_tokens(block, tokens[:, :5], tokens[:, 5:] if others else None, count)
     assert difference(asked, whole) <= 1e-5
     (theirs,) = torch.autograd.grad((whole * weighting).sum(), tokens)
     (mine,) = torch.autograd.grad((asked * weighting).sum(), tokens)
@@ -41,9 +41,9 @@ def test_a_layer_that_is_not_timms_own_is_left_to_run_itself() -> None:
 
     block = random_model(reduced("vit_base_patch16_224")).blocks[0]
     block.attn.qkv = Scaled(block.attn.qkv.in_features, block.attn.qkv.out_features)
-    assert not can_ask(block)
+    assert not supports_partial_run(block)
 
 
 @pytest.mark.parametrize("name", ["eva02_base_patch14_224", "beit_base_patch16_224"])
 def test_blocks_that_know_positions_are_run_whole(name: str) -> None:
-    assert not can_ask(random_model(reduced(name)).blocks[0])
+    assert not supports_partial_run(random_model(reduced(name)).blocks[0])

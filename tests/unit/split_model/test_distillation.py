@@ -5,12 +5,12 @@ import dataclasses
 import pytest
 import torch
 from torch import Tensor
-from tests.support.uncut_model import random_model, reduced
 
 from protocol.distillation import DistillationSettings
 from split_model import build_head
 from split_model.proxies.distillation import Trace, distil, distilled_proxy, layer_loss, traced
 from split_model.proxies.weights import proxy_weights
+from tests.support.uncut_model import random_model, reduced
 
 DEPTH = 4
 

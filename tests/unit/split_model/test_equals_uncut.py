@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from tests.support.uncut_model import Hooks, difference, random_model, reduced, signature
 
 from split_model import (
     SplitSettings,
@@ -18,6 +17,7 @@ from split_model import (
     skeleton,
     supported_backbones,
 )
+from tests.support.uncut_model import Hooks, difference, random_model, reduced, signature
 
 OUTPUT_TOLERANCE = 1e-5
 
@@ -58,12 +58,12 @@ def _one_thread() -> Iterator[None]:
 
 
 def _run(
-    parts: tuple[Any, ...], images: Tensor, prompts: Tensor | None, leading: int | None = None
+    parts: tuple[Any, ...], images: Tensor, prompts: Tensor | None, num_tokens: int | None = None
 ) -> Tensor:
     head, body, tail = parts
     at_input = head.settings.prompt_at == "input"
     smashed = head(images, prompts if at_input else None)
-    logits: Tensor = tail(body(smashed, None if at_input else prompts, leading))
+    logits: Tensor = tail(body(smashed, None if at_input else prompts, num_tokens))
     return logits
 
 
@@ -82,8 +82,8 @@ def check(model: Any, settings: SplitSettings) -> None:
 
     prompts = start.clone().requires_grad_()
     # The gradients are those of a body that computes only what the tail reads.
-    leading = None if tail.sizes.averaged else tail.leading
-    logits = _run(parts, images, prompts, leading)
+    num_tokens = None if tail.sizes.averaged else tail.num_tokens
+    logits = _run(parts, images, prompts, num_tokens)
     with torch.no_grad():
         assert difference(_run(parts, images, prompts), logits) <= OUTPUT_TOLERANCE
     (logits * weighting).sum().backward()

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from tests.support.uncut_model import random_model, reduced
 
 from protocol.distillation import DistillationSettings
 from split_model import (
@@ -22,6 +21,7 @@ from split_model import (
 )
 from split_model.checkpoints.head_file import local_body_tensors
 from split_model.proxies.local_body import build_local_body, local_body_weights
+from tests.support.uncut_model import random_model, reduced
 
 DEPTH = 6
 

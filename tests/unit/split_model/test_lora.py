@@ -6,7 +6,6 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
-from tests.support.uncut_model import difference, random_model, reduced
 
 from split_model import (
     Layered,
@@ -24,6 +23,7 @@ from split_model import (
     tail_tensors,
 )
 from split_model.layers.adapters import lora_blocks, merged
+from tests.support.uncut_model import difference, random_model, reduced
 
 PLAIN = dataclasses.replace(reduced("vit_base_patch16_224"), prompt_count=0)
 

@@ -5,16 +5,16 @@ import dataclasses
 import pytest
 import torch
 from torch import Tensor
-from tests.support.uncut_model import random_model, reduced
 
 from protocol.distillation import DistillationSettings
 from split_model import SplitSettingsError, build_head, initial_state
 from split_model.backbone.libraries import timm
 from split_model.checkpoints.state import head_tensors
 from split_model.parts.build import Layered
-from split_model.proxies.distillation import layer_loss, renewed_proxy, traced
+from split_model.proxies.distillation import layer_loss, redistilled_proxy, traced
 from split_model.proxies.neurons import InactiveNeurons, neurons_shape, stay
 from split_model.proxies.weights import plugged, proxy_weights
+from tests.support.uncut_model import random_model, reduced
 
 DEPTH, WIDTH = 4, 32
 
@@ -126,7 +126,7 @@ def test_a_renewed_proxy_is_nearer_and_its_busy_neurons_are_the_same_bits(prompt
     before = {n: t.clone() for n, t in (weights | proxy).items()}
     generator = torch.Generator().manual_seed(7)
     inactive = torch.rand(2, WIDTH, generator=generator)
-    made = renewed_proxy(settings, weights, proxy, state, inactive, images(), HOW, seed=5)
+    made = redistilled_proxy(settings, weights, proxy, state, inactive, images(), HOW, seed=5)
 
     assert made.keys() == proxy.keys()
     assert all(torch.equal((weights | proxy)[n], t) for n, t in before.items())
@@ -158,9 +158,9 @@ def test_a_renewed_proxy_is_nearer_and_its_busy_neurons_are_the_same_bits(prompt
 
     assert loss(made) < 0.9 * loss(proxy)
     assert loss(made, lora=False) > loss(made), "what is tuned is in both"
-    again = renewed_proxy(settings, weights, proxy, state, inactive, images(), HOW, seed=5)
+    again = redistilled_proxy(settings, weights, proxy, state, inactive, images(), HOW, seed=5)
     assert all(torch.equal(again[n], t) for n, t in made.items())
-    other = renewed_proxy(settings, weights, proxy, state, 1 - inactive, images(), HOW, seed=5)
+    other = redistilled_proxy(settings, weights, proxy, state, 1 - inactive, images(), HOW, seed=5)
     assert not torch.equal(other["blocks.1.mlp.fc1.weight"], made["blocks.1.mlp.fc1.weight"])
 
 
@@ -177,7 +177,7 @@ def test_the_work_ends_where_it_is_told_to() -> None:
 
     weights, proxy = backbone(), proxy_weights(PRUNED, backbone())
     with pytest.raises(Enough):
-        renewed_proxy(
+        redistilled_proxy(
             PRUNED, weights, proxy, tuned(), torch.zeros(2, WIDTH), images(), HOW, 0, check
         )
     assert len(calls) == 2

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 import pytest
 import torch
 from torch import Tensor
-from tests.support.uncut_model import difference, random_model, reduced
 
 from split_model import (
     SplitSettings,
@@ -19,6 +18,7 @@ from split_model import (
     initial_prompts,
     prompt_shape,
 )
+from tests.support.uncut_model import difference, random_model, reduced
 
 
 class Recorded(Mapping[str, Tensor]):
@@ -169,10 +169,10 @@ def test_leading_tokens_are_enough_where_the_tail_says_so(name: str) -> None:
     settings = reduced(name)
     tail = build_tail(settings, random_model(settings).state_dict())
     features = torch.randn(2, tail.sizes.tokens + 3, 32, generator=torch.Generator().manual_seed(0))
-    assert tail.leading is not None
-    assert difference(tail(features[:, : tail.leading]), tail(features)) <= 1e-6
+    assert tail.num_tokens is not None
+    assert difference(tail(features[:, : tail.num_tokens]), tail(features)) <= 1e-6
     with_blocks = dataclasses.replace(settings, tail_blocks=1)
-    assert build_tail(with_blocks, random_model(with_blocks).state_dict()).leading is None
+    assert build_tail(with_blocks, random_model(with_blocks).state_dict()).num_tokens is None
 
 
 def test_wrong_shapes_are_refused() -> None:

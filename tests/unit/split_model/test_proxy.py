@@ -8,11 +8,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from tests.support.uncut_model import difference, random_model, reduced
 
 from split_model import Head, SplitSettings, SplitSettingsError, TunedModel, anatomy, initial_state
 from split_model.backbone.architecture import kept_blocks
 from split_model.proxies.weights import neuron_order, plugged, proxy_weights, whole_model
+from tests.support.uncut_model import difference, random_model, reduced
 
 DEPTH, HIDDEN = 6, 128
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tests.support.uncut_model import difference, random_model, reduced
 
 from split_model import (
     Head,
@@ -37,6 +36,7 @@ from split_model import (
     write_head_file,
 )
 from split_model.backbone.libraries import timm
+from tests.support.uncut_model import difference, random_model, reduced
 
 SETTINGS = dataclasses.replace(reduced("vit_base_patch16_224"), tail_blocks=1)
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.support.uncut_model import Hooks, difference, random_model, reduced
 
 from split_model import (
     Head,
@@ -36,6 +35,7 @@ from split_model import (
     write_head_file,
 )
 from split_model.parts.build import Layered
+from tests.support.uncut_model import Hooks, difference, random_model, reduced
 
 WHOLE = SplitSettings(
     backbone="vit_base_patch16_224", image_size=224, cut=12, num_classes=100, prompt_count=0

@@ -13,7 +13,7 @@ from split_server.cli import app
 from split_server.runtime.device import choose_placement
 from split_server.runtime.process import keep_large_buffers
 from split_server.settings import DEFAULT_PORT, ServerSettings, load_settings
-from split_server.storage.data_dir import held_folder
+from split_server.storage.data_dir import lock_data_dir
 
 
 @pytest.fixture(autouse=True)
@@ -176,7 +176,7 @@ def test_a_wrong_word_on_the_command_line_is_named(words: list[str], field: str)
 
 
 def test_a_folder_in_use_is_one_line_and_no_traceback(tmp_path: Path) -> None:
-    with held_folder(tmp_path):
+    with lock_data_dir(tmp_path):
         shown = CliRunner().invoke(app, ["serve", "--port", "0", "--data-dir", str(tmp_path)])
     assert isinstance(shown.exception, InvalidField)
     assert shown.exception.field == "data_dir"

@@ -13,7 +13,7 @@ from edge_client.data import BatchReader, ImageSet
 from edge_client.data.image_set import ArrayStore
 from edge_client.model import DeviceModel
 from edge_client.smashed.head_cache import HeadOutputs
-from edge_client.smashed.uploads import KeptSamples
+from edge_client.smashed.uploads import SampleUploader
 from edge_client.training.context import Samples
 from edge_client.transport import SamplesMissing
 from protocol.errors import Busy
@@ -75,7 +75,7 @@ def names(ids: Tensor) -> list[bytes]:
     return [bytes(row.tolist()) for row in ids]
 
 
-MakeKept = Callable[..., KeptSamples]
+MakeKept = Callable[..., SampleUploader]
 
 
 @pytest.fixture
@@ -87,10 +87,10 @@ def plane() -> Plane:
 def keeping(model: DeviceModel, plane: Plane) -> MakeKept:
     def one(
         images: BatchReader | None = None, secret: bytes = SECRET, form: str = "head float32"
-    ) -> KeptSamples:
+    ) -> SampleUploader:
         images = images or reader(model)
         made = HeadOutputs(model.head, images, PLENTY)
-        return KeptSamples(made, images, plane, secret, form)
+        return SampleUploader(made, images, plane, secret, form)
 
     return one
 

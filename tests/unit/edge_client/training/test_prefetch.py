@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from edge_client.training.evaluation import one_ahead
+from edge_client.training.evaluation import prefetch
 
 
 def test_the_next_one_is_made_while_one_is_away() -> None:
@@ -16,7 +16,7 @@ def test_the_next_one_is_made_while_one_is_away() -> None:
         begun[number].set()
         return 10 * number
 
-    for number, made in one_ahead(range(3), make):
+    for number, made in prefetch(range(3), make):
         assert made == 10 * number
         if number < 2:
             assert begun[number + 1].wait(20)
@@ -25,11 +25,11 @@ def test_the_next_one_is_made_while_one_is_away() -> None:
 
 @pytest.mark.parametrize("items", [[], [1], [3, 1, 2]])
 def test_they_come_in_their_order(items: list[int]) -> None:
-    assert list(one_ahead(items, str)) == [(item, str(item)) for item in items]
+    assert list(prefetch(items, str)) == [(item, str(item)) for item in items]
 
 
 def test_what_goes_wrong_is_told_at_its_turn() -> None:
-    found = one_ahead([2, 1, 0], lambda number: 2 // number)
+    found = prefetch([2, 1, 0], lambda number: 2 // number)
     assert [next(found), next(found)] == [(2, 1), (1, 2)]
     with pytest.raises(ZeroDivisionError):
         next(found)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from edge_client.data import Augmentation, shuffled
 from edge_client.model import DeviceModel
-from edge_client.training import RoundContext, evaluate, keep_samples, local_update, split_train
+from edge_client.training import RoundContext, evaluate, local_update, select_samples, split_train
 from protocol.errors import StepLost
 from protocol.seeds import derive_seed
 from split_model import SplitSettings, load_state, open_backbone, write_head_file
@@ -101,42 +101,42 @@ def test_the_highest_el2n_are_kept(fraction: float, count: int) -> None:
     scores = el2n_by_hand(context.model, context)
     ranked = sorted(range(10), key=lambda position: -scores[position])
     assert scores[ranked[count - 1]] - scores[ranked[count]] > 1e-6  # no draw on the border
-    assert keep_samples(context).tolist() == sorted(ranked[:count])
+    assert select_samples(context).tolist() == sorted(ranked[:count])
 
 
 def test_prompts_and_body_have_no_say_in_the_scores() -> None:
     context = round_context(keep_fraction=0.3)
-    before = keep_samples(context)
+    before = select_samples(context)
     with torch.no_grad():
         context.model.prompts.normal_()
-    assert torch.equal(keep_samples(context), before)
+    assert torch.equal(select_samples(context), before)
 
 
 def test_each_class_keeps_its_share() -> None:
     context = round_context(samples=9, keep_fraction=0.34, prune_per_class=True)
-    kept = keep_samples(context)
+    kept = select_samples(context)
     assert sorted(context.samples.images.image_set.labels[kept].tolist()) == [0, 1, 2]
 
 
 def test_all_are_kept_without_scoring() -> None:
     told: list[str] = []
     context = round_context(keep_fraction=1.0, advance=lambda phase, *_: told.append(phase))
-    assert keep_samples(context).tolist() == list(range(10))
+    assert select_samples(context).tolist() == list(range(10))
     assert told == []
 
 
 @pytest.mark.parametrize("pruning", ["grand", "margin", "loss", "random"])
 def test_every_score_of_the_settings_works(pruning: str) -> None:
     context = round_context(keep_fraction=0.5, pruning=pruning)
-    kept = keep_samples(context)
+    kept = select_samples(context)
     assert len(kept) == 5
-    assert torch.equal(kept, keep_samples(context))
+    assert torch.equal(kept, select_samples(context))
 
 
 def test_random_pruning_draws_anew_each_round_and_device() -> None:
     def kept(**more: Any) -> tuple[int, ...]:
         context = round_context(samples=60, keep_fraction=0.5, pruning="random", **more)
-        return tuple(keep_samples(context).tolist())
+        return tuple(select_samples(context).tolist())
 
     model = device_model()
     draws = {kept(model=model), kept(model=model, round_=2), kept(model=model, name="other")}
@@ -328,7 +328,7 @@ def test_every_epoch_of_the_run_is_augmented_anew() -> None:
     for round_ in (1, 2):
         context = round_context(round_=round_, samples=4, local_epochs=2, split_epochs=1, **SGD)
         context.samples.images.augmentation = Watching(0)
-        keep_samples(context)
+        select_samples(context)
         local_update(context)
         split_train(context, BodyServer().plane, torch.arange(4))
         evaluate(

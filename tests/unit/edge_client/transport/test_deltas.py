@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
 
-from edge_client.transport.deltas import Copies, Revision
+from edge_client.transport.deltas import DeltaBatch, DeltaCache
 from protocol.codecs import codec_named
 from protocol.codecs.registry import as_decoded
 from protocol.errors import InvalidField
@@ -24,8 +24,8 @@ TOKENS, WIDTH = 3, 64
 
 def copies(
     whole: str = "float32", changes: str = "float32", skip_below: float = 0.0, limit: int = PLENTY
-) -> Copies:
-    return Copies(whole, changes, skip_below, limit)
+) -> DeltaCache:
+    return DeltaCache(whole, changes, skip_below, limit)
 
 
 def numbers(batch: int, seed: int = 0, scale: float = 1.0) -> Tensor:
@@ -38,11 +38,11 @@ def samples(*positions: int, view: int | None = None) -> list[tuple[int, int | N
     return [(position, view) for position in positions]
 
 
-def sent(revision: Revision, name: str) -> Tensor:
+def sent(revision: DeltaBatch, name: str) -> Tensor:
     return revision.tensors[name][0]
 
 
-def visit(held: Copies, positions: list[int], smashed: Tensor) -> Revision:
+def visit(held: DeltaCache, positions: list[int], smashed: Tensor) -> DeltaBatch:
     revision = held.revise(samples(*positions), smashed)
     held.confirm(revision)
     return revision
@@ -218,7 +218,7 @@ def test_a_copy_does_not_share_the_batch_it_was_made_of() -> None:
 ONE = TOKENS * WIDTH * 4  # bytes of a copy
 
 
-def known(held: Copies, among: int) -> list[int]:
+def known(held: DeltaCache, among: int) -> list[int]:
     revision = held.revise(samples(*range(among)), numbers(among))
     rows = revision.tensors.get("whole_rows", (torch.empty(0), ""))[0].tolist()
     return sorted(set(range(among)) - set(rows))

@@ -15,7 +15,7 @@ from protocol.messages import RunStatus, Task
 from split_server.aggregation.server_optimizer import Moments, server_step
 from split_server.federation import transitions
 from split_server.storage.run_files import RunFiles
-from tests.support.federation import Bench, everywhere, state_of
+from tests.support.federation import FederationHarness, everywhere, state_of
 
 RATES = {"server_momentum": 0.9, "server_beta2": 0.99}
 
@@ -105,7 +105,9 @@ def test_a_step_out_of_range_is_a_typed_error() -> None:
     assert caught.value.field == "w"
 
 
-def trained(site: Bench, run: str, participant: str, *means: float, first: int = 1) -> None:
+def trained(
+    site: FederationHarness, run: str, participant: str, *means: float, first: int = 1
+) -> None:
     """Let one participant send these means, one a round, and measure what comes of them."""
     for round_, mean in enumerate(means, start=first):
         assert site.task(run, participant).task is Task.TRAIN
@@ -115,7 +117,7 @@ def trained(site: Bench, run: str, participant: str, *means: float, first: int =
 
 
 def test_a_run_goes_on_from_what_it_remembers(tmp_path: Path, monkeypatch: Any) -> None:
-    site = Bench(tmp_path)
+    site = FederationHarness(tmp_path)
     run = site.create(rounds=3, server_optimizer="fedavgm")
     participant = site.join(run)
     trained(site, run, participant, 1.0)
@@ -143,7 +145,7 @@ def test_a_run_goes_on_from_what_it_remembers(tmp_path: Path, monkeypatch: Any) 
 
 
 def test_lost_moments_fail_the_run_with_their_reason(tmp_path: Path) -> None:
-    site = Bench(tmp_path)
+    site = FederationHarness(tmp_path)
     run = site.create(rounds=3, server_optimizer="fedyogi")
     participant = site.join(run)
     trained(site, run, participant, 1.0)
@@ -158,7 +160,7 @@ def test_lost_moments_fail_the_run_with_their_reason(tmp_path: Path) -> None:
 
 
 def test_prompts_of_the_server_take_the_same_step(tmp_path: Path) -> None:
-    site = Bench(tmp_path)
+    site = FederationHarness(tmp_path)
     run = site.create(rounds=1, server_optimizer="fedavgm", prompt_at="cut", evaluate_every=0)
     participant = site.join(run)
     site.task(run, participant)

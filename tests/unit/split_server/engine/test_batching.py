@@ -57,7 +57,9 @@ def key(tmp_path_factory: pytest.TempPathFactory) -> BodyKey:
 
 
 @contextmanager
-def busy(engine: LocalEngine, key: BodyKey, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def busy_error(
+    engine: LocalEngine, key: BodyKey, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
     """Keep the worker at another job, so that what is sent meanwhile waits together."""
     gate, at_work = threading.Event(), threading.Event()
     real = compute.run_inference
@@ -86,7 +88,7 @@ async def together(
     jobs: Sequence[Awaitable[Tensor]],
 ) -> list[Any]:
     """The answers to jobs that all waited before the first was computed."""
-    with busy(engine, key, monkeypatch):
+    with busy_error(engine, key, monkeypatch):
         tasks = [asyncio.ensure_future(job) for job in jobs]
         async with asyncio.timeout(20):
             while len(engine._schedule) < len(tasks):  # noqa: ASYNC110
@@ -189,9 +191,9 @@ def test_jobs_of_runs_that_cut_alike_join_one_batch(
 @pytest.mark.parametrize("depth", DEPTHS)
 @pytest.mark.parametrize("leading", [None, 1])
 def test_joined_sessions_tune_each_ones_own_prompts(
-    make: MakeEngine, backbone: Path, mode: str, depth: str, leading: int | None
+    make: MakeEngine, backbone: Path, mode: str, depth: str, num_tokens: int | None
 ) -> None:
-    case = Case(backbone, depth, leading)
+    case = Case(backbone, depth, num_tokens)
     engine = make(backward=mode, max_wait_s=0.05)
     own = {who: [smashed(2, 10 * n + step) for step in range(3)] for n, who in enumerate(PEOPLE)}
 
@@ -248,7 +250,7 @@ def test_a_batch_does_not_wait_for_a_participant_that_has_gone(
 
     async def steps() -> None:
         jobs = [engine.forward(forward(key, with_prompts(), who)) for who in PEOPLE[:2]]
-        with busy(engine, key, monkeypatch):
+        with busy_error(engine, key, monkeypatch):
             waiting = [asyncio.ensure_future(job) for job in jobs]
             await asyncio.sleep(0.05)
             jobs.clear()

@@ -32,7 +32,7 @@ from split_server.engine.engine import LocalEngine
 from split_server.engine.tuned_bodies import BodySession
 from split_server.models.body_key import BodyKey
 from tests.support.engine import MIB, MakeEngine, engines, gradient_of, prepare_backbone, smashed
-from tests.support.federation import SMALL, FakeTime
+from tests.support.federation import SMALL, FakeClock
 
 CUT, WIDTH, DECAY, ROUNDS, ROUND = 10, 192, 0.1, 4, 2
 
@@ -69,7 +69,7 @@ class Case:
     """A run whose body is tuned, and the requests of one participant's round."""
 
     def __init__(
-        self, backbone: Path, optimizer: str = "sgd", leading: int | None = None, **more: Any
+        self, backbone: Path, optimizer: str = "sgd", num_tokens: int | None = None, **more: Any
     ) -> None:
         tuned = {"cut": CUT, "prompt_count": 0, "tune": "full", "tune_body": True}
         given = {
@@ -84,7 +84,7 @@ class Case:
         settings = RunSettings(
             model=SMALL.model_copy(update=tuned), training=TrainingSettings.model_validate(given)
         )
-        self.backbone, self.optimizer, self.leading = backbone, optimizer, leading
+        self.backbone, self.optimizer, self.num_tokens = backbone, optimizer, num_tokens
         self.split = SplitSettings.of(settings.model)
         self.key = BodyKey.of(str(backbone), settings)
         self.plan = BodyPlan(settings.training, ROUNDS, ROUND, NUMBERS)
@@ -102,7 +102,7 @@ class Case:
             plan=self.plan,
             tensor=tensor,
             fingerprint=hash(float(tensor.double().sum())),
-            leading=self.leading,
+            num_tokens=self.num_tokens,
         )
 
     async def train(
@@ -135,7 +135,7 @@ class Case:
         answers, rate = [], RATES[self.optimizer]
         for step, batch in enumerate(batches):
             leaf = batch.clone().requires_grad_()
-            features = blocks(leaf)[:, : self.leading]
+            features = blocks(leaf)[:, : self.num_tokens]
             done = (ROUND - 1 + step / len(batches)) / ROUNDS
             optimizer.param_groups[0]["lr"] = rate * (1 + math.cos(math.pi * done)) / 2
             optimizer.zero_grad()
@@ -165,9 +165,9 @@ def close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("backward", ["auto", "recompute"])
 @pytest.mark.parametrize("leading", [None, 1])
 def test_features_gradients_and_body_are_those_of_torch_alone(
-    make: MakeEngine, backbone: Path, optimizer: str, backward: str, leading: int | None
+    make: MakeEngine, backbone: Path, optimizer: str, backward: str, num_tokens: int | None
 ) -> None:
-    case = Case(backbone, optimizer, leading)
+    case = Case(backbone, optimizer, num_tokens)
     answers, body = asyncio.run(case.train(make(backward=backward), BATCHES))
     expected, tuned = case.by_hand(BATCHES)
     for one, other in zip(answers, expected, strict=True):
@@ -380,7 +380,7 @@ def test_without_room_for_a_graph_the_forward_is_run_again(make: MakeEngine, cas
 
 
 def test_a_session_that_is_left_alone_makes_room(make: MakeEngine, case: Case) -> None:
-    time = FakeTime()
+    time = FakeClock()
     engine = make(time=time)
     features = asyncio.run(engine.body_forward(case.job(0, 2, BATCHES[0])))
     time.now += 299

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import split_model
 from split_server.engine.api import BackwardJob, ForwardJob, StepKey
-from split_server.engine.delivery import Deliver, Fail, Outbox, _Letter
+from split_server.engine.delivery import CompletionQueue, Deliver, Fail, _Completion
 from split_server.models.body_key import BodyKey
 from tests.support.engine import MakeEngine, engines, input_body, is_empty
 from tests.support.federation import smashed
@@ -32,7 +32,7 @@ def key(tmp_path_factory: pytest.TempPathFactory) -> BodyKey:
     return input_body(tmp_path_factory.mktemp("backbones"))
 
 
-class Letters(Outbox):
+class Letters(CompletionQueue):
     """Delivers each result when the test says so."""
 
     def __init__(self) -> None:
@@ -106,7 +106,9 @@ class Held:
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_result_that_was_delivered_is_held_no_longer(fails: bool) -> None:
-    outbox = Outbox(torch.device("cuda"))  # which begins its thread and needs no GPU for that
+    outbox = CompletionQueue(
+        torch.device("cuda")
+    )  # which begins its thread and needs no GPU for that
     delivered, held = threading.Event(), Held()
     gone = weakref.ref(held)
 
@@ -116,7 +118,7 @@ def test_a_result_that_was_delivered_is_held_no_longer(fails: bool) -> None:
         delivered.set()
 
     event = cast(torch.cuda.Event, Computed())
-    letter = _Letter(event, torch.empty(1), deliver, lambda _: delivered.set())
+    letter = _Completion(event, torch.empty(1), deliver, lambda _: delivered.set())
     outbox._letters.put(letter)
     del letter, deliver, held
     assert delivered.wait(20)

@@ -24,13 +24,14 @@ from protocol.errors import (
     WrongShape,
 )
 from split_model import Body
-from split_server.engine import compute, engine
+from split_server.engine import compute
+from split_server.engine import engine as engine_module
 from split_server.engine.api import BackwardJob, EngineLimits, ForwardJob, InferJob, StepKey
-from split_server.engine.body_cache import Bodies
+from split_server.engine.body_cache import BodyCache
 from split_server.engine.engine import LocalEngine
 from split_server.models.body_key import BodyKey
 from split_server.runtime.device import choose_placement
-from tests.support.federation import SPLIT, TOKENS, WIDTH, FakeTime, run_settings, smashed
+from tests.support.federation import SPLIT, TOKENS, WIDTH, FakeClock, run_settings, smashed
 
 MIB = 1024 * 1024
 
@@ -44,8 +45,8 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def bodies(backbone: Path) -> Bodies:
-    return Bodies(PLACEMENT)
+def bodies(backbone: Path) -> BodyCache:
+    return BodyCache(PLACEMENT)
 
 
 @pytest.fixture(scope="module")
@@ -62,19 +63,19 @@ MakeEngine = Callable[..., LocalEngine]
 
 
 @pytest.fixture
-def make(bodies: Bodies) -> Iterator[MakeEngine]:
+def make(bodies: BodyCache) -> Iterator[MakeEngine]:
     made: list[LocalEngine] = []
 
     def one(
         retained: int = 256 * MIB,
         queued: int = 64 * MIB,
         answers: int = 64 * MIB,
-        time: FakeTime | None = None,
+        time: FakeClock | None = None,
         steps: int = 4,
         **more: Any,
     ) -> LocalEngine:
         limits = EngineLimits(retained, queued, answers, 300.0, steps, **more)
-        made.append(LocalEngine(bodies, PLACEMENT, limits, (time or FakeTime()).clock()))
+        made.append(LocalEngine(bodies, PLACEMENT, limits, (time or FakeClock()).clock()))
         return made[-1]
 
     yield one
@@ -119,7 +120,7 @@ def test_the_memory_of_an_answer_is_free_when_it_has_been_taken(
     make: MakeEngine, key: BodyKey, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And not when a search for cycles comes by: what is taken follows from settings alone."""
-    monkeypatch.setitem(engine._FULL_BATCH_TOKENS, "cpu", smashed().shape[1])
+    monkeypatch.setitem(engine_module._FULL_BATCH_TOKENS, "cpu", smashed().shape[1])
     engine = make(answers=0)
     taken: list[weakref.ref[Tensor]] = []
 
@@ -229,7 +230,7 @@ def test_a_step_that_is_not_held_is_lost(make: MakeEngine, key: BodyKey) -> None
 
 
 def test_a_step_whose_backward_does_not_come_is_dropped(make: MakeEngine, key: BodyKey) -> None:
-    time = FakeTime()
+    time = FakeClock()
     engine = make(time=time)
 
     async def late() -> None:
@@ -252,7 +253,7 @@ def test_a_step_whose_backward_does_not_come_is_dropped(make: MakeEngine, key: B
 def test_a_graph_whose_gradients_do_not_come_makes_room_and_its_step_goes_on(
     make: MakeEngine, key: BodyKey
 ) -> None:
-    time = FakeTime()
+    time = FakeClock()
     engine = make(time=time)
 
     async def late(wait_s: float) -> Tensor:
@@ -444,7 +445,7 @@ def test_no_memory_for_answers_means_no_repeats(make: MakeEngine, key: BodyKey) 
 def test_the_weights_are_held_once_for_runs_with_other_prompts(
     backbone: Path, key: BodyKey
 ) -> None:
-    shelf = Bodies(PLACEMENT, most=1)
+    shelf = BodyCache(PLACEMENT, most=1)
     model = run_settings().model
     other = run_settings().model_copy(
         update={"model": model.model_copy(update={"prompt_count": 5, "num_classes": 3})}

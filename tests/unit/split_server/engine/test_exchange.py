@@ -55,13 +55,13 @@ def case(request: pytest.FixtureRequest, backbone: Path) -> Case:
 @pytest.mark.parametrize("depth", DEPTHS)
 @pytest.mark.parametrize("leading", [None, 1, 3])
 def test_features_and_prompts_are_those_of_the_uncut_models_blocks(
-    make: MakeEngine, backbone: Path, depth: str, leading: int | None
+    make: MakeEngine, backbone: Path, depth: str, num_tokens: int | None
 ) -> None:
-    case = Case(backbone, depth, leading)
+    case = Case(backbone, depth, num_tokens)
     features, prompts = asyncio.run(case.train(make(), BATCHES))
     expected, tuned = case.by_hand(BATCHES)
     for one, other in zip(features, expected, strict=True):
-        assert one.shape[1] == (TOKENS + PROMPTS if leading is None else leading)
+        assert one.shape[1] == (TOKENS + PROMPTS if num_tokens is None else num_tokens)
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(prompts, tuned, rtol=1e-5, atol=1e-6)
     moved = (tuned - case.initial).abs().amax(dim=(1, 2))
@@ -71,10 +71,10 @@ def test_features_and_prompts_are_those_of_the_uncut_models_blocks(
 
 @pytest.mark.parametrize("leading", [None, 1])
 def test_inference_with_the_prompts_gives_the_same_features(
-    make: MakeEngine, case: Case, leading: int | None
+    make: MakeEngine, case: Case, num_tokens: int | None
 ) -> None:
-    case.leading = leading
-    job = InferJob("r1", "p1", case.key, BATCHES[0], case.initial, leading)
+    case.num_tokens = num_tokens
+    job = InferJob("r1", "p1", case.key, BATCHES[0], case.initial, num_tokens)
     features = asyncio.run(make().infer(job))
     torch.testing.assert_close(features, case.by_hand(BATCHES[:1])[0][0], rtol=1e-5, atol=1e-5)
     assert not features.requires_grad

@@ -28,7 +28,7 @@ from tests.support.engine import (
     prepare_backbone,
     smashed,
 )
-from tests.support.federation import FakeTime
+from tests.support.federation import FakeClock
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +162,7 @@ def test_a_backward_that_broke_off_makes_the_device_begin_anew(
 
 
 def test_a_batch_whose_gradients_come_too_late_is_lost(make: MakeEngine, case: Case) -> None:
-    time = FakeTime()
+    time = FakeClock()
     engine = make(time=time)
 
     async def late() -> None:
@@ -179,7 +179,7 @@ def test_a_batch_whose_gradients_come_too_late_is_lost(make: MakeEngine, case: C
 
 def test_a_session_that_is_left_half_way_makes_room(make: MakeEngine, case: Case) -> None:
     """Such as one whose first batch was decoded while its run came to its end."""
-    time = FakeTime()
+    time = FakeClock()
     engine = make(time=time)
     engine.forget("r1")
     asyncio.run(engine.exchange(case.job(0, 2, BATCHES[0])))
@@ -194,7 +194,7 @@ def test_a_session_that_is_left_half_way_makes_room(make: MakeEngine, case: Case
 
 
 def test_a_session_that_goes_on_or_is_done_is_not_swept(make: MakeEngine, case: Case) -> None:
-    time = FakeTime()
+    time = FakeClock()
     engine = make(time=time)
 
     async def slow() -> None:

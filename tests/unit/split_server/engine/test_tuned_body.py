@@ -17,8 +17,8 @@ from protocol.settings import RunSettings
 from split_model import SplitSettings, load_state
 from split_server.federation import transitions
 from split_server.federation.export import newest_state
-from split_server.storage.events import Once
-from tests.support.federation import SMALL, Bench, everywhere, run_settings, state_of
+from split_server.storage.events import IdempotentRequest
+from tests.support.federation import SMALL, FederationHarness, everywhere, run_settings, state_of
 
 MODEL = SMALL.model_copy(update={"prompt_count": 0, "tune": "full", "tune_body": True, "cut": 10})
 
@@ -26,16 +26,16 @@ SPLIT = SplitSettings.of(MODEL)
 
 
 @pytest.fixture
-def site(tmp_path: Path) -> Iterator[Bench]:
-    made = Bench(tmp_path)
+def site(tmp_path: Path) -> Iterator[FederationHarness]:
+    made = FederationHarness(tmp_path)
     yield made
     made.close()
 
 
-def created(site: Bench, wire: dict[str, Any] | None = None, **federation: Any) -> str:
+def created(site: FederationHarness, wire: dict[str, Any] | None = None, **federation: Any) -> str:
     plain = run_settings(wire=wire, **federation)
     settings = RunSettings.model_validate({**plain.model_dump(), "model": MODEL.model_dump()})
-    return site.federation.create(settings, Once.of("create", uuid.uuid4().hex)).id
+    return site.federation.create(settings, IdempotentRequest.of("create", uuid.uuid4().hex)).id
 
 
 def parts_of(value: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -45,13 +45,15 @@ def parts_of(value: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return {name: state[name] for name in state.keys() - body.keys()}, body
 
 
-def send(site: Bench, run: str, who: str, value: float, samples: int = 10, round_: int = 1) -> None:
+def send(
+    site: FederationHarness, run: str, who: str, value: float, samples: int = 10, round_: int = 1
+) -> None:
     sent, body = parts_of(value)
     site.update(run, who, sent, samples=samples, round_=round_, held=lambda: body)
 
 
 @pytest.mark.parametrize("wire", [{}, {"update_deltas": True, "updates": "float16"}])
-def test_bodies_are_averaged_as_the_rest_is(site: Bench, wire: dict[str, Any]) -> None:
+def test_bodies_are_averaged_as_the_rest_is(site: FederationHarness, wire: dict[str, Any]) -> None:
     """(10 x 2 + 30 x 6) / 40 = 5; of both parts, in both files."""
     run = created(site, wire, min_participants=2, evaluate_every=0)
     a, b = site.join(run, "a"), site.join(run, "b")
@@ -67,7 +69,7 @@ def test_bodies_are_averaged_as_the_rest_is(site: Bench, wire: dict[str, Any]) -
     assert (device.keys(), held.keys()) == (sent.keys(), body.keys())
 
 
-def test_an_update_without_its_body_is_not_counted(site: Bench) -> None:
+def test_an_update_without_its_body_is_not_counted(site: FederationHarness) -> None:
     run = created(site)
     a = site.join(run)
     site.task(run, a)
@@ -84,7 +86,7 @@ def test_an_update_without_its_body_is_not_counted(site: Bench) -> None:
 
 
 def test_a_server_killed_before_the_state_counts_makes_it_again(
-    site: Bench, monkeypatch: pytest.MonkeyPatch
+    site: FederationHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """FedAvgM: 0 to 1; then the momentum is 0.9 x 1 + 0.5, so 1 to 2.4."""
     run = created(site, rounds=2, server_optimizer="fedavgm", evaluate_every=0)
@@ -113,7 +115,7 @@ def test_a_server_killed_before_the_state_counts_makes_it_again(
     assert all(torch.allclose(tensor, torch.tensor(2.4)) for tensor in state.values())
 
 
-def test_bodies_of_rounds_long_over_take_no_disk(site: Bench) -> None:
+def test_bodies_of_rounds_long_over_take_no_disk(site: FederationHarness) -> None:
     run = created(site, rounds=4, evaluate_every=0)
     a = site.join(run)
     for round_ in (1, 2, 3):

@@ -11,12 +11,12 @@ import pytest
 
 from protocol.errors import Forbidden, InvalidField, Unauthorized
 from split_server.federation.credentials import (
+    Anonymous,
     Credentials,
     Identity,
-    Joiner,
+    JoinTokenHolder,
     Member,
     Operator,
-    Stranger,
     load_operator_token,
     load_secret,
     require_member,
@@ -59,21 +59,21 @@ def test_what_was_not_issued_here_is_a_strangers() -> None:
         "é" * 100,
         "",
     ):
-        assert isinstance(credentials().identify(f"Bearer {forged}"), Stranger)
-    assert isinstance(credentials().identify(f"Basic {issued}"), Stranger)
-    assert isinstance(credentials().identify(issued), Stranger)
-    assert credentials().identify(None) == Stranger(showed_something=False)
+        assert isinstance(credentials().identify(f"Bearer {forged}"), Anonymous)
+    assert isinstance(credentials().identify(f"Basic {issued}"), Anonymous)
+    assert isinstance(credentials().identify(issued), Anonymous)
+    assert credentials().identify(None) == Anonymous(showed_something=False)
 
 
 def test_tokens_are_recognised() -> None:
     both = credentials("the-join-token")
     assert both.identify(f"Bearer {OPERATOR}") == Operator()
-    assert both.identify("Bearer the-join-token") == Joiner()
-    both.may_join(Joiner())
+    assert both.identify("Bearer the-join-token") == JoinTokenHolder()
+    both.may_join(JoinTokenHolder())
     both.may_join(Operator())
     refused: list[tuple[Identity, type[Exception]]] = [
-        (Stranger(), Unauthorized),
-        (Stranger(True), Unauthorized),
+        (Anonymous(), Unauthorized),
+        (Anonymous(True), Unauthorized),
         (Member("r1", "p1"), Forbidden),
     ]
     for identity, error in refused:
@@ -86,18 +86,18 @@ def test_each_role_does_its_own() -> None:
     member = Member("r1", "p1")
     require_operator(Operator())
     refused: list[tuple[Identity, type[Exception]]] = [
-        (Stranger(), Unauthorized),
+        (Anonymous(), Unauthorized),
         (member, Forbidden),
-        (Joiner(), Forbidden),
+        (JoinTokenHolder(), Forbidden),
     ]
     for identity, error in refused:
         with pytest.raises(error):
             require_operator(identity)
     assert require_member(member) == require_member(member, "r1") == member
     refused = [
-        (Stranger(True), Unauthorized),
+        (Anonymous(True), Unauthorized),
         (Operator(), Forbidden),
-        (Joiner(), Forbidden),
+        (JoinTokenHolder(), Forbidden),
         (Member("r2", "p1"), Forbidden),
     ]
     for identity, error in refused:

@@ -12,12 +12,12 @@ import pytest
 
 from protocol.messages import Task
 from split_server.federation import transitions
-from split_server.storage.events import Once
-from tests.support.federation import Bench, bench, everywhere, state_of
+from split_server.storage.events import IdempotentRequest
+from tests.support.federation import FederationHarness, bench, everywhere, state_of
 
 
 @pytest.fixture
-def site(tmp_path: Path) -> Iterator[Bench]:
+def site(tmp_path: Path) -> Iterator[FederationHarness]:
     with bench(tmp_path) as made:
         yield made
 
@@ -42,7 +42,7 @@ class Disk:
 
 
 def test_an_update_counts_although_its_round_cannot_be_aggregated_yet(
-    site: Bench, monkeypatch: pytest.MonkeyPatch
+    site: FederationHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = site.create(min_participants=2, evaluate_every=0)
     a, b = site.join(run, "a"), site.join(run, "b")
@@ -72,7 +72,7 @@ def test_an_update_counts_although_its_round_cannot_be_aggregated_yet(
 
 
 def test_an_evaluation_counts_although_its_round_cannot_be_closed_yet(
-    site: Bench, monkeypatch: pytest.MonkeyPatch
+    site: FederationHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = site.create(rounds=1)
     a = site.join(run)
@@ -88,7 +88,7 @@ def test_an_evaluation_counts_although_its_round_cannot_be_closed_yet(
 
 
 def test_who_joins_or_leaves_has_done_so_although_the_run_cannot_go_on(
-    site: Bench, monkeypatch: pytest.MonkeyPatch
+    site: FederationHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = site.create(min_participants=2)
     disk = Disk()
@@ -96,11 +96,13 @@ def test_who_joins_or_leaves_has_done_so_although_the_run_cannot_go_on(
     a, b = site.join(run, "a"), site.join(run, "b")
     assert disk.attempts == 1
     site.time.now += 5
-    site.federation.leave(run, b, Once.of(f"{run}/{b}/leave", "k"))
+    site.federation.leave(run, b, IdempotentRequest.of(f"{run}/{b}/leave", "k"))
     assert [member.id for member in site.federation.run(run).present] == [a]
 
 
-def test_a_run_that_pauses_holds_up_no_other(site: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_pauses_holds_up_no_other(
+    site: FederationHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
     runs = [site.create(evaluate_every=0) for _ in range(2)]
     first, second = (site.join(run) for run in runs)
     disk = Disk()
@@ -113,7 +115,7 @@ def test_a_run_that_pauses_holds_up_no_other(site: Bench, monkeypatch: pytest.Mo
 
 
 def test_nobody_who_polls_waits_for_an_aggregation(
-    site: Bench, monkeypatch: pytest.MonkeyPatch
+    site: FederationHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = site.create(min_participants=2, evaluate_every=0)
     a, b = site.join(run, "a"), site.join(run, "b")

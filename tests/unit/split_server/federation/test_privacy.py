@@ -19,7 +19,7 @@ from split_server.aggregation.differential_privacy import clipped, epsilon_of, n
 from split_server.aggregation.fedavg import WeightedState, federated_average
 from split_server.cli import _rounds_table
 from split_server.federation.rounds import OpenTraining
-from tests.support.federation import Bench, bench, random_state, state_of
+from tests.support.federation import FederationHarness, bench, random_state, state_of
 from tests.unit.split_server.federation.test_rounds import a_run, next_step
 
 
@@ -166,12 +166,12 @@ def test_settings_that_do_not_go_together_are_refused(changed: dict[str, Any], n
 # Runs
 
 
-def trained(site: Bench, run: str, participant: str, value: float, round_: int) -> None:
+def trained(site: FederationHarness, run: str, participant: str, value: float, round_: int) -> None:
     assert site.task(run, participant).task is Task.TRAIN
     site.update(run, participant, state_of(value), round_=round_)
 
 
-def view(site: Bench, run: str) -> Results:
+def view(site: FederationHarness, run: str) -> Results:
     return site.federation.results(run)
 
 
@@ -179,7 +179,7 @@ NOISED = {"dp_clip": 0.5, "dp_noise_multiplier": 2.0, "dp_delta": 1e-2, "evaluat
 
 
 def test_history_tells_epsilon_after_each_round_also_after_a_restart(tmp_path: Path) -> None:
-    site = Bench(tmp_path)
+    site = FederationHarness(tmp_path)
     run = site.create(rounds=3, **NOISED)
     participant = site.join(run)
     for round_ in (1, 2, 3):
@@ -223,7 +223,7 @@ def test_a_share_of_the_participants_costs_less_and_a_repeated_round_nothing(
         assert event["epsilon_secret_sample"] == pytest.approx(epsilon_of([0.5], 2.0, 1e-2))
 
 
-def change(site: Bench, run: str) -> float:
+def change(site: FederationHarness, run: str) -> float:
     return length(site.state(run))  # from zeros
 
 

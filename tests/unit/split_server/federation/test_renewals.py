@@ -9,7 +9,7 @@ import pytest
 
 from protocol.errors import InvalidField, SFPromptError
 from split_server.federation import background
-from split_server.federation.background import Check, Renewals
+from split_server.federation.background import Check, RedistillationJobs
 from tests.support.server import wait_until
 
 
@@ -21,7 +21,9 @@ class Work:
         self.refused: list[tuple[str, SFPromptError]] = []
         self.may_end = threading.Event()
         self.then: Callable[[str], None] = lambda _run: None
-        self.renewals = Renewals(self._do, lambda run, error: self.refused.append((run, error)))
+        self.renewals = RedistillationJobs(
+            self._do, lambda run, error: self.refused.append((run, error))
+        )
 
     def _do(self, run: str, check: Check) -> None:
         self.begun.append(run)
@@ -41,12 +43,12 @@ def work() -> Iterator[Work]:
 def test_a_run_s_work_is_done_once_at_a_time_and_each_in_its_turn(work: Work) -> None:
     for run in ("a", "a", "b"):
         work.renewals.start(run)
-    assert work.renewals.busy("a")
-    assert work.renewals.busy("b"), "it waits for its turn"
-    assert not work.renewals.busy("c")
+    assert work.renewals.is_running("a")
+    assert work.renewals.is_running("b"), "it waits for its turn"
+    assert not work.renewals.is_running("c")
     wait_until(lambda: work.begun == ["a"])
     work.may_end.set()
-    wait_until(lambda: not work.renewals.busy("b"))
+    wait_until(lambda: not work.renewals.is_running("b"))
     assert work.begun == ["a", "b"]
     work.renewals.start("a")
     wait_until(lambda: work.begun == ["a", "b", "a"])
@@ -59,7 +61,7 @@ def test_closing_stops_the_work_and_begins_no_other(work: Work) -> None:
     work.renewals.close()
     work.renewals.start("c")
     assert work.begun == ["a"]
-    assert all(work.renewals.busy(run) for run in "abc"), "nobody goes on without it"
+    assert all(work.renewals.is_running(run) for run in "abc"), "nobody goes on without it"
 
 
 def test_a_refusal_is_told(work: Work) -> None:
@@ -69,7 +71,7 @@ def test_a_refusal_is_told(work: Work) -> None:
     work.then = refuse
     work.may_end.set()
     work.renewals.start("a")
-    wait_until(lambda: not work.renewals.busy("a"))
+    wait_until(lambda: not work.renewals.is_running("a"))
     [(run, error)] = work.refused
     assert (run, error.field) == ("a", "distillation.images")
 
@@ -85,7 +87,7 @@ def test_a_failure_that_may_pass_holds_the_run_for_a_while(
     work.then = fail
     work.may_end.set()
     work.renewals.start("a")
-    wait_until(lambda: not work.renewals.busy("a"))
+    wait_until(lambda: not work.renewals.is_running("a"))
     assert not work.refused
     assert "the disk is full" in caplog.text
     work.renewals.start("a")

@@ -16,7 +16,7 @@ from split_server.federation.rounds import (
     CloseRound,
     FailRun,
     OpenTraining,
-    Renew,
+    Redistill,
     Repeat,
     assignment_for,
     decide,
@@ -267,7 +267,7 @@ def test_a_round_waits_for_a_distillation_that_is_due(closed: int, renewed: int,
     run = replace(run, settings=run.settings.model_copy(update={"distillation": again}))
     everybody = set(run.members)
     action = decide(run, everybody, NOW, settled=True)
-    assert action == Renew(closed) if due else isinstance(action, OpenTraining)
+    assert action == Redistill(closed) if due else isinstance(action, OpenTraining)
     assert assignment_for(run, "p1", NOW).head == run.head
     never = replace(run, settings=run_settings(rounds=6))
     assert isinstance(decide(never, everybody, NOW, settled=True), OpenTraining)

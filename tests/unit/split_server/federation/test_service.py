@@ -26,17 +26,24 @@ from protocol.errors import (
 from protocol.messages import JoinRequest, RoundStatus, RunStatus, Task
 from split_model import load_state
 from split_server.federation.service import Held
-from split_server.storage.events import Once
-from tests.support.federation import Bench, bench, everywhere, random_state, run_settings, state_of
+from split_server.storage.events import IdempotentRequest
+from tests.support.federation import (
+    FederationHarness,
+    bench,
+    everywhere,
+    random_state,
+    run_settings,
+    state_of,
+)
 
 
 @pytest.fixture
-def site(tmp_path: Path) -> Iterator[Bench]:
+def site(tmp_path: Path) -> Iterator[FederationHarness]:
     with bench(tmp_path) as made:
         yield made
 
 
-def test_a_whole_run(site: Bench) -> None:
+def test_a_whole_run(site: FederationHarness) -> None:
     run = site.create(min_participants=2)
     a = site.join(run, "a")
     assert site.task(run, a).task is Task.WAIT
@@ -81,7 +88,7 @@ def test_a_whole_run(site: Bench) -> None:
     ]
 
 
-def test_a_round_goes_on_without_its_stragglers(site: Bench) -> None:
+def test_a_round_goes_on_without_its_stragglers(site: FederationHarness) -> None:
     run = site.create(min_participants=2, round_timeout_s=100, evaluate_every=0)
     a, b = site.join(run, "a"), site.join(run, "b")
     site.update(run, a, state_of(1.0))
@@ -96,7 +103,7 @@ def test_a_round_goes_on_without_its_stragglers(site: Bench) -> None:
     assert site.federation.results(run).rounds[0].updated == (a,)
 
 
-def test_the_deadline_counts_even_if_nobody_has_looked_since(site: Bench) -> None:
+def test_the_deadline_counts_even_if_nobody_has_looked_since(site: FederationHarness) -> None:
     run = site.create(round_timeout_s=10)
     a = site.join(run)
     site.time.now += 11
@@ -104,7 +111,7 @@ def test_the_deadline_counts_even_if_nobody_has_looked_since(site: Bench) -> Non
         site.update(run, a, state_of(1.0))
 
 
-def test_too_few_updates_repeat_the_round_and_then_fail_the_run(site: Bench) -> None:
+def test_too_few_updates_repeat_the_round_and_then_fail_the_run(site: FederationHarness) -> None:
     run = site.create(round_timeout_s=10, max_repeats=1)
     a = site.join(run)
     site.time.now += 10
@@ -122,7 +129,9 @@ def test_too_few_updates_repeat_the_round_and_then_fail_the_run(site: Bench) -> 
     assert everywhere(site, run) == 0.0
 
 
-def test_who_reports_on_no_sample_is_not_waited_for_and_not_counted(site: Bench) -> None:
+def test_who_reports_on_no_sample_is_not_waited_for_and_not_counted(
+    site: FederationHarness,
+) -> None:
     run = site.create(min_participants=2, rounds=2)
     a, b = site.join(run, "a"), site.join(run, "b")
     for round_, reported in ((1, (0.5, 2.0, 10)), (2, (None, None, 0))):
@@ -140,7 +149,7 @@ def test_who_reports_on_no_sample_is_not_waited_for_and_not_counted(site: Bench)
     assert site.task(run, a).task is Task.STOP
 
 
-def test_an_evaluation_that_nobody_answers_ends_at_its_deadline(site: Bench) -> None:
+def test_an_evaluation_that_nobody_answers_ends_at_its_deadline(site: FederationHarness) -> None:
     run = site.create(round_timeout_s=10)
     a = site.join(run)
     site.update(run, a, state_of(1.0))
@@ -151,16 +160,16 @@ def test_an_evaluation_that_nobody_answers_ends_at_its_deadline(site: Bench) -> 
     assert (first.status, first.accuracy, first.evaluation_samples) == (RoundStatus.CLOSED, None, 0)
 
 
-def test_a_participant_that_leaves_is_not_waited_for(site: Bench) -> None:
+def test_a_participant_that_leaves_is_not_waited_for(site: FederationHarness) -> None:
     run = site.create(min_participants=2, evaluate_every=0)
     a, b = site.join(run, "a"), site.join(run, "b")
     site.update(run, a, state_of(1.0))
-    site.federation.leave(run, b, Once.of(f"{run}/{b}/leave", "k"))
+    site.federation.leave(run, b, IdempotentRequest.of(f"{run}/{b}/leave", "k"))
     assert ("left", run, b) in site.watcher.told
     assert site.task(run, a).round == 2
-    site.federation.leave(run, b, Once.of(f"{run}/{b}/leave", "k"))
+    site.federation.leave(run, b, IdempotentRequest.of(f"{run}/{b}/leave", "k"))
     with pytest.raises(Forbidden):
-        site.federation.leave(run, b, Once.of(f"{run}/{b}/leave", "k2"))
+        site.federation.leave(run, b, IdempotentRequest.of(f"{run}/{b}/leave", "k2"))
     assert site.federation.assignment(run, b).task is Task.STOP
 
 
@@ -176,7 +185,7 @@ def test_a_participant_that_leaves_is_not_waited_for(site: Bench) -> None:
     ],
 )
 def test_an_update_that_cannot_count_is_refused(
-    site: Bench,
+    site: FederationHarness,
     samples: int,
     change: dict[str, float | None],
     error: type[SFPromptError],
@@ -203,7 +212,7 @@ def test_an_update_that_cannot_count_is_refused(
         assert site.federation.run(run).closed_rounds == 0
 
 
-def test_a_wrong_shape_is_refused(site: Bench) -> None:
+def test_a_wrong_shape_is_refused(site: FederationHarness) -> None:
     run = site.create()
     a = site.join(run)
     state = state_of(1.0)
@@ -213,7 +222,7 @@ def test_a_wrong_shape_is_refused(site: Bench) -> None:
     assert caught.value.field == "prompts"
 
 
-def test_one_who_was_refused_may_still_do_better(site: Bench) -> None:
+def test_one_who_was_refused_may_still_do_better(site: FederationHarness) -> None:
     run = site.create(min_participants=2, evaluate_every=0)
     a, b = site.join(run, "a"), site.join(run, "b")
     with pytest.raises(EmptyUpdate):
@@ -232,7 +241,9 @@ def tuned(value: float) -> Held:
     return lambda: {"prompts": torch.full((1, 2, 192), value)}
 
 
-def test_prompts_that_the_server_has_tuned_are_averaged_with_the_rest(site: Bench) -> None:
+def test_prompts_that_the_server_has_tuned_are_averaged_with_the_rest(
+    site: FederationHarness,
+) -> None:
     run = site.create(prompt_at="cut", min_participants=2, evaluate_every=0)
     a, b = site.join(run, "a"), site.join(run, "b")
     site.update(run, a, on_device(1.0), samples=30, held=tuned(1.0))
@@ -243,7 +254,7 @@ def test_prompts_that_the_server_has_tuned_are_averaged_with_the_rest(site: Benc
     assert "prompts" not in load_state(seen)
 
 
-def test_an_update_whose_prompts_are_lost_may_come_again(site: Bench) -> None:
+def test_an_update_whose_prompts_are_lost_may_come_again(site: FederationHarness) -> None:
     def lost() -> dict[str, torch.Tensor]:
         raise StepLost("the server was restarted")
 
@@ -256,7 +267,7 @@ def test_an_update_whose_prompts_are_lost_may_come_again(site: Bench) -> None:
     assert everywhere(site, run) == 3.0
 
 
-def test_prompts_that_are_not_finite_are_refused_as_an_update_is(site: Bench) -> None:
+def test_prompts_that_are_not_finite_are_refused_as_an_update_is(site: FederationHarness) -> None:
     def burst() -> dict[str, torch.Tensor]:
         raise NonFinite("the prompts are not finite")
 
@@ -271,7 +282,7 @@ def test_prompts_that_are_not_finite_are_refused_as_an_update_is(site: Bench) ->
     assert everywhere(site, run) == 1.0
 
 
-def test_if_nobody_has_a_sample_the_run_fails_without_waiting(site: Bench) -> None:
+def test_if_nobody_has_a_sample_the_run_fails_without_waiting(site: FederationHarness) -> None:
     run = site.create(max_repeats=2)
     a = site.join(run)
     for attempt in range(3):
@@ -281,7 +292,7 @@ def test_if_nobody_has_a_sample_the_run_fails_without_waiting(site: Bench) -> No
     assert site.federation.run(run).status is RunStatus.FAILED
 
 
-def test_the_order_of_arrival_does_not_show(site: Bench) -> None:
+def test_the_order_of_arrival_does_not_show(site: FederationHarness) -> None:
     names = ["d", "a", "c", "b"]
     states = {name: random_state(place) for place, name in enumerate(names)}
     seen = set()
@@ -294,7 +305,7 @@ def test_the_order_of_arrival_does_not_show(site: Bench) -> None:
     assert len(seen) == 1
 
 
-def test_a_repeated_update_counts_once(site: Bench) -> None:
+def test_a_repeated_update_counts_once(site: FederationHarness) -> None:
     run = site.create(min_participants=2, evaluate_every=0)
     a, b = site.join(run, "a"), site.join(run, "b")
     site.update(run, a, state_of(1.0), key="k")
@@ -310,26 +321,26 @@ def test_a_repeated_update_counts_once(site: Bench) -> None:
     assert site.kinds(run).count("update_counted") == 2
 
 
-def test_a_repeated_join_gives_the_same_participant(site: Bench) -> None:
+def test_a_repeated_join_gives_the_same_participant(site: FederationHarness) -> None:
     run = site.create(min_participants=2)
     request = JoinRequest(name="a", train_samples=1, test_samples=0, num_classes=10)
-    once = Once.of(f"{run}/join", "k", b"content")
+    once = IdempotentRequest.of(f"{run}/join", "k", b"content")
     first = site.federation.join(run, request, once)
     again = site.federation.join(run, request, once)
     assert first.credential == again.credential
     assert len(site.federation.run(run).members) == 1
     with pytest.raises(IdempotencyKeyReused):
-        site.federation.join(run, request, Once.of(f"{run}/join", "k", b"other"))
+        site.federation.join(run, request, IdempotentRequest.of(f"{run}/join", "k", b"other"))
 
 
-def test_a_repeated_creation_gives_the_same_run(site: Bench) -> None:
-    once = Once.of("create", "k", b"content")
+def test_a_repeated_creation_gives_the_same_run(site: FederationHarness) -> None:
+    once = IdempotentRequest.of("create", "k", b"content")
     first = site.federation.create(run_settings(), once)
     assert site.federation.create(run_settings(), once) == first
     assert len(site.federation.views()) == 1
 
 
-def test_evaluations_are_checked_and_counted_once(site: Bench) -> None:
+def test_evaluations_are_checked_and_counted_once(site: FederationHarness) -> None:
     run = site.create(min_participants=2)
     a, b = site.join(run, "a"), site.join(run, "b", test=0)
     with pytest.raises(StaleRound):
@@ -349,14 +360,14 @@ def test_evaluations_are_checked_and_counted_once(site: Bench) -> None:
     assert site.federation.run(run).closed_rounds == 1
 
 
-def test_a_run_can_be_cancelled_once(site: Bench) -> None:
+def test_a_run_can_be_cancelled_once(site: FederationHarness) -> None:
     run = site.create()
     a = site.join(run)
-    view = site.federation.cancel(run, Once.of(f"{run}/cancel", "k"))
+    view = site.federation.cancel(run, IdempotentRequest.of(f"{run}/cancel", "k"))
     assert view.status is RunStatus.CANCELLED
-    assert site.federation.cancel(run, Once.of(f"{run}/cancel", "k")) == view
+    assert site.federation.cancel(run, IdempotentRequest.of(f"{run}/cancel", "k")) == view
     with pytest.raises(RunClosed):
-        site.federation.cancel(run, Once.of(f"{run}/cancel", "k2"))
+        site.federation.cancel(run, IdempotentRequest.of(f"{run}/cancel", "k2"))
     with pytest.raises(RunClosed):
         site.update(run, a, state_of(1.0))
     with pytest.raises(RunClosed):
@@ -364,22 +375,22 @@ def test_a_run_can_be_cancelled_once(site: Bench) -> None:
     assert site.task(run, a).task is Task.STOP
 
 
-def test_a_device_with_other_classes_is_refused(site: Bench) -> None:
+def test_a_device_with_other_classes_is_refused(site: FederationHarness) -> None:
     run = site.create()
     request = JoinRequest(name="a", train_samples=1, test_samples=1, num_classes=3)
     with pytest.raises(InvalidField) as caught:
-        site.federation.join(run, request, Once.of(f"{run}/join", "k"))
+        site.federation.join(run, request, IdempotentRequest.of(f"{run}/join", "k"))
     assert (caught.value.field, caught.value.limit) == ("num_classes", 10)
 
 
-def test_devices_whose_classes_have_other_names_do_not_meet(site: Bench) -> None:
+def test_devices_whose_classes_have_other_names_do_not_meet(site: FederationHarness) -> None:
     run = site.create(min_participants=3)
 
     def join(name: str, classes: str | None) -> None:
         request = JoinRequest(
             name=name, train_samples=1, test_samples=1, num_classes=10, classes_sha256=classes
         )
-        site.federation.join(run, request, Once.of(f"{run}/join", name))
+        site.federation.join(run, request, IdempotentRequest.of(f"{run}/join", name))
 
     join("cats", "a" * 64)
     join("guest", None)
@@ -390,7 +401,7 @@ def test_devices_whose_classes_have_other_names_do_not_meet(site: Bench) -> None
     join("more cats", "a" * 64)
 
 
-def test_what_is_not_there_is_not_found(site: Bench) -> None:
+def test_what_is_not_there_is_not_found(site: FederationHarness) -> None:
     run = site.create()
     with pytest.raises(NotFound):
         site.federation.run("r0")
@@ -401,5 +412,5 @@ def test_what_is_not_there_is_not_found(site: Bench) -> None:
 @pytest.mark.parametrize("key", [None, "", "x" * 201, "line\nbreak", "é"])
 def test_a_change_needs_a_key(key: str | None) -> None:
     with pytest.raises(InvalidField) as caught:
-        Once.of("scope", key)
+        IdempotentRequest.of("scope", key)
     assert caught.value.field == "idempotency-key"

@@ -8,18 +8,18 @@ from pathlib import Path
 import pytest
 
 from protocol.messages import Task
-from split_server.storage.events import Once
+from split_server.storage.events import IdempotentRequest
 from split_server.storage.traffic import SocketCounter
-from tests.support.federation import Bench, bench, everywhere, state_of
+from tests.support.federation import FederationHarness, bench, everywhere, state_of
 
 
 @pytest.fixture
-def site(tmp_path: Path) -> Iterator[Bench]:
+def site(tmp_path: Path) -> Iterator[FederationHarness]:
     with bench(tmp_path) as made:
         yield made
 
 
-def test_a_restart_goes_on_in_the_open_round(site: Bench) -> None:
+def test_a_restart_goes_on_in_the_open_round(site: FederationHarness) -> None:
     run = site.create(min_participants=3, participants_per_round=2, evaluate_every=0)
     who = [site.join(run, name) for name in "abc"]
     sampled = site.federation.run(run).open_round.sampled  # type: ignore[union-attr]
@@ -41,7 +41,7 @@ def test_a_restart_goes_on_in_the_open_round(site: Bench) -> None:
 
 
 def test_after_a_restart_the_silent_are_waited_for_no_longer_than_the_window(
-    site: Bench,
+    site: FederationHarness,
 ) -> None:
     run = site.create(min_participants=2, evaluate_every=0, rounds=3)
     a, b = site.join(run, "a"), site.join(run, "b")
@@ -59,7 +59,7 @@ def test_after_a_restart_the_silent_are_waited_for_no_longer_than_the_window(
     assert opened.sampled == (a,)
 
 
-def test_a_restart_in_the_middle_of_an_evaluation_goes_on_with_it(site: Bench) -> None:
+def test_a_restart_in_the_middle_of_an_evaluation_goes_on_with_it(site: FederationHarness) -> None:
     run = site.create(min_participants=2, rounds=1)
     a, b = site.join(run, "a"), site.join(run, "b")
     for one in (a, b):
@@ -73,7 +73,7 @@ def test_a_restart_in_the_middle_of_an_evaluation_goes_on_with_it(site: Bench) -
     assert site.federation.results(run).rounds[0].accuracy == 0.5
 
 
-def test_the_deadline_starts_anew_after_a_restart(site: Bench) -> None:
+def test_the_deadline_starts_anew_after_a_restart(site: FederationHarness) -> None:
     run = site.create(round_timeout_s=10, max_repeats=0)
     a = site.join(run)
     site.time.now += 9
@@ -83,7 +83,7 @@ def test_the_deadline_starts_anew_after_a_restart(site: Bench) -> None:
     assert site.task(run, a).task is Task.TRAIN
 
 
-def test_what_a_crash_leaves_behind_is_swept(site: Bench) -> None:
+def test_what_a_crash_leaves_behind_is_swept(site: FederationHarness) -> None:
     run = site.create(min_participants=2)
     a = site.join(run, "a")
     site.join(run, "b")
@@ -101,27 +101,29 @@ def test_what_a_crash_leaves_behind_is_swept(site: Bench) -> None:
     assert foreign.exists(), "whatever is not of the server's making stays"
 
 
-def test_updates_leave_the_disk_with_their_round(site: Bench) -> None:
+def test_updates_leave_the_disk_with_their_round(site: FederationHarness) -> None:
     run = site.create(evaluate_every=0)
     a = site.join(run)
     site.update(run, a, state_of(1.0))
     assert not list((site.federation.files(run).root / "updates").iterdir())
 
 
-def test_updates_leave_the_disk_with_a_run_that_is_cancelled(site: Bench) -> None:
+def test_updates_leave_the_disk_with_a_run_that_is_cancelled(site: FederationHarness) -> None:
     run, other = (site.create(min_participants=2, prompt_at="cut") for _ in range(2))
     tail = {name: tensor for name, tensor in state_of(1.0).items() if name != "prompts"}
     prompts = {"prompts": state_of(1.0)["prompts"].unsqueeze(0)}
     for one in (run, other):
         a, _ = site.join(one, "a"), site.join(one, "b")
         site.update(one, a, tail, held=lambda: prompts)
-    site.federation.cancel(run, Once.of(f"{run}/cancel", "k"))
+    site.federation.cancel(run, IdempotentRequest.of(f"{run}/cancel", "k"))
     assert not list((site.federation.files(run).root / "updates").iterdir())
     assert len(list((site.federation.files(other).root / "updates").iterdir())) == 1
     assert everywhere(site, run) == 0.0, "its states stay, held ones too"
 
 
-def test_each_round_pays_for_its_own_bytes_and_a_restart_loses_none(site: Bench) -> None:
+def test_each_round_pays_for_its_own_bytes_and_a_restart_loses_none(
+    site: FederationHarness,
+) -> None:
     run = site.create(evaluate_every=0)
     a = site.join(run)
 
@@ -145,7 +147,7 @@ def test_each_round_pays_for_its_own_bytes_and_a_restart_loses_none(site: Bench)
 
 
 def test_bytes_that_could_not_be_saved_are_saved_later(
-    site: Bench, monkeypatch: pytest.MonkeyPatch
+    site: FederationHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     who = {run: site.join(run) for run in (site.create() for _ in range(3))}
     for run, participant in who.items():
@@ -167,7 +169,9 @@ def test_bytes_that_could_not_be_saved_are_saved_later(
         assert site.federation.results(run).traffic == {"updates": {"up": 100, "down": 10}}
 
 
-def test_a_failed_change_changes_nothing(site: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_change_changes_nothing(
+    site: FederationHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = site.create(min_participants=2)
     a = site.join(run, "a")
     site.join(run, "b")
@@ -177,7 +181,7 @@ def test_a_failed_change_changes_nothing(site: Bench, monkeypatch: pytest.Monkey
         raise OSError("no space left")
 
     with monkeypatch.context() as broken:
-        broken.setattr(Once, "remember", full_disk)
+        broken.setattr(IdempotentRequest, "remember", full_disk)
         with pytest.raises(OSError, match="no space"):
             site.update(run, a, state_of(1.0), key="k")
     assert (site.federation.run(run), site.kinds(run)) == before

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocol.errors import Busy
-from split_server.http.body import Room, SinkHolder
-from tests.support.federation import busy
+from split_server.http.body import BodyBudget, SinkHolder
+from tests.support.federation import busy_error
 
 
 def holder() -> SinkHolder:
@@ -32,7 +32,7 @@ def test_what_comes_in_pieces_is_one_body(pieces: list[bytes], begun: bytes) -> 
 
 
 def test_room_is_taken_for_what_has_come_and_not_for_what_was_announced() -> None:
-    room = Room(1000, busy)
+    room = BodyBudget(1000, busy_error)
 
     async def take() -> None:
         with room.claim() as claim, room.claim() as other:
@@ -75,7 +75,7 @@ def test_reading_goes_on_once_there_is_a_sink() -> None:
 
 @pytest.mark.parametrize("refused", [0, 1, 2])
 def test_what_is_refused_has_come_and_is_not_waited_for(refused: int) -> None:
-    room = Room(1000, busy)
+    room = BodyBudget(1000, busy_error)
 
     async def take() -> int:
         with room.claim() as other, room.claim() as claim:

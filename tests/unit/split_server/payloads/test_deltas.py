@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from edge_client.transport.deltas import Copies, Sample
-from edge_client.transport.deltas import Revision as Sending
+from edge_client.transport.deltas import DeltaBatch as Sending
+from edge_client.transport.deltas import DeltaCache, Sample
 from protocol.errors import (
     InvalidField,
     MalformedFrame,
@@ -360,7 +360,7 @@ class Pair:
     """A device and a server, with a line between them that the test disturbs."""
 
     def __init__(self, folder: Path, codecs: tuple[str, str], skip_below: float, room: int) -> None:
-        self.device = Copies(*codecs, skip_below, room * ONE)
+        self.device = DeltaCache(*codecs, skip_below, room * ONE)
         self.store = SampleStore(folder, StoreLimits(3 * ONE, 3 * ONE, 5 * ONE))
 
     def visit(self, positions: list[int], batch: Tensor, event: str) -> None:

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from split_server.runtime.aio import deliver, let_go, refuse, run_on
+from split_server.runtime.aio import deliver, drop_traceback, refuse, run_on
 
 WHO = contextvars.ContextVar("who", default="nobody")
 
@@ -74,7 +74,7 @@ def test_an_error_that_has_been_told_holds_nothing(threads: ThreadPoolExecutor) 
         try:
             await run_on(threads, fail)
         except ValueError as error:
-            let_go(error)
+            drop_traceback(error)
 
     gc.disable()
     try:

@@ -13,7 +13,7 @@ from sqlalchemy.exc import IntegrityError
 from protocol.errors import InvalidField
 from protocol.traffic import Traffic
 from split_model.files import write_durably
-from split_server.storage.data_dir import held_folder
+from split_server.storage.data_dir import lock_data_dir
 from split_server.storage.database import SCHEMA_VERSION, EventRow, Store
 from split_server.storage.run_files import RunFiles, read_prompts, read_tensors
 from split_server.storage.traffic import Meter, SocketCounter
@@ -97,13 +97,13 @@ def test_prompts_at_the_cut_have_a_file_of_their_own(tmp_path: Path) -> None:
 def test_a_folder_serves_one_server(tmp_path: Path) -> None:
     folder = tmp_path / "data"
     refused = pytest.raises(InvalidField, match="another server")
-    with held_folder(folder), refused, held_folder(folder):
+    with lock_data_dir(folder), refused, lock_data_dir(folder):
         pass
-    with held_folder(folder):
+    with lock_data_dir(folder):
         pass
     blocked = tmp_path / "file"
     blocked.write_text("")
-    with pytest.raises(InvalidField, match="cannot be used"), held_folder(blocked):
+    with pytest.raises(InvalidField, match="cannot be used"), lock_data_dir(blocked):
         pass
 
 
