@@ -11,7 +11,7 @@ from torch import nn
 
 from edge_client.data import BatchReader, Interpolation, Preprocessing
 from protocol.errors import MalformedFrame
-from protocol.settings import BackboneSettings
+from protocol.plan import ModelPlan
 from split_model import (
     Head,
     ImagePreparation,
@@ -58,7 +58,7 @@ class DeviceModel:
     local_body: LocalBody | None = None  # what the local update has for a body
 
     @classmethod
-    def load(cls, settings: BackboneSettings, head_file: Path, state_file: Path) -> DeviceModel:
+    def load(cls, settings: ModelPlan, head_file: Path, state_file: Path) -> DeviceModel:
         """Build from the files of the server. The body is never allocated.
 
         Raises:

@@ -1,6 +1,6 @@
 """The forms of the method: as this project does it by default, and as it was published.
 
-A form is what `RunSettings` leaves open: where the prompts join, how devices train, and what
+A form is what `RunPlan` leaves open: where the prompts join, how devices train, and what
 crosses. Whoever creates a run lays settings of their own over one.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-from protocol.settings import TrainingSettings, WireSettings
+from protocol.plan import TrainingPlan, WirePlan
 
 __all__ = ["FORMS", "Form", "over_form"]
 
@@ -24,7 +24,7 @@ FORMS: tuple[Form, ...] = get_args(Form)
 # are too long: 160 digits a device were at 27 % after 5 rounds, not at 88 %.
 _DEFAULT: dict[str, dict[str, Any]] = {
     "model": {"prompt_at": "cut", "prompt_depth": "deep"},
-    "training": TrainingSettings(
+    "training": TrainingPlan(
         keep_fraction=0.8,
         pruning="random",
         local_epochs=0,
@@ -33,7 +33,7 @@ _DEFAULT: dict[str, dict[str, Any]] = {
         tail_learning_rate=1e-2,
         warmup_rounds=1,
     ).model_dump(),
-    "wire": WireSettings(
+    "wire": WirePlan(
         smashed="int4+zstd",
         features="int8",
         gradients="int4",
@@ -53,7 +53,7 @@ _DEFAULT: dict[str, dict[str, Any]] = {
 # it is done within each class.
 _PAPER: dict[str, dict[str, Any]] = {
     "model": {"prompt_at": "input", "prompt_depth": "shallow"},
-    "training": TrainingSettings(
+    "training": TrainingPlan(
         keep_fraction=0.5,
         prune_per_class=True,
         local_epochs=1,
@@ -63,7 +63,7 @@ _PAPER: dict[str, dict[str, Any]] = {
         tail_learning_rate=2e-2,
         warmup_rounds=1,
     ).model_dump(),
-    "wire": WireSettings().model_dump(),
+    "wire": WirePlan().model_dump(),
 }
 
 _PARTS = {"default": _DEFAULT, "paper": _PAPER}
@@ -74,7 +74,7 @@ def over_form(form: Form, values: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         form: of the method.
-        values: of `RunSettings`, by part; not validated here, and not changed.
+        values: of `RunPlan`, by part; not validated here, and not changed.
     """
     merged = dict(values)
     for part, of_form in _PARTS[form].items():

@@ -11,8 +11,8 @@ import typer
 from edge_client.data.fashion_mnist import CLASSES
 from protocol.errors import NotFound
 from protocol.federation import FederationSettings
+from protocol.plan import RunPlan
 from protocol.presets import FORMS, Form, over_form
-from protocol.settings import RunSettings
 from split_server.settings import DType
 
 
@@ -21,7 +21,7 @@ class Preset:
     """A run and the data that it is for."""
 
     data: str  # as `edge-client --data` takes it
-    settings: RunSettings
+    settings: RunPlan
     limit_train: int | None = None  # images over all devices
     limit_test: int | None = None
 
@@ -29,11 +29,11 @@ class Preset:
 _MODEL = {"image_size": 42, "cut": 1, "num_classes": 10, "prompt_count": 5}
 
 
-def _run(name: str, form: Form, **more: object) -> RunSettings:
-    return RunSettings.model_validate(over_form(form, {"name": name, "model": _MODEL, **more}))
+def _run(name: str, form: Form, **more: object) -> RunPlan:
+    return RunPlan.model_validate(over_form(form, {"name": name, "model": _MODEL, **more}))
 
 
-def _training(settings: RunSettings, **changes: object) -> RunSettings:
+def _training(settings: RunPlan, **changes: object) -> RunPlan:
     training = settings.training.model_copy(update=changes)
     return settings.model_copy(update={"training": training})
 

@@ -7,10 +7,10 @@ import math
 import torch
 from torch import nn
 
-from protocol.settings import TrainingSettings
+from protocol.plan import TrainingPlan
 
 
-def learning_rate_factor(training: TrainingSettings, progress: float, rounds: int) -> float:
+def learning_rate_factor(training: TrainingPlan, progress: float, rounds: int) -> float:
     """The factor on the learning rates when ``progress`` (0 … 1) of the run is behind.
 
     A linear warm-up over ``warmup_rounds``, then constant or half a cosine down to 0.
@@ -24,7 +24,7 @@ def learning_rate_factor(training: TrainingSettings, progress: float, rounds: in
 
 
 def make_optimizer(
-    training: TrainingSettings,
+    training: TrainingPlan,
     prompts: nn.Parameter | None,
     tail: nn.Module | None,
     scale: float = 1.0,

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, cast, get_args
 
-from protocol.settings import BackboneSettings, PromptDepth, PromptPlacement, ProxyKind, Tuned
+from protocol.plan import ModelPlan, PromptDepth, PromptPlacement, ProxyKind, Tuned
 from split_model.errors import SplitSettingsError
 
 PROXY_TUNED = ("tail", "classifier", "lora")  # what fits the proxy and its backbone alike
@@ -131,7 +131,7 @@ class SplitSettings:
         return values
 
     @classmethod
-    def of(cls, model: BackboneSettings) -> "SplitSettings":
+    def of(cls, model: ModelPlan) -> "SplitSettings":
         """The part of a run's settings that shapes the model."""
         return cls(
             backbone=model.backbone,

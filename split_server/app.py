@@ -96,7 +96,7 @@ class _Compiling:
         """Those of the runs that are open now, but bodies that are tuned."""
         for name in self.federation.open_runs():
             run = self.federation.run(name)
-            if run.settings.model.tune_body or run.body in self.ready:
+            if run.plan.model.tune_body or run.body in self.ready:
                 continue
             self.ready.add(run.body)
             with _logged(f"the body of run {name} could not be compiled ahead"):

@@ -15,7 +15,7 @@ from protocol.codecs.registry import as_decoded
 from protocol.errors import MalformedFrame, NotFound
 from protocol.frames import require_kind
 from protocol.messages import BlobRef, UpdateMeta
-from protocol.settings import WireSettings
+from protocol.plan import WirePlan
 from split_model import TunedState, applied, difference, load_state, state_bytes
 
 
@@ -32,7 +32,7 @@ class GlobalStates:
         files: keeps what was downloaded.
     """
 
-    def __init__(self, server: Server, run: str, wire: WireSettings, files: BlobCache) -> None:
+    def __init__(self, server: Server, run: str, wire: WirePlan, files: BlobCache) -> None:
         self._server = server
         self._run = run
         self._wire = wire

@@ -14,8 +14,8 @@ from edge_client.model import DeviceModel
 from edge_client.smashed.head_cache import HeadOutputs
 from edge_client.smashed.uploads import SampleUploader
 from edge_client.transport import SamplesMissing
+from protocol.plan import RunPlan
 from protocol.seeds import derive_seed
-from protocol.settings import RunSettings
 from split_model import learning_rate_factor
 
 
@@ -88,7 +88,7 @@ class Samples:
 class RoundContext:
     """One participant's round: its model, its samples, and the draws that belong to the round."""
 
-    run: RunSettings
+    run: RunPlan
     participant: str
     round: int  # from 1
     attempt: int

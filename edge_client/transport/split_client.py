@@ -13,7 +13,7 @@ from protocol.errors import Busy, MalformedFrame, SFPromptError
 from protocol.frames import Frame, require_kind
 from protocol.limits import DEFAULT_LIMITS, MIB
 from protocol.messages import SAMPLE_ID_BYTES, BodyStepMeta, ExchangeMeta
-from protocol.settings import RunSettings
+from protocol.plan import RunPlan
 from protocol.wire import (
     BACKWARD_PATH,
     EXCHANGE_PATH,
@@ -63,9 +63,7 @@ class SplitPlane:
         copies: of what the server has of the training samples, where their changes are sent.
     """
 
-    def __init__(
-        self, server: Server, run: RunSettings, copies_bytes: int = 256 * 1024 * 1024
-    ) -> None:
+    def __init__(self, server: Server, run: RunPlan, copies_bytes: int = 256 * 1024 * 1024) -> None:
         self._server = server
         self._wire = run.wire
         self.copies: DeltaCache | None = None

@@ -18,7 +18,7 @@ from sqlalchemy import select
 
 from protocol.errors import InvalidField
 from protocol.messages import BytesByPhase, Results
-from protocol.settings import RunSettings
+from protocol.plan import RunPlan
 from protocol.traffic import Phase, total_bytes
 from sfprompt_bench.compare.tasks import Figures
 from sfprompt_bench.estimate import METHODS, MethodCost, Question
@@ -161,7 +161,7 @@ def run_figures(
     }
 
 
-def calculated(costed_as: str | None, settings: RunSettings, results: Results) -> Figures:
+def calculated(costed_as: str | None, settings: RunPlan, results: Results) -> Figures:
     """What `sfprompt_bench.estimate` says of the same run, for the mean device of it.
 
     Operations have no meter on a device; torch's counter on the meta device is the measurement.

@@ -9,7 +9,7 @@ from typing import Any
 
 from protocol.errors import InvalidField
 from protocol.messages import parse_message
-from protocol.settings import RunSettings
+from protocol.plan import RunPlan
 from sfprompt_bench.compare.config import PARTS, Comparison, Scalar, Values, point_name
 from sfprompt_bench.compare.methods import Method, Reference, method_named
 from sfprompt_bench.compare.tasks import Task
@@ -29,7 +29,7 @@ class Job:
     method: Method
     point: Values
     seed: int
-    settings: RunSettings
+    settings: RunPlan
     task: Task
 
 
@@ -80,7 +80,7 @@ def resolved(comparison: Comparison) -> dict[str, Any]:
 
 def _settings(
     whole: Comparison, here: Comparison, method: Method, point: Values, seed: int
-) -> RunSettings:
+) -> RunPlan:
     """A method's settings at a point; ``here`` is the comparison with the point's own values."""
     preset = _preset(here.data, method.form)
     values = preset.model_dump()
@@ -91,7 +91,7 @@ def _settings(
     values["class_names"] = here.class_names or preset.class_names
     values["federation"] |= {"rounds": here.rounds, "min_participants": here.devices}
     try:
-        settings = method.settings(parse_message(RunSettings, values))
+        settings = method.settings(parse_message(RunPlan, values))
         with model_errors():
             anatomy(SplitSettings.of(settings.model))
     except InvalidField as error:
@@ -101,7 +101,7 @@ def _settings(
     return settings
 
 
-def _preset(data: str, form: str) -> RunSettings:
+def _preset(data: str, form: str) -> RunPlan:
     kind = data.partition(":")[0]
     if kind in PRESETS:
         return preset_named(kind, form).settings
@@ -120,9 +120,7 @@ def _of_method(error: InvalidField, method: Method, point: Values) -> InvalidFie
     )
 
 
-def _refuse_lost(
-    comparison: Comparison, method: Method, settings: RunSettings, point: Values
-) -> None:
+def _refuse_lost(comparison: Comparison, method: Method, settings: RunPlan, point: Values) -> None:
     """An override of what makes a method this method would be lost without a word."""
     for part, fields in comparison.overrides.get(method.name, {}).items():
         found = getattr(settings, part).model_dump()
@@ -137,7 +135,7 @@ def _refuse_lost(
                 )
 
 
-def _refuse_private(here: Comparison, method: Method, settings: RunSettings) -> None:
+def _refuse_private(here: Comparison, method: Method, settings: RunPlan) -> None:
     """A server has none of the devices' data, so that it cannot distil on them either."""
     how = settings.distillation
     if how.epochs and how.images == here.data.partition(":")[0]:
@@ -165,7 +163,7 @@ def _job(
     method: Method,
     point: Values,
     seed: int,
-    settings: RunSettings,
+    settings: RunPlan,
     folder: Path,
 ) -> Job:
     of: dict[str, Any] = {
@@ -183,7 +181,7 @@ def _job(
     return Job(method, point, seed, settings, Task(task.name, place, of))
 
 
-def _written_out(settings: RunSettings) -> dict[str, dict[str, Scalar]]:
+def _written_out(settings: RunPlan) -> dict[str, dict[str, Scalar]]:
     every: Mapping[str, dict[str, Scalar | None]] = settings.model_dump(
         mode="json", include=set(PARTS)
     )

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from edge_client.data import BatchReader, Dataset, ImageSet, cache_dir, load_dataset, shuffled
 from edge_client.model import preprocessing_of
+from protocol.plan import RunPlan
 from protocol.seeds import derive_seed
-from protocol.settings import RunSettings
 from sfprompt_bench.compare.tasks import Figures
 from split_model import (
     Body,
@@ -50,7 +50,7 @@ class Centralised:
         settings: of the run; rounds × split epochs × keep fraction give the passes over the data.
     """
 
-    def __init__(self, settings: RunSettings, data: Dataset) -> None:
+    def __init__(self, settings: RunPlan, data: Dataset) -> None:
         split = SplitSettings.of(settings.model)
         backbone = prepare_backbone(split, settings.model.weights, cache_dir() / "backbones")
         weights = open_backbone(backbone.path)
@@ -143,7 +143,7 @@ class Centralised:
 _EXPORT_BATCH = 100
 
 
-def give_images(settings: RunSettings, data_dir: Path) -> None:
+def give_images(settings: RunPlan, data_dir: Path) -> None:
     """Put the images that a run distils on into the folder of its server, before it starts.
 
     Raises:
@@ -160,7 +160,7 @@ def give_images(settings: RunSettings, data_dir: Path) -> None:
 
 
 def plugged_in_accuracy(
-    settings: RunSettings, state: Mapping[str, Tensor], data: Dataset, cache_dir: Path
+    settings: RunPlan, state: Mapping[str, Tensor], data: Dataset, cache_dir: Path
 ) -> float:
     """A share of 1: of the held-out images, by the backbone with a run's final state.
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from edge_client.data import DataError, Dataset, limit_per_set, load_dataset
 from protocol.errors import SFPromptError
 from protocol.messages import parse_message
-from protocol.settings import RunSettings
+from protocol.plan import RunPlan
 from sfprompt_bench.compare.config import Comparison, toml_text
 from sfprompt_bench.compare.methods import Method, Reference, method_named
 from sfprompt_bench.compare.metrics import (
@@ -61,14 +61,14 @@ def perform(of: dict[str, Any], folder: Path, threads: int) -> Figures:
         SFPromptError, DataError: it cannot be done.
     """
     method = method_named(of["method"])
-    settings = parse_message(RunSettings, of["settings"])
+    settings = parse_message(RunPlan, of["settings"])
     with model_errors():
         if isinstance(method, Reference):
             return _refer(method, settings, of, threads)
         return _run(method, settings, of, folder, threads)
 
 
-def _refer(method: Reference, settings: RunSettings, of: dict[str, Any], threads: int) -> Figures:
+def _refer(method: Reference, settings: RunPlan, of: dict[str, Any], threads: int) -> Figures:
     torch.set_num_threads(threads)
     data = _heap(settings, of)
     started = time.monotonic()
@@ -77,7 +77,7 @@ def _refer(method: Reference, settings: RunSettings, of: dict[str, Any], threads
     return reference_figures(measured.accuracy, measured.trainable_parameters, seconds)
 
 
-def _heap(settings: RunSettings, of: dict[str, Any]) -> Dataset:
+def _heap(settings: RunPlan, of: dict[str, Any]) -> Dataset:
     """The images that the devices of a run have together."""
     train, test = of["limits"]
     seed = settings.seed % _SEEDS
@@ -86,7 +86,7 @@ def _heap(settings: RunSettings, of: dict[str, Any]) -> Dataset:
 
 
 def _run(
-    method: Method, settings: RunSettings, of: dict[str, Any], folder: Path, threads: int
+    method: Method, settings: RunPlan, of: dict[str, Any], folder: Path, threads: int
 ) -> Figures:
     train, test = of["limits"]
     local = LocalRun(

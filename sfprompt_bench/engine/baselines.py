@@ -20,7 +20,7 @@ import split_model
 from protocol.frames import decode_frame, encode_frame, join_frame
 from protocol.limits import DEFAULT_LIMITS
 from protocol.messages import parse_message
-from protocol.settings import BackboneSettings
+from protocol.plan import ModelPlan
 from sfprompt_bench.engine.processes import serve_tasks
 from split_model import Body, SplitSettings
 from split_server.http.body import read_body
@@ -183,7 +183,7 @@ class Loop:
         """Load the body where the server would, and see what the device can do."""
         torch.set_num_threads(threads)
         keep_large_buffers()
-        settings = parse_message(BackboneSettings, model)
+        settings = parse_message(ModelPlan, model)
         split = SplitSettings.of(settings)
         self._placement = choose_placement(**place)
         file = split_model.prepare_backbone(split, settings.weights, Path(backbones))

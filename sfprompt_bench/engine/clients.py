@@ -24,7 +24,7 @@ from edge_client.transport import RetryPolicy, Server, SplitPlane
 from protocol.errors import MalformedFrame, SFPromptError, StepLost, Unreachable, error_from_wire
 from protocol.frames import decode_frame, encode_frame, frame_length, require_kind
 from protocol.messages import parse_message
-from protocol.settings import RunSettings
+from protocol.plan import RunPlan
 from protocol.wire import (
     BACKWARD_PATH,
     FORWARD_PATH,
@@ -247,7 +247,7 @@ class RealDevice:
     def connect(self, url: str, credential: str, settings: dict[str, Any]) -> dict[str, Any]:
         server = Server(url)
         server.authenticate(credential)
-        self._plane = SplitPlane(server, parse_message(RunSettings, settings))
+        self._plane = SplitPlane(server, parse_message(RunPlan, settings))
         return {}
 
     def turn(self, shape: list[int], round_: int, times: int) -> dict[str, Any]:

@@ -22,7 +22,7 @@ import psutil
 from edge_client.transport import Server
 from protocol.errors import SFPromptError
 from protocol.messages import JoinRequest, Task
-from protocol.settings import RunSettings
+from protocol.plan import RunPlan
 from sfprompt_bench.run.preflight import choose_port
 from sfprompt_bench.run.processes import Process, wait_until_healthy
 from split_server.client import OperatorClient, read_token
@@ -192,7 +192,7 @@ _SAMPLES = 1_000_000  # that each participant claims to have
 class OpenRun:
     """A run whose round is open for everybody who has joined."""
 
-    settings: RunSettings
+    settings: RunPlan
     credentials: tuple[str, ...]
     round: int
 
@@ -217,7 +217,7 @@ class ServerProcess:
     def resident_bytes(self) -> int:
         return int(self._process.memory_info().rss)
 
-    def open_run(self, settings: RunSettings) -> OpenRun:
+    def open_run(self, settings: RunPlan) -> OpenRun:
         """Create a run and join it until its first round opens.
 
         Raises:

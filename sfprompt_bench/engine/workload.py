@@ -9,7 +9,7 @@ from typing import Any
 
 import split_model
 from protocol.messages import parse_message
-from protocol.settings import BackboneSettings, RunSettings
+from protocol.plan import ModelPlan, RunPlan
 from split_model import SplitSettings
 from split_model.errors import model_errors
 
@@ -111,7 +111,7 @@ class EngineSetting:
         return {"device": self.device, "dtype": self.dtype}
 
     @property
-    def model(self) -> BackboneSettings:
+    def model(self) -> ModelPlan:
         """The model of all figures but the round trip's.
 
         Raises:
@@ -120,13 +120,13 @@ class EngineSetting:
         return self._model(self.cut, _PROMPTS)
 
     @property
-    def empty_model(self) -> BackboneSettings:
+    def empty_model(self) -> ModelPlan:
         """The same with an empty body: all blocks are in the head."""
         with model_errors():
             depth = split_model.anatomy(SplitSettings.of(self.model)).depth
         return self._model(depth, 0)
 
-    def _model(self, cut: int, prompts: int) -> BackboneSettings:
+    def _model(self, cut: int, prompts: int) -> ModelPlan:
         values = {
             "backbone": self.backbone,
             "weights": "random:0",
@@ -136,15 +136,15 @@ class EngineSetting:
             # A backward is due only where something ahead of the body is tuned.
             "tune": "tail" if prompts else "bias",
         }
-        return parse_message(BackboneSettings, values)
+        return parse_message(ModelPlan, values)
 
     @property
-    def run(self) -> RunSettings:
+    def run(self) -> RunPlan:
         """A run in the paper's form whose first round stays open, in float32 on the wire."""
         return _run(self.model, self.plan.most_clients, 32)
 
     @property
-    def empty_run(self) -> RunSettings:
+    def empty_run(self) -> RunPlan:
         """The same with an empty body, for one device and the round trip's tensor."""
         return _run(self.empty_model, 1, self.turn_shape[0])
 
@@ -155,14 +155,14 @@ class EngineSetting:
         return max(1, round(_TENSOR_BYTES / (4 * tokens * width))), tokens, width
 
 
-def shape_of(model: BackboneSettings, batch: int) -> tuple[int, int, int]:
+def shape_of(model: ModelPlan, batch: int) -> tuple[int, int, int]:
     """[B, T, D] of a batch's smashed data, prompts at the input included."""
     with model_errors():
         sizes = split_model.anatomy(SplitSettings.of(model))
     return batch, sizes.tokens + model.prompt_count, sizes.width
 
 
-def _run(model: BackboneSettings, participants: int, batch: int) -> RunSettings:
+def _run(model: ModelPlan, participants: int, batch: int) -> RunPlan:
     values = {
         "name": "engine",
         "model": model.model_dump(),
@@ -174,7 +174,7 @@ def _run(model: BackboneSettings, participants: int, batch: int) -> RunSettings:
         },
         "training": {"batch_size": batch},
     }
-    return parse_message(RunSettings, values)
+    return parse_message(RunPlan, values)
 
 
 @dataclass(frozen=True)

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 
+from protocol.plan import TrainingPlan
 from protocol.presets import over_form
-from protocol.settings import TrainingSettings
 from sfprompt_bench.estimate.method_cost import MethodCost
 from sfprompt_bench.estimate.methods import METHODS
 from sfprompt_bench.estimate.methods.split import SFPromptPaper
 from sfprompt_bench.estimate.question import Question
 
 
-def paper_training() -> TrainingSettings:
+def paper_training() -> TrainingPlan:
     """How the paper's form trains, where a question leaves it open."""
-    return TrainingSettings.model_validate(over_form("paper", {})["training"])
+    return TrainingPlan.model_validate(over_form("paper", {})["training"])
 
 
-def estimate(question: Question, paper: TrainingSettings | None = None) -> dict[str, MethodCost]:
+def estimate(question: Question, paper: TrainingPlan | None = None) -> dict[str, MethodCost]:
     """What each method costs one device, by the method's name, in the order of tables.
 
     Args:

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from protocol.messages import parse_message
-from protocol.settings import RunSettings
+from protocol.plan import RunPlan
 from sfprompt_bench.estimate.calculator import estimate as calculate
 from sfprompt_bench.estimate.calculator import paper_training
 from sfprompt_bench.estimate.question import Question
@@ -55,7 +55,7 @@ def estimate(
     if keep_fraction is not None:
         values["training"]["keep_fraction"] = keep_fraction
         paper = paper.model_copy(update={"keep_fraction": keep_fraction})
-    question = Question(parse_message(RunSettings, values), samples, local_epochs=local_epochs)
+    question = Question(parse_message(RunPlan, values), samples, local_epochs=local_epochs)
     started = time.perf_counter()
     with model_errors():
         costs = calculate(question, paper)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from protocol.federation import FederationSettings
-from protocol.settings import BackboneSettings, RunSettings, TrainingSettings
+from protocol.plan import ModelPlan, RunPlan, TrainingPlan
 from sfprompt_bench.estimate.methods import METHODS
 from sfprompt_bench.estimate.question import Question
 
@@ -101,10 +101,10 @@ def paper_settings(
     local_epochs: int = 1,
     split_epochs: int = 1,
     keep_fraction: float = 1.0,
-) -> RunSettings:
+) -> RunPlan:
     """A run in the paper's form, as far as it is known: 5 prompts, 10 classes, 224 pixels."""
-    return RunSettings(
-        model=BackboneSettings(
+    return RunPlan(
+        model=ModelPlan(
             backbone=backbone,
             image_size=224,
             cut=cut,
@@ -113,7 +113,7 @@ def paper_settings(
             prompt_count=5,
         ),
         federation=FederationSettings(evaluate_every=0),
-        training=TrainingSettings(
+        training=TrainingPlan(
             keep_fraction=keep_fraction, local_epochs=local_epochs, split_epochs=split_epochs
         ),
     )

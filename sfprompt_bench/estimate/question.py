@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from protocol.errors import InvalidField
-from protocol.settings import RunSettings
+from protocol.plan import RunPlan
 from pruning import kept_count
 from split_model import SplitSettings
 
@@ -26,7 +26,7 @@ class Question:
         InvalidField: a number is below its limit.
     """
 
-    settings: RunSettings
+    settings: RunPlan
     train_samples: int
     test_samples: int = 0
     local_epochs: int = 10

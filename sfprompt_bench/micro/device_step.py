@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from edge_client.model import DeviceModel
-from protocol.settings import BackboneSettings
+from protocol.plan import ModelPlan
 
 BATCH = 32
 
@@ -30,7 +30,7 @@ def warm_up() -> None:
 
 
 def main() -> None:
-    settings = BackboneSettings.model_validate_json(sys.argv[1])
+    settings = ModelPlan.model_validate_json(sys.argv[1])
     torch.set_num_threads(1)
     warm_up()
     before = peak_bytes()

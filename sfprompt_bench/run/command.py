@@ -11,8 +11,8 @@ from rich.console import Console
 
 from edge_client.data.partition import SCHEMES, parse_scheme
 from protocol.messages import parse_message
+from protocol.plan import RunPlan
 from protocol.presets import Form
-from protocol.settings import RunSettings
 from sfprompt_bench.presets import PRESETS, DTypeOption, JsonFile, preset_named
 from sfprompt_bench.run.local_run import LocalRun
 from sfprompt_bench.run.preflight import run_folder
@@ -83,8 +83,8 @@ def run(
 
 
 def _adjusted(
-    settings: RunSettings, devices: int, rounds: int | None, keep: float | None, seed: int
-) -> RunSettings:
+    settings: RunPlan, devices: int, rounds: int | None, keep: float | None, seed: int
+) -> RunPlan:
     """The preset with what the command line changes; validated again as a whole."""
     values = settings.model_dump()
     values["seed"] = seed
@@ -93,4 +93,4 @@ def _adjusted(
         values["federation"]["rounds"] = rounds
     if keep is not None:
         values["training"]["keep_fraction"] = keep
-    return parse_message(RunSettings, values)
+    return parse_message(RunPlan, values)

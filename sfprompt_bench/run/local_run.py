@@ -15,7 +15,7 @@ from rich.console import Console
 
 from protocol.errors import SFPromptError
 from protocol.messages import Results
-from protocol.settings import RunSettings
+from protocol.plan import RunPlan
 from sfprompt_bench.run.live import LiveView
 from sfprompt_bench.run.preflight import choose_port, shared_backbones
 from sfprompt_bench.run.processes import Process, start_device, wait_until_healthy
@@ -51,7 +51,7 @@ class LocalRun:
         link: a line to simulate between each device and the server, e.g. ``20mbit,50ms``.
     """
 
-    settings: RunSettings
+    settings: RunPlan
     data: str
     devices: int
     partition: str

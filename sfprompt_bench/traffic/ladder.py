@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from protocol.settings import RunSettings
+from protocol.plan import RunPlan
 from protocol.traffic import Phase
 from sfprompt_bench.compare.methods import changed
 from sfprompt_bench.compare.methods.base import Changes
@@ -32,10 +32,10 @@ class Rung:
 
     name: str
     what: str
-    settings: RunSettings
+    settings: RunPlan
 
 
-def ladder(paper: RunSettings, default: RunSettings) -> list[Rung]:
+def ladder(paper: RunPlan, default: RunPlan) -> list[Rung]:
     """The rungs from the paper-faithful form of a run to its default form.
 
     The first and the last are these two, untouched. A measure that changes nothing between them
@@ -50,7 +50,7 @@ def ladder(paper: RunSettings, default: RunSettings) -> list[Rung]:
     return rungs
 
 
-def _measures(default: RunSettings) -> Iterator[tuple[str, str, Changes]]:
+def _measures(default: RunPlan) -> Iterator[tuple[str, str, Changes]]:
     """Name, description and change of each, in the order in which they are taken up.
 
     The recipe of training goes with the place of the prompts that it was found for, but for the
@@ -207,7 +207,7 @@ def _run(rung: Rung, seed: int, setting: Setting, place: Path) -> Figures:
     return figures
 
 
-def _seeded(settings: RunSettings, seed: int, devices: int) -> RunSettings:
+def _seeded(settings: RunPlan, seed: int, devices: int) -> RunPlan:
     federation = settings.federation.model_copy(update={"min_participants": devices})
     return settings.model_copy(update={"seed": seed, "federation": federation})
 

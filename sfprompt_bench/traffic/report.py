@@ -11,7 +11,7 @@ from matplotlib import pyplot as plt
 from rich.table import Table
 
 from edge_client.transport.link import Link
-from protocol.settings import RunSettings
+from protocol.plan import RunPlan
 from protocol.traffic import Phase
 from sfprompt_bench.estimate import Question, estimate, paper_training, ratios
 from sfprompt_bench.plots import COLOURS, save
@@ -55,12 +55,12 @@ def traffic_ratios(climbs: Sequence[Climb], setting: Setting) -> TrafficRatios:
     )
 
 
-def large_setting(default: RunSettings) -> tuple[Question, dict[str, Any]]:
+def large_setting(default: RunPlan) -> tuple[Question, dict[str, Any]]:
     """ViT-B/16 at 224 px with 1,000 samples a device over 50 rounds, calculated."""
     values = default.model_dump()
     values["model"] |= {"backbone": "vit_base_patch16_224", "image_size": 224}
     values["federation"] |= {"rounds": _LARGE_ROUNDS, "evaluate_every": 0}
-    question = Question(RunSettings.model_validate(values), _LARGE_SAMPLES)
+    question = Question(RunPlan.model_validate(values), _LARGE_SAMPLES)
     return question, asdict(ratios(estimate(question, paper_training()), _LARGE_ROUNDS))
 
 
@@ -150,7 +150,7 @@ def seconds_on_the_line(climb: Climb, setting: Setting) -> float:
     return 8 * up / link.up_bps + 8 * down / link.down_bps + requests * link.rtt_s
 
 
-def _break_even(default: RunSettings, setting: Setting) -> str:
+def _break_even(default: RunPlan, setting: Setting) -> str:
     costs = estimate(_question(default, setting))
     rounds = ratios(costs, default.federation.rounds).break_even_rounds
     if rounds is None:
@@ -170,7 +170,7 @@ def phase_table(climbs: Sequence[Climb], setting: Setting) -> Table:
     return table
 
 
-def large_table(default: RunSettings) -> Table:
+def large_table(default: RunPlan) -> Table:
     """The four ratios of `large_setting`."""
     question, found = large_setting(default)
     table = Table(
@@ -216,7 +216,7 @@ def plot_ladder(climbs: Sequence[Climb], setting: Setting, out: Path) -> Path:
     return save(figure, out)
 
 
-def _question(settings: RunSettings, setting: Setting) -> Question:
+def _question(settings: RunPlan, setting: Setting) -> Question:
     preset, devices = setting.preset, setting.devices
     train = (preset.limit_train or 0) // devices
     return Question(settings, train, (preset.limit_test or 0) // devices)

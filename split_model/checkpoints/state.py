@@ -10,8 +10,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from protocol.plan import PromptPlacement
 from protocol.seeds import derive_seed
-from protocol.settings import PromptPlacement
 from split_model.backbone.tensor_file import TensorFile, write_tensors
 from split_model.errors import WeightsMismatchError
 from split_model.layers.adapters import initial_adapter, initial_lora, is_lora

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from protocol.errors import EmptyUpdate, InvalidField, NonFinite, WrongShape
+from protocol.plan import RunPlan
 from protocol.seeds import derive_seed
-from protocol.settings import RunSettings
 
 _BITS = 52  # of a random fraction: with half a step added, float64 still holds it exactly
 
@@ -223,7 +223,7 @@ def _log_sum(logs: list[float]) -> float:
     return largest + math.log(math.fsum(math.exp(one - largest) for one in logs))
 
 
-def noise_generator(settings: RunSettings, round_: int, attempt: int) -> torch.Generator | None:
+def noise_generator(settings: RunPlan, round_: int, attempt: int) -> torch.Generator | None:
     """The noise of one attempt at a round: None, the system's entropy, unless a seed is asked for.
 
     The run's own seed will not do: every participant knows it, and could take the noise off.

@@ -10,7 +10,7 @@ from torch import Tensor
 from protocol.codec_names import is_row_wise_inside
 from protocol.errors import InvalidField
 from protocol.frames import decode_frame, encode_frame, join_frame
-from protocol.settings import RunSettings
+from protocol.plan import RunPlan
 from split_model import applied, difference, is_server_side
 from split_model.files import write_durably
 from split_server.storage.run_files import RunFiles, StateRefs
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 def publish(
-    average: Mapping[str, Tensor], base: StateRefs, settings: RunSettings, files: RunFiles
+    average: Mapping[str, Tensor], base: StateRefs, settings: RunPlan, files: RunFiles
 ) -> StateRefs:
     """Write a new global state to disk, and with ``wire.update_deltas`` the way to it.
 

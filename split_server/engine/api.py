@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 from torch import Tensor
 
 from protocol.errors import Busy
-from protocol.settings import TrainingSettings
+from protocol.plan import TrainingPlan
 from split_server.engine.metrics import RunFigures
 from split_server.models.body_key import BodyKey
 
@@ -35,7 +35,7 @@ class SessionPlan:
         from_mean_token: shift the first layer's prompts by the mean token of the first batch.
     """
 
-    training: TrainingSettings
+    training: TrainingPlan
     rounds: int
     round: int
     initial: Callable[[], Tensor]
@@ -61,7 +61,7 @@ class BodyPlan:
         numbers: that are tuned.
     """
 
-    training: TrainingSettings
+    training: TrainingPlan
     rounds: int
     round: int
     numbers: int

@@ -25,13 +25,13 @@ def export_run(data_dir: Path, run_id: str, out: Path) -> None:
         InvalidField: one of its files is damaged.
     """
     run, state = newest_state(data_dir, run_id)
-    metadata = {"run": run.id, "name": run.settings.name, "round": str(run.closed_rounds)}
-    classes = run.settings.class_names
+    metadata = {"run": run.id, "name": run.plan.name, "round": str(run.closed_rounds)}
+    classes = run.plan.class_names
     with model_errors():
-        split = SplitSettings.of(run.settings.model)
+        split = SplitSettings.of(run.plan.model)
         if split.proxy != "none":
             cache = data_dir / "backbones"
-            backbone = prepare_backbone(split, run.settings.model.weights, cache)
+            backbone = prepare_backbone(split, run.plan.model.weights, cache)
             split, state = plugged(split, state)
             export_model(split, backbone.path, state, out, metadata, classes)
             return

@@ -22,7 +22,7 @@ def record_spent(session: Session, run: RunSnapshot, row: RoundRow, at: float) -
     Only attempts that made a state are paid for: of the others nobody has seen anything. The
     history says who was drawn, to participants, too: sampling hides nothing from them.
     """
-    federation = run.settings.federation
+    federation = run.plan.federation
     if federation.dp_noise_multiplier == 0:
         return
     rate = _opened_with(session, row)

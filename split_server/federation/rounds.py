@@ -93,7 +93,7 @@ def decide(run: RunSnapshot, live: Collection[str], now: float, *, settled: bool
 
 
 def _open_next(run: RunSnapshot, live: Collection[str], *, settled: bool) -> OpenTraining | None:
-    federation = run.settings.federation
+    federation = run.plan.federation
     present = [m for m in run.present if m.train_samples > 0]
     candidates = [m.id for m in present if m.id in live]
     if run.closed_rounds == 0 and len(present) < federation.min_participants:
@@ -114,12 +114,12 @@ def _draw(
 ) -> tuple[str, ...]:
     if count is None or count >= len(candidates):
         return tuple(candidates)
-    federation = run.settings.federation
+    federation = run.plan.federation
     if federation.dp_noise_multiplier and federation.dp_seed is None:
         # A draw that participants can calculate would not add to anybody's privacy.
         drawn = random.SystemRandom().sample(candidates, count)
     else:
-        seed = derive_seed(run.settings.seed, "sample", round_, attempt)
+        seed = derive_seed(run.plan.seed, "sample", round_, attempt)
         drawn = random.Random(seed).sample(candidates, count)  # noqa: S311 - fairness, not secrecy
     return tuple(run.in_order(frozenset(drawn)))
 
@@ -129,7 +129,7 @@ def _end_training(
 ) -> Action | None:
     if pending_trainers(run, open_round) and not _is_late(run, now):
         return None
-    federation = run.settings.federation
+    federation = run.plan.federation
     if len(open_round.updated) >= federation.min_updates:
         return Aggregate(
             updated=tuple(run.in_order(open_round.updated)),
@@ -145,7 +145,7 @@ def _end_training(
 
 
 def _evaluators(run: RunSnapshot, open_round: OpenRound, live: Collection[str]) -> tuple[str, ...]:
-    federation = run.settings.federation
+    federation = run.plan.federation
     every = federation.evaluate_every
     is_last = open_round.round >= federation.rounds
     if every == 0 or not (open_round.round % every == 0 or is_last):
@@ -198,7 +198,7 @@ def assignment_for(run: RunSnapshot, participant: str, now: float) -> Assignment
         remaining_s=remaining,
         status=run.status,
         reason=reason,
-        head=run.head if run.settings.distillation.every else None,
+        head=run.head if run.plan.distillation.every else None,
     )
 
 

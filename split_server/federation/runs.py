@@ -283,7 +283,7 @@ class Runs:
             ):
                 deadline = old.deadline
             else:
-                timeout = fresh.settings.federation.round_timeout_s
+                timeout = fresh.plan.federation.round_timeout_s
                 deadline = self._clock.monotonic() + timeout
         self._runs[run_id] = replace(fresh, deadline=deadline)
 

@@ -33,7 +33,7 @@ from protocol.messages import (
     UpdateMeta,
     UpdateReceipt,
 )
-from protocol.settings import RunSettings
+from protocol.plan import RunPlan
 from split_model import applied
 from split_server.federation import rounds, transitions, views
 from split_server.federation.credentials import Credentials
@@ -61,7 +61,7 @@ log = logging.getLogger(__name__)
 
 Held = Callable[[], dict[str, Tensor]]
 
-Prepare = Callable[[RunSettings, RunFiles, Path], PreparedRun]
+Prepare = Callable[[RunPlan, RunFiles, Path], PreparedRun]
 
 
 class FederationService(Runs):
@@ -120,7 +120,7 @@ class FederationService(Runs):
 
     # Changing
 
-    def create(self, settings: RunSettings, once: IdempotentRequest) -> RunView:
+    def create(self, settings: RunPlan, once: IdempotentRequest) -> RunView:
         """Make a run: its model's files first, then the run itself."""
         with self._creating:  # one at a time: a repeat must find the first one's answer
             if (known := self._recall(once)) is not None:
@@ -137,7 +137,7 @@ class FederationService(Runs):
         return view
 
     def _create(
-        self, run_id: str, settings: RunSettings, files: RunFiles, once: IdempotentRequest
+        self, run_id: str, settings: RunPlan, files: RunFiles, once: IdempotentRequest
     ) -> RunView:
         prepared = self._prepare(settings, files, self._data_dir / "backbones")
         at = self._clock.wall()
@@ -212,11 +212,11 @@ class FederationService(Runs):
     ) -> str:
         if request.train_samples or request.test_samples:
             rounds.require_running(run)  # one without data only looks, and may always
-        if request.num_classes != run.settings.model.num_classes:
+        if request.num_classes != run.plan.model.num_classes:
             raise InvalidField(
                 "the device's data have another number of classes than the run",
                 field="num_classes",
-                limit=run.settings.model.num_classes,
+                limit=run.plan.model.num_classes,
                 value=request.num_classes,
                 hint="a device that lacks a class needs class_names in the run's settings",
             )
@@ -292,8 +292,8 @@ class FederationService(Runs):
             try:
                 check_samples(meta, member)
                 require_base(meta, run.state)
-                neurons = read_neurons(frame, run.settings, meta.round)
-                tensors = read_update(frame, run.settings.model, neurons)
+                neurons = read_neurons(frame, run.plan, meta.round)
+                tensors = read_update(frame, run.plan.model, neurons)
                 if meta.base is not None:
                     tensors = applied(read_tensors(self.files(run_id).state(meta.base)), tensors)
                     require_finite(tensors)

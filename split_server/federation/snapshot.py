@@ -11,7 +11,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from protocol.messages import BlobRef, RoundStatus, RunStatus
-from protocol.settings import RunSettings
+from protocol.plan import RunPlan
 from split_server.models.body_key import BodyKey
 from split_server.storage.database import EvaluationRow, ParticipantRow, RoundRow, RunRow, UpdateRow
 
@@ -60,7 +60,7 @@ class RunSnapshot:
     id: str
     status: RunStatus
     reason: str | None
-    settings: RunSettings
+    plan: RunPlan
     created_at: float
     finished_at: float | None
     backbone_path: str
@@ -78,7 +78,7 @@ class RunSnapshot:
     @cached_property
     def body(self) -> BodyKey:
         """What its jobs run through, as it was made with the run."""
-        return BodyKey.of(self.backbone_path, self.settings)
+        return BodyKey.of(self.backbone_path, self.plan)
 
     @property
     def round(self) -> int:
@@ -90,7 +90,7 @@ class RunSnapshot:
     @property
     def distilled_round(self) -> bool:
         """Whether the proxy has to be distilled again before the next round."""
-        due = self.settings.distillation.due(self.closed_rounds, self.settings.federation.rounds)
+        due = self.plan.distillation.due(self.closed_rounds, self.plan.federation.rounds)
         return due and self.renewed < self.closed_rounds
 
     @property
@@ -130,7 +130,7 @@ def load_snapshot(session: Session, run_id: str, data_dir: Path) -> RunSnapshot:
         id=run.id,
         status=RunStatus(run.status),
         reason=run.reason,
-        settings=RunSettings.model_validate(run.settings),
+        plan=RunPlan.model_validate(run.settings),
         created_at=run.created_at,
         finished_at=run.finished_at,
         backbone_path=str(data_dir / run.backbone_path),

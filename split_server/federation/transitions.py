@@ -13,7 +13,7 @@ from torch import Tensor
 from protocol.errors import SFPromptError
 from protocol.federation import FederationSettings
 from protocol.messages import NEURONS, BlobRef, RoundStatus, RunStatus
-from protocol.settings import RunSettings
+from protocol.plan import RunPlan
 from split_server.aggregation.differential_privacy import noise_generator, private_mean
 from split_server.aggregation.fedavg import WeightedState, federated_average, weighted_mean
 from split_server.aggregation.publishing import publish
@@ -46,19 +46,19 @@ def average(
     row = _open_row(session, run)
     base = StateRefs(run.state, run.held)
     try:
-        mean = _mean(run.settings, row, base, _updates(session, row, action.updated), files)
+        mean = _mean(run.plan, row, base, _updates(session, row, action.updated), files)
         if (neurons := mean.pop(NEURONS, None)) is not None:
             files.write_neurons(row.round, neurons)
-        state = _stepped(run.settings.federation, row.round, base, mean, files)
+        state = _stepped(run.plan.federation, row.round, base, mean, files)
     except SFPromptError as error:
         # Every update was checked alone; only what is made of them can still be wrong.
         return FailRun(f"round {row.round}: {error}")
-    refs = publish(state, base, run.settings, files)
+    refs = publish(state, base, run.plan, files)
     return Publish(action.updated, action.evaluators, refs)
 
 
 def _mean(
-    settings: RunSettings,
+    settings: RunPlan,
     row: RoundRow,
     base: StateRefs,
     updates: list[UpdateRow],
@@ -255,7 +255,7 @@ def _close(session: Session, run: RunSnapshot, row: RoundRow, meter: Meter, at: 
         evaluation_loss=row.evaluation_loss,
         evaluation_samples=row.evaluation_samples,
     )
-    if row.round >= run.settings.federation.rounds:
+    if row.round >= run.plan.federation.rounds:
         end_run(session, run.id, RunStatus.FINISHED, None, at)
 
 

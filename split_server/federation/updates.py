@@ -7,7 +7,7 @@ from torch import Tensor
 from protocol.errors import EmptyUpdate, InvalidField, WrongShape
 from protocol.frames import Frame
 from protocol.messages import MAX_LOSS, NEURONS, BlobRef, EvaluationReport, UpdateMeta
-from protocol.settings import RunSettings
+from protocol.plan import RunPlan
 from split_model import SplitSettings
 from split_model.proxies.neurons import neurons_shape
 from split_server.federation.snapshot import Member
@@ -75,14 +75,14 @@ def check_report(report: EvaluationReport, member: Member) -> None:
         )
 
 
-def asked_shape(settings: RunSettings, round_: int) -> tuple[int, int] | None:
+def asked_shape(settings: RunPlan, round_: int) -> tuple[int, int] | None:
     """The shape [layers, neurons] of what an update of this round has to tell; None: nothing."""
     if not settings.distillation.due(round_, settings.federation.rounds):
         return None
     return neurons_shape(SplitSettings.of(settings.model))
 
 
-def read_neurons(frame: Frame, settings: RunSettings, round_: int) -> dict[str, Tensor]:
+def read_neurons(frame: Frame, settings: RunPlan, round_: int) -> dict[str, Tensor]:
     """How often each neuron was inactive, [layers, neurons], by its name; empty where unasked.
 
     Raises:

@@ -30,7 +30,7 @@ from protocol.messages import (
     UpdateReceipt,
     parse_message,
 )
-from protocol.settings import RunSettings
+from protocol.plan import RunPlan
 from protocol.wire import PROTOCOL_VERSION
 from split_server.engine.api import Engine
 from split_server.federation import rounds, views
@@ -136,7 +136,7 @@ class FederationRoutes:
 
     # For the operator
 
-    async def create(self, request: Request, settings: RunSettings, key: Key = None) -> RunView:
+    async def create(self, request: Request, settings: RunPlan, key: Key = None) -> RunView:
         """Create a run; takes as long as preparing its backbone does."""
         require_operator(identity_of(request.scope))
         once = IdempotentRequest.of("create", key, _content(settings))
@@ -253,7 +253,7 @@ class FederationRoutes:
         # and what is told of neurons beside it.
         snapshot = self._federation.run(run)
         limit = snapshot.state.nbytes + _UPDATE_MARGIN
-        if snapshot.settings.distillation.every:
+        if snapshot.plan.distillation.every:
             limit += await run_in_threadpool(_told_bytes, snapshot)
         limit = min(limit, self._limits.max_frame_bytes)
         with self._room.claim() as claim:
@@ -297,7 +297,7 @@ class FederationRoutes:
                 "an update names the session whose prompts or body belong to it", field="session"
             )
         session = meta.session
-        if snapshot.settings.model.tune_body:
+        if snapshot.plan.model.tune_body:
             return lambda: self._engine.trained_body(run, participant, session)
         return lambda: {PROMPTS: self._engine.trained(run, participant, session)}
 
@@ -305,7 +305,7 @@ class FederationRoutes:
         """Nothing more comes of this participant in its round: others may wait for the memory."""
         snapshot = self._federation.run(run)
         open_round = snapshot.open_round
-        if not snapshot.settings.model.tune_body or open_round is None:
+        if not snapshot.plan.model.tune_body or open_round is None:
             return
         if (open_round.round, open_round.attempt) == (meta.round, meta.attempt):  # no late repeat
             self._engine.release(run, participant)
@@ -337,7 +337,7 @@ class FederationRoutes:
 
 def _told_bytes(run: RunSnapshot) -> int:
     """Of what an update of the open round tells of neurons; may have to look at the model."""
-    shape = asked_shape(run.settings, run.round)
+    shape = asked_shape(run.plan, run.round)
     return _FLOAT_BYTES * math.prod(shape) if shape else 0
 
 

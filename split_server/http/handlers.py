@@ -28,7 +28,7 @@ from protocol.messages import (
     StepMeta,
     parse_message,
 )
-from protocol.settings import WireSettings
+from protocol.plan import WirePlan
 from protocol.wire import (
     BACKWARD_PATH,
     EXCHANGE_PATH,
@@ -83,19 +83,19 @@ class SplitRequest:
         return self.run.body
 
     @property
-    def wire(self) -> WireSettings:
-        return self.run.settings.wire
+    def wire(self) -> WirePlan:
+        return self.run.plan.wire
 
     @property
     def tunes_body(self) -> bool:
-        return self.run.settings.model.tune_body
+        return self.run.plan.model.tune_body
 
     @cached_property
     def num_tokens(self) -> int | None:
         """How many tokens of the features the run wants back; None: all."""
-        if not self.run.settings.wire.pooled_features:
+        if not self.run.plan.wire.pooled_features:
             return None
-        return needed_tokens(SplitSettings.of(self.run.settings.model))
+        return needed_tokens(SplitSettings.of(self.run.plan.model))
 
 
 def require_placement(asked: SplitRequest, placement: str) -> None:
@@ -104,12 +104,12 @@ def require_placement(asked: SplitRequest, placement: str) -> None:
     Raises:
         InvalidField
     """
-    if asked.run.settings.model.prompt_at != placement:
+    if asked.run.plan.model.prompt_at != placement:
         raise InvalidField(
             "this request is for runs whose prompts join elsewhere",
             field="prompt_at",
             limit=placement,
-            value=asked.run.settings.model.prompt_at,
+            value=asked.run.plan.model.prompt_at,
         )
 
 
@@ -133,7 +133,7 @@ def require_kept(asked: SplitRequest) -> None:
     Raises:
         InvalidField
     """
-    if not asked.run.settings.wire.keep_smashed:
+    if not asked.run.plan.wire.keep_smashed:
         raise InvalidField(
             "the server keeps no smashed data of this run", field="keep_smashed", limit=True
         )
@@ -216,7 +216,7 @@ def handle_exchange(desk: HandlerContext, asked: SplitRequest) -> Work | Reply:
     if meta.number > 0:
         gradients = _gradients(desk, asked)
     if meta.number < meta.steps:
-        found = _smashed(desk, asked, asked.run.settings.training.batch_size)
+        found = _smashed(desk, asked, asked.run.plan.training.batch_size)
         if isinstance(found, Reply):
             return found
         smashed = found
@@ -344,7 +344,7 @@ def _held_file(desk: HandlerContext, asked: SplitRequest, held: BlobRef) -> Path
 def _body_job(
     desk: HandlerContext, asked: SplitRequest, meta: BodyStepMeta, tensor: Tensor
 ) -> BodyJob:
-    settings = asked.run.settings
+    settings = asked.run.plan
     shapes = state_shapes(SplitSettings.of(settings.model))
     plan = BodyPlan(
         training=settings.training,
@@ -375,14 +375,14 @@ def _tuned_body(desk: HandlerContext, asked: SplitRequest) -> BodyKey:
 
 
 def _gradients(desk: HandlerContext, asked: SplitRequest) -> Tensor:
-    most, settings = asked.run.settings.training.batch_size, asked.body.settings
+    most, settings = asked.run.plan.training.batch_size, asked.body.settings
     found = read_gradients(asked.frame, settings, desk.limits, desk.device, asked.num_tokens, most)
     require_finite({"gradients": found})
     return found
 
 
 def _sent(desk: HandlerContext, asked: SplitRequest) -> Tensor:
-    most = asked.run.settings.training.batch_size
+    most = asked.run.plan.training.batch_size
     return _received(desk, asked, most)
 
 
@@ -392,7 +392,7 @@ def _renewed(desk: HandlerContext, asked: SplitRequest) -> Tensor | list[int]:
     Made on the CPU wherever the body runs: the device does the same sums, and no bit may differ.
     """
     require_copies(asked)
-    most = asked.run.settings.training.batch_size
+    most = asked.run.plan.training.batch_size
     revision = read_revision(asked.frame, asked.body.settings, desk.limits, most)
     found = rebuild(desk.samples, asked.owner, revision)
     return found if isinstance(found, list) else found.to(desk.device)
@@ -429,7 +429,7 @@ def _missing(places: list[int]) -> Reply:
 
 
 def _plan(desk: HandlerContext, asked: SplitRequest, round_: int) -> SessionPlan:
-    settings, held = asked.run.settings, asked.run.held
+    settings, held = asked.run.plan, asked.run.held
     if held is None:
         raise InvalidField(
             "this run has no prompts to tune", field="prompt_count", limit=1, value=0

@@ -101,7 +101,7 @@ class SplitPlane:
             require_kind(frame, kind)
             return SplitRequest(run, member, frame, xxh3_64_intdigest(data))
 
-        frozen = not run.settings.model.tune_body
+        frozen = not run.plan.model.tune_body
         light = frozen and kind in _LIGHT_KINDS and self.desk.device.type == "cpu"
         if not light or len(data) > _LIGHT_BYTES or header_length(data) > _LIGHT_HEADER_BYTES:
             return await self._off_loop(lambda: reader(self.desk, asked()))

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 import split_model
-from protocol.settings import RunSettings
+from protocol.plan import RunPlan
 from split_model import SplitSettings
 
 
@@ -24,7 +24,7 @@ class BodyKey:
     state: Path | None = None
 
     @classmethod
-    def of(cls, backbone: str, settings: RunSettings) -> BodyKey:
+    def of(cls, backbone: str, settings: RunPlan) -> BodyKey:
         """The body of a run. What shapes only its tail is left out, so that runs can share."""
         model = settings.model.model_copy(update={"num_classes": 2})
         return cls(Path(backbone), SplitSettings.of(model))

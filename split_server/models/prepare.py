@@ -8,8 +8,8 @@ from pathlib import Path
 
 import split_model
 from protocol.messages import BlobRef
+from protocol.plan import RunPlan
 from protocol.seeds import derive_seed
-from protocol.settings import RunSettings
 from split_model import SplitSettings
 from split_model.errors import model_errors
 from split_model.files import sync_folder
@@ -38,7 +38,7 @@ class RedistilledModel:
     head: BlobRef
 
 
-def prepare_run(settings: RunSettings, files: RunFiles, cache_dir: Path) -> PreparedRun:
+def prepare_run(settings: RunPlan, files: RunFiles, cache_dir: Path) -> PreparedRun:
     """Fetch or make the backbone or proxy, and write the head file and the first global state.
 
     Takes seconds, or minutes where weights are downloaded or distilled: never call it on the
@@ -85,7 +85,7 @@ def redistill_run(
         NonFinite: the distillation has diverged.
         NotFound: what the devices have told is gone.
     """
-    settings, round_ = run.settings, run.closed_rounds
+    settings, round_ = run.plan, run.closed_rounds
     proxy, head = files.proxy_after(round_), files.head_after(round_)
     with model_errors():
         split = SplitSettings.of(settings.model)

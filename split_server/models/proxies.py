@@ -15,8 +15,8 @@ from torch.nn import functional as F
 import split_model
 from protocol.distillation import DistillationSettings
 from protocol.errors import InvalidField
+from protocol.plan import RunPlan
 from protocol.seeds import derive_seed
-from protocol.settings import RunSettings
 from split_model import BackboneFile, SplitSettings
 from split_model.backbone.tensor_file import TensorFile, write_tensors
 from split_model.files import sha256_of
@@ -39,7 +39,7 @@ Make = Callable[
 
 
 def prepare_proxy(
-    settings: RunSettings, split: SplitSettings, backbone: BackboneFile, cache_dir: Path
+    settings: RunPlan, split: SplitSettings, backbone: BackboneFile, cache_dir: Path
 ) -> Path:
     """The file with the weights of the run's model: of the backbone, or of the proxy made from it.
 
@@ -55,7 +55,7 @@ def prepare_proxy(
 
 
 def prepare_local_body(
-    settings: RunSettings, split: SplitSettings, backbone: BackboneFile, cache_dir: Path
+    settings: RunPlan, split: SplitSettings, backbone: BackboneFile, cache_dir: Path
 ) -> Mapping[str, Tensor] | None:
     """The tensors of the small body for the devices' local update; None where there is none.
 
@@ -88,7 +88,7 @@ def write_redistilled_proxy(
         InvalidField: there are no such images any more, or they cannot be used.
         NonFinite: the distillation has diverged.
     """
-    settings, how = run.settings, run.settings.distillation
+    settings, how = run.plan, run.plan.distillation
     file = None if how.images == "random" else _image_file(settings, cache_dir)
     log.info("run %s: distilling its proxy again after round %d", run.id, run.closed_rounds)
     made = redistilled_proxy(
@@ -107,7 +107,7 @@ def write_redistilled_proxy(
 
 
 def _made_once(
-    settings: RunSettings,
+    settings: RunPlan,
     split: SplitSettings,
     backbone: BackboneFile,
     cache_dir: Path,
@@ -131,7 +131,7 @@ def _made_once(
 
 
 def _key(
-    settings: RunSettings,
+    settings: RunPlan,
     split: SplitSettings,
     backbone: BackboneFile,
     shape: tuple[str, ...],
@@ -148,7 +148,7 @@ def _key(
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 
-def _image_file(settings: RunSettings, cache_dir: Path) -> Path:
+def _image_file(settings: RunPlan, cache_dir: Path) -> Path:
     path = cache_dir.parent / IMAGES / f"{settings.distillation.images}.safetensors"
     if not path.is_file():
         raise InvalidField(
@@ -161,7 +161,7 @@ def _image_file(settings: RunSettings, cache_dir: Path) -> Path:
     return path
 
 
-def _images(settings: RunSettings, split: SplitSettings, file: Path | None) -> Tensor:
+def _images(settings: RunPlan, split: SplitSettings, file: Path | None) -> Tensor:
     """Prepared for the backbone, [N, 3, S, S] in float32."""
     how, side = settings.distillation, split.image_size
     generator = torch.Generator().manual_seed(derive_seed(settings.seed, "distillation-images"))

@@ -15,20 +15,18 @@ from protocol.codecs import codec_named
 from protocol.errors import InvalidField, NonFinite, TooLarge, WrongShape
 from protocol.frames import Frame
 from protocol.limits import FrameLimits
-from protocol.settings import BackboneSettings
+from protocol.plan import ModelPlan
 from split_model import SplitSettings
 
 _FLOAT_BYTES = 4
 
 
 @lru_cache(maxsize=64)
-def _shapes(model: BackboneSettings) -> Mapping[str, tuple[int, ...]]:
+def _shapes(model: ModelPlan) -> Mapping[str, tuple[int, ...]]:
     return split_model.device_shapes(SplitSettings.of(model))
 
 
-def read_update(
-    frame: Frame, model: BackboneSettings, beside: Collection[str] = ()
-) -> dict[str, Tensor]:
+def read_update(frame: Frame, model: ModelPlan, beside: Collection[str] = ()) -> dict[str, Tensor]:
     """A device's tensors of an update in float32, if exactly those of the run, and finite.
 
     Those named ``beside`` them are others' to read.

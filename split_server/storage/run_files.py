@@ -16,7 +16,7 @@ from torch import Tensor
 
 from protocol.errors import NotFound
 from protocol.messages import NEURONS, BlobRef
-from protocol.settings import PromptPlacement
+from protocol.plan import PromptPlacement
 from split_model import is_server_side, state_bytes
 from split_model.files import write_durably
 

@@ -8,26 +8,24 @@ from pathlib import Path
 import pytest
 
 from protocol.federation import FederationSettings
-from protocol.settings import BackboneSettings, RunSettings, TrainingSettings
+from protocol.plan import ModelPlan, RunPlan, TrainingPlan
 from sfprompt_bench.run.preflight import choose_port
 from sfprompt_bench.run.processes import Process, wait_until_healthy
 from split_server.client import OperatorClient, read_token
 
-SMALL = BackboneSettings(
+SMALL = ModelPlan(
     backbone="vit_tiny_patch16_224", weights="random:3", image_size=32, cut=1, prompt_count=4
 )
 
 
-def small_run(
-    *, rounds: int = 2, devices: int = 1, seed: int = 0, **training: object
-) -> RunSettings:
+def small_run(*, rounds: int = 2, devices: int = 1, seed: int = 0, **training: object) -> RunPlan:
     """A run that takes seconds: an untrained tiny transformer on 32 px images."""
-    return RunSettings(
+    return RunPlan(
         name="small",
         seed=seed,
         model=SMALL,
         federation=FederationSettings(rounds=rounds, min_participants=devices),
-        training=TrainingSettings.model_validate(
+        training=TrainingPlan.model_validate(
             {"batch_size": 16, "keep_fraction": 0.5, "prune_per_class": True, **training}
         ),
     )

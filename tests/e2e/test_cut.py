@@ -19,8 +19,8 @@ from edge_client.data import Dataset, limit_per_set, load_dataset, shuffled
 from edge_client.participant import Participant, succeeded
 from edge_client.transport import Server
 from protocol.messages import Results, RunStatus, Task
+from protocol.plan import RunPlan
 from protocol.seeds import derive_seed
-from protocol.settings import RunSettings
 from protocol.wire import PROTOCOL_VERSION, VERSION_HEADER
 from split_model import SplitSettings, open_backbone, prepare_backbone
 from split_model.backbone.libraries import timm
@@ -56,12 +56,12 @@ def cut_run(
     wire: dict[str, Any] | None = None,
     model: dict[str, Any] | None = None,
     **training: Any,
-) -> RunSettings:
+) -> RunPlan:
     """Two rounds with prompts at the cut."""
     values = small_run(**training).model_dump()
     values["model"] |= {"prompt_at": "cut", "prompt_depth": depth, **(model or {})}
     values["wire"] |= wire or {}
-    return RunSettings.model_validate(values)
+    return RunPlan.model_validate(values)
 
 
 @dataclass
@@ -101,7 +101,7 @@ def take_part(
     url: str,
     token: str,
     server_folder: Path,
-    settings: RunSettings,
+    settings: RunPlan,
     data: Dataset,
     home: Path,
     told: RecordingReporter,
@@ -124,7 +124,7 @@ def take_part(
 
 
 def on_node(
-    node: RunningServer, settings: RunSettings, data: Dataset, home: Path, told: RecordingReporter
+    node: RunningServer, settings: RunPlan, data: Dataset, home: Path, told: RecordingReporter
 ) -> Done:
     return take_part(node.url, OPERATOR, folder_of(node), settings, data, home, told)
 
@@ -141,7 +141,7 @@ def assert_same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 class Uncut:
     """timm's own model, with prompts put in by hooks ahead of the blocks behind the cut."""
 
-    def __init__(self, settings: RunSettings, folder: Path, state: dict[str, Tensor]) -> None:
+    def __init__(self, settings: RunPlan, folder: Path, state: dict[str, Tensor]) -> None:
         model = settings.model
         weights = open_backbone(
             prepare_backbone(SplitSettings.of(model), model.weights, folder).path
@@ -237,7 +237,7 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 # Kept samples
 
 
-def everything(**wire: Any) -> RunSettings:
+def everything(**wire: Any) -> RunPlan:
     """All phases of a round, two epochs, augmented views, and codecs that round."""
     codecs = {"smashed": "int8", "features": "float16", "pooled_features": True}
     return cut_run(

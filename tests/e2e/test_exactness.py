@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from edge_client.data import limit_per_set, load_dataset, shuffled
 from edge_client.participant import Participant
 from edge_client.transport import Server
+from protocol.plan import RunPlan
 from protocol.seeds import derive_seed
-from protocol.settings import RunSettings
 from split_model import SplitSettings, open_backbone, prepare_backbone
 from split_model.backbone.libraries import timm
 from split_server.federation.export import newest_state
@@ -45,7 +45,7 @@ class Recorder:
 class Uncut:
     """timm's own model, with prompts put in by a hook ahead of a block."""
 
-    def __init__(self, settings: RunSettings, folder: Path, state: dict[str, Tensor]) -> None:
+    def __init__(self, settings: RunPlan, folder: Path, state: dict[str, Tensor]) -> None:
         model = settings.model
         split = SplitSettings.of(model)
         weights = open_backbone(prepare_backbone(split, model.weights, folder).path)

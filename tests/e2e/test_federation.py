@@ -19,7 +19,7 @@ from PIL import Image
 
 from edge_client.data import load_dataset
 from protocol.messages import Results, RunStatus
-from protocol.settings import RunSettings
+from protocol.plan import RunPlan
 from protocol.traffic import Traffic
 from sfprompt_bench.run.processes import Process, start_device
 from split_model import load_exported
@@ -57,7 +57,7 @@ class Devices:
 
 def run_to_the_end(
     server: ServerProcess,
-    settings: RunSettings,
+    settings: RunPlan,
     count: int,
     meanwhile: Callable[[Results], None] = lambda _results: None,
 ) -> tuple[Results, Devices]:

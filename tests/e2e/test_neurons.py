@@ -5,19 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 from protocol.messages import Results, RunStatus
-from protocol.settings import RunSettings
+from protocol.plan import RunPlan
 from split_server.storage.run_files import RunFiles
 from tests.e2e.conftest import ServerProcess, small_run
 from tests.e2e.test_federation import run_to_the_end
 
 
-def neuron_run() -> RunSettings:
+def neuron_run() -> RunPlan:
     """Two rounds on a proxy that is distilled again, for seconds, between them."""
     given = small_run(devices=1, seed=4, split_epochs=0, keep_fraction=1).model_dump()
     given["model"] |= {"proxy": "pruned", "proxy_width": 24, "tune": "lora", "lora_rank": 2}
     given["model"] |= {"cut": 12, "prompt_count": 0}
     given["distillation"] |= {"epochs": 20, "samples": 8, "batch_size": 8, "every": 1}
-    return RunSettings.model_validate(given)
+    return RunPlan.model_validate(given)
 
 
 def test_a_server_that_is_killed_while_it_distils_ends_with_the_same_head_and_state(

@@ -16,7 +16,7 @@ from edge_client.data.dataset import Dataset
 from edge_client.participant import Participant, succeeded
 from edge_client.transport import Server
 from protocol.messages import Results, RunStatus
-from protocol.settings import RunSettings
+from protocol.plan import RunPlan
 from split_server.aggregation.differential_privacy import ORDERS
 from split_server.client import OperatorClient
 from split_server.federation.export import newest_state
@@ -33,14 +33,14 @@ class Silent:
     def close(self) -> None: ...
 
 
-def private_run(placement: str, **federation: Any) -> RunSettings:
+def private_run(placement: str, **federation: Any) -> RunPlan:
     values = small_run(rounds=ROUNDS, devices=DEVICES).model_dump()
     values["model"]["prompt_at"] = placement
     values["federation"] |= {"round_timeout_s": 60, **federation}
-    return RunSettings.model_validate(values)
+    return RunPlan.model_validate(values)
 
 
-def run_through(node: RunningServer, settings: RunSettings, home: Path) -> tuple[Results, str]:
+def run_through(node: RunningServer, settings: RunPlan, home: Path) -> tuple[Results, str]:
     data = limit_per_set(load_dataset("digits"), train=40, test=20, seed=0)
     with contextlib.closing(OperatorClient(node.url, OPERATOR)) as operator:
         run = operator.create_run(settings)

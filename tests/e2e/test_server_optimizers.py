@@ -7,7 +7,7 @@ import uuid
 
 from protocol.federation import FederationSettings
 from protocol.messages import JoinResponse, Results, Task
-from protocol.settings import RunSettings
+from protocol.plan import RunPlan
 from split_server.client import read_token
 from tests.e2e.conftest import ServerProcess
 from tests.support.federation import SMALL, random_state
@@ -23,7 +23,7 @@ class Device:
 
     def __init__(self, server: ServerProcess, kind: str) -> None:
         self.server = server
-        settings = RunSettings(
+        settings = RunPlan(
             model=SMALL,
             federation=FederationSettings.model_validate(
                 {"rounds": ROUNDS, "evaluate_every": 0, "server_optimizer": kind}

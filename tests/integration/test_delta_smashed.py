@@ -19,7 +19,7 @@ from edge_client.transport import SamplesMissing, Server
 from edge_client.transport.deltas import DeltaBatch, Sample
 from protocol.codecs.registry import as_decoded
 from protocol.federation import FederationSettings
-from protocol.settings import RunSettings, TrainingSettings, WireSettings
+from protocol.plan import RunPlan, TrainingPlan, WirePlan
 from protocol.traffic import Phase
 from split_model import SplitSettings, build_body, load_state, open_backbone
 from split_server.storage.sample_store import Owner, SampleStore
@@ -63,12 +63,12 @@ _keys = itertools.count()
 def created(server: RunningServer, wire: dict[str, Any], **training: Any) -> str:
     plain = {"batch_size": BATCH, "keep_fraction": 1.0, "local_epochs": 0, "optimizer": "sgd"}
     rates = {"prompt_learning_rate": 0.05, "tail_learning_rate": 0.02, "schedule": "constant"}
-    settings = RunSettings(
+    settings = RunPlan(
         seed=3,
         model=SMALL,
         federation=FederationSettings(rounds=1, evaluate_every=0),
-        training=TrainingSettings.model_validate({**plain, **rates, **training}),
-        wire=WireSettings.model_validate(wire),
+        training=TrainingPlan.model_validate({**plain, **rates, **training}),
+        wire=WirePlan.model_validate(wire),
     )
     return server.operator().create(settings, key=f"delta-{next(_keys)}").id
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from protocol.settings import BackboneSettings
+from protocol.plan import ModelPlan
 from split_model import (
     SplitSettings,
     initial_state,
@@ -21,7 +21,7 @@ from split_model import (
 
 ROOT = Path(__file__).parents[2]
 
-SETTINGS = BackboneSettings(
+SETTINGS = ModelPlan(
     backbone="vit_small_patch16_224", weights="random:0", image_size=224, cut=1, prompt_count=10
 )
 

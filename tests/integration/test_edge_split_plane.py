@@ -10,7 +10,7 @@ from edge_client.transport import SamplesMissing, Server, SplitPlane
 from protocol.errors import InvalidField, MalformedFrame, StaleRound, StepLost, UnsupportedVersion
 from protocol.frames import Frame, decode_frame, encode_frame, join_frame
 from protocol.messages import ExchangeMeta
-from protocol.settings import RunSettings, WireSettings
+from protocol.plan import RunPlan, WirePlan
 from tests.support.edge import SMALL, RawServer, Recorder, Request, as_json, impatient, response
 
 X = torch.randn((2, 1 + 4 + 4, 192), generator=torch.Generator().manual_seed(0))  # with prompts
@@ -24,7 +24,7 @@ META = ExchangeMeta(session="s", round=3, attempt=1, number=1, steps=2)
 
 def plane(server: Server, prompt_at: str = "input", **wire: Any) -> SplitPlane:
     model = SMALL.model_copy(update={"prompt_at": prompt_at})
-    return SplitPlane(server, RunSettings(model=model, wire=WireSettings.model_validate(wire)))
+    return SplitPlane(server, RunPlan(model=model, wire=WirePlan.model_validate(wire)))
 
 
 def frame(kind: str, name: str, tensor: Tensor, codec: str = "float32") -> bytes:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from protocol.settings import RunSettings
+from protocol.plan import RunPlan
 from tests.support.federation import SMALL, TOKENS, WIDTH, run_settings
 from tests.support.server import RunningServer, code_of, joined, tensor_in
 
@@ -25,7 +25,7 @@ from tests.support.server import RunningServer, code_of, joined, tensor_in
 def test_a_step_is_open_only_where_something_ahead_of_the_body_is_tuned(
     server: RunningServer, changes: dict[str, Any], comes: bool
 ) -> None:
-    settings: RunSettings = run_settings()
+    settings: RunPlan = run_settings()
     settings = settings.model_copy(update={"model": SMALL.model_copy(update=changes)})
     run = server.operator().create(settings, key=uuid.uuid4().hex).id
     api = joined(server, run)

@@ -18,7 +18,7 @@ from edge_client.model import DeviceModel
 from edge_client.participant import Participant
 from edge_client.transport import Server
 from protocol.messages import Assignment, BlobRef, JoinResponse, RunStatus, RunView, Task
-from protocol.settings import RunSettings
+from protocol.plan import RunPlan
 from split_model import SplitSettings, load_state, state_shapes
 from split_model.backbone.tensor_file import TensorFile
 from split_server.client import OperatorClient
@@ -61,7 +61,7 @@ def server(data_dir: Path) -> Iterator[RunningServer]:
         yield running
 
 
-def settings(**parts: dict[str, Any]) -> RunSettings:
+def settings(**parts: dict[str, Any]) -> RunPlan:
     alone = {"split_epochs": 0, "keep_fraction": 1, "local_epochs": 1, "batch_size": 5}
     given = {part: dict(fields) for part, fields in parts.items()}
     model = {**WHOLE.model_dump(), **PRUNED, **given.pop("model", {})}
@@ -70,7 +70,7 @@ def settings(**parts: dict[str, Any]) -> RunSettings:
         "training": {**alone, "tail_learning_rate": 0.01, **given.pop("training", {})},
         "distillation": {**DISTILLED, **given.pop("distillation", {})},
     }
-    return RunSettings.model_validate({"model": model, **rest, **given})
+    return RunPlan.model_validate({"model": model, **rest, **given})
 
 
 def created(server: RunningServer, **parts: dict[str, Any]) -> RunView:

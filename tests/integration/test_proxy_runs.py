@@ -17,7 +17,7 @@ from edge_client.data import BatchReader, Dataset
 from edge_client.participant import Participant
 from edge_client.transport import Server
 from protocol.messages import RunStatus, RunView
-from protocol.settings import RunSettings
+from protocol.plan import RunPlan
 from split_model import load_exported, open_backbone
 from split_model.backbone.libraries import timm
 from split_model.backbone.tensor_file import write_tensors
@@ -53,7 +53,7 @@ def created(
     **training: Any,
 ) -> RunView:
     alone = {"split_epochs": 0, "keep_fraction": 1, "local_epochs": 1, "batch_size": 5}
-    settings = RunSettings.model_validate(
+    settings = RunPlan.model_validate(
         {
             "model": {**WHOLE.model_dump(), **model},
             "federation": {"rounds": 1},

@@ -13,7 +13,7 @@ from edge_client.participant import Participant
 from edge_client.transport import Server
 from protocol.federation import FederationSettings
 from protocol.messages import Results, RunStatus
-from protocol.settings import BackboneSettings, RunSettings, TrainingSettings
+from protocol.plan import ModelPlan, RunPlan, TrainingPlan
 from sfprompt_bench.compare.methods import method_named
 from sfprompt_bench.compare.metrics import Usage, calculated, run_figures
 from tests.support.edge import image_set
@@ -21,7 +21,7 @@ from tests.support.server import running_server
 
 SAMPLES, BATCH, ROUNDS = 24, 8, 2
 
-MODEL = BackboneSettings(
+MODEL = ModelPlan(
     backbone="vit_tiny_patch16_224", weights="random:0", image_size=64, cut=1, num_classes=3
 )
 
@@ -48,10 +48,10 @@ class RecordingWatcher:
 @pytest.mark.parametrize("name", LEGS)
 def test_the_bytes_of_start_and_training_are_the_calculated_ones(name: str, tmp_path: Path) -> None:
     method = method_named(name)
-    base = RunSettings(
+    base = RunPlan(
         model=MODEL,
         federation=FederationSettings(rounds=ROUNDS),
-        training=TrainingSettings(batch_size=BATCH),
+        training=TrainingPlan(batch_size=BATCH),
     )
     settings = method.settings(base)
     threads = torch.get_num_threads()

@@ -20,15 +20,15 @@ from edge_client.participant import Participant
 from edge_client.transport import Server
 from protocol.federation import FederationSettings
 from protocol.messages import Results, RunStatus, RunView
+from protocol.plan import ModelPlan, RunPlan, TrainingPlan
 from protocol.seeds import derive_seed
-from protocol.settings import BackboneSettings, RunSettings, TrainingSettings
 from split_model import load_exported, load_state, open_backbone
 from split_model.backbone.libraries import timm
 from split_server.federation.export import export_run, newest_state
 from tests.support.edge import files, image_set
 from tests.support.server import RunningServer, code_of, running_server, tensor_in
 
-MODEL = BackboneSettings(
+MODEL = ModelPlan(
     backbone="vit_tiny_patch16_224",
     weights="random:0",
     image_size=32,
@@ -56,13 +56,13 @@ def created(server: RunningServer, devices: int = 1, rounds: int = ROUNDS, **par
         "tail_learning_rate": RATE,
         "schedule": "constant",
     }
-    settings = RunSettings(
+    settings = RunPlan(
         seed=3,
         model=MODEL.model_copy(update=parts.get("model", {})),
         federation=FederationSettings(
             rounds=rounds, min_participants=devices, **parts.get("federation", {})
         ),
-        training=TrainingSettings.model_validate(training | parts.get("training", {})),
+        training=TrainingPlan.model_validate(training | parts.get("training", {})),
         wire=parts.get("wire", {}),
     )
     return server.operator().create(settings, key=f"body-{next(_keys)}")
@@ -384,7 +384,7 @@ def test_what_a_session_of_a_body_is_asked_otherwise_is_refused_by_name(
 def test_settings_that_a_tuned_body_cannot_have_are_refused_by_name(
     server: RunningServer, changes: dict[str, dict[str, Any]], named: str
 ) -> None:
-    values = RunSettings(model=MODEL).model_dump(mode="json")
+    values = RunPlan(model=MODEL).model_dump(mode="json")
     for part, fields in changes.items():
         values[part] |= fields
     answer = server.operator().call("POST", "/v1/runs", key=f"no-{next(_keys)}", json=values)

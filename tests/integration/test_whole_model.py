@@ -20,8 +20,8 @@ from edge_client.prediction import Predictor
 from edge_client.transport import Server
 from protocol.federation import FederationSettings
 from protocol.messages import Results, RunStatus, RunView
+from protocol.plan import ModelPlan, RunPlan, TrainingPlan, WirePlan
 from protocol.seeds import derive_seed
-from protocol.settings import BackboneSettings, RunSettings, TrainingSettings, WireSettings
 from protocol.traffic import Phase
 from split_model import load_exported, load_state, open_backbone
 from split_model.backbone.libraries import timm
@@ -29,7 +29,7 @@ from split_server.federation.export import export_run, newest_state
 from tests.support.edge import files, image_set
 from tests.support.server import RunningServer
 
-WHOLE = BackboneSettings(
+WHOLE = ModelPlan(
     backbone="vit_tiny_patch16_224",
     weights="random:0",
     image_size=32,
@@ -80,14 +80,12 @@ def created(
 ) -> RunView:
     plain = {"local_epochs": EPOCHS, "split_epochs": 0, "keep_fraction": 1, "batch_size": BATCH}
     sgd = {"optimizer": "sgd", "momentum": 0.9, "nesterov": True, "weight_decay": 1e-4}
-    settings = RunSettings(
+    settings = RunPlan(
         seed=3,
-        model=BackboneSettings.model_validate(
-            {**WHOLE.model_dump(), **METHODS[method], **(model or {})}
-        ),
+        model=ModelPlan.model_validate({**WHOLE.model_dump(), **METHODS[method], **(model or {})}),
         federation=FederationSettings(rounds=ROUNDS, min_participants=devices),
-        wire=WireSettings.model_validate(wire or {}),
-        training=TrainingSettings.model_validate(
+        wire=WirePlan.model_validate(wire or {}),
+        training=TrainingPlan.model_validate(
             {**plain, **sgd, **RATES, "schedule": "constant", **training}
         ),
     )
@@ -125,7 +123,7 @@ class Device:
 class Uncut:
     """timm's own model: what is tuned is chosen by name; prompts and adapter come by hooks."""
 
-    def __init__(self, model: BackboneSettings, state: dict[str, Tensor]) -> None:
+    def __init__(self, model: ModelPlan, state: dict[str, Tensor]) -> None:
         self.model = timm.create_model(model.backbone, img_size=32, num_classes=3).eval()
         own = {name: value.clone() for name, value in state.items()}
         weights = dict(open_backbone(files(WHOLE).backbone))

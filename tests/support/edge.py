@@ -27,7 +27,7 @@ from edge_client.transport import RetryPolicy, Server, SplitPlane
 from protocol.errors import StepLost
 from protocol.frames import Frame, decode_frame, encode_frame, join_frame
 from protocol.messages import BlobRef
-from protocol.settings import BackboneSettings, RunSettings, TrainingSettings
+from protocol.plan import ModelPlan, RunPlan, TrainingPlan
 from split_model import (
     SplitSettings,
     build_body,
@@ -197,7 +197,7 @@ def impatient(server: RawServer, **more: object) -> Server:
     return Server(server.url, retry=NO_PATIENCE, answer_timeout_s=5, **more)
 
 
-SMALL = BackboneSettings(
+SMALL = ModelPlan(
     backbone="vit_tiny_patch16_224",
     weights="random:0",
     image_size=32,
@@ -219,13 +219,13 @@ class Files:
         return BlobRef(sha256=sha256_of(file), nbytes=file.stat().st_size)
 
 
-def files(model: BackboneSettings = SMALL) -> Files:
+def files(model: ModelPlan = SMALL) -> Files:
     """The files that a server has for a small, untrained vision transformer."""
     return _files(model)
 
 
 @functools.cache
-def _files(model: BackboneSettings) -> Files:
+def _files(model: ModelPlan) -> Files:
     folder = Path(tempfile.mkdtemp(prefix="sfprompt-test-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     settings = SplitSettings.of(model)
@@ -237,7 +237,7 @@ def _files(model: BackboneSettings) -> Files:
     return Files(backbone, head, folder / "state.safetensors")
 
 
-def device_model(model: BackboneSettings = SMALL) -> DeviceModel:
+def device_model(model: ModelPlan = SMALL) -> DeviceModel:
     made = files(model)
     return DeviceModel.load(model, made.head, made.state)
 
@@ -257,15 +257,15 @@ def round_context(
     samples: int = 10,
     round_: int = 1,
     name: str = "device",
-    model_settings: BackboneSettings = SMALL,
+    model_settings: ModelPlan = SMALL,
     advance: Callable[[str, int, int], None] = lambda *_: None,
     **training: Any,
 ) -> RoundContext:
     model = model or device_model()
-    settings = RunSettings(
+    settings = RunPlan(
         seed=5,
         model=model_settings,
-        training=TrainingSettings.model_validate({"batch_size": 4, **training}),
+        training=TrainingPlan.model_validate({"batch_size": 4, **training}),
     )
     reader = BatchReader(image_set(samples), model.preprocessing)
     return RoundContext(settings, name, round_, 0, model, Samples(reader), advance)
@@ -278,7 +278,7 @@ class BodyServer:
     What is asked and answered goes through frames, as on the wire.
     """
 
-    model: BackboneSettings = SMALL
+    model: ModelPlan = SMALL
     lose: int = 0  # so many steps are lost before their backward
     calls: list[str] = field(default_factory=list)
     steps: list[str] = field(default_factory=list)
@@ -291,7 +291,7 @@ class BodyServer:
     @property
     def plane(self) -> SplitPlane:
         """The split plane of a run with this server."""
-        return SplitPlane(self, RunSettings(model=self.model))
+        return SplitPlane(self, RunPlan(model=self.model))
 
     def ask(
         self,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import split_model
-from protocol.settings import RunSettings, TrainingSettings
+from protocol.plan import RunPlan, TrainingPlan
 from split_model import SplitSettings
 from split_model.backbone.libraries import timm
 from split_server.engine.api import EngineLimits, ExchangeJob, SessionPlan
@@ -81,10 +81,10 @@ class Case:
 
     def __init__(self, backbone: Path, depth: str, num_tokens: int | None = None) -> None:
         model = SMALL.model_copy(update={"prompt_at": "cut", "prompt_depth": depth})
-        self.training = TrainingSettings(
+        self.training = TrainingPlan(
             optimizer="sgd", momentum=0.9, prompt_learning_rate=RATE, schedule="constant"
         )
-        settings = RunSettings(model=model, training=self.training)
+        settings = RunPlan(model=model, training=self.training)
         self.split = SplitSettings.of(model)
         self.key = BodyKey.of(str(backbone), settings)
         self.num_tokens = num_tokens

@@ -17,7 +17,7 @@ from protocol.errors import Busy
 from protocol.federation import FederationSettings
 from protocol.frames import decode_frame, encode_frame, join_frame
 from protocol.messages import Assignment, EvaluationReport, JoinRequest, UpdateMeta
-from protocol.settings import BackboneSettings, RunSettings, TrainingSettings, WireSettings
+from protocol.plan import ModelPlan, RunPlan, TrainingPlan, WirePlan
 from split_model import SplitSettings
 from split_server.federation.credentials import Credentials
 from split_server.federation.liveness import Liveness
@@ -31,7 +31,7 @@ from split_server.storage.traffic import Meter
 
 OPERATOR = "operator-token"
 
-SMALL = BackboneSettings(
+SMALL = ModelPlan(
     backbone="vit_tiny_patch16_224", weights="random:0", image_size=32, cut=1, prompt_count=2
 )
 
@@ -47,15 +47,15 @@ def run_settings(
     prompt_at: str = "input",
     wire: Mapping[str, Any] | None = None,
     **federation: Any,
-) -> RunSettings:
+) -> RunPlan:
     """A run of two rounds on an untrained tiny transformer."""
-    return RunSettings(
+    return RunPlan(
         name="small",
         seed=seed,
         model=SMALL.model_copy(update={"prompt_at": prompt_at}),
         federation=FederationSettings.model_validate({"rounds": 2, **federation}),
-        training=TrainingSettings(batch_size=batch_size),
-        wire=WireSettings.model_validate(wire or {}),
+        training=TrainingPlan(batch_size=batch_size),
+        wire=WirePlan.model_validate(wire or {}),
     )
 
 
@@ -107,7 +107,7 @@ class FakeClock:
         return Clock(monotonic=lambda: self.now, wall=lambda: 1.7e9 + self.now)
 
 
-def prepare_without_weights(settings: RunSettings, files: RunFiles, _cache: Path) -> PreparedRun:
+def prepare_without_weights(settings: RunPlan, files: RunFiles, _cache: Path) -> PreparedRun:
     """The files of a run, without a backbone."""
     head = write_tensors(files.root, {"head": torch.zeros(4)})
     state = state_of(0.0, SplitSettings.of(settings.model))

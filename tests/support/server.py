@@ -18,7 +18,7 @@ from torch import Tensor
 
 from protocol.frames import Frame, decode_frame, encode_frame, join_frame
 from protocol.messages import Assignment, JoinResponse, RunView
-from protocol.settings import RunSettings
+from protocol.plan import RunPlan
 from protocol.wire import IDEMPOTENCY_HEADER, PROTOCOL_VERSION, VERSION_HEADER
 from split_server.app import Server, build_server, create_app
 from split_server.settings import ServerSettings, load_settings
@@ -53,7 +53,7 @@ class ApiClient:
             extra[IDEMPOTENCY_HEADER] = key
         return self.http.request(method, path, json=json, content=content, headers=extra)
 
-    def create(self, settings: RunSettings, key: str = "create-1") -> RunView:
+    def create(self, settings: RunPlan, key: str = "create-1") -> RunView:
         answer = self.call("POST", "/v1/runs", key=key, json=settings.model_dump(mode="json"))
         assert answer.is_success, answer.text
         return RunView.model_validate(answer.json())

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 
 from edge_client.data import Dataset
 from protocol.messages import parse_message
+from protocol.plan import RunPlan
 from protocol.presets import Form
-from protocol.settings import RunSettings
 
 Advance = Callable[[int, int], None]  # steps done, steps in all
 
@@ -34,7 +34,7 @@ class Method(ABC):
     recipe: ClassVar[Changes] = {}
     costed_as: ClassVar[str | None] = None
 
-    def settings(self, base: RunSettings) -> RunSettings:
+    def settings(self, base: RunPlan) -> RunPlan:
         """``base`` with all that makes it a run of this method, whatever the comparison asks for.
 
         Raises:
@@ -42,7 +42,7 @@ class Method(ABC):
         """
         return base
 
-    def costed(self, settings: RunSettings) -> RunSettings:
+    def costed(self, settings: RunPlan) -> RunPlan:
         """The settings of a run as the calculator of costs is to see them."""
         return settings
 
@@ -59,11 +59,11 @@ class Reference(Method):
     """A way of tuning on one heap of data in one process: nothing crosses a wire."""
 
     @abstractmethod
-    def measure(self, settings: RunSettings, data: Dataset, advance: Advance) -> Measured:
+    def measure(self, settings: RunPlan, data: Dataset, advance: Advance) -> Measured:
         """Tune and evaluate. Raises whatever the model's package raises."""
 
 
-def changed(settings: RunSettings, changes: Changes) -> RunSettings:
+def changed(settings: RunPlan, changes: Changes) -> RunPlan:
     """The settings with some fields of some parts set, validated as a whole.
 
     Raises:
@@ -72,4 +72,4 @@ def changed(settings: RunSettings, changes: Changes) -> RunSettings:
     values = settings.model_dump()
     for part, fields in changes.items():
         values[part] |= fields
-    return parse_message(RunSettings, values)
+    return parse_message(RunPlan, values)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from protocol.plan import ModelPlan, ProxyKind, RunPlan, WirePlan
 from protocol.presets import Form
-from protocol.settings import BackboneSettings, ProxyKind, RunSettings, WireSettings
 from sfprompt_bench.compare.methods.base import Changes, Method, changed
 from split_model import Anatomy, SplitSettings, anatomy
 from split_model.errors import model_errors
@@ -25,7 +25,7 @@ class WholeModel(Method):
     recipe: ClassVar[Changes] = {"training": {"batch_size": 8}}
     tuned: ClassVar[str]
 
-    def settings(self, base: RunSettings) -> RunSettings:
+    def settings(self, base: RunPlan) -> RunPlan:
         with model_errors():
             sizes = anatomy(SplitSettings.of(_bare(base.model)))
         model = {
@@ -48,7 +48,7 @@ class WholeModel(Method):
                     "keep_fraction": 1.0,
                     "local_learning_rate_scale": 1.0,
                 },
-                "wire": WireSettings().model_dump(),
+                "wire": WirePlan().model_dump(),
             },
         )
 
@@ -56,13 +56,13 @@ class WholeModel(Method):
         """What the method adds to the pretrained model, as settings of the model."""
         return {}
 
-    def costed(self, settings: RunSettings) -> RunSettings:
+    def costed(self, settings: RunPlan) -> RunPlan:
         # The calculator knows what these methods tune; of the model it asks for the backbone.
         return settings.model_copy(update={"model": _bare(settings.model)})
 
 
-def _bare(model: BackboneSettings) -> BackboneSettings:
-    return BackboneSettings(
+def _bare(model: ModelPlan) -> ModelPlan:
+    return ModelPlan(
         backbone=model.backbone,
         image_size=model.image_size,
         num_classes=model.num_classes,
@@ -150,7 +150,7 @@ class Proxied(WholeModel):
     proxy: ClassVar[ProxyKind]
     tuned = "lora"
 
-    def settings(self, base: RunSettings) -> RunSettings:
+    def settings(self, base: RunPlan) -> RunPlan:
         proxied = super().settings(base)
         with model_errors():
             uncut = SplitSettings.of(proxied.model.model_copy(update={"cut": 0}))
@@ -160,11 +160,11 @@ class Proxied(WholeModel):
     def added(self, sizes: Anatomy) -> dict[str, Any]:
         return {"proxy": self.proxy}
 
-    def chosen(self, base: RunSettings) -> dict[str, int]:
+    def chosen(self, base: RunPlan) -> dict[str, int]:
         """Which blocks are tuned, as settings of the model."""
         return {"lora_ends": 0}
 
-    def costed(self, settings: RunSettings) -> RunSettings:
+    def costed(self, settings: RunPlan) -> RunPlan:
         return settings
 
 
@@ -206,5 +206,5 @@ class OffsiteTuning(Proxied):
         "training": {"batch_size": 8, "tail_learning_rate": 2e-3},
     }
 
-    def chosen(self, base: RunSettings) -> dict[str, int]:
+    def chosen(self, base: RunPlan) -> dict[str, int]:
         return {"lora_ends": base.model.proxy_ends}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from edge_client.data import Dataset
 from protocol.distillation import DistillationSettings
 from protocol.federation import FederationSettings
-from protocol.settings import RunSettings, TrainingSettings, WireSettings
+from protocol.plan import RunPlan, TrainingPlan, WirePlan
 from sfprompt_bench.compare.methods.base import Advance, Measured, Reference, changed
 
 
@@ -15,20 +15,20 @@ class Central(Reference):
     name = "central"
     what = "the ceiling: the prompts and tail of sfprompt, tuned on one heap of data"
 
-    def settings(self, base: RunSettings) -> RunSettings:
+    def settings(self, base: RunPlan) -> RunPlan:
         # There is nobody to protect here, and nothing to tell of a sweep over how.
         private = {"dp_clip": None, "dp_noise_multiplier": 0.0, "dp_seed": None}
         federation = {"min_participants": 1, "evaluate_every": 0, **private}
         return changed(
             base,
             {
-                "wire": WireSettings().model_dump(),
+                "wire": WirePlan().model_dump(),
                 "federation": federation,
                 "training": {"pruning": "random", "prune_per_class": False},
             },
         )
 
-    def measure(self, settings: RunSettings, data: Dataset, advance: Advance) -> Measured:
+    def measure(self, settings: RunPlan, data: Dataset, advance: Advance) -> Measured:
         # Here, as scikit-learn takes seconds that no other method should wait for.
         from sfprompt_bench.compare.references import Centralised
 
@@ -50,7 +50,7 @@ class LinearProbe(Reference):
     name = "linear-probe"
     what = "the floor: logistic regression on frozen features of one heap of data"
 
-    def settings(self, base: RunSettings) -> RunSettings:
+    def settings(self, base: RunPlan) -> RunPlan:
         unprompted = {"prompt_at": "input", "prompt_depth": "shallow", "prompt_count": 0}
         # What the probe does not know of is set back, so that a sweep over it probes once.
         return changed(
@@ -58,13 +58,13 @@ class LinearProbe(Reference):
             {
                 "model": {**unprompted, "cut": 0, "tail_blocks": 0, "keep_tokens": 0},
                 "federation": FederationSettings(rounds=1).model_dump(),
-                "training": TrainingSettings().model_dump(),
-                "wire": WireSettings().model_dump(),
+                "training": TrainingPlan().model_dump(),
+                "wire": WirePlan().model_dump(),
                 "distillation": DistillationSettings().model_dump(),
             },
         )
 
-    def measure(self, settings: RunSettings, data: Dataset, advance: Advance) -> Measured:
+    def measure(self, settings: RunPlan, data: Dataset, advance: Advance) -> Measured:
         # Here, as scikit-learn takes seconds that no other method should wait for.
         from sfprompt_bench.compare.references import Centralised
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from protocol.plan import RunPlan, WirePlan
 from protocol.presets import Form
-from protocol.settings import RunSettings, WireSettings
 from sfprompt_bench.compare.methods.base import Changes, Method, changed
 
 
@@ -17,7 +17,7 @@ class SFPrompt(Method):
     what = "SFPrompt, default preset: prompts in every block of the body, kept by the server"
     costed_as = "sfprompt"
 
-    def settings(self, base: RunSettings) -> RunSettings:
+    def settings(self, base: RunPlan) -> RunPlan:
         return changed(base, {"model": {"prompt_at": "cut", "prompt_depth": "deep"}})
 
 
@@ -34,14 +34,14 @@ class SplitFed(Method):
     recipe: ClassVar[Changes] = {"training": {"batch_size": 8}}
     tuned: ClassVar[Mapping[str, Any]]
 
-    def settings(self, base: RunSettings) -> RunSettings:
+    def settings(self, base: RunPlan) -> RunPlan:
         unprompted = {"prompt_at": "input", "prompt_depth": "shallow", "prompt_count": 0}
         return changed(
             base,
             {
                 "model": {**unprompted, **self.tuned},
                 "training": {"keep_fraction": 1.0, "pruning": "random", "local_epochs": 0},
-                "wire": WireSettings().model_dump(),
+                "wire": WirePlan().model_dump(),
             },
         )
 
@@ -77,7 +77,7 @@ class SFPromptCutShallow(Method):
     what = "the default preset with prompts ahead of the body's first block only"
     costed_as = "sfprompt"
 
-    def settings(self, base: RunSettings) -> RunSettings:
+    def settings(self, base: RunPlan) -> RunPlan:
         return changed(base, {"model": {"prompt_at": "cut", "prompt_depth": "shallow"}})
 
 
@@ -101,7 +101,7 @@ class SFPromptInputShallow(Method):
     }
     costed_as: ClassVar[str | None] = "sfprompt"
 
-    def settings(self, base: RunSettings) -> RunSettings:
+    def settings(self, base: RunPlan) -> RunPlan:
         return changed(base, {"model": {"prompt_at": "input", "prompt_depth": "shallow"}})
 
 
@@ -112,7 +112,7 @@ class SFPromptInputDeep(SFPromptInputShallow):
     what = "the same with prompts ahead of every block that the device holds"
     costed_as = None
 
-    def settings(self, base: RunSettings) -> RunSettings:
+    def settings(self, base: RunPlan) -> RunPlan:
         return changed(base, {"model": {"prompt_at": "input", "prompt_depth": "deep"}})
 
 
@@ -124,8 +124,8 @@ class SFPromptPaper(Method):
     form: ClassVar[Form] = "paper"
     costed_as = "sfprompt-paper"
 
-    def settings(self, base: RunSettings) -> RunSettings:
-        plain = WireSettings().model_dump()
+    def settings(self, base: RunPlan) -> RunPlan:
+        plain = WirePlan().model_dump()
         return changed(
             base, {"model": {"prompt_at": "input", "prompt_depth": "shallow"}, "wire": plain}
         )

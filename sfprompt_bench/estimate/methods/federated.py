@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from protocol.settings import ProxyKind
+from protocol.plan import ProxyKind
 from sfprompt_bench.estimate.method_cost import MethodCost
 from sfprompt_bench.estimate.methods.base import Method
 from sfprompt_bench.estimate.question import Question

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 
 from protocol.messages import SAMPLE_ID_BYTES
-from protocol.settings import WireSettings
+from protocol.plan import WirePlan
 from sfprompt_bench.estimate.method_cost import MethodCost
 from sfprompt_bench.estimate.methods.base import Method
 from sfprompt_bench.estimate.question import Question
@@ -340,6 +340,6 @@ class SFPromptPaper(Method):
         model = run.model.model_copy(update=placed)
         federation = run.federation.model_copy(update={"evaluate_every": 0})
         plain = run.model_copy(
-            update={"model": model, "federation": federation, "wire": WireSettings()}
+            update={"model": model, "federation": federation, "wire": WirePlan()}
         )
         return SFPrompt().cost(dataclasses.replace(question, settings=plain))

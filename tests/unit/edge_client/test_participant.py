@@ -33,7 +33,7 @@ from protocol.messages import (
     UpdateMeta,
     UpdateReceipt,
 )
-from protocol.settings import RunSettings, TrainingSettings
+from protocol.plan import RunPlan, TrainingPlan
 from protocol.traffic import Traffic
 from split_model import load_state
 from tests.support.edge import SMALL, BodyServer, files, image_set
@@ -72,9 +72,9 @@ class Script(BodyServer):
         view = RunView(
             id=run,
             status=RunStatus.RUNNING,
-            settings=RunSettings(
+            settings=RunPlan(
                 model=SMALL.model_copy(update=self.model_changes),
-                training=TrainingSettings.model_validate(training),
+                training=TrainingPlan.model_validate(training),
             ),
             round=1,
             participants=1,

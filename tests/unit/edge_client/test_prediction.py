@@ -12,7 +12,7 @@ from edge_client.model import preprocessing_of
 from edge_client.prediction import Prediction, Predictor, WholePredictor, image_files
 from protocol.errors import InvalidField, NotFound
 from protocol.messages import BlobRef, JoinRequest, JoinResponse, RunStatus, RunView
-from protocol.settings import RunSettings
+from protocol.plan import RunPlan
 from split_model import (
     SplitSettings,
     export_model,
@@ -77,7 +77,7 @@ class Host(BodyServer):
         return RunView(
             id="r",
             status=RunStatus.FINISHED,
-            settings=RunSettings(model=SMALL, class_names=names),
+            settings=RunPlan(model=SMALL, class_names=names),
             round=3,
             participants=1,
             created_at=0,

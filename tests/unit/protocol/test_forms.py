@@ -6,13 +6,13 @@ import pytest
 
 from protocol.errors import InvalidField
 from protocol.messages import parse_message
+from protocol.plan import RunPlan
 from protocol.presets import FORMS, over_form
-from protocol.settings import RunSettings
 
 
-def made(form: str, **values: object) -> RunSettings:
+def made(form: str, **values: object) -> RunPlan:
     (known,) = [one for one in FORMS if one == form]
-    return parse_message(RunSettings, over_form(known, {"name": "run", **values}))
+    return parse_message(RunPlan, over_form(known, {"name": "run", **values}))
 
 
 def test_the_default_form_moves_a_samples_smashed_data_once() -> None:

@@ -17,7 +17,7 @@ from protocol.messages import (
     UpdateMeta,
     parse_message,
 )
-from protocol.settings import RunSettings
+from protocol.plan import RunPlan
 
 JOIN = {"name": "pi", "train_samples": 5, "test_samples": 2, "num_classes": 10}
 
@@ -37,21 +37,21 @@ EXCHANGE = {"session": "s", "round": 1, "attempt": 0, "number": 3, "steps": 3}
         (JoinRequest, {"name": "pi"}, "train_samples", None, None),
         (JoinRequest, [], "body", None, None),
         (JoinRequest, "text", "body", None, "text"),
-        (RunSettings, {"training": {"keep_fraction": 0}}, "training.keep_fraction", 0, 0),
-        (RunSettings, {"training": {"keep_fraction": 1.5}}, "training.keep_fraction", 1, 1.5),
-        (RunSettings, {"training": {"momentum": 1}}, "training.momentum", 1, 1),
+        (RunPlan, {"training": {"keep_fraction": 0}}, "training.keep_fraction", 0, 0),
+        (RunPlan, {"training": {"keep_fraction": 1.5}}, "training.keep_fraction", 1, 1.5),
+        (RunPlan, {"training": {"momentum": 1}}, "training.momentum", 1, 1),
         (
-            RunSettings,
+            RunPlan,
             {"wire": {"smashed": "int3"}},
             "wire.smashed",
             ", ".join(FLOAT_CODECS),
             "int3",
         ),
-        (RunSettings, {"class_names": ["a", "b"]}, "body", None, None),
-        (RunSettings, {"model": {"prompt_at": "cut", "prompt_count": 0}}, "body", None, None),
-        (RunSettings, {"wire": {"keep_smashed": True}}, "body", None, None),
+        (RunPlan, {"class_names": ["a", "b"]}, "body", None, None),
+        (RunPlan, {"model": {"prompt_at": "cut", "prompt_count": 0}}, "body", None, None),
+        (RunPlan, {"wire": {"keep_smashed": True}}, "body", None, None),
         (
-            RunSettings,
+            RunPlan,
             {
                 "model": {"prompt_at": "cut"},
                 "wire": {"keep_smashed": True, "smashed": "topk:0.1"},
@@ -61,7 +61,7 @@ EXCHANGE = {"session": "s", "round": 1, "attempt": 0, "number": 3, "steps": 3}
             None,
         ),
         (
-            RunSettings,
+            RunPlan,
             {"federation": {"participants_per_round": 1, "min_updates": 2}},
             "federation",
             None,
@@ -125,9 +125,9 @@ def test_nobody_is_right_more_often_than_asked():
 
 
 def test_the_defaults_are_a_run_and_come_back_from_json():
-    settings = RunSettings(seed=2**63 - 1)
-    assert parse_message(RunSettings, json.loads(settings.model_dump_json())) == settings
-    assert parse_message(RunSettings, {}) == RunSettings()
+    settings = RunPlan(seed=2**63 - 1)
+    assert parse_message(RunPlan, json.loads(settings.model_dump_json())) == settings
+    assert parse_message(RunPlan, {}) == RunPlan()
 
 
 def test_messages_cannot_be_changed():

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import pruning
 from protocol.errors import InvalidField, WrongShape
-from protocol.settings import TrainingSettings
+from protocol.plan import TrainingPlan
 from pruning import SCORES, el2n, grand, loss, margin, random
 
 # softmax of (log 1, log 2, log 5) is (1/8, 2/8, 5/8).
@@ -175,7 +175,7 @@ def test_what_one_score_needs_is_asked_for():
 
 
 def test_the_registry_has_what_the_settings_allow():
-    allowed = TrainingSettings.model_json_schema()["properties"]["pruning"]["enum"]
+    allowed = TrainingPlan.model_json_schema()["properties"]["pruning"]["enum"]
     assert sorted(SCORES) == sorted(allowed)
 
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from protocol.settings import TrainingSettings
+from protocol.plan import TrainingPlan
 from split_model.optimizer import learning_rate_factor, make_optimizer, set_progress
 
 
 def factors(rounds: int, *progress: float, **settings: object) -> list[float]:
-    training = TrainingSettings.model_validate(settings)
+    training = TrainingPlan.model_validate(settings)
     return [learning_rate_factor(training, value, rounds) for value in progress]
 
 
@@ -47,7 +47,7 @@ def parts() -> tuple[nn.Parameter, nn.Linear]:
 )
 def test_prompts_and_tail_have_their_own_rates(name: str, kind: type) -> None:
     prompts, tail = parts()
-    training = TrainingSettings(
+    training = TrainingPlan(
         optimizer=name,
         prompt_learning_rate=0.3,
         tail_learning_rate=0.02,
@@ -67,7 +67,7 @@ def test_prompts_and_tail_have_their_own_rates(name: str, kind: type) -> None:
 
 def test_the_factor_is_of_the_full_rate_each_time() -> None:
     optimizer = make_optimizer(
-        TrainingSettings(prompt_learning_rate=0.4, tail_learning_rate=0.2), *parts()
+        TrainingPlan(prompt_learning_rate=0.4, tail_learning_rate=0.2), *parts()
     )
     for factor in (0.5, 0.5, 1.0, 0.0, 0.25):
         set_progress(optimizer, factor)
@@ -77,7 +77,7 @@ def test_the_factor_is_of_the_full_rate_each_time() -> None:
 
 def test_weight_decay_leaves_the_prompts_alone() -> None:
     prompts, tail = parts()
-    training = TrainingSettings(optimizer="sgd", weight_decay=1.0, tail_learning_rate=0.1)
+    training = TrainingPlan(optimizer="sgd", weight_decay=1.0, tail_learning_rate=0.1)
     optimizer = make_optimizer(training, prompts, tail)
     for parameter in (prompts, *tail.parameters()):
         parameter.grad = torch.zeros_like(parameter)
@@ -90,6 +90,6 @@ def test_weight_decay_leaves_the_prompts_alone() -> None:
 @pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
 def test_a_run_without_prompts(name: str) -> None:
     _, tail = parts()
-    optimizer = make_optimizer(TrainingSettings(optimizer=name), None, tail)
+    optimizer = make_optimizer(TrainingPlan(optimizer=name), None, tail)
     tail(torch.ones(1, 3)).sum().backward()
     optimizer.step()

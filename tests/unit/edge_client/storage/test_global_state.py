@@ -16,7 +16,7 @@ from protocol.errors import MalformedFrame, NotFound
 from protocol.federation import FederationSettings
 from protocol.frames import Frame, decode_frame, encode_frame, join_frame
 from protocol.messages import BlobRef, UpdateMeta
-from protocol.settings import BackboneSettings, RunSettings, WireSettings
+from protocol.plan import ModelPlan, RunPlan, WirePlan
 from split_model import applied, load_state, state_bytes
 from split_server.aggregation.publishing import publish
 from split_server.storage.run_files import RunFiles, StateRefs, read_tensors
@@ -61,15 +61,15 @@ class Origin:
         self.updates.append((meta, frame.tensors()))
 
 
-def run(**wire: object) -> RunSettings:
-    return RunSettings(
-        model=BackboneSettings(prompt_at="cut"),
+def run(**wire: object) -> RunPlan:
+    return RunPlan(
+        model=ModelPlan(prompt_at="cut"),
         federation=FederationSettings(),
-        wire=WireSettings.model_validate({"update_deltas": True, **wire}),
+        wire=WirePlan.model_validate({"update_deltas": True, **wire}),
     )
 
 
-def device(origin: Origin, folder: Path, settings: RunSettings) -> GlobalStates:
+def device(origin: Origin, folder: Path, settings: RunPlan) -> GlobalStates:
     return GlobalStates(origin, "r", settings.wire, BlobCache(folder))  # type: ignore[arg-type]
 
 

@@ -15,7 +15,7 @@ from edge_client.transport.deltas import DeltaBatch, DeltaCache
 from protocol.codecs import codec_named
 from protocol.codecs.registry import as_decoded
 from protocol.errors import InvalidField
-from protocol.settings import RunSettings
+from protocol.plan import RunPlan
 
 PLENTY = 10**9
 
@@ -264,8 +264,8 @@ def test_the_bytes_are_those_of_the_copies_and_within_the_limit(
 
 def test_a_run_may_send_changes() -> None:
     wire = {"smashed": "int8", "delta_smashed": "int4+zstd", "skip_below": 0.05}
-    settings = RunSettings.model_validate({"wire": {**wire, "gradient_correction": 0.01}})
-    assert RunSettings.model_validate_json(settings.model_dump_json()) == settings
+    settings = RunPlan.model_validate({"wire": {**wire, "gradient_correction": 0.01}})
+    assert RunPlan.model_validate_json(settings.model_dump_json()) == settings
 
 
 @pytest.mark.parametrize(
@@ -289,4 +289,4 @@ def test_a_run_that_cannot_work_is_refused(
     wire: dict[str, Any], model: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(ValidationError, match=said):
-        RunSettings.model_validate({"wire": wire, "model": model})
+        RunPlan.model_validate({"wire": wire, "model": model})

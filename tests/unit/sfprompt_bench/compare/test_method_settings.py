@@ -8,7 +8,7 @@ import pytest
 
 from protocol.errors import InvalidField
 from protocol.messages import parse_message
-from protocol.settings import RunSettings
+from protocol.plan import RunPlan
 
 ALONE: dict[str, Any] = {"split_epochs": 0, "keep_fraction": 1}
 
@@ -29,7 +29,7 @@ ALONE: dict[str, Any] = {"split_epochs": 0, "keep_fraction": 1}
     ],
 )
 def test_what_goes_together(settings: dict[str, Any]) -> None:
-    parse_message(RunSettings, settings)
+    parse_message(RunPlan, settings)
 
 
 @pytest.mark.parametrize(
@@ -62,5 +62,5 @@ def test_what_goes_together(settings: dict[str, Any]) -> None:
 )
 def test_what_does_not_is_a_typed_error(settings: dict[str, Any], named: str) -> None:
     with pytest.raises(InvalidField) as caught:
-        parse_message(RunSettings, settings)
+        parse_message(RunPlan, settings)
     assert named in f"{caught.value.field} {caught.value.message}"

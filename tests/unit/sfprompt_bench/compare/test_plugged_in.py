@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from edge_client.data import Dataset, load_dataset
-from protocol.settings import RunSettings
+from protocol.plan import RunPlan
 from sfprompt_bench.compare.references import give_images, of_backbone, plugged_in_accuracy
 from split_model import SplitSettings, initial_state, open_backbone, prepare_backbone
 from split_model.backbone.tensor_file import TensorFile
@@ -17,12 +17,12 @@ from tests.support.edge import SMALL, image_set
 
 PROXY: dict[str, Any] = {"proxy": "pruned", "cut": 12, "prompt_count": 0, "tune": "lora"}
 
-SETTINGS = RunSettings(model=SMALL.model_copy(update=PROXY))
+SETTINGS = RunPlan(model=SMALL.model_copy(update=PROXY))
 
 
 def test_images_to_distil_on_are_the_other_set_s(tmp_path: Path) -> None:
     how = {"epochs": 1, "images": "digits", "samples": 30}
-    asked = RunSettings.model_validate({**SETTINGS.model_dump(), "distillation": how})
+    asked = RunPlan.model_validate({**SETTINGS.model_dump(), "distillation": how})
     give_images(asked, tmp_path)
     pixels = TensorFile(tmp_path / "distillation" / "digits.safetensors")["images"]
     assert (pixels.dtype, pixels.shape[:2]) == (torch.uint8, (30, 3))

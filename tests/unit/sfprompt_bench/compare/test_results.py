@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from protocol.messages import BlobRef, ParticipantView, Results, RoundView, RunView
-from protocol.settings import RunSettings
+from protocol.plan import RunPlan
 from protocol.traffic import Phase
 from sfprompt_bench.compare.charts import accuracy_chart, device_chart, share_chart
 from sfprompt_bench.compare.config import Comparison
@@ -118,7 +118,7 @@ def test_bytes_to_a_target_are_those_of_the_first_round_that_reaches_it() -> Non
     assert FULL.mean("bytes_to_target") is None  # one of its seeds never reaches it
 
 
-def found_of(settings: RunSettings) -> dict[str, Any]:
+def found_of(settings: RunPlan) -> dict[str, Any]:
     """Two devices, two rounds. A state has 1,000 bytes, of which one crosses before round 1."""
     traffic = {
         str(Phase.DOWNLOAD): {"up": 200, "down": 9_800},
@@ -171,7 +171,7 @@ def found_of(settings: RunSettings) -> dict[str, Any]:
 
 
 def test_the_figures_of_a_run_are_per_device_and_start_counts_once() -> None:
-    found = found_of(RunSettings())
+    found = found_of(RunPlan())
     assert found["bytes_start"] == 10_000 // 2 + 1_000
     assert found["bytes_up_per_round"] == (8_000 + 4_000) // 4
     assert found["bytes_down_per_round"] == (400 + 4_000 + 6_000 - 2 * 1_000) // 4
@@ -187,14 +187,14 @@ def test_the_figures_of_a_run_are_per_device_and_start_counts_once() -> None:
 
 
 def test_a_head_that_came_again_belongs_to_the_rounds() -> None:
-    settings = RunSettings.model_validate(
+    settings = RunPlan.model_validate(
         {
             "model": {"proxy": "pruned", "tune": "lora"},
             "federation": {"rounds": 2},
             "distillation": {"epochs": 1, "every": 1},
         }
     )
-    plain, found = found_of(RunSettings()), found_of(settings)
+    plain, found = found_of(RunPlan()), found_of(settings)
     assert found["bytes_start"] == 10_000 // 2 // 2 + 1_000  # two heads for each of two devices
     assert found["bytes_down_per_round"] == plain["bytes_down_per_round"] + 5_000 // 4
     assert found["bytes_total"] == plain["bytes_total"]

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from protocol.federation import FederationSettings
-from protocol.settings import BackboneSettings, RunSettings
+from protocol.plan import ModelPlan, RunPlan
 from sfprompt_bench.estimate import (
     METHODS,
     Headline,
@@ -69,8 +69,8 @@ def test_some_never_break_even(own: MethodCost, prompt: MethodCost) -> None:
 
 @pytest.fixture(scope="module")
 def question() -> Question:
-    run = RunSettings(
-        model=BackboneSettings(backbone="vit_tiny_patch16_224", image_size=32, prompt_at="cut"),
+    run = RunPlan(
+        model=ModelPlan(backbone="vit_tiny_patch16_224", image_size=32, prompt_at="cut"),
         federation=FederationSettings(rounds=7),
     )
     return Question(run, 60, 20)
@@ -90,7 +90,7 @@ def test_a_report_survives_json(question: Question) -> None:
     costs = estimate(question)
     report = estimate_report(question, costs)
     assert json.loads(json.dumps(report)) == report
-    assert RunSettings.model_validate(report["settings"]) == question.settings
+    assert RunPlan.model_validate(report["settings"]) == question.settings
     assert list(report["methods"]) == list(METHODS)
     for name, cost in costs.items():
         assert report["methods"][name]["bytes_total"] == cost.bytes_total(7)

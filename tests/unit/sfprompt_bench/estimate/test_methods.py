@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from protocol.errors import InvalidField
 from protocol.federation import FederationSettings
-from protocol.settings import BackboneSettings, RunSettings, TrainingSettings
+from protocol.plan import ModelPlan, RunPlan, TrainingPlan
 from sfprompt_bench.estimate import METHODS, MethodCost, Question, estimate
 from sfprompt_bench.estimate.sizes import forward_flops
 from split_model import Head, SplitSettings, Tail, part_flops
@@ -30,10 +30,10 @@ Q = 605_184  # bytes of 197 tokens
 FEDERATED = [name for name in METHODS if name.startswith(("fl-", "fedpeft-"))]
 
 
-def base(*, cut: int = 1, prompts: int = 5, **training: float) -> RunSettings:
+def base(*, cut: int = 1, prompts: int = 5, **training: float) -> RunPlan:
     """ViT-B/16 at 224 px with 100 classes."""
-    return RunSettings(
-        model=BackboneSettings(
+    return RunPlan(
+        model=ModelPlan(
             backbone="vit_base_patch16_224",
             image_size=224,
             cut=cut,
@@ -41,16 +41,14 @@ def base(*, cut: int = 1, prompts: int = 5, **training: float) -> RunSettings:
             prompt_count=prompts,
         ),
         federation=FederationSettings(rounds=50, evaluate_every=0),
-        training=TrainingSettings.model_validate({"keep_fraction": 1, **training}),
+        training=TrainingPlan.model_validate({"keep_fraction": 1, **training}),
     )
 
 
-def tiny(**training: float) -> RunSettings:
-    return RunSettings(
-        model=BackboneSettings(
-            backbone="vit_tiny_patch16_224", image_size=32, cut=2, prompt_count=2
-        ),
-        training=TrainingSettings.model_validate(training),
+def tiny(**training: float) -> RunPlan:
+    return RunPlan(
+        model=ModelPlan(backbone="vit_tiny_patch16_224", image_size=32, cut=2, prompt_count=2),
+        training=TrainingPlan.model_validate(training),
     )
 
 
@@ -163,7 +161,7 @@ def test_the_papers_form_is_the_same_whatever_the_runs_placement_and_codecs_are(
     changed = plain.model_dump()
     changed["model"] |= {"prompt_at": "cut", "prompt_depth": "deep"}
     changed["wire"] |= {"keep_smashed": True, "pooled_features": True, "smashed": "float16"}
-    other = RunSettings.model_validate(changed)
+    other = RunPlan.model_validate(changed)
     paper = METHODS["sfprompt-paper"]
     assert paper.cost(Question(plain, 64)) == paper.cost(Question(other, 64))
 
@@ -172,9 +170,9 @@ def test_merging_tokens_makes_the_run_cheaper_and_no_other_method() -> None:
     values = base(prompts=5).model_dump()
     values["model"] |= {"prompt_at": "cut", "prompt_depth": "deep"}
     values["wire"] |= {"keep_smashed": True, "pooled_features": True}
-    every = estimate(Question(RunSettings.model_validate(values), 64))
+    every = estimate(Question(RunPlan.model_validate(values), 64))
     values["model"]["keep_tokens"] = 98
-    half = estimate(Question(RunSettings.model_validate(values), 64))
+    half = estimate(Question(RunPlan.model_validate(values), 64))
     own, merged = every.pop("sfprompt"), half.pop("sfprompt")
     assert half == every
     saved = own.bytes_up_once - merged.bytes_up_once
@@ -198,7 +196,7 @@ def test_what_a_run_tunes_does_not_change_what_a_method_costs(tuned: str) -> Non
     plain = base(prompts=0)
     values = plain.model_dump()
     values["model"] |= {"tune": tuned, "tune_body": tuned == "full"}
-    question = Question(RunSettings.model_validate(values), 10)
+    question = Question(RunPlan.model_validate(values), 10)
     for name in ("fl-full", "splitfed-full"):
         assert METHODS[name].cost(question) == METHODS[name].cost(Question(plain, 10))
 
@@ -352,7 +350,7 @@ def test_more_samples_never_cost_less(
     if at_cut:
         values["model"]["prompt_at"] = "cut"
         values["wire"] |= {"keep_smashed": True, "pooled_features": True, "features": "int8"}
-    run = RunSettings.model_validate(values)
+    run = RunPlan.model_validate(values)
     small = estimate(Question(run, fewer, tests, local_epochs=epochs))
     large = estimate(Question(run, fewer + more, tests + more, local_epochs=epochs))
     for name, cost in small.items():

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from protocol.distillation import DistillationSettings
-from protocol.settings import BackboneSettings, RunSettings
+from protocol.plan import ModelPlan, RunPlan
 from sfprompt_bench.estimate import METHODS, Question, estimate
 from split_model.backbone.libraries import timm
 
@@ -24,14 +24,14 @@ PRUNED = (3072 - 768) * (2 * WIDTH + 1)  # what one pruned block lacks
 
 LORA = 2 * 2 * 8 * WIDTH  # in one block
 
-VIT = BackboneSettings(
+VIT = ModelPlan(
     backbone="vit_base_patch16_224", weights="random:0", image_size=224, num_classes=100
 )
 
 
 def question(**model: object) -> Question:
     settings = VIT.model_copy(update=model)
-    return Question(RunSettings(model=settings), IMAGES, local_epochs=EPOCHS)
+    return Question(RunPlan(model=settings), IMAGES, local_epochs=EPOCHS)
 
 
 def test_parameters_and_bytes_are_those_counted_by_hand() -> None:

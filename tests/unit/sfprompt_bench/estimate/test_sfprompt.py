@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from protocol.codecs import codec_named
 from protocol.errors import InvalidField, UnknownCodec
-from protocol.settings import RunSettings
+from protocol.plan import RunPlan
 from sfprompt_bench.estimate import METHODS, MethodCost, Question
 from sfprompt_bench.estimate.sizes import samples_bytes, tensor_bytes
 
@@ -35,7 +35,7 @@ def own(
     test: int = 0,
 ) -> MethodCost:
     """ViT-B/16 cut at block 1, 10 prompts at the cut, everything kept, in batches of 4."""
-    run = RunSettings.model_validate(
+    run = RunPlan.model_validate(
         {
             "model": {
                 "backbone": "vit_base_patch16_224",

@@ -24,7 +24,7 @@ from protocol.errors import (
     TooLarge,
     WrongShape,
 )
-from protocol.settings import RunSettings, TrainingSettings
+from protocol.plan import RunPlan, TrainingPlan
 from split_model import SplitSettings
 from split_model.backbone.libraries import timm
 from split_server.engine.api import BodyJob, BodyPlan, ForwardJob, StepKey
@@ -81,8 +81,8 @@ class Case:
             "batch_size": 3,
             **more,
         }
-        settings = RunSettings(
-            model=SMALL.model_copy(update=tuned), training=TrainingSettings.model_validate(given)
+        settings = RunPlan(
+            model=SMALL.model_copy(update=tuned), training=TrainingPlan.model_validate(given)
         )
         self.backbone, self.optimizer, self.num_tokens = backbone, optimizer, num_tokens
         self.split = SplitSettings.of(settings.model)

@@ -143,7 +143,7 @@ def test_a_large_batch_of_inference_is_done_in_full_batches(
     make: MakeEngine, key: BodyKey, body: Body, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So that one request takes neither the body for itself nor memory without a limit."""
-    monkeypatch.setitem(engine._FULL_BATCH_TOKENS, "cpu", 3 * smashed().shape[1])
+    monkeypatch.setitem(engine_module._FULL_BATCH_TOKENS, "cpu", 3 * smashed().shape[1])
     rows, sizes = smashed().repeat(4, 1, 1), []
     real = compute.run_inference
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from protocol.errors import NonFinite, StepLost
-from protocol.settings import TrainingSettings
+from protocol.plan import TrainingPlan
 from split_server.engine.api import SessionPlan, batch_key
 from split_server.engine.prompt_sessions import Session
 from split_server.engine.session_table import OpenSessions
@@ -38,7 +38,7 @@ def plan(
         **training,
     }
     return SessionPlan(
-        training=TrainingSettings.model_validate(given),
+        training=TrainingPlan.model_validate(given),
         rounds=rounds,
         round=round_,
         initial=lambda: numbers(0),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from protocol.errors import StepLost, WrongShape
 from protocol.messages import RunStatus, Task
-from protocol.settings import RunSettings
+from protocol.plan import RunPlan
 from split_model import SplitSettings, load_state
 from split_server.federation import transitions
 from split_server.federation.export import newest_state
@@ -34,7 +34,7 @@ def site(tmp_path: Path) -> Iterator[FederationHarness]:
 
 def created(site: FederationHarness, wire: dict[str, Any] | None = None, **federation: Any) -> str:
     plain = run_settings(wire=wire, **federation)
-    settings = RunSettings.model_validate({**plain.model_dump(), "model": MODEL.model_dump()})
+    settings = RunPlan.model_validate({**plain.model_dump(), "model": MODEL.model_dump()})
     return site.federation.create(settings, IdempotentRequest.of("create", uuid.uuid4().hex)).id
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from protocol.errors import EmptyUpdate, InvalidField, NonFinite, WrongShape
 from protocol.messages import Results, RunStatus, Task, parse_message
-from protocol.settings import RunSettings
+from protocol.plan import RunPlan
 from split_server.aggregation.differential_privacy import clipped, epsilon_of, normal, private_mean
 from split_server.aggregation.fedavg import WeightedState, federated_average
 from split_server.cli import _rounds_table
@@ -160,7 +160,7 @@ def test_noise_out_of_range_is_a_typed_error() -> None:
 )
 def test_settings_that_do_not_go_together_are_refused(changed: dict[str, Any], named: str) -> None:
     with pytest.raises(InvalidField, match=named):
-        parse_message(RunSettings, changed)
+        parse_message(RunPlan, changed)
 
 
 # Runs

@@ -58,7 +58,7 @@ def _known_codec(name: str) -> str:
 CodecName = Annotated[str, AfterValidator(_known_codec)]
 
 
-class BackboneSettings(Message):
+class ModelPlan(Message):
     """Which pretrained model, and where it is cut."""
 
     backbone: Text = Field("vit_small_patch14_dinov2", description="timm's name of the model")
@@ -117,7 +117,7 @@ class BackboneSettings(Message):
     )
 
     @model_validator(mode="after")
-    def _a_tuned_head_is_trained_on_the_device(self) -> BackboneSettings:
+    def _a_tuned_head_is_trained_on_the_device(self) -> ModelPlan:
         if self.prompt_at == "cut" and self.tune in ("bias", "adapter", "lora", "full"):
             raise ValueError(
                 f"model.tune = {self.tune} needs model.prompt_at = input: prompts at the cut are "
@@ -126,7 +126,7 @@ class BackboneSettings(Message):
         return self
 
     @model_validator(mode="after")
-    def _a_tuned_body_is_tuned_with_all_the_rest(self) -> BackboneSettings:
+    def _a_tuned_body_is_tuned_with_all_the_rest(self) -> ModelPlan:
         if self.tune_body and self.tune != "full":
             raise ValueError(f"model.tune_body needs model.tune = full, not {self.tune}")
         if self.tune_body and self.prompt_count:
@@ -136,7 +136,7 @@ class BackboneSettings(Message):
         return self
 
     @model_validator(mode="after")
-    def _what_is_tuned_on_a_proxy_fits_the_backbone(self) -> BackboneSettings:
+    def _what_is_tuned_on_a_proxy_fits_the_backbone(self) -> ModelPlan:
         if self.local_body and (self.prompt_at == "cut" or self.proxy != "none"):
             raise ValueError("model.local_body needs model.prompt_at = input and no model.proxy")
         if self.proxy == "none":
@@ -150,7 +150,7 @@ class BackboneSettings(Message):
         return self
 
 
-class TrainingSettings(Message):
+class TrainingPlan(Message):
     """The three phases of a round on a device (SFPrompt, arXiv 2407.17533, section 3)."""
 
     keep_fraction: float = Field(
@@ -185,13 +185,13 @@ class TrainingSettings(Message):
     )
 
     @model_validator(mode="after")
-    def _nesterov_needs_momentum(self) -> TrainingSettings:
+    def _nesterov_needs_momentum(self) -> TrainingPlan:
         if self.nesterov and (self.optimizer != "sgd" or self.momentum == 0):
             raise ValueError("nesterov needs optimizer = sgd and a momentum above 0")
         return self
 
 
-class WireSettings(Message):
+class WirePlan(Message):
     """What crosses the wire, and the codec of each kind of tensor."""
 
     smashed: CodecName = "float32"
@@ -237,20 +237,20 @@ class WireSettings(Message):
     )
 
 
-class RunSettings(Message):
+class RunPlan(Message):
     """Everything that defines a run. Two runs with equal settings and data give equal results."""
 
     name: Text = "run"
     seed: int = Field(0, ge=0, lt=2**63)
     class_names: tuple[Text, ...] | None = Field(None, description="in the order of the classes")
-    model: BackboneSettings = BackboneSettings()
+    model: ModelPlan = ModelPlan()
     federation: FederationSettings = FederationSettings()
-    training: TrainingSettings = TrainingSettings()
-    wire: WireSettings = WireSettings()
+    training: TrainingPlan = TrainingPlan()
+    wire: WirePlan = WirePlan()
     distillation: DistillationSettings = DistillationSettings()
 
     @model_validator(mode="after")
-    def _something_is_distilled(self) -> RunSettings:
+    def _something_is_distilled(self) -> RunPlan:
         smaller = self.model.proxy != "none" or self.model.local_body
         if self.distillation.epochs and not smaller:
             raise ValueError("distillation.epochs needs a model.proxy or a model.local_body")
@@ -261,7 +261,7 @@ class RunSettings(Message):
         return self
 
     @model_validator(mode="after")
-    def _one_name_per_class(self) -> RunSettings:
+    def _one_name_per_class(self) -> RunPlan:
         names = self.class_names
         if names is not None and len(names) != self.model.num_classes:
             raise ValueError(
@@ -270,7 +270,7 @@ class RunSettings(Message):
         return self
 
     @model_validator(mode="after")
-    def _prompts_at_the_cut_are_some(self) -> RunSettings:
+    def _prompts_at_the_cut_are_some(self) -> RunPlan:
         if self.model.prompt_at == "cut" and self.model.prompt_count == 0:
             raise ValueError(
                 "model.prompt_at = cut needs a model.prompt_count above 0: the server has nothing "
@@ -279,7 +279,7 @@ class RunSettings(Message):
         return self
 
     @model_validator(mode="after")
-    def _kept_smashed_data_are_constant(self) -> RunSettings:
+    def _kept_smashed_data_are_constant(self) -> RunPlan:
         if not self.wire.keep_smashed:
             return self
         if self.model.prompt_at != "cut":
@@ -295,7 +295,7 @@ class RunSettings(Message):
         return self
 
     @model_validator(mode="after")
-    def _changes_are_of_smashed_data_that_change(self) -> RunSettings:
+    def _changes_are_of_smashed_data_that_change(self) -> RunPlan:
         wire = self.wire
         if wire.skip_below and wire.delta_smashed is None:
             raise ValueError("wire.skip_below needs wire.delta_smashed")
@@ -315,7 +315,7 @@ class RunSettings(Message):
         return self
 
     @model_validator(mode="after")
-    def _what_shifts_or_pulls_is_on_the_device(self) -> RunSettings:
+    def _what_shifts_or_pulls_is_on_the_device(self) -> RunPlan:
         if self.training.proximal and self.model.prompt_at == "cut":
             raise ValueError(
                 "training.proximal needs model.prompt_at = input: the server does not pull prompts"
@@ -334,7 +334,7 @@ class RunSettings(Message):
         return self
 
     @model_validator(mode="after")
-    def _a_tuned_body_is_tuned_through_the_server(self) -> RunSettings:
+    def _a_tuned_body_is_tuned_through_the_server(self) -> RunPlan:
         if not self.model.tune_body:
             return self
         if self.training.split_epochs == 0:
@@ -353,7 +353,7 @@ class RunSettings(Message):
         return self
 
     @model_validator(mode="after")
-    def _local_training_alone_is_whole(self) -> RunSettings:
+    def _local_training_alone_is_whole(self) -> RunPlan:
         training = self.training
         if training.split_epochs:
             return self
@@ -375,7 +375,7 @@ class RunSettings(Message):
         return self
 
     @model_validator(mode="after")
-    def _what_is_left_out_is_a_change(self) -> RunSettings:
+    def _what_is_left_out_is_a_change(self) -> RunPlan:
         if self.wire.updates.startswith("topk") and not self.wire.update_deltas:
             raise ValueError(
                 "wire.updates = topk needs wire.update_deltas: of whole states it would set most "
