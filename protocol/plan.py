@@ -18,20 +18,20 @@ from protocol.errors import UnknownCodec
 from protocol.federation import FederationSettings, ServerOptimizer
 
 __all__ = [
-    "BackboneSettings",
     "CodecName",
     "DistillationSettings",
     "FederationSettings",
     "Message",
+    "ModelPlan",
     "PromptDepth",
     "PromptPlacement",
     "ProxyKind",
-    "RunSettings",
+    "RunPlan",
     "ServerOptimizer",
     "Text",
-    "TrainingSettings",
+    "TrainingPlan",
     "Tuned",
-    "WireSettings",
+    "WirePlan",
 ]
 
 Text = Annotated[str, Field(min_length=1, max_length=200)]

@@ -18,12 +18,6 @@ from protocol.wire import (
 )
 
 __all__ = [
-    "BACKWARD_PATH",
-    "EXCHANGE_PATH",
-    "FORWARD_PATH",
-    "INFER_PATH",
-    "MISSING_PATH",
-    "SAMPLES_PATH",
     "Phase",
     "Traffic",
     "phases_of",

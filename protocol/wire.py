@@ -5,10 +5,16 @@ from __future__ import annotations
 from typing import Final
 
 __all__ = [
+    "BACKWARD_PATH",
+    "EXCHANGE_PATH",
+    "FORWARD_PATH",
     "FRAME_MEDIA_TYPE",
     "IDEMPOTENCY_HEADER",
+    "INFER_PATH",
+    "MISSING_PATH",
     "PROTOCOL_VERSION",
     "REQUEST_ID_HEADER",
+    "SAMPLES_PATH",
     "VERSION_HEADER",
 ]
 

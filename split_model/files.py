@@ -1,3 +1,5 @@
+"""Durable writes and checksums of files."""
+
 from __future__ import annotations
 
 import contextlib

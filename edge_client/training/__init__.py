@@ -15,7 +15,7 @@ __all__ = [
     "TrainingResult",
     "evaluate",
     "inactive_neurons",
-    "select_samples",
     "local_update",
+    "select_samples",
     "split_train",
 ]

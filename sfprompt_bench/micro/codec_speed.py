@@ -45,6 +45,7 @@ def in_copies(work: Callable[[], object], tensor: torch.Tensor) -> tuple[float, 
 
 
 def line(name: str, tensor: torch.Tensor, generator: torch.Generator) -> str:
+    """One row: the codec's name, its ratio, and its time in copies of the tensor."""
     codec = codec_named(name)
     buffers = codec.encode(tensor)
     back = codec.decode(buffers, tensor.shape)
@@ -60,6 +61,7 @@ def line(name: str, tensor: torch.Tensor, generator: torch.Generator) -> str:
 
 
 def main() -> None:
+    """Time every codec and print a row for each."""
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(1)
     tensor = torch.randn(SHAPE, generator=generator)

@@ -20,6 +20,7 @@ BATCH = 32
 
 
 def peak_bytes() -> int:
+    """The largest resident memory of this process so far, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
@@ -30,6 +31,7 @@ def warm_up() -> None:
 
 
 def main() -> None:
+    """Run one training step of a device and print its peak memory."""
     settings = ModelPlan.model_validate_json(sys.argv[1])
     torch.set_num_threads(1)
     warm_up()

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from edge_client.data.download import cache_dir
 from protocol.errors import Conflict, NotFound, SFPromptError
 
 _NEEDED_BYTES = 500 * 1024 * 1024  # weights, their conversion, states and logs
@@ -82,6 +81,8 @@ def shared_backbones(data_dir: Path) -> Iterator[None]:
 
     Its files never change once they have their names, so that both places can hold the same.
     """
+    from edge_client.data.download import cache_dir  # imports torch, which a help text need not
+
     common, own = cache_dir() / "backbones", data_dir / "backbones"
     _share(common, own)
     try:

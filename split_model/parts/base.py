@@ -143,7 +143,7 @@ class Part(nn.Module):
         after: BlockHook | None = None,
         num_tokens: int | None = None,
     ) -> Tensor:
-        """[B, T, D] through this part's blocks, in order, to [B, T, D] or its ``num_tokens`` tokens.
+        """[B, T, D] through this part's blocks, to [B, T, D] or its first ``num_tokens`` tokens.
 
         `prompts` of the T tokens, behind the prefix, are untouched by positions. `after` may
         change the tokens behind each block.

@@ -2,7 +2,8 @@
 
 SFPrompt's local-loss update (arXiv 2407.17533, section 3) goes from the head straight to the tail:
 the tail learns from features that no body has made. With `local_body` blocks between them, which
-the server distils from the body's (`split_model.proxies.distillation`), it learns from nearly the body's.
+the server distils from the body's (`split_model.proxies.distillation`), it learns from nearly the
+body's.
 """
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+"""The connection under uvicorn: counts bytes at the socket, receives large bodies directly."""
+
 from __future__ import annotations
 
 import asyncio

@@ -1,3 +1,5 @@
+"""The key under which a frozen body is shared, and its weights."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping

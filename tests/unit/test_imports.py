@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "split_model": {"protocol"},
     "edge_client": {"protocol", "pruning", "split_model"},
     "split_server": {"protocol", "split_model"},
-    "benchmark": {"protocol", "pruning", "split_model", "edge_client", "split_server"},
+    "sfprompt_bench": {"protocol", "pruning", "split_model", "edge_client", "split_server"},
 }
 
 

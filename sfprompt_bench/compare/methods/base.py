@@ -25,7 +25,7 @@ class Method(ABC):
         what: it in a sentence.
         form: which preset of the data set it begins from.
         recipe: what it changes of that preset; a comparison may change it again.
-        costed_as: the method of `sfprompt_bench.estimate` that calculates its cost; None: none does.
+        costed_as: the method of `sfprompt_bench.estimate` for its cost; None: it has none.
     """
 
     name: ClassVar[str]

@@ -20,7 +20,7 @@ EXPORTED = {
     "StaleRound StepLost TooLarge Unauthorized UnknownCodec Unreachable UnsupportedVersion "
     "WrongShape error_from_wire",
     "federation": "FederationSettings ServerOptimizer",
-    "forms": "FORMS Form over_form",
+    "presets": "FORMS Form over_form",
     "frames": "ALIGNMENT Frame MAGIC PREFIX_BYTES TensorSpec decode_frame encode_frame "
     "frame_length header_length join_frame require_kind",
     "header": "check_text pack_header unpack_header",
@@ -31,19 +31,17 @@ EXPORTED = {
     "SAMPLE_ID_BYTES SamplesMeta Seconds Sha256 StepId StepMeta Task UpdateMeta UpdateReceipt "
     "named_field named_limit parse_message",
     "seeds": "derive_seed",
-    "settings": "BackboneSettings CodecName DistillationSettings FederationSettings Message "
-    "PromptDepth PromptPlacement ProxyKind RunSettings ServerOptimizer Text "
-    "TrainingSettings Tuned WireSettings",
-    "traffic": "BACKWARD_PATH EXCHANGE_PATH FORWARD_PATH INFER_PATH MISSING_PATH Phase "
-    "SAMPLES_PATH Traffic phases_of total_bytes",
-    "trust": "trusting",
-    "version": "FRAME_MEDIA_TYPE IDEMPOTENCY_HEADER PROTOCOL_VERSION REQUEST_ID_HEADER "
-    "VERSION_HEADER",
+    "plan": "CodecName DistillationSettings FederationSettings Message ModelPlan PromptDepth "
+    "PromptPlacement ProxyKind RunPlan ServerOptimizer Text TrainingPlan Tuned WirePlan",
+    "traffic": "Phase Traffic phases_of total_bytes",
+    "tls": "trusting",
+    "wire": "BACKWARD_PATH EXCHANGE_PATH FORWARD_PATH FRAME_MEDIA_TYPE IDEMPOTENCY_HEADER "
+    "INFER_PATH MISSING_PATH PROTOCOL_VERSION REQUEST_ID_HEADER SAMPLES_PATH VERSION_HEADER",
 }
 
 FOLDER = Path(protocol.__file__).parent
 
-ROOMS = {"timm", "split_model", "edge_client", "split_server", "benchmark", "pruning"}
+ROOMS = {"timm", "split_model", "edge_client", "split_server", "sfprompt_bench", "pruning"}
 
 HTTP = {"httpx", "requests", "fastapi", "starlette", "uvicorn", "aiohttp"}
 
@@ -75,5 +73,5 @@ def test_the_contract_knows_neither_http_nor_models():
 
 
 def test_settings_and_errors_cost_no_torch():
-    light = loaded_by("errors", "settings", "messages", "limits", "seeds", "traffic", "version")
+    light = loaded_by("errors", "plan", "messages", "limits", "seeds", "traffic", "wire")
     assert light.isdisjoint(["torch", "numpy"])

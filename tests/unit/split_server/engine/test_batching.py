@@ -189,7 +189,7 @@ def test_jobs_of_runs_that_cut_alike_join_one_batch(
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("depth", DEPTHS)
-@pytest.mark.parametrize("leading", [None, 1])
+@pytest.mark.parametrize("num_tokens", [None, 1])
 def test_joined_sessions_tune_each_ones_own_prompts(
     make: MakeEngine, backbone: Path, mode: str, depth: str, num_tokens: int | None
 ) -> None:

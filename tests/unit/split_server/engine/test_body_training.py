@@ -163,7 +163,7 @@ def close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("backward", ["auto", "recompute"])
-@pytest.mark.parametrize("leading", [None, 1])
+@pytest.mark.parametrize("num_tokens", [None, 1])
 def test_features_gradients_and_body_are_those_of_torch_alone(
     make: MakeEngine, backbone: Path, optimizer: str, backward: str, num_tokens: int | None
 ) -> None:

@@ -53,7 +53,7 @@ def case(request: pytest.FixtureRequest, backbone: Path) -> Case:
 
 
 @pytest.mark.parametrize("depth", DEPTHS)
-@pytest.mark.parametrize("leading", [None, 1, 3])
+@pytest.mark.parametrize("num_tokens", [None, 1, 3])
 def test_features_and_prompts_are_those_of_the_uncut_models_blocks(
     make: MakeEngine, backbone: Path, depth: str, num_tokens: int | None
 ) -> None:
@@ -69,7 +69,7 @@ def test_features_and_prompts_are_those_of_the_uncut_models_blocks(
     assert moved.min() > 1e-4, "the comparison is not of prompts that stand still"
 
 
-@pytest.mark.parametrize("leading", [None, 1])
+@pytest.mark.parametrize("num_tokens", [None, 1])
 def test_inference_with_the_prompts_gives_the_same_features(
     make: MakeEngine, case: Case, num_tokens: int | None
 ) -> None:

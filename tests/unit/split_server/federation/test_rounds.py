@@ -38,7 +38,7 @@ def a_run(members: int = 3, *, closed: int = 0, **federation: Any) -> RunSnapsho
         id="r1",
         status=RunStatus.RUNNING if closed else RunStatus.WAITING,
         reason=None,
-        settings=run_settings(**federation),
+        plan=run_settings(**federation),
         created_at=0.0,
         finished_at=None,
         backbone_path="",
@@ -264,12 +264,12 @@ def test_a_request_names_the_open_round_attempt_and_phase() -> None:
 def test_a_round_waits_for_a_distillation_that_is_due(closed: int, renewed: int, due: bool) -> None:
     run = replace(a_run(closed=closed, rounds=6), renewed=renewed)
     again = DistillationSettings(epochs=1, every=2)
-    run = replace(run, settings=run.settings.model_copy(update={"distillation": again}))
+    run = replace(run, plan=run.plan.model_copy(update={"distillation": again}))
     everybody = set(run.members)
     action = decide(run, everybody, NOW, settled=True)
     assert action == Redistill(closed) if due else isinstance(action, OpenTraining)
     assert assignment_for(run, "p1", NOW).head == run.head
-    never = replace(run, settings=run_settings(rounds=6))
+    never = replace(run, plan=run_settings(rounds=6))
     assert isinstance(decide(never, everybody, NOW, settled=True), OpenTraining)
     assert "head" not in assignment_for(never, "p1", NOW).model_dump_json()
 
