@@ -22,7 +22,7 @@ NAME = "vit_tiny_patch16_224"
 PREPARE = """
 import sys
 from split_model import SplitSettings, prepare_backbone
-from split_model.weights import WeightSourceError
+from split_model.backbone.weights import WeightSourceError
 settings = SplitSettings(backbone=sys.argv[1], image_size=224, cut=1, num_classes=3)
 try:
     print(prepare_backbone(settings, "hub", sys.argv[2]).path)

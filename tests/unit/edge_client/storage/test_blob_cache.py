@@ -73,8 +73,8 @@ def test_what_broke_off_goes_on(cache: BlobCache, tmp_path: Path) -> None:
 def test_a_killed_process_is_continued_by_the_next(tmp_path: Path) -> None:
     program = f"""
 import os, pathlib, signal
-from edge_client import blob_cache
-from edge_client.blob_cache import BlobCache
+from edge_client.storage import blob_cache
+from edge_client.storage.blob_cache import BlobCache
 from protocol.messages import BlobRef
 content = bytes.fromhex({CONTENT.hex()!r})
 def download(start):
@@ -158,8 +158,8 @@ def test_threads_download_a_file_once(cache: BlobCache) -> None:
 def test_processes_download_a_file_once(tmp_path: Path) -> None:
     program = f"""
 import pathlib, time
-from edge_client import blob_cache
-from edge_client.blob_cache import BlobCache
+from edge_client.storage import blob_cache
+from edge_client.storage.blob_cache import BlobCache
 from protocol.messages import BlobRef
 content = bytes.fromhex({CONTENT.hex()!r})
 def download(start):
