@@ -97,7 +97,7 @@ class Participant:
         )
         joined: JoinResponse = self.server.join(run, request, key, join_token)
         self.id, self.run = joined.participant, joined.run
-        self.settings = joined.run.settings
+        self.settings = joined.run.settings.plan
         self.server.authenticate(joined.credential)
         if len(self.data.class_names) > self.settings.model.num_classes:
             raise InvalidField(

@@ -114,7 +114,7 @@ class Predictor(Classifier):
 
     def join(self, key: str, name: str, join_token: str | None = None) -> None:
         """Get a credential and the model's parts. No data are announced: nothing to train on."""
-        classes = self._run.settings.model.num_classes
+        classes = self._run.settings.plan.model.num_classes
         request = JoinRequest(name=name, train_samples=0, test_samples=0, num_classes=classes)
         joined = self._server.join(self._run.id, request, key, join_token)
         self._server.authenticate(joined.credential)
@@ -127,8 +127,8 @@ class Predictor(Classifier):
         state = self._files.fetch(
             run.state, lambda start: self._server.state(run.id, run.state, start)
         )
-        self._plane = SplitPlane(self._server, run.settings)
-        self._model = DeviceModel.load(run.settings.model, head, state)
+        self._plane = SplitPlane(self._server, run.settings.plan)
+        self._model = DeviceModel.load(run.settings.plan.model, head, state)
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -136,7 +136,7 @@ class Predictor(Classifier):
 
     @property
     def labels(self) -> Sequence[str]:
-        return _named(self._run.settings.class_names, self._run.settings.model.num_classes)
+        return _named(self._run.settings.class_names, self._run.settings.plan.model.num_classes)
 
     def shares(self, images: torch.Tensor, start: int) -> torch.Tensor:
         for _ in range(_RENEWALS):

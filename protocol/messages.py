@@ -16,7 +16,8 @@ from pydantic import (
 
 from protocol.base import Message
 from protocol.errors import FieldValue, InvalidField
-from protocol.plan import RunPlan, Text
+from protocol.plan import Text
+from protocol.settings import RunSettings
 
 __all__ = [
     "MAX_LOSS",
@@ -117,7 +118,7 @@ class RunView(Message):
     id: Text
     status: RunStatus
     reason: str | None = None  # why it failed or was cancelled
-    settings: RunPlan
+    settings: RunSettings
     round: Count  # the open round, from 1; 0 before the first
     participants: Count
     created_at: float  # seconds since 1970

@@ -1,7 +1,8 @@
-"""What a run is made of: the model's cut, the federation, the training and the wire.
+"""What a run executes: the resolved settings that server and devices work with.
 
-The server keeps these settings for the length of the run and hands them to every participant, so
-that a device needs to be told nothing but where the server is and where its data lie.
+People write `protocol.settings.RunSettings`; its method turns them into a `RunPlan`. The parts that
+people write (`BackboneSettings`, `TrainingSettings`, `WireSettings`) are here, too: a plan has all
+of their fields and more.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from protocol.errors import UnknownCodec
 from protocol.federation import FederationSettings, ServerOptimizer
 
 __all__ = [
+    "BackboneSettings",
     "CodecName",
     "DistillationSettings",
     "FederationSettings",
@@ -26,22 +28,22 @@ __all__ = [
     "PromptDepth",
     "PromptPlacement",
     "ProxyKind",
+    "PruningScore",
     "RunPlan",
     "ServerOptimizer",
     "Text",
     "TrainingPlan",
+    "TrainingSettings",
     "Tuned",
     "WirePlan",
+    "WireSettings",
 ]
 
 Text = Annotated[str, Field(min_length=1, max_length=200)]
-
 PromptPlacement = Literal["input", "cut"]
-
 PromptDepth = Literal["shallow", "deep"]
-
 ProxyKind = Literal["none", "pruned", "dropped"]
-
+PruningScore = Literal["el2n", "grand", "margin", "loss", "random"]
 Tuned = Literal["tail", "classifier", "bias", "adapter", "lora", "full"]
 
 
@@ -58,8 +60,8 @@ def _known_codec(name: str) -> str:
 CodecName = Annotated[str, AfterValidator(_known_codec)]
 
 
-class ModelPlan(Message):
-    """Which pretrained model, and where it is cut."""
+class BackboneSettings(Message):
+    """The pretrained model."""
 
     backbone: Text = Field("vit_small_patch14_dinov2", description="timm's name of the model")
     weights: Text = Field(
@@ -67,9 +69,14 @@ class ModelPlan(Message):
         description="packaged | hub | file:PATH (on the server) | random:SEED (untrained)",
     )
     image_size: int = Field(56, ge=8, le=2048, description="pixels a side")
+    num_classes: int = Field(10, ge=2, le=100_000)
+
+
+class ModelPlan(BackboneSettings):
+    """The pretrained model, where it is cut, and which of its parameters are tuned."""
+
     cut: int = Field(1, ge=0, le=256, description="blocks in the head")
     tail_blocks: int = Field(0, ge=0, le=256, description="last blocks that belong to the tail")
-    num_classes: int = Field(10, ge=2, le=100_000)
     keep_tokens: int = Field(
         0, ge=0, le=65_536, description="image tokens that cross the cut, merged; 0: all"
     )
@@ -150,27 +157,17 @@ class ModelPlan(Message):
         return self
 
 
-class TrainingPlan(Message):
-    """The three phases of a round on a device (SFPrompt, arXiv 2407.17533, section 3)."""
+class TrainingSettings(Message):
+    """How tuned parameters are optimised on the devices and on the server."""
 
-    keep_fraction: float = Field(
-        0.5, gt=0, le=1, description="share of a device's samples kept for split training"
-    )
-    pruning: Literal["el2n", "grand", "margin", "loss", "random"] = "el2n"
-    prune_per_class: bool = Field(False, description="keep the same share of every class")
-    local_epochs: int = Field(1, ge=0, le=10_000, description="local-loss update, head to tail")
-    split_epochs: int = Field(
-        1, ge=0, le=10_000, description="through the server; 0: the local-loss update is all"
-    )
     batch_size: int = Field(32, ge=1, le=4096)
     optimizer: Literal["sgd", "adam", "adamw"] = "adamw"
     prompt_learning_rate: float = Field(5e-3, ge=0, le=100)
-    tail_learning_rate: float = Field(2e-3, ge=0, le=100)
-    local_learning_rate_scale: float = Field(
-        1.0, ge=0, le=100, description="factor on both rates during the local-loss update"
+    tail_learning_rate: float = Field(
+        2e-3, ge=0, le=100, description="of all tuned parameters but the prompts"
     )
     momentum: float = Field(0.0, ge=0, lt=1, description="of sgd")
-    nesterov: bool = Field(False, description="Nesterov's momentum, of sgd")
+    nesterov: bool = Field(False, description="Nesterov momentum, of sgd")
     weight_decay: float = Field(0.0, ge=0, le=10)
     proximal: float = Field(
         0.0, ge=0, le=100, description="FedProx's mu: pull to the round's global state"
@@ -179,26 +176,43 @@ class TrainingPlan(Message):
         "cosine", description="of the learning rates over the rounds of the run"
     )
     warmup_rounds: int = Field(0, ge=0, le=10_000)
-    augment: bool = False
+    augment: bool = Field(False, description="flip and shift training images")
     views: int = Field(
-        4, ge=1, le=1000, description="augmented views of a sample whose smashed data are kept"
+        4, ge=1, le=1000, description="augmented views of a sample whose smashed data are cached"
     )
 
     @model_validator(mode="after")
-    def _nesterov_needs_momentum(self) -> TrainingPlan:
+    def _check_nesterov(self) -> TrainingSettings:
         if self.nesterov and (self.optimizer != "sgd" or self.momentum == 0):
             raise ValueError("nesterov needs optimizer = sgd and a momentum above 0")
         return self
 
 
-class WirePlan(Message):
-    """What crosses the wire, and the codec of each kind of tensor."""
+class TrainingPlan(TrainingSettings):
+    """The phases of a round on a device (SFPrompt, arXiv 2407.17533, section 3)."""
+
+    keep_fraction: float = Field(
+        0.5, gt=0, le=1, description="share of a device's samples selected for split training"
+    )
+    pruning: PruningScore = "el2n"
+    prune_per_class: bool = Field(False, description="select the same share of each class")
+    local_epochs: int = Field(1, ge=0, le=10_000, description="local-loss update, head to tail")
+    split_epochs: int = Field(
+        1, ge=0, le=10_000, description="through the server; 0: the local-loss update alone"
+    )
+    local_learning_rate_scale: float = Field(
+        1.0, ge=0, le=100, description="factor on both rates during the local-loss update"
+    )
+
+
+class WireSettings(Message):
+    """The codec of each kind of tensor on the wire."""
 
     smashed: CodecName = "float32"
     features: CodecName = "float32"
     gradients: CodecName = "float32"
     inference: CodecName = Field(
-        "float32", description="features of evaluation and prediction: rounding them costs accuracy"
+        "float32", description="features of evaluation and prediction: rounding costs accuracy"
     )
     updates: CodecName = Field("float32", description="tail and prompts from a device")
     update_deltas: bool = Field(
@@ -207,9 +221,18 @@ class WirePlan(Message):
     head: Literal["float32", "float16", "int8"] = Field(
         "float32", description="the frozen head's weights, downloaded once"
     )
+    pooled_features: bool = Field(
+        False, description="return only the tokens that the tail reads, if it reads the first ones"
+    )
+    stochastic_rounding: bool = Field(False, description="of the gradients, if their codec rounds")
+
+
+class WirePlan(WireSettings):
+    """What crosses the wire in a round, and in which codec."""
+
     keep_smashed: bool = Field(
         False,
-        description="send a sample's smashed data once; the server keeps it (prompt_at = cut)",
+        description="send a sample's smashed data once; the server caches them (prompt_at = cut)",
     )
     delta_smashed: CodecName | None = Field(
         None,
@@ -226,19 +249,13 @@ class WirePlan(Message):
         0.0,
         ge=0,
         le=1000,
-        description="times what the codecs leave out of smashed data is added to their gradient "
+        description="times the error of the smashed data's codec is added to their gradient "
         "(prompt_at = input)",
-    )
-    pooled_features: bool = Field(
-        False, description="return only the tokens that the tail reads, where it reads the first"
-    )
-    stochastic_rounding: bool = Field(
-        False, description="of the gradients, where their codec rounds"
     )
 
 
 class RunPlan(Message):
-    """Everything that defines a run. Two runs with equal settings and data give equal results."""
+    """All that defines a run's result. Two runs with equal plans and data give equal results."""
 
     name: Text = "run"
     seed: int = Field(0, ge=0, lt=2**63)
@@ -250,135 +267,113 @@ class RunPlan(Message):
     distillation: DistillationSettings = DistillationSettings()
 
     @model_validator(mode="after")
-    def _something_is_distilled(self) -> RunPlan:
-        smaller = self.model.proxy != "none" or self.model.local_body
-        if self.distillation.epochs and not smaller:
-            raise ValueError("distillation.epochs needs a model.proxy or a model.local_body")
-        if self.distillation.every:
-            self.distillation.check_neurons(self.model.proxy, self.federation.dp_clip)
-        if self.model.local_body and not self.training.local_epochs:
-            raise ValueError("model.local_body needs training.local_epochs above 0")
+    def _check_combinations(self) -> RunPlan:
+        for refused, message in _refusals(self):
+            if refused:
+                raise ValueError(message)
         return self
 
-    @model_validator(mode="after")
-    def _one_name_per_class(self) -> RunPlan:
-        names = self.class_names
-        if names is not None and len(names) != self.model.num_classes:
-            raise ValueError(
-                f"class_names has {len(names)} names for num_classes {self.model.num_classes}"
-            )
-        return self
 
-    @model_validator(mode="after")
-    def _prompts_at_the_cut_are_some(self) -> RunPlan:
-        if self.model.prompt_at == "cut" and self.model.prompt_count == 0:
-            raise ValueError(
-                "model.prompt_at = cut needs a model.prompt_count above 0: the server has nothing "
-                "else to tune"
+def _refusals(plan: RunPlan) -> list[tuple[bool, str]]:
+    """Each combination of settings that cannot run: whether the plan has it, and what to change."""
+    model, training, wire = plan.model, plan.training, plan.wire
+    names, distillation = plan.class_names, plan.distillation
+    at_cut, mean_token = model.prompt_at == "cut", model.prompt_init == "mean-token"
+    local_only = "training.split_epochs = 0 (no training through the server)"
+    if distillation.every:
+        distillation.check_neurons(model.proxy, plan.federation.dp_clip)
+    return [
+        (
+            names is not None and len(names) != model.num_classes,
+            f"class_names has {len(names or ())} names for num_classes {model.num_classes}",
+        ),
+        (
+            at_cut and model.prompt_count == 0,
+            "prompt_at = cut needs a prompt_count above 0: the server has nothing else to tune",
+        ),
+        (
+            bool(distillation.epochs) and model.proxy == "none" and not model.local_body,
+            "distillation.epochs needs a proxy or a local_body",
+        ),
+        (
+            bool(model.local_body) and not training.local_epochs,
+            "local_body needs local_epochs above 0",
+        ),
+        (
+            wire.keep_smashed and not at_cut,
+            "keep_smashed needs prompt_at = cut: prompts at the input change the smashed data in "
+            "each step",
+        ),
+        (
+            wire.keep_smashed and not is_row_wise_inside(wire.smashed),
+            "keep_smashed needs a codec that encodes each sample by itself, not wire.smashed = "
+            f"{wire.smashed}",
+        ),
+        (bool(wire.skip_below) and wire.delta_smashed is None, "skip_below needs delta_smashed"),
+        (
+            at_cut and bool(wire.delta_smashed or wire.gradient_correction),
+            "delta_smashed and gradient_correction need prompt_at = input: prompts at the cut "
+            "leave the smashed data as they are",
+        ),
+        *(
+            (
+                wire.delta_smashed is not None and not is_row_wise_inside(codec),
+                f"delta_smashed needs codecs that encode each sample by itself, not {name} = "
+                f"{codec}",
             )
-        return self
-
-    @model_validator(mode="after")
-    def _kept_smashed_data_are_constant(self) -> RunPlan:
-        if not self.wire.keep_smashed:
-            return self
-        if self.model.prompt_at != "cut":
-            raise ValueError(
-                "wire.keep_smashed needs model.prompt_at = cut: prompts at the input change the "
-                "smashed data in every step"
+            for name, codec in (
+                ("wire.smashed", wire.smashed),
+                ("delta_smashed", wire.delta_smashed or "float32"),
             )
-        if not is_row_wise_inside(self.wire.smashed):
-            raise ValueError(
-                f"wire.keep_smashed needs a codec that can be taken apart by samples, not "
-                f"wire.smashed = {self.wire.smashed}"
+        ),
+        (
+            bool(training.proximal) and at_cut,
+            "training.proximal needs prompt_at = input: the server does not pull prompts",
+        ),
+        (
+            mean_token and plan.federation.server_optimizer != "fedavg",
+            "prompt_init = mean-token needs federation.server_optimizer = fedavg: the others would "
+            "take the shift of the first round for a gradient",
+        ),
+        (
+            mean_token and plan.federation.dp_clip is not None,
+            "prompt_init = mean-token does not go with federation.dp_clip, which would clip the "
+            "shift of the first round",
+        ),
+        (
+            model.tune_body and training.split_epochs == 0,
+            "tune_body needs split_epochs above 0: the body would never be tuned",
+        ),
+        (
+            model.tune_body and bool(training.proximal),
+            "training.proximal needs a frozen body: the server does not pull bodies",
+        ),
+        (
+            model.tune_body and wire.delta_smashed is not None,
+            "delta_smashed needs a frozen head: a tuned head changes all smashed data in each step",
+        ),
+        *(
+            (training.split_epochs == 0 and refused, f"{local_only} needs {needed}")
+            for refused, needed in (
+                (training.local_epochs == 0, "local_epochs above 0"),
+                (
+                    training.keep_fraction != 1,
+                    "keep_fraction = 1: the local update takes all samples",
+                ),
+                (
+                    training.local_learning_rate_scale != 1,
+                    "local_learning_rate_scale = 1",
+                ),
+                (at_cut, "prompt_at = input: prompts at the cut would never be tuned"),
+                (
+                    bool(wire.delta_smashed or wire.gradient_correction),
+                    "no delta_smashed and no gradient_correction: no smashed data are sent",
+                ),
             )
-        return self
-
-    @model_validator(mode="after")
-    def _changes_are_of_smashed_data_that_change(self) -> RunPlan:
-        wire = self.wire
-        if wire.skip_below and wire.delta_smashed is None:
-            raise ValueError("wire.skip_below needs wire.delta_smashed")
-        if self.model.prompt_at != "input" and (wire.delta_smashed or wire.gradient_correction):
-            raise ValueError(
-                "wire.delta_smashed and wire.gradient_correction need model.prompt_at = input: "
-                "prompts at the cut leave the smashed data as they are"
-            )
-        if wire.delta_smashed is None:
-            return self
-        for name in ("smashed", "delta_smashed"):
-            if not is_row_wise_inside(getattr(wire, name)):
-                raise ValueError(
-                    f"wire.delta_smashed needs codecs that can be taken apart by samples, not "
-                    f"wire.{name} = {getattr(wire, name)}"
-                )
-        return self
-
-    @model_validator(mode="after")
-    def _what_shifts_or_pulls_is_on_the_device(self) -> RunPlan:
-        if self.training.proximal and self.model.prompt_at == "cut":
-            raise ValueError(
-                "training.proximal needs model.prompt_at = input: the server does not pull prompts"
-            )
-        averaged = self.federation.server_optimizer == "fedavg"
-        if self.model.prompt_init == "mean-token" and not averaged:
-            raise ValueError(
-                "model.prompt_init = mean-token needs federation.server_optimizer = fedavg: the "
-                "others would take the shift of the first round for a gradient"
-            )
-        if self.model.prompt_init == "mean-token" and self.federation.dp_clip is not None:
-            raise ValueError(
-                "model.prompt_init = mean-token does not go with federation.dp_clip, which would "
-                "cut off the shift of the first round"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _a_tuned_body_is_tuned_through_the_server(self) -> RunPlan:
-        if not self.model.tune_body:
-            return self
-        if self.training.split_epochs == 0:
-            raise ValueError(
-                "model.tune_body needs training.split_epochs above 0: the body would never be tuned"
-            )
-        if self.training.proximal:
-            raise ValueError(
-                "training.proximal needs model.tune_body = false: the server does not pull bodies"
-            )
-        if self.wire.delta_smashed:
-            raise ValueError(
-                "wire.delta_smashed needs model.tune_body = false: a head that is tuned changes "
-                "all smashed data in every step"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _local_training_alone_is_whole(self) -> RunPlan:
-        training = self.training
-        if training.split_epochs:
-            return self
-        without = "training.split_epochs = 0 (no training through the server)"
-        if training.local_epochs == 0:
-            raise ValueError(f"{without} needs training.local_epochs above 0")
-        if training.keep_fraction != 1:
-            raise ValueError(
-                f"{without} needs training.keep_fraction = 1: the local update takes all samples"
-            )
-        if training.local_learning_rate_scale != 1:
-            raise ValueError(f"{without} needs training.local_learning_rate_scale = 1")
-        if self.model.prompt_at == "cut":
-            raise ValueError(
-                f"{without} needs model.prompt_at = input: prompts at the cut would never be tuned"
-            )
-        if self.wire.delta_smashed or self.wire.gradient_correction:
-            raise ValueError(f"{without} has no smashed data for wire.delta_smashed")
-        return self
-
-    @model_validator(mode="after")
-    def _what_is_left_out_is_a_change(self) -> RunPlan:
-        if self.wire.updates.startswith("topk") and not self.wire.update_deltas:
-            raise ValueError(
-                "wire.updates = topk needs wire.update_deltas: of whole states it would set most "
-                "numbers to 0"
-            )
-        return self
+        ),
+        (
+            wire.updates.startswith("topk") and not wire.update_deltas,
+            "wire.updates = topk needs wire.update_deltas: it would set most numbers of a whole "
+            "state to 0",
+        ),
+    ]

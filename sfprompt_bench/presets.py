@@ -13,6 +13,7 @@ from protocol.errors import NotFound
 from protocol.federation import FederationSettings
 from protocol.plan import RunPlan
 from protocol.presets import FORMS, Form, over_form
+from protocol.settings import RunSettings
 from split_server.settings import DType
 
 
@@ -26,11 +27,13 @@ class Preset:
     limit_test: int | None = None
 
 
-_MODEL = {"image_size": 42, "cut": 1, "num_classes": 10, "prompt_count": 5}
+_MODEL = {"image_size": 42, "num_classes": 10}
+_METHOD = {"cut": 1, "prompt_count": 5}
 
 
 def _run(name: str, form: Form, **more: object) -> RunPlan:
-    return RunPlan.model_validate(over_form(form, {"name": name, "model": _MODEL, **more}))
+    values = over_form(form, {"name": name, "model": _MODEL, "method": _METHOD, **more})
+    return RunSettings.model_validate(values).plan
 
 
 def _training(settings: RunPlan, **changes: object) -> RunPlan:

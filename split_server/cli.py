@@ -16,8 +16,8 @@ from rich.table import Table
 
 from protocol.errors import InvalidField, NotFound, SFPromptError
 from protocol.messages import Event, Results, RunView, parse_message
-from protocol.plan import RunPlan
 from protocol.presets import Form, over_form
+from protocol.settings import RunSettings
 from protocol.traffic import total_bytes
 from split_server.client import OperatorClient, read_token
 from split_server.runtime.process import set_up_logging
@@ -166,7 +166,7 @@ def create_run(
 ) -> None:
     """Create a run that devices can join."""
     values = over_form(form, _run_settings(config, changes or []))
-    settings = parse_message(RunPlan, values)
+    settings = parse_message(RunSettings, values)
     run = _client(url, data_dir, operator_token, ca_file).create_run(settings)
     if as_json:
         typer.echo(run.model_dump_json())
@@ -181,7 +181,7 @@ def runs(url: Url = _URL, ca_file: CaFile = None, as_json: Json = False) -> None
     if as_json:
         typer.echo(json.dumps([run.model_dump(mode="json") for run in found]))
         return
-    table = Table("run", "name", "status", "round", "participants", "backbone", "cut")
+    table = Table("run", "name", "status", "round", "participants", "backbone", "method")
     for run in found:
         table.add_row(*_run_cells(run))
     out.print(table)
@@ -298,7 +298,7 @@ def _run_cells(run: RunView) -> tuple[str, ...]:
         f"{run.round}/{federation.rounds}",
         str(run.participants),
         model.backbone,
-        str(model.cut),
+        run.settings.method.name,
     )
 
 

@@ -10,7 +10,7 @@ import httpx
 
 from protocol.errors import InvalidField, NotFound, Unreachable, error_from_wire
 from protocol.messages import Event, Results, RunView, parse_message
-from protocol.plan import RunPlan
+from protocol.settings import RunSettings
 from protocol.tls import trusting
 from protocol.wire import IDEMPOTENCY_HEADER, PROTOCOL_VERSION, VERSION_HEADER
 
@@ -72,7 +72,7 @@ class OperatorClient:
         except httpx.TransportError:
             return False
 
-    def create_run(self, settings: RunPlan) -> RunView:
+    def create_run(self, settings: RunSettings) -> RunView:
         """Create a run; the server prepares its backbone first, however long that takes."""
         body = settings.model_dump(mode="json")
         return parse_message(RunView, self._call("POST", "/v1/runs", body, timeout_s=None))

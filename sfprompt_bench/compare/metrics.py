@@ -129,7 +129,7 @@ def run_figures(
     count = len(results.participants) or 1
     closed = closed_rounds(results)
     heads = sum(results.traffic.get(Phase.DOWNLOAD, {}).values())
-    how, rounds = results.run.settings.distillation, results.run.settings.federation.rounds
+    how, rounds = results.run.settings.plan.distillation, results.run.settings.federation.rounds
     first = heads / (1 + sum(how.due(view.round, rounds) for view in closed))
     state = results.run.state.nbytes  # of float32 in a file: as large before the first round
     up, down = (_training_bytes(results.traffic, way) for way in ("up", "down"))

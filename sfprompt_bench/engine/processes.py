@@ -26,6 +26,7 @@ from protocol.plan import RunPlan
 from sfprompt_bench.run.preflight import choose_port
 from sfprompt_bench.run.processes import Process, wait_until_healthy
 from split_server.client import OperatorClient, read_token
+from tuning_methods.custom.settings import Custom
 
 
 @dataclass(frozen=True)
@@ -226,7 +227,7 @@ class ServerProcess:
         operator = OperatorClient(self.url, read_token(self.data_dir))
         device = Server(self.url)
         try:
-            run = operator.create_run(settings).id
+            run = operator.create_run(Custom.of(settings)).id
             joined = []
             for number in range(1, settings.federation.min_participants + 1):
                 request = JoinRequest(

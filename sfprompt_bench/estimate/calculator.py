@@ -6,6 +6,7 @@ import dataclasses
 
 from protocol.plan import TrainingPlan
 from protocol.presets import over_form
+from protocol.settings import RunSettings
 from sfprompt_bench.estimate.method_cost import MethodCost
 from sfprompt_bench.estimate.methods import METHODS
 from sfprompt_bench.estimate.methods.split import SFPromptPaper
@@ -14,7 +15,7 @@ from sfprompt_bench.estimate.question import Question
 
 def paper_training() -> TrainingPlan:
     """How the paper's form trains, where a question leaves it open."""
-    return TrainingPlan.model_validate(over_form("paper", {})["training"])
+    return RunSettings.model_validate(over_form("paper", {})).plan.training
 
 
 def estimate(question: Question, paper: TrainingPlan | None = None) -> dict[str, MethodCost]:

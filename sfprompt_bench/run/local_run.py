@@ -23,6 +23,7 @@ from sfprompt_bench.run.report import summary
 from split_model import save_state
 from split_server.client import OperatorClient, read_token
 from split_server.federation.export import newest_state
+from tuning_methods.custom.settings import Custom
 
 _START_S = 120.0
 
@@ -76,7 +77,7 @@ class LocalRun:
         rounds = self.settings.federation.rounds
         with self._server(console) as (url, operator, server), ExitStack() as stack:
             console.print("preparing the backbone …")
-            run = operator.create_run(self.settings)
+            run = operator.create_run(Custom.of(self.settings))
             started = time.monotonic()
             view = stack.enter_context(LiveView(console, names, rounds))
             devices = [

@@ -34,6 +34,7 @@ from protocol.messages import (
     UpdateReceipt,
 )
 from protocol.plan import RunPlan
+from protocol.settings import RunSettings
 from split_model import applied
 from split_server.federation import rounds, transitions, views
 from split_server.federation.credentials import Credentials
@@ -120,7 +121,7 @@ class FederationService(Runs):
 
     # Changing
 
-    def create(self, settings: RunPlan, once: IdempotentRequest) -> RunView:
+    def create(self, settings: RunSettings, once: IdempotentRequest) -> RunView:
         """Make a run: its model's files first, then the run itself."""
         with self._creating:  # one at a time: a repeat must find the first one's answer
             if (known := self._recall(once)) is not None:
@@ -137,9 +138,9 @@ class FederationService(Runs):
         return view
 
     def _create(
-        self, run_id: str, settings: RunPlan, files: RunFiles, once: IdempotentRequest
+        self, run_id: str, settings: RunSettings, files: RunFiles, once: IdempotentRequest
     ) -> RunView:
-        prepared = self._prepare(settings, files, self._data_dir / "backbones")
+        prepared = self._prepare(settings.plan, files, self._data_dir / "backbones")
         at = self._clock.wall()
         with self._store.writing() as session:
             row = RunRow(

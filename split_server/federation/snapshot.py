@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 from sqlalchemy import func, select
@@ -12,6 +13,7 @@ from sqlalchemy.orm import Session
 
 from protocol.messages import BlobRef, RoundStatus, RunStatus
 from protocol.plan import RunPlan
+from protocol.settings import RunSettings
 from split_server.models.body_key import BodyKey
 from split_server.storage.database import EvaluationRow, ParticipantRow, RoundRow, RunRow, UpdateRow
 
@@ -60,7 +62,7 @@ class RunSnapshot:
     id: str
     status: RunStatus
     reason: str | None
-    plan: RunPlan
+    settings: RunSettings
     created_at: float
     finished_at: float | None
     backbone_path: str
@@ -74,6 +76,10 @@ class RunSnapshot:
     repeats: int  # failed attempts at the round after these
     renewed: int = 0  # the round after which backbone and head were made; 0: with the run
     deadline: float | None = None  # of the open phase, on the monotonic clock
+
+    @property
+    def plan(self) -> RunPlan:
+        return self.settings.plan
 
     @cached_property
     def body(self) -> BodyKey:
@@ -103,6 +109,12 @@ class RunSnapshot:
         return sorted(participants, key=lambda one: self.members[one].order)
 
 
+@lru_cache(maxsize=256)
+def _parsed(settings: str) -> RunSettings:
+    """A run's settings; parsed once, as a plan may need the backbone's shape."""
+    return RunSettings.model_validate_json(settings)
+
+
 def load_snapshot(session: Session, run_id: str, data_dir: Path) -> RunSnapshot:
     """Read a run of the server whose data folder this is."""
     run = session.get_one(RunRow, run_id)
@@ -126,11 +138,12 @@ def load_snapshot(session: Session, run_id: str, data_dir: Path) -> RunSnapshot:
             RoundRow.round == (closed or 0) + 1,
         )
     )
+    settings = _parsed(json.dumps(run.settings, sort_keys=True))
     return RunSnapshot(
         id=run.id,
         status=RunStatus(run.status),
         reason=run.reason,
-        plan=RunPlan.model_validate(run.settings),
+        settings=settings,
         created_at=run.created_at,
         finished_at=run.finished_at,
         backbone_path=str(data_dir / run.backbone_path),

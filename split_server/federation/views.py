@@ -31,7 +31,7 @@ def run_view(run: RunSnapshot) -> RunView:
         id=run.id,
         status=run.status,
         reason=run.reason,
-        settings=run.plan,
+        settings=run.settings,
         round=run.round,
         participants=len(run.present),
         created_at=run.created_at,

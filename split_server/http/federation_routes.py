@@ -30,7 +30,7 @@ from protocol.messages import (
     UpdateReceipt,
     parse_message,
 )
-from protocol.plan import RunPlan
+from protocol.settings import RunSettings
 from protocol.wire import PROTOCOL_VERSION
 from split_server.engine.api import Engine
 from split_server.federation import rounds, views
@@ -136,7 +136,7 @@ class FederationRoutes:
 
     # For the operator
 
-    async def create(self, request: Request, settings: RunPlan, key: Key = None) -> RunView:
+    async def create(self, request: Request, settings: RunSettings, key: Key = None) -> RunView:
         """Create a run; takes as long as preparing its backbone does."""
         require_operator(identity_of(request.scope))
         once = IdempotentRequest.of("create", key, _content(settings))

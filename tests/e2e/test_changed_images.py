@@ -20,6 +20,7 @@ from split_server.client import OperatorClient
 from tests.e2e.test_cut import RecordingReporter, cut_run, folder_of, take_part
 from tests.support.federation import OPERATOR
 from tests.support.server import RunningServer, running_server
+from tuning_methods.custom.settings import Custom
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,7 @@ def test_a_device_with_other_images_joins_anew_and_is_one_participant(
         contextlib.closing(OperatorClient(node.url, OPERATOR)) as operator,
         contextlib.closing(Server(node.url)) as client,
     ):
-        run = operator.create_run(cut_run())
+        run = operator.create_run(Custom.of(cut_run()))
         for images in (40, 40, 30):
             data = limit_per_set(digits, train=images, test=10, seed=0)
             participant = Participant(client, data, tmp_path, "kitchen", RecordingReporter())

@@ -29,6 +29,7 @@ from split_server.federation.export import newest_state
 from tests.e2e.conftest import ServerProcess, small_run
 from tests.support.federation import OPERATOR
 from tests.support.server import RunningServer, running_server
+from tuning_methods.custom.settings import Custom
 
 BATCH, TRAIN, TEST = 16, 4 * 16 - 3, 10
 
@@ -112,7 +113,7 @@ def take_part(
         contextlib.closing(OperatorClient(url, token)) as operator,
         contextlib.closing(Server(url)) as client,
     ):
-        run = operator.create_run(settings)
+        run = operator.create_run(Custom.of(settings))
         participant = Participant(client, data, home, "only", told)
         participant.join(run.id, key="join-1")
         started(participant)
@@ -334,7 +335,7 @@ def test_a_device_that_is_taken_out_in_the_middle_of_a_round_stops(
         contextlib.closing(Server(node.url)) as client,
         contextlib.closing(Server(node.url)) as elsewhere,
     ):
-        run = operator.create_run(everything(keep_smashed=keep))
+        run = operator.create_run(Custom.of(everything(keep_smashed=keep)))
         told = RecordingReporter(at={(1, 2): lambda: elsewhere.leave(run.id)})
         participant = Participant(client, data, tmp_path, "only", told)
         elsewhere.authenticate(participant.join(run.id, key="join-1"))

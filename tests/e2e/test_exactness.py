@@ -20,6 +20,7 @@ from split_model import SplitSettings, open_backbone, prepare_backbone
 from split_model.backbone.libraries import timm
 from split_server.federation.export import newest_state
 from tests.e2e.conftest import ServerProcess, small_run
+from tuning_methods.custom.settings import Custom
 
 STEPS_COMPARED = 12
 
@@ -104,7 +105,7 @@ def test_one_device_with_sgd_equals_the_uncut_model_step_by_step(
     data = limit_per_set(load_dataset("digits"), train=6 * 16 - 3, test=10, seed=0)
     recorder = Recorder()
     with contextlib.closing(server.operator()) as operator:
-        run = operator.create_run(settings)
+        run = operator.create_run(Custom.of(settings))
     with contextlib.closing(Server(server.url)) as client:
         participant = Participant(client, data, tmp_path / "blobs", "only", recorder)
         recorder.participant = participant

@@ -24,6 +24,7 @@ from protocol.traffic import Traffic
 from sfprompt_bench.run.processes import Process, start_device
 from split_model import load_exported
 from tests.e2e.conftest import ServerProcess, small_run
+from tuning_methods.custom.settings import Custom
 
 LIMITS = ["--limit-train", "120", "--limit-test", "40", "--threads", "1"]
 
@@ -63,7 +64,7 @@ def run_to_the_end(
 ) -> tuple[Results, Devices]:
     """Start ``count`` devices, wait until the run and all of them are done."""
     with closing(server.operator()) as operator, ExitStack() as stack:
-        run = operator.create_run(settings)
+        run = operator.create_run(Custom.of(settings))
         devices = Devices(server, run.id, count)
         stack.callback(devices.stop)
         give_up_at = time.monotonic() + 120

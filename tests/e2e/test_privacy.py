@@ -23,6 +23,7 @@ from split_server.federation.export import newest_state
 from tests.e2e.conftest import small_run
 from tests.support.federation import OPERATOR
 from tests.support.server import RunningServer, running_server
+from tuning_methods.custom.settings import Custom
 
 DEVICES, ROUNDS = 2, 2
 
@@ -43,7 +44,7 @@ def private_run(placement: str, **federation: Any) -> RunPlan:
 def run_through(node: RunningServer, settings: RunPlan, home: Path) -> tuple[Results, str]:
     data = limit_per_set(load_dataset("digits"), train=40, test=20, seed=0)
     with contextlib.closing(OperatorClient(node.url, OPERATOR)) as operator:
-        run = operator.create_run(settings)
+        run = operator.create_run(Custom.of(settings))
         done: list[bool] = []
 
         def take_part(number: int) -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 from edge_client import cli
 from protocol.errors import Forbidden, NotFound
 from protocol.messages import BlobRef, RunStatus, RunView
-from protocol.plan import RunPlan
+from protocol.settings import RunSettings
 from tests.support.edge import RawServer, Request, answering, response
 
 REF = BlobRef(sha256="a" * 64, nbytes=10)
@@ -26,7 +26,7 @@ def view(name: str, created_at: float, status: RunStatus = RunStatus.WAITING) ->
     made = RunView(
         id=name,
         status=status,
-        settings=RunPlan(),
+        settings=RunSettings(),
         round=0,
         participants=0,
         created_at=created_at,

@@ -32,7 +32,7 @@ from protocol.messages import (
     Task,
     UpdateMeta,
 )
-from protocol.plan import RunPlan
+from protocol.settings import RunSettings
 from split_model.files import sha256_of
 from tests.support.edge import (
     NO_PATIENCE,
@@ -50,7 +50,7 @@ REF = BlobRef(sha256="a" * 64, nbytes=10)
 VIEW = RunView(
     id="r1",
     status=RunStatus.RUNNING,
-    settings=RunPlan(),
+    settings=RunSettings(),
     round=1,
     participants=1,
     created_at=1.0,

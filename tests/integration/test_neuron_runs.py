@@ -148,7 +148,7 @@ def test_a_device_takes_every_new_head_and_goes_on(
     # What the server ranked after round 2: counted again on the files of that round.
     files = RunFiles(data_dir / "runs" / run.id)
     state = files.state(results.rounds[1].state.sha256)
-    then = DeviceModel.load(run.settings.model, tmp_path / f"{heads[1]}.safetensors", state)
+    then = DeviceModel.load(run.settings.plan.model, tmp_path / f"{heads[1]}.safetensors", state)
     images, _ = BatchReader(image_set(10), then.preprocessing).read(range(10))
     expected = inactive_by_hand(then, images)
     torch.testing.assert_close(files.read_neurons(2).double(), expected, rtol=0, atol=1e-6)
@@ -314,7 +314,9 @@ def test_a_run_whose_neurons_cannot_be_distilled_again_is_refused(
     given = settings().model_dump(mode="json")
     for part, fields in parts.items():
         given[part] |= fields
-    answer = server.operator().call("POST", "/v1/runs", key=f"no-{next(_keys)}", json=given)
+    answer = server.operator().call(
+        "POST", "/v1/runs", key=f"no-{next(_keys)}", json=by_hand(given)
+    )
     error = answer.json()["error"]
     assert (error["code"], error["field"]) == ("invalid_field", field)
 

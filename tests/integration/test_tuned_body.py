@@ -27,6 +27,7 @@ from split_model.backbone.libraries import timm
 from split_server.federation.export import export_run, newest_state
 from tests.support.edge import files, image_set
 from tests.support.server import RunningServer, code_of, running_server, tensor_in
+from tests.support.settings import by_hand
 
 MODEL = ModelPlan(
     backbone="vit_tiny_patch16_224",
@@ -387,7 +388,9 @@ def test_settings_that_a_tuned_body_cannot_have_are_refused_by_name(
     values = RunPlan(model=MODEL).model_dump(mode="json")
     for part, fields in changes.items():
         values[part] |= fields
-    answer = server.operator().call("POST", "/v1/runs", key=f"no-{next(_keys)}", json=values)
+    answer = server.operator().call(
+        "POST", "/v1/runs", key=f"no-{next(_keys)}", json=by_hand(values)
+    )
     assert code_of(answer) == "invalid_field"
     error = answer.json()["error"]
     assert named in f"{error['field']} {error['message']}"

@@ -198,7 +198,7 @@ def two_sets() -> Dataset:
 def require_equal_steps(device: Device, run: RunView, data_dir: Path, purpose: str) -> None:
     """Every step of the run is that of timm's own model in one process."""
     assert device.last.status is RunStatus.FINISHED
-    uncut = Uncut(run.settings.model, device.initial)
+    uncut = Uncut(run.settings.plan.model, device.initial)
     samples = BatchReader(image_set(SAMPLES), device.participant.model.preprocessing)
     step = 0
     for round_ in range(1, ROUNDS + 1):

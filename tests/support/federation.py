@@ -28,6 +28,7 @@ from split_server.storage.database import Store
 from split_server.storage.events import IdempotentRequest
 from split_server.storage.run_files import RunFiles, StateRefs, write_tensors
 from split_server.storage.traffic import Meter
+from tuning_methods.custom.settings import Custom
 
 OPERATOR = "operator-token"
 
@@ -173,7 +174,9 @@ class FederationHarness:
 
     def create(self, **federation: Any) -> str:
         settings = run_settings(**federation)
-        return self.federation.create(settings, IdempotentRequest.of("create", uuid.uuid4().hex)).id
+        return self.federation.create(
+            Custom.of(settings), IdempotentRequest.of("create", uuid.uuid4().hex)
+        ).id
 
     def join(self, run: str, name: str = "a", train: int = 100, test: int = 10) -> str:
         request = JoinRequest(name=name, train_samples=train, test_samples=test, num_classes=10)

@@ -23,6 +23,7 @@ from protocol.wire import IDEMPOTENCY_HEADER, PROTOCOL_VERSION, VERSION_HEADER
 from split_server.app import Server, build_server, create_app
 from split_server.settings import ServerSettings, load_settings
 from tests.support.federation import OPERATOR, run_settings, step_frame, update_frame
+from tuning_methods.custom.settings import Custom
 
 
 class ApiClient:
@@ -54,7 +55,9 @@ class ApiClient:
         return self.http.request(method, path, json=json, content=content, headers=extra)
 
     def create(self, settings: RunPlan, key: str = "create-1") -> RunView:
-        answer = self.call("POST", "/v1/runs", key=key, json=settings.model_dump(mode="json"))
+        answer = self.call(
+            "POST", "/v1/runs", key=key, json=Custom.of(settings).model_dump(mode="json")
+        )
         assert answer.is_success, answer.text
         return RunView.model_validate(answer.json())
 

@@ -37,6 +37,7 @@ from protocol.plan import RunPlan, TrainingPlan
 from protocol.traffic import Traffic
 from split_model import load_state
 from tests.support.edge import SMALL, BodyServer, files, image_set
+from tuning_methods.custom.settings import Custom
 
 
 @pytest.fixture(autouse=True)
@@ -72,9 +73,11 @@ class Script(BodyServer):
         view = RunView(
             id=run,
             status=RunStatus.RUNNING,
-            settings=RunPlan(
-                model=SMALL.model_copy(update=self.model_changes),
-                training=TrainingPlan.model_validate(training),
+            settings=Custom.of(
+                RunPlan(
+                    model=SMALL.model_copy(update=self.model_changes),
+                    training=TrainingPlan.model_validate(training),
+                )
             ),
             round=1,
             participants=1,

@@ -23,6 +23,7 @@ from split_model import (
     prepare_backbone,
 )
 from tests.support.edge import SMALL, BodyServer, device_model, files, image_set
+from tuning_methods.custom.settings import Custom
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +78,7 @@ class Host(BodyServer):
         return RunView(
             id="r",
             status=RunStatus.FINISHED,
-            settings=RunPlan(model=SMALL, class_names=names),
+            settings=Custom.of(RunPlan(model=SMALL, class_names=names)),
             round=3,
             participants=1,
             created_at=0,

@@ -21,6 +21,8 @@ EXPORTED = {
     "WrongShape error_from_wire",
     "federation": "FederationSettings ServerOptimizer",
     "presets": "FORMS Form over_form",
+    "method": "Fields GROUP MethodSettings method_class method_names parse_method register",
+    "settings": "RunSettings",
     "frames": "ALIGNMENT Frame MAGIC PREFIX_BYTES TensorSpec decode_frame encode_frame "
     "frame_length header_length join_frame require_kind",
     "header": "check_text pack_header unpack_header",
@@ -31,8 +33,9 @@ EXPORTED = {
     "SAMPLE_ID_BYTES SamplesMeta Seconds Sha256 StepId StepMeta Task UpdateMeta UpdateReceipt "
     "named_field named_limit parse_message",
     "seeds": "derive_seed",
-    "plan": "CodecName DistillationSettings FederationSettings Message ModelPlan PromptDepth "
-    "PromptPlacement ProxyKind RunPlan ServerOptimizer Text TrainingPlan Tuned WirePlan",
+    "plan": "BackboneSettings CodecName DistillationSettings FederationSettings Message ModelPlan "
+    "PromptDepth PromptPlacement ProxyKind PruningScore RunPlan ServerOptimizer Text TrainingPlan "
+    "TrainingSettings Tuned WirePlan WireSettings",
     "traffic": "Phase Traffic phases_of total_bytes",
     "tls": "trusting",
     "wire": "BACKWARD_PATH EXCHANGE_PATH FORWARD_PATH FRAME_MEDIA_TYPE IDEMPOTENCY_HEADER "

@@ -1,4 +1,4 @@
-"""What a run is made of where its owner leaves it open."""
+"""The forms of SFPrompt, and what a run's own settings change of them."""
 
 from __future__ import annotations
 
@@ -7,42 +7,40 @@ import pytest
 from protocol.errors import InvalidField
 from protocol.messages import parse_message
 from protocol.plan import RunPlan
-from protocol.presets import FORMS, over_form
+from protocol.presets import FORMS, Form, over_form
+from protocol.settings import RunSettings
 
 
-def made(form: str, **values: object) -> RunPlan:
-    (known,) = [one for one in FORMS if one == form]
-    return parse_message(RunPlan, over_form(known, {"name": "run", **values}))
+def plan_of(form: Form, **values: object) -> RunPlan:
+    return parse_message(RunSettings, over_form(form, {"name": "run", **values})).plan
 
 
-def test_the_default_form_moves_a_samples_smashed_data_once() -> None:
-    run = made("default", model={"num_classes": 6})
-    assert (run.model.prompt_at, run.model.prompt_depth, run.model.num_classes) == (
-        "cut",
-        "deep",
-        6,
-    )
-    assert run.wire.keep_smashed
-    assert run.training.local_epochs == 0
+def test_the_default_form_sends_a_samples_smashed_data_once() -> None:
+    plan = plan_of("default", model={"num_classes": 6})
+    assert (plan.model.prompt_at, plan.model.prompt_depth) == ("cut", "deep")
+    assert plan.model.num_classes == 6
+    assert plan.wire.keep_smashed
+    assert plan.training.local_epochs == 0
 
 
 def test_the_papers_form_is_the_published_one() -> None:
-    run = made("paper")
-    assert (run.model.prompt_at, run.training.pruning) == ("input", "el2n")
-    assert {run.wire.smashed, run.wire.features, run.wire.gradients} == {"float32"}
-    assert not run.wire.keep_smashed
-    assert run.training.local_epochs == 1
+    plan = plan_of("paper")
+    assert (plan.model.prompt_at, plan.training.pruning) == ("input", "el2n")
+    assert {plan.wire.smashed, plan.wire.features, plan.wire.gradients} == {"float32"}
+    assert not plan.wire.keep_smashed
+    assert plan.training.local_epochs == 1
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_what_is_given_wins_over_the_form_and_is_not_changed(form: str) -> None:
-    given = {"training": {"keep_fraction": 0.25}, "wire": {"features": "bfloat16"}}
-    run = made(form, **given)
-    assert (run.training.keep_fraction, run.wire.features) == (0.25, "bfloat16")
-    assert given == {"training": {"keep_fraction": 0.25}, "wire": {"features": "bfloat16"}}
+def test_a_runs_own_settings_win_over_the_form_and_are_not_changed(form: Form) -> None:
+    given = {"method": {"keep_fraction": 0.25}, "wire": {"features": "bfloat16"}}
+    plan = plan_of(form, **given)
+    assert (plan.training.keep_fraction, plan.wire.features) == (0.25, "bfloat16")
+    assert given == {"method": {"keep_fraction": 0.25}, "wire": {"features": "bfloat16"}}
 
 
-def test_a_part_that_is_no_table_is_refused_by_name() -> None:
+@pytest.mark.parametrize("part", ["training", "method"])
+def test_a_part_that_is_no_table_is_refused_by_name(part: str) -> None:
     with pytest.raises(InvalidField) as caught:
-        made("default", training=3)
-    assert "training" in str(caught.value)
+        plan_of("default", **{part: 3})
+    assert part in str(caught.value)

@@ -14,7 +14,7 @@ from PIL import Image
 from edge_client.cli import _own_data
 from edge_client.data import DataFormatError, PartitionError, load_dataset, partition
 from protocol.messages import BlobRef, RunStatus, RunView
-from protocol.plan import RunPlan
+from protocol.settings import RunSettings
 
 GROUPS = st.lists(st.text(min_size=1, max_size=3), min_size=1, max_size=60)
 
@@ -85,7 +85,7 @@ def own(folder: Path, part: str, *, shots: int | None = None, scheme: str = "nat
     run = RunView(
         id="r",
         status=RunStatus.WAITING,
-        settings=RunPlan(),
+        settings=RunSettings(),
         round=0,
         participants=0,
         created_at=0.0,

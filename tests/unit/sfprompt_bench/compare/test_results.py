@@ -29,6 +29,7 @@ from sfprompt_bench.compare.report import (
 from sfprompt_bench.compare.results import FIELDS, Outcome, bytes_to_target
 from sfprompt_bench.estimate import Question, estimate, estimate_report
 from sfprompt_bench.presets import preset_named
+from tuning_methods.custom.settings import Custom
 
 COMPARISON = Comparison(
     name="made by hand",
@@ -152,7 +153,7 @@ def found_of(settings: RunPlan) -> dict[str, Any]:
     run = RunView(
         id="r",
         status="finished",
-        settings=settings,
+        settings=Custom.of(settings),
         round=2,
         participants=2,
         created_at=0,

@@ -10,6 +10,7 @@ import pytest
 from protocol.distillation import DistillationSettings
 from protocol.errors import RunClosed, StaleRound
 from protocol.messages import BlobRef, RoundStatus, RunStatus, Task
+from protocol.settings import RunSettings
 from split_server.federation import rounds
 from split_server.federation.rounds import (
     Aggregate,
@@ -23,6 +24,7 @@ from split_server.federation.rounds import (
 )
 from split_server.federation.snapshot import Member, OpenRound, RunSnapshot
 from tests.support.federation import run_settings
+from tuning_methods.custom.settings import Custom
 
 BLOB = BlobRef(sha256="0" * 64, nbytes=1)
 
@@ -38,7 +40,7 @@ def a_run(members: int = 3, *, closed: int = 0, **federation: Any) -> RunSnapsho
         id="r1",
         status=RunStatus.RUNNING if closed else RunStatus.WAITING,
         reason=None,
-        plan=run_settings(**federation),
+        settings=Custom.of(run_settings(**federation)),
         created_at=0.0,
         finished_at=None,
         backbone_path="",
@@ -263,13 +265,14 @@ def test_a_request_names_the_open_round_attempt_and_phase() -> None:
 )
 def test_a_round_waits_for_a_distillation_that_is_due(closed: int, renewed: int, due: bool) -> None:
     run = replace(a_run(closed=closed, rounds=6), renewed=renewed)
-    again = DistillationSettings(epochs=1, every=2)
-    run = replace(run, plan=run.plan.model_copy(update={"distillation": again}))
+    again = {"name": "fedpft", "distillation": {"epochs": 1, "every": 2}}
+    values = run.settings.model_dump() | {"method": again}
+    run = replace(run, settings=RunSettings.model_validate(values))
     everybody = set(run.members)
     action = decide(run, everybody, NOW, settled=True)
     assert action == Redistill(closed) if due else isinstance(action, OpenTraining)
     assert assignment_for(run, "p1", NOW).head == run.head
-    never = replace(run, plan=run_settings(rounds=6))
+    never = replace(run, settings=Custom.of(run_settings(rounds=6)))
     assert isinstance(decide(never, everybody, NOW, settled=True), OpenTraining)
     assert "head" not in assignment_for(never, "p1", NOW).model_dump_json()
 

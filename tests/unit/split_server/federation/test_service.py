@@ -35,6 +35,7 @@ from tests.support.federation import (
     run_settings,
     state_of,
 )
+from tuning_methods.custom.settings import Custom
 
 
 @pytest.fixture
@@ -335,8 +336,8 @@ def test_a_repeated_join_gives_the_same_participant(site: FederationHarness) -> 
 
 def test_a_repeated_creation_gives_the_same_run(site: FederationHarness) -> None:
     once = IdempotentRequest.of("create", "k", b"content")
-    first = site.federation.create(run_settings(), once)
-    assert site.federation.create(run_settings(), once) == first
+    first = site.federation.create(Custom.of(run_settings()), once)
+    assert site.federation.create(Custom.of(run_settings()), once) == first
     assert len(site.federation.views()) == 1
 
 

@@ -1,0 +1,171 @@
+"""A tuning method as an object: its settings, its defaults, and where its code is.
+
+The core (transport, engine, rounds, codecs, storage) knows no method by name. A method is a package
+with a subclass of `MethodSettings`, announced under the entry point group `GROUP`:
+
+    [project.entry-points."sfprompt.methods"]
+    my-method = "my_package.settings:MyMethod"
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from functools import lru_cache
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import BaseModel
+from pydantic_core import PydanticCustomError
+
+from protocol.base import Message
+from protocol.errors import InvalidField
+from protocol.plan import ModelPlan, RunPlan, TrainingPlan, WirePlan
+
+if TYPE_CHECKING:
+    from protocol.settings import RunSettings
+
+__all__ = [
+    "GROUP",
+    "Fields",
+    "MethodSettings",
+    "method_class",
+    "method_names",
+    "parse_method",
+    "register",
+]
+
+GROUP = "sfprompt.methods"
+Fields = dict[str, Any]
+
+_registered: dict[str, type[MethodSettings]] = {}
+
+
+class MethodSettings(Message):
+    """The `[method]` table of a run. A subclass declares its fields and what they mean.
+
+    Attributes:
+        name: of the method, as `method.name` in a run's settings.
+        source: the paper or page that the method is from.
+        device: the class of its device side, "module:Class".
+        server: the class of its server side, "module:Class".
+    """
+
+    name: str
+    source: ClassVar[str] = ""
+    device: ClassVar[str] = "edge_client.method:DeviceMethod"
+    server: ClassVar[str] = "split_server.method:ServerMethod"
+
+    def defaults(self) -> dict[str, dict[str, Any]]:
+        """Defaults of the method for `training` and `wire`, where a run leaves a field open."""
+        return {}
+
+    def model_part(self, settings: RunSettings) -> Fields:
+        """Fields of `ModelPlan` that the backbone's settings lack."""
+        return {}
+
+    def training_part(self) -> Fields:
+        """Fields of `TrainingPlan` that the training settings lack."""
+        return {}
+
+    def wire_part(self) -> Fields:
+        """Fields of `WirePlan` that the wire settings lack."""
+        return {}
+
+    def plan_part(self) -> Fields:
+        """Further fields of `RunPlan`."""
+        return {}
+
+    def check(self, settings: RunSettings) -> None:
+        """Refuse settings that do not go together. Must not need torch or the backbone.
+
+        Raises:
+            ValueError: names the fields.
+        """
+        self.plan(settings)
+
+    def plan(self, settings: RunSettings) -> RunPlan:
+        """The plan that server and devices execute.
+
+        Raises:
+            InvalidField: the backbone does not have what the method needs.
+        """
+        model = _dump(settings.model) | self.model_part(settings)
+        training = _dump(settings.training) | self.training_part()
+        wire = _dump(settings.wire) | self.wire_part()
+        return RunPlan(
+            name=settings.name,
+            seed=settings.seed,
+            class_names=settings.class_names,
+            model=ModelPlan.model_validate(model),
+            federation=settings.federation,
+            training=TrainingPlan.model_validate(training),
+            wire=WirePlan.model_validate(wire),
+            **self.plan_part(),
+        )
+
+    def side(self, name: str) -> type[Any]:
+        """The class of the method's "device" or "server" side, imported when it is needed."""
+        module, _, attribute = str(getattr(self, name)).partition(":")
+        loaded: type[Any] = getattr(importlib.import_module(module), attribute)
+        return loaded
+
+
+def _dump(part: BaseModel) -> dict[str, Any]:
+    return {field: getattr(part, field) for field in type(part).model_fields}
+
+
+def register(cls: type[MethodSettings]) -> type[MethodSettings]:
+    """Make a method known to this process; installed packages use an entry point instead."""
+    _registered[str(cls.model_fields["name"].default)] = cls
+    method_class.cache_clear()
+    return cls
+
+
+def method_names() -> list[str]:
+    """The names of all methods that are installed or registered, sorted."""
+    return sorted({*_registered, *(entry.name for entry in entry_points(group=GROUP))})
+
+
+@lru_cache(maxsize=64)
+def method_class(name: str) -> type[MethodSettings]:
+    """The settings class of a method.
+
+    Raises:
+        InvalidField: no such method is installed.
+    """
+    if name in _registered:
+        return _registered[name]
+    for entry in entry_points(group=GROUP, name=name):
+        cls: type[MethodSettings] = entry.load()
+        return cls
+    raise InvalidField(
+        "there is no such method",
+        field="method.name",
+        limit=method_names(),
+        value=name,
+        hint="is the package that has it installed?",
+    )
+
+
+def parse_method(values: object) -> MethodSettings:
+    """The `[method]` table as an object of its method's class.
+
+    Raises:
+        ValidationError: a field is wrong.
+        PydanticCustomError: no such method.
+    """
+    if isinstance(values, MethodSettings):
+        return values
+    if not isinstance(values, Mapping):
+        raise PydanticCustomError(
+            "method", "method is a table with a name", {"expected": "a table"}
+        )
+    name = values.get("name", "sfprompt")
+    try:
+        cls = method_class(str(name))
+    except InvalidField as error:
+        raise PydanticCustomError(
+            "unknown_method", "{reason}", {"reason": error.message, "expected": str(error.limit)}
+        ) from error
+    return cls.model_validate(dict(values))

@@ -1,0 +1,114 @@
+"""A run's settings as people write them: in a TOML file, over HTTP, in a program.
+
+The server keeps them for the length of the run and hands them to every participant, so that a
+device needs nothing but the server's address and its own data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
+
+from protocol.base import Message
+from protocol.federation import FederationSettings
+from protocol.method import MethodSettings, parse_method
+from protocol.plan import BackboneSettings, RunPlan, Text, TrainingSettings, WireSettings
+
+__all__ = ["RunSettings"]
+
+# Fields of former releases, and where their values belong now.
+_MOVED: dict[str, dict[str, str]] = {
+    "model": {
+        "cut": "method.cut",
+        "tail_blocks": "method.tail_blocks",
+        "keep_tokens": "method.keep_tokens",
+        "prompt_at": 'method.name = "sfprompt" (prompt_at = "cut") or "sfprompt-paper" ("input")',
+        "prompt_depth": "method.prompt_depth",
+        "prompt_count": "method.prompt_count",
+        "prompt_init": "method.prompt_init",
+        "tune": 'method.name = "fedpeft", "fedavg" or "splitfed", with method.tune',
+        "adapter_width": 'method.adapter_width of method.name = "fedpeft"',
+        "tune_body": 'method.tune = "full" of method.name = "splitfed"',
+        "lora_rank": 'method.lora_rank of method.name = "fedpft" or "offsite-tuning"',
+        "lora_ends": 'method.ends of method.name = "offsite-tuning"',
+        "proxy": 'method.name = "fedpft" (pruned) or "offsite-tuning" (dropped)',
+        "proxy_ends": "method.ends",
+        "proxy_width": 'method.width of method.name = "fedpft"',
+        "proxy_blocks": 'method.blocks of method.name = "offsite-tuning"',
+        "local_body": 'method.local_body of method.name = "sfprompt-paper"',
+    },
+    "training": {
+        "keep_fraction": "method.keep_fraction",
+        "pruning": "method.pruning",
+        "prune_per_class": "method.prune_per_class",
+        "local_epochs": "method.local_epochs",
+        "split_epochs": "method.split_epochs",
+        "local_learning_rate_scale": "method.local_learning_rate_scale",
+    },
+    "wire": {
+        "keep_smashed": "method.keep_smashed",
+        "delta_smashed": 'method.delta_smashed of method.name = "sfprompt-paper"',
+        "skip_below": 'method.skip_below of method.name = "sfprompt-paper"',
+        "gradient_correction": 'method.gradient_correction of method.name = "sfprompt-paper"',
+    },
+}
+
+
+class RunSettings(Message):
+    """Everything that people choose of a run. Equal settings and data give equal results."""
+
+    name: Text = "run"
+    seed: int = Field(0, ge=0, lt=2**63)
+    class_names: tuple[Text, ...] | None = Field(None, description="in the order of the classes")
+    method: Annotated[SerializeAsAny[MethodSettings], BeforeValidator(parse_method)] = Field(
+        default_factory=lambda: parse_method({}), description="name, and the method's own settings"
+    )
+    model: BackboneSettings = BackboneSettings()
+    federation: FederationSettings = FederationSettings()
+    training: TrainingSettings = TrainingSettings()
+    wire: WireSettings = WireSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_the_method(cls, values: Any) -> Any:
+        """Parse the method first: it has defaults for fields that the other parts leave open."""
+        if not isinstance(values, Mapping):
+            return values
+        _refuse_moved(values)
+        try:
+            method = parse_method(values.get("method", {}))
+        except ValueError:
+            return values  # the field's own validation names what is wrong
+        filled = {**values, "method": method}
+        for part, defaults in method.defaults().items():
+            given = values.get(part, {})
+            if isinstance(given, Mapping):
+                filled[part] = {**defaults, **given}
+        return filled
+
+    @model_validator(mode="after")
+    def _check_the_method(self) -> RunSettings:
+        self.method.check(self)
+        return self
+
+    @cached_property
+    def plan(self) -> RunPlan:
+        """What server and devices execute. May import torch, to look at the backbone's shape.
+
+        Raises:
+            InvalidField: the backbone does not have what the method needs.
+        """
+        return self.method.plan(self)
+
+
+def _refuse_moved(values: Mapping[str, Any]) -> None:
+    for part, moved in _MOVED.items():
+        given = values.get(part)
+        for field in given if isinstance(given, Mapping) else ():
+            if field in moved:
+                raise ValueError(f"{part}.{field} has moved: write {moved[field]}")
+    if "distillation" in values:
+        raise ValueError("distillation has moved: write method.distillation")

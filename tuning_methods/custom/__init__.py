@@ -1,0 +1,1 @@
+"""Every mechanism of a plan by hand, for research and tests."""

@@ -1,0 +1,1 @@
+"""FedPFT: LoRA on a pruned proxy of the backbone."""

@@ -1,0 +1,1 @@
+"""Offsite-tuning: LoRA on the ends of a proxy with fewer blocks."""

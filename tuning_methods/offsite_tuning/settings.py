@@ -1,0 +1,45 @@
+"""Settings of offsite-tuning."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from protocol.distillation import DistillationSettings
+from protocol.method import Fields
+from tuning_methods.whole_model import WholeModel, depth_of
+
+if TYPE_CHECKING:
+    from protocol.settings import RunSettings
+
+
+class OffsiteTuning(WholeModel):
+    """LoRA on the blocks at both ends of a proxy that has fewer blocks between them.
+
+    What was tuned on the proxy is put into the backbone at export.
+    """
+
+    name: Literal["offsite-tuning"] = "offsite-tuning"
+    source: ClassVar[str] = "Offsite-tuning, arXiv 2302.04870"
+    rates: ClassVar[dict[str, Any]] = {"tail_learning_rate": 2e-3}
+
+    ends: int = Field(1, ge=1, le=128, description="blocks at either end that are tuned")
+    blocks: int = Field(0, ge=0, le=256, description="blocks of the proxy in all; 0: half")
+    lora_rank: int = Field(8, ge=1, le=1024, description="of queries' and values' changes")
+    distillation: DistillationSettings = Field(
+        DistillationSettings(), description="of the blocks between the ends; epochs = 0: none"
+    )
+
+    def tuned(self, settings: RunSettings) -> Fields:
+        tuned = {"tune": "lora", "lora_rank": self.lora_rank, "lora_ends": self.ends}
+        return tuned | self._proxy()
+
+    def shaped(self, settings: RunSettings) -> Fields:
+        return {"cut": depth_of(settings.model, **self._proxy())}
+
+    def plan_part(self) -> Fields:
+        return {"distillation": self.distillation}
+
+    def _proxy(self) -> dict[str, Any]:
+        return {"proxy": "dropped", "proxy_ends": self.ends, "proxy_blocks": self.blocks}

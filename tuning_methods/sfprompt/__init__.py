@@ -1,0 +1,1 @@
+"""SFPrompt: prompts in the body (the default) or at the input, as published."""

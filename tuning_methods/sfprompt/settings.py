@@ -1,0 +1,182 @@
+"""Settings of SFPrompt: the form that runs by default, and the published one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from protocol.distillation import DistillationSettings
+from protocol.method import Fields, MethodSettings
+from protocol.plan import CodecName, PromptDepth, PruningScore
+
+if TYPE_CHECKING:
+    from protocol.settings import RunSettings
+
+_MODEL = (
+    "cut",
+    "tail_blocks",
+    "keep_tokens",
+    "prompt_depth",
+    "prompt_count",
+    "prompt_init",
+    "tune",
+)
+_TRAINING = (
+    "keep_fraction",
+    "pruning",
+    "prune_per_class",
+    "local_epochs",
+    "split_epochs",
+    "local_learning_rate_scale",
+)
+
+
+class _SplitPrompts(MethodSettings):
+    """What both forms share: the cut, the prompts, and the phases of a round."""
+
+    source: ClassVar[str] = "SFPrompt, arXiv 2407.17533"
+
+    cut: int = Field(1, ge=0, le=256, description="blocks in the head, on the device")
+    tail_blocks: int = Field(0, ge=0, le=256, description="last blocks that belong to the tail")
+    prompt_count: int = Field(10, ge=0, le=1024, description="soft prompt tokens")
+    prompt_init: Literal["normal", "mean-token"] = Field(
+        "normal", description="random | random, shifted by the mean image token"
+    )
+    prune_per_class: bool = Field(False, description="select the same share of each class")
+    split_epochs: int = Field(1, ge=0, le=10_000, description="epochs a round through the server")
+
+    def training_part(self) -> Fields:
+        return {field: getattr(self, field) for field in _TRAINING}
+
+
+class SFPrompt(_SplitPrompts):
+    """Prompts in the body, tuned by the server: smashed data never change and cross once.
+
+    A step sends features down and their gradient up, in one round trip. Training draws a share of
+    the samples anew in each round.
+    """
+
+    name: Literal["sfprompt"] = "sfprompt"
+    prompt_depth: PromptDepth = Field(
+        "deep",
+        description="deep: prompts before each block of the body | shallow: before its first",
+    )
+    keep_tokens: int = Field(
+        0, ge=0, le=65_536, description="image tokens that cross the cut, merged; 0: all"
+    )
+    tune: Literal["tail", "classifier"] = Field("tail", description="in addition to the prompts")
+    keep_fraction: float = Field(
+        0.8, gt=0, le=1, description="share of a device's samples that train in a round"
+    )
+    pruning: PruningScore = "random"
+    local_epochs: int = Field(0, ge=0, le=10_000, description="local-loss update of the tail")
+    local_learning_rate_scale: float = Field(
+        1.0, ge=0, le=100, description="factor on the rates during the local-loss update"
+    )
+    keep_smashed: bool = Field(
+        True, description="send a sample's smashed data once; the server caches them"
+    )
+
+    def defaults(self) -> dict[str, dict[str, Any]]:
+        # At the same bytes, 4-bit gradients of 80 % of the samples, rounded stochastically, are
+        # more accurate than 8-bit gradients of 60 %. Without a warm-up round the first steps of
+        # fresh prompts are too long.
+        return {
+            "training": {
+                "batch_size": 8,
+                "prompt_learning_rate": 2e-3,
+                "tail_learning_rate": 1e-2,
+                "warmup_rounds": 1,
+            },
+            "wire": {
+                "smashed": "int4+zstd",
+                "features": "int8",
+                "gradients": "int4",
+                "stochastic_rounding": True,
+                "inference": "float16",
+                "updates": "float16",
+                "update_deltas": True,
+                "head": "int8",
+                "pooled_features": True,
+            },
+        }
+
+    def model_part(self, settings: RunSettings) -> Fields:
+        return {"prompt_at": "cut"} | {field: getattr(self, field) for field in _MODEL}
+
+    def wire_part(self) -> Fields:
+        return {"keep_smashed": self.keep_smashed}
+
+
+class SFPromptPaper(_SplitPrompts):
+    """SFPrompt as published: prompts at the input, tuned on the device; four tensors a step.
+
+    A round scores samples by EL2N, updates prompts and tail from head straight to tail (or through
+    a small local body), then trains through the server.
+    """
+
+    name: Literal["sfprompt-paper"] = "sfprompt-paper"
+    prompt_depth: PromptDepth = Field(
+        "shallow", description="shallow: prompts at the input | deep: before each block of the head"
+    )
+    tune: Literal["tail", "classifier", "bias", "adapter", "lora", "full"] = Field(
+        "tail", description="in addition to the prompts: of the blocks on the device"
+    )
+    keep_fraction: float = Field(
+        0.5, gt=0, le=1, description="share of a device's samples selected for split training"
+    )
+    pruning: PruningScore = "el2n"
+    # EL2N over all classes together would drop whole classes while the classifier is fresh.
+    prune_per_class: bool = Field(True, description="select the same share of each class")
+    local_epochs: int = Field(1, ge=0, le=10_000, description="local-loss update")
+    local_learning_rate_scale: float = Field(
+        0.1, ge=0, le=100, description="factor on both rates during the local-loss update"
+    )
+    local_body: int = Field(
+        0,
+        ge=0,
+        le=256,
+        description="blocks of a small frozen body for the local-loss update; 0: none",
+    )
+    distillation: DistillationSettings = Field(
+        DistillationSettings(), description="of the local body"
+    )
+    delta_smashed: CodecName | None = Field(
+        None,
+        description="codec of a sample's change since its last visit; none: sent whole",
+    )
+    skip_below: float = Field(
+        0.0, ge=0, lt=1, description="relative changes (L2) below this are not sent"
+    )
+    gradient_correction: float = Field(
+        0.0,
+        ge=0,
+        le=1000,
+        description="times the error of the smashed data's codec is added to their gradient",
+    )
+
+    def defaults(self) -> dict[str, dict[str, Any]]:
+        # A device makes few steps a round: rates are high, with a warm-up, and batches small.
+        return {
+            "training": {
+                "batch_size": 4,
+                "prompt_learning_rate": 1e-2,
+                "tail_learning_rate": 2e-2,
+                "warmup_rounds": 1,
+            }
+        }
+
+    def model_part(self, settings: RunSettings) -> Fields:
+        shared = {field: getattr(self, field) for field in _MODEL if field != "keep_tokens"}
+        return {"prompt_at": "input", "local_body": self.local_body} | shared
+
+    def wire_part(self) -> Fields:
+        return {
+            "delta_smashed": self.delta_smashed,
+            "skip_below": self.skip_below,
+            "gradient_correction": self.gradient_correction,
+        }
+
+    def plan_part(self) -> Fields:
+        return {"distillation": self.distillation}

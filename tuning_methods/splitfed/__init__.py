@@ -1,0 +1,1 @@
+"""SplitFed: head, body and tail on two sides, without prompts."""
