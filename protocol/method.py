@@ -116,8 +116,15 @@ def _dump(part: BaseModel) -> dict[str, Any]:
 
 
 def register(cls: type[MethodSettings]) -> type[MethodSettings]:
-    """Make a method known to this process; installed packages use an entry point instead."""
-    _registered[str(cls.model_fields["name"].default)] = cls
+    """Make a method known to this process; installed packages use an entry point instead.
+
+    Raises:
+        ValueError: another method has the name.
+    """
+    name = str(cls.model_fields["name"].default)
+    if name in method_names() and _registered.get(name) is not cls:
+        raise ValueError(f"there is a method called {name} already")
+    _registered[name] = cls
     method_class.cache_clear()
     return cls
 

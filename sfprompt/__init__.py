@@ -1,0 +1,67 @@
+"""The public names of SFPrompt for programs.
+
+    import sfprompt
+
+    model = sfprompt.load_exported("model.safetensors")
+    settings = sfprompt.RunSettings(method={"name": "sfprompt", "prompt_count": 5})
+
+A name is imported when it is first used: `import sfprompt` alone loads neither torch nor FastAPI,
+and a device needs no server packages.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from edge_client.participant import Participant
+    from protocol.errors import SFPromptError
+    from protocol.method import MethodSettings, register
+    from protocol.settings import RunSettings
+    from split_model import TunedModel, load_exported
+    from split_server.app import SplitServer, create_app
+    from split_server.client import OperatorClient
+    from split_server.settings import ServerSettings
+
+__version__ = version("sfprompt")
+
+_MODULES = {
+    "MethodSettings": "protocol.method",
+    "OperatorClient": "split_server.client",
+    "Participant": "edge_client.participant",
+    "RunSettings": "protocol.settings",
+    "SFPromptError": "protocol.errors",
+    "ServerSettings": "split_server.settings",
+    "SplitServer": "split_server.app",
+    "TunedModel": "split_model",
+    "create_app": "split_server.app",
+    "load_exported": "split_model",
+    "register": "protocol.method",
+}
+
+__all__ = [
+    "MethodSettings",
+    "OperatorClient",
+    "Participant",
+    "RunSettings",
+    "SFPromptError",
+    "ServerSettings",
+    "SplitServer",
+    "TunedModel",
+    "__version__",
+    "create_app",
+    "load_exported",
+    "register",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'sfprompt' has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

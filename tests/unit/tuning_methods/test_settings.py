@@ -1,0 +1,181 @@
+"""The `[method]` table of a run: which methods there are, and the plan that each of them makes."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import pytest
+
+from protocol.errors import InvalidField
+from protocol.messages import parse_message
+from protocol.method import MethodSettings, method_class, method_names, register
+from protocol.plan import RunPlan
+from protocol.settings import RunSettings
+from tuning_methods.custom.settings import Custom
+
+ALL = [
+    "custom",
+    "fedavg",
+    "fedpeft",
+    "fedpft",
+    "offsite-tuning",
+    "sfprompt",
+    "sfprompt-paper",
+    "splitfed",
+]
+TINY = {"backbone": "vit_tiny_patch16_224", "weights": "random:0", "image_size": 32}
+
+
+def settings(method: dict[str, Any], **parts: Any) -> RunSettings:
+    return parse_message(RunSettings, {"method": method, "model": TINY, **parts})
+
+
+def plan(name: str, **fields: Any) -> RunPlan:
+    return settings({"name": name, **fields}).plan
+
+
+def test_these_methods_are_installed() -> None:
+    assert method_names() == sorted([*ALL, "mirror"]), "and the one that this file registers"
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_settings_survive_the_wire_and_explain_themselves(name: str) -> None:
+    written = settings({"name": name})
+    read = RunSettings.model_validate_json(written.model_dump_json())
+    assert read == written
+    assert read.plan == written.plan
+    cls = method_class(name)
+    assert cls.__doc__
+    assert all(field.description or field.annotation for field in cls.model_fields.values())
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if name not in {"custom"}])
+def test_a_plan_can_be_written_by_hand(name: str) -> None:
+    made = plan(name)
+    assert Custom.of(made).plan == made
+
+
+def test_the_default_method_tunes_prompts_in_the_body_and_caches_smashed_data() -> None:
+    run = RunSettings()
+    assert run.method.name == "sfprompt"
+    assert (run.plan.model.prompt_at, run.plan.model.prompt_depth) == ("cut", "deep")
+    assert run.plan.wire.keep_smashed
+    assert (run.training.batch_size, run.wire.smashed) == (8, "int4+zstd")
+
+
+def test_a_runs_own_value_wins_over_the_methods_default() -> None:
+    run = settings({"name": "sfprompt"}, training={"batch_size": 3}, wire={"smashed": "float16"})
+    assert (run.plan.training.batch_size, run.plan.wire.smashed) == (3, "float16")
+    assert run.plan.training.prompt_learning_rate == 2e-3
+
+
+@pytest.mark.parametrize(
+    ("tune", "model"),
+    [
+        ("classifier", {"tune": "classifier", "prompt_count": 0}),
+        ("bias", {"tune": "bias", "prompt_count": 0}),
+        ("adapter", {"tune": "adapter", "adapter_width": 24}),
+        ("prompt", {"tune": "classifier", "prompt_count": 10, "prompt_depth": "deep"}),
+    ],
+)
+def test_fedpeft_holds_the_whole_model_and_tunes_a_part(tune: str, model: dict[str, Any]) -> None:
+    made = plan("fedpeft", tune=tune, epochs=3)
+    assert made.model.cut == 12
+    assert {field: getattr(made.model, field) for field in model} == model
+    assert (made.training.local_epochs, made.training.split_epochs) == (3, 0)
+    assert made.training.keep_fraction == 1
+
+
+def test_proxies_are_as_deep_as_their_method_says() -> None:
+    pruned, dropped = plan("fedpft", width=8), plan("offsite-tuning", blocks=5, ends=2)
+    assert (pruned.model.cut, pruned.model.proxy, pruned.model.proxy_width) == (12, "pruned", 8)
+    assert (dropped.model.cut, dropped.model.proxy, dropped.model.lora_ends) == (5, "dropped", 2)
+    assert (pruned.distillation.epochs, dropped.distillation.epochs) == (5, 0)
+
+
+@pytest.mark.parametrize(("tune", "body"), [("linear", False), ("full", True)])
+def test_splitfed_tunes_the_tail_or_all_three_parts(tune: str, body: bool) -> None:
+    made = plan("splitfed", tune=tune)
+    assert made.model.tune_body is body
+    assert (made.model.cut, made.model.prompt_count, made.training.local_epochs) == (1, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("parts", "field"),
+    [
+        ({"method": {"name": "sfprompt", "prompt_count": -1}}, "method.prompt_count"),
+        ({"method": {"name": "sfprompt", "delta_smashed": "int4"}}, "method.delta_smashed"),
+        ({"method": {"name": "fedpeft", "cut": 1}}, "method.cut"),
+        ({"method": {"name": "no-such-method"}}, "method"),
+        ({"method": 3}, "method"),
+        ({"training": {"prompt_learning_rat": 1}}, "training.prompt_learning_rat"),
+    ],
+)
+def test_a_wrong_field_is_named(parts: dict[str, Any], field: str) -> None:
+    with pytest.raises(InvalidField) as caught:
+        parse_message(RunSettings, parts)
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("parts", "says"),
+    [
+        ({"model": {"prompt_at": "cut"}}, "model.prompt_at has moved: write method.name"),
+        ({"model": {"cut": 3}}, "write method.cut"),
+        ({"training": {"keep_fraction": 0.5}}, "write method.keep_fraction"),
+        ({"wire": {"keep_smashed": True}}, "write method.keep_smashed"),
+        ({"distillation": {"epochs": 1}}, "write method.distillation"),
+    ],
+)
+def test_a_field_of_a_former_release_says_where_it_moved(parts: dict[str, Any], says: str) -> None:
+    with pytest.raises(InvalidField) as caught:
+        parse_message(RunSettings, parts)
+    assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("method", "parts", "says"),
+    [
+        ({"name": "sfprompt"}, {"training": {"proximal": 0.1}}, "training.proximal"),
+        ({"name": "sfprompt", "prompt_count": 0}, {}, "prompt_count"),
+        ({"name": "sfprompt-paper", "skip_below": 0.1}, {}, "delta_smashed"),
+        ({"name": "sfprompt-paper", "local_body": 2, "local_epochs": 0}, {}, "local_epochs"),
+        ({"name": "splitfed", "tune": "full"}, {"training": {"proximal": 0.1}}, "proximal"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused_before_a_run_is_made(
+    method: dict[str, Any], parts: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(InvalidField) as caught:
+        settings(method, **parts)
+    assert says in str(caught.value)
+
+
+@register
+class Mirror(MethodSettings):
+    """A method of a package of its own, as a stranger would add it."""
+
+    name: Literal["mirror"] = "mirror"
+    strength: float = 1.0
+
+    def model_part(self, settings: RunSettings) -> dict[str, Any]:
+        return {"prompt_at": "input", "prompt_count": 3}
+
+    def training_part(self) -> dict[str, Any]:
+        return {"local_learning_rate_scale": self.strength}
+
+
+def test_a_name_belongs_to_one_method() -> None:
+    class Other(Mirror):
+        """Another method under the same name."""
+
+    with pytest.raises(ValueError, match="mirror"):
+        register(Other)
+    assert register(Mirror) is Mirror
+
+
+def test_a_method_is_added_with_one_class_and_no_change_of_the_core() -> None:
+    run = settings({"name": "mirror", "strength": 0.25})
+    assert isinstance(run.method, Mirror)
+    assert run.plan.training.local_learning_rate_scale == 0.25
+    assert RunSettings.model_validate_json(run.model_dump_json()) == run
