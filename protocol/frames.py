@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from protocol.codecs import Buffer, Device, codec_named
+from protocol.codecs import Buffer, Device, get_codec
 from protocol.errors import InvalidField, MalformedFrame, TooLarge, UnsupportedVersion
 from protocol.header import check_text, pack_header, unpack_header
 from protocol.limits import DEFAULT_LIMITS, FrameLimits
@@ -97,7 +97,7 @@ class Frame:
             MalformedFrame: the frame has no tensor of this name.
         """
         spec = self.spec(name)
-        return codec_named(spec.codec).decode(self.buffers[name], spec.shape, device)
+        return get_codec(spec.codec).decode(self.buffers[name], spec.shape, device)
 
     def tensors(self) -> dict[str, Tensor]:
         return {name: self.tensor(name) for name in self.specs}
@@ -108,7 +108,7 @@ def encode_frame(
     meta: Mapping[str, Any],
     tensors: Mapping[str, tuple[Tensor, str]],
     limits: FrameLimits = DEFAULT_LIMITS,
-    at_random: Mapping[str, torch.Generator] | None = None,
+    generators: Mapping[str, torch.Generator] | None = None,
 ) -> list[memoryview]:
     """The pieces of a frame, to be written one after the other; no buffer is copied into another.
 
@@ -120,7 +120,7 @@ def encode_frame(
         meta: what msgpack can hold: text, numbers, booleans, None, lists and maps of these.
         tensors: by name, the tensor (any shape) and the name of the codec to send it with.
         limits: of the header; what `decode_frame` would refuse there is not sent at all.
-        at_random: tensors whose codec, if it rounds, does so at random by this generator.
+        generators: tensors whose codec, if it rounds, does so at random by this generator.
 
     Raises:
         UnknownCodec: no such codec.
@@ -131,7 +131,7 @@ def encode_frame(
     specs: list[dict[str, Any]] = []
     payload: list[memoryview] = []
     for name, (tensor, codec) in tensors.items():
-        buffers = codec_named(codec).encode(tensor, (at_random or {}).get(name))
+        buffers = get_codec(codec).encode(tensor, (generators or {}).get(name))
         sizes = tuple(buffer.nbytes for buffer in buffers)
         specs.append(TensorSpec(name, codec, tuple(tensor.shape), sizes).to_wire())
         payload.extend(buffers)
@@ -288,7 +288,7 @@ def _read_spec(raw: Any, limits: FrameLimits) -> TensorSpec:
     sizes = tuple(_naturals(raw["sizes"], f"{name}.sizes"))
     _check_shape(name, shape, limits)
     try:
-        codec_named(codec).check_sizes(shape, sizes)
+        get_codec(codec).check_sizes(shape, sizes)
     except MalformedFrame as error:
         error.field = f"{name}.sizes"
         raise

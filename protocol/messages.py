@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from enum import StrEnum
 from typing import Annotated, Any, TypeVar
 
@@ -14,8 +13,8 @@ from pydantic import (
     model_validator,
 )
 
-from protocol.base import Message
-from protocol.errors import FieldValue, InvalidField
+from protocol.base import Message, extract_field, extract_limit
+from protocol.errors import InvalidField
 from protocol.plan import RunPlan, Text
 
 __all__ = [
@@ -48,8 +47,6 @@ __all__ = [
     "Task",
     "UpdateMeta",
     "UpdateReceipt",
-    "named_field",
-    "named_limit",
     "parse_message",
 ]
 
@@ -82,7 +79,7 @@ class RunStatus(StrEnum):
     FAILED = "failed"
 
     @property
-    def over(self) -> bool:
+    def is_over(self) -> bool:
         return self in (RunStatus.FINISHED, RunStatus.CANCELLED, RunStatus.FAILED)
 
 
@@ -313,8 +310,6 @@ class SamplesMeta(Message):
 
 M = TypeVar("M", bound=Message)
 
-_BOUNDS = ("ge", "gt", "le", "lt", "min_length", "max_length", "pattern", "expected")
-
 
 def parse_message(kind: type[M], raw: object) -> M:
     """Validate a message from the other end.
@@ -329,20 +324,7 @@ def parse_message(kind: type[M], raw: object) -> M:
         value = first.get("input")
         raise InvalidField(
             f"{kind.__name__}: {first['msg']}",
-            field=".".join(str(part) for part in first["loc"]) or named_field(first),
-            limit=named_limit(first),
+            field=".".join(str(part) for part in first["loc"]) or extract_field(first),
+            limit=extract_limit(first),
             value=value if isinstance(value, (str, int, float)) else None,
         ) from None
-
-
-def named_field(error: Mapping[str, Any]) -> str:
-    """The field that one of pydantic's errors of a whole message names, if it names one."""
-    return str(error.get("ctx", {}).get("field", "body"))
-
-
-def named_limit(error: Mapping[str, Any]) -> FieldValue:
-    """The bound that a value broke, where one of pydantic's errors names it."""
-    for name in _BOUNDS:
-        if isinstance(bound := error.get("ctx", {}).get(name), (str, int, float)):
-            return bound
-    return None

@@ -20,7 +20,7 @@ from protocol.wire import (
 __all__ = [
     "Phase",
     "Traffic",
-    "phases_of",
+    "get_phases",
     "total_bytes",
 ]
 
@@ -56,7 +56,7 @@ _BY_LAST_SEGMENT: Final[Mapping[str, Phase]] = {
 }
 
 
-def phases_of(path: str) -> tuple[Phase, Phase]:
+def get_phases(path: str) -> tuple[Phase, Phase]:
     """The phases of a request's bytes (up, down), headers included, by its path."""
     if path in _BY_PATH:
         return _BY_PATH[path]
@@ -78,7 +78,7 @@ class Traffic:
 
     def add(self, path: str, up: int, down: int) -> None:
         """Count one exchange: ``up`` and ``down`` bytes at the socket for a request to ``path``."""
-        phase_up, phase_down = phases_of(path)
+        phase_up, phase_down = get_phases(path)
         self.up[phase_up] = self.up.get(phase_up, 0) + up
         self.down[phase_down] = self.down.get(phase_down, 0) + down
 

@@ -4,18 +4,18 @@ Phase 1 of SFPrompt (arXiv 2407.17533, section 3): a device scores its samples w
 the tail alone, and sends only the highest-scoring share through the split model.
 """
 
-from pruning.scores import SCORES, Score, el2n, grand, loss, margin, random, random_draw
-from pruning.selection import keep_highest, kept_count
+from pruning.scores import SCORES, Score, draw_random_scores, el2n, grand, loss, margin, random
+from pruning.selection import select_highest, selected_count
 
 __all__ = [
     "SCORES",
     "Score",
+    "draw_random_scores",
     "el2n",
     "grand",
-    "keep_highest",
-    "kept_count",
     "loss",
     "margin",
     "random",
-    "random_draw",
+    "select_highest",
+    "selected_count",
 ]

@@ -18,12 +18,12 @@ from protocol.errors import InvalidField, WrongShape
 __all__ = [
     "SCORES",
     "Score",
+    "draw_random_scores",
     "el2n",
     "grand",
     "loss",
     "margin",
     "random",
-    "random_draw",
 ]
 
 
@@ -143,10 +143,10 @@ def random(
     logits, _ = _checked(logits, labels)
     if generator is None:
         raise InvalidField("random needs a seeded generator", field="generator")
-    return random_draw(logits.shape[0], generator).to(logits.device)
+    return draw_random_scores(logits.shape[0], generator).to(logits.device)
 
 
-def random_draw(samples: int, generator: torch.Generator) -> Tensor:
+def draw_random_scores(samples: int, generator: torch.Generator) -> Tensor:
     """The scores (samples,) of `random`, for whoever has no logits: it needs none."""
     return torch.rand(samples, generator=generator, device=generator.device)  # (n,)
 

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from protocol.errors import InvalidField, NonFinite, WrongShape
 
-__all__ = ["keep_highest", "kept_count"]
+__all__ = ["select_highest", "selected_count"]
 
 
-def kept_count(samples: int, keep_fraction: float) -> int:
+def selected_count(samples: int, keep_fraction: float) -> int:
     """How many of ``samples`` are kept: the nearest whole number, halves upwards, at least 1.
 
     Of no samples none is kept. The fraction is taken as it is written: 0.145 of 100 is 14.5 and
@@ -37,7 +37,7 @@ def kept_count(samples: int, keep_fraction: float) -> int:
     return min(samples, max(1, math.floor(exact + Fraction(1, 2))))
 
 
-def keep_highest(
+def select_highest(
     scores: Tensor,
     keep_fraction: float,
     labels: Tensor | None = None,
@@ -50,7 +50,7 @@ def keep_highest(
 
     Args:
         scores: (n,), finite.
-        keep_fraction: the kept share, above 0 and at most 1; see `kept_count`.
+        keep_fraction: the kept share, above 0 and at most 1; see `selected_count`.
         labels: the class of each sample, (n,), whole numbers; needed with ``per_class``.
         per_class: keep this share of every class instead of the whole. Every class that occurs
             keeps at least one sample, so that many small classes keep more than the share.
@@ -81,7 +81,7 @@ def keep_highest(
         )
     order = torch.argsort(scores.detach(), descending=True, stable=True)  # (n,)
     if not per_class:
-        kept = order[: kept_count(scores.numel(), keep_fraction)]
+        kept = order[: selected_count(scores.numel(), keep_fraction)]
     else:
         kept = _highest_of_each_class(order, keep_fraction, labels)
     return kept.sort().values
@@ -99,10 +99,10 @@ def _highest_of_each_class(order: Tensor, keep_fraction: float, labels: Tensor |
         )
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise InvalidField("labels are whole numbers", field="labels", value=str(labels.dtype))
-    kept_count(0, keep_fraction)  # a wrong fraction is refused, also where no class occurs
+    selected_count(0, keep_fraction)  # a wrong fraction is refused, also where no class occurs
     ranked = labels.to(order.device)[order]  # (n,), classes from the highest score down
     kept = order[:0]
     for label in ranked.unique():
         of_class = order[ranked == label]
-        kept = torch.cat([kept, of_class[: kept_count(of_class.numel(), keep_fraction)]])
+        kept = torch.cat([kept, of_class[: selected_count(of_class.numel(), keep_fraction)]])
     return kept

@@ -49,7 +49,7 @@ class Codec(ABC):
         """
 
     @abstractmethod
-    def largest_sizes(self, shape: Sequence[int], count: int) -> list[int]:
+    def max_sizes(self, shape: Sequence[int], count: int) -> list[int]:
         """The most bytes that each of ``count`` buffers of a tensor of this shape may have.
 
         Raises:
@@ -84,7 +84,7 @@ class FixedSizeCodec(Codec):
     def sizes(self, shape: Sequence[int]) -> list[int]:
         """The bytes of each buffer of a tensor of this shape."""
 
-    def largest_sizes(self, shape: Sequence[int], count: int) -> list[int]:
+    def max_sizes(self, shape: Sequence[int], count: int) -> list[int]:
         expected = self.sizes(shape)
         if count != len(expected):
             raise self._wrong_sizes(shape, expected, [count])

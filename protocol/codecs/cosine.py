@@ -11,13 +11,13 @@ from torch import Tensor
 
 from protocol.codecs.codec import Device, FixedSizeCodec
 from protocol.codecs.memory import (
-    bytes_of,
-    cannot_send,
-    chunk_rows,
-    largest_magnitude,
-    placed,
-    tensor_of,
-    unit_for,
+    from_buffer,
+    max_magnitude,
+    power_of_two_above,
+    range_error,
+    rows_per_chunk,
+    to_buffer,
+    to_device,
 )
 from protocol.errors import MalformedFrame
 
@@ -56,16 +56,16 @@ class Cosine(FixedSizeCodec):
 
     def encode(self, tensor: Tensor, generator: torch.Generator | None = None) -> list[memoryview]:
         plain = tensor.detach().reshape(-1).to(torch.float32)
-        largest = largest_magnitude(plain)
+        largest = max_magnitude(plain)
         if not largest <= _LARGEST:  # NaN too
-            raise cannot_send(self.name, _LARGEST, largest)
-        unit = unit_for(largest)
+            raise range_error(self.name, _LARGEST, largest)
+        unit = power_of_two_above(largest)
         scaled = plain / unit
         norm = _norm(scaled)
         bound = math.asin(min(1.0, largest / unit / norm)) if norm else 0.0
         codes = self._codes(scaled, norm, bound, generator).add_(self._most).to(torch.uint8)
         header = bytearray(_HEADER.pack(norm * unit, bound))
-        return [bytes_of(_packed(codes, self._bits)), memoryview(header)]
+        return [to_buffer(_packed(codes, self._bits)), memoryview(header)]
 
     def sizes(self, shape: Sequence[int]) -> list[int]:
         elements = math.prod(shape)
@@ -83,14 +83,14 @@ class Cosine(FixedSizeCodec):
                 value=[norm, bound],
             )
         elements = math.prod(shape)
-        packed = tensor_of(buffers[0], torch.uint8, buffers[0].nbytes)
+        packed = from_buffer(buffers[0], torch.uint8, buffers[0].nbytes)
         if unused := packed.numel() * 8 // self._bits - elements:
             _check_unused(int(packed[-1]), 8 - unused * self._bits)
-        packed = placed(packed, device)
+        packed = to_device(packed, device)
         values = [norm * sine for sine in self._sines(bound)]
         levels = torch.tensor(values, dtype=torch.float32, device=device)
         decoded = torch.empty(elements, dtype=torch.float32, device=device)
-        at_once = chunk_rows(1, decoded.device) // 8 * 8
+        at_once = rows_per_chunk(1, decoded.device) // 8 * 8
         for out, part in zip(
             decoded.split(at_once), packed.split(at_once * self._bits // 8), strict=True
         ):
@@ -130,7 +130,7 @@ class Cosine(FixedSizeCodec):
 
 def _norm(values: Tensor) -> float:
     """The norm of float32 values of magnitudes up to 1, in double precision."""
-    parts = values.split(chunk_rows(1, values.device))
+    parts = values.split(rows_per_chunk(1, values.device))
     return math.sqrt(sum(float(part.to(torch.float64).square().sum()) for part in parts))
 
 

@@ -11,17 +11,17 @@ from torch import Tensor
 
 from protocol.codecs.codec import Device, FixedSizeCodec
 from protocol.codecs.memory import (
-    as_matrix,
-    bytes_of,
-    cannot_send,
-    chunk_rows,
-    extremes,
-    largest_magnitude,
-    placed,
-    round_,
-    rows_of,
-    tensor_of,
-    within,
+    find_extremes,
+    from_buffer,
+    is_within,
+    matrix_shape,
+    max_magnitude,
+    range_error,
+    round_in_place,
+    rows_per_chunk,
+    to_buffer,
+    to_device,
+    to_matrix,
 )
 from protocol.errors import MalformedFrame
 
@@ -71,9 +71,9 @@ class _FourBits(FixedSizeCodec):
         """Turn what stands in the bytes into numbers again, in place."""
 
     def encode(self, tensor: Tensor, generator: torch.Generator | None = None) -> list[memoryview]:
-        source = as_matrix(tensor)
+        source = to_matrix(tensor)
         width = source.shape[1]
-        at_once = chunk_rows(width, source.device)
+        at_once = rows_per_chunk(width, source.device)
         parts = source.split(at_once)
         scratch = torch.empty_like(_grouped(source[:at_once]))
         found = [self._extremes(part, scratch[: len(part)]) for part in map(_grouped, parts)]
@@ -83,38 +83,38 @@ class _FourBits(FixedSizeCodec):
         packed = torch.empty(len(source), _half(width), dtype=torch.int8, device=source.device)
         for part, out, *few in zip(parts, *_split(at_once, packed, *wide), strict=True):
             codes = self._to_codes(_grouped(part), few, scratch[: len(part)])
-            round_(codes, generator, *self.codes)
+            round_in_place(codes, generator, *self.codes)
             _pack(codes.flatten(1)[:, :width], self.zero, out)
         numbers = [number.cpu() for number in numbers]
         if not self._sound(numbers):
-            raise cannot_send(self.name, _LARGEST_MINIMUM, largest_magnitude(source))
-        return [bytes_of(packed), *map(bytes_of, numbers)]
+            raise range_error(self.name, _LARGEST_MINIMUM, max_magnitude(source))
+        return [to_buffer(packed), *map(to_buffer, numbers)]
 
     def sizes(self, shape: Sequence[int]) -> list[int]:
-        rows, width = rows_of(shape)
+        rows, width = matrix_shape(shape)
         groups, _ = _groups(width)
         return [rows * _half(width)] + [rows * groups * 2] * self.numbers
 
     def decode(
         self, buffers: Sequence[memoryview], shape: Sequence[int], device: Device = "cpu"
     ) -> Tensor:
-        rows, width = rows_of(shape)
+        rows, width = matrix_shape(shape)
         groups, size = _groups(width)
-        packed = tensor_of(buffers[0], torch.uint8, rows, _half(width))
+        packed = from_buffer(buffers[0], torch.uint8, rows, _half(width))
         if width % 2 and bool((packed[:, -1:] > 15).any()):
             raise MalformedFrame("the unused half of a byte is zero", field="codes", limit=0)
-        few = [tensor_of(buffer, torch.bfloat16, rows, groups, 1) for buffer in buffers[1:]]
+        few = [from_buffer(buffer, torch.bfloat16, rows, groups, 1) for buffer in buffers[1:]]
         if not self._sound(few):
             raise MalformedFrame(
                 "a number of a group is out of range",
                 field="scales",
                 limit=_LARGEST_SCALE,
-                value=extremes(*few),
+                value=find_extremes(*few),
             )
-        packed = placed(packed, device)
-        numbers = [placed(number, device).to(torch.float32) for number in few]
+        packed = to_device(packed, device)
+        numbers = [to_device(number, device).to(torch.float32) for number in few]
         decoded = torch.empty(rows, width, dtype=torch.float32, device=device)
-        at_once = chunk_rows(width, decoded.device)
+        at_once = rows_per_chunk(width, decoded.device)
         for codes, part, *own in zip(*_split(at_once, decoded, packed, *numbers), strict=True):
             _unpack(part, codes)
             wide = _grouped(codes)
@@ -146,7 +146,7 @@ class Int4(_FourBits):
         return [_cut(_normal(extremes[0] / 7))]
 
     def _sound(self, numbers: Sequence[Tensor]) -> bool:
-        return within(numbers[0], 0.0, _LARGEST_SCALE)
+        return is_within(numbers[0], 0.0, _LARGEST_SCALE)
 
     def _to_codes(self, groups: Tensor, numbers: Sequence[Tensor], out: Tensor) -> Tensor:
         return torch.div(groups, numbers[0], out=out)
@@ -182,7 +182,7 @@ class Int4Asymmetric(_FourBits):
 
     def _sound(self, numbers: Sequence[Tensor]) -> bool:
         scale, minimum = numbers
-        return within(scale, 0.0, _LARGEST_SCALE) and within(
+        return is_within(scale, 0.0, _LARGEST_SCALE) and is_within(
             minimum, -_LARGEST_MINIMUM, _LARGEST_MINIMUM
         )
 

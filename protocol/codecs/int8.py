@@ -10,17 +10,17 @@ from torch import Tensor
 
 from protocol.codecs.codec import Device, FixedSizeCodec
 from protocol.codecs.memory import (
-    as_matrix,
-    bytes_of,
-    cannot_send,
-    chunk_rows,
-    extremes,
-    largest_magnitude,
-    placed,
-    round_,
-    rows_of,
-    tensor_of,
-    within,
+    find_extremes,
+    from_buffer,
+    is_within,
+    matrix_shape,
+    max_magnitude,
+    range_error,
+    round_in_place,
+    rows_per_chunk,
+    to_buffer,
+    to_device,
+    to_matrix,
 )
 from protocol.errors import MalformedFrame
 
@@ -46,45 +46,45 @@ class Int8(FixedSizeCodec):
     name, row_wise = "int8", True
 
     def encode(self, tensor: Tensor, generator: torch.Generator | None = None) -> list[memoryview]:
-        source = as_matrix(tensor)
+        source = to_matrix(tensor)
         # Two passes that only read are faster than one that writes magnitudes down.
         highest, lowest = source.amax(1, keepdim=True), source.amin(1, keepdim=True)
         scales = torch.maximum(highest, -lowest).to(torch.float32).div_(_LEVELS)
         scales.masked_fill_(scales < SMALLEST_SCALE, 0.0)
         divisors = scales.masked_fill(scales == 0, math.inf)  # what it divides becomes zero
         values = torch.empty(source.shape, dtype=torch.int8, device=source.device)
-        at_once = chunk_rows(source.shape[1], source.device)
+        at_once = rows_per_chunk(source.shape[1], source.device)
         scratch = torch.empty_like(source[:at_once], dtype=torch.float32)
         for part, divisor, out in zip(
             *(every.split(at_once) for every in (source, divisors, values)), strict=True
         ):
             codes = torch.div(part.to(torch.float32), divisor, out=scratch[: len(part)])
-            out.copy_(round_(codes, generator, -_LEVELS, _LEVELS))
+            out.copy_(round_in_place(codes, generator, -_LEVELS, _LEVELS))
         scales = scales.cpu()
-        if not within(scales, 0.0, LARGEST_SCALE):
-            raise cannot_send(self.name, _LEVELS * LARGEST_SCALE, largest_magnitude(source))
-        return [bytes_of(values), bytes_of(scales)]
+        if not is_within(scales, 0.0, LARGEST_SCALE):
+            raise range_error(self.name, _LEVELS * LARGEST_SCALE, max_magnitude(source))
+        return [to_buffer(values), to_buffer(scales)]
 
     def sizes(self, shape: Sequence[int]) -> list[int]:
-        rows, width = rows_of(shape)
+        rows, width = matrix_shape(shape)
         return [rows * width, rows * 4]
 
     def decode(
         self, buffers: Sequence[memoryview], shape: Sequence[int], device: Device = "cpu"
     ) -> Tensor:
-        rows, width = rows_of(shape)
-        scales = tensor_of(buffers[1], torch.float32, rows, 1)
-        if not within(scales, 0.0, LARGEST_SCALE):
+        rows, width = matrix_shape(shape)
+        scales = from_buffer(buffers[1], torch.float32, rows, 1)
+        if not is_within(scales, 0.0, LARGEST_SCALE):
             raise MalformedFrame(
                 "a scale is a finite number of at least 0",
                 field="scales",
                 limit=LARGEST_SCALE,
-                value=extremes(scales),
+                value=find_extremes(scales),
             )
-        values = placed(tensor_of(buffers[0], torch.int8, rows, width), device)
-        scales = placed(scales, device)
+        values = to_device(from_buffer(buffers[0], torch.int8, rows, width), device)
+        scales = to_device(scales, device)
         decoded = torch.empty(rows, width, dtype=torch.float32, device=device)
-        at_once = chunk_rows(width, decoded.device)
+        at_once = rows_per_chunk(width, decoded.device)
         for out, codes, scale in zip(
             decoded.split(at_once), values.split(at_once), scales.split(at_once), strict=True
         ):

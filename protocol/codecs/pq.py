@@ -11,17 +11,17 @@ from torch.nn import functional as F
 
 from protocol.codecs.codec import Device, FixedSizeCodec
 from protocol.codecs.memory import (
-    as_matrix,
-    bytes_of,
-    cannot_send,
-    chunk_rows,
-    extremes,
-    largest_magnitude,
-    placed,
-    rows_of,
-    tensor_of,
-    unit_for,
-    within,
+    find_extremes,
+    from_buffer,
+    is_within,
+    matrix_shape,
+    max_magnitude,
+    power_of_two_above,
+    range_error,
+    rows_per_chunk,
+    to_buffer,
+    to_device,
+    to_matrix,
 )
 from protocol.errors import MalformedFrame
 
@@ -59,14 +59,14 @@ class ProductQuantiser(FixedSizeCodec):
     name = "pq"
 
     def encode(self, tensor: Tensor, generator: torch.Generator | None = None) -> list[memoryview]:
-        plain = as_matrix(tensor).to(torch.float32)
-        largest = largest_magnitude(plain)
+        plain = to_matrix(tensor).to(torch.float32)
+        largest = max_magnitude(plain)
         if not largest <= _LARGEST:  # NaN too
-            raise cannot_send(self.name, _LARGEST, largest)
-        unit = unit_for(largest)
+            raise range_error(self.name, _LARGEST, largest)
+        unit = power_of_two_above(largest)
         vectors = F.pad(plain / unit, (0, -plain.shape[1] % RUN)).view(-1, RUN)
         codes, codebook = _cluster(vectors)
-        return [bytes_of(codes), bytes_of(codebook * unit)]
+        return [to_buffer(codes), to_buffer(codebook * unit)]
 
     def sizes(self, shape: Sequence[int]) -> list[int]:
         vectors = math.prod(_vectors(shape))
@@ -75,11 +75,11 @@ class ProductQuantiser(FixedSizeCodec):
     def decode(
         self, buffers: Sequence[memoryview], shape: Sequence[int], device: Device = "cpu"
     ) -> Tensor:
-        rows, width = rows_of(shape)
+        rows, width = matrix_shape(shape)
         vectors = _vectors(shape)
         entries = min(math.prod(vectors), _ENTRIES)
-        codes = tensor_of(buffers[0], torch.uint8, *vectors)
-        codebook = tensor_of(buffers[1], torch.float32, entries, RUN)
+        codes = from_buffer(buffers[0], torch.uint8, *vectors)
+        codebook = from_buffer(buffers[1], torch.float32, entries, RUN)
         if entries and int(codes.max()) >= entries:
             raise MalformedFrame(
                 "a code names no entry of the codebook",
@@ -87,16 +87,16 @@ class ProductQuantiser(FixedSizeCodec):
                 limit=entries - 1,
                 value=int(codes.max()),
             )
-        if not within(codebook, -2 * _LARGEST, 2 * _LARGEST):
+        if not is_within(codebook, -2 * _LARGEST, 2 * _LARGEST):
             raise MalformedFrame(
                 "an entry of the codebook is out of range",
                 field="codebook",
                 limit=2 * _LARGEST,
-                value=extremes(codebook),
+                value=find_extremes(codebook),
             )
-        codes, codebook = placed(codes, device), placed(codebook, device)
+        codes, codebook = to_device(codes, device), to_device(codebook, device)
         decoded = torch.empty(rows, width, dtype=torch.float32, device=device)
-        at_once = chunk_rows(width, decoded.device)
+        at_once = rows_per_chunk(width, decoded.device)
         for out, part in zip(decoded.split(at_once), codes.split(at_once), strict=True):
             out.copy_(F.embedding(part.to(torch.int64), codebook).flatten(1)[:, :width])
         return decoded.reshape(tuple(shape))
@@ -104,7 +104,7 @@ class ProductQuantiser(FixedSizeCodec):
 
 def _vectors(shape: Sequence[int]) -> tuple[int, int]:
     """How many rows there are, and how many vectors in each."""
-    rows, width = rows_of(shape)
+    rows, width = matrix_shape(shape)
     return rows, -(-width // RUN)
 
 
@@ -156,7 +156,7 @@ def _fit(vectors: Tensor, entries: int) -> Tensor:
 def _nearest(vectors: Tensor, centres: Tensor) -> Tensor:
     """int64 [N]: the centre nearest to each vector."""
     halves = centres.square().sum(1) / 2  # |v - c|² / 2 = |v|² / 2 + |c|² / 2 - v · c
-    at_once = chunk_rows(len(centres), vectors.device)
+    at_once = rows_per_chunk(len(centres), vectors.device)
     return torch.cat(
         [
             _place_of_least(torch.addmm(halves, part, centres.T, alpha=-1))

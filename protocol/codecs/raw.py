@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from protocol.codecs.codec import Device, FixedSizeCodec
-from protocol.codecs.memory import bytes_of, largest_magnitude, placed, tensor_of
+from protocol.codecs.memory import from_buffer, max_magnitude, to_buffer, to_device
 from protocol.errors import InvalidField
 
 
@@ -20,7 +20,7 @@ class RawCodec(FixedSizeCodec):
     row_wise = True
 
     def encode(self, tensor: Tensor, generator: torch.Generator | None = None) -> list[memoryview]:
-        return [bytes_of(tensor.detach().to(self.dtype))]
+        return [to_buffer(tensor.detach().to(self.dtype))]
 
     def sizes(self, shape: Sequence[int]) -> list[int]:
         return [math.prod(shape) * self.dtype.itemsize]
@@ -28,7 +28,7 @@ class RawCodec(FixedSizeCodec):
     def decode(
         self, buffers: Sequence[memoryview], shape: Sequence[int], device: Device = "cpu"
     ) -> Tensor:
-        return placed(tensor_of(buffers[0], self.dtype, *shape), device)
+        return to_device(from_buffer(buffers[0], self.dtype, *shape), device)
 
 
 class Float32(RawCodec):
@@ -47,7 +47,7 @@ class Float16(RawCodec):
 
     def encode(self, tensor: Tensor, generator: torch.Generator | None = None) -> list[memoryview]:
         half = tensor.detach().to(torch.float16)
-        if not math.isfinite(largest_magnitude(half)):  # the quick test; NaN may pass
+        if not math.isfinite(max_magnitude(half)):  # the quick test; NaN may pass
             _refuse_infinity(half.isinf(), tensor.detach())
         return super().encode(half, generator)
 

@@ -38,7 +38,7 @@ _WITH_PARAMETER: dict[str, Callable[[str, str], Codec]] = {
 
 
 @lru_cache(maxsize=64)
-def codec_named(name: str) -> Codec:
+def get_codec(name: str) -> Codec:
     """The codec of this name (see `protocol.codec_names`).
 
     Raises:
@@ -47,7 +47,7 @@ def codec_named(name: str) -> Codec:
     """
     parts = parse_codec(name)
     if parts.compressed:
-        return Compressed(codec_named(name.removesuffix(LOSSLESS_SUFFIX)), name)
+        return Compressed(get_codec(name.removesuffix(LOSSLESS_SUFFIX)), name)
     if parts.parameter is not None:
         return _WITH_PARAMETER[parts.base](parts.parameter, name)
     return CODECS.get(parts.base) or _WITHOUT_PARAMETER[parts.base]
@@ -63,7 +63,7 @@ def encoded_bytes(name: str, shape: Sequence[int]) -> int | None:
     """
     if parse_codec(name).compressed:
         return None  # known also where the library is not
-    codec = codec_named(name)
+    codec = get_codec(name)
     return sum(codec.sizes(shape)) if isinstance(codec, FixedSizeCodec) else None
 
 
@@ -75,5 +75,5 @@ def as_decoded(tensor: Tensor, codec: str) -> Tensor:
     Raises:
         InvalidField: the codec does not carry these numbers.
     """
-    one = codec_named(codec.removesuffix(LOSSLESS_SUFFIX))
+    one = get_codec(codec.removesuffix(LOSSLESS_SUFFIX))
     return one.decode(one.encode(tensor), tensor.shape).to(torch.float32)

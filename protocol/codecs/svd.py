@@ -10,13 +10,13 @@ from torch import Tensor
 
 from protocol.codecs.codec import Codec, Device
 from protocol.codecs.memory import (
-    bytes_of,
-    cannot_send,
-    extremes,
-    largest_magnitude,
-    placed,
-    tensor_of,
-    within,
+    find_extremes,
+    from_buffer,
+    is_within,
+    max_magnitude,
+    range_error,
+    to_buffer,
+    to_device,
 )
 from protocol.errors import MalformedFrame
 
@@ -49,12 +49,12 @@ class Svd(Codec):
 
     def encode(self, tensor: Tensor, generator: torch.Generator | None = None) -> list[memoryview]:
         plain = tensor.detach().to(torch.float32)
-        largest = largest_magnitude(plain)
+        largest = max_magnitude(plain)
         if not largest <= _LARGEST:  # NaN too
-            raise cannot_send(self.name, _LARGEST, largest)
+            raise range_error(self.name, _LARGEST, largest)
         most = _largest_rank(tensor.shape)
         factors = self._factors(plain.reshape(len(plain), -1), most) if most else None
-        return [bytes_of(part) for part in factors or [plain]]
+        return [to_buffer(part) for part in factors or [plain]]
 
     def _factors(self, matrix: Tensor, most: int) -> list[Tensor] | None:
         """U, singular values and V as they are sent; None where the matrix is to go as it is."""
@@ -70,7 +70,7 @@ class Svd(Codec):
         left, right = left[:, :rank].clamp(-1, 1), right[:rank].clamp(-1, 1)
         return [left.to(torch.float16), values[:rank], right.to(torch.float16)]
 
-    def largest_sizes(self, shape: Sequence[int], count: int) -> list[int]:
+    def max_sizes(self, shape: Sequence[int], count: int) -> list[int]:
         if count == 1:
             return [4 * math.prod(shape)]
         most = _largest_rank(shape)
@@ -79,7 +79,7 @@ class Svd(Codec):
         return _sizes(shape, most)
 
     def check_sizes(self, shape: Sequence[int], sizes: Sequence[int]) -> None:
-        limits = self.largest_sizes(shape, len(sizes))
+        limits = self.max_sizes(shape, len(sizes))
         expected = limits if len(limits) == 1 else _sizes(shape, sizes[1] // 4)
         if list(sizes) != expected or not 0 <= sizes[-1] <= limits[-1]:
             raise self._wrong_sizes(shape, list(sizes))
@@ -88,27 +88,27 @@ class Svd(Codec):
         self, buffers: Sequence[memoryview], shape: Sequence[int], device: Device = "cpu"
     ) -> Tensor:
         if len(buffers) == 1:
-            return placed(tensor_of(buffers[0], torch.float32, *shape), device)
+            return to_device(from_buffer(buffers[0], torch.float32, *shape), device)
         rank = buffers[1].nbytes // 4
-        left = tensor_of(buffers[0], torch.float16, shape[0], rank)
-        values = tensor_of(buffers[1], torch.float32, rank)
-        right = tensor_of(buffers[2], torch.float16, rank, math.prod(shape[1:]))
-        if not (within(left, -1, 1) and within(right, -1, 1)):
+        left = from_buffer(buffers[0], torch.float16, shape[0], rank)
+        values = from_buffer(buffers[1], torch.float32, rank)
+        right = from_buffer(buffers[2], torch.float16, rank, math.prod(shape[1:]))
+        if not (is_within(left, -1, 1) and is_within(right, -1, 1)):
             raise MalformedFrame(
                 "an element of a singular vector is at most 1",
                 field="vectors",
                 limit=1,
-                value=extremes(left, right),
+                value=find_extremes(left, right),
             )
-        if not within(values, 0, _LARGEST_SINGULAR_VALUE):
+        if not is_within(values, 0, _LARGEST_SINGULAR_VALUE):
             raise MalformedFrame(
                 "a singular value is out of range",
                 field="values",
                 limit=_LARGEST_SINGULAR_VALUE,
-                value=extremes(values),
+                value=find_extremes(values),
             )
-        scaled = placed(left, device).to(torch.float32) * placed(values, device)
-        return (scaled @ placed(right, device).to(torch.float32)).reshape(tuple(shape))
+        scaled = to_device(left, device).to(torch.float32) * to_device(values, device)
+        return (scaled @ to_device(right, device).to(torch.float32)).reshape(tuple(shape))
 
     def _wrong_sizes(self, shape: Sequence[int], sizes: list[int]) -> MalformedFrame:
         return MalformedFrame(

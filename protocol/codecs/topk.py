@@ -11,13 +11,13 @@ from torch import Tensor
 
 from protocol.codecs.codec import Device, FixedSizeCodec
 from protocol.codecs.memory import (
-    bytes_of,
-    cannot_send,
-    extremes,
-    largest_magnitude,
-    placed,
-    tensor_of,
-    within,
+    find_extremes,
+    from_buffer,
+    is_within,
+    max_magnitude,
+    range_error,
+    to_buffer,
+    to_device,
 )
 from protocol.errors import InvalidField, MalformedFrame
 
@@ -59,11 +59,11 @@ class TopK(FixedSizeCodec):
                 value=tensor.numel(),
             )
         plain = tensor.detach().reshape(-1).to(torch.float32)
-        largest = largest_magnitude(plain)
+        largest = max_magnitude(plain)
         if not largest <= _LARGEST:  # NaN too
-            raise cannot_send(self.name, _LARGEST, largest)
+            raise range_error(self.name, _LARGEST, largest)
         places = _places_of_largest(plain.abs(), self._count(tensor.shape))
-        return [bytes_of(places.to(torch.int32)), bytes_of(plain[places].to(torch.bfloat16))]
+        return [to_buffer(places.to(torch.int32)), to_buffer(plain[places].to(torch.bfloat16))]
 
     def sizes(self, shape: Sequence[int]) -> list[int]:
         count = self._count(shape)
@@ -73,8 +73,8 @@ class TopK(FixedSizeCodec):
         self, buffers: Sequence[memoryview], shape: Sequence[int], device: Device = "cpu"
     ) -> Tensor:
         elements, count = math.prod(shape), self._count(shape)
-        places = tensor_of(buffers[0], torch.int32, count)
-        values = tensor_of(buffers[1], torch.bfloat16, count)
+        places = from_buffer(buffers[0], torch.int32, count)
+        values = from_buffer(buffers[1], torch.bfloat16, count)
         if count and not _rises_within(places, elements):
             raise MalformedFrame(
                 "indices rise, each within the tensor",
@@ -82,15 +82,17 @@ class TopK(FixedSizeCodec):
                 limit=elements - 1,
                 value=places[:_SHOWN].tolist(),
             )
-        if not within(values, -2 * _LARGEST, 2 * _LARGEST):
+        if not is_within(values, -2 * _LARGEST, 2 * _LARGEST):
             raise MalformedFrame(
                 "a value is out of range",
                 field="values",
                 limit=2 * _LARGEST,
-                value=extremes(values),
+                value=find_extremes(values),
             )
         decoded = torch.zeros(elements, dtype=torch.float32, device=device)
-        decoded[placed(places, device).to(torch.int64)] = placed(values, device).to(torch.float32)
+        decoded[to_device(places, device).to(torch.int64)] = to_device(values, device).to(
+            torch.float32
+        )
         return decoded.reshape(tuple(shape))
 
     def _count(self, shape: Sequence[int]) -> int:

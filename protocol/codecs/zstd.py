@@ -45,11 +45,11 @@ class Compressed(Codec):
             for plain in self.inner.encode(tensor, generator)
         ]
 
-    def largest_sizes(self, shape: Sequence[int], count: int) -> list[int]:
-        return [size + 1 for size in self.inner.largest_sizes(shape, count)]
+    def max_sizes(self, shape: Sequence[int], count: int) -> list[int]:
+        return [size + 1 for size in self.inner.max_sizes(shape, count)]
 
     def check_sizes(self, shape: Sequence[int], sizes: Sequence[int]) -> None:
-        limits = self.largest_sizes(shape, len(sizes))
+        limits = self.max_sizes(shape, len(sizes))
         if any(not 1 <= size <= most for size, most in zip(sizes, limits, strict=True)):
             raise MalformedFrame(
                 f"a {self.name} tensor of shape {list(shape)} takes smaller buffers, none empty",
@@ -61,9 +61,9 @@ class Compressed(Codec):
     def decode(
         self, buffers: Sequence[memoryview], shape: Sequence[int], device: Device = "cpu"
     ) -> Tensor:
-        return self.inner.decode(self.unpacked(buffers, shape), shape, device)
+        return self.inner.decode(self.decompress(buffers, shape), shape, device)
 
-    def unpacked(self, buffers: Sequence[memoryview], shape: Sequence[int]) -> list[memoryview]:
+    def decompress(self, buffers: Sequence[memoryview], shape: Sequence[int]) -> list[memoryview]:
         """The buffers as the other codec wrote them, of a size that fits the shape.
 
         Raises:

@@ -180,6 +180,6 @@ def test_the_registry_has_what_the_settings_allow():
 
 
 def test_the_exported_names():
-    names = "SCORES Score el2n grand keep_highest kept_count loss margin random random_draw"
+    names = "SCORES Score el2n grand select_highest selected_count loss margin random draw_random_scores"
     assert sorted(pruning.__all__) == sorted(names.split())
     assert all(hasattr(pruning, name) for name in pruning.__all__)
