@@ -1,4 +1,4 @@
-"""The protocol's version, its HTTP headers, the paths of the split plane and the size of a float."""
+"""Version and HTTP headers of the protocol, paths of the split plane, bytes of a float32."""
 
 from __future__ import annotations
 

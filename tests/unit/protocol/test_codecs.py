@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from protocol.codec_names import FLOAT_CODECS, WHOLE_CODECS, is_row_wise_inside
+from protocol.codec_names import FLOAT_CODECS, INTEGER_CODECS, is_row_wise_inside
 from protocol.codecs import CODECS, encoded_bytes, get_codec
 from protocol.errors import InvalidField, MalformedFrame, UnknownCodec
 
@@ -72,12 +72,12 @@ def test_what_a_codec_says_of_itself_is_what_its_name_says(name):
     codec = get_codec(name)
     assert codec.name == name
     assert codec.row_wise == (is_row_wise_inside(name) and not name.endswith("+zstd"))
-    assert codec.floating == (name.partition("+")[0] not in WHOLE_CODECS)
+    assert codec.floating == (name.partition("+")[0] not in INTEGER_CODECS)
     assert get_codec(name) is codec
 
 
 def test_every_codec_is_shown_to_people():
-    shown = {name.partition(":")[0] for name in (*FLOAT_CODECS, *WHOLE_CODECS)}
+    shown = {name.partition(":")[0] for name in (*FLOAT_CODECS, *INTEGER_CODECS)}
     assert {name.partition(":")[0] for name in ALL if "+" not in name} == shown
 
 

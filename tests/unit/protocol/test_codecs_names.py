@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from protocol.codec_names import (
     FLOAT_CODECS,
-    WHOLE_CODECS,
+    INTEGER_CODECS,
     CodecParts,
     check_float_codec,
     is_row_wise_inside,
@@ -59,7 +59,7 @@ def test_every_valid_name_is_taken_as_it_is(name):
     assert codec.row_wise == (is_row_wise_inside(name) and not name.endswith("+zstd"))
 
 
-@pytest.mark.parametrize("name", WHOLE_CODECS)
+@pytest.mark.parametrize("name", INTEGER_CODECS)
 def test_codecs_of_whole_numbers_are_codecs_but_carry_no_floats(name):
     for variant in (name, f"{name}+zstd"):
         assert not get_codec(variant).floating

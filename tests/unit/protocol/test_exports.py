@@ -9,7 +9,7 @@ import protocol
 
 EXPORTED = {
     "base": "Message extract_field extract_limit",
-    "codec_names": "CodecParts FLOAT_CODECS LOSSLESS_SUFFIX WHOLE_CODECS check_float_codec "
+    "codec_names": "CodecParts FLOAT_CODECS LOSSLESS_SUFFIX INTEGER_CODECS check_float_codec "
     "is_row_wise_inside parse_codec",
     "codecs": "BFloat16 Buffer CODECS Codec Compressed Cosine Device ErrorFeedback FixedSizeCodec "
     "Float16 Float32 Int4 Int4Asymmetric Int64 Int8 ProductQuantiser RawCodec Svd TopK UInt8 "
@@ -35,8 +35,9 @@ EXPORTED = {
     "PromptPlacement ProxyKind RunPlan ServerOptimizer Text TrainingPlan Tuned WirePlan",
     "traffic": "Phase Traffic get_phases total_bytes",
     "tls": "create_ssl_context",
-    "wire": "BACKWARD_PATH EXCHANGE_PATH FLOAT32_BYTES FORWARD_PATH FRAME_MEDIA_TYPE IDEMPOTENCY_HEADER "
-    "INFER_PATH MISSING_PATH PROTOCOL_VERSION REQUEST_ID_HEADER SAMPLES_PATH VERSION_HEADER",
+    "wire": "BACKWARD_PATH EXCHANGE_PATH FLOAT32_BYTES FORWARD_PATH FRAME_MEDIA_TYPE "
+    "IDEMPOTENCY_HEADER INFER_PATH MISSING_PATH PROTOCOL_VERSION REQUEST_ID_HEADER "
+    "SAMPLES_PATH VERSION_HEADER",
 }
 
 FOLDER = Path(protocol.__file__).parent
