@@ -142,15 +142,15 @@ def encode_frame(
     if len(header) > limits.max_header_bytes:
         raise _header_too_large(len(header), limits)
     unpack_header(header, limits)
-    length = _aligned(PREFIX_BYTES + len(header))
+    length = _align(PREFIX_BYTES + len(header))
     pieces = []
     for buffer in payload:
-        length += _aligned(buffer.nbytes)
+        length += _align(buffer.nbytes)
         pieces.append(buffer)
-        if pad := _pad(buffer.nbytes):
+        if pad := _padding_for(buffer.nbytes):
             pieces.append(memoryview(pad))
     prefix = _PREFIX.pack(MAGIC, PROTOCOL_VERSION, 0, len(header), length)
-    return [memoryview(prefix + header + _pad(PREFIX_BYTES + len(header))), *pieces]
+    return [memoryview(prefix + header + _padding_for(PREFIX_BYTES + len(header))), *pieces]
 
 
 def frame_length(pieces: Sequence[memoryview]) -> int:
@@ -186,7 +186,7 @@ def decode_frame(data: Buffer, limits: FrameLimits = DEFAULT_LIMITS) -> Frame:
     end = PREFIX_BYTES + header_bytes
     kind, meta, raw_specs = unpack_header(view[PREFIX_BYTES:end], limits)
     _check_padding(view, end)
-    specs, buffers = _read_tensors(view, _aligned(end), raw_specs, limits)
+    specs, buffers = _read_tensors(view, _align(end), raw_specs, limits)
     return Frame(kind, meta, specs, buffers)
 
 
@@ -234,7 +234,7 @@ def _read_prefix(view: memoryview, limits: FrameLimits) -> int:
             limit=view.nbytes,
             value=total,
         )
-    if _aligned(PREFIX_BYTES + header_bytes) > total:
+    if _align(PREFIX_BYTES + header_bytes) > total:
         raise MalformedFrame(
             "the header extends past the end of the frame",
             field="header",
@@ -264,7 +264,7 @@ def _read_tensors(
                 )
             pieces.append(view[offset : offset + size])
             _check_padding(view, offset + size)
-            offset += _aligned(size)
+            offset += _align(size)
         specs[spec.name] = spec
         buffers[spec.name] = tuple(pieces)
     if offset != view.nbytes:
@@ -295,8 +295,8 @@ def _read_spec(raw: Any, limits: FrameLimits) -> TensorSpec:
         )
     check_text(name, "tensors.name", limits)
     check_text(codec, f"{name}.codec", limits)
-    shape = tuple(_naturals(raw["shape"], f"{name}.shape"))
-    sizes = tuple(_naturals(raw["sizes"], f"{name}.sizes"))
+    shape = tuple(_read_naturals(raw["shape"], f"{name}.shape"))
+    sizes = tuple(_read_naturals(raw["sizes"], f"{name}.sizes"))
     _check_shape(name, shape, limits)
     try:
         get_codec(codec).check_sizes(shape, sizes)
@@ -325,7 +325,7 @@ def _check_shape(name: str, shape: Sequence[int], limits: FrameLimits) -> None:
         )
 
 
-def _naturals(raw: Any, where: str) -> Iterator[int]:
+def _read_naturals(raw: Any, where: str) -> Iterator[int]:
     if not isinstance(raw, list):
         raise MalformedFrame(
             "must be a list of integers",
@@ -344,12 +344,13 @@ def _naturals(raw: Any, where: str) -> Iterator[int]:
         yield number
 
 
-def _aligned(length: int) -> int:
+def _align(length: int) -> int:
+    """Round a length up to the next multiple of `ALIGNMENT`."""
     return -(-length // ALIGNMENT) * ALIGNMENT
 
 
 def _check_padding(view: memoryview, end: int) -> None:
-    padding = view[end : _aligned(end)]
+    padding = view[end : _align(end)]
     if padding != _PADDING[: padding.nbytes]:
         raise MalformedFrame("padding must be zero", field="padding", limit=0, value=end)
 
@@ -360,8 +361,8 @@ def _header_too_large(length: int, limits: FrameLimits) -> TooLarge:
     )
 
 
-def _pad(length: int) -> bytes:
-    return _PADDING[: _aligned(length) - length]
+def _padding_for(length: int) -> bytes:
+    return _PADDING[: _align(length) - length]
 
 
 def require_kind(frame: Frame, kind: str) -> None:
@@ -372,7 +373,7 @@ def require_kind(frame: Frame, kind: str) -> None:
     """
     if frame.kind != kind:
         raise InvalidField(
-            "the frame has another kind than this request needs",
+            "the frame has the wrong kind",
             field="kind",
             limit=kind,
             value=frame.kind,
