@@ -171,7 +171,7 @@ def join(
         server.close()
     if not succeeded(last):
         reason = escape(last.reason or "no reason given")
-        what = f"The run ended as {last.status}" if last.status.over else "No longer taking part"
+        what = f"The run ended as {last.status}" if last.status.is_over else "No longer taking part"
         err.print(f"[red]{what}[/red]: {reason}", soft_wrap=True)
         raise typer.Exit(3)
 
@@ -335,7 +335,7 @@ def _choose(server: Server, wanted: str | None, *, open_only: bool) -> RunView:
     fitting = [
         run
         for run in server.runs()
-        if (not run.status.over if open_only else run.status is not RunStatus.FAILED)
+        if (not run.status.is_over if open_only else run.status is not RunStatus.FAILED)
     ]
     if not fitting:
         raise NotFound(

@@ -1,12 +1,13 @@
-"""The contract of the two ends: frames, messages, codecs, limits and errors.
+"""The contract between devices and server: messages, frames, codecs, limits and errors.
 
-It knows neither HTTP nor models; SPEC.md, beside this file, says the same to other languages.
-Names are imported from the modules themselves, so that reading the settings costs no torch:
+It imports neither HTTP libraries nor models. SPEC.md in this folder specifies the same contract
+for other languages. Import names from the modules themselves: plans, messages and errors then load
+without torch.
 
-- `protocol.errors`: every refusal, as one tree
-- `protocol.plan`, `protocol.messages`: what travels as JSON
-- `protocol.frames`, `protocol.header`, `protocol.codecs`: what travels as bytes
-- `protocol.limits`: the bounds of a frame
-- `protocol.traffic`: what the bytes at the socket were for
-- `protocol.seeds`, `protocol.wire`
+- `protocol.errors`: all errors, as one tree
+- `protocol.plan`, `protocol.messages`, `protocol.base`: what crosses the wire as JSON
+- `protocol.frames`, `protocol.header`, `protocol.codecs`: what crosses the wire as bytes
+- `protocol.wire`, `protocol.limits`: version, headers and paths; the limits of a frame
+- `protocol.traffic`: bytes at the socket, by purpose
+- `protocol.presets`, `protocol.seeds`, `protocol.tls`
 """

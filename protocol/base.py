@@ -1,13 +1,41 @@
-"""What all that crosses the wire as JSON is made from."""
+"""The base class of JSON messages, and how pydantic's errors name a field and its limit."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from pydantic import BaseModel, ConfigDict
 
-__all__ = ["Message"]
+from protocol.errors import FieldValue
+
+__all__ = ["Message", "extract_field", "extract_limit"]
+
+_LIMIT_NAMES = ("ge", "gt", "le", "lt", "min_length", "max_length", "pattern", "expected")
 
 
 class Message(BaseModel):
-    """Base of everything that crosses the wire as JSON: immutable, nothing unknown accepted."""
+    """Base class of all JSON messages: immutable, without unknown fields, NaN or infinity."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def extract_field(error: Mapping[str, Any]) -> str:
+    """Return the field that a pydantic error names in its context, else ``"body"``.
+
+    Args:
+        error: one of pydantic's error dictionaries, of a whole message.
+    """
+    return str(error.get("ctx", {}).get("field", "body"))
+
+
+def extract_limit(error: Mapping[str, Any]) -> FieldValue:
+    """Return the limit that a value broke, or None where pydantic's error names none.
+
+    Args:
+        error: one of pydantic's error dictionaries.
+    """
+    for name in _LIMIT_NAMES:
+        if isinstance(limit := error.get("ctx", {}).get(name), (str, int, float)):
+            return limit
+    return None

@@ -1,7 +1,7 @@
-"""The names of the codecs, known without torch: settings are read where none is loaded.
+"""Names of codecs, without torch, because a run's plan is validated before torch is loaded.
 
-A name is ``base[:parameter][+zstd]``: ``int8``, ``topk:0.05``, ``int8+zstd``. It goes over the
-wire as it is, parameter and all.
+A name is ``base[:parameter][+zstd]``: ``int8``, ``topk:0.05``, ``int8+zstd``. The whole name
+crosses the wire.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from protocol.errors import UnknownCodec
 
 __all__ = [
     "FLOAT_CODECS",
+    "INTEGER_CODECS",
     "LOSSLESS_SUFFIX",
-    "WHOLE_CODECS",
     "CodecParts",
     "check_float_codec",
     "is_row_wise_inside",
@@ -33,42 +33,43 @@ FLOAT_CODECS: Final = (
     "topk:F",
     "cosine:S",
     "svd:E",
-)  # to show to people: a letter behind a colon stands for a parameter
+)  # as shown to people: the letter after the colon stands for the parameter
 
-WHOLE_CODECS: Final = ("int64", "uint8")
+INTEGER_CODECS: Final = ("int64", "uint8")
 
 LOSSLESS_SUFFIX: Final = "+zstd"
 
-_ROW_WISE: Final = {"float32", "float16", "bfloat16", "int8", "int4", "int4-asym", *WHOLE_CODECS}
+_ROW_WISE: Final = {"float32", "float16", "bfloat16", "int8", "int4", "int4-asym", *INTEGER_CODECS}
 
 
 @dataclass(frozen=True)
 class _Parameter:
-    """What may stand behind the colon of a name."""
+    """The parameter after the colon of a name."""
 
     pattern: re.Pattern[str]
     allowed: str  # in words
 
 
 _SHARE: Final = _Parameter(
-    re.compile(r"0\.(?!0+$)[0-9]{1,6}|1|1\.0{1,6}"), "above 0, to 1, with at most 6 decimals"
+    re.compile(r"0\.(?!0+$)[0-9]{1,6}|1|1\.0{1,6}"),
+    "above 0 and at most 1, with at most 6 decimals",
 )
 
 _BITS: Final = _Parameter(re.compile(r"[2-8]"), "a whole number from 2 to 8")
 
 _PARAMETERS: Final = {"topk": _SHARE, "cosine": _BITS, "svd": _SHARE}
 
-_BASES: Final = {shown.partition(":")[0]: shown for shown in (*FLOAT_CODECS, *WHOLE_CODECS)}
+_BASES: Final = {name.partition(":")[0]: name for name in (*FLOAT_CODECS, *INTEGER_CODECS)}
 
 
 @dataclass(frozen=True)
 class CodecParts:
-    """A codec's name, taken apart.
+    """The parts of a codec's name.
 
     Attributes:
-        base: without parameter and suffix.
-        parameter: as it was written; None for a base that takes none.
-        compressed: the buffers are compressed once more, without loss.
+        base: the name without parameter and suffix.
+        parameter: as written; None for a base without parameter.
+        compressed: the name ends in ``+zstd``: the buffers are compressed without loss.
     """
 
     base: str
@@ -77,23 +78,23 @@ class CodecParts:
 
 
 def parse_codec(name: str) -> CodecParts:
-    """Take a codec's name apart.
+    """Parse a codec's name.
 
     Raises:
-        UnknownCodec: there is no such codec, or its parameter is not allowed.
+        UnknownCodec: the name or its parameter is not allowed.
     """
     plain = name.removesuffix(LOSSLESS_SUFFIX)
     base, colon, parameter = plain.partition(":")
     if base not in _BASES:
         raise UnknownCodec(
-            "there is no codec of this name", field="codec", limit=list(_BASES.values()), value=name
+            "no codec has this name", field="codec", limit=list(_BASES.values()), value=name
         )
     rule = _PARAMETERS.get(base)
     if rule is None and colon:
         raise UnknownCodec("this codec takes no parameter", field="codec", limit=base, value=name)
     if rule is not None and not rule.pattern.fullmatch(parameter):
         raise UnknownCodec(
-            f"the parameter of {_BASES[base]} is {rule.allowed}",
+            f"the parameter of {_BASES[base]} must be {rule.allowed}",
             field="codec",
             limit=rule.allowed,
             value=name,
@@ -102,15 +103,15 @@ def parse_codec(name: str) -> CodecParts:
 
 
 def check_float_codec(name: str) -> str:
-    """The name again, if a codec of this name carries floating-point numbers.
+    """Return the name if its codec encodes floating-point numbers.
 
     Raises:
-        UnknownCodec: there is none, or its parameter is not allowed.
+        UnknownCodec: no such codec, or its parameter is not allowed.
     """
     base = name.removesuffix(LOSSLESS_SUFFIX).partition(":")[0]
-    if base in WHOLE_CODECS or base not in _BASES:
+    if base in INTEGER_CODECS or base not in _BASES:
         raise UnknownCodec(
-            "there is no codec of this name for floating-point numbers",
+            "no codec for floating-point numbers has this name",
             field="codec",
             limit=list(FLOAT_CODECS),
             value=name,
@@ -120,11 +121,9 @@ def check_float_codec(name: str) -> str:
 
 
 def is_row_wise_inside(name: str) -> bool:
-    """Whether what this codec encodes together can be taken apart by the first dimension.
-
-    Of a codec that compresses without loss: before it does so.
+    """Whether the codec, less its ``+zstd``, encodes each index of the first dimension separately.
 
     Raises:
-        UnknownCodec: there is no such codec, or its parameter is not allowed.
+        UnknownCodec: the name or its parameter is not allowed.
     """
     return parse_codec(name).base in _ROW_WISE

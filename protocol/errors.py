@@ -1,26 +1,26 @@
-"""Every way in which the two ends refuse each other, as one tree.
+"""All errors of the protocol, as one tree.
 
-SFPromptError                     anything this project raises on purpose
-├── InvalidRequest                the request itself is wrong; sending it again will not help
+SFPromptError                     base class of all errors of this project
+├── InvalidRequest                the request is wrong; a repetition fails too
 │   ├── MalformedFrame            the bytes are not a frame of this protocol
 │   ├── TooLarge                  a declared or real size is over its limit
-│   ├── UnsupportedVersion        the other end speaks another version of the protocol
-│   ├── UnknownCodec              the frame names a codec that this end does not have
-│   ├── InvalidField              one field has a value that is not allowed
-│   ├── WrongShape                a tensor has another shape than the run asks for
-│   ├── NonFinite                 a tensor holds NaN or infinity
-│   └── EmptyUpdate               an update that says it was trained on no sample
-├── Unauthorized                  no credential, or one that this server did not issue
-├── Forbidden                     a good credential, used for what it does not allow
+│   ├── UnsupportedVersion        the other end uses another version of the protocol
+│   ├── UnknownCodec              this end does not have the codec that the frame names
+│   ├── InvalidField              the value of one field is not allowed
+│   ├── WrongShape                the shape of a tensor is not what the run requires
+│   ├── NonFinite                 a tensor contains NaN or infinity
+│   └── EmptyUpdate               the update was trained on no samples
+├── Unauthorized                  the credential is missing, or this server did not issue it
+├── Forbidden                     the credential is valid, but does not allow this request
 ├── NotFound                      no such run, participant, state or page
-├── Conflict                      right in itself, but not now
-│   ├── StaleRound                the round that it speaks of is not open (any more)
+├── Conflict                      the request is valid, but not in the current state
+│   ├── StaleRound                the round of the request is not open
 │   ├── RunClosed                 the run is finished, cancelled or failed
-│   ├── StepLost                  the server no longer holds that step; send its forward again
-│   └── IdempotencyKeyReused      the key has been used for another request
-├── Busy                          the server is full; come back after `retry_after_s`
-├── InternalError                 the server failed; its log holds the request id
-└── Unreachable                   no answer from the other end (raised by the client alone)
+│   ├── StepLost                  the server no longer has the step; send its forward again
+│   └── IdempotencyKeyReused      the idempotency key was used for another request
+├── Busy                          the server is full; repeat after `retry_after_s`
+├── InternalError                 the server failed; its log has the request id
+└── Unreachable                   no response from the other end (raised only by a client)
 """
 
 from __future__ import annotations
@@ -59,15 +59,15 @@ FieldValue: TypeAlias = str | int | float | bool | list[Any] | None
 
 
 class SFPromptError(Exception):
-    """Anything this project raises on purpose.
+    """Base class of all errors of this project.
 
     Attributes:
-        message: one sentence for a person.
-        field: the field, setting or tensor that is wrong, if it is one.
-        limit: what would have been allowed.
-        value: what was there instead.
+        message: one sentence for people.
+        field: name of the wrong field, setting or tensor, if there is one.
+        limit: the allowed value or values.
+        value: the refused value.
         hint: what to do next.
-        retry_after_s: seconds after which to send the same request again; None: do not.
+        retry_after_s: seconds until the same request may be repeated; None: do not repeat it.
     """
 
     code: ClassVar[str] = "error"
@@ -104,10 +104,11 @@ class SFPromptError(Exception):
         return "; ".join(parts)
 
     def to_wire(self) -> dict[str, Any]:
-        """The error as it stands in a response: ``{"error": {...}}`` without empty fields.
+        """Return the JSON body of a response: ``{"error": {...}}`` without empty fields.
 
-        It is always JSON: NaN, infinity and huge integers become text, what is not Unicode is
-        replaced, and long texts and lists are cut, so that a refusal never echoes a whole body.
+        The result is always valid JSON: NaN, infinity and huge integers become text, and invalid
+        Unicode is replaced. Long texts and lists are truncated, so that an error never echoes a
+        whole request body.
         """
         fields = {
             "code": self.code,
@@ -126,7 +127,7 @@ class SFPromptError(Exception):
 
 
 class InvalidRequest(SFPromptError):
-    """The request itself is wrong; sending it again will not help."""
+    """The request is wrong; a repetition fails too."""
 
     code, status = "invalid_request", 400
 
@@ -144,49 +145,49 @@ class TooLarge(InvalidRequest):
 
 
 class UnsupportedVersion(InvalidRequest):
-    """The other end speaks another version of the protocol."""
+    """The other end uses another version of the protocol."""
 
     code, status = "unsupported_version", 426
 
 
 class UnknownCodec(InvalidRequest):
-    """The frame names a codec that this end does not have."""
+    """This end does not have the codec that the frame names."""
 
     code, status = "unknown_codec", 415
 
 
 class InvalidField(InvalidRequest):
-    """One field has a value that is not allowed."""
+    """The value of one field is not allowed."""
 
     code, status = "invalid_field", 422
 
 
 class WrongShape(InvalidRequest):
-    """A tensor has another shape than the run asks for."""
+    """The shape of a tensor is not what the run requires."""
 
     code, status = "wrong_shape", 422
 
 
 class NonFinite(InvalidRequest):
-    """A tensor holds NaN or infinity."""
+    """A tensor contains NaN or infinity."""
 
     code, status = "non_finite", 422
 
 
 class EmptyUpdate(InvalidRequest):
-    """An update that says it was trained on no sample."""
+    """The update was trained on no samples."""
 
     code, status = "empty_update", 422
 
 
 class Unauthorized(SFPromptError):
-    """No credential, or one that this server did not issue."""
+    """The credential is missing, or this server did not issue it."""
 
     code, status = "unauthorized", 401
 
 
 class Forbidden(SFPromptError):
-    """A good credential, used for what it does not allow."""
+    """The credential is valid, but does not allow this request."""
 
     code, status = "forbidden", 403
 
@@ -198,13 +199,13 @@ class NotFound(SFPromptError):
 
 
 class Conflict(SFPromptError):
-    """Right in itself, but not now."""
+    """The request is valid, but not in the current state."""
 
     code, status = "conflict", 409
 
 
 class StaleRound(Conflict):
-    """The round that the request speaks of is not open (any more)."""
+    """The round of the request is not open."""
 
     code = "stale_round"
 
@@ -216,43 +217,43 @@ class RunClosed(Conflict):
 
 
 class StepLost(Conflict):
-    """The server no longer holds that step; send its forward again."""
+    """The server no longer has the step; send its forward again."""
 
     code = "step_lost"
 
 
 class IdempotencyKeyReused(Conflict):
-    """The key has been used for another request."""
+    """The idempotency key was used for another request."""
 
     code = "idempotency_key_reused"
 
 
 class Busy(SFPromptError):
-    """The server is full; come back after ``retry_after_s``."""
+    """The server is full; repeat after ``retry_after_s``."""
 
     code, status = "busy", 503
 
 
 class InternalError(SFPromptError):
-    """The server failed; its log holds the request id."""
+    """The server failed; its log has the request id."""
 
     code, status = "internal_error", 500
 
 
 class Unreachable(SFPromptError):
-    """No answer from the other end (raised by the client alone)."""
+    """No response from the other end (raised only by a client)."""
 
     code, status = "unreachable", 0
 
 
-def _leaves_and_nodes(root: type[SFPromptError]) -> Iterator[type[SFPromptError]]:
+def _walk_tree(root: type[SFPromptError]) -> Iterator[type[SFPromptError]]:
     yield root
     for child in root.__subclasses__():
-        yield from _leaves_and_nodes(child)
+        yield from _walk_tree(child)
 
 
 _BY_CODE: dict[str, type[SFPromptError]] = {
-    error.code: error for error in _leaves_and_nodes(SFPromptError)
+    error.code: error for error in _walk_tree(SFPromptError)
 }
 
 _MAX_CHARACTERS = 500  # of one text in an error
@@ -263,16 +264,16 @@ _MAX_RETRY_AFTER_S = 86_400.0
 
 
 def error_from_wire(body: object, status: int) -> SFPromptError:
-    """The typed error that a response stands for.
+    """Build the typed error of a response.
 
-    A body that is none of ours (a proxy's page, say) becomes the node of the tree nearest to
-    ``status``. Nothing in ``body`` is trusted: fields of a wrong type are left out.
+    A body of another form (an HTML page of a proxy, for example) gives the error class for
+    ``status``. Fields of a wrong type are dropped, because ``body`` is not trusted.
     """
     wire = body.get("error") if isinstance(body, Mapping) else None
     if not isinstance(wire, Mapping):
         return _error_for_status(status)
-    kind = _BY_CODE.get(str(wire.get("code")), type(_error_for_status(status)))
-    return kind(
+    error_type = _BY_CODE.get(str(wire.get("code")), type(_error_for_status(status)))
+    return error_type(
         _text(wire.get("message")) or "the server gave no reason",
         field=_text(wire.get("field")),
         limit=_field_value(wire.get("limit")),
@@ -283,8 +284,8 @@ def error_from_wire(body: object, status: int) -> SFPromptError:
 
 
 def _error_for_status(status: int) -> SFPromptError:
-    message = f"the server answered with status {status} and no typed error"
-    nearest: dict[int, type[SFPromptError]] = {
+    message = f"the server responded with status {status} and no typed error"
+    by_status: dict[int, type[SFPromptError]] = {
         401: Unauthorized,
         403: Forbidden,
         404: NotFound,
@@ -297,27 +298,27 @@ def _error_for_status(status: int) -> SFPromptError:
         504: Busy,
     }
     fallback = InvalidRequest if 400 <= status < 500 else InternalError
-    return nearest.get(status, fallback)(message)
+    return by_status.get(status, fallback)(message)
 
 
 def _json_safe(value: FieldValue) -> FieldValue:
     if isinstance(value, str):
-        return _clipped(value)
+        return _truncate(value)
     if isinstance(value, float):
         return value if math.isfinite(value) else str(value)
-    if isinstance(value, int):  # bool too
+    if isinstance(value, int):  # includes bool
         return value if value.bit_length() <= 64 else f"a number of {value.bit_length()} bits"
     if isinstance(value, list):
         return [_json_safe(item) for item in value[:_MAX_ITEMS]]
-    return None if value is None else _clipped(repr(value))
+    return None if value is None else _truncate(repr(value))
 
 
-def _clipped(text: str) -> str:
+def _truncate(text: str) -> str:
     return text[:_MAX_CHARACTERS].encode("utf-8", "replace").decode()
 
 
 def _text(value: object) -> str | None:
-    return _clipped(value) if isinstance(value, str) else None
+    return _truncate(value) if isinstance(value, str) else None
 
 
 def _field_value(value: object) -> FieldValue:
@@ -331,7 +332,7 @@ def _is_scalar(value: object) -> bool:
 
 
 def _seconds(value: object) -> float | None:
-    """Seconds to wait, from 0 to a day; None for what is no such number."""
+    """Return seconds to wait, at most a day; None for anything but a number of at least 0."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     return float(min(value, _MAX_RETRY_AFTER_S)) if value >= 0 else None

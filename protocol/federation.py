@@ -1,4 +1,4 @@
-"""The part of a run's settings that says how rounds are held and averaged."""
+"""Settings of the federation: participants, rounds, aggregation and differential privacy."""
 
 from __future__ import annotations
 
@@ -14,68 +14,83 @@ ServerOptimizer = Literal["fedavg", "fedavgm", "fedadam", "fedyogi"]
 
 
 class FederationSettings(Message):
-    """Who takes part in a round, and how long it may last."""
+    """How rounds run and how the server averages their updates."""
 
     rounds: int = Field(8, ge=1, le=100_000)
     min_participants: int = Field(
-        1, ge=1, le=100_000, description="the first round waits for this many"
+        1, ge=1, le=100_000, description="participants that the first round waits for"
     )
     participants_per_round: int | None = Field(
-        None, ge=1, le=100_000, description="drawn anew each round; none: all"
+        None, ge=1, le=100_000, description="drawn at random for each round; none: all"
     )
     min_updates: int = Field(
-        1, ge=1, le=100_000, description="a round with fewer updates at its deadline is repeated"
+        1,
+        ge=1,
+        le=100_000,
+        description="updates that a round needs by its deadline, else it is repeated",
     )
     round_timeout_s: float = Field(
-        600.0, gt=0, le=7 * 86_400, description="later updates are refused"
+        600.0,
+        gt=0,
+        le=7 * 86_400,
+        description="deadline of a round's training; later updates are refused",
     )
     max_repeats: int = Field(
-        3, ge=0, le=1000, description="repeats of one round before the run fails"
+        3, ge=0, le=1000, description="repetitions of one round before the run fails"
     )
-    evaluate_every: int = Field(1, ge=0, le=100_000, description="rounds; 0: never")
+    evaluate_every: int = Field(
+        1, ge=0, le=100_000, description="rounds between evaluations; 0: never"
+    )
     server_optimizer: ServerOptimizer = Field(
-        "fedavg", description="how the mean of the updates becomes the global state"
+        "fedavg", description="how the mean update changes the global state"
     )
     server_learning_rate: float | None = Field(
         None,
         gt=0,
         le=100,
-        description="none: 1 for fedavgm, 0.01 for fedadam and fedyogi; fedavg has none",
+        description="none: 1 for fedavgm, 0.01 for fedadam and fedyogi; must be none for fedavg",
     )
-    server_momentum: float = Field(0.9, ge=0, lt=1, description="beta 1 of fedadam and fedyogi")
-    server_beta2: float = Field(0.99, ge=0, lt=1, description="of fedadam and fedyogi")
+    server_momentum: float = Field(
+        0.9, ge=0, lt=1, description="momentum of fedavgm, beta 1 of fedadam and fedyogi"
+    )
+    server_beta2: float = Field(0.99, ge=0, lt=1, description="beta 2 of fedadam and fedyogi")
     server_tau: float = Field(
-        1e-3, gt=0, le=1, description="adaptivity of fedadam and fedyogi: added to the root"
+        1e-3, gt=0, le=1, description="adaptivity of fedadam and fedyogi, added to the square root"
     )
     dp_clip: float | None = Field(
         None,
         gt=0,
         le=1e6,
-        description="L2 bound of a participant's whole update, as its change of the global state; "
-        "all then weigh the same; none: no differential privacy",
+        description="L2 bound of the change of the global state by one update; all updates then "
+        "weigh the same; none: no differential privacy",
     )
     dp_noise_multiplier: float = Field(
-        0.0, ge=0, le=1000, description="standard deviation of the noise on the sum, over dp_clip"
+        0.0,
+        ge=0,
+        le=1000,
+        description="standard deviation of the noise on the sum, divided by dp_clip",
     )
-    dp_delta: float = Field(1e-3, gt=0, lt=1, description="for which epsilon is told")
+    dp_delta: float = Field(1e-3, gt=0, lt=1, description="delta of the reported epsilon")
     dp_seed: int | None = Field(
         None,
         ge=0,
         lt=2**63,
-        description="for tests and benchmarks: noise that all participants could calculate; none: "
-        "from the operating system's entropy",
+        description="only for tests and benchmarks: participants could calculate the noise; none: "
+        "seeded by the operating system",
     )
 
     @model_validator(mode="after")
-    def _noise_is_in_proportion_to_the_clip(self) -> FederationSettings:
+    def _check_noise(self) -> FederationSettings:
         if self.dp_noise_multiplier and self.dp_clip is None:
             raise ValueError("dp_noise_multiplier needs dp_clip")
         if 0 < self.dp_noise_multiplier < 1e-3:
-            raise ValueError("dp_noise_multiplier is 0 or at least 0.001: less is no privacy")
+            raise ValueError(
+                "dp_noise_multiplier must be 0 or at least 0.001: less noise gives no privacy"
+            )
         return self
 
     @model_validator(mode="after")
-    def _enough_participants(self) -> FederationSettings:
+    def _check_participants(self) -> FederationSettings:
         drawn = self.participants_per_round
         if drawn is not None and drawn < self.min_updates:
             raise ValueError(
@@ -84,7 +99,7 @@ class FederationSettings(Message):
         return self
 
     @model_validator(mode="after")
-    def _the_mean_has_no_rate(self) -> FederationSettings:
+    def _check_server_learning_rate(self) -> FederationSettings:
         if self.server_optimizer == "fedavg" and self.server_learning_rate is not None:
             raise ValueError("server_learning_rate needs a server_optimizer other than fedavg")
         return self

@@ -1,9 +1,9 @@
-"""Frames: a msgpack header and, beside it, the tensors' raw buffers. See SPEC.md, section 3.
+"""Frames: a msgpack header followed by the buffers of tensors. See SPEC.md, section 3.
 
     "SFPF" | version u16 | reserved u16 | header length u32 | total length u64 | header | pad
     buffer | pad | buffer | pad | ...
 
-Integers are little-endian; every buffer begins at a multiple of 64 bytes.
+Integers are little-endian; every buffer starts at a multiple of 64 bytes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from protocol.codecs import Buffer, Device, codec_named
+from protocol.codecs import Buffer, Device, get_codec
 from protocol.errors import InvalidField, MalformedFrame, TooLarge, UnsupportedVersion
 from protocol.header import check_text, pack_header, unpack_header
 from protocol.limits import DEFAULT_LIMITS, FrameLimits
@@ -52,7 +52,7 @@ _SPEC_KEYS = {"name", "codec", "shape", "sizes"}
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """What a header says of one tensor."""
+    """The description of one tensor in a header."""
 
     name: str
     codec: str
@@ -70,7 +70,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Frame:
-    """A decoded frame. Its buffers lie in the memory it was decoded from."""
+    """A decoded frame. Its buffers are views of the memory it was decoded from."""
 
     kind: str
     meta: Mapping[str, Any]
@@ -78,7 +78,7 @@ class Frame:
     buffers: Mapping[str, tuple[memoryview, ...]] = field(repr=False)
 
     def spec(self, name: str) -> TensorSpec:
-        """What the header says of one tensor.
+        """Return the description of one tensor.
 
         Raises:
             MalformedFrame: the frame has no tensor of this name.
@@ -86,7 +86,10 @@ class Frame:
         spec = self.specs.get(name)
         if spec is None:
             raise MalformedFrame(
-                "the frame lacks a tensor", field=name, limit=[name], value=sorted(self.specs)
+                "a tensor is missing from the frame",
+                field=name,
+                limit=[name],
+                value=sorted(self.specs),
             )
         return spec
 
@@ -97,7 +100,7 @@ class Frame:
             MalformedFrame: the frame has no tensor of this name.
         """
         spec = self.spec(name)
-        return codec_named(spec.codec).decode(self.buffers[name], spec.shape, device)
+        return get_codec(spec.codec).decode(self.buffers[name], spec.shape, device)
 
     def tensors(self) -> dict[str, Tensor]:
         return {name: self.tensor(name) for name in self.specs}
@@ -108,30 +111,30 @@ def encode_frame(
     meta: Mapping[str, Any],
     tensors: Mapping[str, tuple[Tensor, str]],
     limits: FrameLimits = DEFAULT_LIMITS,
-    at_random: Mapping[str, torch.Generator] | None = None,
+    generators: Mapping[str, torch.Generator] | None = None,
 ) -> list[memoryview]:
-    """The pieces of a frame, to be written one after the other; no buffer is copied into another.
+    """Encode a frame as pieces to be written one after the other, without joining buffers.
 
-    A contiguous CPU tensor in its codec's dtype is not copied: its piece is the tensor's memory,
-    so the tensor must not change before the piece has been written.
+    A contiguous CPU tensor in its codec's dtype is not copied: its piece is the tensor's memory, so
+    the tensor must not change before the piece is written.
 
     Args:
         kind: the kind of message, e.g. ``forward``.
-        meta: what msgpack can hold: text, numbers, booleans, None, lists and maps of these.
-        tensors: by name, the tensor (any shape) and the name of the codec to send it with.
-        limits: of the header; what `decode_frame` would refuse there is not sent at all.
-        at_random: tensors whose codec, if it rounds, does so at random by this generator.
+        meta: text, numbers, booleans, None, and lists and maps of these.
+        tensors: by name, the tensor (any shape) and the name of its codec.
+        limits: of the header; a header that `decode_frame` would refuse is not sent.
+        generators: by name of a tensor, the source of random rounding for a codec that rounds.
 
     Raises:
         UnknownCodec: no such codec.
-        InvalidField: a tensor cannot be sent with its codec.
-        MalformedFrame: ``meta`` holds what no frame carries (bytes, NaN, a date, ...).
+        InvalidField: a codec cannot encode its tensor.
+        MalformedFrame: no frame can carry a value of ``meta`` (bytes, NaN, a date, ...).
         TooLarge: the header is over a limit.
     """
     specs: list[dict[str, Any]] = []
     payload: list[memoryview] = []
     for name, (tensor, codec) in tensors.items():
-        buffers = codec_named(codec).encode(tensor, (at_random or {}).get(name))
+        buffers = get_codec(codec).encode(tensor, (generators or {}).get(name))
         sizes = tuple(buffer.nbytes for buffer in buffers)
         specs.append(TensorSpec(name, codec, tuple(tensor.shape), sizes).to_wire())
         payload.extend(buffers)
@@ -139,51 +142,51 @@ def encode_frame(
     if len(header) > limits.max_header_bytes:
         raise _header_too_large(len(header), limits)
     unpack_header(header, limits)
-    length = _aligned(PREFIX_BYTES + len(header))
+    length = _align(PREFIX_BYTES + len(header))
     pieces = []
     for buffer in payload:
-        length += _aligned(buffer.nbytes)
+        length += _align(buffer.nbytes)
         pieces.append(buffer)
-        if pad := _pad(buffer.nbytes):
+        if pad := _padding_for(buffer.nbytes):
             pieces.append(memoryview(pad))
     prefix = _PREFIX.pack(MAGIC, PROTOCOL_VERSION, 0, len(header), length)
-    return [memoryview(prefix + header + _pad(PREFIX_BYTES + len(header))), *pieces]
+    return [memoryview(prefix + header + _padding_for(PREFIX_BYTES + len(header))), *pieces]
 
 
 def frame_length(pieces: Sequence[memoryview]) -> int:
-    """Bytes of an encoded frame."""
+    """Return the bytes of an encoded frame."""
     return sum(piece.nbytes for piece in pieces)
 
 
 def header_length(data: Buffer) -> int:
-    """The bytes of a frame's header, as its beginning claims; nothing is checked, nothing read."""
+    """Return the header length that a frame's prefix declares, without any check."""
     _, _, _, length, _ = _PREFIX.unpack_from(bytes(data[:PREFIX_BYTES]).ljust(PREFIX_BYTES, b"\0"))
     return int(length)
 
 
 def join_frame(pieces: Sequence[memoryview]) -> bytearray:
-    """An encoded frame in one buffer, where a caller cannot write pieces."""
+    """Join an encoded frame into one buffer, for a caller that cannot write pieces."""
     return bytearray(b"".join(pieces))
 
 
 def decode_frame(data: Buffer, limits: FrameLimits = DEFAULT_LIMITS) -> Frame:
-    """Read a frame without copying its buffers.
+    """Decode a frame without copying its buffers.
 
-    Every length is checked against `limits` and against the bytes that are really there before
-    anything is allocated from it.
+    Every length is checked against ``limits`` and against the real number of bytes before memory
+    is allocated for it.
 
     Raises:
         MalformedFrame: the bytes are not a frame.
         TooLarge: a length is over its limit.
-        UnsupportedVersion: a frame of another version of the protocol.
-        UnknownCodec: a tensor's codec is not known here.
+        UnsupportedVersion: the frame has another version of the protocol.
+        UnknownCodec: this end does not have a tensor's codec.
     """
     view = memoryview(data).cast("B")
     header_bytes = _read_prefix(view, limits)
     end = PREFIX_BYTES + header_bytes
     kind, meta, raw_specs = unpack_header(view[PREFIX_BYTES:end], limits)
     _check_padding(view, end)
-    specs, buffers = _read_tensors(view, _aligned(end), raw_specs, limits)
+    specs, buffers = _read_tensors(view, _align(end), raw_specs, limits)
     return Frame(kind, meta, specs, buffers)
 
 
@@ -197,7 +200,7 @@ def _read_prefix(view: memoryview, limits: FrameLimits) -> int:
         )
     if view.nbytes < PREFIX_BYTES:
         raise MalformedFrame(
-            "a frame begins with a fixed prefix",
+            "a frame must have at least the bytes of its prefix",
             field="length",
             limit=PREFIX_BYTES,
             value=view.nbytes,
@@ -205,27 +208,35 @@ def _read_prefix(view: memoryview, limits: FrameLimits) -> int:
     magic, version, reserved, header_bytes, total = _PREFIX.unpack_from(view)
     if magic != MAGIC:
         raise MalformedFrame(
-            "a frame begins with its magic bytes", field="magic", limit="SFPF", value=magic.hex()
+            "a frame must begin with its magic bytes",
+            field="magic",
+            limit="SFPF",
+            value=magic.hex(),
         )
     if version != PROTOCOL_VERSION:
         raise UnsupportedVersion(
-            "this frame is of another version of the protocol",
+            "the frame has another version of the protocol",
             field="version",
             limit=PROTOCOL_VERSION,
             value=version,
-            hint="run the same release on both ends",
+            hint="install the same release on both ends",
         )
     if reserved != 0:
-        raise MalformedFrame("reserved bytes are zero", field="reserved", limit=0, value=reserved)
+        raise MalformedFrame(
+            "reserved bytes must be zero", field="reserved", limit=0, value=reserved
+        )
     if header_bytes > limits.max_header_bytes:
         raise _header_too_large(header_bytes, limits)
     if total != view.nbytes:
         raise MalformedFrame(
-            "the frame is not as long as it says", field="length", limit=view.nbytes, value=total
+            "the frame does not have its declared length",
+            field="length",
+            limit=view.nbytes,
+            value=total,
         )
-    if _aligned(PREFIX_BYTES + header_bytes) > total:
+    if _align(PREFIX_BYTES + header_bytes) > total:
         raise MalformedFrame(
-            "the header reaches past the end of the frame",
+            "the header extends past the end of the frame",
             field="header",
             limit=total - PREFIX_BYTES,
             value=header_bytes,
@@ -241,24 +252,24 @@ def _read_tensors(
     for raw in raw_specs:
         spec = _read_spec(raw, limits)
         if spec.name in specs:
-            raise MalformedFrame("a tensor is named twice", field="tensors", value=spec.name)
+            raise MalformedFrame("two tensors have the same name", field="tensors", value=spec.name)
         pieces: list[memoryview] = []
         for size in spec.sizes:
             if offset + size > view.nbytes:
                 raise MalformedFrame(
-                    "a buffer reaches past the end of the frame",
+                    "a buffer extends past the end of the frame",
                     field=spec.name,
                     limit=view.nbytes,
                     value=offset + size,
                 )
             pieces.append(view[offset : offset + size])
             _check_padding(view, offset + size)
-            offset += _aligned(size)
+            offset += _align(size)
         specs[spec.name] = spec
         buffers[spec.name] = tuple(pieces)
     if offset != view.nbytes:
         raise MalformedFrame(
-            "the frame holds bytes that no tensor owns",
+            "the frame has bytes that belong to no tensor",
             field="length",
             limit=offset,
             value=view.nbytes,
@@ -269,7 +280,7 @@ def _read_tensors(
 def _read_spec(raw: Any, limits: FrameLimits) -> TensorSpec:
     if not isinstance(raw, dict) or set(raw) != _SPEC_KEYS:
         raise MalformedFrame(
-            "a tensor is described by exactly name, codec, shape and sizes",
+            "a tensor must be described by exactly name, codec, shape and sizes",
             field="tensors",
             limit=sorted(_SPEC_KEYS),
             value=sorted(raw) if isinstance(raw, dict) else type(raw).__name__,
@@ -277,18 +288,18 @@ def _read_spec(raw: Any, limits: FrameLimits) -> TensorSpec:
     name, codec = raw["name"], raw["codec"]
     if not isinstance(name, str) or not isinstance(codec, str) or not name:
         raise MalformedFrame(
-            "a tensor's name and codec are text, the name not empty",
+            "a tensor's name and codec must be text, the name not empty",
             field="tensors",
             limit=["str", "str"],
             value=[name and type(name).__name__, type(codec).__name__],
         )
     check_text(name, "tensors.name", limits)
     check_text(codec, f"{name}.codec", limits)
-    shape = tuple(_naturals(raw["shape"], f"{name}.shape"))
-    sizes = tuple(_naturals(raw["sizes"], f"{name}.sizes"))
+    shape = tuple(_read_naturals(raw["shape"], f"{name}.shape"))
+    sizes = tuple(_read_naturals(raw["sizes"], f"{name}.sizes"))
     _check_shape(name, shape, limits)
     try:
-        codec_named(codec).check_sizes(shape, sizes)
+        get_codec(codec).check_sizes(shape, sizes)
     except MalformedFrame as error:
         error.field = f"{name}.sizes"
         raise
@@ -303,7 +314,7 @@ def _check_shape(name: str, shape: Sequence[int], limits: FrameLimits) -> None:
             limit=limits.max_dims,
             value=len(shape),
         )
-    # A zero must not hide dimensions whose strides overflow: it counts as one.
+    # A zero counts as one, so that it cannot hide dimensions whose strides overflow.
     elements = math.prod(max(size, 1) for size in shape)
     if elements > limits.max_elements:
         raise TooLarge(
@@ -314,10 +325,10 @@ def _check_shape(name: str, shape: Sequence[int], limits: FrameLimits) -> None:
         )
 
 
-def _naturals(raw: Any, where: str) -> Iterator[int]:
+def _read_naturals(raw: Any, where: str) -> Iterator[int]:
     if not isinstance(raw, list):
         raise MalformedFrame(
-            "a list of whole numbers is needed",
+            "must be a list of integers",
             field=where,
             limit="list",
             value=type(raw).__name__,
@@ -325,7 +336,7 @@ def _naturals(raw: Any, where: str) -> Iterator[int]:
     for number in raw:
         if isinstance(number, bool) or not isinstance(number, int) or number < 0:
             raise MalformedFrame(
-                "a whole number of at least 0 is needed",
+                "must be an integer of at least 0",
                 field=where,
                 limit=0,
                 value=number if isinstance(number, (int, float)) else type(number).__name__,
@@ -333,14 +344,15 @@ def _naturals(raw: Any, where: str) -> Iterator[int]:
         yield number
 
 
-def _aligned(length: int) -> int:
+def _align(length: int) -> int:
+    """Round a length up to the next multiple of `ALIGNMENT`."""
     return -(-length // ALIGNMENT) * ALIGNMENT
 
 
 def _check_padding(view: memoryview, end: int) -> None:
-    padding = view[end : _aligned(end)]
+    padding = view[end : _align(end)]
     if padding != _PADDING[: padding.nbytes]:
-        raise MalformedFrame("padding is zero", field="padding", limit=0, value=end)
+        raise MalformedFrame("padding must be zero", field="padding", limit=0, value=end)
 
 
 def _header_too_large(length: int, limits: FrameLimits) -> TooLarge:
@@ -349,17 +361,20 @@ def _header_too_large(length: int, limits: FrameLimits) -> TooLarge:
     )
 
 
-def _pad(length: int) -> bytes:
-    return _PADDING[: _aligned(length) - length]
+def _padding_for(length: int) -> bytes:
+    return _PADDING[: _align(length) - length]
 
 
 def require_kind(frame: Frame, kind: str) -> None:
     """Refuse a frame of another kind.
 
     Raises:
-        InvalidField: the frame's kind is not ``kind``.
+        InvalidField: the kind of the frame is not ``kind``.
     """
     if frame.kind != kind:
         raise InvalidField(
-            "a frame of another kind is needed here", field="kind", limit=kind, value=frame.kind
+            "the frame has the wrong kind",
+            field="kind",
+            limit=kind,
+            value=frame.kind,
         )

@@ -1,7 +1,7 @@
-"""The header of a frame: msgpack of a closed set of types, and nothing else.
+"""The header of a frame: msgpack restricted to a closed set of types.
 
-Text, whole numbers of 64 bits, finite floating-point numbers, booleans, nil, lists, and maps with
-text for keys. No binary, no extension type, no time-stamp: nothing in a header names code.
+Allowed are text, 64-bit integers, finite floating-point numbers, booleans, nil, lists, and maps
+with text keys. Binary, extension types and time-stamps are refused: no header can name code.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ __all__ = ["check_text", "pack_header", "unpack_header"]
 
 _KEYS = {"kind", "meta", "tensors"}
 
-_SPEC_KEYS = 4  # of the map that describes one tensor
+_SPEC_KEYS = 4  # keys of the map that describes one tensor
 
 
 def pack_header(kind: str, meta: dict[str, Any], tensors: list[dict[str, Any]]) -> bytes:
-    """The header as bytes: the keys in this order, every number in its shortest form.
+    """Pack a header: the keys in this order, every number in its shortest form.
 
     Raises:
-        MalformedFrame: a value that msgpack cannot hold.
+        MalformedFrame: msgpack cannot represent a value.
     """
     try:
         packed: bytes = msgpack.packb({"kind": kind, "meta": meta, "tensors": tensors})
@@ -37,16 +37,17 @@ def pack_header(kind: str, meta: dict[str, Any], tensors: list[dict[str, Any]]) 
 def unpack_header(
     packed: memoryview | bytes, limits: FrameLimits
 ) -> tuple[str, dict[str, Any], list[Any]]:
-    """The kind, the meta part and the raw descriptions of the tensors.
+    """Unpack a header into the kind, the meta part and the raw descriptions of the tensors.
 
-    The first two are checked through and through; the third is a list, and no more is said of it.
+    Kind and meta are fully checked. The descriptions are a list of bounded length with unchecked
+    items.
 
     Raises:
-        MalformedFrame: not msgpack, a type outside the closed set, or a missing or unknown part.
+        MalformedFrame: not msgpack, a type outside the closed set, or a missing or unknown key.
         TooLarge: a text, a list, a map or the nesting is over its limit.
     """
-    # msgpack takes memory for a list as soon as its length is declared, hence the bound.
-    items = max(limits.max_items, limits.max_tensors, _SPEC_KEYS)
+    # msgpack allocates memory for the declared length of a list, hence the bound.
+    max_items = max(limits.max_items, limits.max_tensors, _SPEC_KEYS)
     try:
         header = msgpack.unpackb(
             packed,
@@ -56,22 +57,22 @@ def unpack_header(
             ext_hook=_refuse_extension,
             max_ext_len=0,
             max_bin_len=0,
-            max_array_len=items,
-            max_map_len=items,
+            max_array_len=max_items,
+            max_map_len=max_items,
         )
     except (msgpack.StackError, RecursionError) as error:
-        raise _too_deep("header", limits, "more than msgpack reads") from error
+        raise _too_deep("header", limits, "more than msgpack can read") from error
     except (ValueError, msgpack.UnpackException) as error:
         if "exceeds max_array_len" in str(error) or "exceeds max_map_len" in str(error):
             raise TooLarge(
                 "a list or map in the header is too long",
                 field="header",
-                limit=items,
+                limit=max_items,
                 value=str(error),
             ) from error
         reason = str(error) or type(error).__name__
         raise MalformedFrame(
-            f"the header is not msgpack of the allowed kinds ({reason})", field="header"
+            f"the header is not msgpack of the allowed types ({reason})", field="header"
         ) from error
     if not isinstance(header, dict) or set(header) != _KEYS:
         raise _not_a_header(header)
@@ -91,10 +92,10 @@ def unpack_header(
 
 
 def check_text(text: str, where: str, limits: FrameLimits) -> None:
-    """Refuse a text of more bytes than `FrameLimits.max_text`.
+    """Refuse a text with more UTF-8 bytes than `FrameLimits.max_text`.
 
     Raises:
-        TooLarge: it is longer.
+        TooLarge: the text is longer.
     """
     length = len(text.encode())
     if length > limits.max_text:
@@ -105,7 +106,7 @@ def check_text(text: str, where: str, limits: FrameLimits) -> None:
 
 def _not_a_header(header: object) -> MalformedFrame:
     return MalformedFrame(
-        "a header is a map of exactly kind (text), meta (map) and tensors (list)",
+        "a header must be a map of exactly kind (text), meta (map) and tensors (list)",
         field="header",
         limit=sorted(_KEYS),
         value=sorted(header) if isinstance(header, dict) else type(header).__name__,
@@ -114,7 +115,7 @@ def _not_a_header(header: object) -> MalformedFrame:
 
 def _too_deep(where: str, limits: FrameLimits, depth: FieldValue) -> TooLarge:
     return TooLarge(
-        "lists and maps stand too deep within each other",
+        "lists and maps are nested too deeply",
         field=where,
         limit=limits.max_depth,
         value=depth,
@@ -126,14 +127,14 @@ def _refuse_extension(code: int, _data: bytes) -> None:
 
 
 def _map_of_pairs(pairs: list[tuple[object, Any]]) -> dict[str, Any]:
-    made: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for key, value in pairs:
         if not isinstance(key, str):
-            raise ValueError("a key that is not text")
-        if key in made:
-            raise ValueError("a key that stands twice in one map")
-        made[key] = value
-    return made
+            raise ValueError("a key is not text")
+        if key in result:
+            raise ValueError("a key occurs twice in one map")
+        result[key] = value
+    return result
 
 
 def _check_value(value: object, where: str, limits: FrameLimits, depth: int) -> None:
@@ -155,7 +156,7 @@ def _check_value(value: object, where: str, limits: FrameLimits, depth: int) -> 
                 _check_value(item, f"{where}.{index}", limits, depth + 1)
     else:
         raise MalformedFrame(
-            "a value of a type that no frame carries", field=where, value=type(value).__name__
+            "no frame carries a value of this type", field=where, value=type(value).__name__
         )
 
 

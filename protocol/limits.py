@@ -1,4 +1,4 @@
-"""Upper bounds on what one end accepts from the other, checked before memory is taken."""
+"""Upper limits on a frame. A receiver checks them before it allocates memory."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ MIB = 1024 * 1024
 
 @dataclass(frozen=True)
 class FrameLimits:
-    """Bounds of one frame. All of them can be set; none can be switched off.
+    """Limits of one frame. Each can be set; none can be switched off.
 
     Raises:
-        InvalidField: a bound below 1.
+        InvalidField: a limit is below 1.
     """
 
     max_frame_bytes: int = 256 * MIB  # header, buffers and padding together
@@ -24,15 +24,17 @@ class FrameLimits:
     max_tensors: int = 512
     max_dims: int = 5
     max_elements: int = 256 * MIB  # of one tensor; a dimension of zero counts as one
-    max_text: int = 256  # bytes of a name, a key or a text, in UTF-8
+    max_text: int = 256  # UTF-8 bytes of a name, a key or a text
     max_items: int = 4096  # of one list or map in the meta part
-    max_depth: int = 8  # lists and maps within each other in the meta part
+    max_depth: int = 8  # nesting of lists and maps in the meta part
 
     def __post_init__(self) -> None:
-        for bound in fields(self):
-            value = getattr(self, bound.name)
+        for limit in fields(self):
+            value = getattr(self, limit.name)
             if value < 1:
-                raise InvalidField("a limit is at least 1", field=bound.name, limit=1, value=value)
+                raise InvalidField(
+                    "a frame limit must be at least 1", field=limit.name, limit=1, value=value
+                )
 
 
 DEFAULT_LIMITS = FrameLimits()

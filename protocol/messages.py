@@ -1,8 +1,7 @@
-"""The messages of the federation plane (JSON) and the meta part of the split plane's frames."""
+"""Messages of the federation plane (JSON), and the meta parts of the split plane's frames."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from enum import StrEnum
 from typing import Annotated, Any, TypeVar
 
@@ -14,8 +13,8 @@ from pydantic import (
     model_validator,
 )
 
-from protocol.base import Message
-from protocol.errors import FieldValue, InvalidField
+from protocol.base import Message, extract_field, extract_limit
+from protocol.errors import InvalidField
 from protocol.plan import Text
 from protocol.settings import RunSettings
 
@@ -49,8 +48,6 @@ __all__ = [
     "Task",
     "UpdateMeta",
     "UpdateReceipt",
-    "named_field",
-    "named_limit",
     "parse_message",
 ]
 
@@ -62,11 +59,11 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 StepId = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9._-]+$")]
 
-SAMPLE_ID_BYTES = 16  # of a sample that the server keeps
+SAMPLE_ID_BYTES = 16  # id of a sample in the server's cache
 
-NEURONS = "neurons"  # in an update: how often each of them was not above zero
+NEURONS = "neurons"  # tensor of an update: how often each neuron was not above zero
 
-MAX_LOSS = 1e9  # of one sample; more is no loss but a model that has diverged
+MAX_LOSS = 1e9  # of one sample; a larger loss means that the model diverged
 
 Loss = Annotated[float, Field(ge=0, le=MAX_LOSS)]
 
@@ -74,7 +71,7 @@ BytesByPhase = dict[str, dict[str, int]]
 
 
 class RunStatus(StrEnum):
-    """Where a run stands."""
+    """The state of a run."""
 
     WAITING = "waiting"  # for its first participants
     RUNNING = "running"
@@ -83,21 +80,21 @@ class RunStatus(StrEnum):
     FAILED = "failed"
 
     @property
-    def over(self) -> bool:
+    def is_over(self) -> bool:
         return self in (RunStatus.FINISHED, RunStatus.CANCELLED, RunStatus.FAILED)
 
 
 class RoundStatus(StrEnum):
-    """Where one attempt at a round stands."""
+    """The state of one attempt at a round."""
 
-    TRAINING = "training"  # updates are taken
-    EVALUATING = "evaluating"  # the new global state is being measured
+    TRAINING = "training"  # the server accepts updates
+    EVALUATING = "evaluating"  # participants evaluate the new global state
     CLOSED = "closed"
-    REPEATED = "repeated"  # too few updates came; the same round was opened anew
+    REPEATED = "repeated"  # too few updates: the same round was opened again
 
 
 class Task(StrEnum):
-    """What a participant is to do next."""
+    """The next task of a participant."""
 
     TRAIN = "train"
     EVALUATE = "evaluate"
@@ -106,18 +103,18 @@ class Task(StrEnum):
 
 
 class BlobRef(Message):
-    """A file that the server holds, by the hash of its content."""
+    """A file of the server, by the hash of its content."""
 
     sha256: Sha256
     nbytes: Count
 
 
 class RunView(Message):
-    """A run, as anybody who may see it sees it."""
+    """The public view of a run."""
 
     id: Text
     status: RunStatus
-    reason: str | None = None  # why it failed or was cancelled
+    reason: str | None = None  # of a failure or cancellation
     settings: RunSettings
     round: Count  # the open round, from 1; 0 before the first
     participants: Count
@@ -129,28 +126,28 @@ class RunView(Message):
 
 
 class RoundView(Message):
-    """One round, as it went."""
+    """The record of one attempt at a round."""
 
     round: Count
     attempt: Count
     status: RoundStatus
     opened_at: float
     closed_at: float | None = None
-    sampled: tuple[str, ...]  # participants that were asked to train
-    updated: tuple[str, ...] = ()  # those whose update was counted
-    samples: Count = 0  # kept samples behind these updates
-    train_loss: float | None = None  # mean over the kept samples, of split training
-    local_loss: float | None = None  # mean over the samples of the local-loss update
+    sampled: tuple[str, ...]  # participants selected to train
+    updated: tuple[str, ...] = ()  # participants whose update was counted
+    samples: Count = 0  # selected samples behind these updates
+    train_loss: float | None = None  # mean over the selected samples in split training
+    local_loss: float | None = None  # mean over the samples in the local-loss update
     accuracy: float | None = None  # of the new global state on held-out samples
     evaluation_loss: float | None = None
     evaluation_samples: Count = 0
-    epsilon: float | None = None  # of all rounds so far, where they are noised (federation.dp_…)
+    epsilon: float | None = None  # of all rounds so far, with noise (federation.dp_…)
     traffic: BytesByPhase = {}
-    state: BlobRef | None = None  # the global state that the round made
+    state: BlobRef | None = None  # the round's global state
 
 
 class ParticipantView(Message):
-    """A participant, as the run's owner sees it."""
+    """The operator's view of a participant."""
 
     id: Text
     name: Text
@@ -162,7 +159,7 @@ class ParticipantView(Message):
 
 
 class Results(Message):
-    """Everything that a run has produced so far."""
+    """All results of a run so far."""
 
     run: RunView
     rounds: tuple[RoundView, ...]
@@ -171,7 +168,7 @@ class Results(Message):
 
 
 class Event(Message):
-    """Something that happened in a run, for those who watch it."""
+    """One event of a run, for clients that follow it."""
 
     seq: Count
     at: float
@@ -180,17 +177,17 @@ class Event(Message):
 
 
 class JoinRequest(Message):
-    """A device asks to take part. Its data is described by counts, and a hash of its classes."""
+    """A device's request to join a run, with counts of its samples and a hash of its classes."""
 
     name: Text
     train_samples: Count
     test_samples: Count
     num_classes: Count
-    classes_sha256: Sha256 | None = None  # of the classes' names in order; None: it has no data
+    classes_sha256: Sha256 | None = None  # of the ordered class names; None: no data
 
 
 class JoinResponse(Message):
-    """The credential stands for the participant in every later request."""
+    """The response to a join; the credential authenticates all later requests."""
 
     participant: Text
     credential: Text
@@ -198,21 +195,19 @@ class JoinResponse(Message):
 
 
 class Assignment(Message):
-    """What to do next, and with which global state."""
+    """A participant's next task, and the global state for it."""
 
     task: Task
     round: Count
     attempt: Count = 0
     state: BlobRef
-    remaining_s: Seconds | None = None  # until the round lets stragglers go
+    remaining_s: Seconds | None = None  # until the round closes without stragglers
     status: RunStatus
     reason: str | None = None
-    head: BlobRef | None = None  # where it changes during the run (distillation.every)
+    head: BlobRef | None = None  # only where it changes during the run (distillation.every)
 
     @model_serializer(mode="wrap")
-    def _without_a_head_that_never_changes(
-        self, handler: SerializerFunctionWrapHandler
-    ) -> dict[str, Any]:
+    def _omit_missing_head(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         values: dict[str, Any] = handler(self)
         if self.head is None:
             values.pop("head", None)
@@ -220,26 +215,26 @@ class Assignment(Message):
 
 
 class UpdateMeta(Message):
-    """Beside the tensors of an update: what they were trained on."""
+    """The meta part of an update."""
 
     round: Count
     attempt: Count
-    samples: Count  # kept samples, the weight of the update
-    base: Sha256 | None = None  # the state that the tensors are changes of; None: whole ones
-    session: StepId | None = None  # whose prompts on the server belong to the update
+    samples: Count  # selected samples: the weight of the update
+    base: Sha256 | None = None  # the tensors are changes of this state; None: whole tensors
+    session: StepId | None = None  # its prompts or body on the server belong to the update
     train_loss: Loss | None = None
     local_loss: Loss | None = None
 
 
 class UpdateReceipt(Message):
-    """The server's word that an update is on its disk and counts once."""
+    """The server's confirmation that an update is on disk and counts once."""
 
     round: Count
     samples: Count
 
 
 class EvaluationReport(Message):
-    """One participant's measurement of a global state on its held-out samples."""
+    """One participant's evaluation of a global state on its held-out samples."""
 
     round: Count
     attempt: Count
@@ -248,24 +243,24 @@ class EvaluationReport(Message):
     loss_sum: float
 
     @model_validator(mode="after")
-    def _no_more_correct_than_seen(self) -> EvaluationReport:
+    def _check_correct(self) -> EvaluationReport:
         if self.correct > self.samples:
             raise ValueError(f"correct ({self.correct}) is above samples ({self.samples})")
         return self
 
 
 class StepMeta(Message):
-    """The meta part of a frame of the split plane. ``step`` is its idempotency key."""
+    """The meta part of forward and backward. ``step`` is the idempotency key."""
 
     step: StepId
     round: Count
 
 
 class BodyStepMeta(Message):
-    """The meta part of forward and backward where the body is tuned: a session's steps, in order.
+    """The meta part of forward and backward with a tuned body: one step of a session.
 
-    A session is one participant's split training in one round, with a body of its own on the
-    server. Its steps are numbered from 0; each is one forward and then one backward.
+    A session is one participant's split training in one attempt at a round, with its own body on
+    the server. Its steps are numbered from 0; each is one forward and then one backward.
     """
 
     session: StepId
@@ -275,24 +270,25 @@ class BodyStepMeta(Message):
     steps: Annotated[int, Field(ge=1, lt=2**31)]
 
     @model_validator(mode="after")
-    def _within_the_session(self) -> BodyStepMeta:
+    def _check_number(self) -> BodyStepMeta:
         if self.number >= self.steps:
             raise ValueError(f"number ({self.number}) is not below steps ({self.steps})")
         return self
 
 
 class InferMeta(StepMeta):
-    """The meta part of an inference. With ``state``, only that global state may answer."""
+    """The meta part of an inference. ``state``: the only global state to compute with."""
 
     state: Sha256 | None = None
 
 
 class ExchangeMeta(Message):
-    """The meta part of an exchange: a session's requests, in order, each sent until answered.
+    """The meta part of an exchange: one request of a session.
 
-    A session is one participant's split training in one round, with its prompts on the server.
-    Request ``number`` brings the gradients of batch ``number - 1`` and asks for the features of
-    batch ``number``; the first one brings none, the last one, ``number == steps``, asks for none.
+    A session is one participant's split training in one attempt at a round, with its own prompts on
+    the server. Request ``number`` carries the gradients of batch ``number - 1`` and requests the
+    features of batch ``number``. The first request carries no gradients; the last one
+    (``number == steps``) requests no features.
     """
 
     session: StepId
@@ -302,48 +298,33 @@ class ExchangeMeta(Message):
     steps: Annotated[int, Field(ge=1, lt=2**31)]
 
     @model_validator(mode="after")
-    def _within_the_session(self) -> ExchangeMeta:
+    def _check_number(self) -> ExchangeMeta:
         if self.number > self.steps:
             raise ValueError(f"number ({self.number}) is above steps ({self.steps})")
         return self
 
 
 class SamplesMeta(Message):
-    """The meta part of frames that speak of samples the server keeps."""
+    """The empty meta part of frames about samples in the server's cache."""
 
 
 M = TypeVar("M", bound=Message)
 
-_BOUNDS = ("ge", "gt", "le", "lt", "min_length", "max_length", "pattern", "expected")
 
-
-def parse_message(kind: type[M], raw: object) -> M:
+def parse_message(message_type: type[M], raw: object) -> M:
     """Validate a message from the other end.
 
     Raises:
-        InvalidField: with the path, the limit and the value of the first field that is wrong.
+        InvalidField: with path, limit and value of the first wrong field.
     """
     try:
-        return kind.model_validate(raw)
+        return message_type.model_validate(raw)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         value = first.get("input")
         raise InvalidField(
-            f"{kind.__name__}: {first['msg']}",
-            field=".".join(str(part) for part in first["loc"]) or named_field(first),
-            limit=named_limit(first),
+            f"{message_type.__name__}: {first['msg']}",
+            field=".".join(str(part) for part in first["loc"]) or extract_field(first),
+            limit=extract_limit(first),
             value=value if isinstance(value, (str, int, float)) else None,
         ) from None
-
-
-def named_field(error: Mapping[str, Any]) -> str:
-    """The field that one of pydantic's errors of a whole message names, if it names one."""
-    return str(error.get("ctx", {}).get("field", "body"))
-
-
-def named_limit(error: Mapping[str, Any]) -> FieldValue:
-    """The bound that a value broke, where one of pydantic's errors names it."""
-    for name in _BOUNDS:
-        if isinstance(bound := error.get("ctx", {}).get(name), (str, int, float)):
-            return bound
-    return None

@@ -1,4 +1,4 @@
-"""One seed per run and purpose, so that no draw depends on what was drawn elsewhere."""
+"""One seed for each run and purpose, so that random draws do not depend on each other."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ __all__ = ["derive_seed"]
 
 
 def derive_seed(run_seed: int, *purpose: str | int) -> int:
-    """A seed of 63 bits for one purpose within a run, e.g. ``derive_seed(7, "shuffle", 3, 0)``.
+    """Derive a 63-bit seed for one purpose within a run, e.g. ``derive_seed(7, "shuffle", 3, 0)``.
 
-    The same arguments give the same seed on every machine; different ones give seeds that have
-    nothing to do with each other (SHA-256 over the parts, length-prefixed so that they cannot
-    run into each other; text and number differ: ``"3"`` is not ``3``).
+    The same arguments give the same seed on every machine. Different arguments give unrelated
+    seeds: SHA-256 over the parts, each with its length in front so that they cannot run into each
+    other, and with its type (``"3"`` is not ``3``).
     """
     digest = hashlib.sha256()
     for part in (run_seed, *purpose):

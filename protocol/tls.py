@@ -1,4 +1,4 @@
-"""Whom an end of the line trusts, where certificates are not those of the public."""
+"""TLS certificates that a client trusts in place of the public certificate authorities."""
 
 from __future__ import annotations
 
@@ -7,18 +7,20 @@ from pathlib import Path
 
 from protocol.errors import InvalidField
 
-__all__ = ["trusting"]
+__all__ = ["create_ssl_context"]
 
 
-def trusting(ca_file: Path) -> ssl.SSLContext:
-    """A context for https that trusts the certificates of a PEM file, and no others.
+def create_ssl_context(ca_file: Path) -> ssl.SSLContext:
+    """Create a TLS context that trusts the certificates of a PEM file, and no others.
 
     Raises:
-        InvalidField: there is no such file, or no certificate in it.
+        InvalidField: the file does not exist or contains no certificate.
     """
     try:
         return ssl.create_default_context(cafile=str(ca_file))
-    except OSError as error:  # ssl.SSLError too
+    except OSError as error:  # includes ssl.SSLError
         raise InvalidField(
-            f"no readable PEM file of certificates ({error})", field="ca_file", value=str(ca_file)
+            f"ca_file is not a readable PEM file of certificates ({error})",
+            field="ca_file",
+            value=str(ca_file),
         ) from error

@@ -1,4 +1,4 @@
-"""What the bytes at the socket were for. Both ends attribute by this one table."""
+"""Bytes at the socket by purpose. Both ends attribute bytes by the one table in this file."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from protocol.wire import (
 __all__ = [
     "Phase",
     "Traffic",
-    "phases_of",
+    "get_phases",
     "total_bytes",
 ]
 
 
 class Phase(StrEnum):
-    """The purpose of bytes."""
+    """The purpose of bytes at the socket."""
 
     DOWNLOAD = "download"  # the head, once
-    SMASHED = "smashed"  # split training: forward request; or samples that the server keeps
+    SMASHED = "smashed"  # split training: forward request, or samples for the server's cache
     FEATURES = "features"  # split training: forward response
-    GRADIENTS = "gradients"  # split training: backward, both ways; of an exchange, up
-    UPDATES = "updates"  # prompts + tail, both ways
+    GRADIENTS = "gradients"  # split training: backward, both ways; exchange, up
+    UPDATES = "updates"  # prompts and tail, both ways
     INFERENCE = "inference"  # evaluation and prediction, both ways
-    CONTROL = "control"  # all the rest
+    CONTROL = "control"  # everything else
 
 
 _PHASES: Final = frozenset(str(phase) for phase in Phase)
@@ -56,8 +56,8 @@ _BY_LAST_SEGMENT: Final[Mapping[str, Phase]] = {
 }
 
 
-def phases_of(path: str) -> tuple[Phase, Phase]:
-    """The phases of a request's bytes (up, down), headers included, by its path."""
+def get_phases(path: str) -> tuple[Phase, Phase]:
+    """Return the phases of a request's bytes (up, down), headers included, by its path."""
     if path in _BY_PATH:
         return _BY_PATH[path]
     phase = _BY_LAST_SEGMENT.get(path.rsplit("/", 1)[-1], Phase.CONTROL)
@@ -65,32 +65,36 @@ def phases_of(path: str) -> tuple[Phase, Phase]:
 
 
 def total_bytes(counts: Mapping[str, Mapping[str, int]]) -> int:
-    """The bytes of all these phases in both directions, as `Traffic.to_dict` tells them."""
-    return sum(sum(ways.values()) for ways in counts.values())
+    """Sum the bytes of all phases in both directions.
+
+    Args:
+        counts: as returned by `Traffic.to_dict`.
+    """
+    return sum(sum(directions.values()) for directions in counts.values())
 
 
 @dataclass
 class Traffic:
-    """Bytes by phase, seen from the device: ``up`` to the server, ``down`` from it."""
+    """Bytes by phase: ``up`` from the device to the server, ``down`` to the device."""
 
     up: dict[Phase, int] = field(default_factory=dict)
     down: dict[Phase, int] = field(default_factory=dict)
 
     def add(self, path: str, up: int, down: int) -> None:
-        """Count one exchange: ``up`` and ``down`` bytes at the socket for a request to ``path``."""
-        phase_up, phase_down = phases_of(path)
+        """Count the bytes at the socket of one request to ``path`` and of its response."""
+        phase_up, phase_down = get_phases(path)
         self.up[phase_up] = self.up.get(phase_up, 0) + up
         self.down[phase_down] = self.down.get(phase_down, 0) + down
 
     def merge(self, other: Traffic) -> None:
-        """Add the counts of another meter."""
+        """Add the counts of ``other``."""
         for phase, count in other.up.items():
             self.up[phase] = self.up.get(phase, 0) + count
         for phase, count in other.down.items():
             self.down[phase] = self.down.get(phase, 0) + count
 
     def since(self, earlier: Traffic) -> Traffic:
-        """What has come since ``earlier``, a `copy` of this very meter, was taken."""
+        """Return the bytes counted since ``earlier``, a `copy` of this object, was made."""
         return Traffic(
             {phase: count - earlier.up.get(phase, 0) for phase, count in self.up.items()},
             {phase: count - earlier.down.get(phase, 0) for phase, count in self.down.items()},
@@ -100,11 +104,11 @@ class Traffic:
         return Traffic(dict(self.up), dict(self.down))
 
     def total(self) -> int:
-        """Bytes in both directions."""
+        """Sum all bytes in both directions."""
         return sum(self.up.values()) + sum(self.down.values())
 
     def to_dict(self) -> dict[str, dict[str, int]]:
-        """``{phase: {"up": bytes, "down": bytes}}`` for every phase that was used."""
+        """Return ``{phase: {"up": bytes, "down": bytes}}`` for every phase with a count."""
         return {
             str(phase): {"up": self.up.get(phase, 0), "down": self.down.get(phase, 0)}
             for phase in Phase
@@ -113,16 +117,16 @@ class Traffic:
 
     @classmethod
     def from_dict(cls, counts: Mapping[str, Mapping[str, int]]) -> Traffic:
-        """The inverse of `to_dict`.
+        """Rebuild the counts from `to_dict`.
 
         Raises:
-            InvalidField: an unknown phase, or a count that is not there.
+            InvalidField: an unknown phase, or a count other than ``up`` and ``down``.
         """
         traffic = cls()
         for name, count in counts.items():
             if name not in _PHASES or set(count) != {"up", "down"}:
                 raise InvalidField(
-                    "traffic is up and down by phase",
+                    "traffic must give up and down for each of these phases",
                     field=f"traffic.{name}",
                     limit=sorted(_PHASES),
                     value=sorted(count),

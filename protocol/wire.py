@@ -1,4 +1,4 @@
-"""The version of the protocol: one number, in every frame and in every request's header."""
+"""Version and HTTP headers of the protocol, paths of the split plane, bytes of a float32."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Final
 __all__ = [
     "BACKWARD_PATH",
     "EXCHANGE_PATH",
+    "FLOAT32_BYTES",
     "FORWARD_PATH",
     "FRAME_MEDIA_TYPE",
     "IDEMPOTENCY_HEADER",
@@ -18,7 +19,7 @@ __all__ = [
     "VERSION_HEADER",
 ]
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 1  # in every frame, and in the version header of every request
 
 VERSION_HEADER = "sfprompt-version"
 
@@ -39,3 +40,5 @@ EXCHANGE_PATH: Final = "/v1/split/exchange"
 SAMPLES_PATH: Final = "/v1/split/samples"
 
 MISSING_PATH: Final = "/v1/split/missing"
+
+FLOAT32_BYTES: Final = 4  # of one number

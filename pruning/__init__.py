@@ -1,21 +1,23 @@
-"""Which samples are worth their traffic: a score for each, and the choice of the highest.
+"""Phase 1 of SFPrompt: scores of samples, and the selection of the samples for split training.
 
-Phase 1 of SFPrompt (arXiv 2407.17533, section 3): a device scores its samples with the head and
-the tail alone, and sends only the highest-scoring share through the split model.
+A device scores its samples with head and tail alone, and trains through the server only on the
+samples with the highest scores.
+
+Source: arXiv 2407.17533, section 3.
 """
 
-from pruning.scores import SCORES, Score, el2n, grand, loss, margin, random, random_draw
-from pruning.selection import keep_highest, kept_count
+from pruning.scores import SCORES, Score, draw_random_scores, el2n, grand, loss, margin, random
+from pruning.selection import select_highest, selected_count
 
 __all__ = [
     "SCORES",
     "Score",
+    "draw_random_scores",
     "el2n",
     "grand",
-    "keep_highest",
-    "kept_count",
     "loss",
     "margin",
     "random",
-    "random_draw",
+    "select_highest",
+    "selected_count",
 ]

@@ -1,4 +1,4 @@
-"""Which samples stay: the highest scores, of all or of each class."""
+"""Selection of the samples with the highest scores, over all samples or within each class."""
 
 from __future__ import annotations
 
@@ -10,99 +10,101 @@ from torch import Tensor
 
 from protocol.errors import InvalidField, NonFinite, WrongShape
 
-__all__ = ["keep_highest", "kept_count"]
+__all__ = ["select_highest", "selected_count"]
 
 
-def kept_count(samples: int, keep_fraction: float) -> int:
-    """How many of ``samples`` are kept: the nearest whole number, halves upwards, at least 1.
+def selected_count(samples: int, keep_fraction: float) -> int:
+    """Return how many of ``samples`` to select: the nearest integer, halves up, at least 1.
 
-    Of no samples none is kept. The fraction is taken as it is written: 0.145 of 100 is 14.5 and
-    therefore 15, although the nearest binary number to 0.145 lies below it.
+    Of 0 samples it selects 0. It uses the fraction as a decimal number: 0.145 of 100 is 14.5 and
+    becomes 15, although the nearest binary number lies below 0.145.
 
     Raises:
         InvalidField: the fraction is not above 0 and at most 1, or ``samples`` is negative.
     """
     if not 0 < keep_fraction <= 1:
         raise InvalidField(
-            "the kept share is above 0 and at most 1",
+            "keep_fraction must be above 0 and at most 1",
             field="keep_fraction",
             limit=[0, 1],
             value=keep_fraction,
         )
     if samples < 0:
         raise InvalidField(
-            "a number of samples is at least 0", field="samples", limit=0, value=samples
+            "the number of samples must be at least 0", field="samples", limit=0, value=samples
         )
     exact = Fraction(repr(float(keep_fraction))) * samples
     return min(samples, max(1, math.floor(exact + Fraction(1, 2))))
 
 
-def keep_highest(
+def select_highest(
     scores: Tensor,
     keep_fraction: float,
     labels: Tensor | None = None,
     per_class: bool = False,
 ) -> Tensor:
-    """The indices of the samples with the highest scores, ascending.
+    """Return the indices of the samples with the highest scores, ascending.
 
-    The pruning step of SFPrompt (arXiv 2407.17533, section 3). Of equal scores the lower index is
-    kept, so that equal input gives equal output on every machine.
+    Of equal scores it selects the lower index: equal input gives equal output on every machine.
 
     Args:
-        scores: (n,), finite.
-        keep_fraction: the kept share, above 0 and at most 1; see `kept_count`.
-        labels: the class of each sample, (n,), whole numbers; needed with ``per_class``.
-        per_class: keep this share of every class instead of the whole. Every class that occurs
-            keeps at least one sample, so that many small classes keep more than the share.
+        scores: [N], finite.
+        keep_fraction: the share to select, above 0 and at most 1; see `selected_count`.
+        labels: the class of each sample, [N], integers; only with ``per_class``.
+        per_class: select this share of each class. Each class that occurs has at least one selected
+            sample, so that the selected share is larger with many small classes.
 
     Returns:
-        (k,) int64, on the scores' device; empty if n is 0.
+        int64 [K], on the scores' device; empty if N is 0.
 
     Raises:
         NonFinite: a score is NaN or infinite.
-        WrongShape: scores or labels are not (n,).
-        InvalidField: a fraction out of range, labels missing or not whole numbers.
+        WrongShape: the shape of scores or labels is not [N].
+        InvalidField: the fraction is out of range, or labels are missing or not integers.
+
+    Source: arXiv 2407.17533, section 3.
     """
     if scores.ndim != 1:
         raise WrongShape(
-            "there is one score for each sample",
+            "scores must have one dimension",
             field="scores",
-            limit=["n"],
+            limit=["N"],
             value=list(scores.shape),
         )
-    broken = int(scores.numel() - scores.isfinite().sum())
-    if broken:
+    non_finite = int(scores.numel() - scores.isfinite().sum())
+    if non_finite:
         raise NonFinite(
-            "some scores are not finite",
+            "scores must be finite",
             field="scores",
             limit=0,
-            value=broken,
+            value=non_finite,
             hint="the model's output is NaN or infinite: lower the learning rate",
         )
-    order = torch.argsort(scores.detach(), descending=True, stable=True)  # (n,)
+    order = torch.argsort(scores.detach(), descending=True, stable=True)  # [N]
     if not per_class:
-        kept = order[: kept_count(scores.numel(), keep_fraction)]
+        selected = order[: selected_count(scores.numel(), keep_fraction)]
     else:
-        kept = _highest_of_each_class(order, keep_fraction, labels)
-    return kept.sort().values
+        selected = _select_within_classes(order, keep_fraction, labels)
+    return selected.sort().values
 
 
-def _highest_of_each_class(order: Tensor, keep_fraction: float, labels: Tensor | None) -> Tensor:
+def _select_within_classes(order: Tensor, keep_fraction: float, labels: Tensor | None) -> Tensor:
     if labels is None:
-        raise InvalidField("a share of every class needs the labels", field="labels")
+        raise InvalidField("per_class needs labels", field="labels")
     if labels.shape != order.shape:
         raise WrongShape(
-            "there is one label for each score",
+            "labels must have one entry for each score",
             field="labels",
             limit=list(order.shape),
             value=list(labels.shape),
         )
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise InvalidField("labels are whole numbers", field="labels", value=str(labels.dtype))
-    kept_count(0, keep_fraction)  # a wrong fraction is refused, also where no class occurs
-    ranked = labels.to(order.device)[order]  # (n,), classes from the highest score down
-    kept = order[:0]
+        raise InvalidField("labels must be integers", field="labels", value=str(labels.dtype))
+    selected_count(0, keep_fraction)  # checks the fraction, also if no class occurs
+    ranked = labels.to(order.device)[order]  # [N], classes from the highest score down
+    selected = order[:0]
     for label in ranked.unique():
         of_class = order[ranked == label]
-        kept = torch.cat([kept, of_class[: kept_count(of_class.numel(), keep_fraction)]])
-    return kept
+        count = selected_count(of_class.numel(), keep_fraction)
+        selected = torch.cat([selected, of_class[:count]])
+    return selected

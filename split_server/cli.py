@@ -203,7 +203,7 @@ def watch(
         for event in events:
             after = event.seq
             typer.echo(event.model_dump_json() if as_json else _event_line(event))
-        if not events and client.results(run).run.status.over:
+        if not events and client.results(run).run.status.is_over:
             return
 
 

@@ -11,7 +11,7 @@ import httpx
 from protocol.errors import InvalidField, NotFound, Unreachable, error_from_wire
 from protocol.messages import Event, Results, RunView, parse_message
 from protocol.settings import RunSettings
-from protocol.tls import trusting
+from protocol.tls import create_ssl_context
 from protocol.wire import IDEMPOTENCY_HEADER, PROTOCOL_VERSION, VERSION_HEADER
 
 TOKEN_FILE = "operator.token"  # noqa: S105 - the name of a file
@@ -57,7 +57,7 @@ class OperatorClient:
                 value=url,
                 hint="for example http://gpu-node:8500",
             )
-        verify = trusting(ca_file) if ca_file else True
+        verify = create_ssl_context(ca_file) if ca_file else True
         # No proxy of the environment: the server is where the address says.
         self._client = httpx.Client(
             base_url=url, headers=headers, timeout=_TIMEOUT_S, trust_env=False, verify=verify

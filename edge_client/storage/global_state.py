@@ -84,13 +84,13 @@ class GlobalStates:
             self._feedback = copy(self._feedback_before)
         self._feedback_before = copy(self._feedback)
         corrected = {
-            name: self._feedback.correct(name, change)
+            name: self._feedback.add_residual(name, change)
             for name, change in difference(state, old).items()
         }
         based = meta.model_copy(update={"base": base.sha256})
         self._server.send_update(self._run, based, corrected, codec, beside)
         for name, value in corrected.items():
-            self._feedback.keep(name, value, as_decoded(value, codec))
+            self._feedback.store_residual(name, value, as_decoded(value, codec))
         self._sent_against = base.sha256
 
     def _from_delta(self, ref: BlobRef) -> bytes | None:

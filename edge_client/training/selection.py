@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from edge_client.training.context import RoundContext
-from pruning import SCORES, keep_highest, random_draw
+from pruning import SCORES, draw_random_scores, select_highest
 from split_model.proxies.neurons import InactiveNeurons
 
 
@@ -24,8 +24,8 @@ def select_samples(context: RoundContext) -> Tensor:
     model, labels = context.model, context.samples.images.image_set.labels
     generator = torch.Generator().manual_seed(context.seed("prune"))
     if training.pruning == "random":  # needs to know nothing of the samples
-        scores = random_draw(len(everything), generator)
-        return keep_highest(scores, training.keep_fraction, labels, training.prune_per_class)
+        scores = draw_random_scores(len(everything), generator)
+        return select_highest(scores, training.keep_fraction, labels, training.prune_per_class)
     logits, inputs = [], []
     chunks = everything.split(128)
     for done, positions in enumerate(chunks, start=1):
@@ -34,7 +34,7 @@ def select_samples(context: RoundContext) -> Tensor:
         logits.append(model.tail(smashed))
         context.advance("prune", done, len(chunks))
     scores = SCORES[training.pruning](torch.cat(logits), labels, torch.cat(inputs), generator)
-    return keep_highest(scores, training.keep_fraction, labels, training.prune_per_class)
+    return select_highest(scores, training.keep_fraction, labels, training.prune_per_class)
 
 
 def _without_prompts(context: RoundContext, positions: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ from protocol.messages import (
     UpdateReceipt,
     parse_message,
 )
-from protocol.tls import trusting
+from protocol.tls import create_ssl_context
 from protocol.traffic import Traffic
 from protocol.wire import (
     FRAME_MEDIA_TYPE,
@@ -85,7 +85,7 @@ class Server:
         link: Link | None = None,
     ) -> None:
         base = _base_url(url)
-        context = trusting(ca_file) if ca_file else None
+        context = create_ssl_context(ca_file) if ca_file else None
         self._transport = MeteredTransport(context, prefix=base.path, link=link)
         self._retry = retry or RetryPolicy()
         self._base = base
@@ -202,13 +202,13 @@ class Server:
         kind: str,
         meta: Mapping[str, Any],
         tensors: Mapping[str, tuple[Tensor, str]],
-        at_random: Mapping[str, torch.Generator] | None = None,
+        generators: Mapping[str, torch.Generator] | None = None,
     ) -> Frame:
         """One frame up to a path of the split plane, one down.
 
-        ``at_random`` names tensors whose codec is to round by a generator.
+        ``generators`` names tensors whose codec is to round by a generator.
         """
-        pieces = encode_frame(kind, meta, tensors, at_random=at_random)
+        pieces = encode_frame(kind, meta, tensors, generators=generators)
         return decode_frame(_body(self._call("POST", path, pieces, media=FRAME_MEDIA_TYPE)))
 
     # What every request goes through

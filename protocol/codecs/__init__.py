@@ -1,13 +1,14 @@
-"""How a tensor becomes bytes: one registry of codecs, by the names they have on the wire."""
+"""Codecs: how a tensor becomes buffers, one class for each name on the wire."""
 
 from protocol.codecs.codec import Buffer, Codec, Device, FixedSizeCodec
 from protocol.codecs.cosine import Cosine
 from protocol.codecs.feedback import ErrorFeedback
 from protocol.codecs.int4 import Int4, Int4Asymmetric
 from protocol.codecs.int8 import Int8
+from protocol.codecs.memory import tensor_nbytes
 from protocol.codecs.pq import ProductQuantiser
 from protocol.codecs.raw import BFloat16, Float16, Float32, Int64, RawCodec, UInt8
-from protocol.codecs.registry import CODECS, codec_named, encoded_bytes
+from protocol.codecs.registry import CODECS, encoded_bytes, get_codec
 from protocol.codecs.svd import Svd
 from protocol.codecs.topk import TopK
 from protocol.codecs.zstd import Compressed
@@ -33,6 +34,7 @@ __all__ = [
     "Svd",
     "TopK",
     "UInt8",
-    "codec_named",
     "encoded_bytes",
+    "get_codec",
+    "tensor_nbytes",
 ]

@@ -1,4 +1,4 @@
-"""What every codec can do."""
+"""The interface of every codec."""
 
 from __future__ import annotations
 
@@ -16,19 +16,17 @@ Device = torch.device | str
 
 
 class Codec(ABC):
-    """Turns a tensor into buffers and back.
+    """Encodes a tensor as buffers and decodes it; without state.
 
-    A codec has no state and takes no part in the choice of shapes. What a frame declares is
-    checked with `check_sizes` before a byte of it is decoded. A few bytes may stand for a large
-    tensor: where shapes come from the other end, a receiver checks them before it decodes.
+    A receiver calls `check_sizes` with a frame's declarations before it decodes a byte. A few bytes
+    can stand for a large tensor: a receiver checks shapes from the other end before it decodes.
 
     Attributes:
         name: on the wire and in a run's settings.
-        floating: carries floating-point numbers; else whole ones.
-        row_wise: of a tensor of two dimensions or more, every buffer is a run of equal parts, one
-            for each index of the first dimension, and a part depends on nothing outside its row.
-            What was encoded together can then be taken apart, kept and joined anew without
-            decoding.
+        floating: encodes floating-point numbers; else integers.
+        row_wise: every buffer of a tensor of two or more dimensions is a run of equal parts, one
+            for each index of the first dimension, and a part depends on that row alone. Rows can
+            then be split, stored and joined again without decoding.
     """
 
     name: str
@@ -37,54 +35,54 @@ class Codec(ABC):
 
     @abstractmethod
     def encode(self, tensor: Tensor, generator: torch.Generator | None = None) -> list[memoryview]:
-        """The buffers that stand for ``tensor``, without a copy where its memory will do.
+        """Encode a tensor; its own memory becomes the buffer where possible.
 
         Args:
-            tensor: of any shape, on any device; what is computed is computed there.
-            generator: where given and the codec rounds, it rounds at random by this generator, so
-                that the expected value of the decoded tensor is the tensor.
+            tensor: any shape, any device; the codec computes on that device.
+            generator: source of random rounding, for a codec that rounds: the expected value of
+                the decoded tensor is then the tensor. None: round to nearest.
 
         Raises:
-            InvalidField: the tensor cannot be sent with this codec.
+            InvalidField: this codec cannot encode the tensor.
         """
 
     @abstractmethod
-    def largest_sizes(self, shape: Sequence[int], count: int) -> list[int]:
-        """The most bytes that each of ``count`` buffers of a tensor of this shape may have.
+    def max_sizes(self, shape: Sequence[int], count: int) -> list[int]:
+        """Return the most bytes that each of ``count`` buffers of a tensor may have.
 
         Raises:
-            MalformedFrame: such a tensor never has this many buffers.
+            MalformedFrame: a tensor of this shape never has this many buffers.
         """
 
     @abstractmethod
     def check_sizes(self, shape: Sequence[int], sizes: Sequence[int]) -> None:
-        """Refuse sizes that cannot belong to a tensor of this shape.
+        """Refuse buffer sizes that do not fit a tensor of this shape.
 
         Raises:
-            MalformedFrame: the count or a size of the buffers is not what the shape needs.
+            MalformedFrame: wrong number of buffers, or a wrong size.
         """
 
     @abstractmethod
     def decode(
         self, buffers: Sequence[memoryview], shape: Sequence[int], device: Device = "cpu"
     ) -> Tensor:
-        """The tensor again, of ``shape``, on ``device``. It may share the buffers' memory.
+        """Decode a tensor of ``shape`` on ``device``. It may share the buffers' memory.
 
-        The buffers cross to the device as they are and are decoded there.
+        The buffers move to the device as they are and are decoded there.
 
         Raises:
-            MalformedFrame: the buffers do not hold what this codec writes.
+            MalformedFrame: this codec never writes such buffers.
         """
 
 
 class FixedSizeCodec(Codec):
-    """A codec whose buffers' sizes follow from the shape alone."""
+    """A codec whose buffer sizes depend on the shape alone."""
 
     @abstractmethod
     def sizes(self, shape: Sequence[int]) -> list[int]:
-        """The bytes of each buffer of a tensor of this shape."""
+        """Return the bytes of each buffer of a tensor of this shape."""
 
-    def largest_sizes(self, shape: Sequence[int], count: int) -> list[int]:
+    def max_sizes(self, shape: Sequence[int], count: int) -> list[int]:
         expected = self.sizes(shape)
         if count != len(expected):
             raise self._wrong_sizes(shape, expected, [count])
@@ -99,7 +97,7 @@ class FixedSizeCodec(Codec):
         self, shape: Sequence[int], expected: list[int], value: list[int]
     ) -> MalformedFrame:
         return MalformedFrame(
-            f"a {self.name} tensor of shape {list(shape)} takes buffers of {expected} bytes",
+            f"a {self.name} tensor of shape {list(shape)} needs buffers of {expected} bytes",
             field="sizes",
             limit=expected,
             value=value,

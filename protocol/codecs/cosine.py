@@ -1,4 +1,4 @@
-"""A tensor as one vector: its norm, and the angle of each element in a few bits."""
+"""Quantisation of angles: the norm of a tensor, and the angle of each element in a few bits."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor
 
 from protocol.codecs.codec import Device, FixedSizeCodec
 from protocol.codecs.memory import (
-    bytes_of,
-    cannot_send,
-    chunk_rows,
-    largest_magnitude,
-    placed,
-    tensor_of,
-    unit_for,
+    from_buffer,
+    max_magnitude,
+    power_of_two_above,
+    range_error,
+    rows_per_chunk,
+    to_buffer,
+    to_device,
 )
 from protocol.errors import MalformedFrame
 
@@ -27,45 +27,48 @@ _LARGEST = 2.0**125
 
 
 class Cosine(FixedSizeCodec):
-    """CosSGD (arXiv 2012.08241): angles θ = arccos(g / ‖g‖), quantised evenly to S bits.
+    """CosSGD: the angles θ = arccos(g / ‖g‖) of all elements, quantised evenly to S bits.
 
-    The angles of all elements lie within a bound β of a right angle, where sin β is the largest
-    magnitude over the norm; with φ = π / 2 − θ = arcsin(g / ‖g‖) an element becomes the code
-    round(m φ / β), from −m to m = 2^(S − 1) − 1, and comes back as ‖g‖ sin(code β / m). Angles are
-    clipped to the bound only by rounding errors. Two departures from the paper: one code is left
-    out, so that zero stays zero (many gradients are zero in most places), and φ and β are used in
-    place of θ, because near a right angle θ has few digits left.
+    The angles of all elements lie within a bound β of a right angle; sin β is the largest magnitude
+    over the norm. With φ = π / 2 − θ = arcsin(g / ‖g‖) an element becomes the code round(m φ / β),
+    from −m to m = 2^(S − 1) − 1, and decodes to ‖g‖ sin(code β / m). Codes are clipped only because
+    of rounding errors. Two differences from the paper: one code is unused, so that zero stays zero
+    (most elements of many gradients are zero); φ and β replace θ, because θ has few significant
+    digits near a right angle.
 
-    Every element comes back within ‖g‖ β / (2 m), which is at most π / (4 m) of the largest
-    magnitude, apart from float32's own rounding of the norm. Rounding at random chooses between
-    the two neighbours so that the mean of the values, not of the angles, is right; the error is
-    then at most twice that. NaN, infinity and magnitudes above 2¹²⁵ are refused.
+    The error of an element is at most ‖g‖ β / (2 m), which is at most π / (4 m) of the largest
+    magnitude, plus float32's rounding of the norm. Random rounding chooses between the two
+    neighbouring codes so that the expected value, not the expected angle, is right; the error is
+    then at most twice as large. NaN, infinity and magnitudes above 2¹²⁵ are refused.
 
-    Ratio to float32: 32 / S for S of 2, 4 and 8, which are packed; else 4, one byte for each. The
-    norm and the bound take 16 bytes.
+    Compression of float32: 32 / S for S = 2, 4 and 8, which are packed; else 4, one byte for each
+    code. Norm and bound add 16 bytes.
+
+    Source: arXiv 2012.08241.
 
     Args:
         bits: S, from 2 to 8.
-        name: with the parameter as it was written.
+        name: with the parameter as written.
     """
 
     def __init__(self, bits: int, name: str) -> None:
         self.name = name
-        self._bits = bits if bits in (2, 4) else 8  # that a code takes
-        self._most = 2 ** (bits - 1) - 1  # m
+        self._bits = bits if bits in (2, 4) else 8  # of a packed code
+        self._max_code = 2 ** (bits - 1) - 1  # m
 
     def encode(self, tensor: Tensor, generator: torch.Generator | None = None) -> list[memoryview]:
         plain = tensor.detach().reshape(-1).to(torch.float32)
-        largest = largest_magnitude(plain)
-        if not largest <= _LARGEST:  # NaN too
-            raise cannot_send(self.name, _LARGEST, largest)
-        unit = unit_for(largest)
+        magnitude = max_magnitude(plain)
+        if not magnitude <= _LARGEST:  # also refuses NaN
+            raise range_error(self.name, _LARGEST, magnitude)
+        unit = power_of_two_above(magnitude)
         scaled = plain / unit
         norm = _norm(scaled)
-        bound = math.asin(min(1.0, largest / unit / norm)) if norm else 0.0
-        codes = self._codes(scaled, norm, bound, generator).add_(self._most).to(torch.uint8)
+        bound = math.asin(min(1.0, magnitude / unit / norm)) if norm else 0.0
+        codes = self._compute_codes(scaled, norm, bound, generator)
+        codes = codes.add_(self._max_code).to(torch.uint8)
         header = bytearray(_HEADER.pack(norm * unit, bound))
-        return [bytes_of(_packed(codes, self._bits)), memoryview(header)]
+        return [to_buffer(_pack(codes, self._bits)), memoryview(header)]
 
     def sizes(self, shape: Sequence[int]) -> list[int]:
         elements = math.prod(shape)
@@ -77,27 +80,27 @@ class Cosine(FixedSizeCodec):
         norm, bound = _HEADER.unpack(buffers[1])
         if not (0 <= bound <= math.pi / 2 and 0 <= norm * math.sin(bound) <= 2 * _LARGEST):
             raise MalformedFrame(
-                "norm and bound are those of a finite tensor",
+                "norm and bound must be those of a finite tensor",
                 field="norm",
                 limit=2 * _LARGEST,
                 value=[norm, bound],
             )
         elements = math.prod(shape)
-        packed = tensor_of(buffers[0], torch.uint8, buffers[0].nbytes)
+        packed = from_buffer(buffers[0], torch.uint8, buffers[0].nbytes)
         if unused := packed.numel() * 8 // self._bits - elements:
             _check_unused(int(packed[-1]), 8 - unused * self._bits)
-        packed = placed(packed, device)
-        values = [norm * sine for sine in self._sines(bound)]
+        packed = to_device(packed, device)
+        values = [norm * sine for sine in self._compute_sines(bound)]
         levels = torch.tensor(values, dtype=torch.float32, device=device)
         decoded = torch.empty(elements, dtype=torch.float32, device=device)
-        at_once = chunk_rows(1, decoded.device) // 8 * 8
+        chunk_codes = rows_per_chunk(1, decoded.device) // 8 * 8
         for out, part in zip(
-            decoded.split(at_once), packed.split(at_once * self._bits // 8), strict=True
+            decoded.split(chunk_codes), packed.split(chunk_codes * self._bits // 8), strict=True
         ):
-            codes = _unpacked(part, self._bits)[: len(out)]
+            codes = _unpack(part, self._bits)[: len(out)]
             if len(out) and int(codes.max()) >= len(levels):
                 raise MalformedFrame(
-                    "a code is not in use",
+                    "a code must be at most 2 m",
                     field="codes",
                     limit=len(levels) - 1,
                     value=int(codes.max()),
@@ -105,49 +108,50 @@ class Cosine(FixedSizeCodec):
             torch.index_select(levels, 0, codes.to(torch.int32), out=out)
         return decoded.reshape(tuple(shape))
 
-    def _codes(
+    def _compute_codes(
         self, values: Tensor, norm: float, bound: float, generator: torch.Generator | None
     ) -> Tensor:
-        """Codes −m … m of values [n] of this norm; ``values`` may be overwritten."""
+        """Return codes −m … m of values [n] with this norm; may overwrite ``values``."""
         if bound == 0:
             return torch.zeros_like(values)
         sines = values.mul_(1 / norm).clamp_(-1, 1)
-        codes = torch.asin(sines).mul_(self._most / bound)
+        codes = torch.asin(sines).mul_(self._max_code / bound)
         if generator is None:
-            return codes.round_().clamp_(-self._most, self._most)
-        lower = codes.floor_().clamp_(-self._most, self._most - 1)
-        levels = torch.tensor(self._sines(bound), dtype=torch.float32, device=values.device)
-        places = (lower + self._most).to(torch.int64)
-        below, above = levels[places], levels[places + 1]
+            return codes.round_().clamp_(-self._max_code, self._max_code)
+        lower = codes.floor_().clamp_(-self._max_code, self._max_code - 1)
+        levels = torch.tensor(self._compute_sines(bound), dtype=torch.float32, device=values.device)
+        indices = (lower + self._max_code).to(torch.int64)
+        below, above = levels[indices], levels[indices + 1]
         noise = torch.rand(values.shape, generator=generator, device=generator.device)
         return lower.add_(noise.to(values.device) * (above - below) < sines - below)
 
-    def _sines(self, bound: float) -> list[float]:
-        """The sines of the angles of all codes."""
-        codes = range(-self._most, self._most + 1)
-        return [math.sin(code * bound / self._most) for code in codes]
+    def _compute_sines(self, bound: float) -> list[float]:
+        """Return the sine of the angle of each code, from −m to m."""
+        codes = range(-self._max_code, self._max_code + 1)
+        return [math.sin(code * bound / self._max_code) for code in codes]
 
 
 def _norm(values: Tensor) -> float:
-    """The norm of float32 values of magnitudes up to 1, in double precision."""
-    parts = values.split(chunk_rows(1, values.device))
+    """Return the norm of float32 values of magnitudes up to 1, in double precision."""
+    parts = values.split(rows_per_chunk(1, values.device))
     return math.sqrt(sum(float(part.to(torch.float64).square().sum()) for part in parts))
 
 
-def _packed(codes: Tensor, bits: int) -> Tensor:
-    """uint8 [n] with 8 / bits codes in a byte, the first one in its lowest bits."""
+def _pack(codes: Tensor, bits: int) -> Tensor:
+    """Pack uint8 codes [n], 8 / bits in a byte, the first in its lowest bits."""
     if bits == 8:
         return codes
-    in_byte = 8 // bits
-    padded = torch.nn.functional.pad(codes, (0, -len(codes) % in_byte)).view(-1, in_byte)
-    packed = padded[:, 0].clone()
-    for place in range(1, in_byte):
-        packed |= padded[:, place] << (bits * place)
+    codes_per_byte = 8 // bits
+    padded = torch.nn.functional.pad(codes, (0, -len(codes) % codes_per_byte))
+    columns = padded.view(-1, codes_per_byte)
+    packed = columns[:, 0].clone()
+    for index in range(1, codes_per_byte):
+        packed |= columns[:, index] << (bits * index)
     return packed
 
 
-def _unpacked(packed: Tensor, bits: int) -> Tensor:
-    """The codes again: uint8 [bytes · 8 / bits]."""
+def _unpack(packed: Tensor, bits: int) -> Tensor:
+    """Unpack bytes into codes: uint8 [bytes · 8 / bits]."""
     if bits == 8:
         return packed
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
@@ -155,6 +159,6 @@ def _unpacked(packed: Tensor, bits: int) -> Tensor:
 
 
 def _check_unused(byte: int, used: int) -> None:
-    """Refuse a last byte with something in the bits above the lowest ``used``."""
+    """Refuse a last byte with a bit set above the lowest ``used`` bits."""
     if byte >> used:
-        raise MalformedFrame("unused bits are zero", field="codes", limit=0, value=byte >> used)
+        raise MalformedFrame("unused bits must be zero", field="codes", limit=0, value=byte >> used)

@@ -1,4 +1,4 @@
-"""Error feedback: what a codec left out is added to the next tensor of the same name."""
+"""Error feedback: what a codec loses is added to the next tensor of the same name."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ __all__ = ["ErrorFeedback"]
 
 
 class ErrorFeedback:
-    """Residuals by the names of tensors, for codecs that leave much out (arXiv 1901.09847).
+    """Residuals by tensor name, for codecs with large errors; independent of the codec.
 
-    What is sent is value = tensor + residual; what is kept is residual = value − what the other
-    end decodes. Over many steps the sum of what was decoded differs from the sum of the tensors by
-    the last residual alone. It knows nothing of the codec.
+    It sends value = tensor + residual and stores residual = value − decoded value. Over many steps
+    the sum of the decoded tensors differs from the sum of the tensors by the last residual alone.
+
+    Source: arXiv 1901.09847.
     """
 
     def __init__(self) -> None:
@@ -25,19 +26,19 @@ class ErrorFeedback:
     def encode(
         self, name: str, tensor: Tensor, codec: Codec, generator: torch.Generator | None = None
     ) -> list[memoryview]:
-        """The buffers of ``tensor`` and of what earlier ones of this name still lack.
+        """Encode a tensor plus its residual, and store the new residual.
 
         Raises:
             WrongShape: an earlier tensor of this name had another shape.
-            InvalidField: the tensor cannot be sent with this codec; the residual stays as it was.
+            InvalidField: the codec cannot encode the value; the residual does not change.
         """
-        value = self.correct(name, tensor)
+        value = self.add_residual(name, tensor)
         buffers = codec.encode(value, generator)
-        self.keep(name, value, codec.decode(buffers, value.shape, value.device))
+        self.store_residual(name, value, codec.decode(buffers, value.shape, value.device))
         return buffers
 
-    def correct(self, name: str, tensor: Tensor) -> Tensor:
-        """``tensor`` and the residual together, in float32: what is to be sent.
+    def add_residual(self, name: str, tensor: Tensor) -> Tensor:
+        """Return tensor plus residual in float32: the value to encode.
 
         Raises:
             WrongShape: an earlier tensor of this name had another shape.
@@ -48,21 +49,21 @@ class ErrorFeedback:
             return value
         if residual.shape != value.shape:
             raise WrongShape(
-                "the residual of this tensor has another shape",
+                "the tensor and its residual must have the same shape",
                 field=name,
                 limit=list(residual.shape),
                 value=list(value.shape),
             )
         return value + residual.to(value.device)
 
-    def keep(self, name: str, value: Tensor, decoded: Tensor) -> None:
-        """Remember what of ``value`` the other end did not get, ``decoded`` being what it got."""
+    def store_residual(self, name: str, value: Tensor, decoded: Tensor) -> None:
+        """Store ``value`` − ``decoded``: what the codec lost of this tensor."""
         self._residuals[name] = value.detach() - decoded
 
     def residual(self, name: str) -> Tensor | None:
-        """What is still to be sent of this tensor; None before the first."""
+        """Return what is still to be sent of this tensor; None before the first encoding."""
         return self._residuals.get(name)
 
-    def forget(self) -> None:
-        """Drop all residuals: what they belonged to has been replaced from elsewhere."""
+    def clear(self) -> None:
+        """Drop all residuals, because their tensors have been replaced by others."""
         self._residuals.clear()

@@ -1,4 +1,4 @@
-"""Half a byte a number, with a scale for each group of 64 in a row of the last dimension."""
+"""Quantisation to 4 bits, with one scale for each group of 64 in a row of the last dimension."""
 
 from __future__ import annotations
 
@@ -11,142 +11,147 @@ from torch import Tensor
 
 from protocol.codecs.codec import Device, FixedSizeCodec
 from protocol.codecs.memory import (
-    as_matrix,
-    bytes_of,
-    cannot_send,
-    chunk_rows,
-    extremes,
-    largest_magnitude,
-    placed,
-    round_,
-    rows_of,
-    tensor_of,
-    within,
+    find_extremes,
+    from_buffer,
+    is_within,
+    matrix_shape,
+    max_magnitude,
+    range_error,
+    round_in_place,
+    rows_per_chunk,
+    to_buffer,
+    to_device,
+    to_matrix,
 )
 from protocol.errors import MalformedFrame
 
 GROUP = 64
 
-_SMALLEST_SCALE = 2.0**-126  # the smallest normal float32: below it precision is lost
+_SMALLEST_SCALE = 2.0**-126  # the smallest normal float32: smaller ones lose precision
 
-_LARGEST_SCALE = 2.0**123  # 15 times this, and a minimum, is finite, whatever the other end sends
+_LARGEST_SCALE = 2.0**123  # 15 times this plus a minimum is finite, so all decoded values are
 
 _LARGEST_MINIMUM = 2.0**125
 
 
 class _FourBits(FixedSizeCodec):
-    """What both forms share: rows, groups, and two codes in a byte.
+    """Base of both 4-bit codecs: rows, groups, and two codes in a byte.
 
-    Buffers: the codes, then one bfloat16 number for every group, for each of `numbers`. (bfloat16
-    and not float16: gradients lie below the range of float16, and a scale needs no more precision,
-    since codes are chosen for the scale as it is sent.)
+    Buffers: the codes, then `group_numbers` buffers with one bfloat16 number for each group.
+    (bfloat16, because gradients lie below the range of float16; its precision is enough, because
+    the codes are computed with the scale as sent.)
 
-    A row of D codes takes H = ⌈D / 2⌉ bytes: byte j holds code j in its low half and code H + j
-    in its high half, so that each half of a row is read and written in one piece.
+    A row of D codes has H = ⌈D / 2⌉ bytes: byte j holds code j in its low half and code H + j in
+    its high half, so that each half of a row is read and written as one block.
     """
 
     row_wise = True
-    numbers: int  # that describe a group
-    codes: tuple[int, int]  # the least and the greatest
-    zero: int  # what stands in a byte for the code 0
+    group_numbers: int  # scale, or scale and minimum
+    code_range: tuple[int, int]  # least and greatest code
+    zero: int  # the four bits of code 0
 
     @abstractmethod
     def _extremes(self, groups: Tensor, scratch: Tensor) -> list[Tensor]:
-        """What `_describe` needs of groups [rows, groups, size]: float32 [rows, groups, 1] each."""
+        """Return float32 [rows, groups, 1] for `_describe`, of groups [rows, groups, size]."""
 
     @abstractmethod
     def _describe(self, extremes: Sequence[Tensor]) -> list[Tensor]:
-        """The numbers of each group: bfloat16, the scale first."""
+        """Return the bfloat16 numbers of each group, the scale first."""
 
     @abstractmethod
-    def _sound(self, numbers: Sequence[Tensor]) -> bool:
-        """Whether these (on the CPU) are what groups of finite numbers give."""
+    def _are_in_range(self, numbers: Sequence[Tensor]) -> bool:
+        """Whether finite groups can have these numbers (on the CPU)."""
 
     @abstractmethod
     def _to_codes(self, groups: Tensor, numbers: Sequence[Tensor], out: Tensor) -> Tensor:
-        """``out``, filled with codes that are not yet rounded."""
+        """Fill ``out`` with codes before rounding, and return it."""
 
     @abstractmethod
     def _from_codes(self, groups: Tensor, numbers: Sequence[Tensor]) -> None:
-        """Turn what stands in the bytes into numbers again, in place."""
+        """Turn the four bits of each code into its value, in place."""
 
     def encode(self, tensor: Tensor, generator: torch.Generator | None = None) -> list[memoryview]:
-        source = as_matrix(tensor)
+        source = to_matrix(tensor)
         width = source.shape[1]
-        at_once = chunk_rows(width, source.device)
-        parts = source.split(at_once)
-        scratch = torch.empty_like(_grouped(source[:at_once]))
-        found = [self._extremes(part, scratch[: len(part)]) for part in map(_grouped, parts)]
-        numbers = self._describe([torch.cat(same) for same in zip(*found, strict=True)])
-        wide = [number.to(torch.float32) for number in numbers]
-        wide[0].masked_fill_(wide[0] == 0, math.inf)  # what it divides becomes zero
+        chunk_rows = rows_per_chunk(width, source.device)
+        chunks = source.split(chunk_rows)
+        scratch = torch.empty_like(_group(source[:chunk_rows]))
+        extremes = [self._extremes(chunk, scratch[: len(chunk)]) for chunk in map(_group, chunks)]
+        numbers = self._describe([torch.cat(column) for column in zip(*extremes, strict=True)])
+        divisors = [number.to(torch.float32) for number in numbers]
+        divisors[0].masked_fill_(divisors[0] == 0, math.inf)  # x / inf gives code 0
         packed = torch.empty(len(source), _half(width), dtype=torch.int8, device=source.device)
-        for part, out, *few in zip(parts, *_split(at_once, packed, *wide), strict=True):
-            codes = self._to_codes(_grouped(part), few, scratch[: len(part)])
-            round_(codes, generator, *self.codes)
+        for chunk, out, *chunk_numbers in zip(
+            chunks, *_split(chunk_rows, packed, *divisors), strict=True
+        ):
+            codes = self._to_codes(_group(chunk), chunk_numbers, scratch[: len(chunk)])
+            round_in_place(codes, generator, *self.code_range)
             _pack(codes.flatten(1)[:, :width], self.zero, out)
         numbers = [number.cpu() for number in numbers]
-        if not self._sound(numbers):
-            raise cannot_send(self.name, _LARGEST_MINIMUM, largest_magnitude(source))
-        return [bytes_of(packed), *map(bytes_of, numbers)]
+        if not self._are_in_range(numbers):
+            raise range_error(self.name, _LARGEST_MINIMUM, max_magnitude(source))
+        return [to_buffer(packed), *map(to_buffer, numbers)]
 
     def sizes(self, shape: Sequence[int]) -> list[int]:
-        rows, width = rows_of(shape)
-        groups, _ = _groups(width)
-        return [rows * _half(width)] + [rows * groups * 2] * self.numbers
+        rows, width = matrix_shape(shape)
+        groups, _ = _count_groups(width)
+        group_buffer = rows * groups * torch.bfloat16.itemsize
+        return [rows * _half(width)] + [group_buffer] * self.group_numbers
 
     def decode(
         self, buffers: Sequence[memoryview], shape: Sequence[int], device: Device = "cpu"
     ) -> Tensor:
-        rows, width = rows_of(shape)
-        groups, size = _groups(width)
-        packed = tensor_of(buffers[0], torch.uint8, rows, _half(width))
+        rows, width = matrix_shape(shape)
+        groups, size = _count_groups(width)
+        packed = from_buffer(buffers[0], torch.uint8, rows, _half(width))
         if width % 2 and bool((packed[:, -1:] > 15).any()):
-            raise MalformedFrame("the unused half of a byte is zero", field="codes", limit=0)
-        few = [tensor_of(buffer, torch.bfloat16, rows, groups, 1) for buffer in buffers[1:]]
-        if not self._sound(few):
+            raise MalformedFrame("unused bits must be zero", field="codes", limit=0)
+        narrow = [from_buffer(buffer, torch.bfloat16, rows, groups, 1) for buffer in buffers[1:]]
+        if not self._are_in_range(narrow):
             raise MalformedFrame(
-                "a number of a group is out of range",
+                "a scale or a minimum is out of range",
                 field="scales",
                 limit=_LARGEST_SCALE,
-                value=extremes(*few),
+                value=find_extremes(*narrow),
             )
-        packed = placed(packed, device)
-        numbers = [placed(number, device).to(torch.float32) for number in few]
+        packed = to_device(packed, device)
+        numbers = [to_device(number, device).to(torch.float32) for number in narrow]
         decoded = torch.empty(rows, width, dtype=torch.float32, device=device)
-        at_once = chunk_rows(width, decoded.device)
-        for codes, part, *own in zip(*_split(at_once, decoded, packed, *numbers), strict=True):
-            _unpack(part, codes)
-            wide = _grouped(codes)
-            self._from_codes(wide, own)
-            if width % size:
-                codes.copy_(wide.flatten(1)[:, :width])
+        chunk_rows = rows_per_chunk(width, decoded.device)
+        for out, chunk, *chunk_numbers in zip(
+            *_split(chunk_rows, decoded, packed, *numbers), strict=True
+        ):
+            _unpack(chunk, out)
+            groups_of_chunk = _group(out)
+            self._from_codes(groups_of_chunk, chunk_numbers)
+            if width % size:  # the groups are a padded copy
+                out.copy_(groups_of_chunk.flatten(1)[:, :width])
         return decoded.reshape(tuple(shape))
 
 
 class Int4(_FourBits):
     """Symmetric quantisation to −7 … 7, a bfloat16 scale for each group of 64.
 
-    A group is 64 neighbours in a row of the last dimension; the last one of a row may be shorter.
-    Where its largest magnitude is a, the scale s is a / 7 cut to bfloat16 (towards zero) and x
-    becomes round(x / s). Every element comes back within s / 2 ≤ a / 14 (s, with stochastic
-    rounding); a group of magnitudes below 7 · 2⁻¹²⁶ comes back as zeros. NaN, infinity and
-    magnitudes of 2¹²⁶ and more are refused; what is decoded is finite.
+    A group is 64 neighbours in a row of the last dimension; a row's last group may be shorter. The
+    scale s of a group with largest magnitude a is a / 7, truncated to bfloat16; x becomes
+    round(x / s). The error of an element is at most s / 2 ≤ a / 14 (s with stochastic rounding). A
+    group of magnitudes below 7 · 2⁻¹²⁶ decodes to zeros. NaN, infinity and magnitudes of 2¹²⁶ or
+    more are refused; all decoded values are finite.
 
-    Ratio to float32: 4 D / (⌈D / 2⌉ + 2 ⌈D / 64⌉), for rows of D elements (7.53 for D = 384). A
-    tensor of one dimension is a single row.
+    Compression of float32: 4 D / (⌈D / 2⌉ + 2 ⌈D / 64⌉), for rows of D elements. A tensor of one
+    dimension is a single row.
     """
 
-    name, numbers, codes, zero = "int4", 1, (-7, 7), 8
+    name, group_numbers, code_range, zero = "int4", 1, (-7, 7), 8
 
     def _extremes(self, groups: Tensor, scratch: Tensor) -> list[Tensor]:
         return [torch.amax(torch.abs(groups, out=scratch), 2, keepdim=True)]
 
     def _describe(self, extremes: Sequence[Tensor]) -> list[Tensor]:
-        return [_cut(_normal(extremes[0] / 7))]
+        return [_truncate(_flush_small(extremes[0] / 7))]
 
-    def _sound(self, numbers: Sequence[Tensor]) -> bool:
-        return within(numbers[0], 0.0, _LARGEST_SCALE)
+    def _are_in_range(self, numbers: Sequence[Tensor]) -> bool:
+        return is_within(numbers[0], 0.0, _LARGEST_SCALE)
 
     def _to_codes(self, groups: Tensor, numbers: Sequence[Tensor], out: Tensor) -> Tensor:
         return torch.div(groups, numbers[0], out=out)
@@ -158,31 +163,32 @@ class Int4(_FourBits):
 class Int4Asymmetric(_FourBits):
     """Quantisation to 0 … 15 above a minimum: a bfloat16 scale and minimum for each group of 64.
 
-    For what is not centred on zero. The minimum m is the least element of the group, cut to
-    bfloat16 downwards; the scale s is (greatest − m) / 15, cut to bfloat16 upwards; x becomes
-    round((x − m) / s). Every element comes back within s / 2 (s, with stochastic rounding), which
-    is at most (1 + 2⁻⁷) / 30 of the group's range plus 2⁻⁷ times its least element's magnitude;
-    float32's own rounding is added. A group whose range lies below 15 · 2⁻¹²⁶ comes back as its
-    minimum. NaN, infinity, a minimum below −2¹²⁵ or above 2¹²⁵ and a range above 15 · 2¹²³ are
-    refused; what is decoded is finite.
+    For numbers not centred on zero. The minimum m is the group's least element, rounded down to
+    bfloat16; the scale s is (greatest − m) / 15, rounded up to bfloat16; x becomes
+    round((x − m) / s). The error of an element is at most s / 2 (s with stochastic rounding), which
+    is at most (1 + 2⁻⁷) / 30 of the group's range plus 2⁻⁷ times its least element's magnitude,
+    plus float32's own rounding error. A group with a range below 15 · 2⁻¹²⁶ decodes to its minimum.
+    NaN, infinity, a minimum below −2¹²⁵ or above 2¹²⁵ and a range above 15 · 2¹²³ are refused; all
+    decoded values are finite.
 
-    Ratio to float32: 4 D / (⌈D / 2⌉ + 4 ⌈D / 64⌉), for rows of D elements (7.11 for D = 384). A
-    tensor of one dimension is a single row.
+    Compression of float32: 4 D / (⌈D / 2⌉ + 4 ⌈D / 64⌉), for rows of D elements. A tensor of one
+    dimension is a single row.
     """
 
-    name, numbers, codes, zero = "int4-asym", 2, (0, 15), 0
+    name, group_numbers, code_range, zero = "int4-asym", 2, (0, 15), 0
 
     def _extremes(self, groups: Tensor, scratch: Tensor) -> list[Tensor]:
         return [torch.amin(groups, 2, keepdim=True), torch.amax(groups, 2, keepdim=True)]
 
     def _describe(self, extremes: Sequence[Tensor]) -> list[Tensor]:
         least, greatest = extremes
-        minimum = _cut(least, downwards=True)
-        return [_cut(_normal((greatest - minimum.to(torch.float32)) / 15), upwards=True), minimum]
+        minimum = _truncate(least, downwards=True)
+        scale = _flush_small((greatest - minimum.to(torch.float32)) / 15)
+        return [_truncate(scale, upwards=True), minimum]
 
-    def _sound(self, numbers: Sequence[Tensor]) -> bool:
+    def _are_in_range(self, numbers: Sequence[Tensor]) -> bool:
         scale, minimum = numbers
-        return within(scale, 0.0, _LARGEST_SCALE) and within(
+        return is_within(scale, 0.0, _LARGEST_SCALE) and is_within(
             minimum, -_LARGEST_MINIMUM, _LARGEST_MINIMUM
         )
 
@@ -195,22 +201,23 @@ class Int4Asymmetric(_FourBits):
         groups.mul_(scale).add_(minimum)
 
 
-def _groups(width: int) -> tuple[int, int]:
-    """How many groups a row has, and their size. A narrow row is one group of its own width."""
+def _count_groups(width: int) -> tuple[int, int]:
+    """Return the number of groups in a row, and their size: the row's width if that is below 64."""
     return -(-width // GROUP), min(width, GROUP)
 
 
 def _half(width: int) -> int:
+    """Return the bytes of a row of codes."""
     return -(-width // 2)
 
 
-def _grouped(rows: Tensor) -> Tensor:
-    """Rows [rows, D] as float32 groups [rows, groups, size], without a copy where they fit.
+def _group(rows: Tensor) -> Tensor:
+    """Return rows [rows, D] as float32 groups [rows, groups, size], as a view if D fits.
 
-    Where they do not, the last element is repeated: it moves neither minimum nor maximum.
+    Otherwise it repeats the last element, which changes neither minimum nor maximum.
     """
     width = rows.shape[1]
-    groups, size = _groups(width)
+    groups, size = _count_groups(width)
     missing = groups * size - width
     plain = rows.to(torch.float32)
     if missing:
@@ -218,25 +225,25 @@ def _grouped(rows: Tensor) -> Tensor:
     return plain.view(-1, groups, size)
 
 
-def _split(at_once: int, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
-    return [tensor.split(at_once) for tensor in tensors]
+def _split(chunk_rows: int, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    return [tensor.split(chunk_rows) for tensor in tensors]
 
 
-def _normal(scale: Tensor) -> Tensor:
-    """In place, scales too small to be precise become zero."""
+def _flush_small(scale: Tensor) -> Tensor:
+    """Set scales too small to be precise to zero, in place."""
     return scale.masked_fill_(scale < _SMALLEST_SCALE, 0.0)
 
 
-def _cut(values: Tensor, *, downwards: bool = False, upwards: bool = False) -> Tensor:
-    """float32 as the upper half of its bits: towards zero, or towards −∞, or away from zero.
+def _truncate(values: Tensor, *, downwards: bool = False, upwards: bool = False) -> Tensor:
+    """Convert float32 to bfloat16, rounding towards zero unless another direction is given.
 
     Args:
-        values: any shape; where ``upwards``, none below zero.
-        downwards: towards −∞.
-        upwards: towards +∞.
+        values: any shape; not negative if ``upwards``.
+        downwards: round towards −∞.
+        upwards: round towards +∞.
     """
     bits = values.view(torch.int32)
-    if downwards:  # a negative number's magnitude grows
+    if downwards:  # increases the magnitude of a negative number
         bits = bits + (bits >> 31).bitwise_and_(0xFFFF)
     if upwards:
         bits = bits + 0xFFFF
@@ -244,18 +251,18 @@ def _cut(values: Tensor, *, downwards: bool = False, upwards: bool = False) -> T
 
 
 def _pack(codes: Tensor, zero: int, out: Tensor) -> None:
-    """Whole numbers [rows, D], which are overwritten, into int8 ``out`` [rows, ⌈D / 2⌉]."""
+    """Pack integer-valued codes [rows, D] into int8 ``out`` [rows, ⌈D / 2⌉]; overwrites codes."""
     half = out.shape[1]
     low, high = codes[:, :half], codes[:, half:]
     low[:, : high.shape[1]].add_(high, alpha=16)
-    # float32 converts fast to signed bytes alone: leave out the highest bit, then turn it over.
+    # float32 converts fast only to signed bytes: subtract 128, then flip the highest bit.
     out.copy_(low.add_(17 * zero - 128)).bitwise_xor_(-128)
     if high.shape[1] < half:
-        out[:, -1].bitwise_and_(15)  # there is no second code
+        out[:, -1].bitwise_and_(15)  # no second code
 
 
 def _unpack(packed: Tensor, out: Tensor) -> None:
-    """uint8 [rows, ⌈D / 2⌉] into numbers 0 … 15, float32 ``out`` [rows, D]."""
+    """Unpack uint8 [rows, ⌈D / 2⌉] into numbers 0 … 15, float32 ``out`` [rows, D]."""
     half = packed.shape[1]
     out[:, :half].copy_(packed.bitwise_and(15))
     out[:, half:].copy_(packed[:, : out.shape[1] - half].bitwise_right_shift(4))

@@ -1,4 +1,4 @@
-"""One byte a number, with one scale for each row of the last dimension."""
+"""Quantisation to 8 bits, with one scale for each row of the last dimension."""
 
 from __future__ import annotations
 
@@ -10,23 +10,24 @@ from torch import Tensor
 
 from protocol.codecs.codec import Device, FixedSizeCodec
 from protocol.codecs.memory import (
-    as_matrix,
-    bytes_of,
-    cannot_send,
-    chunk_rows,
-    extremes,
-    largest_magnitude,
-    placed,
-    round_,
-    rows_of,
-    tensor_of,
-    within,
+    find_extremes,
+    from_buffer,
+    is_within,
+    matrix_shape,
+    max_magnitude,
+    range_error,
+    round_in_place,
+    rows_per_chunk,
+    to_buffer,
+    to_device,
+    to_matrix,
 )
 from protocol.errors import MalformedFrame
+from protocol.wire import FLOAT32_BYTES
 
-SMALLEST_SCALE = 2.0**-126  # the smallest normal float32: below it precision is lost
+SMALLEST_SCALE = 2.0**-126  # the smallest normal float32: smaller ones lose precision
 
-LARGEST_SCALE = 2.0**119  # 128 times this is finite, whatever the other end sends
+LARGEST_SCALE = 2.0**119  # 128 times this is finite, so all decoded values are
 
 _LEVELS = 127
 
@@ -34,59 +35,62 @@ _LEVELS = 127
 class Int8(FixedSizeCodec):
     """Symmetric quantisation to −127 … 127, a float32 scale for each row of the last dimension.
 
-    Of a row whose largest magnitude is a, the scale is s = a / 127 and x becomes round(x / s).
-    Every element of the row comes back within s / 2 (s, with stochastic rounding), apart from
-    float32's own rounding; a row of magnitudes below 127 · 2⁻¹²⁶ comes back as zeros. NaN,
-    infinity and magnitudes above 127 · 2¹¹⁹ are refused; what is decoded is finite.
+    The scale of a row with largest magnitude a is s = a / 127; x becomes round(x / s). The error of
+    an element is at most s / 2 (s with stochastic rounding), plus float32's own rounding error. A
+    row of magnitudes below 127 · 2⁻¹²⁶ decodes to zeros. NaN, infinity and magnitudes above
+    127 · 2¹¹⁹ are refused; all decoded values are finite.
 
-    Ratio to float32: 4 D / (D + 4), for rows of D elements (3.96 for D = 384). A tensor of one
-    dimension is a single row.
+    Compression of float32: 4 D / (D + 4), for rows of D elements. A tensor of one dimension is a
+    single row.
     """
 
     name, row_wise = "int8", True
 
     def encode(self, tensor: Tensor, generator: torch.Generator | None = None) -> list[memoryview]:
-        source = as_matrix(tensor)
-        # Two passes that only read are faster than one that writes magnitudes down.
+        source = to_matrix(tensor)
+        # Two read-only passes are faster than one pass that writes magnitudes.
         highest, lowest = source.amax(1, keepdim=True), source.amin(1, keepdim=True)
         scales = torch.maximum(highest, -lowest).to(torch.float32).div_(_LEVELS)
         scales.masked_fill_(scales < SMALLEST_SCALE, 0.0)
-        divisors = scales.masked_fill(scales == 0, math.inf)  # what it divides becomes zero
+        divisors = scales.masked_fill(scales == 0, math.inf)  # x / inf gives code 0
         values = torch.empty(source.shape, dtype=torch.int8, device=source.device)
-        at_once = chunk_rows(source.shape[1], source.device)
-        scratch = torch.empty_like(source[:at_once], dtype=torch.float32)
+        chunk_rows = rows_per_chunk(source.shape[1], source.device)
+        scratch = torch.empty_like(source[:chunk_rows], dtype=torch.float32)
         for part, divisor, out in zip(
-            *(every.split(at_once) for every in (source, divisors, values)), strict=True
+            *(tensor.split(chunk_rows) for tensor in (source, divisors, values)), strict=True
         ):
             codes = torch.div(part.to(torch.float32), divisor, out=scratch[: len(part)])
-            out.copy_(round_(codes, generator, -_LEVELS, _LEVELS))
+            out.copy_(round_in_place(codes, generator, -_LEVELS, _LEVELS))
         scales = scales.cpu()
-        if not within(scales, 0.0, LARGEST_SCALE):
-            raise cannot_send(self.name, _LEVELS * LARGEST_SCALE, largest_magnitude(source))
-        return [bytes_of(values), bytes_of(scales)]
+        if not is_within(scales, 0.0, LARGEST_SCALE):
+            raise range_error(self.name, _LEVELS * LARGEST_SCALE, max_magnitude(source))
+        return [to_buffer(values), to_buffer(scales)]
 
     def sizes(self, shape: Sequence[int]) -> list[int]:
-        rows, width = rows_of(shape)
-        return [rows * width, rows * 4]
+        rows, width = matrix_shape(shape)
+        return [rows * width, rows * FLOAT32_BYTES]
 
     def decode(
         self, buffers: Sequence[memoryview], shape: Sequence[int], device: Device = "cpu"
     ) -> Tensor:
-        rows, width = rows_of(shape)
-        scales = tensor_of(buffers[1], torch.float32, rows, 1)
-        if not within(scales, 0.0, LARGEST_SCALE):
+        rows, width = matrix_shape(shape)
+        scales = from_buffer(buffers[1], torch.float32, rows, 1)
+        if not is_within(scales, 0.0, LARGEST_SCALE):
             raise MalformedFrame(
-                "a scale is a finite number of at least 0",
+                "a scale must be a finite number of at least 0",
                 field="scales",
                 limit=LARGEST_SCALE,
-                value=extremes(scales),
+                value=find_extremes(scales),
             )
-        values = placed(tensor_of(buffers[0], torch.int8, rows, width), device)
-        scales = placed(scales, device)
+        values = to_device(from_buffer(buffers[0], torch.int8, rows, width), device)
+        scales = to_device(scales, device)
         decoded = torch.empty(rows, width, dtype=torch.float32, device=device)
-        at_once = chunk_rows(width, decoded.device)
+        chunk_rows = rows_per_chunk(width, decoded.device)
         for out, codes, scale in zip(
-            decoded.split(at_once), values.split(at_once), scales.split(at_once), strict=True
+            decoded.split(chunk_rows),
+            values.split(chunk_rows),
+            scales.split(chunk_rows),
+            strict=True,
         ):
             out.copy_(codes).mul_(scale)
         return decoded.reshape(tuple(shape))

@@ -1,4 +1,4 @@
-"""Between tensors and the buffers of a frame."""
+"""Conversion between tensors and buffers, and the arithmetic that the codecs share."""
 
 from __future__ import annotations
 
@@ -10,60 +10,62 @@ from torch import Tensor
 
 from protocol.codecs.codec import Device
 from protocol.errors import FieldValue, InvalidField
+from protocol.wire import FLOAT32_BYTES
 
-_CACHE_BYTES = 768 * 1024  # of float32 at a time on a CPU: what is read again is still in L2
+_CACHE_BYTES = 768 * 1024  # chunk size on a CPU: a second pass still finds the chunk in L2
 
-_PINNED_BYTES = 32 * 1024 * 1024  # at a time: torch never gives back what it has pinned
+_PINNED_BYTES = 32 * 1024 * 1024  # largest pinned copy: torch never frees pinned memory
 
-_DEVICE_BYTES = 64 * 1024 * 1024  # elsewhere: few large kernels, and scratch memory has a bound
+_DEVICE_BYTES = 64 * 1024 * 1024  # chunk size on other devices: few kernels, bounded scratch memory
 
 
-def bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a tensor, row-major; a copy only where it is not contiguous or not here."""
+def tensor_nbytes(tensor: Tensor) -> int:
+    """Count the bytes of a tensor's elements, whatever storage they are a view of."""
+    return tensor.numel() * tensor.element_size()
+
+
+def to_buffer(tensor: Tensor) -> memoryview:
+    """Return a tensor's memory, row-major; copied only if not contiguous or not on the CPU."""
     if tensor.numel() == 0:
         return memoryview(b"")
-    plain = _fetched(tensor.detach().contiguous())
-    # numpy knows no bfloat16, and a view of other elements takes a last dimension without gaps:
-    # one of a single element counts as contiguous at any stride.
+    plain = _to_host(tensor.detach().contiguous())
+    # numpy has no bfloat16, and `view(dtype)` needs a last dimension without gaps. A dimension of
+    # one element counts as contiguous at any stride.
     if not plain.dim() or plain.stride(-1) != 1:
         plain = plain.clone(memory_format=torch.contiguous_format).reshape(-1)
     return plain.view(torch.uint8).numpy().data.cast("B")
 
 
-def placed(tensor: Tensor, device: Device) -> Tensor:
-    """A CPU tensor on ``device``; to a GPU it goes by pinned memory, and nobody waits for it."""
-    if torch.device(device).type != "cuda" or not 0 < _nbytes(tensor) <= _PINNED_BYTES:
+def from_buffer(buffer: memoryview, dtype: torch.dtype, *shape: int) -> Tensor:
+    """Return a CPU tensor in the memory of a buffer that has exactly its size."""
+    if buffer.nbytes == 0:
+        return torch.empty(shape, dtype=dtype)
+    # torch requires writable memory: copy a read-only buffer.
+    memory = bytearray(buffer) if buffer.readonly else buffer
+    return torch.frombuffer(memory, dtype=dtype).reshape(shape)
+
+
+def to_device(tensor: Tensor, device: Device) -> Tensor:
+    """Move a CPU tensor to a device; to a GPU through pinned memory, without synchronising."""
+    if torch.device(device).type != "cuda" or not 0 < tensor_nbytes(tensor) <= _PINNED_BYTES:
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def _fetched(tensor: Tensor) -> Tensor:
-    """A tensor on the CPU; from a GPU it comes by pinned memory, behind this stream's work."""
-    if not tensor.is_cuda or _nbytes(tensor) > _PINNED_BYTES:
+def _to_host(tensor: Tensor) -> Tensor:
+    """Move a tensor to the CPU; from a GPU through pinned memory, after this stream's work."""
+    if not tensor.is_cuda or tensor_nbytes(tensor) > _PINNED_BYTES:
         return tensor.cpu()
     host = torch.empty_like(tensor, device="cpu", pin_memory=True)
     host.copy_(tensor, non_blocking=True)
-    done = torch.cuda.Event(blocking=True)  # sleeps; a stream would spin
+    done = torch.cuda.Event(blocking=True)  # sleeps, where synchronising the stream would spin
     done.record(torch.cuda.current_stream(tensor.device))
     done.synchronize()
     return host
 
 
-def _nbytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
-def tensor_of(buffer: memoryview, dtype: torch.dtype, *shape: int) -> Tensor:
-    """A CPU tensor of this dtype and shape in the memory of a buffer of just this size."""
-    if buffer.nbytes == 0:
-        return torch.empty(shape, dtype=dtype)
-    # torch wants memory it may write to; a read-only buffer is copied once.
-    memory = bytearray(buffer) if buffer.readonly else buffer
-    return torch.frombuffer(memory, dtype=dtype).reshape(shape)
-
-
-def rows_of(shape: Sequence[int]) -> tuple[int, int]:
-    """A shape as a matrix: how many rows, and the width of a row (the last dimension).
+def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """Return rows and width of a shape seen as a matrix; the width is the last dimension.
 
     A scalar is one row of one element; a tensor without elements has no row.
     """
@@ -71,23 +73,25 @@ def rows_of(shape: Sequence[int]) -> tuple[int, int]:
     return (elements // width, width) if elements else (0, 1)
 
 
-def as_matrix(tensor: Tensor) -> Tensor:
-    """A tensor as contiguous [rows, width] (see `rows_of`), without a copy where it is so."""
-    return tensor.detach().reshape(rows_of(tensor.shape)).contiguous()
+def to_matrix(tensor: Tensor) -> Tensor:
+    """Return a tensor as contiguous [rows, width] (see `matrix_shape`), if possible as a view."""
+    return tensor.detach().reshape(matrix_shape(tensor.shape)).contiguous()
 
 
-def chunk_rows(width: int, device: torch.device) -> int:
-    """How many rows of float32 to work on at a time, so that they stay in the device's cache."""
-    most = _CACHE_BYTES if device.type == "cpu" else _DEVICE_BYTES
-    return max(1, most // (4 * max(width, 1)))
+def rows_per_chunk(width: int, device: torch.device) -> int:
+    """Return how many float32 rows of this width to process at once on a device."""
+    chunk_bytes = _CACHE_BYTES if device.type == "cpu" else _DEVICE_BYTES
+    return max(1, chunk_bytes // (FLOAT32_BYTES * max(width, 1)))
 
 
-def round_(values: Tensor, generator: torch.Generator | None, low: int, high: int) -> Tensor:
-    """Round in place: to nearest, ties to even, or at random by ``generator``, unbiased.
+def round_in_place(
+    values: Tensor, generator: torch.Generator | None, low: int, high: int
+) -> Tensor:
+    """Round to nearest, ties to even, or with a generator at random and without bias.
 
-    At random a value goes to one of its two neighbours, to the upper one with a chance equal to
-    its distance from the lower one. Nothing leaves ``low`` … ``high``, which the values may pass
-    by a rounding error.
+    Random rounding takes one of the two neighbours, the upper one with a probability equal to the
+    distance from the lower one. It clips to ``low`` … ``high``, because a float32 rounding error
+    can carry a value beyond.
     """
     if generator is None:
         return values.round_()
@@ -95,37 +99,37 @@ def round_(values: Tensor, generator: torch.Generator | None, low: int, high: in
     return values.add_(noise.to(values.device)).floor_().clamp_(low, high)
 
 
-def largest_magnitude(tensor: Tensor) -> float:
-    """Of all elements; NaN if one is NaN, 0 if there is none."""
+def max_magnitude(tensor: Tensor) -> float:
+    """Return the largest absolute value: NaN if any element is NaN, 0 for an empty tensor."""
     if tensor.numel() == 0:
         return 0.0
-    # Two passes: torch's aminmax is slower than both. NaN goes through each of these.
+    # Two passes are faster than torch's aminmax. Each of these operations propagates NaN.
     return float(torch.maximum(-tensor.amin(), tensor.amax()))
 
 
-def unit_for(largest: float) -> float:
-    """A power of two just above a magnitude: dividing by it is exact, and no square overflows."""
-    return 2.0 ** max(math.frexp(largest)[1], -100)
+def power_of_two_above(magnitude: float) -> float:
+    """Return a power of two just above: division by it is exact, and no square overflows."""
+    return 2.0 ** max(math.frexp(magnitude)[1], -100)
 
 
-def within(values: Tensor, low: float, high: float) -> bool:
-    """Whether all values (few, on the CPU) lie in a range. NaN lies in none."""
+def is_within(values: Tensor, low: float, high: float) -> bool:
+    """Whether all values (a small CPU tensor) lie in a range. NaN lies in no range."""
     if values.numel() == 0:
         return True
     return bool(values.amin() >= low) and bool(values.amax() <= high)
 
 
-def extremes(*every: Tensor) -> list[FieldValue]:
-    """The least and the greatest number of each of these tensors, for a refusal that shows them."""
-    return [float(end) for values in every for end in (values.amin(), values.amax())]
+def find_extremes(*tensors: Tensor) -> list[FieldValue]:
+    """Return the least and the greatest number of each tensor, for an error's ``value``."""
+    return [float(extreme) for values in tensors for extreme in (values.amin(), values.amax())]
 
 
-def cannot_send(codec: str, limit: float, largest: float) -> InvalidField:
-    """The refusal of NaN, infinity, or numbers too large for a codec."""
+def range_error(codec: str, limit: float, magnitude: float) -> InvalidField:
+    """Build the error for NaN, infinity, or numbers too large for a codec."""
     return InvalidField(
-        f"{codec} carries finite numbers of at most this magnitude alone",
+        f"{codec} encodes only finite numbers up to this magnitude",
         field="codec",
         limit=limit,
-        value=largest,
+        value=magnitude,
         hint="send this tensor with float32, or find out why it is not finite",
     )

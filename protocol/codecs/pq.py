@@ -1,4 +1,4 @@
-"""Product quantisation: runs of four numbers become indices into a codebook that travels along."""
+"""Product quantisation: runs of four numbers become indices into a codebook sent with them."""
 
 from __future__ import annotations
 
@@ -11,171 +11,173 @@ from torch.nn import functional as F
 
 from protocol.codecs.codec import Device, FixedSizeCodec
 from protocol.codecs.memory import (
-    as_matrix,
-    bytes_of,
-    cannot_send,
-    chunk_rows,
-    extremes,
-    largest_magnitude,
-    placed,
-    rows_of,
-    tensor_of,
-    unit_for,
-    within,
+    find_extremes,
+    from_buffer,
+    is_within,
+    matrix_shape,
+    max_magnitude,
+    power_of_two_above,
+    range_error,
+    rows_per_chunk,
+    to_buffer,
+    to_device,
+    to_matrix,
 )
 from protocol.errors import MalformedFrame
+from protocol.wire import FLOAT32_BYTES
 
-RUN = 4  # numbers that share an index
+RUN = 4  # numbers of a vector, which share one index
 
-_ENTRIES = 256  # of a codebook, as many as a byte can name
+_MAX_ENTRIES = 256  # of a codebook: the values of a byte
 
 _LARGEST = 2.0**125
 
 _ITERATIONS = 8
 
-_FITTED = 16_384  # vectors that the codebook is fitted to, of a tensor that has more
+_MAX_FITTED = 16_384  # vectors that the codebook is fitted to
 
 
 class ProductQuantiser(FixedSizeCodec):
     """One byte for every four neighbours in a row of the last dimension.
 
-    Product quantisation as in FedLite (arXiv 2201.11865), with one codebook for all positions: the
-    vectors of four numbers (the last one of a row is filled up with zeros) are clustered by
-    k-means with 256 centres. Centres are found on at most 16 384 vectors, spread evenly; at the
-    end each becomes the mean of all vectors that were assigned to it. Nothing is drawn at random.
+    One codebook for all positions: k-means with 256 centres clusters the vectors of four numbers (a
+    row's last vector is padded with zeros). The centres are fitted to at most 16 384 evenly spread
+    vectors; at the end each becomes the mean of all vectors assigned to it. Nothing is random.
 
-    No single element has a bound of its own. Over the tensor, the squared error is at most the sum
+    There is no bound for a single element. Over the tensor, the squared error is at most the sum
     of squared distances of its vectors from their mean, and so at most the tensor's squared norm.
-    A tensor with at most 256 different vectors, if it has no more than 16 384, is exact but for
-    rounding. For Gaussian numbers the relative error is near 0.3.
+    A tensor with at most 256 different vectors among at most 16 384 is exact up to rounding. For
+    Gaussian numbers the relative error is near 0.3.
 
-    Rounding at random is not on offer: a generator is left unused. NaN, infinity and magnitudes
-    above 2¹²⁵ are refused.
+    It never rounds at random and ignores a generator. NaN, infinity and magnitudes above 2¹²⁵ are
+    refused.
 
-    Ratio to float32: near 16. A row of D numbers takes ⌈D / 4⌉ bytes, the codebook 16 bytes for
-    each of its entries, which are 256 or, if there are fewer, as many as the vectors.
+    Compression of float32: near 16. A row of D numbers has ⌈D / 4⌉ bytes, the codebook 16 bytes for
+    each entry: 256 entries, or one for each vector if there are fewer.
+
+    Source: FedLite, arXiv 2201.11865.
     """
 
     name = "pq"
 
     def encode(self, tensor: Tensor, generator: torch.Generator | None = None) -> list[memoryview]:
-        plain = as_matrix(tensor).to(torch.float32)
-        largest = largest_magnitude(plain)
-        if not largest <= _LARGEST:  # NaN too
-            raise cannot_send(self.name, _LARGEST, largest)
-        unit = unit_for(largest)
+        plain = to_matrix(tensor).to(torch.float32)
+        magnitude = max_magnitude(plain)
+        if not magnitude <= _LARGEST:  # also refuses NaN
+            raise range_error(self.name, _LARGEST, magnitude)
+        unit = power_of_two_above(magnitude)
         vectors = F.pad(plain / unit, (0, -plain.shape[1] % RUN)).view(-1, RUN)
         codes, codebook = _cluster(vectors)
-        return [bytes_of(codes), bytes_of(codebook * unit)]
+        return [to_buffer(codes), to_buffer(codebook * unit)]
 
     def sizes(self, shape: Sequence[int]) -> list[int]:
-        vectors = math.prod(_vectors(shape))
-        return [vectors, min(vectors, _ENTRIES) * RUN * 4]
+        vectors = math.prod(_vector_shape(shape))
+        return [vectors, min(vectors, _MAX_ENTRIES) * RUN * FLOAT32_BYTES]
 
     def decode(
         self, buffers: Sequence[memoryview], shape: Sequence[int], device: Device = "cpu"
     ) -> Tensor:
-        rows, width = rows_of(shape)
-        vectors = _vectors(shape)
-        entries = min(math.prod(vectors), _ENTRIES)
-        codes = tensor_of(buffers[0], torch.uint8, *vectors)
-        codebook = tensor_of(buffers[1], torch.float32, entries, RUN)
+        rows, width = matrix_shape(shape)
+        code_shape = _vector_shape(shape)
+        entries = min(math.prod(code_shape), _MAX_ENTRIES)
+        codes = from_buffer(buffers[0], torch.uint8, *code_shape)
+        codebook = from_buffer(buffers[1], torch.float32, entries, RUN)
         if entries and int(codes.max()) >= entries:
             raise MalformedFrame(
-                "a code names no entry of the codebook",
+                "a code must be below the number of codebook entries",
                 field="codes",
                 limit=entries - 1,
                 value=int(codes.max()),
             )
-        if not within(codebook, -2 * _LARGEST, 2 * _LARGEST):
+        if not is_within(codebook, -2 * _LARGEST, 2 * _LARGEST):
             raise MalformedFrame(
-                "an entry of the codebook is out of range",
+                "a number in the codebook is beyond this magnitude, or NaN",
                 field="codebook",
                 limit=2 * _LARGEST,
-                value=extremes(codebook),
+                value=find_extremes(codebook),
             )
-        codes, codebook = placed(codes, device), placed(codebook, device)
+        codes, codebook = to_device(codes, device), to_device(codebook, device)
         decoded = torch.empty(rows, width, dtype=torch.float32, device=device)
-        at_once = chunk_rows(width, decoded.device)
-        for out, part in zip(decoded.split(at_once), codes.split(at_once), strict=True):
+        chunk_rows = rows_per_chunk(width, decoded.device)
+        for out, part in zip(decoded.split(chunk_rows), codes.split(chunk_rows), strict=True):
             out.copy_(F.embedding(part.to(torch.int64), codebook).flatten(1)[:, :width])
         return decoded.reshape(tuple(shape))
 
 
-def _vectors(shape: Sequence[int]) -> tuple[int, int]:
-    """How many rows there are, and how many vectors in each."""
-    rows, width = rows_of(shape)
+def _vector_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """Return the number of rows, and of vectors in each row."""
+    rows, width = matrix_shape(shape)
     return rows, -(-width // RUN)
 
 
 def _cluster(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """k-means of vectors [N, 4] of magnitudes up to 1: uint8 codes [N] and codebook [K, 4]."""
-    entries = min(len(vectors), _ENTRIES)
+    """Cluster vectors [N, 4] of magnitudes up to 1: uint8 codes [N] and codebook [K, 4]."""
+    entries = min(len(vectors), _MAX_ENTRIES)
     if entries == 0:
         return vectors.new_empty(0, dtype=torch.uint8), vectors
-    centres = _fit(_spread(vectors), entries)
-    codes = _nearest(vectors, centres)
-    means, counts = _means(vectors, codes, entries)
+    centres = _fit(_subsample(vectors), entries)
+    codes = _assign(vectors, centres)
+    means, counts = _compute_means(vectors, codes, entries)
     return codes.to(torch.uint8), torch.where(counts > 0, means, 0.0)
 
 
-def _spread(vectors: Tensor) -> Tensor:
-    """At most `_FITTED` of the vectors, from everywhere, whatever repeats along the tensor.
+def _subsample(vectors: Tensor) -> Tensor:
+    """Choose at most `_MAX_FITTED` vectors, evenly, whatever repeats along the tensor.
 
-    A step that has no factor in common with the number of vectors meets each of them once, and
-    each position within a row equally often; the golden section spreads a part of them evenly.
+    A step without a common factor with the number of vectors visits each vector once, and each
+    position within a row equally often; a step by the golden ratio spreads a part of them evenly.
     """
     count = len(vectors)
-    if count <= _FITTED:
+    if count <= _MAX_FITTED:
         return vectors
     step = round(count * (math.sqrt(5) - 1) / 2)
     while math.gcd(step, count) > 1:
         step += 1
-    places = torch.arange(_FITTED, dtype=torch.int64, device=vectors.device) * step % count
-    return vectors[places]
+    indices = torch.arange(_MAX_FITTED, dtype=torch.int64, device=vectors.device) * step % count
+    return vectors[indices]
 
 
 def _fit(vectors: Tensor, entries: int) -> Tensor:
-    """Lloyd's algorithm, begun from different vectors in sorted order."""
-    different: Tensor = torch.unique(vectors, dim=0)
-    if len(different) <= entries:
-        return F.pad(different, (0, 0, 0, entries - len(different)))
-    places = torch.arange(entries, device=vectors.device) * len(different) // entries
-    centres = different[places]
+    """Run Lloyd's algorithm, initialised with distinct vectors in sorted order."""
+    distinct: Tensor = torch.unique(vectors, dim=0)
+    if len(distinct) <= entries:
+        return F.pad(distinct, (0, 0, 0, entries - len(distinct)))
+    indices = torch.arange(entries, device=vectors.device) * len(distinct) // entries
+    centres = distinct[indices]
     for _ in range(_ITERATIONS):
-        codes = _nearest(vectors, centres)
-        means, counts = _means(vectors, codes, entries)
+        codes = _assign(vectors, centres)
+        means, counts = _compute_means(vectors, codes, entries)
         centres = torch.where(counts > 0, means, centres)
-        idle = (counts == 0).flatten().nonzero().flatten()
-        if len(idle):  # goes where the error is greatest
+        unused = (counts == 0).flatten().nonzero().flatten()
+        if len(unused):  # move these centres to the vectors with the largest errors
             errors = (vectors - centres[codes]).square().sum(1)
-            centres[idle] = vectors[errors.argsort(descending=True, stable=True)[: len(idle)]]
+            centres[unused] = vectors[errors.argsort(descending=True, stable=True)[: len(unused)]]
     return centres
 
 
-def _nearest(vectors: Tensor, centres: Tensor) -> Tensor:
-    """int64 [N]: the centre nearest to each vector."""
+def _assign(vectors: Tensor, centres: Tensor) -> Tensor:
+    """Return the index of the nearest centre of each vector: int64 [N]."""
     halves = centres.square().sum(1) / 2  # |v - c|² / 2 = |v|² / 2 + |c|² / 2 - v · c
-    at_once = chunk_rows(len(centres), vectors.device)
+    chunk_rows = rows_per_chunk(len(centres), vectors.device)
     return torch.cat(
         [
-            _place_of_least(torch.addmm(halves, part, centres.T, alpha=-1))
-            for part in vectors.split(at_once)
+            _argmin(torch.addmm(halves, part, centres.T, alpha=-1))
+            for part in vectors.split(chunk_rows)
         ]
     )
 
 
-def _place_of_least(scores: Tensor) -> Tensor:
-    """The column of the least number of each row."""
+def _argmin(scores: Tensor) -> Tensor:
+    """Return the column of the least number of each row."""
     if scores.device.type != "cpu":
         return scores.argmin(1)
-    # numpy's is several times faster than torch's
-    places: Tensor = torch.from_numpy(scores.numpy().argmin(1))
-    return places
+    # numpy's argmin is several times faster on the CPU than torch's.
+    columns: Tensor = torch.from_numpy(scores.numpy().argmin(1))
+    return columns
 
 
-def _means(vectors: Tensor, codes: Tensor, entries: int) -> tuple[Tensor, Tensor]:
-    """The mean [K, 4] of the vectors of each code (NaN for none), and how many there are [K, 1]."""
+def _compute_means(vectors: Tensor, codes: Tensor, entries: int) -> tuple[Tensor, Tensor]:
+    """Return the mean [K, 4] of the vectors of each code (NaN if none) and their number [K, 1]."""
     sums = [torch.bincount(codes, axis.to(torch.float64), entries) for axis in vectors.unbind(1)]
     counts = torch.bincount(codes, minlength=entries).unsqueeze(1)
     return (torch.stack(sums, 1) / counts).to(torch.float32), counts

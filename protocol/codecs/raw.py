@@ -1,4 +1,4 @@
-"""Codecs that send a tensor's own bytes: row-major, little-endian, one dtype."""
+"""Codecs that send the bytes of a tensor in one dtype, unchanged."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 
 from protocol.codecs.codec import Device, FixedSizeCodec
-from protocol.codecs.memory import bytes_of, largest_magnitude, placed, tensor_of
+from protocol.codecs.memory import from_buffer, max_magnitude, to_buffer, to_device
 from protocol.errors import InvalidField
 
 
 class RawCodec(FixedSizeCodec):
-    """The tensor's own bytes: row-major, little-endian, one dtype."""
+    """The bytes of the tensor in one dtype: row-major, little-endian."""
 
     dtype: torch.dtype
     row_wise = True
 
     def encode(self, tensor: Tensor, generator: torch.Generator | None = None) -> list[memoryview]:
-        return [bytes_of(tensor.detach().to(self.dtype))]
+        return [to_buffer(tensor.detach().to(self.dtype))]
 
     def sizes(self, shape: Sequence[int]) -> list[int]:
         return [math.prod(shape) * self.dtype.itemsize]
@@ -28,7 +28,7 @@ class RawCodec(FixedSizeCodec):
     def decode(
         self, buffers: Sequence[memoryview], shape: Sequence[int], device: Device = "cpu"
     ) -> Tensor:
-        return placed(tensor_of(buffers[0], self.dtype, *shape), device)
+        return to_device(from_buffer(buffers[0], self.dtype, *shape), device)
 
 
 class Float32(RawCodec):
@@ -38,37 +38,37 @@ class Float32(RawCodec):
 
 
 class Float16(RawCodec):
-    """Half precision, half the bytes. What leaves its range is refused, never sent as infinity.
+    """Half precision. A value beyond its range is refused, never sent as infinity.
 
-    Every element x comes back within 2⁻¹¹ |x|, or within 2⁻²⁵ where |x| is below 2⁻¹⁴.
+    Error of an element x: at most 2⁻¹¹ |x|, or 2⁻²⁵ where |x| is below 2⁻¹⁴.
     """
 
     name, dtype = "float16", torch.float16
 
     def encode(self, tensor: Tensor, generator: torch.Generator | None = None) -> list[memoryview]:
         half = tensor.detach().to(torch.float16)
-        if not math.isfinite(largest_magnitude(half)):  # the quick test; NaN may pass
+        if not math.isfinite(max_magnitude(half)):  # fast; NaN values may pass
             _refuse_infinity(half.isinf(), tensor.detach())
         return super().encode(half, generator)
 
 
 class BFloat16(RawCodec):
-    """The upper half of a float32: half the bytes, its whole range, with 8 bits of precision.
+    """The upper 16 bits of a float32: its full range, with 8 bits of precision.
 
-    Every element x comes back within 2⁻⁸ |x|, where |x| is at least 2⁻¹²⁶.
+    Error of an element x: at most 2⁻⁸ |x|, where |x| is at least 2⁻¹²⁶.
     """
 
     name, dtype = "bfloat16", torch.bfloat16
 
 
 class Int64(RawCodec):
-    """Whole numbers, exact."""
+    """64-bit integers, exact."""
 
     name, dtype, floating = "int64", torch.int64, False
 
 
 class UInt8(RawCodec):
-    """Bytes, exact: names of samples, for one."""
+    """Bytes, exact; sample ids, for example."""
 
     name, dtype, floating = "uint8", torch.uint8, False
 

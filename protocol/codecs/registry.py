@@ -1,4 +1,4 @@
-"""The codecs by the names that they have on the wire."""
+"""The codecs by their names on the wire."""
 
 from __future__ import annotations
 
@@ -24,8 +24,6 @@ CODECS: dict[str, RawCodec] = {
     codec.name: codec for codec in (Float32(), Float16(), BFloat16(), Int64(), UInt8())
 }
 
-"""Those that send a tensor's own bytes."""
-
 _WITHOUT_PARAMETER: dict[str, Codec] = {
     codec.name: codec for codec in (Int8(), Int4(), Int4Asymmetric(), ProductQuantiser())
 }
@@ -38,42 +36,42 @@ _WITH_PARAMETER: dict[str, Callable[[str, str], Codec]] = {
 
 
 @lru_cache(maxsize=64)
-def codec_named(name: str) -> Codec:
-    """The codec of this name (see `protocol.codec_names`).
+def get_codec(name: str) -> Codec:
+    """Return the codec of this name (see `protocol.codec_names`).
 
     Raises:
-        UnknownCodec: there is none, its parameter is not allowed, or a library that it needs is
-            not installed here.
+        UnknownCodec: the name or its parameter is not allowed, or a library that the codec needs
+            is not installed.
     """
     parts = parse_codec(name)
     if parts.compressed:
-        return Compressed(codec_named(name.removesuffix(LOSSLESS_SUFFIX)), name)
+        return Compressed(get_codec(name.removesuffix(LOSSLESS_SUFFIX)), name)
     if parts.parameter is not None:
         return _WITH_PARAMETER[parts.base](parts.parameter, name)
     return CODECS.get(parts.base) or _WITHOUT_PARAMETER[parts.base]
 
 
 def encoded_bytes(name: str, shape: Sequence[int]) -> int | None:
-    """Bytes of a tensor of this shape under a codec: its buffers, without header and padding.
+    """Return the bytes of a tensor's buffers with this codec, without header and padding.
 
-    None where they depend on what the tensor holds.
+    None if the number depends on the tensor's values.
 
     Raises:
-        UnknownCodec: there is no such codec, or its parameter is not allowed.
+        UnknownCodec: the name or its parameter is not allowed.
     """
     if parse_codec(name).compressed:
-        return None  # known also where the library is not
-    codec = codec_named(name)
+        return None  # does not need the zstandard library
+    codec = get_codec(name)
     return sum(codec.sizes(shape)) if isinstance(codec, FixedSizeCodec) else None
 
 
 def as_decoded(tensor: Tensor, codec: str) -> Tensor:
-    """What the other end makes of a tensor that is sent with this codec, in float32.
+    """Encode a tensor and decode it, in float32: the values that the other end computes with.
 
-    It may share the tensor's memory.
+    The result may share the tensor's memory.
 
     Raises:
-        InvalidField: the codec does not carry these numbers.
+        InvalidField: the codec cannot encode these numbers.
     """
-    one = codec_named(codec.removesuffix(LOSSLESS_SUFFIX))
-    return one.decode(one.encode(tensor), tensor.shape).to(torch.float32)
+    lossy = get_codec(codec.removesuffix(LOSSLESS_SUFFIX))
+    return lossy.decode(lossy.encode(tensor), tensor.shape).to(torch.float32)

@@ -1,4 +1,4 @@
-"""A tensor as a matrix of low rank: the singular values that carry most of its energy."""
+"""Low-rank approximation: the singular vectors that carry most of a tensor's energy."""
 
 from __future__ import annotations
 
@@ -10,38 +10,43 @@ from torch import Tensor
 
 from protocol.codecs.codec import Codec, Device
 from protocol.codecs.memory import (
-    bytes_of,
-    cannot_send,
-    extremes,
-    largest_magnitude,
-    placed,
-    tensor_of,
-    within,
+    find_extremes,
+    from_buffer,
+    is_within,
+    max_magnitude,
+    range_error,
+    to_buffer,
+    to_device,
 )
 from protocol.errors import MalformedFrame
+from protocol.wire import FLOAT32_BYTES
 
 _LARGEST = 2.0**125
 
-_LARGEST_SINGULAR_VALUE = 2.0**100  # the product of what is sent is finite
+_FLOAT16_BYTES = 2
+
+_LARGEST_SINGULAR_VALUE = 2.0**100  # keeps the product of the three factors finite
 
 
 class Svd(Codec):
-    """The singular vectors of a tensor that hold the share E of its energy (FedKD, 2108.13323).
+    """The fewest singular vectors with the share E of a tensor's energy.
 
-    A tensor of two dimensions or more is a matrix [d0, rest]. Of its singular values, the largest
-    first, as few are kept as have E of the sum of all squares. U [d0, r] and V [r, rest] are sent
-    as float16 (their elements are at most 1), the singular values [r] as float32. Where that takes
-    no fewer bytes, and for tensors of fewer dimensions, the tensor is sent as plain float32.
+    A tensor of two or more dimensions is a matrix [d0, rest]. It sends the r largest singular
+    values, as few as have the share E of the sum of all squares: U [d0, r] and V [r, rest] as
+    float16 (their elements are at most 1), the singular values [r] as float32. If that saves no
+    bytes, or with fewer dimensions, it sends the tensor as plain float32.
 
-    The norm of the error is at most √(1 − E) + 2⁻⁹ of the tensor's. Rounding at random is not on
-    offer: a generator is left unused. NaN, infinity and magnitudes above 2¹²⁵ are refused.
+    The norm of the error is at most √(1 − E) + 2⁻⁹ of the tensor's norm. It never rounds at random
+    and ignores a generator. NaN, infinity and magnitudes above 2¹²⁵ are refused.
 
-    Ratio to float32: 4 d0 rest / (r (2 d0 + 2 rest + 4)), and never below 1. The rank r depends on
-    what the tensor holds; features that differ from sample to sample have a high one.
+    Compression of float32: 4 d0 rest / (r (2 d0 + 2 rest + 4)), never below 1. The rank r depends
+    on the values; features that differ from sample to sample have a high rank.
+
+    Source: FedKD, arXiv 2108.13323.
 
     Args:
         energy: E, above 0 and at most 1.
-        name: with the parameter as it was written.
+        name: with the parameter as written.
     """
 
     def __init__(self, energy: float, name: str) -> None:
@@ -49,38 +54,38 @@ class Svd(Codec):
 
     def encode(self, tensor: Tensor, generator: torch.Generator | None = None) -> list[memoryview]:
         plain = tensor.detach().to(torch.float32)
-        largest = largest_magnitude(plain)
-        if not largest <= _LARGEST:  # NaN too
-            raise cannot_send(self.name, _LARGEST, largest)
-        most = _largest_rank(tensor.shape)
-        factors = self._factors(plain.reshape(len(plain), -1), most) if most else None
-        return [bytes_of(part) for part in factors or [plain]]
+        magnitude = max_magnitude(plain)
+        if not magnitude <= _LARGEST:  # also refuses NaN
+            raise range_error(self.name, _LARGEST, magnitude)
+        max_rank = _max_rank(tensor.shape)
+        factors = self._factorise(plain.reshape(len(plain), -1), max_rank) if max_rank else None
+        return [to_buffer(part) for part in factors or [plain]]
 
-    def _factors(self, matrix: Tensor, most: int) -> list[Tensor] | None:
-        """U, singular values and V as they are sent; None where the matrix is to go as it is."""
+    def _factorise(self, matrix: Tensor, max_rank: int) -> list[Tensor] | None:
+        """Return U, singular values and V as sent; None to send the matrix as plain float32."""
         try:
             left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # did not converge
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # no convergence
             return None
         energies = values.to(torch.float64).square().cumsum(0)
         total = float(energies[-1])
         rank = int((energies < self._energy * total).sum()) + 1 if total else 0
-        if rank > most or not float(values[0]) <= _LARGEST_SINGULAR_VALUE:
+        if rank > max_rank or not float(values[0]) <= _LARGEST_SINGULAR_VALUE:
             return None
         left, right = left[:, :rank].clamp(-1, 1), right[:rank].clamp(-1, 1)
         return [left.to(torch.float16), values[:rank], right.to(torch.float16)]
 
-    def largest_sizes(self, shape: Sequence[int], count: int) -> list[int]:
+    def max_sizes(self, shape: Sequence[int], count: int) -> list[int]:
         if count == 1:
-            return [4 * math.prod(shape)]
-        most = _largest_rank(shape)
-        if count != 3 or not most:
+            return [FLOAT32_BYTES * math.prod(shape)]
+        max_rank = _max_rank(shape)
+        if count != 3 or not max_rank:
             raise self._wrong_sizes(shape, [count])
-        return _sizes(shape, most)
+        return _sizes(shape, max_rank)
 
     def check_sizes(self, shape: Sequence[int], sizes: Sequence[int]) -> None:
-        limits = self.largest_sizes(shape, len(sizes))
-        expected = limits if len(limits) == 1 else _sizes(shape, sizes[1] // 4)
+        limits = self.max_sizes(shape, len(sizes))
+        expected = limits if len(limits) == 1 else _sizes(shape, sizes[1] // FLOAT32_BYTES)
         if list(sizes) != expected or not 0 <= sizes[-1] <= limits[-1]:
             raise self._wrong_sizes(shape, list(sizes))
 
@@ -88,46 +93,51 @@ class Svd(Codec):
         self, buffers: Sequence[memoryview], shape: Sequence[int], device: Device = "cpu"
     ) -> Tensor:
         if len(buffers) == 1:
-            return placed(tensor_of(buffers[0], torch.float32, *shape), device)
-        rank = buffers[1].nbytes // 4
-        left = tensor_of(buffers[0], torch.float16, shape[0], rank)
-        values = tensor_of(buffers[1], torch.float32, rank)
-        right = tensor_of(buffers[2], torch.float16, rank, math.prod(shape[1:]))
-        if not (within(left, -1, 1) and within(right, -1, 1)):
+            return to_device(from_buffer(buffers[0], torch.float32, *shape), device)
+        rank = buffers[1].nbytes // FLOAT32_BYTES
+        left = from_buffer(buffers[0], torch.float16, shape[0], rank)
+        values = from_buffer(buffers[1], torch.float32, rank)
+        right = from_buffer(buffers[2], torch.float16, rank, math.prod(shape[1:]))
+        if not (is_within(left, -1, 1) and is_within(right, -1, 1)):
             raise MalformedFrame(
-                "an element of a singular vector is at most 1",
+                "an element of a singular vector must be at most 1",
                 field="vectors",
                 limit=1,
-                value=extremes(left, right),
+                value=find_extremes(left, right),
             )
-        if not within(values, 0, _LARGEST_SINGULAR_VALUE):
+        if not is_within(values, 0, _LARGEST_SINGULAR_VALUE):
             raise MalformedFrame(
-                "a singular value is out of range",
+                "a singular value must be from 0 to this limit",
                 field="values",
                 limit=_LARGEST_SINGULAR_VALUE,
-                value=extremes(values),
+                value=find_extremes(values),
             )
-        scaled = placed(left, device).to(torch.float32) * placed(values, device)
-        return (scaled @ placed(right, device).to(torch.float32)).reshape(tuple(shape))
+        scaled = to_device(left, device).to(torch.float32) * to_device(values, device)
+        return (scaled @ to_device(right, device).to(torch.float32)).reshape(tuple(shape))
 
     def _wrong_sizes(self, shape: Sequence[int], sizes: list[int]) -> MalformedFrame:
         return MalformedFrame(
-            f"a {self.name} tensor of shape {list(shape)} takes one buffer of its own size, or "
-            "three of one rank that are smaller together",
+            f"a {self.name} tensor of shape {list(shape)} needs one float32 buffer, or three "
+            "buffers of one rank with fewer bytes in all",
             field="sizes",
-            limit=4 * math.prod(shape),
+            limit=FLOAT32_BYTES * math.prod(shape),
             value=sizes,
         )
 
 
 def _sizes(shape: Sequence[int], rank: int) -> list[int]:
-    return [2 * rank * shape[0], 4 * rank, 2 * rank * math.prod(shape[1:])]
+    return [
+        _FLOAT16_BYTES * rank * shape[0],
+        FLOAT32_BYTES * rank,
+        _FLOAT16_BYTES * rank * math.prod(shape[1:]),
+    ]
 
 
-def _largest_rank(shape: Sequence[int]) -> int:
-    """The largest rank that takes fewer bytes than the plain tensor; 0: none does."""
+def _max_rank(shape: Sequence[int]) -> int:
+    """Return the largest rank with fewer bytes than the plain tensor; 0 if there is none."""
     elements = math.prod(shape)
     if len(shape) < 2 or elements == 0:
         return 0
     rest = elements // shape[0]
-    return min(shape[0], rest, (4 * elements - 1) // (2 * shape[0] + 2 * rest + 4))
+    bytes_per_rank = _FLOAT16_BYTES * (shape[0] + rest) + FLOAT32_BYTES
+    return min(shape[0], rest, (FLOAT32_BYTES * elements - 1) // bytes_per_rank)

@@ -1,4 +1,4 @@
-"""The largest elements of a tensor and where they stand; the others become zero."""
+"""Sparsification: the largest elements of a tensor and their indices."""
 
 from __future__ import annotations
 
@@ -11,94 +11,96 @@ from torch import Tensor
 
 from protocol.codecs.codec import Device, FixedSizeCodec
 from protocol.codecs.memory import (
-    bytes_of,
-    cannot_send,
-    extremes,
-    largest_magnitude,
-    placed,
-    tensor_of,
-    within,
+    find_extremes,
+    from_buffer,
+    is_within,
+    max_magnitude,
+    range_error,
+    to_buffer,
+    to_device,
 )
 from protocol.errors import InvalidField, MalformedFrame
 
 _LARGEST = 2.0**125
 
-_MOST_ELEMENTS = 2**31  # an index is a positive int32
+_MAX_ELEMENTS = 2**31  # an index is a positive int32
 
-_SHOWN = 16  # wrong indices in a refusal
+_MAX_REPORTED = 16  # indices in an error
+
+_INDEX_BYTES, _VALUE_BYTES = 4, 2
 
 
 class TopK(FixedSizeCodec):
     """The share F of the elements with the largest magnitudes, of the whole tensor.
 
-    Of n elements k = ⌈F n⌉ are kept; of equal ones those that stand first. Values are sent as
-    bfloat16 (gradients lie below the range of float16), each within 2⁻⁸ of itself; the others
-    come back as zero. So the squared error is at most (1 − k / n + 2⁻¹⁶) of the squared norm,
-    and far less where few elements carry most of it.
+    Of n elements it sends k = ⌈F n⌉, of equal magnitudes the first, as bfloat16 (gradients lie
+    below the range of float16) with a relative error of at most 2⁻⁸. All others decode to zero. The
+    squared error is at most (1 − k / n + 2⁻¹⁶) of the squared norm, and much smaller if few
+    elements carry most of the norm.
 
-    It is meant to be used with `ErrorFeedback`, which sends later what was left out. Rounding at
-    random is not on offer: a generator is left unused. NaN, infinity and magnitudes above 2¹²⁵ are
-    refused.
+    Use it with `ErrorFeedback`, which sends later what is missing. It never rounds at random and
+    ignores a generator. NaN, infinity and magnitudes above 2¹²⁵ are refused.
 
-    Ratio to float32: 4 / (6 F), for four bytes of index and two of value (13.3 for F = 0.05).
+    Compression of float32: 4 / (6 F), for an index of four bytes and a value of two.
 
     Args:
         share: F, above 0 and at most 1.
-        name: with the parameter as it was written.
+        name: with the parameter as written.
     """
 
     def __init__(self, share: Fraction, name: str) -> None:
         self.name, self._share = name, share
 
     def encode(self, tensor: Tensor, generator: torch.Generator | None = None) -> list[memoryview]:
-        if tensor.numel() > _MOST_ELEMENTS:
+        if tensor.numel() > _MAX_ELEMENTS:
             raise InvalidField(
-                "a tensor has too many elements for an index of 32 bits",
+                "the tensor has too many elements for a 32-bit index",
                 field="codec",
-                limit=_MOST_ELEMENTS,
+                limit=_MAX_ELEMENTS,
                 value=tensor.numel(),
             )
         plain = tensor.detach().reshape(-1).to(torch.float32)
-        largest = largest_magnitude(plain)
-        if not largest <= _LARGEST:  # NaN too
-            raise cannot_send(self.name, _LARGEST, largest)
-        places = _places_of_largest(plain.abs(), self._count(tensor.shape))
-        return [bytes_of(places.to(torch.int32)), bytes_of(plain[places].to(torch.bfloat16))]
+        magnitude = max_magnitude(plain)
+        if not magnitude <= _LARGEST:  # also refuses NaN
+            raise range_error(self.name, _LARGEST, magnitude)
+        indices = _indices_of_largest(plain.abs(), self._count(tensor.shape))
+        return [to_buffer(indices.to(torch.int32)), to_buffer(plain[indices].to(torch.bfloat16))]
 
     def sizes(self, shape: Sequence[int]) -> list[int]:
         count = self._count(shape)
-        return [4 * count, 2 * count]
+        return [_INDEX_BYTES * count, _VALUE_BYTES * count]
 
     def decode(
         self, buffers: Sequence[memoryview], shape: Sequence[int], device: Device = "cpu"
     ) -> Tensor:
         elements, count = math.prod(shape), self._count(shape)
-        places = tensor_of(buffers[0], torch.int32, count)
-        values = tensor_of(buffers[1], torch.bfloat16, count)
-        if count and not _rises_within(places, elements):
+        indices = from_buffer(buffers[0], torch.int32, count)
+        values = from_buffer(buffers[1], torch.bfloat16, count)
+        if count and not _is_increasing_below(indices, elements):
             raise MalformedFrame(
-                "indices rise, each within the tensor",
+                "indices must increase strictly, from 0 to below the number of elements",
                 field="indices",
                 limit=elements - 1,
-                value=places[:_SHOWN].tolist(),
+                value=indices[:_MAX_REPORTED].tolist(),
             )
-        if not within(values, -2 * _LARGEST, 2 * _LARGEST):
+        if not is_within(values, -2 * _LARGEST, 2 * _LARGEST):
             raise MalformedFrame(
-                "a value is out of range",
+                "a value is beyond this magnitude, or NaN",
                 field="values",
                 limit=2 * _LARGEST,
-                value=extremes(values),
+                value=find_extremes(values),
             )
         decoded = torch.zeros(elements, dtype=torch.float32, device=device)
-        decoded[placed(places, device).to(torch.int64)] = placed(values, device).to(torch.float32)
+        places = to_device(indices, device).to(torch.int64)
+        decoded[places] = to_device(values, device).to(torch.float32)
         return decoded.reshape(tuple(shape))
 
     def _count(self, shape: Sequence[int]) -> int:
         return math.ceil(self._share * math.prod(shape))
 
 
-def _places_of_largest(magnitudes: Tensor, count: int) -> Tensor:
-    """Where the ``count`` largest stand, rising; of equal ones the first."""
+def _indices_of_largest(magnitudes: Tensor, count: int) -> Tensor:
+    """Return the indices of the ``count`` largest, ascending; of equal ones the first."""
     if count == 0:
         return magnitudes.new_empty(0, dtype=torch.int64)
     least = torch.topk(magnitudes, count, sorted=False).values.min()
@@ -107,10 +109,10 @@ def _places_of_largest(magnitudes: Tensor, count: int) -> Tensor:
     return torch.cat([above, equal]).sort().values
 
 
-def _rises_within(places: Tensor, end: int) -> bool:
-    """Whether places (int32, on the CPU, at least one) rise strictly from 0 or more to below end.
+def _is_increasing_below(indices: Tensor, end: int) -> bool:
+    """Whether indices (int32 on the CPU, not empty) increase strictly within 0 … end − 1.
 
-    Neighbours are compared, not subtracted: a difference could overflow.
+    It compares neighbours, because a difference could overflow.
     """
-    inside = int(places[0]) >= 0 and int(places[-1]) < end
-    return inside and bool((places[1:] > places[:-1]).all())
+    is_inside = int(indices[0]) >= 0 and int(indices[-1]) < end
+    return is_inside and bool((indices[1:] > indices[:-1]).all())

@@ -1,4 +1,4 @@
-"""Any codec's buffers, compressed once more without loss (Zstandard, RFC 8878)."""
+"""Lossless compression of another codec's buffers (Zstandard, RFC 8878)."""
 
 from __future__ import annotations
 
@@ -13,46 +13,47 @@ from protocol.errors import MalformedFrame, UnknownCodec
 
 _LEVEL = 1
 
-_PLAIN, _FRAME = 0, 1  # the last byte of a buffer: what stands before it
+_PLAIN, _FRAME = 0, 1  # last byte of a buffer: how the bytes before it are stored
 
 
 class Compressed(Codec):
-    """The buffers of another codec, each as a Zstandard frame where that is smaller.
+    """The buffers of an inner codec, each as a Zstandard frame if that is smaller.
 
-    The last byte of every buffer says whether a frame stands before it (1) or the plain bytes (0);
-    it is the last one so that plain bytes stay aligned. Error and limits are those of the other
-    codec. The ratio depends on what the tensor holds; the cost is at most one byte a buffer.
+    The last byte of every buffer is 1 after a Zstandard frame and 0 after plain bytes; it is the
+    last so that plain bytes stay aligned. Error and limits are those of the inner codec. The
+    compression depends on the values; it adds at most one byte to a buffer.
 
-    What a frame would become is read from its header and checked against what the other codec
-    expects of the shape, before memory is taken for it.
+    The decompressed size in a frame's header is checked against the sizes that the inner codec
+    expects, before memory is allocated for it.
 
     Args:
-        inner: the other codec.
-        name: this one's.
+        inner: the inner codec.
+        name: of this codec.
 
     Raises:
-        UnknownCodec: the library is not installed here.
+        UnknownCodec: the zstandard library is not installed.
     """
 
     def __init__(self, inner: Codec, name: str) -> None:
         self.name, self.floating, self.inner = name, inner.floating, inner
-        self._library = _library(name)
+        self._library = _import_zstandard(name)
 
     def encode(self, tensor: Tensor, generator: torch.Generator | None = None) -> list[memoryview]:
         compressor = self._library.ZstdCompressor(level=_LEVEL)
         return [
-            _smaller(plain, compressor.compress(plain))
+            _choose_smaller(plain, compressor.compress(plain))
             for plain in self.inner.encode(tensor, generator)
         ]
 
-    def largest_sizes(self, shape: Sequence[int], count: int) -> list[int]:
-        return [size + 1 for size in self.inner.largest_sizes(shape, count)]
+    def max_sizes(self, shape: Sequence[int], count: int) -> list[int]:
+        return [size + 1 for size in self.inner.max_sizes(shape, count)]
 
     def check_sizes(self, shape: Sequence[int], sizes: Sequence[int]) -> None:
-        limits = self.largest_sizes(shape, len(sizes))
-        if any(not 1 <= size <= most for size, most in zip(sizes, limits, strict=True)):
+        limits = self.max_sizes(shape, len(sizes))
+        if any(not 1 <= size <= limit for size, limit in zip(sizes, limits, strict=True)):
             raise MalformedFrame(
-                f"a {self.name} tensor of shape {list(shape)} takes smaller buffers, none empty",
+                f"a {self.name} tensor of shape {list(shape)} needs buffers of 1 byte or "
+                "more, up to these limits",
                 field="sizes",
                 limit=limits,
                 value=list(sizes),
@@ -61,36 +62,36 @@ class Compressed(Codec):
     def decode(
         self, buffers: Sequence[memoryview], shape: Sequence[int], device: Device = "cpu"
     ) -> Tensor:
-        return self.inner.decode(self.unpacked(buffers, shape), shape, device)
+        return self.inner.decode(self.decompress(buffers, shape), shape, device)
 
-    def unpacked(self, buffers: Sequence[memoryview], shape: Sequence[int]) -> list[memoryview]:
-        """The buffers as the other codec wrote them, of a size that fits the shape.
+    def decompress(self, buffers: Sequence[memoryview], shape: Sequence[int]) -> list[memoryview]:
+        """Return the inner codec's buffers, after checking their sizes against the shape.
 
         Raises:
-            MalformedFrame: they are not what this codec writes for that shape.
+            MalformedFrame: this codec never writes such buffers for that shape.
         """
         sizes = [self._plain_size(buffer) for buffer in buffers]
         self.inner.check_sizes(shape, sizes)
         return [self._plain(buffer, size) for buffer, size in zip(buffers, sizes, strict=True)]
 
     def _plain_size(self, buffer: memoryview) -> int:
-        """The bytes that a buffer says it stands for."""
+        """Return the decompressed size that a buffer declares."""
         if buffer[-1] == _PLAIN:
             return buffer.nbytes - 1
         if buffer[-1] != _FRAME:
             raise MalformedFrame(
-                "a buffer ends with 0 (plain) or 1 (compressed)",
+                "the last byte of a buffer must be 0 (plain) or 1 (compressed)",
                 field="flag",
                 limit=[_PLAIN, _FRAME],
                 value=buffer[-1],
             )
         try:
-            size = int(self._library.frame_content_size(buffer[:-1]))  # -1: it does not say
+            size = int(self._library.frame_content_size(buffer[:-1]))  # -1: not declared
         except self._library.ZstdError as error:
-            raise _broken(error) from error
+            raise _invalid_frame(error) from error
         if size < buffer.nbytes:
             raise MalformedFrame(
-                "a frame says its size, and is smaller than what it stands for",
+                "a Zstandard frame must declare its content's size and be smaller than the content",
                 field="compressed",
                 limit=buffer.nbytes,
                 value=size,
@@ -105,10 +106,10 @@ class Compressed(Codec):
                 buffer[:-1], max_output_size=size, allow_extra_data=False
             )
         except self._library.ZstdError as error:
-            raise _broken(error) from error
+            raise _invalid_frame(error) from error
         if len(plain) != size:
             raise MalformedFrame(
-                "a compressed buffer is not as long as it says",
+                "the content of a compressed buffer does not have its declared size",
                 field="compressed",
                 limit=size,
                 value=len(plain),
@@ -116,27 +117,29 @@ class Compressed(Codec):
         return memoryview(plain)
 
 
-def _smaller(plain: memoryview, frame: bytes) -> memoryview:
+def _choose_smaller(plain: memoryview, frame: bytes) -> memoryview:
     if len(frame) < plain.nbytes:
         return memoryview(frame + bytes([_FRAME]))
     return memoryview(bytes(plain) + bytes([_PLAIN]))
 
 
-def _broken(error: Exception) -> MalformedFrame:
+def _invalid_frame(error: Exception) -> MalformedFrame:
     return MalformedFrame(
-        "a buffer is not one Zstandard frame", field="compressed", value=str(error)
+        "a compressed buffer must be exactly one Zstandard frame",
+        field="compressed",
+        value=str(error),
     )
 
 
-def _library(name: str) -> ModuleType:
+def _import_zstandard(name: str) -> ModuleType:
     try:
         import zstandard
     except ImportError as error:
         raise UnknownCodec(
-            "a library that this codec needs is not installed here",
+            "the library that this codec needs is not installed",
             field="codec",
             limit="zstandard",
             value=name,
-            hint="pip install zstandard, or take the codec without +zstd",
+            hint="pip install zstandard, or use the codec without +zstd",
         ) from error
     return zstandard

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from protocol.errors import InvalidField
 from protocol.plan import RunPlan
-from pruning import kept_count
+from pruning import selected_count
 from split_model import SplitSettings
 
 
@@ -52,4 +52,4 @@ class Question:
     @property
     def kept(self) -> int:
         """Samples of a round's split training. Keeping a share of each class may round up more."""
-        return kept_count(self.train_samples, self.settings.training.keep_fraction)
+        return selected_count(self.train_samples, self.settings.training.keep_fraction)

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 
 from protocol.codec_names import FLOAT_CODECS
-from protocol.codecs import codec_named
+from protocol.codecs import get_codec
 
 SHAPE = (64, 64, 384)
 
@@ -46,7 +46,7 @@ def in_copies(work: Callable[[], object], tensor: torch.Tensor) -> tuple[float, 
 
 def line(name: str, tensor: torch.Tensor, generator: torch.Generator) -> str:
     """One row: the codec's name, its ratio, and its time in copies of the tensor."""
-    codec = codec_named(name)
+    codec = get_codec(name)
     buffers = codec.encode(tensor)
     back = codec.decode(buffers, tensor.shape)
     nbytes = sum(buffer.nbytes for buffer in buffers)

@@ -95,7 +95,7 @@ class LocalRun:
             while True:
                 results = operator.results(run.id)
                 view.show_rounds(results.rounds)
-                if results.run.status.over:
+                if results.run.status.is_over:
                     break
                 _require_alive(server, devices)
                 time.sleep(_POLL_S)

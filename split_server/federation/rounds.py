@@ -79,7 +79,7 @@ def decide(run: RunSnapshot, live: Collection[str], now: float, *, settled: bool
         settled: the server has been up long enough for everybody to have called. Before, a new
             round waits until all have, so that a restart does not shrink it.
     """
-    if run.status.over:
+    if run.status.is_over:
         return None
     if run.open_round is None:
         if run.distilled_round:
@@ -177,7 +177,7 @@ def assignment_for(run: RunSnapshot, participant: str, now: float) -> Assignment
     open_round = run.open_round
     task, attempt = Task.WAIT, open_round.attempt if open_round else run.repeats
     remaining: float | None = None
-    if run.status.over or run.members[participant].left:
+    if run.status.is_over or run.members[participant].left:
         task = Task.STOP
     elif open_round is not None:
         if open_round.status == RoundStatus.TRAINING:
@@ -188,7 +188,7 @@ def assignment_for(run: RunSnapshot, participant: str, now: float) -> Assignment
         if run.deadline is not None:
             remaining = max(0.0, run.deadline - now)
     reason = run.reason
-    if task == Task.STOP and not run.status.over:
+    if task == Task.STOP and not run.status.is_over:
         reason = "you have left this run"
     return Assignment(
         task=task,
@@ -208,7 +208,7 @@ def require_running(run: RunSnapshot) -> None:
     Raises:
         RunClosed: the run is over.
     """
-    if run.status.over:
+    if run.status.is_over:
         raise RunClosed(
             f"the run is {run.status}", field="run", limit=RunStatus.RUNNING, value=run.status
         )

@@ -128,7 +128,7 @@ class Runs:
         return RunFiles(self._data_dir / "runs" / run_id)
 
     def open_runs(self) -> list[str]:
-        return [run.id for run in list(self._runs.values()) if not run.status.over]
+        return [run.id for run in list(self._runs.values()) if not run.status.is_over]
 
     def load(self) -> None:
         """Take up all runs where they stood when the server stopped."""
@@ -204,7 +204,7 @@ class Runs:
         log.info("run %s: %s", run.id, action)
         if not isinstance(action, rounds.OpenTraining):
             self._watcher.round_over(run.id)
-            if self.run(run.id).status.over:
+            if self.run(run.id).status.is_over:
                 self._watcher.run_over(run.id)
             self._sweep(run.id, run)
 
@@ -224,7 +224,7 @@ class Runs:
 
         def still_wanted() -> None:
             check()
-            if self.run(run_id).status.over:
+            if self.run(run_id).status.is_over:
                 raise Stopped
 
         if not run.distilled_round:
@@ -242,7 +242,7 @@ class Runs:
 
     def _cannot_renew(self, run_id: str, error: SFPromptError) -> None:
         with self._changing(run_id) as session:
-            if self.run(run_id).status.over:
+            if self.run(run_id).status.is_over:
                 return
             reason = f"distillation after round {self.run(run_id).closed_rounds}: {error}"
             transitions.end_run(session, run_id, RunStatus.FAILED, reason, self._clock.wall())

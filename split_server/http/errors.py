@@ -14,6 +14,7 @@ from sqlalchemy.exc import OperationalError
 from starlette.exceptions import HTTPException
 from starlette.types import Send
 
+from protocol.base import extract_field, extract_limit
 from protocol.errors import (
     Busy,
     InternalError,
@@ -22,7 +23,6 @@ from protocol.errors import (
     NotFound,
     SFPromptError,
 )
-from protocol.messages import named_field, named_limit
 from split_server.runtime.process import request_id
 
 Header = tuple[bytes, bytes]
@@ -119,8 +119,8 @@ async def _invalid(request: Request, error: Exception) -> JSONResponse:
     where = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
     refusal = InvalidField(
         first["msg"],
-        field=".".join(where) or named_field(first),
-        limit=named_limit(first),
+        field=".".join(where) or extract_field(first),
+        limit=extract_limit(first),
         value=plain[:200] if isinstance(plain, str) else plain,
     )
     return await _typed(request, refusal)

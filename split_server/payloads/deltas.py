@@ -18,7 +18,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from protocol.codecs import codec_named
+from protocol.codecs import get_codec
 from protocol.errors import MalformedFrame, NonFinite, WrongShape
 from protocol.frames import Frame
 from protocol.limits import FrameLimits
@@ -132,7 +132,7 @@ def rebuild(store: SampleStore, owner: Owner, revision: DeltaBatch) -> Tensor | 
             owner,
             RowForm(_PLAIN, tuple(shape), (smashed[0].nbytes,)),
             [revision.ids[place] for place in renewed],
-            codec_named(_PLAIN).encode(smashed[renewed]),
+            get_codec(_PLAIN).encode(smashed[renewed]),
             [revision.after[place] for place in renewed],
         )
     return smashed
@@ -152,7 +152,7 @@ def _fill(smashed: Tensor, copies: Mapping[int, bytes | memoryview]) -> None:
     if copies:
         joined = memoryview(bytearray(b"".join(copies.values())))
         shape = (len(copies), *smashed.shape[1:])
-        smashed[list(copies)] = codec_named(_PLAIN).decode([joined], shape)
+        smashed[list(copies)] = get_codec(_PLAIN).decode([joined], shape)
 
 
 def _read_rows(frame: Frame, name: str, samples: int, shape: tuple[int, int]) -> Rows:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from protocol.codec_names import FLOAT_CODECS, is_row_wise_inside
-from protocol.codecs import Compressed, codec_named
+from protocol.codecs import Compressed, get_codec
 from protocol.errors import InvalidField, MalformedFrame
 from protocol.frames import Frame, TensorSpec
 from protocol.limits import FrameLimits
@@ -95,9 +95,9 @@ def read_rows(
         )
     smashed = read_smashed(frame, settings, limits)
     require_finite({"smashed": smashed})
-    codec, buffers = codec_named(spec.codec), frame.buffers["smashed"]
+    codec, buffers = get_codec(spec.codec), frame.buffers["smashed"]
     if isinstance(codec, Compressed):  # together on the wire, one by one here
-        buffers = tuple(codec.unpacked(buffers, spec.shape))
+        buffers = tuple(codec.decompress(buffers, spec.shape))
         codec = codec.inner
     rows = len(ids)
     sizes = tuple(buffer.nbytes // rows for buffer in buffers)
@@ -107,4 +107,4 @@ def read_rows(
 def read_kept(form: RowForm, buffers: Sequence[memoryview], device: torch.device) -> Tensor:
     """Smashed data [B, T, D] of samples that were kept."""
     rows = buffers[0].nbytes // form.sizes[0]
-    return codec_named(form.codec).decode(buffers, (rows, *form.shape), device)
+    return get_codec(form.codec).decode(buffers, (rows, *form.shape), device)

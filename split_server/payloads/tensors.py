@@ -11,7 +11,7 @@ from torch import Tensor
 
 import split_model
 from protocol.codec_names import FLOAT_CODECS
-from protocol.codecs import codec_named
+from protocol.codecs import get_codec
 from protocol.errors import InvalidField, NonFinite, TooLarge, WrongShape
 from protocol.frames import Frame
 from protocol.limits import FrameLimits
@@ -102,7 +102,7 @@ def read_tensor(frame: Frame, name: str, device: torch.device | str = "cpu") -> 
         InvalidField: its codec carries no floating-point numbers.
     """
     spec = frame.spec(name)
-    if not codec_named(spec.codec).floating:
+    if not get_codec(spec.codec).floating:
         raise InvalidField(
             "this tensor takes a codec of floating-point numbers",
             field=name,

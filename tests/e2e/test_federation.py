@@ -70,7 +70,7 @@ def run_to_the_end(
         give_up_at = time.monotonic() + 120
         while True:
             results = operator.results(run.id)
-            if results.run.status.over:
+            if results.run.status.is_over:
                 break
             assert time.monotonic() < give_up_at, "the run does not end"
             meanwhile(results)

@@ -299,11 +299,11 @@ class BodyServer:
         kind: str,
         meta: Mapping[str, Any],
         tensors: Mapping[str, tuple[Tensor, str]],
-        at_random: Mapping[str, torch.Generator] | None = None,
+        generators: Mapping[str, torch.Generator] | None = None,
     ) -> Frame:
         assert path == f"/v1/split/{kind}"
         assert not any(tensor.requires_grad for tensor, _ in tensors.values())
-        sent = _over_the_wire(kind, meta, tensors, at_random)
+        sent = _over_the_wire(kind, meta, tensors, generators)
         self.calls.append(kind)
         answers = {"forward": self.forward, "backward": self.backward, "infer": self.infer}
         (tensor,) = sent.tensors().values()
@@ -336,6 +336,6 @@ def _over_the_wire(
     kind: str,
     meta: Mapping[str, Any],
     tensors: Mapping[str, tuple[Tensor, str]],
-    at_random: Mapping[str, torch.Generator] | None = None,
+    generators: Mapping[str, torch.Generator] | None = None,
 ) -> Frame:
-    return decode_frame(join_frame(encode_frame(kind, meta, tensors, at_random=at_random)))
+    return decode_frame(join_frame(encode_frame(kind, meta, tensors, generators=generators)))

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from protocol.codec_names import FLOAT_CODECS, WHOLE_CODECS, is_row_wise_inside
-from protocol.codecs import CODECS, codec_named, encoded_bytes
+from protocol.codec_names import FLOAT_CODECS, INTEGER_CODECS, is_row_wise_inside
+from protocol.codecs import CODECS, encoded_bytes, get_codec
 from protocol.errors import InvalidField, MalformedFrame, UnknownCodec
 
 QUANTISED = ["int8", "int4", "int4-asym"]
@@ -41,7 +41,7 @@ def sizes_of(buffers):
 @settings(max_examples=100, deadline=None)
 @given(st.sampled_from(sorted(CODECS)), SHAPES, st.integers(0, 2**32))
 def test_a_tensor_comes_back_bit_by_bit(name, shape, seed):
-    codec = codec_named(name)
+    codec = get_codec(name)
     generator = torch.Generator().manual_seed(seed)
     tensor = (torch.rand(shape, generator=generator) * 200).to(codec.dtype)
     buffers = codec.encode(tensor)
@@ -55,13 +55,13 @@ def test_a_tensor_comes_back_bit_by_bit(name, shape, seed):
 @settings(max_examples=150, deadline=None)
 @given(st.sampled_from(LOSSY), SHAPES | WIDE, st.integers(0, 2**32), st.booleans())
 def test_a_lossy_codec_gives_float32_of_the_same_shape_and_nearly_the_numbers(
-    name, shape, seed, at_random
+    name, shape, seed, generators
 ):
     tensor = random_tensor(shape, seed)
-    buffers = codec_named(name).encode(tensor, torch.Generator() if at_random else None)
-    codec_named(name).check_sizes(shape, sizes_of(buffers))
+    buffers = get_codec(name).encode(tensor, torch.Generator() if generators else None)
+    get_codec(name).check_sizes(shape, sizes_of(buffers))
     assert encoded_bytes(name, shape) in (sum(sizes_of(buffers)), None)
-    back = codec_named(name).decode(buffers, shape)
+    back = get_codec(name).decode(buffers, shape)
     assert back.dtype == torch.float32
     assert back.shape == tuple(shape)
     assert float((back - tensor).norm()) <= float(tensor.norm())
@@ -69,22 +69,22 @@ def test_a_lossy_codec_gives_float32_of_the_same_shape_and_nearly_the_numbers(
 
 @pytest.mark.parametrize("name", ALL)
 def test_what_a_codec_says_of_itself_is_what_its_name_says(name):
-    codec = codec_named(name)
+    codec = get_codec(name)
     assert codec.name == name
     assert codec.row_wise == (is_row_wise_inside(name) and not name.endswith("+zstd"))
-    assert codec.floating == (name.partition("+")[0] not in WHOLE_CODECS)
-    assert codec_named(name) is codec
+    assert codec.floating == (name.partition("+")[0] not in INTEGER_CODECS)
+    assert get_codec(name) is codec
 
 
 def test_every_codec_is_shown_to_people():
-    shown = {name.partition(":")[0] for name in (*FLOAT_CODECS, *WHOLE_CODECS)}
+    shown = {name.partition(":")[0] for name in (*FLOAT_CODECS, *INTEGER_CODECS)}
     assert {name.partition(":")[0] for name in ALL if "+" not in name} == shown
 
 
 @pytest.mark.parametrize("name", ["pickle", "", "int8 ", "int8:4", "topk", "cosine:9+zstd"])
 def test_an_unknown_codec_is_named(name):
     with pytest.raises(UnknownCodec) as caught:
-        codec_named(name)
+        get_codec(name)
     assert (caught.value.field, caught.value.value) == ("codec", name)
     assert caught.value.limit
     json.dumps(caught.value.to_wire())
@@ -94,7 +94,7 @@ def test_an_unknown_codec_is_named(name):
 @pytest.mark.parametrize("sizes", [[], [3], [7, 1], [2**40], [0] * 4, [2**63, 2**63, 2**63]])
 def test_sizes_that_the_shape_does_not_need_are_refused(name, sizes):
     with pytest.raises(MalformedFrame) as caught:
-        codec_named(name).check_sizes([2, 5], sizes)
+        get_codec(name).check_sizes([2, 5], sizes)
     assert caught.value.field == "sizes"
 
 
@@ -105,7 +105,7 @@ def test_enormous_shapes_are_refused_before_memory_is_taken(name, shape):
     try:
         for sizes in ([1], [1, 1], [1, 1, 1]):
             with pytest.raises(MalformedFrame):
-                codec_named(name).check_sizes(shape, sizes)
+                get_codec(name).check_sizes(shape, sizes)
         assert tracemalloc.get_traced_memory()[1] < 2**16
     finally:
         tracemalloc.stop()
@@ -114,7 +114,7 @@ def test_enormous_shapes_are_refused_before_memory_is_taken(name, shape):
 @settings(max_examples=300, deadline=None)
 @given(st.sampled_from(LOSSY), SHAPES | WIDE, st.data())
 def test_random_bytes_of_the_right_sizes_are_a_tensor_or_malformed(name, shape, data):
-    codec = codec_named(name)
+    codec = get_codec(name)
     sizes = sizes_of(codec.encode(random_tensor(shape, 1)))
     buffers = [
         memoryview(data.draw(st.binary(min_size=size, max_size=size), f"buffer of {size}"))
@@ -137,7 +137,7 @@ def test_what_is_not_finite_or_too_large_is_refused_by_lossy_codecs(name, place,
     tensor = random_tensor([3, 130])
     tensor[1, place] = value
     with pytest.raises(InvalidField) as caught:
-        codec_named(name).encode(tensor)
+        get_codec(name).encode(tensor)
     assert caught.value.field == "codec"
     assert math.isnan(value) == math.isnan(caught.value.value)
     assert math.isnan(value) or caught.value.value == abs(value)
@@ -151,14 +151,14 @@ def test_no_nan_of_any_payload_gets_through(name, bits):
     tensor.view(torch.int32)[0, 3] = bits
     assert bool(tensor[0, 3].isnan())
     with pytest.raises(InvalidField):
-        codec_named(name).encode(tensor)
+        get_codec(name).encode(tensor)
 
 
 @pytest.mark.parametrize("name", LOSSY)
 @pytest.mark.parametrize("factor", [2.0**120, 2.0**-100, 2.0**-126, 2.0**-149])
 def test_huge_and_tiny_numbers_survive(name, factor):
     tensor = torch.linspace(-31, 31, 63).mul(factor).reshape(3, 21)
-    back = codec_named(name).decode(codec_named(name).encode(tensor), [3, 21])
+    back = get_codec(name).decode(get_codec(name).encode(tensor), [3, 21])
     assert bool(back.isfinite().all())
     lost = 2.0**-115  # a scale below float32's normal numbers is none
     assert float((back.double() - tensor).norm()) <= float(tensor.double().norm()) / 2 + lost
@@ -168,13 +168,13 @@ def test_huge_and_tiny_numbers_survive(name, factor):
 def test_zeros_come_back_as_zeros(name):
     tensor = torch.zeros(4, 70)
     tensor[1] = torch.linspace(-1, 1, 70)  # among others that are not
-    back = codec_named(name).decode(codec_named(name).encode(tensor), [4, 70])
+    back = get_codec(name).decode(get_codec(name).encode(tensor), [4, 70])
     assert not bool(back[[0, 2, 3]].any())
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_other_dtypes_and_strides_and_gradients_are_taken_as_the_numbers_they_are(name):
-    codec = codec_named(name)
+    codec = get_codec(name)
     plain = torch.arange(-60.0, 60.0).reshape(2, 3, 20).abs()
     expected = [bytes(buffer) for buffer in codec.encode(plain)]
     strided = plain.transpose(0, 2).contiguous().transpose(0, 2)
@@ -197,22 +197,22 @@ def test_single_elements_far_from_each_other_are_sent(codec: str, shape: tuple[i
     values = torch.arange(math.prod(shape)).to(CODECS[codec].dtype)
     strides = (1, *[7] * (len(shape) - 1)) if len(shape) > 1 else (7,)
     tensor = torch.as_strided(values, shape, strides)
-    buffers = codec_named(codec).encode(tensor)
-    assert torch.equal(codec_named(codec).decode(buffers, shape), tensor)
+    buffers = get_codec(codec).encode(tensor)
+    assert torch.equal(get_codec(codec).decode(buffers, shape), tensor)
 
 
 @pytest.mark.parametrize("name", LOSSY)
 def test_encoding_changes_nothing_in_the_tensor(name):
     tensor = random_tensor([3, 130])
     before = tensor.clone()
-    codec_named(name).encode(tensor, torch.Generator())
+    get_codec(name).encode(tensor, torch.Generator())
     assert torch.equal(tensor, before)
 
 
-@pytest.mark.parametrize("name", [name for name in ALL if codec_named(name).row_wise])
+@pytest.mark.parametrize("name", [name for name in ALL if get_codec(name).row_wise])
 @pytest.mark.parametrize("shape", [[4, 3, 65], [4, 1], [4, 128], [4, 2, 1, 7], [4, 0]])
 def test_rows_are_taken_apart_and_joined_without_decoding(name, shape):
-    codec = codec_named(name)
+    codec = get_codec(name)
     tensor = (random_tensor(shape) * 50).abs().to(getattr(codec, "dtype", torch.float32))
     buffers = codec.encode(tensor)
     whole = codec.decode(buffers, shape)
@@ -232,23 +232,23 @@ def test_rows_are_taken_apart_and_joined_without_decoding(name, shape):
 
 def test_encoding_copies_nothing_that_is_in_place():
     tensor = torch.zeros(3, 4)
-    (buffer,) = codec_named("float32").encode(tensor)
+    (buffer,) = get_codec("float32").encode(tensor)
     tensor[0, 0] = 1.0
     assert bytes(buffer[:4]) == b"\x00\x00\x80\x3f"  # 1.0 in binary32
 
 
 def test_a_strided_tensor_and_one_with_a_gradient_are_encoded():
     tensor = torch.arange(6.0).reshape(2, 3).t().requires_grad_()
-    back = codec_named("float32").decode(codec_named("float32").encode(tensor), [3, 2])
+    back = get_codec("float32").decode(get_codec("float32").encode(tensor), [3, 2])
     assert torch.equal(back, tensor.detach())
 
 
 def test_a_writable_buffer_is_not_copied_and_a_readonly_one_is():
     memory = bytearray(8)
-    shared = codec_named("float32").decode([memoryview(memory)], [2])
+    shared = get_codec("float32").decode([memoryview(memory)], [2])
     memory[:4] = b"\x00\x00\x80\x3f"
     assert shared.tolist() == [1.0, 0.0]
-    own = codec_named("float32").decode([memoryview(bytes(memory))], [2])
+    own = get_codec("float32").decode([memoryview(bytes(memory))], [2])
     own[0] = 5.0
     assert bytes(memory[:4]) == b"\x00\x00\x80\x3f"
 
@@ -261,9 +261,9 @@ HALVES = {"float16": (2.0**-11, 2.0**-25), "bfloat16": (2.0**-8, 2.0**-134)}  # 
 def test_half_the_bytes_come_back_within_their_bound(name, seed, power):
     relative, absolute = HALVES[name]
     tensor = (random_tensor([300], seed) * 2.0**power).clamp_(-65_000, 65_000)
-    (buffer,) = codec_named(name).encode(tensor)
+    (buffer,) = get_codec(name).encode(tensor)
     assert buffer.nbytes == tensor.nbytes / 2
-    error = (codec_named(name).decode([buffer], [300]).double() - tensor.double()).abs()
+    error = (get_codec(name).decode([buffer], [300]).double() - tensor.double()).abs()
     assert bool((error <= (relative * tensor.double().abs()).clamp(min=absolute)).all())
 
 
@@ -271,7 +271,7 @@ def test_half_the_bytes_come_back_within_their_bound(name, seed, power):
 def test_the_gradient_of_a_linear_map_on_halves_stays_within_the_bound(name):
     # dL/dW = gradientᵀ · activations: the error is gradientᵀ · (their error).
     activations, gradient = random_tensor([256, 384]), random_tensor([256, 10], 1).double()
-    codec = codec_named(name)
+    codec = get_codec(name)
     back = codec.decode(codec.encode(activations), activations.shape).double()
     exact = gradient.T @ activations.double()
     error = gradient.T @ back - exact
@@ -284,20 +284,20 @@ def test_the_gradient_of_a_linear_map_on_halves_stays_within_the_bound(name):
 def test_float16_refuses_what_would_become_infinity(dtype):
     # 65536 in bfloat16 equals the rounded limit 65504: a comparison in that dtype misses it.
     with pytest.raises(InvalidField) as caught:
-        codec_named("float16").encode(torch.tensor([1, -65536]).to(dtype))
+        get_codec("float16").encode(torch.tensor([1, -65536]).to(dtype))
     assert caught.value.limit == 65504.0
     assert caught.value.value == 65536.0
 
 
 def test_float16_refuses_infinity_and_names_it_beside_nan():
     with pytest.raises(InvalidField) as caught:
-        codec_named("float16").encode(torch.tensor([math.nan, math.inf]))
+        get_codec("float16").encode(torch.tensor([math.nan, math.inf]))
     assert caught.value.value == math.inf
 
 
 def test_float16_takes_its_whole_range():
     tensor = torch.tensor([65504.0, -65504.0, 65519.0])  # the last rounds down to 65504
-    back = codec_named("float16").decode(codec_named("float16").encode(tensor), [3])
+    back = get_codec("float16").decode(get_codec("float16").encode(tensor), [3])
     assert back.tolist() == [65504.0, -65504.0, 65504.0]
 
 
@@ -305,5 +305,5 @@ def test_bfloat16_rounds_to_the_nearest_even():
     # binary32 3f808000 lies half way between 3f80 (1.0) and 3f81: the even one is 3f80;
     # 3f818000 half way between 3f81 and 3f82: the even one is 3f82.
     tensor = torch.tensor([0x3F808000, 0x3F818000], dtype=torch.int32).view(torch.float32)
-    (buffer,) = codec_named("bfloat16").encode(tensor)
+    (buffer,) = get_codec("bfloat16").encode(tensor)
     assert bytes(buffer) == b"\x80\x3f\x82\x3f"

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from protocol.codecs import codec_named, encoded_bytes
+from protocol.codecs import encoded_bytes, get_codec
 from protocol.errors import MalformedFrame
 
 BITS = range(2, 9)
@@ -21,7 +21,7 @@ NUMBERS = arrays.arrays(
 
 
 def through(bits, tensor, generator=None):
-    codec = codec_named(f"cosine:{bits}")
+    codec = get_codec(f"cosine:{bits}")
     return codec.decode(codec.encode(tensor, generator), tensor.shape)
 
 
@@ -40,12 +40,12 @@ def bound(bits, tensor):
 def test_an_example_worked_by_hand():
     # |(3, 4)| = 5 and sin β = 4/5. With S = 3, m = 3: the angle of 3 is arcsin(3/5), in steps of
     # arcsin(4/5) / 3 that is 2.08; the codes are 2 and 3, sent as 5 and 6.
-    codes, header = codec_named("cosine:3").encode(torch.tensor([3.0, 4.0]))
+    codes, header = get_codec("cosine:3").encode(torch.tensor([3.0, 4.0]))
     assert list(codes) == [5, 6]
     norm, angle = struct.unpack("<2d", header)
     assert norm == pytest.approx(5, rel=1e-7)
     assert angle == pytest.approx(math.asin(4 / 5), rel=1e-7)
-    back = codec_named("cosine:3").decode([codes, header], [2])
+    back = get_codec("cosine:3").decode([codes, header], [2])
     assert back.tolist() == pytest.approx([5 * math.sin(2 / 3 * math.asin(4 / 5)), 4], rel=1e-6)
 
 
@@ -55,7 +55,7 @@ def test_an_example_worked_by_hand():
 )
 def test_codes_are_packed_from_the_lowest_bits(bits, packed):
     # The largest magnitudes are ±m, zero is 0: sent as 0, m and 2 m.
-    codes, _ = codec_named(f"cosine:{bits}").encode(torch.tensor([-1.0, 1.0, 0.0, -1.0, 1.0]))
+    codes, _ = get_codec(f"cosine:{bits}").encode(torch.tensor([-1.0, 1.0, 0.0, -1.0, 1.0]))
     assert list(codes) == packed
 
 
@@ -137,7 +137,7 @@ def test_the_gradient_of_a_linear_map_stays_within_the_bound():
 def test_a_norm_or_bound_that_no_finite_tensor_has_is_refused(norm, angle):
     header = memoryview(struct.pack("<2d", norm, angle))
     with pytest.raises(MalformedFrame) as caught:
-        codec_named("cosine:8").decode([memoryview(b"\x7f"), header], [1])
+        get_codec("cosine:8").decode([memoryview(b"\x7f"), header], [1])
     assert caught.value.field == "norm"
 
 
@@ -147,7 +147,7 @@ def test_a_norm_or_bound_that_no_finite_tensor_has_is_refused(norm, angle):
 def test_the_code_that_is_left_out_is_refused(bits, codes):
     header = memoryview(struct.pack("<2d", 1.0, 0.5))
     with pytest.raises(MalformedFrame) as caught:
-        codec_named(f"cosine:{bits}").decode([memoryview(codes), header], [4])
+        get_codec(f"cosine:{bits}").decode([memoryview(codes), header], [4])
     assert caught.value.field == "codes"
 
 
@@ -155,6 +155,6 @@ def test_the_code_that_is_left_out_is_refused(bits, codes):
 def test_unused_bits_are_zero(bits, last):
     header = memoryview(struct.pack("<2d", 1.0, 0.5))
     elements = 8 // bits + 1
-    codec_named(f"cosine:{bits}").decode([memoryview(b"\x00\x00"), header], [elements])
+    get_codec(f"cosine:{bits}").decode([memoryview(b"\x00\x00"), header], [elements])
     with pytest.raises(MalformedFrame):
-        codec_named(f"cosine:{bits}").decode([memoryview(bytes([0, last])), header], [elements])
+        get_codec(f"cosine:{bits}").decode([memoryview(bytes([0, last])), header], [elements])

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from protocol.codecs import codec_named, encoded_bytes
+from protocol.codecs import encoded_bytes, get_codec
 from protocol.errors import MalformedFrame
 
 BOTH = ["int4", "int4-asym"]
@@ -23,7 +23,7 @@ NUMBERS = arrays.arrays(
 
 
 def through(name, tensor, generator=None):
-    codec = codec_named(name)
+    codec = get_codec(name)
     return codec.decode(codec.encode(tensor, generator), tensor.shape)
 
 
@@ -50,7 +50,7 @@ def brain(*values):
 def test_a_symmetric_example_worked_by_hand():
     # Two groups of one row: 64 elements with a = 7 (s = 1), then three with a = 3.5 (s = 0.5).
     row = [7.0, -7.0, 2.5, 1.5, *[0.0] * 60, 3.5, -1.75, 0.2]
-    codes, scales = codec_named("int4").encode(torch.tensor([row]))
+    codes, scales = get_codec("int4").encode(torch.tensor([row]))
     assert bytes(scales) == brain(1.0, 0.5)
     # 67 codes in 34 bytes: byte j holds codes j and 34 + j; a zero is 8. Codes 64, 65 and 66 are
     # 15, 4 (-3.5 goes to the even -4) and 8; they are the high halves of bytes 30, 31 and 32.
@@ -58,26 +58,26 @@ def test_a_symmetric_example_worked_by_hand():
     high = [*[8] * 30, 15, 4, 8, 0]
     assert list(codes) == [a + 16 * b for a, b in zip(low, high, strict=True)]
     expected = [7.0, -7.0, 2.0, 2.0, *[0.0] * 60, 3.5, -2.0, 0.0]
-    assert codec_named("int4").decode([codes, scales], [1, 67]).tolist() == [expected]
+    assert get_codec("int4").decode([codes, scales], [1, 67]).tolist() == [expected]
 
 
 def test_an_asymmetric_example_worked_by_hand():
     # Minimum 1, greatest 16: s = 1, codes 0 … 15.
-    codes, scales, minima = codec_named("int4-asym").encode(torch.tensor([1.0, 16.0, 3.5, 2.4]))
+    codes, scales, minima = get_codec("int4-asym").encode(torch.tensor([1.0, 16.0, 3.5, 2.4]))
     assert (bytes(scales), bytes(minima)) == (brain(1.0), brain(1.0))
     assert list(codes) == [0 + 16 * 2, 15 + 16 * 1]  # (2.5 goes to the even 2)
-    back = codec_named("int4-asym").decode([codes, scales, minima], [4])
+    back = get_codec("int4-asym").decode([codes, scales, minima], [4])
     assert back.tolist() == [1.0, 16.0, 3.0, 2.0]
 
 
 def test_minimum_and_scale_are_cut_so_that_the_whole_group_fits():
     # 1 + 2^-8 lies between the bfloat16 numbers 1 and 1 + 2^-7; -1 - 2^-8 between -1 and -1 - 2^-7.
-    _, scales, minima = codec_named("int4-asym").encode(
+    _, scales, minima = get_codec("int4-asym").encode(
         torch.tensor([[1 + 2.0**-8, 1 + 2.0**-8 + 15], [-1 - 2.0**-8, 14 - 2.0**-8]])
     )
     assert bytes(minima) == brain(1.0, -1 - 2.0**-7)
     assert bytes(scales) == brain(1 + 2.0**-7, 1 + 2.0**-7)  # 15 and a little, over 15: cut up
-    _, scales = codec_named("int4").encode(torch.tensor([7 + 7 * 2.0**-8]))
+    _, scales = get_codec("int4").encode(torch.tensor([7 + 7 * 2.0**-8]))
     assert bytes(scales) == brain(1.0)  # cut towards zero
 
 
@@ -133,7 +133,7 @@ def test_rounding_at_random_is_right_on_average_and_never_off_by_a_step(name):
     generator = torch.Generator().manual_seed(5)
     draws = through(name, tensor.expand(4000, 2, 5), generator).double()  # every row on its own
     # Each element is rounded down or up to a multiple of the scale as it was sent.
-    scales = codec_named(name).encode(tensor)[1]
+    scales = get_codec(name).encode(tensor)[1]
     step = torch.frombuffer(bytearray(scales), dtype=torch.bfloat16).double().unsqueeze(1)
     # The scale of int4 is cut: the largest magnitude lies up to 2^-7 beyond the last code.
     beyond = tensor.abs().amax(1, keepdim=True) * 2.0**-7 if name == "int4" else 1e-6
@@ -160,15 +160,15 @@ def test_numbers_of_a_group_that_no_finite_group_has_are_refused(bad):
     good, wrong = (memoryview(brain(value)) for value in (1.0, bad))
     codes = memoryview(bytes(2))
     with pytest.raises(MalformedFrame):
-        codec_named("int4").decode([codes, wrong], [4])
+        get_codec("int4").decode([codes, wrong], [4])
     with pytest.raises(MalformedFrame):
-        codec_named("int4-asym").decode([codes, wrong, good], [4])
+        get_codec("int4-asym").decode([codes, wrong, good], [4])
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 2.0**126, -(2.0**126)])
 def test_a_minimum_that_no_finite_group_has_is_refused(bad):
     with pytest.raises(MalformedFrame):
-        codec_named("int4-asym").decode(
+        get_codec("int4-asym").decode(
             [memoryview(bytes(2)), memoryview(brain(1.0)), memoryview(brain(bad))], [4]
         )
 
@@ -178,12 +178,12 @@ def test_what_is_decoded_is_finite_whatever_the_codes(name):
     codes = memoryview(bytes(range(256)))
     numbers = {"int4": [2.0**123], "int4-asym": [2.0**123, 2.0**125]}[name]
     buffers = [codes, *(memoryview(brain(*[number] * 8)) for number in numbers)]
-    assert bool(codec_named(name).decode(buffers, [512]).isfinite().all())
+    assert bool(get_codec(name).decode(buffers, [512]).isfinite().all())
 
 
 @pytest.mark.parametrize("name", BOTH)
 def test_the_unused_half_of_the_last_byte_is_zero(name):
-    codec = codec_named(name)
+    codec = get_codec(name)
     buffers = codec.encode(torch.rand(2, 3, generator=torch.Generator().manual_seed(1)))
     assert bytes(buffers[0])[1] < 16
     assert bytes(buffers[0])[3] < 16

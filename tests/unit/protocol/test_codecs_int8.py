@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from protocol.codecs import codec_named, encoded_bytes
+from protocol.codecs import encoded_bytes, get_codec
 from protocol.errors import MalformedFrame
 
-INT8 = codec_named("int8")
+INT8 = get_codec("int8")
 
 LARGEST = 127 * 2.0**119
 

@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 
 from protocol.codec_names import (
     FLOAT_CODECS,
-    WHOLE_CODECS,
+    INTEGER_CODECS,
     CodecParts,
     check_float_codec,
     is_row_wise_inside,
     parse_codec,
 )
-from protocol.codecs import codec_named, encoded_bytes
+from protocol.codecs import encoded_bytes, get_codec
 from protocol.errors import UnknownCodec
 
 SHARES = ["0.05", "0.000001", "0.999999", "0.5", "1", "1.0", "1.000000"]
@@ -53,16 +53,16 @@ UNKNOWN += ["", ":", "int8+zstd+zstd", "int8+gzip", "topk+zstd:0.5", "pq8", "flo
 @pytest.mark.parametrize("name", [*VALID, *(f"{name}+zstd" for name in VALID)])
 def test_every_valid_name_is_taken_as_it_is(name):
     assert check_float_codec(name) == name
-    codec = codec_named(name)
+    codec = get_codec(name)
     assert codec.name == name
     assert codec.floating
     assert codec.row_wise == (is_row_wise_inside(name) and not name.endswith("+zstd"))
 
 
-@pytest.mark.parametrize("name", WHOLE_CODECS)
+@pytest.mark.parametrize("name", INTEGER_CODECS)
 def test_codecs_of_whole_numbers_are_codecs_but_carry_no_floats(name):
     for variant in (name, f"{name}+zstd"):
-        assert not codec_named(variant).floating
+        assert not get_codec(variant).floating
         with pytest.raises(UnknownCodec) as caught:
             check_float_codec(variant)
         assert caught.value.value == variant
@@ -95,7 +95,7 @@ def test_names_are_taken_apart():
         *("topk", "cosine", "svd", "topk:0.5:0.5"),
     ],
 )
-@pytest.mark.parametrize("read", [check_float_codec, parse_codec, is_row_wise_inside, codec_named])
+@pytest.mark.parametrize("read", [check_float_codec, parse_codec, is_row_wise_inside, get_codec])
 def test_a_wrong_name_or_parameter_is_refused_with_field_limit_and_value(name, read):
     with pytest.raises(UnknownCodec) as caught:
         read(name)
@@ -125,7 +125,7 @@ def test_any_text_is_a_name_or_refused(text):
             check_float_codec(name)
         except UnknownCodec:
             continue
-        assert codec_named(name).name == name
+        assert get_codec(name).name == name
 
 
 @given(st.integers(1, 10**6), st.integers(0, 10**9))

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from protocol.codecs import codec_named, encoded_bytes
+from protocol.codecs import encoded_bytes, get_codec
 from protocol.errors import MalformedFrame
 
 NUMBERS = arrays.arrays(
@@ -18,12 +18,12 @@ NUMBERS = arrays.arrays(
 
 
 def through(name, tensor):
-    codec = codec_named(name)
+    codec = get_codec(name)
     return codec.decode(codec.encode(tensor), tensor.shape)
 
 
 def sizes_of(name, tensor):
-    return [buffer.nbytes for buffer in codec_named(name).encode(tensor)]
+    return [buffer.nbytes for buffer in get_codec(name).encode(tensor)]
 
 
 def of_rank(rank, *shape, noise=0.0):
@@ -45,7 +45,7 @@ def test_an_example_of_another_end_worked_by_hand():
         memoryview(np.array([4], "<f4").tobytes()),
         halves(0.5, -0.25, 1.0),
     ]
-    codec = codec_named("svd:0.5")
+    codec = get_codec("svd:0.5")
     codec.check_sizes([2, 3], [4, 4, 6])
     assert codec.decode(buffers, [2, 3]).tolist() == [[2.0, -1.0, 4.0], [1.0, -0.5, 2.0]]
 
@@ -135,7 +135,7 @@ def test_the_ratio_is_what_the_text_says():
     ],
 )
 def test_sizes_of_no_rank_are_refused(sizes):
-    codec = codec_named("svd:0.9")
+    codec = get_codec("svd:0.9")
     codec.check_sizes([20, 30], [40, 4, 60])
     codec.check_sizes([20, 30], [40 * 20, 4 * 20, 60 * 20])
     with pytest.raises(MalformedFrame) as caught:
@@ -146,7 +146,7 @@ def test_sizes_of_no_rank_are_refused(sizes):
 @settings(max_examples=100, deadline=None)
 @given(st.integers(2, 9), st.integers(2, 9), st.integers(0, 9), st.data())
 def test_random_factors_are_a_finite_tensor_or_malformed(rows, columns, rank, data):
-    codec = codec_named("svd:0.9")
+    codec = get_codec("svd:0.9")
     sizes = [2 * rows * rank, 4 * rank, 2 * columns * rank]
     try:
         codec.check_sizes([rows, columns], sizes)
@@ -162,7 +162,7 @@ def test_random_factors_are_a_finite_tensor_or_malformed(rows, columns, rank, da
 def test_a_singular_value_out_of_range_is_refused(bad):
     values = memoryview(np.array([bad], "<f4").tobytes())
     with pytest.raises(MalformedFrame) as caught:
-        codec_named("svd:0.9").decode([halves(1, 0), values, halves(0, 1, 0)], [2, 3])
+        get_codec("svd:0.9").decode([halves(1, 0), values, halves(0, 1, 0)], [2, 3])
     assert caught.value.field == "values"
 
 
@@ -171,7 +171,7 @@ def test_an_element_of_a_singular_vector_out_of_range_is_refused(bad):
     values = memoryview(np.array([1], "<f4").tobytes())
     for left, right in ((halves(bad, 0), halves(0, 1, 0)), (halves(0, 1), halves(0, bad, 0))):
         with pytest.raises(MalformedFrame) as caught:
-            codec_named("svd:0.9").decode([left, values, right], [2, 3])
+            get_codec("svd:0.9").decode([left, values, right], [2, 3])
         assert caught.value.field == "vectors"
 
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from protocol.codecs import ErrorFeedback, codec_named, encoded_bytes
+from protocol.codecs import ErrorFeedback, encoded_bytes, get_codec
 from protocol.errors import InvalidField, MalformedFrame, WrongShape
 
 NUMBERS = arrays.arrays(
@@ -18,7 +18,7 @@ NUMBERS = arrays.arrays(
 
 
 def through(name, tensor):
-    codec = codec_named(name)
+    codec = get_codec(name)
     return codec.decode(codec.encode(tensor), tensor.shape)
 
 
@@ -29,10 +29,10 @@ def brain(*values):
 
 def test_an_example_worked_by_hand():
     # ⌈0.5 × 5⌉ = 3 of five: -4, then two of the three whose magnitude is 2: the first ones.
-    indices, values = codec_named("topk:0.5").encode(torch.tensor([2.0, 1.0, -2.0, -4.0, 2.0]))
+    indices, values = get_codec("topk:0.5").encode(torch.tensor([2.0, 1.0, -2.0, -4.0, 2.0]))
     assert np.frombuffer(indices, "<u4").tolist() == [0, 2, 3]
     assert bytes(values) == brain(2.0, -2.0, -4.0)
-    back = codec_named("topk:0.5").decode([indices, values], [5])
+    back = get_codec("topk:0.5").decode([indices, values], [5])
     assert back.tolist() == [2.0, 0.0, -2.0, -4.0, 0.0]
 
 
@@ -43,9 +43,9 @@ def test_the_largest_are_kept_and_the_first_of_equal_ones(array, name):
     share = float(name.partition(":")[2])
     kept = sorted(range(len(flat)), key=lambda place: (-abs(flat[place]), place))
     kept = sorted(kept[: math.ceil(share * len(flat) - 1e-9)])
-    buffers = codec_named(name).encode(torch.from_numpy(array))
+    buffers = get_codec(name).encode(torch.from_numpy(array))
     assert np.frombuffer(buffers[0], "<u4").tolist() == kept
-    back = codec_named(name).decode(buffers, array.shape).double().numpy().reshape(-1)
+    back = get_codec(name).decode(buffers, array.shape).double().numpy().reshape(-1)
     assert (abs(back[kept] - flat[kept]) <= abs(flat[kept]) * 2.0**-8 + 2.0**-133).all()
     assert np.count_nonzero(np.delete(back, kept)) == 0
     energy = (flat**2).sum()
@@ -78,7 +78,7 @@ def test_the_gradient_of_a_linear_map_stays_within_the_bound():
     [[1, 0, 2], [0, 0, 1], [0, 1, 6], [0, 1, 2**32 - 1], [2**31, 0, 1], [0, 2**31, 5]],
 )
 def test_indices_that_do_not_rise_within_the_tensor_are_refused(indices):
-    codec = codec_named("topk:0.5")
+    codec = get_codec("topk:0.5")
     values = memoryview(brain(1.0, 1.0, 1.0))
     codec.decode([memoryview(np.array([0, 1, 5], "<u4").tobytes()), values], [6])
     with pytest.raises(MalformedFrame) as caught:
@@ -89,21 +89,21 @@ def test_indices_that_do_not_rise_within_the_tensor_are_refused(indices):
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 2.0**127])
 def test_a_value_out_of_range_is_refused(value):
     with pytest.raises(MalformedFrame) as caught:
-        codec_named("topk:1").decode([memoryview(bytes(4)), memoryview(brain(value))], [1])
+        get_codec("topk:1").decode([memoryview(bytes(4)), memoryview(brain(value))], [1])
     assert caught.value.field == "values"
 
 
 def test_more_elements_than_an_index_can_name_are_refused():
     enormous = torch.zeros(1).expand(2**31 + 1)
     with pytest.raises(InvalidField) as caught:
-        codec_named("topk:0.000001").encode(enormous)
+        get_codec("topk:0.000001").encode(enormous)
     assert caught.value.limit == 2**31
 
 
 @pytest.mark.parametrize("name", ["topk:0.1", "int4", "int8+zstd", "svd:0.5"])
 def test_with_feedback_the_sum_of_what_arrives_lacks_the_last_residual_alone(name):
     generator = torch.Generator().manual_seed(4)
-    codec, feedback = codec_named(name), ErrorFeedback()
+    codec, feedback = get_codec(name), ErrorFeedback()
     sent, arrived = torch.zeros(8, 40).double(), torch.zeros(8, 40).double()
     for _ in range(30):
         tensor = torch.randn(8, 40, generator=generator)
@@ -115,7 +115,7 @@ def test_with_feedback_the_sum_of_what_arrives_lacks_the_last_residual_alone(nam
 
 
 def test_feedback_by_hand_and_by_name():
-    codec, feedback = codec_named("topk:0.5"), ErrorFeedback()
+    codec, feedback = get_codec("topk:0.5"), ErrorFeedback()
     first = feedback.encode("a", torch.tensor([3.0, 1.0]), codec)
     assert codec.decode(first, [2]).tolist() == [3.0, 0.0]
     assert feedback.residual("a").tolist() == [0.0, 1.0]
@@ -123,13 +123,13 @@ def test_feedback_by_hand_and_by_name():
     second = feedback.encode("a", torch.tensor([1.0, 0.5]), codec)
     assert codec.decode(second, [2]).tolist() == [0.0, 1.5]
     assert feedback.residual("a").tolist() == [1.0, 0.0]
-    assert feedback.correct("b", torch.tensor([2.0])).tolist() == [2.0]
-    feedback.forget()
-    assert feedback.correct("a", torch.tensor([1.0, 0.5])).tolist() == [1.0, 0.5]
+    assert feedback.add_residual("b", torch.tensor([2.0])).tolist() == [2.0]
+    feedback.clear()
+    assert feedback.add_residual("a", torch.tensor([1.0, 0.5])).tolist() == [1.0, 0.5]
 
 
 def test_feedback_leaves_the_tensor_alone_and_keeps_what_was_refused():
-    codec, feedback = codec_named("topk:0.5"), ErrorFeedback()
+    codec, feedback = get_codec("topk:0.5"), ErrorFeedback()
     tensor = torch.tensor([3.0, 1.0], requires_grad=True)
     feedback.encode("a", tensor, codec)
     assert tensor.tolist() == [3.0, 1.0]

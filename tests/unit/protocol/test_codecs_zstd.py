@@ -8,14 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protocol.codec_names import check_float_codec
-from protocol.codecs import codec_named, encoded_bytes
+from protocol.codecs import encoded_bytes, get_codec
 from protocol.errors import MalformedFrame, UnknownCodec
 
 PLAIN, FRAME = b"\x00", b"\x01"
 
 SIZE = 100_000
 
-CODEC = codec_named("uint8+zstd")
+CODEC = get_codec("uint8+zstd")
 
 
 def header(size, magic=b"\x28\xb5\x2f\xfd"):
@@ -56,10 +56,10 @@ def test_what_shrinks_is_one_frame_that_any_reader_reads():
 def test_every_buffer_is_decided_on_its_own():
     tensor = torch.randn(20, 384, generator=torch.Generator().manual_seed(1))
     tensor[:, 5] = 8.0  # one scale for all rows
-    codec = codec_named("int8+zstd")
+    codec = get_codec("int8+zstd")
     values, scales = codec.encode(tensor)
     assert (values[-1:], scales[-1:]) == (FRAME if values.nbytes < 7681 else PLAIN, FRAME)
-    inner = codec_named("int8")
+    inner = get_codec("int8")
     assert torch.equal(
         codec.decode([values, scales], [20, 384]), inner.decode(inner.encode(tensor), [20, 384])
     )
@@ -130,12 +130,12 @@ def test_random_frames_are_malformed(data, place, start):
 
 def test_without_the_library_the_name_is_refused_with_a_hint(monkeypatch):
     monkeypatch.setitem(sys.modules, "zstandard", None)
-    codec_named.cache_clear()
+    get_codec.cache_clear()
     with pytest.raises(UnknownCodec) as caught:
-        codec_named("int8+zstd")
+        get_codec("int8+zstd")
     assert (caught.value.field, caught.value.value) == ("codec", "int8+zstd")
     assert "pip install zstandard" in caught.value.hint
     # What needs no library works on.
     assert check_float_codec("int8+zstd") == "int8+zstd"
     assert encoded_bytes("int8+zstd", [4, 4]) is None
-    assert codec_named("int8").name == "int8"
+    assert get_codec("int8").name == "int8"

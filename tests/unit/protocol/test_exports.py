@@ -8,12 +8,12 @@ import pytest
 import protocol
 
 EXPORTED = {
-    "base": "Message",
-    "codec_names": "CodecParts FLOAT_CODECS LOSSLESS_SUFFIX WHOLE_CODECS check_float_codec "
+    "base": "Message extract_field extract_limit",
+    "codec_names": "CodecParts FLOAT_CODECS LOSSLESS_SUFFIX INTEGER_CODECS check_float_codec "
     "is_row_wise_inside parse_codec",
     "codecs": "BFloat16 Buffer CODECS Codec Compressed Cosine Device ErrorFeedback FixedSizeCodec "
     "Float16 Float32 Int4 Int4Asymmetric Int64 Int8 ProductQuantiser RawCodec Svd TopK UInt8 "
-    "codec_named encoded_bytes",
+    "encoded_bytes get_codec tensor_nbytes",
     "distillation": "DistillationSettings",
     "errors": "Busy Conflict EmptyUpdate FieldValue Forbidden IdempotencyKeyReused InternalError "
     "InvalidField InvalidRequest MalformedFrame NonFinite NotFound RunClosed SFPromptError "
@@ -31,15 +31,16 @@ EXPORTED = {
     "ExchangeMeta InferMeta JoinRequest JoinResponse Loss MAX_LOSS NEURONS ParticipantView Results "
     "RoundStatus RoundView RunStatus RunView "
     "SAMPLE_ID_BYTES SamplesMeta Seconds Sha256 StepId StepMeta Task UpdateMeta UpdateReceipt "
-    "named_field named_limit parse_message",
+    "parse_message",
     "seeds": "derive_seed",
     "plan": "BackboneSettings CodecName DistillationSettings FederationSettings Message ModelPlan "
     "PromptDepth PromptPlacement ProxyKind PruningScore RunPlan ServerOptimizer Text TrainingPlan "
     "TrainingSettings Tuned WirePlan WireSettings",
-    "traffic": "Phase Traffic phases_of total_bytes",
-    "tls": "trusting",
-    "wire": "BACKWARD_PATH EXCHANGE_PATH FORWARD_PATH FRAME_MEDIA_TYPE IDEMPOTENCY_HEADER "
-    "INFER_PATH MISSING_PATH PROTOCOL_VERSION REQUEST_ID_HEADER SAMPLES_PATH VERSION_HEADER",
+    "traffic": "Phase Traffic get_phases total_bytes",
+    "tls": "create_ssl_context",
+    "wire": "BACKWARD_PATH EXCHANGE_PATH FLOAT32_BYTES FORWARD_PATH FRAME_MEDIA_TYPE "
+    "IDEMPOTENCY_HEADER INFER_PATH MISSING_PATH PROTOCOL_VERSION REQUEST_ID_HEADER "
+    "SAMPLES_PATH VERSION_HEADER",
 }
 
 FOLDER = Path(protocol.__file__).parent

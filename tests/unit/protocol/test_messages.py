@@ -144,4 +144,4 @@ def test_an_assignment_comes_back_from_json():
 
 @pytest.mark.parametrize("status", RunStatus)
 def test_a_run_is_over_once_it_cannot_go_on(status):
-    assert status.over == (status in ("finished", "cancelled", "failed"))
+    assert status.is_over == (status in ("finished", "cancelled", "failed"))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from protocol.codecs import codec_named
+from protocol.codecs import get_codec
 from protocol.errors import MalformedFrame, SFPromptError, TooLarge
 from protocol.frames import decode_frame
 from protocol.limits import FrameLimits
@@ -89,14 +89,14 @@ def test_content_that_no_codec_writes_is_shown(
     value: object,
 ) -> None:
     with pytest.raises(MalformedFrame) as caught:
-        codec_named(name).decode([memoryview(buffer) for buffer in buffers], shape)
+        get_codec(name).decode([memoryview(buffer) for buffer in buffers], shape)
     found = caught.value
     assert (found.field, found.limit, found.value) == (field, limit, value)
 
 
 def test_a_number_that_is_none_is_shown_as_text() -> None:
     with pytest.raises(MalformedFrame) as caught:
-        codec_named("int8").decode([codes(1), f32(math.nan)], (1, 1))
+        get_codec("int8").decode([codes(1), f32(math.nan)], (1, 1))
     assert caught.value.to_wire()["error"]["value"] == ["nan", "nan"]
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import protocol
 from protocol.errors import InvalidField
-from protocol.traffic import Phase, Traffic, phases_of, total_bytes
+from protocol.traffic import Phase, Traffic, get_phases, total_bytes
 from protocol.wire import (
     BACKWARD_PATH,
     EXCHANGE_PATH,
@@ -54,7 +54,7 @@ def metered(exchanges):
 
 @pytest.mark.parametrize("path", PATHS)
 def test_a_path_tells_the_phases(path):
-    assert phases_of(path) == PATHS[path]
+    assert get_phases(path) == PATHS[path]
 
 
 def test_the_specification_has_every_path_and_phase():

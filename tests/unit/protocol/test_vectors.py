@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import protocol
-from protocol.codec_names import FLOAT_CODECS, WHOLE_CODECS
+from protocol.codec_names import FLOAT_CODECS, INTEGER_CODECS
 from protocol.errors import SFPromptError
 from protocol.frames import decode_frame, encode_frame, join_frame
 from tests.protocol_vectors import write
@@ -54,7 +54,7 @@ def test_an_invalid_vector_is_refused_with_its_code(vector, writable):
 
 def test_every_codec_has_vectors():
     names = {tensor["codec"] for vector in VECTORS["valid"] for tensor in vector["tensors"]}
-    bases = {shown.partition(":")[0] for shown in (*FLOAT_CODECS, *WHOLE_CODECS)}
+    bases = {shown.partition(":")[0] for shown in (*FLOAT_CODECS, *INTEGER_CODECS)}
     assert {name.removesuffix("+zstd").partition(":")[0] for name in names} == bases
     assert any(name.endswith("+zstd") for name in names)
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protocol.errors import InvalidField, NonFinite, WrongShape
-from pruning import keep_highest, kept_count
+from pruning import select_highest, selected_count
 
 FRACTIONS = st.floats(min_value=0.0, max_value=1.0, exclude_min=True)
 
@@ -32,58 +32,58 @@ SCORES = st.lists(st.integers(-3, 3).map(float), max_size=30)
     ],
 )
 def test_how_many_by_hand(samples, fraction, kept):
-    assert kept_count(samples, fraction) == kept
+    assert selected_count(samples, fraction) == kept
 
 
 @given(st.integers(1, 10**6), FRACTIONS)
 def test_how_many_is_never_off_by_more_than_a_half(samples, fraction):
-    kept = kept_count(samples, fraction)
+    kept = selected_count(samples, fraction)
     exact = Fraction(repr(fraction)) * samples
     assert 1 <= kept <= samples
     assert kept == 1 or abs(kept - exact) <= Fraction(1, 2)
-    assert kept_count(samples, 1) == samples
+    assert selected_count(samples, 1) == samples
 
 
 @pytest.mark.parametrize("fraction", [0, -0.5, 1.0001, math.nan, math.inf])
 @pytest.mark.parametrize("per_class", [False, True])
 def test_a_share_out_of_range_is_refused(fraction, per_class):
     with pytest.raises(InvalidField) as caught:
-        keep_highest(torch.empty(0), fraction, torch.empty(0, dtype=torch.int64), per_class)
+        select_highest(torch.empty(0), fraction, torch.empty(0, dtype=torch.int64), per_class)
     assert caught.value.field == "keep_fraction"
 
 
 def test_a_negative_number_of_samples_is_refused():
     with pytest.raises(InvalidField):
-        kept_count(-1, 0.5)
+        selected_count(-1, 0.5)
 
 
 def test_the_highest_by_hand():
     scores = torch.tensor([0.1, 0.9, 0.5, 0.7])
-    assert keep_highest(scores, 0.5).tolist() == [1, 3]
-    assert keep_highest(scores, 0.25).tolist() == [1]
-    assert keep_highest(scores, 0.75).tolist() == [1, 2, 3]
-    assert keep_highest(scores, 1).tolist() == [0, 1, 2, 3]
+    assert select_highest(scores, 0.5).tolist() == [1, 3]
+    assert select_highest(scores, 0.25).tolist() == [1]
+    assert select_highest(scores, 0.75).tolist() == [1, 2, 3]
+    assert select_highest(scores, 1).tolist() == [0, 1, 2, 3]
 
 
 def test_of_equal_scores_the_first_are_kept():
-    assert keep_highest(torch.zeros(10), 0.3).tolist() == [0, 1, 2]
-    assert keep_highest(torch.tensor([0.0, -0.0, 1.0, 0.0]), 0.5).tolist() == [0, 2]
+    assert select_highest(torch.zeros(10), 0.3).tolist() == [0, 1, 2]
+    assert select_highest(torch.tensor([0.0, -0.0, 1.0, 0.0]), 0.5).tolist() == [0, 2]
     # Enough of them that a sort that is not stable would show.
-    assert keep_highest(torch.zeros(5000), 0.5).tolist() == list(range(2500))
+    assert select_highest(torch.zeros(5000), 0.5).tolist() == list(range(2500))
 
 
 def test_the_highest_of_each_class_by_hand():
     scores = torch.tensor([9.0, 8.0, 7.0, 6.0, 0.2, 0.1])
     labels = torch.tensor([5, 5, 5, 5, 2, 2])
     # of class 5: 2 of 4; of class 2: 1 of 2, although both are below all of class 5
-    assert keep_highest(scores, 0.5, labels, per_class=True).tolist() == [0, 1, 4]
-    assert keep_highest(scores, 0.5, labels).tolist() == [0, 1, 2]
+    assert select_highest(scores, 0.5, labels, per_class=True).tolist() == [0, 1, 4]
+    assert select_highest(scores, 0.5, labels).tolist() == [0, 1, 2]
 
 
 def test_nothing_of_nothing():
     nothing = torch.empty(0, dtype=torch.int64)
     for per_class in (False, True):
-        kept = keep_highest(torch.empty(0), 0.5, nothing, per_class)
+        kept = select_highest(torch.empty(0), 0.5, nothing, per_class)
         assert kept.shape == (0,)
         assert kept.dtype == torch.int64
 
@@ -92,11 +92,11 @@ def test_nothing_of_nothing():
 @given(SCORES, FRACTIONS)
 def test_the_kept_are_the_highest(values, fraction):
     scores = torch.tensor(values, dtype=torch.float32)
-    kept = keep_highest(scores, fraction)
+    kept = select_highest(scores, fraction)
     assert kept.dtype == torch.int64
     assert kept.tolist() == sorted(set(kept.tolist()))
-    assert len(kept) == kept_count(len(values), fraction)
-    assert torch.equal(kept, keep_highest(scores, fraction))
+    assert len(kept) == selected_count(len(values), fraction)
+    assert torch.equal(kept, select_highest(scores, fraction))
     highest = sorted(values, reverse=True)[: len(kept)]
     assert sorted(scores[kept].tolist(), reverse=True) == highest
     # Of a tie at the threshold, whoever was left out stands behind whoever was kept.
@@ -113,11 +113,11 @@ def test_every_class_keeps_its_share(data, values, fraction):
         data.draw(st.lists(st.integers(-2, 3), min_size=count, max_size=count)), dtype=torch.int64
     )
     scores = torch.tensor(values)
-    kept = keep_highest(scores, fraction, labels, per_class=True)
+    kept = select_highest(scores, fraction, labels, per_class=True)
     assert kept.tolist() == sorted(set(kept.tolist()))
     for label in set(labels.tolist()):
         of_class = (labels == label).nonzero().flatten()
-        own = keep_highest(scores[of_class], fraction)
+        own = select_highest(scores[of_class], fraction)
         assert kept[labels[kept] == label].tolist() == of_class[own].tolist()
 
 
@@ -128,15 +128,15 @@ def test_the_order_of_the_samples_does_not_matter_without_ties(data, values, fra
     scores = torch.tensor(values, dtype=torch.float32)
     labels = torch.tensor([value % 3 for value in values], dtype=torch.int64)
     for per_class in (False, True):
-        kept = keep_highest(scores, fraction, labels, per_class)
-        moved = keep_highest(scores[order], fraction, labels[order], per_class)
+        kept = select_highest(scores, fraction, labels, per_class)
+        moved = select_highest(scores[order], fraction, labels[order], per_class)
         assert sorted(order[moved].tolist()) == kept.tolist()
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
 def test_scores_that_are_not_finite_are_refused(broken):
     with pytest.raises(NonFinite) as caught:
-        keep_highest(torch.tensor([1.0, broken, broken]), 1.0)
+        select_highest(torch.tensor([1.0, broken, broken]), 1.0)
     assert (caught.value.field, caught.value.value) == ("scores", 2)
 
 
@@ -152,5 +152,5 @@ def test_scores_that_are_not_finite_are_refused(broken):
 )
 def test_input_that_does_not_belong_together_is_refused(scores, labels, error, field):
     with pytest.raises(error) as caught:
-        keep_highest(scores, 0.5, labels, per_class=True)
+        select_highest(scores, 0.5, labels, per_class=True)
     assert caught.value.field == field

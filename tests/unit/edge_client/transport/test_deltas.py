@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from edge_client.transport.deltas import DeltaBatch, DeltaCache
-from protocol.codecs import codec_named
+from protocol.codecs import get_codec
 from protocol.codecs.registry import as_decoded
 from protocol.errors import InvalidField
 from protocol.plan import RunPlan
@@ -143,7 +143,7 @@ def test_what_codecs_leave_out_does_not_add_up(changes: str) -> None:
 @pytest.mark.parametrize("codec", ["float32", "float16", "int8", "pq", "topk:0.1", "int4+zstd"])
 def test_as_decoded_is_what_comes_out_at_the_other_end(codec: str) -> None:
     tensor = numbers(2)
-    one = codec_named(codec)
+    one = get_codec(codec)
     arrived = [memoryview(bytes(buffer)) for buffer in one.encode(tensor)]
     there = one.decode(arrived, tensor.shape)
     here = as_decoded(tensor, codec)

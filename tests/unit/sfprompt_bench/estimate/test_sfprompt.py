@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from protocol.codecs import codec_named
+from protocol.codecs import get_codec
 from protocol.errors import InvalidField, UnknownCodec
 from protocol.plan import RunPlan
 from sfprompt_bench.estimate import METHODS, MethodCost, Question
@@ -210,6 +210,6 @@ def test_payloads_are_as_large_as_what_the_codec_writes(
         batch
     )
     written = sum(
-        buffer.nbytes for some in batches if len(some) for buffer in codec_named(codec).encode(some)
+        buffer.nbytes for some in batches if len(some) for buffer in get_codec(codec).encode(some)
     )
     assert samples_bytes(codec, samples, batch, (tokens, 70)) == written
