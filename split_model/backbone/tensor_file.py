@@ -56,7 +56,7 @@ class TensorFile(Mapping[str, Tensor]):
             return raw
         try:
             values = json.loads(raw[_METADATA])
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise TensorFileError(self.path, "its metadata is broken") from error
         if not isinstance(values, dict) or not all(isinstance(v, str) for v in values.values()):
             raise TensorFileError(self.path, "its metadata is broken")
@@ -66,7 +66,7 @@ class TensorFile(Mapping[str, Tensor]):
         """A metadata entry that holds JSON. Raises `TensorFileError`."""
         try:
             return json.loads(self.metadata[key])
-        except (KeyError, ValueError) as error:
+        except (KeyError, ValueError, RecursionError) as error:
             raise TensorFileError(self.path, f"its metadata has no valid {key!r}") from error
 
 
