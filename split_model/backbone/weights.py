@@ -20,7 +20,7 @@ from protocol.plan import ModelPlan
 from split_model.backbone.architecture import create
 from split_model.backbone.tensor_file import TensorFile, write_tensors
 from split_model.errors import PackagedBackboneError, TensorFileError, WeightSourceError
-from split_model.files import sha256_of, write_text
+from split_model.files import sha256_of, write_durably
 
 ARCHITECTURE = "vit_small_patch14_dinov2"
 
@@ -222,7 +222,8 @@ def prepare_backbone(settings: ModelPlan, source: str, cache_dir: Path | str) ->
         nbytes=path.stat().st_size,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
     )
-    write_text(record, json.dumps({**dataclasses.asdict(file), "path": path.name}, indent=1))
+    text = json.dumps({**dataclasses.asdict(file), "path": path.name}, indent=1)
+    write_durably(record, text.encode())
     return file
 
 

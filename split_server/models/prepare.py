@@ -10,7 +10,6 @@ import split_model
 from protocol.messages import BlobRef
 from protocol.plan import RunPlan
 from protocol.seeds import derive_seed
-from split_model.files import sync_folder
 from split_model.proxies.neurons import neurons_shape
 from split_model.proxies.weights import whole_model
 from split_server.federation.snapshot import RunSnapshot
@@ -91,6 +90,4 @@ def redistill_run(
         inactive = files.read_neurons(round_)
         write_redistilled_proxy(run, split, backbone, state, inactive, cache_dir, proxy, check)
     _, sha256 = split_model.write_head_file(split, proxy, head, settings.wire.head)
-    for folder in (proxy.parent, head.parent, files.root):
-        sync_folder(folder)
     return RedistilledModel(proxy, BlobRef(sha256=sha256, nbytes=head.stat().st_size))
