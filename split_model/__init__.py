@@ -1,5 +1,7 @@
 """One timm backbone cut in head, body and tail, with soft prompts."""
 
+from importlib import metadata
+
 from split_model.backbone.architecture import (
     Anatomy,
     anatomy,
@@ -114,3 +116,8 @@ __all__ = [
     "tail_tensors",
     "write_head_file",
 ]
+
+try:
+    __version__ = metadata.version("sfprompt")
+except metadata.PackageNotFoundError:  # a checkout that is not installed
+    __version__ = "0+unknown"
