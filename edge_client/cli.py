@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from edge_client import __version__
 from protocol.errors import Forbidden, IdempotencyKeyReused, NotFound, SFPromptError
 from protocol.messages import RunStatus, RunView
 from protocol.seeds import derive_seed
@@ -76,6 +77,24 @@ ThreadsOption = Annotated[
 HomeOption = Annotated[
     Path | None, typer.Option("--home", help="Where downloads and the identity are kept.")
 ]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"edge-client {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """The options of the command itself."""
 
 
 @app.command(

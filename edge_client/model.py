@@ -16,8 +16,7 @@ from split_model import (
     Head,
     ImagePreparation,
     Layered,
-    SplitSettings,
-    SplitSettingsError,
+    ModelPlanError,
     Tail,
     TensorFileError,
     TunedState,
@@ -41,7 +40,7 @@ from split_model.proxies.local_body import LocalBody, build_local_body
 _CHUNK = 128
 
 # What a file raises that is not what it should be.
-UNUSABLE = (TensorFileError, SplitSettingsError, UnsupportedBackboneError, WeightsMismatchError)
+UNUSABLE = (TensorFileError, ModelPlanError, UnsupportedBackboneError, WeightsMismatchError)
 
 
 @dataclass
@@ -68,7 +67,7 @@ class DeviceModel:
             split, images, frozen = read_head_file(head_file)
         except UNUSABLE as error:
             raise _unusable(head_file, error) from error
-        if split != SplitSettings.of(settings):
+        if split != settings.model_copy(update={"weights": split.weights}):
             raise MalformedFrame(
                 "the head belongs to another model than the run's",
                 field="head",
@@ -138,7 +137,7 @@ class DeviceModel:
         first.add_((total / count).to(first.dtype))
 
 
-def preprocessing_of(split: SplitSettings, images: ImagePreparation) -> Preprocessing:
+def preprocessing_of(split: ModelPlan, images: ImagePreparation) -> Preprocessing:
     """How an image becomes the input of this model, as its backbone was trained.
 
     Raises:

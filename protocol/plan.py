@@ -7,10 +7,17 @@ of their fields and more.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
-from pydantic import AfterValidator, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import (
+    AfterValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from protocol.base import Message
 from protocol.codec_names import check_float_codec, is_row_wise_inside
@@ -73,7 +80,13 @@ class BackboneSettings(Message):
 
 
 class ModelPlan(BackboneSettings):
-    """The pretrained model, where it is cut, and which of its parameters are tuned."""
+    """The pretrained model, where it is cut, and which of its parameters are tuned.
+
+    Limits that need the architecture (the largest `cut`, say) are checked when it is built.
+    """
+
+    # pydantic below 2.10 reserves every name that begins with `model_`.
+    model_config = ConfigDict(protected_namespaces=())
 
     cut: int = Field(1, ge=0, le=256, description="blocks in the head")
     tail_blocks: int = Field(0, ge=0, le=256, description="last blocks that belong to the tail")
@@ -86,20 +99,20 @@ class ModelPlan(BackboneSettings):
     prompt_init: Literal["normal", "mean-token"] = "normal"
     tune: Tuned = Field(
         "tail",
-        description="beside the prompts: tail | classifier, the tail's last layer | bias, "
-        "every bias on the device, and the classifier | adapter, one bottleneck behind every "
-        "block of the head, and the classifier | lora, a change of low rank of queries and "
+        description="in addition to the prompts: tail | classifier, the tail's last layer | bias, "
+        "all biases on the device, and the classifier | adapter, one bottleneck behind each "
+        "block of the head, and the classifier | lora, a low-rank change of queries and "
         "values in the blocks on the device, and the classifier | full, head and tail",
     )
     adapter_width: int = Field(96, ge=1, le=4096, description="inner width (tune = adapter)")
     tune_body: bool = Field(
         False,
-        description="tune the body too: in a round every participant has a copy of its own on the "
+        description="tune the body too: in a round each participant has its own copy on the "
         "server, and the copies are averaged (tune = full, prompt_count = 0)",
     )
-    lora_rank: int = Field(8, ge=1, le=1024, description="of each change (tune = lora)")
+    lora_rank: int = Field(8, ge=1, le=1024, description="rank of each change (tune = lora)")
     lora_ends: int = Field(
-        0, ge=0, le=256, description="blocks at either end that get one; 0: all (tune = lora)"
+        0, ge=0, le=256, description="changed blocks at either end; 0: all blocks (tune = lora)"
     )
     proxy: ProxyKind = Field(
         "none",
@@ -107,13 +120,13 @@ class ModelPlan(BackboneSettings):
         "neurons in the MLPs, or dropped, with fewer blocks",
     )
     proxy_ends: int = Field(
-        1, ge=0, le=128, description="blocks at either end that a proxy has as they are"
+        1, ge=0, le=128, description="blocks at either end that a proxy leaves unchanged"
     )
     proxy_width: int = Field(
         0, ge=0, le=65_536, description="neurons of the other MLPs (proxy = pruned); 0: a quarter"
     )
     proxy_blocks: int = Field(
-        0, ge=0, le=256, description="blocks that stay in all (proxy = dropped); 0: half"
+        0, ge=0, le=256, description="number of blocks left (proxy = dropped); 0: half"
     )
     local_body: int = Field(
         0,
@@ -122,39 +135,99 @@ class ModelPlan(BackboneSettings):
         description="blocks of a small frozen body that the local update runs through on the "
         "device; 0: from head straight to tail",
     )
+    model_overrides: tuple[tuple[str, Any], ...] = Field(
+        (),
+        exclude=True,  # runs never carry it
+        repr=False,
+        description="further arguments of timm.create_model, for tests alone",
+    )
+
+    @property
+    def tunes_head(self) -> bool:
+        """Whether parameters of the head are tuned."""
+        return self.tune in ("bias", "adapter", "lora", "full")
+
+    @property
+    def tunes_ahead(self) -> bool:
+        """Whether anything ahead of the body is tuned, so that the device needs its gradient."""
+        return self.tunes_head or (self.prompt_count > 0 and self.prompt_at == "input")
+
+    def replace(self, **changes: Any) -> ModelPlan:
+        """The plan with some fields changed, validated again (`model_copy` does not validate).
+
+        Raises:
+            pydantic.ValidationError: the changed plan breaks a limit.
+        """
+        return ModelPlan.model_validate({**dict(self), **changes})
+
+    def untuned(self) -> ModelPlan:
+        """The plan with nothing of head and body tuned."""
+        return self.replace(tune="tail", tune_body=False)
+
+    @field_validator("model_overrides")
+    @classmethod
+    def _check_overrides(cls, pairs: tuple[tuple[str, Any], ...]) -> tuple[tuple[str, Any], ...]:
+        # The other fields settle these, or timm would load weights of its choice.
+        reserved = (
+            {"img_size", "num_classes", "in_chans", "pretrained", "pretrained_cfg", "device"}
+            | {"checkpoint_path", "pretrained_cfg_overlay", "features_only", "use_naflex"}
+            | {"cache_dir", "dtype"}
+        )
+
+        def plain(value: object) -> object:
+            if isinstance(value, (tuple, list)):  # a tuple is hashable
+                return tuple(plain(item) for item in value)
+            if value is None or isinstance(value, (bool, int, float, str)):
+                return value
+            raise ValueError(f"must be numbers, strings or lists of them, not {value!r}")
+
+        for name, _ in pairs:
+            if name in reserved:
+                raise ValueError(f"must be free of reserved names, not {name}")
+        return tuple((name, plain(value)) for name, value in pairs)
 
     @model_validator(mode="after")
-    def _a_tuned_head_is_trained_on_the_device(self) -> ModelPlan:
-        if self.prompt_at == "cut" and self.tune in ("bias", "adapter", "lora", "full"):
-            raise ValueError(
-                f"model.tune = {self.tune} needs model.prompt_at = input: prompts at the cut are "
-                "for a head that never changes"
-            )
+    def _check_prompts(self) -> ModelPlan:
+        if self.prompt_depth == "deep" and self.prompt_at == "input" and self.cut == 0:
+            self._refuse("prompt_depth", "shallow where model.prompt_at = input and model.cut = 0")
+        if self.keep_tokens and self.prompt_at == "input":
+            self._refuse("keep_tokens", "0 where model.prompt_at = input: prompts are not merged")
         return self
 
     @model_validator(mode="after")
-    def _a_tuned_body_is_tuned_with_all_the_rest(self) -> ModelPlan:
+    def _check_tune(self) -> ModelPlan:
+        if self.tunes_head and self.prompt_at == "cut":
+            self._refuse("tune", "tail or classifier where model.prompt_at = cut: a frozen head")
+        if self.tune == "adapter" and self.cut == 0:
+            self._refuse("tune", "another than adapter where model.cut = 0")
         if self.tune_body and self.tune != "full":
-            raise ValueError(f"model.tune_body needs model.tune = full, not {self.tune}")
+            self._refuse("tune_body", "false unless model.tune = full")
         if self.tune_body and self.prompt_count:
-            raise ValueError(
-                f"model.tune_body needs model.prompt_count = 0, not {self.prompt_count}"
-            )
+            self._refuse("tune_body", "false unless model.prompt_count = 0")
         return self
 
     @model_validator(mode="after")
-    def _what_is_tuned_on_a_proxy_fits_the_backbone(self) -> ModelPlan:
+    def _check_proxy(self) -> ModelPlan:
         if self.local_body and (self.prompt_at == "cut" or self.proxy != "none"):
-            raise ValueError("model.local_body needs model.prompt_at = input and no model.proxy")
+            self._refuse("local_body", "0 unless model.prompt_at = input and model.proxy = none")
         if self.proxy == "none":
             return self
         if self.tune not in ("tail", "classifier", "lora"):
-            raise ValueError(
-                f"model.proxy needs model.tune = tail, classifier or lora, not {self.tune}"
-            )
+            self._refuse("tune", "tail, classifier or lora where model.proxy is not none")
         if self.prompt_at != "input" or self.prompt_depth != "shallow":
-            raise ValueError("model.proxy needs model.prompt_at = input, prompt_depth = shallow")
+            limit = "none unless model.prompt_at = input and model.prompt_depth = shallow"
+            self._refuse("proxy", limit)
         return self
+
+    def _refuse(self, field: str, limit: str) -> NoReturn:
+        value = getattr(self, field)
+        error = PydanticCustomError(
+            "combination",
+            "model.{name} must be {expected}, not {value}",
+            {"name": field, "expected": limit, "value": str(value)},
+        )
+        details = InitErrorDetails(type=error, loc=(field,), input=value)
+        raise ValidationError.from_exception_data("ModelPlan", [details])
 
 
 class TrainingSettings(Message):

@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -15,6 +15,7 @@ from rich.markup import escape
 from typer.core import TyperGroup
 from typer.main import get_command
 
+from edge_client import __version__
 from protocol.errors import SFPromptError
 from sfprompt_bench.run.preflight import PACKAGES, check_packages
 
@@ -113,8 +114,21 @@ app = typer.Typer(
 err = Console(stderr=True)
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"sfprompt-bench {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def whole_runs() -> None:
+def whole_runs(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
     """Whole runs on one machine: server and devices as processes, measured and drawn."""
 
 

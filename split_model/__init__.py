@@ -1,16 +1,17 @@
 """One timm backbone cut in head, body and tail, with soft prompts."""
 
+from importlib import metadata
+
 from split_model.backbone.architecture import (
     Anatomy,
     anatomy,
     body_blocks,
     skeleton,
-    supported_backbones,
 )
-from split_model.backbone.images import ImagePreparation, image_preparation
 from split_model.backbone.weights import BackboneFile, open_backbone, prepare_backbone
 from split_model.checkpoints.export import ExportedModel, TunedModel, export_model, load_exported
 from split_model.checkpoints.head_file import head_weights, read_head_file, write_head_file
+from split_model.checkpoints.metadata import ImagePreparation, image_preparation
 from split_model.checkpoints.state import (
     BODY,
     TunedState,
@@ -18,7 +19,6 @@ from split_model.checkpoints.state import (
     apply_state,
     body_tensors,
     check_device_state,
-    check_state,
     device_shapes,
     difference,
     head_tensors,
@@ -33,8 +33,8 @@ from split_model.checkpoints.state import (
     tail_tensors,
 )
 from split_model.errors import (
+    ModelPlanError,
     PackagedBackboneError,
-    SplitSettingsError,
     TensorFileError,
     TokenCountError,
     UnsupportedBackboneError,
@@ -42,7 +42,7 @@ from split_model.errors import (
     WeightSourceError,
 )
 from split_model.layers.bfloat16 import activation_dtype
-from split_model.layers.prompts import initial_prompts, insert_prompts, prompt_shape
+from split_model.layers.prompts import prompt_shape
 from split_model.optimizer import learning_rate_factor, make_optimizer, set_progress
 from split_model.parts.body import Body
 from split_model.parts.build import (
@@ -51,12 +51,10 @@ from split_model.parts.build import (
     build_head,
     build_tail,
     build_tunable_body,
-    frozen_names,
 )
-from split_model.parts.cost import PartBytes, PartFlops, part_bytes, part_flops
+from split_model.parts.cost import PartBytes, part_bytes
 from split_model.parts.head import Head
 from split_model.parts.tail import Tail, for_the_tail, needed_tokens
-from split_model.settings import SplitSettings
 
 __all__ = [
     "BODY",
@@ -67,11 +65,9 @@ __all__ = [
     "Head",
     "ImagePreparation",
     "Layered",
+    "ModelPlanError",
     "PackagedBackboneError",
     "PartBytes",
-    "PartFlops",
-    "SplitSettings",
-    "SplitSettingsError",
     "Tail",
     "TensorFileError",
     "TokenCountError",
@@ -91,18 +87,14 @@ __all__ = [
     "build_tail",
     "build_tunable_body",
     "check_device_state",
-    "check_state",
     "device_shapes",
     "difference",
     "export_model",
     "for_the_tail",
-    "frozen_names",
     "head_tensors",
     "head_weights",
     "image_preparation",
-    "initial_prompts",
     "initial_state",
-    "insert_prompts",
     "is_server_side",
     "learning_rate_factor",
     "load_exported",
@@ -111,7 +103,6 @@ __all__ = [
     "needed_tokens",
     "open_backbone",
     "part_bytes",
-    "part_flops",
     "prepare_backbone",
     "prompt_shape",
     "read_body",
@@ -122,7 +113,11 @@ __all__ = [
     "skeleton",
     "state_bytes",
     "state_shapes",
-    "supported_backbones",
     "tail_tensors",
     "write_head_file",
 ]
+
+try:
+    __version__ = metadata.version("sfprompt")
+except metadata.PackageNotFoundError:  # a checkout that is not installed
+    __version__ = "0+unknown"

@@ -1,124 +1,100 @@
-"""What the model's package raises, as the error that the protocol knows."""
+"""What can go wrong between a model's plan and its modules.
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+InvalidField
+├── ModelPlanError            a field of the plan does not fit the backbone
+├── UnsupportedBackboneError  timm does not know the backbone, or it cannot be cut
+├── WeightSourceError         the source does not give the weights
+├── PackagedBackboneError     the packaged backbone cannot be fetched or read
+├── TensorFileError           a tensor file is missing, damaged or of another kind
+└── WeightsMismatchError      a tensor is missing or has another shape
+WrongShape
+└── TokenCountError           a tensor of tokens has another shape than the plan allows
+"""
+
+from __future__ import annotations
+
 from pathlib import Path
 
-from protocol.errors import FieldValue, InvalidField
+from protocol.errors import FieldValue, InvalidField, WrongShape
 
 
-class SplitSettingsError(ValueError):
-    """A setting is outside its limit.
-
-    Attributes: `field` (its name), `limit` (what is allowed, in words), `value` (what was given).
-    """
+class ModelPlanError(InvalidField):
+    """A field of the model's plan does not fit the backbone."""
 
     def __init__(self, field: str, limit: str, value: object) -> None:
-        super().__init__(f"{field} must be {limit}, not {value!r}")
-        self.field = field
-        self.limit = limit
-        self.value = value
+        super().__init__(
+            "the model's plan does not fit the backbone",
+            field=f"model.{field}",
+            limit=limit,
+            value=_plain(value),
+        )
 
 
-_SUPPORTED = (
-    "timm architectures of the classes VisionTransformer (also distilled and hybrid), Eva and "
-    "Beit: see split_model.supported_backbones()"
-)
-
-
-class UnsupportedBackboneError(ValueError):
-    """timm does not know the backbone, or it is no plain vision transformer that can be cut.
-
-    Attributes: `backbone` (its name), `supported` (what can be cut, in words).
-    """
+class UnsupportedBackboneError(InvalidField):
+    """timm does not know the backbone, or it is no plain vision transformer that can be cut."""
 
     def __init__(self, backbone: str, reason: str) -> None:
-        super().__init__(f"cannot cut {backbone!r}: {reason}; supported are {_SUPPORTED}")
-        self.backbone = backbone
-        self.supported = _SUPPORTED
+        super().__init__(
+            f"this backbone cannot be cut: {reason}",
+            field="model.backbone",
+            limit="timm's VisionTransformer (also distilled and hybrid), Eva or Beit",
+            value=backbone,
+            hint="split_model.backbone.architecture.supported_backbones() lists the names",
+        )
 
 
-class WeightsMismatchError(ValueError):
-    """The tensors given do not fit the part: one is missing, or has another shape.
-
-    Attributes: `field` (the tensor's name), `limit` (the expected shape), `value` (the given one).
-    """
-
-    def __init__(self, field: str, limit: object, value: object) -> None:
-        super().__init__(f"tensor {field} must be {limit}, not {value}")
-        self.field = field
-        self.limit = limit
-        self.value = value
-
-
-class TokenCountError(ValueError):
-    """A token tensor has another shape than the settings allow.
-
-    Attributes: `field`, `limit` (what is allowed, in words), `value` (the shape given).
-    """
-
-    def __init__(self, field: str, limit: str, value: tuple[int, ...]) -> None:
-        super().__init__(f"{field} must be {limit}, not of shape {list(value)}")
-        self.field = field
-        self.limit = limit
-        self.value = value
-
-
-class TensorFileError(ValueError):
-    """A tensor file is missing, broken, or not what it should be.
-
-    Attribute: `path`.
-    """
-
-    def __init__(self, path: Path, reason: str) -> None:
-        super().__init__(f"{path}: {reason}")
-        self.path = path
-
-
-class PackagedBackboneError(RuntimeError):
-    """The packaged backbone cannot be fetched or read; the message says what to do."""
-
-
-class WeightSourceError(ValueError):
-    """The weights cannot be had from the source.
-
-    Attributes: `field` ("source"), `limit` (what is allowed, in words), `value` (the source).
-    """
+class WeightSourceError(InvalidField):
+    """The source does not give the weights."""
 
     def __init__(self, limit: str, value: str) -> None:
-        super().__init__(f"source must be {limit}, not {value!r}")
-        self.field = "source"
-        self.limit = limit
-        self.value = value
+        super().__init__(
+            "the source does not give the weights",
+            field="model.weights",
+            limit=limit,
+            value=value,
+        )
 
 
-@contextmanager
-def model_errors() -> Iterator[None]:
-    """Turn what the model's package raises into the contract's error.
+class PackagedBackboneError(InvalidField):
+    """The packaged backbone cannot be fetched or read."""
 
-    Raises:
-        InvalidField: naming the field of the run's settings.
-    """
-    try:
-        yield
-    except SplitSettingsError as error:
-        field = "model." + error.field.replace("model_overrides", "image_size")
-        raise InvalidField(
-            str(error), field=field, limit=error.limit, value=_plain(error.value)
-        ) from error
-    except UnsupportedBackboneError as error:
-        raise InvalidField(str(error), field="model.backbone", value=error.backbone) from error
-    except WeightSourceError as error:
-        raise InvalidField(
-            str(error), field="model.weights", limit=error.limit, value=error.value
-        ) from error
-    except (
-        PackagedBackboneError,
-        TensorFileError,
-        WeightsMismatchError,
-    ) as error:
-        raise InvalidField(str(error), field="model.weights") from error
+    def __init__(self, reason: str, hint: str | None = None) -> None:
+        super().__init__(reason, field="model.weights", value="packaged", hint=hint)
+
+
+class TensorFileError(InvalidField):
+    """A tensor file is missing, damaged or of another kind."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(
+            f"{path}: {reason}",
+            field="model.weights",
+            hint="delete the file, then download or write it again",
+        )
+
+
+class WeightsMismatchError(InvalidField):
+    """The tensors do not fit the part: one is unknown or missing, or has another shape."""
+
+    def __init__(self, field: str, limit: str, value: object) -> None:
+        super().__init__(
+            "the tensors do not fit this part of the model",
+            field=field,
+            limit=limit,
+            value=_plain(value),
+        )
+
+
+class TokenCountError(WrongShape):
+    """A tensor of images, prompts or tokens has another shape than the plan allows."""
+
+    def __init__(self, field: str, limit: str, value: tuple[int, ...]) -> None:
+        super().__init__(
+            "the plan does not allow this shape", field=field, limit=limit, value=list(value)
+        )
 
 
 def _plain(value: object) -> FieldValue:
-    return value if isinstance(value, (str, int, float)) else str(value)
+    if isinstance(value, tuple):
+        return list(value)
+    return value if isinstance(value, str | int | float | list | None) else str(value)

@@ -2,48 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
-import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a small text file as `write_tensors` does."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+def write_durably(path: Path, content: bytes | Callable[[Path], object], mode: int = 0o644) -> None:
+    """Write a whole file or none, so that it outlives a power cut once this returns.
+
+    That takes a temporary file, its fsync, a rename, and the fsync of the folder.
+
+    Args:
+        path: missing folders are created.
+        content: the bytes, or a function that writes them into the temporary file at a path.
+        mode: the file's permissions, less the process's umask.
+    """
+    _make_folder(path.parent)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        _publish(name, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
-
-
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file, as 64 hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _publish(name: str, path: Path) -> None:
-    with open(name, "rb") as file:
-        os.fsync(file.fileno())
-    os.chmod(name, 0o644)  # mkstemp's 0600 would hide a shared cache from other users
-    os.replace(name, path)
-
-
-def write_durably(path: Path, data: bytes, mode: int = 0o644) -> None:
-    """Write a whole file or none: temporary file, fsync, rename, fsync of the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
-    try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
         with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
+            if not callable(content):
+                file.write(content)
+        if callable(content):
+            content(temporary)
+        with temporary.open("r+b") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
     finally:
@@ -60,3 +44,17 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file, as 64 hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _make_folder(folder: Path) -> None:
+    if folder.is_dir():
+        return
+    _make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    sync_folder(folder.parent)

@@ -19,6 +19,7 @@ from protocol.messages import Event, Results, RunView, parse_message
 from protocol.presets import Form, over_form
 from protocol.settings import RunSettings
 from protocol.traffic import total_bytes
+from split_server import __version__
 from split_server.client import OperatorClient, read_token
 from split_server.runtime.process import set_up_logging
 from split_server.settings import DEFAULT_PORT, ServerSettings, load_settings
@@ -54,6 +55,24 @@ CaFile = Annotated[Path | None, typer.Option("--ca-file", help="PEM file to trus
 _DATA_DIR = Path("sfprompt-data")
 
 _URL = f"http://127.0.0.1:{DEFAULT_PORT}"
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"split-server {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """The options of the command itself."""
 
 
 def _described(name: str) -> Any:

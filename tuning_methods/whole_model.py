@@ -74,9 +74,6 @@ def width_of(model: BackboneSettings) -> int:
 
 def _anatomy(model: BackboneSettings, **proxy: Any) -> Anatomy:
     # Imports torch, which parsing settings must not.
-    from split_model import SplitSettings, anatomy
-    from split_model.errors import model_errors
+    from split_model import anatomy
 
-    with model_errors():
-        uncut = ModelPlan(**model.model_dump(), cut=0, prompt_count=0, **proxy)
-        return anatomy(SplitSettings.of(uncut))
+    return anatomy(ModelPlan(**model.model_dump(), cut=0, prompt_count=0, **proxy))

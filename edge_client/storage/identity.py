@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO
 
 from protocol.errors import Conflict
+from split_model.files import sync_folder, write_durably
 
 _SECRET_BYTES = 32
 
@@ -79,22 +80,24 @@ class Identity:
 
     def _write(self) -> None:
         """Put a whole file into the place of the old one; it is locked before it is there."""
-        own = self._path.with_name(f".{uuid.uuid4().hex}.json")
-        file = os.fdopen(os.open(own, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600), "r+")
-        try:
+        opened: list[IO[str]] = []
+
+        def write(path: Path) -> None:
+            file = path.open("r+")
+            opened.append(file)
             fcntl.flock(file, fcntl.LOCK_EX)
             json.dump(self._known, file)
             file.flush()
-            os.fsync(file.fileno())
-            own.replace(self._path)
+
+        try:
+            write_durably(self._path, write, mode=0o600)
         except BaseException:
-            own.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # what it could not write before, it cannot now
-                file.close()
+            for file in opened:
+                with contextlib.suppress(OSError):  # what it could not write before, it cannot now
+                    file.close()
             raise
         self._file.close()
-        self._file = file
-        _sync(self._path.parent)
+        (self._file,) = opened
 
 
 def credential_of(folder: Path, url: str, run: str, name: str) -> str | None:
@@ -129,15 +132,6 @@ def _locked(path: Path) -> IO[str]:
         file.close()  # its holder has put another into its place meanwhile
 
 
-def _sync(folder: Path) -> None:
-    """Have the folder's names on the disk, too."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _known_in(text: str) -> dict[str, str]:
     """Key and credential in an identity's file.
 
@@ -163,13 +157,11 @@ def device_secret(folder: Path) -> bytes:
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     if not path.exists():
         own = folder / f".{uuid.uuid4().hex}.secret"
-        with os.fdopen(os.open(own, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(secrets.token_bytes(_SECRET_BYTES))
-            file.flush()
-            os.fsync(file.fileno())
+        write_durably(own, secrets.token_bytes(_SECRET_BYTES), mode=0o600)
         with contextlib.suppress(FileExistsError):  # another process was faster: its secret counts
             os.link(own, path)
         own.unlink()
+        sync_folder(folder)
     secret = path.read_bytes()
     if len(secret) != _SECRET_BYTES:
         raise Conflict(

@@ -22,7 +22,7 @@ from protocol.wire import (
     MISSING_PATH,
     SAMPLES_PATH,
 )
-from split_model import Head, SplitSettings, anatomy, needed_tokens
+from split_model import Head, anatomy, needed_tokens
 
 _IDS_AT_ONCE = 16_384
 
@@ -71,7 +71,7 @@ class SplitPlane:
             self.copies = DeltaCache(
                 run.wire.smashed, run.wire.delta_smashed, run.wire.skip_below, copies_bytes
             )
-        split = SplitSettings.of(run.model)
+        split = run.model
         sizes = anatomy(split)
         num_tokens = needed_tokens(split) if run.wire.pooled_features else None
         tokens = sizes.tokens + split.prompt_count

@@ -14,8 +14,7 @@ from sfprompt_bench.compare.config import PARTS, Comparison, Scalar, Values, poi
 from sfprompt_bench.compare.methods import Method, Reference, method_named
 from sfprompt_bench.compare.tasks import Task
 from sfprompt_bench.presets import PRESETS, preset_named
-from split_model import SplitSettings, anatomy
-from split_model.errors import model_errors
+from split_model import anatomy
 
 _LIKE_OTHERS = "fashion-mnist"  # whose presets serve data sets that have none
 
@@ -92,8 +91,7 @@ def _settings(
     values["federation"] |= {"rounds": here.rounds, "min_participants": here.devices}
     try:
         settings = method.settings(parse_message(RunPlan, values))
-        with model_errors():
-            anatomy(SplitSettings.of(settings.model))
+        anatomy(settings.model)
     except InvalidField as error:
         raise _of_method(error, method, point) from error
     _refuse_lost(whole, method, settings, point)

@@ -20,7 +20,6 @@ from split_model import (
     Body,
     Head,
     Layered,
-    SplitSettings,
     Tail,
     TunedModel,
     build_body,
@@ -51,7 +50,7 @@ class Centralised:
     """
 
     def __init__(self, settings: RunPlan, data: Dataset) -> None:
-        split = SplitSettings.of(settings.model)
+        split = settings.model
         backbone = prepare_backbone(split, settings.model.weights, cache_dir() / "backbones")
         weights = open_backbone(backbone.path)
         self.settings = settings
@@ -170,7 +169,7 @@ def plugged_in_accuracy(
         data: all devices' images together.
         cache_dir: where the run's server has its backbones.
     """
-    split, whole = plugged(SplitSettings.of(settings.model), state)
+    split, whole = plugged(settings.model, state)
     backbone = prepare_backbone(split, settings.model.weights, cache_dir)
     model = TunedModel(split, open_backbone(backbone.path), whole)
     return _accuracy(model, data.test)

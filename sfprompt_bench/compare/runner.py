@@ -33,7 +33,6 @@ from sfprompt_bench.compare.tasks import Failure, Figures, Task, perform_all
 from sfprompt_bench.run.local_run import LocalRun
 from sfprompt_bench.run.processes import Process, usable_cores
 from split_model import load_state
-from split_model.errors import model_errors
 
 JOB, FIGURES = "job.json", "figures.json"
 
@@ -62,10 +61,9 @@ def perform(of: dict[str, Any], folder: Path, threads: int) -> Figures:
     """
     method = method_named(of["method"])
     settings = parse_message(RunPlan, of["settings"])
-    with model_errors():
-        if isinstance(method, Reference):
-            return _refer(method, settings, of, threads)
-        return _run(method, settings, of, folder, threads)
+    if isinstance(method, Reference):
+        return _refer(method, settings, of, threads)
+    return _run(method, settings, of, folder, threads)
 
 
 def _refer(method: Reference, settings: RunPlan, of: dict[str, Any], threads: int) -> Figures:

@@ -22,7 +22,7 @@ from protocol.limits import DEFAULT_LIMITS
 from protocol.messages import parse_message
 from protocol.plan import ModelPlan
 from sfprompt_bench.engine.processes import serve_tasks
-from split_model import Body, SplitSettings
+from split_model import Body
 from split_server.http.body import read_body
 from split_server.payloads.tensors import is_finite
 from split_server.runtime.device import Placement, choose_placement
@@ -184,7 +184,7 @@ class Loop:
         torch.set_num_threads(threads)
         keep_large_buffers()
         settings = parse_message(ModelPlan, model)
-        split = SplitSettings.of(settings)
+        split = settings
         self._placement = choose_placement(**place)
         file = split_model.prepare_backbone(split, settings.weights, Path(backbones))
         self._body = split_model.build_body(

@@ -10,8 +10,6 @@ from typing import Any
 import split_model
 from protocol.messages import parse_message
 from protocol.plan import ModelPlan, RunPlan
-from split_model import SplitSettings
-from split_model.errors import model_errors
 
 _PROMPTS = 5
 
@@ -122,8 +120,7 @@ class EngineSetting:
     @property
     def empty_model(self) -> ModelPlan:
         """The same with an empty body: all blocks are in the head."""
-        with model_errors():
-            depth = split_model.anatomy(SplitSettings.of(self.model)).depth
+        depth = split_model.anatomy(self.model).depth
         return self._model(depth, 0)
 
     def _model(self, cut: int, prompts: int) -> ModelPlan:
@@ -157,8 +154,7 @@ class EngineSetting:
 
 def shape_of(model: ModelPlan, batch: int) -> tuple[int, int, int]:
     """[B, T, D] of a batch's smashed data, prompts at the input included."""
-    with model_errors():
-        sizes = split_model.anatomy(SplitSettings.of(model))
+    sizes = split_model.anatomy(model)
     return batch, sizes.tokens + model.prompt_count, sizes.width
 
 

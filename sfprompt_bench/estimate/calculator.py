@@ -31,7 +31,7 @@ def estimate(question: Question, paper: TrainingPlan | None = None) -> dict[str,
 
     Raises:
         UnsupportedBackboneError: the backbone cannot be cut.
-        SplitSettingsError: the settings do not fit the backbone.
+        ModelPlanError: the settings do not fit the backbone.
         InvalidField: the size of a codec's payload cannot be known ahead.
     """
     costs = {

@@ -16,7 +16,6 @@ from sfprompt_bench.estimate.calculator import paper_training
 from sfprompt_bench.estimate.question import Question
 from sfprompt_bench.estimate.report import estimate_report, estimate_table
 from sfprompt_bench.presets import JsonFile, preset_named
-from split_model.errors import model_errors
 
 
 def estimate(
@@ -57,8 +56,7 @@ def estimate(
         paper = paper.model_copy(update={"keep_fraction": keep_fraction})
     question = Question(parse_message(RunPlan, values), samples, local_epochs=local_epochs)
     started = time.perf_counter()
-    with model_errors():
-        costs = calculate(question, paper)
+    costs = calculate(question, paper)
     seconds = time.perf_counter() - started
     console = Console()
     console.print(estimate_table(question, costs))

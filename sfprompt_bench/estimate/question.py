@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 from protocol.errors import InvalidField
-from protocol.plan import RunPlan
+from protocol.plan import ModelPlan, RunPlan
 from pruning import selected_count
-from split_model import SplitSettings
 
 
 @dataclass(frozen=True)
@@ -40,14 +38,14 @@ class Question:
                 )
 
     @property
-    def split(self) -> SplitSettings:
+    def split(self) -> ModelPlan:
         """The cut and the prompts of the run."""
-        return SplitSettings.of(self.settings.model)
+        return self.settings.model
 
     @property
-    def unmerged(self) -> SplitSettings:
+    def unmerged(self) -> ModelPlan:
         """The same with all image tokens, as methods have it that merge none."""
-        return dataclasses.replace(self.split, keep_tokens=0)
+        return self.split.replace(keep_tokens=0)
 
     @property
     def kept(self) -> int:

@@ -15,10 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from protocol.codec_names import parse_codec
 from protocol.codecs import encoded_bytes
 from protocol.errors import InvalidField
+from protocol.plan import ModelPlan
 from split_model import (
     Head,
     PartBytes,
-    SplitSettings,
     Tail,
     anatomy,
     part_bytes,
@@ -100,18 +100,18 @@ _BIASES = frozenset({"bias", "q_bias", "k_bias", "v_bias"})
 
 
 @functools.lru_cache(maxsize=64)
-def _part_bytes(settings: SplitSettings) -> PartBytes:
+def _part_bytes(settings: ModelPlan) -> PartBytes:
     return part_bytes(settings)
 
 
-def bytes_of(settings: SplitSettings) -> PartBytes:
+def bytes_of(settings: ModelPlan) -> PartBytes:
     """Numbers in head, body, tail, prompts and the uncut model."""
     # The parts do not depend on the prompts, and methods differ in little else.
     bare = _part_bytes(_bare(settings))
     return dataclasses.replace(bare, prompts=math.prod(prompt_shape(settings)))
 
 
-def local_body_numbers(settings: SplitSettings) -> int:
+def local_body_numbers(settings: ModelPlan) -> int:
     """Numbers of the small body that the local update runs through; 0 where there is none."""
     if not settings.local_body:
         return 0
@@ -138,16 +138,16 @@ class ForwardFlops:
         return self.embedding + self.behind_embedding
 
 
-def forward_flops(settings: SplitSettings, prompts: int = 0) -> ForwardFlops:
+def forward_flops(settings: ModelPlan, prompts: int = 0) -> ForwardFlops:
     """What the backbone computes, with so many prompts in every block, wherever they joined."""
     return _forward_flops(_uncut(settings), prompts)
 
 
 @functools.lru_cache(maxsize=64)
-def _forward_flops(uncut: SplitSettings, prompts: int) -> ForwardFlops:
+def _forward_flops(uncut: ModelPlan, prompts: int) -> ForwardFlops:
     depth = anatomy(uncut).depth
     # Every block is in the head, and nothing is tuned there.
-    whole = dataclasses.replace(uncut, cut=depth, prompt_count=prompts)
+    whole = uncut.replace(cut=depth, prompt_count=prompts)
     head, tail = Head(whole).requires_grad_(False), Tail(whole).requires_grad_(False)
     return ForwardFlops(
         embedding=embedding_flops(head),
@@ -157,9 +157,8 @@ def _forward_flops(uncut: SplitSettings, prompts: int) -> ForwardFlops:
     )
 
 
-def _bare(settings: SplitSettings) -> SplitSettings:
-    return dataclasses.replace(
-        settings,
+def _bare(settings: ModelPlan) -> ModelPlan:
+    return settings.replace(
         prompt_at="input",
         prompt_depth="shallow",
         prompt_count=0,
@@ -168,8 +167,8 @@ def _bare(settings: SplitSettings) -> SplitSettings:
     )
 
 
-def _uncut(settings: SplitSettings) -> SplitSettings:
-    return dataclasses.replace(_bare(settings), cut=0, tail_blocks=0, tune="tail", tune_body=False)
+def _uncut(settings: ModelPlan) -> ModelPlan:
+    return _bare(settings).replace(cut=0, tail_blocks=0, tune="tail", tune_body=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,13 +186,13 @@ class Parameters:
         return 2 * self.classifier_weights
 
 
-def parameters(settings: SplitSettings) -> Parameters:
+def parameters(settings: ModelPlan) -> Parameters:
     """The parameters of the uncut model with the settings' classes."""
     return _parameters(_uncut(settings))
 
 
 @functools.lru_cache(maxsize=64)
-def _parameters(settings: SplitSettings) -> Parameters:
+def _parameters(settings: ModelPlan) -> Parameters:
     every = classifier = weights = biases = 0
     for name, parameter in skeleton(settings).named_parameters():
         count = parameter.numel()
@@ -215,13 +214,13 @@ class BlockWidths:
     widest: int  # the largest output
 
 
-def block_widths(settings: SplitSettings) -> BlockWidths:
+def block_widths(settings: ModelPlan) -> BlockWidths:
     """The widths of the first block; those of a vision transformer are all alike."""
     return _block_widths(_uncut(settings))
 
 
 @functools.lru_cache(maxsize=64)
-def _block_widths(settings: SplitSettings) -> BlockWidths:
+def _block_widths(settings: ModelPlan) -> BlockWidths:
     model = skeleton(settings)
     blocks = model.get_submodule("blocks")
     layers = [m for m in next(blocks.children()).modules() if isinstance(m, nn.Linear)]
@@ -275,24 +274,24 @@ def peak_bytes(weights: int, trained: int, batch_size: int, activations: int) ->
     return FLOAT_BYTES * (weights + 3 * trained + batch_size * activations)
 
 
-def image_numbers(settings: SplitSettings) -> int:
+def image_numbers(settings: ModelPlan) -> int:
     """Numbers of one image as the model takes it."""
     return 3 * settings.image_size**2
 
 
-def passed_blocks(settings: SplitSettings, blocks: int, tokens: int) -> int:
+def passed_blocks(settings: ModelPlan, blocks: int, tokens: int) -> int:
     """Numbers kept of frozen blocks that a gradient passes, for one image of so many tokens."""
     widths = block_widths(settings)
     return blocks * tokens * (widths.outputs + anatomy(settings).width)
 
 
-def trained_blocks(settings: SplitSettings, blocks: int, tokens: int) -> int:
+def trained_blocks(settings: ModelPlan, blocks: int, tokens: int) -> int:
     """Numbers kept of trained blocks, for one image of so many tokens."""
     widths = block_widths(settings)
     return blocks * tokens * (widths.outputs + widths.inputs)
 
 
-def run_blocks(settings: SplitSettings, blocks: int, tokens: int) -> int:
+def run_blocks(settings: ModelPlan, blocks: int, tokens: int) -> int:
     """Numbers alive at one time in blocks that no gradient passes, for one image."""
     if not blocks:
         return 0

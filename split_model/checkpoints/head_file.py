@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,18 +10,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from split_model.backbone.images import (
-    PREPARATION,
-    ImagePreparation,
-    image_preparation,
-    recorded_preparation,
-)
+from protocol.plan import ModelPlan
 from split_model.backbone.tensor_file import TensorFile, write_tensors
 from split_model.backbone.weights import open_backbone
-from split_model.errors import SplitSettingsError, TensorFileError
+from split_model.checkpoints.metadata import (
+    ImagePreparation,
+    model_metadata,
+    read_plan,
+    read_preparation,
+)
+from split_model.errors import TensorFileError
 from split_model.files import sha256_of
 from split_model.parts.build import frozen_names
-from split_model.settings import SplitSettings
 
 HeadDtype = Literal["float32", "float16", "int8"]
 
@@ -87,7 +85,7 @@ LOCAL_BODY = "local_body."  # before timm's names
 
 
 def write_head_file(
-    settings: SplitSettings,
+    settings: ModelPlan,
     backbone_path: Path | str,
     out: Path | str,
     dtype: HeadDtype = "float32",
@@ -106,31 +104,23 @@ def write_head_file(
     missing = [name for name in names if name not in backbone]
     if missing:
         raise TensorFileError(Path(backbone_path), f"lacks the tensors {missing}")
-    metadata = {
-        "settings": json.dumps(settings.to_dict()),
-        PREPARATION: json.dumps(dataclasses.asdict(image_preparation(settings))),
-    }
     path = Path(out)
     tensors = {name: backbone[name] for name in names}
     tensors |= {LOCAL_BODY + name: tensor for name, tensor in (local_body or {}).items()}
-    write_tensors(path, packed(tensors, dtype), metadata)
+    write_tensors(path, packed(tensors, dtype), model_metadata(settings))
     return path, sha256_of(path)
 
 
 def read_head_file(
     path: Path | str,
-) -> tuple[SplitSettings, ImagePreparation, Mapping[str, Tensor]]:
+) -> tuple[ModelPlan, ImagePreparation, Mapping[str, Tensor]]:
     """The settings, the image preparation and the tensors that `write_head_file` wrote.
 
     The tensors bear timm's names and are as devices have them; each is read when asked for.
-    Raises `TensorFileError` or `SplitSettingsError`.
+    Raises `TensorFileError` or `ModelPlanError`.
     """
     file = TensorFile(Path(path))
-    values = file.json("settings")
-    if not isinstance(values, dict):
-        raise SplitSettingsError("settings", "a mapping", values)
-    settings = SplitSettings.from_dict(values)
-    return settings, recorded_preparation(file), Unpacked(file)
+    return read_plan(file), read_preparation(file), Unpacked(file)
 
 
 def head_weights(path: Path | str) -> Mapping[str, Tensor]:

@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from protocol.plan import PromptPlacement
+from protocol.plan import ModelPlan, PromptPlacement
 from protocol.seeds import derive_seed
 from split_model.backbone.tensor_file import TensorFile, write_tensors
 from split_model.errors import WeightsMismatchError
@@ -20,7 +20,6 @@ from split_model.parts.base import Part
 from split_model.parts.body import Body
 from split_model.parts.head import ADAPTER, Head
 from split_model.parts.tail import Tail, is_classifier
-from split_model.settings import HEAD_TUNED, SplitSettings
 
 # "prompts", and "head.", "body." or "tail." before timm's names
 TunedState = dict[str, Tensor]
@@ -36,16 +35,16 @@ TAIL = "tail."
 _CLASSIFIER_DEVIATION = 0.02
 
 
-def state_shapes(settings: SplitSettings) -> dict[str, tuple[int, ...]]:
+def state_shapes(settings: ModelPlan) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor of the state, computed without memory for the parts.
 
-    Raises `UnsupportedBackboneError` or `SplitSettingsError`.
+    Raises `UnsupportedBackboneError` or `ModelPlanError`.
     """
     return dict(_shapes(settings))
 
 
 @functools.lru_cache(maxsize=64)
-def _shapes(settings: SplitSettings) -> dict[str, tuple[int, ...]]:
+def _shapes(settings: ModelPlan) -> dict[str, tuple[int, ...]]:
     # A server asks for every update that it checks.
     shapes: dict[str, tuple[int, ...]] = {}
     parts: list[tuple[str, Part]] = [(HEAD, Head(settings)), (TAIL, Tail(settings))]
@@ -59,7 +58,7 @@ def _shapes(settings: SplitSettings) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def initial_state(settings: SplitSettings, weights: Mapping[str, Tensor], seed: int) -> TunedState:
+def initial_state(settings: ModelPlan, weights: Mapping[str, Tensor], seed: int) -> TunedState:
     """Pretrained weights, and a fresh classifier, prompts and what is added, all from one seed.
 
     The classifier is the same whatever is tuned beside it. Raises `WeightsMismatchError` where
@@ -89,7 +88,7 @@ def initial_state(settings: SplitSettings, weights: Mapping[str, Tensor], seed: 
     return state
 
 
-def device_shapes(settings: SplitSettings) -> dict[str, tuple[int, ...]]:
+def device_shapes(settings: ModelPlan) -> dict[str, tuple[int, ...]]:
     """The shapes of what a device tunes: all of the state, less what is tuned on the server."""
     shapes = state_shapes(settings)
     return {name: shapes[name] for name in shapes if not is_server_side(name, settings.prompt_at)}
@@ -103,12 +102,12 @@ def is_server_side(name: str, prompt_at: PromptPlacement) -> bool:
     return name.startswith(BODY) or (name == PROMPTS and prompt_at == "cut")
 
 
-def check_state(settings: SplitSettings, state: Mapping[str, Tensor]) -> None:
+def check_state(settings: ModelPlan, state: Mapping[str, Tensor]) -> None:
     """Raise `WeightsMismatchError` unless names and shapes are exactly the settings' own."""
     _check(state_shapes(settings), state)
 
 
-def check_device_state(settings: SplitSettings, state: Mapping[str, Tensor]) -> None:
+def check_device_state(settings: ModelPlan, state: Mapping[str, Tensor]) -> None:
     """As `check_state`, for what a device has of the state."""
     _check(device_shapes(settings), state)
 
@@ -177,7 +176,7 @@ def read_state(tail: Tail, prompts: Tensor | None, head: Head | None = None) -> 
 
 def _live(tail: Tail, head: Head | None) -> dict[str, Tensor]:
     """What is tuned of these parts, by its names in a state: the tensors themselves."""
-    if head is None and tail.settings.tune in HEAD_TUNED:
+    if head is None and tail.settings.tunes_head:
         raise WeightsMismatchError(HEAD, f"given where {tail.settings.tune} is tuned", "missing")
     live: dict[str, Tensor] = {}
     for prefix, part in ((HEAD, head), (TAIL, tail)):

@@ -6,7 +6,6 @@ LoRA (arXiv 2106.09685, section 4): W x becomes W x + U D x, with D [r, D] drawn
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -15,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from protocol.plan import ModelPlan
 from split_model.backbone.architecture import anatomy
 from split_model.backbone.libraries import timm
-from split_model.errors import SplitSettingsError
-from split_model.settings import SplitSettings
+from split_model.errors import ModelPlanError
 
 _MARK = "lora_"  # before the last part of its tensors' names, which timm's model does not have
 
@@ -58,17 +57,17 @@ def is_lora(name: str) -> bool:
     return name.rsplit(".", 1)[-1].startswith(_MARK)
 
 
-def lora_blocks(settings: SplitSettings) -> set[int]:
+def lora_blocks(settings: ModelPlan) -> set[int]:
     """The numbers of the blocks that get it: all, or `lora_ends` at either end of the model."""
     depth, ends = anatomy(settings).depth, settings.lora_ends
     every = set(range(depth))
     return every if ends == 0 else {one for one in every if one < ends or one >= depth - ends}
 
 
-def add_lora(settings: SplitSettings, blocks: nn.ModuleDict) -> None:
+def add_lora(settings: ModelPlan, blocks: nn.ModuleDict) -> None:
     """Replace the projections of these blocks, keyed by their numbers in the model.
 
-    Raises `SplitSettingsError` for attention that has no joint projection of its own.
+    Raises `ModelPlanError` for attention that has no joint projection of its own.
     """
     chosen = lora_blocks(settings)
     for number, block in blocks.items():
@@ -77,7 +76,7 @@ def add_lora(settings: SplitSettings, blocks: nn.ModuleDict) -> None:
         attention: Any = getattr(block, "attn", None)
         if type(attention) is not timm.layers.Attention:
             limit = f"another than 'lora' for the attention of {settings.backbone}"
-            raise SplitSettingsError("tune", limit, settings.tune)
+            raise ModelPlanError("tune", limit, settings.tune)
         own = attention.qkv
         attention.qkv = LoraQkv(
             own.in_features, own.out_features, own.bias is not None, settings.lora_rank
@@ -93,8 +92,8 @@ def initial_lora(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
 
 
 def merged(
-    settings: SplitSettings, weights: Mapping[str, Tensor], state: Mapping[str, Tensor]
-) -> tuple[SplitSettings, dict[str, Tensor], dict[str, Tensor]]:
+    settings: ModelPlan, weights: Mapping[str, Tensor], state: Mapping[str, Tensor]
+) -> tuple[ModelPlan, dict[str, Tensor], dict[str, Tensor]]:
     """LoRA taken into the weights: the settings, weights and state of a model without it.
 
     Args:
@@ -114,7 +113,7 @@ def merged(
         weight[place * rows : (place + 1) * rows] += change.to(weight.dtype)
         made[f"{path}.weight"] = weight
     rest = {name: tensor for name, tensor in state.items() if not is_lora(name)}
-    return dataclasses.replace(settings, tune="classifier"), made, rest
+    return settings.replace(tune="classifier"), made, rest
 
 
 STANDARD_DEVIATION = 0.02

@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor
 
+from protocol.plan import ModelPlan
 from split_model.backbone.architecture import anatomy, body_blocks
-from split_model.settings import SplitSettings
 
 STANDARD_DEVIATION = 0.02  # timm's own for class and position tokens
 
 
-def prompt_shape(settings: SplitSettings) -> tuple[int, ...]:
+def prompt_shape(settings: ModelPlan) -> tuple[int, ...]:
     """(P, D) where prompts join the input alone; else (L, P, D), L insertions.
 
     Deep ones join ahead of each block: of the head where they begin at the input, of the body
@@ -23,7 +23,7 @@ def prompt_shape(settings: SplitSettings) -> tuple[int, ...]:
     return (layers, *one)
 
 
-def initial_prompts(settings: SplitSettings, seed: int) -> Tensor:
+def initial_prompts(settings: ModelPlan, seed: int) -> Tensor:
     """First values, float32 on the CPU, of `prompt_shape`: normal with deviation 0.02."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(prompt_shape(settings), generator=generator) * STANDARD_DEVIATION

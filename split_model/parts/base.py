@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from protocol.plan import ModelPlan
 from split_model.backbone.architecture import Anatomy, anatomy, skeleton
 from split_model.errors import TokenCountError, UnsupportedBackboneError, WeightsMismatchError
 from split_model.layers.partial_block import run_for_tokens, supports_partial_run
 from split_model.layers.positions import padded_bias, padded_rope, use_shared_bias
 from split_model.layers.prompts import drop_prompts, insert_prompts, spread_prompts
-from split_model.settings import SplitSettings
 
 # The members of timm's models beside the blocks, by the part that needs them.
 EMBEDDING = frozenset(
@@ -36,7 +36,7 @@ class Part(nn.Module):
     be functions of their input alone, and the tail has no dropout.
     """
 
-    def __init__(self, settings: SplitSettings, blocks: range, members: frozenset[str]) -> None:
+    def __init__(self, settings: ModelPlan, blocks: range, members: frozenset[str]) -> None:
         super().__init__()
         trunk: Any = skeleton(settings, blocks)
         self.settings = settings
@@ -231,7 +231,7 @@ def is_bias(name: str) -> bool:
     return last == "bias" or last.endswith("_bias")
 
 
-def _strip(settings: SplitSettings, trunk: nn.Module, members: frozenset[str]) -> None:
+def _strip(settings: ModelPlan, trunk: nn.Module, members: frozenset[str]) -> None:
     for name in [*trunk._parameters, *trunk._buffers, *trunk._modules]:
         if name == "blocks" or name in members:
             continue

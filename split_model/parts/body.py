@@ -2,11 +2,11 @@
 
 from torch import Tensor
 
+from protocol.plan import ModelPlan
 from split_model.backbone.architecture import body_blocks
 from split_model.errors import TokenCountError
 from split_model.layers.prompts import insert_prompts, prompt_shape
 from split_model.parts.base import POSITIONS, Part
-from split_model.settings import SplitSettings
 
 
 class Body(Part):
@@ -15,7 +15,7 @@ class Body(Part):
     Gradients flow to the prompts, and with `tune_body` to every parameter.
     """
 
-    def __init__(self, settings: SplitSettings) -> None:
+    def __init__(self, settings: ModelPlan) -> None:
         super().__init__(settings, body_blocks(settings), POSITIONS)
 
     def forward(

@@ -5,12 +5,12 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from protocol.plan import ModelPlan
 from split_model.layers.bfloat16 import activation_dtype, multiply_in_bfloat16
 from split_model.parts.base import Part
 from split_model.parts.body import Body
 from split_model.parts.head import Head
 from split_model.parts.tail import Tail
-from split_model.settings import SplitSettings
 
 
 class Layered(Mapping[str, Tensor]):
@@ -35,10 +35,10 @@ class Layered(Mapping[str, Tensor]):
         return sum(1 for _ in self)
 
 
-def build_head(settings: SplitSettings, tensors: Mapping[str, Tensor]) -> Head:
+def build_head(settings: ModelPlan, tensors: Mapping[str, Tensor]) -> Head:
     """The head, float32 on the CPU, from a mapping of timm's names; what is tuned, trainable.
 
-    Only its own tensors are read. Raises `UnsupportedBackboneError`, `SplitSettingsError` or
+    Only its own tensors are read. Raises `UnsupportedBackboneError`, `ModelPlanError` or
     `WeightsMismatchError`.
     """
     head = Head(settings)
@@ -48,7 +48,7 @@ def build_head(settings: SplitSettings, tensors: Mapping[str, Tensor]) -> Head:
 
 
 def build_body(
-    settings: SplitSettings,
+    settings: ModelPlan,
     tensors: Mapping[str, Tensor],
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -66,7 +66,7 @@ def build_body(
 
 
 def build_tunable_body(
-    settings: SplitSettings, tensors: Mapping[str, Tensor], device: torch.device | str = "cpu"
+    settings: ModelPlan, tensors: Mapping[str, Tensor], device: torch.device | str = "cpu"
 ) -> Body:
     """A body on `device` in float32 that shares no memory; what is tuned, trainable.
 
@@ -77,7 +77,7 @@ def build_tunable_body(
     return body
 
 
-def build_tail(settings: SplitSettings, tensors: Mapping[str, Tensor]) -> Tail:
+def build_tail(settings: ModelPlan, tensors: Mapping[str, Tensor]) -> Tail:
     """The tail, float32 on the CPU; what is tuned, trainable. Raises as `build_head` does.
 
     `tensors` holds timm's names, the classifier's among them.
@@ -98,12 +98,12 @@ def _free(part: Part) -> None:
             tensor.requires_grad_(True)
 
 
-def frozen_names(settings: SplitSettings) -> list[str]:
+def frozen_names(settings: ModelPlan) -> list[str]:
     """timm's names of what a device holds and nobody tunes: of the head, then of the tail."""
     return list(dict.fromkeys([*_untuned(Head(settings)), *_untuned(Tail(settings))]))
 
 
-def frozen_body_names(settings: SplitSettings) -> list[str]:
+def frozen_body_names(settings: ModelPlan) -> list[str]:
     """timm's names of what the body reads and nobody tunes: all of it, but with `tune_body`."""
     return _untuned(Body(settings))
 

@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
+from protocol.plan import ModelPlan
 from split_model.errors import TokenCountError
 from split_model.layers.adapters import Adapter, add_lora, is_lora
 from split_model.layers.prompts import insert_prompts, prompt_shape
 from split_model.layers.token_merging import merge_tokens
 from split_model.parts.base import EMBEDDING, POSITIONS, Part, is_bias
-from split_model.settings import SplitSettings
 
 ADAPTER = "adapter."  # before the names of its tensors, which timm's model does not have
 
@@ -16,7 +16,7 @@ ADAPTER = "adapter."  # before the names of its tensors, which timm's model does
 class Head(Part):
     """Images to smashed data. Gradients flow to the prompts, and to what `tune` names."""
 
-    def __init__(self, settings: SplitSettings) -> None:
+    def __init__(self, settings: ModelPlan) -> None:
         super().__init__(settings, range(settings.cut), EMBEDDING | POSITIONS)
         self.adapter: Adapter | None = None
         if settings.tune == "adapter":

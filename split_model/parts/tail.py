@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
+from protocol.plan import ModelPlan
 from split_model.backbone.architecture import anatomy
 from split_model.layers.adapters import add_lora, is_lora
 from split_model.layers.prompts import drop_prompts
 from split_model.parts.base import OUTPUT, POSITIONS, Part, is_bias
-from split_model.settings import SplitSettings
 
 _CLASSIFIERS = ("head.", "head_dist.")  # timm's names begin so
 
@@ -19,7 +19,7 @@ class Tail(Part):
     relative bias) are copied into the tail and trained there.
     """
 
-    def __init__(self, settings: SplitSettings) -> None:
+    def __init__(self, settings: ModelPlan) -> None:
         depth = anatomy(settings).depth
         blocks = range(depth - settings.tail_blocks, depth)
         super().__init__(settings, blocks, OUTPUT | POSITIONS if blocks else OUTPUT)
@@ -75,7 +75,7 @@ def is_classifier(name: str) -> bool:
     return name.startswith(_CLASSIFIERS)
 
 
-def needed_tokens(settings: SplitSettings) -> int | None:
+def needed_tokens(settings: ModelPlan) -> int | None:
     """How many tokens of the features the tail reads, or None where it reads them all.
 
     They are the leading ones, or the one mean that `for_the_tail` makes of the image tokens.
@@ -86,7 +86,7 @@ def needed_tokens(settings: SplitSettings) -> int | None:
     return 1 if sizes.averaged else sizes.num_tokens
 
 
-def for_the_tail(settings: SplitSettings, features: Tensor) -> Tensor:
+def for_the_tail(settings: ModelPlan, features: Tensor) -> Tensor:
     """What the tail reads of features [B, T, D], [B, T', D], T' as `needed_tokens` says."""
     count, sizes = needed_tokens(settings), anatomy(settings)
     if count is None:

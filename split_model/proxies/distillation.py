@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from protocol.distillation import DistillationSettings
+from protocol.plan import ModelPlan
 from protocol.seeds import derive_seed
 from split_model.backbone.architecture import anatomy, kept_blocks, pruned_blocks
 from split_model.checkpoints.state import PROMPTS, head_tensors
@@ -31,7 +32,6 @@ from split_model.parts.build import Layered, build_head
 from split_model.parts.head import Head
 from split_model.proxies.neurons import hold, pruned_mlps, stay
 from split_model.proxies.weights import plugged, proxy_weights, whole_model
-from split_model.settings import SplitSettings
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ def _relative(wanted: Tensor, found: Tensor) -> Tensor:
 
 
 def distilled_proxy(
-    settings: SplitSettings,
+    settings: ModelPlan,
     weights: Mapping[str, Tensor],
     images: Tensor,
     how: DistillationSettings,
@@ -101,14 +101,14 @@ def distilled_proxy(
     Of a pruned proxy the narrower MLPs are trained, of dropped blocks those between the ends; each
     block stands for those of the backbone up to the next one that stays.
 
-    Raises `SplitSettingsError` or `WeightsMismatchError`.
+    Raises `ModelPlanError` or `WeightsMismatchError`.
     """
     proxy = proxy_weights(settings, weights)
     if how.epochs == 0:
         return proxy
-    full = dataclasses.replace(whole_model(settings), tune="tail", prompt_count=0)
+    full = whole_model(settings).replace(tune="tail", prompt_count=0)
     depth = anatomy(settings).depth
-    small = dataclasses.replace(settings, cut=depth, tail_blocks=0, tune="tail", prompt_count=0)
+    small = settings.replace(cut=depth, tail_blocks=0, tune="tail", prompt_count=0)
     pupil = build_head(small, proxy)
     trained = _trained(settings, pupil, full.cut)
     kept = kept_blocks(settings, full.cut)
@@ -119,7 +119,7 @@ def distilled_proxy(
 
 
 def redistilled_proxy(
-    settings: SplitSettings,
+    settings: ModelPlan,
     weights: Mapping[str, Tensor],
     proxy: Mapping[str, Tensor],
     state: Mapping[str, Tensor],
@@ -140,7 +140,7 @@ def redistilled_proxy(
         images: [N, 3, S, S], prepared for the backbone.
         before_batch: is called ahead of every batch; what it raises ends the work.
 
-    Raises `SplitSettingsError` or `WeightsMismatchError`.
+    Raises `ModelPlanError` or `WeightsMismatchError`.
     """
     full, tuned = plugged(settings, state)
     teacher = build_head(full, Layered(head_tensors(tuned), weights))
@@ -210,7 +210,7 @@ def distil(
     return losses
 
 
-def _trained(settings: SplitSettings, pupil: Head, whole_depth: int) -> list[nn.Parameter]:
+def _trained(settings: ModelPlan, pupil: Head, whole_depth: int) -> list[nn.Parameter]:
     if settings.proxy == "pruned":
         mlps = [f"{number}.mlp" for number in pruned_blocks(settings, whole_depth)]
         return [own for mlp in mlps for own in pupil.blocks.get_submodule(mlp).parameters()]

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from protocol.distillation import DistillationSettings
+from protocol.plan import ModelPlan
 from split_model.backbone.architecture import body_blocks, evenly
 from split_model.parts.base import POSITIONS, Part
 from split_model.parts.build import build_body, build_head
 from split_model.proxies.distillation import distil
-from split_model.settings import SplitSettings
 
 _BATCH = 64
 
@@ -26,7 +26,7 @@ _BATCH = 64
 class LocalBody(Part):
     """Smashed data to something like features. Its blocks have the first numbers of the body's."""
 
-    def __init__(self, settings: SplitSettings) -> None:
+    def __init__(self, settings: ModelPlan) -> None:
         blocks = range(settings.cut, settings.cut + settings.local_body)
         super().__init__(settings, blocks, POSITIONS)
 
@@ -35,7 +35,7 @@ class LocalBody(Part):
         return self.run(smashed, self.prompt_tokens(smashed, "smashed data"))
 
 
-def build_local_body(settings: SplitSettings, tensors: Mapping[str, Tensor]) -> LocalBody:
+def build_local_body(settings: ModelPlan, tensors: Mapping[str, Tensor]) -> LocalBody:
     """It, frozen, float32 on the CPU. Raises `WeightsMismatchError`."""
     body = LocalBody(settings)
     body.fill(tensors)
@@ -43,7 +43,7 @@ def build_local_body(settings: SplitSettings, tensors: Mapping[str, Tensor]) -> 
 
 
 def local_body_weights(
-    settings: SplitSettings,
+    settings: ModelPlan,
     weights: Mapping[str, Tensor],
     images: Tensor,
     how: DistillationSettings,
@@ -58,7 +58,7 @@ def local_body_weights(
         weights: of the backbone, by timm's names.
         images: [N, 3, S, S], prepared for the backbone.
 
-    Raises `SplitSettingsError` or `WeightsMismatchError`.
+    Raises `ModelPlanError` or `WeightsMismatchError`.
     """
     blocks, count, first = body_blocks(settings), settings.local_body, settings.cut
     sources = evenly(blocks, count)
@@ -77,7 +77,7 @@ def local_body_weights(
 
 
 @torch.no_grad()
-def _smashed(settings: SplitSettings, weights: Mapping[str, Tensor], images: Tensor) -> Tensor:
+def _smashed(settings: ModelPlan, weights: Mapping[str, Tensor], images: Tensor) -> Tensor:
     # Without what is tuned of the head: the backbone's own, as the run begins.
     head = build_head(settings.untuned(), weights)
     return torch.cat([head(batch) for batch in images.split(_BATCH)])

@@ -13,34 +13,34 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from protocol.plan import ModelPlan
 from split_model.backbone.architecture import pruned_blocks
-from split_model.errors import SplitSettingsError
+from split_model.errors import ModelPlanError
 from split_model.parts.head import Head
 from split_model.proxies.weights import whole_model
-from split_model.settings import SplitSettings
 
 
 def pruned_mlps(head: Head) -> list[nn.Module]:
     """The narrower MLPs of a pruned proxy, in the order of its blocks.
 
-    Raises `SplitSettingsError` where not all blocks of the proxy are in the head.
+    Raises `ModelPlanError` where not all blocks of the proxy are in the head.
     """
     settings = head.settings
     depth = whole_model(settings).cut
     if settings.proxy != "pruned":
-        raise SplitSettingsError("proxy", "'pruned', to count neurons", settings.proxy)
+        raise ModelPlanError("proxy", "'pruned', to count neurons", settings.proxy)
     if settings.cut != depth:
         limit = f"{depth}, the whole proxy, to count its neurons on the device"
-        raise SplitSettingsError("cut", limit, settings.cut)
+        raise ModelPlanError("cut", limit, settings.cut)
     numbers = pruned_blocks(settings, depth)
     if not numbers:
         limit = f"below half of the {depth} blocks, so that some MLPs are narrower"
-        raise SplitSettingsError("proxy_ends", limit, settings.proxy_ends)
+        raise ModelPlanError("proxy_ends", limit, settings.proxy_ends)
     return [head.blocks[str(number)].get_submodule("mlp") for number in numbers]
 
 
 @functools.lru_cache(maxsize=64)
-def neurons_shape(settings: SplitSettings) -> tuple[int, int]:
+def neurons_shape(settings: ModelPlan) -> tuple[int, int]:
     """How many MLPs are narrower, and of how many neurons each is. Raises as `pruned_mlps`."""
     mlps = pruned_mlps(Head(settings))
     first = mlps[0].get_submodule("fc1")

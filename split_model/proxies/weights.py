@@ -6,28 +6,27 @@ section 3) drops blocks. Either way the proxy is a model like any other, with ti
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+from protocol.plan import ModelPlan
 from split_model.backbone.architecture import anatomy, kept_blocks, proxy_width, pruned_blocks
 from split_model.checkpoints.state import HEAD, TunedState, check_state, state_shapes
-from split_model.errors import SplitSettingsError
+from split_model.errors import ModelPlanError
 from split_model.parts.head import is_added
-from split_model.settings import SplitSettings
 
 _BLOCKS = "blocks."
 
 
-def whole_model(settings: SplitSettings) -> SplitSettings:
+def whole_model(settings: ModelPlan) -> ModelPlan:
     """The backbone behind a proxy, uncut: all of its blocks in the head. Others as they are."""
     if settings.proxy == "none":
         return settings
-    bare = dataclasses.replace(settings, proxy="none", cut=0, tail_blocks=0, tune="tail")
+    bare = settings.replace(proxy="none", cut=0, tail_blocks=0, tune="tail")
     depth = anatomy(bare).depth
-    return dataclasses.replace(bare, cut=depth, tune=settings.tune)
+    return bare.replace(cut=depth, tune=settings.tune)
 
 
 def neuron_order(ways_in: Tensor, ways_out: Tensor) -> Tensor:
@@ -44,10 +43,10 @@ def neuron_order(ways_in: Tensor, ways_out: Tensor) -> Tensor:
     return squares.argsort(descending=True, stable=True)
 
 
-def proxy_weights(settings: SplitSettings, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def proxy_weights(settings: ModelPlan, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of the proxy, from those of its backbone; both by timm's names.
 
-    Those that are the backbone's own are not copied. Raises `SplitSettingsError`.
+    Those that are the backbone's own are not copied. Raises `ModelPlanError`.
     """
     depth = _depth(settings)
     places = {number: place for place, number in enumerate(kept_blocks(settings, depth))}
@@ -68,14 +67,12 @@ def proxy_weights(settings: SplitSettings, weights: Mapping[str, Tensor]) -> dic
     return made
 
 
-def plugged(
-    settings: SplitSettings, state: Mapping[str, Tensor]
-) -> tuple[SplitSettings, TunedState]:
+def plugged(settings: ModelPlan, state: Mapping[str, Tensor]) -> tuple[ModelPlan, TunedState]:
     """What was tuned on a proxy, as a state of the whole backbone, uncut.
 
     Blocks that the proxy does not have are not changed.
 
-    Raises `SplitSettingsError` where the run was not of the whole proxy on the device, or
+    Raises `ModelPlanError` where the run was not of the whole proxy on the device, or
     `WeightsMismatchError`.
     """
     check_state(settings, state)
@@ -83,10 +80,10 @@ def plugged(
         return settings, dict(state)
     if settings.cut != anatomy(settings).depth:
         limit = f"{anatomy(settings).depth}, the whole proxy, to be put into the backbone"
-        raise SplitSettingsError("cut", limit, settings.cut)
+        raise ModelPlanError("cut", limit, settings.cut)
     numbers = dict(enumerate(kept_blocks(settings, _depth(settings))))
     # With LoRA at the ends, the backbone's ends are other blocks than those in all: ask for all.
-    target = dataclasses.replace(whole_model(settings), lora_ends=0)
+    target = whole_model(settings).replace(lora_ends=0)
     made: TunedState = {}
     for name, tensor in state.items():
         own = name.removeprefix(HEAD)
@@ -99,7 +96,7 @@ def plugged(
     return target, made
 
 
-def _depth(settings: SplitSettings) -> int:
+def _depth(settings: ModelPlan) -> int:
     return whole_model(settings).cut if settings.proxy != "none" else anatomy(settings).depth
 
 

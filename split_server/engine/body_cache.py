@@ -11,7 +11,6 @@ from torch import Tensor
 
 import split_model
 from split_model import Body
-from split_model.errors import model_errors
 from split_server.models.body_key import BodyKey, weights_of
 from split_server.runtime.device import Placement
 
@@ -66,13 +65,12 @@ class BodyCache:
             return alike.get(key)
 
     def _load(self, key: BodyKey, twin: Body | None) -> Body:
-        with model_errors():
-            weights = weights_of(key) if twin is None else _weights_in(twin)
-            placement = self._placement
-            body = split_model.build_body(key.settings, weights, placement.device, placement.dtype)
-            if self._compiled:
-                _compile(body, placement)
-            return body
+        weights = weights_of(key) if twin is None else _weights_in(twin)
+        placement = self._placement
+        body = split_model.build_body(key.settings, weights, placement.device, placement.dtype)
+        if self._compiled:
+            _compile(body, placement)
+        return body
 
 
 def _compile(body: Body, placement: Placement) -> None:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 import split_model
-from protocol.errors import WrongShape
 from split_model import Body
 from split_server.engine.steps import Graph
 
@@ -66,12 +65,7 @@ def run_inference(
 
 def _call(body: Body, smashed: Tensor, prompts: Tensor | None, num_tokens: int | None) -> Tensor:
     averaged = num_tokens is not None and body.sizes.averaged
-    try:
-        features: Tensor = body(smashed, prompts, None if averaged else num_tokens)
-    except split_model.TokenCountError as error:
-        raise WrongShape(
-            str(error), field=error.field, limit=error.limit, value=list(error.value)
-        ) from error
+    features: Tensor = body(smashed, prompts, None if averaged else num_tokens)
     return split_model.for_the_tail(body.settings, features) if averaged else features
 
 

@@ -13,7 +13,6 @@ from torch import Tensor
 import split_model
 from protocol.errors import NonFinite, WrongShape
 from split_model import Body, learning_rate_factor, make_optimizer, set_progress
-from split_model.errors import model_errors
 from split_server.engine import compute
 from split_server.engine.api import BodyJob, BodyPlan
 from split_server.engine.delivery import CompletionQueue
@@ -115,9 +114,8 @@ class BodySession:
 
     def _made(self, device: torch.device) -> tuple[Body, torch.optim.Optimizer]:
         if self._body is None or self._optimizer is None:
-            with model_errors():
-                weights: Mapping[str, Tensor] = weights_of(self.key)
-                body = split_model.build_tunable_body(self.key.settings, weights, device)
+            weights: Mapping[str, Tensor] = weights_of(self.key)
+            body = split_model.build_tunable_body(self.key.settings, weights, device)
             self._body, self._optimizer = body, make_optimizer(self.plan.training, None, body)
         return self._body, self._optimizer
 

@@ -7,8 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from protocol.errors import NotFound
-from split_model import SplitSettings, export_model, head_weights, prepare_backbone
-from split_model.errors import model_errors
+from split_model import export_model, head_weights, prepare_backbone
 from split_model.proxies.weights import plugged
 from split_server.federation.snapshot import RunSnapshot, load_snapshot
 from split_server.storage.database import RunRow, Store
@@ -27,16 +26,15 @@ def export_run(data_dir: Path, run_id: str, out: Path) -> None:
     run, state = newest_state(data_dir, run_id)
     metadata = {"run": run.id, "name": run.plan.name, "round": str(run.closed_rounds)}
     classes = run.plan.class_names
-    with model_errors():
-        split = SplitSettings.of(run.plan.model)
-        if split.proxy != "none":
-            cache = data_dir / "backbones"
-            backbone = prepare_backbone(split, run.plan.model.weights, cache)
-            split, state = plugged(split, state)
-            export_model(split, backbone.path, state, out, metadata, classes)
-            return
-        head = head_weights(RunFiles(data_dir / "runs" / run_id).head)
-        export_model(split, run.backbone_path, state, out, metadata, classes, head)
+    split = run.plan.model
+    if split.proxy != "none":
+        cache = data_dir / "backbones"
+        backbone = prepare_backbone(split, run.plan.model.weights, cache)
+        split, state = plugged(split, state)
+        export_model(split, backbone.path, state, out, metadata, classes)
+        return
+    head = head_weights(RunFiles(data_dir / "runs" / run_id).head)
+    export_model(split, run.backbone_path, state, out, metadata, classes, head)
 
 
 def newest_state(data_dir: Path, run_id: str) -> tuple[RunSnapshot, dict[str, Tensor]]:

@@ -8,7 +8,6 @@ from protocol.errors import EmptyUpdate, InvalidField, WrongShape
 from protocol.frames import Frame
 from protocol.messages import MAX_LOSS, NEURONS, BlobRef, EvaluationReport, UpdateMeta
 from protocol.plan import RunPlan
-from split_model import SplitSettings
 from split_model.proxies.neurons import neurons_shape
 from split_server.federation.snapshot import Member
 from split_server.payloads.tensors import read_floats
@@ -79,7 +78,7 @@ def asked_shape(settings: RunPlan, round_: int) -> tuple[int, int] | None:
     """The shape [layers, neurons] of what an update of this round has to tell; None: nothing."""
     if not settings.distillation.due(round_, settings.federation.rounds):
         return None
-    return neurons_shape(SplitSettings.of(settings.model))
+    return neurons_shape(settings.model)
 
 
 def read_neurons(frame: Frame, settings: RunPlan, round_: int) -> dict[str, Tensor]:

@@ -37,7 +37,7 @@ from protocol.wire import (
     MISSING_PATH,
     SAMPLES_PATH,
 )
-from split_model import BODY, SplitSettings, anatomy, needed_tokens, state_shapes
+from split_model import BODY, anatomy, needed_tokens, state_shapes
 from split_server.engine.api import (
     BackwardJob,
     BodyJob,
@@ -95,7 +95,7 @@ class SplitRequest:
         """How many tokens of the features the run wants back; None: all."""
         if not self.run.plan.wire.pooled_features:
             return None
-        return needed_tokens(SplitSettings.of(self.run.plan.model))
+        return needed_tokens(self.run.plan.model)
 
 
 def require_placement(asked: SplitRequest, placement: str) -> None:
@@ -345,7 +345,7 @@ def _body_job(
     desk: HandlerContext, asked: SplitRequest, meta: BodyStepMeta, tensor: Tensor
 ) -> BodyJob:
     settings = asked.run.plan
-    shapes = state_shapes(SplitSettings.of(settings.model))
+    shapes = state_shapes(settings.model)
     plan = BodyPlan(
         training=settings.training,
         rounds=settings.federation.rounds,

@@ -10,8 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 import split_model
-from protocol.plan import RunPlan
-from split_model import SplitSettings
+from protocol.plan import ModelPlan, RunPlan
 
 
 @dataclass(frozen=True)
@@ -22,14 +21,15 @@ class BodyKey:
     """
 
     backbone: Path
-    settings: SplitSettings
+    settings: ModelPlan
     state: Path | None = None
 
     @classmethod
     def of(cls, backbone: str, settings: RunPlan) -> BodyKey:
         """The body of a run. What shapes only its tail is left out, so that runs can share."""
-        model = settings.model.model_copy(update={"num_classes": 2})
-        return cls(Path(backbone), SplitSettings.of(model))
+        shared = {"num_classes": 2, "weights": "packaged", "prompt_init": "normal"}
+        model = settings.model.model_copy(update=shared)
+        return cls(Path(backbone), model)
 
     def __hash__(self) -> int:  # taken several times a job, of some thirty values
         return self._hash

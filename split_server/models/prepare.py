@@ -10,9 +10,6 @@ import split_model
 from protocol.messages import BlobRef
 from protocol.plan import RunPlan
 from protocol.seeds import derive_seed
-from split_model import SplitSettings
-from split_model.errors import model_errors
-from split_model.files import sync_folder
 from split_model.proxies.neurons import neurons_shape
 from split_model.proxies.weights import whole_model
 from split_server.federation.snapshot import RunSnapshot
@@ -47,21 +44,20 @@ def prepare_run(settings: RunPlan, files: RunFiles, cache_dir: Path) -> Prepared
     Raises:
         InvalidField: the model cannot be had, or cannot be cut as the settings ask.
     """
-    with model_errors():
-        split = SplitSettings.of(settings.model)
-        split_model.part_bytes(split)  # refuses what cannot be cut, ahead of any work
-        if settings.distillation.every:
-            neurons_shape(split)  # refuses a proxy that devices do not have whole
-        sizes = split_model.part_bytes(whole_model(split))
-        backbone = split_model.prepare_backbone(split, settings.model.weights, cache_dir)
-        path = prepare_proxy(settings, split, backbone, cache_dir)
-        local_body = prepare_local_body(settings, split, backbone, cache_dir)
-        weights = split_model.open_backbone(path)
-        seed = derive_seed(settings.seed, "initial-state")
-        state = split_model.initial_state(split, weights, seed)
-        head, sha256 = split_model.write_head_file(
-            split, path, files.head, settings.wire.head, local_body
-        )
+    split = settings.model
+    split_model.part_bytes(split)  # refuses what cannot be cut, ahead of any work
+    if settings.distillation.every:
+        neurons_shape(split)  # refuses a proxy that devices do not have whole
+    sizes = split_model.part_bytes(whole_model(split))
+    backbone = split_model.prepare_backbone(split, settings.model.weights, cache_dir)
+    path = prepare_proxy(settings, split, backbone, cache_dir)
+    local_body = prepare_local_body(settings, split, backbone, cache_dir)
+    weights = split_model.open_backbone(path)
+    seed = derive_seed(settings.seed, "initial-state")
+    state = split_model.initial_state(split, weights, seed)
+    head, sha256 = split_model.write_head_file(
+        split, path, files.head, settings.wire.head, local_body
+    )
     return PreparedRun(
         backbone_path=path,
         backbone_bytes=sizes.backbone_bytes,
@@ -87,14 +83,11 @@ def redistill_run(
     """
     settings, round_ = run.plan, run.closed_rounds
     proxy, head = files.proxy_after(round_), files.head_after(round_)
-    with model_errors():
-        split = SplitSettings.of(settings.model)
-        if not proxy.is_file():
-            backbone = split_model.prepare_backbone(split, settings.model.weights, cache_dir)
-            state = files.read_state(StateRefs(run.state, run.held))
-            inactive = files.read_neurons(round_)
-            write_redistilled_proxy(run, split, backbone, state, inactive, cache_dir, proxy, check)
-        _, sha256 = split_model.write_head_file(split, proxy, head, settings.wire.head)
-    for folder in (proxy.parent, head.parent, files.root):
-        sync_folder(folder)
+    split = settings.model
+    if not proxy.is_file():
+        backbone = split_model.prepare_backbone(split, settings.model.weights, cache_dir)
+        state = files.read_state(StateRefs(run.state, run.held))
+        inactive = files.read_neurons(round_)
+        write_redistilled_proxy(run, split, backbone, state, inactive, cache_dir, proxy, check)
+    _, sha256 = split_model.write_head_file(split, proxy, head, settings.wire.head)
     return RedistilledModel(proxy, BlobRef(sha256=sha256, nbytes=head.stat().st_size))

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 import split_model
 from protocol.distillation import DistillationSettings
 from protocol.errors import InvalidField
-from protocol.plan import RunPlan
+from protocol.plan import ModelPlan, RunPlan
 from protocol.seeds import derive_seed
-from split_model import BackboneFile, SplitSettings
+from split_model import BackboneFile
 from split_model.backbone.tensor_file import TensorFile, write_tensors
 from split_model.files import sha256_of
 from split_model.proxies.distillation import distilled_proxy, redistilled_proxy
@@ -34,12 +34,12 @@ _PROXY = ("proxy", "proxy_ends", "proxy_width", "proxy_blocks")
 _LOCAL_BODY = ("local_body", "cut", "tail_blocks")
 
 Make = Callable[
-    [SplitSettings, Mapping[str, Tensor], Tensor, DistillationSettings, int], dict[str, Tensor]
+    [ModelPlan, Mapping[str, Tensor], Tensor, DistillationSettings, int], dict[str, Tensor]
 ]
 
 
 def prepare_proxy(
-    settings: RunPlan, split: SplitSettings, backbone: BackboneFile, cache_dir: Path
+    settings: RunPlan, split: ModelPlan, backbone: BackboneFile, cache_dir: Path
 ) -> Path:
     """The file with the weights of the run's model: of the backbone, or of the proxy made from it.
 
@@ -55,7 +55,7 @@ def prepare_proxy(
 
 
 def prepare_local_body(
-    settings: RunPlan, split: SplitSettings, backbone: BackboneFile, cache_dir: Path
+    settings: RunPlan, split: ModelPlan, backbone: BackboneFile, cache_dir: Path
 ) -> Mapping[str, Tensor] | None:
     """The tensors of the small body for the devices' local update; None where there is none.
 
@@ -69,7 +69,7 @@ def prepare_local_body(
 
 def write_redistilled_proxy(
     run: RunSnapshot,
-    split: SplitSettings,
+    split: ModelPlan,
     backbone: BackboneFile,
     state: Mapping[str, Tensor],
     inactive: Tensor,
@@ -108,7 +108,7 @@ def write_redistilled_proxy(
 
 def _made_once(
     settings: RunPlan,
-    split: SplitSettings,
+    split: ModelPlan,
     backbone: BackboneFile,
     cache_dir: Path,
     shape: tuple[str, ...],
@@ -132,7 +132,7 @@ def _made_once(
 
 def _key(
     settings: RunPlan,
-    split: SplitSettings,
+    split: ModelPlan,
     backbone: BackboneFile,
     shape: tuple[str, ...],
     file: Path | None,
@@ -161,7 +161,7 @@ def _image_file(settings: RunPlan, cache_dir: Path) -> Path:
     return path
 
 
-def _images(settings: RunPlan, split: SplitSettings, file: Path | None) -> Tensor:
+def _images(settings: RunPlan, split: ModelPlan, file: Path | None) -> Tensor:
     """Prepared for the backbone, [N, 3, S, S] in float32."""
     how, side = settings.distillation, split.image_size
     generator = torch.Generator().manual_seed(derive_seed(settings.seed, "distillation-images"))

@@ -22,7 +22,8 @@ from protocol.codecs import get_codec
 from protocol.errors import MalformedFrame, NonFinite, WrongShape
 from protocol.frames import Frame
 from protocol.limits import FrameLimits
-from split_model import SplitSettings, anatomy
+from protocol.plan import ModelPlan
+from split_model import anatomy
 from split_server.payloads.samples import read_ids, require_codec, require_row_wise
 from split_server.payloads.tensors import check_batch, check_decoded, is_finite, read_floats
 from split_server.storage.sample_store import Kept, Owner, RowForm, SampleStore
@@ -63,9 +64,7 @@ class DeltaBatch:
     changes: Rows
 
 
-def read_revision(
-    frame: Frame, settings: SplitSettings, limits: FrameLimits, most: int
-) -> DeltaBatch:
+def read_revision(frame: Frame, settings: ModelPlan, limits: FrameLimits, most: int) -> DeltaBatch:
     """A revision of at most ``most`` samples.
 
     Raises:

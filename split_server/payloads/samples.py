@@ -13,7 +13,7 @@ from protocol.errors import InvalidField, MalformedFrame
 from protocol.frames import Frame, TensorSpec
 from protocol.limits import FrameLimits
 from protocol.messages import SAMPLE_ID_BYTES
-from split_model import SplitSettings
+from protocol.plan import ModelPlan
 from split_server.payloads.tensors import read_smashed, require_finite
 from split_server.storage.sample_store import RowForm
 
@@ -72,7 +72,7 @@ def read_ids(frame: Frame) -> list[bytes]:
 
 
 def read_rows(
-    frame: Frame, settings: SplitSettings, limits: FrameLimits
+    frame: Frame, settings: ModelPlan, limits: FrameLimits
 ) -> tuple[list[bytes], RowForm, Sequence[memoryview]]:
     """Ids, form and encoded rows of samples that are to be kept.
 

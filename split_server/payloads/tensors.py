@@ -16,14 +16,13 @@ from protocol.errors import InvalidField, NonFinite, TooLarge, WrongShape
 from protocol.frames import Frame
 from protocol.limits import FrameLimits
 from protocol.plan import ModelPlan
-from split_model import SplitSettings
 
 _FLOAT_BYTES = 4
 
 
 @lru_cache(maxsize=64)
 def _shapes(model: ModelPlan) -> Mapping[str, tuple[int, ...]]:
-    return split_model.device_shapes(SplitSettings.of(model))
+    return split_model.device_shapes(model)
 
 
 def read_update(frame: Frame, model: ModelPlan, beside: Collection[str] = ()) -> dict[str, Tensor]:
@@ -114,7 +113,7 @@ def read_tensor(frame: Frame, name: str, device: torch.device | str = "cpu") -> 
 
 def read_smashed(
     frame: Frame,
-    settings: SplitSettings,
+    settings: ModelPlan,
     limits: FrameLimits,
     device: torch.device | str = "cpu",
     most: int | None = None,
@@ -140,7 +139,7 @@ def read_smashed(
 
 def read_gradients(
     frame: Frame,
-    settings: SplitSettings,
+    settings: ModelPlan,
     limits: FrameLimits,
     device: torch.device | str,
     num_tokens: int | None,
@@ -159,7 +158,7 @@ def read_gradients(
 def _read_tokens(
     frame: Frame,
     name: str,
-    settings: SplitSettings,
+    settings: ModelPlan,
     limits: FrameLimits,
     tokens: int,
     device: torch.device | str,

@@ -22,7 +22,7 @@ from protocol.messages import Results, RunStatus, Task
 from protocol.plan import RunPlan
 from protocol.seeds import derive_seed
 from protocol.wire import PROTOCOL_VERSION, VERSION_HEADER
-from split_model import SplitSettings, open_backbone, prepare_backbone
+from split_model import open_backbone, prepare_backbone
 from split_model.backbone.libraries import timm
 from split_server.client import OperatorClient, read_token
 from split_server.federation.export import newest_state
@@ -144,9 +144,7 @@ class Uncut:
 
     def __init__(self, settings: RunPlan, folder: Path, state: dict[str, Tensor]) -> None:
         model = settings.model
-        weights = open_backbone(
-            prepare_backbone(SplitSettings.of(model), model.weights, folder).path
-        )
+        weights = open_backbone(prepare_backbone(model, model.weights, folder).path)
         self.model = timm.create_model(
             model.backbone, img_size=model.image_size, num_classes=model.num_classes
         ).eval()

@@ -16,7 +16,7 @@ from edge_client.participant import Participant
 from edge_client.transport import Server
 from protocol.plan import RunPlan
 from protocol.seeds import derive_seed
-from split_model import SplitSettings, open_backbone, prepare_backbone
+from split_model import open_backbone, prepare_backbone
 from split_model.backbone.libraries import timm
 from split_server.federation.export import newest_state
 from tests.e2e.conftest import ServerProcess, small_run
@@ -48,7 +48,7 @@ class Uncut:
 
     def __init__(self, settings: RunPlan, folder: Path, state: dict[str, Tensor]) -> None:
         model = settings.model
-        split = SplitSettings.of(model)
+        split = model
         weights = open_backbone(prepare_backbone(split, model.weights, folder).path)
         self.model = timm.create_model(
             model.backbone, img_size=model.image_size, num_classes=model.num_classes

@@ -21,7 +21,7 @@ from protocol.codecs.registry import as_decoded
 from protocol.federation import FederationSettings
 from protocol.plan import RunPlan, TrainingPlan, WirePlan
 from protocol.traffic import Phase
-from split_model import SplitSettings, build_body, load_state, open_backbone
+from split_model import build_body, load_state, open_backbone
 from split_server.storage.sample_store import Owner, SampleStore
 from tests.support.edge import SMALL, device_model, files, image_set
 from tests.support.server import (
@@ -326,7 +326,7 @@ def begin(api: ApiClient, smashed: Tensor) -> httpx.Response:
 
 
 def features_of(smashed: Tensor) -> Tensor:
-    body = build_body(SplitSettings.of(SMALL), open_backbone(files().backbone))
+    body = build_body(SMALL, open_backbone(files().backbone))
     with torch.no_grad():
         return body(smashed)
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from protocol.plan import ModelPlan
 from split_model import (
-    SplitSettings,
     initial_state,
     open_backbone,
     part_bytes,
@@ -29,7 +28,7 @@ SETTINGS = ModelPlan(
 def test_a_device_needs_no_more_memory_than_head_tail_and_one_batch_of_activations(
     tmp_path: Path,
 ) -> None:
-    split = SplitSettings.of(SETTINGS)
+    split = SETTINGS
     backbone = prepare_backbone(split, SETTINGS.weights, tmp_path)
     head, _ = write_head_file(split, backbone.path, tmp_path / "head.safetensors")
     state = tmp_path / "state.safetensors"
@@ -56,5 +55,5 @@ def test_a_device_needs_no_more_memory_than_head_tail_and_one_batch_of_activatio
 
 def test_a_device_downloads_less_than_15_percent_of_the_backbone_at_cut_1() -> None:
     for backbone, size in (("vit_small_patch14_dinov2", 56), ("vit_base_patch16_224", 224)):
-        sizes = part_bytes(SplitSettings(backbone=backbone, image_size=size, cut=1))
+        sizes = part_bytes(ModelPlan(backbone=backbone, image_size=size, cut=1))
         assert sizes.head + sizes.tail + sizes.prompts < 0.15 * sizes.backbone, backbone

@@ -21,9 +21,9 @@ NAME = "vit_tiny_patch16_224"
 
 PREPARE = """
 import sys
-from split_model import SplitSettings, prepare_backbone
-from split_model.backbone.weights import WeightSourceError
-settings = SplitSettings(backbone=sys.argv[1], image_size=224, cut=1, num_classes=3)
+from protocol.plan import ModelPlan
+from split_model import WeightSourceError, prepare_backbone
+settings = ModelPlan(backbone=sys.argv[1], image_size=224, cut=1, num_classes=3)
 try:
     print(prepare_backbone(settings, "hub", sys.argv[2]).path)
 except WeightSourceError as error:
@@ -130,6 +130,7 @@ def test_weights_that_would_have_to_be_unpickled_are_not_fetched(hub: Hub, tmp_p
     hub.files = {path.replace("model.safetensors", "pytorch_model.bin"): content}
     done = prepared(NAME, hub, tmp_path)
     assert done.returncode == 1
-    assert f"source: source must be one that has weights for {NAME}" in done.stderr
+    assert "model.weights: the source does not give the weights" in done.stderr
+    assert f"weights for {NAME}" in done.stderr
     assert not [asked for asked in hub.asked if "pytorch_model" in asked]
     assert not list(tmp_path.glob("backbones/*.safetensors"))

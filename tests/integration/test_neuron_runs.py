@@ -19,7 +19,7 @@ from edge_client.participant import Participant
 from edge_client.transport import Server
 from protocol.messages import Assignment, BlobRef, JoinResponse, RunStatus, RunView, Task
 from protocol.plan import RunPlan
-from split_model import SplitSettings, load_state, state_shapes
+from split_model import load_state, state_shapes
 from split_model.backbone.tensor_file import TensorFile
 from split_server.client import OperatorClient
 from split_server.models import prepare
@@ -166,7 +166,7 @@ def test_a_device_takes_every_new_head_and_goes_on(
 
 
 def told_state(value: float, share: float | Tensor) -> dict[str, Tensor]:
-    split = SplitSettings.of(settings(model={"num_classes": 10}).model)
+    split = settings(model={"num_classes": 10}).model
     state = {name: torch.full(shape, value) for name, shape in state_shapes(split).items()}
     shares = share if isinstance(share, Tensor) else torch.full((LAYERS, WIDTH), share)
     return {**state, "neurons": shares}

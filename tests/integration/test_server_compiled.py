@@ -11,7 +11,6 @@ from torch import nn
 
 import split_model
 from protocol.frames import decode_frame
-from split_model import SplitSettings
 from tests.support.federation import SMALL, run_settings, smashed
 from tests.support.server import joined, labels, measured, running_server, wait_until
 
@@ -32,7 +31,7 @@ def test_the_body_of_a_run_is_compiled_before_its_first_step(
         device.assignment(run)
         answer = device.step("forward", smashed(batch=3), "s")
     found = decode_frame(bytearray(answer.content)).tensor("features")
-    split = SplitSettings.of(model)
+    split = model
     file = next((tmp_path / "backbones").glob("*.safetensors"))
     body = split_model.build_body(split, split_model.open_backbone(file))
     torch.testing.assert_close(found, body(smashed(batch=3)), rtol=1e-4, atol=1e-4)

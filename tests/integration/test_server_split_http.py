@@ -18,8 +18,8 @@ from torch import Tensor
 import split_model
 from protocol.frames import encode_frame, join_frame
 from protocol.messages import BlobRef, Task
+from protocol.plan import ModelPlan
 from protocol.wire import PROTOCOL_VERSION, VERSION_HEADER
-from split_model import SplitSettings
 from split_server.federation.export import export_run
 from split_server.storage.database import RunRow, Store
 from split_server.storage.run_files import RunFiles
@@ -120,7 +120,7 @@ def exchange(number: int, steps: int = 2, session: str = "s", attempt: int = 0) 
     }
 
 
-def body_of(server: RunningServer, split: SplitSettings) -> split_model.Body:
+def body_of(server: RunningServer, split: ModelPlan) -> split_model.Body:
     folder = server.server._application.settings.data_dir
     path = next(folder.rglob("vit_tiny*.safetensors"))
     return split_model.build_body(split, split_model.open_backbone(path))
@@ -145,7 +145,7 @@ def test_a_round_with_prompts_at_the_cut(
     assert tensor_of(api.ask("missing", {}, **asked), "missing", "places").tolist() == []
 
     # Two batches, and the prompts are those of a plain loop.
-    body = body_of(server, SplitSettings.of(settings.model))
+    body = body_of(server, settings.model)
     prompts = start["prompts"].clone().requires_grad_()
     optimizer = torch.optim.AdamW([prompts], lr=0.005, weight_decay=0.0)
     gradients = smashed(seed=1)[:, :1]

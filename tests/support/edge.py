@@ -29,7 +29,6 @@ from protocol.frames import Frame, decode_frame, encode_frame, join_frame
 from protocol.messages import BlobRef
 from protocol.plan import ModelPlan, RunPlan, TrainingPlan
 from split_model import (
-    SplitSettings,
     build_body,
     device_shapes,
     initial_state,
@@ -228,7 +227,7 @@ def files(model: ModelPlan = SMALL) -> Files:
 def _files(model: ModelPlan) -> Files:
     folder = Path(tempfile.mkdtemp(prefix="sfprompt-test-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    settings = SplitSettings.of(model)
+    settings = model
     backbone = prepare_backbone(settings, model.weights, folder).path
     head, _ = write_head_file(settings, backbone, folder / "head.safetensors")
     state = initial_state(settings, open_backbone(backbone), seed=1)
@@ -285,7 +284,7 @@ class BodyServer:
 
     def __post_init__(self) -> None:
         tensors = open_backbone(files(self.model).backbone)
-        self._body = build_body(SplitSettings.of(self.model), tensors)
+        self._body = build_body(self.model, tensors)
         self._held: dict[str, tuple[Tensor, Tensor]] = {}
 
     @property

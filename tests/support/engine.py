@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 import split_model
 from protocol.plan import RunPlan, TrainingPlan
-from split_model import SplitSettings
 from split_model.backbone.libraries import timm
 from split_server.engine.api import EngineLimits, ExchangeJob, SessionPlan
 from split_server.engine.body_cache import BodyCache
@@ -37,7 +36,7 @@ MakeEngine = Callable[..., LocalEngine]
 
 
 def prepare_backbone(folder: Path) -> Path:
-    return split_model.prepare_backbone(SplitSettings.of(SMALL), "random:0", folder).path
+    return split_model.prepare_backbone(SMALL, "random:0", folder).path
 
 
 def input_body(folder: Path) -> BodyKey:
@@ -85,7 +84,7 @@ class Case:
             optimizer="sgd", momentum=0.9, prompt_learning_rate=RATE, schedule="constant"
         )
         settings = RunPlan(model=model, training=self.training)
-        self.split = SplitSettings.of(model)
+        self.split = model
         self.key = BodyKey.of(str(backbone), settings)
         self.num_tokens = num_tokens
         self.initial = 0.3 * numbers(99, *split_model.prompt_shape(self.split))

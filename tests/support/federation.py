@@ -18,7 +18,6 @@ from protocol.federation import FederationSettings
 from protocol.frames import decode_frame, encode_frame, join_frame
 from protocol.messages import Assignment, EvaluationReport, JoinRequest, UpdateMeta
 from protocol.plan import ModelPlan, RunPlan, TrainingPlan, WirePlan
-from split_model import SplitSettings
 from split_server.federation.credentials import Credentials
 from split_server.federation.liveness import Liveness
 from split_server.federation.service import FederationService, Held
@@ -36,7 +35,7 @@ SMALL = ModelPlan(
     backbone="vit_tiny_patch16_224", weights="random:0", image_size=32, cut=1, prompt_count=2
 )
 
-SPLIT = SplitSettings.of(SMALL)
+SPLIT = SMALL
 
 TOKENS, WIDTH = 1 + 2 + 4, 192  # class token, prompts, 2 x 2 patches
 
@@ -65,7 +64,7 @@ def busy_error(why: str) -> Busy:
     return Busy(why, retry_after_s=0.5)
 
 
-def state_of(value: float, split: SplitSettings = SPLIT) -> dict[str, Tensor]:
+def state_of(value: float, split: ModelPlan = SPLIT) -> dict[str, Tensor]:
     """A global state with this number everywhere."""
     return {
         name: torch.full(shape, value) for name, shape in split_model.state_shapes(split).items()
@@ -111,7 +110,7 @@ class FakeClock:
 def prepare_without_weights(settings: RunPlan, files: RunFiles, _cache: Path) -> PreparedRun:
     """The files of a run, without a backbone."""
     head = write_tensors(files.root, {"head": torch.zeros(4)})
-    state = state_of(0.0, SplitSettings.of(settings.model))
+    state = state_of(0.0, settings.model)
     return PreparedRun(
         backbone_path=files.root / "backbone.safetensors",
         backbone_bytes=1,

@@ -1,18 +1,22 @@
 """The uncut timm model with prompts put in by hooks: a path independent of the parts."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
-from split_model import SplitSettings
+from protocol.plan import ModelPlan
+from split_model import ModelPlanError
 from split_model.backbone.libraries import timm
 
 PROMPTS = 3
 
 
-def reduced(name: str) -> SplitSettings:
+def reduced(name: str) -> ModelPlan:
     """Settings under which the architecture is two blocks deep and, where it can be, narrow."""
     module = timm.model_entrypoint(name).__module__.rsplit(".", 1)[-1]
     overrides: dict[str, Any] = {"depth": 2}
@@ -27,13 +31,22 @@ def reduced(name: str) -> SplitSettings:
         image_size = 32
     if "sapiens2" in name:
         overrides |= {"num_kv_heads": (2, 1)}  # one entry per block
-    return SplitSettings(
+    return ModelPlan(
         backbone=name,
         image_size=image_size,
         num_classes=5,
         prompt_count=PROMPTS,
         model_overrides=tuple(overrides.items()),
     )
+
+
+def refused_field(build: Callable[[], object]) -> str:
+    """The field of the plan for which `build` is refused, by its limits or by the backbone."""
+    with pytest.raises((ModelPlanError, ValidationError)) as caught:
+        build()
+    if isinstance(caught.value, ModelPlanError):
+        return str(caught.value.field).removeprefix("model.")
+    return ".".join(str(part) for part in caught.value.errors()[0]["loc"])
 
 
 def signature(model: nn.Module) -> int:
@@ -53,7 +66,7 @@ def signature(model: nn.Module) -> int:
     return hash(repr(parts))
 
 
-def random_model(settings: SplitSettings, seed: int = 0) -> Any:
+def random_model(settings: ModelPlan, seed: int = 0) -> Any:
     """timm's model, with weights under which every member matters to the output."""
     model = timm.create_model(
         settings.backbone,
@@ -86,7 +99,7 @@ class Hooks:
     """Prompts in an uncut model, by forward hooks; `close` takes them out again."""
 
     model: Any
-    settings: SplitSettings
+    settings: ModelPlan
     prompts: Tensor
     handles: list[Any] = dataclasses.field(default_factory=list)
 

@@ -7,8 +7,7 @@ from typing import Any, ClassVar
 from protocol.plan import ModelPlan, ProxyKind, RunPlan, WirePlan
 from protocol.presets import Form
 from sfprompt_bench.compare.methods.base import Changes, Method, changed
-from split_model import Anatomy, SplitSettings, anatomy
-from split_model.errors import model_errors
+from split_model import Anatomy, anatomy
 
 
 class WholeModel(Method):
@@ -26,8 +25,7 @@ class WholeModel(Method):
     tuned: ClassVar[str]
 
     def settings(self, base: RunPlan) -> RunPlan:
-        with model_errors():
-            sizes = anatomy(SplitSettings.of(_bare(base.model)))
+        sizes = anatomy(_bare(base.model))
         model = {
             "proxy": "none",
             "local_body": 0,
@@ -152,9 +150,8 @@ class Proxied(WholeModel):
 
     def settings(self, base: RunPlan) -> RunPlan:
         proxied = super().settings(base)
-        with model_errors():
-            uncut = SplitSettings.of(proxied.model.model_copy(update={"cut": 0}))
-            depth = anatomy(uncut).depth
+        uncut = proxied.model.model_copy(update={"cut": 0})
+        depth = anatomy(uncut).depth
         return changed(proxied, {"model": {"cut": depth} | self.chosen(base)})
 
     def added(self, sizes: Anatomy) -> dict[str, Any]:

@@ -28,6 +28,6 @@ class Method(ABC):
 
         Raises:
             UnsupportedBackboneError: the backbone cannot be cut.
-            SplitSettingsError: the settings do not fit the backbone.
+            ModelPlanError: the settings do not fit the backbone.
             InvalidField: the size of a codec's payload cannot be known ahead.
         """

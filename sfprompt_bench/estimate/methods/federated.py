@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from protocol.plan import ProxyKind
+from protocol.plan import ModelPlan, ProxyKind
 from sfprompt_bench.estimate.method_cost import MethodCost
 from sfprompt_bench.estimate.methods.base import Method
 from sfprompt_bench.estimate.question import Question
@@ -29,7 +29,7 @@ from sfprompt_bench.estimate.sizes import (
     run_blocks,
     trained_blocks,
 )
-from split_model import Head, SplitSettings, SplitSettingsError, Tail, anatomy, state_shapes
+from split_model import Head, ModelPlanError, Tail, anatomy, state_shapes
 from split_model.proxies.neurons import neurons_shape
 
 
@@ -40,22 +40,22 @@ class WholeModelMethod(Method):
     """
 
     @abstractmethod
-    def trained(self, settings: SplitSettings) -> int:
+    def trained(self, settings: ModelPlan) -> int:
         """Numbers that are tuned, and sent both ways every round."""
 
     @abstractmethod
-    def visit_flops(self, settings: SplitSettings) -> int:
+    def visit_flops(self, settings: ModelPlan) -> int:
         """Operations of training on one image once."""
 
     @abstractmethod
-    def activations(self, settings: SplitSettings) -> int:
+    def activations(self, settings: ModelPlan) -> int:
         """Numbers kept of one image between the embedding and the classifier's norm."""
 
-    def added(self, settings: SplitSettings) -> int:
+    def added(self, settings: ModelPlan) -> int:
         """Of the tuned numbers, those that the pretrained model does not have."""
         return 0
 
-    def sent_per_round(self, settings: SplitSettings) -> int:
+    def sent_per_round(self, settings: ModelPlan) -> int:
         """Numbers that cross each way in a round."""
         return self.trained(settings)
 
@@ -85,16 +85,16 @@ class FullFineTuning(WholeModelMethod):
 
     name = "fl-full"
 
-    def trained(self, settings: SplitSettings) -> int:
+    def trained(self, settings: ModelPlan) -> int:
         return parameters(settings).every
 
-    def sent_per_round(self, settings: SplitSettings) -> int:
+    def sent_per_round(self, settings: ModelPlan) -> int:
         return bytes_of(settings).backbone  # buffers are part of the state too
 
-    def visit_flops(self, settings: SplitSettings) -> int:
+    def visit_flops(self, settings: ModelPlan) -> int:
         return 3 * forward_flops(settings).whole
 
-    def activations(self, settings: SplitSettings) -> int:
+    def activations(self, settings: ModelPlan) -> int:
         sizes = anatomy(settings)
         return trained_blocks(settings, sizes.depth, sizes.tokens)
 
@@ -112,28 +112,28 @@ class FedPeftAdapter(WholeModelMethod):
 
     name = "fedpeft-adapter"
 
-    def trained(self, settings: SplitSettings) -> int:
+    def trained(self, settings: ModelPlan) -> int:
         return parameters(settings).classifier + self.added(settings)
 
-    def added(self, settings: SplitSettings) -> int:
+    def added(self, settings: ModelPlan) -> int:
         width, narrow = self._widths(settings)
         return 2 * width * narrow + narrow + width
 
-    def visit_flops(self, settings: SplitSettings) -> int:
+    def visit_flops(self, settings: ModelPlan) -> int:
         sizes, flops = anatomy(settings), forward_flops(settings)
         width, narrow = self._widths(settings)
         adapters = sizes.depth * sizes.tokens * 2 * (2 * width * narrow)
         passed = flops.behind_embedding - flops.block
         return flops.whole + passed + parameters(settings).classifier_flops + 3 * adapters
 
-    def activations(self, settings: SplitSettings) -> int:
+    def activations(self, settings: ModelPlan) -> int:
         sizes = anatomy(settings)
         width, narrow = self._widths(settings)
         # Of each use: its input, and the bottleneck on both sides of the activation function.
         adapters = sizes.depth * sizes.tokens * (width + 2 * narrow)
         return passed_blocks(settings, sizes.depth, sizes.tokens) + adapters
 
-    def _widths(self, settings: SplitSettings) -> tuple[int, int]:
+    def _widths(self, settings: ModelPlan) -> tuple[int, int]:
         width = anatomy(settings).width
         return width, width // _NARROWING
 
@@ -147,15 +147,15 @@ class FedPeftBias(WholeModelMethod):
 
     name = "fedpeft-bias"
 
-    def trained(self, settings: SplitSettings) -> int:
+    def trained(self, settings: ModelPlan) -> int:
         own = parameters(settings)
         return own.classifier + own.other_biases
 
-    def visit_flops(self, settings: SplitSettings) -> int:
+    def visit_flops(self, settings: ModelPlan) -> int:
         flops = forward_flops(settings)
         return flops.whole + flops.behind_embedding + parameters(settings).classifier_flops
 
-    def activations(self, settings: SplitSettings) -> int:
+    def activations(self, settings: ModelPlan) -> int:
         sizes = anatomy(settings)
         return passed_blocks(settings, sizes.depth, sizes.tokens)
 
@@ -168,13 +168,13 @@ class FedPeftHead(WholeModelMethod):
 
     name = "fedpeft-head"
 
-    def trained(self, settings: SplitSettings) -> int:
+    def trained(self, settings: ModelPlan) -> int:
         return parameters(settings).classifier
 
-    def visit_flops(self, settings: SplitSettings) -> int:
+    def visit_flops(self, settings: ModelPlan) -> int:
         return forward_flops(settings).whole + parameters(settings).classifier_flops
 
-    def activations(self, settings: SplitSettings) -> int:
+    def activations(self, settings: ModelPlan) -> int:
         sizes = anatomy(settings)
         return run_blocks(settings, sizes.depth, sizes.tokens)
 
@@ -191,18 +191,18 @@ class FedPeftPrompt(WholeModelMethod):
 
     name = "fedpeft-prompt"
 
-    def trained(self, settings: SplitSettings) -> int:
+    def trained(self, settings: ModelPlan) -> int:
         return parameters(settings).classifier + self.added(settings)
 
-    def added(self, settings: SplitSettings) -> int:
+    def added(self, settings: ModelPlan) -> int:
         sizes = anatomy(settings)
         return sizes.depth * _PROMPTS * sizes.width
 
-    def visit_flops(self, settings: SplitSettings) -> int:
+    def visit_flops(self, settings: ModelPlan) -> int:
         flops = forward_flops(settings, _PROMPTS)
         return flops.whole + flops.behind_embedding + parameters(settings).classifier_flops
 
-    def activations(self, settings: SplitSettings) -> int:
+    def activations(self, settings: ModelPlan) -> int:
         sizes = anatomy(settings)
         return passed_blocks(settings, sizes.depth, sizes.tokens + _PROMPTS)
 
@@ -228,16 +228,16 @@ class ProxiedMethod(Method):
         try:
             self.settings(question)
             _step_flops(self.settings(question))
-        except SplitSettingsError:
+        except ModelPlanError:
             return False
         return True
 
-    def settings(self, question: Question) -> SplitSettings:
+    def settings(self, question: Question) -> ModelPlan:
         """The model of the run, whole on the device. Raises as `cost` does."""
         asked = question.split
         if asked.proxy == self.proxy:
             return asked
-        proxied = SplitSettings(
+        proxied = ModelPlan(
             backbone=asked.backbone,
             image_size=asked.image_size,
             num_classes=asked.num_classes,
@@ -248,7 +248,7 @@ class ProxiedMethod(Method):
             lora_ends=self.tuned_ends,
             proxy=self.proxy,
         )
-        return dataclasses.replace(proxied, cut=anatomy(proxied).depth)
+        return proxied.replace(cut=anatomy(proxied).depth)
 
     def cost(self, question: Question) -> MethodCost:
         settings = self.settings(question)
@@ -275,7 +275,7 @@ class ProxiedMethod(Method):
 
 
 @functools.lru_cache(maxsize=64)
-def _step_flops(settings: SplitSettings) -> int:
+def _step_flops(settings: ModelPlan) -> int:
     """Of one image's forward and backward pass."""
     head, tail = Head(settings), Tail(settings)
     for part in (head, tail):
@@ -286,7 +286,7 @@ def _step_flops(settings: SplitSettings) -> int:
     return embedding_flops(head) + blocks_flops(head) + output
 
 
-def _activations(settings: SplitSettings) -> int:
+def _activations(settings: ModelPlan) -> int:
     """Numbers kept of one image: of every block that a gradient passes, as of a frozen one.
 
     With what LoRA keeps beside: the input of its block's projection, and what is between its two
@@ -332,7 +332,7 @@ class FedPft(ProxiedMethod):
 
 
 @functools.lru_cache(maxsize=64)
-def _forward_flops(settings: SplitSettings) -> int:
+def _forward_flops(settings: ModelPlan) -> int:
     """Of one image through the head, without gradients."""
     head = Head(settings).requires_grad_(False)
     return embedding_flops(head) + blocks_flops(head)

@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from edge_client.data import BatchReader, Preprocessing
 from edge_client.model import DeviceModel, preprocessing_of
 from protocol.errors import MalformedFrame
+from protocol.plan import ModelPlan
 from split_model import (
-    SplitSettings,
     build_body,
     image_preparation,
     load_state,
@@ -69,7 +69,7 @@ def test_the_body_is_never_allocated() -> None:
     for part in (model.head, model.tail):
         assert all(p.device.type == "cpu" for p in [*part.parameters(), *part.buffers()])
         assert len(part.trunk.blocks) == 0
-    body = build_body(SplitSettings.of(SMALL), open_backbone(files().backbone))
+    body = build_body(SMALL, open_backbone(files().backbone))
     assert size(body) == 11 * block
     held = 4 * (embedding + block + tail)
     assert held <= taken.nbytes < 1.1 * held < 4 * size(body) / 4
@@ -138,7 +138,7 @@ def test_no_prompts_no_mean_token() -> None:
 def test_images_are_prepared_as_timm_records_it_for_the_backbone(
     backbone: str, expected: Preprocessing
 ) -> None:
-    split = SplitSettings(backbone=backbone, image_size=expected.image_size)
+    split = ModelPlan(backbone=backbone, image_size=expected.image_size)
     assert preprocessing_of(split, image_preparation(split)) == expected
 
 

@@ -14,7 +14,6 @@ from protocol.errors import InvalidField, NotFound
 from protocol.messages import BlobRef, JoinRequest, JoinResponse, RunStatus, RunView
 from protocol.plan import RunPlan
 from split_model import (
-    SplitSettings,
     export_model,
     image_preparation,
     initial_state,
@@ -146,7 +145,7 @@ def test_an_exported_model_says_what_it_says_to_the_same_pixels(
 ) -> None:
     paths = save_images(tmp_path / "images", 3)
     paths[1].write_bytes(b"no image")
-    split = SplitSettings.of(SMALL)
+    split = SMALL
     backbone = prepare_backbone(split, SMALL.weights, tmp_path / "backbones").path
     state = initial_state(split, open_backbone(backbone), seed=3)
     file = export_model(split, backbone, state, tmp_path / "m.safetensors", class_names=names)

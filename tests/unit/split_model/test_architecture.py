@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch import nn
 
+from protocol.plan import ModelPlan
 from split_model import (
-    SplitSettings,
-    SplitSettingsError,
+    ModelPlanError,
     UnsupportedBackboneError,
     anatomy,
     body_blocks,
     skeleton,
-    supported_backbones,
 )
+from split_model.backbone.architecture import supported_backbones
 from split_model.backbone.libraries import timm, torchvision
 from tests.support.uncut_model import reduced
 
@@ -40,10 +40,10 @@ TINY: dict[str, Any] = {
 )
 def test_other_architectures_are_refused_by_name(name: str) -> None:
     with pytest.raises(UnsupportedBackboneError) as caught:
-        skeleton(SplitSettings(backbone=name))
-    assert caught.value.backbone == name
-    assert repr(name) in str(caught.value)
-    assert "VisionTransformer" in caught.value.supported
+        skeleton(ModelPlan(backbone=name))
+    assert (caught.value.field, caught.value.value) == ("model.backbone", name)
+    assert name in str(caught.value)
+    assert "VisionTransformer" in str(caught.value.limit)
 
 
 def test_every_plain_transformer_of_timm_is_supported() -> None:
@@ -64,16 +64,16 @@ def test_every_plain_transformer_of_timm_is_supported() -> None:
 
 
 def test_a_pretrained_tag_may_follow_the_name() -> None:
-    assert anatomy(SplitSettings(**{**TINY, "backbone": "vit_tiny_patch16_224.augreg_in21k"}))
+    assert anatomy(ModelPlan(**{**TINY, "backbone": "vit_tiny_patch16_224.augreg_in21k"}))
 
 
 def test_a_skeleton_has_no_memory() -> None:
-    model = skeleton(SplitSettings(backbone="vit_large_patch16_224", image_size=224))
+    model = skeleton(ModelPlan(backbone="vit_large_patch16_224", image_size=224))
     assert all(tensor.is_meta for tensor in model.state_dict().values())
 
 
 def test_a_skeleton_is_the_callers_own() -> None:
-    settings = SplitSettings(**TINY)
+    settings = ModelPlan(**TINY)
     skeleton(settings).blocks = nn.Sequential()
     assert len(skeleton(settings).blocks) == 2
 
@@ -92,14 +92,14 @@ def test_a_skeleton_is_the_callers_own() -> None:
     ],
 )
 def test_limits_that_need_the_architecture(changes: dict[str, Any], field: str) -> None:
-    with pytest.raises(SplitSettingsError) as caught:
-        skeleton(SplitSettings(**{**TINY, **changes}))
-    assert caught.value.field == field
+    with pytest.raises(ModelPlanError) as caught:
+        skeleton(ModelPlan(**{**TINY, **changes}))
+    assert caught.value.field == f"model.{field}"
 
 
 def test_a_dynamic_image_size_must_fit_the_patches() -> None:
-    with pytest.raises(SplitSettingsError, match="a multiple of 14"):
-        skeleton(SplitSettings(backbone="vit_intern300m_patch14_448", image_size=30))
+    with pytest.raises(ModelPlanError, match="a multiple of 14"):
+        skeleton(ModelPlan(backbone="vit_intern300m_patch14_448", image_size=30))
 
 
 def test_anatomy() -> None:
@@ -109,7 +109,7 @@ def test_anatomy() -> None:
     assert sizes.num_tokens == 1
     assert anatomy(reduced("deit_tiny_distilled_patch16_224")).num_tokens == 2
     assert anatomy(reduced("vit_base_patch16_siglip_224")).num_tokens is None
-    assert body_blocks(SplitSettings(cut=2, tail_blocks=3)) == range(2, 9)
+    assert body_blocks(ModelPlan(cut=2, tail_blocks=3)) == range(2, 9)
 
 
 def test_torchvision_works_over_this_torch() -> None:

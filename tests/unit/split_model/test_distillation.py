@@ -1,7 +1,5 @@
 """Layer-level distillation: its loss by hand, that it falls, and what it leaves alone."""
 
-import dataclasses
-
 import pytest
 import torch
 from torch import Tensor
@@ -14,16 +12,15 @@ from tests.support.uncut_model import random_model, reduced
 
 DEPTH = 4
 
-FULL = dataclasses.replace(
-    reduced("vit_base_patch16_224"),
+FULL = reduced("vit_base_patch16_224").replace(
     cut=DEPTH,
     prompt_count=0,
     model_overrides=(("depth", DEPTH), ("embed_dim", 32), ("num_heads", 2), ("patch_size", 8)),
 )
 
-PRUNED = dataclasses.replace(FULL, proxy="pruned", proxy_width=32)
+PRUNED = FULL.replace(proxy="pruned", proxy_width=32)
 
-DROPPED = dataclasses.replace(FULL, proxy="dropped", proxy_blocks=3, cut=3)
+DROPPED = FULL.replace(proxy="dropped", proxy_blocks=3, cut=3)
 
 HOW = DistillationSettings(epochs=4, batch_size=8, learning_rate=5e-3)
 

@@ -1,6 +1,5 @@
 """Split = uncut, for every architecture name and every legal cut: outputs and gradients."""
 
-import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,15 +7,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from protocol.plan import ModelPlan
 from split_model import (
-    SplitSettings,
     build_body,
     build_head,
     build_tail,
     prompt_shape,
     skeleton,
-    supported_backbones,
 )
+from split_model.backbone.architecture import supported_backbones
 from tests.support.uncut_model import Hooks, difference, random_model, reduced, signature
 
 OUTPUT_TOLERANCE = 1e-5
@@ -67,7 +66,7 @@ def _run(
     return logits
 
 
-def check(model: Any, settings: SplitSettings) -> None:
+def check(model: Any, settings: ModelPlan) -> None:
     weights = model.state_dict()
     side = settings.image_size
     generator = torch.Generator().manual_seed(1)
@@ -113,10 +112,9 @@ def check(model: Any, settings: SplitSettings) -> None:
             assert difference(mine, theirs) <= GRADIENT_TOLERANCE, name
 
 
-def _with(settings: SplitSettings, case: tuple[Any, ...]) -> SplitSettings:
+def _with(settings: ModelPlan, case: tuple[Any, ...]) -> ModelPlan:
     cut, tail_blocks, prompt_at, prompt_depth = case
-    return dataclasses.replace(
-        settings,
+    return settings.replace(
         cut=cut,
         tail_blocks=tail_blocks,
         prompt_at=prompt_at,

@@ -1,13 +1,11 @@
 """Neuron-level distillation: counting, ranking, and what a renewed proxy keeps."""
 
-import dataclasses
-
 import pytest
 import torch
 from torch import Tensor
 
 from protocol.distillation import DistillationSettings
-from split_model import SplitSettingsError, build_head, initial_state
+from split_model import ModelPlanError, build_head, initial_state
 from split_model.backbone.libraries import timm
 from split_model.checkpoints.state import head_tensors
 from split_model.parts.build import Layered
@@ -18,8 +16,7 @@ from tests.support.uncut_model import random_model, reduced
 
 DEPTH, WIDTH = 4, 32
 
-FULL = dataclasses.replace(
-    reduced("vit_base_patch16_224"),
+FULL = reduced("vit_base_patch16_224").replace(
     cut=DEPTH,
     prompt_count=0,
     tune="lora",
@@ -27,7 +24,7 @@ FULL = dataclasses.replace(
     model_overrides=(("depth", DEPTH), ("embed_dim", 32), ("num_heads", 2), ("patch_size", 8)),
 )
 
-PRUNED = dataclasses.replace(FULL, proxy="pruned", proxy_width=WIDTH)
+PRUNED = FULL.replace(proxy="pruned", proxy_width=WIDTH)
 
 HOW = DistillationSettings(epochs=3, batch_size=8, learning_rate=5e-3, every=1, retained=0.25)
 
@@ -85,7 +82,7 @@ def test_what_is_counted_is_what_a_mlp_worked_out_by_hand_does() -> None:
 
 def test_timm_s_own_model_of_the_proxy_s_weights_counts_the_same() -> None:
     weights = proxy_weights(PRUNED, backbone())
-    plain = dataclasses.replace(PRUNED, tune="tail")
+    plain = PRUNED.replace(tune="tail")
     model = timm.create_model(
         "vit_base_patch16_224",
         img_size=24,
@@ -120,7 +117,7 @@ def test_the_busiest_stay_and_of_equals_the_first() -> None:
 
 @pytest.mark.parametrize("prompts", [0, 3])
 def test_a_renewed_proxy_is_nearer_and_its_busy_neurons_are_the_same_bits(prompts: int) -> None:
-    settings = dataclasses.replace(PRUNED, prompt_count=prompts)
+    settings = PRUNED.replace(prompt_count=prompts)
     weights, state = backbone(), tuned(settings)
     proxy = proxy_weights(settings, weights)
     before = {n: t.clone() for n, t in (weights | proxy).items()}
@@ -188,6 +185,6 @@ def test_the_work_ends_where_it_is_told_to() -> None:
     [({"cut": 3}, "cut"), ({"proxy_ends": 2}, "proxy_ends"), ({"proxy": "none"}, "proxy")],
 )
 def test_neurons_are_counted_where_the_whole_proxy_is(changes: dict, field: str) -> None:
-    with pytest.raises(SplitSettingsError) as caught:
-        neurons_shape(dataclasses.replace(PRUNED, **changes))
-    assert caught.value.field == field
+    with pytest.raises(ModelPlanError) as caught:
+        neurons_shape(PRUNED.replace(**changes))
+    assert caught.value.field == f"model.{field}"

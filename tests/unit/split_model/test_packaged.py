@@ -11,7 +11,8 @@ import pytest
 import torch
 from onnx import helper, numpy_helper
 
-from split_model import PackagedBackboneError, SplitSettings, prepare_backbone
+from protocol.plan import ModelPlan
+from split_model import PackagedBackboneError, prepare_backbone
 from split_model.backbone import weights
 
 WIDTH = 4
@@ -91,7 +92,7 @@ def test_a_broken_wheel_is_refused(tmp_path: Path) -> None:
 
 def test_other_backbones_have_no_packaged_weights(tmp_path: Path) -> None:
     with pytest.raises(PackagedBackboneError, match="vit_base_patch16_224"):
-        prepare_backbone(SplitSettings(backbone="vit_base_patch16_224"), "packaged", tmp_path)
+        prepare_backbone(ModelPlan(backbone="vit_base_patch16_224"), "packaged", tmp_path)
 
 
 def test_without_a_network_the_error_says_what_to_do(

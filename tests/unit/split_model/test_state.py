@@ -1,7 +1,5 @@
 """Tuned states, prepared backbones, head files and exports: what is written is what is read."""
 
-import dataclasses
-import json
 from pathlib import Path
 
 import pytest
@@ -9,10 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from protocol.plan import ModelPlan
 from split_model import (
     Head,
-    SplitSettings,
-    SplitSettingsError,
     TensorFileError,
     WeightsMismatchError,
     WeightSourceError,
@@ -26,7 +23,6 @@ from split_model import (
     load_state,
     open_backbone,
     part_bytes,
-    part_flops,
     prepare_backbone,
     read_head_file,
     read_state,
@@ -38,7 +34,7 @@ from split_model import (
 from split_model.backbone.libraries import timm
 from tests.support.uncut_model import difference, random_model, reduced
 
-SETTINGS = dataclasses.replace(reduced("vit_base_patch16_224"), tail_blocks=1)
+SETTINGS = reduced("vit_base_patch16_224").replace(tail_blocks=1)
 
 
 @pytest.fixture
@@ -108,7 +104,7 @@ def test_random_weights_are_cached_and_a_broken_cache_is_remade(tmp_path: Path) 
     assert file.nbytes == file.path.stat().st_size
     assert file.parameters == part_bytes(SETTINGS).backbone - 5 * 33
     written = file.path.stat().st_mtime_ns
-    assert prepare_backbone(dataclasses.replace(SETTINGS, cut=0), "random:1", tmp_path) == file
+    assert prepare_backbone(SETTINGS.replace(cut=0), "random:1", tmp_path) == file
     assert file.path.stat().st_mtime_ns == written
     assert prepare_backbone(SETTINGS, "random:2", tmp_path).sha256 != file.sha256
     content = bytearray(file.path.read_bytes())
@@ -137,7 +133,7 @@ def test_weights_from_a_file_at_another_image_size(name: str, tmp_path: Path) ->
     same = load_file(prepare_backbone(small, source, tmp_path / "cache").path)
     assert all(torch.equal(tensor, model.state_dict()[key]) for key, tensor in same.items())
     assert not any(key.startswith("head") for key in same)
-    large = dataclasses.replace(small, image_size=40)
+    large = small.replace(image_size=40)
     file = prepare_backbone(large, source, tmp_path / "cache")
     resized = load_file(file.path)
     expected = timm.create_model(name, img_size=40, num_classes=0, **dict(small.model_overrides))
@@ -201,11 +197,11 @@ def _built(path: Path) -> None:
 
 
 def test_broken_head_files_are_refused(tmp_path: Path) -> None:
-    good = {"settings": json.dumps(SETTINGS.to_dict()), "images": "{}"}
+    good = {"settings": SETTINGS.model_dump_json(), "images": "{}"}
     cases = [
         ({}, TensorFileError),
-        ({**good, "settings": "[]"}, SplitSettingsError),
-        ({**good, "settings": '{"cut": -1}'}, SplitSettingsError),
+        ({**good, "settings": "[]"}, TensorFileError),
+        ({**good, "settings": '{"cut": -1}'}, TensorFileError),
         (good, TensorFileError),
         (
             {**good, "images": '{"mean": [0, 0], "std": [1, 1], "interpolation": ""}'},
@@ -232,8 +228,7 @@ def test_broken_head_files_are_refused(tmp_path: Path) -> None:
 def test_an_exported_model_predicts_as_the_split_one(
     name: str, prompt_at: str, prompt_depth: str, tail_blocks: int, tmp_path: Path
 ) -> None:
-    settings = dataclasses.replace(
-        reduced(name),
+    settings = reduced(name).replace(
         prompt_at=prompt_at,
         prompt_depth=prompt_depth,
         tail_blocks=tail_blocks,
@@ -259,7 +254,7 @@ def test_an_exported_model_predicts_as_the_split_one(
 
 
 def test_without_prompts_the_export_is_the_timm_model(tmp_path: Path) -> None:
-    settings: SplitSettings = dataclasses.replace(SETTINGS, prompt_count=0)
+    settings: ModelPlan = SETTINGS.replace(prompt_count=0)
     file = prepare_backbone(settings, "random:1", tmp_path)
     weights = open_backbone(file.path)
     state = initial_state(settings, weights, seed=1)
@@ -273,18 +268,13 @@ def test_without_prompts_the_export_is_the_timm_model(tmp_path: Path) -> None:
     assert difference(model(images), uncut(images)) <= 1e-5
 
 
-def test_costs_of_a_vit_base() -> None:
-    settings = SplitSettings(
+def test_sizes_of_a_vit_base() -> None:
+    settings = ModelPlan(
         backbone="vit_base_patch16_224", image_size=224, cut=3, num_classes=100, prompt_count=0
     )
-    size, work = part_bytes(settings), part_flops(settings)
+    size = part_bytes(settings)
     assert size.head + size.body + size.tail == size.backbone
     assert size.backbone_bytes == 4 * 85_875_556
-    assert work.head + work.body + work.tail == work.backbone
-    assert work.backbone / 2 == pytest.approx(17.6e9, rel=0.01)
-    prompted = dataclasses.replace(settings, prompt_count=50)
-    work = part_flops(prompted)
-    assert (work.head + work.body + work.tail) / 2 == pytest.approx(22.2e9, rel=0.02)
 
 
 def test_a_resampled_bias_table_keeps_its_shape(tmp_path: Path) -> None:
@@ -295,7 +285,7 @@ def test_a_resampled_bias_table_keeps_its_shape(tmp_path: Path) -> None:
     ramp = torch.arange(-2.0, 3.0).repeat_interleave(5)
     weights[name] = torch.cat([ramp, torch.tensor([7.0, 8.0, 9.0])])[:, None].repeat(1, 2)
     save_file(weights, tmp_path / "weights.safetensors")
-    large = dataclasses.replace(settings, image_size=40)
+    large = settings.replace(image_size=40)
     source = f"file:{tmp_path / 'weights.safetensors'}"
     table = load_file(prepare_backbone(large, source, tmp_path / "cache").path)[name]
     assert table.shape == (9 * 9 + 3, 2)

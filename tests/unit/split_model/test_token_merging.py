@@ -3,11 +3,13 @@
 import pytest
 import torch
 
-from split_model import SplitSettings, SplitSettingsError, anatomy
+from protocol.plan import ModelPlan
+from split_model import anatomy
 from split_model.layers.token_merging import merge_tokens
 from split_model.parts.body import Body
 from split_model.parts.head import Head
 from split_model.parts.tail import Tail
+from tests.support.uncut_model import refused_field
 
 TINY = {"backbone": "vit_tiny_patch16_224", "image_size": 64, "prompt_at": "cut"}
 
@@ -41,7 +43,7 @@ def test_an_image_is_merged_alike_in_any_company() -> None:
 
 
 def test_fewer_tokens_cross_and_the_body_takes_them() -> None:
-    settings = SplitSettings(**TINY, prompt_count=2, prompt_depth="deep", keep_tokens=6)
+    settings = ModelPlan(**TINY, prompt_count=2, prompt_depth="deep", keep_tokens=6)
     assert anatomy(settings).tokens == 1 + 6
     with torch.device("meta"):
         smashed = Head(settings)(torch.empty(2, 3, 64, 64))
@@ -62,6 +64,4 @@ def test_fewer_tokens_cross_and_the_body_takes_them() -> None:
     ],
 )
 def test_what_cannot_be_merged_is_refused(change: dict[str, object]) -> None:
-    with pytest.raises(SplitSettingsError) as caught:
-        anatomy(SplitSettings(**{**TINY, **change}))
-    assert caught.value.field == "keep_tokens"
+    assert refused_field(lambda: anatomy(ModelPlan(**{**TINY, **change}))) == "keep_tokens"

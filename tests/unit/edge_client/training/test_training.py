@@ -14,7 +14,7 @@ from edge_client.model import DeviceModel
 from edge_client.training import RoundContext, evaluate, local_update, select_samples, split_train
 from protocol.errors import StepLost
 from protocol.seeds import derive_seed
-from split_model import SplitSettings, load_state, open_backbone, write_head_file
+from split_model import load_state, open_backbone, write_head_file
 from split_model.backbone.libraries import timm
 from split_model.optimizer import learning_rate_factor
 from tests.support.edge import SMALL, BodyServer, device_model, files, image_set, round_context
@@ -178,7 +178,7 @@ def test_the_local_update_is_a_plain_torch_loop() -> None:
 
 def test_a_local_update_through_a_small_body_is_a_plain_torch_loop(tmp_path: Path) -> None:
     settings = SMALL.model_copy(update={"local_body": 2})
-    split = SplitSettings.of(settings)
+    split = settings
     weights = open_backbone(files().backbone)
     # Of blocks 1 ... 11, by hand: the middles of two halves.
     sources = {"blocks.1.": "blocks.3.", "blocks.2.": "blocks.9."}

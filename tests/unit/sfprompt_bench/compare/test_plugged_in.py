@@ -10,7 +10,7 @@ import torch
 from edge_client.data import Dataset, load_dataset
 from protocol.plan import RunPlan
 from sfprompt_bench.compare.references import give_images, of_backbone, plugged_in_accuracy
-from split_model import SplitSettings, initial_state, open_backbone, prepare_backbone
+from split_model import initial_state, open_backbone, prepare_backbone
 from split_model.backbone.tensor_file import TensorFile
 from split_model.proxies.weights import proxy_weights
 from tests.support.edge import SMALL, image_set
@@ -37,7 +37,7 @@ def test_without_a_named_set_the_server_is_given_none(tmp_path: Path) -> None:
 
 
 def test_it_is_the_backbone_s_accuracy_that_is_measured(tmp_path: Path) -> None:
-    split = SplitSettings.of(SETTINGS.model)
+    split = SETTINGS.model
     weights = open_backbone(prepare_backbone(split, "random:0", tmp_path).path)
     state = initial_state(split, proxy_weights(split, weights), seed=0)
     # A classifier that says "green" whatever it reads: right for a third of 9, 4 of 10 for red.

@@ -1,6 +1,7 @@
 """The calculator against values worked out by hand, timm's own models and torch's counter."""
 
 import dataclasses
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from protocol.federation import FederationSettings
 from protocol.plan import ModelPlan, RunPlan, TrainingPlan
 from sfprompt_bench.estimate import METHODS, MethodCost, Question, estimate
 from sfprompt_bench.estimate.sizes import forward_flops
-from split_model import Head, SplitSettings, Tail, part_flops
+from split_model import Body, Head, Tail, prompt_shape, skeleton
 from split_model.backbone.libraries import timm
 
 WHOLE = 85_875_556  # ViT-B/16 with 100 classes
@@ -252,6 +253,13 @@ def counted(loss: object) -> int:
     return int(counter.get_total_flops())
 
 
+def forward(step: Callable[[], Tensor]) -> tuple[Tensor, int]:
+    """A forward pass, and torch's own count of it."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        result = step()
+    return result, int(counter.get_total_flops())
+
+
 def test_full_fine_tuning_computes_what_torch_counts(vit: nn.Module) -> None:
     images = torch.empty(1, 3, 224, 224, device="meta")
     cost = METHODS["fl-full"].cost(Question(base(), 1, local_epochs=1))
@@ -276,7 +284,7 @@ def test_passing_a_gradient_on_computes_about_what_torch_counts(vit: nn.Module) 
 
 def test_a_split_step_of_the_paper_computes_about_what_torch_counts() -> None:
     run = base(cut=3, local_epochs=0)
-    split = SplitSettings.of(run.model)
+    split = run.model
     head, tail = Head(split), Tail(split)
     for parameter in head.parameters():
         parameter.requires_grad_(False)
@@ -301,7 +309,7 @@ def test_a_split_step_of_the_paper_computes_about_what_torch_counts() -> None:
 def test_every_block_of_a_backbone_computes_the_same(
     backbone: str, prompt_at: str, prompts: int
 ) -> None:
-    split = SplitSettings(
+    split = ModelPlan(
         backbone=backbone,
         image_size=56 if "14" in backbone else 64,
         cut=2,
@@ -309,14 +317,21 @@ def test_every_block_of_a_backbone_computes_the_same(
         prompt_at=prompt_at,  # type: ignore[arg-type]
         prompt_count=prompts,
     )
-    parts = part_flops(split)
+    head, body, tail = Head(split), Body(split), Tail(split)
+    soft = torch.empty(prompt_shape(split), device="meta") if prompts else None
+    images = torch.empty(1, 3, split.image_size, split.image_size, device="meta")
+    at_input = prompt_at == "input"
+    smashed, of_head = forward(lambda: head(images, soft if at_input else None))
+    features, of_body = forward(lambda: body(smashed, None if at_input else soft))
+    _, of_tail = forward(lambda: tail(features))
+    _, of_backbone = forward(lambda: skeleton(split)(images))
     flops = forward_flops(split, prompts)
     bare = forward_flops(split)
     in_head = bare if prompt_at == "cut" else flops
-    assert parts.head == flops.embedding + 2 * in_head.block
-    assert parts.body == (flops.depth - 5) * flops.block
-    assert parts.tail == 3 * flops.block + flops.output
-    assert parts.backbone == bare.whole
+    assert of_head == flops.embedding + 2 * in_head.block
+    assert of_body == (flops.depth - 5) * flops.block
+    assert of_tail == 3 * flops.block + flops.output
+    assert of_backbone == bare.whole
 
 
 def test_memory_of_full_fine_tuning_is_the_formulas() -> None:

@@ -25,7 +25,6 @@ from protocol.errors import (
     WrongShape,
 )
 from protocol.plan import RunPlan, TrainingPlan
-from split_model import SplitSettings
 from split_model.backbone.libraries import timm
 from split_server.engine.api import BodyJob, BodyPlan, ForwardJob, StepKey
 from split_server.engine.engine import LocalEngine
@@ -85,7 +84,7 @@ class Case:
             model=SMALL.model_copy(update=tuned), training=TrainingPlan.model_validate(given)
         )
         self.backbone, self.optimizer, self.num_tokens = backbone, optimizer, num_tokens
-        self.split = SplitSettings.of(settings.model)
+        self.split = settings.model
         self.key = BodyKey.of(str(backbone), settings)
         self.plan = BodyPlan(settings.training, ROUNDS, ROUND, NUMBERS)
 

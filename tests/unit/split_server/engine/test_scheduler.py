@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from split_model import SplitSettings
+from protocol.plan import ModelPlan
 from split_server.engine.api import StepKey
 from split_server.engine.scheduler import Batch, Schedule
 from split_server.engine.steps import Graph, RetainedStep, RetainedSteps
@@ -269,7 +269,7 @@ def test_the_bytes_of_steps_and_graphs_are_always_accounted(moves: list[tuple[st
 
 
 def test_split_settings_are_part_of_a_kind() -> None:
-    assert isinstance(BODY.settings, SplitSettings)
+    assert isinstance(BODY.settings, ModelPlan)
     assert kind() == kind()
     assert hash(kind()) == hash(kind())
     assert kind(OTHER) != kind()

@@ -14,7 +14,7 @@ from torch import Tensor
 from protocol.errors import StepLost, WrongShape
 from protocol.messages import RunStatus, Task
 from protocol.plan import RunPlan
-from split_model import SplitSettings, load_state
+from split_model import load_state
 from split_server.federation import transitions
 from split_server.federation.export import newest_state
 from split_server.storage.events import IdempotentRequest
@@ -22,7 +22,7 @@ from tests.support.federation import SMALL, FederationHarness, everywhere, run_s
 
 MODEL = SMALL.model_copy(update={"prompt_count": 0, "tune": "full", "tune_body": True, "cut": 10})
 
-SPLIT = SplitSettings.of(MODEL)
+SPLIT = MODEL
 
 
 @pytest.fixture

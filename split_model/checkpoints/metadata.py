@@ -1,0 +1,80 @@
+"""The metadata of a tensor file: the model's plan, and how images become its input."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+from pydantic import ValidationError
+
+from protocol.plan import ModelPlan
+from split_model.backbone.architecture import skeleton
+from split_model.backbone.libraries import timm
+from split_model.backbone.tensor_file import TensorFile
+from split_model.errors import TensorFileError
+
+_PLAN, _IMAGES = "settings", "images"  # entries of the metadata
+
+
+@dataclasses.dataclass(frozen=True)
+class ImagePreparation:
+    """How pixels become the head's input: resize, scale to 0 … 1, then (x − mean) / std."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str  # "bicubic", "bilinear", …
+
+
+def image_preparation(settings: ModelPlan) -> ImagePreparation:
+    """The preparation that timm records for the backbone's pretrained weights."""
+    config = timm.data.resolve_model_data_config(skeleton(settings))
+    return _parse_preparation(config)
+
+
+def model_metadata(settings: ModelPlan) -> dict[str, str]:
+    """The entries that `read_plan` and `read_preparation` read.
+
+    The source of the weights is left out: it may be a path on the server.
+    """
+    plan = settings.model_dump(mode="json", exclude={"weights"})
+    plan["model_overrides"] = settings.model_overrides
+    preparation = dataclasses.asdict(image_preparation(settings))
+    return {_PLAN: json.dumps(plan), _IMAGES: json.dumps(preparation)}
+
+
+def read_plan(file: TensorFile) -> ModelPlan:
+    """The plan in a file's metadata, with the default source of the weights.
+
+    Raises:
+        TensorFileError: there is none, or it breaks a limit.
+    """
+    text = json.dumps(file.json(_PLAN))
+    try:
+        return ModelPlan.model_validate_json(text, strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        reason = f"its settings are invalid: {place}: {first['msg']}"
+        raise TensorFileError(file.path, reason) from error
+
+
+def read_preparation(file: TensorFile) -> ImagePreparation:
+    """The image preparation in a file's metadata.
+
+    Raises:
+        TensorFileError: there is none, or it is invalid.
+    """
+    try:
+        return _parse_preparation(file.json(_IMAGES))
+    except (KeyError, TypeError, ValueError) as error:
+        raise TensorFileError(file.path, "its image preparation is invalid") from error
+
+
+def _parse_preparation(values: Any) -> ImagePreparation:
+    mean, std = ([float(number) for number in values[key]] for key in ("mean", "std"))
+    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        raise ValueError("mean and std must have three numbers each, std positive ones")
+    return ImagePreparation(
+        (mean[0], mean[1], mean[2]), (std[0], std[1], std[2]), str(values["interpolation"])
+    )
