@@ -43,7 +43,7 @@ def run_forward(
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(counter.pack, _unpack):
         features = _call(body, constant, tuned, num_tokens)
     # Prompts are their session's: what a step takes then grows with its batch and nothing else.
-    return leaf, features, counter.nbytes + _nbytes(constant)
+    return leaf, features, counter.nbytes + constant.nbytes
 
 
 def run_backward(graph: Graph, gradients: Tensor) -> Tensor:
@@ -96,7 +96,3 @@ def _unpack(tensor: Tensor) -> Tensor:
 
 def _pointers(tensors: Iterable[Tensor]) -> list[int]:
     return [tensor.untyped_storage().data_ptr() for tensor in tensors]
-
-
-def _nbytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

@@ -34,10 +34,12 @@ class CompletionQueue:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._letters: queue.SimpleQueue[_Completion | None] = queue.SimpleQueue()
+        self._queued: queue.SimpleQueue[_Completion | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         if device.type == "cuda":
-            self._thread = threading.Thread(target=self._work, name="split-outbox", daemon=True)
+            self._thread = threading.Thread(
+                target=self._work, name="split-completions", daemon=True
+            )
             self._thread.start()
 
     def send(self, result: Tensor, deliver: Deliver, fail: Fail) -> None:
@@ -51,25 +53,25 @@ class CompletionQueue:
             return
         done = torch.cuda.Event(blocking=True)
         done.record(torch.cuda.current_stream(self._device))
-        self._letters.put(_Completion(done, result, deliver, fail))
+        self._queued.put(_Completion(done, result, deliver, fail))
 
     def close(self) -> None:
         """Deliver what is on its way, then stop."""
         if self._thread is not None:
-            self._letters.put(None)
+            self._queued.put(None)
             self._thread.join(timeout=30)
 
     def _work(self) -> None:
-        while (letter := self._letters.get()) is not None:
+        while (completion := self._queued.get()) is not None:
             try:
-                letter.done.synchronize()
-                letter.deliver(letter.result)
+                completion.done.synchronize()
+                completion.deliver(completion.result)
             except Exception as error:
-                letter.fail(error)
-            del letter  # what its job holds, a graph say, is not kept while nothing is to do
+                completion.fail(error)
+            del completion  # what its job holds, a graph say, is not kept while nothing is to do
 
 
 def _alone(tensor: Tensor) -> Tensor:
     """The tensor itself, unless it is a part of a larger one that it would keep in memory."""
-    whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    whole = tensor.untyped_storage().nbytes() == tensor.nbytes
     return tensor if whole else tensor.clone()

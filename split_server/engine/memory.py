@@ -7,7 +7,8 @@ from torch import Tensor
 
 from protocol.errors import TooLarge
 from split_model import body_blocks
-from split_server.engine.api import Backward, StepKey
+from split_server.engine.api import StepKey
+from split_server.engine.limits import BackwardMode
 from split_server.engine.steps import RetainedSteps
 from split_server.engine.tasks import Keep
 from split_server.models.body_key import BodyKey
@@ -46,9 +47,6 @@ class StepSizes:
         self._batch[kind, int(tokens)] = int(batch)
 
 
-_FLOAT_BYTES = 4
-
-
 class MemoryBudget:
     """Decides what is kept of a step. Not thread-safe: the engine holds its lock.
 
@@ -58,7 +56,7 @@ class MemoryBudget:
         dtype: of the bodies.
     """
 
-    def __init__(self, limit: int, backward: Backward, steps: int, dtype: torch.dtype) -> None:
+    def __init__(self, limit: int, backward: BackwardMode, steps: int, dtype: torch.dtype) -> None:
         self._limit = limit
         self._backward = backward
         self._itemsize = dtype.itemsize
@@ -129,11 +127,13 @@ class MemoryBudget:
             TooLarge: it never fits.
         """
         found: list[tuple[Keep, int]] = []
-        one = largest.numel() * _FLOAT_BYTES
+        one = largest.numel() * torch.float32.itemsize
         weights += 2 * one  # the newest answer of either way, which is kept for repeats
         least = weights + one
         if self._backward != "recompute":
-            size = self.sizes.estimate(body.unstated, _blocks(body), largest, _FLOAT_BYTES)
+            size = self.sizes.estimate(
+                body.unstated, _blocks(body), largest, torch.float32.itemsize
+            )
             if not self.sizes.is_known(body.unstated, largest):
                 size = min(size, self._limit - weights)  # a guess may be too high
             found.append(("graph", max(least, weights + size)))

@@ -21,7 +21,6 @@ from split_server.engine.tasks import (
     Forwarded,
     backward_task,
     forward_task,
-    nbytes_of,
     require_shape,
 )
 from split_server.engine.worker import Worker
@@ -97,15 +96,19 @@ class Session:
 class Exchanges:
     """The sessions of an engine, and what becomes of their requests.
 
-    Methods without another word are called under the keeper's lock.
+    Methods without another word are called under the tracker's lock.
     """
 
     def __init__(
-        self, keeper: RequestTracker, worker: Worker, outbox: CompletionQueue, device: torch.device
+        self,
+        tracker: RequestTracker,
+        worker: Worker,
+        completions: CompletionQueue,
+        device: torch.device,
     ) -> None:
-        self._keeper = keeper
+        self._tracker = tracker
         self._worker = worker
-        self._outbox = outbox
+        self._completions = completions
         self._device = device
         self._sessions = OpenSessions[Session]()
 
@@ -117,7 +120,7 @@ class Exchanges:
             IdempotencyKeyReused
             InvalidField: its session has another number of steps.
         """
-        if (answer := self._keeper.known("exchange", job.key, job.fingerprint)) is not None:
+        if (answer := self._tracker.known("exchange", job.key, job.fingerprint)) is not None:
             return answer
         if job.number == 0:
             begun = self._sessions.find(job.run, job.participant, job.session)
@@ -138,27 +141,27 @@ class Exchanges:
         """
         self._worker.require_room(_waiting_bytes(job))
         if job.number == 0:
-            self._keeper.drop_steps(job.run, job.participant)  # begun anew: it makes room
-            ticket, admitted = self._open(job)
+            self._tracker.drop_steps(job.run, job.participant)  # begun anew: it makes room
+            pending, admitted = self._open(job)
             first = partial(self._first, job, admitted)
-            self._go_on(job, ticket, admitted, first, _waiting_bytes(job))
-            return ticket
+            self._go_on(job, pending, admitted, first, _waiting_bytes(job))
+            return pending
         session = self._sessions.get(job.run, job.participant, job.session)
         if session.applied == job.number:  # a repeat, whose forward had failed
-            session.expires_at = self._keeper.expiry
-            ticket, admitted = self._open(job)
-            self._go_on(job, ticket, admitted, session.current, _waiting_bytes(job))
-            return ticket
-        step = self._keeper.room.steps.get(_before(job))
+            session.expires_at = self._tracker.expiry
+            pending, admitted = self._open(job)
+            self._go_on(job, pending, admitted, session.current, _waiting_bytes(job))
+            return pending
+        step = self._tracker.memory.steps.get(_before(job))
         if session.applied != job.number - 1 or step is None or job.gradients is None:
             raise lost_session(job.session)
         require_shape(job.gradients, step)
-        ticket, admitted = self._open(job)
-        fail = partial(self._broke_off, job, ticket)
-        done = partial(self._apply, job, ticket, admitted, session)
+        pending, admitted = self._open(job)
+        fail = partial(self._broke_off, job, pending)
+        done = partial(self._apply, job, pending, admitted, session)
         task = backward_task(_before(job), step, job.gradients, done, fail, _waiting_bytes(job))
         self._worker.add(task)
-        return ticket
+        return pending
 
     def finished(self, run: str, participant: str, name: str) -> Session:
         """A session that has come to its end.
@@ -178,42 +181,42 @@ class Exchanges:
         Their runs may be over: a first batch can still be on its way here when that is told. Who
         has finished is waited for as long as the round is open: a slow link may hold the update.
         """
-        for run, participant, session in self._sessions.expired(self._keeper.now):
+        for run, participant, session in self._sessions.expired(self._tracker.now):
             if session.applied == session.steps:
                 continue
             step = batch_key(run, participant, session.name, session.applied)
-            held = self._keeper.room.steps.get(step) is not None
-            if held or self._keeper.is_at_work(run, participant):
-                session.expires_at = self._keeper.expiry
+            held = self._tracker.memory.steps.get(step) is not None
+            if held or self._tracker.is_at_work(run, participant):
+                session.expires_at = self._tracker.expiry
             else:
                 self.release(run, participant)
 
     def _account(self) -> None:
-        self._keeper.room.others = self._sessions.nbytes
+        self._tracker.memory.others = self._sessions.nbytes
 
     def _open(self, job: ExchangeJob) -> tuple[PendingRequest, Admitted | None]:
         admitted = None
         if job.smashed is not None:
-            admitted = self._keeper.admit(job, job.smashed, _before(job), self._worker.busy_error)
+            admitted = self._tracker.admit(job, job.smashed, _before(job), self._worker.busy_error)
         reserved = 0 if admitted is None else admitted.nbytes
         name = ("exchange", job.key)
-        return self._keeper.open(name, job.fingerprint, reserved), admitted
+        return self._tracker.open(name, job.fingerprint, reserved), admitted
 
     def _go_on(
         self,
         job: ExchangeJob,
-        ticket: PendingRequest,
+        pending: PendingRequest,
         admitted: Admitted | None,
         prompts: Callable[[Tensor], Tensor],
         nbytes: int = 0,
     ) -> None:
         """The forward of the next batch; after the last, nothing."""
         if job.smashed is None or admitted is None:
-            self._keeper.room.steps.drop(_before(job))
-            ticket.answer(torch.empty(0))
+            self._tracker.memory.steps.drop(_before(job))
+            pending.answer(torch.empty(0))
             return
-        done = partial(self._ran_forward, job, ticket, admitted)
-        self._worker.add(forward_task(job, admitted.keep, prompts, done, ticket.fail, nbytes))
+        done = partial(self._ran_forward, job, pending, admitted)
+        self._worker.add(forward_task(job, admitted.keep, prompts, done, pending.fail, nbytes))
 
     # On the worker, without the lock
 
@@ -221,10 +224,10 @@ class Exchanges:
         """The prompts of a session that begins with this batch [B, T, D]."""
         patches = smashed[:, anatomy(job.body.settings).prefix :]  # [B, N, D]
         session = Session.begin(job.session, job.steps, job.plan, self._device, patches)
-        with self._keeper.lock:
-            session.expires_at = self._keeper.expiry
-            self._keeper.drop_steps(job.run, job.participant)
-            if admitted is not None and admitted.releases == self._keeper.releases_of(job.key):
+        with self._tracker.lock:
+            session.expires_at = self._tracker.expiry
+            self._tracker.drop_steps(job.run, job.participant)
+            if admitted is not None and admitted.releases == self._tracker.releases_of(job.key):
                 self._sessions.begin(job.run, job.participant, session)
                 self._account()
         return session.current(smashed)
@@ -232,7 +235,7 @@ class Exchanges:
     def _apply(
         self,
         job: ExchangeJob,
-        ticket: PendingRequest,
+        pending: PendingRequest,
         admitted: Admitted | None,
         session: Session,
         gradients: Tensor,
@@ -242,24 +245,24 @@ class Exchanges:
         Its step is spent then, but keeps its room for the next one.
         """
         session.apply(gradients.sum(dim=0))
-        with self._keeper.lock:
-            self._go_on(job, ticket, admitted, session.current)
+        with self._tracker.lock:
+            self._go_on(job, pending, admitted, session.current)
 
-    def _broke_off(self, job: ExchangeJob, ticket: PendingRequest, error: Exception) -> None:
+    def _broke_off(self, job: ExchangeJob, pending: PendingRequest, error: Exception) -> None:
         """A backward has failed, and its graph is spent: the device must begin anew."""
-        with self._keeper.lock:
-            self._keeper.room.steps.drop(_before(job))
-        ticket.fail(error)
+        with self._tracker.lock:
+            self._tracker.memory.steps.drop(_before(job))
+        pending.fail(error)
 
     def _ran_forward(
-        self, job: ExchangeJob, ticket: PendingRequest, admitted: Admitted, part: Forwarded
+        self, job: ExchangeJob, pending: PendingRequest, admitted: Admitted, part: Forwarded
     ) -> None:
         def deliver(features: Tensor) -> None:
-            with self._keeper.lock:
-                self._keeper.retain(job, admitted, part, features, _before(job))
-            ticket.answer(features)
+            with self._tracker.lock:
+                self._tracker.retain(job, admitted, part, features, _before(job))
+            pending.answer(features)
 
-        self._outbox.send(part.features, deliver, ticket.fail)
+        self._completions.send(part.features, deliver, pending.fail)
 
 
 def _before(job: ExchangeJob) -> StepKey:
@@ -267,4 +270,4 @@ def _before(job: ExchangeJob) -> StepKey:
 
 
 def _waiting_bytes(job: ExchangeJob) -> int:
-    return sum(nbytes_of(t) for t in (job.gradients, job.smashed) if t is not None)
+    return sum(t.nbytes for t in (job.gradients, job.smashed) if t is not None)

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from protocol.errors import Busy, IdempotencyKeyReused, InternalError, SFPromptError
-from split_server.engine.api import EngineLimits, ExchangeJob, ForwardJob, StepKey
+from split_server.engine.api import ExchangeJob, ForwardJob, StepKey
+from split_server.engine.limits import EngineLimits
 from split_server.engine.memory import MemoryBudget
 from split_server.engine.steps import CachedResponse, ResponseCache, RetainedStep
 from split_server.engine.tasks import Forwarded, Keep
@@ -140,10 +141,10 @@ class RequestTracker:
         refused: Callable[[SFPromptError], None],
     ) -> None:
         self.lock = threading.Condition()
-        self.room = MemoryBudget(
+        self.memory = MemoryBudget(
             limits.retained_bytes, limits.backward, limits.steps_per_participant, dtype
         )
-        self._answers = ResponseCache(limits.steps_per_participant, limits.answer_bytes)
+        self._answers = ResponseCache(limits.steps_per_participant, limits.response_bytes)
         self._step_timeout_s = limits.step_timeout_s
         self._clock = clock
         self._refused = refused
@@ -152,7 +153,7 @@ class RequestTracker:
         self._releases: Counter[tuple[str, str | None]] = Counter()
 
     @property
-    def answer_bytes(self) -> int:
+    def response_bytes(self) -> int:
         return self._answers.nbytes
 
     @property
@@ -175,7 +176,11 @@ class RequestTracker:
             IdempotencyKeyReused: its name was used for another request.
         """
         answer = self._answers.get(kind, key)
-        if answer is None and kind != "backward" and (step := self.room.steps.get(key)) is not None:
+        if (
+            answer is None
+            and kind != "backward"
+            and (step := self.memory.steps.get(key)) is not None
+        ):
             answer = CachedResponse(step.answer, step.fingerprint)
         if answer is None:
             return None
@@ -186,12 +191,12 @@ class RequestTracker:
         return self._in_flight.get(name)
 
     def open(self, name: Name | None, fingerprint: int, reserved: int = 0) -> PendingRequest:
-        """A ticket for a job that begins now. Without a name nobody can repeat it."""
-        self.room.reserved += reserved
-        ticket = PendingRequest(fingerprint, self._refused, partial(self._close, name), reserved)
+        """A pending for a job that begins now. Without a name nobody can repeat it."""
+        self.memory.reserved += reserved
+        pending = PendingRequest(fingerprint, self._refused, partial(self._close, name), reserved)
         if name is not None:
-            self._in_flight[name] = ticket
-        return ticket
+            self._in_flight[name] = pending
+        return pending
 
     def admit(
         self,
@@ -205,7 +210,7 @@ class RequestTracker:
         Raises:
             Busy, TooLarge
         """
-        ask = partial(self.room.ask, job.body, smashed, job.num_tokens)
+        ask = partial(self.memory.ask, job.body, smashed, job.num_tokens)
         found = ask(instead_of)
         if found is None:
             self.sweep()
@@ -221,10 +226,10 @@ class RequestTracker:
 
         It goes at once: of several forwards that wait, only one can have its room.
         """
-        oldest = self.room.steps.next_to_go(key)
+        oldest = self.memory.steps.next_to_go(key)
         if oldest is None or ask(oldest) is None:
             return None
-        self.room.steps.drop(oldest)
+        self.memory.steps.drop(oldest)
         return ask(None)
 
     def releases_of(self, key: StepKey) -> int:
@@ -241,7 +246,7 @@ class RequestTracker:
     ) -> None:
         """Keep a forward for its backward, in the place of its session's last one."""
         if last is not None:
-            self.room.steps.drop(last)
+            self.memory.steps.drop(last)
         if admitted.releases != self.releases_of(job.key):
             return  # its round ended while it waited
         step = RetainedStep(
@@ -255,11 +260,11 @@ class RequestTracker:
             graph_until=self.now + self._graph_timeout_s,
             graph=part.graph,
         )
-        self.room.steps.add(job.key, step)
+        self.memory.steps.add(job.key, step)
 
     def answered(self, key: StepKey, step: RetainedStep, answer: CachedResponse) -> None:
         """A step is over; its answers are kept for repeats."""
-        self.room.steps.drop(key)
+        self.memory.steps.drop(key)
         self.remember("forward", key, CachedResponse(step.answer, step.fingerprint))
         self.remember("backward", key, answer)
 
@@ -268,7 +273,7 @@ class RequestTracker:
         self._answers.add(kind, key, answer)
 
     def drop_steps(self, run: str, participant: str | None) -> None:
-        self.room.steps.drop_where(lambda key, _: _is_of(key, run, participant))
+        self.memory.steps.drop_where(lambda key, _: _is_of(key, run, participant))
 
     def release(self, run: str, participant: str | None) -> None:
         """Free the steps and answers of a run, or of one participant."""
@@ -279,8 +284,8 @@ class RequestTracker:
     def sweep(self) -> None:
         """Free the steps whose backward has not come in time, and the graphs of slow ones."""
         now = self.now
-        self.room.steps.let_graphs_go(now)
-        gone = self.room.steps.drop_where(lambda _, step: step.expires_at <= now)
+        self.memory.steps.let_graphs_go(now)
+        gone = self.memory.steps.drop_where(lambda _, step: step.expires_at <= now)
         if gone:
             log.info("%d open steps were dropped: their backward did not come in time", gone)
 
@@ -290,10 +295,10 @@ class RequestTracker:
             self._releases[run, None] = sum(self._releases.pop(key) for key in own)
         self._releases[run, participant] += 1
 
-    def _close(self, name: Name | None, ticket: PendingRequest) -> None:
+    def _close(self, name: Name | None, pending: PendingRequest) -> None:
         with self.lock:
-            self.room.reserved -= ticket.reserved
-            if name is not None and self._in_flight.get(name) is ticket:
+            self.memory.reserved -= pending.reserved
+            if name is not None and self._in_flight.get(name) is pending:
                 del self._in_flight[name]
 
 

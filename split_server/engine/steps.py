@@ -46,11 +46,11 @@ class RetainedStep:
 
     @property
     def input_bytes(self) -> int:
-        return self.smashed.numel() * self.smashed.element_size()
+        return self.smashed.nbytes
 
     @property
     def answer_bytes(self) -> int:
-        return self.answer.numel() * self.answer.element_size()
+        return self.answer.nbytes
 
 
 class RetainedSteps:
@@ -165,7 +165,7 @@ class CachedResponse:
 
     @property
     def nbytes(self) -> int:
-        return self.tensor.numel() * self.tensor.element_size()
+        return self.tensor.nbytes
 
 
 class ResponseCache:

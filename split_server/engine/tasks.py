@@ -156,8 +156,3 @@ def require_shape(gradients: Tensor, step: RetainedStep) -> None:
             limit=list(step.answer.shape),
             value=list(gradients.shape),
         )
-
-
-def nbytes_of(tensor: Tensor) -> int:
-    """Its bytes in memory."""
-    return tensor.numel() * tensor.element_size()

@@ -20,7 +20,7 @@ from split_server.engine.delivery import CompletionQueue
 from split_server.engine.requests import PendingRequest, RequestTracker, require_same
 from split_server.engine.session_table import OpenSessions, lost_session, require_steps
 from split_server.engine.steps import CachedResponse, Graph
-from split_server.engine.tasks import Keep, Kind, OwnTask, nbytes_of
+from split_server.engine.tasks import Keep, Kind, OwnTask
 from split_server.engine.worker import Worker
 from split_server.models.body_key import BodyKey, weights_of
 from split_server.runtime.device import used_here
@@ -133,15 +133,19 @@ class BodyTraining:
     A session has its memory from its first forward to its end: who has begun is never sent away,
     so that sessions cannot keep each other from going on. Nothing of it is joined with others.
 
-    Methods without another word are called under the keeper's lock.
+    Methods without another word are called under the tracker's lock.
     """
 
     def __init__(
-        self, keeper: RequestTracker, worker: Worker, outbox: CompletionQueue, device: torch.device
+        self,
+        tracker: RequestTracker,
+        worker: Worker,
+        completions: CompletionQueue,
+        device: torch.device,
     ) -> None:
-        self._keeper = keeper
+        self._tracker = tracker
         self._worker = worker
-        self._outbox = outbox
+        self._completions = completions
         self._device = device
         self._sessions = OpenSessions[BodySession]()
 
@@ -168,15 +172,15 @@ class BodyTraining:
             StepLost: it is not the next one of a session that is here.
             Busy, TooLarge, InvalidField
         """
-        self._worker.require_room(nbytes_of(job.tensor))
+        self._worker.require_room(job.tensor.nbytes)
         session = self._sessions.find(job.run, job.participant, job.session)
         if session is None and job.number == 0:
             session = self._admitted(job)
         if session is None or session.applied != job.number:
             raise lost_session(job.session)
-        ticket = self._open("forward", job, session)
-        self._add(job, ticket, partial(self._forward, job, session, ticket), "forward")
-        return ticket
+        pending = self._open("forward", job, session)
+        self._add(job, pending, partial(self._forward, job, session, pending), "forward")
+        return pending
 
     def begin_backward(self, job: BodyJob) -> PendingRequest:
         """Put the backward of the open step to work.
@@ -185,16 +189,16 @@ class BodyTraining:
             StepLost: that step is not open.
             Busy, WrongShape, InvalidField
         """
-        self._worker.require_room(nbytes_of(job.tensor))
+        self._worker.require_room(job.tensor.nbytes)
         session = self._sessions.get(job.run, job.participant, job.session)
         step = session.open
         if step is None or not job.number == step.number == session.applied:
             raise lost_session(job.session)
         _require_shape(job.tensor, step)
-        ticket = self._open("backward", job, session)
+        pending = self._open("backward", job, session)
         work = "backward" if session.keep == "graph" else "recompute"
-        self._add(job, ticket, partial(self._backward, job, session, step, ticket), work)
-        return ticket
+        self._add(job, pending, partial(self._backward, job, session, step, pending), work)
+        return pending
 
     def finished(self, run: str, participant: str, name: str) -> BodySession:
         """A session that has come to its end.
@@ -210,8 +214,8 @@ class BodyTraining:
 
     def sweep(self) -> None:
         """Free the sessions of participants that were not heard of in time."""
-        for run, participant, _ in self._sessions.expired(self._keeper.now):
-            if not self._keeper.is_at_work(run, participant):
+        for run, participant, _ in self._sessions.expired(self._tracker.now):
+            if not self._tracker.is_at_work(run, participant):
                 self.release(run, participant)
 
     def _admitted(self, job: BodyJob) -> BodySession:
@@ -219,7 +223,7 @@ class BodyTraining:
         self.release(job.run, job.participant)
         shape = (job.plan.training.batch_size, *job.tensor.shape[1:])
         largest = torch.empty(shape, device="meta")
-        found = self._keeper.room.ask_for_body(job.body, largest, job.plan.nbytes)
+        found = self._tracker.memory.ask_for_body(job.body, largest, job.plan.nbytes)
         if found is None:
             full = self._worker.busy_error("the memory for bodies is taken")
             full.hint = "raise engine_memory_mib where more are to be trained at once"
@@ -231,71 +235,71 @@ class BodyTraining:
 
     def _open(self, way: Way, job: BodyJob, session: BodySession) -> PendingRequest:
         require_steps(job.steps, session.steps)
-        session.expires_at = self._keeper.expiry
-        return self._keeper.open((way, job.key), job.fingerprint)
+        session.expires_at = self._tracker.expiry
+        return self._tracker.open((way, job.key), job.fingerprint)
 
-    def _add(self, job: BodyJob, ticket: PendingRequest, run: partial[None], work: str) -> None:
+    def _add(self, job: BodyJob, pending: PendingRequest, run: partial[None], work: str) -> None:
         samples, tokens, width = job.tensor.shape
         own = (job.run, job.participant, job.session)
         task = OwnTask(
             kind=Kind(job.body, int(tokens), int(width), job.num_tokens, "graph", own),
             sender=(job.run, job.participant),
             samples=int(samples),
-            nbytes=nbytes_of(job.tensor),
-            fail=ticket.fail,
+            nbytes=job.tensor.nbytes,
+            fail=pending.fail,
             run=run,
             work=work,
         )
         self._worker.add(task)
 
     def _account(self) -> None:
-        self._keeper.room.bodies = self._sessions.nbytes
+        self._tracker.memory.bodies = self._sessions.nbytes
 
     # On the worker, without the lock
 
-    def _forward(self, job: BodyJob, session: BodySession, ticket: PendingRequest) -> None:
+    def _forward(self, job: BodyJob, session: BodySession, pending: PendingRequest) -> None:
         smashed = used_here(job.tensor).to(self._device, torch.float32)
         features, step = session.forward(job.number, smashed, job.num_tokens)
-        with self._keeper.lock:
+        with self._tracker.lock:
             session.open = step
             if step.graph is not None:
                 self._measured(session, step, step.graph.nbytes)
-        self._answer("forward", job, session, ticket, features)
+        self._answer("forward", job, session, pending, features)
 
     def _backward(
-        self, job: BodyJob, session: BodySession, step: OpenStep, ticket: PendingRequest
+        self, job: BodyJob, session: BodySession, step: OpenStep, pending: PendingRequest
     ) -> None:
         try:
             gradients = used_here(job.tensor).to(self._device, torch.float32)
             result = session.backward(step, gradients)
         except Exception:
-            with self._keeper.lock:  # half a step may be in the weights: the device begins anew
+            with self._tracker.lock:  # half a step may be in the weights: the device begins anew
                 if self._sessions.find(job.run, job.participant, job.session) is session:
                     self.release(job.run, job.participant)
             raise
-        with self._keeper.lock:
+        with self._tracker.lock:
             session.applied += 1
             session.open = None
-        self._answer("backward", job, session, ticket, result)
+        self._answer("backward", job, session, pending, result)
 
     def _answer(
-        self, way: Way, job: BodyJob, session: BodySession, ticket: PendingRequest, result: Tensor
+        self, way: Way, job: BodyJob, session: BodySession, pending: PendingRequest, result: Tensor
     ) -> None:
         def deliver(answer: Tensor) -> None:
-            with self._keeper.lock:
+            with self._tracker.lock:
                 session.answers[way] = (job.number, CachedResponse(answer, job.fingerprint))
-                session.expires_at = self._keeper.expiry
-            ticket.answer(answer)
+                session.expires_at = self._tracker.expiry
+            pending.answer(answer)
 
-        self._outbox.send(result, deliver, ticket.fail)
+        self._completions.send(result, deliver, pending.fail)
 
     def _measured(self, session: BodySession, step: OpenStep, nbytes: int) -> None:
         """What a step really takes is known: a session has room for the largest."""
-        sizes, plan = self._keeper.room.sizes, session.plan
+        sizes, plan = self._tracker.memory.sizes, session.plan
         sizes.learn(session.key.unstated, step.smashed, nbytes)
         per_sample = -(-nbytes // len(step.smashed))
         size = plan.training.batch_size
-        answers = 2 * size * nbytes_of(step.smashed) // len(step.smashed)  # the newest, each way
+        answers = 2 * size * step.smashed.nbytes // len(step.smashed)  # the newest, each way
         session.nbytes = plan.nbytes + answers + max(per_sample * size, nbytes)
         self._account()
 

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 from fastapi import APIRouter, Header, Query, Request
 from fastapi.responses import FileResponse, Response
 from starlette.concurrency import run_in_threadpool
@@ -32,7 +33,8 @@ from protocol.messages import (
 )
 from protocol.plan import RunPlan
 from protocol.wire import PROTOCOL_VERSION
-from split_server.engine.api import Engine
+from split_model.checkpoints.state import PROMPTS
+from split_server.engine.engine import Engine
 from split_server.federation import rounds, views
 from split_server.federation.credentials import (
     Credentials,
@@ -51,7 +53,6 @@ from split_server.http.middleware import identity_of, set_member
 from split_server.runtime.aio import Notifier, wait_for
 from split_server.runtime.device import Placement
 from split_server.storage.events import IdempotentRequest
-from split_server.storage.run_files import PROMPTS
 from split_server.storage.sample_store import SampleStore
 
 Key = Annotated[str | None, Header(alias="idempotency-key")]
@@ -59,8 +60,6 @@ Key = Annotated[str | None, Header(alias="idempotency-key")]
 _RANGE = re.compile(r"bytes=([0-9]{1,18})-([0-9]{0,18})")
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-
-_FLOAT_BYTES = 4
 
 _UPDATE_MARGIN = 1024 * 1024  # header and padding of the frame
 
@@ -299,7 +298,7 @@ class FederationRoutes:
         session = meta.session
         if snapshot.plan.model.tune_body:
             return lambda: self._engine.trained_body(run, participant, session)
-        return lambda: {PROMPTS: self._engine.trained(run, participant, session)}
+        return lambda: {PROMPTS: self._engine.trained_prompts(run, participant, session)}
 
     def _let_go(self, run: str, participant: str, meta: UpdateMeta) -> None:
         """Nothing more comes of this participant in its round: others may wait for the memory."""
@@ -338,7 +337,7 @@ class FederationRoutes:
 def _told_bytes(run: RunSnapshot) -> int:
     """Of what an update of the open round tells of neurons; may have to look at the model."""
     shape = asked_shape(run.plan, run.round)
-    return _FLOAT_BYTES * math.prod(shape) if shape else 0
+    return torch.float32.itemsize * math.prod(shape) if shape else 0
 
 
 def _update_of(member: Member) -> str:

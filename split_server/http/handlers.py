@@ -42,13 +42,13 @@ from split_server.engine.api import (
     BackwardJob,
     BodyJob,
     BodyPlan,
-    Engine,
     ExchangeJob,
     ForwardJob,
     InferJob,
     SessionPlan,
     StepKey,
 )
+from split_server.engine.engine import Engine
 from split_server.federation import rounds
 from split_server.federation.snapshot import Member, RunSnapshot
 from split_server.models.body_key import BodyKey

@@ -18,7 +18,7 @@ import split_model
 from protocol.errors import Busy, InternalError, StepLost, TooLarge
 from split_server.engine import compute
 from split_server.engine.api import BackwardJob, ForwardJob, InferJob, StepKey
-from split_server.engine.engine import LocalEngine
+from split_server.engine.engine import Engine
 from split_server.models.body_key import BodyKey
 from split_server.runtime.device import Placement
 from tests.support.engine import (
@@ -57,9 +57,7 @@ def key(tmp_path_factory: pytest.TempPathFactory) -> BodyKey:
 
 
 @contextmanager
-def busy_error(
-    engine: LocalEngine, key: BodyKey, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[None]:
+def busy_error(engine: Engine, key: BodyKey, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Keep the worker at another job, so that what is sent meanwhile waits together."""
     gate, at_work = threading.Event(), threading.Event()
     real = compute.run_inference
@@ -82,7 +80,7 @@ def busy_error(
 
 
 async def together(
-    engine: LocalEngine,
+    engine: Engine,
     key: BodyKey,
     monkeypatch: pytest.MonkeyPatch,
     jobs: Sequence[Awaitable[Tensor]],
@@ -104,7 +102,7 @@ def backward(key: BodyKey, tensor: Tensor, who: str) -> BackwardJob:
     return BackwardJob(StepKey("r1", who, "s"), key, tensor, fingerprint=2)
 
 
-async def mean_batch(engine: LocalEngine, tasks: int) -> float:
+async def mean_batch(engine: Engine, tasks: int) -> float:
     """The mean size of the batches that so many tasks were in. They are counted once answered."""
     async with asyncio.timeout(20):
         while (figures := engine.figures("r1")).tasks < tasks:  # noqa: ASYNC110
@@ -159,7 +157,7 @@ def test_joined_steps_give_each_participant_what_the_body_alone_would(
         torch.testing.assert_close(results[number], gradient, rtol=near, atol=near)
     asyncio.run(mean_batch(engine, 2 * len(PEOPLE)))
     assert engine.figures("r1").recomputed == (sizes(inputs) if mode == "recompute" else 0)
-    assert engine._keeper.room.taken == engine._worker.queued_bytes == 0
+    assert engine._tracker.memory.taken == engine._worker.queued_bytes == 0
 
 
 def test_jobs_of_runs_that_cut_alike_join_one_batch(
@@ -240,7 +238,7 @@ def test_nobody_waits_long_for_the_gradients_of_others(
         )
     asyncio.run(mean_batch(engine, 2 * len(PEOPLE)))
     assert engine.figures("r1").recomputed > 0
-    assert engine._keeper.room.taken == 0
+    assert engine._tracker.memory.taken == 0
 
 
 def test_a_batch_does_not_wait_for_a_participant_that_has_gone(
@@ -258,7 +256,7 @@ def test_a_batch_does_not_wait_for_a_participant_that_has_gone(
         with engine._lock:
             engine._lock.notify()
         await asyncio.gather(*waiting)
-        graph = next(iter(engine._keeper.room.steps._holders))
+        graph = next(iter(engine._tracker.memory.steps._holders))
         assert len(graph.rows) == 2
         first = asyncio.ensure_future(engine.backward(backward(key, with_prompts(), PEOPLE[0])))
         await asyncio.sleep(0.01)
@@ -266,7 +264,7 @@ def test_a_batch_does_not_wait_for_a_participant_that_has_gone(
         await asyncio.wait_for(first, 10)
 
     asyncio.run(steps())
-    assert engine._keeper.room.taken == 0
+    assert engine._tracker.memory.taken == 0
 
 
 def test_a_lone_participant_waits_for_nobody(make: MakeEngine, key: BodyKey) -> None:
@@ -332,7 +330,7 @@ def test_a_joint_backward_that_fails_is_tried_for_each_alone(
 def test_where_graphs_have_no_room_the_forward_is_run_again(make: MakeEngine, key: BodyKey) -> None:
     probe = make()
     asyncio.run(probe.forward(forward(key, with_prompts(), "p1")))
-    one_step = probe._keeper.room.taken
+    one_step = probe._tracker.memory.taken
     engine = make(retained=int(1.5 * one_step))
 
     async def crowd() -> None:
@@ -340,7 +338,7 @@ def test_where_graphs_have_no_room_the_forward_is_run_again(make: MakeEngine, ke
         await engine.backward(backward(key, with_prompts(), "p9"))
         for who in PEOPLE:
             await engine.forward(forward(key, with_prompts(), who))
-            assert engine._keeper.room.taken <= 1.5 * one_step
+            assert engine._tracker.memory.taken <= 1.5 * one_step
         for who in PEOPLE:
             found = await engine.backward(backward(key, with_prompts(seed=7), who))
             expected = by_itself(key, with_prompts(), with_prompts(seed=7))[1]
@@ -349,7 +347,7 @@ def test_where_graphs_have_no_room_the_forward_is_run_again(make: MakeEngine, ke
     asyncio.run(crowd())
     asyncio.run(mean_batch(engine, 2 * len(PEOPLE) + 2))
     assert engine.figures("r1").recomputed == 2 * (len(PEOPLE) - 1)
-    assert engine._keeper.room.taken == 0
+    assert engine._tracker.memory.taken == 0
 
 
 def test_figures_are_of_each_run_and_forgotten_with_it(
@@ -365,7 +363,7 @@ def test_figures_are_of_each_run_and_forgotten_with_it(
     assert engine.figures("r2").tasks == 0
     engine.forget("r1")
     assert engine.figures("r1").tasks == 0
-    assert engine._keeper.room.taken == 0, "sessions go with their run"
+    assert engine._tracker.memory.taken == 0, "sessions go with their run"
 
 
 def test_a_gradient_of_another_shape_costs_the_others_nothing(
@@ -397,7 +395,7 @@ def test_a_backward_that_failed_makes_the_forward_come_again(
             patch.setattr(compute, "run_backward", full)
             with pytest.raises(Busy):
                 await engine.backward(backward(key, with_prompts(seed=1), "p1"))
-        assert engine._keeper.room.taken == 0
+        assert engine._tracker.memory.taken == 0
         with pytest.raises(StepLost):
             await engine.backward(backward(key, with_prompts(seed=1), "p1"))
         await engine.forward(forward(key, with_prompts(), "p1"))
@@ -420,7 +418,7 @@ def test_a_graph_larger_than_all_memory_is_not_kept_and_its_step_is_served(
             await engine.forward(forward(key, with_prompts(batch=200), "p4"))
 
     asyncio.run(steps())
-    assert engine._keeper.room.taken == 0
+    assert engine._tracker.memory.taken == 0
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -430,12 +428,12 @@ def test_sessions_that_fill_the_memory_still_come_to_their_end(
     """Whoever is under way needs no more room than it gives back."""
     case, probe = Case(backbone, "deep"), make(backward=mode)
     asyncio.run(probe.exchange(case.job(0, 1, smashed(4))))
-    engine = make(retained=probe._keeper.room.taken, backward=mode)
+    engine = make(retained=probe._tracker.memory.taken, backward=mode)
     batches = [smashed(4, seed) for seed in range(4)]
 
     async def sessions() -> None:
         await engine.exchange(case.job(0, 4, batches[0], who="given up"))
-        engine._keeper.room.others *= 3  # more sessions than there is room for
+        engine._tracker.memory.others *= 3  # more sessions than there is room for
         engine.release("r1", "given up")
         await case.train(engine, batches, who="p1")
 

@@ -28,7 +28,7 @@ from protocol.plan import RunPlan, TrainingPlan
 from split_model import SplitSettings
 from split_model.backbone.libraries import timm
 from split_server.engine.api import BodyJob, BodyPlan, ForwardJob, StepKey
-from split_server.engine.engine import LocalEngine
+from split_server.engine.engine import Engine
 from split_server.engine.tuned_bodies import BodySession
 from split_server.models.body_key import BodyKey
 from tests.support.engine import MIB, MakeEngine, engines, gradient_of, prepare_backbone, smashed
@@ -106,7 +106,7 @@ class Case:
         )
 
     async def train(
-        self, engine: LocalEngine, batches: Sequence[Tensor], times: int = 1, **of: Any
+        self, engine: Engine, batches: Sequence[Tensor], times: int = 1, **of: Any
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
         """A session, each request sent so often at once and again: all answers, and the body."""
         answers: list[Tensor] = []
@@ -311,7 +311,7 @@ def test_a_backward_that_breaks_off_ends_the_session(
                 await engine.body_backward(job)
         with pytest.raises(StepLost):
             await engine.body_backward(job)
-        assert engine._keeper.room.taken == 0
+        assert engine._tracker.memory.taken == 0
         return (await case.train(engine, BATCHES, session="anew"))[1]
 
     close(asyncio.run(broken_off()), case.by_hand(BATCHES)[1])
@@ -327,13 +327,13 @@ def test_a_session_takes_its_weights_gradients_moments_and_a_step(
     case, engine = Case(backbone, optimizer), make()
     asyncio.run(engine.body_forward(case.job(0, 2, BATCHES[0])))
     weights = kinds * 4 * NUMBERS
-    taken = engine._keeper.room.taken
+    taken = engine._tracker.memory.taken
     # A step: 3 samples of 5 tokens, two blocks of some twenty tensors as wide as a token.
     assert weights + 3 * 5 * WIDTH * 4 < taken < weights + 2 * 40 * 3 * 5 * WIDTH * 4
     engine.release("r1", "p2")
-    assert engine._keeper.room.taken == taken
+    assert engine._tracker.memory.taken == taken
     engine.release("r1", "p1")
-    assert engine._keeper.room.taken == 0
+    assert engine._tracker.memory.taken == 0
 
 
 def test_who_finds_no_room_is_told_to_come_again_and_gets_it_when_another_is_done(
@@ -351,7 +351,7 @@ def test_who_finds_no_room_is_told_to_come_again_and_gets_it_when_another_is_don
         close(body, case.by_hand(BATCHES)[1])
         await case.train(engine, BATCHES, who="p2", session="anew")  # in its own place
         engine.release("r1")
-        assert engine._keeper.room.taken == 0
+        assert engine._tracker.memory.taken == 0
 
     asyncio.run(crowded())
 
@@ -367,12 +367,12 @@ def test_a_body_that_never_fits_is_refused_with_its_size(
     assert caught.value.limit == case.plan.nbytes
     assert isinstance(caught.value.value, int)
     assert caught.value.value > case.plan.nbytes
-    assert engine._keeper.room.taken == 0
+    assert engine._tracker.memory.taken == 0
 
 
 def test_without_room_for_a_graph_the_forward_is_run_again(make: MakeEngine, case: Case) -> None:
     engine = make(retained=case.plan.nbytes + 3 * BATCHES[0].numel() * 4)  # two answers
-    learn = engine._keeper.room.sizes.learn
+    learn = engine._tracker.memory.sizes.learn
     learn(case.key, BATCHES[0], 100 * BATCHES[0].numel() * 4)  # known from another round
     _, body = asyncio.run(case.train(engine, BATCHES))
     assert engine._bodies._sessions.get("r1", "p1", "s").keep == "input"
@@ -388,10 +388,10 @@ def test_a_session_that_is_left_alone_makes_room(make: MakeEngine, case: Case) -
     asyncio.run(engine.body_backward(case.job(0, 2, gradient_of(features))))
     time.now += 299  # since the backward
     engine.sweep()
-    assert engine._keeper.room.taken > 0
+    assert engine._tracker.memory.taken > 0
     time.now += 2
     engine.sweep()
-    assert engine._keeper.room.taken == 0
+    assert engine._tracker.memory.taken == 0
     with pytest.raises(StepLost):
         asyncio.run(engine.body_forward(case.job(1, 2, BATCHES[1])))
 

@@ -26,9 +26,10 @@ from protocol.errors import (
 from split_model import Body
 from split_server.engine import compute
 from split_server.engine import engine as engine_module
-from split_server.engine.api import BackwardJob, EngineLimits, ForwardJob, InferJob, StepKey
+from split_server.engine.api import BackwardJob, ForwardJob, InferJob, StepKey
 from split_server.engine.body_cache import BodyCache
-from split_server.engine.engine import LocalEngine
+from split_server.engine.engine import Engine
+from split_server.engine.limits import EngineLimits
 from split_server.models.body_key import BodyKey
 from split_server.runtime.device import choose_placement
 from tests.support.federation import SPLIT, TOKENS, WIDTH, FakeClock, run_settings, smashed
@@ -59,12 +60,12 @@ def body(backbone: Path) -> Body:
     return split_model.build_body(SPLIT, split_model.open_backbone(backbone))
 
 
-MakeEngine = Callable[..., LocalEngine]
+MakeEngine = Callable[..., Engine]
 
 
 @pytest.fixture
 def make(bodies: BodyCache) -> Iterator[MakeEngine]:
-    made: list[LocalEngine] = []
+    made: list[Engine] = []
 
     def one(
         retained: int = 256 * MIB,
@@ -73,9 +74,9 @@ def make(bodies: BodyCache) -> Iterator[MakeEngine]:
         time: FakeClock | None = None,
         steps: int = 4,
         **more: Any,
-    ) -> LocalEngine:
+    ) -> Engine:
         limits = EngineLimits(retained, queued, answers, 300.0, steps, **more)
-        made.append(LocalEngine(bodies, PLACEMENT, limits, (time or FakeClock()).clock()))
+        made.append(Engine(bodies, PLACEMENT, limits, (time or FakeClock()).clock()))
         return made[-1]
 
     yield one
@@ -237,10 +238,10 @@ def test_a_step_whose_backward_does_not_come_is_dropped(make: MakeEngine, key: B
         first = await engine.forward(forward(key, smashed()))
         time.now += 299
         engine.sweep()
-        assert len(engine._keeper.room.steps) == 1
+        assert len(engine._tracker.memory.steps) == 1
         time.now += 1
         engine.sweep()
-        assert len(engine._keeper.room.steps) == engine._keeper.room.steps.nbytes == 0
+        assert len(engine._tracker.memory.steps) == engine._tracker.memory.steps.nbytes == 0
         with pytest.raises(StepLost):
             await engine.backward(backward(key, smashed()))
         again = await engine.forward(forward(key, smashed()))
@@ -258,14 +259,14 @@ def test_a_graph_whose_gradients_do_not_come_makes_room_and_its_step_goes_on(
 
     async def late(wait_s: float) -> Tensor:
         await engine.forward(forward(key, smashed(), str(wait_s)))
-        whole = engine._keeper.room.taken
+        whole = engine._tracker.memory.taken
         time.now += wait_s
         engine.sweep()
-        assert (engine._keeper.room.taken < whole / 10) == (wait_s >= 30)
+        assert (engine._tracker.memory.taken < whole / 10) == (wait_s >= 30)
         return await engine.backward(backward(key, smashed(), str(wait_s)))
 
     assert torch.equal(asyncio.run(late(29)), asyncio.run(late(30)))
-    assert engine._keeper.room.taken == 0
+    assert engine._tracker.memory.taken == 0
 
 
 def test_a_participants_oldest_steps_make_room(make: MakeEngine, key: BodyKey) -> None:
@@ -285,7 +286,7 @@ def test_a_participants_oldest_steps_make_room(make: MakeEngine, key: BodyKey) -
 def test_open_steps_stay_within_their_memory(make: MakeEngine, key: BodyKey) -> None:
     probe = make()
     asyncio.run(probe.forward(forward(key, smashed())))
-    one_step = probe._keeper.room.steps.nbytes
+    one_step = probe._tracker.memory.steps.nbytes
     assert one_step > 11 * TOKENS * WIDTH * 4 * 2, "eleven blocks save more than their inputs"
     engine = make(retained=int(2.5 * one_step), backward="retained")
 
@@ -299,13 +300,13 @@ def test_open_steps_stay_within_their_memory(make: MakeEngine, key: BodyKey) -> 
         assert refused
         assert all(isinstance(one, Busy) for one in refused)
         assert all(one.retry_after_s and one.retry_after_s > 0 for one in refused)  # type: ignore[attr-defined]
-        assert engine._keeper.room.steps.nbytes <= 2.5 * one_step
+        assert engine._tracker.memory.steps.nbytes <= 2.5 * one_step
         served = [
             who for who, answer in zip(names, answers, strict=True) if isinstance(answer, Tensor)
         ]
         for who in served:
             await engine.backward(backward(key, smashed(), who=who))
-        assert engine._keeper.room.steps.nbytes == engine._keeper.room.reserved == 0
+        assert engine._tracker.memory.steps.nbytes == engine._tracker.memory.reserved == 0
         for who in ("x", "y"):
             await engine.forward(forward(key, smashed(), who=who))
         with pytest.raises(Busy):
@@ -406,7 +407,7 @@ def test_a_forward_whose_round_ended_while_it_waited_is_not_kept(
 
     monkeypatch.setattr(compute, "run_forward", overtaken)
     asyncio.run(engine.forward(forward(key, smashed())))
-    assert len(engine._keeper.room.steps) == engine._keeper.room.steps.nbytes == 0
+    assert len(engine._tracker.memory.steps) == engine._tracker.memory.steps.nbytes == 0
 
 
 def test_an_askers_going_does_not_stop_the_others(make: MakeEngine, key: BodyKey) -> None:
@@ -435,7 +436,7 @@ def test_no_memory_for_answers_means_no_repeats(make: MakeEngine, key: BodyKey) 
     async def once() -> None:
         await engine.forward(forward(key, smashed()))
         await engine.backward(backward(key, smashed(seed=1)))
-        assert engine._keeper.answer_bytes == 0
+        assert engine._tracker.response_bytes == 0
         with pytest.raises(StepLost):
             await engine.backward(backward(key, smashed(seed=1)))
 

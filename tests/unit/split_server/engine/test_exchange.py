@@ -141,7 +141,7 @@ def test_a_repeat_gets_the_same_answer_and_tunes_nothing_twice(
             if batch is not None:
                 assert torch.equal(answers[0], undisturbed[number])
                 gradients = gradient_of(answers[0])
-        assert torch.equal(engine.trained("r1", "p1", "s"), tuned)
+        assert torch.equal(engine.trained_prompts("r1", "p1", "s"), tuned)
 
     asyncio.run(stammering())
     assert ran == {"forward": 4, "backward": 4}
@@ -199,7 +199,7 @@ def test_a_session_that_is_not_here_is_lost(make: MakeEngine, case: Case) -> Non
                 await engine.exchange(case.job(1, 2, BATCHES[1], gradients, **of))
             with pytest.raises(StepLost):
                 await engine.exchange(case.job(2, 2, None, gradients, **of))
-        assert len(engine._keeper.room.steps) == 1
+        assert len(engine._tracker.memory.steps) == 1
 
     asyncio.run(lost())
 
@@ -222,7 +222,7 @@ def test_a_session_has_one_number_of_steps(make: MakeEngine, case: Case) -> None
         await engine.exchange(case.job(3, 3, None, gradient_of(features)))
 
     asyncio.run(wrong())
-    prompts = engine.trained("r1", "p1", "s")
+    prompts = engine.trained_prompts("r1", "p1", "s")
     torch.testing.assert_close(prompts, case.by_hand(BATCHES[:3])[1], rtol=1e-5, atol=1e-6)
 
 
@@ -231,24 +231,26 @@ def test_prompts_are_given_out_at_the_end_alone(make: MakeEngine, case: Case) ->
 
     async def unfinished() -> None:
         with pytest.raises(StepLost):
-            engine.trained("r1", "p1", "s")
+            engine.trained_prompts("r1", "p1", "s")
         features = await engine.exchange(case.job(0, 2, BATCHES[0]))
         with pytest.raises(StepLost):
-            engine.trained("r1", "p1", "s")
+            engine.trained_prompts("r1", "p1", "s")
         features = await engine.exchange(case.job(1, 2, BATCHES[1], gradient_of(features)))
         with pytest.raises(StepLost):
-            engine.trained("r1", "p1", "s")
+            engine.trained_prompts("r1", "p1", "s")
         await engine.exchange(case.job(2, 2, None, gradient_of(features)))
         for who, name in (("p2", "s"), ("p1", "t")):
             with pytest.raises(StepLost):
-                engine.trained("r1", who, name)
+                engine.trained_prompts("r1", who, name)
 
     asyncio.run(unfinished())
-    assert torch.equal(engine.trained("r1", "p1", "s"), engine.trained("r1", "p1", "s"))
+    assert torch.equal(
+        engine.trained_prompts("r1", "p1", "s"), engine.trained_prompts("r1", "p1", "s")
+    )
     assert (
-        len(engine._keeper.room.steps)
-        == engine._keeper.room.steps.nbytes
-        == engine._keeper.room.reserved
+        len(engine._tracker.memory.steps)
+        == engine._tracker.memory.steps.nbytes
+        == engine._tracker.memory.reserved
         == 0
     )
 
@@ -268,7 +270,7 @@ def test_begun_anew_it_forgets_what_was_before(make: MakeEngine, case: Case) -> 
     undisturbed, tuned = asyncio.run(case.train(make(), BATCHES))
     assert all(torch.equal(one, other) for one, other in zip(features, undisturbed, strict=True))
     assert torch.equal(prompts, tuned)
-    assert len(engine._keeper.room.steps) == 0
+    assert len(engine._tracker.memory.steps) == 0
 
 
 def test_nobody_waits_while_prompts_are_copied(
@@ -285,7 +287,7 @@ def test_nobody_waits_while_prompts_are_copied(
         return real(session)
 
     async def meanwhile() -> Tensor:
-        asked = asyncio.ensure_future(asyncio.to_thread(engine.trained, "r1", "p1", "s"))
+        asked = asyncio.ensure_future(asyncio.to_thread(engine.trained_prompts, "r1", "p1", "s"))
         assert await asyncio.to_thread(copying.wait, 20)
         late = threading.Timer(10, go_on.set)  # should somebody wait after all
         late.start()
@@ -298,4 +300,4 @@ def test_nobody_waits_while_prompts_are_copied(
     with monkeypatch.context() as patch:
         patch.setattr(Session, "trained", slow)
         found = asyncio.run(meanwhile())
-    assert torch.equal(found, engine.trained("r1", "p1", "s"))
+    assert torch.equal(found, engine.trained_prompts("r1", "p1", "s"))

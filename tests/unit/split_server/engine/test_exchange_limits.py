@@ -13,7 +13,7 @@ from torch import Tensor
 
 from protocol.errors import Busy, InternalError, NonFinite, StepLost, TooLarge, WrongShape
 from split_server.engine import compute
-from split_server.engine.engine import LocalEngine
+from split_server.engine.engine import Engine
 from tests.support.engine import (
     BATCHES,
     DEPTHS,
@@ -88,11 +88,11 @@ def test_a_forward_that_failed_can_be_repeated(
 
     asyncio.run(shaken())
     assert not failures
-    assert torch.equal(engine.trained("r1", "p1", "s"), tuned)
+    assert torch.equal(engine.trained_prompts("r1", "p1", "s"), tuned)
     assert (
-        len(engine._keeper.room.steps)
-        == engine._keeper.room.steps.nbytes
-        == engine._keeper.room.reserved
+        len(engine._tracker.memory.steps)
+        == engine._tracker.memory.steps.nbytes
+        == engine._tracker.memory.reserved
         == 0
     )
 
@@ -110,7 +110,7 @@ def test_bad_tensors_are_refused_and_change_nothing(make: MakeEngine, case: Case
 
     asyncio.run(refusals())
     assert torch.equal(
-        engine.trained("r1", "p1", "s"), asyncio.run(case.train(make(), BATCHES[:1]))[1]
+        engine.trained_prompts("r1", "p1", "s"), asyncio.run(case.train(make(), BATCHES[:1]))[1]
     )
 
 
@@ -124,11 +124,11 @@ def test_gradients_that_leave_the_range_of_float32_never_become_an_update(
         huge = torch.full_like(features, 3e38)
         await engine.exchange(case.job(1, 1, None, huge))
         with pytest.raises(NonFinite):
-            engine.trained("r1", "p1", "s")
+            engine.trained_prompts("r1", "p1", "s")
         assert (
-            len(engine._keeper.room.steps)
-            == engine._keeper.room.steps.nbytes
-            == engine._keeper.room.reserved
+            len(engine._tracker.memory.steps)
+            == engine._tracker.memory.steps.nbytes
+            == engine._tracker.memory.reserved
             == 0
         )
         await case.train(engine, BATCHES[:1], session="t")
@@ -169,7 +169,7 @@ def test_a_batch_whose_gradients_come_too_late_is_lost(make: MakeEngine, case: C
         features = await engine.exchange(case.job(0, 2, BATCHES[0]))
         time.now += 301
         engine.sweep()
-        assert engine._keeper.room.steps.nbytes == 0
+        assert engine._tracker.memory.steps.nbytes == 0
         with pytest.raises(StepLost):
             await engine.exchange(case.job(1, 2, BATCHES[1], gradient_of(features)))
         await case.train(engine, BATCHES, session="anew")
@@ -185,10 +185,10 @@ def test_a_session_that_is_left_half_way_makes_room(make: MakeEngine, case: Case
     asyncio.run(engine.exchange(case.job(0, 2, BATCHES[0])))
     time.now += 299
     engine.sweep()
-    assert len(engine._keeper.room.steps) == 1
+    assert len(engine._tracker.memory.steps) == 1
     time.now += 2
     engine.sweep()
-    assert engine._keeper.room.taken == 0
+    assert engine._tracker.memory.taken == 0
     with pytest.raises(StepLost):
         asyncio.run(engine.exchange(case.job(1, 2, BATCHES[1], BATCHES[0])))
 
@@ -209,7 +209,7 @@ def test_a_session_that_goes_on_or_is_done_is_not_swept(make: MakeEngine, case: 
 
     asyncio.run(slow())
     undisturbed = asyncio.run(case.train(make(), BATCHES))[1]
-    assert torch.equal(engine.trained("r1", "p1", "s"), undisturbed)
+    assert torch.equal(engine.trained_prompts("r1", "p1", "s"), undisturbed)
 
 
 # Release
@@ -226,16 +226,16 @@ def test_a_release_frees_session_and_steps(
         await case.train(engine, BATCHES, who="p2")
         engine.release("r2")
         engine.release("r1", "p3")
-        assert len(engine._keeper.room.steps) == 1
+        assert len(engine._tracker.memory.steps) == 1
         engine.release(*release)
         assert is_empty(engine)
         with pytest.raises(StepLost):
             await engine.exchange(case.job(1, 2, BATCHES[1], gradient_of(features)))
         if len(release) == 1:
             with pytest.raises(StepLost):
-                engine.trained("r1", "p2", "s")
+                engine.trained_prompts("r1", "p2", "s")
         else:
-            engine.trained("r1", "p2", "s")
+            engine.trained_prompts("r1", "p2", "s")
 
     asyncio.run(released())
 
@@ -263,9 +263,9 @@ def test_an_exchange_whose_round_ended_while_it_ran_leaves_nothing(
 
     asyncio.run(ended())
     assert (
-        len(engine._keeper.room.steps)
-        == engine._keeper.room.steps.nbytes
-        == engine._keeper.room.reserved
+        len(engine._tracker.memory.steps)
+        == engine._tracker.memory.steps.nbytes
+        == engine._tracker.memory.reserved
         == 0
     )
 
@@ -273,9 +273,9 @@ def test_an_exchange_whose_round_ended_while_it_ran_leaves_nothing(
 # Memory
 
 
-def room_of_a_step(engine: LocalEngine, case: Case, batch: Tensor) -> int:
+def room_of_a_step(engine: Engine, case: Case, batch: Tensor) -> int:
     asyncio.run(engine.exchange(case.job(0, 1, batch)))
-    return engine._keeper.room.taken
+    return engine._tracker.memory.taken
 
 
 def test_one_steps_room_is_enough_for_a_whole_session(make: MakeEngine, case: Case) -> None:
@@ -288,9 +288,9 @@ def test_one_steps_room_is_enough_for_a_whole_session(make: MakeEngine, case: Ca
     async def sessions() -> None:
         await case.train(engine, batches, session="first")
         await engine.exchange(case.job(0, 6, batches[0], session="given up"))
-        assert engine._keeper.room.taken == one_step
+        assert engine._tracker.memory.taken == one_step
         await case.train(engine, batches, session="begun anew")
-        assert engine._keeper.room.steps.nbytes == engine._keeper.room.reserved == 0
+        assert engine._tracker.memory.steps.nbytes == engine._tracker.memory.reserved == 0
         with pytest.raises(TooLarge):
             await engine.exchange(case.job(0, 1, smashed(5)))
 
@@ -327,7 +327,7 @@ def test_nobody_takes_the_room_between_one_batch_and_the_next(
         loop = asyncio.get_running_loop()
 
         def watched(body: Any, tensor: Tensor, *more: Any) -> Any:
-            assert engine._keeper.room.steps.nbytes <= limit
+            assert engine._tracker.memory.steps.nbytes <= limit
             if not answers and torch.equal(tensor, batches[1]):
                 other = engine.exchange(case.job(0, 1, smashed(4), who="p2"))
                 answers.append(asyncio.run_coroutine_threadsafe(other, loop))

@@ -47,8 +47,8 @@ def test_its_features_are_the_bodys_and_nothing_is_held_of_it(
                 features = await engine.forward(lone(key, smashed(seed=seed), f"s{seed}", who))
                 assert torch.equal(features, body(smashed(seed=seed)))
                 assert not features.requires_grad
-        assert engine._keeper.room.taken == len(engine._keeper.room.steps) == 0
-        assert 0 < engine._keeper.answer_bytes <= 2 * 4 * smashed().nbytes
+        assert engine._tracker.memory.taken == len(engine._tracker.memory.steps) == 0
+        assert 0 < engine._tracker.response_bytes <= 2 * 4 * smashed().nbytes
         with pytest.raises(StepLost):
             await engine.backward(BackwardJob(StepKey("r1", "p1", "s5"), key, smashed(), 2))
 
@@ -101,7 +101,7 @@ def test_its_answer_goes_with_its_round(
     engine, real = make(), compute.run_inference
     asyncio.run(engine.forward(lone(key, smashed())))
     engine.release("r1", "p1")
-    assert engine._keeper.answer_bytes == 0
+    assert engine._tracker.response_bytes == 0
 
     def overtaken(*job: Any) -> Tensor:
         engine.release("r1")
@@ -109,4 +109,4 @@ def test_its_answer_goes_with_its_round(
 
     monkeypatch.setattr(compute, "run_inference", overtaken)
     asyncio.run(engine.forward(lone(key, smashed())))
-    assert engine._keeper.answer_bytes == 0
+    assert engine._tracker.response_bytes == 0

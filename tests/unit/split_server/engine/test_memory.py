@@ -41,7 +41,7 @@ def test_its_oldest_step_makes_room_and_nobody_elses(make: MakeEngine, key: Body
         await engine.forward(forward(key, "s", "p2"))
         for name in "abcdef":
             await engine.forward(forward(key, name))
-            assert engine._keeper.room.taken <= 5 * STEP
+            assert engine._tracker.memory.taken <= 5 * STEP
         with pytest.raises(Busy):  # which has one, and may have more
             await engine.forward(forward(key, "t", "p2"))
         for lost in "ab":
@@ -52,7 +52,7 @@ def test_its_oldest_step_makes_room_and_nobody_elses(make: MakeEngine, key: Body
             assert torch.isfinite(await engine.backward(job)).all()
 
     asyncio.run(steps())
-    assert engine._keeper.room.taken == 2 * STEP
+    assert engine._tracker.memory.taken == 2 * STEP
 
 
 def test_many_forwards_at_once_do_not_share_one_steps_room(make: MakeEngine, key: BodyKey) -> None:
@@ -68,7 +68,7 @@ def test_many_forwards_at_once_do_not_share_one_steps_room(make: MakeEngine, key
             return_exceptions=True,
         )
         assert [type(answer) for answer in answers] == [Tensor, Busy, Busy, Busy]
-        assert engine._keeper.room.taken <= 7 * STEP
+        assert engine._tracker.memory.taken <= 7 * STEP
 
     asyncio.run(steps())
 
