@@ -22,6 +22,7 @@ from split_server.engine.body_cache import BodyCache
 from split_server.engine.engine import Engine
 from split_server.engine.limits import EngineLimits
 from split_server.engine.metrics import EngineFigures
+from split_server.engine.tuned_bodies import TunedBodies
 from split_server.federation.credentials import Credentials, load_operator_token, load_secret
 from split_server.federation.liveness import Liveness
 from split_server.federation.service import FederationService
@@ -35,9 +36,8 @@ from split_server.http.middleware import JSONBodyLimit, RequestMiddleware
 from split_server.http.split_plane import SplitPlane
 from split_server.models.body_key import BodyKey
 from split_server.runtime.aio import Notifier
-from split_server.runtime.clock import Clock
 from split_server.runtime.device import SideStreams, choose_placement
-from split_server.runtime.process import descriptor_limit
+from split_server.runtime.process import Clock, descriptor_limit
 from split_server.settings import ServerSettings
 from split_server.storage.data_dir import OPERATOR_TOKEN_FILE, lock_data_dir, require_whole
 from split_server.storage.database import Store
@@ -210,7 +210,7 @@ class SplitServer:
             backward=settings.backward,
         )
         bodies = BodyCache(self.placement, settings.max_bodies, compiled=settings.compile)
-        return Engine(bodies, self.placement, limits, figures=figures)
+        return Engine(bodies, self.placement, limits, figures=figures, handlers=[TunedBodies])
 
     def _sample_store(self) -> SampleStore:
         settings = self.settings

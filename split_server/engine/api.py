@@ -1,11 +1,11 @@
-"""The split plane's engine as the rest of the server sees it: jobs in, tensors out."""
+"""Jobs: requests to the engine, decoded and checked."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from protocol.plan import TrainingPlan
@@ -21,65 +21,52 @@ class StepKey:
     step: str
 
 
-@dataclass(frozen=True)
-class SessionPlan:
-    """What a session needs to know of its run and round.
-
-    Attributes:
-        training: the run's settings for optimiser and rates.
-        rounds: of the whole run, for the schedule.
-        round: this one, from 1.
-        initial: loads the prompts [L, P, D] of the global state.
-        from_mean_token: shift the first layer's prompts by the mean token of the first batch.
-    """
-
-    training: TrainingPlan
-    rounds: int
-    round: int
-    initial: Callable[[], Tensor]
-    from_mean_token: bool = False
+JobName = tuple[str, StepKey]  # kind of job, step
 
 
 def batch_key(run: str, participant: str, session: str, number: int) -> StepKey:
-    """The retained step of a session's batch."""
+    """Return the key of the step that belongs to a session's batch."""
     return StepKey(run, participant, f"{session}/{number}")
 
 
-@dataclass(frozen=True)
-class BodyPlan:
-    """What a session needs to know of its run and round.
-
-    Attributes:
-        training: the run's settings for optimiser and rates.
-        rounds: of the whole run, for the schedule.
-        round: this one, from 1.
-        numbers: that are tuned.
-    """
-
-    training: TrainingPlan
-    rounds: int
-    round: int
-    numbers: int
+class Job(Protocol):
+    """What the engine needs to know of every job that it tracks."""
 
     @property
-    def nbytes(self) -> int:
-        """Of the weights, their gradients, and what the optimiser remembers of each."""
-        moments = 2
-        if self.training.optimizer == "sgd":
-            moments = 1 if self.training.momentum else 0
-        return torch.float32.itemsize * self.numbers * (2 + moments)
+    def key(self) -> StepKey:
+        """The job's step."""
+        ...
+
+    @property
+    def name(self) -> JobName:
+        """Identifies the job; a repeated request gives a job of the same name."""
+        ...
+
+    @property
+    def fingerprint(self) -> int:
+        """Hash of the request; tells a repeat from another request under the same name."""
+        ...
 
 
 @dataclass(frozen=True)
 class ForwardJob:
-    """Smashed data of one step."""
+    """One step's forward through a frozen body.
+
+    Attributes:
+        num_tokens: number of the features' tokens to return; None: all.
+        backward: whether a backward may follow; if not, the step is not retained.
+    """
 
     key: StepKey
     body: BodyKey
     smashed: Tensor  # [B, T, D]
-    fingerprint: int  # of the request: a repeat has the same one
-    num_tokens: int | None = None  # tokens of the features that are wanted; None: all
-    backward: bool = True  # whether one may follow; without it nothing is kept for one
+    fingerprint: int
+    num_tokens: int | None = None
+    backward: bool = True
+
+    @property
+    def name(self) -> JobName:
+        return "forward", self.key
 
     @property
     def run(self) -> str:
@@ -92,19 +79,43 @@ class ForwardJob:
 
 @dataclass(frozen=True)
 class BackwardJob:
-    """The gradient of one step's features."""
+    """The backward of a forward job's step."""
 
     key: StepKey
     body: BodyKey
-    gradients: Tensor  # [B, T, D]
+    gradients: Tensor  # [B, T, D] of the step's features
     fingerprint: int
+
+    @property
+    def name(self) -> JobName:
+        return "backward", self.key
+
+
+@dataclass(frozen=True)
+class SessionPlan:
+    """The run's and the round's part of a prompt session.
+
+    Attributes:
+        training: the run's optimiser and learning rates.
+        rounds: number of rounds in the run, for the learning rate schedule.
+        round: number of this round, from 1.
+        initial: loads the global state's prompts [L, P, D].
+        from_mean_token: whether to shift the first layer's prompts by the mean token of the first
+            batch.
+    """
+
+    training: TrainingPlan
+    rounds: int
+    round: int
+    initial: Callable[[], Tensor]
+    from_mean_token: bool = False
 
 
 @dataclass(frozen=True)
 class ExchangeJob:
-    """One request of a session: the last batch's gradients, and the next batch.
+    """One request of a prompt session: the last batch's gradients and the next batch.
 
-    See `protocol.messages.ExchangeMeta` for what ``number`` and ``steps`` mean.
+    `protocol.messages.ExchangeMeta` explains ``number`` and ``steps``.
     """
 
     run: str
@@ -123,46 +134,27 @@ class ExchangeJob:
     def key(self) -> StepKey:
         return batch_key(self.run, self.participant, self.session, self.number)
 
-
-@dataclass(frozen=True)
-class BodyJob:
-    """Either way of one step through the body that a session tunes.
-
-    See `protocol.messages.BodyStepMeta` for what ``number`` and ``steps`` mean.
-    """
-
-    run: str
-    participant: str
-    session: str
-    number: int
-    steps: int
-    body: BodyKey  # that the session begins with
-    plan: BodyPlan
-    tensor: Tensor  # smashed data [B, T, D], or the gradients [B, T', D] of their features
-    fingerprint: int
-    num_tokens: int | None = None
-
     @property
-    def key(self) -> StepKey:
-        return batch_key(self.run, self.participant, self.session, self.number)
+    def name(self) -> JobName:
+        return "exchange", self.key
 
 
 @dataclass(frozen=True)
 class InferJob:
-    """Smashed data for which nothing is kept."""
+    """A forward that leaves no state in the engine."""
 
     run: str
     participant: str
     body: BodyKey
     smashed: Tensor  # [B, T, D]
-    prompts: Tensor | None = None  # [L, P, D], where they join at the cut
+    prompts: Tensor | None = None  # [L, P, D], for a body with prompts at the cut
     num_tokens: int | None = None
 
     @property
     def tokens(self) -> int:
-        """Of one sample in the body, prompts included."""
+        """Number of one sample's tokens in the body, prompts included."""
         return self.smashed.shape[1] + (0 if self.prompts is None else self.prompts.shape[1])
 
-    def split(self, rows: int) -> list[InferJob]:
-        """The same in jobs of at most so many samples."""
-        return [replace(self, smashed=part) for part in self.smashed.split(rows)]
+    def split(self, max_samples: int) -> list[InferJob]:
+        """Split the job into jobs of at most ``max_samples`` samples each."""
+        return [replace(self, smashed=part) for part in self.smashed.split(max_samples)]

@@ -33,7 +33,6 @@ from protocol.messages import (
 )
 from protocol.plan import RunPlan
 from protocol.wire import PROTOCOL_VERSION
-from split_model.checkpoints.state import PROMPTS
 from split_server.engine.engine import Engine
 from split_server.federation import rounds, views
 from split_server.federation.credentials import (
@@ -159,7 +158,7 @@ class FederationRoutes:
         require_reader(identity_of(request.scope), run)
         give_up_at = time.monotonic() + min(wait, self._max_wait_s)
         while True:
-            ticket = self._notifier.ticket(run)
+            ticket = self._notifier.get_event(run)
             found = await run_in_threadpool(self._federation.events, run, after)
             left = give_up_at - time.monotonic()
             if found or left <= 0 or self._notifier.closed:
@@ -209,7 +208,7 @@ class FederationRoutes:
             await run_in_threadpool(self._federation.go_on, run, wait=False)
         give_up_at = time.monotonic() + wait
         while True:
-            ticket = self._notifier.ticket(run)
+            ticket = self._notifier.get_event(run)
             found = self._federation.assignment(run, member.participant)
             new = (found.task, found.round, found.attempt) != (task, round_, attempt)
             left = give_up_at - time.monotonic()
@@ -296,9 +295,7 @@ class FederationRoutes:
                 "an update names the session whose prompts or body belong to it", field="session"
             )
         session = meta.session
-        if snapshot.plan.model.tune_body:
-            return lambda: self._engine.trained_body(run, participant, session)
-        return lambda: {PROMPTS: self._engine.trained_prompts(run, participant, session)}
+        return lambda: self._engine.trained_state(run, participant, session)
 
     def _let_go(self, run: str, participant: str, meta: UpdateMeta) -> None:
         """Nothing more comes of this participant in its round: others may wait for the memory."""

@@ -18,6 +18,7 @@ from split_server.engine.api import ExchangeJob, SessionPlan
 from split_server.engine.body_cache import BodyCache
 from split_server.engine.engine import Engine
 from split_server.engine.limits import EngineLimits
+from split_server.engine.tuned_bodies import TunedBodies
 from split_server.models.body_key import BodyKey
 from split_server.runtime.device import Placement, choose_placement
 from tests.support.federation import SMALL, SPLIT, FakeClock, run_settings
@@ -54,7 +55,8 @@ def engines(placement: Placement = PLACEMENT) -> Iterator[MakeEngine]:
 
     def one(retained: int = 256 * MIB, time: FakeClock | None = None, **more: Any) -> Engine:
         limits = EngineLimits(retained, 64 * MIB, 64 * MIB, 300.0, 4, **more)
-        made.append(Engine(bodies, placement, limits, (time or FakeClock()).clock()))
+        clock = (time or FakeClock()).clock()
+        made.append(Engine(bodies, placement, limits, clock, handlers=[TunedBodies]))
         return made[-1]
 
     yield one
@@ -66,6 +68,11 @@ def is_empty(engine: Engine) -> bool:
     """Whether no step is held and no room is promised to one."""
     room = engine._tracker.memory
     return len(room.steps) == room.steps.nbytes == room.reserved == 0
+
+
+def tuned_prompts(engine: Engine, who: str = "p1", session: str = "s") -> Tensor:
+    """Return the prompts [L, P, D] of a finished session of run r1."""
+    return engine.trained_state("r1", who, session)["prompts"]
 
 
 def numbers(seed: int, *shape: int) -> Tensor:
@@ -129,11 +136,13 @@ class Case:
         features = []
         for number, batch in enumerate(batches):
             job = self.job(number, len(batches), batch, gradients, **of)
-            features.append(await engine.exchange(job))
+            features.append(await engine.submit(job))
             gradients = gradient_of(features[-1])
         last = self.job(len(batches), len(batches), None, gradients, **of)
-        assert (await engine.exchange(last)).numel() == 0
-        return features, engine.trained_prompts("r1", of.get("who", "p1"), of.get("session", "s"))
+        assert (await engine.submit(last)).numel() == 0
+        return features, engine.trained_state("r1", of.get("who", "p1"), of.get("session", "s"))[
+            "prompts"
+        ]
 
     def by_hand(self, batches: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
         """The same with timm's own blocks and torch's own optimiser."""

@@ -61,10 +61,10 @@ def gradient_by_itself(key: BodyKey, tensor: Tensor, gradient: Tensor) -> Tensor
 
 
 def test_a_step_may_hear_of_its_forward_after_the_backward_of_another_in_its_batch(
-    make: MakeEngine, key: BodyKey
+    make: MakeEngine, key: BodyKey, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine, queued = make(), HeldCompletions()
-    engine._completions = queued
+    monkeypatch.setattr(engine._completions, "send", queued.send)
     inputs = [smashed(seed=seed) for seed in (1, 2)]
     gradients = [smashed(seed=seed) for seed in (3, 4)]
     names = [StepKey("r1", who, "s") for who in ("early", "late")]
@@ -72,7 +72,7 @@ def test_a_step_may_hear_of_its_forward_after_the_backward_of_another_in_its_bat
     async def steps() -> list[Tensor]:
         with engine._lock:  # the worker takes both at once
             forwards = [
-                asyncio.ensure_future(engine.forward(ForwardJob(name, key, tensor, 1)))
+                asyncio.ensure_future(engine.submit(ForwardJob(name, key, tensor, 1)))
                 for name, tensor in zip(names, inputs, strict=True)
             ]
             await asyncio.sleep(0)
@@ -82,7 +82,7 @@ def test_a_step_may_hear_of_its_forward_after_the_backward_of_another_in_its_bat
             await queued.deliver(place)
             await forward
             job = BackwardJob(names[place], key, gradients[place], 2)
-            backward = asyncio.ensure_future(engine.backward(job))
+            backward = asyncio.ensure_future(engine.submit(job))
             await queued.deliver(2 + place)
             found.append(await backward)
         return found
