@@ -18,10 +18,11 @@ from fastapi import FastAPI
 from prometheus_client import ProcessCollector
 from starlette.types import Receive, Scope, Send
 
-from split_server.engine.api import Engine, EngineLimits
 from split_server.engine.body_cache import BodyCache
-from split_server.engine.engine import LocalEngine
+from split_server.engine.engine import Engine
+from split_server.engine.limits import EngineLimits
 from split_server.engine.metrics import EngineFigures
+from split_server.engine.tuned_bodies import TunedBodies
 from split_server.federation.credentials import Credentials, load_operator_token, load_secret
 from split_server.federation.liveness import Liveness
 from split_server.federation.service import FederationService
@@ -35,11 +36,10 @@ from split_server.http.middleware import JSONBodyLimit, RequestMiddleware
 from split_server.http.split_plane import SplitPlane
 from split_server.models.body_key import BodyKey
 from split_server.runtime.aio import Notifier
-from split_server.runtime.clock import Clock
 from split_server.runtime.device import SideStreams, choose_placement
-from split_server.runtime.process import descriptor_limit
+from split_server.runtime.process import Clock, descriptor_limit
 from split_server.settings import ServerSettings
-from split_server.storage.data_dir import lock_data_dir, require_whole
+from split_server.storage.data_dir import OPERATOR_TOKEN_FILE, lock_data_dir, require_whole
 from split_server.storage.database import Store
 from split_server.storage.sample_store import SampleStore, StoreLimits
 from split_server.storage.traffic import Meter
@@ -201,7 +201,7 @@ class SplitServer:
         limits = EngineLimits(
             retained_bytes=settings.engine_memory_mib * _MIB,
             queued_bytes=settings.queue_mib * _MIB,
-            answer_bytes=settings.answer_mib * _MIB,
+            response_bytes=settings.answer_mib * _MIB,
             step_timeout_s=settings.step_timeout_s,
             graph_timeout_s=settings.graph_timeout_s,
             steps_per_participant=settings.max_steps,
@@ -210,7 +210,7 @@ class SplitServer:
             backward=settings.backward,
         )
         bodies = BodyCache(self.placement, settings.max_bodies, compiled=settings.compile)
-        return LocalEngine(bodies, self.placement, limits, figures=figures)
+        return Engine(bodies, self.placement, limits, figures=figures, handlers=[TunedBodies])
 
     def _sample_store(self) -> SampleStore:
         settings = self.settings
@@ -226,7 +226,7 @@ class SplitServer:
         settings, clock = self.settings, Clock()
         given = settings.operator_token
         operator = load_operator_token(
-            settings.data_dir / "operator.token", given.get_secret_value() if given else None
+            settings.data_dir / OPERATOR_TOKEN_FILE, given.get_secret_value() if given else None
         )
         join = settings.join_token
         self._credentials = Credentials(

@@ -19,6 +19,7 @@ from pydantic_settings import (
 
 from protocol.errors import InvalidField
 from protocol.limits import MIB, FrameLimits
+from split_server.engine.limits import BackwardMode
 
 ENV_PREFIX = "SPLIT_SERVER_"
 
@@ -27,8 +28,6 @@ DEFAULT_PORT = 8500
 Device = Literal["auto", "cuda", "mps", "cpu"]
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
-
-Backward = Literal["auto", "retained", "recompute"]
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 
@@ -67,7 +66,7 @@ class ServerSettings(BaseSettings):
     max_wait_ms: float = Field(
         2.0, ge=0, le=10_000, description="a forward waits for others while the device is idle"
     )
-    backward: Backward = Field(
+    backward: BackwardMode = Field(
         "auto",
         description="retained: steps keep their graph | recompute: their input, forward runs twice "
         "| auto: their graph while engine_memory_mib lasts",

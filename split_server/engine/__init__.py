@@ -1,5 +1,5 @@
-"""The engine of the split plane: one frozen body, many devices, one batch after the other.
+"""The engine of the split plane: runs bodies for many devices, in batches.
 
-A job comes in through `jobs.Engine`, becomes a task, waits in the `schedule`, is joined with others
-of its kind by the `executor`, and goes back to its asker through the `outbox`.
+`Engine.submit` takes a job; a `JobHandler` makes tasks of it, the `Schedule` queues them, the
+`Worker` runs them in batches, and the `CompletionQueue` delivers the results.
 """

@@ -1,4 +1,4 @@
-"""Bodies that nobody tunes now: each loaded once, shared by all runs that cut alike."""
+"""Frozen bodies: each loaded once, shared by all runs with the same cut and weights."""
 
 from __future__ import annotations
 
@@ -16,53 +16,55 @@ from split_server.runtime.device import Placement
 
 
 class BodyCache:
-    """Loads bodies when they are first needed; the one unused for longest makes room.
+    """Loads bodies when they are first needed; drops the least recently used. Thread-safe.
 
     Args:
-        placement: device and dtype of all of them.
-        most: how many sets of weights are held at once.
-        compiled: compile each block with torch.compile.
+        placement: device and dtype of all bodies.
+        max_weights: number of sets of weights in memory.
+        compiled: whether to compile each block with torch.compile.
     """
 
-    def __init__(self, placement: Placement, most: int = 4, *, compiled: bool = False) -> None:
+    def __init__(
+        self, placement: Placement, max_weights: int = 4, *, compiled: bool = False
+    ) -> None:
         self._compiled = compiled
         self._placement = placement
-        self._most = most
+        self._max_weights = max_weights
         self._bodies: OrderedDict[tuple[object, ...], dict[BodyKey, Body]] = OrderedDict()
         self._lock = threading.Lock()
-        self._loading = threading.Lock()  # held for long, but not by who finds what it needs
+        self._loading = threading.Lock()  # long; lookups do not take it
 
     def __len__(self) -> int:
         with self._lock:
             return sum(map(len, self._bodies.values()))
 
     def get(self, key: BodyKey) -> Body:
-        """The body of this key, in memory.
+        """Return the body of a key; load it if necessary.
 
         Raises:
-            InvalidField: its weights cannot be read any more.
+            InvalidField: its weights cannot be read.
         """
-        if (found := self._held(key)) is not None:
-            return found
+        if (body := self._find(key)) is not None:
+            return body
         with self._loading:
-            if (found := self._held(key)) is not None:
-                return found
+            if (body := self._find(key)) is not None:
+                return body
             with self._lock:
                 twin = next(iter(self._bodies.get(key.weights, {}).values()), None)
             body = self._load(key, twin)
             with self._lock:
                 self._bodies.setdefault(key.weights, {})[key] = body
                 self._bodies.move_to_end(key.weights)
-                while len(self._bodies) > self._most:
+                while len(self._bodies) > self._max_weights:
                     self._bodies.popitem(last=False)
             return body
 
-    def _held(self, key: BodyKey) -> Body | None:
+    def _find(self, key: BodyKey) -> Body | None:
         with self._lock:
-            alike = self._bodies.get(key.weights, {})
-            if alike:
+            bodies = self._bodies.get(key.weights, {})
+            if bodies:
                 self._bodies.move_to_end(key.weights)
-            return alike.get(key)
+            return bodies.get(key)
 
     def _load(self, key: BodyKey, twin: Body | None) -> Body:
         weights = weights_of(key) if twin is None else _weights_in(twin)
@@ -74,10 +76,10 @@ class BodyCache:
 
 
 def _compile(body: Body, placement: Placement) -> None:
-    """Compile each block, and run a batch as jobs do, so that no participant waits for it."""
+    """Compile each block and run one batch forward and backward, so that no job has to wait."""
     for block in body.blocks.values():
         block.compile(dynamic=True)
-    body.whole_blocks = True  # what has been compiled is a block's own way
+    body.whole_blocks = True  # only a whole block's forward is compiled
     settings, at_cut = body.settings, body.settings.prompt_at == "cut"
     inside = 0 if at_cut else settings.prompt_count
     shape = (2, body.sizes.tokens + inside, body.sizes.width)
@@ -94,4 +96,4 @@ def _compile(body: Body, placement: Placement) -> None:
 
 def _weights_in(body: Body) -> Mapping[str, Tensor]:
     state = body.state_dict()
-    return {name: state[own] for name, own in body.names().items()}
+    return {name: state[parameter] for name, parameter in body.names().items()}

@@ -1,4 +1,4 @@
-"""The arithmetic of the split plane: one body, one tensor, forward and backward."""
+"""The engine's arithmetic: forward and backward of one body."""
 
 from __future__ import annotations
 
@@ -19,18 +19,22 @@ def run_forward(
     num_tokens: int | None,
     known_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor, int]:
-    """Smashed data [B, T, D] to the leaf, the features [B, T', D] and the bytes that they keep.
+    """Run a body forward with an autograd graph.
 
     Args:
-        body: whose blocks to run.
-        smashed: the leaf, where no prompts are given.
-        prompts: [B, L, P, D] that join at the cut, and are then the leaf.
-        leading: whether all tokens of the features are wanted (None), or those so many that the
-            tail reads.
-        known_bytes: that are kept; None: they are counted, at every tensor that is.
+        body: the body to run.
+        smashed: smashed data [B, T, D].
+        prompts: [B, L, P, D] that join at the cut; None: there are none.
+        num_tokens: number of the features' tokens to return, which are those the tail reads;
+            None: all.
+        known_bytes: bytes that the graph saves; None: count them, tensor by tensor.
+
+    Returns:
+        The graph's leaf (the prompts if given, else the smashed data), the features [B, T', D], and
+        the bytes that the graph saves.
 
     Raises:
-        WrongShape: no number of tokens or width that this body takes.
+        WrongShape: the body does not take this number of tokens or width.
     """
     constant = smashed.detach()
     leaf = constant.requires_grad_(True) if prompts is None else prompts.detach().requires_grad_()
@@ -41,12 +45,20 @@ def run_forward(
     counter = _SavedBytes(body)
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(counter.pack, _unpack):
         features = _call(body, constant, tuned, num_tokens)
-    # Prompts are their session's: what a step takes then grows with its batch and nothing else.
-    return leaf, features, counter.nbytes + _nbytes(constant)
+    # Without the prompts, which belong to the session: bytes per sample do not depend on the batch.
+    return leaf, features, counter.nbytes + constant.nbytes
 
 
 def run_backward(graph: Graph, gradients: Tensor) -> Tensor:
-    """The gradient of the features [B, T', D] to that of the graph's leaf. It can be run once."""
+    """Run a graph backward, once.
+
+    Args:
+        graph: a forward's graph; it is used up afterwards.
+        gradients: of the graph's features [B, T', D].
+
+    Returns:
+        The gradient of the graph's leaf.
+    """
     (result,) = torch.autograd.grad(graph.features, graph.leaf, gradients)
     return result
 
@@ -54,23 +66,26 @@ def run_backward(graph: Graph, gradients: Tensor) -> Tensor:
 def run_inference(
     body: Body, smashed: Tensor, prompts: Tensor | None, num_tokens: int | None
 ) -> Tensor:
-    """Smashed data [B, T, D] to features [B, T', D], keeping nothing. See `run_forward`.
+    """Run a body forward without a graph. `run_forward` explains the arguments.
+
+    Returns:
+        Features [B, T', D].
 
     Raises:
-        WrongShape: no number of tokens or width that this body takes.
+        WrongShape: the body does not take this number of tokens or width.
     """
     with torch.inference_mode():
         return _call(body, smashed, prompts, num_tokens)
 
 
 def _call(body: Body, smashed: Tensor, prompts: Tensor | None, num_tokens: int | None) -> Tensor:
-    averaged = num_tokens is not None and body.sizes.averaged
-    features: Tensor = body(smashed, prompts, None if averaged else num_tokens)
-    return split_model.for_the_tail(body.settings, features) if averaged else features
+    is_averaged = num_tokens is not None and body.sizes.averaged
+    features: Tensor = body(smashed, prompts, None if is_averaged else num_tokens)
+    return split_model.for_the_tail(body.settings, features) if is_averaged else features
 
 
 class _SavedBytes:
-    """Counts what autograd saves, each piece of memory once and the frozen weights not at all."""
+    """Counts the bytes that autograd saves: each storage once, the frozen weights never."""
 
     def __init__(self, body: Body) -> None:
         self._seen = set(_pointers(body.parameters())) | set(_pointers(body.buffers()))
@@ -90,7 +105,3 @@ def _unpack(tensor: Tensor) -> Tensor:
 
 def _pointers(tensors: Iterable[Tensor]) -> list[int]:
     return [tensor.untyped_storage().data_ptr() for tensor in tensors]
-
-
-def _nbytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

@@ -1,4 +1,4 @@
-"""Behind the computation, without making the worker wait."""
+"""Delivery of results that a GPU has yet to compute, without blocking the worker."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Fail = Callable[[Exception], None]
 
 @dataclass(frozen=True)
 class _Completion:
-    """A result whose computation is queued on the GPU."""
+    """A result and the event that marks the end of its computation on the GPU."""
 
     done: torch.cuda.Event
     result: Tensor
@@ -28,48 +28,49 @@ class _Completion:
 class CompletionQueue:
     """Delivers results in the order of their computation, each when it is complete.
 
-    On the CPU there is nothing to wait for. On CUDA a thread waits while the worker queues the
-    next batch; the result stays on the GPU, where it is encoded: what crosses is its wire form.
+    On the CPU results are complete at once. On CUDA a thread waits for them while the worker queues
+    the next batch. A result stays on the GPU, which encodes it: only its wire form crosses.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._letters: queue.SimpleQueue[_Completion | None] = queue.SimpleQueue()
+        self._queued: queue.SimpleQueue[_Completion | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         if device.type == "cuda":
-            self._thread = threading.Thread(target=self._work, name="split-outbox", daemon=True)
+            name = "split-completions"
+            self._thread = threading.Thread(target=self._deliver_queued, name=name, daemon=True)
             self._thread.start()
 
     def send(self, result: Tensor, deliver: Deliver, fail: Fail) -> None:
-        """Call ``deliver`` with the complete tensor, with memory of its own.
+        """Call ``deliver`` with the complete result, which shares memory with no other tensor.
 
-        Where that does not come about later on, ``fail`` is called instead.
+        If the computation or the delivery fails later, call ``fail``.
         """
-        result = _alone(result.detach())
+        result = _unshared(result.detach())
         if self._thread is None:
             deliver(result.cpu())
             return
         done = torch.cuda.Event(blocking=True)
         done.record(torch.cuda.current_stream(self._device))
-        self._letters.put(_Completion(done, result, deliver, fail))
+        self._queued.put(_Completion(done, result, deliver, fail))
 
     def close(self) -> None:
-        """Deliver what is on its way, then stop."""
+        """Deliver what is queued, then stop."""
         if self._thread is not None:
-            self._letters.put(None)
+            self._queued.put(None)
             self._thread.join(timeout=30)
 
-    def _work(self) -> None:
-        while (letter := self._letters.get()) is not None:
+    def _deliver_queued(self) -> None:
+        while (completion := self._queued.get()) is not None:
             try:
-                letter.done.synchronize()
-                letter.deliver(letter.result)
+                completion.done.synchronize()
+                completion.deliver(completion.result)
             except Exception as error:
-                letter.fail(error)
-            del letter  # what its job holds, a graph say, is not kept while nothing is to do
+                completion.fail(error)
+            del completion  # frees what its job refers to, such as a graph, before the next wait
 
 
-def _alone(tensor: Tensor) -> Tensor:
-    """The tensor itself, unless it is a part of a larger one that it would keep in memory."""
-    whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-    return tensor if whole else tensor.clone()
+def _unshared(tensor: Tensor) -> Tensor:
+    """Copy a part of a larger tensor, which would otherwise keep all of it in memory."""
+    is_whole = tensor.untyped_storage().nbytes() == tensor.nbytes
+    return tensor if is_whole else tensor.clone()

@@ -1,62 +1,57 @@
-"""The engine of one process: one device, within fixed memory."""
+"""The engine: runs the bodies of all runs on one device, within fixed memory."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from protocol.errors import Busy, SFPromptError, StepLost
-from split_server.engine.api import (
-    BackwardJob,
-    BodyJob,
-    EngineLimits,
-    ExchangeJob,
-    ForwardJob,
-    InferJob,
-    StepKey,
-)
+from protocol.errors import Busy, SFPromptError
+from split_server.engine.api import InferJob, Job
 from split_server.engine.body_cache import BodyCache
 from split_server.engine.delivery import CompletionQueue
+from split_server.engine.handler import EngineParts, HandlerFactory, JobHandler
+from split_server.engine.limits import EngineLimits
 from split_server.engine.metrics import EngineFigures, RunFigures
-from split_server.engine.prompt_sessions import Exchanges
-from split_server.engine.requests import (
-    Admitted,
-    PendingRequest,
-    RequestTracker,
-    as_shown,
-    require_same,
-)
+from split_server.engine.plain_steps import PlainSteps
+from split_server.engine.prompt_sessions import PromptSessions
+from split_server.engine.requests import RequestTracker, check_fingerprint, to_public_error
 from split_server.engine.scheduler import Schedule
-from split_server.engine.steps import CachedResponse, RetainedStep
-from split_server.engine.tasks import (
-    Forwarded,
-    backward_task,
-    forward_task,
-    nbytes_of,
-    require_shape,
-)
-from split_server.engine.tuned_bodies import BodyTraining
+from split_server.engine.session_table import Session, lost_session
+from split_server.engine.tasks import Forwarded, forward_task
 from split_server.engine.worker import Executor, Worker
 from split_server.models.body_key import BodyKey
 from split_server.runtime.aio import run_on
-from split_server.runtime.clock import Clock
 from split_server.runtime.device import Placement, SideStreams, used_here
+from split_server.runtime.process import Clock
 
-# Tokens of a batch beyond which a body gains nothing from more: a CPU core's matrix kernels are
-# full at one or two thousand rows, a GPU's at some ten thousand.
+# Tokens per batch beyond which a body gains nothing: a CPU core's matrix kernels are full at one or
+# two thousand rows, a GPU's at some ten thousand.
 _FULL_BATCH_TOKENS = {"cpu": 2048, "mps": 8192, "cuda": 32_768}
 
 
-class LocalEngine:
-    """One worker on one device, for all runs and participants.
+class Engine:
+    """Runs the bodies of all runs on one device.
 
-    Jobs become tasks; tasks of one kind are computed together, whoever sent them. One job's failure
-    is that job's alone. Memory is bounded by `EngineLimits`, whatever the number of participants;
-    beyond, `Busy` says when to come back.
+    A handler turns each job into tasks; tasks of one kind share a batch, across participants and
+    runs. A job that fails does not affect the others. `EngineLimits` bound the memory, whatever the
+    number of participants; a job beyond them fails with `Busy`, which says when to retry.
+
+    Tensors of jobs must be finite: the threads that decode requests check this, so that the worker
+    never synchronises with the GPU. Results stay on the body's device and are complete there; they
+    cross to the CPU in encoded form.
+
+    Args:
+        bodies: the frozen bodies.
+        placement: device and dtype of the bodies.
+        limits: memory and waiting times.
+        clock: for expiry times.
+        figures: counters and gauges.
+        handlers: handlers of further types of jobs, besides plain steps and prompt sessions.
     """
 
     def __init__(
@@ -66,268 +61,201 @@ class LocalEngine:
         limits: EngineLimits,
         clock: Clock | None = None,
         figures: EngineFigures | None = None,
+        handlers: Sequence[HandlerFactory] = (),
     ) -> None:
         self._figures = figures or EngineFigures()
-        self._frozen = bodies
-        self._keeper = RequestTracker(limits, placement.flowing, clock or Clock(), self._refused)
-        self._lock = self._keeper.lock  # guards the keeper, the schedule and the sessions
+        self._bodies = bodies
+        self._tracker = RequestTracker(
+            limits, placement.flowing, clock or Clock(), self._count_failure
+        )
+        self._lock = self._tracker.lock  # guards the tracker, the schedule and the handlers
         self._full_tokens = _FULL_BATCH_TOKENS.get(placement.device.type, 8192)
         self._schedule = Schedule(self._full_tokens, limits.max_batch_samples, limits.max_wait_s)
-        self._outbox = CompletionQueue(placement.device)
+        self._completions = CompletionQueue(placement.device)
         self._streams = SideStreams(placement.device)
         self._joiner = ThreadPoolExecutor(1, "split-joiner")
         self._worker = Worker(
             self._schedule,
-            Executor(bodies, placement, self._keeper.room.sizes),
+            Executor(bodies, placement, self._tracker.memory.sizes),
             self._figures,
             self._lock,
-            self._keeper.room.steps,
+            self._tracker.memory.steps,
             limits.queued_bytes,
         )
-        self._exchanges = Exchanges(self._keeper, self._worker, self._outbox, placement.device)
-        self._bodies = BodyTraining(self._keeper, self._worker, self._outbox, placement.device)
-        self._show()
+        self._parts = EngineParts(
+            self._tracker, self._worker, self._completions, self._figures, placement.device
+        )
+        self._handlers: list[JobHandler[Any]] = []
+        self._handler_by_type: dict[type[Any], JobHandler[Any]] = {}
+        factories: list[HandlerFactory] = [PlainSteps, PromptSessions, *handlers]
+        for factory in factories:
+            self.add_handler(factory)
+        self._watch_gauges()
         self._worker.start()
 
-    async def forward(self, job: ForwardJob) -> Tensor:
-        """See `Engine.forward`."""
-        with self._lock:
-            if (known := self._keeper.known("forward", job.key, job.fingerprint)) is not None:
-                return known
-            ticket = self._keeper.under_way(("forward", job.key)) or self._begin_forward(job)
-        return await _result(ticket, job.fingerprint, job.key)
+    def add_handler(self, factory: HandlerFactory) -> None:
+        """Add a handler for further types of jobs, before the first of them is submitted.
 
-    async def backward(self, job: BackwardJob) -> Tensor:
-        """See `Engine.backward`."""
-        with self._lock:
-            if (known := self._keeper.known("backward", job.key, job.fingerprint)) is not None:
-                return known
-            ticket = self._keeper.under_way(("backward", job.key)) or self._begin_backward(job)
-        return await _result(ticket, job.fingerprint, job.key)
+        Raises:
+            ValueError: another handler takes jobs of the same type.
+        """
+        handler = factory(self._parts)
+        for job_type in handler.job_types:
+            if job_type in self._handler_by_type:
+                raise ValueError(f"a second handler for {job_type.__name__}")
+            self._handler_by_type[job_type] = handler
+        self._handlers.append(handler)
 
-    async def exchange(self, job: ExchangeJob) -> Tensor:
-        """See `Engine.exchange`."""
-        with self._lock:
-            if (known := self._exchanges.known(job)) is not None:
-                return known
-            ticket = self._keeper.under_way(("exchange", job.key)) or self._exchanges.begin(job)
-        return await _result(ticket, job.fingerprint, job.key)
+    async def submit(self, job: Job) -> Tensor:
+        """Run a job with the handler of its type; wait for the response.
 
-    def trained(self, run: str, participant: str, session: str) -> Tensor:
-        """See `Engine.trained`."""
-        with self._lock:
-            found = self._exchanges.finished(run, participant, session)
-        return found.trained()  # nothing changes it any more, and a device's queue may be long
+        A repeated request gets the response to the first, without running again.
 
-    async def body_forward(self, job: BodyJob) -> Tensor:
-        """See `Engine.body_forward`."""
-        with self._lock:
-            if (known := self._bodies.known("forward", job)) is not None:
-                return known
-            ticket = self._keeper.under_way(("forward", job.key)) or self._bodies.begin_forward(job)
-        return await _result(ticket, job.fingerprint, job.key)
+        Returns:
+            Of a `ForwardJob`, the features [B, T', D]; the step is retained for its backward.
+            Of a `BackwardJob`, the gradient [B, T, D] of the smashed data; the step ends.
+            Of an `ExchangeJob`, the next batch's features [B, T', D], after tuning the prompts with
+            the last batch's gradients; empty [0] after the last batch.
 
-    async def body_backward(self, job: BodyJob) -> Tensor:
-        """See `Engine.body_backward`."""
+        Raises:
+            Busy: the queue is full, or no memory is free now.
+            TooLarge: the job exceeds the whole memory.
+            StepLost: the step or session is not retained (any more), or the job is not its next.
+            IdempotencyKeyReused: another request has used the job's name.
+            InvalidField: the session has another number of steps, or weights cannot be read.
+            WrongShape: the body does not take this number of tokens or width, or gradients have
+                another shape than their features.
+        """
+        handler = self._handler_by_type[type(job)]
         with self._lock:
-            if (known := self._bodies.known("backward", job)) is not None:
-                return known
-            under_way = self._keeper.under_way(("backward", job.key))
-            ticket = under_way or self._bodies.begin_backward(job)
-        return await _result(ticket, job.fingerprint, job.key)
+            if (response := handler.find_response(job)) is not None:
+                return response
+            pending = self._tracker.find_pending(job.name) or handler.begin(job)
+        check_fingerprint(pending.fingerprint, job.fingerprint, job.key)
+        return await pending.result()
 
-    def trained_body(self, run: str, participant: str, session: str) -> dict[str, Tensor]:
-        """See `Engine.trained_body`."""
+    def trained_state(self, run: str, participant: str, session: str) -> dict[str, Tensor]:
+        """Return what a finished session has tuned, on the CPU, by names of a state.
+
+        The prompts [L, P, D] of a prompt session are named "prompts". Thread-safe.
+
+        Raises:
+            StepLost: the session is lost or has not finished.
+            NonFinite: a tensor is not finite.
+        """
         with self._lock:
-            found = self._bodies.finished(run, participant, session)
-        return found.trained()  # nothing changes it any more, and copying takes its time
+            found = self._find_session(run, participant, session)
+            if found.applied != found.steps:
+                raise lost_session(session)
+        return found.trained_state()  # without the lock: the copy waits for the device
+
+    def _find_session(self, run: str, participant: str, name: str) -> Session:
+        for handler in self._handlers:
+            session = handler.find_session(run, participant, name)
+            if session is not None:
+                return session
+        raise lost_session(name)
 
     async def infer(self, job: InferJob) -> Tensor:
-        """See `Engine.infer`. A large job is done in full batches; others come between them."""
-        rows = max(1, self._full_tokens // job.tokens)
-        parts = [await self._infer(part) for part in job.split(rows)]
-        return (
-            parts[0]
-            if len(parts) == 1
-            else await run_on(self._joiner, partial(self._joined, parts))
-        )
+        """Run a forward that leaves no state. Other tasks run between the parts of a large job.
 
-    def _joined(self, parts: Sequence[Tensor]) -> Tensor:
+        Returns:
+            Features [B, T', D].
+
+        Raises:
+            Busy, WrongShape
+        """
+        max_samples = max(1, self._full_tokens // job.tokens)
+        parts = [await self._infer_part(part) for part in job.split(max_samples)]
+        if len(parts) == 1:
+            return parts[0]
+        return await run_on(self._joiner, partial(self._join, parts))
+
+    async def _infer_part(self, job: InferJob) -> Tensor:
+        prompts = job.prompts
+        with self._lock:
+            self._worker.check_queue(job.smashed.nbytes)
+            pending = self._tracker.track(None, 0)
+
+            def done(part: Forwarded) -> None:
+                self._completions.send(part.features, pending.respond, pending.fail)
+
+            give_prompts = None if prompts is None else lambda _: prompts
+            self._worker.add(forward_task(job, "nothing", give_prompts, done, pending.fail))
+        return await pending.result()
+
+    def _join(self, parts: Sequence[Tensor]) -> Tensor:
         try:
-            with self._streams.own():  # behind no batch, and complete when it is handed on
+            with self._streams.use():  # does not wait for queued batches; complete at its end
                 return torch.cat([used_here(part) for part in parts])
         except torch.OutOfMemoryError as error:
-            raise as_shown(error) from error
-
-    async def _infer(self, job: InferJob) -> Tensor:
-        with self._lock:
-            self._worker.require_room(nbytes_of(job.smashed))
-            ticket = self._keeper.open(None, 0)
-
-            def ran(part: Forwarded) -> None:
-                self._outbox.send(part.features, ticket.answer, ticket.fail)
-
-            nbytes = nbytes_of(job.smashed)
-            task = forward_task(job, "nothing", lambda _: job.prompts, ran, ticket.fail, nbytes)
-            self._worker.add(task)
-        return await ticket.result()
+            raise to_public_error(error) from error
 
     def release(self, run: str, participant: str | None = None) -> None:
-        """See `Engine.release`."""
+        """Free steps, sessions and responses of a run, or of one participant. Thread-safe."""
         with self._lock:
-            self._keeper.release(run, participant)
-            self._exchanges.release(run, participant)
-            self._bodies.release(run, participant)
-            self._lock.notify()  # a graph may have waited for what is gone
+            self._tracker.release(run, participant)
+            for handler in self._handlers:
+                handler.release(run, participant)
+            self._lock.notify()  # a graph may have waited for the gradients of a dropped step
 
     def prepare(self, body: BodyKey) -> None:
-        """See `Engine.prepare`."""
-        self._frozen.get(body)
+        """Load a body before its first job. Slow; thread-safe.
 
-    def busy_error(self, why: str) -> Busy:
-        """See `Engine.busy_error`."""
+        Raises:
+            InvalidField: its weights cannot be read.
+        """
+        self._bodies.get(body)
+
+    def busy_error(self, reason: str) -> Busy:
+        """Build the error for a request that does not fit now.
+
+        Its ``retry_after_s`` is estimated from the queue.
+        """
         with self._lock:
-            return self._worker.busy_error(why)
+            return self._worker.busy_error(reason)
 
     def figures(self, run: str) -> RunFigures:
-        """See `Engine.figures`."""
+        """Return a run's counters."""
         return self._figures.of_run(run)
 
     def forget(self, run: str) -> None:
-        """See `Engine.forget`."""
+        """Free everything stored for a finished run, its counters included."""
         self.release(run)
         self._figures.forget(run)
 
     def sweep(self) -> None:
-        """See `Engine.sweep`."""
+        """Drop steps and sessions whose next request has not come in time."""
         with self._lock:
-            self._keeper.sweep()
-            self._exchanges.sweep()
-            self._bodies.sweep()
+            self._tracker.sweep()
+            for handler in self._handlers:
+                handler.sweep()
             self._lock.notify()
 
     def close(self) -> None:
-        """See `Engine.close`."""
+        """Stop after the running batch. Queued tasks fail with `Busy`."""
         self._worker.close()
-        self._outbox.close()
+        self._completions.close()
         self._joiner.shutdown()
 
-    # Under the lock
+    def _count_failure(self, error: SFPromptError) -> None:
+        self._figures.count_refusal(error.code)
 
-    def _begin_forward(self, job: ForwardJob) -> PendingRequest:
-        nbytes = nbytes_of(job.smashed)
-        self._worker.require_room(nbytes)
-        if not job.backward:
-            return self._begin_lone_forward(job, nbytes)
-        admitted = self._keeper.admit(job, job.smashed, None, self._worker.busy_error)
-        ticket = self._keeper.open(("forward", job.key), job.fingerprint, admitted.nbytes)
-        done = partial(self._ran_forward, job, ticket, admitted)
-        self._worker.add(
-            forward_task(job, admitted.keep, lambda _: None, done, ticket.fail, nbytes)
-        )
-        return ticket
-
-    def _begin_lone_forward(self, job: ForwardJob, nbytes: int) -> PendingRequest:
-        """A forward without a backward: of it the answer alone is kept, for repeats."""
-        ticket = self._keeper.open(("forward", job.key), job.fingerprint)
-        done = partial(self._ran_lone_forward, job, ticket, self._keeper.releases_of(job.key))
-        # Computed without a graph, with those whose input alone is kept.
-        self._worker.add(forward_task(job, "input", lambda _: None, done, ticket.fail, nbytes))
-        return ticket
-
-    def _begin_backward(self, job: BackwardJob) -> PendingRequest:
-        step = self._keeper.room.steps.get(job.key)
-        if step is None:
-            raise _lost(job.key)
-        require_shape(job.gradients, step)
-        nbytes = nbytes_of(job.gradients)
-        self._worker.require_room(nbytes)
-        ticket = self._keeper.open(("backward", job.key), job.fingerprint)
-        releases = self._keeper.releases_of(job.key)
-        done = partial(self._ran_backward, job, step, ticket, releases)
-        fail = partial(self._broke_off, job, step, ticket)
-        self._worker.add(backward_task(job.key, step, job.gradients, done, fail, nbytes))
-        return ticket
-
-    # On the worker, without the lock
-
-    def _ran_forward(
-        self, job: ForwardJob, ticket: PendingRequest, admitted: Admitted, part: Forwarded
-    ) -> None:
-        def deliver(features: Tensor) -> None:
-            with self._lock:
-                self._keeper.retain(job, admitted, part, features)
-            ticket.answer(features)
-
-        self._outbox.send(part.features, deliver, ticket.fail)
-
-    def _ran_lone_forward(
-        self, job: ForwardJob, ticket: PendingRequest, releases: int, part: Forwarded
-    ) -> None:
-        def deliver(features: Tensor) -> None:
-            with self._lock:
-                if releases == self._keeper.releases_of(job.key):
-                    self._keeper.remember(
-                        "forward", job.key, CachedResponse(features, job.fingerprint)
-                    )
-            ticket.answer(features)
-
-        self._outbox.send(part.features, deliver, ticket.fail)
-
-    def _ran_backward(
-        self,
-        job: BackwardJob,
-        step: RetainedStep,
-        ticket: PendingRequest,
-        releases: int,
-        gradients: Tensor,
-    ) -> None:
-        def deliver(answer: Tensor) -> None:
-            with self._lock:
-                if releases == self._keeper.releases_of(job.key):
-                    self._keeper.answered(job.key, step, CachedResponse(answer, job.fingerprint))
-            ticket.answer(answer)
-
-        self._outbox.send(gradients, deliver, ticket.fail)
-
-    def _broke_off(
-        self, job: BackwardJob, step: RetainedStep, ticket: PendingRequest, error: Exception
-    ) -> None:
-        """A backward has failed, and its graph may be spent: the forward must come again."""
-        with self._lock:
-            if self._keeper.room.steps.get(job.key) is step:
-                self._keeper.room.steps.drop(job.key)
-        ticket.fail(error)
-
-    def _refused(self, error: SFPromptError) -> None:
-        self._figures.refused(error.code)
-
-    def _waiting(self) -> tuple[int, int]:
-        """How many tasks wait, and their samples. For any thread."""
+    def _queue_size(self) -> tuple[int, int]:
+        """Return the numbers of queued tasks and of their samples. Thread-safe."""
         with self._lock:
             return len(self._schedule), self._schedule.samples
 
-    def _show(self) -> None:
-        watch, room = self._figures.watch, self._keeper.room
-        watch("sfprompt_engine_queue_tasks", "Tasks that wait", lambda: self._waiting()[0])
-        watch("sfprompt_engine_queue_samples", "Their samples", lambda: self._waiting()[1])
-        watch("sfprompt_engine_queue_bytes", "Their tensors", lambda: self._worker.queued_bytes)
-        watch("sfprompt_engine_open_steps", "Steps that lack their backward", room.steps.__len__)
-        watch("sfprompt_engine_retained_bytes", "Held for open steps", lambda: room.taken)
-        watch("sfprompt_engine_bodies", "Frozen bodies in memory", self._frozen.__len__)
-        watch("sfprompt_engine_own_bodies", "Bodies that sessions tune", self._bodies.__len__)
-        watch("sfprompt_engine_answer_bytes", "Held for repeats", lambda: self._keeper.answer_bytes)
-
-
-async def _result(ticket: PendingRequest, fingerprint: int, key: StepKey) -> Tensor:
-    require_same(ticket.fingerprint, fingerprint, key)
-    return await ticket.result()
-
-
-def _lost(key: StepKey) -> StepLost:
-    return StepLost(
-        "the server does not hold this step",
-        field="step",
-        value=key.step,
-        hint="send its forward again",
-    )
+    def _watch_gauges(self) -> None:
+        watch, memory, steps = self._figures.watch, self._tracker.memory, self._tracker.memory.steps
+        watch("sfprompt_engine_queue_tasks", "Queued tasks", lambda: self._queue_size()[0])
+        watch("sfprompt_engine_queue_samples", "Queued samples", lambda: self._queue_size()[1])
+        watch("sfprompt_engine_queue_bytes", "Queued tensors", lambda: self._worker.queued_bytes)
+        watch("sfprompt_engine_open_steps", "Steps without their backward", steps.__len__)
+        watch("sfprompt_engine_retained_bytes", "Memory of open steps", lambda: memory.taken)
+        watch("sfprompt_engine_bodies", "Frozen bodies in memory", self._bodies.__len__)
+        watch(
+            "sfprompt_engine_answer_bytes",
+            "Responses cached for repeated requests",
+            lambda: self._tracker.response_bytes,
+        )

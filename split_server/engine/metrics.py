@@ -1,4 +1,4 @@
-"""What the engine does, in numbers: for Prometheus, and of each run for its history."""
+"""The engine's counters: for Prometheus, and for each run's history."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ _SAMPLES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 @dataclass(frozen=True)
 class RunFigures:
-    """What the engine did for one run so far.
+    """What the engine has done for one run.
 
     Attributes:
-        tasks: forwards and backwards.
-        samples: that passed through the body, each way once.
-        batch_samples: of the batches that these tasks were in, summed over tasks: divided by
-            ``tasks`` the size of the batch that a task found itself in.
-        recomputed: samples whose forward was run again for their backward.
-        wait_s: from a task's coming to its turn, summed over tasks.
-        compute_s: its share, by samples, of the time of its batches.
+        tasks: number of forwards and backwards.
+        samples: number of samples through the body; forward and backward count separately.
+        batch_samples: sum over tasks of the samples in the task's batch; divided by ``tasks``, the
+            mean batch size that a task saw.
+        recomputed: number of samples whose forward ran again for their backward.
+        wait_s: seconds that tasks spent in the queue, summed over tasks.
+        compute_s: seconds of the batches, each shared among its tasks by samples.
     """
 
     tasks: int = 0
@@ -38,7 +38,7 @@ class RunFigures:
     compute_s: float = 0.0
 
     def to_dict(self) -> dict[str, float]:
-        """For a run's history: means where a sum says little."""
+        """Return the counters for a run's history, as means where a sum says little."""
         tasks = max(1, self.tasks)
         return {
             "tasks": self.tasks,
@@ -52,7 +52,7 @@ class RunFigures:
 
 @dataclass(frozen=True)
 class Turn:
-    """One task's turn in a batch."""
+    """One task's part of a batch, and its time in the queue."""
 
     run: str
     samples: int
@@ -60,8 +60,8 @@ class Turn:
 
 
 @dataclass(frozen=True)
-class _OfWork:
-    """What is counted of one kind of batch."""
+class _WorkHistograms:
+    """The histograms of one kind of work."""
 
     fill: Histogram
     compute: Histogram
@@ -69,98 +69,99 @@ class _OfWork:
 
 
 class EngineFigures:
-    """Counts what the engine does. Safe from any thread.
+    """Counts what the engine does. Thread-safe.
 
     Args:
-        registry: that Prometheus reads; one for each server.
+        registry: what Prometheus reads; one for each server.
     """
 
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
         self.registry = registry or CollectorRegistry()
         self._lock = threading.Lock()
         self._runs: dict[str, RunFigures] = {}
-        self._over: set[str] = set()  # runs whose last batch may still be at work
+        self._finished: set[str] = set()  # runs whose last batch may still be running
         self._samples = Counter(
             "sfprompt_engine_samples",
-            "Samples that passed through a body, by run and pass",
+            "Samples through a body, by run and kind of work",
             ["run", "work"],
             registry=self.registry,
         )
         fill = Histogram(
             "sfprompt_engine_batch_samples",
-            "Samples of a batch",
+            "Samples per batch",
             ["work"],
             buckets=_SAMPLES,
             registry=self.registry,
         )
         compute = Histogram(
             "sfprompt_engine_compute_seconds",
-            "Time of a batch in its body",
+            "Seconds of a batch in its body",
             ["work"],
             buckets=_SECONDS,
             registry=self.registry,
         )
         wait = Histogram(
             "sfprompt_engine_wait_seconds",
-            "Time of a task in the queue",
+            "Seconds of a task in the queue",
             ["work"],
             buckets=_SECONDS,
             registry=self.registry,
         )
-        # Found once: to look a series up by its labels takes longer than to count in it.
-        self._of_work = {
-            work: _OfWork(fill.labels(work), compute.labels(work), wait.labels(work))
+        # Looked up once: a lookup by labels takes longer than the count itself.
+        self._histograms = {
+            work: _WorkHistograms(fill.labels(work), compute.labels(work), wait.labels(work))
             for work in WORK
         }
         self._refused = Counter(
             "sfprompt_engine_refused",
-            "Jobs that were refused or failed, by the code of their error",
+            "Jobs that were refused or failed, by error code",
             ["code"],
             registry=self.registry,
         )
 
     def watch(self, name: str, what: str, read: Callable[[], float]) -> None:
-        """Show a value that is read whenever somebody looks."""
+        """Add a gauge whose value ``read`` returns at every scrape."""
         Gauge(name, what, registry=self.registry).set_function(read)
 
-    def ran(self, work: str, turns: list[Turn], seconds: float) -> None:
-        """A batch has been computed."""
+    def count_batch(self, work: str, turns: list[Turn], seconds: float) -> None:
+        """Count a computed batch."""
         samples = sum(turn.samples for turn in turns)
-        own = self._of_work[work]
-        own.fill.observe(samples)
-        own.compute.observe(seconds)
+        histograms = self._histograms[work]
+        histograms.fill.observe(samples)
+        histograms.compute.observe(seconds)
         for turn in turns:
-            own.wait.observe(turn.waited_s)
-            if turn.run in self._over:
+            histograms.wait.observe(turn.waited_s)
+            if turn.run in self._finished:
                 continue
             self._samples.labels(turn.run, work).inc(turn.samples)
             self._add(turn, samples, seconds * turn.samples / max(1, samples), work)
 
-    def refused(self, code: str) -> None:
+    def count_refusal(self, code: str) -> None:
+        """Count a job that was refused or failed, by its error code."""
         self._refused.labels(code).inc()
 
     def of_run(self, run: str) -> RunFigures:
-        """What was done for one run."""
+        """Return a run's counters."""
         with self._lock:
             return self._runs.get(run, RunFigures())
 
     def forget(self, run: str) -> None:
-        """A run is over: its numbers are in its history."""
+        """Drop a finished run's counters, which are in its history by now."""
         with self._lock:
-            self._over.add(run)
+            self._finished.add(run)
             self._runs.pop(run, None)
         for work in WORK:
             self._samples.remove(run, work)
 
     def _add(self, turn: Turn, batch: int, seconds: float, work: str) -> None:
         with self._lock:
-            so_far = self._runs.get(turn.run, RunFigures())
+            counted = self._runs.get(turn.run, RunFigures())
             self._runs[turn.run] = replace(
-                so_far,
-                tasks=so_far.tasks + 1,
-                samples=so_far.samples + turn.samples,
-                batch_samples=so_far.batch_samples + batch,
-                recomputed=so_far.recomputed + (turn.samples if work == "recompute" else 0),
-                wait_s=so_far.wait_s + turn.waited_s,
-                compute_s=so_far.compute_s + seconds,
+                counted,
+                tasks=counted.tasks + 1,
+                samples=counted.samples + turn.samples,
+                batch_samples=counted.batch_samples + batch,
+                recomputed=counted.recomputed + (turn.samples if work == "recompute" else 0),
+                wait_s=counted.wait_s + turn.waited_s,
+                compute_s=counted.compute_s + seconds,
             )

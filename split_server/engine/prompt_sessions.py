@@ -1,4 +1,4 @@
-"""Exchanges: a session's gradients are applied to its prompts, then its next batch goes forward."""
+"""Prompt sessions: an exchange applies one batch's gradients and runs the next batch forward."""
 
 from __future__ import annotations
 
@@ -6,41 +6,33 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from protocol.errors import NonFinite
 from split_model import anatomy
+from split_model.checkpoints.state import PROMPTS
 from split_model.optimizer import learning_rate_factor, make_optimizer, set_progress
 from split_server.engine.api import ExchangeJob, SessionPlan, StepKey, batch_key
-from split_server.engine.delivery import CompletionQueue
-from split_server.engine.requests import Admitted, PendingRequest, RequestTracker
-from split_server.engine.session_table import OpenSessions, lost_session, require_steps
-from split_server.engine.tasks import (
-    Forwarded,
-    backward_task,
-    forward_task,
-    nbytes_of,
-    require_shape,
-)
-from split_server.engine.worker import Worker
+from split_server.engine.handler import SessionHandler
+from split_server.engine.requests import Admission, PendingRequest
+from split_server.engine.session_table import check_steps, lost_session
+from split_server.engine.tasks import Forwarded, backward_task, check_gradient_shape, forward_task
 
 
 @dataclass
-class Session:
-    """One participant's prompts and their optimiser, in float32 beside the body.
-
-    The gradients of ``applied`` of its ``steps`` batches have been taken in.
-    """
+class PromptSession:
+    """One participant's prompts and their optimiser, in float32 on the body's device."""
 
     name: str
     steps: int
     plan: SessionPlan
     prompts: nn.Parameter  # [L, P, D]
     optimizer: torch.optim.Optimizer = field(init=False)
-    applied: int = 0
-    expires_at: float = math.inf  # on the monotonic clock
+    applied: int = 0  # batches whose gradients have been applied
+    expires_at: float = math.inf  # seconds on the monotonic clock
 
     def __post_init__(self) -> None:
         self.optimizer = make_optimizer(self.plan.training, self.prompts, None)
@@ -48,13 +40,15 @@ class Session:
     @classmethod
     def begin(
         cls, name: str, steps: int, plan: SessionPlan, device: torch.device, smashed: Tensor | None
-    ) -> Session:
-        """A session whose prompts are those of the global state.
+    ) -> PromptSession:
+        """Begin a session with the global state's prompts.
 
         Args:
-            name, steps, plan: see the class.
+            name: the session's name.
+            steps: number of its batches.
+            plan: the run's and the round's part.
             device: where the prompts are tuned.
-            smashed: the patch tokens [B, N, D] of the first batch, where the plan asks for them.
+            smashed: the first batch's patch tokens [B, N, D], for ``plan.from_mean_token``.
         """
         prompts = plan.initial().to(device, torch.float32).clone()
         if plan.from_mean_token and smashed is not None:
@@ -62,9 +56,9 @@ class Session:
         return cls(name, steps, plan, nn.Parameter(prompts))
 
     def apply(self, gradient: Tensor) -> None:
-        """One step of the optimiser with the gradient [L, P, D] of the oldest open batch.
+        """Run one optimiser step with the gradient [L, P, D] of the oldest open batch.
 
-        Nobody waits for the device to see whether it is finite: `trained` does, in the end.
+        Does not wait for the device to check the result: `trained_prompts` does, at the end.
         """
         plan = self.plan
         progress = (plan.round - 1 + self.applied / self.steps) / plan.rounds
@@ -74,197 +68,185 @@ class Session:
         self.applied += 1
 
     def current(self, _smashed: Tensor | None = None) -> Tensor:
-        """The prompts [L, P, D] for the next batch, on the device."""
+        """Return the prompts [L, P, D] for the next batch, on the device."""
         return self.prompts.detach()
 
     @property
     def nbytes(self) -> int:
-        """Of the prompts and what an optimiser keeps beside them: at most two moments."""
-        return 4 * self.prompts.numel() * self.prompts.element_size()
+        """Bytes of the prompts, their gradient and at most two moments of an optimiser."""
+        return 4 * self.prompts.nbytes
 
-    def trained(self) -> Tensor:
-        """The prompts [L, P, D] as they are now: a copy on the CPU.
+    def trained_prompts(self) -> Tensor:
+        """Return a copy of the prompts [L, P, D] on the CPU.
 
         Raises:
-            NonFinite: a step of the optimiser has left float32's range.
+            NonFinite: an optimiser step has left float32's range.
         """
         prompts = self.prompts.detach().to("cpu", copy=True)
         if not bool(torch.isfinite(prompts).all()):
             raise NonFinite("the prompts tuned on the server are not finite", field="prompts")
         return prompts
 
+    def trained_state(self) -> dict[str, Tensor]:
+        """Return the prompts as a state. See `trained_prompts`."""
+        return {PROMPTS: self.trained_prompts()}
 
-class Exchanges:
-    """The sessions of an engine, and what becomes of their requests.
 
-    Methods without another word are called under the keeper's lock.
-    """
+class PromptSessions(SessionHandler[ExchangeJob, PromptSession]):
+    """Handles exchanges: each tunes the session's prompts, then runs its next batch forward."""
 
-    def __init__(
-        self, keeper: RequestTracker, worker: Worker, outbox: CompletionQueue, device: torch.device
-    ) -> None:
-        self._keeper = keeper
-        self._worker = worker
-        self._outbox = outbox
-        self._device = device
-        self._sessions = OpenSessions[Session]()
+    job_types: ClassVar = (ExchangeJob,)
 
-    def known(self, job: ExchangeJob) -> Tensor | None:
-        """What this very request was answered with, if it is a repeat of the newest one.
+    def find_response(self, job: ExchangeJob) -> Tensor | None:
+        """Return the response to the newest exchange, if ``job`` repeats it.
 
         Raises:
-            StepLost: it is a late repeat, or its session is not here.
-            IdempotencyKeyReused
+            StepLost: the job repeats an older exchange, or its session is lost.
+            IdempotencyKeyReused: another request has used the job's name.
             InvalidField: its session has another number of steps.
         """
-        if (answer := self._keeper.known("exchange", job.key, job.fingerprint)) is not None:
-            return answer
+        if (response := super().find_response(job)) is not None:
+            return response
         if job.number == 0:
-            begun = self._sessions.find(job.run, job.participant, job.session)
-            if begun is not None and begun.applied > 0:
-                raise lost_session(job.session)  # a late repeat must not begin it anew
+            session = self._sessions.find(job.run, job.participant, job.session)
+            if session is not None and session.applied > 0:
+                raise lost_session(job.session)  # a late repeat must not restart the session
             return None
         session = self._sessions.get(job.run, job.participant, job.session)
-        require_steps(job.steps, session.steps)
-        done = job.number == session.steps == session.applied
-        return torch.empty(0) if done else None
+        check_steps(job.steps, session.steps)
+        is_finished = job.number == session.steps == session.applied
+        return torch.empty(0) if is_finished else None
 
     def begin(self, job: ExchangeJob) -> PendingRequest:
-        """Put a request to work: its backward first, if it brings gradients.
+        """Queue an exchange: its backward first, if it has gradients.
 
         Raises:
-            StepLost: it is not the next one of a session that is here.
+            StepLost: the job is not the next exchange of an open session.
             Busy, TooLarge, WrongShape
         """
-        self._worker.require_room(_waiting_bytes(job))
+        self._worker.check_queue(_queued_bytes(job))
         if job.number == 0:
-            self._keeper.drop_steps(job.run, job.participant)  # begun anew: it makes room
-            ticket, admitted = self._open(job)
-            first = partial(self._first, job, admitted)
-            self._go_on(job, ticket, admitted, first, _waiting_bytes(job))
-            return ticket
+            self._tracker.drop_steps(job.run, job.participant)  # frees memory for the new session
+            pending, admission = self._track(job)
+            begin = partial(self._begin_session, job, admission)
+            self._queue_forward(job, pending, admission, begin, _queued_bytes(job))
+            return pending
         session = self._sessions.get(job.run, job.participant, job.session)
-        if session.applied == job.number:  # a repeat, whose forward had failed
-            session.expires_at = self._keeper.expiry
-            ticket, admitted = self._open(job)
-            self._go_on(job, ticket, admitted, session.current, _waiting_bytes(job))
-            return ticket
-        step = self._keeper.room.steps.get(_before(job))
+        if session.applied == job.number:  # a repeat whose forward has failed
+            session.expires_at = self._tracker.expiry
+            pending, admission = self._track(job)
+            self._queue_forward(job, pending, admission, session.current, _queued_bytes(job))
+            return pending
+        step = self._tracker.memory.steps.get(_previous_batch(job))
         if session.applied != job.number - 1 or step is None or job.gradients is None:
             raise lost_session(job.session)
-        require_shape(job.gradients, step)
-        ticket, admitted = self._open(job)
-        fail = partial(self._broke_off, job, ticket)
-        done = partial(self._apply, job, ticket, admitted, session)
-        task = backward_task(_before(job), step, job.gradients, done, fail, _waiting_bytes(job))
-        self._worker.add(task)
-        return ticket
+        check_gradient_shape(job.gradients, step.response.shape)
+        pending, admission = self._track(job)
+        done = partial(self._apply, job, pending, admission, session)
+        fail = partial(self._fail_backward, job, pending)
+        self._worker.add(
+            backward_task(_previous_batch(job), step, job.gradients, done, fail, _queued_bytes(job))
+        )
+        return pending
 
-    def finished(self, run: str, participant: str, name: str) -> Session:
-        """A session that has come to its end.
+    def _retains_expired(self, run: str, participant: str, session: PromptSession) -> bool:
+        """Whether an expired session stays open; extends its time if a request may still come.
 
-        Raises:
-            StepLost: it is not here, or not at its end.
+        The first batch of a session may arrive after its run has ended: such sessions expire too. A
+        finished session stays until its round ends, since a slow link may delay the update.
         """
-        return self._sessions.finished(run, participant, name)
+        if session.applied == session.steps:
+            return True
+        step = batch_key(run, participant, session.name, session.applied)
+        is_open = self._tracker.memory.steps.get(step) is not None
+        if is_open or self._tracker.has_pending(run, participant):
+            session.expires_at = self._tracker.expiry
+            return True
+        return False
 
-    def release(self, run: str, participant: str | None) -> None:
-        self._sessions.drop(run, participant)
-        self._account()
-
-    def sweep(self) -> None:
-        """Free the sessions that stopped half-way and were not heard of in time.
-
-        Their runs may be over: a first batch can still be on its way here when that is told. Who
-        has finished is waited for as long as the round is open: a slow link may hold the update.
-        """
-        for run, participant, session in self._sessions.expired(self._keeper.now):
-            if session.applied == session.steps:
-                continue
-            step = batch_key(run, participant, session.name, session.applied)
-            held = self._keeper.room.steps.get(step) is not None
-            if held or self._keeper.is_at_work(run, participant):
-                session.expires_at = self._keeper.expiry
-            else:
-                self.release(run, participant)
-
-    def _account(self) -> None:
-        self._keeper.room.others = self._sessions.nbytes
-
-    def _open(self, job: ExchangeJob) -> tuple[PendingRequest, Admitted | None]:
-        admitted = None
+    def _track(self, job: ExchangeJob) -> tuple[PendingRequest, Admission | None]:
+        admission = None
         if job.smashed is not None:
-            admitted = self._keeper.admit(job, job.smashed, _before(job), self._worker.busy_error)
-        reserved = 0 if admitted is None else admitted.nbytes
-        name = ("exchange", job.key)
-        return self._keeper.open(name, job.fingerprint, reserved), admitted
+            admission = self._tracker.admit(
+                job, job.smashed, _previous_batch(job), self._worker.busy_error
+            )
+        reserved = 0 if admission is None else admission.nbytes
+        return self._tracker.track(job.name, job.fingerprint, reserved), admission
 
-    def _go_on(
+    def _queue_forward(
         self,
         job: ExchangeJob,
-        ticket: PendingRequest,
-        admitted: Admitted | None,
+        pending: PendingRequest,
+        admission: Admission | None,
         prompts: Callable[[Tensor], Tensor],
-        nbytes: int = 0,
+        nbytes: int,
     ) -> None:
-        """The forward of the next batch; after the last, nothing."""
-        if job.smashed is None or admitted is None:
-            self._keeper.room.steps.drop(_before(job))
-            ticket.answer(torch.empty(0))
+        """Queue the next batch's forward; after the last batch, respond at once."""
+        if job.smashed is None or admission is None:
+            self._tracker.memory.steps.drop(_previous_batch(job))
+            pending.respond(torch.empty(0))
             return
-        done = partial(self._ran_forward, job, ticket, admitted)
-        self._worker.add(forward_task(job, admitted.keep, prompts, done, ticket.fail, nbytes))
+        done = partial(self._finish_forward, job, pending, admission)
+        self._worker.add(
+            forward_task(job, admission.retention, prompts, done, pending.fail, nbytes)
+        )
 
-    # On the worker, without the lock
+    # On the worker's thread, without the lock
 
-    def _first(self, job: ExchangeJob, admitted: Admitted | None, smashed: Tensor) -> Tensor:
-        """The prompts of a session that begins with this batch [B, T, D]."""
+    def _begin_session(
+        self, job: ExchangeJob, admission: Admission | None, smashed: Tensor
+    ) -> Tensor:
+        """Begin a session with its first batch [B, T, D]; return its prompts [L, P, D]."""
         patches = smashed[:, anatomy(job.body.settings).prefix :]  # [B, N, D]
-        session = Session.begin(job.session, job.steps, job.plan, self._device, patches)
-        with self._keeper.lock:
-            session.expires_at = self._keeper.expiry
-            self._keeper.drop_steps(job.run, job.participant)
-            if admitted is not None and admitted.releases == self._keeper.releases_of(job.key):
-                self._sessions.begin(job.run, job.participant, session)
-                self._account()
+        session = PromptSession.begin(job.session, job.steps, job.plan, self._device, patches)
+        with self._tracker.lock:
+            session.expires_at = self._tracker.expiry
+            self._tracker.drop_steps(job.run, job.participant)
+            is_current = (
+                admission is not None
+                and admission.releases == self._tracker.count_releases(job.key)
+            )
+            if is_current:
+                self._add_session(job.run, job.participant, session)
         return session.current(smashed)
 
     def _apply(
         self,
         job: ExchangeJob,
-        ticket: PendingRequest,
-        admitted: Admitted | None,
-        session: Session,
+        pending: PendingRequest,
+        admission: Admission | None,
+        session: PromptSession,
         gradients: Tensor,
     ) -> None:
-        """Bring the gradients [B, L, P, D] of the last batch into the prompts.
+        """Apply the last batch's gradients [B, L, P, D] to the prompts.
 
-        Its step is spent then, but keeps its room for the next one.
+        The batch's step stays retained until the next one replaces it.
         """
         session.apply(gradients.sum(dim=0))
-        with self._keeper.lock:
-            self._go_on(job, ticket, admitted, session.current)
+        with self._tracker.lock:
+            # The job's tensors left the queue with its backward.
+            self._queue_forward(job, pending, admission, session.current, nbytes=0)
 
-    def _broke_off(self, job: ExchangeJob, ticket: PendingRequest, error: Exception) -> None:
-        """A backward has failed, and its graph is spent: the device must begin anew."""
-        with self._keeper.lock:
-            self._keeper.room.steps.drop(_before(job))
-        ticket.fail(error)
+    def _fail_backward(self, job: ExchangeJob, pending: PendingRequest, error: Exception) -> None:
+        """Drop the step of a failed backward: its graph is used up, the device must restart."""
+        with self._tracker.lock:
+            self._tracker.memory.steps.drop(_previous_batch(job))
+        pending.fail(error)
 
-    def _ran_forward(
-        self, job: ExchangeJob, ticket: PendingRequest, admitted: Admitted, part: Forwarded
+    def _finish_forward(
+        self, job: ExchangeJob, pending: PendingRequest, admission: Admission, part: Forwarded
     ) -> None:
         def deliver(features: Tensor) -> None:
-            with self._keeper.lock:
-                self._keeper.retain(job, admitted, part, features, _before(job))
-            ticket.answer(features)
+            with self._tracker.lock:
+                self._tracker.retain(job, admission, part, features, _previous_batch(job))
+            pending.respond(features)
 
-        self._outbox.send(part.features, deliver, ticket.fail)
+        self._completions.send(part.features, deliver, pending.fail)
 
 
-def _before(job: ExchangeJob) -> StepKey:
+def _previous_batch(job: ExchangeJob) -> StepKey:
     return batch_key(job.run, job.participant, job.session, job.number - 1)
 
 
-def _waiting_bytes(job: ExchangeJob) -> int:
-    return sum(nbytes_of(t) for t in (job.gradients, job.smashed) if t is not None)
+def _queued_bytes(job: ExchangeJob) -> int:
+    return sum(tensor.nbytes for tensor in (job.gradients, job.smashed) if tensor is not None)

@@ -1,4 +1,4 @@
-"""What the engine holds of its jobs: tickets, retained steps, answers, and who has gone."""
+"""Requests in progress, the steps they retain and the responses they may need again."""
 
 from __future__ import annotations
 
@@ -15,30 +15,28 @@ import torch
 from torch import Tensor
 
 from protocol.errors import Busy, IdempotencyKeyReused, InternalError, SFPromptError
-from split_server.engine.api import EngineLimits, ExchangeJob, ForwardJob, StepKey
+from split_server.engine.api import ExchangeJob, ForwardJob, JobName, StepKey
+from split_server.engine.limits import EngineLimits
 from split_server.engine.memory import MemoryBudget
 from split_server.engine.steps import CachedResponse, ResponseCache, RetainedStep
-from split_server.engine.tasks import Forwarded, Keep
-from split_server.runtime.aio import deliver, refuse
-from split_server.runtime.clock import Clock
+from split_server.engine.tasks import Forwarded, Retention
+from split_server.runtime.aio import deliver, deliver_error
+from split_server.runtime.process import Clock
 
 log = logging.getLogger(__name__)
-
-Name = tuple[str, StepKey]
 
 
 @dataclass(eq=False)
 class PendingRequest:
-    """A job, until it is answered: once, by any thread. Any number may wait for the answer.
+    """The future response to a job. Any thread may set it, once; any number may await it.
 
-    It holds nobody who holds it: an answer's memory is free again as soon as it has been sent, not
-    when a search for cycles happens to come by.
+    Keeps no reference cycle, so that a response's memory is freed as soon as it is sent.
 
     Args:
-        fingerprint: of its request.
-        on_failure: is told what the asker is told.
-        on_end: is called once, when it is answered.
-        reserved: of the retained bytes.
+        fingerprint: of the request.
+        on_failure: called with the error that the sender gets.
+        on_end: called once, when the response is set.
+        reserved: bytes of the memory budget reserved for the job.
     """
 
     fingerprint: int
@@ -49,17 +47,18 @@ class PendingRequest:
     _waiting: list[asyncio.Future[Tensor]] = field(default_factory=list, init=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
 
-    def answer(self, tensor: Tensor) -> None:
+    def respond(self, tensor: Tensor) -> None:
+        """Set the response."""
         self._end(tensor)
 
     def fail(self, error: Exception) -> None:
-        """Answer with what went wrong, as the asker may know it."""
-        shown = as_shown(error)
-        self.on_failure(shown)
-        self._end(shown)
+        """Respond with an error, in the form that its sender may see."""
+        public = to_public_error(error)
+        self.on_failure(public)
+        self._end(public)
 
     async def result(self) -> Tensor:
-        """The answer, waited for; one asker's going does not stop the others.
+        """Wait for the response. Cancelling one wait does not affect the others.
 
         Raises:
             SFPromptError: the job has failed.
@@ -81,221 +80,247 @@ class PendingRequest:
             self._outcome = outcome
             waiting, self._waiting = self._waiting, []
         self.on_end(self)
-        for one in waiting:
+        for future in waiting:
             if isinstance(outcome, SFPromptError):
-                refuse(one, outcome)
+                deliver_error(future, outcome)
             else:
-                deliver(one, outcome)
+                deliver(future, outcome)
 
 
-def require_same(first: int, second: int, key: StepKey) -> None:
-    """Refuse another request under the name of one that was.
+def check_fingerprint(known: int, fingerprint: int, key: StepKey) -> None:
+    """Check that a request repeats the earlier one of the same name.
 
     Raises:
-        IdempotencyKeyReused: their fingerprints differ.
+        IdempotencyKeyReused: the fingerprints differ.
     """
-    if first != second:
+    if known != fingerprint:
         raise IdempotencyKeyReused(
-            "this step was used for another request", field="step", value=key.step
+            "another request has used this step", field="step", value=key.step
         )
 
 
-def as_shown(error: Exception) -> SFPromptError:
-    """What went wrong, as the asker may know it."""
+def to_public_error(error: Exception) -> SFPromptError:
+    """Convert an error to the form that the request's sender may see."""
     if isinstance(error, SFPromptError):
         return error
     if isinstance(error, torch.OutOfMemoryError):
-        log.warning("a job did not fit the device's memory; it was sent away")
+        log.warning("a job exceeded the device's memory; it was refused as busy")
         with contextlib.suppress(RuntimeError):
             torch.cuda.empty_cache()
-        return Busy("the device's memory is taken; try again later", retry_after_s=1.0)
+        return Busy("the device's memory is full; retry later", retry_after_s=1.0)
     log.error("a job failed", exc_info=error)
-    shown = InternalError("the body failed on this batch")
-    shown.__cause__ = error
-    return shown
+    public = InternalError("the body failed on this batch")
+    public.__cause__ = error
+    return public
 
 
 @dataclass(frozen=True)
-class Admitted:
-    """A forward that has its room.
+class Admission:
+    """The memory that a forward may use.
 
     Attributes:
-        keep, nbytes: what will be kept of it.
-        releases: changes when the steps of its run or participant are released.
+        retention: what the step will retain.
+        nbytes: bytes reserved for it.
+        releases: `RequestTracker.count_releases` at the time of admission.
     """
 
-    keep: Keep
+    retention: Retention
     nbytes: int
     releases: int
 
 
 class RequestTracker:
-    """Holds what outlives a job. Not thread-safe: whoever calls holds ``lock``."""
+    """Tracks what outlives a call: pending requests, retained steps and cached responses.
+
+    Not thread-safe: callers hold ``lock``.
+
+    Args:
+        limits: the engine's limits.
+        dtype: of the bodies' input and output.
+        clock: for expiry times.
+        on_failure: called with the error of every failed job.
+    """
 
     def __init__(
         self,
         limits: EngineLimits,
         dtype: torch.dtype,
         clock: Clock,
-        refused: Callable[[SFPromptError], None],
+        on_failure: Callable[[SFPromptError], None],
     ) -> None:
         self.lock = threading.Condition()
-        self.room = MemoryBudget(
+        self.memory = MemoryBudget(
             limits.retained_bytes, limits.backward, limits.steps_per_participant, dtype
         )
-        self._answers = ResponseCache(limits.steps_per_participant, limits.answer_bytes)
+        self._responses = ResponseCache(limits.steps_per_participant, limits.response_bytes)
         self._step_timeout_s = limits.step_timeout_s
-        self._clock = clock
-        self._refused = refused
-        self._in_flight: dict[Name, PendingRequest] = {}
         self._graph_timeout_s = limits.graph_timeout_s
+        self._clock = clock
+        self._on_failure = on_failure
+        self._pending: dict[JobName, PendingRequest] = {}
         self._releases: Counter[tuple[str, str | None]] = Counter()
 
     @property
-    def answer_bytes(self) -> int:
-        return self._answers.nbytes
+    def response_bytes(self) -> int:
+        """Bytes of the cached responses."""
+        return self._responses.nbytes
 
     @property
     def now(self) -> float:
+        """Seconds on the monotonic clock."""
         return self._clock.monotonic()
 
     @property
     def expiry(self) -> float:
-        """Until when one who is heard of now is waited for, on the monotonic clock."""
+        """When a step or session used now will expire, on the monotonic clock."""
         return self.now + self._step_timeout_s
 
-    def is_at_work(self, run: str, participant: str) -> bool:
+    def has_pending(self, run: str, participant: str) -> bool:
         """Whether a job of this participant waits or runs."""
-        return any(_is_of(key, run, participant) for _, key in self._in_flight)
+        return any(_belongs(key, run, participant) for _, key in self._pending)
 
-    def known(self, kind: str, key: StepKey, fingerprint: int) -> Tensor | None:
-        """What this very request was answered with, if it is a repeat.
+    def find_pending(self, name: JobName) -> PendingRequest | None:
+        """Return the request in progress of this name."""
+        return self._pending.get(name)
+
+    def find_response(self, name: JobName, fingerprint: int) -> Tensor | None:
+        """Return the response to an earlier, equal request.
 
         Raises:
-            IdempotencyKeyReused: its name was used for another request.
+            IdempotencyKeyReused: another request has used this name.
         """
-        answer = self._answers.get(kind, key)
-        if answer is None and kind != "backward" and (step := self.room.steps.get(key)) is not None:
-            answer = CachedResponse(step.answer, step.fingerprint)
-        if answer is None:
+        kind, key = name
+        response = self._responses.get(name)
+        if response is None and kind != "backward" and (step := self.memory.steps.get(key)):
+            response = CachedResponse(step.response, step.fingerprint)
+        if response is None:
             return None
-        require_same(answer.fingerprint, fingerprint, key)
-        return answer.tensor
+        check_fingerprint(response.fingerprint, fingerprint, key)
+        return response.tensor
 
-    def under_way(self, name: Name) -> PendingRequest | None:
-        return self._in_flight.get(name)
-
-    def open(self, name: Name | None, fingerprint: int, reserved: int = 0) -> PendingRequest:
-        """A ticket for a job that begins now. Without a name nobody can repeat it."""
-        self.room.reserved += reserved
-        ticket = PendingRequest(fingerprint, self._refused, partial(self._close, name), reserved)
+    def track(self, name: JobName | None, fingerprint: int, reserved: int = 0) -> PendingRequest:
+        """Track a new job and reserve its memory. Without a name it cannot be repeated."""
+        self.memory.reserved += reserved
+        pending = PendingRequest(
+            fingerprint, self._on_failure, partial(self._untrack, name), reserved
+        )
         if name is not None:
-            self._in_flight[name] = ticket
-        return ticket
+            self._pending[name] = pending
+        return pending
 
     def admit(
         self,
         job: ForwardJob | ExchangeJob,
         smashed: Tensor,
-        instead_of: StepKey | None,
+        replaces: StepKey | None,
         busy_error: Callable[[str], Busy],
-    ) -> Admitted:
-        """Room for a job's forward of ``smashed`` [B, T, D].
+    ) -> Admission:
+        """Find memory for a job's forward of ``smashed`` [B, T, D].
+
+        Args:
+            job: the job.
+            smashed: its smashed data.
+            replaces: a step that will be dropped for it.
+            busy_error: builds the error from a reason.
 
         Raises:
             Busy, TooLarge
         """
-        ask = partial(self.room.ask, job.body, smashed, job.num_tokens)
-        found = ask(instead_of)
-        if found is None:
+        choose = partial(self.memory.choose_retention, job.body, smashed, job.num_tokens)
+        chosen = choose(replaces)
+        if chosen is None:
             self.sweep()
-            found = ask(instead_of) or self._in_its_place(job.key, ask)
-        if found is None:
-            raise busy_error("the memory for open steps is taken")
-        return Admitted(*found, self.releases_of(job.key))
+            chosen = choose(replaces) or self._replace_oldest(job.key, choose)
+        if chosen is None:
+            raise busy_error("the memory for open steps is full")
+        return Admission(*chosen, self.count_releases(job.key))
 
-    def _in_its_place(
-        self, key: StepKey, ask: Callable[[StepKey | None], tuple[Keep, int] | None]
-    ) -> tuple[Keep, int] | None:
-        """Room that the participant's own oldest step gives, where it has too many with this one.
+    def _replace_oldest(
+        self, key: StepKey, choose: Callable[[StepKey | None], tuple[Retention, int] | None]
+    ) -> tuple[Retention, int] | None:
+        """Use the memory of the participant's oldest step, if it has one too many with this step.
 
-        It goes at once: of several forwards that wait, only one can have its room.
+        The oldest step is dropped at once: of several waiting forwards, one alone can use it.
         """
-        oldest = self.room.steps.next_to_go(key)
-        if oldest is None or ask(oldest) is None:
+        oldest = self.memory.steps.next_replaced(key)
+        if oldest is None or choose(oldest) is None:
             return None
-        self.room.steps.drop(oldest)
-        return ask(None)
+        self.memory.steps.drop(oldest)
+        return choose(None)
 
-    def releases_of(self, key: StepKey) -> int:
-        """Changes when the steps of this one's run or participant are released."""
+    def count_releases(self, key: StepKey) -> int:
+        """Return a number that changes whenever the step's run or participant is released."""
         return self._releases[key.run, None] + self._releases[key.run, key.participant]
 
     def retain(
         self,
         job: ForwardJob | ExchangeJob,
-        admitted: Admitted,
+        admission: Admission,
         part: Forwarded,
-        answer: Tensor,
-        last: StepKey | None = None,
+        response: Tensor,
+        replaces: StepKey | None = None,
     ) -> None:
-        """Keep a forward for its backward, in the place of its session's last one."""
-        if last is not None:
-            self.room.steps.drop(last)
-        if admitted.releases != self.releases_of(job.key):
-            return  # its round ended while it waited
+        """Retain a forward for its backward; drop the step that it replaces.
+
+        Does nothing more if the round has ended since the job's admission.
+        """
+        if replaces is not None:
+            self.memory.steps.drop(replaces)
+        if admission.releases != self.count_releases(job.key):
+            return
         step = RetainedStep(
             body=job.body,
             smashed=part.smashed,
             prompts=part.prompts,
             num_tokens=job.num_tokens,
-            answer=answer,
+            response=response,
             fingerprint=job.fingerprint,
             expires_at=self.expiry,
             graph_until=self.now + self._graph_timeout_s,
             graph=part.graph,
         )
-        self.room.steps.add(job.key, step)
+        self.memory.steps.add(job.key, step)
 
-    def answered(self, key: StepKey, step: RetainedStep, answer: CachedResponse) -> None:
-        """A step is over; its answers are kept for repeats."""
-        self.room.steps.drop(key)
-        self.remember("forward", key, CachedResponse(step.answer, step.fingerprint))
-        self.remember("backward", key, answer)
+    def finish_step(self, key: StepKey, step: RetainedStep, response: CachedResponse) -> None:
+        """Drop a step after its backward; cache both responses."""
+        self.memory.steps.drop(key)
+        self.cache_response(("forward", key), CachedResponse(step.response, step.fingerprint))
+        self.cache_response(("backward", key), response)
 
-    def remember(self, kind: str, key: StepKey, answer: CachedResponse) -> None:
-        """Keep an answer for repeats."""
-        self._answers.add(kind, key, answer)
+    def cache_response(self, name: JobName, response: CachedResponse) -> None:
+        """Cache a response for repeated requests."""
+        self._responses.add(name, response)
 
     def drop_steps(self, run: str, participant: str | None) -> None:
-        self.room.steps.drop_where(lambda key, _: _is_of(key, run, participant))
+        """Drop the retained steps of a run, or of one participant."""
+        self.memory.steps.drop_where(lambda key, _: _belongs(key, run, participant))
 
     def release(self, run: str, participant: str | None) -> None:
-        """Free the steps and answers of a run, or of one participant."""
+        """Free the steps and cached responses of a run, or of one participant."""
         self._count_release(run, participant)
         self.drop_steps(run, participant)
-        self._answers.drop_where(lambda key: _is_of(key, run, participant))
+        self._responses.drop_where(lambda key: _belongs(key, run, participant))
 
     def sweep(self) -> None:
-        """Free the steps whose backward has not come in time, and the graphs of slow ones."""
+        """Drop expired steps, and the graphs of late ones."""
         now = self.now
-        self.room.steps.let_graphs_go(now)
-        gone = self.room.steps.drop_where(lambda _, step: step.expires_at <= now)
-        if gone:
-            log.info("%d open steps were dropped: their backward did not come in time", gone)
+        self.memory.steps.drop_late_graphs(now)
+        dropped = self.memory.steps.drop_where(lambda _, step: step.expires_at <= now)
+        if dropped:
+            log.info("%d open steps were dropped: their backward did not come in time", dropped)
 
     def _count_release(self, run: str, participant: str | None) -> None:
-        if participant is None:  # one number for all its participants, above what any has had
-            own = [key for key in self._releases if key[0] == run]
-            self._releases[run, None] = sum(self._releases.pop(key) for key in own)
+        if participant is None:  # one number for all participants, higher than each of theirs
+            participants = [key for key in self._releases if key[0] == run]
+            self._releases[run, None] = sum(self._releases.pop(key) for key in participants)
         self._releases[run, participant] += 1
 
-    def _close(self, name: Name | None, ticket: PendingRequest) -> None:
+    def _untrack(self, name: JobName | None, pending: PendingRequest) -> None:
         with self.lock:
-            self.room.reserved -= ticket.reserved
-            if name is not None and self._in_flight.get(name) is ticket:
-                del self._in_flight[name]
+            self.memory.reserved -= pending.reserved
+            if name is not None and self._pending.get(name) is pending:
+                del self._pending[name]
 
 
-def _is_of(key: StepKey, run: str, participant: str | None) -> bool:
+def _belongs(key: StepKey, run: str, participant: str | None) -> bool:
     return key.run == run and participant in (None, key.participant)

@@ -1,31 +1,41 @@
-"""The sessions that are open: one for each participant, of whatever kind."""
+"""The open training sessions: at most one for each participant."""
 
 from __future__ import annotations
 
 from typing import Generic, Protocol, TypeVar
 
+from torch import Tensor
+
 from protocol.errors import InvalidField, StepLost
 
 
-class AnySession(Protocol):
-    """What sessions have in common, of prompts or of a body."""
+class Session(Protocol):
+    """What all training sessions have in common, whatever they tune."""
 
     name: str
-    steps: int  # in all
-    applied: int  # of them, so far
-    expires_at: float  # on the monotonic clock
+    steps: int  # in total
+    applied: int  # steps whose gradients have been applied
+    expires_at: float  # seconds on the monotonic clock
 
     @property
     def nbytes(self) -> int:
-        """What it takes on the body's device."""
+        """Bytes on the body's device."""
+        ...
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """Return what a finished session has tuned: copies on the CPU, by names of a state.
+
+        Raises:
+            NonFinite: a tensor is not finite.
+        """
         ...
 
 
-S = TypeVar("S", bound=AnySession)
+S = TypeVar("S", bound=Session)
 
 
-class OpenSessions(Generic[S]):
-    """The open session of each participant. Not thread-safe: the engine holds its lock."""
+class SessionTable(Generic[S]):
+    """The open session of each participant. Not thread-safe: callers hold the engine's lock."""
 
     def __init__(self) -> None:
         self._sessions: dict[tuple[str, str], S] = {}
@@ -35,69 +45,63 @@ class OpenSessions(Generic[S]):
 
     @property
     def nbytes(self) -> int:
-        """Of all of them."""
+        """Bytes of all sessions on the body's device."""
         return sum(session.nbytes for session in self._sessions.values())
 
-    def begin(self, run: str, participant: str, session: S) -> None:
-        """Take the place of whatever session the participant had: it has begun anew."""
+    def add(self, run: str, participant: str, session: S) -> None:
+        """Add a session; it replaces the participant's earlier one."""
         self._sessions[run, participant] = session
 
     def find(self, run: str, participant: str, name: str) -> S | None:
-        """The session of this name, if it is here."""
+        """Return the participant's open session, if it has this name."""
         session = self._sessions.get((run, participant))
         return session if session is not None and session.name == name else None
 
     def get(self, run: str, participant: str, name: str) -> S:
-        """The session of this name.
+        """Return the participant's open session of this name.
 
         Raises:
-            StepLost: it is not here; the server was restarted, or the round is over.
+            StepLost: it is not open; the server was restarted, or the round is over.
         """
         session = self.find(run, participant, name)
         if session is None:
             raise lost_session(name)
         return session
 
-    def finished(self, run: str, participant: str, name: str) -> S:
-        """The session of this name, which has come to its end.
-
-        Raises:
-            StepLost: it is not here, or not at its end.
-        """
-        session = self.get(run, participant, name)
-        if session.applied != session.steps:
-            raise lost_session(name)
-        return session
-
-    def expired(self, now: float) -> list[tuple[str, str, S]]:
-        """The sessions whose time is up, each behind its run and participant."""
+    def list_expired(self, now: float) -> list[tuple[str, str, S]]:
+        """Return (run, participant, session) of all sessions that expired before ``now``."""
         return [
-            (*who, session) for who, session in self._sessions.items() if session.expires_at <= now
+            (run, participant, session)
+            for (run, participant), session in self._sessions.items()
+            if session.expires_at <= now
         ]
 
     def drop(self, run: str, participant: str | None = None) -> None:
-        """Forget the session of a participant, or those of all of a run."""
+        """Drop a participant's session, or all sessions of a run."""
         for key in [k for k in self._sessions if k[0] == run and participant in (None, k[1])]:
             del self._sessions[key]
 
 
 def lost_session(name: str) -> StepLost:
-    """The error that makes a device begin its round's split training anew."""
+    """Build the error that makes a device restart its split training of the round."""
     return StepLost(
-        "the server does not hold this session",
+        "the server does not have this session",
         field="session",
         value=name,
-        hint="begin the round's training anew, with a new session",
+        hint="restart the round's training with a new session",
     )
 
 
-def require_steps(named: int, steps: int) -> None:
-    """Refuse a request that names another number of steps than its session has.
+def check_steps(steps: int, session_steps: int) -> None:
+    """Check that a request names its session's number of steps.
 
     Raises:
-        InvalidField: it is another.
+        InvalidField: the numbers differ.
     """
-    if named != steps:
+    if steps != session_steps:
         raise InvalidField(
-            "a session has a fixed number of steps", field="steps", limit=steps, value=named
+            "a session has a fixed number of steps",
+            field="steps",
+            limit=session_steps,
+            value=steps,
         )

@@ -1,4 +1,4 @@
-"""What split training keeps between a step's forward and its backward, bounded in bytes."""
+"""Retained steps, between forward and backward, and responses cached for repeated requests."""
 
 from __future__ import annotations
 
@@ -9,22 +9,31 @@ from weakref import WeakSet
 
 from torch import Tensor
 
-from split_server.engine.api import StepKey
+from split_server.engine.api import JobName, StepKey
 from split_server.models.body_key import BodyKey
 
 
 @dataclass(frozen=True, eq=False)
 class Graph:
-    """What autograd kept of one forward, for all the steps whose samples were in it."""
+    """The autograd graph of one forward, shared by all steps with samples in its batch.
 
-    leaf: Tensor  # smashed data [B, T, D], or prompts [B, L, P, D]: what the gradient is for
-    features: Tensor  # [B, T', D], the graph's output
-    rows: dict[StepKey, slice]  # of each step's samples in the batch
+    Attributes:
+        leaf: the tensor that the backward gives a gradient for: smashed data [B, T, D], or prompts
+            [B, L, P, D].
+        features: the graph's output [B, T', D].
+        rows: each step's samples in the batch.
+        nbytes: bytes that the graph saves.
+        seconds: duration of the forward.
+    """
+
+    leaf: Tensor
+    features: Tensor
+    rows: dict[StepKey, slice]
     nbytes: int
-    seconds: float  # that its forward took
+    seconds: float
 
     def share(self, key: StepKey) -> int:
-        """The bytes that one step answers for."""
+        """Return one step's share of the graph's bytes, by samples."""
         rows = self.rows[key]
         samples: int = rows.stop - rows.start
         return -(-self.nbytes * samples // max(1, len(self.features)))
@@ -32,35 +41,38 @@ class Graph:
 
 @dataclass(eq=False)
 class RetainedStep:
-    """A forward whose backward is still to come."""
+    """A forward whose backward is still to come.
+
+    Attributes:
+        smashed: [B, T, D] on the body's device.
+        prompts: [L, P, D] that joined at the cut.
+        num_tokens: number of the features' tokens that were returned; None: all.
+        response: the features [B, T', D] that were returned.
+        fingerprint: of the forward's request.
+        expires_at: the step is dropped after this time, in seconds on the monotonic clock.
+        graph_until: the graph is dropped after this time, on the same clock.
+        graph: None: the forward runs again for the backward.
+    """
 
     body: BodyKey
-    smashed: Tensor  # [B, T, D] on the body's device
-    prompts: Tensor | None  # [L, P, D], where they join at the cut
-    num_tokens: int | None  # of the features' tokens: those that were wanted
-    answer: Tensor  # [B, T', D], what the participant was sent
-    fingerprint: int  # of the request that made it
-    expires_at: float  # on the monotonic clock
-    graph_until: float  # on the same; its input is enough from then on
-    graph: Graph | None = None  # none: the forward is run again for the backward
-
-    @property
-    def input_bytes(self) -> int:
-        return self.smashed.numel() * self.smashed.element_size()
-
-    @property
-    def answer_bytes(self) -> int:
-        return self.answer.numel() * self.answer.element_size()
+    smashed: Tensor
+    prompts: Tensor | None
+    num_tokens: int | None
+    response: Tensor
+    fingerprint: int
+    expires_at: float
+    graph_until: float
+    graph: Graph | None = None
 
 
 class RetainedSteps:
-    """All retained steps, the oldest first. Not thread-safe: the engine holds its lock."""
+    """All retained steps, oldest first. Not thread-safe: callers hold the engine's lock."""
 
-    def __init__(self, most_per_participant: int) -> None:
-        self._most = most_per_participant
+    def __init__(self, max_per_participant: int) -> None:
+        self._max_per_participant = max_per_participant
         self._steps: OrderedDict[StepKey, RetainedStep] = OrderedDict()
-        self._holders: Counter[Graph] = Counter()  # steps that need each graph
-        self._spent: WeakSet[Graph] = WeakSet()  # whose steps may not all have been added
+        self._graph_users: Counter[Graph] = Counter()  # number of steps that need each graph
+        self._used_up: WeakSet[Graph] = WeakSet()  # graphs some of whose steps may yet be added
         self.nbytes = 0
 
     def __len__(self) -> int:
@@ -69,137 +81,138 @@ class RetainedSteps:
     def get(self, key: StepKey) -> RetainedStep | None:
         return self._steps.get(key)
 
-    def room_of(self, key: StepKey) -> int:
-        """The bytes that are free once this step has gone; of a shared graph, its share."""
+    def bytes_freed_by(self, key: StepKey) -> int:
+        """Return the bytes that dropping a step frees; of a shared graph, the step's share."""
         step = self._steps.get(key)
         if step is None:
             return 0
-        kept = step.input_bytes if step.graph is None else step.graph.share(key)
-        return kept + step.answer_bytes
+        retained = step.smashed.nbytes if step.graph is None else step.graph.share(key)
+        return retained + step.response.nbytes
 
     def add(self, key: StepKey, step: RetainedStep) -> None:
-        """Keep a step; its participant's oldest ones go where it has too many.
+        """Retain a step; drop its participant's oldest steps above the limit.
 
-        The steps of one forward are added one by one, so its graph may be spent by then: such a
-        step begins with its input alone.
+        The steps of one forward arrive one by one. If a backward has used up their graph by then,
+        the step retains its input alone.
         """
         self.drop(key)
-        if step.graph is not None and step.graph in self._spent:
+        if step.graph is not None and step.graph in self._used_up:
             step.graph = None
-        for old in self._one_too_many(key):
-            self.drop(old)
+        for replaced in self._steps_replaced_by(key):
+            self.drop(replaced)
         self._steps[key] = step
-        self.nbytes += step.answer_bytes
+        self.nbytes += step.response.nbytes
         if step.graph is None:
-            self.nbytes += step.input_bytes
+            self.nbytes += step.smashed.nbytes
         else:
-            self._hold(step.graph)
+            self._use_graph(step.graph)
 
-    def next_to_go(self, key: StepKey) -> StepKey | None:
-        """The step that one more of its participant's would take the place of, if any."""
-        return next(iter(self._one_too_many(key)), None)
+    def next_replaced(self, key: StepKey) -> StepKey | None:
+        """Return the step that adding ``key`` would drop first, if any."""
+        return next(iter(self._steps_replaced_by(key)), None)
 
     def drop(self, key: StepKey) -> None:
         step = self._steps.pop(key, None)
         if step is None:
             return
-        self.nbytes -= step.answer_bytes
+        self.nbytes -= step.response.nbytes
         if step.graph is None:
-            self.nbytes -= step.input_bytes
+            self.nbytes -= step.smashed.nbytes
         else:
-            self._let_go(step.graph)
+            self._release_graph(step.graph)
 
-    def drop_where(self, unwanted: Callable[[StepKey, RetainedStep], bool]) -> int:
-        """Drop all steps of which this is true; how many."""
-        gone = [key for key, step in self._steps.items() if unwanted(key, step)]
-        for key in gone:
+    def drop_where(self, is_unwanted: Callable[[StepKey, RetainedStep], bool]) -> int:
+        """Drop all steps that satisfy a condition; return their number."""
+        unwanted = [key for key, step in self._steps.items() if is_unwanted(key, step)]
+        for key in unwanted:
             self.drop(key)
-        return len(gone)
+        return len(unwanted)
 
-    def spend(self, graph: Graph, but: set[StepKey]) -> None:
-        """A graph has been run backward: the steps in it but these go on with their input alone."""
+    def use_up(self, graph: Graph, but: set[StepKey]) -> None:
+        """Note that a graph has run backward: its steps, except ``but``, retain their input alone.
+
+        Dropping the graph of late steps is the same, with no step in ``but``.
+        """
         others = graph.rows.keys() - but
         if others:
-            self._spent.add(graph)
+            self._used_up.add(graph)
         for key in others:
             step = self._steps.get(key)
             if step is not None and step.graph is graph:
-                self._let_go(graph)
+                self._release_graph(graph)
                 step.graph = None
-                self.nbytes += step.input_bytes
+                self.nbytes += step.smashed.nbytes
 
-    def let_graphs_go(self, now: float) -> None:
-        """Steps whose gradients have not come for long go on with their input alone."""
+    def drop_late_graphs(self, now: float) -> None:
+        """Drop the graphs of steps that have waited too long; the steps retain their input."""
         late = {s.graph for s in self._steps.values() if s.graph and s.graph_until <= now}
         for graph in late:
-            self.spend(graph, set())
+            self.use_up(graph, set())
 
-    def wanted(self, graph: Graph) -> set[StepKey]:
-        """The steps that still need this graph."""
-        held = ((key, self._steps.get(key)) for key in graph.rows)
-        return {key for key, step in held if step is not None and step.graph is graph}
+    def steps_of(self, graph: Graph) -> set[StepKey]:
+        """Return the retained steps that still need this graph."""
+        steps = ((key, self._steps.get(key)) for key in graph.rows)
+        return {key for key, step in steps if step is not None and step.graph is graph}
 
-    def _one_too_many(self, key: StepKey) -> list[StepKey]:
-        """The oldest steps of this one's participant, which go when it is added."""
-        own = [k for k in self._steps if (k.run, k.participant) == (key.run, key.participant)]
-        return own[: max(0, len(own) + 1 - self._most)]
+    def _steps_replaced_by(self, key: StepKey) -> list[StepKey]:
+        """The participant's oldest steps, above the limit once ``key`` is added."""
+        steps = [k for k in self._steps if (k.run, k.participant) == (key.run, key.participant)]
+        return steps[: max(0, len(steps) + 1 - self._max_per_participant)]
 
-    def _hold(self, graph: Graph) -> None:
-        if graph not in self._holders:
+    def _use_graph(self, graph: Graph) -> None:
+        if graph not in self._graph_users:
             self.nbytes += graph.nbytes
-        self._holders[graph] += 1
+        self._graph_users[graph] += 1
 
-    def _let_go(self, graph: Graph) -> None:
-        self._holders[graph] -= 1
-        if not self._holders[graph]:
-            del self._holders[graph]
+    def _release_graph(self, graph: Graph) -> None:
+        self._graph_users[graph] -= 1
+        if not self._graph_users[graph]:
+            del self._graph_users[graph]
             self.nbytes -= graph.nbytes
 
 
 @dataclass(frozen=True)
 class CachedResponse:
-    """What a request was answered with."""
+    """The response to a request, and the request's fingerprint."""
 
     tensor: Tensor
     fingerprint: int
 
-    @property
-    def nbytes(self) -> int:
-        return self.tensor.numel() * self.tensor.element_size()
-
 
 class ResponseCache:
-    """The last answers of each participant, bounded in number and in bytes. Not thread-safe."""
+    """Each participant's last responses, bounded in number and in bytes. Not thread-safe."""
 
-    def __init__(self, most_per_participant: int, most_bytes: int) -> None:
-        self._most = most_per_participant
-        self._most_bytes = most_bytes
-        self._answers: OrderedDict[tuple[str, StepKey], CachedResponse] = OrderedDict()
+    def __init__(self, max_per_participant: int, max_bytes: int) -> None:
+        self._max_per_participant = max_per_participant
+        self._max_bytes = max_bytes
+        self._responses: OrderedDict[JobName, CachedResponse] = OrderedDict()
         self.nbytes = 0
 
-    def get(self, kind: str, key: StepKey) -> CachedResponse | None:
-        return self._answers.get((kind, key))
+    def get(self, name: JobName) -> CachedResponse | None:
+        return self._responses.get(name)
 
-    def add(self, kind: str, key: StepKey, answer: CachedResponse) -> None:
-        """Keep an answer; older ones go where there is no room."""
-        self._drop((kind, key))
-        own = [
-            (k, one)
-            for k, one in self._answers
-            if k == kind and (one.run, one.participant) == (key.run, key.participant)
+    def add(self, name: JobName, response: CachedResponse) -> None:
+        """Cache a response; drop older ones above the limits."""
+        self._drop(name)
+        kind, key = name
+        earlier = [
+            (k, step)
+            for k, step in self._responses
+            if k == kind and (step.run, step.participant) == (key.run, key.participant)
         ]
-        for old in own[: max(0, len(own) + 1 - self._most)]:
-            self._drop(old)
-        self._answers[kind, key] = answer
-        self.nbytes += answer.nbytes
-        while self.nbytes > self._most_bytes:
-            self._drop(next(iter(self._answers)))
+        for replaced in earlier[: max(0, len(earlier) + 1 - self._max_per_participant)]:
+            self._drop(replaced)
+        self._responses[name] = response
+        self.nbytes += response.tensor.nbytes
+        while self.nbytes > self._max_bytes:
+            self._drop(next(iter(self._responses)))
 
-    def drop_where(self, unwanted: Callable[[StepKey], bool]) -> None:
-        for kind, key in [place for place in self._answers if unwanted(place[1])]:
-            self._drop((kind, key))
+    def drop_where(self, is_unwanted: Callable[[StepKey], bool]) -> None:
+        """Drop the responses of all steps that satisfy a condition."""
+        for name in [name for name in self._responses if is_unwanted(name[1])]:
+            self._drop(name)
 
-    def _drop(self, place: tuple[str, StepKey]) -> None:
-        answer = self._answers.pop(place, None)
-        if answer is not None:
-            self.nbytes -= answer.nbytes
+    def _drop(self, name: JobName) -> None:
+        response = self._responses.pop(name, None)
+        if response is not None:
+            self.nbytes -= response.tensor.nbytes

@@ -1,4 +1,4 @@
-"""The work that waits in the engine: pieces of jobs that may be computed together."""
+"""Tasks: the parts of jobs that wait in the schedule and may share a batch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from protocol.errors import WrongShape
@@ -13,21 +14,28 @@ from split_server.engine.api import ExchangeJob, ForwardJob, InferJob, StepKey
 from split_server.engine.steps import Graph, RetainedStep
 from split_server.models.body_key import BodyKey
 
-Sender = tuple[str, str]  # run and participant: whose turn it is
+Sender = tuple[str, str]  # run and participant; senders take turns
 
-Keep = Literal["graph", "input", "nothing"]  # what is kept of a forward
+Retention = Literal["graph", "input", "nothing"]  # what a forward retains for its backward
+
+Fail = Callable[[Exception], None]
 
 
 @dataclass(frozen=True)
 class Kind:
-    """Tasks of equal kinds may join one batch."""
+    """Tasks of equal kinds may share a batch.
+
+    Attributes:
+        num_tokens: number of the features' tokens to return; None: all.
+        session: run, participant and session whose weights the tasks use; None: the frozen body's.
+    """
 
     body: BodyKey
     tokens: int
     width: int
-    num_tokens: int | None  # of the features' tokens: those that are wanted; None: all
-    keep: Keep
-    own: tuple[str, str, str] | None = None  # run, participant, session: whose weights alone
+    num_tokens: int | None
+    retention: Retention
+    session: tuple[str, str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -44,45 +52,49 @@ class Forwarded:
 class Task:
     """A part of one participant's job.
 
-    ``done`` and ``fail`` are called once, one of them, on the engine's worker.
+    The worker calls either ``done`` or ``fail``, once.
     """
 
     kind: Kind
     sender: Sender
     samples: int
-    nbytes: int  # of the queue, which it takes until its turn
-    fail: Callable[[Exception], None]
-    arrived: float = field(default=0.0, init=False)  # on the monotonic clock
+    nbytes: int  # bytes in the queue
+    fail: Fail
+    arrived: float = field(default=0.0, init=False)  # seconds on the monotonic clock
 
 
 @dataclass(eq=False, kw_only=True)
 class ForwardTask(Task):
     """A forward of some samples.
 
-    ``prompts`` is asked on the worker for those that join at the cut, [L, P, D], with the smashed
-    data as they lie on the device.
+    Attributes:
+        prompts: called on the worker with the smashed data on the device; returns the prompts
+            [L, P, D] that join at the cut.
+        key: the step to retain.
     """
 
     smashed: Tensor  # [B, T, D]
-    prompts: Callable[[Tensor], Tensor | None]
-    key: StepKey | None  # of the step that is to be kept
+    prompts: Callable[[Tensor], Tensor] | None
+    key: StepKey | None
     done: Callable[[Forwarded], None]
 
 
 @dataclass(eq=False, kw_only=True)
-class OwnTask(Task):
-    """A forward or backward through weights that are one participant's own.
+class SessionTask(Task):
+    """A forward or backward through weights that belong to one session; shares no batch.
 
-    ``run`` computes it on the worker, alone, and answers; what it raises goes to ``fail``.
+    Attributes:
+        run: computes on the worker and responds; ``fail`` gets what it raises.
+        work: forward, backward or recompute, for the metrics.
     """
 
     run: Callable[[], None]
-    work: str  # forward, backward or recompute, for the figures
+    work: str
 
 
 @dataclass(eq=False, kw_only=True)
 class BackwardTask(Task):
-    """A backward of one retained step. ``done`` gets the gradient of its leaf, for each sample."""
+    """A backward of one retained step. ``done`` gets the gradient of the graph's leaf."""
 
     key: StepKey
     step: RetainedStep
@@ -90,32 +102,28 @@ class BackwardTask(Task):
     done: Callable[[Tensor], None]
 
 
-Fail = Callable[[Exception], None]
-
-
 def forward_task(
     job: ForwardJob | ExchangeJob | InferJob,
-    keep: Keep,
-    prompts: Callable[[Tensor], Tensor | None],
+    retention: Retention,
+    prompts: Callable[[Tensor], Tensor] | None,
     done: Callable[[Forwarded], None],
     fail: Fail,
-    nbytes: int,
+    nbytes: int | None = None,
 ) -> ForwardTask:
-    """The forward of a job that has smashed data."""
+    """Make the task of a job's forward. ``nbytes`` defaults to the size of the smashed data."""
     smashed = job.smashed
     if smashed is None:
         raise ValueError("a job without smashed data has no forward")
     _, tokens, width = smashed.shape
-    key = None if isinstance(job, InferJob) else job.key
     return ForwardTask(
-        kind=Kind(job.body, int(tokens), int(width), job.num_tokens, keep),
+        kind=Kind(job.body, int(tokens), int(width), job.num_tokens, retention),
         sender=(job.run, job.participant),
         samples=len(smashed),
-        nbytes=nbytes,
+        nbytes=smashed.nbytes if nbytes is None else nbytes,
         fail=fail,
         smashed=smashed,
         prompts=prompts,
-        key=key,
+        key=None if isinstance(job, InferJob) else job.key,
         done=done,
     )
 
@@ -126,15 +134,18 @@ def backward_task(
     gradients: Tensor,
     done: Callable[[Tensor], None],
     fail: Fail,
-    nbytes: int,
+    nbytes: int | None = None,
 ) -> BackwardTask:
-    """The backward of a retained step, with the gradient [B, T', D] of its features."""
+    """Make the task of a retained step's backward.
+
+    ``gradients`` [B, T', D] belong to the step's features. ``nbytes`` defaults to their size.
+    """
     _, tokens, width = step.smashed.shape
     return BackwardTask(
         kind=Kind(step.body, int(tokens), int(width), step.num_tokens, "graph"),
         sender=(key.run, key.participant),
         samples=len(gradients),
-        nbytes=nbytes,
+        nbytes=gradients.nbytes if nbytes is None else nbytes,
         fail=fail,
         key=key,
         step=step,
@@ -143,21 +154,16 @@ def backward_task(
     )
 
 
-def require_shape(gradients: Tensor, step: RetainedStep) -> None:
-    """Refuse a gradient that is not one of the step's features.
+def check_gradient_shape(gradients: Tensor, features: torch.Size) -> None:
+    """Check that a gradient has the shape of its step's features.
 
     Raises:
-        WrongShape: it has another shape.
+        WrongShape: the shapes differ.
     """
-    if gradients.shape != step.answer.shape:
+    if gradients.shape != features:
         raise WrongShape(
             "the gradient has another shape than the features of its step",
             field="gradients",
-            limit=list(step.answer.shape),
+            limit=list(features),
             value=list(gradients.shape),
         )
-
-
-def nbytes_of(tensor: Tensor) -> int:
-    """Its bytes in memory."""
-    return tensor.numel() * tensor.element_size()

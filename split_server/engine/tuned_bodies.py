@@ -1,94 +1,171 @@
-"""Forwards and backwards through bodies of which each participant has its own."""
+"""Tuned bodies: sessions that train a body for one participant (split federated learning)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 import split_model
-from protocol.errors import NonFinite, WrongShape
+from protocol.errors import NonFinite, TooLarge
+from protocol.plan import TrainingPlan
 from split_model import Body, learning_rate_factor, make_optimizer, set_progress
 from split_server.engine import compute
-from split_server.engine.api import BodyJob, BodyPlan
-from split_server.engine.delivery import CompletionQueue
-from split_server.engine.requests import PendingRequest, RequestTracker, require_same
-from split_server.engine.session_table import OpenSessions, lost_session, require_steps
+from split_server.engine.api import JobName, StepKey, batch_key
+from split_server.engine.handler import EngineParts, SessionHandler
+from split_server.engine.memory import MemoryBudget
+from split_server.engine.requests import PendingRequest, check_fingerprint
+from split_server.engine.session_table import check_steps, lost_session
 from split_server.engine.steps import CachedResponse, Graph
-from split_server.engine.tasks import Keep, Kind, OwnTask, nbytes_of
-from split_server.engine.worker import Worker
+from split_server.engine.tasks import Kind, Retention, SessionTask, check_gradient_shape
 from split_server.models.body_key import BodyKey, weights_of
 from split_server.runtime.device import used_here
 
-Way = Literal["forward", "backward"]
+Direction = Literal["forward", "backward"]
+
+_ITEMSIZE = torch.float32.itemsize  # tuned bodies are float32, whatever the frozen bodies are
+
+
+@dataclass(frozen=True)
+class BodyPlan:
+    """The run's and the round's part of a body session.
+
+    Attributes:
+        training: the run's optimiser and learning rates.
+        rounds: number of rounds in the run, for the learning rate schedule.
+        round: number of this round, from 1.
+        numbers: number of the body's tuned parameters.
+    """
+
+    training: TrainingPlan
+    rounds: int
+    round: int
+    numbers: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights, their gradients and the optimiser's moments."""
+        moments = 2
+        if self.training.optimizer == "sgd":
+            moments = 1 if self.training.momentum else 0
+        return _ITEMSIZE * self.numbers * (2 + moments)
+
+
+@dataclass(frozen=True)
+class BodyJob:
+    """A forward or backward of one step through the session's body.
+
+    `protocol.messages.BodyStepMeta` explains ``number`` and ``steps``.
+    """
+
+    direction: Direction
+    run: str
+    participant: str
+    session: str
+    number: int
+    steps: int
+    body: BodyKey  # the session's initial body
+    plan: BodyPlan
+    tensor: Tensor  # forward: smashed data [B, T, D]; backward: gradients [B, T', D] of features
+    fingerprint: int
+    num_tokens: int | None = None
+
+    @property
+    def key(self) -> StepKey:
+        return batch_key(self.run, self.participant, self.session, self.number)
+
+    @property
+    def name(self) -> JobName:
+        return self.direction, self.key
 
 
 @dataclass(frozen=True, eq=False)
 class OpenStep:
-    """A forward whose backward is still to come."""
+    """A forward whose backward is still to come.
+
+    Attributes:
+        num_tokens: number of the features' tokens that were returned; None: all.
+        shape: of the features, [B, T', D].
+        graph: None: the forward runs again for the backward.
+    """
 
     number: int
     smashed: Tensor  # [B, T, D]
-    num_tokens: int | None  # of the features' tokens: those that were wanted
-    shape: torch.Size  # of the features, [B, T', D]
-    graph: Graph | None  # none: the forward is run again for the backward
+    num_tokens: int | None
+    shape: torch.Size
+    graph: Graph | None
 
 
 @dataclass(eq=False)
 class BodySession:
     """One participant's body and its optimiser, in float32.
 
-    ``applied`` of its ``steps`` batches have been brought into the weights. `forward` and
-    `backward` are for the engine's worker; everything else is guarded by the engine's lock.
+    The engine's lock guards all attributes; only the worker calls `forward` and `backward`.
+
+    Attributes:
+        body: the initial weights.
+        retention: what each step retains of its forward.
+        nbytes: bytes of the session, its one open step included.
+        applied: batches whose gradients have been applied.
+        expires_at: seconds on the monotonic clock.
+        responses: the newest response in each direction, with its number.
     """
 
     name: str
     steps: int
-    key: BodyKey  # the weights that it begins with
+    body: BodyKey
     plan: BodyPlan
-    keep: Keep
-    nbytes: int  # the memory that it may take, its one open step included
+    retention: Retention
+    nbytes: int
     applied: int = 0
-    open: OpenStep | None = None
-    expires_at: float = 0.0  # on the monotonic clock
-    answers: dict[Way, tuple[int, CachedResponse]] = field(
-        default_factory=dict
-    )  # the newest: number, what
-    _body: Body | None = None
+    open_step: OpenStep | None = None
+    expires_at: float = 0.0
+    responses: dict[Direction, tuple[int, CachedResponse]] = field(default_factory=dict)
+    _model: Body | None = None
     _optimizer: torch.optim.Optimizer | None = None
 
     def forward(
         self, number: int, smashed: Tensor, num_tokens: int | None
     ) -> tuple[Tensor, OpenStep]:
-        """Features [B, T', D] of smashed data [B, T, D] on the body's device, and the step.
+        """Run a batch forward.
+
+        Args:
+            number: the batch's number.
+            smashed: smashed data [B, T, D] on the body's device.
+            num_tokens: number of the features' tokens to return; None: all.
+
+        Returns:
+            Features [B, T', D], and the open step.
 
         Raises:
-            WrongShape: no number of tokens or width that this body takes.
+            WrongShape: the body does not take this number of tokens or width.
             InvalidField: the body's weights cannot be read.
         """
-        body, _ = self._made(smashed.device)
-        if self.keep == "input":
+        body, _ = self._load(smashed.device)
+        if self.retention == "input":
             features = compute.run_inference(body, smashed, None, num_tokens)
             return features, OpenStep(number, smashed, num_tokens, features.shape, None)
-        graph = _graph(body, smashed, num_tokens)
+        graph = _run_graph(body, smashed, num_tokens)
         features = graph.features
         return features.detach(), OpenStep(number, smashed, num_tokens, features.shape, graph)
 
     def backward(self, step: OpenStep, gradients: Tensor) -> Tensor:
-        """One step of the optimiser with the gradient [B, T', D] of the step's features.
+        """Run one optimiser step with the gradients [B, T', D] of the step's features.
 
-        Returns that of its smashed data [B, T, D], as they were before the step. Whether the
-        weights have stayed finite is asked in the end, by `trained`.
+        Does not check that the weights stay finite: `trained_state` does, at the end.
+
+        Returns:
+            The gradient [B, T, D] of the smashed data, from the weights before the step.
         """
-        body, optimizer = self._made(step.smashed.device)
+        body, optimizer = self._load(step.smashed.device)
         plan = self.plan
         progress = (plan.round - 1 + self.applied / self.steps) / plan.rounds
         set_progress(optimizer, learning_rate_factor(plan.training, progress, plan.rounds))
-        graph = step.graph or _graph(body, step.smashed, step.num_tokens)
+        graph = step.graph or _run_graph(body, step.smashed, step.num_tokens)
         optimizer.zero_grad()
         torch.autograd.backward(graph.features, gradients)
         if graph.leaf.grad is None:
@@ -97,212 +174,214 @@ class BodySession:
         optimizer.zero_grad()
         return graph.leaf.grad
 
-    def trained(self) -> dict[str, Tensor]:
-        """The body's part of a state: float32 copies on the CPU.
+    def trained_state(self) -> dict[str, Tensor]:
+        """Return the body's part of a state: float32 copies on the CPU.
 
         Raises:
-            StepLost: not all of its batches have been brought in.
-            NonFinite: a step of the optimiser has left float32's range.
+            StepLost: the session has not finished.
+            NonFinite: an optimiser step has left float32's range.
         """
-        if self._body is None or self.applied != self.steps:
+        if self._model is None or self.applied != self.steps:
             raise lost_session(self.name)
-        state = split_model.read_body(self._body)
+        state = split_model.read_body(self._model)
         for name, tensor in state.items():
             if not bool(torch.isfinite(tensor).all()):
                 raise NonFinite("the body tuned on the server is not finite", field=name)
         return state
 
-    def _made(self, device: torch.device) -> tuple[Body, torch.optim.Optimizer]:
-        if self._body is None or self._optimizer is None:
-            weights: Mapping[str, Tensor] = weights_of(self.key)
-            body = split_model.build_tunable_body(self.key.settings, weights, device)
-            self._body, self._optimizer = body, make_optimizer(self.plan.training, None, body)
-        return self._body, self._optimizer
+    def _load(self, device: torch.device) -> tuple[Body, torch.optim.Optimizer]:
+        if self._model is None or self._optimizer is None:
+            weights: Mapping[str, Tensor] = weights_of(self.body)
+            body = split_model.build_tunable_body(self.body.settings, weights, device)
+            self._model, self._optimizer = body, make_optimizer(self.plan.training, None, body)
+        return self._model, self._optimizer
 
 
-def _graph(body: Body, smashed: Tensor, num_tokens: int | None) -> Graph:
-    leaf, features, nbytes = compute.run_forward(body, smashed, None, num_tokens)
-    return Graph(leaf, features, {}, nbytes, 0.0)
+class TunedBodies(SessionHandler[BodyJob, BodySession]):
+    """Handles the steps of sessions that tune a body. Their tasks share no batches.
 
-
-class BodyTraining:
-    """The sessions of an engine whose bodies are tuned, and what becomes of their requests.
-
-    A session has its memory from its first forward to its end: who has begun is never sent away,
-    so that sessions cannot keep each other from going on. Nothing of it is joined with others.
-
-    Methods without another word are called under the keeper's lock.
+    A session has its memory from its first forward to its end: no later request of it is refused
+    for lack of memory, so that sessions cannot block each other.
     """
 
-    def __init__(
-        self, keeper: RequestTracker, worker: Worker, outbox: CompletionQueue, device: torch.device
-    ) -> None:
-        self._keeper = keeper
-        self._worker = worker
-        self._outbox = outbox
-        self._device = device
-        self._sessions = OpenSessions[BodySession]()
+    job_types: ClassVar = (BodyJob,)
 
-    def __len__(self) -> int:
-        return len(self._sessions)
+    def __init__(self, parts: EngineParts) -> None:
+        super().__init__(parts)
+        parts.figures.watch("sfprompt_engine_own_bodies", "Bodies that sessions tune", self.__len__)
 
-    def known(self, way: Way, job: BodyJob) -> Tensor | None:
-        """What this very request was answered with, if it is a repeat of the newest one.
+    def find_response(self, job: BodyJob) -> Tensor | None:
+        """Return the newest response of the job's direction, if ``job`` repeats its request.
 
         Raises:
-            IdempotencyKeyReused: its number was used for another request.
+            IdempotencyKeyReused: another request has used the job's number.
         """
         session = self._sessions.find(job.run, job.participant, job.session)
-        number, answer = session.answers.get(way, (None, None)) if session else (None, None)
-        if answer is None or number != job.number:
+        if session is None or job.direction not in session.responses:
             return None
-        require_same(answer.fingerprint, job.fingerprint, job.key)
-        return answer.tensor
+        number, response = session.responses[job.direction]
+        if number != job.number:
+            return None
+        check_fingerprint(response.fingerprint, job.fingerprint, job.key)
+        return response.tensor
 
-    def begin_forward(self, job: BodyJob) -> PendingRequest:
-        """Put a forward to work, with number 0 of a session that begins.
+    def begin(self, job: BodyJob) -> PendingRequest:
+        """Queue a forward, which begins a session if its number is 0, or the open step's backward.
 
         Raises:
-            StepLost: it is not the next one of a session that is here.
-            Busy, TooLarge, InvalidField
+            StepLost: the job is not the next of an open session.
+            Busy, TooLarge, InvalidField, WrongShape
         """
-        self._worker.require_room(nbytes_of(job.tensor))
+        self._worker.check_queue(job.tensor.nbytes)
+        return self._begin_forward(job) if job.direction == "forward" else self._begin_backward(job)
+
+    def _begin_forward(self, job: BodyJob) -> PendingRequest:
         session = self._sessions.find(job.run, job.participant, job.session)
         if session is None and job.number == 0:
-            session = self._admitted(job)
+            session = self._begin_session(job)
         if session is None or session.applied != job.number:
             raise lost_session(job.session)
-        ticket = self._open("forward", job, session)
-        self._add(job, ticket, partial(self._forward, job, session, ticket), "forward")
-        return ticket
+        pending = self._track(job, session)
+        self._queue(job, pending, partial(self._forward, job, session, pending), "forward")
+        return pending
 
-    def begin_backward(self, job: BodyJob) -> PendingRequest:
-        """Put the backward of the open step to work.
-
-        Raises:
-            StepLost: that step is not open.
-            Busy, WrongShape, InvalidField
-        """
-        self._worker.require_room(nbytes_of(job.tensor))
+    def _begin_backward(self, job: BodyJob) -> PendingRequest:
         session = self._sessions.get(job.run, job.participant, job.session)
-        step = session.open
+        step = session.open_step
         if step is None or not job.number == step.number == session.applied:
             raise lost_session(job.session)
-        _require_shape(job.tensor, step)
-        ticket = self._open("backward", job, session)
-        work = "backward" if session.keep == "graph" else "recompute"
-        self._add(job, ticket, partial(self._backward, job, session, step, ticket), work)
-        return ticket
+        check_gradient_shape(job.tensor, step.shape)
+        pending = self._track(job, session)
+        work = "backward" if session.retention == "graph" else "recompute"
+        self._queue(job, pending, partial(self._backward, job, session, step, pending), work)
+        return pending
 
-    def finished(self, run: str, participant: str, name: str) -> BodySession:
-        """A session that has come to its end.
-
-        Raises:
-            StepLost: it is not here, or not at its end.
-        """
-        return self._sessions.finished(run, participant, name)
-
-    def release(self, run: str, participant: str | None) -> None:
-        self._sessions.drop(run, participant)
-        self._account()
-
-    def sweep(self) -> None:
-        """Free the sessions of participants that were not heard of in time."""
-        for run, participant, _ in self._sessions.expired(self._keeper.now):
-            if not self._keeper.is_at_work(run, participant):
-                self.release(run, participant)
-
-    def _admitted(self, job: BodyJob) -> BodySession:
-        """A new session that has its room, in the place of the participant's last one."""
+    def _begin_session(self, job: BodyJob) -> BodySession:
+        """Begin a session with its memory; it replaces the participant's earlier session."""
         self.release(job.run, job.participant)
         shape = (job.plan.training.batch_size, *job.tensor.shape[1:])
         largest = torch.empty(shape, device="meta")
-        found = self._keeper.room.ask_for_body(job.body, largest, job.plan.nbytes)
-        if found is None:
-            full = self._worker.busy_error("the memory for bodies is taken")
-            full.hint = "raise engine_memory_mib where more are to be trained at once"
-            raise full
-        session = BodySession(job.session, job.steps, job.body, job.plan, *found)
-        self._sessions.begin(job.run, job.participant, session)
-        self._account()
+        chosen = _choose_retention(self._tracker.memory, job.body, largest, job.plan.nbytes)
+        if chosen is None:
+            error = self._worker.busy_error("the memory for tuned bodies is full")
+            error.hint = "raise engine_memory_mib to train more bodies at once"
+            raise error
+        session = BodySession(job.session, job.steps, job.body, job.plan, *chosen)
+        self._add_session(job.run, job.participant, session)
         return session
 
-    def _open(self, way: Way, job: BodyJob, session: BodySession) -> PendingRequest:
-        require_steps(job.steps, session.steps)
-        session.expires_at = self._keeper.expiry
-        return self._keeper.open((way, job.key), job.fingerprint)
+    def _track(self, job: BodyJob, session: BodySession) -> PendingRequest:
+        check_steps(job.steps, session.steps)
+        session.expires_at = self._tracker.expiry
+        return self._tracker.track(job.name, job.fingerprint)
 
-    def _add(self, job: BodyJob, ticket: PendingRequest, run: partial[None], work: str) -> None:
+    def _queue(self, job: BodyJob, pending: PendingRequest, run: partial[None], work: str) -> None:
         samples, tokens, width = job.tensor.shape
-        own = (job.run, job.participant, job.session)
-        task = OwnTask(
-            kind=Kind(job.body, int(tokens), int(width), job.num_tokens, "graph", own),
+        session = (job.run, job.participant, job.session)
+        task = SessionTask(
+            kind=Kind(job.body, int(tokens), int(width), job.num_tokens, "graph", session),
             sender=(job.run, job.participant),
             samples=int(samples),
-            nbytes=nbytes_of(job.tensor),
-            fail=ticket.fail,
+            nbytes=job.tensor.nbytes,
+            fail=pending.fail,
             run=run,
             work=work,
         )
         self._worker.add(task)
 
-    def _account(self) -> None:
-        self._keeper.room.bodies = self._sessions.nbytes
+    # On the worker's thread, without the lock
 
-    # On the worker, without the lock
-
-    def _forward(self, job: BodyJob, session: BodySession, ticket: PendingRequest) -> None:
+    def _forward(self, job: BodyJob, session: BodySession, pending: PendingRequest) -> None:
         smashed = used_here(job.tensor).to(self._device, torch.float32)
         features, step = session.forward(job.number, smashed, job.num_tokens)
-        with self._keeper.lock:
-            session.open = step
+        with self._tracker.lock:
+            session.open_step = step
             if step.graph is not None:
-                self._measured(session, step, step.graph.nbytes)
-        self._answer("forward", job, session, ticket, features)
+                self._learn_size(session, step, step.graph.nbytes)
+        self._respond(job, session, pending, features)
 
     def _backward(
-        self, job: BodyJob, session: BodySession, step: OpenStep, ticket: PendingRequest
+        self, job: BodyJob, session: BodySession, step: OpenStep, pending: PendingRequest
     ) -> None:
         try:
             gradients = used_here(job.tensor).to(self._device, torch.float32)
             result = session.backward(step, gradients)
         except Exception:
-            with self._keeper.lock:  # half a step may be in the weights: the device begins anew
+            with self._tracker.lock:  # the optimiser step may be incomplete: the device restarts
                 if self._sessions.find(job.run, job.participant, job.session) is session:
                     self.release(job.run, job.participant)
             raise
-        with self._keeper.lock:
+        with self._tracker.lock:
             session.applied += 1
-            session.open = None
-        self._answer("backward", job, session, ticket, result)
+            session.open_step = None
+        self._respond(job, session, pending, result)
 
-    def _answer(
-        self, way: Way, job: BodyJob, session: BodySession, ticket: PendingRequest, result: Tensor
+    def _respond(
+        self, job: BodyJob, session: BodySession, pending: PendingRequest, result: Tensor
     ) -> None:
-        def deliver(answer: Tensor) -> None:
-            with self._keeper.lock:
-                session.answers[way] = (job.number, CachedResponse(answer, job.fingerprint))
-                session.expires_at = self._keeper.expiry
-            ticket.answer(answer)
+        def deliver(tensor: Tensor) -> None:
+            with self._tracker.lock:
+                response = CachedResponse(tensor, job.fingerprint)
+                session.responses[job.direction] = (job.number, response)
+                session.expires_at = self._tracker.expiry
+            pending.respond(tensor)
 
-        self._outbox.send(result, deliver, ticket.fail)
+        self._completions.send(result, deliver, pending.fail)
 
-    def _measured(self, session: BodySession, step: OpenStep, nbytes: int) -> None:
-        """What a step really takes is known: a session has room for the largest."""
-        sizes, plan = self._keeper.room.sizes, session.plan
-        sizes.learn(session.key.unstated, step.smashed, nbytes)
+    def _learn_size(self, session: BodySession, step: OpenStep, nbytes: int) -> None:
+        """Size a session's memory for its largest step, from a measured step's graph."""
+        plan = session.plan
+        self._tracker.memory.sizes.learn(session.body.unstated, step.smashed, nbytes)
         per_sample = -(-nbytes // len(step.smashed))
         size = plan.training.batch_size
-        answers = 2 * size * nbytes_of(step.smashed) // len(step.smashed)  # the newest, each way
-        session.nbytes = plan.nbytes + answers + max(per_sample * size, nbytes)
-        self._account()
+        responses = 2 * size * step.smashed.nbytes // len(step.smashed)  # one in each direction
+        session.nbytes = plan.nbytes + responses + max(per_sample * size, nbytes)
+        self._update_memory()
 
 
-def _require_shape(gradients: Tensor, step: OpenStep) -> None:
-    if gradients.shape != step.shape:
-        raise WrongShape(
-            "the gradient has another shape than the features of its step",
-            field="gradients",
-            limit=list(step.shape),
-            value=list(gradients.shape),
+def _run_graph(body: Body, smashed: Tensor, num_tokens: int | None) -> Graph:
+    leaf, features, nbytes = compute.run_forward(body, smashed, None, num_tokens)
+    return Graph(leaf, features, {}, nbytes, 0.0)
+
+
+def _choose_retention(
+    memory: MemoryBudget, body: BodyKey, largest: Tensor, weights: int
+) -> tuple[Retention, int] | None:
+    """Choose what each step of a body session retains.
+
+    Args:
+        memory: the engine's memory budget.
+        body: the session's initial body.
+        largest: a batch [B, T, D] of the largest size, without data.
+        weights: bytes of the weights, their gradients and the optimiser, all in float32.
+
+    Returns:
+        The retention and the session's bytes; None if they do not fit now.
+
+    Raises:
+        TooLarge: the session exceeds the whole budget.
+    """
+    options: list[tuple[Retention, int]] = []
+    batch = largest.numel() * _ITEMSIZE
+    fixed = weights + 2 * batch  # one response in each direction, for repeated requests
+    if memory.backward != "recompute":
+        kind = body.unstated
+        size = memory.sizes.estimate(kind, body, largest, _ITEMSIZE)
+        if not memory.sizes.is_known(kind, largest):
+            size = min(size, memory.limit - fixed)  # an estimate may be too high
+        options.append(("graph", max(fixed + batch, fixed + size)))
+    if memory.backward != "retained":
+        options.append(("input", fixed + batch))
+    for retention, need in options:
+        if need <= memory.limit and memory.fits(need):
+            return retention, need
+    smallest = min(need for _, need in options)
+    if smallest > memory.limit:
+        raise TooLarge(
+            "a tuned body, its optimiser and one step exceed the engine's memory",
+            field="tune_body",
+            limit=memory.limit,
+            value=smallest,
+            hint="raise engine_memory_mib",
         )
+    return None

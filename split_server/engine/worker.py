@@ -1,4 +1,4 @@
-"""The engine's worker: one thread, one batch after the other."""
+"""The engine's worker thread: takes batches from the schedule and runs them one by one."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from split_server.engine.memory import StepSizes
 from split_server.engine.metrics import EngineFigures, Turn
 from split_server.engine.scheduler import Batch, Schedule
 from split_server.engine.steps import Graph, RetainedSteps
-from split_server.engine.tasks import BackwardTask, Forwarded, ForwardTask, OwnTask, Task
-from split_server.runtime.device import Ahead, Placement, used_here
+from split_server.engine.tasks import BackwardTask, Forwarded, ForwardTask, SessionTask, Task
+from split_server.runtime.device import BatchPacer, Placement, used_here
 
 Item = TypeVar("Item")
 
@@ -29,7 +29,7 @@ Part = TypeVar("Part")
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A forward's input as it lies on the device."""
+    """A forward's input on the device."""
 
     task: ForwardTask
     smashed: Tensor  # [B, T, D]
@@ -37,46 +37,46 @@ class _Prepared:
 
 
 class Executor:
-    """Joins tasks of one kind, computes, and parts them again.
+    """Joins the tasks of a batch, computes, and splits the result.
 
-    What goes wrong with a batch of several is tried again with each of them alone: a task's
-    failure is its own.
+    If a batch of several tasks fails, each task runs again alone, so that one task's failure does
+    not affect the others.
 
     Args:
-        bodies: that tasks run through.
-        placement: where.
-        sizes: what a forward keeps, where it is known; counting slows it down.
+        bodies: the frozen bodies.
+        placement: device and dtype of the bodies.
+        sizes: bytes that forwards save; counting them slows a forward down.
     """
 
     def __init__(self, bodies: BodyCache, placement: Placement, sizes: StepSizes) -> None:
         self._bodies = bodies
         self._placement = placement
         self._sizes = sizes
-        self._ahead = Ahead(placement.device)
+        self._pacer = BatchPacer(placement.device)
 
     def run(self, batch: Batch) -> None:
-        """Compute a batch, or queue it on a GPU; all its tasks are done, or have failed, after."""
+        """Compute a batch, or queue it on a GPU; then each of its tasks is done or has failed."""
         tasks = batch.tasks
-        if isinstance(tasks[0], OwnTask):
-            _alone(cast(Sequence[OwnTask], tasks))
+        if isinstance(tasks[0], SessionTask):
+            _run_alone(cast(Sequence[SessionTask], tasks))
         elif isinstance(tasks[0], ForwardTask):
             self._forward(cast(Sequence[ForwardTask], tasks))
         elif batch.graph is None:
-            self._again(cast(Sequence[BackwardTask], tasks))
+            self._recompute(cast(Sequence[BackwardTask], tasks))
         else:
-            self._through(batch.graph, cast(Sequence[BackwardTask], tasks))
-        self._ahead.queued()
+            self._backward(batch.graph, cast(Sequence[BackwardTask], tasks))
+        self._pacer.wait_for_previous()
 
     def _forward(self, tasks: Sequence[ForwardTask]) -> None:
-        prepared = [one for task in tasks if (one := self._prepare(task)) is not None]
-        for one, part in _each(prepared, self._run_forward, lambda one: one.task):
-            _hand_over(one.task, part, one.task.done)
+        prepared = [item for task in tasks if (item := self._prepare(task)) is not None]
+        for item, part in _run_together(prepared, self._run_forward, lambda item: item.task):
+            _finish(item.task, part, item.task.done)
 
     def _prepare(self, task: ForwardTask) -> _Prepared | None:
         try:
-            smashed = self._placed(task.smashed)
-            prompts = task.prompts(smashed)
-            return _Prepared(task, smashed, None if prompts is None else self._placed(prompts))
+            smashed = self._move(task.smashed)
+            prompts = None if task.prompts is None else self._move(task.prompts(smashed))
+            return _Prepared(task, smashed, prompts)
         except Exception as error:
             task.fail(error)
             return None
@@ -84,79 +84,79 @@ class Executor:
     def _run_forward(self, prepared: Sequence[_Prepared]) -> list[Forwarded]:
         kind = prepared[0].task.kind
         body = self._bodies.get(kind.body)
-        smashed = _joined([one.smashed for one in prepared])  # [B, T, D]
-        prompts = _joined_prompts([(one.prompts, one.task.samples) for one in prepared])
-        rows = _rows([one.task.samples for one in prepared])
+        smashed = _join([item.smashed for item in prepared])  # [B, T, D]
+        prompts = _join_prompts([(item.prompts, item.task.samples) for item in prepared])
+        rows = _rows([item.task.samples for item in prepared])
         graph = None
-        if kind.keep == "graph":
+        if kind.retention == "graph":
             began = time.perf_counter()
-            sized = kind.body, kind.num_tokens
-            known = self._sizes.measured(sized, smashed)
+            size_key = kind.body, kind.num_tokens
+            known = self._sizes.measured(size_key, smashed)
             leaf, features, nbytes = compute.run_forward(
                 body, smashed, prompts, kind.num_tokens, known
             )
             if known is None:
-                self._sizes.learn(sized, smashed, nbytes)
-            keys = [cast(StepKey, one.task.key) for one in prepared]
+                self._sizes.learn(size_key, smashed, nbytes)
+            keys = [cast(StepKey, item.task.key) for item in prepared]
             seconds = time.perf_counter() - began
             graph = Graph(leaf, features, dict(zip(keys, rows, strict=True)), nbytes, seconds)
         else:
             features = compute.run_inference(body, smashed, prompts, kind.num_tokens)
         return [
-            Forwarded(features.detach()[part], one.smashed, one.prompts, graph)
-            for one, part in zip(prepared, rows, strict=True)
+            Forwarded(features.detach()[part], item.smashed, item.prompts, graph)
+            for item, part in zip(prepared, rows, strict=True)
         ]
 
-    def _through(self, graph: Graph, tasks: Sequence[BackwardTask]) -> None:
-        """Backward through a graph that was kept; it is spent then, whatever comes of it."""
+    def _backward(self, graph: Graph, tasks: Sequence[BackwardTask]) -> None:
+        """Run a retained graph backward, which uses it up, even if it fails."""
         result: Tensor | None
         try:
-            result = compute.run_backward(graph, self._whole_gradient(graph, tasks))
+            result = compute.run_backward(graph, self._join_gradients(graph, tasks))
         except Exception as error:
             if len(tasks) == 1:
                 tasks[0].fail(error)
                 return
-            result = None  # and what the error holds on to goes before anything is tried again
+            result = None  # recompute after this block, which frees what the error refers to
         if result is None:
-            self._again(tasks)
+            self._recompute(tasks)
             return
         for task in tasks:
-            _hand_over(task, result[graph.rows[task.key]], task.done)
+            _finish(task, result[graph.rows[task.key]], task.done)
 
-    def _whole_gradient(self, graph: Graph, tasks: Sequence[BackwardTask]) -> Tensor:
-        """The gradient of all the graph's features; that of samples which lack theirs is 0."""
+    def _join_gradients(self, graph: Graph, tasks: Sequence[BackwardTask]) -> Tensor:
+        """Join the gradients of a graph's features; those of absent steps are 0."""
         if len(tasks) == len(graph.rows) == 1:
-            return self._placed(tasks[0].gradients)
-        whole = torch.zeros_like(graph.features)
+            return self._move(tasks[0].gradients)
+        joined = torch.zeros_like(graph.features)
         for task in tasks:
-            whole[graph.rows[task.key]] = self._placed(task.gradients)
-        return whole
+            joined[graph.rows[task.key]] = self._move(task.gradients)
+        return joined
 
-    def _again(self, tasks: Sequence[BackwardTask]) -> None:
-        """Backward of steps whose graph was not kept: their forward is run again."""
-        for task, part in _each(tasks, self._run_again, lambda task: task):
-            _hand_over(task, part, task.done)
+    def _recompute(self, tasks: Sequence[BackwardTask]) -> None:
+        """Run steps without a graph forward again, then backward."""
+        for task, part in _run_together(tasks, self._run_recompute, lambda task: task):
+            _finish(task, part, task.done)
 
-    def _run_again(self, tasks: Sequence[BackwardTask]) -> list[Tensor]:
+    def _run_recompute(self, tasks: Sequence[BackwardTask]) -> list[Tensor]:
         kind = tasks[0].kind
         body = self._bodies.get(kind.body)
-        smashed = _joined([task.step.smashed for task in tasks])
-        prompts = _joined_prompts([(task.step.prompts, task.samples) for task in tasks])
+        smashed = _join([task.step.smashed for task in tasks])
+        prompts = _join_prompts([(task.step.prompts, task.samples) for task in tasks])
         leaf, features, _ = compute.run_forward(
             body, smashed, prompts, kind.num_tokens, known_bytes=0
         )
         rows = _rows([task.samples for task in tasks])
         graph = Graph(leaf, features, {}, 0, 0.0)
-        gradients = _joined([self._placed(task.gradients) for task in tasks])
+        gradients = _join([self._move(task.gradients) for task in tasks])
         result = compute.run_backward(graph, gradients)
         return [result[part] for part in rows]
 
-    def _placed(self, tensor: Tensor) -> Tensor:
+    def _move(self, tensor: Tensor) -> Tensor:
         place = self._placement
         return used_here(tensor).to(place.device, place.flowing, non_blocking=True)
 
 
-def _alone(tasks: Sequence[OwnTask]) -> None:
+def _run_alone(tasks: Sequence[SessionTask]) -> None:
     for task in tasks:
         try:
             task.run()
@@ -164,38 +164,38 @@ def _alone(tasks: Sequence[OwnTask]) -> None:
             task.fail(error)
 
 
-def _each(
+def _run_together(
     items: Sequence[Item],
     run: Callable[[Sequence[Item]], Sequence[Part]],
-    task: Callable[[Item], Task],
+    task_of: Callable[[Item], Task],
 ) -> list[tuple[Item, Part]]:
-    """What comes of each of the items, computed together, or else one by one."""
+    """Run items in one batch; if it fails, each alone. Return the items that did not fail."""
     if not items:
         return []
     try:
         return list(zip(items, run(items), strict=True))
     except Exception as error:
         if len(items) == 1:
-            task(items[0]).fail(error)
+            task_of(items[0]).fail(error)
             return []
-    return [found for item in items for found in _each([item], run, task)]
+    return [pair for item in items for pair in _run_together([item], run, task_of)]
 
 
-def _hand_over(task: Task, part: Part, done: Callable[[Part], None]) -> None:
+def _finish(task: Task, part: Part, done: Callable[[Part], None]) -> None:
     try:
         done(part)
     except Exception as error:
         task.fail(error)
 
 
-def _joined(tensors: Sequence[Tensor]) -> Tensor:
+def _join(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
 
 
-def _joined_prompts(parts: Sequence[tuple[Tensor | None, int]]) -> Tensor | None:
-    """Each participant's prompts [L, P, D] beside each of its samples: [B, L, P, D]."""
-    spread = [p.expand(samples, *p.shape) for p, samples in parts if p is not None]
-    return torch.cat(spread) if spread else None
+def _join_prompts(parts: Sequence[tuple[Tensor | None, int]]) -> Tensor | None:
+    """Expand each participant's prompts [L, P, D] to its samples and join them: [B, L, P, D]."""
+    expanded = [p.expand(samples, *p.shape) for p, samples in parts if p is not None]
+    return torch.cat(expanded) if expanded else None
 
 
 def _rows(samples: Sequence[int]) -> list[slice]:
@@ -207,12 +207,12 @@ class Worker:
     """Takes batches from the schedule and runs them.
 
     Args:
-        schedule: of the waiting tasks.
+        schedule: the queued tasks.
         executor: runs a batch.
-        figures: count what was run.
-        lock: guards the schedule; notified when a task comes.
-        steps: that are retained: whose gradients may still come.
-        queued_bytes: the most that may wait.
+        figures: counts batches.
+        lock: guards the schedule; notified when a task arrives.
+        steps: the retained steps, whose gradients may still arrive.
+        queued_bytes: limit of the queued tensors.
     """
 
     def __init__(
@@ -233,7 +233,7 @@ class Worker:
         self._seconds_per_sample = 0.01  # a running mean
         self._closed = False
         self.queued_bytes = 0
-        self._thread = threading.Thread(target=self._work, name="split-engine", daemon=True)
+        self._thread = threading.Thread(target=self._run_batches, name="split-engine", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
@@ -241,92 +241,92 @@ class Worker:
     # Under the lock
 
     def add(self, task: Task) -> None:
-        """Put a task into the queue: one that goes on with a job is refused at the end alone."""
+        """Queue a task, without a check of the queue's limit: its job is already under way."""
         if self._closed:
-            task.fail(_stopping())
+            task.fail(_shutdown_error())
             return
         now = time.monotonic()
-        if isinstance(task, ForwardTask | OwnTask):
+        if isinstance(task, ForwardTask | SessionTask):
             self._schedule.add_forward(task, now)
         elif isinstance(task, BackwardTask):
             self._schedule.add_backward(task, now)
         self.queued_bytes += task.nbytes
         self._lock.notify()
 
-    def require_room(self, nbytes: int) -> None:
-        """Refuse a job for whose tensors the queue has no room. One alone is always let in.
+    def check_queue(self, nbytes: int) -> None:
+        """Check that ``nbytes`` more tensors fit the queue. An empty queue takes any size.
 
         Raises:
             Busy: the queue is full, or the engine stops.
         """
         if self._closed:
-            raise _stopping()
+            raise _shutdown_error()
         if self.queued_bytes and self.queued_bytes + nbytes > self._queued_limit:
             raise self.busy_error("the queue is full")
 
-    def busy_error(self, why: str) -> Busy:
-        """To be asked again when what waits now has been worked off."""
-        self._figures.refused(Busy.code)
+    def busy_error(self, reason: str) -> Busy:
+        """Build a `Busy` error; ``retry_after_s`` is the estimated time to empty the queue."""
+        self._figures.count_refusal(Busy.code)
         wait = self._seconds_per_sample * (self._schedule.samples + 1)
-        return Busy(f"{why}; try again later", retry_after_s=round(min(max(wait, 0.1), 30.0), 2))
+        return Busy(f"{reason}; retry later", retry_after_s=round(min(max(wait, 0.1), 30.0), 2))
 
-    # Without it
+    # Without the lock
 
     def close(self) -> None:
-        """Stop after the batch at work. What waits is refused."""
+        """Stop after the running batch. Queued tasks fail with `Busy`."""
         with self._lock:
             self._closed = True
-            waiting = self._schedule.drain()
+            queued = self._schedule.drain()
             self._lock.notify_all()
-        for task in waiting:
-            task.fail(_stopping())
+        for task in queued:
+            task.fail(_shutdown_error())
         self._thread.join(timeout=30)
 
-    def _work(self) -> None:
-        while (batch := self._next()) is not None:
+    def _run_batches(self) -> None:
+        while (batch := self._wait_for_batch()) is not None:
             began = time.monotonic()
             try:
                 self._executor.run(batch)
-            except Exception as error:  # whatever it is, nobody waits for ever
+            except Exception as error:  # of any kind: otherwise the requests would wait for ever
                 for task in batch.tasks:
                     task.fail(error)
             self._count(batch, began, time.monotonic() - began)
-            del batch  # what it holds is not kept while nothing is to do
+            del batch  # frees its tensors before the next wait
 
-    def _next(self) -> Batch | None:
-        """The next batch, waited for; None: there is none any more."""
+    def _wait_for_batch(self) -> Batch | None:
+        """Return the next batch; None: the engine has stopped."""
         with self._lock:
             while not self._closed:
-                found = self._schedule.next(time.monotonic(), self._steps.wanted)
-                if isinstance(found, Batch):
-                    self._taken(found)
-                    return found
-                self._lock.wait(min(found, threading.TIMEOUT_MAX))
+                batch_or_wait = self._schedule.next(time.monotonic(), self._steps.steps_of)
+                if isinstance(batch_or_wait, Batch):
+                    self._take(batch_or_wait)
+                    return batch_or_wait
+                self._lock.wait(min(batch_or_wait, threading.TIMEOUT_MAX))
             return None
 
-    def _taken(self, batch: Batch) -> None:
+    def _take(self, batch: Batch) -> None:
         self.queued_bytes -= sum(task.nbytes for task in batch.tasks)
         if batch.graph is not None:
-            own = {task.key for task in batch.tasks if isinstance(task, BackwardTask)}
-            self._steps.spend(batch.graph, own)
+            keys = {task.key for task in batch.tasks if isinstance(task, BackwardTask)}
+            self._steps.use_up(batch.graph, keys)
 
     def _count(self, batch: Batch, began: float, seconds: float) -> None:
         turns = [Turn(t.sender[0], t.samples, began - t.arrived) for t in batch.tasks]
-        self._figures.ran(_work_of(batch), turns, seconds)
+        self._figures.count_batch(_work_of(batch), turns, seconds)
         samples = sum(turn.samples for turn in turns)
         with self._lock:
-            now = seconds / max(1, samples)
-            self._seconds_per_sample += 0.1 * (now - self._seconds_per_sample)
+            latest = seconds / max(1, samples)
+            self._seconds_per_sample += 0.1 * (latest - self._seconds_per_sample)
 
 
-def _stopping() -> Busy:
+def _shutdown_error() -> Busy:
     return Busy("the server is shutting down", retry_after_s=5.0)
 
 
 def _work_of(batch: Batch) -> str:
     first = batch.tasks[0]
-    if isinstance(first, OwnTask):
+    if isinstance(first, SessionTask):
         return first.work
     if isinstance(first, ForwardTask):
-        return "inference" if first.kind.keep == "nothing" else "forward"
+        return "inference" if first.kind.retention == "nothing" else "forward"
     return "recompute" if batch.graph is None else "backward"

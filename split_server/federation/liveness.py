@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 
-from split_server.runtime.clock import Clock
+from split_server.runtime.process import Clock
 
 
 class Liveness:

@@ -20,7 +20,7 @@ from split_server.federation.background import Check, RedistillationJobs, Stoppe
 from split_server.federation.liveness import Liveness
 from split_server.federation.snapshot import Member, RunSnapshot, load_snapshot
 from split_server.models import prepare
-from split_server.runtime.clock import Clock
+from split_server.runtime.process import Clock
 from split_server.storage.data_dir import run_folders
 from split_server.storage.database import RunRow, Store, UpdateRow
 from split_server.storage.events import IdempotentRequest

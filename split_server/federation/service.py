@@ -44,7 +44,7 @@ from split_server.federation.snapshot import Member, RunSnapshot, load_snapshot
 from split_server.federation.updates import check_report, check_samples, read_neurons, require_base
 from split_server.models.prepare import PreparedRun, prepare_run
 from split_server.payloads.tensors import read_update, require_finite
-from split_server.runtime.clock import Clock
+from split_server.runtime.process import Clock
 from split_server.storage.data_dir import new_run_id
 from split_server.storage.database import (
     EvaluationRow,

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 from fastapi import APIRouter, Header, Query, Request
 from fastapi.responses import FileResponse, Response
 from starlette.concurrency import run_in_threadpool
@@ -32,7 +33,7 @@ from protocol.messages import (
 )
 from protocol.settings import RunSettings
 from protocol.wire import PROTOCOL_VERSION
-from split_server.engine.api import Engine
+from split_server.engine.engine import Engine
 from split_server.federation import rounds, views
 from split_server.federation.credentials import (
     Credentials,
@@ -51,7 +52,6 @@ from split_server.http.middleware import identity_of, set_member
 from split_server.runtime.aio import Notifier, wait_for
 from split_server.runtime.device import Placement
 from split_server.storage.events import IdempotentRequest
-from split_server.storage.run_files import PROMPTS
 from split_server.storage.sample_store import SampleStore
 
 Key = Annotated[str | None, Header(alias="idempotency-key")]
@@ -59,8 +59,6 @@ Key = Annotated[str | None, Header(alias="idempotency-key")]
 _RANGE = re.compile(r"bytes=([0-9]{1,18})-([0-9]{0,18})")
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-
-_FLOAT_BYTES = 4
 
 _UPDATE_MARGIN = 1024 * 1024  # header and padding of the frame
 
@@ -160,7 +158,7 @@ class FederationRoutes:
         require_reader(identity_of(request.scope), run)
         give_up_at = time.monotonic() + min(wait, self._max_wait_s)
         while True:
-            ticket = self._notifier.ticket(run)
+            ticket = self._notifier.get_event(run)
             found = await run_in_threadpool(self._federation.events, run, after)
             left = give_up_at - time.monotonic()
             if found or left <= 0 or self._notifier.closed:
@@ -210,7 +208,7 @@ class FederationRoutes:
             await run_in_threadpool(self._federation.go_on, run, wait=False)
         give_up_at = time.monotonic() + wait
         while True:
-            ticket = self._notifier.ticket(run)
+            ticket = self._notifier.get_event(run)
             found = self._federation.assignment(run, member.participant)
             new = (found.task, found.round, found.attempt) != (task, round_, attempt)
             left = give_up_at - time.monotonic()
@@ -297,9 +295,7 @@ class FederationRoutes:
                 "an update names the session whose prompts or body belong to it", field="session"
             )
         session = meta.session
-        if snapshot.plan.model.tune_body:
-            return lambda: self._engine.trained_body(run, participant, session)
-        return lambda: {PROMPTS: self._engine.trained(run, participant, session)}
+        return lambda: self._engine.trained_state(run, participant, session)
 
     def _let_go(self, run: str, participant: str, meta: UpdateMeta) -> None:
         """Nothing more comes of this participant in its round: others may wait for the memory."""
@@ -338,7 +334,7 @@ class FederationRoutes:
 def _told_bytes(run: RunSnapshot) -> int:
     """Of what an update of the open round tells of neurons; may have to look at the model."""
     shape = asked_shape(run.plan, run.round)
-    return _FLOAT_BYTES * math.prod(shape) if shape else 0
+    return torch.float32.itemsize * math.prod(shape) if shape else 0
 
 
 def _update_of(member: Member) -> str:

@@ -40,15 +40,14 @@ from protocol.wire import (
 from split_model import BODY, anatomy, needed_tokens, state_shapes
 from split_server.engine.api import (
     BackwardJob,
-    BodyJob,
-    BodyPlan,
-    Engine,
     ExchangeJob,
     ForwardJob,
     InferJob,
     SessionPlan,
     StepKey,
 )
+from split_server.engine.engine import Engine
+from split_server.engine.tuned_bodies import BodyJob, BodyPlan, Direction
 from split_server.federation import rounds
 from split_server.federation.snapshot import Member, RunSnapshot
 from split_server.models.body_key import BodyKey
@@ -193,7 +192,7 @@ def handle_forward(desk: HandlerContext, asked: SplitRequest) -> Work | Reply:
     key = StepKey(asked.run.id, asked.member.id, meta.step)
     backward = asked.body.settings.tunes_ahead
     job = ForwardJob(key, asked.body, smashed, asked.fingerprint, asked.num_tokens, backward)
-    return _work(partial(desk.engine.forward, job), "features", asked.wire.features, meta)
+    return _work(partial(desk.engine.submit, job), "features", asked.wire.features, meta)
 
 
 def handle_backward(desk: HandlerContext, asked: SplitRequest) -> Work:
@@ -203,7 +202,7 @@ def handle_backward(desk: HandlerContext, asked: SplitRequest) -> Work:
     meta = _training_step(asked)
     key = StepKey(asked.run.id, asked.member.id, meta.step)
     job = BackwardJob(key, asked.body, _gradients(desk, asked), asked.fingerprint)
-    return _work(partial(desk.engine.backward, job), "gradients", asked.wire.gradients, meta)
+    return _work(partial(desk.engine.submit, job), "gradients", asked.wire.gradients, meta)
 
 
 def handle_exchange(desk: HandlerContext, asked: SplitRequest) -> Work | Reply:
@@ -233,7 +232,7 @@ def handle_exchange(desk: HandlerContext, asked: SplitRequest) -> Work | Reply:
         fingerprint=asked.fingerprint,
         num_tokens=asked.num_tokens,
     )
-    return _work(partial(desk.engine.exchange, job), "features", asked.wire.features, meta)
+    return _work(partial(desk.engine.submit, job), "features", asked.wire.features, meta)
 
 
 def handle_infer(desk: HandlerContext, asked: SplitRequest) -> Work | Reply:
@@ -310,14 +309,14 @@ def _body_forward(desk: HandlerContext, asked: SplitRequest) -> Work:
     meta = _body_step(asked)
     if "ids" in asked.frame.specs:
         require_copies(asked)  # and there are none
-    job = _body_job(desk, asked, meta, _sent(desk, asked))
-    return _work(partial(desk.engine.body_forward, job), "features", asked.wire.features, meta)
+    job = _body_job("forward", desk, asked, meta, _sent(desk, asked))
+    return _work(partial(desk.engine.submit, job), "features", asked.wire.features, meta)
 
 
 def _body_backward(desk: HandlerContext, asked: SplitRequest) -> Work:
     meta = _body_step(asked)
-    job = _body_job(desk, asked, meta, _gradients(desk, asked))
-    return _work(partial(desk.engine.body_backward, job), "gradients", asked.wire.gradients, meta)
+    job = _body_job("backward", desk, asked, meta, _gradients(desk, asked))
+    return _work(partial(desk.engine.submit, job), "gradients", asked.wire.gradients, meta)
 
 
 def _body_step(asked: SplitRequest) -> BodyStepMeta:
@@ -342,7 +341,11 @@ def _held_file(desk: HandlerContext, asked: SplitRequest, held: BlobRef) -> Path
 
 
 def _body_job(
-    desk: HandlerContext, asked: SplitRequest, meta: BodyStepMeta, tensor: Tensor
+    direction: Direction,
+    desk: HandlerContext,
+    asked: SplitRequest,
+    meta: BodyStepMeta,
+    tensor: Tensor,
 ) -> BodyJob:
     settings = asked.run.plan
     shapes = state_shapes(settings.model)
@@ -353,6 +356,7 @@ def _body_job(
         numbers=sum(math.prod(shapes[name]) for name in shapes if name.startswith(BODY)),
     )
     return BodyJob(
+        direction=direction,
         run=asked.run.id,
         participant=asked.member.id,
         session=meta.session,

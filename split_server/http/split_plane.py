@@ -16,8 +16,7 @@ from protocol.errors import InvalidField, NonFinite
 from protocol.frames import decode_frame, encode_frame, frame_length, header_length, require_kind
 from protocol.limits import FrameLimits
 from protocol.wire import FRAME_MEDIA_TYPE
-from split_server.engine.requests import as_shown
-from split_server.engine.tasks import nbytes_of
+from split_server.engine.requests import to_public_error
 from split_server.federation.credentials import require_member
 from split_server.federation.liveness import Liveness
 from split_server.federation.service import FederationService
@@ -114,10 +113,10 @@ class SplitPlane:
         # Threads of their own: a federation plane that waits for its disk must not delay a step.
         def call() -> R:
             try:
-                with self.streams.own():
+                with self.streams.use():
                     return function()
             except torch.OutOfMemoryError as error:  # codecs work in the GPU's memory
-                raise as_shown(error) from error
+                raise to_public_error(error) from error
 
         return await run_on(self.threads, call)
 
@@ -148,5 +147,5 @@ def _is_raw(codecs: Iterable[str]) -> bool:
 def _is_light(reply: Reply) -> bool:
     tensors = [tensor for tensor, _ in reply.tensors.values()]
     here = all(tensor.device.type == "cpu" for tensor in tensors)
-    light = sum(map(nbytes_of, tensors)) <= _LIGHT_BYTES
+    light = sum(tensor.nbytes for tensor in tensors) <= _LIGHT_BYTES
     return here and light and _is_raw(codec for _, codec in reply.tensors.values())

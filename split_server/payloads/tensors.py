@@ -17,8 +17,6 @@ from protocol.frames import Frame
 from protocol.limits import FrameLimits
 from protocol.plan import ModelPlan
 
-_FLOAT_BYTES = 4
-
 
 @lru_cache(maxsize=64)
 def _shapes(model: ModelPlan) -> Mapping[str, tuple[int, ...]]:
@@ -184,12 +182,12 @@ def check_decoded(elements: int, name: str, limits: FrameLimits) -> None:
         TooLarge: it is over what one frame may hold.
     """
     limit = limits.max_frame_bytes
-    if elements * _FLOAT_BYTES > limit:
+    if elements * torch.float32.itemsize > limit:
         raise TooLarge(
             "a tensor is too large once it is decoded",
             field=name,
             limit=limit,
-            value=elements * _FLOAT_BYTES,
+            value=elements * torch.float32.itemsize,
             hint="send fewer samples in a request",
         )
 

@@ -1,1 +1,1 @@
-"""Process and device: threads, streams, clock, logging."""
+"""The process and the device: threads, streams, clock, logging."""

@@ -1,7 +1,8 @@
-"""Between threads and the event loop, without holding on to what passes.
+"""Results between threads and the event loop.
 
-`asyncio.wrap_future`, and with it `run_in_executor` and `asyncio.to_thread`, ties a result into a
-cycle of callbacks: its memory, megabytes here, would wait for a search for cycles.
+`asyncio.wrap_future`, and with it `run_in_executor` and `asyncio.to_thread`, makes reference
+cycles, which would keep megabytes of results alive until the next garbage collection. This module
+makes none.
 """
 
 from __future__ import annotations
@@ -18,24 +19,24 @@ R = TypeVar("R")
 
 
 async def run_on(threads: ThreadPoolExecutor, function: Callable[[], R]) -> R:
-    """What ``function`` returns or raises on one of the threads, in the context of its asker."""
+    """Run a function on one of the threads, in the caller's context; return its result."""
     waiting: asyncio.Future[R] = asyncio.get_running_loop().create_future()
     run = contextvars.copy_context().run
     threads.submit(run, function).add_done_callback(partial(_pass_on, waiting))
     try:
         return await waiting
     finally:
-        del waiting  # an error holds this frame, and would be held by it
+        del waiting  # its error refers to this frame: no reference back
 
 
 def deliver(waiting: asyncio.Future[R], result: R) -> None:
-    """Give a result to whoever waits for it, if anybody still does. For any thread."""
-    _tell(waiting, waiting.set_result, result)
+    """Set a future's result, unless it is done already. Thread-safe."""
+    _settle(waiting, waiting.set_result, result)
 
 
-def refuse(waiting: asyncio.Future[R], error: BaseException) -> None:
-    """Give an error to whoever waits, if anybody still does. For any thread."""
-    _tell(waiting, waiting.set_exception, error)
+def deliver_error(waiting: asyncio.Future[R], error: BaseException) -> None:
+    """Set a future's exception, unless it is done already. Thread-safe."""
+    _settle(waiting, waiting.set_exception, error)
 
 
 def _pass_on(waiting: asyncio.Future[R], done: Future[R]) -> None:
@@ -43,28 +44,27 @@ def _pass_on(waiting: asyncio.Future[R], done: Future[R]) -> None:
     if error is None:
         deliver(waiting, done.result())
     else:
-        refuse(waiting, error)
+        deliver_error(waiting, error)
 
 
 def drop_traceback(error: BaseException) -> None:
-    """Forget where an error came from, once it has been told.
+    """Drop the tracebacks of an error and its causes, once it has been reported.
 
-    Its traceback holds all frames on its way, and these what they work with: tensors, and often the
-    error itself.
+    A traceback refers to all its frames, and these to their tensors and often to the error itself.
     """
-    rest: BaseException | None = error
-    while rest is not None and rest.__traceback__ is not None:
-        rest.__traceback__ = None
-        rest = rest.__cause__ or rest.__context__
+    cause: BaseException | None = error
+    while cause is not None and cause.__traceback__ is not None:
+        cause.__traceback__ = None
+        cause = cause.__cause__ or cause.__context__
 
 
-def _tell(waiting: asyncio.Future[R], settle: Callable[..., None], outcome: object) -> None:
-    def tell() -> None:
-        if not waiting.done():  # whoever asked may have gone
-            settle(outcome)
+def _settle(waiting: asyncio.Future[R], set_outcome: Callable[..., None], outcome: object) -> None:
+    def settle() -> None:
+        if not waiting.done():  # the wait may have been cancelled
+            set_outcome(outcome)
 
     with contextlib.suppress(RuntimeError):  # the loop is closed: the server has stopped
-        waiting.get_loop().call_soon_threadsafe(tell)
+        waiting.get_loop().call_soon_threadsafe(settle)
 
 
 class Notifier:
@@ -77,11 +77,14 @@ class Notifier:
 
     @property
     def closed(self) -> bool:
-        """Whether the server is shutting down: nobody should go on waiting."""
+        """Whether the server is shutting down, so that all waits must end."""
         return self._closed
 
-    def ticket(self, run: str) -> asyncio.Event:
-        """Take this *before* looking at the run: a change in between then still wakes."""
+    def get_event(self, run: str) -> asyncio.Event:
+        """Return the event of the run's next change.
+
+        Call this *before* reading the run, so that no change in between is missed.
+        """
         if self._closed:
             done = asyncio.Event()
             done.set()
@@ -89,12 +92,12 @@ class Notifier:
         return self._events.setdefault(run, asyncio.Event())
 
     def notify(self, run: str) -> None:
-        """Something has changed in a run. Safe from any thread."""
+        """Wake all waits for a change of this run. Thread-safe."""
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._wake, run)
 
     def close(self) -> None:
-        """Wake everybody for good."""
+        """Wake all waits, now and later."""
         self._closed = True
         for run in list(self._events):
             self._wake(run)
@@ -105,13 +108,13 @@ class Notifier:
             event.set()
 
 
-async def wait_for(ticket: asyncio.Event, seconds: float) -> bool:
-    """Wait until the ticket is called; False: the time ran out first."""
+async def wait_for(event: asyncio.Event, seconds: float) -> bool:
+    """Wait for an event; return False if the time ran out first."""
     if seconds <= 0:
-        return ticket.is_set()
+        return event.is_set()
     try:
         async with asyncio.timeout(seconds):
-            await ticket.wait()
+            await event.wait()
     except TimeoutError:
         return False
     return True

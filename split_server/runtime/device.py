@@ -1,4 +1,4 @@
-"""Where a body runs and in which numbers: chosen, or checked where it was set."""
+"""Devices: the choice of device and dtype, and CUDA streams."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 @dataclass(frozen=True)
 class Placement:
-    """A device, and the dtype that bodies multiply in there."""
+    """The bodies' device, and the dtype of their matrix products."""
 
     device: torch.device
     dtype: torch.dtype
 
     @property
     def flowing(self) -> torch.dtype:
-        """The dtype of what a body takes and gives."""
+        """The dtype of a body's input and output."""
         return activation_dtype(self.device, self.dtype)
 
     @property
@@ -34,21 +34,23 @@ class Placement:
 
 
 def choose_placement(device: str = "auto", dtype: str = "auto") -> Placement:
-    """The device and dtype of the bodies.
+    """Choose the bodies' device and dtype.
 
-    ``auto``: CUDA before MPS before the CPU; bfloat16 on a CUDA device that computes in it,
-    float32 elsewhere. float16 is never chosen: gradients leave its range.
+    ``auto`` prefers CUDA to MPS to the CPU, and bfloat16 on a CUDA device that supports it to
+    float32. It never chooses float16, whose range gradients leave.
 
     Raises:
-        InvalidField: the device is not there, or there is none of that name.
+        InvalidField: the device is not present, or a name is unknown.
     """
-    chosen = _choose_device(device)
+    chosen_device = _choose_device(device)
     if dtype == "auto":
-        fast = chosen.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        return Placement(chosen, torch.bfloat16 if fast else torch.float32)
+        has_bfloat16 = chosen_device.type == "cuda" and torch.cuda.is_bf16_supported(
+            including_emulation=False
+        )
+        return Placement(chosen_device, torch.bfloat16 if has_bfloat16 else torch.float32)
     if dtype not in _DTYPES:
-        raise InvalidField("no such dtype", field="dtype", limit=["auto", *_DTYPES], value=dtype)
-    return Placement(chosen, _DTYPES[dtype])
+        raise InvalidField("unknown dtype", field="dtype", limit=["auto", *_DTYPES], value=dtype)
+    return Placement(chosen_device, _DTYPES[dtype])
 
 
 def _choose_device(name: str) -> torch.device:
@@ -58,69 +60,71 @@ def _choose_device(name: str) -> torch.device:
         "cpu": True,
     }
     if name == "auto":
-        return torch.device(next(kind for kind, there in present.items() if there))
+        return torch.device(next(kind for kind, is_present in present.items() if is_present))
     if name not in present:
-        raise InvalidField("no such device", field="device", limit=["auto", *present], value=name)
+        raise InvalidField("unknown device", field="device", limit=["auto", *present], value=name)
     if not present[name]:
         raise InvalidField(
-            "torch does not see this device here",
+            "torch finds no such device on this machine",
             field="device",
-            limit=["auto", *(kind for kind, there in present.items() if there)],
+            limit=["auto", *(kind for kind, is_present in present.items() if is_present)],
             value=name,
         )
     return torch.device(name)
 
 
 class SideStreams:
-    """A stream for each thread that decodes or encodes. On any device but CUDA it does nothing."""
+    """A CUDA stream for each thread that decodes or encodes; does nothing on other devices."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._own = threading.local()
+        self._thread_local = threading.local()
 
     @contextmanager
-    def own(self) -> Iterator[None]:
-        """Queue what is done within on the thread's stream, and wait for it at the end.
+    def use(self) -> Iterator[None]:
+        """Run the block's work on the thread's stream, and wait for it at the block's end.
 
-        What was made within is complete behind it, for any stream.
+        Afterwards its tensors are complete for any stream.
         """
         if self._device.type != "cuda":
             yield
             return
-        stream: torch.cuda.Stream | None = getattr(self._own, "stream", None)
+        stream: torch.cuda.Stream | None = getattr(self._thread_local, "stream", None)
         if stream is None:
-            stream = self._own.stream = torch.cuda.Stream(self._device)
+            stream = self._thread_local.stream = torch.cuda.Stream(self._device)
         with torch.cuda.stream(stream):
             yield
-            done = torch.cuda.Event(blocking=True)  # which sleeps, where a stream would spin
+            done = torch.cuda.Event(blocking=True)  # sleeps; synchronising a stream spins
             done.record(stream)
         done.synchronize()
 
 
-class Ahead:
-    """Keeps whoever queues batches on the GPU at most one batch ahead of it.
+class BatchPacer:
+    """Keeps the worker at most one batch ahead of the GPU.
 
-    Further ahead nothing is gained: what comes meanwhile would join a batch that is not queued
-    yet, and nobody would know how long one takes.
+    More gains nothing: tasks that arrive meanwhile can join a batch that is not queued yet, and the
+    worker could not measure a batch's duration.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._last: torch.cuda.Event | None = None
 
-    def queued(self) -> None:
-        """A batch is on its way: wait until the one before it is through."""
+    def wait_for_previous(self) -> None:
+        """Note that a batch has been queued; wait until the batch before it has finished."""
         if self._device.type != "cuda":
             return
-        before, self._last = self._last, torch.cuda.Event(blocking=True)
+        previous, self._last = self._last, torch.cuda.Event(blocking=True)
         self._last.record(torch.cuda.current_stream(self._device))
-        if before is not None:
-            before.synchronize()
+        if previous is not None:
+            previous.synchronize()
 
 
 def used_here(tensor: Tensor) -> Tensor:
-    """A tensor that another stream may have made: its memory is not given away while this one
-    has work queued that reads it."""
+    """Return a tensor that another stream may have made, for use on the current stream.
+
+    The allocator reuses the tensor's memory only after the work queued on this stream.
+    """
     if tensor.is_cuda:
         tensor.record_stream(torch.cuda.current_stream(tensor.device))
     return tensor

@@ -1,4 +1,4 @@
-"""Log lines that carry the id of the request they belong to."""
+"""The process: logging, clock, allocator and file descriptors."""
 
 from __future__ import annotations
 
@@ -7,7 +7,26 @@ import ctypes
 import logging
 import platform
 import sys
+import time
+from collections.abc import Callable
 from contextvars import ContextVar
+from dataclasses import dataclass
+
+try:
+    import resource
+except ImportError:  # Windows has no such limit
+    resource = None  # type: ignore[assignment]
+
+# Options of mallopt, from glibc's malloc.h
+_M_TRIM_THRESHOLD = -1
+
+_M_MMAP_THRESHOLD = -3
+
+_THRESHOLD_BYTES = 256 * 1024 * 1024
+
+_MAX_DESCRIPTORS = 65_536
+
+_DEFAULT_DESCRIPTORS = 8192  # where the system has no limit
 
 request_id: ContextVar[str] = ContextVar("request_id", default="-")
 
@@ -21,7 +40,7 @@ class _AddRequestId(logging.Filter):
 
 
 def set_up_logging(level: str) -> None:
-    """Log to standard error from ``level`` on. Called by the command, never at import."""
+    """Log to standard error from ``level`` up, each line with its request's id."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter(_FORMAT))
     handler.addFilter(_AddRequestId())
@@ -30,18 +49,11 @@ def set_up_logging(level: str) -> None:
         logger.handlers = [handler]
         logger.setLevel(level.upper())
         logger.propagate = False
-    logging.getLogger("uvicorn.access").disabled = True  # ours says more
-
-
-_M_TRIM_THRESHOLD = -1
-
-_M_MMAP_THRESHOLD = -3
-
-_THRESHOLD_BYTES = 256 * 1024 * 1024
+    logging.getLogger("uvicorn.access").disabled = True  # the request middleware logs more
 
 
 def keep_large_buffers() -> bool:
-    """Let the allocator reuse large buffers; False where it is not glibc's."""
+    """Make glibc's allocator reuse large buffers; return whether it is glibc's."""
     if platform.system() != "Linux" or platform.libc_ver()[0] != "glibc":
         return False
     try:
@@ -54,30 +66,28 @@ def keep_large_buffers() -> bool:
     )
 
 
-try:
-    import resource
-except ImportError:  # Windows has no such limit
-    resource = None  # type: ignore[assignment]
+@dataclass(frozen=True)
+class Clock:
+    """The current time; tests pass their own functions."""
 
-_ENOUGH = 65_536
-
-_WITHOUT_A_LIMIT = 8192
+    monotonic: Callable[[], float] = time.monotonic  # seconds, for durations
+    wall: Callable[[], float] = time.time  # seconds since 1970, for dates
 
 
 def raise_descriptor_limit() -> None:
-    """Take what the system allows: services begin with 1,024, which connections soon use up."""
+    """Raise the limit of open files, often 1,024 for services, since connections use it up."""
     if resource is None:
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = _ENOUGH if hard == resource.RLIM_INFINITY else min(hard, _ENOUGH)
-    if soft != resource.RLIM_INFINITY and soft < most:
-        with contextlib.suppress(ValueError, OSError):  # some systems allow less than they say
-            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    wanted = _MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _MAX_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(ValueError, OSError):  # some systems allow less than they report
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def descriptor_limit() -> int:
-    """How many there may be now."""
+    """Return the current limit of open files."""
     if resource is None:
-        return _WITHOUT_A_LIMIT
+        return _DEFAULT_DESCRIPTORS
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return _ENOUGH if soft == resource.RLIM_INFINITY else soft
+    return _MAX_DESCRIPTORS if soft == resource.RLIM_INFINITY else soft

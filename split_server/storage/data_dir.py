@@ -16,6 +16,8 @@ try:
 except ImportError:  # Windows has no such lock
     fcntl = None  # type: ignore[assignment]
 
+OPERATOR_TOKEN_FILE = "operator.token"  # noqa: S105 - a file name
+
 _RUN_ID = re.compile("r[0-9a-f]{10}")
 
 

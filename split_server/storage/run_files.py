@@ -18,11 +18,10 @@ from protocol.errors import NotFound
 from protocol.messages import NEURONS, BlobRef
 from protocol.plan import PromptPlacement
 from split_model import is_server_side, state_bytes
+from split_model.checkpoints.state import PROMPTS
 from split_model.files import write_durably
 
 log = logging.getLogger(__name__)
-
-PROMPTS = "prompts"  # their name in a state
 
 
 def from_folder(path: Path, data_dir: Path) -> str:

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 import split_model
 from protocol.plan import RunPlan, TrainingPlan
 from split_model.backbone.libraries import timm
-from split_server.engine.api import EngineLimits, ExchangeJob, SessionPlan
+from split_server.engine.api import ExchangeJob, SessionPlan
 from split_server.engine.body_cache import BodyCache
-from split_server.engine.engine import LocalEngine
+from split_server.engine.engine import Engine
+from split_server.engine.limits import EngineLimits
+from split_server.engine.tuned_bodies import TunedBodies
 from split_server.models.body_key import BodyKey
 from split_server.runtime.device import Placement, choose_placement
 from tests.support.federation import SMALL, SPLIT, FakeClock, run_settings
@@ -32,7 +34,7 @@ DEPTHS = ["shallow", "deep"]
 
 RATE = 0.5
 
-MakeEngine = Callable[..., LocalEngine]
+MakeEngine = Callable[..., Engine]
 
 
 def prepare_backbone(folder: Path) -> Path:
@@ -48,11 +50,12 @@ def input_body(folder: Path) -> BodyKey:
 @contextmanager
 def engines(placement: Placement = PLACEMENT) -> Iterator[MakeEngine]:
     """Makes engines that hold the same bodies, and stops them in the end."""
-    bodies, made = BodyCache(placement), list[LocalEngine]()
+    bodies, made = BodyCache(placement), list[Engine]()
 
-    def one(retained: int = 256 * MIB, time: FakeClock | None = None, **more: Any) -> LocalEngine:
+    def one(retained: int = 256 * MIB, time: FakeClock | None = None, **more: Any) -> Engine:
         limits = EngineLimits(retained, 64 * MIB, 64 * MIB, 300.0, 4, **more)
-        made.append(LocalEngine(bodies, placement, limits, (time or FakeClock()).clock()))
+        clock = (time or FakeClock()).clock()
+        made.append(Engine(bodies, placement, limits, clock, handlers=[TunedBodies]))
         return made[-1]
 
     yield one
@@ -60,10 +63,15 @@ def engines(placement: Placement = PLACEMENT) -> Iterator[MakeEngine]:
         engine.close()
 
 
-def is_empty(engine: LocalEngine) -> bool:
+def is_empty(engine: Engine) -> bool:
     """Whether no step is held and no room is promised to one."""
-    room = engine._keeper.room
+    room = engine._tracker.memory
     return len(room.steps) == room.steps.nbytes == room.reserved == 0
+
+
+def tuned_prompts(engine: Engine, who: str = "p1", session: str = "s") -> Tensor:
+    """Return the prompts [L, P, D] of a finished session of run r1."""
+    return engine.trained_state("r1", who, session)["prompts"]
 
 
 def numbers(seed: int, *shape: int) -> Tensor:
@@ -120,18 +128,20 @@ class Case:
         )
 
     async def train(
-        self, engine: LocalEngine, batches: Sequence[Tensor], **of: Any
+        self, engine: Engine, batches: Sequence[Tensor], **of: Any
     ) -> tuple[list[Tensor], Tensor]:
         """A whole session: the features of every batch, and the prompts that it leaves."""
         gradients: Tensor | None = None
         features = []
         for number, batch in enumerate(batches):
             job = self.job(number, len(batches), batch, gradients, **of)
-            features.append(await engine.exchange(job))
+            features.append(await engine.submit(job))
             gradients = gradient_of(features[-1])
         last = self.job(len(batches), len(batches), None, gradients, **of)
-        assert (await engine.exchange(last)).numel() == 0
-        return features, engine.trained("r1", of.get("who", "p1"), of.get("session", "s"))
+        assert (await engine.submit(last)).numel() == 0
+        return features, engine.trained_state("r1", of.get("who", "p1"), of.get("session", "s"))[
+            "prompts"
+        ]
 
     def by_hand(self, batches: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
         """The same with timm's own blocks and torch's own optimiser."""

@@ -22,7 +22,7 @@ from split_server.federation.credentials import Credentials
 from split_server.federation.liveness import Liveness
 from split_server.federation.service import FederationService, Held
 from split_server.models.prepare import PreparedRun
-from split_server.runtime.clock import Clock
+from split_server.runtime.process import Clock
 from split_server.storage.database import Store
 from split_server.storage.events import IdempotentRequest
 from split_server.storage.run_files import RunFiles, StateRefs, write_tensors

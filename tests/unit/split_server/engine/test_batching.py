@@ -18,7 +18,8 @@ import split_model
 from protocol.errors import Busy, InternalError, StepLost, TooLarge
 from split_server.engine import compute
 from split_server.engine.api import BackwardJob, ForwardJob, InferJob, StepKey
-from split_server.engine.engine import LocalEngine
+from split_server.engine.engine import Engine
+from split_server.engine.prompt_sessions import PromptSessions
 from split_server.models.body_key import BodyKey
 from split_server.runtime.device import Placement
 from tests.support.engine import (
@@ -57,9 +58,7 @@ def key(tmp_path_factory: pytest.TempPathFactory) -> BodyKey:
 
 
 @contextmanager
-def busy_error(
-    engine: LocalEngine, key: BodyKey, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[None]:
+def busy_error(engine: Engine, key: BodyKey, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Keep the worker at another job, so that what is sent meanwhile waits together."""
     gate, at_work = threading.Event(), threading.Event()
     real = compute.run_inference
@@ -82,7 +81,7 @@ def busy_error(
 
 
 async def together(
-    engine: LocalEngine,
+    engine: Engine,
     key: BodyKey,
     monkeypatch: pytest.MonkeyPatch,
     jobs: Sequence[Awaitable[Tensor]],
@@ -104,7 +103,7 @@ def backward(key: BodyKey, tensor: Tensor, who: str) -> BackwardJob:
     return BackwardJob(StepKey("r1", who, "s"), key, tensor, fingerprint=2)
 
 
-async def mean_batch(engine: LocalEngine, tasks: int) -> float:
+async def mean_batch(engine: Engine, tasks: int) -> float:
     """The mean size of the batches that so many tasks were in. They are counted once answered."""
     async with asyncio.timeout(20):
         while (figures := engine.figures("r1")).tasks < tasks:  # noqa: ASYNC110
@@ -142,12 +141,10 @@ def test_joined_steps_give_each_participant_what_the_body_alone_would(
             engine,
             key,
             monkeypatch,
-            [engine.forward(forward(key, x, who)) for x, who in zip(inputs, PEOPLE, strict=True)],
+            [engine.submit(forward(key, x, who)) for x, who in zip(inputs, PEOPLE, strict=True)],
         )
         assert await mean_batch(engine, len(inputs)) == sizes(inputs), "they were one batch"
-        jobs = [
-            engine.backward(backward(key, g, w)) for g, w in zip(gradients, PEOPLE, strict=True)
-        ]
+        jobs = [engine.submit(backward(key, g, w)) for g, w in zip(gradients, PEOPLE, strict=True)]
         return features, await together(engine, key, monkeypatch, jobs)
 
     with engines(Placement(torch.device("cpu"), dtype)) as make:
@@ -159,7 +156,7 @@ def test_joined_steps_give_each_participant_what_the_body_alone_would(
         torch.testing.assert_close(results[number], gradient, rtol=near, atol=near)
     asyncio.run(mean_batch(engine, 2 * len(PEOPLE)))
     assert engine.figures("r1").recomputed == (sizes(inputs) if mode == "recompute" else 0)
-    assert engine._keeper.room.taken == engine._worker.queued_bytes == 0
+    assert engine._tracker.memory.taken == engine._worker.queued_bytes == 0
 
 
 def test_jobs_of_runs_that_cut_alike_join_one_batch(
@@ -177,7 +174,7 @@ def test_jobs_of_runs_that_cut_alike_join_one_batch(
             ForwardJob(StepKey(run, "p1", "s"), key, tensor, fingerprint=1)
             for run, key, tensor in zip(("r1", "r2"), keys, inputs, strict=True)
         ]
-        return await together(engine, keys[0], monkeypatch, [engine.forward(job) for job in jobs])
+        return await together(engine, keys[0], monkeypatch, [engine.submit(job) for job in jobs])
 
     found = asyncio.run(steps())
     engine.close()  # a batch is counted when it has been answered
@@ -222,13 +219,13 @@ def test_nobody_waits_long_for_the_gradients_of_others(
     early, late = range(missing, len(PEOPLE)), range(missing)
 
     async def steps() -> list[Tensor]:
-        jobs = [engine.forward(forward(key, x, w)) for x, w in zip(inputs, PEOPLE, strict=True)]
+        jobs = [engine.submit(forward(key, x, w)) for x, w in zip(inputs, PEOPLE, strict=True)]
         await together(engine, key, monkeypatch, jobs)
         began = time.monotonic()
         found = dict.fromkeys(PEOPLE, torch.empty(0))
         for group in (early, late):
             answers = await asyncio.gather(
-                *(engine.backward(backward(key, gradient, PEOPLE[place])) for place in group)
+                *(engine.submit(backward(key, gradient, PEOPLE[place])) for place in group)
             )
             found |= {PEOPLE[place]: a for place, a in zip(group, answers, strict=True)}
         assert time.monotonic() - began < 10
@@ -240,7 +237,7 @@ def test_nobody_waits_long_for_the_gradients_of_others(
         )
     asyncio.run(mean_batch(engine, 2 * len(PEOPLE)))
     assert engine.figures("r1").recomputed > 0
-    assert engine._keeper.room.taken == 0
+    assert engine._tracker.memory.taken == 0
 
 
 def test_a_batch_does_not_wait_for_a_participant_that_has_gone(
@@ -249,7 +246,7 @@ def test_a_batch_does_not_wait_for_a_participant_that_has_gone(
     engine = make(max_wait_s=30.0)
 
     async def steps() -> None:
-        jobs = [engine.forward(forward(key, with_prompts(), who)) for who in PEOPLE[:2]]
+        jobs = [engine.submit(forward(key, with_prompts(), who)) for who in PEOPLE[:2]]
         with busy_error(engine, key, monkeypatch):
             waiting = [asyncio.ensure_future(job) for job in jobs]
             await asyncio.sleep(0.05)
@@ -258,15 +255,15 @@ def test_a_batch_does_not_wait_for_a_participant_that_has_gone(
         with engine._lock:
             engine._lock.notify()
         await asyncio.gather(*waiting)
-        graph = next(iter(engine._keeper.room.steps._holders))
+        graph = next(iter(engine._tracker.memory.steps._graph_users))
         assert len(graph.rows) == 2
-        first = asyncio.ensure_future(engine.backward(backward(key, with_prompts(), PEOPLE[0])))
+        first = asyncio.ensure_future(engine.submit(backward(key, with_prompts(), PEOPLE[0])))
         await asyncio.sleep(0.01)
         engine.release("r1", PEOPLE[1])
         await asyncio.wait_for(first, 10)
 
     asyncio.run(steps())
-    assert engine._keeper.room.taken == 0
+    assert engine._tracker.memory.taken == 0
 
 
 def test_a_lone_participant_waits_for_nobody(make: MakeEngine, key: BodyKey) -> None:
@@ -275,8 +272,8 @@ def test_a_lone_participant_waits_for_nobody(make: MakeEngine, key: BodyKey) -> 
     async def steps() -> float:
         began = time.monotonic()
         for _ in range(3):
-            await engine.forward(forward(key, with_prompts(), "p1"))
-            await engine.backward(backward(key, with_prompts(), "p1"))
+            await engine.submit(forward(key, with_prompts(), "p1"))
+            await engine.submit(backward(key, with_prompts(), "p1"))
             engine.release("r1")
         return time.monotonic() - began
 
@@ -298,7 +295,7 @@ def test_a_failure_within_a_batch_is_that_jobs_alone(
 
     monkeypatch.setattr(compute, "run_forward", broken)
     inputs = [with_prompts(seed=1), bad, with_prompts(seed=2)]
-    jobs = [engine.forward(forward(key, x, w)) for x, w in zip(inputs, PEOPLE[:3], strict=True)]
+    jobs = [engine.submit(forward(key, x, w)) for x, w in zip(inputs, PEOPLE[:3], strict=True)]
     first, failed, last = asyncio.run(together(engine, key, monkeypatch, jobs))
     assert isinstance(failed, InternalError)
     for tensor, found in ((inputs[0], first), (inputs[2], last)):
@@ -318,11 +315,11 @@ def test_a_joint_backward_that_fails_is_tried_for_each_alone(
         return real(graph, gradient)
 
     async def steps() -> list[Any]:
-        jobs = [engine.forward(forward(key, with_prompts(), who)) for who in PEOPLE[:3]]
+        jobs = [engine.submit(forward(key, with_prompts(), who)) for who in PEOPLE[:3]]
         await together(engine, key, monkeypatch, jobs)
         monkeypatch.setattr(compute, "run_backward", full)
         backwards = zip(gradients, PEOPLE, strict=False)
-        return await asyncio.gather(*(engine.backward(backward(key, g, w)) for g, w in backwards))
+        return await asyncio.gather(*(engine.submit(backward(key, g, w)) for g, w in backwards))
 
     for gradient, found in zip(gradients, asyncio.run(steps()), strict=True):
         expected = by_itself(key, with_prompts(), gradient)[1]
@@ -331,25 +328,25 @@ def test_a_joint_backward_that_fails_is_tried_for_each_alone(
 
 def test_where_graphs_have_no_room_the_forward_is_run_again(make: MakeEngine, key: BodyKey) -> None:
     probe = make()
-    asyncio.run(probe.forward(forward(key, with_prompts(), "p1")))
-    one_step = probe._keeper.room.taken
+    asyncio.run(probe.submit(forward(key, with_prompts(), "p1")))
+    one_step = probe._tracker.memory.taken
     engine = make(retained=int(1.5 * one_step))
 
     async def crowd() -> None:
-        await engine.forward(forward(key, with_prompts(), "p9"))  # its size is known from now on
-        await engine.backward(backward(key, with_prompts(), "p9"))
+        await engine.submit(forward(key, with_prompts(), "p9"))  # its size is known from now on
+        await engine.submit(backward(key, with_prompts(), "p9"))
         for who in PEOPLE:
-            await engine.forward(forward(key, with_prompts(), who))
-            assert engine._keeper.room.taken <= 1.5 * one_step
+            await engine.submit(forward(key, with_prompts(), who))
+            assert engine._tracker.memory.taken <= 1.5 * one_step
         for who in PEOPLE:
-            found = await engine.backward(backward(key, with_prompts(seed=7), who))
+            found = await engine.submit(backward(key, with_prompts(seed=7), who))
             expected = by_itself(key, with_prompts(), with_prompts(seed=7))[1]
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
     asyncio.run(crowd())
     asyncio.run(mean_batch(engine, 2 * len(PEOPLE) + 2))
     assert engine.figures("r1").recomputed == 2 * (len(PEOPLE) - 1)
-    assert engine._keeper.room.taken == 0
+    assert engine._tracker.memory.taken == 0
 
 
 def test_figures_are_of_each_run_and_forgotten_with_it(
@@ -365,7 +362,7 @@ def test_figures_are_of_each_run_and_forgotten_with_it(
     assert engine.figures("r2").tasks == 0
     engine.forget("r1")
     assert engine.figures("r1").tasks == 0
-    assert engine._keeper.room.taken == 0, "sessions go with their run"
+    assert engine._tracker.memory.taken == 0, "sessions go with their run"
 
 
 def test_a_gradient_of_another_shape_costs_the_others_nothing(
@@ -374,10 +371,10 @@ def test_a_gradient_of_another_shape_costs_the_others_nothing(
     case, engine = Case(backbone, "deep", 1), make()
 
     async def steps() -> None:
-        features = await engine.exchange(case.job(0, 1, BATCHES[0]))
+        features = await engine.submit(case.job(0, 1, BATCHES[0]))
         with pytest.raises(Exception, match="another shape"):
-            await engine.exchange(case.job(1, 1, None, gradient_of(features)[:1]))
-        await engine.exchange(case.job(1, 1, None, gradient_of(features)))
+            await engine.submit(case.job(1, 1, None, gradient_of(features)[:1]))
+        await engine.submit(case.job(1, 1, None, gradient_of(features)))
 
     asyncio.run(steps())
 
@@ -392,16 +389,16 @@ def test_a_backward_that_failed_makes_the_forward_come_again(
         raise torch.OutOfMemoryError("full")
 
     async def steps() -> Tensor:
-        await engine.forward(forward(key, with_prompts(), "p1"))
+        await engine.submit(forward(key, with_prompts(), "p1"))
         with monkeypatch.context() as patch:
             patch.setattr(compute, "run_backward", full)
             with pytest.raises(Busy):
-                await engine.backward(backward(key, with_prompts(seed=1), "p1"))
-        assert engine._keeper.room.taken == 0
+                await engine.submit(backward(key, with_prompts(seed=1), "p1"))
+        assert engine._tracker.memory.taken == 0
         with pytest.raises(StepLost):
-            await engine.backward(backward(key, with_prompts(seed=1), "p1"))
-        await engine.forward(forward(key, with_prompts(), "p1"))
-        return await engine.backward(backward(key, with_prompts(seed=1), "p1"))
+            await engine.submit(backward(key, with_prompts(seed=1), "p1"))
+        await engine.submit(forward(key, with_prompts(), "p1"))
+        return await engine.submit(backward(key, with_prompts(seed=1), "p1"))
 
     expected = by_itself(key, with_prompts(), with_prompts(seed=1))[1]
     torch.testing.assert_close(asyncio.run(steps()), expected, rtol=1e-5, atol=1e-5)
@@ -414,13 +411,13 @@ def test_a_graph_larger_than_all_memory_is_not_kept_and_its_step_is_served(
 
     async def steps() -> None:
         for name in ("p1", "p2", "p3"):
-            await engine.forward(forward(key, with_prompts(), name))
-            await engine.backward(backward(key, with_prompts(seed=1), name))
+            await engine.submit(forward(key, with_prompts(), name))
+            await engine.submit(backward(key, with_prompts(seed=1), name))
         with pytest.raises(TooLarge):
-            await engine.forward(forward(key, with_prompts(batch=200), "p4"))
+            await engine.submit(forward(key, with_prompts(batch=200), "p4"))
 
     asyncio.run(steps())
-    assert engine._keeper.room.taken == 0
+    assert engine._tracker.memory.taken == 0
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -429,13 +426,15 @@ def test_sessions_that_fill_the_memory_still_come_to_their_end(
 ) -> None:
     """Whoever is under way needs no more room than it gives back."""
     case, probe = Case(backbone, "deep"), make(backward=mode)
-    asyncio.run(probe.exchange(case.job(0, 1, smashed(4))))
-    engine = make(retained=probe._keeper.room.taken, backward=mode)
+    asyncio.run(probe.submit(case.job(0, 1, smashed(4))))
+    engine = make(retained=probe._tracker.memory.taken, backward=mode)
     batches = [smashed(4, seed) for seed in range(4)]
 
     async def sessions() -> None:
-        await engine.exchange(case.job(0, 4, batches[0], who="given up"))
-        engine._keeper.room.others *= 3  # more sessions than there is room for
+        await engine.submit(case.job(0, 4, batches[0], who="given up"))
+        engine._tracker.memory.session_bytes[PromptSessions] *= (
+            3  # more sessions than there is room for
+        )
         engine.release("r1", "given up")
         await case.train(engine, batches, who="p1")
 

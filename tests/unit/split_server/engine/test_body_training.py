@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -26,9 +26,9 @@ from protocol.errors import (
 )
 from protocol.plan import RunPlan, TrainingPlan
 from split_model.backbone.libraries import timm
-from split_server.engine.api import BodyJob, BodyPlan, ForwardJob, StepKey
-from split_server.engine.engine import LocalEngine
-from split_server.engine.tuned_bodies import BodySession
+from split_server.engine.api import ForwardJob, StepKey
+from split_server.engine.engine import Engine
+from split_server.engine.tuned_bodies import BodyJob, BodyPlan, BodySession, Direction
 from split_server.models.body_key import BodyKey
 from tests.support.engine import MIB, MakeEngine, engines, gradient_of, prepare_backbone, smashed
 from tests.support.federation import SMALL, FakeClock
@@ -88,10 +88,23 @@ class Case:
         self.key = BodyKey.of(str(backbone), settings)
         self.plan = BodyPlan(settings.training, ROUNDS, ROUND, NUMBERS)
 
+    def forward(self, number: int, steps: int, smashed: Tensor, **of: str) -> BodyJob:
+        return self.job("forward", number, steps, smashed, **of)
+
+    def backward(self, number: int, steps: int, gradients: Tensor, **of: str) -> BodyJob:
+        return self.job("backward", number, steps, gradients, **of)
+
     def job(
-        self, number: int, steps: int, tensor: Tensor, *, who: str = "p1", session: str = "s"
+        self,
+        direction: Direction,
+        number: int,
+        steps: int,
+        tensor: Tensor,
+        who: str = "p1",
+        session: str = "s",
     ) -> BodyJob:
         return BodyJob(
+            direction=direction,
             run="r1",
             participant=who,
             session=session,
@@ -105,25 +118,23 @@ class Case:
         )
 
     async def train(
-        self, engine: LocalEngine, batches: Sequence[Tensor], times: int = 1, **of: Any
+        self, engine: Engine, batches: Sequence[Tensor], times: int = 1, **of: Any
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
         """A session, each request sent so often at once and again: all answers, and the body."""
         answers: list[Tensor] = []
 
-        async def ask(way: Any, job: BodyJob) -> Tensor:
-            found = await asyncio.gather(*(way(job) for _ in range(times)))
-            found.append(await way(job))
+        async def ask(job: BodyJob) -> Tensor:
+            found = await asyncio.gather(*(engine.submit(job) for _ in range(times)))
+            found.append(await engine.submit(job))
             assert all(torch.equal(found[0], one) for one in found)
             answers.append(found[0])
             return found[0]
 
         for number, batch in enumerate(batches):
-            job = self.job(number, len(batches), batch, **of)
-            features = await ask(engine.body_forward, job)
-            job = self.job(number, len(batches), gradient_of(features), **of)
-            await ask(engine.body_backward, job)
+            features = await ask(self.forward(number, len(batches), batch, **of))
+            await ask(self.backward(number, len(batches), gradient_of(features), **of))
         who, session = of.get("who", "p1"), of.get("session", "s")
-        return answers, engine.trained_body("r1", who, session)
+        return answers, engine.trained_state("r1", who, session)
 
     def by_hand(self, batches: Sequence[Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
         """The same with timm's own blocks, torch's own optimiser and half a cosine."""
@@ -196,7 +207,7 @@ def test_a_session_begins_with_the_body_of_the_global_state(
     split_model.save_state(moved, tmp_path / "state.safetensors")
     case.key = replace(case.key, state=tmp_path / "state.safetensors")
     engine = make()
-    features = asyncio.run(engine.body_forward(case.job(0, 1, BATCHES[0])))
+    features = asyncio.run(engine.submit(case.forward(0, 1, BATCHES[0])))
     whole = timm.create_model(SMALL.backbone, img_size=SMALL.image_size, num_classes=2).eval()
     own = {name.removeprefix("body."): tensor for name, tensor in moved.items()}
     whole.load_state_dict(own, strict=False)
@@ -221,39 +232,38 @@ def test_a_number_cannot_be_two_requests(make: MakeEngine, case: Case) -> None:
     engine = make()
 
     async def reuse() -> None:
-        features = await engine.body_forward(case.job(0, 2, BATCHES[0]))
+        features = await engine.submit(case.forward(0, 2, BATCHES[0]))
         with pytest.raises(IdempotencyKeyReused):
-            await engine.body_forward(case.job(0, 2, BATCHES[1]))
+            await engine.submit(case.forward(0, 2, BATCHES[1]))
         gradients = gradient_of(features)
-        await engine.body_backward(case.job(0, 2, gradients))
+        await engine.submit(case.backward(0, 2, gradients))
         with pytest.raises(IdempotencyKeyReused):
-            await engine.body_backward(case.job(0, 2, 2 * gradients))
+            await engine.submit(case.backward(0, 2, 2 * gradients))
 
     asyncio.run(reuse())
-    assert engine._bodies._sessions.get("r1", "p1", "s").applied == 1
+    assert engine._find_session("r1", "p1", "s").applied == 1
 
 
 @pytest.mark.parametrize("way", ["forward", "backward"])
 @pytest.mark.parametrize("number", [0, 2])
 def test_a_request_out_of_its_order_is_lost_and_changes_nothing(
-    make: MakeEngine, case: Case, way: str, number: int
+    make: MakeEngine, case: Case, way: Direction, number: int
 ) -> None:
     """After the forward of step 1 only its repeat and its backward are in order."""
     engine = make()
 
     async def out_of_order() -> dict[str, Tensor]:
         for place in (0, 1):
-            features = await engine.body_forward(case.job(place, 3, BATCHES[place]))
+            features = await engine.submit(case.forward(place, 3, BATCHES[place]))
             if place == 0:
-                await engine.body_backward(case.job(0, 3, gradient_of(features)))
-        ask = engine.body_forward if way == "forward" else engine.body_backward
+                await engine.submit(case.backward(0, 3, gradient_of(features)))
         other = BATCHES[2] if way == "forward" else 2 * gradient_of(features)
         with pytest.raises((IdempotencyKeyReused, StepLost)):
-            await ask(case.job(number, 3, other))
-        await engine.body_backward(case.job(1, 3, gradient_of(features)))
-        features = await engine.body_forward(case.job(2, 3, BATCHES[2]))
-        await engine.body_backward(case.job(2, 3, gradient_of(features)))
-        return engine.trained_body("r1", "p1", "s")
+            await engine.submit(case.job(way, number, 3, other))
+        await engine.submit(case.backward(1, 3, gradient_of(features)))
+        features = await engine.submit(case.forward(2, 3, BATCHES[2]))
+        await engine.submit(case.backward(2, 3, gradient_of(features)))
+        return engine.trained_state("r1", "p1", "s")
 
     close(asyncio.run(out_of_order()), case.by_hand(BATCHES)[1])
 
@@ -264,12 +274,12 @@ def test_a_session_has_one_number_of_steps_and_a_gradient_the_shape_of_its_featu
     engine = make()
 
     async def wrong() -> None:
-        features = await engine.body_forward(case.job(0, 2, BATCHES[0]))
+        features = await engine.submit(case.forward(0, 2, BATCHES[0]))
         with pytest.raises(InvalidField, match="steps"):
-            await engine.body_backward(case.job(0, 3, gradient_of(features)))
+            await engine.submit(case.backward(0, 3, gradient_of(features)))
         with pytest.raises(WrongShape, match="gradients"):
-            await engine.body_backward(case.job(0, 2, gradient_of(features)[:1]))
-        await engine.body_backward(case.job(0, 2, gradient_of(features)))
+            await engine.submit(case.backward(0, 2, gradient_of(features)[:1]))
+        await engine.submit(case.backward(0, 2, gradient_of(features)))
 
     asyncio.run(wrong())
 
@@ -281,14 +291,14 @@ def test_a_body_is_given_out_at_the_end_alone_and_only_if_it_is_finite(
 
     async def whole() -> None:
         with pytest.raises(StepLost):
-            engine.trained_body("r1", "p1", "s")
-        features = await engine.body_forward(case.job(0, 1, BATCHES[0]))
+            engine.trained_state("r1", "p1", "s")
+        features = await engine.submit(case.forward(0, 1, BATCHES[0]))
         with pytest.raises(StepLost):
-            engine.trained_body("r1", "p1", "s")
+            engine.trained_state("r1", "p1", "s")
         huge = torch.full_like(features, 3e38)
-        await engine.body_backward(case.job(0, 1, huge))
+        await engine.submit(case.backward(0, 1, huge))
         with pytest.raises(NonFinite):
-            engine.trained_body("r1", "p1", "s")
+            engine.trained_state("r1", "p1", "s")
 
     asyncio.run(whole())
 
@@ -302,15 +312,15 @@ def test_a_backward_that_breaks_off_ends_the_session(
         raise RuntimeError("half a step")
 
     async def broken_off() -> dict[str, Tensor]:
-        features = await engine.body_forward(case.job(0, 3, BATCHES[0]))
-        job = case.job(0, 3, gradient_of(features))
+        features = await engine.submit(case.forward(0, 3, BATCHES[0]))
+        job = case.backward(0, 3, gradient_of(features))
         with monkeypatch.context() as patched:
             patched.setattr(BodySession, "backward", broken)
             with pytest.raises(InternalError):
-                await engine.body_backward(job)
+                await engine.submit(job)
         with pytest.raises(StepLost):
-            await engine.body_backward(job)
-        assert engine._keeper.room.taken == 0
+            await engine.submit(job)
+        assert engine._tracker.memory.taken == 0
         return (await case.train(engine, BATCHES, session="anew"))[1]
 
     close(asyncio.run(broken_off()), case.by_hand(BATCHES)[1])
@@ -324,15 +334,15 @@ def test_a_session_takes_its_weights_gradients_moments_and_a_step(
     make: MakeEngine, backbone: Path, optimizer: str, kinds: int
 ) -> None:
     case, engine = Case(backbone, optimizer), make()
-    asyncio.run(engine.body_forward(case.job(0, 2, BATCHES[0])))
+    asyncio.run(engine.submit(case.forward(0, 2, BATCHES[0])))
     weights = kinds * 4 * NUMBERS
-    taken = engine._keeper.room.taken
+    taken = engine._tracker.memory.taken
     # A step: 3 samples of 5 tokens, two blocks of some twenty tensors as wide as a token.
     assert weights + 3 * 5 * WIDTH * 4 < taken < weights + 2 * 40 * 3 * 5 * WIDTH * 4
     engine.release("r1", "p2")
-    assert engine._keeper.room.taken == taken
+    assert engine._tracker.memory.taken == taken
     engine.release("r1", "p1")
-    assert engine._keeper.room.taken == 0
+    assert engine._tracker.memory.taken == 0
 
 
 def test_who_finds_no_room_is_told_to_come_again_and_gets_it_when_another_is_done(
@@ -343,14 +353,14 @@ def test_who_finds_no_room_is_told_to_come_again_and_gets_it_when_another_is_don
     async def crowded() -> None:
         await case.train(engine, BATCHES, who="p1")
         with pytest.raises(Busy) as caught:
-            await engine.body_forward(case.job(0, 3, BATCHES[0], who="p2"))
+            await engine.submit(case.forward(0, 3, BATCHES[0], who="p2"))
         assert caught.value.retry_after_s is not None
         engine.release("r1", "p1")  # its update has been counted, or it has left
         _, body = await case.train(engine, BATCHES, who="p2")
         close(body, case.by_hand(BATCHES)[1])
         await case.train(engine, BATCHES, who="p2", session="anew")  # in its own place
         engine.release("r1")
-        assert engine._keeper.room.taken == 0
+        assert engine._tracker.memory.taken == 0
 
     asyncio.run(crowded())
 
@@ -361,38 +371,38 @@ def test_a_body_that_never_fits_is_refused_with_its_size(
 ) -> None:
     engine = make(retained=case.plan.nbytes, backward=backward)
     with pytest.raises(TooLarge) as caught:
-        asyncio.run(engine.body_forward(case.job(0, 3, BATCHES[0])))
+        asyncio.run(engine.submit(case.forward(0, 3, BATCHES[0])))
     assert caught.value.field == "tune_body"
     assert caught.value.limit == case.plan.nbytes
     assert isinstance(caught.value.value, int)
     assert caught.value.value > case.plan.nbytes
-    assert engine._keeper.room.taken == 0
+    assert engine._tracker.memory.taken == 0
 
 
 def test_without_room_for_a_graph_the_forward_is_run_again(make: MakeEngine, case: Case) -> None:
     engine = make(retained=case.plan.nbytes + 3 * BATCHES[0].numel() * 4)  # two answers
-    learn = engine._keeper.room.sizes.learn
+    learn = engine._tracker.memory.sizes.learn
     learn(case.key, BATCHES[0], 100 * BATCHES[0].numel() * 4)  # known from another round
     _, body = asyncio.run(case.train(engine, BATCHES))
-    assert engine._bodies._sessions.get("r1", "p1", "s").keep == "input"
+    assert cast(BodySession, engine._find_session("r1", "p1", "s")).retention == "input"
     close(body, case.by_hand(BATCHES)[1])
 
 
 def test_a_session_that_is_left_alone_makes_room(make: MakeEngine, case: Case) -> None:
     time = FakeClock()
     engine = make(time=time)
-    features = asyncio.run(engine.body_forward(case.job(0, 2, BATCHES[0])))
+    features = asyncio.run(engine.submit(case.forward(0, 2, BATCHES[0])))
     time.now += 299
     engine.sweep()
-    asyncio.run(engine.body_backward(case.job(0, 2, gradient_of(features))))
+    asyncio.run(engine.submit(case.backward(0, 2, gradient_of(features))))
     time.now += 299  # since the backward
     engine.sweep()
-    assert engine._keeper.room.taken > 0
+    assert engine._tracker.memory.taken > 0
     time.now += 2
     engine.sweep()
-    assert engine._keeper.room.taken == 0
+    assert engine._tracker.memory.taken == 0
     with pytest.raises(StepLost):
-        asyncio.run(engine.body_forward(case.job(1, 2, BATCHES[1])))
+        asyncio.run(engine.submit(case.forward(1, 2, BATCHES[1])))
 
 
 def test_a_step_of_a_frozen_body_finds_no_room_where_a_session_has_it(
@@ -403,10 +413,10 @@ def test_a_step_of_a_frozen_body_finds_no_room_where_a_session_has_it(
     job = ForwardJob(StepKey("r2", "p1", "a"), frozen, smashed(8, 5), 1)
 
     async def both() -> None:
-        await engine.body_forward(case.job(0, 1, BATCHES[0]))
+        await engine.submit(case.forward(0, 1, BATCHES[0]))
         with pytest.raises(Busy):
-            await engine.forward(job)
+            await engine.submit(job)
         engine.release("r1")
-        await engine.forward(job)
+        await engine.submit(job)
 
     asyncio.run(both())

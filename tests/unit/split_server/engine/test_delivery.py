@@ -32,7 +32,7 @@ def key(tmp_path_factory: pytest.TempPathFactory) -> BodyKey:
     return input_body(tmp_path_factory.mktemp("backbones"))
 
 
-class Letters(CompletionQueue):
+class HeldCompletions(CompletionQueue):
     """Delivers each result when the test says so."""
 
     def __init__(self) -> None:
@@ -61,10 +61,10 @@ def gradient_by_itself(key: BodyKey, tensor: Tensor, gradient: Tensor) -> Tensor
 
 
 def test_a_step_may_hear_of_its_forward_after_the_backward_of_another_in_its_batch(
-    make: MakeEngine, key: BodyKey
+    make: MakeEngine, key: BodyKey, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine, letters = make(), Letters()
-    engine._outbox = letters
+    engine, queued = make(), HeldCompletions()
+    monkeypatch.setattr(engine._completions, "send", queued.send)
     inputs = [smashed(seed=seed) for seed in (1, 2)]
     gradients = [smashed(seed=seed) for seed in (3, 4)]
     names = [StepKey("r1", who, "s") for who in ("early", "late")]
@@ -72,18 +72,18 @@ def test_a_step_may_hear_of_its_forward_after_the_backward_of_another_in_its_bat
     async def steps() -> list[Tensor]:
         with engine._lock:  # the worker takes both at once
             forwards = [
-                asyncio.ensure_future(engine.forward(ForwardJob(name, key, tensor, 1)))
+                asyncio.ensure_future(engine.submit(ForwardJob(name, key, tensor, 1)))
                 for name, tensor in zip(names, inputs, strict=True)
             ]
             await asyncio.sleep(0)
             assert len(engine._schedule) == 2
         found = []
         for place, forward in enumerate(forwards):
-            await letters.deliver(place)
+            await queued.deliver(place)
             await forward
             job = BackwardJob(names[place], key, gradients[place], 2)
-            backward = asyncio.ensure_future(engine.backward(job))
-            await letters.deliver(2 + place)
+            backward = asyncio.ensure_future(engine.submit(job))
+            await queued.deliver(2 + place)
             found.append(await backward)
         return found
 
@@ -106,7 +106,7 @@ class Held:
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_result_that_was_delivered_is_held_no_longer(fails: bool) -> None:
-    outbox = CompletionQueue(
+    completions = CompletionQueue(
         torch.device("cuda")
     )  # which begins its thread and needs no GPU for that
     delivered, held = threading.Event(), Held()
@@ -118,12 +118,12 @@ def test_a_result_that_was_delivered_is_held_no_longer(fails: bool) -> None:
         delivered.set()
 
     event = cast(torch.cuda.Event, Computed())
-    letter = _Completion(event, torch.empty(1), deliver, lambda _: delivered.set())
-    outbox._letters.put(letter)
-    del letter, deliver, held
+    completion = _Completion(event, torch.empty(1), deliver, lambda _: delivered.set())
+    completions._queued.put(completion)
+    del completion, deliver, held
     assert delivered.wait(20)
     give_up_at = time.monotonic() + 20
     while gone() is not None and time.monotonic() < give_up_at:
         time.sleep(0.005)
     assert gone() is None
-    outbox.close()
+    completions.close()

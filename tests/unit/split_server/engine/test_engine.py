@@ -26,9 +26,10 @@ from protocol.errors import (
 from split_model import Body
 from split_server.engine import compute
 from split_server.engine import engine as engine_module
-from split_server.engine.api import BackwardJob, EngineLimits, ForwardJob, InferJob, StepKey
+from split_server.engine.api import BackwardJob, ForwardJob, InferJob, StepKey
 from split_server.engine.body_cache import BodyCache
-from split_server.engine.engine import LocalEngine
+from split_server.engine.engine import Engine
+from split_server.engine.limits import EngineLimits
 from split_server.models.body_key import BodyKey
 from split_server.runtime.device import choose_placement
 from tests.support.federation import SPLIT, TOKENS, WIDTH, FakeClock, run_settings, smashed
@@ -59,12 +60,12 @@ def body(backbone: Path) -> Body:
     return split_model.build_body(SPLIT, split_model.open_backbone(backbone))
 
 
-MakeEngine = Callable[..., LocalEngine]
+MakeEngine = Callable[..., Engine]
 
 
 @pytest.fixture
 def make(bodies: BodyCache) -> Iterator[MakeEngine]:
-    made: list[LocalEngine] = []
+    made: list[Engine] = []
 
     def one(
         retained: int = 256 * MIB,
@@ -73,9 +74,9 @@ def make(bodies: BodyCache) -> Iterator[MakeEngine]:
         time: FakeClock | None = None,
         steps: int = 4,
         **more: Any,
-    ) -> LocalEngine:
+    ) -> Engine:
         limits = EngineLimits(retained, queued, answers, 300.0, steps, **more)
-        made.append(LocalEngine(bodies, PLACEMENT, limits, (time or FakeClock()).clock()))
+        made.append(Engine(bodies, PLACEMENT, limits, (time or FakeClock()).clock()))
         return made[-1]
 
     yield one
@@ -105,8 +106,8 @@ def test_a_step_is_the_bodys_own_forward_and_backward(
     expected.backward(gradients)
 
     async def whole_step() -> tuple[Tensor, Tensor, Tensor]:
-        features = await engine.forward(forward(key, smashed()))
-        result = await engine.backward(backward(key, gradients))
+        features = await engine.submit(forward(key, smashed()))
+        result = await engine.submit(backward(key, gradients))
         return features, result, await engine.infer(InferJob("r1", "p1", key, smashed()))
 
     features, result, inferred = asyncio.run(whole_step())
@@ -125,8 +126,8 @@ def test_the_memory_of_an_answer_is_free_when_it_has_been_taken(
     taken: list[weakref.ref[Tensor]] = []
 
     async def take_all() -> None:
-        taken.append(weakref.ref(await engine.forward(forward(key, smashed()))))
-        taken.append(weakref.ref(await engine.backward(backward(key, smashed(seed=1)))))
+        taken.append(weakref.ref(await engine.submit(forward(key, smashed()))))
+        taken.append(weakref.ref(await engine.submit(backward(key, smashed(seed=1)))))
         joined = InferJob("r1", "p1", key, smashed().repeat(2, 1, 1))
         taken.append(weakref.ref(await engine.infer(joined)))
 
@@ -173,11 +174,11 @@ def test_a_repeat_gets_the_same_answer_and_computes_nothing(
     monkeypatch.setattr(compute, "run_forward", counted)
 
     async def repeats() -> None:
-        both = await asyncio.gather(*(engine.forward(forward(key, smashed())) for _ in range(3)))
+        both = await asyncio.gather(*(engine.submit(forward(key, smashed())) for _ in range(3)))
         assert all(torch.equal(both[0], one) for one in both)
-        first = await engine.backward(backward(key, smashed(seed=1)))
-        assert torch.equal(first, await engine.backward(backward(key, smashed(seed=1))))
-        assert torch.equal(both[0], await engine.forward(forward(key, smashed())))
+        first = await engine.submit(backward(key, smashed(seed=1)))
+        assert torch.equal(first, await engine.submit(backward(key, smashed(seed=1))))
+        assert torch.equal(both[0], await engine.submit(forward(key, smashed())))
 
     asyncio.run(repeats())
     assert calls == 1
@@ -187,14 +188,14 @@ def test_a_step_cannot_be_two_requests(make: MakeEngine, key: BodyKey) -> None:
     engine = make()
 
     async def reuse() -> None:
-        await engine.forward(forward(key, smashed()))
+        await engine.submit(forward(key, smashed()))
         with pytest.raises(IdempotencyKeyReused):
-            await engine.forward(forward(key, smashed(seed=5)))
-        await engine.backward(backward(key, smashed(seed=1)))
+            await engine.submit(forward(key, smashed(seed=5)))
+        await engine.submit(backward(key, smashed(seed=1)))
         with pytest.raises(IdempotencyKeyReused):
-            await engine.backward(backward(key, smashed(seed=2)))
+            await engine.submit(backward(key, smashed(seed=2)))
         with pytest.raises(IdempotencyKeyReused):
-            await engine.forward(forward(key, smashed(seed=5)))
+            await engine.submit(forward(key, smashed(seed=5)))
 
     asyncio.run(reuse())
 
@@ -203,8 +204,8 @@ def test_steps_of_two_participants_do_not_meet(make: MakeEngine, key: BodyKey) -
     engine = make()
 
     async def both() -> None:
-        one = await engine.forward(forward(key, smashed(), who="p1"))
-        other = await engine.forward(forward(key, smashed(seed=9), who="p2"))
+        one = await engine.submit(forward(key, smashed(), who="p1"))
+        other = await engine.submit(forward(key, smashed(seed=9), who="p2"))
         assert not torch.equal(one, other)
 
     asyncio.run(both())
@@ -215,16 +216,16 @@ def test_a_step_that_is_not_held_is_lost(make: MakeEngine, key: BodyKey) -> None
 
     async def lost() -> None:
         with pytest.raises(StepLost):
-            await engine.backward(backward(key, smashed()))
+            await engine.submit(backward(key, smashed()))
         for name, release in (("a", ("r1", None)), ("b", ("r1", "p1"))):
-            await engine.forward(forward(key, smashed(), name))
+            await engine.submit(forward(key, smashed(), name))
             engine.release(*release)
             with pytest.raises(StepLost):
-                await engine.backward(backward(key, smashed(), name))
-        await engine.forward(forward(key, smashed(), "c"))
+                await engine.submit(backward(key, smashed(), name))
+        await engine.submit(forward(key, smashed(), "c"))
         engine.release("r1", "p2")
         engine.release("r2")
-        await engine.backward(backward(key, smashed(), "c"))
+        await engine.submit(backward(key, smashed(), "c"))
 
     asyncio.run(lost())
 
@@ -234,18 +235,18 @@ def test_a_step_whose_backward_does_not_come_is_dropped(make: MakeEngine, key: B
     engine = make(time=time)
 
     async def late() -> None:
-        first = await engine.forward(forward(key, smashed()))
+        first = await engine.submit(forward(key, smashed()))
         time.now += 299
         engine.sweep()
-        assert len(engine._keeper.room.steps) == 1
+        assert len(engine._tracker.memory.steps) == 1
         time.now += 1
         engine.sweep()
-        assert len(engine._keeper.room.steps) == engine._keeper.room.steps.nbytes == 0
+        assert len(engine._tracker.memory.steps) == engine._tracker.memory.steps.nbytes == 0
         with pytest.raises(StepLost):
-            await engine.backward(backward(key, smashed()))
-        again = await engine.forward(forward(key, smashed()))
+            await engine.submit(backward(key, smashed()))
+        again = await engine.submit(forward(key, smashed()))
         assert torch.equal(first, again)
-        await engine.backward(backward(key, smashed()))
+        await engine.submit(backward(key, smashed()))
 
     asyncio.run(late())
 
@@ -257,15 +258,15 @@ def test_a_graph_whose_gradients_do_not_come_makes_room_and_its_step_goes_on(
     engine = make(time=time)
 
     async def late(wait_s: float) -> Tensor:
-        await engine.forward(forward(key, smashed(), str(wait_s)))
-        whole = engine._keeper.room.taken
+        await engine.submit(forward(key, smashed(), str(wait_s)))
+        whole = engine._tracker.memory.taken
         time.now += wait_s
         engine.sweep()
-        assert (engine._keeper.room.taken < whole / 10) == (wait_s >= 30)
-        return await engine.backward(backward(key, smashed(), str(wait_s)))
+        assert (engine._tracker.memory.taken < whole / 10) == (wait_s >= 30)
+        return await engine.submit(backward(key, smashed(), str(wait_s)))
 
     assert torch.equal(asyncio.run(late(29)), asyncio.run(late(30)))
-    assert engine._keeper.room.taken == 0
+    assert engine._tracker.memory.taken == 0
 
 
 def test_a_participants_oldest_steps_make_room(make: MakeEngine, key: BodyKey) -> None:
@@ -273,45 +274,45 @@ def test_a_participants_oldest_steps_make_room(make: MakeEngine, key: BodyKey) -
 
     async def many() -> None:
         for name in "abc":
-            await engine.forward(forward(key, smashed(), name))
+            await engine.submit(forward(key, smashed(), name))
         with pytest.raises(StepLost):
-            await engine.backward(backward(key, smashed(), "a"))
+            await engine.submit(backward(key, smashed(), "a"))
         for name in "bc":
-            await engine.backward(backward(key, smashed(), name))
+            await engine.submit(backward(key, smashed(), name))
 
     asyncio.run(many())
 
 
 def test_open_steps_stay_within_their_memory(make: MakeEngine, key: BodyKey) -> None:
     probe = make()
-    asyncio.run(probe.forward(forward(key, smashed())))
-    one_step = probe._keeper.room.steps.nbytes
+    asyncio.run(probe.submit(forward(key, smashed())))
+    one_step = probe._tracker.memory.steps.nbytes
     assert one_step > 11 * TOKENS * WIDTH * 4 * 2, "eleven blocks save more than their inputs"
     engine = make(retained=int(2.5 * one_step), backward="retained")
 
     async def crowd() -> None:
         names = "abcdef"
         answers = await asyncio.gather(
-            *(engine.forward(forward(key, smashed(), who=who)) for who in names),
+            *(engine.submit(forward(key, smashed(), who=who)) for who in names),
             return_exceptions=True,
         )
         refused = [answer for answer in answers if isinstance(answer, BaseException)]
         assert refused
         assert all(isinstance(one, Busy) for one in refused)
         assert all(one.retry_after_s and one.retry_after_s > 0 for one in refused)  # type: ignore[attr-defined]
-        assert engine._keeper.room.steps.nbytes <= 2.5 * one_step
+        assert engine._tracker.memory.steps.nbytes <= 2.5 * one_step
         served = [
             who for who, answer in zip(names, answers, strict=True) if isinstance(answer, Tensor)
         ]
         for who in served:
-            await engine.backward(backward(key, smashed(), who=who))
-        assert engine._keeper.room.steps.nbytes == engine._keeper.room.reserved == 0
+            await engine.submit(backward(key, smashed(), who=who))
+        assert engine._tracker.memory.steps.nbytes == engine._tracker.memory.reserved == 0
         for who in ("x", "y"):
-            await engine.forward(forward(key, smashed(), who=who))
+            await engine.submit(forward(key, smashed(), who=who))
         with pytest.raises(Busy):
-            await engine.forward(forward(key, smashed(), who="z"))
+            await engine.submit(forward(key, smashed(), who="z"))
         with pytest.raises(TooLarge):
-            await engine.forward(forward(key, smashed(batch=6), who="z"))
+            await engine.submit(forward(key, smashed(batch=6), who="z"))
 
     asyncio.run(crowd())
 
@@ -386,10 +387,10 @@ def test_bad_tensors_are_refused_and_the_step_stays(make: MakeEngine, key: BodyK
             await engine.infer(InferJob("r1", "p1", key, torch.zeros(1, TOKENS + 1, WIDTH)))
         with pytest.raises(WrongShape):
             await engine.infer(InferJob("r1", "p1", key, torch.zeros(1, TOKENS, WIDTH + 1)))
-        await engine.forward(forward(key, smashed(), "t"))
+        await engine.submit(forward(key, smashed(), "t"))
         with pytest.raises(WrongShape):
-            await engine.backward(BackwardJob(step("t"), key, smashed(batch=3), 2))
-        await engine.backward(BackwardJob(step("t"), key, smashed(seed=1), 3))
+            await engine.submit(BackwardJob(step("t"), key, smashed(batch=3), 2))
+        await engine.submit(BackwardJob(step("t"), key, smashed(seed=1), 3))
 
     asyncio.run(refusals())
 
@@ -405,16 +406,16 @@ def test_a_forward_whose_round_ended_while_it_waited_is_not_kept(
         return real(*job)
 
     monkeypatch.setattr(compute, "run_forward", overtaken)
-    asyncio.run(engine.forward(forward(key, smashed())))
-    assert len(engine._keeper.room.steps) == engine._keeper.room.steps.nbytes == 0
+    asyncio.run(engine.submit(forward(key, smashed())))
+    assert len(engine._tracker.memory.steps) == engine._tracker.memory.steps.nbytes == 0
 
 
 def test_an_askers_going_does_not_stop_the_others(make: MakeEngine, key: BodyKey) -> None:
     engine = make()
 
     async def gone() -> None:
-        first = asyncio.create_task(engine.forward(forward(key, smashed())))
-        second = asyncio.create_task(engine.forward(forward(key, smashed())))
+        first = asyncio.create_task(engine.submit(forward(key, smashed())))
+        second = asyncio.create_task(engine.submit(forward(key, smashed())))
         await asyncio.sleep(0)
         first.cancel()
         assert (await second).shape == (2, TOKENS, WIDTH)
@@ -433,11 +434,11 @@ def test_no_memory_for_answers_means_no_repeats(make: MakeEngine, key: BodyKey) 
     engine = make(answers=0)
 
     async def once() -> None:
-        await engine.forward(forward(key, smashed()))
-        await engine.backward(backward(key, smashed(seed=1)))
-        assert engine._keeper.answer_bytes == 0
+        await engine.submit(forward(key, smashed()))
+        await engine.submit(backward(key, smashed(seed=1)))
+        assert engine._tracker.response_bytes == 0
         with pytest.raises(StepLost):
-            await engine.backward(backward(key, smashed(seed=1)))
+            await engine.submit(backward(key, smashed(seed=1)))
 
     asyncio.run(once())
 
@@ -445,7 +446,7 @@ def test_no_memory_for_answers_means_no_repeats(make: MakeEngine, key: BodyKey) 
 def test_the_weights_are_held_once_for_runs_with_other_prompts(
     backbone: Path, key: BodyKey
 ) -> None:
-    shelf = BodyCache(PLACEMENT, most=1)
+    shelf = BodyCache(PLACEMENT, max_weights=1)
     model = run_settings().model
     other = run_settings().model_copy(
         update={"model": model.model_copy(update={"prompt_count": 5, "num_classes": 3})}
@@ -462,8 +463,8 @@ def test_a_body_without_blocks_passes_everything_through(make: MakeEngine, backb
     empty = BodyKey.of(str(backbone), run_settings().model_copy(update={"model": model}))
 
     async def through() -> None:
-        assert torch.equal(await engine.forward(forward(empty, smashed())), smashed())
-        result = await engine.backward(backward(empty, smashed(seed=1)))
+        assert torch.equal(await engine.submit(forward(empty, smashed())), smashed())
+        result = await engine.submit(backward(empty, smashed(seed=1)))
         assert torch.equal(result, smashed(seed=1))
 
     asyncio.run(through())

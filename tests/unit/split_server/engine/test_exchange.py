@@ -16,7 +16,7 @@ from torch import Tensor
 from protocol.errors import IdempotencyKeyReused, InvalidField, StepLost
 from split_server.engine import compute
 from split_server.engine.api import InferJob
-from split_server.engine.prompt_sessions import Session
+from split_server.engine.prompt_sessions import PromptSession
 from tests.support.engine import (
     BATCHES,
     DEPTHS,
@@ -30,6 +30,7 @@ from tests.support.engine import (
     gradient_of,
     prepare_backbone,
     smashed,
+    tuned_prompts,
 )
 
 
@@ -85,11 +86,11 @@ def test_the_mean_of_the_patch_tokens_shifts_the_prompts_where_it_is_asked_for(
 ) -> None:
     job = case.job(0, 1, BATCHES[0])
     engine = make()
-    asyncio.run(engine.exchange(replace(job, plan=replace(job.plan, from_mean_token=True))))
+    asyncio.run(engine.submit(replace(job, plan=replace(job.plan, from_mean_token=True))))
     mean = BATCHES[0][:, PREFIX:].reshape(-1, WIDTH).double().mean(dim=0)
     shifted = case.initial.clone()
     shifted[0] += mean.float()
-    found = engine._exchanges._sessions.get("r1", "p1", "s").trained()
+    found = engine._find_session("r1", "p1", "s").trained_state()["prompts"]
     torch.testing.assert_close(found, shifted, rtol=0, atol=1e-6)
 
 
@@ -135,13 +136,13 @@ def test_a_repeat_gets_the_same_answer_and_tunes_nothing_twice(
         gradients: Tensor | None = None
         for number, batch in enumerate([*BATCHES, None]):
             job = case.job(number, 4, batch, gradients)
-            answers = await asyncio.gather(*(engine.exchange(job) for _ in range(3)))
-            answers.append(await engine.exchange(job))
+            answers = await asyncio.gather(*(engine.submit(job) for _ in range(3)))
+            answers.append(await engine.submit(job))
             assert all(torch.equal(answers[0], one) for one in answers)
             if batch is not None:
                 assert torch.equal(answers[0], undisturbed[number])
                 gradients = gradient_of(answers[0])
-        assert torch.equal(engine.trained("r1", "p1", "s"), tuned)
+        assert torch.equal(tuned_prompts(engine), tuned)
 
     asyncio.run(stammering())
     assert ran == {"forward": 4, "backward": 4}
@@ -151,15 +152,15 @@ def test_a_number_cannot_be_two_requests(make: MakeEngine, case: Case) -> None:
     engine = make()
 
     async def reuse() -> None:
-        first = await engine.exchange(case.job(0, 4, BATCHES[0]))
+        first = await engine.submit(case.job(0, 4, BATCHES[0]))
         with pytest.raises(IdempotencyKeyReused):
-            await engine.exchange(case.job(0, 4, BATCHES[1]))
-        await engine.exchange(case.job(1, 4, BATCHES[1], gradient_of(first)))
+            await engine.submit(case.job(0, 4, BATCHES[1]))
+        await engine.submit(case.job(1, 4, BATCHES[1], gradient_of(first)))
         with pytest.raises(IdempotencyKeyReused):
-            await engine.exchange(case.job(1, 4, BATCHES[1], gradient_of(first) * 2))
+            await engine.submit(case.job(1, 4, BATCHES[1], gradient_of(first) * 2))
 
     asyncio.run(reuse())
-    assert engine._exchanges._sessions.get("r1", "p1", "s").applied == 1
+    assert engine._find_session("r1", "p1", "s").applied == 1
 
 
 @pytest.mark.parametrize("number", [0, 1, 3, 4])
@@ -170,20 +171,22 @@ def test_a_request_out_of_order_is_lost(make: MakeEngine, case: Case, number: in
     async def out_of_order() -> None:
         gradients: Tensor | None = None
         for place in range(3):
-            features = await engine.exchange(case.job(place, 5, BATCHES[place], gradients))
+            features = await engine.submit(case.job(place, 5, BATCHES[place], gradients))
             gradients = gradient_of(features)
-        before = engine._exchanges._sessions.get("r1", "p1", "s").trained()
+        before = engine._find_session("r1", "p1", "s").trained_state()["prompts"]
         job = case.job(number, 5, BATCHES[3], gradients)
         if number == 0:  # a late repeat of the first one
             job = replace(job, gradients=None)
         if number == 3:
-            await engine.exchange(job)
-            assert engine._exchanges._sessions.get("r1", "p1", "s").applied == 3
+            await engine.submit(job)
+            assert engine._find_session("r1", "p1", "s").applied == 3
         else:
             with pytest.raises(StepLost):
-                await engine.exchange(job)
-            assert torch.equal(engine._exchanges._sessions.get("r1", "p1", "s").trained(), before)
-            await engine.exchange(case.job(3, 5, BATCHES[3], gradients))  # it goes on
+                await engine.submit(job)
+            assert torch.equal(
+                engine._find_session("r1", "p1", "s").trained_state()["prompts"], before
+            )
+            await engine.submit(case.job(3, 5, BATCHES[3], gradients))  # it goes on
 
     asyncio.run(out_of_order())
 
@@ -192,14 +195,14 @@ def test_a_session_that_is_not_here_is_lost(make: MakeEngine, case: Case) -> Non
     engine = make()
 
     async def lost() -> None:
-        features = await engine.exchange(case.job(0, 2, BATCHES[0]))
+        features = await engine.submit(case.job(0, 2, BATCHES[0]))
         gradients = gradient_of(features)
         for of in ({"who": "p2"}, {"session": "t"}):
             with pytest.raises(StepLost):
-                await engine.exchange(case.job(1, 2, BATCHES[1], gradients, **of))
+                await engine.submit(case.job(1, 2, BATCHES[1], gradients, **of))
             with pytest.raises(StepLost):
-                await engine.exchange(case.job(2, 2, None, gradients, **of))
-        assert len(engine._keeper.room.steps) == 1
+                await engine.submit(case.job(2, 2, None, gradients, **of))
+        assert len(engine._tracker.memory.steps) == 1
 
     asyncio.run(lost())
 
@@ -208,21 +211,21 @@ def test_a_session_has_one_number_of_steps(make: MakeEngine, case: Case) -> None
     engine = make()
 
     async def wrong() -> None:
-        features = await engine.exchange(case.job(0, 3, BATCHES[0]))
+        features = await engine.submit(case.job(0, 3, BATCHES[0]))
         gradients = gradient_of(features)
         for job in (case.job(1, 2, BATCHES[1], gradients), case.job(1, 1, None, gradients)):
             with pytest.raises(InvalidField) as caught:
-                await engine.exchange(job)
+                await engine.submit(job)
             named = (caught.value.field, caught.value.limit, caught.value.value)
             assert named == ("steps", 3, job.steps)
-        features = await engine.exchange(case.job(1, 3, BATCHES[1], gradients))
+        features = await engine.submit(case.job(1, 3, BATCHES[1], gradients))
         with pytest.raises(InvalidField):  # nobody ends a session before its end
-            await engine.exchange(case.job(2, 2, None, gradient_of(features)))
-        features = await engine.exchange(case.job(2, 3, BATCHES[2], gradient_of(features)))
-        await engine.exchange(case.job(3, 3, None, gradient_of(features)))
+            await engine.submit(case.job(2, 2, None, gradient_of(features)))
+        features = await engine.submit(case.job(2, 3, BATCHES[2], gradient_of(features)))
+        await engine.submit(case.job(3, 3, None, gradient_of(features)))
 
     asyncio.run(wrong())
-    prompts = engine.trained("r1", "p1", "s")
+    prompts = tuned_prompts(engine)
     torch.testing.assert_close(prompts, case.by_hand(BATCHES[:3])[1], rtol=1e-5, atol=1e-6)
 
 
@@ -231,24 +234,27 @@ def test_prompts_are_given_out_at_the_end_alone(make: MakeEngine, case: Case) ->
 
     async def unfinished() -> None:
         with pytest.raises(StepLost):
-            engine.trained("r1", "p1", "s")
-        features = await engine.exchange(case.job(0, 2, BATCHES[0]))
+            tuned_prompts(engine)
+        features = await engine.submit(case.job(0, 2, BATCHES[0]))
         with pytest.raises(StepLost):
-            engine.trained("r1", "p1", "s")
-        features = await engine.exchange(case.job(1, 2, BATCHES[1], gradient_of(features)))
+            tuned_prompts(engine)
+        features = await engine.submit(case.job(1, 2, BATCHES[1], gradient_of(features)))
         with pytest.raises(StepLost):
-            engine.trained("r1", "p1", "s")
-        await engine.exchange(case.job(2, 2, None, gradient_of(features)))
+            tuned_prompts(engine)
+        await engine.submit(case.job(2, 2, None, gradient_of(features)))
         for who, name in (("p2", "s"), ("p1", "t")):
             with pytest.raises(StepLost):
-                engine.trained("r1", who, name)
+                tuned_prompts(engine, who, name)
 
     asyncio.run(unfinished())
-    assert torch.equal(engine.trained("r1", "p1", "s"), engine.trained("r1", "p1", "s"))
+    assert torch.equal(
+        tuned_prompts(engine),
+        tuned_prompts(engine),
+    )
     assert (
-        len(engine._keeper.room.steps)
-        == engine._keeper.room.steps.nbytes
-        == engine._keeper.room.reserved
+        len(engine._tracker.memory.steps)
+        == engine._tracker.memory.steps.nbytes
+        == engine._tracker.memory.reserved
         == 0
     )
 
@@ -257,35 +263,35 @@ def test_begun_anew_it_forgets_what_was_before(make: MakeEngine, case: Case) -> 
     engine = make()
 
     async def twice() -> tuple[Any, Any]:
-        features = await engine.exchange(case.job(0, 4, smashed(3, 77), session="old"))
-        await engine.exchange(case.job(1, 4, smashed(3, 78), gradient_of(features), session="old"))
+        features = await engine.submit(case.job(0, 4, smashed(3, 77), session="old"))
+        await engine.submit(case.job(1, 4, smashed(3, 78), gradient_of(features), session="old"))
         anew = await case.train(engine, BATCHES, session="new")
         with pytest.raises(StepLost):
-            await engine.exchange(case.job(2, 4, BATCHES[0], gradient_of(features), session="old"))
+            await engine.submit(case.job(2, 4, BATCHES[0], gradient_of(features), session="old"))
         return anew
 
     features, prompts = asyncio.run(twice())
     undisturbed, tuned = asyncio.run(case.train(make(), BATCHES))
     assert all(torch.equal(one, other) for one, other in zip(features, undisturbed, strict=True))
     assert torch.equal(prompts, tuned)
-    assert len(engine._keeper.room.steps) == 0
+    assert len(engine._tracker.memory.steps) == 0
 
 
 def test_nobody_waits_while_prompts_are_copied(
     make: MakeEngine, case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The copy waits for all that a GPU has in its queue."""
-    engine, real = make(), Session.trained
+    engine, real = make(), PromptSession.trained_prompts
     asyncio.run(case.train(engine, BATCHES))
     copying, go_on = threading.Event(), threading.Event()
 
-    def slow(session: Session) -> Tensor:
+    def slow(session: PromptSession) -> Tensor:
         copying.set()
         assert go_on.wait(20)
         return real(session)
 
     async def meanwhile() -> Tensor:
-        asked = asyncio.ensure_future(asyncio.to_thread(engine.trained, "r1", "p1", "s"))
+        asked = asyncio.ensure_future(asyncio.to_thread(tuned_prompts, engine))
         assert await asyncio.to_thread(copying.wait, 20)
         late = threading.Timer(10, go_on.set)  # should somebody wait after all
         late.start()
@@ -296,6 +302,6 @@ def test_nobody_waits_while_prompts_are_copied(
         return await asked
 
     with monkeypatch.context() as patch:
-        patch.setattr(Session, "trained", slow)
+        patch.setattr(PromptSession, "trained_prompts", slow)
         found = asyncio.run(meanwhile())
-    assert torch.equal(found, engine.trained("r1", "p1", "s"))
+    assert torch.equal(found, tuned_prompts(engine))

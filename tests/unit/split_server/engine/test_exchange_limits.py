@@ -13,7 +13,7 @@ from torch import Tensor
 
 from protocol.errors import Busy, InternalError, NonFinite, StepLost, TooLarge, WrongShape
 from split_server.engine import compute
-from split_server.engine.engine import LocalEngine
+from split_server.engine.engine import Engine
 from tests.support.engine import (
     BATCHES,
     DEPTHS,
@@ -27,6 +27,7 @@ from tests.support.engine import (
     is_empty,
     prepare_backbone,
     smashed,
+    tuned_prompts,
 )
 from tests.support.federation import FakeClock
 
@@ -80,19 +81,19 @@ def test_a_forward_that_failed_can_be_repeated(
             job = case.job(place, 4, batch, gradients)
             for _ in range(2 if place == number else 0):
                 with pytest.raises(answer):
-                    await engine.exchange(job)
-            features = await engine.exchange(job)
+                    await engine.submit(job)
+            features = await engine.submit(job)
             if batch is not None:
                 assert torch.equal(features, undisturbed[place])
                 gradients = gradient_of(features)
 
     asyncio.run(shaken())
     assert not failures
-    assert torch.equal(engine.trained("r1", "p1", "s"), tuned)
+    assert torch.equal(tuned_prompts(engine), tuned)
     assert (
-        len(engine._keeper.room.steps)
-        == engine._keeper.room.steps.nbytes
-        == engine._keeper.room.reserved
+        len(engine._tracker.memory.steps)
+        == engine._tracker.memory.steps.nbytes
+        == engine._tracker.memory.reserved
         == 0
     )
 
@@ -101,16 +102,17 @@ def test_bad_tensors_are_refused_and_change_nothing(make: MakeEngine, case: Case
     engine = make()
 
     async def refusals() -> None:
-        features = await engine.exchange(case.job(0, 1, BATCHES[0]))
+        features = await engine.submit(case.job(0, 1, BATCHES[0]))
         good = gradient_of(features)
         with pytest.raises(WrongShape):
-            await engine.exchange(case.job(1, 1, None, good[:2]))
-        assert engine._exchanges._sessions.get("r1", "p1", "s").applied == 0
-        await engine.exchange(case.job(1, 1, None, good))
+            await engine.submit(case.job(1, 1, None, good[:2]))
+        assert engine._find_session("r1", "p1", "s").applied == 0
+        await engine.submit(case.job(1, 1, None, good))
 
     asyncio.run(refusals())
     assert torch.equal(
-        engine.trained("r1", "p1", "s"), asyncio.run(case.train(make(), BATCHES[:1]))[1]
+        tuned_prompts(engine),
+        asyncio.run(case.train(make(), BATCHES[:1]))[1],
     )
 
 
@@ -120,15 +122,15 @@ def test_gradients_that_leave_the_range_of_float32_never_become_an_update(
     engine = make()
 
     async def overflow() -> None:
-        features = await engine.exchange(case.job(0, 1, BATCHES[0]))
+        features = await engine.submit(case.job(0, 1, BATCHES[0]))
         huge = torch.full_like(features, 3e38)
-        await engine.exchange(case.job(1, 1, None, huge))
+        await engine.submit(case.job(1, 1, None, huge))
         with pytest.raises(NonFinite):
-            engine.trained("r1", "p1", "s")
+            tuned_prompts(engine)
         assert (
-            len(engine._keeper.room.steps)
-            == engine._keeper.room.steps.nbytes
-            == engine._keeper.room.reserved
+            len(engine._tracker.memory.steps)
+            == engine._tracker.memory.steps.nbytes
+            == engine._tracker.memory.reserved
             == 0
         )
         await case.train(engine, BATCHES[:1], session="t")
@@ -143,7 +145,7 @@ def test_a_backward_that_broke_off_makes_the_device_begin_anew(
     tuned = asyncio.run(case.train(make(), BATCHES))[1]
 
     async def broken_off() -> Tensor:
-        features = await engine.exchange(case.job(0, 4, BATCHES[0]))
+        features = await engine.submit(case.job(0, 4, BATCHES[0]))
 
         def full(*arguments: Any) -> Tensor:
             real(*arguments)
@@ -152,10 +154,10 @@ def test_a_backward_that_broke_off_makes_the_device_begin_anew(
         monkeypatch.setattr(compute, "run_backward", full)
         job = case.job(1, 4, BATCHES[1], gradient_of(features))
         with pytest.raises(Busy):
-            await engine.exchange(job)
+            await engine.submit(job)
         monkeypatch.setattr(compute, "run_backward", real)
         with pytest.raises(StepLost):
-            await engine.exchange(job)
+            await engine.submit(job)
         return (await case.train(engine, BATCHES))[1]
 
     assert torch.equal(asyncio.run(broken_off()), tuned)
@@ -166,12 +168,12 @@ def test_a_batch_whose_gradients_come_too_late_is_lost(make: MakeEngine, case: C
     engine = make(time=time)
 
     async def late() -> None:
-        features = await engine.exchange(case.job(0, 2, BATCHES[0]))
+        features = await engine.submit(case.job(0, 2, BATCHES[0]))
         time.now += 301
         engine.sweep()
-        assert engine._keeper.room.steps.nbytes == 0
+        assert engine._tracker.memory.steps.nbytes == 0
         with pytest.raises(StepLost):
-            await engine.exchange(case.job(1, 2, BATCHES[1], gradient_of(features)))
+            await engine.submit(case.job(1, 2, BATCHES[1], gradient_of(features)))
         await case.train(engine, BATCHES, session="anew")
 
     asyncio.run(late())
@@ -182,15 +184,15 @@ def test_a_session_that_is_left_half_way_makes_room(make: MakeEngine, case: Case
     time = FakeClock()
     engine = make(time=time)
     engine.forget("r1")
-    asyncio.run(engine.exchange(case.job(0, 2, BATCHES[0])))
+    asyncio.run(engine.submit(case.job(0, 2, BATCHES[0])))
     time.now += 299
     engine.sweep()
-    assert len(engine._keeper.room.steps) == 1
+    assert len(engine._tracker.memory.steps) == 1
     time.now += 2
     engine.sweep()
-    assert engine._keeper.room.taken == 0
+    assert engine._tracker.memory.taken == 0
     with pytest.raises(StepLost):
-        asyncio.run(engine.exchange(case.job(1, 2, BATCHES[1], BATCHES[0])))
+        asyncio.run(engine.submit(case.job(1, 2, BATCHES[1], BATCHES[0])))
 
 
 def test_a_session_that_goes_on_or_is_done_is_not_swept(make: MakeEngine, case: Case) -> None:
@@ -200,7 +202,7 @@ def test_a_session_that_goes_on_or_is_done_is_not_swept(make: MakeEngine, case: 
     async def slow() -> None:
         gradients: Tensor | None = None
         for number, batch in enumerate([*BATCHES, None]):
-            features = await engine.exchange(case.job(number, len(BATCHES), batch, gradients))
+            features = await engine.submit(case.job(number, len(BATCHES), batch, gradients))
             time.now += 299
             engine.sweep()
             gradients = None if batch is None else gradient_of(features)
@@ -209,7 +211,7 @@ def test_a_session_that_goes_on_or_is_done_is_not_swept(make: MakeEngine, case: 
 
     asyncio.run(slow())
     undisturbed = asyncio.run(case.train(make(), BATCHES))[1]
-    assert torch.equal(engine.trained("r1", "p1", "s"), undisturbed)
+    assert torch.equal(tuned_prompts(engine), undisturbed)
 
 
 # Release
@@ -222,20 +224,20 @@ def test_a_release_frees_session_and_steps(
     engine = make()
 
     async def released() -> None:
-        features = await engine.exchange(case.job(0, 2, BATCHES[0]))
+        features = await engine.submit(case.job(0, 2, BATCHES[0]))
         await case.train(engine, BATCHES, who="p2")
         engine.release("r2")
         engine.release("r1", "p3")
-        assert len(engine._keeper.room.steps) == 1
+        assert len(engine._tracker.memory.steps) == 1
         engine.release(*release)
         assert is_empty(engine)
         with pytest.raises(StepLost):
-            await engine.exchange(case.job(1, 2, BATCHES[1], gradient_of(features)))
+            await engine.submit(case.job(1, 2, BATCHES[1], gradient_of(features)))
         if len(release) == 1:
             with pytest.raises(StepLost):
-                engine.trained("r1", "p2", "s")
+                tuned_prompts(engine, "p2")
         else:
-            engine.trained("r1", "p2", "s")
+            tuned_prompts(engine, "p2")
 
     asyncio.run(released())
 
@@ -256,16 +258,16 @@ def test_an_exchange_whose_round_ended_while_it_ran_leaves_nothing(
     async def ended() -> None:
         gradients: Tensor | None = None
         for place in range(number + 1):
-            features = await engine.exchange(case.job(place, 3, BATCHES[place], gradients))
+            features = await engine.submit(case.job(place, 3, BATCHES[place], gradients))
             gradients = gradient_of(features)
         with pytest.raises(StepLost):
-            await engine.exchange(case.job(number + 1, 3, BATCHES[2], gradients))
+            await engine.submit(case.job(number + 1, 3, BATCHES[2], gradients))
 
     asyncio.run(ended())
     assert (
-        len(engine._keeper.room.steps)
-        == engine._keeper.room.steps.nbytes
-        == engine._keeper.room.reserved
+        len(engine._tracker.memory.steps)
+        == engine._tracker.memory.steps.nbytes
+        == engine._tracker.memory.reserved
         == 0
     )
 
@@ -273,9 +275,9 @@ def test_an_exchange_whose_round_ended_while_it_ran_leaves_nothing(
 # Memory
 
 
-def room_of_a_step(engine: LocalEngine, case: Case, batch: Tensor) -> int:
-    asyncio.run(engine.exchange(case.job(0, 1, batch)))
-    return engine._keeper.room.taken
+def room_of_a_step(engine: Engine, case: Case, batch: Tensor) -> int:
+    asyncio.run(engine.submit(case.job(0, 1, batch)))
+    return engine._tracker.memory.taken
 
 
 def test_one_steps_room_is_enough_for_a_whole_session(make: MakeEngine, case: Case) -> None:
@@ -287,12 +289,12 @@ def test_one_steps_room_is_enough_for_a_whole_session(make: MakeEngine, case: Ca
 
     async def sessions() -> None:
         await case.train(engine, batches, session="first")
-        await engine.exchange(case.job(0, 6, batches[0], session="given up"))
-        assert engine._keeper.room.taken == one_step
+        await engine.submit(case.job(0, 6, batches[0], session="given up"))
+        assert engine._tracker.memory.taken == one_step
         await case.train(engine, batches, session="begun anew")
-        assert engine._keeper.room.steps.nbytes == engine._keeper.room.reserved == 0
+        assert engine._tracker.memory.steps.nbytes == engine._tracker.memory.reserved == 0
         with pytest.raises(TooLarge):
-            await engine.exchange(case.job(0, 1, smashed(5)))
+            await engine.submit(case.job(0, 1, smashed(5)))
 
     asyncio.run(sessions())
 
@@ -301,13 +303,13 @@ def test_others_wait_while_the_room_is_taken(make: MakeEngine, case: Case) -> No
     engine = make(retained=room_of_a_step(make(), case, smashed(4)), backward="retained")
 
     async def crowd() -> None:
-        await engine.exchange(case.job(0, 1, smashed(4), who="p1"))
+        await engine.submit(case.job(0, 1, smashed(4), who="p1"))
         with pytest.raises(Busy) as caught:
-            await engine.exchange(case.job(0, 1, smashed(4), who="p2"))
+            await engine.submit(case.job(0, 1, smashed(4), who="p2"))
         assert caught.value.retry_after_s is not None
         assert caught.value.retry_after_s > 0
-        features = await engine.exchange(case.job(0, 1, smashed(4), who="p1"))  # a repeat
-        await engine.exchange(case.job(1, 1, None, gradient_of(features), who="p1"))
+        features = await engine.submit(case.job(0, 1, smashed(4), who="p1"))  # a repeat
+        await engine.submit(case.job(1, 1, None, gradient_of(features), who="p1"))
         await case.train(engine, [smashed(4)], who="p2")
 
     asyncio.run(crowd())
@@ -318,7 +320,9 @@ def test_nobody_takes_the_room_between_one_batch_and_the_next(
 ) -> None:
     probe = make()
     limit = room_of_a_step(probe, case, smashed(4))
-    others = probe._exchanges._sessions.nbytes  # p1's session stays until its round ends
+    others = sum(
+        probe._tracker.memory.session_bytes.values()
+    )  # p1's session stays until its round ends
     engine, real = make(retained=limit + others, backward="retained"), compute.run_forward
     batches = [smashed(4, seed) for seed in range(3)]
     answers: list[Any] = []
@@ -327,9 +331,9 @@ def test_nobody_takes_the_room_between_one_batch_and_the_next(
         loop = asyncio.get_running_loop()
 
         def watched(body: Any, tensor: Tensor, *more: Any) -> Any:
-            assert engine._keeper.room.steps.nbytes <= limit
+            assert engine._tracker.memory.steps.nbytes <= limit
             if not answers and torch.equal(tensor, batches[1]):
-                other = engine.exchange(case.job(0, 1, smashed(4), who="p2"))
+                other = engine.submit(case.job(0, 1, smashed(4), who="p2"))
                 answers.append(asyncio.run_coroutine_threadsafe(other, loop))
                 asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop).result(20)
             return real(body, tensor, *more)

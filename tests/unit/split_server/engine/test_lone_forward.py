@@ -44,13 +44,13 @@ def test_its_features_are_the_bodys_and_nothing_is_held_of_it(
     async def steps() -> None:
         for who in ("p1", "p2"):
             for seed in range(6):
-                features = await engine.forward(lone(key, smashed(seed=seed), f"s{seed}", who))
+                features = await engine.submit(lone(key, smashed(seed=seed), f"s{seed}", who))
                 assert torch.equal(features, body(smashed(seed=seed)))
                 assert not features.requires_grad
-        assert engine._keeper.room.taken == len(engine._keeper.room.steps) == 0
-        assert 0 < engine._keeper.answer_bytes <= 2 * 4 * smashed().nbytes
+        assert engine._tracker.memory.taken == len(engine._tracker.memory.steps) == 0
+        assert 0 < engine._tracker.response_bytes <= 2 * 4 * smashed().nbytes
         with pytest.raises(StepLost):
-            await engine.backward(BackwardJob(StepKey("r1", "p1", "s5"), key, smashed(), 2))
+            await engine.submit(BackwardJob(StepKey("r1", "p1", "s5"), key, smashed(), 2))
 
     asyncio.run(steps())
 
@@ -59,7 +59,7 @@ def test_it_is_counted_as_any_forward(make: MakeEngine, key: BodyKey) -> None:
     engine = make()
 
     async def steps() -> None:
-        await engine.forward(lone(key, smashed()))
+        await engine.submit(lone(key, smashed()))
         async with asyncio.timeout(20):
             while not engine.figures("r1").tasks:  # noqa: ASYNC110
                 await asyncio.sleep(0.005)
@@ -85,11 +85,11 @@ def test_a_repeat_gets_the_same_answer_and_computes_nothing(
     monkeypatch.setattr(compute, "run_inference", counted)
 
     async def repeats() -> None:
-        both = await asyncio.gather(*(engine.forward(lone(key, smashed())) for _ in range(3)))
-        again = await engine.forward(lone(key, smashed()))
+        both = await asyncio.gather(*(engine.submit(lone(key, smashed())) for _ in range(3)))
+        again = await engine.submit(lone(key, smashed()))
         assert all(torch.equal(again, one) for one in both)
         with pytest.raises(IdempotencyKeyReused):
-            await engine.forward(lone(key, smashed(seed=5)))
+            await engine.submit(lone(key, smashed(seed=5)))
 
     asyncio.run(repeats())
     assert calls == 1
@@ -99,14 +99,14 @@ def test_its_answer_goes_with_its_round(
     make: MakeEngine, key: BodyKey, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine, real = make(), compute.run_inference
-    asyncio.run(engine.forward(lone(key, smashed())))
+    asyncio.run(engine.submit(lone(key, smashed())))
     engine.release("r1", "p1")
-    assert engine._keeper.answer_bytes == 0
+    assert engine._tracker.response_bytes == 0
 
     def overtaken(*job: Any) -> Tensor:
         engine.release("r1")
         return real(*job)
 
     monkeypatch.setattr(compute, "run_inference", overtaken)
-    asyncio.run(engine.forward(lone(key, smashed())))
-    assert engine._keeper.answer_bytes == 0
+    asyncio.run(engine.submit(lone(key, smashed())))
+    assert engine._tracker.response_bytes == 0

@@ -38,21 +38,21 @@ def test_its_oldest_step_makes_room_and_nobody_elses(make: MakeEngine, key: Body
     engine = make(retained=5 * STEP, backward="recompute")  # four steps a participant
 
     async def steps() -> None:
-        await engine.forward(forward(key, "s", "p2"))
+        await engine.submit(forward(key, "s", "p2"))
         for name in "abcdef":
-            await engine.forward(forward(key, name))
-            assert engine._keeper.room.taken <= 5 * STEP
+            await engine.submit(forward(key, name))
+            assert engine._tracker.memory.taken <= 5 * STEP
         with pytest.raises(Busy):  # which has one, and may have more
-            await engine.forward(forward(key, "t", "p2"))
+            await engine.submit(forward(key, "t", "p2"))
         for lost in "ab":
             with pytest.raises(StepLost):
-                await engine.backward(BackwardJob(StepKey("r1", "p1", lost), key, smashed(), 2))
+                await engine.submit(BackwardJob(StepKey("r1", "p1", lost), key, smashed(), 2))
         for who, name in (("p1", "c"), ("p1", "f"), ("p2", "s")):
             job = BackwardJob(StepKey("r1", who, name), key, smashed(seed=1), 2)
-            assert torch.isfinite(await engine.backward(job)).all()
+            assert torch.isfinite(await engine.submit(job)).all()
 
     asyncio.run(steps())
-    assert engine._keeper.room.taken == 2 * STEP
+    assert engine._tracker.memory.taken == 2 * STEP
 
 
 def test_many_forwards_at_once_do_not_share_one_steps_room(make: MakeEngine, key: BodyKey) -> None:
@@ -60,15 +60,15 @@ def test_many_forwards_at_once_do_not_share_one_steps_room(make: MakeEngine, key
     engine = make(retained=7 * STEP, backward="recompute")
 
     async def steps() -> None:
-        await engine.forward(forward(key, "large", samples=8))
+        await engine.submit(forward(key, "large", samples=8))
         for name in "abc":
-            await engine.forward(forward(key, name))
+            await engine.submit(forward(key, name))
         answers = await asyncio.gather(
-            *(engine.forward(forward(key, name, samples=8)) for name in "defg"),
+            *(engine.submit(forward(key, name, samples=8)) for name in "defg"),
             return_exceptions=True,
         )
         assert [type(answer) for answer in answers] == [Tensor, Busy, Busy, Busy]
-        assert engine._keeper.room.taken <= 7 * STEP
+        assert engine._tracker.memory.taken <= 7 * STEP
 
     asyncio.run(steps())
 
@@ -78,9 +78,9 @@ def test_a_step_that_would_not_make_room_enough_stays(make: MakeEngine, key: Bod
 
     async def steps() -> None:
         for name in "abcd":
-            await engine.forward(forward(key, name))
+            await engine.submit(forward(key, name))
         with pytest.raises(Busy):
-            await engine.forward(forward(key, "e", samples=4))
-        await engine.backward(BackwardJob(StepKey("r1", "p1", "a"), key, smashed(seed=1), 2))
+            await engine.submit(forward(key, "e", samples=4))
+        await engine.submit(BackwardJob(StepKey("r1", "p1", "a"), key, smashed(seed=1), 2))
 
     asyncio.run(steps())

@@ -38,7 +38,7 @@ def forward(who: str, samples: int = 1, of: Kind | None = None) -> ForwardTask:
         nbytes=1,
         fail=lambda _: None,
         smashed=torch.empty(samples, of.tokens, of.width),
-        prompts=lambda _: None,
+        prompts=None,
         key=None,
         done=lambda _: None,
     )
@@ -60,7 +60,7 @@ def backward(who: str, graph: Graph | None, samples: int = 1) -> BackwardTask:
         smashed=torch.empty(samples, 5, 4),
         prompts=None,
         num_tokens=None,
-        answer=torch.empty(samples, 5, 4),
+        response=torch.empty(samples, 5, 4),
         fingerprint=0,
         expires_at=0.0,
         graph_until=0.0,
@@ -260,11 +260,11 @@ def test_the_bytes_of_steps_and_graphs_are_always_accounted(moves: list[tuple[st
         elif move == "drop":
             steps.drop(key)
         else:
-            steps.spend(graph, {key})
+            steps.use_up(graph, {key})
         held = [one for k in "abcdef" if (one := steps.get(StepKey("r", k, "s"))) is not None]
         alive = {one.graph for one in held if one.graph is not None}
-        alone = sum(one.input_bytes for one in held if one.graph is None)
-        answers = sum(one.answer_bytes for one in held)
+        alone = sum(one.smashed.nbytes for one in held if one.graph is None)
+        answers = sum(one.response.nbytes for one in held)
         assert steps.nbytes == alone + sum(one.nbytes for one in alive) + answers
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from protocol.errors import NonFinite, StepLost
 from protocol.plan import TrainingPlan
 from split_server.engine.api import SessionPlan, batch_key
-from split_server.engine.prompt_sessions import Session
-from split_server.engine.session_table import OpenSessions
+from split_server.engine.prompt_sessions import PromptSession
+from split_server.engine.session_table import SessionTable
 
 CPU = torch.device("cpu")
 
@@ -46,8 +46,8 @@ def plan(
     )
 
 
-def begin(made: SessionPlan | None = None, steps: int = 5, name: str = "s") -> Session:
-    return Session.begin(name, steps, made or plan(), CPU, None)
+def begin(made: SessionPlan | None = None, steps: int = 5, name: str = "s") -> PromptSession:
+    return PromptSession.begin(name, steps, made or plan(), CPU, None)
 
 
 def rate_at(schedule: str, warmup: int, rounds_done: float, rounds: int) -> float:
@@ -88,25 +88,29 @@ def test_the_prompts_are_those_of_a_plain_loop(
         plain.param_groups[0]["lr"] = rate_at(schedule, warmup, done, rounds)
         plain.step()
         assert session.applied == step + 1
-        torch.testing.assert_close(session.trained(), prompts.detach(), rtol=1e-6, atol=1e-7)
-    assert (session.trained() - numbers(0)).abs().max() > 1e-2
+        torch.testing.assert_close(
+            session.trained_prompts(), prompts.detach(), rtol=1e-6, atol=1e-7
+        )
+    assert (session.trained_prompts() - numbers(0)).abs().max() > 1e-2
 
 
 def test_sgd_by_hand() -> None:
     """Round 2 of 2, 2 steps: half a cosine is at 1/2, then at (1 + cos 135°) / 2."""
     session = begin(plan(2, 2, schedule="cosine"), steps=2)
     session.apply(torch.full((LAYERS, PROMPTS, WIDTH), 10.0))
-    torch.testing.assert_close(session.trained(), numbers(0) - 10 * RATE * 0.5)
+    torch.testing.assert_close(session.trained_prompts(), numbers(0) - 10 * RATE * 0.5)
     session.apply(torch.full((LAYERS, PROMPTS, WIDTH), -2.0))
     second = (1 - math.sqrt(0.5)) / 2
-    torch.testing.assert_close(session.trained(), numbers(0) - RATE * (5.0 - 2 * second))
+    torch.testing.assert_close(session.trained_prompts(), numbers(0) - RATE * (5.0 - 2 * second))
 
 
 def test_gradients_of_a_lower_precision_are_applied_in_float32() -> None:
     session = begin(plan(schedule="constant"))
     session.apply(torch.full((LAYERS, PROMPTS, WIDTH), 2**-12, dtype=torch.bfloat16))
     assert session.prompts.dtype == torch.float32
-    torch.testing.assert_close(session.trained(), numbers(0) - RATE * 2**-12, rtol=0, atol=2**-24)
+    torch.testing.assert_close(
+        session.trained_prompts(), numbers(0) - RATE * 2**-12, rtol=0, atol=2**-24
+    )
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
@@ -120,52 +124,52 @@ def test_what_a_gradient_that_is_not_finite_makes_is_never_given_out(
     session.apply(broken)
     session.apply(numbers(3))
     with pytest.raises(NonFinite):
-        session.trained()
+        session.trained_prompts()
 
 
 def test_prompts_that_have_left_the_range_of_float32_are_not_given_out() -> None:
     session = begin(plan(prompt_learning_rate=100.0, schedule="constant"))
     session.apply(torch.full((LAYERS, PROMPTS, WIDTH), 1e38))
     with pytest.raises(NonFinite):
-        session.trained()
+        session.trained_prompts()
 
 
 def test_what_is_given_out_does_not_change_any_more() -> None:
     session = begin()
-    first = session.trained()
+    first = session.trained_prompts()
     session.apply(numbers(1))
     assert torch.equal(first, numbers(0))
-    session.trained().zero_()
-    assert session.trained().abs().max() > 0
+    session.trained_prompts().zero_()
+    assert session.trained_prompts().abs().max() > 0
 
 
 def test_the_global_state_is_not_the_sessions_to_change() -> None:
     """The prompts of a global state are remembered and shared by all sessions."""
     shared = numbers(0)
     made = SessionPlan(plan().training, 4, 1, lambda: shared, from_mean_token=True)
-    one = Session.begin("s", 5, made, CPU, numbers(7, 6, 9, WIDTH))
+    one = PromptSession.begin("s", 5, made, CPU, numbers(7, 6, 9, WIDTH))
     one.apply(numbers(1))
     assert torch.equal(shared, numbers(0))
 
 
 def test_the_mean_token_of_the_first_batch_shifts_the_first_layer_alone() -> None:
     patches = numbers(7, 6, 9, WIDTH)  # [B, N, D]
-    session = Session.begin("s", 5, plan(mean_token=True), CPU, patches)
-    moved = session.trained() - numbers(0)
+    session = PromptSession.begin("s", 5, plan(mean_token=True), CPU, patches)
+    moved = session.trained_prompts() - numbers(0)
     mean = sum(patches.reshape(-1, WIDTH).double()) / 54
     torch.testing.assert_close(moved[0].double(), mean.expand(PROMPTS, -1), rtol=0, atol=1e-6)
     assert not moved[1:].any()
-    unasked = Session.begin("s", 5, plan(), CPU, patches)
-    assert torch.equal(unasked.trained(), numbers(0))
+    unasked = PromptSession.begin("s", 5, plan(), CPU, patches)
+    assert torch.equal(unasked.trained_prompts(), numbers(0))
 
 
 # Whose they are
 
 
 def test_a_session_is_found_by_run_participant_and_name() -> None:
-    sessions, one, other = OpenSessions[Session](), begin(name="s"), begin(name="s")
-    sessions.begin("r1", "p1", one)
-    sessions.begin("r1", "p2", other)
+    sessions, one, other = SessionTable[PromptSession](), begin(name="s"), begin(name="s")
+    sessions.add("r1", "p1", one)
+    sessions.add("r1", "p2", other)
     assert sessions.get("r1", "p1", "s") is one
     assert sessions.get("r1", "p2", "s") is other
     for where in (("r2", "p1", "s"), ("r1", "p3", "s"), ("r1", "p1", "t")):
@@ -176,12 +180,12 @@ def test_a_session_is_found_by_run_participant_and_name() -> None:
 
 @pytest.mark.parametrize("name", ["s", "t"])
 def test_one_that_is_begun_anew_takes_the_old_ones_place(name: str) -> None:
-    sessions, old, new = OpenSessions[Session](), begin(name="s"), begin(name=name)
+    sessions, old, new = SessionTable[PromptSession](), begin(name="s"), begin(name=name)
     old.apply(numbers(1))
-    sessions.begin("r1", "p1", old)
-    sessions.begin("r1", "p1", new)
+    sessions.add("r1", "p1", old)
+    sessions.add("r1", "p1", new)
     assert sessions.get("r1", "p1", name) is new
-    assert torch.equal(new.trained(), numbers(0))
+    assert torch.equal(new.trained_prompts(), numbers(0))
     assert new.applied == 0
     if name != "s":
         with pytest.raises(StepLost):
@@ -189,10 +193,10 @@ def test_one_that_is_begun_anew_takes_the_old_ones_place(name: str) -> None:
 
 
 def test_sessions_go_with_their_participant_or_their_run() -> None:
-    sessions = OpenSessions[Session]()
+    sessions = SessionTable[PromptSession]()
     places = [("r1", "p1"), ("r1", "p2"), ("r2", "p1")]
     for place in places:
-        sessions.begin(*place, begin())
+        sessions.add(*place, begin())
 
     def there() -> list[tuple[str, str]]:
         found = []

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from split_server.runtime.aio import deliver, drop_traceback, refuse, run_on
+from split_server.runtime.aio import deliver, deliver_error, drop_traceback, run_on
 
 WHO = contextvars.ContextVar("who", default="nobody")
 
@@ -107,5 +107,5 @@ def test_a_loop_that_is_closed_is_told_nothing() -> None:
     waiting: asyncio.Future[int] = loop.create_future()
     loop.close()
     deliver(waiting, 1)
-    refuse(waiting, ValueError())
+    deliver_error(waiting, ValueError())
     assert not waiting.done()

@@ -58,11 +58,11 @@ def test_requests_that_are_read_beside_the_computation_keep_their_numbers(tmp_pa
     inputs = [smashed(batch=8, seed=seed) for seed in range(STEPS)]
 
     def read(tensor: Tensor) -> Tensor:
-        with streams.own():
+        with streams.use():
             return codec.decode(codec.encode(tensor), tensor.shape, gpu.device)
 
     def write(tensor: Tensor) -> Tensor:
-        with streams.own():
+        with streams.use():
             return codec.decode(codec.encode(used_here(tensor)), tensor.shape)
 
     async def all_steps(threads: ThreadPoolExecutor) -> Sequence[Tensor]:
@@ -71,9 +71,9 @@ def test_requests_that_are_read_beside_the_computation_keep_their_numbers(tmp_pa
         async def one(number: int) -> Tensor:
             step = StepKey("r1", f"p{number}", "s")
             sent = await loop.run_in_executor(threads, read, inputs[number])
-            features = await engine.forward(ForwardJob(step, key, sent, 1))
+            features = await engine.submit(ForwardJob(step, key, sent, 1))
             sent = await loop.run_in_executor(threads, read, torch.ones(features.shape))
-            result = await engine.backward(BackwardJob(step, key, sent, 2))
+            result = await engine.submit(BackwardJob(step, key, sent, 2))
             return await loop.run_in_executor(threads, write, result)
 
         return await asyncio.gather(*map(one, range(STEPS)))
@@ -86,9 +86,9 @@ def test_requests_that_are_read_beside_the_computation_keep_their_numbers(tmp_pa
         for number, gradients in enumerate(found):
             step = StepKey("r1", "p1", str(number))
             job = ForwardJob(step, key, inputs[number], 1)
-            features = asyncio.run(engine.forward(job))
+            features = asyncio.run(engine.submit(job))
             last = BackwardJob(step, key, torch.ones_like(features), 2)
-            expected = asyncio.run(engine.backward(last))
+            expected = asyncio.run(engine.submit(last))
             torch.testing.assert_close(gradients, expected, rtol=1e-3, atol=1e-4)
 
 
@@ -104,7 +104,7 @@ def test_what_was_inferred_in_parts_is_complete_when_it_is_written(tmp_path: Pat
         engine = make()
         engine._full_tokens = 4 * job.tokens
         answers = asyncio.run(infer(STEPS))
-        with streams.own():
+        with streams.use():
             found = [codec.decode(codec.encode(used_here(one)), one.shape) for one in answers]
     with engines(replace(gpu, device=torch.device("cpu"))) as make:
         engine = make()
