@@ -73,8 +73,8 @@ def test_what_broke_off_goes_on(cache: BlobCache, tmp_path: Path) -> None:
 def test_a_killed_process_is_continued_by_the_next(tmp_path: Path) -> None:
     program = f"""
 import os, pathlib, signal
-from edge_client import blob_cache
-from edge_client.blob_cache import BlobCache
+from edge_client.storage import blob_cache
+from edge_client.storage.blob_cache import BlobCache
 from protocol.messages import BlobRef
 content = bytes.fromhex({CONTENT.hex()!r})
 def download(start):
@@ -158,8 +158,8 @@ def test_threads_download_a_file_once(cache: BlobCache) -> None:
 def test_processes_download_a_file_once(tmp_path: Path) -> None:
     program = f"""
 import pathlib, time
-from edge_client import blob_cache
-from edge_client.blob_cache import BlobCache
+from edge_client.storage import blob_cache
+from edge_client.storage.blob_cache import BlobCache
 from protocol.messages import BlobRef
 content = bytes.fromhex({CONTENT.hex()!r})
 def download(start):
@@ -229,14 +229,14 @@ def test_a_file_that_goes_while_it_is_fetched_is_downloaded_again(
     cache: BlobCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another process on this device has dropped it, after this one has seen it."""
-    path, real = cache.fetch(REF, Source()), blob_cache._is
+    path, real = cache.fetch(REF, Source()), blob_cache._matches
 
     def seen_and_gone(file: Path, ref: BlobRef) -> bool:
         found = real(file, ref)
         BlobCache(tmp_path).drop_old(keep=set(), newest=0, unused_s=-60)
         return found
 
-    monkeypatch.setattr(blob_cache, "_is", seen_and_gone)
+    monkeypatch.setattr(blob_cache, "_matches", seen_and_gone)
     source = Source()
     assert cache.fetch(REF, source) == path
     assert path.read_bytes() == CONTENT
