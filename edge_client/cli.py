@@ -1,4 +1,4 @@
-"""The command ``edge-client``: take part in a run, or classify images with what it made."""
+"""The command ``edge-client``: take part in a run, leave it, or classify images."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from protocol.errors import Forbidden, IdempotencyKeyReused, NotFound, SFPromptE
 from protocol.messages import RunStatus, RunView
 from protocol.seeds import derive_seed
 
-# What loads torch is imported where it is used: a small device shows its help at once.
+# Modules that import torch are imported in functions, so that --help is fast on small devices.
 if TYPE_CHECKING:
     from edge_client.data import Dataset
-    from edge_client.participant import Participant
+    from edge_client.participant import JoinedRun, Participant
     from edge_client.prediction import Prediction
     from edge_client.reporter import Reporter
     from edge_client.storage.identity import Identity
@@ -44,7 +44,7 @@ err = Console(stderr=True)
 
 
 class Progress(StrEnum):
-    """How a device tells of its work."""
+    """The form in which a device reports its progress."""
 
     BAR = "bar"
     JSON = "json"
@@ -53,7 +53,7 @@ class Progress(StrEnum):
 Url = Annotated[str, typer.Argument(help="Address of the split server, e.g. http://gpu-node:8500")]
 
 RunOption = Annotated[
-    str | None, typer.Option("--run", help="Run to use. Default: the newest that fits.")
+    str | None, typer.Option("--run", help="Id of the run. Default: the newest suitable run.")
 ]
 
 CaOption = Annotated[
@@ -66,16 +66,14 @@ NameOption = Annotated[
         "--name",
         default_factory=socket.gethostname,
         show_default="the host's name",
-        help="This device's name; a restart under it goes on as before.",
+        help="This device's name; a restart with the same name continues as before.",
     ),
 ]
 
-ThreadsOption = Annotated[
-    int | None, typer.Option(min=1, help="CPU threads. Default: all there are.")
-]
+ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: all.")]
 
 HomeOption = Annotated[
-    Path | None, typer.Option("--home", help="Where downloads and the identity are kept.")
+    Path | None, typer.Option("--home", help="Folder for downloads and the device's identity.")
 ]
 
 
@@ -108,7 +106,7 @@ def join(
     data: Annotated[
         str,
         typer.Option(
-            help="folder:PATH (class folders, or train/ and test/ of them) | "
+            help="folder:PATH (class folders, or train/ and test/ with class folders) | "
             "torchvision:NAME[:ROOT] | fashion-mnist | digits"
         ),
     ],
@@ -124,14 +122,17 @@ def join(
             "(whole groups, by groups.csv in the folder or GROUP_… in the files' names)"
         ),
     ] = "iid",
-    data_seed: Annotated[int, typer.Option(help="Seed of --part, held-out share and limits.")] = 0,
+    data_seed: Annotated[int, typer.Option(help="Seed of --part, --held-out and limits.")] = 0,
     held_out: Annotated[
-        float, typer.Option(min=0.01, max=0.9, help="Share to test on, if there is no test set.")
+        float,
+        typer.Option(min=0.01, max=0.9, help="Share to test on, if the data have no test set."),
     ] = 0.2,
     limit_train: Annotated[
-        int | None, typer.Option(min=1, help="Use so many images in all.")
+        int | None, typer.Option(min=1, help="Use at most so many training images.")
     ] = None,
-    limit_test: Annotated[int | None, typer.Option(min=1)] = None,
+    limit_test: Annotated[
+        int | None, typer.Option(min=1, help="Use at most so many test images.")
+    ] = None,
     shots: Annotated[
         int | None,
         typer.Option(min=1, help="Use so many training images of each class, over all parts."),
@@ -145,20 +146,24 @@ def join(
         int,
         typer.Option(
             min=0,
-            help="Memory for resized images, train and test each; as much again for what the head "
-            "makes of them.",
+            help="Memory in MiB for resized images, for each of train and test; as much again for "
+            "the head's outputs.",
         ),
     ] = 256,
     patience: Annotated[
-        float, typer.Option(min=0, help="Seconds to wait for a server that is out of reach.")
+        float, typer.Option(min=0, help="Seconds to wait for a busy or unreachable server.")
     ] = 300.0,
     join_token: Annotated[
         str | None,
-        typer.Option(envvar="EDGE_CLIENT_JOIN_TOKEN", help="If the server asks for one."),
+        typer.Option(
+            envvar="EDGE_CLIENT_JOIN_TOKEN", help="The server's join token, if it requires one."
+        ),
     ] = None,
     ca_file: CaOption = None,
     home: HomeOption = None,
-    progress: Annotated[Progress, typer.Option(help="Bars, or lines of JSON.")] = Progress.BAR,
+    progress: Annotated[
+        Progress, typer.Option(help="Progress bars, or lines of JSON.")
+    ] = Progress.BAR,
     verbose: Annotated[bool, typer.Option("--verbose", "-v")] = False,
 ) -> None:
     """Take part in a run until it ends."""
@@ -170,11 +175,11 @@ def join(
     _prepare(threads, verbose)
     reporter: Reporter = JsonReporter() if progress is Progress.JSON else BarReporter()
     folder = home or cache_dir()
-    line = None if link is None else _line(link, data_seed, name)
+    line = None if link is None else _parse_link(link, data_seed, name)
     server = _server(url, patience, ca_file, reporter, line)
     try:
         chosen = _choose(server, run, open_only=True)
-        dataset = _own_data(
+        dataset = _load_data(
             data, chosen, part, partition, data_seed, held_out, limit_train, limit_test, shots
         )
         for skipped in dataset.skipped:
@@ -183,15 +188,16 @@ def join(
             server, dataset, folder / "blobs", name, reporter, cache_mib * 1024 * 1024
         )
         with Identity(folder / "identities", url, chosen.id, name) as identity:
-            _join_as(identity, participant, chosen.id, join_token)
-            last = participant.take_part()
+            last = _join_as(identity, participant, chosen.id, join_token).take_part()
     finally:
         reporter.close()
         server.close()
     if not succeeded(last):
         reason = escape(last.reason or "no reason given")
-        what = f"The run ended as {last.status}" if last.status.is_over else "No longer taking part"
-        err.print(f"[red]{what}[/red]: {reason}", soft_wrap=True)
+        summary = (
+            f"The run ended as {last.status}" if last.status.is_over else "No longer taking part"
+        )
+        err.print(f"[red]{summary}[/red]: {reason}", soft_wrap=True)
         raise typer.Exit(3)
 
 
@@ -203,18 +209,22 @@ def predict(
     model: Annotated[
         str,
         typer.Argument(
-            help="Address of the split server, or the file of an exported model, which needs none."
+            help="Address of the split server, or the file of an exported model (needs no server)."
         ),
     ],
-    images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
+    images: Annotated[list[Path], typer.Argument(help="Image files, or folders with image files.")],
     name: NameOption,
     run: RunOption = None,
     top: Annotated[int, typer.Option(min=1, help="Classes to show for each image.")] = 3,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object an image.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object per image.")
+    ] = False,
     threads: ThreadsOption = None,
     join_token: Annotated[
         str | None,
-        typer.Option(envvar="EDGE_CLIENT_JOIN_TOKEN", help="If the server asks for one."),
+        typer.Option(
+            envvar="EDGE_CLIENT_JOIN_TOKEN", help="The server's join token, if it requires one."
+        ),
     ] = None,
     ca_file: CaOption = None,
     home: HomeOption = None,
@@ -234,10 +244,11 @@ def predict(
     server = _server(model, 30.0, ca_file, None)
     try:
         chosen = _choose(server, run, open_only=False)
-        predictor = Predictor(server, chosen, folder / "blobs")
         guest = f"{name} (predict)"
         with Identity(folder / "identities", model, chosen.id, guest) as identity:
-            predictor.join(identity.key, guest, join_token)
+            predictor = Predictor.join(
+                server, chosen, folder / "blobs", identity.key, guest, join_token
+            )
         _show_predictions(predictor.predict(files, top), as_json=as_json)
     finally:
         server.close()
@@ -254,17 +265,17 @@ def leave(
     samples_only: Annotated[
         bool,
         typer.Option(
-            help="Stay, but have the smashed data deleted that the server keeps; what is needed "
-            "later is sent again."
+            help="Stay in the run, but delete this device's smashed data from the server; they are "
+            "sent again when needed."
         ),
     ] = False,
     ca_file: CaOption = None,
     home: HomeOption = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v")] = False,
 ) -> None:
-    """Leave a run for good; the server deletes what it keeps of this device's samples.
+    """Leave a run for good; the server deletes this device's samples.
 
-    A device that is taking part ends by itself at its next call.
+    A process that takes part for this device ends at its next request.
     """
     from edge_client.data import cache_dir
     from edge_client.storage.identity import credential_of
@@ -279,7 +290,7 @@ def leave(
                 "this device has not joined the run under this name",
                 field="name",
                 value=name,
-                hint="give the address, the --name and the --home that it joined with",
+                hint="use the address, --name and --home with which the device joined",
             )
         server.authenticate(credential)
         if samples_only:
@@ -304,28 +315,29 @@ def _prepare(threads: int | None, verbose: bool) -> None:
         import torch
 
         torch.set_num_threads(threads)
-    # A supervisor's stop is like Ctrl-C: finally-blocks run, bars are cleared.
+    # SIGTERM acts like Ctrl-C: finally-blocks run, and bars are cleared.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def _join_as(
     identity: Identity, participant: Participant, run: str, join_token: str | None
-) -> None:
-    """Join under a remembered identity; with other images than then, leave as that one before."""
+) -> JoinedRun:
+    """Join with the stored identity; if the images have changed, leave and join as a new one."""
     try:
-        credential = participant.join(run, identity.key, join_token)
+        joined = participant.join(run, identity.key, join_token)
     except IdempotencyKeyReused:
-        if (before := identity.credential) is not None:
-            participant.server.authenticate(before)
-            with contextlib.suppress(Forbidden):  # it has left already
+        if (earlier := identity.credential) is not None:
+            participant.server.authenticate(earlier)
+            with contextlib.suppress(Forbidden):  # it has already left
                 participant.server.leave(run)
         identity.renew()
-        credential = participant.join(run, identity.key, join_token)
-    identity.remember(credential)
+        joined = participant.join(run, identity.key, join_token)
+    identity.remember(joined.credential)
+    return joined
 
 
-def _line(text: str, seed: int, name: str) -> Link:
-    """The link to simulate, with delays and losses of this device's own."""
+def _parse_link(text: str, seed: int, name: str) -> Link:
+    """Return the simulated link, with a seed that is different for each device."""
     from edge_client.transport import Link
 
     return replace(Link.parse(text), seed=derive_seed(seed, "link", name))
@@ -340,32 +352,32 @@ def _server(
 ) -> Server:
     from edge_client.transport import RetryPolicy, Server
 
-    def say(error: SFPromptError, seconds: float) -> None:
+    def report(error: SFPromptError, seconds: float) -> None:
         if reporter is not None:
             reporter.event("waiting", reason=str(error), seconds=seconds)
 
-    retry = RetryPolicy(patience_s=patience, on_wait=say)
+    retry = RetryPolicy(patience_s=patience, on_wait=report)
     return Server(url, retry=retry, ca_file=ca_file, link=link)
 
 
-def _choose(server: Server, wanted: str | None, *, open_only: bool) -> RunView:
-    if wanted is not None:
-        return server.run(wanted)
-    fitting = [
+def _choose(server: Server, run_id: str | None, *, open_only: bool) -> RunView:
+    if run_id is not None:
+        return server.run(run_id)
+    suitable = [
         run
         for run in server.runs()
         if (not run.status.is_over if open_only else run.status is not RunStatus.FAILED)
     ]
-    if not fitting:
+    if not suitable:
         raise NotFound(
             "the server has no open run" if open_only else "the server has no run",
             field="run",
             hint="create one on the server: split-server create-run",
         )
-    return max(fitting, key=lambda run: run.created_at)
+    return max(suitable, key=lambda run: run.created_at)
 
 
-def _own_data(
+def _load_data(
     source: str,
     run: RunView,
     part: str | None,
@@ -379,12 +391,14 @@ def _own_data(
     from edge_client.data import Dataset, Part, by_content, limit_per_set, load_dataset
 
     names = run.settings.class_names
-    whole = load_dataset(source, held_out=held_out, seed=seed, class_names=names)
-    whole = limit_per_set(whole, train=limit_train, test=limit_test, shots=shots, seed=seed)
+    data = load_dataset(source, held_out=held_out, seed=seed, class_names=names)
+    data = limit_per_set(data, train=limit_train, test=limit_test, shots=shots, seed=seed)
     if part is not None:
-        mine = Part.parse(part)
-        whole = Dataset(mine.take(whole.train, partition, seed), mine.take(whole.test, "iid", seed))
-    return by_content(whole)
+        parsed = Part.parse(part)
+        data = Dataset(
+            parsed.take(data.train, partition, seed), parsed.take(data.test, "iid", seed)
+        )
+    return by_content(data)
 
 
 def _show_predictions(predictions: Iterable[Prediction], *, as_json: bool) -> None:
@@ -408,18 +422,18 @@ def _add_row(table: Table, prediction: Prediction) -> None:
         table.add_row(path, "-", "-", f"[red]{escape(prediction.error)}[/red]")
         return
     (best, probability), *others = prediction.classes
-    rest = ", ".join(f"{name} {share:.1%}" for name, share in others)
-    table.add_row(path, escape(best), f"{probability:.1%}", escape(rest))
+    next_best = ", ".join(f"{name} {value:.1%}" for name, value in others)
+    table.add_row(path, escape(best), f"{probability:.1%}", escape(next_best))
 
 
 def main() -> None:
-    """Run the command; typed errors become one line and an exit code.
+    """Run the command; a typed error becomes one line on stderr and exit code 2.
 
-    Ctrl-C ends it with 130, which is typer's doing.
+    Ctrl-C exits with 130 (typer's default).
     """
     try:
         app()
-    except (SFPromptError, OSError) as error:  # OSError: a folder or disk of this device
+    except (SFPromptError, OSError) as error:  # OSError: of this device's disk
         err.print(f"[red]error[/red]: {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
 

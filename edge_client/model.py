@@ -1,4 +1,4 @@
-"""The part of the model that a device holds: head, soft prompts and tail. Never a body."""
+"""The device's part of the model: head, soft prompts and tail; never the server's body."""
 
 from __future__ import annotations
 
@@ -37,31 +37,34 @@ from split_model import (
 from split_model.checkpoints.head_file import local_body_tensors
 from split_model.proxies.local_body import LocalBody, build_local_body
 
-_CHUNK = 128
+_BATCH = 128
 
-# What a file raises that is not what it should be.
+# What reading a damaged or foreign file raises.
 UNUSABLE = (TensorFileError, ModelPlanError, UnsupportedBackboneError, WeightsMismatchError)
 
 
 @dataclass
 class DeviceModel:
-    """Head and tail as modules, the prompts, [P, D] or deep [L, P, D], as a parameter.
+    """Head and tail as modules, the prompts as a parameter.
 
-    No prompts where there are none, or where they join at the cut and so live on the server.
+    Attributes:
+        prompts: [P, D], or deep [L, P, D]; None: the run has none, or the server tunes them (at
+            the cut).
+        local_body: stands in for the body in the local update; None: the run has none.
     """
 
     head: Head
     tail: Tail
     prompts: nn.Parameter | None
     preprocessing: Preprocessing
-    local_body: LocalBody | None = None  # what the local update has for a body
+    local_body: LocalBody | None = None
 
     @classmethod
     def load(cls, settings: ModelPlan, head_file: Path, state_file: Path) -> DeviceModel:
-        """Build from the files of the server. The body is never allocated.
+        """Build the model from the server's files. The body is never allocated.
 
         Raises:
-            MalformedFrame: a file is damaged, or the head is not of this run's model.
+            MalformedFrame: a file is damaged, or the head is of another model than the run's.
         """
         try:
             split, images, frozen = read_head_file(head_file)
@@ -69,7 +72,7 @@ class DeviceModel:
             raise _unusable(head_file, error) from error
         if split != settings.model_copy(update={"weights": split.weights}):
             raise MalformedFrame(
-                "the head belongs to another model than the run's",
+                "the head file is of another model than the run's",
                 field="head",
                 limit=settings.model_dump_json(),
                 value=str(split),
@@ -79,35 +82,35 @@ class DeviceModel:
             check_device_state(split, state)
         except UNUSABLE as error:
             raise _unusable(state_file, error) from error
-        held = split.prompt_count and split.prompt_at == "input"
-        prompts = nn.Parameter(torch.empty(prompt_shape(split))) if held else None
-        way = preprocessing_of(split, images)
+        has_prompts = split.prompt_count and split.prompt_at == "input"
+        prompts = nn.Parameter(torch.empty(prompt_shape(split))) if has_prompts else None
+        preprocessing = preprocessing_of(split, images)
         try:
             head = build_head(split, Layered(head_tensors(state), frozen))
             tail = build_tail(split, Layered(tail_tensors(state), frozen))
-            small = local_body_tensors(frozen)
-            body = build_local_body(split, small) if split.local_body else None
+            body_tensors = local_body_tensors(frozen)
+            local_body = build_local_body(split, body_tensors) if split.local_body else None
         except UNUSABLE as error:
             raise _unusable(head_file, error) from error
         apply_state(tail, prompts, state, head)
-        return cls(head, tail, prompts, way, body)
+        return cls(head, tail, prompts, preprocessing, local_body)
 
     @property
     def is_whole(self) -> bool:
-        """Whether no block is left for a body: head and tail are the model."""
+        """Whether head and tail are the whole model: no block is left for a body."""
         return not body_blocks(self.head.settings)
 
     def parameters(self) -> list[nn.Parameter]:
-        """All that is tuned here: prompts, tail, and what is tuned of the head."""
-        held = [] if self.prompts is None else [self.prompts]
+        """Return all tuned parameters on this device: of prompts, tail and head."""
+        prompts = [] if self.prompts is None else [self.prompts]
         parts = [*self.tail.parameters(), *self.head.parameters()]
-        return held + [own for own in parts if own.requires_grad]
+        return prompts + [parameter for parameter in parts if parameter.requires_grad]
 
-    def take(self, state_file: Path) -> None:
-        """Take over a global state, in place.
+    def load_global_state(self, state_file: Path) -> None:
+        """Replace the tuned tensors by a global state's, in place.
 
         Raises:
-            MalformedFrame: the file is damaged, or not of this model.
+            MalformedFrame: the file is damaged, or of another model.
         """
         try:
             apply_state(self.tail, self.prompts, _read(state_file), self.head)
@@ -115,33 +118,33 @@ class DeviceModel:
             raise _unusable(state_file, error) from error
 
     def state(self) -> TunedState:
-        """What is tuned here, as it is now: float32 copies."""
+        """Return float32 copies of the tuned tensors."""
         return read_state(self.tail, self.prompts, self.head)
 
     @torch.no_grad()
     def add_mean_token(self, samples: BatchReader) -> None:
-        """Shift the prompts by the mean embedded token of these samples, of deep ones the first.
+        """Shift the prompts by the samples' mean embedded token; of deep prompts, the first layer.
 
-        Done by every participant in the first round, so that FedAvg makes the prompts start from
-        the mean of all data although nobody sees them.
+        Every participant does so in the first round. FedAvg then starts the prompts at the mean of
+        all participants' data, which no single party sees.
         """
         if self.prompts is None or len(samples) == 0:
             return
         total, count = torch.zeros(self.prompts.shape[-1], dtype=torch.float64), 0
-        for positions in torch.arange(len(samples)).split(_CHUNK):
+        for positions in torch.arange(len(samples)).split(_BATCH):
             images, _ = samples.read(positions)
             tokens = self.head.embed(images)[:, self.head.sizes.prefix :]  # [b, N, D]
             total += tokens.sum(dim=(0, 1)).double()
             count += tokens.shape[0] * tokens.shape[1]
-        first = self.prompts[0] if self.prompts.ndim == 3 else self.prompts  # (P, D)
+        first = self.prompts[0] if self.prompts.ndim == 3 else self.prompts  # [P, D]
         first.add_((total / count).to(first.dtype))
 
 
 def preprocessing_of(split: ModelPlan, images: ImagePreparation) -> Preprocessing:
-    """How an image becomes the input of this model, as its backbone was trained.
+    """Return the preprocessing with which the model's backbone was trained.
 
     Raises:
-        PreprocessingError: the backbone's images were resized in a way that is not known here.
+        PreprocessingError: the backbone uses an interpolation that is not supported here.
     """
     interpolation = cast(Interpolation, images.interpolation)
     return Preprocessing(split.image_size, images.mean, images.std, interpolation)

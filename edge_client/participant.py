@@ -1,4 +1,4 @@
-"""A device's life in a run: join, and take assignments until it is told to stop."""
+"""A device's participation in a run: join, then carry out assignments until the run stops."""
 
 from __future__ import annotations
 
@@ -8,68 +8,46 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
-
 from edge_client.data import Augmentation, BatchReader, CorruptImageError, Dataset
+from edge_client.method import device_method
 from edge_client.model import DeviceModel
 from edge_client.reporter import Reporter
+from edge_client.run_model import RunModel
 from edge_client.smashed.head_cache import HeadOutputs
 from edge_client.smashed.uploads import SampleUploader
 from edge_client.storage.blob_cache import BlobCache
-from edge_client.storage.global_state import GlobalStates
 from edge_client.storage.identity import device_secret
-from edge_client.training import (
-    Diverged,
-    Evaluation,
-    Proximal,
-    RoundContext,
-    Samples,
-    evaluate,
-    inactive_neurons,
-    local_update,
-    select_samples,
-    split_train,
-)
+from edge_client.training import Diverged, Evaluation, Proximal, RoundContext, Samples, evaluate
 from edge_client.transport import Server, SplitPlane
-from edge_client.transport.connection import Body
-from protocol.errors import (
-    Conflict,
-    EmptyUpdate,
-    Forbidden,
-    InvalidField,
-    NotFound,
-    StaleRound,
-    StepLost,
-)
+from protocol.errors import Conflict, EmptyUpdate, Forbidden, InvalidField, StepLost
 from protocol.messages import (
     MAX_LOSS,
-    NEURONS,
     Assignment,
-    BlobRef,
     EvaluationReport,
     JoinRequest,
-    JoinResponse,
     RunStatus,
     Task,
     UpdateMeta,
 )
+from protocol.plan import RunPlan
 from protocol.seeds import derive_seed
 
 _POLL_S = 20.0
 
-_BEGINNINGS = 5  # of one round, before this device leaves it to the others
+_MAX_STARTS = 5  # of one round, before this device declines it
 
 
-@dataclass
+@dataclass(frozen=True)
 class Participant:
-    """One device in one run.
+    """A device that can join runs.
 
-    Args:
-        server: where to; authenticated by `join`.
-        data: this device's own train and test images.
-        folder: for cached files of the server.
-        name: what people call this device.
-        cache_bytes: how much memory resized images may take, per set.
+    Attributes:
+        server: the split server; `join` authenticates it.
+        data: the device's train and test images.
+        folder: where files of the server are cached.
+        name: the device's name, for people.
+        reporter: receives progress and events.
+        cache_bytes: memory budget for resized images, per set.
     """
 
     server: Server
@@ -79,13 +57,16 @@ class Participant:
     reporter: Reporter
     cache_bytes: int = 256 * 1024 * 1024
 
-    def join(self, run: str, key: str, join_token: str | None = None) -> str:
-        """Join, and get the head and the first global state, from the cache where it has them.
+    def join(self, run: str, key: str, join_token: str | None = None) -> JoinedRun:
+        """Join a run; download head and global state unless they are cached.
 
-        Returns the credential, which this device may need without taking part.
+        Args:
+            run: the run's id.
+            key: idempotency key; the same key gives the same participant.
+            join_token: the server's token, if it requires one.
 
         Raises:
-            InvalidField: this device's classes are more than the run has.
+            InvalidField: the data have more classes than the run.
             RunClosed: the run is over.
         """
         request = JoinRequest(
@@ -93,120 +74,124 @@ class Participant:
             train_samples=len(self.data.train),
             test_samples=len(self.data.test),
             num_classes=len(self.data.class_names),
-            classes_sha256=_hash_of(self.data.class_names),
+            classes_sha256=_hash_names(self.data.class_names),
         )
-        joined: JoinResponse = self.server.join(run, request, key, join_token)
-        self.id, self.run = joined.participant, joined.run
-        self.settings = joined.run.settings.plan
-        self.server.authenticate(joined.credential)
-        if len(self.data.class_names) > self.settings.model.num_classes:
-            raise InvalidField(
-                "the data have more classes than the run",
-                field="data",
-                limit=self.settings.model.num_classes,
-                value=len(self.data.class_names),
-            )
-        self.files = BlobCache(self.folder)
-        try:
-            head = self._fetch_head(self.run.head)
-        except NotFound:  # the run has got another one since the answer to the join
-            self.run = self.server.run(run)
-            head = self._fetch_head(self.run.head)
-        self._states = GlobalStates(self.server, self.run.id, self.settings.wire, self.files)
-        state = self._states.fetch(self.run.state)
-        self.model = DeviceModel.load(self.settings.model, head, state)
-        self._read_data()
+        response = self.server.join(run, request, key, join_token)
+        self.server.authenticate(response.credential)
+        _check_classes(self.data, response.run.settings.plan)
+        model = RunModel.download(self.server, response.run, BlobCache(self.folder))
+        joined = JoinedRun(self, response.participant, response.credential, model)
         self.reporter.event(
             "joined",
-            participant=self.id,
+            participant=joined.id,
             name=self.name,
             train_samples=len(self.data.train),
             test_samples=len(self.data.test),
         )
-        return joined.credential
+        return joined
+
+
+class JoinedRun:
+    """A run that the device has joined: carries out the server's assignments.
+
+    Args:
+        device: the device.
+        participant: the id that the server gave this device.
+        credential: authenticates the device in this run.
+        model: the run's model on this device.
+
+    Attributes:
+        run: as the server described it when the device joined.
+        files: cached files of the server.
+        data: the device's images, less those that have become unreadable.
+        samples: the data as this run uses them.
+    """
+
+    def __init__(
+        self, device: Participant, participant: str, credential: str, model: RunModel
+    ) -> None:
+        self.id = participant
+        self.credential = credential
+        self.run = model.run
+        self.files = model.files
+        self.data = device.data
+        self._run_model = model
+        self._device = device
+        self._server = device.server
+        self._reporter = device.reporter
+        self._settings = model.run.settings.plan
+        self._method = device_method(self._settings)
+        self.samples = _open_samples(device, self.data, model)
+
+    @property
+    def model(self) -> DeviceModel:
+        """Head, prompts and tail as they are now; another object after each new head."""
+        return self._run_model.model
 
     def take_part(self) -> Assignment:
-        """Do what the server asks for until it says stop. Returns that last assignment."""
+        """Carry out assignments until the server sends stop, and return that last assignment."""
         done: Assignment | None = None
         while True:
-            assignment = self.server.assignment(self.run.id, done, _POLL_S)
+            assignment = self._server.assignment(self.run.id, done, _POLL_S)
             if assignment.task is Task.STOP:
-                traffic = self.server.traffic()
-                self.reporter.event(
+                traffic = self._server.traffic()
+                self._reporter.event(
                     "stopped",
                     status=str(assignment.status),
                     reason=assignment.reason,
                     traffic=traffic.to_dict(),
                 )
                 return assignment
-            if done is None or _differ(assignment, done):
+            if done is None or _is_new(assignment, done):
                 self._carry_out(assignment)
             done = assignment
 
-    def _read_data(self) -> None:
-        """Both sets, with nothing known of them yet."""
-        augmentation = None
-        if self.settings.training.augment:
-            augmentation = Augmentation(derive_seed(self.settings.seed, "augment", self.name))
-        way, cache = self.model.preprocessing, self.cache_bytes
-        self._plane = SplitPlane(self.server, self.settings, copies_bytes=cache)
-        train = BatchReader(self.data.train, way, cache_bytes=cache, augmentation=augmentation)
-        self._train = self._samples(train)
-        self._test = self._samples(BatchReader(self.data.test, way, cache_bytes=cache))
-
-    def _leave_out_unreadable(self) -> None:
-        """Go on without the images that have gone since the device joined; each is named.
-
-        Raises:
-            EmptyDatasetError: there is none left.
-        """
-        known = self.data.skipped
-        self.data = self.data.readable()
-        for skipped in (one for one in self.data.skipped if one not in known):
-            self.reporter.event("skipped", path=skipped.path, reason=skipped.reason)
-        self._read_data()
-
-    def _samples(self, images: BatchReader) -> Samples:
-        settings = self.settings
-        if settings.model.prompt_at != "cut":
-            return Samples(images)
-        outputs = HeadOutputs(self.model.head, images, self.cache_bytes)
-        if not settings.wire.keep_smashed:
-            return Samples(images, outputs)
-        form = f"{self._head.sha256} {settings.wire.smashed}"
-        secret = device_secret(self.folder)
-        return Samples(images, outputs, SampleUploader(outputs, images, self._plane, secret, form))
-
     def _carry_out(self, assignment: Assignment) -> None:
         try:
-            for _ in range(_BEGINNINGS - 1):
-                try:
-                    self._do(assignment)
-                    return
-                except CorruptImageError as error:
-                    reason = str(error)
-                    self.reporter.event("begun-anew", round=assignment.round, reason=reason)
-                    self._leave_out_unreadable()
-            self._do(assignment)
+            self._restart_without_unreadable(assignment)
         except EmptyUpdate as error:
-            self.reporter.event("nothing-to-train", round=assignment.round, reason=str(error))
-        except Conflict as error:  # the round, the run or this step is over: see what is next
-            self.reporter.event("left-behind", round=assignment.round, reason=str(error))
+            self._report("nothing-to-train", assignment, str(error))
+        except Conflict as error:  # the round, the run or this step is over
+            self._report("left-behind", assignment, str(error))
         except Forbidden as error:
             if error.field != "participant":
                 raise
-            # This device was taken out of the run, by another process of it: it is told to stop.
-            self.reporter.event("left-behind", round=assignment.round, reason=str(error))
+            # Another process left the run for this device: the next assignment is stop.
+            self._report("left-behind", assignment, str(error))
+
+    def _restart_without_unreadable(self, assignment: Assignment) -> None:
+        """Do the task; if an image has become unreadable, drop it and start again."""
+        for _ in range(_MAX_STARTS - 1):
+            try:
+                self._do(assignment)
+                return
+            except CorruptImageError as error:
+                self._report("begun-anew", assignment, str(error))
+                self._drop_unreadable()
+        self._do(assignment)
+
+    def _drop_unreadable(self) -> None:
+        """Continue without the images that have become unreadable, and report each.
+
+        Raises:
+            EmptyDatasetError: no training image is left.
+        """
+        reported = self.data.skipped
+        self.data = self.data.readable()
+        for skipped in self.data.skipped:
+            if skipped not in reported:
+                self._reporter.event("skipped", path=skipped.path, reason=skipped.reason)
+        self.samples = _open_samples(self._device, self.data, self._run_model)
 
     def _do(self, assignment: Assignment) -> None:
         if assignment.task is Task.TRAIN:
-            self._train_until_counted(assignment)
+            self._train_until_complete(assignment)
         elif assignment.task is Task.EVALUATE:
             self._evaluate(assignment)
 
-    def _train_until_counted(self, assignment: Assignment) -> None:
-        """Train a round, and from its start again where the server has lost its part of it."""
-        for _ in range(_BEGINNINGS):
+    def _train_until_complete(self, assignment: Assignment) -> None:
+        """Train a round; start it again if the server has lost its state of it."""
+        for _ in range(_MAX_STARTS):
             try:
                 self._train_round(assignment)
                 return
@@ -214,131 +199,149 @@ class Participant:
                 self._decline(assignment, str(error))
                 return
             except StepLost as error:
-                self.reporter.event("begun-anew", round=assignment.round, reason=str(error))
-        self._decline(assignment, f"{_BEGINNINGS} times the server has lost its part of the round")
+                self._report("begun-anew", assignment, str(error))
+        self._decline(assignment, f"the server lost its state of the round {_MAX_STARTS} times")
 
     def _decline(self, assignment: Assignment, reason: str) -> None:
-        """Say that nothing comes from this device in this round, so that nobody waits for it."""
-        self.reporter.event("declined", round=assignment.round, reason=reason)
+        """Send an update of no samples, so that the server does not wait for this device."""
+        self._report("declined", assignment, reason)
         meta = UpdateMeta(round=assignment.round, attempt=assignment.attempt, samples=0)
-        self._take_state(assignment)  # nothing that has diverged is sent
-        self._states.send(meta, self.model.state())
+        self._update_model(assignment)  # replaces the diverged state
+        self._run_model.send_update(meta)
 
     def _train_round(self, assignment: Assignment) -> None:
-        started, before = time.monotonic(), self.server.traffic()
-        self._take_state(assignment)
-        strength = self.settings.training.proximal
-        proximal = Proximal(self.model, strength) if strength else None
-        if assignment.round == 1 and self.settings.model.prompt_init == "mean-token":
-            self.model.add_mean_token(self._train.images)
+        started, before = time.monotonic(), self._server.traffic()
+        self._update_model(assignment)
+        strength = self._settings.training.proximal
         context = RoundContext(
-            self.settings,
-            self.name,
+            self._settings,
+            self._device.name,
             assignment.round,
             assignment.attempt,
             self.model,
-            self._train,
-            self.reporter.advance,
-            proximal,
+            self.samples.train,
+            self._reporter.advance,
+            Proximal(self.model, strength) if strength else None,
         )
-        kept = select_samples(context)
-        local_loss = local_update(context)
-        through_server = len(kept) > 0 and self.settings.training.split_epochs > 0
-        trained = split_train(context, self._plane, kept) if through_server else None
-        train_loss = trained.loss if trained else None
+        result = self._method.train_round(context, self.samples.plane)
         meta = UpdateMeta(
             round=assignment.round,
             attempt=assignment.attempt,
-            samples=len(kept),
-            train_loss=train_loss,
-            local_loss=local_loss,
-            session=trained.session if trained else None,
+            samples=result.samples,
+            train_loss=result.train_loss,
+            local_loss=result.local_loss,
+            session=result.session,
         )
-        beside: dict[str, Tensor] = {}
-        if self.settings.distillation.due(assignment.round, self.settings.federation.rounds):
-            beside[NEURONS] = inactive_neurons(context, kept)
-        self._states.send(meta, self.model.state(), beside)
-        self.reporter.event(
+        self._run_model.send_update(meta, result.extras)
+        self._reporter.event(
             "trained",
             round=assignment.round,
-            kept=len(kept),
-            local_loss=local_loss,
-            train_loss=train_loss,
+            kept=result.samples,
+            local_loss=result.local_loss,
+            train_loss=result.train_loss,
             seconds=time.monotonic() - started,
-            bytes=self.server.traffic().since(before).total(),
+            bytes=self._server.traffic().since(before).total(),
         )
 
     def _evaluate(self, assignment: Assignment) -> None:
-        self._take_state(assignment)
-        measured = evaluate(
+        self._update_model(assignment)
+        result = evaluate(
             self.model,
-            self._plane,
-            self._test,
+            self.samples.plane,
+            self.samples.test,
             round_=assignment.round,
-            advance=self.reporter.advance,
+            advance=self._reporter.advance,
             state=assignment.state.sha256,
         )
-        if not 0 <= measured.loss_sum <= MAX_LOSS * measured.samples:  # NaN too
-            self.reporter.event(
-                "left-behind", round=assignment.round, reason="the global state has diverged"
-            )
-            measured = Evaluation(samples=0, correct=0, loss_sum=0.0)  # nobody is to wait
+        if not 0 <= result.loss_sum <= MAX_LOSS * result.samples:  # NaN too
+            self._report("left-behind", assignment, "the global state has diverged")
+            result = Evaluation(samples=0, correct=0, loss_sum=0.0)  # so that the server goes on
         report = EvaluationReport(
             round=assignment.round,
             attempt=assignment.attempt,
-            samples=measured.samples,
-            correct=measured.correct,
-            loss_sum=measured.loss_sum,
+            samples=result.samples,
+            correct=result.correct,
+            loss_sum=result.loss_sum,
         )
-        self.server.send_evaluation(self.run.id, report)
-        if not report.samples:
-            return
-        self.reporter.event(
-            "evaluated",
-            round=assignment.round,
-            samples=measured.samples,
-            accuracy=measured.correct / measured.samples,
-        )
+        self._server.send_evaluation(self.run.id, report)
+        if report.samples:
+            accuracy = result.correct / result.samples
+            self._reporter.event(
+                "evaluated", round=assignment.round, samples=result.samples, accuracy=accuracy
+            )
 
-    def _take_state(self, assignment: Assignment) -> None:
-        if assignment.head is not None and assignment.head != self._head:
-            self._take_head(assignment.head, assignment.state)
-        self.model.take(self._states.fetch(assignment.state))
-        self.files.drop_old(keep={self._head.sha256})
+    def _update_model(self, assignment: Assignment) -> None:
+        if self._run_model.update(assignment):
+            head = self._run_model.head
+            self._reporter.event("head-taken", sha256=head.sha256, bytes=head.nbytes)
 
-    def _take_head(self, head: BlobRef, state: BlobRef) -> None:
-        """Go on with another head than so far, and with the state that belongs to it.
-
-        Raises:
-            StaleRound: the run has yet another one by now.
-        """
-        try:
-            file = self._fetch_head(head)
-        except NotFound as error:
-            raise StaleRound(str(error), field="head", value=head.sha256) from error
-        self.model = DeviceModel.load(self.settings.model, file, self._states.fetch(state))
-        self.reporter.event("head-taken", sha256=head.sha256, bytes=head.nbytes)
-
-    def _fetch_head(self, head: BlobRef) -> Path:
-        def download(start: int) -> Body:
-            if self.settings.distillation.every:  # then there may be another one by now
-                return self.server.head(self.run.id, start, head.sha256)
-            return self.server.head(self.run.id, start)
-
-        file = self.files.fetch(head, download)
-        self._head = head
-        return file
+    def _report(self, kind: str, assignment: Assignment, reason: str) -> None:
+        self._reporter.event(kind, round=assignment.round, reason=reason)
 
 
-def _differ(one: Assignment, other: Assignment) -> bool:
-    return (one.task, one.round, one.attempt) != (other.task, other.round, other.attempt)
+@dataclass(frozen=True)
+class RunSamples:
+    """The device's samples as one run uses them.
+
+    The split plane belongs to them: its delta cache names samples by their positions.
+    """
+
+    train: Samples
+    test: Samples
+    plane: SplitPlane
+
+
+def _open_samples(device: Participant, data: Dataset, model: RunModel) -> RunSamples:
+    """Open both sets with empty caches."""
+    settings, cache_bytes = model.run.settings.plan, device.cache_bytes
+    plane = SplitPlane(device.server, settings, delta_cache_bytes=cache_bytes)
+    augmentation = None
+    if settings.training.augment:
+        augmentation = Augmentation(derive_seed(settings.seed, "augment", device.name))
+    preprocessing = model.model.preprocessing
+    train = BatchReader(
+        data.train, preprocessing, cache_bytes=cache_bytes, augmentation=augmentation
+    )
+    test = BatchReader(data.test, preprocessing, cache_bytes=cache_bytes)
+    return RunSamples(
+        _with_caches(device, train, model, plane), _with_caches(device, test, model, plane), plane
+    )
+
+
+def _with_caches(
+    device: Participant, images: BatchReader, model: RunModel, plane: SplitPlane
+) -> Samples:
+    settings = model.run.settings.plan
+    if settings.model.prompt_at != "cut":
+        return Samples(images)
+    outputs = HeadOutputs(model.model.head, images, device.cache_bytes)
+    if not settings.wire.keep_smashed:
+        return Samples(images, outputs)
+    form = f"{model.head.sha256} {settings.wire.smashed}"
+    secret = device_secret(device.folder)
+    return Samples(images, outputs, SampleUploader(outputs, images, plane, secret, form))
 
 
 def succeeded(last: Assignment) -> bool:
-    """Whether the run ended as it was meant to."""
+    """Whether the run finished, by its last assignment."""
     return last.status is RunStatus.FINISHED
 
 
-def _hash_of(class_names: Sequence[str]) -> str:
-    """SHA-256 over the names in order, each with a newline behind it."""
+def _is_new(assignment: Assignment, done: Assignment) -> bool:
+    current = (assignment.task, assignment.round, assignment.attempt)
+    return current != (done.task, done.round, done.attempt)
+
+
+def _check_classes(data: Dataset, settings: RunPlan) -> None:
+    if len(data.class_names) > settings.model.num_classes:
+        raise InvalidField(
+            "the data have more classes than the run",
+            field="data",
+            limit=settings.model.num_classes,
+            value=len(data.class_names),
+        )
+
+
+def _hash_names(class_names: Sequence[str]) -> str:
+    """Return the SHA-256 over the names in order, each followed by a newline."""
     return hashlib.sha256("".join(f"{name}\n" for name in class_names).encode()).hexdigest()

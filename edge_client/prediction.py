@@ -1,4 +1,4 @@
-"""Classify image files with a tuned model: through the server's body, or whole on this machine."""
+"""Classify image files with a tuned model, through the server's body or wholly on this machine."""
 
 from __future__ import annotations
 
@@ -22,12 +22,16 @@ from split_model import load_exported
 
 _BATCH = 32
 
-_RENEWALS = 5  # of the state, for one batch
+_MAX_DOWNLOADS = 5  # of a newer global state, for one batch
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """One image's most probable classes, best first, or why there are none."""
+    """One image's most probable classes, or the reason why it could not be read.
+
+    Attributes:
+        classes: names and probabilities, the most probable first.
+    """
 
     path: str
     classes: tuple[tuple[str, float], ...] = ()
@@ -40,10 +44,10 @@ class Prediction:
 
 
 def image_files(paths: Iterable[Path]) -> list[Path]:
-    """The image files among ``paths`` and below the folders among them, sorted.
+    """List the image files among ``paths`` and, sorted, below the folders among them.
 
     Raises:
-        NotFound: a path does not exist, or there is no image at all.
+        NotFound: a path does not exist, or there is no image file.
     """
     suffixes = set(Image.registered_extensions())
     files: list[Path] = []
@@ -55,80 +59,99 @@ def image_files(paths: Iterable[Path]) -> list[Path]:
         else:
             files.append(path)
     if not files:
-        raise NotFound("no image file found", field="images", limit=sorted(suffixes)[:12])
+        raise NotFound("there is no image file", field="images", limit=sorted(suffixes)[:12])
     return files
 
 
 class Classifier(ABC):
-    """Files to classes, a batch at a time."""
+    """Classifies image files, batch by batch."""
 
     @property
     @abstractmethod
     def preprocessing(self) -> Preprocessing:
-        """How an image becomes the model's input."""
+        """The preprocessing that the model expects."""
 
     @property
     @abstractmethod
     def labels(self) -> Sequence[str]:
-        """The classes' names, or their numbers where they have none."""
+        """The classes' names, or their numbers if they have no names."""
 
     @abstractmethod
-    def shares(self, images: torch.Tensor, start: int) -> torch.Tensor:
-        """Probabilities [B, C] of images [B, 3, S, S], the first of them number ``start``."""
+    def probabilities(self, images: torch.Tensor, start: int) -> torch.Tensor:
+        """Compute the class probabilities [B, C] of images [B, 3, S, S].
+
+        Args:
+            images: preprocessed.
+            start: the first image's number; names the request.
+        """
 
     @torch.no_grad()
     def predict(self, files: list[Path], top: int) -> Iterator[Prediction]:
-        """The ``top`` classes of each file, in order; an unreadable file is named and passed."""
-        way, labels = self.preprocessing, self.labels
+        """Yield each file's ``top`` classes, in order; for an unreadable file, its error."""
+        preprocessing, labels = self.preprocessing, self.labels
         for start in range(0, len(files), _BATCH):
             chunk = files[start : start + _BATCH]
             images, errors = [], {}
             for path in chunk:
                 try:
-                    images.append(way.resize(decode_file(path).unsqueeze(0)))  # [1, 3, S, S]
+                    image = decode_file(path).unsqueeze(0)  # [1, 3, H, W]
+                    images.append(preprocessing.resize(image))  # [1, 3, S, S]
                 except CorruptImageError as error:
                     errors[path] = str(error)
-            found: Iterator[torch.Tensor] = iter(())
+            rows: Iterator[torch.Tensor] = iter(())
             if images:
-                found = iter(self.shares(way.normalise(torch.cat(images)), start))
+                batch = preprocessing.normalise(torch.cat(images))
+                rows = iter(self.probabilities(batch, start))
             for path in chunk:
                 if path in errors:
                     yield Prediction(str(path), error=errors[path])
                     continue
-                best = next(found).topk(min(top, len(labels)))
+                best = next(rows).topk(min(top, len(labels)))
                 pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-                yield Prediction(str(path), tuple((labels[i], share) for i, share in pairs))
+                yield Prediction(str(path), tuple((labels[i], value) for i, value in pairs))
 
 
 class Predictor(Classifier):
-    """Head and tail on this device, the body on the server.
+    """Runs head and tail on this device, and the body on the server.
+
+    Use `join` to create it.
 
     Args:
-        run: whose newest global state to use.
-        folder: for cached files of the server.
+        server: authenticated.
+        run: the run, as the server describes it now.
+        files: caches files of the server.
     """
 
-    def __init__(self, server: Server, run: RunView, folder: Path) -> None:
-        self._server, self._run = server, run
-        self._files = BlobCache(folder)
+    def __init__(self, server: Server, run: RunView, files: BlobCache) -> None:
+        self._server, self._run, self._files = server, run, files
+        self._plane = SplitPlane(server, run.settings.plan)
+        self._model = _download(server, run, files)
 
-    def join(self, key: str, name: str, join_token: str | None = None) -> None:
-        """Get a credential and the model's parts. No data are announced: nothing to train on."""
-        classes = self._run.settings.plan.model.num_classes
+    @classmethod
+    def join(
+        cls,
+        server: Server,
+        run: RunView,
+        folder: Path,
+        key: str,
+        name: str,
+        join_token: str | None = None,
+    ) -> Predictor:
+        """Join the run without samples, authenticate the server client, and download the model.
+
+        Args:
+            server: the run's server.
+            run: the run to join.
+            folder: for cached files of the server.
+            key: idempotency key; the same key gives the same participant.
+            name: the device's name.
+            join_token: the server's token, if it requires one.
+        """
+        classes = run.settings.plan.model.num_classes
         request = JoinRequest(name=name, train_samples=0, test_samples=0, num_classes=classes)
-        joined = self._server.join(self._run.id, request, key, join_token)
-        self._server.authenticate(joined.credential)
-        self._take(joined.run)
-
-    def _take(self, run: RunView) -> None:
-        """Use the run's state of now."""
-        self._run = run
-        head = self._files.fetch(run.head, lambda start: self._server.head(run.id, start))
-        state = self._files.fetch(
-            run.state, lambda start: self._server.state(run.id, run.state, start)
-        )
-        self._plane = SplitPlane(self._server, run.settings.plan)
-        self._model = DeviceModel.load(run.settings.plan.model, head, state)
+        joined = server.join(run.id, request, key, join_token)
+        server.authenticate(joined.credential)
+        return cls(server, joined.run, BlobCache(folder))
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -136,33 +159,46 @@ class Predictor(Classifier):
 
     @property
     def labels(self) -> Sequence[str]:
-        return _named(self._run.settings.class_names, self._run.settings.plan.model.num_classes)
+        return _class_labels(
+            self._run.settings.class_names, self._run.settings.plan.model.num_classes
+        )
 
-    def shares(self, images: torch.Tensor, start: int) -> torch.Tensor:
-        for _ in range(_RENEWALS):
+    def probabilities(self, images: torch.Tensor, start: int) -> torch.Tensor:
+        for _ in range(_MAX_DOWNLOADS):
             try:
-                return self._shares(images, start)
+                return self._probabilities(images, start)
             except StaleRound:  # a round was closed meanwhile
-                self._take(self._server.run(self._run.id))
-        return self._shares(images, start)
+                self._run = self._server.run(self._run.id)
+                self._plane = SplitPlane(self._server, self._run.settings.plan)
+                self._model = _download(self._server, self._run, self._files)
+        return self._probabilities(images, start)
 
-    def _shares(self, images: torch.Tensor, start: int) -> torch.Tensor:
+    def _probabilities(self, images: torch.Tensor, start: int) -> torch.Tensor:
         model = self._model
         smashed = model.head(images, model.prompts)
-        features = smashed if model.is_whole else self._through_the_body(smashed, start)
+        features = smashed if model.is_whole else self._infer(smashed, start)
         logits: torch.Tensor = model.tail(features)
         return logits.softmax(dim=1)
 
-    def _through_the_body(self, smashed: torch.Tensor, start: int) -> torch.Tensor:
+    def _infer(self, smashed: torch.Tensor, start: int) -> torch.Tensor:
         run, step = self._run, f"predict.{start}"
         return self._plane.infer(smashed, step=step, round_=run.round, state=run.state.sha256)
 
 
+def _download(server: Server, run: RunView, files: BlobCache) -> DeviceModel:
+    head = files.fetch(run.head, lambda start: server.head(run.id, start))
+    state = files.fetch(run.state, lambda start: server.state(run.id, run.state, start))
+    return DeviceModel.load(run.settings.plan.model, head, state)
+
+
 class WholePredictor(Classifier):
-    """An exported model, whole on this machine; no server.
+    """Runs an exported model wholly on this machine, without a server.
+
+    Args:
+        file: written by ``split-server export``.
 
     Raises:
-        InvalidField: the file is no exported model.
+        InvalidField: the file is not an exported model.
     """
 
     def __init__(self, file: Path) -> None:
@@ -170,10 +206,10 @@ class WholePredictor(Classifier):
             self._model = load_exported(file)
         except UNUSABLE as error:
             raise InvalidField(
-                f"this is no exported model: {error}",
+                f"the file is not an exported model: {error}",
                 field="model",
                 value=str(file),
-                hint="make one on the server: split-server export RUN --out model.safetensors",
+                hint="export one on the server: split-server export RUN --out model.safetensors",
             ) from error
 
     @property
@@ -182,12 +218,12 @@ class WholePredictor(Classifier):
 
     @property
     def labels(self) -> Sequence[str]:
-        return _named(self._model.class_names, self._model.settings.num_classes)
+        return _class_labels(self._model.class_names, self._model.settings.num_classes)
 
-    def shares(self, images: torch.Tensor, start: int) -> torch.Tensor:
+    def probabilities(self, images: torch.Tensor, start: int) -> torch.Tensor:
         logits: torch.Tensor = self._model(images)
         return logits.softmax(dim=1)
 
 
-def _named(names: Sequence[str] | None, count: int) -> Sequence[str]:
+def _class_labels(names: Sequence[str] | None, count: int) -> Sequence[str]:
     return names or tuple(map(str, range(count)))

@@ -1,4 +1,4 @@
-"""What a device says of its work: bars for people, lines of JSON for programs."""
+"""Report a device's progress: bars for people, lines of JSON for programs."""
 
 from __future__ import annotations
 
@@ -13,22 +13,23 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class Reporter(Protocol):
-    """Told of everything that a person or a launcher may want to see."""
+    """Receives a device's events and progress."""
 
     def event(self, kind: str, **data: Any) -> None:
-        """Something happened, e.g. ``joined`` or ``round-done``."""
+        """Report an event, e.g. ``joined`` or ``trained``, with its data."""
 
     def advance(self, phase: str, done: int, total: int) -> None:
-        """``done`` of ``total`` batches of a phase are behind."""
+        """Report that ``done`` of a phase's ``total`` batches are computed."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Flush the output and clear the bars."""
 
 
 class JsonReporter:
-    """One JSON object a line; progress at most five times a second."""
+    """Prints one JSON object a line; progress at most five times a second."""
 
     def __init__(self) -> None:
-        self._last = 0.0
+        self._last_progress_s = 0.0
 
     def event(self, kind: str, **data: Any) -> None:
         sys.stdout.write(json.dumps({"event": kind, **data}) + "\n")
@@ -36,8 +37,8 @@ class JsonReporter:
 
     def advance(self, phase: str, done: int, total: int) -> None:
         now = time.monotonic()
-        if done == total or now - self._last >= 0.2:
-            self._last = now
+        if done == total or now - self._last_progress_s >= 0.2:
+            self._last_progress_s = now
             self.event("progress", phase=phase, done=done, total=total)
 
     def close(self) -> None:
@@ -45,7 +46,7 @@ class JsonReporter:
 
 
 class BarReporter:
-    """A bar for the phase at hand, if somebody can see it; a line for every event."""
+    """Shows a bar for the current phase on a terminal, and prints a line for every event."""
 
     def __init__(self) -> None:
         console = Console(stderr=True)
@@ -62,8 +63,8 @@ class BarReporter:
         self._task = self._progress.add_task("waiting", total=None)
 
     def event(self, kind: str, **data: Any) -> None:
-        shown = "  ".join(f"{name} {_short(value)}" for name, value in data.items())
-        self._progress.console.print(f"[bold]{kind}[/bold]  {escape(shown)}", highlight=False)
+        details = "  ".join(f"{name} {_short(value)}" for name, value in data.items())
+        self._progress.console.print(f"[bold]{kind}[/bold]  {escape(details)}", highlight=False)
 
     def advance(self, phase: str, done: int, total: int) -> None:
         self._progress.update(self._task, description=phase, completed=done, total=total)

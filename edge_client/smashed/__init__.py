@@ -1,1 +1,1 @@
-"""Outputs of the head: cached on the device, uploaded once."""
+"""The frozen head's outputs: cached on the device, uploaded once."""

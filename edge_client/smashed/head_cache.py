@@ -1,4 +1,4 @@
-"""What the frozen head makes of images alone: constant, so it is computed once."""
+"""The frozen head's outputs without prompts: constant, so they are computed once."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from torch import Tensor
 from edge_client.data import BatchReader
 from split_model import Head, for_the_tail, needed_tokens
 
-# Matrix products of another size may differ in their last bit. A head that always sees as many
-# images gives a sample the same smashed data in whatever company it is asked for.
+# Matrix products of another size may differ in their last bit. With a constant batch size a
+# sample's smashed data do not depend on the other samples of a call.
 _GROUP = 16
 
 
 class HeadOutputs:
     """Smashed data of one set of images, without prompts.
 
-    Of each sample, the tokens that a tail of norm and classifier reads are remembered, so that
-    scoring and the local-loss update never run the head again.
+    The tokens that the tail reads are cached for every sample, or for none if they do not fit, so
+    that scoring and the local update run the head once.
 
     Args:
         head: frozen.
-        samples: the set.
-        cache_bytes: how much memory the remembered tokens may take.
+        samples: reads the set's images.
+        cache_bytes: memory budget of the cached tokens.
     """
 
     def __init__(self, head: Head, samples: BatchReader, cache_bytes: int) -> None:
@@ -36,36 +36,38 @@ class HeadOutputs:
         fits = len(samples) * row_bytes <= cache_bytes
         rows = len(samples) if fits else 0
         self._tokens = torch.empty(rows, tokens, head.sizes.width)  # [n, T', D]
-        self._known = torch.zeros(rows, dtype=torch.bool)
+        self._filled = torch.zeros(rows, dtype=torch.bool)
 
     @torch.no_grad()
     def smashed(self, positions: Tensor, view: int | None = None) -> Tensor:
-        """Smashed data [B, T, D] of the samples at these positions [B].
+        """Compute the smashed data [B, T, D] of the samples at these positions [B].
 
-        ``view`` names one of a sample's augmented views; None: as it is.
+        Args:
+            positions: [B].
+            view: number of an augmented view; None: not augmented.
         """
         images, _ = self._samples.read(positions, epoch=view)
         smashed = torch.cat([self.head(group)[:rows] for group, rows in _groups(images)])
-        if view is None and len(self._known):
+        if view is None and len(self._filled):
             self._tokens[positions] = for_the_tail(self.head.settings, smashed)
-            self._known[positions] = True
+            self._filled[positions] = True
         return smashed
 
     def for_tail(self, positions: Tensor, view: int | None = None) -> Tensor:
-        """What the tail reads of them, [B, T', D]; the head runs for those not known yet."""
-        if view is not None or not len(self._known):
+        """Return the tokens that the tail reads, [B, T', D], computed unless they are cached."""
+        if view is not None or not len(self._filled):
             return for_the_tail(self.head.settings, self.smashed(positions, view))
-        unknown = positions[~self._known[positions]]
-        if len(unknown):
-            self.smashed(unknown)
+        absent = positions[~self._filled[positions]]
+        if len(absent):
+            self.smashed(absent)
         return self._tokens[positions]
 
 
 def _groups(images: Tensor) -> Iterator[tuple[Tensor, int]]:
-    """Images [b, 3, S, S] in groups of one size, the last one filled up, and how many count."""
+    """Yield images [b, 3, S, S] in groups of `_GROUP`, the last one padded, and their number."""
     for group in images.split(_GROUP):
         rows = len(group)
         if rows < _GROUP:
-            filling = group[-1:].expand(_GROUP - rows, -1, -1, -1)
-            group = torch.cat([group, filling])
+            padding = group[-1:].expand(_GROUP - rows, -1, -1, -1)
+            group = torch.cat([group, padding])
         yield group, rows

@@ -1,4 +1,4 @@
-"""The device's side of the samples that the server keeps: each is sent once."""
+"""Upload smashed data to the server's cache, each sample once."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from edge_client.smashed.head_cache import HeadOutputs
 from edge_client.transport.split_client import SplitPlane, max_samples_per_frame
 from protocol.messages import SAMPLE_ID_BYTES
 
-_CHUNK = 64  # samples sent together: what is lost when a connection breaks
+_CHUNK = 64  # samples in one request: an interrupted request is sent again
 
 
 class SampleUploader:
-    """One set's samples by the ids under which the server keeps their smashed data.
+    """Uploads one set's smashed data, under an id for each sample.
 
-    An id is a hash of the image, the head and the codec under a secret of the device: equal
-    content has equal ids on one device, and nobody else can tell which image an id stands for.
+    An id is a keyed hash of the image, the head and the codec: equal images have equal ids on one
+    device, and an id reveals nothing about its image without the device's secret.
 
     Args:
-        outputs: makes the smashed data.
-        samples: the set.
-        plane: where they are sent.
-        secret: of the device; at most 64 bytes.
-        form: names head and codec.
+        outputs: computes the smashed data.
+        samples: reads the set's images.
+        plane: receives the uploads.
+        secret: the device's secret, at most 64 bytes.
+        form: identifies head and codec.
     """
 
     def __init__(
@@ -48,50 +48,49 @@ class SampleUploader:
         self._sent: set[bytes] = set()
 
     def ids(self, positions: Tensor, view: int | None = None) -> Tensor:
-        """The ids [B, 16] of the samples at these positions [B], as uint8."""
+        """Return the ids [B, 16], uint8, of the samples at these positions [B]."""
         keys = [(position, view) for position in positions.tolist()]
-        fresh = [key for key in keys if key not in self._ids]
-        if fresh:
-            places = torch.tensor([position for position, _ in fresh])
-            for chunk in places.split(self._chunk):
+        absent = [key for key in keys if key not in self._ids]
+        if absent:
+            for chunk in torch.tensor([position for position, _ in absent]).split(self._chunk):
                 images, _ = self._samples.read(chunk, epoch=view)
                 for position, image in zip(chunk.tolist(), images, strict=True):
-                    self._ids[position, view] = self._name(image)
+                    self._ids[position, view] = self._id(image)
         data = bytearray(b"".join(self._ids[key] for key in keys))
         return torch.frombuffer(data, dtype=torch.uint8).reshape(-1, SAMPLE_ID_BYTES)
 
     def ensure(self, positions: Tensor, view: int | None = None) -> None:
-        """See that the server keeps these samples; what it has, also from earlier, is not sent."""
-        unsent: dict[bytes, int] = {}  # the first row of each: equal images are one sample
-        for row, name in enumerate(self._names(positions, view)):
-            if name not in self._sent:
-                unsent.setdefault(name, row)
+        """Upload those of these samples that the server does not have, also from earlier runs."""
+        unsent: dict[bytes, int] = {}  # the first row with each id: equal images are one sample
+        for row, sample_id in enumerate(self._ids_of(positions, view)):
+            if sample_id not in self._sent:
+                unsent.setdefault(sample_id, row)
         if not unsent:
             return
-        asked = positions[torch.tensor(list(unsent.values()))]
-        lacking = self._plane.missing(self.ids(asked, view))
+        candidates = positions[torch.tensor(list(unsent.values()))]
+        missing = self._plane.missing(self.ids(candidates, view))
         self._sent.update(unsent)
-        if lacking:
-            self.send(asked[torch.tensor(lacking)], view)
+        if missing:
+            self.send(candidates[torch.tensor(missing)], view)
 
     def send(self, positions: Tensor, view: int | None = None) -> None:
-        """Send these samples. The head computes the next chunk while one is on its way."""
+        """Upload these samples; the head computes the next chunk during an upload."""
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="upload") as uploads:
-            under_way: Future[None] | None = None
+            current: Future[None] | None = None
             for chunk in positions.split(self._chunk):
                 ids, smashed = self.ids(chunk, view), self._outputs.smashed(chunk, view)
-                if under_way is not None:
-                    under_way.result()
-                under_way = uploads.submit(self._plane.keep, ids, smashed)
-            if under_way is not None:
-                under_way.result()
-        self._sent.update(self._names(positions, view))
+                if current is not None:
+                    current.result()
+                current = uploads.submit(self._plane.store_samples, ids, smashed)
+            if current is not None:
+                current.result()
+        self._sent.update(self._ids_of(positions, view))
 
-    def _names(self, positions: Tensor, view: int | None) -> list[bytes]:
+    def _ids_of(self, positions: Tensor, view: int | None) -> list[bytes]:
         self.ids(positions, view)
         return [self._ids[position, view] for position in positions.tolist()]
 
-    def _name(self, image: Tensor) -> bytes:
+    def _id(self, image: Tensor) -> bytes:
         digest = hashlib.blake2b(key=self._secret, digest_size=SAMPLE_ID_BYTES)
         digest.update(len(self._form).to_bytes(4, "little") + self._form)
         digest.update(image.contiguous().numpy().tobytes())

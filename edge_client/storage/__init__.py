@@ -1,1 +1,1 @@
-"""Files that the device keeps: identity, blobs, global states."""
+"""Files on the device: identity, cached blobs of the server, global states."""

@@ -1,4 +1,4 @@
-"""Files of the server, kept on the device under the hash of their content."""
+"""Files of the server, cached on the device under the hash of their content."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from typing import BinaryIO
 from protocol.errors import MalformedFrame
 from protocol.messages import BlobRef
 
-_KEPT_STATES = 4  # newest global states that stay on the disk
+_MAX_OTHER_FILES = 4  # the most recently used files that stay on disk, such as global states
 
-_GRACE_S = 600.0  # a file used so recently may be another process's
+_GRACE_S = 600.0  # another process may still use a file that was used so recently
 
 Download = Callable[[int], bytes | bytearray | memoryview]
 
 
 class BlobCache:
-    """A folder of files named by their SHA-256. What is there is never downloaded again.
+    """A folder of files named by their SHA-256. A complete file is not downloaded again.
 
-    Processes may share it: a file is downloaded by one of them while the others wait for it.
+    Processes may share it: one downloads a file while the others wait for it.
 
     Args:
-        folder: made if it is not there.
+        folder: created if it does not exist.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -35,74 +35,78 @@ class BlobCache:
         folder.mkdir(parents=True, exist_ok=True)
 
     def fetch(self, ref: BlobRef, download: Download) -> Path:
-        """The file's path. ``download(start)`` gives the next bytes from ``start`` on, not all.
+        """Return the path of a file, downloaded unless it is complete.
 
-        A download that broke off goes on where it stopped, also after a restart of the process
-        or in another one. A file that was damaged on the disk is downloaded again.
+        An interrupted download continues where it stopped, also in another process. A damaged
+        file is downloaded again.
+
+        Args:
+            ref: the file's hash and size.
+            download: ``download(start)`` returns the next bytes from ``start`` on, not all.
 
         Raises:
-            MalformedFrame: what came is not what hash and size say.
+            MalformedFrame: the download does not match hash and size.
         """
         path = self._folder / f"{ref.sha256}.safetensors"
-        if _is(path, ref):
-            with contextlib.suppress(FileNotFoundError):  # else another process has just dropped it
+        if _matches(path, ref):
+            with contextlib.suppress(FileNotFoundError):  # else another process has deleted it
                 os.utime(path)
                 return path
         part = self._folder / f"{ref.sha256}.part"
-        with _held(part) as file:
-            if _is(path, ref):  # made by another process in the meantime
+        with _locked(part) as file:
+            if _matches(path, ref):  # another process has completed it
                 part.unlink()
                 return path
             resumed = file.seek(0, os.SEEK_END) > 0
-            found = _complete(file, ref, download)
-            if found != ref and resumed:
-                file.truncate(0)  # what lay there was damaged: once more from the start
-                found = _complete(file, ref, download)
-            if found != ref:
+            received = _append_rest(file, ref, download)
+            if received != ref and resumed:
+                file.truncate(0)  # the earlier part was damaged: start again
+                received = _append_rest(file, ref, download)
+            if received != ref:
                 part.unlink()
                 raise MalformedFrame(
-                    "a downloaded file is not the one that was announced",
+                    "a downloaded file does not match its announced hash and size",
                     field="sha256",
-                    limit=_named(ref),
-                    value=_named(found),
-                    hint="try again; if it stays so, the server's files are damaged",
+                    limit=_describe(ref),
+                    value=_describe(received),
+                    hint="try again; if it fails again, the server's files are damaged",
                 )
             os.fsync(file.fileno())
             part.replace(path)
         return path
 
     def drop_old(
-        self, keep: set[str], newest: int = _KEPT_STATES, unused_s: float = _GRACE_S
+        self, keep: set[str], newest: int = _MAX_OTHER_FILES, unused_s: float = _GRACE_S
     ) -> None:
-        """Delete all files but those named, the ``newest`` used last, and those in recent use.
+        """Delete all files but those in ``keep``, the most recently used, and those in use.
 
         Args:
             keep: SHA-256 of files that stay; they count as used now.
-            newest: how many others stay at least.
-            unused_s: seconds without use after which a file may go.
+            newest: number of other files that stay, the most recently used.
+            unused_s: seconds without use after which a file may be deleted.
         """
         for sha256 in keep:
             with contextlib.suppress(FileNotFoundError):
                 os.utime(self._folder / f"{sha256}.safetensors")
-        oldest_in_use = time.time() - unused_s
-        others = [used for used in self._by_use("*.safetensors") if used[1].stem not in keep]
-        for when, file in others[: max(0, len(others) - newest)]:
-            if when <= oldest_in_use:
+        unused_since = time.time() - unused_s
+        others = [entry for entry in self._by_use("*.safetensors") if entry[1].stem not in keep]
+        for used_at, file in others[: max(0, len(others) - newest)]:
+            if used_at <= unused_since:
                 file.unlink(missing_ok=True)
-        for when, part in self._by_use("*.part"):
-            if when <= oldest_in_use and part.stem not in keep:
-                _drop_unless_held(part)
+        for used_at, part in self._by_use("*.part"):
+            if used_at <= unused_since and part.stem not in keep:
+                _delete_unless_locked(part)
 
     def _by_use(self, pattern: str) -> list[tuple[float, Path]]:
-        """Time of last use and path of each file, the longest unused first."""
-        found = []
+        """Return time of last use and path of each file, the least recently used first."""
+        files = []
         for file in self._folder.glob(pattern):
-            with contextlib.suppress(FileNotFoundError):  # another process was faster
-                found.append((file.stat().st_mtime, file))
-        return sorted(found)
+            with contextlib.suppress(FileNotFoundError):  # another process has deleted it
+                files.append((file.stat().st_mtime, file))
+        return sorted(files)
 
 
-def _is(path: Path, ref: BlobRef) -> bool:
+def _matches(path: Path, ref: BlobRef) -> bool:
     try:
         with path.open("rb") as file:
             return os.fstat(file.fileno()).st_size == ref.nbytes and _sha256(file) == ref.sha256
@@ -111,12 +115,12 @@ def _is(path: Path, ref: BlobRef) -> bool:
 
 
 @contextlib.contextmanager
-def _held(part: Path) -> Iterator[BinaryIO]:
-    """The part file, open for appending and locked; the system unlocks it if the process dies."""
+def _locked(part: Path) -> Iterator[BinaryIO]:
+    """Open the part file for appending, locked; the system unlocks it if the process dies."""
     while True:
         with part.open("a+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            if _is_at(file, part):  # else: finished or removed by its holder while this one waited
+            if _is_at(file, part):  # else another process renamed or deleted it meanwhile
                 yield file
                 return
 
@@ -128,8 +132,8 @@ def _is_at(file: BinaryIO, path: Path) -> bool:
         return False
 
 
-def _complete(file: BinaryIO, ref: BlobRef, download: Download) -> BlobRef:
-    """Append what is missing, each piece as it comes. Returns what there is then."""
+def _append_rest(file: BinaryIO, ref: BlobRef, download: Download) -> BlobRef:
+    """Append the missing bytes, piece by piece, and return the file's hash and size."""
     size = file.seek(0, os.SEEK_END)
     while size < ref.nbytes:
         piece = download(size)
@@ -141,7 +145,7 @@ def _complete(file: BinaryIO, ref: BlobRef, download: Download) -> BlobRef:
     return BlobRef(sha256=_sha256(file), nbytes=size)
 
 
-def _named(ref: BlobRef) -> str:
+def _describe(ref: BlobRef) -> str:
     return f"{ref.sha256} of {ref.nbytes} bytes"
 
 
@@ -153,7 +157,7 @@ def _sha256(file: BinaryIO) -> str:
     return digest.hexdigest()
 
 
-def _drop_unless_held(part: Path) -> None:
+def _delete_unless_locked(part: Path) -> None:
     with contextlib.suppress(FileNotFoundError, BlockingIOError), part.open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         part.unlink()

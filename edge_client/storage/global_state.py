@@ -1,9 +1,9 @@
-"""The global states as they come to a device, and its own as it goes back."""
+"""Download a run's global states, and send the device's updates to them."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
-from copy import deepcopy as copy
 from pathlib import Path
 
 from torch import Tensor
@@ -20,16 +20,16 @@ from split_model import TunedState, applied, difference, load_state, state_bytes
 
 
 class GlobalStates:
-    """Downloads the states of one run and sends updates to them.
+    """The global states of one run, as files and as the base of updates.
 
-    With ``wire.update_deltas`` both cross as changes against a state that both ends hold. What a
-    codec leaves out of an update is added to the next one.
+    With ``wire.update_deltas`` both directions carry differences from a state that both ends have.
+    An update's codec error is added to the next update (error feedback).
 
     Args:
         server: authenticated.
-        run: its id.
-        wire: the run's settings.
-        files: keeps what was downloaded.
+        run: the run's id.
+        wire: the run's wire settings.
+        files: caches downloads.
     """
 
     def __init__(self, server: Server, run: str, wire: WirePlan, files: BlobCache) -> None:
@@ -39,65 +39,74 @@ class GlobalStates:
         self._files = files
         self._feedback = ErrorFeedback()
         self._feedback_before = ErrorFeedback()
-        self._sent_against: str | None = None
-        self._held: tuple[BlobRef, TunedState] | None = None
+        self._last_base: str | None = None  # SHA-256 of the last update's base state
+        self._newest: tuple[BlobRef, TunedState] | None = None
 
     def fetch(self, ref: BlobRef) -> Path:
-        """The file of a state; nothing is downloaded that is here already."""
-        made: bytes | None = None
+        """Return a state's file, downloaded unless it is cached.
+
+        Raises:
+            MalformedFrame: the download does not match the hash.
+        """
+        rebuilt: bytes | None = None  # from a delta; empty: there is no delta
 
         def download(start: int) -> bytes | bytearray | memoryview:
-            nonlocal made
-            if made is None:
-                made = self._from_delta(ref) or b""
-            return made[start:] if made else self._server.state(self._run, ref, start)
+            nonlocal rebuilt
+            if rebuilt is None:
+                rebuilt = self._rebuild_from_delta(ref) or b""
+            return rebuilt[start:] if rebuilt else self._server.state(self._run, ref, start)
 
         try:
             path = self._files.fetch(ref, download)
         except MalformedFrame:
-            if not made:
+            if not rebuilt:
                 raise
-            # What this device makes of a change is not what the server made of it.
+            # The state rebuilt from the delta differs from the server's: download it whole.
             path = self._files.fetch(ref, lambda start: self._server.state(self._run, ref, start))
         if self._wire.update_deltas:
-            self._held = (ref, load_state(path))
+            self._newest = (ref, load_state(path))
         return path
 
     def send(
         self,
         meta: UpdateMeta,
         state: Mapping[str, Tensor],
-        beside: Mapping[str, Tensor] | None = None,
+        extras: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Send an update of the state that was fetched last, and other tensors beside it.
+        """Send an update of the state that was fetched last.
+
+        Args:
+            meta: describes the update.
+            state: the tuned tensors, by name.
+            extras: further tensors, by name; sent as float32.
 
         Raises:
-            StaleRound: its round is over.
-            StepLost: the server has lost its part of the update.
+            StaleRound: the update's round is over.
+            StepLost: the server lost its part of the update.
         """
         codec = self._wire.updates
-        if not self._wire.update_deltas or self._held is None:
-            self._server.send_update(self._run, meta, state, codec, beside)
+        if not self._wire.update_deltas or self._newest is None:
+            self._server.send_update(self._run, meta, state, codec, extras)
             return
-        base, old = self._held
-        if base.sha256 == self._sent_against:  # the round is repeated: its first update is void
-            self._feedback = copy(self._feedback_before)
-        self._feedback_before = copy(self._feedback)
+        base, old = self._newest
+        if base.sha256 == self._last_base:  # the round is repeated: its first update is void
+            self._feedback = copy.deepcopy(self._feedback_before)
+        self._feedback_before = copy.deepcopy(self._feedback)
         corrected = {
             name: self._feedback.add_residual(name, change)
             for name, change in difference(state, old).items()
         }
-        based = meta.model_copy(update={"base": base.sha256})
-        self._server.send_update(self._run, based, corrected, codec, beside)
+        meta = meta.model_copy(update={"base": base.sha256})
+        self._server.send_update(self._run, meta, corrected, codec, extras)
         for name, value in corrected.items():
             self._feedback.store_residual(name, value, as_decoded(value, codec))
-        self._sent_against = base.sha256
+        self._last_base = base.sha256
 
-    def _from_delta(self, ref: BlobRef) -> bytes | None:
-        """The state's file, made from the one that is here; None: it has to come whole."""
-        if self._held is None or not self._wire.update_deltas:
+    def _rebuild_from_delta(self, ref: BlobRef) -> bytes | None:
+        """Build the state's file from the newest state and a delta; None: there is no delta."""
+        if self._newest is None or not self._wire.update_deltas:
             return None
-        base, old = self._held
+        base, old = self._newest
         try:
             frame = self._server.delta(self._run, ref, base)
         except NotFound:
@@ -106,5 +115,5 @@ class GlobalStates:
         if {name: spec.shape for name, spec in frame.specs.items()} != {
             name: tuple(tensor.shape) for name, tensor in old.items()
         }:
-            raise MalformedFrame("a change has other tensors than the state", field="tensors")
+            raise MalformedFrame("the delta has other tensors than the state", field="tensors")
         return state_bytes(applied(old, frame.tensors()))

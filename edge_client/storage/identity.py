@@ -1,4 +1,4 @@
-"""Who this device is to a run, remembered so that a restart is not a second participant."""
+"""A device's identity in a run, stored so that a restart is not a second participant."""
 
 from __future__ import annotations
 
@@ -19,13 +19,16 @@ _SECRET_BYTES = 32
 
 
 class Identity:
-    """The key of a device's joining, by server, run and device name.
+    """The idempotency key with which a device joins, by server, run and device name.
 
-    A device that joins again with the same key gets the same participant and credential. The file
-    is locked as long as the process lives, so that two processes are never one participant.
+    Joining again with the same key gives the same participant and credential. The file is locked
+    while the process lives, so that two processes are never the same participant.
 
     Args:
-        folder: where keys are kept, readable by this user alone.
+        folder: for the keys' files, readable by this user only.
+        url: the server's address.
+        run: the run's id.
+        name: the device's name.
 
     Raises:
         Conflict: another process takes part under this name.
@@ -42,30 +45,30 @@ class Identity:
                 "another process on this device already takes part under this name",
                 field="name",
                 value=name,
-                hint="give each its own --name",
+                hint="give each process its own --name",
             ) from None
-        os.fchmod(self._file.fileno(), 0o600)  # whoever has the key can get the credential
-        self._known = {"url": url, "run": run, "name": name, **_known_in(self._file.read())}
-        if "key" not in self._known:
-            self._known["key"] = uuid.uuid4().hex
+        os.fchmod(self._file.fileno(), 0o600)  # the key gives access to the credential
+        self._stored = {"url": url, "run": run, "name": name, **_parse(self._file.read())}
+        if "key" not in self._stored:
+            self._stored["key"] = uuid.uuid4().hex
             self._write()
-        self.key: str = self._known["key"]
+        self.key: str = self._stored["key"]
 
     @property
     def credential(self) -> str | None:
-        """What the server gave when this device joined; None: it has not."""
-        return self._known.get("credential")
+        """The credential of the device's join; None: it has not joined."""
+        return self._stored.get("credential")
 
     def renew(self) -> None:
-        """Be somebody else to the run from now on: another key, and no credential yet."""
-        self._known["key"] = self.key = uuid.uuid4().hex
-        self._known.pop("credential", None)
+        """Become a new participant of the run: draw another key, forget the credential."""
+        self._stored["key"] = self.key = uuid.uuid4().hex
+        self._stored.pop("credential", None)
         self._write()
 
     def remember(self, credential: str) -> None:
-        """Keep the credential, so that the device can leave when it does not take part."""
+        """Store the credential, so that the device can leave the run later."""
         if credential != self.credential:
-            self._known["credential"] = credential
+            self._stored["credential"] = credential
             self._write()
 
     def __enter__(self) -> Identity:
@@ -75,25 +78,25 @@ class Identity:
         self.release()
 
     def release(self) -> None:
-        """Let another process take part under this name."""
+        """Unlock the identity: another process may take part under this name."""
         self._file.close()
 
     def _write(self) -> None:
-        """Put a whole file into the place of the old one; it is locked before it is there."""
+        """Replace the file atomically; the new one is locked before it is renamed."""
         opened: list[IO[str]] = []
 
         def write(path: Path) -> None:
             file = path.open("r+")
             opened.append(file)
             fcntl.flock(file, fcntl.LOCK_EX)
-            json.dump(self._known, file)
+            json.dump(self._stored, file)
             file.flush()
 
         try:
             write_durably(self._path, write, mode=0o600)
         except BaseException:
             for file in opened:
-                with contextlib.suppress(OSError):  # what it could not write before, it cannot now
+                with contextlib.suppress(OSError):  # closing flushes, which fails again
                     file.close()
             raise
         self._file.close()
@@ -101,12 +104,12 @@ class Identity:
 
 
 def credential_of(folder: Path, url: str, run: str, name: str) -> str | None:
-    """What the server gave the device of this name, which may be taking part; None: nothing yet.
+    """Return the credential of the device with this name; None: it has not joined.
 
-    Needs no lock: a whole file is put into the place of the old one.
+    Needs no lock, because the file is replaced atomically: another process may be taking part.
     """
     path = _path_of(folder, url.rstrip("/"), run, name)
-    return _known_in(path.read_text()).get("credential") if path.exists() else None
+    return _parse(path.read_text()).get("credential") if path.exists() else None
 
 
 def _path_of(folder: Path, url: str, run: str, name: str) -> Path:
@@ -115,7 +118,7 @@ def _path_of(folder: Path, url: str, run: str, name: str) -> Path:
 
 
 def _locked(path: Path) -> IO[str]:
-    """The file at this path, made if it is not there, open and locked.
+    """Open the file, created if it does not exist, and lock it.
 
     Raises:
         BlockingIOError: another process has locked it.
@@ -129,38 +132,41 @@ def _locked(path: Path) -> IO[str]:
             raise
         if os.path.samestat(os.fstat(file.fileno()), path.stat()):
             return file
-        file.close()  # its holder has put another into its place meanwhile
+        file.close()  # another process has replaced the file meanwhile
 
 
-def _known_in(text: str) -> dict[str, str]:
-    """Key and credential in an identity's file.
+def _parse(text: str) -> dict[str, str]:
+    """Return key and credential from an identity's file; none from a truncated one.
 
-    A file that was cut off in writing the key was never joined with.
+    The device cannot have joined with a key whose writing was interrupted.
     """
     try:
-        found = json.loads(text)
+        content = json.loads(text)
     except ValueError:
         return {}
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         return {}
-    own = {name: found.get(name) for name in ("key", "credential")}
-    return {name: value for name, value in own.items() if isinstance(value, str) and value}
+    fields = {name: content.get(name) for name in ("key", "credential")}
+    return {name: value for name, value in fields.items() if isinstance(value, str) and value}
 
 
 def device_secret(folder: Path) -> bytes:
-    """32 bytes that never leave this device, made when they are first asked for.
+    """Return the device's secret of 32 bytes, drawn at the first call. It never leaves the device.
 
     Args:
-        folder: where they are kept, readable by this user alone.
+        folder: for the secret's file, readable by this user only.
+
+    Raises:
+        Conflict: the file is damaged.
     """
     path = folder / "device.secret"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     if not path.exists():
-        own = folder / f".{uuid.uuid4().hex}.secret"
-        write_durably(own, secrets.token_bytes(_SECRET_BYTES), mode=0o600)
-        with contextlib.suppress(FileExistsError):  # another process was faster: its secret counts
-            os.link(own, path)
-        own.unlink()
+        temporary = folder / f".{uuid.uuid4().hex}.secret"
+        write_durably(temporary, secrets.token_bytes(_SECRET_BYTES), mode=0o600)
+        with contextlib.suppress(FileExistsError):  # another process was faster: use its secret
+            os.link(temporary, path)
+        temporary.unlink()
         sync_folder(folder)
     secret = path.read_bytes()
     if len(secret) != _SECRET_BYTES:
@@ -169,6 +175,6 @@ def device_secret(folder: Path) -> bytes:
             field="device.secret",
             limit=_SECRET_BYTES,
             value=len(secret),
-            hint=f"delete {path}; samples are then sent once more",
+            hint=f"delete {path}; the samples are then sent again",
         )
     return secret

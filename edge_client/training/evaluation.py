@@ -1,4 +1,4 @@
-"""Measure the global state on the device's held-out samples, through the body, if there is one."""
+"""Measure the global state on the device's held-out samples."""
 
 from __future__ import annotations
 
@@ -19,31 +19,14 @@ from edge_client.transport.split_client import max_samples_per_frame
 
 Item = TypeVar("Item")
 
-Made = TypeVar("Made")
-
-
-def prefetch(items: Iterable[Item], make: Callable[[Item], Made]) -> Iterator[tuple[Item, Made]]:
-    """Each item with what ``make`` makes of it, on a thread, one item ahead of whoever takes them.
-
-    What ``make`` raises comes at its item's turn.
-    """
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="ahead") as thread:
-        waiting: deque[tuple[Item, Future[Made]]] = deque()
-        for item in items:
-            waiting.append((item, thread.submit(make, item)))
-            if len(waiting) > 1:
-                first, made = waiting.popleft()
-                yield first, made.result()
-        for item, made in waiting:
-            yield item, made.result()
-
+Value = TypeVar("Value")
 
 _BATCH = 128
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Counts over the held-out samples; sums, so that participants' can be added."""
+    """Sums over the held-out samples, so that they can be added over participants."""
 
     samples: int
     correct: int
@@ -62,37 +45,55 @@ def evaluate(
 ) -> Evaluation:
     """Classify every sample with head → body → tail and count.
 
-    The head runs on the next batch while one is with the server.
-    A device that holds the whole model asks nobody.
+    The head computes the next batch while the server computes one. A device with the whole model
+    sends no request.
 
     Raises:
-        StaleRound: the server holds another global state than ``state`` by now.
+        StaleRound: the server's global state is no longer ``state``.
     """
     correct, loss_sum = 0, 0.0
-    everything = torch.arange(len(samples))
-    if samples.kept is not None:
-        samples.kept.ensure(everything)
-    chunks = everything.split(max_samples_per_frame(model.head, _BATCH)) if len(samples) else ()
+    positions = torch.arange(len(samples))
+    if samples.uploader is not None:
+        samples.uploader.ensure(positions)
+    batches = positions.split(max_samples_per_frame(model.head, _BATCH)) if len(samples) else ()
 
-    def smashed_of(positions: Tensor) -> Tensor | None:
+    def compute_smashed(batch: Tensor) -> Tensor | None:
         if samples.outputs is not None:
             return None
-        with torch.no_grad():  # which holds for a thread, and this is another
-            smashed: Tensor = model.head(samples.images.read(positions)[0], model.prompts)
+        with torch.no_grad():  # the mode is per thread, and this runs on another
+            smashed: Tensor = model.head(samples.images.read(batch)[0], model.prompts)
             return smashed
 
-    for done, (positions, smashed) in enumerate(prefetch(chunks, smashed_of), start=1):
+    for done, (batch, smashed) in enumerate(prefetch(batches, compute_smashed), start=1):
         step = f"evaluate.{round_}.{done}"
 
-        def request(batch: Tensor, step: str = step) -> Tensor:
-            return plane.infer(batch, step=step, round_=round_, state=state)
+        def request(tensor: Tensor, step: str = step) -> Tensor:
+            return plane.infer(tensor, step=step, round_=round_, state=state)
 
         if smashed is None:
-            features = samples.with_batch(positions, None, request)
+            features = samples.request_with_batch(batch, None, request)
         else:
             features = smashed if model.is_whole else request(smashed)
-        logits, labels = model.tail(features), samples.images.image_set.labels[positions]
+        logits, labels = model.tail(features), samples.images.image_set.labels[batch]
         correct += int((logits.argmax(dim=1) == labels).sum())
         loss_sum += F.cross_entropy(logits, labels, reduction="sum").item()
-        advance("evaluate", done, len(chunks))
+        advance("evaluate", done, len(batches))
     return Evaluation(len(samples), correct, loss_sum)
+
+
+def prefetch(
+    items: Iterable[Item], compute: Callable[[Item], Value]
+) -> Iterator[tuple[Item, Value]]:
+    """Yield each item with its computed value; a thread computes one item ahead.
+
+    An exception of ``compute`` is raised at its item's turn.
+    """
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="ahead") as thread:
+        waiting: deque[tuple[Item, Future[Value]]] = deque()
+        for item in items:
+            waiting.append((item, thread.submit(compute, item)))
+            if len(waiting) > 1:
+                first, value = waiting.popleft()
+                yield first, value.result()
+        for item, value in waiting:
+            yield item, value.result()

@@ -17,66 +17,69 @@ from edge_client.transport import SamplesMissing, SplitPlane
 from edge_client.transport.deltas import Sample
 from protocol.codecs.registry import as_decoded
 from protocol.errors import StepLost
-from protocol.messages import MAX_LOSS, BodyStepMeta, ExchangeMeta
+from protocol.messages import MAX_LOSS, ExchangeMeta
 from split_model import make_optimizer, set_progress
 
-_SENDINGS = 5  # of one step's forward, before its loss is reported as an error
+_MAX_ATTEMPTS = 5  # at one step, before its loss is reported as an error
 
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What split training came to: the mean cross-entropy over its last epoch.
+    """The result of split training.
 
-    ``session`` names what belongs to it of prompts or body, where those are tuned on the server.
+    Attributes:
+        loss: mean cross-entropy over the last epoch.
+        session: names the prompts or the body that the server tuned; None: it tuned nothing.
     """
 
     loss: float
     session: str | None = None
 
 
-def split_train(context: RoundContext, plane: SplitPlane, kept: Tensor) -> TrainingResult:
-    """Split training in U-shape over the kept samples [k] (SFPrompt, section 3).
+def split_train(context: RoundContext, plane: SplitPlane, selected: Tensor) -> TrainingResult:
+    """Train in U-shape over the selected samples [k].
 
-    With prompts at the input, four tensors a step: smashed data up, features down, their gradient
-    up, the gradient of the smashed data down. With prompts at the cut, two: features down and
-    their gradient up, in one round trip. Where the body is tuned, too, it is four as well, numbered
-    within a session.
+    With prompts at the input, four tensors cross in a step: smashed data up, features down, the
+    features' gradient up, the smashed data's gradient down. With prompts at the cut, two cross in
+    one round trip: features down and their gradient up.
 
     Raises:
-        StaleRound: the round was closed without this participant.
-        StepLost: the server has lost what it held of this round; begin it anew.
+        Diverged: a loss or a gradient is not finite.
+        StaleRound: the server closed the round without this participant.
+        StepLost: the server lost its state of this round; start the round again.
+
+    Source: SFPrompt (arXiv 2407.17533, section 3).
     """
     if context.run.model.prompt_at == "cut":
-        return _train_with_prompts_at_the_cut(context, plane, kept)
-    if context.run.model.tune_body:
-        return _train_with_the_body(context, plane, kept)
-    return _train_with_prompts_at_the_input(context, plane, kept)
+        return _train_with_prompts_at_the_cut(context, plane, selected)
+    return _train_with_prompts_at_the_input(context, plane, selected)
 
 
 def _train_with_prompts_at_the_input(
-    context: RoundContext, plane: SplitPlane, kept: Tensor
+    context: RoundContext, plane: SplitPlane, selected: Tensor
 ) -> TrainingResult:
     model = context.model
     optimizer = make_optimizer(context.run.training, model.prompts, model.tail, head=model.head)
-    batches = _Batches(context, kept)
-    name = f"{secrets.token_hex(4)}.{context.round}.{context.attempt}"
+    batches = SplitBatches(context, selected)
+    name = new_name(context)
     for step, (epoch, positions) in enumerate(batches):
         set_progress(optimizer, context.rate_factor(step, batches.steps))
         epoch_of_round = context.run.training.local_epochs + epoch
-        view = context.view(epoch_of_round)  # without copies every epoch has a view of its own
-        seen = context.epoch_of_run(epoch_of_round) if plane.copies is None else view
-        images, labels = context.samples.images.read(positions, epoch=seen)
+        view = context.view(epoch_of_round)
+        # Without deltas every epoch augments anew; deltas need a fixed number of views.
+        augmented = context.epoch_of_run(epoch_of_round) if plane.deltas is None else view
+        images, labels = context.samples.images.read(positions, epoch=augmented)
         samples = [(position, view) for position in positions.tolist()]
         optimizer.zero_grad()
         noise = context.noise(step)
-        loss = _step(context, plane, samples, images, labels, f"{name}.{step}", noise)
-        context.pull()
+        loss = _run_step(context, plane, samples, images, labels, f"{name}.{step}", noise)
+        context.add_proximal_gradients()
         optimizer.step()
-        batches.count(epoch, loss, len(positions))
+        batches.add_loss(epoch, loss, len(positions))
     return TrainingResult(batches.mean_loss)
 
 
-def _step(
+def _run_step(
     context: RoundContext,
     plane: SplitPlane,
     samples: Sequence[Sample],
@@ -85,18 +88,18 @@ def _step(
     name: str,
     noise: torch.Generator | None,
 ) -> float:
-    """Leave the gradients of one batch in prompts and tail, and return its mean loss."""
+    """Leave one batch's gradients in prompts and tail, and return its mean loss."""
     model = context.model
     smashed = model.head(images, model.prompts)
-    for sending in range(_SENDINGS):
-        # A step is named once a sending: the server answers a repeated name with its old answer.
-        step = f"{name}.{sending}"
+    for attempt in range(_MAX_ATTEMPTS):
+        # Each attempt has its own name: the server answers a repeated name from its cache.
+        step = f"{name}.{attempt}"
         try:
             features, decoded = _forward(context, plane, samples, smashed.detach(), step)
-            loss, gradients = _through_the_tail(model, features, labels)
+            loss, gradients = train_tail(model, features, labels)
             if not smashed.requires_grad:
-                return loss  # nothing is tuned ahead of the cut: nobody needs their gradient
-            returned = plane.backward(
+                return loss  # nothing before the cut is tuned: its gradient is not needed
+            gradient = plane.backward(
                 gradients,
                 step=step,
                 round_=context.round,
@@ -105,40 +108,11 @@ def _step(
             )
             break
         except (SamplesMissing, StepLost):
-            if sending == _SENDINGS - 1:
+            if attempt == _MAX_ATTEMPTS - 1:
                 raise
-    # Straight through: what the codecs have changed is taken for what was sent.
-    smashed.backward(_corrected(context, returned, smashed.detach(), decoded))
+    # Straight-through estimate: the codecs' error is treated as a constant.
+    smashed.backward(correct_gradient(context, gradient, smashed.detach(), decoded))
     return loss
-
-
-def _train_with_the_body(context: RoundContext, plane: SplitPlane, kept: Tensor) -> TrainingResult:
-    """Head, body and tail (SplitFed, arXiv 2004.12088): no step can be sent under another name."""
-    model = context.model
-    optimizer = make_optimizer(context.run.training, None, model.tail, head=model.head)
-    batches = _Batches(context, kept)
-    session = f"{secrets.token_hex(4)}.{context.round}.{context.attempt}"
-    for step, (epoch, positions) in enumerate(batches):
-        set_progress(optimizer, context.rate_factor(step, batches.steps))
-        meta = BodyStepMeta(
-            session=session,
-            round=context.round,
-            attempt=context.attempt,
-            number=step,
-            steps=batches.steps,
-        )
-        seen = context.epoch_of_run(context.run.training.local_epochs + epoch)
-        images, labels = context.samples.images.read(positions, epoch=seen)
-        optimizer.zero_grad()
-        smashed = model.head(images)
-        features = plane.body_forward(smashed.detach(), meta)
-        loss, gradients = _through_the_tail(model, features, labels)
-        shape, noise = tuple(smashed.shape), context.noise(step)
-        returned = plane.body_backward(gradients, meta, shape, noise)
-        smashed.backward(_corrected(context, returned, smashed.detach(), None))
-        optimizer.step()
-        batches.count(epoch, loss, len(positions))
-    return TrainingResult(batches.mean_loss, session)
 
 
 def _forward(
@@ -148,47 +122,34 @@ def _forward(
     smashed: Tensor,
     step: str,
 ) -> tuple[Tensor, Tensor | None]:
-    """Features [B, T', D], and the smashed data [B, T, D] as the server has them, if known."""
-    copies = plane.copies
-    if copies is None:
-        return plane.forward(smashed, step=step, round_=context.round), None
-    revision = copies.revise(samples, smashed)
-    try:
-        features = plane.forward(revision, step=step, round_=context.round)
-    except SamplesMissing as error:
-        copies.forget(samples[place] for place in error.places)
-        raise
-    copies.confirm(revision)
-    return features, revision.decoded
+    """Return features [B, T', D] and the smashed data [B, T, D] as the server decodes them.
 
-
-def _corrected(
-    context: RoundContext, gradient: Tensor, smashed: Tensor, decoded: Tensor | None
-) -> Tensor:
-    """The gradient at the smashed data [B, T, D] from that at what the server decoded.
-
-    It grows by `gradient_correction` times what the codecs left out, as if the loss were curved
-    alike everywhere (FedLite, arXiv 2201.11865).
+    The second is None where it is not known: without deltas.
     """
-    wire = context.run.wire
-    if not wire.gradient_correction:
-        return gradient
-    if decoded is None:
-        decoded = as_decoded(smashed, wire.smashed)
-    return gradient + wire.gradient_correction * (smashed - decoded)
+    deltas = plane.deltas
+    if deltas is None:
+        return plane.forward(smashed, step=step, round_=context.round), None
+    batch = deltas.revise(samples, smashed)
+    try:
+        features = plane.forward(batch, step=step, round_=context.round)
+    except SamplesMissing as error:
+        deltas.forget(samples[place] for place in error.places)
+        raise
+    deltas.confirm(batch)
+    return features, batch.decoded
 
 
 def _train_with_prompts_at_the_cut(
-    context: RoundContext, plane: SplitPlane, kept: Tensor
+    context: RoundContext, plane: SplitPlane, selected: Tensor
 ) -> TrainingResult:
-    """One exchange a step: the gradients of a batch go up with the ids of the next one."""
+    """Exchange once a step: a batch's gradients go up with the ids of the next batch."""
     samples, model = context.samples, context.model
-    if samples.kept is not None:
+    if samples.uploader is not None:
         for view in _views(context):
-            samples.kept.ensure(kept, view)
+            samples.uploader.ensure(selected, view)
     optimizer = make_optimizer(context.run.training, None, model.tail)
-    batches = _Batches(context, kept)
-    session = f"{secrets.token_hex(4)}.{context.round}.{context.attempt}"
+    batches = SplitBatches(context, selected)
+    session = new_name(context)
 
     def meta(number: int) -> ExchangeMeta:
         return ExchangeMeta(
@@ -207,56 +168,100 @@ def _train_with_prompts_at_the_cut(
             return plane.exchange(meta(step), sent, batch, context.noise(step))
 
         view = context.view(context.run.training.local_epochs + epoch)
-        features = samples.with_batch(positions, view, request)
+        features = samples.request_with_batch(positions, view, request)
         if features is None:
             raise StepLost("the server answered a batch without its features", field="session")
         set_progress(optimizer, context.rate_factor(step, batches.steps))
         labels = samples.images.image_set.labels[positions]
-        loss, gradients = _through_the_tail(model, features, labels)
+        loss, gradients = train_tail(model, features, labels)
         optimizer.step()
-        batches.count(epoch, loss, len(positions))
+        batches.add_loss(epoch, loss, len(positions))
     plane.exchange(meta(batches.steps), gradients, None, context.noise(batches.steps))
     return TrainingResult(batches.mean_loss, session)
 
 
 def _views(context: RoundContext) -> list[int | None]:
-    """The views that split training sees in this round, each once."""
+    """Return the views that split training uses in this round, without repeats."""
     training = context.run.training
     epochs = range(training.local_epochs, training.local_epochs + training.split_epochs)
     return list(dict.fromkeys(context.view(epoch) for epoch in epochs))
 
 
-def _through_the_tail(model: DeviceModel, features: Tensor, labels: Tensor) -> tuple[float, Tensor]:
-    """The mean loss and the gradient of the features; the tail's stay in its parameters."""
+def new_name(context: RoundContext) -> str:
+    """Draw a name for a session, or for a round's steps, that no earlier attempt has used."""
+    return f"{secrets.token_hex(4)}.{context.round}.{context.attempt}"
+
+
+def train_tail(model: DeviceModel, features: Tensor, labels: Tensor) -> tuple[float, Tensor]:
+    """Compute the mean loss and the gradient of the features [B, T', D].
+
+    The tail's gradients are left in its parameters.
+
+    Raises:
+        Diverged: the loss or the gradient is not finite.
+    """
     features = features.requires_grad_()
     loss = F.cross_entropy(model.tail(features), labels)
     parameters = [tensor for tensor in model.tail.parameters() if tensor.requires_grad]
-    returned, *gradients = torch.autograd.grad(loss, [features, *parameters])
-    if not bool(torch.isfinite(returned).all()) or not 0 <= loss.item() <= MAX_LOSS:
+    gradient, *gradients = torch.autograd.grad(loss, [features, *parameters])
+    if not bool(torch.isfinite(gradient).all()) or not 0 <= loss.item() <= MAX_LOSS:
         raise Diverged(f"the training has diverged: the loss of a batch is {loss.item():g}")
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        parameter.grad = gradient
-    return loss.item(), returned
+    for parameter, value in zip(parameters, gradients, strict=True):
+        parameter.grad = value
+    return loss.item(), gradient
 
 
-class _Batches:
-    """The batches of a round's split training, and the mean loss of its last epoch."""
+def correct_gradient(
+    context: RoundContext, gradient: Tensor, smashed: Tensor, decoded: Tensor | None
+) -> Tensor:
+    """Return the gradient at the smashed data [B, T, D], given the one at their decoded form.
 
-    def __init__(self, context: RoundContext, kept: Tensor) -> None:
+    Adds ``wire.gradient_correction`` times the codecs' error, as if the loss had the same
+    curvature everywhere.
+
+    Args:
+        context: the round.
+        gradient: at what the server decoded, [B, T, D].
+        smashed: before the codec, [B, T, D].
+        decoded: what the server decoded, [B, T, D]; None: computed here.
+
+    Source: FedLite (arXiv 2201.11865).
+    """
+    wire = context.run.wire
+    if not wire.gradient_correction:
+        return gradient
+    if decoded is None:
+        decoded = as_decoded(smashed, wire.smashed)
+    return gradient + wire.gradient_correction * (smashed - decoded)
+
+
+class SplitBatches:
+    """The batches of a round's split training, and the mean loss of the last epoch.
+
+    Args:
+        context: the round.
+        selected: positions of the samples, [k].
+
+    Attributes:
+        steps: number of batches over all epochs.
+    """
+
+    def __init__(self, context: RoundContext, selected: Tensor) -> None:
         training = context.run.training
-        self._batches = context.batches("split", kept, training.split_epochs)
-        self._last = training.split_epochs - 1
-        self._kept = len(kept)
-        self._loss = 0.0
-        self.steps = training.split_epochs * math.ceil(len(kept) / training.batch_size)
+        self._batches = context.batches("split", selected, training.split_epochs)
+        self._last_epoch = training.split_epochs - 1
+        self._samples = len(selected)
+        self._loss_sum = 0.0
+        self.steps = training.split_epochs * math.ceil(len(selected) / training.batch_size)
 
     def __iter__(self) -> Iterator[tuple[int, Tensor]]:
         return self._batches
 
-    def count(self, epoch: int, loss: float, samples: int) -> None:
-        if epoch == self._last:
-            self._loss += loss * samples
+    def add_loss(self, epoch: int, loss: float, samples: int) -> None:
+        """Count a batch's mean loss, if its epoch is the last."""
+        if epoch == self._last_epoch:
+            self._loss_sum += loss * samples
 
     @property
     def mean_loss(self) -> float:
-        return self._loss / self._kept
+        return self._loss_sum / self._samples

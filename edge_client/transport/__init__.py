@@ -1,4 +1,4 @@
-"""The way to the server: one metered connection, typed errors, and patience."""
+"""HTTP to the server: requests, metered connections, retries, and simulated links."""
 
 from edge_client.transport.client import Server
 from edge_client.transport.http_transport import MeteredTransport

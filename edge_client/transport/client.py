@@ -1,4 +1,4 @@
-"""The server as the device sees it: one method a request, typed in and out."""
+"""Typed client of the split server: one method for each request."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ import httpx
 import torch
 from torch import Tensor
 
-from edge_client.transport.connection import Body
 from edge_client.transport.http_transport import BODY_EXTENSION, MeteredTransport
 from edge_client.transport.link import Link
+from edge_client.transport.response import Body
 from edge_client.transport.retry import RetryPolicy
 from protocol.base import Message
 from protocol.errors import (
@@ -56,23 +56,23 @@ log = logging.getLogger("edge_client")
 
 M = TypeVar("M", bound=Message)
 
-_PIECE_BYTES = 4 * 1024 * 1024  # of a download: what is lost at most when a connection breaks
+_PIECE_BYTES = 4 * 1024 * 1024  # of a download; a broken connection loses at most one piece
 
-_LONGEST_WAIT_S = 86_400.0
+_MAX_RETRY_AFTER_S = 86_400.0
 
 
 class Server:
-    """Requests to one split server, repeated under a `RetryPolicy`, metered at the socket.
+    """Sends requests to one split server, with retries, and counts their bytes at the socket.
 
     Args:
         url: the server's address, e.g. ``http://gpu-node:8500``.
-        retry: how long to wait for a server that is busy or out of reach.
+        retry: when to retry; None: the default policy.
         ca_file: a PEM file to trust instead of the system's store, for ``https``.
-        answer_timeout_s: seconds to wait for one answer.
+        response_timeout_s: seconds to wait for one response.
         link: simulates a slower line, for benchmarks.
 
     Raises:
-        InvalidField: ``url`` is no http(s) address, or ``ca_file`` no PEM file.
+        InvalidField: ``url`` is not an http(s) address, or ``ca_file`` not a PEM file.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Server:
         *,
         retry: RetryPolicy | None = None,
         ca_file: Path | None = None,
-        answer_timeout_s: float = 120.0,
+        response_timeout_s: float = 120.0,
         link: Link | None = None,
     ) -> None:
         base = _base_url(url)
@@ -89,12 +89,14 @@ class Server:
         self._transport = MeteredTransport(context, prefix=base.path, link=link)
         self._retry = retry or RetryPolicy()
         self._base = base
-        self._address = lru_cache(maxsize=64)(self._join)  # parsing costs more than a small step
-        self._timeouts = {"read": answer_timeout_s}
+        self._resolve = lru_cache(maxsize=64)(
+            self._resolve_path
+        )  # parsing takes longer than a small step
+        self._timeouts = {"read": response_timeout_s}
         self._headers = httpx.Headers(
             {
                 "host": base.netloc.decode("ascii"),
-                # The body is taken as it lies on the wire: nothing between may compress it.
+                # Bodies are read as they are on the wire: a proxy must not compress them.
                 "accept-encoding": "identity",
                 "user-agent": "edge-client",
                 VERSION_HEADER: str(PROTOCOL_VERSION),
@@ -105,7 +107,7 @@ class Server:
         self._transport.close()
 
     def traffic(self) -> Traffic:
-        """Bytes at the socket so far, both directions, by phase."""
+        """Return the bytes at the socket so far, in both directions, by phase."""
         return self._transport.traffic()
 
     def authenticate(self, credential: str) -> None:
@@ -117,7 +119,7 @@ class Server:
     def runs(self) -> list[RunView]:
         body = self._json("GET", "/v1/runs")
         if not isinstance(body, list):
-            raise MalformedFrame("a list of runs was expected", field="body")
+            raise MalformedFrame("the server's response is not a list of runs", field="body")
         return [parse_message(RunView, run) for run in body]
 
     def run(self, run: str) -> RunView:
@@ -126,21 +128,21 @@ class Server:
     def join(
         self, run: str, request: JoinRequest, key: str, join_token: str | None = None
     ) -> JoinResponse:
-        """Join a run, or with the key of an earlier join get that join's answer again."""
-        extra = {"authorization": _bearer(join_token, "join_token")} if join_token else {}
+        """Join a run; with the key of an earlier join, get that join's response again."""
+        headers = {"authorization": _bearer(join_token, "join_token")} if join_token else {}
         path = _run_path(run, "participants")
-        return self._message(JoinResponse, "POST", path, request, key=key, extra=extra)
+        return self._message(JoinResponse, "POST", path, request, key=key, headers=headers)
 
     def leave(self, run: str) -> None:
-        """Leave for good; what the server keeps of this device goes."""
+        """Leave the run for good; the server deletes this device's samples."""
         self._json("DELETE", _run_path(run, "participants/me"), key=uuid.uuid4().hex)
 
     def forget_samples(self, run: str) -> None:
-        """Have the server forget the smashed data that it keeps of this device."""
+        """Delete this device's smashed data from the server's cache."""
         self._json("DELETE", _run_path(run, "samples"), key=uuid.uuid4().hex)
 
     def assignment(self, run: str, after: Assignment | None, wait_s: float) -> Assignment:
-        """The next assignment; waits up to ``wait_s`` while it is still ``after``."""
+        """Return the next assignment; wait up to ``wait_s`` seconds while it equals ``after``."""
         query = ""
         if after is not None:
             query = (
@@ -154,49 +156,54 @@ class Server:
         meta: UpdateMeta,
         state: Mapping[str, Tensor],
         codec: str,
-        beside: Mapping[str, Tensor] | None = None,
+        extras: Mapping[str, Tensor] | None = None,
     ) -> UpdateReceipt:
-        """The tuned state of a round, or with ``meta.base`` its change against that state.
+        """Send a round's update.
 
-        ``beside`` it go other tensors, as float32.
+        Args:
+            run: the run's id.
+            meta: describes the update.
+            state: the tuned tensors, or with ``meta.base`` their differences from that state.
+            codec: encodes ``state``.
+            extras: further tensors, sent as float32.
         """
         tensors = {name: (value, codec) for name, value in state.items()}
-        tensors |= {name: (value, "float32") for name, value in (beside or {}).items()}
+        tensors |= {name: (value, "float32") for name, value in (extras or {}).items()}
         pieces = encode_frame("update", meta.model_dump(), tensors)
         key = f"update-{meta.round}-{meta.attempt}"
         path = _run_path(run, "update")
-        answer = self._call("PUT", path, pieces, media=FRAME_MEDIA_TYPE, key=key)
-        return parse_message(UpdateReceipt, _parse_json(_body(answer)))
+        response = self._call("PUT", path, pieces, media=FRAME_MEDIA_TYPE, key=key)
+        return parse_message(UpdateReceipt, _parse_json(_body(response)))
 
     def send_evaluation(self, run: str, report: EvaluationReport) -> None:
         key = f"evaluation-{report.round}-{report.attempt}"
         self._json("PUT", _run_path(run, "evaluation"), report, key=key)
 
     def head(self, run: str, start: int = 0, sha256: str | None = None) -> Body:
-        """The next bytes of the head file from ``start`` on, not all where it is large.
+        """Return the head file's next bytes from ``start`` on, at most one piece.
 
         Raises:
-            NotFound: the run has another one than ``sha256`` by now.
+            NotFound: the run's head is no longer ``sha256``.
         """
         path = "head" if sha256 is None else f"head?sha256={sha256}"
         return self._download(_run_path(run, path), start)
 
     def state(self, run: str, ref: BlobRef, start: int = 0) -> Body:
-        """The next bytes of a global state's file from ``start`` on, as `head` does."""
+        """Return the next bytes of a global state's file from ``start`` on, at most one piece."""
         return self._download(_run_path(run, f"states/{ref.sha256}/state"), start)
 
     def delta(self, run: str, ref: BlobRef, base: BlobRef) -> Frame:
-        """What takes the state ``base`` to another.
+        """Return the difference that turns the state ``base`` into the state ``ref``.
 
         Raises:
-            NotFound: the server knows no way from the one to the other.
+            NotFound: the server has no such difference.
         """
         path = _run_path(run, f"states/{ref.sha256}/delta?base={base.sha256}")
         return decode_frame(_body(self._call("GET", path, [])))
 
     # Split plane
 
-    def ask(
+    def send_frame(
         self,
         path: str,
         kind: str,
@@ -204,14 +211,19 @@ class Server:
         tensors: Mapping[str, tuple[Tensor, str]],
         generators: Mapping[str, torch.Generator] | None = None,
     ) -> Frame:
-        """One frame up to a path of the split plane, one down.
+        """Send one frame to a path of the split plane, and return the response's frame.
 
-        ``generators`` names tensors whose codec is to round by a generator.
+        Args:
+            path: of the split plane.
+            kind: of the sent frame.
+            meta: of the sent frame.
+            tensors: each with its codec.
+            at_random: generators for the tensors whose codec rounds stochastically.
         """
         pieces = encode_frame(kind, meta, tensors, generators=generators)
         return decode_frame(_body(self._call("POST", path, pieces, media=FRAME_MEDIA_TYPE)))
 
-    # What every request goes through
+    # Shared by all requests
 
     def _message(self, kind: type[M], *args: Any, **kwargs: Any) -> M:
         return parse_message(kind, self._json(*args, **kwargs))
@@ -223,27 +235,27 @@ class Server:
         message: Message | None = None,
         *,
         key: str | None = None,
-        extra: Mapping[str, str] | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> Any:
         pieces = [memoryview(message.model_dump_json().encode())] if message else []
         media = "application/json" if message else None
-        answer = self._call(method, path, pieces, media=media, key=key, extra=extra)
-        return _parse_json(_body(answer))
+        response = self._call(method, path, pieces, media=media, key=key, headers=headers)
+        return _parse_json(_body(response))
 
     def _download(self, path: str, start: int) -> Body:
-        extra = {"range": f"bytes={start}-{start + _PIECE_BYTES - 1}"}
-        answer = self._call("GET", path, [], extra=extra)
-        if answer.status_code != httpx.codes.PARTIAL_CONTENT:
-            return _body(answer)[start:]  # a server, or a proxy, that knows no ranges
-        stated = answer.headers.get("content-range", "")
-        if not re.match(rf"bytes {start}-", stated):
+        headers = {"range": f"bytes={start}-{start + _PIECE_BYTES - 1}"}
+        response = self._call("GET", path, [], headers=headers)
+        if response.status_code != httpx.codes.PARTIAL_CONTENT:
+            return _body(response)[start:]  # the server, or a proxy, does not support ranges
+        content_range = response.headers.get("content-range", "")
+        if not re.match(rf"bytes {start}-", content_range):
             raise MalformedFrame(
                 "the server answered with another part of the file",
                 field="content-range",
                 limit=f"bytes {start}-",
-                value=stated,
+                value=content_range,
             )
-        return _body(answer)
+        return _body(response)
 
     def _call(
         self,
@@ -253,18 +265,18 @@ class Server:
         *,
         media: str | None = None,
         key: str | None = None,
-        extra: Mapping[str, str] | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> httpx.Response:
-        headers = self._headers.copy()
-        if extra:
-            headers.update(extra)
+        sent = self._headers.copy()
+        if headers:
+            sent.update(headers)
         if media is not None:
-            headers["content-type"] = media
+            sent["content-type"] = media
         if method != "GET":
-            headers["content-length"] = str(frame_length(pieces))
+            sent["content-length"] = str(frame_length(pieces))
         if key is not None:
-            headers[IDEMPOTENCY_HEADER] = key
-        return self._retry.call(lambda: self._attempt(method, path, pieces, headers))
+            sent[IDEMPOTENCY_HEADER] = key
+        return self._retry.call(lambda: self._attempt(method, path, pieces, sent))
 
     def _attempt(
         self, method: str, path: str, pieces: list[memoryview], headers: httpx.Headers
@@ -273,14 +285,14 @@ class Server:
         headers[REQUEST_ID_HEADER] = request_id
         request = httpx.Request(
             method,
-            self._address(path),
+            self._resolve(path),
             headers=headers,
             stream=_Pieces(pieces),
             extensions={"timeout": self._timeouts},
         )
         try:
-            # Not through httpx's client: cookies, redirects and merged headers, of which there are
-            # none, took a third of the time that the processor spent on 1.5 MB there and back.
+            # Without httpx's client: its handling of cookies, redirects and headers, all unused
+            # here, takes a third of the CPU time of a round trip of 1.5 MB.
             response = self._transport.handle_request(request)
         except httpx.TransportError as error:
             raise Unreachable(
@@ -290,21 +302,21 @@ class Server:
                 hint="is the server running, and can this device reach it?",
             ) from (_tls_refusal(error) or error)
         if not response.is_success:
-            refused = _refusal(response)
+            refusal = _refusal(response)
             log.info(
-                "request %s %s %s refused: %s (%s)", request_id, method, path, refused.code, refused
+                "request %s %s %s refused: %s (%s)", request_id, method, path, refusal.code, refusal
             )
-            raise refused
+            raise refusal
         log.debug("request %s %s %s -> %d", request_id, method, path, response.status_code)
         return response
 
-    def _join(self, path: str) -> httpx.URL:
+    def _resolve_path(self, path: str) -> httpx.URL:
         prefix = self._base.raw_path.rstrip(b"/")
         return self._base.copy_with(raw_path=prefix + httpx.URL(path).raw_path)
 
 
 class _Pieces(httpx.SyncByteStream):
-    """A body that can be sent again, unlike an iterator."""
+    """A request body that can be sent again, unlike an iterator."""
 
     def __init__(self, pieces: list[memoryview]) -> None:
         self._pieces = pieces
@@ -321,14 +333,18 @@ def _base_url(url: str) -> httpx.URL:
     usable = parsed.scheme in ("http", "https") and parsed.host
     if not usable or not 0 < (parsed.port or 80) < 65536:
         raise InvalidField(
-            "the server's address is http://HOST:PORT or https://HOST:PORT", field="url", value=url
+            "the server's address has to be http://HOST:PORT or https://HOST:PORT",
+            field="url",
+            value=url,
         )
     return parsed
 
 
 def _bearer(token: str, field: str) -> str:
     if not re.fullmatch(r"[!-~]+", token):
-        raise InvalidField("a token is of visible ASCII characters, without spaces", field=field)
+        raise InvalidField(
+            "a token has to consist of visible ASCII characters, without spaces", field=field
+        )
     return f"Bearer {token}"
 
 
@@ -345,10 +361,10 @@ def _body(response: httpx.Response) -> Body:
 def _refusal(response: httpx.Response) -> SFPromptError:
     if response.is_redirect:
         return InvalidField(
-            "the server is at another address",
+            "the server redirects to another address",
             field="url",
             value=response.headers["location"],
-            hint="give that address",
+            hint="use that address",
         )
     try:
         wire = json.loads(bytes(_body(response)))
@@ -356,24 +372,24 @@ def _refusal(response: httpx.Response) -> SFPromptError:
         wire = None
     error = error_from_wire(wire, response.status_code)
     if error.retry_after_s is None:
-        error.retry_after_s = _seconds(response.headers.get("retry-after", ""))
+        error.retry_after_s = _parse_seconds(response.headers.get("retry-after", ""))
     return error
 
 
-def _seconds(text: str) -> float | None:
-    """What a Retry-After header asks for, if it does so in seconds."""
+def _parse_seconds(text: str) -> float | None:
+    """Parse a Retry-After header; None unless it gives seconds."""
     try:
         seconds = float(text)
     except ValueError:
         return None
-    return min(seconds, _LONGEST_WAIT_S) if seconds >= 0 and not math.isnan(seconds) else None
+    return min(seconds, _MAX_RETRY_AFTER_S) if seconds >= 0 and not math.isnan(seconds) else None
 
 
 def _parse_json(body: Body) -> Any:
     try:
         return json.loads(bytes(body)) if body else None
     except (ValueError, RecursionError) as error:
-        raise MalformedFrame("the server's answer is not JSON", field="body") from error
+        raise MalformedFrame("the server's response is not JSON", field="body") from error
 
 
 def _tls_refusal(error: BaseException) -> ssl.SSLError | None:

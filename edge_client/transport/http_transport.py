@@ -1,9 +1,9 @@
 """An httpx transport that counts every byte at the socket.
 
-httpx's own engine parses and copies each chunk in Python; for tensors of a megabyte that is most
-of the client's time. This one writes the request's pieces straight to the socket and reads the
-response into one buffer, and it is where the meter sits: below HTTP, so headers count. What TLS
-adds below it does not. A simulated link, if there is one, sits at the same place.
+httpx's default transport parses and copies each chunk in Python, which takes most of the client's
+time for tensors of a megabyte. This one writes the request's pieces to the socket and reads the
+response into one buffer. Bytes are counted below HTTP and above TLS: headers count, TLS's own
+bytes do not. A simulated link acts at the same place.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from collections.abc import Iterator
 
 import httpx
 
-from edge_client.transport.connection import BROKEN, Body, BrokenAnswer, Connection, RawResponse
+from edge_client.transport.connection import BROKEN, Connection
 from edge_client.transport.link import Line, Link
+from edge_client.transport.response import Body, BrokenResponse, RawResponse
 from protocol.limits import DEFAULT_LIMITS
 from protocol.traffic import Traffic
 
@@ -27,16 +28,15 @@ _Origin = tuple[bytes, bytes, int | None]
 class MeteredTransport(httpx.BaseTransport):
     """Sends httpx requests over kept-alive connections and counts their bytes by phase.
 
+    If a kept-alive connection turns out to be dead, its request is sent again on a new one. That
+    is safe because every request of the protocol may be repeated.
+
     Args:
         tls: the context of ``https`` connections; None: the system's trust store.
         connect_timeout_s: seconds to wait for a connection.
         max_body_bytes: of one response.
-        prefix: what precedes the protocol's own paths in the server's address.
-        link: take the time that this link would, shared by all connections; None: just loopback
-            or the real network.
-
-    A request whose kept-alive connection turns out to be dead is sent once more on a new one;
-    that is safe because every request of the protocol may be repeated.
+        prefix: path in the server's address that precedes the protocol's paths.
+        link: simulated link, shared by all connections; None: the real network.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class MeteredTransport(httpx.BaseTransport):
         self._traffic = Traffic()
 
     def traffic(self) -> Traffic:
-        """A copy of what has been counted so far."""
+        """Return a copy of the counts so far."""
         with self._lock:
             return self._traffic.copy()
 
@@ -65,9 +65,9 @@ class MeteredTransport(httpx.BaseTransport):
         """Send one request and read its whole response.
 
         Raises:
-            httpx.ConnectError: no connection could be made (also: a certificate was refused).
+            httpx.ConnectError: the connection failed, or a certificate was refused.
             httpx.TimeoutException: the server did not answer in time.
-            httpx.ReadError: the connection broke in the middle.
+            httpx.ReadError: the connection broke during the exchange.
             TooLarge: the response is over ``max_body_bytes``.
         """
         timeouts = request.extensions.get("timeout", {})
@@ -77,27 +77,27 @@ class MeteredTransport(httpx.BaseTransport):
         try:
             received = connection.socket.received
             try:
-                answer = self._exchange(connection, request, read_timeout)
+                response = self._exchange(connection, request, read_timeout)
             except BROKEN:
                 stale = connection.used and connection.socket.received == received
                 if not stale:
                     raise
                 connection = self._open(request)
-                answer = self._exchange(connection, request, read_timeout)
+                response = self._exchange(connection, request, read_timeout)
         except TimeoutError as error:
             raise httpx.ReadTimeout(
-                f"no answer within {read_timeout:g} s", request=request
+                f"no response within {read_timeout:g} s", request=request
             ) from error
-        except (OSError, BrokenAnswer) as error:
+        except (OSError, BrokenResponse) as error:
             raise httpx.ReadError(str(error) or type(error).__name__, request=request) from error
         if not connection.closed:
             with self._lock:
                 self._idle.setdefault(origin, []).append(connection)
         return httpx.Response(
-            answer.status,
-            headers=answer.headers,
-            stream=_Body(answer.body),
-            extensions={BODY_EXTENSION: answer.body},
+            response.status,
+            headers=response.headers,
+            stream=_Body(response.body),
+            extensions={BODY_EXTENSION: response.body},
         )
 
     def close(self) -> None:
@@ -125,18 +125,18 @@ class MeteredTransport(httpx.BaseTransport):
                 )
 
     def _take(self, origin: _Origin, request: httpx.Request) -> Connection:
-        """A kept-alive connection, or a new one.
+        """Take a kept-alive connection, or open one.
 
-        Those that the server has ended meanwhile are closed: whatever is still sent into one
-        counts here, and never arrives.
+        Connections that the server has closed meanwhile are dropped here: bytes sent on one would
+        be counted and never arrive.
         """
-        while (connection := self._idle_one(origin)) is not None:
-            if connection.socket.silent:
+        while (connection := self._pop_idle(origin)) is not None:
+            if connection.socket.is_silent:
                 return connection
             connection.close()
         return self._open(request)
 
-    def _idle_one(self, origin: _Origin) -> Connection | None:
+    def _pop_idle(self, origin: _Origin) -> Connection | None:
         with self._lock:
             idle = self._idle.get(origin)
             return idle.pop() if idle else None
@@ -144,7 +144,7 @@ class MeteredTransport(httpx.BaseTransport):
     def _open(self, request: httpx.Request) -> Connection:
         secure = request.url.scheme == "https"
         if secure and self._tls is None:
-            self._tls = ssl.create_default_context()  # reads the trust store: once is enough
+            self._tls = ssl.create_default_context()  # reads the trust store, so only once
         tls = self._tls if secure else None
         try:
             return Connection(request.url, tls, self._connect_timeout_s, self._line)

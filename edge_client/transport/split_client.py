@@ -1,4 +1,4 @@
-"""The split plane as the device sees it: tensors up, tensors down, in the run's codecs."""
+"""Client of the split plane: tensors up, tensors down, in the run's codecs."""
 
 from __future__ import annotations
 
@@ -24,52 +24,59 @@ from protocol.wire import (
 )
 from split_model import Head, anatomy, needed_tokens
 
-_IDS_AT_ONCE = 16_384
+_MAX_IDS = 16_384  # in one request
+
+_FLOAT_BYTES = 4
+
+_HEADER_BYTES = MIB
 
 Payload = Mapping[str, tuple[Tensor, str]]
 
 
 class SamplesMissing(SFPromptError):
-    """The server does not keep some of the samples that a request names; nothing has changed.
+    """The server's cache lacks samples that a request names; the request changed nothing.
 
     Attributes:
-        places: of these samples, among those named.
+        places: indices of the missing samples in the request, ascending.
     """
 
     def __init__(self, places: list[int]) -> None:
         super().__init__(
-            "the server lacks samples that this device has sent",
+            "the server's cache lacks samples that this device has sent",
             field="ids",
             limit=0,
             value=len(places),
-            hint="it may keep too few: raise its samples_mib and participant_samples_mib",
+            hint="its cache may be too small: raise samples_mib and participant_samples_mib",
         )
         self.places = places
 
 
 class SplitPlane:
-    """Requests of one run's split plane.
+    """Sends the requests of one run's split plane.
 
-    A batch is smashed data [B, T, D], or the ids [B, 16] (uint8) of samples that the server keeps.
-    Features come back as [B, T', D]: T' are all tokens, prompts included, or with
-    ``wire.pooled_features`` those that the tail reads.
+    A batch is smashed data [B, T, D], or the ids [B, 16] (uint8) of samples in the server's cache.
+    Features are [B, T', D]: T' counts all tokens, prompts included, or with
+    ``wire.pooled_features`` only those that the tail reads.
 
     Args:
         server: authenticated.
         run: the run's settings.
-        copies_bytes: how much memory the copies of what was sent may take.
+        delta_cache_bytes: memory budget of the delta cache.
 
     Attributes:
-        copies: of what the server has of the training samples, where their changes are sent.
+        deltas: the training samples' smashed data as the server has them; None: the run does not
+            send differences (``wire.delta_smashed``).
     """
 
-    def __init__(self, server: Server, run: RunPlan, copies_bytes: int = 256 * 1024 * 1024) -> None:
+    def __init__(
+        self, server: Server, run: RunPlan, delta_cache_bytes: int = 256 * 1024 * 1024
+    ) -> None:
         self._server = server
         self._wire = run.wire
-        self.copies: DeltaCache | None = None
+        self.deltas: DeltaCache | None = None
         if run.wire.delta_smashed is not None:
-            self.copies = DeltaCache(
-                run.wire.smashed, run.wire.delta_smashed, run.wire.skip_below, copies_bytes
+            self.deltas = DeltaCache(
+                run.wire.smashed, run.wire.delta_smashed, run.wire.skip_below, delta_cache_bytes
             )
         split = run.model
         sizes = anatomy(split)
@@ -78,18 +85,23 @@ class SplitPlane:
         self._features = (tokens if num_tokens is None else num_tokens, sizes.width)
 
     def forward(self, batch: Tensor | DeltaBatch, *, step: str, round_: int) -> Tensor:
-        """Features [B, T', D] of smashed data [B, T, D]; the server keeps the step.
+        """Compute the features [B, T', D] of smashed data [B, T, D]; the server retains the step.
+
+        Args:
+            batch: smashed data, or their differences from what the server has.
+            step: the step's name, unique in the run.
+            round_: the round's number.
 
         Raises:
-            SamplesMissing: the server lacks copies that a revision is against; forget them too,
-                then send another revision under another name.
+            SamplesMissing: the server lacks samples that the differences refer to. Drop them from
+                the delta cache, then send a new batch under a new name.
         """
         meta = {"step": step, "round": round_}
         tensors = batch.tensors if isinstance(batch, DeltaBatch) else self._batch(batch)
-        reply = self._server.ask(FORWARD_PATH, "forward", meta, tensors)
+        response = self._server.send_frame(FORWARD_PATH, "forward", meta, tensors)
         if isinstance(batch, DeltaBatch):
-            _require_kept(reply, len(batch))
-        return _tensor(reply, "features", (len(batch), *self._features))
+            _check_none_missing(response, len(batch))
+        return _tensor(response, "features", (len(batch), *self._features))
 
     def backward(
         self,
@@ -100,42 +112,48 @@ class SplitPlane:
         smashed: tuple[int, ...],
         noise: torch.Generator | None = None,
     ) -> Tensor:
-        """The gradient [B, T, D] of a step's smashed data, from that of its features.
+        """Compute the gradient [B, T, D] of a step's smashed data from that of its features.
 
         Args:
             gradients: [B, T', D].
-            step, round_: as in the step's `forward`.
-            smashed: the shape of what comes back.
-            noise: rounds the gradients at random, where their codec rounds.
+            step: as in the step's `forward`.
+            round_: as in the step's `forward`.
+            smashed: the shape of the smashed data.
+            noise: generator for stochastic rounding; None: round to nearest.
+
+        Raises:
+            StepLost: the server no longer retains the step.
         """
-        reply = self._server.ask(
+        response = self._server.send_frame(
             BACKWARD_PATH,
             "backward",
             {"step": step, "round": round_},
             {"gradients": (gradients, self._wire.gradients)},
             _rounding(noise),
         )
-        return _tensor(reply, "gradients", smashed)
+        return _tensor(response, "gradients", smashed)
 
     def body_forward(self, smashed: Tensor, meta: BodyStepMeta) -> Tensor:
-        """Features [B, T', D] of smashed data [B, T, D], through this session's own body.
+        """Compute the features [B, T', D] of smashed data [B, T, D] with the session's tuned body.
 
-        A session begins when the server has room for its body, however long others have theirs: the
-        round's end ends the waiting.
+        The first step waits until the server has memory for another body, at most until the round
+        is over.
 
         Raises:
-            StepLost: the session is gone; begin the round anew.
+            StepLost: the server lost the session; start the round again.
             StaleRound: the round is over.
         """
         batch = self._batch(smashed)
         while True:
             try:
-                reply = self._server.ask(FORWARD_PATH, "forward", meta.model_dump(), batch)
+                response = self._server.send_frame(
+                    FORWARD_PATH, "forward", meta.model_dump(), batch
+                )
                 break
             except Busy:
                 if meta.number > 0:
                     raise
-        return _tensor(reply, "features", (len(smashed), *self._features))
+        return _tensor(response, "features", (len(smashed), *self._features))
 
     def body_backward(
         self,
@@ -144,14 +162,16 @@ class SplitPlane:
         smashed: tuple[int, ...],
         noise: torch.Generator | None = None,
     ) -> Tensor:
-        """The gradient [B, T, D] of the smashed data; the session's body is tuned, once.
+        """Compute the smashed data's gradient [B, T, D]; the server tunes the session's body.
 
         Arguments and errors are those of `backward` and `body_forward`.
         """
         tensors = {"gradients": (gradients, self._wire.gradients)}
         rounding = _rounding(noise)
-        reply = self._server.ask(BACKWARD_PATH, "backward", meta.model_dump(), tensors, rounding)
-        return _tensor(reply, "gradients", smashed)
+        response = self._server.send_frame(
+            BACKWARD_PATH, "backward", meta.model_dump(), tensors, rounding
+        )
+        return _tensor(response, "gradients", smashed)
 
     def exchange(
         self,
@@ -160,13 +180,20 @@ class SplitPlane:
         batch: Tensor | None,
         noise: torch.Generator | None = None,
     ) -> Tensor | None:
-        """The gradients [B, T', D] of the last batch up; features [B, T', D] of the next one down.
+        """Send the last batch's gradients and request the next batch's features.
 
-        ``noise`` rounds the gradients at random, where their codec rounds.
+        Args:
+            meta: the exchange's number in its session.
+            gradients: [B, T', D] of the last batch; None: this is the first exchange.
+            batch: the next batch; None: this is the last exchange.
+            noise: generator for stochastic rounding; None: round to nearest.
+
+        Returns:
+            The next batch's features [B, T', D]; None at the last exchange.
 
         Raises:
-            SamplesMissing: keep them first, then send the same again.
-            StepLost: the session is gone; begin the round anew.
+            SamplesMissing: upload these samples, then send the same exchange again.
+            StepLost: the server lost the session; start the round again.
         """
         tensors: dict[str, tuple[Tensor, str]] = {}
         if gradients is not None:
@@ -174,40 +201,48 @@ class SplitPlane:
         if batch is not None:
             tensors |= self._batch(batch)
         rounding = _rounding(noise)
-        reply = self._server.ask(EXCHANGE_PATH, "exchange", meta.model_dump(), tensors, rounding)
+        response = self._server.send_frame(
+            EXCHANGE_PATH, "exchange", meta.model_dump(), tensors, rounding
+        )
         if batch is None:
-            require_kind(reply, "features")
+            require_kind(response, "features")
             return None
-        _require_kept(reply, len(batch))
-        return _tensor(reply, "features", (len(batch), *self._features))
+        _check_none_missing(response, len(batch))
+        return _tensor(response, "features", (len(batch), *self._features))
 
     def infer(self, batch: Tensor, *, step: str, round_: int, state: str | None = None) -> Tensor:
-        """Features [B, T', D] of a batch; the server keeps nothing.
+        """Compute the features [B, T', D] of a batch; the server retains nothing.
 
-        ``state`` is the global state whose tail will read them; None: whichever is the newest.
+        Args:
+            batch: smashed data or ids.
+            step: names the request.
+            round_: the round's number.
+            state: SHA-256 of the global state whose prompts to use; None: the newest.
 
         Raises:
-            SamplesMissing: as in `exchange`.
+            SamplesMissing: upload these samples, then send the same request again.
             StaleRound: the server's prompts are of a newer state.
         """
         meta = {"step": step, "round": round_, "state": state}
-        reply = self._server.ask(INFER_PATH, "infer", meta, self._batch(batch))
-        _require_kept(reply, len(batch))
-        return _tensor(reply, "features", (len(batch), *self._features))
+        response = self._server.send_frame(INFER_PATH, "infer", meta, self._batch(batch))
+        _check_none_missing(response, len(batch))
+        return _tensor(response, "features", (len(batch), *self._features))
 
-    def keep(self, ids: Tensor, smashed: Tensor) -> None:
-        """Smashed data [B, T, D] for the server to keep under these ids [B, 16]."""
+    def store_samples(self, ids: Tensor, smashed: Tensor) -> None:
+        """Store smashed data [B, T, D] in the server's cache under these ids [B, 16]."""
         tensors = {"ids": (ids, "uint8"), "smashed": (smashed, self._wire.smashed)}
-        require_kind(self._server.ask(SAMPLES_PATH, "samples", {}, tensors), "kept")
+        response = self._server.send_frame(SAMPLES_PATH, "samples", {}, tensors)
+        require_kind(response, "kept")
 
     def missing(self, ids: Tensor) -> list[int]:
-        """Which of these samples [B, 16] the server does not keep, by their places."""
-        lacking: list[int] = []
-        for start in range(0, len(ids), _IDS_AT_ONCE):
-            asked = ids[start : start + _IDS_AT_ONCE]
-            reply = self._server.ask(MISSING_PATH, "missing", {}, {"ids": (asked, "uint8")})
-            lacking += [start + place for place in _places(reply, len(asked))]
-        return lacking
+        """Return the indices of those ids [B, 16] that the server's cache lacks."""
+        missing: list[int] = []
+        for start in range(0, len(ids), _MAX_IDS):
+            tensors = {"ids": (ids[start : start + _MAX_IDS], "uint8")}
+            response = self._server.send_frame(MISSING_PATH, "missing", {}, tensors)
+            requested = len(tensors["ids"][0])
+            missing += [start + place for place in _missing_places(response, requested)]
+        return missing
 
     def _batch(self, batch: Tensor) -> Payload:
         if batch.dtype == torch.uint8:
@@ -219,57 +254,54 @@ def _rounding(noise: torch.Generator | None) -> dict[str, torch.Generator]:
     return {} if noise is None else {"gradients": noise}
 
 
-def _require_kept(reply: Frame, named: int) -> None:
-    if reply.kind == "missing":
-        places = _places(reply, named)
+def _check_none_missing(response: Frame, requested: int) -> None:
+    if response.kind == "missing":
+        places = _missing_places(response, requested)
         if not places:
-            raise MalformedFrame("the server lacks samples and names none", field="places")
+            raise MalformedFrame(
+                "the server reports missing samples and names none", field="places"
+            )
         raise SamplesMissing(places)
 
 
-def _places(reply: Frame, named: int) -> list[int]:
-    require_kind(reply, "missing")
-    spec = reply.spec("places")
-    if spec.codec != "int64" or len(spec.shape) != 1 or spec.shape[0] > named:
+def _missing_places(response: Frame, requested: int) -> list[int]:
+    require_kind(response, "missing")
+    spec = response.spec("places")
+    if spec.codec != "int64" or len(spec.shape) != 1 or spec.shape[0] > requested:
         raise MalformedFrame(
-            "places are whole numbers, at most one for each sample",
+            "places have to be integers, at most one for each requested sample",
             field="places",
-            limit=[named],
+            limit=[requested],
             value=list(spec.shape),
         )
-    places: list[int] = reply.tensor("places").tolist()
-    if places != sorted(set(places)) or not all(0 <= place < named for place in places):
+    places: list[int] = response.tensor("places").tolist()
+    if places != sorted(set(places)) or not all(0 <= place < requested for place in places):
         raise MalformedFrame(
-            "the server names samples that the request did not", field="places", limit=named
+            "the server names samples that were not requested", field="places", limit=requested
         )
     return places
 
 
-def _tensor(reply: Frame, name: str, shape: tuple[int, ...]) -> Tensor:
-    require_kind(reply, name)
-    if reply.spec(name).shape != tuple(shape):
+def _tensor(response: Frame, name: str, shape: tuple[int, ...]) -> Tensor:
+    require_kind(response, name)
+    if response.spec(name).shape != tuple(shape):
         raise MalformedFrame(
             "the server answered with a tensor of another shape",
             field=name,
             limit=list(shape),
-            value=list(reply.spec(name).shape),
+            value=list(response.spec(name).shape),
         )
-    tensor = reply.tensor(name)
+    tensor = response.tensor(name)
     if not tensor.is_floating_point():
-        raise MalformedFrame("the server answered with whole numbers", field=name)
+        raise MalformedFrame("the server answered with integers, not floats", field=name)
     return tensor.to(torch.float32)
 
 
-_FLOAT_BYTES = 4
+def max_samples_per_frame(head: Head, limit: int) -> int:
+    """Return the number of samples, at most ``limit``, whose float32 features fit in a frame.
 
-_HEADER_BYTES = MIB
-
-
-def max_samples_per_frame(head: Head, most: int) -> int:
-    """At most ``most``, and fewer where all their tokens in float32 would be over the limit.
-
-    Tokens are those of the body, prompts included: answers may be as large as what was sent.
+    Counts the body's tokens, prompts included: a response may be larger than its request.
     """
     tokens = head.sizes.tokens + head.settings.prompt_count
-    row = tokens * head.sizes.width * _FLOAT_BYTES
-    return max(1, min(most, (DEFAULT_LIMITS.max_frame_bytes - _HEADER_BYTES) // row))
+    sample_bytes = tokens * head.sizes.width * _FLOAT_BYTES
+    return max(1, min(limit, (DEFAULT_LIMITS.max_frame_bytes - _HEADER_BYTES) // sample_bytes))

@@ -12,7 +12,7 @@ from PIL import Image
 from edge_client.cli import _join_as
 from edge_client.data import Dataset, limit_per_set, load_dataset
 from edge_client.data.folder import load_folder
-from edge_client.participant import Participant
+from edge_client.participant import JoinedRun, Participant
 from edge_client.storage.identity import Identity
 from edge_client.transport import Server
 from protocol.messages import Results
@@ -47,7 +47,7 @@ def test_a_device_goes_on_without_images_that_are_gone(
 ) -> None:
     told, joined = RecordingReporter(), []
 
-    def lose(participant: Participant) -> None:
+    def lose(participant: JoinedRun) -> None:
         joined.append(participant)
         participant.data.train.store.paths[3].unlink()  # type: ignore[attr-defined]
         participant.data.test.store.paths[1].write_bytes(b"no image")  # type: ignore[attr-defined]

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from edge_client.data import Dataset, limit_per_set, load_dataset, shuffled
-from edge_client.participant import Participant, succeeded
+from edge_client.participant import JoinedRun, Participant, succeeded
 from edge_client.transport import Server
 from protocol.messages import Results, RunStatus, Task
 from protocol.plan import RunPlan
@@ -106,7 +106,7 @@ def take_part(
     data: Dataset,
     home: Path,
     told: RecordingReporter,
-    started: Callable[[Participant], None] = lambda _: None,
+    started: Callable[[JoinedRun], None] = lambda _: None,
 ) -> Done:
     """Create a run and go through it as its only device."""
     with (
@@ -114,8 +114,8 @@ def take_part(
         contextlib.closing(Server(url)) as client,
     ):
         run = operator.create_run(Custom.of(settings))
-        participant = Participant(client, data, home, "only", told)
-        participant.join(run.id, key="join-1")
+        device = Participant(client, data, home, "only", told)
+        participant = device.join(run.id, key="join-1")
         started(participant)
         assert succeeded(participant.take_part())
         results = operator.results(run.id)
@@ -187,11 +187,11 @@ def test_one_device_with_sgd_tunes_what_the_uncut_model_would(
     )
     tails: list[dict[str, Tensor]] = []
     states: list[dict[str, Tensor]] = []  # after each round
-    found: list[Participant] = []
+    found: list[JoinedRun] = []
     told = RecordingReporter(steps=lambda: tails.append(found[0].model.state()))
     told.evaluated = lambda: states.append(newest_state(folder_of(node), found[0].run.id)[1])
 
-    def started(participant: Participant) -> None:
+    def started(participant: JoinedRun) -> None:
         found.append(participant)
         states.append(newest_state(folder_of(node), participant.run.id)[1])
 
@@ -202,7 +202,7 @@ def test_one_device_with_sgd_tunes_what_the_uncut_model_would(
     assert len(initial["prompts"]) == (11 if depth == "deep" else 1)
 
     uncut = Uncut(settings, tmp_path / "backbones", initial)
-    samples = found[0]._train.images
+    samples = found[0].samples.train.images
     recorded = iter(tails)
     for round_ in (1, 2):
         optimizer = torch.optim.SGD(
@@ -298,11 +298,11 @@ def test_both_ends_count_the_same_bytes_in_every_phase(
 def test_samples_that_were_lost_on_the_way_change_no_bit_of_the_result(
     node: RunningServer, data: Dataset, tmp_path: Path, undisturbed: Done
 ) -> None:
-    found: list[Participant] = []
+    found: list[JoinedRun] = []
 
     def forget() -> None:
         participant = found[0]
-        headers = {**participant.server._headers, VERSION_HEADER: str(PROTOCOL_VERSION)}
+        headers = {**participant._server._headers, VERSION_HEADER: str(PROTOCOL_VERSION)}
         url = f"{node.url}/v1/runs/{participant.run.id}/samples"
         assert httpx.delete(url, headers=headers, trust_env=False).is_success
 
@@ -335,8 +335,9 @@ def test_a_device_that_is_taken_out_in_the_middle_of_a_round_stops(
     ):
         run = operator.create_run(Custom.of(everything(keep_smashed=keep)))
         told = RecordingReporter(at={(1, 2): lambda: elsewhere.leave(run.id)})
-        participant = Participant(client, data, tmp_path, "only", told)
-        elsewhere.authenticate(participant.join(run.id, key="join-1"))
+        device = Participant(client, data, tmp_path, "only", told)
+        participant = device.join(run.id, key="join-1")
+        elsewhere.authenticate(participant.credential)
         last = participant.take_part()
     assert (last.task, last.reason) == (Task.STOP, "you have left this run")
     assert "trained" not in told.events

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from edge_client.data import limit_per_set, load_dataset, shuffled
-from edge_client.participant import Participant
+from edge_client.participant import JoinedRun, Participant
 from edge_client.transport import Server
 from protocol.plan import RunPlan
 from protocol.seeds import derive_seed
@@ -29,7 +29,7 @@ class Recorder:
     """Keeps a copy of prompts and tail after every step of split training."""
 
     def __init__(self) -> None:
-        self.participant: Participant | None = None
+        self.participant: JoinedRun | None = None
         self.states: list[dict[str, Tensor]] = []
 
     def event(self, kind: str, **data: Any) -> None:
@@ -107,15 +107,15 @@ def test_one_device_with_sgd_equals_the_uncut_model_step_by_step(
     with contextlib.closing(server.operator()) as operator:
         run = operator.create_run(Custom.of(settings))
     with contextlib.closing(Server(server.url)) as client:
-        participant = Participant(client, data, tmp_path / "blobs", "only", recorder)
+        device = Participant(client, data, tmp_path / "blobs", "only", recorder)
+        participant = device.join(run.id, key="join-1")
         recorder.participant = participant
-        participant.join(run.id, key="join-1")
         _, initial = newest_state(server.data_dir, run.id)
         participant.take_part()
     _, final = newest_state(server.data_dir, run.id)
 
     uncut = Uncut(settings, tmp_path / "backbones", initial)
-    samples = participant._train.images
+    samples = participant.samples.train.images
     step = 0
     for round_ in (1, 2):
         optimizer = torch.optim.SGD(

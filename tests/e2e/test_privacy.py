@@ -52,8 +52,8 @@ def run_through(node: RunningServer, settings: RunPlan, home: Path) -> tuple[Res
             own = Dataset(part.take(data.train, "iid", 0), part.take(data.test, "iid", 0))
             with contextlib.closing(Server(node.url)) as client:
                 device = Participant(client, own, home / str(number), f"d{number}", Silent())
-                device.join(run.id, key=f"join-{number}")
-                done.append(succeeded(device.take_part()))
+                joined = device.join(run.id, key=f"join-{number}")
+                done.append(succeeded(joined.take_part()))
 
         threads = [threading.Thread(target=take_part, args=(n + 1,)) for n in range(DEVICES)]
         for thread in threads:

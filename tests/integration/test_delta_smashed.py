@@ -100,8 +100,8 @@ class Device:
         run = created(server, wire, **training)
         data = Dataset(image_set(SAMPLES), image_set(1))
         with contextlib.closing(Server(server.url)) as client:
-            self.participant = Participant(client, data, folder / run, "only", self)
-            self.participant.join(run, key="join")
+            device = Participant(client, data, folder / run, "only", self)
+            self.participant = device.join(run, key="join")
             self.owner = Owner(run, self.participant.id)
             self.initial = load_state(
                 self.participant.files.fetch(self.participant.run.state, lambda _: b"")
@@ -131,7 +131,7 @@ class Device:
         return sum(len(sent.tensors[part][0]) for _, sent in self.sent if part in sent.tensors)
 
     def _disagreements(self) -> int:
-        copies = self.participant._plane.copies
+        copies = self.participant.samples.plane.deltas
         if copies is None:
             return 0
         names = [bytes(name.tolist()) for name in copies._ids(list(copies._copies))]
@@ -146,7 +146,7 @@ class Device:
         )
 
     def _watch(self) -> None:
-        plane, copies = self.participant._plane, self.participant._plane.copies
+        plane, copies = self.participant.samples.plane, self.participant.samples.plane.deltas
         if copies is None:
             return
         forward, revise = plane.forward, copies.revise
@@ -248,7 +248,7 @@ def test_a_server_that_loses_its_copies_asks_for_them(
 def test_a_device_that_forgets_sends_whole_again(server: RunningServer, tmp_path: Path) -> None:
     def forget(device: Device, done: int) -> None:
         if done == 5:
-            device.participant._plane.copies.forget([(0, None), (3, None)])
+            device.participant.samples.plane.deltas.forget([(0, None), (3, None)])
 
     device = Device(server, tmp_path, CODED, forget, split_epochs=4)
     assert device.missing == []
@@ -274,7 +274,7 @@ def test_what_codecs_leave_out_corrects_the_gradient(
     model = device_model()
     with torch.no_grad():
         model.prompts.copy_(corrected.initial["prompts"])
-    images, _ = corrected.participant._train.images.read(range(SAMPLES))
+    images, _ = corrected.participant.samples.train.images.read(range(SAMPLES))
     smashed = model.head(images, model.prompts)
     smashed.backward(weight * (smashed.detach() - as_decoded(smashed.detach(), "int4")))
     moved = corrected.states[0]["prompts"] - without.states[0]["prompts"]

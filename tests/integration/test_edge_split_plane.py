@@ -95,7 +95,7 @@ def test_samples_go_up_once_and_then_by_their_ids() -> None:
         server = impatient(raw)
         split = plane(server, "cut", keep_smashed=True, smashed="float16")
         assert split.missing(IDS) == [1]
-        split.keep(IDS[1:], BARE[1:])
+        split.store_samples(IDS[1:], BARE[1:])
         split.exchange(META.model_copy(update={"number": 0}), None, IDS)
         split.infer(IDS, step="t", round_=3)
         server.close()
@@ -229,7 +229,7 @@ def test_frames_of_another_kind_or_version_are_refused() -> None:
         for ask in (
             lambda: split.infer(IDS, step="s", round_=1),
             lambda: split.missing(IDS),
-            lambda: split.keep(IDS, BARE),
+            lambda: split.store_samples(IDS, BARE),
         ):
             with pytest.raises(InvalidField):
                 ask()

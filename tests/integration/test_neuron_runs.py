@@ -123,8 +123,8 @@ def test_a_device_takes_every_new_head_and_goes_on(
     run = created(server)
     told, data = RecordingReporter(), Dataset(image_set(10), image_set(7, seed=1))
     with contextlib.closing(Server(server.url)) as client:
-        participant = Participant(client, data, tmp_path, "only", told)
-        participant.join(run.id, key="join-only")
+        device = Participant(client, data, tmp_path, "only", told)
+        participant = device.join(run.id, key="join-only")
         assert participant.take_part().status is RunStatus.FINISHED
         down = client.traffic().to_dict()["download"]["down"]
     assert len(told.of("trained")) == len(told.of("evaluated")) == 3
@@ -355,8 +355,8 @@ def test_a_device_that_is_too_late_for_a_head_asks_what_is_next(
     run = created(server, federation={"rounds": 2, "round_timeout_s": 4.0, "max_repeats": 0})
     told, data = RecordingReporter(), Dataset(image_set(10), image_set(7, seed=1))
     with contextlib.closing(Late(server.url)) as client:
-        participant = Participant(client, data, tmp_path, "late", told)
-        participant.join(run.id, "join-late")
+        device = Participant(client, data, tmp_path, "late", told)
+        participant = device.join(run.id, "join-late")
         assert participant.run.head == run.head, "it has looked again"
         last = participant.take_part()
     assert last.status is RunStatus.FAILED, "nobody trained"
@@ -371,8 +371,8 @@ def test_changes_and_a_rounded_head_go_with_it(server: RunningServer, tmp_path: 
     run = created(server, federation={"rounds": 2}, wire=rounded, model=prompted)
     told, data = RecordingReporter(), Dataset(image_set(10), image_set(7, seed=1))
     with contextlib.closing(Server(server.url)) as client:
-        participant = Participant(client, data, tmp_path, "only", told)
-        participant.join(run.id, "join-rounded")
+        device = Participant(client, data, tmp_path, "only", told)
+        participant = device.join(run.id, "join-rounded")
         assert participant.take_part().status is RunStatus.FINISHED
     [taken] = told.of("head-taken")
     head = results_of(server, run.id).run.head

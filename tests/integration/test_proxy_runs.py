@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from edge_client.data import BatchReader, Dataset
-from edge_client.participant import Participant
+from edge_client.participant import JoinedRun, Participant
 from edge_client.transport import Server
 from protocol.messages import RunStatus, RunView
 from protocol.plan import RunPlan
@@ -75,11 +75,11 @@ class RecordingWatcher:
         pass
 
 
-def take_part(server: RunningServer, folder: Path, run: RunView) -> Participant:
+def take_part(server: RunningServer, folder: Path, run: RunView) -> JoinedRun:
     data = Dataset(image_set(10), image_set(7, seed=1))
     with contextlib.closing(Server(server.url)) as client:
-        participant = Participant(client, data, folder, "only", RecordingWatcher())
-        participant.join(run.id, key="join-only")
+        device = Participant(client, data, folder, "only", RecordingWatcher())
+        participant = device.join(run.id, key="join-only")
         assert participant.take_part().status is RunStatus.FINISHED
     return participant
 

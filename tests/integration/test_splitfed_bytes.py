@@ -62,8 +62,8 @@ def test_the_bytes_of_start_and_training_are_the_calculated_ones(name: str, tmp_
         data = Dataset(image_set(SAMPLES), image_set(5, seed=1))
         with contextlib.closing(Server(server.url)) as client:
             participant = Participant(client, data, tmp_path / "blobs", "only", RecordingWatcher())
-            participant.join(run.id, key="join")
-            assert participant.take_part().status is RunStatus.FINISHED
+            joined = participant.join(run.id, key="join")
+            assert joined.take_part().status is RunStatus.FINISHED
         answer = operator.call("GET", f"/v1/runs/{run.id}/results")
         results = Results.model_validate(answer.json())
     torch.set_num_threads(threads)

@@ -82,8 +82,8 @@ class Device:
         self.states: list[dict[str, Tensor]] = []
         self.events: list[str] = []
         with contextlib.closing(Server(server.url)) as client:
-            self.participant = Participant(client, data, folder / name, name, self)
-            self.participant.join(run.id, key=f"join-{name}")
+            device = Participant(client, data, folder / name, name, self)
+            self.participant = device.join(run.id, key=f"join-{name}")
             self.initial = load_state(self.participant.files.fetch(run.state, lambda _: b""))
             self.last = self.participant.take_part()
             self.traffic = client.traffic().to_dict()

@@ -100,8 +100,8 @@ class Device:
     ) -> None:
         self.states: list[dict[str, Tensor]] = []
         with contextlib.closing(Server(server.url)) as client:
-            self.participant = Participant(client, data, folder / name, name, self)
-            self.participant.join(run.id, key=f"join-{name}")
+            device = Participant(client, data, folder / name, name, self)
+            self.participant = device.join(run.id, key=f"join-{name}")
             self.start_bytes = client.traffic().down[Phase.DOWNLOAD]
             self.start_bytes += client.traffic().down[Phase.UPDATES]
             held = self.participant.files.fetch(run.state, lambda _: b"")
@@ -265,8 +265,8 @@ def test_a_whole_run_with_its_bytes_its_export_and_its_predictions(
     for number, path in enumerate(paths):
         Image.fromarray(data.test.store.read(number).permute(1, 2, 0).numpy()).save(path)
     with contextlib.closing(Server(server.url)) as client:
-        predictor = Predictor(client, results.run, tmp_path / "predictions")
-        predictor.join("predict", "me (predict)")
+        folder = tmp_path / "predictions"
+        predictor = Predictor.join(client, results.run, folder, "predict", "me (predict)")
         found = list(predictor.predict(paths, top=3))
         moved = client.traffic().to_dict()
     assert moved["control"]["up"]

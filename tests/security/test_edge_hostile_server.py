@@ -21,7 +21,7 @@ def talk(answer: bytes, *, then_close: bool = True) -> SFPromptError:
             connection.receive()
 
     with RawServer(serve) as raw:
-        server = Server(raw.url, retry=RetryPolicy(patience_s=0), answer_timeout_s=1)
+        server = Server(raw.url, retry=RetryPolicy(patience_s=0), response_timeout_s=1)
         with pytest.raises(SFPromptError) as caught:
             server.runs()
         server.close()
@@ -118,7 +118,7 @@ def test_an_answer_to_another_question_is_not_read_as_the_next() -> None:
             connection.send(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n[]" + smuggled)
 
     with RawServer(serve) as raw:
-        server = Server(raw.url, retry=RetryPolicy(patience_s=0), answer_timeout_s=1)
+        server = Server(raw.url, retry=RetryPolicy(patience_s=0), response_timeout_s=1)
         assert [server.runs() for _ in range(3)] == [[], [], []]
         server.close()
 

@@ -193,7 +193,7 @@ NO_PATIENCE = RetryPolicy(patience_s=0)
 
 
 def impatient(server: RawServer, **more: object) -> Server:
-    return Server(server.url, retry=NO_PATIENCE, answer_timeout_s=5, **more)
+    return Server(server.url, retry=NO_PATIENCE, response_timeout_s=5, **more)
 
 
 SMALL = ModelPlan(
@@ -292,7 +292,7 @@ class BodyServer:
         """The split plane of a run with this server."""
         return SplitPlane(self, RunPlan(model=self.model))
 
-    def ask(
+    def send_frame(
         self,
         path: str,
         kind: str,

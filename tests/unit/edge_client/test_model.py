@@ -97,7 +97,7 @@ def test_a_new_state_is_taken_in_place(tmp_path: Path) -> None:
     parameters = [model.prompts, *model.tail.parameters()]
     other = {name: value + 1 for name, value in model.state().items()}
     save_state(other, tmp_path / "other.safetensors")
-    model.take(tmp_path / "other.safetensors")
+    model.load_global_state(tmp_path / "other.safetensors")
     assert all(torch.equal(model.state()[name], other[name]) for name in other)
     now = [model.prompts, *model.tail.parameters()]
     assert all(a is b for a, b in zip(parameters, now, strict=True))
@@ -157,7 +157,7 @@ def test_prompts_at_the_cut_are_not_on_the_device(tmp_path: Path) -> None:
     assert set(state) == set(load_state(files().state)) - {"prompts"}
     save_state(state | {"prompts": torch.zeros(1, 4, 192)}, tmp_path / "with-prompts")
     with pytest.raises(MalformedFrame):
-        model.take(tmp_path / "with-prompts")
+        model.load_global_state(tmp_path / "with-prompts")
 
 
 def test_damaged_files_are_typed_errors(tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_damaged_files_are_typed_errors(tmp_path: Path) -> None:
         with pytest.raises(MalformedFrame, match="cannot be used"):
             DeviceModel.load(SMALL, made.head, tmp_path / "state")
         with pytest.raises(MalformedFrame, match="cannot be used"):
-            device_model().take(tmp_path / "state")
+            device_model().load_global_state(tmp_path / "state")
 
 
 def test_a_state_of_another_shape_changes_nothing(tmp_path: Path) -> None:
@@ -179,5 +179,5 @@ def test_a_state_of_another_shape_changes_nothing(tmp_path: Path) -> None:
     before = model.state()
     save_state(before | {"prompts": torch.zeros(5, 192)}, tmp_path / "wrong")
     with pytest.raises(MalformedFrame):
-        model.take(tmp_path / "wrong")
+        model.load_global_state(tmp_path / "wrong")
     assert all(torch.equal(model.state()[name], before[name]) for name in before)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from edge_client.data import Dataset
-from edge_client.participant import Participant, succeeded
+from edge_client.participant import JoinedRun, Participant, succeeded
 from edge_client.reporter import BarReporter, JsonReporter
 from protocol.errors import (
     EmptyUpdate,
@@ -112,9 +112,9 @@ class Script(BodyServer):
         meta: UpdateMeta,
         state: dict[str, torch.Tensor],
         codec: str,
-        beside: dict[str, torch.Tensor],
+        extras: dict[str, torch.Tensor],
     ) -> UpdateReceipt:
-        assert not beside
+        assert not extras
         if meta.round in self.refusals:
             raise self.refusals[meta.round]
         self.updates.append((meta, state))
@@ -141,13 +141,12 @@ class RecordingReporter:
 
 def take_part(
     server: Script, folder: Path, name: str = "device"
-) -> tuple[RecordingReporter, Participant]:
+) -> tuple[RecordingReporter, JoinedRun]:
     told = RecordingReporter()
     data = Dataset(image_set(9), image_set(6, seed=1))
-    participant = Participant(server, data, folder, name, told)
-    participant.join("run", "key", "token")
-    assert succeeded(participant.take_part())
-    return told, participant
+    joined = Participant(server, data, folder, name, told).join("run", "key", "token")
+    assert succeeded(joined.take_part())
+    return told, joined
 
 
 TRAIN, EVALUATE, WAIT, STOP = Task.TRAIN, Task.EVALUATE, Task.WAIT, Task.STOP

@@ -103,11 +103,10 @@ class Host(BodyServer):
 def predictor(folder: Path, names: tuple[str, ...] | None = ("r", "g", "b")) -> Predictor:
     server = Host()
     server.run_view = server.view(names)
-    made = Predictor(server, server.run_view, folder)
-    made.join("key", "me (predict)")
+    joined = Predictor.join(server, server.run_view, folder, "key", "me (predict)")
     assert (server.request.train_samples, server.request.test_samples) == (0, 0)
     assert server.credential == "c"
-    return made
+    return joined
 
 
 def test_every_file_in_order_with_the_unreadable_named(tmp_path: Path) -> None:

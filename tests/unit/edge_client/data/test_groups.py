@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from edge_client.cli import _own_data
+from edge_client.cli import _load_data
 from edge_client.data import DataFormatError, PartitionError, load_dataset, partition
 from protocol.messages import BlobRef, RunStatus, RunView
 from protocol.settings import RunSettings
@@ -93,7 +93,7 @@ def own(folder: Path, part: str, *, shots: int | None = None, scheme: str = "nat
         head=ref,
         state=ref,
     )
-    found = _own_data(f"folder:{folder}", run, part, scheme, 5, 0.2, None, None, shots)
+    found = _load_data(f"folder:{folder}", run, part, scheme, 5, 0.2, None, None, shots)
     return [path.relative_to(folder).as_posix() for path in found.train.store.paths]
 
 

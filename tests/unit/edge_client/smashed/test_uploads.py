@@ -1,4 +1,4 @@
-"""Samples that the server keeps: only what it lacks is sent, under ids that tell it nothing."""
+"""Uploads to the server's cache: only missing samples are sent, under ids that reveal nothing."""
 
 from __future__ import annotations
 
@@ -37,32 +37,32 @@ def model() -> DeviceModel:
 
 
 class Plane:
-    """The server's end: what it keeps, and every request in its order."""
+    """A server's sample cache, with all requests in their order."""
 
     def __init__(self) -> None:
-        self.kept: dict[bytes, Tensor] = {}
-        self.asked: list[list[bytes]] = []  # whether it lacks these
+        self.cache: dict[bytes, Tensor] = {}
+        self.queries: list[list[bytes]] = []  # ids asked for by `missing`
         self.sent: list[list[bytes]] = []
         self.threads: set[int] = set()
         self.refuse: Exception | None = None
 
     def missing(self, ids: Tensor) -> list[int]:
-        self.asked.append(names(ids))
-        return [place for place, name in enumerate(names(ids)) if name not in self.kept]
+        self.queries.append(names(ids))
+        return [place for place, name in enumerate(names(ids)) if name not in self.cache]
 
-    def keep(self, ids: Tensor, smashed: Tensor) -> None:
+    def store_samples(self, ids: Tensor, smashed: Tensor) -> None:
         if self.refuse is not None:
             raise self.refuse
         self.threads.add(threading.get_ident())
         self.sent.append(names(ids))
-        self.kept |= zip(names(ids), smashed.clone(), strict=True)
+        self.cache |= zip(names(ids), smashed.clone(), strict=True)
 
     def request(self, ids: Tensor) -> Tensor:
-        """Any request that names samples."""
-        lacking = [place for place, name in enumerate(names(ids)) if name not in self.kept]
-        if lacking:
-            raise SamplesMissing(lacking)
-        return torch.stack([self.kept[name] for name in names(ids)])
+        """Answer a request that names samples by id."""
+        missing = [place for place, name in enumerate(names(ids)) if name not in self.cache]
+        if missing:
+            raise SamplesMissing(missing)
+        return torch.stack([self.cache[name] for name in names(ids)])
 
     @property
     def sent_names(self) -> list[bytes]:
@@ -75,7 +75,7 @@ def names(ids: Tensor) -> list[bytes]:
     return [bytes(row.tolist()) for row in ids]
 
 
-MakeKept = Callable[..., SampleUploader]
+MakeUploader = Callable[..., SampleUploader]
 
 
 @pytest.fixture
@@ -84,181 +84,183 @@ def plane() -> Plane:
 
 
 @pytest.fixture
-def keeping(model: DeviceModel, plane: Plane) -> MakeKept:
-    def one(
+def new_uploader(model: DeviceModel, plane: Plane) -> MakeUploader:
+    def create(
         images: BatchReader | None = None, secret: bytes = SECRET, form: str = "head float32"
     ) -> SampleUploader:
         images = images or reader(model)
-        made = HeadOutputs(model.head, images, PLENTY)
-        return SampleUploader(made, images, plane, secret, form)
+        head_outputs = HeadOutputs(model.head, images, PLENTY)
+        return SampleUploader(head_outputs, images, plane, secret, form)
 
-    return one
+    return create
 
 
-def test_ids_are_the_samples_own_and_the_same_after_a_restart(keeping: MakeKept) -> None:
-    ids = keeping().ids(EVERYTHING)
+def test_ids_are_unique_and_the_same_after_a_restart(new_uploader: MakeUploader) -> None:
+    ids = new_uploader().ids(EVERYTHING)
     assert (ids.shape, ids.dtype) == ((SAMPLES, 16), torch.uint8)
     assert len(set(names(ids))) == SAMPLES
-    again = keeping()
+    again = new_uploader()
     order = EVERYTHING.flip(0)
     assert torch.equal(again.ids(order[:5]), ids[order[:5]])
     assert torch.equal(again.ids(order), ids[order])
     assert torch.equal(again.ids(torch.tensor([3, 3, 1])), ids[[3, 3, 1]])
 
 
-def test_ids_depend_on_the_secret_the_head_and_the_codec(keeping: MakeKept) -> None:
-    devices = [
-        keeping(),
-        keeping(secret=b"t" * 32),
-        keeping(form="other float32"),
-        keeping(form="head int8"),
+def test_ids_depend_on_the_secret_the_head_and_the_codec(new_uploader: MakeUploader) -> None:
+    uploaders = [
+        new_uploader(),
+        new_uploader(secret=b"t" * 32),
+        new_uploader(form="other float32"),
+        new_uploader(form="head int8"),
     ]
-    found = [names(device.ids(EVERYTHING)) for device in devices]
-    assert len({name for every in found for name in every}) == 4 * SAMPLES
+    ids = [names(uploader.ids(EVERYTHING)) for uploader in uploaders]
+    assert len({name for device_ids in ids for name in device_ids}) == 4 * SAMPLES
 
 
-def test_ids_depend_on_the_image_and_nothing_else_of_a_sample(
-    model: DeviceModel, keeping: MakeKept
-) -> None:
+def test_ids_depend_on_the_image_alone(model: DeviceModel, new_uploader: MakeUploader) -> None:
     pixels = torch.stack([image_set(4).image(number) for number in (0, 1, 2, 1)])
     pixels[2] = pixels[1]
     pixels[2, 0, 20, 20] += 40  # a small spot
     labels = torch.tensor([0, 1, 1, 2])
     images = BatchReader(ImageSet(ArrayStore(pixels), labels, CLASSES), model.preprocessing)
-    first, second, spotted, twin = names(keeping(images).ids(torch.arange(4)))
+    first, second, spotted, twin = names(new_uploader(images).ids(torch.arange(4)))
     assert len({first, second, spotted}) == 3
-    assert twin == second, "equal images are one, wherever they stand and whatever they show"
+    assert twin == second, "equal images have one id, at any position and with any label"
 
 
-def test_ids_depend_on_the_view(model: DeviceModel, keeping: MakeKept) -> None:
-    device = keeping(reader(model, augmented=True))
-    found = [device.ids(EVERYTHING, view) for view in (None, 0, 1, 0)]
-    assert torch.equal(found[1], found[3])
-    for one, other in ((0, 1), (0, 2), (1, 2)):
-        equal = (found[one] == found[other]).all(dim=1)
+def test_ids_depend_on_the_view(model: DeviceModel, new_uploader: MakeUploader) -> None:
+    uploader = new_uploader(reader(model, augmented=True))
+    ids = [uploader.ids(EVERYTHING, view) for view in (None, 0, 1, 0)]
+    assert torch.equal(ids[1], ids[3])
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        equal = (ids[a] == ids[b]).all(dim=1)
         assert equal.sum() <= 2, "hardly any image is the same in two views"
 
 
-def test_a_sample_is_sent_once(plane: Plane, keeping: MakeKept) -> None:
-    device = keeping()
-    device.ensure(torch.arange(10))
-    device.ensure(torch.arange(5, 20))
-    device.ensure(torch.arange(20).flip(0))
-    assert sorted(plane.sent_names) == sorted(names(device.ids(torch.arange(20))))
-    assert [len(asked) for asked in plane.asked] == [10, 10], "no question without need"
+def test_a_sample_is_sent_once(plane: Plane, new_uploader: MakeUploader) -> None:
+    uploader = new_uploader()
+    uploader.ensure(torch.arange(10))
+    uploader.ensure(torch.arange(5, 20))
+    uploader.ensure(torch.arange(20).flip(0))
+    assert sorted(plane.sent_names) == sorted(names(uploader.ids(torch.arange(20))))
+    assert [len(query) for query in plane.queries] == [10, 10], (
+        "no query for samples that were sent"
+    )
 
 
-def test_equal_images_are_sent_once(model: DeviceModel, plane: Plane, keeping: MakeKept) -> None:
+def test_equal_images_are_sent_once(
+    model: DeviceModel, plane: Plane, new_uploader: MakeUploader
+) -> None:
     pixels = torch.stack([image_set(3).image(number) for number in (0, 1, 0, 2, 1)])
     images = ImageSet(ArrayStore(pixels), torch.zeros(5, dtype=torch.int64), CLASSES)
-    device = keeping(BatchReader(images, model.preprocessing))
-    device.ensure(torch.arange(5))
+    uploader = new_uploader(BatchReader(images, model.preprocessing))
+    uploader.ensure(torch.arange(5))
     assert len(plane.sent_names) == len(set(plane.sent_names)) == 3
 
 
-def test_what_is_kept_is_the_samples_own_output(plane: Plane, keeping: MakeKept) -> None:
-    device = keeping()
+def test_each_upload_is_its_sample_s_output(plane: Plane, new_uploader: MakeUploader) -> None:
+    uploader = new_uploader()
     order = torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(1))
-    device.ensure(order)
-    assert torch.equal(plane.request(device.ids(EVERYTHING)), everything())
+    uploader.ensure(order)
+    assert torch.equal(plane.request(uploader.ids(EVERYTHING)), everything())
 
 
-def test_after_a_restart_only_what_the_server_lacks_is_sent(
-    plane: Plane, keeping: MakeKept
+def test_after_a_restart_only_missing_samples_are_sent(
+    plane: Plane, new_uploader: MakeUploader
 ) -> None:
-    keeping().ensure(EVERYTHING)
+    new_uploader().ensure(EVERYTHING)
     plane.sent.clear()
-    device = keeping()
-    device.ensure(EVERYTHING)
+    uploader = new_uploader()
+    uploader.ensure(EVERYTHING)
     assert plane.sent == []
-    lost = names(device.ids(torch.tensor([3, 30])))
+    lost = names(uploader.ids(torch.tensor([3, 30])))
     for name in lost:
-        del plane.kept[name]
-    keeping().ensure(EVERYTHING)
+        del plane.cache[name]
+    new_uploader().ensure(EVERYTHING)
     assert plane.sent_names == lost
 
 
-def test_a_view_is_sent_beside_the_plain_image(
-    model: DeviceModel, plane: Plane, keeping: MakeKept
+def test_a_view_is_sent_in_addition_to_the_plain_image(
+    model: DeviceModel, plane: Plane, new_uploader: MakeUploader
 ) -> None:
     images = reader(model, augmented=True)
-    device = keeping(images)
+    uploader = new_uploader(images)
     for view in (None, 0, 1, 0):
-        device.ensure(torch.arange(6), view)
-    assert len(plane.sent_names) == len(plane.kept)
+        uploader.ensure(torch.arange(6), view)
+    assert len(plane.sent_names) == len(plane.cache)
     expected = model.head(images.read(torch.arange(6), epoch=1)[0])
-    found = plane.request(device.ids(torch.arange(6), 1))
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    smashed = plane.request(uploader.ids(torch.arange(6), 1))
+    torch.testing.assert_close(smashed, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_many_samples_go_in_several_requests_off_this_thread(
-    model: DeviceModel, plane: Plane, keeping: MakeKept
+def test_many_samples_are_sent_in_several_requests_on_another_thread(
+    model: DeviceModel, plane: Plane, new_uploader: MakeUploader
 ) -> None:
-    device = keeping(reader(model, 150))
-    device.ensure(torch.arange(150))
+    uploader = new_uploader(reader(model, 150))
+    uploader.ensure(torch.arange(150))
     assert [len(sent) for sent in plane.sent] == [64, 64, 22]
-    assert plane.sent_names == names(device.ids(torch.arange(150)))
+    assert plane.sent_names == names(uploader.ids(torch.arange(150)))
     assert threading.get_ident() not in plane.threads
     assert not any(thread.name.startswith("upload") for thread in threading.enumerate())
 
 
-def test_a_refusal_is_told(plane: Plane, keeping: MakeKept) -> None:
+def test_a_refused_upload_raises(plane: Plane, new_uploader: MakeUploader) -> None:
     plane.refuse = Busy("full")
     with pytest.raises(Busy):
-        keeping().ensure(EVERYTHING)
+        new_uploader().ensure(EVERYTHING)
 
 
 # A batch by its ids
 
 
 def test_samples_that_the_server_has_lost_are_sent_again(
-    model: DeviceModel, plane: Plane, keeping: MakeKept
+    model: DeviceModel, plane: Plane, new_uploader: MakeUploader
 ) -> None:
-    device = keeping()
-    samples = Samples(reader(model), outputs(model), device)
-    device.ensure(EVERYTHING)
+    uploader = new_uploader()
+    samples = Samples(reader(model), outputs(model), uploader)
+    uploader.ensure(EVERYTHING)
     positions = torch.tensor([30, 2, 7, 19])
-    lost = names(device.ids(torch.tensor([2, 19])))
+    lost = names(uploader.ids(torch.tensor([2, 19])))
     for name in lost:
-        del plane.kept[name]
+        del plane.cache[name]
     plane.sent.clear()
-    found = samples.with_batch(positions, None, plane.request)
-    assert torch.equal(found, everything()[positions])
+    smashed = samples.request_with_batch(positions, None, plane.request)
+    assert torch.equal(smashed, everything()[positions])
     assert plane.sent_names == lost
 
 
-def test_samples_are_sent_when_they_are_first_asked_for(
-    model: DeviceModel, plane: Plane, keeping: MakeKept
+def test_samples_are_sent_at_the_first_request_for_them(
+    model: DeviceModel, plane: Plane, new_uploader: MakeUploader
 ) -> None:
     images = reader(model, augmented=True)
-    device = keeping(images)
-    samples = Samples(images, outputs(model, augmented=True), device)
+    uploader = new_uploader(images)
+    samples = Samples(images, outputs(model, augmented=True), uploader)
     positions = torch.tensor([1, 0])
     for view in (None, 1):
-        found = samples.with_batch(positions, view, plane.request)
-        assert torch.equal(found, outputs(model, augmented=True).smashed(positions, view))
-    device.ensure(positions, 1)
-    assert (plane.asked, len(plane.sent)) == ([], 2)
+        smashed = samples.request_with_batch(positions, view, plane.request)
+        assert torch.equal(smashed, outputs(model, augmented=True).smashed(positions, view))
+    uploader.ensure(positions, 1)
+    assert (plane.queries, len(plane.sent)) == ([], 2)
 
 
-def test_to_a_server_that_keeps_nothing_the_batch_goes_with_the_request(
-    model: DeviceModel, plane: Plane, keeping: MakeKept
+def test_if_the_server_caches_nothing_the_request_carries_the_batch(
+    model: DeviceModel, plane: Plane, new_uploader: MakeUploader
 ) -> None:
-    samples = Samples(reader(model), outputs(model), keeping())
+    samples = Samples(reader(model), outputs(model), new_uploader())
 
     def forgetful(batch: Tensor) -> Tensor:
         if batch.is_floating_point():
             return batch
-        plane.kept.clear()
+        plane.cache.clear()
         return plane.request(batch)
 
-    found = samples.with_batch(torch.arange(4), None, forgetful)
-    assert torch.equal(found, everything()[:4])
+    smashed = samples.request_with_batch(torch.arange(4), None, forgetful)
+    assert torch.equal(smashed, everything()[:4])
     assert len(plane.sent) == 3
 
 
-def test_without_kept_samples_the_smashed_data_themselves_go(model: DeviceModel) -> None:
+def test_without_an_uploader_the_request_carries_the_smashed_data(model: DeviceModel) -> None:
     samples = Samples(reader(model), outputs(model))
     positions = torch.tensor([5, 1])
-    found = samples.with_batch(positions, None, lambda batch: batch)
-    assert torch.equal(found, everything()[positions])
+    smashed = samples.request_with_batch(positions, None, lambda batch: batch)
+    assert torch.equal(smashed, everything()[positions])

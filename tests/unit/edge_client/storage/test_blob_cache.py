@@ -229,14 +229,14 @@ def test_a_file_that_goes_while_it_is_fetched_is_downloaded_again(
     cache: BlobCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another process on this device has dropped it, after this one has seen it."""
-    path, real = cache.fetch(REF, Source()), blob_cache._is
+    path, real = cache.fetch(REF, Source()), blob_cache._matches
 
     def seen_and_gone(file: Path, ref: BlobRef) -> bool:
         found = real(file, ref)
         BlobCache(tmp_path).drop_old(keep=set(), newest=0, unused_s=-60)
         return found
 
-    monkeypatch.setattr(blob_cache, "_is", seen_and_gone)
+    monkeypatch.setattr(blob_cache, "_matches", seen_and_gone)
     source = Source()
     assert cache.fetch(REF, source) == path
     assert path.read_bytes() == CONTENT

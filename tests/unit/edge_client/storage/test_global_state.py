@@ -53,9 +53,9 @@ class Origin:
         meta: UpdateMeta,
         state: Mapping[str, Tensor],
         codec: str,
-        beside: Mapping[str, Tensor] | None,
+        extras: Mapping[str, Tensor] | None,
     ) -> None:
-        assert not beside
+        assert not extras
         tensors = {name: (tensor, codec) for name, tensor in state.items()}
         frame = decode_frame(join_frame(encode_frame("update", {}, tensors)))
         self.updates.append((meta, frame.tensors()))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edge_client.data import Augmentation, shuffled
+from edge_client.method import device_method
 from edge_client.model import DeviceModel
 from edge_client.training import RoundContext, evaluate, local_update, select_samples, split_train
 from protocol.errors import StepLost
@@ -153,7 +154,7 @@ def batches(purpose: str, samples: int, epochs: int) -> list[Tensor]:
 
 def test_the_local_update_is_a_plain_torch_loop() -> None:
     context = round_context(local_epochs=2, local_learning_rate_scale=0.5, **SGD)
-    loss = local_update(context)
+    loss = local_update(context, device_method(context.run).local_forward)
 
     model = device_model()
     optimizer = torch.optim.SGD(
@@ -191,7 +192,7 @@ def test_a_local_update_through_a_small_body_is_a_plain_torch_loop(tmp_path: Pat
     head, _ = write_head_file(split, files().backbone, tmp_path / "head", "float32", small)
     model = DeviceModel.load(settings, head, files().state)
     context = round_context(model, model_settings=settings, local_epochs=2, **SGD)
-    loss = local_update(context)
+    loss = local_update(context, device_method(context.run).local_forward)
 
     whole = timm.create_model(SMALL.backbone, img_size=32, num_classes=3).eval()
     whole.load_state_dict(dict(weights), strict=False)
@@ -218,13 +219,13 @@ def test_a_local_update_through_a_small_body_is_a_plain_torch_loop(tmp_path: Pat
 
 def test_no_local_epochs_change_nothing() -> None:
     context = round_context(local_epochs=0)
-    assert local_update(context) is None
+    assert local_update(context, device_method(context.run).local_forward) is None
     assert_same(context.model.state(), load_state(files().state), 0)
 
 
 def test_a_warm_up_does_not_waste_the_first_local_update() -> None:
     context = round_context(local_epochs=1, warmup_rounds=1)
-    local_update(context)
+    local_update(context, device_method(context.run).local_forward)
     assert moved(context.model.state()) > 0
 
 
@@ -312,7 +313,7 @@ def test_steps_have_other_names_in_every_round_and_attempt() -> None:
 def test_without_prompts_the_tail_alone_is_trained() -> None:
     bare = SMALL.model_copy(update={"prompt_count": 0})
     context = round_context(device_model(bare), **SGD)
-    local_update(context)
+    local_update(context, device_method(context.run).local_forward)
     split_train(context, BodyServer(bare).plane, torch.arange(4))
     assert set(context.model.state()) == set(load_state(files(bare).state))
 
@@ -329,7 +330,7 @@ def test_every_epoch_of_the_run_is_augmented_anew() -> None:
         context = round_context(round_=round_, samples=4, local_epochs=2, split_epochs=1, **SGD)
         context.samples.images.augmentation = Watching(0)
         select_samples(context)
-        local_update(context)
+        local_update(context, device_method(context.run).local_forward)
         split_train(context, BodyServer().plane, torch.arange(4))
         evaluate(
             context.model,

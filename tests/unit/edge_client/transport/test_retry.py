@@ -87,7 +87,7 @@ def test_jitter_adds_up_to_a_quarter_and_never_takes_away(jitter: float, first: 
 
 def test_waits_grow_to_the_longest() -> None:
     clock = Clock()
-    settings = {"first_wait_s": 1.0, "longest_wait_s": 5.0}
+    settings = {"first_wait_s": 1.0, "max_wait_s": 5.0}
     policy(clock, **settings).call(Attempts(*[Unreachable("x") for _ in range(6)]))
     assert clock.pauses == [1, 2, 4, 5, 5, 5]
 

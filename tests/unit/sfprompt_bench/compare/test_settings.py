@@ -245,7 +245,7 @@ def test_a_proxy_is_the_whole_head_whatever_it_lacks(tmp_path: Path) -> None:
     assert (split.model.local_body, split.model.proxy, split.model.cut) == (2, "none", 1)
 
 
-def test_a_server_does_not_distil_on_the_devices_own_data(tmp_path: Path) -> None:
+def test_a_server_does_not_distil_on_the_devices_load_data(tmp_path: Path) -> None:
     asked = comparison(methods=("fedpft",), distillation={"images": "digits"})
     with pytest.raises(InvalidField) as caught:
         plan(asked, tmp_path)

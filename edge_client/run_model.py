@@ -1,0 +1,101 @@
+"""The run's model on this device: downloaded, loaded, and kept up to date with the server."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from edge_client.model import DeviceModel
+from edge_client.storage.blob_cache import BlobCache
+from edge_client.storage.global_state import GlobalStates
+from edge_client.transport import Server
+from edge_client.transport.response import Body
+from protocol.errors import NotFound, StaleRound
+from protocol.messages import Assignment, BlobRef, RunView, UpdateMeta
+
+
+class RunModel:
+    """Head, prompts and tail of a run, at the server's newest head and global state.
+
+    Use `download` to create it.
+
+    Attributes:
+        run: the run as the server described it at the download.
+        head: the head file that is loaded.
+        model: the loaded model; another object after each new head.
+    """
+
+    def __init__(
+        self,
+        server: Server,
+        run: RunView,
+        files: BlobCache,
+        states: GlobalStates,
+        model: DeviceModel,
+    ) -> None:
+        self._server = server
+        self.run = run
+        self.files = files
+        self.head = run.head
+        self._states = states
+        self.model = model
+
+    @classmethod
+    def download(cls, server: Server, run: RunView, files: BlobCache) -> RunModel:
+        """Download head and global state, unless they are in the cache, and load them.
+
+        Raises:
+            MalformedFrame: a file is damaged, or of another model.
+        """
+        try:
+            head = _fetch_head(server, run, run.head, files)
+        except NotFound:  # the run has a newer head than the response to the join names
+            run = server.run(run.id)
+            head = _fetch_head(server, run, run.head, files)
+        states = GlobalStates(server, run.id, run.settings.plan.wire, files)
+        model = DeviceModel.load(run.settings.plan.model, head, states.fetch(run.state))
+        return cls(server, run, files, states, model)
+
+    def update(self, assignment: Assignment) -> bool:
+        """Load the assignment's head and global state.
+
+        Returns:
+            Whether the head is another one than before.
+
+        Raises:
+            StaleRound: the run already has a newer head.
+        """
+        new_head = assignment.head is not None and assignment.head != self.head
+        if assignment.head is not None and new_head:
+            self._load_head(assignment.head, assignment.state)
+        self.model.load_global_state(self._states.fetch(assignment.state))
+        self.files.drop_old(keep={self.head.sha256})
+        return new_head
+
+    def send_update(self, meta: UpdateMeta, extras: Mapping[str, Tensor] | None = None) -> None:
+        """Send the tuned state, and further tensors with it.
+
+        Raises:
+            StaleRound: the update's round is over.
+            StepLost: the server lost its part of the update.
+        """
+        self._states.send(meta, self.model.state(), extras)
+
+    def _load_head(self, head: BlobRef, state: BlobRef) -> None:
+        try:
+            file = _fetch_head(self._server, self.run, head, self.files)
+        except NotFound as error:
+            raise StaleRound(str(error), field="head", value=head.sha256) from error
+        self.head = head
+        self.model = DeviceModel.load(self.run.settings.plan.model, file, self._states.fetch(state))
+
+
+def _fetch_head(server: Server, run: RunView, head: BlobRef, files: BlobCache) -> Path:
+    def download(start: int) -> Body:
+        if run.settings.plan.distillation.every:  # the run may have a newer head by now
+            return server.head(run.id, start, head.sha256)
+        return server.head(run.id, start)
+
+    return files.fetch(head, download)

@@ -1,0 +1,59 @@
+"""Phase 2 where the body is tuned too: each participant has a copy of it on the server."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from edge_client.training.context import RoundContext
+from edge_client.training.split_training import (
+    SplitBatches,
+    TrainingResult,
+    correct_gradient,
+    new_name,
+    train_tail,
+)
+from edge_client.transport import SplitPlane
+from protocol.messages import BodyStepMeta
+from split_model import make_optimizer, set_progress
+
+
+def train_with_tuned_body(
+    context: RoundContext, plane: SplitPlane, selected: Tensor
+) -> TrainingResult:
+    """Train head, body and tail over the selected samples [k].
+
+    Four tensors cross in a step, numbered within a session. A lost step cannot be repeated under
+    another name: it has already changed the body.
+
+    Raises:
+        Diverged: a loss or a gradient is not finite.
+        StaleRound: the server closed the round without this participant.
+        StepLost: the server lost the session; start the round again.
+
+    Source: SplitFed (arXiv 2004.12088).
+    """
+    model = context.model
+    optimizer = make_optimizer(context.run.training, None, model.tail, head=model.head)
+    batches = SplitBatches(context, selected)
+    session = new_name(context)
+    for step, (epoch, positions) in enumerate(batches):
+        set_progress(optimizer, context.rate_factor(step, batches.steps))
+        meta = BodyStepMeta(
+            session=session,
+            round=context.round,
+            attempt=context.attempt,
+            number=step,
+            steps=batches.steps,
+        )
+        epoch_of_run = context.epoch_of_run(context.run.training.local_epochs + epoch)
+        images, labels = context.samples.images.read(positions, epoch=epoch_of_run)
+        optimizer.zero_grad()
+        smashed = model.head(images)
+        features = plane.body_forward(smashed.detach(), meta)
+        loss, gradients = train_tail(model, features, labels)
+        shape, noise = tuple(smashed.shape), context.noise(step)
+        gradient = plane.body_backward(gradients, meta, shape, noise)
+        smashed.backward(correct_gradient(context, gradient, smashed.detach(), None))
+        optimizer.step()
+        batches.add_loss(epoch, loss, len(positions))
+    return TrainingResult(batches.mean_loss, session)
