@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 from xxhash import xxh3_64_intdigest
 
 import split_model
@@ -21,6 +19,7 @@ from protocol.frames import decode_frame, encode_frame, join_frame
 from protocol.limits import DEFAULT_LIMITS
 from protocol.messages import parse_message
 from protocol.plan import ModelPlan
+from sfprompt_bench.cost.flops import body_step_flops
 from sfprompt_bench.engine.processes import serve_tasks
 from split_model import Body, SplitSettings
 from split_server.http.body import read_body
@@ -67,17 +66,8 @@ def limit_of(body: Body, place: Placement, sample: Tensor) -> Limit:
         str(place.device),
         place.dtype_name,
         _matrix_rate(place),
-        _step_flops(body, sample),
+        body_step_flops(body.settings, sample.shape[1]),
     )
-
-
-def _step_flops(body: Body, sample: Tensor) -> int:
-    leaf = sample.detach().requires_grad_(True)
-    # Only of plain products does the counter know what they take, on every device.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        features = body(leaf)
-        features.backward(torch.ones_like(features))  # the counter cannot follow autograd.grad
-    return int(counter.get_total_flops())
 
 
 def _matrix_rate(place: Placement) -> float:

@@ -6,10 +6,10 @@ import dataclasses
 
 from protocol.plan import TrainingPlan
 from protocol.presets import over_form
-from sfprompt_bench.estimate.method_cost import MethodCost
+from sfprompt_bench.cost.method_cost import MethodCost
+from sfprompt_bench.cost.question import Question
 from sfprompt_bench.estimate.methods import METHODS
 from sfprompt_bench.estimate.methods.split import SFPromptPaper
-from sfprompt_bench.estimate.question import Question
 
 
 def paper_training() -> TrainingPlan:

@@ -9,8 +9,8 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from sfprompt_bench.estimate.method_cost import MethodCost
-from sfprompt_bench.estimate.question import Question
+from sfprompt_bench.cost.method_cost import MethodCost
+from sfprompt_bench.cost.question import Question
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ def test_a_device_needs_no_more_memory_than_head_tail_and_one_batch_of_activatio
     save_state(initial_state(split, open_backbone(backbone.path), 0), state)
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "tests.performance.device_step"),
+            *(sys.executable, "-m", "sfprompt_bench.micro.device_step"),
             *(SETTINGS.model_dump_json(), str(head), str(state)),
         ],
         capture_output=True,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
-from sfprompt_bench.estimate.method_cost import MethodCost
-from sfprompt_bench.estimate.question import Question
+from sfprompt_bench.cost.method_cost import MethodCost
+from sfprompt_bench.cost.question import Question
 
 
 class Method(ABC):

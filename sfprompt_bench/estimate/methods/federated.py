@@ -11,24 +11,26 @@ from typing import Any, ClassVar
 from torch import nn
 
 from protocol.plan import ProxyKind
-from sfprompt_bench.estimate.method_cost import MethodCost
-from sfprompt_bench.estimate.methods.base import Method
-from sfprompt_bench.estimate.question import Question
-from sfprompt_bench.estimate.sizes import (
-    FLOAT_BYTES,
+from sfprompt_bench.cost.flops import (
     blocks_flops,
-    bytes_of,
     embedding_flops,
     forward_flops,
-    image_numbers,
     is_tuned,
     output_flops,
-    parameters,
+)
+from sfprompt_bench.cost.method_cost import MethodCost
+from sfprompt_bench.cost.question import Question
+from sfprompt_bench.cost.sizes import (
+    FLOAT_BYTES,
+    image_numbers,
+    parameter_counts,
+    part_numbers,
     passed_blocks,
     peak_bytes,
     run_blocks,
     trained_blocks,
 )
+from sfprompt_bench.estimate.methods.base import Method
 from split_model import Head, SplitSettings, SplitSettingsError, Tail, anatomy, state_shapes
 from split_model.proxies.neurons import neurons_shape
 
@@ -61,7 +63,7 @@ class WholeModelMethod(Method):
 
     def cost(self, question: Question) -> MethodCost:
         settings = question.unmerged
-        sizes, whole = anatomy(settings), bytes_of(settings).backbone
+        sizes, whole = anatomy(settings), part_numbers(settings).backbone
         sent = FLOAT_BYTES * self.sent_per_round(settings)
         visits = question.train_samples * question.local_epochs
         kept = image_numbers(settings) + self.activations(settings) + sizes.tokens * sizes.width
@@ -86,10 +88,10 @@ class FullFineTuning(WholeModelMethod):
     name = "fl-full"
 
     def trained(self, settings: SplitSettings) -> int:
-        return parameters(settings).every
+        return parameter_counts(settings).total
 
     def sent_per_round(self, settings: SplitSettings) -> int:
-        return bytes_of(settings).backbone  # buffers are part of the state too
+        return part_numbers(settings).backbone  # buffers are part of the state too
 
     def visit_flops(self, settings: SplitSettings) -> int:
         return 3 * forward_flops(settings).whole
@@ -113,7 +115,7 @@ class FedPeftAdapter(WholeModelMethod):
     name = "fedpeft-adapter"
 
     def trained(self, settings: SplitSettings) -> int:
-        return parameters(settings).classifier + self.added(settings)
+        return parameter_counts(settings).classifier + self.added(settings)
 
     def added(self, settings: SplitSettings) -> int:
         width, narrow = self._widths(settings)
@@ -123,8 +125,8 @@ class FedPeftAdapter(WholeModelMethod):
         sizes, flops = anatomy(settings), forward_flops(settings)
         width, narrow = self._widths(settings)
         adapters = sizes.depth * sizes.tokens * 2 * (2 * width * narrow)
-        passed = flops.behind_embedding - flops.block
-        return flops.whole + passed + parameters(settings).classifier_flops + 3 * adapters
+        passed = flops.after_embedding - flops.block
+        return flops.whole + passed + parameter_counts(settings).classifier_flops + 3 * adapters
 
     def activations(self, settings: SplitSettings) -> int:
         sizes = anatomy(settings)
@@ -148,12 +150,12 @@ class FedPeftBias(WholeModelMethod):
     name = "fedpeft-bias"
 
     def trained(self, settings: SplitSettings) -> int:
-        own = parameters(settings)
+        own = parameter_counts(settings)
         return own.classifier + own.other_biases
 
     def visit_flops(self, settings: SplitSettings) -> int:
         flops = forward_flops(settings)
-        return flops.whole + flops.behind_embedding + parameters(settings).classifier_flops
+        return flops.whole + flops.after_embedding + parameter_counts(settings).classifier_flops
 
     def activations(self, settings: SplitSettings) -> int:
         sizes = anatomy(settings)
@@ -169,10 +171,10 @@ class FedPeftHead(WholeModelMethod):
     name = "fedpeft-head"
 
     def trained(self, settings: SplitSettings) -> int:
-        return parameters(settings).classifier
+        return parameter_counts(settings).classifier
 
     def visit_flops(self, settings: SplitSettings) -> int:
-        return forward_flops(settings).whole + parameters(settings).classifier_flops
+        return forward_flops(settings).whole + parameter_counts(settings).classifier_flops
 
     def activations(self, settings: SplitSettings) -> int:
         sizes = anatomy(settings)
@@ -192,7 +194,7 @@ class FedPeftPrompt(WholeModelMethod):
     name = "fedpeft-prompt"
 
     def trained(self, settings: SplitSettings) -> int:
-        return parameters(settings).classifier + self.added(settings)
+        return parameter_counts(settings).classifier + self.added(settings)
 
     def added(self, settings: SplitSettings) -> int:
         sizes = anatomy(settings)
@@ -200,7 +202,7 @@ class FedPeftPrompt(WholeModelMethod):
 
     def visit_flops(self, settings: SplitSettings) -> int:
         flops = forward_flops(settings, _PROMPTS)
-        return flops.whole + flops.behind_embedding + parameters(settings).classifier_flops
+        return flops.whole + flops.after_embedding + parameter_counts(settings).classifier_flops
 
     def activations(self, settings: SplitSettings) -> int:
         sizes = anatomy(settings)
@@ -282,7 +284,7 @@ def _step_flops(settings: SplitSettings) -> int:
         tuned = set(part.tuned().values())
         for name, parameter in part.named_parameters():
             parameter.requires_grad_(name in tuned)
-    output = output_flops(tail, passes=is_tuned(head))
+    output = output_flops(tail, needs_gradient=is_tuned(head))
     return embedding_flops(head) + blocks_flops(head) + output
 
 

@@ -8,16 +8,15 @@ from dataclasses import dataclass
 
 from protocol.messages import SAMPLE_ID_BYTES
 from protocol.plan import WirePlan
-from sfprompt_bench.estimate.method_cost import MethodCost
-from sfprompt_bench.estimate.methods.base import Method
-from sfprompt_bench.estimate.question import Question
-from sfprompt_bench.estimate.sizes import (
+from sfprompt_bench.cost.flops import forward_flops
+from sfprompt_bench.cost.method_cost import MethodCost
+from sfprompt_bench.cost.question import Question
+from sfprompt_bench.cost.sizes import (
     FLOAT_BYTES,
-    bytes_of,
-    forward_flops,
     image_numbers,
     local_body_numbers,
-    parameters,
+    parameter_counts,
+    part_numbers,
     passed_blocks,
     peak_bytes,
     run_blocks,
@@ -26,6 +25,7 @@ from sfprompt_bench.estimate.sizes import (
     tensors_bytes,
     trained_blocks,
 )
+from sfprompt_bench.estimate.methods.base import Method
 from split_model import anatomy, device_shapes, needed_tokens, state_shapes
 
 
@@ -106,7 +106,7 @@ class _Traffic:
         self.wire, self.training = question.settings.wire, question.settings.training
 
     def start(self) -> int:
-        numbers = bytes_of(self.question.split).head + local_body_numbers(self.question.split)
+        numbers = part_numbers(self.question.split).head + local_body_numbers(self.question.split)
         head = tensor_bytes(self.wire.head, (numbers,))
         return head + self._state("float32")
 
@@ -115,7 +115,7 @@ class _Traffic:
             self.wire.gradients, self.shapes.features
         )
         if self.shapes.stored:
-            visits = self.question.kept * self.training.split_epochs
+            visits = self.question.selected_samples * self.training.split_epochs
             return sent + SAMPLE_ID_BYTES * visits
         return sent + self._visits(self.wire.smashed, self.shapes.smashed)
 
@@ -154,7 +154,9 @@ class _Traffic:
         return tensors_bytes(codec, device_shapes(self.question.split).values())
 
     def _visits(self, codec: str, shape: tuple[int, int]) -> int:
-        return self.training.split_epochs * self._samples(codec, self.question.kept, shape)
+        return self.training.split_epochs * self._samples(
+            codec, self.question.selected_samples, shape
+        )
 
     def _smashed(self, samples: int) -> int:
         return self._samples(self.wire.smashed, samples, self.shapes.smashed)
@@ -174,7 +176,8 @@ class _Work:
         self.scored = question.train_samples if scores else 0
         self.local_visits = question.train_samples * training.local_epochs
         self.visits = (
-            question.train_samples * training.local_epochs + question.kept * training.split_epochs
+            question.train_samples * training.local_epochs
+            + question.selected_samples * training.split_epochs
         )
 
     def per_round(self) -> int:
@@ -212,7 +215,7 @@ class _Work:
 def _peak(question: Question, shapes: _Shapes) -> int:
     """The larger of a pass of the head and a step of training, for one batch."""
     split, training = question.split, question.settings.training
-    numbers, width = bytes_of(split), anatomy(split).width
+    numbers, width = part_numbers(split), anatomy(split).width
     smashed, features = math.prod(shapes.smashed), math.prod(shapes.features)
     head = image_numbers(split) + run_blocks(split, split.cut, shapes.smashed[0]) + smashed
     # Features and their gradient, and what the tail's own blocks keep.
@@ -258,7 +261,7 @@ class SplitFedFull(Method):
 
     def cost(self, question: Question) -> MethodCost:
         settings, training = question.unmerged, question.settings.training
-        sizes, numbers = anatomy(settings), bytes_of(settings)
+        sizes, numbers = anatomy(settings), part_numbers(settings)
         flops = forward_flops(settings)
         device = numbers.head + numbers.tail
         stream = sizes.tokens * sizes.width
@@ -272,7 +275,7 @@ class SplitFedFull(Method):
             + 4 * stream  # smashed data, features, their gradients
         )
         return MethodCost(
-            trainable_parameters=parameters(settings).every,
+            trainable_parameters=parameter_counts(settings).total,
             bytes_start=FLOAT_BYTES * device,
             bytes_up_per_round=each_way,
             bytes_down_per_round=each_way,
@@ -293,9 +296,9 @@ class SplitFedLinear(Method):
 
     def cost(self, question: Question) -> MethodCost:
         settings, training = question.unmerged, question.settings.training
-        sizes, numbers = anatomy(settings), bytes_of(settings)
+        sizes, numbers = anatomy(settings), part_numbers(settings)
         flops = forward_flops(settings)
-        own = parameters(settings)
+        own = parameter_counts(settings)
         stream = sizes.tokens * sizes.width
         visits = question.train_samples * training.split_epochs
         # The tail passes the gradient of the features on, and trains its classifier.

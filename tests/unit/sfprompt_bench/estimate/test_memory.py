@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sfprompt_bench.estimate.sizes import passed_blocks, peak_bytes, run_blocks, trained_blocks
+from sfprompt_bench.cost.sizes import passed_blocks, peak_bytes, run_blocks, trained_blocks
 from split_model import SplitSettings
 from split_model.backbone.libraries import timm
 

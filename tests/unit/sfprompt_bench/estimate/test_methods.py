@@ -1,6 +1,7 @@
 """The calculator against values worked out by hand, timm's own models and torch's counter."""
 
 import dataclasses
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,9 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from protocol.errors import InvalidField
 from protocol.federation import FederationSettings
 from protocol.plan import ModelPlan, RunPlan, TrainingPlan
+from sfprompt_bench.cost.flops import count_flops, forward_flops
 from sfprompt_bench.estimate import METHODS, MethodCost, Question, estimate
-from sfprompt_bench.estimate.sizes import forward_flops
-from split_model import Head, SplitSettings, Tail, part_flops
+from split_model import Body, Head, SplitSettings, Tail, prompt_shape, skeleton
 from split_model.backbone.libraries import timm
 
 WHOLE = 85_875_556  # ViT-B/16 with 100 classes
@@ -245,6 +246,11 @@ def test_the_papers_form_computes_scores_local_update_and_split_training(keep: f
     assert cost.device_flops_per_round == scored + visits * visit
 
 
+def count_forward(step: Callable[[], Tensor]) -> int:
+    with torch.no_grad():
+        return count_flops(step)
+
+
 def counted(loss: object) -> int:
     """torch's own count of a forward and backward pass."""
     with FlopCounterMode(display=False) as counter:
@@ -309,14 +315,23 @@ def test_every_block_of_a_backbone_computes_the_same(
         prompt_at=prompt_at,  # type: ignore[arg-type]
         prompt_count=prompts,
     )
-    parts = part_flops(split)
+    side = split.image_size
+    images = torch.empty(1, 3, side, side, device="meta")
+    tokens = torch.empty(prompt_shape(split), device="meta") if prompts else None
+    in_head, in_body = (None, tokens) if prompt_at == "cut" else (tokens, None)
+    head, body, tail, uncut = Head(split), Body(split), Tail(split), skeleton(split)
+    smashed = head(images, in_head)
+    features = body(smashed, in_body)
     flops = forward_flops(split, prompts)
     bare = forward_flops(split)
-    in_head = bare if prompt_at == "cut" else flops
-    assert parts.head == flops.embedding + 2 * in_head.block
-    assert parts.body == (flops.depth - 5) * flops.block
-    assert parts.tail == 3 * flops.block + flops.output
-    assert parts.backbone == bare.whole
+    head_block = bare.block if prompt_at == "cut" else flops.block
+    for step, expected in (
+        (lambda: head(images, in_head), flops.embedding + 2 * head_block),
+        (lambda: body(smashed, in_body), (flops.depth - 5) * flops.block),
+        (lambda: tail(features), 3 * flops.block + flops.output),
+        (lambda: uncut(images), bare.whole),
+    ):
+        assert count_forward(step) == expected
 
 
 def test_memory_of_full_fine_tuning_is_the_formulas() -> None:
