@@ -13,7 +13,8 @@ from rich.table import Table
 from edge_client.transport.link import Link
 from protocol.plan import RunPlan
 from protocol.traffic import Phase
-from sfprompt_bench.estimate import Question, estimate, paper_training, ratios
+from sfprompt_bench.cost.question import Question
+from sfprompt_bench.estimate.calculator import estimate, paper_training, ratios
 from sfprompt_bench.plots import COLOURS, save
 from sfprompt_bench.traffic.ladder import Climb, Setting
 

@@ -8,15 +8,11 @@ from rich.console import Console
 
 from protocol.federation import FederationSettings
 from protocol.plan import ModelPlan, RunPlan
-from sfprompt_bench.estimate import (
-    METHODS,
-    MethodCost,
-    Question,
-    estimate,
-    estimate_report,
-    estimate_table,
-    ratios,
-)
+from sfprompt_bench.cost.method_cost import MethodCost
+from sfprompt_bench.cost.question import Question
+from sfprompt_bench.estimate.calculator import estimate, ratios
+from sfprompt_bench.estimate.report import estimate_report, estimate_table
+from sfprompt_bench.methods.registry import ESTIMATED
 
 OTHERS = ("sfprompt-paper", "fl-full")
 
@@ -75,11 +71,11 @@ def question() -> Question:
 
 def test_a_table_has_a_row_for_every_method(question: Question) -> None:
     table = estimate_table(question, estimate(question))
-    assert table.row_count == len(METHODS)
+    assert table.row_count == len(ESTIMATED)
     console = Console(file=StringIO(), width=200)
     console.print(table)
     shown = console.file.getvalue()  # type: ignore[attr-defined]
-    assert all(name in shown for name in METHODS)
+    assert all(name in shown for name in ESTIMATED)
     assert "7 rounds" in shown
 
 
@@ -88,7 +84,7 @@ def test_a_report_survives_json(question: Question) -> None:
     report = estimate_report(question, costs)
     assert json.loads(json.dumps(report)) == report
     assert RunPlan.model_validate(report["settings"]) == question.settings
-    assert list(report["methods"]) == list(METHODS)
+    assert list(report["methods"]) == list(ESTIMATED)
     for name, cost in costs.items():
         assert report["methods"][name]["bytes_total"] == cost.bytes_total(7)
         assert report["methods"][name]["device_peak_bytes"] == cost.device_peak_bytes

@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from protocol.codecs import codec_named
 from protocol.errors import InvalidField, UnknownCodec
 from protocol.plan import RunPlan
+from sfprompt_bench.cost.method_cost import MethodCost
+from sfprompt_bench.cost.question import Question
 from sfprompt_bench.cost.sizes import samples_bytes, tensor_bytes
-from sfprompt_bench.estimate import METHODS, MethodCost, Question
+from sfprompt_bench.methods.registry import ESTIMATED
 
 HEAD = (3 * 16 * 16 * 768 + 768) + 768 + 197 * 768 + 12 * 768 * 768 + 13 * 768
 
@@ -51,7 +53,7 @@ def own(
             "wire": wire or {},
         }
     )
-    return METHODS["sfprompt"].cost(Question(run, train, test))
+    return ESTIMATED["sfprompt"].cost(Question(run, train, test))
 
 
 KEPT = {"keep_smashed": True, "pooled_features": True}
