@@ -1,1 +1,1 @@
-"""Every method side by side: the same data, parts, seeds and backbone, in one command."""
+"""The command compare: methods side by side on the same data, partition, seeds and backbone."""

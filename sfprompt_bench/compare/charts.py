@@ -1,4 +1,4 @@
-"""Where the marks of a chart go; `report.html` draws them. Lengths are those of the drawing."""
+"""Positions of a chart's marks, in units of the drawing; `report.html` draws them."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ WIDTH, LEFT, RIGHT, TOP, BOTTOM = 720.0, 56.0, 16.0, 12.0, 44.0
 
 _PLOT_HEIGHT = 300.0
 
-_ROW = 26.0
+_ROW_HEIGHT = 26.0
 
-_NAMES = 190.0  # width of the rows' names
+_NAME_WIDTH = 190.0
 
-_TOTALS = 100.0
+_TOTAL_WIDTH = 100.0
 
-_MARGIN = 0.04  # of a scale, beyond the extreme values
+_MARGIN = 0.04  # share of a scale, beyond the extreme values
 
 
 @dataclass(frozen=True)
 class Tick:
-    """A line of the grid with its label."""
+    """A grid line with its label."""
 
     at: float
     label: str
@@ -29,7 +29,7 @@ class Tick:
 
 @dataclass(frozen=True)
 class Mark:
-    """Something to point at, with what it says."""
+    """A dot or a bar, with a title that appears on hovering."""
 
     x: float
     y: float
@@ -40,7 +40,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Line:
-    """One method's curve; ``colour`` is its number."""
+    """One method's curve; ``colour`` is a number."""
 
     name: str
     colour: int
@@ -53,7 +53,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Level:
-    """A method that has one value and no curve: a line across."""
+    """A method with a single value: a horizontal line."""
 
     name: str
     colour: int
@@ -63,7 +63,7 @@ class Level:
 
 @dataclass(frozen=True)
 class LineChart:
-    """Curves over a common scale."""
+    """Curves over common scales."""
 
     x_label: str
     y_label: str
@@ -81,11 +81,11 @@ class LineChart:
 
 @dataclass(frozen=True)
 class Row:
-    """One method's line of a chart of rows."""
+    """One method's row."""
 
     name: str
     colour: int
-    y: float  # of its middle
+    y: float  # of the row's middle
     marks: tuple[Mark, ...]
     total: str
 
@@ -99,8 +99,8 @@ class RowChart:
     rows: tuple[Row, ...]
     height: float
     width: float = WIDTH
-    left: float = _NAMES
-    right: float = WIDTH - _TOTALS
+    left: float = _NAME_WIDTH
+    right: float = WIDTH - _TOTAL_WIDTH
     top: float = TOP
 
     @property
@@ -119,14 +119,20 @@ def accuracy_chart(
     x_label: str,
     logarithmic: bool,
 ) -> LineChart | None:
-    """Accuracy over bytes (in MB, logarithmic) or rounds; None if there is nothing to draw."""
-    every = [point for curve in curves.values() for point in curve]
-    if not every:
+    """Lay out accuracy over bytes (in MB, logarithmic) or rounds; None without any point.
+
+    Args:
+        curves: points of each method.
+        levels: accuracy of methods without a curve.
+        colours: a number for each method.
+    """
+    points = [point for curve in curves.values() for point in curve]
+    if not points:
         return None
-    shares = [share for _, share in every] + list(levels.values())
+    shares = [share for _, share in points] + list(levels.values())
     low, high = _widened(min(shares), max(shares))
     low, high = max(0.0, low), min(1.0, high)
-    first, last = min(x for x, _ in every), max(x for x, _ in every)
+    first, last = min(x for x, _ in points), max(x for x, _ in points)
     x_of = _Scale(first, last, LEFT, WIDTH - RIGHT, logarithmic=logarithmic)
     bottom = TOP + _PLOT_HEIGHT
 
@@ -142,7 +148,7 @@ def accuracy_chart(
         for name, curve in curves.items()
         if curve
     )
-    across = tuple(
+    horizontals = tuple(
         Level(name, colours[name], y_of(share), f"{name}: {share:.1%}")
         for name, share in levels.items()
     )
@@ -153,15 +159,15 @@ def accuracy_chart(
         tuple(Tick(x_of(x), f"{x:,g}") for x in x_values),
         tuple(Tick(y_of(y / 100), f"{y:g}") for y in _ticks(100 * low, 100 * high)),
         lines,
-        across,
+        horizontals,
     )
 
 
 def share_chart(
     bytes_by_phase: Mapping[str, Mapping[str, float]], colours: Mapping[str, int]
 ) -> RowChart | None:
-    """What each method's bytes are for: stacked shares, the total in MB beside them."""
-    scale = _Scale(0, 1, _NAMES, WIDTH - _TOTALS, logarithmic=False)
+    """Lay out stacked shares of each method's bytes by phase, with the total in MB."""
+    scale = _Scale(0, 1, _NAME_WIDTH, WIDTH - _TOTAL_WIDTH, logarithmic=False)
     rows: list[Row] = []
     for name, phases in bytes_by_phase.items():
         total = sum(phases.values())
@@ -170,8 +176,8 @@ def share_chart(
             for phase, count in phases.items():
                 share = count / total
                 start, end = scale(left), scale(left + share)
-                said = f"{name}, {phase}: {count / 1e6:,.2f} MB ({share:.1%})"
-                marks.append(Mark(start, y, said, end - start, phase))
+                title = f"{name}, {phase}: {count / 1e6:,.2f} MB ({share:.1%})"
+                marks.append(Mark(start, y, title, end - start, phase))
                 left += share
             rows.append(Row(name, colours[name], y, tuple(marks), f"{total / 1e6:,.1f} MB"))
     ticks = tuple(Tick(scale(share), f"{share:.0%}") for share in (0, 0.25, 0.5, 0.75, 1))
@@ -181,13 +187,13 @@ def share_chart(
 def device_chart(
     by_device: Mapping[str, Mapping[str, float]], colours: Mapping[str, int]
 ) -> RowChart | None:
-    """Each device's accuracy as a dot, a row for each method."""
-    every = [share for devices in by_device.values() for share in devices.values()]
-    if not every:
+    """Lay out each device's accuracy as a dot, with a row for each method."""
+    accuracies = [share for devices in by_device.values() for share in devices.values()]
+    if not accuracies:
         return None
-    low, high = _widened(min(every), max(every))
+    low, high = _widened(min(accuracies), max(accuracies))
     low, high = max(0.0, low), min(1.0, high)
-    scale = _Scale(low, high, _NAMES, WIDTH - _TOTALS, logarithmic=False)
+    scale = _Scale(low, high, _NAME_WIDTH, WIDTH - _TOTAL_WIDTH, logarithmic=False)
     rows: list[Row] = []
     for name, devices in by_device.items():
         if devices:
@@ -203,16 +209,16 @@ def device_chart(
 
 
 class _Scale:
-    """A value's place between two edges."""
+    """Maps values to positions between two edges."""
 
     def __init__(
         self, low: float, high: float, start: float, end: float, *, logarithmic: bool
     ) -> None:
         self._map = math.log10 if logarithmic else float
-        a, b = self._map(low), self._map(high)
-        span = (b - a) or 1.0
+        first, last = self._map(low), self._map(high)
+        span = (last - first) or 1.0
         margin = 0.0 if (low, high) == (0, 1) else _MARGIN * (end - start)
-        self._low, self._start = a, start + margin
+        self._low, self._start = first, start + margin
         self._factor = (end - start - 2 * margin) / span
 
     def __call__(self, value: float) -> float:
@@ -220,13 +226,13 @@ class _Scale:
 
 
 def _row_y(number: int) -> float:
-    return TOP + _ROW * (number + 0.5)
+    return TOP + _ROW_HEIGHT * (number + 0.5)
 
 
 def _row_chart(label: str, ticks: tuple[Tick, ...], rows: Sequence[Row]) -> RowChart | None:
     if not rows:
         return None
-    return RowChart(label, ticks, tuple(rows), TOP + _ROW * len(rows) + BOTTOM)
+    return RowChart(label, ticks, tuple(rows), TOP + _ROW_HEIGHT * len(rows) + BOTTOM)
 
 
 def _widened(low: float, high: float) -> tuple[float, float]:
@@ -235,7 +241,7 @@ def _widened(low: float, high: float) -> tuple[float, float]:
 
 
 def _ticks(low: float, high: float, *, whole: bool = False) -> list[float]:
-    """Round numbers from ``low`` to ``high``, about six of them."""
+    """About six round numbers from ``low`` to ``high``."""
     span = (high - low) or 1.0
     magnitude = 10.0 ** math.floor(math.log10(span / 5))
     step = next(m * magnitude for m in (1, 2, 5, 10) if span / (m * magnitude) <= 7)
@@ -246,8 +252,8 @@ def _ticks(low: float, high: float, *, whole: bool = False) -> list[float]:
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times the powers of ten, or the powers alone where these are many."""
+    """1, 2 and 5 times the powers of ten, or the powers alone over more than three decades."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     factors = (1, 2, 5) if last - first <= 3 else (1,)
-    every = [factor * 10.0**power for power in range(first, last + 1) for factor in factors]
-    return [value for value in every if low * 0.999 <= value <= high * 1.001]
+    values = [factor * 10.0**power for power in range(first, last + 1) for factor in factors]
+    return [value for value in values if low * 0.999 <= value <= high * 1.001]

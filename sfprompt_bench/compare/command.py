@@ -13,60 +13,75 @@ from rich.console import Console
 from protocol.errors import InvalidField
 from protocol.messages import parse_message
 from sfprompt_bench.compare.config import QUICK, Comparison, load_comparison, point_name
-from sfprompt_bench.compare.methods import METHODS
-from sfprompt_bench.compare.report import (
-    comparison_csv,
-    comparison_json,
-    cost_table,
-    report_html,
-    result_table,
-)
+from sfprompt_bench.compare.report import comparison_csv, comparison_json, report_html
 from sfprompt_bench.compare.results import Outcome
 from sfprompt_bench.compare.runner import RESOLVED, run_comparison
+from sfprompt_bench.compare.tables import cost_table, result_table
 from sfprompt_bench.compare.trackers import (
     check_mlflow,
     check_tensorboard,
     log_mlflow,
     log_tensorboard,
 )
+from sfprompt_bench.methods.registry import METHODS
 from sfprompt_bench.presets import JsonFile
-from sfprompt_bench.run.preflight import run_folder
+from sfprompt_bench.run.preflight import make_run_folder
 
 
 def compare(
     file: Annotated[
-        Path | None, typer.Argument(help="TOML file of the comparison; see docs/compare.md.")
+        Path | None,
+        typer.Argument(help="TOML file with the comparison's settings; see docs/compare.md."),
     ] = None,
     method: Annotated[
         list[str] | None,
-        typer.Option(help=f"Again for more; in place of the file's. {' | '.join(METHODS)}"),
+        typer.Option(
+            help="Compare this method instead of the file's; repeat the option for more. "
+            f"{' | '.join(METHODS)}"
+        ),
     ] = None,
     seed: Annotated[
-        list[int] | None, typer.Option(min=0, help="Again for more; in place of the file's.")
+        list[int] | None,
+        typer.Option(
+            min=0, help="Use this seed instead of the file's; repeat the option for more."
+        ),
     ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Few digits and rounds, in minutes; takes no file.")
+        bool,
+        typer.Option(
+            "--quick", help="Compare five methods on a few digits, in minutes; takes no file."
+        ),
     ] = False,
     at_once: Annotated[
-        int, typer.Option(min=1, help="Tasks at a time; times are those of a busy machine then.")
+        int,
+        typer.Option(min=1, help="Runs at the same time. More than one makes each run slower."),
     ] = 1,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder; tasks found done there are not repeated. Default: a new one."),
+        typer.Option(
+            help="Folder for results. Runs with a result there are not repeated. "
+            "Default: runs/compare-NAME-TIME."
+        ),
     ] = None,
     tensorboard: Annotated[
-        Path | None, typer.Option(help="Log for TensorBoard here (extra: tensorboard).")
+        Path | None,
+        typer.Option(help="Log each run for TensorBoard to this folder (extra: tensorboard)."),
     ] = None,
     mlflow: Annotated[
-        str | None, typer.Option(help="Log to MLflow at this tracking URI (extra: mlflow).")
+        str | None,
+        typer.Option(help="Log each run to MLflow at this tracking URI (extra: mlflow)."),
     ] = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Run every method side by side: accuracy, bytes, compute, memory, time; one report."""
+    """Run methods side by side and report accuracy, bytes, compute, memory and time."""
     console = Console()
-    _check(tensorboard is not None, mlflow is not None)
-    comparison = _chosen(file, quick, method, seed)
-    folder = run_folder(out, f"compare-{comparison.name}")
+    # Packages that are needed at the end are checked before any run starts.
+    if tensorboard is not None:
+        check_tensorboard()
+    if mlflow is not None:
+        check_mlflow()
+    comparison = _comparison(file, quick, method, seed)
+    folder = make_run_folder(out, f"compare-{comparison.name}")
     outcomes = run_comparison(comparison, folder, at_once, console)
     _show(comparison, outcomes, console)
     for path in _write(comparison, outcomes, folder, json_file):
@@ -75,34 +90,27 @@ def compare(
         log_tensorboard(outcomes, tensorboard)
     if mlflow is not None:
         log_mlflow(comparison, outcomes, mlflow)
-    if any(one.failures for one in outcomes):
+    if any(outcome.failures for outcome in outcomes):
         raise typer.Exit(1)
 
 
-def _check(tensorboard: bool, mlflow: bool) -> None:
-    """What is needed at the end is looked for before anything is begun."""
-    if tensorboard:
-        check_tensorboard()
-    if mlflow:
-        check_mlflow()
-
-
-def _chosen(
+def _comparison(
     file: Path | None, quick: bool, methods: list[str] | None, seeds: list[int] | None
 ) -> Comparison:
-    """The file's comparison, or the quick one, with what the command line changes."""
+    """The file's comparison, or the quick one, with the methods and seeds of the command line."""
     if (file is None) != quick:
         raise InvalidField(
             "compare takes a file, or --quick",
             field="file",
-            hint="docs/comparisons has files to begin with",
+            hint="docs/comparisons has example files",
         )
     comparison = QUICK if file is None else load_comparison(file)
     values = comparison.model_dump()
     if methods:
         values["methods"] = methods
-        kept = comparison.overrides.items()
-        values["overrides"] = {name: parts for name, parts in kept if name in methods}
+        values["overrides"] = {
+            name: parts for name, parts in comparison.overrides.items() if name in methods
+        }
     if seeds:
         values["seeds"] = seeds
     return parse_message(Comparison, values)
@@ -111,18 +119,18 @@ def _chosen(
 def _show(comparison: Comparison, outcomes: Sequence[Outcome], console: Console) -> None:
     points = comparison.points()
     for number, point in enumerate(points, start=1):
-        here = [one for one in outcomes if one.point == point]
+        at_point = [outcome for outcome in outcomes if outcome.point == point]
         title = f"{comparison.name}: {point_name(point)}" if point else comparison.name
         for table in (
-            result_table(here, title, comparison.target_accuracy),
-            cost_table(here),
+            result_table(at_point, title, comparison.target_accuracy),
+            cost_table(at_point),
         ):
             if number < len(points):
-                table.caption = None  # it is the same below every point
+                table.caption = None  # all points have the same caption
             console.print(table)
-    for one in outcomes:
-        for failure in one.failures:
-            console.print(f"[red]{one.name}[/red]")
+    for outcome in outcomes:
+        for failure in outcome.failures:
+            console.print(f"[red]{outcome.name}[/red]")
             console.print(failure, markup=False, highlight=False)
 
 

@@ -1,4 +1,4 @@
-"""What is compared: the settings of a comparison, from one TOML file."""
+"""The settings of a comparison, from and to a TOML file."""
 
 from __future__ import annotations
 
@@ -26,47 +26,55 @@ Part = dict[str, Scalar]
 
 Values = dict[str, Scalar]  # of one point of a sweep, by dotted name
 
-_SWEPT_HERE = frozenset(
+_SWEPT_FIELDS = frozenset(
     {"data", "devices", "partition", "rounds", "limit_train", "limit_test", "shots", "link"}
 )
 
-# Told once for all methods, so that no method can be given more than another.
-_TOLD_ONCE = {"rounds": "rounds", "min_participants": "devices"}
+# Set once for all methods, so that no method trains more than another.
+_SHARED_FIELDS = {"rounds": "rounds", "min_participants": "devices"}
 
 
 class Comparison(Message):
-    """Everything that the tasks of a comparison are made from.
+    """The settings of a comparison.
 
-    What a run's settings are, later ones first: what makes a method this method, the point of the
-    sweep, the overrides of the method, the parts that all methods share, the method's own preset.
+    A run's settings come from here, the strongest first: what defines the method, the point of the
+    sweep, the overrides of the method, the parts that all methods share, the method's preset.
     """
 
     name: Text = "comparison"
-    data: Text = Field("digits", description="as edge-client --data takes it")
+    data: Text = Field("digits", description="as in edge-client --data")
     class_names: tuple[Text, ...] | None = None
     devices: int = Field(4, ge=1, le=64)
-    partition: Text = Field("iid", description="as edge-client --partition takes it")
+    partition: Text = Field("iid", description="as in edge-client --partition")
     rounds: int = Field(8, ge=1, le=100_000)
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**31)], ...] = Field((0,), min_length=1)
     methods: tuple[Text, ...] = Field(("sfprompt", "sfprompt-paper"), min_length=1)
-    limit_train: int | None = Field(None, ge=1, description="images over all devices; none: all")
-    limit_test: int | None = Field(None, ge=1)
+    limit_train: int | None = Field(
+        None, ge=1, description="training images over all devices; none: all"
+    )
+    limit_test: int | None = Field(
+        None, ge=1, description="test images over all devices; none: all"
+    )
     shots: int | None = Field(
         None, ge=1, description="training images of each class over all devices; none: all"
     )
-    link: Text | None = Field(None, description="a line to simulate, e.g. 20mbit,50ms")
-    target_accuracy: float | None = Field(None, gt=0, le=1, description="bytes are counted up to")
+    link: Text | None = Field(None, description="network to simulate, e.g. 20mbit,50ms")
+    target_accuracy: float | None = Field(
+        None, gt=0, le=1, description="accuracy up to which bytes_to_target counts"
+    )
     model: Part = {}
     federation: Part = {}
     training: Part = {}
     wire: Part = {}
     distillation: Part = {}
-    overrides: dict[str, dict[str, Part]] = Field({}, description="by method, then as the parts")
-    sweep: dict[str, tuple[Scalar, ...]] = Field({}, description="values by dotted name")
+    overrides: dict[str, dict[str, Part]] = Field({}, description="settings of one method, by part")
+    sweep: dict[str, tuple[Scalar, ...]] = Field(
+        {}, description="values by dotted name of the setting"
+    )
 
     @field_validator("partition")
     @classmethod
-    def _readable_partition(cls, text: str) -> str:
+    def _check_partition(cls, text: str) -> str:
         try:
             return str(parse_scheme(text))
         except PartitionError as error:
@@ -74,33 +82,33 @@ class Comparison(Message):
 
     @field_validator("methods", "seeds")
     @classmethod
-    def _each_once(cls, given: tuple[Any, ...]) -> tuple[Any, ...]:
-        twice = sorted({str(one) for one in given if given.count(one) > 1})
-        if twice:
-            raise ValueError(f"given twice: {', '.join(twice)}")
-        return given
+    def _check_unique(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        repeated = sorted({str(value) for value in values if values.count(value) > 1})
+        if repeated:
+            raise ValueError(f"given twice: {', '.join(repeated)}")
+        return values
 
     @model_validator(mode="after")
-    def _shots_are_the_limit(self) -> Comparison:
+    def _check_shots(self) -> Comparison:
         if self.shots is not None and self.limit_train is not None:
-            raise ValueError("shots and limit_train both say how many training images there are")
+            raise ValueError("shots and limit_train exclude each other; remove one of them")
         return self
 
     @model_validator(mode="after")
-    def _nothing_is_told_twice(self) -> Comparison:
-        places = [("", self.federation)]
-        places += [
-            (f"overrides.{name}.", each.get("federation", {}))
-            for name, each in self.overrides.items()
+    def _check_shared_fields(self) -> Comparison:
+        tables = [("", self.federation)]
+        tables += [
+            (f"overrides.{name}.", parts.get("federation", {}))
+            for name, parts in self.overrides.items()
         ]
-        for where, part in places:
-            for field, instead in _TOLD_ONCE.items():
-                if field in part:
-                    raise ValueError(f"{where}federation.{field} is set by {instead}")
+        for prefix, fields in tables:
+            for field, instead in _SHARED_FIELDS.items():
+                if field in fields:
+                    raise ValueError(f"{prefix}federation.{field} is set by {instead}")
         return self
 
     @model_validator(mode="after")
-    def _overrides_are_of_parts(self) -> Comparison:
+    def _check_overrides(self) -> Comparison:
         for name, parts in self.overrides.items():
             for part in parts:
                 if part not in PARTS:
@@ -108,20 +116,20 @@ class Comparison(Message):
         return self
 
     @model_validator(mode="after")
-    def _sweeps_are_of_settings(self) -> Comparison:
+    def _check_sweep(self) -> Comparison:
         for name, values in self.sweep.items():
             part, dot, field = name.partition(".")
-            if not (name in _SWEPT_HERE or (dot and part in PARTS and field)):
-                known = ", ".join([*sorted(_SWEPT_HERE), *(f"{part}.…" for part in PARTS)])
+            if not (name in _SWEPT_FIELDS or (dot and part in PARTS and field)):
+                known = ", ".join([*sorted(_SWEPT_FIELDS), *(f"{part}.…" for part in PARTS)])
                 raise ValueError(f"sweep.{name} is none of {known}")
-            if field in _TOLD_ONCE:
-                raise ValueError(f"sweep.{name} is set by {_TOLD_ONCE[field]}")
+            if field in _SHARED_FIELDS:
+                raise ValueError(f"sweep.{name} is set by {_SHARED_FIELDS[field]}")
             if not values or len(set(values)) < len(values):
-                raise ValueError(f"sweep.{name} needs at least one value, each of them once")
+                raise ValueError(f"sweep.{name} needs at least one value, and no value twice")
         return self
 
     def points(self) -> list[Values]:
-        """Every combination of the swept values; one empty one without a sweep."""
+        """All combinations of the swept values; a single empty one without a sweep."""
         names = list(self.sweep)
         return [
             dict(zip(names, values, strict=True))
@@ -129,7 +137,7 @@ class Comparison(Message):
         ]
 
     def at(self, point: Values) -> Comparison:
-        """This comparison with what a point sets of its own settings, and without the sweep.
+        """This comparison with a point's values for its own settings, and without the sweep.
 
         Raises:
             InvalidField: a swept value is not allowed.
@@ -140,15 +148,15 @@ class Comparison(Message):
         )
 
     def shared(self, method: str, point: Values) -> dict[str, Part]:
-        """The parts of a run's settings that are not the method's own, the strongest merged last.
+        """Merge the parts that the comparison sets for a method.
 
-        Those of all methods, then the overrides of this one, then the point.
+        The parts of all methods come first, then the overrides of this method, then the point.
         """
         merged: dict[str, Part] = {}
         swept = {name: value for name, value in point.items() if "." in name}
         for part in PARTS:
-            own = self.overrides.get(method, {}).get(part, {})
-            merged[part] = dict(getattr(self, part)) | own
+            overrides = self.overrides.get(method, {}).get(part, {})
+            merged[part] = dict(getattr(self, part)) | overrides
         for name, value in swept.items():
             part, _, field = name.partition(".")
             merged[part][field] = value
@@ -156,7 +164,7 @@ class Comparison(Message):
 
 
 def point_name(point: Mapping[str, Scalar]) -> str:
-    """A point for people: ``partition = dirichlet:0.3, devices = 2``; empty without a sweep."""
+    """Describe a point: ``partition = dirichlet:0.3, devices = 2``; empty without a sweep."""
     return ", ".join(f"{name} = {value}" for name, value in point.items())
 
 
@@ -170,12 +178,15 @@ def load_comparison(file: Path) -> Comparison:
         values = tomllib.loads(file.read_text())
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise InvalidField(
-            f"the comparison cannot be read ({error})", field="file", value=str(file)
+            f"the comparison cannot be read ({error})",
+            field="file",
+            value=str(file),
+            hint="docs/comparisons has example files",
         ) from error
     return parse_message(Comparison, {"name": file.stem, **values})
 
 
-# Minutes on two cores: few digits, two devices, real weights.
+# Takes minutes on two cores: few digits, two devices, pretrained weights.
 QUICK = Comparison(
     name="quick",
     data="digits",
@@ -191,10 +202,10 @@ _BARE = re.compile(r"[A-Za-z0-9_-]+")
 
 
 def toml_text(values: Mapping[str, Any]) -> str:
-    """Tables of texts, numbers, truth values and lists of these. What is None is left out.
+    """Write tables of strings, numbers, booleans and lists of these as TOML; None is left out.
 
     Raises:
-        TypeError: TOML has no form for a value.
+        TypeError: TOML cannot represent a value.
     """
     return "\n".join(_table((), values)) + "\n"
 
@@ -213,21 +224,21 @@ def _table(path: tuple[str, ...], values: Mapping[str, Any]) -> list[str]:
 
 
 def _key(name: str) -> str:
-    return name if _BARE.fullmatch(name) else _text(name)
+    return name if _BARE.fullmatch(name) else _string(name)
 
 
 def _value(value: object) -> str:
     if isinstance(value, str):
-        return _text(value)
+        return _string(value)
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, (int, float)):
         return repr(value)  # 1e-05, inf and nan are TOML as well
     if isinstance(value, Sequence):
         return f"[{', '.join(map(_value, value))}]"
-    raise TypeError(f"TOML has no form for {type(value).__name__}")
+    raise TypeError(f"TOML cannot represent a value of type {type(value).__name__}")
 
 
-def _text(value: str) -> str:
+def _string(value: str) -> str:
     # A basic string of TOML escapes as JSON does; DEL must be escaped too.
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

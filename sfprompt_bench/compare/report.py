@@ -1,20 +1,18 @@
-"""A comparison as one page of HTML that needs nothing else."""
+"""A comparison's files: a page of HTML that needs no other file, JSON and CSV."""
 
 from __future__ import annotations
 
 import csv
 import io
-import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
-from rich import box
 from rich.table import Table
 
-from protocol.traffic import Phase, total_bytes
+from protocol.traffic import Phase
 from sfprompt_bench.compare.charts import (
     LineChart,
     RowChart,
@@ -24,148 +22,18 @@ from sfprompt_bench.compare.charts import (
 )
 from sfprompt_bench.compare.config import Comparison, Values, point_name
 from sfprompt_bench.compare.results import FIELDS, Outcome
-
-MB = 1e6
-
-_ABSENT = "-"
-
-_APART = frozenset({Phase.INFERENCE, Phase.CONTROL})  # neither start nor training
-
-
-def result_table(outcomes: Sequence[Outcome], title: str, target: float | None) -> Table:
-    """Accuracy, worst device, bytes of one device in the whole run, privacy spent, and time.
-
-    Of one point of a sweep, which is for the title to tell.
-    """
-    table = _table(title)
-    columns = ["accuracy", "worst device", "MB in all"]
-    columns += [] if target is None else [f"MB to {target:.0%}"]
-    private = any(one.mean("epsilon") is not None for one in outcomes)
-    columns += ["epsilon"] if private else []
-    for name in (*columns, "time"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for one in outcomes:
-        if not one.figures:
-            table.add_row(one.method, "failed", style="red")
-            continue
-        cells = [
-            _with_spread(one, "accuracy", _percent),
-            _with_spread(one, "accuracy_worst_client", _percent),
-            _cell(one, "bytes_total", _megabytes),
-        ]
-        if target is not None:
-            cells.append(_cell(one, "bytes_to_target", _megabytes))
-        if private:
-            cells.append(_cell(one, "epsilon", _short))
-        table.add_row(one.method, *cells, _cell(one, "seconds", _whole_seconds))
-    table.caption = (
-        "Means over the seeds ± standard deviation. Bytes are those of one device at the socket, "
-        "start included."
-    )
-    table.caption_justify = "left"
-    return table
-
-
-def cost_table(outcomes: Sequence[Outcome]) -> Table:
-    """What one device sends, receives, computes and holds; calculated bytes beside measured."""
-    table = _table("One device")
-    names = ("tuned", "start", "up", "down", "calc.", "GFLOP", "memory", "CPU s")
-    for name in names:
-        table.add_column(name, justify="right", no_wrap=True)
-    for one in outcomes:
-        if one.figures:
-            table.add_row(
-                one.method,
-                _cell(one, "trainable_parameters", _millions),
-                _cell(one, "bytes_start", _megabytes),
-                _cell(one, "bytes_up_per_round", _megabytes),
-                _cell(one, "bytes_down_per_round", _megabytes),
-                against_calculated(one),
-                _cell(one, "device_flops_total", _giga),
-                _cell(one, "device_peak_bytes", _megabytes),
-                _cell(one, "device_seconds", _whole_seconds),
-            )
-    table.caption = (
-        "Tuned numbers in millions; MB to start and in a round of training; bytes of start and "
-        "training, measured over calculated payloads; operations of the run, counted on the meta "
-        "device; peak memory in MB, libraries included."
-    )
-    table.caption_justify = "left"
-    return table
-
-
-def against_calculated(outcome: Outcome) -> str:
-    """Bytes of start and training as measured, over the payloads that the calculator gives.
-
-    Evaluation is left out: the calculator has none for some of the methods.
-    """
-    shares = []
-    for one in outcome.figures:
-        found = one["calculated"]
-        if found is not None:
-            rounds = found.get("rounds_trained", len(one["curve"]))  # older results have none
-            each = found["bytes_up_per_round"] + found["bytes_down_per_round"]
-            payload = found["bytes_start"] + found["bytes_up_once"] + rounds * each
-            payload += found.get("bytes_renewed", 0)  # older results have none
-            moved = {phase: ways for phase, ways in one["bytes"].items() if phase not in _APART}
-            shares.append(total_bytes(moved) / payload)
-    return f"{statistics.fmean(shares):.2f}x" if shares else _ABSENT
-
-
-def _percent(share: float) -> str:
-    return f"{share:.1%}"
-
-
-def _megabytes(count: float) -> str:
-    return _short(count / MB)
-
-
-def _millions(count: float) -> str:
-    return f"{count / 1e6:,.3f}"
-
-
-def _giga(count: float) -> str:
-    return _short(count / 1e9)
-
-
-def _whole_seconds(seconds: float) -> str:
-    return f"{seconds:,.0f}"
-
-
-def _table(title: str) -> Table:
-    table = Table(
-        title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
-    )
-    table.add_column("method", overflow="fold")
-    return table
-
-
-def _cell(outcome: Outcome, name: str, shown: Callable[[float], str]) -> str:
-    mean = outcome.mean(name)
-    return _ABSENT if mean is None else shown(mean)
-
-
-def _with_spread(outcome: Outcome, name: str, shown: Callable[[float], str]) -> str:
-    mean, spread = outcome.mean(name), outcome.spread(name)
-    if mean is None or spread is None:
-        return _ABSENT
-    return f"{shown(mean)} ± {100 * spread:.1f}" if len(outcome.seeds) > 1 else shown(mean)
-
-
-def _short(number: float) -> str:
-    return f"{number:,.0f}" if number >= 100 else f"{number:.2f}"
-
+from sfprompt_bench.compare.tables import MB, cost_table, result_table
 
 _TEMPLATE = Path(__file__).with_name("report.html")
 
-_MB = 1e6
-
 _COLOURS = 16
+
+_COUNTS = ("bytes_", "trainable_", "device_flops", "device_peak", "server_peak")
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """A table's texts."""
+class _TableText:
+    """The cells of a table."""
 
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
@@ -173,7 +41,7 @@ class _Rows:
 
 @dataclass(frozen=True)
 class _Section:
-    """One point of the sweep."""
+    """The part of the page for one point of the sweep."""
 
     title: str
     colours: dict[str, int]
@@ -182,13 +50,13 @@ class _Section:
     over_rounds: LineChart | None
     shares: RowChart | None
     by_device: RowChart | None
-    results: _Rows
-    costs: _Rows
+    results: _TableText
+    costs: _TableText
     failures: tuple[str, ...]
 
 
 def report_html(comparison: Comparison, outcomes: Sequence[Outcome], settings: str) -> str:
-    """The page. ``settings`` is the resolved file, shown at its end."""
+    """Render the page. ``settings`` is the text of the resolved file, shown at its end."""
     # Names and errors come from files and logs: everything is escaped.
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -199,94 +67,96 @@ def report_html(comparison: Comparison, outcomes: Sequence[Outcome], settings: s
         title=comparison.name,
         lead=_lead(comparison),
         sections=[
-            _section(comparison, point, [one for one in outcomes if one.point == point])
-            for point in comparison.points()
+            _section(comparison, point, _at_point(outcomes, point)) for point in comparison.points()
         ],
         phases=[str(phase) for phase in Phase],
-        methods={one.method: one.what for one in outcomes},
+        methods={outcome.method: outcome.what for outcome in outcomes},
         settings=settings,
     )
 
 
+def _at_point(outcomes: Sequence[Outcome], point: Values) -> list[Outcome]:
+    return [outcome for outcome in outcomes if outcome.point == point]
+
+
 def _section(comparison: Comparison, point: Values, outcomes: Sequence[Outcome]) -> _Section:
-    done = [one for one in outcomes if one.figures]
-    colours = {one.method: number % _COLOURS for number, one in enumerate(outcomes)}
-    curves = {one.method: one.curve() for one in done}
+    done = [outcome for outcome in outcomes if outcome.figures]
+    colours = {outcome.method: number % _COLOURS for number, outcome in enumerate(outcomes)}
+    curves = {outcome.method: outcome.curve() for outcome in done}
     levels = {
-        one.method: accuracy
-        for one in done
-        if not curves[one.method] and (accuracy := one.mean("accuracy")) is not None
+        outcome.method: accuracy
+        for outcome in done
+        if not curves[outcome.method] and (accuracy := outcome.mean("accuracy")) is not None
     }
 
     def over(axis: str, unit: float) -> dict[str, list[tuple[float, float]]]:
         return {
-            name: [(at[axis] / unit, at["accuracy"]) for at in curve]
+            name: [(point[axis] / unit, point["accuracy"]) for point in curve]
             for name, curve in curves.items()
         }
 
-    phases = [str(phase) for phase in Phase]
-    moved = {}
-    for one in done:
-        found = one.phase_bytes()
-        moved[one.method] = {
-            phase: sum(found[phase].values()) for phase in phases if phase in found
-        }
     return _Section(
         title=point_name(point),
         colours=colours,
         levels=levels,
         over_bytes=accuracy_chart(
-            over("bytes", _MB), levels, colours, x_label="MB, one device", logarithmic=True
+            over("bytes", MB), levels, colours, x_label="MB, one device", logarithmic=True
         ),
         over_rounds=accuracy_chart(
             over("round", 1), levels, colours, x_label="rounds", logarithmic=False
         ),
-        shares=share_chart(moved, colours),
-        by_device=device_chart({one.method: one.clients() for one in done}, colours),
-        results=_rows(result_table(outcomes, "", comparison.target_accuracy)),
-        costs=_rows(cost_table(outcomes)),
-        failures=tuple(f"{one.method}, {failure}" for one in outcomes for failure in one.failures),
+        shares=share_chart({outcome.method: _bytes_by_phase(outcome) for outcome in done}, colours),
+        by_device=device_chart(
+            {outcome.method: outcome.device_accuracies() for outcome in done}, colours
+        ),
+        results=_table_text(result_table(outcomes, "", comparison.target_accuracy)),
+        costs=_table_text(cost_table(outcomes)),
+        failures=tuple(
+            f"{outcome.method}, {failure}" for outcome in outcomes for failure in outcome.failures
+        ),
     )
+
+
+def _bytes_by_phase(outcome: Outcome) -> dict[str, float]:
+    """Bytes of both directions, in the order of the phases."""
+    counts = outcome.phase_bytes()
+    return {str(phase): sum(counts[phase].values()) for phase in Phase if phase in counts}
 
 
 def _lead(comparison: Comparison) -> str:
-    seeds = len(comparison.seeds)
-    few = "" if comparison.shots is None else f"{comparison.shots} images a class, "
+    shots = "" if comparison.shots is None else f"{comparison.shots} images a class, "
     return (
-        f"{comparison.data}, {few}{_many(comparison.devices, 'device')}, {comparison.partition}, "
-        f"{_many(comparison.rounds, 'round')}, {_many(seeds, 'seed')}"
+        f"{comparison.data}, {shots}{_count(comparison.devices, 'device')}, "
+        f"{comparison.partition}, {_count(comparison.rounds, 'round')}, "
+        f"{_count(len(comparison.seeds), 'seed')}"
     )
 
 
-def _many(count: int, noun: str) -> str:
+def _count(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
-def _rows(table: Table) -> _Rows:
+def _table_text(table: Table) -> _TableText:
     columns = tuple(str(column.header) for column in table.columns)
     cells = [[str(cell) for cell in column.cells] for column in table.columns]
-    rows = zip(*cells, strict=True)
-    return _Rows(columns, tuple(_without_empty(row) for row in rows))
-
-
-def _without_empty(row: tuple[str, ...]) -> tuple[str, ...]:
-    """A failed method's row has two cells; the table fills it up with empty ones."""
-    return tuple(cell for cell in row if cell)
+    # A failed method's row has two cells; the table fills it up with empty ones.
+    rows = (tuple(cell for cell in row if cell) for row in zip(*cells, strict=True))
+    return _TableText(columns, tuple(rows))
 
 
 def _px(length: float) -> str:
     return f"{length:.1f}".removesuffix(".0")
 
 
-_COUNTS = ("bytes_", "trainable_", "device_flops", "device_peak", "server_peak")
-
-
 def comparison_json(comparison: Comparison, outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """Everything. ``methods`` is the first point of the sweep, the only one without a sweep."""
+    """Convert a comparison to values for JSON.
+
+    ``methods`` is the first point of the sweep, and the only one without a sweep.
+    """
     points = []
     for point in comparison.points():
-        here = [one for one in outcomes if one.point == point]
-        points.append({"sweep": point, "methods": {one.method: method_json(one) for one in here}})
+        methods = {o.method: method_json(o) for o in _at_point(outcomes, point)}
+        points.append({"sweep": point, "methods": methods})
     return {
         "name": comparison.name,
         "comparison": comparison.model_dump(mode="json"),
@@ -296,14 +166,14 @@ def comparison_json(comparison: Comparison, outcomes: Sequence[Outcome]) -> dict
 
 
 def method_json(outcome: Outcome) -> dict[str, Any]:
-    """Means over the seeds, None where there is nothing to measure; ``spread`` beside them."""
+    """Convert an outcome: means over the seeds, or None, and the standard deviations."""
     return {
         "what": outcome.what,
-        **{name: _whole(name, outcome.mean(name)) for name in FIELDS},
+        **{name: _rounded(name, outcome.mean(name)) for name in FIELDS},
         "spread": {name: outcome.spread(name) for name in FIELDS},
         "seeds": list(outcome.seeds),
         "bytes": outcome.phase_bytes(),
-        "accuracy_clients": outcome.clients(),
+        "accuracy_clients": outcome.device_accuracies(),
         "curve": outcome.curve(),
         "calculated": outcome.calculated(),
         "failures": list(outcome.failures),
@@ -311,21 +181,21 @@ def method_json(outcome: Outcome) -> dict[str, Any]:
 
 
 def comparison_csv(outcomes: Sequence[Outcome]) -> str:
-    """A row for each method at each point: means, then spreads."""
+    """Write a row for each method at each point: means, then spreads."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(
-        ["method", "sweep", "seeds", *FIELDS, *(f"{name}_spread" for name in FIELDS), "failures"]
-    )
-    for one in outcomes:
-        means = [_whole(name, one.mean(name)) for name in FIELDS]
-        spreads = [one.spread(name) for name in FIELDS]
-        seeds = " ".join(map(str, one.seeds))
-        row = [one.method, point_name(one.point), seeds, *means, *spreads, "; ".join(one.failures)]
+    spread_names = (f"{name}_spread" for name in FIELDS)
+    writer.writerow(["method", "sweep", "seeds", *FIELDS, *spread_names, "failures"])
+    for outcome in outcomes:
+        means = [_rounded(name, outcome.mean(name)) for name in FIELDS]
+        spreads = [outcome.spread(name) for name in FIELDS]
+        seeds, failures = " ".join(map(str, outcome.seeds)), "; ".join(outcome.failures)
+        point = point_name(outcome.point)
+        row = [outcome.method, point, seeds, *means, *spreads, failures]
         writer.writerow(["" if cell is None else cell for cell in row])
     return out.getvalue()
 
 
-def _whole(name: str, mean: float | None) -> float | int | None:
-    """Counts are whole numbers, their means as well."""
+def _rounded(name: str, mean: float | None) -> float | int | None:
+    """Counts are whole numbers, and so are their means."""
     return round(mean) if mean is not None and name.startswith(_COUNTS) else mean

@@ -1,4 +1,4 @@
-"""What came of one method at one point: a value for each seed, their mean and spread."""
+"""The outcome of one method at one point of a sweep: figures for each seed, mean and spread."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sfprompt_bench.compare.config import Values, point_name
 from sfprompt_bench.compare.plan import Job
 from sfprompt_bench.compare.tasks import Failure, Figures
 
-# In the order of files. Bytes are of one device; the first six are calculated ones of `estimate`.
+# In the order of files. Bytes are of one device; `estimate` calculates the first six.
 FIELDS = (
     "trainable_parameters",
     "bytes_start",
@@ -40,11 +40,11 @@ class Outcome:
 
     Attributes:
         method: its name.
-        what: it in a sentence.
+        what: the method in a sentence.
         point: of the sweep; empty without one.
-        seeds: those that were done.
+        seeds: those with figures.
         figures: one for each of these seeds.
-        failures: what went wrong, a text for each seed that failed.
+        failures: an error message for each seed that failed.
     """
 
     method: str
@@ -56,16 +56,16 @@ class Outcome:
 
     @property
     def name(self) -> str:
-        """The method, and the point where there is a sweep."""
+        """The method, and the point of the sweep if there is one."""
         return f"{self.method} ({point_name(self.point)})" if self.point else self.method
 
     def mean(self, name: str) -> float | None:
-        """Over the seeds; None where a seed has no such value."""
+        """Average a figure over the seeds; None if a seed lacks it."""
         values = self._values(name)
         return statistics.fmean(values) if values else None
 
     def spread(self, name: str) -> float | None:
-        """Standard deviation over the seeds, 0 for one; None where there is no mean."""
+        """Standard deviation over the seeds, 0 for a single seed; None if there is no mean."""
         values = self._values(name)
         if not values:
             return None
@@ -73,83 +73,76 @@ class Outcome:
 
     def phase_bytes(self) -> dict[str, dict[str, float]]:
         """Bytes of one device by phase and direction, mean over the seeds."""
-        phases = {phase for one in self.figures for phase in one["bytes"]}
+        phases = {phase for figures in self.figures for phase in figures["bytes"]}
         return {
             phase: {
-                way: statistics.fmean(
-                    one["bytes"].get(phase, {}).get(way, 0) for one in self.figures
+                direction: statistics.fmean(
+                    figures["bytes"].get(phase, {}).get(direction, 0) for figures in self.figures
                 )
-                for way in ("up", "down")
+                for direction in ("up", "down")
             }
             for phase in sorted(phases)
         }
 
-    def clients(self) -> dict[str, float]:
+    def device_accuracies(self) -> dict[str, float]:
         """Accuracy on each device's held-out samples, mean over the seeds."""
-        names = sorted({name for one in self.figures for name in one["accuracy_clients"]})
+        by_seed = [figures["accuracy_clients"] for figures in self.figures]
+        names = sorted({name for accuracies in by_seed for name in accuracies})
         return {
-            name: statistics.fmean(
-                one["accuracy_clients"][name]
-                for one in self.figures
-                if name in one["accuracy_clients"]
-            )
+            name: statistics.fmean(accuracies[name] for accuracies in by_seed if name in accuracies)
             for name in names
         }
 
     def curve(self) -> list[dict[str, float]]:
-        """Round, bytes of one device so far and accuracy, where every seed measured it."""
+        """Round, bytes of one device so far and accuracy, of rounds that all seeds measured."""
         if not self.figures:
             return []
-        every = zip(*(one["curve"] for one in self.figures), strict=False)
         return [
             {
-                name: statistics.fmean(point[name] for point in found)
+                name: statistics.fmean(point[name] for point in points)
                 for name in ("round", "bytes", "accuracy")
             }
-            for found in every
-            if all(point["accuracy"] is not None for point in found)
+            for points in zip(*(figures["curve"] for figures in self.figures), strict=False)
+            if all(point["accuracy"] is not None for point in points)
         ]
 
     def calculated(self) -> dict[str, Any] | None:
-        """The calculator's figures of the first seed's run."""
-        found: dict[str, Any] | None = self.figures[0]["calculated"] if self.figures else None
-        return found
+        """The calculated cost of the first seed's run."""
+        cost: dict[str, Any] | None = self.figures[0]["calculated"] if self.figures else None
+        return cost
 
     def _values(self, name: str) -> list[float]:
-        values = [one.get(name) for one in self.figures]
+        values = [figures.get(name) for figures in self.figures]
         known = [float(value) for value in values if value is not None]
         return known if len(known) == len(values) else []
 
 
 def outcomes_of(
-    jobs: Sequence[Job], done: Mapping[str, Figures | Failure], target: float | None
+    jobs: Sequence[Job], results: Mapping[str, Figures | Failure], target: float | None
 ) -> list[Outcome]:
-    """An outcome for each method at each point, in the order of the jobs."""
+    """Group the tasks' results, by task key, into an outcome for each method at each point.
+
+    Outcomes are in the order of the jobs. ``target`` is the accuracy up to which bytes count.
+    """
     groups: dict[tuple[str, str], list[Job]] = {}
     for job in jobs:
         groups.setdefault((job.method.name, point_name(job.point)), []).append(job)
-    outcomes = []
-    for members in groups.values():
-        seeds, figures, failures = [], [], []
-        for job in members:
-            found = done[job.task.key]
-            if isinstance(found, Exception):
-                failures.append(f"seed {job.seed}: {found}")
-            else:
-                seeds.append(job.seed)
-                figures.append(found | {"bytes_to_target": bytes_to_target(found, target)})
-        first = members[0]
-        outcomes.append(
-            Outcome(
-                first.method.name,
-                first.method.what,
-                first.point,
-                tuple(seeds),
-                tuple(figures),
-                tuple(failures),
-            )
-        )
-    return outcomes
+    return [_outcome(group, results, target) for group in groups.values()]
+
+
+def _outcome(
+    jobs: Sequence[Job], results: Mapping[str, Figures | Failure], target: float | None
+) -> Outcome:
+    seeds, figures, failures = [], [], []
+    for job in jobs:
+        result = results[job.task.key]
+        if isinstance(result, Exception):
+            failures.append(f"seed {job.seed}: {result}")
+        else:
+            seeds.append(job.seed)
+            figures.append(result | {"bytes_to_target": bytes_to_target(result, target)})
+    method, point = jobs[0].method, jobs[0].point
+    return Outcome(method.name, method.what, point, tuple(seeds), tuple(figures), tuple(failures))
 
 
 def bytes_to_target(figures: Figures, target: float | None) -> int | None:
@@ -158,6 +151,6 @@ def bytes_to_target(figures: Figures, target: float | None) -> int | None:
         return None
     for point in figures["curve"]:
         if point["accuracy"] is not None and point["accuracy"] >= target:
-            moved: int = point["bytes"]
-            return moved
+            nbytes: int = point["bytes"]
+            return nbytes
     return None

@@ -1,4 +1,4 @@
-"""Tasks that are done once: each in a folder of its own, several at a time, resumable."""
+"""Tasks that run several at a time, each in its folder, and not again once they have a result."""
 
 from __future__ import annotations
 
@@ -20,48 +20,48 @@ from edge_client.data import DataError
 from protocol.errors import SFPromptError
 from sfprompt_bench.run.processes import end_processes
 
-Figures = dict[str, Any]  # what came of a task, as JSON carries it
+Figures = dict[str, Any]  # a task's result, as JSON values
 
 Failure = SFPromptError | DataError
 
-_ENDING_S = 0.5
+_STOP_INTERVAL_S = 0.5
 
 
 @dataclass(frozen=True)
 class Task:
-    """One thing to do.
+    """A unit of work with a result that depends on its inputs alone.
 
     Attributes:
         name: for people.
-        folder: its own; emptied before it is begun.
-        of: everything that its result depends on, as JSON carries it.
+        folder: of this task alone; it is emptied before the task starts.
+        inputs: everything that the result depends on, as JSON values.
     """
 
     name: str
     folder: Path
-    of: dict[str, Any]
+    inputs: dict[str, Any]
 
     @property
     def key(self) -> str:
-        """The hash of `of`: two tasks with one key have one result."""
-        return task_key(self.of)
+        """The hash of the inputs: two tasks with one key have the same result."""
+        return task_key(self.inputs)
 
 
-def task_key(of: dict[str, Any]) -> str:
-    """SHA-256 over the JSON of everything that a result depends on, in hexadecimal."""
-    text = json.dumps(of, sort_keys=True, separators=(",", ":"))
+def task_key(inputs: dict[str, Any]) -> str:
+    """Hash a task's inputs: SHA-256 over their JSON, in hexadecimal."""
+    text = json.dumps(inputs, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def known_figures(task: Task, file: str) -> Figures | None:
-    """What an earlier run of the very same task left in ``file`` of its folder, if one did."""
+def read_figures(task: Task, file: str) -> Figures | None:
+    """Read the result that an earlier run of the same task wrote to ``file``; None without one."""
     try:
-        found = json.loads((task.folder / file).read_text())
+        record = json.loads((task.folder / file).read_text())
     except (OSError, ValueError):
         return None
-    if not isinstance(found, dict) or found.get("of") != task.of:
+    if not isinstance(record, dict) or record.get("of") != task.inputs:
         return None
-    figures: Figures | None = found.get("figures")
+    figures: Figures | None = record.get("figures")
     return figures
 
 
@@ -72,15 +72,17 @@ def perform_all(
     file: str,
     at_once: int,
     console: Console,
-    say: Callable[[Task, Figures], str],
+    describe: Callable[[Task, Figures], str],
 ) -> list[Figures | Failure]:
-    """Do every task that is not done yet, and tell the figures or the error of each, in order.
+    """Perform all tasks without a result and return the figures or the error of each, in order.
 
     Args:
-        perform: does one; called from several threads. Its folder is there, and empty.
-        file: where in its folder a task's figures are kept.
-        at_once: tasks at a time.
-        say: a line for people about a task that is done.
+        tasks: to perform.
+        perform: performs one task, whose folder exists and is empty. Called from several threads.
+        file: name of the result's file in a task's folder.
+        at_once: number of tasks that run at the same time.
+        console: for the progress bar and a line for each task.
+        describe: a line for people about a finished task.
     """
     with (
         Progress(
@@ -90,45 +92,45 @@ def perform_all(
             TimeElapsedColumn(),
             console=console,
         ) as progress,
-        ThreadPoolExecutor(at_once) as workers,
+        ThreadPoolExecutor(at_once) as threads,
     ):
         bar = progress.add_task("runs", total=len(tasks))
         stopping = threading.Event()
 
-        def one(task: Task) -> Figures | Failure:
+        def perform_task(task: Task) -> Figures | Failure:
             try:
                 figures = _perform_once(task, perform, file)
             except (SFPromptError, DataError) as error:
-                if not stopping.is_set():  # else it failed because its processes were ended
+                if not stopping.is_set():  # otherwise it failed because its processes were ended
                     text = f"  {task.name}: {error}"
                     progress.console.print(text, style="red", highlight=False, markup=False)
                 return error
             finally:
                 progress.advance(bar)
-            progress.console.print(f"  {say(task, figures)}")
+            progress.console.print(f"  {describe(task, figures)}")
             return figures
 
-        waiting = [workers.submit(one, task) for task in tasks]
+        futures = [threads.submit(perform_task, task) for task in tasks]
         try:
-            return [done.result() for done in waiting]
+            return [future.result() for future in futures]
         except BaseException:
             stopping.set()
-            workers.shutdown(wait=False, cancel_futures=True)  # what is not begun never is
-            while not all(done.done() for done in waiting):
-                end_processes()  # again and again: a task may be about to start one
-                time.sleep(_ENDING_S)
+            threads.shutdown(wait=False, cancel_futures=True)
+            while not all(future.done() for future in futures):
+                end_processes()  # repeatedly: a task may be about to start one
+                time.sleep(_STOP_INTERVAL_S)
             raise
 
 
 def _perform_once(task: Task, perform: Callable[[Task], Figures], file: str) -> Figures:
-    known = known_figures(task, file)
+    known = read_figures(task, file)
     if known is not None:
         return known
-    shutil.rmtree(task.folder, ignore_errors=True)  # what an interrupted run left counts for nobody
+    shutil.rmtree(task.folder, ignore_errors=True)  # files of an interrupted run
     task.folder.mkdir(parents=True)
     figures = perform(task)
-    kept = {"key": task.key, "of": task.of, "figures": figures}
+    record = {"key": task.key, "of": task.inputs, "figures": figures}
     partial = task.folder / f"{file}.part"
-    partial.write_text(json.dumps(kept, indent=2) + "\n")
-    partial.replace(task.folder / file)  # whole or not at all
+    partial.write_text(json.dumps(record, indent=2) + "\n")
+    partial.replace(task.folder / file)  # a reader sees the whole file or none
     return figures

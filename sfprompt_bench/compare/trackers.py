@@ -1,4 +1,4 @@
-"""A comparison for MLflow: an experiment, with a run for each method and seed."""
+"""Comparisons in experiment trackers: MLflow and TensorBoard, a run for each method and seed."""
 
 from __future__ import annotations
 
@@ -16,59 +16,68 @@ _SHARED = ("data", "devices", "partition", "rounds", "limit_train", "limit_test"
 
 
 def check_mlflow() -> None:
-    """Raises `NotFound` if the extra is not installed."""
-    if importlib.util.find_spec("mlflow") is None:
+    """Raise `NotFound` if the extra is not installed."""
+    _check_installed("mlflow", "MLflow")
+
+
+def check_tensorboard() -> None:
+    """Raise `NotFound` if the extra is not installed."""
+    _check_installed("tensorboard", "TensorBoard")
+
+
+def _check_installed(package: str, name: str) -> None:
+    if importlib.util.find_spec(package) is None:
         raise NotFound(
-            "MLflow is not installed",
-            field="mlflow",
-            hint='install the extra, from a checkout: pip install ".[mlflow]"',
+            f"{name} is not installed",
+            field=package,
+            hint=f'install the extra, from a checkout: pip install ".[{package}]"',
         )
 
 
 def log_mlflow(comparison: Comparison, outcomes: Sequence[Outcome], uri: str) -> None:
-    """Figures, and accuracy and bytes of one device by rounds, to the tracking server or store."""
+    """Log figures, and accuracy and bytes of one device by rounds, to a tracking server or store.
+
+    Raises:
+        NotFound: the extra is not installed.
+    """
     check_mlflow()
     mlflow = importlib.import_module("mlflow")
     mlflow.set_tracking_uri(uri)
     mlflow.set_experiment(comparison.name)
+    shared = {name: getattr(comparison, name) for name in _SHARED}
     for outcome in outcomes:
         for seed, figures in zip(outcome.seeds, outcome.figures, strict=True):
             with mlflow.start_run(run_name=f"{outcome.name}, seed {seed}"):
-                shared = {name: getattr(comparison, name) for name in _SHARED}
                 mlflow.log_params(shared | {"method": outcome.method, "seed": seed} | outcome.point)
-                found = {name: figures.get(name) for name in FIELDS}
+                values = {name: figures.get(name) for name in FIELDS}
                 mlflow.log_metrics(
-                    {name: float(value) for name, value in found.items() if value is not None}
+                    {name: float(value) for name, value in values.items() if value is not None}
                 )
                 for point in figures["curve"]:
                     if point["accuracy"] is not None:
-                        at_round = {"curve_accuracy": point["accuracy"]}
-                        at_round["curve_bytes"] = float(point["bytes"])
-                        mlflow.log_metrics(at_round, step=point["round"])
-
-
-def check_tensorboard() -> None:
-    """Raises `NotFound` if the extra is not installed."""
-    if importlib.util.find_spec("tensorboard") is None:
-        raise NotFound(
-            "TensorBoard is not installed",
-            field="tensorboard",
-            hint='install the extra, from a checkout: pip install ".[tensorboard]"',
-        )
+                        metrics = {
+                            "curve_accuracy": point["accuracy"],
+                            "curve_bytes": float(point["bytes"]),
+                        }
+                        mlflow.log_metrics(metrics, step=point["round"])
 
 
 def log_tensorboard(outcomes: Sequence[Outcome], folder: Path) -> None:
-    """Accuracy over rounds and over kB of one device, and all figures, under ``folder``."""
+    """Log figures, and accuracy over rounds and over kB of one device, under ``folder``.
+
+    Raises:
+        NotFound: the extra is not installed.
+    """
     check_tensorboard()
-    writer_of = importlib.import_module("torch.utils.tensorboard").SummaryWriter
+    writer_class = importlib.import_module("torch.utils.tensorboard").SummaryWriter
     for outcome in outcomes:
         for seed, figures in zip(outcome.seeds, outcome.figures, strict=True):
-            place = re.sub(r"[^A-Za-z0-9._=-]+", "_", f"{outcome.name}-{seed}")
-            with writer_of(str(folder / place)) as writer:
+            run = re.sub(r"[^A-Za-z0-9._=-]+", "_", f"{outcome.name}-{seed}")
+            with writer_class(str(folder / run)) as writer:
                 for point in figures["curve"]:
                     if point["accuracy"] is not None:
-                        writer.add_scalar("accuracy/rounds", point["accuracy"], point["round"])
                         kilobytes = point["bytes"] // 1000
+                        writer.add_scalar("accuracy/rounds", point["accuracy"], point["round"])
                         writer.add_scalar("accuracy/kilobytes", point["accuracy"], kilobytes)
                 for name in FIELDS:
                     if figures.get(name) is not None:

@@ -1,1 +1,1 @@
-"""The split server's engine, measured: throughput, round trips, the gain of batching, a soak."""
+"""The command engine: throughput, round trips, gain of batching and a soak of the split server."""

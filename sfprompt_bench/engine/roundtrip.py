@@ -1,4 +1,4 @@
-"""A tensor's round trip through client transport, server and an empty body, against an echo."""
+"""A tensor's round trip through client transport, server and an empty body, over an echo's."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sfprompt_bench.engine.processes import Worker
-from sfprompt_bench.engine.stand import Testbed
-from sfprompt_bench.engine.workload import Spread
+from sfprompt_bench.engine.spread import Spread
+from sfprompt_bench.engine.testbed import Testbed
+from sfprompt_bench.engine.throughput import Advance
+from sfprompt_bench.engine.worker import Worker
 
-_STAGE_TIMES = 40
+_STAGE_REPETITIONS = 40
 
 SOCKETS, REST = "sockets, both ends", "the rest: HTTP, threads, queue"
 
 
 @dataclass(frozen=True)
-class Turns:
-    """Some round trips one after the other."""
+class Trips:
+    """Round trips in sequence."""
 
     seconds: tuple[float, ...]
     client_cpu_s: float
@@ -26,19 +27,19 @@ class Turns:
 
 @dataclass(frozen=True)
 class RoundTrip:
-    """The project's round trips and the echo's, in turn.
+    """The server's round trips and the echo's, measured in turn.
 
     Attributes:
         nbytes: of the tensor, each way.
-        served: by the server: forwards and backwards.
+        served: by the server: forward and backward requests.
         echoed: by two bare sockets.
-        kinds: the median seconds of a request of each kind.
-        stages: milliseconds of CPU a MB of the stages that can be timed on their own.
+        kinds: median seconds of a request, by kind.
+        stages: CPU milliseconds a MB of the stages that can be measured alone.
     """
 
     nbytes: int
-    served: Sequence[Turns]
-    echoed: Sequence[Turns]
+    served: Sequence[Trips]
+    echoed: Sequence[Trips]
     kinds: Mapping[str, float]
     stages: Mapping[str, float]
 
@@ -46,35 +47,35 @@ class RoundTrip:
     def ratio(self) -> Spread:
         return Spread.of(
             [
-                Spread.of(one.seconds).median / Spread.of(other.seconds).median
-                for one, other in zip(self.served, self.echoed, strict=True)
+                Spread.of(served.seconds).median / Spread.of(echoed.seconds).median
+                for served, echoed in zip(self.served, self.echoed, strict=True)
             ]
         )
 
-    def cpu_ms_per_mb(self, turns: Sequence[Turns], end: Callable[[Turns], float]) -> float:
-        """CPU milliseconds of one end for a MB that crosses, whichever way."""
-        count = sum(len(one.seconds) for one in turns)
-        return 1e3 * sum(map(end, turns)) / (2 * count * self.nbytes / 1e6)
+    def cpu_ms_per_mb(self, trips: Sequence[Trips], cpu_of: Callable[[Trips], float]) -> float:
+        """CPU milliseconds of one end for each MB, in either direction."""
+        count = sum(len(repetition.seconds) for repetition in trips)
+        return 1e3 * sum(map(cpu_of, trips)) / (2 * count * self.nbytes / 1e6)
 
     @property
     def cpu(self) -> dict[str, float]:
         """CPU milliseconds a MB, by end."""
         return {
-            "client": self.cpu_ms_per_mb(self.served, _client),
-            "server": self.cpu_ms_per_mb(self.served, _server),
-            "echo client": self.cpu_ms_per_mb(self.echoed, _client),
-            "echo server": self.cpu_ms_per_mb(self.echoed, _server),
+            "client": self.cpu_ms_per_mb(self.served, _client_cpu_s),
+            "server": self.cpu_ms_per_mb(self.served, _server_cpu_s),
+            "echo client": self.cpu_ms_per_mb(self.echoed, _client_cpu_s),
+            "echo server": self.cpu_ms_per_mb(self.echoed, _server_cpu_s),
         }
 
     @property
     def cpu_ratio(self) -> float:
-        """CPU seconds of both ends over the echo's: what other programs hardly change."""
+        """CPU seconds of both ends over the echo's: other programs hardly affect it."""
         cpu = self.cpu
         return (cpu["client"] + cpu["server"]) / (cpu["echo client"] + cpu["echo server"])
 
     @property
     def budget(self) -> dict[str, float]:
-        """Where the CPU of a round trip goes: milliseconds for a MB there and back."""
+        """CPU of a round trip by stage: milliseconds for a MB in both directions."""
         cpu = self.cpu
         parts = dict(self.stages)
         parts[SOCKETS] = 2 * (cpu["echo client"] + cpu["echo server"])
@@ -82,72 +83,79 @@ class RoundTrip:
         return parts
 
     def to_json(self) -> dict[str, Any]:
-        every = [s for one in self.served for s in one.seconds]
+        served = [s for trips in self.served for s in trips.seconds]
+        echoed = [s for trips in self.echoed for s in trips.seconds]
         return {
             "bytes_each_way": self.nbytes,
             "ratio": self.ratio.to_json(),
             "cpu_ratio": self.cpu_ratio,
-            "seconds": Spread.of(every).median,
-            "echo_seconds": Spread.of([s for one in self.echoed for s in one.seconds]).median,
+            "seconds": Spread.of(served).median,
+            "echo_seconds": Spread.of(echoed).median,
             "seconds_by_kind": dict(self.kinds),
             "cpu_ms_per_mb": self.cpu,
             "cpu_ms_per_mb_there_and_back": self.budget,
         }
 
 
-def measure_roundtrip(stand: Testbed, advance: Callable[[str], None]) -> RoundTrip:
-    """Round trips of the server and of the echo, in turn."""
-    setting = stand.setting
-    shape = setting.turn_shape
-    run = stand.server.open_run(setting.empty_run)
-    stand.crowd.ask(
+def measure_roundtrip(testbed: Testbed, advance: Advance) -> RoundTrip:
+    """Measure round trips of the server and of the echo, in turn."""
+    setting, clients = testbed.setting, testbed.clients
+    shape = setting.roundtrip_shape
+    run = testbed.server.open_run(setting.empty_run)
+    clients.perform(
         "connect",
-        url=stand.server.url,
+        url=testbed.server.url,
         credential=run.credentials[0],
         settings=run.settings.model_dump(mode="json"),
     )
     nbytes = 4 * shape[0] * shape[1] * shape[2]
-    echo = Worker("echo", "sfprompt_bench.engine.echo", stand.folder, stand.cores.server, 1)
+    cores = testbed.cores.server
+    echo = Worker("echo", "sfprompt_bench.engine.echo", testbed.folder, cores, 1)
     try:
-        port = echo.ask("listen", nbytes=nbytes)["port"]
+        port = echo.perform("listen", nbytes=nbytes)["port"]
         served, echoed, kinds = [], [], []
-        for number in range(setting.plan.turn_repetitions + 1):
-            one, seconds = _turns(stand, shape, run.round)
-            other = _echoes(stand, echo, port, nbytes)
-            if number:  # the first one warms up
-                served.append(one)
-                echoed.append(other)
+        for number in range(setting.plan.roundtrip_repetitions + 1):
+            trips, seconds = _measure_server(testbed, shape, run.round)
+            echo_trips = _measure_echo(testbed, echo, port, nbytes)
+            if number:  # the first repetition warms up
+                served.append(trips)
+                echoed.append(echo_trips)
                 kinds.append(seconds)
             advance("round trip")
     finally:
         echo.stop()
     stages: dict[str, float] = {}
-    for worker in (stand.crowd, stand.loop):
-        stages |= worker.ask("stages", shape=shape, times=_STAGE_TIMES)["ms_per_mb"]
-    medians = {kind: Spread.of([s for one in kinds for s in one[kind]]).median for kind in kinds[0]}
+    for worker in (clients, testbed.loop):
+        result = worker.perform("time_stages", shape=shape, times=_STAGE_REPETITIONS)
+        stages |= result["ms_per_mb"]
+    medians = {
+        kind: Spread.of([s for by_kind in kinds for s in by_kind[kind]]).median for kind in kinds[0]
+    }
     return RoundTrip(nbytes, served, echoed, medians, stages)
 
 
-def _turns(
-    stand: Testbed, shape: tuple[int, int, int], round_: int
-) -> tuple[Turns, dict[str, list[float]]]:
-    before = stand.server.cpu_s()
-    found = stand.crowd.ask("turn", shape=shape, round_=round_, times=stand.setting.plan.turns)
-    kinds: dict[str, list[float]] = found["seconds"]
-    seconds = tuple(s for every in kinds.values() for s in every)
-    return Turns(seconds, found["cpu_s"], stand.server.cpu_s() - before), kinds
+def _measure_server(
+    testbed: Testbed, shape: tuple[int, int, int], round_: int
+) -> tuple[Trips, dict[str, list[float]]]:
+    before = testbed.server.cpu_s()
+    times = testbed.setting.plan.roundtrip_steps
+    result = testbed.clients.perform("time_requests", shape=shape, round_=round_, times=times)
+    by_kind: dict[str, list[float]] = result["seconds"]
+    seconds = tuple(s for values in by_kind.values() for s in values)
+    return Trips(seconds, result["cpu_s"], testbed.server.cpu_s() - before), by_kind
 
 
-def _echoes(stand: Testbed, echo: Worker, port: int, nbytes: int) -> Turns:
-    before = echo.ask("spent")["cpu_s"]
-    times = 2 * stand.setting.plan.turns
-    found = stand.crowd.ask("echo", port=port, nbytes=nbytes, times=times)
-    return Turns(tuple(found["seconds"]), found["cpu_s"], echo.ask("spent")["cpu_s"] - before)
+def _measure_echo(testbed: Testbed, echo: Worker, port: int, nbytes: int) -> Trips:
+    before = echo.perform("cpu_seconds")["cpu_s"]
+    times = 2 * testbed.setting.plan.roundtrip_steps
+    result = testbed.clients.perform("time_echo", port=port, nbytes=nbytes, times=times)
+    server_cpu_s = echo.perform("cpu_seconds")["cpu_s"] - before
+    return Trips(tuple(result["seconds"]), result["cpu_s"], server_cpu_s)
 
 
-def _client(turns: Turns) -> float:
-    return turns.client_cpu_s
+def _client_cpu_s(trips: Trips) -> float:
+    return trips.client_cpu_s
 
 
-def _server(turns: Turns) -> float:
-    return turns.server_cpu_s
+def _server_cpu_s(trips: Trips) -> float:
+    return trips.server_cpu_s

@@ -1,4 +1,4 @@
-"""Many clients on one server for a long time: memory, step times, and whether anybody starves."""
+"""Many clients on one server for a long time: memory, step times and fairness."""
 
 from __future__ import annotations
 
@@ -9,26 +9,27 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from protocol.errors import SFPromptError
-from sfprompt_bench.engine.stand import Testbed, work_of
-from sfprompt_bench.engine.workload import Load, quantile
+from sfprompt_bench.engine.spread import quantile
+from sfprompt_bench.engine.testbed import Testbed, step_arguments
+from sfprompt_bench.engine.workload import Load
 
-_WARM_UP = 0.2  # share of the time
+_WARM_UP = 0.2  # share of the soak
 
 _MIB = 1024 * 1024
 
 
 @dataclass(frozen=True)
 class Soak:
-    """What was seen.
+    """The measurements of a soak.
 
     Attributes:
         load: the clients and their batch.
-        seconds: how long it took.
-        memory: seconds from the start and resident bytes of the server.
+        seconds: of the soak.
+        memory: pairs of seconds from the start and resident bytes of the server.
         ends: for each client, when its steps ended, in seconds from the start.
         lengths: for each client, the seconds of its steps.
-        warm_up_s: what came before this counts for fairness alone.
-        waits, lost: answers "busy", and steps that were sent again.
+        warm_up_s: measurements before this time count for fairness alone.
+        waits, lost: ``busy`` responses, and steps that were repeated.
         client_share: CPU of all clients together, of one core.
     """
 
@@ -45,7 +46,7 @@ class Soak:
     @property
     def fairness(self) -> float:
         """Steps of the slowest client over those of the fastest."""
-        done = [len(one) for one in self.ends]
+        done = [len(ends) for ends in self.ends]
         return min(done) / max(done)
 
     @property
@@ -69,12 +70,12 @@ class Soak:
 
     @property
     def memory_drift(self) -> float:
-        """The largest distance from the median of the resident memory, after the warm-up."""
-        middle = statistics.median(self.settled_memory)
-        return max(abs(nbytes - middle) for nbytes in self.settled_memory) / middle
+        """The largest deviation of the resident memory from its median, after the warm-up."""
+        median = statistics.median(self.settled_memory)
+        return max(abs(nbytes - median) for nbytes in self.settled_memory) / median
 
     def to_json(self) -> dict[str, Any]:
-        done = [len(one) for one in self.ends]
+        done = [len(ends) for ends in self.ends]
         return {
             "clients": self.load.clients,
             "batch": self.load.batch,
@@ -96,47 +97,47 @@ class Soak:
         }
 
 
-def measure_soak(stand: Testbed, tick: Callable[[float], None]) -> Soak:
-    """Let all clients work for the plan's time; ``tick`` is told the seconds that have passed.
+def measure_soak(testbed: Testbed, tick: Callable[[float], None]) -> Soak:
+    """Run all clients for the plan's time; call ``tick`` with the seconds that have passed.
 
     Raises:
-        SFPromptError: not even two steps of a client fitted in that time.
+        SFPromptError: a client had no time for a step after the warm-up.
     """
-    plan, server = stand.setting.plan, stand.server
-    asked = work_of(server, stand.run, plan.soak)
-    stand.crowd.begin("work", **asked, seconds=plan.soak_s)
+    plan, server, clients = testbed.setting.plan, testbed.server, testbed.clients
+    arguments = step_arguments(server, testbed.run, plan.soak)
+    clients.begin("run_steps", **arguments, seconds=plan.soak_s)
     began, memory = time.perf_counter(), []
     while True:
         passed = time.perf_counter() - began
         memory.append((passed, server.resident_bytes()))
         tick(passed)
-        if stand.crowd.is_done(min(1.0, plan.soak_s / 20)):
+        if clients.is_done(min(1.0, plan.soak_s / 20)):
             break
-    found = stand.crowd.end()
-    return _seen(found, plan.soak, [one for one in memory if one[0] <= plan.soak_s])
+    result = clients.end()
+    return _soak(result, plan.soak, [entry for entry in memory if entry[0] <= plan.soak_s])
 
 
-def _seen(found: dict[str, Any], load: Load, memory: Sequence[tuple[float, int]]) -> Soak:
-    devices = found["devices"]
-    seconds = float(found["seconds"])
+def _soak(result: dict[str, Any], load: Load, memory: Sequence[tuple[float, int]]) -> Soak:
+    devices = result["devices"]
+    seconds = float(result["seconds"])
     soak = Soak(
         load=load,
         seconds=seconds,
         memory=memory,
-        ends=[one["ends"] for one in devices],
-        lengths=[one["seconds"] for one in devices],
+        ends=[device["ends"] for device in devices],
+        lengths=[device["seconds"] for device in devices],
         warm_up_s=_WARM_UP * seconds,
-        waits=sum(one["waits"] for one in devices),
-        lost=sum(one["lost"] for one in devices),
-        client_share=found["cpu_s"] / seconds,
+        waits=sum(device["waits"] for device in devices),
+        lost=sum(device["lost"] for device in devices),
+        client_share=result["cpu_s"] / seconds,
     )
     if not soak.settled_memory:
         soak = replace(soak, memory=[(seconds, memory[-1][1])])
     if len(soak.settled) < load.clients:
         raise SFPromptError(
-            "the soak is too short: the clients did less than a step each",
+            "the soak is too short: the clients have fewer steps than one each after the warm-up",
             field="minutes",
             value=seconds / 60,
-            hint="give it more --minutes",
+            hint="raise --minutes",
         )
     return soak

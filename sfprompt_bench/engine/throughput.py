@@ -1,21 +1,19 @@
-"""Samples a second through the server, against a plain loop over the same body."""
+"""Samples a second through the server, over those of a plain loop with the same body."""
 
 from __future__ import annotations
 
-import csv
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from sfprompt_bench.engine.processes import OpenRun, ServerProcess, hosted
-from sfprompt_bench.engine.stand import Looped, Served, Testbed
-from sfprompt_bench.engine.workload import Load, Plan, Spread
+from sfprompt_bench.engine.spread import Spread
+from sfprompt_bench.engine.testbed import Looped, Served, Testbed
+from sfprompt_bench.engine.workload import Load
 
-Advance = Callable[[str], None]  # told what has been done
+Advance = Callable[[str], None]  # called after each measurement, with its name
 
-_LEAST_STEPS = 2
+_MIN_STEPS = 2
 
 
 @dataclass(frozen=True)
@@ -41,22 +39,24 @@ class Throughput:
         """The server's samples a second over the mean of the loop's before and after it."""
         return Spread.of(
             [
-                one.samples_per_s / statistics.fmean([a.samples_per_s, b.samples_per_s])
-                for one, a, b in zip(self.served, self.looped, self.looped[1:], strict=False)
+                served.samples_per_s / statistics.fmean([before.samples_per_s, after.samples_per_s])
+                for served, before, after in zip(
+                    self.served, self.looped, self.looped[1:], strict=False
+                )
             ]
         )
 
     @property
     def served_rate(self) -> Spread:
         """The server's samples a second."""
-        return Spread.of([one.samples_per_s for one in self.served])
+        return Spread.of([served.samples_per_s for served in self.served])
 
     @property
     def cpu_ratio(self) -> float:
-        """CPU seconds a sample of the loop over the server's: what other programs do not touch."""
-        loop = sum(one.cpu_s for one in self.looped) / sum(one.samples for one in self.looped)
-        server = sum(one.server_cpu_s for one in self.served)
-        return loop * sum(one.samples for one in self.served) / server if server else 0.0
+        """CPU seconds a sample of the loop over the server's: other programs do not affect it."""
+        loop = sum(s.cpu_s for s in self.looped) / sum(s.samples for s in self.looped)
+        server = sum(s.server_cpu_s for s in self.served)
+        return loop * sum(s.samples for s in self.served) / server if server else 0.0
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -77,109 +77,25 @@ class Throughput:
 
 
 def steps_for(load: Load, samples_per_s: float, seconds: float) -> int:
-    """Steps of each client that take about ``seconds``, two at least."""
-    return max(_LEAST_STEPS, round(seconds * samples_per_s / load.samples))
+    """Steps of each client that take about ``seconds``, at least two."""
+    return max(_MIN_STEPS, round(seconds * samples_per_s / load.samples))
 
 
-def measure_throughput(stand: Testbed, advance: Advance) -> list[Throughput]:
-    """Every load of the plan, the loop and the server in turn."""
-    return [_measure(stand, load, advance) for load in stand.setting.plan.loads]
+def measure_throughput(testbed: Testbed, advance: Advance) -> list[Throughput]:
+    """Measure each load of the plan, the loop and the server in turn."""
+    return [_measure(testbed, load, advance) for load in testbed.setting.plan.loads]
 
 
-def _measure(stand: Testbed, load: Load, advance: Advance) -> Throughput:
-    plan = stand.setting.plan
-    rate = stand.loop_over(load.samples, 1).samples_per_s  # also warms it up
+def _measure(testbed: Testbed, load: Load, advance: Advance) -> Throughput:
+    plan = testbed.setting.plan
+    rate = testbed.measure_loop(load.samples, 1).samples_per_s  # also warms the loop up
     steps = steps_for(load, rate, plan.seconds)
-    stand.serve(load, steps)  # a whole repetition, until its memory has grown as far as it will
+    testbed.measure_server(load, steps)  # a whole repetition, until the server's memory has grown
     advance(f"throughput {load}")
-    served, looped = [], [stand.loop_over(load.samples, steps)]
+    served, looped = [], [testbed.measure_loop(load.samples, steps)]
     for _ in range(plan.repetitions):
-        served.append(stand.serve(load, steps))
-        looped.append(stand.loop_over(load.samples, steps))
+        served.append(testbed.measure_server(load, steps))
+        looped.append(testbed.measure_loop(load.samples, steps))
         advance(f"throughput {load}")
-    small = stand.loop_over(load.batch, max(1, round(plan.seconds * rate / load.batch / 2)))
-    return Throughput(load, steps, served, looped, small)
-
-
-_COLUMNS = (
-    *("clients", "batch", "samples_per_s", "samples_per_s_alone"),
-    *("gain", "gain_least", "gain_most"),
-)
-
-WITHOUT_BATCHING = {"max_batch_samples": 1}
-
-
-@dataclass(frozen=True)
-class Point:
-    """One load, served in turn with and without batching."""
-
-    load: Load
-    joined: Sequence[Served]
-    alone: Sequence[Served]
-
-    @property
-    def gain(self) -> Spread:
-        return Spread.of(
-            [
-                one.samples_per_s / other.samples_per_s
-                for one, other in zip(self.joined, self.alone, strict=True)
-            ]
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "clients": self.load.clients,
-            "batch": self.load.batch,
-            "samples_per_s": Spread.of([one.samples_per_s for one in self.joined]).to_json(),
-            "samples_per_s_alone": Spread.of([one.samples_per_s for one in self.alone]).to_json(),
-            "gain": self.gain.to_json(),
-            "client_cpu_share": Spread.of([one.client_share for one in self.joined]).median,
-        }
-
-
-def points_of(plan: Plan) -> list[Load]:
-    """The loads of the curve, the small ones first."""
-    every = [Load(c, b) for c in plan.curve_clients for b in plan.curve_batches]
-    return sorted(
-        (load for load in every if load.samples <= plan.curve_samples),
-        key=lambda load: (load.samples, load.clients),
-    )
-
-
-def measure_curve(stand: Testbed, advance: Callable[[str], None]) -> list[Point]:
-    """Every point of the plan, on two servers that take turns."""
-    settings = stand.setting.place | WITHOUT_BATCHING
-    with hosted("server-alone", stand.folder, stand.cores, settings) as alone:
-        other = (alone, alone.open_run(stand.setting.run))
-        return [
-            _measure_curve(stand, load, other, advance) for load in points_of(stand.setting.plan)
-        ]
-
-
-def _measure_curve(
-    stand: Testbed, load: Load, other: tuple[ServerProcess, OpenRun], advance: Callable[[str], None]
-) -> Point:
-    plan = stand.setting.plan
-    stand.serve(load, 1)
-    rate = stand.serve(load, 1, other).samples_per_s
-    steps = steps_for(load, rate, plan.curve_seconds)
-    joined, alone = [], []
-    for _ in range(plan.curve_repetitions):
-        joined.append(stand.serve(load, steps))
-        alone.append(stand.serve(load, steps, other))
-    advance(f"gain of batching {load}")
-    return Point(load, joined, alone)
-
-
-def write_csv(points: Sequence[Point], out: Path) -> Path:
-    """A line for each point: medians, and the gain's least and greatest."""
-    with out.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(_COLUMNS)
-        for point in points:
-            figures = point.to_json()
-            row = [figures["samples_per_s"]["median"], figures["samples_per_s_alone"]["median"]]
-            row += [point.gain.median, point.gain.least, point.gain.most]
-            loads = [point.load.clients, point.load.batch]
-            writer.writerow([*loads, *(f"{value:.4g}" for value in row)])
-    return out
+    small_steps = max(1, round(plan.seconds * rate / load.batch / 2))
+    return Throughput(load, steps, served, looped, testbed.measure_loop(load.batch, small_steps))

@@ -1,11 +1,8 @@
-"""What the engine's benchmark runs on, and how long it measures."""
+"""The workload of the engine's benchmark: model, loads and repetitions."""
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import split_model
 from protocol.messages import parse_message
@@ -13,14 +10,14 @@ from protocol.plan import ModelPlan, RunPlan
 
 _PROMPTS = 5
 
-_ROUND_S = 7 * 86_400.0  # the round stays open for as long as is measured
+_ROUND_TIMEOUT_S = 7 * 86_400.0  # longer than any measurement
 
-_TENSOR_BYTES = 1_500_000  # of the round trip's tensor, about
+_TENSOR_BYTES = 1_500_000  # of the round trip's tensor, approximately
 
 
 @dataclass(frozen=True)
 class Load:
-    """So many clients, each with so many samples a step."""
+    """A number of clients, and the samples of each in a step."""
 
     clients: int
     batch: int
@@ -35,26 +32,26 @@ class Load:
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is measured.
+    """The measurements and their length.
 
     Attributes:
-        loads: measured against the plain loop.
+        loads: for the comparison with the plain loop.
         repetitions: of each measurement.
-        seconds: that one measurement should take.
-        turn_repetitions: of the round trips, in turn with the echo's.
-        turns: steps of one such repetition, of two round trips each.
+        seconds: of one measurement, approximately.
+        roundtrip_repetitions: of the round trips, in turn with the echo's.
+        roundtrip_steps: steps of one such repetition, of two round trips each.
         curve_clients, curve_batches: the curve's points are all their pairs.
-        curve_samples: points with more samples in all are left out.
+        curve_samples: maximum of a point's clients x batch; larger points are left out.
         curve_repetitions, curve_seconds: of each point.
         soak: the clients of the soak and their batch.
-        soak_s: how long it takes.
+        soak_s: length of the soak.
     """
 
     loads: tuple[Load, ...] = (Load(8, 16), Load(8, 32), Load(1, 32))
     repetitions: int = 13
     seconds: float = 4.0
-    turn_repetitions: int = 101
-    turns: int = 8
+    roundtrip_repetitions: int = 101
+    roundtrip_steps: int = 8
     curve_clients: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
     curve_batches: tuple[int, ...] = (1, 4, 16, 32)
     curve_samples: int = 2048
@@ -64,17 +61,18 @@ class Plan:
     soak_s: float = 600.0
 
     @property
-    def most_clients(self) -> int:
+    def max_clients(self) -> int:
+        """Clients of the largest load."""
         loads = [load.clients for load in (*self.loads, self.soak)]
         return max(*loads, *self.curve_clients)
 
 
-QUICK_CUT = 6  # half the body takes half the time; the network's share is twice as large
+QUICK_CUT = 6  # half the body takes half the time; the network's share doubles
 
 QUICK = Plan(
     repetitions=3,
     seconds=1.5,
-    turn_repetitions=25,
+    roundtrip_repetitions=25,
     curve_clients=(1, 8),
     curve_batches=(1, 4),
     curve_repetitions=1,
@@ -86,14 +84,14 @@ QUICK = Plan(
 
 @dataclass(frozen=True)
 class EngineSetting:
-    """The model and the machine's part that is measured.
+    """The measured model, and where its body runs.
 
     Args:
         backbone: timm's name of the model; its weights are random.
         image_size: pixels a side.
         cut: blocks in the head.
-        device, dtype: of the body, as `split-server serve` takes them.
-        plan: how much is measured.
+        device, dtype: of the body, as in `split-server serve`.
+        plan: the measurements.
     """
 
     backbone: str = "vit_small_patch14_dinov2"
@@ -104,22 +102,22 @@ class EngineSetting:
     dtype: str = "auto"
 
     @property
-    def place(self) -> dict[str, str]:
-        """Where the body runs, among a server's settings."""
+    def placement(self) -> dict[str, str]:
+        """Device and dtype of the body, as settings of a server."""
         return {"device": self.device, "dtype": self.dtype}
 
     @property
     def model(self) -> ModelPlan:
-        """The model of all figures but the round trip's.
+        """The model of all measurements except the round trip's.
 
         Raises:
-            InvalidField: no such cut or backbone.
+            InvalidField: there is no such cut or backbone.
         """
         return self._model(self.cut, _PROMPTS)
 
     @property
     def empty_model(self) -> ModelPlan:
-        """The same with an empty body: all blocks are in the head."""
+        """The model with an empty body: all blocks are in the head."""
         depth = split_model.anatomy(self.model).depth
         return self._model(depth, 0)
 
@@ -130,7 +128,7 @@ class EngineSetting:
             "image_size": self.image_size,
             "cut": cut,
             "prompt_count": prompts,
-            # A backward is due only where something ahead of the body is tuned.
+            # A step has a backward request only if something before the body is tuned.
             "tune": "tail" if prompts else "bias",
         }
         return parse_message(ModelPlan, values)
@@ -138,16 +136,16 @@ class EngineSetting:
     @property
     def run(self) -> RunPlan:
         """A run in the paper's form whose first round stays open, in float32 on the wire."""
-        return _run(self.model, self.plan.most_clients, 32)
+        return _run(self.model, self.plan.max_clients, 32)
 
     @property
     def empty_run(self) -> RunPlan:
-        """The same with an empty body, for one device and the round trip's tensor."""
-        return _run(self.empty_model, 1, self.turn_shape[0])
+        """A run with the empty body, for one device and the round trip's tensor."""
+        return _run(self.empty_model, 1, self.roundtrip_shape[0])
 
     @property
-    def turn_shape(self) -> tuple[int, int, int]:
-        """[B, T, D] of the round trip's tensor, the nearest to 1.5 MB in float32."""
+    def roundtrip_shape(self) -> tuple[int, int, int]:
+        """[B, T, D] of the round trip's tensor, about 1.5 MB in float32."""
         _, tokens, width = shape_of(self.empty_model, 1)
         return max(1, round(_TENSOR_BYTES / (4 * tokens * width))), tokens, width
 
@@ -165,45 +163,9 @@ def _run(model: ModelPlan, participants: int, batch: int) -> RunPlan:
         "federation": {
             "rounds": 1,
             "min_participants": participants,
-            "round_timeout_s": _ROUND_S,
+            "round_timeout_s": _ROUND_TIMEOUT_S,
             "evaluate_every": 0,
         },
         "training": {"batch_size": batch},
     }
     return parse_message(RunPlan, values)
-
-
-@dataclass(frozen=True)
-class Spread:
-    """The median of some measurements, with the least and the greatest."""
-
-    values: tuple[float, ...]
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        return cls(tuple(values))
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.values)
-
-    @property
-    def least(self) -> float:
-        return min(self.values)
-
-    @property
-    def most(self) -> float:
-        return max(self.values)
-
-    def to_json(self) -> dict[str, Any]:
-        return {"median": self.median, "least": self.least, "most": self.most, "n": len(self)}
-
-    def __len__(self) -> int:
-        return len(self.values)
-
-
-def quantile(values: Sequence[float], share: float) -> float:
-    """The least of the values that a ``share`` of all does not exceed (nearest rank)."""
-    ordered = sorted(values)
-    rank = -int(-share * len(ordered) // 1)  # rounded up
-    return ordered[max(0, min(len(ordered), rank) - 1)]

@@ -11,9 +11,9 @@ from rich.console import Console
 
 from protocol.messages import parse_message
 from protocol.plan import RunPlan
+from sfprompt_bench.cost.question import Question
 from sfprompt_bench.estimate.calculator import estimate as calculate
 from sfprompt_bench.estimate.calculator import paper_training
-from sfprompt_bench.estimate.question import Question
 from sfprompt_bench.estimate.report import estimate_report, estimate_table
 from sfprompt_bench.presets import JsonFile, preset_named
 

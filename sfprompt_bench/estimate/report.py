@@ -1,84 +1,23 @@
-"""An estimate for people and for scripts."""
+"""An estimate as a table and as JSON."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 from rich import box
 from rich.table import Table
 
-from sfprompt_bench.estimate.method_cost import MethodCost
-from sfprompt_bench.estimate.question import Question
+from sfprompt_bench.cost.method_cost import MethodCost
+from sfprompt_bench.cost.question import Question
+from sfprompt_bench.estimate.calculator import Ratios, ratios
 
-
-@dataclass(frozen=True)
-class Ratios:
-    """`sfprompt` in a whole run, start included on both sides.
-
-    Attributes:
-        bytes_vs_paper: against `sfprompt-paper`.
-        bytes_vs_full: against `fl-full`.
-        bytes_vs_fedpeft_prompt: against `fedpeft-prompt`.
-        flops_vs_full: operations on the device against `fl-full`.
-        break_even_rounds: after so many rounds `sfprompt` and `fedpeft-prompt` have moved equally
-            many bytes, what is sent once and evaluations included; None: never. Until then the
-            one that needs less to start has moved less.
-    """
-
-    bytes_vs_paper: float
-    bytes_vs_full: float
-    bytes_vs_fedpeft_prompt: float
-    flops_vs_full: float
-    break_even_rounds: float | None
-
-
-def ratios(costs: Mapping[str, MethodCost], rounds: int) -> Ratios:
-    """Compare the costs of `estimate` over so many rounds, at least 1."""
-    own = costs["sfprompt"]
-    moved, full, prompt = own.bytes_total(rounds), costs["fl-full"], costs["fedpeft-prompt"]
-    return Ratios(
-        bytes_vs_paper=moved / costs["sfprompt-paper"].bytes_total(rounds),
-        bytes_vs_full=moved / full.bytes_total(rounds),
-        bytes_vs_fedpeft_prompt=moved / prompt.bytes_total(rounds),
-        flops_vs_full=own.flops_total(rounds) / full.flops_total(rounds),
-        break_even_rounds=_break_even(own, prompt),
-    )
-
-
-def _break_even(one: MethodCost, other: MethodCost) -> float | None:
-    """Where the two straight lines of bytes over rounds cross, if they do after the start."""
-    ahead = _at_start(other) - _at_start(one)
-    faster = _rate(one) - _rate(other)
-    if faster == 0 or ahead / faster <= 0:
-        return None
-    return ahead / faster
-
-
-def _at_start(cost: MethodCost) -> int:
-    return cost.bytes_start + cost.bytes_up_once
-
-
-def _rate(cost: MethodCost) -> float:
-    """Bytes a round, evaluations spread over the rounds between them."""
-    every = cost.evaluate_every
-    return cost.bytes_per_round + (cost.bytes_per_evaluation / every if every else 0)
-
-
-_COLUMNS = (
-    "tuned",
-    "start",
-    "up",
-    "down",
-    "in all",
-    "TFLOP",
-    "memory",
-)
+_COLUMNS = ("tuned", "start", "up", "down", "in all", "TFLOP", "memory")
 
 
 def estimate_table(question: Question, costs: Mapping[str, MethodCost]) -> Table:
-    """The costs of `estimate`, a row for each method; totals over the rounds of the run."""
+    """Show the costs of `estimate`, a row for each method; totals are over the run's rounds."""
     run, rounds = question.settings, question.settings.federation.rounds
     table = Table(
         title=f"One device, {run.model.backbone} at {run.model.image_size} px, {rounds} rounds",
@@ -91,14 +30,13 @@ def estimate_table(question: Question, costs: Mapping[str, MethodCost]) -> Table
     for name in _COLUMNS:
         table.add_column(name, justify="right", no_wrap=True)
     for name, cost in costs.items():
-        total = cost.bytes_total(rounds)
         table.add_row(
             name,
             f"{cost.trainable_parameters / 1e6:.3f}",
             _mega(cost.bytes_start),
             _mega(cost.bytes_up_per_round),
             _mega(cost.bytes_down_per_round),
-            _mega(total),
+            _mega(cost.bytes_total(rounds)),
             _short(cost.flops_total(rounds) / 1e12),
             _mega(cost.device_peak_bytes),
         )
@@ -106,7 +44,7 @@ def estimate_table(question: Question, costs: Mapping[str, MethodCost]) -> Table
 
 
 def estimate_report(question: Question, costs: Mapping[str, MethodCost]) -> dict[str, Any]:
-    """The costs of `estimate` as values that JSON can carry."""
+    """Convert the costs of `estimate` to values for JSON."""
     rounds = question.settings.federation.rounds
     return {
         "settings": question.settings.model_dump(mode="json"),
@@ -123,17 +61,17 @@ def estimate_report(question: Question, costs: Mapping[str, MethodCost]) -> dict
     }
 
 
-def _caption(found: Ratios) -> str:
-    even = found.break_even_rounds
-    crossing = "never" if even is None else f"after {even:,.1f} rounds"
+def _caption(shares: Ratios) -> str:
+    break_even = shares.break_even_rounds
+    crossing = "never" if break_even is None else f"after {break_even:,.1f} rounds"
     return (
-        f"sfprompt moves {_percent(found.bytes_vs_paper)} of the paper's form, "
-        f"{_percent(found.bytes_vs_full)} of fl-full, "
-        f"{_percent(found.bytes_vs_fedpeft_prompt)} of fedpeft-prompt (equal {crossing}), "
-        f"with {_percent(found.flops_vs_full)} of fl-full's operations.\n"
-        "Tuned numbers in millions; bytes and memory in MB, up and down in a round; operations in "
-        "the whole run.\n"
-        "Payloads without headers; start, what is sent once and evaluations are in the total."
+        f"sfprompt moves {_percent(shares.bytes_vs_paper)} of the bytes of sfprompt-paper, "
+        f"{_percent(shares.bytes_vs_full)} of fl-full's, "
+        f"{_percent(shares.bytes_vs_fedpeft_prompt)} of fedpeft-prompt's (equal {crossing}), "
+        f"with {_percent(shares.flops_vs_full)} of fl-full's operations.\n"
+        "tuned: millions of numbers. start, up, down: MB before the first round, and sent and "
+        "received in a round. in all, TFLOP: the whole run, evaluation and single transfers "
+        "included in the bytes. memory: peak in MB. Payloads without headers."
     )
 
 

@@ -15,7 +15,7 @@ from protocol.plan import RunPlan
 from protocol.presets import Form
 from sfprompt_bench.presets import PRESETS, DTypeOption, JsonFile, preset_named
 from sfprompt_bench.run.local_run import LocalRun
-from sfprompt_bench.run.preflight import run_folder
+from sfprompt_bench.run.preflight import make_run_folder
 from sfprompt_bench.run.report import result_table, write_files
 
 FormOption = Annotated[
@@ -58,7 +58,7 @@ def run(
     console = Console()
     preset = preset_named(data, form)
     scheme = parse_scheme(partition)
-    folder = run_folder(out, data)
+    folder = make_run_folder(out, data)
     local = LocalRun(
         settings=_adjusted(preset.settings, devices, rounds, keep_fraction, seed),
         data=preset.data,

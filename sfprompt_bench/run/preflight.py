@@ -32,7 +32,7 @@ def check_disk(folder: Path) -> None:
         )
 
 
-def run_folder(wanted: Path | None, name: str) -> Path:
+def make_run_folder(wanted: Path | None, name: str) -> Path:
     """``wanted``, or runs/NAME-TIME; made, and with room for a run. Raises as `check_disk` does."""
     folder = wanted or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder.mkdir(parents=True, exist_ok=True)

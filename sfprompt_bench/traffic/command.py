@@ -11,7 +11,7 @@ from rich.console import Console
 
 from protocol.presets import FORMS
 from sfprompt_bench.presets import DTypeOption, JsonFile, traffic_preset
-from sfprompt_bench.run.preflight import run_folder
+from sfprompt_bench.run.preflight import make_run_folder
 from sfprompt_bench.run.processes import usable_cores
 from sfprompt_bench.traffic.ladder import Setting, climb, ladder
 from sfprompt_bench.traffic.report import (
@@ -51,7 +51,7 @@ def traffic(
 ) -> None:
     """Climb from the paper's form to the default, measure by measure: bytes, accuracy, time."""
     console = Console()
-    folder = run_folder(out, "traffic")
+    folder = make_run_folder(out, "traffic")
     paper, default = (traffic_preset(form, quick=quick) for form in FORMS[::-1])
     seeds = tuple(seed or ((0,) if quick else (0, 1, 2)))
     # With few images, most of a run is waiting for the line.

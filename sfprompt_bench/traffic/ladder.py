@@ -12,9 +12,8 @@ from rich.console import Console
 
 from protocol.plan import RunPlan
 from protocol.traffic import Phase
-from sfprompt_bench.compare.methods import changed
-from sfprompt_bench.compare.methods.base import Changes
 from sfprompt_bench.compare.tasks import Figures, Task, perform_all
+from sfprompt_bench.methods.base import Changes, with_changes
 from sfprompt_bench.presets import Preset
 from sfprompt_bench.run.local_run import LocalRun
 from sfprompt_bench.run.report import write_files
@@ -43,7 +42,7 @@ def ladder(paper: RunPlan, default: RunPlan) -> list[Rung]:
     """
     rungs = [Rung("paper", "the paper's form: four tensors a step, all tokens, float32", paper)]
     for name, what, changes in _measures(default):
-        settings = changed(rungs[-1].settings, changes)
+        settings = with_changes(rungs[-1].settings, changes)
         if settings != rungs[-1].settings:
             rungs.append(Rung(name, what, settings))
     rungs[-1] = replace(rungs[-1], what=f"{rungs[-1].what}: the default form")
@@ -161,7 +160,7 @@ def climb(rungs: Sequence[Rung], setting: Setting, folder: Path, console: Consol
         return _run(*of_task[task.name], setting, task.folder)
 
     outcomes = perform_all(
-        tasks, perform, file=_FIGURES, at_once=setting.at_once, console=console, say=_line
+        tasks, perform, file=_FIGURES, at_once=setting.at_once, console=console, describe=_line
     )
     done: dict[tuple[Rung, int], Figures] = {}
     for job, outcome in zip(jobs, outcomes, strict=True):

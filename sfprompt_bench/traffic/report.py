@@ -13,7 +13,8 @@ from rich.table import Table
 from edge_client.transport.link import Link
 from protocol.plan import RunPlan
 from protocol.traffic import Phase
-from sfprompt_bench.estimate import Question, estimate, paper_training, ratios
+from sfprompt_bench.cost.question import Question
+from sfprompt_bench.estimate.calculator import estimate, paper_training, ratios
 from sfprompt_bench.plots import COLOURS, save
 from sfprompt_bench.traffic.ladder import Climb, Setting
 
@@ -142,7 +143,9 @@ def seconds_on_the_line(climb: Climb, setting: Setting) -> float:
     """
     link, settings = Link.parse(setting.link), climb.rung.settings
     training = settings.training
-    steps = training.split_epochs * -(-_question(settings, setting).kept // training.batch_size)
+    steps = training.split_epochs * -(
+        -_question(settings, setting).selected_samples // training.batch_size
+    )
     ways_a_step = 2 if settings.model.prompt_at == "input" else 1  # forward and backward, or both
     requests = settings.federation.rounds * steps * ways_a_step
     ways = climb.traffic.values()

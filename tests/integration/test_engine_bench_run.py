@@ -9,15 +9,15 @@ from pathlib import Path
 from rich.console import Console
 
 from sfprompt_bench.engine.command import measure_engine, show
-from sfprompt_bench.engine.report import write_findings
+from sfprompt_bench.engine.findings import write_findings
 from sfprompt_bench.engine.workload import EngineSetting, Load, Plan
 
 TINY = Plan(
     loads=(Load(2, 2),),
     repetitions=1,
     seconds=0.1,
-    turn_repetitions=2,
-    turns=2,
+    roundtrip_repetitions=2,
+    roundtrip_steps=2,
     curve_clients=(2,),
     curve_batches=(1,),
     curve_repetitions=1,
@@ -30,9 +30,9 @@ TINY = Plan(
 def test_a_benchmark_measures_everything_and_writes_it_down(tmp_path: Path) -> None:
     console = Console(file=io.StringIO(), width=120)
     setting = EngineSetting(backbone="vit_tiny_patch16_224", image_size=32, cut=10, plan=TINY)
-    found = measure_engine(setting, tmp_path, console)
-    show(found, console)
-    written = write_findings(found, tmp_path)
+    findings = measure_engine(setting, tmp_path, console)
+    show(findings, console)
+    written = write_findings(findings, tmp_path)
     assert all(path.stat().st_size > 0 for path in written)
     figures = json.loads((tmp_path / "engine.json").read_text())
     assert set(figures["ratios"]) == {

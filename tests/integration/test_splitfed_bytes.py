@@ -14,8 +14,9 @@ from edge_client.transport import Server
 from protocol.federation import FederationSettings
 from protocol.messages import Results, RunStatus
 from protocol.plan import ModelPlan, RunPlan, TrainingPlan
-from sfprompt_bench.compare.methods import method_named
-from sfprompt_bench.compare.metrics import Usage, calculated, run_figures
+from sfprompt_bench.compare.metrics import calculated, run_figures
+from sfprompt_bench.compare.usage import Usage
+from sfprompt_bench.methods.registry import ESTIMATED
 from tests.support.edge import image_set
 from tests.support.server import running_server
 
@@ -47,7 +48,7 @@ class RecordingWatcher:
 
 @pytest.mark.parametrize("name", LEGS)
 def test_the_bytes_of_start_and_training_are_the_calculated_ones(name: str, tmp_path: Path) -> None:
-    method = method_named(name)
+    method = ESTIMATED[name]
     base = RunPlan(
         model=MODEL,
         federation=FederationSettings(rounds=ROUNDS),
@@ -79,8 +80,7 @@ def test_the_bytes_of_start_and_training_are_the_calculated_ones(name: str, tmp_
         server=usage,
         by_device={},
     )
-    costed = method.costed_as
-    expected = calculated(costed, method.costed(settings), results)["calculated"]
+    expected = calculated(method, settings, results)["calculated"]
     requests = 2 * SAMPLES // BATCH + 2  # of a round, with the state and the update
     for field in ("bytes_up_per_round", "bytes_down_per_round"):
         extra = 40_000 if name == "splitfed-full" else 4_000  # names of the tensors of states

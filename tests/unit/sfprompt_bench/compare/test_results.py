@@ -16,18 +16,15 @@ from protocol.plan import RunPlan
 from protocol.traffic import Phase
 from sfprompt_bench.compare.charts import accuracy_chart, device_chart, share_chart
 from sfprompt_bench.compare.config import Comparison
-from sfprompt_bench.compare.methods import METHODS
-from sfprompt_bench.compare.metrics import Usage, reference_figures, run_figures
-from sfprompt_bench.compare.report import (
-    against_calculated,
-    comparison_csv,
-    comparison_json,
-    cost_table,
-    report_html,
-    result_table,
-)
+from sfprompt_bench.compare.metrics import reference_figures, run_figures
+from sfprompt_bench.compare.report import comparison_csv, comparison_json, report_html
 from sfprompt_bench.compare.results import FIELDS, Outcome, bytes_to_target
-from sfprompt_bench.estimate import Question, estimate, estimate_report
+from sfprompt_bench.compare.tables import cost_table, measured_over_calculated, result_table
+from sfprompt_bench.compare.usage import Usage
+from sfprompt_bench.cost.question import Question
+from sfprompt_bench.estimate.calculator import estimate
+from sfprompt_bench.estimate.report import estimate_report
+from sfprompt_bench.methods.registry import METHODS
 from sfprompt_bench.presets import preset_named
 from tuning_methods.custom.settings import Custom
 
@@ -105,7 +102,10 @@ def test_means_and_spreads_are_over_the_seeds() -> None:
     assert measured("sfprompt", figures(0.8, 10)).spread("accuracy") == 0
     assert CENTRAL.mean("bytes_total") is None
     assert CENTRAL.spread("bytes_total") is None
-    assert SFPROMPT.clients() == {"device-1": pytest.approx(0.75), "device-2": pytest.approx(0.95)}
+    assert SFPROMPT.device_accuracies() == {
+        "device-1": pytest.approx(0.75),
+        "device-2": pytest.approx(0.95),
+    }
     assert SFPROMPT.curve()[1] == {"round": 2, "bytes": 11_000_000, "accuracy": pytest.approx(0.85)}
 
 
@@ -203,9 +203,9 @@ def test_a_head_that_came_again_belongs_to_the_rounds() -> None:
 
 def test_the_calculated_payload_has_every_head() -> None:
     made = figures(0.8, 10)
-    assert against_calculated(measured("fedpft", made)) == "1.25x"
+    assert measured_over_calculated(measured("fedpft", made)) == "1.25x"
     made["calculated"]["bytes_renewed"] = 10_000_000 // 5  # with it 5/5 of what was measured
-    assert against_calculated(measured("fedpft", made)) == "1.00x"
+    assert measured_over_calculated(measured("fedpft", made)) == "1.00x"
 
 
 def test_a_reference_has_every_field_of_a_run() -> None:
@@ -240,8 +240,7 @@ def test_the_calculator_writes_its_methods_under_the_same_names_and_fields() -> 
     made = json.loads(json.dumps(estimate_report(question, estimate(question))))["methods"]
     for found in made.values():
         assert set(FIELDS[:6]) <= set(found)
-    compared = {method.costed_as for method in METHODS.values()} - {None}
-    assert compared <= set(made)
+    assert set(made) <= set(METHODS)
 
 
 def test_each_point_of_a_sweep_has_methods_of_its_own() -> None:

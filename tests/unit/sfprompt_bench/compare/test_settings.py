@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from protocol.errors import InvalidField, NotFound
 from protocol.messages import parse_message
 from sfprompt_bench.compare.config import QUICK, Comparison, load_comparison, point_name, toml_text
-from sfprompt_bench.compare.methods import METHODS
 from sfprompt_bench.compare.plan import plan, resolved, tasks_of
-from sfprompt_bench.estimate import METHODS as CALCULATED
+from sfprompt_bench.methods.base import FederatedMethod
+from sfprompt_bench.methods.registry import ESTIMATED, METHODS
 from sfprompt_bench.presets import preset_named
 
 DOCS = Path(__file__).parents[4] / "docs" / "comparisons"
@@ -131,10 +131,10 @@ def test_all_methods_get_the_same_data_devices_rounds_and_seeds(tmp_path: Path) 
     jobs = plan(asked, tmp_path)
     assert len(jobs) == 6
     for job in jobs:
-        federation, of = job.settings.federation, job.task.of
+        federation, inputs = job.settings.federation, job.task.inputs
         assert (federation.rounds, federation.min_participants) == (5, 3)
-        assert (of["devices"], of["partition"]) == (3, "dirichlet:0.3")
-        assert of["limits"] == [100, None]
+        assert (inputs["devices"], inputs["partition"]) == (3, "dirichlet:0.3")
+        assert inputs["limits"] == [100, None]
         assert job.settings.seed == job.seed
     assert len({job.task.key for job in jobs}) == 6
     assert len({job.task.folder for job in jobs}) == 6
@@ -164,7 +164,7 @@ def test_a_sweep_is_every_combination(tmp_path: Path) -> None:
         "devices = 3, training.batch_size = 8",
     ]
     jobs = plan(asked, tmp_path)
-    assert [(job.task.of["devices"], job.settings.training.batch_size) for job in jobs] == [
+    assert [(job.task.inputs["devices"], job.settings.training.batch_size) for job in jobs] == [
         (2, 4),
         (2, 8),
         (3, 4),
@@ -184,8 +184,8 @@ def test_a_probe_is_done_once_whatever_is_swept_that_it_does_not_know(tmp_path: 
         sweep={"partition": ("iid", "shards:2"), "training.batch_size": (4, 8)},
     )
     tasks = tasks_of(plan(asked, tmp_path))
-    assert [task.of["method"] for task in tasks].count("sfprompt") == 4
-    assert [task.of["method"] for task in tasks].count("linear-probe") == 1
+    assert [task.inputs["method"] for task in tasks].count("sfprompt") == 4
+    assert [task.inputs["method"] for task in tasks].count("linear-probe") == 1
 
 
 def test_references_know_nothing_of_privacy(tmp_path: Path) -> None:
@@ -196,7 +196,7 @@ def test_references_know_nothing_of_privacy(tmp_path: Path) -> None:
     )
     jobs = plan(asked, tmp_path)
     assert {job.settings.federation.dp_noise_multiplier for job in jobs[::3]} == {0.5, 1.0}
-    tasks = [task.of["method"] for task in tasks_of(jobs)]
+    tasks = [task.inputs["method"] for task in tasks_of(jobs)]
     assert [tasks.count(name) for name in asked.methods] == [2, 1, 1]
 
 
@@ -221,13 +221,12 @@ def test_the_quick_comparison_is_one(tmp_path: Path) -> None:
     assert len(plan(QUICK, tmp_path)) == len(QUICK.methods)
 
 
-def test_federated_methods_have_the_names_of_the_calculator() -> None:
+def test_a_method_is_estimated_unless_it_is_a_reference_or_a_variant() -> None:
     for name, method in METHODS.items():
         assert method.name == name
-        if method.costed_as is not None:
-            assert method.costed_as in CALCULATED
-            assert method.costed_as == name or name not in CALCULATED
-        assert (name in REFERENCES) <= (method.costed_as is None)
+        assert (name in REFERENCES) != isinstance(method, FederatedMethod)
+        if isinstance(method, FederatedMethod):
+            assert (name in ESTIMATED) != method.is_variant
 
 
 def test_a_proxy_is_the_whole_head_whatever_it_lacks(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from edge_client.data import DataError, PartitionError
 from protocol.errors import InvalidField, SFPromptError
-from sfprompt_bench.compare.tasks import Figures, Task, known_figures, perform_all, task_key
+from sfprompt_bench.compare.tasks import Figures, Task, perform_all, read_figures, task_key
 
 FILE = "task.json"
 
@@ -34,7 +34,7 @@ def do(
         file=FILE,
         at_once=at_once,
         console=console or quiet(),
-        say=lambda task, figures: f"{task.name} gave {figures['value']}",
+        describe=lambda task, figures: f"{task.name} gave {figures['value']}",
     )
 
 
@@ -83,7 +83,7 @@ def test_a_damaged_file_is_no_result(tmp_path: Path, text: str) -> None:
     one = task(tmp_path, "a")
     one.folder.mkdir()
     (one.folder / FILE).write_text(text)
-    assert known_figures(one, FILE) is None
+    assert read_figures(one, FILE) is None
 
 
 def test_a_failure_is_told_and_keeps_no_other_task_from_being_done(tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_a_failure_is_told_and_keeps_no_other_task_from_being_done(tmp_path: Pat
     done = do([task(tmp_path, name) for name in "abc"], perform, console=console)
     assert done == [wrong["a"], wrong["b"], {"value": 3}]
     assert "too many; field: devices" in console.file.getvalue()  # type: ignore[attr-defined]
-    assert known_figures(task(tmp_path, "a"), FILE) is None
+    assert read_figures(task(tmp_path, "a"), FILE) is None
 
 
 def test_so_many_run_at_once(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sfprompt_bench.compare.metrics import UsageWatch
+from sfprompt_bench.compare.usage import UsageWatch
 
 # Takes 64 MB, and processor time until it is told to stop by the end of its input.
 BUSY = "import sys; held = bytearray(64 * 2**20); print('ready', flush=True)\nwhile True: pass"

@@ -15,27 +15,24 @@ from rich.console import Console
 
 import split_model
 from protocol.errors import InvalidField, SFPromptError
-from sfprompt_bench.engine.baselines import Limit, limit_of
-from sfprompt_bench.engine.clients import _read_head as read_head
-from sfprompt_bench.engine.processes import Cores, Worker, held_on
-from sfprompt_bench.engine.processes import _divided as divided
-from sfprompt_bench.engine.report import (
-    Findings,
-    keeps,
-    plot_curve,
-    plot_soak,
-    ratio_table,
-    roundtrip_table,
-)
-from sfprompt_bench.engine.roundtrip import REST, RoundTrip, Turns
+from sfprompt_bench.engine.batching import Point, curve_loads, write_csv
+from sfprompt_bench.engine.cores import Cores, divide, pinned_to
+from sfprompt_bench.engine.findings import Findings, meets_target
+from sfprompt_bench.engine.loop import Roofline, measure_roofline
+from sfprompt_bench.engine.plots import plot_curve, plot_soak
+from sfprompt_bench.engine.roundtrip import REST, RoundTrip, Trips
 from sfprompt_bench.engine.soak import Soak
-from sfprompt_bench.engine.stand import Looped, Served
-from sfprompt_bench.engine.throughput import Point, Throughput, points_of, steps_for, write_csv
-from sfprompt_bench.engine.workload import QUICK, EngineSetting, Load, Plan, Spread, quantile
+from sfprompt_bench.engine.spread import Spread, quantile
+from sfprompt_bench.engine.synthetic_device import read_head
+from sfprompt_bench.engine.tables import ratio_table, roundtrip_table
+from sfprompt_bench.engine.testbed import Looped, Served
+from sfprompt_bench.engine.throughput import Throughput, steps_for
+from sfprompt_bench.engine.worker import Worker
+from sfprompt_bench.engine.workload import QUICK, EngineSetting, Load, Plan
 from split_server.runtime.device import choose_placement
 from tests.support.federation import SPLIT, smashed
 
-CPU = Limit("cpu", "float32", flops_per_s=1e11, sample_flops=10**8)
+CPU = Roofline("cpu", "float32", flops_per_s=1e11, sample_flops=10**8)
 
 
 def served(rate: float, samples: int = 100, cpu_s: float = 2.0) -> Served:
@@ -63,14 +60,14 @@ def soak(ends: Sequence[Sequence[float]], lengths: Sequence[Sequence[float]]) ->
 
 def findings(curve: Sequence[Point] | None = None) -> Findings:
     loads = [Load(8, 16), Load(8, 32), Load(1, 32)]
-    turns = Turns((0.004, 0.004, 0.004), 0.003, 0.006)
-    echo = Turns((0.002, 0.002, 0.002), 0.0015, 0.0015)
+    trips = Trips((0.004, 0.004, 0.004), 0.003, 0.006)
+    echo = Trips((0.002, 0.002, 0.002), 0.0015, 0.0015)
     return Findings(
         EngineSetting(),
         Cores((0,), (1,)),
         CPU,
         [throughput(load, 0.93) for load in loads],
-        RoundTrip(1_000_000, [turns], [echo], {"forward": 0.004}, {"client encode": 0.1}),
+        RoundTrip(1_000_000, [trips], [echo], {"forward": 0.004}, {"client encode": 0.1}),
         curve,
         soak([[2.0, 3.0], [2.0, 3.0]], [[1.0, 1.0], [1.0, 1.0]]),
     )
@@ -81,37 +78,37 @@ def test_the_share_of_the_matrix_rate_is_that_of_its_operations() -> None:
     assert findings().to_json()["throughput"][0]["share_of_matrix_rate"] == pytest.approx(0.093)
 
 
-def test_a_limit_counts_a_samples_forward_and_input_gradient(tmp_path: Path) -> None:
+def test_a_roofline_counts_a_samples_forward_and_input_gradient(tmp_path: Path) -> None:
     file = split_model.prepare_backbone(SPLIT, "random:0", tmp_path).path
     body = split_model.build_body(SPLIT, split_model.open_backbone(file))
     _, tokens, width = smashed().shape
-    found = limit_of(body, choose_placement("cpu", "float32"), smashed()[:1])
+    roofline = measure_roofline(body, choose_placement("cpu", "float32"), tokens)
     # Of a block: twelve D x D products of two operations a token, once forward and once for the
     # gradient; two products of attention forward, and four for their gradients.
     linear, attention = 2 * 12 * 2 * tokens * width**2, 6 * 2 * tokens**2 * width
-    assert found.sample_flops == len(list(body.blocks)) * (linear + attention)
+    assert roofline.sample_flops == len(list(body.blocks)) * (linear + attention)
 
 
 @given(st.lists(st.integers(0, 1000), min_size=1, max_size=300, unique=True))
-def test_server_and_clients_share_no_core_where_there_are_two(every: list[int]) -> None:
-    cores = divided(every, pinned=True)
+def test_server_and_clients_share_no_core_where_there_are_two(usable: list[int]) -> None:
+    cores = divide(usable, pinned=True)
     assert cores.server
     assert cores.clients
     assert cores.threads == len(cores.server)
-    assert cores.shared == (len(every) == 1)
-    if len(every) > 1:
-        assert sorted(cores.server + cores.clients) == sorted(every)
+    assert cores.shared == (len(usable) == 1)
+    if len(usable) > 1:
+        assert sorted(cores.server + cores.clients) == sorted(usable)
 
 
 def test_unpinned_processes_count_as_sharing() -> None:
-    assert divided([0, 1], pinned=False).shared
+    assert divide([0, 1], pinned=False).shared
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="processes cannot be held here")
 def test_what_is_started_within_stays_on_its_cores_and_the_starter_does_not() -> None:
     before = os.sched_getaffinity(0)
     one = min(before)
-    with held_on([one]):
+    with pinned_to([one]):
         assert os.sched_getaffinity(0) == {one}
     assert os.sched_getaffinity(0) == before
 
@@ -161,7 +158,7 @@ def test_what_other_programs_took_is_what_the_loop_lacks_of_its_cores() -> None:
     assert findings().taken == pytest.approx(0.0)
     busy = Throughput(Load(1, 1), 2, [served(1.0)], [Looped(50.0, 1.5, 100)] * 2, Looped(1, 1, 1))
     assert replace(findings(), throughput=[busy]).taken == pytest.approx(0.25)  # 1.5 s of 2
-    assert replace(findings(), limit=replace(CPU, device="cuda")).taken is None
+    assert replace(findings(), roofline=replace(CPU, device="cuda")).taken is None
 
 
 def test_a_round_trips_cpu_is_held_against_the_echos() -> None:
@@ -183,11 +180,11 @@ def test_the_ratios_have_the_names_that_scripts_ask_for() -> None:
 
 
 def test_targets_are_bounds_from_below_or_from_above() -> None:
-    assert keeps("throughput_vs_loop_8x32", 0.95)
-    assert not keeps("throughput_vs_loop_8x32", 0.94)
-    assert keeps("roundtrip_vs_socket", 2.5)
-    assert not keeps("roundtrip_vs_socket", 2.6)
-    assert keeps("a figure without a target", 0.0)
+    assert meets_target("throughput_vs_loop_8x32", 0.95)
+    assert not meets_target("throughput_vs_loop_8x32", 0.94)
+    assert meets_target("roundtrip_vs_socket", 2.5)
+    assert not meets_target("roundtrip_vs_socket", 2.6)
+    assert meets_target("a figure without a target", 0.0)
 
 
 def test_the_table_shows_every_ratio_beside_its_target() -> None:
@@ -205,11 +202,11 @@ def test_the_table_shows_every_ratio_beside_its_target() -> None:
 
 def test_the_curve_leaves_out_what_is_too_large_and_begins_with_the_small() -> None:
     plan = Plan(curve_clients=(64, 1), curve_batches=(32, 1), curve_samples=64)
-    assert points_of(plan) == [Load(1, 1), Load(1, 32), Load(64, 1)]
+    assert curve_loads(plan) == [Load(1, 1), Load(1, 32), Load(64, 1)]
 
 
 def test_the_full_curve_has_all_its_corners() -> None:
-    points = points_of(Plan())
+    points = curve_loads(Plan())
     assert {Load(1, 1), Load(1, 32), Load(64, 1), Load(64, 32)} <= set(points)
 
 
@@ -237,7 +234,7 @@ def test_a_run_has_room_for_every_client_and_batch_of_its_plan() -> None:
 
 def test_the_round_trips_tensor_has_one_and_a_half_megabytes_and_an_empty_body() -> None:
     setting = EngineSetting()
-    batch, tokens, width = setting.turn_shape
+    batch, tokens, width = setting.roundtrip_shape
     assert 4 * batch * tokens * width == pytest.approx(1.5e6, rel=0.01)
     assert setting.empty_model.cut == 12
     assert setting.empty_run.training.batch_size == batch
@@ -245,7 +242,7 @@ def test_the_round_trips_tensor_has_one_and_a_half_megabytes_and_an_empty_body()
 
 def test_a_cut_behind_the_last_block_is_refused() -> None:
     with pytest.raises(InvalidField, match="cut"):
-        _ = EngineSetting(cut=13).turn_shape
+        _ = EngineSetting(cut=13).roundtrip_shape
 
 
 def test_the_head_of_an_answer_is_read() -> None:
@@ -257,7 +254,7 @@ def test_a_worker_tells_why_a_task_failed_and_goes_on(tmp_path: Path) -> None:
     worker = Worker("echo", "sfprompt_bench.engine.echo", tmp_path, [0], 1)
     try:
         with pytest.raises(SFPromptError, match="TypeError"):
-            worker.ask("spent", nonsense=1)
-        assert worker.ask("spent")["cpu_s"] > 0
+            worker.perform("cpu_seconds", nonsense=1)
+        assert worker.perform("cpu_seconds")["cpu_s"] > 0
     finally:
         worker.stop()

@@ -1,4 +1,4 @@
-"""What an estimate says of one method against another, and of the paper's claims."""
+"""What an estimate says of one method against another."""
 
 import json
 from io import StringIO
@@ -8,18 +8,11 @@ from rich.console import Console
 
 from protocol.federation import FederationSettings
 from protocol.plan import ModelPlan, RunPlan
-from sfprompt_bench.estimate import (
-    METHODS,
-    Headline,
-    MethodCost,
-    Question,
-    estimate,
-    estimate_report,
-    estimate_table,
-    headline,
-    ratios,
-)
-from sfprompt_bench.estimate.headline import paper_settings
+from sfprompt_bench.cost.method_cost import MethodCost
+from sfprompt_bench.cost.question import Question
+from sfprompt_bench.estimate.calculator import estimate, ratios
+from sfprompt_bench.estimate.report import estimate_report, estimate_table
+from sfprompt_bench.methods.registry import ESTIMATED
 
 OTHERS = ("sfprompt-paper", "fl-full")
 
@@ -78,11 +71,11 @@ def question() -> Question:
 
 def test_a_table_has_a_row_for_every_method(question: Question) -> None:
     table = estimate_table(question, estimate(question))
-    assert table.row_count == len(METHODS)
+    assert table.row_count == len(ESTIMATED)
     console = Console(file=StringIO(), width=200)
     console.print(table)
     shown = console.file.getvalue()  # type: ignore[attr-defined]
-    assert all(name in shown for name in METHODS)
+    assert all(name in shown for name in ESTIMATED)
     assert "7 rounds" in shown
 
 
@@ -91,62 +84,7 @@ def test_a_report_survives_json(question: Question) -> None:
     report = estimate_report(question, costs)
     assert json.loads(json.dumps(report)) == report
     assert RunPlan.model_validate(report["settings"]) == question.settings
-    assert list(report["methods"]) == list(METHODS)
+    assert list(report["methods"]) == list(ESTIMATED)
     for name, cost in costs.items():
         assert report["methods"][name]["bytes_total"] == cost.bytes_total(7)
         assert report["methods"][name]["device_peak_bytes"] == cost.device_peak_bytes
-
-
-@pytest.fixture(scope="module")
-def found() -> Headline:
-    return headline()
-
-
-def test_the_papers_traffic_is_that_of_some_hundred_samples_a_round(found: Headline) -> None:
-    # 0.47 x 2|W| less prompts and norm + classifier both ways, over four tensors of 202 tokens.
-    whole = 4 * 85_806_346
-    small = 4 * (5 * 768 + 2 * 768 + 7690)
-    visits = (0.47 * 2 * whole - 2 * small) / (4 * 202 * 768 * 4)
-    fit = found.traffic[0]
-    assert (fit.backbone, fit.tail_blocks) == ("vit_base_patch16_224", 0)
-    assert fit.visits == pytest.approx(visits, rel=1e-9)
-    assert 129 < visits < 131
-
-
-def test_the_settings_found_give_the_claimed_traffic(found: Headline) -> None:
-    for fit in found.traffic:
-        run = paper_settings(fit.backbone, tail_blocks=fit.tail_blocks)
-        question = Question(run, round(fit.visits))
-        costs = {name: METHODS[name].cost(question) for name in ("fl-full", "sfprompt-paper")}
-        share = costs["sfprompt-paper"].bytes_per_round / costs["fl-full"].bytes_per_round
-        assert round(share, 2) == fit.claim
-
-
-def test_both_claims_of_traffic_agree_only_with_a_block_in_the_tail(found: Headline) -> None:
-    for tail_blocks, agree in ((0, False), (1, True)):
-        fits = [fit for fit in found.traffic if fit.tail_blocks == tail_blocks]
-        assert len(fits) == 2
-        assert (max(fit.least for fit in fits) <= min(fit.most for fit in fits)) is agree
-
-
-def test_the_papers_compute_needs_a_device_without_blocks(found: Headline) -> None:
-    solved = [fit for fit in found.compute if fit.keep_fraction is not None]
-    assert solved
-    assert all(fit.cut == 0 and fit.tail_blocks == 0 for fit in solved)
-    assert all(fit.floor > 0.05 for fit in found.compute if fit.cut or fit.tail_blocks)
-
-
-def test_the_keep_fraction_found_gives_the_claimed_compute(found: Headline) -> None:
-    for fit in found.compute:
-        if fit.keep_fraction is None:
-            continue
-        run = paper_settings(
-            "vit_base_patch16_224",
-            local_epochs=fit.local_epochs,
-            split_epochs=fit.split_epochs,
-            keep_fraction=fit.keep_fraction,
-        )
-        question = Question(run, 10_000, local_epochs=fit.local_epochs)
-        own = METHODS["sfprompt-paper"].cost(question).device_flops_per_round
-        full = METHODS["fl-full"].cost(question).device_flops_per_round
-        assert round(own / full, 4) == 0.0046

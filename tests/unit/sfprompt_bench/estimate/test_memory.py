@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from protocol.plan import ModelPlan
-from sfprompt_bench.estimate.sizes import passed_blocks, peak_bytes, run_blocks, trained_blocks
+from sfprompt_bench.cost.sizes import passed_blocks, peak_bytes, run_blocks, trained_blocks
 from split_model.backbone.libraries import timm
 
 SETTINGS = ModelPlan(backbone="vit_tiny_patch16_224", image_size=224, cut=1, prompt_count=0)

@@ -13,8 +13,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from protocol.errors import InvalidField
 from protocol.federation import FederationSettings
 from protocol.plan import ModelPlan, RunPlan, TrainingPlan
-from sfprompt_bench.estimate import METHODS, MethodCost, Question, estimate
-from sfprompt_bench.estimate.sizes import forward_flops
+from sfprompt_bench.cost.flops import count_flops, forward_flops
+from sfprompt_bench.cost.method_cost import MethodCost
+from sfprompt_bench.cost.question import Question
+from sfprompt_bench.estimate.calculator import estimate
+from sfprompt_bench.methods.registry import ESTIMATED
 from split_model import Body, Head, Tail, prompt_shape, skeleton
 from split_model.backbone.libraries import timm
 
@@ -28,7 +31,7 @@ BLOCK = 12 * 768 * 768 + 13 * 768
 
 Q = 605_184  # bytes of 197 tokens
 
-FEDERATED = [name for name in METHODS if name.startswith(("fl-", "fedpeft-"))]
+FEDERATED = [name for name in ESTIMATED if name.startswith(("fl-", "fedpeft-"))]
 
 
 def base(*, cut: int = 1, prompts: int = 5, **training: float) -> RunPlan:
@@ -136,7 +139,9 @@ def test_federated_methods_start_with_the_whole_model_and_send_what_they_tune(
 def test_a_visit_of_the_paper_moves_four_tensors_of_a_sample() -> None:
     def moved(samples: int, prompts: int) -> int:
         return (
-            METHODS["sfprompt-paper"].cost(Question(base(prompts=prompts), samples)).bytes_total(1)
+            ESTIMATED["sfprompt-paper"]
+            .cost(Question(base(prompts=prompts), samples))
+            .bytes_total(1)
         )
 
     assert moved(8, 0) - moved(7, 0) == 4 * Q
@@ -147,7 +152,7 @@ def test_a_visit_of_the_paper_moves_four_tensors_of_a_sample() -> None:
 @pytest.mark.parametrize(("keep", "kept"), [(0.3, 30), (0.125, 13), (1, 100)])
 def test_the_papers_form_costs_what_its_formula_says(keep: float, kept: int, epochs: int) -> None:
     run = base(keep_fraction=keep, split_epochs=epochs)
-    cost = METHODS["sfprompt-paper"].cost(Question(run, 100, test_samples=40))
+    cost = ESTIMATED["sfprompt-paper"].cost(Question(run, 100, test_samples=40))
     head, tail, prompts = EMBEDDING + BLOCK, 2 * 768 + CLASSIFIER, 5 * 768
     crossing = 4 * (202 * 768 * 4) * epochs * kept
     assert cost.trainable_parameters == tail + prompts
@@ -163,7 +168,7 @@ def test_the_papers_form_is_the_same_whatever_the_runs_placement_and_codecs_are(
     changed["model"] |= {"prompt_at": "cut", "prompt_depth": "deep"}
     changed["wire"] |= {"keep_smashed": True, "pooled_features": True, "smashed": "float16"}
     other = RunPlan.model_validate(changed)
-    paper = METHODS["sfprompt-paper"]
+    paper = ESTIMATED["sfprompt-paper"]
     assert paper.cost(Question(plain, 64)) == paper.cost(Question(other, 64))
 
 
@@ -182,8 +187,8 @@ def test_merging_tokens_makes_the_run_cheaper_and_no_other_method() -> None:
 
 def test_splitfed_sends_all_samples_and_what_the_device_trains() -> None:
     question = Question(base(split_epochs=2, keep_fraction=0.5), 100)
-    full = METHODS["splitfed-full"].cost(question)
-    linear = METHODS["splitfed-linear"].cost(question)
+    full = ESTIMATED["splitfed-full"].cost(question)
+    linear = ESTIMATED["splitfed-linear"].cost(question)
     device = EMBEDDING + BLOCK + 2 * 768 + CLASSIFIER
     assert full.bytes_start == linear.bytes_start == 4 * device
     assert full.bytes_per_round == 2 * 4 * device + 4 * Q * 200
@@ -199,7 +204,7 @@ def test_what_a_run_tunes_does_not_change_what_a_method_costs(tuned: str) -> Non
     values["model"] |= {"tune": tuned, "tune_body": tuned == "full"}
     question = Question(RunPlan.model_validate(values), 10)
     for name in ("fl-full", "splitfed-full"):
-        assert METHODS[name].cost(question) == METHODS[name].cost(Question(plain, 10))
+        assert ESTIMATED[name].cost(question) == ESTIMATED[name].cost(Question(plain, 10))
 
 
 def test_operations_follow_from_those_of_a_block_worked_out_by_hand() -> None:
@@ -228,7 +233,7 @@ def test_prompt_tokens_are_computed_too() -> None:
     tokens, width = 207, 768
     block = 2 * 12 * tokens * width**2 + 4 * tokens**2 * width
     patches, classifier = 2 * 196 * 768 * width, 2 * width * 100
-    cost = METHODS["fedpeft-prompt"].cost(Question(base(), 7, local_epochs=1))
+    cost = ESTIMATED["fedpeft-prompt"].cost(Question(base(), 7, local_epochs=1))
     assert cost.device_flops_per_round == 7 * (patches + 24 * block + 3 * classifier)
 
 
@@ -239,11 +244,16 @@ def test_the_papers_form_computes_scores_local_update_and_split_training(keep: f
 
     patches, tail = 2 * 196 * 768 * 768, 2 * 768 * 100
     run = base(keep_fraction=keep, local_epochs=2, split_epochs=3)
-    cost = METHODS["sfprompt-paper"].cost(Question(run, 100))
+    cost = ESTIMATED["sfprompt-paper"].cost(Question(run, 100))
     scored = 0 if keep == 1 else 100 * (patches + block(197) + tail)
     visits = 2 * 100 + 3 * round(100 * keep)
     visit = (patches + block(202)) + block(202) + 3 * tail
     assert cost.device_flops_per_round == scored + visits * visit
+
+
+def count_forward(step: Callable[[], Tensor]) -> int:
+    with torch.no_grad():
+        return count_flops(step)
 
 
 def counted(loss: object) -> int:
@@ -253,16 +263,9 @@ def counted(loss: object) -> int:
     return int(counter.get_total_flops())
 
 
-def forward(step: Callable[[], Tensor]) -> tuple[Tensor, int]:
-    """A forward pass, and torch's own count of it."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        result = step()
-    return result, int(counter.get_total_flops())
-
-
 def test_full_fine_tuning_computes_what_torch_counts(vit: nn.Module) -> None:
     images = torch.empty(1, 3, 224, 224, device="meta")
-    cost = METHODS["fl-full"].cost(Question(base(), 1, local_epochs=1))
+    cost = ESTIMATED["fl-full"].cost(Question(base(), 1, local_epochs=1))
     # torch computes no gradient of the images, and its attention may recompute scores.
     assert cost.device_flops_per_round == pytest.approx(counted(lambda: vit(images)), rel=0.03)
 
@@ -276,7 +279,7 @@ def test_passing_a_gradient_on_computes_about_what_torch_counts(vit: nn.Module) 
         reference = counted(lambda: vit(images))
     finally:
         vit.requires_grad_(True)
-    cost = METHODS["fedpeft-bias"].cost(Question(base(), 1, local_epochs=1))
+    cost = ESTIMATED["fedpeft-bias"].cost(Question(base(), 1, local_epochs=1))
     # Attention has no weights: its backward pass is 2x even where everything is frozen.
     assert cost.device_flops_per_round == pytest.approx(reference, rel=0.05)
     assert cost.device_flops_per_round < reference
@@ -297,7 +300,7 @@ def test_a_split_step_of_the_paper_computes_about_what_torch_counts() -> None:
         loss: Tensor = tail(head(images, prompts))
         return loss
 
-    cost = METHODS["sfprompt-paper"].cost(Question(run, 1))
+    cost = ESTIMATED["sfprompt-paper"].cost(Question(run, 1))
     assert cost.device_flops_per_round == pytest.approx(counted(step), rel=0.05)
 
 
@@ -317,25 +320,27 @@ def test_every_block_of_a_backbone_computes_the_same(
         prompt_at=prompt_at,  # type: ignore[arg-type]
         prompt_count=prompts,
     )
-    head, body, tail = Head(split), Body(split), Tail(split)
-    soft = torch.empty(prompt_shape(split), device="meta") if prompts else None
-    images = torch.empty(1, 3, split.image_size, split.image_size, device="meta")
-    at_input = prompt_at == "input"
-    smashed, of_head = forward(lambda: head(images, soft if at_input else None))
-    features, of_body = forward(lambda: body(smashed, None if at_input else soft))
-    _, of_tail = forward(lambda: tail(features))
-    _, of_backbone = forward(lambda: skeleton(split)(images))
+    side = split.image_size
+    images = torch.empty(1, 3, side, side, device="meta")
+    tokens = torch.empty(prompt_shape(split), device="meta") if prompts else None
+    in_head, in_body = (None, tokens) if prompt_at == "cut" else (tokens, None)
+    head, body, tail, uncut = Head(split), Body(split), Tail(split), skeleton(split)
+    smashed = head(images, in_head)
+    features = body(smashed, in_body)
     flops = forward_flops(split, prompts)
     bare = forward_flops(split)
-    in_head = bare if prompt_at == "cut" else flops
-    assert of_head == flops.embedding + 2 * in_head.block
-    assert of_body == (flops.depth - 5) * flops.block
-    assert of_tail == 3 * flops.block + flops.output
-    assert of_backbone == bare.whole
+    head_block = bare.block if prompt_at == "cut" else flops.block
+    for step, expected in (
+        (lambda: head(images, in_head), flops.embedding + 2 * head_block),
+        (lambda: body(smashed, in_body), (flops.depth - 5) * flops.block),
+        (lambda: tail(features), 3 * flops.block + flops.output),
+        (lambda: uncut(images), bare.whole),
+    ):
+        assert count_forward(step) == expected
 
 
 def test_memory_of_full_fine_tuning_is_the_formulas() -> None:
-    cost = METHODS["fl-full"].cost(Question(base(batch_size=4), 10))
+    cost = ESTIMATED["fl-full"].cost(Question(base(batch_size=4), 10))
     kept = 3 * 224 * 224 + 12 * 197 * 16 * 768 + 197 * 768
     assert cost.device_peak_bytes == 4 * (4 * WHOLE + 4 * kept)
 
@@ -383,7 +388,7 @@ def test_the_last_round_is_evaluated_and_every_so_many_before_it(every: int, rou
 
 
 def test_no_rounds_cost_the_start_alone() -> None:
-    cost = METHODS["sfprompt"].cost(Question(tiny(), 10, 5))
+    cost = ESTIMATED["sfprompt"].cost(Question(tiny(), 10, 5))
     assert cost.bytes_total(0) == cost.bytes_start
     assert cost.flops_total(0) == 0
 

@@ -9,7 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from protocol.distillation import DistillationSettings
 from protocol.plan import ModelPlan, RunPlan
-from sfprompt_bench.estimate import METHODS, Question, estimate
+from sfprompt_bench.cost.question import Question
+from sfprompt_bench.estimate.calculator import estimate
+from sfprompt_bench.methods.registry import ESTIMATED
 from split_model.backbone.libraries import timm
 
 IMAGES, EPOCHS = 50, 2
@@ -35,12 +37,12 @@ def question(**model: object) -> Question:
 
 
 def test_parameters_and_bytes_are_those_counted_by_hand() -> None:
-    found = METHODS["fedpft"].cost(question())
+    found = ESTIMATED["fedpft"].cost(question())
     assert found.trainable_parameters == 12 * LORA + CLASSIFIER
     start = FRAME + 12 * BLOCK - 10 * PRUNED + found.trainable_parameters
     assert found.bytes_start == 4 * start
     assert found.bytes_up_per_round == found.bytes_down_per_round == 4 * (12 * LORA + CLASSIFIER)
-    found = METHODS["offsite-tuning"].cost(question())
+    found = ESTIMATED["offsite-tuning"].cost(question())
     assert found.trainable_parameters == 2 * LORA + CLASSIFIER
     assert found.bytes_start == 4 * (FRAME + 6 * BLOCK + found.trainable_parameters)
 
@@ -65,14 +67,14 @@ def test_operations_are_those_of_timm_s_model_with_the_same_way_back() -> None:
         block.attn.qkv.register_forward_hook(hook)
     with FlopCounterMode(display=False) as counter:
         model(torch.empty(1, 3, 224, 224, device="meta")).sum().backward()
-    found = METHODS["fedpft"].cost(question()).device_flops_per_round
+    found = ESTIMATED["fedpft"].cost(question()).device_flops_per_round
     assert found == pytest.approx(IMAGES * EPOCHS * counter.get_total_flops(), rel=1e-3)
-    assert found < 0.7 * METHODS["fedpeft-bias"].cost(question()).device_flops_per_round
+    assert found < 0.7 * ESTIMATED["fedpeft-bias"].cost(question()).device_flops_per_round
 
 
 def test_a_run_s_own_proxy_is_taken_as_it_is() -> None:
     own = {"prompt_count": 0, "tune": "lora", "lora_rank": 2, "proxy_width": 1536}
-    found = METHODS["fedpft"].cost(question(proxy="pruned", cut=12, **own))
+    found = ESTIMATED["fedpft"].cost(question(proxy="pruned", cut=12, **own))
     assert found.trainable_parameters == 12 * LORA // 4 + CLASSIFIER
     lacks = 10 * 1536 * (2 * WIDTH + 1)
     assert found.bytes_start == 4 * (FRAME + 12 * BLOCK - lacks + found.trainable_parameters)
@@ -80,7 +82,7 @@ def test_a_run_s_own_proxy_is_taken_as_it_is() -> None:
 
 def test_memory_falls_with_what_the_proxy_lacks() -> None:
     small, large = (
-        METHODS["fedpft"].cost(
+        ESTIMATED["fedpft"].cost(
             question(proxy="pruned", cut=12, prompt_count=0, tune="lora", proxy_width=width)
         )
         for width in (768, 3072)
@@ -93,12 +95,12 @@ def test_memory_falls_with_what_the_proxy_lacks() -> None:
 
 def test_a_backbone_without_proxies_has_all_the_other_methods() -> None:
     beit = question(backbone="beit_base_patch16_224")
-    assert METHODS.keys() - estimate(beit).keys() == {"fedpft", "offsite-tuning"}
+    assert ESTIMATED.keys() - estimate(beit).keys() == {"fedpft", "offsite-tuning"}
 
 
 def test_a_small_body_costs_its_download_and_its_passes() -> None:
     bare, more = question(prompt_count=5), question(prompt_count=5, local_body=2)
-    one, two = (METHODS["sfprompt-paper"].cost(asked) for asked in (bare, more))
+    one, two = (ESTIMATED["sfprompt-paper"].cost(asked) for asked in (bare, more))
     assert two.bytes_start - one.bytes_start == 4 * 2 * BLOCK
     tokens = 197 + 5
     block = 2 * tokens * 12 * WIDTH**2 + 4 * tokens**2 * WIDTH
@@ -108,7 +110,7 @@ def test_a_small_body_costs_its_download_and_its_passes() -> None:
 
 
 def test_a_proxy_that_is_distilled_again_is_downloaded_again() -> None:
-    found = METHODS["fedpft"].cost(question())
+    found = ESTIMATED["fedpft"].cost(question())
     proxy = FRAME + 12 * BLOCK - 10 * PRUNED
     told = 10 * 768
     assert found.bytes_total(10) == found.bytes_start + 10 * found.bytes_per_round
@@ -127,9 +129,9 @@ def test_a_proxy_that_is_distilled_again_is_downloaded_again() -> None:
 def test_how_often_is_the_run_s_own_affair_where_it_has_such_a_proxy() -> None:
     own = {"proxy": "pruned", "cut": 12, "prompt_count": 0, "tune": "lora"}
     asked = question(**own)
-    assert METHODS["fedpft"].cost(asked).renewals(1000) == 0
+    assert ESTIMATED["fedpft"].cost(asked).renewals(1000) == 0
     often = DistillationSettings(epochs=1, every=3)
     settings = asked.settings.model_copy(update={"distillation": often})
-    found = METHODS["fedpft"].cost(Question(settings, IMAGES, local_epochs=EPOCHS))
+    found = ESTIMATED["fedpft"].cost(Question(settings, IMAGES, local_epochs=EPOCHS))
     assert [found.renewals(rounds) for rounds in (0, 3, 4, 6, 7)] == [0, 0, 1, 1, 2]
-    assert METHODS["offsite-tuning"].cost(question()).renewals(1000) == 0
+    assert ESTIMATED["offsite-tuning"].cost(question()).renewals(1000) == 0

@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from protocol.codecs import get_codec
 from protocol.errors import InvalidField, UnknownCodec
 from protocol.plan import RunPlan
-from sfprompt_bench.estimate import METHODS, MethodCost, Question
-from sfprompt_bench.estimate.sizes import samples_bytes, tensor_bytes
+from sfprompt_bench.cost.method_cost import MethodCost
+from sfprompt_bench.cost.question import Question
+from sfprompt_bench.cost.sizes import samples_bytes, tensor_bytes
+from sfprompt_bench.methods.registry import ESTIMATED
 
 HEAD = (3 * 16 * 16 * 768 + 768) + 768 + 197 * 768 + 12 * 768 * 768 + 13 * 768
 
@@ -51,7 +53,7 @@ def own(
             "wire": wire or {},
         }
     )
-    return METHODS["sfprompt"].cost(Question(run, train, test))
+    return ESTIMATED["sfprompt"].cost(Question(run, train, test))
 
 
 KEPT = {"keep_smashed": True, "pooled_features": True}
@@ -194,7 +196,7 @@ def test_an_unknown_codec_is_refused() -> None:
 
 
 def test_a_codec_whose_size_is_not_known_ahead_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sfprompt_bench.estimate.sizes.encoded_bytes", lambda name, shape: None)
+    monkeypatch.setattr("sfprompt_bench.cost.sizes.encoded_bytes", lambda name, shape: None)
     with pytest.raises(InvalidField) as caught:
         tensor_bytes("float32", (1,))
     assert caught.value.field == "codec"

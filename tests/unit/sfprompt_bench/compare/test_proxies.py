@@ -9,7 +9,11 @@ import torch
 
 from edge_client.data import Dataset, load_dataset
 from protocol.plan import RunPlan
-from sfprompt_bench.compare.references import give_images, of_backbone, plugged_in_accuracy
+from sfprompt_bench.compare.proxies import (
+    backbone_accuracy,
+    with_backbone_accuracy,
+    write_distillation_images,
+)
 from split_model import initial_state, open_backbone, prepare_backbone
 from split_model.backbone.tensor_file import TensorFile
 from split_model.proxies.weights import proxy_weights
@@ -23,7 +27,7 @@ SETTINGS = RunPlan(model=SMALL.model_copy(update=PROXY))
 def test_images_to_distil_on_are_the_other_set_s(tmp_path: Path) -> None:
     how = {"epochs": 1, "images": "digits", "samples": 30}
     asked = RunPlan.model_validate({**SETTINGS.model_dump(), "distillation": how})
-    give_images(asked, tmp_path)
+    write_distillation_images(asked, tmp_path)
     pixels = TensorFile(tmp_path / "distillation" / "digits.safetensors")["images"]
     assert (pixels.dtype, pixels.shape[:2]) == (torch.uint8, (30, 3))
     held = load_dataset("digits", seed=0).train
@@ -32,7 +36,7 @@ def test_images_to_distil_on_are_the_other_set_s(tmp_path: Path) -> None:
 
 
 def test_without_a_named_set_the_server_is_given_none(tmp_path: Path) -> None:
-    give_images(SETTINGS, tmp_path)
+    write_distillation_images(SETTINGS, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -45,14 +49,14 @@ def test_it_is_the_backbone_s_accuracy_that_is_measured(tmp_path: Path) -> None:
     for label, right in ((1, 3), (0, 4)):
         state["tail.head.bias"].copy_(torch.eye(3)[label])
         data = Dataset(image_set(3), image_set(10 if label == 0 else 9, seed=1))
-        found = plugged_in_accuracy(SETTINGS, state, data, tmp_path)
+        found = backbone_accuracy(SETTINGS, state, data, tmp_path)
         assert found == right / len(data.test)
 
 
 def test_of_a_proxy_s_run_the_backbone_is_shown_and_the_proxy_beside_it() -> None:
     points = [{"round": 1, "bytes": 5, "accuracy": 0.3}, {"round": 2, "bytes": 9, "accuracy": 0.4}]
     run = {"accuracy": 0.4, "accuracy_worst_client": 0.1, "curve": points, "bytes_total": 9}
-    found = of_backbone(run, 0.7)
+    found = with_backbone_accuracy(run, 0.7)
     assert (found["accuracy"], found["accuracy_proxy"], found["bytes_total"]) == (0.7, 0.4, 9)
     assert [point["accuracy"] for point in found["curve"]] == [None, 0.7]
     assert found["accuracy_worst_client"] is None

@@ -1,0 +1,87 @@
+"""Runs on a proxy: the images that the server distils on, and the backbone's final accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from edge_client.data import BatchReader, Dataset, ImageSet, load_dataset
+from edge_client.model import preprocessing_of
+from protocol.plan import RunPlan
+from protocol.seeds import derive_seed
+from sfprompt_bench.compare.tasks import Figures
+from split_model import (
+    TunedModel,
+    image_preparation,
+    open_backbone,
+    prepare_backbone,
+)
+from split_model.backbone.tensor_file import write_tensors
+from split_model.proxies.weights import plugged
+from split_server.models.proxies import IMAGES
+
+_BATCH = 100
+
+
+def write_distillation_images(settings: RunPlan, data_dir: Path) -> None:
+    """Write the images that a run distils on into its server's folder, before the server starts.
+
+    Raises:
+        DataError: there is no data set of that name.
+    """
+    distillation = settings.distillation
+    if distillation.epochs == 0 or distillation.images == "random":
+        return
+    images = load_dataset(distillation.images, seed=0).train
+    generator = torch.Generator().manual_seed(derive_seed(0, "distillation-images"))
+    chosen = torch.randperm(len(images), generator=generator)[: distillation.samples]
+    pixels = torch.stack([images.image(int(index)) for index in chosen])  # [N, 3, H, W]
+    write_tensors(data_dir / IMAGES / f"{distillation.images}.safetensors", {"images": pixels})
+
+
+def backbone_accuracy(
+    settings: RunPlan, state: Mapping[str, Tensor], data: Dataset, cache_dir: Path
+) -> float:
+    """Measure the backbone with a run's final state on the held-out images, 0 to 1.
+
+    Args:
+        settings: of the run, which was on a proxy.
+        state: its last global state.
+        data: all devices' images together.
+        cache_dir: folder of the run's backbones.
+    """
+    split, tensors = plugged(settings.model, state)
+    backbone = prepare_backbone(split, settings.model.weights, cache_dir)
+    return _accuracy(TunedModel(split, open_backbone(backbone.path), tensors), data.test)
+
+
+@torch.no_grad()
+def _accuracy(model: TunedModel, test: ImageSet) -> float:
+    preprocessing = preprocessing_of(model.settings, image_preparation(model.settings))
+    images, correct = BatchReader(test, preprocessing, cache_bytes=0), 0
+    for positions in torch.arange(len(images)).split(_BATCH):
+        pixels, labels = images.read(positions)
+        correct += int((model(pixels).argmax(dim=1) == labels).sum())
+    return correct / len(images)
+
+
+def with_backbone_accuracy(figures: Figures, accuracy: float) -> Figures:
+    """Replace the proxy's accuracy by the backbone's in a run's figures.
+
+    Devices measure the proxy in every round; the backbone is measured once, at the end, so that
+    the curve has one point. The devices' last measurement becomes ``accuracy_proxy``.
+    """
+    curve = [{**point, "accuracy": None} for point in figures["curve"]]
+    if curve:
+        curve[-1]["accuracy"] = accuracy
+    return figures | {
+        "accuracy": accuracy,
+        "best_accuracy": accuracy,
+        "accuracy_proxy": figures["accuracy"],
+        "accuracy_clients": {},
+        "accuracy_worst_client": None,
+        "curve": curve,
+    }

@@ -1,0 +1,194 @@
+"""FedPFT and offsite-tuning: devices train a proxy, and the result goes into the backbone."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import ClassVar
+
+from torch import nn
+
+from protocol.plan import ModelPlan, ProxyKind, RunPlan
+from protocol.presets import Form
+from sfprompt_bench.cost.flops import blocks_flops, embedding_flops, is_tuned, output_flops
+from sfprompt_bench.cost.method_cost import MethodCost
+from sfprompt_bench.cost.question import Question
+from sfprompt_bench.cost.sizes import FLOAT_BYTES, image_numbers, peak_bytes
+from sfprompt_bench.methods.base import Changes, FederatedMethod, with_changes
+from sfprompt_bench.methods.whole_model import whole_model_settings
+from split_model import Head, ModelPlanError, Tail, anatomy, state_shapes
+from split_model.proxies.neurons import neurons_shape
+
+
+class ProxiedMethod(FederatedMethod):
+    """Downloads the proxy to start, then sends and receives LoRA and the classifier, as float32.
+
+    The whole proxy is the head. A comparison shows the backbone's accuracy; devices measure the
+    proxy's.
+
+    Operations are those of one training step, forward and backward, counted on the meta device,
+    so that narrower MLPs and a backward pass to the first tuned block count as they are.
+
+    Attributes:
+        proxy: its kind, as ``model.proxy`` names it.
+        tuned_ends: blocks at either end that are tuned in the method's paper; 0: all.
+    """
+
+    form: ClassVar[Form] = "paper"
+    proxy: ClassVar[ProxyKind]
+    tuned_ends: ClassVar[int] = 0
+
+    def settings(self, base: RunPlan) -> RunPlan:
+        proxied = whole_model_settings(base, {"tune": "lora", "proxy": self.proxy})
+        uncut = proxied.model.model_copy(update={"cut": 0})
+        depth = anatomy(uncut).depth
+        return with_changes(proxied, {"model": {"cut": depth, "lora_ends": self.lora_ends(base)}})
+
+    def lora_ends(self, base: RunPlan) -> int:
+        """Blocks at either end that are tuned in a run of the method; 0: all."""
+        return self.tuned_ends
+
+    def is_applicable(self, question: Question) -> bool:
+        try:
+            _step_flops(self.model(question))
+        except ModelPlanError:
+            return False
+        return True
+
+    def model(self, question: Question) -> ModelPlan:
+        """The proxy of the question's run, or one as in the method's paper if it has none.
+
+        Raises as `cost` does.
+        """
+        run = question.split
+        if run.proxy == self.proxy:
+            return run
+        proxied = ModelPlan(
+            backbone=run.backbone,
+            image_size=run.image_size,
+            num_classes=run.num_classes,
+            model_overrides=run.model_overrides,
+            cut=0,
+            prompt_count=0,
+            tune="lora",
+            lora_ends=self.tuned_ends,
+            proxy=self.proxy,
+        )
+        return proxied.replace(cut=anatomy(proxied).depth)
+
+    def cost(self, question: Question) -> MethodCost:
+        settings = self.model(question)
+        trained = sum(map(math.prod, state_shapes(settings).values()))
+        numbers = sum(
+            tensor.numel()
+            for part in (Head(settings), Tail(settings))
+            for tensor in part.state_dict().values()
+        )
+        visits = question.train_samples * question.local_epochs
+        return MethodCost(
+            trainable_parameters=trained,
+            bytes_start=FLOAT_BYTES * numbers,
+            bytes_up_per_round=FLOAT_BYTES * trained,
+            bytes_down_per_round=FLOAT_BYTES * trained,
+            device_flops_per_round=visits * _step_flops(settings),
+            device_peak_bytes=peak_bytes(
+                numbers,
+                trained,
+                question.settings.training.batch_size,
+                image_numbers(settings) + _activations(settings),
+            ),
+        )
+
+
+class FedPft(ProxiedMethod):
+    """FedPFT (arXiv 2404.11536): LoRA on a proxy with pruned MLPs, distilled before the run.
+
+    Every block stays, those between the ends with a quarter of their neurons. LoRA of rank 8 is on
+    the queries and values of all blocks, and the classifier is tuned. After every tenth round, but
+    not the last, devices report how often each neuron was inactive, which takes a forward pass of
+    their samples; the server distils the half of the neurons used least again, and devices
+    download the new proxy.
+    """
+
+    name = "fedpft"
+    what = (
+        "FedPFT: LoRA on a proxy with pruned MLPs, distilled before the run and again every 10 "
+        "rounds; its accuracy in the backbone"
+    )
+    proxy: ClassVar[ProxyKind] = "pruned"
+    distil_every: ClassVar[int] = 10  # rounds; the best interval in the paper
+    recipe: ClassVar[Changes] = {
+        "model": {"proxy": "pruned"},
+        "training": {"batch_size": 8, "tail_learning_rate": 2e-3},
+        "distillation": {"epochs": 5, "every": distil_every},
+    }
+
+    def cost(self, question: Question) -> MethodCost:
+        plain, settings = super().cost(question), self.model(question)
+        in_run = question.split.proxy == self.proxy
+        interval = question.settings.distillation.every if in_run else self.distil_every
+        if not interval:
+            return plain
+        return dataclasses.replace(
+            plain,
+            bytes_up_per_renewal=FLOAT_BYTES * math.prod(neurons_shape(settings)),
+            bytes_down_per_renewal=plain.bytes_start - FLOAT_BYTES * plain.trainable_parameters,
+            device_flops_per_renewal=question.train_samples * _head_flops(settings),
+            renew_every=interval,
+        )
+
+
+class OffsiteTuning(ProxiedMethod):
+    """Offsite-tuning (arXiv 2302.04870): the blocks at both ends are tuned, others dropped evenly.
+
+    The adapters are the first and the last blocks, here with LoRA of rank 8 on their queries and
+    values, and the classifier. The emulator between them is half of the backbone's blocks and is
+    not distilled.
+    """
+
+    name = "offsite-tuning"
+    what = "offsite-tuning: LoRA on the end blocks, fewer blocks between; accuracy in the backbone"
+    proxy: ClassVar[ProxyKind] = "dropped"
+    tuned_ends: ClassVar[int] = 1
+    recipe: ClassVar[Changes] = {
+        "model": {"proxy": "dropped"},
+        "training": {"batch_size": 8, "tail_learning_rate": 2e-3},
+    }
+
+    def lora_ends(self, base: RunPlan) -> int:
+        return base.model.proxy_ends
+
+
+@functools.lru_cache(maxsize=64)
+def _step_flops(settings: ModelPlan) -> int:
+    """Count one image's forward and backward pass."""
+    head, tail = Head(settings), Tail(settings)
+    for part in (head, tail):
+        tuned = set(part.tuned().values())
+        for name, parameter in part.named_parameters():
+            parameter.requires_grad_(name in tuned)
+    output = output_flops(tail, needs_gradient=is_tuned(head))
+    return embedding_flops(head) + blocks_flops(head) + output
+
+
+@functools.lru_cache(maxsize=64)
+def _head_flops(settings: ModelPlan) -> int:
+    """Count one image's forward pass through the head, without gradients."""
+    head = Head(settings).requires_grad_(False)
+    return embedding_flops(head) + blocks_flops(head)
+
+
+def _activations(settings: ModelPlan) -> int:
+    """Count what autograd keeps of one image: of every block as of a frozen one, plus LoRA's.
+
+    LoRA keeps the input of its block's projection and the output of its first layer.
+    """
+    sizes = anatomy(settings)
+    per_token = sizes.width  # of the last norm
+    for block in Head(settings).blocks.values():
+        layers = [module for module in block.modules() if isinstance(module, nn.Linear)]
+        per_token += sizes.width + sum(layer.out_features for layer in layers)
+        if any("lora_" in name for name, _ in block.named_parameters()):
+            per_token += sizes.width + 2 * settings.lora_rank
+    return sizes.tokens * per_token

@@ -1,0 +1,114 @@
+"""SFPrompt: this project's default form, the published form, and placements between them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+from protocol.plan import RunPlan, WirePlan
+from protocol.presets import Form
+from sfprompt_bench.cost.method_cost import MethodCost
+from sfprompt_bench.cost.question import Question
+from sfprompt_bench.methods.base import Changes, FederatedMethod, with_changes
+from sfprompt_bench.methods.sfprompt_cost import sfprompt_cost
+
+
+class SFPrompt(FederatedMethod):
+    """Prompts before every block of the body; the server keeps and tunes them."""
+
+    name = "sfprompt"
+    what = "SFPrompt, default preset: prompts in every block of the body, kept by the server"
+
+    def settings(self, base: RunPlan) -> RunPlan:
+        return with_changes(base, {"model": {"prompt_at": "cut", "prompt_depth": "deep"}})
+
+    def cost(self, question: Question) -> MethodCost:
+        """Calculate with the run's own placement, codecs and switches."""
+        return sfprompt_cost(question)
+
+
+class SFPromptCutShallow(SFPrompt):
+    """The default preset with one set of prompts, before the first block of the body."""
+
+    name = "sfprompt-cut-shallow"
+    what = "the default preset with prompts before the body's first block only"
+    is_variant = True
+
+    def settings(self, base: RunPlan) -> RunPlan:
+        return with_changes(base, {"model": {"prompt_at": "cut", "prompt_depth": "shallow"}})
+
+
+class SFPromptInputShallow(SFPrompt):
+    """The paper's placement and recipe, with the codecs of the default preset where they apply."""
+
+    name = "sfprompt-input-shallow"
+    what = "the paper's placement and recipe in 8 bits, only the features that the tail reads"
+    is_variant = True
+    form: ClassVar[Form] = "paper"
+    recipe: ClassVar[Changes] = {
+        "wire": {
+            "smashed": "int8",
+            "features": "int8",
+            "gradients": "int8",
+            "inference": "float16",
+            "updates": "float16",
+            "update_deltas": True,
+            "head": "int8",
+            "pooled_features": True,
+        }
+    }
+
+    def settings(self, base: RunPlan) -> RunPlan:
+        return with_changes(base, {"model": {"prompt_at": "input", "prompt_depth": "shallow"}})
+
+
+class SFPromptInputDeep(SFPromptInputShallow):
+    """Refused, with the setting's name, if the cut backbone supports no deep prompts there."""
+
+    name = "sfprompt-input-deep"
+    what = "the same with prompts before every block on the device"
+
+    def settings(self, base: RunPlan) -> RunPlan:
+        return with_changes(base, {"model": {"prompt_at": "input", "prompt_depth": "deep"}})
+
+
+class SFPromptPaper(FederatedMethod):
+    """SFPrompt (arXiv 2407.17533, section 3): prompts at the input, everything in float32.
+
+    All tokens cross in both directions on every visit. To start, head, tail and prompts; a round,
+    2(|tail| + |prompts|) + 4 q E D for E split epochs of D selected samples, q = 4 · tokens ·
+    width with prompts. The paper's formula has no evaluation, so that it is left out here.
+
+    Operations of a round: head and tail forward for each scored sample, without prompts; for each
+    visit of local update and split training the head forward, the gradient of its blocks' inputs
+    (1x), and three times the tail.
+    """
+
+    name = "sfprompt-paper"
+    what = "SFPrompt as published: prompts at the input, four tensors a step, float32"
+    form: ClassVar[Form] = "paper"
+
+    def settings(self, base: RunPlan) -> RunPlan:
+        placement = {"prompt_at": "input", "prompt_depth": "shallow"}
+        return with_changes(base, {"model": placement, "wire": WirePlan().model_dump()})
+
+    def cost(self, question: Question) -> MethodCost:
+        run = question.settings
+        placement = {"prompt_at": "input", "prompt_depth": "shallow", "keep_tokens": 0}
+        published = run.model_copy(
+            update={
+                "model": run.model.model_copy(update=placement),
+                "federation": run.federation.model_copy(update={"evaluate_every": 0}),
+                "wire": WirePlan(),
+            }
+        )
+        return sfprompt_cost(dataclasses.replace(question, settings=published))
+
+
+class SFPromptPaperProxy(SFPromptPaper):
+    """The paper's form with local updates through two blocks distilled from the body's."""
+
+    name = "sfprompt-paper-proxy"
+    what = "SFPrompt as published, local updates through a small body that the server distils"
+    is_variant = True
+    recipe: ClassVar[Changes] = {"model": {"local_body": 2}, "distillation": {"epochs": 5}}
