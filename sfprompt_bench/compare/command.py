@@ -95,7 +95,7 @@ def _chosen(
         raise InvalidField(
             "compare takes a file, or --quick",
             field="file",
-            hint="docs/comparisons has files to begin with",
+            hint="docs/results/comparisons has files to begin with",
         )
     comparison = QUICK if file is None else load_comparison(file)
     values = comparison.model_dump()
