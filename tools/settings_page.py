@@ -1,14 +1,12 @@
 """Writes `docs/settings.md` from the settings classes: `python -m tools.settings_page`.
 
 The classes' JSON schemas carry all that the page needs: names, types, bounds, defaults and
-descriptions. Nested classes become sections; a union with a discriminator becomes one section for
-each of its members.
+descriptions. Nested classes become sections, and so does each installed method.
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,9 +14,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
+import protocol
 from protocol.codec_names import FLOAT_CODECS, LOSSLESS_SUFFIX
 from protocol.plan import RunPlan
-from protocol.presets import FORMS, over_form
 from split_server.settings import ENV_PREFIX, ServerSettings
 
 PAGE = Path(__file__).parents[1] / "docs" / "settings.md"
@@ -43,92 +41,109 @@ parameter; `{LOSSLESS_SUFFIX}` behind a name compresses the result without loss.
 [SPEC.md](../protocol/SPEC.md) defines each codec and its error bound.
 """
 
+_METHODS = """\
+## Methods
+
+`method.name` chooses a method; the other fields of `[method]` are the method's own. A method also
+sets defaults in other tables, which the file overrides.
+"""
+
 Schema = Mapping[str, Any]
-
-
-def run_settings() -> type[BaseModel]:
-    """The class that validates the user's file of run settings."""
-    if importlib.util.find_spec("protocol.settings") is None:
-        return RunPlan
-    found: type[BaseModel] = importlib.import_module("protocol.settings").RunSettings
-    return found
 
 
 def render() -> str:
     """The whole page as Markdown."""
-    run, server = run_settings().model_json_schema(), ServerSettings.model_json_schema()
-    blocks = [_INTRODUCTION, "## Run"]
-    for path, part in _sections(run, run["$defs"], ()):
-        blocks.append(_table(path, part, run["$defs"]))
-    blocks += ["## Server", _table((), server, server.get("$defs", {}))]
-    blocks += [_CODECS, ", ".join(f"`{name}`" for name in FLOAT_CODECS)]
-    return "\n\n".join(block.strip() for block in blocks) + "\n"
+    server = ServerSettings.model_json_schema()
+    blocks = [
+        _INTRODUCTION,
+        "## Run",
+        *_run_blocks(),
+        "## Server",
+        _table(server, server.get("$defs", {})),
+        _CODECS,
+        ", ".join(f"`{name}`" for name in FLOAT_CODECS),
+    ]
+    return "\n\n".join(block.strip() for block in blocks if block) + "\n"
 
 
-def _sections(
-    schema: Schema, definitions: Schema, path: tuple[str, ...]
-) -> Iterator[tuple[tuple[str, ...], Schema]]:
-    """Every table of the file with its dotted path; what is nested comes after what holds it."""
-    yield path, schema
+def _run_blocks() -> Iterator[str]:
+    if not (Path(protocol.__path__[0]) / "settings.py").is_file():
+        yield from _class_blocks(RunPlan, ())
+        return
+    settings: type[BaseModel] = importlib.import_module("protocol.settings").RunSettings
+    methods = importlib.import_module("protocol.method")
+    yield from _class_blocks(settings, ("method",))
+    yield _METHODS
+    nested: dict[str, None] = {}
+    for name in methods.method_names():
+        first, *rest = _class_blocks(methods.method_class(name), (), ("method",))
+        yield f'### `[method]` `name = "{name}"`\n\n{first}'
+        yield _method_defaults(methods.method_class(name)())
+        nested |= dict.fromkeys(rest)  # tables that methods share appear once
+    yield from nested
+
+
+def _method_defaults(method: Any) -> str:
+    """What a method sets in other tables unless the file says otherwise, and its source."""
+    lines = []
+    for part, values in method.defaults().items():
+        shown = ", ".join(f"`{name} = {json.dumps(value)}`" for name, value in values.items())
+        lines.append(f"Defaults in `[{part}]`: {shown}.")
+    if method.source:
+        lines.append(f"Source: {method.source}.")
+    return "\n\n".join(lines)
+
+
+def _class_blocks(
+    cls: type[BaseModel], left_out: tuple[str, ...], path: tuple[str, ...] = ()
+) -> Iterator[str]:
+    """The table of a class, then those of the classes nested in it, each with its title."""
+    schema = cls.model_json_schema()
+    definitions: Schema = schema.get("$defs", {})
+    yield "\n\n".join(filter(None, (_summary(schema) if path else "", _table(schema, definitions))))
     for name, field in schema["properties"].items():
-        for part in _nested(field, definitions):
-            yield from _sections(part, definitions, (*path, name))
+        part = _nested(field, definitions)
+        if part is not None and name not in left_out:
+            title = f"### `[{'.'.join((*path, name))}]`"
+            yield "\n\n".join((title, _summary(part), _table(part, definitions)))
 
 
-def _nested(field: Schema, definitions: Schema) -> list[Schema]:
-    """The tables that a field may hold; none where it is a plain value."""
-    choices = [field, *field.get("oneOf", ()), *field.get("anyOf", ()), *field.get("allOf", ())]
-    named = [choice["$ref"].rsplit("/", 1)[-1] for choice in choices if "$ref" in choice]
-    return [definitions[name] for name in named if "properties" in definitions[name]]
+def _summary(schema: Schema) -> str:
+    return str(schema.get("description", "")).split("\n\n")[0].replace("\n", " ")
 
 
-def _table(path: tuple[str, ...], part: Schema, definitions: Schema) -> str:
+def _nested(field: Schema, definitions: Schema) -> Schema | None:
+    """The table that a field holds; None where it is a plain value."""
+    if "$ref" not in field:
+        return None
+    part: Schema = definitions[field["$ref"].rsplit("/", 1)[-1]]
+    return part if "properties" in part else None
+
+
+def _table(schema: Schema, definitions: Schema) -> str:
     rows = [
-        _row(path, name, field, definitions)
-        for name, field in part["properties"].items()
-        if not _nested(field, definitions)
+        _row(name, field, definitions)
+        for name, field in schema["properties"].items()
+        if "const" not in field  # the name that chooses the table
     ]
-    head = "| setting | value | default | |\n|---|---|---|---|"
-    return "\n\n".join(filter(None, (_title(path, part), "\n".join([head, *rows]))))
+    if not rows:
+        return "No settings."
+    return "\n".join(["| setting | value | default | |", "|---|---|---|---|", *rows])
 
 
-def _title(path: tuple[str, ...], part: Schema) -> str:
-    if not path:
-        return ""
-    kinds = [
-        f"{name} = {json.dumps(field['const'])}"
-        for name, field in part["properties"].items()
-        if "const" in field
-    ]
-    title = f"### `[{'.'.join(path)}]`" + "".join(f" `{kind}`" for kind in kinds)
-    summary = str(part.get("description", "")).split("\n\n")[0].replace("\n", " ")
-    return f"{title}\n\n{summary}".strip()
-
-
-def _row(path: tuple[str, ...], name: str, field: Schema, definitions: Schema) -> str:
-    default = _default((*path, name), field)
+def _row(name: str, field: Schema, definitions: Schema) -> str:
     text = str(field.get("description", "")).replace("|", "\\|")
-    return f"| `{name}` | {_value(field, definitions)} | {default} | {text} |"
-
-
-def _default(path: tuple[str, ...], field: Schema) -> str:
-    """The default of the default form, and that of the paper's where it differs."""
-    if "default" not in field and "const" not in field:
-        return "required"
-    plain = field.get("default", field.get("const"))
-    values = {form: _look_up(over_form(form, {}), path, plain) for form in FORMS}
-    default = _shown(values.pop("default"))
-    others = {form: _shown(value) for form, value in values.items()}
-    extra = [f"{form}: {value}" for form, value in others.items() if value != default]
-    return ", ".join([default, *extra])
-
-
-def _look_up(values: Any, path: tuple[str, ...], plain: Any) -> Any:
-    for name in path:
-        if not isinstance(values, Mapping) or name not in values:
-            return plain
-        values = values[name]
-    return values
+    part = _nested(field, definitions)
+    if part is None:
+        default = _shown(field["default"]) if "default" in field else "required"
+        return f"| `{name}` | {_value(field, definitions)} | {default} | {text} |"
+    text = str(field.get("description", "")) if field.get("description") else ""
+    changed = [
+        f"`{key} = {json.dumps(value)}`"
+        for key, value in (field.get("default") or {}).items()
+        if value != part["properties"].get(key, {}).get("default")
+    ]
+    return f"| `{name}` | table | {', '.join(changed) or 'defaults'} | {text or _summary(part)} |"
 
 
 def _shown(value: Any) -> str:
@@ -149,7 +164,7 @@ def _value(field: Schema, definitions: Schema) -> str:
         return "list of " + _value(field.get("items", {}), definitions)
     if kind == "string":
         return "path" if field.get("format") == "path" else "text"
-    return {"boolean": "true, false"}.get(kind, kind) + _bounds(field)
+    return {"boolean": "true, false", "object": "table"}.get(kind, kind) + _bounds(field)
 
 
 def _bounds(field: Schema) -> str:
