@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 DATA   ?= digits
 
-.PHONY: help run test coverage lint format bench clean
+.PHONY: help run test coverage lint format docs bench clean
 
 help:  ## Show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -37,6 +37,10 @@ lint: $(STAMP)  ## Lint, format check, types
 format: $(STAMP)  ## Format and fix what can be fixed
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
+
+docs: $(STAMP)  ## Write the generated parts of docs/: the settings page and the README's figure
+	@$(BIN)/python -m tools.settings_page
+	@$(BIN)/python -m tools.traffic_figure
 
 bench: $(STAMP)  ## Traffic and accuracy from the paper's form to the default, in minutes
 	@$(BIN)/sfprompt-bench traffic --quick $(ARGS)

@@ -49,7 +49,7 @@ _COMMANDS = {
         "Run every method side by side: accuracy, bytes, compute, memory, time; one report.",
         (
             "sfprompt-bench compare --quick",
-            "sfprompt-bench compare docs/comparisons/digits.toml --out runs/digits",
+            "sfprompt-bench compare docs/results/comparisons/digits.toml --out runs/digits",
         ),
         packages=(*PACKAGES, "jinja2", "psutil"),
     ),

@@ -102,7 +102,7 @@ def _comparison(
         raise InvalidField(
             "compare takes a file, or --quick",
             field="file",
-            hint="docs/comparisons has example files",
+            hint="docs/results/comparisons has example files",
         )
     comparison = QUICK if file is None else load_comparison(file)
     values = comparison.model_dump()

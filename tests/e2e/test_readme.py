@@ -1,4 +1,4 @@
-"""Every command of the README is run, in its order, as a reader would run it."""
+"""Runs every command of README, quick start and CONTRIBUTING, as a reader would run it."""
 
 from __future__ import annotations
 
@@ -21,31 +21,50 @@ ROOT = Path(__file__).parents[2]
 
 BIN = Path(sys.executable).parent
 
-README = (ROOT / "README.md").read_text()
+PAGES = ("README.md", "docs/quickstart.md", "CONTRIBUTING.md")
 
 CLASSES = ("cat", "dog")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(page: str, language: str) -> list[str]:
+    text = (ROOT / page).read_text()
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
-COMMANDS = [line for block in blocks("sh") for line in block.splitlines() if line.strip()]
+def commands_of(page: str) -> list[str]:
+    return [line for block in blocks(page, "sh") for line in block.splitlines() if line.strip()]
 
 
-def test_the_readme_has_no_command_that_this_file_does_not_run() -> None:
-    known = ("make run", "make test", "make lint", "pip install", "split-server", "edge-client")
-    assert all(command.startswith(known) for command in COMMANDS)
-    assert len(COMMANDS) == 14
+# Each command once, in the order of its first page.
+COMMANDS = list(dict.fromkeys(command for page in PAGES for command in commands_of(page)))
+
+TARGETS = ("test", "lint", "format", "docs")
+
+
+def test_this_file_runs_every_command_of_the_pages() -> None:
+    known = ("make run", *(f"make {target}" for target in TARGETS))
+    known += ("pip install", "split-server", "edge-client")
+    assert [command for command in COMMANDS if not command.startswith(known)] == []
+    assert {page: len(commands_of(page)) for page in PAGES} == {
+        "README.md": 9,
+        "docs/quickstart.md": 12,
+        "CONTRIBUTING.md": 4,
+    }
+
+
+def test_the_readme_is_the_short_form_of_the_quick_start() -> None:
+    assert set(commands_of("README.md")) <= set(commands_of("docs/quickstart.md"))
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("make run")])
 def test_make_run_tunes_and_leaves_a_run_folder(command: str, tmp_path: Path) -> None:
     smaller = f"--devices 2 --rounds 1 --limit-train 64 --limit-test 40 --out {tmp_path}/run"
-    # The environment that runs this test is taken for the one that make would set up.
-    stamp = f"VENV={BIN.parent} STAMP={ROOT / 'README.md'}"
+    # The environment that runs this test stands in for the one that make would set up.
+    stamp = tmp_path / "installed"
+    stamp.touch()
+    environment = [f"VENV={BIN.parent}", f"STAMP={stamp}"]
     done = subprocess.run(
-        [*shlex.split(command), *shlex.split(stamp), f"ARGS={smaller}"],
+        [*shlex.split(command), *environment, f"ARGS={smaller}"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -58,13 +77,15 @@ def test_make_run_tunes_and_leaves_a_run_folder(command: str, tmp_path: Path) ->
     assert {"tuned.safetensors", "history.jsonl", "accuracy.png", "bytes.png"} <= left
 
 
-@pytest.mark.parametrize("target", ["test", "lint"])
+@pytest.mark.parametrize("target", TARGETS)
 def test_the_make_targets_of_development_call_what_they_say(target: str) -> None:
-    # Running them here would run this test again; .ci/run runs both.
+    # Running `make test` here would run this test again; .ci/run runs test and lint.
     assert f"make {target}" in COMMANDS
-    assert f"make {target}" in (ROOT / ".ci" / "run").read_text()
+    if target in ("test", "lint"):
+        assert f"make {target}" in (ROOT / ".ci" / "run").read_text()
     printed = run_command(f"make -n {target} STAMP=README.md", ROOT)
-    assert {"test": "pytest", "lint": "ruff"}[target] in printed
+    calls = {"test": "pytest", "lint": "mypy", "format": "ruff format", "docs": "settings_page"}
+    assert calls[target] in printed
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("pip install")])
@@ -115,10 +136,10 @@ def test_hosting_joining_watching_exporting_and_predicting(photos: Path) -> None
         .replace("min_participants = 6", "min_participants = 1")
     )
     hosted = [c for c in COMMANDS if c.startswith(("split-server", "edge-client"))]
-    places = {"gpu-node:8500": f"127.0.0.1:{port}", "--port 8500": f"--port {port}"}
+    places = {"gpu-node:8500": f"127.0.0.1:{port}"}
     serve, create, join, *later = [_placed(command, places) for command in hosted]
     assert serve.startswith("split-server serve")
-    words = shlex.split(serve.replace("0.0.0.0", "127.0.0.1"))[1:]
+    words = [*shlex.split(serve.replace("0.0.0.0", "127.0.0.1"))[1:], "--port", str(port)]
     server = Process("server", ["split_server.cli", *words], folder, threads=1, cwd=folder)
     url = f"http://127.0.0.1:{port}"
     try:
@@ -141,7 +162,7 @@ def test_hosting_joining_watching_exporting_and_predicting(photos: Path) -> None
                 assert any(name in output for name in CLASSES)
         model = folder / "model.safetensors"
         assert model.stat().st_size > 1e6
-        [snippet] = blocks("python")
+        [snippet] = blocks("docs/quickstart.md", "python")
         script = (
             snippet.replace("model.safetensors", str(model)) + "assert logits.shape == (1, 2)\n"
         )

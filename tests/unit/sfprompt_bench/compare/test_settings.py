@@ -17,7 +17,7 @@ from sfprompt_bench.methods.base import FederatedMethod
 from sfprompt_bench.methods.registry import ESTIMATED, METHODS
 from sfprompt_bench.presets import preset_named
 
-DOCS = Path(__file__).parents[4] / "docs" / "comparisons"
+DOCS = Path(__file__).parents[4] / "docs"
 
 TINY = {"backbone": "vit_tiny_patch16_224", "weights": "random:3", "image_size": 32}
 
@@ -200,7 +200,7 @@ def test_references_know_nothing_of_privacy(tmp_path: Path) -> None:
     assert [tasks.count(name) for name in asked.methods] == [2, 1, 1]
 
 
-@pytest.mark.parametrize("file", sorted(DOCS.glob("*.toml")), ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", sorted((DOCS / "results" / "comparisons").glob("*.toml")), ids=lambda file: file.stem)
 def test_the_resolved_file_makes_the_same_tasks(file: Path, tmp_path: Path) -> None:
     asked = load_comparison(file)
     again = load_comparison(written(tmp_path, toml_text(resolved(asked))))
@@ -281,7 +281,7 @@ def test_what_is_none_is_left_out_of_toml_and_what_has_no_form_is_refused() -> N
 
 
 def test_the_method_of_the_guide_is_a_method() -> None:
-    guide = (DOCS.parent / "compare.md").read_text()
+    guide = (DOCS / "compare.md").read_text()
     (source,) = re.findall(r"```python\n(.*?)```", guide, flags=re.DOTALL)
     assert len(source.splitlines()) <= 30
     made: dict[str, Any] = {"__name__": "guide"}
@@ -294,14 +294,14 @@ def test_the_method_of_the_guide_is_a_method() -> None:
 
 
 def test_the_file_of_the_guide_is_a_comparison(tmp_path: Path) -> None:
-    guide = (DOCS.parent / "compare.md").read_text()
+    guide = (DOCS / "compare.md").read_text()
     (text,) = re.findall(r"```toml\n(.*?)```", guide, flags=re.DOTALL)
     jobs = plan(load_comparison(written(tmp_path, text)), tmp_path)
     assert len(jobs) == 3 * 3 * 2 * 2
 
 
 def test_the_guide_names_every_method() -> None:
-    table = (DOCS.parent / "compare.md").read_text().split("## Methods")[1].split("## The file")[0]
+    table = (DOCS / "compare.md").read_text().split("## Methods")[1].split("## The file")[0]
     for name in METHODS:
         short = [name.replace(start, "-") for start in ("fedpeft-", "sfprompt-")]
         assert any(f"`{one}`" in table for one in (name, *short)), name
