@@ -181,7 +181,7 @@ def load_comparison(file: Path) -> Comparison:
             f"the comparison cannot be read ({error})",
             field="file",
             value=str(file),
-            hint="docs/comparisons has example files",
+            hint="docs/results/comparisons has example files",
         ) from error
     return parse_message(Comparison, {"name": file.stem, **values})
 

@@ -200,7 +200,9 @@ def test_references_know_nothing_of_privacy(tmp_path: Path) -> None:
     assert [tasks.count(name) for name in asked.methods] == [2, 1, 1]
 
 
-@pytest.mark.parametrize("file", sorted((DOCS / "results" / "comparisons").glob("*.toml")), ids=lambda file: file.stem)
+@pytest.mark.parametrize(
+    "file", sorted((DOCS / "results" / "comparisons").glob("*.toml")), ids=lambda file: file.stem
+)
 def test_the_resolved_file_makes_the_same_tasks(file: Path, tmp_path: Path) -> None:
     asked = load_comparison(file)
     again = load_comparison(written(tmp_path, toml_text(resolved(asked))))
