@@ -11,15 +11,12 @@ from edge_client.model import DeviceModel
 from edge_client.training import (
     RoundContext,
     TrainingResult,
-    inactive_neurons,
     local_update,
     select_samples,
     split_train,
-    train_with_tuned_body,
 )
 from edge_client.transport import SplitPlane
-from protocol.messages import NEURONS
-from protocol.plan import RunPlan
+from protocol.settings import RunSettings
 
 
 @dataclass(frozen=True)
@@ -83,50 +80,7 @@ class DeviceMethod:
         return {}
 
 
-def device_method(plan: RunPlan) -> DeviceMethod:
-    """Return the device's side of the plan's tuning method."""
-    special = plan.model.local_body or plan.model.tune_body or plan.distillation.every
-    return _SpecialCases() if special else DeviceMethod()
-
-
-class _SpecialCases(DeviceMethod):
-    """Selects by the plan what differs from SFPrompt's round; each case is a function below."""
-
-    def local_forward(self, model: DeviceModel, smashed: Tensor) -> Tensor:
-        if model.local_body is not None:
-            smashed = _through_local_body(model, smashed)
-        return super().local_forward(model, smashed)
-
-    def split_train(
-        self, context: RoundContext, plane: SplitPlane, selected: Tensor
-    ) -> TrainingResult:
-        if context.run.model.tune_body:
-            return _split_train_tuned_body(context, plane, selected)
-        return super().split_train(context, plane, selected)
-
-    def update_extras(self, context: RoundContext, selected: Tensor) -> dict[str, Tensor]:
-        if context.run.distillation.every:
-            return _inactive_neuron_extras(context, selected)
-        return super().update_extras(context, selected)
-
-
-def _through_local_body(model: DeviceModel, smashed: Tensor) -> Tensor:
-    """Local body: the local update runs through a small frozen body on the device."""
-    if model.local_body is None:
-        raise ValueError("the run has no local body: model.local_body is 0")
-    features: Tensor = model.local_body(smashed)  # [B, T, D]
-    return features
-
-
-def _split_train_tuned_body(
-    context: RoundContext, plane: SplitPlane, selected: Tensor
-) -> TrainingResult:
-    """Tuned body: the server tunes a copy of the body for each participant."""
-    return train_with_tuned_body(context, plane, selected)
-
-
-def _inactive_neuron_extras(context: RoundContext, selected: Tensor) -> dict[str, Tensor]:
-    """Pruned proxy: in rounds before a redistillation, report how often neurons are inactive."""
-    if not context.run.distillation.due(context.round, context.run.federation.rounds):
-        return {}
-    return {NEURONS: inactive_neurons(context, selected)}
+def device_method(settings: RunSettings) -> DeviceMethod:
+    """Return the device's side of the run's tuning method."""
+    method: DeviceMethod = settings.method.side("device")()
+    return method

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from edge_client.data import BatchReader, Interpolation, Preprocessing
 from protocol.errors import MalformedFrame
@@ -34,8 +35,7 @@ from split_model import (
     read_state,
     tail_tensors,
 )
-from split_model.checkpoints.head_file import local_body_tensors
-from split_model.proxies.local_body import LocalBody, build_local_body
+from split_model.checkpoints.head_file import extra_tensors
 
 _BATCH = 128
 
@@ -50,14 +50,14 @@ class DeviceModel:
     Attributes:
         prompts: [P, D], or deep [L, P, D]; None: the run has none, or the server tunes them (at
             the cut).
-        local_body: stands in for the body in the local update; None: the run has none.
+        extras: further frozen tensors, for the device's side of the run's method.
     """
 
     head: Head
     tail: Tail
     prompts: nn.Parameter | None
     preprocessing: Preprocessing
-    local_body: LocalBody | None = None
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def load(cls, settings: ModelPlan, head_file: Path, state_file: Path) -> DeviceModel:
@@ -70,7 +70,9 @@ class DeviceModel:
             split, images, frozen = read_head_file(head_file)
         except UNUSABLE as error:
             raise _unusable(head_file, error) from error
-        if split != settings.model_copy(update={"weights": split.weights}):
+        # Neither shapes the model: where the weights are from, and how prompts begin.
+        unshaping = {"weights": split.weights, "prompt_init": split.prompt_init}
+        if split != settings.model_copy(update=unshaping):
             raise MalformedFrame(
                 "the head file is of another model than the run's",
                 field="head",
@@ -88,12 +90,11 @@ class DeviceModel:
         try:
             head = build_head(split, Layered(head_tensors(state), frozen))
             tail = build_tail(split, Layered(tail_tensors(state), frozen))
-            body_tensors = local_body_tensors(frozen)
-            local_body = build_local_body(split, body_tensors) if split.local_body else None
+            extras = extra_tensors(frozen)
         except UNUSABLE as error:
             raise _unusable(head_file, error) from error
         apply_state(tail, prompts, state, head)
-        return cls(head, tail, prompts, preprocessing, local_body)
+        return cls(head, tail, prompts, preprocessing, extras)
 
     @property
     def is_whole(self) -> bool:

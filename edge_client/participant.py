@@ -120,7 +120,7 @@ class JoinedRun:
         self._server = device.server
         self._reporter = device.reporter
         self._settings = model.run.settings.plan
-        self._method = device_method(self._settings)
+        self._method = device_method(model.run.settings)
         self.samples = _open_samples(device, self.data, model)
 
     @property

@@ -29,6 +29,7 @@ __all__ = [
     "GROUP",
     "Fields",
     "MethodSettings",
+    "load_class",
     "method_class",
     "method_names",
     "parse_method",
@@ -36,6 +37,7 @@ __all__ = [
 ]
 
 GROUP = "sfprompt.methods"
+
 Fields = dict[str, Any]
 
 _registered: dict[str, type[MethodSettings]] = {}
@@ -55,6 +57,11 @@ class MethodSettings(Message):
     source: ClassVar[str] = ""
     device: ClassVar[str] = "edge_client.method:DeviceMethod"
     server: ClassVar[str] = "split_server.method:ServerMethod"
+
+    @property
+    def renews_head(self) -> bool:
+        """Whether the run's head may change between rounds."""
+        return False
 
     def defaults(self) -> dict[str, dict[str, Any]]:
         """Defaults of the method for `training` and `wire`, where a run leaves a field open."""
@@ -106,13 +113,18 @@ class MethodSettings(Message):
 
     def side(self, name: str) -> type[Any]:
         """The class of the method's "device" or "server" side, imported when it is needed."""
-        module, _, attribute = str(getattr(self, name)).partition(":")
-        loaded: type[Any] = getattr(importlib.import_module(module), attribute)
-        return loaded
+        return load_class(getattr(self, name))
 
 
 def _dump(part: BaseModel) -> dict[str, Any]:
     return {field: getattr(part, field) for field in type(part).model_fields}
+
+
+def load_class(reference: str) -> type[Any]:
+    """Import the class that a "module:Class" names."""
+    module, _, attribute = reference.partition(":")
+    loaded: type[Any] = getattr(importlib.import_module(module), attribute)
+    return loaded
 
 
 def register(cls: type[MethodSettings]) -> type[MethodSettings]:

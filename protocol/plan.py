@@ -47,10 +47,15 @@ __all__ = [
 ]
 
 Text = Annotated[str, Field(min_length=1, max_length=200)]
+
 PromptPlacement = Literal["input", "cut"]
+
 PromptDepth = Literal["shallow", "deep"]
+
 ProxyKind = Literal["none", "pruned", "dropped"]
+
 PruningScore = Literal["el2n", "grand", "margin", "loss", "random"]
+
 Tuned = Literal["tail", "classifier", "bias", "adapter", "lora", "full"]
 
 

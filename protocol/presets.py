@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 __all__ = ["FORMS", "Form", "over_form"]
 
 Form = Literal["default", "paper"]
+
 FORMS: tuple[Form, ...] = get_args(Form)
 
 _METHODS = {"default": "sfprompt", "paper": "sfprompt-paper"}

@@ -28,6 +28,7 @@ class Preset:
 
 
 _MODEL = {"image_size": 42, "num_classes": 10}
+
 _METHOD = {"cut": 1, "prompt_count": 5}
 
 

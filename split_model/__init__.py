@@ -2,12 +2,7 @@
 
 from importlib import metadata
 
-from split_model.backbone.architecture import (
-    Anatomy,
-    anatomy,
-    body_blocks,
-    skeleton,
-)
+from split_model.backbone.architecture import Anatomy, anatomy, body_blocks, skeleton
 from split_model.backbone.weights import BackboneFile, open_backbone, prepare_backbone
 from split_model.checkpoints.export import ExportedModel, TunedModel, export_model, load_exported
 from split_model.checkpoints.head_file import head_weights, read_head_file, write_head_file
@@ -45,13 +40,7 @@ from split_model.layers.bfloat16 import activation_dtype
 from split_model.layers.prompts import prompt_shape
 from split_model.optimizer import learning_rate_factor, make_optimizer, set_progress
 from split_model.parts.body import Body
-from split_model.parts.build import (
-    Layered,
-    build_body,
-    build_head,
-    build_tail,
-    build_tunable_body,
-)
+from split_model.parts.build import Layered, build_body, build_head, build_tail, build_tunable_body
 from split_model.parts.cost import PartBytes, part_bytes
 from split_model.parts.head import Head
 from split_model.parts.tail import Tail, for_the_tail, needed_tokens

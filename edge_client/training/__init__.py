@@ -3,10 +3,8 @@
 from edge_client.training.context import Diverged, Proximal, RoundContext, Samples
 from edge_client.training.evaluation import Evaluation, evaluate
 from edge_client.training.local_update import local_update
-from edge_client.training.neurons import inactive_neurons
 from edge_client.training.selection import select_samples
 from edge_client.training.split_training import TrainingResult, split_train
-from edge_client.training.tuned_body import train_with_tuned_body
 
 __all__ = [
     "Diverged",
@@ -16,9 +14,7 @@ __all__ = [
     "Samples",
     "TrainingResult",
     "evaluate",
-    "inactive_neurons",
     "local_update",
     "select_samples",
     "split_train",
-    "train_with_tuned_body",
 ]

@@ -14,7 +14,7 @@ from protocol.codecs import encoded_bytes
 from protocol.errors import InvalidField
 from protocol.plan import ModelPlan
 from split_model import PartBytes, anatomy, part_bytes, prompt_shape, skeleton
-from split_model.proxies.local_body import LocalBody
+from tuning_methods.sfprompt.local_body import LocalBody
 
 FLOAT_BYTES = 4  # of a float32
 

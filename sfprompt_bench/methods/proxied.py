@@ -18,7 +18,7 @@ from sfprompt_bench.cost.sizes import FLOAT_BYTES, image_numbers, peak_bytes
 from sfprompt_bench.methods.base import Changes, FederatedMethod, with_changes
 from sfprompt_bench.methods.whole_model import whole_model_settings
 from split_model import Head, ModelPlanError, Tail, anatomy, state_shapes
-from split_model.proxies.neurons import neurons_shape
+from tuning_methods.proxies.neurons import neurons_shape
 
 
 class ProxiedMethod(FederatedMethod):

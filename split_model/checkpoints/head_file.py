@@ -81,7 +81,7 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(rows, -1)
 
 
-LOCAL_BODY = "local_body."  # before timm's names
+EXTRA = "local_body."  # prefix of a method's further tensors
 
 
 def write_head_file(
@@ -89,13 +89,13 @@ def write_head_file(
     backbone_path: Path | str,
     out: Path | str,
     dtype: HeadDtype = "float32",
-    local_body: Mapping[str, Tensor] | None = None,
+    extras: Mapping[str, Tensor] | None = None,
 ) -> tuple[Path, str]:
     """Write what a device holds frozen of a prepared backbone; returns its path and SHA-256.
 
     That is the head, less what is tuned of it, and what is not tuned of the tail. `dtype` is that
-    of the weights in the file; a head always computes in float32. `local_body` are the tensors of a
-    small body for the local update, which stand there by names of their own.
+    of the weights in the file; a head always computes in float32. `extras` are further tensors for
+    the device's side of the run's method; they get a prefix.
 
     Raises `TensorFileError` or `WeightsMismatchError`.
     """
@@ -106,7 +106,7 @@ def write_head_file(
         raise TensorFileError(Path(backbone_path), f"lacks the tensors {missing}")
     path = Path(out)
     tensors = {name: backbone[name] for name in names}
-    tensors |= {LOCAL_BODY + name: tensor for name, tensor in (local_body or {}).items()}
+    tensors |= {EXTRA + name: tensor for name, tensor in (extras or {}).items()}
     write_tensors(path, packed(tensors, dtype), model_metadata(settings))
     return path, sha256_of(path)
 
@@ -128,6 +128,6 @@ def head_weights(path: Path | str) -> Mapping[str, Tensor]:
     return Unpacked(TensorFile(Path(path)))
 
 
-def local_body_tensors(frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Of a head file's tensors those of the local update's small body, by timm's names."""
-    return {n.removeprefix(LOCAL_BODY): frozen[n] for n in frozen if n.startswith(LOCAL_BODY)}
+def extra_tensors(frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A head file's tensors for the device's side of the run's method, without their prefix."""
+    return {n.removeprefix(EXTRA): frozen[n] for n in frozen if n.startswith(EXTRA)}

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from protocol.errors import NotFound
 from split_model import export_model, head_weights, prepare_backbone
-from split_model.proxies.weights import plugged
 from split_server.federation.snapshot import RunSnapshot, load_snapshot
 from split_server.storage.database import RunRow, Store
 from split_server.storage.run_files import RunFiles, StateRefs
+from tuning_methods.proxies.weights import plugged
 
 
 def export_run(data_dir: Path, run_id: str, out: Path) -> None:

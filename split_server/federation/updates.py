@@ -8,9 +8,9 @@ from protocol.errors import EmptyUpdate, InvalidField, WrongShape
 from protocol.frames import Frame
 from protocol.messages import MAX_LOSS, NEURONS, BlobRef, EvaluationReport, UpdateMeta
 from protocol.plan import RunPlan
-from split_model.proxies.neurons import neurons_shape
 from split_server.federation.snapshot import Member
 from split_server.payloads.tensors import read_floats
+from tuning_methods.proxies.neurons import neurons_shape
 
 
 def check_samples(meta: UpdateMeta, member: Member) -> None:

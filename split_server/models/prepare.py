@@ -10,11 +10,11 @@ import split_model
 from protocol.messages import BlobRef
 from protocol.plan import RunPlan
 from protocol.seeds import derive_seed
-from split_model.proxies.neurons import neurons_shape
-from split_model.proxies.weights import whole_model
 from split_server.federation.snapshot import RunSnapshot
 from split_server.models.proxies import prepare_local_body, prepare_proxy, write_redistilled_proxy
 from split_server.storage.run_files import RunFiles, StateRefs
+from tuning_methods.proxies.neurons import neurons_shape
+from tuning_methods.proxies.weights import whole_model
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,10 @@ from protocol.seeds import derive_seed
 from split_model import BackboneFile
 from split_model.backbone.tensor_file import TensorFile, write_tensors
 from split_model.files import sha256_of
-from split_model.proxies.distillation import distilled_proxy, redistilled_proxy
-from split_model.proxies.local_body import local_body_weights
 from split_server.federation.snapshot import RunSnapshot
 from split_server.payloads.tensors import require_finite
+from tuning_methods.proxies.distillation import distilled_proxy, redistilled_proxy
+from tuning_methods.sfprompt.local_body import local_body_weights
 
 log = logging.getLogger(__name__)
 

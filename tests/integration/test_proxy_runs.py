@@ -21,12 +21,12 @@ from protocol.plan import RunPlan
 from split_model import load_exported, open_backbone
 from split_model.backbone.libraries import timm
 from split_model.backbone.tensor_file import write_tensors
-from split_model.proxies import distillation
 from split_server.federation.export import export_run, newest_state
 from split_server.runtime.process import set_up_logging
 from tests.integration.test_whole_model import WHOLE
 from tests.support.edge import files, image_set
 from tests.support.server import RunningServer
+from tuning_methods.proxies import distillation
 
 LORA = {"tune": "lora", "lora_rank": 2}
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from protocol.method import Fields, MethodSettings
+from protocol.method import Fields, MethodSettings, load_class, method_class
 from protocol.plan import RunPlan
 
 if TYPE_CHECKING:
@@ -36,6 +36,21 @@ class Custom(MethodSettings):
             known = RunSettings.model_fields[part].annotation.model_fields  # type: ignore[union-attr]
             method[part] = {k: values[part].pop(k) for k in list(values[part]) if k not in known}
         return RunSettings.model_validate({**values, "method": method})
+
+    @property
+    def renews_head(self) -> bool:
+        return bool(self.distillation.get("every"))
+
+    def side(self, name: str) -> type[Any]:
+        return load_class(getattr(method_class(self._like()), name))
+
+    def _like(self) -> str:
+        """The method whose code the mechanisms of this plan need."""
+        if self.model.get("tune_body"):
+            return "splitfed"
+        if self.model.get("proxy", "none") != "none":
+            return "fedpft"
+        return "sfprompt-paper"
 
     def model_part(self, settings: RunSettings) -> Fields:
         return self.model

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from protocol.settings import RunSettings
 
 _NARROWING = 8  # an adapter's width, of the backbone's: 96 of 768 in ViT-B
+
 _RATES: dict[str, dict[str, Any]] = {
     "classifier": {},
     "bias": {"tail_learning_rate": 2e-3},

@@ -23,6 +23,7 @@ class FedPFT(WholeModel):
 
     name: Literal["fedpft"] = "fedpft"
     source: ClassVar[str] = "FedPFT, arXiv 2404.11536"
+    device: ClassVar[str] = "tuning_methods.fedpft.device:FedPFTDevice"
     rates: ClassVar[dict[str, Any]] = {"tail_learning_rate": 2e-3}
 
     ends: int = Field(1, ge=0, le=128, description="blocks at either end that stay as they are")
@@ -31,6 +32,10 @@ class FedPFT(WholeModel):
     distillation: DistillationSettings = Field(
         DistillationSettings(epochs=5, every=10), description="of the proxy, on the server"
     )
+
+    @property
+    def renews_head(self) -> bool:
+        return self.distillation.every > 0
 
     def tuned(self, settings: RunSettings) -> Fields:
         tuned = {"tune": "lora", "lora_rank": self.lora_rank, "lora_ends": 0}

@@ -22,6 +22,7 @@ _MODEL = (
     "prompt_init",
     "tune",
 )
+
 _TRAINING = (
     "keep_fraction",
     "pruning",
@@ -117,6 +118,7 @@ class SFPromptPaper(_SplitPrompts):
     """
 
     name: Literal["sfprompt-paper"] = "sfprompt-paper"
+    device: ClassVar[str] = "tuning_methods.sfprompt.device:SFPromptPaperDevice"
     prompt_depth: PromptDepth = Field(
         "shallow", description="shallow: prompts at the input | deep: before each block of the head"
     )

@@ -17,6 +17,7 @@ class SplitFed(MethodSettings):
 
     name: Literal["splitfed"] = "splitfed"
     source: ClassVar[str] = "SplitFed, arXiv 2004.12088"
+    device: ClassVar[str] = "tuning_methods.splitfed.device:SplitFedDevice"
 
     tune: Literal["linear", "full"] = Field(
         "linear",

@@ -12,13 +12,7 @@ from edge_client.data import BatchReader, Preprocessing
 from edge_client.model import DeviceModel, preprocessing_of
 from protocol.errors import MalformedFrame
 from protocol.plan import ModelPlan
-from split_model import (
-    build_body,
-    image_preparation,
-    load_state,
-    open_backbone,
-    save_state,
-)
+from split_model import build_body, image_preparation, load_state, open_backbone, save_state
 from tests.support.edge import SMALL, device_model, files, image_set
 
 

@@ -8,13 +8,7 @@ import torch
 from torch import Tensor
 
 from protocol.plan import ModelPlan
-from split_model import (
-    build_body,
-    build_head,
-    build_tail,
-    prompt_shape,
-    skeleton,
-)
+from split_model import build_body, build_head, build_tail, prompt_shape, skeleton
 from split_model.backbone.architecture import supported_backbones
 from tests.support.uncut_model import Hooks, difference, random_model, reduced, signature
 

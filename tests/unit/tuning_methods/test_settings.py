@@ -23,6 +23,7 @@ ALL = [
     "sfprompt-paper",
     "splitfed",
 ]
+
 TINY = {"backbone": "vit_tiny_patch16_224", "weights": "random:0", "image_size": 32}
 
 

@@ -16,8 +16,8 @@ from sfprompt_bench.compare.proxies import (
 )
 from split_model import initial_state, open_backbone, prepare_backbone
 from split_model.backbone.tensor_file import TensorFile
-from split_model.proxies.weights import proxy_weights
 from tests.support.edge import SMALL, image_set
+from tuning_methods.proxies.weights import proxy_weights
 
 PROXY: dict[str, Any] = {"proxy": "pruned", "cut": 12, "prompt_count": 0, "tune": "lora"}
 

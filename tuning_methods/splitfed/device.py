@@ -1,9 +1,10 @@
-"""Phase 2 where the body is tuned too: each participant has a copy of it on the server."""
+"""The device's side of SplitFed: with tune = full, the server tunes a copy of the body for it."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
+from edge_client.method import DeviceMethod
 from edge_client.training.context import RoundContext
 from edge_client.training.split_training import (
     SplitBatches,
@@ -15,6 +16,17 @@ from edge_client.training.split_training import (
 from edge_client.transport import SplitPlane
 from protocol.messages import BodyStepMeta
 from split_model import make_optimizer, set_progress
+
+
+class SplitFedDevice(DeviceMethod):
+    """Trains through the frozen body, or through the device's own copy of it."""
+
+    def split_train(
+        self, context: RoundContext, plane: SplitPlane, selected: Tensor
+    ) -> TrainingResult:
+        if context.run.model.tune_body:
+            return train_with_tuned_body(context, plane, selected)
+        return super().split_train(context, plane, selected)
 
 
 def train_with_tuned_body(

@@ -17,7 +17,7 @@ from protocol.plan import ModelPlan
 from split_model.backbone.architecture import pruned_blocks
 from split_model.errors import ModelPlanError
 from split_model.parts.head import Head
-from split_model.proxies.weights import whole_model
+from tuning_methods.proxies.weights import whole_model
 
 
 def pruned_mlps(head: Head) -> list[nn.Module]:

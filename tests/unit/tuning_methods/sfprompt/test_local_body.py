@@ -16,9 +16,9 @@ from split_model import (
     read_head_file,
     write_head_file,
 )
-from split_model.checkpoints.head_file import local_body_tensors
-from split_model.proxies.local_body import build_local_body, local_body_weights
+from split_model.checkpoints.head_file import extra_tensors
 from tests.support.uncut_model import random_model, reduced, refused_field
+from tuning_methods.sfprompt.local_body import build_local_body, local_body_weights
 
 DEPTH = 6
 
@@ -71,7 +71,7 @@ def test_it_travels_with_the_head_and_leaves_the_state_alone(tmp_path: Path) -> 
     path, _ = write_head_file(CUT, file.path, tmp_path / "head", "float32", made)
     settings, _, frozen = read_head_file(path)
     assert settings == CUT
-    found = local_body_tensors(frozen)
+    found = extra_tensors(frozen)
     assert found.keys() == made.keys()
     assert all(torch.equal(found[n], t) for n, t in made.items())
     without = CUT.replace(local_body=0)

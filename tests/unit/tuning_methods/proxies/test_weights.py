@@ -11,8 +11,8 @@ from torch import Tensor
 from protocol.plan import ModelPlan
 from split_model import Head, TunedModel, anatomy, initial_state
 from split_model.backbone.architecture import kept_blocks
-from split_model.proxies.weights import neuron_order, plugged, proxy_weights, whole_model
 from tests.support.uncut_model import difference, random_model, reduced, refused_field
+from tuning_methods.proxies.weights import neuron_order, plugged, proxy_weights, whole_model
 
 DEPTH, HIDDEN = 6, 128
 

@@ -9,10 +9,10 @@ from split_model import ModelPlanError, build_head, initial_state
 from split_model.backbone.libraries import timm
 from split_model.checkpoints.state import head_tensors
 from split_model.parts.build import Layered
-from split_model.proxies.distillation import layer_loss, redistilled_proxy, traced
-from split_model.proxies.neurons import InactiveNeurons, neurons_shape, stay
-from split_model.proxies.weights import plugged, proxy_weights
 from tests.support.uncut_model import random_model, reduced
+from tuning_methods.proxies.distillation import layer_loss, redistilled_proxy, traced
+from tuning_methods.proxies.neurons import InactiveNeurons, neurons_shape, stay
+from tuning_methods.proxies.weights import plugged, proxy_weights
 
 DEPTH, WIDTH = 4, 32
 

@@ -1,14 +1,25 @@
-"""Count inactive neurons of the head, for runs whose pruned proxy is distilled again."""
+"""The device's side of FedPFT: reports which neurons its samples use, before a redistillation."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from edge_client.method import DeviceMethod
 from edge_client.training.context import RoundContext
-from split_model.proxies.neurons import InactiveNeurons
+from protocol.messages import NEURONS
+from tuning_methods.proxies.neurons import InactiveNeurons
 
 _BATCH = 128
+
+
+class FedPFTDevice(DeviceMethod):
+    """Trains the proxy as a whole model; some updates carry the neurons' inactivity."""
+
+    def update_extras(self, context: RoundContext, selected: Tensor) -> dict[str, Tensor]:
+        if not context.run.distillation.due(context.round, context.run.federation.rounds):
+            return {}
+        return {NEURONS: inactive_neurons(context, selected)}
 
 
 @torch.no_grad()

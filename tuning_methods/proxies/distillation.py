@@ -30,8 +30,8 @@ from split_model.checkpoints.state import PROMPTS, head_tensors
 from split_model.parts.base import Part
 from split_model.parts.build import Layered, build_head
 from split_model.parts.head import Head
-from split_model.proxies.neurons import hold, pruned_mlps, stay
-from split_model.proxies.weights import plugged, proxy_weights, whole_model
+from tuning_methods.proxies.neurons import hold, pruned_mlps, stay
+from tuning_methods.proxies.weights import plugged, proxy_weights, whole_model
 
 log = logging.getLogger(__name__)
 

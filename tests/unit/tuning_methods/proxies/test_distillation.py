@@ -6,9 +6,9 @@ from torch import Tensor
 
 from protocol.distillation import DistillationSettings
 from split_model import build_head
-from split_model.proxies.distillation import Trace, distil, distilled_proxy, layer_loss, traced
-from split_model.proxies.weights import proxy_weights
 from tests.support.uncut_model import random_model, reduced
+from tuning_methods.proxies.distillation import Trace, distil, distilled_proxy, layer_loss, traced
+from tuning_methods.proxies.weights import proxy_weights
 
 DEPTH = 4
 

@@ -2,8 +2,7 @@
 
 SFPrompt's local-loss update (arXiv 2407.17533, section 3) goes from the head straight to the tail:
 the tail learns from features that no body has made. With `local_body` blocks between them, which
-the server distils from the body's (`split_model.proxies.distillation`), it learns from nearly the
-body's.
+the server distils from the body's, it learns from nearly the body's.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from protocol.plan import ModelPlan
 from split_model.backbone.architecture import body_blocks, evenly
 from split_model.parts.base import POSITIONS, Part
 from split_model.parts.build import build_body, build_head
-from split_model.proxies.distillation import distil
+from tuning_methods.proxies.distillation import distil
 
 _BATCH = 64
 
