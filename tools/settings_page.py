@@ -6,7 +6,6 @@ descriptions. Nested classes become sections, and so does each installed method.
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,9 +13,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
-import protocol
 from protocol.codec_names import FLOAT_CODECS, LOSSLESS_SUFFIX
-from protocol.plan import RunPlan
+from protocol.method import MethodSettings, method_class, method_names
+from protocol.settings import RunSettings
 from split_server.settings import ENV_PREFIX, ServerSettings
 
 PAGE = Path(__file__).parents[1] / "docs" / "settings.md"
@@ -67,23 +66,18 @@ def render() -> str:
 
 
 def _run_blocks() -> Iterator[str]:
-    if not (Path(protocol.__path__[0]) / "settings.py").is_file():
-        yield from _class_blocks(RunPlan, ())
-        return
-    settings: type[BaseModel] = importlib.import_module("protocol.settings").RunSettings
-    methods = importlib.import_module("protocol.method")
-    yield from _class_blocks(settings, ("method",))
+    yield from _class_blocks(RunSettings, ("method",))
     yield _METHODS
     nested: dict[str, None] = {}
-    for name in methods.method_names():
-        first, *rest = _class_blocks(methods.method_class(name), (), ("method",))
+    for name in method_names():
+        first, *rest = _class_blocks(method_class(name), (), ("method",))
         yield f'### `[method]` `name = "{name}"`\n\n{first}'
-        yield _method_defaults(methods.method_class(name)())
+        yield _method_defaults(method_class(name).model_validate({}))
         nested |= dict.fromkeys(rest)  # tables that methods share appear once
     yield from nested
 
 
-def _method_defaults(method: Any) -> str:
+def _method_defaults(method: MethodSettings) -> str:
     """What a method sets in other tables unless the file says otherwise, and its source."""
     lines = []
     for part, values in method.defaults().items():

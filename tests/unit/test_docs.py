@@ -15,7 +15,10 @@ GUIDES = ("README.md", "CONTRIBUTING.md", "SECURITY.md")
 PAGES = [ROOT / name for name in GUIDES] + sorted((ROOT / "docs").glob("*.md"))
 
 # What a path in backticks begins with; other backticks hold names, settings and commands.
-FOLDERS = "protocol|pruning|split_model|edge_client|split_server|sfprompt_bench|tests|docs|tools"
+FOLDERS = (
+    "protocol|pruning|split_model|edge_client|split_server|tuning_methods|sfprompt|sfprompt_bench"
+    "|tests|docs|tools|examples"
+)
 
 PATH = re.compile(rf"`((?:{FOLDERS})/[\w./-]*)`")
 
