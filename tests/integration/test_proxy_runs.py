@@ -27,6 +27,7 @@ from tests.integration.test_whole_model import WHOLE
 from tests.support.edge import files, image_set
 from tests.support.server import RunningServer
 from tuning_methods.proxies import distillation
+from tuning_methods.sfprompt.device import SFPromptPaperDevice
 
 LORA = {"tune": "lora", "lora_rank": 2}
 
@@ -191,7 +192,7 @@ def test_a_small_body_comes_with_the_head_and_local_updates_run_through_it(
     assert 4 * 2 * LAYERS <= run.head.nbytes - plain.head.nbytes <= 4 * 2 * LAYERS + 20_000
     assert run.state == plain.state
     participant = take_part(server, tmp_path / "device", run)
-    body = participant.model.local_body
+    body = SFPromptPaperDevice().local_body(participant.model)
     assert body is not None
     assert sum(own.numel() for own in body.parameters()) == 2 * LAYERS
     assert not any(own.requires_grad for own in body.parameters())

@@ -14,6 +14,7 @@ from edge_client.model import DeviceModel
 from edge_client.training import Proximal, local_update, split_train
 from protocol.seeds import derive_seed
 from tests.support.edge import SMALL, BodyServer, device_model, round_context
+from tuning_methods.custom.settings import Custom
 
 SGD = {
     "optimizer": "sgd",
@@ -70,10 +71,10 @@ def with_the_term(model: DeviceModel, samples: int) -> None:
 def test_the_local_update_minimises_the_loss_with_the_term() -> None:
     context = round_context(local_epochs=3, **SGD)
     context.proximal = Proximal(context.model, MU)
-    local_update(context, device_method(context.run).local_forward)
+    local_update(context, device_method(Custom.of(context.run)).local_forward)
     reference, free = device_model(), round_context(local_epochs=3, **SGD)
     with_the_term(reference, 10)
-    local_update(free, device_method(free.run).local_forward)
+    local_update(free, device_method(Custom.of(free.run)).local_forward)
     for name, value in context.model.state().items():
         torch.testing.assert_close(value, reference.state()[name], rtol=0, atol=1e-5, msg=name)
     name = "tail.head.weight"

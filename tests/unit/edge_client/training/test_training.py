@@ -19,6 +19,8 @@ from split_model import load_state, open_backbone, write_head_file
 from split_model.backbone.libraries import timm
 from split_model.optimizer import learning_rate_factor
 from tests.support.edge import SMALL, BodyServer, device_model, files, image_set, round_context
+from tuning_methods.custom.settings import Custom
+from tuning_methods.sfprompt.device import SFPromptPaperDevice
 
 SGD = {
     "optimizer": "sgd",
@@ -154,7 +156,7 @@ def batches(purpose: str, samples: int, epochs: int) -> list[Tensor]:
 
 def test_the_local_update_is_a_plain_torch_loop() -> None:
     context = round_context(local_epochs=2, local_learning_rate_scale=0.5, **SGD)
-    loss = local_update(context, device_method(context.run).local_forward)
+    loss = local_update(context, device_method(Custom.of(context.run)).local_forward)
 
     model = device_model()
     optimizer = torch.optim.SGD(
@@ -192,7 +194,8 @@ def test_a_local_update_through_a_small_body_is_a_plain_torch_loop(tmp_path: Pat
     head, _ = write_head_file(split, files().backbone, tmp_path / "head", "float32", small)
     model = DeviceModel.load(settings, head, files().state)
     context = round_context(model, model_settings=settings, local_epochs=2, **SGD)
-    loss = local_update(context, device_method(context.run).local_forward)
+    method = SFPromptPaperDevice()
+    loss = local_update(context, method.local_forward)
 
     whole = timm.create_model(SMALL.backbone, img_size=32, num_classes=3).eval()
     whole.load_state_dict(dict(weights), strict=False)
@@ -214,18 +217,20 @@ def test_a_local_update_through_a_small_body_is_a_plain_torch_loop(tmp_path: Pat
         losses.append(value.item() * len(positions))
     assert_same(context.model.state(), plain.state(), 1e-5)
     assert loss == pytest.approx(sum(losses[3:]) / 10, rel=1e-4)
-    assert all(own.grad is None for own in model.local_body.parameters())
+    body = method.local_body(model)
+    assert body is not None
+    assert all(parameter.grad is None for parameter in body.parameters())
 
 
 def test_no_local_epochs_change_nothing() -> None:
     context = round_context(local_epochs=0)
-    assert local_update(context, device_method(context.run).local_forward) is None
+    assert local_update(context, device_method(Custom.of(context.run)).local_forward) is None
     assert_same(context.model.state(), load_state(files().state), 0)
 
 
 def test_a_warm_up_does_not_waste_the_first_local_update() -> None:
     context = round_context(local_epochs=1, warmup_rounds=1)
-    local_update(context, device_method(context.run).local_forward)
+    local_update(context, device_method(Custom.of(context.run)).local_forward)
     assert moved(context.model.state()) > 0
 
 
@@ -313,7 +318,7 @@ def test_steps_have_other_names_in_every_round_and_attempt() -> None:
 def test_without_prompts_the_tail_alone_is_trained() -> None:
     bare = SMALL.model_copy(update={"prompt_count": 0})
     context = round_context(device_model(bare), **SGD)
-    local_update(context, device_method(context.run).local_forward)
+    local_update(context, device_method(Custom.of(context.run)).local_forward)
     split_train(context, BodyServer(bare).plane, torch.arange(4))
     assert set(context.model.state()) == set(load_state(files(bare).state))
 
@@ -330,7 +335,7 @@ def test_every_epoch_of_the_run_is_augmented_anew() -> None:
         context = round_context(round_=round_, samples=4, local_epochs=2, split_epochs=1, **SGD)
         context.samples.images.augmentation = Watching(0)
         select_samples(context)
-        local_update(context, device_method(context.run).local_forward)
+        local_update(context, device_method(Custom.of(context.run)).local_forward)
         split_train(context, BodyServer().plane, torch.arange(4))
         evaluate(
             context.model,
