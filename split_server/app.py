@@ -29,7 +29,6 @@ from split_server.http.body import BodyBudget
 from split_server.http.connection import MeteredProtocol
 from split_server.http.errors import add_error_handlers
 from split_server.http.federation_routes import FederationRoutes
-from split_server.http.handlers import HandlerContext
 from split_server.http.metrics import RunCollector, metrics_router
 from split_server.http.middleware import JSONBodyLimit, RequestMiddleware
 from split_server.http.split_plane import SplitPlane
@@ -165,9 +164,9 @@ class SplitServer:
         )
         plane = SplitPlane(
             JSONBodyLimit(app, settings.body_timeout_s),
-            HandlerContext(
-                engine, samples, self.placement.device, federation.files, settings.frame_limits
-            ),
+            engine,
+            samples,
+            self.placement.device,
             federation,
             self._presence,
             settings.frame_limits,

@@ -269,6 +269,43 @@ def require_trainer(
     return open_round
 
 
+def require_pending_update(
+    run: RunSnapshot, member: Member, round_: int, attempt: int
+) -> OpenRound:
+    """Return the open round if an update of this participant can still count in it.
+
+    Raises:
+        RunClosed: the run is over.
+        StaleRound: as in `require_trainer`, or the update was counted or refused already.
+    """
+    open_round = require_trainer(run, member, round_, attempt)
+    if member.id in open_round.updated or member.id in open_round.declined:
+        raise StaleRound(
+            "this participant's update was counted already", field="round", value=round_
+        )
+    return open_round
+
+
+@dataclass(frozen=True)
+class SenderPermission:
+    """Decides whether a participant may send a request of the split plane now."""
+
+    run: RunSnapshot
+    participant: Member
+
+    def require_running(self) -> None:
+        """Raise `RunClosed` if the run is over."""
+        require_running(self.run)
+
+    def require_trainer(self, round_: int, attempt: int | None) -> None:
+        """Raise as the function of this name does."""
+        require_trainer(self.run, self.participant, round_, attempt)
+
+    def require_pending_update(self, round_: int, attempt: int) -> None:
+        """Raise as the function of this name does."""
+        require_pending_update(self.run, self.participant, round_, attempt)
+
+
 def require_any_trainer(run: RunSnapshot, member: Member) -> None:
     """Refuse a participant that no round waits for, whichever round it may mean.
 

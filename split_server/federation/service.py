@@ -42,7 +42,7 @@ from split_server.federation.runs import Runs, Watcher
 from split_server.federation.snapshot import Member, RunSnapshot, load_snapshot
 from split_server.federation.updates import check_report, check_samples, read_neurons, require_base
 from split_server.models.prepare import PreparedRun, prepare_run
-from split_server.payloads.tensors import read_update, require_finite
+from split_server.payloads.tensors import decode_update, require_finite
 from split_server.runtime.clock import Clock
 from split_server.storage.data_dir import new_run_id
 from split_server.storage.database import (
@@ -293,7 +293,7 @@ class FederationService(Runs):
                 check_samples(meta, member)
                 require_base(meta, run.state)
                 neurons = read_neurons(frame, run.plan, meta.round)
-                tensors = read_update(frame, run.plan.model, neurons)
+                tensors = decode_update(frame, run.plan.model, neurons)
                 if meta.base is not None:
                     tensors = applied(read_tensors(self.files(run_id).state(meta.base)), tensors)
                     require_finite(tensors)

@@ -11,7 +11,7 @@ from protocol.plan import RunPlan
 from split_model import SplitSettings
 from split_model.proxies.neurons import neurons_shape
 from split_server.federation.snapshot import Member
-from split_server.payloads.tensors import read_floats
+from split_server.payloads.tensors import decode_floats
 
 
 def check_samples(meta: UpdateMeta, member: Member) -> None:
@@ -101,7 +101,7 @@ def read_neurons(frame: Frame, settings: RunPlan, round_: int) -> dict[str, Tens
             limit=list(shape),
             value="missing" if spec is None else list(spec.shape),
         )
-    shares = read_floats(frame, NEURONS)
+    shares = decode_floats(frame, NEURONS)
     for found in (shares.min().item(), shares.max().item()):
         if not 0 <= found <= 1:
             raise InvalidField(

@@ -16,18 +16,22 @@ from protocol.errors import InvalidField, NonFinite
 from protocol.frames import decode_frame, encode_frame, frame_length, header_length, require_kind
 from protocol.limits import FrameLimits
 from protocol.wire import FRAME_MEDIA_TYPE
+from split_server.engine.api import Engine
 from split_server.engine.requests import as_shown
 from split_server.engine.tasks import nbytes_of
 from split_server.federation.credentials import require_member
 from split_server.federation.liveness import Liveness
+from split_server.federation.rounds import SenderPermission
 from split_server.federation.service import FederationService
 from split_server.federation.snapshot import Member, RunSnapshot
 from split_server.http.body import BodyBudget, read_body
 from split_server.http.errors import send_pieces
-from split_server.http.handlers import HANDLERS, Handler, HandlerContext, Reply, SplitRequest, Work
+from split_server.http.handlers import HANDLERS, Handler, HandlerContext, Reply, Submit
 from split_server.http.middleware import identity_of
+from split_server.payloads.requests import SplitRequest
 from split_server.runtime.aio import run_on
 from split_server.runtime.device import SideStreams, used_here
+from split_server.storage.sample_store import SampleStore
 
 _MEDIA = FRAME_MEDIA_TYPE.encode()
 
@@ -46,69 +50,85 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class SplitPlane:
-    """Answers the paths of the split plane and passes everything else on."""
+    """Answers the paths of the split plane and passes all other requests on."""
 
     app: ASGIApp
-    desk: HandlerContext
+    engine: Engine
+    samples: SampleStore
+    device: torch.device
     federation: FederationService
-    presence: Liveness
+    liveness: Liveness
     limits: FrameLimits
-    room: BodyBudget
+    body_budget: BodyBudget
     threads: ThreadPoolExecutor  # for decoding and encoding
     streams: SideStreams  # of those threads
     body_timeout_s: float
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        known = HANDLERS.get(scope["path"]) if scope["type"] == "http" else None
-        if known is None:
+        route = HANDLERS.get(scope["path"]) if scope["type"] == "http" else None
+        if route is None:
             await self.app(scope, receive, send)
             return
-        await self._answer(*known, scope, receive, send)
+        await self._answer(*route, scope, receive, send)
 
     async def _answer(
-        self, kind: str, reader: Handler, scope: Scope, receive: Receive, send: Send
+        self, kind: str, handler: Handler, scope: Scope, receive: Receive, send: Send
     ) -> None:
         if scope["method"] != "POST":
             raise InvalidField(
-                "this path takes POST", field="method", limit="POST", value=scope["method"]
+                "this path accepts POST only", field="method", limit="POST", value=scope["method"]
             )
-        shown = require_member(identity_of(scope))
-        run, member = self.federation.member(shown.run, shown.participant)
-        self.presence.touch(run.id, member.id)
-        with self.room.claim() as claim:
+        identity = require_member(identity_of(scope))
+        run, participant = self.federation.member(identity.run, identity.participant)
+        self.liveness.touch(run.id, participant.id)
+        with self.body_budget.claim() as reservation:
             limit = self.limits.max_frame_bytes
-            data = await read_body(scope, receive, limit, self.body_timeout_s, claim)
-            run, member = self.federation.member(run.id, member.id)  # that took its time
-            found = await self._read(kind, reader, run, member, data)
+            data = await read_body(scope, receive, limit, self.body_timeout_s, reservation)
+            # Again: the run may have changed while the body came in.
+            run, participant = self.federation.member(run.id, participant.id)
+            handled = await self._handle(kind, handler, run, participant, data)
             del data
-            reply = found if isinstance(found, Reply) else await found()
+            reply = handled if isinstance(handled, Reply) else await handled()
             encode = partial(_encode, reply)
             pieces = encode() if _is_light(reply) else await self._off_loop(encode)
-            claim.hold(frame_length(pieces))
-            del found, reply, encode  # their tensors do not wait for a client that reads slowly
+            reservation.hold(frame_length(pieces))
+            del handled, reply, encode  # free their tensors before a slow client has read
             await send_pieces(send, 200, _MEDIA, pieces)
 
-    async def _read(
+    async def _handle(
         self,
         kind: str,
-        reader: Handler,
+        handler: Handler,
         run: RunSnapshot,
-        member: Member,
+        participant: Member,
         data: bytearray | memoryview,
-    ) -> Work | Reply:
-        def asked() -> SplitRequest:
+    ) -> Submit | Reply:
+        context = HandlerContext(run, self.engine, self.samples, self.federation.files(run.id))
+
+        def decode() -> SplitRequest:
             frame = decode_frame(data, self.limits)
             require_kind(frame, kind)
-            return SplitRequest(run, member, frame, xxh3_64_intdigest(data))
+            return SplitRequest(
+                run=run.id,
+                participant=participant.id,
+                plan=run.plan,
+                body=run.body,
+                state=run.state.sha256,
+                permission=SenderPermission(run, participant),
+                frame=frame,
+                fingerprint=xxh3_64_intdigest(data),
+                limits=self.limits,
+                device=self.device,
+            )
 
         frozen = not run.plan.model.tune_body
-        light = frozen and kind in _LIGHT_KINDS and self.desk.device.type == "cpu"
+        light = frozen and kind in _LIGHT_KINDS and self.device.type == "cpu"
         if not light or len(data) > _LIGHT_BYTES or header_length(data) > _LIGHT_HEADER_BYTES:
-            return await self._off_loop(lambda: reader(self.desk, asked()))
-        request = asked()
+            return await self._off_loop(lambda: handler(context, decode()))
+        request = decode()
         if _is_raw(spec.codec for spec in request.frame.specs.values()):
-            return reader(self.desk, request)
-        return await self._off_loop(lambda: reader(self.desk, request))
+            return handler(context, request)
+        return await self._off_loop(lambda: handler(context, request))
 
     async def _off_loop(self, function: Callable[[], R]) -> R:
         # Threads of their own: a federation plane that waits for its disk must not delay a step.
