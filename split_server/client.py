@@ -13,8 +13,7 @@ from protocol.messages import Event, Results, RunView, parse_message
 from protocol.plan import RunPlan
 from protocol.tls import trusting
 from protocol.wire import IDEMPOTENCY_HEADER, PROTOCOL_VERSION, VERSION_HEADER
-
-TOKEN_FILE = "operator.token"  # noqa: S105 - the name of a file
+from split_server.settings import OPERATOR_TOKEN_FILE
 
 _TIMEOUT_S = 600.0
 
@@ -25,7 +24,7 @@ def read_token(data_dir: Path) -> str:
     Raises:
         NotFound: there is none.
     """
-    path = data_dir / TOKEN_FILE
+    path = data_dir / OPERATOR_TOKEN_FILE
     try:
         return path.read_text().strip()
     except OSError:

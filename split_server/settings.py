@@ -6,6 +6,7 @@ import os
 import tomllib
 from collections.abc import Mapping
 from contextvars import ContextVar
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,6 +22,8 @@ from protocol.errors import InvalidField
 from protocol.limits import MIB, FrameLimits
 
 ENV_PREFIX = "SPLIT_SERVER_"
+
+OPERATOR_TOKEN_FILE = "operator.token"  # noqa: S105 - the name of a file in the data folder
 
 DEFAULT_PORT = 8500
 
@@ -141,12 +144,24 @@ class ServerSettings(BaseSettings):
         from_file = InitSettingsSource(settings_cls, init_kwargs=dict(_file.get({})))
         return init_settings, env_settings, from_file
 
-    @property
+    @cached_property
     def frame_limits(self) -> FrameLimits:
+        """The limits of a request's frame."""
         return FrameLimits(max_frame_bytes=self.max_frame_mib * MIB)
 
     @property
+    def request_bodies_bytes(self) -> int:
+        """Memory budget of the request bodies that are being received or processed."""
+        return self.queue_mib * MIB
+
+    @property
+    def engine_queue_bytes(self) -> int:
+        """Memory budget of the decoded tensors in the engine's queue."""
+        return self.queue_mib * MIB
+
+    @property
     def database(self) -> Path:
+        """The SQLite file of runs, rounds and participants."""
         return self.data_dir / "server.sqlite"
 
 

@@ -12,7 +12,7 @@ from split_model.errors import model_errors
 from split_model.proxies.weights import plugged
 from split_server.federation.snapshot import RunSnapshot, load_snapshot
 from split_server.storage.database import RunRow, Store
-from split_server.storage.run_files import RunFiles, StateRefs
+from split_server.storage.run_files import RunFiles
 
 
 def export_run(data_dir: Path, run_id: str, out: Path) -> None:
@@ -57,4 +57,4 @@ def newest_state(data_dir: Path, run_id: str) -> tuple[RunSnapshot, dict[str, Te
     finally:
         store.close()
     files = RunFiles(data_dir / "runs" / run_id)
-    return run, files.read_state(StateRefs(run.state, run.held))
+    return run, files.read_state(run.state)

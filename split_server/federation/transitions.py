@@ -44,7 +44,7 @@ def average(
     Apart from `apply`, so that no transaction waits for the arithmetic.
     """
     row = _open_row(session, run)
-    base = StateRefs(run.state, run.held)
+    base = run.state
     try:
         mean = _mean(run.plan, row, base, _updates(session, row, action.updated), files)
         if (neurons := mean.pop(NEURONS, None)) is not None:
@@ -145,10 +145,10 @@ def end_run(
     record_event(session, run_id, at, f"run_{status}", **data)
 
 
-def renew(
+def replace_proxy(
     session: Session, run: RunSnapshot, backbone: str, head: BlobRef, round_: int, at: float
 ) -> None:
-    """Make the proxy that was distilled after this round the run's model."""
+    """Make the proxy that was distilled after this round the run's backbone."""
     row = session.get_one(RunRow, run.id)
     row.backbone_path, row.renewed = backbone, round_
     row.head_sha256, row.head_nbytes = head.sha256, head.nbytes

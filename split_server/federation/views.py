@@ -38,7 +38,7 @@ def run_view(run: RunSnapshot) -> RunView:
         finished_at=run.finished_at,
         backbone_bytes=run.backbone_bytes,
         head=run.head,
-        state=run.state,
+        state=run.state.device,
     )
 
 

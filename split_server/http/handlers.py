@@ -31,7 +31,6 @@ from split_server.engine.api import (
     BackwardJob,
     BodyJob,
     BodyPlan,
-    Engine,
     ExchangeJob,
     ForwardJob,
     InferJob,
@@ -39,6 +38,7 @@ from split_server.engine.api import (
     StepKey,
 )
 from split_server.federation.snapshot import RunSnapshot
+from split_server.http.services import Services
 from split_server.models.body_key import BodyKey
 from split_server.payloads.deltas import DeltaBatch, apply_deltas
 from split_server.payloads.requests import (
@@ -55,18 +55,16 @@ from split_server.payloads.requests import (
     parse_samples,
 )
 from split_server.payloads.samples import decode_cached
-from split_server.storage.run_files import RunFiles, read_prompts
-from split_server.storage.sample_store import Owner, SampleStore
+from split_server.storage.run_files import read_prompts
+from split_server.storage.sample_store import Owner
 
 
 @dataclass(frozen=True)
 class HandlerContext:
-    """The run and the parts of the server that handlers use."""
+    """The run of a request, and the server's services."""
 
+    services: Services
     run: RunSnapshot
-    engine: Engine
-    samples: SampleStore
-    files: RunFiles  # of the run
 
 
 @dataclass(frozen=True)
@@ -99,7 +97,7 @@ def handle_forward(context: HandlerContext, request: SplitRequest) -> Submit | R
         num_tokens=request.num_tokens,
         backward=request.body.settings.tunes_ahead,
     )
-    compute = partial(context.engine.forward, job)
+    compute = partial(context.services.engine.forward, job)
     return _submit(compute, "features", request.plan.wire.features, forward.meta)
 
 
@@ -114,7 +112,7 @@ def handle_backward(context: HandlerContext, request: SplitRequest) -> Submit:
         gradients=backward.gradients,
         fingerprint=request.fingerprint,
     )
-    compute = partial(context.engine.backward, job)
+    compute = partial(context.services.engine.backward, job)
     return _submit(compute, "gradients", request.plan.wire.gradients, backward.meta)
 
 
@@ -141,7 +139,7 @@ def handle_exchange(context: HandlerContext, request: SplitRequest) -> Submit | 
         fingerprint=request.fingerprint,
         num_tokens=request.num_tokens,
     )
-    compute = partial(context.engine.exchange, job)
+    compute = partial(context.services.engine.exchange, job)
     return _submit(compute, "features", request.plan.wire.features, meta)
 
 
@@ -154,24 +152,24 @@ def handle_infer(context: HandlerContext, request: SplitRequest) -> Submit | Rep
     prompts, body = None, request.body
     if request.plan.model.tune_body:
         body = _tuned_body(context)
-    elif context.run.held is not None:
+    elif context.run.state.server is not None:
         prompts = read_prompts(_server_state_file(context))
     job = InferJob(request.run, request.participant, body, smashed, prompts, request.num_tokens)
-    compute = partial(context.engine.infer, job)
+    compute = partial(context.services.engine.infer, job)
     return _submit(compute, "features", request.plan.wire.inference, infer.meta)
 
 
 def handle_samples(context: HandlerContext, request: SplitRequest) -> Reply:
     """Cache smashed data under the ids that came with them."""
     samples = parse_samples(request).samples
-    context.samples.put(_owner(request), samples.form, samples.ids, samples.buffers)
+    context.services.samples.put(_owner(request), samples.form, samples.ids, samples.buffers)
     return Reply("kept")
 
 
 def handle_missing(context: HandlerContext, request: SplitRequest) -> Reply:
     """Answer with the indices of the ids whose samples are not cached."""
     ids = parse_missing(request).ids
-    return _missing(context.samples.missing(_owner(request), ids))
+    return _missing(context.services.samples.missing(_owner(request), ids))
 
 
 HANDLERS: Final[Mapping[str, tuple[str, Handler]]] = {  # path: the frame's kind, its handler
@@ -200,13 +198,13 @@ def _submit(
 
 def _submit_body_forward(context: HandlerContext, request: SplitRequest) -> Submit:
     step = parse_body_forward(request)
-    compute = partial(context.engine.body_forward, _body_job(context, request, step))
+    compute = partial(context.services.engine.body_forward, _body_job(context, request, step))
     return _submit(compute, "features", request.plan.wire.features, step.meta)
 
 
 def _submit_body_backward(context: HandlerContext, request: SplitRequest) -> Submit:
     step = parse_body_backward(request)
-    compute = partial(context.engine.body_backward, _body_job(context, request, step))
+    compute = partial(context.services.engine.body_backward, _body_job(context, request, step))
     return _submit(compute, "gradients", request.plan.wire.gradients, step.meta)
 
 
@@ -241,9 +239,9 @@ def _load_batch(context: HandlerContext, request: SplitRequest, batch: Batch) ->
     if isinstance(batch, Tensor):
         return batch
     if isinstance(batch, DeltaBatch):
-        rebuilt = apply_deltas(context.samples, _owner(request), batch)
+        rebuilt = apply_deltas(context.services.samples, _owner(request), batch)
         return _missing(rebuilt) if isinstance(rebuilt, list) else rebuilt.to(request.device)
-    cached = context.samples.take(_owner(request), batch.ids)
+    cached = context.services.samples.take(_owner(request), batch.ids)
     return _missing(cached) if isinstance(cached, list) else decode_cached(*cached, request.device)
 
 
@@ -258,7 +256,7 @@ def _owner(request: SplitRequest) -> Owner:
 
 def _session_plan(context: HandlerContext, round_: int) -> SessionPlan:
     plan = context.run.plan
-    if context.run.held is None:
+    if context.run.state.server is None:
         raise InvalidField(
             "this run has no prompts to tune", field="prompt_count", limit=1, value=0
         )
@@ -273,7 +271,7 @@ def _session_plan(context: HandlerContext, round_: int) -> SessionPlan:
 
 def _tuned_body(context: HandlerContext) -> BodyKey:
     """Return the key of the body in the newest global state."""
-    if context.run.held is None:
+    if context.run.state.server is None:
         raise InvalidField("this run does not tune its body", field="tune_body", limit=True)
     return replace(context.run.body, state=_server_state_file(context))
 
@@ -284,12 +282,12 @@ def _server_state_file(context: HandlerContext) -> Path:
     Raises:
         StaleRound: a newer global state has replaced it.
     """
-    held = context.run.held
-    path = None if held is None else context.files.held(held.sha256)
+    state, files = context.run.state, context.services.runs.files(context.run.id)
+    path = None if state.server is None else files.held(state.server.sha256)
     if path is None or not path.is_file():
         raise StaleRound(
             "this global state was replaced by a newer one; fetch the newest",
             field="state",
-            value=context.run.state.sha256,
+            value=state.device.sha256,
         )
     return path
