@@ -1,4 +1,4 @@
-"""The application: everything that a server is made of, put together once."""
+"""Assemble the server: build its services, compose the ASGI application, and serve it."""
 
 from __future__ import annotations
 
@@ -17,26 +17,29 @@ import uvicorn
 from fastapi import FastAPI
 from prometheus_client import ProcessCollector
 from starlette.types import Receive, Scope, Send
+from torch import Tensor
 
 from split_server.engine.body_cache import BodyCache
 from split_server.engine.engine import Engine
 from split_server.engine.limits import EngineLimits
 from split_server.engine.metrics import EngineFigures
 from split_server.engine.tuned_bodies import TunedBodies
+from split_server.federation.advance import RunAdvancer
 from split_server.federation.credentials import Credentials, load_operator_token, load_secret
 from split_server.federation.liveness import Liveness
+from split_server.federation.runs import RunRegistry
 from split_server.federation.service import FederationService
 from split_server.http.body import BodyBudget
 from split_server.http.connection import MeteredProtocol
 from split_server.http.errors import add_error_handlers
 from split_server.http.federation_routes import FederationRoutes
-from split_server.http.handlers import HandlerContext
 from split_server.http.metrics import RunCollector, metrics_router
 from split_server.http.middleware import JSONBodyLimit, RequestMiddleware
+from split_server.http.services import Services
 from split_server.http.split_plane import SplitPlane
 from split_server.models.body_key import BodyKey
 from split_server.runtime.aio import Notifier
-from split_server.runtime.device import SideStreams, choose_placement
+from split_server.runtime.device import Placement, SideStreams, choose_placement
 from split_server.runtime.process import Clock, descriptor_limit
 from split_server.settings import ServerSettings
 from split_server.storage.data_dir import OPERATOR_TOKEN_FILE, lock_data_dir, require_whole
@@ -50,215 +53,141 @@ _MIB = 1024 * 1024
 
 _CODEC_THREADS = 8  # decode and encode frames
 
-_TICK_S = 0.25  # how late a deadline may be noticed
+_TICK_S = 0.25  # the longest delay until a deadline is noticed
 
 _TICKS_PER_SAVE = 20  # between two savings of the meter
 
 
 @dataclass(frozen=True)
-class _Watcher:
-    """Carries what happens in the federation plane to those who wait and to the engine."""
+class _EngineLink:
+    """Connects the federation to the engine, the sample store and the long polls."""
 
     notifier: Notifier
     engine: Engine
     samples: SampleStore
 
-    def changed(self, run: str) -> None:
-        self.notifier.notify(run)
+    def changed(self, run_id: str) -> None:
+        self.notifier.notify(run_id)
 
-    def round_over(self, run: str) -> None:
-        self.engine.release(run)
-        self.notifier.notify(run)
+    def round_over(self, run_id: str) -> None:
+        self.engine.release(run_id)
+        self.notifier.notify(run_id)
 
-    def run_over(self, run: str) -> None:
-        self.samples.drop(run)
-        self.engine.forget(run)
+    def run_over(self, run_id: str) -> None:
+        self.samples.drop(run_id)
+        self.engine.forget(run_id)
 
-    def work(self, run: str) -> Mapping[str, float]:
-        figures = self.engine.figures(run)
+    def left(self, run_id: str, participant_id: str) -> None:
+        self.engine.release(run_id, participant_id)
+        self.samples.drop(run_id, participant_id)
+        self.notifier.notify(run_id)
+
+    def update_settled(self, run_id: str, participant_id: str) -> None:
+        self.engine.release(run_id, participant_id)
+
+    def work(self, run_id: str) -> Mapping[str, float]:
+        figures = self.engine.figures(run_id)
         return figures.to_dict() if figures.tasks else {}
 
-    def left(self, run: str, participant: str) -> None:
-        self.engine.release(run, participant)
-        self.samples.drop(run, participant)
-        self.notifier.notify(run)
+    def trained_state(self, run_id: str, participant_id: str, session: str) -> dict[str, Tensor]:
+        return self.engine.trained_state(run_id, participant_id, session)
 
 
-@dataclass(frozen=True)
-class _Compiling:
-    """Compiles the bodies of open runs before anybody has to wait for them."""
-
-    federation: FederationService
-    engine: Engine
-    ready: set[BodyKey] = field(default_factory=set)
-
-    async def prepare(self) -> None:
-        """Those of the runs that are open now, but bodies that are tuned."""
-        for name in self.federation.open_runs():
-            run = self.federation.run(name)
-            if run.plan.model.tune_body or run.body in self.ready:
-                continue
-            self.ready.add(run.body)
-            with _logged(f"the body of run {name} could not be compiled ahead"):
-                await asyncio.to_thread(self.engine.prepare, run.body)
-
-    async def keep_on(self) -> None:
-        """The same for runs that are created from now on."""
-        while True:
-            await asyncio.sleep(_TICK_S)
-            with _logged("bodies could not be compiled ahead"):
-                await self.prepare()
-
-
-class SplitServer:
-    """An ASGI application. Everything is opened at its start and closed at its end."""
-
-    def __init__(self, settings: ServerSettings) -> None:
-        self.settings = settings
-        self.placement = choose_placement(settings.device, settings.dtype)
-        self._fastapi = FastAPI(title="SFPrompt split server", lifespan=self._lifespan)
-        add_error_handlers(self._fastapi)
-        self._meter = Meter()
-        self._notifier: Notifier | None = None
-        self._app: Any = RequestMiddleware(self._fastapi, self._meter)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._app(scope, receive, send)
-
-    def stop_waiting(self) -> None:
-        """Answer all long polls now: the server is about to stop."""
-        if self._notifier is not None:
-            self._notifier.close()
-
-    @contextlib.asynccontextmanager
-    async def _lifespan(self, app: FastAPI) -> AsyncIterator[dict[str, Any]]:
-        settings = self.settings
-        if settings.torch_threads is not None:
-            torch.set_num_threads(settings.torch_threads)
-        store = await asyncio.to_thread(Store, settings.database)
-        figures = EngineFigures()
-        engine = self._engine(figures)
-        self._notifier = notifier = Notifier(asyncio.get_running_loop())
-        samples = await asyncio.to_thread(self._sample_store)
-        watcher = _Watcher(notifier, engine, samples)
-        federation = await asyncio.to_thread(self._federation, store, watcher)
-        room = BodyBudget(settings.queue_mib * _MIB, engine.busy_error)
-        routes = FederationRoutes(
-            federation,
-            self._credentials,
-            self._presence,
-            notifier,
-            engine,
-            samples,
-            self.placement,
-            room,
-            settings.frame_limits,
-            settings.body_timeout_s,
-            settings.max_wait_s,
-        )
-        app.include_router(routes.router)
-        app.include_router(metrics_router(figures.registry))
-        threads = ThreadPoolExecutor(_CODEC_THREADS, "split-codec")
-        _watch(figures, room, samples)
-        figures.registry.register(
-            RunCollector(federation.open_runs, figures.of_run, self._meter.run)
-        )
-        plane = SplitPlane(
-            JSONBodyLimit(app, settings.body_timeout_s),
-            HandlerContext(
-                engine, samples, self.placement.device, federation.files, settings.frame_limits
-            ),
-            federation,
-            self._presence,
-            settings.frame_limits,
-            room,
-            threads,
-            SideStreams(self.placement.device),
-            settings.body_timeout_s,
-        )
-        self._app = RequestMiddleware(plane, self._meter, self._credentials)
-        ticking = [asyncio.create_task(self._tick(federation, engine))]
-        if settings.compile:
-            compiling = _Compiling(federation, engine)
-            await compiling.prepare()
-            ticking.append(asyncio.create_task(compiling.keep_on()))
-        log.info("ready: bodies on %s in %s", self.placement.device, self.placement.dtype_name)
-        try:
-            yield {"meter": self._meter}
-        finally:
-            for task in ticking:
-                task.cancel()
-            notifier.close()
-            await asyncio.to_thread(federation.close)
-            await asyncio.to_thread(engine.close)
-            await asyncio.to_thread(threads.shutdown)
-            await asyncio.to_thread(samples.close)
-            await asyncio.to_thread(federation.save_traffic)
-            await asyncio.to_thread(store.close)
-
-    def _engine(self, figures: EngineFigures) -> Engine:
-        settings = self.settings
-        limits = EngineLimits(
-            retained_bytes=settings.engine_memory_mib * _MIB,
-            queued_bytes=settings.queue_mib * _MIB,
-            response_bytes=settings.answer_mib * _MIB,
-            step_timeout_s=settings.step_timeout_s,
-            graph_timeout_s=settings.graph_timeout_s,
-            steps_per_participant=settings.max_steps,
-            max_batch_samples=settings.max_batch_samples,
-            max_wait_s=settings.max_wait_ms / 1000,
-            backward=settings.backward,
-        )
-        bodies = BodyCache(self.placement, settings.max_bodies, compiled=settings.compile)
-        return Engine(bodies, self.placement, limits, figures=figures, handlers=[TunedBodies])
-
-    def _sample_store(self) -> SampleStore:
-        settings = self.settings
-        limits = StoreLimits(
-            memory_bytes=settings.samples_mib * _MIB,
-            disk_bytes=settings.samples_disk_mib * _MIB,
-            participant_bytes=settings.participant_samples_mib * _MIB,
-            files=descriptor_limit() // 2,
-        )
-        return SampleStore(settings.data_dir / "samples", limits)
-
-    def _federation(self, store: Store, watcher: _Watcher) -> FederationService:
-        settings, clock = self.settings, Clock()
-        given = settings.operator_token
-        operator = load_operator_token(
-            settings.data_dir / OPERATOR_TOKEN_FILE, given.get_secret_value() if given else None
-        )
-        join = settings.join_token
-        self._credentials = Credentials(
-            load_secret(settings.data_dir / "secret"),
-            operator,
-            join.get_secret_value() if join else None,
-        )
-        self._presence = Liveness(settings.live_window_s, clock)
-        federation = FederationService(
-            settings.data_dir, store, self._credentials, self._meter, self._presence, watcher, clock
-        )
-        federation.load()
-        return federation
-
-    async def _tick(self, federation: FederationService, engine: Engine) -> None:
-        """Notice deadlines, and save now and then what only memory holds."""
-        for number in range(1, 2**62):
-            await asyncio.sleep(_TICK_S)
-            for run in federation.open_runs():
-                with _logged(f"run {run} could not go on"):
-                    if federation.due(run):
-                        await asyncio.to_thread(federation.go_on, run, wait=False)
-            if number % _TICKS_PER_SAVE == 0:
-                with _logged("what has been left open could not be let go"):
-                    engine.sweep()
-                with _logged("saving the meter failed"):
-                    await asyncio.to_thread(federation.save_traffic)
+def build_services(
+    settings: ServerSettings, placement: Placement, meter: Meter, notifier: Notifier
+) -> Services:
+    """Open the database and the stores, start the engine, and load all runs. Blocks."""
+    clock = Clock()
+    store = Store(settings.database)
+    figures = EngineFigures()
+    engine = _build_engine(settings, placement, figures)
+    samples = _build_sample_store(settings)
+    link = _EngineLink(notifier, engine, samples)
+    credentials = _build_credentials(settings)
+    liveness = Liveness(settings.live_window_s, clock)
+    runs = RunRegistry(settings.data_dir, store, meter, link, clock)
+    advancer = RunAdvancer(runs, liveness)
+    runs.load()
+    return Services(
+        settings=settings,
+        placement=placement,
+        engine=engine,
+        figures=figures,
+        samples=samples,
+        store=store,
+        meter=meter,
+        credentials=credentials,
+        liveness=liveness,
+        runs=runs,
+        advancer=advancer,
+        federation=FederationService(runs, advancer, credentials, liveness, link),
+        notifier=notifier,
+        body_budget=BodyBudget(settings.request_bodies_bytes, engine.busy_error),
+        codec_threads=ThreadPoolExecutor(_CODEC_THREADS, "split-codec"),
+        codec_streams=SideStreams(placement.device),
+    )
 
 
-def _watch(figures: EngineFigures, room: BodyBudget, samples: SampleStore) -> None:
+def _build_engine(settings: ServerSettings, placement: Placement, figures: EngineFigures) -> Engine:
+    limits = EngineLimits(
+        retained_bytes=settings.engine_memory_mib * _MIB,
+        queued_bytes=settings.engine_queue_bytes,
+        response_bytes=settings.answer_mib * _MIB,
+        step_timeout_s=settings.step_timeout_s,
+        graph_timeout_s=settings.graph_timeout_s,
+        steps_per_participant=settings.max_steps,
+        max_batch_samples=settings.max_batch_samples,
+        max_wait_s=settings.max_wait_ms / 1000,
+        backward=settings.backward,
+    )
+    bodies = BodyCache(placement, settings.max_bodies, compiled=settings.compile)
+    return Engine(bodies, placement, limits, figures=figures, handlers=[TunedBodies])
+
+
+def _build_sample_store(settings: ServerSettings) -> SampleStore:
+    limits = StoreLimits(
+        memory_bytes=settings.samples_mib * _MIB,
+        disk_bytes=settings.samples_disk_mib * _MIB,
+        participant_bytes=settings.participant_samples_mib * _MIB,
+        files=descriptor_limit() // 2,
+    )
+    return SampleStore(settings.data_dir / "samples", limits)
+
+
+def _build_credentials(settings: ServerSettings) -> Credentials:
+    operator, join = settings.operator_token, settings.join_token
+    return Credentials(
+        load_secret(settings.data_dir / "secret"),
+        load_operator_token(
+            settings.data_dir / OPERATOR_TOKEN_FILE,
+            operator.get_secret_value() if operator else None,
+        ),
+        join.get_secret_value() if join else None,
+    )
+
+
+async def _close_services(services: Services) -> None:
+    """Close in the reverse order of use: requests, runs, engine, codecs, stores."""
+    services.notifier.close()
+    for close in (
+        services.advancer.close,
+        services.engine.close,
+        services.codec_threads.shutdown,
+        services.samples.close,
+        services.runs.save_traffic,
+        services.store.close,
+    ):
+        await asyncio.to_thread(close)
+
+
+def _add_metrics(services: Services) -> None:
+    figures, samples = services.figures, services.samples
     watch = figures.watch
-    watch("sfprompt_requests_bytes", "Bodies of requests that are held", lambda: room.taken)
+    watch(
+        "sfprompt_requests_bytes",
+        "Request bodies in memory",
+        lambda: services.body_budget.taken,
+    )
     watch(
         "sfprompt_samples_memory_bytes", "Smashed data kept in memory", lambda: samples.memory_bytes
     )
@@ -266,44 +195,144 @@ def _watch(figures: EngineFigures, room: BodyBudget, samples: SampleStore) -> No
     ProcessCollector(registry=figures.registry)  # memory and time of the whole server
     if torch.cuda.is_available():
         watch("sfprompt_gpu_bytes", "Memory of the GPU in use", torch.cuda.memory_allocated)
+    figures.registry.register(
+        RunCollector(services.runs.open_runs, figures.of_run, services.meter.run)
+    )
+
+
+@dataclass(frozen=True)
+class _Compiler:
+    """Compiles the bodies of open runs before their first step."""
+
+    services: Services
+    ready: set[BodyKey] = field(default_factory=set)
+
+    async def compile_open_runs(self) -> None:
+        """Compile the frozen bodies of the runs that are open now."""
+        for run_id in self.services.runs.open_runs():
+            run = self.services.runs.snapshot(run_id)
+            if run.plan.model.tune_body or run.body in self.ready:
+                continue
+            self.ready.add(run.body)
+            with _logged(f"run {run_id}: its body could not be compiled in advance"):
+                await asyncio.to_thread(self.services.engine.prepare, run.body)
+
+    async def watch(self) -> None:
+        """Compile the bodies of runs that are created from now on."""
+        while True:
+            await asyncio.sleep(_TICK_S)
+            with _logged("bodies could not be compiled in advance"):
+                await self.compile_open_runs()
+
+
+async def _tick(services: Services) -> None:
+    """Notice deadlines, free abandoned steps, and save the meter from time to time."""
+    for tick in range(1, 2**62):
+        await asyncio.sleep(_TICK_S)
+        for run_id in services.runs.open_runs():
+            with _logged(f"run {run_id} could not be advanced"):
+                if services.advancer.is_due(run_id):
+                    await asyncio.to_thread(services.advancer.try_advance, run_id, wait=False)
+        if tick % _TICKS_PER_SAVE == 0:
+            with _logged("abandoned steps could not be freed"):
+                services.engine.sweep()
+            with _logged("the traffic could not be saved"):
+                await asyncio.to_thread(services.runs.save_traffic)
 
 
 @contextlib.contextmanager
-def _logged(what: str) -> Iterator[None]:
+def _logged(failure: str) -> Iterator[None]:
+    """Log an exception instead of raising it."""
     try:
         yield
     except Exception:
-        log.exception("%s; trying again later", what)
+        log.exception("%s; retrying later", failure)
+
+
+class SplitServer:
+    """The ASGI application. It opens its services at startup and closes them at shutdown."""
+
+    def __init__(self, settings: ServerSettings) -> None:
+        self.settings = settings
+        self.placement = choose_placement(settings.device, settings.dtype)
+        self.services: Services | None = None  # None: before startup
+        self._fastapi = FastAPI(title="SFPrompt split server", lifespan=self._lifespan)
+        add_error_handlers(self._fastapi)
+        self._meter = Meter()
+        self._app: Any = RequestMiddleware(self._fastapi, self._meter)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._app(scope, receive, send)
+
+    def stop_waiting(self) -> None:
+        """Answer all long polls now: the server is about to stop."""
+        if self.services is not None:
+            self.services.notifier.close()
+
+    @contextlib.asynccontextmanager
+    async def _lifespan(self, app: FastAPI) -> AsyncIterator[dict[str, Any]]:
+        settings = self.settings
+        if settings.torch_threads is not None:
+            torch.set_num_threads(settings.torch_threads)
+        notifier = Notifier(asyncio.get_running_loop())
+        self.services = services = await asyncio.to_thread(
+            build_services, settings, self.placement, self._meter, notifier
+        )
+        self._app = _compose(app, services)
+        tasks = [asyncio.create_task(_tick(services))]
+        if settings.compile:
+            compiler = _Compiler(services)
+            await compiler.compile_open_runs()
+            tasks.append(asyncio.create_task(compiler.watch()))
+        log.info("ready: bodies on %s in %s", self.placement.device, self.placement.dtype_name)
+        try:
+            yield {"meter": self._meter}
+        finally:
+            for task in tasks:
+                task.cancel()
+            await _close_services(services)
+
+
+def _compose(app: FastAPI, services: Services) -> RequestMiddleware:
+    """Put the routes and the middleware together."""
+    routes = FederationRoutes(services)
+    app.include_router(routes.router)
+    app.include_router(metrics_router(services.figures.registry))
+    _add_metrics(services)
+    timeout_s = services.settings.body_timeout_s
+    json_limit = JSONBodyLimit(app, timeout_s, is_exempt=routes.limits_body_itself)
+    return RequestMiddleware(SplitPlane(json_limit, services), services.meter, services.credentials)
 
 
 def create_app(settings: ServerSettings) -> SplitServer:
-    """A server's application.
+    """Create a server's application.
 
     Raises:
-        InvalidField: a device that is not there.
+        InvalidField: the device is not available.
     """
     return SplitServer(settings)
 
 
-_GRACE_S = 10  # for requests that are being answered when the server is stopped
+_GRACE_S = 10  # for requests in progress when the server stops
 
 _KEEP_ALIVE_S = 120  # longer than a device's long poll
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, which lets nobody wait for news while it shuts down."""
+    """uvicorn's server, which ends long polls when it shuts down."""
 
     def __init__(self, config: uvicorn.Config, application: SplitServer) -> None:
         super().__init__(config)
         self._application = application
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Answer all long polls, then shut down."""
         self._application.stop_waiting()
         await super().shutdown(sockets)
 
 
 def build_server(application: SplitServer, settings: ServerSettings) -> Server:
-    """A server that is ready to run."""
+    """Build a uvicorn server for the application."""
     config = uvicorn.Config(
         application,
         host=settings.host,
@@ -314,7 +343,7 @@ def build_server(application: SplitServer, settings: ServerSettings) -> Server:
         log_config=None,
         access_log=False,
         server_header=False,
-        proxy_headers=False,  # nothing here asks where a request came from
+        proxy_headers=False,  # the client's address is not used
         timeout_keep_alive=_KEEP_ALIVE_S,
         limit_concurrency=settings.max_connections,
         timeout_graceful_shutdown=_GRACE_S,
@@ -325,15 +354,16 @@ def build_server(application: SplitServer, settings: ServerSettings) -> Server:
 
 
 def serve_until_stopped(application: SplitServer, settings: ServerSettings) -> None:
-    """Hold the folder and serve until a signal comes.
+    """Lock the data folder and serve until a signal arrives.
 
     Raises:
-        InvalidField: the folder is in use, cannot be used, or is of another release.
+        InvalidField: the folder is in use, cannot be used, or belongs to another release.
     """
     with lock_data_dir(settings.data_dir):
         require_whole(settings.data_dir, settings.database)
-        Store(settings.database).close()  # a wrong schema is told in one line, not in a traceback
-        # A search for cycles in all that was imported takes a fifth of a second: not while serving.
+        Store(settings.database).close()  # reports a wrong schema in one line, not in a traceback
+        # Garbage collection over all imported modules takes a fifth of a second. Freezing them
+        # excludes them from every collection while serving.
         gc.collect()
         gc.freeze()
         with contextlib.suppress(KeyboardInterrupt):

@@ -1,11 +1,14 @@
-"""The command ``split-server``: host the split server, and own its runs."""
+"""The command ``split-server``: host the split server, and manage its runs."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 import logging
 import sys
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -15,11 +18,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from protocol.errors import InvalidField, NotFound, SFPromptError
+from protocol.limits import MIB
 from protocol.messages import Event, Results, RunView, parse_message
 from protocol.presets import Form, over_form
 from protocol.settings import RunSettings
 from protocol.traffic import total_bytes
-from split_server import __version__
 from split_server.client import OperatorClient, read_token
 from split_server.runtime.process import set_up_logging
 from split_server.settings import DEFAULT_PORT, ServerSettings, load_settings
@@ -28,55 +31,70 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    help="Run the frozen middle of a vision model for many devices, and average what they tune.",
+    help="Run the frozen body of a vision transformer for many devices, and average their updates.",
 )
 
 out, err = Console(), Console(stderr=True)
 
 DataDir = Annotated[
-    Path, typer.Option("--data-dir", help="The server's folder.", envvar="SPLIT_SERVER_DATA_DIR")
+    Path,
+    typer.Option("--data-dir", help="The server's data folder.", envvar="SPLIT_SERVER_DATA_DIR"),
 ]
 
 Url = Annotated[str, typer.Option("--url", help="Address of the server.")]
 
-Json = Annotated[bool, typer.Option("--json", help="JSON for scripts.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 TokenOption = Annotated[
     str | None,
     typer.Option(
         "--operator-token",
         envvar="SPLIT_SERVER_OPERATOR_TOKEN",
-        help="Default: the one in the data folder.",
+        help="Default: the token in the data folder.",
     ),
 ]
 
-CaFile = Annotated[Path | None, typer.Option("--ca-file", help="PEM file to trust for https.")]
+CaFile = Annotated[
+    Path | None, typer.Option("--ca-file", help="PEM file of trusted certificates, for https.")
+]
+
+RunId = Annotated[str, typer.Argument(help="The run's id.")]
 
 _DATA_DIR = Path("sfprompt-data")
 
 _URL = f"http://127.0.0.1:{DEFAULT_PORT}"
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"split-server {__version__}")
-        raise typer.Exit
+def _connect(
+    url: Url = _URL,
+    data_dir: DataDir = _DATA_DIR,
+    operator_token: TokenOption = None,
+    ca_file: CaFile = None,
+) -> OperatorClient:
+    return OperatorClient(url, operator_token or read_token(data_dir), ca_file)
 
 
-@app.callback()
-def _options(
-    version: Annotated[
-        bool,
-        typer.Option(
-            "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
-        ),
-    ] = False,
-) -> None:
-    """The options of the command itself."""
+Connect = Callable[[], OperatorClient]
+
+
+def _with_connection(command: Callable[..., None]) -> Callable[..., None]:
+    """Replace a command's parameter ``connect`` by the options of `_connect`."""
+    connection = inspect.signature(_connect, eval_str=True).parameters
+    parameters = inspect.signature(command, eval_str=True).parameters
+    others = [parameter for name, parameter in parameters.items() if name != "connect"]
+
+    @functools.wraps(command)
+    def connected(**values: Any) -> None:
+        options = {name: values.pop(name) for name in connection}
+        command(connect=functools.partial(_connect, **options), **values)
+
+    signature = inspect.Signature([*others, *connection.values()])
+    connected.__signature__ = signature  # type: ignore[attr-defined]
+    return connected
 
 
 def _described(name: str) -> Any:
-    """An option whose help is the setting's own description; not given: None."""
+    """Create an option of ``serve`` from a setting's description; its value is None if unset."""
     setting = ServerSettings.model_fields[name]
     default = setting.get_default(call_default_factory=True)
     text = setting.description or name.replace("_", " ")
@@ -90,8 +108,8 @@ def _described(name: str) -> Any:
 
 
 @app.command(
-    epilog="Every setting can also stand in the environment (SPLIT_SERVER_PORT) or in a TOML file "
-    "(port = 8500); flags win over the environment, the environment over the file.\n\n"
+    epilog="Settings may also be given in the environment (SPLIT_SERVER_PORT) or in a TOML file "
+    "(port = 8500). Flags override the environment, which overrides the file.\n\n"
     "Examples:\n\nsplit-server serve --host 0.0.0.0 --data-dir /srv/sfprompt\n\n"
     "split-server serve --config server.toml --device cuda --dtype bfloat16"
 )
@@ -125,32 +143,33 @@ def serve(
     operator_token: Annotated[str | None, _described("operator_token")] = None,
     join_token: Annotated[str | None, _described("join_token")] = None,
     tls_cert: Annotated[Path | None, _described("tls_cert")] = None,
-    tls_key: Annotated[Path | None, typer.Option(help="PEM file of the certificate's key.")] = None,
+    tls_key: Annotated[Path | None, _described("tls_key")] = None,
     log_level: Annotated[str | None, _described("log_level")] = None,
 ) -> None:
-    """Host the split server until it is stopped."""
+    """Host the split server until a signal stops it."""
     flags = {name: value for name, value in locals().items() if name != "config"}
     settings = load_settings(flags, config)
     set_up_logging(settings.log_level)
-    # Here, as torch takes seconds that the commands of a run's owner should not wait for.
+    # Imported here: torch takes seconds to import, which the other commands do not need.
     from split_server.app import create_app, serve_until_stopped
     from split_server.runtime.process import keep_large_buffers, raise_descriptor_limit
 
     raise_descriptor_limit()
     keep_large_buffers()
     server = create_app(settings)
-    _say_what_is_used(settings, f"{server.placement.device}, {server.placement.dtype_name}")
+    _log_memory_limits(settings, f"{server.placement.device}, {server.placement.dtype_name}")
     serve_until_stopped(server, settings)
 
 
-def _say_what_is_used(settings: ServerSettings, placement: str) -> None:
+def _log_memory_limits(settings: ServerSettings, placement: str) -> None:
     logging.getLogger("split_server").info(
-        "bodies on %s; memory: at most %d MiB for open steps, %d MiB for requests and as much for "
-        "what waits of them, %d MiB for answers, %d MiB for kept samples (and %d on disk), and the "
-        "weights of %d bodies; data in %s",
+        "bodies on %s; memory limits: %d MiB for open steps, %d MiB for request bodies, %d MiB for "
+        "the engine's queue, %d MiB for cached responses, %d MiB for cached samples (%d MiB on "
+        "disk), and the weights of %d bodies; data in %s",
         placement,
         settings.engine_memory_mib,
-        settings.queue_mib,
+        settings.request_bodies_bytes // MIB,
+        settings.engine_queue_bytes // MIB,
         settings.answer_mib,
         settings.samples_mib,
         settings.samples_disk_mib,
@@ -164,29 +183,27 @@ def _say_what_is_used(settings: ServerSettings, placement: str) -> None:
     epilog="Examples:\n\nsplit-server create-run --config run.toml\n\n"
     "split-server create-run --set model.num_classes=6 --set federation.rounds=20",
 )
+@_with_connection
 def create_run(
+    connect: Connect,
     config: Annotated[Path | None, typer.Option(help="TOML file with the run's settings.")] = None,
     changes: Annotated[
         list[str] | None,
-        typer.Option("--set", help="One setting, SECTION.NAME=VALUE; wins over the file."),
+        typer.Option("--set", help="One setting, SECTION.NAME=VALUE; overrides the file."),
     ] = None,
     form: Annotated[
         Form,
         typer.Option(
-            help="What the file and --set leave open is filled with. default: prompts at the cut, "
-            "little traffic; paper: as it was published."
+            help="The values of all other settings. default: prompts at the cut, "
+            "little traffic; paper: as published."
         ),
     ] = "default",
-    url: Url = _URL,
-    data_dir: DataDir = _DATA_DIR,
-    operator_token: TokenOption = None,
-    ca_file: CaFile = None,
     as_json: Json = False,
 ) -> None:
-    """Create a run that devices can join."""
+    """Create a run for devices to join."""
     values = over_form(form, _run_settings(config, changes or []))
     settings = parse_message(RunSettings, values)
-    run = _client(url, data_dir, operator_token, ca_file).create_run(settings)
+    run = connect().create_run(settings)
     if as_json:
         typer.echo(run.model_dump_json())
     else:
@@ -196,27 +213,21 @@ def create_run(
 @app.command(epilog="Example: split-server runs --json")
 def runs(url: Url = _URL, ca_file: CaFile = None, as_json: Json = False) -> None:
     """List the runs of a server."""
-    found = OperatorClient(url, ca_file=ca_file).runs()
+    views = OperatorClient(url, ca_file=ca_file).runs()
     if as_json:
-        typer.echo(json.dumps([run.model_dump(mode="json") for run in found]))
+        typer.echo(json.dumps([run.model_dump(mode="json") for run in views]))
         return
     table = Table("run", "name", "status", "round", "participants", "backbone", "method")
-    for run in found:
+    for run in views:
         table.add_row(*_run_cells(run))
     out.print(table)
 
 
 @app.command(epilog="Example: split-server watch RUN --data-dir sfprompt-data")
-def watch(
-    run: Annotated[str, typer.Argument(help="The run's id.")],
-    url: Url = _URL,
-    data_dir: DataDir = _DATA_DIR,
-    operator_token: TokenOption = None,
-    ca_file: CaFile = None,
-    as_json: Json = False,
-) -> None:
-    """Follow a run's events until it is over."""
-    client, after = _client(url, data_dir, operator_token, ca_file), 0
+@_with_connection
+def watch(connect: Connect, run: RunId, as_json: Json = False) -> None:
+    """Print a run's events until it is over."""
+    client, after = connect(), 0
     while True:
         events = client.events(run, after, wait_s=20)
         for event in events:
@@ -227,55 +238,40 @@ def watch(
 
 
 @app.command(epilog="Example: split-server results RUN --json")
-def results(
-    run: Annotated[str, typer.Argument(help="The run's id.")],
-    url: Url = _URL,
-    data_dir: DataDir = _DATA_DIR,
-    operator_token: TokenOption = None,
-    ca_file: CaFile = None,
-    as_json: Json = False,
-) -> None:
-    """Show a run's rounds: updates, losses, accuracy, bytes, and the privacy spent."""
-    found = _client(url, data_dir, operator_token, ca_file).results(run)
+@_with_connection
+def results(connect: Connect, run: RunId, as_json: Json = False) -> None:
+    """Show a run's rounds: updates, losses, accuracy, traffic, and the privacy budget spent."""
+    view = connect().results(run)
     if as_json:
-        typer.echo(found.model_dump_json())
+        typer.echo(view.model_dump_json())
     else:
-        out.print(_rounds_table(found))
+        out.print(_rounds_table(view))
 
 
 @app.command()
-def cancel(
-    run: Annotated[str, typer.Argument(help="The run's id.")],
-    url: Url = _URL,
-    data_dir: DataDir = _DATA_DIR,
-    operator_token: TokenOption = None,
-    ca_file: CaFile = None,
-) -> None:
-    """Stop a run; its devices are told at their next call."""
-    stopped = _client(url, data_dir, operator_token, ca_file).cancel(run)
+@_with_connection
+def cancel(connect: Connect, run: RunId) -> None:
+    """Stop a run; its devices learn of it with their next request."""
+    stopped = connect().cancel(run)
     out.print(f"run {stopped.id} is {stopped.status}")
 
 
 @app.command(
     epilog="Example: split-server export RUN --out model.safetensors\n\n"
-    "Use it anywhere: edge-client predict model.safetensors photos/, or, in a program, "
+    "Use the file with: edge-client predict model.safetensors photos/, or, in a program, "
     "split_model.load_exported('model.safetensors')(images)"
 )
 def export(
-    run: Annotated[str, typer.Argument(help="The run's id.")],
+    run: RunId,
     destination: Annotated[Path, typer.Option("--out", help="File to write.")],
     data_dir: DataDir = _DATA_DIR,
 ) -> None:
-    """Write the tuned model, whole, as one safetensors file. Needs no running server."""
+    """Write the complete tuned model to one safetensors file. Needs no running server."""
     from split_server.federation.export import export_run
 
     export_run(data_dir, run, destination)
     size = destination.stat().st_size / 1e6
     out.print(f"{destination} ({size:.1f} MB)", highlight=False)
-
-
-def _client(url: str, data_dir: Path, token: str | None, ca_file: Path | None) -> OperatorClient:
-    return OperatorClient(url, token or read_token(data_dir), ca_file)
 
 
 def _run_settings(config: Path | None, changes: list[str]) -> dict[str, Any]:
@@ -284,27 +280,31 @@ def _run_settings(config: Path | None, changes: list[str]) -> dict[str, Any]:
         try:
             values = tomllib.loads(config.read_text(encoding="utf-8"))
         except OSError as error:
-            raise NotFound("the file cannot be read", field="config", value=str(error)) from None
+            raise NotFound(
+                "the settings file cannot be read", field="config", value=str(error)
+            ) from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise InvalidField(
-                f"not valid TOML ({error})", field="config", value=str(config)
+                f"the settings file is not valid TOML ({error})", field="config", value=str(config)
             ) from None
     for change in changes:
         name, equals, text = change.partition("=")
         if not equals:
-            raise InvalidField("write SECTION.NAME=VALUE", field="set", value=change)
+            raise InvalidField(
+                "a setting is given as SECTION.NAME=VALUE", field="set", value=change
+            )
         *sections, last = name.strip().split(".")
-        place = values
+        table = values
         for section in sections:
-            place = place.setdefault(section, {})
-            if not isinstance(place, dict):
+            table = table.setdefault(section, {})
+            if not isinstance(table, dict):
                 raise InvalidField(
-                    f"{section} is no section of settings", field="set", value=change
+                    f"{section} is a single setting, not a section", field="set", value=change
                 )
         try:
-            place[last] = tomllib.loads(f"value = {text}")["value"]
+            table[last] = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:
-            place[last] = text  # plain text needs no quotes here
+            table[last] = text  # plain text needs no quotes
     return values
 
 
@@ -326,15 +326,15 @@ def _event_line(event: Event) -> str:
     return f"{event.seq:>4}  {event.kind:<20}  {data}"
 
 
-def _rounds_table(found: Results) -> Table:
-    table = Table(title=f"{found.run.id} ({found.run.status})", title_justify="left")
-    private = any(view.epsilon is not None for view in found.rounds)
+def _rounds_table(results: Results) -> Table:
+    table = Table(title=f"{results.run.id} ({results.run.status})", title_justify="left")
+    is_private = any(view.epsilon is not None for view in results.rounds)
     names = ["round", "status", "updates", "samples", "loss", "accuracy", "MB"]
-    for name in [*names, "epsilon"] if private else names:
+    for name in [*names, "epsilon"] if is_private else names:
         table.add_column(name, justify="left" if name == "status" else "right")
-    for view in found.rounds:
-        spent = "-" if view.epsilon is None else f"{view.epsilon:.2f}"
-        moved = total_bytes(view.traffic)
+    for view in results.rounds:
+        epsilon = "-" if view.epsilon is None else f"{view.epsilon:.2f}"
+        nbytes = total_bytes(view.traffic)
         table.add_row(
             str(view.round) + ("" if not view.attempt else f" ({view.attempt + 1})"),
             str(view.status),
@@ -342,20 +342,20 @@ def _rounds_table(found: Results) -> Table:
             str(view.samples),
             "-" if view.train_loss is None else f"{view.train_loss:.4f}",
             "-" if view.accuracy is None else f"{view.accuracy:.2%}",
-            f"{moved / 1e6:.2f}",
-            *([spent] if private else []),
+            f"{nbytes / 1e6:.2f}",
+            *([epsilon] if is_private else []),
         )
     return table
 
 
 def main() -> None:
-    """Run the command; typed errors become one line and an exit code.
+    """Run the command; a typed error becomes one line and exit code 2.
 
-    Ctrl-C ends it with 130, which is typer's doing.
+    typer turns Ctrl-C into exit code 130.
     """
     try:
         app()
-    except (SFPromptError, OSError) as error:  # OSError: a folder, a file or a port of this machine
+    except (SFPromptError, OSError) as error:  # OSError: e.g. a file or a port
         err.print(f"[red]error[/red]: {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
 

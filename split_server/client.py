@@ -1,4 +1,4 @@
-"""The operator's requests, for the command line and for those who start servers."""
+"""The operator's HTTP client, for the command line and other programs."""
 
 from __future__ import annotations
 
@@ -19,30 +19,33 @@ _TIMEOUT_S = 600.0
 
 
 def read_token(data_dir: Path) -> str:
-    """The operator token that a server wrote into its data folder.
+    """Read the operator token from a server's data folder.
 
     Raises:
-        NotFound: there is none.
+        NotFound: the folder contains no token.
     """
     path = data_dir / OPERATOR_TOKEN_FILE
     try:
         return path.read_text().strip()
     except OSError:
         raise NotFound(
-            "there is no operator token",
+            "the data folder contains no operator token",
             field="data_dir",
             value=str(path),
-            hint="give the server's --data-dir, or --operator-token",
+            hint="pass the server's --data-dir, or --operator-token",
         ) from None
 
 
 class OperatorClient:
-    """The owner of runs, with the operator token.
+    """Sends the operator's requests; each raises `Unreachable` or the server's typed error.
 
-    Every request raises `Unreachable` or the server's typed error.
+    Args:
+        url: of the server.
+        token: the operator token; None: only requests that need no credential.
+        ca_file: PEM file of trusted certificates; None: those of the system.
 
     Raises:
-        InvalidField: the address or the file of trusted certificates is none.
+        InvalidField: the address or the certificate file is invalid.
     """
 
     def __init__(self, url: str, token: str | None = None, ca_file: Path | None = None) -> None:
@@ -51,43 +54,48 @@ class OperatorClient:
             headers["authorization"] = f"Bearer {token}"
         if httpx.URL(url).scheme not in ("http", "https"):
             raise InvalidField(
-                "an address begins with http:// or https://",
+                "the server's address must begin with http:// or https://",
                 field="url",
                 value=url,
                 hint="for example http://gpu-node:8500",
             )
         verify = create_ssl_context(ca_file) if ca_file else True
-        # No proxy of the environment: the server is where the address says.
+        # trust_env=False: do not use a proxy from the environment.
         self._client = httpx.Client(
             base_url=url, headers=headers, timeout=_TIMEOUT_S, trust_env=False, verify=verify
         )
 
     def close(self) -> None:
+        """Close the connections."""
         self._client.close()
 
     def is_healthy(self) -> bool:
+        """Whether the server answers."""
         try:
             return self._client.get("/v1/health").status_code == 200
         except httpx.TransportError:
             return False
 
     def create_run(self, settings: RunSettings) -> RunView:
-        """Create a run; the server prepares its backbone first, however long that takes."""
+        """Create a run; waits without a timeout while the server prepares the backbone."""
         body = settings.model_dump(mode="json")
         return parse_message(RunView, self._call("POST", "/v1/runs", body, timeout_s=None))
 
     def runs(self) -> list[RunView]:
+        """List all runs, the oldest first."""
         return [parse_message(RunView, run) for run in self._call("GET", "/v1/runs")]
 
     def results(self, run: str) -> Results:
+        """Return a run's rounds, participants and traffic."""
         return parse_message(Results, self._call("GET", f"/v1/runs/{run}/results"))
 
     def events(self, run: str, after: int, wait_s: float) -> list[Event]:
-        """What has happened since event ``after``; waits up to ``wait_s`` for the first."""
-        found = self._call("GET", f"/v1/runs/{run}/events?after={after}&wait={wait_s:g}")
-        return [parse_message(Event, event) for event in found]
+        """Return the events after number ``after``; waits up to ``wait_s`` for the first."""
+        events = self._call("GET", f"/v1/runs/{run}/events?after={after}&wait={wait_s:g}")
+        return [parse_message(Event, event) for event in events]
 
     def cancel(self, run: str) -> RunView:
+        """Stop a run."""
         return parse_message(RunView, self._call("POST", f"/v1/runs/{run}/cancel"))
 
     def _call(

@@ -1,4 +1,4 @@
-"""How the server is set up: flags over environment over a TOML file over defaults."""
+"""The server's settings: flags override the environment, a TOML file and the defaults."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import tomllib
 from collections.abc import Mapping
 from contextvars import ContextVar
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -41,90 +42,114 @@ class ServerSettings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", frozen=True)
 
-    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0: all")
-    port: int = Field(DEFAULT_PORT, ge=0, le=65_535, description="0: any free one")
-    data_dir: Path = Field(Path("sfprompt-data"), description="runs, states and backbones")
-    device: Device = Field("auto", description="where the bodies run")
-    dtype: DType = Field(
-        "auto", description="what bodies compute in; bfloat16 on a CPU: matrix products alone"
+    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0: all interfaces")
+    port: int = Field(
+        DEFAULT_PORT, ge=0, le=65_535, description="port to listen on; 0: any free port"
     )
-    torch_threads: int | None = Field(None, ge=1, le=1024, description="none: torch's choice")
-    max_frame_mib: int = Field(256, ge=1, le=16_384, description="largest body of a request")
+    data_dir: Path = Field(
+        Path("sfprompt-data"), description="folder of runs, states and backbones"
+    )
+    device: Device = Field("auto", description="device of the bodies")
+    dtype: DType = Field(
+        "auto", description="dtype of the bodies; bfloat16 on a CPU: matrix products only"
+    )
+    torch_threads: int | None = Field(
+        None, ge=1, le=1024, description="CPU threads of torch; none: torch's default"
+    )
+    max_frame_mib: int = Field(256, ge=1, le=16_384, description="limit of a request's body")
     engine_memory_mib: int = Field(
         4096,
         ge=1,
         le=2**24,
-        description="what split steps keep between forward and backward, and bodies that are tuned",
+        description="memory for steps between forward and backward, and for tuned bodies",
     )
     max_batch_samples: int | None = Field(
         None,
         ge=1,
         le=2**20,
-        description="computed together; none: what the device gains from; 1: each job by itself, "
-        "so that runs repeat bit for bit",
+        description="limit of a batch; none: chosen for the device; 1: no batching, "
+        "so that results are reproducible bit for bit",
     )
     max_wait_ms: float = Field(
-        2.0, ge=0, le=10_000, description="a forward waits for others while the device is idle"
+        2.0,
+        ge=0,
+        le=10_000,
+        description="longest wait of a forward for others while the device is idle",
     )
     backward: BackwardMode = Field(
         "auto",
-        description="retained: steps keep their graph | recompute: their input, forward runs twice "
-        "| auto: their graph while engine_memory_mib lasts",
+        description="retained: steps keep their graph | recompute: they keep their input and run "
+        "forward twice | auto: retained while engine_memory_mib suffices",
     )
     compile: bool = Field(
-        False, description="compile bodies with torch.compile, those of open runs ahead"
+        False, description="compile bodies with torch.compile, before the first step of a run"
     )
-    queue_mib: int = Field(512, ge=1, le=2**20, description="tensors being read or waiting")
+    queue_mib: int = Field(
+        512,
+        ge=1,
+        le=2**20,
+        description="memory for request bodies, and as much again for tensors in the queue",
+    )
     answer_mib: int = Field(
-        256, ge=0, le=2**20, description="answers kept for repeated steps, where bodies run"
+        256,
+        ge=0,
+        le=2**20,
+        description="responses cached for repeated steps, on the bodies' device",
     )
-    samples_mib: int = Field(
-        1024, ge=1, le=2**24, description="smashed data kept in memory for later steps"
-    )
+    samples_mib: int = Field(1024, ge=1, le=2**24, description="smashed data cached in memory")
     samples_disk_mib: int = Field(
-        8192, ge=0, le=2**24, description="the same on disk, where memory is full"
+        8192, ge=0, le=2**24, description="smashed data cached on disk when memory is full"
     )
     participant_samples_mib: int = Field(
-        2048, ge=1, le=2**24, description="the same, most for one participant"
+        2048, ge=1, le=2**24, description="smashed data cached for one participant"
     )
     step_timeout_s: float = Field(
-        300.0, gt=0, le=86_400, description="a step without its backward is dropped after this"
+        300.0, gt=0, le=86_400, description="a step without its backward is dropped after this time"
     )
     graph_timeout_s: float = Field(
-        30.0, gt=0, le=86_400, description="a step keeps its input alone after this, if not before"
+        30.0,
+        gt=0,
+        le=86_400,
+        description="a step without its backward keeps only its input after this time",
     )
     max_steps: int = Field(4, ge=1, le=1024, description="open steps of one participant")
-    max_bodies: int = Field(4, ge=1, le=1024, description="frozen bodies held at once")
-    body_timeout_s: float = Field(120.0, gt=0, le=86_400, description="to receive one request")
+    max_bodies: int = Field(4, ge=1, le=1024, description="frozen bodies in memory")
+    body_timeout_s: float = Field(
+        120.0, gt=0, le=86_400, description="timeout of receiving one request"
+    )
     live_window_s: float = Field(
-        60.0, gt=0, le=86_400, description="a silent participant is not drawn after this"
+        60.0, gt=0, le=86_400, description="a silent participant is not sampled after this time"
     )
     max_wait_s: float = Field(60.0, gt=0, le=600, description="longest long poll")
-    max_connections: int = Field(2000, ge=1, le=1_000_000, description="open at once")
-    operator_token: Token | None = Field(None, description="none: made, in DATA_DIR/operator.token")
-    join_token: Token | None = Field(None, description="none: everybody may join")
-    tls_cert: Path | None = Field(None, description="PEM file; with tls_key: https")
-    tls_key: Path | None = None
-    log_level: LogLevel = "info"
+    max_connections: int = Field(2000, ge=1, le=1_000_000, description="limit of open connections")
+    operator_token: Token | None = Field(
+        None, description="none: created, in DATA_DIR/operator.token"
+    )
+    join_token: Token | None = Field(None, description="none: anyone may join")
+    tls_cert: Path | None = Field(
+        None, description="PEM file of the certificate; needs tls_key; serves https"
+    )
+    tls_key: Path | None = Field(None, description="PEM file of the certificate's key")
+    log_level: LogLevel = Field("info", description="least severe messages to log")
 
     @model_validator(mode="after")
-    def _tls_is_whole(self) -> ServerSettings:
+    def _check_tls_pair(self) -> ServerSettings:
         if (self.tls_cert is None) != (self.tls_key is None):
-            raise ValueError("tls_cert and tls_key belong together: set both or neither")
+            raise ValueError("set both tls_cert and tls_key, or neither")
         return self
 
     @model_validator(mode="after")
-    def _tls_files_are_there(self) -> ServerSettings:
+    def _check_tls_files(self) -> ServerSettings:
         for name in ("tls_cert", "tls_key"):
             path: Path | None = getattr(self, name)
             if path is not None and not path.is_file():
-                raise ValueError(f"{name}: there is no file {path}")
+                raise ValueError(f"{name}: the file {path} does not exist")
         return self
 
     @model_validator(mode="after")
-    def _tokens_differ(self) -> ServerSettings:
+    def _check_tokens(self) -> ServerSettings:
         if self.join_token is not None and self.join_token == self.operator_token:
-            raise ValueError("join_token must not be the operator_token")
+            raise ValueError("join_token must differ from operator_token")
         return self
 
     @classmethod
@@ -136,27 +161,39 @@ class ServerSettings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Flags, then the environment, then the TOML file that is being loaded."""
+        """Return the sources by priority: flags, environment, the TOML file being loaded."""
         from_file = InitSettingsSource(settings_cls, init_kwargs=dict(_file.get({})))
         return init_settings, env_settings, from_file
 
-    @property
+    @cached_property
     def frame_limits(self) -> FrameLimits:
+        """The limits of a request's frame."""
         return FrameLimits(max_frame_bytes=self.max_frame_mib * MIB)
 
     @property
+    def request_bodies_bytes(self) -> int:
+        """Memory budget of the request bodies that are being received or processed."""
+        return self.queue_mib * MIB
+
+    @property
+    def engine_queue_bytes(self) -> int:
+        """Memory budget of the decoded tensors in the engine's queue."""
+        return self.queue_mib * MIB
+
+    @property
     def database(self) -> Path:
+        """The SQLite file of runs, rounds and participants."""
         return self.data_dir / "server.sqlite"
 
 
 def load_settings(
     flags: Mapping[str, Any] | None = None, file: Path | None = None
 ) -> ServerSettings:
-    """The settings from flags (those given), the environment and a TOML file.
+    """Load the settings from flags, the environment and a TOML file.
 
     Raises:
-        InvalidField: the file cannot be read, or a setting is wrong; it names the setting, its
-            limit, what was found, and where it can be set.
+        InvalidField: the file cannot be read, or a setting is invalid. Names the setting, its limit
+            and value, and the source that it came from.
     """
     given = {name: value for name, value in (flags or {}).items() if value is not None}
     content = _read_toml(file) if file is not None else {}

@@ -1,1 +1,1 @@
-"""Runs, rounds and participants: every decision of the federation plane."""
+"""Runs, rounds and participants: every decision about who may send and what counts."""

@@ -1,4 +1,4 @@
-"""Work of minutes that a run waits for, away from everybody's requests: one piece at a time."""
+"""Background work that takes minutes and that a run's next round waits for: one job at a time."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from protocol.errors import SFPromptError
 
 log = logging.getLogger(__name__)
 
-_RETRY_S = 5.0  # after a failure that may pass (a full disk, say)
+_RETRY_S = 5.0  # after a failure that may be temporary, e.g. a full disk
 
 Check = Callable[[], None]
 
 
 class Stopped(Exception):
-    """Nobody waits for this work any more."""
+    """Raised by a check: the result is no longer needed."""
 
 
 class RedistillationJobs:
-    """Does the work of runs in a thread of its own, each run's once at a time.
+    """Runs redistillation in one thread; a run has at most one job.
 
     Args:
-        work: does all of one run's, calling the check now and then, which may raise `Stopped`.
-        refused: is told of a typed error: the work cannot be done.
+        work: does the whole job of a run. It calls the check regularly, which may raise `Stopped`.
+        refused: called with the typed error of a job that cannot be done.
     """
 
     def __init__(
@@ -33,43 +33,43 @@ class RedistillationJobs:
     ) -> None:
         self._work = work
         self._refused = refused
-        self._threads = ThreadPoolExecutor(1, "split-renewal")
-        self._busy: set[str] = set()
+        self._threads = ThreadPoolExecutor(1, "split-redistill")
+        self._running: set[str] = set()
         self._closing = threading.Event()
 
-    def is_running(self, run: str) -> bool:
-        """Whether a run has to wait: for its work, or for the server's next start."""
-        return run in self._busy or self._closing.is_set()
+    def is_running(self, run_id: str) -> bool:
+        """Whether a run must wait for its job, or for the next start of the server."""
+        return run_id in self._running or self._closing.is_set()
 
-    def start(self, run: str) -> None:
-        """Do a run's work soon, unless that is so already."""
-        if self.is_running(run):
+    def start(self, run_id: str) -> None:
+        """Queue a run's job unless it is queued or running."""
+        if self.is_running(run_id):
             return
-        self._busy.add(run)
+        self._running.add(run_id)
         try:
-            self._threads.submit(self._carry_out, run)
+            self._threads.submit(self._execute, run_id)
         except RuntimeError:  # closed in the meantime
-            self._busy.discard(run)
+            self._running.discard(run_id)
 
     def check(self) -> None:
-        """Raises `Stopped` when the server is about to stop: the work is done after its restart."""
+        """Raise `Stopped` if the server is stopping; it does the job after its restart."""
         if self._closing.is_set():
             raise Stopped
 
     def close(self) -> None:
-        """Stop at the next check, and wait for that."""
+        """Stop the job at its next check and wait for that."""
         self._closing.set()
         self._threads.shutdown(cancel_futures=True)
 
-    def _carry_out(self, run: str) -> None:
+    def _execute(self, run_id: str) -> None:
         try:
-            self._work(run, self.check)
+            self._work(run_id, self.check)
         except Stopped:
-            log.info("run %s: its work is left for later", run)
+            log.info("run %s: redistillation was stopped", run_id)
         except SFPromptError as error:
-            self._refused(run, error)
+            self._refused(run_id, error)
         except Exception:
-            log.exception("run %s could not go on; trying again later", run)
+            log.exception("run %s: redistillation failed; retrying in %g s", run_id, _RETRY_S)
             self._closing.wait(_RETRY_S)
         finally:
-            self._busy.discard(run)
+            self._running.discard(run_id)

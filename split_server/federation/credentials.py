@@ -1,4 +1,4 @@
-"""Who is asking. Identity comes from the credential alone, never from a request's content."""
+"""Identify the sender of a request, by its credential alone and never by the request's content."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ _SECRET_BYTES = 32
 
 @dataclass(frozen=True)
 class Operator:
-    """Holds the operator token: may create and cancel runs and read everything."""
+    """Sent the operator token: may create and cancel runs and read everything."""
 
 
 @dataclass(frozen=True)
 class JoinTokenHolder:
-    """Holds the join token: may join runs."""
+    """Sent the join token: may join runs."""
 
 
 @dataclass(frozen=True)
-class Member:
-    """A participant of one run, proved by its credential."""
+class ParticipantIdentity:
+    """Sent the credential of a participant of one run."""
 
     run: str
     participant: str
@@ -35,19 +35,19 @@ class Member:
 
 @dataclass(frozen=True)
 class Anonymous:
-    """Has shown nothing, or nothing that this server issued."""
+    """Sent no credential, or one that this server did not issue."""
 
-    showed_something: bool = False
+    sent_credential: bool = False
 
 
-Identity = Operator | JoinTokenHolder | Member | Anonymous
+Identity = Operator | JoinTokenHolder | ParticipantIdentity | Anonymous
 
 
 class Credentials:
-    """Issues credentials and recognises them without looking anything up.
+    """Issues credentials and verifies them without a database.
 
     A credential is ``sfp1.RUN.PARTICIPANT.MAC`` with an HMAC-SHA256 over the rest, so that a
-    participant whose answer was lost on the way is given the same one again.
+    participant that repeats its join request receives the same credential again.
     """
 
     def __init__(self, secret: bytes, operator_token: str, join_token: str | None = None) -> None:
@@ -55,132 +55,139 @@ class Credentials:
         self._operator = operator_token.encode()
         self._join = join_token.encode() if join_token else None
 
-    def issue(self, run: str, participant: str) -> str:
-        return f"{_PREFIX}.{run}.{participant}.{self._mac(run, participant)}"
+    def issue(self, run_id: str, participant_id: str) -> str:
+        """Return the participant's credential."""
+        return f"{_PREFIX}.{run_id}.{participant_id}.{self._mac(run_id, participant_id)}"
 
     def identify(self, authorization: str | None) -> Identity:
-        """Who shows this ``Authorization`` header. Never raises: a stranger is an answer."""
+        """Identify the sender of an ``Authorization`` header. Never raises."""
         if not authorization:
             return Anonymous()
-        scheme, _, token = authorization.partition(" ")
-        shown = token.strip().encode(errors="replace")
+        scheme, _, text = authorization.partition(" ")
+        token = text.strip().encode(errors="replace")
         if scheme.lower() != "bearer":
-            return Anonymous(showed_something=True)
-        if hmac.compare_digest(shown, self._operator):
+            return Anonymous(sent_credential=True)
+        if hmac.compare_digest(token, self._operator):
             return Operator()
-        if self._join is not None and hmac.compare_digest(shown, self._join):
+        if self._join is not None and hmac.compare_digest(token, self._join):
             return JoinTokenHolder()
-        return self._member(shown.decode(errors="replace")) or Anonymous(showed_something=True)
+        return self._verify(token.decode(errors="replace")) or Anonymous(sent_credential=True)
 
-    def may_join(self, identity: Identity) -> None:
-        """Refuse who may not join a run.
+    def require_may_join(self, identity: Identity) -> None:
+        """Refuse a sender that may not join a run.
 
         Raises:
-            Unauthorized: a join token is set, and what was shown was not issued here, or nothing.
-            Forbidden: the same, and a good credential of another kind was shown.
+            Unauthorized: the server has a join token, and the sender is anonymous.
+            Forbidden: the server has a join token, and the credential is of another kind.
         """
         if self._join is None or isinstance(identity, (JoinTokenHolder, Operator)):
             return
         if isinstance(identity, Anonymous):
-            hint = "edge-client takes it as --join-token, or from EDGE_CLIENT_JOIN_TOKEN"
-            raise _stranger(identity, "joining takes this server's join token", hint)
-        raise Forbidden("joining takes this server's join token; a credential was shown")
+            hint = "pass it to edge-client as --join-token or EDGE_CLIENT_JOIN_TOKEN"
+            raise _unauthorized(identity, "joining requires this server's join token", hint)
+        raise Forbidden("joining requires this server's join token, not another credential")
 
-    def _member(self, token: str) -> Member | None:
+    def _verify(self, token: str) -> ParticipantIdentity | None:
         parts = token.split(".")
         if len(parts) != 4 or parts[0] != _PREFIX:
             return None
-        _, run, participant, mac = parts
-        expected = self._mac(run, participant)
+        _, run_id, participant_id, mac = parts
+        expected = self._mac(run_id, participant_id)
         if not hmac.compare_digest(mac.encode(), expected.encode()):
             return None
-        return Member(run, participant)
+        return ParticipantIdentity(run_id, participant_id)
 
-    def _mac(self, run: str, participant: str) -> str:
-        message = f"{_PREFIX}.{run}.{participant}".encode()
+    def _mac(self, run_id: str, participant_id: str) -> str:
+        message = f"{_PREFIX}.{run_id}.{participant_id}".encode()
         return hmac.digest(self._secret, message, "sha256").hex()
 
 
 def require_operator(identity: Identity) -> None:
-    """Refuse everybody but the operator.
+    """Refuse every sender but the operator.
 
     Raises:
-        Unauthorized: no token, or one that this server does not know.
-        Forbidden: a good credential of another kind.
+        Unauthorized: no token, or one that this server did not issue.
+        Forbidden: a valid credential of another kind.
     """
     if isinstance(identity, Operator):
         return
     if isinstance(identity, Anonymous):
-        hint = "split-server takes it as --operator-token; without one the server makes its own"
-        raise _stranger(identity, "this takes the operator token", hint)
-    raise Forbidden("this takes the operator token; the credential shown is of another kind")
+        hint = "pass it to split-server as --operator-token; the default is in DATA_DIR"
+        raise _unauthorized(identity, "this request requires the operator token", hint)
+    raise Forbidden("this request requires the operator token, not another credential")
 
 
-def require_member(identity: Identity, run: str | None = None) -> Member:
-    """The participant that is asking.
+def require_participant(identity: Identity, run_id: str | None = None) -> ParticipantIdentity:
+    """Return the sender's identity if it is a participant.
 
     Args:
-        identity: who is asking.
-        run: the run that the path names; None: whichever the credential names.
+        run_id: the run in the request's path; None: the path names none.
 
     Raises:
         Unauthorized: no credential, or one that this server did not issue.
         Forbidden: a credential of another kind or of another run.
     """
     if isinstance(identity, Anonymous):
-        raise _stranger(identity, "this takes a participant's credential")
-    if not isinstance(identity, Member):
-        raise Forbidden("this takes a participant's credential; the one shown is of another kind")
-    if run is not None and identity.run != run:
-        raise Forbidden("the credential belongs to another run", field="run", value=run)
+        raise _unauthorized(identity, "this request requires a participant's credential")
+    if not isinstance(identity, ParticipantIdentity):
+        raise Forbidden("this request requires a participant's credential, not another one")
+    if run_id is not None and identity.run != run_id:
+        raise Forbidden("the credential belongs to another run", field="run", value=run_id)
     return identity
 
 
-def require_reader(identity: Identity, run: str) -> None:
-    """Refuse everybody but the operator and the participants of a run.
+def require_reader(identity: Identity, run_id: str) -> None:
+    """Refuse every sender but the operator and the run's participants.
 
     Raises:
         Unauthorized: no credential, or one that this server did not issue.
         Forbidden: a credential of another kind or of another run.
     """
     if not isinstance(identity, Operator):
-        require_member(identity, run)
+        require_participant(identity, run_id)
 
 
-def _stranger(
-    identity: Anonymous, needed: str, hint: str = "send it as Authorization: Bearer TOKEN"
+def _unauthorized(
+    identity: Anonymous, message: str, hint: str = "send it as Authorization: Bearer TOKEN"
 ) -> Unauthorized:
-    if identity.showed_something:
-        return Unauthorized(f"{needed}; the one shown is not this server's", hint=hint)
-    return Unauthorized(needed, hint=hint)
+    if identity.sent_credential:
+        return Unauthorized(f"{message}; this server did not issue the one sent", hint=hint)
+    return Unauthorized(message, hint=hint)
 
 
 def load_secret(path: Path) -> bytes:
-    """The server's secret, made on first use, readable by its owner alone.
+    """Read the server's secret; create it on first use, readable by its owner alone.
 
     Raises:
-        InvalidField: the file holds something else.
+        InvalidField: the file contains something else.
     """
     if not path.exists():
         write_durably(path, secrets.token_bytes(_SECRET_BYTES), mode=0o600)
     secret = path.read_bytes()
     if len(secret) != _SECRET_BYTES:
         raise InvalidField(
-            f"{path} is not a secret of this server",
+            f"{path} must contain a secret of {_SECRET_BYTES} bytes",
             field="data_dir",
             limit=_SECRET_BYTES,
             value=len(secret),
+            hint="restore the file, or remove it to invalidate all credentials",
         )
     return secret
 
 
-def load_operator_token(path: Path, given: str | None) -> str:
-    """The operator token: the one given, else the one in the file, made on first use."""
-    if given is not None:
-        return given
+def load_operator_token(path: Path, configured: str | None) -> str:
+    """Return the configured operator token, or the one in the file, created on first use.
+
+    Raises:
+        InvalidField: the file is empty.
+    """
+    if configured is not None:
+        return configured
     if not path.exists():
         write_durably(path, (secrets.token_urlsafe(24) + "\n").encode(), mode=0o600)
     token = path.read_text().strip()
     if not token:
-        raise InvalidField(f"{path} is empty", field="operator_token", hint="remove the file")
+        raise InvalidField(
+            f"{path} is empty", field="operator_token", hint="remove the file to create a new token"
+        )
     return token

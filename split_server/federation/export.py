@@ -1,4 +1,4 @@
-"""The tuned model of a run as one file, from the server's folder alone."""
+"""Export the tuned model of a run as one file, from the server's data folder alone."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from protocol.errors import NotFound
 from split_model import export_model, head_weights, prepare_backbone
 from split_server.federation.snapshot import RunSnapshot, load_snapshot
 from split_server.storage.database import RunRow, Store
-from split_server.storage.run_files import RunFiles, StateRefs
+from split_server.storage.run_files import RunFiles
 from tuning_methods.proxies.weights import plugged
 
 
 def export_run(data_dir: Path, run_id: str, out: Path) -> None:
-    """Write the whole tuned model of a run's newest global state to ``out``.
+    """Write the complete tuned model of a run's newest global state to ``out``.
 
-    What was tuned on a proxy is put into the whole backbone.
+    Parts that were tuned on a proxy are inserted into the original backbone.
 
     Raises:
-        NotFound: the folder holds no such run.
+        NotFound: the folder contains no such run.
         InvalidField: one of its files is damaged.
     """
     run, state = newest_state(data_dir, run_id)
@@ -38,14 +38,16 @@ def export_run(data_dir: Path, run_id: str, out: Path) -> None:
 
 
 def newest_state(data_dir: Path, run_id: str) -> tuple[RunSnapshot, dict[str, Tensor]]:
-    """A run, and its newest global state: what is tuned, wherever it is kept.
+    """Load a run and its newest global state, with both the device's and the server's part.
 
     Raises:
-        NotFound: the folder holds no such run.
+        NotFound: the folder contains no such run.
     """
     database = data_dir / "server.sqlite"
     if not database.is_file():
-        raise NotFound("this is no folder of a server", field="data_dir", value=str(data_dir))
+        raise NotFound(
+            "this is not the data folder of a server", field="data_dir", value=str(data_dir)
+        )
     store = Store(database)
     try:
         with store.reading() as session:
@@ -55,4 +57,4 @@ def newest_state(data_dir: Path, run_id: str) -> tuple[RunSnapshot, dict[str, Te
     finally:
         store.close()
     files = RunFiles(data_dir / "runs" / run_id)
-    return run, files.read_state(StateRefs(run.state, run.held))
+    return run, files.read_state(run.state)

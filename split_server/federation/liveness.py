@@ -1,4 +1,4 @@
-"""Who has been heard of lately."""
+"""Tracks participants with recent requests."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from split_server.runtime.process import Clock
 
 
 class Liveness:
-    """Remembers until when each participant counts as live. Lost at a restart, on purpose."""
+    """Stores until when each participant counts as live. In memory only; a restart resets it."""
 
     def __init__(self, window_s: float, clock: Clock) -> None:
         self._window_s = window_s
@@ -17,28 +17,28 @@ class Liveness:
         self._until: dict[str, dict[str, float]] = {}
         self._lock = threading.Lock()
 
-    def touch(self, run: str, participant: str, wait_s: float = 0.0) -> None:
-        """A request has come; the next may take as long as the window, or twice ``wait_s``."""
+    def touch(self, run_id: str, participant_id: str, wait_s: float = 0.0) -> None:
+        """Record a request; the next is expected within the window, or within 2 * ``wait_s``."""
         until = self._clock.monotonic() + max(self._window_s, 2 * wait_s)
         with self._lock:
-            of_run = self._until.setdefault(run, {})
-            of_run[participant] = max(until, of_run.get(participant, until))
+            of_run = self._until.setdefault(run_id, {})
+            of_run[participant_id] = max(until, of_run.get(participant_id, until))
 
-    def forget(self, run: str, participant: str | None = None) -> None:
-        """Drop one participant, or a whole run."""
+    def forget(self, run_id: str, participant_id: str | None = None) -> None:
+        """Forget one participant, or a whole run."""
         with self._lock:
-            if participant is None:
-                self._until.pop(run, None)
+            if participant_id is None:
+                self._until.pop(run_id, None)
             else:
-                self._until.get(run, {}).pop(participant, None)
+                self._until.get(run_id, {}).pop(participant_id, None)
 
-    def live(self, run: str) -> set[str]:
-        """The participants that are live now."""
+    def live(self, run_id: str) -> set[str]:
+        """Return the ids of the live participants."""
         now = self._clock.monotonic()
         with self._lock:
-            return {one for one, until in self._until.get(run, {}).items() if until > now}
+            return {id_ for id_, until in self._until.get(run_id, {}).items() if until > now}
 
     @property
     def settled(self) -> bool:
-        """Whether everybody who is alive has had the time to call since the server started."""
+        """Whether every live participant has had time to call since the server started."""
         return self._clock.monotonic() - self._started >= self._window_s

@@ -1,4 +1,4 @@
-"""What the noised rounds of a run have cost so far, as events of its history."""
+"""Record the privacy budget that the noised rounds of a run have spent, as events."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ OPENED, SPENT = "round_opened", "privacy_spent"
 
 
 def record_spent(session: Session, run: RunSnapshot, row: RoundRow, at: float) -> None:
-    """Tell what the run has cost with this round, in the transaction that makes its state count.
+    """Record the run's epsilon including this round, in the transaction that publishes its state.
 
-    Only attempts that made a state are paid for: of the others nobody has seen anything. The
-    history says who was drawn, to participants, too: sampling hides nothing from them.
+    Only attempts that published a state count: the others revealed nothing. The history names the
+    sampled participants, also to participants, so that sampling gives no amplification there;
+    ``epsilon_secret_sample`` assumes that the sample is secret.
     """
     federation = run.plan.federation
     if federation.dp_noise_multiplier == 0:
@@ -44,7 +45,7 @@ def record_spent(session: Session, run: RunSnapshot, row: RoundRow, at: float) -
 
 
 def spent(session: Session, run_id: str) -> dict[tuple[int, int], float | None]:
-    """Epsilon after each round, by round and attempt."""
+    """Return epsilon after each round, by round and attempt."""
     return {
         (data["round"], data["attempt"]): data["epsilon"] for data in _data(session, run_id, SPENT)
     }

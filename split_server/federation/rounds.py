@@ -1,4 +1,4 @@
-"""What a run does next: decided from what is known, without touching anything."""
+"""Decide what a run does next, and which requests its open round accepts. No side effects."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from dataclasses import dataclass
 from protocol.errors import Conflict, RunClosed, StaleRound
 from protocol.messages import Assignment, RoundStatus, RunStatus, Task
 from protocol.seeds import derive_seed
-from split_server.federation.snapshot import Member, OpenRound, RunSnapshot
+from split_server.federation.snapshot import OpenRound, Participant, RunSnapshot
 from split_server.storage.run_files import StateRefs
 
 
 @dataclass(frozen=True)
 class OpenTraining:
-    """Open a round, or an attempt at it, for these participants."""
+    """Open an attempt at a round for the sampled participants."""
 
     round: int
     attempt: int
     sampled: tuple[str, ...]
-    sampling_rate: float | None = None  # told where differential privacy takes account of it
+    sampling_rate: float | None = None  # None without differential privacy
 
 
 @dataclass(frozen=True)
 class Aggregate:
-    """Average the updates that came; then let these measure the result (none: close)."""
+    """Average the updates, then let the evaluators measure the result (none: close the round)."""
 
     updated: tuple[str, ...]
     evaluators: tuple[str, ...]
@@ -33,7 +33,7 @@ class Aggregate:
 
 @dataclass(frozen=True)
 class Publish:
-    """The average is on disk: make it the global state."""
+    """Make the average, which is on disk already, the global state."""
 
     updated: tuple[str, ...]
     evaluators: tuple[str, ...]
@@ -42,26 +42,26 @@ class Publish:
 
 @dataclass(frozen=True)
 class Repeat:
-    """Too few updates came: close this attempt without a result."""
+    """Close this attempt without a result: too few updates arrived."""
 
     updates: int
 
 
 @dataclass(frozen=True)
 class CloseRound:
-    """Every evaluator has answered, left or run out of time."""
+    """Close the round: every evaluator has answered, left or timed out."""
 
 
 @dataclass(frozen=True)
 class Redistill:
-    """Distil the proxy again, with what this round's devices have told of its neurons."""
+    """Distil the proxy again, using this round's neuron statistics."""
 
     round: int
 
 
 @dataclass(frozen=True)
 class FailRun:
-    """The round has been repeated as often as it may be."""
+    """End the run: the round has been repeated as often as allowed."""
 
     reason: str
 
@@ -70,19 +70,18 @@ Action = OpenTraining | Aggregate | Publish | Repeat | CloseRound | Redistill | 
 
 
 def decide(run: RunSnapshot, live: Collection[str], now: float, *, settled: bool) -> Action | None:
-    """The next step of a run; None: wait.
+    """Return the next step of a run, or None to wait.
 
     Args:
-        run: the run.
-        live: participants that have been heard of lately.
+        live: ids of participants with a recent request.
         now: seconds on the monotonic clock.
-        settled: the server has been up long enough for everybody to have called. Before, a new
-            round waits until all have, so that a restart does not shrink it.
+        settled: the server has been up long enough for every live participant to call. Before
+            that, a new round waits for all of them, so that a restart does not shrink it.
     """
     if run.status.is_over:
         return None
     if run.open_round is None:
-        if run.distilled_round:
+        if run.needs_redistillation:
             return Redistill(run.closed_rounds)
         return _open_next(run, live, settled=settled)
     if run.open_round.status == RoundStatus.TRAINING:
@@ -94,34 +93,34 @@ def decide(run: RunSnapshot, live: Collection[str], now: float, *, settled: bool
 
 def _open_next(run: RunSnapshot, live: Collection[str], *, settled: bool) -> OpenTraining | None:
     federation = run.plan.federation
-    present = [m for m in run.present if m.train_samples > 0]
-    candidates = [m.id for m in present if m.id in live]
+    present = [one for one in run.present if one.train_samples > 0]
+    candidates = [one.id for one in present if one.id in live]
     if run.closed_rounds == 0 and len(present) < federation.min_participants:
         return None
     if len(candidates) < federation.min_updates:
         return None
-    if not settled and any(m.id not in live for m in present):
+    if not settled and any(one.id not in live for one in present):
         return None
     round_, attempt = run.closed_rounds + 1, run.repeats
     count = federation.participants_per_round
-    drawn = _draw(run, candidates, count, round_, attempt)
-    rate = len(drawn) / len(candidates) if federation.dp_noise_multiplier else None
-    return OpenTraining(round_, attempt, drawn, rate)
+    sampled = _sample(run, candidates, count, round_, attempt)
+    rate = len(sampled) / len(candidates) if federation.dp_noise_multiplier else None
+    return OpenTraining(round_, attempt, sampled, rate)
 
 
-def _draw(
+def _sample(
     run: RunSnapshot, candidates: list[str], count: int | None, round_: int, attempt: int
 ) -> tuple[str, ...]:
     if count is None or count >= len(candidates):
         return tuple(candidates)
     federation = run.plan.federation
     if federation.dp_noise_multiplier and federation.dp_seed is None:
-        # A draw that participants can calculate would not add to anybody's privacy.
-        drawn = random.SystemRandom().sample(candidates, count)
+        # A sample that participants can predict would not amplify their privacy.
+        sampled = random.SystemRandom().sample(candidates, count)
     else:
         seed = derive_seed(run.plan.seed, "sample", round_, attempt)
-        drawn = random.Random(seed).sample(candidates, count)  # noqa: S311 - fairness, not secrecy
-    return tuple(run.in_order(frozenset(drawn)))
+        sampled = random.Random(seed).sample(candidates, count)  # noqa: S311 - need not be secret
+    return tuple(run.in_order(frozenset(sampled)))
 
 
 def _end_training(
@@ -146,25 +145,27 @@ def _end_training(
 
 def _evaluators(run: RunSnapshot, open_round: OpenRound, live: Collection[str]) -> tuple[str, ...]:
     federation = run.plan.federation
-    every = federation.evaluate_every
+    interval = federation.evaluate_every
     is_last = open_round.round >= federation.rounds
-    if every == 0 or not (open_round.round % every == 0 or is_last):
+    if interval == 0 or not (open_round.round % interval == 0 or is_last):
         return ()
-    return tuple(m.id for m in run.present if m.test_samples > 0 and m.id in live)
+    return tuple(one.id for one in run.present if one.test_samples > 0 and one.id in live)
 
 
 def pending_trainers(run: RunSnapshot, open_round: OpenRound) -> list[str]:
-    """Those who were asked to train and of whom an answer can still come."""
+    """Return the sampled participants that can still send an update."""
     answered = open_round.updated | open_round.declined
-    return [p for p in open_round.sampled if p not in answered and not run.members[p].left]
+    return [
+        id_ for id_ in open_round.sampled if id_ not in answered and not run.participants[id_].left
+    ]
 
 
 def pending_evaluators(run: RunSnapshot, open_round: OpenRound) -> list[str]:
-    """Those who were asked to evaluate and of whom an answer can still come."""
+    """Return the evaluators that can still send an evaluation."""
     return [
-        p
-        for p in open_round.evaluators
-        if p not in open_round.evaluated and not run.members[p].left
+        id_
+        for id_ in open_round.evaluators
+        if id_ not in open_round.evaluated and not run.participants[id_].left
     ]
 
 
@@ -172,18 +173,18 @@ def _is_late(run: RunSnapshot, now: float) -> bool:
     return run.deadline is not None and now >= run.deadline
 
 
-def assignment_for(run: RunSnapshot, participant: str, now: float) -> Assignment:
-    """What one participant is to do next."""
+def assignment_for(run: RunSnapshot, participant_id: str, now: float) -> Assignment:
+    """Return a participant's next task."""
     open_round = run.open_round
     task, attempt = Task.WAIT, open_round.attempt if open_round else run.repeats
     remaining: float | None = None
-    if run.status.is_over or run.members[participant].left:
+    if run.status.is_over or run.participants[participant_id].left:
         task = Task.STOP
     elif open_round is not None:
         if open_round.status == RoundStatus.TRAINING:
-            busy = participant in pending_trainers(run, open_round)
-            task = Task.TRAIN if busy else Task.WAIT
-        elif participant in pending_evaluators(run, open_round):
+            is_pending = participant_id in pending_trainers(run, open_round)
+            task = Task.TRAIN if is_pending else Task.WAIT
+        elif participant_id in pending_evaluators(run, open_round):
             task = Task.EVALUATE
         if run.deadline is not None:
             remaining = max(0.0, run.deadline - now)
@@ -194,7 +195,7 @@ def assignment_for(run: RunSnapshot, participant: str, now: float) -> Assignment
         task=task,
         round=run.round,
         attempt=attempt,
-        state=run.state,
+        state=run.state.device,
         remaining_s=remaining,
         status=run.status,
         reason=reason,
@@ -203,7 +204,7 @@ def assignment_for(run: RunSnapshot, participant: str, now: float) -> Assignment
 
 
 def require_running(run: RunSnapshot) -> None:
-    """Refuse what only a run that is not over allows.
+    """Refuse a request that needs a running run.
 
     Raises:
         RunClosed: the run is over.
@@ -217,12 +218,11 @@ def require_running(run: RunSnapshot) -> None:
 def require_phase(
     run: RunSnapshot, round_: int, attempt: int | None, status: RoundStatus
 ) -> OpenRound:
-    """The open round, if it is the one that a request speaks of.
+    """Return the open round if it is in the phase that a request names.
 
     Args:
-        run: the run.
-        round_: the round that the request names.
-        attempt: the attempt that it names; None: it names none.
+        round_: the round in the request.
+        attempt: the attempt in the request; None: the request names none.
         status: the phase that the request belongs to.
 
     Raises:
@@ -233,18 +233,21 @@ def require_phase(
     open_round = run.open_round
     if open_round is None or open_round.round != round_:
         raise StaleRound(
-            "that round is not open", field="round", limit=open_number(run), value=round_
+            "this round is not open",
+            field="round",
+            limit=open_round.round if open_round else None,
+            value=round_,
         )
     if attempt is not None and open_round.attempt != attempt:
         raise StaleRound(
-            "that attempt at the round is not open",
+            "this attempt at the round is not open",
             field="attempt",
             limit=open_round.attempt,
             value=attempt,
         )
     if open_round.status != status:
         raise StaleRound(
-            f"the round is not {status} now",
+            f"the round is {open_round.status} now, not {status}",
             field="round",
             limit=str(status),
             value=str(open_round.status),
@@ -253,66 +256,103 @@ def require_phase(
 
 
 def require_trainer(
-    run: RunSnapshot, member: Member, round_: int, attempt: int | None
+    run: RunSnapshot, participant: Participant, round_: int, attempt: int | None
 ) -> OpenRound:
-    """The open round, if this participant was asked to train in it.
+    """Return the open round if it trains now and sampled this participant.
 
     Raises:
         RunClosed: the run is over.
-        StaleRound: the round is not open for training, or not for this participant.
+        StaleRound: the round is not open for training, or did not sample this participant.
     """
     open_round = require_phase(run, round_, attempt, RoundStatus.TRAINING)
-    if member.id not in open_round.sampled:
+    if participant.id not in open_round.sampled:
         raise StaleRound(
-            "this participant was not asked to train in this round", field="round", value=round_
+            "this round did not sample this participant; wait for the next assignment",
+            field="round",
+            value=round_,
         )
     return open_round
 
 
-def require_any_trainer(run: RunSnapshot, member: Member) -> None:
-    """Refuse a participant that no round waits for, whichever round it may mean.
+def require_pending_update(
+    run: RunSnapshot, participant: Participant, round_: int, attempt: int
+) -> OpenRound:
+    """Return the open round if it can still count an update of this participant.
 
     Raises:
         RunClosed: the run is over.
-        StaleRound: no round is open for training, or not for this participant.
+        StaleRound: as in `require_trainer`, or the update was counted or refused already.
+    """
+    open_round = require_trainer(run, participant, round_, attempt)
+    if participant.id in open_round.updated or participant.id in open_round.declined:
+        raise StaleRound(
+            "this participant's update was counted already", field="round", value=round_
+        )
+    return open_round
+
+
+def require_any_trainer(run: RunSnapshot, participant: Participant) -> None:
+    """Refuse a participant from whom no round expects an update, whichever it may name.
+
+    Raises:
+        RunClosed: the run is over.
+        StaleRound: no round is open for training, or it did not sample this participant.
     """
     require_running(run)
     if run.open_round is None:
         raise StaleRound(
-            "no round is open", field="round", limit="an open one", value=str(run.status)
+            "no round is open", field="round", limit="an open round", value=str(run.status)
         )
-    require_trainer(run, member, run.open_round.round, None)
+    require_trainer(run, participant, run.open_round.round, None)
 
 
-def require_first(already: Collection[str], participant: str, what: str) -> None:
-    """Refuse a second answer to the same request.
+def require_evaluator(open_round: OpenRound, participant_id: str) -> None:
+    """Refuse an evaluation that the round did not request.
 
     Raises:
-        Conflict: one has been counted.
+        StaleRound: this participant is not an evaluator of the round.
     """
-    if participant in already:
+    if participant_id not in open_round.evaluators:
+        raise StaleRound(
+            "this participant was not selected to evaluate this round",
+            field="round",
+            value=open_round.round,
+        )
+
+
+def require_first(already: Collection[str], participant_id: str, what: str) -> None:
+    """Refuse a second, different update or evaluation.
+
+    Raises:
+        Conflict: one was counted.
+    """
+    if participant_id in already:
         raise Conflict(
-            f"this participant's {what} for this round has been counted already",
+            f"this participant's {what} for this round was counted already",
             field=what,
             limit=1,
             value=2,
         )
 
 
-def open_number(run: RunSnapshot) -> int | None:
-    """The number of the open round, if one is open."""
-    return run.open_round.round if run.open_round else None
+@dataclass(frozen=True)
+class SenderPermission:
+    """Decides whether a participant may send a request of the split plane now.
 
-
-def require_evaluator(open_round: OpenRound, participant: str) -> None:
-    """Refuse an evaluation by somebody who was not asked for one.
-
-    Raises:
-        StaleRound: this participant was not asked.
+    Its methods apply the functions of the same names.
     """
-    if participant not in open_round.evaluators:
-        raise StaleRound(
-            "this participant was not asked to evaluate this round",
-            field="round",
-            value=open_round.round,
-        )
+
+    run: RunSnapshot
+    participant: Participant
+
+    def require_running(self) -> None:
+        """Raise `RunClosed` if the run is over."""
+        require_running(self.run)
+
+    def require_trainer(self, round_: int, attempt: int | None) -> None:
+        """Raise `RunClosed` or `StaleRound` unless the participant trains in this round now."""
+        require_trainer(self.run, self.participant, round_, attempt)
+
+    def require_pending_update(self, round_: int, attempt: int) -> None:
+        """The same, and raise `StaleRound` if the participant's update was counted."""
+        require_pending_update(self.run, self.participant, round_, attempt)

@@ -1,17 +1,19 @@
-"""The federation plane: what can be done with runs, each step on disk before it is answered."""
+"""The commands of the federation plane; each change is on disk before its response is sent."""
 
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 from sqlalchemy.orm import Session
 from torch import Tensor
 
 from protocol.errors import (
+    Conflict,
     EmptyUpdate,
     InvalidField,
     NonFinite,
@@ -36,372 +38,387 @@ from protocol.messages import (
 from protocol.plan import RunPlan
 from protocol.settings import RunSettings
 from split_model import applied
-from split_server.federation import rounds, transitions, views
+from split_server.federation import records, rounds, transitions, views
+from split_server.federation.advance import RunAdvancer
 from split_server.federation.credentials import Credentials
 from split_server.federation.liveness import Liveness
-from split_server.federation.runs import Runs, Watcher
-from split_server.federation.snapshot import Member, RunSnapshot, load_snapshot
-from split_server.federation.updates import check_report, check_samples, read_neurons, require_base
-from split_server.models.prepare import PreparedRun, prepare_run
-from split_server.payloads.tensors import read_update, require_finite
-from split_server.runtime.process import Clock
-from split_server.storage.data_dir import new_run_id
-from split_server.storage.database import (
-    EvaluationRow,
-    ParticipantRow,
-    RoundRow,
-    RunRow,
-    Store,
-    UpdateRow,
+from split_server.federation.runs import RunRegistry
+from split_server.federation.snapshot import Participant, RunSnapshot, load_snapshot
+from split_server.federation.updates import (
+    check_base,
+    check_report,
+    check_samples,
+    expected_neurons_shape,
+    read_neurons,
 )
-from split_server.storage.events import IdempotentRequest, record_event
+from split_server.models.prepare import PreparedRun, prepare_run
+from split_server.payloads.tensors import FLOAT32_BYTES, decode_update, require_finite
+from split_server.storage.data_dir import new_run_id
+from split_server.storage.events import IdempotentRequest
 from split_server.storage.run_files import RunFiles, from_folder, read_tensors
-from split_server.storage.traffic import Meter
 
 log = logging.getLogger(__name__)
 
-Held = Callable[[], dict[str, Tensor]]
+_UPDATE_MARGIN_BYTES = 1024 * 1024  # header and padding of an update's frame
 
 Prepare = Callable[[RunPlan, RunFiles, Path], PreparedRun]
 
 
-class FederationService(Runs):
-    """What can be asked of the runs. Methods may be called from many threads at once.
+class TrainedStates(Protocol):
+    """The results of sessions that tuned prompts or a body on the server."""
+
+    def trained_state(self, run_id: str, participant_id: str, session: str) -> dict[str, Tensor]:
+        """Return the body's tuned tensors of a finished session, by their names in a state.
+
+        Raises:
+            StepLost: the session is gone or not finished.
+            NonFinite: the body is not finite.
+        """
+
+
+class FederationService:
+    """Creates runs, and receives all requests about them. Thread-safe.
 
     Args:
-        data_dir: where the runs' files and the backbones lie.
-        store: the database.
-        credentials: issues what participants show.
-        meter: the bytes of the participants.
-        presence: who has been heard of lately.
-        watcher: is told of changes.
-        clock: the two times.
-        prepare: makes the model's files of a new run.
+        runs: the registry of all runs.
+        advancer: takes the steps of runs that a request makes due.
+        credentials: issues the participants' credentials.
+        liveness: participants with a recent request.
+        trained: the server's part of the updates.
+        prepare: creates the model files of a new run.
     """
 
     def __init__(
         self,
-        data_dir: Path,
-        store: Store,
+        runs: RunRegistry,
+        advancer: RunAdvancer,
         credentials: Credentials,
-        meter: Meter,
-        presence: Liveness,
-        watcher: Watcher,
-        clock: Clock | None = None,
+        liveness: Liveness,
+        trained: TrainedStates,
         prepare: Prepare = prepare_run,
     ) -> None:
-        super().__init__(data_dir, store, meter, presence, watcher, clock or Clock())
+        self._runs = runs
+        self._advancer = advancer
         self._credentials = credentials
+        self._liveness = liveness
+        self._trained = trained
         self._prepare = prepare
         self._creating = threading.Lock()
 
     # Reading
 
     def views(self) -> list[RunView]:
-        """All runs, the oldest first."""
-        every = sorted(self._runs.values(), key=lambda run: (run.created_at, run.id))
-        return [views.run_view(run) for run in every]
+        """Return all runs, the oldest first."""
+        return [views.run_view(run) for run in self._runs.snapshots()]
 
     def results(self, run_id: str) -> Results:
-        self.run(run_id)
-        with self._lock(run_id), self._store.reading() as session:
-            return views.results(session, self.run(run_id), self._meter)
+        """Return rounds, participants and traffic of a run.
+
+        Raises:
+            NotFound: there is no such run.
+        """
+        self._runs.snapshot(run_id)
+        with self._runs.lock(run_id), self._runs.store.reading() as session:
+            return views.results(session, self._runs.snapshot(run_id), self._runs.meter)
 
     def events(self, run_id: str, after: int) -> list[Event]:
-        self.run(run_id)
-        with self._store.reading() as session:
+        """Return a run's events after the one with this number.
+
+        Raises:
+            NotFound: there is no such run.
+        """
+        self._runs.snapshot(run_id)
+        with self._runs.store.reading() as session:
             return views.events(session, run_id, after)
 
-    def assignment(self, run_id: str, participant: str) -> Assignment:
-        """What a participant is to do next; computed from memory, so it may be asked often."""
-        snapshot = self.run(run_id)
-        if participant not in snapshot.members:
-            raise NotFound("there is no such participant", field="participant", value=participant)
-        return rounds.assignment_for(snapshot, participant, self._clock.monotonic())
+    def assignment(self, run_id: str, participant_id: str) -> Assignment:
+        """Return a participant's next task, from memory alone.
 
-    # Changing
+        Raises:
+            NotFound: there is no such run or participant.
+        """
+        run = self._runs.snapshot(run_id)
+        if participant_id not in run.participants:
+            raise NotFound(
+                "there is no such participant", field="participant", value=participant_id
+            )
+        return rounds.assignment_for(run, participant_id, self._runs.clock.monotonic())
 
-    def create(self, settings: RunSettings, once: IdempotentRequest) -> RunView:
-        """Make a run: its model's files first, then the run itself."""
-        with self._creating:  # one at a time: a repeat must find the first one's answer
-            if (known := self._recall(once)) is not None:
-                return RunView.model_validate(known)
+    # Runs
+
+    def create(self, settings: RunSettings, idempotent: IdempotentRequest) -> RunView:
+        """Create a run, its model files first.
+
+        Raises:
+            InvalidField: the model cannot be obtained or cut as the plan requires.
+        """
+        with self._creating:  # one at a time: a repeat must find the first one's response
+            if (response := self._runs.recall(idempotent)) is not None:
+                return RunView.model_validate(response)
             run_id = new_run_id()
-            files = self.files(run_id)
+            files = self._runs.files(run_id)
             try:
-                view = self._create(run_id, settings, files, once)
+                view = self._create(run_id, settings, files, idempotent)
             except BaseException:
                 files.remove()
                 raise
-        self._watcher.changed(run_id)
+        self._runs.watcher.changed(run_id)
         log.info("run %s (%s) created", run_id, settings.name)
         return view
 
     def _create(
-        self, run_id: str, settings: RunSettings, files: RunFiles, once: IdempotentRequest
+        self, run_id: str, settings: RunSettings, files: RunFiles, idempotent: IdempotentRequest
     ) -> RunView:
-        prepared = self._prepare(settings.plan, files, self._data_dir / "backbones")
-        at = self._clock.wall()
-        with self._store.writing() as session:
-            row = RunRow(
-                id=run_id,
-                status=RunStatus.WAITING,
-                reason=None,
-                settings=settings.model_dump(mode="json"),
-                created_at=at,
-                finished_at=None,
-                backbone_path=from_folder(prepared.backbone_path, self._data_dir),
-                backbone_bytes=prepared.backbone_bytes,
-                renewed=0,
-                head_sha256=prepared.head.sha256,
-                head_nbytes=prepared.head.nbytes,
-            )
-            row.set_state(prepared.state)
-            session.add(row)
-            record_event(session, run_id, at, "run_created", name=settings.name)
-            view = views.run_view(load_snapshot(session, run_id, self._data_dir))
-            once.remember(session, view.model_dump(mode="json"), at)
-        self._reload(run_id)
+        runs = self._runs
+        prepared = self._prepare(settings.plan, files, runs.cache_dir)
+        at = runs.clock.wall()
+        with runs.store.writing() as session:
+            backbone_path = from_folder(prepared.backbone_path, runs.data_dir)
+            records.add_run(session, run_id, settings, prepared, backbone_path, at)
+            view = views.run_view(load_snapshot(session, run_id, runs.data_dir))
+            idempotent.remember(session, view.model_dump(mode="json"), at)
+        runs.reload(run_id)
         return view
 
-    def cancel(self, run_id: str, once: IdempotentRequest) -> RunView:
-        """Stop a run; its participants are told at their next call.
+    def cancel(self, run_id: str, idempotent: IdempotentRequest) -> RunView:
+        """Stop a run; its participants learn of it with their next request.
 
         Raises:
             NotFound, RunClosed
         """
-        with self._changing(run_id) as session:
-            if (known := once.recall(session)) is not None:
-                return RunView.model_validate(known)
-            run = self.run(run_id)
+        runs = self._runs
+        with runs.changing(run_id) as session:
+            if (response := idempotent.recall(session)) is not None:
+                return RunView.model_validate(response)
+            run = runs.snapshot(run_id)
             rounds.require_running(run)
-            at = self._clock.wall()
-            transitions.abandon_round(session, run, self._meter, at)
+            at = runs.clock.wall()
+            transitions.abandon_round(session, run, runs.meter, at)
             transitions.end_run(
                 session, run_id, RunStatus.CANCELLED, "cancelled by its operator", at
             )
-            view = views.run_view(load_snapshot(session, run_id, self._data_dir))
-            once.remember(session, view.model_dump(mode="json"), at)
-        self._watcher.round_over(run_id)
-        self._watcher.run_over(run_id)
-        with self._lock(run_id):
-            self._sweep(run_id, run)
+            view = views.run_view(load_snapshot(session, run_id, runs.data_dir))
+            idempotent.remember(session, view.model_dump(mode="json"), at)
+        runs.watcher.round_over(run_id)
+        runs.watcher.run_over(run_id)
+        with runs.lock(run_id):
+            runs.sweep(run_id, run)
         return view
 
-    def join(self, run_id: str, request: JoinRequest, once: IdempotentRequest) -> JoinResponse:
-        """Take a device into a run; a repeat gets the same participant again.
+    # Participants
+
+    def join(
+        self, run_id: str, request: JoinRequest, idempotent: IdempotentRequest
+    ) -> JoinResponse:
+        """Add a device to a run; a repeat returns the same participant.
 
         Raises:
             NotFound, RunClosed
-            InvalidField: the device's data have another number of classes than the run.
+            InvalidField: the classes of the device's data do not fit the run.
         """
-        with self._changing(run_id) as session:
-            known = once.recall(session)
-            participant = str(known["participant"]) if known else None
-            if participant is None:
-                participant = self._join(session, self.run(run_id), request, once)
-        self._presence.touch(run_id, participant)
-        self.go_on(run_id)
+        with self._runs.changing(run_id) as session:
+            response = idempotent.recall(session)
+            participant_id = str(response["participant"]) if response else None
+            if participant_id is None:
+                run = self._runs.snapshot(run_id)
+                participant_id = self._join(session, run, request, idempotent)
+        self._liveness.touch(run_id, participant_id)
+        self._advancer.try_advance(run_id)
         return JoinResponse(
-            participant=participant,
-            credential=self._credentials.issue(run_id, participant),
-            run=views.run_view(self.run(run_id)),
+            participant=participant_id,
+            credential=self._credentials.issue(run_id, participant_id),
+            run=views.run_view(self._runs.snapshot(run_id)),
         )
 
     def _join(
-        self, session: Session, run: RunSnapshot, request: JoinRequest, once: IdempotentRequest
+        self,
+        session: Session,
+        run: RunSnapshot,
+        request: JoinRequest,
+        idempotent: IdempotentRequest,
     ) -> str:
         if request.train_samples or request.test_samples:
-            rounds.require_running(run)  # one without data only looks, and may always
-        if request.num_classes != run.plan.model.num_classes:
-            raise InvalidField(
-                "the device's data have another number of classes than the run",
-                field="num_classes",
-                limit=run.plan.model.num_classes,
-                value=request.num_classes,
-                hint="a device that lacks a class needs class_names in the run's settings",
-            )
-        _require_same_classes(run, request)
-        ordinal = len(run.members) + 1
-        participant = f"p{ordinal:04d}"
-        at = self._clock.wall()
-        session.add(
-            ParticipantRow(
-                run_id=run.id,
-                id=participant,
-                ordinal=ordinal,
-                name=request.name,
-                train_samples=request.train_samples,
-                test_samples=request.test_samples,
-                classes_sha256=request.classes_sha256,
-                joined_at=at,
-                left_at=None,
-                traffic={},
-            )
-        )
-        once.remember(session, {"participant": participant}, at)
-        record_event(
-            session, run.id, at, "participant_joined", participant=participant, name=request.name
-        )
-        return participant
+            rounds.require_running(run)  # a device without data only reads, which is allowed later
+        _check_classes(run, request)
+        return records.add_participant(session, run, request, idempotent, self._runs.clock.wall())
 
-    def leave(self, run_id: str, participant: str, once: IdempotentRequest) -> None:
-        """Let a participant go; a round does not wait for it any more."""
-        with self._changing(run_id) as session:
-            if once.recall(session) is not None:
+    def leave(self, run_id: str, participant_id: str, idempotent: IdempotentRequest) -> None:
+        """Remove a participant from its run; no round waits for it any more.
+
+        Raises:
+            NotFound, Forbidden
+        """
+        runs = self._runs
+        with runs.changing(run_id) as session:
+            if idempotent.recall(session) is not None:
                 return
-            self.member(run_id, participant)
-            at = self._clock.wall()
-            session.get_one(ParticipantRow, (run_id, participant)).left_at = at
-            once.remember(session, {}, at)
-            record_event(session, run_id, at, "participant_left", participant=participant)
-        self._presence.forget(run_id, participant)
-        self._watcher.left(run_id, participant)
-        self.go_on(run_id)
+            runs.participant(run_id, participant_id)
+            at = runs.clock.wall()
+            records.record_leaving(session, run_id, participant_id, idempotent, at)
+        self._liveness.forget(run_id, participant_id)
+        runs.watcher.left(run_id, participant_id)
+        self._advancer.try_advance(run_id)
+
+    # Updates
+
+    def admit_update(self, run_id: str, participant_id: str, idempotent: IdempotentRequest) -> int:
+        """Refuse an update that cannot count, before its body takes memory; admit a repeat.
+
+        Returns:
+            The size limit of its body in bytes: the state in the widest codec, and the neuron
+            statistics if the round has them.
+
+        Raises:
+            NotFound, Forbidden, StaleRound, RunClosed, Conflict
+        """
+        run, participant = self._runs.participant(run_id, participant_id)
+        try:
+            rounds.require_any_trainer(run, participant)
+        except Conflict:
+            if not self._runs.is_known(idempotent):
+                raise
+        shape = expected_neurons_shape(run.plan, run.round)
+        neurons_bytes = FLOAT32_BYTES * math.prod(shape) if shape else 0
+        return run.state.device.nbytes + _UPDATE_MARGIN_BYTES + neurons_bytes
 
     def update(
         self,
         run_id: str,
-        participant: str,
+        participant_id: str,
         meta: UpdateMeta,
         frame: Frame,
-        once: IdempotentRequest,
-        held: Held | None = None,
+        idempotent: IdempotentRequest,
     ) -> UpdateReceipt:
         """Count an update, once.
 
         Args:
-            run_id, participant: whose it is.
             meta, frame: as the device sent them.
-            once: the request.
-            held: gives the part of the update that the server has already, where it has one.
 
         Raises:
-            StepLost: that part is not here any more.
-            StaleRound, RunClosed, Conflict: not now, or not again.
-            EmptyUpdate, NonFinite, WrongShape: not like this; the round goes on without it.
+            StepLost: the server's part of the update is gone.
+            StaleRound, RunClosed, Conflict: the round is not open or has counted another one.
+            EmptyUpdate, NonFinite, WrongShape: refused for good; the round continues without it.
             InvalidField: a field is wrong; the participant may correct it.
         """
-        self.go_on(run_id)
-        receipt = UpdateReceipt(round=meta.round, samples=meta.samples)
-        with self._lock(run_id):
-            if self._recall(once) is not None:
-                return receipt
-            run, member = self.member(run_id, participant)
-            open_round = rounds.require_trainer(run, member, meta.round, meta.attempt)
-            rounds.require_first(open_round.updated, participant, "update")
-            try:
-                check_samples(meta, member)
-                require_base(meta, run.state)
-                neurons = read_neurons(frame, run.plan, meta.round)
-                tensors = read_update(frame, run.plan.model, neurons)
-                if meta.base is not None:
-                    tensors = applied(read_tensors(self.files(run_id).state(meta.base)), tensors)
-                    require_finite(tensors)
-                if held is not None:
-                    tensors |= held()
-                tensors |= neurons
-            except (EmptyUpdate, NonFinite, WrongShape) as error:
-                self._decline(run, member, error)
-                refusal: SFPromptError | None = error
-            else:
-                refusal = None
-                sha256 = self.files(run_id).write_update(tensors).sha256
-                self._count(run, member, meta, sha256, once)
-        self.go_on(run_id)
+        self._advancer.try_advance(run_id)
+        with self._runs.lock(run_id):
+            refusal = self._receive(run_id, participant_id, meta, frame, idempotent)
+        self._advancer.try_advance(run_id)
+        self._settle(run_id, participant_id, meta)
         if refusal is not None:
             raise refusal
-        return receipt
+        return UpdateReceipt(round=meta.round, samples=meta.samples)
 
-    def _count(
+    def _receive(
         self,
-        run: RunSnapshot,
-        member: Member,
+        run_id: str,
+        participant_id: str,
         meta: UpdateMeta,
-        sha256: str,
-        once: IdempotentRequest,
-    ) -> None:
-        at = self._clock.wall()
-        with self._changing(run.id) as session:
-            session.add(
-                UpdateRow(
-                    run_id=run.id,
-                    round=meta.round,
-                    attempt=meta.attempt,
-                    participant_id=member.id,
-                    samples=meta.samples,
-                    received_at=at,
-                    train_loss=meta.train_loss,
-                    local_loss=meta.local_loss,
-                    sha256=sha256,
-                )
-            )
-            once.remember(session, {}, at)
-            data = meta.model_dump(exclude={"local_loss", "session", "base"})
-            record_event(session, run.id, at, "update_counted", participant=member.id, **data)
+        frame: Frame,
+        idempotent: IdempotentRequest,
+    ) -> SFPromptError | None:
+        """Count an update or decline it for good; return the reason if it was declined."""
+        if self._runs.recall(idempotent) is not None:
+            return None
+        run, participant = self._runs.participant(run_id, participant_id)
+        open_round = rounds.require_trainer(run, participant, meta.round, meta.attempt)
+        rounds.require_first(open_round.updated, participant_id, "update")
+        try:
+            tensors = self._complete_update(run, participant, meta, frame)
+        except (EmptyUpdate, NonFinite, WrongShape) as error:
+            self._decline(run, participant, error)
+            return error
+        sha256 = self._runs.files(run_id).write_update(tensors).sha256
+        at = self._runs.clock.wall()
+        with self._runs.changing(run_id) as session:
+            records.count_update(session, run_id, participant_id, meta, sha256, idempotent, at)
+        return None
 
-    def _decline(self, run: RunSnapshot, member: Member, error: SFPromptError) -> None:
-        """Remember that this participant has nothing to count, so that nobody waits for it."""
-        if run.open_round is None or member.id in run.open_round.declined:
-            return
-        key = (run.id, run.open_round.round, run.open_round.attempt)
-        with self._changing(run.id) as session:
-            row = session.get_one(RoundRow, key)
-            row.declined = [*row.declined, member.id]
-            record_event(
-                session,
-                run.id,
-                self._clock.wall(),
-                "update_refused",
-                round=row.round,
-                attempt=row.attempt,
-                participant=member.id,
-                code=error.code,
+    def _complete_update(
+        self, run: RunSnapshot, participant: Participant, meta: UpdateMeta, frame: Frame
+    ) -> dict[str, Tensor]:
+        """Decode and check an update, and add the part of it that was trained on the server."""
+        check_samples(meta, participant)
+        check_base(meta, run.state.device)
+        neurons = read_neurons(frame, run.plan, meta.round)
+        tensors = decode_update(frame, run.plan.model, neurons)
+        if meta.base is not None:
+            base = read_tensors(self._runs.files(run.id).state(meta.base))
+            tensors = applied(base, tensors)
+            require_finite(tensors)
+        if run.state.server is not None:
+            tensors |= self._trained_tensors(run, participant, meta)
+        return tensors | neurons
+
+    def _trained_tensors(
+        self, run: RunSnapshot, participant: Participant, meta: UpdateMeta
+    ) -> dict[str, Tensor]:
+        if meta.session is None:
+            raise InvalidField(
+                "an update must name the session that trained its prompts or body", field="session"
             )
+        return self._trained.trained_state(run.id, participant.id, meta.session)
+
+    def _decline(self, run: RunSnapshot, participant: Participant, error: SFPromptError) -> None:
+        if run.open_round is None or participant.id in run.open_round.declined:
+            return
+        with self._runs.changing(run.id) as session:
+            at = self._runs.clock.wall()
+            records.decline_update(session, run.id, run.open_round, participant.id, error, at)
+
+    def _settle(self, run_id: str, participant_id: str, meta: UpdateMeta) -> None:
+        """Release the participant's tuned body, unless a late repeat names an earlier attempt."""
+        run = self._runs.snapshot(run_id)
+        if not run.plan.model.tune_body or run.open_round is None:
+            return
+        if (run.open_round.round, run.open_round.attempt) == (meta.round, meta.attempt):
+            self._runs.watcher.update_settled(run_id, participant_id)
 
     def evaluation(
-        self, run_id: str, participant: str, report: EvaluationReport, once: IdempotentRequest
+        self,
+        run_id: str,
+        participant_id: str,
+        report: EvaluationReport,
+        idempotent: IdempotentRequest,
     ) -> None:
-        """Take one participant's measurement of the new global state, once.
+        """Count one participant's evaluation of the new global state, once.
 
         Raises:
-            StaleRound, RunClosed, Conflict: not now, or not again.
-            InvalidField: a count that this participant cannot have.
+            StaleRound, RunClosed, Conflict: the round is not open or has counted another one.
+            InvalidField: a number that this participant cannot have.
         """
-        self.go_on(run_id)
-        with self._changing(run_id) as session:
-            if once.recall(session) is not None:
+        self._advancer.try_advance(run_id)
+        with self._runs.changing(run_id) as session:
+            if idempotent.recall(session) is not None:
                 return
-            run, member = self.member(run_id, participant)
+            run, participant = self._runs.participant(run_id, participant_id)
             open_round = rounds.require_phase(
                 run, report.round, report.attempt, RoundStatus.EVALUATING
             )
-            rounds.require_evaluator(open_round, participant)
-            rounds.require_first(open_round.evaluated, participant, "evaluation")
-            check_report(report, member)
-            at = self._clock.wall()
-            session.add(
-                EvaluationRow(
-                    run_id=run_id,
-                    participant_id=participant,
-                    received_at=at,
-                    **report.model_dump(),
-                )
-            )
-            once.remember(session, {}, at)
-            data: dict[str, Any] = report.model_dump(exclude={"loss_sum"})
-            record_event(session, run_id, at, "evaluation_counted", participant=participant, **data)
-        self.go_on(run_id)
+            rounds.require_evaluator(open_round, participant_id)
+            rounds.require_first(open_round.evaluated, participant_id, "evaluation")
+            check_report(report, participant)
+            at = self._runs.clock.wall()
+            records.count_evaluation(session, run_id, participant_id, report, idempotent, at)
+        self._advancer.try_advance(run_id)
 
 
-def _require_same_classes(run: RunSnapshot, request: JoinRequest) -> None:
-    """Labels are numbers: to devices whose classes differ they would mean different things."""
-    known = {member.classes_sha256 for member in run.members.values()} - {None}
+def _check_classes(run: RunSnapshot, request: JoinRequest) -> None:
+    """Refuse data whose labels would mean other classes than those of the run."""
+    if request.num_classes != run.plan.model.num_classes:
+        raise InvalidField(
+            "the device's data and the run differ in the number of classes",
+            field="num_classes",
+            limit=run.plan.model.num_classes,
+            value=request.num_classes,
+            hint="a device that lacks a class needs class_names in the run's settings",
+        )
+    known = {one.classes_sha256 for one in run.participants.values()} - {None}
     if request.classes_sha256 is not None and known - {request.classes_sha256}:
         raise InvalidField(
-            "the classes of this device's data have other names than those of the devices before",
+            "the classes of the device's data differ in name from those of earlier devices",
             field="classes_sha256",
             limit=sorted(filter(None, known)),
             value=request.classes_sha256,
-            hint="name its folders alike, or list class_names in the run's settings",
+            hint="use the same folder names, or list class_names in the run's settings",
         )

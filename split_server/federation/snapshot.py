@@ -1,4 +1,4 @@
-"""A run as it stood after its last committed change: immutable, read without a lock."""
+"""An immutable snapshot of a run after its last committed change, read without a lock."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from protocol.plan import RunPlan
 from protocol.settings import RunSettings
 from split_server.models.body_key import BodyKey
 from split_server.storage.database import EvaluationRow, ParticipantRow, RoundRow, RunRow, UpdateRow
+from split_server.storage.run_files import StateRefs
 
 
 @dataclass(frozen=True)
-class Member:
-    """A participant, as far as the rounds need to know it."""
+class Participant:
+    """A participant of a run."""
 
     id: str
     name: str
@@ -32,13 +33,13 @@ class Member:
 
     @property
     def order(self) -> tuple[str, int]:
-        """By name, so that the order of joining does not show in a run's result."""
+        """Sort key by name, so that a run's result does not depend on the order of joining."""
         return self.name, self.ordinal
 
 
 @dataclass(frozen=True)
 class OpenRound:
-    """The attempt at a round that is open now."""
+    """The open attempt at a round. Participants are given by id."""
 
     round: int
     attempt: int
@@ -51,13 +52,13 @@ class OpenRound:
 
     @property
     def key(self) -> tuple[int, int, RoundStatus]:
-        """Names the phase: a deadline belongs to one of these."""
+        """Identifies the phase; each phase has one deadline."""
         return self.round, self.attempt, self.status
 
 
 @dataclass(frozen=True)
 class RunSnapshot:
-    """A run as the assignments, the rounds and the split plane see it."""
+    """A run as the federation and the split plane see it."""
 
     id: str
     status: RunStatus
@@ -68,13 +69,12 @@ class RunSnapshot:
     backbone_path: str
     backbone_bytes: int
     head: BlobRef
-    state: BlobRef  # as devices take it
-    held: BlobRef | None  # the rest of it: prompts at the cut, or a tuned body
-    members: Mapping[str, Member]
+    state: StateRefs  # the newest global state
+    participants: Mapping[str, Participant]  # by id, with those that have left
     open_round: OpenRound | None
-    closed_rounds: int  # rounds that have made a global state and been measured
+    closed_rounds: int  # rounds that have produced a global state
     repeats: int  # failed attempts at the round after these
-    renewed: int = 0  # the round after which backbone and head were made; 0: with the run
+    renewed: int = 0  # the round after which backbone and head were distilled; 0: never
     deadline: float | None = None  # of the open phase, on the monotonic clock
 
     @property
@@ -83,30 +83,31 @@ class RunSnapshot:
 
     @cached_property
     def body(self) -> BodyKey:
-        """What its jobs run through, as it was made with the run."""
+        """The frozen body, as it was when the run was created."""
         return BodyKey.of(self.backbone_path, self.plan)
 
     @property
     def round(self) -> int:
-        """The open round, or the last one that was; 0 before the first."""
+        """The open round, or the last one; 0 before the first."""
         if self.open_round is not None:
             return self.open_round.round
         return self.closed_rounds + (1 if self.repeats else 0)
 
     @property
-    def distilled_round(self) -> bool:
+    def needs_redistillation(self) -> bool:
         """Whether the proxy has to be distilled again before the next round."""
         due = self.plan.distillation.due(self.closed_rounds, self.plan.federation.rounds)
         return due and self.renewed < self.closed_rounds
 
     @property
-    def present(self) -> list[Member]:
-        """Those who have joined and not left, in their order."""
-        return sorted((m for m in self.members.values() if not m.left), key=lambda m: m.order)
+    def present(self) -> list[Participant]:
+        """The participants that have not left, sorted."""
+        present = (one for one in self.participants.values() if not one.left)
+        return sorted(present, key=lambda one: one.order)
 
     def in_order(self, participants: frozenset[str]) -> list[str]:
-        """Participants in the order in which everything is summed."""
-        return sorted(participants, key=lambda one: self.members[one].order)
+        """Sort participant ids into the order of every sum."""
+        return sorted(participants, key=lambda id_: self.participants[id_].order)
 
 
 @lru_cache(maxsize=256)
@@ -116,7 +117,7 @@ def _parsed(settings: str) -> RunSettings:
 
 
 def load_snapshot(session: Session, run_id: str, data_dir: Path) -> RunSnapshot:
-    """Read a run of the server whose data folder this is."""
+    """Read a run from the database; paths are relative to the server's data folder."""
     run = session.get_one(RunRow, run_id)
     last = session.scalars(
         select(RoundRow)
@@ -149,17 +150,16 @@ def load_snapshot(session: Session, run_id: str, data_dir: Path) -> RunSnapshot:
         backbone_path=str(data_dir / run.backbone_path),
         backbone_bytes=run.backbone_bytes,
         head=BlobRef(sha256=run.head_sha256, nbytes=run.head_nbytes),
-        state=run.state.device,
-        held=run.state.held,
-        members=_members(session, run_id),
-        open_round=_open_round(session, last),
+        state=run.state,
+        participants=_load_participants(session, run_id),
+        open_round=_load_open_round(session, last),
         closed_rounds=closed or 0,
         repeats=repeats or 0,
         renewed=run.renewed,
     )
 
 
-def _members(session: Session, run_id: str) -> dict[str, Member]:
+def _load_participants(session: Session, run_id: str) -> dict[str, Participant]:
     rows = session.execute(
         select(
             ParticipantRow.id,
@@ -172,7 +172,7 @@ def _members(session: Session, run_id: str) -> dict[str, Member]:
         ).where(ParticipantRow.run_id == run_id)
     )
     return {
-        row.id: Member(
+        row.id: Participant(
             row.id,
             row.name,
             row.ordinal,
@@ -185,7 +185,7 @@ def _members(session: Session, run_id: str) -> dict[str, Member]:
     }
 
 
-def _open_round(session: Session, row: RoundRow | None) -> OpenRound | None:
+def _load_open_round(session: Session, row: RoundRow | None) -> OpenRound | None:
     if row is None or row.status not in (RoundStatus.TRAINING, RoundStatus.EVALUATING):
         return None
     return OpenRound(
@@ -193,16 +193,17 @@ def _open_round(session: Session, row: RoundRow | None) -> OpenRound | None:
         attempt=row.attempt,
         status=RoundStatus(row.status),
         sampled=tuple(row.sampled),
-        updated=_who(session, UpdateRow, row),
+        updated=_senders(session, UpdateRow, row),
         declined=frozenset(row.declined),
         evaluators=tuple(row.evaluators),
-        evaluated=_who(session, EvaluationRow, row),
+        evaluated=_senders(session, EvaluationRow, row),
     )
 
 
-def _who(
+def _senders(
     session: Session, table: type[UpdateRow] | type[EvaluationRow], row: RoundRow
 ) -> frozenset[str]:
+    """Return the participants whose update or evaluation of this attempt is stored."""
     return frozenset(
         session.scalars(
             select(table.participant_id).where(

@@ -1,4 +1,4 @@
-"""Carries out what `rounds.decide` decided: one transaction for each step of a run."""
+"""Carry out the steps that `rounds.decide` returns: one transaction for each step of a run."""
 
 from __future__ import annotations
 
@@ -39,33 +39,33 @@ from split_server.storage.traffic import Meter
 def average(
     session: Session, run: RunSnapshot, action: Aggregate, files: RunFiles
 ) -> Publish | FailRun:
-    """The new global state, written to disk and not yet named by anything.
+    """Write the new global state to disk, without referring to it in the database yet.
 
-    Apart from `apply`, so that no transaction waits for the arithmetic.
+    Separate from `apply`, so that no transaction waits for the computation.
     """
     row = _open_row(session, run)
-    base = StateRefs(run.state, run.held)
+    base = run.state
     try:
         mean = _mean(run.plan, row, base, _updates(session, row, action.updated), files)
         if (neurons := mean.pop(NEURONS, None)) is not None:
             files.write_neurons(row.round, neurons)
-        state = _stepped(run.plan.federation, row.round, base, mean, files)
+        state = _next_state(run.plan.federation, row.round, base, mean, files)
     except SFPromptError as error:
-        # Every update was checked alone; only what is made of them can still be wrong.
+        # Each update was valid; only their aggregate can still fail.
         return FailRun(f"round {row.round}: {error}")
     refs = publish(state, base, run.plan, files)
     return Publish(action.updated, action.evaluators, refs)
 
 
 def _mean(
-    settings: RunPlan,
+    plan: RunPlan,
     row: RoundRow,
     base: StateRefs,
     updates: list[UpdateRow],
     files: RunFiles,
 ) -> dict[str, Tensor]:
-    """The mean of the updates, weighted by samples; or of equal weight, clipped and noised."""
-    federation = settings.federation
+    """Average the updates: weighted by samples, or with equal weights, clipped and noised."""
+    federation = plan.federation
     loads = [partial(read_tensors, files.update(update.sha256)) for update in updates]
     if federation.dp_clip is None:
         return federated_average(
@@ -76,18 +76,18 @@ def _mean(
         files.read_state(base),
         clip=federation.dp_clip,
         noise_multiplier=federation.dp_noise_multiplier,
-        generator=noise_generator(settings, row.round, row.attempt),
+        generator=noise_generator(plan, row.round, row.attempt),
     )
 
 
-def _stepped(
+def _next_state(
     federation: FederationSettings,
     round_: int,
     base: StateRefs,
     mean: dict[str, Tensor],
     files: RunFiles,
 ) -> dict[str, Tensor]:
-    """The new global state: the mean, or where the server optimiser's step leads."""
+    """Return the new global state: the mean, or the result of the server optimiser's step."""
     if federation.server_optimizer == "fedavg":
         return mean
     before = files.read_moments(round_ - 1)
@@ -104,13 +104,13 @@ def apply(
     at: float,
     work: Mapping[str, float] | None = None,
 ) -> None:
-    """Make one step of a run true.
+    """Write one step of a run to the database.
 
     Args:
         session: the transaction of the step.
-        run: the run as it stands.
-        action: the step; not `Aggregate`, which `average` turns into another.
-        meter: what the round that ends has cost.
+        run: the run before the step.
+        action: the step; `average` replaces `Aggregate` first.
+        meter: the traffic of the round.
         at: seconds since 1970.
         work: what the server has computed for the run, for its history.
     """
@@ -132,7 +132,7 @@ def apply(
         _give_up(session, run, row, meter, at)
         end_run(session, run.id, RunStatus.FAILED, action.reason, at)
     else:
-        raise TypeError(f"{type(action).__name__} is no step that can be applied")
+        raise TypeError(f"{type(action).__name__} cannot be applied")
 
 
 def end_run(
@@ -145,10 +145,10 @@ def end_run(
     record_event(session, run_id, at, f"run_{status}", **data)
 
 
-def renew(
+def replace_proxy(
     session: Session, run: RunSnapshot, backbone: str, head: BlobRef, round_: int, at: float
 ) -> None:
-    """Make the proxy that was distilled after this round the run's model."""
+    """Make the proxy that was distilled after this round the run's backbone."""
     row = session.get_one(RunRow, run.id)
     row.backbone_path, row.renewed = backbone, round_
     row.head_sha256, row.head_nbytes = head.sha256, head.nbytes
@@ -156,7 +156,7 @@ def renew(
 
 
 def abandon_round(session: Session, run: RunSnapshot, meter: Meter, at: float) -> None:
-    """Close the open attempt without a result, where there is one."""
+    """Close the open attempt, if any, without a result."""
     if run.open_round is not None:
         _give_up(session, run, _open_row(session, run), meter, at)
 
@@ -225,7 +225,7 @@ def _set_state(session: Session, run: RunSnapshot, row: RoundRow, refs: StateRef
 
 
 def _measure(session: Session, run: RunSnapshot, row: RoundRow) -> None:
-    found = {
+    reports_by_id = {
         report.participant_id: report
         for report in session.scalars(
             select(EvaluationRow).where(
@@ -235,7 +235,7 @@ def _measure(session: Session, run: RunSnapshot, row: RoundRow) -> None:
             )
         )
     }
-    reports = [found[participant] for participant in run.in_order(frozenset(found))]
+    reports = [reports_by_id[id_] for id_ in run.in_order(frozenset(reports_by_id))]
     samples = sum(report.samples for report in reports)
     if samples:
         row.evaluation_samples = samples
@@ -260,7 +260,7 @@ def _close(session: Session, run: RunSnapshot, row: RoundRow, meter: Meter, at: 
 
 
 def _give_up(session: Session, run: RunSnapshot, row: RoundRow, meter: Meter, at: float) -> None:
-    # An attempt that was being measured has made its state; only training is repeated.
+    # An attempt that is being evaluated has produced its state; only training is repeated.
     aggregated = row.status == RoundStatus.EVALUATING
     row.status = RoundStatus.CLOSED if aggregated else RoundStatus.REPEATED
     row.closed_at = at
@@ -268,7 +268,7 @@ def _give_up(session: Session, run: RunSnapshot, row: RoundRow, meter: Meter, at
 
 
 def _charge(session: Session, run: RunSnapshot, row: RoundRow, meter: Meter) -> None:
-    """A round pays for all bytes since the one before it ended."""
+    """Charge a round for all traffic since the previous round ended."""
     meter.save(session, run.id)
     row.traffic = meter.run(run.id).since(closed_traffic(session, run.id)).to_dict()
 
@@ -278,8 +278,8 @@ def _record(session: Session, row: RoundRow, kind: str, at: float, **data: Any) 
 
 
 def _updates(session: Session, row: RoundRow, participants: tuple[str, ...]) -> list[UpdateRow]:
-    """The attempt's updates in this order of participants."""
-    found = {
+    """Return the attempt's updates in this order of participants."""
+    by_participant = {
         update.participant_id: update
         for update in session.scalars(
             select(UpdateRow).where(
@@ -289,10 +289,10 @@ def _updates(session: Session, row: RoundRow, participants: tuple[str, ...]) -> 
             )
         )
     }
-    return [found[participant] for participant in participants]
+    return [by_participant[id_] for id_ in participants]
 
 
 def _open_row(session: Session, run: RunSnapshot) -> RoundRow:
-    if run.open_round is None:  # decided from this snapshot, so it cannot be
+    if run.open_round is None:  # cannot happen: the step was decided from this snapshot
         raise LookupError(f"run {run.id} has no open round")
     return session.get_one(RoundRow, (run.id, run.open_round.round, run.open_round.attempt))

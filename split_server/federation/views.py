@@ -1,4 +1,4 @@
-"""A run as others see it: rows and snapshots become messages."""
+"""Convert rows and snapshots into the protocol's messages."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from split_server.federation.snapshot import RunSnapshot
 from split_server.storage.database import EventRow, ParticipantRow, RoundRow, UpdateRow
 from split_server.storage.traffic import Meter
 
-_MAX_EVENTS = 500  # in one answer; the next request asks for those after them
+_MAX_EVENTS = 500  # in one response; the next request continues after them
 
 
 def run_view(run: RunSnapshot) -> RunView:
-    """A run as anybody sees it."""
+    """Return the public view of a run."""
     return RunView(
         id=run.id,
         status=run.status,
@@ -38,12 +38,12 @@ def run_view(run: RunSnapshot) -> RunView:
         finished_at=run.finished_at,
         backbone_bytes=run.backbone_bytes,
         head=run.head,
-        state=run.state,
+        state=run.state.device,
     )
 
 
 def results(session: Session, run: RunSnapshot, meter: Meter) -> Results:
-    """Everything that a run has produced so far."""
+    """Return a run's rounds, participants and traffic so far."""
     rows = session.scalars(
         select(RoundRow).where(RoundRow.run_id == run.id).order_by(RoundRow.round, RoundRow.attempt)
     ).all()
@@ -57,7 +57,7 @@ def results(session: Session, run: RunSnapshot, meter: Meter) -> Results:
 
 
 def closed_traffic(session: Session, run_id: str) -> Traffic:
-    """The bytes that the rounds which are over have on their accounts."""
+    """Return the traffic that the closed rounds were charged for."""
     traffic = Traffic()
     for counts in session.scalars(select(RoundRow.traffic).where(RoundRow.run_id == run_id)):
         traffic.merge(Traffic.from_dict(counts))
@@ -82,9 +82,9 @@ def _rounds(
     for row in rows:
         is_open = row.closed_at is None
         traffic = total.since(earlier).to_dict() if is_open else row.traffic
-        who = run.in_order(frozenset(updated.get((row.round, row.attempt), set())))
+        senders = run.in_order(frozenset(updated.get((row.round, row.attempt), set())))
         epsilon = epsilons.get((row.round, row.attempt))
-        views.append(_round(row, tuple(who), traffic, epsilon))
+        views.append(_round(row, tuple(senders), traffic, epsilon))
     return tuple(views)
 
 
@@ -138,7 +138,7 @@ def _participants(session: Session, run: RunSnapshot, meter: Meter) -> tuple[Par
 
 
 def events(session: Session, run_id: str, after: int) -> list[Event]:
-    """What has happened in a run after the event of this number."""
+    """Return a run's events after the one with this number."""
     rows = session.scalars(
         select(EventRow)
         .where(EventRow.run_id == run_id, EventRow.seq > after)

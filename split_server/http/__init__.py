@@ -1,1 +1,1 @@
-"""The two planes over HTTP: FastAPI for the federation, raw ASGI for the tensors."""
+"""HTTP: FastAPI for the federation's JSON, raw ASGI for the frames of the split plane."""

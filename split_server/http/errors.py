@@ -1,4 +1,4 @@
-"""Every refusal, whoever raises it, leaves as the contract's typed error."""
+"""Turn every exception into a response with the protocol's typed error."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _FULL_DISK_S = 10.0
 
 
 def unexpected(error: Exception) -> SFPromptError:
-    """What an asker is told of a failure that is no fault of the request."""
+    """Create the typed error for a failure that the request did not cause."""
     if _is_full_disk(error):
         return Busy("the server's disk is full; try again later", retry_after_s=_FULL_DISK_S)
     return InternalError("the server failed on this request")
@@ -44,21 +44,21 @@ def _is_full_disk(error: Exception) -> bool:
 
 
 def error_headers(error: SFPromptError) -> dict[str, str]:
-    """What a refusal says in its headers: when to come back."""
+    """Return the headers of an error response: when to retry."""
     if error.retry_after_s is None:
         return {}
     return {"retry-after": str(max(1, math.ceil(error.retry_after_s)))}
 
 
 def error_body(error: SFPromptError) -> dict[str, object]:
-    """A refusal as JSON, with the id of the request it refuses."""
+    """Return an error as JSON, with the id of the refused request."""
     wire = error.to_wire()
     wire["error"]["request_id"] = request_id.get()
     return wire
 
 
 async def send_error(send: Send, error: SFPromptError) -> None:
-    """Answer with a typed error."""
+    """Send a typed error."""
     body = json.dumps(error_body(error)).encode()
     extra = [(name.encode(), value.encode()) for name, value in error_headers(error).items()]
     await send_pieces(send, error.status, b"application/json", [body], extra)
@@ -71,7 +71,7 @@ async def send_pieces(
     pieces: Sequence[bytes | memoryview],
     extra: Iterable[Header] = (),
 ) -> None:
-    """Answer with a body in pieces that are written one after the other, never joined."""
+    """Send a response whose body is written in pieces, without joining them."""
     length = sum(memoryview(piece).nbytes for piece in pieces)
     headers = [
         (b"content-type", media),
@@ -79,15 +79,15 @@ async def send_pieces(
         *extra,
     ]
     await send({"type": "http.response.start", "status": status, "headers": headers})
-    # The last piece ends the answer: an empty message after it might have to wait, and the next
-    # request would be counted with this one.
+    # The last piece ends the response: an empty message after it might have to wait, and the next
+    # request's bytes would be counted with this one's.
     last = len(pieces) - 1
-    for place, piece in enumerate(pieces):
-        await send({"type": "http.response.body", "body": piece, "more_body": place < last})
+    for index, piece in enumerate(pieces):
+        await send({"type": "http.response.body", "body": piece, "more_body": index < last})
 
 
 class Refused(HTTPException):
-    """Carries a typed error through FastAPI's reading of bodies, which rewrites all others."""
+    """Carries a typed error through FastAPI's body parsing, which replaces other exceptions."""
 
     def __init__(self, refusal: SFPromptError) -> None:
         super().__init__(refusal.status, refusal.message)
@@ -95,7 +95,7 @@ class Refused(HTTPException):
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Register the handlers. What is unexpected goes on to the gate, which logs it."""
+    """Register the handlers. `RequestMiddleware` logs unexpected exceptions."""
     app.add_exception_handler(SFPromptError, _typed)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
@@ -112,14 +112,14 @@ async def _invalid(request: Request, error: Exception) -> JSONResponse:
     if not isinstance(error, RequestValidationError):
         raise error
     first = error.errors()[0]
-    if first["type"] == "json_invalid":  # its place is that of a byte, not of a field
+    if first["type"] == "json_invalid":  # the location is a byte offset, not a field
         return await _typed(request, _no_json(f"{first['ctx']['error']}, at {first['loc'][-1]}"))
     value = first.get("input")
     plain = value if isinstance(value, (str, int, float, bool)) else None
-    where = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
+    location = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
     refusal = InvalidField(
         first["msg"],
-        field=".".join(where) or extract_field(first),
+        field=".".join(location) or extract_field(first),
         limit=extract_limit(first),
         value=plain[:200] if isinstance(plain, str) else plain,
     )
@@ -131,8 +131,8 @@ async def _http(request: Request, error: Exception) -> JSONResponse:
         raise error
     if isinstance(error, Refused):
         return await _typed(request, error.refusal)
-    if error.status_code == 400:  # what FastAPI makes of UTF-8, or of nesting, that is none
-        return await _typed(request, _no_json("it cannot be read"))
+    if error.status_code == 400:  # FastAPI: invalid UTF-8 or too deep nesting
+        return await _typed(request, _no_json("it cannot be decoded"))
     refusal = _not_routed(request, error)
     return JSONResponse(error_body(refusal), error.status_code, error.headers)
 
@@ -143,7 +143,7 @@ def _no_json(reason: str) -> InvalidField:
 
 def _not_routed(request: Request, error: HTTPException) -> SFPromptError:
     if error.status_code == 405:
-        message = "this path does not take this method"
+        message = "this path does not accept this method"
         return InvalidRequest(message, field="method", value=request.method)
     kind = NotFound if error.status_code == 404 else InvalidRequest
     return kind(str(error.detail), field="path", value=request.url.path)

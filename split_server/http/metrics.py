@@ -1,4 +1,4 @@
-"""The server in numbers, for Prometheus."""
+"""Prometheus metrics of the server."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from split_server.engine.metrics import RunFigures
 
 
 def metrics_router(registry: CollectorRegistry) -> APIRouter:
-    """``GET /metrics``. It names runs, as ``GET /v1/runs`` does, and nothing that they hold."""
+    """Create the route ``GET /metrics``. Like ``GET /v1/runs``, it reveals run ids only."""
     router = APIRouter()
 
     @router.get("/metrics")
@@ -27,20 +27,20 @@ def metrics_router(registry: CollectorRegistry) -> APIRouter:
 
 _BY_RUN: dict[str, tuple[str, Callable[[RunFigures], float]]] = {
     "tasks": ("Forwards and backwards", lambda run: run.tasks),
-    "batch_samples": ("Samples of the batches that its tasks were in", lambda r: r.batch_samples),
-    "recomputed_samples": ("Samples whose forward was run twice", lambda run: run.recomputed),
-    "wait_seconds": ("From a task's coming to its turn", lambda run: run.wait_s),
-    "compute_seconds": ("Its share of its batches' time", lambda run: run.compute_s),
+    "batch_samples": ("Samples in the batches of its tasks", lambda run: run.batch_samples),
+    "recomputed_samples": ("Samples whose forward ran twice", lambda run: run.recomputed),
+    "wait_seconds": ("Time of its tasks in the queue", lambda run: run.wait_s),
+    "compute_seconds": ("Its share of its batches' compute time", lambda run: run.compute_s),
 }
 
 
 class RunCollector(Collector):
-    """The engine's work and the bytes at the socket, by run.
+    """Collects the engine's work and the bytes at the socket, by run.
 
     Args:
-        open_runs: their names.
-        figures: of a run.
-        traffic: of a run's participants.
+        open_runs: returns the ids of the open runs.
+        figures: returns what the engine has computed for a run.
+        traffic: returns the traffic of a run's participants.
     """
 
     def __init__(
@@ -54,20 +54,21 @@ class RunCollector(Collector):
         self._traffic = traffic
 
     def describe(self) -> Iterator[CounterMetricFamily]:
-        """Nothing: names are told with the values."""
+        """Describe nothing in advance: the names come with the values."""
         return iter(())
 
     def collect(self) -> Iterator[CounterMetricFamily]:
+        """Return one counter family per number, labelled by run."""
         runs = list(self._open_runs())
-        for name, (what, read) in _BY_RUN.items():
-            found = CounterMetricFamily(f"sfprompt_engine_run_{name}", what, labels=["run"])
+        for name, (help_text, read) in _BY_RUN.items():
+            family = CounterMetricFamily(f"sfprompt_engine_run_{name}", help_text, labels=["run"])
             for run in runs:
-                found.add_metric([run], read(self._figures(run)))
-            yield found
+                family.add_metric([run], read(self._figures(run)))
+            yield family
         labels = ["run", "phase", "direction"]
-        found = CounterMetricFamily("sfprompt_wire_bytes", "Bytes at the socket", labels=labels)
+        family = CounterMetricFamily("sfprompt_wire_bytes", "Bytes at the socket", labels=labels)
         for run in runs:
-            for phase, ways in self._traffic(run).to_dict().items():
-                for way, nbytes in ways.items():
-                    found.add_metric([run, phase, way], nbytes)
-        yield found
+            for phase, directions in self._traffic(run).to_dict().items():
+                for direction, nbytes in directions.items():
+                    family.add_metric([run, phase, direction], nbytes)
+        yield family

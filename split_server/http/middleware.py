@@ -1,4 +1,4 @@
-"""What every request passes: its id, the protocol's version, the meter and the log."""
+"""ASGI middleware of every request: id, protocol version, identity, traffic, log, JSON limit."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import logging
 import re
 import secrets
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from starlette.requests import ClientDisconnect
@@ -15,7 +16,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from protocol.errors import SFPromptError, UnsupportedVersion
 from protocol.wire import PROTOCOL_VERSION, REQUEST_ID_HEADER, VERSION_HEADER
-from split_server.federation.credentials import Credentials, Identity, Member, Operator
+from split_server.federation.credentials import (
+    Credentials,
+    Identity,
+    Operator,
+    ParticipantIdentity,
+)
 from split_server.http.body import declared_length, too_large, too_slow
 from split_server.http.connection import SOCKET_KEY
 from split_server.http.errors import Refused, send_error, unexpected
@@ -29,84 +35,85 @@ Headers = dict[bytes, bytes]
 
 _ID_NAME, _VERSION_NAME = REQUEST_ID_HEADER.encode(), VERSION_HEADER.encode()
 
-_IDENTITY_KEY = "sfprompt_identity"  # in the scope's state: who is asking
+_IDENTITY_KEY = "sfprompt_identity"  # in the scope's state: the sender's `Identity`
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
-_FOR_EVERYBODY = "/v1/health"  # answers ends of every version
+_ANY_VERSION = "/v1/health"  # answers clients of every protocol version
 
-_LINGER_S = 5.0  # how long a refused body may go on coming
+_LINGER_S = 5.0  # to receive the rest of a refused body
 
 _LINGER_BYTES = 64 * 1024 * 1024
 
 
 @dataclass(frozen=True)
 class RequestMiddleware:
-    """Pure ASGI, outermost: even a refused request has an id, is metered and is logged."""
+    """Pure ASGI, outermost: even a refused request has an id and is counted and logged."""
 
     app: ASGIApp
     meter: Meter
-    credentials: Credentials | None = None  # None: before the server is ready
+    credentials: Credentials | None = None  # None: the server is still starting
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         headers: Headers = dict(scope["headers"])
-        shown = headers.get(_ID_NAME, b"").decode("latin-1")
-        token = request_id.set(shown if _REQUEST_ID.fullmatch(shown) else secrets.token_hex(8))
-        self._recognise(scope, headers)
-        exchange = _RequestScope(self, scope, headers, receive, send)
-        began = time.perf_counter()
+        sent_id = headers.get(_ID_NAME, b"").decode("latin-1")
+        is_valid = _REQUEST_ID.fullmatch(sent_id)
+        token = request_id.set(sent_id if is_valid else secrets.token_hex(8))
+        self._identify(scope, headers)
+        request = _RequestScope(self, scope, headers, receive, send)
+        started = time.perf_counter()
         try:
             _require_version(scope, headers)
-            await self.app(scope, exchange.receive, exchange.send)
+            await self.app(scope, request.receive, request.send)
         except SFPromptError as error:
-            await exchange.refuse(error)
+            await request.refuse(error)
             drop_traceback(error)
         except ClientDisconnect:
-            log.debug("the client has gone")
+            log.debug("the client has disconnected")
         except Exception as error:
             log.exception("%s %s failed", scope["method"], scope["path"])
-            await exchange.refuse(unexpected(error))
+            await request.refuse(unexpected(error))
             drop_traceback(error)
         finally:
-            if not exchange.ended:  # else the next request's bytes may be here already
+            if not request.ended:  # else the counter may contain the next request's bytes
                 self.charge(scope)
-            _log_line(scope, exchange.status, time.perf_counter() - began)
+            _log_line(scope, request.status, time.perf_counter() - started)
             request_id.reset(token)
 
     def charge(self, scope: Scope) -> None:
-        """Put what the connection has counted on the account of this request's participant."""
+        """Charge the connection's counted bytes to this request's participant."""
         counter: SocketCounter | None = scope.get("state", {}).get(SOCKET_KEY)
         if counter is None:
             return
         identity: Identity | None = scope["state"].get(_IDENTITY_KEY)
-        if isinstance(identity, Member):
+        if isinstance(identity, ParticipantIdentity):
             self.meter.charge(counter, identity.run, identity.participant, scope["path"])
         elif isinstance(identity, Operator):
             counter.take()
         else:
             counter.defer(scope["path"])
 
-    def _recognise(self, scope: Scope, headers: Headers) -> None:
-        """Every request that shows a credential is on its account, also where none is needed."""
+    def _identify(self, scope: Scope, headers: Headers) -> None:
+        """Store the sender's identity; its bytes are counted even if it needs no credential."""
         if self.credentials is not None:
-            shown = headers.get(b"authorization", b"").decode("latin-1")
-            identity = self.credentials.identify(shown)
+            authorization = headers.get(b"authorization", b"").decode("latin-1")
+            identity = self.credentials.identify(authorization)
             scope.setdefault("state", {})[_IDENTITY_KEY] = identity
 
 
 @dataclass
 class _RequestScope:
-    """One request and its answer, and what of them has passed."""
+    """One request and its response, and how much of both has been transferred."""
 
-    gate: RequestMiddleware
+    middleware: RequestMiddleware
     scope: Scope
     headers: Headers
     inner_receive: Receive
     inner_send: Send
-    status: int = 0  # 0: no answer yet
+    status: int = 0  # 0: no response yet
     ended: bool = False
     body_is_read: bool = field(init=False)
 
@@ -125,16 +132,16 @@ class _RequestScope:
             message = self._begin(message)
         ends = message["type"] == "http.response.body" and not message.get("more_body", False)
         if ends and not self.body_is_read:
-            # The connection closes with this answer. A client that is still sending would be
-            # cut off before it has read it, so the rest is taken off its hands for a while.
+            # The connection closes after this response. A client that is still sending would be
+            # cut off before it reads the response, so the rest of its body is received first.
             await self.inner_send({**message, "more_body": True})
             await self._drain()
             message = {"type": "http.response.body", "body": b"", "more_body": False}
         await self.inner_send(message)
         if ends:
-            # Now, before anything is awaited: the next request may be on its way already.
+            # Before anything is awaited: the next request may be arriving already.
             self.ended = True
-            self.gate.charge(self.scope)
+            self.middleware.charge(self.scope)
 
     async def refuse(self, error: SFPromptError) -> None:
         if self.status == 0:
@@ -143,29 +150,29 @@ class _RequestScope:
 
     def _begin(self, message: Message) -> Message:
         self.status = message["status"]
-        own = {_ID_NAME: request_id.get().encode(), _VERSION_NAME: b"%d" % PROTOCOL_VERSION}
+        replaced = {_ID_NAME: request_id.get().encode(), _VERSION_NAME: b"%d" % PROTOCOL_VERSION}
         if not self.body_is_read:
-            own[b"connection"] = b"close"
-        kept = [pair for pair in message.get("headers", []) if pair[0].lower() not in own]
-        return {**message, "headers": [*kept, *own.items()]}
+            replaced[b"connection"] = b"close"
+        others = [pair for pair in message.get("headers", []) if pair[0].lower() not in replaced]
+        return {**message, "headers": [*others, *replaced.items()]}
 
     async def _drain(self) -> None:
-        taken = 0
+        received = 0
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_LINGER_S):
-                while not self.body_is_read and taken < _LINGER_BYTES:
-                    taken += len((await self.receive()).get("body", b""))
+                while not self.body_is_read and received < _LINGER_BYTES:
+                    received += len((await self.receive()).get("body", b""))
 
 
 def identity_of(scope: Scope) -> Identity:
-    """Who shows the credential of this request."""
+    """Return the identity of a request's sender."""
     identity: Identity = scope["state"][_IDENTITY_KEY]
     return identity
 
 
-def set_member(scope: Scope, member: Member) -> None:
-    """The bytes of this request are this participant's, though it showed no credential."""
-    scope.setdefault("state", {})[_IDENTITY_KEY] = member
+def set_participant(scope: Scope, identity: ParticipantIdentity) -> None:
+    """Charge this request to a participant, although it carried no credential."""
+    scope.setdefault("state", {})[_IDENTITY_KEY] = identity
 
 
 def _log_line(scope: Scope, status: int, seconds: float) -> None:
@@ -180,36 +187,40 @@ def _log_line(scope: Scope, status: int, seconds: float) -> None:
 
 
 def _require_version(scope: Scope, headers: Headers) -> None:
-    shown = headers.get(_VERSION_NAME)
-    if shown == b"%d" % PROTOCOL_VERSION or scope["path"] == _FOR_EVERYBODY:
+    version = headers.get(_VERSION_NAME)
+    if version == b"%d" % PROTOCOL_VERSION or scope["path"] == _ANY_VERSION:
         return
-    if shown is None and scope["method"] in ("GET", "HEAD"):
-        return  # a person with a browser
+    if version is None and scope["method"] in ("GET", "HEAD"):
+        return  # e.g. a browser
     raise UnsupportedVersion(
-        "this server speaks another version of the protocol"
-        if shown is not None
-        else "every request that does something names the protocol's version",
+        "this server uses another version of the protocol"
+        if version is not None
+        else "a request that changes something must name the protocol's version",
         field=VERSION_HEADER,
         limit=PROTOCOL_VERSION,
-        value=None if shown is None else shown[:20].decode("latin-1"),
-        hint="run the same release on both ends",
+        value=None if version is None else version[:20].decode("latin-1"),
+        hint="run the same release on client and server",
     )
 
 
 MAX_JSON_BYTES = 1024 * 1024
 
-_FRAMES = "/update"  # read their bodies themselves, under a limit of their own
-
 
 class JSONBodyLimit:
-    """Pure ASGI: refuses a long body by its declared length, and cuts one that lies."""
+    """Pure ASGI: refuses a body whose declared or received length exceeds `MAX_JSON_BYTES`.
 
-    def __init__(self, app: ASGIApp, timeout_s: float) -> None:
+    Args:
+        timeout_s: for the whole body.
+        is_exempt: whether a request's route limits its body itself.
+    """
+
+    def __init__(self, app: ASGIApp, timeout_s: float, is_exempt: Callable[[Scope], bool]) -> None:
         self._app = app
         self._timeout_s = timeout_s
+        self._is_exempt = is_exempt
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"].endswith(_FRAMES):
+        if scope["type"] != "http" or self._is_exempt(scope):
             await self._app(scope, receive, send)
             return
         if (length := declared_length(scope)) is not None and length > MAX_JSON_BYTES:
@@ -218,7 +229,7 @@ class JSONBodyLimit:
 
 
 class _Limited:
-    """A request's ``receive`` that counts bytes and time, until the body is there."""
+    """A request's ``receive`` that limits bytes and time until the body is complete."""
 
     def __init__(self, receive: Receive, timeout_s: float) -> None:
         self._receive = receive

@@ -1,9 +1,8 @@
-"""The split plane: raw ASGI, because every microsecond here is paid at each step."""
+"""The split plane in raw ASGI, without FastAPI's overhead at each training step."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -14,138 +13,149 @@ from xxhash import xxh3_64_intdigest
 
 from protocol.errors import InvalidField, NonFinite
 from protocol.frames import decode_frame, encode_frame, frame_length, header_length, require_kind
-from protocol.limits import FrameLimits
 from protocol.wire import FRAME_MEDIA_TYPE
 from split_server.engine.requests import to_public_error
-from split_server.federation.credentials import require_member
-from split_server.federation.liveness import Liveness
-from split_server.federation.service import FederationService
-from split_server.federation.snapshot import Member, RunSnapshot
-from split_server.http.body import BodyBudget, read_body
+from split_server.federation.credentials import require_participant
+from split_server.federation.rounds import SenderPermission
+from split_server.federation.snapshot import Participant, RunSnapshot
+from split_server.http.body import read_body
 from split_server.http.errors import send_pieces
-from split_server.http.handlers import HANDLERS, Handler, HandlerContext, Reply, SplitRequest, Work
+from split_server.http.handlers import HANDLERS, Handler, HandlerContext, Reply, Submit
 from split_server.http.middleware import identity_of
+from split_server.http.services import Services
+from split_server.payloads.requests import SplitRequest
 from split_server.runtime.aio import run_on
-from split_server.runtime.device import SideStreams, used_here
+from split_server.runtime.device import used_here
 
 _MEDIA = FRAME_MEDIA_TYPE.encode()
 
-# Up to so many bytes, floats that nothing is done to are read and checked in a fifth of a
-# millisecond: less than it takes to hand them to a thread and to be woken by it.
+# Up to this size, decoding and checking plain floats takes a fifth of a millisecond: less than
+# handing them to a thread and waking up after it.
 _LIGHT_BYTES = 2 * 1024 * 1024
 
-_LIGHT_HEADER_BYTES = 4096  # a larger one is nobody's, and takes its time
+_LIGHT_HEADER_BYTES = 4096  # a valid step's header is smaller
 
-_LIGHT_KINDS = frozenset({"forward", "backward"})  # they touch no disk
+_LIGHT_KINDS = frozenset({"forward", "backward"})  # these access no disk
 
-_RAW = frozenset({"float32", "float16", "bfloat16"})
+_RAW_CODECS = frozenset({"float32", "float16", "bfloat16"})
 
 R = TypeVar("R")
 
 
 @dataclass(frozen=True)
 class SplitPlane:
-    """Answers the paths of the split plane and passes everything else on."""
+    """Answers the paths of the split plane and passes all other requests on."""
 
     app: ASGIApp
-    desk: HandlerContext
-    federation: FederationService
-    presence: Liveness
-    limits: FrameLimits
-    room: BodyBudget
-    threads: ThreadPoolExecutor  # for decoding and encoding
-    streams: SideStreams  # of those threads
-    body_timeout_s: float
+    services: Services
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        known = HANDLERS.get(scope["path"]) if scope["type"] == "http" else None
-        if known is None:
+        route = HANDLERS.get(scope["path"]) if scope["type"] == "http" else None
+        if route is None:
             await self.app(scope, receive, send)
             return
-        await self._answer(*known, scope, receive, send)
+        await self._answer(*route, scope, receive, send)
 
     async def _answer(
-        self, kind: str, reader: Handler, scope: Scope, receive: Receive, send: Send
+        self, kind: str, handler: Handler, scope: Scope, receive: Receive, send: Send
     ) -> None:
         if scope["method"] != "POST":
             raise InvalidField(
-                "this path takes POST", field="method", limit="POST", value=scope["method"]
+                "this path accepts POST only", field="method", limit="POST", value=scope["method"]
             )
-        shown = require_member(identity_of(scope))
-        run, member = self.federation.member(shown.run, shown.participant)
-        self.presence.touch(run.id, member.id)
-        with self.room.claim() as claim:
-            limit = self.limits.max_frame_bytes
-            data = await read_body(scope, receive, limit, self.body_timeout_s, claim)
-            run, member = self.federation.member(run.id, member.id)  # that took its time
-            found = await self._read(kind, reader, run, member, data)
+        services, settings = self.services, self.services.settings
+        identity = require_participant(identity_of(scope))
+        run, participant = services.runs.participant(identity.run, identity.participant)
+        services.liveness.touch(run.id, participant.id)
+        with services.body_budget.reserve() as reservation:
+            limit = settings.frame_limits.max_frame_bytes
+            data = await read_body(scope, receive, limit, settings.body_timeout_s, reservation)
+            # Again: the run may have changed while the body was received.
+            run, participant = services.runs.participant(run.id, participant.id)
+            handled = await self._handle(kind, handler, run, participant, data)
             del data
-            reply = found if isinstance(found, Reply) else await found()
+            reply = handled if isinstance(handled, Reply) else await handled()
             encode = partial(_encode, reply)
             pieces = encode() if _is_light(reply) else await self._off_loop(encode)
-            claim.hold(frame_length(pieces))
-            del found, reply, encode  # their tensors do not wait for a client that reads slowly
+            reservation.add_response(frame_length(pieces))
+            del handled, reply, encode  # free their tensors while a slow client still reads
             await send_pieces(send, 200, _MEDIA, pieces)
 
-    async def _read(
+    async def _handle(
         self,
         kind: str,
-        reader: Handler,
+        handler: Handler,
         run: RunSnapshot,
-        member: Member,
+        participant: Participant,
         data: bytearray | memoryview,
-    ) -> Work | Reply:
-        def asked() -> SplitRequest:
-            frame = decode_frame(data, self.limits)
-            require_kind(frame, kind)
-            return SplitRequest(run, member, frame, xxh3_64_intdigest(data))
+    ) -> Submit | Reply:
+        """Decode and handle a request: on the event loop if it is light, else on a thread."""
+        context = HandlerContext(self.services, run)
+        limits, device = self.services.settings.frame_limits, self.services.placement.device
 
-        frozen = not run.plan.model.tune_body
-        light = frozen and kind in _LIGHT_KINDS and self.desk.device.type == "cpu"
-        if not light or len(data) > _LIGHT_BYTES or header_length(data) > _LIGHT_HEADER_BYTES:
-            return await self._off_loop(lambda: reader(self.desk, asked()))
-        request = asked()
-        if _is_raw(spec.codec for spec in request.frame.specs.values()):
-            return reader(self.desk, request)
-        return await self._off_loop(lambda: reader(self.desk, request))
+        def decode() -> SplitRequest:
+            frame = decode_frame(data, limits)
+            require_kind(frame, kind)
+            return SplitRequest(
+                run=run.id,
+                participant=participant.id,
+                plan=run.plan,
+                body=run.body,
+                state=run.state.device.sha256,
+                permission=SenderPermission(run, participant),
+                frame=frame,
+                fingerprint=xxh3_64_intdigest(data),
+                limits=limits,
+                device=device,
+            )
+
+        is_frozen = not run.plan.model.tune_body
+        is_light = is_frozen and kind in _LIGHT_KINDS and device.type == "cpu"
+        if not is_light or len(data) > _LIGHT_BYTES or header_length(data) > _LIGHT_HEADER_BYTES:
+            return await self._off_loop(lambda: handler(context, decode()))
+        request = decode()
+        if _are_raw(spec.codec for spec in request.frame.specs.values()):
+            return handler(context, request)
+        return await self._off_loop(lambda: handler(context, request))
 
     async def _off_loop(self, function: Callable[[], R]) -> R:
-        # Threads of their own: a federation plane that waits for its disk must not delay a step.
+        """Run a function on a codec thread, so that the federation's disk delays no step."""
+
         def call() -> R:
             try:
-                with self.streams.use():
+                with self.services.codec_streams.use():
                     return function()
-            except torch.OutOfMemoryError as error:  # codecs work in the GPU's memory
+            except torch.OutOfMemoryError as error:  # codecs use the GPU's memory
                 raise to_public_error(error) from error
 
-        return await run_on(self.threads, call)
+        return await run_on(self.services.codec_threads, call)
 
 
 def _encode(reply: Reply) -> list[memoryview]:
-    """The pieces of an answer.
+    """Encode a reply into the pieces of a frame.
 
     Raises:
-        NonFinite: its tensor is beyond the run's codec; nothing was wrong with the request.
+        NonFinite: the run's codec cannot represent a tensor, although the request was valid.
     """
     tensors = {name: (used_here(tensor), codec) for name, (tensor, codec) in reply.tensors.items()}
     try:
         return encode_frame(reply.kind, reply.meta, tensors)
     except InvalidField as error:
         raise NonFinite(
-            f"the answer cannot be sent: {error.message}",
+            f"the response cannot be encoded: {error.message}",
             field=next(iter(reply.tensors), None),
             limit=error.limit,
             value=error.value,
-            hint="the training has diverged, or the run's codec is too narrow",
+            hint="the training has diverged, or the run's codec has too small a range",
         ) from error
 
 
-def _is_raw(codecs: Iterable[str]) -> bool:
-    return all(codec in _RAW for codec in codecs)
+def _are_raw(codecs: Iterable[str]) -> bool:
+    return all(codec in _RAW_CODECS for codec in codecs)
 
 
 def _is_light(reply: Reply) -> bool:
     tensors = [tensor for tensor, _ in reply.tensors.values()]
-    here = all(tensor.device.type == "cpu" for tensor in tensors)
-    light = sum(tensor.nbytes for tensor in tensors) <= _LIGHT_BYTES
-    return here and light and _is_raw(codec for _, codec in reply.tensors.values())
+    on_cpu = all(tensor.device.type == "cpu" for tensor in tensors)
+    is_small = sum(tensor.nbytes for tensor in tensors) <= _LIGHT_BYTES
+    return on_cpu and is_small and _are_raw(codec for _, codec in reply.tensors.values())

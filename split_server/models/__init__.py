@@ -1,1 +1,1 @@
-"""Model files of a run: backbone, head, first state."""
+"""The model files of a run: backbone, proxy, head and first global state."""

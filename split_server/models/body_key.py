@@ -1,4 +1,4 @@
-"""The key under which a frozen body is shared, and its weights."""
+"""The key under which runs share a frozen body, and the body's weights."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from protocol.plan import ModelPlan, RunPlan
 
 @dataclass(frozen=True)
 class BodyKey:
-    """Which body: jobs of equal keys may be computed together.
+    """Identifies a body; jobs with equal keys may share a batch.
 
-    ``state`` is the file of what was tuned of it, where a run tunes its body.
+    ``state`` is the file with the body's tuned tensors, in runs that tune their body.
     """
 
     backbone: Path
@@ -25,13 +25,12 @@ class BodyKey:
     state: Path | None = None
 
     @classmethod
-    def of(cls, backbone: str, settings: RunPlan) -> BodyKey:
-        """The body of a run. What shapes only its tail is left out, so that runs can share."""
-        shared = {"num_classes": 2, "weights": "packaged", "prompt_init": "normal"}
-        model = settings.model.model_copy(update=shared)
+    def of(cls, backbone: str, plan: RunPlan) -> BodyKey:
+        """Return the key of a run's body, without the settings that affect only its tail."""
+        model = plan.model.model_copy(update={"num_classes": 2})
         return cls(Path(backbone), model)
 
-    def __hash__(self) -> int:  # taken several times a job, of some thirty values
+    def __hash__(self) -> int:  # cached: computed several times per job over thirty values
         return self._hash
 
     @cached_property
@@ -40,21 +39,28 @@ class BodyKey:
 
     @cached_property
     def weights(self) -> tuple[object, ...]:
-        """What decides the weights: bodies that differ only in their prompts share them."""
-        s = self.settings
-        sizes = s.backbone, s.image_size, s.cut, s.tail_blocks, s.model_overrides
+        """The part of the key that the weights depend on; bodies differing in prompts share it."""
+        settings = self.settings
+        sizes = (
+            settings.backbone,
+            settings.image_size,
+            settings.cut,
+            settings.tail_blocks,
+            settings.model_overrides,
+        )
         return self.backbone, self.state, *sizes
 
     @property
     def unstated(self) -> BodyKey:
-        """The same body, whatever was tuned of it: what tells the sizes alone."""
+        """The key without the tuned state, for uses that depend on the sizes alone."""
         return replace(self, state=None)
 
 
 def weights_of(key: BodyKey) -> Mapping[str, Tensor]:
-    """The weights of a body by timm's names, each read when asked for.
+    """Return a body's weights by timm's names, each read on access.
 
-    Raises what `split_model.open_backbone` and `split_model.load_state` raise.
+    Raises:
+        TensorFileError: as `split_model.open_backbone` and `split_model.load_state` raise it.
     """
     backbone = split_model.open_backbone(key.backbone)
     if key.state is None:

@@ -1,4 +1,4 @@
-"""What a run needs of its model before it can begin: backbone, head file, first global state."""
+"""Create the model files of a run: backbone or proxy, head file, first global state."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import split_model
 from protocol.messages import BlobRef
 from protocol.plan import RunPlan
 from protocol.seeds import derive_seed
-from split_server.federation.snapshot import RunSnapshot
+from split_model.files import sync_folder
 from split_server.models.proxies import prepare_local_body, prepare_proxy, write_redistilled_proxy
 from split_server.storage.run_files import RunFiles, StateRefs
 from tuning_methods.proxies.neurons import neurons_shape
@@ -19,9 +19,9 @@ from tuning_methods.proxies.weights import whole_model
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """The model's files of a new run."""
+    """The model files of a new run."""
 
-    backbone_path: Path  # the weights of the run's model: a proxy's, where it is one
+    backbone_path: Path  # the weights of the run's model, or of its proxy
     backbone_bytes: int  # of the uncut model with its classifier, in float32
     head: BlobRef
     state: StateRefs
@@ -29,65 +29,83 @@ class PreparedRun:
 
 @dataclass(frozen=True)
 class RedistilledModel:
-    """The model's files of a run after its proxy was distilled again."""
+    """The model files of a run after its proxy was distilled again."""
 
     backbone_path: Path
     head: BlobRef
 
 
-def prepare_run(settings: RunPlan, files: RunFiles, cache_dir: Path) -> PreparedRun:
-    """Fetch or make the backbone or proxy, and write the head file and the first global state.
+def prepare_run(plan: RunPlan, files: RunFiles, cache_dir: Path) -> PreparedRun:
+    """Fetch the backbone or distil its proxy; write the head file and the first global state.
 
-    Takes seconds, or minutes where weights are downloaded or distilled: never call it on the
-    event loop.
+    Takes seconds, or minutes if weights are downloaded or distilled: do not call it on the event
+    loop.
 
     Raises:
-        InvalidField: the model cannot be had, or cannot be cut as the settings ask.
+        InvalidField: the model cannot be obtained, or cut as the plan requires.
     """
-    split = settings.model
-    split_model.part_bytes(split)  # refuses what cannot be cut, ahead of any work
-    if settings.distillation.every:
-        neurons_shape(split)  # refuses a proxy that devices do not have whole
+    split = plan.model
+    split_model.part_bytes(split)  # refuses a model that cannot be cut, before any work
+    if plan.distillation.every:
+        neurons_shape(split)  # refuses a proxy that devices do not hold completely
     sizes = split_model.part_bytes(whole_model(split))
-    backbone = split_model.prepare_backbone(split, settings.model.weights, cache_dir)
-    path = prepare_proxy(settings, split, backbone, cache_dir)
-    local_body = prepare_local_body(settings, split, backbone, cache_dir)
+    backbone = split_model.prepare_backbone(split, plan.model.weights, cache_dir)
+    path = prepare_proxy(plan, split, backbone, cache_dir)
+    local_body = prepare_local_body(plan, split, backbone, cache_dir)
     weights = split_model.open_backbone(path)
-    seed = derive_seed(settings.seed, "initial-state")
+    seed = derive_seed(plan.seed, "initial-state")
     state = split_model.initial_state(split, weights, seed)
-    head, sha256 = split_model.write_head_file(
-        split, path, files.head, settings.wire.head, local_body
-    )
+    head, sha256 = split_model.write_head_file(split, path, files.head, plan.wire.head, local_body)
     return PreparedRun(
         backbone_path=path,
         backbone_bytes=sizes.backbone_bytes,
         head=BlobRef(sha256=sha256, nbytes=head.stat().st_size),
-        state=files.write_state(state, settings.model.prompt_at),
+        state=files.write_state(state, plan.model.prompt_at),
     )
 
 
 def redistill_run(
-    run: RunSnapshot, files: RunFiles, cache_dir: Path, check: Callable[[], None]
+    plan: RunPlan,
+    files: RunFiles,
+    cache_dir: Path,
+    *,
+    round_: int,
+    state: StateRefs,
+    proxy_path: str | Path,
+    check: Callable[[], None],
 ) -> RedistilledModel:
-    """Distil a run's proxy again after its last closed round, and write the new head file.
+    """Distil a run's proxy again after a round, and write the new head file.
 
-    What a run was stopped in is found or made again, the same. Takes minutes, like `prepare_run`.
+    After an interruption the work is resumed or repeated, with the same result. Takes minutes,
+    like `prepare_run`.
 
     Args:
-        check: is called now and then; what it raises ends the work.
+        round_: the last closed round.
+        state: the global state of this round.
+        proxy_path: the weights of the proxy in this round.
+        check: called regularly; an exception from it ends the work.
 
     Raises:
-        InvalidField: the images or the backbone are not there any more, or cannot be used.
+        InvalidField: the images or the backbone are missing or unusable.
         NonFinite: the distillation has diverged.
-        NotFound: what the devices have told is gone.
+        NotFound: the neuron statistics of the round are missing.
     """
-    settings, round_ = run.plan, run.closed_rounds
     proxy, head = files.proxy_after(round_), files.head_after(round_)
-    split = settings.model
+    split = plan.model
     if not proxy.is_file():
-        backbone = split_model.prepare_backbone(split, settings.model.weights, cache_dir)
-        state = files.read_state(StateRefs(run.state, run.held))
-        inactive = files.read_neurons(round_)
-        write_redistilled_proxy(run, split, backbone, state, inactive, cache_dir, proxy, check)
-    _, sha256 = split_model.write_head_file(split, proxy, head, settings.wire.head)
+        write_redistilled_proxy(
+            plan,
+            split,
+            split_model.prepare_backbone(split, plan.model.weights, cache_dir),
+            Path(proxy_path),
+            files.read_state(state),
+            files.read_neurons(round_),
+            round_,
+            cache_dir,
+            proxy,
+            check,
+        )
+    _, sha256 = split_model.write_head_file(split, proxy, head, plan.wire.head)
+    for folder in (proxy.parent, head.parent, files.root):
+        sync_folder(folder)
     return RedistilledModel(proxy, BlobRef(sha256=sha256, nbytes=head.stat().st_size))

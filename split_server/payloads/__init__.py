@@ -1,1 +1,1 @@
-"""Decoding and validation of the tensors in a frame."""
+"""Decoding and validation of request bodies: each request is parsed once into a dataclass."""

@@ -1,9 +1,9 @@
-"""Forwards that bring changes: smashed data made of them and of the copies that the server has.
+"""Decode forwards that send deltas, and rebuild smashed data from them and the server's cache.
 
-Both ends hold the same copy of a sample's smashed data, in float32. A request names, for each of
-its samples, the version of the copy that it is against and the version of the copy that it leaves.
-A version is made once and stands for one content, so a request that comes twice finds its own work
-done, and whatever does not fit is asked for whole. See AQ-SGD (arXiv 2206.01299) and SplitCom
+Server and device cache the same smashed data of a sample, in float32. A request names, for each
+sample, the cached version that its delta refers to and the version that results. A version is
+written once and identifies one content: a repeated request finds its work done, and a sample whose
+version does not match is requested in full. See AQ-SGD (arXiv 2206.01299) and SplitCom
 (arXiv 2602.10564).
 """
 
@@ -24,37 +24,43 @@ from protocol.frames import Frame
 from protocol.limits import FrameLimits
 from protocol.plan import ModelPlan
 from split_model import anatomy
-from split_server.payloads.samples import read_ids, require_codec, require_row_wise
-from split_server.payloads.tensors import check_batch, check_decoded, is_finite, read_floats
+from split_server.payloads.samples import decode_sample_ids, require_codec, require_row_wise
+from split_server.payloads.tensors import (
+    check_batch_size,
+    check_decoded_size,
+    decode_floats,
+    is_finite,
+)
 from split_server.storage.sample_store import Kept, Owner, RowForm, SampleStore
 
+# Name of the rows' tensor: name of the tensor with their indices in the batch.
 _ROWS: Final[Mapping[str, str]] = {"whole": "whole_rows", "changes": "change_rows"}
 
 _TENSORS: Final = {"ids", "versions", *_ROWS, *_ROWS.values()}
 
-_PLAIN = "float32"  # of the copies
+_CACHE_CODEC = "float32"
 
-_SHOWN = 16  # wrong numbers in a refusal
+_MAX_REPORTED = 16  # wrong numbers in an error
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Some rows of a batch: their places in it, rising, and what came for them."""
+    """Some rows of a batch."""
 
-    places: list[int]
-    tensor: Tensor  # [len(places), T, D], float32
+    indices: list[int]  # in the batch, ascending
+    tensor: Tensor  # [len(indices), T, D], float32
 
 
 @dataclass(frozen=True)
 class DeltaBatch:
-    """What a forward brings of its samples; rows in neither part are as their copies are.
+    """A batch of a forward; rows in neither part equal the cached ones.
 
     Attributes:
-        ids: one for each sample, none twice, [B].
-        before: the versions of the copies that it is against, [B].
-        after: those that it leaves, [B].
-        whole: rows that stand for themselves.
-        changes: rows that are to be added to their copies.
+        ids: one for each sample, unique, [B].
+        before: the cached versions that the request refers to, [B].
+        after: the versions that it leaves in the cache, [B].
+        whole: rows that replace the cached ones.
+        changes: rows to be added to the cached ones.
     """
 
     ids: list[bytes]
@@ -64,98 +70,102 @@ class DeltaBatch:
     changes: Rows
 
 
-def read_revision(frame: Frame, settings: ModelPlan, limits: FrameLimits, most: int) -> DeltaBatch:
-    """A revision of at most ``most`` samples.
+def decode_deltas(
+    frame: Frame, settings: ModelPlan, limits: FrameLimits, max_samples: int
+) -> DeltaBatch:
+    """Decode and check a batch of deltas, of at most ``max_samples`` samples.
 
     Raises:
-        MalformedFrame: a tensor is missing, unknown or at odds with another.
-        TooLarge: the batch is over the limits once it is decoded, however little was sent.
-        InvalidField: too many samples, or a codec that cannot be taken apart.
-        WrongShape: rows that are not [T, D] of this run.
+        MalformedFrame: a tensor is missing, unknown or contradicts another.
+        TooLarge: the decoded batch exceeds the limits, however little was sent.
+        InvalidField: too many samples, or a codec whose rows cannot be separated.
+        WrongShape: rows are not [T, D] of this run.
         NonFinite: NaN or infinity.
     """
     if not set(frame.specs) <= _TENSORS:
         raise MalformedFrame(
-            "this is no tensor of a forward with changes",
+            "a forward with deltas carries no other tensors than these",
             field="tensors",
             limit=sorted(_TENSORS),
             value=sorted(frame.specs),
         )
-    ids = read_ids(frame)
-    check_batch(len(ids), most, "ids")
+    ids = decode_sample_ids(frame)
+    check_batch_size(len(ids), max_samples, "ids")
     if len(set(ids)) < len(ids):
         raise MalformedFrame(
-            "a sample is named twice", field="ids", limit=len(ids), value=len(set(ids))
+            "sample ids must be unique", field="ids", limit=len(ids), value=len(set(ids))
         )
-    versions = _read_numbers(frame, "versions", (len(ids), 2))
+    versions = _decode_integers(frame, "versions", (len(ids), 2))
     shape = (anatomy(settings).tokens + settings.prompt_count, anatomy(settings).width)
-    check_decoded(len(ids) * math.prod(shape), "ids", limits)
-    whole, changes = (_read_rows(frame, name, len(ids), shape) for name in _ROWS)
-    revision = DeltaBatch(ids, versions[:, 0].tolist(), versions[:, 1].tolist(), whole, changes)
-    _check_versions(revision)
-    return revision
+    check_decoded_size(len(ids) * math.prod(shape), "ids", limits)
+    whole, changes = (_decode_rows(frame, name, len(ids), shape) for name in _ROWS)
+    batch = DeltaBatch(ids, versions[:, 0].tolist(), versions[:, 1].tolist(), whole, changes)
+    _check_versions(batch)
+    return batch
 
 
-def rebuild(store: SampleStore, owner: Owner, revision: DeltaBatch) -> Tensor | list[int]:
-    """Smashed data [B, T, D] in float32; or the places of samples whose copies are missing.
+def apply_deltas(store: SampleStore, owner: Owner, batch: DeltaBatch) -> Tensor | list[int]:
+    """Rebuild smashed data [B, T, D] in float32, or return the indices of missing samples.
 
-    The store then has the copies that the revision leaves; or, where some are missing, it is as it
-    was.
+    Afterwards the store contains the versions that the batch leaves. If samples are missing, the
+    store is unchanged.
 
     Raises:
-        NonFinite: a change leads out of float32's range.
-        TooLarge: one sample alone is over what the server keeps.
+        NonFinite: the sum exceeds float32's range.
+        TooLarge: one sample alone exceeds the store's limit.
     """
-    kept = store.find(owner, revision.ids)
-    standing = set(range(len(kept))) - set(revision.whole.places)
-    missing = [place for place in sorted(standing) if not _fits(kept[place], revision, place)]
+    cached = store.find(owner, batch.ids)
+    needed = set(range(len(cached))) - set(batch.whole.indices)
+    missing = [index for index in sorted(needed) if not _matches(cached[index], batch, index)]
     if missing:
         return missing
-    shape = revision.whole.tensor.shape[1:]
-    smashed = torch.empty(len(kept), *shape)
-    _fill(smashed, {place: copy.data for place in standing if (copy := kept[place]) is not None})
+    shape = batch.whole.tensor.shape[1:]
+    smashed = torch.empty(len(cached), *shape)
+    _fill(
+        smashed, {index: sample.data for index in needed if (sample := cached[index]) is not None}
+    )
     changes = [
-        (place, change)
-        for place, change in zip(revision.changes.places, revision.changes.tensor, strict=True)
-        if not _has(kept[place], revision.after[place])  # else this very request was here before
+        (index, change)
+        for index, change in zip(batch.changes.indices, batch.changes.tensor, strict=True)
+        if not _has_version(cached[index], batch.after[index])  # else a repeat: applied already
     ]
-    for place, change in changes:
-        smashed[place] += change
-    for place, whole in zip(revision.whole.places, revision.whole.tensor, strict=True):
-        smashed[place] = whole
+    for index, change in changes:
+        smashed[index] += change
+    for index, row in zip(batch.whole.indices, batch.whole.tensor, strict=True):
+        smashed[index] = row
     if not is_finite(smashed):
-        raise NonFinite("a change leads out of the range of numbers", field="changes")
-    renewed = revision.whole.places + [place for place, _ in changes]
-    if renewed:
+        raise NonFinite("smashed data with their changes exceed float32's range", field="changes")
+    updated = batch.whole.indices + [index for index, _ in changes]
+    if updated:
         store.replace(
             owner,
-            RowForm(_PLAIN, tuple(shape), (smashed[0].nbytes,)),
-            [revision.ids[place] for place in renewed],
-            get_codec(_PLAIN).encode(smashed[renewed]),
-            [revision.after[place] for place in renewed],
+            RowForm(_CACHE_CODEC, tuple(shape), (smashed[0].nbytes,)),
+            [batch.ids[index] for index in updated],
+            get_codec(_CACHE_CODEC).encode(smashed[updated]),
+            [batch.after[index] for index in updated],
         )
     return smashed
 
 
-def _fits(copy: Kept | None, revision: DeltaBatch, place: int) -> bool:
-    """Whether a copy is the one that this revision is against, or the one that it leaves."""
-    return _has(copy, revision.before[place]) or _has(copy, revision.after[place])
+def _matches(sample: Kept | None, batch: DeltaBatch, index: int) -> bool:
+    """Whether the cached version is the one before or the one after this batch."""
+    return _has_version(sample, batch.before[index]) or _has_version(sample, batch.after[index])
 
 
-def _has(copy: Kept | None, version: int) -> bool:
-    return copy is not None and copy.version == version
+def _has_version(sample: Kept | None, version: int) -> bool:
+    return sample is not None and sample.version == version
 
 
-def _fill(smashed: Tensor, copies: Mapping[int, bytes | memoryview]) -> None:
-    """Write copies to their places in [B, T, D]."""
-    if copies:
-        joined = memoryview(bytearray(b"".join(copies.values())))
-        shape = (len(copies), *smashed.shape[1:])
-        smashed[list(copies)] = get_codec(_PLAIN).decode([joined], shape)
+def _fill(smashed: Tensor, cached: Mapping[int, bytes | memoryview]) -> None:
+    """Write cached rows to their indices in [B, T, D]."""
+    if cached:
+        joined = memoryview(bytearray(b"".join(cached.values())))
+        shape = (len(cached), *smashed.shape[1:])
+        smashed[list(cached)] = get_codec(_CACHE_CODEC).decode([joined], shape)
 
 
-def _read_rows(frame: Frame, name: str, samples: int, shape: tuple[int, int]) -> Rows:
-    """The rows of one part; none, where the frame has neither the part nor its places."""
+def _decode_rows(frame: Frame, name: str, samples: int, shape: tuple[int, int]) -> Rows:
+    """Decode one part's rows; none if the frame has neither the rows nor their indices."""
     if name not in frame.specs and _ROWS[name] not in frame.specs:
         return Rows([], torch.empty(0, *shape))
     spec = frame.spec(name)
@@ -167,23 +177,23 @@ def _read_rows(frame: Frame, name: str, samples: int, shape: tuple[int, int]) ->
             value=list(spec.shape),
         )
     require_row_wise(spec)
-    places = _read_numbers(frame, _ROWS[name], (spec.shape[0],)).tolist()
-    if not all(low < high for low, high in pairwise([-1, *places, samples])):
+    indices = _decode_integers(frame, _ROWS[name], (spec.shape[0],)).tolist()
+    if not all(low < high for low, high in pairwise([-1, *indices, samples])):
         raise MalformedFrame(
-            "places are those of samples of the batch, and rise",
+            "row indices must ascend and lie within the batch",
             field=_ROWS[name],
             limit=samples - 1,
-            value=places[:_SHOWN],
+            value=indices[:_MAX_REPORTED],
         )
-    return Rows(places, read_floats(frame, name))
+    return Rows(indices, decode_floats(frame, name))
 
 
-def _read_numbers(frame: Frame, name: str, shape: tuple[int, ...]) -> Tensor:
+def _decode_integers(frame: Frame, name: str, shape: tuple[int, ...]) -> Tensor:
     spec = frame.spec(name)
     require_codec(spec, "int64")
     if spec.shape != shape:
         raise MalformedFrame(
-            "whole numbers of this shape are needed",
+            "a tensor of integers differs in shape from the batch",
             field=name,
             limit=list(shape),
             value=list(spec.shape),
@@ -191,19 +201,22 @@ def _read_numbers(frame: Frame, name: str, shape: tuple[int, ...]) -> Tensor:
     return frame.tensor(name)
 
 
-def _check_versions(revision: DeltaBatch) -> None:
-    """A row is sent once and then has a new version, or not at all and keeps its own."""
-    sent = {*revision.whole.places, *revision.changes.places}
-    parts = len(revision.whole.places) + len(revision.changes.places)
-    if len(sent) < parts:
+def _check_versions(batch: DeltaBatch) -> None:
+    """Check that a row is sent at most once, and has a new version exactly if it is sent."""
+    sent = {*batch.whole.indices, *batch.changes.indices}
+    rows = len(batch.whole.indices) + len(batch.changes.indices)
+    if len(sent) < rows:
         raise MalformedFrame(
-            "a row is whole or a change", field="change_rows", limit=len(sent), value=parts
+            "a row is sent either whole or as a change, not both",
+            field="change_rows",
+            limit=len(sent),
+            value=rows,
         )
-    for place, (before, after) in enumerate(zip(revision.before, revision.after, strict=True)):
-        if (before == after) is (place in sent):
+    for index, (before, after) in enumerate(zip(batch.before, batch.after, strict=True)):
+        if (before == after) is (index in sent):
             raise MalformedFrame(
-                "a row has a new version if it is sent, and else the one that it had",
+                "the version of a row changes if the row is sent, and only then",
                 field="versions",
-                limit=place,
+                limit=index,
                 value=[before, after],
             )

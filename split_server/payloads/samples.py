@@ -1,8 +1,9 @@
-"""Frames that speak of kept samples: their ids, their rows, and the tensors made of them again."""
+"""Decode sample ids, and the encoded rows of smashed data that the server caches under them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,22 +15,37 @@ from protocol.frames import Frame, TensorSpec
 from protocol.limits import FrameLimits
 from protocol.messages import SAMPLE_ID_BYTES
 from protocol.plan import ModelPlan
-from split_server.payloads.tensors import read_smashed, require_finite
+from split_server.payloads.tensors import decode_smashed
 from split_server.storage.sample_store import RowForm
 
-# A codec with a parameter looks at a whole tensor.
+# A codec with a parameter encodes a whole tensor.
 _ROW_WISE = tuple(codec for codec in FLOAT_CODECS if ":" not in codec and is_row_wise_inside(codec))
 
 
+@dataclass(frozen=True)
+class EncodedSamples:
+    """Checked smashed data, still encoded.
+
+    Attributes:
+        ids: one for each sample, [B].
+        form: codec, shape and buffer sizes of one sample.
+        buffers: the codec's buffers for all samples together.
+    """
+
+    ids: list[bytes]
+    form: RowForm
+    buffers: Sequence[memoryview]
+
+
 def require_codec(spec: TensorSpec, codec: str) -> None:
-    """Refuse what is not numbers of this kind, as they lie in the frame.
+    """Refuse a tensor that is encoded with another codec.
 
     Raises:
-        MalformedFrame: another codec.
+        MalformedFrame: it is.
     """
     if spec.codec != codec:
         raise MalformedFrame(
-            "this tensor takes one codec alone",
+            f"this tensor must be encoded with {codec}",
             field=f"{spec.name}.codec",
             limit=codec,
             value=spec.codec,
@@ -37,25 +53,25 @@ def require_codec(spec: TensorSpec, codec: str) -> None:
 
 
 def require_row_wise(spec: TensorSpec) -> None:
-    """Refuse a codec whose rows cannot be taken apart, less a compression of all together.
+    """Refuse a codec whose rows cannot be separated after lossless decompression.
 
     Raises:
-        InvalidField: it is such a codec.
+        InvalidField: the rows cannot be separated.
     """
     if not is_row_wise_inside(spec.codec):
         raise InvalidField(
-            "rows are sent in a codec that can be taken apart",
+            "cached samples need a codec that encodes each row by itself",
             field=spec.name,
             limit=list(_ROW_WISE),
             value=spec.codec,
         )
 
 
-def read_ids(frame: Frame) -> list[bytes]:
-    """The sample ids of a frame, [B, 16] bytes.
+def decode_sample_ids(frame: Frame) -> list[bytes]:
+    """Decode the sample ids of a frame, [B] of 16 bytes.
 
     Raises:
-        MalformedFrame: the frame lacks them, or they have another form.
+        MalformedFrame: the frame lacks them, or codec or shape is wrong.
     """
     spec = frame.spec("ids")
     require_codec(spec, "uint8")
@@ -71,40 +87,36 @@ def read_ids(frame: Frame) -> list[bytes]:
     return [data[at : at + SAMPLE_ID_BYTES] for at in range(0, len(data), SAMPLE_ID_BYTES)]
 
 
-def read_rows(
-    frame: Frame, settings: ModelPlan, limits: FrameLimits
-) -> tuple[list[bytes], RowForm, Sequence[memoryview]]:
-    """Ids, form and encoded rows of samples that are to be kept.
+def check_encoded_samples(frame: Frame, settings: ModelPlan, limits: FrameLimits) -> EncodedSamples:
+    """Check the samples of a frame for the cache, which stores them encoded.
 
-    They are decoded once, so that what is kept is known to be sound. Kept is what came, less a
-    compression of all together.
+    They are decoded once, so that the cache contains only valid samples. They are stored as they
+    came, less a lossless compression of all samples together.
 
     Raises:
-        MalformedFrame: ids and samples differ in number, or one of them is not there.
-        InvalidField: a codec that cannot be taken apart.
+        MalformedFrame: a tensor is missing, or ids and samples differ in number.
+        InvalidField: the codec's rows cannot be separated.
         WrongShape, NonFinite, TooLarge
     """
-    ids, spec = read_ids(frame), frame.spec("smashed")
+    ids, spec = decode_sample_ids(frame), frame.spec("smashed")
     require_row_wise(spec)
     if spec.shape[:1] != (len(ids),):
         raise MalformedFrame(
-            "there is one id for each sample",
+            "a request must carry exactly one id for each sample",
             field="ids",
             limit=list(spec.shape[:1]),
             value=len(ids),
         )
-    smashed = read_smashed(frame, settings, limits)
-    require_finite({"smashed": smashed})
+    decode_smashed(frame, settings, limits)
     codec, buffers = get_codec(spec.codec), frame.buffers["smashed"]
-    if isinstance(codec, Compressed):  # together on the wire, one by one here
+    if isinstance(codec, Compressed):  # together on the wire, one by one in the cache
         buffers = tuple(codec.decompress(buffers, spec.shape))
         codec = codec.inner
-    rows = len(ids)
-    sizes = tuple(buffer.nbytes // rows for buffer in buffers)
-    return ids, RowForm(codec.name, spec.shape[1:], sizes), buffers
+    sizes = tuple(buffer.nbytes // len(ids) for buffer in buffers)
+    return EncodedSamples(ids, RowForm(codec.name, spec.shape[1:], sizes), buffers)
 
 
-def read_kept(form: RowForm, buffers: Sequence[memoryview], device: torch.device) -> Tensor:
-    """Smashed data [B, T, D] of samples that were kept."""
+def decode_cached(form: RowForm, buffers: Sequence[memoryview], device: torch.device) -> Tensor:
+    """Decode smashed data [B, T, D] from the cache."""
     rows = buffers[0].nbytes // form.sizes[0]
     return get_codec(form.codec).decode(buffers, (rows, *form.shape), device)

@@ -1,4 +1,4 @@
-"""Judges an update before it may count."""
+"""Decode the tensors of a frame and check shape, size, codec and finiteness."""
 
 from __future__ import annotations
 
@@ -17,26 +17,31 @@ from protocol.frames import Frame
 from protocol.limits import FrameLimits
 from protocol.plan import ModelPlan
 
+FLOAT32_BYTES = 4
+
 
 @lru_cache(maxsize=64)
-def _shapes(model: ModelPlan) -> Mapping[str, tuple[int, ...]]:
+def _state_shapes(model: ModelPlan) -> Mapping[str, tuple[int, ...]]:
     return split_model.device_shapes(model)
 
 
-def read_update(frame: Frame, model: ModelPlan, beside: Collection[str] = ()) -> dict[str, Tensor]:
-    """A device's tensors of an update in float32, if exactly those of the run, and finite.
+def decode_update(
+    frame: Frame, model: ModelPlan, extra_names: Collection[str] = ()
+) -> dict[str, Tensor]:
+    """Decode an update's tensors to float32: exactly the device's part of the state, all finite.
 
-    Those named ``beside`` them are others' to read.
+    Args:
+        extra_names: further tensors that the frame may carry; another function decodes them.
 
     Raises:
-        WrongShape: a tensor is missing, unknown, or of another shape.
-        InvalidField: a codec that carries no floating-point numbers.
-        NonFinite: NaN or infinity in a tensor.
+        WrongShape: a tensor is missing, unknown, or differs in shape.
+        InvalidField: a codec does not carry floating-point numbers.
+        NonFinite: a tensor contains NaN or infinity.
     """
-    shapes = _shapes(model)
-    if set(frame.specs) - set(beside) != set(shapes):
+    shapes = _state_shapes(model)
+    if set(frame.specs) - set(extra_names) != set(shapes):
         raise WrongShape(
-            "an update holds exactly the tensors of the global state",
+            "an update must contain exactly the tensors of the global state",
             field="tensors",
             limit=sorted(shapes),
             value=sorted(frame.specs),
@@ -46,62 +51,61 @@ def read_update(frame: Frame, model: ModelPlan, beside: Collection[str] = ()) ->
         spec = frame.specs[name]
         if spec.shape != tuple(shape):
             raise WrongShape(
-                "a tensor of the update has another shape than the global state's",
+                "a tensor of the update differs in shape from the global state",
                 field=name,
                 limit=list(shape),
                 value=list(spec.shape),
             )
-        tensors[name] = read_floats(frame, name)
+        tensors[name] = decode_floats(frame, name)
     return tensors
 
 
-def read_floats(frame: Frame, name: str) -> Tensor:
-    """One tensor of a frame in float32.
+def decode_floats(frame: Frame, name: str) -> Tensor:
+    """Decode one tensor to float32 and check that it is finite.
 
     Raises:
-        MalformedFrame: the frame lacks it.
-        InvalidField: its codec carries no floating-point numbers.
-        NonFinite: it holds NaN or infinity.
+        MalformedFrame: the frame lacks the tensor.
+        InvalidField: its codec does not carry floating-point numbers.
+        NonFinite: it contains NaN or infinity.
     """
-    plain = read_tensor(frame, name).to(torch.float32)
-    require_finite({name: plain})
-    return plain
+    decoded = decode_tensor(frame, name).to(torch.float32)
+    require_finite({name: decoded})
+    return decoded
 
 
 def require_finite(tensors: Mapping[str, Tensor]) -> None:
     """Refuse NaN and infinity.
 
     Raises:
-        NonFinite: naming the tensor.
+        NonFinite: names the first such tensor.
     """
     for name, tensor in tensors.items():
         if not is_finite(tensor):
-            raise NonFinite("a tensor holds NaN or infinity", field=name)
+            raise NonFinite("a tensor contains NaN or infinity", field=name)
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether a tensor holds neither NaN nor infinity.
+    """Whether a tensor contains neither NaN nor infinity.
 
-    A sum takes a twentieth of the time of a look at every number, and nothing that is not finite
-    gets lost in it. Where it is not finite, large numbers may be the reason: then each is looked
-    at.
+    The sum propagates every non-finite value and takes a twentieth of the time of an element-wise
+    check. A sum of large finite numbers may overflow too, so only then are the elements checked.
     """
     return math.isfinite(tensor.sum()) or bool(torch.isfinite(tensor).all())
 
 
-def read_tensor(frame: Frame, name: str, device: torch.device | str = "cpu") -> Tensor:
-    """One tensor of floating-point numbers, in the dtype of its codec and not yet looked into.
+def decode_tensor(frame: Frame, name: str, device: torch.device | str = "cpu") -> Tensor:
+    """Decode one floating-point tensor in its codec's dtype, without checking its values.
 
-    Its shape has to be checked first: a small frame may stand for a tensor of any size.
+    Check the shape first: a small frame may stand for a tensor of any size.
 
     Raises:
-        MalformedFrame: the frame lacks it.
-        InvalidField: its codec carries no floating-point numbers.
+        MalformedFrame: the frame lacks the tensor.
+        InvalidField: its codec does not carry floating-point numbers.
     """
     spec = frame.spec(name)
     if not get_codec(spec.codec).floating:
         raise InvalidField(
-            "this tensor takes a codec of floating-point numbers",
+            "this tensor needs a codec of floating-point numbers",
             field=name,
             limit=list(FLOAT_CODECS),
             value=spec.codec,
@@ -109,99 +113,102 @@ def read_tensor(frame: Frame, name: str, device: torch.device | str = "cpu") -> 
     return frame.tensor(name, device)
 
 
-def read_smashed(
+def decode_smashed(
     frame: Frame,
     settings: ModelPlan,
     limits: FrameLimits,
     device: torch.device | str = "cpu",
-    most: int | None = None,
+    max_samples: int | None = None,
 ) -> Tensor:
-    """The frame's smashed data [B, T, D], of a shape that a body of these settings takes.
+    """Decode finite smashed data [B, T, D] of a shape that the run's body takes.
 
-    T are the tokens that leave the head, prompts included if they join at the input.
+    T counts the tokens that leave the head, prompts included if they join at the input.
 
     Args:
-        frame, settings: what came, and the run's.
-        limits: of the server; they bound what is decoded, too.
-        device: where it is decoded.
-        most: samples of a training step; None: any number.
+        limits: bound the decoded size as well as the encoded one.
+        device: where the tensor is decoded.
+        max_samples: of a training step; None: unlimited.
 
     Raises:
-        MalformedFrame, WrongShape, TooLarge
-        InvalidField: more samples than ``most``, or no codec for smashed data.
+        MalformedFrame, WrongShape, TooLarge, NonFinite
+        InvalidField: more than ``max_samples`` samples, or an unsuitable codec.
     """
-    inside = settings.prompt_count if settings.prompt_at == "input" else 0
-    tokens = split_model.anatomy(settings).tokens + inside
-    return _read_tokens(frame, "smashed", settings, limits, tokens, device, most)
+    prompts = settings.prompt_count if settings.prompt_at == "input" else 0
+    num_tokens = split_model.anatomy(settings).tokens + prompts
+    return _decode_tokens(frame, "smashed", settings, limits, num_tokens, device, max_samples)
 
 
-def read_gradients(
+def decode_gradients(
     frame: Frame,
     settings: ModelPlan,
     limits: FrameLimits,
     device: torch.device | str,
     num_tokens: int | None,
-    most: int,
+    max_samples: int,
 ) -> Tensor:
-    """The frame's gradient [B, T', D] of features that the run hands out.
+    """Decode the finite gradient [B, T', D] of the features that the run returns.
 
-    T' are the ``num_tokens`` tokens, or all, prompts included. Raises as `read_smashed` does.
+    T' is ``num_tokens``; None: all tokens, prompts included.
+
+    Raises:
+        MalformedFrame, WrongShape, TooLarge, NonFinite, InvalidField: as in `decode_smashed`.
     """
-    tokens = num_tokens
-    if tokens is None:
-        tokens = split_model.anatomy(settings).tokens + settings.prompt_count
-    return _read_tokens(frame, "gradients", settings, limits, tokens, device, most)
+    if num_tokens is None:
+        num_tokens = split_model.anatomy(settings).tokens + settings.prompt_count
+    return _decode_tokens(frame, "gradients", settings, limits, num_tokens, device, max_samples)
 
 
-def _read_tokens(
+def _decode_tokens(
     frame: Frame,
     name: str,
     settings: ModelPlan,
     limits: FrameLimits,
-    tokens: int,
+    num_tokens: int,
     device: torch.device | str,
-    most: int | None,
+    max_samples: int | None,
 ) -> Tensor:
     width, shape = split_model.anatomy(settings).width, list(frame.spec(name).shape)
-    if len(shape) != 3 or shape[0] < 1 or shape[1:] != [tokens, width]:
+    if len(shape) != 3 or shape[0] < 1 or shape[1:] != [num_tokens, width]:
         raise WrongShape(
             "a tensor of the split plane is [samples, tokens, width]",
             field=name,
-            limit=["at least 1", tokens, width],
+            limit=["at least 1", num_tokens, width],
             value=shape,
         )
-    check_batch(shape[0], most, name)
-    check_decoded(math.prod(shape), name, limits)
-    return read_tensor(frame, name, device)
+    check_batch_size(shape[0], max_samples, name)
+    check_decoded_size(math.prod(shape), name, limits)
+    decoded = decode_tensor(frame, name, device)
+    require_finite({name: decoded})
+    return decoded
 
 
-def check_decoded(elements: int, name: str, limits: FrameLimits) -> None:
-    """Refuse what is small on the wire and large in memory.
+def check_decoded_size(elements: int, name: str, limits: FrameLimits) -> None:
+    """Refuse a tensor that is small on the wire and too large in memory.
 
     Raises:
-        TooLarge: it is over what one frame may hold.
+        TooLarge: in float32 it exceeds the limit of one frame.
     """
-    limit = limits.max_frame_bytes
-    if elements * torch.float32.itemsize > limit:
+    limit, nbytes = limits.max_frame_bytes, elements * FLOAT32_BYTES
+    if nbytes > limit:
         raise TooLarge(
             "a tensor is too large once it is decoded",
             field=name,
             limit=limit,
-            value=elements * torch.float32.itemsize,
+            value=nbytes,
             hint="send fewer samples in a request",
         )
 
 
-def check_batch(samples: int, most: int | None, name: str) -> None:
-    """Refuse a training step of more samples than a batch of the run.
+def check_batch_size(samples: int, max_samples: int | None, name: str) -> None:
+    """Refuse a training step with more samples than the run's batch size.
 
     Raises:
         InvalidField: there are more.
     """
-    if most is not None and samples > most:
+    if max_samples is not None and samples > max_samples:
         raise InvalidField(
-            "a training step holds at most batch_size samples",
+            "a training step contains at most batch_size samples",
             field=name,
-            limit=most,
+            limit=max_samples,
             value=samples,
         )

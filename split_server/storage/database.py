@@ -50,7 +50,7 @@ class RunRow(Base):
     def set_state(self, refs: StateRefs) -> None:
         """Make this the global state."""
         self.state_sha256, self.state_nbytes = refs.device.sha256, refs.device.nbytes
-        held = refs.held
+        held = refs.server
         self.held_sha256 = held.sha256 if held else None
         self.held_nbytes = held.nbytes if held else None
 

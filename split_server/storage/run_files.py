@@ -37,7 +37,7 @@ class StateRefs:
     """
 
     device: BlobRef
-    held: BlobRef | None = None
+    server: BlobRef | None = None
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,8 @@ class RunFiles:
     def read_state(self, refs: StateRefs) -> dict[str, Tensor]:
         """A whole global state: what devices have of it, and what the server holds."""
         state = read_tensors(self.state(refs.device.sha256))
-        if refs.held is not None:
-            state |= read_tensors(self.held(refs.held.sha256))
+        if refs.server is not None:
+            state |= read_tensors(self.held(refs.server.sha256))
         return state
 
     def read_moments(self, round_: int) -> dict[str, Tensor]:

@@ -53,7 +53,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
 
 
 def store_of(server: RunningServer) -> SampleStore:
-    store: SampleStore = server.server._application._app.app.desk.samples
+    store: SampleStore = server.server._application.services.samples
     return store
 
 

@@ -62,7 +62,7 @@ def a_device(server: RunningServer, home: Path) -> tuple[str, ApiClient]:
 
 
 def kept(server: RunningServer) -> int:
-    store = server.server._application._app.app.desk.samples
+    store = server.server._application.services.samples
     return int(store.memory_bytes)
 
 

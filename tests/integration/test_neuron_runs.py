@@ -239,7 +239,7 @@ def take_time(patch: pytest.MonkeyPatch) -> None:
 
         real(*rest, paced)
 
-    patch.setattr(prepare, "write_renewed_proxy", slow)
+    patch.setattr(prepare, "write_redistilled_proxy", slow)
 
 
 def test_a_new_start_takes_up_what_the_last_one_was_stopped_in(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ LENGTHS = (0, 1, 65_535, 65_536, 65_537, 300_000, 1_500_000, 3_000_000)
 class Digests:
     """Answers each body with its digest and the bytes that the connection counted for it."""
 
-    room: BodyBudget = field(default_factory=lambda: BodyBudget(ROOM, busy_error))
+    budget: BodyBudget = field(default_factory=lambda: BodyBudget(ROOM, busy_error))
     gone: threading.Event = field(default_factory=threading.Event)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -43,8 +43,8 @@ class Digests:
                 await send({"type": (await receive())["type"] + ".complete"})
             return
         try:
-            with self.room.claim() as claim:
-                body = await read_body(scope, receive, 10**8, 20, claim)
+            with self.budget.reserve() as reservation:
+                body = await read_body(scope, receive, 10**8, 20, reservation)
         except Busy as error:
             await send_error(send, error)
             return
@@ -159,12 +159,12 @@ def test_what_is_sent_behind_a_long_body_is_the_next_request(place: Place) -> No
 
 def test_a_body_refused_half_way_leaves_the_connection_in_order(place: Place) -> None:
     body, next_ = bytes(3_000_000), random.Random(3).randbytes(500_000)
-    with place.app.room.claim() as other, place.connect() as connection:
+    with place.app.budget.reserve() as other, place.connect() as connection:
         other.add(ROOM - 1_000_000)
         # One after the other: a TLS connection is not to be sent through and read at once.
         connection.sendall(request_of(body))
         status, text = read_answer(connection)
-        assert (status, place.app.room.taken) == (503, ROOM - 1_000_000), text
+        assert (status, place.app.budget.taken) == (503, ROOM - 1_000_000), text
         connection.sendall(request_of(next_))
         status, text = read_answer(connection)
         assert (status, text.split()[0]) == (200, expected(next_).split()[0])
@@ -173,7 +173,7 @@ def test_a_body_refused_half_way_leaves_the_connection_in_order(place: Place) ->
 def test_a_body_refused_at_its_beginning_leaves_the_connection_in_order(place: Place) -> None:
     next_ = random.Random(4).randbytes(500_000)
     with place.connect() as connection:
-        with place.app.room.claim() as other:
+        with place.app.budget.reserve() as other:
             other.add(ROOM)
             connection.sendall(request_of(bytes(300_000)))
             assert read_answer(connection)[0] == 503
@@ -188,7 +188,7 @@ def test_whoever_hangs_up_in_a_long_body_is_not_waited_for(place: Place) -> None
         connection.sendall(request_of(bytes(1_000_000))[:500_000])
         time.sleep(0.1)
     assert place.app.gone.wait(10)
-    assert place.app.room.taken == 0
+    assert place.app.budget.taken == 0
 
 
 def test_many_connections_do_not_mix(place: Place) -> None:

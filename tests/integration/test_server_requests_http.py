@@ -197,5 +197,5 @@ def test_an_unexpected_failure_is_typed_too(
     answer = operator.call("GET", f"/v1/runs/{run}/results")
     assert (answer.status_code, code_of(answer)) == (500, "internal_error")
     assert "ZeroDivision" not in answer.text
-    monkeypatch.setattr("split_server.http.handlers.read_smashed", broken)
+    monkeypatch.setattr("split_server.payloads.requests.decode_smashed", broken)
     assert code_of(api.step("infer", smashed(), "s")) == "internal_error"

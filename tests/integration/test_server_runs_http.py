@@ -13,7 +13,7 @@ import torch
 import split_model
 from protocol.messages import Results, RunStatus, RunView, Task
 from protocol.wire import PROTOCOL_VERSION, VERSION_HEADER
-from split_server.federation import runs, transitions
+from split_server.federation import advance, transitions
 from split_server.federation.export import export_run
 from tests.support.federation import (
     OPERATOR,
@@ -295,7 +295,7 @@ def test_a_full_disk_stops_a_run_for_a_moment_and_no_device(
 
     run = new_run(operator, rounds=1, evaluate_every=0)
     api = joined(server, run)
-    monkeypatch.setattr(runs, "_RETRY_S", 0.1)
+    monkeypatch.setattr(advance, "_RETRY_S", 0.1)
     with monkeypatch.context() as broken:
         broken.setattr(transitions, "publish", full)
         assert api.update(run, state_of(1.0), "u").is_success

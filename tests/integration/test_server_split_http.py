@@ -225,7 +225,7 @@ def test_samples_go_with_their_participant_and_their_run(
 ) -> None:
     run = new_run(operator, prompt_at="cut", wire={"keep_smashed": True}, min_participants=3)
     a, b = joined(server, run, "a"), joined(server, run, "b")
-    store = server.server._application._app.app.desk.samples
+    store = server.server._application.services.samples
     rows = smashed(batch=2)[:, :5]
     for api in (a, b):
         assert api.ask("samples", {}, ids=by_ids(1, 2), smashed=rows).is_success

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,18 +18,22 @@ from protocol.federation import FederationSettings
 from protocol.frames import decode_frame, encode_frame, join_frame
 from protocol.messages import Assignment, EvaluationReport, JoinRequest, UpdateMeta
 from protocol.plan import ModelPlan, RunPlan, TrainingPlan, WirePlan
+from split_server.federation.advance import RunAdvancer
 from split_server.federation.credentials import Credentials
 from split_server.federation.liveness import Liveness
-from split_server.federation.service import FederationService, Held
+from split_server.federation.runs import RunRegistry
+from split_server.federation.service import FederationService
 from split_server.models.prepare import PreparedRun
 from split_server.runtime.process import Clock
 from split_server.storage.database import Store
 from split_server.storage.events import IdempotentRequest
-from split_server.storage.run_files import RunFiles, StateRefs, write_tensors
+from split_server.storage.run_files import RunFiles, write_tensors
 from split_server.storage.traffic import Meter
 from tuning_methods.custom.settings import Custom
 
 OPERATOR = "operator-token"
+
+Trained = Callable[[], dict[str, Tensor]]
 
 SMALL = ModelPlan(
     backbone="vit_tiny_patch16_224", weights="random:0", image_size=32, cut=1, prompt_count=2
@@ -140,6 +144,22 @@ class RecordingWatcher:
     def left(self, run: str, participant: str) -> None:
         self.told.append(("left", run, participant))
 
+    def update_settled(self, run: str, participant: str) -> None:
+        self.told.append(("update settled", run, participant))
+
+
+@dataclass
+class TrainedStub:
+    """The results of sessions on the server, as a test sets them for each participant."""
+
+    results: dict[tuple[str, str], Trained] = field(default_factory=dict)
+
+    def trained_prompts(self, run: str, participant: str, _session: str) -> Tensor:
+        return self.results[run, participant]()["prompts"]
+
+    def trained_body(self, run: str, participant: str, _session: str) -> dict[str, Tensor]:
+        return self.results[run, participant]()
+
 
 class FederationHarness:
     """A federation on a real database, with a clock that the test moves."""
@@ -155,27 +175,27 @@ class FederationHarness:
         clock = self.time.clock()
         self.store = Store(self.folder / "server.sqlite")
         self.meter = Meter()
-        self.presence = Liveness(60.0, clock)
+        self.liveness = Liveness(60.0, clock)
+        self.trained = TrainedStub()
+        self.runs = RunRegistry(self.folder, self.store, self.meter, self.watcher, clock)
+        self.advancer = RunAdvancer(self.runs, self.liveness)
         self.federation = FederationService(
-            self.folder,
-            self.store,
+            self.runs,
+            self.advancer,
             Credentials(b"s" * 32, OPERATOR),
-            self.meter,
-            self.presence,
-            self.watcher,
-            clock,
+            self.liveness,
+            self.trained,
             prepare_without_weights,
         )
-        self.federation.load()
+        self.runs.load()
 
     def close(self) -> None:
         self.store.close()
 
     def create(self, **federation: Any) -> str:
         settings = run_settings(**federation)
-        return self.federation.create(
-            Custom.of(settings), IdempotentRequest.of("create", uuid.uuid4().hex)
-        ).id
+        once = IdempotentRequest.of("create", uuid.uuid4().hex)
+        return self.federation.create(Custom.of(settings), once).id
 
     def join(self, run: str, name: str = "a", train: int = 100, test: int = 10) -> str:
         request = JoinRequest(name=name, train_samples=train, test_samples=test, num_classes=10)
@@ -184,8 +204,8 @@ class FederationHarness:
 
     def task(self, run: str, participant: str) -> Assignment:
         """Poll, as a device does."""
-        self.presence.touch(run, participant)
-        self.federation.advance(run)
+        self.liveness.touch(run, participant)
+        self.advancer.advance(run)
         return self.federation.assignment(run, participant)
 
     def update(
@@ -198,13 +218,16 @@ class FederationHarness:
         attempt: int = 0,
         samples: int = 10,
         key: str | None = None,
-        held: Held | None = None,
+        trained: Trained | None = None,
         **losses: float,
     ) -> None:
-        meta = UpdateMeta(round=round_, attempt=attempt, samples=samples, **losses)
+        session = None
+        if trained is not None:
+            session, self.trained.results[run, participant] = "session", trained
+        meta = UpdateMeta(round=round_, attempt=attempt, samples=samples, session=session, **losses)
         data = update_frame(state, meta.model_dump())
         once = IdempotentRequest.of(f"{run}/{participant}/update", key or uuid.uuid4().hex, data)
-        self.federation.update(run, participant, meta, decode_frame(data), once, held)
+        self.federation.update(run, participant, meta, decode_frame(data), once)
 
     def evaluate(
         self,
@@ -229,9 +252,7 @@ class FederationHarness:
 
     def state(self, run: str) -> dict[str, Tensor]:
         """The newest global state, with what devices never see of it."""
-        snapshot = self.federation.run(run)
-        refs = StateRefs(snapshot.state, snapshot.held)
-        return self.federation.files(run).read_state(refs)
+        return self.runs.files(run).read_state(self.runs.snapshot(run).state)
 
     def kinds(self, run: str) -> list[str]:
         """The kinds of the run's events."""

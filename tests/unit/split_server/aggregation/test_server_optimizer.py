@@ -140,7 +140,7 @@ def test_a_run_goes_on_from_what_it_remembers(tmp_path: Path, monkeypatch: Any) 
     site.open()
     trained(site, run, participant, 2.4, first=3)
     assert everywhere(site, run) == pytest.approx(2.4 + 0.9 * 1.4)
-    assert site.federation.run(run).status is RunStatus.FINISHED
+    assert site.runs.snapshot(run).status is RunStatus.FINISHED
     site.close()
 
 
@@ -149,11 +149,11 @@ def test_lost_moments_fail_the_run_with_their_reason(tmp_path: Path) -> None:
     run = site.create(rounds=3, server_optimizer="fedyogi")
     participant = site.join(run)
     trained(site, run, participant, 1.0)
-    for path in (site.federation.files(run).root / "moments").iterdir():
+    for path in (site.runs.files(run).root / "moments").iterdir():
         path.unlink()
     site.task(run, participant)
     site.update(run, participant, state_of(1.5), round_=2)
-    snapshot = site.federation.run(run)
+    snapshot = site.runs.snapshot(run)
     assert snapshot.status is RunStatus.FAILED
     assert "server optimiser" in str(snapshot.reason)
     site.close()
@@ -166,6 +166,6 @@ def test_prompts_of_the_server_take_the_same_step(tmp_path: Path) -> None:
     site.task(run, participant)
     state = {name: torch.full_like(value, 2.0) for name, value in site.state(run).items()}
     prompts = {"prompts": state.pop("prompts")}
-    site.update(run, participant, state, held=lambda: prompts)
+    site.update(run, participant, state, trained=lambda: prompts)
     assert everywhere(site, run) == 2.0
     site.close()

@@ -49,7 +49,7 @@ def send(
     site: FederationHarness, run: str, who: str, value: float, samples: int = 10, round_: int = 1
 ) -> None:
     sent, body = parts_of(value)
-    site.update(run, who, sent, samples=samples, round_=round_, held=lambda: body)
+    site.update(run, who, sent, samples=samples, round_=round_, trained=lambda: body)
 
 
 @pytest.mark.parametrize("wire", [{}, {"update_deltas": True, "updates": "float16"}])
@@ -61,10 +61,10 @@ def test_bodies_are_averaged_as_the_rest_is(site: FederationHarness, wire: dict[
     send(site, run, b, 6.0, samples=30)
     send(site, run, a, 2.0, samples=10)
     assert everywhere(site, run) == 5.0
-    snapshot = site.federation.run(run)
-    assert snapshot.held is not None
-    device = load_state(site.federation.files(run).state(snapshot.state.sha256))
-    held = load_state(site.federation.files(run).held(snapshot.held.sha256))
+    snapshot = site.runs.snapshot(run)
+    assert snapshot.state.server is not None
+    device = load_state(site.runs.files(run).state(snapshot.state.device.sha256))
+    held = load_state(site.runs.files(run).held(snapshot.state.server.sha256))
     sent, body = parts_of(0.0)
     assert (device.keys(), held.keys()) == (sent.keys(), body.keys())
 
@@ -78,10 +78,10 @@ def test_an_update_without_its_body_is_not_counted(site: FederationHarness) -> N
         raise StepLost("it is gone")
 
     with pytest.raises(StepLost):
-        site.update(run, a, parts_of(1.0)[0], held=lost)
+        site.update(run, a, parts_of(1.0)[0], trained=lost)
     assert site.task(run, a).task is Task.TRAIN, "it may begin anew"
     with pytest.raises(WrongShape):  # nor does a device send a body
-        site.update(run, a, state_of(1.0, SPLIT), held=lost)
+        site.update(run, a, state_of(1.0, SPLIT), trained=lost)
     assert site.kinds(run).count("update_counted") == 0
 
 
@@ -121,12 +121,12 @@ def test_bodies_of_rounds_long_over_take_no_disk(site: FederationHarness) -> Non
     for round_ in (1, 2, 3):
         site.task(run, a)
         send(site, run, a, float(round_), round_=round_)
-    files, snapshot = site.federation.files(run), site.federation.run(run)
-    assert snapshot.held is not None
+    files, snapshot = site.runs.files(run), site.runs.snapshot(run)
+    assert snapshot.state.server is not None
     bodies = {path.stem for path in (files.root / "held").iterdir()}
-    assert snapshot.held.sha256 in bodies
+    assert snapshot.state.server.sha256 in bodies
     assert len(bodies) <= 2, "of four states"
     assert len(list((files.root / "states").iterdir())) == 4, "what devices took can be had again"
     site.close()
     site.open()
-    assert {path.stem for path in (files.root / "held").iterdir()} == {snapshot.held.sha256}
+    assert {path.stem for path in (files.root / "held").iterdir()} == {snapshot.state.server.sha256}

@@ -15,12 +15,12 @@ from split_server.federation.credentials import (
     Credentials,
     Identity,
     JoinTokenHolder,
-    Member,
     Operator,
+    ParticipantIdentity,
     load_operator_token,
     load_secret,
-    require_member,
     require_operator,
+    require_participant,
     require_reader,
 )
 
@@ -38,8 +38,8 @@ def test_a_credential_is_an_hmac_over_run_and_participant() -> None:
     mac = hmac.new(SECRET, b"sfp1.r1.p1", hashlib.sha256).hexdigest()
     assert issued == f"sfp1.r1.p1.{mac}"
     assert issued == credentials().issue("r1", "p1"), "a repeated join gets the same one"
-    assert credentials().identify(f"Bearer {issued}") == Member("r1", "p1")
-    assert credentials().identify(f"bearer  {issued} ") == Member("r1", "p1")
+    assert credentials().identify(f"Bearer {issued}") == ParticipantIdentity("r1", "p1")
+    assert credentials().identify(f"bearer  {issued} ") == ParticipantIdentity("r1", "p1")
 
 
 def test_what_was_not_issued_here_is_a_strangers() -> None:
@@ -62,51 +62,51 @@ def test_what_was_not_issued_here_is_a_strangers() -> None:
         assert isinstance(credentials().identify(f"Bearer {forged}"), Anonymous)
     assert isinstance(credentials().identify(f"Basic {issued}"), Anonymous)
     assert isinstance(credentials().identify(issued), Anonymous)
-    assert credentials().identify(None) == Anonymous(showed_something=False)
+    assert credentials().identify(None) == Anonymous(sent_credential=False)
 
 
 def test_tokens_are_recognised() -> None:
     both = credentials("the-join-token")
     assert both.identify(f"Bearer {OPERATOR}") == Operator()
     assert both.identify("Bearer the-join-token") == JoinTokenHolder()
-    both.may_join(JoinTokenHolder())
-    both.may_join(Operator())
+    both.require_may_join(JoinTokenHolder())
+    both.require_may_join(Operator())
     refused: list[tuple[Identity, type[Exception]]] = [
         (Anonymous(), Unauthorized),
         (Anonymous(True), Unauthorized),
-        (Member("r1", "p1"), Forbidden),
+        (ParticipantIdentity("r1", "p1"), Forbidden),
     ]
     for identity, error in refused:
-        credentials().may_join(identity)
+        credentials().require_may_join(identity)
         with pytest.raises(error):
-            both.may_join(identity)
+            both.require_may_join(identity)
 
 
 def test_each_role_does_its_own() -> None:
-    member = Member("r1", "p1")
+    participant = ParticipantIdentity("r1", "p1")
     require_operator(Operator())
     refused: list[tuple[Identity, type[Exception]]] = [
         (Anonymous(), Unauthorized),
-        (member, Forbidden),
+        (participant, Forbidden),
         (JoinTokenHolder(), Forbidden),
     ]
     for identity, error in refused:
         with pytest.raises(error):
             require_operator(identity)
-    assert require_member(member) == require_member(member, "r1") == member
+    assert require_participant(participant) == require_participant(participant, "r1") == participant
     refused = [
         (Anonymous(True), Unauthorized),
         (Operator(), Forbidden),
         (JoinTokenHolder(), Forbidden),
-        (Member("r2", "p1"), Forbidden),
+        (ParticipantIdentity("r2", "p1"), Forbidden),
     ]
     for identity, error in refused:
         with pytest.raises(error):
-            require_member(identity, "r1")
+            require_participant(identity, "r1")
     require_reader(Operator(), "r1")
-    require_reader(member, "r1")
+    require_reader(participant, "r1")
     with pytest.raises(Forbidden):
-        require_reader(member, "r2")
+        require_reader(participant, "r2")
 
 
 def test_secrets_are_made_once_and_for_their_owner_alone(tmp_path: Path) -> None:

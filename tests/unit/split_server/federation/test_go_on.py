@@ -53,19 +53,19 @@ def test_an_update_counts_although_its_round_cannot_be_aggregated_yet(
     assert disk.attempts == 1
     # Whoever polls now makes nothing of it happen again, and is told to wait.
     for one in (a, b):
-        assert not site.federation.due(run)
-        site.federation.go_on(run)
+        assert not site.advancer.is_due(run)
+        site.advancer.try_advance(run)
         assert site.federation.assignment(run, one).task is Task.WAIT
     site.join(run, "c")
     assert disk.attempts == 1
     site.time.now += 5
-    assert site.federation.due(run)
-    site.federation.go_on(run)
+    assert site.advancer.is_due(run)
+    site.advancer.try_advance(run)
     assert disk.attempts == 2
     assert everywhere(site, run) == 0.0
     disk.full = False
     site.time.now += 5
-    site.federation.go_on(run)
+    site.advancer.try_advance(run)
     assert disk.attempts == 3
     assert everywhere(site, run) == 2.0
     assert site.federation.results(run).rounds[0].updated == (a, b)
@@ -97,7 +97,7 @@ def test_who_joins_or_leaves_has_done_so_although_the_run_cannot_go_on(
     assert disk.attempts == 1
     site.time.now += 5
     site.federation.leave(run, b, IdempotentRequest.of(f"{run}/{b}/leave", "k"))
-    assert [member.id for member in site.federation.run(run).present] == [a]
+    assert [member.id for member in site.runs.snapshot(run).present] == [a]
 
 
 def test_a_run_that_pauses_holds_up_no_other(
@@ -131,11 +131,12 @@ def test_nobody_who_polls_waits_for_an_aggregation(
     last = threading.Thread(target=lambda: site.update(run, b, state_of(3.0)))
     last.start()
     polls = [
-        threading.Thread(target=lambda: site.federation.go_on(run, wait=False)) for _ in range(3)
+        threading.Thread(target=lambda: site.advancer.try_advance(run, wait=False))
+        for _ in range(3)
     ]
     try:
         assert at_work.wait(20)
-        assert site.federation.due(run)
+        assert site.advancer.is_due(run)
         for poll in polls:
             poll.start()
         for poll in polls:

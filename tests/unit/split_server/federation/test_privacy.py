@@ -196,7 +196,7 @@ def test_history_tells_epsilon_after_each_round_also_after_a_restart(tmp_path: P
     events = [e.data for e in site.federation.events(run, 0) if e.kind == "privacy_spent"]
     assert [event["epsilon"] for event in events] == told
     assert [(event["delta"], event["sampling_rate"]) for event in events] == [(1e-2, 1.0)] * 3
-    assert site.federation.run(run).status is RunStatus.FINISHED
+    assert site.runs.snapshot(run).status is RunStatus.FINISHED
     shown = _rounds_table(view(site, run)).columns[-1]
     assert [shown.header, *shown.cells] == ["epsilon", *(f"{epsilon:.2f}" for epsilon in told)]
     site.close()
@@ -235,7 +235,7 @@ def test_the_whole_update_is_clipped_wherever_prompts_are(tmp_path: Path, placem
         site.task(run, participant)
         state = {name: torch.full_like(t, 3.0) for name, t in site.state(run).items()}
         prompts = {"prompts": state.pop("prompts")} if placement == "cut" else {}
-        site.update(run, participant, state, held=(lambda: prompts) if prompts else None)
+        site.update(run, participant, state, trained=(lambda: prompts) if prompts else None)
         assert change(site, run) == pytest.approx(0.25, rel=1e-5)
         assert bool(site.state(run)["prompts"].ne(0).all())
         assert view(site, run).rounds[0].epsilon is None  # clipping alone is no privacy

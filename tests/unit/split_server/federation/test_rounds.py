@@ -22,7 +22,8 @@ from split_server.federation.rounds import (
     assignment_for,
     decide,
 )
-from split_server.federation.snapshot import Member, OpenRound, RunSnapshot
+from split_server.federation.snapshot import OpenRound, Participant, RunSnapshot
+from split_server.storage.run_files import StateRefs
 from tests.support.federation import run_settings
 from tuning_methods.custom.settings import Custom
 
@@ -31,11 +32,11 @@ BLOB = BlobRef(sha256="0" * 64, nbytes=1)
 NOW = 100.0
 
 
-def member(number: int, *, train: int = 10, test: int = 5, left: bool = False) -> Member:
-    return Member(f"p{number}", f"device-{number}", number, train, test, left)
+def participant(number: int, *, train: int = 10, test: int = 5, left: bool = False) -> Participant:
+    return Participant(f"p{number}", f"device-{number}", number, train, test, left)
 
 
-def a_run(members: int = 3, *, closed: int = 0, **federation: Any) -> RunSnapshot:
+def a_run(participants: int = 3, *, closed: int = 0, **federation: Any) -> RunSnapshot:
     return RunSnapshot(
         id="r1",
         status=RunStatus.RUNNING if closed else RunStatus.WAITING,
@@ -46,9 +47,8 @@ def a_run(members: int = 3, *, closed: int = 0, **federation: Any) -> RunSnapsho
         backbone_path="",
         backbone_bytes=1,
         head=BLOB,
-        state=BLOB,
-        held=None,
-        members={f"p{n}": member(n) for n in range(1, members + 1)},
+        state=StateRefs(BLOB),
+        participants={f"p{n}": participant(n) for n in range(1, participants + 1)},
         open_round=None,
         closed_rounds=closed,
         repeats=0,
@@ -74,7 +74,7 @@ def an_open_round(
             round=run.closed_rounds + 1,
             attempt=attempt,
             status=status,
-            sampled=tuple(run.members),
+            sampled=tuple(run.participants),
             updated=frozenset(updated or ()),
             declined=frozenset(declined or ()),
             evaluators=evaluators or (),
@@ -84,7 +84,7 @@ def an_open_round(
 
 
 def everybody(run: RunSnapshot) -> set[str]:
-    return set(run.members)
+    return set(run.participants)
 
 
 def next_step(run: RunSnapshot, now: float = NOW) -> rounds.Action | None:
@@ -98,8 +98,8 @@ def test_the_first_round_waits_for_min_participants() -> None:
 
 def test_those_who_have_left_do_not_count() -> None:
     run = a_run(3, min_participants=3)
-    gone = {**run.members, "p2": replace(run.members["p2"], left=True)}
-    assert next_step(replace(run, members=gone)) is None
+    gone = {**run.participants, "p2": replace(run.participants["p2"], left=True)}
+    assert next_step(replace(run, participants=gone)) is None
 
 
 def test_a_later_round_opens_without_min_participants() -> None:
@@ -109,8 +109,8 @@ def test_a_later_round_opens_without_min_participants() -> None:
 
 def test_only_the_live_with_training_samples_are_drawn() -> None:
     run = a_run(4)
-    members = {**run.members, "p3": member(3, train=0)}
-    step = decide(replace(run, members=members), {"p1", "p3", "p4"}, NOW, settled=True)
+    participants = {**run.participants, "p3": participant(3, train=0)}
+    step = decide(replace(run, participants=participants), {"p1", "p3", "p4"}, NOW, settled=True)
     assert step == OpenTraining(1, 0, ("p1", "p4"))
 
 
@@ -143,13 +143,13 @@ def test_the_draw_is_the_seeds_own() -> None:
 def test_the_draw_does_not_depend_on_the_order_of_joining() -> None:
     def draw(order: list[int]) -> set[str]:
         run = a_run(0, participants_per_round=3, seed=4)
-        members = {
-            f"p{place}": Member(f"p{place}", f"device-{n}", place, 10, 5, False)
+        participants = {
+            f"p{place}": Participant(f"p{place}", f"device-{n}", place, 10, 5, False)
             for place, n in enumerate(order)
         }
-        step = next_step(replace(run, members=members))
+        step = next_step(replace(run, participants=participants))
         assert isinstance(step, OpenTraining)
-        return {members[one].name for one in step.sampled}
+        return {participants[one].name for one in step.sampled}
 
     assert draw([1, 2, 3, 4, 5, 6]) == draw([6, 3, 1, 5, 2, 4])
 
@@ -172,8 +172,8 @@ def test_the_deadline_lets_stragglers_go() -> None:
 
 def test_a_round_waits_neither_for_those_who_left_nor_for_those_without_an_update() -> None:
     run = an_open_round(a_run(3), updated={"p1"}, declined={"p2"})
-    members = {**run.members, "p3": replace(run.members["p3"], left=True)}
-    assert isinstance(next_step(replace(run, members=members)), Aggregate)
+    participants = {**run.participants, "p3": replace(run.participants["p3"], left=True)}
+    assert isinstance(next_step(replace(run, participants=participants)), Aggregate)
 
 
 def test_too_few_updates_repeat_the_round_and_then_fail_the_run() -> None:
@@ -204,7 +204,7 @@ def test_a_round_is_measured_when_it_is_due_and_at_the_end(
 
 def test_only_the_live_with_held_out_samples_measure() -> None:
     run = a_run(3)
-    run = replace(run, members={**run.members, "p1": member(1, test=0)})
+    run = replace(run, participants={**run.participants, "p1": participant(1, test=0)})
     opened = an_open_round(run, updated={"p1", "p2", "p3"})
     step = decide(opened, {"p1", "p2"}, NOW, settled=True)
     assert isinstance(step, Aggregate)
@@ -239,7 +239,7 @@ def test_assignments_follow_the_phase() -> None:
 
 def test_one_who_has_left_is_told_to_stop() -> None:
     run = a_run(1)
-    run = replace(run, members={"p1": member(1, left=True)})
+    run = replace(run, participants={"p1": participant(1, left=True)})
     assert assignment_for(run, "p1", NOW).task is Task.STOP
 
 
@@ -256,7 +256,7 @@ def test_a_request_names_the_open_round_attempt_and_phase() -> None:
     with pytest.raises(RunClosed):
         rounds.require_phase(replace(run, status=RunStatus.FINISHED), 1, 1, RoundStatus.TRAINING)
     with pytest.raises(StaleRound):
-        rounds.require_trainer(run, member(9), 1, 1)
+        rounds.require_trainer(run, participant(9), 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -268,7 +268,7 @@ def test_a_round_waits_for_a_distillation_that_is_due(closed: int, renewed: int,
     again = {"name": "fedpft", "distillation": {"epochs": 1, "every": 2}}
     values = run.settings.model_dump() | {"method": again}
     run = replace(run, settings=RunSettings.model_validate(values))
-    everybody = set(run.members)
+    everybody = set(run.participants)
     action = decide(run, everybody, NOW, settled=True)
     assert action == Redistill(closed) if due else isinstance(action, OpenTraining)
     assert assignment_for(run, "p1", NOW).head == run.head

@@ -25,10 +25,10 @@ from protocol.errors import (
 )
 from protocol.messages import JoinRequest, RoundStatus, RunStatus, Task
 from split_model import load_state
-from split_server.federation.service import Held
 from split_server.storage.events import IdempotentRequest
 from tests.support.federation import (
     FederationHarness,
+    Trained,
     bench,
     everywhere,
     random_state,
@@ -210,7 +210,7 @@ def test_an_update_that_cannot_count_is_refused(
         assert (view.updated, view.samples) == ((good,), 10)
         assert "update_refused" in site.kinds(run)
     else:
-        assert site.federation.run(run).closed_rounds == 0
+        assert site.runs.snapshot(run).closed_rounds == 0
 
 
 def test_a_wrong_shape_is_refused(site: FederationHarness) -> None:
@@ -238,7 +238,7 @@ def on_device(value: float) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in state_of(value).items() if name != "prompts"}
 
 
-def tuned(value: float) -> Held:
+def tuned(value: float) -> Trained:
     return lambda: {"prompts": torch.full((1, 2, 192), value)}
 
 
@@ -247,11 +247,11 @@ def test_prompts_that_the_server_has_tuned_are_averaged_with_the_rest(
 ) -> None:
     run = site.create(prompt_at="cut", min_participants=2, evaluate_every=0)
     a, b = site.join(run, "a"), site.join(run, "b")
-    site.update(run, a, on_device(1.0), samples=30, held=tuned(1.0))
-    site.update(run, b, on_device(5.0), samples=10, held=tuned(5.0))
+    site.update(run, a, on_device(1.0), samples=30, trained=tuned(1.0))
+    site.update(run, b, on_device(5.0), samples=10, trained=tuned(5.0))
     assert everywhere(site, run) == 2.0
     assert site.state(run)["prompts"].shape == (1, 2, 192)
-    seen = site.federation.files(run).state(site.task(run, a).state.sha256)
+    seen = site.runs.files(run).state(site.task(run, a).state.sha256)
     assert "prompts" not in load_state(seen)
 
 
@@ -262,9 +262,9 @@ def test_an_update_whose_prompts_are_lost_may_come_again(site: FederationHarness
     run = site.create(prompt_at="cut", evaluate_every=0)
     a = site.join(run)
     with pytest.raises(StepLost):
-        site.update(run, a, on_device(1.0), key="k", held=lost)
+        site.update(run, a, on_device(1.0), key="k", trained=lost)
     assert site.task(run, a).task is Task.TRAIN
-    site.update(run, a, on_device(3.0), key="k", held=tuned(3.0))
+    site.update(run, a, on_device(3.0), key="k", trained=tuned(3.0))
     assert everywhere(site, run) == 3.0
 
 
@@ -275,11 +275,11 @@ def test_prompts_that_are_not_finite_are_refused_as_an_update_is(site: Federatio
     run = site.create(prompt_at="cut", min_participants=2, evaluate_every=0)
     bad, good = site.join(run, "bad"), site.join(run, "good")
     with pytest.raises(NonFinite):
-        site.update(run, bad, on_device(7.0), held=burst)
+        site.update(run, bad, on_device(7.0), trained=burst)
     assert site.task(run, bad).task is Task.WAIT
     with pytest.raises(WrongShape):  # nor may it send prompts of its own
-        site.update(run, bad, state_of(7.0), held=tuned(7.0))
-    site.update(run, good, on_device(1.0), held=tuned(1.0))
+        site.update(run, bad, state_of(7.0), trained=tuned(7.0))
+    site.update(run, good, on_device(1.0), trained=tuned(1.0))
     assert everywhere(site, run) == 1.0
 
 
@@ -290,7 +290,7 @@ def test_if_nobody_has_a_sample_the_run_fails_without_waiting(site: FederationHa
         assert site.task(run, a).attempt == attempt
         with pytest.raises(EmptyUpdate):
             site.update(run, a, state_of(1.0), samples=0, attempt=attempt)
-    assert site.federation.run(run).status is RunStatus.FAILED
+    assert site.runs.snapshot(run).status is RunStatus.FAILED
 
 
 def test_the_order_of_arrival_does_not_show(site: FederationHarness) -> None:
@@ -302,7 +302,7 @@ def test_the_order_of_arrival_does_not_show(site: FederationHarness) -> None:
         who = {name: site.join(run, name) for name in order}
         for name in reversed(order):
             site.update(run, who[name], states[name], samples=ord(name) - 90)
-        seen.add(site.federation.run(run).state.sha256)
+        seen.add(site.runs.snapshot(run).state.device.sha256)
     assert len(seen) == 1
 
 
@@ -329,7 +329,7 @@ def test_a_repeated_join_gives_the_same_participant(site: FederationHarness) -> 
     first = site.federation.join(run, request, once)
     again = site.federation.join(run, request, once)
     assert first.credential == again.credential
-    assert len(site.federation.run(run).members) == 1
+    assert len(site.runs.snapshot(run).participants) == 1
     with pytest.raises(IdempotencyKeyReused):
         site.federation.join(run, request, IdempotentRequest.of(f"{run}/join", "k", b"other"))
 
@@ -358,7 +358,7 @@ def test_evaluations_are_checked_and_counted_once(site: FederationHarness) -> No
         site.evaluate(run, b)
     site.evaluate(run, a, key="k")
     site.evaluate(run, a, key="k")
-    assert site.federation.run(run).closed_rounds == 1
+    assert site.runs.snapshot(run).closed_rounds == 1
 
 
 def test_a_run_can_be_cancelled_once(site: FederationHarness) -> None:
@@ -405,9 +405,9 @@ def test_devices_whose_classes_have_other_names_do_not_meet(site: FederationHarn
 def test_what_is_not_there_is_not_found(site: FederationHarness) -> None:
     run = site.create()
     with pytest.raises(NotFound):
-        site.federation.run("r0")
+        site.runs.snapshot("r0")
     with pytest.raises(NotFound):
-        site.federation.member(run, "p9999")
+        site.runs.participant(run, "p9999")
 
 
 @pytest.mark.parametrize("key", [None, "", "x" * 201, "line\nbreak", "é"])

@@ -22,11 +22,11 @@ def site(tmp_path: Path) -> Iterator[FederationHarness]:
 def test_a_restart_goes_on_in_the_open_round(site: FederationHarness) -> None:
     run = site.create(min_participants=3, participants_per_round=2, evaluate_every=0)
     who = [site.join(run, name) for name in "abc"]
-    sampled = site.federation.run(run).open_round.sampled  # type: ignore[union-attr]
+    sampled = site.runs.snapshot(run).open_round.sampled  # type: ignore[union-attr]
     site.update(run, sampled[0], state_of(1.0), key="k")
     site.close()
     site.open()
-    opened = site.federation.run(run).open_round
+    opened = site.runs.snapshot(run).open_round
     assert opened is not None
     assert opened.sampled == sampled
     assert opened.updated == {sampled[0]}
@@ -34,10 +34,10 @@ def test_a_restart_goes_on_in_the_open_round(site: FederationHarness) -> None:
     site.update(run, sampled[1], state_of(3.0))
     assert everywhere(site, run) == 2.0
     # The next round waits until all three have called, or might have.
-    assert site.federation.run(run).open_round is None
+    assert site.runs.snapshot(run).open_round is None
     for one in who:
         site.task(run, one)
-    assert site.federation.run(run).open_round is not None
+    assert site.runs.snapshot(run).open_round is not None
 
 
 def test_after_a_restart_the_silent_are_waited_for_no_longer_than_the_window(
@@ -54,7 +54,7 @@ def test_after_a_restart_the_silent_are_waited_for_no_longer_than_the_window(
     assert site.task(run, a).task is Task.WAIT
     site.time.now += 61
     assert site.task(run, a).task is Task.TRAIN
-    opened = site.federation.run(run).open_round
+    opened = site.runs.snapshot(run).open_round
     assert opened is not None
     assert opened.sampled == (a,)
 
@@ -88,7 +88,7 @@ def test_what_a_crash_leaves_behind_is_swept(site: FederationHarness) -> None:
     a = site.join(run, "a")
     site.join(run, "b")
     site.update(run, a, state_of(1.0))
-    files = site.federation.files(run)
+    files = site.runs.files(run)
     [kept] = (files.root / "updates").iterdir()
     (files.root / "updates" / "half.tmp").write_bytes(b"x")
     half_made, foreign = (site.folder / "runs" / name for name in ("r0123456789", "resnet"))
@@ -105,7 +105,7 @@ def test_updates_leave_the_disk_with_their_round(site: FederationHarness) -> Non
     run = site.create(evaluate_every=0)
     a = site.join(run)
     site.update(run, a, state_of(1.0))
-    assert not list((site.federation.files(run).root / "updates").iterdir())
+    assert not list((site.runs.files(run).root / "updates").iterdir())
 
 
 def test_updates_leave_the_disk_with_a_run_that_is_cancelled(site: FederationHarness) -> None:
@@ -114,10 +114,10 @@ def test_updates_leave_the_disk_with_a_run_that_is_cancelled(site: FederationHar
     prompts = {"prompts": state_of(1.0)["prompts"].unsqueeze(0)}
     for one in (run, other):
         a, _ = site.join(one, "a"), site.join(one, "b")
-        site.update(one, a, tail, held=lambda: prompts)
+        site.update(one, a, tail, trained=lambda: prompts)
     site.federation.cancel(run, IdempotentRequest.of(f"{run}/cancel", "k"))
-    assert not list((site.federation.files(run).root / "updates").iterdir())
-    assert len(list((site.federation.files(other).root / "updates").iterdir())) == 1
+    assert not list((site.runs.files(run).root / "updates").iterdir())
+    assert len(list((site.runs.files(other).root / "updates").iterdir())) == 1
     assert everywhere(site, run) == 0.0, "its states stay, held ones too"
 
 
@@ -134,7 +134,7 @@ def test_each_round_pays_for_its_own_bytes_and_a_restart_loses_none(
     moved(100)
     site.update(run, a, state_of(1.0))
     moved(10)
-    site.federation.save_traffic()
+    site.runs.save_traffic()
     site.close()
     site.open()
     moved(1)
@@ -160,8 +160,8 @@ def test_bytes_that_could_not_be_saved_are_saved_later(
     with monkeypatch.context() as broken:
         broken.setattr(site.meter, "save", full_disk)
         with pytest.raises(OSError, match="no space"):
-            site.federation.save_traffic()
-    site.federation.save_traffic()
+            site.runs.save_traffic()
+    site.runs.save_traffic()
     assert not site.meter.take_dirty()
     site.close()
     site.open()
@@ -175,7 +175,7 @@ def test_a_failed_change_changes_nothing(
     run = site.create(min_participants=2)
     a = site.join(run, "a")
     site.join(run, "b")
-    before = site.federation.run(run), site.kinds(run)
+    before = site.runs.snapshot(run), site.kinds(run)
 
     def full_disk(*_args: object) -> None:
         raise OSError("no space left")
@@ -184,7 +184,7 @@ def test_a_failed_change_changes_nothing(
         broken.setattr(IdempotentRequest, "remember", full_disk)
         with pytest.raises(OSError, match="no space"):
             site.update(run, a, state_of(1.0), key="k")
-    assert (site.federation.run(run), site.kinds(run)) == before
+    assert (site.runs.snapshot(run), site.kinds(run)) == before
     site.update(run, a, state_of(1.0), key="k")
     assert site.kinds(run)[-1] == "update_counted"
 
@@ -194,9 +194,9 @@ def test_a_data_folder_that_was_moved_has_its_backbones_with_it(tmp_path: Path) 
     old.mkdir()
     with bench(old) as site:
         run = site.create(min_participants=2)
-        before = Path(site.federation.run(run).backbone_path)
+        before = Path(site.runs.snapshot(run).backbone_path)
         site.close()
         old.rename(new)
         site.folder = new
         site.open()
-        assert Path(site.federation.run(run).backbone_path) == new / before.relative_to(old)
+        assert Path(site.runs.snapshot(run).backbone_path) == new / before.relative_to(old)

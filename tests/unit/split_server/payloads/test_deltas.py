@@ -24,7 +24,7 @@ from protocol.errors import (
 )
 from protocol.frames import Frame, decode_frame, encode_frame, join_frame
 from protocol.limits import DEFAULT_LIMITS, FrameLimits
-from split_server.payloads.deltas import read_revision, rebuild
+from split_server.payloads.deltas import apply_deltas, decode_deltas
 from split_server.storage.sample_store import Kept, Owner, RowForm, SampleStore, StoreLimits
 from tests.support.federation import SPLIT, TOKENS, WIDTH, smashed
 
@@ -89,7 +89,7 @@ def frame(tensors: Tensors) -> Frame:
 
 
 def ask(store: SampleStore, tensors: Tensors, owner: Owner = A) -> Tensor | list[int]:
-    return rebuild(store, owner, read_revision(frame(tensors), SPLIT, DEFAULT_LIMITS, MOST))
+    return apply_deltas(store, owner, decode_deltas(frame(tensors), SPLIT, DEFAULT_LIMITS, MOST))
 
 
 def answer(store: SampleStore, tensors: Tensors, owner: Owner = A) -> Tensor:
@@ -244,7 +244,7 @@ def test_a_request_at_odds_with_itself_is_refused(
     tensors: Tensors, error: type[SFPromptError], field: str
 ) -> None:
     with pytest.raises(SFPromptError) as caught:
-        read_revision(frame(tensors), SPLIT, DEFAULT_LIMITS, MOST)
+        decode_deltas(frame(tensors), SPLIT, DEFAULT_LIMITS, MOST)
     assert type(caught.value) is error
     assert caught.value.field == field
     assert caught.value.limit is None or caught.value.limit != caught.value.value
@@ -263,17 +263,17 @@ def test_a_batch_that_is_small_on_the_wire_alone_is_refused_before_it_is_decoded
         raise AssertionError("a tensor was decoded")
 
     limits = FrameLimits(max_frame_bytes=6 * ONE)
-    assert len(read_revision(small, SPLIT, limits, MOST).ids) == 6
-    monkeypatch.setattr("split_server.payloads.deltas.read_floats", decoded)
+    assert len(decode_deltas(small, SPLIT, limits, MOST).ids) == 6
+    monkeypatch.setattr("split_server.payloads.deltas.decode_floats", decoded)
     with pytest.raises(TooLarge) as caught:
-        read_revision(small, SPLIT, FrameLimits(max_frame_bytes=6 * ONE - 1), MOST)
+        decode_deltas(small, SPLIT, FrameLimits(max_frame_bytes=6 * ONE - 1), MOST)
     assert (caught.value.field, caught.value.value) == ("ids", 6 * ONE)
 
 
 def test_the_sound_request_is_taken() -> None:
-    revision = read_revision(frame(changed()), SPLIT, DEFAULT_LIMITS, MOST)
-    assert (revision.before, revision.after) == ([-1, 0], [1, 1])
-    assert (revision.whole.places, revision.changes.places) == ([0], [1])
+    batch = decode_deltas(frame(changed()), SPLIT, DEFAULT_LIMITS, MOST)
+    assert (batch.before, batch.after) == ([-1, 0], [1, 1])
+    assert (batch.whole.indices, batch.changes.indices) == ([0], [1])
 
 
 # The store
@@ -387,8 +387,8 @@ class Pair:
             self.device.forget(named[place] for place in found)
         raise AssertionError("three sendings were not enough")
 
-    def _send(self, revision: Sending) -> Tensor | list[int]:
-        return ask(self.store, dict(revision.tensors))
+    def _send(self, batch: Sending) -> Tensor | list[int]:
+        return ask(self.store, dict(batch.tensors))
 
     def _lose(self, sample: Sample, batch: Tensor) -> None:
         """Put something else in the place of a copy."""

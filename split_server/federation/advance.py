@@ -1,0 +1,146 @@
+"""Advance runs: take the steps that `rounds.decide` returns; redistil proxies between rounds."""
+
+from __future__ import annotations
+
+import logging
+
+from protocol.errors import SFPromptError
+from protocol.messages import RunStatus
+from split_server.federation import rounds, transitions
+from split_server.federation.background import Check, RedistillationJobs, Stopped
+from split_server.federation.liveness import Liveness
+from split_server.federation.runs import RunRegistry
+from split_server.federation.snapshot import RunSnapshot
+from split_server.models import prepare
+from split_server.storage.run_files import from_folder
+
+log = logging.getLogger(__name__)
+
+_RETRY_S = 5.0  # after a step has failed, e.g. because the disk is full
+
+
+class RunAdvancer:
+    """Takes the due steps of runs. Methods may be called from many threads at once.
+
+    Args:
+        runs: the runs.
+        liveness: participants with a recent request.
+    """
+
+    def __init__(self, runs: RunRegistry, liveness: Liveness) -> None:
+        self._runs = runs
+        self._liveness = liveness
+        self._not_before: dict[str, float] = {}  # run id: when to retry a failed step
+        self._redistillation = RedistillationJobs(self._redistill, self._fail)
+
+    def close(self) -> None:
+        """Stop redistillation; the next start of the server resumes it."""
+        self._redistillation.close()
+
+    def is_due(self, run_id: str) -> bool:
+        """Whether `try_advance` would change something; cheap, and without a lock."""
+        return not self._is_paused(run_id) and self._next(run_id) is not None
+
+    def try_advance(self, run_id: str, *, wait: bool = True) -> None:
+        """Advance a run as far as possible, for a request that does not depend on it.
+
+        A failed step is logged, not raised, and pauses the run for a few seconds.
+
+        Args:
+            wait: for another thread that changes the run. False: return at once if there is one;
+                a request that hears of the change anyway must not block a thread of the pool.
+        """
+        self._runs.snapshot(run_id)
+        lock = self._runs.lock(run_id)
+        if not lock.acquire(blocking=wait):
+            return
+        try:
+            if not self._is_paused(run_id):
+                self.advance(run_id)
+                self._not_before.pop(run_id, None)
+        except Exception:
+            self._not_before[run_id] = self._runs.clock.monotonic() + _RETRY_S
+            log.exception("run %s: a step failed; retrying in %g s", run_id, _RETRY_S)
+        finally:
+            lock.release()
+
+    def advance(self, run_id: str) -> None:
+        """Take every due step of a run.
+
+        Raises:
+            NotFound: there is no such run.
+        """
+        self._runs.snapshot(run_id)
+        with self._runs.lock(run_id):
+            while (action := self._next(run_id)) is not None:
+                self._take(self._runs.snapshot(run_id), action)
+
+    def _take(self, run: RunSnapshot, action: rounds.Action) -> None:
+        runs = self._runs
+        if isinstance(action, rounds.Redistill):
+            self._redistillation.start(run.id)
+            return
+        if isinstance(action, rounds.Aggregate):
+            with runs.store.reading() as session:
+                action = transitions.average(session, run, action, runs.files(run.id))
+        with runs.changing(run.id) as session:
+            work = runs.watcher.work(run.id)
+            transitions.apply(session, run, action, runs.meter, runs.clock.wall(), work)
+        log.info("run %s: %s", run.id, action)
+        if not isinstance(action, rounds.OpenTraining):
+            runs.watcher.round_over(run.id)
+            if runs.snapshot(run.id).status.is_over:
+                runs.watcher.run_over(run.id)
+            runs.sweep(run.id, run)
+
+    def _is_paused(self, run_id: str) -> bool:
+        return self._runs.clock.monotonic() < self._not_before.get(run_id, 0.0)
+
+    def _next(self, run_id: str) -> rounds.Action | None:
+        if self._redistillation.is_running(run_id):
+            return None
+        live = self._liveness.live(run_id)
+        now = self._runs.clock.monotonic()
+        run = self._runs.snapshot(run_id)
+        return rounds.decide(run, live, now, settled=self._liveness.settled)
+
+    def _redistill(self, run_id: str, check: Check) -> None:
+        """Distil a run's proxy again; its next round waits for this."""
+        runs, run, files = self._runs, self._runs.snapshot(run_id), self._runs.files(run_id)
+
+        def check_wanted() -> None:
+            check()
+            if runs.snapshot(run_id).status.is_over:
+                raise Stopped
+
+        if not run.needs_redistillation:
+            return
+        check_wanted()
+        round_ = run.closed_rounds
+        log.info("run %s: distilling its proxy again after round %d", run_id, round_)
+        model = prepare.redistill_run(
+            run.plan,
+            files,
+            runs.cache_dir,
+            round_=round_,
+            state=run.state,
+            proxy_path=run.backbone_path,
+            check=check_wanted,
+        )
+        with runs.changing(run_id) as session:
+            check_wanted()
+            backbone = from_folder(model.backbone_path, runs.data_dir)
+            at = runs.clock.wall()
+            transitions.replace_proxy(session, run, backbone, model.head, round_, at)
+        files.keep_renewed(round_)
+        log.info("run %s: its proxy was distilled again after round %d", run_id, round_)
+
+    def _fail(self, run_id: str, error: SFPromptError) -> None:
+        """End a run whose proxy cannot be distilled again."""
+        runs = self._runs
+        with runs.changing(run_id) as session:
+            if runs.snapshot(run_id).status.is_over:
+                return
+            reason = f"distillation after round {runs.snapshot(run_id).closed_rounds}: {error}"
+            transitions.end_run(session, run_id, RunStatus.FAILED, reason, runs.clock.wall())
+        runs.watcher.run_over(run_id)

@@ -1,0 +1,169 @@
+"""Write the result of a request into the database, in the caller's transaction.
+
+Each function adds the rows, the event of the run's history, and the response for a repeat.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy.orm import Session
+
+from protocol.errors import SFPromptError
+from protocol.messages import EvaluationReport, JoinRequest, RunStatus, UpdateMeta
+from protocol.settings import RunSettings
+from split_server.federation.snapshot import OpenRound, RunSnapshot
+from split_server.models.prepare import PreparedRun
+from split_server.storage.database import (
+    EvaluationRow,
+    ParticipantRow,
+    RoundRow,
+    RunRow,
+    UpdateRow,
+)
+from split_server.storage.events import IdempotentRequest, record_event
+
+
+def add_run(
+    session: Session,
+    run_id: str,
+    settings: RunSettings,
+    prepared: PreparedRun,
+    backbone_path: str,
+    at: float,
+) -> None:
+    """Add a run that waits for participants.
+
+    Args:
+        backbone_path: relative to the data folder if the file lies there.
+        at: seconds since 1970.
+    """
+    row = RunRow(
+        id=run_id,
+        status=RunStatus.WAITING,
+        reason=None,
+        settings=settings.model_dump(mode="json"),
+        created_at=at,
+        finished_at=None,
+        backbone_path=backbone_path,
+        backbone_bytes=prepared.backbone_bytes,
+        renewed=0,
+        head_sha256=prepared.head.sha256,
+        head_nbytes=prepared.head.nbytes,
+    )
+    row.set_state(prepared.state)
+    session.add(row)
+    record_event(session, run_id, at, "run_created", name=settings.name)
+
+
+def add_participant(
+    session: Session,
+    run: RunSnapshot,
+    request: JoinRequest,
+    idempotent: IdempotentRequest,
+    at: float,
+) -> str:
+    """Add a participant to a run and return its id."""
+    ordinal = len(run.participants) + 1
+    participant_id = f"p{ordinal:04d}"
+    session.add(
+        ParticipantRow(
+            run_id=run.id,
+            id=participant_id,
+            ordinal=ordinal,
+            name=request.name,
+            train_samples=request.train_samples,
+            test_samples=request.test_samples,
+            classes_sha256=request.classes_sha256,
+            joined_at=at,
+            left_at=None,
+            traffic={},
+        )
+    )
+    idempotent.remember(session, {"participant": participant_id}, at)
+    record_event(
+        session, run.id, at, "participant_joined", participant=participant_id, name=request.name
+    )
+    return participant_id
+
+
+def record_leaving(
+    session: Session, run_id: str, participant_id: str, idempotent: IdempotentRequest, at: float
+) -> None:
+    """Record that a participant has left."""
+    session.get_one(ParticipantRow, (run_id, participant_id)).left_at = at
+    idempotent.remember(session, {}, at)
+    record_event(session, run_id, at, "participant_left", participant=participant_id)
+
+
+def count_update(
+    session: Session,
+    run_id: str,
+    participant_id: str,
+    meta: UpdateMeta,
+    sha256: str,
+    idempotent: IdempotentRequest,
+    at: float,
+) -> None:
+    """Count an update whose tensors are in the file with this hash."""
+    session.add(
+        UpdateRow(
+            run_id=run_id,
+            round=meta.round,
+            attempt=meta.attempt,
+            participant_id=participant_id,
+            samples=meta.samples,
+            received_at=at,
+            train_loss=meta.train_loss,
+            local_loss=meta.local_loss,
+            sha256=sha256,
+        )
+    )
+    idempotent.remember(session, {}, at)
+    data = meta.model_dump(exclude={"local_loss", "session", "base"})
+    record_event(session, run_id, at, "update_counted", participant=participant_id, **data)
+
+
+def decline_update(
+    session: Session,
+    run_id: str,
+    open_round: OpenRound,
+    participant_id: str,
+    error: SFPromptError,
+    at: float,
+) -> None:
+    """Record that the round need not wait for this participant's update."""
+    row = session.get_one(RoundRow, (run_id, open_round.round, open_round.attempt))
+    row.declined = [*row.declined, participant_id]
+    record_event(
+        session,
+        run_id,
+        at,
+        "update_refused",
+        round=row.round,
+        attempt=row.attempt,
+        participant=participant_id,
+        code=error.code,
+    )
+
+
+def count_evaluation(
+    session: Session,
+    run_id: str,
+    participant_id: str,
+    report: EvaluationReport,
+    idempotent: IdempotentRequest,
+    at: float,
+) -> None:
+    """Count an evaluation."""
+    session.add(
+        EvaluationRow(
+            run_id=run_id,
+            participant_id=participant_id,
+            received_at=at,
+            **report.model_dump(),
+        )
+    )
+    idempotent.remember(session, {}, at)
+    data: dict[str, Any] = report.model_dump(exclude={"loss_sum"})
+    record_event(session, run_id, at, "evaluation_counted", participant=participant_id, **data)

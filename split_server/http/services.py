@@ -1,0 +1,43 @@
+"""The parts of a running server that the routes share."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from split_server.engine.engine import Engine
+from split_server.engine.metrics import EngineFigures
+from split_server.federation.advance import RunAdvancer
+from split_server.federation.credentials import Credentials
+from split_server.federation.liveness import Liveness
+from split_server.federation.runs import RunRegistry
+from split_server.federation.service import FederationService
+from split_server.http.body import BodyBudget
+from split_server.runtime.aio import Notifier
+from split_server.runtime.device import Placement, SideStreams
+from split_server.settings import ServerSettings
+from split_server.storage.database import Store
+from split_server.storage.sample_store import SampleStore
+from split_server.storage.traffic import Meter
+
+
+@dataclass(frozen=True)
+class Services:
+    """Built once at start by `split_server.app.build_services`, closed once at the end."""
+
+    settings: ServerSettings
+    placement: Placement  # device and dtype of the bodies
+    engine: Engine
+    figures: EngineFigures
+    samples: SampleStore
+    store: Store
+    meter: Meter
+    credentials: Credentials
+    liveness: Liveness
+    runs: RunRegistry
+    advancer: RunAdvancer
+    federation: FederationService
+    notifier: Notifier
+    body_budget: BodyBudget
+    codec_threads: ThreadPoolExecutor  # decode and encode frames
+    codec_streams: SideStreams  # CUDA streams of these threads

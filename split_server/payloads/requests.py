@@ -1,0 +1,369 @@
+"""Parse each request kind of the split plane, once, into a frozen dataclass.
+
+A ``parse_*`` function makes all checks of the content: meta, permission, shapes, codecs, sizes and
+finiteness. What it returns is valid for the run; handlers only look it up and submit it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from protocol.errors import InvalidField, MalformedFrame, StaleRound
+from protocol.frames import Frame
+from protocol.limits import FrameLimits
+from protocol.messages import (
+    BodyStepMeta,
+    ExchangeMeta,
+    InferMeta,
+    SamplesMeta,
+    StepMeta,
+    parse_message,
+)
+from protocol.plan import RunPlan
+from split_model import anatomy, needed_tokens
+from split_server.models.body_key import BodyKey
+from split_server.payloads.deltas import DeltaBatch, decode_deltas
+from split_server.payloads.samples import (
+    EncodedSamples,
+    check_encoded_samples,
+    decode_sample_ids,
+)
+from split_server.payloads.tensors import (
+    check_batch_size,
+    check_decoded_size,
+    decode_gradients,
+    decode_smashed,
+)
+
+
+class Permission(Protocol):
+    """Decides whether the participant may send a request now. The federation implements it."""
+
+    def require_running(self) -> None:
+        """Raise `RunClosed` if the run is over."""
+
+    def require_trainer(self, round_: int, attempt: int | None) -> None:
+        """Raise `RunClosed` or `StaleRound` unless the participant trains in this round now."""
+
+    def require_pending_update(self, round_: int, attempt: int) -> None:
+        """The same, and raise `StaleRound` if the participant's update was counted."""
+
+
+@dataclass(frozen=True)
+class SplitRequest:
+    """A request whose tensors are not decoded yet, and the plan of its run.
+
+    Attributes:
+        run, participant: their ids.
+        plan: the run's.
+        body: the run's frozen body.
+        state: the SHA-256 of the device's part of the newest global state.
+        permission: decides whether the participant may send this now.
+        frame: the content.
+        fingerprint: a hash of the content; distinguishes a repeat from another request under the
+            same name.
+        limits: of the server.
+        device: tensors are decoded there.
+    """
+
+    run: str
+    participant: str
+    plan: RunPlan
+    body: BodyKey
+    state: str
+    permission: Permission
+    frame: Frame
+    fingerprint: int
+    limits: FrameLimits
+    device: torch.device
+
+    @cached_property
+    def num_tokens(self) -> int | None:
+        """Tokens of the features that the run returns; None: all."""
+        if not self.plan.wire.pooled_features:
+            return None
+        return needed_tokens(self.plan.model)
+
+
+@dataclass(frozen=True)
+class CachedBatch:
+    """A batch that the server takes from its sample store."""
+
+    ids: list[bytes]  # [B]
+
+
+Batch = Tensor | CachedBatch | DeltaBatch  # a tensor is smashed data [B, T, D]
+
+
+@dataclass(frozen=True)
+class ForwardRequest:
+    """A training step's batch, sent whole or as deltas."""
+
+    meta: StepMeta
+    batch: Tensor | DeltaBatch
+
+
+@dataclass(frozen=True)
+class BackwardRequest:
+    """The gradient [B, T', D] of a training step's features."""
+
+    meta: StepMeta
+    gradients: Tensor
+
+
+@dataclass(frozen=True)
+class BodyStepRequest:
+    """One direction of a training step in a run that tunes its body.
+
+    ``tensor`` is smashed data [B, T, D] of a forward, or gradients [B, T', D] of a backward.
+    """
+
+    meta: BodyStepMeta
+    tensor: Tensor
+
+
+@dataclass(frozen=True)
+class ExchangeRequest:
+    """One request of a session that tunes prompts on the server.
+
+    ``gradients`` [B, T', D] belong to the previous batch and are missing in the first request;
+    ``batch`` is the next batch and is missing in the last request.
+    """
+
+    meta: ExchangeMeta
+    gradients: Tensor | None
+    batch: Tensor | CachedBatch | None
+
+
+@dataclass(frozen=True)
+class InferRequest:
+    """A batch to run forward only."""
+
+    meta: InferMeta
+    batch: Tensor | CachedBatch
+
+
+@dataclass(frozen=True)
+class SamplesRequest:
+    """Samples for the cache, still encoded."""
+
+    samples: EncodedSamples
+
+
+@dataclass(frozen=True)
+class MissingRequest:
+    """Ids of samples that may be missing in the cache."""
+
+    ids: list[bytes]
+
+
+def parse_forward(request: SplitRequest) -> ForwardRequest:
+    """Parse a forward of a run whose prompts join at the input.
+
+    Raises:
+        InvalidField, RunClosed, StaleRound, MalformedFrame, WrongShape, TooLarge, NonFinite
+    """
+    meta = _parse_step_meta(request)
+    if "ids" not in request.frame.specs:
+        return ForwardRequest(meta, _decode_batch(request))
+    _require_delta_cache(request)
+    max_samples = request.plan.training.batch_size
+    settings = request.body.settings
+    deltas = decode_deltas(request.frame, settings, request.limits, max_samples)
+    return ForwardRequest(meta, deltas)
+
+
+def parse_backward(request: SplitRequest) -> BackwardRequest:
+    """Parse a backward of a run whose prompts join at the input.
+
+    Raises:
+        InvalidField, RunClosed, StaleRound, MalformedFrame, WrongShape, TooLarge, NonFinite
+    """
+    return BackwardRequest(_parse_step_meta(request), _decode_gradients(request))
+
+
+def parse_body_forward(request: SplitRequest) -> BodyStepRequest:
+    """Parse a forward of a run that tunes its body.
+
+    Raises:
+        InvalidField, RunClosed, StaleRound, MalformedFrame, WrongShape, TooLarge, NonFinite
+    """
+    meta = _parse_body_step_meta(request)
+    if "ids" in request.frame.specs:
+        _require_delta_cache(request)  # such a run has none
+    return BodyStepRequest(meta, _decode_batch(request))
+
+
+def parse_body_backward(request: SplitRequest) -> BodyStepRequest:
+    """Parse a backward of a run that tunes its body.
+
+    Raises:
+        InvalidField, RunClosed, StaleRound, MalformedFrame, WrongShape, TooLarge, NonFinite
+    """
+    return BodyStepRequest(_parse_body_step_meta(request), _decode_gradients(request))
+
+
+def parse_exchange(request: SplitRequest) -> ExchangeRequest:
+    """Parse one request of a session that tunes prompts on the server.
+
+    Raises:
+        InvalidField, RunClosed, StaleRound, MalformedFrame, WrongShape, TooLarge, NonFinite
+    """
+    meta = parse_message(ExchangeMeta, dict(request.frame.meta))
+    _require_placement(request, "cut")
+    request.permission.require_trainer(meta.round, meta.attempt)
+    _check_exchanged_tensors(request.frame, meta)
+    return ExchangeRequest(
+        meta,
+        gradients=_decode_gradients(request) if meta.number > 0 else None,
+        batch=(
+            _decode_or_name_batch(request, request.plan.training.batch_size)
+            if meta.number < meta.steps
+            else None
+        ),
+    )
+
+
+def parse_infer(request: SplitRequest) -> InferRequest:
+    """Parse an inference.
+
+    Raises:
+        StaleRound: it names another global state than the newest.
+        InvalidField, MalformedFrame, WrongShape, TooLarge, NonFinite
+    """
+    meta = parse_message(InferMeta, dict(request.frame.meta))
+    if meta.state not in (None, request.state):
+        raise StaleRound(
+            "this is not the newest global state; fetch the newest, its tail belongs to the "
+            "server's prompts",
+            field="state",
+            limit=request.state,
+            value=meta.state,
+        )
+    return InferRequest(meta, _decode_or_name_batch(request, max_samples=None))
+
+
+def parse_samples(request: SplitRequest) -> SamplesRequest:
+    """Parse samples that the server is to cache.
+
+    Raises:
+        InvalidField, RunClosed, MalformedFrame, WrongShape, TooLarge, NonFinite
+    """
+    parse_message(SamplesMeta, dict(request.frame.meta))
+    _require_sample_cache(request)
+    request.permission.require_running()
+    settings = request.body.settings
+    return SamplesRequest(check_encoded_samples(request.frame, settings, request.limits))
+
+
+def parse_missing(request: SplitRequest) -> MissingRequest:
+    """Parse a query for missing samples.
+
+    Raises:
+        InvalidField, MalformedFrame
+    """
+    parse_message(SamplesMeta, dict(request.frame.meta))
+    _require_sample_cache(request)
+    return MissingRequest(decode_sample_ids(request.frame))
+
+
+def _parse_step_meta(request: SplitRequest) -> StepMeta:
+    meta = parse_message(StepMeta, dict(request.frame.meta))
+    _require_placement(request, "input")
+    request.permission.require_trainer(meta.round, None)
+    return meta
+
+
+def _parse_body_step_meta(request: SplitRequest) -> BodyStepMeta:
+    meta = parse_message(BodyStepMeta, dict(request.frame.meta))
+    request.permission.require_pending_update(meta.round, meta.attempt)
+    return meta
+
+
+def _decode_batch(request: SplitRequest) -> Tensor:
+    return decode_smashed(
+        request.frame,
+        request.body.settings,
+        request.limits,
+        request.device,
+        request.plan.training.batch_size,
+    )
+
+
+def _decode_gradients(request: SplitRequest) -> Tensor:
+    return decode_gradients(
+        request.frame,
+        request.body.settings,
+        request.limits,
+        request.device,
+        request.num_tokens,
+        request.plan.training.batch_size,
+    )
+
+
+def _decode_or_name_batch(request: SplitRequest, max_samples: int | None) -> Tensor | CachedBatch:
+    """Decode the smashed data of a frame, or the sample ids that it has instead."""
+    frame, settings, limits = request.frame, request.body.settings, request.limits
+    if "ids" not in frame.specs:
+        return decode_smashed(frame, settings, limits, request.device, max_samples)
+    _require_sample_cache(request)
+    if "smashed" in frame.specs:
+        raise MalformedFrame(
+            "a request carries either a batch or its sample ids, not both",
+            field="tensors",
+            limit=["ids"],
+            value=sorted(frame.specs),
+        )
+    ids = decode_sample_ids(frame)
+    check_batch_size(len(ids), max_samples, "ids")
+    shape = anatomy(settings)
+    check_decoded_size(len(ids) * shape.tokens * shape.width, "ids", limits)
+    return CachedBatch(ids)
+
+
+def _require_placement(request: SplitRequest, placement: str) -> None:
+    if request.plan.model.prompt_at != placement:
+        raise InvalidField(
+            f"this request is for runs whose prompts join at the {placement}",
+            field="prompt_at",
+            limit=placement,
+            value=request.plan.model.prompt_at,
+        )
+
+
+def _require_delta_cache(request: SplitRequest) -> None:
+    if request.plan.wire.delta_smashed is None:
+        raise InvalidField(
+            "the server caches no smashed data for deltas in this run; send whole batches",
+            field="delta_smashed",
+            limit="a codec",
+        )
+
+
+def _require_sample_cache(request: SplitRequest) -> None:
+    if not request.plan.wire.keep_smashed:
+        raise InvalidField(
+            "the server caches no smashed data of this run; send them with the request",
+            field="keep_smashed",
+            limit=True,
+        )
+
+
+def _check_exchanged_tensors(frame: Frame, meta: ExchangeMeta) -> None:
+    """Check that an exchange carries exactly the tensors of its number in the session."""
+    names = set(frame.specs)
+    expected = {"gradients"} if meta.number > 0 else set()
+    batch = {"ids", "smashed"} & names if meta.number < meta.steps else set()
+    if names != expected | batch or len(batch) > 1:
+        raise MalformedFrame(
+            "an exchange carries gradients (except the first) and ids or smashed data (except the "
+            "last)",
+            field="tensors",
+            limit=sorted(expected | {"ids"}) if meta.number < meta.steps else sorted(expected),
+            value=sorted(names),
+        )
