@@ -1,4 +1,4 @@
-"""What a run is made of where its owner leaves it open."""
+"""The forms of the method, and the values that override them."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from protocol.plan import RunPlan
 from protocol.presets import FORMS, over_form
 
 
-def made(form: str, **values: object) -> RunPlan:
-    (known,) = [one for one in FORMS if one == form]
+def build_plan(form: str, **values: object) -> RunPlan:
+    (known,) = [name for name in FORMS if name == form]
     return parse_message(RunPlan, over_form(known, {"name": "run", **values}))
 
 
-def test_the_default_form_moves_a_samples_smashed_data_once() -> None:
-    run = made("default", model={"num_classes": 6})
+def test_the_default_form_sends_smashed_data_once() -> None:
+    run = build_plan("default", model={"num_classes": 6})
     assert (run.model.prompt_at, run.model.prompt_depth, run.model.num_classes) == (
         "cut",
         "deep",
@@ -26,8 +26,8 @@ def test_the_default_form_moves_a_samples_smashed_data_once() -> None:
     assert run.training.local_epochs == 0
 
 
-def test_the_papers_form_is_the_published_one() -> None:
-    run = made("paper")
+def test_the_paper_form_follows_the_paper() -> None:
+    run = build_plan("paper")
     assert (run.model.prompt_at, run.training.pruning) == ("input", "el2n")
     assert {run.wire.smashed, run.wire.features, run.wire.gradients} == {"float32"}
     assert not run.wire.keep_smashed
@@ -35,14 +35,14 @@ def test_the_papers_form_is_the_published_one() -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_what_is_given_wins_over_the_form_and_is_not_changed(form: str) -> None:
+def test_given_values_override_the_form_and_do_not_change(form: str) -> None:
     given = {"training": {"keep_fraction": 0.25}, "wire": {"features": "bfloat16"}}
-    run = made(form, **given)
+    run = build_plan(form, **given)
     assert (run.training.keep_fraction, run.wire.features) == (0.25, "bfloat16")
     assert given == {"training": {"keep_fraction": 0.25}, "wire": {"features": "bfloat16"}}
 
 
-def test_a_part_that_is_no_table_is_refused_by_name() -> None:
+def test_a_part_other_than_a_table_is_refused() -> None:
     with pytest.raises(InvalidField) as caught:
-        made("default", training=3)
+        build_plan("default", training=3)
     assert "training" in str(caught.value)
