@@ -55,7 +55,7 @@ _SHARE: Final = _Parameter(
     "above 0 and at most 1, with at most 6 decimals",
 )
 
-_BITS: Final = _Parameter(re.compile(r"[2-8]"), "a whole number from 2 to 8")
+_BITS: Final = _Parameter(re.compile(r"[2-8]"), "an integer from 2 to 8")
 
 _PARAMETERS: Final = {"topk": _SHARE, "cosine": _BITS, "svd": _SHARE}
 

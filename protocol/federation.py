@@ -39,7 +39,7 @@ class FederationSettings(Message):
         3, ge=0, le=1000, description="repetitions of one round before the run fails"
     )
     evaluate_every: int = Field(
-        1, ge=0, le=100_000, description="rounds between evaluations; 0: never"
+        1, ge=0, le=100_000, description="rounds from one evaluation to the next; 0: never"
     )
     server_optimizer: ServerOptimizer = Field(
         "fedavg", description="how the mean update changes the global state"

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from protocol.codecs.codec import Device, FixedSizeCodec
 from protocol.codecs.memory import (
+    MAX_MAGNITUDE,
+    check_magnitude,
     from_buffer,
-    max_magnitude,
     power_of_two_above,
-    range_error,
     rows_per_chunk,
     to_buffer,
     to_device,
@@ -22,8 +22,6 @@ from protocol.codecs.memory import (
 from protocol.errors import MalformedFrame
 
 _HEADER = struct.Struct("<2d")  # norm, bound
-
-_LARGEST = 2.0**125
 
 
 class Cosine(FixedSizeCodec):
@@ -58,9 +56,7 @@ class Cosine(FixedSizeCodec):
 
     def encode(self, tensor: Tensor, generator: torch.Generator | None = None) -> list[memoryview]:
         plain = tensor.detach().reshape(-1).to(torch.float32)
-        magnitude = max_magnitude(plain)
-        if not magnitude <= _LARGEST:  # also refuses NaN
-            raise range_error(self.name, _LARGEST, magnitude)
+        magnitude = check_magnitude(self.name, plain)
         unit = power_of_two_above(magnitude)
         scaled = plain / unit
         norm = _norm(scaled)
@@ -78,11 +74,11 @@ class Cosine(FixedSizeCodec):
         self, buffers: Sequence[memoryview], shape: Sequence[int], device: Device = "cpu"
     ) -> Tensor:
         norm, bound = _HEADER.unpack(buffers[1])
-        if not (0 <= bound <= math.pi / 2 and 0 <= norm * math.sin(bound) <= 2 * _LARGEST):
+        if not (0 <= bound <= math.pi / 2 and 0 <= norm * math.sin(bound) <= 2 * MAX_MAGNITUDE):
             raise MalformedFrame(
                 "norm and bound must be those of a finite tensor",
                 field="norm",
-                limit=2 * _LARGEST,
+                limit=2 * MAX_MAGNITUDE,
                 value=[norm, bound],
             )
         elements = math.prod(shape)

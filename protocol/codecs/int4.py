@@ -11,6 +11,8 @@ from torch import Tensor
 
 from protocol.codecs.codec import Device, FixedSizeCodec
 from protocol.codecs.memory import (
+    MAX_MAGNITUDE,
+    MIN_SCALE,
     find_extremes,
     from_buffer,
     is_within,
@@ -25,13 +27,9 @@ from protocol.codecs.memory import (
 )
 from protocol.errors import MalformedFrame
 
-GROUP = 64
+_GROUP_SIZE = 64
 
-_SMALLEST_SCALE = 2.0**-126  # the smallest normal float32: smaller ones lose precision
-
-_LARGEST_SCALE = 2.0**123  # 15 times this plus a minimum is finite, so all decoded values are
-
-_LARGEST_MINIMUM = 2.0**125
+_MAX_SCALE = 2.0**123  # 15 times this plus a minimum is finite, so all decoded values are
 
 
 class _FourBits(FixedSizeCodec):
@@ -89,7 +87,7 @@ class _FourBits(FixedSizeCodec):
             _pack(codes.flatten(1)[:, :width], self.zero, out)
         numbers = [number.cpu() for number in numbers]
         if not self._are_in_range(numbers):
-            raise range_error(self.name, _LARGEST_MINIMUM, max_magnitude(source))
+            raise range_error(self.name, MAX_MAGNITUDE, max_magnitude(source))
         return [to_buffer(packed), *map(to_buffer, numbers)]
 
     def sizes(self, shape: Sequence[int]) -> list[int]:
@@ -111,7 +109,7 @@ class _FourBits(FixedSizeCodec):
             raise MalformedFrame(
                 "a scale or a minimum is out of range",
                 field="scales",
-                limit=_LARGEST_SCALE,
+                limit=_MAX_SCALE,
                 value=find_extremes(*narrow),
             )
         packed = to_device(packed, device)
@@ -151,7 +149,7 @@ class Int4(_FourBits):
         return [_truncate(_flush_small(extremes[0] / 7))]
 
     def _are_in_range(self, numbers: Sequence[Tensor]) -> bool:
-        return is_within(numbers[0], 0.0, _LARGEST_SCALE)
+        return is_within(numbers[0], 0.0, _MAX_SCALE)
 
     def _to_codes(self, groups: Tensor, numbers: Sequence[Tensor], out: Tensor) -> Tensor:
         return torch.div(groups, numbers[0], out=out)
@@ -188,8 +186,8 @@ class Int4Asymmetric(_FourBits):
 
     def _are_in_range(self, numbers: Sequence[Tensor]) -> bool:
         scale, minimum = numbers
-        return is_within(scale, 0.0, _LARGEST_SCALE) and is_within(
-            minimum, -_LARGEST_MINIMUM, _LARGEST_MINIMUM
+        return is_within(scale, 0.0, _MAX_SCALE) and is_within(
+            minimum, -MAX_MAGNITUDE, MAX_MAGNITUDE
         )
 
     def _to_codes(self, groups: Tensor, numbers: Sequence[Tensor], out: Tensor) -> Tensor:
@@ -203,7 +201,7 @@ class Int4Asymmetric(_FourBits):
 
 def _count_groups(width: int) -> tuple[int, int]:
     """Return the number of groups in a row, and their size: the row's width if that is below 64."""
-    return -(-width // GROUP), min(width, GROUP)
+    return -(-width // _GROUP_SIZE), min(width, _GROUP_SIZE)
 
 
 def _half(width: int) -> int:
@@ -231,7 +229,7 @@ def _split(chunk_rows: int, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
 
 def _flush_small(scale: Tensor) -> Tensor:
     """Set scales too small to be precise to zero, in place."""
-    return scale.masked_fill_(scale < _SMALLEST_SCALE, 0.0)
+    return scale.masked_fill_(scale < MIN_SCALE, 0.0)
 
 
 def _truncate(values: Tensor, *, downwards: bool = False, upwards: bool = False) -> Tensor:

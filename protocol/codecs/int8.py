@@ -10,6 +10,7 @@ from torch import Tensor
 
 from protocol.codecs.codec import Device, FixedSizeCodec
 from protocol.codecs.memory import (
+    MIN_SCALE,
     find_extremes,
     from_buffer,
     is_within,
@@ -25,9 +26,7 @@ from protocol.codecs.memory import (
 from protocol.errors import MalformedFrame
 from protocol.wire import FLOAT32_BYTES
 
-SMALLEST_SCALE = 2.0**-126  # the smallest normal float32: smaller ones lose precision
-
-LARGEST_SCALE = 2.0**119  # 128 times this is finite, so all decoded values are
+_MAX_SCALE = 2.0**119  # 128 times this is finite, so all decoded values are
 
 _LEVELS = 127
 
@@ -51,7 +50,7 @@ class Int8(FixedSizeCodec):
         # Two read-only passes are faster than one pass that writes magnitudes.
         highest, lowest = source.amax(1, keepdim=True), source.amin(1, keepdim=True)
         scales = torch.maximum(highest, -lowest).to(torch.float32).div_(_LEVELS)
-        scales.masked_fill_(scales < SMALLEST_SCALE, 0.0)
+        scales.masked_fill_(scales < MIN_SCALE, 0.0)
         divisors = scales.masked_fill(scales == 0, math.inf)  # x / inf gives code 0
         values = torch.empty(source.shape, dtype=torch.int8, device=source.device)
         chunk_rows = rows_per_chunk(source.shape[1], source.device)
@@ -62,8 +61,8 @@ class Int8(FixedSizeCodec):
             codes = torch.div(part.to(torch.float32), divisor, out=scratch[: len(part)])
             out.copy_(round_in_place(codes, generator, -_LEVELS, _LEVELS))
         scales = scales.cpu()
-        if not is_within(scales, 0.0, LARGEST_SCALE):
-            raise range_error(self.name, _LEVELS * LARGEST_SCALE, max_magnitude(source))
+        if not is_within(scales, 0.0, _MAX_SCALE):
+            raise range_error(self.name, _LEVELS * _MAX_SCALE, max_magnitude(source))
         return [to_buffer(values), to_buffer(scales)]
 
     def sizes(self, shape: Sequence[int]) -> list[int]:
@@ -75,11 +74,11 @@ class Int8(FixedSizeCodec):
     ) -> Tensor:
         rows, width = matrix_shape(shape)
         scales = from_buffer(buffers[1], torch.float32, rows, 1)
-        if not is_within(scales, 0.0, LARGEST_SCALE):
+        if not is_within(scales, 0.0, _MAX_SCALE):
             raise MalformedFrame(
                 "a scale must be a finite number of at least 0",
                 field="scales",
-                limit=LARGEST_SCALE,
+                limit=_MAX_SCALE,
                 value=find_extremes(scales),
             )
         values = to_device(from_buffer(buffers[0], torch.int8, rows, width), device)

@@ -12,6 +12,10 @@ from protocol.codecs.codec import Device
 from protocol.errors import FieldValue, InvalidField
 from protocol.wire import FLOAT32_BYTES
 
+MAX_MAGNITUDE = 2.0**125  # of a number, for codecs that compute with the whole tensor
+
+MIN_SCALE = 2.0**-126  # the smallest normal float32: smaller scales lose precision
+
 _CACHE_BYTES = 768 * 1024  # chunk size on a CPU: a second pass still finds the chunk in L2
 
 _PINNED_BYTES = 32 * 1024 * 1024  # largest pinned copy: torch never frees pinned memory
@@ -105,6 +109,18 @@ def max_magnitude(tensor: Tensor) -> float:
         return 0.0
     # Two passes are faster than torch's aminmax. Each of these operations propagates NaN.
     return float(torch.maximum(-tensor.amin(), tensor.amax()))
+
+
+def check_magnitude(codec: str, tensor: Tensor) -> float:
+    """Return the largest absolute value, at most `MAX_MAGNITUDE`.
+
+    Raises:
+        InvalidField: an element is NaN, infinite or too large.
+    """
+    magnitude = max_magnitude(tensor)
+    if not magnitude <= MAX_MAGNITUDE:  # also refuses NaN
+        raise range_error(codec, MAX_MAGNITUDE, magnitude)
+    return magnitude
 
 
 def power_of_two_above(magnitude: float) -> float:

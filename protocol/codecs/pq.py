@@ -11,13 +11,13 @@ from torch.nn import functional as F
 
 from protocol.codecs.codec import Device, FixedSizeCodec
 from protocol.codecs.memory import (
+    MAX_MAGNITUDE,
+    check_magnitude,
     find_extremes,
     from_buffer,
     is_within,
     matrix_shape,
-    max_magnitude,
     power_of_two_above,
-    range_error,
     rows_per_chunk,
     to_buffer,
     to_device,
@@ -26,11 +26,9 @@ from protocol.codecs.memory import (
 from protocol.errors import MalformedFrame
 from protocol.wire import FLOAT32_BYTES
 
-RUN = 4  # numbers of a vector, which share one index
+_VECTOR_SIZE = 4  # numbers that share one index
 
 _MAX_ENTRIES = 256  # of a codebook: the values of a byte
-
-_LARGEST = 2.0**125
 
 _ITERATIONS = 8
 
@@ -62,17 +60,15 @@ class ProductQuantiser(FixedSizeCodec):
 
     def encode(self, tensor: Tensor, generator: torch.Generator | None = None) -> list[memoryview]:
         plain = to_matrix(tensor).to(torch.float32)
-        magnitude = max_magnitude(plain)
-        if not magnitude <= _LARGEST:  # also refuses NaN
-            raise range_error(self.name, _LARGEST, magnitude)
+        magnitude = check_magnitude(self.name, plain)
         unit = power_of_two_above(magnitude)
-        vectors = F.pad(plain / unit, (0, -plain.shape[1] % RUN)).view(-1, RUN)
+        vectors = F.pad(plain / unit, (0, -plain.shape[1] % _VECTOR_SIZE)).view(-1, _VECTOR_SIZE)
         codes, codebook = _cluster(vectors)
         return [to_buffer(codes), to_buffer(codebook * unit)]
 
     def sizes(self, shape: Sequence[int]) -> list[int]:
         vectors = math.prod(_vector_shape(shape))
-        return [vectors, min(vectors, _MAX_ENTRIES) * RUN * FLOAT32_BYTES]
+        return [vectors, min(vectors, _MAX_ENTRIES) * _VECTOR_SIZE * FLOAT32_BYTES]
 
     def decode(
         self, buffers: Sequence[memoryview], shape: Sequence[int], device: Device = "cpu"
@@ -81,7 +77,7 @@ class ProductQuantiser(FixedSizeCodec):
         code_shape = _vector_shape(shape)
         entries = min(math.prod(code_shape), _MAX_ENTRIES)
         codes = from_buffer(buffers[0], torch.uint8, *code_shape)
-        codebook = from_buffer(buffers[1], torch.float32, entries, RUN)
+        codebook = from_buffer(buffers[1], torch.float32, entries, _VECTOR_SIZE)
         if entries and int(codes.max()) >= entries:
             raise MalformedFrame(
                 "a code must be below the number of codebook entries",
@@ -89,11 +85,11 @@ class ProductQuantiser(FixedSizeCodec):
                 limit=entries - 1,
                 value=int(codes.max()),
             )
-        if not is_within(codebook, -2 * _LARGEST, 2 * _LARGEST):
+        if not is_within(codebook, -2 * MAX_MAGNITUDE, 2 * MAX_MAGNITUDE):
             raise MalformedFrame(
                 "a number in the codebook is beyond this magnitude, or NaN",
                 field="codebook",
-                limit=2 * _LARGEST,
+                limit=2 * MAX_MAGNITUDE,
                 value=find_extremes(codebook),
             )
         codes, codebook = to_device(codes, device), to_device(codebook, device)
@@ -107,7 +103,7 @@ class ProductQuantiser(FixedSizeCodec):
 def _vector_shape(shape: Sequence[int]) -> tuple[int, int]:
     """Return the number of rows, and of vectors in each row."""
     rows, width = matrix_shape(shape)
-    return rows, -(-width // RUN)
+    return rows, -(-width // _VECTOR_SIZE)
 
 
 def _cluster(vectors: Tensor) -> tuple[Tensor, Tensor]:

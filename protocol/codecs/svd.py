@@ -10,18 +10,15 @@ from torch import Tensor
 
 from protocol.codecs.codec import Codec, Device
 from protocol.codecs.memory import (
+    check_magnitude,
     find_extremes,
     from_buffer,
     is_within,
-    max_magnitude,
-    range_error,
     to_buffer,
     to_device,
 )
 from protocol.errors import MalformedFrame
 from protocol.wire import FLOAT32_BYTES
-
-_LARGEST = 2.0**125
 
 _FLOAT16_BYTES = 2
 
@@ -54,9 +51,7 @@ class Svd(Codec):
 
     def encode(self, tensor: Tensor, generator: torch.Generator | None = None) -> list[memoryview]:
         plain = tensor.detach().to(torch.float32)
-        magnitude = max_magnitude(plain)
-        if not magnitude <= _LARGEST:  # also refuses NaN
-            raise range_error(self.name, _LARGEST, magnitude)
+        check_magnitude(self.name, plain)
         max_rank = _max_rank(tensor.shape)
         factors = self._factorise(plain.reshape(len(plain), -1), max_rank) if max_rank else None
         return [to_buffer(part) for part in factors or [plain]]

@@ -11,17 +11,15 @@ from torch import Tensor
 
 from protocol.codecs.codec import Device, FixedSizeCodec
 from protocol.codecs.memory import (
+    MAX_MAGNITUDE,
+    check_magnitude,
     find_extremes,
     from_buffer,
     is_within,
-    max_magnitude,
-    range_error,
     to_buffer,
     to_device,
 )
 from protocol.errors import InvalidField, MalformedFrame
-
-_LARGEST = 2.0**125
 
 _MAX_ELEMENTS = 2**31  # an index is a positive int32
 
@@ -60,9 +58,7 @@ class TopK(FixedSizeCodec):
                 value=tensor.numel(),
             )
         plain = tensor.detach().reshape(-1).to(torch.float32)
-        magnitude = max_magnitude(plain)
-        if not magnitude <= _LARGEST:  # also refuses NaN
-            raise range_error(self.name, _LARGEST, magnitude)
+        check_magnitude(self.name, plain)
         indices = _indices_of_largest(plain.abs(), self._count(tensor.shape))
         return [to_buffer(indices.to(torch.int32)), to_buffer(plain[indices].to(torch.bfloat16))]
 
@@ -83,11 +79,11 @@ class TopK(FixedSizeCodec):
                 limit=elements - 1,
                 value=indices[:_MAX_REPORTED].tolist(),
             )
-        if not is_within(values, -2 * _LARGEST, 2 * _LARGEST):
+        if not is_within(values, -2 * MAX_MAGNITUDE, 2 * MAX_MAGNITUDE):
             raise MalformedFrame(
                 "a value is beyond this magnitude, or NaN",
                 field="values",
-                limit=2 * _LARGEST,
+                limit=2 * MAX_MAGNITUDE,
                 value=find_extremes(values),
             )
         decoded = torch.zeros(elements, dtype=torch.float32, device=device)

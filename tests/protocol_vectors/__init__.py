@@ -1,4 +1,1 @@
-"""The vectors of the protocol, laid out by hand after SPEC.md, without the package.
-
-So they are a second opinion on it and not its echo.
-"""
+"""The protocol's test vectors, written byte by byte from SPEC.md, independently of `protocol`."""

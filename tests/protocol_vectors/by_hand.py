@@ -1,4 +1,4 @@
-"""Frames and the payloads of codecs, byte by byte."""
+"""Builders of frames and codec buffers, byte by byte, without the package `protocol`."""
 
 import math
 import struct
@@ -31,12 +31,12 @@ def spec(name, codec, shape, *sizes):
 
 
 def brain(value):
-    """bfloat16 of a value that it can hold exactly."""
+    """Encode a value as bfloat16; it must be exact."""
     return struct.pack("<f", value)[2:]
 
 
 def single(value):
-    """A number rounded to binary32."""
+    """Round a number to binary32."""
     return struct.unpack("<f", struct.pack("<f", value))[0]
 
 
@@ -53,32 +53,32 @@ def halves(*values):
 
 
 def nibbles(*codes):
-    """The bytes of a row of `int4`: code j below code H + j, with H the rounded-up half."""
+    """Pack a row of `int4` codes: code j in the low, code H + j in the high half of byte j."""
     half = -(-len(codes) // 2)
-    above = [*codes[half:], *[0] * (len(codes) % 2)]
-    return bytes(low | high << 4 for low, high in zip(codes[:half], above, strict=True))
+    high_codes = [*codes[half:], *[0] * (len(codes) % 2)]
+    return bytes(low | high << 4 for low, high in zip(codes[:half], high_codes, strict=True))
 
 
 def sines(bits, norm, bound, codes):
-    """What the codes −m … m of `cosine` stand for."""
-    most = 2 ** (bits - 1) - 1
-    return [single(norm * math.sin(code * bound / most)) for code in codes]
+    """Decode the codes −m … m of `cosine`."""
+    max_code = 2 ** (bits - 1) - 1
+    return [single(norm * math.sin(code * bound / max_code)) for code in codes]
 
 
 def zstd(content, size=None):
-    """A Zstandard frame of one repeated byte: one segment, its size in one byte, one RLE block."""
+    """Build a Zstandard frame of one repeated byte: one segment, a one-byte size, one RLE block."""
     size = len(content) if size is None else size
     block = (1 | 1 << 1 | len(content) << 3).to_bytes(3, "little") + content[:1]
     return b"\x28\xb5\x2f\xfd\x20" + bytes([size]) + block
 
 
-def one(codec, shape, *buffers):
-    """The header and the buffers of a frame of one tensor."""
+def single_tensor(codec, shape, *buffers):
+    """Return the header and the buffers of a frame with one tensor."""
     return header([spec("smashed", codec, shape, *map(len, buffers))]), list(buffers)
 
 
-ONE = spec("smashed", "float32", [1], 4)
+UNIT_SPEC = spec("smashed", "float32", [1], 4)
 
-ONE_BUFFER = struct.pack("<f", 1.0)
+UNIT_BUFFER = struct.pack("<f", 1.0)
 
 THIRDS = 5, math.asin(4 / 5)  # norm and bound of (3, 4)

@@ -1,18 +1,18 @@
-"""Frames that everybody refuses, and why."""
+"""Invalid frames: name, bytes, the expected error code, and the reason."""
 
 import math
 import struct
 
 from tests.protocol_vectors.by_hand import (
-    ONE,
-    ONE_BUFFER,
     THIRDS,
+    UNIT_BUFFER,
+    UNIT_SPEC,
     brains,
     floats,
     frame,
     halves,
     header,
-    one,
+    single_tensor,
     spec,
     zstd,
 )
@@ -21,7 +21,7 @@ TWICE = b"\x83\xa4kind\xa1a\xa4meta\x82\xa1k\x01\xa1k\x02\xa7tensors\x90"  # {"k
 
 
 def meta(packed):
-    """A header whose meta is {"x": packed}."""
+    """Build a header with the meta {"x": packed}."""
     return b"\x83\xa4kind\xa1a\xa4meta\x81\xa1x" + packed + b"\xa7tensors\x90"
 
 
@@ -29,11 +29,11 @@ def nested(depth):
     return b"\x91" * depth + b"\xc0"
 
 
-good = frame(header([ONE]), [ONE_BUFFER])
+good = frame(header([UNIT_SPEC]), [UNIT_BUFFER])
 
 INVALID = [
-    ("nothing", b"", "malformed_frame", "no bytes"),
-    ("short-prefix", good[:19], "malformed_frame", "less than the prefix"),
+    ("nothing", b"", "malformed_frame", "an empty frame"),
+    ("short-prefix", good[:19], "malformed_frame", "shorter than the prefix"),
     ("truncated", good[:-64], "malformed_frame", "the last buffer is missing"),
     ("longer", good + bytes(64), "malformed_frame", "more bytes than the total length"),
     ("magic", frame(header(), magic=b"SFPG"), "malformed_frame", "wrong magic"),
@@ -41,15 +41,20 @@ INVALID = [
     ("reserved", frame(header(), reserved=1), "malformed_frame", "reserved is not zero"),
     ("header-length", frame(header(), length=262_145), "too_large", "header over its limit"),
     ("header-past-end", frame(header(), length=4096), "malformed_frame", "header past the end"),
-    ("total", frame(header(), total=2**63), "malformed_frame", "total is not the real length"),
+    (
+        "total",
+        frame(header(), total=2**63),
+        "malformed_frame",
+        "the total length is not the real length",
+    ),
     ("header-padding", frame(header(), pad=b"\x01"), "malformed_frame", "padding is not zero"),
     (
         "buffer-padding",
-        frame(header([ONE]), [ONE_BUFFER], pad=b"\x01"),
+        frame(header([UNIT_SPEC]), [UNIT_BUFFER], pad=b"\x01"),
         "malformed_frame",
         "padding is not zero",
     ),
-    ("unowned", frame(header(), [bytes(64)]), "malformed_frame", "bytes that no tensor owns"),
+    ("unowned", frame(header(), [bytes(64)]), "malformed_frame", "bytes that belong to no tensor"),
     ("not-msgpack", frame(b"\xc1"), "malformed_frame", "a byte that msgpack never uses"),
     ("not-a-map", frame(b"\x90"), "malformed_frame", "the header is a list"),
     ("two-values", frame(b"\x80\x80"), "malformed_frame", "two values in the header"),
@@ -83,7 +88,7 @@ INVALID = [
     ("infinity", frame(meta(b"\xca\x7f\x80\x00\x00")), "malformed_frame", "infinity in meta"),
     ("not-utf8", frame(meta(b"\xa1\xff")), "malformed_frame", "text that is not UTF-8"),
     ("integer-key", frame(meta(b"\x81\x01\x02")), "malformed_frame", "a key that is not text"),
-    ("key-twice", frame(TWICE), "malformed_frame", "a key twice in one map"),
+    ("key-twice", frame(TWICE), "malformed_frame", "a repeated key in one map"),
     ("deep", frame(meta(nested(8))), "too_large", "nine levels of nesting"),
     ("very-deep", frame(meta(nested(5000))), "too_large", "5000 levels of nesting"),
     (
@@ -101,55 +106,55 @@ INVALID = [
     ),
     (
         "spec-keys",
-        frame(header([{**ONE, "strides": [1]}]), [ONE_BUFFER]),
+        frame(header([{**UNIT_SPEC, "strides": [1]}]), [UNIT_BUFFER]),
         "malformed_frame",
         "an unknown key in a tensor's description",
     ),
     (
         "unnamed",
-        frame(header([spec("", "float32", [1], 4)]), [ONE_BUFFER]),
+        frame(header([spec("", "float32", [1], 4)]), [UNIT_BUFFER]),
         "malformed_frame",
         "a tensor without a name",
     ),
     (
         "codec",
-        frame(header([spec("smashed", "pickle", [1], 4)]), [ONE_BUFFER]),
+        frame(header([spec("smashed", "pickle", [1], 4)]), [UNIT_BUFFER]),
         "unknown_codec",
         "no such codec",
     ),
     (
         "size",
-        frame(header([spec("smashed", "float32", [2], 4)]), [ONE_BUFFER]),
+        frame(header([spec("smashed", "float32", [2], 4)]), [UNIT_BUFFER]),
         "malformed_frame",
         "4 bytes for two float32",
     ),
     (
         "size-huge",
-        frame(header([spec("smashed", "float32", [2**20], 2**22)]), [ONE_BUFFER]),
+        frame(header([spec("smashed", "float32", [2**20], 2**22)]), [UNIT_BUFFER]),
         "malformed_frame",
         "a buffer past the end of the frame",
     ),
     (
         "two-buffers",
-        frame(header([spec("smashed", "float32", [2], 4, 4)]), [ONE_BUFFER, ONE_BUFFER]),
+        frame(header([spec("smashed", "float32", [2], 4, 4)]), [UNIT_BUFFER, UNIT_BUFFER]),
         "malformed_frame",
         "two buffers for a raw codec",
     ),
     (
         "negative",
-        frame(header([spec("smashed", "float32", [-1], 4)]), [ONE_BUFFER]),
+        frame(header([spec("smashed", "float32", [-1], 4)]), [UNIT_BUFFER]),
         "malformed_frame",
         "a negative dimension",
     ),
     (
         "boolean-dimension",
-        frame(header([spec("smashed", "float32", [True], 4)]), [ONE_BUFFER]),
+        frame(header([spec("smashed", "float32", [True], 4)]), [UNIT_BUFFER]),
         "malformed_frame",
         "a dimension that is a boolean",
     ),
     (
         "dimensions",
-        frame(header([spec("smashed", "float32", [1] * 6, 4)]), [ONE_BUFFER]),
+        frame(header([spec("smashed", "float32", [1] * 6, 4)]), [UNIT_BUFFER]),
         "too_large",
         "six dimensions",
     ),
@@ -163,13 +168,13 @@ INVALID = [
         "hidden-by-zero",
         frame(header([spec("smashed", "float32", [0, 2**62, 4], 0)])),
         "too_large",
-        "dimensions that overflow, beside a zero",
+        "dimensions that overflow, with a zero among them",
     ),
     (
         "same-name",
-        frame(header([ONE, ONE]), [ONE_BUFFER, ONE_BUFFER]),
+        frame(header([UNIT_SPEC, UNIT_SPEC]), [UNIT_BUFFER, UNIT_BUFFER]),
         "malformed_frame",
-        "two tensors of one name",
+        "two tensors with the same name",
     ),
 ]
 
@@ -178,9 +183,13 @@ NAN, INFINITY = math.nan, math.inf
 
 INVALID_CODECS = [
     *(
-        (f"name-{name.replace(':', '-').replace('+', '-')}", one(name, [1], bytes(4)), why)
+        (
+            f"name-{name.replace(':', '-').replace('+', '-')}",
+            single_tensor(name, [1], bytes(4)),
+            why,
+        )
         for name, why in [
-            ("topk:0", "a share of nothing"),
+            ("topk:0", "a share of 0"),
             ("topk:1.5", "a share above 1"),
             ("svd:0.0000001", "seven decimals"),
             ("svd:1e-1", "an exponent"),
@@ -189,98 +198,114 @@ INVALID_CODECS = [
             ("pq+zstd+zstd", "the suffix twice"),
         ]
     ),
-    ("int8-scale", one("int8", [1, 2], b"\x01\x02", floats(NAN)), "a scale of NaN"),
-    ("int8-negative", one("int8", [1, 2], b"\x01\x02", floats(-1)), "a negative scale"),
-    ("int8-huge", one("int8", [1, 2], b"\x01\x02", floats(2.0**120)), "a scale above 2^119"),
-    ("int8-rows", one("int8", [2, 2], bytes(4), bytes(4)), "one scale for two rows"),
-    ("int4-scale", one("int4", [2], b"\x88", brains(INFINITY)), "an infinite scale"),
-    ("int4-unused", one("int4", [1], b"\x88", brains(1)), "an unused half that is not zero"),
-    ("int4-groups", one("int4", [65], bytes(33), bytes(2)), "one scale for two groups"),
+    ("int8-scale", single_tensor("int8", [1, 2], b"\x01\x02", floats(NAN)), "a scale of NaN"),
+    ("int8-negative", single_tensor("int8", [1, 2], b"\x01\x02", floats(-1)), "a negative scale"),
+    (
+        "int8-huge",
+        single_tensor("int8", [1, 2], b"\x01\x02", floats(2.0**120)),
+        "a scale above 2^119",
+    ),
+    ("int8-rows", single_tensor("int8", [2, 2], bytes(4), bytes(4)), "one scale for two rows"),
+    ("int4-scale", single_tensor("int4", [2], b"\x88", brains(INFINITY)), "an infinite scale"),
+    (
+        "int4-unused",
+        single_tensor("int4", [1], b"\x88", brains(1)),
+        "an unused half that is not zero",
+    ),
+    ("int4-groups", single_tensor("int4", [65], bytes(33), bytes(2)), "one scale for two groups"),
     (
         "int4-asym-minimum",
-        one("int4-asym", [2], b"\x00", brains(1), brains(-INFINITY)),
+        single_tensor("int4-asym", [2], b"\x00", brains(1), brains(-INFINITY)),
         "an infinite minimum",
     ),
-    ("pq-code", one("pq", [2, 4], b"\x00\x02", bytes(32)), "a code behind the codebook"),
-    ("pq-codebook", one("pq", [4], b"\x00", floats(1, NAN, 0, 0)), "NaN in the codebook"),
+    ("pq-code", single_tensor("pq", [2, 4], b"\x00\x02", bytes(32)), "a code beyond the codebook"),
+    ("pq-codebook", single_tensor("pq", [4], b"\x00", floats(1, NAN, 0, 0)), "NaN in the codebook"),
     (
         "topk-falling",
-        one("topk:0.5", [4], struct.pack("<2I", 2, 1), brains(1, 1)),
-        "indices that do not rise",
+        single_tensor("topk:0.5", [4], struct.pack("<2I", 2, 1), brains(1, 1)),
+        "decreasing indices",
     ),
     (
         "topk-twice",
-        one("topk:0.5", [4], struct.pack("<2I", 1, 1), brains(1, 1)),
-        "an index twice",
+        single_tensor("topk:0.5", [4], struct.pack("<2I", 1, 1), brains(1, 1)),
+        "a repeated index",
     ),
     (
         "topk-past-end",
-        one("topk:0.5", [4], struct.pack("<2I", 1, 4), brains(1, 1)),
-        "an index behind the tensor",
+        single_tensor("topk:0.5", [4], struct.pack("<2I", 1, 4), brains(1, 1)),
+        "an index beyond the tensor",
     ),
     (
         "topk-value",
-        one("topk:0.5", [2], bytes(4), brains(INFINITY)),
+        single_tensor("topk:0.5", [2], bytes(4), brains(INFINITY)),
         "an infinite value",
     ),
     (
         "cosine-code",
-        one("cosine:3", [2], bytes([3, 7]), struct.pack("<2d", *THIRDS)),
-        "the code that is left out",
+        single_tensor("cosine:3", [2], bytes([3, 7]), struct.pack("<2d", *THIRDS)),
+        "the unused code",
     ),
     (
         "cosine-unused",
-        one("cosine:4", [1], bytes([0x17]), struct.pack("<2d", *THIRDS)),
+        single_tensor("cosine:4", [1], bytes([0x17]), struct.pack("<2d", *THIRDS)),
         "an unused bit that is not zero",
     ),
     (
         "cosine-bound",
-        one("cosine:8", [1], bytes(1), struct.pack("<2d", 1, 1.6)),
+        single_tensor("cosine:8", [1], bytes(1), struct.pack("<2d", 1, 1.6)),
         "a bound above a right angle",
     ),
     (
         "cosine-norm",
-        one("cosine:8", [1], bytes(1), struct.pack("<2d", INFINITY, 0)),
+        single_tensor("cosine:8", [1], bytes(1), struct.pack("<2d", INFINITY, 0)),
         "an infinite norm",
     ),
-    ("svd-rank", one("svd:0.9", [4, 5], bytes(8), bytes(4), bytes(20)), "factors of two ranks"),
+    (
+        "svd-rank",
+        single_tensor("svd:0.9", [4, 5], bytes(8), bytes(4), bytes(20)),
+        "factors of different ranks",
+    ),
     (
         "svd-large",
-        one("svd:0.9", [4, 5], bytes(32), bytes(16), bytes(40)),
+        single_tensor("svd:0.9", [4, 5], bytes(32), bytes(16), bytes(40)),
         "factors no smaller than the tensor",
     ),
     (
         "svd-vector",
-        one("svd:0.9", [2, 3], halves(1, -1.5), floats(1), halves(0, 0, 1)),
+        single_tensor("svd:0.9", [2, 3], halves(1, -1.5), floats(1), halves(0, 0, 1)),
         "an element above 1 in a singular vector",
     ),
     (
         "svd-value",
-        one("svd:0.9", [2, 3], halves(1, 0), floats(-1), halves(0, 0, 1)),
+        single_tensor("svd:0.9", [2, 3], halves(1, 0), floats(-1), halves(0, 0, 1)),
         "a negative singular value",
     ),
-    ("zstd-flag", one("float32+zstd", [1], floats(1) + b"\x02"), "a last byte of 2"),
-    ("zstd-empty", one("float32+zstd", [0], b""), "a buffer without its last byte"),
-    ("zstd-long", one("float32+zstd", [1], bytes(6)), "a buffer two bytes too long"),
-    ("zstd-no-frame", one("uint8+zstd", [40], bytes(20) + b"\x01"), "no frame"),
+    ("zstd-flag", single_tensor("float32+zstd", [1], floats(1) + b"\x02"), "a last byte of 2"),
+    ("zstd-empty", single_tensor("float32+zstd", [0], b""), "a buffer without its last byte"),
+    ("zstd-long", single_tensor("float32+zstd", [1], bytes(6)), "a buffer two bytes too long"),
+    (
+        "zstd-no-frame",
+        single_tensor("uint8+zstd", [40], bytes(20) + b"\x01"),
+        "not a Zstandard frame",
+    ),
     (
         "zstd-size",
-        one("uint8+zstd", [40], zstd(b"\x07" * 40, size=41) + b"\x01"),
-        "a size that is not the codec's",
+        single_tensor("uint8+zstd", [40], zstd(b"\x07" * 40, size=41) + b"\x01"),
+        "a content size other than the codec's",
     ),
     (
         "zstd-short",
-        one("uint8+zstd", [40], zstd(b"\x07" * 39, size=40) + b"\x01"),
-        "less content than the frame says",
+        single_tensor("uint8+zstd", [40], zstd(b"\x07" * 39, size=40) + b"\x01"),
+        "less content than declared",
     ),
     (
         "zstd-behind",
-        one("uint8+zstd", [40], zstd(b"\x07" * 40) + b"\x00\x01"),
-        "a byte behind the frame",
+        single_tensor("uint8+zstd", [40], zstd(b"\x07" * 40) + b"\x00\x01"),
+        "a byte after the frame",
     ),
     (
         "zstd-no-gain",
-        one("uint8+zstd", [10], zstd(b"\x07" * 10) + b"\x01"),
+        single_tensor("uint8+zstd", [10], zstd(b"\x07" * 10) + b"\x01"),
         "a frame as long as its content",
     ),
 ]

@@ -1,19 +1,19 @@
-"""Frames that everybody reads, and what is in them."""
+"""Valid frames, and their decoded values."""
 
 import math
 import struct
 
 from tests.protocol_vectors.by_hand import (
-    ONE_BUFFER,
     THIRDS,
+    UNIT_BUFFER,
     brain,
     brains,
     floats,
     halves,
     header,
     nibbles,
-    one,
     sines,
+    single_tensor,
     spec,
     zstd,
 )
@@ -26,7 +26,7 @@ BF16 = [1.0, -0.5, 3.3895313892515355e38]
 
 I64 = [0, -1, 9007199254740991, -9007199254740991]
 
-LONG = [float(number) for number in range(17)]  # 68 bytes: over one block of 64
+LONG = [float(number) for number in range(17)]  # 68 bytes: more than one block of 64
 
 f32 = struct.pack("<6f", *F32)
 
@@ -46,7 +46,7 @@ VALID = [
     ),
     ("uint8", header([spec("ids", "uint8", [2, 2], 4)]), [b"\x00\x01\x80\xff"], [[0, 1, 128, 255]]),
     ("int64", header([spec("ids", "int64", [4], 32)], "ids"), [struct.pack("<4q", *I64)], [I64]),
-    ("scalar", header([spec("smashed", "float32", [], 4)]), [ONE_BUFFER], [[1.0]]),
+    ("scalar", header([spec("smashed", "float32", [], 4)]), [UNIT_BUFFER], [[1.0]]),
     ("empty-tensor", header([spec("smashed", "float16", [0, 5], 0)]), [b""], [[]]),
     ("no-tensors", header(kind="nothing", meta={}), [], []),
     (
@@ -84,12 +84,12 @@ LONG_ROW = [7.0, -7.0, 2.5, 1.5, *[0.0] * 60, 3.5, -1.75, 0.2]  # two groups: 64
 
 SIXTH = 2, math.asin(1 / 2)  # of two times (1, -1)
 
-# Name, frame, the decoded values; where a sender makes these very bytes of other numbers, those;
-# None where it need not make these bytes of any.
+# Name, frame, decoded values, and the values that a sender encodes to these bytes; None if a sender
+# need not produce these bytes.
 LOSSY = [
     (
         "int8",
-        one(
+        single_tensor(
             "int8",
             [2, 2, 3],
             struct.pack("<12b", 127, 2, -2, 0, 0, 0, -127, 0, 2, 0, 0, 0),
@@ -98,10 +98,10 @@ LOSSY = [
         [127.0, 2.0, -2.0, 0.0, 0.0, 0.0, -63.5, 0.0, 1.0, 0.0, 0.0, 0.0],
         [127.0, 2.5, -1.5, 0.0, 0.0, 0.0, -63.5, 0.25, 0.75, 2.0**-120, 0.0, -(2.0**-121)],
     ),
-    ("int8-empty", one("int8", [3, 0], b"", b""), [], []),
+    ("int8-empty", single_tensor("int8", [3, 0], b"", b""), [], []),
     (
         "int4",
-        one(
+        single_tensor(
             "int4",
             [1, 67],
             nibbles(15, 1, 10, 10, *[8] * 60, 15, 4, 8),
@@ -111,15 +111,17 @@ LOSSY = [
         LONG_ROW,
     ),
     (
-        # 7 + 7 / 256 over 7 lies half way between the bfloat16 numbers 1 and 1 + 1 / 128.
+        # 7 + 7 / 256 over 7 is half way between the bfloat16 numbers 1 and 1 + 1 / 128.
         "int4-rows",
-        one("int4", [3, 2], nibbles(15, 9) + nibbles(8, 8) + nibbles(1, 15), brains(1, 0, 2)),
+        single_tensor(
+            "int4", [3, 2], nibbles(15, 9) + nibbles(8, 8) + nibbles(1, 15), brains(1, 0, 2)
+        ),
         [7.0, 1.0, 0.0, 0.0, -14.0, 14.0],
         [7.02734375, 0.6, 0.0, 2.0**-130, -14.0, 13.1],
     ),
     (
         "int4-asym",
-        one(
+        single_tensor(
             "int4-asym",
             [3, 4],
             nibbles(0, 15, 2, 1) + nibbles(0, 0, 0, 0) + nibbles(0, 15, 8, 7),
@@ -130,63 +132,68 @@ LOSSY = [
         [1.0, 16.0, 3.5, 2.4, -3.0, -3.0, -3.0, -3.0, -4.0, 3.5, 0.1, -0.6],
     ),
     (
-        # The minimum −1 − 1 / 256 is cut down to −1 − 1 / 128; 15 + 1 / 128 over 15 is cut up.
+        # The minimum −1 − 1 / 256 is rounded down to −1 − 1 / 128, the scale (15 + 1 / 128) / 15 up
         "int4-asym-cut",
-        one("int4-asym", [3], nibbles(0, 15, 1), brains(1.0078125), brains(-1.0078125)),
+        single_tensor("int4-asym", [3], nibbles(0, 15, 1), brains(1.0078125), brains(-1.0078125)),
         [-1.0078125, 14.109375, 0.0],
         [-1.00390625, 14.0, 0.0],
     ),
     (
         "pq",
-        one("pq", [2, 5], bytes([2, 0, 1, 3]), floats(*range(16))),
+        single_tensor("pq", [2, 5], bytes([2, 0, 1, 3]), floats(*range(16))),
         [8.0, 9.0, 10.0, 11.0, 0.0, 4.0, 5.0, 6.0, 7.0, 12.0],
         None,
     ),
     (
         # Three of five: −4, and the first two of magnitude 2.
         "topk",
-        one("topk:0.5", [5], struct.pack("<3I", 0, 2, 3), brains(2, -2, -4)),
+        single_tensor("topk:0.5", [5], struct.pack("<3I", 0, 2, 3), brains(2, -2, -4)),
         [2.0, 0.0, -2.0, -4.0, 0.0],
         [2.0, 1.0, -2.0, -4.0, 2.0],
     ),
     (
-        # 1 + 1 / 256 lies half way between bfloat16 numbers, and so does 1 + 3 / 256.
+        # 1 + 1 / 256 and 1 + 3 / 256 are both half way between bfloat16 numbers.
         "topk-all",
-        one("topk:1.0", [2, 1], struct.pack("<2I", 0, 1), brains(1, -1.015625)),
+        single_tensor("topk:1.0", [2, 1], struct.pack("<2I", 0, 1), brains(1, -1.015625)),
         [1.0, -1.015625],
         [1.00390625, -1.01171875],
     ),
     (
         "cosine-2",
-        one("cosine:2", [5], bytes([0b00_01_10_00, 0b10]), struct.pack("<2d", *SIXTH)),
+        single_tensor("cosine:2", [5], bytes([0b00_01_10_00, 0b10]), struct.pack("<2d", *SIXTH)),
         sines(2, *SIXTH, [-1, 1, 0, -1, 1]),
         [-1.0, 1.0, 0.0, -1.0, 1.0],
     ),
     (
         "cosine-3",
-        one("cosine:3", [1, 2], bytes([5, 6]), struct.pack("<2d", *THIRDS)),
+        single_tensor("cosine:3", [1, 2], bytes([5, 6]), struct.pack("<2d", *THIRDS)),
         sines(3, *THIRDS, [2, 3]),
         [3.0, 4.0],
     ),
     (
         "cosine-4",
-        one("cosine:4", [3], bytes([12 | 0 << 4, 7]), struct.pack("<2d", *THIRDS)),
+        single_tensor("cosine:4", [3], bytes([12 | 0 << 4, 7]), struct.pack("<2d", *THIRDS)),
         sines(4, *THIRDS, [5, -7, 0]),
         [3.0, -4.0, 0.0],
     ),
-    ("cosine-zeros", one("cosine:8", [2], bytes([127, 127]), bytes(16)), [0.0, 0.0], [0.0, 0.0]),
+    (
+        "cosine-zeros",
+        single_tensor("cosine:8", [2], bytes([127, 127]), bytes(16)),
+        [0.0, 0.0],
+        [0.0, 0.0],
+    ),
     (
         "svd",
-        one("svd:0.9", [2, 3], halves(1, 0.5), floats(4), halves(0.5, -0.25, 1)),
+        single_tensor("svd:0.9", [2, 3], halves(1, 0.5), floats(4), halves(0.5, -0.25, 1)),
         [2.0, -1.0, 4.0, 1.0, -0.5, 2.0],
         None,
     ),
-    ("svd-plain", one("svd:0.9", [3], floats(1, 2, 3)), [1.0, 2.0, 3.0], [1.0, 2.0, 3.0]),
-    ("svd-zeros", one("svd:0.9", [2, 3], b"", b"", b""), [0.0] * 6, [0.0] * 6),
-    ("zstd-plain", one("float32+zstd", [1], floats(1) + b"\x00"), [1.0], [1.0]),
+    ("svd-plain", single_tensor("svd:0.9", [3], floats(1, 2, 3)), [1.0, 2.0, 3.0], [1.0, 2.0, 3.0]),
+    ("svd-zeros", single_tensor("svd:0.9", [2, 3], b"", b"", b""), [0.0] * 6, [0.0] * 6),
+    ("zstd-plain", single_tensor("float32+zstd", [1], floats(1) + b"\x00"), [1.0], [1.0]),
     (
         "zstd",
-        one("int8+zstd", [1, 40], zstd(b"\x07" * 40) + b"\x01", floats(0.5) + b"\x00"),
+        single_tensor("int8+zstd", [1, 40], zstd(b"\x07" * 40) + b"\x01", floats(0.5) + b"\x00"),
         [3.5] * 40,
         None,
     ),

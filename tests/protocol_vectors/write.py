@@ -1,16 +1,16 @@
-"""Write protocol/vectors anew: python -m tests.protocol_vectors.write"""
+"""Write all files of protocol/vectors: python -m tests.protocol_vectors.write"""
 
 import json
 from pathlib import Path
 
-from tests.protocol_vectors.by_hand import ONE_BUFFER, frame
+from tests.protocol_vectors.by_hand import UNIT_BUFFER, frame
 from tests.protocol_vectors.refused import INVALID, INVALID_CODECS
 from tests.protocol_vectors.valid import LOSSY, OTHER_ORDER, VALID
 
 FOLDER = Path(__file__).parents[2] / "protocol" / "vectors"
 
 
-def described(name, head, values, canonical, given=None):
+def describe(name, head, values, canonical, source=None):
     tensors = [
         {
             "name": tensor["name"],
@@ -20,8 +20,8 @@ def described(name, head, values, canonical, given=None):
         }
         for tensor, numbers in zip(head["tensors"], values, strict=True)
     ]
-    if given is not None and given != values[0]:
-        tensors[0]["input"] = given
+    if source is not None and source != values[0]:
+        tensors[0]["input"] = source
     return {
         "file": f"{name}.bin",
         "canonical": canonical,
@@ -33,17 +33,17 @@ def described(name, head, values, canonical, given=None):
 
 def main():
     FOLDER.mkdir(exist_ok=True)
-    for old in FOLDER.glob("*.bin"):
-        old.unlink()
+    for stale in FOLDER.glob("*.bin"):
+        stale.unlink()
     valid, invalid = [], []
     for name, head, buffers, values in VALID:
         (FOLDER / f"{name}.bin").write_bytes(frame(head, buffers))
-        valid.append(described(name, head, values, canonical=True))
-    for name, (head, buffers), values, given in LOSSY:
+        valid.append(describe(name, head, values, canonical=True))
+    for name, (head, buffers), values, source in LOSSY:
         (FOLDER / f"{name}.bin").write_bytes(frame(head, buffers))
-        valid.append(described(name, head, [values], canonical=given is not None, given=given))
-    (FOLDER / "other-order.bin").write_bytes(frame(OTHER_ORDER, [ONE_BUFFER]))
-    valid.append(described("other-order", OTHER_ORDER, [[1.0]], canonical=False))
+        valid.append(describe(name, head, [values], canonical=source is not None, source=source))
+    (FOLDER / "other-order.bin").write_bytes(frame(OTHER_ORDER, [UNIT_BUFFER]))
+    valid.append(describe("other-order", OTHER_ORDER, [[1.0]], canonical=False))
     for name, data, code, why in INVALID:
         (FOLDER / f"invalid-{name}.bin").write_bytes(data)
         invalid.append({"file": f"invalid-{name}.bin", "code": code, "why": why})

@@ -40,35 +40,33 @@ def sizes_of(buffers):
 
 @settings(max_examples=100, deadline=None)
 @given(st.sampled_from(sorted(CODECS)), SHAPES, st.integers(0, 2**32))
-def test_a_tensor_comes_back_bit_by_bit(name, shape, seed):
+def test_a_raw_codec_is_exact(name, shape, seed):
     codec = get_codec(name)
     generator = torch.Generator().manual_seed(seed)
     tensor = (torch.rand(shape, generator=generator) * 200).to(codec.dtype)
     buffers = codec.encode(tensor)
     codec.check_sizes(shape, sizes_of(buffers))
-    back = codec.decode(buffers, shape)
-    assert back.dtype == codec.dtype
-    assert back.shape == tuple(shape)
-    assert torch.equal(back, tensor)
+    decoded = codec.decode(buffers, shape)
+    assert decoded.dtype == codec.dtype
+    assert decoded.shape == tuple(shape)
+    assert torch.equal(decoded, tensor)
 
 
 @settings(max_examples=150, deadline=None)
 @given(st.sampled_from(LOSSY), SHAPES | WIDE, st.integers(0, 2**32), st.booleans())
-def test_a_lossy_codec_gives_float32_of_the_same_shape_and_nearly_the_numbers(
-    name, shape, seed, generators
-):
+def test_a_lossy_codec_decodes_to_float32_with_a_bounded_error(name, shape, seed, generators):
     tensor = random_tensor(shape, seed)
     buffers = get_codec(name).encode(tensor, torch.Generator() if generators else None)
     get_codec(name).check_sizes(shape, sizes_of(buffers))
     assert encoded_bytes(name, shape) in (sum(sizes_of(buffers)), None)
-    back = get_codec(name).decode(buffers, shape)
-    assert back.dtype == torch.float32
-    assert back.shape == tuple(shape)
-    assert float((back - tensor).norm()) <= float(tensor.norm())
+    decoded = get_codec(name).decode(buffers, shape)
+    assert decoded.dtype == torch.float32
+    assert decoded.shape == tuple(shape)
+    assert float((decoded - tensor).norm()) <= float(tensor.norm())
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_what_a_codec_says_of_itself_is_what_its_name_says(name):
+def test_a_codecs_attributes_match_its_name(name):
     codec = get_codec(name)
     assert codec.name == name
     assert codec.row_wise == (is_row_wise_inside(name) and not name.endswith("+zstd"))
@@ -76,13 +74,13 @@ def test_what_a_codec_says_of_itself_is_what_its_name_says(name):
     assert get_codec(name) is codec
 
 
-def test_every_codec_is_shown_to_people():
+def test_every_codec_is_listed():
     shown = {name.partition(":")[0] for name in (*FLOAT_CODECS, *INTEGER_CODECS)}
     assert {name.partition(":")[0] for name in ALL if "+" not in name} == shown
 
 
 @pytest.mark.parametrize("name", ["pickle", "", "int8 ", "int8:4", "topk", "cosine:9+zstd"])
-def test_an_unknown_codec_is_named(name):
+def test_an_unknown_codec_is_refused(name):
     with pytest.raises(UnknownCodec) as caught:
         get_codec(name)
     assert (caught.value.field, caught.value.value) == ("codec", name)
@@ -92,7 +90,7 @@ def test_an_unknown_codec_is_named(name):
 
 @pytest.mark.parametrize("name", PLAIN)
 @pytest.mark.parametrize("sizes", [[], [3], [7, 1], [2**40], [0] * 4, [2**63, 2**63, 2**63]])
-def test_sizes_that_the_shape_does_not_need_are_refused(name, sizes):
+def test_wrong_sizes_are_refused(name, sizes):
     with pytest.raises(MalformedFrame) as caught:
         get_codec(name).check_sizes([2, 5], sizes)
     assert caught.value.field == "sizes"
@@ -100,7 +98,7 @@ def test_sizes_that_the_shape_does_not_need_are_refused(name, sizes):
 
 @pytest.mark.parametrize("name", PLAIN)
 @pytest.mark.parametrize("shape", [[2**62], [2**31, 2**31, 3], [2**60, 2], [2**62, 0, 1]])
-def test_enormous_shapes_are_refused_before_memory_is_taken(name, shape):
+def test_enormous_shapes_are_refused_without_allocation(name, shape):
     tracemalloc.start()
     try:
         for sizes in ([1], [1, 1], [1, 1, 1]):
@@ -113,7 +111,7 @@ def test_enormous_shapes_are_refused_before_memory_is_taken(name, shape):
 
 @settings(max_examples=300, deadline=None)
 @given(st.sampled_from(LOSSY), SHAPES | WIDE, st.data())
-def test_random_bytes_of_the_right_sizes_are_a_tensor_or_malformed(name, shape, data):
+def test_random_bytes_decode_or_are_refused(name, shape, data):
     codec = get_codec(name)
     sizes = sizes_of(codec.encode(random_tensor(shape, 1)))
     buffers = [
@@ -122,18 +120,18 @@ def test_random_bytes_of_the_right_sizes_are_a_tensor_or_malformed(name, shape, 
     ]
     try:
         codec.check_sizes(shape, sizes)
-        back = codec.decode(buffers, shape)
+        decoded = codec.decode(buffers, shape)
     except MalformedFrame as error:
         json.dumps(error.to_wire(), allow_nan=False)
     else:
-        assert back.shape == tuple(shape)
-        assert back.dtype == torch.float32
+        assert decoded.shape == tuple(shape)
+        assert decoded.dtype == torch.float32
 
 
 @pytest.mark.parametrize("name", LOSSY)
 @pytest.mark.parametrize("place", [0, 70, 129])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 2.0**127])
-def test_what_is_not_finite_or_too_large_is_refused_by_lossy_codecs(name, place, value):
+def test_lossy_codecs_refuse_non_finite_and_huge_numbers(name, place, value):
     tensor = random_tensor([3, 130])
     tensor[1, place] = value
     with pytest.raises(InvalidField) as caught:
@@ -146,7 +144,7 @@ def test_what_is_not_finite_or_too_large_is_refused_by_lossy_codecs(name, place,
 
 @pytest.mark.parametrize("name", LOSSY)
 @pytest.mark.parametrize("bits", [0x7FFFFFFF, 0x7F800001, -1, -0x7FFFFF])
-def test_no_nan_of_any_payload_gets_through(name, bits):
+def test_a_nan_with_any_payload_is_refused(name, bits):
     tensor = torch.zeros(2, 70)
     tensor.view(torch.int32)[0, 3] = bits
     assert bool(tensor[0, 3].isnan())
@@ -156,24 +154,24 @@ def test_no_nan_of_any_payload_gets_through(name, bits):
 
 @pytest.mark.parametrize("name", LOSSY)
 @pytest.mark.parametrize("factor", [2.0**120, 2.0**-100, 2.0**-126, 2.0**-149])
-def test_huge_and_tiny_numbers_survive(name, factor):
+def test_huge_and_tiny_numbers_are_encoded(name, factor):
     tensor = torch.linspace(-31, 31, 63).mul(factor).reshape(3, 21)
-    back = get_codec(name).decode(get_codec(name).encode(tensor), [3, 21])
-    assert bool(back.isfinite().all())
-    lost = 2.0**-115  # a scale below float32's normal numbers is none
-    assert float((back.double() - tensor).norm()) <= float(tensor.double().norm()) / 2 + lost
+    decoded = get_codec(name).decode(get_codec(name).encode(tensor), [3, 21])
+    assert bool(decoded.isfinite().all())
+    flushed = 2.0**-115  # a scale below float32's normal numbers becomes 0
+    assert float((decoded.double() - tensor).norm()) <= float(tensor.double().norm()) / 2 + flushed
 
 
 @pytest.mark.parametrize("name", [name for name in LOSSY if name[:2] not in ("pq", "sv")])
-def test_zeros_come_back_as_zeros(name):
+def test_zeros_decode_to_zeros(name):
     tensor = torch.zeros(4, 70)
-    tensor[1] = torch.linspace(-1, 1, 70)  # among others that are not
-    back = get_codec(name).decode(get_codec(name).encode(tensor), [4, 70])
-    assert not bool(back[[0, 2, 3]].any())
+    tensor[1] = torch.linspace(-1, 1, 70)  # the other rows are zeros
+    decoded = get_codec(name).decode(get_codec(name).encode(tensor), [4, 70])
+    assert not bool(decoded[[0, 2, 3]].any())
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_other_dtypes_and_strides_and_gradients_are_taken_as_the_numbers_they_are(name):
+def test_dtype_stride_and_gradient_do_not_change_the_encoding(name):
     codec = get_codec(name)
     plain = torch.arange(-60.0, 60.0).reshape(2, 3, 20).abs()
     expected = [bytes(buffer) for buffer in codec.encode(plain)]
@@ -192,8 +190,10 @@ def test_other_dtypes_and_strides_and_gradients_are_taken_as_the_numbers_they_ar
 
 @pytest.mark.parametrize("codec", ["float32", "bfloat16", "int64"])
 @pytest.mark.parametrize("shape", [(5, 1), (1,), (1, 1, 1)])
-def test_single_elements_far_from_each_other_are_sent(codec: str, shape: tuple[int, ...]) -> None:
-    """torch calls a dimension of one element contiguous, whatever its stride."""
+def test_dimensions_of_one_element_with_any_stride_are_encoded(
+    codec: str, shape: tuple[int, ...]
+) -> None:
+    """torch treats a dimension of one element as contiguous at any stride."""
     values = torch.arange(math.prod(shape)).to(CODECS[codec].dtype)
     strides = (1, *[7] * (len(shape) - 1)) if len(shape) > 1 else (7,)
     tensor = torch.as_strided(values, shape, strides)
@@ -202,7 +202,7 @@ def test_single_elements_far_from_each_other_are_sent(codec: str, shape: tuple[i
 
 
 @pytest.mark.parametrize("name", LOSSY)
-def test_encoding_changes_nothing_in_the_tensor(name):
+def test_encoding_does_not_change_the_tensor(name):
     tensor = random_tensor([3, 130])
     before = tensor.clone()
     get_codec(name).encode(tensor, torch.Generator())
@@ -211,7 +211,7 @@ def test_encoding_changes_nothing_in_the_tensor(name):
 
 @pytest.mark.parametrize("name", [name for name in ALL if get_codec(name).row_wise])
 @pytest.mark.parametrize("shape", [[4, 3, 65], [4, 1], [4, 128], [4, 2, 1, 7], [4, 0]])
-def test_rows_are_taken_apart_and_joined_without_decoding(name, shape):
+def test_rows_can_be_split_and_joined_without_decoding(name, shape):
     codec = get_codec(name)
     tensor = (random_tensor(shape) * 50).abs().to(getattr(codec, "dtype", torch.float32))
     buffers = codec.encode(tensor)
@@ -230,26 +230,26 @@ def test_rows_are_taken_apart_and_joined_without_decoding(name, shape):
         assert [bytes(buffer) for buffer in alone] == [part(buffer, row) for buffer in buffers]
 
 
-def test_encoding_copies_nothing_that_is_in_place():
+def test_encoding_shares_a_contiguous_tensors_memory():
     tensor = torch.zeros(3, 4)
     (buffer,) = get_codec("float32").encode(tensor)
     tensor[0, 0] = 1.0
     assert bytes(buffer[:4]) == b"\x00\x00\x80\x3f"  # 1.0 in binary32
 
 
-def test_a_strided_tensor_and_one_with_a_gradient_are_encoded():
+def test_a_strided_tensor_with_a_gradient_is_encoded():
     tensor = torch.arange(6.0).reshape(2, 3).t().requires_grad_()
-    back = get_codec("float32").decode(get_codec("float32").encode(tensor), [3, 2])
-    assert torch.equal(back, tensor.detach())
+    decoded = get_codec("float32").decode(get_codec("float32").encode(tensor), [3, 2])
+    assert torch.equal(decoded, tensor.detach())
 
 
-def test_a_writable_buffer_is_not_copied_and_a_readonly_one_is():
+def test_only_a_read_only_buffer_is_copied():
     memory = bytearray(8)
     shared = get_codec("float32").decode([memoryview(memory)], [2])
     memory[:4] = b"\x00\x00\x80\x3f"
     assert shared.tolist() == [1.0, 0.0]
-    own = get_codec("float32").decode([memoryview(bytes(memory))], [2])
-    own[0] = 5.0
+    copy = get_codec("float32").decode([memoryview(bytes(memory))], [2])
+    copy[0] = 5.0
     assert bytes(memory[:4]) == b"\x00\x00\x80\x3f"
 
 
@@ -258,7 +258,7 @@ HALVES = {"float16": (2.0**-11, 2.0**-25), "bfloat16": (2.0**-8, 2.0**-134)}  # 
 
 @settings(max_examples=100, deadline=None)
 @given(st.sampled_from(sorted(HALVES)), st.integers(0, 2**32), st.integers(-30, 15))
-def test_half_the_bytes_come_back_within_their_bound(name, seed, power):
+def test_half_precision_stays_within_its_bound(name, seed, power):
     relative, absolute = HALVES[name]
     tensor = (random_tensor([300], seed) * 2.0**power).clamp_(-65_000, 65_000)
     (buffer,) = get_codec(name).encode(tensor)
@@ -268,20 +268,20 @@ def test_half_the_bytes_come_back_within_their_bound(name, seed, power):
 
 
 @pytest.mark.parametrize("name", sorted(HALVES))
-def test_the_gradient_of_a_linear_map_on_halves_stays_within_the_bound(name):
+def test_the_gradient_of_a_linear_map_in_half_precision_stays_within_the_bound(name):
     # dL/dW = gradientᵀ · activations: the error is gradientᵀ · (their error).
     activations, gradient = random_tensor([256, 384]), random_tensor([256, 10], 1).double()
     codec = get_codec(name)
-    back = codec.decode(codec.encode(activations), activations.shape).double()
+    decoded = codec.decode(codec.encode(activations), activations.shape).double()
     exact = gradient.T @ activations.double()
-    error = gradient.T @ back - exact
+    error = gradient.T @ decoded - exact
     bound = HALVES[name][0] * gradient.abs().T @ activations.double().abs()
     assert bool((error.abs() <= bound + 1e-6).all())
     assert float(error.norm() / exact.norm()) < 2 * HALVES[name][0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64])
-def test_float16_refuses_what_would_become_infinity(dtype):
+def test_float16_refuses_values_beyond_its_range(dtype):
     # 65536 in bfloat16 equals the rounded limit 65504: a comparison in that dtype misses it.
     with pytest.raises(InvalidField) as caught:
         get_codec("float16").encode(torch.tensor([1, -65536]).to(dtype))
@@ -289,16 +289,16 @@ def test_float16_refuses_what_would_become_infinity(dtype):
     assert caught.value.value == 65536.0
 
 
-def test_float16_refuses_infinity_and_names_it_beside_nan():
+def test_float16_reports_infinity_among_nan():
     with pytest.raises(InvalidField) as caught:
         get_codec("float16").encode(torch.tensor([math.nan, math.inf]))
     assert caught.value.value == math.inf
 
 
-def test_float16_takes_its_whole_range():
+def test_float16_encodes_its_whole_range():
     tensor = torch.tensor([65504.0, -65504.0, 65519.0])  # the last rounds down to 65504
-    back = get_codec("float16").decode(get_codec("float16").encode(tensor), [3])
-    assert back.tolist() == [65504.0, -65504.0, 65504.0]
+    decoded = get_codec("float16").decode(get_codec("float16").encode(tensor), [3])
+    assert decoded.tolist() == [65504.0, -65504.0, 65504.0]
 
 
 def test_bfloat16_rounds_to_the_nearest_even():

@@ -22,7 +22,7 @@ NUMBERS = arrays.arrays(
 )
 
 
-def through(name, tensor, generator=None):
+def round_trip(name, tensor, generator=None):
     codec = get_codec(name)
     return codec.decode(codec.encode(tensor, generator), tensor.shape)
 
@@ -43,17 +43,17 @@ def bound(name, tensor):
 
 
 def brain(*values):
-    """bfloat16 of values that it holds exactly."""
+    """Encode values as bfloat16; they must be exact."""
     return (np.array(values, "<f4").view("<u4") >> 16).astype("<u2").tobytes()
 
 
-def test_a_symmetric_example_worked_by_hand():
+def test_hand_calculated_symmetric_example():
     # Two groups of one row: 64 elements with a = 7 (s = 1), then three with a = 3.5 (s = 0.5).
     row = [7.0, -7.0, 2.5, 1.5, *[0.0] * 60, 3.5, -1.75, 0.2]
     codes, scales = get_codec("int4").encode(torch.tensor([row]))
     assert bytes(scales) == brain(1.0, 0.5)
     # 67 codes in 34 bytes: byte j holds codes j and 34 + j; a zero is 8. Codes 64, 65 and 66 are
-    # 15, 4 (-3.5 goes to the even -4) and 8; they are the high halves of bytes 30, 31 and 32.
+    # 15, 4 (-3.5 rounds to the even -4) and 8; they are the high halves of bytes 30, 31 and 32.
     low = [15, 1, 10, 10, *[8] * 30]
     high = [*[8] * 30, 15, 4, 8, 0]
     assert list(codes) == [a + 16 * b for a, b in zip(low, high, strict=True)]
@@ -61,31 +61,33 @@ def test_a_symmetric_example_worked_by_hand():
     assert get_codec("int4").decode([codes, scales], [1, 67]).tolist() == [expected]
 
 
-def test_an_asymmetric_example_worked_by_hand():
+def test_hand_calculated_asymmetric_example():
     # Minimum 1, greatest 16: s = 1, codes 0 … 15.
     codes, scales, minima = get_codec("int4-asym").encode(torch.tensor([1.0, 16.0, 3.5, 2.4]))
     assert (bytes(scales), bytes(minima)) == (brain(1.0), brain(1.0))
-    assert list(codes) == [0 + 16 * 2, 15 + 16 * 1]  # (2.5 goes to the even 2)
-    back = get_codec("int4-asym").decode([codes, scales, minima], [4])
-    assert back.tolist() == [1.0, 16.0, 3.0, 2.0]
+    assert list(codes) == [0 + 16 * 2, 15 + 16 * 1]  # 2.5 rounds to the even 2
+    decoded = get_codec("int4-asym").decode([codes, scales, minima], [4])
+    assert decoded.tolist() == [1.0, 16.0, 3.0, 2.0]
 
 
-def test_minimum_and_scale_are_cut_so_that_the_whole_group_fits():
+def test_minimum_and_scale_are_rounded_to_cover_the_group():
     # 1 + 2^-8 lies between the bfloat16 numbers 1 and 1 + 2^-7; -1 - 2^-8 between -1 and -1 - 2^-7.
     _, scales, minima = get_codec("int4-asym").encode(
         torch.tensor([[1 + 2.0**-8, 1 + 2.0**-8 + 15], [-1 - 2.0**-8, 14 - 2.0**-8]])
     )
     assert bytes(minima) == brain(1.0, -1 - 2.0**-7)
-    assert bytes(scales) == brain(1 + 2.0**-7, 1 + 2.0**-7)  # 15 and a little, over 15: cut up
+    assert bytes(scales) == brain(
+        1 + 2.0**-7, 1 + 2.0**-7
+    )  # slightly more than 15, over 15: rounded up
     _, scales = get_codec("int4").encode(torch.tensor([7 + 7 * 2.0**-8]))
-    assert bytes(scales) == brain(1.0)  # cut towards zero
+    assert bytes(scales) == brain(1.0)  # truncated
 
 
 @settings(max_examples=150, deadline=None)
 @given(st.sampled_from(BOTH), NUMBERS)
-def test_no_element_is_further_off_than_half_a_step(name, array):
+def test_the_error_is_at_most_half_a_step(name, array):
     tensor = torch.from_numpy(array)
-    error = (through(name, tensor).double() - tensor.double()).abs()
+    error = (round_trip(name, tensor).double() - tensor.double()).abs()
     assert bool((error <= bound(name, tensor)).all())
 
 
@@ -93,31 +95,31 @@ def test_no_element_is_further_off_than_half_a_step(name, array):
 @pytest.mark.parametrize(
     "shape", [[3, 5, 384], [700, 384], [2, 100_001], [40_000, 1], [30_000, 3], [1500, 65]]
 )
-def test_large_tensors_of_every_form_keep_the_bound(name, shape):
+def test_the_bound_holds_for_large_tensors(name, shape):
     tensor = torch.randn(shape, generator=torch.Generator().manual_seed(3)).exp() - 0.5
-    error = (through(name, tensor).double() - tensor.double()).abs()
+    error = (round_trip(name, tensor).double() - tensor.double()).abs()
     assert bool((error <= bound(name, tensor)).all())
 
 
-def test_a_minimum_of_its_own_pays_where_numbers_are_not_centred():
+def test_the_asymmetric_codec_is_better_for_uncentred_numbers():
     tensor = 10 + torch.rand(50, 128, generator=torch.Generator().manual_seed(4))
-    error = {name: float((through(name, tensor) - tensor).norm()) for name in BOTH}
+    error = {name: float((round_trip(name, tensor) - tensor).norm()) for name in BOTH}
     assert error["int4-asym"] < error["int4"] / 5
 
 
-def test_gradients_below_the_range_of_float16_survive():
+def test_gradients_below_the_range_of_float16_are_encoded():
     tensor = 1e-12 * torch.randn(8, 384, generator=torch.Generator().manual_seed(4))
-    assert float((through("int4", tensor) - tensor).norm() / tensor.norm()) < 0.15
+    assert float((round_trip("int4", tensor) - tensor).norm() / tensor.norm()) < 0.15
 
 
 @pytest.mark.parametrize("name", BOTH)
 @pytest.mark.parametrize("value", [3.0, -3.0, 1e-3, -1.0039, 2.0**125, -(2.0**-120)])
 def test_a_constant_group_is_nearly_exact(name, value):
-    back = through(name, torch.full([2, 70], value))
-    assert bool((abs(back / value - 1) <= 2.0**-7).all())
+    decoded = round_trip(name, torch.full([2, 70], value))
+    assert bool((abs(decoded / value - 1) <= 2.0**-7).all())
 
 
-def test_the_ratios_are_what_the_text_says():
+def test_encoded_sizes_match_the_documentation():
     assert encoded_bytes("int4", [64, 64, 384]) == 64 * 64 * (192 + 6 * 2)
     assert encoded_bytes("int4-asym", [64, 64, 384]) == 64 * 64 * (192 + 6 * 4)
     assert encoded_bytes("int4", [3, 67]) == 3 * (34 + 2 * 2)
@@ -128,14 +130,15 @@ def test_the_ratios_are_what_the_text_says():
 
 
 @pytest.mark.parametrize("name", BOTH)
-def test_rounding_at_random_is_right_on_average_and_never_off_by_a_step(name):
+def test_random_rounding_is_unbiased_within_one_step(name):
     tensor = torch.tensor([[7.0, 0.25, -3.75, -7.0, 5.5], [1.0, 1.3, 1.6, 2.0, 1.9]])
     generator = torch.Generator().manual_seed(5)
-    draws = through(name, tensor.expand(4000, 2, 5), generator).double()  # every row on its own
-    # Each element is rounded down or up to a multiple of the scale as it was sent.
+    # Every row is rounded separately.
+    draws = round_trip(name, tensor.expand(4000, 2, 5), generator).double()
+    # Each element is rounded down or up to a multiple of the sent scale.
     scales = get_codec(name).encode(tensor)[1]
     step = torch.frombuffer(bytearray(scales), dtype=torch.bfloat16).double().unsqueeze(1)
-    # The scale of int4 is cut: the largest magnitude lies up to 2^-7 beyond the last code.
+    # int4 truncates its scale: the largest magnitude is up to 2^-7 beyond the last code.
     beyond = tensor.abs().amax(1, keepdim=True) * 2.0**-7 if name == "int4" else 1e-6
     assert bool(((draws - tensor).abs() <= step * (1 + 1e-5) + beyond).all())
     inner = (draws.mean(0) - tensor).abs()[:, 1:3]
@@ -150,13 +153,13 @@ def test_the_gradient_of_a_linear_map_stays_within_the_bound(name):
     activations = torch.randn(256, 384, generator=generator).double()
     gradient = torch.randn(256, 10, generator=generator).double()
     exact = gradient.T @ activations
-    error = gradient.T @ through(name, activations).double() - exact
+    error = gradient.T @ round_trip(name, activations).double() - exact
     assert bool((error.abs() <= gradient.abs().T @ bound(name, activations)).all())
     assert float(error.norm() / exact.norm()) < 0.15
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -1.0, 2.0**124])
-def test_numbers_of_a_group_that_no_finite_group_has_are_refused(bad):
+def test_an_impossible_scale_is_refused(bad):
     good, wrong = (memoryview(brain(value)) for value in (1.0, bad))
     codes = memoryview(bytes(2))
     with pytest.raises(MalformedFrame):
@@ -166,7 +169,7 @@ def test_numbers_of_a_group_that_no_finite_group_has_are_refused(bad):
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 2.0**126, -(2.0**126)])
-def test_a_minimum_that_no_finite_group_has_is_refused(bad):
+def test_an_impossible_minimum_is_refused(bad):
     with pytest.raises(MalformedFrame):
         get_codec("int4-asym").decode(
             [memoryview(bytes(2)), memoryview(brain(1.0)), memoryview(brain(bad))], [4]
@@ -174,7 +177,7 @@ def test_a_minimum_that_no_finite_group_has_is_refused(bad):
 
 
 @pytest.mark.parametrize("name", BOTH)
-def test_what_is_decoded_is_finite_whatever_the_codes(name):
+def test_all_codes_decode_to_finite_numbers(name):
     codes = memoryview(bytes(range(256)))
     numbers = {"int4": [2.0**123], "int4-asym": [2.0**123, 2.0**125]}[name]
     buffers = [codes, *(memoryview(brain(*[number] * 8)) for number in numbers)]
@@ -182,7 +185,7 @@ def test_what_is_decoded_is_finite_whatever_the_codes(name):
 
 
 @pytest.mark.parametrize("name", BOTH)
-def test_the_unused_half_of_the_last_byte_is_zero(name):
+def test_the_unused_half_of_the_last_byte_must_be_zero(name):
     codec = get_codec(name)
     buffers = codec.encode(torch.rand(2, 3, generator=torch.Generator().manual_seed(1)))
     assert bytes(buffers[0])[1] < 16

@@ -51,7 +51,7 @@ UNKNOWN += ["", ":", "int8+zstd+zstd", "int8+gzip", "topk+zstd:0.5", "pq8", "flo
 
 
 @pytest.mark.parametrize("name", [*VALID, *(f"{name}+zstd" for name in VALID)])
-def test_every_valid_name_is_taken_as_it_is(name):
+def test_valid_names_are_accepted(name):
     assert check_float_codec(name) == name
     codec = get_codec(name)
     assert codec.name == name
@@ -60,7 +60,7 @@ def test_every_valid_name_is_taken_as_it_is(name):
 
 
 @pytest.mark.parametrize("name", INTEGER_CODECS)
-def test_codecs_of_whole_numbers_are_codecs_but_carry_no_floats(name):
+def test_integer_codecs_encode_no_floats(name):
     for variant in (name, f"{name}+zstd"):
         assert not get_codec(variant).floating
         with pytest.raises(UnknownCodec) as caught:
@@ -71,13 +71,13 @@ def test_codecs_of_whole_numbers_are_codecs_but_carry_no_floats(name):
 
 
 @pytest.mark.parametrize("name", VALID)
-def test_what_is_row_wise_inside_is_so_without_its_compression(name):
+def test_row_wise_ignores_the_compression(name):
     base = name.partition(":")[0]
     expected = base in ("float32", "float16", "bfloat16", "int8", "int4", "int4-asym")
     assert is_row_wise_inside(name) == is_row_wise_inside(f"{name}+zstd") == expected
 
 
-def test_names_are_taken_apart():
+def test_names_are_parsed():
     assert parse_codec("int8") == CodecParts("int8", None, False)
     assert parse_codec("int4-asym+zstd") == CodecParts("int4-asym", None, True)
     assert parse_codec("topk:0.05+zstd") == CodecParts("topk", "0.05", True)
@@ -95,10 +95,10 @@ def test_names_are_taken_apart():
         *("topk", "cosine", "svd", "topk:0.5:0.5"),
     ],
 )
-@pytest.mark.parametrize("read", [check_float_codec, parse_codec, is_row_wise_inside, get_codec])
-def test_a_wrong_name_or_parameter_is_refused_with_field_limit_and_value(name, read):
+@pytest.mark.parametrize("parse", [check_float_codec, parse_codec, is_row_wise_inside, get_codec])
+def test_a_wrong_name_is_refused_with_field_limit_and_value(name, parse):
     with pytest.raises(UnknownCodec) as caught:
-        read(name)
+        parse(name)
     assert (caught.value.field, caught.value.value) == ("codec", name)
     assert caught.value.limit
     json.dumps(caught.value.to_wire())
@@ -107,19 +107,19 @@ def test_a_wrong_name_or_parameter_is_refused_with_field_limit_and_value(name, r
 @pytest.mark.parametrize(
     ("name", "limit"),
     [
-        ("topk:1.5", "above 0, to 1, with at most 6 decimals"),
-        ("svd:0", "above 0, to 1, with at most 6 decimals"),
-        ("cosine:9", "a whole number from 2 to 8"),
+        ("topk:1.5", "above 0 and at most 1, with at most 6 decimals"),
+        ("svd:0", "above 0 and at most 1, with at most 6 decimals"),
+        ("cosine:9", "an integer from 2 to 8"),
     ],
 )
-def test_a_refused_parameter_says_what_is_allowed(name, limit):
+def test_an_error_about_a_parameter_gives_the_allowed_values(name, limit):
     with pytest.raises(UnknownCodec, match=limit) as caught:
         check_float_codec(name)
     assert caught.value.limit == limit
 
 
 @given(st.text(max_size=20))
-def test_any_text_is_a_name_or_refused(text):
+def test_any_text_is_a_valid_name_or_refused(text):
     for name in (text, f"topk:{text}", f"cosine:{text}", f"{text}+zstd"):
         try:
             check_float_codec(name)
@@ -129,18 +129,18 @@ def test_any_text_is_a_name_or_refused(text):
 
 
 @given(st.integers(1, 10**6), st.integers(0, 10**9))
-def test_a_share_means_the_decimal_number_that_is_written(millionths, elements):
+def test_a_share_is_an_exact_decimal_number(millionths, elements):
     name = f"topk:{millionths // 10**6}.{millionths % 10**6:06}"
-    kept = math.ceil(Fraction(millionths, 10**6) * elements)
-    assert encoded_bytes(name, [elements]) == 6 * kept
+    expected = math.ceil(Fraction(millionths, 10**6) * elements)
+    assert encoded_bytes(name, [elements]) == 6 * expected
 
 
-def test_a_share_is_not_rounded_as_a_float_would_be():
+def test_a_share_is_not_rounded_like_a_float():
     # 0.07 × 100 is 7.000000000000001 in binary64, and its ceiling would be 8.
     assert encoded_bytes("topk:0.07", [10, 10]) == 6 * 7
 
 
-def test_names_are_read_without_torch():
+def test_names_are_parsed_without_torch():
     code = (
         "import sys; from protocol.codec_names import is_row_wise_inside, check_float_codec; "
         "assert is_row_wise_inside('int8+zstd') and not is_row_wise_inside('pq'); "

@@ -17,7 +17,7 @@ NUMBERS = arrays.arrays(
 )
 
 
-def through(name, tensor):
+def round_trip(name, tensor):
     codec = get_codec(name)
     return codec.decode(codec.encode(tensor), tensor.shape)
 
@@ -38,7 +38,7 @@ def halves(*values):
     return memoryview(np.array(values, "<f2").tobytes())
 
 
-def test_an_example_of_another_end_worked_by_hand():
+def test_hand_calculated_foreign_example():
     # (1, 0.5)ᵀ · 4 · (0.5, -0.25, 1)
     buffers = [
         halves(1, 0.5),
@@ -50,30 +50,30 @@ def test_an_example_of_another_end_worked_by_hand():
     assert codec.decode(buffers, [2, 3]).tolist() == [[2.0, -1.0, 4.0], [1.0, -0.5, 2.0]]
 
 
-def test_as_few_values_are_kept_as_have_the_energy():
+def test_the_rank_is_the_least_with_the_energy():
     # Singular values 3, 2, 1 of a diagonal in a larger matrix: energies 9, 4, 1 of 14.
     tensor = torch.zeros(30, 5, 8)
     tensor[3, 0, 0], tensor[7, 1, 2], tensor[9, 4, 4] = 3.0, -2.0, 1.0
     by_rank = {1: "svd:0.642", 2: "svd:0.643", 3: "svd:0.93"}  # 9/14 = 0.6428…, 13/14 = 0.9285…
     for rank, name in by_rank.items():
         assert sizes_of(name, tensor) == [2 * 30 * rank, 4 * rank, 2 * 40 * rank]
-    back = through("svd:0.643", tensor)
+    decoded = round_trip("svd:0.643", tensor)
     tensor[9, 4, 4] = 0.0
-    assert torch.allclose(back, tensor, atol=1e-6)
+    assert torch.allclose(decoded, tensor, atol=1e-6)
 
 
 @settings(max_examples=80, deadline=None)
 @given(NUMBERS, st.sampled_from(["0.3", "0.9", "0.999999", "1"]))
-def test_the_error_has_at_most_the_share_of_energy_that_was_left_out(array, share):
+def test_the_error_is_at_most_the_missing_energy(array, share):
     tensor = torch.from_numpy(array)
-    error = float((through(f"svd:{share}", tensor).double() - tensor.double()).norm())
-    most = math.sqrt(1 - float(share)) + 2.0**-9
-    assert error <= most * float(tensor.double().norm()) + 2.0**-120
+    error = float((round_trip(f"svd:{share}", tensor).double() - tensor.double()).norm())
+    limit = math.sqrt(1 - float(share)) + 2.0**-9
+    assert error <= limit * float(tensor.double().norm()) + 2.0**-120
 
 
 @pytest.mark.parametrize("shape", [(64, 8, 96), (300, 200), (20, 3000)])
 @pytest.mark.parametrize("share", ["0.5", "0.95", "1"])
-def test_the_bound_holds_and_the_rank_is_the_least(shape, share):
+def test_the_bound_holds_with_the_least_rank(shape, share):
     tensor = of_rank(6, *shape, noise=0.5)
     exact = tensor.double().reshape(shape[0], -1).numpy()
     left, values, right = np.linalg.svd(exact, full_matrices=False)
@@ -83,10 +83,10 @@ def test_the_bound_holds_and_the_rank_is_the_least(shape, share):
     if len(sizes) == 3:
         assert sizes[1] == 4 * rank
     best = (left[:, :rank] * values[:rank]) @ right[:rank]
-    back = through(f"svd:{share}", tensor).double().reshape(shape[0], -1).numpy()
+    decoded = round_trip(f"svd:{share}", tensor).double().reshape(shape[0], -1).numpy()
     norm = np.linalg.norm(values)
-    assert np.linalg.norm(back - exact) <= (math.sqrt(1 - float(share)) + 2.0**-9) * norm
-    assert len(sizes) == 1 or np.linalg.norm(back - best) <= 2.0**-9 * norm
+    assert np.linalg.norm(decoded - exact) <= (math.sqrt(1 - float(share)) + 2.0**-9) * norm
+    assert len(sizes) == 1 or np.linalg.norm(decoded - best) <= 2.0**-9 * norm
 
 
 @pytest.mark.parametrize(
@@ -101,17 +101,17 @@ def test_the_bound_holds_and_the_rank_is_the_least(shape, share):
     ],
     ids=["scalar", "one-dimension", "empty", "small", "identity", "huge"],
 )
-def test_what_has_no_smaller_form_stays_plain(tensor):
+def test_a_tensor_without_a_smaller_form_stays_plain(tensor):
     assert sizes_of("svd:0.99", tensor) == [4 * tensor.numel()]
-    assert torch.equal(through("svd:0.99", tensor), tensor)
+    assert torch.equal(round_trip("svd:0.99", tensor), tensor)
 
 
-def test_a_matrix_of_zeros_takes_no_bytes():
+def test_a_matrix_of_zeros_has_no_bytes():
     assert sizes_of("svd:0.9", torch.zeros(4, 5)) == [0, 0, 0]
-    assert torch.equal(through("svd:0.9", torch.zeros(4, 5)), torch.zeros(4, 5))
+    assert torch.equal(round_trip("svd:0.9", torch.zeros(4, 5)), torch.zeros(4, 5))
 
 
-def test_the_ratio_is_what_the_text_says():
+def test_encoded_sizes_match_the_documentation():
     tensor = of_rank(4, 100, 20, 20)
     nbytes = sum(sizes_of("svd:0.999999", tensor))
     assert nbytes == 4 * (2 * 100 + 2 * 400 + 4)
@@ -134,7 +134,7 @@ def test_the_ratio_is_what_the_text_says():
         [-40, -4, -60],
     ],
 )
-def test_sizes_of_no_rank_are_refused(sizes):
+def test_sizes_without_a_common_rank_are_refused(sizes):
     codec = get_codec("svd:0.9")
     codec.check_sizes([20, 30], [40, 4, 60])
     codec.check_sizes([20, 30], [40 * 20, 4 * 20, 60 * 20])
@@ -145,17 +145,17 @@ def test_sizes_of_no_rank_are_refused(sizes):
 
 @settings(max_examples=100, deadline=None)
 @given(st.integers(2, 9), st.integers(2, 9), st.integers(0, 9), st.data())
-def test_random_factors_are_a_finite_tensor_or_malformed(rows, columns, rank, data):
+def test_random_factors_decode_or_are_refused(rows, columns, rank, data):
     codec = get_codec("svd:0.9")
     sizes = [2 * rows * rank, 4 * rank, 2 * columns * rank]
     try:
         codec.check_sizes([rows, columns], sizes)
         buffers = [memoryview(data.draw(st.binary(min_size=size, max_size=size))) for size in sizes]
-        back = codec.decode(buffers, [rows, columns])
+        decoded = codec.decode(buffers, [rows, columns])
     except MalformedFrame:
         return
-    assert back.shape == (rows, columns)
-    assert bool(back.isfinite().all())
+    assert decoded.shape == (rows, columns)
+    assert bool(decoded.isfinite().all())
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -1.0, 2.0**101])
@@ -181,7 +181,7 @@ def test_the_gradient_of_a_linear_map_stays_within_the_bound():
     activations = of_rank(8, 256, 384, noise=0.1).double()
     gradient = torch.randn(256, 10, generator=generator).double()
     exact = gradient.T @ activations
-    error = gradient.T @ through("svd:0.99", activations).double() - exact
-    most = (math.sqrt(0.01) + 2.0**-9) * float(activations.norm())
-    assert float(error.norm()) <= float(torch.linalg.matrix_norm(gradient, 2)) * most
+    error = gradient.T @ round_trip("svd:0.99", activations).double() - exact
+    limit = (math.sqrt(0.01) + 2.0**-9) * float(activations.norm())
+    assert float(error.norm()) <= float(torch.linalg.matrix_norm(gradient, 2)) * limit
     assert float(error.norm() / exact.norm()) < 0.15

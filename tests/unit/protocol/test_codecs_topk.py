@@ -17,43 +17,45 @@ NUMBERS = arrays.arrays(
 )
 
 
-def through(name, tensor):
+def round_trip(name, tensor):
     codec = get_codec(name)
     return codec.decode(codec.encode(tensor), tensor.shape)
 
 
 def brain(*values):
-    """bfloat16 of values that it holds exactly."""
+    """Encode values as bfloat16; they must be exact."""
     return (np.array(values, "<f4").view("<u4") >> 16).astype("<u2").tobytes()
 
 
-def test_an_example_worked_by_hand():
-    # ⌈0.5 × 5⌉ = 3 of five: -4, then two of the three whose magnitude is 2: the first ones.
+def test_hand_calculated_example():
+    # ⌈0.5 × 5⌉ = 3 of five: -4, then the first two of the three with magnitude 2.
     indices, values = get_codec("topk:0.5").encode(torch.tensor([2.0, 1.0, -2.0, -4.0, 2.0]))
     assert np.frombuffer(indices, "<u4").tolist() == [0, 2, 3]
     assert bytes(values) == brain(2.0, -2.0, -4.0)
-    back = get_codec("topk:0.5").decode([indices, values], [5])
-    assert back.tolist() == [2.0, 0.0, -2.0, -4.0, 0.0]
+    decoded = get_codec("topk:0.5").decode([indices, values], [5])
+    assert decoded.tolist() == [2.0, 0.0, -2.0, -4.0, 0.0]
 
 
 @settings(max_examples=100, deadline=None)
 @given(NUMBERS, st.sampled_from(["topk:0.05", "topk:0.3", "topk:0.5", "topk:1"]))
-def test_the_largest_are_kept_and_the_first_of_equal_ones(array, name):
+def test_the_largest_magnitudes_are_selected_the_first_on_ties(array, name):
     flat = array.reshape(-1).astype(np.float64)
     share = float(name.partition(":")[2])
-    kept = sorted(range(len(flat)), key=lambda place: (-abs(flat[place]), place))
-    kept = sorted(kept[: math.ceil(share * len(flat) - 1e-9)])
+    selected = sorted(range(len(flat)), key=lambda index: (-abs(flat[index]), index))
+    selected = sorted(selected[: math.ceil(share * len(flat) - 1e-9)])
     buffers = get_codec(name).encode(torch.from_numpy(array))
-    assert np.frombuffer(buffers[0], "<u4").tolist() == kept
-    back = get_codec(name).decode(buffers, array.shape).double().numpy().reshape(-1)
-    assert (abs(back[kept] - flat[kept]) <= abs(flat[kept]) * 2.0**-8 + 2.0**-133).all()
-    assert np.count_nonzero(np.delete(back, kept)) == 0
+    assert np.frombuffer(buffers[0], "<u4").tolist() == selected
+    decoded = get_codec(name).decode(buffers, array.shape).double().numpy().reshape(-1)
+    assert (
+        abs(decoded[selected] - flat[selected]) <= abs(flat[selected]) * 2.0**-8 + 2.0**-133
+    ).all()
+    assert np.count_nonzero(np.delete(decoded, selected)) == 0
     energy = (flat**2).sum()
-    limit = (1 - len(kept) / len(flat) + 2.0**-16) * energy
-    assert ((back - flat) ** 2).sum() <= limit * (1 + 1e-9) + len(flat) * 2.0**-260
+    limit = (1 - len(selected) / len(flat) + 2.0**-16) * energy
+    assert ((decoded - flat) ** 2).sum() <= limit * (1 + 1e-9) + len(flat) * 2.0**-260
 
 
-def test_the_ratio_is_what_the_text_says():
+def test_encoded_sizes_match_the_documentation():
     assert encoded_bytes("topk:0.05", [100, 200]) == 1000 * 6
     assert encoded_bytes("topk:0.000001", [5]) == 6
     assert encoded_bytes("topk:0.5", []) == 6
@@ -62,22 +64,22 @@ def test_the_ratio_is_what_the_text_says():
 
 
 def test_the_gradient_of_a_linear_map_stays_within_the_bound():
-    # dL/dW = gradientᵀ · activations; here the gradients are what is sent.
+    # dL/dW = gradientᵀ · activations; here the gradients are encoded.
     generator = torch.Generator().manual_seed(2)
     activations = torch.randn(256, 64, generator=generator).double()
     gradient = torch.randn(256, 10, generator=generator).double() ** 3
     exact = gradient.T @ activations
-    error = through("topk:0.3", gradient).double().T @ activations - exact
-    most = float(torch.linalg.matrix_norm(activations, 2) * gradient.norm())
-    assert float(error.norm()) <= math.sqrt(0.7 + 2.0**-16) * most
-    assert float(error.norm() / exact.norm()) < 0.2  # few elements carry most of it
+    error = round_trip("topk:0.3", gradient).double().T @ activations - exact
+    max_error = float(torch.linalg.matrix_norm(activations, 2) * gradient.norm())
+    assert float(error.norm()) <= math.sqrt(0.7 + 2.0**-16) * max_error
+    assert float(error.norm() / exact.norm()) < 0.2  # few elements carry most of the norm
 
 
 @pytest.mark.parametrize(
     "indices",
     [[1, 0, 2], [0, 0, 1], [0, 1, 6], [0, 1, 2**32 - 1], [2**31, 0, 1], [0, 2**31, 5]],
 )
-def test_indices_that_do_not_rise_within_the_tensor_are_refused(indices):
+def test_indices_must_increase_within_the_tensor(indices):
     codec = get_codec("topk:0.5")
     values = memoryview(brain(1.0, 1.0, 1.0))
     codec.decode([memoryview(np.array([0, 1, 5], "<u4").tobytes()), values], [6])
@@ -93,7 +95,7 @@ def test_a_value_out_of_range_is_refused(value):
     assert caught.value.field == "values"
 
 
-def test_more_elements_than_an_index_can_name_are_refused():
+def test_too_many_elements_for_an_index_are_refused():
     enormous = torch.zeros(1).expand(2**31 + 1)
     with pytest.raises(InvalidField) as caught:
         get_codec("topk:0.000001").encode(enormous)
@@ -101,7 +103,7 @@ def test_more_elements_than_an_index_can_name_are_refused():
 
 
 @pytest.mark.parametrize("name", ["topk:0.1", "int4", "int8+zstd", "svd:0.5"])
-def test_with_feedback_the_sum_of_what_arrives_lacks_the_last_residual_alone(name):
+def test_with_feedback_the_decoded_sum_differs_only_by_the_last_residual(name):
     generator = torch.Generator().manual_seed(4)
     codec, feedback = get_codec(name), ErrorFeedback()
     sent, arrived = torch.zeros(8, 40).double(), torch.zeros(8, 40).double()
@@ -114,7 +116,7 @@ def test_with_feedback_the_sum_of_what_arrives_lacks_the_last_residual_alone(nam
     assert float(residual.norm()) < 0.5 * float(sent.norm())
 
 
-def test_feedback_by_hand_and_by_name():
+def test_feedback_separates_names():
     codec, feedback = get_codec("topk:0.5"), ErrorFeedback()
     first = feedback.encode("a", torch.tensor([3.0, 1.0]), codec)
     assert codec.decode(first, [2]).tolist() == [3.0, 0.0]
@@ -128,7 +130,7 @@ def test_feedback_by_hand_and_by_name():
     assert feedback.add_residual("a", torch.tensor([1.0, 0.5])).tolist() == [1.0, 0.5]
 
 
-def test_feedback_leaves_the_tensor_alone_and_keeps_what_was_refused():
+def test_a_refused_tensor_does_not_change_the_residual():
     codec, feedback = get_codec("topk:0.5"), ErrorFeedback()
     tensor = torch.tensor([3.0, 1.0], requires_grad=True)
     feedback.encode("a", tensor, codec)

@@ -33,18 +33,18 @@ def decoded(buffer, size=SIZE):
     return CODEC.decode([memoryview(buffer)], [size])
 
 
-def test_a_frame_laid_out_by_hand_is_read():
+def test_a_hand_written_frame_is_decoded():
     assert decoded(header(SIZE) + run(SIZE) + FRAME).tolist() == [7] * SIZE
 
 
-def test_what_does_not_shrink_stays_as_it_is():
+def test_incompressible_bytes_stay_plain():
     noise = torch.randint(0, 256, [SIZE], generator=torch.Generator().manual_seed(1)).byte()
     (buffer,) = CODEC.encode(noise)
     assert bytes(buffer) == noise.numpy().tobytes() + PLAIN
     assert torch.equal(decoded(buffer), noise)
 
 
-def test_what_shrinks_is_one_frame_that_any_reader_reads():
+def test_compressible_bytes_become_one_standard_frame():
     values = torch.arange(SIZE).div(1000).byte()
     (buffer,) = CODEC.encode(values)
     assert buffer.nbytes < SIZE / 50
@@ -53,7 +53,7 @@ def test_what_shrinks_is_one_frame_that_any_reader_reads():
     assert torch.equal(decoded(buffer), values)
 
 
-def test_every_buffer_is_decided_on_its_own():
+def test_each_buffer_is_compressed_separately():
     tensor = torch.randn(20, 384, generator=torch.Generator().manual_seed(1))
     tensor[:, 5] = 8.0  # one scale for all rows
     codec = get_codec("int8+zstd")
@@ -66,7 +66,7 @@ def test_every_buffer_is_decided_on_its_own():
 
 
 @pytest.mark.parametrize("flag", [2, 0xFF])
-def test_a_flag_that_says_nothing_is_refused(flag):
+def test_an_unknown_flag_is_refused(flag):
     with pytest.raises(MalformedFrame) as caught:
         CODEC.decode([memoryview(bytes(5) + bytes([flag]))], [5])
     assert (caught.value.field, caught.value.value) == ("flag", flag)
@@ -75,33 +75,33 @@ def test_a_flag_that_says_nothing_is_refused(flag):
 @pytest.mark.parametrize(
     ("frame", "why"),
     [
-        (b"", "nothing"),
+        (b"", "empty"),
         (header(SIZE), "no block"),
-        (header(SIZE) + run(SIZE - 1), "shorter than it says"),
-        (header(SIZE) + run(SIZE) + b"\x00", "a byte behind it"),
+        (header(SIZE) + run(SIZE - 1), "shorter than declared"),
+        (header(SIZE) + run(SIZE) + b"\x00", "an extra byte"),
         (header(SIZE) + run(SIZE) + header(SIZE) + run(SIZE), "two frames"),
         (header(SIZE, b"\x28\xb5\x2f\xfe") + run(SIZE), "another magic"),
         (header(SIZE - 1) + run(SIZE - 1), "another size than the shape's"),
         (header(SIZE) + run(SIZE, last=False), "no last block"),
         (b"\x28\xb5\x2f\xfd\x00\x58" + run(SIZE), "no size"),
         (b"\x28\xb5\x2f\xfd\xe1\x05" + SIZE.to_bytes(8, "little") + run(SIZE), "a dictionary"),
-        (b"\x50\x2a\x4d\x18\x04\x00\x00\x00abcd", "a frame to be skipped"),
+        (b"\x50\x2a\x4d\x18\x04\x00\x00\x00abcd", "a skippable frame"),
     ],
 )
-def test_what_is_not_one_frame_of_the_right_size_is_refused(frame, why):
+def test_anything_but_one_frame_of_the_right_size_is_refused(frame, why):
     with pytest.raises(MalformedFrame):
         decoded(frame + FRAME)
 
 
-def test_a_frame_that_is_no_smaller_than_its_content_is_refused():
+def test_a_frame_without_compression_is_refused():
     with pytest.raises(MalformedFrame) as caught:
         decoded(header(17) + run(17) + FRAME, 17)
     assert caught.value.field == "compressed"
 
 
-@pytest.mark.parametrize("says", [SIZE, 2**40, 2**64 - 3])
-def test_a_bomb_is_refused_before_memory_is_taken(says):
-    bomb = header(says) + run(131_072, last=False) * 24_000 + FRAME  # 3 GB in 96 kB
+@pytest.mark.parametrize("declared_size", [SIZE, 2**40, 2**64 - 3])
+def test_a_decompression_bomb_is_refused_without_allocation(declared_size):
+    bomb = header(declared_size) + run(131_072, last=False) * 24_000 + FRAME  # 3 GB in 96 kB
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(MalformedFrame):
         decoded(bomb)
@@ -109,7 +109,7 @@ def test_a_bomb_is_refused_before_memory_is_taken(says):
 
 
 @pytest.mark.parametrize("sizes", [[0], [SIZE + 2], [1, 1], []])
-def test_sizes_are_bounded_by_those_of_the_inner_codec(sizes):
+def test_sizes_are_bounded_by_the_inner_codec(sizes):
     with pytest.raises(MalformedFrame):
         CODEC.check_sizes([SIZE], sizes)
     CODEC.check_sizes([SIZE], [SIZE + 1])
@@ -118,7 +118,7 @@ def test_sizes_are_bounded_by_those_of_the_inner_codec(sizes):
 
 @settings(max_examples=200, deadline=None)
 @given(st.binary(max_size=60), st.integers(0, 60), st.sampled_from([b"", header(50), header(0)]))
-def test_random_frames_are_malformed(data, place, start):
+def test_random_frames_decode_or_are_refused(data, place, start):
     good = bytearray(CODEC.encode(torch.arange(300).div(50).byte())[0])
     good[place : place + len(data)] = data
     for frame in (bytes(good), start + data + FRAME):
@@ -128,14 +128,14 @@ def test_random_frames_are_malformed(data, place, start):
             continue
 
 
-def test_without_the_library_the_name_is_refused_with_a_hint(monkeypatch):
+def test_without_zstandard_the_name_is_refused_with_a_hint(monkeypatch):
     monkeypatch.setitem(sys.modules, "zstandard", None)
     get_codec.cache_clear()
     with pytest.raises(UnknownCodec) as caught:
         get_codec("int8+zstd")
     assert (caught.value.field, caught.value.value) == ("codec", "int8+zstd")
     assert "pip install zstandard" in caught.value.hint
-    # What needs no library works on.
+    # These calls do not need the library.
     assert check_float_codec("int8+zstd") == "int8+zstd"
     assert encoded_bytes("int8+zstd", [4, 4]) is None
     assert get_codec("int8").name == "int8"

@@ -45,11 +45,11 @@ def through_json(error):
 
 
 @pytest.mark.parametrize("kind", EVERY)
-def test_every_error_comes_back_from_the_wire(kind):
+def test_every_error_survives_a_round_trip(kind):
     sent = kind("no", field="a.b", limit=[1, "x"], value=2.5, hint="do that", retry_after_s=0.25)
-    back = error_from_wire(through_json(sent), kind.status)
-    assert type(back) is kind
-    assert vars(back) == vars(sent)
+    restored = error_from_wire(through_json(sent), kind.status)
+    assert type(restored) is kind
+    assert vars(restored) == vars(sent)
     bare = error_from_wire(through_json(kind("no")), kind.status)
     assert vars(bare) == vars(kind("no"))
 
@@ -66,7 +66,7 @@ def test_codes_are_unique_and_every_class_is_exported():
     assert defined == {kind.__name__ for kind in EVERY}
 
 
-def test_the_tree_in_the_docstring_is_the_tree():
+def test_the_docstring_shows_the_class_tree():
     drawn = re.findall(r"^([│├└─ ]*)([A-Z]\w+) {2,}\S", errors.__doc__, re.MULTILINE)
     path: list[str] = []
     parents = {}
@@ -78,12 +78,12 @@ def test_the_tree_in_the_docstring_is_the_tree():
 
 
 @pytest.mark.parametrize("kind", EVERY)
-def test_code_and_status_stand_in_the_specification(kind):
+def test_the_specification_lists_code_and_status(kind):
     status = kind.status or "\u2013"
     assert f"| `{kind.code}` | {status} |" in SPEC
 
 
-def test_an_error_says_everything_in_one_line():
+def test_an_error_is_one_line_with_all_fields():
     error = TooLarge("too large", field="frame", limit=5, value=9, hint="send less")
     assert str(error) == "too large; field: frame; allowed: 5; found: 9; send less"
 
@@ -102,7 +102,7 @@ def test_an_error_says_everything_in_one_line():
         (True, True),
     ],
 )
-def test_an_error_is_always_json_and_never_an_echo_of_a_whole_body(value, shown):
+def test_an_error_is_valid_bounded_json(value, shown):
     assert through_json(InvalidField("no", value=value))["error"]["value"] == shown
 
 
@@ -125,7 +125,7 @@ def test_an_error_is_always_json_and_never_an_echo_of_a_whole_body(value, shown)
     ],
 )
 @pytest.mark.parametrize("body", [None, "<html>", [], {}, {"error": "x"}, {"error": {"code": "?"}}])
-def test_what_is_none_of_ours_becomes_the_nearest_node(status, kind, body):
+def test_a_foreign_body_becomes_the_error_for_its_status(status, kind, body):
     assert type(error_from_wire(body, status)) is kind
 
 
@@ -144,13 +144,13 @@ def test_what_is_none_of_ours_becomes_the_nearest_node(status, kind, body):
         (None, None),
     ],
 )
-def test_the_wait_that_a_server_asks_for_is_a_sane_number(sent, read):
+def test_retry_after_is_a_bounded_number(sent, read):
     wire = {"error": {"code": "busy", "message": "later", "retry_after_s": sent}}
     assert error_from_wire(wire, 503).retry_after_s == read
 
 
 @given(JSON | st.fixed_dictionaries({"error": st.dictionaries(st.sampled_from(FIELDS), JSON)}))
-def test_no_body_breaks_the_reader(body):
+def test_any_body_becomes_an_error(body):
     error = error_from_wire(body, 500)
     assert isinstance(error, SFPromptError)
     assert str(error)

@@ -58,7 +58,7 @@ def test_a_module_exports_exactly_this(module):
     assert all(hasattr(loaded, name) for name in loaded.__all__)
 
 
-def test_every_module_is_in_the_list():
+def test_every_module_is_listed():
     assert {path.stem for path in FOLDER.iterdir() if path.suffix == ".py"} - {"__init__"} == set(
         EXPORTED
     ) - {"codecs"}
@@ -73,10 +73,10 @@ def loaded_by(*modules):
     return set(done.stdout.split())
 
 
-def test_the_contract_knows_neither_http_nor_models():
+def test_protocol_imports_neither_http_libraries_nor_models():
     assert loaded_by(*EXPORTED).isdisjoint(ROOMS | HTTP)
 
 
-def test_settings_and_errors_cost_no_torch():
+def test_plans_and_errors_load_without_torch():
     light = loaded_by("errors", "plan", "messages", "limits", "seeds", "traffic", "wire")
     assert light.isdisjoint(["torch", "numpy"])

@@ -54,8 +54,8 @@ def filled(codec, shape):
 
 @settings(max_examples=150, deadline=None)
 @given(TEXT, META, TENSORS)
-def test_a_frame_comes_back(kind, meta, described):
-    tensors = {name: (filled(*one), one[0]) for name, one in described.items()}
+def test_a_frame_survives_a_round_trip(kind, meta, described):
+    tensors = {name: (filled(*codec), codec[0]) for name, codec in described.items()}
     pieces = encode_frame(kind, meta, tensors, WIDE)
     data = join_frame(pieces)
     assert len(data) == frame_length(pieces)
@@ -63,22 +63,22 @@ def test_a_frame_comes_back(kind, meta, described):
     frame = decode_frame(data, WIDE)
     assert (frame.kind, frame.meta) == (kind, meta)
     assert list(frame.specs) == list(tensors)
-    for name, back in frame.tensors().items():
-        assert back.dtype == tensors[name][0].dtype
-        assert back.shape == tensors[name][0].shape
-        assert torch.equal(back, tensors[name][0])
+    for name, restored in frame.tensors().items():
+        assert restored.dtype == tensors[name][0].dtype
+        assert restored.shape == tensors[name][0].shape
+        assert torch.equal(restored, tensors[name][0])
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (0, 3), (2, 0, 3), (1, 1, 1, 1, 1)])
 @pytest.mark.parametrize("codec", sorted(CODECS))
-def test_scalars_and_tensors_without_elements_come_back(codec, shape):
+def test_scalars_and_empty_tensors_survive_a_round_trip(codec, shape):
     tensor = filled(codec, shape)
     frame = decode_frame(join_frame(encode_frame("forward", {}, {"x": (tensor, codec)})))
     assert frame.tensor("x").shape == shape
     assert torch.equal(frame.tensor("x"), tensor)
 
 
-def test_tensors_lie_in_the_memory_that_they_came_in():
+def test_decoded_tensors_share_the_frames_memory():
     one, two = torch.randn(3, 5), torch.randn(40).bfloat16()
     data = join_frame(encode_frame("f", {}, {"one": (one, "float32"), "two": (two, "bfloat16")}))
     start = torch.frombuffer(data, dtype=torch.uint8).data_ptr()
@@ -89,20 +89,20 @@ def test_tensors_lie_in_the_memory_that_they_came_in():
     assert torch.equal(frame.tensor("two"), two)
 
 
-def test_bytes_are_copied_once_and_left_alone():
+def test_decoding_does_not_change_read_only_bytes():
     data = bytes(join_frame(encode_frame("f", {}, {"x": (torch.ones(2), "float32")})))
     before = bytes(data)
     decode_frame(data).tensor("x").zero_()
     assert data == before
 
 
-def test_a_frame_is_read_at_an_odd_place_of_a_larger_memory():
+def test_a_frame_is_decoded_at_an_odd_offset():
     data = join_frame(encode_frame("f", {}, {"x": (torch.arange(9), "int64")}))
-    room = bytearray(b"?" * 3 + data)
-    assert torch.equal(decode_frame(memoryview(room)[3:]).tensor("x"), torch.arange(9))
+    memory = bytearray(b"?" * 3 + data)
+    assert torch.equal(decode_frame(memoryview(memory)[3:]).tensor("x"), torch.arange(9))
 
 
-def test_encoding_leaves_a_tensor_in_its_memory():
+def test_encoding_does_not_copy_a_tensor():
     tensor = torch.zeros(1000)
     header, buffer, *_ = encode_frame("f", {}, {"x": (tensor, "float32")})
     assert header.nbytes % ALIGNMENT == 0
@@ -110,7 +110,7 @@ def test_encoding_leaves_a_tensor_in_its_memory():
     assert bytes(buffer[:4]) == b"\x00\x00\x80\x3f"
 
 
-def test_a_missing_tensor_and_another_kind_are_named():
+def test_a_missing_tensor_and_a_wrong_kind_are_refused():
     frame = decode_frame(join_frame(encode_frame("forward", {}, {"x": (torch.ones(1), "float32")})))
     with pytest.raises(MalformedFrame) as caught:
         frame.tensor("y")
@@ -137,12 +137,12 @@ def test_a_missing_tensor_and_another_kind_are_named():
     ],
     ids=repr,
 )
-def test_what_the_other_end_would_refuse_in_meta_is_not_sent(value):
+def test_a_forbidden_value_in_meta_is_not_sent(value):
     with pytest.raises(MalformedFrame):
         encode_frame("f", {"x": value}, {})
 
 
-def test_what_cannot_be_encoded_is_refused_by_its_sender():
+def test_the_sender_refuses_unencodable_content():
     with pytest.raises(UnknownCodec):
         encode_frame("f", {}, {"x": (torch.ones(1), "pickle")})
     with pytest.raises(InvalidField):
@@ -158,7 +158,7 @@ def frame_of(tensors=1, dims=1, kind="f", meta=None):
 
 
 LIMITS = {
-    # limit: (a frame at the bound, a frame above it, the bound)
+    # limit: (a frame at the limit, a frame above it, the limit)
     "max_frame_bytes": (frame_of(1), frame_of(2), len(frame_of(1))),
     "max_header_bytes": (frame_of(1), frame_of(2), 80),
     "max_tensors": (frame_of(3), frame_of(4), 3),
@@ -170,14 +170,14 @@ LIMITS = {
 
 
 @pytest.mark.parametrize("name", LIMITS)
-def test_every_limit_bites_and_can_be_set(name):
+def test_each_limit_applies_and_can_be_set(name):
     at, above, bound = LIMITS[name]
     decode_frame(at, FrameLimits(**{name: bound}))
     with pytest.raises(TooLarge) as caught:
         decode_frame(above, FrameLimits(**{name: bound}))
     assert caught.value.limit == bound
     decode_frame(above)
-    # One size wider, and what was above is allowed.
+    # A limit one size larger allows the second frame.
     wider = {"max_frame_bytes": len(above), "max_header_bytes": 200}.get(name, bound + 1)
     decode_frame(above, FrameLimits(**{name: wider}))
 
@@ -191,7 +191,7 @@ def test_the_number_of_elements_is_limited():
     assert caught.value.value == [2, 3]
 
 
-def test_a_very_long_list_is_refused_although_tensors_allow_its_length():
+def test_a_long_list_is_refused_although_max_tensors_allows_its_length():
     data = frame_of(meta={"l": [0] * 600})
     with pytest.raises(TooLarge) as caught:
         decode_frame(data, FrameLimits(max_items=100))
@@ -205,7 +205,7 @@ def test_no_limit_can_be_switched_off(name):
     assert caught.value.field == name
 
 
-def test_the_sender_keeps_to_the_limits_of_the_header():
+def test_the_sender_checks_the_header_limits():
     with pytest.raises(TooLarge):
         encode_frame("f" * 257, {}, {})
     with pytest.raises(TooLarge):

@@ -83,7 +83,7 @@ EXCHANGE = {"session": "s", "round": 1, "attempt": 0, "number": 3, "steps": 3}
         (SamplesMeta, {"round": 1}, "round", None, 1),
     ],
 )
-def test_a_refusal_names_field_limit_and_value(kind, raw, field, limit, value):
+def test_an_error_names_field_limit_and_value(kind, raw, field, limit, value):
     with pytest.raises(InvalidField) as caught:
         parse_message(kind, raw)
     assert (caught.value.field, caught.value.limit, caught.value.value) == (field, limit, value)
@@ -91,7 +91,7 @@ def test_a_refusal_names_field_limit_and_value(kind, raw, field, limit, value):
 
 
 @pytest.mark.parametrize("loss", ["NaN", "Infinity", "-Infinity", "1e999"])
-def test_numbers_that_are_not_finite_are_refused_and_the_refusal_is_json(loss):
+def test_non_finite_numbers_are_refused_with_a_json_error(loss):
     raw = json.loads(f'{{"round": 1, "attempt": 0, "samples": 3, "train_loss": {loss}}}')
     with pytest.raises(InvalidField) as caught:
         parse_message(UpdateMeta, raw)
@@ -103,39 +103,39 @@ def test_numbers_that_are_not_finite_are_refused_and_the_refusal_is_json(loss):
 @pytest.mark.parametrize(
     "raw", ['{"\\ud800": 1}', '{"name": "\\ud800"}', '{"round": 1' + "0" * 500 + "}"]
 )
-def test_a_refusal_of_strange_json_can_be_sent(raw):
+def test_an_error_about_unusual_json_is_serialisable(raw):
     with pytest.raises(InvalidField) as caught:
         parse_message(UpdateMeta, json.loads(raw))
     json.dumps(caught.value.to_wire(), allow_nan=False, ensure_ascii=False).encode()
 
 
-def test_an_update_of_no_sample_is_a_message_so_that_it_can_be_refused_by_its_name():
+def test_an_update_without_samples_is_a_valid_message():
     assert parse_message(UpdateMeta, {"round": 1, "attempt": 0, "samples": 0}).samples == 0
 
 
-def test_the_last_exchange_of_a_session_has_the_number_of_its_steps():
+def test_the_number_of_the_last_exchange_equals_steps():
     assert parse_message(ExchangeMeta, EXCHANGE).number == 3
 
 
-def test_nobody_is_right_more_often_than_asked():
+def test_correct_is_at_most_samples():
     report = {"round": 1, "attempt": 0, "samples": 2, "correct": 3, "loss_sum": 1.0}
     with pytest.raises(InvalidField, match=r"correct \(3\) is above samples \(2\)"):
         parse_message(EvaluationReport, report)
     assert parse_message(EvaluationReport, {**report, "correct": 2}).correct == 2
 
 
-def test_the_defaults_are_a_run_and_come_back_from_json():
+def test_the_default_plan_survives_a_round_trip():
     settings = RunPlan(seed=2**63 - 1)
     assert parse_message(RunPlan, json.loads(settings.model_dump_json())) == settings
     assert parse_message(RunPlan, {}) == RunPlan()
 
 
-def test_messages_cannot_be_changed():
+def test_messages_are_immutable():
     with pytest.raises(ValueError, match="frozen"):
         parse_message(JoinRequest, JOIN).name = "other"
 
 
-def test_an_assignment_comes_back_from_json():
+def test_an_assignment_survives_a_round_trip():
     assignment = Assignment(
         task="train", round=1, state=BLOB, remaining_s=4.5, status=RunStatus.RUNNING
     )
@@ -143,5 +143,5 @@ def test_an_assignment_comes_back_from_json():
 
 
 @pytest.mark.parametrize("status", RunStatus)
-def test_a_run_is_over_once_it_cannot_go_on(status):
+def test_a_run_is_over_if_finished_cancelled_or_failed(status):
     assert status.is_over == (status in ("finished", "cancelled", "failed"))

@@ -1,4 +1,4 @@
-"""A refusal shows what was there, beside what would have been allowed."""
+"""Errors report the refused value and the allowed limit."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ CONTENT: list[tuple[str, tuple[int, ...], list[memoryview], str, float, object]]
 
 
 @pytest.mark.parametrize(("name", "shape", "buffers", "field", "limit", "value"), CONTENT)
-def test_content_that_no_codec_writes_is_shown(
+def test_an_error_reports_impossible_content(
     name: str,
     shape: tuple[int, ...],
     buffers: list[memoryview],
@@ -90,11 +90,11 @@ def test_content_that_no_codec_writes_is_shown(
 ) -> None:
     with pytest.raises(MalformedFrame) as caught:
         get_codec(name).decode([memoryview(buffer) for buffer in buffers], shape)
-    found = caught.value
-    assert (found.field, found.limit, found.value) == (field, limit, value)
+    error = caught.value
+    assert (error.field, error.limit, error.value) == (field, limit, value)
 
 
-def test_a_number_that_is_none_is_shown_as_text() -> None:
+def test_an_error_reports_nan_as_text() -> None:
     with pytest.raises(MalformedFrame) as caught:
         get_codec("int8").decode([codes(1), f32(math.nan)], (1, 1))
     assert caught.value.to_wire()["error"]["value"] == ["nan", "nan"]
@@ -125,19 +125,19 @@ def refused(header: dict[str, Any], limits: FrameLimits) -> SFPromptError:
 
 
 @pytest.mark.parametrize(("tensor", "field", "limit", "value"), TENSORS)
-def test_a_tensor_that_is_described_wrongly_is_shown(
+def test_an_error_reports_a_wrong_tensor_description(
     tensor: object, field: str, limit: object, value: object
 ) -> None:
-    found = refused({"kind": "k", "meta": {}, "tensors": [tensor]}, FrameLimits())
-    assert type(found) is MalformedFrame
-    assert (found.field, found.limit, found.value) == (field, limit, value)
+    error = refused({"kind": "k", "meta": {}, "tensors": [tensor]}, FrameLimits())
+    assert type(error) is MalformedFrame
+    assert (error.field, error.limit, error.value) == (field, limit, value)
 
 
-def test_lists_that_are_too_long_or_too_deep_are_shown() -> None:
+def test_an_error_reports_long_and_deep_lists() -> None:
     meta: dict[str, Any] = {"a": {"b": {"c": 1}}}
-    found = refused({"kind": "k", "meta": meta, "tensors": []}, FrameLimits(max_depth=2))
-    assert (type(found), found.field, found.limit, found.value) == (TooLarge, "meta.a.b", 2, 3)
+    error = refused({"kind": "k", "meta": meta, "tensors": []}, FrameLimits(max_depth=2))
+    assert (type(error), error.field, error.limit, error.value) == (TooLarge, "meta.a.b", 2, 3)
     few = FrameLimits(max_items=4, max_tensors=4)
-    found = refused({"kind": "k", "meta": {"a": [0] * 9}, "tensors": []}, few)
-    assert (type(found), found.field, found.limit) == (TooLarge, "header", 4)
-    assert "9" in str(found.value)
+    error = refused({"kind": "k", "meta": {"a": [0] * 9}, "tensors": []}, few)
+    assert (type(error), error.field, error.limit) == (TooLarge, "header", 4)
+    assert "9" in str(error.value)

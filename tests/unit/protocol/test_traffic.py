@@ -53,17 +53,17 @@ def metered(exchanges):
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_a_path_tells_the_phases(path):
+def test_phases_by_path(path):
     assert get_phases(path) == PATHS[path]
 
 
-def test_the_specification_has_every_path_and_phase():
+def test_the_specification_lists_all_paths_and_phases():
     spec = Path(protocol.__file__).with_name("SPEC.md").read_text(encoding="utf-8")
     for path, (up, down) in SPLIT_PATHS.items():
         assert f"| `{path}` | `{up}` | `{down}` |" in spec
 
 
-def test_counts_by_hand():
+def test_hand_calculated_counts():
     traffic = Traffic()
     traffic.add(FORWARD_PATH, 100, 70)
     traffic.add(BACKWARD_PATH, 40, 30)
@@ -89,14 +89,14 @@ def test_no_byte_is_lost_or_counted_twice(first, second):
     merged = metered(first)
     merged.merge(metered(second))
     assert merged.to_dict() == traffic.to_dict()
-    back = Traffic.from_dict(json.loads(json.dumps(traffic.to_dict())))
-    assert back.to_dict() == traffic.to_dict()
+    restored = Traffic.from_dict(json.loads(json.dumps(traffic.to_dict())))
+    assert restored.to_dict() == traffic.to_dict()
 
 
 @pytest.mark.parametrize(
     "counts", [{"gossip": {"up": 1, "down": 1}}, {"smashed": {"up": 1}}, {"smashed": {}}]
 )
-def test_counts_of_no_known_phase_are_refused(counts):
+def test_unknown_phases_and_missing_counts_are_refused(counts):
     with pytest.raises(InvalidField) as caught:
         Traffic.from_dict(counts)
     assert caught.value.field == f"traffic.{next(iter(counts))}"

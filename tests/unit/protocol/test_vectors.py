@@ -15,11 +15,11 @@ FOLDER = Path(protocol.__file__).with_name("vectors")
 VECTORS = json.loads((FOLDER / "vectors.json").read_text(encoding="utf-8"))
 
 
-def named(vectors):
+def as_parameters(vectors):
     return [pytest.param(vector, id=vector["file"]) for vector in vectors]
 
 
-@pytest.mark.parametrize("vector", named(VECTORS["valid"]))
+@pytest.mark.parametrize("vector", as_parameters(VECTORS["valid"]))
 def test_a_valid_vector_is_decoded(vector):
     frame = decode_frame((FOLDER / vector["file"]).read_bytes())
     assert (frame.kind, frame.meta) == (vector["kind"], vector["meta"])
@@ -30,20 +30,20 @@ def test_a_valid_vector_is_decoded(vector):
         assert decoded.flatten().tolist() == tensor["values"]
 
 
-@pytest.mark.parametrize("vector", named(v for v in VECTORS["valid"] if v["canonical"]))
-def test_a_canonical_vector_is_encoded_to_its_very_bytes(vector):
+@pytest.mark.parametrize("vector", as_parameters(v for v in VECTORS["valid"] if v["canonical"]))
+def test_a_canonical_vector_is_encoded_to_the_same_bytes(vector):
     tensors = {}
     for tensor in vector["tensors"]:
         wide = torch.int64 if tensor["codec"] == "int64" else torch.float64
-        given = tensor.get("input", tensor["values"])
-        values = torch.tensor(given, dtype=wide).reshape(tensor["shape"])
+        source = tensor.get("input", tensor["values"])
+        values = torch.tensor(source, dtype=wide).reshape(tensor["shape"])
         tensors[tensor["name"]] = (values, tensor["codec"])
     data = join_frame(encode_frame(vector["kind"], vector["meta"], tensors))
     assert data == (FOLDER / vector["file"]).read_bytes()
 
 
 @pytest.mark.parametrize("writable", [bytes, bytearray])
-@pytest.mark.parametrize("vector", named(VECTORS["invalid"]))
+@pytest.mark.parametrize("vector", as_parameters(VECTORS["invalid"]))
 def test_an_invalid_vector_is_refused_with_its_code(vector, writable):
     with pytest.raises(SFPromptError) as caught:
         decode_frame(writable((FOLDER / vector["file"]).read_bytes())).tensors()
@@ -54,12 +54,12 @@ def test_an_invalid_vector_is_refused_with_its_code(vector, writable):
 
 def test_every_codec_has_vectors():
     names = {tensor["codec"] for vector in VECTORS["valid"] for tensor in vector["tensors"]}
-    bases = {shown.partition(":")[0] for shown in (*FLOAT_CODECS, *INTEGER_CODECS)}
+    bases = {name.partition(":")[0] for name in (*FLOAT_CODECS, *INTEGER_CODECS)}
     assert {name.removesuffix("+zstd").partition(":")[0] for name in names} == bases
     assert any(name.endswith("+zstd") for name in names)
 
 
-def test_the_checked_in_vectors_are_what_the_script_writes(tmp_path, monkeypatch):
+def test_the_script_writes_the_stored_vectors(tmp_path, monkeypatch):
     monkeypatch.setattr(write, "FOLDER", tmp_path)
     write.main()
     fresh = {path.name: path.read_bytes() for path in tmp_path.iterdir()}

@@ -21,28 +21,28 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def every_score(logits, labels, features=None):
+def compute_scores(logits, labels, features=None):
     features = torch.ones(len(labels), 4) if features is None else features
     return {name: score(logits, labels, features, seeded()) for name, score in SCORES.items()}
 
 
 def test_el2n_by_hand():
-    # class 0: (1/8 - 1, 2/8, 5/8) = (-7, 2, 5)/8, length sqrt(49 + 4 + 25)/8 = sqrt(78)/8
-    # class 1: (1/8, 2/8 - 1, 5/8) = (1, -6, 5)/8, length sqrt(1 + 36 + 25)/8 = sqrt(62)/8
-    # class 2: (1/8, 2/8, 5/8 - 1) = (1, 2, -3)/8, length sqrt(1 + 4 + 9)/8 = sqrt(14)/8
+    # class 0: (1/8 - 1, 2/8, 5/8) = (-7, 2, 5)/8, norm sqrt(49 + 4 + 25)/8 = sqrt(78)/8
+    # class 1: (1/8, 2/8 - 1, 5/8) = (1, -6, 5)/8, norm sqrt(1 + 36 + 25)/8 = sqrt(62)/8
+    # class 2: (1/8, 2/8, 5/8 - 1) = (1, 2, -3)/8, norm sqrt(1 + 4 + 9)/8 = sqrt(14)/8
     expected = torch.tensor([78.0, 62.0, 14.0]).sqrt() / 8
     torch.testing.assert_close(el2n(LOGITS, LABELS), expected)
 
 
 def test_grand_by_hand():
-    # The features (2, 2) have length sqrt(8); with the bias' 1 the factor is sqrt(8 + 1) = 3.
+    # The features (2, 2) have norm sqrt(8); with the bias' 1 the factor is sqrt(8 + 1) = 3.
     features = torch.full((3, 2), 2.0)
     expected = 3 * torch.tensor([78.0, 62.0, 14.0]).sqrt() / 8
     torch.testing.assert_close(grand(LOGITS, LABELS, features), expected)
 
 
 def test_margin_by_hand():
-    # class 0: log 5 - log 1; class 1: log 5 - log 2; class 2: log 2 - log 5 (right, so negative)
+    # class 0: log 5 - log 1; class 1: log 5 - log 2; class 2: log 2 - log 5 (correct, so negative)
     expected = torch.tensor([math.log(5), math.log(5 / 2), math.log(2 / 5)])
     torch.testing.assert_close(margin(LOGITS, LABELS), expected)
 
@@ -53,39 +53,39 @@ def test_loss_by_hand():
     torch.testing.assert_close(loss(LOGITS, LABELS), expected)
 
 
-def test_random_is_the_generators_draw():
+def test_random_uses_the_generator():
     expected = torch.rand(3, generator=seeded(5))
     assert torch.equal(random(LOGITS, LABELS, generator=seeded(5)), expected)
     assert not torch.equal(random(LOGITS, LABELS, generator=seeded(6)), expected)
 
 
 @pytest.mark.parametrize("samples", [1, 7])
-def test_grand_is_the_length_of_the_classifiers_gradient(samples):
+def test_grand_is_the_norm_of_the_classifiers_gradient(samples):
     generator = seeded(samples)
     classifier = torch.nn.Linear(5, 4)
     features = torch.randn(samples, 5, generator=generator)
     labels = torch.randint(0, 4, (samples,), generator=generator)
-    lengths = []
+    norms = []
     for feature, label in zip(features, labels, strict=True):
         classifier.zero_grad()
         F.cross_entropy(classifier(feature), label).backward()
         gradients = [classifier.weight.grad.flatten(), classifier.bias.grad]
-        lengths.append(torch.cat(gradients).norm())
+        norms.append(torch.cat(gradients).norm())
     scores = grand(classifier(features), labels, features)
-    torch.testing.assert_close(scores, torch.stack(lengths))
+    torch.testing.assert_close(scores, torch.stack(norms))
     assert not scores.requires_grad
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 8), st.integers(2, 6), st.integers(0, 2**32))
-def test_every_score_is_one_finite_number_a_sample_and_moves_with_it(samples, classes, seed):
+def test_scores_are_finite_and_follow_their_samples(samples, classes, seed):
     generator = seeded(seed)
     logits = 10 * torch.randn(samples, classes, generator=generator)
     labels = torch.randint(0, classes, (samples,), generator=generator)
     features = torch.randn(samples, 3, generator=generator)
     order = torch.randperm(samples, generator=generator)
-    scores = every_score(logits, labels, features)
-    moved = every_score(logits[order], labels[order], features[order])
+    scores = compute_scores(logits, labels, features)
+    moved = compute_scores(logits[order], labels[order], features[order])
     for name, score in scores.items():
         assert score.shape == (samples,)
         assert bool(score.isfinite().all())
@@ -93,30 +93,30 @@ def test_every_score_is_one_finite_number_a_sample_and_moves_with_it(samples, cl
             torch.testing.assert_close(moved[name], score[order])
     assert bool((scores["el2n"] >= 0).all())
     assert bool((scores["el2n"] <= math.sqrt(2) + 1e-6).all())
-    # A mistake is what has a positive margin.
+    # The margin of a misclassified sample is positive.
     wrong = logits.argmax(dim=1) != labels
     assert torch.equal(scores["margin"] > 0, wrong)
 
 
 @pytest.mark.parametrize("name", ["el2n", "grand", "margin", "loss"])
-def test_a_sample_that_is_further_off_scores_higher(name):
+def test_a_larger_error_gives_a_higher_score(name):
     logits = torch.tensor([[4.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 4.0]])
-    score = every_score(logits, torch.zeros(4, dtype=torch.int64))[name]
+    score = compute_scores(logits, torch.zeros(4, dtype=torch.int64))[name]
     assert score.tolist() == sorted(score.tolist())
     assert len(set(score.tolist())) == 4
 
 
 @pytest.mark.parametrize("name", ["el2n", "grand", "margin"])
 def test_very_confident_samples_still_have_an_order(name):
-    # 1 - softmax would be 0 in float32 for both: exp(-25) and exp(-30) are lost beside 1.
+    # 1 - softmax would be 0 in float32 for both: exp(-25) and exp(-30) are lost in a sum with 1.
     logits = torch.tensor([[30.0, 0.0], [25.0, 0.0]])
-    score = every_score(logits, torch.tensor([0, 0]))[name]
+    score = compute_scores(logits, torch.tensor([0, 0]))[name]
     assert score[1] > score[0]
 
 
 def test_extreme_logits_do_not_overflow():
     logits = torch.tensor([[1e30, -1e30], [-1e30, 1e30]])
-    for name, score in every_score(logits, torch.tensor([0, 0])).items():
+    for name, score in compute_scores(logits, torch.tensor([0, 0])).items():
         assert bool(score.isfinite().all()), name
 
 
@@ -124,22 +124,22 @@ def test_extreme_logits_do_not_overflow():
 def test_half_precision_is_computed_in_float32(dtype):
     logits = torch.randn(5, 3, generator=seeded()).to(dtype)
     labels = torch.tensor([0, 1, 2, 0, 1])
-    for name, score in every_score(logits, labels).items():
+    for name, score in compute_scores(logits, labels).items():
         assert score.dtype == torch.float32, name
-        torch.testing.assert_close(score, every_score(logits.float(), labels)[name])
+        torch.testing.assert_close(score, compute_scores(logits.float(), labels)[name])
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
-def test_labels_may_be_any_whole_numbers(dtype):
-    for name, score in every_score(LOGITS, LABELS.to(dtype)).items():
-        assert torch.equal(score, every_score(LOGITS, LABELS)[name]), name
+def test_labels_can_have_any_integer_dtype(dtype):
+    for name, score in compute_scores(LOGITS, LABELS.to(dtype)).items():
+        assert torch.equal(score, compute_scores(LOGITS, LABELS)[name]), name
 
 
 @pytest.mark.parametrize("name", ["el2n", "grand", "margin", "loss"])
 @pytest.mark.parametrize("label", [0, 1])
-def test_a_logit_that_is_not_a_number_shows_in_the_score(name, label):
+def test_a_nan_logit_gives_a_non_finite_score(name, label):
     logits = torch.tensor([[math.nan, 0.0]])
-    assert not every_score(logits, torch.tensor([label]))[name].isfinite()
+    assert not compute_scores(logits, torch.tensor([label]))[name].isfinite()
 
 
 @pytest.mark.parametrize("name", SCORES)
@@ -157,13 +157,13 @@ def test_a_logit_that_is_not_a_number_shows_in_the_score(name, label):
         (LOGITS, torch.tensor([0, -1, 2]), InvalidField, "labels"),
     ],
 )
-def test_input_that_does_not_belong_together_is_refused(name, logits, labels, error, field):
+def test_inconsistent_input_is_refused(name, logits, labels, error, field):
     with pytest.raises(error) as caught:
         SCORES[name](logits, labels, torch.ones(3, 4), seeded())
     assert caught.value.field == field
 
 
-def test_what_one_score_needs_is_asked_for():
+def test_missing_arguments_are_refused():
     with pytest.raises(InvalidField, match="features"):
         grand(LOGITS, LABELS)
     with pytest.raises(WrongShape, match="features"):
@@ -174,7 +174,7 @@ def test_what_one_score_needs_is_asked_for():
         margin(torch.zeros(1, 1), torch.tensor([0]))
 
 
-def test_the_registry_has_what_the_settings_allow():
+def test_the_registry_matches_the_plan():
     allowed = TrainingPlan.model_json_schema()["properties"]["pruning"]["enum"]
     assert sorted(SCORES) == sorted(allowed)
 

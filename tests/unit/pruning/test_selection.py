@@ -11,12 +11,12 @@ from pruning import select_highest, selected_count
 
 FRACTIONS = st.floats(min_value=0.0, max_value=1.0, exclude_min=True)
 
-# Few different values, so that there are ties.
+# Few distinct values, so that there are ties.
 SCORES = st.lists(st.integers(-3, 3).map(float), max_size=30)
 
 
 @pytest.mark.parametrize(
-    ("samples", "fraction", "kept"),
+    ("samples", "fraction", "selected"),
     [
         (0, 0.5, 0),
         (1, 0.01, 1),  # 0.01 -> 0, but at least one
@@ -31,16 +31,16 @@ SCORES = st.lists(st.integers(-3, 3).map(float), max_size=30)
         (4, 5e-324, 1),
     ],
 )
-def test_how_many_by_hand(samples, fraction, kept):
-    assert selected_count(samples, fraction) == kept
+def test_hand_calculated_counts(samples, fraction, selected):
+    assert selected_count(samples, fraction) == selected
 
 
 @given(st.integers(1, 10**6), FRACTIONS)
-def test_how_many_is_never_off_by_more_than_a_half(samples, fraction):
-    kept = selected_count(samples, fraction)
+def test_the_count_is_rounded_to_the_nearest_integer(samples, fraction):
+    selected = selected_count(samples, fraction)
     exact = Fraction(repr(fraction)) * samples
-    assert 1 <= kept <= samples
-    assert kept == 1 or abs(kept - exact) <= Fraction(1, 2)
+    assert 1 <= selected <= samples
+    assert selected == 1 or abs(selected - exact) <= Fraction(1, 2)
     assert selected_count(samples, 1) == samples
 
 
@@ -57,7 +57,7 @@ def test_a_negative_number_of_samples_is_refused():
         selected_count(-1, 0.5)
 
 
-def test_the_highest_by_hand():
+def test_hand_calculated_selection():
     scores = torch.tensor([0.1, 0.9, 0.5, 0.7])
     assert select_highest(scores, 0.5).tolist() == [1, 3]
     assert select_highest(scores, 0.25).tolist() == [1]
@@ -65,60 +65,60 @@ def test_the_highest_by_hand():
     assert select_highest(scores, 1).tolist() == [0, 1, 2, 3]
 
 
-def test_of_equal_scores_the_first_are_kept():
+def test_of_equal_scores_the_first_are_selected():
     assert select_highest(torch.zeros(10), 0.3).tolist() == [0, 1, 2]
     assert select_highest(torch.tensor([0.0, -0.0, 1.0, 0.0]), 0.5).tolist() == [0, 2]
-    # Enough of them that a sort that is not stable would show.
+    # Enough elements to detect an unstable sort.
     assert select_highest(torch.zeros(5000), 0.5).tolist() == list(range(2500))
 
 
-def test_the_highest_of_each_class_by_hand():
+def test_hand_calculated_selection_within_classes():
     scores = torch.tensor([9.0, 8.0, 7.0, 6.0, 0.2, 0.1])
     labels = torch.tensor([5, 5, 5, 5, 2, 2])
-    # of class 5: 2 of 4; of class 2: 1 of 2, although both are below all of class 5
+    # 2 of 4 in class 5, 1 of 2 in class 2, although both of these are below all of class 5
     assert select_highest(scores, 0.5, labels, per_class=True).tolist() == [0, 1, 4]
     assert select_highest(scores, 0.5, labels).tolist() == [0, 1, 2]
 
 
-def test_nothing_of_nothing():
+def test_no_samples_give_an_empty_selection():
     nothing = torch.empty(0, dtype=torch.int64)
     for per_class in (False, True):
-        kept = select_highest(torch.empty(0), 0.5, nothing, per_class)
-        assert kept.shape == (0,)
-        assert kept.dtype == torch.int64
+        selected = select_highest(torch.empty(0), 0.5, nothing, per_class)
+        assert selected.shape == (0,)
+        assert selected.dtype == torch.int64
 
 
 @settings(max_examples=150, deadline=None)
 @given(SCORES, FRACTIONS)
-def test_the_kept_are_the_highest(values, fraction):
+def test_the_highest_scores_are_selected(values, fraction):
     scores = torch.tensor(values, dtype=torch.float32)
-    kept = select_highest(scores, fraction)
-    assert kept.dtype == torch.int64
-    assert kept.tolist() == sorted(set(kept.tolist()))
-    assert len(kept) == selected_count(len(values), fraction)
-    assert torch.equal(kept, select_highest(scores, fraction))
-    highest = sorted(values, reverse=True)[: len(kept)]
-    assert sorted(scores[kept].tolist(), reverse=True) == highest
-    # Of a tie at the threshold, whoever was left out stands behind whoever was kept.
-    left = set(range(len(values))) - set(kept.tolist())
-    for out in left:
-        assert all((-values[i], i) < (-values[out], out) for i in kept.tolist())
+    selected = select_highest(scores, fraction)
+    assert selected.dtype == torch.int64
+    assert selected.tolist() == sorted(set(selected.tolist()))
+    assert len(selected) == selected_count(len(values), fraction)
+    assert torch.equal(selected, select_highest(scores, fraction))
+    highest = sorted(values, reverse=True)[: len(selected)]
+    assert sorted(scores[selected].tolist(), reverse=True) == highest
+    # With ties at the threshold, a rejected sample has a higher index than any selected one.
+    for rejected in set(range(len(values))) - set(selected.tolist()):
+        key = (-values[rejected], rejected)
+        assert all((-values[i], i) < key for i in selected.tolist())
 
 
 @settings(max_examples=150, deadline=None)
 @given(st.data(), SCORES, FRACTIONS)
-def test_every_class_keeps_its_share(data, values, fraction):
+def test_each_class_has_its_share(data, values, fraction):
     count = len(values)
     labels = torch.tensor(
         data.draw(st.lists(st.integers(-2, 3), min_size=count, max_size=count)), dtype=torch.int64
     )
     scores = torch.tensor(values)
-    kept = select_highest(scores, fraction, labels, per_class=True)
-    assert kept.tolist() == sorted(set(kept.tolist()))
+    selected = select_highest(scores, fraction, labels, per_class=True)
+    assert selected.tolist() == sorted(set(selected.tolist()))
     for label in set(labels.tolist()):
         of_class = (labels == label).nonzero().flatten()
-        own = select_highest(scores[of_class], fraction)
-        assert kept[labels[kept] == label].tolist() == of_class[own].tolist()
+        expected = select_highest(scores[of_class], fraction)
+        assert selected[labels[selected] == label].tolist() == of_class[expected].tolist()
 
 
 @settings(max_examples=100, deadline=None)
@@ -128,15 +128,15 @@ def test_the_order_of_the_samples_does_not_matter_without_ties(data, values, fra
     scores = torch.tensor(values, dtype=torch.float32)
     labels = torch.tensor([value % 3 for value in values], dtype=torch.int64)
     for per_class in (False, True):
-        kept = select_highest(scores, fraction, labels, per_class)
+        selected = select_highest(scores, fraction, labels, per_class)
         moved = select_highest(scores[order], fraction, labels[order], per_class)
-        assert sorted(order[moved].tolist()) == kept.tolist()
+        assert sorted(order[moved].tolist()) == selected.tolist()
 
 
-@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
-def test_scores_that_are_not_finite_are_refused(broken):
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_non_finite_scores_are_refused(bad):
     with pytest.raises(NonFinite) as caught:
-        select_highest(torch.tensor([1.0, broken, broken]), 1.0)
+        select_highest(torch.tensor([1.0, bad, bad]), 1.0)
     assert (caught.value.field, caught.value.value) == ("scores", 2)
 
 
@@ -150,7 +150,7 @@ def test_scores_that_are_not_finite_are_refused(broken):
         (torch.zeros(2), torch.zeros(2), InvalidField, "labels"),
     ],
 )
-def test_input_that_does_not_belong_together_is_refused(scores, labels, error, field):
+def test_inconsistent_input_is_refused(scores, labels, error, field):
     with pytest.raises(error) as caught:
         select_highest(scores, 0.5, labels, per_class=True)
     assert caught.value.field == field
