@@ -109,7 +109,7 @@ def frozen_names(settings: ModelPlan) -> list[str]:
 
 
 def frozen_body_names(settings: ModelPlan) -> list[str]:
-    """timm's names of the body's frozen tensors: all of them, or none with `tune_body`."""
+    """timm's names of the body's frozen tensors; with `tune_body` no parameters."""
     return _untuned(Body(settings))
 
 
