@@ -38,7 +38,7 @@ def packed(tensors: Mapping[str, Tensor], dtype: HeadDtype) -> dict[str, Tensor]
     """Convert the float32 tensors to ``dtype``; others stay as they are.
 
     In int8 each output channel, or token of a table, has a scale. A weight's error is at most half
-    the scale, which is 1/254 of the channel's largest weight.
+    the scale: 1/254 of the channel's largest weight.
     """
     result: dict[str, Tensor] = {}
     for name, tensor in tensors.items():

@@ -160,7 +160,7 @@ class Part(nn.Module):
             tokens: [B, T, D].
             prompts: number of prompt tokens behind the prefix; positions do not change them.
             after: changes the tokens behind each block.
-            num_tokens: compute only this many leading tokens; None: all.
+            num_tokens: return only this many leading tokens; None: all.
 
         Returns:
             [B, T, D] or [B, num_tokens, D].
@@ -180,7 +180,7 @@ class Part(nn.Module):
             tokens: [B, T, D], without prompts.
             prompts: [L, P, D], or [B, L, P, D] with different prompts for each sample; L blocks.
             after: changes the tokens behind each block.
-            num_tokens: compute only this many leading tokens; None: all.
+            num_tokens: return only this many leading tokens; None: all.
 
         Returns:
             [B, T + P, D] with the last block's prompts, or [B, num_tokens, D].
