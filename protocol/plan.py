@@ -204,7 +204,7 @@ class ModelPlan(BackboneSettings):
         if self.tunes_head and self.prompt_at == "cut":
             self._refuse("tune", "tail or classifier where model.prompt_at = cut: a frozen head")
         if self.tune == "adapter" and self.cut == 0:
-            self._refuse("tune", "another than adapter where model.cut = 0")
+            self._refuse("tune", "any value but adapter where model.cut = 0")
         if self.tune_body and self.tune != "full":
             self._refuse("tune_body", "false unless model.tune = full")
         if self.tune_body and self.prompt_count:

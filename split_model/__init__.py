@@ -1,4 +1,4 @@
-"""One timm backbone cut in head, body and tail, with soft prompts."""
+"""A timm backbone cut in head, body and tail, with soft prompts."""
 
 from importlib import metadata
 

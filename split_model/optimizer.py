@@ -1,4 +1,4 @@
-"""Optimiser and learning rates of prompts and tail, alike on both ends, fresh in every round."""
+"""Optimiser and learning rates, equal on device and server and new in each round."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from protocol.plan import TrainingPlan
 
 
 def learning_rate_factor(training: TrainingPlan, progress: float, rounds: int) -> float:
-    """The factor on the learning rates when ``progress`` (0 … 1) of the run is behind.
+    """The factor on the learning rates after the share ``progress`` (0 … 1) of the run.
 
-    A linear warm-up over ``warmup_rounds``, then constant or half a cosine down to 0.
+    A linear warm-up over ``warmup_rounds``, then constant, or half a cosine down to 0.
     """
     warm = min(training.warmup_rounds / rounds, 1.0)
     if progress < warm:
@@ -30,11 +30,17 @@ def make_optimizer(
     scale: float = 1.0,
     head: nn.Module | None = None,
 ) -> torch.optim.Optimizer:
-    """An optimiser with one group for the prompts and one for tail and head, any of which may lack.
+    """Create an optimiser with a group for the prompts and a group for tail and head.
 
-    What is not trainable of tail and head is left out. Each group remembers its full rate as
-    ``full_lr``; `set_progress` works from that. Weight decay is for weights alone: prompts are
-    inputs.
+    Frozen parameters are left out. Each group stores its full learning rate as ``full_lr``, for
+    `set_progress`. Weight decay applies to weights alone: prompts are inputs.
+
+    Args:
+        training: optimiser, learning rates, momentum and weight decay.
+        prompts: None: no prompts are trained.
+        tail: None: no tail is trained.
+        scale: factor on both learning rates.
+        head: None: no head is trained.
     """
     weights = [
         parameter

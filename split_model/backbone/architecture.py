@@ -1,4 +1,4 @@
-"""Which timm architectures can be cut, and their skeletons on the meta device."""
+"""The timm architectures that can be cut, and their skeletons on the meta device."""
 
 from __future__ import annotations
 
@@ -14,22 +14,24 @@ from protocol.plan import ModelPlan
 from split_model.backbone.libraries import timm
 from split_model.errors import ModelPlanError, UnsupportedBackboneError
 
-_PRUNING = 4  # 768 of 3072 in ViT-B (FedPFT, arXiv 2404.11536)
+_PRUNING_FACTOR = 4  # 768 of 3072 neurons in ViT-B (FedPFT, arXiv 2404.11536)
 
 
-def proxy_width(settings: ModelPlan, whole: int) -> int:
-    """The neurons of a narrower MLP that has so many in the backbone."""
-    return settings.proxy_width or max(1, whole // _PRUNING)
+def proxy_width(settings: ModelPlan, full_width: int) -> int:
+    """The number of neurons of a pruned MLP that has ``full_width`` in the backbone."""
+    return settings.proxy_width or max(1, full_width // _PRUNING_FACTOR)
 
 
 def kept_blocks(settings: ModelPlan, depth: int) -> list[int]:
-    """Which of the backbone's ``depth`` blocks the proxy has, in order.
+    """The numbers of the backbone's ``depth`` blocks that the proxy keeps, in order.
 
-    All but where blocks are dropped. Then `proxy_ends` stay at either end, and of those between
-    them so many at even distances that `proxy_blocks` stay in all (offsite-tuning's emulator,
-    arXiv 2302.04870, section 3).
+    A dropped proxy keeps `proxy_ends` blocks at either end and evenly spaced blocks between them,
+    `proxy_blocks` in total; any other keeps all.
 
-    Raises `ModelPlanError`.
+    Raises:
+        ModelPlanError: the backbone does not have that many blocks.
+
+    Source: the emulator of offsite-tuning (arXiv 2302.04870, section 3).
     """
     ends = settings.proxy_ends
     count = settings.proxy_blocks or max(1, 2 * ends, depth // 2)
@@ -38,23 +40,22 @@ def kept_blocks(settings: ModelPlan, depth: int) -> list[int]:
     if settings.proxy != "dropped":
         return list(range(depth))
     if not max(1, 2 * ends) <= count <= depth:
-        limit = (
-            f"from {max(1, 2 * ends)} (two ends of {ends}) to the {depth} blocks of the backbone"
-        )
+        limit = f"from {max(1, 2 * ends)} (two ends of {ends}) to the backbone's {depth} blocks"
         raise ModelPlanError("proxy_blocks", limit, count)
-    between = evenly(range(ends, depth - ends), count - 2 * ends)
-    return [*range(ends), *between, *range(depth - ends, depth)]
+    middle = evenly(range(ends, depth - ends), count - 2 * ends)
+    return [*range(ends), *middle, *range(depth - ends, depth)]
 
 
 def evenly(blocks: range, count: int) -> list[int]:
-    """So many of these blocks, each the middle one of its share."""
+    """Choose ``count`` evenly spaced blocks: the middle block of each of ``count`` equal shares."""
     return [blocks[(2 * place + 1) * len(blocks) // (2 * count)] for place in range(count)]
 
 
 def pruned_blocks(settings: ModelPlan, depth: int) -> range:
-    """The blocks whose MLPs are narrower in the proxy: all but `proxy_ends` at either end.
+    """The blocks with pruned MLPs: all but `proxy_ends` at either end; none if not pruned.
 
-    Raises `ModelPlanError`.
+    Raises:
+        ModelPlanError: the ends overlap.
     """
     kept_blocks(settings, depth)
     if settings.proxy != "pruned":
@@ -63,25 +64,26 @@ def pruned_blocks(settings: ModelPlan, depth: int) -> range:
 
 
 def shape_proxy(settings: ModelPlan, model: Any) -> None:
-    """Turn timm's whole model on the meta device into the proxy's, in place.
+    """Turn timm's whole model on the meta device into the proxy, in place.
 
-    Blocks are numbered anew from 0, so that the proxy is a model like any other.
+    Its blocks are numbered from 0, so that the proxy is a model like any other.
 
-    Raises `ModelPlanError`, also for a backbone that no proxy is made of.
+    Raises:
+        ModelPlanError: the plan does not fit, or this backbone has no proxy.
     """
     if settings.proxy == "none":
         return
     depth = len(model.blocks)
     if not _is_plain(model):
-        limit = f"'none' for {settings.backbone}: its blocks are not a plain vision transformer's"
+        limit = f"none for {settings.backbone}: its blocks are not a plain vision transformer's"
         raise ModelPlanError("proxy", limit, settings.proxy)
     for number in pruned_blocks(settings, depth):
         _narrow(settings, model.blocks[number].mlp)
-    model.blocks = nn.Sequential(*(model.blocks[one] for one in kept_blocks(settings, depth)))
+    model.blocks = nn.Sequential(*(model.blocks[number] for number in kept_blocks(settings, depth)))
 
 
 def _is_plain(model: Any) -> bool:
-    """Whether blocks know nothing of their number, and their MLPs are two layers."""
+    """Whether blocks do not depend on their number and have MLPs of two layers."""
     models, layers = timm.models, timm.layers
     plain = (models.VisionTransformer, models.deit.VisionTransformerDistilled)
     return type(model) in plain and all(
@@ -94,48 +96,48 @@ def _is_plain(model: Any) -> bool:
 
 
 def _narrow(settings: ModelPlan, mlp: Any) -> None:
-    whole = mlp.fc1.out_features
-    width = proxy_width(settings, whole)
-    if width > whole:
-        limit = f"at most the {whole} neurons of an MLP of {settings.backbone}"
+    first, second = mlp.fc1, mlp.fc2
+    full_width = first.out_features
+    width = proxy_width(settings, full_width)
+    if width > full_width:
+        limit = f"at most the {full_width} neurons of an MLP of {settings.backbone}"
         raise ModelPlanError("proxy_width", limit, width)
-    ins, outs = mlp.fc1, mlp.fc2
-    mlp.fc1 = nn.Linear(ins.in_features, width, bias=ins.bias is not None, device="meta")
-    mlp.fc2 = nn.Linear(width, outs.out_features, bias=outs.bias is not None, device="meta")
+    mlp.fc1 = nn.Linear(first.in_features, width, bias=first.bias is not None, device="meta")
+    mlp.fc2 = nn.Linear(width, second.out_features, bias=second.bias is not None, device="meta")
 
 
-# Every architecture that these modules of timm register is of one of the classes below.
+# All architectures that these modules of timm register are of the classes in `family_of`.
 _MODULES = ("vision_transformer", "vision_transformer_hybrid", "deit", "vitamin", "eva", "beit")
 
 
 @dataclasses.dataclass(frozen=True)
 class Anatomy:
-    """The sizes of a cut backbone that both ends compute with."""
+    """The sizes of a cut backbone that device and server compute with."""
 
-    depth: int  # blocks in all
+    depth: int  # number of blocks
     width: int  # features per token
     prefix: int  # class, distillation and register tokens, at the front
     patches: int  # image tokens behind the cut
     family: str  # "plain", "rotary" (Eva) or "relative" (Beit)
-    num_tokens: int | None  # the first features that the tail reads; None: it reads them all
+    num_tokens: int | None  # number of leading feature tokens that the tail reads; None: all
     averaged: bool = False  # the tail reads the mean of the image tokens, before any norm
 
     @property
     def tokens(self) -> int:
-        """Tokens of one image without prompts."""
+        """Number of tokens of one image without prompts."""
         return self.prefix + self.patches
 
 
 @functools.cache
 def supported_backbones() -> list[str]:
-    """The names of all architectures that can be cut, sorted."""
+    """The sorted names of all architectures that can be cut."""
     return sorted({name for module in _MODULES for name in timm.list_models(module=module)})
 
 
 def family_of(model: nn.Module) -> str | None:
-    """How the blocks of a timm model learn positions, or None where it cannot be cut."""
+    """How a timm model's blocks learn positions; None: the model cannot be cut."""
     models = timm.models
-    # Exact types: a subclass may have changed the forward pass.
+    # Exact types: a subclass may change the forward pass.
     if type(model) in (models.VisionTransformer, models.deit.VisionTransformerDistilled):
         return "plain"
     if type(model) is models.eva.Eva:
@@ -146,7 +148,7 @@ def family_of(model: nn.Module) -> str | None:
 
 
 def check_backbone(backbone: str) -> None:
-    """Raise `UnsupportedBackboneError` unless timm registers the backbone under its name."""
+    """Raise `UnsupportedBackboneError` unless timm has a supported backbone of this name."""
     if ":" in backbone or not timm.is_model(backbone):
         raise UnsupportedBackboneError(backbone, "timm has no architecture of that name")
     architecture = backbone.split(".", 1)[0]
@@ -157,9 +159,16 @@ def check_backbone(backbone: str) -> None:
 
 
 def create(settings: ModelPlan, num_classes: int, **arguments: Any) -> nn.Module:
-    """timm's own model for the settings, in eval mode, on torch's default device.
+    """Create timm's model in eval mode on torch's default device.
 
-    Raises `UnsupportedBackboneError`, or `ModelPlanError` where timm refuses the arguments.
+    Args:
+        settings: the model's plan.
+        num_classes: of the classifier; 0: none.
+        arguments: further arguments of `timm.create_model`.
+
+    Raises:
+        UnsupportedBackboneError: the backbone cannot be cut.
+        ModelPlanError: timm refuses the arguments.
     """
     check_backbone(settings.backbone)
     arguments = {**dict(settings.model_overrides), **arguments}
@@ -177,21 +186,29 @@ def create(settings: ModelPlan, num_classes: int, **arguments: Any) -> nn.Module
 
 
 def skeleton(settings: ModelPlan, blocks: range | None = None) -> nn.Module:
-    """timm's model with the settings' classifier on the meta device: shapes without memory.
+    """Copy timm's model with the plan's classifier on the meta device: shapes without memory.
 
-    The caller may take it apart. Of blocks that are not among ``blocks`` only the places are there.
+    Args:
+        settings: the model's plan.
+        blocks: the blocks to copy; identities replace the others. None: all.
 
-    Raises `UnsupportedBackboneError` or `ModelPlanError`.
+    Raises:
+        UnsupportedBackboneError: the backbone cannot be cut.
+        ModelPlanError: the plan does not fit the backbone.
     """
-    model: Any = _checked(settings)
-    absent = [b for n, b in enumerate(model.blocks) if blocks is not None and n not in blocks]
+    model: Any = _checked_model(settings)
+    absent = [
+        block
+        for number, block in enumerate(model.blocks)
+        if blocks is not None and number not in blocks
+    ]
     copied: nn.Module = copy.deepcopy(model, {id(block): nn.Identity() for block in absent})
     return copied
 
 
 @functools.lru_cache(maxsize=16)
 def _pristine(settings: ModelPlan) -> nn.Module:
-    # Meta tensors take no memory, and building anew takes ten times as long as copying.
+    # Meta tensors take no memory, and building a model takes ten times as long as copying it.
     if settings.proxy != "none":
         plain = settings.replace(proxy="none", proxy_ends=1, proxy_width=0, proxy_blocks=0)
         model = copy.deepcopy(_pristine(plain))
@@ -204,13 +221,13 @@ def _pristine(settings: ModelPlan) -> nn.Module:
 
 @functools.lru_cache(maxsize=64)
 def anatomy(settings: ModelPlan) -> Anatomy:
-    """The sizes of the backbone that the settings describe. Raises as `skeleton` does."""
-    sizes = _measure(_checked(settings))
+    """The sizes of the plan's backbone; raises as `skeleton` does."""
+    sizes = _measure(_checked_model(settings))
     keep = settings.keep_tokens
     return dataclasses.replace(sizes, patches=keep) if keep else sizes
 
 
-def _checked(settings: ModelPlan) -> nn.Module:
+def _checked_model(settings: ModelPlan) -> nn.Module:
     uncut = ModelPlan(
         backbone=settings.backbone,
         image_size=settings.image_size,
@@ -230,7 +247,7 @@ def _checked(settings: ModelPlan) -> nn.Module:
 
 
 def body_blocks(settings: ModelPlan) -> range:
-    """The numbers of the body's blocks in the whole model."""
+    """The numbers of the body's blocks in the whole model; raises as `skeleton` does."""
     return range(settings.cut, anatomy(settings).depth - settings.tail_blocks)
 
 
@@ -262,14 +279,14 @@ def _check(settings: ModelPlan, sizes: Anatomy) -> None:
         raise ModelPlanError("cut", limit, settings.cut)
     if settings.local_body:
         if sizes.family != "plain":
-            limit = "0 for a backbone whose blocks know positions"
+            limit = f"0 for {settings.backbone}: its blocks depend on positions"
             raise ModelPlanError("local_body", limit, settings.local_body)
         if settings.local_body > last - settings.cut:
             limit = f"at most the {last - settings.cut} blocks of the body"
             raise ModelPlanError("local_body", limit, settings.local_body)
     if settings.keep_tokens:
         if sizes.family != "plain":
-            limit = "0 for a backbone whose blocks know positions"
+            limit = f"0 for {settings.backbone}: its blocks depend on positions"
             raise ModelPlanError("keep_tokens", limit, settings.keep_tokens)
         if settings.keep_tokens > sizes.patches:
             limit = f"at most the {sizes.patches} patches of an image"
@@ -277,12 +294,12 @@ def _check(settings: ModelPlan, sizes: Anatomy) -> None:
     if settings.tune_body and settings.cut == last:
         raise ModelPlanError("tune_body", "false where the body has no blocks", True)
     if settings.prompt_count and settings.prompt_at == "cut":
-        # Prompts act by attention only: without a block behind them they would do nothing.
+        # Prompts act by attention only: without a block behind them they have no effect.
         if settings.prompt_depth == "deep" and settings.cut == last:
-            limit = "'shallow' where the body has no blocks"
+            limit = "shallow where the body has no blocks"
             raise ModelPlanError("prompt_depth", limit, settings.prompt_depth)
         if settings.cut == sizes.depth:
-            limit = "'input' where no block follows the cut"
+            limit = "input where no block follows the cut"
             raise ModelPlanError("prompt_at", limit, settings.prompt_at)
 
 

@@ -1,9 +1,9 @@
-"""The project's only import of timm and torchvision, which also works over a CPU-only torch.
+"""The project's only import of timm and torchvision, which also works with a CPU-only torch.
 
-torchvision's usual x86 wheel is built for CUDA. Over a CPU build of torch its import stops with
-"operator torchvision::nms does not exist", because it registers meta functions for operators that
-its unloadable C++ library would have declared. Declaring the two schemas is enough: transforms
-and data sets work, and `torchvision.ops.nms` itself still raises a clear error.
+The usual x86 wheel of torchvision is built for CUDA. With a CPU build of torch its import fails
+with "operator torchvision::nms does not exist": torchvision registers meta functions for operators
+that its C++ library, which cannot be loaded, would declare. Declaring the two schemas is enough:
+transforms and data sets work, and `torchvision.ops.nms` still raises a clear error.
 """
 
 import importlib
@@ -19,7 +19,7 @@ _SCHEMAS = (
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 )
 
-# A library's declarations live as long as the object does.
+# The declarations live as long as this object.
 _declared: list[Any] = []
 
 
@@ -29,8 +29,8 @@ def _import_torchvision() -> Any:
     except RuntimeError as error:
         if "torchvision::nms" not in str(error):
             raise
-    make: Any = torch.library.Library  # torch leaves it untyped
-    library = make("torchvision", "FRAGMENT")
+    library_type: Any = torch.library.Library  # untyped in torch
+    library = library_type("torchvision", "FRAGMENT")
     for schema in _SCHEMAS:
         library.define(schema)
     _declared.append(library)

@@ -1,4 +1,4 @@
-"""Named tensors in safetensors files: written whole or not at all, read lazily."""
+"""Named tensors in safetensors files: written durably, read lazily."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -12,15 +12,16 @@ from torch import Tensor
 from split_model.errors import TensorFileError
 from split_model.files import write_durably
 
-# One entry for all metadata: safetensors writes several in random order, and a file's digest is
-# to depend on its content alone.
+# A single entry holds all metadata: safetensors writes several entries in random order, and a
+# file's digest must depend on its content alone.
 _METADATA = "sfprompt"
 
 
 class TensorFile(Mapping[str, Tensor]):
-    """The tensors of one safetensors file, each read when asked for.
+    """The tensors of a safetensors file, each read on access.
 
-    Raises `TensorFileError` where the file cannot be read.
+    Raises:
+        TensorFileError: the file cannot be read.
     """
 
     def __init__(self, path: Path) -> None:
@@ -28,7 +29,7 @@ class TensorFile(Mapping[str, Tensor]):
         try:
             opened: Any = safe_open(str(path), framework="pt")
         except (OSError, SafetensorError) as error:
-            raise TensorFileError(path, f"no readable safetensors file ({error})") from error
+            raise TensorFileError(path, f"not a readable safetensors file ({error})") from error
         self._file = opened
         self._names: tuple[str, ...] = tuple(opened.keys())
         self.metadata = self._read_metadata(dict(opened.metadata() or {}))
@@ -54,13 +55,17 @@ class TensorFile(Mapping[str, Tensor]):
         try:
             values = json.loads(raw[_METADATA])
         except (ValueError, RecursionError) as error:
-            raise TensorFileError(self.path, "its metadata is broken") from error
+            raise TensorFileError(self.path, "its metadata is invalid") from error
         if not isinstance(values, dict) or not all(isinstance(v, str) for v in values.values()):
-            raise TensorFileError(self.path, "its metadata is broken")
+            raise TensorFileError(self.path, "its metadata is invalid")
         return values
 
     def json(self, key: str) -> Any:
-        """A metadata entry that holds JSON. Raises `TensorFileError`."""
+        """Parse a metadata entry as JSON.
+
+        Raises:
+            TensorFileError: it is missing or no JSON.
+        """
         try:
             return json.loads(self.metadata[key])
         except (KeyError, ValueError, RecursionError) as error:
@@ -70,10 +75,7 @@ class TensorFile(Mapping[str, Tensor]):
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a safetensors file so that a reader sees the old file or the whole new one.
-
-    The same tensors and metadata give the same bytes.
-    """
+    """Write a safetensors file durably. Equal tensors and metadata give equal bytes."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     entry = {_METADATA: json.dumps(dict(metadata or {}), sort_keys=True)}
     write_durably(path, lambda temporary: save_file(plain, temporary, metadata=entry))

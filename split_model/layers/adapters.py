@@ -1,7 +1,7 @@
-"""LoRA: a change of low rank beside the attention's queries and values, tuned on the device.
+"""Layers added to a frozen backbone and tuned on the device: LoRA and a bottleneck adapter.
 
-LoRA (arXiv 2106.09685, section 4): W x becomes W x + U D x, with D [r, D] drawn at random and U
-[D, r] zero at first. The scale alpha / r is 1: the learning rate stands for it.
+LoRA (arXiv 2106.09685, section 4) replaces W x by W x + U D x, where D [r, D] starts random and
+U [D, r] starts at zero. The scale alpha / r is 1, since the learning rate has the same effect.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from split_model.backbone.architecture import anatomy
 from split_model.backbone.libraries import timm
 from split_model.errors import ModelPlanError
 
-_MARK = "lora_"  # before the last part of its tensors' names, which timm's model does not have
+_PREFIX = "lora_"  # of the last component of a tensor's name; no name in timm begins so
 
 _QUERY, _VALUE = "q", "v"
 
-_PLACES = {_QUERY: 0, _VALUE: 2}  # of the three rows of blocks in timm's joint matrix
+_ROWS = {_QUERY: 0, _VALUE: 2}  # which third of the rows of timm's joint matrix
 
 
 class LoraQkv(nn.Linear):
-    """timm's joint projection D -> 3 D, with a change of rank r of its queries and its values.
+    """timm's joint projection D -> 3 D plus a rank-r change of queries and values.
 
-    On the meta device until its part is filled; `weight` and `bias` keep timm's names.
+    On the meta device until the part is filled; `weight` and `bias` keep timm's names.
     """
 
     def __init__(self, width: int, outputs: int, bias: bool, rank: int) -> None:
         super().__init__(width, outputs, bias=bias, device="meta")
-        for role in _PLACES:
+        for role in _ROWS:
             down = nn.Parameter(torch.empty(rank, width, device="meta"))
             up = nn.Parameter(torch.empty(outputs // 3, rank, device="meta"))
-            self.register_parameter(f"{_MARK}{role}_down", down)
-            self.register_parameter(f"{_MARK}{role}_up", up)
+            self.register_parameter(f"{_PREFIX}{role}_down", down)
+            self.register_parameter(f"{_PREFIX}{role}_up", up)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[B, T, D] to queries, keys and values, [B, T, 3 D]."""
@@ -48,26 +48,32 @@ class LoraQkv(nn.Linear):
         return torch.cat([query, key, value + self._change(tokens, _VALUE)], dim=-1)
 
     def _change(self, tokens: Tensor, role: str) -> Tensor:
-        down = self.get_parameter(f"{_MARK}{role}_down")
-        return F.linear(F.linear(tokens, down), self.get_parameter(f"{_MARK}{role}_up"))
+        down = self.get_parameter(f"{_PREFIX}{role}_down")
+        return F.linear(F.linear(tokens, down), self.get_parameter(f"{_PREFIX}{role}_up"))
 
 
 def is_lora(name: str) -> bool:
-    """Whether a tensor of this name, with any prefix, is one of LoRA's."""
-    return name.rsplit(".", 1)[-1].startswith(_MARK)
+    """Whether the tensor of this name, with any prefix, belongs to LoRA."""
+    return name.rsplit(".", 1)[-1].startswith(_PREFIX)
 
 
 def lora_blocks(settings: ModelPlan) -> set[int]:
-    """The numbers of the blocks that get it: all, or `lora_ends` at either end of the model."""
+    """The numbers of the blocks with LoRA: all, or the `lora_ends` blocks at either end."""
     depth, ends = anatomy(settings).depth, settings.lora_ends
-    every = set(range(depth))
-    return every if ends == 0 else {one for one in every if one < ends or one >= depth - ends}
+    if ends == 0:
+        return set(range(depth))
+    return {number for number in range(depth) if number < ends or number >= depth - ends}
 
 
 def add_lora(settings: ModelPlan, blocks: nn.ModuleDict) -> None:
-    """Replace the projections of these blocks, keyed by their numbers in the model.
+    """Replace the projections of the chosen blocks, in place.
 
-    Raises `ModelPlanError` for attention that has no joint projection of its own.
+    Args:
+        settings: with ``tune`` = "lora".
+        blocks: keyed by their numbers in the whole model.
+
+    Raises:
+        ModelPlanError: the backbone's attention has no joint projection.
     """
     chosen = lora_blocks(settings)
     for number, block in blocks.items():
@@ -75,16 +81,16 @@ def add_lora(settings: ModelPlan, blocks: nn.ModuleDict) -> None:
             continue
         attention: Any = getattr(block, "attn", None)
         if type(attention) is not timm.layers.Attention:
-            limit = f"another than 'lora' for the attention of {settings.backbone}"
+            limit = f"not lora: the attention of {settings.backbone} has no joint projection"
             raise ModelPlanError("tune", limit, settings.tune)
-        own = attention.qkv
+        joint = attention.qkv
         attention.qkv = LoraQkv(
-            own.in_features, own.out_features, own.bias is not None, settings.lora_rank
+            joint.in_features, joint.out_features, joint.bias is not None, settings.lora_rank
         )
 
 
 def initial_lora(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
-    """First values of one tensor: the way up is zero, so that tuning begins at the backbone."""
+    """The initial value of a LoRA tensor; up is zero, so that tuning begins at the backbone."""
     if name.endswith("_up"):
         return torch.zeros(shape)
     generator = torch.Generator().manual_seed(seed)
@@ -94,36 +100,39 @@ def initial_lora(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
 def merged(
     settings: ModelPlan, weights: Mapping[str, Tensor], state: Mapping[str, Tensor]
 ) -> tuple[ModelPlan, dict[str, Tensor], dict[str, Tensor]]:
-    """LoRA taken into the weights: the settings, weights and state of a model without it.
+    """Add LoRA's changes to the weights.
 
     Args:
         settings: with ``tune`` = "lora".
-        weights: of the backbone, by timm's names; those that change are new tensors.
-        state: what was tuned, by the names of a state.
+        weights: the backbone's, by timm's names; they are not changed in place.
+        state: the tuned tensors, by the names of a state.
+
+    Returns:
+        Plan, weights and state of an equal model without LoRA.
     """
-    made = {name: weights[name] for name in weights}
+    result = {name: weights[name] for name in weights}
     for name in state:
         if not (is_lora(name) and name.endswith("_down")):
             continue
-        path, own = name.split(".", 1)[1].rsplit(".", 1)
-        place = _PLACES[own.removeprefix(_MARK).removesuffix("_down")]
+        path, tensor_name = name.split(".", 1)[1].rsplit(".", 1)
+        third = _ROWS[tensor_name.removeprefix(_PREFIX).removesuffix("_down")]
         change = state[name.removesuffix("down") + "up"] @ state[name]  # [D, D]
-        weight = made[f"{path}.weight"].clone()
+        weight = result[f"{path}.weight"].clone()
         rows = change.shape[0]
-        weight[place * rows : (place + 1) * rows] += change.to(weight.dtype)
-        made[f"{path}.weight"] = weight
+        weight[third * rows : (third + 1) * rows] += change.to(weight.dtype)
+        result[f"{path}.weight"] = weight
     rest = {name: tensor for name, tensor in state.items() if not is_lora(name)}
-    return settings.replace(tune="classifier"), made, rest
+    return settings.replace(tune="classifier"), result, rest
 
 
 STANDARD_DEVIATION = 0.02
 
 
 class Adapter(nn.Module):
-    """D -> W -> D with a GELU between, beside a path that changes nothing.
+    """A bottleneck D -> W -> D with a GELU and a residual connection (Houlsby, arXiv 1902.00751).
 
-    One for all blocks, as FedPEFT has it (arXiv 2210.01708); the form is that of Houlsby et al.
-    (arXiv 1902.00751). On the meta device until its part is filled.
+    All blocks share it, as in FedPEFT (arXiv 2210.01708). On the meta device until the part is
+    filled.
     """
 
     def __init__(self, width: int, inner: int) -> None:
@@ -138,7 +147,7 @@ class Adapter(nn.Module):
 
 
 def initial_adapter(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
-    """First values of one tensor: the way up is zero, so that tuning begins at the backbone."""
+    """The initial value of an adapter's tensor; up is zero, so that it begins as the identity."""
     if not name.endswith("down.weight"):
         return torch.zeros(shape)
     generator = torch.Generator().manual_seed(seed)

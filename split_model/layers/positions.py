@@ -9,9 +9,14 @@ from split_model.backbone.libraries import timm
 
 
 def padded_rope(table: Tensor, prompts: int) -> Tensor:
-    """A rotary table [..., N, 2·d] (sine, then cosine) with identity rows for leading prompts.
+    """Add identity rows for leading prompts to a rotary table.
 
-    Returns [..., prompts + N, 2·d].
+    Args:
+        table: [..., N, 2·d], sines then cosines.
+        prompts: their number.
+
+    Returns:
+        [..., prompts + N, 2·d].
     """
     if not prompts:
         return table
@@ -21,9 +26,15 @@ def padded_rope(table: Tensor, prompts: int) -> Tensor:
 
 
 def padded_bias(bias: Tensor, prefix: int, prompts: int) -> Tensor:
-    """An attention bias [1, H, n, n] with zero rows and columns for prompts behind the prefix.
+    """Add zero rows and columns for prompts behind the prefix to an attention bias.
 
-    Returns [1, H, n + prompts, n + prompts].
+    Args:
+        bias: [1, H, n, n].
+        prefix: class, distillation and register tokens, at the front.
+        prompts: their number.
+
+    Returns:
+        [1, H, n + prompts, n + prompts].
     """
     for axis in (-2, -1) if prompts else ():
         shape = list(bias.shape)
@@ -35,18 +46,18 @@ def padded_bias(bias: Tensor, prefix: int, prompts: int) -> Tensor:
 
 
 class _SharedBiasAttention(timm.models.beit.Attention):  # type: ignore[misc]
-    """timm's Beit attention, given its own bias from outside, where prompts can be padded in.
+    """timm's Beit attention whose caller passes the position bias, padded for prompts.
 
-    timm adds the own table at its fixed size wherever the attribute is set. Here the attribute
-    reads None, while the parameter of that name stays registered, with its name in the state.
+    timm adds the block's table, of a fixed size, wherever the attribute is set. Here the attribute
+    reads None, while the parameter stays registered under its name in the state.
     """
 
     @property
     def relative_position_bias_table(self) -> None:
         return None
 
-    def own_bias(self) -> Tensor | None:
-        """[1, H, n, n] from this block's table, or None where it has none."""
+    def block_bias(self) -> Tensor | None:
+        """The bias from this block's table, [1, H, n, n]; None if the block has no table."""
         table: Tensor | None = self._parameters.get("relative_position_bias_table")
         if table is None:
             return None
@@ -56,5 +67,5 @@ class _SharedBiasAttention(timm.models.beit.Attention):  # type: ignore[misc]
 
 
 def use_shared_bias(attention: Any) -> None:
-    """Turn a timm Beit attention, in place, into one that takes all its bias from its caller."""
+    """Make a timm Beit attention take its whole position bias from the caller, in place."""
     attention.__class__ = _SharedBiasAttention

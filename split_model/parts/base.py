@@ -1,4 +1,4 @@
-"""What head, body and tail have in common: a timm model with all that is not theirs taken out."""
+"""The base class of head, body and tail: a timm model without the members of other parts."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,7 +13,7 @@ from split_model.layers.partial_block import run_for_tokens, supports_partial_ru
 from split_model.layers.positions import padded_bias, padded_rope, use_shared_bias
 from split_model.layers.prompts import drop_prompts, insert_prompts, spread_prompts
 
-# The members of timm's models beside the blocks, by the part that needs them.
+# The members of timm's models besides the blocks, by the part that needs them.
 EMBEDDING = frozenset(
     {"cls_token", "dist_token", "reg_token", "pos_embed"}
     | {"patch_embed", "pos_drop", "patch_drop", "norm_pre"}
@@ -23,16 +23,16 @@ POSITIONS = frozenset({"rope", "rel_pos_bias"})
 
 OUTPUT = frozenset({"norm", "attn_pool", "fc_norm", "head_drop", "head", "head_dist"})
 
-# Members that timm asks `is not None` of; the rest are called, so an identity replaces them.
+# timm tests these members for None; it calls the others, so an identity replaces them.
 _OPTIONAL = frozenset({"rope", "rel_pos_bias", "attn_pool", "patch_drop"})
 
 BlockHook = Callable[[Tensor], Tensor]
 
 
 class Part(nn.Module):
-    """Some blocks of a timm model and those of its other members that they need.
+    """Consecutive blocks of a timm model, with the other members that they need.
 
-    Built on the meta device; `fill` gives it memory. Always in eval mode: the frozen parts must
+    Built on the meta device; `fill` allocates memory. Always in eval mode: the frozen parts must
     be functions of their input alone, and the tail has no dropout.
     """
 
@@ -42,33 +42,33 @@ class Part(nn.Module):
         self.settings = settings
         self.sizes: Anatomy = anatomy(settings)
         self.grid: Any = trunk.patch_embed.grid_size
-        every_block = list(trunk.blocks)
+        all_blocks = list(trunk.blocks)
         trunk.blocks = type(trunk.blocks)()
         _strip(settings, trunk, members)
         self.trunk = trunk
-        # Keyed by their number in the whole model, so that names stay timm's.
-        self.blocks = nn.ModuleDict({str(number): every_block[number] for number in blocks})
+        # Keyed by the number in the whole model, so that names stay timm's.
+        self.blocks = nn.ModuleDict({str(number): all_blocks[number] for number in blocks})
         if self.sizes.family == "relative":
             for block in self.blocks.values():
                 use_shared_bias(block.attn)
-        self.whole_blocks = False  # run each block for all tokens, whoever reads them
+        self.whole_blocks = False  # compute all tokens in each block, even those nobody reads
         super().train(False)
 
     def train(self, mode: bool = True) -> "Part":
-        """Stay in eval mode, whatever is asked."""
+        """Do nothing: a part stays in eval mode."""
         return super().train(False)
 
     def names(self) -> dict[str, str]:
-        """timm's name of every tensor of this part's state, and the name it has here."""
-        return {own.removeprefix("trunk."): own for own in self.state_dict()}
+        """Map timm's names of this part's tensors to the names in `state_dict`."""
+        return {key.removeprefix("trunk."): key for key in self.state_dict()}
 
     def tuned(self) -> dict[str, str]:
-        """As `names`, of those tensors alone that the settings have tuned."""
-        own_parameters = {own for own, _ in self.named_parameters()}
+        """The entries of `names` whose tensors the plan tunes."""
+        parameters = {key for key, _ in self.named_parameters()}
         return {
-            name: own
-            for name, own in self.names().items()
-            if self._tunes(name, parameter=own in own_parameters)
+            name: key
+            for name, key in self.names().items()
+            if self._tunes(name, parameter=key in parameters)
         }
 
     def _tunes(self, name: str, *, parameter: bool) -> bool:
@@ -80,50 +80,61 @@ class Part(nn.Module):
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        """Take this part's tensors (and no others) from `tensors`, by timm's names.
+        """Load this part's tensors; no others are read.
 
-        Raises `WeightsMismatchError`.
+        Args:
+            tensors: by timm's names.
+            device: of the part.
+            dtype: of the floating-point tensors, except learned rotary frequencies.
+
+        Raises:
+            WeightsMismatchError: a tensor is missing or has another shape.
         """
         state: dict[str, Tensor] = {}
         expected = self.state_dict()
-        for name, own in self.names().items():
-            shape = tuple(expected[own].shape)
+        for name, key in self.names().items():
+            shape = tuple(expected[key].shape)
             if name not in tensors:
                 raise WeightsMismatchError(name, f"of shape {list(shape)}", "missing")
             tensor = tensors[name].detach()
             if tuple(tensor.shape) != shape:
                 limit = f"of shape {list(shape)}"
                 raise WeightsMismatchError(name, limit, list(tensor.shape))
-            # Learned rotary frequencies are multiplied by positions: low precision would add up.
-            wide = not tensor.is_floating_point() or name.startswith("rope.")
-            state[own] = tensor.to(device, tensor.dtype if wide else dtype)
+            # Positions multiply the learned rotary frequencies and would amplify rounding.
+            keep_dtype = not tensor.is_floating_point() or name.startswith("rope.")
+            state[key] = tensor.to(device, tensor.dtype if keep_dtype else dtype)
         self.load_state_dict(state, assign=True)
         for parameter in self.parameters():
             parameter.requires_grad_(False)
         self._fill_tables(device, dtype)
 
     def _fill_tables(self, device: torch.device | str, dtype: torch.dtype) -> None:
-        # Position tables are no part of the state: timm computes them from the sizes.
+        # Position tables are not in the state: timm computes them from the sizes.
         for name, module in self.named_modules():
-            waiting = [key for key, value in module.named_buffers(recurse=False) if value.is_meta]
-            if not waiting:
+            empty = [key for key, value in module.named_buffers(recurse=False) if value.is_meta]
+            if not empty:
                 continue
-            for key in waiting:
+            for key in empty:
                 table = torch.empty_like(module.get_buffer(key), device=device)
                 if table.is_floating_point() and name != "trunk.rope":
                     table = table.to(dtype)
                 module.register_buffer(key, table, persistent=False)
             compute: Any = getattr(module, "init_non_persistent_buffers", None)
             if compute is None:
-                reason = f"{name} has tables {waiting} that timm cannot recompute"
+                reason = f"timm cannot recompute the tables {empty} of {name}"
                 raise UnsupportedBackboneError(self.settings.backbone, reason)
             with torch.no_grad():
                 compute()
 
     def prompt_tokens(self, tokens: Tensor, field: str) -> int:
-        """How many prompt tokens are in [B, T, D]: 0 or `prompt_count`.
+        """The number of prompt tokens in [B, T, D], 0 or `prompt_count`.
 
-        Raises `TokenCountError` where T or D are neither case.
+        Args:
+            tokens: [B, T, D].
+            field: the name of the tensor in an error.
+
+        Raises:
+            TokenCountError: T or D fit neither case.
         """
         plain, count = self.sizes.tokens, self.settings.prompt_count
         allowed = (plain, plain + count)
@@ -143,12 +154,18 @@ class Part(nn.Module):
         after: BlockHook | None = None,
         num_tokens: int | None = None,
     ) -> Tensor:
-        """[B, T, D] through this part's blocks, to [B, T, D] or its first ``num_tokens`` tokens.
+        """Run this part's blocks.
 
-        `prompts` of the T tokens, behind the prefix, are untouched by positions. `after` may
-        change the tokens behind each block.
+        Args:
+            tokens: [B, T, D].
+            prompts: number of prompt tokens behind the prefix; positions do not change them.
+            after: changes the tokens behind each block.
+            num_tokens: return only this many leading tokens; None: all.
+
+        Returns:
+            [B, T, D] or [B, num_tokens, D].
         """
-        return self._through(tokens, lambda _: None, prompts, after, num_tokens)
+        return self._run_blocks(tokens, lambda _: None, prompts, after, num_tokens)
 
     def run_deep(
         self,
@@ -157,21 +174,27 @@ class Part(nn.Module):
         after: BlockHook | None = None,
         num_tokens: int | None = None,
     ) -> Tensor:
-        """As `run`, with fresh prompts in each block: VPT-Deep (arXiv 2203.12119, section 3.2).
+        """Run the blocks with new prompts in each: VPT-Deep (arXiv 2203.12119, section 3.2).
 
-        `prompts` are [L, P, D], or [B, L, P, D] with each sample's own, for L blocks; `tokens`
-        come without. T' of the result is T + P, the last block's prompts among them.
+        Args:
+            tokens: [B, T, D], without prompts.
+            prompts: [L, P, D], or [B, L, P, D] with different prompts for each sample; L blocks.
+            after: changes the tokens behind each block.
+            num_tokens: return only this many leading tokens; None: all.
+
+        Returns:
+            [B, T + P, D] with the last block's prompts, or [B, num_tokens, D].
         """
 
         def of_block(place: int) -> Tensor:
             return prompts[..., place, :, :]  # (P, D) or (B, P, D)
 
-        return self._through(tokens, of_block, prompts.shape[-2], after, num_tokens)
+        return self._run_blocks(tokens, of_block, prompts.shape[-2], after, num_tokens)
 
-    def _through(
+    def _run_blocks(
         self,
         tokens: Tensor,
-        fresh: Callable[[int], Tensor | None],
+        prompts_of: Callable[[int], Tensor | None],
         prompts: int,
         after: BlockHook | None,
         num_tokens: int | None,
@@ -179,23 +202,25 @@ class Part(nn.Module):
         rope = self._rope(prompts) if self.blocks else None
         last, prefix = len(self.blocks) - 1, self.sizes.prefix
         for place, (number, block) in enumerate(self.blocks.items()):
-            own, asking = fresh(place), supports_partial_run(block) and not self.whole_blocks
-            if asking and own is not None and place < last:
-                tokens = run_for_tokens(block, tokens, spread_prompts(own, tokens), tokens.shape[1])
+            new_prompts = prompts_of(place)
+            partial = supports_partial_run(block) and not self.whole_blocks
+            if partial and new_prompts is not None and place < last:
+                spread = spread_prompts(new_prompts, tokens)
+                tokens = run_for_tokens(block, tokens, spread, tokens.shape[1])
             else:
-                if own is not None:
-                    tokens = insert_prompts(tokens, own, prefix)
-                if asking and num_tokens is not None and place == last:
+                if new_prompts is not None:
+                    tokens = insert_prompts(tokens, new_prompts, prefix)
+                if partial and num_tokens is not None and place == last:
                     tokens = run_for_tokens(block, tokens, None, num_tokens)
                 else:
-                    tokens = self._whole(block, int(number), tokens, prompts, rope)
-                if own is not None and place < last:
+                    tokens = self._run_whole(block, int(number), tokens, prompts, rope)
+                if new_prompts is not None and place < last:
                     tokens = drop_prompts(tokens, prompts, prefix)
             if after is not None:
                 tokens = after(tokens)
         return tokens[:, :num_tokens]
 
-    def _whole(
+    def _run_whole(
         self, block: nn.Module, number: int, tokens: Tensor, prompts: int, rope: Tensor | None
     ) -> Tensor:
         result: Tensor
@@ -217,16 +242,15 @@ class Part(nn.Module):
         return padded_rope(table, prompts)
 
     def _bias(self, block: Any, prompts: int) -> Tensor | None:
-        own: Tensor | None = block.attn.own_bias()
+        bias: Tensor | None = block.attn.block_bias()
         shared = self.trunk.rel_pos_bias
-        bias = own
         if shared is not None:
-            bias = shared()[None] if own is None else own + shared()
+            bias = shared()[None] if bias is None else bias + shared()
         return None if bias is None else padded_bias(bias, self.sizes.prefix, prompts)
 
 
 def is_bias(name: str) -> bool:
-    """Whether timm's name is that of a bias: of a layer, or of queries or values alone."""
+    """Whether timm's name is a bias: of a layer, or of queries or values alone."""
     last = name.rsplit(".", 1)[-1]
     return last == "bias" or last.endswith("_bias")
 
@@ -236,7 +260,7 @@ def _strip(settings: ModelPlan, trunk: nn.Module, members: frozenset[str]) -> No
         if name == "blocks" or name in members:
             continue
         if name not in EMBEDDING | POSITIONS | OUTPUT:
-            # A newer timm may have grown a member whose part we cannot know.
+            # A newer timm may add a member that belongs to an unknown part.
             raise UnsupportedBackboneError(settings.backbone, f"it has an unknown member {name!r}")
         called = name in trunk._modules and name not in _OPTIONAL
         setattr(trunk, name, nn.Identity() if called else None)

@@ -1,4 +1,4 @@
-"""The body: the blocks between head and tail, on the server; frozen, or tuned there."""
+"""The body: the blocks between head and tail, on the server; frozen or tuned there."""
 
 from torch import Tensor
 
@@ -10,9 +10,9 @@ from split_model.parts.base import POSITIONS, Part
 
 
 class Body(Part):
-    """Smashed data to features. It keeps nothing between calls, so threads may share it.
+    """Computes features from smashed data. Stateless between calls, so threads may share it.
 
-    Gradients flow to the prompts, and with `tune_body` to every parameter.
+    Gradients flow to the prompts and, with `tune_body`, to all parameters.
     """
 
     def __init__(self, settings: ModelPlan) -> None:
@@ -21,11 +21,19 @@ class Body(Part):
     def forward(
         self, smashed: Tensor, prompts: Tensor | None = None, num_tokens: int | None = None
     ) -> Tensor:
-        """[B, T, D] to features [B, T', D], or to their first ``num_tokens`` tokens.
+        """Compute the features.
 
-        `prompts`, where they join at the cut: [L, P, D] for the whole batch, or [B, L, P, D] for
-        a batch of several participants; L is 1 (shallow) or the number of body blocks (deep).
-        T' is T, and P more with such prompts. Raises `TokenCountError`.
+        Args:
+            smashed: [B, T, D].
+            prompts: with `prompt_at` = cut, [L, P, D] for the whole batch, or [B, L, P, D] for a
+                batch of several participants; L is 1 (shallow) or the number of blocks (deep).
+            num_tokens: compute only this many leading tokens; None: all.
+
+        Returns:
+            [B, T', D], where T' is T, plus P with such prompts; or [B, num_tokens, D].
+
+        Raises:
+            TokenCountError: a shape that the plan does not allow.
         """
         inside = self.prompt_tokens(smashed, "smashed data")
         if prompts is None:
@@ -42,8 +50,8 @@ class Body(Part):
     def _check_prompts(self, smashed: Tensor, prompts: Tensor, inside: int) -> None:
         given = tuple(prompts.shape)
         if self.settings.prompt_at != "cut" or inside:
-            raise TokenCountError("prompts", "absent: they are in the smashed data", given)
-        one = prompt_shape(self.settings)
-        if given not in (one, (smashed.shape[0], *one)):
-            limit = f"of shape {list(one)} or {[int(smashed.shape[0]), *one]}"
+            raise TokenCountError("prompts", "absent: the smashed data hold them", given)
+        expected = prompt_shape(self.settings)
+        if given not in (expected, (smashed.shape[0], *expected)):
+            limit = f"of shape {list(expected)} or {[int(smashed.shape[0]), *expected]}"
             raise TokenCountError("prompts", limit, given)

@@ -1,4 +1,4 @@
-"""Building one part without allocating the others."""
+"""Build one part of the model without allocating the others."""
 
 from collections.abc import Iterator, Mapping
 
@@ -14,7 +14,7 @@ from split_model.parts.tail import Tail
 
 
 class Layered(Mapping[str, Tensor]):
-    """Tensors by name, each from the first of these mappings that has it, when asked for."""
+    """Several mappings as one: a name is looked up in the first mapping that has it."""
 
     def __init__(self, *layers: Mapping[str, Tensor]) -> None:
         self._layers = layers
@@ -25,7 +25,7 @@ class Layered(Mapping[str, Tensor]):
                 return layer[name]
         raise KeyError(name)
 
-    def __contains__(self, name: object) -> bool:  # without reading it
+    def __contains__(self, name: object) -> bool:  # without reading the tensor
         return any(name in layer for layer in self._layers)
 
     def __iter__(self) -> Iterator[str]:
@@ -36,14 +36,20 @@ class Layered(Mapping[str, Tensor]):
 
 
 def build_head(settings: ModelPlan, tensors: Mapping[str, Tensor]) -> Head:
-    """The head, float32 on the CPU, from a mapping of timm's names; what is tuned, trainable.
+    """Build the head, float32 on the CPU, with its tuned parameters trainable.
 
-    Only its own tensors are read. Raises `UnsupportedBackboneError`, `ModelPlanError` or
-    `WeightsMismatchError`.
+    Args:
+        settings: the model's plan.
+        tensors: by timm's names; only the head's tensors are read.
+
+    Raises:
+        UnsupportedBackboneError: the backbone cannot be cut.
+        ModelPlanError: the plan does not fit the backbone.
+        WeightsMismatchError: a tensor is missing or has another shape.
     """
     head = Head(settings)
     head.fill(tensors)
-    _free(head)
+    _make_trainable(head)
     return head
 
 
@@ -53,14 +59,14 @@ def build_body(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Body:
-    """The frozen body on `device` in `dtype`; raises as `build_head` does.
+    """Build the frozen body on `device` in `dtype`; raises as `build_head` does.
 
-    What it takes and gives is of `activation_dtype`: in bfloat16 on a CPU it multiplies alone.
+    Its inputs and outputs are of `activation_dtype`: on a CPU, bfloat16 is for matrices alone.
     """
     body = Body(settings)
-    flowing = activation_dtype(device, dtype)
-    body.fill(tensors, device, flowing)
-    if flowing != dtype:
+    activations = activation_dtype(device, dtype)
+    body.fill(tensors, device, activations)
+    if activations != dtype:
         multiply_in_bfloat16(body)
     return body
 
@@ -68,43 +74,42 @@ def build_body(
 def build_tunable_body(
     settings: ModelPlan, tensors: Mapping[str, Tensor], device: torch.device | str = "cpu"
 ) -> Body:
-    """A body on `device` in float32 that shares no memory; what is tuned, trainable.
+    """Build a trainable body on `device` in float32 that shares no memory with ``tensors``.
 
     Raises as `build_head` does.
     """
     body = build_body(settings, tensors, device)
-    _free(body)
+    _make_trainable(body)
     return body
 
 
 def build_tail(settings: ModelPlan, tensors: Mapping[str, Tensor]) -> Tail:
-    """The tail, float32 on the CPU; what is tuned, trainable. Raises as `build_head` does.
+    """Build the tail, float32 on the CPU, with its tuned parameters trainable.
 
-    `tensors` holds timm's names, the classifier's among them.
+    ``tensors``, by timm's names, include the classifier's. Raises as `build_head` does.
     """
     tail = Tail(settings)
     tail.fill(tensors)
-    _free(tail)
+    _make_trainable(tail)
     return tail
 
 
-def _free(part: Part) -> None:
-    """Make what is tuned trainable."""
+def _make_trainable(part: Part) -> None:
     tensors = part.state_dict(keep_vars=True)
-    for own in part.tuned().values():
-        tensor = tensors[own]
-        tensor.data = tensor.detach().clone()  # training must not write into what was given
+    for key in part.tuned().values():
+        tensor = tensors[key]
+        tensor.data = tensor.detach().clone()  # training must not change the caller's tensors
         if isinstance(tensor, nn.Parameter):
             tensor.requires_grad_(True)
 
 
 def frozen_names(settings: ModelPlan) -> list[str]:
-    """timm's names of what a device holds and nobody tunes: of the head, then of the tail."""
+    """timm's names of the device's frozen tensors: the head's, then the tail's."""
     return list(dict.fromkeys([*_untuned(Head(settings)), *_untuned(Tail(settings))]))
 
 
 def frozen_body_names(settings: ModelPlan) -> list[str]:
-    """timm's names of what the body reads and nobody tunes: all of it, but with `tune_body`."""
+    """timm's names of the body's frozen tensors; with `tune_body` no parameters."""
     return _untuned(Body(settings))
 
 

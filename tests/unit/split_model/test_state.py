@@ -1,4 +1,4 @@
-"""Tuned states, prepared backbones, head files and exports: what is written is what is read."""
+"""Tuned states, prepared backbones, head files and exports survive a write and a read."""
 
 from pathlib import Path
 
@@ -42,7 +42,7 @@ def state() -> dict[str, Tensor]:
     return initial_state(SETTINGS, random_model(SETTINGS).state_dict(), seed=3)
 
 
-def test_the_initial_state_is_pretrained_but_for_classifier_and_prompts() -> None:
+def test_only_classifier_and_prompts_of_an_initial_state_are_not_pretrained() -> None:
     model = random_model(SETTINGS)
     weights = {n: t for n, t in model.state_dict().items() if not n.startswith("head.")}
     state = initial_state(SETTINGS, weights, seed=3)
@@ -65,10 +65,10 @@ def test_a_state_needs_the_pretrained_tensors() -> None:
 
 def test_apply_then_read_gives_the_state_back(state: dict[str, Tensor], tmp_path: Path) -> None:
     tail = build_tail(SETTINGS, random_model(SETTINGS, seed=9).state_dict())
-    held = list(tail.parameters())
+    before = list(tail.parameters())
     prompts = torch.nn.Parameter(torch.zeros(3, 32))
     apply_state(tail, prompts, state)
-    assert all(one is two for one, two in zip(held, tail.parameters(), strict=True))
+    assert all(old is new for old, new in zip(before, tail.parameters(), strict=True))
     read = read_state(tail, prompts)
     assert all(torch.equal(read[name], tensor) for name, tensor in state.items())
     save_state(read, tmp_path / "state")
@@ -97,7 +97,7 @@ def test_a_state_that_does_not_fit_changes_nothing(state: dict[str, Tensor], fau
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
-def test_random_weights_are_cached_and_a_broken_cache_is_remade(tmp_path: Path) -> None:
+def test_random_weights_are_cached_and_a_damaged_cache_is_replaced(tmp_path: Path) -> None:
     global_state = torch.get_rng_state()
     file = prepare_backbone(SETTINGS, "random:1", tmp_path)
     assert torch.equal(global_state, torch.get_rng_state())
@@ -154,13 +154,13 @@ def test_a_changed_file_is_not_taken_from_the_cache(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "source", ["", "web", "random:", "random:x", "file:", "file:/no/such", "hub:"]
 )
-def test_sources_that_are_refused(source: str, tmp_path: Path) -> None:
+def test_wrong_sources_are_refused(source: str, tmp_path: Path) -> None:
     with pytest.raises(WeightSourceError) as caught:
         prepare_backbone(SETTINGS, source, tmp_path)
     assert caught.value.value == source
 
 
-def test_files_that_are_refused(tmp_path: Path) -> None:
+def test_wrong_files_are_refused(tmp_path: Path) -> None:
     pickled = tmp_path / "weights.pth"
     pickled.write_bytes(b"\x80\x04")
     with pytest.raises(WeightSourceError, match=r"a \.safetensors file"):
@@ -177,7 +177,7 @@ def test_files_that_are_refused(tmp_path: Path) -> None:
         prepare_backbone(SETTINGS, f"file:{partial}", tmp_path)
 
 
-def test_the_head_file_is_all_that_a_device_needs(tmp_path: Path) -> None:
+def test_a_device_builds_its_head_from_the_head_file_alone(tmp_path: Path) -> None:
     file = prepare_backbone(SETTINGS, "random:1", tmp_path)
     path, digest = write_head_file(SETTINGS, file.path, tmp_path / "head.safetensors")
     assert len(digest) == 64

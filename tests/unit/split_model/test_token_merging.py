@@ -1,4 +1,4 @@
-"""Merged tokens against hand-worked means, and a body that takes them."""
+"""Merged tokens against means computed by hand, and a body with merged tokens."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def test_the_most_similar_pair_becomes_its_mean() -> None:
     torch.testing.assert_close(merged, expected)
 
 
-def test_a_token_counts_for_all_that_went_into_it() -> None:
+def test_a_merged_token_has_the_weight_of_its_original_tokens() -> None:
     tokens = torch.tensor([[[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [4.0, 0.0], [1.0, 1.0]]])
     torch.testing.assert_close(merge_tokens(tokens, 1), tokens.mean(dim=1, keepdim=True))
 
@@ -36,13 +36,13 @@ def test_the_weighted_sum_of_all_tokens_is_kept_up_to_the_merging(keep: int) -> 
         assert torch.equal(merged, tokens)
 
 
-def test_an_image_is_merged_alike_in_any_company() -> None:
+def test_merging_does_not_depend_on_the_batch() -> None:
     tokens = torch.randn(4, 16, 8, generator=torch.Generator().manual_seed(1))
-    alone = torch.cat([merge_tokens(one, 5) for one in tokens.split(1)])
+    alone = torch.cat([merge_tokens(image, 5) for image in tokens.split(1)])
     torch.testing.assert_close(merge_tokens(tokens, 5), alone)
 
 
-def test_fewer_tokens_cross_and_the_body_takes_them() -> None:
+def test_fewer_tokens_cross_the_cut() -> None:
     settings = ModelPlan(**TINY, prompt_count=2, prompt_depth="deep", keep_tokens=6)
     assert anatomy(settings).tokens == 1 + 6
     with torch.device("meta"):
@@ -63,5 +63,5 @@ def test_fewer_tokens_cross_and_the_body_takes_them() -> None:
         {"keep_tokens": -1},
     ],
 )
-def test_what_cannot_be_merged_is_refused(change: dict[str, object]) -> None:
+def test_impossible_merging_is_refused(change: dict[str, object]) -> None:
     assert refused_field(lambda: anatomy(ModelPlan(**{**TINY, **change}))) == "keep_tokens"

@@ -1,4 +1,4 @@
-"""What is tuned beside prompts and tail: its sizes, its first values, and where it acts."""
+"""The values of `tune`: sizes, initial values, gradients and exports."""
 
 import math
 from pathlib import Path
@@ -74,7 +74,7 @@ NAMES = [
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("tune", TUNES)
-def test_every_tensor_is_either_tuned_or_frozen(name: str, tune: str) -> None:
+def test_each_tensor_is_either_tuned_or_frozen(name: str, tune: str) -> None:
     settings = reduced(name).replace(tune=tune, cut=1, tail_blocks=1, prompt_count=0)
     state, frozen = state_shapes(settings), set(frozen_names(settings))
     for prefix, part in (("head.", Head(settings)), ("tail.", Tail(settings))):
@@ -91,10 +91,10 @@ def test_every_tensor_is_either_tuned_or_frozen(name: str, tune: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("tune", TUNES)
-def test_what_is_tuned_is_trainable_and_nothing_else(name: str, tune: str) -> None:
+def test_exactly_the_tuned_tensors_are_trainable(name: str, tune: str) -> None:
     settings = reduced(name).replace(tune=tune, cut=2, adapter_width=5)
     weights = random_model(settings).state_dict()
-    before = {own: value.clone() for own, value in weights.items()}
+    before = {key: value.clone() for key, value in weights.items()}
     state = initial_state(settings, weights, seed=0)
     head = build_head(settings, Layered(head_tensors(state), weights))
     tail = build_tail(settings, Layered(tail_tensors(state), weights))
@@ -103,24 +103,24 @@ def test_what_is_tuned_is_trainable_and_nothing_else(name: str, tune: str) -> No
     assert read.keys() == state.keys()
     assert all(torch.equal(read[key], value) for key, value in state.items())
     trainable = sum(
-        own.numel()
-        for own in [*head.parameters(), *tail.parameters(), prompts]
-        if own.requires_grad
+        parameter.numel()
+        for parameter in [*head.parameters(), *tail.parameters(), prompts]
+        if parameter.requires_grad
     )
     assert trainable == sum(math.prod(shape) for shape in state_shapes(settings).values())
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(2, 3, 24, 24, generator=generator)
     tail(head(images, prompts)).square().sum().backward()
-    for own in [*head.parameters(), *tail.parameters()]:
-        assert own.requires_grad or own.grad is None
+    for parameter in [*head.parameters(), *tail.parameters()]:
+        assert parameter.requires_grad or parameter.grad is None
     moved = {key: value + 1 for key, value in state.items()}
     apply_state(tail, prompts, moved, head)
     again = read_state(tail, prompts, head)
     assert all(torch.equal(again[key], value) for key, value in moved.items())
-    assert all(torch.equal(weights[own], value) for own, value in before.items())
+    assert all(torch.equal(weights[key], value) for key, value in before.items())
 
 
-def test_a_head_that_is_tuned_cannot_be_left_out() -> None:
+def test_a_tuned_head_is_required() -> None:
     settings = reduced("vit_base_patch16_224").replace(tune="bias", cut=1)
     weights = random_model(settings).state_dict()
     state = initial_state(settings, weights, seed=0)
@@ -153,8 +153,8 @@ def test_all_methods_begin_with_the_same_classifier_and_the_backbone_s_function(
 
 
 @pytest.mark.parametrize("name", [*NAMES, "beitv2_base_patch16_224"])
-def test_deep_prompts_stand_ahead_of_each_block_of_the_head(name: str) -> None:
-    # The hooks put a set of prompts into every block, whichever side it is on.
+def test_deep_prompts_join_before_each_block_of_the_head(name: str) -> None:
+    # The hooks put a set of prompts into each block, on both sides of the cut.
     everywhere = reduced(name).replace(prompt_at="cut", prompt_depth="deep", cut=0)
     settings = everywhere.replace(prompt_at="input", cut=2)
     model = random_model(settings)
@@ -169,7 +169,7 @@ def test_deep_prompts_stand_ahead_of_each_block_of_the_head(name: str) -> None:
 
 @pytest.mark.parametrize("tune", ["classifier", "bias", "adapter", "full"])
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
-def test_an_exported_model_is_the_device_s(tune: str, dtype: str, tmp_path: Path) -> None:
+def test_an_exported_model_equals_the_devices_model(tune: str, dtype: str, tmp_path: Path) -> None:
     settings = reduced("vit_base_patch16_224").replace(tune=tune, cut=1, adapter_width=5)
     file = prepare_backbone(settings, "random:1", tmp_path)
     weights = load_file(file.path)
@@ -182,7 +182,7 @@ def test_an_exported_model_is_the_device_s(tune: str, dtype: str, tmp_path: Path
     stored = load_file(out)
     assert set(stored) == {*state, *(f"backbone.{n}" for n in frozen), *_body(stored)}
     model = load_exported(out)
-    assert not any(own.requires_grad for own in model.parameters())
+    assert not any(parameter.requires_grad for parameter in model.parameters())
     head = build_head(settings, Layered(head_tensors(state), frozen))
     tail = build_tail(settings, Layered(tail_tensors(state), frozen))
     images = torch.randn(2, 3, 24, 24, generator=generator)
@@ -197,7 +197,7 @@ def _body(stored: dict[str, torch.Tensor]) -> list[str]:
 BODY = {"tune": "full", "tune_body": True, "prompt_count": 0}
 
 
-def test_a_tuned_body_makes_every_parameter_a_part_of_the_state() -> None:
+def test_with_a_tuned_body_all_parameters_are_in_the_state() -> None:
     settings = WHOLE.replace(cut=2, tail_blocks=1, **BODY)
     shapes = state_shapes(settings)
     assert sum(math.prod(shape) for shape in shapes.values()) == 85_875_556
@@ -207,7 +207,7 @@ def test_a_tuned_body_makes_every_parameter_a_part_of_the_state() -> None:
 
 
 @pytest.mark.parametrize("name", ["vit_base_patch16_224", "eva02_tiny_patch14_224"])
-def test_a_tuned_body_is_trained_apart_from_what_it_was_made_of_and_exported(
+def test_training_a_body_leaves_the_backbone_unchanged_and_is_exported(
     name: str, tmp_path: Path
 ) -> None:
     settings = reduced(name).replace(cut=1, **BODY)
@@ -219,7 +219,7 @@ def test_a_tuned_body_is_trained_apart_from_what_it_was_made_of_and_exported(
     tokens = torch.randn(2, 10, 32, generator=torch.Generator().manual_seed(0))
     frozen = build_body(settings, weights)
     assert torch.equal(body(tokens), frozen(tokens))
-    assert not any(own.requires_grad for own in frozen.parameters())
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())
     optimizer = torch.optim.SGD(body.parameters(), lr=0.1)
     body(tokens).square().sum().backward()
     optimizer.step()

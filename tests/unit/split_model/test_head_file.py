@@ -1,4 +1,4 @@
-"""The head's weights in fewer bits, against their bounds worked out by hand."""
+"""The head file's quantised weights against error bounds derived by hand."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def test_float32_is_exact() -> None:
 @pytest.mark.parametrize(
     "name", ["blocks.0.mlp.fc1.weight", "patch_embed.proj.weight", "pos_embed"]
 )
-def test_in_8_bits_a_weight_is_off_by_half_a_scale_at_most(name: str) -> None:
+def test_the_error_of_an_int8_weight_is_at_most_half_a_scale(name: str) -> None:
     back = Unpacked(packed(WEIGHTS, "int8"))[name]
     weight = WEIGHTS[name]
     rows = weight.flatten(1) if weight.ndim == 4 else weight.flatten(0, -2)
@@ -30,13 +30,13 @@ def test_in_8_bits_a_weight_is_off_by_half_a_scale_at_most(name: str) -> None:
     assert back.dtype == torch.float32
 
 
-def test_small_and_whole_tensors_are_not_put_in_8_bits() -> None:
+def test_small_and_integer_tensors_do_not_become_int8() -> None:
     stored = packed(WEIGHTS, "int8")
     assert stored["blocks.0.mlp.fc1.bias"].dtype == torch.float16
     assert torch.equal(stored["rope.table"], WEIGHTS["rope.table"])
 
 
-def test_the_names_are_those_of_the_backbone() -> None:
+def test_names_are_unchanged() -> None:
     back = Unpacked(packed(WEIGHTS, "int8"))
     assert set(back) == set(WEIGHTS)
     assert len(back) == len(WEIGHTS)
@@ -47,7 +47,7 @@ def test_a_row_of_zeros_stays_zero() -> None:
     assert torch.equal(Unpacked(packed(weights, "int8"))["a.weight"], weights["a.weight"])
 
 
-def test_8_bits_take_a_quarter() -> None:
+def test_int8_takes_a_quarter_of_the_bytes() -> None:
     def nbytes(dtype: str) -> int:
         stored = packed({"w": torch.randn(384, 1536)}, dtype)  # type: ignore[arg-type]
         return sum(tensor.nbytes for tensor in stored.values())

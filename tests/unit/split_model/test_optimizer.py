@@ -1,4 +1,4 @@
-"""Learning rates against values worked out by hand, and the optimiser's two groups."""
+"""Learning rates against values computed by hand, and the optimiser's two groups."""
 
 import math
 
