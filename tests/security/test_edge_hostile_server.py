@@ -109,7 +109,7 @@ def test_a_server_that_trickles_is_given_up(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_an_answer_to_another_question_is_not_read_as_the_next() -> None:
-    """Bytes behind an answer are dropped, never the beginning of the next one."""
+    """Surplus bytes after a response are dropped; they do not start the next response."""
 
     def serve(connection: Connection) -> None:
         for _ in range(3):

@@ -1,4 +1,4 @@
-"""Sets that lie on disk in forms of their own: idx, CIFAR's binary form, torchvision's layouts."""
+"""File formats of data sets: idx, CIFAR's binary form, torchvision's layouts."""
 
 import gzip
 import io
@@ -118,7 +118,7 @@ def test_a_command_that_fails_is_reported_in_its_own_words(tmp_path: Path) -> No
 def test_images_and_labels_have_to_agree_in_number(tmp_path: Path) -> None:
     write_fashion(tmp_path, packed=False)
     (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(idx_bytes(np.zeros(4, np.uint8)))
-    with pytest.raises(DataFormatError, match="one an image"):
+    with pytest.raises(DataFormatError, match="one for each image"):
         load_dataset(f"fashion-mnist:{tmp_path}")
 
 
