@@ -14,6 +14,12 @@ from edge_client.data.errors import PreprocessingError
 from edge_client.data.image_set import ImageSet
 from edge_client.data.sampling import generator
 
+Interpolation = Literal["bilinear", "bicubic", "nearest"]
+
+_MAX_SIDE = 4096  # pixels
+
+_CHUNK_BYTES = 4 * 1024**2  # full-size images that are resized in one call
+
 
 @dataclass(frozen=True)
 class Augmentation:
@@ -61,13 +67,6 @@ class Augmentation:
                 columns = columns.flip(0)
             augmented[row] = images[row, :, rows][:, :, columns]
         return augmented
-
-
-Interpolation = Literal["bilinear", "bicubic", "nearest"]
-
-_MAX_SIDE = 4096  # pixels
-
-_CHUNK_BYTES = 4 * 1024**2  # full-size images that are resized in one call
 
 
 @dataclass(frozen=True)

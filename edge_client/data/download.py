@@ -13,6 +13,8 @@ from edge_client.data.errors import DataFormatError
 
 _MAX_MEMBER_BYTES = 1024**3
 
+CACHE_VARIABLE = "SFPROMPT_CACHE"
+
 
 def read_members(archive: Path, inside: str, names: Sequence[str], target: Path) -> None:
     """Copy regular files from a tar archive.
@@ -62,9 +64,6 @@ def _copy(tar: tarfile.TarFile, member: str, path: Path) -> None:
         )
     with source, path.open("wb") as copy:
         shutil.copyfileobj(source, copy)
-
-
-CACHE_VARIABLE = "SFPROMPT_CACHE"
 
 
 def cache_dir() -> Path:

@@ -27,6 +27,34 @@ _UNSIGNED_BYTE = 0x08  # the idx format's code for uint8
 
 _MAX_BYTES = 4 * 1024**3
 
+CLASSES = (
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
+
+DEBIAN_PACKAGE = "dataset-fashion-mnist"
+
+SYSTEM_FOLDER = Path("/usr/share/datasets/fashion-mnist")
+
+_FILES = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
+
+_RAW = Path("FashionMNIST", "raw")  # torchvision's folder below its root
+
+_DOWNLOAD_TIMEOUT_S = 600
+
 
 def read_idx(path: Path, dimensions: int) -> Tensor:
     """Read an idx file of unsigned bytes as uint8, in the shape that its header announces.
@@ -80,35 +108,6 @@ def _read_idx(stream: BinaryIO, path: Path, dimensions: int) -> Tensor:
     if stream.read(1):
         raise DataFormatError(f"values in {path}", limit=size, value=f"more than {size}")
     return torch.from_numpy(values.reshape(shape))
-
-
-CLASSES = (
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
-)
-
-DEBIAN_PACKAGE = "dataset-fashion-mnist"
-
-SYSTEM_FOLDER = Path("/usr/share/datasets/fashion-mnist")
-
-_FILES = (
-    "train-images-idx3-ubyte",
-    "train-labels-idx1-ubyte",
-    "t10k-images-idx3-ubyte",
-    "t10k-labels-idx1-ubyte",
-)
-
-_RAW = Path("FashionMNIST", "raw")  # torchvision's folder below its root
-
-_DOWNLOAD_TIMEOUT_S = 600
 
 
 def load_fashion_mnist(root: Path | None) -> Dataset:
