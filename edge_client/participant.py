@@ -255,7 +255,9 @@ class JoinedRun:
         )
         if not 0 <= result.loss_sum <= MAX_LOSS * result.samples:  # NaN too
             self._report("left-behind", assignment, "the global state has diverged")
-            result = Evaluation(samples=0, correct=0, loss_sum=0.0)  # so that the server goes on
+            result = Evaluation(
+                samples=0, correct=0, loss_sum=0.0
+            )  # so that the server does not wait
         report = EvaluationReport(
             round=assignment.round,
             attempt=assignment.attempt,

@@ -1,4 +1,4 @@
-"""The device's own images: where they come from, how they are parted, how they are batched."""
+"""The device's images: loading, partitioning and batching."""
 
 from edge_client.data.batches import (
     Augmentation,

@@ -1,4 +1,4 @@
-"""Images to the float tensors a model reads, batch by batch."""
+"""Preprocess, augment and batch images for a model."""
 
 from __future__ import annotations
 
@@ -14,53 +14,72 @@ from edge_client.data.errors import PreprocessingError
 from edge_client.data.image_set import ImageSet
 from edge_client.data.sampling import generator
 
+Interpolation = Literal["bilinear", "bicubic", "nearest"]
+
+_MAX_SIDE = 4096  # pixels
+
+_CHUNK_BYTES = 4 * 1024**2  # full-size images that are resized in one call
+
 
 @dataclass(frozen=True)
 class Augmentation:
-    """A horizontal flip of every second image, and a shift whose gap repeats the edge.
+    """Random horizontal flip, with probability 1/2, and random shift with repeated edges.
 
-    seed, epoch and an image's position fix what happens to it, whatever batch it comes in.
-    Raises PreprocessingError.
+    Seed, epoch and an image's position determine its changes; its batch does not.
+
+    Attributes:
+        max_shift: largest shift in each direction, as a share of the image's side.
+
+    Raises:
+        PreprocessingError: ``max_shift`` is out of range.
     """
 
     seed: int
     flip: bool = True
-    max_shift: float = 0.125  # of the image's side, either way
+    max_shift: float = 0.125
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.max_shift <= 0.5:
             raise PreprocessingError("max_shift", limit="0 to 0.5", value=self.max_shift)
 
     def apply(self, images: Tensor, positions: Tensor, epoch: int) -> Tensor:
-        """Changed copies: uint8 (b, 3, S, S) at these positions, int64 (b,), → the same shape."""
+        """Augment images.
+
+        Args:
+            images: uint8 [b, 3, S, S].
+            positions: of the images in their set, int64 [b].
+            epoch: number of the training epoch.
+
+        Returns:
+            Augmented copies, uint8 [b, 3, S, S].
+        """
         side = images.shape[-1]
-        reach = round(self.max_shift * side)
-        places = torch.arange(side)
-        changed = torch.empty_like(images)
-        for slot, position in enumerate(positions.tolist()):
+        limit = round(self.max_shift * side)
+        pixels = torch.arange(side)
+        augmented = torch.empty_like(images)
+        for row, position in enumerate(positions.tolist()):
             rng = generator(self.seed, "augment", epoch, position)
-            down, right = rng.integers(-reach, reach + 1, size=2).tolist()
-            mirrored = self.flip and bool(rng.integers(2))
-            rows = (places + down).clamp(0, side - 1)
-            columns = (places + right).clamp(0, side - 1)
-            if mirrored:
+            down, right = rng.integers(-limit, limit + 1, size=2).tolist()
+            flipped = self.flip and bool(rng.integers(2))
+            rows = (pixels + down).clamp(0, side - 1)
+            columns = (pixels + right).clamp(0, side - 1)
+            if flipped:
                 columns = columns.flip(0)
-            changed[slot] = images[slot, :, rows][:, :, columns]
-        return changed
-
-
-Interpolation = Literal["bilinear", "bicubic", "nearest"]
-
-_MOST_PIXELS = 4096
-
-_CHUNK_BYTES = 4 * 1024**2  # of full-size images waiting to be resized together
+            augmented[row] = images[row, :, rows][:, :, columns]
+        return augmented
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How an image becomes a model's input. Raises PreprocessingError.
+    """Turns an image into a model's input.
 
-    image_size: pixels a side; mean, std: for each of R, G, B, of values scaled to 0…1.
+    Attributes:
+        image_size: side in pixels.
+        mean: of R, G and B, on a scale of 0 to 1.
+        std: of R, G and B, on a scale of 0 to 1.
+
+    Raises:
+        PreprocessingError: a value is out of range.
     """
 
     image_size: int
@@ -69,10 +88,8 @@ class Preprocessing:
     interpolation: Interpolation = "bicubic"
 
     def __post_init__(self) -> None:
-        if not 1 <= self.image_size <= _MOST_PIXELS:
-            raise PreprocessingError(
-                "image_size", limit=f"1 to {_MOST_PIXELS}", value=self.image_size
-            )
+        if not 1 <= self.image_size <= _MAX_SIDE:
+            raise PreprocessingError("image_size", limit=f"1 to {_MAX_SIDE}", value=self.image_size)
         for field, values in (("mean", self.mean), ("std", self.std)):
             if len(values) != 3 or not all(-1e6 < value < 1e6 for value in values):
                 raise PreprocessingError(field, limit="three finite numbers", value=values)
@@ -85,11 +102,14 @@ class Preprocessing:
 
     @property
     def bytes_per_image(self) -> int:
-        """What one resized image takes as uint8."""
+        """Size of one resized image as uint8."""
         return 3 * self.image_size**2
 
     def resize(self, images: Tensor) -> Tensor:
-        """Centre square, resized with antialiasing: uint8 (b, 3, H, W) → uint8 (b, 3, S, S)."""
+        """Crop the centre square and resize it: uint8 [b, 3, H, W] → uint8 [b, 3, S, S].
+
+        Resizing is antialiased, except with nearest-neighbour interpolation.
+        """
         height, width = images.shape[-2:]
         side = min(height, width)
         top, left = (height - side) // 2, (width - side) // 2
@@ -103,31 +123,41 @@ class Preprocessing:
         )
 
     def normalise(self, images: Tensor) -> Tensor:
-        """uint8 (b, 3, S, S) → float32 (b, 3, S, S), each channel less its mean, by its std."""
+        """Normalise each channel by mean and std: uint8 [b, 3, S, S] → float32 [b, 3, S, S]."""
         mean = torch.tensor(self.mean).view(1, 3, 1, 1) * 255
         std = torch.tensor(self.std).view(1, 3, 1, 1) * 255
         return images.to(torch.float32).sub_(mean).div_(std)
 
 
 def shuffled(n: int, batch_size: int, seed: int, epoch: int = 0) -> list[Tensor]:
-    """0 … n-1 in an order fixed by seed and epoch, cut into batches: int64 (batch_size,) each.
+    """Shuffle 0 … n-1 by seed and epoch, and cut the order into batches, int64 [batch_size].
 
-    The last may be smaller. Raises PreprocessingError unless batch_size >= 1 and n, epoch >= 0.
+    The last batch may be smaller.
+
+    Raises:
+        PreprocessingError: ``batch_size`` is below 1, or ``n`` or ``epoch`` negative.
     """
-    for field, value, least in (("n", n, 0), ("batch_size", batch_size, 1), ("epoch", epoch, 0)):
-        if value < least:
-            raise PreprocessingError(field, limit=f"at least {least}", value=value)
+    for field, value, minimum in (("n", n, 0), ("batch_size", batch_size, 1), ("epoch", epoch, 0)):
+        if value < minimum:
+            raise PreprocessingError(field, limit=f"at least {minimum}", value=value)
     order = torch.from_numpy(generator(seed, "shuffle", epoch).permutation(n))
     return [order[start : start + batch_size] for start in range(0, n, batch_size)]
 
 
 class BatchReader:
-    """Reads batches of one set, keeping resized images as uint8 as far as cache_bytes goes.
+    """Reads batches of one set and caches resized images as uint8.
 
-    The first cache_bytes // (3·S·S) images of the set are resized once and kept; the others are
-    read again each time. 0 keeps none. augmentation is applied to training batches after the
-    resizing, so that it is new in each epoch, cached or not.
-    Raises PreprocessingError if cache_bytes is negative.
+    The first ``cache_bytes // (3·S·S)`` images of the set are cached; the others are read again
+    each time. Augmentation follows resizing, so that it differs in each epoch, cached or not.
+
+    Args:
+        image_set: the set.
+        preprocessing: the model's.
+        cache_bytes: memory budget; 0: no cache.
+        augmentation: for training batches; None: no augmentation.
+
+    Raises:
+        PreprocessingError: ``cache_bytes`` is negative.
     """
 
     def __init__(
@@ -144,9 +174,9 @@ class BatchReader:
         self.preprocessing = preprocessing
         self.augmentation = augmentation
         side = preprocessing.image_size
-        slots = min(len(image_set), cache_bytes // preprocessing.bytes_per_image)
-        self._cached = torch.empty((slots, 3, side, side), dtype=torch.uint8)
-        self._filled = torch.zeros(slots, dtype=torch.bool)
+        count = min(len(image_set), cache_bytes // preprocessing.bytes_per_image)
+        self._cache = torch.empty((count, 3, side, side), dtype=torch.uint8)
+        self._filled = torch.zeros(count, dtype=torch.bool)
 
     def __len__(self) -> int:
         return len(self.image_set)
@@ -154,11 +184,17 @@ class BatchReader:
     def read(
         self, indices: Sequence[int] | Tensor, *, epoch: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Images float32 (b, 3, S, S) and labels int64 (b,) at these positions.
+        """Read a batch; an image's values do not depend on the other images of the batch.
 
-        An image's values do not depend on the others it is asked for with.
-        epoch: which training epoch this is, for the augmentation; None: not augmented.
-        Raises CorruptImageError.
+        Args:
+            indices: positions in the set, [b].
+            epoch: number of the training epoch, for the augmentation; None: not augmented.
+
+        Returns:
+            Images float32 [b, 3, S, S] and labels int64 [b].
+
+        Raises:
+            CorruptImageError: an image cannot be read.
         """
         positions = _positions(indices)
         images = self._resized(positions)
@@ -167,22 +203,24 @@ class BatchReader:
         return self.preprocessing.normalise(images), self.image_set.labels[positions]
 
     def _resized(self, positions: Tensor) -> Tensor:
-        slots = len(self._filled)
-        if slots == 0:
-            return _resized(self.image_set, positions, self.preprocessing)
-        cacheable = positions < slots  # (b,)
+        count = len(self._filled)
+        if count == 0:
+            return _read_resized(self.image_set, positions, self.preprocessing)
+        cacheable = positions < count  # [b]
         wanted = torch.zeros_like(self._filled)
         wanted[positions[cacheable]] = True
         absent = torch.nonzero(wanted & ~self._filled).flatten()
         if len(absent):
-            self._cached[absent] = _resized(self.image_set, absent, self.preprocessing)
+            self._cache[absent] = _read_resized(self.image_set, absent, self.preprocessing)
             self._filled[absent] = True
         if bool(cacheable.all()):
-            return self._cached[positions]
+            return self._cache[positions]
         side = self.preprocessing.image_size
         images = torch.empty((len(positions), 3, side, side), dtype=torch.uint8)
-        images[cacheable] = self._cached[positions[cacheable]]
-        images[~cacheable] = _resized(self.image_set, positions[~cacheable], self.preprocessing)
+        images[cacheable] = self._cache[positions[cacheable]]
+        images[~cacheable] = _read_resized(
+            self.image_set, positions[~cacheable], self.preprocessing
+        )
         return images
 
 
@@ -190,9 +228,10 @@ def _positions(indices: Sequence[int] | Tensor) -> Tensor:
     return torch.as_tensor(indices, dtype=torch.int64).reshape(-1)
 
 
-def _resized(image_set: ImageSet, positions: Tensor, way: Preprocessing) -> Tensor:
-    """uint8 (n, 3, S, S); neighbours of one size are resized together, up to a bound."""
-    resized = torch.empty((len(positions), 3, way.image_size, way.image_size), dtype=torch.uint8)
+def _read_resized(image_set: ImageSet, positions: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """Read and resize images, uint8 [n, 3, S, S]; neighbours of equal size in one call."""
+    side = preprocessing.image_size
+    resized = torch.empty((len(positions), 3, side, side), dtype=torch.uint8)
     waiting: list[Tensor] = []
     done = 0
     for position in positions.tolist():
@@ -200,10 +239,10 @@ def _resized(image_set: ImageSet, positions: Tensor, way: Preprocessing) -> Tens
         if waiting and (
             image.shape != waiting[0].shape or len(waiting) * image.numel() >= _CHUNK_BYTES
         ):
-            resized[done : done + len(waiting)] = way.resize(torch.stack(waiting))
+            resized[done : done + len(waiting)] = preprocessing.resize(torch.stack(waiting))
             done += len(waiting)
             waiting = []
         waiting.append(image)
     if waiting:
-        resized[done:] = way.resize(torch.stack(waiting))
+        resized[done:] = preprocessing.resize(torch.stack(waiting))
     return resized

@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 in their binary form; their Python form is pickled and is not read."""
+"""Load CIFAR-10 and CIFAR-100 from their binary form; the pickled Python form is not read."""
 
 from __future__ import annotations
 
@@ -21,11 +21,17 @@ _SITE = "https://www.cs.toronto.edu/~kriz"
 
 @dataclass(frozen=True)
 class CifarForm:
-    """How one of the two sets lies on disk. label_bytes: before each image, the last one counts."""
+    """The files of one of the two sets.
+
+    Attributes:
+        md5: of the archive, as published by the authors.
+        label_bytes: before each image; the last one is the label.
+        pickled: the folder of the Python form.
+    """
 
     folder: str
     archive: str
-    md5: str  # as the authors publish it
+    md5: str
     train: tuple[str, ...]
     test: tuple[str, ...]
     names: str
@@ -61,14 +67,20 @@ FORMS = {
 
 
 def load_cifar(name: str, root: Path) -> Dataset:
-    """CIFAR10 or CIFAR100 with its own training and test images.
+    """Load CIFAR10 or CIFAR100.
 
-    root holds the unpacked binary form, its folder, or its archive; else the archive is fetched
-    there. Raises PickledDataError if only the Python form is there, DatasetDownloadError,
-    DataFormatError.
+    Args:
+        name: of the set.
+        root: folder with the unpacked binary files, with their folder, or with the archive; if it
+            has none of these, the archive is downloaded there.
+
+    Raises:
+        PickledDataError: ``root`` has only the Python form.
+        DatasetDownloadError: the download failed.
+        DataFormatError: a file does not match the binary form.
     """
     form = FORMS[name]
-    folder = next((place for place in (root / form.folder, root) if _complete(place, form)), None)
+    folder = next((path for path in (root / form.folder, root) if _is_complete(path, form)), None)
     if folder is None:
         folder = root / form.folder
         _unpack(form, root, name)
@@ -80,27 +92,27 @@ def _files(form: CifarForm) -> tuple[str, ...]:
     return (*form.train, *form.test, form.names)
 
 
-def _complete(folder: Path, form: CifarForm) -> bool:
+def _is_complete(folder: Path, form: CifarForm) -> bool:
     return all((folder / name).is_file() for name in _files(form))
 
 
 def _unpack(form: CifarForm, root: Path, name: str) -> None:
     archive = root / form.archive
-    where = f"{form.archive} in {root}, or {', '.join(_files(form))} in {root / form.folder}"
+    expected = f"{form.archive} in {root}, or {', '.join(_files(form))} in {root / form.folder}"
     if not archive.is_file():
         if (root / form.pickled).exists() or (root / f"{form.pickled}.tar.gz").exists():
             raise PickledDataError(
                 name,
-                limit=where,
+                limit=expected,
                 value=form.pickled,
-                hint=f"Take the binary form: {_SITE}/{form.archive}",
+                hint=f"Use the binary form: {_SITE}/{form.archive}",
             )
-        _download(form, root, name, where)
+        _download(form, root, name, expected)
     read_members(archive, form.folder, _files(form), root / form.folder)
 
 
-def _download(form: CifarForm, root: Path, name: str, where: str) -> None:
-    hint = f"Fetch {_SITE}/{form.archive} (the binary form) and put it there."
+def _download(form: CifarForm, root: Path, name: str, expected: str) -> None:
+    hint = f"Download {_SITE}/{form.archive} (the binary form) and put it there."
     try:
         from split_model.backbone.libraries import torchvision
 
@@ -108,7 +120,7 @@ def _download(form: CifarForm, root: Path, name: str, where: str) -> None:
             f"{_SITE}/{form.archive}", str(root), form.archive, form.md5
         )
     except (OSError, RuntimeError, ImportError) as error:
-        raise DatasetDownloadError(name, limit=where, value=str(error), hint=hint) from error
+        raise DatasetDownloadError(name, limit=expected, value=str(error), hint=hint) from error
 
 
 def _class_names(path: Path, form: CifarForm) -> tuple[str, ...]:
@@ -119,7 +131,7 @@ def _class_names(path: Path, form: CifarForm) -> tuple[str, ...]:
 
 
 def _read(folder: Path, files: Sequence[str], form: CifarForm, names: tuple[str, ...]) -> ImageSet:
-    record = form.label_bytes + _PIXELS
+    record = form.label_bytes + _PIXELS  # bytes
     sizes = [(folder / name).stat().st_size for name in files]
     for name, size in zip(files, sizes, strict=True):
         if size == 0 or size % record:
@@ -131,7 +143,7 @@ def _read(folder: Path, files: Sequence[str], form: CifarForm, names: tuple[str,
     labels = np.empty(total, np.int64)
     done = 0
     for name in files:
-        raw = np.fromfile(folder / name, np.uint8).reshape(-1, record)  # (m, record)
+        raw = np.fromfile(folder / name, np.uint8).reshape(-1, record)  # [m, record]
         labels[done : done + len(raw)] = raw[:, form.label_bytes - 1]
         pixels[done : done + len(raw)] = raw[:, form.label_bytes :].reshape(-1, 3, 32, 32)
         done += len(raw)

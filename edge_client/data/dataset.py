@@ -1,4 +1,4 @@
-"""What a loader gives: images to train on, images to test on."""
+"""A data set of two image sets, for training and for testing."""
 
 from __future__ import annotations
 
@@ -38,34 +38,51 @@ class Dataset:
                 "training set",
                 limit="at least one readable image",
                 value=0,
-                hint=_named(self.train.skipped),
+                hint=_describe_skipped(self.train.skipped),
             )
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """The classes, in the order of their labels."""
+        """The classes' names, in the order of their labels."""
         return self.train.class_names
 
     @property
     def skipped(self) -> tuple[Skipped, ...]:
-        """What was left out of either set, each named once."""
+        """The entries skipped in either set, without repeats."""
         return tuple(dict.fromkeys(self.train.skipped + self.test.skipped))
 
     def readable(self) -> Dataset:
-        """Without the images that cannot be read any more. Raises EmptyDatasetError."""
+        """Return the data without images that have become unreadable.
+
+        Raises:
+            EmptyDatasetError: no training image is left.
+        """
         return Dataset(self.train.readable(), self.test.readable())
 
     def aligned(self, class_names: Sequence[str]) -> Dataset:
-        """Both sets with labels that index class_names. Raises ClassMismatchError,
-        EmptyDatasetError."""
+        """Return both sets with labels that index ``class_names``.
+
+        Raises:
+            ClassMismatchError: the sets share no class with ``class_names``.
+            EmptyDatasetError: no training image is left.
+        """
         return Dataset(self.train.aligned(class_names), self.test.aligned(class_names))
 
 
 def hold_out(images: ImageSet, share: float, seed: int) -> Dataset:
-    """Set aside a share of each class for testing, the same one for the same seed.
+    """Split off a share of each class for testing, by seed.
 
-    share lies in (0, 1). A class of two or more images has at least one on either side; a class
-    of one is trained on. Raises PartitionError, EmptyDatasetError.
+    A class of two or more images has at least one in each set; a class's only image is for
+    training.
+
+    Args:
+        images: the whole set.
+        share: of each class, in (0, 1).
+        seed: determines the choice.
+
+    Raises:
+        PartitionError: ``share`` is out of range.
+        EmptyDatasetError: there are no images.
     """
     test = stratified_share(images.labels.numpy(), share, seed)
     train = np.setdiff1d(np.arange(len(images)), test)
@@ -80,51 +97,59 @@ def limit_per_set(
     shots: int | None = None,
     seed: int,
 ) -> Dataset:
-    """At most so many images of each set, in the classes' own proportions. None: all of them.
+    """Limit the number of images of each set, in the proportions of its classes.
 
-    shots, in place of train: just so many training images of every class, drawn with a seed of
-    their own. All who have the same data and seed draw the same images.
-    Raises PartitionError if a limit is not positive, if both train and shots are given, or if a
-    class has fewer training images than shots.
+    The same data and seed give the same images on every device.
+
+    Args:
+        dataset: both sets.
+        train: number of training images, at most; None: no limit.
+        test: number of test images, at most; None: no limit.
+        shots: instead of ``train``, the exact number of training images of each class.
+        seed: determines the choice.
+
+    Raises:
+        PartitionError: a limit is not positive, both ``train`` and ``shots`` are given, or a class
+            has fewer training images than ``shots``.
     """
     chosen = dataset.train
     if shots is None:
-        chosen = _limited(chosen, "train", train, seed)
+        chosen = _limit(chosen, "train", train, seed)
     elif train is None:
-        few = pick_per_class(chosen.labels.numpy(), chosen.class_names, shots, seed)
-        chosen = chosen.subset(few)
+        positions = pick_per_class(chosen.labels.numpy(), chosen.class_names, shots, seed)
+        chosen = chosen.subset(positions)
     else:
         raise PartitionError(
-            "training images", limit="shots or a number in all", value=f"{shots} and {train}"
+            "training images", limit="shots or a total number", value=f"{shots} and {train}"
         )
-    return Dataset(chosen, _limited(dataset.test, "test", test, seed))
+    return Dataset(chosen, _limit(dataset.test, "test", test, seed))
 
 
-def _limited(images: ImageSet, field: str, limit: int | None, seed: int) -> ImageSet:
+def _limit(images: ImageSet, field: str, limit: int | None, seed: int) -> ImageSet:
     if limit is None or (limit >= len(images) and limit > 0):
         return images
     return images.subset(stratified_pick(images.labels.numpy(), limit, seed, field=field))
 
 
-def _named(skipped: tuple[Skipped, ...], most: int = 5) -> str:
+def _describe_skipped(skipped: tuple[Skipped, ...], limit: int = 5) -> str:
     if not skipped:
         return ""
-    named = "; ".join(f"{entry.path} ({entry.reason})" for entry in skipped[:most])
-    more = f"; and {len(skipped) - most} more" if len(skipped) > most else ""
-    return f"Skipped: {named}{more}"
+    entries = "; ".join(f"{entry.path} ({entry.reason})" for entry in skipped[:limit])
+    more = f"; and {len(skipped) - limit} more" if len(skipped) > limit else ""
+    return f"Skipped: {entries}{more}"
 
 
 def by_content(dataset: Dataset) -> Dataset:
-    """Both sets in the order of a hash of each image.
+    """Order both sets by a hash of each image.
 
-    Class folders are read class by class, and a server sees in which order samples are sent: from
-    neighbours it could tell which have one label. This order is the same for the same images, so
-    that a seed still fixes a run, and means nothing to whoever does not have them.
+    Class folders are read class by class, and the server sees the order in which samples are sent:
+    it could tell which samples share a label. The order by hash reveals nothing about labels, and
+    is the same for the same images, so that a seed still determines a run.
     """
-    return Dataset(_ordered(dataset.train), _ordered(dataset.test))
+    return Dataset(_order(dataset.train), _order(dataset.test))
 
 
-def _ordered(images: ImageSet) -> ImageSet:
+def _order(images: ImageSet) -> ImageSet:
     digests = [_digest(images, position) for position in range(len(images))]
     order = sorted(range(len(images)), key=lambda position: (digests[position], position))
     return images.subset(torch.tensor(order, dtype=torch.int64))
@@ -134,5 +159,5 @@ def _digest(images: ImageSet, position: int) -> bytes:
     try:
         image = images.image(position)  # uint8 [3, H, W]
     except CorruptImageError:
-        return b""  # whoever reads it later says so
+        return b""  # reading it later reports the error
     return hashlib.blake2b(image.contiguous().numpy().tobytes(), digest_size=16).digest()

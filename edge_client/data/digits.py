@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits: 1,797 images of 8×8, in its wheel."""
+"""Load scikit-learn's handwritten digits: 1,797 images of 8×8 pixels, included in its wheel."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from edge_client.data.dataset import Dataset, hold_out
 from edge_client.data.errors import MissingLibraryError
 from edge_client.data.image_set import ArrayStore, ImageSet
 
-_TOP = 16  # the brightest value in scikit-learn's arrays
+_MAX_VALUE = 16  # of a pixel in scikit-learn's arrays
 
 
 def load_digits(*, held_out: float, seed: int) -> Dataset:
-    """The digits, a share of each class held out for testing.
+    """Load the digits and hold out a share of each class for testing.
 
-    Raises MissingLibraryError, PartitionError.
+    Raises:
+        MissingLibraryError: scikit-learn is not installed.
+        PartitionError: ``held_out`` is out of range.
     """
     try:
         from sklearn import datasets
@@ -24,7 +26,7 @@ def load_digits(*, held_out: float, seed: int) -> Dataset:
             "--data digits", limit="scikit-learn", value=None, hint="pip install scikit-learn"
         ) from error
     raw = datasets.load_digits()
-    scaled = np.rint(np.asarray(raw.images) * (255 / _TOP)).astype(np.uint8)  # (1797, 8, 8)
+    scaled = np.rint(np.asarray(raw.images) * (255 / _MAX_VALUE)).astype(np.uint8)  # [1797, 8, 8]
     images = ImageSet(
         ArrayStore(torch.from_numpy(scaled).unsqueeze(1)),
         torch.from_numpy(np.asarray(raw.target, dtype=np.int64)),

@@ -1,4 +1,4 @@
-"""Named files out of a tar archive, and nothing else of it."""
+"""The cache folder of downloads, and unpacking of named files from a tar archive."""
 
 from __future__ import annotations
 
@@ -11,14 +11,25 @@ from pathlib import Path
 
 from edge_client.data.errors import DataFormatError
 
-_MOST_BYTES = 1024**3  # for one member
+_MAX_MEMBER_BYTES = 1024**3
+
+CACHE_VARIABLE = "SFPROMPT_CACHE"
 
 
 def read_members(archive: Path, inside: str, names: Sequence[str], target: Path) -> None:
-    """Copy the plain files inside/name of a tar archive to target/name.
+    """Copy regular files from a tar archive.
 
-    No path, link, owner or mode of the archive is followed. target appears with all files or not
-    at all. Raises DataFormatError.
+    No path, link, owner or mode in the archive is used. The target folder appears with all files
+    or not at all.
+
+    Args:
+        archive: the tar file.
+        inside: folder in the archive.
+        names: of the files in ``inside``.
+        target: folder for the copies.
+
+    Raises:
+        DataFormatError: the archive is damaged, or a file is missing, too large or not regular.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".unpack-") as folder:
@@ -35,7 +46,7 @@ def read_members(archive: Path, inside: str, names: Sequence[str], target: Path)
                 value=str(archive),
                 hint=str(error),
             ) from error
-        if target.is_dir():  # an incomplete folder from before
+        if target.is_dir():  # an incomplete folder already exists
             for name in names:
                 os.replace(unpacked / name, target / name)
         else:
@@ -45,20 +56,17 @@ def read_members(archive: Path, inside: str, names: Sequence[str], target: Path)
 def _copy(tar: tarfile.TarFile, member: str, path: Path) -> None:
     entry = tar.getmember(member)
     source = tar.extractfile(entry) if entry.isreg() else None
-    if source is None or entry.size > _MOST_BYTES:
+    if source is None or entry.size > _MAX_MEMBER_BYTES:
         raise DataFormatError(
             f"{member} in the archive",
-            limit=f"a plain file of at most {_MOST_BYTES} bytes",
-            value=entry.size if entry.isreg() else "no plain file",
+            limit=f"a regular file of at most {_MAX_MEMBER_BYTES} bytes",
+            value=entry.size if entry.isreg() else "not a regular file",
         )
     with source, path.open("wb") as copy:
         shutil.copyfileobj(source, copy)
 
 
-CACHE_VARIABLE = "SFPROMPT_CACHE"
-
-
 def cache_dir() -> Path:
-    """The folder for what was downloaded: $SFPROMPT_CACHE, or ~/.cache/sfprompt. Not created."""
-    chosen = os.environ.get(CACHE_VARIABLE)
-    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "sfprompt"
+    """Return the folder for downloads: $SFPROMPT_CACHE, or ~/.cache/sfprompt. It may not exist."""
+    folder = os.environ.get(CACHE_VARIABLE)
+    return Path(folder).expanduser() if folder else Path.home() / ".cache" / "sfprompt"

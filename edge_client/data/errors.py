@@ -1,17 +1,17 @@
-"""What can go wrong between the user's `--data` text and a batch of images.
+"""Errors of loading, partitioning and preprocessing data.
 
 DataError
 ├── SourceError            the text after --data names no known kind of source
-├── UnknownDatasetError    no classification set of that name
+├── UnknownDatasetError    there is no classification set of that name
 ├── MissingDataError       the folder or the files are not where they are expected
-├── EmptyDatasetError      nothing is left to learn from
-├── DatasetDownloadError   the files are not there and could not be fetched
-├── DataFormatError        a file's bytes contradict its format
-├── PickledDataError       the only form at hand is pickled, which is never read
-├── CorruptImageError      an image that was readable before no longer is
+├── EmptyDatasetError      no training image is left
+├── DatasetDownloadError   the files are missing and their download failed
+├── DataFormatError        a file's content does not match its format
+├── PickledDataError       the data exist only in pickled form, which is never read
+├── CorruptImageError      an image that was readable has become unreadable
 ├── ClassMismatchError     the set shares no class with the run
-├── PartitionError         the set cannot be parted as asked
-├── PreprocessingError     an image size, mean or batch size that makes no sense
+├── PartitionError         the set cannot be partitioned as requested
+├── PreprocessingError     an image size, mean, interpolation or batch size is invalid
 └── MissingLibraryError    the set needs a library that is not installed
 """
 
@@ -23,7 +23,7 @@ from protocol.errors import FieldValue, SFPromptError
 
 
 class DataError(SFPromptError):
-    """A fault in the data or in how it was asked for."""
+    """The data, or the request for them, are faulty. A class's docstring is its message."""
 
     code: ClassVar[str] = "data_error"
 
@@ -51,35 +51,35 @@ class MissingDataError(DataError):
 
 
 class EmptyDatasetError(DataError):
-    """Nothing is left to learn from."""
+    """No training image is left."""
 
 
 class DatasetDownloadError(DataError):
-    """The files are not there and could not be fetched."""
+    """The files are missing and their download failed."""
 
 
 class DataFormatError(DataError):
-    """A file's bytes contradict its format."""
+    """A file's content does not match its format."""
 
 
 class PickledDataError(DataError):
-    """The only form at hand is pickled, and pickles are never read."""
+    """The data exist only in pickled form, which is never read."""
 
 
 class CorruptImageError(DataError):
-    """An image that was readable when the set was opened no longer is."""
+    """An image that was readable has become unreadable."""
 
 
 class ClassMismatchError(DataError):
-    """The set shares no class with the run it is meant for."""
+    """The set shares no class with the run."""
 
 
 class PartitionError(DataError):
-    """The set cannot be parted as asked."""
+    """The set cannot be partitioned as requested."""
 
 
 class PreprocessingError(DataError):
-    """An image size, mean, interpolation or batch size makes no sense."""
+    """An image size, mean, interpolation or batch size is invalid."""
 
 
 class MissingLibraryError(DataError):

@@ -1,4 +1,4 @@
-"""Fashion-MNIST: 70,000 grey images of 28×28, found on this machine or fetched."""
+"""Load Fashion-MNIST: 70,000 grey images of 28×28 pixels, from disk or downloaded."""
 
 from __future__ import annotations
 
@@ -23,16 +23,49 @@ from edge_client.data.download import cache_dir
 from edge_client.data.errors import DataFormatError, DatasetDownloadError
 from edge_client.data.image_set import ArrayStore, ImageSet
 
-_UNSIGNED_BYTE = 0x08
+_UNSIGNED_BYTE = 0x08  # the idx format's code for uint8
 
-_MOST_BYTES = 4 * 1024**3
+_MAX_BYTES = 4 * 1024**3
+
+CLASSES = (
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
+
+DEBIAN_PACKAGE = "dataset-fashion-mnist"
+
+SYSTEM_FOLDER = Path("/usr/share/datasets/fashion-mnist")
+
+_FILES = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
+
+_RAW = Path("FashionMNIST", "raw")  # torchvision's folder below its root
+
+_DOWNLOAD_TIMEOUT_S = 600
 
 
 def read_idx(path: Path, dimensions: int) -> Tensor:
-    """Read a file of unsigned bytes with this many dimensions: uint8, shaped as its header says.
+    """Read an idx file of unsigned bytes as uint8, in the shape that its header announces.
 
-    The header is believed only up to 4 GiB, and the file has to hold exactly what it announces.
-    Raises DataFormatError.
+    Args:
+        path: of the file, plain or .gz.
+        dimensions: expected number of dimensions.
+
+    Raises:
+        DataFormatError: the header is not as expected, announces over 4 GiB, or does not match the
+            file's size.
     """
     try:
         with _open(path) as stream:
@@ -59,8 +92,8 @@ def _read_idx(stream: BinaryIO, path: Path, dimensions: int) -> Tensor:
         )
     shape = struct.unpack(f">{dimensions}I", header[4:])
     size = math.prod(shape)
-    if size > _MOST_BYTES:
-        raise DataFormatError(f"size of {path}", limit=f"at most {_MOST_BYTES}", value=size)
+    if size > _MAX_BYTES:
+        raise DataFormatError(f"size of {path}", limit=f"at most {_MAX_BYTES}", value=size)
     if path.suffix != ".gz" and path.stat().st_size != header_bytes + size:
         raise DataFormatError(
             f"size of {path}", limit=header_bytes + size, value=path.stat().st_size
@@ -77,109 +110,87 @@ def _read_idx(stream: BinaryIO, path: Path, dimensions: int) -> Tensor:
     return torch.from_numpy(values.reshape(shape))
 
 
-CLASSES = (
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
-)
-
-DEBIAN_PACKAGE = "dataset-fashion-mnist"
-
-SYSTEM_FOLDER = Path("/usr/share/datasets/fashion-mnist")
-
-_FILES = (
-    "train-images-idx3-ubyte",
-    "train-labels-idx1-ubyte",
-    "t10k-images-idx3-ubyte",
-    "t10k-labels-idx1-ubyte",
-)
-
-_RAW = Path("FashionMNIST", "raw")  # torchvision's layout below its root
-
-_FETCH_SECONDS = 600
-
-
 def load_fashion_mnist(root: Path | None) -> Dataset:
-    """Its own 60,000 training and 10,000 test images.
+    """Load 60,000 training and 10,000 test images.
 
-    root: a folder with the four idx files (plain or .gz), torchvision's root, or the unpacked
-    Debian package; None looks in the cache and where Debian installs it. What is not there is
-    fetched into root (or the cache): from Debian's package, or else by torchvision.
-    Raises DatasetDownloadError, DataFormatError.
+    Missing files are downloaded to ``root`` (or the cache), as Debian's package or by torchvision.
+
+    Args:
+        root: a folder with the four idx files (plain or .gz), torchvision's root, or the unpacked
+            Debian package; None: the cache, and the folder where Debian installs the package.
+
+    Raises:
+        DatasetDownloadError: the files are missing and their download failed.
+        DataFormatError: a file is damaged.
     """
     home = root or cache_dir() / "fashion-mnist"
     folder = _find(home, system=root is None)
     if folder is None:
-        folder = _fetch(home)
+        folder = _download(home)
     return Dataset(_read(folder, "train"), _read(folder, "t10k"))
 
 
 def _find(home: Path, *, system: bool) -> Path | None:
-    places = [home / _RAW, home, home / SYSTEM_FOLDER.relative_to("/")]
+    folders = [home / _RAW, home, home / SYSTEM_FOLDER.relative_to("/")]
     if system:
-        places.append(SYSTEM_FOLDER)
-    return next((place for place in places if _complete(place)), None)
+        folders.append(SYSTEM_FOLDER)
+    return next((folder for folder in folders if _is_complete(folder)), None)
 
 
-def _complete(folder: Path) -> bool:
+def _is_complete(folder: Path) -> bool:
     return all(_file(folder, name) is not None for name in _FILES)
 
 
 def _file(folder: Path, name: str) -> Path | None:
     plain = folder / name
-    packed = folder / f"{name}.gz"
-    return plain if plain.is_file() else packed if packed.is_file() else None
+    compressed = folder / f"{name}.gz"
+    return plain if plain.is_file() else compressed if compressed.is_file() else None
 
 
 def _read(folder: Path, prefix: str) -> ImageSet:
-    pixels = read_idx(_file(folder, f"{prefix}-images-idx3-ubyte") or folder, 3)  # (n, H, W)
-    labels = read_idx(_file(folder, f"{prefix}-labels-idx1-ubyte") or folder, 1)  # (n,)
+    pixels = read_idx(_file(folder, f"{prefix}-images-idx3-ubyte") or folder, 3)  # [n, H, W]
+    labels = read_idx(_file(folder, f"{prefix}-labels-idx1-ubyte") or folder, 1)  # [n]
     if len(pixels) != len(labels):
         raise DataFormatError(
-            f"{prefix} labels in {folder}", limit=f"{len(pixels)}, one an image", value=len(labels)
+            f"{prefix} labels in {folder}",
+            limit=f"{len(pixels)}, one for each image",
+            value=len(labels),
         )
     return ImageSet(ArrayStore(pixels.unsqueeze(1)), labels.to(torch.int64), CLASSES)
 
 
-def _fetch(home: Path) -> Path:
+def _download(home: Path) -> Path:
     target = home / _RAW
-    ways: tuple[Callable[[Path], None], ...] = (_from_debian, _from_torchvision)
+    sources: tuple[Callable[[Path], None], ...] = (_download_from_debian, _download_by_torchvision)
     failures: list[str] = []
-    for way in ways:
+    for download in sources:
         try:
-            way(home)
+            download(home)
         except (OSError, RuntimeError, ImportError, subprocess.SubprocessError) as error:
             failures.append(str(error).strip())
         else:
-            if _complete(target):
+            if _is_complete(target):
                 return target
     raise DatasetDownloadError(
         "Fashion-MNIST",
         limit=f"{', '.join(_FILES)} (plain or .gz) in {target}, in {home}, or in {SYSTEM_FOLDER}",
-        value="; ".join(failures) or "no such files",
+        value="; ".join(failures) or "files are missing",
         hint=(
-            f"Any of these helps: apt-get install {DEBIAN_PACKAGE}; apt-get download "
+            f"Do one of these: apt-get install {DEBIAN_PACKAGE}; apt-get download "
             f"{DEBIAN_PACKAGE} && dpkg -x {DEBIAN_PACKAGE}_*.deb {home}; copy the four files of "
             f"https://github.com/zalandoresearch/fashion-mnist to {target}"
         ),
     )
 
 
-def _from_debian(home: Path) -> None:
-    """Fetch and unpack Debian's package without installing it, so without root."""
+def _download_from_debian(home: Path) -> None:
+    """Download and unpack Debian's package; without installing it, so that it needs no root."""
     if not (shutil.which("apt-get") and shutil.which("dpkg")):
-        raise RuntimeError("Debian's package: no apt-get or no dpkg on this machine")
+        raise RuntimeError("Debian's package: this machine has no apt-get or no dpkg")
     home.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=home, prefix=".fetch-") as name:
         folder = Path(name)
-        # As root, apt would hand the download to a user who may not write here.
+        # As root, apt would download as a user without write permission for this folder.
         as_caller = ["-o", "APT::Sandbox::User=root"]
         _run(["apt-get", *as_caller, "download", "--quiet", DEBIAN_PACKAGE], folder)
         packages = sorted(folder.glob(f"{DEBIAN_PACKAGE}_*.deb"))
@@ -187,8 +198,8 @@ def _from_debian(home: Path) -> None:
             raise RuntimeError("Debian's package: apt-get left no file")
         _run(["dpkg", "-x", str(packages[-1]), str(folder / "unpacked")], folder)
         unpacked = folder / "unpacked" / SYSTEM_FOLDER.relative_to("/")
-        if not _complete(unpacked):
-            raise RuntimeError("Debian's package: it does not hold the four files")
+        if not _is_complete(unpacked):
+            raise RuntimeError("Debian's package: it does not contain the four files")
         target = home / _RAW
         target.mkdir(parents=True, exist_ok=True)
         for part in _FILES:
@@ -197,15 +208,20 @@ def _from_debian(home: Path) -> None:
 
 
 def _run(command: list[str], folder: Path) -> None:
-    done = subprocess.run(  # noqa: S603 - fixed words and our own paths
-        command, cwd=folder, capture_output=True, text=True, timeout=_FETCH_SECONDS, check=False
+    done = subprocess.run(  # noqa: S603 - constant words and this module's paths
+        command,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=_DOWNLOAD_TIMEOUT_S,
+        check=False,
     )
     if done.returncode:
-        said = done.stderr.strip().splitlines()
-        raise RuntimeError(f"{command[0]}: {said[-1] if said else f'exit {done.returncode}'}")
+        lines = done.stderr.strip().splitlines()
+        raise RuntimeError(f"{command[0]}: {lines[-1] if lines else f'exit {done.returncode}'}")
 
 
-def _from_torchvision(home: Path) -> None:
+def _download_by_torchvision(home: Path) -> None:
     from split_model.backbone.libraries import torchvision
 
     try:

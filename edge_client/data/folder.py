@@ -1,4 +1,4 @@
-"""A folder of images by class, with `train/` and `test/` below it or a held-out share."""
+"""Load a folder of images by class, with train/ and test/ or with a held-out share."""
 
 from __future__ import annotations
 
@@ -22,8 +22,12 @@ TEST_NAMES = ("test", "testing", "val", "valid", "validation")
 
 
 @dataclass(frozen=True)
-class _Found:
-    """The readable files below one folder: paths and their class, in the order of their names."""
+class _Scan:
+    """The readable files below one folder.
+
+    Attributes:
+        files: class and path of each, ordered by path.
+    """
 
     files: tuple[tuple[str, Path], ...]
     skipped: tuple[Skipped, ...]
@@ -34,33 +38,39 @@ class _Found:
 
 
 def load_folder(root: Path, *, held_out: float, seed: int) -> Dataset:
-    """Read root/CLASS/**/image, or root/train/CLASS/… and root/test/CLASS/….
+    """Load root/CLASS/**/image, or root/train/CLASS/… and root/test/CLASS/….
 
-    Every file is decoded once: what cannot be is skipped and named, and so is a class without a
-    readable image. Without a test folder (test, testing, val, valid or validation) a share of
-    each class is held out, by seed. Only paths are kept in memory. Groups of the images, should
-    anybody ask, are as `file_groups` finds them.
-    Raises MissingDataError, EmptyDatasetError, PartitionError.
+    Every file is decoded once; unreadable files and classes without a readable image are listed as
+    skipped. Only paths stay in memory. `file_groups` gives the images' groups.
+
+    Args:
+        root: the data folder.
+        held_out: share of each class to test on, if there is no folder test, testing, val, valid or
+            validation.
+        seed: determines the held-out images.
+
+    Raises:
+        MissingDataError: ``root`` is not a folder.
+        EmptyDatasetError: there is no readable training image.
+        PartitionError: ``held_out`` is out of range.
     """
     if not root.is_dir():
         raise MissingDataError("--data folder", limit="a folder", value=str(root))
-    train_folder = _below(root, TRAIN_NAMES)
-    test_folder = _below(root, TEST_NAMES)
+    train_folder = _first_folder(root, TRAIN_NAMES)
+    test_folder = _first_folder(root, TEST_NAMES)
     if train_folder is None:
-        found = _scan(root)
-        return hold_out(_image_set(root, root, found), held_out, seed)
-    found = _scan(train_folder)
-    train = _image_set(root, train_folder, found)
+        return hold_out(_image_set(root, root, _scan(root)), held_out, seed)
+    train = _image_set(root, train_folder, _scan(train_folder))
     if test_folder is None:
         return hold_out(train, held_out, seed)
     return Dataset(train, _test_set(root, _scan(test_folder), train))
 
 
-def _below(root: Path, names: tuple[str, ...]) -> Path | None:
+def _first_folder(root: Path, names: tuple[str, ...]) -> Path | None:
     return next((root / name for name in names if (root / name).is_dir()), None)
 
 
-def _scan(root: Path) -> _Found:
+def _scan(root: Path) -> _Scan:
     skipped: list[Skipped] = []
     candidates: list[tuple[str, Path]] = []
     folders: list[Path] = []
@@ -92,46 +102,46 @@ def _scan(root: Path) -> _Found:
         for folder in folders
         if folder.name not in readable
     ]
-    return _Found(tuple(files), tuple(skipped))
+    return _Scan(tuple(files), tuple(skipped))
 
 
-def _image_set(root: Path, folder: Path, found: _Found) -> ImageSet:
-    """What was found in a folder of the data folder root."""
-    if not found.files:
-        named = "; ".join(f"{entry.path} ({entry.reason})" for entry in found.skipped[:5])
+def _image_set(root: Path, folder: Path, scan: _Scan) -> ImageSet:
+    """Return the set of a folder's readable images; ``root`` is the data folder."""
+    if not scan.files:
+        skipped = "; ".join(f"{entry.path} ({entry.reason})" for entry in scan.skipped[:5])
         raise EmptyDatasetError(
             "--data folder",
             limit=f"{folder}/CLASS/IMAGE with a suffix of {' '.join(sorted(SUFFIXES))}",
             value="no readable image",
-            hint=f"Skipped: {named}" if named else "",
+            hint=f"Skipped: {skipped}" if skipped else "",
         )
-    names = tuple(sorted(found.classes))
-    place = {name: i for i, name in enumerate(names)}
+    names = tuple(sorted(scan.classes))
+    label = {name: i for i, name in enumerate(names)}
     return ImageSet(
-        FileStore([path for _, path in found.files], root),
-        torch.tensor([place[name] for name, _ in found.files], dtype=torch.int64),
+        FileStore([path for _, path in scan.files], root),
+        torch.tensor([label[name] for name, _ in scan.files], dtype=torch.int64),
         names,
-        found.skipped,
+        scan.skipped,
     )
 
 
-def _test_set(root: Path, found: _Found, train: ImageSet) -> ImageSet:
-    """The test images of the classes there is something to learn of; the others are named."""
-    place = {name: i for i, name in enumerate(train.class_names)}
-    known = [(place[name], path) for name, path in found.files if name in place]
+def _test_set(root: Path, scan: _Scan, train: ImageSet) -> ImageSet:
+    """Return the set of test images whose class has training images; list the others as skipped."""
+    label = {name: i for i, name in enumerate(train.class_names)}
+    known = [(label[name], path) for name, path in scan.files if name in label]
     unknown = tuple(
         Skipped(name, "test images of a class without training images")
-        for name in sorted(found.classes - place.keys())
+        for name in sorted(scan.classes - label.keys())
     )
     untested = tuple(
         Skipped(name, "a class without test images")
         for name in train.class_names
-        if name not in found.classes
+        if name not in scan.classes
     )
-    labels = torch.tensor([label for label, _ in known], dtype=torch.int64)
+    labels = torch.tensor([number for number, _ in known], dtype=torch.int64)
     return replace(
         train,
         store=FileStore([path for _, path in known], root),
         labels=labels,
-        skipped=found.skipped + unknown + untested,
+        skipped=scan.skipped + unknown + untested,
     )

@@ -1,4 +1,4 @@
-"""Labelled images, read one at a time, in memory or from files."""
+"""Sets of labelled images, in memory or in files, and the natural groups of their images."""
 
 from __future__ import annotations
 
@@ -15,56 +15,65 @@ from torch import Tensor
 from edge_client.data.decode import check_files, decode_file
 from edge_client.data.errors import ClassMismatchError, DataFormatError, PartitionError
 
-FILE = "groups.csv"
+GROUPS_FILE = "groups.csv"
 
 SEPARATOR = "_"
 
-HOW = (
-    f"Put {FILE} with the columns file,group into the data folder (file: the path from there), or "
-    f"name every image GROUP{SEPARATOR}…, such as ann{SEPARATOR}01.png; data without ids take "
-    "another partition."
+_HINT = (
+    f"Put {GROUPS_FILE} with the columns file,group into the data folder (file: the path relative "
+    f"to it), or name every image GROUP{SEPARATOR}…, such as ann{SEPARATOR}01.png, or use another "
+    "partition."
 )
 
 
 def file_groups(root: Path, paths: Sequence[Path]) -> tuple[str, ...]:
-    """The group of every image below root, in the order of paths.
+    """Return the group of each image.
 
-    From root/groups.csv, if it is there, and else the part of each file's name before its first
-    `_`. Raises PartitionError if an image has no group, DataFormatError if groups.csv is none.
+    Groups are read from root/groups.csv if it exists; else a group is the part of the file's name
+    before its first ``_``.
+
+    Args:
+        root: the data folder.
+        paths: of the images, below ``root``.
+
+    Raises:
+        PartitionError: an image has no group.
+        DataFormatError: groups.csv is not readable, or contradicts itself.
     """
-    table = root / FILE
-    known = _read(table) if table.is_file() else None
-    return tuple(_group(root, path, known) for path in paths)
+    table = root / GROUPS_FILE
+    groups = _read_groups(table) if table.is_file() else None
+    return tuple(_group(root, path, groups) for path in paths)
 
 
-def no_groups(what: str) -> PartitionError:
-    """The error for a set whose images belong to nobody that is known."""
-    return PartitionError(f"groups of {what}", limit="an id for each image", value=None, hint=HOW)
+def no_groups_error(set_name: str) -> PartitionError:
+    """Return the error for a set without groups."""
+    field = f"groups of {set_name}"
+    return PartitionError(field, limit="an id for each image", value=None, hint=_HINT)
 
 
-def _group(root: Path, path: Path, known: dict[str, str] | None) -> str:
-    place = path.relative_to(root).as_posix()
-    if known is not None:
-        group = known.get(place, "")
+def _group(root: Path, path: Path, groups: dict[str, str] | None) -> str:
+    file = path.relative_to(root).as_posix()
+    if groups is not None:
+        group = groups.get(file, "")
         if not group:
             raise PartitionError(
-                "group of an image", limit=f"a row in {root / FILE}", value=place, hint=HOW
+                "group of an image", limit=f"a row in {root / GROUPS_FILE}", value=file, hint=_HINT
             )
         return group
     group, separator, _ = path.name.partition(SEPARATOR)
     if not (group and separator):
         raise PartitionError(
-            "group of an image", limit=f"a name GROUP{SEPARATOR}…", value=place, hint=HOW
+            "group of an image", limit=f"a name GROUP{SEPARATOR}…", value=file, hint=_HINT
         )
     return group
 
 
-def _read(table: Path) -> dict[str, str]:
-    """Group by file, as groups.csv has them."""
+def _read_groups(table: Path) -> dict[str, str]:
+    """Read groups.csv: the group of each file."""
     groups: dict[str, str] = {}
     try:
-        with table.open(newline="", encoding="utf-8-sig") as file:
-            rows = csv.DictReader(file, strict=True)
+        with table.open(newline="", encoding="utf-8-sig") as stream:
+            rows = csv.DictReader(stream, strict=True)
             if not {"file", "group"} <= set(rows.fieldnames or ()):
                 raise DataFormatError(
                     f"columns of {table}",
@@ -72,14 +81,14 @@ def _read(table: Path) -> dict[str, str]:
                     value=",".join(rows.fieldnames or ()),
                 )
             for row in rows:
-                place, group = ((row[name] or "").strip() for name in ("file", "group"))
-                place = PurePosixPath(place).as_posix()  # ./cat/1.png is cat/1.png
-                if groups.setdefault(place, group) != group:
+                file, group = ((row[name] or "").strip() for name in ("file", "group"))
+                file = PurePosixPath(file).as_posix()  # ./cat/1.png is cat/1.png
+                if groups.setdefault(file, group) != group:
                     raise DataFormatError(
-                        f"groups of {place} in {table}",
-                        limit=groups[place],
+                        f"groups of {file} in {table}",
+                        limit=groups[file],
                         value=group,
-                        hint="A file is in one group.",
+                        hint="A file has to be in one group only.",
                     )
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataFormatError(
@@ -90,36 +99,45 @@ def _read(table: Path) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Skipped:
-    """Something that was left out of a set: where it lies, and why."""
+    """A file or class that a set leaves out, and the reason."""
 
     path: str
     reason: str
 
 
 class ImageStore(Protocol):
-    """Where the pixels of a set come from."""
+    """The images of a set, without labels."""
 
     def __len__(self) -> int: ...
 
     def read(self, index: int) -> Tensor:
-        """One image: uint8 (3, H, W). Raises CorruptImageError."""
+        """Read one image, uint8 [3, H, W].
+
+        Raises:
+            CorruptImageError: the image cannot be decoded.
+        """
         ...
 
     def unreadable(self) -> dict[int, Skipped]:
-        """The images that cannot be read now, by their positions."""
+        """Return the images that cannot be read now, by position."""
         ...
 
     def take(self, indices: Tensor) -> ImageStore:
-        """A store of these images alone, in this order; indices: int64 (n,)."""
+        """Return a store of these images only, in this order; indices: int64 [n]."""
         ...
 
     def groups(self) -> tuple[str, ...]:
-        """The natural group of every image. Raises PartitionError, DataFormatError."""
+        """Return the natural group of each image.
+
+        Raises:
+            PartitionError: the images have no groups.
+            DataFormatError: the groups' file is faulty.
+        """
         ...
 
 
 class ArrayStore:
-    """Images of one size in memory: uint8 (n, C, H, W), C = 1 (grey) or 3."""
+    """Images of one size in memory, uint8 [n, C, H, W] with C = 1 (grey) or 3."""
 
     def __init__(self, pixels: Tensor) -> None:
         if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] not in (1, 3):
@@ -134,25 +152,30 @@ class ArrayStore:
         return self.pixels.shape[0]
 
     def read(self, index: int) -> Tensor:
-        """One image: uint8 (3, H, W), a view. Grey is shown on all three channels."""
-        image = self.pixels[index]  # (C, H, W)
+        """Return a view of one image, uint8 [3, H, W]; grey is repeated on all channels."""
+        image = self.pixels[index]  # [C, H, W]
         return image.expand(3, -1, -1)
 
     def unreadable(self) -> dict[int, Skipped]:
-        """None: they are in memory."""
+        """Return no image: all are in memory."""
         return {}
 
     def take(self, indices: Tensor) -> ArrayStore:
-        """A copy of these images alone, so that the rest can be freed."""
+        """Return a store with copies of these images, so that the others can be freed."""
         return ArrayStore(self.pixels[indices])
 
     def groups(self) -> tuple[str, ...]:
-        """Raises PartitionError: nothing is known but pixels."""
-        raise no_groups("this set")
+        """Raise PartitionError: the images have no names."""
+        raise no_groups_error("this set")
 
 
 class FileStore:
-    """One image file each, decoded when it is read. root: the data folder that they are of."""
+    """Images in files, decoded when they are read.
+
+    Args:
+        paths: of the files, below ``root``.
+        root: the data folder.
+    """
 
     def __init__(self, paths: Sequence[Path], root: Path) -> None:
         self.paths = tuple(paths)
@@ -162,11 +185,15 @@ class FileStore:
         return len(self.paths)
 
     def read(self, index: int) -> Tensor:
-        """One image: uint8 (3, H, W). Raises CorruptImageError."""
+        """Read one image, uint8 [3, H, W].
+
+        Raises:
+            CorruptImageError: the image cannot be decoded.
+        """
         return decode_file(self.paths[index])
 
     def unreadable(self) -> dict[int, Skipped]:
-        """Those whose files are gone or damaged by now."""
+        """Return the images whose files are missing or damaged now, by position."""
         reasons = check_files(self.paths)
         return {
             index: Skipped(str(path), reason)
@@ -175,20 +202,25 @@ class FileStore:
         }
 
     def take(self, indices: Tensor) -> FileStore:
-        """A store of these files alone."""
+        """Return a store of these files only."""
         return FileStore([self.paths[i] for i in indices.tolist()], self.root)
 
     def groups(self) -> tuple[str, ...]:
-        """As `file_groups` finds them. Raises PartitionError, DataFormatError."""
+        """Return the images' groups; see `file_groups` for sources and errors."""
         return file_groups(self.root, self.paths)
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """A map-style set of labelled images.
+    """A set of labelled images.
 
-    store: the pixels of n images; labels: int64 (n,), each an index into class_names;
-    skipped: what was left out while the set was read. Raises DataFormatError if these disagree.
+    Attributes:
+        store: n images.
+        labels: int64 [n], indices into ``class_names``.
+        skipped: what was left out when the set was loaded.
+
+    Raises:
+        DataFormatError: the labels do not match the images or the classes.
     """
 
     store: ImageStore
@@ -215,15 +247,19 @@ class ImageSet:
         return len(self.store)
 
     def label(self, index: int) -> int:
-        """The class of one image, an index into class_names."""
+        """Return one image's class, an index into ``class_names``."""
         return int(self.labels[index])
 
     def image(self, index: int) -> Tensor:
-        """One image at its own size: uint8 (3, H, W). Raises CorruptImageError."""
+        """Read one image at its original size, uint8 [3, H, W].
+
+        Raises:
+            CorruptImageError: the image cannot be decoded.
+        """
         return self.store.read(index)
 
     def subset(self, indices: Tensor | np.ndarray[tuple[int], np.dtype[np.int64]]) -> ImageSet:
-        """The images at these positions (int64 (m,)), in this order; the classes stay as they are.
+        """Return the images at these positions, int64 [m], in this order, with the same classes.
 
         Images in memory are copied, so that the larger set can be freed.
         """
@@ -231,44 +267,47 @@ class ImageSet:
         return replace(self, store=self.store.take(chosen), labels=self.labels[chosen])
 
     def readable(self) -> ImageSet:
-        """Without the images that cannot be read any more; they are named in skipped."""
-        lost = self.store.unreadable()
-        if not lost:
+        """Return the set without unreadable images; they are listed in ``skipped``."""
+        unreadable = self.store.unreadable()
+        if not unreadable:
             return self
-        kept = torch.tensor([i for i in range(len(self)) if i not in lost], dtype=torch.int64)
-        return replace(self.subset(kept), skipped=self.skipped + tuple(lost.values()))
+        positions = [i for i in range(len(self)) if i not in unreadable]
+        readable = self.subset(torch.tensor(positions, dtype=torch.int64))
+        return replace(readable, skipped=self.skipped + tuple(unreadable.values()))
 
     def class_counts(self) -> Tensor:
-        """How many images each class has: int64 (classes,)."""
+        """Count the images of each class, int64 [C]."""
         return torch.bincount(self.labels, minlength=len(self.class_names))
 
     def aligned(self, class_names: Sequence[str]) -> ImageSet:
-        """The same images with labels that index class_names, the run's own list.
+        """Return the set with labels that index ``class_names``; classes are matched by name.
 
-        Images of other classes are left out and named in skipped. Classes are matched by name.
-        Raises ClassMismatchError if the two lists share no name.
+        Images of other classes are left out and listed in ``skipped``.
+
+        Raises:
+            ClassMismatchError: the two lists share no name, or ``class_names`` has a duplicate.
         """
         names = tuple(class_names)
         if names == self.class_names:
             return self
         if len(set(names)) != len(names):
             raise ClassMismatchError("class_names", limit="each name once", value=names)
-        place = {name: i for i, name in enumerate(names)}
-        if not any(name in place for name in self.class_names):
+        index = {name: i for i, name in enumerate(names)}
+        if not any(name in index for name in self.class_names):
             raise ClassMismatchError(
                 "class names",
                 limit=f"some of {', '.join(names)}",
                 value=", ".join(self.class_names),
                 hint="Name the class folders as the run names its classes.",
             )
-        table = torch.tensor([place.get(name, -1) for name in self.class_names])
+        table = torch.tensor([index.get(name, -1) for name in self.class_names])
         counts = self.class_counts().tolist()
-        foreign = tuple(
+        other_classes = tuple(
             Skipped(name, f"not a class of this run ({count} images)")
             for name, count in zip(self.class_names, counts, strict=True)
-            if name not in place and count
+            if name not in index and count
         )
-        labels = table[self.labels]  # (n,), -1 for a class the run does not have
-        kept = torch.nonzero(labels >= 0).flatten()
-        store = self.store if len(kept) == len(self) else self.store.take(kept)
-        return ImageSet(store, labels[kept], names, self.skipped + foreign)
+        labels = table[self.labels]  # [n], -1 for a class that the run does not have
+        positions = torch.nonzero(labels >= 0).flatten()
+        store = self.store if len(positions) == len(self) else self.store.take(positions)
+        return ImageSet(store, labels[positions], names, self.skipped + other_classes)

@@ -1,4 +1,4 @@
-"""Cutting one training set into the participants' parts."""
+"""Partition one training set into the participants' parts."""
 
 from __future__ import annotations
 
@@ -22,41 +22,51 @@ _PLAIN = ("iid", "natural")
 
 _ALPHA_RANGE = (0.001, 1_000_000.0)
 
-_MOST_SHARDS = 10_000
+_MAX_SHARDS = 10_000
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """How a set is parted.
+    """A partition scheme.
 
-    iid: equal parts of a shuffled set; dirichlet: each class spread over the parts by a draw from
-    Dirichlet(value); shards: the set sorted by class, cut in equal shards, value of them to each
-    part; quantity: shuffled, part sizes by a draw from Dirichlet(value); natural: whole groups,
-    such as all images of one writer, dealt so that the parts are of about one size. A smaller
-    alpha is more uneven.
+    - iid: equal parts of the shuffled set
+    - dirichlet: each class is distributed over the parts by a draw from Dirichlet(value)
+    - shards: the set is sorted by class and cut into equal shards; each part gets ``value`` of them
+    - quantity: shuffled; the parts' sizes are a draw from Dirichlet(value)
+    - natural: whole groups, such as all images of one writer, in parts of similar size
+
+    Attributes:
+        value: alpha (smaller: more uneven), or shards per part; unused by iid and natural.
+
+    Raises:
+        PartitionError: ``value`` is out of range.
     """
 
     kind: SchemeKind
-    value: float = 0.0  # alpha, or shards per part; unused by the others
+    value: float = 0.0
 
     def __post_init__(self) -> None:
         low, high = _ALPHA_RANGE
         if self.kind in ("dirichlet", "quantity") and not low <= self.value <= high:
             raise PartitionError(f"{self.kind} alpha", limit=f"{low} to {high}", value=self.value)
         if self.kind == "shards" and not (
-            self.value == int(self.value) and 1 <= self.value <= _MOST_SHARDS
+            self.value == int(self.value) and 1 <= self.value <= _MAX_SHARDS
         ):
             raise PartitionError(
-                "shards per part", limit=f"a whole number, 1 to {_MOST_SHARDS}", value=self.value
+                "shards per part", limit=f"a whole number, 1 to {_MAX_SHARDS}", value=self.value
             )
 
     def __str__(self) -> str:
-        """The text that parses to this scheme."""
+        """Return the text that `parse_scheme` parses to this scheme."""
         return self.kind if self.kind in _PLAIN else f"{self.kind}:{self.value:g}"
 
 
 def parse_scheme(text: str) -> Scheme:
-    """Read `iid`, `dirichlet:0.3`, `shards:2`, `quantity:0.5`, `natural`. Raises PartitionError."""
+    """Parse ``iid``, ``dirichlet:0.3``, ``shards:2``, ``quantity:0.5`` or ``natural``.
+
+    Raises:
+        PartitionError: the text has another form, or its value is out of range.
+    """
     kind, colon, rest = text.strip().partition(":")
     if kind == "iid" and not colon:
         return Scheme("iid")
@@ -78,7 +88,7 @@ def parse_scheme(text: str) -> Scheme:
 
 @dataclass(frozen=True)
 class Part:
-    """Part number of count, counted from 1: `1/4` is the first of four."""
+    """Part ``number`` of ``count``, from 1: ``1/4`` is the first of four."""
 
     number: int
     count: int
@@ -92,18 +102,27 @@ class Part:
 
     @classmethod
     def parse(cls, text: str) -> Part:
-        """Read `K/N`. Raises PartitionError."""
+        """Parse ``K/N``.
+
+        Raises:
+            PartitionError: the text has another form, or K is out of range.
+        """
         number, _, count = text.strip().partition("/")
         if not (_is_count(number) and _is_count(count)):
             raise PartitionError("part", limit="K/N with 1 <= K <= N", value=text)
         return cls(int(number), int(count))
 
     def take(self, images: ImageSet, scheme: str | Scheme, seed: int) -> ImageSet:
-        """This part of a set. Raises PartitionError, DataFormatError."""
-        way = parse_scheme(scheme) if isinstance(scheme, str) else scheme
-        groups = images.store.groups() if way.kind == "natural" else None
-        cut = partition(images.labels.numpy(), self.count, way, seed, groups)
-        return images.subset(cut[self.number - 1])
+        """Return this part of a set.
+
+        Raises:
+            PartitionError: the set cannot be partitioned by this scheme.
+            DataFormatError: the file with the images' groups is faulty.
+        """
+        scheme = parse_scheme(scheme) if isinstance(scheme, str) else scheme
+        groups = images.store.groups() if scheme.kind == "natural" else None
+        parts = partition(images.labels.numpy(), self.count, scheme, seed, groups)
+        return images.subset(parts[self.number - 1])
 
 
 def partition(
@@ -113,78 +132,90 @@ def partition(
     seed: int,
     groups: Sequence[str] | None = None,
 ) -> list[Indices]:
-    """Cut n labelled samples into parts, the same way for the same seed.
+    """Partition n labelled samples; the same seed gives the same parts.
 
-    labels: integers (n,); groups: the natural group of each, for the scheme of that name. Gives one
-    sorted int64 array of positions for each part; every position is in exactly one of them and no
-    part is empty. Raises PartitionError if the scheme cannot be read, if there are more parts than
-    samples (or groups), or if groups are asked for and not given.
+    Args:
+        labels: integers [n].
+        parts: number of parts.
+        scheme: or its text.
+        seed: determines the draws.
+        groups: each sample's group, for the scheme natural.
+
+    Returns:
+        A sorted int64 array of positions for each part. Every position is in exactly one part, and
+        no part is empty.
+
+    Raises:
+        PartitionError: the scheme's text is invalid, there are fewer samples (or groups) than
+            parts, or the scheme needs groups and they are missing.
     """
     known = np.asarray(labels, dtype=np.int64)
     if known.ndim != 1:
         raise PartitionError("labels", limit="one dimension", value=known.shape)
     if not 1 <= parts <= len(known):
         raise PartitionError("parts", limit=f"1 to {len(known)}, one sample each", value=parts)
-    way = parse_scheme(scheme) if isinstance(scheme, str) else scheme
-    rng = generator(seed, f"partition {way}")
-    if way.kind == "iid":
-        cut = np.array_split(rng.permutation(len(known)), parts)
-    elif way.kind == "quantity":
-        cut = _cut_unevenly(rng.permutation(len(known)), parts, way.value, rng)
-    elif way.kind == "dirichlet":
-        cut = _by_dirichlet(known, parts, way.value, rng)
-    elif way.kind == "shards":
-        cut = _by_shards(known, parts, int(way.value), rng)
+    scheme = parse_scheme(scheme) if isinstance(scheme, str) else scheme
+    rng = generator(seed, f"partition {scheme}")
+    if scheme.kind == "iid":
+        members = np.array_split(rng.permutation(len(known)), parts)
+    elif scheme.kind == "quantity":
+        members = _split_unevenly(rng.permutation(len(known)), parts, scheme.value, rng)
+    elif scheme.kind == "dirichlet":
+        members = _split_by_dirichlet(known, parts, scheme.value, rng)
+    elif scheme.kind == "shards":
+        members = _split_by_shards(known, parts, int(scheme.value), rng)
     else:
-        cut = _by_group(groups, len(known), parts, rng)
-    return [np.sort(part) for part in _without_empty(cut, rng)]
+        members = _split_by_group(groups, len(known), parts, rng)
+    return [np.sort(part) for part in _fill_empty(members, rng)]
 
 
-def _by_dirichlet(
+def _split_by_dirichlet(
     labels: Indices, parts: int, alpha: float, rng: np.random.Generator
 ) -> list[Indices]:
     by_class = [
-        _cut_unevenly(rng.permutation(np.flatnonzero(labels == label)), parts, alpha, rng)
+        _split_unevenly(rng.permutation(np.flatnonzero(labels == label)), parts, alpha, rng)
         for label in np.unique(labels)
     ]
     return [np.concatenate(pieces) for pieces in zip(*by_class, strict=True)]
 
 
-def _by_shards(
+def _split_by_shards(
     labels: Indices, parts: int, per_part: int, rng: np.random.Generator
 ) -> list[Indices]:
-    mixed = rng.permutation(len(labels))
-    by_class = mixed[np.argsort(labels[mixed], kind="stable")]
+    shuffled = rng.permutation(len(labels))
+    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
     shards = np.array_split(by_class, parts * per_part)
-    dealt = rng.permutation(parts * per_part).reshape(parts, per_part)
-    return [np.concatenate([shards[i] for i in hand]) for hand in dealt]
+    assigned = rng.permutation(parts * per_part).reshape(parts, per_part)
+    return [np.concatenate([shards[i] for i in numbers]) for numbers in assigned]
 
 
-def _by_group(
+def _split_by_group(
     groups: Sequence[str] | None, count: int, parts: int, rng: np.random.Generator
 ) -> list[Indices]:
-    """The largest group first, each to the part that has the fewest samples so far."""
+    """Assign the groups, the largest first, each to the part with the fewest samples so far."""
     if groups is None or len(groups) != count:
         raise PartitionError(
-            "groups", limit=f"{count}, one a sample", value=None if groups is None else len(groups)
+            "groups",
+            limit=f"{count}, one for each sample",
+            value=None if groups is None else len(groups),
         )
-    names = {name: place for place, name in enumerate(sorted(set(groups)))}
-    of = np.array([names[group] for group in groups])  # (n,)
-    if parts > len(names):
-        raise PartitionError("parts", limit=f"1 to {len(names)}, one group each", value=parts)
-    sizes = np.bincount(of)
-    mixed = rng.permutation(len(names))  # so that the seed decides among groups of one size
-    hands: list[list[int]] = [[] for _ in range(parts)]
-    held = [0] * parts
-    for group in mixed[np.argsort(-sizes[mixed], kind="stable")].tolist():
-        least = min(range(parts), key=held.__getitem__)
-        hands[least].append(group)
-        held[least] += int(sizes[group])
-    order = rng.permutation(parts)  # or the first part would always have the largest group
-    return [np.flatnonzero(np.isin(of, hands[place])) for place in order]
+    numbers = {name: number for number, name in enumerate(sorted(set(groups)))}
+    group_of = np.array([numbers[group] for group in groups])  # [n]
+    if parts > len(numbers):
+        raise PartitionError("parts", limit=f"1 to {len(numbers)}, one group each", value=parts)
+    sizes = np.bincount(group_of)
+    shuffled = rng.permutation(len(numbers))  # the seed decides between groups of equal size
+    assigned: list[list[int]] = [[] for _ in range(parts)]
+    totals = [0] * parts
+    for group in shuffled[np.argsort(-sizes[shuffled], kind="stable")].tolist():
+        smallest = min(range(parts), key=totals.__getitem__)
+        assigned[smallest].append(group)
+        totals[smallest] += int(sizes[group])
+    order = rng.permutation(parts)  # else the first part would always have the largest group
+    return [np.flatnonzero(np.isin(group_of, assigned[part])) for part in order]
 
 
-def _cut_unevenly(
+def _split_unevenly(
     members: Indices, parts: int, alpha: float, rng: np.random.Generator
 ) -> list[Indices]:
     shares = rng.dirichlet(np.full(parts, alpha))
@@ -192,16 +223,16 @@ def _cut_unevenly(
     return np.split(members, edges)
 
 
-def _without_empty(cut: list[Indices], rng: np.random.Generator) -> list[Indices]:
-    """Move one sample from the largest part to each empty one. Needs as many samples as parts."""
-    filled = list(cut)
-    for place, part in enumerate(filled):
+def _fill_empty(parts: list[Indices], rng: np.random.Generator) -> list[Indices]:
+    """Move one sample from the largest part to each empty part. Needs as many samples as parts."""
+    filled = list(parts)
+    for number, part in enumerate(filled):
         if len(part):
             continue
         largest = max(range(len(filled)), key=lambda i: len(filled[i]))
-        given = int(rng.integers(len(filled[largest])))
-        filled[place] = filled[largest][given : given + 1]
-        filled[largest] = np.delete(filled[largest], given)
+        row = int(rng.integers(len(filled[largest])))
+        filled[number] = filled[largest][row : row + 1]
+        filled[largest] = np.delete(filled[largest], row)
     return filled
 
 

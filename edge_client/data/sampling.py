@@ -1,4 +1,4 @@
-"""Seeded choices that keep the classes' proportions."""
+"""Seeded choices of samples that preserve the classes' proportions."""
 
 from __future__ import annotations
 
@@ -14,10 +14,20 @@ Indices = NDArray[np.int64]
 
 
 def stratified_share(labels: Indices, share: float, seed: int) -> Indices:
-    """Sorted positions of about share of each class; labels: int64 (n,), share in (0, 1).
+    """Choose about a share of each class, at least one sample and not all.
 
-    A class of two or more gives at least one and keeps at least one; a class of one gives none.
-    Raises PartitionError.
+    From a class with one sample none is chosen.
+
+    Args:
+        labels: int64 [n].
+        share: in (0, 1).
+        seed: determines the choice.
+
+    Returns:
+        Positions, sorted.
+
+    Raises:
+        PartitionError: ``share`` is out of range.
     """
     if not 0.0 < share < 1.0:
         raise PartitionError("held-out share", limit="more than 0, less than 1", value=share)
@@ -33,9 +43,19 @@ def stratified_share(labels: Indices, share: float, seed: int) -> Indices:
 
 
 def stratified_pick(labels: Indices, count: int, seed: int, *, field: str = "count") -> Indices:
-    """Sorted positions of count images, each class with its share (largest remainders).
+    """Choose ``count`` samples in the classes' proportions (largest-remainder method).
 
-    Raises PartitionError unless 1 <= count <= n.
+    Args:
+        labels: int64 [n].
+        count: 1 to n.
+        seed: determines the choice.
+        field: named in the error.
+
+    Returns:
+        Positions, sorted.
+
+    Raises:
+        PartitionError: ``count`` is out of range.
     """
     total = len(labels)
     if not 1 <= count <= total:
@@ -54,13 +74,22 @@ def stratified_pick(labels: Indices, count: int, seed: int, *, field: str = "cou
 
 
 def pick_per_class(labels: Indices, class_names: Sequence[str], count: int, seed: int) -> Indices:
-    """Sorted positions of count images of every class; labels: int64 (n,).
+    """Choose ``count`` samples of each class.
 
-    Raises PartitionError unless 1 <= count, and where a class has fewer images: it names the first
-    such class.
+    Args:
+        labels: int64 [n].
+        class_names: in the order of the labels.
+        count: at least 1.
+        seed: determines the choice.
+
+    Returns:
+        Positions, sorted.
+
+    Raises:
+        PartitionError: ``count`` is below 1, or a class has fewer samples.
     """
     if count < 1:
-        raise PartitionError("shots", limit="1 and up", value=count)
+        raise PartitionError("shots", limit="at least 1", value=count)
     rng = generator(seed, "shots")
     chosen: list[Indices] = []
     for label, name in enumerate(class_names):
@@ -70,15 +99,18 @@ def pick_per_class(labels: Indices, class_names: Sequence[str], count: int, seed
                 f"training images of class {name}",
                 limit=f"at least {count}",
                 value=len(members),
-                hint="Take fewer shots.",
+                hint="Use fewer shots.",
             )
         chosen.append(rng.permutation(members)[:count])
     return np.sort(np.concatenate(chosen))
 
 
 def generator(seed: int, purpose: str, *more: int) -> np.random.Generator:
-    """A generator of its own for one purpose, so that no two uses of a seed share their numbers.
+    """Return a random generator for one use of a seed, independent of its other uses.
 
-    more: what else sets this use apart, such as an epoch or an index.
+    Args:
+        seed: the run's or the data's.
+        purpose: names the use.
+        more: further numbers that identify the use, such as an epoch or an index.
     """
     return np.random.default_rng(derive_seed(seed, purpose, *more))

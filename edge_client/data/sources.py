@@ -1,4 +1,4 @@
-"""The text after `--data`: which set, and where it lies."""
+"""Parse the text after ``--data`` and load the data set that it names."""
 
 from __future__ import annotations
 
@@ -17,14 +17,18 @@ FORMS = "folder:PATH | torchvision:NAME[:ROOT] | digits | fashion-mnist[:ROOT]"
 
 @dataclass(frozen=True)
 class DataSource:
-    """One parsed `--data` text. path is the folder or root given, None where none was."""
+    """A parsed ``--data`` text.
+
+    Attributes:
+        path: the folder or root in the text; None: the text has none.
+    """
 
     kind: Kind
     name: str
     path: Path | None = None
 
     def __str__(self) -> str:
-        """The text that parses to this source."""
+        """Return the text that `parse_source` parses to this source."""
         words: list[str] = [self.kind]
         if self.kind == "torchvision":
             words.append(self.name)
@@ -34,10 +38,12 @@ class DataSource:
 
 
 def parse_source(text: str) -> DataSource:
-    """Read `folder:PATH`, `torchvision:NAME[:ROOT]`, `digits` or `fashion-mnist[:ROOT]`.
+    """Parse ``folder:PATH``, ``torchvision:NAME[:ROOT]``, ``digits`` or ``fashion-mnist[:ROOT]``.
 
-    Only the shape of the text is checked; whether the set exists is for `load_dataset`.
-    Raises SourceError.
+    Only the text is checked, not whether the set exists.
+
+    Raises:
+        SourceError: the text has another form.
     """
     kind, colon, rest = text.strip().partition(":")
     if kind == "folder" and rest:
@@ -61,22 +67,27 @@ def load_dataset(
     seed: int = 0,
     class_names: Sequence[str] | None = None,
 ) -> Dataset:
-    """Open a data set for training and testing; files that are not there are fetched.
+    """Load a data set for training and testing; missing files are downloaded.
 
-    held_out: the share of each class to test on, in (0, 1), where the set has no test half of its
-    own; chosen by seed. class_names: the run's classes in the order of its labels; images of
-    others are left out and named.
-    Raises DataError; see edge_client.data.errors for its kinds.
+    Args:
+        source: or its text.
+        held_out: share of each class to test on, in (0, 1), if the set has no test images.
+        seed: determines the held-out images.
+        class_names: the run's classes in the order of its labels; images of other classes are left
+            out and listed as skipped.
+
+    Raises:
+        DataError: see `edge_client.data.errors` for its kinds.
     """
     if not 0.0 < held_out < 1.0:
         raise PartitionError("held-out share", limit="more than 0, less than 1", value=held_out)
-    wanted = parse_source(source) if isinstance(source, str) else source
-    dataset = _load(wanted, held_out, seed)
+    source = parse_source(source) if isinstance(source, str) else source
+    dataset = _load(source, held_out, seed)
     return dataset if class_names is None else dataset.aligned(class_names)
 
 
 def _load(source: DataSource, held_out: float, seed: int) -> Dataset:
-    """Each kind's module is imported when it is asked for: a device may lack its library."""
+    """Load a set. Loaders are imported on use, because a device may lack a loader's library."""
     if source.kind == "digits":
         from edge_client.data.digits import load_digits
 

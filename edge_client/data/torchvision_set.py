@@ -1,4 +1,4 @@
-"""Any classification set of `torchvision.datasets`, by name."""
+"""Load any classification set of `torchvision.datasets` by name."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from edge_client.data.errors import (
     UnknownDatasetError,
 )
 from edge_client.data.fashion_mnist import load_fashion_mnist
-from edge_client.data.image_set import ImageSet, Skipped, no_groups
+from edge_client.data.image_set import ImageSet, Skipped, no_groups_error
 
 Arguments = Mapping[str, object]
 
-# How a set names its two halves, where that is not train=True/False or split="train"/"test".
-# None: there is no test half, and a share of each class is held out.
+# Arguments for the training and the test half of sets that do not use train=True/False or
+# split="train"/"test". None: the set has no test half, so a share of each class is held out.
 _HALVES: dict[str, tuple[Arguments, Arguments | None]] = {
     "CLEVRClassification": ({"split": "train"}, {"split": "val"}),
     "Caltech101": ({}, None),
@@ -77,12 +77,23 @@ _PAIR_ATTRIBUTES = ("_samples", "samples", "_flat_character_images")
 
 
 def load_torchvision(name: str, root: Path | None, *, held_out: float, seed: int) -> Dataset:
-    """A set of torchvision.datasets with its own halves, or with a share of each class held out.
+    """Load a set of torchvision.datasets, downloaded if its files are missing.
 
-    root: where its files lie or are fetched to; None: the cache. Fetched only if not there. Sets
-    whose files are pickled are refused, but for CIFAR, which is read in its binary form.
-    Raises UnknownDatasetError, DatasetDownloadError, PickledDataError, MissingLibraryError,
-    EmptyDatasetError, DataFormatError.
+    Sets with pickled files are refused; CIFAR is read in its binary form.
+
+    Args:
+        name: of the class in torchvision.datasets.
+        root: folder of the files; None: the cache.
+        held_out: share of each class to test on, if the set has no test half.
+        seed: determines the held-out images.
+
+    Raises:
+        UnknownDatasetError: torchvision has no such classification set.
+        DatasetDownloadError: the files are missing and their download failed.
+        PickledDataError: the set's files are pickled.
+        MissingLibraryError: the set needs another library.
+        EmptyDatasetError: the set has no images.
+        DataFormatError: a file is damaged.
     """
     home = root or cache_dir() / "torchvision"
     if name == "FashionMNIST":
@@ -133,32 +144,32 @@ def _halves(name: str, factory: Any) -> tuple[Arguments, Arguments | None]:
 
 
 def _open(name: str, factory: Any, half: Arguments, home: Path) -> Any:
-    """Open one half: as it lies there, else fetched."""
+    """Open one half from disk, or else download it."""
     accepted = inspect.signature(factory).parameters
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values())
     rooted: dict[str, object] = {"root": str(home)} if "root" in accepted else {}
-    fetches = "download" in accepted or takes_any
+    can_download = "download" in accepted or takes_any
     _refuse_old_pickles(name, home)
     try:
-        return factory(**rooted, **half, **({"download": False} if fetches else {}))
+        return factory(**rooted, **half, **({"download": False} if can_download else {}))
     except ImportError as error:
         raise MissingLibraryError(f"torchvision:{name}", limit=str(error), value=None) from error
-    except Exception as error:  # each set reports absent files in its own way
+    except Exception as error:  # sets report missing files with different exceptions
         if "pip install" in str(error) or "not installed" in str(error):
             raise MissingLibraryError(
                 f"torchvision:{name}", limit=str(error), value=None
             ) from error
-        if not fetches:
-            raise _not_there(name, home, half, error) from error
+        if not can_download:
+            raise _download_error(name, home, half, error) from error
     try:
         home.mkdir(parents=True, exist_ok=True)
         return factory(**rooted, **half, download=True)
-    except Exception as error:  # as above, and whatever a download can raise
-        raise _not_there(name, home, half, error) from error
+    except Exception as error:  # as above, and the errors of a download
+        raise _download_error(name, home, half, error) from error
 
 
 def _refuse_old_pickles(name: str, home: Path) -> None:
-    """torchvision prefers the .pt files of its older versions, which are pickles."""
+    """Refuse .pt files of older torchvision versions: they are pickles, which it would read."""
     old = sorted((home / name / "processed").glob("*.pt"))
     if old:
         raise PickledDataError(
@@ -169,15 +180,17 @@ def _refuse_old_pickles(name: str, home: Path) -> None:
         )
 
 
-def _not_there(name: str, home: Path, half: Arguments, error: Exception) -> DatasetDownloadError:
-    wanted = ", ".join(f"{key}={value}" for key, value in half.items()) or "the whole set"
+def _download_error(
+    name: str, home: Path, half: Arguments, error: Exception
+) -> DatasetDownloadError:
+    arguments = ", ".join(f"{key}={value}" for key, value in half.items()) or "the whole set"
     return DatasetDownloadError(
         f"torchvision:{name}",
-        limit=f"the files of torchvision.datasets.{name} ({wanted}) below {home}",
+        limit=f"the files of torchvision.datasets.{name} ({arguments}) below {home}",
         value=f"{type(error).__name__}: {error}",
         hint=(
-            f"Lay them out as https://docs.pytorch.org/vision/stable/datasets.html says for {name}"
-            f", name another folder with torchvision:{name}:ROOT, or give the images by class as "
+            f"Arrange them as https://docs.pytorch.org/vision/stable/datasets.html says for {name}"
+            f", give another folder with torchvision:{name}:ROOT, or give the images by class as "
             "folder:PATH."
         ),
     )
@@ -190,8 +203,8 @@ def _image_sets(name: str, halves: Sequence[Any]) -> list[ImageSet]:
     if len(values) == 0:
         raise EmptyDatasetError(f"torchvision:{name}", limit="at least one image", value=0)
     if values[0] < 0:
-        raise DataFormatError(f"labels of {name}", limit="0 and up", value=int(values[0]))
-    if values[-1] >= len(names):  # no list of names, or labels that do not count from 0
+        raise DataFormatError(f"labels of {name}", limit="at least 0", value=int(values[0]))
+    if values[-1] >= len(names):  # without names, or labels do not start at 0
         names = tuple(str(value) for value in values)
         raw = [np.searchsorted(values, labels).astype(np.int64) for labels in raw]
     return [
@@ -209,31 +222,31 @@ def _class_names(half: Any) -> tuple[str, ...]:
 
 
 def _labels(name: str, half: Any) -> NDArray[np.int64]:
-    """The class of every image, without decoding any where the set keeps a list: int64 (n,)."""
+    """Return each image's class, int64 [n]; images are decoded only if the set has no list."""
     for attribute in _LABEL_ATTRIBUTES:
-        found = _as_labels(getattr(half, attribute, None), len(half))
-        if found is not None:
-            return found
+        labels = _as_labels(getattr(half, attribute, None), len(half))
+        if labels is not None:
+            return labels
     for attribute in _PAIR_ATTRIBUTES:
         pairs = getattr(half, attribute, None)
         if isinstance(pairs, list) and pairs and isinstance(pairs[0], (tuple, list)):
-            found = _as_labels([pair[-1] for pair in pairs], len(half))
-            if found is not None:
-                return found
+            labels = _as_labels([pair[-1] for pair in pairs], len(half))
+            if labels is not None:
+                return labels
     if hasattr(half, "h5py"):
         return _pcam_labels(half)
-    # Nothing but the samples themselves knows.
-    found = _as_labels([half[i][1] for i in range(len(half))], len(half))
-    if found is None:
+    # Only the samples themselves contain the labels.
+    labels = _as_labels([half[i][1] for i in range(len(half))], len(half))
+    if labels is None:
         raise UnknownDatasetError("torchvision set", limit="one class for each image", value=name)
-    return found
+    return labels
 
 
-def _as_labels(found: Any, count: int) -> NDArray[np.int64] | None:
-    if found is None:
+def _as_labels(values: Any, count: int) -> NDArray[np.int64] | None:
+    if values is None:
         return None
     try:
-        labels = np.asarray(found)
+        labels = np.asarray(values)
     except ValueError:
         return None
     if labels.shape != (count,) or (count and labels.dtype.kind not in "iu"):
@@ -242,19 +255,29 @@ def _as_labels(found: Any, count: int) -> NDArray[np.int64] | None:
 
 
 def _pcam_labels(half: Any) -> NDArray[np.int64]:
-    """PCAM keeps its labels in a file of their own: int64 (n,). Raises DataFormatError."""
+    """Read PCAM's labels from their separate file, int64 [n].
+
+    Raises:
+        DataFormatError: the file is damaged.
+    """
     file = half._base_folder / half._FILES[half._split]["targets"][0]
     try:
         with half.h5py.File(file) as opened:
             return np.asarray(opened["y"]).astype(np.int64).reshape(-1)
     except (OSError, KeyError) as error:
         raise DataFormatError(
-            str(file), limit="an HDF5 file with the array y", value="another", hint=str(error)
+            str(file), limit="an HDF5 file with the array y", value="unreadable", hint=str(error)
         ) from error
 
 
 class TorchvisionStore:
-    """The images of a torchvision set, read through it; rows: the chosen ones, int64 (n,)."""
+    """Images of a torchvision set.
+
+    Args:
+        name: of the set.
+        half: torchvision's training or test half.
+        rows: positions of the images in ``half``, int64 [n]; None: all.
+    """
 
     def __init__(self, name: str, half: Any, rows: Tensor | None = None) -> None:
         self.name = name
@@ -265,14 +288,18 @@ class TorchvisionStore:
         return len(self.rows)
 
     def read(self, index: int) -> Tensor:
-        """One image: uint8 (3, H, W). Raises CorruptImageError."""
+        """Read one image, uint8 [3, H, W].
+
+        Raises:
+            CorruptImageError: the image cannot be decoded.
+        """
         row = int(self.rows[index])
         try:
             image = self.half[row][0]
             if isinstance(image, Image.Image):
                 return rgb_tensor(image)
             return _rgb(torch.as_tensor(image))
-        except Exception as error:  # any decoder, any bytes, as in decode_file
+        except Exception as error:  # as in decode_file
             raise CorruptImageError(
                 f"torchvision:{self.name}",
                 limit="a readable image",
@@ -281,25 +308,26 @@ class TorchvisionStore:
             ) from error
 
     def unreadable(self) -> dict[int, Skipped]:
-        """Those whose files are gone or damaged by now."""
-        lost = {}
+        """Return the images that cannot be read now, by position."""
+        unreadable = {}
         for index in range(len(self)):
             try:
                 self.read(index)
             except CorruptImageError as error:
-                lost[index] = Skipped(f"{error.field}: {error.value}", error.hint or "unreadable")
-        return lost
+                reason = error.hint or "unreadable"
+                unreadable[index] = Skipped(f"{error.field}: {error.value}", reason)
+        return unreadable
 
     def take(self, indices: Tensor) -> TorchvisionStore:
-        """A store of these images alone; the files or arrays behind it are shared."""
+        """Return a store of these images only; its files or arrays are shared."""
         return TorchvisionStore(self.name, self.half, self.rows[indices])
 
     def groups(self) -> tuple[str, ...]:
-        """Raises PartitionError: torchvision tells of none."""
-        raise no_groups(f"torchvision:{self.name}")
+        """Raise PartitionError: torchvision's sets have no groups."""
+        raise no_groups_error(f"torchvision:{self.name}")
 
 
 def _rgb(pixels: Tensor) -> Tensor:
     if pixels.dtype != torch.uint8 or pixels.ndim not in (2, 3):
-        raise ValueError(f"{pixels.dtype} {tuple(pixels.shape)} is no uint8 image")
-    return pixels.expand(3, *pixels.shape[-2:])  # (H, W) or (1, H, W) grey, (3, H, W) as it is
+        raise ValueError(f"{pixels.dtype} {tuple(pixels.shape)} is not a uint8 image")
+    return pixels.expand(3, *pixels.shape[-2:])  # [H, W] or [1, H, W] grey, or [3, H, W]

@@ -1,4 +1,4 @@
-"""The command ``edge-client``: help, and mistakes as one line and exit code 2."""
+"""The command ``edge-client``: its help, and errors as one line with exit code 2."""
 
 import json
 import signal
@@ -23,7 +23,7 @@ Command = Callable[..., tuple[int, str, str]]
 
 
 def view(name: str, created_at: float, status: RunStatus = RunStatus.WAITING) -> dict[str, object]:
-    made = RunView(
+    run = RunView(
         id=name,
         status=status,
         settings=RunSettings(),
@@ -34,7 +34,7 @@ def view(name: str, created_at: float, status: RunStatus = RunStatus.WAITING) ->
         head=REF,
         state=REF,
     )
-    return made.model_dump(mode="json")
+    return run.model_dump(mode="json")
 
 
 @pytest.fixture

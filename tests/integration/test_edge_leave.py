@@ -1,4 +1,4 @@
-"""``edge-client leave``: a device takes its samples with it, whether it takes part or not."""
+"""``edge-client leave``: the server deletes a device's samples, with or without the device."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def leave(
     terminated = signal.getsignal(signal.SIGTERM)
 
     def run(*arguments: str) -> tuple[int, str, str]:
-        own = ["--name", "kitchen", "--home", str(tmp_path)]
-        monkeypatch.setattr(sys, "argv", ["edge-client", "leave", server.url, *own, *arguments])
+        options = ["--name", "kitchen", "--home", str(tmp_path)]
+        monkeypatch.setattr(sys, "argv", ["edge-client", "leave", server.url, *options, *arguments])
         code = 0
         try:
             cli.main()
@@ -49,7 +49,7 @@ def leave(
 
 
 def a_device(server: RunningServer, home: Path) -> tuple[str, ApiClient]:
-    """A device that has joined and sent two samples, and then stopped."""
+    """Join, store two samples on the server, and stop."""
     keeps = {"keep_smashed": True}
     run = new_run(server.operator(), prompt_at="cut", wire=keeps, min_participants=2)
     credential = server.api().join(run, "kitchen").credential
@@ -61,20 +61,20 @@ def a_device(server: RunningServer, home: Path) -> tuple[str, ApiClient]:
     return run, device
 
 
-def kept(server: RunningServer) -> int:
+def cached_bytes(server: RunningServer) -> int:
     store = server.server._application.services.samples
     return int(store.memory_bytes)
 
 
-def test_whoever_leaves_is_out_and_its_samples_are_gone(
+def test_after_leaving_the_samples_are_deleted_and_the_task_is_stop(
     server: RunningServer, leave: Command, tmp_path: Path
 ) -> None:
-    before = kept(server)
+    before = cached_bytes(server)
     run, device = a_device(server, tmp_path)
-    assert kept(server) > before
+    assert cached_bytes(server) > before
     code, out, _ = leave("--run", run)
     assert (code, out) == (0, f"kitchen has left: run {run}\n")
-    assert kept(server) == before
+    assert cached_bytes(server) == before
     assert code_of(device.call("DELETE", f"/v1/runs/{run}/samples")) == "forbidden"
     assert device.assignment(run).task is Task.STOP
 
@@ -89,17 +89,17 @@ def test_a_device_can_leave_while_its_process_takes_part(
     assert device.assignment(run).task is Task.STOP
 
 
-def test_samples_alone_can_be_deleted(
+def test_samples_can_be_deleted_without_leaving(
     server: RunningServer, leave: Command, tmp_path: Path
 ) -> None:
-    before = kept(server)
+    before = cached_bytes(server)
     run, device = a_device(server, tmp_path)
     assert leave("--run", run, "--samples-only")[0] == 0
-    assert kept(server) == before
+    assert cached_bytes(server) == before
     assert device.call("GET", f"/v1/runs/{run}/assignment").is_success
 
 
-def test_who_has_not_joined_cannot_leave(server: RunningServer, leave: Command) -> None:
+def test_a_device_that_has_not_joined_cannot_leave(server: RunningServer, leave: Command) -> None:
     run = new_run(server.operator())
     code, _, err = leave("--run", run)
     assert code == 2

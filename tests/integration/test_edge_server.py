@@ -1,4 +1,4 @@
-"""The device's requests, as a server of raw sockets sees them and answers."""
+"""The device's requests to a raw socket server, and its handling of the responses."""
 
 import json
 import ssl
@@ -252,16 +252,16 @@ def test_a_download_comes_in_pieces(tmp_path: Path) -> None:
 
 
 def test_a_download_survives_broken_connections(tmp_path: Path) -> None:
-    """Each piece that has come stays; what broke off is asked for again, alone."""
+    """Received pieces are kept; only the interrupted piece is requested again."""
     (tmp_path / "whole").write_bytes(CONTENT)
     ref = BlobRef(sha256=sha256_of(tmp_path / "whole"), nbytes=len(CONTENT))
-    asked: list[str] = []
+    ranges_asked: list[str] = []
 
     def serve(connection: Connection) -> None:
         while (request := connection.request()) is not None:
-            asked.append(request.headers["range"])
+            ranges_asked.append(request.headers["range"])
             answer = ranged(request)
-            if len(asked) % 2:
+            if len(ranges_asked) % 2:
                 connection.send(answer[: len(answer) // 2])
                 return
             connection.send(answer)
@@ -271,12 +271,12 @@ def test_a_download_survives_broken_connections(tmp_path: Path) -> None:
         path = BlobCache(tmp_path).fetch(ref, lambda start: server.head("r", start))
         assert path.read_bytes() == CONTENT
         server.close()
-    starts = [int(text.removeprefix("bytes=").split("-")[0]) for text in asked]
+    starts = [int(text.removeprefix("bytes=").split("-")[0]) for text in ranges_asked]
     assert starts == sorted(starts)
-    assert len(asked) == 6
+    assert len(ranges_asked) == 6
 
 
-def test_a_server_without_ranges_is_good_enough() -> None:
+def test_a_server_without_range_support_works() -> None:
     with RawServer(Recorder(response(CONTENT))) as raw:
         server = impatient(raw)
         assert server.head("r") == CONTENT
@@ -284,7 +284,7 @@ def test_a_server_without_ranges_is_good_enough() -> None:
         server.close()
 
 
-def test_another_range_than_the_one_asked_for_is_refused() -> None:
+def test_another_range_than_requested_is_refused() -> None:
     answers = [response(b"x", "206 x", f"content-range: bytes {s}-9/10") for s in (0, 50, 55)]
     with RawServer(Recorder(*answers, response(b"x", "206 x"))) as raw:
         server = impatient(raw)
@@ -301,7 +301,7 @@ def test_another_range_than_the_one_asked_for_is_refused() -> None:
     "url",
     ["", "node:8500", "ftp://node", "http://", "http://node:99999999", "http://[::1", "http://\n"],
 )
-def test_an_address_that_is_none(url: str) -> None:
+def test_an_invalid_address(url: str) -> None:
     with pytest.raises(InvalidField) as caught:
         Server(url)
     assert (caught.value.field, caught.value.value) == ("url", url)
@@ -348,9 +348,9 @@ def test_a_refused_certificate_is_not_tried_again(tmp_path: Path) -> None:
                 server.runs()
             assert isinstance(caught.value.__cause__, ssl.SSLCertVerificationError)
             server.close()
-        trusting = impatient(raw, ca_file=tmp_path / "own.pem")
-        assert trusting.runs() == []
-        trusting.close()
+        create_ssl_context = impatient(raw, ca_file=tmp_path / "own.pem")
+        assert create_ssl_context.runs() == []
+        create_ssl_context.close()
     assert pauses == []
 
 

@@ -148,8 +148,8 @@ def test_pooled_features_are_the_tokens_that_the_tail_reads() -> None:
     pooled = X[:, :1].contiguous()  # the class token
     with RawServer(Recorder(frame("features", "features", pooled))) as raw:
         server = impatient(raw)
-        got = plane(server, pooled_features=True).forward(X, step="s", round_=1)
-        assert torch.equal(got, pooled)
+        features = plane(server, pooled_features=True).forward(X, step="s", round_=1)
+        assert torch.equal(features, pooled)
         with pytest.raises(MalformedFrame):
             plane(server).forward(X, step="s", round_=1)
         server.close()

@@ -105,11 +105,11 @@ def test_odd_answers_are_typed_errors(answer: bytes) -> None:
 def test_a_server_that_trickles_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     error = talk(b"HTTP/1.1 200 OK\r\ncontent-le", then_close=False)
     assert isinstance(error, Unreachable)
-    assert "no answer within 1 s" in str(error)
+    assert "no response within 1 s" in str(error)
 
 
 def test_an_answer_to_another_question_is_not_read_as_the_next() -> None:
-    """Bytes behind an answer are dropped, never the beginning of the next one."""
+    """Surplus bytes after a response are dropped; they do not start the next response."""
 
     def serve(connection: Connection) -> None:
         for _ in range(3):

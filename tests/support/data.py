@@ -1,4 +1,4 @@
-"""What tests of data sets share: a machine that nothing can be fetched from."""
+"""Data set tests without a network."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 
 def cut_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let every download of torchvision fail, as it does where there is no network."""
+    """Make torchvision's downloads fail, as without a network."""
 
     def refuse(*_: object, **__: object) -> None:
         raise URLError("no network here")

@@ -1,4 +1,4 @@
-"""What stands in for the other end in the device's tests: a raw socket server and a body."""
+"""Doubles for the device's tests: a raw socket server, a small model, and a body server."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Request:
 
 
 class Connection:
-    """One accepted connection: requests out of it, raw bytes into it, all of them counted."""
+    """An accepted connection: parses requests, sends raw bytes, and counts both."""
 
     def __init__(self, raw: socket.socket) -> None:
         self.raw = raw
@@ -62,7 +62,7 @@ class Connection:
         return data
 
     def request(self) -> Request | None:
-        """The next request, or None when the client has closed."""
+        """Receive the next request; None: the client has closed the connection."""
         while b"\r\n\r\n" not in self._unread:
             data = self.receive()
             if not data:
@@ -80,11 +80,11 @@ class Connection:
         return Request(method, target, headers, bytes(body[:length]))
 
     def send(self, data: bytes) -> None:
-        self.sent += len(data)  # ahead of the sending: the client may be faster than this thread
+        self.sent += len(data)  # counted first: the client may be faster than this thread
         self.raw.sendall(data)
 
     def reset(self) -> None:
-        """Close with RST, as a host does that has forgotten the connection."""
+        """Close with RST, as a restarted host does."""
         self.raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
         self.raw.close()
 
@@ -95,7 +95,7 @@ def response(body: bytes = b"", status: str = "200 OK", *headers: str) -> bytes:
 
 
 class RawServer:
-    """Runs ``serve`` on every connection, in a thread of its own; errors there fail the test."""
+    """Runs ``serve`` on every connection, each in a thread; its errors fail the test."""
 
     def __init__(
         self, serve: Callable[[Connection], None], tls: ssl.SSLContext | None = None
@@ -148,8 +148,8 @@ class RawServer:
                 connection.raw = self._tls.wrap_socket(raw, server_side=True)
             self._serve(connection)
         except OSError:
-            pass  # the client closed, or the test is over
-        except BaseException as error:  # shown by __exit__
+            pass  # the client closed the connection, or the test is over
+        except BaseException as error:  # raised by __exit__
             self.errors.append(error)
         finally:
             connection.raw.close()
@@ -161,7 +161,7 @@ def _shut(raw: socket.socket) -> None:
 
 
 def answering(answer: Callable[[Request], bytes]) -> Callable[[Connection], None]:
-    """A server that keeps the connection and answers each request with these bytes."""
+    """Return a ``serve`` that keeps connections alive and answers each request."""
 
     def serve(connection: Connection) -> None:
         while (request := connection.request()) is not None:
@@ -171,18 +171,18 @@ def answering(answer: Callable[[Request], bytes]) -> Callable[[Connection], None
 
 
 class Recorder:
-    """Answers each request with the next of these, or the same one for ever."""
+    """Answers each request with the next response; the last response is repeated."""
 
-    def __init__(self, *answers: bytes | Callable[[Request], bytes]) -> None:
-        self.answers, self.requests = list(answers), []
+    def __init__(self, *responses: bytes | Callable[[Request], bytes]) -> None:
+        self.responses, self.requests = list(responses), []
 
     def __call__(self, connection: Connection) -> None:
-        def answer(request: Request) -> bytes:
+        def respond(request: Request) -> bytes:
             self.requests.append(request)
-            chosen = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
-            return chosen if isinstance(chosen, bytes) else chosen(request)
+            answer = self.responses.pop(0) if len(self.responses) > 1 else self.responses[0]
+            return answer if isinstance(answer, bytes) else answer(request)
 
-        answering(answer)(connection)
+        answering(respond)(connection)
 
 
 def as_json(message: object, status: str = "200 OK", *headers: str) -> bytes:
@@ -219,7 +219,7 @@ class Files:
 
 
 def files(model: ModelPlan = SMALL) -> Files:
-    """The files that a server has for a small, untrained vision transformer."""
+    """Write the server's files for a small, untrained vision transformer; once per model."""
     return _files(model)
 
 
@@ -237,12 +237,12 @@ def _files(model: ModelPlan) -> Files:
 
 
 def device_model(model: ModelPlan = SMALL) -> DeviceModel:
-    made = files(model)
-    return DeviceModel.load(model, made.head, made.state)
+    run_files = files(model)
+    return DeviceModel.load(model, run_files.head, run_files.state)
 
 
 def image_set(samples: int = 10, seed: int = 0) -> ImageSet:
-    """Noisy images of three colours, 40 x 40 pixels."""
+    """Make noisy images of three colours, 40 x 40 pixels."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(samples) % 3
     pixels = torch.randint(0, 120, (samples, 3, 40, 40), generator=generator, dtype=torch.uint8)
@@ -272,24 +272,24 @@ def round_context(
 
 @dataclass
 class BodyServer:
-    """The split plane's part of `edge_client.transport.Server`, in this process: the real body.
+    """The split plane's part of `edge_client.transport.Server`, with a real body in this process.
 
-    What is asked and answered goes through frames, as on the wire.
+    Requests and responses are encoded as frames, as on the wire.
     """
 
     model: ModelPlan = SMALL
-    lose: int = 0  # so many steps are lost before their backward
+    lose: int = 0  # number of steps that are lost before their backward
     calls: list[str] = field(default_factory=list)
     steps: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         tensors = open_backbone(files(self.model).backbone)
         self._body = build_body(self.model, tensors)
-        self._held: dict[str, tuple[Tensor, Tensor]] = {}
+        self._retained: dict[str, tuple[Tensor, Tensor]] = {}
 
     @property
     def plane(self) -> SplitPlane:
-        """The split plane of a run with this server."""
+        """Return the split plane of a run with this server."""
         return SplitPlane(self, RunPlan(model=self.model))
 
     def send_frame(
@@ -311,15 +311,15 @@ class BodyServer:
         return _over_the_wire(name, meta, {name: (answer, "float32")})
 
     def forward(self, smashed: Tensor, *, step: str, round_: int) -> Tensor:
-        assert step not in self.steps, "a name is used once"
+        assert step not in self.steps, "each step needs a new name"
         self.steps.append(step)
         inputs = smashed.clone().requires_grad_()
         features = self._body(inputs)
-        self._held[step] = (inputs, features)
+        self._retained[step] = (inputs, features)
         return features.detach().clone()
 
     def backward(self, gradients: Tensor, *, step: str, round_: int) -> Tensor:
-        inputs, features = self._held.pop(step)
+        inputs, features = self._retained.pop(step)
         if self.lose:
             self.lose -= 1
             raise StepLost("the step is gone")

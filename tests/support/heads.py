@@ -1,4 +1,4 @@
-"""A head with its prompts at the cut, and what it makes of a few images."""
+"""A model with prompts at the cut, and its smashed data of a few images."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def shared_model() -> DeviceModel:
 
 @functools.cache
 def everything() -> Tensor:
-    """What the head makes of all samples at once, [n, T, D]."""
+    """Compute the smashed data of all samples in one call, [n, T, D]."""
     return outputs(shared_model()).smashed(EVERYTHING)
 
 

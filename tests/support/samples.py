@@ -1,4 +1,4 @@
-"""Samples of three owners, put into a store and taken out of it."""
+"""Samples of three owners, for tests of the sample store."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def name(number: int) -> bytes:
 
 
 def content(owner: Owner, number: int, form: RowForm) -> list[bytes]:
-    """What this owner's sample of this number is made of: nobody else's is alike."""
+    """Return a sample's content, unique for its owner and number."""
     seed = repr((owner, number, form)).encode()
     return [
         hashlib.shake_128(seed + bytes([place])).digest(size)
@@ -54,15 +54,15 @@ def kept(store: SampleStore, owner: Owner, among: Sequence[int] = range(40)) -> 
 
 
 def assert_whole(
-    found: Kept | list[int], owner: Owner, numbers: Sequence[int], form: RowForm = TEN
+    result: Kept | list[int], owner: Owner, numbers: Sequence[int], form: RowForm = TEN
 ) -> None:
-    assert isinstance(found, tuple), f"places {found} are missing"
-    assert found[0] == form
+    assert isinstance(result, tuple), f"places {result} are missing"
+    assert result[0] == form
     rows = [content(owner, number, form) for number in numbers]
     expected = [b"".join(parts) for parts in zip(*rows, strict=True)]
-    assert [bytes(buffer) for buffer in found[1]] == expected
+    assert [bytes(buffer) for buffer in result[1]] == expected
 
 
 def files(folder: Path) -> list[int]:
-    """The sizes of the files in a folder."""
+    """Return the sizes of a folder's files."""
     return [path.stat().st_size for path in folder.iterdir()]

@@ -1,4 +1,4 @@
-"""Around the metered transport, for its tests: clients, counts, and servers that forget."""
+"""Doubles for tests of the metered transport: clients, byte counts, servers that disconnect."""
 
 import ssl
 import threading
@@ -29,7 +29,7 @@ class Pieces:
 
 
 class Forgetful:
-    """A server that ends each connection after one answer, each in another way."""
+    """A server that closes each connection after one response, each time in another way."""
 
     def __init__(self, *ends: Callable[[Connection], None]) -> None:
         self.ends = list(ends)
@@ -39,7 +39,7 @@ class Forgetful:
         request = connection.request()
         assert request is not None
         connection.send(response(request.body))
-        self.answered.acquire(timeout=5)  # else a reset could overtake the answer
+        self.answered.acquire(timeout=5)  # else a reset could arrive before the response
         if self.ends:
             self.ends.pop()(connection)
         self.ended.release()

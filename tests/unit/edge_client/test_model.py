@@ -65,8 +65,8 @@ def test_the_body_is_never_allocated() -> None:
         assert len(part.trunk.blocks) == 0
     body = build_body(SMALL, open_backbone(files().backbone))
     assert size(body) == 11 * block
-    held = 4 * (embedding + block + tail)
-    assert held <= taken.nbytes < 1.1 * held < 4 * size(body) / 4
+    expected_bytes = 4 * (embedding + block + tail)
+    assert expected_bytes <= taken.nbytes < 1.1 * expected_bytes < 4 * size(body) / 4
     assert files().head.stat().st_size < 4 * (embedding + block) + 8192
 
 

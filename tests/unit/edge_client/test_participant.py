@@ -1,4 +1,4 @@
-"""A device's life in a run, against a federation that is a script."""
+"""A device's participation in a run, with a scripted federation."""
 
 import json
 from collections.abc import Iterator
@@ -50,7 +50,7 @@ def one_thread() -> Iterator[None]:
 
 @dataclass
 class Script(BodyServer):
-    """A federation of one device: it gives out these assignments, one after the other."""
+    """A federation of one device, with a fixed list of assignments."""
 
     assignments: list[tuple[Task, int]] = field(default_factory=list)
     refusals: dict[int, SFPromptError] = field(default_factory=dict)  # of updates, by round
@@ -59,13 +59,13 @@ class Script(BodyServer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.asked: list[Assignment | None] = []
+        self.polled: list[Assignment | None] = []
         self.updates: list[tuple[UpdateMeta, dict[str, torch.Tensor]]] = []
         self.reports: list[EvaluationReport] = []
         self.downloads: list[str] = []
         self.credential = ""
-        made = files()
-        self._head, self._state = made.ref(made.head), made.ref(made.state)
+        run_files = files()
+        self._head, self._state = run_files.ref(run_files.head), run_files.ref(run_files.state)
 
     def join(self, run: str, request: JoinRequest, key: str, token: str | None) -> JoinResponse:
         self.joined = (run, request, key, token)
@@ -100,7 +100,7 @@ class Script(BodyServer):
         return files().state.read_bytes()[start:]
 
     def assignment(self, run: str, after: Assignment | None, wait_s: float) -> Assignment:
-        self.asked.append(after)
+        self.polled.append(after)
         task, round_ = self.assignments.pop(0)
         over = task is Task.STOP
         status = RunStatus.FINISHED if over else RunStatus.RUNNING
@@ -142,11 +142,11 @@ class RecordingReporter:
 def take_part(
     server: Script, folder: Path, name: str = "device"
 ) -> tuple[RecordingReporter, JoinedRun]:
-    told = RecordingReporter()
+    reporter = RecordingReporter()
     data = Dataset(image_set(9), image_set(6, seed=1))
-    joined = Participant(server, data, folder, name, told).join("run", "key", "token")
+    joined = Participant(server, data, folder, name, reporter).join("run", "key", "token")
     assert succeeded(joined.take_part())
-    return told, joined
+    return reporter, joined
 
 
 TRAIN, EVALUATE, WAIT, STOP = Task.TRAIN, Task.EVALUATE, Task.WAIT, Task.STOP
@@ -155,15 +155,15 @@ TRAIN, EVALUATE, WAIT, STOP = Task.TRAIN, Task.EVALUATE, Task.WAIT, Task.STOP
 def test_a_whole_run(tmp_path: Path) -> None:
     script = [(WAIT, 0), (TRAIN, 1), (WAIT, 1), (EVALUATE, 1), (TRAIN, 2), (EVALUATE, 2), (STOP, 2)]
     server = Script(assignments=list(script))
-    told, _ = take_part(server, tmp_path)
+    reporter, _ = take_part(server, tmp_path)
     request = server.joined[1]
     assert server.joined == ("run", request, "key", "token")
     assert (request.train_samples, request.test_samples, request.num_classes) == (9, 6, 3)
     assert server.credential == "secret"
     assert server.downloads == ["head", "state"]
-    asked = [(a.task, a.round) if a else None for a in server.asked]
-    assert asked == [None, *script[:-1]]
-    assert [kind for kind, _ in told.events] == [
+    polled = [(a.task, a.round) if a else None for a in server.polled]
+    assert polled == [None, *script[:-1]]
+    assert [kind for kind, _ in reporter.events] == [
         "joined",
         *["trained", "evaluated"] * 2,
         "stopped",
@@ -174,7 +174,7 @@ def test_a_whole_run(tmp_path: Path) -> None:
         assert meta.local_loss is not None
         assert set(state) == set(load_state(files().state))
     assert [(r.round, r.samples) for r in server.reports] == [(1, 6), (2, 6)]
-    # Labels, images and paths have no way out: features and tensors of the state are all.
+    # Only smashed data, gradients and the tuned state leave the device; no labels or images.
     assert set(server.calls) == {"forward", "backward", "infer"}
 
 
@@ -198,8 +198,8 @@ def test_a_restart_repeats_the_same_update(tmp_path: Path) -> None:
     first.training = second.training = {"augment": True}
     take_part(first, tmp_path)
     take_part(second, tmp_path)
-    (one, a), (other, b) = first.updates[0], second.updates[0]
-    assert one == other
+    (first_meta, a), (second_meta, b) = first.updates[0], second.updates[0]
+    assert first_meta == second_meta
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
@@ -214,14 +214,14 @@ def test_another_device_has_other_draws(tmp_path: Path) -> None:
 def test_a_device_that_was_left_behind_goes_on(tmp_path: Path, error: type[SFPromptError]) -> None:
     script = [(TRAIN, 1), (TRAIN, 2), (EVALUATE, 2), (STOP, 2)]
     server = Script(assignments=script, refusals={1: error("round 1 is over")})
-    told, _ = take_part(server, tmp_path)
-    assert [kind for kind, _ in told.events][1:] == [
+    reporter, _ = take_part(server, tmp_path)
+    assert [kind for kind, _ in reporter.events][1:] == [
         "left-behind",
         "trained",
         "evaluated",
         "stopped",
     ]
-    assert told.events[1][1] == {"round": 1, "reason": "round 1 is over"}
+    assert reporter.events[1][1] == {"round": 1, "reason": "round 1 is over"}
     assert [meta.round for meta, _ in server.updates] == [2]
 
 
@@ -233,8 +233,8 @@ def test_a_stale_round_in_the_middle_of_split_training(tmp_path: Path) -> None:
             return super().forward(smashed, round_=round_, **more)
 
     server = Closing(assignments=[(TRAIN, 1), (TRAIN, 2), (STOP, 2)])
-    told, _ = take_part(server, tmp_path)
-    assert [kind for kind, _ in told.events] == ["joined", "left-behind", "trained", "stopped"]
+    reporter, _ = take_part(server, tmp_path)
+    assert [kind for kind, _ in reporter.events] == ["joined", "left-behind", "trained", "stopped"]
     # Nothing of the round that was given up is in the next one.
     fresh = Script(assignments=[(TRAIN, 2), (STOP, 2)])
     take_part(fresh, tmp_path)
@@ -243,8 +243,8 @@ def test_a_stale_round_in_the_middle_of_split_training(tmp_path: Path) -> None:
 
 def test_an_empty_update_is_told_and_passed(tmp_path: Path) -> None:
     server = Script(assignments=[(TRAIN, 1), (STOP, 1)], refusals={1: EmptyUpdate("no sample")})
-    told, _ = take_part(server, tmp_path)
-    assert [kind for kind, _ in told.events] == ["joined", "nothing-to-train", "stopped"]
+    reporter, _ = take_part(server, tmp_path)
+    assert [kind for kind, _ in reporter.events] == ["joined", "nothing-to-train", "stopped"]
 
 
 def test_a_device_that_cannot_measure_a_state_says_so(tmp_path: Path) -> None:
@@ -253,8 +253,8 @@ def test_a_device_that_cannot_measure_a_state_says_so(tmp_path: Path) -> None:
             return super().infer(smashed, **more).fill_(torch.nan)
 
     server = Poisoned(assignments=[(EVALUATE, 1), (STOP, 1)])
-    told, _ = take_part(server, tmp_path)
-    assert [kind for kind, _ in told.events] == ["joined", "left-behind", "stopped"]
+    reporter, _ = take_part(server, tmp_path)
+    assert [kind for kind, _ in reporter.events] == ["joined", "left-behind", "stopped"]
     [report] = server.reports
     assert (report.round, report.samples, report.correct, report.loss_sum) == (1, 0, 0, 0.0)
 
@@ -297,7 +297,7 @@ def test_a_run_that_failed_did_not_succeed() -> None:
     assert not succeeded(last)
 
 
-# What is told
+# Reporters
 
 
 def test_lines_of_json(capsys: pytest.CaptureFixture[str]) -> None:

@@ -53,9 +53,9 @@ def test_folders_are_searched_and_sorted_and_files_taken_as_given(tmp_path: Path
     (tmp_path / "a" / "notes.txt").write_text("no image")
     (tmp_path / "b.weird").write_text("named by hand")
     (tmp_path / "a" / "UPPER.PNG").write_bytes(paths[0].read_bytes())
-    found = image_files([tmp_path / "b.weird", tmp_path / "a", paths[1]])
+    listed = image_files([tmp_path / "b.weird", tmp_path / "a", paths[1]])
     upper = tmp_path / "a" / "UPPER.PNG"
-    assert found == [tmp_path / "b.weird", *paths, upper, *nested, paths[1]]
+    assert listed == [tmp_path / "b.weird", *paths, upper, *nested, paths[1]]
 
 
 def test_nothing_to_classify(tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ class Host(BodyServer):
     """A finished run to predict with."""
 
     def view(self, names: tuple[str, ...] | None) -> RunView:
-        made = files()
+        run_files = files()
         return RunView(
             id="r",
             status=RunStatus.FINISHED,
@@ -82,8 +82,8 @@ class Host(BodyServer):
             participants=1,
             created_at=0,
             backbone_bytes=1,
-            head=made.ref(made.head),
-            state=made.ref(made.state),
+            head=run_files.ref(run_files.head),
+            state=run_files.ref(run_files.state),
         )
 
     def join(self, run: str, request: JoinRequest, key: str, token: str | None) -> JoinResponse:
@@ -114,11 +114,11 @@ def test_every_file_in_order_with_the_unreadable_named(tmp_path: Path) -> None:
     broken = {paths[i] for i in (0, 7, 31, 32, 39)}
     for path in broken:
         path.write_bytes(path.read_bytes()[:50])
-    got = list(predictor(tmp_path / "blobs").predict(paths, top=2))
-    assert [prediction.path for prediction in got] == [str(path) for path in paths]
+    predictions = list(predictor(tmp_path / "blobs").predict(paths, top=2))
+    assert [prediction.path for prediction in predictions] == [str(path) for path in paths]
 
     model, body = device_model(), BodyServer()
-    for path, prediction in zip(paths, got, strict=True):
+    for path, prediction in zip(paths, predictions, strict=True):
         if path in broken:
             assert prediction.classes == ()
             assert "not an image" in prediction.error or "cannot be decoded" in prediction.error
@@ -148,14 +148,16 @@ def test_an_exported_model_says_what_it_says_to_the_same_pixels(
     backbone = prepare_backbone(split, SMALL.weights, tmp_path / "backbones").path
     state = initial_state(split, open_backbone(backbone), seed=3)
     file = export_model(split, backbone, state, tmp_path / "m.safetensors", class_names=names)
-    got = list(WholePredictor(file).predict(paths, top=3))
-    assert got[1].error is not None
-    model, way = load_exported(file), preprocessing_of(split, image_preparation(split))
+    predictions = list(WholePredictor(file).predict(paths, top=3))
+    assert predictions[1].error is not None
+    model, preprocessing = load_exported(file), preprocessing_of(split, image_preparation(split))
     for number in (0, 2):
-        image = way.normalise(way.resize(decode_file(paths[number]).unsqueeze(0)))
+        image = preprocessing.normalise(
+            preprocessing.resize(decode_file(paths[number]).unsqueeze(0))
+        )
         shares = model(image).softmax(dim=1)[0]
         expected = {(names or "012")[i]: pytest.approx(float(shares[i])) for i in range(3)}
-        assert dict(got[number].classes) == expected
+        assert dict(predictions[number].classes) == expected
 
 
 def test_a_file_that_is_no_exported_model_is_refused_by_name(tmp_path: Path) -> None:
@@ -173,16 +175,16 @@ def test_a_batch_of_unreadable_files_asks_the_server_nothing(tmp_path: Path) -> 
     bad = [tmp_path / f"{number}.png" for number in range(3)]
     for path in bad:
         path.write_bytes(b"no image")
-    made = predictor(tmp_path / "blobs")
-    assert all(prediction.error for prediction in made.predict(bad, top=1))
-    assert made._server.calls == []
+    joined = predictor(tmp_path / "blobs")
+    assert all(prediction.error for prediction in joined.predict(bad, top=1))
+    assert joined._server.calls == []
 
 
 def test_classes_without_names_are_numbers_and_never_more_than_there_are(tmp_path: Path) -> None:
     paths = save_images(tmp_path / "images", 1)
-    (one,) = predictor(tmp_path / "blobs", names=None).predict(paths, top=9)
-    assert {name for name, _ in one.classes} == {"0", "1", "2"}
-    assert sum(share for _, share in one.classes) == pytest.approx(1)
+    (prediction,) = predictor(tmp_path / "blobs", names=None).predict(paths, top=9)
+    assert {name for name, _ in prediction.classes} == {"0", "1", "2"}
+    assert sum(share for _, share in prediction.classes) == pytest.approx(1)
     assert Prediction("x", (("0", 0.5),)).to_dict() == {"path": "x", "classes": {"0": 0.5}}
 
 

@@ -38,8 +38,8 @@ def mixed(tmp_path: Path) -> ImageSet:
     return ImageSet(FileStore(paths, tmp_path), torch.arange(6) % 2, ("a", "b"))
 
 
-def read(images: ImageSet, positions: Sequence[int], way: Preprocessing) -> torch.Tensor:
-    return BatchReader(images, way).read(positions)[0]
+def read(images: ImageSet, positions: Sequence[int], preprocessing: Preprocessing) -> torch.Tensor:
+    return BatchReader(images, preprocessing).read(positions)[0]
 
 
 def test_values_are_scaled_and_normalised() -> None:
@@ -58,19 +58,19 @@ def test_values_are_scaled_and_normalised() -> None:
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "nearest"])
 def test_an_image_alone_and_among_others_is_the_same(mixed: ImageSet, interpolation) -> None:
-    order, way = [5, 0, 1, 2, 3, 4, 1], Preprocessing(7, MEAN, STD, interpolation)
-    together = read(mixed, order, way)
-    alone = torch.cat([read(mixed, [i], way) for i in order])
+    order, preprocessing = [5, 0, 1, 2, 3, 4, 1], Preprocessing(7, MEAN, STD, interpolation)
+    together = read(mixed, order, preprocessing)
+    alone = torch.cat([read(mixed, [i], preprocessing) for i in order])
     assert torch.equal(together, alone)
 
 
 def test_large_images_are_resized_a_few_at_a_time(
     mixed: ImageSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    way = Preprocessing(7, MEAN, STD)
-    whole = read(mixed, range(6), way)
+    preprocessing = Preprocessing(7, MEAN, STD)
+    whole = read(mixed, range(6), preprocessing)
     monkeypatch.setattr("edge_client.data.batches._CHUNK_BYTES", 1)
-    assert torch.equal(read(mixed, range(6), way), whole)
+    assert torch.equal(read(mixed, range(6), preprocessing), whole)
 
 
 def test_the_middle_of_a_long_image_is_kept() -> None:
@@ -104,9 +104,9 @@ def test_the_cache_changes_nothing_but_the_reading(
     assert len(cached) == 6
     for path in tmp_path.glob("*.png"):
         path.unlink()
-    kept = min(images_kept, 6)
-    assert cached.read(range(kept))[0].shape == (kept, 3, 8, 8)
-    for position in range(kept, 6):
+    cached_count = min(images_kept, 6)
+    assert cached.read(range(cached_count))[0].shape == (cached_count, 3, 8, 8)
+    for position in range(cached_count, 6):
         with pytest.raises(CorruptImageError):
             cached.read([position])
 
@@ -190,6 +190,6 @@ def test_a_flip_without_a_shift_mirrors_some_images_and_keeps_the_rest() -> None
     images = torch.arange(20 * 3 * 4 * 4, dtype=torch.int64).to(torch.uint8).view(20, 3, 4, 4)
     changed = Augmentation(seed=0, max_shift=0.0).apply(images, torch.arange(20), 0)
     mirrored = [torch.equal(changed[i], images[i].flip(-1)) for i in range(20)]
-    kept = [torch.equal(changed[i], images[i]) for i in range(20)]
-    assert all(a != b for a, b in zip(mirrored, kept, strict=True))
+    unchanged = [torch.equal(changed[i], images[i]) for i in range(20)]
+    assert all(a != b for a, b in zip(mirrored, unchanged, strict=True))
     assert 3 <= sum(mirrored) <= 17

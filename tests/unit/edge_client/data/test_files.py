@@ -1,4 +1,4 @@
-"""Sets that lie on disk in forms of their own: idx, CIFAR's binary form, torchvision's layouts."""
+"""File formats of data sets: idx, CIFAR's binary form, torchvision's layouts."""
 
 import gzip
 import io
@@ -83,8 +83,8 @@ def test_a_failed_fetch_reports_why_each_way_failed(
     def fails(home: Path) -> None:
         raise RuntimeError("no network today")
 
-    monkeypatch.setattr(fashion, "_from_debian", fails)
-    monkeypatch.setattr(fashion, "_from_torchvision", fails)
+    monkeypatch.setattr(fashion, "_download_from_debian", fails)
+    monkeypatch.setattr(fashion, "_download_by_torchvision", fails)
     with pytest.raises(DatasetDownloadError, match="no network today; no network today"):
         load_dataset(f"fashion-mnist:{tmp_path}")
 
@@ -118,7 +118,7 @@ def test_a_command_that_fails_is_reported_in_its_own_words(tmp_path: Path) -> No
 def test_images_and_labels_have_to_agree_in_number(tmp_path: Path) -> None:
     write_fashion(tmp_path, packed=False)
     (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(idx_bytes(np.zeros(4, np.uint8)))
-    with pytest.raises(DataFormatError, match="one an image"):
+    with pytest.raises(DataFormatError, match="one for each image"):
         load_dataset(f"fashion-mnist:{tmp_path}")
 
 
@@ -221,7 +221,7 @@ def test_cifars_archive_is_unpacked_where_it_lies(tmp_path: Path) -> None:
 def test_a_link_or_a_missing_file_in_the_archive_is_refused(tmp_path: Path) -> None:
     archive = tmp_path / "cifar-10-binary.tar.gz"
     tar_of(cifar_files(), archive, link="test_batch.bin")
-    with pytest.raises(DataFormatError, match="plain file"):
+    with pytest.raises(DataFormatError, match="regular file"):
         load_dataset(f"torchvision:CIFAR10:{tmp_path}")
     tar_of({"test_batch.bin": b""}, archive)
     with pytest.raises(DataFormatError, match="archive"):

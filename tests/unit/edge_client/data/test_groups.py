@@ -1,4 +1,4 @@
-"""Whole groups on one device each: where their ids come from, and how they are dealt."""
+"""The natural partition: where group ids come from, and how groups are assigned to devices."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_every_sample_is_in_one_part_and_no_group_is_split(
     assert sum(len(held) for held in holders) == len(set(groups))
     assert all(held for held in holders)
     again = partition(np.zeros(len(groups)), parts, "natural", seed, groups)
-    assert all(np.array_equal(one, other) for one, other in zip(cut, again, strict=True))
+    assert all(np.array_equal(a, b) for a, b in zip(cut, again, strict=True))
 
 
 @settings(deadline=None, max_examples=60)
@@ -53,8 +53,8 @@ def test_five_groups_on_two_devices_worked_out_by_hand() -> None:
 
 def test_the_seed_decides_who_gets_which_group() -> None:
     groups = [f"g{place // 3}" for place in range(60)]
-    first, other = (partition(np.zeros(60), 4, "natural", seed, groups) for seed in (1, 2))
-    assert any(not np.array_equal(a, b) for a, b in zip(first, other, strict=True))
+    first, b = (partition(np.zeros(60), 4, "natural", seed, groups) for seed in (1, 2))
+    assert any(not np.array_equal(a, b) for a, b in zip(first, b, strict=True))
 
 
 def test_more_parts_than_groups_are_refused() -> None:
@@ -79,8 +79,10 @@ NAMED = tuple(
 )
 
 
-def own(folder: Path, part: str, *, shots: int | None = None, scheme: str = "natural") -> list[str]:
-    """The training images of one device, as the command takes them."""
+def training_files(
+    folder: Path, part: str, *, shots: int | None = None, scheme: str = "natural"
+) -> list[str]:
+    """List one device's training images, as the command selects them."""
     ref = BlobRef(sha256="0" * 64, nbytes=1)
     run = RunView(
         id="r",
@@ -93,13 +95,13 @@ def own(folder: Path, part: str, *, shots: int | None = None, scheme: str = "nat
         head=ref,
         state=ref,
     )
-    found = _load_data(f"folder:{folder}", run, part, scheme, 5, 0.2, None, None, shots)
-    return [path.relative_to(folder).as_posix() for path in found.train.store.paths]
+    dataset = _load_data(f"folder:{folder}", run, part, scheme, 5, 0.2, None, None, shots)
+    return [path.relative_to(folder).as_posix() for path in dataset.train.store.paths]
 
 
 def test_the_part_of_a_name_before_the_first_underscore_is_the_group(tmp_path: Path) -> None:
     write(tmp_path, *NAMED)
-    hands = [own(tmp_path, f"{k}/3") for k in (1, 2, 3)]
+    hands = [training_files(tmp_path, f"{k}/3") for k in (1, 2, 3)]
     assert [len({Path(name).name.split("_")[0] for name in hand}) for hand in hands] == [1, 1, 1]
     assert sorted(chain.from_iterable(hands)) == sorted(
         name for name in NAMED if name.startswith("train")
@@ -108,7 +110,7 @@ def test_the_part_of_a_name_before_the_first_underscore_is_the_group(tmp_path: P
 
 def test_devices_of_one_seed_part_the_same_shots(tmp_path: Path) -> None:
     write(tmp_path, *NAMED)
-    hands = [own(tmp_path, f"{k}/2", shots=4, scheme="iid") for k in (1, 2)]
+    hands = [training_files(tmp_path, f"{k}/2", shots=4, scheme="iid") for k in (1, 2)]
     drawn = list(chain.from_iterable(hands))
     assert len(drawn) == len(set(drawn)) == 8
     assert sum("/cat/" in name for name in drawn) == 4
@@ -147,14 +149,14 @@ def test_a_table_that_is_wrong_or_lacks_an_image_is_refused(
     write(tmp_path, "train/cat/1.png", "train/cat/2.png", "test/cat/x.png")
     table(tmp_path, text)
     with pytest.raises(error, match=named):
-        own(tmp_path, "1/1")
+        training_files(tmp_path, "1/1")
 
 
 @pytest.mark.parametrize("name", ["1.png", "_1.png"])
 def test_an_image_without_an_id_is_named_and_told_how_to_get_one(tmp_path: Path, name: str) -> None:
     write(tmp_path, f"train/cat/{name}", "train/cat/ann_1.png", "test/cat/x.png")
     with pytest.raises(PartitionError) as refused:
-        own(tmp_path, "1/1")
+        training_files(tmp_path, "1/1")
     assert refused.value.value == f"train/cat/{name}"
     assert "groups.csv" in str(refused.value)
 
@@ -167,4 +169,4 @@ def test_a_set_without_files_says_how_ids_are_given() -> None:
 def test_names_do_not_matter_to_other_partitions(tmp_path: Path) -> None:
     write(tmp_path, "train/cat/1.png", "train/cat/2.png", "test/cat/x.png", "test/cat/y.png")
     table(tmp_path, "no table of groups")
-    assert len(own(tmp_path, "1/2", scheme="iid")) == 1
+    assert len(training_files(tmp_path, "1/2", scheme="iid")) == 1

@@ -10,11 +10,11 @@ def test_the_order_depends_on_the_images_alone() -> None:
     count = 60
     rows = torch.arange(count)
     turned = rows.flip(0)
-    one = by_content(type(data)(data.train.subset(rows), data.test))
-    other = by_content(type(data)(data.train.subset(turned), data.test))
+    first = by_content(type(data)(data.train.subset(rows), data.test))
+    second = by_content(type(data)(data.train.subset(turned), data.test))
     for position in range(count):
-        assert torch.equal(one.train.image(position), other.train.image(position))
-    assert torch.equal(one.train.labels, other.train.labels)
+        assert torch.equal(first.train.image(position), second.train.image(position))
+    assert torch.equal(first.train.labels, second.train.labels)
 
 
 def test_neighbours_of_one_class_are_parted() -> None:

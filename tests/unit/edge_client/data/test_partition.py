@@ -31,7 +31,7 @@ def test_every_sample_is_in_exactly_one_part_and_no_part_is_empty(
     assert all(np.array_equal(part, np.sort(part)) for part in cut)
     assert np.array_equal(np.sort(np.concatenate(cut)), np.arange(len(labels)))
     again = partition(labels, parts, scheme, seed)
-    assert all(np.array_equal(one, other) for one, other in zip(cut, again, strict=True))
+    assert all(np.array_equal(a, b) for a, b in zip(cut, again, strict=True))
 
 
 @pytest.mark.parametrize("scheme", ["iid", "dirichlet:0.3", "shards:2", "quantity:0.5"])
@@ -39,8 +39,8 @@ def test_the_seed_and_nothing_else_fixes_the_parts(scheme: str) -> None:
     labels = np.arange(200) % 10
     state = np.random.get_state()[1].copy()
     first = partition(labels, 4, scheme, 1)
-    other = partition(labels, 4, scheme, 2)
-    assert any(not np.array_equal(a, b) for a, b in zip(first, other, strict=True))
+    b = partition(labels, 4, scheme, 2)
+    assert any(not np.array_equal(a, b) for a, b in zip(first, b, strict=True))
     assert np.array_equal(state, np.random.get_state()[1])
 
 

@@ -18,15 +18,15 @@ from sfprompt_bench.compare.config import Comparison
 from sfprompt_bench.compare.plan import plan
 
 
-def made(labels: list[int], classes: int) -> Dataset:
-    """Images that hold their own position."""
+def dataset_of(labels: list[int], classes: int) -> Dataset:
+    """Make images whose pixels are their position."""
     pixels = torch.arange(len(labels), dtype=torch.uint8).view(-1, 1, 1, 1)
     names = tuple(f"c{number}" for number in range(classes))
     images = ImageSet(ArrayStore(pixels), torch.tensor(labels), names)
     return Dataset(images, images)
 
 
-def held(images: ImageSet) -> list[int]:
+def positions_in(images: ImageSet) -> list[int]:
     return [int(images.image(i)[0, 0, 0]) for i in range(len(images))]
 
 
@@ -40,11 +40,11 @@ def test_every_class_has_just_so_many_and_a_seed_fixes_which(
     counts: list[int], shots: int, seed: int
 ) -> None:
     labels = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(counts)), counts))
-    data = made(labels.tolist(), len(counts))
+    data = dataset_of(labels.tolist(), len(counts))
     few, again = (limit_per_set(data, shots=shots, seed=seed) for _ in range(2))
     assert few.train.class_counts().tolist() == [shots] * len(counts)
-    assert len(set(held(few.train))) == shots * len(counts)
-    assert held(few.train) == held(again.train)
+    assert len(set(positions_in(few.train))) == shots * len(counts)
+    assert positions_in(few.train) == positions_in(again.train)
     assert few.test is data.test
 
 
@@ -57,17 +57,17 @@ def test_another_seed_draws_others_and_the_test_set_has_a_limit_of_its_own() -> 
 
 def test_a_class_with_too_few_is_named_with_its_count() -> None:
     with pytest.raises(PartitionError) as refused:
-        limit_per_set(made([0, 0, 0, 1, 1], 2), shots=3, seed=0)
+        limit_per_set(dataset_of([0, 0, 0, 1, 1], 2), shots=3, seed=0)
     assert refused.value.field == "training images of class c1"
     assert (refused.value.limit, refused.value.value) == ("at least 3", 2)
     with pytest.raises(PartitionError, match="class c2"):  # a class of the run without any image
-        limit_per_set(made([0, 1], 3), shots=1, seed=0)
+        limit_per_set(dataset_of([0, 1], 3), shots=1, seed=0)
 
 
 @pytest.mark.parametrize("more", [{"shots": 0}, {"shots": 2, "train": 5}])
 def test_no_shots_and_two_limits_are_refused(more: dict[str, int]) -> None:
     with pytest.raises(PartitionError):
-        limit_per_set(made([0, 0, 1, 1], 2), seed=0, **more)
+        limit_per_set(dataset_of([0, 0, 1, 1], 2), seed=0, **more)
 
 
 TINY = {"backbone": "vit_tiny_patch16_224", "weights": "random:3", "image_size": 32}
@@ -78,8 +78,8 @@ def comparison(**more: object) -> Comparison:
 
 
 def test_shots_can_be_swept_and_make_other_tasks_of_references_too(tmp_path: Path) -> None:
-    asked = comparison(methods=("sfprompt", "linear-probe"), sweep={"shots": (1, 4)})
-    jobs = plan(asked, tmp_path)
+    settings = comparison(methods=("sfprompt", "linear-probe"), sweep={"shots": (1, 4)})
+    jobs = plan(settings, tmp_path)
     assert [job.task.of["shots"] for job in jobs] == [1, 1, 4, 4]
     assert len({job.task.key for job in jobs}) == 4
 

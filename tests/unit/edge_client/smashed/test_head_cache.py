@@ -80,28 +80,28 @@ def test_a_sample_has_the_same_bits_in_any_company_and_order(model: DeviceModel)
 
 def test_the_head_runs_once_for_what_the_tail_reads(model: DeviceModel, runs: list[Tensor]) -> None:
     images = reader(model)
-    made = HeadOutputs(model.head, images, PLENTY)
-    made.for_tail(torch.arange(10))
+    head_outputs = HeadOutputs(model.head, images, PLENTY)
+    head_outputs.for_tail(torch.arange(10))
     assert positions_in(runs, images) == set(range(10))
     runs.clear()
-    made.for_tail(torch.arange(5, 20))
+    head_outputs.for_tail(torch.arange(5, 20))
     assert positions_in(runs, images) == set(range(10, 20))
-    made.smashed(torch.arange(20, SAMPLES))
+    head_outputs.smashed(torch.arange(20, SAMPLES))
     runs.clear()
     for _ in range(3):
-        made.for_tail(torch.arange(SAMPLES).flip(0))
+        head_outputs.for_tail(torch.arange(SAMPLES).flip(0))
     assert runs == []
 
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.lists(st.integers(0, SAMPLES - 1), min_size=1, max_size=20), max_size=4))
 def test_whatever_is_asked_for_in_turn_it_is_the_samples_own(asked: list[list[int]]) -> None:
-    made, together = outputs(shared_model()), everything()
+    head_outputs, together = outputs(shared_model()), everything()
     for number, positions in enumerate(asked):
         chosen = torch.tensor(positions)
         if number % 2:
-            assert torch.equal(made.smashed(chosen), together[chosen])
-        assert torch.equal(made.for_tail(chosen), together[chosen, :1])
+            assert torch.equal(head_outputs.smashed(chosen), together[chosen])
+        assert torch.equal(head_outputs.for_tail(chosen), together[chosen, :1])
 
 
 def test_what_does_not_fit_the_cache_is_computed_each_time(
@@ -122,24 +122,24 @@ def test_what_does_not_fit_the_cache_is_computed_each_time(
 
 def test_a_tail_with_blocks_reads_every_token() -> None:
     model = device_model(AT_CUT.model_copy(update={"tail_blocks": 1}))
-    made = outputs(model)
-    every = made.for_tail(torch.arange(8))
-    assert every.shape == (8, TOKENS, WIDTH)
-    assert torch.equal(every, made.smashed(torch.arange(8)))
+    head_outputs = outputs(model)
+    tokens = head_outputs.for_tail(torch.arange(8))
+    assert tokens.shape == (8, TOKENS, WIDTH)
+    assert torch.equal(tokens, head_outputs.smashed(torch.arange(8)))
 
 
 def test_views_are_of_their_own(model: DeviceModel, runs: list[Tensor]) -> None:
-    made, images = outputs(model, augmented=True), reader(model, augmented=True)
+    head_outputs, images = outputs(model, augmented=True), reader(model, augmented=True)
     positions = torch.arange(20)
-    plain = made.for_tail(positions)
+    plain = head_outputs.for_tail(positions)
     runs.clear()
-    seen = [made.for_tail(positions, view) for view in (0, 1, 0)]
+    seen = [head_outputs.for_tail(positions, view) for view in (0, 1, 0)]
     assert len(runs) == 6, "views are not remembered"
     for view, tokens in zip((0, 1, 0), seen, strict=True):
         expected = model.head(images.read(positions, epoch=view)[0])
         torch.testing.assert_close(tokens, expected[:, :1], rtol=1e-5, atol=1e-5)
     assert torch.equal(seen[0], seen[2])
     assert not torch.equal(seen[0], seen[1])
-    assert torch.equal(made.for_tail(positions), plain)
-    one_by_one = torch.cat([made.smashed(position, 1) for position in positions.split(1)])
-    assert torch.equal(one_by_one, made.smashed(positions, 1))
+    assert torch.equal(head_outputs.for_tail(positions), plain)
+    one_by_one = torch.cat([head_outputs.smashed(position, 1) for position in positions.split(1)])
+    assert torch.equal(one_by_one, head_outputs.smashed(positions, 1))

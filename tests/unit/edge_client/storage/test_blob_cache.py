@@ -142,16 +142,16 @@ def test_threads_download_a_file_once(cache: BlobCache) -> None:
         time.sleep(0.005)
         return CONTENT[start : start + 3000]
 
-    found: list[bytes] = []
+    results: list[bytes] = []
     threads = [
-        threading.Thread(target=lambda: found.append(cache.fetch(REF, download).read_bytes()))
+        threading.Thread(target=lambda: results.append(cache.fetch(REF, download).read_bytes()))
         for _ in range(6)
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == [CONTENT] * 6
+    assert results == [CONTENT] * 6
     assert starts == [0, 3000, 6000, 9000]
 
 
@@ -232,9 +232,9 @@ def test_a_file_that_goes_while_it_is_fetched_is_downloaded_again(
     path, real = cache.fetch(REF, Source()), blob_cache._matches
 
     def seen_and_gone(file: Path, ref: BlobRef) -> bool:
-        found = real(file, ref)
+        results = real(file, ref)
         BlobCache(tmp_path).drop_old(keep=set(), newest=0, unused_s=-60)
-        return found
+        return results
 
     monkeypatch.setattr(blob_cache, "_matches", seen_and_gone)
     source = Source()

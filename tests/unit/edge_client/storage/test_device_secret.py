@@ -1,4 +1,4 @@
-"""The device's secret: made once, whoever asks first, and for this user alone."""
+"""The device's secret: drawn once, also by concurrent processes, and readable by its user only."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def test_several_processes_at_once_have_the_same_secret(tmp_path: Path) -> None:
         assert process.stdin is not None
         process.stdin.write("\n")
         process.stdin.flush()
-    found = {process.communicate(timeout=30)[0] for process in processes}
-    assert found == {device_secret(tmp_path / "home").hex() + "\n"}
+    secrets_printed = {process.communicate(timeout=30)[0] for process in processes}
+    assert secrets_printed == {device_secret(tmp_path / "home").hex() + "\n"}
     assert [file.name for file in (tmp_path / "home").iterdir()] == ["device.secret"]
 
 

@@ -164,5 +164,5 @@ def test_a_change_of_other_tensors_is_refused(tmp_path: Path) -> None:
 
 
 def test_equal_states_have_equal_bytes() -> None:
-    one, other = state(1.0), dict(reversed(state(1.0).items()))
-    assert state_bytes(one) == state_bytes(other)
+    ordered, reordered = state(1.0), dict(reversed(state(1.0).items()))
+    assert state_bytes(ordered) == state_bytes(reordered)

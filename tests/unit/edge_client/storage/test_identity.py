@@ -1,4 +1,4 @@
-"""A device's identity: the same after a restart, one process at a time, for one user's eyes."""
+"""A device's identity: stable over restarts, locked by one process, readable by its user only."""
 
 import fcntl
 import json

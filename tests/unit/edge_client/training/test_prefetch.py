@@ -1,4 +1,4 @@
-"""What is made one item ahead."""
+"""Computing values one item ahead."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def test_the_next_one_is_made_while_one_is_away() -> None:
         begun[number].set()
         return 10 * number
 
-    for number, made in prefetch(range(3), make):
-        assert made == 10 * number
+    for number, value in prefetch(range(3), make):
+        assert value == 10 * number
         if number < 2:
             assert begun[number + 1].wait(20)
         assert not any(event.is_set() for event in begun[number + 2 :]), "and no more than that"
@@ -29,7 +29,7 @@ def test_they_come_in_their_order(items: list[int]) -> None:
 
 
 def test_what_goes_wrong_is_told_at_its_turn() -> None:
-    found = prefetch([2, 1, 0], lambda number: 2 // number)
-    assert [next(found), next(found)] == [(2, 1), (1, 2)]
+    results = prefetch([2, 1, 0], lambda number: 2 // number)
+    assert [next(results), next(results)] == [(2, 1), (1, 2)]
     with pytest.raises(ZeroDivisionError):
-        next(found)
+        next(results)

@@ -52,7 +52,7 @@ def test_the_gradient_is_mu_times_the_way_from_the_round_s_state() -> None:
 def with_the_term(model: DeviceModel, samples: int) -> None:
     """The same phase in plain torch, the term written into the loss."""
     tuned = [model.prompts, *model.tail.parameters()]
-    start = [own.detach().clone() for own in tuned]
+    start = [parameter.detach().clone() for parameter in tuned]
     optimizer = torch.optim.SGD(
         [{"params": tuned[:1], "lr": 0.5}, {"params": tuned[1:], "lr": 0.1}]
     )
@@ -62,7 +62,7 @@ def with_the_term(model: DeviceModel, samples: int) -> None:
             images, labels = reader.read(positions)
             loss = F.cross_entropy(model.tail(model.head(images, model.prompts)), labels)
             pairs = zip(tuned, start, strict=True)
-            loss = loss + MU / 2 * sum((own - was).square().sum() for own, was in pairs)
+            loss = loss + MU / 2 * sum((parameter - was).square().sum() for parameter, was in pairs)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

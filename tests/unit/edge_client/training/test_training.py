@@ -73,10 +73,10 @@ class Uncut(nn.Module):
         return made
 
 
-def assert_same(one: dict[str, Tensor], other: dict[str, Tensor], tolerance: float) -> None:
-    assert set(one) == set(other)
-    for name, value in one.items():
-        assert torch.allclose(value, other[name], rtol=0, atol=tolerance), name
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    assert set(actual) == set(expected)
+    for name, value in actual.items():
+        assert torch.allclose(value, expected[name], rtol=0, atol=tolerance), name
 
 
 def moved(state: dict[str, Tensor]) -> float:
@@ -117,32 +117,36 @@ def test_prompts_and_body_have_no_say_in_the_scores() -> None:
 
 def test_each_class_keeps_its_share() -> None:
     context = round_context(samples=9, keep_fraction=0.34, prune_per_class=True)
-    kept = select_samples(context)
-    assert sorted(context.samples.images.image_set.labels[kept].tolist()) == [0, 1, 2]
+    selected = select_samples(context)
+    assert sorted(context.samples.images.image_set.labels[selected].tolist()) == [0, 1, 2]
 
 
 def test_all_are_kept_without_scoring() -> None:
-    told: list[str] = []
-    context = round_context(keep_fraction=1.0, advance=lambda phase, *_: told.append(phase))
+    progress: list[str] = []
+    context = round_context(keep_fraction=1.0, advance=lambda phase, *_: progress.append(phase))
     assert select_samples(context).tolist() == list(range(10))
-    assert told == []
+    assert progress == []
 
 
 @pytest.mark.parametrize("pruning", ["grand", "margin", "loss", "random"])
 def test_every_score_of_the_settings_works(pruning: str) -> None:
     context = round_context(keep_fraction=0.5, pruning=pruning)
-    kept = select_samples(context)
-    assert len(kept) == 5
-    assert torch.equal(kept, select_samples(context))
+    selected = select_samples(context)
+    assert len(selected) == 5
+    assert torch.equal(selected, select_samples(context))
 
 
 def test_random_pruning_draws_anew_each_round_and_device() -> None:
-    def kept(**more: Any) -> tuple[int, ...]:
+    def draw(**more: Any) -> tuple[int, ...]:
         context = round_context(samples=60, keep_fraction=0.5, pruning="random", **more)
         return tuple(select_samples(context).tolist())
 
     model = device_model()
-    draws = {kept(model=model), kept(model=model, round_=2), kept(model=model, name="other")}
+    draws = {
+        draw(model=model),
+        draw(model=model, round_=2),
+        draw(model=model, name="other"),
+    }
     assert len(draws) == 3
 
 
@@ -243,8 +247,8 @@ def test_split_training_is_the_uncut_model_s_step_by_step() -> None:
         split_epochs=2, advance=lambda *_: states.append(context.model.state()), **SGD
     )
     server = BodyServer()
-    kept = torch.tensor([0, 2, 3, 5, 7, 8, 9])
-    trained = split_train(context, server.plane, kept)
+    selected = torch.tensor([0, 2, 3, 5, 7, 8, 9])
+    trained = split_train(context, server.plane, selected)
 
     uncut = Uncut()
     tuned = [*uncut.model.norm.parameters(), *uncut.model.head.parameters()]
@@ -255,7 +259,7 @@ def test_split_training_is_the_uncut_model_s_step_by_step() -> None:
     orders = batches("split", 7, 2)
     assert len(states) == len(orders) == 4
     for order, state in zip(orders, states, strict=True):
-        images, labels = context.samples.images.read(kept[order])
+        images, labels = context.samples.images.read(selected[order])
         value = F.cross_entropy(uncut(images), labels)
         optimizer.zero_grad()
         value.backward()
@@ -352,14 +356,14 @@ def test_every_epoch_of_the_run_is_augmented_anew() -> None:
 
 def test_evaluation_counts_what_the_uncut_model_gets_right() -> None:
     context = round_context(samples=150)
-    told: list[tuple[str, int, int]] = []
+    progress: list[tuple[str, int, int]] = []
     server = BodyServer()
     measured = evaluate(
         context.model,
         server.plane,
         context.samples,
         round_=1,
-        advance=lambda *step: told.append(step),
+        advance=lambda *step: progress.append(step),
     )
     images, labels = context.samples.images.read(range(150))
     logits = Uncut()(images)
@@ -368,7 +372,7 @@ def test_evaluation_counts_what_the_uncut_model_gets_right() -> None:
     assert measured.loss_sum == pytest.approx(
         F.cross_entropy(logits, labels, reduction="sum").item(), rel=1e-5
     )
-    assert told == [("evaluate", 1, 2), ("evaluate", 2, 2)]
+    assert progress == [("evaluate", 1, 2), ("evaluate", 2, 2)]
     assert server.calls == ["infer", "infer"]
 
 

@@ -1,4 +1,4 @@
-"""The simulated link: its text, and its times, worked out by hand and told by an injected clock."""
+"""The simulated link: its text, and its times, measured with an injected clock."""
 
 import math
 import threading
@@ -239,7 +239,7 @@ def test_up_and_down_do_not_hold_each_other_up() -> None:
 
 
 def test_latency_of_one_connection_does_not_hold_up_another() -> None:
-    """While an answer is still on its way, others have the line."""
+    """During a response's latency other connections use the line."""
     clock, others = Clock(), []
 
     def sleep(pause: float) -> None:
@@ -291,11 +291,11 @@ def test_jitter_is_uniform_from_nothing_to_the_most() -> None:
 def test_an_exchange_is_held_up_once() -> None:
     clock = Clock()
     shaky = line("8mbit,jitter=10ms,loss=0.5,seed=3", clock)
-    held = line("8mbit,jitter=10ms,loss=0.5,seed=3", Clock())
+    reference = line("8mbit,jitter=10ms,loss=0.5,seed=3", Clock())
     for _ in range(20):
         before = clock.now
         talk(shaky.exchange(), 50_000, 50_000)
-        assert clock.now - before == pytest.approx(0.1 + held.draw_delay())
+        assert clock.now - before == pytest.approx(0.1 + reference.draw_delay())
 
 
 def test_the_same_seed_draws_the_same_and_loss_does_not_move_the_jitter() -> None:

@@ -1,4 +1,4 @@
-"""How long a device waits, told by an injected clock."""
+"""The waits of the retry policy, measured with an injected clock."""
 
 import random
 import ssl
@@ -24,10 +24,10 @@ class Attempts:
     """Fails with each of these errors, then succeeds."""
 
     def __init__(self, *failures: SFPromptError) -> None:
-        self.failures, self.made = list(failures), 0
+        self.failures, self.count = list(failures), 0
 
     def __call__(self) -> str:
-        self.made += 1
+        self.count += 1
         if self.failures:
             raise self.failures.pop(0)
         return "done"
@@ -69,7 +69,7 @@ def test_every_other_error_is_final(kind: type[SFPromptError]) -> None:
     clock, attempts = Clock(), Attempts(kind("no", retry_after_s=1.0))
     with pytest.raises(kind):
         policy(clock).call(attempts)
-    assert (attempts.made, clock.pauses) == (1, [])
+    assert (attempts.count, clock.pauses) == (1, [])
 
 
 def test_the_server_s_own_wait_is_obeyed() -> None:
@@ -107,7 +107,7 @@ def test_no_patience_means_one_attempt() -> None:
     attempts = Attempts(Unreachable("x"))
     with pytest.raises(Unreachable):
         policy(Clock(), patience_s=0.0).call(attempts)
-    assert attempts.made == 1
+    assert attempts.count == 1
 
 
 def test_patience_begins_anew_with_every_call() -> None:
@@ -119,10 +119,10 @@ def test_patience_begins_anew_with_every_call() -> None:
 
 
 def test_it_says_why_it_waits() -> None:
-    told: list[tuple[str, float]] = []
-    say: Callable[[SFPromptError, float], None] = lambda e, s: told.append((e.message, s))  # noqa: E731
-    policy(Clock(), on_wait=say).call(Attempts(Busy("full"), Unreachable("gone")))
-    assert told == [("full", 0.2), ("gone", 0.4)]
+    waits: list[tuple[str, float]] = []
+    report: Callable[[SFPromptError, float], None] = lambda e, s: waits.append((e.message, s))  # noqa: E731
+    policy(Clock(), on_wait=report).call(Attempts(Busy("full"), Unreachable("gone")))
+    assert waits == [("full", 0.2), ("gone", 0.4)]
 
 
 def caused_by(cause: BaseException) -> Unreachable:
@@ -136,7 +136,7 @@ def test_what_tls_refuses_is_final() -> None:
         attempts = Attempts(caused_by(cause))
         with pytest.raises(Unreachable):
             policy(Clock()).call(attempts)
-        assert attempts.made == 1
+        assert attempts.count == 1
 
 
 def test_a_handshake_that_broke_off_is_tried_again() -> None:

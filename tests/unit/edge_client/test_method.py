@@ -1,0 +1,95 @@
+"""The device's side of a tuning method, and the package's public names."""
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import edge_client
+from edge_client.method import DeviceMethod, RoundResult, device_method
+from edge_client.model import DeviceModel
+from edge_client.training import RoundContext, TrainingResult
+from edge_client.transport import SplitPlane
+from protocol.plan import RunPlan
+from tests.support.edge import BodyServer, device_model, round_context
+
+
+class RecordingMethod(DeviceMethod):
+    """Records the order of the overridable steps."""
+
+    def __init__(self) -> None:
+        self.steps: list[str] = []
+
+    def local_forward(self, model: DeviceModel, smashed: Tensor) -> Tensor:
+        self.steps.append("local_forward")
+        return super().local_forward(model, smashed)
+
+    def split_train(
+        self, context: RoundContext, plane: SplitPlane, selected: Tensor
+    ) -> TrainingResult:
+        self.steps.append(f"split_train {len(selected)}")
+        return super().split_train(context, plane, selected)
+
+    def update_extras(self, context: RoundContext, selected: Tensor) -> dict[str, Tensor]:
+        self.steps.append(f"update_extras {len(selected)}")
+        return {"extra": torch.ones(2)}
+
+
+def train(method: DeviceMethod, **training: Any) -> RoundResult:
+    return method.train_round(round_context(**training), BodyServer().plane)
+
+
+def test_a_round_runs_every_step_in_order() -> None:
+    method = RecordingMethod()
+    result = train(method, keep_fraction=0.5)
+    assert method.steps == [*["local_forward"] * 3, "split_train 5", "update_extras 5"]
+    assert result.samples == 5
+    assert result.local_loss is not None
+    assert result.train_loss is not None
+    assert result.session is None
+    assert torch.equal(result.extras["extra"], torch.ones(2))
+
+
+def test_without_samples_nothing_is_trained() -> None:
+    method = RecordingMethod()
+    result = train(method, samples=0)
+    assert method.steps == ["update_extras 0"]
+    assert (result.samples, result.local_loss, result.train_loss) == (0, None, None)
+
+
+def test_the_default_method_goes_from_head_straight_to_tail_and_sends_no_extras() -> None:
+    method, model = device_method(RunPlan()), device_model()
+    assert type(method) is DeviceMethod
+    smashed = torch.randn(2, 9, 192)
+    assert torch.equal(method.local_forward(model, smashed), model.tail(smashed))
+    assert method.update_extras(round_context(), torch.arange(3)) == {}
+
+
+def test_the_package_exports_exactly_this() -> None:
+    assert edge_client.__all__ == [
+        "Dataset",
+        "DeviceMethod",
+        "DeviceModel",
+        "JoinedRun",
+        "Link",
+        "Participant",
+        "Predictor",
+        "RetryPolicy",
+        "RoundResult",
+        "Server",
+        "SplitPlane",
+        "WholePredictor",
+        "load_dataset",
+    ]
+    assert all(getattr(edge_client, name).__name__ == name for name in edge_client.__all__)
+    assert set(edge_client.__all__) <= set(dir(edge_client))
+    with pytest.raises(AttributeError, match="no attribute 'Absent'"):
+        _ = edge_client.Absent
+
+
+def test_package_and_command_are_imported_without_torch() -> None:
+    code = "import sys, edge_client, edge_client.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
