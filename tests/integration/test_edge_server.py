@@ -348,9 +348,9 @@ def test_a_refused_certificate_is_not_tried_again(tmp_path: Path) -> None:
                 server.runs()
             assert isinstance(caught.value.__cause__, ssl.SSLCertVerificationError)
             server.close()
-        create_ssl_context = impatient(raw, ca_file=tmp_path / "own.pem")
-        assert create_ssl_context.runs() == []
-        create_ssl_context.close()
+        trusting = impatient(raw, ca_file=tmp_path / "own.pem")
+        assert trusting.runs() == []
+        trusting.close()
     assert pauses == []
 
 

@@ -407,8 +407,8 @@ def test_a_certificate_of_nobody_or_for_another_is_refused(
     authority: trustme.CA, tmp_path: Path
 ) -> None:
     authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
-    create_ssl_context = ssl.create_default_context(cafile=str(tmp_path / "ca.pem"))
-    for context, name in ((None, "127.0.0.1"), (create_ssl_context, "another.example")):
+    trusting = ssl.create_default_context(cafile=str(tmp_path / "ca.pem"))
+    for context, name in ((None, "127.0.0.1"), (trusting, "another.example")):
         transport = MeteredTransport(context)
         with RawServer(answering(lambda _: response()), server_side(authority, name)) as server:
             with pytest.raises(httpx.ConnectError) as caught:

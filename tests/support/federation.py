@@ -154,10 +154,7 @@ class TrainedStub:
 
     results: dict[tuple[str, str], Trained] = field(default_factory=dict)
 
-    def trained_prompts(self, run: str, participant: str, _session: str) -> Tensor:
-        return self.results[run, participant]()["prompts"]
-
-    def trained_body(self, run: str, participant: str, _session: str) -> dict[str, Tensor]:
+    def trained_state(self, run: str, participant: str, _session: str) -> dict[str, Tensor]:
         return self.results[run, participant]()
 
 
