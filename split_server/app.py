@@ -39,7 +39,7 @@ from split_server.runtime.aio import Notifier
 from split_server.runtime.device import SideStreams, choose_placement
 from split_server.runtime.process import Clock, descriptor_limit
 from split_server.settings import ServerSettings
-from split_server.storage.data_dir import OPERATOR_TOKEN_FILE, lock_data_dir, require_whole
+from split_server.storage.data_dir import OPERATOR_TOKEN_FILE, check_complete, lock_data_dir
 from split_server.storage.database import Store
 from split_server.storage.sample_store import SampleStore, StoreLimits
 from split_server.storage.traffic import Meter
@@ -331,7 +331,7 @@ def serve_until_stopped(application: SplitServer, settings: ServerSettings) -> N
         InvalidField: the folder is in use, cannot be used, or is of another release.
     """
     with lock_data_dir(settings.data_dir):
-        require_whole(settings.data_dir, settings.database)
+        check_complete(settings.data_dir, settings.database)
         Store(settings.database).close()  # a wrong schema is told in one line, not in a traceback
         # A search for cycles in all that was imported takes a fifth of a second: not while serving.
         gc.collect()

@@ -24,7 +24,7 @@ from split_server.runtime.process import Clock
 from split_server.storage.data_dir import run_folders
 from split_server.storage.database import RunRow, Store, UpdateRow
 from split_server.storage.events import IdempotentRequest
-from split_server.storage.run_files import RunFiles, from_folder
+from split_server.storage.run_files import RunFiles, relative_to_data_dir
 from split_server.storage.traffic import Meter
 
 log = logging.getLogger(__name__)
@@ -189,7 +189,7 @@ class Runs:
                         self._meter.save(session, run_id)
                 unsaved.discard(run_id)
         finally:
-            self._meter.not_saved(unsaved)
+            self._meter.mark_dirty(unsaved)
 
     def _take(self, run: RunSnapshot, action: rounds.Action) -> None:
         if isinstance(action, rounds.Redistill):
@@ -234,10 +234,10 @@ class Runs:
         made = prepare.redistill_run(run, files, cache, still_wanted)
         with self._changing(run_id) as session:
             still_wanted()
-            backbone = from_folder(made.backbone_path, self._data_dir)
+            backbone = relative_to_data_dir(made.backbone_path, self._data_dir)
             at = self._clock.wall()
             transitions.renew(session, run, backbone, made.head, run.closed_rounds, at)
-        files.keep_renewed(run.closed_rounds)
+        files.prune_redistilled(run.closed_rounds)
         log.info("run %s: its proxy was distilled again after round %d", run_id, run.closed_rounds)
 
     def _cannot_renew(self, run_id: str, error: SFPromptError) -> None:
@@ -294,7 +294,7 @@ class Runs:
         hands: ``before`` is the run as it was.
         """
         run = self._runs[run_id]
-        self.files(run_id).keep_held(one.held.sha256 for one in (before, run) if one.held)
+        self.files(run_id).prune_server_states(one.held.sha256 for one in (before, run) if one.held)
         wanted: list[str] = []
         if run.open_round is not None and run.open_round.status == RoundStatus.TRAINING:
             with self._store.reading() as session:
@@ -307,7 +307,7 @@ class Runs:
                         )
                     )
                 )
-        self.files(run_id).keep_updates(wanted)
+        self.files(run_id).prune_updates(wanted)
 
 
 def _member_of(run: RunSnapshot, participant: str) -> Member:

@@ -54,7 +54,7 @@ from split_server.storage.database import (
     UpdateRow,
 )
 from split_server.storage.events import IdempotentRequest, record_event
-from split_server.storage.run_files import RunFiles, from_folder, read_tensors
+from split_server.storage.run_files import RunFiles, read_tensors, relative_to_data_dir
 from split_server.storage.traffic import Meter
 
 log = logging.getLogger(__name__)
@@ -149,7 +149,7 @@ class FederationService(Runs):
                 settings=settings.model_dump(mode="json"),
                 created_at=at,
                 finished_at=None,
-                backbone_path=from_folder(prepared.backbone_path, self._data_dir),
+                backbone_path=relative_to_data_dir(prepared.backbone_path, self._data_dir),
                 backbone_bytes=prepared.backbone_bytes,
                 renewed=0,
                 head_sha256=prepared.head.sha256,

@@ -137,7 +137,7 @@ def load_snapshot(session: Session, run_id: str, data_dir: Path) -> RunSnapshot:
         backbone_bytes=run.backbone_bytes,
         head=BlobRef(sha256=run.head_sha256, nbytes=run.head_nbytes),
         state=run.state.device,
-        held=run.state.held,
+        held=run.state.server,
         members=_members(session, run_id),
         open_round=_open_round(session, last),
         closed_rounds=closed or 0,

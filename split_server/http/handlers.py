@@ -271,7 +271,7 @@ def handle_missing(desk: HandlerContext, asked: SplitRequest) -> Reply:
     """Ids in, the places of those out whose samples are not kept."""
     parse_message(SamplesMeta, dict(asked.frame.meta))
     require_kept(asked)
-    return _missing(desk.samples.missing(asked.owner, read_ids(asked.frame)))
+    return _missing(desk.samples.list_missing(asked.owner, read_ids(asked.frame)))
 
 
 HANDLERS: Final[Mapping[str, tuple[str, Handler]]] = {  # by path: the frame's kind, who reads it
@@ -330,7 +330,7 @@ def _body_step(asked: SplitRequest) -> BodyStepMeta:
 
 
 def _held_file(desk: HandlerContext, asked: SplitRequest, held: BlobRef) -> Path:
-    path = desk.files(asked.run.id).held(held.sha256)
+    path = desk.files(asked.run.id).server_state(held.sha256)
     if not path.is_file():
         raise StaleRound(
             "there is a newer global state, and this one is gone",

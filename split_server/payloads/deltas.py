@@ -25,7 +25,7 @@ from protocol.limits import FrameLimits
 from split_model import SplitSettings, anatomy
 from split_server.payloads.samples import read_ids, require_codec, require_row_wise
 from split_server.payloads.tensors import check_batch, check_decoded, is_finite, read_floats
-from split_server.storage.sample_store import Kept, Owner, RowForm, SampleStore
+from split_server.storage.sample_store import Owner, RowForm, SampleStore, StoredSample
 
 _ROWS: Final[Mapping[str, str]] = {"whole": "whole_rows", "changes": "change_rows"}
 
@@ -138,12 +138,12 @@ def rebuild(store: SampleStore, owner: Owner, revision: DeltaBatch) -> Tensor | 
     return smashed
 
 
-def _fits(copy: Kept | None, revision: DeltaBatch, place: int) -> bool:
+def _fits(copy: StoredSample | None, revision: DeltaBatch, place: int) -> bool:
     """Whether a copy is the one that this revision is against, or the one that it leaves."""
     return _has(copy, revision.before[place]) or _has(copy, revision.after[place])
 
 
-def _has(copy: Kept | None, version: int) -> bool:
+def _has(copy: StoredSample | None, version: int) -> bool:
     return copy is not None and copy.version == version
 
 

@@ -90,8 +90,8 @@ def test_a_device_makes_the_very_state_of_the_server_from_a_change(
     assert origin.whole == 1
     assert path.read_bytes() == origin.files.state(second.device.sha256).read_bytes()
     assert set(load_state(path)) == {"tail.a", "tail.b"}  # the prompts stay where they are
-    assert second.held is not None
-    held = read_tensors(origin.files.held(second.held.sha256))
+    assert second.server is not None
+    held = read_tensors(origin.files.server_state(second.server.sha256))
     assert torch.equal(held["prompts"], torch.zeros(1, 2, 3))
 
 

@@ -10,7 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protocol.errors import InvalidField
-from split_server.aggregation.differential_privacy import ORDERS, converted, divergence, epsilon_of
+from split_server.aggregation.differential_privacy import (
+    ORDERS,
+    compute_divergence,
+    compute_epsilon,
+    convert_to_epsilon,
+)
 
 
 @pytest.mark.parametrize(
@@ -25,13 +30,13 @@ from split_server.aggregation.differential_privacy import ORDERS, converted, div
 def test_published_divergences(
     rate: float, noise: float, rounds: int, order: int, published: float
 ) -> None:
-    assert rounds * divergence(rate, noise, order) == pytest.approx(published, abs=1e-5)
+    assert rounds * compute_divergence(rate, noise, order) == pytest.approx(published, abs=1e-5)
 
 
 def test_everybody_drawn_is_the_plain_gaussian_mechanism() -> None:
-    assert divergence(1.0, 2.0, 6) == 6 / 8  # order / (2 z^2)
-    assert divergence(1 - 1e-12, 2.0, 6) == pytest.approx(6 / 8)
-    assert divergence(0.0, 2.0, 6) == 0
+    assert compute_divergence(1.0, 2.0, 6) == 6 / 8  # order / (2 z^2)
+    assert compute_divergence(1 - 1e-12, 2.0, 6) == pytest.approx(6 / 8)
+    assert compute_divergence(0.0, 2.0, 6) == 0
 
 
 def integrated(rate: float, noise: float, order: int) -> tuple[float, float]:
@@ -54,7 +59,7 @@ def integrated(rate: float, noise: float, order: int) -> tuple[float, float]:
 @pytest.mark.parametrize("order", [2, 3, 17])
 def test_a_sampled_round_by_numerical_integration(rate: float, noise: float, order: int) -> None:
     forward, backward = integrated(rate, noise, order)
-    assert divergence(rate, noise, order) == pytest.approx(forward, rel=1e-6)
+    assert compute_divergence(rate, noise, order) == pytest.approx(forward, rel=1e-6)
     assert backward <= forward * (1 + 1e-6)  # the larger one counts
 
 
@@ -74,20 +79,20 @@ def exact_delta(noise: float, epsilon: float) -> float:
 def test_epsilon_bounds_the_exact_one_closely(noise: float, rounds: int, delta: float) -> None:
     """T rounds in which all take part are one with noise of z / sqrt(T)."""
     whole = noise / math.sqrt(rounds)
-    epsilon = epsilon_of([1.0] * rounds, noise, delta)
+    epsilon = compute_epsilon([1.0] * rounds, noise, delta)
     assert exact_delta(whole, epsilon) <= delta
     assert exact_delta(whole, 0.75 * epsilon) > delta
 
 
 def test_one_round_worked_out_by_hand() -> None:
     # z = 2, delta = 0.01; at order 7: 7/8 + ln(6/7) - (ln 0.01 + ln 7) / 6
-    assert converted(7 / 8, 7, 0.01) == pytest.approx(1.1640594, rel=1e-6)
-    assert epsilon_of([1.0], 2.0, 0.01) <= 1.1640594
+    assert convert_to_epsilon(7 / 8, 7, 0.01) == pytest.approx(1.1640594, rel=1e-6)
+    assert compute_epsilon([1.0], 2.0, 0.01) <= 1.1640594
 
 
 def test_the_conversion_is_never_above_mironovs() -> None:
     for order in ORDERS:
-        assert converted(1.5, order, 1e-3) <= 1.5 + math.log(1e3) / (order - 1)
+        assert convert_to_epsilon(1.5, order, 1e-3) <= 1.5 + math.log(1e3) / (order - 1)
 
 
 @settings(deadline=None, max_examples=25)
@@ -100,17 +105,17 @@ def test_the_conversion_is_never_above_mironovs() -> None:
 def test_epsilon_rises_with_rounds_and_rate_and_falls_with_noise_and_delta(
     rate: float, noise: float, rounds: int, delta: float
 ) -> None:
-    here = epsilon_of([rate] * rounds, noise, delta)
-    assert 0 <= here <= epsilon_of([rate] * (rounds + 5), noise, delta)
-    assert here <= epsilon_of([1.0] * rounds, noise, delta) + 1e-9
-    assert here >= epsilon_of([rate] * rounds, 2 * noise, delta)
-    assert here >= epsilon_of([rate] * rounds, noise, 2 * delta)
+    here = compute_epsilon([rate] * rounds, noise, delta)
+    assert 0 <= here <= compute_epsilon([rate] * (rounds + 5), noise, delta)
+    assert here <= compute_epsilon([1.0] * rounds, noise, delta) + 1e-9
+    assert here >= compute_epsilon([rate] * rounds, 2 * noise, delta)
+    assert here >= compute_epsilon([rate] * rounds, noise, 2 * delta)
 
 
 def test_no_noise_is_no_privacy_and_no_round_costs_nothing() -> None:
-    assert epsilon_of([0.5], 0.0, 1e-3) == math.inf
-    assert epsilon_of([], 1.0, 1e-3) == 0.0
-    assert epsilon_of([0.0], 1.0, 1e-3) == 0.0
+    assert compute_epsilon([0.5], 0.0, 1e-3) == math.inf
+    assert compute_epsilon([], 1.0, 1e-3) == 0.0
+    assert compute_epsilon([0.0], 1.0, 1e-3) == 0.0
 
 
 @pytest.mark.parametrize(
@@ -119,7 +124,7 @@ def test_no_noise_is_no_privacy_and_no_round_costs_nothing() -> None:
 )
 def test_what_is_out_of_range_is_refused(rate: float, noise: float, order: int, field: str) -> None:
     with pytest.raises(InvalidField) as caught:
-        divergence(rate, noise, order)
+        compute_divergence(rate, noise, order)
     assert caught.value.field == field
     with pytest.raises(InvalidField):
-        epsilon_of([0.1], 1.0, 0.0)
+        compute_epsilon([0.1], 1.0, 0.0)

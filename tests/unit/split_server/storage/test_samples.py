@@ -285,7 +285,7 @@ def test_a_full_disk_costs_samples_and_nothing_else(
     def full(*_args: object, **_more: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("split_server.storage.sample_store.mmap.mmap", full)
+    monkeypatch.setattr("split_server.storage.segments.mmap.mmap", full)
     store = make(memory=60, disk=PLENTY)
     put(store, A, range(12))
     assert store.memory_bytes <= 60

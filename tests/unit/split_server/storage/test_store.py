@@ -71,7 +71,7 @@ def test_states_are_named_by_their_content(tmp_path: Path) -> None:
     state = {"b": torch.ones(2), "a": torch.zeros(3)}
     refs = files.write_state(state, "input")
     assert refs == files.write_state(dict(reversed(state.items())), "input")
-    assert refs.held is None
+    assert refs.server is None
     blob = refs.device
     assert files.state(blob.sha256).stat().st_size == blob.nbytes
     assert {name: t.tolist() for name, t in read_tensors(files.state(blob.sha256)).items()} == {
@@ -84,14 +84,14 @@ def test_prompts_at_the_cut_have_a_file_of_their_own(tmp_path: Path) -> None:
     files = RunFiles(tmp_path)
     state = {"prompts": torch.ones(1, 2, 3), "tail.a": torch.zeros(3)}
     refs = files.write_state(state, "cut")
-    assert refs.held is not None
+    assert refs.server is not None
     assert set(read_tensors(files.state(refs.device.sha256))) == {"tail.a"}
-    assert torch.equal(read_prompts(files.held(refs.held.sha256)), state["prompts"])
+    assert torch.equal(read_prompts(files.server_state(refs.server.sha256)), state["prompts"])
     whole = files.read_state(refs)
     assert set(whole) == set(state)
     assert all(torch.equal(whole[name], state[name]) for name in state)
     assert set(files.read_state(files.write_state(state, "input"))) == set(state)
-    assert files.write_state({"tail.a": torch.zeros(3)}, "cut").held is None
+    assert files.write_state({"tail.a": torch.zeros(3)}, "cut").server is None
 
 
 def test_a_folder_serves_one_server(tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_a_folder_serves_one_server(tmp_path: Path) -> None:
         pass
     blocked = tmp_path / "file"
     blocked.write_text("")
-    with pytest.raises(InvalidField, match="cannot be used"), lock_data_dir(blocked):
+    with pytest.raises(InvalidField, match="cannot be created"), lock_data_dir(blocked):
         pass
 
 

@@ -64,7 +64,7 @@ def test_bodies_are_averaged_as_the_rest_is(site: FederationHarness, wire: dict[
     snapshot = site.federation.run(run)
     assert snapshot.held is not None
     device = load_state(site.federation.files(run).state(snapshot.state.sha256))
-    held = load_state(site.federation.files(run).held(snapshot.held.sha256))
+    held = load_state(site.federation.files(run).server_state(snapshot.held.sha256))
     sent, body = parts_of(0.0)
     assert (device.keys(), held.keys()) == (sent.keys(), body.keys())
 
