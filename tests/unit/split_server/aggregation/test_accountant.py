@@ -20,7 +20,7 @@ from split_server.aggregation.differential_privacy import (
 
 @pytest.mark.parametrize(
     ("rate", "noise", "rounds", "order", "published"),
-    [  # of the accountant's tests in TensorFlow Privacy
+    [  # from the tests of TensorFlow Privacy's accountant
         (0.01, 2.5, 50, 5, 0.00218075),
         (0.01, 2.5, 50, 50, 0.023846),
         (0.01, 2.5, 50, 100, 167.416307),
@@ -33,14 +33,14 @@ def test_published_divergences(
     assert rounds * compute_divergence(rate, noise, order) == pytest.approx(published, abs=1e-5)
 
 
-def test_everybody_drawn_is_the_plain_gaussian_mechanism() -> None:
+def test_full_participation_is_the_plain_gaussian_mechanism() -> None:
     assert compute_divergence(1.0, 2.0, 6) == 6 / 8  # order / (2 z^2)
     assert compute_divergence(1 - 1e-12, 2.0, 6) == pytest.approx(6 / 8)
     assert compute_divergence(0.0, 2.0, 6) == 0
 
 
 def integrated(rate: float, noise: float, order: int) -> tuple[float, float]:
-    """Rényi divergence of the mixture from the plain noise, and the other way, by sums."""
+    """Sum the Rényi divergences of the mixture from the plain noise and in reverse."""
     x = np.linspace(-order - 40 * noise, order + 40 * noise, 400_001)
     plain = -(x**2) / (2 * noise**2) - math.log(noise * math.sqrt(2 * math.pi))
     moved = plain + (2 * x - 1) / (2 * noise**2)
@@ -64,7 +64,7 @@ def test_a_sampled_round_by_numerical_integration(rate: float, noise: float, ord
 
 
 def exact_delta(noise: float, epsilon: float) -> float:
-    """Of the Gaussian mechanism with sensitivity 1 (arXiv 1805.06530, theorem 8)."""
+    """Delta of the Gaussian mechanism with sensitivity 1 (arXiv 1805.06530, theorem 8)."""
 
     def below(x: float) -> float:
         return math.erfc(-x / math.sqrt(2)) / 2
@@ -77,7 +77,7 @@ def exact_delta(noise: float, epsilon: float) -> float:
 @pytest.mark.parametrize("rounds", [1, 20])
 @pytest.mark.parametrize("delta", [1e-3, 1e-6])
 def test_epsilon_bounds_the_exact_one_closely(noise: float, rounds: int, delta: float) -> None:
-    """T rounds in which all take part are one with noise of z / sqrt(T)."""
+    """T rounds with full participation equal one round with noise z / sqrt(T)."""
     whole = noise / math.sqrt(rounds)
     epsilon = compute_epsilon([1.0] * rounds, noise, delta)
     assert exact_delta(whole, epsilon) <= delta
@@ -122,7 +122,9 @@ def test_no_noise_is_no_privacy_and_no_round_costs_nothing() -> None:
     ("rate", "noise", "order", "field"),
     [(1.1, 1.0, 2, "rate"), (0.1, -1.0, 2, "noise_multiplier"), (0.1, 1.0, 1, "order")],
 )
-def test_what_is_out_of_range_is_refused(rate: float, noise: float, order: int, field: str) -> None:
+def test_arguments_out_of_range_are_refused(
+    rate: float, noise: float, order: int, field: str
+) -> None:
     with pytest.raises(InvalidField) as caught:
         compute_divergence(rate, noise, order)
     assert caught.value.field == field

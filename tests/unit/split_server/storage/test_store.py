@@ -1,4 +1,4 @@
-"""What must survive: the database, whole files, one server to a folder."""
+"""Durable storage: the database, whole files, one server per data folder."""
 
 from __future__ import annotations
 
@@ -51,7 +51,9 @@ def test_a_foreign_database_is_not_touched(tmp_path: Path) -> None:
         Store(path)
 
 
-def test_a_file_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_written_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "a" / "file"
     write_durably(path, b"first")
 
@@ -80,7 +82,7 @@ def test_states_are_named_by_their_content(tmp_path: Path) -> None:
     }
 
 
-def test_prompts_at_the_cut_have_a_file_of_their_own(tmp_path: Path) -> None:
+def test_prompts_at_the_cut_have_a_separate_file(tmp_path: Path) -> None:
     files = RunFiles(tmp_path)
     state = {"prompts": torch.ones(1, 2, 3), "tail.a": torch.zeros(3)}
     refs = files.write_state(state, "cut")
@@ -107,7 +109,7 @@ def test_a_folder_serves_one_server(tmp_path: Path) -> None:
         pass
 
 
-def test_bytes_before_the_first_credential_go_to_whoever_shows_it() -> None:
+def test_bytes_before_the_first_credential_are_charged_to_its_participant() -> None:
     meter, counter = Meter(), SocketCounter(received=10, sent=20)
     counter.defer("/v1/runs/r1")
     counter.received, counter.sent = 1, 2
