@@ -1,4 +1,4 @@
-"""The data folder: its lock, its runs' folders and its file names."""
+"""The data folder: its lock, and its runs' folders."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ try:
     import fcntl
 except ImportError:  # Windows has no such lock
     fcntl = None  # type: ignore[assignment]
-
-OPERATOR_TOKEN_FILE = "operator.token"  # noqa: S105 - a file name
 
 _RUN_ID = re.compile("r[0-9a-f]{10}")
 
