@@ -41,8 +41,8 @@ from split_server.models.body_key import BodyKey
 from split_server.runtime.aio import Notifier
 from split_server.runtime.device import Placement, SideStreams, choose_placement
 from split_server.runtime.process import Clock, descriptor_limit
-from split_server.settings import ServerSettings
-from split_server.storage.data_dir import OPERATOR_TOKEN_FILE, lock_data_dir, require_whole
+from split_server.settings import OPERATOR_TOKEN_FILE, ServerSettings
+from split_server.storage.data_dir import OPERATOR_TOKEN_FILE, check_complete, lock_data_dir
 from split_server.storage.database import Store
 from split_server.storage.sample_store import SampleStore, StoreLimits
 from split_server.storage.traffic import Meter
@@ -360,7 +360,7 @@ def serve_until_stopped(application: SplitServer, settings: ServerSettings) -> N
         InvalidField: the folder is in use, cannot be used, or belongs to another release.
     """
     with lock_data_dir(settings.data_dir):
-        require_whole(settings.data_dir, settings.database)
+        check_complete(settings.data_dir, settings.database)
         Store(settings.database).close()  # reports a wrong schema in one line, not in a traceback
         # Garbage collection over all imported modules takes a fifth of a second. Freezing them
         # excludes them from every collection while serving.

@@ -13,7 +13,7 @@ from protocol.messages import Event, Results, RunView, parse_message
 from protocol.settings import RunSettings
 from protocol.tls import create_ssl_context
 from protocol.wire import IDEMPOTENCY_HEADER, PROTOCOL_VERSION, VERSION_HEADER
-from split_server.storage.data_dir import OPERATOR_TOKEN_FILE
+from split_server.settings import OPERATOR_TOKEN_FILE
 
 _TIMEOUT_S = 600.0
 

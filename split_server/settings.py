@@ -24,6 +24,8 @@ from split_server.engine.limits import BackwardMode
 
 ENV_PREFIX = "SPLIT_SERVER_"
 
+OPERATOR_TOKEN_FILE = "operator.token"  # noqa: S105 - the name of a file in the data folder
+
 DEFAULT_PORT = 8500
 
 Device = Literal["auto", "cuda", "mps", "cpu"]

@@ -1,4 +1,4 @@
-"""FedAvg: the mean of the participants' states, weighted by their kept samples."""
+"""FedAvg: the mean of the participants' states, weighted by their selected samples."""
 
 from __future__ import annotations
 
@@ -13,28 +13,38 @@ from protocol.errors import EmptyUpdate, NonFinite, WrongShape
 
 @dataclass(frozen=True)
 class WeightedState:
-    """One update: where its tensors come from, and its weight."""
+    """One update.
+
+    Attributes:
+        samples: the update's weight.
+        load: reads its tensors.
+    """
 
     samples: int
     load: Callable[[], Mapping[str, Tensor]]
 
 
 def federated_average(updates: Iterable[WeightedState]) -> dict[str, Tensor]:
-    """The weighted mean in float64, cast back to float32.
+    """Compute the weighted mean in float64, and cast it to float32.
 
-    The caller fixes the order of the updates, so that the order in which they arrived cannot
-    show in the result. One update is in memory at a time.
+    The result depends on the order of the updates, which the caller must fix. One update is in
+    memory at a time.
 
     Raises:
-        EmptyUpdate: no update, or an update of no sample.
-        WrongShape: the updates do not hold the same tensors.
+        EmptyUpdate: there is no update, or an update has no samples.
+        WrongShape: the updates have different tensors.
         NonFinite: the mean is not finite in float32.
     """
     sums: dict[str, Tensor] = {}
     total = 0
     for update in updates:
         if update.samples < 1:
-            raise EmptyUpdate("an update of no sample has no weight", field="samples", limit=1)
+            raise EmptyUpdate(
+                "an update needs at least one sample",
+                field="samples",
+                limit=1,
+                value=update.samples,
+            )
         _add(sums, update.load(), update.samples, first=total == 0)
         total += update.samples
     if total == 0:
@@ -51,7 +61,7 @@ def _add(
 ) -> None:
     if not first and sums.keys() != state.keys():
         raise WrongShape(
-            "the updates hold different tensors",
+            "the updates have different tensors",
             field="tensors",
             limit=sorted(sums),
             value=sorted(state),
@@ -72,7 +82,7 @@ def _add(
 
 
 def weighted_mean(values: Iterable[tuple[float | None, int]]) -> float | None:
-    """The mean of those values that are there, weighted; None if none is."""
+    """Compute the weighted mean of the values that are not None; None if there are none."""
     present = [(value, weight) for value, weight in values if value is not None and weight > 0]
     total = sum(weight for _, weight in present)
     return sum(value * (weight / total) for value, weight in present) if total else None

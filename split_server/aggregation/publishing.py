@@ -1,4 +1,4 @@
-"""How an average becomes the global state: as it is, or as what devices can make of a change."""
+"""Publishing: an average becomes the global state, whole or as a change for the devices."""
 
 from __future__ import annotations
 
@@ -21,26 +21,32 @@ log = logging.getLogger(__name__)
 def publish(
     average: Mapping[str, Tensor], base: StateRefs, settings: RunPlan, files: RunFiles
 ) -> StateRefs:
-    """Write a new global state to disk, and with ``wire.update_deltas`` the way to it.
+    """Write a new global state to disk; with ``wire.update_deltas``, also the change to it.
 
-    A lossy codec rounds the change that devices are sent. What it rounds to is then the global
-    state, so that all ends hold the very same one. What stays on the server is exact.
+    A lossy codec rounds the change. The rounded result becomes the global state, so that devices
+    and server have equal states. The server-side state is exact.
+
+    Args:
+        average: the round's average.
+        base: the state before the round.
+        settings: the run's plan.
+        files: the run's files.
     """
     placement = settings.model.prompt_at
     if not settings.wire.update_deltas:
         return files.write_state(average, placement)
-    held = {name: average[name] for name in average if is_server_side(name, placement)}
+    server_state = {name: t for name, t in average.items() if is_server_side(name, placement)}
     old = files.read_state(StateRefs(base.device))
-    change = difference({k: v for k, v in average.items() if k not in held}, old)
+    change = difference({k: v for k, v in average.items() if k not in server_state}, old)
     codec = _codec_down(settings.wire.updates)
     tensors = {name: (tensor, codec) for name, tensor in change.items()}
     try:
         frame = join_frame(encode_frame("delta", {"base": base.device.sha256}, tensors))
-    except InvalidField as error:  # a change beyond the codec's range: devices take the file
-        log.warning("a global state is published whole: %s", error)
+    except InvalidField as error:  # beyond the codec's range: devices download the whole state
+        log.warning("a global state is published whole, without the change to it: %s", error)
         return files.write_state(average, placement)
     new = applied(old, decode_frame(frame).tensors())
-    new |= held
+    new |= server_state
     refs = files.write_state(new, placement)
     files.drop_deltas()
     write_durably(files.delta(refs.device.sha256, base.device.sha256), bytes(frame))
@@ -48,8 +54,8 @@ def publish(
 
 
 def _codec_down(updates: str) -> str:
-    """The codec of changes to devices: that of updates, unless it leaves most of a tensor out.
+    """Choose the codec of changes sent to devices: that of updates, or float16 if it is sparse.
 
-    A device adds what was left out of one update to its next. Nobody does so on the way down.
+    A device adds what a sparse codec left out to its next update; the server does not.
     """
     return updates if is_row_wise_inside(updates) else "float16"

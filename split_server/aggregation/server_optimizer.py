@@ -1,7 +1,7 @@
 """Server optimisers: the mean of the updates as a gradient (Reddi et al., arXiv 2003.00295).
 
-The pseudo-gradient is the round's global state less the mean. FedAvgM is SGD with momentum on it,
-FedAdam is Adam, and FedYogi is Yogi; FedAvg takes the mean as it is and is not found here.
+The pseudo-gradient is the round's global state minus the mean of the updates. FedAvgM runs SGD with
+momentum on it, FedAdam runs Adam and FedYogi runs Yogi. FedAvg uses the mean itself (`fedavg`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from protocol.errors import NonFinite
 from protocol.federation import FederationSettings
 
-# What an optimiser remembers from round to round: "NAME/WHAT" for each tensor of the state.
+# The optimiser's state between rounds: "TENSOR/MOMENT" to the moment of a tensor of the state.
 Moments = dict[str, Tensor]
 
 _RATES = {"fedavgm": 1.0, "fedadam": 0.01, "fedyogi": 0.01}
@@ -27,43 +27,48 @@ def server_step(
     mean: Mapping[str, Tensor],
     moments: Mapping[str, Tensor],
 ) -> tuple[dict[str, Tensor], Moments]:
-    """The next global state and moments, all in float32 but Adam's count of steps.
+    """Run one optimiser step.
 
-    Equal arguments give equal bits, also where the moments come from a file.
+    Equal arguments give equal bits, also if the moments come from a file.
 
     Args:
-        federation: names the optimiser and its rates; not FedAvg.
-        state: that of the round's beginning.
-        mean: of the round's updates, the same tensors.
-        moments: of the round before; empty ahead of the first.
+        federation: the optimiser, other than FedAvg, and its rates.
+        state: the global state before the round.
+        mean: the mean of the round's updates, with the same tensors.
+        moments: from the previous round; empty before the first.
+
+    Returns:
+        The next global state and moments, all in float32 except Adam's step count.
 
     Raises:
         NonFinite: the new state is not finite.
     """
     parameters = {name: nn.Parameter(state[name].clone()) for name in sorted(state)}
-    optimizer = _make(federation, list(parameters.values()))
-    remembered: dict[str, dict[str, Tensor]] = {name: {} for name in parameters}
+    optimizer = _make_optimizer(federation, list(parameters.values()))
+    moments_by_name: dict[str, dict[str, Tensor]] = {name: {} for name in parameters}
     for key, tensor in moments.items():
-        name, _, what = key.rpartition("/")
-        remembered[name][what] = tensor.clone()
+        name, _, moment = key.rpartition("/")
+        moments_by_name[name][moment] = tensor.clone()
     for name, parameter in parameters.items():
         parameter.grad = state[name] - mean[name]
-        if remembered[name]:
-            optimizer.state[parameter] = remembered[name]
+        if moments_by_name[name]:
+            optimizer.state[parameter] = moments_by_name[name]
     optimizer.step()
-    after: dict[str, Tensor] = {}
-    kept: Moments = {}
+    next_state: dict[str, Tensor] = {}
+    next_moments: Moments = {}
     for name, parameter in parameters.items():
-        after[name] = parameter.detach()
-        if not bool(torch.isfinite(after[name]).all()):
+        next_state[name] = parameter.detach()
+        if not bool(torch.isfinite(next_state[name]).all()):
             raise NonFinite("the server optimiser has diverged", field=name)
-        for what, value in optimizer.state[parameter].items():
+        for moment, value in optimizer.state[parameter].items():
             if isinstance(value, Tensor):
-                kept[f"{name}/{what}"] = value
-    return after, kept
+                next_moments[f"{name}/{moment}"] = value
+    return next_state, next_moments
 
 
-def _make(federation: FederationSettings, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+def _make_optimizer(
+    federation: FederationSettings, parameters: list[nn.Parameter]
+) -> torch.optim.Optimizer:
     kind, first = federation.server_optimizer, federation.server_momentum
     rate = federation.server_learning_rate
     if rate is None:
@@ -72,16 +77,18 @@ def _make(federation: FederationSettings, parameters: list[nn.Parameter]) -> tor
         return torch.optim.SGD(parameters, lr=rate, momentum=first)
     betas, tau = (first, federation.server_beta2), federation.server_tau
     if kind == "fedadam":
-        # As torch has it, with Adam's correction of the first steps; the paper leaves that out.
+        # torch's Adam corrects the bias of the first steps; the paper's does not.
         return torch.optim.Adam(parameters, lr=rate, betas=betas, eps=tau)
     return Yogi(parameters, rate, betas, tau)
 
 
 class Yogi(torch.optim.Optimizer):
-    """Yogi as the server of FedYogi uses it (arXiv 2003.00295, algorithm 2).
+    """Yogi as FedYogi's server runs it.
 
     m = b1 m + (1 - b1) g; v = v - (1 - b2) g^2 sign(v - g^2); w = w - rate m / (sqrt(v) + tau),
-    from m = 0 and v = tau^2.
+    starting from m = 0 and v = tau^2.
+
+    Source: Reddi et al., arXiv 2003.00295, algorithm 2.
     """
 
     def __init__(
@@ -91,18 +98,18 @@ class Yogi(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """One step for every parameter that has a gradient."""
+        """Run one step for all parameters that have a gradient."""
         for group in self.param_groups:
             (first, second), tau = group["betas"], group["tau"]
             for parameter in group["params"]:
                 gradient = parameter.grad
                 if gradient is None:
                     continue
-                own = self.state[parameter]
-                if not own:
-                    own["exp_avg"] = torch.zeros_like(parameter)
-                    own["exp_avg_sq"] = torch.full_like(parameter, tau**2)
-                mean, variance, square = own["exp_avg"], own["exp_avg_sq"], gradient.square()
+                state = self.state[parameter]
+                if not state:
+                    state["exp_avg"] = torch.zeros_like(parameter)
+                    state["exp_avg_sq"] = torch.full_like(parameter, tau**2)
+                mean, variance, square = state["exp_avg"], state["exp_avg_sq"], gradient.square()
                 mean.lerp_(gradient, 1 - first)
                 variance.sub_(square * (variance - square).sign(), alpha=1 - second)
                 parameter.addcdiv_(mean, variance.sqrt().add_(tau), value=-group["lr"])

@@ -21,8 +21,8 @@ from split_server.engine.plain_steps import PlainSteps
 from split_server.engine.prompt_sessions import PromptSessions
 from split_server.engine.requests import RequestTracker, check_fingerprint, to_public_error
 from split_server.engine.scheduler import Schedule
-from split_server.engine.session_table import Session, lost_session
-from split_server.engine.tasks import Forwarded, forward_task
+from split_server.engine.session_table import Session, lost_session_error
+from split_server.engine.tasks import Forwarded, make_forward_task
 from split_server.engine.worker import Executor, Worker
 from split_server.models.body_key import BodyKey
 from split_server.runtime.aio import run_on
@@ -146,7 +146,7 @@ class Engine:
         with self._lock:
             found = self._find_session(run, participant, session)
             if found.applied != found.steps:
-                raise lost_session(session)
+                raise lost_session_error(session)
         return found.trained_state()  # without the lock: the copy waits for the device
 
     def _find_session(self, run: str, participant: str, name: str) -> Session:
@@ -154,7 +154,7 @@ class Engine:
             session = handler.find_session(run, participant, name)
             if session is not None:
                 return session
-        raise lost_session(name)
+        raise lost_session_error(name)
 
     async def infer(self, job: InferJob) -> Tensor:
         """Run a forward that leaves no state. Other tasks run between the parts of a large job.
@@ -181,7 +181,7 @@ class Engine:
                 self._completions.send(part.features, pending.respond, pending.fail)
 
             give_prompts = None if prompts is None else lambda _: prompts
-            self._worker.add(forward_task(job, "nothing", give_prompts, done, pending.fail))
+            self._worker.add(make_forward_task(job, "nothing", give_prompts, done, pending.fail))
         return await pending.result()
 
     def _join(self, parts: Sequence[Tensor]) -> Tensor:

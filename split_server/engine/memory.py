@@ -34,7 +34,7 @@ class StepSizes:
         """Whether a forward of this kind has been measured."""
         return (kind, int(smashed.shape[1])) in self._per_sample
 
-    def measured(self, kind: object, smashed: Tensor) -> int | None:
+    def get_measured(self, kind: object, smashed: Tensor) -> int | None:
         """Return the bytes that a forward of ``smashed`` [B, T, D] saves.
 
         None if the measured batch was smaller: bytes saved once per batch, whatever its size,

@@ -12,7 +12,12 @@ from split_server.engine.api import BackwardJob, ForwardJob, StepKey
 from split_server.engine.handler import JobHandler
 from split_server.engine.requests import Admission, PendingRequest
 from split_server.engine.steps import CachedResponse, RetainedStep
-from split_server.engine.tasks import Forwarded, backward_task, check_gradient_shape, forward_task
+from split_server.engine.tasks import (
+    Forwarded,
+    check_gradient_shape,
+    make_backward_task,
+    make_forward_task,
+)
 
 
 class PlainSteps(JobHandler[ForwardJob | BackwardJob]):
@@ -36,7 +41,7 @@ class PlainSteps(JobHandler[ForwardJob | BackwardJob]):
         admission = self._tracker.admit(job, job.smashed, None, self._worker.busy_error)
         pending = self._tracker.track(job.name, job.fingerprint, admission.nbytes)
         done = partial(self._finish_forward, job, pending, admission)
-        self._worker.add(forward_task(job, admission.retention, None, done, pending.fail))
+        self._worker.add(make_forward_task(job, admission.retention, None, done, pending.fail))
         return pending
 
     def _begin_lone_forward(self, job: ForwardJob) -> PendingRequest:
@@ -46,20 +51,20 @@ class PlainSteps(JobHandler[ForwardJob | BackwardJob]):
         releases = self._tracker.count_releases(job.key)
         done = partial(self._finish_lone_forward, job, pending, releases)
         # "input": shares batches with the steps that retain no graph.
-        self._worker.add(forward_task(job, "input", None, done, pending.fail))
+        self._worker.add(make_forward_task(job, "input", None, done, pending.fail))
         return pending
 
     def _begin_backward(self, job: BackwardJob) -> PendingRequest:
         step = self._tracker.memory.steps.get(job.key)
         if step is None:
-            raise _lost_step(job.key)
+            raise _lost_step_error(job.key)
         check_gradient_shape(job.gradients, step.response.shape)
         self._worker.check_queue(job.gradients.nbytes)
         pending = self._tracker.track(job.name, job.fingerprint)
         releases = self._tracker.count_releases(job.key)
         done = partial(self._finish_backward, job, step, pending, releases)
         fail = partial(self._fail_backward, job, step, pending)
-        self._worker.add(backward_task(job.key, step, job.gradients, done, fail))
+        self._worker.add(make_backward_task(job.key, step, job.gradients, done, fail))
         return pending
 
     # On the worker's thread, without the lock
@@ -113,7 +118,7 @@ class PlainSteps(JobHandler[ForwardJob | BackwardJob]):
         pending.fail(error)
 
 
-def _lost_step(key: StepKey) -> StepLost:
+def _lost_step_error(key: StepKey) -> StepLost:
     return StepLost(
         "the server does not have this step",
         field="step",

@@ -18,8 +18,13 @@ from split_model.optimizer import learning_rate_factor, make_optimizer, set_prog
 from split_server.engine.api import ExchangeJob, SessionPlan, StepKey, batch_key
 from split_server.engine.handler import SessionHandler
 from split_server.engine.requests import Admission, PendingRequest
-from split_server.engine.session_table import check_steps, lost_session
-from split_server.engine.tasks import Forwarded, backward_task, check_gradient_shape, forward_task
+from split_server.engine.session_table import check_steps, lost_session_error
+from split_server.engine.tasks import (
+    Forwarded,
+    check_gradient_shape,
+    make_backward_task,
+    make_forward_task,
+)
 
 
 @dataclass
@@ -110,7 +115,7 @@ class PromptSessions(SessionHandler[ExchangeJob, PromptSession]):
         if job.number == 0:
             session = self._sessions.find(job.run, job.participant, job.session)
             if session is not None and session.applied > 0:
-                raise lost_session(job.session)  # a late repeat must not restart the session
+                raise lost_session_error(job.session)  # a late repeat must not restart the session
             return None
         session = self._sessions.get(job.run, job.participant, job.session)
         check_steps(job.steps, session.steps)
@@ -139,13 +144,15 @@ class PromptSessions(SessionHandler[ExchangeJob, PromptSession]):
             return pending
         step = self._tracker.memory.steps.get(_previous_batch(job))
         if session.applied != job.number - 1 or step is None or job.gradients is None:
-            raise lost_session(job.session)
+            raise lost_session_error(job.session)
         check_gradient_shape(job.gradients, step.response.shape)
         pending, admission = self._track(job)
         done = partial(self._apply, job, pending, admission, session)
         fail = partial(self._fail_backward, job, pending)
         self._worker.add(
-            backward_task(_previous_batch(job), step, job.gradients, done, fail, _queued_bytes(job))
+            make_backward_task(
+                _previous_batch(job), step, job.gradients, done, fail, _queued_bytes(job)
+            )
         )
         return pending
 
@@ -188,7 +195,7 @@ class PromptSessions(SessionHandler[ExchangeJob, PromptSession]):
             return
         done = partial(self._finish_forward, job, pending, admission)
         self._worker.add(
-            forward_task(job, admission.retention, prompts, done, pending.fail, nbytes)
+            make_forward_task(job, admission.retention, prompts, done, pending.fail, nbytes)
         )
 
     # On the worker's thread, without the lock

@@ -65,7 +65,7 @@ class SessionTable(Generic[S]):
         """
         session = self.find(run, participant, name)
         if session is None:
-            raise lost_session(name)
+            raise lost_session_error(name)
         return session
 
     def list_expired(self, now: float) -> list[tuple[str, str, S]]:
@@ -82,7 +82,7 @@ class SessionTable(Generic[S]):
             del self._sessions[key]
 
 
-def lost_session(name: str) -> StepLost:
+def lost_session_error(name: str) -> StepLost:
     """Build the error that makes a device restart its split training of the round."""
     return StepLost(
         "the server does not have this session",

@@ -128,12 +128,9 @@ class RetainedSteps:
             self.drop(key)
         return len(unwanted)
 
-    def use_up(self, graph: Graph, but: set[StepKey]) -> None:
-        """Note that a graph has run backward: its steps, except ``but``, retain their input alone.
-
-        Dropping the graph of late steps is the same, with no step in ``but``.
-        """
-        others = graph.rows.keys() - but
+    def use_up(self, graph: Graph, running: set[StepKey]) -> None:
+        """Mark a graph as used up: its steps that are not ``running`` retain only their input."""
+        others = graph.rows.keys() - running
         if others:
             self._used_up.add(graph)
         for key in others:

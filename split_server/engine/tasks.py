@@ -102,7 +102,7 @@ class BackwardTask(Task):
     done: Callable[[Tensor], None]
 
 
-def forward_task(
+def make_forward_task(
     job: ForwardJob | ExchangeJob | InferJob,
     retention: Retention,
     prompts: Callable[[Tensor], Tensor] | None,
@@ -128,7 +128,7 @@ def forward_task(
     )
 
 
-def backward_task(
+def make_backward_task(
     key: StepKey,
     step: RetainedStep,
     gradients: Tensor,

@@ -19,7 +19,7 @@ from split_server.engine.api import JobName, StepKey, batch_key
 from split_server.engine.handler import EngineParts, SessionHandler
 from split_server.engine.memory import MemoryBudget
 from split_server.engine.requests import PendingRequest, check_fingerprint
-from split_server.engine.session_table import check_steps, lost_session
+from split_server.engine.session_table import check_steps, lost_session_error
 from split_server.engine.steps import CachedResponse, Graph
 from split_server.engine.tasks import Kind, Retention, SessionTask, check_gradient_shape
 from split_server.models.body_key import BodyKey, weights_of
@@ -182,7 +182,7 @@ class BodySession:
             NonFinite: an optimiser step has left float32's range.
         """
         if self._model is None or self.applied != self.steps:
-            raise lost_session(self.name)
+            raise lost_session_error(self.name)
         state = split_model.read_body(self._model)
         for name, tensor in state.items():
             if not bool(torch.isfinite(tensor).all()):
@@ -240,7 +240,7 @@ class TunedBodies(SessionHandler[BodyJob, BodySession]):
         if session is None and job.number == 0:
             session = self._begin_session(job)
         if session is None or session.applied != job.number:
-            raise lost_session(job.session)
+            raise lost_session_error(job.session)
         pending = self._track(job, session)
         self._queue(job, pending, partial(self._forward, job, session, pending), "forward")
         return pending
@@ -249,7 +249,7 @@ class TunedBodies(SessionHandler[BodyJob, BodySession]):
         session = self._sessions.get(job.run, job.participant, job.session)
         step = session.open_step
         if step is None or not job.number == step.number == session.applied:
-            raise lost_session(job.session)
+            raise lost_session_error(job.session)
         check_gradient_shape(job.tensor, step.shape)
         pending = self._track(job, session)
         work = "backward" if session.retention == "graph" else "recompute"

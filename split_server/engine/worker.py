@@ -91,7 +91,7 @@ class Executor:
         if kind.retention == "graph":
             began = time.perf_counter()
             size_key = kind.body, kind.num_tokens
-            known = self._sizes.measured(size_key, smashed)
+            known = self._sizes.get_measured(size_key, smashed)
             leaf, features, nbytes = compute.run_forward(
                 body, smashed, prompts, kind.num_tokens, known
             )

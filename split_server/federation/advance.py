@@ -12,7 +12,7 @@ from split_server.federation.liveness import Liveness
 from split_server.federation.runs import RunRegistry
 from split_server.federation.snapshot import RunSnapshot
 from split_server.models import prepare
-from split_server.storage.run_files import from_folder
+from split_server.storage.run_files import relative_to_data_dir
 
 log = logging.getLogger(__name__)
 
@@ -129,10 +129,10 @@ class RunAdvancer:
         )
         with runs.changing(run_id) as session:
             check_wanted()
-            backbone = from_folder(model.backbone_path, runs.data_dir)
+            backbone = relative_to_data_dir(model.backbone_path, runs.data_dir)
             at = runs.clock.wall()
             transitions.replace_proxy(session, run, backbone, model.head, round_, at)
-        files.keep_renewed(round_)
+        files.prune_redistilled(round_)
         log.info("run %s: its proxy was distilled again after round %d", run_id, round_)
 
     def _fail(self, run_id: str, error: SFPromptError) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from split_server.aggregation.differential_privacy import epsilon_of
+from split_server.aggregation.differential_privacy import compute_epsilon
 from split_server.federation.snapshot import RunSnapshot
 from split_server.storage.database import EventRow, RoundRow
 from split_server.storage.events import record_event
@@ -39,8 +39,8 @@ def record_spent(session: Session, run: RunSnapshot, row: RoundRow, at: float) -
         attempt=row.attempt,
         sampling_rate=rate,
         delta=delta,
-        epsilon=_number(epsilon_of([1.0] * len(rates), z, delta)),
-        epsilon_secret_sample=_number(epsilon_of(rates, z, delta)),
+        epsilon=_number(compute_epsilon([1.0] * len(rates), z, delta)),
+        epsilon_secret_sample=_number(compute_epsilon(rates, z, delta)),
     )
 
 

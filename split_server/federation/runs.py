@@ -191,7 +191,7 @@ class RunRegistry:
             before: the run before its last change; jobs may still read its server-side state.
         """
         run = self._snapshots[run_id]
-        self.files(run_id).keep_held(
+        self.files(run_id).prune_server_states(
             one.state.server.sha256 for one in (before, run) if one.state.server
         )
         wanted: list[str] = []
@@ -206,7 +206,7 @@ class RunRegistry:
                         )
                     )
                 )
-        self.files(run_id).keep_updates(wanted)
+        self.files(run_id).prune_updates(wanted)
 
     def save_traffic(self) -> None:
         """Save the meter's counts, so that a killed server loses few of them."""
@@ -218,7 +218,7 @@ class RunRegistry:
                         self.meter.save(session, run_id)
                 unsaved.discard(run_id)
         finally:
-            self.meter.not_saved(unsaved)
+            self.meter.mark_dirty(unsaved)
 
 
 def _participant_in(run: RunSnapshot, participant_id: str) -> Participant:

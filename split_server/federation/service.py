@@ -55,7 +55,7 @@ from split_server.models.prepare import PreparedRun, prepare_run
 from split_server.payloads.tensors import FLOAT32_BYTES, decode_update, require_finite
 from split_server.storage.data_dir import new_run_id
 from split_server.storage.events import IdempotentRequest
-from split_server.storage.run_files import RunFiles, from_folder, read_tensors
+from split_server.storage.run_files import RunFiles, read_tensors, relative_to_data_dir
 
 log = logging.getLogger(__name__)
 
@@ -173,7 +173,7 @@ class FederationService:
         prepared = self._prepare(settings.plan, files, runs.cache_dir)
         at = runs.clock.wall()
         with runs.store.writing() as session:
-            backbone_path = from_folder(prepared.backbone_path, runs.data_dir)
+            backbone_path = relative_to_data_dir(prepared.backbone_path, runs.data_dir)
             records.add_run(session, run_id, settings, prepared, backbone_path, at)
             view = views.run_view(load_snapshot(session, run_id, runs.data_dir))
             idempotent.remember(session, view.model_dump(mode="json"), at)

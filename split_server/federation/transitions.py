@@ -14,7 +14,7 @@ from protocol.errors import SFPromptError
 from protocol.federation import FederationSettings
 from protocol.messages import NEURONS, BlobRef, RoundStatus, RunStatus
 from protocol.plan import RunPlan
-from split_server.aggregation.differential_privacy import noise_generator, private_mean
+from split_server.aggregation.differential_privacy import make_noise_generator, private_mean
 from split_server.aggregation.fedavg import WeightedState, federated_average, weighted_mean
 from split_server.aggregation.publishing import publish
 from split_server.aggregation.server_optimizer import server_step
@@ -76,7 +76,7 @@ def _mean(
         files.read_state(base),
         clip=federation.dp_clip,
         noise_multiplier=federation.dp_noise_multiplier,
-        generator=noise_generator(plan, row.round, row.attempt),
+        generator=make_noise_generator(plan, row.round, row.attempt),
     )
 
 

@@ -168,7 +168,7 @@ def handle_samples(context: HandlerContext, request: SplitRequest) -> Reply:
 def handle_missing(context: HandlerContext, request: SplitRequest) -> Reply:
     """Answer with the indices of the ids whose samples are not cached."""
     ids = parse_missing(request).ids
-    return _missing(context.services.samples.missing(_owner(request), ids))
+    return _missing(context.services.samples.list_missing(_owner(request), ids))
 
 
 HANDLERS: Final[Mapping[str, tuple[str, Handler]]] = {  # path: the frame's kind, its handler
@@ -285,7 +285,7 @@ def _server_state_file(context: HandlerContext) -> Path:
         StaleRound: a newer global state has replaced it.
     """
     state, files = context.run.state, context.services.runs.files(context.run.id)
-    path = None if state.server is None else files.held(state.server.sha256)
+    path = None if state.server is None else files.server_state(state.server.sha256)
     if path is None or not path.is_file():
         raise StaleRound(
             "this global state was replaced by a newer one; fetch the newest",

@@ -31,7 +31,7 @@ from split_server.payloads.tensors import (
     decode_floats,
     is_finite,
 )
-from split_server.storage.sample_store import Kept, Owner, RowForm, SampleStore
+from split_server.storage.sample_store import Owner, RowForm, SampleStore, StoredSample
 
 # Name of the rows' tensor: name of the tensor with their indices in the batch.
 _ROWS: Final[Mapping[str, str]] = {"whole": "whole_rows", "changes": "change_rows"}
@@ -147,12 +147,12 @@ def apply_deltas(store: SampleStore, owner: Owner, batch: DeltaBatch) -> Tensor 
     return smashed
 
 
-def _matches(sample: Kept | None, batch: DeltaBatch, index: int) -> bool:
+def _matches(sample: StoredSample | None, batch: DeltaBatch, index: int) -> bool:
     """Whether the cached version is the one before or the one after this batch."""
     return _has_version(sample, batch.before[index]) or _has_version(sample, batch.after[index])
 
 
-def _has_version(sample: Kept | None, version: int) -> bool:
+def _has_version(sample: StoredSample | None, version: int) -> bool:
     return sample is not None and sample.version == version
 
 

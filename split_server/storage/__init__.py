@@ -1,1 +1,1 @@
-"""Database, run files, samples and traffic counters."""
+"""Everything stored: database, run files, smashed data and traffic counters."""

@@ -1,4 +1,4 @@
-"""The server's folder: one server at a time."""
+"""The data folder: its lock, and its runs' folders."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ try:
 except ImportError:  # Windows has no such lock
     fcntl = None  # type: ignore[assignment]
 
-OPERATOR_TOKEN_FILE = "operator.token"  # noqa: S105 - a file name
-
 _RUN_ID = re.compile("r[0-9a-f]{10}")
 
 
 @contextlib.contextmanager
 def lock_data_dir(path: Path) -> Iterator[None]:
-    """Keep other servers out of ``path`` for as long as this one runs, however it ends.
+    """Lock the data folder against other servers while the block runs.
+
+    The system releases the lock when the process ends, however it ends.
 
     Raises:
-        InvalidField: another server is using it, or it cannot be written to.
+        InvalidField: another server uses the folder, or it cannot be created or opened.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as error:
         raise InvalidField(
-            "the folder cannot be used", field="data_dir", value=str(error)
+            "the data folder cannot be created or opened", field="data_dir", value=str(error)
         ) from error
     try:
         if fcntl is not None:
@@ -44,31 +44,31 @@ def lock_data_dir(path: Path) -> Iterator[None]:
 
 
 def new_run_id() -> str:
-    """A name that no run has, and no folder of anybody else's."""
+    """Make the id of a new run."""
     return "r" + secrets.token_hex(5)
 
 
 def run_folders(path: Path) -> list[Path]:
-    """What a server has made for its runs; whatever else lies there is not the server's."""
+    """Return the folders of all runs, by their names; other folders are not the server's."""
     folder = path / "runs"
     return (
-        [one for one in folder.iterdir() if _RUN_ID.fullmatch(one.name)] if folder.is_dir() else []
+        [run for run in folder.iterdir() if _RUN_ID.fullmatch(run.name)] if folder.is_dir() else []
     )
 
 
-def require_whole(path: Path, database: Path) -> None:
-    """Refuse a folder that has runs and has lost what knows of them: they would be swept away.
+def check_complete(path: Path, database: Path) -> None:
+    """Check that a data folder with runs has its database; without it the runs would be removed.
 
     Raises:
         InvalidField: there are run folders and no database.
     """
-    found = run_folders(path)
-    if found and not database.exists():
+    runs = run_folders(path)
+    if runs and not database.exists():
         raise InvalidField(
-            f"the folder has {len(found)} runs and no {database.name}",
+            f"the data folder has {len(runs)} runs and no {database.name}",
             field="data_dir",
             value=str(path),
-            hint=f"put {database.name} back beside them, or move its runs/ away",
+            hint=f"restore {database.name}, or move runs/ elsewhere",
         )
 
 
@@ -77,8 +77,8 @@ def _lock(descriptor: int, path: Path) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         raise InvalidField(
-            "another server is using this folder",
+            "another server uses this data folder",
             field="data_dir",
             value=str(path),
-            hint="stop it, or give this one another --data-dir",
+            hint="stop that server, or choose another --data-dir",
         ) from None

@@ -1,4 +1,4 @@
-"""What the server remembers: the tables of its SQLite file."""
+"""The server's SQLite database: its tables, and sessions on it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Base(DeclarativeBase):
 
 
 class RunRow(Base):
-    """One federation."""
+    """A run."""
 
     __tablename__ = "runs"
 
@@ -38,33 +38,31 @@ class RunRow(Base):
     finished_at: Mapped[float | None]
     backbone_path: Mapped[str]
     backbone_bytes: Mapped[int]
-    renewed: Mapped[int]  # the round after which backbone and head were made; 0: with the run
+    renewed: Mapped[int]  # round after which backbone and head were made; 0: with the run
     head_sha256: Mapped[str]
     head_nbytes: Mapped[int]
     state_sha256: Mapped[str]
     state_nbytes: Mapped[int]
-    # What the server keeps of the state to itself: prompts, or a body.
-    held_sha256: Mapped[str | None]
-    held_nbytes: Mapped[int | None]
+    server_sha256: Mapped[str | None] = mapped_column("held_sha256")  # the server-side state
+    server_nbytes: Mapped[int | None] = mapped_column("held_nbytes")
 
     def set_state(self, refs: StateRefs) -> None:
-        """Make this the global state."""
+        """Make this the run's global state."""
         self.state_sha256, self.state_nbytes = refs.device.sha256, refs.device.nbytes
-        held = refs.server
-        self.held_sha256 = held.sha256 if held else None
-        self.held_nbytes = held.nbytes if held else None
+        self.server_sha256 = refs.server.sha256 if refs.server else None
+        self.server_nbytes = refs.server.nbytes if refs.server else None
 
     @property
     def state(self) -> StateRefs:
-        """The global state."""
-        held = None
-        if self.held_sha256 is not None and self.held_nbytes is not None:
-            held = BlobRef(sha256=self.held_sha256, nbytes=self.held_nbytes)
-        return StateRefs(BlobRef(sha256=self.state_sha256, nbytes=self.state_nbytes), held)
+        """The run's global state."""
+        server = None
+        if self.server_sha256 is not None and self.server_nbytes is not None:
+            server = BlobRef(sha256=self.server_sha256, nbytes=self.server_nbytes)
+        return StateRefs(BlobRef(sha256=self.state_sha256, nbytes=self.state_nbytes), server)
 
 
 class ParticipantRow(Base):
-    """One device in one run."""
+    """A device in a run."""
 
     __tablename__ = "participants"
 
@@ -81,7 +79,7 @@ class ParticipantRow(Base):
 
 
 class RoundRow(Base):
-    """One attempt at one round."""
+    """An attempt at a round."""
 
     __tablename__ = "rounds"
 
@@ -92,7 +90,7 @@ class RoundRow(Base):
     opened_at: Mapped[float]
     closed_at: Mapped[float | None]
     sampled: Mapped[list[str]]
-    declined: Mapped[list[str]]  # sampled, but had nothing that could be counted
+    declined: Mapped[list[str]]  # sampled, but without an update to count
     evaluators: Mapped[list[str]]
     samples: Mapped[int]
     train_loss: Mapped[float | None]
@@ -105,8 +103,8 @@ class RoundRow(Base):
     traffic: Mapped[dict[str, Any]]
 
 
-class _OfRound:
-    """Columns and key of what belongs to one participant in one attempt at one round."""
+class _RoundEntry:
+    """Columns and key of a row that belongs to a participant and an attempt at a round."""
 
     run_id: Mapped[str] = mapped_column(primary_key=True)
     round: Mapped[int] = mapped_column(primary_key=True)
@@ -127,8 +125,8 @@ def _round_and_participant() -> tuple[ForeignKeyConstraint, ForeignKeyConstraint
     )
 
 
-class UpdateRow(_OfRound, Base):
-    """An update that counts. Its tensors lie in a file until the round is aggregated."""
+class UpdateRow(_RoundEntry, Base):
+    """A counted update. Its tensors are in a file until the round is aggregated."""
 
     __tablename__ = "updates"
     __table_args__ = _round_and_participant()
@@ -138,8 +136,8 @@ class UpdateRow(_OfRound, Base):
     sha256: Mapped[str]
 
 
-class EvaluationRow(_OfRound, Base):
-    """One participant's measurement of the state that a round made."""
+class EvaluationRow(_RoundEntry, Base):
+    """A participant's evaluation of the state after a round."""
 
     __tablename__ = "evaluations"
     __table_args__ = _round_and_participant()
@@ -149,7 +147,7 @@ class EvaluationRow(_OfRound, Base):
 
 
 class EventRow(Base):
-    """Something that happened in a run."""
+    """An event in a run."""
 
     __tablename__ = "events"
 
@@ -161,14 +159,14 @@ class EventRow(Base):
 
 
 class IdempotentResponseRow(Base):
-    """The answer to a request that changed state, kept for a repeat of the same request."""
+    """The response to a request that changed state, for repeats of the same request."""
 
     __tablename__ = "answers"
 
-    scope: Mapped[str] = mapped_column(primary_key=True)  # who asked, and for what
+    scope: Mapped[str] = mapped_column(primary_key=True)  # sender and operation
     key: Mapped[str] = mapped_column(primary_key=True)
     request: Mapped[str]  # SHA-256 of the request
-    answer: Mapped[dict[str, Any]]
+    response: Mapped[dict[str, Any]] = mapped_column("answer")
     created_at: Mapped[float]
 
 
@@ -176,10 +174,10 @@ _BUSY_TIMEOUT_MS = 30_000
 
 
 class Store:
-    """Sessions on the server's database. Safe to use from many threads.
+    """Sessions on the server's database. Thread-safe.
 
     Raises:
-        InvalidField: the file was made by a release with another schema.
+        InvalidField: a release with another schema wrote the file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -197,13 +195,13 @@ class Store:
 
     @contextmanager
     def writing(self) -> Iterator[Session]:
-        """A transaction that holds the write lock from its beginning; commits at the end."""
+        """Open a transaction that has the write lock from its beginning; commit it at the end."""
         with Session(self._writer, expire_on_commit=False) as session, session.begin():
             yield session
 
     @contextmanager
     def reading(self) -> Iterator[Session]:
-        """A session that sees one state of the database and changes nothing."""
+        """Open a read-only session on one consistent state of the database."""
         with Session(self._engine) as session:
             yield session
 
@@ -213,23 +211,23 @@ class Store:
 
     def _check_schema(self, path: Path) -> None:
         with self._writer.begin() as connection:
-            found = connection.exec_driver_sql("PRAGMA user_version").scalar_one()
-            empty = not connection.exec_driver_sql("SELECT name FROM sqlite_master").all()
-            if found == 0 and empty:
+            version = connection.exec_driver_sql("PRAGMA user_version").scalar_one()
+            is_empty = not connection.exec_driver_sql("SELECT name FROM sqlite_master").all()
+            if version == 0 and is_empty:
                 Base.metadata.create_all(connection)
                 connection.exec_driver_sql(f"PRAGMA user_version = {SCHEMA_VERSION}")
-            elif found != SCHEMA_VERSION:
+            elif version != SCHEMA_VERSION:
                 raise InvalidField(
                     f"{path} was written by a release with another schema",
                     field="data_dir",
                     limit=SCHEMA_VERSION,
-                    value=found,
-                    hint="use that release, or another data_dir",
+                    value=version,
+                    hint="use the release that wrote it, or another data_dir",
                 )
 
 
 def _set_up_connection(connection: sqlite3.Connection, _record: Any) -> None:
-    connection.isolation_level = None  # the driver begins nothing by itself
+    connection.isolation_level = None  # the driver opens no transactions itself
     for pragma in (
         "journal_mode = WAL",
         "synchronous = FULL",

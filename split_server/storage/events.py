@@ -1,4 +1,4 @@
-"""Two habits of every change: it leaves an event, and a repeat of it gets the same answer."""
+"""Events of a run, and requests that change state exactly once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,13 @@ _MAX_KEY = 200  # characters
 
 @dataclass(frozen=True)
 class IdempotentRequest:
-    """One request that changes state: who asks for what, under which key, with which content."""
+    """A request that changes state.
+
+    Attributes:
+        scope: the sender and the operation.
+        key: the request's idempotency key; equal keys mark repeats.
+        digest: SHA-256 of the content.
+    """
 
     scope: str
     key: str
@@ -28,16 +34,20 @@ class IdempotentRequest:
     def of(
         cls, scope: str, key: str | None, content: bytes | bytearray | memoryview = b""
     ) -> IdempotentRequest:
-        """Raises `InvalidField` where the key is missing or no key."""
+        """Check the key and hash the content.
+
+        Raises:
+            InvalidField: the key is missing or invalid.
+        """
         if not key:
             raise InvalidField(
-                "a request that changes state carries an idempotency key",
+                "a request that changes state needs an idempotency key",
                 field=IDEMPOTENCY_HEADER,
-                hint="send a fresh random text, and the same one with every repeat",
+                hint="send a new random text, and the same text with each repeat",
             )
         if len(key) > _MAX_KEY or not key.isprintable() or not key.isascii():
             raise InvalidField(
-                "an idempotency key is printable ASCII of limited length",
+                "an idempotency key must be printable ASCII of limited length",
                 field=IDEMPOTENCY_HEADER,
                 limit=_MAX_KEY,
                 value=len(key),
@@ -45,39 +55,39 @@ class IdempotentRequest:
         return cls(scope, key, hashlib.sha256(content).hexdigest())
 
     def is_known(self, session: Session) -> bool:
-        """Whether a request of this key was answered before, whatever its content."""
+        """Whether a request with this key has had a response, whatever its content."""
         return session.get(IdempotentResponseRow, (self.scope, self.key)) is not None
 
     def recall(self, session: Session) -> dict[str, Any] | None:
-        """The answer that this very request was given before.
+        """Return the response to an earlier, equal request.
 
         Raises:
-            IdempotencyKeyReused: the key was used for another request.
+            IdempotencyKeyReused: another request has used the key.
         """
         row = session.get(IdempotentResponseRow, (self.scope, self.key))
         if row is None:
             return None
         if row.request != self.digest:
             raise IdempotencyKeyReused(
-                "this idempotency key was used for another request", field=IDEMPOTENCY_HEADER
-            )  # without its value: that of a join is a device's secret
-        return row.answer
+                "another request has used this idempotency key", field=IDEMPOTENCY_HEADER
+            )  # no value: the key of a join is a device's secret
+        return row.response
 
-    def remember(self, session: Session, answer: dict[str, Any], at: float) -> None:
-        """Keep the answer, in the transaction that makes it true."""
+    def remember(self, session: Session, response: dict[str, Any], at: float) -> None:
+        """Store the response, in the transaction of the change itself."""
         session.add(
             IdempotentResponseRow(
                 scope=self.scope,
                 key=self.key,
                 request=self.digest,
-                answer=answer,
+                response=response,
                 created_at=at,
             )
         )
 
 
 def record_event(session: Session, run_id: str, at: float, kind: str, **data: Any) -> None:
-    """Add an event to a run's journal, in the transaction that makes it true."""
+    """Add an event to a run, in the transaction of the change itself."""
     session.flush()
     last = session.scalar(select(func.max(EventRow.seq)).where(EventRow.run_id == run_id))
     session.add(EventRow(run_id=run_id, seq=(last or 0) + 1, at=at, kind=kind, data=data))

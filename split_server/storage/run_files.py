@@ -1,4 +1,4 @@
-"""Tensors on disk: whole files or none, each named by the hash of its content."""
+"""A run's tensors on disk, in files that are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -24,16 +24,19 @@ from split_model.files import write_durably
 log = logging.getLogger(__name__)
 
 
-def from_folder(path: Path, data_dir: Path) -> str:
-    """Where a file lies, told from the data folder on: that may be moved, or put back."""
+def relative_to_data_dir(path: Path, data_dir: Path) -> str:
+    """Return a path relative to the data folder, which may be moved or restored elsewhere."""
     return str(path.relative_to(data_dir) if path.is_relative_to(data_dir) else path)
 
 
 @dataclass(frozen=True)
 class StateRefs:
-    """A global state on disk: what devices take, and what never leaves the server.
+    """The files of a global state.
 
-    The latter are prompts at the cut or a tuned body, where there is one of them.
+    Attributes:
+        device: the device-side state, which devices download.
+        server: the server-side state, which never leaves the server: prompts at the cut or a tuned
+            body; None: the run has neither.
     """
 
     device: BlobRef
@@ -42,14 +45,16 @@ class StateRefs:
 
 @dataclass(frozen=True)
 class RunFiles:
-    """The files of one run.
+    """The files of one run, in its folder ``root``:
 
-    ``head.safetensors``, ``states/SHA256.safetensors`` (what devices have of the global states),
-    ``held/SHA256.safetensors`` (what they do not, of the last two),
-    ``updates/SHA256.safetensors`` (until their round is aggregated),
-    ``moments/ROUND.safetensors`` (of a server optimiser, of the last two rounds) and, where the
-    proxy is distilled again, ``neurons/ROUND``, ``proxies/ROUND`` and ``heads/ROUND.safetensors``
-    (what the devices told in this round, and what came of it; of the last such round).
+    - ``head.safetensors``: the first head.
+    - ``states/SHA256.safetensors``: device-side states, of all rounds.
+    - ``states/SHA256.from.SHA256.frame``: the change from one device-side state to the next.
+    - ``held/SHA256.safetensors``: server-side states, of the last two rounds.
+    - ``updates/SHA256.safetensors``: updates, until their round is aggregated.
+    - ``moments/ROUND.safetensors``: a server optimiser's moments, of the last two rounds.
+    - ``neurons/ROUND``, ``proxies/ROUND`` and ``heads/ROUND.safetensors``: of the last round that
+      distilled the proxy again, the devices' neuron statistics and the resulting weights.
     """
 
     root: Path
@@ -59,53 +64,55 @@ class RunFiles:
         return self.root / "head.safetensors"
 
     def head_after(self, round_: int) -> Path:
-        """The head file that this round made; 0: the run's first."""
+        """Return the path of the head made after this round; 0: the run's first head."""
         return self.root / "heads" / f"{round_}.safetensors" if round_ else self.head
 
     def proxy_after(self, round_: int) -> Path:
-        """The weights of the proxy that this round made."""
+        """Return the path of the proxy weights made after this round."""
         return self.root / "proxies" / f"{round_}.safetensors"
 
     def state(self, sha256: str) -> Path:
+        """Return the path of a device-side state."""
         return self.root / "states" / f"{sha256}.safetensors"
 
-    def held(self, sha256: str) -> Path:
+    def server_state(self, sha256: str) -> Path:
+        """Return the path of a server-side state."""
         return self.root / "held" / f"{sha256}.safetensors"
 
     def update(self, sha256: str) -> Path:
+        """Return the path of an update."""
         return self.root / "updates" / f"{sha256}.safetensors"
 
     def write_state(self, tensors: Mapping[str, Tensor], prompt_at: PromptPlacement) -> StateRefs:
-        """Store a global state where it acts; the same tensors always give the same references.
+        """Write a global state: its device side and its server side.
 
-        Prompts at the cut and a tuned body are a file of their own that devices never see.
+        Equal tensors always give equal references.
         """
-        held = {name for name in tensors if is_server_side(name, prompt_at)}
-        device = {name: tensor for name, tensor in tensors.items() if name not in held}
-        server = {name: tensors[name] for name in held}
+        server = {name: t for name, t in tensors.items() if is_server_side(name, prompt_at)}
+        device = {name: tensor for name, tensor in tensors.items() if name not in server}
         return StateRefs(
             write_tensors(self.root / "states", device),
             write_tensors(self.root / "held", server) if server else None,
         )
 
     def delta(self, sha256: str, base: str) -> Path:
-        """A frame that takes the state ``base`` to the one named first, as a device holds them."""
+        """Return the path of the change from device-side state ``base`` to another state."""
         return self.root / "states" / f"{sha256}.from.{base}.frame"
 
     def drop_deltas(self) -> None:
-        """Remove the ways to earlier states: devices that need one take the file."""
+        """Remove all changes between states; devices download the whole state instead."""
         for path in (self.root / "states").glob("*.frame*"):
             path.unlink(missing_ok=True)
 
     def read_state(self, refs: StateRefs) -> dict[str, Tensor]:
-        """A whole global state: what devices have of it, and what the server holds."""
+        """Read a global state, both sides of it."""
         state = read_tensors(self.state(refs.device.sha256))
         if refs.server is not None:
-            state |= read_tensors(self.held(refs.server.sha256))
+            state |= read_tensors(self.server_state(refs.server.sha256))
         return state
 
     def read_moments(self, round_: int) -> dict[str, Tensor]:
-        """What the server optimiser remembered after this round; nothing after round 0.
+        """Read the server optimiser's moments after this round; none after round 0.
 
         Raises:
             NotFound: the file is gone.
@@ -115,25 +122,25 @@ class RunFiles:
         path = self._moments(round_)
         if not path.is_file():
             raise NotFound(
-                "what the server optimiser remembered of the last round is gone",
+                "the server optimiser's moments of the last round are missing",
                 field="moments",
                 value=path.name,
             )
         return read_tensors(path)
 
     def write_moments(self, round_: int, moments: Mapping[str, Tensor]) -> None:
-        """Keep what the server optimiser remembers after this round, and after the one before.
+        """Write the server optimiser's moments after this round; keep those of the round before.
 
-        A server that is killed before the round's state counts makes that state again.
+        A server killed before it commits the round's state makes that state again from them.
         """
         write_durably(self._moments(round_), state_bytes(moments))
-        _keep(self._moments(round_).parent, (str(number) for number in (round_ - 1, round_)))
+        _prune(self._moments(round_).parent, (str(number) for number in (round_ - 1, round_)))
 
     def _moments(self, round_: int) -> Path:
         return self.root / "moments" / f"{round_}.safetensors"
 
     def read_neurons(self, round_: int) -> Tensor:
-        """How often each neuron of the proxy's MLPs was inactive in this round, [L, H].
+        """Read how often each neuron of the proxy's MLPs was inactive in this round, [L, H].
 
         Raises:
             NotFound: the file is gone.
@@ -141,38 +148,39 @@ class RunFiles:
         path = self._neurons(round_)
         if not path.is_file():
             raise NotFound(
-                "what the devices told of their neurons is gone", field=NEURONS, value=path.name
+                "the devices' neuron statistics are missing", field=NEURONS, value=path.name
             )
         return read_tensors(path)[NEURONS]
 
     def write_neurons(self, round_: int, shares: Tensor) -> None:
-        """Keep what `read_neurons` reads."""
+        """Write what `read_neurons` reads."""
         write_durably(self._neurons(round_), state_bytes({NEURONS: shares}))
 
     def _neurons(self, round_: int) -> Path:
         return self.root / "neurons" / f"{round_}.safetensors"
 
-    def keep_renewed(self, round_: int) -> None:
-        """Remove what earlier rounds than this have made of the proxy."""
+    def prune_redistilled(self, round_: int) -> None:
+        """Remove the neuron statistics, proxies and heads of all other rounds."""
         for folder in ("neurons", "proxies", "heads"):
-            _keep(self.root / folder, [str(round_)])
+            _prune(self.root / folder, [str(round_)])
 
     def write_update(self, tensors: dict[str, Tensor]) -> BlobRef:
         return write_tensors(self.root / "updates", tensors)
 
-    def keep_updates(self, wanted: Iterable[str]) -> None:
-        """Remove the files of all other updates, and what a crash has left half written."""
-        _keep(self.root / "updates", wanted)
+    def prune_updates(self, wanted: Iterable[str]) -> None:
+        """Remove the files of all other updates, and files left unfinished by a crash."""
+        _prune(self.root / "updates", wanted)
 
-    def keep_held(self, wanted: Iterable[str]) -> None:
-        """The same of what the server holds of global states: a body is large."""
-        _keep(self.root / "held", wanted)
+    def prune_server_states(self, wanted: Iterable[str]) -> None:
+        """Remove all other server-side states, since a body is large."""
+        _prune(self.root / "held", wanted)
 
     def remove(self) -> None:
+        """Remove the run's folder."""
         shutil.rmtree(self.root, ignore_errors=True)
 
 
-def _keep(folder: Path, wanted: Iterable[str]) -> None:
+def _prune(folder: Path, wanted: Iterable[str]) -> None:
     names = {f"{name}.safetensors" for name in wanted}
     if not folder.is_dir():
         return
@@ -180,12 +188,12 @@ def _keep(folder: Path, wanted: Iterable[str]) -> None:
         if path.name not in names:
             try:
                 path.unlink(missing_ok=True)
-            except OSError as error:  # some systems keep a file that is being read
-                log.warning("%s stays for now: %s", path.name, error)
+            except OSError as error:  # some systems do not remove a file that is open
+                log.warning("%s could not be removed yet: %s", path.name, error)
 
 
 def write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> BlobRef:
-    """Write a safetensors file named by its hash, durable when this returns."""
+    """Write a safetensors file named by its content's hash; it is durable on return."""
     data = state_bytes(tensors)
     sha256 = hashlib.sha256(data).hexdigest()
     write_durably(folder / f"{sha256}.safetensors", data)
@@ -193,7 +201,7 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> BlobRef:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file."""
+    """Read the tensors of a safetensors file."""
     with safe_open(path, framework="pt") as file:
         names: list[str] = list(file.keys())
         return {name: torch.as_tensor(file.get_tensor(name)) for name in names}
@@ -201,9 +209,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 @lru_cache(maxsize=64)
 def read_prompts(path: Path) -> Tensor:
-    """The prompts [L, P, D] of a global state's file, remembered: nobody may change them.
+    """Read the prompts [L, P, D] of a server-side state. Cached: callers must not change them.
 
     Raises:
-        OSError: the file is not there.
+        OSError: the file cannot be read.
     """
     return read_tensors(path)[PROMPTS]

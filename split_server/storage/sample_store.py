@@ -1,16 +1,12 @@
-"""The smashed data that the server keeps, so that no sample crosses the wire twice.
+"""Smashed data stored for later steps, so that no sample crosses the wire twice.
 
-A sample lies here as it came: encoded, under an id that only its device can make. Memory first;
-what has not been used for longest moves to files that are mapped into memory, and from there out
-of the server. Nothing here is worth more than its traffic: whatever is missing is sent again.
+A sample is stored in the codec's form, as it arrived, under an id that only its device can compute.
+The least recently used samples move from memory to mapped files, and are dropped from there. A
+dropped sample costs only its traffic: the device sends it again.
 """
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import mmap
-import secrets
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -18,15 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from protocol.errors import InvalidField, TooLarge
-
-log = logging.getLogger(__name__)
+from split_server.storage.segments import Segment, SegmentFolder
 
 _SEGMENT_BYTES = 8 * 1024 * 1024  # moved to disk together
 
 
 @dataclass(frozen=True)
 class Owner:
-    """One participant of one run: nobody else's samples can be asked for."""
+    """One participant of one run; each has access to its own samples only."""
 
     run: str
     participant: str
@@ -34,11 +29,17 @@ class Owner:
 
 @dataclass(frozen=True)
 class RowForm:
-    """How one sample is encoded: a codec that can be taken apart, its shape and its buffers."""
+    """The encoded form of one sample.
+
+    Attributes:
+        codec: name of a codec whose buffers can be split by samples.
+        shape: (T, D).
+        sizes: bytes of each buffer, for one sample.
+    """
 
     codec: str
-    shape: tuple[int, ...]  # (T, D)
-    sizes: tuple[int, ...]  # bytes of each buffer, for one sample
+    shape: tuple[int, ...]
+    sizes: tuple[int, ...]
 
     @property
     def nbytes(self) -> int:
@@ -46,8 +47,8 @@ class RowForm:
 
 
 @dataclass(frozen=True)
-class Kept:
-    """A sample as it lies here. Its bytes stay, whatever becomes of the store."""
+class StoredSample:
+    """An encoded sample. Its bytes stay valid after the store has dropped it."""
 
     form: RowForm
     data: bytes | memoryview
@@ -56,9 +57,13 @@ class Kept:
 
 @dataclass(frozen=True)
 class StoreLimits:
-    """Bounds of what is kept, in bytes for one participant and in all, and in files.
+    """Limits of the sample store.
 
-    A file that is mapped holds one of the process's descriptors.
+    Attributes:
+        memory_bytes: bytes of all samples in memory.
+        disk_bytes: bytes of all samples on disk.
+        participant_bytes: bytes of one participant's samples, in memory and on disk.
+        files: number of mapped files; each uses one of the process's file descriptors.
     """
 
     memory_bytes: int
@@ -69,49 +74,46 @@ class StoreLimits:
 
 @dataclass(frozen=True)
 class _Record:
-    """A sample: in memory, or a stretch of a segment."""
+    """A sample in memory, or in a segment on disk."""
 
-    form: RowForm
-    data: bytes | memoryview
-    segment: _Segment | None = None
-    version: int = 0
+    sample: StoredSample
+    segment: Segment | None = None
 
-
-@dataclass(eq=False)
-class _Segment:
-    """A file of samples of one owner, all of them moved to disk together."""
-
-    owner: Owner
-    path: Path
-    nbytes: int
-    ids: set[bytes]
+    @property
+    def nbytes(self) -> int:
+        return self.sample.form.nbytes
 
 
 @dataclass
-class _Shelf:
-    """One owner's samples, the one unused for longest first."""
+class _OwnerRecords:
+    """One owner's samples, least recently used first."""
 
     records: OrderedDict[bytes, _Record] = field(default_factory=OrderedDict)
     nbytes: int = 0
 
 
+@dataclass(frozen=True)
+class _SegmentContent:
+    """The samples of a segment that have not been dropped; all are of one owner."""
+
+    owner: Owner
+    ids: set[bytes]
+
+
 class SampleStore:
-    """Keeps encoded samples within `StoreLimits`. Methods may be called from many threads.
+    """Stores encoded samples within `StoreLimits`. Thread-safe.
 
     Args:
-        folder: for the files; those that an earlier process has left there are removed.
-        limits: over them, the samples unused for longest go.
+        folder: for files; samples of an earlier process are removed from it.
+        limits: above them, the least recently used samples are dropped.
     """
 
     def __init__(self, folder: Path, limits: StoreLimits) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.glob("*.samples"):
-            left.unlink()
-        self._folder = folder
+        self._folder = SegmentFolder(folder)
         self._limits = limits
-        self._lock = threading.Lock()  # guards all that follows
-        self._shelves: OrderedDict[Owner, _Shelf] = OrderedDict()  # by last use
-        self._segments: OrderedDict[_Segment, None] = OrderedDict()  # by last use
+        self._lock = threading.Lock()  # guards everything below
+        self._owners: OrderedDict[Owner, _OwnerRecords] = OrderedDict()  # by last use
+        self._segments: OrderedDict[Segment, _SegmentContent] = OrderedDict()  # by last use
         self.memory_bytes = 0
         self.disk_bytes = 0
 
@@ -122,16 +124,16 @@ class SampleStore:
         ids: Sequence[bytes],
         buffers: Sequence[memoryview],
     ) -> None:
-        """Keep samples; ids that are here already are left as they are.
+        """Store samples. Samples whose ids are stored already stay as they are.
 
         Args:
-            owner: whose they are.
-            form: of each of them.
-            ids: one for each sample.
-            buffers: the codec's, for all of them together.
+            owner: the samples' owner.
+            form: the form of each sample.
+            ids: one id for each sample.
+            buffers: the codec's buffers, each for all samples.
 
         Raises:
-            TooLarge: one sample alone is over a limit.
+            TooLarge: one sample alone exceeds a limit.
         """
         self._add(owner, form, ids, buffers, None)
 
@@ -143,30 +145,78 @@ class SampleStore:
         buffers: Sequence[memoryview],
         versions: Sequence[int],
     ) -> None:
-        """Keep samples that have a version, in the place of what is here under their ids.
+        """Store samples with versions; they replace stored samples of the same ids.
 
         Args:
-            owner, form, ids, buffers: as in `put`; no id twice.
-            versions: one for each sample.
+            owner, form, ids, buffers: as for `put`; all ids differ.
+            versions: one version for each sample.
 
         Raises:
-            TooLarge: one sample alone is over a limit.
+            TooLarge: one sample alone exceeds a limit.
         """
         self._add(owner, form, ids, buffers, versions)
 
-    def find(self, owner: Owner, ids: Sequence[bytes]) -> list[Kept | None]:
-        """Each sample as it is now, or None where it is not kept."""
+    def find(self, owner: Owner, ids: Sequence[bytes]) -> list[StoredSample | None]:
+        """Return each stored sample; None for an id that is not stored."""
         with self._lock:
-            shelf = self._shelves.get(owner)
-            if shelf is None:
+            stored = self._owners.get(owner)
+            if stored is None:
                 return [None] * len(ids)
-            records = [
-                self._use(owner, shelf, name) if name in shelf.records else None for name in ids
+            return [
+                self._use(owner, stored, id_).sample if id_ in stored.records else None
+                for id_ in ids
             ]
-        return [
-            None if record is None else Kept(record.form, record.data, record.version)
-            for record in records
-        ]
+
+    def list_missing(self, owner: Owner, ids: Sequence[bytes]) -> list[int]:
+        """Return the positions in ``ids`` of samples that are not stored."""
+        with self._lock:
+            stored = self._owners.get(owner)
+            records = stored.records if stored else {}
+            return [position for position, id_ in enumerate(ids) if id_ not in records]
+
+    def take(
+        self, owner: Owner, ids: Sequence[bytes]
+    ) -> tuple[RowForm, list[memoryview]] | list[int]:
+        """Join samples to the buffers of one tensor.
+
+        Returns:
+            The samples' form and the buffers; or, if some are not stored, their positions. The
+            others then count as used, so that the missing samples will not replace them.
+
+        Raises:
+            InvalidField: the samples have different forms.
+        """
+        with self._lock:
+            stored = self._owners.get(owner)
+            if stored is None:
+                return list(range(len(ids)))
+            samples = [self._use(owner, stored, id_).sample for id_ in ids if id_ in stored.records]
+            if len(samples) < len(ids):
+                return [place for place, id_ in enumerate(ids) if id_ not in stored.records]
+        form = samples[0].form
+        if any(sample.form != form for sample in samples):
+            raise InvalidField(
+                "samples of one batch were sent with different codecs or shapes", field="ids"
+            )
+        return form, _join(form, samples)
+
+    def drop(self, run: str, participant: str | None = None) -> None:
+        """Drop the samples of a run, or of one of its participants."""
+        with self._lock:
+            for owner in list(self._owners):
+                if owner.run == run and participant in (None, owner.participant):
+                    for id_ in list(self._owners[owner].records):
+                        self._drop(owner, id_)
+
+    def close(self) -> None:
+        """Drop all samples and remove their files."""
+        with self._lock:
+            self._owners.clear()
+            self.memory_bytes = self.disk_bytes = 0
+            for segment in self._segments:
+                self._folder.remove(segment)
+            self._segments.clear()
+            self._folder.close()
 
     def _add(
         self,
@@ -176,180 +226,121 @@ class SampleStore:
         buffers: Sequence[memoryview],
         versions: Sequence[int] | None,
     ) -> None:
-        if form.nbytes > min(self._limits.participant_bytes, self._limits.memory_bytes):
+        limit = min(self._limits.participant_bytes, self._limits.memory_bytes)
+        if form.nbytes > limit:
             raise TooLarge(
-                "a sample is larger than what the server keeps for a participant",
+                "a sample exceeds the server's memory for one participant's samples",
                 field="smashed",
-                limit=min(self._limits.participant_bytes, self._limits.memory_bytes),
+                limit=limit,
                 value=form.nbytes,
                 hint="raise samples_mib, or switch wire.keep_smashed or wire.delta_smashed off",
             )
         with self._lock:
-            shelf = self._shelves.setdefault(owner, _Shelf())
-            self._shelves.move_to_end(owner)
-            for row, name in enumerate(ids):
-                if name in shelf.records and versions is None:
-                    shelf.records.move_to_end(name)
+            stored = self._owners.setdefault(owner, _OwnerRecords())
+            self._owners.move_to_end(owner)
+            for row, id_ in enumerate(ids):
+                if id_ in stored.records and versions is None:
+                    stored.records.move_to_end(id_)
                     continue
-                if name in shelf.records:
-                    self._take_off(shelf, name)
+                if id_ in stored.records:
+                    self._remove(stored, id_)
                 data = b"".join(
                     buffer[row * size : (row + 1) * size]
                     for buffer, size in zip(buffers, form.sizes, strict=True)
                 )
                 version = 0 if versions is None else versions[row]
-                shelf.records[name] = _Record(form, data, version=version)
-                shelf.nbytes += len(data)
+                stored.records[id_] = _Record(StoredSample(form, data, version))
+                stored.nbytes += len(data)
                 self.memory_bytes += len(data)
-            while shelf.nbytes > self._limits.participant_bytes:
-                self._forget(owner, next(iter(shelf.records)))
-            self._keep_within_memory()
-            self._keep_within_disk()
-
-    def missing(self, owner: Owner, ids: Sequence[bytes]) -> list[int]:
-        """The places in ``ids`` of those that are not kept."""
-        with self._lock:
-            shelf = self._shelves.get(owner)
-            known = shelf.records if shelf else {}
-            return [place for place, name in enumerate(ids) if name not in known]
-
-    def take(
-        self, owner: Owner, ids: Sequence[bytes]
-    ) -> tuple[RowForm, list[memoryview]] | list[int]:
-        """The samples joined to the buffers of one tensor; or the places of those not kept.
-
-        Where some are not, the others count as used all the same: when those are sent, they must
-        not make room for them.
-
-        Raises:
-            InvalidField: they were not all sent in the same form.
-        """
-        with self._lock:
-            shelf = self._shelves.get(owner)
-            if shelf is None:
-                return list(range(len(ids)))
-            records = [self._use(owner, shelf, name) for name in ids if name in shelf.records]
-            if len(records) < len(ids):
-                return [place for place, name in enumerate(ids) if name not in shelf.records]
-        form = records[0].form
-        if any(record.form != form for record in records):
-            raise InvalidField(
-                "samples of one batch were sent with different codecs or shapes", field="ids"
-            )
-        return form, _joined(form, records)
-
-    def drop(self, run: str, participant: str | None = None) -> None:
-        """Forget the samples of a run, or of one of its participants."""
-        with self._lock:
-            for owner in list(self._shelves):
-                if owner.run == run and participant in (None, owner.participant):
-                    for name in list(self._shelves[owner].records):
-                        self._forget(owner, name)
-
-    def close(self) -> None:
-        """Forget everything."""
-        with self._lock:
-            self._shelves.clear()
-            self.memory_bytes = self.disk_bytes = 0
-            for segment in self._segments:
-                segment.path.unlink(missing_ok=True)
-            self._segments.clear()
-            with contextlib.suppress(OSError):  # somebody else's files are in it
-                self._folder.rmdir()
+            while stored.nbytes > self._limits.participant_bytes:
+                self._drop(owner, next(iter(stored.records)))
+            self._free_memory()
+            self._free_disk()
 
     # Under the lock
 
-    def _use(self, owner: Owner, shelf: _Shelf, name: bytes) -> _Record:
-        record = shelf.records[name]
-        shelf.records.move_to_end(name)
-        self._shelves.move_to_end(owner)
+    def _use(self, owner: Owner, stored: _OwnerRecords, id_: bytes) -> _Record:
+        record = stored.records[id_]
+        stored.records.move_to_end(id_)
+        self._owners.move_to_end(owner)
         if record.segment is not None:
             self._segments.move_to_end(record.segment)
         return record
 
-    def _forget(self, owner: Owner, name: bytes) -> None:
-        shelf = self._shelves[owner]
-        self._take_off(shelf, name)
-        if not shelf.records:
-            del self._shelves[owner]
+    def _drop(self, owner: Owner, id_: bytes) -> None:
+        stored = self._owners[owner]
+        self._remove(stored, id_)
+        if not stored.records:
+            del self._owners[owner]
 
-    def _take_off(self, shelf: _Shelf, name: bytes) -> None:
-        record = shelf.records.pop(name)
-        shelf.nbytes -= record.form.nbytes
+    def _remove(self, stored: _OwnerRecords, id_: bytes) -> None:
+        record = stored.records.pop(id_)
+        stored.nbytes -= record.nbytes
         if record.segment is None:
-            self.memory_bytes -= record.form.nbytes
-        else:
-            record.segment.ids.discard(name)
-            if not record.segment.ids:
-                self._unlink(record.segment)
+            self.memory_bytes -= record.nbytes
+            return
+        content = self._segments[record.segment]
+        content.ids.discard(id_)
+        if not content.ids:
+            del self._segments[record.segment]
+            self.disk_bytes -= record.segment.data.nbytes
+            self._folder.remove(record.segment)
 
-    def _unlink(self, segment: _Segment) -> None:
-        self._segments.pop(segment)
-        self.disk_bytes -= segment.nbytes
-        segment.path.unlink(missing_ok=True)  # a batch that still reads it keeps its pages
-
-    def _keep_within_memory(self) -> None:
+    def _free_memory(self) -> None:
         while self.memory_bytes > self._limits.memory_bytes:
-            owner, names = self._coldest()
-            if self._limits.disk_bytes and self._moved_to_disk(owner, names):
+            owner, ids = self._least_recently_used()
+            if self._limits.disk_bytes and self._move_to_disk(owner, ids):
                 continue
-            for name in names:
-                self._forget(owner, name)
+            for id_ in ids:
+                self._drop(owner, id_)
 
-    def _coldest(self) -> tuple[Owner, list[bytes]]:
-        """Samples in memory of the owner unused for longest: one, or up to a segment's worth."""
-        most = min(_SEGMENT_BYTES, self._limits.memory_bytes // 4)
-        for owner, shelf in self._shelves.items():
-            names: list[bytes] = []
+    def _least_recently_used(self) -> tuple[Owner, list[bytes]]:
+        """Choose samples in memory of the least recent owner: one, or up to a segment's size."""
+        max_bytes = min(_SEGMENT_BYTES, self._limits.memory_bytes // 4)
+        for owner, stored in self._owners.items():
+            ids: list[bytes] = []
             nbytes = 0
-            for name, record in shelf.records.items():
+            for id_, record in stored.records.items():
                 if record.segment is None:
-                    nbytes += record.form.nbytes
-                    if names and nbytes > most:
+                    nbytes += record.nbytes
+                    if ids and nbytes > max_bytes:
                         break
-                    names.append(name)
-            if names:
-                return owner, names
-        raise LookupError("bytes are counted that no sample takes")
+                    ids.append(id_)
+            if ids:
+                return owner, ids
+        raise LookupError("memory_bytes counts bytes of no sample")
 
-    def _moved_to_disk(self, owner: Owner, names: Iterable[bytes]) -> bool:
-        """Whether these samples are on disk now; a full one takes none."""
-        records = self._shelves[owner].records
-        chosen = [(name, records[name]) for name in names]
-        path = self._folder / f"{secrets.token_hex(8)}.samples"
-        try:
-            with path.open("w+b") as file:
-                file.writelines(record.data for _, record in chosen)
-                file.flush()
-                mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        except OSError as error:
-            path.unlink(missing_ok=True)
-            log.warning("samples could not be moved to disk and are forgotten: %s", error)
+    def _move_to_disk(self, owner: Owner, ids: Iterable[bytes]) -> bool:
+        """Move samples to a new segment; return whether that succeeded."""
+        records = self._owners[owner].records
+        samples = {id_: records[id_].sample for id_ in ids}
+        segment = self._folder.write(sample.data for sample in samples.values())
+        if segment is None:
             return False
-        segment = _Segment(owner, path, mapped.nbytes, {name for name, _ in chosen})
-        self._segments[segment] = None
-        self.disk_bytes += segment.nbytes
+        self._segments[segment] = _SegmentContent(owner, set(samples))
+        self.disk_bytes += segment.data.nbytes
         start = 0
-        for name, record in chosen:
-            end = start + record.form.nbytes
-            records[name] = _Record(record.form, mapped[start:end], segment, record.version)
-            self.memory_bytes -= record.form.nbytes
+        for id_, sample in samples.items():
+            end = start + sample.form.nbytes
+            on_disk = StoredSample(sample.form, segment.data[start:end], sample.version)
+            records[id_] = _Record(on_disk, segment)
+            self.memory_bytes -= sample.form.nbytes
             start = end
         return True
 
-    def _keep_within_disk(self) -> None:
+    def _free_disk(self) -> None:
         limits = self._limits
         while self.disk_bytes > limits.disk_bytes or len(self._segments) > limits.files:
-            coldest = next(iter(self._segments))
-            for name in list(coldest.ids):
-                self._forget(coldest.owner, name)
+            content = next(iter(self._segments.values()))
+            for id_ in list(content.ids):
+                self._drop(content.owner, id_)
 
 
-def _joined(form: RowForm, records: Sequence[_Record]) -> list[memoryview]:
-    """One buffer for each of the codec's, the samples one after the other."""
+def _join(form: RowForm, samples: Sequence[StoredSample]) -> list[memoryview]:
+    """Join samples to buffers: each of the codec's buffers, for all samples."""
     buffers, start = [], 0
     for size in form.sizes:
-        parts = [memoryview(record.data)[start : start + size] for record in records]
+        parts = [memoryview(sample.data)[start : start + size] for sample in samples]
         buffers.append(memoryview(bytearray(b"".join(parts))))
         start += size
     return buffers

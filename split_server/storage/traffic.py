@@ -1,4 +1,4 @@
-"""Bytes at the socket, both ways, by participant and phase."""
+"""Traffic: bytes at the socket, in both directions, by participant and phase."""
 
 from __future__ import annotations
 
@@ -16,31 +16,33 @@ from split_server.storage.database import ParticipantRow
 
 @dataclass
 class SocketCounter:
-    """What has passed through one connection and not been attributed yet.
+    """Bytes of one connection that no participant has been charged with yet.
 
-    ``pending`` holds requests that showed no credential: a device that looks at a run before it
-    joins is charged for that when it has joined. ``last`` remembers whom to charge for bytes that
-    come after the answer: a body that was refused while it was still being sent.
+    Attributes:
+        pending: bytes of requests without a credential. A device that reads a run before it joins
+            is charged with them once it has joined.
+        last: run, participant and path to charge with bytes that arrive after the response, such
+            as the rest of a refused request.
     """
 
     received: int = 0
     sent: int = 0
     pending: Traffic = field(default_factory=Traffic)
-    last: tuple[str, str, str] | None = None  # run, participant, path
+    last: tuple[str, str, str] | None = None
 
     def take(self) -> tuple[int, int]:
-        """The bytes (up, down) since the last call."""
+        """Return and reset the bytes (up, down) since the last call."""
         taken = self.received, self.sent
         self.received = self.sent = 0
         return taken
 
     def defer(self, path: str) -> None:
-        """Keep the bytes of a request for whoever turns out to be at the other end."""
+        """Move a request's bytes to ``pending``, until the participant is known."""
         self.pending.add(path, *self.take())
 
 
 class Meter:
-    """Totals of every participant. Counted on the event loop, read from any thread."""
+    """Traffic totals of all participants. Thread-safe."""
 
     def __init__(self) -> None:
         self._totals: dict[str, dict[str, Traffic]] = {}
@@ -48,26 +50,26 @@ class Meter:
         self._lock = threading.Lock()
 
     def charge(self, counter: SocketCounter, run: str, participant: str, path: str) -> None:
-        """Put what a connection has counted on a participant's account."""
+        """Charge a participant with a connection's bytes."""
         counter.last = (run, participant, path)
         up, down = counter.take()
         if not up and not down and not counter.pending.total():
             return
         pending, counter.pending = counter.pending, Traffic()
         with self._lock:
-            account = self._account(run, participant)
-            account.merge(pending)
+            total = self._total(run, participant)
+            total.merge(pending)
             if up or down:
-                account.add(path, up, down)
+                total.add(path, up, down)
             self._dirty.add(run)
 
     def participant(self, run: str, participant: str) -> Traffic:
-        """All of one participant's bytes so far."""
+        """Return a participant's traffic so far."""
         with self._lock:
-            return self._account(run, participant).copy()
+            return self._total(run, participant).copy()
 
     def run(self, run: str) -> Traffic:
-        """All bytes of a run's participants so far."""
+        """Return the traffic of all participants of a run so far."""
         total = Traffic()
         with self._lock:
             for traffic in self._totals.get(run, {}).values():
@@ -75,16 +77,16 @@ class Meter:
         return total
 
     def load(self, session: Session) -> None:
-        """Begin with what was saved before a restart."""
+        """Load the totals that were saved before a restart."""
         rows = session.execute(
             select(ParticipantRow.run_id, ParticipantRow.id, ParticipantRow.traffic)
         )
         with self._lock:
             for run, participant, traffic in rows:
-                self._account(run, participant).merge(Traffic.from_dict(traffic))
+                self._total(run, participant).merge(Traffic.from_dict(traffic))
 
     def save(self, session: Session, run: str) -> None:
-        """Write a run's totals."""
+        """Save a run's totals."""
         with self._lock:
             totals = {
                 participant: traffic.to_dict()
@@ -93,13 +95,13 @@ class Meter:
         self._write(session, run, totals)
 
     def take_dirty(self) -> set[str]:
-        """The runs with bytes that have not been saved; they count as saved from here on."""
+        """Return the runs with unsaved bytes, and mark them as saved."""
         with self._lock:
             dirty, self._dirty = self._dirty, set()
         return dirty
 
-    def not_saved(self, runs: Iterable[str]) -> None:
-        """Saving these has failed: they have bytes to be saved still."""
+    def mark_dirty(self, runs: Iterable[str]) -> None:
+        """Mark runs as unsaved again, after a failure to save them."""
         with self._lock:
             self._dirty.update(runs)
 
@@ -108,5 +110,5 @@ class Meter:
         for row in rows:
             row.traffic = dict(totals.get(row.id, row.traffic))
 
-    def _account(self, run: str, participant: str) -> Traffic:
+    def _total(self, run: str, participant: str) -> Traffic:
         return self._totals.setdefault(run, {}).setdefault(participant, Traffic())

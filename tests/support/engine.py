@@ -1,4 +1,4 @@
-"""A round of exchanges, through the engine and by hand."""
+"""Engines for tests, and a round of exchanges through the engine and by hand."""
 
 from __future__ import annotations
 
@@ -42,31 +42,31 @@ def prepare_backbone(folder: Path) -> Path:
 
 
 def input_body(folder: Path) -> BodyKey:
-    """The body of a run in the paper's form, its weights in this folder."""
+    """Return the body of a run with prompts at the input; its weights are in this folder."""
     path = split_model.prepare_backbone(SPLIT, "random:0", folder).path
     return BodyKey.of(str(path), run_settings())
 
 
 @contextmanager
 def engines(placement: Placement = PLACEMENT) -> Iterator[MakeEngine]:
-    """Makes engines that hold the same bodies, and stops them in the end."""
+    """Yield a function that makes engines with shared bodies; stop them at the end."""
     bodies, made = BodyCache(placement), list[Engine]()
 
-    def one(retained: int = 256 * MIB, time: FakeClock | None = None, **more: Any) -> Engine:
+    def make(retained: int = 256 * MIB, time: FakeClock | None = None, **more: Any) -> Engine:
         limits = EngineLimits(retained, 64 * MIB, 64 * MIB, 300.0, 4, **more)
         clock = (time or FakeClock()).clock()
         made.append(Engine(bodies, placement, limits, clock, handlers=[TunedBodies]))
         return made[-1]
 
-    yield one
+    yield make
     for engine in made:
         engine.close()
 
 
 def is_empty(engine: Engine) -> bool:
-    """Whether no step is held and no room is promised to one."""
-    room = engine._tracker.memory
-    return len(room.steps) == room.steps.nbytes == room.reserved == 0
+    """Whether no step is retained and no memory is reserved."""
+    memory = engine._tracker.memory
+    return len(memory.steps) == memory.steps.nbytes == memory.reserved == 0
 
 
 def tuned_prompts(engine: Engine, who: str = "p1", session: str = "s") -> Tensor:
@@ -79,7 +79,7 @@ def numbers(seed: int, *shape: int) -> Tensor:
 
 
 def smashed(batch: int = 3, seed: int = 0) -> Tensor:
-    """[B, T, D], without prompts."""
+    """Return smashed data [B, T, D] without prompts."""
     return numbers(seed, batch, TOKENS, WIDTH)
 
 
@@ -130,7 +130,7 @@ class Case:
     async def train(
         self, engine: Engine, batches: Sequence[Tensor], **of: Any
     ) -> tuple[list[Tensor], Tensor]:
-        """A whole session: the features of every batch, and the prompts that it leaves."""
+        """Run a whole session; return each batch's features and the tuned prompts."""
         gradients: Tensor | None = None
         features = []
         for number, batch in enumerate(batches):
@@ -144,7 +144,7 @@ class Case:
         ]
 
     def by_hand(self, batches: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-        """The same with timm's own blocks and torch's own optimiser."""
+        """Compute the same with timm's blocks and torch's optimiser."""
         model = timm.create_model(SMALL.backbone, img_size=SMALL.image_size, num_classes=2).eval()
         model.load_state_dict(dict(split_model.open_backbone(self.backbone)), strict=False)
         model.requires_grad_(False)
@@ -168,7 +168,7 @@ class Case:
 
 
 def gradient_of(features: Tensor) -> Tensor:
-    """Of mean(sin(features)), as a device's loss would have one."""
+    """Return the gradient of mean(sin(features)), which stands for a device's loss."""
     return torch.cos(features) / features.numel()
 
 

@@ -45,7 +45,7 @@ def take(store: SampleStore, owner: Owner, numbers: Sequence[int]) -> Kept | lis
 
 
 def lacking(store: SampleStore, owner: Owner, numbers: Sequence[int]) -> list[int]:
-    return store.missing(owner, [name(number) for number in numbers])
+    return store.list_missing(owner, [name(number) for number in numbers])
 
 
 def kept(store: SampleStore, owner: Owner, among: Sequence[int] = range(40)) -> list[int]:

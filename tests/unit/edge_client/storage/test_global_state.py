@@ -53,9 +53,9 @@ class Origin:
         meta: UpdateMeta,
         state: Mapping[str, Tensor],
         codec: str,
-        extras: Mapping[str, Tensor] | None,
+        beside: Mapping[str, Tensor] | None,
     ) -> None:
-        assert not extras
+        assert not beside
         tensors = {name: (tensor, codec) for name, tensor in state.items()}
         frame = decode_frame(join_frame(encode_frame("update", {}, tensors)))
         self.updates.append((meta, frame.tensors()))
@@ -91,7 +91,7 @@ def test_a_device_makes_the_very_state_of_the_server_from_a_change(
     assert path.read_bytes() == origin.files.state(second.device.sha256).read_bytes()
     assert set(load_state(path)) == {"tail.a", "tail.b"}  # the prompts stay where they are
     assert second.server is not None
-    held = read_tensors(origin.files.held(second.server.sha256))
+    held = read_tensors(origin.files.server_state(second.server.sha256))
     assert torch.equal(held["prompts"], torch.zeros(1, 2, 3))
 
 
@@ -164,5 +164,5 @@ def test_a_change_of_other_tensors_is_refused(tmp_path: Path) -> None:
 
 
 def test_equal_states_have_equal_bytes() -> None:
-    ordered, reordered = state(1.0), dict(reversed(state(1.0).items()))
-    assert state_bytes(ordered) == state_bytes(reordered)
+    one, other = state(1.0), dict(reversed(state(1.0).items()))
+    assert state_bytes(one) == state_bytes(other)

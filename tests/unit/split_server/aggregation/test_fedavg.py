@@ -1,4 +1,4 @@
-"""FedAvg: weights, order, and what cannot be averaged."""
+"""FedAvg: weights, order and errors."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def test_the_mean_is_weighted_by_samples() -> None:
     assert mean["w"].dtype is torch.float32
 
 
-def test_sums_are_made_in_float64() -> None:
+def test_sums_use_float64() -> None:
     tensors = [torch.tensor([1e8]), torch.tensor([1.0]), torch.tensor([-1e8])]
     mean = federated_average([update(1, w=tensor) for tensor in tensors])
     assert mean["w"].item() == pytest.approx(1 / 3)
 
 
-def test_one_update_alone_comes_back_bit_for_bit() -> None:
+def test_the_mean_of_one_update_is_bit_identical() -> None:
     state = torch.randn(1000, generator=torch.Generator().manual_seed(0))
     assert torch.equal(federated_average([update(37, w=state)])["w"], state)
 
@@ -57,7 +57,7 @@ def test_updates_are_loaded_one_at_a_time() -> None:
         ([update(1, w=torch.tensor([float("nan")]))], NonFinite),
     ],
 )
-def test_what_cannot_be_averaged_is_a_typed_error(
+def test_invalid_updates_raise_typed_errors(
     updates: list[WeightedState], error: type[Exception]
 ) -> None:
     with pytest.raises(error):
@@ -68,7 +68,7 @@ def test_an_empty_tensor_stays_empty() -> None:
     assert federated_average([update(1, w=torch.zeros(0, 3))])["w"].shape == (0, 3)
 
 
-def test_losses_are_averaged_over_those_who_gave_one() -> None:
+def test_losses_are_averaged_over_the_updates_with_a_loss() -> None:
     assert weighted_mean([(1.0, 1), (None, 100), (4.0, 2)]) == 3.0
     assert weighted_mean([(None, 1)]) is None
     assert weighted_mean([(1.0, 0)]) is None

@@ -1,4 +1,4 @@
-"""Server optimisers against values worked out by hand, and what they remember across restarts."""
+"""Server optimisers against values computed by hand, and their moments across restarts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def settings(kind: str, **rates: float) -> FederationSettings:
 
 
 def steps(federation: FederationSettings, *gradients: float) -> list[float]:
-    """Where a state of one number stands after each round, from 0."""
+    """Return a one-number state after each round, starting from 0."""
     state: dict[str, Tensor] = {"w": torch.zeros(1)}
     moments: Moments = {}
     reached = []
@@ -58,16 +58,16 @@ def steps(federation: FederationSettings, *gradients: float) -> list[float]:
         ),
     ],
 )
-def test_two_rounds_worked_out_by_hand(
+def test_two_rounds_computed_by_hand(
     federation: FederationSettings, gradients: tuple[float, ...], expected: tuple[float, ...]
 ) -> None:
     assert steps(federation, *gradients) == pytest.approx(list(expected), rel=1e-5)
 
 
-def test_the_rate_that_nobody_sets() -> None:
+def test_default_rates() -> None:
     assert steps(settings("fedavgm"), -3.0) == [3.0]  # the mean itself
     for kind in ("fedadam", "fedyogi"):
-        tau = 1e-6  # so small that the first step is that of the rate
+        tau = 1e-6  # so small that the first step equals the rate
         own = settings(kind, server_tau=tau)
         given = settings(kind, server_tau=tau, server_learning_rate=0.01)
         assert steps(own, -3.0, -1.0) == steps(given, -3.0, -1.0)
@@ -98,7 +98,7 @@ def test_moments_from_a_file_give_the_same_bits(tmp_path: Path, kind: str) -> No
         files.read_moments(1)
 
 
-def test_a_step_out_of_range_is_a_typed_error() -> None:
+def test_a_step_out_of_range_raises_a_typed_error() -> None:
     mean = {"w": torch.tensor([3e38])}
     with pytest.raises(NonFinite) as caught:
         server_step(settings("fedavgm", server_learning_rate=100), {"w": torch.zeros(1)}, mean, {})
@@ -108,7 +108,7 @@ def test_a_step_out_of_range_is_a_typed_error() -> None:
 def trained(
     site: FederationHarness, run: str, participant: str, *means: float, first: int = 1
 ) -> None:
-    """Let one participant send these means, one a round, and measure what comes of them."""
+    """Let one participant send these means, one per round, and evaluate each state."""
     for round_, mean in enumerate(means, start=first):
         assert site.task(run, participant).task is Task.TRAIN
         site.update(run, participant, state_of(mean), round_=round_)
@@ -116,7 +116,7 @@ def trained(
         site.evaluate(run, participant, round_=round_)
 
 
-def test_a_run_goes_on_from_what_it_remembers(tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_restarted_run_continues_with_its_moments(tmp_path: Path, monkeypatch: Any) -> None:
     site = FederationHarness(tmp_path)
     run = site.create(rounds=3, server_optimizer="fedavgm")
     participant = site.join(run)
@@ -127,7 +127,7 @@ def test_a_run_goes_on_from_what_it_remembers(tmp_path: Path, monkeypatch: Any) 
     def crash(*_: Any) -> None:
         raise RuntimeError("killed")
 
-    with monkeypatch.context() as patch:  # the moments are on disk, the state is not named yet
+    with monkeypatch.context() as patch:  # the moments are on disk, the state is not committed yet
         patch.setattr(transitions, "apply", crash)
         site.update(run, participant, state_of(1.5), round_=2)
         assert everywhere(site, run) == 1.0
@@ -159,7 +159,7 @@ def test_lost_moments_fail_the_run_with_their_reason(tmp_path: Path) -> None:
     site.close()
 
 
-def test_prompts_of_the_server_take_the_same_step(tmp_path: Path) -> None:
+def test_server_side_prompts_take_the_same_step(tmp_path: Path) -> None:
     site = FederationHarness(tmp_path)
     run = site.create(rounds=1, server_optimizer="fedavgm", prompt_at="cut", evaluate_every=0)
     participant = site.join(run)

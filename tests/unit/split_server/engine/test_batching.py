@@ -1,4 +1,4 @@
-"""Jobs of many participants in one batch: the same numbers as alone, and nobody's harm."""
+"""Jobs of many participants in one batch: the same results as alone, and no effect on others."""
 
 from __future__ import annotations
 
@@ -58,18 +58,18 @@ def key(tmp_path_factory: pytest.TempPathFactory) -> BodyKey:
 
 
 @contextmanager
-def busy_error(engine: Engine, key: BodyKey, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Keep the worker at another job, so that what is sent meanwhile waits together."""
+def busy_worker(engine: Engine, key: BodyKey, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Keep the worker busy with another job, so that the next jobs wait together."""
     gate, at_work = threading.Event(), threading.Event()
     real = compute.run_inference
 
-    def held(*job: Any) -> Tensor:
+    def blocked(*job: Any) -> Tensor:
         at_work.set()
         gate.wait(20)
         return real(*job)
 
     with monkeypatch.context() as patch:
-        patch.setattr(compute, "run_inference", held)
+        patch.setattr(compute, "run_inference", blocked)
         loop = threading.Thread(
             target=lambda: asyncio.run(engine.infer(InferJob("r0", "p0", key, with_prompts())))
         )
@@ -86,8 +86,8 @@ async def together(
     monkeypatch: pytest.MonkeyPatch,
     jobs: Sequence[Awaitable[Tensor]],
 ) -> list[Any]:
-    """The answers to jobs that all waited before the first was computed."""
-    with busy_error(engine, key, monkeypatch):
+    """Submit jobs that all wait before the first runs; return their responses."""
+    with busy_worker(engine, key, monkeypatch):
         tasks = [asyncio.ensure_future(job) for job in jobs]
         async with asyncio.timeout(20):
             while len(engine._schedule) < len(tasks):  # noqa: ASYNC110
@@ -104,7 +104,7 @@ def backward(key: BodyKey, tensor: Tensor, who: str) -> BackwardJob:
 
 
 async def mean_batch(engine: Engine, tasks: int) -> float:
-    """The mean size of the batches that so many tasks were in. They are counted once answered."""
+    """Return the mean batch size of this many tasks, once they have been counted."""
     async with asyncio.timeout(20):
         while (figures := engine.figures("r1")).tasks < tasks:  # noqa: ASYNC110
             await asyncio.sleep(0.005)
@@ -118,7 +118,7 @@ def sizes(tensors: Sequence[Tensor]) -> int:
 def by_itself(
     key: BodyKey, tensor: Tensor, gradient: Tensor, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
-    """Features and input gradient from the body itself."""
+    """Compute features and input gradient with the body itself."""
     weights = split_model.open_backbone(key.backbone)
     body = split_model.build_body(key.settings, weights, dtype=dtype)
     leaf = tensor.clone().requires_grad_()
@@ -130,7 +130,7 @@ def by_itself(
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_joined_steps_give_each_participant_what_the_body_alone_would(
+def test_joined_steps_equal_the_body_alone(
     key: BodyKey, monkeypatch: pytest.MonkeyPatch, mode: str, dtype: torch.dtype, near: float
 ) -> None:
     inputs = [with_prompts(batch=number + 1, seed=number) for number in range(len(PEOPLE))]
@@ -159,7 +159,7 @@ def test_joined_steps_give_each_participant_what_the_body_alone_would(
     assert engine._tracker.memory.taken == engine._worker.queued_bytes == 0
 
 
-def test_jobs_of_runs_that_cut_alike_join_one_batch(
+def test_jobs_of_runs_with_the_same_cut_share_a_batch(
     make: MakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = run_settings()
@@ -177,7 +177,7 @@ def test_jobs_of_runs_that_cut_alike_join_one_batch(
         return await together(engine, keys[0], monkeypatch, [engine.submit(job) for job in jobs])
 
     found = asyncio.run(steps())
-    engine.close()  # a batch is counted when it has been answered
+    engine.close()  # a batch is counted after its responses
     for run, key, tensor, features in zip(("r1", "r2"), keys, inputs, found, strict=True):
         assert engine.figures(run).batch_samples == sizes(inputs), "they were one batch"
         expected, _ = by_itself(key, tensor, torch.ones_like(tensor))
@@ -187,7 +187,7 @@ def test_jobs_of_runs_that_cut_alike_join_one_batch(
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("depth", DEPTHS)
 @pytest.mark.parametrize("num_tokens", [None, 1])
-def test_joined_sessions_tune_each_ones_own_prompts(
+def test_joined_sessions_tune_their_own_prompts(
     make: MakeEngine, backbone: Path, mode: str, depth: str, num_tokens: int | None
 ) -> None:
     case = Case(backbone, depth, num_tokens)
@@ -209,10 +209,10 @@ def test_joined_sessions_tune_each_ones_own_prompts(
 
 
 @pytest.mark.parametrize("missing", [1, 4])
-def test_nobody_waits_long_for_the_gradients_of_others(
+def test_a_step_does_not_wait_long_for_others_gradients(
     make: MakeEngine, key: BodyKey, monkeypatch: pytest.MonkeyPatch, missing: int
 ) -> None:
-    """Whether few or most of a batch's gradients lack; and the latecomers' are right, too."""
+    """Few or most of a batch's gradients are missing; late gradients give correct results, too."""
     engine = make()
     inputs = [with_prompts(seed=number) for number in range(len(PEOPLE))]
     gradient = with_prompts(seed=50)
@@ -240,14 +240,14 @@ def test_nobody_waits_long_for_the_gradients_of_others(
     assert engine._tracker.memory.taken == 0
 
 
-def test_a_batch_does_not_wait_for_a_participant_that_has_gone(
+def test_a_batch_does_not_wait_for_a_released_participant(
     make: MakeEngine, key: BodyKey, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = make(max_wait_s=30.0)
 
     async def steps() -> None:
         jobs = [engine.submit(forward(key, with_prompts(), who)) for who in PEOPLE[:2]]
-        with busy_error(engine, key, monkeypatch):
+        with busy_worker(engine, key, monkeypatch):
             waiting = [asyncio.ensure_future(job) for job in jobs]
             await asyncio.sleep(0.05)
             jobs.clear()
@@ -266,7 +266,7 @@ def test_a_batch_does_not_wait_for_a_participant_that_has_gone(
     assert engine._tracker.memory.taken == 0
 
 
-def test_a_lone_participant_waits_for_nobody(make: MakeEngine, key: BodyKey) -> None:
+def test_a_lone_participant_does_not_wait(make: MakeEngine, key: BodyKey) -> None:
     engine = make(max_wait_s=20.0)
 
     async def steps() -> float:
@@ -280,7 +280,7 @@ def test_a_lone_participant_waits_for_nobody(make: MakeEngine, key: BodyKey) -> 
     assert asyncio.run(steps()) < 15
 
 
-def test_a_failure_within_a_batch_is_that_jobs_alone(
+def test_a_failure_within_a_batch_affects_that_job_alone(
     make: MakeEngine, key: BodyKey, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = make()
@@ -302,7 +302,7 @@ def test_a_failure_within_a_batch_is_that_jobs_alone(
         torch.testing.assert_close(found, by_itself(key, tensor, tensor)[0], rtol=1e-5, atol=1e-5)
 
 
-def test_a_joint_backward_that_fails_is_tried_for_each_alone(
+def test_a_failed_joint_backward_runs_again_for_each_task(
     make: MakeEngine, key: BodyKey, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = make()
@@ -326,7 +326,9 @@ def test_a_joint_backward_that_fails_is_tried_for_each_alone(
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_where_graphs_have_no_room_the_forward_is_run_again(make: MakeEngine, key: BodyKey) -> None:
+def test_without_memory_for_graphs_the_forward_is_recomputed(
+    make: MakeEngine, key: BodyKey
+) -> None:
     probe = make()
     asyncio.run(probe.submit(forward(key, with_prompts(), "p1")))
     one_step = probe._tracker.memory.taken
@@ -349,7 +351,7 @@ def test_where_graphs_have_no_room_the_forward_is_run_again(make: MakeEngine, ke
     assert engine._tracker.memory.taken == 0
 
 
-def test_figures_are_of_each_run_and_forgotten_with_it(
+def test_counters_belong_to_a_run_and_are_dropped_with_it(
     make: MakeEngine, backbone: Path, key: BodyKey
 ) -> None:
     case, engine = Case(backbone, "deep"), make()
@@ -365,7 +367,7 @@ def test_figures_are_of_each_run_and_forgotten_with_it(
     assert engine._tracker.memory.taken == 0, "sessions go with their run"
 
 
-def test_a_gradient_of_another_shape_costs_the_others_nothing(
+def test_a_gradient_of_another_shape_does_not_affect_others(
     make: MakeEngine, backbone: Path
 ) -> None:
     case, engine = Case(backbone, "deep", 1), make()
@@ -379,7 +381,7 @@ def test_a_gradient_of_another_shape_costs_the_others_nothing(
     asyncio.run(steps())
 
 
-def test_a_backward_that_failed_makes_the_forward_come_again(
+def test_after_a_failed_backward_the_forward_is_sent_again(
     make: MakeEngine, key: BodyKey, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine, real = make(), compute.run_backward
@@ -404,7 +406,7 @@ def test_a_backward_that_failed_makes_the_forward_come_again(
     torch.testing.assert_close(asyncio.run(steps()), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_graph_larger_than_all_memory_is_not_kept_and_its_step_is_served(
+def test_a_graph_larger_than_the_memory_is_not_retained_and_its_step_works(
     make: MakeEngine, key: BodyKey
 ) -> None:
     engine = make(retained=100_000)
@@ -421,21 +423,19 @@ def test_a_graph_larger_than_all_memory_is_not_kept_and_its_step_is_served(
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_sessions_that_fill_the_memory_still_come_to_their_end(
+def test_sessions_that_fill_the_memory_still_finish(
     make: MakeEngine, backbone: Path, mode: str
 ) -> None:
-    """Whoever is under way needs no more room than it gives back."""
+    """An open session needs no more memory than it frees."""
     case, probe = Case(backbone, "deep"), make(backward=mode)
     asyncio.run(probe.submit(case.job(0, 1, smashed(4))))
     engine = make(retained=probe._tracker.memory.taken, backward=mode)
     batches = [smashed(4, seed) for seed in range(4)]
 
     async def sessions() -> None:
-        await engine.submit(case.job(0, 4, batches[0], who="given up"))
-        engine._tracker.memory.session_bytes[PromptSessions] *= (
-            3  # more sessions than there is room for
-        )
-        engine.release("r1", "given up")
+        await engine.submit(case.job(0, 4, batches[0], who="abandoned"))
+        engine._tracker.memory.session_bytes[PromptSessions] *= 3  # more sessions than fit
+        engine.release("r1", "abandoned")
         await case.train(engine, batches, who="p1")
 
     asyncio.run(sessions())

@@ -1,4 +1,4 @@
-"""Results that are delivered later than they were computed, as those of a GPU are."""
+"""Results that are delivered after their computation, as on a GPU."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def key(tmp_path_factory: pytest.TempPathFactory) -> BodyKey:
 
 
 class HeldCompletions(CompletionQueue):
-    """Delivers each result when the test says so."""
+    """Delivers each result when the test calls `deliver`."""
 
     def __init__(self) -> None:
         super().__init__(torch.device("cpu"))
@@ -43,7 +43,7 @@ class HeldCompletions(CompletionQueue):
         self._written.append((result.detach().clone(), deliver))
 
     async def deliver(self, number: int) -> None:
-        """Deliver the result that was computed as this one, once it is."""
+        """Wait for the result of this number, then deliver it."""
         async with asyncio.timeout(20):
             while len(self._written) <= number:  # noqa: ASYNC110
                 await asyncio.sleep(0.002)
@@ -52,7 +52,7 @@ class HeldCompletions(CompletionQueue):
 
 
 def gradient_by_itself(key: BodyKey, tensor: Tensor, gradient: Tensor) -> Tensor:
-    """That of the input, from the body itself."""
+    """Compute the input's gradient with the body itself."""
     body = split_model.build_body(key.settings, split_model.open_backbone(key.backbone))
     leaf = tensor.clone().requires_grad_()
     body(leaf).backward(gradient)
@@ -60,7 +60,7 @@ def gradient_by_itself(key: BodyKey, tensor: Tensor, gradient: Tensor) -> Tensor
     return leaf.grad
 
 
-def test_a_step_may_hear_of_its_forward_after_the_backward_of_another_in_its_batch(
+def test_a_forward_may_be_delivered_after_the_backward_of_another_step_in_its_batch(
     make: MakeEngine, key: BodyKey, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine, queued = make(), HeldCompletions()
@@ -94,25 +94,23 @@ def test_a_step_may_hear_of_its_forward_after_the_backward_of_another_in_its_bat
 
 
 class Computed:
-    """Stands for the event of a computation that is done."""
+    """The event of a finished computation."""
 
     def synchronize(self) -> None:
-        """It is there already."""
+        """Return at once."""
 
 
-class Held:
-    """What a job holds on to until it is delivered."""
+class JobData:
+    """An object that a job refers to."""
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_result_that_was_delivered_is_held_no_longer(fails: bool) -> None:
-    completions = CompletionQueue(
-        torch.device("cuda")
-    )  # which begins its thread and needs no GPU for that
-    delivered, held = threading.Event(), Held()
-    gone = weakref.ref(held)
+def test_a_delivered_result_is_freed(fails: bool) -> None:
+    completions = CompletionQueue(torch.device("cuda"))  # starts its thread, without a GPU
+    delivered, data = threading.Event(), JobData()
+    data_ref = weakref.ref(data)
 
-    def deliver(_: Tensor, held: Held = held) -> None:
+    def deliver(_: Tensor, data: JobData = data) -> None:
         if fails:
             raise ZeroDivisionError
         delivered.set()
@@ -120,10 +118,10 @@ def test_a_result_that_was_delivered_is_held_no_longer(fails: bool) -> None:
     event = cast(torch.cuda.Event, Computed())
     completion = _Completion(event, torch.empty(1), deliver, lambda _: delivered.set())
     completions._queued.put(completion)
-    del completion, deliver, held
+    del completion, deliver, data
     assert delivered.wait(20)
     give_up_at = time.monotonic() + 20
-    while gone() is not None and time.monotonic() < give_up_at:
+    while data_ref() is not None and time.monotonic() < give_up_at:
         time.sleep(0.005)
-    assert gone() is None
+    assert data_ref() is None
     completions.close()

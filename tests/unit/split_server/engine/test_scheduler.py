@@ -1,4 +1,4 @@
-"""Whose turn it is: backward before forward, older first, and everybody in turn."""
+"""The order of tasks: backwards first, then the oldest, with turns for all senders."""
 
 from __future__ import annotations
 
@@ -79,12 +79,12 @@ def backward(who: str, graph: Graph | None, samples: int = 1) -> BackwardTask:
     )
 
 
-def everybody(graph: Graph) -> set[StepKey]:
+def all_steps(graph: Graph) -> set[StepKey]:
     return set(graph.rows)
 
 
-def schedule(most: int | None = 8, wait: float = 0.0, tokens: int = 1000) -> Schedule:
-    return Schedule(tokens, most, wait)
+def schedule(max_samples: int | None = 8, wait: float = 0.0, tokens: int = 1000) -> Schedule:
+    return Schedule(tokens, max_samples, wait)
 
 
 def names(batch: Batch | float) -> list[str]:
@@ -95,30 +95,30 @@ def names(batch: Batch | float) -> list[str]:
 def order(queue: Schedule, now: float = 0.0) -> list[list[str]]:
     batches = []
     while len(queue):
-        batches.append(names(queue.next(now, everybody)))
+        batches.append(names(queue.next(now, all_steps)))
     return batches
 
 
-def test_an_empty_schedule_has_nothing_to_do() -> None:
-    assert schedule().next(0.0, everybody) == float("inf")
+def test_an_empty_schedule_has_no_batch() -> None:
+    assert schedule().next(0.0, all_steps) == float("inf")
 
 
 def test_tasks_of_one_kind_join_up_to_the_largest_batch() -> None:
-    queue = schedule(most=4)
+    queue = schedule(max_samples=4)
     for who in "abcdef":
         queue.add_forward(forward(who), 0.0)
     assert order(queue) == [["a", "b", "c", "d"], ["e", "f"]]
 
 
 def test_a_task_larger_than_the_largest_batch_is_alone() -> None:
-    queue = schedule(most=4)
+    queue = schedule(max_samples=4)
     for who, samples in (("a", 9), ("b", 1)):
         queue.add_forward(forward(who, samples), 0.0)
     assert order(queue) == [["a"], ["b"]]
 
 
 def test_without_a_number_of_samples_the_tokens_decide() -> None:
-    queue = schedule(most=None, tokens=20)
+    queue = schedule(max_samples=None, tokens=20)
     for who in "abcdef":
         queue.add_forward(forward(who), 0.0)
     assert order(queue) == [["a", "b", "c", "d"], ["e", "f"]]
@@ -140,93 +140,91 @@ def test_backward_goes_before_forward() -> None:
     assert order(queue, now=3.0) == [["x", "y"], ["b"], ["a"]]
 
 
-def test_whoever_sends_much_waits_behind_whoever_sends_little() -> None:
-    queue = schedule(most=1)
+def test_a_sender_of_many_samples_waits_behind_a_sender_of_few() -> None:
+    queue = schedule(max_samples=1)
     for _ in range(50):
         queue.add_forward(forward("flood"), 0.0)
-    served = [names(queue.next(0.0, everybody))[0] for _ in range(10)]
+    served = [names(queue.next(0.0, all_steps))[0] for _ in range(10)]
     queue.add_forward(forward("late"), 1.0)
-    served += [names(queue.next(1.0, everybody))[0] for _ in range(2)]
+    served += [names(queue.next(1.0, all_steps))[0] for _ in range(2)]
     assert "late" in served[-2:]
 
 
 @given(st.lists(st.integers(1, 8), min_size=2, max_size=6))
-def test_over_time_everybody_gets_as_much(sizes: Sequence[int]) -> None:
-    """Each sender has always something waiting; batches of whatever size."""
-    queue, had = schedule(most=1), [0] * len(sizes)
+def test_over_time_all_senders_get_equal_shares(sizes: Sequence[int]) -> None:
+    """Each sender always has a task waiting; task sizes vary."""
+    queue, had = schedule(max_samples=1), [0] * len(sizes)
     for _ in range(2):
         for who, samples in enumerate(sizes):
             queue.add_forward(forward(str(who), samples), 0.0)
     while sum(had) < 400:
-        who = int(names(queue.next(0.0, everybody))[0])
+        who = int(names(queue.next(0.0, all_steps))[0])
         had[who] += sizes[who]
         queue.add_forward(forward(str(who), sizes[who]), 0.0)
     assert max(had) - min(had) <= 3 * max(sizes)
 
 
-def test_a_forward_waits_for_those_who_were_here_a_moment_ago() -> None:
+def test_a_forward_waits_for_recent_senders() -> None:
     queue = schedule(wait=0.1)
     for who in "ab":
         queue.add_forward(forward(who), 0.0)
     assert order(queue) == [["a", "b"]]
     queue.add_forward(forward("a"), 0.5)
-    assert queue.next(0.5, everybody) == pytest.approx(0.1)
+    assert queue.next(0.5, all_steps) == pytest.approx(0.1)
     queue.add_forward(forward("b"), 0.55)
-    assert names(queue.next(0.55, everybody)) == ["a", "b"], "everybody is here"
+    assert names(queue.next(0.55, all_steps)) == ["a", "b"], "all_steps is here"
     queue.add_forward(forward("a"), 0.9)
-    assert names(queue.next(1.0, everybody)) == ["a"], "and not for ever"
+    assert names(queue.next(1.0, all_steps)) == ["a"], "and not for ever"
 
 
-def test_a_full_batch_and_a_lone_sender_wait_for_nobody() -> None:
-    queue = schedule(most=2, wait=0.1)
+def test_a_full_batch_and_a_lone_sender_do_not_wait() -> None:
+    queue = schedule(max_samples=2, wait=0.1)
     for now in (0.0, 0.2, 0.4):
         queue.add_forward(forward("a"), now)
-        assert names(queue.next(now, everybody)) == ["a"]
+        assert names(queue.next(now, all_steps)) == ["a"]
     queue.add_forward(forward("b"), 0.5)
     queue.add_forward(forward("a", samples=2), 0.5)
-    assert names(queue.next(0.5, everybody)) == ["b"]
+    assert names(queue.next(0.5, all_steps)) == ["b"]
 
 
-def test_nobody_is_waited_for_who_has_long_been_silent() -> None:
+def test_a_forward_does_not_wait_for_silent_senders() -> None:
     queue = schedule(wait=0.1)
     for who in "ab":
         queue.add_forward(forward(who), 0.0)
     assert order(queue) == [["a", "b"]]
     queue.add_forward(forward("a"), 100.0)
-    assert names(queue.next(100.0, everybody)) == ["a"]
+    assert names(queue.next(100.0, all_steps)) == ["a"]
 
 
 def test_a_graph_waits_about_as_long_as_its_forward_took() -> None:
     queue, graph = schedule(), graph_of(0.2, a=1, b=1)
     queue.add_backward(backward("a", graph), 1.0)
-    assert queue.next(1.0, everybody) == pytest.approx(0.2)
-    assert names(queue.next(1.21, everybody)) == ["a"]
+    assert queue.next(1.0, all_steps) == pytest.approx(0.2)
+    assert names(queue.next(1.21, all_steps)) == ["a"]
 
 
-def test_while_a_graph_waits_other_work_is_done() -> None:
+def test_other_tasks_run_while_a_graph_waits() -> None:
     queue, graph = schedule(), graph_of(0.2, a=1, b=1)
     queue.add_backward(backward("a", graph), 1.0)
     queue.add_forward(forward("c"), 1.0)
-    assert names(queue.next(1.0, everybody)) == ["c"]
+    assert names(queue.next(1.0, all_steps)) == ["c"]
     queue.add_forward(forward("d"), 2.0)
-    assert names(queue.next(2.0, everybody)) == ["d"], "before an incomplete graph, too"
+    assert names(queue.next(2.0, all_steps)) == ["d"], "before an incomplete graph, too"
     queue.add_forward(forward("e"), 50.0)
-    assert names(queue.next(50.0, everybody)) == ["a"], "but not for ever"
+    assert names(queue.next(50.0, all_steps)) == ["a"], "but not for ever"
 
 
 @pytest.mark.parametrize(("missing", "through_it"), [(1, True), (3, True), (4, False)])
-def test_a_graph_that_lacks_most_of_its_gradients_is_left_alone(
-    missing: int, through_it: bool
-) -> None:
+def test_a_graph_without_most_of_its_gradients_is_not_used(missing: int, through_it: bool) -> None:
     queue, graph = schedule(), graph_of(0.0, a=3, b=missing)
     queue.add_backward(backward("a", graph, samples=3), 1.0)
-    batch = queue.next(1.0, everybody)
+    batch = queue.next(1.0, all_steps)
     assert isinstance(batch, Batch)
     assert names(batch) == ["a"]
     assert (batch.graph is graph) == through_it
 
 
-def test_a_graph_does_not_wait_for_steps_that_are_gone() -> None:
+def test_a_graph_does_not_wait_for_dropped_steps() -> None:
     queue, graph = schedule(), graph_of(1000.0, a=1, b=1)
     queue.add_backward(backward("a", graph), 1.0)
     only_a = {StepKey("r", "a", "s")}
@@ -235,7 +233,7 @@ def test_a_graph_does_not_wait_for_steps_that_are_gone() -> None:
     assert batch.graph is graph
 
 
-def test_draining_leaves_nothing() -> None:
+def test_drain_removes_all_tasks() -> None:
     queue, graph = schedule(), graph_of(1.0, a=1, b=1)
     queue.add_forward(forward("x"), 0.0)
     queue.add_backward(backward("y", None), 0.0)
@@ -243,14 +241,14 @@ def test_draining_leaves_nothing() -> None:
     assert len(queue) == queue.samples == 3
     assert {task.sender[1] for task in queue.drain()} == {"x", "y", "a"}
     assert len(queue) == 0
-    assert queue.next(0.0, everybody) == float("inf")
+    assert queue.next(0.0, all_steps) == float("inf")
 
 
-# What the retained steps take
+# Bytes of the retained steps
 
 
 @given(st.lists(st.tuples(st.sampled_from(["add", "drop", "spend"]), st.integers(0, 5))))
-def test_the_bytes_of_steps_and_graphs_are_always_accounted(moves: list[tuple[str, int]]) -> None:
+def test_the_bytes_of_steps_and_graphs_are_counted_correctly(moves: list[tuple[str, int]]) -> None:
     steps, graphs = RetainedSteps(4), [graph_of(0.0, a=1, b=2, c=3), graph_of(0.0, d=1, e=1, f=1)]
     for move, place in moves:
         graph, who = graphs[place // 3], "abcdef"[place]

@@ -15,7 +15,12 @@ from torch import Tensor
 from protocol.errors import EmptyUpdate, InvalidField, NonFinite, WrongShape
 from protocol.messages import Results, RunStatus, Task, parse_message
 from protocol.plan import RunPlan
-from split_server.aggregation.differential_privacy import clipped, epsilon_of, normal, private_mean
+from split_server.aggregation.differential_privacy import (
+    clip_change,
+    compute_epsilon,
+    draw_normal,
+    private_mean,
+)
 from split_server.aggregation.fedavg import WeightedState, federated_average
 from split_server.cli import _rounds_table
 from split_server.federation.rounds import OpenTraining
@@ -60,7 +65,7 @@ def test_an_update_without_a_change_stays_one() -> None:
     mean = mean_of(state, state, state=state, clip=1e-3)
     assert all(torch.equal(mean[name], value) for name, value in state.items())
     zero = {"w": torch.zeros(3, dtype=torch.float64)}
-    assert torch.equal(clipped(zero, 1e-9)["w"], zero["w"])
+    assert torch.equal(clip_change(zero, 1e-9)["w"], zero["w"])
 
 
 @settings(deadline=None, max_examples=60)
@@ -76,7 +81,7 @@ def test_a_change_keeps_its_direction_and_is_never_too_long(
         "a": torch.tensor(values[:half], dtype=torch.float64),
         "b": torch.tensor(values[half:], dtype=torch.float64),
     }
-    short = clipped(change, clip)
+    short = clip_change(change, clip)
     before, after = length(change), length(short)
     assert after <= clip * (1 + 1e-12)
     assert after == pytest.approx(min(before, clip))
@@ -108,9 +113,9 @@ def test_noise_has_the_stated_deviation(generator: torch.Generator | None) -> No
 
 def test_a_seed_repeats_the_noise_and_entropy_never_does() -> None:
     shape = torch.Size([1000])
-    assert torch.equal(normal(shape, seeded(1)), normal(shape, seeded(1)))
-    assert not torch.equal(normal(shape, None), normal(shape, None))
-    assert bool(torch.isfinite(normal(torch.Size([100_000]), None)).all())
+    assert torch.equal(draw_normal(shape, seeded(1)), draw_normal(shape, seeded(1)))
+    assert not torch.equal(draw_normal(shape, None), draw_normal(shape, None))
+    assert bool(torch.isfinite(draw_normal(torch.Size([100_000]), None)).all())
 
 
 @pytest.mark.parametrize(
@@ -190,7 +195,7 @@ def test_history_tells_epsilon_after_each_round_also_after_a_restart(tmp_path: P
     # Hand-worked for one round at order 7, see test_server_accountant.
     assert told[0] is not None
     assert told[0] <= 1.1640594
-    assert told == [pytest.approx(epsilon_of([1.0] * n, 2.0, 1e-2)) for n in (1, 2, 3)]
+    assert told == [pytest.approx(compute_epsilon([1.0] * n, 2.0, 1e-2)) for n in (1, 2, 3)]
     assert told == sorted(told)
     assert len(set(told)) == 3
     events = [e.data for e in site.federation.events(run, 0) if e.kind == "privacy_spent"]
@@ -217,10 +222,10 @@ def test_a_share_of_the_participants_costs_less_and_a_repeated_round_nothing(
         site.update(run, drawn[0], state_of(1.0), attempt=1)
         first, second = view(site, run).rounds
         assert first.epsilon is None
-        assert second.epsilon == pytest.approx(epsilon_of([1.0], 2.0, 1e-2))
+        assert second.epsilon == pytest.approx(compute_epsilon([1.0], 2.0, 1e-2))
         (event,) = [e.data for e in site.federation.events(run, 0) if e.kind == "privacy_spent"]
         assert event["sampling_rate"] == 0.5
-        assert event["epsilon_secret_sample"] == pytest.approx(epsilon_of([0.5], 2.0, 1e-2))
+        assert event["epsilon_secret_sample"] == pytest.approx(compute_epsilon([0.5], 2.0, 1e-2))
 
 
 def change(site: FederationHarness, run: str) -> float:

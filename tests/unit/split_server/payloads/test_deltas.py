@@ -25,7 +25,7 @@ from protocol.errors import (
 from protocol.frames import Frame, decode_frame, encode_frame, join_frame
 from protocol.limits import DEFAULT_LIMITS, FrameLimits
 from split_server.payloads.deltas import apply_deltas, decode_deltas
-from split_server.storage.sample_store import Kept, Owner, RowForm, SampleStore, StoreLimits
+from split_server.storage.sample_store import Owner, RowForm, SampleStore, StoredSample, StoreLimits
 from tests.support.federation import SPLIT, TOKENS, WIDTH, smashed
 
 A, B = Owner("r1", "p1"), Owner("r1", "p2")
@@ -291,7 +291,7 @@ def names(*numbers: int) -> list[bytes]:
 
 def kept(store: SampleStore, *numbers: int) -> list[tuple[int, int] | None]:
     """Version and content of each."""
-    found: list[Kept | None] = store.find(A, names(*numbers))
+    found: list[StoredSample | None] = store.find(A, names(*numbers))
     assert all(one is None or set(one.data) == {one.data[0]} for one in found)
     return [None if one is None else (one.version, one.data[0]) for one in found]
 

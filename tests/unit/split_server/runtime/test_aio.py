@@ -1,4 +1,4 @@
-"""Functions on threads, awaited: what comes back, to whom, and what nobody holds on to."""
+"""Awaiting functions on threads: results, errors, cancellation, and no reference cycles."""
 
 import asyncio
 import contextvars
@@ -16,7 +16,7 @@ WHO = contextvars.ContextVar("who", default="nobody")
 
 
 class Large:
-    """What can be referred to weakly."""
+    """An object that supports weak references."""
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def threads() -> Iterator[ThreadPoolExecutor]:
         yield made
 
 
-def test_a_result_comes_from_the_thread_and_in_the_askers_context(
+def test_a_function_runs_on_the_thread_in_the_callers_context(
     threads: ThreadPoolExecutor,
 ) -> None:
     async def ask() -> tuple[str, str]:
@@ -35,7 +35,7 @@ def test_a_result_comes_from_the_thread_and_in_the_askers_context(
     assert asyncio.run(ask()) == ("the asker", "worker_0")
 
 
-def test_an_error_comes_back_as_it_was_raised(threads: ThreadPoolExecutor) -> None:
+def test_an_error_is_raised_unchanged(threads: ThreadPoolExecutor) -> None:
     error = KeyError("x")
 
     def fail() -> None:
@@ -46,20 +46,20 @@ def test_an_error_comes_back_as_it_was_raised(threads: ThreadPoolExecutor) -> No
     assert caught.value is error
 
 
-def test_a_result_is_nobodys_once_it_has_been_taken(threads: ThreadPoolExecutor) -> None:
+def test_a_result_is_freed_once_it_is_taken(threads: ThreadPoolExecutor) -> None:
     async def ask() -> weakref.ref[Large]:
         return weakref.ref(await run_on(threads, Large))
 
     gc.disable()
     try:
         result = asyncio.run(ask())
-        threads.submit(int).result()  # the thread is behind it
+        threads.submit(int).result()  # the thread has finished the earlier call
         assert result() is None
     finally:
         gc.enable()
 
 
-def test_an_error_that_has_been_told_holds_nothing(threads: ThreadPoolExecutor) -> None:
+def test_a_reported_error_refers_to_nothing(threads: ThreadPoolExecutor) -> None:
     held: list[weakref.ref[Large]] = []
 
     async def ask() -> None:
@@ -85,7 +85,7 @@ def test_an_error_that_has_been_told_holds_nothing(threads: ThreadPoolExecutor) 
         gc.enable()
 
 
-def test_who_has_gone_is_told_nothing(threads: ThreadPoolExecutor) -> None:
+def test_a_cancelled_wait_gets_no_result(threads: ThreadPoolExecutor) -> None:
     go_on, reported = threading.Event(), []
 
     async def ask_and_go() -> None:
@@ -94,7 +94,9 @@ def test_who_has_gone_is_told_nothing(threads: ThreadPoolExecutor) -> None:
         await asyncio.sleep(0)
         asked.cancel()
         go_on.set()
-        await asyncio.to_thread(threads.submit(int).result)  # the thread is behind it
+        await asyncio.to_thread(
+            threads.submit(int).result
+        )  # the thread has finished the earlier call
         await asyncio.sleep(0)
         assert asked.cancelled()
 
@@ -102,7 +104,7 @@ def test_who_has_gone_is_told_nothing(threads: ThreadPoolExecutor) -> None:
     assert reported == []
 
 
-def test_a_loop_that_is_closed_is_told_nothing() -> None:
+def test_a_closed_loop_gets_no_result() -> None:
     loop = asyncio.new_event_loop()
     waiting: asyncio.Future[int] = loop.create_future()
     loop.close()

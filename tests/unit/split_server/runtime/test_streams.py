@@ -1,4 +1,4 @@
-"""Codecs and the body on one GPU, each on streams of its own: the numbers are those of a CPU."""
+"""Codecs and the body on separate streams of one GPU give a CPU's results."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from protocol.codecs import get_codec
+from protocol.codecs import codec_named
 from split_server.engine.api import BackwardJob, ForwardJob, InferJob, StepKey
 from split_server.runtime.device import SideStreams, choose_placement, used_here
 from tests.support.engine import engines, input_body
@@ -28,15 +28,15 @@ STEPS = 40
 
 
 def numbers(*shape: int) -> Tensor:
-    """Of a low rank, so that a factorisation pays."""
+    """Return a tensor of low rank, so that a factorisation pays."""
     draw = torch.Generator().manual_seed(0)
     rows, width = shape[:-1], shape[-1]
     return torch.randn(*rows, 3, generator=draw) @ torch.randn(3, width, generator=draw)
 
 
 @pytest.mark.parametrize("name", EXACT + NEAR)
-def test_a_gpu_decodes_what_a_cpu_has_encoded(name: str) -> None:
-    codec, tensor = get_codec(name), numbers(4, 6, 192)
+def test_a_gpu_decodes_a_cpus_encoding(name: str) -> None:
+    codec, tensor = codec_named(name), numbers(4, 6, 192)
     buffers = codec.encode(tensor)
     found = codec.decode(buffers, tensor.shape, "cuda")
     assert found.is_cuda
@@ -44,17 +44,17 @@ def test_a_gpu_decodes_what_a_cpu_has_encoded(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", EXACT + NEAR)
-def test_a_cpu_decodes_what_a_gpu_has_encoded(name: str) -> None:
-    codec, tensor = get_codec(name), numbers(4, 6, 192)
+def test_a_cpu_decodes_a_gpus_encoding(name: str) -> None:
+    codec, tensor = codec_named(name), numbers(4, 6, 192)
     found = codec.decode(codec.encode(tensor.cuda()), tensor.shape)
     own = codec.decode(codec.encode(tensor), tensor.shape)
-    error = float((own - tensor).norm())  # a code may fall to its other side; it costs no more
+    error = float((own - tensor).norm())  # a value may round to the other code, at no larger error
     assert float((found - tensor).norm()) == pytest.approx(error, rel=0.01, abs=1e-6)
 
 
-def test_requests_that_are_read_beside_the_computation_keep_their_numbers(tmp_path: Path) -> None:
+def test_decoding_during_a_computation_changes_no_results(tmp_path: Path) -> None:
     key, gpu = input_body(tmp_path), choose_placement("cuda", "float32")
-    streams, codec = SideStreams(gpu.device), get_codec("float32")
+    streams, codec = SideStreams(gpu.device), codec_named("float32")
     inputs = [smashed(batch=8, seed=seed) for seed in range(STEPS)]
 
     def read(tensor: Tensor) -> Tensor:
@@ -92,9 +92,9 @@ def test_requests_that_are_read_beside_the_computation_keep_their_numbers(tmp_pa
             torch.testing.assert_close(gradients, expected, rtol=1e-3, atol=1e-4)
 
 
-def test_what_was_inferred_in_parts_is_complete_when_it_is_written(tmp_path: Path) -> None:
+def test_an_inference_in_parts_is_complete_when_it_is_encoded(tmp_path: Path) -> None:
     key, gpu = input_body(tmp_path), choose_placement("cuda", "float32")
-    streams, codec, sent = SideStreams(gpu.device), get_codec("float32"), smashed(batch=64)
+    streams, codec, sent = SideStreams(gpu.device), codec_named("float32"), smashed(batch=64)
     job = InferJob("r1", "p1", key, sent)
 
     async def infer(times: int) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""The smashed data that the server keeps: within its budgets, and never anything but what came."""
+"""The sample store returns what was stored, within its limits."""
 
 from __future__ import annotations
 
@@ -44,12 +44,14 @@ def make(tmp_path: Path) -> Iterator[MakeStore]:
         store.close()
 
 
-# What came is what is given out
+# Stored bytes
 
 
 @pytest.mark.parametrize("form", [PLAIN, TWO_BUFFERS, TEN])
-@pytest.mark.parametrize("memory", [PLENTY, 60])  # below: most of them are on disk
-def test_a_batch_in_any_order_is_what_was_sent(make: MakeStore, form: RowForm, memory: int) -> None:
+@pytest.mark.parametrize("memory", [PLENTY, 60])  # 60: most samples are on disk
+def test_a_batch_in_any_order_equals_the_stored_samples(
+    make: MakeStore, form: RowForm, memory: int
+) -> None:
     store = make(memory=memory, disk=PLENTY)
     put(store, A, range(12), form)
     assert (store.disk_bytes > 0) is (memory == 60)
@@ -57,7 +59,7 @@ def test_a_batch_in_any_order_is_what_was_sent(make: MakeStore, form: RowForm, m
         assert_whole(take(store, A, wanted), A, wanted, form)
 
 
-def test_what_is_handed_out_is_the_takers_own(make: MakeStore) -> None:
+def test_taken_buffers_are_copies(make: MakeStore) -> None:
     store = make()
     put(store, A, [1])
     found = take(store, A, [1])
@@ -66,7 +68,7 @@ def test_what_is_handed_out_is_the_takers_own(make: MakeStore) -> None:
     assert_whole(take(store, A, [1]), A, [1])
 
 
-def test_a_store_keeps_nothing_of_the_frame_it_came_in(make: MakeStore) -> None:
+def test_the_store_copies_samples_out_of_their_frame(make: MakeStore) -> None:
     store = make()
     frame = bytearray(b"".join(content(A, 1, TEN)))
     store.put(A, TEN, [name(1)], [memoryview(frame)])
@@ -74,7 +76,7 @@ def test_a_store_keeps_nothing_of_the_frame_it_came_in(make: MakeStore) -> None:
     assert_whole(take(store, A, [1]), A, [1])
 
 
-def test_a_sample_on_disk_comes_back_with_the_same_bytes(make: MakeStore, tmp_path: Path) -> None:
+def test_a_sample_on_disk_has_the_same_bytes(make: MakeStore, tmp_path: Path) -> None:
     store = make(memory=40, disk=PLENTY)
     put(store, A, range(4), TEN)
     assert (store.memory_bytes, store.disk_bytes) == (40, 0)
@@ -86,7 +88,7 @@ def test_a_sample_on_disk_comes_back_with_the_same_bytes(make: MakeStore, tmp_pa
         assert_whole(take(store, A, [number]), A, [number])
 
 
-def test_a_batch_outlives_what_happens_to_its_samples(make: MakeStore) -> None:
+def test_a_taken_batch_outlives_its_samples(make: MakeStore) -> None:
     store = make(memory=40, disk=PLENTY)
     put(store, A, range(12))
     found = take(store, A, range(12))
@@ -94,7 +96,7 @@ def test_a_batch_outlives_what_happens_to_its_samples(make: MakeStore) -> None:
     assert_whole(found, A, range(12))
 
 
-def test_an_id_that_is_here_is_left_as_it_is(make: MakeStore) -> None:
+def test_a_stored_id_is_not_overwritten(make: MakeStore) -> None:
     store = make()
     put(store, A, [1])
     store.put(A, TEN, [name(1), name(2)], [memoryview(bytes(20))])
@@ -102,20 +104,20 @@ def test_an_id_that_is_here_is_left_as_it_is(make: MakeStore) -> None:
     assert store.memory_bytes == 20
 
 
-# What is missing
+# Missing samples
 
 
-def test_the_places_of_what_is_missing_are_told_and_nothing_is_lost(make: MakeStore) -> None:
+def test_take_returns_the_missing_positions_and_drops_nothing(make: MakeStore) -> None:
     store = make(memory=30, disk=0)
     put(store, A, [1, 2, 3])
     assert take(store, A, [9, 1, 8, 2, 8]) == [0, 2, 4] == lacking(store, A, [9, 1, 8, 2, 8])
     assert take(store, B, [1, 2]) == [0, 1] == lacking(store, B, [1, 2])
     assert store.memory_bytes == 30
-    put(store, A, [4])  # 1 and 2 were asked for
+    put(store, A, [4])  # 1 and 2 were used
     assert kept(store, A) == [1, 2, 4]
 
 
-def test_to_ask_what_is_missing_uses_nothing(make: MakeStore) -> None:
+def test_list_missing_does_not_count_as_use(make: MakeStore) -> None:
     store = make(memory=30)
     put(store, A, [1, 2, 3])
     assert lacking(store, A, [1]) == []
@@ -135,7 +137,7 @@ def test_mixed_forms_are_refused(make: MakeStore) -> None:
 
 
 @pytest.mark.parametrize(("memory", "participant"), [(9, 100), (100, 9)])
-def test_a_sample_over_a_limit_is_refused_and_nothing_else_lost(
+def test_a_sample_over_a_limit_is_refused_and_nothing_is_dropped(
     make: MakeStore, memory: int, participant: int
 ) -> None:
     store = make(memory, 1000, participant)
@@ -147,10 +149,10 @@ def test_a_sample_over_a_limit_is_refused_and_nothing_else_lost(
     assert store.memory_bytes == 8
 
 
-# Who goes first
+# Least recently used
 
 
-def test_the_one_unused_for_longest_goes_first(make: MakeStore) -> None:
+def test_the_least_recently_used_sample_is_dropped_first(make: MakeStore) -> None:
     store = make(memory=40)
     put(store, A, [1, 2, 3, 4])
     take(store, A, [1])
@@ -161,7 +163,7 @@ def test_the_one_unused_for_longest_goes_first(make: MakeStore) -> None:
     assert kept(store, A) == [1, 2, 5, 6]
 
 
-def test_the_owner_unused_for_longest_goes_first(make: MakeStore) -> None:
+def test_the_least_recent_owners_samples_are_dropped_first(make: MakeStore) -> None:
     store = make(memory=40)
     put(store, A, [1, 2])
     put(store, B, [1, 2])
@@ -170,7 +172,7 @@ def test_the_owner_unused_for_longest_goes_first(make: MakeStore) -> None:
     assert (kept(store, A), kept(store, B), kept(store, C)) == ([1, 2], [], [1, 2])
 
 
-def test_a_participant_over_its_budget_loses_its_own_samples_alone(make: MakeStore) -> None:
+def test_a_participant_over_its_limit_loses_its_own_samples_alone(make: MakeStore) -> None:
     store = make(participant=30)
     put(store, B, [1, 2, 3])
     put(store, A, [1, 2])
@@ -179,14 +181,14 @@ def test_a_participant_over_its_budget_loses_its_own_samples_alone(make: MakeSto
     assert store.memory_bytes == 60
 
 
-def test_the_budget_of_a_participant_counts_its_disk(make: MakeStore) -> None:
+def test_a_participants_limit_includes_its_disk(make: MakeStore) -> None:
     store = make(memory=20, disk=PLENTY, participant=50)
     put(store, A, range(9))
     assert kept(store, A) == [4, 5, 6, 7, 8]
     assert store.memory_bytes <= 20
 
 
-def test_from_disk_what_was_unused_for_longest_goes_first(make: MakeStore) -> None:
+def test_the_least_recently_used_segment_is_dropped_first(make: MakeStore) -> None:
     store = make(memory=40, disk=40)
     put(store, A, range(8))
     assert (store.memory_bytes, store.disk_bytes) == (40, 40)
@@ -196,8 +198,8 @@ def test_from_disk_what_was_unused_for_longest_goes_first(make: MakeStore) -> No
 
 
 @pytest.mark.parametrize("disk", [0, 40])
-def test_a_batch_is_there_once_what_it_lacked_was_sent(make: MakeStore, disk: int) -> None:
-    """Those of it that were here, and unused for longest, must not make room for the others."""
+def test_a_batch_is_complete_once_its_missing_samples_are_sent(make: MakeStore, disk: int) -> None:
+    """Its stored samples, least recently used before, must not be dropped for the others."""
     store = make(memory=80, disk=disk, participant=80 + disk)
     put(store, A, range(20))
     here = kept(store, A)
@@ -208,8 +210,8 @@ def test_a_batch_is_there_once_what_it_lacked_was_sent(make: MakeStore, disk: in
 
 
 @pytest.mark.parametrize("disk", [0, 15, 1000])
-def test_what_was_just_sent_is_there(make: MakeStore, disk: int) -> None:
-    """However large a sample is: else a device would send it for ever."""
+def test_the_newest_sample_is_stored(make: MakeStore, disk: int) -> None:
+    """Whatever its size: otherwise a device would send it for ever."""
     store = make(memory=100, disk=disk)
     small, large = RowForm("uint8", (20,), (20,)), RowForm("uint8", (90,), (90,))
     for form, number in ((small, 1), (large, 2), (large, 3), (small, 4), (large, 5)):
@@ -251,7 +253,7 @@ def test_dropping_frees_memory_and_files(make: MakeStore, tmp_path: Path) -> Non
     assert_whole(take(store, A, [1]), A, [1])
 
 
-def test_what_an_earlier_process_has_left_is_removed(tmp_path: Path) -> None:
+def test_files_of_an_earlier_process_are_removed(tmp_path: Path) -> None:
     limits = StoreLimits(40, PLENTY, PLENTY)
     killed = SampleStore(tmp_path / "samples", limits)
     put(killed, A, range(10))
@@ -262,7 +264,7 @@ def test_what_an_earlier_process_has_left_is_removed(tmp_path: Path) -> None:
     assert not (tmp_path / "samples").exists()
 
 
-def test_no_more_files_are_mapped_than_the_process_may_hold(tmp_path: Path) -> None:
+def test_the_number_of_mapped_files_is_limited(tmp_path: Path) -> None:
     store = SampleStore(tmp_path / "samples", StoreLimits(40, PLENTY, PLENTY, files=3))
     put(store, A, range(40))
     assert 0 < len(files(tmp_path / "samples")) <= 3
@@ -270,7 +272,7 @@ def test_no_more_files_are_mapped_than_the_process_may_hold(tmp_path: Path) -> N
     store.close()
 
 
-def test_only_its_own_files_are_removed(tmp_path: Path) -> None:
+def test_other_files_are_not_removed(tmp_path: Path) -> None:
     photo = tmp_path / "samples" / "photo.jpg"
     photo.parent.mkdir()
     photo.write_bytes(b"x")
@@ -279,13 +281,13 @@ def test_only_its_own_files_are_removed(tmp_path: Path) -> None:
     assert list(photo.parent.iterdir()) == [photo]
 
 
-def test_a_full_disk_costs_samples_and_nothing_else(
+def test_a_full_disk_costs_only_samples(
     make: MakeStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def full(*_args: object, **_more: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("split_server.storage.sample_store.mmap.mmap", full)
+    monkeypatch.setattr("split_server.storage.segments.mmap.mmap", full)
     store = make(memory=60, disk=PLENTY)
     put(store, A, range(12))
     assert store.memory_bytes <= 60

@@ -1,4 +1,4 @@
-"""The store of samples under any use, against a plain record, and from many threads at once."""
+"""The sample store under random use, compared with a plain model, and from many threads."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ NUMBERS = st.lists(st.integers(0, 15), min_size=1, max_size=10)
 
 
 class AnyUse(RuleBasedStateMachine):
-    """Against a plain record of what was ever sent, and when each sample was used."""
+    """Compares the store with a record of all samples sent and when each was used."""
 
     @initialize(
         memory=st.integers(1, 120), disk=st.integers(0, 150), participant=st.integers(1, 200)
@@ -48,7 +48,7 @@ class AnyUse(RuleBasedStateMachine):
         self.limits = StoreLimits(memory, disk, participant)
         self.path = Path(self.folder.name) / "samples"
         self.store = SampleStore(self.path, self.limits)
-        self.sent: dict[tuple[Owner, int], RowForm] = {}  # all that can be there
+        self.sent: dict[tuple[Owner, int], RowForm] = {}  # everything that can be stored
         self.used: dict[tuple[Owner, int], int] = {}
         self.now = 0
 

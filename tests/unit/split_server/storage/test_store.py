@@ -1,4 +1,4 @@
-"""What must survive: the database, whole files, one server to a folder."""
+"""Durable storage: the database, whole files, one server per data folder."""
 
 from __future__ import annotations
 
@@ -51,7 +51,9 @@ def test_a_foreign_database_is_not_touched(tmp_path: Path) -> None:
         Store(path)
 
 
-def test_a_file_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_written_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "a" / "file"
     write_durably(path, b"first")
 
@@ -80,13 +82,13 @@ def test_states_are_named_by_their_content(tmp_path: Path) -> None:
     }
 
 
-def test_prompts_at_the_cut_have_a_file_of_their_own(tmp_path: Path) -> None:
+def test_prompts_at_the_cut_have_a_separate_file(tmp_path: Path) -> None:
     files = RunFiles(tmp_path)
     state = {"prompts": torch.ones(1, 2, 3), "tail.a": torch.zeros(3)}
     refs = files.write_state(state, "cut")
     assert refs.server is not None
     assert set(read_tensors(files.state(refs.device.sha256))) == {"tail.a"}
-    assert torch.equal(read_prompts(files.held(refs.server.sha256)), state["prompts"])
+    assert torch.equal(read_prompts(files.server_state(refs.server.sha256)), state["prompts"])
     whole = files.read_state(refs)
     assert set(whole) == set(state)
     assert all(torch.equal(whole[name], state[name]) for name in state)
@@ -103,11 +105,11 @@ def test_a_folder_serves_one_server(tmp_path: Path) -> None:
         pass
     blocked = tmp_path / "file"
     blocked.write_text("")
-    with pytest.raises(InvalidField, match="cannot be used"), lock_data_dir(blocked):
+    with pytest.raises(InvalidField, match="cannot be created"), lock_data_dir(blocked):
         pass
 
 
-def test_bytes_before_the_first_credential_go_to_whoever_shows_it() -> None:
+def test_bytes_before_the_first_credential_are_charged_to_its_participant() -> None:
     meter, counter = Meter(), SocketCounter(received=10, sent=20)
     counter.defer("/v1/runs/r1")
     counter.received, counter.sent = 1, 2

@@ -1,4 +1,4 @@
-"""Exchanges that go wrong, whose round ends, or for which there is little room."""
+"""Exchanges that fail, whose round ends, or that have little memory."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def case(request: pytest.FixtureRequest, backbone: Path) -> Case:
     return Case(backbone, request.param)
 
 
-# What goes wrong
+# Failures
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def case(request: pytest.FixtureRequest, backbone: Path) -> Case:
     [(ZeroDivisionError(), InternalError), (torch.OutOfMemoryError("full"), Busy)],
 )
 @pytest.mark.parametrize("number", [0, 2])
-def test_a_forward_that_failed_can_be_repeated(
+def test_a_failed_forward_can_be_repeated(
     make: MakeEngine,
     case: Case,
     monkeypatch: pytest.MonkeyPatch,
@@ -64,7 +64,7 @@ def test_a_forward_that_failed_can_be_repeated(
     answer: type[Exception],
     number: int,
 ) -> None:
-    """The gradients that came with it have been applied, and are not applied again."""
+    """The request's gradients have been applied and are not applied again."""
     undisturbed, tuned = asyncio.run(case.train(make(), BATCHES))
     engine, real, failures = make(), compute.run_forward, [trouble, trouble]
 
@@ -98,7 +98,7 @@ def test_a_forward_that_failed_can_be_repeated(
     )
 
 
-def test_bad_tensors_are_refused_and_change_nothing(make: MakeEngine, case: Case) -> None:
+def test_wrong_tensors_are_refused_and_change_nothing(make: MakeEngine, case: Case) -> None:
     engine = make()
 
     async def refusals() -> None:
@@ -116,7 +116,7 @@ def test_bad_tensors_are_refused_and_change_nothing(make: MakeEngine, case: Case
     )
 
 
-def test_gradients_that_leave_the_range_of_float32_never_become_an_update(
+def test_prompts_outside_the_range_of_float32_never_become_an_update(
     make: MakeEngine, case: Case
 ) -> None:
     engine = make()
@@ -138,7 +138,7 @@ def test_gradients_that_leave_the_range_of_float32_never_become_an_update(
     asyncio.run(overflow())
 
 
-def test_a_backward_that_broke_off_makes_the_device_begin_anew(
+def test_after_a_failed_backward_the_device_must_restart(
     make: MakeEngine, case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine, real = make(), compute.run_backward
@@ -163,7 +163,7 @@ def test_a_backward_that_broke_off_makes_the_device_begin_anew(
     assert torch.equal(asyncio.run(broken_off()), tuned)
 
 
-def test_a_batch_whose_gradients_come_too_late_is_lost(make: MakeEngine, case: Case) -> None:
+def test_a_batch_with_late_gradients_is_lost(make: MakeEngine, case: Case) -> None:
     time = FakeClock()
     engine = make(time=time)
 
@@ -179,8 +179,8 @@ def test_a_batch_whose_gradients_come_too_late_is_lost(make: MakeEngine, case: C
     asyncio.run(late())
 
 
-def test_a_session_that_is_left_half_way_makes_room(make: MakeEngine, case: Case) -> None:
-    """Such as one whose first batch was decoded while its run came to its end."""
+def test_an_abandoned_session_expires(make: MakeEngine, case: Case) -> None:
+    """For example one whose first batch was decoded while its run ended."""
     time = FakeClock()
     engine = make(time=time)
     engine.forget("r1")
@@ -195,7 +195,7 @@ def test_a_session_that_is_left_half_way_makes_room(make: MakeEngine, case: Case
         asyncio.run(engine.submit(case.job(1, 2, BATCHES[1], BATCHES[0])))
 
 
-def test_a_session_that_goes_on_or_is_done_is_not_swept(make: MakeEngine, case: Case) -> None:
+def test_an_active_or_finished_session_does_not_expire(make: MakeEngine, case: Case) -> None:
     time = FakeClock()
     engine = make(time=time)
 
@@ -243,7 +243,7 @@ def test_a_release_frees_session_and_steps(
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_an_exchange_whose_round_ended_while_it_ran_leaves_nothing(
+def test_an_exchange_whose_round_ends_meanwhile_leaves_nothing(
     make: MakeEngine, case: Case, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     engine, real = make(), compute.run_forward
@@ -275,14 +275,14 @@ def test_an_exchange_whose_round_ended_while_it_ran_leaves_nothing(
 # Memory
 
 
-def room_of_a_step(engine: Engine, case: Case, batch: Tensor) -> int:
+def memory_of_a_step(engine: Engine, case: Case, batch: Tensor) -> int:
     asyncio.run(engine.submit(case.job(0, 1, batch)))
     return engine._tracker.memory.taken
 
 
-def test_one_steps_room_is_enough_for_a_whole_session(make: MakeEngine, case: Case) -> None:
-    """Whatever order larger and smaller batches come in, and whoever begins anew."""
-    one_step = room_of_a_step(make(), case, smashed(4))
+def test_one_steps_memory_is_enough_for_a_session(make: MakeEngine, case: Case) -> None:
+    """In any order of larger and smaller batches, and after a restart."""
+    one_step = memory_of_a_step(make(), case, smashed(4))
     assert one_step > 11 * 4 * (TOKENS + PROMPTS) * WIDTH * 4 * 2, "blocks save their inputs"
     engine = make(retained=one_step, backward="retained")
     batches = [smashed(size, seed) for seed, size in enumerate((4, 4, 1, 4, 3, 4))]
@@ -299,8 +299,8 @@ def test_one_steps_room_is_enough_for_a_whole_session(make: MakeEngine, case: Ca
     asyncio.run(sessions())
 
 
-def test_others_wait_while_the_room_is_taken(make: MakeEngine, case: Case) -> None:
-    engine = make(retained=room_of_a_step(make(), case, smashed(4)), backward="retained")
+def test_others_wait_while_the_memory_is_full(make: MakeEngine, case: Case) -> None:
+    engine = make(retained=memory_of_a_step(make(), case, smashed(4)), backward="retained")
 
     async def crowd() -> None:
         await engine.submit(case.job(0, 1, smashed(4), who="p1"))
@@ -315,11 +315,11 @@ def test_others_wait_while_the_room_is_taken(make: MakeEngine, case: Case) -> No
     asyncio.run(crowd())
 
 
-def test_nobody_takes_the_room_between_one_batch_and_the_next(
+def test_no_other_job_takes_the_memory_between_two_batches(
     make: MakeEngine, case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     probe = make()
-    limit = room_of_a_step(probe, case, smashed(4))
+    limit = memory_of_a_step(probe, case, smashed(4))
     others = sum(
         probe._tracker.memory.session_bytes.values()
     )  # p1's session stays until its round ends

@@ -1,4 +1,4 @@
-"""A session tunes its prompts as a plain torch loop would, and only for those it belongs to."""
+"""A prompt session tunes as a plain torch loop does; the table finds it by its owner."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def plan(
         "optimizer": "sgd",
         "prompt_learning_rate": RATE,
         "tail_learning_rate": 3.0,
-        "weight_decay": DECAY,  # of the tail alone
+        "weight_decay": DECAY,  # applies to the tail alone
         **training,
     }
     return SessionPlan(
@@ -46,12 +46,14 @@ def plan(
     )
 
 
-def begin(made: SessionPlan | None = None, steps: int = 5, name: str = "s") -> PromptSession:
-    return PromptSession.begin(name, steps, made or plan(), CPU, None)
+def begin(
+    session_plan: SessionPlan | None = None, steps: int = 5, name: str = "s"
+) -> PromptSession:
+    return PromptSession.begin(name, steps, session_plan or plan(), CPU, None)
 
 
 def rate_at(schedule: str, warmup: int, rounds_done: float, rounds: int) -> float:
-    """The schedule of the settings, in rounds: a line up to 1, then half a cosine down to 0."""
+    """The settings' schedule, in rounds: linear up to 1, then half a cosine down to 0."""
     if rounds_done < warmup:
         return RATE * rounds_done / warmup
     if schedule == "constant":
@@ -71,7 +73,7 @@ OPTIMIZERS = {
 @pytest.mark.parametrize(
     ("schedule", "warmup", "round_"), [("cosine", 0, 1), ("cosine", 2, 3), ("constant", 2, 2)]
 )
-def test_the_prompts_are_those_of_a_plain_loop(
+def test_the_prompts_equal_a_plain_loops(
     optimizer: str, schedule: str, warmup: int, round_: int
 ) -> None:
     steps, rounds = 5, 4
@@ -95,7 +97,7 @@ def test_the_prompts_are_those_of_a_plain_loop(
 
 
 def test_sgd_by_hand() -> None:
-    """Round 2 of 2, 2 steps: half a cosine is at 1/2, then at (1 + cos 135°) / 2."""
+    """Round 2 of 2, 2 steps: half a cosine is 1/2, then (1 + cos 135°) / 2."""
     session = begin(plan(2, 2, schedule="cosine"), steps=2)
     session.apply(torch.full((LAYERS, PROMPTS, WIDTH), 10.0))
     torch.testing.assert_close(session.trained_prompts(), numbers(0) - 10 * RATE * 0.5)
@@ -115,9 +117,7 @@ def test_gradients_of_a_lower_precision_are_applied_in_float32() -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
-def test_what_a_gradient_that_is_not_finite_makes_is_never_given_out(
-    bad: float, optimizer: str
-) -> None:
+def test_a_gradient_that_is_not_finite_gives_no_trained_prompts(bad: float, optimizer: str) -> None:
     session = begin(plan(optimizer=optimizer))
     broken = numbers(2)
     broken[1, 2, 3] = bad
@@ -127,14 +127,14 @@ def test_what_a_gradient_that_is_not_finite_makes_is_never_given_out(
         session.trained_prompts()
 
 
-def test_prompts_that_have_left_the_range_of_float32_are_not_given_out() -> None:
+def test_prompts_outside_the_range_of_float32_are_not_returned() -> None:
     session = begin(plan(prompt_learning_rate=100.0, schedule="constant"))
     session.apply(torch.full((LAYERS, PROMPTS, WIDTH), 1e38))
     with pytest.raises(NonFinite):
         session.trained_prompts()
 
 
-def test_what_is_given_out_does_not_change_any_more() -> None:
+def test_trained_prompts_are_a_copy() -> None:
     session = begin()
     first = session.trained_prompts()
     session.apply(numbers(1))
@@ -143,8 +143,8 @@ def test_what_is_given_out_does_not_change_any_more() -> None:
     assert session.trained_prompts().abs().max() > 0
 
 
-def test_the_global_state_is_not_the_sessions_to_change() -> None:
-    """The prompts of a global state are remembered and shared by all sessions."""
+def test_a_session_does_not_change_the_global_state() -> None:
+    """A global state's prompts are cached and shared by all sessions."""
     shared = numbers(0)
     made = SessionPlan(plan().training, 4, 1, lambda: shared, from_mean_token=True)
     one = PromptSession.begin("s", 5, made, CPU, numbers(7, 6, 9, WIDTH))
@@ -159,11 +159,11 @@ def test_the_mean_token_of_the_first_batch_shifts_the_first_layer_alone() -> Non
     mean = sum(patches.reshape(-1, WIDTH).double()) / 54
     torch.testing.assert_close(moved[0].double(), mean.expand(PROMPTS, -1), rtol=0, atol=1e-6)
     assert not moved[1:].any()
-    unasked = PromptSession.begin("s", 5, plan(), CPU, patches)
-    assert torch.equal(unasked.trained_prompts(), numbers(0))
+    unshifted = PromptSession.begin("s", 5, plan(), CPU, patches)
+    assert torch.equal(unshifted.trained_prompts(), numbers(0))
 
 
-# Whose they are
+# The table
 
 
 def test_a_session_is_found_by_run_participant_and_name() -> None:
@@ -179,7 +179,7 @@ def test_a_session_is_found_by_run_participant_and_name() -> None:
 
 
 @pytest.mark.parametrize("name", ["s", "t"])
-def test_one_that_is_begun_anew_takes_the_old_ones_place(name: str) -> None:
+def test_a_new_session_replaces_the_participants_earlier_one(name: str) -> None:
     sessions, old, new = SessionTable[PromptSession](), begin(name="s"), begin(name=name)
     old.apply(numbers(1))
     sessions.add("r1", "p1", old)
@@ -192,7 +192,7 @@ def test_one_that_is_begun_anew_takes_the_old_ones_place(name: str) -> None:
             sessions.get("r1", "p1", "s")
 
 
-def test_sessions_go_with_their_participant_or_their_run() -> None:
+def test_sessions_are_dropped_by_participant_or_run() -> None:
     sessions = SessionTable[PromptSession]()
     places = [("r1", "p1"), ("r1", "p2"), ("r2", "p1")]
     for place in places:
@@ -215,7 +215,7 @@ def test_sessions_go_with_their_participant_or_their_run() -> None:
     assert there() == places[2:]
 
 
-def test_every_batch_of_every_session_has_a_step_of_its_own() -> None:
+def test_all_batches_of_all_sessions_have_different_steps() -> None:
     keys = {
         batch_key(run, participant, session, number)
         for run in ("r1", "r2")

@@ -1,4 +1,4 @@
-"""Exchanges: the prompts that they tune are those of a plain loop over the uncut model's blocks."""
+"""Exchanges tune the same prompts as a plain loop over the uncut model's blocks."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ def case(request: pytest.FixtureRequest, backbone: Path) -> Case:
     return Case(backbone, request.param)
 
 
-# The same numbers
+# Results
 
 
 @pytest.mark.parametrize("depth", DEPTHS)
 @pytest.mark.parametrize("num_tokens", [None, 1, 3])
-def test_features_and_prompts_are_those_of_the_uncut_models_blocks(
+def test_features_and_prompts_equal_the_uncut_models(
     make: MakeEngine, backbone: Path, depth: str, num_tokens: int | None
 ) -> None:
     case = Case(backbone, depth, num_tokens)
@@ -81,9 +81,7 @@ def test_inference_with_the_prompts_gives_the_same_features(
     assert not features.requires_grad
 
 
-def test_the_mean_of_the_patch_tokens_shifts_the_prompts_where_it_is_asked_for(
-    make: MakeEngine, case: Case
-) -> None:
+def test_mean_token_initialisation_shifts_the_prompts(make: MakeEngine, case: Case) -> None:
     job = case.job(0, 1, BATCHES[0])
     engine = make()
     asyncio.run(engine.submit(replace(job, plan=replace(job.plan, from_mean_token=True))))
@@ -94,7 +92,7 @@ def test_the_mean_of_the_patch_tokens_shifts_the_prompts_where_it_is_asked_for(
     torch.testing.assert_close(found, shifted, rtol=0, atol=1e-6)
 
 
-def test_participants_do_not_meet(make: MakeEngine, case: Case) -> None:
+def test_participants_do_not_affect_each_other(make: MakeEngine, case: Case) -> None:
     engine = make()
     others = [smashed(3, seed) for seed in (11, 12)]
 
@@ -110,10 +108,10 @@ def test_participants_do_not_meet(make: MakeEngine, case: Case) -> None:
         torch.testing.assert_close(prompts, tuned, rtol=1e-5, atol=1e-6)
 
 
-# Repeats, and what comes out of order
+# Repeated and misordered requests
 
 
-def test_a_repeat_gets_the_same_answer_and_tunes_nothing_twice(
+def test_a_repeat_gets_the_same_response_and_tunes_nothing_twice(
     make: MakeEngine, case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = make()
@@ -148,7 +146,7 @@ def test_a_repeat_gets_the_same_answer_and_tunes_nothing_twice(
     assert ran == {"forward": 4, "backward": 4}
 
 
-def test_a_number_cannot_be_two_requests(make: MakeEngine, case: Case) -> None:
+def test_a_number_takes_one_request_only(make: MakeEngine, case: Case) -> None:
     engine = make()
 
     async def reuse() -> None:
@@ -164,8 +162,8 @@ def test_a_number_cannot_be_two_requests(make: MakeEngine, case: Case) -> None:
 
 
 @pytest.mark.parametrize("number", [0, 1, 3, 4])
-def test_a_request_out_of_order_is_lost(make: MakeEngine, case: Case, number: int) -> None:
-    """After the answer to request 2 only its repeat and request 3 are in order."""
+def test_a_misordered_request_is_lost(make: MakeEngine, case: Case, number: int) -> None:
+    """After the response to request 2, only its repeat and request 3 are in order."""
     engine = make()
 
     async def out_of_order() -> None:
@@ -175,7 +173,7 @@ def test_a_request_out_of_order_is_lost(make: MakeEngine, case: Case, number: in
             gradients = gradient_of(features)
         before = engine._find_session("r1", "p1", "s").trained_state()["prompts"]
         job = case.job(number, 5, BATCHES[3], gradients)
-        if number == 0:  # a late repeat of the first one
+        if number == 0:  # a late repeat of the first request
             job = replace(job, gradients=None)
         if number == 3:
             await engine.submit(job)
@@ -186,12 +184,12 @@ def test_a_request_out_of_order_is_lost(make: MakeEngine, case: Case, number: in
             assert torch.equal(
                 engine._find_session("r1", "p1", "s").trained_state()["prompts"], before
             )
-            await engine.submit(case.job(3, 5, BATCHES[3], gradients))  # it goes on
+            await engine.submit(case.job(3, 5, BATCHES[3], gradients))  # the session continues
 
     asyncio.run(out_of_order())
 
 
-def test_a_session_that_is_not_here_is_lost(make: MakeEngine, case: Case) -> None:
+def test_an_unknown_session_is_lost(make: MakeEngine, case: Case) -> None:
     engine = make()
 
     async def lost() -> None:
@@ -219,7 +217,7 @@ def test_a_session_has_one_number_of_steps(make: MakeEngine, case: Case) -> None
             named = (caught.value.field, caught.value.limit, caught.value.value)
             assert named == ("steps", 3, job.steps)
         features = await engine.submit(case.job(1, 3, BATCHES[1], gradients))
-        with pytest.raises(InvalidField):  # nobody ends a session before its end
+        with pytest.raises(InvalidField):  # a session cannot end early
             await engine.submit(case.job(2, 2, None, gradient_of(features)))
         features = await engine.submit(case.job(2, 3, BATCHES[2], gradient_of(features)))
         await engine.submit(case.job(3, 3, None, gradient_of(features)))
@@ -229,7 +227,7 @@ def test_a_session_has_one_number_of_steps(make: MakeEngine, case: Case) -> None
     torch.testing.assert_close(prompts, case.by_hand(BATCHES[:3])[1], rtol=1e-5, atol=1e-6)
 
 
-def test_prompts_are_given_out_at_the_end_alone(make: MakeEngine, case: Case) -> None:
+def test_the_trained_state_is_that_of_a_finished_session(make: MakeEngine, case: Case) -> None:
     engine = make()
 
     async def unfinished() -> None:
@@ -259,7 +257,7 @@ def test_prompts_are_given_out_at_the_end_alone(make: MakeEngine, case: Case) ->
     )
 
 
-def test_begun_anew_it_forgets_what_was_before(make: MakeEngine, case: Case) -> None:
+def test_a_new_session_replaces_the_earlier_one(make: MakeEngine, case: Case) -> None:
     engine = make()
 
     async def twice() -> tuple[Any, Any]:
@@ -277,10 +275,10 @@ def test_begun_anew_it_forgets_what_was_before(make: MakeEngine, case: Case) -> 
     assert len(engine._tracker.memory.steps) == 0
 
 
-def test_nobody_waits_while_prompts_are_copied(
+def test_jobs_run_while_prompts_are_copied(
     make: MakeEngine, case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The copy waits for all that a GPU has in its queue."""
+    """The copy waits for everything in the GPU's queue."""
     engine, real = make(), PromptSession.trained_prompts
     asyncio.run(case.train(engine, BATCHES))
     copying, go_on = threading.Event(), threading.Event()
@@ -293,7 +291,7 @@ def test_nobody_waits_while_prompts_are_copied(
     async def meanwhile() -> Tensor:
         asked = asyncio.ensure_future(asyncio.to_thread(tuned_prompts, engine))
         assert await asyncio.to_thread(copying.wait, 20)
-        late = threading.Timer(10, go_on.set)  # should somebody wait after all
+        late = threading.Timer(10, go_on.set)  # ends the test if a job waits
         late.start()
         await engine.infer(InferJob("r1", "p2", case.key, BATCHES[0], case.initial))
         assert not go_on.is_set()

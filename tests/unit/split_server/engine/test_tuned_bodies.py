@@ -1,4 +1,4 @@
-"""A body of one's own is trained as torch alone would, once a step, and only while it may be."""
+"""A tuned body is trained as torch alone would, once per step, while its session is open."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ from tests.support.federation import SMALL, FakeClock
 
 CUT, WIDTH, DECAY, ROUNDS, ROUND = 10, 192, 0.1, 4, 2
 
-# AdamW steps by the rate even where a gradient is no more than rounding: small, or rounding shows.
+# AdamW steps by the rate even if a gradient is only rounding error; a small rate hides that.
 RATES = {"sgd": 0.05, "adamw": 2e-4}
 
-NUMBERS = 2 * (12 * WIDTH**2 + 13 * WIDTH)  # of blocks 10 and 11
+NUMBERS = 2 * (12 * WIDTH**2 + 13 * WIDTH)  # parameters of blocks 10 and 11
 
 BATCHES = [smashed(3, 1), smashed(3, 2), smashed(2, 3)]
 
@@ -75,7 +75,7 @@ class Case:
             "optimizer": optimizer,
             "momentum": 0.9,
             "weight_decay": DECAY,
-            "prompt_learning_rate": 7.0,  # of nothing here
+            "prompt_learning_rate": 7.0,  # not used here
             "tail_learning_rate": RATES[optimizer],
             "batch_size": 3,
             **more,
@@ -120,7 +120,7 @@ class Case:
     async def train(
         self, engine: Engine, batches: Sequence[Tensor], times: int = 1, **of: Any
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """A session, each request sent so often at once and again: all answers, and the body."""
+        """Run a session, each request repeated; return all responses and the body."""
         answers: list[Tensor] = []
 
         async def ask(job: BodyJob) -> Tensor:
@@ -137,7 +137,7 @@ class Case:
         return answers, engine.trained_state("r1", who, session)
 
     def by_hand(self, batches: Sequence[Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """The same with timm's own blocks, torch's own optimiser and half a cosine."""
+        """Compute the same with timm's blocks, torch's optimiser and half a cosine."""
         model = timm.create_model(SMALL.backbone, img_size=SMALL.image_size, num_classes=2).eval()
         model.load_state_dict(dict(split_model.open_backbone(self.backbone)), strict=False)
         blocks = model.blocks[CUT:]
@@ -168,13 +168,13 @@ def close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-5, msg=name)
 
 
-# The same numbers
+# Results
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("backward", ["auto", "recompute"])
 @pytest.mark.parametrize("num_tokens", [None, 1])
-def test_features_gradients_and_body_are_those_of_torch_alone(
+def test_features_gradients_and_body_equal_torch_alone(
     make: MakeEngine, backbone: Path, optimizer: str, backward: str, num_tokens: int | None
 ) -> None:
     case = Case(backbone, optimizer, num_tokens)
@@ -187,7 +187,7 @@ def test_features_gradients_and_body_are_those_of_torch_alone(
     assert all((tuned[name] - initial[name]).abs().max() > 1e-5 for name in tuned)
 
 
-def test_participants_do_not_meet(make: MakeEngine, case: Case) -> None:
+def test_participants_do_not_affect_each_other(make: MakeEngine, case: Case) -> None:
     engine = make()
     others = [smashed(3, seed) for seed in (11, 12)]
 
@@ -200,7 +200,7 @@ def test_participants_do_not_meet(make: MakeEngine, case: Case) -> None:
         close(body, case.by_hand(batches)[1])
 
 
-def test_a_session_begins_with_the_body_of_the_global_state(
+def test_a_session_begins_with_the_global_states_body(
     make: MakeEngine, case: Case, tmp_path: Path
 ) -> None:
     moved = {name: tensor + 0.01 for name, tensor in case.initial().items()}
@@ -216,10 +216,10 @@ def test_a_session_begins_with_the_body_of_the_global_state(
     torch.testing.assert_close(features, expected, rtol=0, atol=1e-5)
 
 
-# Repeats, and what comes out of order
+# Repeated and misordered requests
 
 
-def test_a_repeat_gets_the_same_answer_and_is_not_applied_twice(
+def test_a_repeat_gets_the_same_response_and_is_not_applied_twice(
     make: MakeEngine, case: Case
 ) -> None:
     answers, body = asyncio.run(case.train(make(), BATCHES, times=3))
@@ -228,7 +228,7 @@ def test_a_repeat_gets_the_same_answer_and_is_not_applied_twice(
     assert all(torch.equal(body[name], once[name]) for name in once)
 
 
-def test_a_number_cannot_be_two_requests(make: MakeEngine, case: Case) -> None:
+def test_a_number_takes_one_request_only(make: MakeEngine, case: Case) -> None:
     engine = make()
 
     async def reuse() -> None:
@@ -246,10 +246,10 @@ def test_a_number_cannot_be_two_requests(make: MakeEngine, case: Case) -> None:
 
 @pytest.mark.parametrize("way", ["forward", "backward"])
 @pytest.mark.parametrize("number", [0, 2])
-def test_a_request_out_of_its_order_is_lost_and_changes_nothing(
+def test_a_misordered_request_is_lost_and_changes_nothing(
     make: MakeEngine, case: Case, way: Direction, number: int
 ) -> None:
-    """After the forward of step 1 only its repeat and its backward are in order."""
+    """After step 1's forward, only its repeat and its backward are in order."""
     engine = make()
 
     async def out_of_order() -> dict[str, Tensor]:
@@ -268,9 +268,7 @@ def test_a_request_out_of_its_order_is_lost_and_changes_nothing(
     close(asyncio.run(out_of_order()), case.by_hand(BATCHES)[1])
 
 
-def test_a_session_has_one_number_of_steps_and_a_gradient_the_shape_of_its_features(
-    make: MakeEngine, case: Case
-) -> None:
+def test_steps_and_gradient_shapes_are_checked(make: MakeEngine, case: Case) -> None:
     engine = make()
 
     async def wrong() -> None:
@@ -284,7 +282,7 @@ def test_a_session_has_one_number_of_steps_and_a_gradient_the_shape_of_its_featu
     asyncio.run(wrong())
 
 
-def test_a_body_is_given_out_at_the_end_alone_and_only_if_it_is_finite(
+def test_the_trained_state_is_that_of_a_finished_and_finite_session(
     make: MakeEngine, case: Case
 ) -> None:
     engine = make()
@@ -303,7 +301,7 @@ def test_a_body_is_given_out_at_the_end_alone_and_only_if_it_is_finite(
     asyncio.run(whole())
 
 
-def test_a_backward_that_breaks_off_ends_the_session(
+def test_a_failed_backward_ends_the_session(
     make: MakeEngine, case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = make()
@@ -321,7 +319,7 @@ def test_a_backward_that_breaks_off_ends_the_session(
         with pytest.raises(StepLost):
             await engine.submit(job)
         assert engine._tracker.memory.taken == 0
-        return (await case.train(engine, BATCHES, session="anew"))[1]
+        return (await case.train(engine, BATCHES, session="second"))[1]
 
     close(asyncio.run(broken_off()), case.by_hand(BATCHES)[1])
 
@@ -330,14 +328,14 @@ def test_a_backward_that_breaks_off_ends_the_session(
 
 
 @pytest.mark.parametrize(("optimizer", "kinds"), [("sgd", 3), ("adamw", 4)])
-def test_a_session_takes_its_weights_gradients_moments_and_a_step(
+def test_a_sessions_memory_has_weights_gradients_moments_and_a_step(
     make: MakeEngine, backbone: Path, optimizer: str, kinds: int
 ) -> None:
     case, engine = Case(backbone, optimizer), make()
     asyncio.run(engine.submit(case.forward(0, 2, BATCHES[0])))
     weights = kinds * 4 * NUMBERS
     taken = engine._tracker.memory.taken
-    # A step: 3 samples of 5 tokens, two blocks of some twenty tensors as wide as a token.
+    # A step: 3 samples of 5 tokens, two blocks of some twenty tensors of a token's width.
     assert weights + 3 * 5 * WIDTH * 4 < taken < weights + 2 * 40 * 3 * 5 * WIDTH * 4
     engine.release("r1", "p2")
     assert engine._tracker.memory.taken == taken
@@ -345,24 +343,24 @@ def test_a_session_takes_its_weights_gradients_moments_and_a_step(
     assert engine._tracker.memory.taken == 0
 
 
-def test_who_finds_no_room_is_told_to_come_again_and_gets_it_when_another_is_done(
-    make: MakeEngine, case: Case
-) -> None:
+def test_a_session_without_memory_is_busy_until_another_ends(make: MakeEngine, case: Case) -> None:
     engine = make(retained=int(1.5 * case.plan.nbytes))
 
-    async def crowded() -> None:
+    async def sessions() -> None:
         await case.train(engine, BATCHES, who="p1")
         with pytest.raises(Busy) as caught:
             await engine.submit(case.forward(0, 3, BATCHES[0], who="p2"))
         assert caught.value.retry_after_s is not None
-        engine.release("r1", "p1")  # its update has been counted, or it has left
+        engine.release("r1", "p1")  # as after its update
         _, body = await case.train(engine, BATCHES, who="p2")
         close(body, case.by_hand(BATCHES)[1])
-        await case.train(engine, BATCHES, who="p2", session="anew")  # in its own place
+        await case.train(
+            engine, BATCHES, who="p2", session="second"
+        )  # replaces its earlier session
         engine.release("r1")
         assert engine._tracker.memory.taken == 0
 
-    asyncio.run(crowded())
+    asyncio.run(sessions())
 
 
 @pytest.mark.parametrize("backward", ["auto", "retained", "recompute"])
@@ -379,16 +377,16 @@ def test_a_body_that_never_fits_is_refused_with_its_size(
     assert engine._tracker.memory.taken == 0
 
 
-def test_without_room_for_a_graph_the_forward_is_run_again(make: MakeEngine, case: Case) -> None:
-    engine = make(retained=case.plan.nbytes + 3 * BATCHES[0].numel() * 4)  # two answers
+def test_without_memory_for_a_graph_the_forward_is_recomputed(make: MakeEngine, case: Case) -> None:
+    engine = make(retained=case.plan.nbytes + 3 * BATCHES[0].numel() * 4)  # two responses
     learn = engine._tracker.memory.sizes.learn
-    learn(case.key, BATCHES[0], 100 * BATCHES[0].numel() * 4)  # known from another round
+    learn(case.key, BATCHES[0], 100 * BATCHES[0].numel() * 4)  # measured in another round
     _, body = asyncio.run(case.train(engine, BATCHES))
     assert cast(BodySession, engine._find_session("r1", "p1", "s")).retention == "input"
     close(body, case.by_hand(BATCHES)[1])
 
 
-def test_a_session_that_is_left_alone_makes_room(make: MakeEngine, case: Case) -> None:
+def test_an_abandoned_session_expires(make: MakeEngine, case: Case) -> None:
     time = FakeClock()
     engine = make(time=time)
     features = asyncio.run(engine.submit(case.forward(0, 2, BATCHES[0])))
@@ -405,7 +403,7 @@ def test_a_session_that_is_left_alone_makes_room(make: MakeEngine, case: Case) -
         asyncio.run(engine.submit(case.forward(1, 2, BATCHES[1])))
 
 
-def test_a_step_of_a_frozen_body_finds_no_room_where_a_session_has_it(
+def test_a_session_and_a_frozen_bodys_step_share_the_memory_budget(
     make: MakeEngine, case: Case
 ) -> None:
     engine = make(retained=case.plan.nbytes + MIB, backward="retained")

@@ -64,7 +64,7 @@ def test_bodies_are_averaged_as_the_rest_is(site: FederationHarness, wire: dict[
     snapshot = site.runs.snapshot(run)
     assert snapshot.state.server is not None
     device = load_state(site.runs.files(run).state(snapshot.state.device.sha256))
-    held = load_state(site.runs.files(run).held(snapshot.state.server.sha256))
+    held = load_state(site.runs.files(run).server_state(snapshot.state.server.sha256))
     sent, body = parts_of(0.0)
     assert (device.keys(), held.keys()) == (sent.keys(), body.keys())
 
