@@ -165,7 +165,7 @@ def test_a_participant_that_leaves_is_not_waited_for(site: FederationHarness) ->
     a, b = site.join(run, "a"), site.join(run, "b")
     site.update(run, a, state_of(1.0))
     site.federation.leave(run, b, IdempotentRequest.of(f"{run}/{b}/leave", "k"))
-    assert ("left", run, b) in site.watcher.told
+    assert ("left", run, b) in site.watcher.events
     assert site.task(run, a).round == 2
     site.federation.leave(run, b, IdempotentRequest.of(f"{run}/{b}/leave", "k"))
     with pytest.raises(Forbidden):
