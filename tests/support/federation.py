@@ -225,7 +225,9 @@ class FederationHarness:
             session, self.trained.results[run, participant] = "session", trained
         meta = UpdateMeta(round=round_, attempt=attempt, samples=samples, session=session, **losses)
         data = update_frame(state, meta.model_dump())
-        idempotent = IdempotentRequest.of(f"{run}/{participant}/update", key or uuid.uuid4().hex, data)
+        idempotent = IdempotentRequest.of(
+            f"{run}/{participant}/update", key or uuid.uuid4().hex, data
+        )
         self.federation.update(run, participant, meta, decode_frame(data), idempotent)
 
     def evaluate(
