@@ -42,7 +42,7 @@ from split_server.runtime.aio import Notifier
 from split_server.runtime.device import Placement, SideStreams, choose_placement
 from split_server.runtime.process import Clock, descriptor_limit
 from split_server.settings import OPERATOR_TOKEN_FILE, ServerSettings
-from split_server.storage.data_dir import OPERATOR_TOKEN_FILE, check_complete, lock_data_dir
+from split_server.storage.data_dir import check_complete, lock_data_dir
 from split_server.storage.database import Store
 from split_server.storage.sample_store import SampleStore, StoreLimits
 from split_server.storage.traffic import Meter

@@ -93,13 +93,13 @@ def decide(run: RunSnapshot, live: Collection[str], now: float, *, settled: bool
 
 def _open_next(run: RunSnapshot, live: Collection[str], *, settled: bool) -> OpenTraining | None:
     federation = run.plan.federation
-    present = [one for one in run.present if one.train_samples > 0]
-    candidates = [one.id for one in present if one.id in live]
+    present = [participant for participant in run.present if participant.train_samples > 0]
+    candidates = [participant.id for participant in present if participant.id in live]
     if run.closed_rounds == 0 and len(present) < federation.min_participants:
         return None
     if len(candidates) < federation.min_updates:
         return None
-    if not settled and any(one.id not in live for one in present):
+    if not settled and any(participant.id not in live for participant in present):
         return None
     round_, attempt = run.closed_rounds + 1, run.repeats
     count = federation.participants_per_round
@@ -149,7 +149,11 @@ def _evaluators(run: RunSnapshot, open_round: OpenRound, live: Collection[str]) 
     is_last = open_round.round >= federation.rounds
     if interval == 0 or not (open_round.round % interval == 0 or is_last):
         return ()
-    return tuple(one.id for one in run.present if one.test_samples > 0 and one.id in live)
+    return tuple(
+        participant.id
+        for participant in run.present
+        if participant.test_samples > 0 and participant.id in live
+    )
 
 
 def pending_trainers(run: RunSnapshot, open_round: OpenRound) -> list[str]:

@@ -192,7 +192,7 @@ class RunRegistry:
         """
         run = self._snapshots[run_id]
         self.files(run_id).prune_server_states(
-            one.state.server.sha256 for one in (before, run) if one.state.server
+            snapshot.state.server.sha256 for snapshot in (before, run) if snapshot.state.server
         )
         wanted: list[str] = []
         if run.open_round is not None and run.open_round.status == RoundStatus.TRAINING:

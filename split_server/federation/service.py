@@ -413,7 +413,7 @@ def _check_classes(run: RunSnapshot, request: JoinRequest) -> None:
             value=request.num_classes,
             hint="a device that lacks a class needs class_names in the run's settings",
         )
-    known = {one.classes_sha256 for one in run.participants.values()} - {None}
+    known = {participant.classes_sha256 for participant in run.participants.values()} - {None}
     if request.classes_sha256 is not None and known - {request.classes_sha256}:
         raise InvalidField(
             "the classes of the device's data differ in name from those of earlier devices",

@@ -102,8 +102,8 @@ class RunSnapshot:
     @property
     def present(self) -> list[Participant]:
         """The participants that have not left, sorted."""
-        present = (one for one in self.participants.values() if not one.left)
-        return sorted(present, key=lambda one: one.order)
+        present = [each for each in self.participants.values() if not each.left]
+        return sorted(present, key=lambda participant: participant.order)
 
     def in_order(self, participants: frozenset[str]) -> list[str]:
         """Sort participant ids into the order of every sum."""

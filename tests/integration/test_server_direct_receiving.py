@@ -1,4 +1,4 @@
-"""Long bodies from the socket into their buffer: nothing lost, nothing counted twice."""
+"""Long bodies received directly into their buffer: no byte lost, none counted twice."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LENGTHS = (0, 1, 65_535, 65_536, 65_537, 300_000, 1_500_000, 3_000_000)
 
 @dataclass
 class Digests:
-    """Answers each body with its digest and the bytes that the connection counted for it."""
+    """Answers each body with its digest and the connection's byte count."""
 
     budget: BodyBudget = field(default_factory=lambda: BodyBudget(ROOM, busy_error))
     gone: threading.Event = field(default_factory=threading.Event)
@@ -58,7 +58,7 @@ class Digests:
 
 @dataclass
 class Place:
-    """Such a server, and how to reach it."""
+    """A running server of `Digests`, and its address."""
 
     app: Digests
     port: int
@@ -117,7 +117,7 @@ def expected(body: bytes) -> str:
 
 
 def read_answer(connection: socket.socket) -> tuple[int, str]:
-    """The status and the text of one answer, and not a byte more."""
+    """Read exactly one response; return its status and text."""
     head = b""
     while not head.endswith(b"\r\n\r\n"):
         byte = connection.recv(1)
@@ -149,7 +149,7 @@ def test_bodies_in_small_pieces_come_whole(place: Place) -> None:
         assert read_answer(connection) == (200, expected(body))
 
 
-def test_what_is_sent_behind_a_long_body_is_the_next_request(place: Place) -> None:
+def test_bytes_after_a_long_body_are_the_next_request(place: Place) -> None:
     bodies = [random.Random(seed).randbytes(700_000) for seed in range(3)]
     with place.connect() as connection:
         connection.sendall(b"".join(map(request_of, bodies)))
@@ -182,7 +182,7 @@ def test_a_body_refused_at_its_beginning_leaves_the_connection_in_order(place: P
         assert (status, text.split()[0]) == (200, expected(next_).split()[0])
 
 
-def test_whoever_hangs_up_in_a_long_body_is_not_waited_for(place: Place) -> None:
+def test_a_disconnect_within_a_long_body_ends_the_request(place: Place) -> None:
     place.app.gone.clear()
     with place.connect() as connection:
         connection.sendall(request_of(bytes(1_000_000))[:500_000])

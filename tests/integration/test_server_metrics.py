@@ -1,4 +1,4 @@
-"""What the engine does, as Prometheus and as a run's history show it."""
+"""The engine's work in the Prometheus metrics and in a run's events."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
         yield running
 
 
-def test_a_step_is_counted_where_it_belongs_until_its_run_is_over(server: RunningServer) -> None:
+def test_a_step_is_counted_for_its_run_until_the_run_is_over(server: RunningServer) -> None:
     operator = server.operator()
     run = new_run(operator, rounds=1, min_participants=1, evaluate_every=0)
     device = joined(server, run, "a")

@@ -67,7 +67,7 @@ def test_files_have_etags_and_ranges(server: RunningServer, operator: ApiClient)
         ("bytes=" + 30 * "9" + "-", "bytes=N-"),
     ],
 )
-def test_a_range_that_is_none_is_refused_with_a_typed_error(
+def test_an_invalid_range_is_refused_with_a_typed_error(
     server: RunningServer, operator: ApiClient, wanted: str | bytes, limit: object
 ) -> None:
     run = new_run(operator)
@@ -141,7 +141,7 @@ def test_a_query_out_of_range_is_refused_with_the_bound(
 @pytest.mark.parametrize(
     "content", [b'{"rounds": 1, x', b"{", b'{"name": "\xff"}', b"[" * 100_000, b"\xff\xfe"]
 )
-def test_what_is_no_json_is_refused_as_a_whole(operator: ApiClient, content: bytes) -> None:
+def test_invalid_json_is_refused_as_a_whole(operator: ApiClient, content: bytes) -> None:
     json = {"content-type": "application/json"}
     answer = operator.call("POST", "/v1/runs", key="no-json", content=content, headers=json)
     error = answer.json()["error"]
@@ -166,7 +166,7 @@ def test_a_wrong_method_is_named(server: RunningServer) -> None:
         OperationalError("INSERT", None, sqlite3.OperationalError("database or disk is full")),
     ],
 )
-def test_who_meets_a_full_disk_is_asked_to_come_back(
+def test_a_full_disk_is_a_busy_error(
     server: RunningServer, operator: ApiClient, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     api = joined(server, run := new_run(operator))

@@ -1,4 +1,4 @@
-"""A server that is killed in the middle of a round, and another that goes on where it was."""
+"""A server that is killed within a round, and its restart, which resumes the round."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.support.server import ApiClient, code_of, running_server, wait_until
 
 
 class ServerProcess:
-    """``split-server serve`` as a process of its own."""
+    """``split-server serve`` in a separate process."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -48,7 +48,7 @@ class ServerProcess:
         self.process.wait(10)
 
 
-def test_a_folder_that_has_lost_its_database_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+def test_a_folder_without_its_database_is_refused_and_unchanged(tmp_path: Path) -> None:
     node = tmp_path / "node"
     state = node / "runs" / "r0123456789" / "states" / "state.safetensors"
     state.parent.mkdir(parents=True)
@@ -69,7 +69,7 @@ def server(tmp_path: Path) -> Iterator[ServerProcess]:
     running.kill()
 
 
-def test_a_killed_server_goes_on_in_the_open_round(server: ServerProcess) -> None:
+def test_a_killed_server_resumes_the_open_round(server: ServerProcess) -> None:
     states = {"a": random_state(1), "b": random_state(2), "c": random_state(3)}
     operator = ApiClient(server.url, OPERATOR)
     run = operator.create(run_settings(min_participants=3, rounds=1, min_updates=3)).id

@@ -1,4 +1,4 @@
-"""The server over real HTTP: runs, who takes part in them, and their rounds."""
+"""The server over real HTTP: runs, their participants and their rounds."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def operator(server: RunningServer) -> ApiClient:
 _keys = iter(range(10**6))
 
 
-def test_health_answers_everybody(server: RunningServer) -> None:
+def test_health_needs_no_credential_or_version(server: RunningServer) -> None:
     answer = server.api().call("GET", "/v1/health", headers={VERSION_HEADER: "99"})
     said = answer.json()
     assert said["status"] == "ok"
@@ -104,7 +104,7 @@ def server_folder(server: RunningServer) -> Path:
     return server.server._application.settings.data_dir
 
 
-def test_a_run_cannot_be_made_of_what_there_is_not(operator: ApiClient) -> None:
+def test_a_run_of_unavailable_parts_is_refused(operator: ApiClient) -> None:
     settings = run_settings().model_dump(mode="json")
     for change, field in (
         ({"backbone": "no_such_model"}, "model.backbone"),
@@ -148,7 +148,7 @@ def test_a_repeated_join_gives_the_same_credential(
     assert api.join(run, key="k2").credential != api.join(run, key="k").credential
 
 
-def test_who_may_do_what(server: RunningServer, operator: ApiClient) -> None:
+def test_each_role_may_send_its_requests_only(server: RunningServer, operator: ApiClient) -> None:
     run, other = new_run(operator), new_run(operator)
     nobody, member, foreign = server.api(), joined(server, run), joined(server, other)
     forged = server.api("sfp1." + run + ".p0001." + "0" * 64)
@@ -179,7 +179,7 @@ def test_who_may_do_what(server: RunningServer, operator: ApiClient) -> None:
     assert code_of(member.call("POST", f"/v1/runs/{run}/cancel", key="k")) == "forbidden"
 
 
-def test_one_who_has_left_is_out(server: RunningServer, operator: ApiClient) -> None:
+def test_a_participant_that_left_is_refused(server: RunningServer, operator: ApiClient) -> None:
     run = new_run(operator)
     api = joined(server, run)
     path = f"/v1/runs/{run}/participants/me"
@@ -192,7 +192,7 @@ def test_one_who_has_left_is_out(server: RunningServer, operator: ApiClient) -> 
     assert api.call("GET", f"/v1/runs/{run}/events").is_success
 
 
-def test_leaving_is_answered_again_where_the_answer_was_lost(
+def test_a_repeated_leave_gets_the_same_response(
     server: RunningServer, operator: ApiClient
 ) -> None:
     run = new_run(operator, min_participants=2)
@@ -205,7 +205,7 @@ def test_leaving_is_answered_again_where_the_answer_was_lost(
     assert [event["kind"] for event in events].count("participant_left") == 1
 
 
-def test_one_who_has_left_and_asks_is_told_to_stop(
+def test_the_task_of_a_participant_that_left_is_to_stop(
     server: RunningServer, operator: ApiClient
 ) -> None:
     run = new_run(operator, min_participants=2)
@@ -279,15 +279,13 @@ def test_a_long_poll_is_answered_when_something_changes(
     assert code_of(a.call("GET", f"/v1/runs/{run}/assignment?wait=-1")) == "invalid_field"
 
 
-def test_the_deadline_passes_though_nobody_calls(
-    server: RunningServer, operator: ApiClient
-) -> None:
+def test_the_deadline_passes_without_requests(server: RunningServer, operator: ApiClient) -> None:
     run = new_run(operator, round_timeout_s=0.2, max_repeats=0)
     joined(server, run)
     wait_until(lambda: operator.call("GET", f"/v1/runs/{run}").json()["status"] == "failed")
 
 
-def test_a_full_disk_stops_a_run_for_a_moment_and_no_device(
+def test_a_full_disk_pauses_a_run_and_no_device(
     server: RunningServer, operator: ApiClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_given: object) -> None:
@@ -305,7 +303,7 @@ def test_a_full_disk_stops_a_run_for_a_moment_and_no_device(
     wait_until(lambda: api.assignment(run).task is Task.STOP)
 
 
-def test_a_join_token_is_asked_for_where_one_is_set(tmp_path: Path) -> None:
+def test_joining_requires_the_join_token_if_one_is_set(tmp_path: Path) -> None:
     with running_server(tmp_path, join_token="join-token-1") as running:
         run = running.operator().create(run_settings()).id
         path = f"/v1/runs/{run}/participants"
@@ -319,7 +317,7 @@ def test_a_join_token_is_asked_for_where_one_is_set(tmp_path: Path) -> None:
         assert running.operator().http.headers["authorization"] == f"Bearer {OPERATOR}"
 
 
-def test_a_stopping_server_does_not_wait_for_those_who_wait(tmp_path: Path) -> None:
+def test_a_stopping_server_ends_long_polls(tmp_path: Path) -> None:
     with running_server(tmp_path) as running:
         run = running.operator().create(run_settings(min_participants=2)).id
         api = joined(running, run)

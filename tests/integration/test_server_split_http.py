@@ -1,4 +1,4 @@
-"""The split plane over real HTTP: steps, sessions, kept samples, bytes as a raw socket counts."""
+"""The split plane over real HTTP: steps, sessions, cached samples, traffic at a raw socket."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_answers_use_the_codecs_of_the_run(server: RunningServer, operator: ApiC
 @pytest.mark.parametrize(
     ("codec", "factor", "limit"), [("float16", 1e6, 65504.0), ("int8", 5e37, 127 * 2.0**119)]
 )
-def test_an_answer_beyond_its_codec_is_not_the_requests_fault(
+def test_a_response_beyond_its_codec_is_not_the_requests_fault(
     server: RunningServer, operator: ApiClient, codec: str, factor: float, limit: float
 ) -> None:
     """What goes past the body's blocks on its way is as large as what came in."""
@@ -195,7 +195,7 @@ def tensor_of(answer: httpx.Response, kind: str, name: str) -> Tensor:
     return frame_in(answer, kind).tensor(name)
 
 
-def test_samples_that_are_not_kept_are_named_and_nothing_else_happens(
+def test_missing_samples_are_reported_and_nothing_else_happens(
     server: RunningServer, operator: ApiClient
 ) -> None:
     run = new_run(operator, prompt_at="cut", wire={"keep_smashed": True}, min_participants=2)
@@ -220,7 +220,7 @@ def test_samples_that_are_not_kept_are_named_and_nothing_else_happens(
     assert tensor_of(answer, "missing", "places").tolist() == [0, 1, 2, 3]
 
 
-def test_samples_go_with_their_participant_and_their_run(
+def test_samples_are_dropped_with_their_participant_and_run(
     server: RunningServer, operator: ApiClient
 ) -> None:
     run = new_run(operator, prompt_at="cut", wire={"keep_smashed": True}, min_participants=3)
@@ -236,7 +236,7 @@ def test_samples_go_with_their_participant_and_their_run(
     assert before - store.memory_bytes == 2 * 2 * 5 * WIDTH * 4
 
 
-def test_where_prompts_join_decides_what_may_be_asked(
+def test_the_prompt_placement_decides_which_requests_are_valid(
     server: RunningServer, operator: ApiClient
 ) -> None:
     at_input, at_cut = new_run(operator), new_run(operator, prompt_at="cut")
@@ -257,7 +257,7 @@ def test_where_prompts_join_decides_what_may_be_asked(
     assert other.ask("exchange", exchange(0), smashed=rows).is_success  # ids are not a must
 
 
-def test_an_exchange_that_cannot_be_is_refused(server: RunningServer, operator: ApiClient) -> None:
+def test_an_invalid_exchange_is_refused(server: RunningServer, operator: ApiClient) -> None:
     run = new_run(operator, prompt_at="cut", wire={"keep_smashed": True})
     api = joined(server, run)
     api.assignment(run)
@@ -292,9 +292,7 @@ def test_an_exchange_that_cannot_be_is_refused(server: RunningServer, operator: 
     assert api.ask("exchange", exchange(1), gradients=features, ids=ids).is_success
 
 
-def test_ids_are_read_as_they_lie_in_the_frame_or_not_at_all(
-    server: RunningServer, operator: ApiClient
-) -> None:
+def test_compressed_ids_are_refused(server: RunningServer, operator: ApiClient) -> None:
     """Compressed, they would be other bytes, and as many as the sender likes."""
     run = new_run(operator, prompt_at="cut", wire={"keep_smashed": True}, min_participants=2)
     api = joined(server, run)
@@ -304,7 +302,7 @@ def test_ids_are_read_as_they_lie_in_the_frame_or_not_at_all(
         assert code_of(answer) == "malformed_frame"
 
 
-def test_samples_that_cannot_be_kept_are_refused(
+def test_samples_that_cannot_be_cached_are_refused(
     server: RunningServer, operator: ApiClient
 ) -> None:
     run = new_run(operator, prompt_at="cut", wire={"keep_smashed": True}, min_participants=2)
@@ -332,7 +330,7 @@ def test_samples_that_cannot_be_kept_are_refused(
     assert tensor_of(answer, "missing", "places").tolist() == [0, 1]
 
 
-def test_an_inference_by_ids_brings_no_smashed_data(
+def test_an_inference_by_ids_carries_no_smashed_data(
     server: RunningServer, operator: ApiClient
 ) -> None:
     run = new_run(operator, prompt_at="cut", wire={"keep_smashed": True}, min_participants=2)
@@ -357,7 +355,7 @@ def test_an_update_of_no_sample_names_no_session(
 
 
 class RawClient:
-    """HTTP by hand, with every byte counted."""
+    """Sends HTTP over a raw socket and counts every byte."""
 
     def __init__(self, port: int, token: str | None = None) -> None:
         self.socket = socket.create_connection(("127.0.0.1", port), timeout=20)

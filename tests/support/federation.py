@@ -1,4 +1,4 @@
-"""Stand-ins for the server's tests: a clock, small runs, a federation without weights."""
+"""Support for the server's tests: a fake clock, small runs, a federation without weights."""
 
 from __future__ import annotations
 
@@ -64,12 +64,12 @@ def run_settings(
 
 
 def busy_error(why: str) -> Busy:
-    """A refusal, as an engine makes them."""
+    """The busy error of an engine."""
     return Busy(why, retry_after_s=0.5)
 
 
 def state_of(value: float, split: ModelPlan = SPLIT) -> dict[str, Tensor]:
-    """A global state with this number everywhere."""
+    """A global state in which every element has this value."""
     return {
         name: torch.full(shape, value) for name, shape in split_model.state_shapes(split).items()
     }
@@ -103,7 +103,7 @@ def step_frame(kind: str, tensor: Tensor, step: str, round_: int = 1, **extra: A
 
 @dataclass
 class FakeClock:
-    """A clock that goes on when it is told to."""
+    """A clock that a test advances."""
 
     now: float = 1000.0
 
@@ -112,7 +112,7 @@ class FakeClock:
 
 
 def prepare_without_weights(settings: RunPlan, files: RunFiles, _cache: Path) -> PreparedRun:
-    """The files of a run, without a backbone."""
+    """Create the model files of a run, without a backbone."""
     head = write_tensors(files.root, {"head": torch.zeros(4)})
     state = state_of(0.0, settings.model)
     return PreparedRun(
@@ -125,27 +125,27 @@ def prepare_without_weights(settings: RunPlan, files: RunFiles, _cache: Path) ->
 
 @dataclass
 class RecordingWatcher:
-    """A watcher that remembers what it was told."""
+    """A watcher that records its events."""
 
-    told: list[tuple[str, ...]] = field(default_factory=list)
+    events: list[tuple[str, ...]] = field(default_factory=list)
 
     def changed(self, run: str) -> None:
-        self.told.append(("changed", run))
+        self.events.append(("changed", run))
 
     def round_over(self, run: str) -> None:
-        self.told.append(("round over", run))
+        self.events.append(("round over", run))
 
     def run_over(self, run: str) -> None:
-        self.told.append(("run over", run))
+        self.events.append(("run over", run))
 
     def work(self, run: str) -> dict[str, float]:
         return {}
 
     def left(self, run: str, participant: str) -> None:
-        self.told.append(("left", run, participant))
+        self.events.append(("left", run, participant))
 
     def update_settled(self, run: str, participant: str) -> None:
-        self.told.append(("update settled", run, participant))
+        self.events.append(("update settled", run, participant))
 
 
 @dataclass
@@ -168,7 +168,7 @@ class FederationHarness:
         self.open()
 
     def open(self) -> None:
-        """Begin, or begin again on the same folder with empty memory."""
+        """Open the federation; again after `close` to simulate a restart."""
         clock = self.time.clock()
         self.store = Store(self.folder / "server.sqlite")
         self.meter = Meter()
@@ -196,11 +196,11 @@ class FederationHarness:
 
     def join(self, run: str, name: str = "a", train: int = 100, test: int = 10) -> str:
         request = JoinRequest(name=name, train_samples=train, test_samples=test, num_classes=10)
-        once = IdempotentRequest.of(f"{run}/join", uuid.uuid4().hex)
-        return self.federation.join(run, request, once).participant
+        idempotent = IdempotentRequest.of(f"{run}/join", uuid.uuid4().hex)
+        return self.federation.join(run, request, idempotent).participant
 
     def task(self, run: str, participant: str) -> Assignment:
-        """Poll, as a device does."""
+        """Poll as a device does."""
         self.liveness.touch(run, participant)
         self.advancer.advance(run)
         return self.federation.assignment(run, participant)
@@ -223,8 +223,10 @@ class FederationHarness:
             session, self.trained.results[run, participant] = "session", trained
         meta = UpdateMeta(round=round_, attempt=attempt, samples=samples, session=session, **losses)
         data = update_frame(state, meta.model_dump())
-        once = IdempotentRequest.of(f"{run}/{participant}/update", key or uuid.uuid4().hex, data)
-        self.federation.update(run, participant, meta, decode_frame(data), once)
+        idempotent = IdempotentRequest.of(
+            f"{run}/{participant}/update", key or uuid.uuid4().hex, data
+        )
+        self.federation.update(run, participant, meta, decode_frame(data), idempotent)
 
     def evaluate(
         self,
@@ -242,13 +244,13 @@ class FederationHarness:
             round=round_, attempt=attempt, samples=samples, correct=correct, loss_sum=loss_sum
         )
         content = report.model_dump_json().encode()
-        once = IdempotentRequest.of(
+        idempotent = IdempotentRequest.of(
             f"{run}/{participant}/evaluation", key or uuid.uuid4().hex, content
         )
-        self.federation.evaluation(run, participant, report, once)
+        self.federation.evaluation(run, participant, report, idempotent)
 
     def state(self, run: str) -> dict[str, Tensor]:
-        """The newest global state, with what devices never see of it."""
+        """The newest global state, with the server's part."""
         return self.runs.files(run).read_state(self.runs.snapshot(run).state)
 
     def kinds(self, run: str) -> list[str]:
@@ -258,15 +260,15 @@ class FederationHarness:
 
 @contextmanager
 def bench(folder: Path) -> Iterator[FederationHarness]:
-    made = FederationHarness(folder)
+    site = FederationHarness(folder)
     try:
-        yield made
+        yield site
     finally:
-        made.close()
+        site.close()
 
 
 def everywhere(site: FederationHarness, run: str) -> float:
-    """The one number that the global state holds everywhere."""
+    """The value of every element of the global state, which must be the same."""
     values = {float(value) for tensor in site.state(run).values() for value in tensor.unique()}
     assert len(values) == 1
     return values.pop()

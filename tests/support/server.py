@@ -1,4 +1,4 @@
-"""A real server in a thread, for the server's tests, and requests as a test wants them."""
+"""A real server in a thread, and a client that sends valid or invalid requests to it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tuning_methods.custom.settings import Custom
 
 
 class ApiClient:
-    """Requests to a real server, as a test wants them: with or without what they need."""
+    """Sends requests to a real server, with or without the required headers."""
 
     def __init__(self, url: str, token: str | None = None) -> None:
         self.url = url
@@ -97,7 +97,7 @@ class ApiClient:
         return self.call("POST", f"/v1/split/{kind}", content=content)
 
     def ask(self, kind: str, meta: Mapping[str, Any], **tensors: Tensor) -> httpx.Response:
-        """A frame of the split plane; bytes and numbers as they are."""
+        """Send a frame of the split plane, each tensor with the codec of its dtype."""
         pieces = encode_frame(
             kind,
             meta,
@@ -118,7 +118,7 @@ def tensor_in(answer: httpx.Response, name: str) -> Tensor:
 
 
 def code_of(answer: httpx.Response) -> str:
-    """The code of a refusal."""
+    """The code of an error response."""
     assert answer.is_error, answer.text
     return str(answer.json()["error"]["code"])
 
@@ -153,12 +153,12 @@ class RunningServer:
 
 
 def new_run(operator: ApiClient, **settings: Any) -> str:
-    """A run of `run_settings`."""
+    """Create a run of `run_settings`."""
     return operator.create(run_settings(**settings), key=uuid.uuid4().hex).id
 
 
 def joined(server: RunningServer, run: str, name: str = "a") -> ApiClient:
-    """What a new participant of a run can ask."""
+    """Join a run and return a client with the new participant's credential."""
     return server.api(server.api().join(run, name).credential)
 
 
@@ -185,7 +185,7 @@ def running_server(folder: Path, **changes: Any) -> Iterator[RunningServer]:
 
 
 def measured(server: RunningServer) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
-    """Every sample of /metrics, by its name and labels."""
+    """Every sample of /metrics, by name and labels."""
     page = server.api().http.get("/metrics")
     assert page.headers["content-type"].startswith("text/plain")
     return {

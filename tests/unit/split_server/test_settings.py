@@ -27,7 +27,7 @@ def written(folder: Path, text: str) -> Path:
     return path
 
 
-def test_flags_win_over_the_environment_and_that_over_the_file(
+def test_flags_override_the_environment_which_overrides_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = written(tmp_path, 'port = 1\nhost = "from-file"\nqueue_mib = 7\n')
@@ -112,7 +112,7 @@ def test_placements() -> None:
         (False, False, False, ("cpu", torch.float32)),
     ],
 )
-def test_the_fastest_device_that_torch_tells_of_is_chosen(
+def test_the_fastest_available_device_is_chosen(
     monkeypatch: pytest.MonkeyPatch,
     cuda: bool,
     bfloat16: bool,
@@ -128,19 +128,19 @@ def test_the_fastest_device_that_torch_tells_of_is_chosen(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device")
-def test_a_device_that_is_not_there_is_named() -> None:
+def test_an_unavailable_device_is_named() -> None:
     with pytest.raises(InvalidField, match="does not see"):
         choose_placement("cuda")
 
 
-def test_the_allocator_is_asked_without_harm() -> None:
+def test_the_allocator_is_configured_without_an_error() -> None:
     assert keep_large_buffers() in (True, False)
 
 
 @pytest.mark.parametrize(
     "command", ["serve", "create-run", "runs", "watch", "cancel", "results", "export"]
 )
-def test_every_command_explains_itself(command: str) -> None:
+def test_every_command_has_help(command: str) -> None:
     shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"})
     assert shown.exit_code == 0
     assert "Usage" in shown.output
@@ -169,13 +169,13 @@ def test_the_help_of_serve_has_every_setting_with_its_default() -> None:
         (["serve", "--tls-cert", "no/such.pem", "--tls-key", "no/such.pem"], "settings"),
     ],
 )
-def test_a_wrong_word_on_the_command_line_is_named(words: list[str], field: str) -> None:
+def test_a_wrong_option_is_named(words: list[str], field: str) -> None:
     shown = CliRunner().invoke(app, words)
     assert isinstance(shown.exception, InvalidField)
     assert shown.exception.field == field
 
 
-def test_a_folder_in_use_is_one_line_and_no_traceback(tmp_path: Path) -> None:
+def test_a_folder_in_use_is_a_typed_error(tmp_path: Path) -> None:
     with lock_data_dir(tmp_path):
         shown = CliRunner().invoke(app, ["serve", "--port", "0", "--data-dir", str(tmp_path)])
     assert isinstance(shown.exception, InvalidField)

@@ -1,4 +1,4 @@
-"""Who is asking: issued credentials are recognised, everything else is a stranger's."""
+"""Issued credentials identify their sender; every other one is anonymous."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_a_credential_is_an_hmac_over_run_and_participant() -> None:
     assert credentials().identify(f"bearer  {issued} ") == ParticipantIdentity("r1", "p1")
 
 
-def test_what_was_not_issued_here_is_a_strangers() -> None:
+def test_a_credential_of_another_issuer_is_anonymous() -> None:
     issued = credentials().issue("r1", "p1")
     mac = issued.rsplit(".", 1)[1]
     for forged in (
@@ -82,7 +82,7 @@ def test_tokens_are_recognised() -> None:
             both.require_may_join(identity)
 
 
-def test_each_role_does_its_own() -> None:
+def test_each_role_has_its_permissions() -> None:
     participant = ParticipantIdentity("r1", "p1")
     require_operator(Operator())
     refused: list[tuple[Identity, type[Exception]]] = [
@@ -109,7 +109,7 @@ def test_each_role_does_its_own() -> None:
         require_reader(participant, "r2")
 
 
-def test_secrets_are_made_once_and_for_their_owner_alone(tmp_path: Path) -> None:
+def test_secrets_are_created_once_and_readable_by_their_owner_only(tmp_path: Path) -> None:
     secret, token = tmp_path / "secret", tmp_path / "operator.token"
     first = load_secret(secret), load_operator_token(token, None)
     assert first == (load_secret(secret), load_operator_token(token, None))
@@ -120,7 +120,7 @@ def test_secrets_are_made_once_and_for_their_owner_alone(tmp_path: Path) -> None
     assert load_operator_token(token, "given-token") == "given-token"
 
 
-def test_a_damaged_secret_is_not_used(tmp_path: Path) -> None:
+def test_a_damaged_secret_is_refused(tmp_path: Path) -> None:
     (tmp_path / "secret").write_bytes(b"short")
     with pytest.raises(InvalidField):
         load_secret(tmp_path / "secret")

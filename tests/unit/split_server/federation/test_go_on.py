@@ -1,4 +1,4 @@
-"""Runs that cannot go on for a moment, or take long, and requests that come meanwhile."""
+"""Requests that arrive while a run's step fails or takes long."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def site(tmp_path: Path) -> Iterator[FederationHarness]:
 
 @dataclass
 class Disk:
-    """Where a run's steps are written, full from now on."""
+    """Simulates a full disk under a step of a run."""
 
     full: bool = True
     attempts: int = 0
@@ -41,7 +41,7 @@ class Disk:
         monkeypatch.setattr(transitions, step, written)
 
 
-def test_an_update_counts_although_its_round_cannot_be_aggregated_yet(
+def test_an_update_counts_although_the_aggregation_fails(
     site: FederationHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = site.create(min_participants=2, evaluate_every=0)
@@ -51,7 +51,7 @@ def test_an_update_counts_although_its_round_cannot_be_aggregated_yet(
     disk.patch(monkeypatch, "average")
     site.update(run, b, state_of(3.0))
     assert disk.attempts == 1
-    # Whoever polls now makes nothing of it happen again, and is told to wait.
+    # A poll does not repeat the failed step; its task is to wait.
     for one in (a, b):
         assert not site.advancer.is_due(run)
         site.advancer.try_advance(run)
@@ -71,7 +71,7 @@ def test_an_update_counts_although_its_round_cannot_be_aggregated_yet(
     assert site.federation.results(run).rounds[0].updated == (a, b)
 
 
-def test_an_evaluation_counts_although_its_round_cannot_be_closed_yet(
+def test_an_evaluation_counts_although_closing_the_round_fails(
     site: FederationHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = site.create(rounds=1)
@@ -87,7 +87,7 @@ def test_an_evaluation_counts_although_its_round_cannot_be_closed_yet(
     assert site.federation.results(run).rounds[0].accuracy == 0.9
 
 
-def test_who_joins_or_leaves_has_done_so_although_the_run_cannot_go_on(
+def test_joining_and_leaving_succeed_although_a_step_fails(
     site: FederationHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = site.create(min_participants=2)
@@ -100,7 +100,7 @@ def test_who_joins_or_leaves_has_done_so_although_the_run_cannot_go_on(
     assert [member.id for member in site.runs.snapshot(run).present] == [a]
 
 
-def test_a_run_that_pauses_holds_up_no_other(
+def test_a_paused_run_does_not_delay_another(
     site: FederationHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs = [site.create(evaluate_every=0) for _ in range(2)]
@@ -114,7 +114,7 @@ def test_a_run_that_pauses_holds_up_no_other(
     assert everywhere(site, runs[1]) == 4.0
 
 
-def test_nobody_who_polls_waits_for_an_aggregation(
+def test_polls_do_not_wait_for_an_aggregation(
     site: FederationHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = site.create(min_participants=2, evaluate_every=0)

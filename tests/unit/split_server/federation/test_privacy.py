@@ -1,4 +1,4 @@
-"""Clipped and noised means by hand, what history tells of them, and what is drawn in secret."""
+"""Clipped and noised means against hand-computed ones, recorded epsilons, and secret sampling."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_changes_are_clipped_over_all_tensors_and_weigh_the_same() -> None:
     assert mean["w"].dtype is torch.float32
 
 
-def test_an_update_without_a_change_stays_one() -> None:
+def test_an_update_without_a_change_stays_unchanged() -> None:
     state = random_state(1)
     mean = mean_of(state, state, state=state, clip=1e-3)
     assert all(torch.equal(mean[name], value) for name, value in state.items())
@@ -73,9 +73,7 @@ def test_an_update_without_a_change_stays_one() -> None:
     values=st.lists(st.floats(-(2.0**99), 2.0**99, width=32), min_size=2, max_size=8),
     clip=st.floats(1e-6, 1e6),
 )
-def test_a_change_keeps_its_direction_and_is_never_too_long(
-    values: list[float], clip: float
-) -> None:
+def test_clipping_keeps_the_direction_and_bounds_the_norm(values: list[float], clip: float) -> None:
     half = len(values) // 2
     change = {
         "a": torch.tensor(values[:half], dtype=torch.float64),
@@ -134,7 +132,7 @@ def test_a_seed_repeats_the_noise_and_entropy_never_does() -> None:
         ),
     ],
 )
-def test_what_cannot_be_protected_is_refused_by_name(
+def test_unsuitable_updates_are_refused_by_name(
     state: dict[str, Tensor],
     updates: list[dict[str, Tensor]],
     error: type[Exception],
@@ -163,7 +161,7 @@ def test_noise_out_of_range_is_a_typed_error() -> None:
         ({"federation": {"dp_clip": 1}, "model": {"prompt_init": "mean-token"}}, "mean-token"),
     ],
 )
-def test_settings_that_do_not_go_together_are_refused(changed: dict[str, Any], named: str) -> None:
+def test_contradictory_settings_are_refused(changed: dict[str, Any], named: str) -> None:
     with pytest.raises(InvalidField, match=named):
         parse_message(RunPlan, changed)
 
@@ -183,7 +181,7 @@ def view(site: FederationHarness, run: str) -> Results:
 NOISED = {"dp_clip": 0.5, "dp_noise_multiplier": 2.0, "dp_delta": 1e-2, "evaluate_every": 0}
 
 
-def test_history_tells_epsilon_after_each_round_also_after_a_restart(tmp_path: Path) -> None:
+def test_events_record_epsilon_after_each_round_also_after_a_restart(tmp_path: Path) -> None:
     site = FederationHarness(tmp_path)
     run = site.create(rounds=3, **NOISED)
     participant = site.join(run)
@@ -207,7 +205,7 @@ def test_history_tells_epsilon_after_each_round_also_after_a_restart(tmp_path: P
     site.close()
 
 
-def test_a_share_of_the_participants_costs_less_and_a_repeated_round_nothing(
+def test_sampling_costs_less_and_a_repeated_round_nothing(
     tmp_path: Path,
 ) -> None:
     with bench(tmp_path) as site:
@@ -233,7 +231,7 @@ def change(site: FederationHarness, run: str) -> float:
 
 
 @pytest.mark.parametrize("placement", ["input", "cut"])
-def test_the_whole_update_is_clipped_wherever_prompts_are(tmp_path: Path, placement: str) -> None:
+def test_the_complete_update_is_clipped_for_both_placements(tmp_path: Path, placement: str) -> None:
     with bench(tmp_path) as site:
         run = site.create(rounds=1, dp_clip=0.25, prompt_at=placement, evaluate_every=0)
         participant = site.join(run)
@@ -246,7 +244,7 @@ def test_the_whole_update_is_clipped_wherever_prompts_are(tmp_path: Path, placem
         assert view(site, run).rounds[0].epsilon is None  # clipping alone is no privacy
 
 
-def test_participants_weigh_the_same_whatever_samples_they_have(tmp_path: Path) -> None:
+def test_private_updates_have_equal_weights(tmp_path: Path) -> None:
     with bench(tmp_path) as site:
         run = site.create(rounds=1, min_participants=2, dp_clip=1e6, evaluate_every=0)
         members = [site.join(run, name) for name in "ab"]
@@ -256,7 +254,7 @@ def test_participants_weigh_the_same_whatever_samples_they_have(tmp_path: Path) 
         assert float(site.state(run)["prompts"].mean()) == pytest.approx(1.5)
 
 
-def test_a_server_optimiser_steps_along_the_noised_mean(tmp_path: Path) -> None:
+def test_the_server_optimiser_uses_the_noised_mean(tmp_path: Path) -> None:
     """FedAvgM at rate 1: the first state is the mean, the second adds 0.9 of the first change."""
 
     def states(**federation: Any) -> list[dict[str, Tensor]]:
@@ -291,7 +289,7 @@ def drawn(seed: int, **federation: Any) -> set[tuple[str, ...]]:
     return found
 
 
-def test_who_is_drawn_cannot_be_calculated_from_the_settings() -> None:
+def test_the_private_sample_cannot_be_predicted_from_the_settings() -> None:
     private = {"dp_clip": 1.0, "dp_noise_multiplier": 1.0}
     assert len(drawn(20, **private)) > 1
     assert drawn(20, **private, dp_seed=1) == drawn(1)

@@ -1,4 +1,4 @@
-"""Work of minutes beside the requests: once at a time, stopped, refused, tried again."""
+"""Redistillation jobs: one at a time, stopped, refused, retried."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from tests.support.server import wait_until
 
 
 class Work:
-    """Goes on until it may end; does with each run what the test says."""
+    """Runs until the test ends it, then does what the test specifies."""
 
     def __init__(self) -> None:
         self.begun: list[str] = []
         self.refused: list[tuple[str, SFPromptError]] = []
         self.may_end = threading.Event()
         self.then: Callable[[str], None] = lambda _run: None
-        self.renewals = RedistillationJobs(
+        self.jobs = RedistillationJobs(
             self._do, lambda run, error: self.refused.append((run, error))
         )
 
@@ -37,46 +37,46 @@ def work() -> Iterator[Work]:
     made = Work()
     yield made
     made.may_end.set()
-    made.renewals.close()
+    made.jobs.close()
 
 
-def test_a_run_s_work_is_done_once_at_a_time_and_each_in_its_turn(work: Work) -> None:
+def test_jobs_run_one_at_a_time_and_once_per_run(work: Work) -> None:
     for run in ("a", "a", "b"):
-        work.renewals.start(run)
-    assert work.renewals.is_running("a")
-    assert work.renewals.is_running("b"), "it waits for its turn"
-    assert not work.renewals.is_running("c")
+        work.jobs.start(run)
+    assert work.jobs.is_running("a")
+    assert work.jobs.is_running("b"), "it waits for its turn"
+    assert not work.jobs.is_running("c")
     wait_until(lambda: work.begun == ["a"])
     work.may_end.set()
-    wait_until(lambda: not work.renewals.is_running("b"))
+    wait_until(lambda: not work.jobs.is_running("b"))
     assert work.begun == ["a", "b"]
-    work.renewals.start("a")
+    work.jobs.start("a")
     wait_until(lambda: work.begun == ["a", "b", "a"])
 
 
-def test_closing_stops_the_work_and_begins_no_other(work: Work) -> None:
-    work.renewals.start("a")
-    work.renewals.start("b")
+def test_closing_stops_the_job_and_starts_no_other(work: Work) -> None:
+    work.jobs.start("a")
+    work.jobs.start("b")
     wait_until(lambda: work.begun == ["a"])
-    work.renewals.close()
-    work.renewals.start("c")
+    work.jobs.close()
+    work.jobs.start("c")
     assert work.begun == ["a"]
-    assert all(work.renewals.is_running(run) for run in "abc"), "nobody goes on without it"
+    assert all(work.jobs.is_running(run) for run in "abc"), "nobody goes on without it"
 
 
-def test_a_refusal_is_told(work: Work) -> None:
+def test_a_typed_error_is_passed_on(work: Work) -> None:
     def refuse(_run: str) -> None:
         raise InvalidField("no such images", field="distillation.images")
 
     work.then = refuse
     work.may_end.set()
-    work.renewals.start("a")
-    wait_until(lambda: not work.renewals.is_running("a"))
+    work.jobs.start("a")
+    wait_until(lambda: not work.jobs.is_running("a"))
     [(run, error)] = work.refused
     assert (run, error.field) == ("a", "distillation.images")
 
 
-def test_a_failure_that_may_pass_holds_the_run_for_a_while(
+def test_a_temporary_failure_pauses_the_run(
     work: Work, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(background, "_RETRY_S", 0.05)
@@ -86,9 +86,9 @@ def test_a_failure_that_may_pass_holds_the_run_for_a_while(
 
     work.then = fail
     work.may_end.set()
-    work.renewals.start("a")
-    wait_until(lambda: not work.renewals.is_running("a"))
+    work.jobs.start("a")
+    wait_until(lambda: not work.jobs.is_running("a"))
     assert not work.refused
     assert "the disk is full" in caplog.text
-    work.renewals.start("a")
+    work.jobs.start("a")
     wait_until(lambda: work.begun == ["a", "a"])

@@ -1,4 +1,4 @@
-"""What a run does next, decided without a server, a database or a clock."""
+"""The decisions about rounds, without a server, a database or a clock."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_the_first_round_waits_for_min_participants() -> None:
     assert isinstance(next_step(a_run(3, min_participants=3)), OpenTraining)
 
 
-def test_those_who_have_left_do_not_count() -> None:
+def test_participants_that_left_do_not_count() -> None:
     run = a_run(3, min_participants=3)
     gone = {**run.participants, "p2": replace(run.participants["p2"], left=True)}
     assert next_step(replace(run, participants=gone)) is None
@@ -107,27 +107,27 @@ def test_a_later_round_opens_without_min_participants() -> None:
     assert step == OpenTraining(2, 0, ("p1",))
 
 
-def test_only_the_live_with_training_samples_are_drawn() -> None:
+def test_only_live_participants_with_training_samples_are_sampled() -> None:
     run = a_run(4)
     participants = {**run.participants, "p3": participant(3, train=0)}
     step = decide(replace(run, participants=participants), {"p1", "p3", "p4"}, NOW, settled=True)
     assert step == OpenTraining(1, 0, ("p1", "p4"))
 
 
-def test_a_round_waits_for_as_many_as_it_needs_updates() -> None:
+def test_a_round_waits_for_min_updates_candidates() -> None:
     run = a_run(3, min_updates=2)
     assert decide(run, {"p1"}, NOW, settled=True) is None
     assert decide(run, {"p1", "p2"}, NOW, settled=True) == OpenTraining(1, 0, ("p1", "p2"))
 
 
-def test_after_a_restart_a_round_waits_until_all_have_called_or_the_window_is_over() -> None:
+def test_after_a_restart_a_round_waits_for_all_participants_or_the_window() -> None:
     run = a_run(3)
     assert decide(run, {"p1", "p2"}, NOW, settled=False) is None
     assert decide(run, {"p1", "p2", "p3"}, NOW, settled=False) is not None
     assert decide(run, {"p1", "p2"}, NOW, settled=True) is not None
 
 
-def test_the_draw_is_the_seeds_own() -> None:
+def test_the_sample_depends_on_the_seed() -> None:
     def draw(seed: int, repeats: int = 0) -> tuple[str, ...]:
         run = replace(a_run(20, participants_per_round=5, seed=seed), repeats=repeats)
         step = next_step(run)
@@ -140,7 +140,7 @@ def test_the_draw_is_the_seeds_own() -> None:
     assert draw(1) != draw(1, repeats=1), "an attempt is drawn anew"
 
 
-def test_the_draw_does_not_depend_on_the_order_of_joining() -> None:
+def test_the_sample_does_not_depend_on_the_order_of_joining() -> None:
     def draw(order: list[int]) -> set[str]:
         run = a_run(0, participants_per_round=3, seed=4)
         participants = {
@@ -154,7 +154,7 @@ def test_the_draw_does_not_depend_on_the_order_of_joining() -> None:
     assert draw([1, 2, 3, 4, 5, 6]) == draw([6, 3, 1, 5, 2, 4])
 
 
-def test_training_goes_on_until_everybody_has_answered() -> None:
+def test_training_ends_when_all_sampled_have_answered() -> None:
     run = a_run(3)
     assert next_step(an_open_round(run, updated={"p1", "p2"})) is None
     step = next_step(an_open_round(run, updated={"p1", "p2", "p3"}))
@@ -162,7 +162,7 @@ def test_training_goes_on_until_everybody_has_answered() -> None:
     assert step.updated == ("p1", "p2", "p3")
 
 
-def test_the_deadline_lets_stragglers_go() -> None:
+def test_the_deadline_ends_training_without_stragglers() -> None:
     run = an_open_round(a_run(3), updated={"p2"})
     assert next_step(run, NOW + 9.9) is None
     step = next_step(run, NOW + 10)
@@ -170,7 +170,7 @@ def test_the_deadline_lets_stragglers_go() -> None:
     assert step.updated == ("p2",)
 
 
-def test_a_round_waits_neither_for_those_who_left_nor_for_those_without_an_update() -> None:
+def test_a_round_does_not_wait_for_participants_that_left_or_declined() -> None:
     run = an_open_round(a_run(3), updated={"p1"}, declined={"p2"})
     participants = {**run.participants, "p3": replace(run.participants["p3"], left=True)}
     assert isinstance(next_step(replace(run, participants=participants)), Aggregate)
@@ -184,7 +184,7 @@ def test_too_few_updates_repeat_the_round_and_then_fail_the_run() -> None:
     assert "1 of at least 2 updates" in again.reason
 
 
-def test_no_update_at_all_is_no_average() -> None:
+def test_a_round_without_updates_is_not_aggregated() -> None:
     run = an_open_round(a_run(2), declined={"p1", "p2"})
     assert next_step(run) == Repeat(0)
 
@@ -193,7 +193,7 @@ def test_no_update_at_all_is_no_average() -> None:
     ("every", "closed", "evaluates"),
     [(1, 0, True), (2, 0, False), (2, 1, True), (0, 0, False), (0, 2, False), (5, 2, True)],
 )
-def test_a_round_is_measured_when_it_is_due_and_at_the_end(
+def test_rounds_are_evaluated_at_the_interval_and_at_the_end(
     every: int, closed: int, evaluates: bool
 ) -> None:
     run = a_run(2, closed=closed, rounds=3, evaluate_every=every)
@@ -202,7 +202,7 @@ def test_a_round_is_measured_when_it_is_due_and_at_the_end(
     assert bool(step.evaluators) is evaluates
 
 
-def test_only_the_live_with_held_out_samples_measure() -> None:
+def test_only_live_participants_with_test_samples_evaluate() -> None:
     run = a_run(3)
     run = replace(run, participants={**run.participants, "p1": participant(1, test=0)})
     opened = an_open_round(run, updated={"p1", "p2", "p3"})
@@ -237,13 +237,13 @@ def test_assignments_follow_the_phase() -> None:
     assert (stop.task, stop.reason) == (Task.STOP, "nobody came")
 
 
-def test_one_who_has_left_is_told_to_stop() -> None:
+def test_the_task_after_leaving_is_to_stop() -> None:
     run = a_run(1)
     run = replace(run, participants={"p1": participant(1, left=True)})
     assert assignment_for(run, "p1", NOW).task is Task.STOP
 
 
-def test_a_request_names_the_open_round_attempt_and_phase() -> None:
+def test_a_request_must_name_the_open_round_attempt_and_phase() -> None:
     run = an_open_round(a_run(2), attempt=1)
     assert rounds.require_phase(run, 1, 1, RoundStatus.TRAINING).attempt == 1
     for round_, attempt, status in (
@@ -263,7 +263,7 @@ def test_a_request_names_the_open_round_attempt_and_phase() -> None:
     ("closed", "renewed", "due"),
     [(0, 0, False), (1, 0, False), (2, 0, True), (2, 2, False), (3, 2, False), (4, 2, True)],
 )
-def test_a_round_waits_for_a_distillation_that_is_due(closed: int, renewed: int, due: bool) -> None:
+def test_a_round_waits_for_due_redistillation(closed: int, renewed: int, due: bool) -> None:
     run = replace(a_run(closed=closed, rounds=6), renewed=renewed)
     again = {"name": "fedpft", "distillation": {"epochs": 1, "every": 2}}
     values = run.settings.model_dump() | {"method": again}

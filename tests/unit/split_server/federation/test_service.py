@@ -89,7 +89,7 @@ def test_a_whole_run(site: FederationHarness) -> None:
     ]
 
 
-def test_a_round_goes_on_without_its_stragglers(site: FederationHarness) -> None:
+def test_a_round_continues_without_stragglers(site: FederationHarness) -> None:
     run = site.create(min_participants=2, round_timeout_s=100, evaluate_every=0)
     a, b = site.join(run, "a"), site.join(run, "b")
     site.update(run, a, state_of(1.0))
@@ -104,7 +104,7 @@ def test_a_round_goes_on_without_its_stragglers(site: FederationHarness) -> None
     assert site.federation.results(run).rounds[0].updated == (a,)
 
 
-def test_the_deadline_counts_even_if_nobody_has_looked_since(site: FederationHarness) -> None:
+def test_the_deadline_holds_without_polls_in_between(site: FederationHarness) -> None:
     run = site.create(round_timeout_s=10)
     a = site.join(run)
     site.time.now += 11
@@ -130,7 +130,7 @@ def test_too_few_updates_repeat_the_round_and_then_fail_the_run(site: Federation
     assert everywhere(site, run) == 0.0
 
 
-def test_who_reports_on_no_sample_is_not_waited_for_and_not_counted(
+def test_an_evaluation_of_no_sample_ends_the_wait_and_does_not_count(
     site: FederationHarness,
 ) -> None:
     run = site.create(min_participants=2, rounds=2)
@@ -150,7 +150,7 @@ def test_who_reports_on_no_sample_is_not_waited_for_and_not_counted(
     assert site.task(run, a).task is Task.STOP
 
 
-def test_an_evaluation_that_nobody_answers_ends_at_its_deadline(site: FederationHarness) -> None:
+def test_an_unanswered_evaluation_ends_at_its_deadline(site: FederationHarness) -> None:
     run = site.create(round_timeout_s=10)
     a = site.join(run)
     site.update(run, a, state_of(1.0))
@@ -161,12 +161,12 @@ def test_an_evaluation_that_nobody_answers_ends_at_its_deadline(site: Federation
     assert (first.status, first.accuracy, first.evaluation_samples) == (RoundStatus.CLOSED, None, 0)
 
 
-def test_a_participant_that_leaves_is_not_waited_for(site: FederationHarness) -> None:
+def test_a_round_does_not_wait_for_a_participant_that_leaves(site: FederationHarness) -> None:
     run = site.create(min_participants=2, evaluate_every=0)
     a, b = site.join(run, "a"), site.join(run, "b")
     site.update(run, a, state_of(1.0))
     site.federation.leave(run, b, IdempotentRequest.of(f"{run}/{b}/leave", "k"))
-    assert ("left", run, b) in site.watcher.told
+    assert ("left", run, b) in site.watcher.events
     assert site.task(run, a).round == 2
     site.federation.leave(run, b, IdempotentRequest.of(f"{run}/{b}/leave", "k"))
     with pytest.raises(Forbidden):
@@ -223,7 +223,7 @@ def test_a_wrong_shape_is_refused(site: FederationHarness) -> None:
     assert caught.value.field == "prompts"
 
 
-def test_one_who_was_refused_may_still_do_better(site: FederationHarness) -> None:
+def test_a_refused_participant_may_send_a_valid_update(site: FederationHarness) -> None:
     run = site.create(min_participants=2, evaluate_every=0)
     a, b = site.join(run, "a"), site.join(run, "b")
     with pytest.raises(EmptyUpdate):
@@ -234,7 +234,7 @@ def test_one_who_was_refused_may_still_do_better(site: FederationHarness) -> Non
 
 
 def on_device(value: float) -> dict[str, torch.Tensor]:
-    """What a device sends whose prompts are tuned on the server."""
+    """The device's part of an update if the server tunes the prompts."""
     return {name: tensor for name, tensor in state_of(value).items() if name != "prompts"}
 
 
@@ -242,7 +242,7 @@ def tuned(value: float) -> Trained:
     return lambda: {"prompts": torch.full((1, 2, 192), value)}
 
 
-def test_prompts_that_the_server_has_tuned_are_averaged_with_the_rest(
+def test_prompts_tuned_on_the_server_are_averaged_with_the_rest(
     site: FederationHarness,
 ) -> None:
     run = site.create(prompt_at="cut", min_participants=2, evaluate_every=0)
@@ -255,7 +255,7 @@ def test_prompts_that_the_server_has_tuned_are_averaged_with_the_rest(
     assert "prompts" not in load_state(seen)
 
 
-def test_an_update_whose_prompts_are_lost_may_come_again(site: FederationHarness) -> None:
+def test_an_update_whose_prompts_are_lost_may_be_repeated(site: FederationHarness) -> None:
     def lost() -> dict[str, torch.Tensor]:
         raise StepLost("the server was restarted")
 
@@ -268,7 +268,7 @@ def test_an_update_whose_prompts_are_lost_may_come_again(site: FederationHarness
     assert everywhere(site, run) == 3.0
 
 
-def test_prompts_that_are_not_finite_are_refused_as_an_update_is(site: FederationHarness) -> None:
+def test_prompts_that_are_not_finite_decline_the_update(site: FederationHarness) -> None:
     def burst() -> dict[str, torch.Tensor]:
         raise NonFinite("the prompts are not finite")
 
@@ -283,7 +283,7 @@ def test_prompts_that_are_not_finite_are_refused_as_an_update_is(site: Federatio
     assert everywhere(site, run) == 1.0
 
 
-def test_if_nobody_has_a_sample_the_run_fails_without_waiting(site: FederationHarness) -> None:
+def test_without_samples_the_run_fails_without_waiting(site: FederationHarness) -> None:
     run = site.create(max_repeats=2)
     a = site.join(run)
     for attempt in range(3):
@@ -293,7 +293,7 @@ def test_if_nobody_has_a_sample_the_run_fails_without_waiting(site: FederationHa
     assert site.runs.snapshot(run).status is RunStatus.FAILED
 
 
-def test_the_order_of_arrival_does_not_show(site: FederationHarness) -> None:
+def test_the_result_does_not_depend_on_the_order_of_arrival(site: FederationHarness) -> None:
     names = ["d", "a", "c", "b"]
     states = {name: random_state(place) for place, name in enumerate(names)}
     seen = set()
@@ -384,7 +384,7 @@ def test_a_device_with_other_classes_is_refused(site: FederationHarness) -> None
     assert (caught.value.field, caught.value.limit) == ("num_classes", 10)
 
 
-def test_devices_whose_classes_have_other_names_do_not_meet(site: FederationHarness) -> None:
+def test_devices_whose_class_names_differ_cannot_share_a_run(site: FederationHarness) -> None:
     run = site.create(min_participants=3)
 
     def join(name: str, classes: str | None) -> None:
@@ -402,7 +402,7 @@ def test_devices_whose_classes_have_other_names_do_not_meet(site: FederationHarn
     join("more cats", "a" * 64)
 
 
-def test_what_is_not_there_is_not_found(site: FederationHarness) -> None:
+def test_unknown_runs_and_participants_are_not_found(site: FederationHarness) -> None:
     run = site.create()
     with pytest.raises(NotFound):
         site.runs.snapshot("r0")

@@ -1,4 +1,4 @@
-"""What a federation plane has on its disk, and how it goes on from there after a restart."""
+"""The federation's files, and how it resumes from them after a restart."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def site(tmp_path: Path) -> Iterator[FederationHarness]:
         yield made
 
 
-def test_a_restart_goes_on_in_the_open_round(site: FederationHarness) -> None:
+def test_a_restart_resumes_the_open_round(site: FederationHarness) -> None:
     run = site.create(min_participants=3, participants_per_round=2, evaluate_every=0)
     who = [site.join(run, name) for name in "abc"]
     sampled = site.runs.snapshot(run).open_round.sampled  # type: ignore[union-attr]
@@ -40,7 +40,7 @@ def test_a_restart_goes_on_in_the_open_round(site: FederationHarness) -> None:
     assert site.runs.snapshot(run).open_round is not None
 
 
-def test_after_a_restart_the_silent_are_waited_for_no_longer_than_the_window(
+def test_after_a_restart_a_round_waits_for_silent_participants_for_the_window_only(
     site: FederationHarness,
 ) -> None:
     run = site.create(min_participants=2, evaluate_every=0, rounds=3)
@@ -59,7 +59,7 @@ def test_after_a_restart_the_silent_are_waited_for_no_longer_than_the_window(
     assert opened.sampled == (a,)
 
 
-def test_a_restart_in_the_middle_of_an_evaluation_goes_on_with_it(site: FederationHarness) -> None:
+def test_a_restart_resumes_an_evaluation(site: FederationHarness) -> None:
     run = site.create(min_participants=2, rounds=1)
     a, b = site.join(run, "a"), site.join(run, "b")
     for one in (a, b):
@@ -83,7 +83,7 @@ def test_the_deadline_starts_anew_after_a_restart(site: FederationHarness) -> No
     assert site.task(run, a).task is Task.TRAIN
 
 
-def test_what_a_crash_leaves_behind_is_swept(site: FederationHarness) -> None:
+def test_files_left_by_a_crash_are_removed(site: FederationHarness) -> None:
     run = site.create(min_participants=2)
     a = site.join(run, "a")
     site.join(run, "b")
@@ -101,14 +101,14 @@ def test_what_a_crash_leaves_behind_is_swept(site: FederationHarness) -> None:
     assert foreign.exists(), "whatever is not of the server's making stays"
 
 
-def test_updates_leave_the_disk_with_their_round(site: FederationHarness) -> None:
+def test_updates_are_removed_with_their_round(site: FederationHarness) -> None:
     run = site.create(evaluate_every=0)
     a = site.join(run)
     site.update(run, a, state_of(1.0))
     assert not list((site.runs.files(run).root / "updates").iterdir())
 
 
-def test_updates_leave_the_disk_with_a_run_that_is_cancelled(site: FederationHarness) -> None:
+def test_updates_are_removed_with_a_cancelled_run(site: FederationHarness) -> None:
     run, other = (site.create(min_participants=2, prompt_at="cut") for _ in range(2))
     tail = {name: tensor for name, tensor in state_of(1.0).items() if name != "prompts"}
     prompts = {"prompts": state_of(1.0)["prompts"].unsqueeze(0)}
@@ -118,10 +118,10 @@ def test_updates_leave_the_disk_with_a_run_that_is_cancelled(site: FederationHar
     site.federation.cancel(run, IdempotentRequest.of(f"{run}/cancel", "k"))
     assert not list((site.runs.files(run).root / "updates").iterdir())
     assert len(list((site.runs.files(other).root / "updates").iterdir())) == 1
-    assert everywhere(site, run) == 0.0, "its states stay, held ones too"
+    assert everywhere(site, run) == 0.0, "its states stay, the server's parts too"
 
 
-def test_each_round_pays_for_its_own_bytes_and_a_restart_loses_none(
+def test_each_round_is_charged_its_traffic_across_a_restart(
     site: FederationHarness,
 ) -> None:
     run = site.create(evaluate_every=0)
@@ -146,7 +146,7 @@ def test_each_round_pays_for_its_own_bytes_and_a_restart_loses_none(
     assert results.participants[0].traffic == results.traffic
 
 
-def test_bytes_that_could_not_be_saved_are_saved_later(
+def test_traffic_that_could_not_be_saved_is_saved_later(
     site: FederationHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     who = {run: site.join(run) for run in (site.create() for _ in range(3))}
@@ -189,7 +189,7 @@ def test_a_failed_change_changes_nothing(
     assert site.kinds(run)[-1] == "update_counted"
 
 
-def test_a_data_folder_that_was_moved_has_its_backbones_with_it(tmp_path: Path) -> None:
+def test_a_moved_data_folder_finds_its_backbones(tmp_path: Path) -> None:
     old, new = tmp_path / "old", tmp_path / "new"
     old.mkdir()
     with bench(old) as site:

@@ -1,4 +1,4 @@
-"""A body on its way from the parser into its buffer."""
+"""The body buffer and the memory budget of requests."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def holder() -> BufferHolder:
 
 
 @given(st.lists(st.binary(max_size=50), max_size=8), st.binary(max_size=20))
-def test_what_comes_in_pieces_is_one_body(pieces: list[bytes], begun: bytes) -> None:
+def test_pieces_are_joined_into_one_body(pieces: list[bytes], begun: bytes) -> None:
     whole = begun + b"".join(pieces)
 
     async def take() -> bytes:
@@ -31,7 +31,7 @@ def test_what_comes_in_pieces_is_one_body(pieces: list[bytes], begun: bytes) -> 
     assert asyncio.run(take()) == whole
 
 
-def test_room_is_taken_for_what_has_come_and_not_for_what_was_announced() -> None:
+def test_the_budget_counts_received_bytes_not_the_declared_length() -> None:
     budget = BodyBudget(1000, busy_error)
 
     async def take() -> None:
@@ -50,7 +50,7 @@ def test_room_is_taken_for_what_has_come_and_not_for_what_was_announced() -> Non
     assert budget.taken == 0
 
 
-def test_whoever_goes_away_leaves_no_one_waiting() -> None:
+def test_a_disconnect_ends_the_wait_for_the_body() -> None:
     async def gone() -> None:
         place = holder()
         buffer = place.open(10, b"abc", None)
@@ -63,7 +63,7 @@ def test_whoever_goes_away_leaves_no_one_waiting() -> None:
     asyncio.run(gone())
 
 
-def test_reading_goes_on_once_there_is_a_buffer() -> None:
+def test_reading_resumes_when_a_buffer_opens() -> None:
     left: list[int] = []
 
     async def begin() -> None:
@@ -74,7 +74,7 @@ def test_reading_goes_on_once_there_is_a_buffer() -> None:
 
 
 @pytest.mark.parametrize("refused", [0, 1, 2])
-def test_what_is_refused_has_come_and_is_not_waited_for(refused: int) -> None:
+def test_a_refused_chunk_counts_as_received(refused: int) -> None:
     budget = BodyBudget(1000, busy_error)
 
     async def take() -> int:

@@ -1,4 +1,4 @@
-"""Smashed data made of copies and changes: once for each request, and the same as on the device."""
+"""Smashed data rebuilt from cached rows and deltas: once per request, equal to the device's."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def forward(
     changes: dict[int, Tensor] | None = None,
     codec: str = "float32",
 ) -> Tensors:
-    """The tensors of a request: rows by their places."""
+    """The tensors of a request, rows by their indices."""
     tensors: Tensors = {
         "ids": (ids(*names), "uint8"),
         "versions": (torch.tensor(versions), "int64"),
@@ -119,7 +119,7 @@ def test_whole_changed_and_skipped_rows_make_one_batch(store: SampleStore) -> No
 
 
 @pytest.mark.parametrize("codec", ["float16", "bfloat16", "int8", "int4", "int4-asym", "int4+zstd"])
-def test_copies_are_what_was_decoded(store: SampleStore, codec: str) -> None:
+def test_cached_rows_equal_the_decoded_ones(store: SampleStore, codec: str) -> None:
     whole = forward([1], [(-1, 1)], whole={0: X[0]}, codec=codec)
     changed = forward([1], [(1, 2)], changes={0: Y[0]}, codec=codec)
     first, second = frame(whole).tensor("whole").float(), frame(changed).tensor("changes").float()
@@ -128,7 +128,7 @@ def test_copies_are_what_was_decoded(store: SampleStore, codec: str) -> None:
     assert first.dtype == answer(store, forward([1], [(2, 2)])).dtype == torch.float32
 
 
-def test_a_repeat_is_answered_alike_and_applied_once(store: SampleStore) -> None:
+def test_a_repeat_gets_the_same_result_and_is_applied_once(store: SampleStore) -> None:
     answer(store, forward([1, 2, 3], [(-1, 1)] * 3, whole=dict(enumerate(X[:3]))))
     request = forward([1, 2, 3], [(1, 1), (1, 2), (1, 2)], whole={1: Y[1]}, changes={2: Y[2]})
     first = answer(store, request)
@@ -138,7 +138,7 @@ def test_a_repeat_is_answered_alike_and_applied_once(store: SampleStore) -> None
     assert torch.equal(first, torch.stack([X[0], Y[1], X[2] + Y[2]]))
 
 
-def test_what_does_not_fit_is_named_and_nothing_changes(store: SampleStore) -> None:
+def test_samples_of_another_version_are_reported_and_nothing_changes(store: SampleStore) -> None:
     answer(store, forward([1, 2], [(-1, 5), (-1, 5)], whole={0: X[0], 1: X[1]}))
     before = content(store, 1, 2, 3, 4)
     request = forward(
@@ -161,20 +161,20 @@ def test_a_late_repeat_of_an_older_request_changes_nothing(store: SampleStore) -
     assert content(store, 1) == before
 
 
-def test_nobody_gets_at_the_copies_of_others(store: SampleStore) -> None:
+def test_participants_cannot_use_each_others_samples(store: SampleStore) -> None:
     answer(store, forward([1], [(-1, 1)], whole={0: X[0]}))
     assert ask(store, forward([1], [(1, 1)]), owner=B) == [0]
     answer(store, forward([1], [(-1, 1)], whole={0: Y[0]}), owner=B)
     assert torch.equal(answer(store, forward([1], [(1, 1)])), X[:1])
 
 
-def test_what_is_answered_is_not_the_copy_itself(store: SampleStore) -> None:
+def test_the_result_does_not_share_memory_with_the_cache(store: SampleStore) -> None:
     answer(store, forward([1], [(-1, 1)], whole={0: X[0]})).zero_()
     answer(store, forward([1], [(1, 1)])).zero_()
     assert torch.equal(answer(store, forward([1], [(1, 1)])), X[:1])
 
 
-def test_a_sum_that_leaves_the_range_is_refused_and_nothing_changes(store: SampleStore) -> None:
+def test_an_overflow_is_refused_and_nothing_changes(store: SampleStore) -> None:
     large = torch.full((TOKENS, WIDTH), 3e38)
     answer(store, forward([1], [(-1, 1)], whole={0: large}))
     before = content(store, 1)
@@ -187,7 +187,7 @@ def test_a_sum_that_leaves_the_range_is_refused_and_nothing_changes(store: Sampl
 
 
 def changed(**tensors: tuple[Tensor, str] | None) -> Tensors:
-    """A sound request of two rows, one whole and one changed, with some tensors changed."""
+    """A valid request of a whole and a changed row, with some tensors replaced."""
     sound = forward([1, 2], [(-1, 1), (0, 1)], whole={0: X[0]}, changes={1: X[1]})
     full = {**sound, **tensors}
     return {name: tensor for name, tensor in full.items() if tensor is not None}
@@ -240,7 +240,7 @@ REFUSALS: list[tuple[Tensors, type[SFPromptError], str]] = [
 
 
 @pytest.mark.parametrize(("tensors", "error", "field"), REFUSALS)
-def test_a_request_at_odds_with_itself_is_refused(
+def test_a_contradictory_request_is_refused(
     tensors: Tensors, error: type[SFPromptError], field: str
 ) -> None:
     with pytest.raises(SFPromptError) as caught:
@@ -251,7 +251,7 @@ def test_a_request_at_odds_with_itself_is_refused(
 
 
 @pytest.mark.parametrize("part", ["whole", "changes", "neither"])
-def test_a_batch_that_is_small_on_the_wire_alone_is_refused_before_it_is_decoded(
+def test_a_batch_that_is_too_large_in_memory_is_refused_before_it_is_decoded(
     part: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names, zeros = list(range(1, 7)), dict.fromkeys(range(6), torch.zeros(TOKENS, WIDTH))
@@ -270,7 +270,7 @@ def test_a_batch_that_is_small_on_the_wire_alone_is_refused_before_it_is_decoded
     assert (caught.value.field, caught.value.value) == ("ids", 6 * ONE)
 
 
-def test_the_sound_request_is_taken() -> None:
+def test_the_valid_request_is_accepted() -> None:
     batch = decode_deltas(frame(changed()), SPLIT, DEFAULT_LIMITS, MOST)
     assert (batch.before, batch.after) == ([-1, 0], [1, 1])
     assert (batch.whole.indices, batch.changes.indices) == ([0], [1])
@@ -305,13 +305,13 @@ def test_a_sample_is_replaced_with_its_version(store: SampleStore) -> None:
     assert store.memory_bytes == 20
 
 
-def test_what_is_only_put_does_not_replace(store: SampleStore) -> None:
+def test_put_does_not_replace_a_sample(store: SampleStore) -> None:
     store.replace(A, FORM, names(1), rows(10), [4])
     store.put(A, FORM, names(1, 2), rows(11, 20))
     assert kept(store, 1, 2) == [(4, 10), (0, 20)]
 
 
-def test_the_longest_unused_copies_go(make: MakeStore) -> None:
+def test_the_least_recently_used_samples_are_evicted(make: MakeStore) -> None:
     store = make(participant=30)
     store.replace(A, FORM, names(1, 2, 3), rows(1, 2, 3), [1, 1, 1])
     store.replace(A, FORM, names(1), rows(10), [2])
@@ -320,7 +320,7 @@ def test_the_longest_unused_copies_go(make: MakeStore) -> None:
     assert kept(store, 1, 2, 3, 4) == [(2, 10), (1, 2), None, (3, 4)]
 
 
-def test_a_copy_on_disk_keeps_its_version_and_can_be_replaced(make: MakeStore) -> None:
+def test_a_sample_on_disk_keeps_its_version_and_can_be_replaced(make: MakeStore) -> None:
     store = make(memory=20, disk=100)
     store.replace(A, FORM, names(1, 2, 3), rows(1, 2, 3), [7, 8, 9])
     assert (store.memory_bytes, store.disk_bytes) == (20, 10)
@@ -333,7 +333,7 @@ def test_a_copy_on_disk_keeps_its_version_and_can_be_replaced(make: MakeStore) -
     assert bytes(found.data) == bytes([1] * 10)  # whoever reads it still does
 
 
-def test_copies_are_forgotten_with_their_owner(store: SampleStore) -> None:
+def test_samples_are_dropped_with_their_owner(store: SampleStore) -> None:
     for owner in (A, B):
         answer(store, forward([1], [(-1, 1)], whole={0: X[0]}), owner)
     assert store.memory_bytes == 2 * ONE
@@ -344,7 +344,7 @@ def test_copies_are_forgotten_with_their_owner(store: SampleStore) -> None:
     assert store.memory_bytes == 0
 
 
-def test_a_batch_larger_than_its_room_is_answered_all_the_same(make: MakeStore) -> None:
+def test_a_batch_larger_than_the_cache_is_answered(make: MakeStore) -> None:
     store = make(participant=2 * ONE)
     batch = forward([1, 2, 3], [(-1, 1)] * 3, whole=dict(enumerate(X[:3])))
     assert torch.equal(answer(store, batch), X[:3])
@@ -357,7 +357,7 @@ EVENTS = ["nothing", "answer lost", "sent twice", "copies lost", "one copy lost"
 
 
 class Pair:
-    """A device and a server, with a line between them that the test disturbs."""
+    """A device and a server, and a connection that the test disturbs."""
 
     def __init__(self, folder: Path, codecs: tuple[str, str], skip_below: float, room: int) -> None:
         self.device = DeltaCache(*codecs, skip_below, room * ONE)
@@ -391,7 +391,7 @@ class Pair:
         return ask(self.store, dict(batch.tensors))
 
     def _lose(self, sample: Sample, batch: Tensor) -> None:
-        """Put something else in the place of a copy."""
+        """Overwrite a cached sample."""
         (name,) = self.device.revise([sample], batch[:1]).tensors["ids"][0]
         form = RowForm("float32", (TOKENS, WIDTH), (ONE,))
         self.store.replace(A, form, [bytes(name.tolist())], [memoryview(bytes(ONE))], [2**40])
@@ -412,7 +412,7 @@ class Pair:
         max_size=10,
     ),
 )
-def test_both_ends_agree_bit_by_bit_whatever_gets_lost(
+def test_device_and_server_agree_bit_by_bit_after_any_loss(
     codecs: tuple[str, str],
     skip_below: float,
     room: int,
