@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from protocol.codecs import codec_named
+from protocol.codecs import get_codec
 from split_server.engine.api import BackwardJob, ForwardJob, InferJob, StepKey
 from split_server.runtime.device import SideStreams, choose_placement, used_here
 from tests.support.engine import engines, input_body
@@ -36,7 +36,7 @@ def numbers(*shape: int) -> Tensor:
 
 @pytest.mark.parametrize("name", EXACT + NEAR)
 def test_a_gpu_decodes_a_cpus_encoding(name: str) -> None:
-    codec, tensor = codec_named(name), numbers(4, 6, 192)
+    codec, tensor = get_codec(name), numbers(4, 6, 192)
     buffers = codec.encode(tensor)
     found = codec.decode(buffers, tensor.shape, "cuda")
     assert found.is_cuda
@@ -45,7 +45,7 @@ def test_a_gpu_decodes_a_cpus_encoding(name: str) -> None:
 
 @pytest.mark.parametrize("name", EXACT + NEAR)
 def test_a_cpu_decodes_a_gpus_encoding(name: str) -> None:
-    codec, tensor = codec_named(name), numbers(4, 6, 192)
+    codec, tensor = get_codec(name), numbers(4, 6, 192)
     found = codec.decode(codec.encode(tensor.cuda()), tensor.shape)
     own = codec.decode(codec.encode(tensor), tensor.shape)
     error = float((own - tensor).norm())  # a value may round to the other code, at no larger error
@@ -54,7 +54,7 @@ def test_a_cpu_decodes_a_gpus_encoding(name: str) -> None:
 
 def test_decoding_during_a_computation_changes_no_results(tmp_path: Path) -> None:
     key, gpu = input_body(tmp_path), choose_placement("cuda", "float32")
-    streams, codec = SideStreams(gpu.device), codec_named("float32")
+    streams, codec = SideStreams(gpu.device), get_codec("float32")
     inputs = [smashed(batch=8, seed=seed) for seed in range(STEPS)]
 
     def read(tensor: Tensor) -> Tensor:
@@ -94,7 +94,7 @@ def test_decoding_during_a_computation_changes_no_results(tmp_path: Path) -> Non
 
 def test_an_inference_in_parts_is_complete_when_it_is_encoded(tmp_path: Path) -> None:
     key, gpu = input_body(tmp_path), choose_placement("cuda", "float32")
-    streams, codec, sent = SideStreams(gpu.device), codec_named("float32"), smashed(batch=64)
+    streams, codec, sent = SideStreams(gpu.device), get_codec("float32"), smashed(batch=64)
     job = InferJob("r1", "p1", key, sent)
 
     async def infer(times: int) -> list[Tensor]:
