@@ -12,4 +12,4 @@ from sfprompt_bench.run.live import LiveView
 def test_every_phase_of_a_device_has_its_place(phase: str) -> None:
     said = {"event": "progress", "phase": phase, "done": 1, "total": 2}
     with LiveView(Console(file=io.StringIO()), ["device-1"], 2) as view:
-        view.device_said("device-1", said)
+        view.show_event("device-1", said)
