@@ -1,4 +1,4 @@
-"""What processes take is seen from outside, for those of one run alone."""
+"""Memory and processor time of one run's processes, measured from outside."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ import pytest
 
 from sfprompt_bench.compare.usage import UsageWatch
 
-# Takes 64 MB, and processor time until it is told to stop by the end of its input.
+# Takes 64 MB, and processor time until it is killed.
 BUSY = "import sys; held = bytearray(64 * 2**20); print('ready', flush=True)\nwhile True: pass"
 
 

@@ -1,4 +1,4 @@
-"""The engine's benchmark: its arithmetic, its division of cores, and how its figures are told."""
+"""The engine's benchmark: arithmetic, division of cores, tables, plots and files."""
 
 from __future__ import annotations
 
@@ -125,10 +125,10 @@ def test_a_spread_tells_median_least_and_most() -> None:
 
 def test_the_servers_rate_is_held_against_the_loops_before_and_after_it() -> None:
     looped = [Looped(100.0, 1.0, 100), Looped(50.0, 2.0, 100), Looped(150.0, 1.5, 100)]
-    found = Throughput(Load(1, 1), 2, [served(75.0), served(50.0)], looped, looped[0])
-    assert found.ratio.values == (1.0, 0.5)
+    result = Throughput(Load(1, 1), 2, [served(75.0), served(50.0)], looped, looped[0])
+    assert result.ratio.values == (1.0, 0.5)
     # 4.5 s for 300 samples of the loop, 4 s for 200 of the server.
-    assert found.cpu_ratio == pytest.approx((4.5 / 300) / (4.0 / 200))
+    assert result.cpu_ratio == pytest.approx((4.5 / 300) / (4.0 / 200))
 
 
 def test_steps_fill_the_time_but_are_two_at_least() -> None:
@@ -137,11 +137,11 @@ def test_steps_fill_the_time_but_are_two_at_least() -> None:
 
 
 def test_a_soak_counts_the_slowest_client_against_the_fastest() -> None:
-    seen = soak([[0.5, 2.0, 3.0, 4.0], [2.0, 4.0]], [[0.5, 1.5, 1.0, 1.0], [2.0, 2.0]])
-    assert seen.fairness == 0.5
-    assert sorted(seen.settled) == [1.0, 1.0, 1.5, 2.0, 2.0]  # without the warm-up's
-    assert seen.p99_vs_median == pytest.approx(2.0 / 1.5)
-    assert seen.memory_drift == pytest.approx(0.04)  # 104 against 100; 10 was the warm-up
+    measured = soak([[0.5, 2.0, 3.0, 4.0], [2.0, 4.0]], [[0.5, 1.5, 1.0, 1.0], [2.0, 2.0]])
+    assert measured.fairness == 0.5
+    assert sorted(measured.settled) == [1.0, 1.0, 1.5, 2.0, 2.0]  # without the warm-up's
+    assert measured.p99_vs_median == pytest.approx(2.0 / 1.5)
+    assert measured.memory_drift == pytest.approx(0.04)  # 104 against 100; 10 was the warm-up
 
 
 def test_a_round_trips_cpu_is_told_for_a_megabyte_and_its_parts_make_the_whole() -> None:
@@ -166,8 +166,8 @@ def test_a_round_trips_cpu_is_held_against_the_echos() -> None:
 
 
 def test_the_ratios_have_the_names_that_scripts_ask_for() -> None:
-    found = findings().to_json()
-    assert found["ratios"] == pytest.approx(
+    result = findings().to_json()
+    assert result["ratios"] == pytest.approx(
         {
             "throughput_vs_loop_8x16": 0.93,
             "throughput_vs_loop_8x32": 0.93,
@@ -189,12 +189,12 @@ def test_targets_are_bounds_from_below_or_from_above() -> None:
 
 def test_the_table_shows_every_ratio_beside_its_target() -> None:
     console = Console(width=120, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    found = findings()
-    console.print(ratio_table(found))
-    console.print(roundtrip_table(found.roundtrip))
+    result = findings()
+    console.print(ratio_table(result))
+    console.print(roundtrip_table(result.roundtrip))
     console.file.close()
     text = console.export_text()
-    for name in found.ratios:
+    for name in result.ratios:
         assert name in text
     assert "≥ 0.95" in text
     assert "≤ 2.5" in text

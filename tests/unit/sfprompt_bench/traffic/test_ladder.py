@@ -1,4 +1,4 @@
-"""The ladder of traffic: its rungs, and what is made of their figures."""
+"""The ladder of traffic: its rungs, figures, tables and plot."""
 
 import io
 import itertools

@@ -1,4 +1,4 @@
-"""Settings of methods: which go together, and which are refused."""
+"""Settings of methods: allowed and refused combinations."""
 
 from __future__ import annotations
 

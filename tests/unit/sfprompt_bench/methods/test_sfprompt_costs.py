@@ -1,4 +1,4 @@
-"""The calculator on this project's own form: placement, codecs and switches of a run."""
+"""The cost of SFPrompt: placement, codecs and switches of a run."""
 
 from typing import Any
 
@@ -115,7 +115,8 @@ def test_pooling_changes_nothing_where_the_tail_reads_every_token() -> None:
     # Global average pooling reads all tokens too.
     pooled = {"backbone": "vit_base_patch16_clip_224", "cut": 2}
     average = {"backbone": "vit_base_patch16_siglip_gap_224", "cut": 2}
-    narrow, wide = ({"pooled_features": True}, {})
+    narrow: dict[str, Any] = {"pooled_features": True}
+    wide: dict[str, Any] = {}
     assert own(model=pooled, wire=narrow).bytes_total(1) < own(model=pooled, wire=wide).bytes_total(
         1
     )

@@ -1,4 +1,4 @@
-"""The calculator against values worked out by hand, timm's own models and torch's counter."""
+"""Costs against values calculated by hand, timm's models and torch's counter."""
 
 import dataclasses
 from collections.abc import Callable
@@ -407,5 +407,5 @@ def test_fewer_rounds_than_none_are_refused(method: str) -> None:
 def test_a_question_without_sense_is_refused(field: str, value: int) -> None:
     question = Question(tiny(), 1)
     with pytest.raises(InvalidField) as caught:
-        dataclasses.replace(question, **{field: value})
+        dataclasses.replace(question, **{field: value})  # type: ignore[arg-type]
     assert (caught.value.field, caught.value.value) == (field, value)
