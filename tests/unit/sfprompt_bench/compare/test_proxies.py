@@ -24,7 +24,7 @@ PROXY: dict[str, Any] = {"proxy": "pruned", "cut": 12, "prompt_count": 0, "tune"
 SETTINGS = RunPlan(model=SMALL.model_copy(update=PROXY))
 
 
-def test_images_to_distil_on_are_the_other_set_s(tmp_path: Path) -> None:
+def test_images_to_distil_on_come_from_the_named_set(tmp_path: Path) -> None:
     distillation = {"epochs": 1, "images": "digits", "samples": 30}
     settings = RunPlan.model_validate({**SETTINGS.model_dump(), "distillation": distillation})
     write_distillation_images(settings, tmp_path)
@@ -35,12 +35,12 @@ def test_images_to_distil_on_are_the_other_set_s(tmp_path: Path) -> None:
     assert all(bytes(image.contiguous().numpy()) in known_images for image in pixels)
 
 
-def test_without_a_named_set_the_server_is_given_none(tmp_path: Path) -> None:
+def test_without_a_named_set_no_images_are_written(tmp_path: Path) -> None:
     write_distillation_images(SETTINGS, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def test_it_is_the_backbone_s_accuracy_that_is_measured(tmp_path: Path) -> None:
+def test_the_backbone_s_accuracy_is_measured(tmp_path: Path) -> None:
     split = SplitSettings.of(SETTINGS.model)
     weights = open_backbone(prepare_backbone(split, "random:0", tmp_path).path)
     state = initial_state(split, proxy_weights(split, weights), seed=0)
@@ -53,7 +53,7 @@ def test_it_is_the_backbone_s_accuracy_that_is_measured(tmp_path: Path) -> None:
         assert result == right / len(data.test)
 
 
-def test_of_a_proxy_s_run_the_backbone_is_shown_and_the_proxy_beside_it() -> None:
+def test_figures_of_a_run_on_a_proxy_have_both_accuracies() -> None:
     points = [{"round": 1, "bytes": 5, "accuracy": 0.3}, {"round": 2, "bytes": 9, "accuracy": 0.4}]
     run = {"accuracy": 0.4, "accuracy_worst_client": 0.1, "curve": points, "bytes_total": 9}
     result = with_backbone_accuracy(run, 0.7)

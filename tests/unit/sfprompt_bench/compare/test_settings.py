@@ -140,7 +140,7 @@ def test_all_methods_get_the_same_data_devices_rounds_and_seeds(tmp_path: Path) 
     assert len({job.task.folder for job in jobs}) == 6
 
 
-def test_the_presets_are_what_runs_unless_told_otherwise(tmp_path: Path) -> None:
+def test_presets_apply_without_other_settings(tmp_path: Path) -> None:
     plain = parse_message(Comparison, {"methods": ("sfprompt", "sfprompt-paper")})
     default, paper = (job.settings for job in plan(plain, tmp_path))
     for found, form in ((default, "default"), (paper, "paper")):
@@ -178,7 +178,7 @@ def test_a_swept_value_is_checked_as_the_setting_is(tmp_path: Path) -> None:
     assert caught.value.field == "devices"
 
 
-def test_a_probe_is_done_once_whatever_is_swept_that_it_does_not_know(tmp_path: Path) -> None:
+def test_a_probe_runs_once_in_a_sweep_without_effect_on_it(tmp_path: Path) -> None:
     config = comparison(
         methods=("sfprompt", "linear-probe"),
         sweep={"partition": ("iid", "shards:2"), "training.batch_size": (4, 8)},
@@ -188,7 +188,7 @@ def test_a_probe_is_done_once_whatever_is_swept_that_it_does_not_know(tmp_path: 
     assert [task.inputs["method"] for task in tasks].count("linear-probe") == 1
 
 
-def test_references_know_nothing_of_privacy(tmp_path: Path) -> None:
+def test_references_have_no_privacy_settings(tmp_path: Path) -> None:
     config = comparison(
         methods=("sfprompt", "central", "linear-probe"),
         federation={"dp_clip": 1.0, "dp_seed": 3},
@@ -217,7 +217,7 @@ def test_the_resolved_file_holds_every_setting_of_every_method(tmp_path: Path) -
     assert overrides["central"]["model"]["backbone"] == "vit_tiny_patch16_224"
 
 
-def test_the_quick_comparison_is_one(tmp_path: Path) -> None:
+def test_the_quick_comparison_has_a_plan(tmp_path: Path) -> None:
     assert len(plan(QUICK, tmp_path)) == len(QUICK.methods)
 
 
@@ -307,7 +307,7 @@ def test_the_guide_names_every_method() -> None:
         assert any(f"`{one}`" in table for one in (name, *short)), name
 
 
-def test_neurons_are_not_distilled_again_beside_differential_privacy(tmp_path: Path) -> None:
+def test_differential_privacy_excludes_distilling_neurons_again(tmp_path: Path) -> None:
     private = {"methods": ("fedpft",), "federation": {"dp_clip": 1.0, "dp_seed": 3}}
     with pytest.raises(InvalidField, match="fedpft") as caught:
         plan(comparison(**private), tmp_path)

@@ -38,7 +38,7 @@ def do(
     )
 
 
-def test_tasks_are_done_and_their_figures_come_in_order(tmp_path: Path) -> None:
+def test_tasks_return_their_figures_in_order(tmp_path: Path) -> None:
     tasks = [task(tmp_path, name) for name in ("a", "b", "c")]
     console = quiet()
     done = do(tasks, lambda task_: {"value": task_.name * 2}, at_once=2, console=console)
@@ -48,7 +48,7 @@ def test_tasks_are_done_and_their_figures_come_in_order(tmp_path: Path) -> None:
     assert record == {"key": tasks[1].key, "of": {"name": "b"}, "figures": {"value": "bb"}}
 
 
-def test_a_task_that_is_done_is_not_done_again(tmp_path: Path) -> None:
+def test_a_task_with_a_result_does_not_run_again(tmp_path: Path) -> None:
     calls: list[str] = []
 
     def perform(task_: Task) -> Figures:
@@ -79,14 +79,14 @@ def test_an_interrupted_task_begins_in_an_empty_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"of": {}, "figures": {}}', "\x00"])
-def test_a_damaged_file_is_no_result(tmp_path: Path, text: str) -> None:
+def test_a_damaged_file_has_no_result(tmp_path: Path, text: str) -> None:
     task_ = task(tmp_path, "a")
     task_.folder.mkdir()
     (task_.folder / FILE).write_text(text)
     assert read_figures(task_, FILE) is None
 
 
-def test_a_failure_is_told_and_keeps_no_other_task_from_being_done(tmp_path: Path) -> None:
+def test_a_failure_is_reported_and_does_not_stop_other_tasks(tmp_path: Path) -> None:
     wrong = {
         "a": InvalidField("too many", field="devices"),
         "b": PartitionError("parts", limit=1, value=2),
@@ -104,7 +104,7 @@ def test_a_failure_is_told_and_keeps_no_other_task_from_being_done(tmp_path: Pat
     assert read_figures(task(tmp_path, "a"), FILE) is None
 
 
-def test_so_many_run_at_once(tmp_path: Path) -> None:
+def test_tasks_run_at_the_same_time(tmp_path: Path) -> None:
     together = threading.Barrier(3, timeout=20)
 
     def perform(task_: Task) -> Figures:
@@ -114,7 +114,7 @@ def test_so_many_run_at_once(tmp_path: Path) -> None:
     assert len(do([task(tmp_path, name) for name in "abc"], perform, at_once=3)) == 3
 
 
-def test_what_is_not_begun_when_a_task_breaks_never_is(tmp_path: Path) -> None:
+def test_an_interrupt_cancels_waiting_tasks(tmp_path: Path) -> None:
     begun: list[str] = []
 
     def perform(task_: Task) -> Figures:

@@ -28,7 +28,7 @@ def end(*children: subprocess.Popen[bytes]) -> None:
             child.stdout.close()
 
 
-def test_server_and_devices_of_the_run_are_told_apart_from_those_of_another(
+def test_only_the_processes_of_the_run_are_measured(
     tmp_path: Path,
 ) -> None:
     mine, other = tmp_path / "mine", tmp_path / "mine-too"
@@ -48,7 +48,7 @@ def test_server_and_devices_of_the_run_are_told_apart_from_those_of_another(
         assert 0.01 < usage.cpu_seconds < 60
 
 
-def test_a_run_without_processes_took_nothing(tmp_path: Path) -> None:
+def test_a_run_without_processes_has_no_usage(tmp_path: Path) -> None:
     with UsageWatch(tmp_path) as watch:
         pass
     assert watch.devices() == []

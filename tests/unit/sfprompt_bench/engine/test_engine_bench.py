@@ -104,8 +104,10 @@ def test_unpinned_processes_count_as_sharing() -> None:
     assert divide([0, 1], pinned=False).shared
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="processes cannot be held here")
-def test_what_is_started_within_stays_on_its_cores_and_the_starter_does_not() -> None:
+@pytest.mark.skipif(
+    not hasattr(os, "sched_getaffinity"), reason="processes cannot be pinned on this machine"
+)
+def test_a_block_pins_to_its_cores_and_restores_those_before() -> None:
     before = os.sched_getaffinity(0)
     one = min(before)
     with pinned_to([one]):
@@ -119,7 +121,7 @@ def test_quantiles_are_by_nearest_rank() -> None:
     assert quantile([7.0], 0.99) == 7.0
 
 
-def test_a_spread_tells_median_least_and_most() -> None:
+def test_a_spread_has_median_minimum_and_maximum() -> None:
     assert Spread.of([3.0, 1.0, 2.0]).to_json() == {"median": 2, "least": 1, "most": 3, "n": 3}
 
 
@@ -144,7 +146,7 @@ def test_a_soak_counts_the_slowest_client_against_the_fastest() -> None:
     assert measured.memory_drift == pytest.approx(0.04)  # 104 against 100; 10 was the warm-up
 
 
-def test_a_round_trips_cpu_is_told_for_a_megabyte_and_its_parts_make_the_whole() -> None:
+def test_the_cpu_of_a_round_trip_is_per_megabyte_and_the_sum_of_its_parts() -> None:
     trip = findings().roundtrip
     # Three round trips of 1 MB each way: 6 MB, 3 ms of the client and 6 ms of the server.
     assert trip.cpu["client"] == pytest.approx(0.5)
@@ -165,7 +167,7 @@ def test_a_round_trips_cpu_is_held_against_the_echos() -> None:
     assert findings().roundtrip.cpu_ratio == pytest.approx(9.0 / 3.0)
 
 
-def test_the_ratios_have_the_names_that_scripts_ask_for() -> None:
+def test_the_ratios_have_stable_names() -> None:
     result = findings().to_json()
     assert result["ratios"] == pytest.approx(
         {
@@ -187,7 +189,7 @@ def test_targets_are_bounds_from_below_or_from_above() -> None:
     assert meets_target("a figure without a target", 0.0)
 
 
-def test_the_table_shows_every_ratio_beside_its_target() -> None:
+def test_the_table_shows_each_ratio_and_its_target() -> None:
     console = Console(width=120, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
     result = findings()
     console.print(ratio_table(result))
@@ -225,7 +227,7 @@ def test_the_curves_data_and_the_plots_are_written(tmp_path: Path) -> None:
     assert plot_soak(findings().soak, tmp_path / "soak.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_a_run_has_room_for_every_client_and_batch_of_its_plan() -> None:
+def test_a_run_allows_all_clients_and_batches_of_its_plan() -> None:
     setting = EngineSetting(plan=QUICK)
     assert setting.run.federation.min_participants == 64
     assert setting.run.training.batch_size >= max(load.batch for load in QUICK.loads)
@@ -240,17 +242,17 @@ def test_the_round_trips_tensor_has_one_and_a_half_megabytes_and_an_empty_body()
     assert setting.empty_run.training.batch_size == batch
 
 
-def test_a_cut_behind_the_last_block_is_refused() -> None:
+def test_a_cut_after_the_last_block_is_refused() -> None:
     with pytest.raises(InvalidField, match="cut"):
         _ = EngineSetting(cut=13).roundtrip_shape
 
 
-def test_the_head_of_an_answer_is_read() -> None:
+def test_the_head_of_a_response_is_parsed() -> None:
     head = b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 12\r\nretry-after: 1"
     assert read_head(head) == (503, 12)
 
 
-def test_a_worker_tells_why_a_task_failed_and_goes_on(tmp_path: Path) -> None:
+def test_a_worker_reports_a_failed_task_and_goes_on(tmp_path: Path) -> None:
     worker = Worker("echo", "sfprompt_bench.engine.echo", tmp_path, [0], 1)
     try:
         with pytest.raises(SFPromptError, match="TypeError"):

@@ -72,7 +72,7 @@ def test_operations_are_those_of_timm_s_model_with_the_same_way_back() -> None:
     assert cost < 0.7 * ESTIMATED["fedpeft-bias"].cost(question()).device_flops_per_round
 
 
-def test_a_run_s_own_proxy_is_taken_as_it_is() -> None:
+def test_the_proxy_of_a_run_is_used_unchanged() -> None:
     own = {"prompt_count": 0, "tune": "lora", "lora_rank": 2, "proxy_width": 1536}
     cost = ESTIMATED["fedpft"].cost(question(proxy="pruned", cut=12, **own))
     assert cost.trainable_parameters == 12 * LORA // 4 + CLASSIFIER
@@ -123,10 +123,10 @@ def test_a_proxy_that_is_distilled_again_is_downloaded_again() -> None:
             block.mlp.fc1, block.mlp.fc2 = nn.Linear(768, 768), nn.Linear(768, 768)
         model(torch.empty(1, 3, 224, 224))
     again = cost.flops_total(11) - 11 * cost.device_flops_per_round
-    assert again == pytest.approx(IMAGES * counter.get_total_flops(), rel=0.02)  # LoRA beside it
+    assert again == pytest.approx(IMAGES * counter.get_total_flops(), rel=0.02)  # plus LoRA
 
 
-def test_how_often_is_the_run_s_own_affair_where_it_has_such_a_proxy() -> None:
+def test_a_run_with_a_proxy_sets_how_often_it_is_distilled() -> None:
     own = {"proxy": "pruned", "cut": 12, "prompt_count": 0, "tune": "lora"}
     with_proxy = question(**own)
     assert ESTIMATED["fedpft"].cost(with_proxy).renewals(1000) == 0
