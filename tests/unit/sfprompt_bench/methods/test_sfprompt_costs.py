@@ -196,7 +196,7 @@ def test_an_unknown_codec_is_refused() -> None:
         tensor_bytes("float8", (1,))
 
 
-def test_a_codec_with_a_size_that_depends_on_values_is_refused(
+def test_a_codec_whose_size_depends_on_values_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("sfprompt_bench.cost.sizes.encoded_bytes", lambda name, shape: None)
