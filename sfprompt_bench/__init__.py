@@ -1,1 +1,1 @@
-"""Whole runs on one machine: server and devices as processes, measured and drawn."""
+"""Benchmarks: whole runs on one machine, comparisons of methods, costs, and the engine's speed."""

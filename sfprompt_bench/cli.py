@@ -1,4 +1,4 @@
-"""The command ``sfprompt-bench``: whole runs on one machine, measured."""
+"""The command ``sfprompt-bench``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from sfprompt_bench.run.preflight import PACKAGES, check_packages
 
 @dataclass(frozen=True)
 class _Entry:
-    """Where a command's function is, what its help says, and what must be installed for it."""
+    """A command: its module, help and required packages."""
 
     module: str
     summary: str
@@ -33,7 +33,7 @@ class _Entry:
 _COMMANDS = {
     "run": _Entry(
         "sfprompt_bench.run.command",
-        "Tune with one server and several devices, all on this machine, and show what it took.",
+        "Tune with one server and several devices on this machine, and report bytes and accuracy.",
         (
             "sfprompt-bench run",
             "sfprompt-bench run --data fashion-mnist --partition dirichlet:0.3 --json result.json",
@@ -41,12 +41,13 @@ _COMMANDS = {
     ),
     "traffic": _Entry(
         "sfprompt_bench.traffic.command",
-        "Climb from the paper's form to the default, measure by measure: bytes, accuracy, time.",
+        "Run the paper's form, add one measure against traffic at a time up to the default form, "
+        "and report bytes, accuracy and time of each.",
         ("sfprompt-bench traffic --quick", "sfprompt-bench traffic --json traffic.json"),
     ),
     "compare": _Entry(
         "sfprompt_bench.compare.command",
-        "Run every method side by side: accuracy, bytes, compute, memory, time; one report.",
+        "Run methods side by side and report accuracy, bytes, compute, memory and time.",
         (
             "sfprompt-bench compare --quick",
             "sfprompt-bench compare docs/results/comparisons/digits.toml --out runs/digits",
@@ -55,7 +56,7 @@ _COMMANDS = {
     ),
     "estimate": _Entry(
         "sfprompt_bench.estimate.command",
-        "Calculate traffic, compute and memory of a device for every method; nothing is run.",
+        "Calculate a device's traffic, compute and memory for each method, without a run.",
         (
             "sfprompt-bench estimate --backbone vit_base_patch16_224 --image-size 224 "
             "--samples 1000 --rounds 50",
@@ -64,7 +65,7 @@ _COMMANDS = {
     ),
     "engine": _Entry(
         "sfprompt_bench.engine.command",
-        "Measure the split server's engine: against a plain loop, an echo, itself, and time.",
+        "Measure the split server's engine: throughput, round trips, gain of batching and a soak.",
         (
             "sfprompt-bench engine --quick",
             "sfprompt-bench engine --device cuda --out engine --json engine.json",
@@ -76,32 +77,32 @@ _COMMANDS = {
 class _Commands(TyperGroup):
     """Imports a command's module when the command is called.
 
-    One that only calculates does not wait for the libraries that draw and serve, and the list of
-    commands waits for none. What is taken and given are click's classes, which some versions of
-    typer have of their own.
+    A calculation need not wait for the libraries that plot and serve, and the list of commands
+    waits for none. Arguments and results are click's classes (`Any`: some versions of typer have
+    copies of them).
     """
 
     def list_commands(self, ctx: Any) -> list[str]:
         return list(_COMMANDS)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """A command's name and summary alone, for the list; nothing is imported."""
-        return _made(cmd_name, lambda: None) if cmd_name in _COMMANDS else None
+        """The command's name and summary for the list, without an import."""
+        return _command(cmd_name, lambda: None) if cmd_name in _COMMANDS else None
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, _, rest = super().resolve_command(ctx, args)
         check_packages(_COMMANDS[str(name)].packages)
         module = importlib.import_module(_COMMANDS[str(name)].module)
-        return name, _made(str(name), getattr(module, str(name))), rest
+        return name, _command(str(name), getattr(module, str(name))), rest
 
 
-def _made(name: str, function: Callable[..., None]) -> Any:
+def _command(name: str, function: Callable[..., None]) -> Any:
     entry = _COMMANDS[name]
     title = "Example" if len(entry.examples) == 1 else "Examples"
     epilog = "\n\n".join([f"{title}:", *entry.examples])
-    one = typer.Typer(add_completion=False, rich_markup_mode="rich")
-    one.command(name, help=entry.summary, epilog=epilog)(function)
-    return get_command(one)
+    command = typer.Typer(add_completion=False, rich_markup_mode="rich")
+    command.command(name, help=entry.summary, epilog=epilog)(function)
+    return get_command(command)
 
 
 app = typer.Typer(
@@ -121,7 +122,7 @@ def _show_version(wanted: bool) -> None:
 
 
 @app.callback()
-def whole_runs(
+def describe(
     version: Annotated[
         bool,
         typer.Option(
@@ -129,19 +130,19 @@ def whole_runs(
         ),
     ] = False,
 ) -> None:
-    """Whole runs on one machine: server and devices as processes, measured and drawn."""
+    """Run, compare and measure split-federated prompt tuning on one machine."""
 
 
 def main() -> None:
-    """Run the command; typed errors become a message and an exit code.
+    """Run the command; an `SFPromptError` becomes a message and exit code 2.
 
-    Ctrl-C ends it with 130, which is typer's doing.
+    Ctrl-C ends it with exit code 130, which typer sets.
     """
-    # Whoever stops this command has its server and devices stopped, too.
+    # SIGTERM raises KeyboardInterrupt, so that server and devices are stopped too.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         app()
-    except (SFPromptError, OSError) as error:  # of a file that cannot be written, say
+    except (SFPromptError, OSError) as error:  # OSError: a file cannot be written, for example
         err.print(f"[red]error[/red]: {escape(str(error))}", highlight=False)
         sys.exit(2)
 

@@ -1,4 +1,4 @@
-"""Pictures of a run: accuracy over rounds, bytes over rounds."""
+"""Plots of a run: accuracy and bytes over rounds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from protocol.messages import RoundView
 from protocol.traffic import Phase
 
-mpl.use("Agg")  # files, no window
+mpl.use("Agg")  # draws to files, without a window
 
 COLOURS = {
     Phase.SMASHED: "#1b6ca8",
@@ -30,20 +30,20 @@ MB = 1e6
 
 _RED = "#c1121f"
 
-_FAR = 4  # times the highest bar
+_MAX_SCALE = 4  # times the highest bar
 
 
 def plot_accuracy(rounds: Sequence[RoundView], title: str, out: Path) -> Path:
-    """Accuracy of the global state on the held-out samples, round by round."""
+    """Plot the global state's accuracy on the held-out samples over rounds."""
     measured = [(view.round, view.accuracy) for view in rounds if view.accuracy is not None]
     figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
     numbers = [number for number, _ in measured]
-    shares = [100 * accuracy for _, accuracy in measured]
-    axes.plot(numbers, shares, marker="o", color="#1b6ca8")
-    if shares:
+    percents = [100 * accuracy for _, accuracy in measured]
+    axes.plot(numbers, percents, marker="o", color="#1b6ca8")
+    if percents:
         axes.annotate(
-            f"{shares[-1]:.1f} %",
-            (numbers[-1], shares[-1]),
+            f"{percents[-1]:.1f} %",
+            (numbers[-1], percents[-1]),
             textcoords="offset points",
             xytext=(0, 8),
             ha="right",
@@ -56,16 +56,16 @@ def plot_accuracy(rounds: Sequence[RoundView], title: str, out: Path) -> Path:
 
 
 def plot_bytes(rounds: Sequence[RoundView], full_round_bytes: int, title: str, out: Path) -> Path:
-    """Bytes at the socket in each round by phase, beside federated full fine-tuning's."""
+    """Plot bytes at the socket by round and phase, and those of federated full fine-tuning."""
     figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
     numbers = [view.round for view in rounds]
-    floor = [0.0] * len(rounds)
+    bottom = [0.0] * len(rounds)
     for phase, colour in COLOURS.items():
         heights = [sum(view.traffic.get(phase, {}).values()) / MB for view in rounds]
         if any(heights):
-            axes.bar(numbers, heights, bottom=floor, color=colour, label=str(phase), width=0.7)
-            floor = [low + height for low, height in zip(floor, heights, strict=True)]
-    _mark_full(axes, full_round_bytes / MB, max(floor, default=0.0))
+            axes.bar(numbers, heights, bottom=bottom, color=colour, label=str(phase), width=0.7)
+            bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
+    _mark_full(axes, full_round_bytes / MB, max(bottom, default=0.0))
     axes.set(xlabel="round", ylabel="MB at the socket, all devices", title=title)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="y", alpha=0.3)
@@ -74,9 +74,9 @@ def plot_bytes(rounds: Sequence[RoundView], full_round_bytes: int, title: str, o
 
 
 def _mark_full(axes: Axes, full: float, highest: float) -> None:
-    """What federated full fine-tuning sends in a round; above the scale where bars would vanish."""
+    """Mark the MB of federated full fine-tuning in a round; as text if bars would become tiny."""
     label, top = "federated full fine-tuning", max(full, highest)
-    if 0 < highest < full / _FAR:
+    if 0 < highest < full / _MAX_SCALE:
         top = 1.15 * highest
         text = f"{label}: {full:,.0f} MB in every round ↑"
         axes.text(0.98, 0.97, text, color=_RED, ha="right", va="top", transform=axes.transAxes)
@@ -86,7 +86,7 @@ def _mark_full(axes: Axes, full: float, highest: float) -> None:
 
 
 def save(figure: Figure, out: Path) -> Path:
-    """Write a figure and free it."""
+    """Write a figure to a file and free its memory."""
     figure.savefig(out, dpi=150)
     plt.close(figure)
     return out

@@ -1,4 +1,4 @@
-"""Settings of the runs that `sfprompt-bench` starts: a data set, and a form of the method."""
+"""Presets of runs, by data set and form of the method, and options that commands share."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from split_server.settings import DType
 
 @dataclass(frozen=True)
 class Preset:
-    """A run and the data that it is for."""
+    """A run's settings and its data."""
 
-    data: str  # as `edge-client --data` takes it
+    data: str  # as in `edge-client --data`
     settings: RunPlan
     limit_train: int | None = None  # images over all devices
     limit_test: int | None = None
@@ -37,15 +37,15 @@ def _run(name: str, form: Form, **more: object) -> RunPlan:
     return RunSettings.model_validate(values).plan
 
 
-def _training(settings: RunPlan, **changes: object) -> RunPlan:
+def _with_training(settings: RunPlan, **changes: object) -> RunPlan:
     training = settings.training.model_copy(update=changes)
     return settings.model_copy(update={"training": training})
 
 
 def _digits(form: Form) -> Preset:
     settings = _run("digits", form, federation=FederationSettings(rounds=8))
-    if form == "default":  # few images: all of them
-        settings = _training(settings, keep_fraction=1.0)
+    if form == "default":  # all samples, as there are few
+        settings = _with_training(settings, keep_fraction=1.0)
     return Preset(data="digits", settings=settings)
 
 
@@ -67,30 +67,30 @@ PRESETS = {"digits": _digits, "fashion-mnist": _fashion_mnist}
 
 
 def preset_named(data: str, form: str = "default") -> Preset:
-    """The preset for a data set, in one form of the method.
+    """Look up the preset of a data set in one form of the method.
 
     Raises:
-        NotFound: there is none.
+        NotFound: there is no such preset or form.
     """
-    make = PRESETS.get(data)
-    if make is None:
+    make_preset = PRESETS.get(data)
+    if make_preset is None:
         raise NotFound(
             "there is no preset for this data set", field="data", limit=sorted(PRESETS), value=data
         )
     for known in FORMS:
         if known == form:
-            return make(known)
+            return make_preset(known)
     raise NotFound("there is no such form", field="form", limit=list(FORMS), value=form)
 
 
 def traffic_preset(form: Form, *, quick: bool) -> Preset:
-    """What the ladder of traffic runs: Fashion-MNIST, measured at the end; or few digits."""
+    """The preset of `sfprompt-bench traffic`: Fashion-MNIST, or with ``quick`` a few digits."""
     if not quick:
         preset = preset_named("fashion-mnist", form)
         federation = preset.settings.federation.model_copy(update={"evaluate_every": 10})
     else:
         preset = replace(preset_named("digits", form), limit_train=200, limit_test=100)
-        preset = replace(preset, settings=_training(preset.settings, keep_fraction=1.0))
+        preset = replace(preset, settings=_with_training(preset.settings, keep_fraction=1.0))
         federation = FederationSettings(rounds=3, evaluate_every=3)
     settings = preset.settings.model_copy(update={"federation": federation})
     return replace(preset, settings=settings)
@@ -99,9 +99,11 @@ def traffic_preset(form: Form, *, quick: bool) -> Preset:
 DTypeOption = Annotated[
     DType,
     typer.Option(
-        help="What the body computes in; auto: float32 on a CPU. One with instructions for "
-        "bfloat16 takes half as long in it."
+        help="Data type of the body's computation; auto is float32 on a CPU. bfloat16 takes half "
+        "the time on a CPU with instructions for it."
     ),
 ]
 
-JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the figures here.")]
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", help="Write the figures to this JSON file.")
+]

@@ -20,26 +20,31 @@ from sfprompt_bench.presets import JsonFile, preset_named
 
 def estimate(
     backbone: Annotated[
-        str, typer.Option(help="timm's name of the model; no weights are needed.")
+        str, typer.Option(help="timm's name of the model; its weights are not needed.")
     ] = "vit_small_patch14_dinov2",
-    image_size: Annotated[int, typer.Option(min=8, max=2048, help="Pixels a side.")] = 224,
-    classes: Annotated[int, typer.Option(min=2)] = 10,
-    samples: Annotated[int, typer.Option(min=1, help="Training images of a device.")] = 1000,
-    rounds: Annotated[int, typer.Option(min=1)] = 50,
+    image_size: Annotated[
+        int, typer.Option(min=8, max=2048, help="Height and width of images in pixels.")
+    ] = 224,
+    classes: Annotated[int, typer.Option(min=2, help="Classes of the data set.")] = 10,
+    samples: Annotated[int, typer.Option(min=1, help="Training images of the device.")] = 1000,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of the run.")] = 50,
     local_epochs: Annotated[
-        int, typer.Option(min=1, help="Of a round, in methods that train the whole model locally.")
+        int,
+        typer.Option(
+            min=1, help="Local epochs in a round, for methods that train the whole model locally."
+        ),
     ] = 10,
     cut: Annotated[int, typer.Option(min=0, help="Blocks in the head.")] = 1,
     keep_fraction: Annotated[
         float | None,
-        typer.Option(help="Share of samples kept for split training. Default: each form's own."),
+        typer.Option(help="Share of samples selected for split training. Default: each form's."),
     ] = None,
     keep_tokens: Annotated[
-        int, typer.Option(min=0, help="Image tokens that cross the cut, merged; 0: all.")
+        int, typer.Option(min=0, help="Merge the image tokens at the cut to this number; 0: all.")
     ] = 0,
     json_file: JsonFile = None,
 ) -> None:
-    """Calculate traffic, compute and memory of a device for every method; nothing is run."""
+    """Calculate a device's traffic, compute and memory for each method, without a run."""
     values = preset_named("fashion-mnist").settings.model_dump()
     values["class_names"] = None
     values["model"] |= {

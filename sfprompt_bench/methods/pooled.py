@@ -2,11 +2,41 @@
 
 from __future__ import annotations
 
-from edge_client.data import Dataset
+import itertools
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from edge_client.data import BatchReader, Dataset, cache_dir, shuffled
+from edge_client.model import preprocessing_of
 from protocol.distillation import DistillationSettings
 from protocol.federation import FederationSettings
 from protocol.plan import RunPlan, TrainingPlan, WirePlan
+from protocol.seeds import derive_seed
 from sfprompt_bench.methods.base import Advance, Reference, ReferenceResult, with_changes
+from split_model import (
+    Body,
+    Head,
+    Layered,
+    Tail,
+    build_body,
+    build_head,
+    build_tail,
+    head_tensors,
+    image_preparation,
+    initial_state,
+    open_backbone,
+    prepare_backbone,
+    tail_tensors,
+)
+from split_model.optimizer import learning_rate_factor, make_optimizer, set_progress
+
+_BATCH = 200
+
+_CACHE_BYTES = 2**30
+
+_STRENGTHS = (0.001, 0.01, 0.1, 1.0)  # of the probe's regularisation
 
 
 class Central(Reference):
@@ -28,9 +58,6 @@ class Central(Reference):
         )
 
     def measure(self, settings: RunPlan, data: Dataset, advance: Advance) -> ReferenceResult:
-        # scikit-learn takes seconds to import, which no other method should wait for.
-        from sfprompt_bench.methods.pooled_model import PooledModel
-
         model = PooledModel(settings, data)
         return ReferenceResult(model.tune(advance), model.trainable_parameters)
 
@@ -64,9 +91,108 @@ class LinearProbe(Reference):
         )
 
     def measure(self, settings: RunPlan, data: Dataset, advance: Advance) -> ReferenceResult:
-        # scikit-learn takes seconds to import, which no other method should wait for.
-        from sfprompt_bench.methods.pooled_model import PooledModel
-
         model = PooledModel(settings, data)
         weights = settings.model.num_classes * (model.tail.sizes.width + 1)
         return ReferenceResult(model.probe(), weights)
+
+
+class PooledModel:
+    """Head, body and tail of a run in one process, with the pooled data.
+
+    Args:
+        settings: of the run.
+        data: all devices' images together.
+    """
+
+    def __init__(self, settings: RunPlan, data: Dataset) -> None:
+        split = settings.model
+        backbone = prepare_backbone(split, settings.model.weights, cache_dir() / "backbones")
+        weights = open_backbone(backbone.path)
+        self.settings = settings
+        self.body: Body = build_body(split, weights)
+        state = initial_state(split, weights, derive_seed(settings.seed, "initial-state"))
+        self.head: Head = build_head(split, Layered(head_tensors(state), weights))
+        self.tail: Tail = build_tail(split, Layered(tail_tensors(state), weights))
+        self.prompts = nn.Parameter(state["prompts"]) if split.prompt_count else None
+        preprocessing = preprocessing_of(split, image_preparation(split))
+        self.train = BatchReader(data.train, preprocessing, cache_bytes=_CACHE_BYTES)
+        self.test = BatchReader(data.test, preprocessing, cache_bytes=_CACHE_BYTES)
+
+    @property
+    def trainable_parameters(self) -> int:
+        """Count what is tuned of prompts, tail and head."""
+        parameters = [*self.head.parameters(), *self.tail.parameters()]
+        tuned = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+        return tuned + (0 if self.prompts is None else self.prompts.numel())
+
+    def tune(self, advance: Advance) -> float:
+        """Tune prompts and tail on the pooled data and return the test accuracy.
+
+        It trains on as many samples as the run's devices do through the server (rounds × split
+        epochs × keep fraction passes), with the same optimiser, rates and schedule. There are no
+        rounds: nothing is averaged, and each pass is over all samples.
+        """
+        training, rounds = self.settings.training, self.settings.federation.rounds
+        optimizer = make_optimizer(training, self.prompts, self.tail, head=self.head)
+        epochs = max(1, round(rounds * training.split_epochs * training.keep_fraction))
+        seed = derive_seed(self.settings.seed, "centralised")
+        batches = list(
+            itertools.chain.from_iterable(
+                shuffled(len(self.train), training.batch_size, seed, epoch)
+                for epoch in range(epochs)
+            )
+        )
+        for step, positions in enumerate(batches):
+            set_progress(optimizer, learning_rate_factor(training, step / len(batches), rounds))
+            images, labels = self.train.read(positions)
+            loss = F.cross_entropy(self.tail(self._features(images, self.prompts)), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            advance(step + 1, len(batches))
+        return self._accuracy()
+
+    @torch.no_grad()
+    def probe(self) -> float:
+        """Fit logistic regression to the frozen features, without prompts; return test accuracy.
+
+        The best of four strengths of regularisation by test accuracy, which favours the probe.
+        """
+        # scikit-learn takes seconds to import, which no other method should wait for.
+        from sklearn.linear_model import LogisticRegression
+
+        train, train_labels = self._pooled_features(self.train)
+        test, test_labels = self._pooled_features(self.test)
+        return max(
+            float(
+                LogisticRegression(C=strength, max_iter=2000)
+                .fit(train.numpy(), train_labels.numpy())
+                .score(test.numpy(), test_labels.numpy())
+            )
+            for strength in _STRENGTHS
+        )
+
+    def _features(self, images: Tensor, prompts: Tensor | None) -> Tensor:
+        at_cut = self.settings.model.prompt_at == "cut"
+        smashed = self.head(images, None if at_cut else prompts)
+        num_tokens = None if self.body.sizes.averaged else self.tail.num_tokens
+        features: Tensor = self.body(smashed, prompts if at_cut else None, num_tokens)
+        return features
+
+    def _pooled_features(self, samples: BatchReader) -> tuple[Tensor, Tensor]:
+        """The tail's pooled features [N, F] of all samples, and their labels [N]."""
+        pooled, labels = [], []
+        for positions in torch.arange(len(samples)).split(_BATCH):
+            images, batch_labels = samples.read(positions)
+            pooled.append(self.tail.pool(self._features(images, None)))
+            labels.append(batch_labels)
+        return torch.cat(pooled), torch.cat(labels)
+
+    @torch.no_grad()
+    def _accuracy(self) -> float:
+        correct = 0
+        for positions in torch.arange(len(self.test)).split(_BATCH):
+            images, labels = self.test.read(positions)
+            logits: Tensor = self.tail(self._features(images, self.prompts))
+            correct += int((logits.argmax(dim=1) == labels).sum())
+        return correct / len(self.test)

@@ -1,1 +1,1 @@
-"""Scripts that time one codec or measure the memory of one device step."""
+"""Scripts: the time of each codec, and the memory of one device step."""

@@ -1,6 +1,9 @@
-"""One training step of a device in a process of its own: prints what it took, as JSON.
+"""Peak memory of one training step of a device: prints it, and its parts, as JSON.
 
-Run by test_device_memory.py with the paths of a head file and a state file.
+    python -m sfprompt_bench.micro.device_step MODEL HEAD_FILE STATE_FILE
+
+MODEL is a `ModelPlan` as JSON. tests/integration/test_device_memory.py starts this script, so that
+nothing else allocates memory in its process.
 """
 
 from __future__ import annotations
@@ -20,18 +23,18 @@ BATCH = 32
 
 
 def peak_bytes() -> int:
-    """The largest resident memory of this process so far, in bytes."""
+    """Read the peak of this process's resident memory so far, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def warm_up() -> None:
-    """What torch allocates on first use belongs to the libraries, not to the model."""
+    """Make torch allocate the memory that it needs on first use, for any model."""
     layer = torch.nn.Linear(8, 8)
     layer(torch.randn(4, 8)).sum().backward()
 
 
 def main() -> None:
-    """Run one training step of a device and print its peak memory."""
+    """Run one training step and print its memory in bytes."""
     settings = ModelPlan.model_validate_json(sys.argv[1])
     torch.set_num_threads(1)
     warm_up()
@@ -39,17 +42,17 @@ def main() -> None:
     model = DeviceModel.load(settings, Path(sys.argv[2]), Path(sys.argv[3]))
     images = torch.randn(BATCH, 3, settings.image_size, settings.image_size)
     labels = torch.arange(BATCH) % settings.num_classes
-    kept: dict[int, int] = {}
+    saved: dict[int, int] = {}  # bytes by address
 
-    def remember(tensor: torch.Tensor) -> torch.Tensor:
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if not isinstance(tensor, torch.nn.Parameter):
-            kept[storage.data_ptr()] = storage.nbytes()
+            saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         smashed = model.head(images, model.prompts)
-        features = torch.randn_like(smashed).requires_grad_()  # what the server would answer
+        features = torch.randn_like(smashed).requires_grad_()  # stands for the server's response
         loss = F.cross_entropy(model.tail(features), labels)
     loss.backward()
     smashed.backward(torch.randn_like(smashed))
@@ -58,13 +61,13 @@ def main() -> None:
         for part in (model.head, model.tail)
         for tensor in part.state_dict().values()
     )
-    legs = 4 * smashed.numel() * 4 + images.numel() * 4
+    crossing = 4 * smashed.numel() * 4 + images.numel() * 4
     sys.stdout.write(
         json.dumps(
             {
                 "extra_peak": peak_bytes() - before,
                 "parts": parts,
-                "activations": sum(kept.values()) + legs,
+                "activations": sum(saved.values()) + crossing,
             }
         )
     )

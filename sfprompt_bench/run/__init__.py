@@ -1,1 +1,1 @@
-"""The command run: one server and some devices on this machine."""
+"""The command run: one server and several devices on this machine, each a process."""

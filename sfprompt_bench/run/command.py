@@ -20,20 +20,28 @@ from sfprompt_bench.run.report import result_table, write_files
 
 FormOption = Annotated[
     Form,
-    typer.Option(help="default: prompts at the cut, little traffic; paper: as it was published."),
+    typer.Option(
+        help="Form of SFPrompt: default (prompts at the cut, little traffic) or paper (as "
+        "published)."
+    ),
 ]
 
 
 def run(
     data: Annotated[
-        str, typer.Option(help=f"Data set, with its settings: {' | '.join(PRESETS)}")
+        str, typer.Option(help=f"Data set, with preset settings: {' | '.join(PRESETS)}")
     ] = "digits",
     form: FormOption = "default",
     devices: Annotated[int, typer.Option(min=1, max=64, help="Edge clients to start.")] = 4,
-    partition: Annotated[str, typer.Option(help=f"How the data are divided: {SCHEMES}")] = "iid",
-    rounds: Annotated[int | None, typer.Option(min=1, help="Default: the preset's.")] = None,
+    partition: Annotated[
+        str, typer.Option(help=f"How to divide the data between devices: {SCHEMES}")
+    ] = "iid",
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="Rounds of the run. Default: the preset's.")
+    ] = None,
     keep_fraction: Annotated[
-        float | None, typer.Option(help="Share of samples kept for split training.")
+        float | None,
+        typer.Option(help="Share of samples selected for split training. Default: the preset's."),
     ] = None,
     limit_train: Annotated[
         int | None, typer.Option(min=1, help="Training images over all devices.")
@@ -42,25 +50,30 @@ def run(
         int | None, typer.Option(min=1, help="Test images over all devices.")
     ] = None,
     shots: Annotated[
-        int | None,
-        typer.Option(min=1, help="Training images of each class over all devices, instead."),
+        int | None, typer.Option(min=1, help="Training images of each class over all devices.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Fixes the data's parts and all draws.")] = 0,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Seed of the partition and of all random numbers.")
+    ] = 0,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port of the server; 0: any free port.")
+    ] = 0,
     server_threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads of the body. Default: all.")
+        int | None, typer.Option(min=1, help="CPU threads of the server's body. Default: all.")
     ] = None,
     dtype: DTypeOption = "auto",
-    out: Annotated[Path | None, typer.Option(help="Run folder. Default: runs/DATA-TIME.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for results. Default: runs/DATA-TIME.")
+    ] = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Tune with one server and several devices, all on this machine, and show what it took."""
+    """Tune with one server and several devices on this machine, and report bytes and accuracy."""
     console = Console()
     preset = preset_named(data, form)
     scheme = parse_scheme(partition)
     folder = make_run_folder(out, data)
     local = LocalRun(
-        settings=_adjusted(preset.settings, devices, rounds, keep_fraction, seed),
+        settings=_with_options(preset.settings, devices, rounds, keep_fraction, seed),
         data=preset.data,
         devices=devices,
         partition=str(scheme),
@@ -82,15 +95,15 @@ def run(
         json_file.write_text(json.dumps(figures, indent=2) + "\n")
 
 
-def _adjusted(
-    settings: RunPlan, devices: int, rounds: int | None, keep: float | None, seed: int
+def _with_options(
+    settings: RunPlan, devices: int, rounds: int | None, keep_fraction: float | None, seed: int
 ) -> RunPlan:
-    """The preset with what the command line changes; validated again as a whole."""
+    """The preset with the options of the command line, validated as a whole."""
     values = settings.model_dump()
     values["seed"] = seed
     values["federation"]["min_participants"] = devices
     if rounds is not None:
         values["federation"]["rounds"] = rounds
-    if keep is not None:
-        values["training"]["keep_fraction"] = keep
+    if keep_fraction is not None:
+        values["training"]["keep_fraction"] = keep_fraction
     return parse_message(RunPlan, values)

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a bar per round, a line per device."""
+"""The live view of a run: a bar for each round, a line for each device."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _PHASES = ("prune", "local", "split", "neurons", "evaluate")  # in the order of 
 
 
 class LiveView:
-    """Bars that follow the devices' own words and the server's record of the rounds.
+    """Shows the devices' events and the server's rounds as bars.
 
-    On something that is no terminal (a log, a pipe) there are no bars, just a line a round.
+    Without a terminal (a log, a pipe) it prints a line for each round instead.
     """
 
     def __init__(self, console: Console, devices: Sequence[str], rounds: int) -> None:
@@ -39,14 +39,14 @@ class LiveView:
             TextColumn("{task.fields[note]}"),
             console=console,
         )
-        self._of_rounds = rounds
+        self._num_rounds = rounds
         self._bars: dict[int, TaskID] = {}
         self._lines = {
             name: self._devices.add_task(name, total=None, phase="starting", note="")
             for name in devices
         }
         self._shares = dict.fromkeys(devices, 0.0)
-        self._said: set[int] = set()
+        self._closed: set[int] = set()
         self._lock = threading.Lock()
         self._live = Live(Group(self._rounds, self._devices), console=console, refresh_per_second=5)
 
@@ -64,8 +64,8 @@ class LiveView:
         if self._console.is_terminal:
             self._live.stop()
 
-    def device_said(self, name: str, data: dict[str, Any]) -> None:
-        """Take one line of JSON from a device. Called from the threads that read them."""
+    def show_event(self, name: str, data: dict[str, Any]) -> None:
+        """Show an event of a device. Called from the threads that read the devices' output."""
         with self._lock:
             line, event = self._lines[name], data.get("event")
             if event == "progress":
@@ -87,38 +87,37 @@ class LiveView:
                 self._devices.update(line, phase="done", completed=1, total=1)
 
     def show_rounds(self, rounds: Sequence[RoundView]) -> None:
-        """Bring the bars up to date with the server's record."""
+        """Update the bars of rounds."""
         with self._lock:
             for view in rounds:
                 self._show_round(view)
 
     def _show_round(self, view: RoundView) -> None:
-        over = view.status is RoundStatus.CLOSED
+        is_closed = view.status is RoundStatus.CLOSED
         if view.round not in self._bars:
-            label = f"{view.round:>3}/{self._of_rounds}"
+            label = f"{view.round:>3}/{self._num_rounds}"
             self._bars[view.round] = self._rounds.add_task(label, total=1.0, note="")
             self._shares = dict.fromkeys(self._shares, 0.0)
-        if over and view.round not in self._said:
-            self._said.add(view.round)
+        if is_closed and view.round not in self._closed:
+            self._closed.add(view.round)
             note = round_note(view)
             bar = self._bars[view.round]
             self._rounds.update(bar, completed=1.0, note=note)
             self._rounds.stop_task(bar)
             if not self._console.is_terminal:
-                self._console.print(f"round {view.round}/{self._of_rounds}  {note}", style="none")
+                self._console.print(f"round {view.round}/{self._num_rounds}  {note}", style="none")
 
     def _move_round_bar(self) -> None:
-        if self._bars and max(self._bars) not in self._said:
+        if self._bars and max(self._bars) not in self._closed:
             share = sum(self._shares.values()) / len(self._shares)
             self._rounds.update(self._bars[max(self._bars)], completed=share)
 
 
 def round_note(view: RoundView) -> str:
-    """A closed round in a few words."""
+    """Describe a closed round: accuracy, loss and bytes."""
     accuracy = "not measured" if view.accuracy is None else f"{view.accuracy:6.1%}"
     loss = "" if view.train_loss is None else f"  loss {view.train_loss:.3f}"
-    moved = total_bytes(view.traffic)
-    return f"accuracy {accuracy}{loss}  {_megabytes(moved)}"
+    return f"accuracy {accuracy}{loss}  {_megabytes(total_bytes(view.traffic))}"
 
 
 def _megabytes(count: int) -> str:

@@ -1,4 +1,4 @@
-"""One run on this machine: a split server and some devices, each a process, over loopback."""
+"""A run on this machine: a split server and devices as processes, over loopback."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from rich.console import Console
 from protocol.errors import SFPromptError
 from protocol.messages import Results
 from protocol.plan import RunPlan
+from sfprompt_bench.run.backbone_cache import shared_backbones
 from sfprompt_bench.run.live import LiveView
-from sfprompt_bench.run.preflight import choose_port, shared_backbones
+from sfprompt_bench.run.preflight import choose_port
 from sfprompt_bench.run.processes import Process, start_device, wait_until_healthy
 from sfprompt_bench.run.report import summary
 from split_model import save_state
@@ -25,31 +26,31 @@ from split_server.client import OperatorClient, read_token
 from split_server.federation.export import newest_state
 from tuning_methods.custom.settings import Custom
 
-_START_S = 120.0
+_START_TIMEOUT_S = 120.0
 
 _POLL_S = 0.5
 
-_DEVICES = "devices"  # their homes
+_DEVICES = "devices"  # folder of the devices' homes
 
-_GOODBYE_S = 60.0  # for devices to hear that the run is over and to leave
+_LEAVE_TIMEOUT_S = 60.0  # for devices to learn that the run has ended and to leave
 
 
 @dataclass(frozen=True)
 class LocalRun:
-    """What to run, and on how many devices.
+    """A run's settings, data and devices.
 
     Args:
         settings: of the run.
-        data: as ``edge-client --data`` takes it.
-        devices: how many edge clients.
-        partition: how the data are divided over them, as ``edge-client --partition`` takes it.
-        folder: where everything of the run goes; made if it is not there.
-        port: of the server; 0: any free one.
+        data: as in ``edge-client --data``.
+        devices: number of edge clients.
+        partition: of the data between them, as in ``edge-client --partition``.
+        folder: for all files of the run; created if necessary.
+        port: of the server; 0: any free port.
         server_threads: CPU threads of the body; None: all.
-        dtype: what the body computes in, as ``split-server serve --dtype`` takes it.
+        dtype: of the body's computation, as in ``split-server serve --dtype``.
         limit_train, limit_test: images over all devices; None: all.
         shots: training images of each class over all devices, in place of limit_train; None: all.
-        link: a line to simulate between each device and the server, e.g. ``20mbit,50ms``.
+        link: network to simulate between each device and the server, e.g. ``20mbit,50ms``.
     """
 
     settings: RunPlan
@@ -69,10 +70,10 @@ class LocalRun:
         """Run to the end and return the server's results and their summary.
 
         Raises:
-            SFPromptError: a process ended early, with the last lines of its log; or the run failed.
+            SFPromptError: a process ended early (with the end of its log), or the run failed.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(self.folder / _DEVICES, ignore_errors=True)  # of an earlier run into it
+        shutil.rmtree(self.folder / _DEVICES, ignore_errors=True)  # of an earlier run
         names = [f"device-{number}" for number in range(1, self.devices + 1)]
         rounds = self.settings.federation.rounds
         with self._server(console) as (url, operator, server), ExitStack() as stack:
@@ -85,7 +86,7 @@ class LocalRun:
                     name,
                     self._device_arguments(url, run.id, number),
                     self.folder,
-                    view.device_said,
+                    view.show_event,
                     threads=1,
                 )
                 for number, name in enumerate(names, start=1)
@@ -97,15 +98,16 @@ class LocalRun:
                 view.show_rounds(results.rounds)
                 if results.run.status.is_over:
                     break
-                _require_alive(server, devices)
+                _check_alive(server, devices)
                 time.sleep(_POLL_S)
-            for device in devices:  # one that still computes is stopped
+            for device in devices:  # a device that still computes is stopped
                 with suppress(subprocess.TimeoutExpired):
-                    device.wait(_GOODBYE_S)
-            results = operator.results(run.id)  # with the bytes of the last goodbye
+                    device.wait(_LEAVE_TIMEOUT_S)
+            results = operator.results(run.id)  # with the bytes of the devices' last requests
         if results.run.status != "finished":
-            raise SFPromptError(f"the run ended as {results.run.status}: {results.run.reason}")
-        self._keep_state(results)
+            ended = results.run
+            raise SFPromptError(f"the run ended with status {ended.status}: {ended.reason}")
+        self._save_state(results)
         return results, summary(results, time.monotonic() - started)
 
     @contextmanager
@@ -114,7 +116,7 @@ class LocalRun:
         data_dir = self.folder / "server"
         arguments = ["split_server.cli", "serve", "--host", "127.0.0.1", "--port", str(port)]
         arguments += ["--data-dir", str(data_dir)]
-        if self.dtype != "auto":  # which the environment may have set otherwise
+        if self.dtype != "auto":  # auto leaves the choice to the environment
             arguments += ["--dtype", self.dtype]
         if self.server_threads is not None:
             arguments += ["--torch-threads", str(self.server_threads)]
@@ -129,7 +131,7 @@ class LocalRun:
         server = Process("server", arguments, self.folder, threads=self.server_threads)
         try:
             probe = OperatorClient(url)
-            wait_until_healthy(server, probe.is_healthy, _START_S)
+            wait_until_healthy(server, probe.is_healthy, _START_TIMEOUT_S)
             probe.close()
             operator = OperatorClient(url, read_token(data_dir))
             try:
@@ -151,21 +153,21 @@ class LocalRun:
             arguments += ["--shots", str(self.shots)]
         if self.link is not None:
             arguments += ["--link", self.link]
-        # Each device downloads for itself, as it would in its own place.
+        # Each device has a home and downloads its files, as on separate machines.
         home = self.folder / _DEVICES / str(number)
         return [*arguments, "--home", str(home)]
 
-    def _keep_state(self, results: Results) -> None:
+    def _save_state(self, results: Results) -> None:
         _, state = newest_state(self.folder / "server", results.run.id)
         save_state(state, self.folder / "tuned.safetensors")
 
 
-def _require_alive(server: Process, devices: list[Process]) -> None:
+def _check_alive(server: Process, devices: list[Process]) -> None:
     for process in (server, *devices):
         code = process.exit_code()
         if code or (code == 0 and process is server):
             raise SFPromptError(
                 f"{process.name} ended early (exit code {code}):\n{process.last_lines()}",
                 field=str(process.log),
-                hint="the whole log is in that file",
+                hint="read the whole log in that file",
             )

@@ -1,15 +1,12 @@
-"""What a run needs of the machine, checked before anything is started."""
+"""Checks before a run: disk space, packages and a free port."""
 
 from __future__ import annotations
 
 import importlib.util
-import os
 import shutil
 import socket
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from protocol.errors import Conflict, NotFound, SFPromptError
@@ -20,20 +17,20 @@ PACKAGES = ("fastapi", "uvicorn", "sqlalchemy", "onnx", "matplotlib", "sklearn")
 
 
 def check_disk(folder: Path) -> None:
-    """Raises `SFPromptError` if too little is free where the run is to be written."""
+    """Raise `SFPromptError` if the folder's disk has too little free space for a run."""
     free = shutil.disk_usage(folder).free
     if free < _NEEDED_BYTES:
         raise SFPromptError(
-            f"too little space is free for a run in {folder}",
+            f"there is too little free disk space for a run in {folder}",
             field="disk",
             limit=_NEEDED_BYTES,
             value=free,
-            hint="free some space, or choose another place with --out",
+            hint="free some space, or choose another folder with --out",
         )
 
 
 def make_run_folder(wanted: Path | None, name: str) -> Path:
-    """``wanted``, or runs/NAME-TIME; made, and with room for a run. Raises as `check_disk` does."""
+    """Create ``wanted`` or runs/NAME-TIME and check its space. Raises as `check_disk` does."""
     folder = wanted or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder.mkdir(parents=True, exist_ok=True)
     check_disk(folder)
@@ -41,7 +38,7 @@ def make_run_folder(wanted: Path | None, name: str) -> Path:
 
 
 def check_packages(needed: Sequence[str] = PACKAGES) -> None:
-    """Raises `NotFound` if an extra that brings one of these was not installed."""
+    """Raise `NotFound` if a package of an extra is not installed."""
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         raise NotFound(
@@ -53,10 +50,10 @@ def check_packages(needed: Sequence[str] = PACKAGES) -> None:
 
 
 def choose_port(wanted: int) -> int:
-    """``wanted`` if it is free, or for 0 any free port on loopback.
+    """Check that ``wanted`` is free on loopback, or choose a free port for 0.
 
     Raises:
-        Conflict: something listens there already.
+        Conflict: the port is in use.
     """
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -67,46 +64,6 @@ def choose_port(wanted: int) -> int:
                 f"port {wanted} cannot be used ({error.strerror})",
                 field="port",
                 value=wanted,
-                hint="stop what listens there, or give another --port (0: any free one)",
+                hint="stop the program on this port, or choose another --port (0: any free port)",
             ) from error
         return int(probe.getsockname()[1])
-
-
-_WHOLE = frozenset({".whl", ".safetensors", ".json"})  # and nothing that is being written
-
-
-@contextmanager
-def shared_backbones(data_dir: Path) -> Iterator[None]:
-    """A server's folder with the backbones that are here; what it adds is kept for later runs.
-
-    Its files never change once they have their names, so that both places can hold the same.
-    """
-    from edge_client.data.download import cache_dir  # imports torch, which a help text need not
-
-    common, own = cache_dir() / "backbones", data_dir / "backbones"
-    _share(common, own)
-    try:
-        yield
-    finally:
-        _share(own, common)
-
-
-def _share(source: Path, target: Path) -> None:
-    files = [file for file in source.glob("*") if file.suffix in _WHOLE]
-    if files:
-        target.mkdir(parents=True, exist_ok=True)
-    for file in files:
-        if not (target / file.name).exists():
-            _put(file, target / file.name)
-
-
-def _put(file: Path, place: Path) -> None:
-    try:
-        place.hardlink_to(file)
-    except FileExistsError:  # another run was faster
-        return
-    except OSError:  # another disk, or one without links
-        number, temporary = tempfile.mkstemp(dir=place.parent)
-        os.close(number)
-        shutil.copyfile(file, temporary)
-        Path(temporary).replace(place)

@@ -1,4 +1,4 @@
-"""Server and devices as processes of their own, with their logs in the run folder."""
+"""Server and devices as child processes, with their logs in the run folder."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ from typing import Any
 
 from protocol.errors import SFPromptError
 
-DeviceEvent = Callable[[str, dict[str, Any]], None]  # the device's name, and what it said
+DeviceEvent = Callable[[str, dict[str, Any]], None]  # called with the device's name and its event
 
 
 _started: weakref.WeakSet[Process] = weakref.WeakSet()
 
 
 class Process:
-    """A child process that dies with its owner.
+    """A child process with a log.
 
     Args:
-        name: what people call it; its log is ``NAME.log``.
+        name: for people; the log is ``NAME.log``.
         arguments: of ``python -m``.
-        on_line: called with every line of its standard output; None: that goes to the log too.
-        threads: CPU threads that its libraries may use; None: all.
-        cwd: its working directory; None: this process's.
+        folder: of the log.
+        on_line: called with each line of its standard output; None: the lines go to the log.
+        threads: maximum CPU threads of its libraries; None: no limit.
+        cwd: working directory; None: this process's.
     """
 
     def __init__(
@@ -74,28 +75,29 @@ class Process:
         return self._child.pid
 
     def exit_code(self) -> int | None:
-        """None while it runs."""
+        """The exit code; None while it runs."""
         return self._child.poll()
 
     def wait(self, seconds: float) -> int:
-        """Its exit code; `subprocess.TimeoutExpired` if it is not done by then."""
+        """Wait for the exit code; raise `subprocess.TimeoutExpired` after ``seconds``."""
         code = self._child.wait(seconds)
         self._finish_reading()
         return code
 
     def kill(self) -> None:
-        """End it without asking, as a power cut would."""
+        """End it at once, as a power cut does."""
         self._child.kill()
         self._child.wait()
         self._finish_reading()
 
-    def ask_to_end(self) -> None:
+    def terminate(self) -> None:
+        """Ask it to end (SIGTERM)."""
         if self._child.poll() is None:
             self._child.terminate()
 
     def stop(self, seconds: float = 10.0) -> None:
-        """Ask it to end, and end it if it does not."""
-        self.ask_to_end()
+        """Ask it to end, and kill it after ``seconds``."""
+        self.terminate()
         if self._child.poll() is None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._child.wait(seconds)
@@ -108,18 +110,19 @@ class Process:
             self._reader.join(5)
 
     def last_lines(self, count: int = 15) -> str:
+        """Read the end of its log."""
         lines = self.log.read_text(errors="replace").splitlines()
         return "\n".join(lines[-count:])
 
 
 def end_processes() -> None:
-    """Ask every process that this one has started to end; whoever waits for one learns of it."""
+    """Ask all processes that this one has started to end; their waiters return."""
     for process in list(_started):
-        process.ask_to_end()
+        process.terminate()
 
 
 def usable_cores() -> int:
-    """How many processor cores this process may use, which may be fewer than there are."""
+    """Count the processor cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -132,7 +135,7 @@ def start_device(
     on_event: DeviceEvent,
     threads: int | None = None,
 ) -> Process:
-    """Start an edge client that tells of itself in lines of JSON."""
+    """Start an edge client that reports its progress in lines of JSON."""
 
     def on_line(line: str) -> None:
         try:
@@ -147,14 +150,14 @@ def start_device(
 
 
 def wait_until_healthy(server: Process, probe: Callable[[], bool], seconds: float) -> None:
-    """Wait for the server's first answer.
+    """Wait until the server answers.
 
     Raises:
-        SFPromptError: it ended, or did not answer in time; with the end of its log.
+        SFPromptError: it ended, or did not answer within ``seconds``; with the end of its log.
     """
-    give_up_at = time.monotonic() + seconds
+    deadline = time.monotonic() + seconds
     while not probe():
-        if server.exit_code() is not None or time.monotonic() > give_up_at:
+        if server.exit_code() is not None or time.monotonic() > deadline:
             state = "ended" if server.exit_code() is not None else "does not answer"
             raise SFPromptError(
                 f"the server {state}:\n{server.last_lines()}", field=str(server.log)

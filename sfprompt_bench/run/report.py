@@ -1,4 +1,4 @@
-"""What a finished run leaves: a table for people, files for everything else."""
+"""The report of a finished run: a table, JSON files and plots."""
 
 from __future__ import annotations
 
@@ -25,47 +25,49 @@ _PURPOSE = {
 
 
 def closed_rounds(results: Results) -> list[RoundView]:
-    """The rounds that made a global state, in order."""
+    """The rounds with a new global state, in order."""
     return [view for view in results.rounds if view.status is RoundStatus.CLOSED]
 
 
 def spent_epsilon(results: Results) -> float | None:
-    """What all rounds have cost in privacy (``federation.dp_delta``); None without noise."""
+    """The privacy spent in all rounds for ``federation.dp_delta``; None without noise."""
     closed = closed_rounds(results)
     return closed[-1].epsilon if closed else None
 
 
 def full_fine_tuning_bytes(results: Results) -> int:
-    """What federated full fine-tuning sends in one round: the whole model, down and up, for every
-    participant that this run sampled in its last round (2|W| each, float32, without headers)."""
+    """Bytes of a round of federated full fine-tuning with the last round's participants.
+
+    The whole model goes down and up for each of them: 2|W|, float32, without headers.
+    """
     closed = closed_rounds(results)
     sampled = len(closed[-1].sampled) if closed else len(results.participants)
     return 2 * results.run.backbone_bytes * sampled
 
 
 def summary(results: Results, seconds: float) -> dict[str, Any]:
-    """The run in figures, for scripts."""
+    """Collect the figures of a run as JSON values."""
     closed = closed_rounds(results)
-    sent = total_bytes(results.traffic)
+    nbytes = total_bytes(results.traffic)
     full = sum(2 * results.run.backbone_bytes * len(view.sampled) for view in closed)
-    measured = [view.accuracy for view in closed if view.accuracy is not None]
+    accuracies = [view.accuracy for view in closed if view.accuracy is not None]
     return {
         "run": results.run.id,
         "status": str(results.run.status),
         "rounds": len(closed),
-        "accuracy": measured[-1] if measured else None,
-        "best_accuracy": max(measured, default=None),
+        "accuracy": accuracies[-1] if accuracies else None,
+        "best_accuracy": max(accuracies, default=None),
         "seconds": seconds,
         "epsilon": spent_epsilon(results),
         "bytes": results.traffic,
-        "bytes_total": sent,
+        "bytes_total": nbytes,
         "bytes_full_fine_tuning": full,
-        "ratio_to_full_fine_tuning": sent / full if full else None,
+        "ratio_to_full_fine_tuning": nbytes / full if full else None,
     }
 
 
 def result_table(results: Results, figures: dict[str, Any]) -> Table:
-    """Bytes by phase and direction, accuracy, and the comparison."""
+    """Show bytes by phase and direction, accuracy, and federated full fine-tuning's bytes."""
     table = Table(title=f"Run {results.run.settings.name}", title_justify="left")
     table.add_column("at the socket, all devices")
     for name in ("up MB", "down MB", "both MB", "share"):
@@ -92,9 +94,9 @@ def result_table(results: Results, figures: dict[str, Any]) -> Table:
             f"[dim]{1 / ratio:.0%}[/dim]",
         )
     accuracy = figures["accuracy"]
-    shown = "not measured" if accuracy is None else f"{accuracy:.2%}"
+    reached = "not measured" if accuracy is None else f"{accuracy:.2%}"
     table.caption = (
-        f"accuracy on held-out images {shown} after {figures['rounds']} rounds, "
+        f"accuracy on held-out images {reached} after {figures['rounds']} rounds, "
         f"{figures['seconds']:.0f} s"
     )
     if figures["epsilon"] is not None:
@@ -105,7 +107,7 @@ def result_table(results: Results, figures: dict[str, Any]) -> Table:
 
 
 def write_files(results: Results, figures: dict[str, Any], folder: Path) -> list[Path]:
-    """History (JSON lines), result (JSON) and plots. Returns what was written."""
+    """Write history (JSON lines), result (JSON) and plots; return the files."""
     history = folder / "history.jsonl"
     history.write_text("".join(view.model_dump_json() + "\n" for view in results.rounds))
     result = folder / "result.json"

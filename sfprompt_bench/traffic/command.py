@@ -9,11 +9,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from protocol.presets import FORMS
 from sfprompt_bench.presets import DTypeOption, JsonFile, traffic_preset
 from sfprompt_bench.run.preflight import make_run_folder
 from sfprompt_bench.run.processes import usable_cores
-from sfprompt_bench.traffic.ladder import Setting, climb, ladder
+from sfprompt_bench.traffic.ladder import LadderSetting, run_ladder
 from sfprompt_bench.traffic.report import (
     large_table,
     phase_table,
@@ -21,50 +20,63 @@ from sfprompt_bench.traffic.report import (
     traffic_figures,
     traffic_table,
 )
+from sfprompt_bench.traffic.rungs import ladder
 
 
 def traffic(
     quick: Annotated[
-        bool, typer.Option("--quick", help="A small setting on the digits, in minutes.")
+        bool, typer.Option("--quick", help="Run on a few digits, in minutes.")
     ] = False,
     devices: Annotated[
         int | None,
         typer.Option(min=1, max=64, help="Edge clients of a run. Default: 4, or 1 with --quick."),
     ] = None,
     seed: Annotated[
-        list[int] | None, typer.Option(min=0, help="Again for more. Default: 0, 1 and 2.")
+        list[int] | None,
+        typer.Option(
+            min=0,
+            help="Use this seed; repeat the option for more. Default: 0, 1 and 2, or 0 with "
+            "--quick.",
+        ),
     ] = None,
     link: Annotated[
-        str, typer.Option(help="The line of each device that is simulated.")
+        str, typer.Option(help="Network to simulate between each device and the server.")
     ] = "20mbit,50ms",
     at_once: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Runs at a time. Default: one for each CPU core, or two with --quick."
+            min=1,
+            help="Runs at the same time. Default: one for each CPU core, or two with --quick.",
         ),
     ] = None,
     dtype: DTypeOption = "auto",
     out: Annotated[
-        Path | None, typer.Option(help="Folder; runs found there are not repeated.")
+        Path | None,
+        typer.Option(
+            help="Folder for results. Runs with a result there are not repeated. "
+            "Default: runs/traffic-TIME."
+        ),
     ] = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Climb from the paper's form to the default, measure by measure: bytes, accuracy, time."""
+    """Run the paper's form, add one measure against traffic at a time, and report each."""
     console = Console()
     folder = make_run_folder(out, "traffic")
-    paper, default = (traffic_preset(form, quick=quick) for form in FORMS[::-1])
+    paper, default = (traffic_preset(form, quick=quick) for form in ("paper", "default"))
     seeds = tuple(seed or ((0,) if quick else (0, 1, 2)))
-    # With few images, most of a run is waiting for the line.
-    cores = usable_cores() * (2 if quick else 1)
-    setting = Setting(default, devices or (1 if quick else 4), seeds, link, at_once or cores, dtype)
+    # With few images, a run waits for its network most of the time.
+    runs = usable_cores() * (2 if quick else 1)
+    setting = LadderSetting(
+        default, devices or (1 if quick else 4), seeds, link, at_once or runs, dtype
+    )
     rungs = ladder(paper.settings, default.settings)
-    climbs = climb(rungs, setting, folder, console)
+    results = run_ladder(rungs, setting, folder, console)
     for rung in rungs:
         console.print(f"  [bold]{rung.name}[/bold]: {rung.what}", highlight=False)
-    console.print(phase_table(climbs, setting))
-    console.print(traffic_table(climbs, setting))
+    console.print(phase_table(results, setting))
+    console.print(traffic_table(results, setting))
     console.print(large_table(default.settings))
-    console.print(f"  {plot_ladder(climbs, setting, folder / 'traffic.png')}", highlight=False)
+    console.print(f"  {plot_ladder(results, setting, folder / 'traffic.png')}", highlight=False)
     if json_file is not None:
-        figures = traffic_figures(climbs, setting)
+        figures = traffic_figures(results, setting)
         json_file.write_text(json.dumps(figures, indent=2) + "\n")

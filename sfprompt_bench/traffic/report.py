@@ -1,7 +1,8 @@
-"""The ladder for people and for scripts: a table, a plot, and the ratios to other methods."""
+"""The ladder's report: tables, a plot, JSON values and ratios to other methods."""
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,20 +16,18 @@ from protocol.plan import RunPlan
 from protocol.traffic import Phase
 from sfprompt_bench.cost.question import Question
 from sfprompt_bench.estimate.calculator import estimate, paper_training, ratios
-from sfprompt_bench.plots import COLOURS, save
-from sfprompt_bench.traffic.ladder import Climb, Setting
+from sfprompt_bench.plots import COLOURS, MB, save
+from sfprompt_bench.traffic.ladder import LadderSetting, RungResult
 
-MB = 1e6
+_PHASES = tuple(phase for phase in Phase if phase is not Phase.CONTROL)  # control is little
 
-_PHASES = tuple(phase for phase in Phase if phase is not Phase.CONTROL)  # which is little
-
-# The setting that no small machine can run, for the calculator.
+# A setting that is too large for a small machine is calculated.
 _LARGE_SAMPLES, _LARGE_ROUNDS = 1000, 50
 
 
 @dataclass(frozen=True)
 class TrafficRatios:
-    """The default form against others, the download to start counted on both sides.
+    """The default form over others in a whole run, start included on both sides.
 
     Bytes of this project's forms are measured at the socket; those of federated full fine-tuning
     and FedPEFT-Prompt are their payloads, without headers.
@@ -38,12 +37,12 @@ class TrafficRatios:
     bytes_vs_full: float
     bytes_vs_fedpeft_prompt: float
     flops_vs_full: float
-    accuracy_drop_points: float  # the paper's form less the default's; negative: it gains
+    accuracy_drop_points: float  # the paper's form minus the default; negative: a gain
 
 
-def traffic_ratios(climbs: Sequence[Climb], setting: Setting) -> TrafficRatios:
-    """The measured default rung against the measured first one and the calculated others."""
-    paper, default = climbs[0], climbs[-1]
+def traffic_ratios(results: Sequence[RungResult], setting: LadderSetting) -> TrafficRatios:
+    """Compare the last rung with the first, and with the calculated cost of other methods."""
+    paper, default = results[0], results[-1]
     costs = estimate(_question(default.rung.settings, setting))
     rounds = default.rung.settings.federation.rounds
     per_device = default.mean_bytes / setting.devices
@@ -57,7 +56,7 @@ def traffic_ratios(climbs: Sequence[Climb], setting: Setting) -> TrafficRatios:
 
 
 def large_setting(default: RunPlan) -> tuple[Question, dict[str, Any]]:
-    """ViT-B/16 at 224 px with 1,000 samples a device over 50 rounds, calculated."""
+    """Calculate ViT-B/16 at 224 px with 1,000 samples a device over 50 rounds."""
     values = default.model_dump()
     values["model"] |= {"backbone": "vit_base_patch16_224", "image_size": 224}
     values["federation"] |= {"rounds": _LARGE_ROUNDS, "evaluate_every": 0}
@@ -65,13 +64,13 @@ def large_setting(default: RunPlan) -> tuple[Question, dict[str, Any]]:
     return question, asdict(ratios(estimate(question, paper_training()), _LARGE_ROUNDS))
 
 
-def traffic_figures(climbs: Sequence[Climb], setting: Setting) -> dict[str, Any]:
-    """Everything, as JSON can carry it."""
-    default = climbs[-1].rung.settings
+def traffic_figures(results: Sequence[RungResult], setting: LadderSetting) -> dict[str, Any]:
+    """Convert the ladder to values for JSON."""
+    default = results[-1].rung.settings
     rounds = default.federation.rounds
     costs = estimate(_question(default, setting))
     return {
-        "ratios": asdict(traffic_ratios(climbs, setting)),
+        "ratios": asdict(traffic_ratios(results, setting)),
         "break_even_rounds_with_fedpeft_prompt": ratios(costs, rounds).break_even_rounds,
         "vit_base_224": large_setting(default)[1],
         "devices": setting.devices,
@@ -80,80 +79,82 @@ def traffic_figures(climbs: Sequence[Climb], setting: Setting) -> dict[str, Any]
         "link": setting.link,
         "rungs": [
             {
-                "name": one.rung.name,
-                "what": one.rung.what,
-                "accuracy": list(one.accuracy),
-                "seconds": list(one.seconds),
-                "bytes_total": list(one.bytes_total),
-                "bytes": one.traffic,
-                "seconds_on_the_line": seconds_on_the_line(one, setting),
-                "device_flops": device_flops(one, setting),
-                "settings": one.rung.settings.model_dump(mode="json"),
+                "name": result.rung.name,
+                "what": result.rung.what,
+                "accuracy": list(result.accuracy),
+                "seconds": list(result.seconds),
+                "bytes_total": list(result.bytes_total),
+                "bytes": result.traffic,
+                "seconds_on_the_line": network_seconds(result, setting),
+                "device_flops": device_flops(result, setting),
+                "settings": result.rung.settings.model_dump(mode="json"),
             }
-            for one in climbs
+            for result in results
         ],
     }
 
 
-def device_flops(climb: Climb, setting: Setting) -> int:
-    """Operations of one device in the whole run, by torch's own counter."""
-    settings = climb.rung.settings
+def device_flops(result: RungResult, setting: LadderSetting) -> int:
+    """Calculate the operations of one device in the whole run, with torch's counter."""
+    settings = result.rung.settings
     method = "sfprompt" if settings.model.prompt_at == "cut" else "sfprompt-paper"
     return estimate(_question(settings, setting))[method].flops_total(settings.federation.rounds)
 
 
-def traffic_table(climbs: Sequence[Climb], setting: Setting) -> Table:
-    """A row for each rung; bytes are of one device, in the whole run."""
+def network_seconds(result: RungResult, setting: LadderSetting) -> float:
+    """Calculate the time that one device waits for its network alone.
+
+    Its bytes at the link's rates, and the latency of each request of split training.
+    """
+    link, settings = Link.parse(setting.link), result.rung.settings
+    training = settings.training
+    samples = _question(settings, setting).selected_samples
+    steps = training.split_epochs * -(-samples // training.batch_size)
+    # Forward and backward, or both in one request.
+    requests_per_step = 2 if settings.model.prompt_at == "input" else 1
+    requests = settings.federation.rounds * steps * requests_per_step
+    up, down = (
+        sum(counts[direction] for counts in result.traffic.values()) / setting.devices
+        for direction in ("up", "down")
+    )
+    return 8 * up / link.up_bps + 8 * down / link.down_bps + requests * link.rtt_s
+
+
+def traffic_table(results: Sequence[RungResult], setting: LadderSetting) -> Table:
+    """Show a row for each rung; bytes are of one device, in the whole run."""
     table = Table(title=f"One device over {setting.link}, mean over seeds", title_justify="left")
     table.add_column("rung")
     for name in ("MB", "of paper", "accuracy", "on the line", "time", "TFLOP"):
         table.add_column(name, justify="right")
-    first = climbs[0].mean_bytes
-    for one in climbs:
-        accuracy = f"{one.mean_accuracy:.1%}"
-        if len(one.accuracy) > 1:
-            accuracy += f" ± {100 * one.spread:.1f}"
+    for result in results:
+        accuracy = f"{result.mean_accuracy:.1%}"
+        if len(result.accuracy) > 1:
+            accuracy += f" ± {100 * result.spread:.1f}"
         table.add_row(
-            one.rung.name,
-            f"{one.mean_bytes / MB / setting.devices:,.2f}",
-            f"{one.mean_bytes / first:.2%}",
+            result.rung.name,
+            f"{result.mean_bytes / MB / setting.devices:,.2f}",
+            f"{result.mean_bytes / results[0].mean_bytes:.2%}",
             accuracy,
-            f"{seconds_on_the_line(one, setting):,.0f} s",
-            f"{sum(one.seconds) / len(one.seconds):,.0f} s",
-            f"{device_flops(one, setting) / 1e12:,.2f}",
+            f"{network_seconds(result, setting):,.0f} s",
+            f"{statistics.fmean(result.seconds):,.0f} s",
+            f"{device_flops(result, setting) / 1e12:,.2f}",
         )
-    found = traffic_ratios(climbs, setting)
+    shares = traffic_ratios(results, setting)
     table.caption = (
-        f"The default form moves {found.bytes_vs_paper:.2%} of the paper's bytes, "
-        f"{found.bytes_vs_full:.2%} of federated full fine-tuning's and "
-        f"{found.bytes_vs_fedpeft_prompt:.1%} of FedPEFT-Prompt's, with "
-        f"{found.flops_vs_full:.3%} of full fine-tuning's operations on the device and "
-        f"{-found.accuracy_drop_points:+.1f} points of accuracy against the paper's form. "
-        + _break_even(climbs[-1].rung.settings, setting)
-        + " On the line: bytes and the latency of each step; time: of the runs as they were made."
+        f"The default form moves {shares.bytes_vs_paper:.2%} of the paper's bytes, "
+        f"{shares.bytes_vs_full:.2%} of federated full fine-tuning's and "
+        f"{shares.bytes_vs_fedpeft_prompt:.1%} of FedPEFT-Prompt's, with "
+        f"{shares.flops_vs_full:.3%} of full fine-tuning's operations on the device and "
+        f"{-shares.accuracy_drop_points:+.1f} points of accuracy compared with the paper's form. "
+        + _break_even(results[-1].rung.settings, setting)
+        + " on the line: calculated from the bytes and the latency of each step. time: measured, "
+        "of the whole run."
     )
     table.caption_justify = "left"
     return table
 
 
-def seconds_on_the_line(climb: Climb, setting: Setting) -> float:
-    """What one device would wait for its line, and for nothing else.
-
-    Its bytes at the link's rates, and the latency of each request of split training.
-    """
-    link, settings = Link.parse(setting.link), climb.rung.settings
-    training = settings.training
-    steps = training.split_epochs * -(
-        -_question(settings, setting).selected_samples // training.batch_size
-    )
-    ways_a_step = 2 if settings.model.prompt_at == "input" else 1  # forward and backward, or both
-    requests = settings.federation.rounds * steps * ways_a_step
-    ways = climb.traffic.values()
-    up, down = (sum(way[name] for way in ways) / setting.devices for name in ("up", "down"))
-    return 8 * up / link.up_bps + 8 * down / link.down_bps + requests * link.rtt_s
-
-
-def _break_even(default: RunPlan, setting: Setting) -> str:
+def _break_even(default: RunPlan, setting: LadderSetting) -> str:
     costs = estimate(_question(default, setting))
     rounds = ratios(costs, default.federation.rounds).break_even_rounds
     if rounds is None:
@@ -161,21 +162,22 @@ def _break_even(default: RunPlan, setting: Setting) -> str:
     return f"FedPEFT-Prompt would move as many bytes in {rounds:,.0f} rounds."
 
 
-def phase_table(climbs: Sequence[Climb], setting: Setting) -> Table:
-    """What the bytes of each rung were for, in MB of one device, in the whole run."""
-    table = Table(title="MB by purpose, both directions, but for control", title_justify="left")
+def phase_table(results: Sequence[RungResult], setting: LadderSetting) -> Table:
+    """Show the bytes of each rung by phase, in MB of one device, in the whole run."""
+    table = Table(title="MB by purpose, both directions, without control", title_justify="left")
     table.add_column("rung")
     for phase in _PHASES:
         table.add_column(str(phase), justify="right")
-    for one in climbs:
-        counts = (sum(one.traffic[phase].values()) for phase in _PHASES)
-        table.add_row(one.rung.name, *(f"{count / MB / setting.devices:,.2f}" for count in counts))
+    for result in results:
+        counts = (sum(result.traffic[phase].values()) for phase in _PHASES)
+        cells = (f"{count / MB / setting.devices:,.2f}" for count in counts)
+        table.add_row(result.rung.name, *cells)
     return table
 
 
 def large_table(default: RunPlan) -> Table:
-    """The four ratios of `large_setting`."""
-    question, found = large_setting(default)
+    """Show the four ratios of `large_setting`."""
+    question, shares = large_setting(default)
     table = Table(
         title=f"Calculated: {question.settings.model.backbone} at 224 px, "
         f"{_LARGE_SAMPLES:,} samples a device, {_LARGE_ROUNDS} rounds",
@@ -189,29 +191,28 @@ def large_table(default: RunPlan) -> Table:
         ("bytes of FedPEFT-Prompt", "bytes_vs_fedpeft_prompt"),
         ("operations of full fine-tuning", "flops_vs_full"),
     ):
-        table.add_row(label, f"{found[key]:.3%}")
+        table.add_row(label, f"{shares[key]:.3%}")
     return table
 
 
-def plot_ladder(climbs: Sequence[Climb], setting: Setting, out: Path) -> Path:
-    """Bytes of each rung, on a logarithmic scale, and its accuracy beside them."""
+def plot_ladder(results: Sequence[RungResult], setting: LadderSetting, out: Path) -> Path:
+    """Plot each rung's bytes on a logarithmic scale, and its accuracy."""
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(10, 4), sharey=True, layout="constrained", width_ratios=(3, 1)
     )
-    names = [one.rung.name for one in climbs]
-    totals = [one.mean_bytes / MB / setting.devices for one in climbs]
+    names = [result.rung.name for result in results]
+    totals = [result.mean_bytes / MB / setting.devices for result in results]
     left.barh(names, totals, color=COLOURS[Phase.SMASHED])
     for row, total in enumerate(totals):
-        share = f"{total:,.1f} MB ({total / totals[0]:.1%})"
-        left.annotate(share, (total, row), xytext=(4, 0), textcoords="offset points", va="center")
+        label = f"{total:,.1f} MB ({total / totals[0]:.1%})"
+        left.annotate(label, (total, row), xytext=(4, 0), textcoords="offset points", va="center")
     left.set_xscale("log")
     left.set_xlim(min(totals) / 2, max(totals) * 12)
     left.set(xlabel="MB at the socket, one device, whole run", title="traffic")
     left.invert_yaxis()
-    shares = [100 * one.mean_accuracy for one in climbs]
-    right.errorbar(
-        shares, names, xerr=[100 * one.spread for one in climbs], fmt="o", color="#c1121f"
-    )
+    accuracies = [100 * result.mean_accuracy for result in results]
+    spreads = [100 * result.spread for result in results]
+    right.errorbar(accuracies, names, xerr=spreads, fmt="o", color="#c1121f")
     right.set(xlabel="accuracy (%)", title="held-out images")
     right.margins(x=0.3)
     for axes in (left, right):
@@ -219,7 +220,7 @@ def plot_ladder(climbs: Sequence[Climb], setting: Setting, out: Path) -> Path:
     return save(figure, out)
 
 
-def _question(settings: RunPlan, setting: Setting) -> Question:
+def _question(settings: RunPlan, setting: LadderSetting) -> Question:
     preset, devices = setting.preset, setting.devices
     train = (preset.limit_train or 0) // devices
     return Question(settings, train, (preset.limit_test or 0) // devices)

@@ -1,4 +1,4 @@
-"""A whole comparison, for real: processes, HTTP, a resumed folder."""
+"""A whole comparison with processes and HTTP, and its continuation in the same folder."""
 
 import csv
 import json
@@ -35,11 +35,11 @@ dp_seed = 7
 
 
 def compare(folder: Path, file: Path) -> str:
-    """The command as a user gives it; what it prints."""
+    """Run the command and return its output."""
     arguments = ["compare", str(file), "--out", str(folder / "out"), "--at-once", "2"]
-    done = CliRunner().invoke(app, [*arguments, "--json", str(folder / "c.json")])
-    assert done.exit_code == 0, done.output
-    return done.output
+    result = CliRunner().invoke(app, [*arguments, "--json", str(folder / "c.json")])
+    assert result.exit_code == 0, result.output
+    return result.output
 
 
 def test_a_comparison_runs_measures_and_is_not_run_again(
@@ -48,32 +48,32 @@ def test_a_comparison_runs_measures_and_is_not_run_again(
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
     file = tmp_path / "tiny.toml"
     file.write_text(TINY)
-    shown = compare(tmp_path, file)
-    assert "worst device" in shown
-    assert "epsilon" in shown
+    output = compare(tmp_path, file)
+    assert "worst device" in output
+    assert "epsilon" in output
     out = tmp_path / "out"
-    made = json.loads((tmp_path / "c.json").read_text())["methods"]
-    assert set(made) == {"sfprompt", "splitfed-linear", "linear-probe"}
+    methods = json.loads((tmp_path / "c.json").read_text())["methods"]
+    assert set(methods) == {"sfprompt", "splitfed-linear", "linear-probe"}
     for name in ("sfprompt", "splitfed-linear"):
-        found = made[name]
+        figures = methods[name]
         # The probe's features need no training; 10 classes make 10 % by chance.
-        assert 0 <= found["accuracy_worst_client"] <= found["accuracy"] <= 1
-        assert found["bytes_start"] < found["bytes_total"] == found["bytes_all_devices"]
+        assert 0 <= figures["accuracy_worst_client"] <= figures["accuracy"] <= 1
+        assert figures["bytes_start"] < figures["bytes_total"] == figures["bytes_all_devices"]
         # Head, classifier and norm are known numbers; what is around them is less than 2 %.
-        assert found["bytes_total"] > found["calculated"]["bytes_start"]
-        assert found["bytes_up_per_round"] > 0
-        assert found["bytes_down_per_round"] > 0
-        assert found["device_peak_bytes"] > 50_000_000
-        assert found["device_seconds"] > 0.5
-        assert found["server_seconds"] > 0.5
-        assert found["curve"][-1]["accuracy"] == found["accuracy"]
+        assert figures["bytes_total"] > figures["calculated"]["bytes_start"]
+        assert figures["bytes_up_per_round"] > 0
+        assert figures["bytes_down_per_round"] > 0
+        assert figures["device_peak_bytes"] > 50_000_000
+        assert figures["device_seconds"] > 0.5
+        assert figures["server_seconds"] > 0.5
+        assert figures["curve"][-1]["accuracy"] == figures["accuracy"]
         # One round, everybody in it: 1.1640594 by hand at order 7, and no better one is far off.
-        assert 1.1 < found["epsilon"] <= 1.1640594
-    assert made["linear-probe"]["trainable_parameters"] == 10 * (192 + 1)
-    assert made["linear-probe"]["bytes_total"] is None
-    assert made["linear-probe"]["epsilon"] is None
+        assert 1.1 < figures["epsilon"] <= 1.1640594
+    assert methods["linear-probe"]["trainable_parameters"] == 10 * (192 + 1)
+    assert methods["linear-probe"]["bytes_total"] is None
+    assert methods["linear-probe"]["epsilon"] is None
     # What is tuned beside the classifier: the norm, and four prompts for each of eleven blocks.
-    tuned = made["sfprompt"]["trainable_parameters"]
+    tuned = methods["sfprompt"]["trainable_parameters"]
     assert tuned == 10 * (192 + 1) + 2 * 192 + 11 * 4 * 192
     assert (out / "comparison.html").read_text().count("<svg") == 4
     assert len(list(csv.reader((out / "comparison.csv").read_text().splitlines()))) == 4
@@ -85,4 +85,4 @@ def test_a_comparison_runs_measures_and_is_not_run_again(
     before = [file.stat().st_mtime_ns for file in files]
     compare(tmp_path, out / "comparison.toml")  # the file that it left
     assert [file.stat().st_mtime_ns for file in sorted(out.glob("tasks/*/task.json"))] == before
-    assert json.loads((tmp_path / "c.json").read_text())["methods"] == made
+    assert json.loads((tmp_path / "c.json").read_text())["methods"] == methods

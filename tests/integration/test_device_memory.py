@@ -1,4 +1,4 @@
-"""What a device needs: measured, in a process that does nothing else."""
+"""Memory and download of a device, measured in a process for this purpose."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_a_device_needs_no_more_memory_than_head_tail_and_one_batch_of_activatio
     head, _ = write_head_file(split, backbone.path, tmp_path / "head.safetensors")
     state = tmp_path / "state.safetensors"
     save_state(initial_state(split, open_backbone(backbone.path), 0), state)
-    done = subprocess.run(
+    process = subprocess.run(
         [
             *(sys.executable, "-m", "sfprompt_bench.micro.device_step"),
             *(SETTINGS.model_dump_json(), str(head), str(state)),
@@ -46,8 +46,8 @@ def test_a_device_needs_no_more_memory_than_head_tail_and_one_batch_of_activatio
         # glibc keeps freed memory; the step's own peak is what counts.
         env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_TRIM_THRESHOLD_": "65536"},
     )
-    assert done.returncode == 0, done.stderr
-    measured = json.loads(done.stdout)
+    assert process.returncode == 0, process.stderr
+    measured = json.loads(process.stdout)
     budget = measured["parts"] + measured["activations"]
     assert measured["extra_peak"] <= budget, measured
     assert measured["extra_peak"] < backbone.nbytes + measured["activations"]

@@ -1,4 +1,4 @@
-"""The engine's benchmark against a real server, as small as it can be."""
+"""The engine's benchmark with a real server, as small as possible."""
 
 from __future__ import annotations
 

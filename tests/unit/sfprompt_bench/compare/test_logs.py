@@ -1,4 +1,4 @@
-"""Logs for other programs are refused before anything runs where their extra is missing."""
+"""A missing extra for an experiment tracker is an error before any run starts."""
 
 import sys
 from pathlib import Path
@@ -16,7 +16,7 @@ from sfprompt_bench.cli import app
 def test_a_missing_extra_is_named_before_anything_is_begun(
     option: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # As on a machine without it: nothing on the path, and nothing imported before.
+    # As on a machine without the package: not on the path, and not imported.
     monkeypatch.delitem(sys.modules, package, raising=False)
     keep = [place for place in sys.path if not (Path(place) / package).exists()]
     monkeypatch.setattr(sys, "path", keep)

@@ -1,4 +1,4 @@
-"""A run on a proxy in a comparison: what the server distils on, and whose accuracy is shown."""
+"""A run on a proxy in a comparison: the images for distillation, and the backbone's accuracy."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ PROXY: dict[str, Any] = {"proxy": "pruned", "cut": 12, "prompt_count": 0, "tune"
 SETTINGS = RunPlan(model=SMALL.model_copy(update=PROXY))
 
 
-def test_images_to_distil_on_are_the_other_set_s(tmp_path: Path) -> None:
-    how = {"epochs": 1, "images": "digits", "samples": 30}
-    asked = RunPlan.model_validate({**SETTINGS.model_dump(), "distillation": how})
-    write_distillation_images(asked, tmp_path)
+def test_images_to_distil_on_come_from_the_named_set(tmp_path: Path) -> None:
+    distillation = {"epochs": 1, "images": "digits", "samples": 30}
+    settings = RunPlan.model_validate({**SETTINGS.model_dump(), "distillation": distillation})
+    write_distillation_images(settings, tmp_path)
     pixels = TensorFile(tmp_path / "distillation" / "digits.safetensors")["images"]
     assert (pixels.dtype, pixels.shape[:2]) == (torch.uint8, (30, 3))
-    held = load_dataset("digits", seed=0).train
-    known = {bytes(held.image(one).contiguous().numpy()) for one in range(len(held))}
-    assert all(bytes(image.contiguous().numpy()) in known for image in pixels)
+    images = load_dataset("digits", seed=0).train
+    known_images = {bytes(images.image(index).contiguous().numpy()) for index in range(len(images))}
+    assert all(bytes(image.contiguous().numpy()) in known_images for image in pixels)
 
 
-def test_without_a_named_set_the_server_is_given_none(tmp_path: Path) -> None:
+def test_without_a_named_set_no_images_are_written(tmp_path: Path) -> None:
     write_distillation_images(SETTINGS, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def test_it_is_the_backbone_s_accuracy_that_is_measured(tmp_path: Path) -> None:
+def test_the_backbone_s_accuracy_is_measured(tmp_path: Path) -> None:
     split = SETTINGS.model
     weights = open_backbone(prepare_backbone(split, "random:0", tmp_path).path)
     state = initial_state(split, proxy_weights(split, weights), seed=0)
@@ -49,15 +49,15 @@ def test_it_is_the_backbone_s_accuracy_that_is_measured(tmp_path: Path) -> None:
     for label, right in ((1, 3), (0, 4)):
         state["tail.head.bias"].copy_(torch.eye(3)[label])
         data = Dataset(image_set(3), image_set(10 if label == 0 else 9, seed=1))
-        found = backbone_accuracy(SETTINGS, state, data, tmp_path)
-        assert found == right / len(data.test)
+        result = backbone_accuracy(SETTINGS, state, data, tmp_path)
+        assert result == right / len(data.test)
 
 
-def test_of_a_proxy_s_run_the_backbone_is_shown_and_the_proxy_beside_it() -> None:
+def test_figures_of_a_run_on_a_proxy_have_both_accuracies() -> None:
     points = [{"round": 1, "bytes": 5, "accuracy": 0.3}, {"round": 2, "bytes": 9, "accuracy": 0.4}]
     run = {"accuracy": 0.4, "accuracy_worst_client": 0.1, "curve": points, "bytes_total": 9}
-    found = with_backbone_accuracy(run, 0.7)
-    assert (found["accuracy"], found["accuracy_proxy"], found["bytes_total"]) == (0.7, 0.4, 9)
-    assert [point["accuracy"] for point in found["curve"]] == [None, 0.7]
-    assert found["accuracy_worst_client"] is None
+    result = with_backbone_accuracy(run, 0.7)
+    assert (result["accuracy"], result["accuracy_proxy"], result["bytes_total"]) == (0.7, 0.4, 9)
+    assert [point["accuracy"] for point in result["curve"]] == [None, 0.7]
+    assert result["accuracy_worst_client"] is None
     assert points[1]["accuracy"] == 0.4

@@ -1,4 +1,4 @@
-"""What is made of the figures of a comparison: means, tables, files and the report."""
+"""Means, tables, files and the page of a comparison."""
 
 import csv
 import io
@@ -78,10 +78,12 @@ def figures(accuracy: float, megabytes: int) -> dict[str, Any]:
     }
 
 
-def measured(method: str, *every: dict[str, Any]) -> Outcome:
-    seeds = tuple(range(len(every)))
-    made = tuple(one | {"bytes_to_target": bytes_to_target(one, 0.7)} for one in every)
-    return Outcome(method, f"what {method} is", {}, seeds, made)
+def measured(method: str, *by_seed: dict[str, Any]) -> Outcome:
+    seeds = tuple(range(len(by_seed)))
+    values = tuple(
+        figures | {"bytes_to_target": bytes_to_target(figures, 0.7)} for figures in by_seed
+    )
+    return Outcome(method, f"what {method} is", {}, seeds, values)
 
 
 SFPROMPT = measured("sfprompt", figures(0.80, 10), figures(0.90, 12))
@@ -92,7 +94,7 @@ CENTRAL = measured("central", *(reference_figures(0.95, 5000, 3.0) for _ in rang
 
 FAILED = Outcome("fedpeft-<b>", "breaks", failures=("seed 0: <script>alert(1)</script>",))
 
-EVERY = [SFPROMPT, FULL, CENTRAL, FAILED]
+ALL_OUTCOMES = [SFPROMPT, FULL, CENTRAL, FAILED]
 
 
 def test_means_and_spreads_are_over_the_seeds() -> None:
@@ -110,16 +112,16 @@ def test_means_and_spreads_are_over_the_seeds() -> None:
 
 
 def test_bytes_to_a_target_are_those_of_the_first_round_that_reaches_it() -> None:
-    made = figures(0.80, 10)
-    assert bytes_to_target(made, 0.60) == 7_500_000
-    assert bytes_to_target(made, 0.70) == 10_000_000
-    assert bytes_to_target(made, 0.90) is None
-    assert bytes_to_target(made, None) is None
+    values = figures(0.80, 10)
+    assert bytes_to_target(values, 0.60) == 7_500_000
+    assert bytes_to_target(values, 0.70) == 10_000_000
+    assert bytes_to_target(values, 0.90) is None
+    assert bytes_to_target(values, None) is None
     assert SFPROMPT.mean("bytes_to_target") == pytest.approx((10_000_000 + 9_000_000) / 2)
     assert FULL.mean("bytes_to_target") is None  # one of its seeds never reaches it
 
 
-def found_of(settings: RunPlan) -> dict[str, Any]:
+def figures_of(settings: RunPlan) -> dict[str, Any]:
     """Two devices, two rounds. A state has 1,000 bytes, of which one crosses before round 1."""
     traffic = {
         str(Phase.DOWNLOAD): {"up": 200, "down": 9_800},
@@ -172,19 +174,19 @@ def found_of(settings: RunPlan) -> dict[str, Any]:
 
 
 def test_the_figures_of_a_run_are_per_device_and_start_counts_once() -> None:
-    found = found_of(RunPlan())
-    assert found["bytes_start"] == 10_000 // 2 + 1_000
-    assert found["bytes_up_per_round"] == (8_000 + 4_000) // 4
-    assert found["bytes_down_per_round"] == (400 + 4_000 + 6_000 - 2 * 1_000) // 4
-    assert found["bytes_all_devices"] == 34_200
-    assert found["bytes_total"] == 17_100
-    assert found["bytes"]["features"] == {"up": 0, "down": 2_000}
-    assert [point["bytes"] for point in found["curve"]] == [8_550, 17_100]
-    assert [point["accuracy"] for point in found["curve"]] == [None, 0.5]
-    assert (found["accuracy"], found["accuracy_worst_client"]) == (0.5, 0.4)
-    assert (found["device_peak_bytes"], found["device_seconds"]) == (300, 3.0)
-    assert (found["server_peak_bytes"], found["server_seconds"]) == (500, 8.0)
-    assert found["epsilon"] == 2.0  # of both rounds
+    result = figures_of(RunPlan())
+    assert result["bytes_start"] == 10_000 // 2 + 1_000
+    assert result["bytes_up_per_round"] == (8_000 + 4_000) // 4
+    assert result["bytes_down_per_round"] == (400 + 4_000 + 6_000 - 2 * 1_000) // 4
+    assert result["bytes_all_devices"] == 34_200
+    assert result["bytes_total"] == 17_100
+    assert result["bytes"]["features"] == {"up": 0, "down": 2_000}
+    assert [point["bytes"] for point in result["curve"]] == [8_550, 17_100]
+    assert [point["accuracy"] for point in result["curve"]] == [None, 0.5]
+    assert (result["accuracy"], result["accuracy_worst_client"]) == (0.5, 0.4)
+    assert (result["device_peak_bytes"], result["device_seconds"]) == (300, 3.0)
+    assert (result["server_peak_bytes"], result["server_seconds"]) == (500, 8.0)
+    assert result["epsilon"] == 2.0  # of both rounds
 
 
 def test_a_head_that_came_again_belongs_to_the_rounds() -> None:
@@ -195,17 +197,17 @@ def test_a_head_that_came_again_belongs_to_the_rounds() -> None:
             "distillation": {"epochs": 1, "every": 1},
         }
     )
-    plain, found = found_of(RunPlan()), found_of(settings)
-    assert found["bytes_start"] == 10_000 // 2 // 2 + 1_000  # two heads for each of two devices
-    assert found["bytes_down_per_round"] == plain["bytes_down_per_round"] + 5_000 // 4
-    assert found["bytes_total"] == plain["bytes_total"]
+    plain, result = figures_of(RunPlan()), figures_of(settings)
+    assert result["bytes_start"] == 10_000 // 2 // 2 + 1_000  # two heads for each of two devices
+    assert result["bytes_down_per_round"] == plain["bytes_down_per_round"] + 5_000 // 4
+    assert result["bytes_total"] == plain["bytes_total"]
 
 
 def test_the_calculated_payload_has_every_head() -> None:
-    made = figures(0.8, 10)
-    assert measured_over_calculated(measured("fedpft", made)) == "1.25x"
-    made["calculated"]["bytes_renewed"] = 10_000_000 // 5  # with it 5/5 of what was measured
-    assert measured_over_calculated(measured("fedpft", made)) == "1.00x"
+    values = figures(0.8, 10)
+    assert measured_over_calculated(measured("fedpft", values)) == "1.25x"
+    values["calculated"]["bytes_renewed"] = 10_000_000 // 5  # with it 5/5 of what was measured
+    assert measured_over_calculated(measured("fedpft", values)) == "1.00x"
 
 
 def test_a_reference_has_every_field_of_a_run() -> None:
@@ -214,7 +216,7 @@ def test_a_reference_has_every_field_of_a_run() -> None:
 
 
 def test_the_json_has_the_agreed_fields_for_every_method() -> None:
-    made = json.loads(json.dumps(comparison_json(COMPARISON, EVERY)))
+    values = json.loads(json.dumps(comparison_json(COMPARISON, ALL_OUTCOMES)))
     agreed = {
         "trainable_parameters",
         "bytes_start",
@@ -227,20 +229,20 @@ def test_the_json_has_the_agreed_fields_for_every_method() -> None:
         "bytes_total",
         "seconds",
     }
-    for found in made["methods"].values():
-        assert agreed <= set(found)
-        assert set(found["spread"]) == set(FIELDS)
-    assert made["methods"]["sfprompt"]["bytes_total"] == 11_000_000
-    assert made["methods"]["central"]["bytes_total"] is None
-    assert made["methods"]["fedpeft-<b>"]["failures"] == list(FAILED.failures)
+    for result in values["methods"].values():
+        assert agreed <= set(result)
+        assert set(result["spread"]) == set(FIELDS)
+    assert values["methods"]["sfprompt"]["bytes_total"] == 11_000_000
+    assert values["methods"]["central"]["bytes_total"] is None
+    assert values["methods"]["fedpeft-<b>"]["failures"] == list(FAILED.failures)
 
 
 def test_the_calculator_writes_its_methods_under_the_same_names_and_fields() -> None:
     question = Question(preset_named("digits").settings, train_samples=10)
-    made = json.loads(json.dumps(estimate_report(question, estimate(question))))["methods"]
-    for found in made.values():
-        assert set(FIELDS[:6]) <= set(found)
-    assert set(made) <= set(METHODS)
+    values = json.loads(json.dumps(estimate_report(question, estimate(question))))["methods"]
+    for result in values.values():
+        assert set(FIELDS[:6]) <= set(result)
+    assert set(values) <= set(METHODS)
 
 
 def test_each_point_of_a_sweep_has_methods_of_its_own() -> None:
@@ -249,16 +251,16 @@ def test_each_point_of_a_sweep_has_methods_of_its_own() -> None:
         Outcome("sfprompt", "x", {"devices": number}, (0,), (figures(share, 1),))
         for number, share in ((2, 0.5), (4, 0.6))
     )
-    made = comparison_json(swept, [few, many])
-    assert [point["sweep"] for point in made["points"]] == [{"devices": 2}, {"devices": 4}]
-    assert made["points"][1]["methods"]["sfprompt"]["accuracy"] == pytest.approx(0.6)
-    assert made["methods"]["sfprompt"]["accuracy"] == pytest.approx(0.5)
+    values = comparison_json(swept, [few, many])
+    assert [point["sweep"] for point in values["points"]] == [{"devices": 2}, {"devices": 4}]
+    assert values["points"][1]["methods"]["sfprompt"]["accuracy"] == pytest.approx(0.6)
+    assert values["methods"]["sfprompt"]["accuracy"] == pytest.approx(0.5)
     assert few.name == "sfprompt (devices = 2)"
 
 
 def test_the_csv_has_a_row_for_each_method() -> None:
-    rows = list(csv.DictReader(io.StringIO(comparison_csv(EVERY))))
-    assert [row["method"] for row in rows] == [one.method for one in EVERY]
+    rows = list(csv.DictReader(io.StringIO(comparison_csv(ALL_OUTCOMES))))
+    assert [row["method"] for row in rows] == [outcome.method for outcome in ALL_OUTCOMES]
     assert float(rows[0]["accuracy"]) == pytest.approx(0.85)
     assert rows[0]["seeds"] == "0 1"
     assert rows[2]["bytes_total"] == ""
@@ -268,7 +270,7 @@ def test_the_csv_has_a_row_for_each_method() -> None:
 def test_the_tables_fit_a_terminal_of_80_columns() -> None:
     long = measured("sfprompt-input-shallow", figures(0.8, 40_000), figures(0.9, 40_000))
     console = Console(width=80, record=True, file=io.StringIO())
-    for table in (result_table([*EVERY, long], "t", 0.7), cost_table([*EVERY, long])):
+    for table in (result_table([*ALL_OUTCOMES, long], "t", 0.7), cost_table([*ALL_OUTCOMES, long])):
         console.print(table)
     text = console.export_text()
     assert "…" not in text
@@ -289,13 +291,13 @@ def test_privacy_has_a_column_where_there_is_some() -> None:
     console.print(result_table([private, CENTRAL, FAILED], "t", 0.7))
     text = console.export_text()
     assert re.search(r"sfprompt +85\.0% ± 7\.1 +75\.0% ± 7\.1 +11\.00 +9\.50 +2\.50 +10", text)
-    assert "epsilon" not in [str(c.header) for c in result_table(EVERY, "t", None).columns]
-    made = comparison_json(COMPARISON, [private, CENTRAL])["methods"]
-    assert (made["sfprompt"]["epsilon"], made["central"]["epsilon"]) == (2.5, None)
+    assert "epsilon" not in [str(c.header) for c in result_table(ALL_OUTCOMES, "t", None).columns]
+    values = comparison_json(COMPARISON, [private, CENTRAL])["methods"]
+    assert (values["sfprompt"]["epsilon"], values["central"]["epsilon"]) == (2.5, None)
 
 
 class Page(HTMLParser):
-    """Which elements a page has, and what they point at."""
+    """The elements of a page and the addresses in them."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -310,7 +312,7 @@ class Page(HTMLParser):
 
 
 def test_the_report_needs_nothing_but_itself_and_runs_nothing() -> None:
-    text = report_html(COMPARISON, EVERY, 'name = "made by hand"')
+    text = report_html(COMPARISON, ALL_OUTCOMES, 'name = "made by hand"')
     page = Page(text)
     assert page.tags.count("svg") == 4
     assert page.pointed == []

@@ -1,4 +1,4 @@
-"""The settings of a comparison, its points, and the tasks that are made of them."""
+"""The settings of a comparison, its points and its tasks."""
 
 import re
 import tomllib
@@ -120,7 +120,7 @@ def test_the_stronger_setting_wins(tmp_path: Path) -> None:
 
 
 def test_all_methods_get_the_same_data_devices_rounds_and_seeds(tmp_path: Path) -> None:
-    asked = comparison(
+    config = comparison(
         methods=("sfprompt", "sfprompt-paper", "splitfed-linear"),
         devices=3,
         rounds=5,
@@ -128,7 +128,7 @@ def test_all_methods_get_the_same_data_devices_rounds_and_seeds(tmp_path: Path) 
         partition="dirichlet:0.3",
         limit_train=100,
     )
-    jobs = plan(asked, tmp_path)
+    jobs = plan(config, tmp_path)
     assert len(jobs) == 6
     for job in jobs:
         federation, inputs = job.settings.federation, job.task.inputs
@@ -140,7 +140,7 @@ def test_all_methods_get_the_same_data_devices_rounds_and_seeds(tmp_path: Path) 
     assert len({job.task.folder for job in jobs}) == 6
 
 
-def test_the_presets_are_what_runs_unless_told_otherwise(tmp_path: Path) -> None:
+def test_presets_apply_without_other_settings(tmp_path: Path) -> None:
     plain = parse_message(Comparison, {"methods": ("sfprompt", "sfprompt-paper")})
     default, paper = (job.settings for job in plan(plain, tmp_path))
     for found, form in ((default, "default"), (paper, "paper")):
@@ -153,17 +153,17 @@ def test_the_presets_are_what_runs_unless_told_otherwise(tmp_path: Path) -> None
 
 
 def test_a_sweep_is_every_combination(tmp_path: Path) -> None:
-    asked = comparison(
+    config = comparison(
         methods=("sfprompt",), sweep={"devices": (2, 3), "training.batch_size": (4, 8)}
     )
-    points = asked.points()
+    points = config.points()
     assert [point_name(point) for point in points] == [
         "devices = 2, training.batch_size = 4",
         "devices = 2, training.batch_size = 8",
         "devices = 3, training.batch_size = 4",
         "devices = 3, training.batch_size = 8",
     ]
-    jobs = plan(asked, tmp_path)
+    jobs = plan(config, tmp_path)
     assert [(job.task.inputs["devices"], job.settings.training.batch_size) for job in jobs] == [
         (2, 4),
         (2, 8),
@@ -178,36 +178,36 @@ def test_a_swept_value_is_checked_as_the_setting_is(tmp_path: Path) -> None:
     assert caught.value.field == "devices"
 
 
-def test_a_probe_is_done_once_whatever_is_swept_that_it_does_not_know(tmp_path: Path) -> None:
-    asked = comparison(
+def test_a_probe_runs_once_in_a_sweep_without_effect_on_it(tmp_path: Path) -> None:
+    config = comparison(
         methods=("sfprompt", "linear-probe"),
         sweep={"partition": ("iid", "shards:2"), "training.batch_size": (4, 8)},
     )
-    tasks = tasks_of(plan(asked, tmp_path))
+    tasks = tasks_of(plan(config, tmp_path))
     assert [task.inputs["method"] for task in tasks].count("sfprompt") == 4
     assert [task.inputs["method"] for task in tasks].count("linear-probe") == 1
 
 
-def test_references_know_nothing_of_privacy(tmp_path: Path) -> None:
-    asked = comparison(
+def test_references_have_no_privacy_settings(tmp_path: Path) -> None:
+    config = comparison(
         methods=("sfprompt", "central", "linear-probe"),
         federation={"dp_clip": 1.0, "dp_seed": 3},
         sweep={"federation.dp_noise_multiplier": (0.5, 1.0)},
     )
-    jobs = plan(asked, tmp_path)
+    jobs = plan(config, tmp_path)
     assert {job.settings.federation.dp_noise_multiplier for job in jobs[::3]} == {0.5, 1.0}
     tasks = [task.inputs["method"] for task in tasks_of(jobs)]
-    assert [tasks.count(name) for name in asked.methods] == [2, 1, 1]
+    assert [tasks.count(name) for name in config.methods] == [2, 1, 1]
 
 
 @pytest.mark.parametrize(
     "file", sorted((DOCS / "results" / "comparisons").glob("*.toml")), ids=lambda file: file.stem
 )
 def test_the_resolved_file_makes_the_same_tasks(file: Path, tmp_path: Path) -> None:
-    asked = load_comparison(file)
-    again = load_comparison(written(tmp_path, toml_text(resolved(asked))))
+    config = load_comparison(file)
+    again = load_comparison(written(tmp_path, toml_text(resolved(config))))
     assert {job.task.key for job in plan(again, tmp_path)} == {
-        job.task.key for job in plan(asked, tmp_path)
+        job.task.key for job in plan(config, tmp_path)
     }
 
 
@@ -219,7 +219,7 @@ def test_the_resolved_file_holds_every_setting_of_every_method(tmp_path: Path) -
     assert overrides["central"]["model"]["backbone"] == "vit_tiny_patch16_224"
 
 
-def test_the_quick_comparison_is_one(tmp_path: Path) -> None:
+def test_the_quick_comparison_has_a_plan(tmp_path: Path) -> None:
     assert len(plan(QUICK, tmp_path)) == len(QUICK.methods)
 
 
@@ -232,11 +232,11 @@ def test_a_method_is_estimated_unless_it_is_a_reference_or_a_variant() -> None:
 
 
 def test_a_proxy_is_the_whole_head_whatever_it_lacks(tmp_path: Path) -> None:
-    asked = comparison(
+    config = comparison(
         methods=("fedpft", "offsite-tuning", "sfprompt-paper-proxy"),
         overrides={"offsite-tuning": {"model": {"proxy_ends": 2, "proxy_blocks": 5}}},
     )
-    pruned, dropped, split = (job.settings for job in plan(asked, tmp_path))
+    pruned, dropped, split = (job.settings for job in plan(config, tmp_path))
     assert (pruned.model.cut, pruned.model.proxy, pruned.model.lora_ends) == (12, "pruned", 0)
     assert (dropped.model.cut, dropped.model.proxy, dropped.model.lora_ends) == (5, "dropped", 2)
     assert (pruned.distillation.epochs, pruned.distillation.every) == (5, 10)
@@ -246,10 +246,10 @@ def test_a_proxy_is_the_whole_head_whatever_it_lacks(tmp_path: Path) -> None:
     assert (split.model.local_body, split.model.proxy, split.model.cut) == (2, "none", 1)
 
 
-def test_a_server_does_not_distil_on_the_devices_load_data(tmp_path: Path) -> None:
-    asked = comparison(methods=("fedpft",), distillation={"images": "digits"})
+def test_a_server_does_not_distil_on_the_devices_own_data(tmp_path: Path) -> None:
+    config = comparison(methods=("fedpft",), distillation={"images": "digits"})
     with pytest.raises(InvalidField) as caught:
-        plan(asked, tmp_path)
+        plan(config, tmp_path)
     assert caught.value.field == "distillation.images"
     others = comparison(methods=("fedpft", "sfprompt"), distillation={"images": "cifar"})
     assert {job.settings.distillation.images for job in plan(others, tmp_path)} == {"cifar"}
@@ -286,9 +286,9 @@ def test_the_method_of_the_guide_is_a_method() -> None:
     guide = (DOCS / "compare.md").read_text()
     (source,) = re.findall(r"```python\n(.*?)```", guide, flags=re.DOTALL)
     assert len(source.splitlines()) <= 30
-    made: dict[str, Any] = {"__name__": "guide"}
-    exec(compile(source, "compare.md", "exec", dont_inherit=True), made)
-    method = made["SFPromptRandom"]()
+    namespace: dict[str, Any] = {"__name__": "guide"}
+    exec(compile(source, "compare.md", "exec", dont_inherit=True), namespace)
+    method = namespace["SFPromptRandom"]()
     paper = preset_named("digits", "paper").settings
     expected = paper.training.model_copy(update={"pruning": "random"})
     assert method.settings(paper).training == expected
@@ -309,7 +309,7 @@ def test_the_guide_names_every_method() -> None:
         assert any(f"`{one}`" in table for one in (name, *short)), name
 
 
-def test_neurons_are_not_distilled_again_beside_differential_privacy(tmp_path: Path) -> None:
+def test_differential_privacy_excludes_distilling_neurons_again(tmp_path: Path) -> None:
     private = {"methods": ("fedpft",), "federation": {"dp_clip": 1.0, "dp_seed": 3}}
     with pytest.raises(InvalidField, match="fedpft") as caught:
         plan(comparison(**private), tmp_path)

@@ -1,4 +1,4 @@
-"""Tasks are done once, several at a time, and begun anew where they were interrupted."""
+"""Tasks run once, several at a time, and start again after an interruption."""
 
 import io
 import json
@@ -38,21 +38,21 @@ def do(
     )
 
 
-def test_tasks_are_done_and_their_figures_come_in_order(tmp_path: Path) -> None:
+def test_tasks_return_their_figures_in_order(tmp_path: Path) -> None:
     tasks = [task(tmp_path, name) for name in ("a", "b", "c")]
     console = quiet()
-    done = do(tasks, lambda one: {"value": one.name * 2}, at_once=2, console=console)
+    done = do(tasks, lambda task_: {"value": task_.name * 2}, at_once=2, console=console)
     assert done == [{"value": "aa"}, {"value": "bb"}, {"value": "cc"}]
     assert "b gave bb" in console.file.getvalue()  # type: ignore[attr-defined]
-    kept = json.loads((tmp_path / "b" / FILE).read_text())
-    assert kept == {"key": tasks[1].key, "of": {"name": "b"}, "figures": {"value": "bb"}}
+    record = json.loads((tmp_path / "b" / FILE).read_text())
+    assert record == {"key": tasks[1].key, "of": {"name": "b"}, "figures": {"value": "bb"}}
 
 
-def test_a_task_that_is_done_is_not_done_again(tmp_path: Path) -> None:
+def test_a_task_with_a_result_does_not_run_again(tmp_path: Path) -> None:
     calls: list[str] = []
 
-    def perform(one: Task) -> Figures:
-        calls.append(one.name)
+    def perform(task_: Task) -> Figures:
+        calls.append(task_.name)
         return {"value": len(calls)}
 
     first = do([task(tmp_path, "a"), task(tmp_path, "b")], perform)
@@ -62,39 +62,39 @@ def test_a_task_that_is_done_is_not_done_again(tmp_path: Path) -> None:
 
 
 def test_a_task_with_another_setting_is_another_task(tmp_path: Path) -> None:
-    do([task(tmp_path, "a", rounds=1)], lambda one: {"value": 1})
-    assert do([task(tmp_path, "a", rounds=2)], lambda one: {"value": 2}) == [{"value": 2}]
+    do([task(tmp_path, "a", rounds=1)], lambda task_: {"value": 1})
+    assert do([task(tmp_path, "a", rounds=2)], lambda task_: {"value": 2}) == [{"value": 2}]
 
 
 def test_an_interrupted_task_begins_in_an_empty_folder(tmp_path: Path) -> None:
-    one = task(tmp_path, "a")
-    one.folder.mkdir()
-    (one.folder / "half").write_text("what an interrupted run left")
+    task_ = task(tmp_path, "a")
+    task_.folder.mkdir()
+    (task_.folder / "half").write_text("what an interrupted run left")
 
     def perform(given: Task) -> Figures:
         assert list(given.folder.iterdir()) == []
         return {"value": 1}
 
-    assert do([one], perform) == [{"value": 1}]
+    assert do([task_], perform) == [{"value": 1}]
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"of": {}, "figures": {}}', "\x00"])
-def test_a_damaged_file_is_no_result(tmp_path: Path, text: str) -> None:
-    one = task(tmp_path, "a")
-    one.folder.mkdir()
-    (one.folder / FILE).write_text(text)
-    assert read_figures(one, FILE) is None
+def test_a_damaged_file_has_no_result(tmp_path: Path, text: str) -> None:
+    task_ = task(tmp_path, "a")
+    task_.folder.mkdir()
+    (task_.folder / FILE).write_text(text)
+    assert read_figures(task_, FILE) is None
 
 
-def test_a_failure_is_told_and_keeps_no_other_task_from_being_done(tmp_path: Path) -> None:
+def test_a_failure_is_reported_and_does_not_stop_other_tasks(tmp_path: Path) -> None:
     wrong = {
         "a": InvalidField("too many", field="devices"),
         "b": PartitionError("parts", limit=1, value=2),
     }
 
-    def perform(one: Task) -> Figures:
-        if one.name in wrong:
-            raise wrong[one.name]
+    def perform(task_: Task) -> Figures:
+        if task_.name in wrong:
+            raise wrong[task_.name]
         return {"value": 3}
 
     console = quiet()
@@ -104,22 +104,22 @@ def test_a_failure_is_told_and_keeps_no_other_task_from_being_done(tmp_path: Pat
     assert read_figures(task(tmp_path, "a"), FILE) is None
 
 
-def test_so_many_run_at_once(tmp_path: Path) -> None:
+def test_tasks_run_at_the_same_time(tmp_path: Path) -> None:
     together = threading.Barrier(3, timeout=20)
 
-    def perform(one: Task) -> Figures:
-        together.wait()  # passes only if three are here at one time
+    def perform(task_: Task) -> Figures:
+        together.wait()  # passes only if three wait at the same time
         return {"value": 1}
 
     assert len(do([task(tmp_path, name) for name in "abc"], perform, at_once=3)) == 3
 
 
-def test_what_is_not_begun_when_a_task_breaks_never_is(tmp_path: Path) -> None:
+def test_an_interrupt_cancels_waiting_tasks(tmp_path: Path) -> None:
     begun: list[str] = []
 
-    def perform(one: Task) -> Figures:
-        begun.append(one.name)
-        if one.name == "a":
+    def perform(task_: Task) -> Figures:
+        begun.append(task_.name)
+        if task_.name == "a":
             raise KeyboardInterrupt
         time.sleep(0.2)  # long enough for the others to be called off
         return {"value": 1}

@@ -1,4 +1,4 @@
-"""What processes take is seen from outside, for those of one run alone."""
+"""Memory and processor time of one run's processes, measured from outside."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ import pytest
 
 from sfprompt_bench.compare.usage import UsageWatch
 
-# Takes 64 MB, and processor time until it is told to stop by the end of its input.
+# Takes 64 MB, and processor time until it is killed.
 BUSY = "import sys; held = bytearray(64 * 2**20); print('ready', flush=True)\nwhile True: pass"
 
 
@@ -28,7 +28,7 @@ def end(*children: subprocess.Popen[bytes]) -> None:
             child.stdout.close()
 
 
-def test_server_and_devices_of_the_run_are_told_apart_from_those_of_another(
+def test_only_the_processes_of_the_run_are_measured(
     tmp_path: Path,
 ) -> None:
     mine, other = tmp_path / "mine", tmp_path / "mine-too"
@@ -48,7 +48,7 @@ def test_server_and_devices_of_the_run_are_told_apart_from_those_of_another(
         assert 0.01 < usage.cpu_seconds < 60
 
 
-def test_a_run_without_processes_took_nothing(tmp_path: Path) -> None:
+def test_a_run_without_processes_has_no_usage(tmp_path: Path) -> None:
     with UsageWatch(tmp_path) as watch:
         pass
     assert watch.devices() == []

@@ -1,4 +1,4 @@
-"""The engine's benchmark: its arithmetic, its division of cores, and how its figures are told."""
+"""The engine's benchmark: arithmetic, division of cores, tables, plots and files."""
 
 from __future__ import annotations
 
@@ -104,8 +104,10 @@ def test_unpinned_processes_count_as_sharing() -> None:
     assert divide([0, 1], pinned=False).shared
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="processes cannot be held here")
-def test_what_is_started_within_stays_on_its_cores_and_the_starter_does_not() -> None:
+@pytest.mark.skipif(
+    not hasattr(os, "sched_getaffinity"), reason="processes cannot be pinned on this machine"
+)
+def test_a_block_pins_to_its_cores_and_restores_those_before() -> None:
     before = os.sched_getaffinity(0)
     one = min(before)
     with pinned_to([one]):
@@ -119,16 +121,16 @@ def test_quantiles_are_by_nearest_rank() -> None:
     assert quantile([7.0], 0.99) == 7.0
 
 
-def test_a_spread_tells_median_least_and_most() -> None:
+def test_a_spread_has_median_minimum_and_maximum() -> None:
     assert Spread.of([3.0, 1.0, 2.0]).to_json() == {"median": 2, "least": 1, "most": 3, "n": 3}
 
 
 def test_the_servers_rate_is_held_against_the_loops_before_and_after_it() -> None:
     looped = [Looped(100.0, 1.0, 100), Looped(50.0, 2.0, 100), Looped(150.0, 1.5, 100)]
-    found = Throughput(Load(1, 1), 2, [served(75.0), served(50.0)], looped, looped[0])
-    assert found.ratio.values == (1.0, 0.5)
+    result = Throughput(Load(1, 1), 2, [served(75.0), served(50.0)], looped, looped[0])
+    assert result.ratio.values == (1.0, 0.5)
     # 4.5 s for 300 samples of the loop, 4 s for 200 of the server.
-    assert found.cpu_ratio == pytest.approx((4.5 / 300) / (4.0 / 200))
+    assert result.cpu_ratio == pytest.approx((4.5 / 300) / (4.0 / 200))
 
 
 def test_steps_fill_the_time_but_are_two_at_least() -> None:
@@ -137,14 +139,14 @@ def test_steps_fill_the_time_but_are_two_at_least() -> None:
 
 
 def test_a_soak_counts_the_slowest_client_against_the_fastest() -> None:
-    seen = soak([[0.5, 2.0, 3.0, 4.0], [2.0, 4.0]], [[0.5, 1.5, 1.0, 1.0], [2.0, 2.0]])
-    assert seen.fairness == 0.5
-    assert sorted(seen.settled) == [1.0, 1.0, 1.5, 2.0, 2.0]  # without the warm-up's
-    assert seen.p99_vs_median == pytest.approx(2.0 / 1.5)
-    assert seen.memory_drift == pytest.approx(0.04)  # 104 against 100; 10 was the warm-up
+    measured = soak([[0.5, 2.0, 3.0, 4.0], [2.0, 4.0]], [[0.5, 1.5, 1.0, 1.0], [2.0, 2.0]])
+    assert measured.fairness == 0.5
+    assert sorted(measured.settled) == [1.0, 1.0, 1.5, 2.0, 2.0]  # without the warm-up's
+    assert measured.p99_vs_median == pytest.approx(2.0 / 1.5)
+    assert measured.memory_drift == pytest.approx(0.04)  # 104 against 100; 10 was the warm-up
 
 
-def test_a_round_trips_cpu_is_told_for_a_megabyte_and_its_parts_make_the_whole() -> None:
+def test_the_cpu_of_a_round_trip_is_per_megabyte_and_the_sum_of_its_parts() -> None:
     trip = findings().roundtrip
     # Three round trips of 1 MB each way: 6 MB, 3 ms of the client and 6 ms of the server.
     assert trip.cpu["client"] == pytest.approx(0.5)
@@ -165,9 +167,9 @@ def test_a_round_trips_cpu_is_held_against_the_echos() -> None:
     assert findings().roundtrip.cpu_ratio == pytest.approx(9.0 / 3.0)
 
 
-def test_the_ratios_have_the_names_that_scripts_ask_for() -> None:
-    found = findings().to_json()
-    assert found["ratios"] == pytest.approx(
+def test_the_ratios_have_stable_names() -> None:
+    result = findings().to_json()
+    assert result["ratios"] == pytest.approx(
         {
             "throughput_vs_loop_8x16": 0.93,
             "throughput_vs_loop_8x32": 0.93,
@@ -187,14 +189,14 @@ def test_targets_are_bounds_from_below_or_from_above() -> None:
     assert meets_target("a figure without a target", 0.0)
 
 
-def test_the_table_shows_every_ratio_beside_its_target() -> None:
+def test_the_table_shows_each_ratio_and_its_target() -> None:
     console = Console(width=120, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    found = findings()
-    console.print(ratio_table(found))
-    console.print(roundtrip_table(found.roundtrip))
+    result = findings()
+    console.print(ratio_table(result))
+    console.print(roundtrip_table(result.roundtrip))
     console.file.close()
     text = console.export_text()
-    for name in found.ratios:
+    for name in result.ratios:
         assert name in text
     assert "≥ 0.95" in text
     assert "≤ 2.5" in text
@@ -225,7 +227,7 @@ def test_the_curves_data_and_the_plots_are_written(tmp_path: Path) -> None:
     assert plot_soak(findings().soak, tmp_path / "soak.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_a_run_has_room_for_every_client_and_batch_of_its_plan() -> None:
+def test_a_run_allows_all_clients_and_batches_of_its_plan() -> None:
     setting = EngineSetting(plan=QUICK)
     assert setting.run.federation.min_participants == 64
     assert setting.run.training.batch_size >= max(load.batch for load in QUICK.loads)
@@ -240,17 +242,17 @@ def test_the_round_trips_tensor_has_one_and_a_half_megabytes_and_an_empty_body()
     assert setting.empty_run.training.batch_size == batch
 
 
-def test_a_cut_behind_the_last_block_is_refused() -> None:
+def test_a_cut_after_the_last_block_is_refused() -> None:
     with pytest.raises(InvalidField, match="cut"):
         _ = EngineSetting(cut=13).roundtrip_shape
 
 
-def test_the_head_of_an_answer_is_read() -> None:
+def test_the_head_of_a_response_is_parsed() -> None:
     head = b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 12\r\nretry-after: 1"
     assert read_head(head) == (503, 12)
 
 
-def test_a_worker_tells_why_a_task_failed_and_goes_on(tmp_path: Path) -> None:
+def test_a_worker_reports_a_failed_task_and_goes_on(tmp_path: Path) -> None:
     worker = Worker("echo", "sfprompt_bench.engine.echo", tmp_path, [0], 1)
     try:
         with pytest.raises(SFPromptError, match="TypeError"):

@@ -1,4 +1,4 @@
-"""What an estimate says of one method against another."""
+"""Ratios between methods, and the table and JSON of an estimate."""
 
 import json
 from io import StringIO
@@ -28,11 +28,11 @@ def against(own: MethodCost, prompt: MethodCost) -> dict[str, MethodCost]:
 def test_ratios_are_of_whole_runs_with_their_start() -> None:
     costs = against(moving(10, 5, once=40, flops=3), moving(100, 20))
     costs["fl-full"] = moving(200, 80, flops=30)
-    found = ratios(costs, 10)
-    assert found.bytes_vs_paper == 100 / 1400
-    assert found.bytes_vs_full == 100 / 1000
-    assert found.bytes_vs_fedpeft_prompt == 100 / 300
-    assert found.flops_vs_full == 3 / 30
+    shares = ratios(costs, 10)
+    assert shares.bytes_vs_paper == 100 / 1400
+    assert shares.bytes_vs_full == 100 / 1000
+    assert shares.bytes_vs_fedpeft_prompt == 100 / 300
+    assert shares.flops_vs_full == 3 / 30
 
 
 def test_both_have_moved_as_much_when_they_break_even() -> None:
@@ -74,9 +74,9 @@ def test_a_table_has_a_row_for_every_method(question: Question) -> None:
     assert table.row_count == len(ESTIMATED)
     console = Console(file=StringIO(), width=200)
     console.print(table)
-    shown = console.file.getvalue()  # type: ignore[attr-defined]
-    assert all(name in shown for name in ESTIMATED)
-    assert "7 rounds" in shown
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert all(name in text for name in ESTIMATED)
+    assert "7 rounds" in text
 
 
 def test_a_report_survives_json(question: Question) -> None:

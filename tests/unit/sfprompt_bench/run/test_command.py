@@ -1,4 +1,4 @@
-"""``sfprompt-bench run`` refuses what cannot work before anything is started."""
+"""``sfprompt-bench run`` refuses wrong options before it starts a process."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from sfprompt_bench.cli import app
 def test_nothing_is_made_for_a_run_that_cannot_be(
     words: tuple[str, ...], error: type[SFPromptError], value: str, tmp_path: Path
 ) -> None:
-    shown = CliRunner().invoke(app, ["run", *words, "--out", str(tmp_path / "run")])
-    assert isinstance(shown.exception, error)
-    assert shown.exception.value == value
+    result = CliRunner().invoke(app, ["run", *words, "--out", str(tmp_path / "run")])
+    assert isinstance(result.exception, error)
+    assert result.exception.value == value
     assert not (tmp_path / "run").exists()

@@ -1,4 +1,4 @@
-"""The bars of a local run follow whatever phase a device names."""
+"""The live view of a run shows all phases of a device."""
 
 import io
 
@@ -10,6 +10,6 @@ from sfprompt_bench.run.live import LiveView
 
 @pytest.mark.parametrize("phase", ["prune", "local", "split", "neurons", "evaluate"])
 def test_every_phase_of_a_device_has_its_place(phase: str) -> None:
-    said = {"event": "progress", "phase": phase, "done": 1, "total": 2}
+    event = {"event": "progress", "phase": phase, "done": 1, "total": 2}
     with LiveView(Console(file=io.StringIO()), ["device-1"], 2) as view:
-        view.device_said("device-1", said)
+        view.show_event("device-1", event)

@@ -1,4 +1,4 @@
-"""The ladder of traffic: its rungs, and what is made of their figures."""
+"""The ladder of traffic: its rungs, figures, tables and plot."""
 
 import io
 import itertools
@@ -12,31 +12,30 @@ from protocol.errors import NotFound
 from protocol.presets import FORMS
 from protocol.traffic import Phase
 from sfprompt_bench.presets import preset_named, traffic_preset
-from sfprompt_bench.traffic import (
-    Climb,
-    Setting,
-    ladder,
+from sfprompt_bench.traffic.ladder import LadderSetting, RungResult
+from sfprompt_bench.traffic.report import (
     large_table,
     phase_table,
     plot_ladder,
     traffic_figures,
     traffic_table,
 )
+from sfprompt_bench.traffic.rungs import ladder
 
 PAPER, DEFAULT = (traffic_preset(form, quick=False) for form in ("paper", "default"))
 
 RUNGS = ladder(PAPER.settings, DEFAULT.settings)
 
-SETTING = Setting(DEFAULT, devices=4, seeds=(0, 1, 2), link="20mbit,50ms", at_once=1)
+SETTING = LadderSetting(DEFAULT, devices=4, seeds=(0, 1, 2), link="20mbit,50ms", at_once=1)
 
 
-def climbs() -> list[Climb]:
+def results() -> list[RungResult]:
     """400 MB on the first rung, a tenth of that on each of the others."""
-    made = []
+    rungs = []
     for number, rung in enumerate(RUNGS):
         total = 400_000_000 if number == 0 else 40_000_000
-        made.append(
-            Climb(
+        rungs.append(
+            RungResult(
                 rung,
                 accuracy=(0.80, 0.81, 0.82) if number == 0 else (0.83, 0.84, 0.85),
                 seconds=(60.0, 70.0, 80.0),
@@ -44,7 +43,7 @@ def climbs() -> list[Climb]:
                 traffic={str(phase): {"up": total // 20, "down": total // 20} for phase in Phase},
             )
         )
-    return made
+    return rungs
 
 
 def test_the_ladder_goes_from_the_papers_form_to_the_default_one() -> None:
@@ -104,7 +103,7 @@ def test_an_unknown_form_is_refused_with_those_there_are() -> None:
 
 
 def test_ratios_are_worked_out_per_device_with_the_start_on_both_sides() -> None:
-    figures = traffic_figures(climbs(), SETTING)
+    figures = traffic_figures(results(), SETTING)
     ratios = figures["ratios"]
     assert ratios["bytes_vs_paper"] == pytest.approx(0.1)
     assert ratios["accuracy_drop_points"] == pytest.approx(-3.0)
@@ -117,7 +116,7 @@ def test_ratios_are_worked_out_per_device_with_the_start_on_both_sides() -> None
 
 
 def test_a_line_is_waited_for_by_bytes_and_by_steps() -> None:
-    first, *_, last = traffic_figures(climbs(), SETTING)["rungs"]
+    first, *_, last = traffic_figures(results(), SETTING)["rungs"]
     nbytes = sum(sum(ways.values()) for ways in first["bytes"].values()) / 4
     steps = 2 * 10 * 188  # two requests for each of 750 samples in fours, in 10 rounds
     assert first["seconds_on_the_line"] == pytest.approx(8 * nbytes / 20e6 + 0.05 * steps)
@@ -127,7 +126,7 @@ def test_a_line_is_waited_for_by_bytes_and_by_steps() -> None:
 
 
 def test_the_figures_are_json_and_hold_every_rung() -> None:
-    figures = json.loads(json.dumps(traffic_figures(climbs(), SETTING)))
+    figures = json.loads(json.dumps(traffic_figures(results(), SETTING)))
     assert [rung["name"] for rung in figures["rungs"]] == [rung.name for rung in RUNGS]
     assert set(figures["vit_base_224"]) >= {"bytes_vs_paper", "bytes_vs_full", "flops_vs_full"}
     for rung in figures["rungs"]:
@@ -136,10 +135,10 @@ def test_the_figures_are_json_and_hold_every_rung() -> None:
 
 def test_the_tables_fit_a_terminal_of_80_columns() -> None:
     console = Console(width=80, record=True, file=io.StringIO())
-    made = climbs()
+    rungs = results()
     for table in (
-        phase_table(made, SETTING),
-        traffic_table(made, SETTING),
+        phase_table(rungs, SETTING),
+        traffic_table(rungs, SETTING),
         large_table(DEFAULT.settings),
     ):
         console.print(table)
@@ -150,5 +149,5 @@ def test_the_tables_fit_a_terminal_of_80_columns() -> None:
 
 
 def test_the_plot_is_written(tmp_path: Path) -> None:
-    out = plot_ladder(climbs(), SETTING, tmp_path / "traffic.png")
+    out = plot_ladder(results(), SETTING, tmp_path / "traffic.png")
     assert out.read_bytes().startswith(b"\x89PNG")

@@ -1,4 +1,4 @@
-"""The calculator against values worked out by hand, timm's own models and torch's counter."""
+"""Costs against values calculated by hand, timm's models and torch's counter."""
 
 import dataclasses
 from collections.abc import Callable
@@ -73,7 +73,7 @@ def numbers(tensors: object) -> int:
     return sum(tensor.numel() for tensor in tensors)  # type: ignore[attr-defined]
 
 
-def test_every_method_answers_under_its_own_name(thousand: dict[str, MethodCost]) -> None:
+def test_each_method_has_a_cost_under_its_name(thousand: dict[str, MethodCost]) -> None:
     assert list(thousand) == [
         "fl-full",
         "fedpeft-head",
@@ -172,7 +172,7 @@ def test_the_papers_form_is_the_same_whatever_the_runs_placement_and_codecs_are(
     assert paper.cost(Question(plain, 64)) == paper.cost(Question(other, 64))
 
 
-def test_merging_tokens_makes_the_run_cheaper_and_no_other_method() -> None:
+def test_merging_tokens_lowers_the_cost_of_sfprompt_alone() -> None:
     values = base(prompts=5).model_dump()
     values["model"] |= {"prompt_at": "cut", "prompt_depth": "deep"}
     values["wire"] |= {"keep_smashed": True, "pooled_features": True}
@@ -192,7 +192,7 @@ def test_splitfed_sends_all_samples_and_what_the_device_trains() -> None:
     device = EMBEDDING + BLOCK + 2 * 768 + CLASSIFIER
     assert full.bytes_start == linear.bytes_start == 4 * device
     assert full.bytes_per_round == 2 * 4 * device + 4 * Q * 200
-    # Nothing is tuned ahead of the tail: smashed data and features alone.
+    # Nothing is tuned before the tail: smashed data and features alone.
     assert linear.bytes_up_per_round == linear.bytes_down_per_round == 4 * CLASSIFIER + Q * 200
     assert (full.trainable_parameters, linear.trainable_parameters) == (WHOLE, CLASSIFIER)
 
@@ -404,8 +404,8 @@ def test_fewer_rounds_than_none_are_refused(method: str) -> None:
 @pytest.mark.parametrize(
     ("field", "value"), [("train_samples", 0), ("test_samples", -1), ("local_epochs", 0)]
 )
-def test_a_question_without_sense_is_refused(field: str, value: int) -> None:
+def test_a_question_below_a_limit_is_refused(field: str, value: int) -> None:
     question = Question(tiny(), 1)
     with pytest.raises(InvalidField) as caught:
-        dataclasses.replace(question, **{field: value})
+        dataclasses.replace(question, **{field: value})  # type: ignore[arg-type]
     assert (caught.value.field, caught.value.value) == (field, value)

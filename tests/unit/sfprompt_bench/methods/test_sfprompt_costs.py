@@ -1,4 +1,4 @@
-"""The calculator on this project's own form: placement, codecs and switches of a run."""
+"""The cost of SFPrompt: placement, codecs and switches of a run."""
 
 from typing import Any
 
@@ -115,7 +115,8 @@ def test_pooling_changes_nothing_where_the_tail_reads_every_token() -> None:
     # Global average pooling reads all tokens too.
     pooled = {"backbone": "vit_base_patch16_clip_224", "cut": 2}
     average = {"backbone": "vit_base_patch16_siglip_gap_224", "cut": 2}
-    narrow, wide = ({"pooled_features": True}, {})
+    narrow: dict[str, Any] = {"pooled_features": True}
+    wide: dict[str, Any] = {}
     assert own(model=pooled, wire=narrow).bytes_total(1) < own(model=pooled, wire=wide).bytes_total(
         1
     )
@@ -157,7 +158,7 @@ def test_with_kept_smashed_data_the_head_runs_once_a_sample() -> None:
     assert cost.flops_total(4) == cost.device_flops_once + 4 * cost.device_flops_per_round
 
 
-def test_scoring_needs_the_plain_view_beside_the_augmented_ones() -> None:
+def test_scoring_needs_the_plain_view_in_addition_to_the_augmented_ones() -> None:
     augmented = {"augment": True, "views": 3}
     scored = own(wire=KEPT, training={**augmented, "keep_fraction": 0.5})
     assert scored.device_flops_once == 10 * 4 * (PATCHES + BLOCK)
@@ -195,7 +196,9 @@ def test_an_unknown_codec_is_refused() -> None:
         tensor_bytes("float8", (1,))
 
 
-def test_a_codec_whose_size_is_not_known_ahead_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_codec_whose_size_depends_on_values_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("sfprompt_bench.cost.sizes.encoded_bytes", lambda name, shape: None)
     with pytest.raises(InvalidField) as caught:
         tensor_bytes("float32", (1,))

@@ -1,4 +1,4 @@
-"""Backbones that one run has fetched are there for the next."""
+"""Backbones of one run are cached for the next."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sfprompt_bench.run.preflight import shared_backbones
+from sfprompt_bench.run.backbone_cache import shared_backbones
 
 
 @pytest.fixture(params=["links", "no links"])
@@ -23,16 +23,16 @@ def cache(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_what_one_server_makes_the_next_one_finds(cache: Path, tmp_path: Path) -> None:
     with shared_backbones(tmp_path / "one"):
-        made = tmp_path / "one" / "backbones"
-        made.mkdir(parents=True)
-        (made / "vit.safetensors").write_bytes(b"weights")
-        (made / "vit.json").write_text("{}")
-        (made / ".vit.safetensors.x7").write_bytes(b"half")
+        first = tmp_path / "one" / "backbones"
+        first.mkdir(parents=True)
+        (first / "vit.safetensors").write_bytes(b"weights")
+        (first / "vit.json").write_text("{}")
+        (first / ".vit.safetensors.x7").write_bytes(b"half")
     assert {file.name for file in cache.iterdir()} == {"vit.safetensors", "vit.json"}
     with shared_backbones(tmp_path / "two"):
-        found = tmp_path / "two" / "backbones"
-        assert (found / "vit.safetensors").read_bytes() == b"weights"
-        (found / "other.whl").write_bytes(b"wheel")
+        second = tmp_path / "two" / "backbones"
+        assert (second / "vit.safetensors").read_bytes() == b"weights"
+        (second / "other.whl").write_bytes(b"wheel")
     assert (cache / "other.whl").read_bytes() == b"wheel"
     assert not (tmp_path / "one" / "backbones" / "other.whl").exists()
 

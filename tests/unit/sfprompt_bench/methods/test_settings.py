@@ -1,4 +1,4 @@
-"""Settings of methods: which go together, and which are refused."""
+"""Settings of methods: allowed and refused combinations."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ALONE: dict[str, Any] = {"split_epochs": 0, "keep_fraction": 1}
         {"federation": {"server_optimizer": "fedadam"}, "model": {"prompt_at": "cut"}},
     ],
 )
-def test_what_goes_together(settings: dict[str, Any]) -> None:
+def test_allowed_combinations(settings: dict[str, Any]) -> None:
     parse_message(RunPlan, settings)
 
 
@@ -60,7 +60,7 @@ def test_what_goes_together(settings: dict[str, Any]) -> None:
         ),
     ],
 )
-def test_what_does_not_is_a_typed_error(settings: dict[str, Any], named: str) -> None:
+def test_refused_combinations_name_the_field(settings: dict[str, Any], named: str) -> None:
     with pytest.raises(InvalidField) as caught:
         parse_message(RunPlan, settings)
     assert named in f"{caught.value.field} {caught.value.message}"

@@ -1,4 +1,4 @@
-"""The formula of activations against what autograd really keeps."""
+"""The formulas of activations against the tensors that autograd keeps."""
 
 from collections.abc import Callable
 

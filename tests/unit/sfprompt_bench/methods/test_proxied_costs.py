@@ -37,14 +37,14 @@ def question(**model: object) -> Question:
 
 
 def test_parameters_and_bytes_are_those_counted_by_hand() -> None:
-    found = ESTIMATED["fedpft"].cost(question())
-    assert found.trainable_parameters == 12 * LORA + CLASSIFIER
-    start = FRAME + 12 * BLOCK - 10 * PRUNED + found.trainable_parameters
-    assert found.bytes_start == 4 * start
-    assert found.bytes_up_per_round == found.bytes_down_per_round == 4 * (12 * LORA + CLASSIFIER)
-    found = ESTIMATED["offsite-tuning"].cost(question())
-    assert found.trainable_parameters == 2 * LORA + CLASSIFIER
-    assert found.bytes_start == 4 * (FRAME + 6 * BLOCK + found.trainable_parameters)
+    cost = ESTIMATED["fedpft"].cost(question())
+    assert cost.trainable_parameters == 12 * LORA + CLASSIFIER
+    start = FRAME + 12 * BLOCK - 10 * PRUNED + cost.trainable_parameters
+    assert cost.bytes_start == 4 * start
+    assert cost.bytes_up_per_round == cost.bytes_down_per_round == 4 * (12 * LORA + CLASSIFIER)
+    cost = ESTIMATED["offsite-tuning"].cost(question())
+    assert cost.trainable_parameters == 2 * LORA + CLASSIFIER
+    assert cost.bytes_start == 4 * (FRAME + 6 * BLOCK + cost.trainable_parameters)
 
 
 def test_operations_are_those_of_timm_s_model_with_the_same_way_back() -> None:
@@ -67,17 +67,17 @@ def test_operations_are_those_of_timm_s_model_with_the_same_way_back() -> None:
         block.attn.qkv.register_forward_hook(hook)
     with FlopCounterMode(display=False) as counter:
         model(torch.empty(1, 3, 224, 224, device="meta")).sum().backward()
-    found = ESTIMATED["fedpft"].cost(question()).device_flops_per_round
-    assert found == pytest.approx(IMAGES * EPOCHS * counter.get_total_flops(), rel=1e-3)
-    assert found < 0.7 * ESTIMATED["fedpeft-bias"].cost(question()).device_flops_per_round
+    cost = ESTIMATED["fedpft"].cost(question()).device_flops_per_round
+    assert cost == pytest.approx(IMAGES * EPOCHS * counter.get_total_flops(), rel=1e-3)
+    assert cost < 0.7 * ESTIMATED["fedpeft-bias"].cost(question()).device_flops_per_round
 
 
-def test_a_run_s_own_proxy_is_taken_as_it_is() -> None:
+def test_the_proxy_of_a_run_is_used_unchanged() -> None:
     own = {"prompt_count": 0, "tune": "lora", "lora_rank": 2, "proxy_width": 1536}
-    found = ESTIMATED["fedpft"].cost(question(proxy="pruned", cut=12, **own))
-    assert found.trainable_parameters == 12 * LORA // 4 + CLASSIFIER
+    cost = ESTIMATED["fedpft"].cost(question(proxy="pruned", cut=12, **own))
+    assert cost.trainable_parameters == 12 * LORA // 4 + CLASSIFIER
     lacks = 10 * 1536 * (2 * WIDTH + 1)
-    assert found.bytes_start == 4 * (FRAME + 12 * BLOCK - lacks + found.trainable_parameters)
+    assert cost.bytes_start == 4 * (FRAME + 12 * BLOCK - lacks + cost.trainable_parameters)
 
 
 def test_memory_falls_with_what_the_proxy_lacks() -> None:
@@ -100,7 +100,7 @@ def test_a_backbone_without_proxies_has_all_the_other_methods() -> None:
 
 def test_a_small_body_costs_its_download_and_its_passes() -> None:
     bare, more = question(prompt_count=5), question(prompt_count=5, local_body=2)
-    one, two = (ESTIMATED["sfprompt-paper"].cost(asked) for asked in (bare, more))
+    one, two = (ESTIMATED["sfprompt-paper"].cost(case) for case in (bare, more))
     assert two.bytes_start - one.bytes_start == 4 * 2 * BLOCK
     tokens = 197 + 5
     block = 2 * tokens * 12 * WIDTH**2 + 4 * tokens**2 * WIDTH
@@ -110,28 +110,28 @@ def test_a_small_body_costs_its_download_and_its_passes() -> None:
 
 
 def test_a_proxy_that_is_distilled_again_is_downloaded_again() -> None:
-    found = ESTIMATED["fedpft"].cost(question())
+    cost = ESTIMATED["fedpft"].cost(question())
     proxy = FRAME + 12 * BLOCK - 10 * PRUNED
-    told = 10 * 768
-    assert found.bytes_total(10) == found.bytes_start + 10 * found.bytes_per_round
+    reported = 10 * 768
+    assert cost.bytes_total(10) == cost.bytes_start + 10 * cost.bytes_per_round
     for rounds, times in ((11, 1), (20, 1), (21, 2), (50, 4)):
-        rest = found.bytes_start + rounds * found.bytes_per_round
-        assert found.bytes_total(rounds) - rest == times * 4 * (proxy + told)
+        rest = cost.bytes_start + rounds * cost.bytes_per_round
+        assert cost.bytes_total(rounds) - rest == times * 4 * (proxy + reported)
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         model = timm.create_model("vit_base_patch16_224", num_classes=0)
         for block in model.blocks[1:-1]:
             block.mlp.fc1, block.mlp.fc2 = nn.Linear(768, 768), nn.Linear(768, 768)
         model(torch.empty(1, 3, 224, 224))
-    again = found.flops_total(11) - 11 * found.device_flops_per_round
-    assert again == pytest.approx(IMAGES * counter.get_total_flops(), rel=0.02)  # LoRA beside it
+    again = cost.flops_total(11) - 11 * cost.device_flops_per_round
+    assert again == pytest.approx(IMAGES * counter.get_total_flops(), rel=0.02)  # plus LoRA
 
 
-def test_how_often_is_the_run_s_own_affair_where_it_has_such_a_proxy() -> None:
+def test_a_run_with_a_proxy_sets_how_often_it_is_distilled() -> None:
     own = {"proxy": "pruned", "cut": 12, "prompt_count": 0, "tune": "lora"}
-    asked = question(**own)
-    assert ESTIMATED["fedpft"].cost(asked).renewals(1000) == 0
+    with_proxy = question(**own)
+    assert ESTIMATED["fedpft"].cost(with_proxy).renewals(1000) == 0
     often = DistillationSettings(epochs=1, every=3)
-    settings = asked.settings.model_copy(update={"distillation": often})
-    found = ESTIMATED["fedpft"].cost(Question(settings, IMAGES, local_epochs=EPOCHS))
-    assert [found.renewals(rounds) for rounds in (0, 3, 4, 6, 7)] == [0, 0, 1, 1, 2]
+    settings = with_proxy.settings.model_copy(update={"distillation": often})
+    cost = ESTIMATED["fedpft"].cost(Question(settings, IMAGES, local_epochs=EPOCHS))
+    assert [cost.renewals(rounds) for rounds in (0, 3, 4, 6, 7)] == [0, 0, 1, 1, 2]
     assert ESTIMATED["offsite-tuning"].cost(question()).renewals(1000) == 0
