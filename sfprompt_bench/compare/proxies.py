@@ -15,7 +15,7 @@ from protocol.seeds import derive_seed
 from sfprompt_bench.compare.tasks import Figures
 from split_model import TunedModel, image_preparation, open_backbone, prepare_backbone
 from split_model.backbone.tensor_file import write_tensors
-from split_server.models.proxies import IMAGES
+from tuning_methods.proxies.cache import IMAGES
 from tuning_methods.proxies.weights import plugged
 
 _BATCH = 100

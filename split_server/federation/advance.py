@@ -1,17 +1,18 @@
-"""Advance runs: take the steps that `rounds.decide` returns; redistil proxies between rounds."""
+"""Advance runs: take the steps that `rounds.decide` returns, and rebuild models between rounds."""
 
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 from protocol.errors import SFPromptError
 from protocol.messages import RunStatus
 from split_server.federation import rounds, transitions
-from split_server.federation.background import Check, RedistillationJobs, Stopped
+from split_server.federation.background import Check, RebuildJobs, Stopped
 from split_server.federation.liveness import Liveness
 from split_server.federation.runs import RunRegistry
 from split_server.federation.snapshot import RunSnapshot
-from split_server.models import prepare
+from split_server.method import Rebuild
 from split_server.storage.run_files import relative_to_data_dir
 
 log = logging.getLogger(__name__)
@@ -31,11 +32,11 @@ class RunAdvancer:
         self._runs = runs
         self._liveness = liveness
         self._not_before: dict[str, float] = {}  # run id: when to retry a failed step
-        self._redistillation = RedistillationJobs(self._redistill, self._fail)
+        self._rebuilds = RebuildJobs(self._rebuild, self._fail)
 
     def close(self) -> None:
-        """Stop redistillation; the next start of the server resumes it."""
-        self._redistillation.close()
+        """Stop making models again; the next start of the server resumes it."""
+        self._rebuilds.close()
 
     def is_due(self, run_id: str) -> bool:
         """Whether `try_advance` would change something; cheap, and without a lock."""
@@ -77,8 +78,8 @@ class RunAdvancer:
 
     def _take(self, run: RunSnapshot, action: rounds.Action) -> None:
         runs = self._runs
-        if isinstance(action, rounds.Redistill):
-            self._redistillation.start(run.id)
+        if isinstance(action, rounds.Rebuild):
+            self._rebuilds.start(run.id)
             return
         if isinstance(action, rounds.Aggregate):
             with runs.store.reading() as session:
@@ -97,15 +98,15 @@ class RunAdvancer:
         return self._runs.clock.monotonic() < self._not_before.get(run_id, 0.0)
 
     def _next(self, run_id: str) -> rounds.Action | None:
-        if self._redistillation.is_running(run_id):
+        if self._rebuilds.is_running(run_id):
             return None
         live = self._liveness.live(run_id)
         now = self._runs.clock.monotonic()
         run = self._runs.snapshot(run_id)
         return rounds.decide(run, live, now, settled=self._liveness.settled)
 
-    def _redistill(self, run_id: str, check: Check) -> None:
-        """Distil a run's proxy again; its next round waits for this."""
+    def _rebuild(self, run_id: str, check: Check) -> None:
+        """Let the run's method make its model again; its next round waits for this."""
         runs, run, files = self._runs, self._runs.snapshot(run_id), self._runs.files(run_id)
 
         def check_wanted() -> None:
@@ -113,34 +114,37 @@ class RunAdvancer:
             if runs.snapshot(run_id).status.is_over:
                 raise Stopped
 
-        if not run.needs_redistillation:
+        if not run.needs_rebuild:
             return
         check_wanted()
         round_ = run.closed_rounds
-        log.info("run %s: distilling its proxy again after round %d", run_id, round_)
-        model = prepare.redistill_run(
-            run.plan,
-            files,
-            runs.cache_dir,
-            round_=round_,
+        log.info("run %s: making its model again after round %d", run_id, round_)
+        work = Rebuild(
+            plan=run.plan,
+            files=files,
+            cache_dir=runs.cache_dir,
+            round=round_,
             state=run.state,
-            proxy_path=run.backbone_path,
+            weights=Path(run.backbone_path),
             check=check_wanted,
         )
+        model = run.method.rebuild(work)
         with runs.changing(run_id) as session:
             check_wanted()
-            backbone = relative_to_data_dir(model.backbone_path, runs.data_dir)
+            weights = relative_to_data_dir(model.weights, runs.data_dir)
             at = runs.clock.wall()
-            transitions.replace_proxy(session, run, backbone, model.head, round_, at)
-        files.prune_redistilled(round_)
-        log.info("run %s: its proxy was distilled again after round %d", run_id, round_)
+            transitions.replace_model(session, run, weights, model.head, round_, at)
+        files.prune_rebuilt(round_)
+        log.info("run %s: its model was made again after round %d", run_id, round_)
 
     def _fail(self, run_id: str, error: SFPromptError) -> None:
-        """End a run whose proxy cannot be distilled again."""
+        """End a run whose model cannot be made again."""
         runs = self._runs
         with runs.changing(run_id) as session:
             if runs.snapshot(run_id).status.is_over:
                 return
-            reason = f"distillation after round {runs.snapshot(run_id).closed_rounds}: {error}"
+            reason = (
+                f"making the model again after round {runs.snapshot(run_id).closed_rounds}: {error}"
+            )
             transitions.end_run(session, run_id, RunStatus.FAILED, reason, runs.clock.wall())
         runs.watcher.run_over(run_id)

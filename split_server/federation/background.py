@@ -20,8 +20,8 @@ class Stopped(Exception):
     """Raised by a check: the result is no longer needed."""
 
 
-class RedistillationJobs:
-    """Runs redistillation in one thread; a run has at most one job.
+class RebuildJobs:
+    """Makes runs' models again in one thread; a run has at most one job.
 
     Args:
         work: does the whole job of a run. It calls the check regularly, which may raise `Stopped`.
@@ -33,7 +33,7 @@ class RedistillationJobs:
     ) -> None:
         self._work = work
         self._refused = refused
-        self._threads = ThreadPoolExecutor(1, "split-redistill")
+        self._threads = ThreadPoolExecutor(1, "split-rebuild")
         self._running: set[str] = set()
         self._closing = threading.Event()
 
@@ -65,11 +65,13 @@ class RedistillationJobs:
         try:
             self._work(run_id, self.check)
         except Stopped:
-            log.info("run %s: redistillation was stopped", run_id)
+            log.info("run %s: making its model again was stopped", run_id)
         except SFPromptError as error:
             self._refused(run_id, error)
         except Exception:
-            log.exception("run %s: redistillation failed; retrying in %g s", run_id, _RETRY_S)
+            log.exception(
+                "run %s: making its model again failed; retrying in %g s", run_id, _RETRY_S
+            )
             self._closing.wait(_RETRY_S)
         finally:
             self._running.discard(run_id)

@@ -7,17 +7,16 @@ from pathlib import Path
 from torch import Tensor
 
 from protocol.errors import NotFound
-from split_model import export_model, head_weights, prepare_backbone
+from split_model import export_model, head_weights
 from split_server.federation.snapshot import RunSnapshot, load_snapshot
 from split_server.storage.database import RunRow, Store
 from split_server.storage.run_files import RunFiles
-from tuning_methods.proxies.weights import plugged
 
 
 def export_run(data_dir: Path, run_id: str, out: Path) -> None:
     """Write the complete tuned model of a run's newest global state to ``out``.
 
-    Parts that were tuned on a proxy are inserted into the original backbone.
+    The run's method decides which weights the tuned state belongs to.
 
     Raises:
         NotFound: the folder contains no such run.
@@ -26,15 +25,12 @@ def export_run(data_dir: Path, run_id: str, out: Path) -> None:
     run, state = newest_state(data_dir, run_id)
     metadata = {"run": run.id, "name": run.plan.name, "round": str(run.closed_rounds)}
     classes = run.plan.class_names
-    split = run.plan.model
-    if split.proxy != "none":
-        cache = data_dir / "backbones"
-        backbone = prepare_backbone(split, run.plan.model.weights, cache)
-        split, state = plugged(split, state)
-        export_model(split, backbone.path, state, out, metadata, classes)
-        return
-    head = head_weights(RunFiles(data_dir / "runs" / run_id).head)
-    export_model(split, run.backbone_path, state, out, metadata, classes, head)
+    cache = data_dir / "backbones"
+    model = run.method.for_export(run.plan, Path(run.backbone_path), state, cache)
+    head = None
+    if model.uses_head_file:
+        head = head_weights(RunFiles(data_dir / "runs" / run_id).head)
+    export_model(model.plan, model.weights, model.state, out, metadata, classes, head)
 
 
 def newest_state(data_dir: Path, run_id: str) -> tuple[RunSnapshot, dict[str, Tensor]]:

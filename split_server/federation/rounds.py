@@ -53,8 +53,8 @@ class CloseRound:
 
 
 @dataclass(frozen=True)
-class Redistill:
-    """Distil the proxy again, using this round's neuron statistics."""
+class Rebuild:
+    """Let the method make the run's model again after this round."""
 
     round: int
 
@@ -66,7 +66,7 @@ class FailRun:
     reason: str
 
 
-Action = OpenTraining | Aggregate | Publish | Repeat | CloseRound | Redistill | FailRun
+Action = OpenTraining | Aggregate | Publish | Repeat | CloseRound | Rebuild | FailRun
 
 
 def decide(run: RunSnapshot, live: Collection[str], now: float, *, settled: bool) -> Action | None:
@@ -81,8 +81,8 @@ def decide(run: RunSnapshot, live: Collection[str], now: float, *, settled: bool
     if run.status.is_over:
         return None
     if run.open_round is None:
-        if run.needs_redistillation:
-            return Redistill(run.closed_rounds)
+        if run.needs_rebuild:
+            return Rebuild(run.closed_rounds)
         return _open_next(run, live, settled=settled)
     if run.open_round.status == RoundStatus.TRAINING:
         return _end_training(run, run.open_round, live, now)
@@ -203,7 +203,7 @@ def assignment_for(run: RunSnapshot, participant_id: str, now: float) -> Assignm
         remaining_s=remaining,
         status=run.status,
         reason=reason,
-        head=run.head if run.plan.distillation.every else None,
+        head=run.head if run.settings.method.renews_head else None,
     )
 
 

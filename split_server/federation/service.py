@@ -35,7 +35,6 @@ from protocol.messages import (
     UpdateMeta,
     UpdateReceipt,
 )
-from protocol.plan import RunPlan
 from protocol.settings import RunSettings
 from split_model import applied
 from split_server.federation import records, rounds, transitions, views
@@ -48,8 +47,6 @@ from split_server.federation.updates import (
     check_base,
     check_report,
     check_samples,
-    expected_neurons_shape,
-    read_neurons,
 )
 from split_server.models.prepare import PreparedRun, prepare_run
 from split_server.payloads.tensors import FLOAT32_BYTES, decode_update, require_finite
@@ -61,7 +58,7 @@ log = logging.getLogger(__name__)
 
 _UPDATE_MARGIN_BYTES = 1024 * 1024  # header and padding of an update's frame
 
-Prepare = Callable[[RunPlan, RunFiles, Path], PreparedRun]
+Prepare = Callable[[RunSettings, RunFiles, Path], PreparedRun]
 
 
 class TrainedStates(Protocol):
@@ -170,7 +167,7 @@ class FederationService:
         self, run_id: str, settings: RunSettings, files: RunFiles, idempotent: IdempotentRequest
     ) -> RunView:
         runs = self._runs
-        prepared = self._prepare(settings.plan, files, runs.cache_dir)
+        prepared = self._prepare(settings, files, runs.cache_dir)
         at = runs.clock.wall()
         with runs.store.writing() as session:
             backbone_path = relative_to_data_dir(prepared.backbone_path, runs.data_dir)
@@ -265,8 +262,8 @@ class FederationService:
         """Refuse an update that cannot count, before its body takes memory; admit a repeat.
 
         Returns:
-            The size limit of its body in bytes: the state in the widest codec, and the neuron
-            statistics if the round has them.
+            The size limit of its body in bytes: the state in the widest codec, and the
+            method's further tensors of this round.
 
         Raises:
             NotFound, Forbidden, StaleRound, RunClosed, Conflict
@@ -277,9 +274,9 @@ class FederationService:
         except Conflict:
             if not self._runs.is_known(idempotent):
                 raise
-        shape = expected_neurons_shape(run.plan, run.round)
-        neurons_bytes = FLOAT32_BYTES * math.prod(shape) if shape else 0
-        return run.state.device.nbytes + _UPDATE_MARGIN_BYTES + neurons_bytes
+        shapes = run.method.extra_shapes(run.plan, run.round).values()
+        extra_bytes = FLOAT32_BYTES * sum(map(math.prod, shapes))
+        return run.state.device.nbytes + _UPDATE_MARGIN_BYTES + extra_bytes
 
     def update(
         self,
@@ -340,15 +337,15 @@ class FederationService:
         """Decode and check an update, and add the part of it that was trained on the server."""
         check_samples(meta, participant)
         check_base(meta, run.state.device)
-        neurons = read_neurons(frame, run.plan, meta.round)
-        tensors = decode_update(frame, run.plan.model, neurons)
+        extras = run.method.decode_extras(run.plan, meta.round, frame)
+        tensors = decode_update(frame, run.plan.model, extras)
         if meta.base is not None:
             base = read_tensors(self._runs.files(run.id).state(meta.base))
             tensors = applied(base, tensors)
             require_finite(tensors)
         if run.state.server is not None:
             tensors |= self._trained_tensors(run, participant, meta)
-        return tensors | neurons
+        return tensors | extras
 
     def _trained_tensors(
         self, run: RunSnapshot, participant: Participant, meta: UpdateMeta
@@ -367,9 +364,9 @@ class FederationService:
             records.decline_update(session, run.id, run.open_round, participant.id, error, at)
 
     def _settle(self, run_id: str, participant_id: str, meta: UpdateMeta) -> None:
-        """Release the participant's tuned body, unless a late repeat names an earlier attempt."""
+        """Release the participant's own body, unless a late repeat names an earlier attempt."""
         run = self._runs.snapshot(run_id)
-        if not run.plan.model.tune_body or run.open_round is None:
+        if not run.method.has_own_bodies(run.plan) or run.open_round is None:
             return
         if (run.open_round.round, run.open_round.attempt) == (meta.round, meta.attempt):
             self._runs.watcher.update_settled(run_id, participant_id)

@@ -14,6 +14,7 @@ from sqlalchemy.orm import Session
 from protocol.messages import BlobRef, RoundStatus, RunStatus
 from protocol.plan import RunPlan
 from protocol.settings import RunSettings
+from split_server.method import ServerMethod, server_method
 from split_server.models.body_key import BodyKey
 from split_server.storage.database import EvaluationRow, ParticipantRow, RoundRow, RunRow, UpdateRow
 from split_server.storage.run_files import StateRefs
@@ -74,12 +75,16 @@ class RunSnapshot:
     open_round: OpenRound | None
     closed_rounds: int  # rounds that have produced a global state
     repeats: int  # failed attempts at the round after these
-    renewed: int = 0  # the round after which backbone and head were distilled; 0: never
+    renewed: int = 0  # the round after which weights and head were made again; 0: never
     deadline: float | None = None  # of the open phase, on the monotonic clock
 
     @property
     def plan(self) -> RunPlan:
         return self.settings.plan
+
+    @cached_property
+    def method(self) -> ServerMethod:
+        return server_method(self.settings)
 
     @cached_property
     def body(self) -> BodyKey:
@@ -94,9 +99,9 @@ class RunSnapshot:
         return self.closed_rounds + (1 if self.repeats else 0)
 
     @property
-    def needs_redistillation(self) -> bool:
-        """Whether the proxy has to be distilled again before the next round."""
-        due = self.plan.distillation.due(self.closed_rounds, self.plan.federation.rounds)
+    def needs_rebuild(self) -> bool:
+        """Whether the method makes the run's model again before the next round."""
+        due = self.method.is_rebuild_due(self.plan, self.closed_rounds)
         return due and self.renewed < self.closed_rounds
 
     @property
@@ -112,7 +117,7 @@ class RunSnapshot:
 
 @lru_cache(maxsize=256)
 def _parsed(settings: str) -> RunSettings:
-    """A run's settings; parsed once, as a plan may need the backbone's shape."""
+    """Parse a run's settings once, because a plan may need the backbone's shape."""
     return RunSettings.model_validate_json(settings)
 
 

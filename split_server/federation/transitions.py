@@ -12,7 +12,7 @@ from torch import Tensor
 
 from protocol.errors import SFPromptError
 from protocol.federation import FederationSettings
-from protocol.messages import NEURONS, BlobRef, RoundStatus, RunStatus
+from protocol.messages import BlobRef, RoundStatus, RunStatus
 from protocol.plan import RunPlan
 from split_server.aggregation.differential_privacy import make_noise_generator, private_mean
 from split_server.aggregation.fedavg import WeightedState, federated_average, weighted_mean
@@ -47,8 +47,9 @@ def average(
     base = run.state
     try:
         mean = _mean(run.plan, row, base, _updates(session, row, action.updated), files)
-        if (neurons := mean.pop(NEURONS, None)) is not None:
-            files.write_neurons(row.round, neurons)
+        names = run.method.extra_shapes(run.plan, row.round)
+        if names:
+            files.write_extras(row.round, {name: mean.pop(name) for name in names})
         state = _next_state(run.plan.federation, row.round, base, mean, files)
     except SFPromptError as error:
         # Each update was valid; only their aggregate can still fail.
@@ -145,12 +146,12 @@ def end_run(
     record_event(session, run_id, at, f"run_{status}", **data)
 
 
-def replace_proxy(
-    session: Session, run: RunSnapshot, backbone: str, head: BlobRef, round_: int, at: float
+def replace_model(
+    session: Session, run: RunSnapshot, weights: str, head: BlobRef, round_: int, at: float
 ) -> None:
-    """Make the proxy that was distilled after this round the run's backbone."""
+    """Make the weights that were made after this round the run's model."""
     row = session.get_one(RunRow, run.id)
-    row.backbone_path, row.renewed = backbone, round_
+    row.backbone_path, row.renewed = weights, round_
     row.head_sha256, row.head_nbytes = head.sha256, head.nbytes
     record_event(session, run.id, at, "proxy_renewed", round=round_, head=head.sha256)
 

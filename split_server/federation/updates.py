@@ -1,16 +1,10 @@
-"""Check updates and evaluations against their run, and decode an update's neuron statistics."""
+"""Check updates and evaluations against what their participant may send."""
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from protocol.errors import EmptyUpdate, InvalidField, WrongShape
-from protocol.frames import Frame
-from protocol.messages import MAX_LOSS, NEURONS, BlobRef, EvaluationReport, UpdateMeta
-from protocol.plan import RunPlan
+from protocol.errors import EmptyUpdate, InvalidField
+from protocol.messages import MAX_LOSS, BlobRef, EvaluationReport, UpdateMeta
 from split_server.federation.snapshot import Participant
-from split_server.payloads.tensors import decode_floats
-from tuning_methods.proxies.neurons import neurons_shape
 
 
 def check_samples(meta: UpdateMeta, participant: Participant) -> None:
@@ -72,43 +66,3 @@ def check_report(report: EvaluationReport, participant: Participant) -> None:
             limit=[0, MAX_LOSS * report.samples],
             value=report.loss_sum,
         )
-
-
-def expected_neurons_shape(plan: RunPlan, round_: int) -> tuple[int, int] | None:
-    """Return the shape [layers, neurons] of the statistics in this round's updates; None: none."""
-    if not plan.distillation.due(round_, plan.federation.rounds):
-        return None
-    return neurons_shape(plan.model)
-
-
-def read_neurons(frame: Frame, plan: RunPlan, round_: int) -> dict[str, Tensor]:
-    """Decode each neuron's share of inactive tokens, [layers, neurons], by the tensor's name.
-
-    The result is empty in rounds without these statistics.
-
-    Raises:
-        WrongShape: the tensor is missing or differs in shape.
-        InvalidField: a share is not in [0, 1], or the codec carries no floating-point numbers.
-        NonFinite: NaN or infinity.
-    """
-    shape = expected_neurons_shape(plan, round_)
-    if shape is None:
-        return {}
-    spec = frame.specs.get(NEURONS)
-    if spec is None or spec.shape != shape:
-        raise WrongShape(
-            "an update of this round must report how often each neuron was inactive",
-            field=NEURONS,
-            limit=list(shape),
-            value="missing" if spec is None else list(spec.shape),
-        )
-    shares = decode_floats(frame, NEURONS)
-    for extreme in (shares.min().item(), shares.max().item()):
-        if not 0 <= extreme <= 1:
-            raise InvalidField(
-                "a neuron's inactivity is a share of the tokens",
-                field=NEURONS,
-                limit=[0, 1],
-                value=extreme,
-            )
-    return {NEURONS: shares}

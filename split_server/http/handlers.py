@@ -6,9 +6,8 @@ request and returns the reply, or a function that submits the request to the eng
 
 from __future__ import annotations
 
-import math
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -16,8 +15,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from protocol.base import Message
 from protocol.errors import InvalidField, StaleRound
-from protocol.messages import BodyStepMeta, ExchangeMeta, StepMeta
 from protocol.wire import (
     BACKWARD_PATH,
     EXCHANGE_PATH,
@@ -26,7 +25,6 @@ from protocol.wire import (
     MISSING_PATH,
     SAMPLES_PATH,
 )
-from split_model import BODY, state_shapes
 from split_server.engine.api import (
     BackwardJob,
     ExchangeJob,
@@ -35,18 +33,13 @@ from split_server.engine.api import (
     SessionPlan,
     StepKey,
 )
-from split_server.engine.tuned_bodies import BodyJob, BodyPlan, Direction
 from split_server.federation.snapshot import RunSnapshot
 from split_server.http.services import Services
-from split_server.models.body_key import BodyKey
 from split_server.payloads.deltas import DeltaBatch, apply_deltas
 from split_server.payloads.requests import (
     Batch,
-    BodyStepRequest,
     SplitRequest,
     parse_backward,
-    parse_body_backward,
-    parse_body_forward,
     parse_exchange,
     parse_forward,
     parse_infer,
@@ -82,10 +75,8 @@ Handler = Callable[[HandlerContext, SplitRequest], Submit | Reply]
 
 def handle_forward(context: HandlerContext, request: SplitRequest) -> Submit | Reply:
     """Run a batch forward; the engine retains the step if a backward may follow."""
-    if request.plan.model.tune_body:
-        return _submit_body_forward(context, request)
     forward = parse_forward(request)
-    smashed = _load_batch(context, request, forward.batch)
+    smashed = load_batch(context, request, forward.batch)
     if isinstance(smashed, Reply):
         return smashed
     job = ForwardJob(
@@ -97,13 +88,11 @@ def handle_forward(context: HandlerContext, request: SplitRequest) -> Submit | R
         backward=request.body.settings.tunes_ahead,
     )
     compute = partial(context.services.engine.submit, job)
-    return _submit(compute, "features", request.plan.wire.features, forward.meta)
+    return submit(compute, "features", request.plan.wire.features, forward.meta)
 
 
 def handle_backward(context: HandlerContext, request: SplitRequest) -> Submit:
     """Turn the gradient of a step's features into that of its smashed data."""
-    if request.plan.model.tune_body:
-        return _submit_body_backward(context, request)
     backward = parse_backward(request)
     job = BackwardJob(
         key=StepKey(request.run, request.participant, backward.meta.step),
@@ -112,7 +101,7 @@ def handle_backward(context: HandlerContext, request: SplitRequest) -> Submit:
         fingerprint=request.fingerprint,
     )
     compute = partial(context.services.engine.submit, job)
-    return _submit(compute, "gradients", request.plan.wire.gradients, backward.meta)
+    return submit(compute, "gradients", request.plan.wire.gradients, backward.meta)
 
 
 def handle_exchange(context: HandlerContext, request: SplitRequest) -> Submit | Reply:
@@ -120,7 +109,7 @@ def handle_exchange(context: HandlerContext, request: SplitRequest) -> Submit | 
     exchange = parse_exchange(request)
     smashed = None
     if exchange.batch is not None:
-        loaded = _load_batch(context, request, exchange.batch)
+        loaded = load_batch(context, request, exchange.batch)
         if isinstance(loaded, Reply):
             return loaded
         smashed = loaded
@@ -139,23 +128,23 @@ def handle_exchange(context: HandlerContext, request: SplitRequest) -> Submit | 
         num_tokens=request.num_tokens,
     )
     compute = partial(context.services.engine.submit, job)
-    return _submit(compute, "features", request.plan.wire.features, meta)
+    return submit(compute, "features", request.plan.wire.features, meta)
 
 
 def handle_infer(context: HandlerContext, request: SplitRequest) -> Submit | Reply:
     """Run a batch forward with the newest global state; nothing is retained."""
     infer = parse_infer(request)
-    smashed = _load_batch(context, request, infer.batch)
+    smashed = load_batch(context, request, infer.batch)
     if isinstance(smashed, Reply):
         return smashed
-    prompts, body = None, request.body
-    if request.plan.model.tune_body:
-        body = _tuned_body(context)
-    elif context.run.state.server is not None:
-        prompts = read_prompts(_server_state_file(context))
-    job = InferJob(request.run, request.participant, body, smashed, prompts, request.num_tokens)
+    prompts = None
+    if context.run.state.server is not None:
+        prompts = read_prompts(server_state_file(context))
+    job = InferJob(
+        request.run, request.participant, request.body, smashed, prompts, request.num_tokens
+    )
     compute = partial(context.services.engine.infer, job)
-    return _submit(compute, "features", request.plan.wire.inference, infer.meta)
+    return submit(compute, "features", request.plan.wire.inference, infer.meta)
 
 
 def handle_samples(context: HandlerContext, request: SplitRequest) -> Reply:
@@ -181,58 +170,23 @@ HANDLERS: Final[Mapping[str, tuple[str, Handler]]] = {  # path: the frame's kind
 }
 
 
-def _submit(
+def submit(
     compute: Callable[[], Awaitable[Tensor]],
     name: str,
     codec: str,
-    meta: StepMeta | BodyStepMeta | ExchangeMeta,
+    meta: Message,
 ) -> Submit:
-    async def submit() -> Reply:
+    """Return the function that awaits a computation and names its reply."""
+
+    async def reply() -> Reply:
         result = await compute()
         tensors = {name: (result, codec)} if result.numel() else {}
         return Reply(name, meta.model_dump(), tensors)
 
-    return submit
+    return reply
 
 
-def _submit_body_forward(context: HandlerContext, request: SplitRequest) -> Submit:
-    step = parse_body_forward(request)
-    compute = partial(context.services.engine.submit, _body_job("forward", context, request, step))
-    return _submit(compute, "features", request.plan.wire.features, step.meta)
-
-
-def _submit_body_backward(context: HandlerContext, request: SplitRequest) -> Submit:
-    step = parse_body_backward(request)
-    compute = partial(context.services.engine.submit, _body_job("backward", context, request, step))
-    return _submit(compute, "gradients", request.plan.wire.gradients, step.meta)
-
-
-def _body_job(
-    direction: Direction, context: HandlerContext, request: SplitRequest, step: BodyStepRequest
-) -> BodyJob:
-    plan, meta = request.plan, step.meta
-    shapes = state_shapes(plan.model)
-    return BodyJob(
-        direction=direction,
-        run=request.run,
-        participant=request.participant,
-        session=meta.session,
-        number=meta.number,
-        steps=meta.steps,
-        body=_tuned_body(context),
-        plan=BodyPlan(
-            training=plan.training,
-            rounds=plan.federation.rounds,
-            round=meta.round,
-            numbers=sum(math.prod(shapes[name]) for name in shapes if name.startswith(BODY)),
-        ),
-        tensor=step.tensor,
-        fingerprint=request.fingerprint,
-        num_tokens=request.num_tokens,
-    )
-
-
-def _load_batch(context: HandlerContext, request: SplitRequest, batch: Batch) -> Tensor | Reply:
+def load_batch(context: HandlerContext, request: SplitRequest, batch: Batch) -> Tensor | Reply:
     """Return a batch's smashed data [B, T, D], or the reply that names its missing samples.
 
     Deltas are added on the CPU wherever the body runs: the device adds the same numbers, and the
@@ -266,19 +220,12 @@ def _session_plan(context: HandlerContext, round_: int) -> SessionPlan:
         training=plan.training,
         rounds=plan.federation.rounds,
         round=round_,
-        initial=partial(read_prompts, _server_state_file(context)),
+        initial=partial(read_prompts, server_state_file(context)),
         from_mean_token=round_ == 1 and plan.model.prompt_init == "mean-token",
     )
 
 
-def _tuned_body(context: HandlerContext) -> BodyKey:
-    """Return the key of the body in the newest global state."""
-    if context.run.state.server is None:
-        raise InvalidField("this run does not tune its body", field="tune_body", limit=True)
-    return replace(context.run.body, state=_server_state_file(context))
-
-
-def _server_state_file(context: HandlerContext) -> Path:
+def server_state_file(context: HandlerContext) -> Path:
     """Return the file with the server's part of the newest global state.
 
     Raises:

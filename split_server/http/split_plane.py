@@ -109,8 +109,11 @@ class SplitPlane:
                 device=device,
             )
 
-        is_frozen = not run.plan.model.tune_body
-        is_light = is_frozen and kind in _LIGHT_KINDS and device.type == "cpu"
+        is_light = (
+            not run.method.has_own_bodies(run.plan)
+            and kind in _LIGHT_KINDS
+            and device.type == "cpu"
+        )
         if not is_light or len(data) > _LIGHT_BYTES or header_length(data) > _LIGHT_HEADER_BYTES:
             return await self._off_loop(lambda: handler(context, decode()))
         request = decode()

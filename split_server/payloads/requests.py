@@ -17,7 +17,6 @@ from protocol.errors import InvalidField, MalformedFrame, StaleRound
 from protocol.frames import Frame
 from protocol.limits import FrameLimits
 from protocol.messages import (
-    BodyStepMeta,
     ExchangeMeta,
     InferMeta,
     SamplesMeta,
@@ -117,17 +116,6 @@ class BackwardRequest:
 
 
 @dataclass(frozen=True)
-class BodyStepRequest:
-    """One direction of a training step in a run that tunes its body.
-
-    ``tensor`` is smashed data [B, T, D] of a forward, or gradients [B, T', D] of a backward.
-    """
-
-    meta: BodyStepMeta
-    tensor: Tensor
-
-
-@dataclass(frozen=True)
 class ExchangeRequest:
     """One request of a session that tunes prompts on the server.
 
@@ -170,7 +158,7 @@ def parse_forward(request: SplitRequest) -> ForwardRequest:
     """
     meta = _parse_step_meta(request)
     if "ids" not in request.frame.specs:
-        return ForwardRequest(meta, _decode_batch(request))
+        return ForwardRequest(meta, decode_batch(request))
     _require_delta_cache(request)
     max_samples = request.plan.training.batch_size
     settings = request.body.settings
@@ -184,28 +172,7 @@ def parse_backward(request: SplitRequest) -> BackwardRequest:
     Raises:
         InvalidField, RunClosed, StaleRound, MalformedFrame, WrongShape, TooLarge, NonFinite
     """
-    return BackwardRequest(_parse_step_meta(request), _decode_gradients(request))
-
-
-def parse_body_forward(request: SplitRequest) -> BodyStepRequest:
-    """Parse a forward of a run that tunes its body.
-
-    Raises:
-        InvalidField, RunClosed, StaleRound, MalformedFrame, WrongShape, TooLarge, NonFinite
-    """
-    meta = _parse_body_step_meta(request)
-    if "ids" in request.frame.specs:
-        _require_delta_cache(request)  # such a run has none
-    return BodyStepRequest(meta, _decode_batch(request))
-
-
-def parse_body_backward(request: SplitRequest) -> BodyStepRequest:
-    """Parse a backward of a run that tunes its body.
-
-    Raises:
-        InvalidField, RunClosed, StaleRound, MalformedFrame, WrongShape, TooLarge, NonFinite
-    """
-    return BodyStepRequest(_parse_body_step_meta(request), _decode_gradients(request))
+    return BackwardRequest(_parse_step_meta(request), decode_batch_gradients(request))
 
 
 def parse_exchange(request: SplitRequest) -> ExchangeRequest:
@@ -220,7 +187,7 @@ def parse_exchange(request: SplitRequest) -> ExchangeRequest:
     _check_exchanged_tensors(request.frame, meta)
     return ExchangeRequest(
         meta,
-        gradients=_decode_gradients(request) if meta.number > 0 else None,
+        gradients=decode_batch_gradients(request) if meta.number > 0 else None,
         batch=(
             _decode_or_name_batch(request, request.plan.training.batch_size)
             if meta.number < meta.steps
@@ -279,13 +246,8 @@ def _parse_step_meta(request: SplitRequest) -> StepMeta:
     return meta
 
 
-def _parse_body_step_meta(request: SplitRequest) -> BodyStepMeta:
-    meta = parse_message(BodyStepMeta, dict(request.frame.meta))
-    request.permission.require_pending_update(meta.round, meta.attempt)
-    return meta
-
-
-def _decode_batch(request: SplitRequest) -> Tensor:
+def decode_batch(request: SplitRequest) -> Tensor:
+    """Decode and check a frame's smashed data [B, T, D]."""
     return decode_smashed(
         request.frame,
         request.body.settings,
@@ -295,7 +257,8 @@ def _decode_batch(request: SplitRequest) -> Tensor:
     )
 
 
-def _decode_gradients(request: SplitRequest) -> Tensor:
+def decode_batch_gradients(request: SplitRequest) -> Tensor:
+    """Decode and check a frame's gradients [B, T', D]."""
     return decode_gradients(
         request.frame,
         request.body.settings,

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from protocol.errors import NotFound
-from protocol.messages import NEURONS, BlobRef
+from protocol.messages import BlobRef
 from protocol.plan import PromptPlacement
 from split_model import is_server_side, state_bytes
 from split_model.checkpoints.state import PROMPTS
@@ -53,8 +53,8 @@ class RunFiles:
     - ``held/SHA256.safetensors``: server-side states, of the last two rounds.
     - ``updates/SHA256.safetensors``: updates, until their round is aggregated.
     - ``moments/ROUND.safetensors``: a server optimiser's moments, of the last two rounds.
-    - ``neurons/ROUND``, ``proxies/ROUND`` and ``heads/ROUND.safetensors``: of the last round that
-      distilled the proxy again, the devices' neuron statistics and the resulting weights.
+    - ``extras/ROUND``, ``weights/ROUND`` and ``heads/ROUND.safetensors``: of the last round after
+      which the model was made again, the updates' further tensors and the resulting weights.
     """
 
     root: Path
@@ -67,9 +67,9 @@ class RunFiles:
         """Return the path of the head made after this round; 0: the run's first head."""
         return self.root / "heads" / f"{round_}.safetensors" if round_ else self.head
 
-    def proxy_after(self, round_: int) -> Path:
-        """Return the path of the proxy weights made after this round."""
-        return self.root / "proxies" / f"{round_}.safetensors"
+    def weights_after(self, round_: int) -> Path:
+        """Return the path of the model's weights made after this round."""
+        return self.root / "weights" / f"{round_}.safetensors"
 
     def state(self, sha256: str) -> Path:
         """Return the path of a device-side state."""
@@ -139,29 +139,31 @@ class RunFiles:
     def _moments(self, round_: int) -> Path:
         return self.root / "moments" / f"{round_}.safetensors"
 
-    def read_neurons(self, round_: int) -> Tensor:
-        """Read how often each neuron of the proxy's MLPs was inactive in this round, [L, H].
+    def read_extras(self, round_: int) -> dict[str, Tensor]:
+        """Read the mean of the further tensors that this round's updates carried.
 
         Raises:
             NotFound: the file is gone.
         """
-        path = self._neurons(round_)
+        path = self._extras(round_)
         if not path.is_file():
             raise NotFound(
-                "the devices' neuron statistics are missing", field=NEURONS, value=path.name
+                "the means of the updates' further tensors are missing",
+                field="extras",
+                value=path.name,
             )
-        return read_tensors(path)[NEURONS]
+        return read_tensors(path)
 
-    def write_neurons(self, round_: int, shares: Tensor) -> None:
-        """Write what `read_neurons` reads."""
-        write_durably(self._neurons(round_), state_bytes({NEURONS: shares}))
+    def write_extras(self, round_: int, tensors: Mapping[str, Tensor]) -> None:
+        """Write what `read_extras` reads."""
+        write_durably(self._extras(round_), state_bytes(tensors))
 
-    def _neurons(self, round_: int) -> Path:
-        return self.root / "neurons" / f"{round_}.safetensors"
+    def _extras(self, round_: int) -> Path:
+        return self.root / "extras" / f"{round_}.safetensors"
 
-    def prune_redistilled(self, round_: int) -> None:
-        """Remove the neuron statistics, proxies and heads of all other rounds."""
-        for folder in ("neurons", "proxies", "heads"):
+    def prune_rebuilt(self, round_: int) -> None:
+        """Remove the further tensors, weights and heads of all other rounds."""
+        for folder in ("extras", "weights", "heads"):
             _prune(self.root / folder, [str(round_)])
 
     def write_update(self, tensors: dict[str, Tensor]) -> BlobRef:

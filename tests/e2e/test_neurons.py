@@ -33,7 +33,7 @@ def test_a_server_that_is_killed_while_it_distils_ends_with_the_same_head_and_st
         closed = [view.round for view in results.rounds if view.closed_at is not None]
         if closed == [1] and len(results.rounds) == 1 and not killed:
             crashing.process.kill()
-            killed.append(files.proxy_after(1).exists())
+            killed.append(files.weights_after(1).exists())
             crashing.start()
 
     try:

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +18,19 @@ from edge_client.data import BatchReader, Dataset
 from edge_client.model import DeviceModel
 from edge_client.participant import Participant
 from edge_client.transport import Server
-from protocol.messages import Assignment, BlobRef, JoinResponse, RunStatus, RunView, Task
+from protocol.messages import NEURONS, Assignment, BlobRef, JoinResponse, RunStatus, RunView, Task
 from protocol.plan import RunPlan
 from split_model import load_state, state_shapes
 from split_model.backbone.tensor_file import TensorFile
 from split_server.client import OperatorClient
-from split_server.models import prepare
+from split_server.method import Rebuild
 from split_server.storage.run_files import RunFiles
 from tests.integration.test_whole_model import WHOLE
 from tests.support.edge import image_set
 from tests.support.federation import OPERATOR
 from tests.support.server import ApiClient, RunningServer, joined, running_server, wait_until
+from tests.support.settings import by_hand as settings_by_hand
+from tuning_methods.fedpft import server as fedpft_server
 
 WIDTH = 24  # neurons that stay of 768
 
@@ -139,7 +142,7 @@ def test_a_device_takes_every_new_head_and_goes_on(
     assert results.traffic["download"]["down"] == down
 
     model = participant.model
-    proxy = TensorFile(RunFiles(data_dir / "runs" / run.id).proxy_after(2))
+    proxy = TensorFile(RunFiles(data_dir / "runs" / run.id).weights_after(2))
     for number in range(12):
         for layer in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"):
             own = model.head.blocks[str(number)].get_parameter(f"mlp.{layer}")
@@ -151,7 +154,7 @@ def test_a_device_takes_every_new_head_and_goes_on(
     then = DeviceModel.load(run.settings.plan.model, tmp_path / f"{heads[1]}.safetensors", state)
     images, _ = BatchReader(image_set(10), then.preprocessing).read(range(10))
     expected = inactive_by_hand(then, images)
-    torch.testing.assert_close(files.read_neurons(2).double(), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(files.read_extras(2)[NEURONS].double(), expected, rtol=0, atol=1e-6)
     assert expected.std() > 0.01
     staying = expected.argsort(dim=1, stable=True)[:, : WIDTH // 2]
     old = TensorFile(tmp_path / f"{heads[1]}.safetensors")
@@ -162,7 +165,7 @@ def test_a_device_takes_every_new_head_and_goes_on(
     folders = {
         path.name: len(list(path.iterdir())) for path in files.root.iterdir() if path.is_dir()
     }
-    assert (folders["neurons"], folders["proxies"], folders["heads"]) == (1, 1, 1)
+    assert (folders["neurons"], folders["weights"], folders["heads"]) == (1, 1, 1)
 
 
 def told_state(value: float, share: float | Tensor) -> dict[str, Tensor]:
@@ -191,7 +194,7 @@ def test_shares_are_averaged_by_samples_and_asked_for_only_when_they_are_due(
     assert a.update(run.id, told_state(0.1, 0.2), "a-2", samples=10, round=2).is_success
     assert b.update(run.id, told_state(0.1, 0.6), "b-2", samples=30, round=2).is_success
     wait_until(lambda: (a.assignment(run.id), b.assignment(run.id))[1].round == 3, 60)
-    shares = RunFiles(data_dir / "runs" / run.id).read_neurons(2)
+    shares = RunFiles(data_dir / "runs" / run.id).read_extras(2)[NEURONS]
     torch.testing.assert_close(shares, torch.full((LAYERS, WIDTH), 0.5))
     assert a.assignment(run.id).head != run.head
     old = a.call("GET", f"/v1/runs/{run.id}/head?sha256={run.head.sha256}")
@@ -228,18 +231,16 @@ def test_an_update_that_tells_no_shares_of_its_neurons_is_refused(
 
 def take_time(patch: pytest.MonkeyPatch) -> None:
     """Let each batch of a distillation during the rounds last, as with a larger model."""
-    real = prepare.write_redistilled_proxy
+    real = fedpft_server._write_proxy
 
-    def slow(*given: Any) -> None:
-        *rest, check = given
-
+    def slow(work: Rebuild) -> None:
         def paced() -> None:
             time.sleep(0.5)
-            check()
+            work.check()
 
-        real(*rest, paced)
+        real(replace(work, check=paced))
 
-    patch.setattr(prepare, "write_redistilled_proxy", slow)
+    patch.setattr(fedpft_server, "_write_proxy", slow)
 
 
 def test_a_new_start_takes_up_what_the_last_one_was_stopped_in(tmp_path: Path) -> None:
@@ -253,8 +254,8 @@ def test_a_new_start_takes_up_what_the_last_one_was_stopped_in(tmp_path: Path) -
         token = device.http.headers["authorization"].removeprefix("Bearer ")
         assert device.update(run.id, told, "one").is_success
         files = RunFiles(tmp_path / "runs" / run.id)
-        assert (files.root / "neurons" / "1.safetensors").is_file(), "on disk when it counts"
-    assert not files.proxy_after(1).exists(), "it was stopped in the middle"
+        assert (files.root / "extras" / "1.safetensors").is_file(), "on disk when it counts"
+    assert not files.weights_after(1).exists(), "it was stopped in the middle"
     with running_server(tmp_path) as second:
         device = second.api(token)
         assert device.assignment(run.id).head == run.head
@@ -315,7 +316,7 @@ def test_a_run_whose_neurons_cannot_be_distilled_again_is_refused(
     for part, fields in parts.items():
         given[part] |= fields
     answer = server.operator().call(
-        "POST", "/v1/runs", key=f"no-{next(_keys)}", json=by_hand(given)
+        "POST", "/v1/runs", key=f"no-{next(_keys)}", json=settings_by_hand(given)
     )
     error = answer.json()["error"]
     assert (error["code"], error["field"]) == ("invalid_field", field)

@@ -17,10 +17,10 @@ from split_server.engine.api import ExchangeJob, SessionPlan
 from split_server.engine.body_cache import BodyCache
 from split_server.engine.engine import Engine
 from split_server.engine.limits import EngineLimits
-from split_server.engine.tuned_bodies import TunedBodies
 from split_server.models.body_key import BodyKey
 from split_server.runtime.device import Placement, choose_placement
 from tests.support.federation import SMALL, SPLIT, FakeClock, run_settings
+from tuning_methods.splitfed.tuned_bodies import TunedBodies
 
 MIB = 1024 * 1024
 

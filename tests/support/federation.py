@@ -18,6 +18,7 @@ from protocol.federation import FederationSettings
 from protocol.frames import decode_frame, encode_frame, join_frame
 from protocol.messages import Assignment, EvaluationReport, JoinRequest, UpdateMeta
 from protocol.plan import ModelPlan, RunPlan, TrainingPlan, WirePlan
+from protocol.settings import RunSettings
 from split_server.federation.advance import RunAdvancer
 from split_server.federation.credentials import Credentials
 from split_server.federation.liveness import Liveness
@@ -111,15 +112,16 @@ class FakeClock:
         return Clock(monotonic=lambda: self.now, wall=lambda: 1.7e9 + self.now)
 
 
-def prepare_without_weights(settings: RunPlan, files: RunFiles, _cache: Path) -> PreparedRun:
+def prepare_without_weights(settings: RunSettings, files: RunFiles, _cache: Path) -> PreparedRun:
     """Create the model files of a run, without a backbone."""
     head = write_tensors(files.root, {"head": torch.zeros(4)})
-    state = state_of(0.0, settings.model)
+    plan = settings.plan
+    state = state_of(0.0, plan.model)
     return PreparedRun(
         backbone_path=files.root / "backbone.safetensors",
         backbone_bytes=1,
         head=head,
-        state=files.write_state(state, settings.model.prompt_at),
+        state=files.write_state(state, plan.model.prompt_at),
     )
 
 

@@ -24,6 +24,7 @@ class FedPFT(WholeModel):
     name: Literal["fedpft"] = "fedpft"
     source: ClassVar[str] = "FedPFT, arXiv 2404.11536"
     device: ClassVar[str] = "tuning_methods.fedpft.device:FedPFTDevice"
+    server: ClassVar[str] = "tuning_methods.fedpft.server:FedPFTServer"
     rates: ClassVar[dict[str, Any]] = {"tail_learning_rate": 2e-3}
 
     ends: int = Field(1, ge=0, le=128, description="blocks at either end that stay as they are")

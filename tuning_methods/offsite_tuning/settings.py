@@ -22,6 +22,7 @@ class OffsiteTuning(WholeModel):
 
     name: Literal["offsite-tuning"] = "offsite-tuning"
     source: ClassVar[str] = "Offsite-tuning, arXiv 2302.04870"
+    server: ClassVar[str] = "tuning_methods.proxies.server:ProxyServer"
     rates: ClassVar[dict[str, Any]] = {"tail_learning_rate": 2e-3}
 
     ends: int = Field(1, ge=1, le=128, description="blocks at either end that are tuned")

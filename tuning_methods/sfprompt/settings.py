@@ -119,6 +119,7 @@ class SFPromptPaper(_SplitPrompts):
 
     name: Literal["sfprompt-paper"] = "sfprompt-paper"
     device: ClassVar[str] = "tuning_methods.sfprompt.device:SFPromptPaperDevice"
+    server: ClassVar[str] = "tuning_methods.sfprompt.server:SFPromptPaperServer"
     prompt_depth: PromptDepth = Field(
         "shallow", description="shallow: prompts at the input | deep: before each block of the head"
     )

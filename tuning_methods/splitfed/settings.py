@@ -18,6 +18,7 @@ class SplitFed(MethodSettings):
     name: Literal["splitfed"] = "splitfed"
     source: ClassVar[str] = "SplitFed, arXiv 2004.12088"
     device: ClassVar[str] = "tuning_methods.splitfed.device:SplitFedDevice"
+    server: ClassVar[str] = "tuning_methods.splitfed.server:SplitFedServer"
 
     tune: Literal["linear", "full"] = Field(
         "linear",

@@ -17,7 +17,7 @@ from split_server.federation.rounds import (
     CloseRound,
     FailRun,
     OpenTraining,
-    Redistill,
+    Rebuild,
     Repeat,
     assignment_for,
     decide,
@@ -263,14 +263,14 @@ def test_a_request_must_name_the_open_round_attempt_and_phase() -> None:
     ("closed", "renewed", "due"),
     [(0, 0, False), (1, 0, False), (2, 0, True), (2, 2, False), (3, 2, False), (4, 2, True)],
 )
-def test_a_round_waits_for_due_redistillation(closed: int, renewed: int, due: bool) -> None:
+def test_a_round_waits_for_a_due_rebuild(closed: int, renewed: int, due: bool) -> None:
     run = replace(a_run(closed=closed, rounds=6), renewed=renewed)
     again = {"name": "fedpft", "distillation": {"epochs": 1, "every": 2}}
     values = run.settings.model_dump() | {"method": again}
     run = replace(run, settings=RunSettings.model_validate(values))
     everybody = set(run.participants)
     action = decide(run, everybody, NOW, settled=True)
-    assert action == Redistill(closed) if due else isinstance(action, OpenTraining)
+    assert action == Rebuild(closed) if due else isinstance(action, OpenTraining)
     assert assignment_for(run, "p1", NOW).head == run.head
     never = replace(run, settings=Custom.of(run_settings(rounds=6)))
     assert isinstance(decide(never, everybody, NOW, settled=True), OpenTraining)

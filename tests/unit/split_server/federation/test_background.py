@@ -1,4 +1,4 @@
-"""Redistillation jobs: one at a time, stopped, refused, retried."""
+"""Jobs that make a model again: one at a time, stopped, refused, retried."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from protocol.errors import InvalidField, SFPromptError
 from split_server.federation import background
-from split_server.federation.background import Check, RedistillationJobs
+from split_server.federation.background import Check, RebuildJobs
 from tests.support.server import wait_until
 
 
@@ -21,9 +21,7 @@ class Work:
         self.refused: list[tuple[str, SFPromptError]] = []
         self.may_end = threading.Event()
         self.then: Callable[[str], None] = lambda _run: None
-        self.jobs = RedistillationJobs(
-            self._do, lambda run, error: self.refused.append((run, error))
-        )
+        self.jobs = RebuildJobs(self._do, lambda run, error: self.refused.append((run, error)))
 
     def _do(self, run: str, check: Check) -> None:
         self.begun.append(run)

@@ -28,10 +28,10 @@ from protocol.plan import RunPlan, TrainingPlan
 from split_model.backbone.libraries import timm
 from split_server.engine.api import ForwardJob, StepKey
 from split_server.engine.engine import Engine
-from split_server.engine.tuned_bodies import BodyJob, BodyPlan, BodySession, Direction
 from split_server.models.body_key import BodyKey
 from tests.support.engine import MIB, MakeEngine, engines, gradient_of, prepare_backbone, smashed
 from tests.support.federation import SMALL, FakeClock
+from tuning_methods.splitfed.tuned_bodies import BodyJob, BodyPlan, BodySession, Direction
 
 CUT, WIDTH, DECAY, ROUNDS, ROUND = 10, 192, 0.1, 4, 2
 

@@ -1,4 +1,4 @@
-"""Create proxies: smaller replacements for blocks, distilled from the backbone and cached."""
+"""Distil smaller replacements for blocks once, and cache them in the server's data folder."""
 
 from __future__ import annotations
 
@@ -20,99 +20,18 @@ from protocol.seeds import derive_seed
 from split_model import BackboneFile
 from split_model.backbone.tensor_file import TensorFile, write_tensors
 from split_model.files import sha256_of
-from split_server.payloads.tensors import require_finite
-from tuning_methods.proxies.distillation import distilled_proxy, redistilled_proxy
-from tuning_methods.sfprompt.local_body import local_body_weights
 
 log = logging.getLogger(__name__)
 
 IMAGES = "distillation"  # folder in the server's data folder with the image files
-
-_PROXY = ("proxy", "proxy_ends", "proxy_width", "proxy_blocks")
-
-_LOCAL_BODY = ("local_body", "cut", "tail_blocks")
 
 Distil = Callable[
     [ModelPlan, Mapping[str, Tensor], Tensor, DistillationSettings, int], dict[str, Tensor]
 ]
 
 
-def prepare_proxy(plan: RunPlan, split: ModelPlan, backbone: BackboneFile, cache_dir: Path) -> Path:
-    """Return the file with the weights of the run's model: the backbone, or its distilled proxy.
-
-    Runs with equal proxies, distilled alike on equal images, share one file. Distillation takes
-    minutes: do not call this on the event loop.
-
-    Raises:
-        InvalidField: the images are missing or unusable.
-    """
-    if split.proxy == "none":
-        return backbone.path
-    return _distil_once(plan, split, backbone, cache_dir, _PROXY, distilled_proxy)
-
-
-def prepare_local_body(
-    plan: RunPlan, split: ModelPlan, backbone: BackboneFile, cache_dir: Path
-) -> Mapping[str, Tensor] | None:
-    """Return the tensors of the small body for the devices' local update; None without one.
-
-    Distilled and cached as a proxy.
-
-    Raises:
-        InvalidField: the images are missing or unusable.
-    """
-    if not split.local_body:
-        return None
-    path = _distil_once(plan, split, backbone, cache_dir, _LOCAL_BODY, local_body_weights)
-    return TensorFile(path)
-
-
-def write_redistilled_proxy(
+def distil_once(
     plan: RunPlan,
-    split: ModelPlan,
-    backbone: BackboneFile,
-    proxy_path: Path,
-    state: Mapping[str, Tensor],
-    inactive: Tensor,
-    round_: int,
-    cache_dir: Path,
-    out: Path,
-    check: Callable[[], None],
-) -> None:
-    """Distil a run's proxy again after a round, on the images of its first distillation.
-
-    Args:
-        backbone: the teacher.
-        proxy_path: the weights of the proxy in this round.
-        state: the global state of this round.
-        inactive: each neuron's share of inactive tokens, [L, H].
-        out: the file to write.
-        check: called regularly; an exception from it ends the work.
-
-    Raises:
-        InvalidField: the images are missing or unusable.
-        NonFinite: the distillation has diverged.
-    """
-    distillation = plan.distillation
-    file = None if distillation.images == "random" else _image_file(plan, cache_dir)
-    weights = redistilled_proxy(
-        split,
-        split_model.open_backbone(backbone.path),
-        split_model.open_backbone(proxy_path),
-        state,
-        inactive,
-        _images(plan, split, file),
-        distillation,
-        derive_seed(plan.seed, "proxy", round_),
-        check,
-    )
-    require_finite(weights)
-    write_tensors(out, weights, {"backbone": split.backbone})
-
-
-def _distil_once(
-    plan: RunPlan,
-    split: ModelPlan,
     backbone: BackboneFile,
     cache_dir: Path,
     shape: tuple[str, ...],
@@ -123,15 +42,15 @@ def _distil_once(
     Args:
         shape: names of the settings that decide the result's shape.
     """
-    file = None
+    split, file = plan.model, None
     if plan.distillation.epochs and plan.distillation.images != "random":
-        file = _image_file(plan, cache_dir)
+        file = image_file(plan, cache_dir)
     key = _cache_key(plan, split, backbone, shape, file)
     path = cache_dir / f"proxy-{key[:32]}.safetensors"
     if path.is_file():
         return path
     log.info("distilling %s from %s", path.stem, split.backbone)
-    images = _images(plan, split, file)
+    images = load_images(plan, split, file)
     seed = derive_seed(plan.seed, "proxy")
     teacher = split_model.open_backbone(backbone.path)
     weights = distil(split, teacher, images, plan.distillation, seed)
@@ -159,7 +78,12 @@ def _cache_key(
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _image_file(plan: RunPlan, cache_dir: Path) -> Path:
+def image_file(plan: RunPlan, cache_dir: Path) -> Path:
+    """Return the file with the images to distil on.
+
+    Raises:
+        InvalidField: the server does not have it.
+    """
     path = cache_dir.parent / IMAGES / f"{plan.distillation.images}.safetensors"
     if not path.is_file():
         raise InvalidField(
@@ -172,7 +96,7 @@ def _image_file(plan: RunPlan, cache_dir: Path) -> Path:
     return path
 
 
-def _images(plan: RunPlan, split: ModelPlan, file: Path | None) -> Tensor:
+def load_images(plan: RunPlan, split: ModelPlan, file: Path | None) -> Tensor:
     """Load or draw the images, preprocessed for the backbone, [N, 3, S, S] in float32."""
     distillation, side = plan.distillation, split.image_size
     generator = torch.Generator().manual_seed(derive_seed(plan.seed, "distillation-images"))
