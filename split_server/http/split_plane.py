@@ -109,6 +109,7 @@ class SplitPlane:
                 device=device,
             )
 
+        handler = run.method.handlers.get(kind, handler)
         is_light = (
             not run.method.has_own_bodies(run.plan)
             and kind in _LIGHT_KINDS

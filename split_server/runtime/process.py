@@ -44,7 +44,7 @@ def set_up_logging(level: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter(_FORMAT))
     handler.addFilter(_AddRequestId())
-    for name in ("split_server", "split_model", "uvicorn"):
+    for name in ("split_server", "split_model", "tuning_methods", "uvicorn"):
         logger = logging.getLogger(name)
         logger.handlers = [handler]
         logger.setLevel(level.upper())
