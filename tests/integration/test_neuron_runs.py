@@ -296,8 +296,8 @@ def test_a_cancelled_run_does_not_wait_for_its_redistillation(
     run = created(server, **ten_classes(federation=NO_EVALUATION, distillation={"epochs": 2}))
     device = joined(server, run.id)
     assert device.update(run.id, state_with_shares(0.1, 0.5), "one").is_success
-    answer = server.operator().call("POST", f"/v1/runs/{run.id}/cancel", key="cancel")
-    assert answer.json()["status"] == "cancelled"
+    response = server.operator().call("POST", f"/v1/runs/{run.id}/cancel", key="cancel")
+    assert response.json()["status"] == "cancelled"
     assert device.assignment(run.id).task == "stop"
     assert redistillations(server.operator(), run.id) == []
 
@@ -333,10 +333,10 @@ def test_settings_that_redistillation_does_not_support_are_refused(
     values = settings().model_dump(mode="json")
     for part, fields in parts.items():
         values[part] |= fields
-    answer = server.operator().call(
+    response = server.operator().call(
         "POST", "/v1/runs", key=f"no-{next(_keys)}", json=custom_settings(values)
     )
-    error = answer.json()["error"]
+    error = response.json()["error"]
     assert (error["code"], error["field"]) == ("invalid_field", field)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -173,13 +174,25 @@ class Uncut:
         return torch.optim.SGD(groups, momentum=0.9, nesterov=True)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_one_device_equals_timms_model_in_each_step(
-    server: RunningServer, data_dir: Path, tmp_path: Path, method: str
-) -> None:
-    run = created(server, method)
-    device = Device(server, tmp_path, run, two_sets())
-    assert_equal_steps(device, run, data_dir, "local")
+@dataclass(frozen=True)
+class FinishedRun:
+    method: str
+    run: RunView  # before its first round
+    device: Device
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def finished(
+    request: pytest.FixtureRequest, server: RunningServer, tmp_path_factory: pytest.TempPathFactory
+) -> FinishedRun:
+    """A run of one device with each method."""
+    run = created(server, request.param)
+    folder = tmp_path_factory.mktemp(request.param)
+    return FinishedRun(request.param, run, Device(server, folder, run, two_sets()))
+
+
+def test_one_device_equals_timms_model_in_each_step(finished: FinishedRun, data_dir: Path) -> None:
+    assert_equal_steps(finished.device, finished.run, data_dir, "local")
 
 
 @pytest.mark.parametrize("method", ["fl-full", "fedpeft-bias", "fedpeft-adapter", "fedpeft-prompt"])
@@ -223,13 +236,10 @@ def assert_equal_steps(device: Device, run: RunView, data_dir: Path, purpose: st
         assert not torch.equal(value, device.initial[name]), f"{name} has not changed"
 
 
-@pytest.mark.parametrize("method", METHODS)
 def test_bytes_export_and_predictions_of_a_whole_run(
-    server: RunningServer, data_dir: Path, tmp_path: Path, method: str
+    finished: FinishedRun, server: RunningServer, data_dir: Path, tmp_path: Path
 ) -> None:
-    run = created(server, method)
-    data = two_sets()
-    device = Device(server, tmp_path, run, data)
+    method, run, device, data = finished.method, finished.run, finished.device, two_sets()
 
     # No request to the split plane; updates contain only tuned parameters.
     traffic = device.traffic
