@@ -19,6 +19,7 @@ from protocol.plan import RunPlan
 from sfprompt_bench.run.processes import Process, start_device
 from split_server.client import OperatorClient
 from tests.e2e.conftest import ServerProcess
+from tests.support.reporters import ListReporter
 from tuning_methods.custom.settings import Custom
 
 TRAIN, TEST = 120, 40  # images of the digits, over all devices
@@ -94,18 +95,6 @@ class DeviceThreads:
 
     def stop(self) -> None:
         """Threads end with their run; the test has failed if they are still alive."""
-
-
-class ListReporter:
-    def __init__(self, events: list[dict[str, Any]]) -> None:
-        self.events = events
-
-    def event(self, kind: str, **data: Any) -> None:
-        self.events.append({"event": kind, **data})
-
-    def advance(self, phase: str, done: int, total: int) -> None: ...
-
-    def close(self) -> None: ...
 
 
 def own_data(part: Part, train: int, test: int) -> Dataset:

@@ -22,28 +22,23 @@ from split_server.client import OperatorClient
 from split_server.federation.export import newest_state
 from tests.e2e.conftest import data_dir_of, small_run
 from tests.support.federation import OPERATOR
+from tests.support.reporters import SilentReporter
 from tests.support.server import RunningServer
 from tuning_methods.custom.settings import Custom
 
 STEPS_COMPARED = 12
 
 
-class StateRecorder:
+class StateRecorder(SilentReporter):
     """Copies prompts and tail after every step of split training."""
 
     def __init__(self) -> None:
         self.participant: Participant | None = None
         self.states: list[dict[str, Tensor]] = []
 
-    def event(self, kind: str, **data: Any) -> None:
-        pass
-
     def advance(self, phase: str, done: int, total: int) -> None:
         if phase == "split" and self.participant is not None:
             self.states.append(self.participant.model.state())
-
-    def close(self) -> None:
-        pass
 
 
 class Uncut:

@@ -30,7 +30,7 @@ def private_run(placement: str, **federation: Any) -> RunPlan:
     return RunPlan.model_validate(values)
 
 
-def finished_run(node: RunningServer, settings: RunPlan, home: Path) -> Results:
+def complete_run(node: RunningServer, settings: RunPlan, home: Path) -> Results:
     with contextlib.closing(OperatorClient(node.url, OPERATOR)) as operator:
         results, _ = run_to_the_end(
             operator,
@@ -61,7 +61,7 @@ def test_the_results_report_epsilon_for_each_round(
     node: RunningServer, tmp_path: Path, placement: str
 ) -> None:
     settings = private_run(placement, dp_clip=0.1, dp_noise_multiplier=1.5, dp_delta=1e-4)
-    results = finished_run(node, settings, tmp_path)
+    results = complete_run(node, settings, tmp_path)
     reported = [view.epsilon for view in results.rounds]
     assert reported == [pytest.approx(gaussian_epsilon(n, 1.5, 1e-4)) for n in range(1, ROUNDS + 1)]
     assert results.run.settings.federation.dp_seed is None
@@ -71,9 +71,9 @@ def test_the_results_report_epsilon_for_each_round(
 def test_without_noise_each_round_moves_the_state_by_at_most_the_clip(
     node: RunningServer, tmp_path: Path, placement: str
 ) -> None:
-    clipped = finished_run(node, private_run(placement, dp_clip=0.1), tmp_path / "clipped")
+    clipped = complete_run(node, private_run(placement, dp_clip=0.1), tmp_path / "clipped")
     assert [view.epsilon for view in clipped.rounds] == [None] * ROUNDS
     # With this clip the state stays at the initial one.
-    still = finished_run(node, private_run(placement, dp_clip=1e-6), tmp_path / "still")
+    still = complete_run(node, private_run(placement, dp_clip=1e-6), tmp_path / "still")
     after, before = (newest_state(data_dir_of(node), r.run.id)[1] for r in (clipped, still))
     assert 0.02 < distance(after, before) <= ROUNDS * 0.1 * 1.001

@@ -24,6 +24,7 @@ from protocol.traffic import Phase
 from split_model import SplitSettings, build_body, load_state, open_backbone
 from split_server.storage.sample_store import Owner, SampleStore
 from tests.support.edge import SMALL, device_model, files, image_set
+from tests.support.reporters import SilentReporter
 from tests.support.server import (
     ApiClient,
     RunningServer,
@@ -60,7 +61,7 @@ def store_of(server: RunningServer) -> SampleStore:
 _keys = itertools.count()
 
 
-def created(server: RunningServer, wire: dict[str, Any], **training: Any) -> str:
+def create_run(server: RunningServer, wire: dict[str, Any], **training: Any) -> str:
     plain = {"batch_size": BATCH, "keep_fraction": 1.0, "local_epochs": 0, "optimizer": "sgd"}
     rates = {"prompt_learning_rate": 0.05, "tail_learning_rate": 0.02, "schedule": "constant"}
     settings = RunPlan(
@@ -73,7 +74,7 @@ def created(server: RunningServer, wire: dict[str, Any], **training: Any) -> str
     return server.operator().create(settings, key=f"delta-{next(_keys)}").id
 
 
-class Device:
+class Device(SilentReporter):
     """Takes part in a whole run, and records each step of split training.
 
     Attributes:
@@ -97,7 +98,7 @@ class Device:
         self.missing: list[Sample] = []
         self.differing: list[int] = []
         self._between = between
-        run = created(server, wire, **training)
+        run = create_run(server, wire, **training)
         data = Dataset(image_set(SAMPLES), image_set(1))
         with contextlib.closing(Server(server.url)) as client:
             self.participant = Participant(client, data, folder / run, "only", self)
@@ -112,17 +113,11 @@ class Device:
 
     # Methods of a reporter
 
-    def event(self, kind: str, **data: Any) -> None:
-        pass
-
     def advance(self, phase: str, done: int, total: int) -> None:
         if phase == "split":
             self.states.append(self.participant.model.state())
             self.differing.append(self._count_differing())
             self._between(self, done)
-
-    def close(self) -> None:
-        pass
 
     # For tests
 
@@ -165,7 +160,7 @@ class Device:
         plane.forward, copies.revise = forwarded, revised
 
 
-def relative(tensor: Tensor, reference: Tensor) -> float:
+def relative_error(tensor: Tensor, reference: Tensor) -> float:
     return float((tensor - reference).norm() / reference.norm())
 
 
@@ -182,8 +177,8 @@ def test_float32_changes_train_like_whole_smashed_data(
     for state, expected in zip(delta.states, plain.states, strict=True):
         for name, value in state.items():
             torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-7, msg=name)
-    assert all(relative(sent.decoded, smashed) < 1e-6 for smashed, sent in delta.sent)
-    assert relative(delta.states[-1]["prompts"], delta.initial["prompts"]) > 1e-3
+    assert all(relative_error(sent.decoded, smashed) < 1e-6 for smashed, sent in delta.sent)
+    assert relative_error(delta.states[-1]["prompts"], delta.initial["prompts"]) > 1e-3
     assert not any(delta.differing)
 
 
@@ -191,15 +186,15 @@ def test_the_error_of_int4_changes_does_not_grow_over_30_visits(
     server: RunningServer, tmp_path: Path
 ) -> None:
     device = Device(server, tmp_path, QUANTISED, split_epochs=30)
-    errors = [relative(sent.decoded, smashed) for smashed, sent in device.sent]
+    errors = [relative_error(sent.decoded, smashed) for smashed, sent in device.sent]
     without_feedback = [
-        relative(as_decoded(smashed, "int4"), smashed) for smashed, _ in device.sent
+        relative_error(as_decoded(smashed, "int4"), smashed) for smashed, _ in device.sent
     ]
     visits = [max(errors[at : at + 2]) for at in range(0, 60, 2)]  # of two batches each
     assert len(visits) == 30
     assert max(errors) < 0.3 * min(without_feedback)
     assert max(visits[20:]) < 1.2 * max(visits[1:10])
-    assert relative(device.states[-1]["prompts"], device.initial["prompts"]) > 1e-2
+    assert relative_error(device.states[-1]["prompts"], device.initial["prompts"]) > 1e-2
     assert not any(device.differing)
 
 
@@ -237,7 +232,7 @@ def test_a_skipped_sample_differs_by_less_than_the_threshold(
     assert 0 < device.rows("changes") < 9 * SAMPLES
     for smashed, sent in device.sent:
         for row in set(range(len(sent))) - set(sent.sent):
-            assert relative(sent.decoded[row], smashed[row]) < 0.02
+            assert relative_error(sent.decoded[row], smashed[row]) < 0.02
     assert not any(device.differing)
 
 
@@ -290,7 +285,7 @@ def test_the_codec_s_error_corrects_the_gradient(
     smashed = model.head(images, model.prompts)
     smashed.backward(weight * (smashed.detach() - as_decoded(smashed.detach(), "int4")))
     moved = corrected.states[0]["prompts"] - without.states[0]["prompts"]
-    assert relative(moved, -rate * model.prompts.grad) < 1e-3
+    assert relative_error(moved, -rate * model.prompts.grad) < 1e-3
 
 
 # Requests
@@ -300,7 +295,7 @@ IDS = [bytes([number] * 16) for number in range(2)]
 
 def member(server: RunningServer, wire: dict[str, Any]) -> tuple[ApiClient, Owner]:
     """A participant in the first round of a new run."""
-    run = created(server, wire)
+    run = create_run(server, wire)
     request = {"name": "a", "train_samples": 9, "test_samples": 1, "num_classes": 3}
     response = server.api().call("POST", f"/v1/runs/{run}/participants", key="join", json=request)
     assert response.is_success, response.text
@@ -309,7 +304,7 @@ def member(server: RunningServer, wire: dict[str, Any]) -> tuple[ApiClient, Owne
     return api, Owner(run, response.json()["participant"])
 
 
-def numbers(seed: int, batch: int = 2) -> Tensor:
+def random_smashed(seed: int, batch: int = 2) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn((batch, TOKENS, WIDTH), generator=generator)
 
@@ -347,7 +342,7 @@ def test_a_repeated_request_is_applied_once_and_has_the_same_response(
     server: RunningServer,
 ) -> None:
     api, owner = member(server, {"delta_smashed": "float32"})
-    start, change = numbers(0), numbers(1)
+    start, change = random_smashed(0), random_smashed(1)
     assert torch.equal(tensor_in(begin(api, start), "features"), features_of(start))
     responses = [forward(api, "s1", [[1, 1], [1, 2]], changes={1: change[1]}) for _ in range(3)]
     assert all(response.content == responses[0].content for response in responses)
@@ -357,13 +352,15 @@ def test_a_repeated_request_is_applied_once_and_has_the_same_response(
     assert [sample and bytes(sample.data) for sample in stored] == [
         row.numpy().tobytes() for row in expected
     ]
-    returned = tensor_in(api.step("backward", numbers(2), "s1"), "gradients")
-    assert torch.equal(returned, tensor_in(api.step("backward", numbers(2), "s1"), "gradients"))
+    returned = tensor_in(api.step("backward", random_smashed(2), "s1"), "gradients")
+    assert torch.equal(
+        returned, tensor_in(api.step("backward", random_smashed(2), "s1"), "gradients")
+    )
 
 
 def test_the_response_names_missing_copies(server: RunningServer) -> None:
     api, _ = member(server, {"delta_smashed": "float32"})
-    start, other = numbers(0), numbers(1)
+    start, other = random_smashed(0), random_smashed(1)
     assert begin(api, start).is_success
     response = forward(api, "s1", [[1, 1], [4, 5]], changes={1: other[1]})
     assert frame_in(response, "missing").tensor("places").tolist() == [1]
@@ -374,20 +371,20 @@ def test_the_response_names_missing_copies(server: RunningServer) -> None:
 
 def test_changes_are_refused_in_a_run_without_delta_smashed(server: RunningServer) -> None:
     api, _ = member(server, {})
-    response = begin(api, numbers(0))
+    response = begin(api, random_smashed(0))
     assert code_of(response) == "invalid_field"
     assert response.json()["error"]["field"] == "delta_smashed"
 
 
 def test_whole_smashed_data_are_always_accepted(server: RunningServer) -> None:
     api, _ = member(server, {"delta_smashed": "int4"})
-    response = api.step("forward", numbers(0), "s0")
-    assert torch.equal(tensor_in(response, "features"), features_of(numbers(0)))
+    response = api.step("forward", random_smashed(0), "s0")
+    assert torch.equal(tensor_in(response, "features"), features_of(random_smashed(0)))
 
 
 def test_the_copies_of_a_device_that_leaves_are_deleted(server: RunningServer) -> None:
     api, owner = member(server, {"delta_smashed": "float32"})
-    assert begin(api, numbers(0)).is_success
+    assert begin(api, random_smashed(0)).is_success
     assert all(store_of(server).find(owner, IDS))
     assert api.call("DELETE", f"/v1/runs/{owner.run}/participants/me", key="leave").is_success
     assert store_of(server).find(owner, IDS) == [None, None]

@@ -27,6 +27,7 @@ from split_server.storage.run_files import RunFiles
 from tests.integration.test_whole_model import WHOLE
 from tests.support.edge import image_set
 from tests.support.federation import OPERATOR
+from tests.support.reporters import ListReporter
 from tests.support.server import ApiClient, RunningServer, joined, running_server, wait_until
 from tests.support.settings import custom_settings
 
@@ -74,23 +75,8 @@ def settings(**parts: dict[str, Any]) -> RunPlan:
     return RunPlan.model_validate({"model": model, **rest, **changes})
 
 
-def created(server: RunningServer, **parts: dict[str, Any]) -> RunView:
+def create_run(server: RunningServer, **parts: dict[str, Any]) -> RunView:
     return server.operator().create(settings(**parts), key=f"neurons-{next(_keys)}")
-
-
-class RecordingReporter:
-    def __init__(self) -> None:
-        self.events: list[tuple[str, dict[str, Any]]] = []
-
-    def event(self, kind: str, **data: Any) -> None:
-        self.events.append((kind, data))
-
-    def advance(self, phase: str, done: int, total: int) -> None: ...
-
-    def close(self) -> None: ...
-
-    def of(self, kind: str) -> list[dict[str, Any]]:
-        return [data for event, data in self.events if event == kind]
 
 
 def results_of(server: RunningServer, run: str) -> Any:
@@ -124,8 +110,8 @@ def inactive_shares(model: DeviceModel, images: Tensor) -> Tensor:
 def test_a_device_downloads_each_new_head_and_continues(
     server: RunningServer, data_dir: Path, tmp_path: Path
 ) -> None:
-    run = created(server)
-    reporter, data = RecordingReporter(), Dataset(image_set(10), image_set(7, seed=1))
+    run = create_run(server)
+    reporter, data = ListReporter(), Dataset(image_set(10), image_set(7, seed=1))
     with contextlib.closing(Server(server.url)) as client:
         participant = Participant(client, data, tmp_path, "only", reporter)
         participant.join(run.id, key="join-only")
@@ -195,7 +181,7 @@ def test_shares_are_averaged_by_samples_and_accepted_only_before_a_redistillatio
     parts = ten_classes(
         federation={**NO_EVALUATION, "min_participants": 2}, distillation={"every": 2}
     )
-    run = created(server, **parts)
+    run = create_run(server, **parts)
     a, b = joined(server, run.id, "a"), joined(server, run.id, "b")
     plain = {n: t for n, t in state_with_shares(0.1, 0.0).items() if n != "neurons"}
     refused = a.update(run.id, state_with_shares(0.1, 0.0), "a-1", samples=10)
@@ -228,7 +214,7 @@ def test_shares_are_averaged_by_samples_and_accepted_only_before_a_redistillatio
 def test_an_update_without_valid_shares_of_its_neurons_is_refused(
     server: RunningServer, neurons: Tensor | None, code: str
 ) -> None:
-    run = created(server, **ten_classes(federation={**NO_EVALUATION, "min_participants": 2}))
+    run = create_run(server, **ten_classes(federation={**NO_EVALUATION, "min_participants": 2}))
     device = joined(server, run.id, "a")
     joined(server, run.id, "b")
     state = state_with_shares(0.1, 0.0)
@@ -263,7 +249,7 @@ def test_a_restarted_server_completes_an_interrupted_redistillation(tmp_path: Pa
     state = state_with_shares(0.1, torch.rand(LAYERS, WIDTH, generator=generator))
     with pytest.MonkeyPatch.context() as patch, running_server(tmp_path) as first:
         slow_down_redistillation(patch)
-        run = created(first, **parts)
+        run = create_run(first, **parts)
         device = joined(first, run.id)
         token = device.http.headers["authorization"].removeprefix("Bearer ")
         assert device.update(run.id, state, "one").is_success
@@ -282,7 +268,7 @@ def test_a_restarted_server_completes_an_interrupted_redistillation(tmp_path: Pa
         content = device.call("GET", f"/v1/runs/{run.id}/head?sha256={new_head.sha256}").content
         assert len(content) == new_head.nbytes
 
-        other = created(second, **parts)  # without an interruption
+        other = create_run(second, **parts)  # without an interruption
         device = joined(second, other.id)
         assert device.update(other.id, state, "one").is_success
         wait_until(lambda: device.assignment(other.id).round == 2, 60)
@@ -293,7 +279,7 @@ def test_a_cancelled_run_does_not_wait_for_its_redistillation(
     server: RunningServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slow_down_redistillation(monkeypatch)
-    run = created(server, **ten_classes(federation=NO_EVALUATION, distillation={"epochs": 2}))
+    run = create_run(server, **ten_classes(federation=NO_EVALUATION, distillation={"epochs": 2}))
     device = joined(server, run.id)
     assert device.update(run.id, state_with_shares(0.1, 0.5), "one").is_success
     response = server.operator().call("POST", f"/v1/runs/{run.id}/cancel", key="cancel")
@@ -303,7 +289,7 @@ def test_a_cancelled_run_does_not_wait_for_its_redistillation(
 
 
 def test_a_redistillation_that_diverges_fails_its_run(server: RunningServer) -> None:
-    run = created(
+    run = create_run(
         server, **ten_classes(federation=NO_EVALUATION, distillation={"learning_rate": 1.0})
     )
     device = joined(server, run.id)
@@ -343,7 +329,7 @@ def test_settings_that_redistillation_does_not_support_are_refused(
 def test_a_state_on_disk_contains_no_shares_of_neurons(
     server: RunningServer, data_dir: Path
 ) -> None:
-    run = created(server, **ten_classes(federation=NO_EVALUATION | {"rounds": 2}))
+    run = create_run(server, **ten_classes(federation=NO_EVALUATION | {"rounds": 2}))
     device = joined(server, run.id)
     assert device.update(run.id, state_with_shares(0.5, 0.5), "one").is_success
     wait_until(lambda: device.assignment(run.id).round == 2, 60)
@@ -373,8 +359,8 @@ class OutdatedServer(Server):
 def test_a_device_whose_head_was_deleted_requests_a_new_assignment(
     server: RunningServer, tmp_path: Path
 ) -> None:
-    run = created(server, federation={"rounds": 2, "round_timeout_s": 4.0, "max_repeats": 0})
-    reporter, data = RecordingReporter(), Dataset(image_set(10), image_set(7, seed=1))
+    run = create_run(server, federation={"rounds": 2, "round_timeout_s": 4.0, "max_repeats": 0})
+    reporter, data = ListReporter(), Dataset(image_set(10), image_set(7, seed=1))
     with contextlib.closing(OutdatedServer(server.url)) as client:
         participant = Participant(client, data, tmp_path, "late", reporter)
         participant.join(run.id, "join-late")
@@ -391,8 +377,8 @@ def test_redistillation_works_with_update_deltas_and_a_quantised_head(
 ) -> None:
     wire = {"update_deltas": True, "updates": "float16", "head": "int8"}
     prompted = {"prompt_count": 3, "prompt_at": "input"}
-    run = created(server, federation={"rounds": 2}, wire=wire, model=prompted)
-    reporter, data = RecordingReporter(), Dataset(image_set(10), image_set(7, seed=1))
+    run = create_run(server, federation={"rounds": 2}, wire=wire, model=prompted)
+    reporter, data = ListReporter(), Dataset(image_set(10), image_set(7, seed=1))
     with contextlib.closing(Server(server.url)) as client:
         participant = Participant(client, data, tmp_path, "only", reporter)
         participant.join(run.id, "join-rounded")

@@ -26,6 +26,7 @@ from split_server.federation.export import export_run, newest_state
 from split_server.runtime.process import set_up_logging
 from tests.integration.test_whole_model import WHOLE
 from tests.support.edge import files, image_set
+from tests.support.reporters import SilentReporter
 from tests.support.server import RunningServer
 
 LORA = {"tune": "lora", "lora_rank": 2}
@@ -46,7 +47,7 @@ BLOCK_PARAMETERS = 12 * WIDTH**2 + 13 * WIDTH
 _keys = itertools.count()
 
 
-def created(
+def create_run(
     server: RunningServer,
     model: dict[str, Any],
     distillation: dict[str, Any] | None = None,
@@ -62,17 +63,6 @@ def created(
         }
     )
     return server.operator().create(settings, key=f"proxy-{next(_keys)}")
-
-
-class SilentReporter:
-    def event(self, kind: str, **data: Any) -> None:
-        pass
-
-    def advance(self, phase: str, done: int, total: int) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
 
 
 def take_part(server: RunningServer, folder: Path, run: RunView) -> Participant:
@@ -116,7 +106,7 @@ def test_a_run_on_a_proxy_tunes_the_whole_backbone(
     tuned_blocks: int,
     removed: int,
 ) -> None:
-    run = created(server, changes, DISTILLATION)
+    run = create_run(server, changes, DISTILLATION)
     participant = take_part(server, tmp_path / "device", run)
     _, state = newest_state(data_dir, run.id)
     tuned = sum(tensor.numel() for tensor in state.values())
@@ -143,14 +133,16 @@ def test_equal_proxies_are_distilled_once(
     server: RunningServer, data_dir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO):
-        first, second = (created(server, PRUNED, {**DISTILLATION, "samples": 9}) for _ in range(2))
+        first, second = (
+            create_run(server, PRUNED, {**DISTILLATION, "samples": 9}) for _ in range(2)
+        )
     assert first.head == second.head
     messages = [
         record.message for record in caplog.records if "distillation, epoch" in record.message
     ]
     assert len(messages) == 1
-    assert created(server, PRUNED, {**DISTILLATION, "samples": 7}).head != first.head
-    assert created(server, PRUNED).head != first.head
+    assert create_run(server, PRUNED, {**DISTILLATION, "samples": 7}).head != first.head
+    assert create_run(server, PRUNED).head != first.head
 
 
 def test_the_server_s_log_names_each_epoch() -> None:
@@ -173,13 +165,15 @@ def test_the_server_s_log_names_each_epoch() -> None:
 def test_a_server_distils_on_its_own_images(server: RunningServer, data_dir: Path) -> None:
     with_images = {**DISTILLATION, "images": "held"}
     with pytest.raises(AssertionError, match=r'"field":"distillation.images"'):  # by `create`
-        created(server, PRUNED, with_images)
+        create_run(server, PRUNED, with_images)
     pixels = torch.stack([image_set(9).image(number) for number in range(9)])
     write_tensors(data_dir / "distillation" / "held.safetensors", {"images": pixels})
-    run = created(server, PRUNED, with_images)
-    assert run.head != created(server, PRUNED, DISTILLATION).head
+    run = create_run(server, PRUNED, with_images)
+    assert run.head != create_run(server, PRUNED, DISTILLATION).head
     write_tensors(data_dir / "distillation" / "held.safetensors", {"images": pixels.flip(0) // 2})
-    assert created(server, PRUNED, with_images).head != run.head, "other images give another proxy"
+    assert create_run(server, PRUNED, with_images).head != run.head, (
+        "other images give another proxy"
+    )
 
 
 def test_local_updates_use_a_small_body_that_comes_with_the_head(
@@ -187,8 +181,8 @@ def test_local_updates_use_a_small_body_that_comes_with_the_head(
 ) -> None:
     cut = {"cut": 1, "prompt_count": 2}
     split = {"split_epochs": 1, "keep_fraction": 0.5}
-    plain = created(server, cut, **split)
-    run = created(server, {**cut, "local_body": 2}, DISTILLATION, **split)
+    plain = create_run(server, cut, **split)
+    run = create_run(server, {**cut, "local_body": 2}, DISTILLATION, **split)
     assert (
         4 * 2 * BLOCK_PARAMETERS
         <= run.head.nbytes - plain.head.nbytes

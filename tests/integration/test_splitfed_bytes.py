@@ -17,6 +17,7 @@ from protocol.plan import ModelPlan, RunPlan, TrainingPlan
 from sfprompt_bench.compare.methods import method_named
 from sfprompt_bench.compare.metrics import Usage, calculated, run_figures
 from tests.support.edge import image_set
+from tests.support.reporters import SilentReporter
 from tests.support.server import running_server
 
 SAMPLES, BATCH, ROUNDS = 24, 8, 2
@@ -32,17 +33,6 @@ LEGS = {
     # Only the tail is tuned, so no gradient is sent.
     "splitfed-linear": {"smashed", "features"},
 }
-
-
-class SilentReporter:
-    def event(self, kind: str, **data: object) -> None:
-        pass
-
-    def advance(self, phase: str, done: int, total: int) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
 
 
 @pytest.mark.parametrize("name", LEGS)

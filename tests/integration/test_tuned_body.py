@@ -26,6 +26,7 @@ from split_model import load_exported, load_state, open_backbone
 from split_model.backbone.libraries import timm
 from split_server.federation.export import export_run, newest_state
 from tests.support.edge import files, image_set
+from tests.support.reporters import SilentReporter
 from tests.support.server import RunningServer, code_of, running_server, tensor_in
 from tests.support.settings import custom_settings
 
@@ -45,7 +46,9 @@ SAMPLES, BATCH, ROUNDS, EPOCHS, RATE, DECAY = 10, 4, 2, 2, 0.02, 1e-4
 _keys = itertools.count()
 
 
-def created(server: RunningServer, devices: int = 1, rounds: int = ROUNDS, **parts: Any) -> RunView:
+def create_run(
+    server: RunningServer, devices: int = 1, rounds: int = ROUNDS, **parts: Any
+) -> RunView:
     training = {
         "local_epochs": 0,
         "split_epochs": EPOCHS,
@@ -73,7 +76,7 @@ def two_sets(seed: int = 0) -> Dataset:
     return Dataset(image_set(SAMPLES, seed=seed), image_set(7, seed=1))
 
 
-class Device:
+class Device(SilentReporter):
     """Takes part in a whole run, and records its state after each step."""
 
     def __init__(
@@ -94,9 +97,6 @@ class Device:
     def advance(self, phase: str, done: int, total: int) -> None:
         if phase == "split":
             self.states.append(self.participant.model.state())
-
-    def close(self) -> None:
-        pass
 
 
 class Uncut:
@@ -152,7 +152,7 @@ def state_after(
 def test_one_device_trains_head_body_and_tail_as_the_uncut_model_in_each_step(
     server: RunningServer, data_dir: Path, tmp_path: Path, pooled: bool
 ) -> None:
-    run = created(server, wire={"pooled_features": pooled})
+    run = create_run(server, wire={"pooled_features": pooled})
     device = Device(server, tmp_path, run, two_sets())
     assert device.last.status is RunStatus.FINISHED
     assert "begun-anew" not in device.events
@@ -194,7 +194,7 @@ def test_the_bodies_of_two_devices_are_averaged_by_their_samples(
     server: RunningServer, data_dir: Path, tmp_path: Path
 ) -> None:
     """With 10 and 4 samples the weights are 5/7 and 2/7, in both rounds."""
-    run = created(server, devices=2, wire={"update_deltas": True})
+    run = create_run(server, devices=2, wire={"update_deltas": True})
     sets = {
         "a": Dataset(image_set(10, seed=5), image_set(3, seed=1)),
         "b": Dataset(image_set(4, seed=6), image_set(3, seed=2)),
@@ -231,7 +231,7 @@ def test_the_bodies_of_two_devices_are_averaged_by_their_samples(
 def test_a_body_that_does_not_fit_in_memory_waits_until_another_is_released(tmp_path: Path) -> None:
     """Nine blocks with SGD's momentum take 48 MiB; two such bodies do not fit in 64 MiB."""
     with running_server(tmp_path / "node", engine_memory_mib=64) as server:
-        run = created(server, devices=2, rounds=1)
+        run = create_run(server, devices=2, rounds=1)
         devices: list[Device] = []
 
         def take_part(name: str) -> None:
@@ -258,7 +258,7 @@ def meta(number: int, steps: int = 2, round_: int = 1, **extra: Any) -> dict[str
     return fields | extra
 
 
-def numbers(seed: int) -> Tensor:
+def random_batch(seed: int) -> Tensor:
     """[B, T, D]"""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn((BATCH, TOKENS, WIDTH), generator=generator)
@@ -295,7 +295,7 @@ class ReferenceBody:
 def test_a_restarted_server_has_the_body_and_no_open_session(tmp_path: Path) -> None:
     folder, reference = tmp_path / "node", ReferenceBody()
     with running_server(folder) as first:
-        run = created(first, training={"split_epochs": 1})
+        run = create_run(first, training={"split_epochs": 1})
         joining = {"name": "a", "train_samples": 8, "test_samples": 4, "num_classes": 3}
         path = f"/v1/runs/{run.id}/participants"
         response = first.api().call("POST", path, key="j", json=joining)
@@ -304,7 +304,7 @@ def test_a_restarted_server_has_the_body_and_no_open_session(tmp_path: Path) -> 
         sha256 = api.assignment(run.id).state.sha256
         state = load_state(folder / "runs" / run.id / "states" / f"{sha256}.safetensors")
         for number in (0, 1):
-            smashed, gradients = numbers(number), numbers(10 + number)
+            smashed, gradients = random_batch(number), random_batch(10 + number)
             expected = reference.features(smashed)
             for _ in range(2):  # the request and its repetition
                 response = api.ask("forward", meta(number), smashed=smashed)
@@ -327,25 +327,25 @@ def test_a_restarted_server_has_the_body_and_no_open_session(tmp_path: Path) -> 
     with running_server(folder) as again:
         api = again.api(credential)
         assert api.assignment(run.id).round == 2
-        inferred = api.ask("infer", {"step": "i", "round": 2}, smashed=numbers(5))
-        expected = reference.features(numbers(5))
+        inferred = api.ask("infer", {"step": "i", "round": 2}, smashed=random_batch(5))
+        expected = reference.features(random_batch(5))
         torch.testing.assert_close(tensor_in(inferred, "features"), expected, rtol=0, atol=1e-5)
-        response = api.ask("forward", meta(0, round_=2), smashed=numbers(6))
-        expected = reference.features(numbers(6))
+        response = api.ask("forward", meta(0, round_=2), smashed=random_batch(6))
+        expected = reference.features(random_batch(6))
         torch.testing.assert_close(tensor_in(response, "features"), expected, rtol=0, atol=1e-5)
 
     with running_server(folder) as last:  # the step of round 2 is still open
         api = last.api(credential)
-        response = api.ask("backward", meta(0, round_=2), gradients=numbers(7))
+        response = api.ask("backward", meta(0, round_=2), gradients=random_batch(7))
         assert code_of(response) == "step_lost"
-        response = api.ask("forward", meta(0, round_=2, session="t"), smashed=numbers(6))
+        response = api.ask("forward", meta(0, round_=2, session="t"), smashed=random_batch(6))
         torch.testing.assert_close(tensor_in(response, "features"), expected, rtol=0, atol=1e-5)
 
 
 def test_an_invalid_request_of_a_body_session_is_refused_with_its_field(
     server: RunningServer,
 ) -> None:
-    run = created(server, federation={"max_repeats": 0})
+    run = create_run(server, federation={"max_repeats": 0})
     joining = {"name": "a", "train_samples": 8, "test_samples": 4, "num_classes": 3}
     path = f"/v1/runs/{run.id}/participants"
     api = server.api(server.api().call("POST", path, key="j", json=joining).json()["credential"])
@@ -355,7 +355,7 @@ def test_an_invalid_request_of_a_body_session_is_refused_with_its_field(
         error = api.ask(kind, fields, **tensors).json()["error"]
         return error["code"], error.get("field", "")
 
-    batch = numbers(0)
+    batch = random_batch(0)
     frozen = refusal("forward", {"step": "a", "round": 1}, smashed=batch)
     assert frozen == ("invalid_field", "session")
     assert refusal("forward", meta(2), smashed=batch) == ("invalid_field", "body")

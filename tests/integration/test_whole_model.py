@@ -28,6 +28,7 @@ from split_model import load_exported, load_state, open_backbone
 from split_model.backbone.libraries import timm
 from split_server.federation.export import export_run, newest_state
 from tests.support.edge import files, image_set
+from tests.support.reporters import SilentReporter
 from tests.support.server import RunningServer
 
 WHOLE = ModelPlan(
@@ -71,7 +72,7 @@ MAX_OVERHEAD = 32_768  # bytes of a download in addition to its tensors: names, 
 _keys = itertools.count()
 
 
-def created(
+def create_run(
     server: RunningServer,
     method: str,
     wire: dict[str, Any] | None = None,
@@ -93,7 +94,7 @@ def created(
     return server.operator().create(settings, key=f"whole-{next(_keys)}")
 
 
-class Device:
+class Device(SilentReporter):
     """Takes part in a whole run, and records its state after each step."""
 
     def __init__(
@@ -110,15 +111,9 @@ class Device:
             self.last = self.participant.take_part()
             self.traffic = client.traffic().to_dict()
 
-    def event(self, kind: str, **data: Any) -> None:
-        pass
-
     def advance(self, phase: str, done: int, total: int) -> None:
         if phase in ("local", "split"):
             self.states.append(self.participant.model.state())
-
-    def close(self) -> None:
-        pass
 
 
 class Uncut:
@@ -186,7 +181,7 @@ def finished(
     request: pytest.FixtureRequest, server: RunningServer, tmp_path_factory: pytest.TempPathFactory
 ) -> FinishedRun:
     """A run of one device with each method."""
-    run = created(server, request.param)
+    run = create_run(server, request.param)
     folder = tmp_path_factory.mktemp(request.param)
     return FinishedRun(request.param, run, Device(server, folder, run, two_sets()))
 
@@ -200,7 +195,7 @@ def test_a_tuned_head_with_a_body_on_the_server_equals_timms_model_in_each_step(
     server: RunningServer, data_dir: Path, tmp_path: Path, method: str
 ) -> None:
     split = {"local_epochs": 0, "split_epochs": EPOCHS}
-    run = created(server, method, model={"cut": 3}, **split)
+    run = create_run(server, method, model={"cut": 3}, **split)
     device = Device(server, tmp_path, run, two_sets())
     assert_equal_steps(device, run, data_dir, "split")
     assert device.traffic.keys() >= SPLIT_PLANE
@@ -294,7 +289,7 @@ def test_two_devices_with_quantised_deltas_end_with_the_server_s_state(
     server: RunningServer, data_dir: Path, tmp_path: Path, method: str
 ) -> None:
     wire = {"update_deltas": True, "updates": "float16", "head": "int8"}
-    run = created(server, method, wire, devices=2, proximal=0.01)
+    run = create_run(server, method, wire, devices=2, proximal=0.01)
     devices: list[Device] = []
 
     def take_part(name: str, seed: int) -> None:
