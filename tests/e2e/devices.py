@@ -74,7 +74,9 @@ class DeviceThreads:
         self.events = {f"device-{number}": [] for number in range(1, count + 1)}
         self.succeeded: list[bool] = []
         numbers = range(1, count + 1)
-        self.threads = [threading.Thread(target=self._take_part, args=(n,)) for n in numbers]
+        self.threads = [
+            threading.Thread(target=self._take_part, args=(n,), daemon=True) for n in numbers
+        ]
         for thread in self.threads:
             thread.start()
 
@@ -94,7 +96,7 @@ class DeviceThreads:
         assert self.succeeded == [True] * self.count
 
     def stop(self) -> None:
-        """Threads end with their run; the test has failed if they are still alive."""
+        """Nothing to do: a thread ends with its run, or with the tests' process."""
 
 
 def own_data(part: Part, train: int, test: int) -> Dataset:
