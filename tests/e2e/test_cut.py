@@ -1,4 +1,4 @@
-"""Prompts at the cut, over HTTP: the same numbers as the uncut model, and after each failure."""
+"""Prompts at the cut, over HTTP: the same numbers as the uncut model, also after failures."""
 
 from __future__ import annotations
 
