@@ -21,13 +21,14 @@ MAY_IMPORT = {
     "tuning_methods": CORE_PACKAGES | {"sfprompt"},
     "sfprompt": CORE_PACKAGES | {"tuning_methods"},
     "sfprompt_bench": CORE_PACKAGES | {"tuning_methods", "sfprompt"},
+    "tools": CORE_PACKAGES | {"tuning_methods", "sfprompt", "sfprompt_bench"},
 }
 
 PACKAGES = sorted(package for package in MAY_IMPORT if (ROOT / package).is_dir())
 
 HTTP = {"starlette", "fastapi", "uvicorn", "split_server.http"}
 
-# A folder, and what no file in it imports: a library, a module or anything below it.
+# A folder, and the libraries and modules that no file in it imports.
 MUST_NOT_IMPORT = {
     "split_server/runtime": HTTP,
     "split_server/storage": HTTP | {"split_server.engine", "split_server.federation"},
@@ -41,16 +42,23 @@ MUST_NOT_IMPORT = {
     "edge_client/storage": {"edge_client.training"},
 }
 
-# Imports against the rules that are still to be removed: file, imported name.
+# Imports against the rules that are still to be removed: a file, and a module or name in it.
 IMPORT_EXCEPTIONS = {
     # SQLite reports a full disk as `OperationalError`; the server answers `busy`.
     ("split_server/http/errors.py", "sqlalchemy.exc.OperationalError"),
+    # Until the run's method object prepares, updates and exports its proxy.
+    ("split_server/federation/export.py", "tuning_methods.proxies.weights"),
+    ("split_server/federation/updates.py", "tuning_methods.proxies.neurons"),
+    ("split_server/models/prepare.py", "tuning_methods.proxies.neurons"),
+    ("split_server/models/prepare.py", "tuning_methods.proxies.weights"),
+    ("split_server/models/proxies.py", "tuning_methods.proxies.distillation"),
+    ("split_server/models/proxies.py", "tuning_methods.sfprompt.local_body"),
 }
 
 MIN_LINES, MAX_LINES = 20, 450
 
 # Files that are still to be joined with others or to be split.
-SIZE_EXCEPTIONS = {"protocol/base.py", "split_server/runtime/clock.py"}
+SIZE_EXCEPTIONS = {"protocol/plan.py"}
 
 
 def source_files(folder: str) -> list[Path]:
@@ -88,11 +96,15 @@ def is_within(name: str, module: str) -> bool:
 
 
 def forbidden_imports(folder: str, forbidden: set[str]) -> set[tuple[str, str]]:
+    """File and name of each forbidden import that is not an exception."""
     return {
         (relative(path), name)
         for path in source_files(folder)
         for name in imported(path)
         if any(is_within(name, module) for module in forbidden)
+        and not any(
+            relative(path) == file and is_within(name, module) for file, module in IMPORT_EXCEPTIONS
+        )
     }
 
 
@@ -104,18 +116,20 @@ def test_each_package_has_a_rule() -> None:
 @pytest.mark.parametrize("package", PACKAGES)
 def test_a_package_imports_only_packages_below_it(package: str) -> None:
     forbidden = set(MAY_IMPORT) - MAY_IMPORT[package] - {package}
-    assert forbidden_imports(package, forbidden) - IMPORT_EXCEPTIONS == set()
+    assert forbidden_imports(package, forbidden) == set()
 
 
 @pytest.mark.parametrize("folder", MUST_NOT_IMPORT)
 def test_a_folder_does_not_import_what_its_rule_forbids(folder: str) -> None:
-    assert forbidden_imports(folder, MUST_NOT_IMPORT[folder]) - IMPORT_EXCEPTIONS == set()
+    assert forbidden_imports(folder, MUST_NOT_IMPORT[folder]) == set()
 
 
 @pytest.mark.parametrize("exception", sorted(IMPORT_EXCEPTIONS))
 def test_each_import_exception_is_still_needed(exception: tuple[str, str]) -> None:
-    file, name = exception
-    assert name in imported(ROOT / file), "delete this exception"
+    file, module = exception
+    path = ROOT / file
+    assert path.is_file(), "delete this exception"
+    assert any(is_within(name, module) for name in imported(path)), "delete this exception"
 
 
 @pytest.mark.parametrize("package", PACKAGES)
