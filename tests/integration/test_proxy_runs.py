@@ -146,7 +146,7 @@ def test_equal_proxies_are_distilled_once(
 
 
 def test_the_server_s_log_names_each_epoch() -> None:
-    names = ("split_server", "split_model", "uvicorn")
+    names = ("split_server", "split_model", "tuning_methods", "uvicorn")
     before = {name: vars(logging.getLogger(name)).copy() for name in names}
     access = logging.getLogger("uvicorn.access").disabled
     log = io.StringIO()
