@@ -8,7 +8,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,8 +110,9 @@ def perform_all(
             progress.console.print(f"  {describe(task, figures)}")
             return figures
 
-        futures = [threads.submit(perform_task, task) for task in tasks]
-        try:
+        futures: list[Future[Figures | Failure]] = []
+        try:  # a signal may arrive as soon as the first task has started a process
+            futures.extend(threads.submit(perform_task, task) for task in tasks)
             return [future.result() for future in futures]
         except BaseException:
             stopping.set()

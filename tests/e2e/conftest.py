@@ -1,4 +1,4 @@
-"""A real server process on loopback, and small settings for it."""
+"""Split servers for the end-to-end tests: a process that can be killed, a thread, small runs."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from protocol.plan import ModelPlan, RunPlan, TrainingPlan
 from sfprompt_bench.run.preflight import choose_port
 from sfprompt_bench.run.processes import Process, wait_until_healthy
 from split_server.client import OperatorClient, read_token
+from tests.support.server import RunningServer, running_server
 
 SMALL = ModelPlan(
     backbone="vit_tiny_patch16_224", weights="random:3", image_size=32, cut=1, prompt_count=4
@@ -44,19 +45,35 @@ class ServerProcess:
     def start(self) -> None:
         arguments = ["split_server.cli", "serve", "--port", str(self.port)]
         arguments += ["--data-dir", str(self.data_dir), "--torch-threads", "1"]
-        # Bit for bit: what a batch is joined with may change how its matrices are rounded.
+        # The rows that share a batch may change how a matrix product is rounded.
         arguments += ["--max-batch-samples", "1"]
         self.process = Process("server", arguments, self.folder, threads=1)
         probe = OperatorClient(self.url)
         wait_until_healthy(self.process, probe.is_healthy, 60)
         probe.close()
 
+    def kill_and_restart(self) -> None:
+        self.process.kill()
+        self.start()
+
     def operator(self) -> OperatorClient:
         return OperatorClient(self.url, read_token(self.data_dir))
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[ServerProcess]:
-    running = ServerProcess(tmp_path / "node")
-    yield running
-    running.process.stop()
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """One process for all tests: its start takes seconds, and each test has its own runs."""
+    process = ServerProcess(tmp_path_factory.mktemp("server-process"))
+    yield process
+    process.process.stop()
+
+
+@pytest.fixture(scope="module")
+def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """A server in a thread of this process; its results are the same bits as the process's."""
+    with running_server(tmp_path_factory.mktemp("node"), max_batch_samples=1) as running:
+        yield running
+
+
+def data_dir_of(node: RunningServer) -> Path:
+    return node.server._application.settings.data_dir

@@ -1,9 +1,8 @@
-"""Images that come and go while a device takes part, or while it is away."""
+"""Images that are added or removed while a device takes part, or between two joins."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,16 +16,11 @@ from edge_client.storage.identity import Identity
 from edge_client.transport import Server
 from protocol.messages import Results
 from split_server.client import OperatorClient
-from tests.e2e.test_cut import RecordingReporter, cut_run, folder_of, take_part
+from tests.e2e.conftest import data_dir_of
+from tests.e2e.test_cut import RecordingReporter, cut_run, take_part
 from tests.support.federation import OPERATOR
-from tests.support.server import RunningServer, running_server
+from tests.support.server import RunningServer
 from tuning_methods.custom.settings import Custom
-
-
-@pytest.fixture(scope="module")
-def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    with running_server(tmp_path_factory.mktemp("node")) as running:
-        yield running
 
 
 @pytest.fixture
@@ -42,26 +36,32 @@ def photos(tmp_path: Path) -> Dataset:
     return load_folder(tmp_path / "photos", held_out=0.3, seed=0)
 
 
-def test_a_device_goes_on_without_images_that_are_gone(
+def test_a_device_continues_without_images_that_it_cannot_read(
     node: RunningServer, photos: Dataset, tmp_path: Path
 ) -> None:
-    told, joined = RecordingReporter(), []
+    reporter = RecordingReporter()
 
-    def lose(participant: JoinedRun) -> None:
-        joined.append(participant)
+    def damage_two_images(participant: JoinedRun) -> None:
         participant.data.train.store.paths[3].unlink()  # type: ignore[attr-defined]
         participant.data.test.store.paths[1].write_bytes(b"no image")  # type: ignore[attr-defined]
 
     settings = cut_run(wire={"keep_smashed": True}, keep_fraction=1.0)
-    done = take_part(
-        node.url, OPERATOR, folder_of(node), settings, photos, tmp_path / "home", told, lose
+    finished = take_part(
+        node.url,
+        OPERATOR,
+        data_dir_of(node),
+        settings,
+        photos,
+        tmp_path / "home",
+        reporter,
+        damage_two_images,
     )
-    assert told.events.count("skipped") == 2
-    assert [view.samples for view in done.results.rounds] == [len(photos.train) - 1] * 2
-    assert done.results.rounds[-1].accuracy is not None
+    assert reporter.events.count("skipped") == 2
+    assert [view.samples for view in finished.results.rounds] == [len(photos.train) - 1] * 2
+    assert finished.results.rounds[-1].accuracy is not None
 
 
-def test_a_device_with_other_images_joins_anew_and_is_one_participant(
+def test_a_device_that_joins_with_other_images_leaves_as_the_earlier_participant(
     node: RunningServer, tmp_path: Path
 ) -> None:
     digits = load_dataset("digits")
@@ -76,7 +76,7 @@ def test_a_device_with_other_images_joins_anew_and_is_one_participant(
             with Identity(tmp_path / "identities", node.url, run.id, "kitchen") as identity:
                 _join_as(identity, participant, run.id, None)
         results: Results = operator.results(run.id)
-    assert [(one.train_samples, one.left_at is None) for one in results.participants] == [
+    assert [(p.train_samples, p.left_at is None) for p in results.participants] == [
         (40, False),
         (30, True),
     ]

@@ -1,4 +1,4 @@
-"""The whole path over HTTP trains exactly as the uncut model would in one process."""
+"""A device and a server over HTTP train exactly as the uncut model does in one process."""
 
 from __future__ import annotations
 
@@ -18,33 +18,31 @@ from protocol.plan import RunPlan
 from protocol.seeds import derive_seed
 from split_model import open_backbone, prepare_backbone
 from split_model.backbone.libraries import timm
+from split_server.client import OperatorClient
 from split_server.federation.export import newest_state
-from tests.e2e.conftest import ServerProcess, small_run
+from tests.e2e.conftest import data_dir_of, small_run
+from tests.support.federation import OPERATOR
+from tests.support.reporters import SilentReporter
+from tests.support.server import RunningServer
 from tuning_methods.custom.settings import Custom
 
 STEPS_COMPARED = 12
 
 
-class Recorder:
-    """Keeps a copy of prompts and tail after every step of split training."""
+class StateRecorder(SilentReporter):
+    """Copies prompts and tail after every step of split training."""
 
     def __init__(self) -> None:
         self.participant: JoinedRun | None = None
         self.states: list[dict[str, Tensor]] = []
 
-    def event(self, kind: str, **data: Any) -> None:
-        pass
-
     def advance(self, phase: str, done: int, total: int) -> None:
         if phase == "split" and self.participant is not None:
             self.states.append(self.participant.model.state())
 
-    def close(self) -> None:
-        pass
-
 
 class Uncut:
-    """timm's own model, with prompts put in by a hook ahead of a block."""
+    """timm's model; a hook inserts the prompts before a block."""
 
     def __init__(self, settings: RunPlan, folder: Path, state: dict[str, Tensor]) -> None:
         model = settings.model
@@ -57,13 +55,13 @@ class Uncut:
         self.model.load_state_dict({**{name: weights[name] for name in weights}, **tail})
         self.model.requires_grad_(False)
         self.tail_names = sorted(tail)
-        own = dict(self.model.named_parameters())
-        self.tail = [own[name].requires_grad_() for name in self.tail_names]
+        parameters = dict(self.model.named_parameters())
+        self.tail = [parameters[name].requires_grad_() for name in self.tail_names]
         self.prompts = state["prompts"].clone().requires_grad_()
         block = model.cut if model.prompt_at == "cut" else 0
-        self.model.blocks[block].register_forward_pre_hook(self._put_in)
+        self.model.blocks[block].register_forward_pre_hook(self._insert_prompts)
 
-    def _put_in(self, _block: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _insert_prompts(self, _block: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         tokens = arguments[0]
         prompts = self.prompts.expand(tokens.shape[0], -1, -1)  # [P, D], at the cut [1, P, D]
         return (torch.cat([tokens[:, :1], prompts, tokens[:, 1:]], dim=1), *arguments[1:])
@@ -83,8 +81,8 @@ WIRES = {
 
 
 @pytest.mark.parametrize("prompt_at", WIRES)
-def test_one_device_with_sgd_equals_the_uncut_model_step_by_step(
-    server: ServerProcess, tmp_path: Path, prompt_at: str
+def test_one_device_with_sgd_equals_the_uncut_model_in_each_step(
+    node: RunningServer, tmp_path: Path, prompt_at: str
 ) -> None:
     plain = small_run(
         rounds=2,
@@ -103,16 +101,16 @@ def test_one_device_with_sgd_equals_the_uncut_model_step_by_step(
         }
     )
     data = limit_per_set(load_dataset("digits"), train=6 * 16 - 3, test=10, seed=0)
-    recorder = Recorder()
-    with contextlib.closing(server.operator()) as operator:
+    recorder = StateRecorder()
+    with contextlib.closing(OperatorClient(node.url, OPERATOR)) as operator:
         run = operator.create_run(Custom.of(settings))
-    with contextlib.closing(Server(server.url)) as client:
+    with contextlib.closing(Server(node.url)) as client:
         device = Participant(client, data, tmp_path / "blobs", "only", recorder)
         participant = device.join(run.id, key="join-1")
         recorder.participant = participant
-        _, initial = newest_state(server.data_dir, run.id)
+        _, initial = newest_state(data_dir_of(node), run.id)
         participant.take_part()
-    _, final = newest_state(server.data_dir, run.id)
+    _, final = newest_state(data_dir_of(node), run.id)
 
     uncut = Uncut(settings, tmp_path / "backbones", initial)
     samples = participant.samples.train.images
@@ -136,4 +134,4 @@ def test_one_device_with_sgd_equals_the_uncut_model_step_by_step(
     for name, value in uncut.state().items():
         torch.testing.assert_close(final[name], value, rtol=0, atol=1e-5, msg=name)
     moved = (final["prompts"] - initial["prompts"]).abs().max()
-    assert moved > 1e-4  # the comparison is not of two models that stand still
+    assert moved > 1e-4  # otherwise two untrained models would be compared

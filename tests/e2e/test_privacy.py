@@ -1,37 +1,26 @@
-"""Noised rounds with real devices over HTTP: prompts at the cut and at the input."""
+"""Rounds with noise, with real devices over HTTP: prompts at the cut and at the input."""
 
 from __future__ import annotations
 
 import contextlib
 import math
-import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 from torch import Tensor
 
-from edge_client.data import Part, limit_per_set, load_dataset
-from edge_client.data.dataset import Dataset
-from edge_client.participant import Participant, succeeded
-from edge_client.transport import Server
 from protocol.messages import Results, RunStatus
 from protocol.plan import RunPlan
 from split_server.aggregation.differential_privacy import ORDERS
 from split_server.client import OperatorClient
 from split_server.federation.export import newest_state
-from tests.e2e.conftest import small_run
+from tests.e2e.conftest import data_dir_of, small_run
+from tests.e2e.devices import DeviceThreads, run_to_the_end
 from tests.support.federation import OPERATOR
-from tests.support.server import RunningServer, running_server
-from tuning_methods.custom.settings import Custom
+from tests.support.server import RunningServer
 
 DEVICES, ROUNDS = 2, 2
-
-
-class Silent:
-    def event(self, kind: str, **data: Any) -> None: ...
-    def advance(self, phase: str, done: int, total: int) -> None: ...
-    def close(self) -> None: ...
 
 
 def private_run(placement: str, **federation: Any) -> RunPlan:
@@ -41,31 +30,19 @@ def private_run(placement: str, **federation: Any) -> RunPlan:
     return RunPlan.model_validate(values)
 
 
-def run_through(node: RunningServer, settings: RunPlan, home: Path) -> tuple[Results, str]:
-    data = limit_per_set(load_dataset("digits"), train=40, test=20, seed=0)
+def complete_run(node: RunningServer, settings: RunPlan, home: Path) -> Results:
     with contextlib.closing(OperatorClient(node.url, OPERATOR)) as operator:
-        run = operator.create_run(Custom.of(settings))
-        done: list[bool] = []
-
-        def take_part(number: int) -> None:
-            part = Part(number, DEVICES)
-            own = Dataset(part.take(data.train, "iid", 0), part.take(data.test, "iid", 0))
-            with contextlib.closing(Server(node.url)) as client:
-                device = Participant(client, own, home / str(number), f"d{number}", Silent())
-                joined = device.join(run.id, key=f"join-{number}")
-                done.append(succeeded(joined.take_part()))
-
-        threads = [threading.Thread(target=take_part, args=(n + 1,)) for n in range(DEVICES)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(120)
-        assert done == [True] * DEVICES
-        return operator.results(run.id), run.id
+        results, _ = run_to_the_end(
+            operator,
+            settings,
+            lambda run: DeviceThreads(node.url, run, DEVICES, home, train=40, test=20),
+        )
+    assert results.run.status is RunStatus.FINISHED
+    return results
 
 
-def by_hand(rounds: int, noise: float, delta: float) -> float:
-    """Of the plain Gaussian mechanism, all participants being drawn."""
+def gaussian_epsilon(rounds: int, noise: float, delta: float) -> float:
+    """The plain Gaussian mechanism's epsilon when each participant is in each round."""
     return min(
         rounds * order / (2 * noise**2)
         + math.log((order - 1) / order)
@@ -74,27 +51,29 @@ def by_hand(rounds: int, noise: float, delta: float) -> float:
     )
 
 
-def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
-    assert one.keys() == other.keys()
-    return math.sqrt(sum(float((one[n] - other[n]).double().square().sum()) for n in one))
+def distance(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
+    assert first.keys() == second.keys()
+    return math.sqrt(sum(float((first[n] - second[n]).double().square().sum()) for n in first))
 
 
 @pytest.mark.parametrize("placement", ["input", "cut"])
-def test_history_tells_epsilon_of_a_run_of_devices(tmp_path: Path, placement: str) -> None:
-    with running_server(tmp_path / "node", max_batch_samples=1) as node:
-        settings = private_run(placement, dp_clip=0.1, dp_noise_multiplier=1.5, dp_delta=1e-4)
-        results, _ = run_through(node, settings, tmp_path / "noised")
-        assert results.run.status is RunStatus.FINISHED
-        told = [view.epsilon for view in results.rounds]
-        assert told == [pytest.approx(by_hand(n, 1.5, 1e-4)) for n in range(1, ROUNDS + 1)]
-        assert results.run.settings.federation.dp_seed is None
+def test_the_results_report_epsilon_for_each_round(
+    node: RunningServer, tmp_path: Path, placement: str
+) -> None:
+    settings = private_run(placement, dp_clip=0.1, dp_noise_multiplier=1.5, dp_delta=1e-4)
+    results = complete_run(node, settings, tmp_path)
+    reported = [view.epsilon for view in results.rounds]
+    assert reported == [pytest.approx(gaussian_epsilon(n, 1.5, 1e-4)) for n in range(1, ROUNDS + 1)]
+    assert results.run.settings.federation.dp_seed is None
 
-        # Without noise two rounds cannot lead further than two clips.
-        folder = node.server._application.settings.data_dir
-        settings = private_run(placement, dp_clip=0.1)
-        start = private_run(placement, dp_clip=1e-6)  # stays where it begins
-        results, moved = run_through(node, settings, tmp_path / "clipped")
-        assert [view.epsilon for view in results.rounds] == [None] * ROUNDS
-        _, still = run_through(node, start, tmp_path / "still")
-        far = distance(newest_state(folder, moved)[1], newest_state(folder, still)[1])
-        assert 0.02 < far <= ROUNDS * 0.1 * 1.001
+
+@pytest.mark.parametrize("placement", ["input", "cut"])
+def test_without_noise_each_round_moves_the_state_by_at_most_the_clip(
+    node: RunningServer, tmp_path: Path, placement: str
+) -> None:
+    clipped = complete_run(node, private_run(placement, dp_clip=0.1), tmp_path / "clipped")
+    assert [view.epsilon for view in clipped.rounds] == [None] * ROUNDS
+    # With this clip the state stays at the initial one.
+    still = complete_run(node, private_run(placement, dp_clip=1e-6), tmp_path / "still")
+    after, before = (newest_state(data_dir_of(node), r.run.id)[1] for r in (clipped, still))
+    assert 0.02 < distance(after, before) <= ROUNDS * 0.1 * 1.001

@@ -1,4 +1,4 @@
-"""A server for all tests of a file, with one thread for torch: bit for bit as the reference."""
+"""One server for all tests of a file; torch uses one thread, so that results are repeatable."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Changes of smashed data instead of all of them: a real server over HTTP, a real small model."""
+"""Changes of smashed data instead of whole smashed data, over HTTP with a small model."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from protocol.traffic import Phase
 from split_model import build_body, load_state, open_backbone
 from split_server.storage.sample_store import Owner, SampleStore
 from tests.support.edge import SMALL, device_model, files, image_set
+from tests.support.reporters import SilentReporter
 from tests.support.server import (
     ApiClient,
     RunningServer,
@@ -35,13 +36,13 @@ from tests.support.server import (
 
 TOKENS, WIDTH = 1 + 4 + 4, 192  # class token, prompts, 2 x 2 patches
 
-WHOLE = TOKENS * WIDTH * 4  # bytes of a sample in float32
+BYTES_PER_SAMPLE = TOKENS * WIDTH * 4  # in float32
 
 SAMPLES, BATCH = 8, 4
 
-BESIDE = 1100  # bytes of a request beside its rows, at most: HTTP, header, padding, names
+MAX_OVERHEAD = 1100  # bytes of a request in addition to its rows: HTTP, header, padding, ids
 
-CODED = {"smashed": "int8", "delta_smashed": "int4"}
+QUANTISED = {"smashed": "int8", "delta_smashed": "int4"}
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ def store_of(server: RunningServer) -> SampleStore:
 _keys = itertools.count()
 
 
-def created(server: RunningServer, wire: dict[str, Any], **training: Any) -> str:
+def create_run(server: RunningServer, wire: dict[str, Any], **training: Any) -> str:
     plain = {"batch_size": BATCH, "keep_fraction": 1.0, "local_epochs": 0, "optimizer": "sgd"}
     rates = {"prompt_learning_rate": 0.05, "tail_learning_rate": 0.02, "schedule": "constant"}
     settings = RunPlan(
@@ -73,14 +74,14 @@ def created(server: RunningServer, wire: dict[str, Any], **training: Any) -> str
     return server.operator().create(settings, key=f"delta-{next(_keys)}").id
 
 
-class Device:
-    """One device's whole run, and what it had after each step of split training.
+class Device(SilentReporter):
+    """Takes part in a whole run, and records each step of split training.
 
     Attributes:
         states: prompts and tail after each step.
-        sent: what went up, and of which smashed data.
-        missing: samples that the server said to lack.
-        apart: copies after each step that were not exactly what the server had.
+        sent: smashed data of each request, and the batch of changes that was sent for it.
+        missing: samples that the server did not have.
+        differing: after each step, how many copies differed from the server's.
     """
 
     def __init__(
@@ -95,9 +96,9 @@ class Device:
         self.states: list[dict[str, Tensor]] = []
         self.sent: list[tuple[Tensor, DeltaBatch]] = []
         self.missing: list[Sample] = []
-        self.apart: list[int] = []
+        self.differing: list[int] = []
         self._between = between
-        run = created(server, wire, **training)
+        run = create_run(server, wire, **training)
         data = Dataset(image_set(SAMPLES), image_set(1))
         with contextlib.closing(Server(server.url)) as client:
             device = Participant(client, data, folder / run, "only", self)
@@ -110,38 +111,32 @@ class Device:
             self.participant.take_part()
             self.up = client.traffic().up[Phase.SMASHED]
 
-    # What a reporter does
-
-    def event(self, kind: str, **data: Any) -> None:
-        pass
+    # Methods of a reporter
 
     def advance(self, phase: str, done: int, total: int) -> None:
         if phase == "split":
             self.states.append(self.participant.model.state())
-            self.apart.append(self._disagreements())
+            self.differing.append(self._count_differing())
             self._between(self, done)
 
-    def close(self) -> None:
-        pass
-
-    # What a test asks
+    # For tests
 
     def rows(self, part: str) -> int:
-        """How many rows went up as ``whole`` or ``changes``."""
+        """How many rows were sent as ``whole`` or ``changes``."""
         return sum(len(sent.tensors[part][0]) for _, sent in self.sent if part in sent.tensors)
 
-    def _disagreements(self) -> int:
+    def _count_differing(self) -> int:
         copies = self.participant.samples.plane.deltas
         if copies is None:
             return 0
-        names = [bytes(name.tolist()) for name in copies._ids(list(copies._copies))]
-        assert len(names) >= BATCH
+        ids = [bytes(id_.tolist()) for id_ in copies._ids(list(copies._copies))]
+        assert len(ids) >= BATCH
         return sum(
-            kept is None
-            or kept.version != copy.version
-            or bytes(kept.data) != copy.smashed.numpy().tobytes()
-            for kept, copy in zip(
-                self.store.find(self.owner, names), copies._copies.values(), strict=True
+            stored is None
+            or stored.version != copy.version
+            or bytes(stored.data) != copy.smashed.numpy().tobytes()
+            for stored, copy in zip(
+                self.store.find(self.owner, ids), copies._copies.values(), strict=True
             )
         )
 
@@ -165,112 +160,124 @@ class Device:
         plane.forward, copies.revise = forwarded, revised
 
 
-def relative(tensor: Tensor, reference: Tensor) -> float:
+def relative_error(tensor: Tensor, reference: Tensor) -> float:
     return float((tensor - reference).norm() / reference.norm())
 
 
 # Training
 
 
-def test_in_float32_it_trains_as_if_all_were_sent(server: RunningServer, tmp_path: Path) -> None:
+def test_float32_changes_train_like_whole_smashed_data(
+    server: RunningServer, tmp_path: Path
+) -> None:
     plain = Device(server, tmp_path, {}, split_epochs=4)
     delta = Device(server, tmp_path, {"delta_smashed": "float32"}, split_epochs=4)
     assert (delta.rows("whole"), delta.rows("changes")) == (SAMPLES, 3 * SAMPLES)
     assert len(plain.states) == len(delta.states) == 8
-    for ours, theirs in zip(delta.states, plain.states, strict=True):
-        for name, value in ours.items():
-            torch.testing.assert_close(value, theirs[name], rtol=1e-6, atol=1e-7, msg=name)
-    assert all(relative(sent.decoded, smashed) < 1e-6 for smashed, sent in delta.sent)
-    assert relative(delta.states[-1]["prompts"], delta.initial["prompts"]) > 1e-3
-    assert not any(delta.apart)
+    for state, expected in zip(delta.states, plain.states, strict=True):
+        for name, value in state.items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-7, msg=name)
+    assert all(relative_error(sent.decoded, smashed) < 1e-6 for smashed, sent in delta.sent)
+    assert relative_error(delta.states[-1]["prompts"], delta.initial["prompts"]) > 1e-3
+    assert not any(delta.differing)
 
 
 def test_the_error_of_int4_changes_does_not_grow_over_30_visits(
     server: RunningServer, tmp_path: Path
 ) -> None:
-    device = Device(server, tmp_path, CODED, split_epochs=30)
-    errors = [relative(sent.decoded, smashed) for smashed, sent in device.sent]
-    alone = [relative(as_decoded(smashed, "int4"), smashed) for smashed, _ in device.sent]
+    device = Device(server, tmp_path, QUANTISED, split_epochs=30)
+    errors = [relative_error(sent.decoded, smashed) for smashed, sent in device.sent]
+    without_feedback = [
+        relative_error(as_decoded(smashed, "int4"), smashed) for smashed, _ in device.sent
+    ]
     visits = [max(errors[at : at + 2]) for at in range(0, 60, 2)]  # of two batches each
     assert len(visits) == 30
-    assert max(errors) < 0.3 * min(alone)
+    assert max(errors) < 0.3 * min(without_feedback)
     assert max(visits[20:]) < 1.2 * max(visits[1:10])
-    assert relative(device.states[-1]["prompts"], device.initial["prompts"]) > 1e-2
-    assert not any(device.apart)
+    assert relative_error(device.states[-1]["prompts"], device.initial["prompts"]) > 1e-2
+    assert not any(device.differing)
 
 
-def test_of_what_stands_still_only_names_go_up(server: RunningServer, tmp_path: Path) -> None:
-    still = {"prompt_learning_rate": 0.0, "split_epochs": 5}
+def test_for_unchanged_samples_only_ids_are_sent(server: RunningServer, tmp_path: Path) -> None:
+    unchanged = {"prompt_learning_rate": 0.0, "split_epochs": 5}
     wire = {"delta_smashed": "float32", "skip_below": 1e-4}
-    plain = Device(server, tmp_path, {}, **still)
-    delta = Device(server, tmp_path, wire, **still)
+    plain = Device(server, tmp_path, {}, **unchanged)
+    delta = Device(server, tmp_path, wire, **unchanged)
     assert (delta.rows("whole"), delta.rows("changes")) == (SAMPLES, 0)
-    assert plain.up > 5 * SAMPLES * WHOLE
-    assert SAMPLES * WHOLE < delta.up < SAMPLES * WHOLE + len(delta.sent) * BESIDE
+    assert plain.up > 5 * SAMPLES * BYTES_PER_SAMPLE
+    assert (
+        SAMPLES * BYTES_PER_SAMPLE
+        < delta.up
+        < SAMPLES * BYTES_PER_SAMPLE + len(delta.sent) * MAX_OVERHEAD
+    )
     for name, value in delta.states[-1].items():
         torch.testing.assert_close(value, plain.states[-1][name], rtol=0, atol=1e-6, msg=name)
 
 
-def test_int4_changes_are_a_seventh_of_what_went_up_before(
+def test_an_int4_change_has_a_seventh_of_the_bytes_of_a_whole_sample(
     server: RunningServer, tmp_path: Path
 ) -> None:
-    device = Device(server, tmp_path, {**CODED, "smashed": "float32"}, split_epochs=8)
-    change = TOKENS * (WIDTH // 2 + 2 * WIDTH // 64)  # half a byte each, 2 for a group of 64
-    rows = SAMPLES * WHOLE + 7 * SAMPLES * change
-    assert rows < device.up < rows + len(device.sent) * BESIDE
+    device = Device(server, tmp_path, {**QUANTISED, "smashed": "float32"}, split_epochs=8)
+    change = TOKENS * (
+        WIDTH // 2 + 2 * WIDTH // 64
+    )  # half a byte for a value, 2 bytes for a group of 64
+    rows = SAMPLES * BYTES_PER_SAMPLE + 7 * SAMPLES * change
+    assert rows < device.up < rows + len(device.sent) * MAX_OVERHEAD
 
 
-def test_a_skipped_sample_is_off_by_less_than_the_border(
+def test_a_skipped_sample_differs_by_less_than_the_threshold(
     server: RunningServer, tmp_path: Path
 ) -> None:
-    device = Device(server, tmp_path, {**CODED, "skip_below": 0.02}, split_epochs=10)
+    device = Device(server, tmp_path, {**QUANTISED, "skip_below": 0.02}, split_epochs=10)
     assert 0 < device.rows("changes") < 9 * SAMPLES
     for smashed, sent in device.sent:
         for row in set(range(len(sent))) - set(sent.sent):
-            assert relative(sent.decoded[row], smashed[row]) < 0.02
-    assert not any(device.apart)
+            assert relative_error(sent.decoded[row], smashed[row]) < 0.02
+    assert not any(device.differing)
 
 
-def test_a_server_that_loses_its_copies_asks_for_them(
+def test_a_server_that_loses_its_copies_requests_whole_samples(
     server: RunningServer, tmp_path: Path
 ) -> None:
     def lose(device: Device, done: int) -> None:
         if done == 6:
             device.store.drop(device.owner.run)
 
-    device = Device(server, tmp_path, CODED, lose, split_epochs=5)
+    device = Device(server, tmp_path, QUANTISED, lose, split_epochs=5)
     assert sorted(device.missing) == [(position, None) for position in range(SAMPLES)]
     assert device.rows("whole") == 2 * SAMPLES
-    # Half of them are not yet due a step later.
-    assert device.apart == [0, 0, 0, 0, 0, 0, BATCH, 0, 0, 0]
+    # After the next step the samples of the other batch are still missing.
+    assert device.differing == [0, 0, 0, 0, 0, 0, BATCH, 0, 0, 0]
 
 
-def test_a_device_that_forgets_sends_whole_again(server: RunningServer, tmp_path: Path) -> None:
+def test_a_device_without_its_copies_sends_whole_samples_again(
+    server: RunningServer, tmp_path: Path
+) -> None:
     def forget(device: Device, done: int) -> None:
         if done == 5:
             device.participant.samples.plane.deltas.forget([(0, None), (3, None)])
 
-    device = Device(server, tmp_path, CODED, forget, split_epochs=4)
+    device = Device(server, tmp_path, QUANTISED, forget, split_epochs=4)
     assert device.missing == []
     assert device.rows("whole") == SAMPLES + 2
-    assert not any(device.apart)
+    assert not any(device.differing)
 
 
-def test_every_view_of_a_sample_has_a_copy(server: RunningServer, tmp_path: Path) -> None:
-    device = Device(server, tmp_path, CODED, split_epochs=6, augment=True, views=2)
+def test_each_view_of_a_sample_has_its_own_copy(server: RunningServer, tmp_path: Path) -> None:
+    device = Device(server, tmp_path, QUANTISED, split_epochs=6, augment=True, views=2)
     assert (device.rows("whole"), device.rows("changes")) == (2 * SAMPLES, 4 * SAMPLES)
-    assert not any(device.apart)
+    assert not any(device.differing)
 
 
-@pytest.mark.parametrize("wire", [{"smashed": "int4"}, {**CODED, "smashed": "int4"}])
-def test_what_codecs_leave_out_corrects_the_gradient(
+@pytest.mark.parametrize("wire", [{"smashed": "int4"}, {**QUANTISED, "smashed": "int4"}])
+def test_the_codec_s_error_corrects_the_gradient(
     server: RunningServer, tmp_path: Path, wire: dict[str, Any]
 ) -> None:
-    """One step of SGD: the prompts move by what the error of the smashed data weighs on them."""
+    """One step of SGD: the prompts also move by the gradient of the weighted codec error."""
     weight, rate = 0.5, 0.05
-    once = {"split_epochs": 1, "batch_size": SAMPLES}
-    without = Device(server, tmp_path, wire, **once)
-    corrected = Device(server, tmp_path, {**wire, "gradient_correction": weight}, **once)
+    one_step = {"split_epochs": 1, "batch_size": SAMPLES}
+    without = Device(server, tmp_path, wire, **one_step)
+    corrected = Device(server, tmp_path, {**wire, "gradient_correction": weight}, **one_step)
     model = device_model()
     with torch.no_grad():
         model.prompts.copy_(corrected.initial["prompts"])
@@ -278,26 +285,26 @@ def test_what_codecs_leave_out_corrects_the_gradient(
     smashed = model.head(images, model.prompts)
     smashed.backward(weight * (smashed.detach() - as_decoded(smashed.detach(), "int4")))
     moved = corrected.states[0]["prompts"] - without.states[0]["prompts"]
-    assert relative(moved, -rate * model.prompts.grad) < 1e-3
+    assert relative_error(moved, -rate * model.prompts.grad) < 1e-3
 
 
 # Requests
 
-NAMES = [bytes([name] * 16) for name in range(2)]
+IDS = [bytes([number] * 16) for number in range(2)]
 
 
 def member(server: RunningServer, wire: dict[str, Any]) -> tuple[ApiClient, Owner]:
-    """A participant of a new run that is in its first round."""
-    run = created(server, wire)
+    """A participant in the first round of a new run."""
+    run = create_run(server, wire)
     request = {"name": "a", "train_samples": 9, "test_samples": 1, "num_classes": 3}
-    answer = server.api().call("POST", f"/v1/runs/{run}/participants", key="join", json=request)
-    assert answer.is_success, answer.text
-    api = server.api(answer.json()["credential"])
+    response = server.api().call("POST", f"/v1/runs/{run}/participants", key="join", json=request)
+    assert response.is_success, response.text
+    api = server.api(response.json()["credential"])
     api.assignment(run)
-    return api, Owner(run, answer.json()["participant"])
+    return api, Owner(run, response.json()["participant"])
 
 
-def numbers(seed: int, batch: int = 2) -> Tensor:
+def random_smashed(seed: int, batch: int = 2) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn((batch, TOKENS, WIDTH), generator=generator)
 
@@ -310,7 +317,7 @@ def forward(
     whole: dict[int, Tensor] | None = None,
     changes: dict[int, Tensor] | None = None,
 ) -> httpx.Response:
-    """Two samples, some of their rows whole and some as changes."""
+    """Send two samples, some rows whole and some as changes."""
     tensors = {
         "ids": torch.arange(2, dtype=torch.uint8)[:, None].expand(-1, 16),
         "versions": torch.tensor(versions),
@@ -331,49 +338,53 @@ def features_of(smashed: Tensor) -> Tensor:
         return body(smashed)
 
 
-def test_a_repeated_request_is_applied_once_and_answered_alike(server: RunningServer) -> None:
+def test_a_repeated_request_is_applied_once_and_has_the_same_response(
+    server: RunningServer,
+) -> None:
     api, owner = member(server, {"delta_smashed": "float32"})
-    start, change = numbers(0), numbers(1)
+    start, change = random_smashed(0), random_smashed(1)
     assert torch.equal(tensor_in(begin(api, start), "features"), features_of(start))
-    answers = [forward(api, "s1", [[1, 1], [1, 2]], changes={1: change[1]}) for _ in range(3)]
-    assert all(answer.content == answers[0].content for answer in answers)
+    responses = [forward(api, "s1", [[1, 1], [1, 2]], changes={1: change[1]}) for _ in range(3)]
+    assert all(response.content == responses[0].content for response in responses)
     expected = torch.stack([start[0], start[1] + change[1]])
-    assert torch.equal(tensor_in(answers[0], "features"), features_of(expected))
-    found = store_of(server).find(owner, NAMES)
-    assert [kept and bytes(kept.data) for kept in found] == [
+    assert torch.equal(tensor_in(responses[0], "features"), features_of(expected))
+    stored = store_of(server).find(owner, IDS)
+    assert [sample and bytes(sample.data) for sample in stored] == [
         row.numpy().tobytes() for row in expected
     ]
-    returned = tensor_in(api.step("backward", numbers(2), "s1"), "gradients")
-    assert torch.equal(returned, tensor_in(api.step("backward", numbers(2), "s1"), "gradients"))
+    returned = tensor_in(api.step("backward", random_smashed(2), "s1"), "gradients")
+    assert torch.equal(
+        returned, tensor_in(api.step("backward", random_smashed(2), "s1"), "gradients")
+    )
 
 
-def test_missing_copies_are_named_over_http(server: RunningServer) -> None:
+def test_the_response_names_missing_copies(server: RunningServer) -> None:
     api, _ = member(server, {"delta_smashed": "float32"})
-    start, other = numbers(0), numbers(1)
+    start, other = random_smashed(0), random_smashed(1)
     assert begin(api, start).is_success
-    answer = forward(api, "s1", [[1, 1], [4, 5]], changes={1: other[1]})
-    assert frame_in(answer, "missing").tensor("places").tolist() == [1]
-    answer = forward(api, "s2", [[1, 1], [4, 6]], whole={1: other[1]})
+    response = forward(api, "s1", [[1, 1], [4, 5]], changes={1: other[1]})
+    assert frame_in(response, "missing").tensor("places").tolist() == [1]
+    response = forward(api, "s2", [[1, 1], [4, 6]], whole={1: other[1]})
     expected = features_of(torch.stack([start[0], other[1]]))
-    assert torch.equal(tensor_in(answer, "features"), expected)
+    assert torch.equal(tensor_in(response, "features"), expected)
 
 
-def test_changes_are_for_runs_that_send_them(server: RunningServer) -> None:
+def test_changes_are_refused_in_a_run_without_delta_smashed(server: RunningServer) -> None:
     api, _ = member(server, {})
-    answer = begin(api, numbers(0))
-    assert code_of(answer) == "invalid_field"
-    assert answer.json()["error"]["field"] == "delta_smashed"
+    response = begin(api, random_smashed(0))
+    assert code_of(response) == "invalid_field"
+    assert response.json()["error"]["field"] == "delta_smashed"
 
 
-def test_all_smashed_data_of_a_batch_are_always_taken(server: RunningServer) -> None:
+def test_whole_smashed_data_are_always_accepted(server: RunningServer) -> None:
     api, _ = member(server, {"delta_smashed": "int4"})
-    answer = api.step("forward", numbers(0), "s0")
-    assert torch.equal(tensor_in(answer, "features"), features_of(numbers(0)))
+    response = api.step("forward", random_smashed(0), "s0")
+    assert torch.equal(tensor_in(response, "features"), features_of(random_smashed(0)))
 
 
-def test_a_device_that_leaves_takes_its_copies_with_it(server: RunningServer) -> None:
+def test_the_copies_of_a_device_that_leaves_are_deleted(server: RunningServer) -> None:
     api, owner = member(server, {"delta_smashed": "float32"})
-    assert begin(api, numbers(0)).is_success
-    assert all(store_of(server).find(owner, NAMES))
+    assert begin(api, random_smashed(0)).is_success
+    assert all(store_of(server).find(owner, IDS))
     assert api.call("DELETE", f"/v1/runs/{owner.run}/participants/me", key="leave").is_success
-    assert store_of(server).find(owner, NAMES) == [None, None]
+    assert store_of(server).find(owner, IDS) == [None, None]

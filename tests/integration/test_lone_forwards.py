@@ -1,4 +1,4 @@
-"""Runs whose devices need no gradient from the server: a forward each step and no backward."""
+"""Runs whose devices need no gradient from the server: each step is a forward request only."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.server import RunningServer, code_of, joined, tensor_in
 
 
 @pytest.mark.parametrize(
-    ("changes", "comes"),
+    ("changes", "has_backward"),
     [
         ({"prompt_count": 0, "tune": "tail"}, False),
         ({"prompt_count": 0, "tune": "classifier"}, False),
@@ -22,8 +22,8 @@ from tests.support.server import RunningServer, code_of, joined, tensor_in
         ({"prompt_count": 2, "tune": "classifier"}, True),
     ],
 )
-def test_a_step_is_open_only_where_something_ahead_of_the_body_is_tuned(
-    server: RunningServer, changes: dict[str, Any], comes: bool
+def test_a_step_is_retained_only_if_a_parameter_before_the_body_is_tuned(
+    server: RunningServer, changes: dict[str, Any], has_backward: bool
 ) -> None:
     settings: RunPlan = run_settings()
     settings = settings.model_copy(update={"model": SMALL.model_copy(update=changes)})
@@ -37,13 +37,13 @@ def test_a_step_is_open_only_where_something_ahead_of_the_body_is_tuned(
     assert api.step("forward", rows, "s").content == first.content
     assert code_of(api.step("forward", rows + 1, "s")) == "idempotency_key_reused"
     metrics = api.call("GET", "/metrics").text
-    assert (_gauge(metrics, "sfprompt_engine_open_steps") > 0) == comes
-    assert (_gauge(metrics, "sfprompt_engine_retained_bytes") > 0) == comes
-    back = api.step("backward", rows, "s")
-    if comes:
-        assert tensor_in(back, "gradients").shape == shape
+    assert (_gauge(metrics, "sfprompt_engine_open_steps") > 0) == has_backward
+    assert (_gauge(metrics, "sfprompt_engine_retained_bytes") > 0) == has_backward
+    response = api.step("backward", rows, "s")
+    if has_backward:
+        assert tensor_in(response, "gradients").shape == shape
     else:
-        assert code_of(back) == "step_lost"
+        assert code_of(response) == "step_lost"
 
 
 def _gauge(metrics: str, name: str) -> float:

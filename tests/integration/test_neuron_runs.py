@@ -1,4 +1,4 @@
-"""Runs whose proxy is distilled again over HTTP: heads that change, restarts, refusals."""
+"""Runs whose proxy is distilled again after rounds: new heads, restarts, refused settings."""
 
 from __future__ import annotations
 
@@ -28,19 +28,20 @@ from split_server.storage.run_files import RunFiles
 from tests.integration.test_whole_model import WHOLE
 from tests.support.edge import image_set
 from tests.support.federation import OPERATOR
+from tests.support.reporters import ListReporter
 from tests.support.server import ApiClient, RunningServer, joined, running_server, wait_until
-from tests.support.settings import by_hand as settings_by_hand
+from tests.support.settings import custom_settings
 from tuning_methods.fedpft import server as fedpft_server
 
-WIDTH = 24  # neurons that stay of 768
+WIDTH = 24  # neurons of 768 that the proxy keeps in a block
 
 PRUNED = {"tune": "lora", "lora_rank": 2, "proxy": "pruned", "proxy_width": WIDTH}
 
-DISTILLED = {"epochs": 1, "samples": 8, "batch_size": 8, "every": 1}
+DISTILLATION = {"epochs": 1, "samples": 8, "batch_size": 8, "every": 1}
 
 LAYERS = 10
 
-FREE: dict[str, Any] = {"evaluate_every": 0}
+NO_EVALUATION: dict[str, Any] = {"evaluate_every": 0}
 
 _keys = itertools.count()
 
@@ -65,34 +66,19 @@ def server(data_dir: Path) -> Iterator[RunningServer]:
 
 
 def settings(**parts: dict[str, Any]) -> RunPlan:
-    alone = {"split_epochs": 0, "keep_fraction": 1, "local_epochs": 1, "batch_size": 5}
-    given = {part: dict(fields) for part, fields in parts.items()}
-    model = {**WHOLE.model_dump(), **PRUNED, **given.pop("model", {})}
+    device_only = {"split_epochs": 0, "keep_fraction": 1, "local_epochs": 1, "batch_size": 5}
+    changes = {part: dict(fields) for part, fields in parts.items()}
+    model = {**WHOLE.model_dump(), **PRUNED, **changes.pop("model", {})}
     rest = {
-        "federation": {"rounds": 3, **given.pop("federation", {})},
-        "training": {**alone, "tail_learning_rate": 0.01, **given.pop("training", {})},
-        "distillation": {**DISTILLED, **given.pop("distillation", {})},
+        "federation": {"rounds": 3, **changes.pop("federation", {})},
+        "training": {**device_only, "tail_learning_rate": 0.01, **changes.pop("training", {})},
+        "distillation": {**DISTILLATION, **changes.pop("distillation", {})},
     }
-    return RunPlan.model_validate({"model": model, **rest, **given})
+    return RunPlan.model_validate({"model": model, **rest, **changes})
 
 
-def created(server: RunningServer, **parts: dict[str, Any]) -> RunView:
+def create_run(server: RunningServer, **parts: dict[str, Any]) -> RunView:
     return server.operator().create(settings(**parts), key=f"neurons-{next(_keys)}")
-
-
-class RecordingReporter:
-    def __init__(self) -> None:
-        self.events: list[tuple[str, dict[str, Any]]] = []
-
-    def event(self, kind: str, **data: Any) -> None:
-        self.events.append((kind, data))
-
-    def advance(self, phase: str, done: int, total: int) -> None: ...
-
-    def close(self) -> None: ...
-
-    def of(self, kind: str) -> list[dict[str, Any]]:
-        return [data for said, data in self.events if said == kind]
 
 
 def results_of(server: RunningServer, run: str) -> Any:
@@ -100,16 +86,17 @@ def results_of(server: RunningServer, run: str) -> Any:
         return operator.results(run)
 
 
-def renewals(api: ApiClient, run: str) -> list[dict[str, Any]]:
+def redistillations(api: ApiClient, run: str) -> list[dict[str, Any]]:
     events = api.call("GET", f"/v1/runs/{run}/events?after=0").json()
     return [event["data"] for event in events if event["kind"] == "proxy_renewed"]
 
 
-def inactive_by_hand(model: DeviceModel, images: Tensor) -> Tensor:
-    made: dict[int, Tensor] = {}
+def inactive_shares(model: DeviceModel, images: Tensor) -> Tensor:
+    """The share of outputs at or below zero for each neuron, [blocks, neurons], by hooks."""
+    outputs: dict[int, Tensor] = {}
     hooks = [
         model.head.blocks[str(number)].mlp.act.register_forward_hook(  # type: ignore[union-attr]
-            lambda _, __, out, number=number: made.update({number: out})
+            lambda _, __, out, number=number: outputs.update({number: out})
         )
         for number in range(1, 11)
     ]
@@ -117,82 +104,95 @@ def inactive_by_hand(model: DeviceModel, images: Tensor) -> Tensor:
         model.head(images, model.prompts)
     for hook in hooks:
         hook.remove()
-    return torch.stack([(made[number] <= 0).double().mean(dim=(0, 1)) for number in range(1, 11)])
+    return torch.stack(
+        [(outputs[number] <= 0).double().mean(dim=(0, 1)) for number in range(1, 11)]
+    )
 
 
-def test_a_device_takes_every_new_head_and_goes_on(
+def test_a_device_downloads_each_new_head_and_continues(
     server: RunningServer, data_dir: Path, tmp_path: Path
 ) -> None:
-    run = created(server)
-    told, data = RecordingReporter(), Dataset(image_set(10), image_set(7, seed=1))
+    run = create_run(server)
+    reporter, data = ListReporter(), Dataset(image_set(10), image_set(7, seed=1))
     with contextlib.closing(Server(server.url)) as client:
-        device = Participant(client, data, tmp_path, "only", told)
+        device = Participant(client, data, tmp_path, "only", reporter)
         participant = device.join(run.id, key="join-only")
         assert participant.take_part().status is RunStatus.FINISHED
         down = client.traffic().to_dict()["download"]["down"]
-    assert len(told.of("trained")) == len(told.of("evaluated")) == 3
+    assert len(reporter.of("trained")) == len(reporter.of("evaluated")) == 3
 
     results = results_of(server, run.id)
-    heads = [run.head.sha256, *(one["head"] for one in renewals(server.operator(), run.id))]
-    assert [one["round"] for one in renewals(server.operator(), run.id)] == [1, 2], "not the last"
+    heads = [
+        run.head.sha256,
+        *(event["head"] for event in redistillations(server.operator(), run.id)),
+    ]
+    assert [event["round"] for event in redistillations(server.operator(), run.id)] == [1, 2], (
+        "not after the last round"
+    )
     assert len(set(heads)) == 3
     assert results.run.head.sha256 == heads[-1]
-    assert [one["sha256"] for one in told.of("head-taken")] == heads[1:]
-    assert 0 <= down - 3 * run.head.nbytes < 3 * 2000, "each came once"
+    assert [event["sha256"] for event in reporter.of("head-taken")] == heads[1:]
+    assert 0 <= down - 3 * run.head.nbytes < 3 * 2000, "each head was downloaded once"
     assert results.traffic["download"]["down"] == down
 
     model = participant.model
     proxy = TensorFile(RunFiles(data_dir / "runs" / run.id).weights_after(2))
     for number in range(12):
         for layer in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"):
-            own = model.head.blocks[str(number)].get_parameter(f"mlp.{layer}")
-            assert torch.equal(own, proxy[f"blocks.{number}.mlp.{layer}"])
+            parameter = model.head.blocks[str(number)].get_parameter(f"mlp.{layer}")
+            assert torch.equal(parameter, proxy[f"blocks.{number}.mlp.{layer}"])
 
-    # What the server ranked after round 2: counted again on the files of that round.
+    # The shares that the server ranked after round 2, computed again from that round's files.
     files = RunFiles(data_dir / "runs" / run.id)
     state = files.state(results.rounds[1].state.sha256)
-    then = DeviceModel.load(run.settings.plan.model, tmp_path / f"{heads[1]}.safetensors", state)
-    images, _ = BatchReader(image_set(10), then.preprocessing).read(range(10))
-    expected = inactive_by_hand(then, images)
+    model_then = DeviceModel.load(
+        run.settings.plan.model, tmp_path / f"{heads[1]}.safetensors", state
+    )
+    images, _ = BatchReader(image_set(10), model_then.preprocessing).read(range(10))
+    expected = inactive_shares(model_then, images)
     torch.testing.assert_close(files.read_extras(2)[NEURONS].double(), expected, rtol=0, atol=1e-6)
     assert expected.std() > 0.01
-    staying = expected.argsort(dim=1, stable=True)[:, : WIDTH // 2]
+    kept = expected.argsort(dim=1, stable=True)[:, : WIDTH // 2]
     old = TensorFile(tmp_path / f"{heads[1]}.safetensors")
     for row, number in enumerate(range(1, 11)):
         name = f"blocks.{number}.mlp.fc1.weight"
         same = [torch.equal(old[name][n], proxy[name][n]) for n in range(WIDTH)]
-        assert {n for n in range(WIDTH) if same[n]} == set(staying[row].tolist())
+        assert {n for n in range(WIDTH) if same[n]} == set(kept[row].tolist())
     folders = {
         path.name: len(list(path.iterdir())) for path in files.root.iterdir() if path.is_dir()
     }
     assert (folders["neurons"], folders["weights"], folders["heads"]) == (1, 1, 1)
 
 
-def told_state(value: float, share: float | Tensor) -> dict[str, Tensor]:
+def state_with_shares(value: float, share: float | Tensor) -> dict[str, Tensor]:
+    """A state with this number everywhere, and each neuron's share of inactive outputs."""
     split = settings(model={"num_classes": 10}).model
     state = {name: torch.full(shape, value) for name, shape in state_shapes(split).items()}
     shares = share if isinstance(share, Tensor) else torch.full((LAYERS, WIDTH), share)
     return {**state, "neurons": shares}
 
 
-def by_hand(**parts: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def ten_classes(**parts: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Parts of the settings of a run that `joined` can join."""
     return {"model": {"num_classes": 10}, **parts}
 
 
-def test_shares_are_averaged_by_samples_and_asked_for_only_when_they_are_due(
+def test_shares_are_averaged_by_samples_and_accepted_only_before_a_redistillation(
     server: RunningServer, data_dir: Path
 ) -> None:
-    apart = by_hand(federation={**FREE, "min_participants": 2}, distillation={"every": 2})
-    run = created(server, **apart)
+    parts = ten_classes(
+        federation={**NO_EVALUATION, "min_participants": 2}, distillation={"every": 2}
+    )
+    run = create_run(server, **parts)
     a, b = joined(server, run.id, "a"), joined(server, run.id, "b")
-    plain = {n: t for n, t in told_state(0.1, 0.0).items() if n != "neurons"}
-    refused = a.update(run.id, told_state(0.1, 0.0), "a-1", samples=10)
-    assert refused.json()["error"]["code"] == "wrong_shape", "in a round that does not ask"
+    plain = {n: t for n, t in state_with_shares(0.1, 0.0).items() if n != "neurons"}
+    refused = a.update(run.id, state_with_shares(0.1, 0.0), "a-1", samples=10)
+    assert refused.json()["error"]["code"] == "wrong_shape", "no redistillation follows this round"
     assert b.update(run.id, plain, "b-1", samples=30).is_success
     wait_until(lambda: a.assignment(run.id).round == 2)
     assert a.assignment(run.id).head == run.head
-    assert a.update(run.id, told_state(0.1, 0.2), "a-2", samples=10, round=2).is_success
-    assert b.update(run.id, told_state(0.1, 0.6), "b-2", samples=30, round=2).is_success
+    assert a.update(run.id, state_with_shares(0.1, 0.2), "a-2", samples=10, round=2).is_success
+    assert b.update(run.id, state_with_shares(0.1, 0.6), "b-2", samples=30, round=2).is_success
     wait_until(lambda: (a.assignment(run.id), b.assignment(run.id))[1].round == 3, 60)
     shares = RunFiles(data_dir / "runs" / run.id).read_extras(2)[NEURONS]
     torch.testing.assert_close(shares, torch.full((LAYERS, WIDTH), 0.5))
@@ -213,87 +213,91 @@ def test_shares_are_averaged_by_samples_and_asked_for_only_when_they_are_due(
     ],
     ids=["missing", "shape", "nan", "above", "below"],
 )
-def test_an_update_that_tells_no_shares_of_its_neurons_is_refused(
+def test_an_update_without_valid_shares_of_its_neurons_is_refused(
     server: RunningServer, neurons: Tensor | None, code: str
 ) -> None:
-    run = created(server, **by_hand(federation={**FREE, "min_participants": 2}))
+    run = create_run(server, **ten_classes(federation={**NO_EVALUATION, "min_participants": 2}))
     device = joined(server, run.id, "a")
     joined(server, run.id, "b")
-    state = told_state(0.1, 0.0)
+    state = state_with_shares(0.1, 0.0)
     state = {n: t for n, t in state.items() if n != "neurons"}
     if neurons is not None:
         state["neurons"] = neurons
     error = device.update(run.id, state, "update").json()["error"]
     assert (error["code"], error["field"]) == (code, "neurons")
-    again = device.update(run.id, told_state(0.1, 0.0), "again")
-    assert again.is_success or code != "invalid_field", "a wrong number can be put right"
+    again = device.update(run.id, state_with_shares(0.1, 0.0), "again")
+    assert again.is_success or code != "invalid_field", "a corrected update is accepted"
 
 
-def take_time(patch: pytest.MonkeyPatch) -> None:
-    """Let each batch of a distillation during the rounds last, as with a larger model."""
+def slow_down_redistillation(patch: pytest.MonkeyPatch) -> None:
+    """Let each batch of a redistillation take as long as with a larger model."""
     real = fedpft_server._write_proxy
 
     def slow(work: Rebuild) -> None:
-        def paced() -> None:
+        def slow_check() -> None:
             time.sleep(0.5)
             work.check()
 
-        real(replace(work, check=paced))
+        real(replace(work, check=slow_check))
 
     patch.setattr(fedpft_server, "_write_proxy", slow)
 
 
-def test_a_new_start_takes_up_what_the_last_one_was_stopped_in(tmp_path: Path) -> None:
-    long = by_hand(federation=FREE | {"rounds": 2}, distillation={"epochs": 8})
+def test_a_restarted_server_completes_an_interrupted_redistillation(tmp_path: Path) -> None:
+    parts = ten_classes(federation=NO_EVALUATION | {"rounds": 2}, distillation={"epochs": 8})
     generator = torch.Generator().manual_seed(3)
-    told = told_state(0.1, torch.rand(LAYERS, WIDTH, generator=generator))
+    state = state_with_shares(0.1, torch.rand(LAYERS, WIDTH, generator=generator))
     with pytest.MonkeyPatch.context() as patch, running_server(tmp_path) as first:
-        take_time(patch)
-        run = created(first, **long)
+        slow_down_redistillation(patch)
+        run = create_run(first, **parts)
         device = joined(first, run.id)
         token = device.http.headers["authorization"].removeprefix("Bearer ")
-        assert device.update(run.id, told, "one").is_success
+        assert device.update(run.id, state, "one").is_success
         files = RunFiles(tmp_path / "runs" / run.id)
-        assert (files.root / "extras" / "1.safetensors").is_file(), "on disk when it counts"
-    assert not files.weights_after(1).exists(), "it was stopped in the middle"
+        assert (files.root / "extras" / "1.safetensors").is_file(), (
+            "shares are on disk when the update is answered"
+        )
+    assert not files.weights_after(1).exists(), "the server stopped in the middle"
     with running_server(tmp_path) as second:
         device = second.api(token)
         assert device.assignment(run.id).head == run.head
         wait_until(lambda: device.assignment(run.id).round == 2, 60)
-        renewed = device.assignment(run.id).head
-        assert renewed is not None
-        assert renewed != run.head
-        content = device.call("GET", f"/v1/runs/{run.id}/head?sha256={renewed.sha256}").content
-        assert len(content) == renewed.nbytes
+        new_head = device.assignment(run.id).head
+        assert new_head is not None
+        assert new_head != run.head
+        content = device.call("GET", f"/v1/runs/{run.id}/head?sha256={new_head.sha256}").content
+        assert len(content) == new_head.nbytes
 
-        other = created(second, **long)  # as if nothing had happened
+        other = create_run(second, **parts)  # without an interruption
         device = joined(second, other.id)
-        assert device.update(other.id, told, "one").is_success
+        assert device.update(other.id, state, "one").is_success
         wait_until(lambda: device.assignment(other.id).round == 2, 60)
-        assert device.assignment(other.id).head == renewed
+        assert device.assignment(other.id).head == new_head
 
 
-def test_a_run_that_is_cancelled_does_not_wait_for_its_distillation(
+def test_a_cancelled_run_does_not_wait_for_its_redistillation(
     server: RunningServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    take_time(monkeypatch)
-    run = created(server, **by_hand(federation=FREE, distillation={"epochs": 2}))
+    slow_down_redistillation(monkeypatch)
+    run = create_run(server, **ten_classes(federation=NO_EVALUATION, distillation={"epochs": 2}))
     device = joined(server, run.id)
-    assert device.update(run.id, told_state(0.1, 0.5), "one").is_success
-    answer = server.operator().call("POST", f"/v1/runs/{run.id}/cancel", key="cancel")
-    assert answer.json()["status"] == "cancelled"
+    assert device.update(run.id, state_with_shares(0.1, 0.5), "one").is_success
+    response = server.operator().call("POST", f"/v1/runs/{run.id}/cancel", key="cancel")
+    assert response.json()["status"] == "cancelled"
     assert device.assignment(run.id).task == "stop"
-    assert renewals(server.operator(), run.id) == []
+    assert redistillations(server.operator(), run.id) == []
 
 
-def test_a_distillation_that_diverges_fails_its_run(server: RunningServer) -> None:
-    run = created(server, **by_hand(federation=FREE, distillation={"learning_rate": 1.0}))
+def test_a_redistillation_that_diverges_fails_its_run(server: RunningServer) -> None:
+    run = create_run(
+        server, **ten_classes(federation=NO_EVALUATION, distillation={"learning_rate": 1.0})
+    )
     device = joined(server, run.id)
-    assert device.update(run.id, told_state(3e38, 0.5), "one").is_success
+    assert device.update(run.id, state_with_shares(3e38, 0.5), "one").is_success
     wait_until(lambda: device.assignment(run.id).task == "stop", 60)
     last = device.assignment(run.id)
     assert last.status is RunStatus.FAILED
-    assert "distillation after round 1" in str(last.reason)
+    assert "making the model again after round 1" in str(last.reason)
 
 
 @pytest.mark.parametrize(
@@ -309,73 +313,77 @@ def test_a_distillation_that_diverges_fails_its_run(server: RunningServer) -> No
         ({"model": {"proxy_ends": 6}}, "model.proxy_ends"),
     ],
 )
-def test_a_run_whose_neurons_cannot_be_distilled_again_is_refused(
+def test_settings_that_redistillation_does_not_support_are_refused(
     server: RunningServer, parts: dict[str, dict[str, Any]], field: str
 ) -> None:
-    given = settings().model_dump(mode="json")
+    values = settings().model_dump(mode="json")
     for part, fields in parts.items():
-        given[part] |= fields
-    answer = server.operator().call(
-        "POST", "/v1/runs", key=f"no-{next(_keys)}", json=settings_by_hand(given)
+        values[part] |= fields
+    response = server.operator().call(
+        "POST", "/v1/runs", key=f"no-{next(_keys)}", json=custom_settings(values)
     )
-    error = answer.json()["error"]
+    error = response.json()["error"]
     assert (error["code"], error["field"]) == ("invalid_field", field)
 
 
-def test_a_state_on_disk_has_no_neurons(server: RunningServer, data_dir: Path) -> None:
-    run = created(server, **by_hand(federation=FREE | {"rounds": 2}))
+def test_a_state_on_disk_contains_no_shares_of_neurons(
+    server: RunningServer, data_dir: Path
+) -> None:
+    run = create_run(server, **ten_classes(federation=NO_EVALUATION | {"rounds": 2}))
     device = joined(server, run.id)
-    assert device.update(run.id, told_state(0.5, 0.5), "one").is_success
+    assert device.update(run.id, state_with_shares(0.5, 0.5), "one").is_success
     wait_until(lambda: device.assignment(run.id).round == 2, 60)
     assert device.assignment(run.id).state.sha256 != run.state.sha256
     files = RunFiles(data_dir / "runs" / run.id)
     state = load_state(files.state(device.assignment(run.id).state.sha256))
-    assert set(state) == set(told_state(0, 0)) - {"neurons"}
+    assert set(state) == set(state_with_shares(0, 0)) - {"neurons"}
 
 
-class Late(Server):
-    """A device's server that names heads which the run does not have any more."""
+class OutdatedServer(Server):
+    """Names heads that the run no longer has."""
 
-    gone = BlobRef(sha256="0" * 64, nbytes=5)
+    deleted = BlobRef(sha256="0" * 64, nbytes=5)
 
-    def join(self, *given: Any) -> JoinResponse:
-        found = super().join(*given)
-        run = found.run.model_copy(update={"head": self.gone})
-        return found.model_copy(update={"run": run})
+    def join(self, *arguments: Any) -> JoinResponse:
+        response = super().join(*arguments)
+        run = response.run.model_copy(update={"head": self.deleted})
+        return response.model_copy(update={"run": run})
 
     def assignment(self, run: str, after: Assignment | None, wait_s: float) -> Assignment:
-        found = super().assignment(run, after, wait_s)
-        if found.round == 1 and found.task is Task.TRAIN:
-            return found.model_copy(update={"head": self.gone})
-        return found
+        assignment = super().assignment(run, after, wait_s)
+        if assignment.round == 1 and assignment.task is Task.TRAIN:
+            return assignment.model_copy(update={"head": self.deleted})
+        return assignment
 
 
-def test_a_device_that_is_too_late_for_a_head_asks_what_is_next(
+def test_a_device_whose_head_was_deleted_requests_a_new_assignment(
     server: RunningServer, tmp_path: Path
 ) -> None:
-    run = created(server, federation={"rounds": 2, "round_timeout_s": 4.0, "max_repeats": 0})
-    told, data = RecordingReporter(), Dataset(image_set(10), image_set(7, seed=1))
-    with contextlib.closing(Late(server.url)) as client:
-        device = Participant(client, data, tmp_path, "late", told)
+    run = create_run(server, federation={"rounds": 2, "round_timeout_s": 4.0, "max_repeats": 0})
+    reporter, data = ListReporter(), Dataset(image_set(10), image_set(7, seed=1))
+    with contextlib.closing(OutdatedServer(server.url)) as client:
+        device = Participant(client, data, tmp_path, "late", reporter)
         participant = device.join(run.id, "join-late")
-        assert participant.run.head == run.head, "it has looked again"
+        assert participant.run.head == run.head, "it requested the run again"
         last = participant.take_part()
-    assert last.status is RunStatus.FAILED, "nobody trained"
-    [left] = told.of("left-behind")
-    assert left["round"] == 1
-    assert told.of("trained") == []
+    assert last.status is RunStatus.FAILED, "no device trained"
+    [event] = reporter.of("left-behind")
+    assert event["round"] == 1
+    assert reporter.of("trained") == []
 
 
-def test_changes_and_a_rounded_head_go_with_it(server: RunningServer, tmp_path: Path) -> None:
-    rounded = {"update_deltas": True, "updates": "float16", "head": "int8"}
+def test_redistillation_works_with_update_deltas_and_a_quantised_head(
+    server: RunningServer, tmp_path: Path
+) -> None:
+    wire = {"update_deltas": True, "updates": "float16", "head": "int8"}
     prompted = {"prompt_count": 3, "prompt_at": "input"}
-    run = created(server, federation={"rounds": 2}, wire=rounded, model=prompted)
-    told, data = RecordingReporter(), Dataset(image_set(10), image_set(7, seed=1))
+    run = create_run(server, federation={"rounds": 2}, wire=wire, model=prompted)
+    reporter, data = ListReporter(), Dataset(image_set(10), image_set(7, seed=1))
     with contextlib.closing(Server(server.url)) as client:
-        device = Participant(client, data, tmp_path, "only", told)
+        device = Participant(client, data, tmp_path, "only", reporter)
         participant = device.join(run.id, "join-rounded")
         assert participant.take_part().status is RunStatus.FINISHED
-    [taken] = told.of("head-taken")
+    [taken] = reporter.of("head-taken")
     head = results_of(server, run.id).run.head
     assert (taken["sha256"], taken["bytes"]) == (head.sha256, head.nbytes)
-    assert len(told.of("trained")) == 2
+    assert len(reporter.of("trained")) == 2

@@ -35,7 +35,7 @@ from tests.support.server import (
     tensor_in,
     wait_until,
 )
-from tests.support.settings import by_hand
+from tests.support.settings import custom_settings
 
 
 @pytest.fixture(scope="module")
@@ -117,14 +117,16 @@ def test_a_run_of_unavailable_parts_is_refused(operator: ApiClient) -> None:
         ({"tune": "adapter", "cut": 0}, "model.tune"),
     ):
         wrong = {**settings, "model": {**settings["model"], **change}}
-        answer = operator.call("POST", "/v1/runs", key=f"wrong-{next(_keys)}", json=by_hand(wrong))
+        answer = operator.call(
+            "POST", "/v1/runs", key=f"wrong-{next(_keys)}", json=custom_settings(wrong)
+        )
         assert answer.status_code == 422, answer.text
         assert answer.json()["error"]["field"] == field
     answer = operator.call("POST", "/v1/runs", key="x", json={"rounds": 1})
     assert (code_of(answer), answer.json()["error"]["field"]) == ("invalid_field", "rounds")
     answer = operator.call("POST", "/v1/runs", key="x", content=b"{")
     assert code_of(answer) == "invalid_field"
-    answer = operator.call("POST", "/v1/runs", json=by_hand(settings))
+    answer = operator.call("POST", "/v1/runs", json=custom_settings(settings))
     assert answer.json()["error"]["field"] == "idempotency-key"
 
 
@@ -132,7 +134,10 @@ def test_a_repeated_creation_gives_the_same_run(operator: ApiClient) -> None:
     first = operator.create(run_settings(), key="same")
     assert operator.create(run_settings(), key="same") == first
     other = operator.call(
-        "POST", "/v1/runs", key="same", json=by_hand(run_settings(seed=1).model_dump(mode="json"))
+        "POST",
+        "/v1/runs",
+        key="same",
+        json=custom_settings(run_settings(seed=1).model_dump(mode="json")),
     )
     assert code_of(other) == "idempotency_key_reused"
     listed = [RunView.model_validate(one) for one in operator.call("GET", "/v1/runs").json()]
@@ -173,7 +178,7 @@ def test_each_role_may_send_its_requests_only(server: RunningServer, operator: A
         assert code_of(nobody.step(kind, smashed(), "s")) == "unauthorized"
         assert code_of(forged.step(kind, smashed(), "s")) == "unauthorized"
         assert code_of(operator.step(kind, smashed(), "s")) == "forbidden"
-    settings = by_hand(run_settings().model_dump(mode="json"))
+    settings = custom_settings(run_settings().model_dump(mode="json"))
     assert code_of(nobody.call("POST", "/v1/runs", key="k", json=settings)) == "unauthorized"
     assert code_of(member.call("POST", "/v1/runs", key="k", json=settings)) == "forbidden"
     assert code_of(member.call("POST", f"/v1/runs/{run}/cancel", key="k")) == "forbidden"

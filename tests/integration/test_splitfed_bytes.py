@@ -1,4 +1,4 @@
-"""What the SplitFed methods send, at the socket, against what the calculator says."""
+"""The SplitFed methods' measured bytes at the socket, compared with the calculated ones."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from sfprompt_bench.compare.metrics import calculated, run_figures
 from sfprompt_bench.compare.usage import Usage
 from sfprompt_bench.methods.registry import ESTIMATED
 from tests.support.edge import image_set
+from tests.support.reporters import SilentReporter
 from tests.support.server import running_server
 
 SAMPLES, BATCH, ROUNDS = 24, 8, 2
@@ -26,24 +27,13 @@ MODEL = ModelPlan(
     backbone="vit_tiny_patch16_224", weights="random:0", image_size=64, cut=1, num_classes=3
 )
 
-A_REQUEST = 1500  # bytes of its headers and its answer's, in one direction, at most
+MAX_HEADER_BYTES = 1500  # of a request or its response, in one direction
 
 LEGS = {
     "splitfed-full": {"smashed", "features", "gradients"},
-    # Nothing ahead of the tail is tuned: no gradient crosses.
+    # Only the tail is tuned, so no gradient is sent.
     "splitfed-linear": {"smashed", "features"},
 }
-
-
-class RecordingWatcher:
-    def event(self, kind: str, **data: object) -> None:
-        pass
-
-    def advance(self, phase: str, done: int, total: int) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
 
 
 @pytest.mark.parametrize("name", LEGS)
@@ -62,11 +52,11 @@ def test_the_bytes_of_start_and_training_are_the_calculated_ones(name: str, tmp_
         run = operator.create(settings)
         data = Dataset(image_set(SAMPLES), image_set(5, seed=1))
         with contextlib.closing(Server(server.url)) as client:
-            participant = Participant(client, data, tmp_path / "blobs", "only", RecordingWatcher())
+            participant = Participant(client, data, tmp_path / "blobs", "only", SilentReporter())
             joined = participant.join(run.id, key="join")
             assert joined.take_part().status is RunStatus.FINISHED
-        answer = operator.call("GET", f"/v1/runs/{run.id}/results")
-        results = Results.model_validate(answer.json())
+        response = operator.call("GET", f"/v1/runs/{run.id}/results")
+        results = Results.model_validate(response.json())
     torch.set_num_threads(threads)
 
     split = results.traffic.keys() & {"smashed", "features", "gradients"}
@@ -81,8 +71,12 @@ def test_the_bytes_of_start_and_training_are_the_calculated_ones(name: str, tmp_
         by_device={},
     )
     expected = calculated(method, settings, results)["calculated"]
-    requests = 2 * SAMPLES // BATCH + 2  # of a round, with the state and the update
+    requests = 2 * SAMPLES // BATCH + 2  # in a round, with those of the state and the update
     for field in ("bytes_up_per_round", "bytes_down_per_round"):
-        extra = 40_000 if name == "splitfed-full" else 4_000  # names of the tensors of states
-        assert expected[field] <= measured[field] <= expected[field] + requests * A_REQUEST + extra
+        extra = 40_000 if name == "splitfed-full" else 4_000  # the tensors' names in state files
+        assert (
+            expected[field]
+            <= measured[field]
+            <= expected[field] + requests * MAX_HEADER_BYTES + extra
+        )
     assert expected["bytes_start"] <= measured["bytes_start"] <= expected["bytes_start"] + 40_000

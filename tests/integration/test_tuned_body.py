@@ -1,4 +1,4 @@
-"""SplitFed with a tuned body over HTTP, against timm's own model in one process."""
+"""SplitFed with a tuned body over HTTP, compared with timm's model in one process."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ from split_model import load_exported, load_state, open_backbone
 from split_model.backbone.libraries import timm
 from split_server.federation.export import export_run, newest_state
 from tests.support.edge import files, image_set
+from tests.support.reporters import SilentReporter
 from tests.support.server import RunningServer, code_of, running_server, tensor_in
-from tests.support.settings import by_hand
+from tests.support.settings import custom_settings
 
 MODEL = ModelPlan(
     backbone="vit_tiny_patch16_224",
@@ -45,7 +46,9 @@ SAMPLES, BATCH, ROUNDS, EPOCHS, RATE, DECAY = 10, 4, 2, 2, 0.02, 1e-4
 _keys = itertools.count()
 
 
-def created(server: RunningServer, devices: int = 1, rounds: int = ROUNDS, **parts: Any) -> RunView:
+def create_run(
+    server: RunningServer, devices: int = 1, rounds: int = ROUNDS, **parts: Any
+) -> RunView:
     training = {
         "local_epochs": 0,
         "split_epochs": EPOCHS,
@@ -73,8 +76,8 @@ def two_sets(seed: int = 0) -> Dataset:
     return Dataset(image_set(SAMPLES, seed=seed), image_set(7, seed=1))
 
 
-class Device:
-    """A whole run of one device, and its state after each step."""
+class Device(SilentReporter):
+    """Takes part in a whole run, and records its state after each step."""
 
     def __init__(
         self, server: RunningServer, folder: Path, run: RunView, data: Dataset, name: str = "only"
@@ -95,12 +98,9 @@ class Device:
         if phase == "split":
             self.states.append(self.participant.model.state())
 
-    def close(self) -> None:
-        pass
-
 
 class Uncut:
-    """timm's own model, all of it trained."""
+    """timm's model, with all parameters trained."""
 
     def __init__(self, initial: dict[str, Tensor]) -> None:
         self.model = timm.create_model(MODEL.backbone, img_size=32, num_classes=3).eval()
@@ -109,7 +109,7 @@ class Uncut:
         self.model.load_state_dict(weights)
 
     def train(self, samples: BatchReader, name: str, round_: int) -> Iterator[None]:
-        """One round's steps; its momentum begins anew."""
+        """Run one round's steps; momentum starts at zero in each round."""
         optimizer = torch.optim.SGD(
             self.model.parameters(), lr=RATE, momentum=0.9, weight_decay=DECAY
         )
@@ -123,68 +123,68 @@ class Uncut:
                 yield
 
     def state(self) -> dict[str, Tensor]:
-        """By the names of a run's state: which part a block belongs to follows from its number."""
-        found = {}
+        """The parameters by their names in a run's state."""
+        result = {}
         for name, tensor in self.model.state_dict().items():
             part = "tail" if name.split(".")[0] in ("norm", "head") else "head"
             if name.startswith("blocks.") and int(name.split(".")[1]) >= MODEL.cut:
                 part = "body"
-            found[f"{part}.{name}"] = tensor.clone()
-        return found
+            result[f"{part}.{name}"] = tensor.clone()
+        return result
 
 
-def require_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    for name, value in found.items():
+def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    for name, value in actual.items():
         torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-5, msg=name)
 
 
 def state_after(
     data_dir: Path, server: RunningServer, run: RunView, round_: int
 ) -> dict[str, Tensor]:
-    """The device's part of the global state that a round made."""
-    answer = server.operator().call("GET", f"/v1/runs/{run.id}/results")
-    made = Results.model_validate(answer.json()).rounds[round_ - 1].state
-    assert made is not None
-    return load_state(data_dir / "runs" / run.id / "states" / f"{made.sha256}.safetensors")
+    """The device's part of the global state after a round."""
+    response = server.operator().call("GET", f"/v1/runs/{run.id}/results")
+    reference = Results.model_validate(response.json()).rounds[round_ - 1].state
+    assert reference is not None
+    return load_state(data_dir / "runs" / run.id / "states" / f"{reference.sha256}.safetensors")
 
 
 @pytest.mark.parametrize("pooled", [False, True])
-def test_one_device_trains_head_body_and_tail_as_the_uncut_model_step_by_step(
+def test_one_device_trains_head_body_and_tail_as_the_uncut_model_in_each_step(
     server: RunningServer, data_dir: Path, tmp_path: Path, pooled: bool
 ) -> None:
-    run = created(server, wire={"pooled_features": pooled})
+    run = create_run(server, wire={"pooled_features": pooled})
     device = Device(server, tmp_path, run, two_sets())
     assert device.last.status is RunStatus.FINISHED
     assert "begun-anew" not in device.events
     samples = BatchReader(image_set(SAMPLES), device.participant.model.preprocessing)
     uncut, step = Uncut(device.initial), 0
-    first = uncut.state()
+    initial = uncut.state()
     for round_ in range(1, ROUNDS + 1):
         for _ in uncut.train(samples, "only", round_):
-            require_equal(device.states[step], uncut.state())
+            assert_close(device.states[step], uncut.state())
             step += 1
-        require_equal(state_after(data_dir, server, run, round_), uncut.state())
+        assert_close(state_after(data_dir, server, run, round_), uncut.state())
     assert step == len(device.states) == ROUNDS * EPOCHS * 3
     _, final = newest_state(data_dir, run.id)
-    assert final.keys() == first.keys(), "the whole model is tuned"
-    moved = device.traffic["updates"]
+    assert final.keys() == initial.keys(), "the whole model is tuned"
+    updates = device.traffic["updates"]
     sent = 4 * sum(tensor.numel() for tensor in device.initial.values())
     assert not any(name.startswith("body.") for name in device.initial)
-    assert moved["up"] < ROUNDS * sent + 100_000, "the body is no part of an update"
-    assert moved["down"] < (ROUNDS + 1) * sent + 100_000, "nor of a download"
-    require_equal(final, uncut.state())
+    assert updates["up"] < ROUNDS * sent + 100_000, "an update does not contain the body"
+    assert updates["down"] < (ROUNDS + 1) * sent + 100_000, "nor does a download"
+    assert_close(final, uncut.state())
     for name, value in final.items():
-        assert not torch.equal(value, first[name]), f"{name} stands still"
+        assert not torch.equal(value, initial[name]), f"{name} has not changed"
 
-    # The server's own measurement, the export and the uncut model say the same.
+    # The server's evaluation, the exported model and the uncut model agree.
     images, labels = BatchReader(image_set(7, seed=1), samples.preprocessing).read(range(7))
     with torch.no_grad():
         logits = uncut.model(images)
     export_run(data_dir, run.id, tmp_path / "model.safetensors")
     exported = load_exported(tmp_path / "model.safetensors")(images)
     torch.testing.assert_close(exported, logits, rtol=0, atol=1e-4)
-    answer = server.operator().call("GET", f"/v1/runs/{run.id}/results")
-    measured = Results.model_validate(answer.json()).rounds[-1]
+    response = server.operator().call("GET", f"/v1/runs/{run.id}/results")
+    measured = Results.model_validate(response.json()).rounds[-1]
     assert measured.accuracy == int((logits.argmax(1) == labels).sum()) / 7
     expected = F.cross_entropy(logits, labels).item()
     assert measured.evaluation_loss == pytest.approx(expected, abs=1e-4)
@@ -193,8 +193,8 @@ def test_one_device_trains_head_body_and_tail_as_the_uncut_model_step_by_step(
 def test_the_bodies_of_two_devices_are_averaged_by_their_samples(
     server: RunningServer, data_dir: Path, tmp_path: Path
 ) -> None:
-    """With 10 and 4 samples the one weighs 5/7, the other 2/7; and again in the second round."""
-    run = created(server, devices=2, wire={"update_deltas": True})
+    """With 10 and 4 samples the weights are 5/7 and 2/7, in both rounds."""
+    run = create_run(server, devices=2, wire={"update_deltas": True})
     sets = {
         "a": Dataset(image_set(10, seed=5), image_set(3, seed=1)),
         "b": Dataset(image_set(4, seed=6), image_set(3, seed=2)),
@@ -210,28 +210,28 @@ def test_the_bodies_of_two_devices_are_averaged_by_their_samples(
     for thread in threads:
         thread.join(120)
     assert devices.keys() == sets.keys()
-    whole = Uncut(devices["a"].initial)
+    averaged = Uncut(devices["a"].initial)
     for round_ in range(1, ROUNDS + 1):
-        begun, trained = whole.model.state_dict(), {}
+        initial, trained = averaged.model.state_dict(), {}
         for name, data in sets.items():
-            way = devices[name].participant.model.preprocessing
-            alone = Uncut(devices["a"].initial)
-            alone.model.load_state_dict(begun)
-            for _ in alone.train(BatchReader(data.train, way), name, round_):
+            preprocessing = devices[name].participant.model.preprocessing
+            local = Uncut(devices["a"].initial)
+            local.model.load_state_dict(initial)
+            for _ in local.train(BatchReader(data.train, preprocessing), name, round_):
                 pass
-            trained[name] = alone.model.state_dict()
-        mean = {n: (5 * trained["a"][n] + 2 * trained["b"][n]) / 7 for n in begun}
-        whole.model.load_state_dict(mean)
+            trained[name] = local.model.state_dict()
+        mean = {n: (5 * trained["a"][n] + 2 * trained["b"][n]) / 7 for n in initial}
+        averaged.model.load_state_dict(mean)
     finished, final = newest_state(data_dir, run.id)
     assert finished.status is RunStatus.FINISHED
-    require_equal(final, whole.state())
+    assert_close(final, averaged.state())
     assert any(name.startswith("body.") for name in final)
 
 
-def test_a_body_that_finds_no_room_waits_for_another_s_end(tmp_path: Path) -> None:
-    """Nine blocks of the tiny transformer with SGD's momentum take 48 MiB; two do not fit in 64."""
+def test_a_body_that_does_not_fit_in_memory_waits_until_another_is_released(tmp_path: Path) -> None:
+    """Nine blocks with SGD's momentum take 48 MiB; two such bodies do not fit in 64 MiB."""
     with running_server(tmp_path / "node", engine_memory_mib=64) as server:
-        run = created(server, devices=2, rounds=1)
+        run = create_run(server, devices=2, rounds=1)
         devices: list[Device] = []
 
         def take_part(name: str) -> None:
@@ -253,32 +253,32 @@ def test_a_body_that_finds_no_room_waits_for_another_s_end(tmp_path: Path) -> No
 TOKENS, WIDTH = 1 + 4, 192
 
 
-def meta(number: int, steps: int = 2, round_: int = 1, **more: Any) -> dict[str, Any]:
-    given = {"session": "s", "round": round_, "attempt": 0, "number": number, "steps": steps}
-    return given | more
+def meta(number: int, steps: int = 2, round_: int = 1, **extra: Any) -> dict[str, Any]:
+    fields = {"session": "s", "round": round_, "attempt": 0, "number": number, "steps": steps}
+    return fields | extra
 
 
-def numbers(seed: int) -> Tensor:
+def random_batch(seed: int) -> Tensor:
     """[B, T, D]"""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn((BATCH, TOKENS, WIDTH), generator=generator)
 
 
-class BodyAlone:
+class ReferenceBody:
     """The blocks behind the cut, trained by torch."""
 
     def __init__(self) -> None:
         whole = timm.create_model(MODEL.backbone, img_size=32, num_classes=3).eval()
         whole.load_state_dict(dict(open_backbone(files(MODEL).backbone)), strict=False)
         self.blocks = whole.blocks[MODEL.cut :]
-        self.begin()
+        self.reset_optimizer()
 
-    def begin(self) -> None:
+    def reset_optimizer(self) -> None:
         parameters = self.blocks.parameters()
         self.optimizer = torch.optim.SGD(parameters, lr=RATE, momentum=0.9, weight_decay=DECAY)
 
     def step(self, smashed: Tensor, gradients: Tensor) -> Tensor:
-        """The gradient of the smashed data; the blocks are one step on."""
+        """Train the blocks for one step; returns the smashed data's gradient."""
         leaf = smashed.clone().requires_grad_()
         self.optimizer.zero_grad()
         self.blocks(leaf).backward(gradients)
@@ -288,74 +288,74 @@ class BodyAlone:
 
     @torch.no_grad()
     def features(self, smashed: Tensor) -> Tensor:
-        found: Tensor = self.blocks(smashed)
-        return found
+        features: Tensor = self.blocks(smashed)
+        return features
 
 
-def test_the_body_survives_the_server_and_an_open_session_does_not(tmp_path: Path) -> None:
-    folder, alone = tmp_path / "node", BodyAlone()
+def test_a_restarted_server_has_the_body_and_no_open_session(tmp_path: Path) -> None:
+    folder, reference = tmp_path / "node", ReferenceBody()
     with running_server(folder) as first:
-        run = created(first, training={"split_epochs": 1})
+        run = create_run(first, training={"split_epochs": 1})
         joining = {"name": "a", "train_samples": 8, "test_samples": 4, "num_classes": 3}
         path = f"/v1/runs/{run.id}/participants"
-        answer = first.api().call("POST", path, key="j", json=joining)
-        credential = answer.json()["credential"]
+        response = first.api().call("POST", path, key="j", json=joining)
+        credential = response.json()["credential"]
         api = first.api(credential)
         sha256 = api.assignment(run.id).state.sha256
         state = load_state(folder / "runs" / run.id / "states" / f"{sha256}.safetensors")
         for number in (0, 1):
-            smashed, gradients = numbers(number), numbers(10 + number)
-            expected = alone.features(smashed)
-            for _ in range(2):  # and its repeat
-                answer = api.ask("forward", meta(number), smashed=smashed)
+            smashed, gradients = random_batch(number), random_batch(10 + number)
+            expected = reference.features(smashed)
+            for _ in range(2):  # the request and its repetition
+                response = api.ask("forward", meta(number), smashed=smashed)
                 torch.testing.assert_close(
-                    tensor_in(answer, "features"), expected, rtol=0, atol=1e-5
+                    tensor_in(response, "features"), expected, rtol=0, atol=1e-5
                 )
-            expected = alone.step(smashed, gradients)
-            for _ in range(3):  # applied once
-                answer = api.ask("backward", meta(number), gradients=gradients)
-                found = tensor_in(answer, "gradients")
-                torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+            expected = reference.step(smashed, gradients)
+            for _ in range(3):  # the server applies it once
+                response = api.ask("backward", meta(number), gradients=gradients)
+                returned = tensor_in(response, "gradients")
+                torch.testing.assert_close(returned, expected, rtol=0, atol=1e-5)
         assert code_of(api.update(run.id, state, "u", samples=8)) == "invalid_field"
         assert code_of(api.update(run.id, state, "u", samples=8, session="t")) == "step_lost"
         assert api.update(run.id, state, "u", samples=8, session="s").is_success
-        assert api.update(run.id, state, "u", samples=8, session="s").is_success, "a repeat"
+        assert api.update(run.id, state, "u", samples=8, session="s").is_success, "a repetition"
         assert api.evaluate(run.id, "e", samples=4, correct=1).is_success
         assert api.assignment(run.id).round == 2
-        alone.begin()
+        reference.reset_optimizer()
 
     with running_server(folder) as again:
         api = again.api(credential)
         assert api.assignment(run.id).round == 2
-        inferred = api.ask("infer", {"step": "i", "round": 2}, smashed=numbers(5))
-        expected = alone.features(numbers(5))
+        inferred = api.ask("infer", {"step": "i", "round": 2}, smashed=random_batch(5))
+        expected = reference.features(random_batch(5))
         torch.testing.assert_close(tensor_in(inferred, "features"), expected, rtol=0, atol=1e-5)
-        answer = api.ask("forward", meta(0, round_=2), smashed=numbers(6))
-        expected = alone.features(numbers(6))
-        torch.testing.assert_close(tensor_in(answer, "features"), expected, rtol=0, atol=1e-5)
+        response = api.ask("forward", meta(0, round_=2), smashed=random_batch(6))
+        expected = reference.features(random_batch(6))
+        torch.testing.assert_close(tensor_in(response, "features"), expected, rtol=0, atol=1e-5)
 
-    with running_server(folder) as last:  # in the middle of a step
+    with running_server(folder) as last:  # the step of round 2 is still open
         api = last.api(credential)
-        answer = api.ask("backward", meta(0, round_=2), gradients=numbers(7))
-        assert code_of(answer) == "step_lost"
-        answer = api.ask("forward", meta(0, round_=2, session="t"), smashed=numbers(6))
-        torch.testing.assert_close(tensor_in(answer, "features"), expected, rtol=0, atol=1e-5)
+        response = api.ask("backward", meta(0, round_=2), gradients=random_batch(7))
+        assert code_of(response) == "step_lost"
+        response = api.ask("forward", meta(0, round_=2, session="t"), smashed=random_batch(6))
+        torch.testing.assert_close(tensor_in(response, "features"), expected, rtol=0, atol=1e-5)
 
 
-def test_what_a_session_of_a_body_is_asked_otherwise_is_refused_by_name(
+def test_an_invalid_request_of_a_body_session_is_refused_with_its_field(
     server: RunningServer,
 ) -> None:
-    run = created(server, federation={"max_repeats": 0})
+    run = create_run(server, federation={"max_repeats": 0})
     joining = {"name": "a", "train_samples": 8, "test_samples": 4, "num_classes": 3}
     path = f"/v1/runs/{run.id}/participants"
     api = server.api(server.api().call("POST", path, key="j", json=joining).json()["credential"])
     assert api.assignment(run.id).round == 1
 
-    def refusal(kind: str, asked: dict[str, Any], **tensors: Tensor) -> tuple[str, str]:
-        error = api.ask(kind, asked, **tensors).json()["error"]
+    def refusal(kind: str, fields: dict[str, Any], **tensors: Tensor) -> tuple[str, str]:
+        error = api.ask(kind, fields, **tensors).json()["error"]
         return error["code"], error.get("field", "")
 
-    batch = numbers(0)
+    batch = random_batch(0)
     frozen = refusal("forward", {"step": "a", "round": 1}, smashed=batch)
     assert frozen == ("invalid_field", "session")
     assert refusal("forward", meta(2), smashed=batch) == ("invalid_field", "body")
@@ -371,7 +371,7 @@ def test_what_a_session_of_a_body_is_asked_otherwise_is_refused_by_name(
 
 
 @pytest.mark.parametrize(
-    ("changes", "named"),
+    ("changes", "field"),
     [
         ({"model": {"tune": "tail"}}, "tune_body"),
         ({"model": {"prompt_count": 2}}, "prompt_count"),
@@ -382,15 +382,15 @@ def test_what_a_session_of_a_body_is_asked_otherwise_is_refused_by_name(
         ({"wire": {"delta_smashed": "int8"}}, "delta_smashed"),
     ],
 )
-def test_settings_that_a_tuned_body_cannot_have_are_refused_by_name(
-    server: RunningServer, changes: dict[str, dict[str, Any]], named: str
+def test_settings_that_a_tuned_body_does_not_support_are_refused_with_their_field(
+    server: RunningServer, changes: dict[str, dict[str, Any]], field: str
 ) -> None:
     values = RunPlan(model=MODEL).model_dump(mode="json")
     for part, fields in changes.items():
         values[part] |= fields
-    answer = server.operator().call(
-        "POST", "/v1/runs", key=f"no-{next(_keys)}", json=by_hand(values)
+    response = server.operator().call(
+        "POST", "/v1/runs", key=f"no-{next(_keys)}", json=custom_settings(values)
     )
-    assert code_of(answer) == "invalid_field"
-    error = answer.json()["error"]
-    assert named in f"{error['field']} {error['message']}"
+    assert code_of(response) == "invalid_field"
+    error = response.json()["error"]
+    assert field in f"{error['field']} {error['message']}"

@@ -1,10 +1,11 @@
-"""Devices that hold the whole model: full fine-tuning and FedPEFT over HTTP, against timm's own."""
+"""Devices with the whole model: full fine-tuning and FedPEFT over HTTP, compared with timm."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from split_model import load_exported, load_state, open_backbone
 from split_model.backbone.libraries import timm
 from split_server.federation.export import export_run, newest_state
 from tests.support.edge import files, image_set
+from tests.support.reporters import SilentReporter
 from tests.support.server import RunningServer
 
 WHOLE = ModelPlan(
@@ -52,7 +54,7 @@ WIDTH, DEPTH, CLASSIFIER = 192, 12, 3 * 193
 
 BLOCK = 12 * WIDTH**2 + 13 * WIDTH
 
-NUMBERS = {
+TUNED_PARAMETERS = {
     "fl-full": 3 * 256 * WIDTH + WIDTH + 6 * WIDTH + DEPTH * BLOCK + 2 * WIDTH + CLASSIFIER,
     "fedpeft-head": CLASSIFIER,
     "fedpeft-bias": (11 * DEPTH + 2) * WIDTH + CLASSIFIER,
@@ -64,13 +66,13 @@ SAMPLES, BATCH, ROUNDS, EPOCHS = 10, 4, 2, 2
 
 SPLIT_PLANE = {"smashed", "features", "gradients", "inference"}
 
-HEADERS = 32_768  # bytes of a download beside its tensors, at most: names, HTTP
+MAX_OVERHEAD = 32_768  # bytes of a download in addition to its tensors: names, HTTP
 
 
 _keys = itertools.count()
 
 
-def created(
+def create_run(
     server: RunningServer,
     method: str,
     wire: dict[str, Any] | None = None,
@@ -92,8 +94,8 @@ def created(
     return server.operator().create(settings, key=f"whole-{next(_keys)}")
 
 
-class Device:
-    """A whole run of one device, and its state after each step."""
+class Device(SilentReporter):
+    """Takes part in a whole run, and records its state after each step."""
 
     def __init__(
         self, server: RunningServer, folder: Path, run: RunView, data: Dataset, name: str = "only"
@@ -104,30 +106,24 @@ class Device:
             self.participant = device.join(run.id, key=f"join-{name}")
             self.start_bytes = client.traffic().down[Phase.DOWNLOAD]
             self.start_bytes += client.traffic().down[Phase.UPDATES]
-            held = self.participant.files.fetch(run.state, lambda _: b"")
-            self.initial = load_state(held)
+            state_file = self.participant.files.fetch(run.state, lambda _: b"")
+            self.initial = load_state(state_file)
             self.last = self.participant.take_part()
             self.traffic = client.traffic().to_dict()
-
-    def event(self, kind: str, **data: Any) -> None:
-        pass
 
     def advance(self, phase: str, done: int, total: int) -> None:
         if phase in ("local", "split"):
             self.states.append(self.participant.model.state())
 
-    def close(self) -> None:
-        pass
-
 
 class Uncut:
-    """timm's own model: what is tuned is chosen by name; prompts and adapter come by hooks."""
+    """timm's model: parameters to tune are chosen by name; hooks add prompts and adapter."""
 
     def __init__(self, model: ModelPlan, state: dict[str, Tensor]) -> None:
         self.model = timm.create_model(model.backbone, img_size=32, num_classes=3).eval()
-        own = {name: value.clone() for name, value in state.items()}
+        initial = {name: value.clone() for name, value in state.items()}
         weights = dict(open_backbone(files(WHOLE).backbone))
-        weights |= {name: own["tail." + name] for name in ("head.weight", "head.bias")}
+        weights |= {name: initial["tail." + name] for name in ("head.weight", "head.bias")}
         self.model.load_state_dict(weights)
         self.model.requires_grad_(False)
         self.tuned: dict[str, Tensor] = {}
@@ -135,32 +131,34 @@ class Uncut:
             part = "tail." if name.split(".")[0] in ("norm", "head") else "head."
             if name.startswith("blocks.") and int(name.split(".")[1]) >= model.cut:
                 continue  # the body's
-            chosen = name.startswith("head.") or model.tune == "full"
-            if chosen or (model.tune == "bias" and "bias" in name):
+            is_tuned = name.startswith("head.") or model.tune == "full"
+            if is_tuned or (model.tune == "bias" and "bias" in name):
                 self.tuned[part + name] = parameter.requires_grad_()
-        for name in own:
+        for name in initial:
             if name == "prompts" or name.startswith("head.adapter."):
-                self.tuned[name] = own[name].requires_grad_()
+                self.tuned[name] = initial[name].requires_grad_()
         assert self.tuned.keys() == state.keys()
         for number, block in enumerate(self.model.blocks[: model.cut]):
             if model.prompt_count:
-                block.register_forward_pre_hook(self._prompted(number))
+                block.register_forward_pre_hook(self._insert_prompts_hook(number))
             if model.tune == "adapter":
-                block.register_forward_hook(self._adapted)
+                block.register_forward_hook(self._add_adapter)
 
-    def _prompted(self, number: int) -> Any:
-        def put_in(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def _insert_prompts_hook(self, number: int) -> Any:
+        def insert_prompts(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             (tokens,) = arguments
             prompts = self.tuned["prompts"][number].repeat(len(tokens), 1, 1)
-            patches = tokens[:, -4:]  # 2 x 2, behind the class token and the last block's prompts
+            patches = tokens[
+                :, -4:
+            ]  # 2 x 2, after the class token and the previous block's prompts
             return (torch.cat([tokens[:, :1], prompts, patches], dim=1),)
 
-        return put_in
+        return insert_prompts
 
-    def _adapted(self, _: nn.Module, __: Any, tokens: Tensor) -> Tensor:
-        own = {name.removeprefix("head.adapter."): t for name, t in self.tuned.items()}
-        inner = F.gelu(F.linear(tokens, own["down.weight"], own["down.bias"]))
-        return tokens + F.linear(inner, own["up.weight"], own["up.bias"])
+    def _add_adapter(self, _: nn.Module, __: Any, tokens: Tensor) -> Tensor:
+        adapter = {name.removeprefix("head.adapter."): t for name, t in self.tuned.items()}
+        inner = F.gelu(F.linear(tokens, adapter["down.weight"], adapter["down.bias"]))
+        return tokens + F.linear(inner, adapter["up.weight"], adapter["up.bias"])
 
     def optimizer(self) -> torch.optim.Optimizer:
         weights = [tensor for name, tensor in self.tuned.items() if name != "prompts"]
@@ -171,23 +169,35 @@ class Uncut:
         return torch.optim.SGD(groups, momentum=0.9, nesterov=True)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_one_device_tunes_as_timms_own_model_step_by_step(
-    server: RunningServer, data_dir: Path, tmp_path: Path, method: str
-) -> None:
-    run = created(server, method)
-    device = Device(server, tmp_path, run, two_sets())
-    require_equal_steps(device, run, data_dir, "local")
+@dataclass(frozen=True)
+class FinishedRun:
+    method: str
+    run: RunView  # before its first round
+    device: Device
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def finished(
+    request: pytest.FixtureRequest, server: RunningServer, tmp_path_factory: pytest.TempPathFactory
+) -> FinishedRun:
+    """A run of one device with each method."""
+    run = create_run(server, request.param)
+    folder = tmp_path_factory.mktemp(request.param)
+    return FinishedRun(request.param, run, Device(server, folder, run, two_sets()))
+
+
+def test_one_device_equals_timms_model_in_each_step(finished: FinishedRun, data_dir: Path) -> None:
+    assert_equal_steps(finished.device, finished.run, data_dir, "local")
 
 
 @pytest.mark.parametrize("method", ["fl-full", "fedpeft-bias", "fedpeft-adapter", "fedpeft-prompt"])
-def test_a_tuned_head_learns_through_the_body_of_the_server(
+def test_a_tuned_head_with_a_body_on_the_server_equals_timms_model_in_each_step(
     server: RunningServer, data_dir: Path, tmp_path: Path, method: str
 ) -> None:
     split = {"local_epochs": 0, "split_epochs": EPOCHS}
-    run = created(server, method, model={"cut": 3}, **split)
+    run = create_run(server, method, model={"cut": 3}, **split)
     device = Device(server, tmp_path, run, two_sets())
-    require_equal_steps(device, run, data_dir, "split")
+    assert_equal_steps(device, run, data_dir, "split")
     assert device.traffic.keys() >= SPLIT_PLANE
 
 
@@ -195,14 +205,14 @@ def two_sets() -> Dataset:
     return Dataset(image_set(SAMPLES), image_set(7, seed=1))
 
 
-def require_equal_steps(device: Device, run: RunView, data_dir: Path, purpose: str) -> None:
-    """Every step of the run is that of timm's own model in one process."""
+def assert_equal_steps(device: Device, run: RunView, data_dir: Path, purpose: str) -> None:
+    """Check each step of the run against timm's model in one process."""
     assert device.last.status is RunStatus.FINISHED
     uncut = Uncut(run.settings.plan.model, device.initial)
     samples = BatchReader(image_set(SAMPLES), device.participant.model.preprocessing)
     step = 0
     for round_ in range(1, ROUNDS + 1):
-        optimizer = uncut.optimizer()  # its momentum begins anew in every round
+        optimizer = uncut.optimizer()  # momentum starts at zero in each round
         seed = derive_seed(3, purpose, "only", round_)
         for epoch in range(EPOCHS):
             for positions in shuffled(SAMPLES, BATCH, seed, epoch):
@@ -218,41 +228,39 @@ def require_equal_steps(device: Device, run: RunView, data_dir: Path, purpose: s
     _, final = newest_state(data_dir, run.id)
     for name, value in final.items():
         torch.testing.assert_close(value, uncut.tuned[name].detach(), rtol=0, atol=1e-5, msg=name)
-        unmoved = torch.equal(value, device.initial[name])
-        assert not unmoved, f"{name}: the comparison is of models that stand still"
+        assert not torch.equal(value, device.initial[name]), f"{name} has not changed"
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_whole_run_with_its_bytes_its_export_and_its_predictions(
-    server: RunningServer, data_dir: Path, tmp_path: Path, method: str
+def test_bytes_export_and_predictions_of_a_whole_run(
+    finished: FinishedRun, server: RunningServer, data_dir: Path, tmp_path: Path
 ) -> None:
-    run = created(server, method)
-    data = two_sets()
-    device = Device(server, tmp_path, run, data)
+    method, run, device, data = finished.method, finished.run, finished.device, two_sets()
 
-    # Nothing is asked of the split plane, and the updates are what is tuned.
-    moved = device.traffic
-    assert moved["control"]["up"]
-    assert not SPLIT_PLANE & moved.keys(), "nothing that has no byte is counted"
-    tuned = 4 * NUMBERS[method]
+    # No request to the split plane; updates contain only tuned parameters.
+    traffic = device.traffic
+    assert traffic["control"]["up"]
+    assert not SPLIT_PLANE & traffic.keys(), "phases without bytes are not listed"
+    tuned = 4 * TUNED_PARAMETERS[method]
     assert sum(tensor.numel() for tensor in device.initial.values()) * 4 == tuned
-    assert ROUNDS * tuned <= moved["updates"]["up"] <= ROUNDS * (tuned + HEADERS)
+    assert ROUNDS * tuned <= traffic["updates"]["up"] <= ROUNDS * (tuned + MAX_OVERHEAD)
 
-    # To start: every number of the model once, in one file or the other.
-    added = NUMBERS[method] - CLASSIFIER if "adapter" in method or "prompt" in method else 0
-    whole = 4 * (NUMBERS["fl-full"] + added)
-    assert whole <= device.start_bytes <= whole + 2 * HEADERS
+    # Before the first round: each parameter once, in the head or the state file.
+    added = (
+        TUNED_PARAMETERS[method] - CLASSIFIER if "adapter" in method or "prompt" in method else 0
+    )
+    whole = 4 * (TUNED_PARAMETERS["fl-full"] + added)
+    assert whole <= device.start_bytes <= whole + 2 * MAX_OVERHEAD
     if method == "fl-full":
-        assert run.head.nbytes < 1000, "a file without a weight"
+        assert run.head.nbytes < 1000, "the head file has no weights"
 
-    # The server's copy of the model, the device and the exported file say the same.
-    answer = server.operator().call("GET", f"/v1/runs/{run.id}/results")
-    results = Results.model_validate(answer.json())
-    assert [one.samples for one in results.rounds] == [SAMPLES] * ROUNDS
-    assert all(one.local_loss is not None and one.train_loss is None for one in results.rounds)
+    # The server, the device and the exported file agree.
+    response = server.operator().call("GET", f"/v1/runs/{run.id}/results")
+    results = Results.model_validate(response.json())
+    assert [round_.samples for round_ in results.rounds] == [SAMPLES] * ROUNDS
+    assert all(r.local_loss is not None and r.train_loss is None for r in results.rounds)
     out = tmp_path / "model.safetensors"
     export_run(data_dir, run.id, out)
-    assert out.stat().st_size <= whole + 2 * HEADERS, "no weight stands there twice"
+    assert out.stat().st_size <= whole + 2 * MAX_OVERHEAD, "no weight is in the file twice"
     exported = load_exported(out)
     model = device.participant.model
     images, labels = BatchReader(data.test, model.preprocessing).read(range(7))
@@ -267,21 +275,21 @@ def test_a_whole_run_with_its_bytes_its_export_and_its_predictions(
     with contextlib.closing(Server(server.url)) as client:
         folder = tmp_path / "predictions"
         predictor = Predictor.join(client, results.run, folder, "predict", "me (predict)")
-        found = list(predictor.predict(paths, top=3))
-        moved = client.traffic().to_dict()
-    assert moved["control"]["up"]
-    assert not SPLIT_PLANE & moved.keys(), "nothing that has no byte is counted"
-    for prediction, shares in zip(found, logits.softmax(dim=1), strict=True):
-        for name, share in prediction.classes:
-            assert share == pytest.approx(float(shares[int(name)]), abs=1e-5)
+        predictions = list(predictor.predict(paths, top=3))
+        traffic = client.traffic().to_dict()
+    assert traffic["control"]["up"]
+    assert not SPLIT_PLANE & traffic.keys(), "phases without bytes are not listed"
+    for prediction, row in zip(predictions, logits.softmax(dim=1), strict=True):
+        for name, probability in prediction.classes:
+            assert probability == pytest.approx(float(row[int(name)]), abs=1e-5)
 
 
 @pytest.mark.parametrize("method", ["fl-full", "fedpeft-bias", "fedpeft-prompt"])
-def test_two_devices_with_coded_changes_end_with_the_server_s_state(
+def test_two_devices_with_quantised_deltas_end_with_the_server_s_state(
     server: RunningServer, data_dir: Path, tmp_path: Path, method: str
 ) -> None:
     wire = {"update_deltas": True, "updates": "float16", "head": "int8"}
-    run = created(server, method, wire, devices=2, proximal=0.01)
+    run = create_run(server, method, wire, devices=2, proximal=0.01)
     devices: list[Device] = []
 
     def take_part(name: str, seed: int) -> None:
@@ -297,10 +305,10 @@ def test_two_devices_with_coded_changes_end_with_the_server_s_state(
     finished, final = newest_state(data_dir, run.id)
     assert finished.status is RunStatus.FINISHED
     for device in devices:
-        tuned = 4 * NUMBERS[method]
-        assert device.traffic["updates"]["up"] < ROUNDS * (tuned / 2 + HEADERS)
-        held = device.participant.model.state()
-        assert all(torch.equal(held[name], value) for name, value in final.items())
+        tuned = 4 * TUNED_PARAMETERS[method]
+        assert device.traffic["updates"]["up"] < ROUNDS * (tuned / 2 + MAX_OVERHEAD)
+        state = device.participant.model.state()
+        assert all(torch.equal(state[name], value) for name, value in final.items())
     export_run(data_dir, run.id, tmp_path / "model.safetensors")
     model = devices[0].participant.model
     images, _ = BatchReader(image_set(7, seed=1), model.preprocessing).read(range(7))

@@ -1,4 +1,4 @@
-"""A small split server, and who takes part in its runs."""
+"""A server with small limits, and participants of its runs."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def member(server: RunningServer, run: str) -> ApiClient:
 
 
 @pytest.fixture(scope="module")
-def keeper(server: RunningServer) -> ApiClient:
-    """A participant whose prompts and samples are on the server."""
+def cut_member(server: RunningServer) -> ApiClient:
+    """A participant of a run with prompts at the cut; the server stores its samples."""
     settings = run_settings(prompt_at="cut", wire={"keep_smashed": True})
-    run = server.operator().create(settings, key="keeper").id
+    run = server.operator().create(settings, key="cut-member").id
     api = server.api(server.api().join(run, "a").credential)
     assert api.assignment(run).task is Task.TRAIN
     return api

@@ -1,4 +1,4 @@
-"""Bodies that are too large, do not come, or take the room of others."""
+"""Request bodies that are too large, do not arrive, or use up the memory budget of others."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ GIB = 1024**3
 
 
 def head_of(api: ApiClient, method: str, path: str, *lines: str) -> bytes:
-    """The head of a request, as bytes; the body is the test's."""
+    """The bytes of a request's head; the test sends the body."""
     authorization = api.http.headers.get("authorization", "")
-    every = [
+    all_lines = [
         f"{method} {path} HTTP/1.1",
         "host: x",
         f"{VERSION_HEADER}: {PROTOCOL_VERSION}",
@@ -30,34 +30,34 @@ def head_of(api: ApiClient, method: str, path: str, *lines: str) -> bytes:
         "idempotency-key: k",
         *lines,
     ]
-    return "\r\n".join(every).encode() + b"\r\n\r\n"
+    return "\r\n".join(all_lines).encode() + b"\r\n\r\n"
 
 
-def exchange(server: RunningServer, data: bytes, *more: bytes) -> tuple[int, dict[str, object]]:
-    """Send bytes as they are; the status and the typed error of the answer."""
+def exchange(server: RunningServer, data: bytes, *pieces: bytes) -> tuple[int, dict[str, object]]:
+    """Send raw bytes; returns the status and the error of the response."""
     with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
         connection.sendall(data)
-        for piece in more:
+        for piece in pieces:
             connection.sendall(piece)
-        return answer_of(connection)
+        return read_response(connection)
 
 
-def answer_of(connection: socket.socket) -> tuple[int, dict[str, object]]:
+def read_response(connection: socket.socket) -> tuple[int, dict[str, object]]:
     received = b""
     while b"\r\n\r\n" not in received:
-        received += some(connection)
+        received += receive(connection)
     head, _, body = received.partition(b"\r\n\r\n")
     status = int(head.split()[1])
     length = int(head.lower().split(b"content-length:")[1].split(b"\r\n")[0])
     while len(body) < length:
-        body += some(connection)
+        body += receive(connection)
     error: dict[str, object] = json.loads(body).get("error", {})
     return status, error
 
 
-def some(connection: socket.socket) -> bytes:
+def receive(connection: socket.socket) -> bytes:
     data = connection.recv(65536)
-    assert data, "the server closed the connection without an answer"
+    assert data, "the server closed the connection without a response"
     return data
 
 
@@ -73,21 +73,21 @@ ROUTES = [
 
 
 @pytest.mark.parametrize(("method", "path", "limit"), ROUTES)
-def test_a_body_that_is_announced_too_large_is_refused_before_it_is_read(
+def test_a_declared_length_above_the_limit_is_refused_before_the_body_is_read(
     server: RunningServer, run: str, member: ApiClient, method: str, path: str, limit: int
 ) -> None:
     head = head_of(member, method, path.format(run=run), f"content-length: {10 * GIB}")
-    began = time.monotonic()
+    started = time.monotonic()
     status, error = exchange(server, head)
     assert (status, error["code"]) == (413, "too_large")
     assert error["value"] == 10 * GIB
     assert isinstance(error["limit"], int)
     assert error["limit"] <= limit + 1024 * 1024
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - started < 3
 
 
 @pytest.mark.parametrize(("method", "path", "limit"), ROUTES)
-def test_a_body_that_grows_too_large_is_cut(
+def test_a_chunked_body_above_the_limit_is_refused(
     server: RunningServer, run: str, member: ApiClient, method: str, path: str, limit: int
 ) -> None:
     head = head_of(
@@ -102,119 +102,124 @@ def test_a_body_that_grows_too_large_is_cut(
     assert (status, error["code"]) == (413, "too_large")
 
 
-def test_one_who_sends_it_all_the_same_can_still_read_the_refusal(
+def test_a_client_that_sends_a_body_above_the_limit_can_read_the_refusal(
     server: RunningServer, member: ApiClient
 ) -> None:
     body = b"x" * (8 * 1024 * 1024)
-    answer = member.call("POST", "/v1/split/forward", content=body)
-    assert code_of(answer) == "too_large"
-    assert answer.headers["connection"] == "close"
-    stranger = server.api()
-    answer = stranger.call("POST", "/v1/split/forward", content=body)
-    assert code_of(answer) == "unauthorized"
+    response = member.call("POST", "/v1/split/forward", content=body)
+    assert code_of(response) == "too_large"
+    assert response.headers["connection"] == "close"
+    anonymous = server.api()
+    response = anonymous.call("POST", "/v1/split/forward", content=body)
+    assert code_of(response) == "unauthorized"
 
 
-def test_a_body_that_does_not_come_is_not_waited_for(
+def test_a_body_that_does_not_arrive_times_out_and_delays_no_other_request(
     server: RunningServer, run: str, member: ApiClient
 ) -> None:
     head = head_of(member, "POST", "/v1/split/infer", "content-length: 500000")
     with socket.create_connection(("127.0.0.1", server.port), timeout=20) as slow:
         slow.sendall(head + b"x" * 1000)
         assert member.step("infer", smashed(), "meanwhile").is_success
-        status, error = answer_of(slow)
+        status, error = read_response(slow)
     assert 400 <= status < 600
     assert error["code"] in ("malformed_frame", "busy")
 
 
-def test_those_who_only_announce_take_no_room_from_the_others(
+def test_declared_bodies_that_do_not_arrive_use_no_memory_budget(
     server: RunningServer, member: ApiClient
 ) -> None:
     head = head_of(member, "POST", "/v1/split/infer", "content-length: 1000000")
     sockets = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(20)]
     try:
-        for one in sockets:
-            one.sendall(head + b"x")
+        for connection in sockets:
+            connection.sendall(head + b"x")
         time.sleep(0.1)
         assert member.step("infer", smashed(), "n").is_success
     finally:
-        for one in sockets:
-            one.close()
+        for connection in sockets:
+            connection.close()
 
 
-def test_what_unpacks_to_more_than_a_frame_may_hold_is_refused(
-    member: ApiClient, keeper: ApiClient
+def test_a_frame_that_decodes_to_more_than_the_limit_is_refused(
+    member: ApiClient, cut_member: ApiClient
 ) -> None:
-    """The limit is the server's own, and not the default of frames."""
+    """The limit is the server's setting, not the default of `decode_frame`."""
     shape = (200, 7, 192)
     largest = 1024 * 1024 // (4 * 7 * 192)
-    for batch, is_let_in in ((shape[0], False), (largest + 1, False), (largest, True)):
+    for batch, is_accepted in ((shape[0], False), (largest + 1, False), (largest, True)):
         zeros = torch.zeros(batch, *shape[1:])
         pieces = encode_frame("infer", {"step": "s", "round": 1}, {"smashed": (zeros, "int4+zstd")})
         content = bytes(join_frame(pieces))
         assert len(content) < 4096
-        answer = member.call("POST", "/v1/split/infer", content=content)
-        assert answer.is_success == is_let_in, answer.text
-        if not is_let_in:
-            error = answer.json()["error"]
-            assert (code_of(answer), error["field"]) == ("too_large", "smashed")
+        response = member.call("POST", "/v1/split/infer", content=content)
+        assert response.is_success == is_accepted, response.text
+        if not is_accepted:
+            error = response.json()["error"]
+            assert (code_of(response), error["field"]) == ("too_large", "smashed")
             assert (error["limit"], error["value"]) == (1024 * 1024, 4 * zeros.numel())
     ids = torch.arange(300, dtype=torch.int64).view(torch.uint8).view(-1, 8).repeat(1, 2)
-    answer = keeper.ask("infer", {"step": "s", "round": 1}, ids=ids)
-    assert (code_of(answer), answer.json()["error"]["value"]) == ("too_large", 300 * 4 * 5 * 192)
+    response = cut_member.ask("infer", {"step": "s", "round": 1}, ids=ids)
+    assert (code_of(response), response.json()["error"]["value"]) == (
+        "too_large",
+        300 * 4 * 5 * 192,
+    )
 
 
 @pytest.mark.parametrize(
     ("method", "path"), [("POST", "/v1/split/infer"), ("PUT", "/v1/runs/{run}/update")]
 )
-def test_full_room_is_busy_and_becomes_free_again(
+def test_a_used_up_memory_budget_answers_busy_until_it_is_released(
     server: RunningServer, run: str, member: ApiClient, method: str, path: str
 ) -> None:
     head = head_of(member, method, path.format(run=run), "content-length: 1040000")
-    with socket.create_connection(("127.0.0.1", server.port)) as hog:
-        hog.sendall(head + b"x" * 1_030_000)
-        time.sleep(0.5)  # until the server has read it; asking earlier would take the hog's room
-        answer = member.step("infer", smashed(batch=8), "b")
-        assert code_of(answer) == "busy"
-        assert answer.json()["error"]["retry_after_s"] > 0
-        assert int(answer.headers["retry-after"]) >= 1
+    with socket.create_connection(("127.0.0.1", server.port)) as large:
+        large.sendall(head + b"x" * 1_030_000)
+        time.sleep(
+            0.5
+        )  # until the server has read it; an earlier request would take part of the budget
+        response = member.step("infer", smashed(batch=8), "b")
+        assert code_of(response) == "busy"
+        assert response.json()["error"]["retry_after_s"] > 0
+        assert int(response.headers["retry-after"]) >= 1
     wait_until(lambda: member.step("infer", smashed(batch=8), "b").is_success)
 
 
-def test_an_update_that_nobody_waits_for_is_refused_before_it_is_read(
+def test_an_update_that_the_round_does_not_expect_is_refused_before_it_is_read(
     server: RunningServer,
 ) -> None:
     operator = server.operator()
     settings = run_settings(min_participants=2, participants_per_round=1, evaluate_every=0)
-    run = operator.create(settings, key="waited-for").id
+    run = operator.create(settings, key="unexpected-update").id
     path = f"/v1/runs/{run}/update"
     apis = [server.api(server.api().join(run, name).credential) for name in ("a", "b")]
     trainer = next(api for api in apis if api.assignment(run).task is Task.TRAIN)
-    waiter = next(api for api in apis if api is not trainer)
-    began = time.monotonic()
+    other = next(api for api in apis if api is not trainer)
+    started = time.monotonic()
     for line in ("content-length: 1000000", "transfer-encoding: chunked"):
-        status, error = exchange(server, head_of(waiter, "PUT", path, line))
+        status, error = exchange(server, head_of(other, "PUT", path, line))
         assert (status, error["code"]) == (409, "stale_round")
-    assert time.monotonic() - began < 1.5, "the server waited for a body"
-    counted = trainer.update(run, state_of(1.0), "u")
-    assert counted.is_success
+    assert time.monotonic() - started < 1.5, "the server waited for a body"
+    accepted = trainer.update(run, state_of(1.0), "u")
+    assert accepted.is_success
     assert operator.call("POST", f"/v1/runs/{run}/cancel", key="cancel").is_success
-    assert trainer.update(run, state_of(1.0), "u").content == counted.content
+    assert trainer.update(run, state_of(1.0), "u").content == accepted.content
     assert code_of(trainer.update(run, state_of(2.0), "u")) == "idempotency_key_reused"
     assert code_of(trainer.update(run, state_of(1.0), "v")) == "run_closed"
 
 
-def test_a_client_that_goes_away_harms_nobody(
+def test_a_client_that_disconnects_affects_no_other_client(
     server: RunningServer, run: str, member: ApiClient
 ) -> None:
     for method, path, _ in ROUTES:
         head = head_of(member, method, path.format(run=run), "content-length: 5000")
-        with socket.create_connection(("127.0.0.1", server.port)) as gone:
-            gone.sendall(head + b"x" * 100)
-            gone.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        with socket.create_connection(("127.0.0.1", server.port)) as connection:
+            connection.sendall(head + b"x" * 100)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     assert member.step("infer", smashed(), "after").is_success
 
 
-def test_a_message_in_no_language_of_ours_ends_only_its_connection(server: RunningServer) -> None:
+def test_bytes_that_are_not_http_end_only_their_connection(server: RunningServer) -> None:
     for noise in (b"\x16\x03\x01\x02\x00\x01\x00", b"GET / SPDY/9\r\n\r\n", b"\r\n" * 50):
         with socket.create_connection(("127.0.0.1", server.port), timeout=5) as connection:
             connection.sendall(noise)
@@ -225,7 +230,7 @@ def test_a_message_in_no_language_of_ours_ends_only_its_connection(server: Runni
     assert server.api().call("GET", "/v1/health").is_success
 
 
-def test_the_server_still_works_after_all_this(
+def test_the_server_still_works_after_these_tests(
     server: RunningServer, run: str, member: ApiClient
 ) -> None:
     assert member.assignment(run).task is Task.TRAIN

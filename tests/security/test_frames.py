@@ -1,11 +1,11 @@
-"""What a hostile frame may try, and what stops it. See also protocol/vectors/invalid-*.bin.
+"""Attacks by frames, and what stops them. See also protocol/vectors/invalid-*.bin.
 
-| tried | stopped by |
+| attack | stopped by |
 |---|---|
-| random bytes, a frame with bytes changed, cut or added | typed errors alone come out |
-| a declared length of gigabytes | compared with the bytes that came, before memory is taken |
-| nested list headers that each reserve memory | the length that a list may declare |
-| a shape that overflows beside a zero | the product, zeros counted as one |
+| random bytes; a frame with bytes changed, removed or added | decoding raises only typed errors |
+| a declared length of gigabytes | compared with the received bytes before memory is allocated |
+| nested list headers that each reserve memory | the limit on a list's declared length |
+| a shape with a zero that hides an overflow | the product, with zeros counted as one |
 | code in an extension type, a pickle in a buffer | no extension types; buffers are numbers only |
 """
 
@@ -39,8 +39,8 @@ VALID = bytes(
 )
 
 
-def survives(data):
-    """Decode everything; True if it was a frame, False if it was refused in a typed way."""
+def is_frame(data):
+    """Decode everything; returns False if that raises a typed error."""
     try:
         frame = decode_frame(data)
         frame.tensors()
@@ -50,25 +50,25 @@ def survives(data):
     return True
 
 
-def wrapped(header, behind=b""):
-    """A frame with this header, its lengths true."""
-    body = header + bytes(-(20 + len(header)) % 64) + behind
+def frame_with(header, values=b""):
+    """A frame with this header, and correct lengths."""
+    body = header + bytes(-(20 + len(header)) % 64) + values
     return struct.pack("<4sHHIQ", b"SFPF", 1, 0, len(header), 20 + len(body)) + body
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.binary(max_size=300))
 def test_random_bytes_are_refused(data):
-    assert not survives(data)
-    assert not survives(b"SFPF" + data)
+    assert not is_frame(data)
+    assert not is_frame(b"SFPF" + data)
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.binary(max_size=300), st.binary(max_size=64))
 @example(b"\xc7\x00\xff", b"")
 @example(b"\x83\xa4kind\xa0\xa4meta\x80\xa7tensors\x91\xc0", b"")
-def test_random_headers_raise_only_typed_errors(header, behind):
-    survives(wrapped(header, behind))
+def test_random_headers_raise_only_typed_errors(header, values):
+    is_frame(frame_with(header, values))
 
 
 MSGPACK = st.recursive(
@@ -104,8 +104,8 @@ HEADERS = st.fixed_dictionaries(
 
 @settings(max_examples=150, deadline=None)
 @given(HEADERS, st.integers(0, 4))
-def test_well_packed_nonsense_raises_only_typed_errors(header, blocks):
-    survives(wrapped(msgpack.packb(header), bytes(64 * blocks)))
+def test_random_msgpack_headers_raise_only_typed_errors(header, blocks):
+    is_frame(frame_with(msgpack.packb(header), bytes(64 * blocks)))
 
 
 @settings(max_examples=400, deadline=None)
@@ -125,26 +125,25 @@ def test_changed_frames_raise_only_typed_errors(seed, data):
             changed[place:place] = data.draw(st.binary(min_size=1, max_size=8))
         else:
             del changed[place]
-    survives(changed)
+    is_frame(changed)
 
 
-def test_every_truncation_is_refused():
-    assert survives(VALID)
-    assert not any(survives(VALID[:length]) for length in range(len(VALID)))
+def test_each_truncation_is_refused():
+    assert is_frame(VALID)
+    assert not any(is_frame(VALID[:length]) for length in range(len(VALID)))
 
 
-def test_no_byte_but_those_of_tensors_and_texts_can_be_changed_unnoticed():
-    """Prefix and padding hold nothing: whatever is changed there is refused."""
+def test_a_changed_byte_of_prefix_or_padding_is_refused():
     header_bytes = int.from_bytes(VALID[8:12], "little")
     values = -(-(20 + header_bytes) // 64) * 64
-    idle = [*range(20), *range(20 + header_bytes, values), *range(values + 24, len(VALID))]
-    for place in idle:
+    padding = [*range(20 + header_bytes, values), *range(values + 24, len(VALID))]
+    for place in [*range(20), *padding]:
         changed = bytearray(VALID)
         changed[place] ^= 1
-        assert not survives(changed), place
+        assert not is_frame(changed), place
 
 
-def peak_of(data):
+def error_and_peak_memory(data):
     tracemalloc.start()
     try:
         with pytest.raises(SFPromptError) as caught:
@@ -154,33 +153,37 @@ def peak_of(data):
         tracemalloc.stop()
 
 
-def test_a_declared_buffer_is_refused_before_memory_is_taken():
+def test_a_declared_buffer_is_refused_before_memory_is_allocated():
     spec = {"name": "x", "codec": "float32", "shape": [2**26], "sizes": [2**28]}
-    error, peak = peak_of(wrapped(msgpack.packb({"kind": "f", "meta": {}, "tensors": [spec]})))
+    error, peak = error_and_peak_memory(
+        frame_with(msgpack.packb({"kind": "f", "meta": {}, "tensors": [spec]}))
+    )
     assert isinstance(error, MalformedFrame)
     assert error.value > 2**28
     assert peak < 2**20
 
 
 @pytest.mark.parametrize("list_of", [b"\xdd\xff\xff\xff\xff", b"\xdf\xff\xff\xff\xff"])
-def test_a_declared_list_or_map_is_refused_before_memory_is_taken(list_of):
-    error, peak = peak_of(wrapped(b"\x83\xa4kind\xa1f\xa4meta" + list_of + bytes(1000)))
+def test_a_declared_list_or_map_is_refused_before_memory_is_allocated(list_of):
+    error, peak = error_and_peak_memory(
+        frame_with(b"\x83\xa4kind\xa1f\xa4meta" + list_of + bytes(1000))
+    )
     assert isinstance(error, TooLarge)
     assert peak < 2**20
 
 
-def test_lists_within_lists_do_not_add_up():
+def test_nested_lists_do_not_reserve_memory_each():
     # 80 000 list headers of 4096 items each, as deep as the header allows.
     header = b"\x83\xa4kind\xa1f\xa4meta" + b"\xdc\x10\x00" * 80_000
-    error, peak = peak_of(wrapped(header))
+    error, peak = error_and_peak_memory(frame_with(header))
     assert isinstance(error, TooLarge)
     assert peak < 40 * 2**20
 
 
-def test_a_declared_total_is_refused_before_memory_is_taken():
+def test_a_declared_total_length_is_refused_before_memory_is_allocated():
     data = bytearray(VALID)
     data[12:20] = (2**63).to_bytes(8, "little")
-    error, peak = peak_of(bytes(data))
+    error, peak = error_and_peak_memory(bytes(data))
     assert isinstance(error, MalformedFrame)
     assert (error.field, error.value) == ("length", 2**63)
     assert peak < 2**20
@@ -188,15 +191,15 @@ def test_a_declared_total_is_refused_before_memory_is_taken():
 
 @pytest.mark.parametrize("codec", ["float32", "float16", "bfloat16", "int64"])
 @pytest.mark.parametrize("shape", [[0, 2**63], [0, 2**62, 4], [2**32, 0, 2**32], [2**64 - 1, 0]])
-def test_a_zero_hides_no_overflow(codec, shape):
+def test_a_zero_in_a_shape_does_not_hide_an_overflow(codec, shape):
     spec = {"name": "x", "codec": codec, "shape": shape, "sizes": [0]}
     with pytest.raises(TooLarge) as caught:
-        decode_frame(wrapped(msgpack.packb({"kind": "f", "meta": {}, "tensors": [spec]})))
+        decode_frame(frame_with(msgpack.packb({"kind": "f", "meta": {}, "tensors": [spec]})))
     assert caught.value.field == "x.shape"
 
 
-def test_a_refusal_does_not_echo_a_large_header():
+def test_an_error_does_not_repeat_a_large_header():
     spec = {"name": "x" * 200, "codec": "y" * 200, "shape": [1], "sizes": [4]}
     with pytest.raises(SFPromptError) as caught:
-        decode_frame(wrapped(msgpack.packb({"kind": "f", "meta": {}, "tensors": [spec] * 500})))
+        decode_frame(frame_with(msgpack.packb({"kind": "f", "meta": {}, "tensors": [spec] * 500})))
     assert len(json.dumps(caught.value.to_wire())) < 2000

@@ -1,4 +1,4 @@
-"""Frames, JSON and paths that lie or are damaged, and messages sent again."""
+"""Frames, JSON and paths that are forged or damaged, and replayed messages."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ from tests.support.server import ApiClient, RunningServer, code_of, tensor_in
         {"round": 1},
     ],
 )
-def test_identity_and_steps_are_not_taken_from_a_frame(
+def test_a_frame_with_an_identity_or_an_invalid_step_is_refused(
     member: ApiClient, meta: dict[str, object]
 ) -> None:
     frame = step_frame("infer", smashed(), **{"step": "x", **meta}, round_=1)  # type: ignore[arg-type]
     if "step" not in meta:
         frame = step_frame("infer", smashed(), step=None)  # type: ignore[arg-type]
-    answer = member.call("POST", "/v1/split/infer", content=frame)
-    assert answer.status_code in (400, 413, 422)
+    response = member.call("POST", "/v1/split/infer", content=frame)
+    assert response.status_code in (400, 413, 422)
 
 
 def split_frame(kind: str) -> bytes:
-    """A good frame of a kind that speaks of kept samples."""
+    """A valid frame of a kind that refers to stored samples."""
     ids = (torch.ones(1, 16, dtype=torch.uint8), "uint8")
     rows = (smashed(batch=1)[:, :5], "float32")
     meta = {"session": "s", "round": 1, "attempt": 0, "number": 0, "steps": 1}
@@ -62,22 +62,22 @@ def split_frame(kind: str) -> bytes:
     place=st.integers(0, 400),
     kind=st.sampled_from(["samples", "missing", "exchange"]),
 )
-def test_a_damaged_frame_about_samples_is_refused_and_never_a_failure(
-    keeper: ApiClient, noise: bytes, place: int, kind: str
+def test_a_damaged_frame_about_samples_is_refused_without_an_internal_error(
+    cut_member: ApiClient, noise: bytes, place: int, kind: str
 ) -> None:
     frame = bytearray(split_frame(kind))
     frame[place : place + len(noise)] = noise
-    answer = keeper.call("POST", f"/v1/split/{kind}", content=bytes(frame))
-    if answer.is_error:
-        assert answer.status_code < 500, answer.text
-        assert code_of(answer)
+    response = cut_member.call("POST", f"/v1/split/{kind}", content=bytes(frame))
+    if response.is_error:
+        assert response.status_code < 500, response.text
+        assert code_of(response)
 
 
-def test_after_damaged_frames_samples_are_kept_as_before(keeper: ApiClient) -> None:
+def test_samples_are_stored_after_damaged_frames(cut_member: ApiClient) -> None:
     for kind in ("samples", "missing", "exchange"):
-        answer = keeper.call("POST", f"/v1/split/{kind}", content=split_frame(kind))
-        assert answer.is_success, answer.text
-    assert tensor_in(answer, "features").shape == (1, 7, 192)
+        response = cut_member.call("POST", f"/v1/split/{kind}", content=split_frame(kind))
+        assert response.is_success, response.text
+    assert tensor_in(response, "features").shape == (1, 7, 192)
 
 
 def raw_frame(header: object, payload: bytes = b"") -> bytes:
@@ -100,10 +100,12 @@ def raw_frame(header: object, payload: bytes = b"") -> bytes:
         [],
     ],
 )
-def test_tensors_that_lie_are_refused(member: ApiClient, tensors: list[dict[str, object]]) -> None:
+def test_forged_tensor_headers_are_refused(
+    member: ApiClient, tensors: list[dict[str, object]]
+) -> None:
     header = {"kind": "infer", "meta": {"step": "s", "round": 1}, "tensors": tensors}
-    answer = member.call("POST", "/v1/split/infer", content=raw_frame(header, bytes(64)))
-    assert answer.status_code in (400, 413, 415, 422), answer.text
+    response = member.call("POST", "/v1/split/infer", content=raw_frame(header, bytes(64)))
+    assert response.status_code in (400, 413, 415, 422), response.text
 
 
 @pytest.mark.parametrize(
@@ -120,9 +122,9 @@ def test_tensors_that_lie_are_refused(member: ApiClient, tensors: list[dict[str,
         b"",
     ],
 )
-def test_json_that_bites_is_refused(member: ApiClient, run: str, body: bytes) -> None:
-    answer = member.call("PUT", f"/v1/runs/{run}/evaluation", key="k", content=body)
-    assert (answer.status_code, code_of(answer)) == (422, "invalid_field"), answer.text
+def test_invalid_json_is_refused(member: ApiClient, run: str, body: bytes) -> None:
+    response = member.call("PUT", f"/v1/runs/{run}/evaluation", key="k", content=body)
+    assert (response.status_code, code_of(response)) == (422, "invalid_field"), response.text
 
 
 @pytest.mark.parametrize(
@@ -134,9 +136,9 @@ def test_json_that_bites_is_refused(member: ApiClient, run: str, body: bytes) ->
         "/v1/runs/{run}%00/head",
     ],
 )
-def test_paths_do_not_lead_out(server: RunningServer, run: str, path: str) -> None:
-    answer = server.operator().call("GET", path.format(run=run))
-    assert code_of(answer) in ("not_found", "invalid_field")
+def test_a_path_cannot_leave_the_data_folder(server: RunningServer, run: str, path: str) -> None:
+    response = server.operator().call("GET", path.format(run=run))
+    assert code_of(response) in ("not_found", "invalid_field")
 
 
 def test_a_captured_update_cannot_be_replayed_into_another_round(
@@ -155,16 +157,16 @@ def test_a_captured_update_cannot_be_replayed_into_another_round(
     assert api.assignment(run).round == 2
 
 
-def test_many_updates_at_once_count_once(server: RunningServer) -> None:
+def test_concurrent_updates_of_one_participant_count_once(server: RunningServer) -> None:
     operator = server.operator()
     run = operator.create(run_settings(rounds=1, evaluate_every=0, min_participants=2), key="r").id
     credential = server.api().join(run).credential
     server.api().join(run, "b")
-    answers: list[int] = []
+    statuses: list[int] = []
 
     def send(number: int) -> None:
         api = ApiClient(server.url, credential)
-        answers.append(api.update(run, state_of(1.0), f"k{number % 2}").status_code)
+        statuses.append(api.update(run, state_of(1.0), f"k{number % 2}").status_code)
         api.close()
 
     threads = [threading.Thread(target=send, args=(number,)) for number in range(8)]
@@ -172,7 +174,7 @@ def test_many_updates_at_once_count_once(server: RunningServer) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(answers) == [200, 200, 200, 200, 409, 409, 409, 409]
+    assert sorted(statuses) == [200, 200, 200, 200, 409, 409, 409, 409]
     kinds = [event["kind"] for event in operator.call("GET", f"/v1/runs/{run}/events").json()]
     assert kinds.count("update_counted") == 1
 
@@ -185,7 +187,7 @@ def test_many_updates_at_once_count_once(server: RunningServer) -> None:
     place=st.integers(0, 400),
     kind=st.sampled_from(["infer", "update"]),
 )
-def test_a_damaged_frame_is_refused_and_never_a_failure(
+def test_a_damaged_frame_is_refused_without_an_internal_error(
     server: RunningServer, run: str, member: ApiClient, noise: bytes, place: int, kind: str
 ) -> None:
     if kind == "infer":
@@ -195,13 +197,13 @@ def test_a_damaged_frame_is_refused_and_never_a_failure(
         method, path = "PUT", f"/v1/runs/{run}/update"
         frame = bytearray(update_frame(state_of(0.0), {"round": 9, "attempt": 0, "samples": 1}))
     frame[place : place + len(noise)] = noise
-    answer = member.call(method, path, key="fuzz", content=bytes(frame))
-    if answer.is_error:
-        assert answer.status_code < 500, answer.text
-        assert code_of(answer)
+    response = member.call(method, path, key="fuzz", content=bytes(frame))
+    if response.is_error:
+        assert response.status_code < 500, response.text
+        assert code_of(response)
 
 
-def test_the_server_still_works_after_all_this(
+def test_the_server_still_works_after_these_tests(
     server: RunningServer, run: str, member: ApiClient
 ) -> None:
     assert member.assignment(run).task is Task.TRAIN

@@ -1,4 +1,4 @@
-"""Values of a plan as the settings of the method that takes them by hand."""
+"""Settings of a run with `method.name = custom`, from the values of a plan."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import Any
 
 from protocol.plan import BackboneSettings, TrainingSettings, WireSettings
 
-_WRITTEN = {"model": BackboneSettings, "training": TrainingSettings, "wire": WireSettings}
+_USER_SETTINGS = {"model": BackboneSettings, "training": TrainingSettings, "wire": WireSettings}
 
 
-def by_hand(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values of `RunPlan`, valid or not, as values of `RunSettings` with `method.name = custom`."""
-    result = {**values}
+def custom_settings(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """Convert values of a `RunPlan`, valid or not, to values of `RunSettings`."""
+    result = {**plan}
     method: dict[str, Any] = {"name": "custom", "distillation": result.pop("distillation", {})}
-    for part, written in _WRITTEN.items():
+    for part, model in _USER_SETTINGS.items():
         fields = dict(result.pop(part, {}))
-        method[part] = {k: v for k, v in fields.items() if k not in written.model_fields}
-        result[part] = {k: v for k, v in fields.items() if k in written.model_fields}
+        method[part] = {k: v for k, v in fields.items() if k not in model.model_fields}
+        result[part] = {k: v for k, v in fields.items() if k in model.model_fields}
     return result | {"method": method}

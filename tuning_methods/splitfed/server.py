@@ -56,7 +56,7 @@ def _handle_forward(context: HandlerContext, request: SplitRequest) -> Submit | 
     """Run a batch forward through the participant's own body."""
     if not request.plan.model.tune_body:
         return handle_forward(context, request)
-    meta = _parse_meta(request)
+    meta = parse_body_step_meta(request)
     if "ids" in request.frame.specs:
         raise InvalidField(
             "a run that tunes its head takes smashed data whole", field="ids", limit="none"
@@ -70,7 +70,7 @@ def _handle_backward(context: HandlerContext, request: SplitRequest) -> Submit |
     """Tune the participant's own body; return the gradient of the smashed data."""
     if not request.plan.model.tune_body:
         return handle_backward(context, request)
-    meta = _parse_meta(request)
+    meta = parse_body_step_meta(request)
     job = _body_job("backward", context, request, meta, decode_batch_gradients(request))
     compute = partial(context.services.engine.submit, job)
     return submit(compute, "gradients", request.plan.wire.gradients, meta)
@@ -90,7 +90,12 @@ def _handle_infer(context: HandlerContext, request: SplitRequest) -> Submit | Re
     return submit(compute, "features", request.plan.wire.inference, infer.meta)
 
 
-def _parse_meta(request: SplitRequest) -> BodyStepMeta:
+def parse_body_step_meta(request: SplitRequest) -> BodyStepMeta:
+    """Parse the meta of a step through a body of the participant's own.
+
+    Raises:
+        InvalidField, RunClosed, StaleRound
+    """
     meta = parse_message(BodyStepMeta, dict(request.frame.meta))
     request.permission.require_pending_update(meta.round, meta.attempt)
     return meta

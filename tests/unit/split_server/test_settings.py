@@ -129,7 +129,7 @@ def test_the_fastest_available_device_is_chosen(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device")
 def test_an_unavailable_device_is_named() -> None:
-    with pytest.raises(InvalidField, match="does not see"):
+    with pytest.raises(InvalidField, match="finds no such device"):
         choose_placement("cuda")
 
 

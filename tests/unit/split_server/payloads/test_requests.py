@@ -18,6 +18,7 @@ from split_server.payloads import requests
 from split_server.payloads.deltas import DeltaBatch
 from split_server.payloads.requests import CachedBatch, SplitRequest
 from tests.support.federation import TOKENS, WIDTH, run_settings, smashed
+from tuning_methods.splitfed.server import parse_body_step_meta
 
 STATE = "a" * 64
 
@@ -119,18 +120,7 @@ def test_an_exchange_names_or_carries_its_batch() -> None:
         (requests.parse_forward, {"step": "s", "round": 3}, "input", ("trainer", 3, None)),
         (requests.parse_backward, {"step": "s", "round": 3}, "input", ("trainer", 3, None)),
         (requests.parse_exchange, {**SESSION, "number": 0}, "cut", ("trainer", 1, 0)),
-        (
-            requests.parse_body_forward,
-            {**SESSION, "number": 0},
-            "input",
-            ("pending update", 1, 0),
-        ),
-        (
-            requests.parse_body_backward,
-            {**SESSION, "number": 0},
-            "input",
-            ("pending update", 1, 0),
-        ),
+        (parse_body_step_meta, {**SESSION, "number": 0}, "input", ("pending update", 1, 0)),
         (requests.parse_samples, {}, "cut", ("running",)),
     ],
 )

@@ -19,6 +19,7 @@ from split_server.federation import transitions
 from split_server.federation.export import newest_state
 from split_server.storage.events import IdempotentRequest
 from tests.support.federation import SMALL, FederationHarness, everywhere, run_settings, state_of
+from tuning_methods.custom.settings import Custom
 
 MODEL = SMALL.model_copy(update={"prompt_count": 0, "tune": "full", "tune_body": True, "cut": 10})
 
@@ -35,7 +36,9 @@ def site(tmp_path: Path) -> Iterator[FederationHarness]:
 def created(site: FederationHarness, wire: dict[str, Any] | None = None, **federation: Any) -> str:
     plain = run_settings(wire=wire, **federation)
     settings = RunPlan.model_validate({**plain.model_dump(), "model": MODEL.model_dump()})
-    return site.federation.create(settings, IdempotentRequest.of("create", uuid.uuid4().hex)).id
+    return site.federation.create(
+        Custom.of(settings), IdempotentRequest.of("create", uuid.uuid4().hex)
+    ).id
 
 
 def parts_of(value: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

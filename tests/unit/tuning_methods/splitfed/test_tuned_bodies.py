@@ -407,7 +407,7 @@ def test_a_session_and_a_frozen_bodys_step_share_the_memory_budget(
     make: MakeEngine, case: Case
 ) -> None:
     engine = make(retained=case.plan.nbytes + MIB, backward="retained")
-    frozen = replace(case.key, settings=replace(case.split, tune_body=False, num_classes=2))
+    frozen = replace(case.key, settings=case.split.replace(tune_body=False, num_classes=2))
     job = ForwardJob(StepKey("r2", "p1", "a"), frozen, smashed(8, 5), 1)
 
     async def both() -> None:
