@@ -15,7 +15,7 @@ from pydantic import (
 
 from protocol.base import Message, extract_field, extract_limit
 from protocol.errors import InvalidField
-from protocol.plan import Text
+from protocol.parts import Text
 from protocol.settings import RunSettings
 
 __all__ = [

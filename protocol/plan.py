@@ -1,16 +1,13 @@
 """What a run executes: the resolved settings that server and devices work with.
 
-People write `protocol.settings.RunSettings`; its method turns them into a `RunPlan`. The parts that
-people write (`BackboneSettings`, `TrainingSettings`, `WireSettings`) are here, too: a plan has all
-of their fields and more.
+People write `protocol.settings.RunSettings`; its method turns them into a `RunPlan`.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn
 
 from pydantic import (
-    AfterValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -20,33 +17,23 @@ from pydantic import (
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from protocol.base import Message
-from protocol.codec_names import check_float_codec, is_row_wise_inside
+from protocol.codec_names import is_row_wise_inside
 from protocol.distillation import DistillationSettings
-from protocol.errors import UnknownCodec
-from protocol.federation import FederationSettings, ServerOptimizer
+from protocol.federation import FederationSettings
+from protocol.parts import BackboneSettings, CodecName, Text, TrainingSettings, WireSettings
 
 __all__ = [
-    "BackboneSettings",
-    "CodecName",
-    "DistillationSettings",
-    "FederationSettings",
-    "Message",
     "ModelPlan",
     "PromptDepth",
     "PromptPlacement",
     "ProxyKind",
     "PruningScore",
     "RunPlan",
-    "ServerOptimizer",
-    "Text",
     "TrainingPlan",
-    "TrainingSettings",
     "Tuned",
     "WirePlan",
-    "WireSettings",
 ]
 
-Text = Annotated[str, Field(min_length=1, max_length=200)]
 
 PromptPlacement = Literal["input", "cut"]
 
@@ -57,31 +44,6 @@ ProxyKind = Literal["none", "pruned", "dropped"]
 PruningScore = Literal["el2n", "grand", "margin", "loss", "random"]
 
 Tuned = Literal["tail", "classifier", "bias", "adapter", "lora", "full"]
-
-
-def _known_codec(name: str) -> str:
-    try:
-        return check_float_codec(name)
-    except UnknownCodec as error:
-        limit = error.limit if isinstance(error.limit, list) else [str(error.limit)]
-        raise PydanticCustomError(
-            "unknown_codec", "{reason}", {"reason": error.message, "expected": ", ".join(limit)}
-        ) from error
-
-
-CodecName = Annotated[str, AfterValidator(_known_codec)]
-
-
-class BackboneSettings(Message):
-    """The pretrained model."""
-
-    backbone: Text = Field("vit_small_patch14_dinov2", description="timm's name of the model")
-    weights: Text = Field(
-        "packaged",
-        description="packaged | hub | file:PATH (on the server) | random:SEED (untrained)",
-    )
-    image_size: int = Field(56, ge=8, le=2048, description="pixels a side")
-    num_classes: int = Field(10, ge=2, le=100_000)
 
 
 class ModelPlan(BackboneSettings):
@@ -235,37 +197,6 @@ class ModelPlan(BackboneSettings):
         raise ValidationError.from_exception_data("ModelPlan", [details])
 
 
-class TrainingSettings(Message):
-    """How tuned parameters are optimised on the devices and on the server."""
-
-    batch_size: int = Field(32, ge=1, le=4096)
-    optimizer: Literal["sgd", "adam", "adamw"] = "adamw"
-    prompt_learning_rate: float = Field(5e-3, ge=0, le=100)
-    tail_learning_rate: float = Field(
-        2e-3, ge=0, le=100, description="of all tuned parameters but the prompts"
-    )
-    momentum: float = Field(0.0, ge=0, lt=1, description="of sgd")
-    nesterov: bool = Field(False, description="Nesterov momentum, of sgd")
-    weight_decay: float = Field(0.0, ge=0, le=10)
-    proximal: float = Field(
-        0.0, ge=0, le=100, description="FedProx's mu: pull to the round's global state"
-    )
-    schedule: Literal["constant", "cosine"] = Field(
-        "cosine", description="of the learning rates over the rounds of the run"
-    )
-    warmup_rounds: int = Field(0, ge=0, le=10_000)
-    augment: bool = Field(False, description="flip and shift training images")
-    views: int = Field(
-        4, ge=1, le=1000, description="augmented views of a sample whose smashed data are cached"
-    )
-
-    @model_validator(mode="after")
-    def _check_nesterov(self) -> TrainingSettings:
-        if self.nesterov and (self.optimizer != "sgd" or self.momentum == 0):
-            raise ValueError("nesterov needs optimizer = sgd and a momentum above 0")
-        return self
-
-
 class TrainingPlan(TrainingSettings):
     """The phases of a round on a device (SFPrompt, arXiv 2407.17533, section 3)."""
 
@@ -281,28 +212,6 @@ class TrainingPlan(TrainingSettings):
     local_learning_rate_scale: float = Field(
         1.0, ge=0, le=100, description="factor on both rates during the local-loss update"
     )
-
-
-class WireSettings(Message):
-    """The codec of each kind of tensor on the wire."""
-
-    smashed: CodecName = "float32"
-    features: CodecName = "float32"
-    gradients: CodecName = "float32"
-    inference: CodecName = Field(
-        "float32", description="features of evaluation and prediction: rounding costs accuracy"
-    )
-    updates: CodecName = Field("float32", description="tail and prompts from a device")
-    update_deltas: bool = Field(
-        False, description="send a state as its change against the round's, both ways"
-    )
-    head: Literal["float32", "float16", "int8"] = Field(
-        "float32", description="the frozen head's weights, downloaded once"
-    )
-    pooled_features: bool = Field(
-        False, description="return only the tokens that the tail reads, if it reads the first ones"
-    )
-    stochastic_rounding: bool = Field(False, description="of the gradients, if their codec rounds")
 
 
 class WirePlan(WireSettings):

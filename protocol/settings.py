@@ -15,7 +15,8 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 from protocol.base import Message
 from protocol.federation import FederationSettings
 from protocol.method import MethodSettings, parse_method
-from protocol.plan import BackboneSettings, RunPlan, Text, TrainingSettings, WireSettings
+from protocol.parts import BackboneSettings, Text, TrainingSettings, WireSettings
+from protocol.plan import RunPlan
 
 __all__ = ["RunSettings"]
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field
 
 from protocol.method import Fields, MethodSettings
-from protocol.plan import BackboneSettings, ModelPlan
+from protocol.parts import BackboneSettings
+from protocol.plan import ModelPlan
 
 if TYPE_CHECKING:
     from protocol.settings import RunSettings

@@ -16,7 +16,7 @@ from edge_client.data import PartitionError, parse_scheme
 from protocol.base import Message
 from protocol.errors import InvalidField
 from protocol.messages import parse_message
-from protocol.plan import Text
+from protocol.parts import Text
 
 PARTS = ("model", "federation", "training", "wire", "distillation")  # of a run's settings
 

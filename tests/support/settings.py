@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from protocol.plan import BackboneSettings, TrainingSettings, WireSettings
+from protocol.parts import BackboneSettings, TrainingSettings, WireSettings
 
 _USER_SETTINGS = {"model": BackboneSettings, "training": TrainingSettings, "wire": WireSettings}
 

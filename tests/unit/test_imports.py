@@ -46,19 +46,12 @@ MUST_NOT_IMPORT = {
 IMPORT_EXCEPTIONS = {
     # SQLite reports a full disk as `OperationalError`; the server answers `busy`.
     ("split_server/http/errors.py", "sqlalchemy.exc.OperationalError"),
-    # Until the run's method object prepares, updates and exports its proxy.
-    ("split_server/federation/export.py", "tuning_methods.proxies.weights"),
-    ("split_server/federation/updates.py", "tuning_methods.proxies.neurons"),
-    ("split_server/models/prepare.py", "tuning_methods.proxies.neurons"),
-    ("split_server/models/prepare.py", "tuning_methods.proxies.weights"),
-    ("split_server/models/proxies.py", "tuning_methods.proxies.distillation"),
-    ("split_server/models/proxies.py", "tuning_methods.sfprompt.local_body"),
 }
 
 MIN_LINES, MAX_LINES = 20, 450
 
 # Files that are still to be joined with others or to be split.
-SIZE_EXCEPTIONS = {"protocol/plan.py"}
+SIZE_EXCEPTIONS: set[str] = set()
 
 
 def source_files(folder: str) -> list[Path]:

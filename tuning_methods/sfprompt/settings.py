@@ -8,7 +8,8 @@ from pydantic import Field
 
 from protocol.distillation import DistillationSettings
 from protocol.method import Fields, MethodSettings
-from protocol.plan import CodecName, PromptDepth, PruningScore
+from protocol.parts import CodecName
+from protocol.plan import PromptDepth, PruningScore
 
 if TYPE_CHECKING:
     from protocol.settings import RunSettings

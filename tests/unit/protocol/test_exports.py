@@ -34,9 +34,9 @@ EXPORTED = {
     "SAMPLE_ID_BYTES SamplesMeta Seconds Sha256 StepId StepMeta Task UpdateMeta UpdateReceipt "
     "parse_message",
     "seeds": "derive_seed",
-    "plan": "BackboneSettings CodecName DistillationSettings FederationSettings Message ModelPlan "
-    "PromptDepth PromptPlacement ProxyKind PruningScore RunPlan ServerOptimizer Text TrainingPlan "
-    "TrainingSettings Tuned WirePlan WireSettings",
+    "parts": "BackboneSettings CodecName Text TrainingSettings WireSettings",
+    "plan": "ModelPlan PromptDepth PromptPlacement ProxyKind PruningScore RunPlan TrainingPlan "
+    "Tuned WirePlan",
     "traffic": "Phase Traffic get_phases total_bytes",
     "tls": "create_ssl_context",
     "wire": "BACKWARD_PATH EXCHANGE_PATH FLOAT32_BYTES FORWARD_PATH FRAME_MEDIA_TYPE "
