@@ -78,7 +78,7 @@ class Participant:
         )
         response = self.server.join(run, request, key, join_token)
         self.server.authenticate(response.credential)
-        _check_classes(self.data, response.run.settings.plan)
+        _check_classes(self.data, response.run.plan)
         model = RunModel.download(self.server, response.run, BlobCache(self.folder))
         joined = JoinedRun(self, response.participant, response.credential, model)
         self.reporter.event(
@@ -119,7 +119,7 @@ class JoinedRun:
         self._device = device
         self._server = device.server
         self._reporter = device.reporter
-        self._settings = model.run.settings.plan
+        self._settings = model.run.plan
         self._method = device_method(model.run.settings)
         self.samples = _open_samples(device, self.data, model)
 
@@ -295,7 +295,7 @@ class RunSamples:
 
 def _open_samples(device: Participant, data: Dataset, model: RunModel) -> RunSamples:
     """Open both sets with empty caches."""
-    settings, cache_bytes = model.run.settings.plan, device.cache_bytes
+    settings, cache_bytes = model.run.plan, device.cache_bytes
     plane = SplitPlane(device.server, settings, delta_cache_bytes=cache_bytes)
     augmentation = None
     if settings.training.augment:
@@ -313,7 +313,7 @@ def _open_samples(device: Participant, data: Dataset, model: RunModel) -> RunSam
 def _with_caches(
     device: Participant, images: BatchReader, model: RunModel, plane: SplitPlane
 ) -> Samples:
-    settings = model.run.settings.plan
+    settings = model.run.plan
     if settings.model.prompt_at != "cut":
         return Samples(images)
     outputs = HeadOutputs(model.model.head, images, device.cache_bytes)

@@ -124,7 +124,7 @@ class Predictor(Classifier):
 
     def __init__(self, server: Server, run: RunView, files: BlobCache) -> None:
         self._server, self._run, self._files = server, run, files
-        self._plane = SplitPlane(server, run.settings.plan)
+        self._plane = SplitPlane(server, run.plan)
         self._model = _download(server, run, files)
 
     @classmethod
@@ -147,7 +147,7 @@ class Predictor(Classifier):
             name: the device's name.
             join_token: the server's token, if it requires one.
         """
-        classes = run.settings.plan.model.num_classes
+        classes = run.plan.model.num_classes
         request = JoinRequest(name=name, train_samples=0, test_samples=0, num_classes=classes)
         joined = server.join(run.id, request, key, join_token)
         server.authenticate(joined.credential)
@@ -159,9 +159,7 @@ class Predictor(Classifier):
 
     @property
     def labels(self) -> Sequence[str]:
-        return _class_labels(
-            self._run.settings.class_names, self._run.settings.plan.model.num_classes
-        )
+        return _class_labels(self._run.settings.class_names, self._run.plan.model.num_classes)
 
     def probabilities(self, images: torch.Tensor, start: int) -> torch.Tensor:
         for _ in range(_MAX_DOWNLOADS):
@@ -169,7 +167,7 @@ class Predictor(Classifier):
                 return self._probabilities(images, start)
             except StaleRound:  # a round was closed meanwhile
                 self._run = self._server.run(self._run.id)
-                self._plane = SplitPlane(self._server, self._run.settings.plan)
+                self._plane = SplitPlane(self._server, self._run.plan)
                 self._model = _download(self._server, self._run, self._files)
         return self._probabilities(images, start)
 
@@ -188,7 +186,7 @@ class Predictor(Classifier):
 def _download(server: Server, run: RunView, files: BlobCache) -> DeviceModel:
     head = files.fetch(run.head, lambda start: server.head(run.id, start))
     state = files.fetch(run.state, lambda start: server.state(run.id, run.state, start))
-    return DeviceModel.load(run.settings.plan.model, head, state)
+    return DeviceModel.load(run.plan.model, head, state)
 
 
 class WholePredictor(Classifier):

@@ -54,8 +54,8 @@ class RunModel:
         except NotFound:  # the run has a newer head than the response to the join names
             run = server.run(run.id)
             head = _fetch_head(server, run, run.head, files)
-        states = GlobalStates(server, run.id, run.settings.plan.wire, files)
-        model = DeviceModel.load(run.settings.plan.model, head, states.fetch(run.state))
+        states = GlobalStates(server, run.id, run.plan.wire, files)
+        model = DeviceModel.load(run.plan.model, head, states.fetch(run.state))
         return cls(server, run, files, states, model)
 
     def update(self, assignment: Assignment) -> bool:
@@ -89,7 +89,7 @@ class RunModel:
         except NotFound as error:
             raise StaleRound(str(error), field="head", value=head.sha256) from error
         self.head = head
-        self.model = DeviceModel.load(self.run.settings.plan.model, file, self._states.fetch(state))
+        self.model = DeviceModel.load(self.run.plan.model, file, self._states.fetch(state))
 
 
 def _fetch_head(server: Server, run: RunView, head: BlobRef, files: BlobCache) -> Path:

@@ -16,6 +16,7 @@ from pydantic import (
 from protocol.base import Message, extract_field, extract_limit
 from protocol.errors import InvalidField
 from protocol.parts import Text
+from protocol.plan import RunPlan
 from protocol.settings import RunSettings
 
 __all__ = [
@@ -115,7 +116,8 @@ class RunView(Message):
     id: Text
     status: RunStatus
     reason: str | None = None  # of a failure or cancellation
-    settings: RunSettings
+    settings: RunSettings  # as the operator wrote them
+    plan: RunPlan  # what server and devices execute
     round: Count  # the open round, from 1; 0 before the first
     participants: Count
     created_at: float  # seconds since 1970

@@ -68,7 +68,7 @@ def run_figures(
     count = len(results.participants) or 1
     closed = closed_rounds(results)
     head_bytes = sum(results.traffic.get(Phase.DOWNLOAD, {}).values())
-    plan = results.run.settings.plan
+    plan = results.run.plan
     distillation, rounds = plan.distillation, plan.federation.rounds
     heads = 1 + sum(distillation.due(view.round, rounds) for view in closed)
     first_head_bytes = head_bytes / heads

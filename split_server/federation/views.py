@@ -32,6 +32,7 @@ def run_view(run: RunSnapshot) -> RunView:
         status=run.status,
         reason=run.reason,
         settings=run.settings,
+        plan=run.plan,
         round=run.round,
         participants=len(run.present),
         created_at=run.created_at,

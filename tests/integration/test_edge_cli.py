@@ -27,6 +27,7 @@ def view(name: str, created_at: float, status: RunStatus = RunStatus.WAITING) ->
         id=name,
         status=status,
         settings=RunSettings(),
+        plan=RunSettings().plan,
         round=0,
         participants=0,
         created_at=created_at,

@@ -51,6 +51,7 @@ VIEW = RunView(
     id="r1",
     status=RunStatus.RUNNING,
     settings=RunSettings(),
+    plan=RunSettings().plan,
     round=1,
     participants=1,
     created_at=1.0,

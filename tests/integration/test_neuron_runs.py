@@ -145,9 +145,7 @@ def test_a_device_downloads_each_new_head_and_continues(
     # The shares that the server ranked after round 2, computed again from that round's files.
     files = RunFiles(data_dir / "runs" / run.id)
     state = files.state(results.rounds[1].state.sha256)
-    model_then = DeviceModel.load(
-        run.settings.plan.model, tmp_path / f"{heads[1]}.safetensors", state
-    )
+    model_then = DeviceModel.load(run.plan.model, tmp_path / f"{heads[1]}.safetensors", state)
     images, _ = BatchReader(image_set(10), model_then.preprocessing).read(range(10))
     expected = inactive_shares(model_then, images)
     torch.testing.assert_close(files.read_extras(2)[NEURONS].double(), expected, rtol=0, atol=1e-6)

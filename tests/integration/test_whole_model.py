@@ -208,7 +208,7 @@ def two_sets() -> Dataset:
 def assert_equal_steps(device: Device, run: RunView, data_dir: Path, purpose: str) -> None:
     """Check each step of the run against timm's model in one process."""
     assert device.last.status is RunStatus.FINISHED
-    uncut = Uncut(run.settings.plan.model, device.initial)
+    uncut = Uncut(run.plan.model, device.initial)
     samples = BatchReader(image_set(SAMPLES), device.participant.model.preprocessing)
     step = 0
     for round_ in range(1, ROUNDS + 1):

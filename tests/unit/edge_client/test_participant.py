@@ -70,15 +70,15 @@ class Script(BodyServer):
     def join(self, run: str, request: JoinRequest, key: str, token: str | None) -> JoinResponse:
         self.joined = (run, request, key, token)
         training = {"batch_size": 4, "keep_fraction": 0.5, **self.training}
+        plan = RunPlan(
+            model=SMALL.model_copy(update=self.model_changes),
+            training=TrainingPlan.model_validate(training),
+        )
         view = RunView(
             id=run,
             status=RunStatus.RUNNING,
-            settings=Custom.of(
-                RunPlan(
-                    model=SMALL.model_copy(update=self.model_changes),
-                    training=TrainingPlan.model_validate(training),
-                )
-            ),
+            settings=Custom.of(plan),
+            plan=plan,
             round=1,
             participants=1,
             created_at=0,

@@ -78,6 +78,7 @@ class Host(BodyServer):
             id="r",
             status=RunStatus.FINISHED,
             settings=Custom.of(RunPlan(model=SMALL, class_names=names)),
+            plan=RunPlan(model=SMALL, class_names=names),
             round=3,
             participants=1,
             created_at=0,

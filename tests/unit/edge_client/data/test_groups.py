@@ -88,6 +88,7 @@ def training_files(
         id="r",
         status=RunStatus.WAITING,
         settings=RunSettings(),
+        plan=RunSettings().plan,
         round=0,
         participants=0,
         created_at=0.0,

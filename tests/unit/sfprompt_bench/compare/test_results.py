@@ -156,6 +156,7 @@ def figures_of(settings: RunPlan) -> dict[str, Any]:
         id="r",
         status="finished",
         settings=Custom.of(settings),
+        plan=settings,
         round=2,
         participants=2,
         created_at=0,
