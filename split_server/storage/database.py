@@ -16,7 +16,7 @@ from protocol.errors import InvalidField
 from protocol.messages import BlobRef
 from split_server.storage.run_files import StateRefs
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 
 
 class Base(DeclarativeBase):
