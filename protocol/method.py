@@ -95,7 +95,7 @@ class MethodSettings(Message):
         """Build the plan that server and devices execute. May import torch.
 
         Raises:
-            InvalidField: the backbone does not have what the method needs.
+            InvalidField: the backbone does not fit the method.
         """
         model = _dump(settings.model) | self.model_part(settings)
         training = _dump(settings.training) | self.training_part()

@@ -90,10 +90,10 @@ class RunSettings(Message):
         except ValueError:
             return values  # the field's validation reports the error
         filled = {**values, "method": method}
-        for part, defaults in method.defaults().items():
-            given = values.get(part, {})
-            if isinstance(given, Mapping):
-                filled[part] = {**defaults, **given}
+        for name, defaults in method.defaults().items():
+            table = values.get(name, {})
+            if isinstance(table, Mapping):
+                filled[name] = {**defaults, **table}
         return filled
 
     @model_validator(mode="after")
@@ -106,16 +106,16 @@ class RunSettings(Message):
         """The plan that server and devices execute. May import torch for the backbone's shape.
 
         Raises:
-            InvalidField: the backbone does not have what the method needs.
+            InvalidField: the backbone does not fit the method.
         """
         return self.method.build_plan(self)
 
 
 def _check_moved_fields(values: Mapping[str, Any]) -> None:
-    for part, moved in _MOVED.items():
-        given = values.get(part)
-        for field in given if isinstance(given, Mapping) else ():
+    for name, moved in _MOVED.items():
+        table = values.get(name)
+        for field in table if isinstance(table, Mapping) else ():
             if field in moved:
-                raise ValueError(f"{part}.{field} has moved: write {moved[field]}")
+                raise ValueError(f"{name}.{field} has moved: write {moved[field]}")
     if "distillation" in values:
         raise ValueError("distillation has moved: write method.distillation")

@@ -5,8 +5,8 @@ The backbone is the teacher T, the proxy the student S. The loss is the mean ove
     |h_T - h_S|^2 / RMS(h_T)^2 + alpha |f_T - f_S|^2 / RMS(f_T)^2
 
 where h is a block's output, f its MLP's output, and squares are means over all elements. The images
-are not the devices'. Tensors that the proxy shares with the backbone stay frozen, because what is
-tuned with them is put into the backbone later.
+are not the devices'. Tensors that the proxy shares with the backbone stay frozen, because the tuned
+state is inserted into the backbone later.
 
 Between rounds, the neurons that devices use least are distilled again with the same loss. Teacher
 and student then both contain the tuned state.

@@ -118,7 +118,7 @@ def freeze_neurons(mlp: nn.Module, retained: Tensor) -> list[nn.Parameter]:
     gradient is 0, and Adam, whose moments begin with 0, does not move it.
 
     Returns:
-        The MLP's parameters, all to be given to the optimiser.
+        The MLP's parameters, for the optimiser.
     """
     masks = {
         "fc1.weight": retained[:, None],

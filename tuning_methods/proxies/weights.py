@@ -1,4 +1,4 @@
-"""Make a proxy's weights from its backbone's, and put what was tuned on it into the backbone.
+"""Make a proxy's weights from its backbone's, and insert a state tuned on it into the backbone.
 
 FedPFT (arXiv 2404.11536, section 3.2) prunes neurons of the MLPs; offsite-tuning (arXiv 2302.04870,
 section 3) drops blocks. In both cases the proxy is a model like any other, with timm's names.

@@ -35,7 +35,7 @@ _ITEMSIZE = torch.float32.itemsize  # tuned bodies are float32, whatever the fro
 
 @dataclass(frozen=True)
 class BodyPlan:
-    """What a body session needs of the run and the round.
+    """The run's and the round's part of a body session.
 
     Attributes:
         training: the run's optimiser and learning rates.
@@ -111,7 +111,7 @@ class BodySession:
 
     Attributes:
         body: the initial weights.
-        retention: what each step retains of its forward.
+        retention: the part of its forward that each step retains.
         nbytes: bytes of the session, open step included.
         applied: batches whose gradients have been applied.
         expires_at: seconds on the monotonic clock.

@@ -224,7 +224,8 @@ def test_a_repeat_gets_the_same_response_and_is_not_applied_twice(
 ) -> None:
     responses, body = asyncio.run(case.train(make(), BATCHES, times=3))
     undisturbed, once = asyncio.run(case.train(make(), BATCHES))
-    assert all(map(torch.equal, responses, undisturbed))
+    pairs = zip(responses, undisturbed, strict=True)
+    assert all(torch.equal(repeated, single) for repeated, single in pairs)
     assert all(torch.equal(body[name], once[name]) for name in once)
 
 
