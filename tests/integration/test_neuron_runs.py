@@ -161,7 +161,7 @@ def test_a_device_downloads_each_new_head_and_continues(
     folders = {
         path.name: len(list(path.iterdir())) for path in files.root.iterdir() if path.is_dir()
     }
-    assert (folders["neurons"], folders["weights"], folders["heads"]) == (1, 1, 1)
+    assert (folders["extras"], folders["weights"], folders["heads"]) == (1, 1, 1)
 
 
 def state_with_shares(value: float, share: float | Tensor) -> dict[str, Tensor]:
