@@ -84,7 +84,7 @@ class RunSettings(Message):
         """Parse the method first: it has defaults for fields that the other tables do not set."""
         if not isinstance(values, Mapping):
             return values
-        _check_moved_fields(values)
+        _refuse_moved(values)
         try:
             method = parse_method(values.get("method", {}))
         except ValueError:
@@ -111,11 +111,11 @@ class RunSettings(Message):
         return self.method.build_plan(self)
 
 
-def _check_moved_fields(values: Mapping[str, Any]) -> None:
-    for name, moved in _MOVED.items():
-        table = values.get(name)
-        for field in table if isinstance(table, Mapping) else ():
+def _refuse_moved(values: Mapping[str, Any]) -> None:
+    for part, moved in _MOVED.items():
+        given = values.get(part)
+        for field in given if isinstance(given, Mapping) else ():
             if field in moved:
-                raise ValueError(f"{name}.{field} has moved: write {moved[field]}")
+                raise ValueError(f"{part}.{field} has moved: write {moved[field]}")
     if "distillation" in values:
         raise ValueError("distillation has moved: write method.distillation")

@@ -45,11 +45,11 @@ class WholeModel(MethodSettings):
         return {"cut": depth_of(settings.model)}
 
     def model_part(self, settings: RunSettings) -> Fields:
-        return self._shapeless_part(settings) | self.shape_part(settings)
+        return self._unshaped(settings) | self.shape_part(settings)
 
     def check(self, settings: RunSettings) -> None:
-        fields = settings.model.model_dump() | self._shapeless_part(settings)
-        ModelPlan.model_validate(fields | {"cut": 1})
+        values = settings.model.model_dump() | self._unshaped(settings) | {"cut": 1}
+        ModelPlan.model_validate(values)
 
     def training_part(self) -> Fields:
         return {
@@ -59,7 +59,7 @@ class WholeModel(MethodSettings):
             "local_learning_rate_scale": 1.0,
         }
 
-    def _shapeless_part(self, settings: RunSettings) -> Fields:
+    def _unshaped(self, settings: RunSettings) -> Fields:
         without_prompts = {"prompt_at": "input", "prompt_depth": "shallow", "prompt_count": 0}
         return without_prompts | self.tuning_part(settings)
 
