@@ -82,5 +82,5 @@ class DeviceMethod:
 
 def device_method(settings: RunSettings) -> DeviceMethod:
     """Return the device's side of the run's tuning method."""
-    method: DeviceMethod = settings.method.side("device")()
+    method: DeviceMethod = settings.method.load_side("device")()
     return method

@@ -94,7 +94,7 @@ class RunModel:
 
 def _fetch_head(server: Server, run: RunView, head: BlobRef, files: BlobCache) -> Path:
     def download(start: int) -> Body:
-        if run.settings.method.renews_head:  # the run may have a newer head by now
+        if run.settings.method.rebuilds_head:  # the run may have a newer head by now
             return server.head(run.id, start, head.sha256)
         return server.head(run.id, start)
 

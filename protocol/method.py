@@ -1,7 +1,7 @@
-"""A tuning method as an object: its settings, its defaults, and where its code is.
+"""Tuning methods as objects: a method's settings, its defaults, and the classes of its code.
 
 The core (transport, engine, rounds, codecs, storage) knows no method by name. A method is a package
-with a subclass of `MethodSettings`, announced under the entry point group `GROUP`:
+with a subclass of `MethodSettings`, installed under the entry point group `GROUP`:
 
     [project.entry-points."sfprompt.methods"]
     my-method = "my_package.settings:MyMethod"
@@ -44,13 +44,13 @@ _registered: dict[str, type[MethodSettings]] = {}
 
 
 class MethodSettings(Message):
-    """The `[method]` table of a run. A subclass declares its fields and what they mean.
+    """The `[method]` table of a run. A subclass declares its fields and maps them to a plan.
 
     Attributes:
-        name: of the method, as `method.name` in a run's settings.
-        source: the paper or page that the method is from.
-        device: the class of its device side, "module:Class".
-        server: the class of its server side, "module:Class".
+        name: the method's name, `method.name` in a run's settings.
+        source: the method's paper or page.
+        device: "module:Class" of the device's side, a `DeviceMethod`.
+        server: "module:Class" of the server's side, a `ServerMethod`.
     """
 
     name: str
@@ -59,43 +59,43 @@ class MethodSettings(Message):
     server: ClassVar[str] = "split_server.method:ServerMethod"
 
     @property
-    def renews_head(self) -> bool:
-        """Whether the run's head may change between rounds."""
+    def rebuilds_head(self) -> bool:
+        """Whether the server may rebuild the run's head between rounds."""
         return False
 
     def defaults(self) -> dict[str, dict[str, Any]]:
-        """Defaults of the method for `training` and `wire`, where a run leaves a field open."""
+        """Return the method's defaults, by table and field, for fields that a run does not set."""
         return {}
 
     def model_part(self, settings: RunSettings) -> Fields:
-        """Fields of `ModelPlan` that the backbone's settings lack."""
+        """Return the fields of `ModelPlan` that the backbone's settings lack."""
         return {}
 
     def training_part(self) -> Fields:
-        """Fields of `TrainingPlan` that the training settings lack."""
+        """Return the fields of `TrainingPlan` that the training settings lack."""
         return {}
 
     def wire_part(self) -> Fields:
-        """Fields of `WirePlan` that the wire settings lack."""
+        """Return the fields of `WirePlan` that the wire settings lack."""
         return {}
 
     def plan_part(self) -> Fields:
-        """Further fields of `RunPlan`."""
+        """Return further fields of `RunPlan`."""
         return {}
 
     def check(self, settings: RunSettings) -> None:
-        """Refuse settings that do not go together. Must not need torch or the backbone.
+        """Check that the settings fit together. Must not import torch or need the backbone.
 
         Raises:
-            ValueError: names the fields.
+            ValueError: names the fields that do not fit.
         """
-        self.plan(settings)
+        self.build_plan(settings)
 
-    def plan(self, settings: RunSettings) -> RunPlan:
-        """The plan that server and devices execute.
+    def build_plan(self, settings: RunSettings) -> RunPlan:
+        """Build the plan that server and devices execute. May import torch.
 
         Raises:
-            InvalidField: the backbone does not have what the method needs.
+            InvalidField: the backbone does not fit the method.
         """
         model = _dump(settings.model) | self.model_part(settings)
         training = _dump(settings.training) | self.training_part()
@@ -111,8 +111,8 @@ class MethodSettings(Message):
             **self.plan_part(),
         )
 
-    def side(self, name: str) -> type[Any]:
-        """The class of the method's "device" or "server" side, imported when it is needed."""
+    def load_side(self, name: str) -> type[Any]:
+        """Import the class of the method's "device" or "server" side."""
         return load_class(getattr(self, name))
 
 
@@ -121,37 +121,42 @@ def _dump(part: BaseModel) -> dict[str, Any]:
 
 
 def load_class(reference: str) -> type[Any]:
-    """Import the class that a "module:Class" names."""
+    """Import a class by its reference "module:Class".
+
+    Raises:
+        ImportError: there is no such module.
+        AttributeError: the module has no such class.
+    """
     module, _, attribute = reference.partition(":")
     loaded: type[Any] = getattr(importlib.import_module(module), attribute)
     return loaded
 
 
 def register(cls: type[MethodSettings]) -> type[MethodSettings]:
-    """Make a method known to this process; installed packages use an entry point instead.
+    """Register a method in this process; installed packages use an entry point instead.
 
     Raises:
-        ValueError: another method has the name.
+        ValueError: another method has this name.
     """
     name = str(cls.model_fields["name"].default)
     if name in method_names() and _registered.get(name) is not cls:
-        raise ValueError(f"there is a method called {name} already")
+        raise ValueError(f"method.name {name} belongs to another method: choose another name")
     _registered[name] = cls
     method_class.cache_clear()
     return cls
 
 
 def method_names() -> list[str]:
-    """The names of all methods that are installed or registered, sorted."""
+    """List the names of all installed and registered methods, sorted."""
     return sorted({*_registered, *(entry.name for entry in entry_points(group=GROUP))})
 
 
 @lru_cache(maxsize=64)
 def method_class(name: str) -> type[MethodSettings]:
-    """The settings class of a method.
+    """Return the settings class of a method.
 
     Raises:
-        InvalidField: no such method is installed.
+        InvalidField: no method of this name is installed.
     """
     if name in _registered:
         return _registered[name]
@@ -163,22 +168,22 @@ def method_class(name: str) -> type[MethodSettings]:
         field="method.name",
         limit=method_names(),
         value=name,
-        hint="is the package that has it installed?",
+        hint="install the package with this method, or choose an installed one",
     )
 
 
 def parse_method(values: object) -> MethodSettings:
-    """The `[method]` table as an object of its method's class.
+    """Parse the `[method]` table as an object of its method's class; default: sfprompt.
 
     Raises:
         ValidationError: a field is wrong.
-        PydanticCustomError: no such method.
+        PydanticCustomError: it is not a table, or names no installed method.
     """
     if isinstance(values, MethodSettings):
         return values
     if not isinstance(values, Mapping):
         raise PydanticCustomError(
-            "method", "method is a table with a name", {"expected": "a table"}
+            "method", "method must be a table with a name", {"expected": "a table"}
         )
     name = values.get("name", "sfprompt")
     try:

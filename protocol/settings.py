@@ -1,7 +1,7 @@
-"""A run's settings as people write them: in a TOML file, over HTTP, in a program.
+"""A run's settings as users write them: in a TOML file, over HTTP or in a program.
 
-The server keeps them for the length of the run and hands them to every participant, so that a
-device needs nothing but the server's address and its own data.
+The server stores them and sends them to all participants, so that a device needs only the server's
+address and its data.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from protocol.plan import RunPlan
 
 __all__ = ["RunSettings"]
 
-# Fields of former releases, and where their values belong now.
+# Fields of former releases, and the settings that replace them.
 _MOVED: dict[str, dict[str, str]] = {
     "model": {
         "cut": "method.cut",
@@ -59,50 +59,56 @@ _MOVED: dict[str, dict[str, str]] = {
 
 
 class RunSettings(Message):
-    """Everything that people choose of a run. Equal settings and data give equal results."""
+    """All settings of a run. Equal settings and data give equal results."""
 
-    name: Text = "run"
-    seed: int = Field(0, ge=0, lt=2**63)
-    class_names: tuple[Text, ...] | None = Field(None, description="in the order of the classes")
-    method: Annotated[SerializeAsAny[MethodSettings], BeforeValidator(parse_method)] = Field(
-        default_factory=lambda: parse_method({}), description="name, and the method's own settings"
+    name: Text = Field("run", description="the run's name")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of all random choices of the run")
+    class_names: tuple[Text, ...] | None = Field(
+        None, description="names of the classes, in their order"
     )
-    model: BackboneSettings = BackboneSettings()
-    federation: FederationSettings = FederationSettings()
-    training: TrainingSettings = TrainingSettings()
-    wire: WireSettings = WireSettings()
+    method: Annotated[SerializeAsAny[MethodSettings], BeforeValidator(parse_method)] = Field(
+        default_factory=lambda: parse_method({}), description="the method's name and settings"
+    )
+    model: BackboneSettings = Field(BackboneSettings(), description="the pretrained model")
+    federation: FederationSettings = Field(
+        FederationSettings(), description="rounds, participants, averaging and privacy"
+    )
+    training: TrainingSettings = Field(
+        TrainingSettings(), description="optimisation of the tuned parameters"
+    )
+    wire: WireSettings = Field(WireSettings(), description="codecs of the tensors on the wire")
 
     @model_validator(mode="before")
     @classmethod
-    def _fill_in_the_method(cls, values: Any) -> Any:
-        """Parse the method first: it has defaults for fields that the other parts leave open."""
+    def _fill_method_defaults(cls, values: Any) -> Any:
+        """Parse the method first: it has defaults for fields that the other tables do not set."""
         if not isinstance(values, Mapping):
             return values
         _refuse_moved(values)
         try:
             method = parse_method(values.get("method", {}))
         except ValueError:
-            return values  # the field's own validation names what is wrong
+            return values  # the field's validation reports the error
         filled = {**values, "method": method}
-        for part, defaults in method.defaults().items():
-            given = values.get(part, {})
-            if isinstance(given, Mapping):
-                filled[part] = {**defaults, **given}
+        for name, defaults in method.defaults().items():
+            table = values.get(name, {})
+            if isinstance(table, Mapping):
+                filled[name] = {**defaults, **table}
         return filled
 
     @model_validator(mode="after")
-    def _check_the_method(self) -> RunSettings:
+    def _check_method(self) -> RunSettings:
         self.method.check(self)
         return self
 
     @cached_property
     def plan(self) -> RunPlan:
-        """What server and devices execute. May import torch, to look at the backbone's shape.
+        """The plan that server and devices execute. May import torch for the backbone's shape.
 
         Raises:
-            InvalidField: the backbone does not have what the method needs.
+            InvalidField: the backbone does not fit the method.
         """
-        return self.method.plan(self)
+        return self.method.build_plan(self)
 
 
 def _refuse_moved(values: Mapping[str, Any]) -> None:

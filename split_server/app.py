@@ -36,7 +36,7 @@ from split_server.http.metrics import RunCollector, metrics_router
 from split_server.http.middleware import JSONBodyLimit, RequestMiddleware
 from split_server.http.services import Services
 from split_server.http.split_plane import SplitPlane
-from split_server.method import all_job_handlers
+from split_server.method import list_job_handlers
 from split_server.models.body_key import BodyKey
 from split_server.runtime.aio import Notifier
 from split_server.runtime.device import Placement, SideStreams, choose_placement
@@ -141,7 +141,7 @@ def _build_engine(settings: ServerSettings, placement: Placement, figures: Engin
         backward=settings.backward,
     )
     bodies = BodyCache(placement, settings.max_bodies, compiled=settings.compile)
-    return Engine(bodies, placement, limits, figures=figures, handlers=all_job_handlers())
+    return Engine(bodies, placement, limits, figures=figures, handlers=list_job_handlers())
 
 
 def _build_sample_store(settings: ServerSettings) -> SampleStore:
@@ -211,7 +211,7 @@ class _Compiler:
         """Compile the frozen bodies of the runs that are open now."""
         for run_id in self.services.runs.open_runs():
             run = self.services.runs.snapshot(run_id)
-            if run.method.has_own_bodies(run.plan) or run.body in self.ready:
+            if run.method.has_tuned_bodies(run.plan) or run.body in self.ready:
                 continue
             self.ready.add(run.body)
             with _logged(f"run {run_id}: its body could not be compiled in advance"):

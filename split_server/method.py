@@ -1,7 +1,7 @@
-"""The server's side of a tuning method: the one interface through which the core asks a method.
+"""The server's side of a tuning method: the interface between the server and a method.
 
-A method's package overrides what differs from SFPrompt's default form. The core calls these hooks
-and knows no method by name.
+A method's package overrides the hooks in which it differs from SFPrompt's default form. The server
+calls the hooks and knows no method by name.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class ModelFiles:
     """The weights of a run's model.
 
     Attributes:
-        weights: the file with the weights: the backbone's, or of a model made from it.
-        extras: further frozen tensors of the head file, for the device's side of the method.
+        weights: file of the backbone's weights, or of a proxy's.
+        extras: further frozen tensors of the head file, by name, for the method's device side.
     """
 
     weights: Path
@@ -41,23 +41,33 @@ class ModelFiles:
 
 @dataclass(frozen=True)
 class ModelForExport:
-    """What is exported: the tuned state and the weights that it belongs to."""
+    """The tuned state to export, and the weights that it belongs to.
+
+    Attributes:
+        plan: the exported model's plan.
+        weights: file of the frozen weights.
+        state: the tuned state.
+        uses_head_file: whether the frozen head is the one in the devices' head file.
+    """
 
     plan: ModelPlan
     weights: Path
     state: Mapping[str, Tensor]
-    uses_head_file: bool  # whether the frozen head is as devices have it
+    uses_head_file: bool
 
 
 @dataclass(frozen=True)
 class Rebuild:
-    """A run whose model is made again between two rounds.
+    """A run whose model is rebuilt between two rounds.
 
     Attributes:
+        plan: the run's plan.
+        files: the run's files.
+        cache_dir: folder of backbones and distilled weights.
         round: the last closed round.
-        state: the global state of this round.
-        weights: the weights of the run's model in this round.
-        check: called regularly; an exception from it ends the work.
+        state: the global state after this round.
+        weights: file of the model's weights in this round.
+        check: call regularly; an exception from it ends the work.
     """
 
     plan: RunPlan
@@ -71,96 +81,110 @@ class Rebuild:
 
 @dataclass(frozen=True)
 class RebuiltModel:
-    """The model files of a run after `ServerMethod.rebuild`."""
+    """The model files of a run after `ServerMethod.rebuild`.
+
+    Attributes:
+        weights: file of the model's weights.
+        head: the new head file.
+    """
 
     weights: Path
     head: BlobRef
 
 
 class ServerMethod:
-    """The defaults: one frozen body for all participants, prompts and tail in the global state.
+    """SFPrompt's default form: a frozen body for all participants; prompts and tail are averaged.
 
     Attributes:
-        job_handlers: further handlers of the engine, for jobs of this method's own types.
-        handlers: by kind of request, what replaces the split plane's own handler.
+        job_handlers: further handlers of the engine, for this method's types of jobs.
     """
 
     job_handlers: ClassVar[Sequence[HandlerFactory]] = ()
 
     @property
     def handlers(self) -> Mapping[str, Handler]:
+        """The handlers that replace the split plane's, by kind of request."""
         return {}
 
-    def has_own_bodies(self, plan: RunPlan) -> bool:
-        """Whether each participant trains a body of its own, which no batch is shared through."""
+    def has_tuned_bodies(self, plan: RunPlan) -> bool:
+        """Whether the server tunes a body for each participant, so that they share no batch."""
         return False
 
     # Model files
 
     def check(self, plan: RunPlan) -> None:
-        """Refuse a plan that the backbone does not fit, before any work.
+        """Check before any work that the plan fits the backbone.
 
         Raises:
-            InvalidField: names the field.
+            InvalidField: a field of the plan does not fit.
         """
         part_bytes(plan.model)
 
     def backbone_bytes(self, plan: RunPlan) -> int:
-        """The size of the uncut pretrained model with its classifier, in float32."""
+        """Return the bytes of the uncut pretrained model with its classifier, in float32."""
         return part_bytes(plan.model).backbone_bytes
 
     def prepare(self, plan: RunPlan, backbone: BackboneFile, cache_dir: Path) -> ModelFiles:
-        """Make the weights of the run's model. May take minutes; never on the event loop.
+        """Return the weights of the run's model, computed if needed.
+
+        May take minutes; never called on the event loop.
+
+        Args:
+            plan: the run's plan.
+            backbone: the backbone's file.
+            cache_dir: folder of backbones and distilled weights.
 
         Raises:
-            InvalidField: they cannot be made.
+            InvalidField: the weights cannot be computed from this plan.
         """
         return ModelFiles(backbone.path)
 
-    def for_export(
+    def prepare_export(
         self, plan: RunPlan, weights: Path, state: Mapping[str, Tensor], cache_dir: Path
     ) -> ModelForExport:
-        """Decide what is exported of a run with these weights and this global state."""
+        """Return the model to export from a run's weights and its global state."""
         return ModelForExport(plan.model, weights, state, uses_head_file=True)
 
     # Updates
 
     def extra_shapes(self, plan: RunPlan, round_: int) -> Mapping[str, tuple[int, ...]]:
-        """The shapes of further tensors in the updates of this round, by name."""
+        """Return the shapes of further tensors in the updates of this round, by name."""
         return {}
 
     def decode_extras(self, plan: RunPlan, round_: int, frame: Frame) -> dict[str, Tensor]:
-        """Decode and check an update's further tensors; their mean is stored with the round.
+        """Decode and check an update's further tensors; the server stores their mean.
 
         Raises:
-            WrongShape, InvalidField, NonFinite
+            WrongShape: a tensor is missing or has another shape.
+            InvalidField: a value is outside its limits.
+            NonFinite: a tensor contains NaN or infinity.
         """
         return {}
 
     # Between rounds
 
     def is_rebuild_due(self, plan: RunPlan, round_: int) -> bool:
-        """Whether the model is made again after this round."""
+        """Whether the model is rebuilt after this round."""
         return False
 
     def rebuild(self, work: Rebuild) -> RebuiltModel:
-        """Make the run's model again; the next round waits for it. Takes minutes.
+        """Rebuild the run's model, which may take minutes; the next round starts afterwards.
 
-        Interrupted work is repeated with the same result.
+        After an interruption the work is repeated, with the same result.
 
         Raises:
-            InvalidField, NonFinite, NotFound: the run ends with this reason.
+            InvalidField, NonFinite, NotFound: the run ends with this error.
         """
-        raise NotImplementedError("is_rebuild_due is never true")
+        raise NotImplementedError("a method with is_rebuild_due must define rebuild")
 
 
 def server_method(settings: RunSettings) -> ServerMethod:
     """Return the server's side of the run's tuning method."""
-    method: ServerMethod = settings.method.side("server")()
+    method: ServerMethod = settings.method.load_side("server")()
     return method
 
 
-def all_job_handlers() -> list[HandlerFactory]:
-    """The engine's further handlers of all installed methods, each once."""
+def list_job_handlers() -> list[HandlerFactory]:
+    """List the further job handlers of all installed methods, without duplicates."""
     sides = (load_class(method_class(name).server) for name in method_names())
     return list(dict.fromkeys(factory for side in sides for factory in side.job_handlers))

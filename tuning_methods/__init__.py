@@ -1,1 +1,1 @@
-"""Tuning methods, a package each: settings, and the code of its own on device and server."""
+"""Tuning methods: a package for each, with its settings and its code for device and server."""

@@ -1,7 +1,7 @@
-"""What methods without a split have in common: the device holds the whole model.
+"""The base of methods without a split: the device trains the whole model.
 
-A cut behind the last block leaves an empty body. The local-loss update, head to tail, is the whole
-training of a round.
+A cut behind the last block leaves an empty body. A round's whole training is the local-loss update,
+head to tail.
 """
 
 from __future__ import annotations
@@ -20,27 +20,32 @@ if TYPE_CHECKING:
 
 
 class WholeModel(MethodSettings):
-    """Base of the settings of methods that train a whole model on the device."""
+    """Base class of the settings of methods that train the whole model on the device."""
 
-    epochs: int = Field(1, ge=1, le=10_000, description="over all samples of a device, in a round")
+    epochs: int = Field(
+        1, ge=1, le=10_000, description="epochs a round over all samples of the device"
+    )
 
-    # As in the paper's form of SFPrompt: the schedule is a run's, the rates are the method's own.
-    rates: ClassVar[dict[str, Any]] = {"tail_learning_rate": 2e-2}
+    rates: ClassVar[dict[str, Any]] = {"tail_learning_rate": 2e-2}  # the method's defaults
 
     def defaults(self) -> dict[str, dict[str, Any]]:
         shared = {"batch_size": 8, "prompt_learning_rate": 1e-2, "warmup_rounds": 1}
         return {"training": shared | self.rates}
 
-    def tuned(self, settings: RunSettings) -> Fields:
-        """What is tuned, as fields of `ModelPlan`. Must not need the backbone's shape."""
+    def tuning_part(self, settings: RunSettings) -> Fields:
+        """Return the fields of `ModelPlan` that do not depend on the backbone's shape."""
         raise NotImplementedError
 
-    def shaped(self, settings: RunSettings) -> Fields:
-        """Fields of `ModelPlan` that follow from the backbone's shape; may import torch."""
+    def shape_part(self, settings: RunSettings) -> Fields:
+        """Return the fields of `ModelPlan` that depend on the backbone's shape; may import torch.
+
+        Raises:
+            InvalidField: timm has no such architecture, or it cannot be cut.
+        """
         return {"cut": depth_of(settings.model)}
 
     def model_part(self, settings: RunSettings) -> Fields:
-        return self._unshaped(settings) | self.shaped(settings)
+        return self._unshaped(settings) | self.shape_part(settings)
 
     def check(self, settings: RunSettings) -> None:
         values = settings.model.model_dump() | self._unshaped(settings) | {"cut": 1}
@@ -55,12 +60,16 @@ class WholeModel(MethodSettings):
         }
 
     def _unshaped(self, settings: RunSettings) -> Fields:
-        plain = {"prompt_at": "input", "prompt_depth": "shallow", "prompt_count": 0}
-        return plain | dict(self.tuned(settings))
+        without_prompts = {"prompt_at": "input", "prompt_depth": "shallow", "prompt_count": 0}
+        return without_prompts | self.tuning_part(settings)
 
 
 def depth_of(model: BackboneSettings, **proxy: Any) -> int:
-    """The blocks of a backbone, or of a proxy of it (fields of `ModelPlan`).
+    """Return the number of blocks of a backbone, or of its proxy.
+
+    Args:
+        model: the backbone's settings.
+        proxy: the proxy's fields of `ModelPlan`; none: no proxy.
 
     Raises:
         InvalidField: timm has no such architecture, or it cannot be cut.
@@ -69,12 +78,16 @@ def depth_of(model: BackboneSettings, **proxy: Any) -> int:
 
 
 def width_of(model: BackboneSettings) -> int:
-    """The numbers of a token of a backbone. Raises as `depth_of` does."""
+    """Return the number of elements of a backbone's token.
+
+    Raises:
+        InvalidField: timm has no such architecture, or it cannot be cut.
+    """
     return _anatomy(model).width
 
 
 def _anatomy(model: BackboneSettings, **proxy: Any) -> Anatomy:
-    # Imports torch, which parsing settings must not.
+    # Imports torch, which parsing settings must not do.
     from split_model import anatomy
 
     return anatomy(ModelPlan(**model.model_dump(), cut=0, prompt_count=0, **proxy))

@@ -70,7 +70,7 @@ def run_figures(
     head_bytes = sum(results.traffic.get(Phase.DOWNLOAD, {}).values())
     plan = results.run.plan
     distillation, rounds = plan.distillation, plan.federation.rounds
-    heads = 1 + sum(distillation.due(view.round, rounds) for view in closed)
+    heads = 1 + sum(distillation.is_due(view.round, rounds) for view in closed)
     first_head_bytes = head_bytes / heads
     state = results.run.state.nbytes  # a file of float32, as large as before the first round
     up, down = (_training_bytes(results.traffic, direction) for direction in ("up", "down"))

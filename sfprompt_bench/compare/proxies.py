@@ -16,7 +16,7 @@ from sfprompt_bench.compare.tasks import Figures
 from split_model import TunedModel, image_preparation, open_backbone, prepare_backbone
 from split_model.backbone.tensor_file import write_tensors
 from tuning_methods.proxies.cache import IMAGES
-from tuning_methods.proxies.weights import plugged
+from tuning_methods.proxies.weights import insert_into_backbone
 
 _BATCH = 100
 
@@ -48,7 +48,7 @@ def backbone_accuracy(
         data: all devices' images together.
         cache_dir: folder of the run's backbones.
     """
-    split, tensors = plugged(settings.model, state)
+    split, tensors = insert_into_backbone(settings.model, state)
     backbone = prepare_backbone(split, settings.model.weights, cache_dir)
     return _accuracy(TunedModel(split, open_backbone(backbone.path), tensors), data.test)
 

@@ -26,7 +26,7 @@ def export_run(data_dir: Path, run_id: str, out: Path) -> None:
     metadata = {"run": run.id, "name": run.plan.name, "round": str(run.closed_rounds)}
     classes = run.plan.class_names
     cache = data_dir / "backbones"
-    model = run.method.for_export(run.plan, Path(run.backbone_path), state, cache)
+    model = run.method.prepare_export(run.plan, Path(run.backbone_path), state, cache)
     head = None
     if model.uses_head_file:
         head = head_weights(RunFiles(data_dir / "runs" / run_id).head)

@@ -203,7 +203,7 @@ def assignment_for(run: RunSnapshot, participant_id: str, now: float) -> Assignm
         remaining_s=remaining,
         status=run.status,
         reason=reason,
-        head=run.head if run.settings.method.renews_head else None,
+        head=run.head if run.settings.method.rebuilds_head else None,
     )
 
 

@@ -366,7 +366,7 @@ class FederationService:
     def _settle(self, run_id: str, participant_id: str, meta: UpdateMeta) -> None:
         """Release the participant's own body, unless a late repeat names an earlier attempt."""
         run = self._runs.snapshot(run_id)
-        if not run.method.has_own_bodies(run.plan) or run.open_round is None:
+        if not run.method.has_tuned_bodies(run.plan) or run.open_round is None:
             return
         if (run.open_round.round, run.open_round.attempt) == (meta.round, meta.attempt):
             self._runs.watcher.update_settled(run_id, participant_id)

@@ -111,7 +111,7 @@ class SplitPlane:
 
         handler = run.method.handlers.get(kind, handler)
         is_light = (
-            not run.method.has_own_bodies(run.plan)
+            not run.method.has_tuned_bodies(run.plan)
             and kind in _LIGHT_KINDS
             and device.type == "cpu"
         )

@@ -1,1 +1,1 @@
-"""Every mechanism of a plan by hand, for research and tests."""
+"""A plan's fields set one by one, for research and tests."""

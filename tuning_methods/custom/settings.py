@@ -1,4 +1,4 @@
-"""Settings of a method that is put together by hand."""
+"""Settings of a method that consists of a plan's fields."""
 
 from __future__ import annotations
 
@@ -16,36 +16,39 @@ _PARTS = ("model", "training", "wire")
 
 
 class Custom(MethodSettings):
-    """Fields of a plan as they are, for research on combinations that no other method has."""
+    """A plan's fields, set one by one: for research on combinations that no other method has."""
 
     name: Literal["custom"] = "custom"
 
     model: dict[str, Any] = Field({}, description="fields of `ModelPlan`")
     training: dict[str, Any] = Field({}, description="fields of `TrainingPlan`")
     wire: dict[str, Any] = Field({}, description="fields of `WirePlan`")
-    distillation: dict[str, Any] = Field({}, description="of a proxy or a local body")
+    distillation: dict[str, Any] = Field(
+        {}, description="fields of the distillation of a proxy or a local body"
+    )
 
     @classmethod
     def of(cls, plan: RunPlan) -> RunSettings:
-        """The settings that give exactly this plan."""
+        """Return the settings that result in exactly this plan."""
         from protocol.settings import RunSettings
 
         values = plan.model_dump(mode="json")
         method: dict[str, Any] = {"name": "custom", "distillation": values.pop("distillation")}
         for part in _PARTS:
             known = RunSettings.model_fields[part].annotation.model_fields  # type: ignore[union-attr]
-            method[part] = {k: values[part].pop(k) for k in list(values[part]) if k not in known}
+            extra = [name for name in values[part] if name not in known]
+            method[part] = {name: values[part].pop(name) for name in extra}
         return RunSettings.model_validate({**values, "method": method})
 
     @property
-    def renews_head(self) -> bool:
+    def rebuilds_head(self) -> bool:
         return bool(self.distillation.get("every"))
 
-    def side(self, name: str) -> type[Any]:
-        return load_class(getattr(method_class(self._like()), name))
+    def load_side(self, name: str) -> type[Any]:
+        return load_class(getattr(method_class(self._choose_method()), name))
 
-    def _like(self) -> str:
-        """The method whose code the mechanisms of this plan need."""
+    def _choose_method(self) -> str:
+        """Return the name of the method whose code this plan needs."""
         if self.model.get("tune_body"):
             return "splitfed"
         if self.model.get("proxy", "none") != "none":

@@ -18,5 +18,5 @@ class FedAvg(WholeModel):
     source: ClassVar[str] = "FedAvg, arXiv 1602.05629"
     rates: ClassVar[dict[str, Any]] = {"tail_learning_rate": 5e-5}
 
-    def tuned(self, settings: RunSettings) -> Fields:
+    def tuning_part(self, settings: RunSettings) -> Fields:
         return {"tune": "full"}

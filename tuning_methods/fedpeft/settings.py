@@ -41,14 +41,14 @@ class FedPEFT(WholeModel):
     def defaults(self) -> dict[str, dict[str, Any]]:
         return {"training": super().defaults()["training"] | _RATES[self.tune]}
 
-    def tuned(self, settings: RunSettings) -> Fields:
+    def tuning_part(self, settings: RunSettings) -> Fields:
         if self.tune == "prompt":
             prompts = {"prompt_depth": "deep", "prompt_count": self.prompt_count}
             return {"tune": "classifier"} | prompts
         return {"tune": self.tune}
 
-    def shaped(self, settings: RunSettings) -> Fields:
-        shape = dict(super().shaped(settings))
+    def shape_part(self, settings: RunSettings) -> Fields:
+        shape = dict(super().shape_part(settings))
         if self.tune == "adapter":
             width = self.adapter_width or max(1, width_of(settings.model) // _NARROWING)
             shape["adapter_width"] = width

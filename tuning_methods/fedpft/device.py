@@ -14,19 +14,27 @@ _BATCH = 128
 
 
 class FedPFTDevice(DeviceMethod):
-    """Trains the proxy as a whole model; some updates carry the neurons' inactivity."""
+    """Trains the proxy as a whole model; some updates carry the neurons' inactivity.
+
+    Source: FedPFT (arXiv 2404.11536, section 3.3).
+    """
 
     def update_extras(self, context: RoundContext, selected: Tensor) -> dict[str, Tensor]:
-        if not context.run.distillation.due(context.round, context.run.federation.rounds):
+        if not context.run.distillation.is_due(context.round, context.run.federation.rounds):
             return {}
-        return {NEURONS: inactive_neurons(context, selected)}
+        return {NEURONS: measure_inactivity(context, selected)}
 
 
 @torch.no_grad()
-def inactive_neurons(context: RoundContext, selected: Tensor) -> Tensor:
-    """Return each neuron's share of tokens with an output not above zero, [L, H], float32.
+def measure_inactivity(context: RoundContext, selected: Tensor) -> Tensor:
+    """Measure each neuron's share of tokens with an activation not above zero.
 
-    Counted over the selected samples [k], through the current head, prompts included.
+    Args:
+        context: the round; the current head and prompts are used.
+        selected: positions of the samples, [k].
+
+    Returns:
+        Shares [L, H] in float32, of L narrower MLPs with H neurons each.
 
     Source: FedPFT (arXiv 2404.11536, section 3.3).
     """

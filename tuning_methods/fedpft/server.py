@@ -1,4 +1,4 @@
-"""The server's side of FedPFT: distils the neurons that devices use least again, between rounds."""
+"""The server's side of FedPFT: distils the least used neurons again, between rounds."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ from split_model.backbone.tensor_file import write_tensors
 from split_model.files import sync_folder
 from split_server.method import Rebuild, RebuiltModel
 from split_server.payloads.tensors import decode_floats, require_finite
-from tuning_methods.proxies.cache import image_file, load_images
-from tuning_methods.proxies.distillation import redistilled_proxy
+from tuning_methods.proxies.cache import find_image_file, load_images
+from tuning_methods.proxies.distillation import redistil_proxy
 from tuning_methods.proxies.neurons import neurons_shape
 from tuning_methods.proxies.server import ProxyServer
 
 
 class FedPFTServer(ProxyServer):
-    """A pruned proxy, distilled before the run and, by neurons, every few rounds.
+    """The run's model is a pruned proxy, distilled before the run and again every few rounds.
+
+    Devices report how often each neuron was inactive; the least used ones are distilled again.
 
     Source: FedPFT (arXiv 2404.11536, section 3.3).
     """
@@ -31,15 +33,21 @@ class FedPFTServer(ProxyServer):
     def check(self, plan: RunPlan) -> None:
         super().check(plan)
         if plan.distillation.every:
-            neurons_shape(plan.model)  # refuses a proxy that devices do not hold completely
+            neurons_shape(plan.model)  # raises if the device does not have the whole proxy
 
     def extra_shapes(self, plan: RunPlan, round_: int) -> Mapping[str, tuple[int, ...]]:
-        if not plan.distillation.due(round_, plan.federation.rounds):
+        if not plan.distillation.is_due(round_, plan.federation.rounds):
             return {}
         return {NEURONS: neurons_shape(plan.model)}
 
     def decode_extras(self, plan: RunPlan, round_: int, frame: Frame) -> dict[str, Tensor]:
-        """Decode each neuron's share of inactive tokens, [layers, neurons]."""
+        """Decode each neuron's share of inactive tokens, [L, H] in float32.
+
+        Raises:
+            WrongShape: the tensor is missing or has another shape.
+            NonFinite: it contains NaN or infinity.
+            InvalidField: a share is below 0 or above 1.
+        """
         shape = self.extra_shapes(plan, round_).get(NEURONS)
         if shape is None:
             return {}
@@ -55,7 +63,7 @@ class FedPFTServer(ProxyServer):
         for extreme in (shares.min().item(), shares.max().item()):
             if not 0 <= extreme <= 1:
                 raise InvalidField(
-                    "a neuron's inactivity is a share of the tokens",
+                    "a neuron's inactivity must be a share of the tokens",
                     field=NEURONS,
                     limit=[0, 1],
                     value=extreme,
@@ -63,10 +71,10 @@ class FedPFTServer(ProxyServer):
         return {NEURONS: shares}
 
     def is_rebuild_due(self, plan: RunPlan, round_: int) -> bool:
-        return plan.distillation.due(round_, plan.federation.rounds)
+        return plan.distillation.is_due(round_, plan.federation.rounds)
 
     def rebuild(self, work: Rebuild) -> RebuiltModel:
-        """Distil the proxy again, on the images of its first distillation; write the new head."""
+        """Distil the proxy again, on the same images as before the run, and write the head."""
         plan, files = work.plan, work.files
         proxy, head = files.weights_after(work.round), files.head_after(work.round)
         if not proxy.is_file():
@@ -78,17 +86,16 @@ class FedPFTServer(ProxyServer):
 
 
 def _write_proxy(work: Rebuild) -> None:
-    plan, distillation = work.plan, work.plan.distillation
+    plan = work.plan
     backbone = split_model.prepare_backbone(plan.model, plan.model.weights, work.cache_dir)
-    file = None if distillation.images == "random" else image_file(plan, work.cache_dir)
-    weights = redistilled_proxy(
+    weights = redistil_proxy(
         plan.model,
         split_model.open_backbone(backbone.path),
         split_model.open_backbone(work.weights),
         work.files.read_state(work.state),
         work.files.read_extras(work.round)[NEURONS],
-        load_images(plan, plan.model, file),
-        distillation,
+        load_images(plan, find_image_file(plan, work.cache_dir)),
+        plan.distillation,
         derive_seed(plan.seed, "proxy", work.round),
         work.check,
     )

@@ -15,10 +15,12 @@ if TYPE_CHECKING:
 
 
 class FedPFT(WholeModel):
-    """LoRA on a proxy that has every block of the backbone, with fewer neurons in the MLPs.
+    """LoRA on a proxy that has all blocks of the backbone, with fewer neurons in the MLPs.
 
-    The server distils the proxy before the run, and the neurons that devices use least again every
-    few rounds. What was tuned on the proxy is put into the backbone at export.
+    The server distils the proxy before the run, and its least used neurons again every few rounds.
+    An export puts the tuned state into the backbone.
+
+    Source: FedPFT (arXiv 2404.11536).
     """
 
     name: Literal["fedpft"] = "fedpft"
@@ -27,24 +29,31 @@ class FedPFT(WholeModel):
     server: ClassVar[str] = "tuning_methods.fedpft.server:FedPFTServer"
     rates: ClassVar[dict[str, Any]] = {"tail_learning_rate": 2e-3}
 
-    ends: int = Field(1, ge=0, le=128, description="blocks at either end that stay as they are")
-    width: int = Field(0, ge=0, le=65_536, description="neurons of the other MLPs; 0: a quarter")
-    lora_rank: int = Field(8, ge=1, le=1024, description="of queries' and values' changes")
+    ends: int = Field(1, ge=0, le=128, description="blocks at either end whose MLPs are not pruned")
+    width: int = Field(
+        0, ge=0, le=65_536, description="neurons of each pruned MLP; 0: a quarter of the backbone's"
+    )
+    lora_rank: int = Field(
+        8, ge=1, le=1024, description="rank of the changes of queries and values"
+    )
     distillation: DistillationSettings = Field(
-        DistillationSettings(epochs=5, every=10), description="of the proxy, on the server"
+        DistillationSettings(epochs=5, every=10),
+        description="distillation of the proxy, on the server",
     )
 
     @property
-    def renews_head(self) -> bool:
+    def rebuilds_head(self) -> bool:
         return self.distillation.every > 0
 
-    def tuned(self, settings: RunSettings) -> Fields:
-        tuned = {"tune": "lora", "lora_rank": self.lora_rank, "lora_ends": 0}
-        return tuned | {"proxy": "pruned", "proxy_ends": self.ends, "proxy_width": self.width}
+    def tuning_part(self, settings: RunSettings) -> Fields:
+        lora = {"tune": "lora", "lora_rank": self.lora_rank, "lora_ends": 0}
+        return lora | self._proxy_part()
 
-    def shaped(self, settings: RunSettings) -> Fields:
-        shape = {"proxy": "pruned", "proxy_ends": self.ends, "proxy_width": self.width}
-        return {"cut": depth_of(settings.model, **shape)}
+    def shape_part(self, settings: RunSettings) -> Fields:
+        return {"cut": depth_of(settings.model, **self._proxy_part())}
 
     def plan_part(self) -> Fields:
         return {"distillation": self.distillation}
+
+    def _proxy_part(self) -> Fields:
+        return {"proxy": "pruned", "proxy_ends": self.ends, "proxy_width": self.width}

@@ -1,1 +1,1 @@
-"""Offsite-tuning: LoRA on the ends of a proxy with fewer blocks."""
+"""Offsite-tuning: LoRA on the end blocks of a proxy with fewer blocks."""

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 class OffsiteTuning(WholeModel):
     """LoRA on the blocks at both ends of a proxy that has fewer blocks between them.
 
-    What was tuned on the proxy is put into the backbone at export.
+    An export puts the tuned state into the backbone.
+
+    Source: offsite-tuning (arXiv 2302.04870).
     """
 
     name: Literal["offsite-tuning"] = "offsite-tuning"
@@ -26,21 +28,26 @@ class OffsiteTuning(WholeModel):
     rates: ClassVar[dict[str, Any]] = {"tail_learning_rate": 2e-3}
 
     ends: int = Field(1, ge=1, le=128, description="blocks at either end that are tuned")
-    blocks: int = Field(0, ge=0, le=256, description="blocks of the proxy in all; 0: half")
-    lora_rank: int = Field(8, ge=1, le=1024, description="of queries' and values' changes")
+    blocks: int = Field(
+        0, ge=0, le=256, description="blocks of the proxy, ends included; 0: half of the backbone's"
+    )
+    lora_rank: int = Field(
+        8, ge=1, le=1024, description="rank of the changes of queries and values"
+    )
     distillation: DistillationSettings = Field(
-        DistillationSettings(), description="of the blocks between the ends; epochs = 0: none"
+        DistillationSettings(),
+        description="distillation of the blocks between the ends; epochs = 0: none",
     )
 
-    def tuned(self, settings: RunSettings) -> Fields:
-        tuned = {"tune": "lora", "lora_rank": self.lora_rank, "lora_ends": self.ends}
-        return tuned | self._proxy()
+    def tuning_part(self, settings: RunSettings) -> Fields:
+        lora = {"tune": "lora", "lora_rank": self.lora_rank, "lora_ends": self.ends}
+        return lora | self._proxy_part()
 
-    def shaped(self, settings: RunSettings) -> Fields:
-        return {"cut": depth_of(settings.model, **self._proxy())}
+    def shape_part(self, settings: RunSettings) -> Fields:
+        return {"cut": depth_of(settings.model, **self._proxy_part())}
 
     def plan_part(self) -> Fields:
         return {"distillation": self.distillation}
 
-    def _proxy(self) -> dict[str, Any]:
+    def _proxy_part(self) -> Fields:
         return {"proxy": "dropped", "proxy_ends": self.ends, "proxy_blocks": self.blocks}

@@ -1,1 +1,1 @@
-"""Smaller stand-ins for the backbone, distilled from it."""
+"""Proxies: smaller replacements for the backbone, distilled from it."""

@@ -34,56 +34,60 @@ def distil_once(
     plan: RunPlan,
     backbone: BackboneFile,
     cache_dir: Path,
-    shape: tuple[str, ...],
+    shape_fields: tuple[str, ...],
     distil: Distil,
 ) -> Path:
-    """Return the cached file of a distillation; distil it if it is not cached.
+    """Return the cached file of a distillation; distil first if it is not cached.
 
     Args:
-        shape: names of the settings that decide the result's shape.
+        plan: the run's plan.
+        backbone: the teacher's file.
+        cache_dir: folder of backbones and distilled weights, in the server's data folder.
+        shape_fields: fields of `ModelPlan` that decide the result's shape.
+        distil: computes the weights from the model's plan, the backbone's weights, the images
+            [N, 3, S, S], the distillation's settings and a seed.
+
+    Raises:
+        InvalidField: the images are missing, or the plan does not fit the backbone.
     """
-    split, file = plan.model, None
-    if plan.distillation.epochs and plan.distillation.images != "random":
-        file = image_file(plan, cache_dir)
-    key = _cache_key(plan, split, backbone, shape, file)
+    image_path = find_image_file(plan, cache_dir)
+    key = _cache_key(plan, backbone, shape_fields, image_path)
     path = cache_dir / f"proxy-{key[:32]}.safetensors"
     if path.is_file():
         return path
-    log.info("distilling %s from %s", path.stem, split.backbone)
-    images = load_images(plan, split, file)
+    log.info("distilling %s from %s", path.stem, plan.model.backbone)
+    images = load_images(plan, image_path)
     seed = derive_seed(plan.seed, "proxy")
     teacher = split_model.open_backbone(backbone.path)
-    weights = distil(split, teacher, images, plan.distillation, seed)
-    write_tensors(path, weights, {"backbone": split.backbone})
+    weights = distil(plan.model, teacher, images, plan.distillation, seed)
+    write_tensors(path, weights, {"backbone": plan.model.backbone})
     log.info("%s is ready", path.stem)
     return path
 
 
 def _cache_key(
-    plan: RunPlan,
-    split: ModelPlan,
-    backbone: BackboneFile,
-    shape: tuple[str, ...],
-    file: Path | None,
+    plan: RunPlan, backbone: BackboneFile, shape_fields: tuple[str, ...], image_path: Path | None
 ) -> str:
     """Hash everything that the distilled weights depend on."""
     distillation = plan.distillation.model_dump(mode="json") if plan.distillation.epochs else None
     parts = {
         "backbone": backbone.sha256,
-        "shape": {name: getattr(split, name) for name in shape},
+        "shape": {name: getattr(plan.model, name) for name in shape_fields},
         "distillation": distillation,
         "seed": plan.seed if distillation else None,
-        "images": None if file is None else sha256_of(file),
+        "images": None if image_path is None else sha256_of(image_path),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def image_file(plan: RunPlan, cache_dir: Path) -> Path:
-    """Return the file with the images to distil on.
+def find_image_file(plan: RunPlan, cache_dir: Path) -> Path | None:
+    """Return the file of the distillation's images; None: it uses noise, or there is none.
 
     Raises:
-        InvalidField: the server does not have it.
+        InvalidField: the server does not have the file.
     """
+    if plan.distillation.epochs == 0 or plan.distillation.images == "random":
+        return None
     path = cache_dir.parent / IMAGES / f"{plan.distillation.images}.safetensors"
     if not path.is_file():
         raise InvalidField(
@@ -96,28 +100,39 @@ def image_file(plan: RunPlan, cache_dir: Path) -> Path:
     return path
 
 
-def load_images(plan: RunPlan, split: ModelPlan, file: Path | None) -> Tensor:
-    """Load or draw the images, preprocessed for the backbone, [N, 3, S, S] in float32."""
-    distillation, side = plan.distillation, split.image_size
+def load_images(plan: RunPlan, image_path: Path | None) -> Tensor:
+    """Load the distillation's images, or draw noise, preprocessed for the backbone.
+
+    Args:
+        plan: the run's plan.
+        image_path: as `find_image_file` returns it.
+
+    Returns:
+        Images [N, 3, S, S] in float32; N is 0 without distillation.
+
+    Raises:
+        InvalidField: the file does not contain images.
+    """
+    distillation, side = plan.distillation, plan.model.image_size
     generator = torch.Generator().manual_seed(derive_seed(plan.seed, "distillation-images"))
     if distillation.epochs == 0:
         return torch.empty(0, 3, side, side)
-    if file is None:
+    if image_path is None:
         return torch.randn(distillation.samples, 3, side, side, generator=generator)
-    stored = TensorFile(file)
-    pixels = stored.get("images")
+    pixels = TensorFile(image_path).get("images")
     if pixels is None or pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] != 3:
         raise InvalidField(
             "the file does not contain images",
             field="distillation.images",
             limit="a tensor images, uint8 [N, 3, H, W]",
             value=distillation.images,
+            hint=f"write the images into {IMAGES}/{image_path.name} as this tensor",
         )
-    chosen = torch.randperm(len(pixels), generator=generator)[: distillation.samples]
-    scaled = pixels[chosen].to(torch.float32) / 255
-    sized = F.interpolate(scaled, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
-    preprocessing = split_model.image_preparation(split)
+    selected = torch.randperm(len(pixels), generator=generator)[: distillation.samples]
+    scaled = pixels[selected].to(torch.float32) / 255
+    resized = F.interpolate(scaled, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
+    preprocessing = split_model.image_preparation(plan.model)
     mean, deviation = (
         torch.tensor(values)[:, None, None] for values in (preprocessing.mean, preprocessing.std)
     )
-    return (sized - mean) / deviation
+    return (resized - mean) / deviation

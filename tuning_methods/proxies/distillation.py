@@ -1,16 +1,17 @@
-"""Distillation, layer by layer: smaller blocks are taught to do what the backbone's do.
+"""Layer-wise distillation: smaller blocks learn to reproduce the backbone's layers.
 
-FedPFT (arXiv 2404.11536, section 3.3): before federated learning, on images that are not the
-devices', the loss is the mean over the layers of
+The backbone is the teacher T, the proxy the student S. The loss is the mean over the layers of
 
     |h_T - h_S|^2 / RMS(h_T)^2 + alpha |f_T - f_S|^2 / RMS(f_T)^2
 
-with h what comes out of a layer, f what comes out of its MLP, T of the backbone and S of the proxy,
-squares as means over all numbers. What the proxy has of the backbone unchanged stays frozen: what
-is tuned beside it is put into the backbone later.
+where h is a block's output, f its MLP's output, and squares are means over all elements. The images
+are not the devices'. Tensors that the proxy shares with the backbone stay frozen, because the tuned
+state is inserted into the backbone later.
 
-During federated learning (same section) the neurons that devices use least are trained once more
-with the same loss, what is tuned being in both as it then is.
+Between rounds, the neurons that devices use least are distilled again with the same loss. Teacher
+and student then both contain the tuned state.
+
+Source: FedPFT (arXiv 2404.11536, section 3.3).
 """
 
 from __future__ import annotations
@@ -30,37 +31,47 @@ from split_model.checkpoints.state import PROMPTS, head_tensors
 from split_model.parts.base import Part
 from split_model.parts.build import Layered, build_head
 from split_model.parts.head import Head
-from tuning_methods.proxies.neurons import hold, pruned_mlps, stay
-from tuning_methods.proxies.weights import plugged, proxy_weights, whole_model
+from tuning_methods.proxies.neurons import (
+    freeze_neurons,
+    pruned_mlps,
+    select_retained_neurons,
+)
+from tuning_methods.proxies.weights import backbone_plan, insert_into_backbone, proxy_weights
 
 log = logging.getLogger(__name__)
 
-Pairs = Sequence[tuple[str, str]]  # the teacher's block, and the pupil's that stands for it
+BlockPairs = Sequence[tuple[str, str]]  # a teacher's block, and the student's that replaces it
 
 
 @dataclasses.dataclass(frozen=True)
 class Trace:
-    """What came out of each block, and of its MLP, [B, T, D] each, by the block's number."""
+    """The outputs [B, T, D] of each block and of its MLP, by the block's number."""
 
     blocks: dict[str, Tensor]
     mlps: dict[str, Tensor]
 
 
-def traced(part: Part, inputs: Tensor, prompts: Tensor | None = None) -> Trace:
-    """Run a part and keep what its blocks and their MLPs make. `prompts` [P, D] are for a head."""
+def trace_layers(part: Part, inputs: Tensor, prompts: Tensor | None = None) -> Trace:
+    """Run a part forward and record the outputs of its blocks and their MLPs.
+
+    Args:
+        part: a head or a body.
+        inputs: images [B, 3, S, S] for a head, tokens [B, T, D] for a body.
+        prompts: [P, D], for a head only; None: none.
+    """
     trace = Trace({}, {})
 
-    def keep(place: dict[str, Tensor], number: str) -> Callable[..., None]:
-        def hook(_: nn.Module, __: object, made: Tensor) -> None:
-            place[number] = made
+    def record(outputs: dict[str, Tensor], number: str) -> Callable[..., None]:
+        def hook(_: nn.Module, __: object, output: Tensor) -> None:
+            outputs[number] = output
 
         return hook
 
     handles = []
     for number, block in part.blocks.items():
-        handles.append(block.register_forward_hook(keep(trace.blocks, number)))
+        handles.append(block.register_forward_hook(record(trace.blocks, number)))
         mlp = block.get_submodule("mlp")
-        handles.append(mlp.register_forward_hook(keep(trace.mlps, number)))
+        handles.append(mlp.register_forward_hook(record(trace.mlps, number)))
     try:
         part(inputs) if prompts is None else part(inputs, prompts)
     finally:
@@ -69,116 +80,143 @@ def traced(part: Part, inputs: Tensor, prompts: Tensor | None = None) -> Trace:
     return trace
 
 
-def layer_loss(teacher: Trace, pupil: Trace, pairs: Pairs, mlp_weight: float) -> Tensor:
-    """The loss above, a number; ``mlp_weight`` is its alpha."""
+def layer_loss(teacher: Trace, student: Trace, pairs: BlockPairs, mlp_weight: float) -> Tensor:
+    """Compute the module's loss, a scalar; ``mlp_weight`` is its alpha."""
     terms = [
-        _relative(teacher.blocks[theirs], pupil.blocks[own])
-        + mlp_weight * _relative(teacher.mlps[theirs], pupil.mlps[own])
-        for theirs, own in pairs
+        _relative_error(teacher.blocks[source], student.blocks[replacement])
+        + mlp_weight * _relative_error(teacher.mlps[source], student.mlps[replacement])
+        for source, replacement in pairs
     ]
     return torch.stack(terms).mean()
 
 
-def _relative(wanted: Tensor, found: Tensor) -> Tensor:
-    scale = wanted.square().mean().clamp_min(torch.finfo(wanted.dtype).tiny)
-    return (wanted - found).square().mean() / scale
+def _relative_error(target: Tensor, output: Tensor) -> Tensor:
+    scale = target.square().mean().clamp_min(torch.finfo(target.dtype).tiny)
+    return (target - output).square().mean() / scale
 
 
-def distilled_proxy(
+def distil_proxy(
     settings: ModelPlan,
     weights: Mapping[str, Tensor],
     images: Tensor,
-    how: DistillationSettings,
+    distillation: DistillationSettings,
     seed: int,
 ) -> dict[str, Tensor]:
-    """The proxy's tensors by timm's names, distilled where ``how`` asks for it.
+    """Make a proxy from its backbone, and distil it if ``distillation.epochs`` is above 0.
+
+    A pruned proxy trains its narrower MLPs, a dropped one the blocks between its ends. A block
+    reproduces the backbone's blocks from the one that it copies to the last before the next copy.
 
     Args:
-        settings: with a proxy.
-        weights: of its backbone.
-        images: [N, 3, S, S], prepared for the backbone.
+        settings: the model's plan, with a proxy.
+        weights: the backbone's, by timm's names.
+        images: [N, 3, S, S], preprocessed for the backbone.
+        distillation: epochs, batch size and learning rate.
+        seed: of the order of the images.
 
-    Of a pruned proxy the narrower MLPs are trained, of dropped blocks those between the ends; each
-    block stands for those of the backbone up to the next one that stays.
+    Returns:
+        The proxy's tensors, by timm's names.
 
-    Raises `ModelPlanError` or `WeightsMismatchError`.
+    Raises:
+        ModelPlanError: the plan does not fit the backbone.
+        WeightsMismatchError: a tensor is missing or has another shape.
+
+    Source: FedPFT (arXiv 2404.11536, section 3.3).
     """
     proxy = proxy_weights(settings, weights)
-    if how.epochs == 0:
+    if distillation.epochs == 0:
         return proxy
-    full = whole_model(settings).replace(tune="tail", prompt_count=0)
+    full = backbone_plan(settings).replace(tune="tail", prompt_count=0)
     depth = anatomy(settings).depth
-    small = settings.replace(cut=depth, tail_blocks=0, tune="tail", prompt_count=0)
-    pupil = build_head(small, proxy)
-    trained = _trained(settings, pupil, full.cut)
+    whole_proxy = settings.replace(cut=depth, tail_blocks=0, tune="tail", prompt_count=0)
+    student = build_head(whole_proxy, proxy)
+    trained = _select_trained(settings, student, full.cut)
     kept = kept_blocks(settings, full.cut)
     lasts = [*(following - 1 for following in kept[1:]), kept[-1]]
     pairs = [(str(last), str(place)) for place, last in enumerate(lasts)]
-    distil(build_head(full, weights), pupil, pairs, trained, images, how, seed)
-    return _taken(pupil, proxy)
+    distil(build_head(full, weights), student, pairs, trained, images, distillation, seed)
+    return _update_proxy(proxy, student)
 
 
-def redistilled_proxy(
+def redistil_proxy(
     settings: ModelPlan,
     weights: Mapping[str, Tensor],
     proxy: Mapping[str, Tensor],
     state: Mapping[str, Tensor],
     inactive: Tensor,
     images: Tensor,
-    how: DistillationSettings,
+    distillation: DistillationSettings,
     seed: int,
     before_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, Tensor]:
-    """A pruned proxy whose least busy neurons are distilled again; the others are as they were.
+    """Distil the least used neurons of a pruned proxy again; the others stay bit for bit.
 
     Args:
-        settings: of the run; the whole proxy is its head.
-        weights: of the backbone, by timm's names.
-        proxy: the tensors that it had so far, by timm's names.
-        state: what is tuned, as it is now: it is in teacher and pupil alike.
-        inactive: how often each neuron was inactive on the devices, [L, H].
-        images: [N, 3, S, S], prepared for the backbone.
-        before_batch: is called ahead of every batch; what it raises ends the work.
+        settings: the model's plan; the whole proxy is its head.
+        weights: the backbone's, by timm's names.
+        proxy: the proxy's tensors so far, by timm's names.
+        state: the tuned state, which teacher and student both use.
+        inactive: each neuron's share of inactive tokens on the devices, [L, H].
+        images: [N, 3, S, S], preprocessed for the backbone.
+        distillation: epochs, batch size, learning rate and the share of retained neurons.
+        seed: of the order of the images.
+        before_batch: called before each batch; an exception from it ends the work.
 
-    Raises `ModelPlanError` or `WeightsMismatchError`.
+    Returns:
+        The proxy's tensors, by timm's names.
+
+    Raises:
+        ModelPlanError: the plan does not fit the backbone.
+        WeightsMismatchError: a tensor is missing or has another shape.
+
+    Source: FedPFT (arXiv 2404.11536, section 3.3).
     """
-    full, tuned = plugged(settings, state)
-    teacher = build_head(full, Layered(head_tensors(tuned), weights))
-    pupil = build_head(settings, Layered(head_tensors(state), proxy))
-    pupil.requires_grad_(False)
-    rows = zip(pruned_mlps(pupil), stay(inactive, how.retained), strict=True)
-    trained = [own for mlp, staying in rows for own in hold(mlp, staying)]
-    pairs = [(number, number) for number in pupil.blocks]
+    full, full_state = insert_into_backbone(settings, state)
+    teacher = build_head(full, Layered(head_tensors(full_state), weights))
+    student = build_head(settings, Layered(head_tensors(state), proxy))
+    student.requires_grad_(False)
+    retained = select_retained_neurons(inactive, distillation.retained)
+    rows = zip(pruned_mlps(student), retained, strict=True)
+    trained = [parameter for mlp, row in rows for parameter in freeze_neurons(mlp, row)]
+    pairs = [(number, number) for number in student.blocks]
     prompts = state.get(PROMPTS)
-    distil(teacher, pupil, pairs, trained, images, how, seed, prompts, before_batch)
-    return _taken(pupil, proxy)
+    distil(teacher, student, pairs, trained, images, distillation, seed, prompts, before_batch)
+    return _update_proxy(proxy, student)
 
 
-def _taken(pupil: Part, proxy: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The proxy's tensors, those that the pupil has from there."""
-    tensors = pupil.state_dict()
+def _update_proxy(proxy: Mapping[str, Tensor], student: Part) -> dict[str, Tensor]:
+    """Return the proxy's tensors, replaced by the student's where the student has them."""
+    tensors = student.state_dict()
     return dict(proxy) | {
-        name: tensors[own].detach().clone() for name, own in pupil.names().items() if name in proxy
+        name: tensors[key].detach().clone()
+        for name, key in student.names().items()
+        if name in proxy
     }
 
 
 def distil(
     teacher: Part,
-    pupil: Part,
-    pairs: Pairs,
+    student: Part,
+    pairs: BlockPairs,
     trained: Sequence[nn.Parameter],
     inputs: Tensor,
-    how: DistillationSettings,
+    distillation: DistillationSettings,
     seed: int,
     prompts: Tensor | None = None,
     before_batch: Callable[[], None] = lambda: None,
 ) -> list[float]:
-    """Train some of the pupil's parameters in place; the rest stay as they are.
+    """Train some of the student's parameters in place, with Adam; the rest stay as they are.
 
     Args:
-        inputs: what both parts take, [N, ...].
-        prompts: beside them, [P, D], where both are heads.
-        before_batch: is called ahead of every batch; what it raises ends the work.
+        teacher: reproduced by the student.
+        student: a part of the same kind.
+        pairs: the blocks to compare.
+        trained: the student's parameters to train; none: do nothing.
+        inputs: of both parts, [N, ...].
+        distillation: epochs, batch size, learning rate and the MLPs' weight in the loss.
+        seed: of the order of the inputs.
+        prompts: further input [P, D] of both parts, if both are heads.
+        before_batch: called before each batch; an exception from it ends the work.
 
     Returns:
         The mean loss of each epoch.
@@ -186,33 +224,40 @@ def distil(
     if not trained:
         return []
     for parameter in trained:
-        parameter.data = parameter.detach().clone()  # the backbone keeps its own
+        parameter.data = parameter.detach().clone()  # the backbone's tensor stays unchanged
         parameter.requires_grad_(True)
-    optimizer = torch.optim.Adam(trained, lr=how.learning_rate)
+    optimizer = torch.optim.Adam(trained, lr=distillation.learning_rate)
     losses = []
-    for epoch in range(how.epochs):
+    for epoch in range(distillation.epochs):
         generator = torch.Generator().manual_seed(derive_seed(seed, "distillation", epoch))
+        order = torch.randperm(len(inputs), generator=generator)
         total = 0.0
-        for positions in torch.randperm(len(inputs), generator=generator).split(how.batch_size):
+        for positions in order.split(distillation.batch_size):
             before_batch()
             batch = inputs[positions]
             with torch.no_grad():
-                wanted = traced(teacher, batch, prompts)
-            loss = layer_loss(wanted, traced(pupil, batch, prompts), pairs, how.mlp_weight)
+                target = trace_layers(teacher, batch, prompts)
+            output = trace_layers(student, batch, prompts)
+            loss = layer_loss(target, output, pairs, distillation.mlp_weight)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             total += loss.item() * len(positions)
         losses.append(total / len(inputs))
-        log.info("distillation, epoch %d of %d: loss %.5f", epoch + 1, how.epochs, losses[-1])
+        log.info(
+            "distillation, epoch %d of %d: loss %.5f", epoch + 1, distillation.epochs, losses[-1]
+        )
     for parameter in trained:
         parameter.requires_grad_(False)
     return losses
 
 
-def _trained(settings: ModelPlan, pupil: Head, whole_depth: int) -> list[nn.Parameter]:
+def _select_trained(settings: ModelPlan, student: Head, full_depth: int) -> list[nn.Parameter]:
+    """Return the parameters of narrower MLPs, or of the blocks between a dropped proxy's ends."""
     if settings.proxy == "pruned":
-        mlps = [f"{number}.mlp" for number in pruned_blocks(settings, whole_depth)]
-        return [own for mlp in mlps for own in pupil.blocks.get_submodule(mlp).parameters()]
-    between = range(settings.proxy_ends, len(pupil.blocks) - settings.proxy_ends)
-    return [own for number in between for own in pupil.blocks[str(number)].parameters()]
+        modules = [f"{number}.mlp" for number in pruned_blocks(settings, full_depth)]
+    else:
+        ends = settings.proxy_ends
+        modules = [str(number) for number in range(ends, len(student.blocks) - ends)]
+    blocks = student.blocks
+    return [parameter for name in modules for parameter in blocks.get_submodule(name).parameters()]

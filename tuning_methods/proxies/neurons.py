@@ -1,7 +1,8 @@
-"""How busy the neurons of a proxy's MLPs are, and which of them are distilled again.
+"""Which neurons of a pruned proxy's MLPs devices use, and which are distilled again.
 
-FedPFT (arXiv 2404.11536, section 3.3): during federated learning the devices tell how often each
-neuron of a narrower MLP was inactive. The busiest stay as they are.
+Devices report each neuron's share of inactive tokens. The busiest neurons stay as they are.
+
+Source: FedPFT (arXiv 2404.11536, section 3.3).
 """
 
 from __future__ import annotations
@@ -17,16 +18,17 @@ from protocol.plan import ModelPlan
 from split_model.backbone.architecture import pruned_blocks
 from split_model.errors import ModelPlanError
 from split_model.parts.head import Head
-from tuning_methods.proxies.weights import whole_model
+from tuning_methods.proxies.weights import backbone_plan
 
 
 def pruned_mlps(head: Head) -> list[nn.Module]:
-    """The narrower MLPs of a pruned proxy, in the order of its blocks.
+    """List the L narrower MLPs of a pruned proxy, in the order of its blocks.
 
-    Raises `ModelPlanError` where not all blocks of the proxy are in the head.
+    Raises:
+        ModelPlanError: the proxy is not pruned, not completely in the head, or has no such MLP.
     """
     settings = head.settings
-    depth = whole_model(settings).cut
+    depth = backbone_plan(settings).cut
     if settings.proxy != "pruned":
         raise ModelPlanError("proxy", "'pruned', to count neurons", settings.proxy)
     if settings.cut != depth:
@@ -41,18 +43,22 @@ def pruned_mlps(head: Head) -> list[nn.Module]:
 
 @functools.lru_cache(maxsize=64)
 def neurons_shape(settings: ModelPlan) -> tuple[int, int]:
-    """How many MLPs are narrower, and of how many neurons each is. Raises as `pruned_mlps`."""
+    """Return [L, H]: the number of narrower MLPs, and the neurons of each.
+
+    Raises:
+        ModelPlanError: as `pruned_mlps` does.
+    """
     mlps = pruned_mlps(Head(settings))
     first = mlps[0].get_submodule("fc1")
     return len(mlps), first.get_parameter("weight").shape[0]
 
 
 class InactiveNeurons:
-    """Counts, while images run through a head, the tokens for which a neuron was not above zero.
+    """Counts each neuron's inactive tokens, whose activation is not above zero, in a head.
 
     Attributes:
-        counts: [L, H], whole numbers, of the L narrower MLPs with H neurons each.
-        tokens: how many tokens have been seen.
+        counts: inactive tokens [L, H], int64, of the L narrower MLPs with H neurons each.
+        tokens: number of tokens that have run through the head.
     """
 
     def __init__(self, head: Head) -> None:
@@ -67,10 +73,10 @@ class InactiveNeurons:
 
     @contextmanager
     def counting(self) -> Iterator[None]:
-        """Count what runs through the head in the meantime."""
+        """Count all tokens that run through the head inside the context."""
         hooks = [
-            mlp.get_submodule("act").register_forward_hook(self._counter(place))
-            for place, mlp in enumerate(self._mlps)
+            mlp.get_submodule("act").register_forward_hook(self._counter(row))
+            for row, mlp in enumerate(self._mlps)
         ]
         try:
             yield
@@ -78,25 +84,26 @@ class InactiveNeurons:
             for hook in hooks:
                 hook.remove()
 
-    def _counter(self, place: int) -> Callable[[nn.Module, object, Tensor], None]:
-        def hook(_: nn.Module, __: object, made: Tensor) -> None:  # made: [B, T, H]
-            active = (made.detach() > 0).sum(dim=(0, 1))
-            tokens = made.shape[0] * made.shape[1]
-            self.counts[place] += tokens - active
-            if place == 0:
+    def _counter(self, row: int) -> Callable[[nn.Module, object, Tensor], None]:
+        def hook(_: nn.Module, __: object, activations: Tensor) -> None:  # [B, T, H]
+            active = (activations.detach() > 0).sum(dim=(0, 1))
+            tokens = activations.shape[0] * activations.shape[1]
+            self.counts[row] += tokens - active
+            if row == 0:
                 self.tokens += tokens
 
         return hook
 
 
-def stay(inactive: Tensor, retained: float) -> Tensor:
-    """Which neurons are not distilled again, [L, H] of booleans: in each row the busiest.
+def select_retained_neurons(inactive: Tensor, retained: float) -> Tensor:
+    """Select the busiest neurons of each MLP, which are not distilled again.
 
     Args:
-        inactive: how often each was inactive, [L, H].
-        retained: the share of a row that stays, rounded to whole neurons; one at least does not.
+        inactive: each neuron's share of inactive tokens, [L, H].
+        retained: the share of an MLP's neurons to retain, rounded to whole neurons, at most H - 1.
 
-    Of neurons that are as busy the first stays.
+    Returns:
+        A boolean mask [L, H]. Of equally busy neurons the first are retained.
     """
     width = inactive.shape[1]
     count = min(round(retained * width), width - 1)
@@ -104,25 +111,28 @@ def stay(inactive: Tensor, retained: float) -> Tensor:
     return torch.zeros_like(inactive, dtype=torch.bool).scatter(1, busiest, value=True)
 
 
-def hold(mlp: nn.Module, staying: Tensor) -> list[nn.Parameter]:
-    """Let training pass by the neurons [H] that stay; returns what of the MLP may be trained.
+def freeze_neurons(mlp: nn.Module, retained: Tensor) -> list[nn.Parameter]:
+    """Freeze the retained neurons, a boolean mask [H], and make the rest of an MLP trainable.
 
-    A neuron is a row of the first layer, its bias and a column of the second. Their gradient is 0,
-    and Adam, whose moments begin with 0, does not move them.
+    A neuron is a row of the first layer, its bias and a column of the second. A frozen neuron's
+    gradient is 0, and Adam, whose moments begin with 0, does not move it.
+
+    Returns:
+        The MLP's parameters, for the optimiser.
     """
     masks = {
-        "fc1.weight": staying[:, None],
-        "fc1.bias": staying,
-        "fc2.weight": staying[None, :],
+        "fc1.weight": retained[:, None],
+        "fc1.bias": retained,
+        "fc2.weight": retained[None, :],
     }
     trained = []
     for name, parameter in mlp.named_parameters():
         parameter.requires_grad_(True)
         if name in masks:
-            parameter.register_hook(functools.partial(_without, masks[name]))
+            parameter.register_hook(functools.partial(_mask_gradient, masks[name]))
         trained.append(parameter)
     return trained
 
 
-def _without(mask: Tensor, gradient: Tensor) -> Tensor:
+def _mask_gradient(mask: Tensor, gradient: Tensor) -> Tensor:
     return gradient.masked_fill(mask, 0.0)

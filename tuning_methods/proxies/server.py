@@ -1,4 +1,4 @@
-"""The server's side of methods whose devices hold a proxy of the backbone."""
+"""The server's side of methods whose devices train a proxy of the backbone."""
 
 from __future__ import annotations
 
@@ -11,25 +11,29 @@ from protocol.plan import RunPlan
 from split_model import BackboneFile, part_bytes, prepare_backbone
 from split_server.method import ModelFiles, ModelForExport, ServerMethod
 from tuning_methods.proxies.cache import distil_once
-from tuning_methods.proxies.distillation import distilled_proxy
-from tuning_methods.proxies.weights import plugged, whole_model
+from tuning_methods.proxies.distillation import distil_proxy
+from tuning_methods.proxies.weights import backbone_plan, insert_into_backbone
 
-_SHAPE = ("proxy", "proxy_ends", "proxy_width", "proxy_blocks")
+_SHAPE_FIELDS = ("proxy", "proxy_ends", "proxy_width", "proxy_blocks")
 
 
 class ProxyServer(ServerMethod):
-    """The run's model is a proxy; what was tuned on it is put into the backbone at export."""
+    """The run's model is a proxy; an export puts the tuned state into the backbone.
+
+    Source: offsite-tuning (arXiv 2302.04870), FedPFT (arXiv 2404.11536).
+    """
 
     def backbone_bytes(self, plan: RunPlan) -> int:
-        return part_bytes(whole_model(plan.model)).backbone_bytes
+        return part_bytes(backbone_plan(plan.model)).backbone_bytes
 
     def prepare(self, plan: RunPlan, backbone: BackboneFile, cache_dir: Path) -> ModelFiles:
-        """Make the proxy, or find the one of an equal run."""
-        return ModelFiles(distil_once(plan, backbone, cache_dir, _SHAPE, distilled_proxy))
+        """Distil the proxy, or take it from the cache; equal runs share it."""
+        return ModelFiles(distil_once(plan, backbone, cache_dir, _SHAPE_FIELDS, distil_proxy))
 
-    def for_export(
+    def prepare_export(
         self, plan: RunPlan, weights: Path, state: Mapping[str, Tensor], cache_dir: Path
     ) -> ModelForExport:
+        """Export the whole backbone with the state that was tuned on the proxy."""
         backbone = prepare_backbone(plan.model, plan.model.weights, cache_dir)
-        whole, tuned = plugged(plan.model, state)
-        return ModelForExport(whole, backbone.path, tuned, uses_head_file=False)
+        full, full_state = insert_into_backbone(plan.model, state)
+        return ModelForExport(full, backbone.path, full_state, uses_head_file=False)

@@ -1,7 +1,7 @@
-"""A proxy's weights, taken from its backbone, and what was tuned on it put into the backbone.
+"""Make a proxy's weights from its backbone's, and insert a state tuned on it into the backbone.
 
 FedPFT (arXiv 2404.11536, section 3.2) prunes neurons of the MLPs; offsite-tuning (arXiv 2302.04870,
-section 3) drops blocks. Either way the proxy is a model like any other, with timm's names.
+section 3) drops blocks. In both cases the proxy is a model like any other, with timm's names.
 """
 
 from __future__ import annotations
@@ -20,8 +20,11 @@ from split_model.parts.head import is_added
 _BLOCKS = "blocks."
 
 
-def whole_model(settings: ModelPlan) -> ModelPlan:
-    """The backbone behind a proxy, uncut: all of its blocks in the head. Others as they are."""
+def backbone_plan(settings: ModelPlan) -> ModelPlan:
+    """Return the plan of the proxy's backbone with all blocks in the head.
+
+    A plan without a proxy is returned unchanged.
+    """
     if settings.proxy == "none":
         return settings
     bare = settings.replace(proxy="none", cut=0, tail_blocks=0, tune="tail")
@@ -29,51 +32,62 @@ def whole_model(settings: ModelPlan) -> ModelPlan:
     return bare.replace(cut=depth, tune=settings.tune)
 
 
-def neuron_order(ways_in: Tensor, ways_out: Tensor) -> Tensor:
-    """The neurons of an MLP, [H], the weightiest first.
+def rank_neurons(weights_in: Tensor, weights_out: Tensor) -> Tensor:
+    """Rank an MLP's neurons by the L2 norm of their weights, largest first; ties keep their order.
 
     Args:
-        ways_in: weights of the first layer, [H, D].
-        ways_out: those of the second, [D', H].
+        weights_in: the first layer's, [H, D]; a neuron is a row.
+        weights_out: the second layer's, [D', H]; a neuron is a column.
 
-    A neuron weighs the L2 norm of its row of the first and its column of the second (FedPFT,
-    arXiv 2404.11536, section 3.2); of equal ones the first is first.
+    Returns:
+        The neurons' indices, [H].
+
+    Source: FedPFT (arXiv 2404.11536, section 3.2).
     """
-    squares = ways_in.double().square().sum(dim=1) + ways_out.double().square().sum(dim=0)
+    squares = weights_in.double().square().sum(dim=1) + weights_out.double().square().sum(dim=0)
     return squares.argsort(descending=True, stable=True)
 
 
 def proxy_weights(settings: ModelPlan, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of the proxy, from those of its backbone; both by timm's names.
+    """Select a proxy's tensors from its backbone's; both by timm's names.
 
-    Those that are the backbone's own are not copied. Raises `ModelPlanError`.
+    Unchanged tensors are shared with the backbone, not copied.
+
+    Raises:
+        ModelPlanError: the plan does not fit the backbone.
     """
-    depth = _depth(settings)
+    depth = _backbone_depth(settings)
     places = {number: place for place, number in enumerate(kept_blocks(settings, depth))}
-    made: dict[str, Tensor] = {}
+    proxy: dict[str, Tensor] = {}
     for name in weights:
-        place = _renumbered(name, places)
-        if place is not None:
-            made[place] = weights[name]
+        new_name = _renumber_block(name, places)
+        if new_name is not None:
+            proxy[new_name] = weights[name]
     for number in pruned_blocks(settings, depth):
         mlp = f"{_BLOCKS}{number}.mlp."
-        ways_in, ways_out = weights[mlp + "fc1.weight"], weights[mlp + "fc2.weight"]
-        width = proxy_width(settings, len(ways_in))
-        kept = neuron_order(ways_in, ways_out)[:width].sort().values
-        made[mlp + "fc1.weight"] = ways_in[kept].contiguous()
-        made[mlp + "fc2.weight"] = ways_out[:, kept].contiguous()
+        weights_in, weights_out = weights[mlp + "fc1.weight"], weights[mlp + "fc2.weight"]
+        width = proxy_width(settings, len(weights_in))
+        kept = rank_neurons(weights_in, weights_out)[:width].sort().values
+        proxy[mlp + "fc1.weight"] = weights_in[kept].contiguous()
+        proxy[mlp + "fc2.weight"] = weights_out[:, kept].contiguous()
         if mlp + "fc1.bias" in weights:
-            made[mlp + "fc1.bias"] = weights[mlp + "fc1.bias"][kept].contiguous()
-    return made
+            proxy[mlp + "fc1.bias"] = weights[mlp + "fc1.bias"][kept].contiguous()
+    return proxy
 
 
-def plugged(settings: ModelPlan, state: Mapping[str, Tensor]) -> tuple[ModelPlan, TunedState]:
-    """What was tuned on a proxy, as a state of the whole backbone, uncut.
+def insert_into_backbone(
+    settings: ModelPlan, state: Mapping[str, Tensor]
+) -> tuple[ModelPlan, TunedState]:
+    """Turn a state tuned on a proxy into a state of the whole backbone.
 
-    Blocks that the proxy does not have are not changed.
+    Blocks that the proxy does not have stay unchanged.
 
-    Raises `ModelPlanError` where the run was not of the whole proxy on the device, or
-    `WeightsMismatchError`.
+    Returns:
+        The backbone's plan, uncut, and its state. Without a proxy: the given plan and state.
+
+    Raises:
+        ModelPlanError: the device did not have the whole proxy.
+        WeightsMismatchError: the state does not fit the plan.
     """
     check_state(settings, state)
     if settings.proxy == "none":
@@ -81,27 +95,29 @@ def plugged(settings: ModelPlan, state: Mapping[str, Tensor]) -> tuple[ModelPlan
     if settings.cut != anatomy(settings).depth:
         limit = f"{anatomy(settings).depth}, the whole proxy, to be put into the backbone"
         raise ModelPlanError("cut", limit, settings.cut)
-    numbers = dict(enumerate(kept_blocks(settings, _depth(settings))))
-    # With LoRA at the ends, the backbone's ends are other blocks than those in all: ask for all.
-    target = whole_model(settings).replace(lora_ends=0)
-    made: TunedState = {}
+    numbers = dict(enumerate(kept_blocks(settings, _backbone_depth(settings))))
+    # With `lora_ends` the target would tune other blocks than the proxy did: it tunes all.
+    target = backbone_plan(settings).replace(lora_ends=0)
+    moved: TunedState = {}
     for name, tensor in state.items():
-        own = name.removeprefix(HEAD)
-        moved = _renumbered(own, numbers) if name.startswith(HEAD) else own
-        made[HEAD + str(moved) if name.startswith(HEAD) else name] = tensor
+        if name.startswith(HEAD):
+            new_name = _renumber_block(name.removeprefix(HEAD), numbers)
+            moved[f"{HEAD}{new_name}"] = tensor
+        else:
+            moved[name] = tensor
     for name, shape in state_shapes(target).items():
-        if name not in made and is_added(name.removeprefix(HEAD)):
-            made[name] = torch.zeros(shape)
-    check_state(target, made)
-    return target, made
+        if name not in moved and is_added(name.removeprefix(HEAD)):
+            moved[name] = torch.zeros(shape)
+    check_state(target, moved)
+    return target, moved
 
 
-def _depth(settings: ModelPlan) -> int:
-    return whole_model(settings).cut if settings.proxy != "none" else anatomy(settings).depth
+def _backbone_depth(settings: ModelPlan) -> int:
+    return backbone_plan(settings).cut if settings.proxy != "none" else anatomy(settings).depth
 
 
-def _renumbered(name: str, places: Mapping[int, int]) -> str | None:
-    """A tensor's name with its block's number exchanged; None where that block has no place."""
+def _renumber_block(name: str, places: Mapping[int, int]) -> str | None:
+    """Replace the block's number in a tensor's name; None: the block has no new number."""
     if not name.startswith(_BLOCKS):
         return name
     number, rest = name.removeprefix(_BLOCKS).split(".", 1)

@@ -1,8 +1,8 @@
-"""A small frozen stand-in for the body, on the device: the local update runs through it.
+"""A small frozen replacement for the body, on the device, for the local-loss update.
 
-SFPrompt's local-loss update (arXiv 2407.17533, section 3) goes from the head straight to the tail:
-the tail learns from features that no body has made. With `local_body` blocks between them, which
-the server distils from the body's, it learns from nearly the body's.
+SFPrompt's local-loss update (arXiv 2407.17533, section 3) connects the head directly to the tail,
+so that the tail learns from features that no body computed. With `local_body` blocks between them,
+which the server distils from the body's blocks, it learns from features close to the body's.
 """
 
 from __future__ import annotations
@@ -23,60 +23,76 @@ _BATCH = 64
 
 
 class LocalBody(Part):
-    """Smashed data to something like features. Its blocks have the first numbers of the body's."""
+    """Maps smashed data to approximate features. Its blocks are numbered as the body's first."""
 
     def __init__(self, settings: ModelPlan) -> None:
         blocks = range(settings.cut, settings.cut + settings.local_body)
         super().__init__(settings, blocks, POSITIONS)
 
     def forward(self, smashed: Tensor) -> Tensor:
-        """[B, T, D] to [B, T, D]. Raises `TokenCountError`."""
+        """Run smashed data [B, T, D] forward; return features [B, T, D].
+
+        Raises:
+            TokenCountError: the plan does not allow this number of tokens.
+        """
         return self.run(smashed, self.prompt_tokens(smashed, "smashed data"))
 
 
 def build_local_body(settings: ModelPlan, tensors: Mapping[str, Tensor]) -> LocalBody:
-    """It, frozen, float32 on the CPU. Raises `WeightsMismatchError`."""
+    """Build the local body, frozen, float32 on the CPU.
+
+    Raises:
+        WeightsMismatchError: a tensor is missing or has another shape.
+    """
     body = LocalBody(settings)
     body.fill(tensors)
     return body
 
 
-def local_body_weights(
+def distil_local_body(
     settings: ModelPlan,
     weights: Mapping[str, Tensor],
     images: Tensor,
-    how: DistillationSettings,
+    distillation: DistillationSettings,
     seed: int,
 ) -> dict[str, Tensor]:
-    """Its tensors: of blocks that lie evenly in the body, distilled where ``how`` asks for it.
+    """Copy a local body from the body, and distil it if ``distillation.epochs`` is above 0.
 
-    The body's blocks are divided into as many equal shares as it has blocks. Each begins as the
-    middle one of its share and is taught what the share's last one makes, without prompts.
+    The body's blocks are divided into `local_body` equal shares. Each local block starts as a copy
+    of its share's middle block and learns to reproduce its share's last block, without prompts.
 
     Args:
-        weights: of the backbone, by timm's names.
-        images: [N, 3, S, S], prepared for the backbone.
+        settings: the model's plan, with a local body.
+        weights: the backbone's, by timm's names.
+        images: [N, 3, S, S], preprocessed for the backbone.
+        distillation: epochs, batch size and learning rate.
+        seed: of the order of the images.
 
-    Raises `ModelPlanError` or `WeightsMismatchError`.
+    Returns:
+        The local body's tensors, as `build_local_body` takes them.
+
+    Raises:
+        ModelPlanError: the plan does not fit the backbone.
+        WeightsMismatchError: a tensor is missing or has another shape.
     """
     blocks, count, first = body_blocks(settings), settings.local_body, settings.cut
     sources = evenly(blocks, count)
-    start: dict[str, Tensor] = {}
+    copies: dict[str, Tensor] = {}
     for name in LocalBody(settings).names():
         _, number, rest = name.split(".", 2)
-        start[name] = weights[f"blocks.{sources[int(number) - first]}.{rest}"]
-    pupil = build_local_body(settings, start)
-    if how.epochs:
+        copies[name] = weights[f"blocks.{sources[int(number) - first]}.{rest}"]
+    student = build_local_body(settings, copies)
+    if distillation.epochs:
         lasts = [blocks[(place + 1) * len(blocks) // count - 1] for place in range(count)]
         pairs = [(str(last), str(first + place)) for place, last in enumerate(lasts)]
-        smashed = _smashed(settings, weights, images)
+        smashed = _compute_smashed(settings, weights, images)
         body = build_body(settings, weights)
-        distil(body, pupil, pairs, list(pupil.parameters()), smashed, how, seed)
-    return {name: tensor.detach().clone() for name, tensor in pupil.state_dict().items()}
+        distil(body, student, pairs, list(student.parameters()), smashed, distillation, seed)
+    return {name: tensor.detach().clone() for name, tensor in student.state_dict().items()}
 
 
 @torch.no_grad()
-def _smashed(settings: ModelPlan, weights: Mapping[str, Tensor], images: Tensor) -> Tensor:
-    # Without what is tuned of the head: the backbone's own, as the run begins.
+def _compute_smashed(settings: ModelPlan, weights: Mapping[str, Tensor], images: Tensor) -> Tensor:
+    """Compute smashed data [N, T, D] with the backbone's untuned head, as the run begins."""
     head = build_head(settings.untuned(), weights)
     return torch.cat([head(batch) for batch in images.split(_BATCH)])

@@ -71,7 +71,7 @@ class SFPrompt(_SplitPrompts):
     keep_fraction: float = Field(
         0.8, gt=0, le=1, description="share of a device's samples that train in a round"
     )
-    pruning: PruningScore = "random"
+    pruning: PruningScore = Field("random", description="how these samples are selected")
     local_epochs: int = Field(0, ge=0, le=10_000, description="local-loss update of the tail")
     local_learning_rate_scale: float = Field(
         1.0, ge=0, le=100, description="factor on the rates during the local-loss update"
@@ -130,7 +130,7 @@ class SFPromptPaper(_SplitPrompts):
     keep_fraction: float = Field(
         0.5, gt=0, le=1, description="share of a device's samples selected for split training"
     )
-    pruning: PruningScore = "el2n"
+    pruning: PruningScore = Field("el2n", description="how these samples are selected")
     # EL2N over all classes together would drop whole classes while the classifier is fresh.
     prune_per_class: bool = Field(True, description="select the same share of each class")
     local_epochs: int = Field(1, ge=0, le=10_000, description="local-loss update")

@@ -1,1 +1,1 @@
-"""SplitFed: head, body and tail on two sides, without prompts."""
+"""SplitFed: head and tail on the device, the body on the server, no prompts."""

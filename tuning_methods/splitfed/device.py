@@ -1,4 +1,4 @@
-"""The device's side of SplitFed: with tune = full, the server tunes a copy of the body for it."""
+"""The device's side of SplitFed; with tune = full, the server tunes a body for each device."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ from split_model import make_optimizer, set_progress
 
 
 class SplitFedDevice(DeviceMethod):
-    """Trains through the frozen body, or through the device's own copy of it."""
+    """Trains through the frozen body, or through the copy that the server tunes for this device.
+
+    Source: SplitFed (arXiv 2004.12088).
+    """
 
     def split_train(
         self, context: RoundContext, plane: SplitPlane, selected: Tensor
@@ -32,10 +35,18 @@ class SplitFedDevice(DeviceMethod):
 def train_with_tuned_body(
     context: RoundContext, plane: SplitPlane, selected: Tensor
 ) -> TrainingResult:
-    """Train head, body and tail over the selected samples [k].
+    """Train head, body and tail on the selected samples.
 
-    Four tensors cross in a step, numbered within a session. A lost step cannot be repeated under
-    another name: it has already changed the body.
+    A step sends four tensors, numbered within a session. A lost step cannot be repeated in another
+    session, because it has already changed the body.
+
+    Args:
+        context: the round.
+        plane: requests to the server.
+        selected: positions of the samples, [k].
+
+    Returns:
+        The last epoch's loss, and the session whose body the update uses.
 
     Raises:
         Diverged: a loss or a gradient is not finite.

@@ -1,4 +1,4 @@
-"""The server's side of SplitFed: with tune = full, each participant tunes its own body there."""
+"""The server's side of SplitFed; with tune = full, it tunes a body for each participant."""
 
 from __future__ import annotations
 
@@ -40,7 +40,10 @@ from tuning_methods.splitfed.tuned_bodies import BodyJob, BodyPlan, Direction, T
 
 
 class SplitFedServer(ServerMethod):
-    """A frozen body for all (tune = linear), or a body of its own for each participant (full)."""
+    """A frozen body for all participants (tune = linear), or a tuned one for each (full).
+
+    Source: SplitFed (arXiv 2004.12088).
+    """
 
     job_handlers: ClassVar[Sequence[HandlerFactory]] = (TunedBodies,)
 
@@ -48,18 +51,21 @@ class SplitFedServer(ServerMethod):
     def handlers(self) -> Mapping[str, Handler]:
         return {"forward": _handle_forward, "backward": _handle_backward, "infer": _handle_infer}
 
-    def has_own_bodies(self, plan: RunPlan) -> bool:
+    def has_tuned_bodies(self, plan: RunPlan) -> bool:
         return plan.model.tune_body
 
 
 def _handle_forward(context: HandlerContext, request: SplitRequest) -> Submit | Reply:
-    """Run a batch forward through the participant's own body."""
+    """Run a batch forward through the participant's body."""
     if not request.plan.model.tune_body:
         return handle_forward(context, request)
     meta = parse_body_step_meta(request)
     if "ids" in request.frame.specs:
         raise InvalidField(
-            "a run that tunes its head takes smashed data whole", field="ids", limit="none"
+            "a run that tunes its head needs the smashed data, not ids of cached samples",
+            field="ids",
+            limit="none",
+            hint="send the smashed data of the whole batch",
         )
     job = _body_job("forward", context, request, meta, decode_batch(request))
     compute = partial(context.services.engine.submit, job)
@@ -67,7 +73,7 @@ def _handle_forward(context: HandlerContext, request: SplitRequest) -> Submit | 
 
 
 def _handle_backward(context: HandlerContext, request: SplitRequest) -> Submit | Reply:
-    """Tune the participant's own body; return the gradient of the smashed data."""
+    """Tune the participant's body; return the gradient of the smashed data."""
     if not request.plan.model.tune_body:
         return handle_backward(context, request)
     meta = parse_body_step_meta(request)
@@ -91,10 +97,12 @@ def _handle_infer(context: HandlerContext, request: SplitRequest) -> Submit | Re
 
 
 def parse_body_step_meta(request: SplitRequest) -> BodyStepMeta:
-    """Parse the meta of a step through a body of the participant's own.
+    """Parse the meta of a step through the participant's tuned body.
 
     Raises:
-        InvalidField, RunClosed, StaleRound
+        InvalidField: a field is missing or wrong.
+        RunClosed: the run has ended.
+        StaleRound: the round is not open, or the participant's update was counted.
     """
     meta = parse_message(BodyStepMeta, dict(request.frame.meta))
     request.permission.require_pending_update(meta.round, meta.attempt)
@@ -122,7 +130,7 @@ def _body_job(
             training=plan.training,
             rounds=plan.federation.rounds,
             round=meta.round,
-            numbers=sum(math.prod(shapes[name]) for name in shapes if name.startswith(BODY)),
+            num_parameters=sum(math.prod(shapes[name]) for name in shapes if name.startswith(BODY)),
         ),
         tensor=tensor,
         fingerprint=request.fingerprint,
@@ -131,7 +139,11 @@ def _body_job(
 
 
 def _newest_body(context: HandlerContext) -> BodyKey:
-    """Return the key of the body in the newest global state."""
+    """Return the key of the body in the newest global state.
+
+    Raises:
+        InvalidField: the run does not tune its body.
+    """
     if context.run.state.server is None:
         raise InvalidField("this run does not tune its body", field="tune_body", limit=True)
     return replace(context.run.body, state=server_state_file(context))

@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 
 
 class SplitFed(MethodSettings):
-    """Head and tail on the device, the body on the server, no prompts, no pruning."""
+    """Head and tail on the device, the body on the server, no prompts, no pruning.
+
+    Source: SplitFed (arXiv 2004.12088).
+    """
 
     name: Literal["splitfed"] = "splitfed"
     source: ClassVar[str] = "SplitFed, arXiv 2004.12088"
@@ -22,11 +25,11 @@ class SplitFed(MethodSettings):
 
     tune: Literal["linear", "full"] = Field(
         "linear",
-        description="linear: the tail's last layer, head and body frozen | full: head, body and "
-        "tail; each participant has a copy of the body on the server, and copies are averaged",
+        description="linear: the tail's last layer | full: head, body and tail; the server tunes a "
+        "copy of the body for each participant and averages the copies",
     )
     cut: int = Field(1, ge=0, le=256, description="blocks in the head, on the device")
-    tail_blocks: int = Field(0, ge=0, le=256, description="last blocks that belong to the tail")
+    tail_blocks: int = Field(0, ge=0, le=256, description="last blocks, which the tail runs")
     split_epochs: int = Field(1, ge=1, le=10_000, description="epochs a round over all samples")
 
     def defaults(self) -> dict[str, dict[str, Any]]:

@@ -1,4 +1,7 @@
-"""Tuned bodies: sessions that train a body for one participant (split federated learning)."""
+"""Sessions that train a body for one participant.
+
+Source: SplitFed (arXiv 2004.12088).
+"""
 
 from __future__ import annotations
 
@@ -36,15 +39,15 @@ class BodyPlan:
 
     Attributes:
         training: the run's optimiser and learning rates.
-        rounds: number of rounds in the run, for the learning rate schedule.
+        rounds: number of rounds in the run, for the schedule of the learning rate.
         round: number of this round, from 1.
-        numbers: number of the body's tuned parameters.
+        num_parameters: number of the body's tuned parameters, counted by element.
     """
 
     training: TrainingPlan
     rounds: int
     round: int
-    numbers: int
+    num_parameters: int
 
     @property
     def nbytes(self) -> int:
@@ -52,12 +55,12 @@ class BodyPlan:
         moments = 2
         if self.training.optimizer == "sgd":
             moments = 1 if self.training.momentum else 0
-        return _ITEMSIZE * self.numbers * (2 + moments)
+        return _ITEMSIZE * self.num_parameters * (2 + moments)
 
 
 @dataclass(frozen=True)
 class BodyJob:
-    """A forward or backward of one step through the session's body.
+    """A forward or backward of a step through the session's body.
 
     `protocol.messages.BodyStepMeta` explains ``number`` and ``steps``.
     """
@@ -102,14 +105,14 @@ class OpenStep:
 
 @dataclass(eq=False)
 class BodySession:
-    """One participant's body and its optimiser, in float32.
+    """A participant's body and its optimiser, in float32.
 
     The engine's lock guards all attributes; only the worker calls `forward` and `backward`.
 
     Attributes:
         body: the initial weights.
-        retention: what each step retains of its forward.
-        nbytes: bytes of the session, its one open step included.
+        retention: the part of its forward that each step retains.
+        nbytes: bytes of the session, open step included.
         applied: batches whose gradients have been applied.
         expires_at: seconds on the monotonic clock.
         responses: the newest response in each direction, with its number.
@@ -179,7 +182,7 @@ class BodySession:
 
         Raises:
             StepLost: the session has not finished.
-            NonFinite: an optimiser step has left float32's range.
+            NonFinite: the trained weights contain NaN or infinity.
         """
         if self._model is None or self.applied != self.steps:
             raise lost_session_error(self.name)
@@ -198,10 +201,10 @@ class BodySession:
 
 
 class TunedBodies(SessionHandler[BodyJob, BodySession]):
-    """Handles the steps of sessions that tune a body. Their tasks share no batches.
+    """Handles the steps of sessions that tune a body. Tasks of different sessions share no batch.
 
-    A session has its memory from its first forward to its end: no later request of it is refused
-    for lack of memory, so that sessions cannot block each other.
+    A session reserves its memory from its first forward to its end. The server refuses none of its
+    later requests for lack of memory, so that sessions cannot block each other.
     """
 
     job_types: ClassVar = (BodyJob,)
@@ -229,8 +232,11 @@ class TunedBodies(SessionHandler[BodyJob, BodySession]):
         """Queue a forward, which begins a session if its number is 0, or the open step's backward.
 
         Raises:
-            StepLost: the job is not the next of an open session.
-            Busy, TooLarge, InvalidField, WrongShape
+            StepLost: the job is not the next step of an open session.
+            Busy: the queue is full, or no memory is free now.
+            TooLarge: the session exceeds the whole memory.
+            InvalidField: the number of steps differs from the session's.
+            WrongShape: the gradients do not have the features' shape.
         """
         self._worker.check_queue(job.tensor.nbytes)
         return self._begin_forward(job) if job.direction == "forward" else self._begin_backward(job)
@@ -257,16 +263,21 @@ class TunedBodies(SessionHandler[BodyJob, BodySession]):
         return pending
 
     def _begin_session(self, job: BodyJob) -> BodySession:
-        """Begin a session with its memory; it replaces the participant's earlier session."""
+        """Reserve memory for a session; it replaces the participant's earlier session.
+
+        Raises:
+            Busy: no memory is free now.
+            TooLarge: the session exceeds the whole memory.
+        """
         self.release(job.run, job.participant)
         shape = (job.plan.training.batch_size, *job.tensor.shape[1:])
         largest = torch.empty(shape, device="meta")
-        chosen = _choose_retention(self._tracker.memory, job.body, largest, job.plan.nbytes)
-        if chosen is None:
+        choice = _choose_retention(self._tracker.memory, job.body, largest, job.plan.nbytes)
+        if choice is None:
             error = self._worker.busy_error("the memory for tuned bodies is full")
             error.hint = "raise engine_memory_mib to train more bodies at once"
             raise error
-        session = BodySession(job.session, job.steps, job.body, job.plan, *chosen)
+        session = BodySession(job.session, job.steps, job.body, job.plan, *choice)
         self._add_session(job.run, job.participant, session)
         return session
 
@@ -329,12 +340,12 @@ class TunedBodies(SessionHandler[BodyJob, BodySession]):
         self._completions.send(result, deliver, pending.fail)
 
     def _learn_size(self, session: BodySession, step: OpenStep, nbytes: int) -> None:
-        """Size a session's memory for its largest step, from a measured step's graph."""
+        """Size a session's memory for its largest batch, from a measured step's graph."""
         plan = session.plan
         self._tracker.memory.sizes.learn(session.body.unstated, step.smashed, nbytes)
         per_sample = -(-nbytes // len(step.smashed))
         size = plan.training.batch_size
-        responses = 2 * size * step.smashed.nbytes // len(step.smashed)  # one in each direction
+        responses = 2 * size * step.smashed.nbytes // len(step.smashed)  # in each direction
         session.nbytes = plan.nbytes + responses + max(per_sample * size, nbytes)
         self._update_memory()
 
@@ -345,7 +356,7 @@ def _run_graph(body: Body, smashed: Tensor, num_tokens: int | None) -> Graph:
 
 
 def _choose_retention(
-    memory: MemoryBudget, body: BodyKey, largest: Tensor, weights: int
+    memory: MemoryBudget, body: BodyKey, largest: Tensor, weight_bytes: int
 ) -> tuple[Retention, int] | None:
     """Choose what each step of a body session retains.
 
@@ -353,7 +364,7 @@ def _choose_retention(
         memory: the engine's memory budget.
         body: the session's initial body.
         largest: a batch [B, T, D] of the largest size, without data.
-        weights: bytes of the weights, their gradients and the optimiser, all in float32.
+        weight_bytes: of the weights, their gradients and the optimiser, all in float32.
 
     Returns:
         The retention and the session's bytes; None if they do not fit now.
@@ -363,7 +374,7 @@ def _choose_retention(
     """
     options: list[tuple[Retention, int]] = []
     batch = largest.numel() * _ITEMSIZE
-    fixed = weights + 2 * batch  # one response in each direction, for repeated requests
+    fixed = weight_bytes + 2 * batch  # a response in each direction, for repeated requests
     if memory.backward != "recompute":
         kind = body.unstated
         size = memory.sizes.estimate(kind, body, largest, _ITEMSIZE)

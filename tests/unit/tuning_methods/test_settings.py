@@ -1,4 +1,4 @@
-"""The `[method]` table of a run: which methods there are, and the plan that each of them makes."""
+"""The `[method]` table of a run: the installed methods, and the plan of each."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ def test_settings_survive_the_wire_and_explain_themselves(name: str) -> None:
     assert read.plan == written.plan
     cls = method_class(name)
     assert cls.__doc__
-    assert all(field.description or field.annotation for field in cls.model_fields.values())
+    assert all(field.description for key, field in cls.model_fields.items() if key != "name")
 
 
 @pytest.mark.parametrize("name", [name for name in ALL if name not in {"custom"}])
 def test_a_plan_can_be_written_by_hand(name: str) -> None:
-    made = plan(name)
-    assert Custom.of(made).plan == made
+    built = plan(name)
+    assert Custom.of(built).plan == built
 
 
 def test_the_default_method_tunes_prompts_in_the_body_and_caches_smashed_data() -> None:
@@ -79,15 +79,15 @@ def test_a_runs_own_value_wins_over_the_methods_default() -> None:
         ("prompt", {"tune": "classifier", "prompt_count": 10, "prompt_depth": "deep"}),
     ],
 )
-def test_fedpeft_holds_the_whole_model_and_tunes_a_part(tune: str, model: dict[str, Any]) -> None:
-    made = plan("fedpeft", tune=tune, epochs=3)
-    assert made.model.cut == 12
-    assert {field: getattr(made.model, field) for field in model} == model
-    assert (made.training.local_epochs, made.training.split_epochs) == (3, 0)
-    assert made.training.keep_fraction == 1
+def test_fedpeft_tunes_a_part_of_the_whole_model(tune: str, model: dict[str, Any]) -> None:
+    built = plan("fedpeft", tune=tune, epochs=3)
+    assert built.model.cut == 12
+    assert {field: getattr(built.model, field) for field in model} == model
+    assert (built.training.local_epochs, built.training.split_epochs) == (3, 0)
+    assert built.training.keep_fraction == 1
 
 
-def test_proxies_are_as_deep_as_their_method_says() -> None:
+def test_a_proxys_depth_follows_from_its_method() -> None:
     pruned, dropped = plan("fedpft", width=8), plan("offsite-tuning", blocks=5, ends=2)
     assert (pruned.model.cut, pruned.model.proxy, pruned.model.proxy_width) == (12, "pruned", 8)
     assert (dropped.model.cut, dropped.model.proxy, dropped.model.lora_ends) == (5, "dropped", 2)
@@ -96,9 +96,9 @@ def test_proxies_are_as_deep_as_their_method_says() -> None:
 
 @pytest.mark.parametrize(("tune", "body"), [("linear", False), ("full", True)])
 def test_splitfed_tunes_the_tail_or_all_three_parts(tune: str, body: bool) -> None:
-    made = plan("splitfed", tune=tune)
-    assert made.model.tune_body is body
-    assert (made.model.cut, made.model.prompt_count, made.training.local_epochs) == (1, 0, 0)
+    built = plan("splitfed", tune=tune)
+    assert built.model.tune_body is body
+    assert (built.model.cut, built.model.prompt_count, built.training.local_epochs) == (1, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_a_field_of_a_former_release_says_where_it_moved(parts: dict[str, Any], 
         ({"name": "splitfed", "tune": "full"}, {"training": {"proximal": 0.1}}, "proximal"),
     ],
 )
-def test_settings_that_do_not_go_together_are_refused_before_a_run_is_made(
+def test_settings_that_do_not_fit_together_are_refused_before_a_run_is_created(
     method: dict[str, Any], parts: dict[str, Any], says: str
 ) -> None:
     with pytest.raises(InvalidField) as caught:
@@ -154,7 +154,7 @@ def test_settings_that_do_not_go_together_are_refused_before_a_run_is_made(
 
 @register
 class Mirror(MethodSettings):
-    """A method of a package of its own, as a stranger would add it."""
+    """A method of another package."""
 
     name: Literal["mirror"] = "mirror"
     strength: float = 1.0
@@ -175,7 +175,7 @@ def test_a_name_belongs_to_one_method() -> None:
     assert register(Mirror) is Mirror
 
 
-def test_a_method_is_added_with_one_class_and_no_change_of_the_core() -> None:
+def test_a_method_needs_a_class_and_no_change_of_the_core() -> None:
     run = settings({"name": "mirror", "strength": 0.25})
     assert isinstance(run.method, Mirror)
     assert run.plan.training.local_learning_rate_scale == 0.25

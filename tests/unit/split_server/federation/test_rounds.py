@@ -279,9 +279,9 @@ def test_a_round_waits_for_a_due_rebuild(closed: int, renewed: int, due: bool) -
 
 def test_nothing_is_distilled_after_the_last_round() -> None:
     again = DistillationSettings(epochs=1, every=3)
-    assert [again.due(round_, 7) for round_ in range(8)] == [
+    assert [again.is_due(round_, 7) for round_ in range(8)] == [
         *[False, False, False, True, False, False],
         *[True, False],
     ]
-    assert not again.due(6, 6)
-    assert not DistillationSettings(epochs=1).due(6, 7)
+    assert not again.is_due(6, 6)
+    assert not DistillationSettings(epochs=1).is_due(6, 7)

@@ -1,4 +1,4 @@
-"""Proxies: which neurons and blocks stay, and what was tuned on them put into the backbone."""
+"""Proxies: which neurons and blocks they keep, and how their tuned state fits the backbone."""
 
 import itertools
 
@@ -12,7 +12,12 @@ from protocol.plan import ModelPlan
 from split_model import Head, TunedModel, anatomy, initial_state
 from split_model.backbone.architecture import kept_blocks
 from tests.support.uncut_model import difference, random_model, reduced, refused_field
-from tuning_methods.proxies.weights import neuron_order, plugged, proxy_weights, whole_model
+from tuning_methods.proxies.weights import (
+    backbone_plan,
+    insert_into_backbone,
+    proxy_weights,
+    rank_neurons,
+)
 
 DEPTH, HIDDEN = 6, 128
 
@@ -33,45 +38,47 @@ def images() -> Tensor:
     return torch.randn(3, 3, 24, 24, generator=torch.Generator().manual_seed(1))
 
 
-def stirred(settings: ModelPlan, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def random_state(settings: ModelPlan, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(7)
     state = initial_state(settings, weights, seed=0)
     return {n: t + 0.3 * torch.randn(t.shape, generator=generator) for n, t in state.items()}
 
 
-def test_neurons_are_ranked_by_their_ways_in_and_out() -> None:
-    # By hand: 3² + 4² = 25, 0 + 6² = 36, 1 + 1 = 2, 5² + 0 = 25 (behind its equal).
-    ways_in = torch.tensor([[3.0, 0.0], [0.0, 0.0], [0.0, 1.0], [4.0, 3.0]])
-    ways_out = torch.tensor([[0.0, 6.0, -1.0, 0.0], [-4.0, 0.0, 0.0, 0.0]])
-    assert neuron_order(ways_in, ways_out).tolist() == [1, 0, 3, 2]
+def test_neurons_are_ranked_by_the_norm_of_their_weights() -> None:
+    # By hand: 3² + 4² = 25, 0 + 6² = 36, 1 + 1 = 2, 5² + 0 = 25 (after its equal).
+    weights_in = torch.tensor([[3.0, 0.0], [0.0, 0.0], [0.0, 1.0], [4.0, 3.0]])
+    weights_out = torch.tensor([[0.0, 6.0, -1.0, 0.0], [-4.0, 0.0, 0.0, 0.0]])
+    assert rank_neurons(weights_in, weights_out).tolist() == [1, 0, 3, 2]
 
 
-def test_a_pruned_mlp_is_the_one_whose_other_neurons_are_silent() -> None:
+def test_a_pruned_mlp_equals_one_whose_other_neurons_are_zeroed() -> None:
     model = random_model(FULL)
     weights = {n: t.clone() for n, t in model.state_dict().items()}
-    state = stirred(PRUNED, proxy_weights(PRUNED, weights))
-    found = TunedModel(PRUNED, proxy_weights(PRUNED, weights), state)(images())
-    silenced = {n: t.clone() for n, t in weights.items()}
+    state = random_state(PRUNED, proxy_weights(PRUNED, weights))
+    logits = TunedModel(PRUNED, proxy_weights(PRUNED, weights), state)(images())
+    zeroed = {n: t.clone() for n, t in weights.items()}
     for number in range(1, DEPTH - 1):
         name = f"blocks.{number}.mlp.fc"
         norms = torch.cat([weights[name + "1.weight"], weights[name + "2.weight"].T], 1).norm(dim=1)
-        lost = sorted(range(HIDDEN), key=lambda one: float(norms[one]))[: HIDDEN - 40]
-        silenced[name + "2.weight"][:, lost] = 0
+        pruned = sorted(range(HIDDEN), key=lambda neuron: float(norms[neuron]))[: HIDDEN - 40]
+        zeroed[name + "2.weight"][:, pruned] = 0
     full = PRUNED.replace(proxy="none")
-    assert difference(found, TunedModel(full, silenced, state)(images())) <= 1e-5
-    assert difference(found, TunedModel(full, weights, state)(images())) > 1e-2
+    assert difference(logits, TunedModel(full, zeroed, state)(images())) <= 1e-5
+    assert difference(logits, TunedModel(full, weights, state)(images())) > 1e-2
 
 
-def test_dropped_blocks_are_the_whole_model_without_them() -> None:
+def test_a_dropped_proxy_equals_the_model_without_these_blocks() -> None:
     model = random_model(FULL)
     weights = {n: t.clone() for n, t in model.state_dict().items()}
     assert kept_blocks(DROPPED, DEPTH) == [0, 2, 4, 5]
     proxy = proxy_weights(DROPPED, weights)
     assert anatomy(DROPPED).depth == 4
     state = initial_state(DROPPED, proxy, seed=0)
-    own = {n.removeprefix("tail.head."): t for n, t in state.items() if n.startswith("tail.head.")}
-    model.head.load_state_dict(own)
-    model.blocks = torch.nn.Sequential(*(model.blocks[one] for one in (0, 2, 4, 5)))
+    classifier = {
+        n.removeprefix("tail.head."): t for n, t in state.items() if n.startswith("tail.head.")
+    }
+    model.head.load_state_dict(classifier)
+    model.blocks = torch.nn.Sequential(*(model.blocks[number] for number in (0, 2, 4, 5)))
     assert difference(TunedModel(DROPPED, proxy, state)(images()), model(images())) <= 1e-5
 
 
@@ -83,57 +90,59 @@ def test_dropped_blocks_are_the_whole_model_without_them() -> None:
         {"proxy": "dropped", "proxy_blocks": DEPTH},
     ],
 )
-def test_a_proxy_that_leaves_nothing_out_is_the_model(changes: dict[str, object]) -> None:
+def test_a_proxy_without_omissions_equals_the_model(changes: dict[str, object]) -> None:
     settings = FULL.replace(**changes)
     weights = random_model(FULL).state_dict()
     proxy = proxy_weights(settings, weights)
     assert proxy.keys() == weights.keys()
     assert all(torch.equal(proxy[name], weights[name]) for name in weights)
-    state = stirred(settings, proxy)
+    state = random_state(settings, proxy)
     assert torch.equal(
         TunedModel(settings, proxy, state)(images()), TunedModel(FULL, weights, state)(images())
     )
 
 
-def test_what_was_tuned_on_a_pruned_proxy_is_the_backbone_s_state() -> None:
+def test_a_state_tuned_on_a_pruned_proxy_fits_the_backbone() -> None:
     weights = random_model(FULL).state_dict()
-    state = stirred(PRUNED, proxy_weights(PRUNED, weights))
-    settings, whole = plugged(PRUNED, state)
-    assert settings == whole_model(PRUNED) == PRUNED.replace(proxy="none")
-    assert whole.keys() == state.keys()
+    state = random_state(PRUNED, proxy_weights(PRUNED, weights))
+    settings, full_state = insert_into_backbone(PRUNED, state)
+    assert settings == backbone_plan(PRUNED) == PRUNED.replace(proxy="none")
+    assert full_state.keys() == state.keys()
 
 
-def test_what_was_tuned_at_the_ends_of_dropped_blocks_lands_at_the_ends() -> None:
+def test_a_state_tuned_at_a_dropped_proxys_ends_moves_to_the_backbones_ends() -> None:
     ends = DROPPED.replace(lora_ends=1)
     weights = random_model(FULL).state_dict()
-    state = stirred(ends, proxy_weights(ends, weights))
-    settings, whole = plugged(ends, state)
+    state = random_state(ends, proxy_weights(ends, weights))
+    settings, full_state = insert_into_backbone(ends, state)
     assert (settings.cut, settings.proxy) == (DEPTH, "none")
-    changed = {n.split(".")[2] for n, t in whole.items() if "lora_" in n and t.any()}
+    changed = {n.split(".")[2] for n, t in full_state.items() if "lora_" in n and t.any()}
     assert changed == {"0", "5"}
     last = "head.blocks.{}.attn.qkv.lora_v_up"
-    assert torch.equal(whole[last.format(5)], state[last.format(3)])
-    # The same by hand: the last block's values changed, the blocks between as they were.
+    assert torch.equal(full_state[last.format(5)], state[last.format(3)])
+    # By hand: LoRA in the last block, the blocks between unchanged.
     expected = TunedModel(
         FULL.replace(lora_ends=1),
         weights,
         {n.replace("blocks.3.", "blocks.5."): t for n, t in state.items()},
     )
-    assert difference(TunedModel(settings, weights, whole)(images()), expected(images())) <= 1e-6
+    assert (
+        difference(TunedModel(settings, weights, full_state)(images()), expected(images())) <= 1e-6
+    )
 
 
 def test_a_part_of_a_proxy_cannot_be_put_into_the_backbone() -> None:
     settings = PRUNED.replace(cut=2)
-    state = stirred(settings, proxy_weights(settings, random_model(FULL).state_dict()))
-    assert refused_field(lambda: plugged(settings, state)) == "cut"
+    state = random_state(settings, proxy_weights(settings, random_model(FULL).state_dict()))
+    assert refused_field(lambda: insert_into_backbone(settings, state)) == "cut"
 
 
-def test_vit_b_s_proxy_is_as_large_as_in_fedpft_s_paper() -> None:
+def test_vit_bs_proxy_is_as_large_as_in_fedpfts_paper() -> None:
     # 81 M and 47 M in arXiv 2404.11536: parameters of the blocks, in units of 2^20.
     full = ModelPlan(backbone="vit_base_patch16_224", image_size=224, cut=12, prompt_count=0)
     proxy = full.replace(proxy="pruned")
     numbers, pruned = (
-        sum(own.numel() for own in Head(settings).blocks.parameters()) for settings in (full, proxy)
+        sum(p.numel() for p in Head(settings).blocks.parameters()) for settings in (full, proxy)
     )
     block = 4 * 768**2 + 4 * 768 + 2 * 768 * 3072 + 3072 + 768 + 4 * 768
     assert numbers == 12 * block
@@ -142,9 +151,7 @@ def test_vit_b_s_proxy_is_as_large_as_in_fedpft_s_paper() -> None:
 
 
 @given(st.integers(1, 48), st.data())
-def test_the_blocks_that_stay_are_in_order_and_spread_evenly(
-    depth: int, data: st.DataObject
-) -> None:
+def test_kept_blocks_are_in_order_and_evenly_spaced(depth: int, data: st.DataObject) -> None:
     ends = data.draw(st.integers(0, depth // 2))
     count = data.draw(st.integers(max(1, 2 * ends), depth))
     settings = DROPPED.replace(proxy_ends=ends, proxy_blocks=count)
@@ -152,7 +159,7 @@ def test_the_blocks_that_stay_are_in_order_and_spread_evenly(
     assert len(kept) == count
     assert kept == sorted(set(kept))
     assert set(kept) >= {*range(ends), *range(depth - ends, depth)}
-    middle = [one for one in kept if ends <= one < depth - ends]
+    middle = [number for number in kept if ends <= number < depth - ends]
     gaps = {after - before for before, after in itertools.pairwise(middle)}
     assert not gaps or max(gaps) - min(gaps) <= 1
 

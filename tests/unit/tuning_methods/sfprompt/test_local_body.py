@@ -1,4 +1,4 @@
-"""The small body for the local update: blocks of the body's, which learn to do its work."""
+"""The local body: copies of the body's blocks, distilled to approximate its features."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from split_model import (
 )
 from split_model.checkpoints.head_file import extra_tensors
 from tests.support.uncut_model import random_model, reduced, refused_field
-from tuning_methods.sfprompt.local_body import build_local_body, local_body_weights
+from tuning_methods.sfprompt.local_body import build_local_body, distil_local_body
 
 DEPTH = 6
 
@@ -28,54 +28,56 @@ CUT = reduced("vit_base_patch16_224").replace(
     model_overrides=(("depth", DEPTH), ("embed_dim", 32), ("num_heads", 2), ("patch_size", 8)),
 )
 
-HOW = DistillationSettings(epochs=4, batch_size=8, learning_rate=3e-3)
+SETTINGS = DistillationSettings(epochs=4, batch_size=8, learning_rate=3e-3)
 
 
 def images() -> Tensor:
     return torch.randn(24, 3, 24, 24, generator=torch.Generator().manual_seed(1))
 
 
-def test_undistilled_it_is_the_backbone_s_own_blocks_in_a_row() -> None:
+def test_an_undistilled_local_body_consists_of_the_bodys_blocks() -> None:
     model = random_model(CUT)
     weights = {n: t.clone() for n, t in model.state_dict().items()}
-    made = local_body_weights(CUT, weights, images()[:0], DistillationSettings(), seed=0)
+    tensors = distil_local_body(CUT, weights, images()[:0], DistillationSettings(), seed=0)
     tokens = torch.randn(2, 1 + 9, 32, generator=torch.Generator().manual_seed(2))
     # Of the body's blocks 1 … 5, the middle ones of two halves: 2 and 4.
     expected = model.blocks[4](model.blocks[2](tokens))
-    assert torch.allclose(build_local_body(CUT, made)(tokens), expected, atol=1e-5)
+    assert torch.allclose(build_local_body(CUT, tensors)(tokens), expected, atol=1e-5)
     prompted = torch.cat([tokens, tokens[:, :3]], dim=1)
-    assert build_local_body(CUT, made)(prompted).shape == (2, 13, 32)
+    assert build_local_body(CUT, tensors)(prompted).shape == (2, 13, 32)
 
 
-def test_distilled_it_is_nearer_to_the_body() -> None:
+def test_distillation_lowers_the_local_bodys_error() -> None:
     weights = {n: t.clone() for n, t in random_model(CUT).state_dict().items()}
     before = {n: t.clone() for n, t in weights.items()}
     with torch.no_grad():
         smashed = build_head(CUT, weights)(images())
         features = build_body(CUT, weights)(smashed)
 
-    def off(how: DistillationSettings) -> float:
-        body = build_local_body(CUT, local_body_weights(CUT, weights, images(), how, seed=0))
-        assert not any(own.requires_grad for own in body.parameters())
+    def error(distillation: DistillationSettings) -> float:
+        body = build_local_body(
+            CUT, distil_local_body(CUT, weights, images(), distillation, seed=0)
+        )
+        assert not any(p.requires_grad for p in body.parameters())
         with torch.no_grad():
             return float((body(smashed) - features).square().mean())
 
-    assert off(HOW) < 0.8 * off(DistillationSettings())
+    assert error(SETTINGS) < 0.8 * error(DistillationSettings())
     assert all(torch.equal(weights[n], t) for n, t in before.items())
 
 
-def test_it_travels_with_the_head_and_leaves_the_state_alone(tmp_path: Path) -> None:
+def test_the_head_file_carries_the_local_body_and_the_state_does_not(tmp_path: Path) -> None:
     file = prepare_backbone(CUT, "random:1", tmp_path)
     weights = dict(random_model(CUT).state_dict())
-    made = local_body_weights(CUT, weights, images()[:0], DistillationSettings(), seed=0)
-    path, _ = write_head_file(CUT, file.path, tmp_path / "head", "float32", made)
+    tensors = distil_local_body(CUT, weights, images()[:0], DistillationSettings(), seed=0)
+    path, _ = write_head_file(CUT, file.path, tmp_path / "head", "float32", tensors)
     settings, _, frozen = read_head_file(path)
     assert settings == CUT
-    found = extra_tensors(frozen)
-    assert found.keys() == made.keys()
-    assert all(torch.equal(found[n], t) for n, t in made.items())
+    extras = extra_tensors(frozen)
+    assert extras.keys() == tensors.keys()
+    assert all(torch.equal(extras[n], t) for n, t in tensors.items())
     without = CUT.replace(local_body=0)
-    states = [initial_state(one, weights, seed=0) for one in (CUT, without)]
+    states = [initial_state(plan, weights, seed=0) for plan in (CUT, without)]
     assert all(torch.equal(states[0][n], t) for n, t in states[1].items())
 
 
@@ -88,5 +90,5 @@ def test_it_travels_with_the_head_and_leaves_the_state_alone(tmp_path: Path) -> 
         {"backbone": "beit_base_patch16_224"},
     ],
 )
-def test_where_there_is_no_body_for_it_it_is_refused(changes: dict[str, object]) -> None:
+def test_a_local_body_without_a_matching_body_is_refused(changes: dict[str, object]) -> None:
     assert refused_field(lambda: anatomy(CUT.replace(**changes))) == "local_body"

@@ -1,4 +1,4 @@
-"""The body as a part of the global state: averaged by weight, and kept over a restart."""
+"""Tuned bodies are a part of the global state: averaged by weight, restored after a restart."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ SPLIT = MODEL
 
 @pytest.fixture
 def site(tmp_path: Path) -> Iterator[FederationHarness]:
-    made = FederationHarness(tmp_path)
-    yield made
-    made.close()
+    harness = FederationHarness(tmp_path)
+    yield harness
+    harness.close()
 
 
 def created(site: FederationHarness, wire: dict[str, Any] | None = None, **federation: Any) -> str:
@@ -42,7 +42,7 @@ def created(site: FederationHarness, wire: dict[str, Any] | None = None, **feder
 
 
 def parts_of(value: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """A state of this number everywhere: what a device sends of it, and its body."""
+    """Split a state filled with ``value``: the device's part, and the body."""
     state = state_of(value, SPLIT)
     body = {name: tensor for name, tensor in state.items() if name.startswith("body.")}
     return {name: state[name] for name in state.keys() - body.keys()}, body
@@ -56,8 +56,10 @@ def send(
 
 
 @pytest.mark.parametrize("wire", [{}, {"update_deltas": True, "updates": "float16"}])
-def test_bodies_are_averaged_as_the_rest_is(site: FederationHarness, wire: dict[str, Any]) -> None:
-    """(10 x 2 + 30 x 6) / 40 = 5; of both parts, in both files."""
+def test_bodies_are_averaged_as_the_devices_part_is(
+    site: FederationHarness, wire: dict[str, Any]
+) -> None:
+    """Both files hold the mean, (10 x 2 + 30 x 6) / 40 = 5."""
     run = created(site, wire, min_participants=2, evaluate_every=0)
     a, b = site.join(run, "a"), site.join(run, "b")
     site.task(run, a), site.task(run, b)
@@ -67,9 +69,9 @@ def test_bodies_are_averaged_as_the_rest_is(site: FederationHarness, wire: dict[
     snapshot = site.runs.snapshot(run)
     assert snapshot.state.server is not None
     device = load_state(site.runs.files(run).state(snapshot.state.device.sha256))
-    held = load_state(site.runs.files(run).server_state(snapshot.state.server.sha256))
+    server = load_state(site.runs.files(run).server_state(snapshot.state.server.sha256))
     sent, body = parts_of(0.0)
-    assert (device.keys(), held.keys()) == (sent.keys(), body.keys())
+    assert (device.keys(), server.keys()) == (sent.keys(), body.keys())
 
 
 def test_an_update_without_its_body_is_not_counted(site: FederationHarness) -> None:
@@ -78,17 +80,17 @@ def test_an_update_without_its_body_is_not_counted(site: FederationHarness) -> N
     site.task(run, a)
 
     def lost() -> dict[str, Tensor]:
-        raise StepLost("it is gone")
+        raise StepLost("the session is lost")
 
     with pytest.raises(StepLost):
         site.update(run, a, parts_of(1.0)[0], trained=lost)
-    assert site.task(run, a).task is Task.TRAIN, "it may begin anew"
-    with pytest.raises(WrongShape):  # nor does a device send a body
+    assert site.task(run, a).task is Task.TRAIN, "it may start the round again"
+    with pytest.raises(WrongShape):  # a device does not send a body
         site.update(run, a, state_of(1.0, SPLIT), trained=lost)
     assert site.kinds(run).count("update_counted") == 0
 
 
-def test_a_server_killed_before_the_state_counts_makes_it_again(
+def test_a_server_killed_before_a_state_counts_computes_it_again(
     site: FederationHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """FedAvgM: 0 to 1; then the momentum is 0.9 x 1 + 0.5, so 1 to 2.4."""
@@ -118,7 +120,7 @@ def test_a_server_killed_before_the_state_counts_makes_it_again(
     assert all(torch.allclose(tensor, torch.tensor(2.4)) for tensor in state.values())
 
 
-def test_bodies_of_rounds_long_over_take_no_disk(site: FederationHarness) -> None:
+def test_bodies_of_earlier_rounds_are_deleted(site: FederationHarness) -> None:
     run = created(site, rounds=4, evaluate_every=0)
     a = site.join(run)
     for round_ in (1, 2, 3):
@@ -129,7 +131,7 @@ def test_bodies_of_rounds_long_over_take_no_disk(site: FederationHarness) -> Non
     bodies = {path.stem for path in (files.root / "held").iterdir()}
     assert snapshot.state.server.sha256 in bodies
     assert len(bodies) <= 2, "of four states"
-    assert len(list((files.root / "states").iterdir())) == 4, "what devices took can be had again"
+    assert len(list((files.root / "states").iterdir())) == 4, "devices can download earlier states"
     site.close()
     site.open()
     assert {path.stem for path in (files.root / "held").iterdir()} == {snapshot.state.server.sha256}

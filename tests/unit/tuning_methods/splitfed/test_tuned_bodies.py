@@ -1,4 +1,4 @@
-"""A tuned body is trained as torch alone would, once per step, while its session is open."""
+"""A tuned body equals one trained with torch alone; each step is applied once."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ NUMBERS = 2 * (12 * WIDTH**2 + 13 * WIDTH)  # parameters of blocks 10 and 11
 BATCHES = [smashed(3, 1), smashed(3, 2), smashed(2, 3)]
 
 OPTIMIZERS = {
-    "sgd": lambda own: torch.optim.SGD(own, momentum=0.9, weight_decay=DECAY),
-    "adamw": lambda own: torch.optim.AdamW(own, weight_decay=DECAY),
+    "sgd": lambda parameters: torch.optim.SGD(parameters, momentum=0.9, weight_decay=DECAY),
+    "adamw": lambda parameters: torch.optim.AdamW(parameters, weight_decay=DECAY),
 }
 
 
@@ -55,8 +55,8 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def make() -> Iterator[MakeEngine]:
-    with engines() as made:
-        yield made
+    with engines() as make_engine:
+        yield make_engine
 
 
 @pytest.fixture
@@ -121,20 +121,20 @@ class Case:
         self, engine: Engine, batches: Sequence[Tensor], times: int = 1, **of: Any
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
         """Run a session, each request repeated; return all responses and the body."""
-        answers: list[Tensor] = []
+        responses: list[Tensor] = []
 
-        async def ask(job: BodyJob) -> Tensor:
-            found = await asyncio.gather(*(engine.submit(job) for _ in range(times)))
-            found.append(await engine.submit(job))
-            assert all(torch.equal(found[0], one) for one in found)
-            answers.append(found[0])
-            return found[0]
+        async def submit(job: BodyJob) -> Tensor:
+            repeats = await asyncio.gather(*(engine.submit(job) for _ in range(times)))
+            repeats.append(await engine.submit(job))
+            assert all(torch.equal(repeats[0], repeat) for repeat in repeats)
+            responses.append(repeats[0])
+            return repeats[0]
 
         for number, batch in enumerate(batches):
-            features = await ask(self.forward(number, len(batches), batch, **of))
-            await ask(self.backward(number, len(batches), gradient_of(features), **of))
+            features = await submit(self.forward(number, len(batches), batch, **of))
+            await submit(self.backward(number, len(batches), gradient_of(features), **of))
         who, session = of.get("who", "p1"), of.get("session", "s")
-        return answers, engine.trained_state("r1", who, session)
+        return responses, engine.trained_state("r1", who, session)
 
     def by_hand(self, batches: Sequence[Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
         """Compute the same with timm's blocks, torch's optimiser and half a cosine."""
@@ -142,7 +142,7 @@ class Case:
         model.load_state_dict(dict(split_model.open_backbone(self.backbone)), strict=False)
         blocks = model.blocks[CUT:]
         optimizer = OPTIMIZERS[self.optimizer](list(blocks.parameters()))
-        answers, rate = [], RATES[self.optimizer]
+        responses, rate = [], RATES[self.optimizer]
         for step, batch in enumerate(batches):
             leaf = batch.clone().requires_grad_()
             features = blocks(leaf)[:, : self.num_tokens]
@@ -152,20 +152,20 @@ class Case:
             features.backward(gradient_of(features.detach()))
             optimizer.step()
             assert leaf.grad is not None
-            answers += [features.detach(), leaf.grad]
+            responses += [features.detach(), leaf.grad]
         named = model.state_dict()
         tuned = [f"blocks.{number}." for number in (10, 11)]
-        found = {"body." + n: t for n, t in named.items() if n.startswith(tuple(tuned))}
-        return answers, found
+        body = {"body." + n: t for n, t in named.items() if n.startswith(tuple(tuned))}
+        return responses, body
 
     def initial(self) -> dict[str, Tensor]:
         return self.by_hand([])[1]
 
 
-def close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
+def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-5, msg=name)
+        torch.testing.assert_close(actual[name], tensor, rtol=0, atol=1e-5, msg=name)
 
 
 # Results
@@ -178,11 +178,11 @@ def test_features_gradients_and_body_equal_torch_alone(
     make: MakeEngine, backbone: Path, optimizer: str, backward: str, num_tokens: int | None
 ) -> None:
     case = Case(backbone, optimizer, num_tokens)
-    answers, body = asyncio.run(case.train(make(backward=backward), BATCHES))
+    responses, body = asyncio.run(case.train(make(backward=backward), BATCHES))
     expected, tuned = case.by_hand(BATCHES)
-    for one, other in zip(answers, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
-    close(body, tuned)
+    for response, reference in zip(responses, expected, strict=True):
+        torch.testing.assert_close(response, reference, rtol=0, atol=1e-5)
+    assert_close(body, tuned)
     initial = case.initial()
     assert all((tuned[name] - initial[name]).abs().max() > 1e-5 for name in tuned)
 
@@ -197,7 +197,7 @@ def test_participants_do_not_affect_each_other(make: MakeEngine, case: Case) -> 
         )
 
     for (_, body), batches in zip(asyncio.run(both()), (BATCHES, others), strict=True):
-        close(body, case.by_hand(batches)[1])
+        assert_close(body, case.by_hand(batches)[1])
 
 
 def test_a_session_begins_with_the_global_states_body(
@@ -209,8 +209,8 @@ def test_a_session_begins_with_the_global_states_body(
     engine = make()
     features = asyncio.run(engine.submit(case.forward(0, 1, BATCHES[0])))
     whole = timm.create_model(SMALL.backbone, img_size=SMALL.image_size, num_classes=2).eval()
-    own = {name.removeprefix("body."): tensor for name, tensor in moved.items()}
-    whole.load_state_dict(own, strict=False)
+    weights = {name.removeprefix("body."): tensor for name, tensor in moved.items()}
+    whole.load_state_dict(weights, strict=False)
     with torch.no_grad():
         expected = whole.blocks[CUT:](BATCHES[0])
     torch.testing.assert_close(features, expected, rtol=0, atol=1e-5)
@@ -222,9 +222,10 @@ def test_a_session_begins_with_the_global_states_body(
 def test_a_repeat_gets_the_same_response_and_is_not_applied_twice(
     make: MakeEngine, case: Case
 ) -> None:
-    answers, body = asyncio.run(case.train(make(), BATCHES, times=3))
+    responses, body = asyncio.run(case.train(make(), BATCHES, times=3))
     undisturbed, once = asyncio.run(case.train(make(), BATCHES))
-    assert all(torch.equal(one, other) for one, other in zip(answers, undisturbed, strict=True))
+    pairs = zip(responses, undisturbed, strict=True)
+    assert all(torch.equal(repeated, single) for repeated, single in pairs)
     assert all(torch.equal(body[name], once[name]) for name in once)
 
 
@@ -244,10 +245,10 @@ def test_a_number_takes_one_request_only(make: MakeEngine, case: Case) -> None:
     assert engine._find_session("r1", "p1", "s").applied == 1
 
 
-@pytest.mark.parametrize("way", ["forward", "backward"])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("number", [0, 2])
 def test_a_misordered_request_is_lost_and_changes_nothing(
-    make: MakeEngine, case: Case, way: Direction, number: int
+    make: MakeEngine, case: Case, direction: Direction, number: int
 ) -> None:
     """After step 1's forward, only its repeat and its backward are in order."""
     engine = make()
@@ -257,15 +258,15 @@ def test_a_misordered_request_is_lost_and_changes_nothing(
             features = await engine.submit(case.forward(place, 3, BATCHES[place]))
             if place == 0:
                 await engine.submit(case.backward(0, 3, gradient_of(features)))
-        other = BATCHES[2] if way == "forward" else 2 * gradient_of(features)
+        other = BATCHES[2] if direction == "forward" else 2 * gradient_of(features)
         with pytest.raises((IdempotencyKeyReused, StepLost)):
-            await engine.submit(case.job(way, number, 3, other))
+            await engine.submit(case.job(direction, number, 3, other))
         await engine.submit(case.backward(1, 3, gradient_of(features)))
         features = await engine.submit(case.forward(2, 3, BATCHES[2]))
         await engine.submit(case.backward(2, 3, gradient_of(features)))
         return engine.trained_state("r1", "p1", "s")
 
-    close(asyncio.run(out_of_order()), case.by_hand(BATCHES)[1])
+    assert_close(asyncio.run(out_of_order()), case.by_hand(BATCHES)[1])
 
 
 def test_steps_and_gradient_shapes_are_checked(make: MakeEngine, case: Case) -> None:
@@ -321,7 +322,7 @@ def test_a_failed_backward_ends_the_session(
         assert engine._tracker.memory.taken == 0
         return (await case.train(engine, BATCHES, session="second"))[1]
 
-    close(asyncio.run(broken_off()), case.by_hand(BATCHES)[1])
+    assert_close(asyncio.run(broken_off()), case.by_hand(BATCHES)[1])
 
 
 # Memory
@@ -353,7 +354,7 @@ def test_a_session_without_memory_is_busy_until_another_ends(make: MakeEngine, c
         assert caught.value.retry_after_s is not None
         engine.release("r1", "p1")  # as after its update
         _, body = await case.train(engine, BATCHES, who="p2")
-        close(body, case.by_hand(BATCHES)[1])
+        assert_close(body, case.by_hand(BATCHES)[1])
         await case.train(
             engine, BATCHES, who="p2", session="second"
         )  # replaces its earlier session
@@ -383,7 +384,7 @@ def test_without_memory_for_a_graph_the_forward_is_recomputed(make: MakeEngine, 
     learn(case.key, BATCHES[0], 100 * BATCHES[0].numel() * 4)  # measured in another round
     _, body = asyncio.run(case.train(engine, BATCHES))
     assert cast(BodySession, engine._find_session("r1", "p1", "s")).retention == "input"
-    close(body, case.by_hand(BATCHES)[1])
+    assert_close(body, case.by_hand(BATCHES)[1])
 
 
 def test_an_abandoned_session_expires(make: MakeEngine, case: Case) -> None:
