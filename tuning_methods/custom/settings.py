@@ -52,6 +52,11 @@ class Custom(MethodSettings):
             return "fedpft"
         return "sfprompt-paper"
 
+    def check(self, settings: RunSettings) -> None:
+        super().check(settings)
+        if self._like() != "sfprompt-paper" and self.wire.get("delta_smashed") is not None:
+            raise ValueError("delta_smashed needs proxy = none: no method has both")
+
     def model_part(self, settings: RunSettings) -> Fields:
         return self.model
 
