@@ -22,10 +22,10 @@ from split_model import make_optimizer, set_progress
 
 _MAX_ATTEMPTS = 5  # at one step, before its loss is reported as an error
 
-Sample = tuple[int, int | None]  # a position in the set, and an augmented view; None: none
+Sample = tuple[int, int | None]  # a position in the set, and its view; None: not augmented
 
-# Sends a step's smashed data [B, T, D] of these samples under the step's name. Returns the features
-# [B, T', D], and the smashed data as the server decodes them; None: as `as_decoded` does.
+# Sends the smashed data [B, T, D] of samples as the step of a name; `DeviceMethod.forward` explains
+# arguments and results.
 Forward = Callable[
     [RoundContext, SplitPlane, Sequence[Sample], Tensor, str], tuple[Tensor, Tensor | None]
 ]

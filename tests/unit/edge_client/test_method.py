@@ -71,7 +71,7 @@ def test_the_default_method_goes_from_head_straight_to_tail_and_sends_no_extras(
     assert method.update_extras(round_context(), torch.arange(3)) == {}
 
 
-class ScalingMethod(DeviceMethod):
+class HalvingMethod(DeviceMethod):
     """Sends half the smashed data, and records samples and names of the steps."""
 
     def __init__(self, fixed_views: bool) -> None:
@@ -97,11 +97,11 @@ class ScalingMethod(DeviceMethod):
 @pytest.mark.parametrize("fixed_views", [False, True])
 def test_a_method_decides_how_smashed_data_are_sent(fixed_views: bool) -> None:
     training = {"keep_fraction": 1.0, "split_epochs": 3, "augment": True, "views": 2}
-    method, context = ScalingMethod(fixed_views), round_context(samples=4, **training)
+    method, context = HalvingMethod(fixed_views), round_context(samples=4, **training)
     epochs: list[int] = []
     read = context.samples.images.read
 
-    def recording_read(positions: Tensor, *, epoch: int = 0) -> tuple[Tensor, Tensor]:
+    def recording_read(positions: Tensor, *, epoch: int) -> tuple[Tensor, Tensor]:
         epochs.append(epoch)
         return read(positions, epoch=epoch)
 
