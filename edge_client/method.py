@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -15,7 +15,9 @@ from edge_client.training import (
     select_samples,
     split_train,
 )
+from edge_client.training.split_training import Sample, forward_whole
 from edge_client.transport import SplitPlane
+from protocol.plan import RunPlan
 from protocol.settings import RunSettings
 
 
@@ -73,7 +75,42 @@ class DeviceMethod:
         self, context: RoundContext, plane: SplitPlane, selected: Tensor
     ) -> TrainingResult:
         """Train the selected samples [k] through the server's body."""
-        return split_train(context, plane, selected)
+        fixed_views = self.uses_fixed_views(context.run)
+        return split_train(context, plane, selected, self.forward, fixed_views=fixed_views)
+
+    def forward(
+        self,
+        context: RoundContext,
+        plane: SplitPlane,
+        samples: Sequence[Sample],
+        smashed: Tensor,
+        step: str,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Send a step's smashed data [B, T, D], with prompts at the input.
+
+        Args:
+            context: the round.
+            plane: the run's.
+            samples: each sample's position in the set and augmented view, [B].
+            smashed: their smashed data, without a graph.
+            step: the step's name, unique in the run; an attempt to send it again has another.
+
+        Returns:
+            The features [B, T', D], and the smashed data [B, T, D] as the server decodes them;
+            None: as ``wire.smashed`` decodes them.
+
+        Raises:
+            SamplesMissing: the server lacks samples that were not sent whole; the step is tried
+                again.
+        """
+        return forward_whole(context, plane, samples, smashed, step)
+
+    def uses_fixed_views(self, run: RunPlan) -> bool:
+        """Whether `forward` needs samples in a fixed number of augmented views."""
+        return False
+
+    def drop_sample_caches(self) -> None:
+        """Drop caches by sample: the set has lost unreadable images, and positions have changed."""
 
     def update_extras(self, context: RoundContext, selected: Tensor) -> dict[str, Tensor]:
         """Return further float32 tensors for the update, computed on the selected samples [k]."""

@@ -47,7 +47,7 @@ class Participant:
         folder: where files of the server are cached.
         name: the device's name, for people.
         reporter: receives progress and events.
-        cache_bytes: memory budget for resized images, per set.
+        cache_bytes: memory budget of each cache: resized images, smashed data.
     """
 
     server: Server
@@ -182,6 +182,7 @@ class JoinedRun:
             if skipped not in reported:
                 self._reporter.event("skipped", path=skipped.path, reason=skipped.reason)
         self.samples = _open_samples(self._device, self.data, self._run_model)
+        self._method.drop_sample_caches()
 
     def _do(self, assignment: Assignment) -> None:
         if assignment.task is Task.TRAIN:
@@ -221,6 +222,7 @@ class JoinedRun:
             self.model,
             self.samples.train,
             self._reporter.advance,
+            self._device.cache_bytes,
             Proximal(self.model, strength) if strength else None,
         )
         result = self._method.train_round(context, self.samples.plane)
@@ -283,10 +285,7 @@ class JoinedRun:
 
 @dataclass(frozen=True)
 class RunSamples:
-    """The device's samples as one run uses them.
-
-    The split plane belongs to them: its delta cache names samples by their positions.
-    """
+    """The device's samples as one run uses them, and the split plane that their requests use."""
 
     train: Samples
     test: Samples
@@ -296,7 +295,7 @@ class RunSamples:
 def _open_samples(device: Participant, data: Dataset, model: RunModel) -> RunSamples:
     """Open both sets with empty caches."""
     settings, cache_bytes = model.run.plan, device.cache_bytes
-    plane = SplitPlane(device.server, settings, delta_cache_bytes=cache_bytes)
+    plane = SplitPlane(device.server, settings)
     augmentation = None
     if settings.training.augment:
         augmentation = Augmentation(derive_seed(settings.seed, "augment", device.name))

@@ -13,10 +13,10 @@ import importlib
 from collections.abc import Mapping
 from functools import lru_cache
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from pydantic import BaseModel
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, ValidationError
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from protocol.base import Message
 from protocol.errors import InvalidField
@@ -39,6 +39,7 @@ __all__ = [
 GROUP = "sfprompt.methods"
 
 Fields = dict[str, Any]
+P = TypeVar("P", bound=Message)
 
 _registered: dict[str, type[MethodSettings]] = {}
 
@@ -104,12 +105,36 @@ class MethodSettings(Message):
             name=settings.name,
             seed=settings.seed,
             class_names=settings.class_names,
-            model=ModelPlan.model_validate(model),
+            model=self._validate(ModelPlan, "model", model),
             federation=settings.federation,
-            training=TrainingPlan.model_validate(training),
-            wire=WirePlan.model_validate(wire),
+            training=self._validate(TrainingPlan, "training", training),
+            wire=self._validate(WirePlan, "wire", wire),
             **self.plan_part(),
         )
+
+    def locate(self, part: str, field: str) -> str:
+        """Return the dotted name under which a run's settings have a field of a plan's part."""
+        own = field in type(self).model_fields and field != "name"
+        return f"method.{field}" if own else f"{part}.{field}"
+
+    def _validate(self, cls: type[P], part: str, values: Fields) -> P:
+        """Validate a part of the plan; an error names the field that people wrote."""
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise ValidationError.from_exception_data(
+                cls.__name__,
+                [
+                    InitErrorDetails(
+                        type=PydanticCustomError(
+                            "plan", "{message}", {"message": each["msg"], **each.get("ctx", {})}
+                        ),
+                        loc=(*self.locate(part, str(next(iter(each["loc"]), ""))).split("."),),
+                        input=each["input"],
+                    )
+                    for each in error.errors()
+                ],
+            ) from None
 
     def load_side(self, name: str) -> type[Any]:
         """Import the class of the method's "device" or "server" side."""

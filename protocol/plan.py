@@ -156,33 +156,33 @@ class ModelPlan(BackboneSettings):
     @model_validator(mode="after")
     def _check_prompts(self) -> ModelPlan:
         if self.prompt_depth == "deep" and self.prompt_at == "input" and self.cut == 0:
-            self._refuse("prompt_depth", "shallow where model.prompt_at = input and model.cut = 0")
+            self._refuse("prompt_depth", "shallow where prompt_at = input and cut = 0")
         if self.keep_tokens and self.prompt_at == "input":
-            self._refuse("keep_tokens", "0 where model.prompt_at = input: prompts are not merged")
+            self._refuse("keep_tokens", "0 where prompt_at = input: prompts are not merged")
         return self
 
     @model_validator(mode="after")
     def _check_tune(self) -> ModelPlan:
         if self.tunes_head and self.prompt_at == "cut":
-            self._refuse("tune", "tail or classifier where model.prompt_at = cut: a frozen head")
+            self._refuse("tune", "tail or classifier where prompt_at = cut: a frozen head")
         if self.tune == "adapter" and self.cut == 0:
-            self._refuse("tune", "any value but adapter where model.cut = 0")
+            self._refuse("tune", "any value but adapter where cut = 0")
         if self.tune_body and self.tune != "full":
-            self._refuse("tune_body", "false unless model.tune = full")
+            self._refuse("tune_body", "false unless tune = full")
         if self.tune_body and self.prompt_count:
-            self._refuse("tune_body", "false unless model.prompt_count = 0")
+            self._refuse("tune_body", "false unless prompt_count = 0")
         return self
 
     @model_validator(mode="after")
     def _check_proxy(self) -> ModelPlan:
         if self.local_body and (self.prompt_at == "cut" or self.proxy != "none"):
-            self._refuse("local_body", "0 unless model.prompt_at = input and model.proxy = none")
+            self._refuse("local_body", "0 unless prompt_at = input and proxy = none")
         if self.proxy == "none":
             return self
         if self.tune not in ("tail", "classifier", "lora"):
-            self._refuse("tune", "tail, classifier or lora where model.proxy is not none")
+            self._refuse("tune", "tail, classifier or lora where proxy is not none")
         if self.prompt_at != "input" or self.prompt_depth != "shallow":
-            limit = "none unless model.prompt_at = input and model.prompt_depth = shallow"
+            limit = "none unless prompt_at = input and prompt_depth = shallow"
             self._refuse("proxy", limit)
         return self
 
@@ -190,7 +190,7 @@ class ModelPlan(BackboneSettings):
         value = getattr(self, field)
         error = PydanticCustomError(
             "combination",
-            "model.{name} must be {expected}, not {value}",
+            "{name} must be {expected}, not {value}",
             {"name": field, "expected": limit, "value": str(value)},
         )
         details = InitErrorDetails(type=error, loc=(field,), input=value)

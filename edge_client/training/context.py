@@ -102,6 +102,7 @@ class RoundContext:
     model: DeviceModel
     samples: Samples
     advance: Advance
+    cache_bytes: int  # memory budget of a cache of the tuning method
     proximal: Proximal | None = None
 
     def add_proximal_gradients(self) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,13 +15,20 @@ from torch.nn import functional as F
 from edge_client.model import DeviceModel
 from edge_client.training.context import Diverged, RoundContext
 from edge_client.transport import SamplesMissing, SplitPlane
-from edge_client.transport.deltas import Sample
 from protocol.codecs.registry import as_decoded
 from protocol.errors import StepLost
 from protocol.messages import MAX_LOSS, ExchangeMeta
 from split_model import make_optimizer, set_progress
 
 _MAX_ATTEMPTS = 5  # at one step, before its loss is reported as an error
+
+Sample = tuple[int, int | None]  # a position in the set, and its view; None: not augmented
+
+# Sends the smashed data [B, T, D] of samples as the step of a name; `DeviceMethod.forward` explains
+# arguments and results.
+Forward = Callable[
+    [RoundContext, SplitPlane, Sequence[Sample], Tensor, str], tuple[Tensor, Tensor | None]
+]
 
 
 @dataclass(frozen=True)
@@ -36,12 +44,38 @@ class TrainingResult:
     session: str | None = None
 
 
-def split_train(context: RoundContext, plane: SplitPlane, selected: Tensor) -> TrainingResult:
+def forward_whole(
+    context: RoundContext,
+    plane: SplitPlane,
+    samples: Sequence[Sample],
+    smashed: Tensor,
+    step: str,
+) -> tuple[Tensor, Tensor | None]:
+    """Send smashed data whole; see `Forward`."""
+    return plane.forward(smashed, step=step, round_=context.round), None
+
+
+def split_train(
+    context: RoundContext,
+    plane: SplitPlane,
+    selected: Tensor,
+    forward: Forward = forward_whole,
+    *,
+    fixed_views: bool = False,
+) -> TrainingResult:
     """Train in U-shape over the selected samples [k].
 
     With prompts at the input, four tensors cross in a step: smashed data up, features down, the
     features' gradient up, the smashed data's gradient down. With prompts at the cut, two cross in
     one round trip: features down and their gradient up.
+
+    Args:
+        context: the round.
+        plane: the run's.
+        selected: positions of the samples, [k].
+        forward: sends smashed data, with prompts at the input.
+        fixed_views: with prompts at the input, augment a sample to one of ``training.views`` fixed
+            views, not anew in every epoch.
 
     Raises:
         Diverged: a loss or a gradient is not finite.
@@ -52,11 +86,15 @@ def split_train(context: RoundContext, plane: SplitPlane, selected: Tensor) -> T
     """
     if context.run.model.prompt_at == "cut":
         return _train_with_prompts_at_the_cut(context, plane, selected)
-    return _train_with_prompts_at_the_input(context, plane, selected)
+    return _train_with_prompts_at_the_input(context, plane, selected, forward, fixed_views)
 
 
 def _train_with_prompts_at_the_input(
-    context: RoundContext, plane: SplitPlane, selected: Tensor
+    context: RoundContext,
+    plane: SplitPlane,
+    selected: Tensor,
+    forward: Forward,
+    fixed_views: bool,
 ) -> TrainingResult:
     model = context.model
     optimizer = make_optimizer(context.run.training, model.prompts, model.tail, head=model.head)
@@ -66,13 +104,13 @@ def _train_with_prompts_at_the_input(
         set_progress(optimizer, context.rate_factor(step, batches.steps))
         epoch_of_round = context.run.training.local_epochs + epoch
         view = context.view(epoch_of_round)
-        # Without deltas every epoch augments anew; deltas need a fixed number of views.
-        augmented = context.epoch_of_run(epoch_of_round) if plane.deltas is None else view
+        augmented = view if fixed_views else context.epoch_of_run(epoch_of_round)
         images, labels = context.samples.images.read(positions, epoch=augmented)
         samples = [(position, view) for position in positions.tolist()]
         optimizer.zero_grad()
+        send = partial(forward, context, plane, samples)
         noise = context.noise(step)
-        loss = _run_step(context, plane, samples, images, labels, f"{name}.{step}", noise)
+        loss = _run_step(context, plane, send, images, labels, f"{name}.{step}", noise)
         context.add_proximal_gradients()
         optimizer.step()
         batches.add_loss(epoch, loss, len(positions))
@@ -82,7 +120,7 @@ def _train_with_prompts_at_the_input(
 def _run_step(
     context: RoundContext,
     plane: SplitPlane,
-    samples: Sequence[Sample],
+    send: Callable[[Tensor, str], tuple[Tensor, Tensor | None]],
     images: Tensor,
     labels: Tensor,
     name: str,
@@ -95,7 +133,7 @@ def _run_step(
         # Each attempt has its own name: the server answers a repeated name from its cache.
         step = f"{name}.{attempt}"
         try:
-            features, decoded = _forward(context, plane, samples, smashed.detach(), step)
+            features, decoded = send(smashed.detach(), step)
             loss, gradients = train_tail(model, features, labels)
             if not smashed.requires_grad:
                 return loss  # nothing before the cut is tuned: its gradient is not needed
@@ -113,30 +151,6 @@ def _run_step(
     # Straight-through estimate: the codecs' error is treated as a constant.
     smashed.backward(correct_gradient(context, gradient, smashed.detach(), decoded))
     return loss
-
-
-def _forward(
-    context: RoundContext,
-    plane: SplitPlane,
-    samples: Sequence[Sample],
-    smashed: Tensor,
-    step: str,
-) -> tuple[Tensor, Tensor | None]:
-    """Return features [B, T', D] and the smashed data [B, T, D] as the server decodes them.
-
-    The second is None where it is not known: without deltas.
-    """
-    deltas = plane.deltas
-    if deltas is None:
-        return plane.forward(smashed, step=step, round_=context.round), None
-    batch = deltas.revise(samples, smashed)
-    try:
-        features = plane.forward(batch, step=step, round_=context.round)
-    except SamplesMissing as error:
-        deltas.forget(samples[place] for place in error.places)
-        raise
-    deltas.confirm(batch)
-    return features, batch.decoded
 
 
 def _train_with_prompts_at_the_cut(

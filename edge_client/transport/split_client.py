@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from edge_client.transport.client import Server
-from edge_client.transport.deltas import DeltaBatch, DeltaCache
 from protocol.errors import Busy, MalformedFrame, SFPromptError
 from protocol.frames import Frame, require_kind
 from protocol.limits import DEFAULT_LIMITS, MIB
@@ -61,47 +60,48 @@ class SplitPlane:
     Args:
         server: authenticated.
         run: the run's settings.
-        delta_cache_bytes: memory budget of the delta cache.
-
-    Attributes:
-        deltas: the training samples' smashed data as the server has them; None: the run does not
-            send differences (``wire.delta_smashed``).
     """
 
-    def __init__(
-        self, server: Server, run: RunPlan, delta_cache_bytes: int = 256 * 1024 * 1024
-    ) -> None:
+    def __init__(self, server: Server, run: RunPlan) -> None:
         self._server = server
         self._wire = run.wire
-        self.deltas: DeltaCache | None = None
-        if run.wire.delta_smashed is not None:
-            self.deltas = DeltaCache(
-                run.wire.smashed, run.wire.delta_smashed, run.wire.skip_below, delta_cache_bytes
-            )
         split = run.model
         sizes = anatomy(split)
         num_tokens = needed_tokens(split) if run.wire.pooled_features else None
         tokens = sizes.tokens + split.prompt_count
         self._features = (tokens if num_tokens is None else num_tokens, sizes.width)
 
-    def forward(self, batch: Tensor | DeltaBatch, *, step: str, round_: int) -> Tensor:
+    def forward(self, batch: Tensor, *, step: str, round_: int) -> Tensor:
         """Compute the features [B, T', D] of smashed data [B, T, D]; the server retains the step.
 
         Args:
-            batch: smashed data, or their differences from what the server has.
+            batch: smashed data.
             step: the step's name, unique in the run.
             round_: the round's number.
+        """
+        response = self._send_forward(self._batch(batch), step, round_)
+        return _tensor(response, "features", (len(batch), *self._features))
+
+    def forward_payload(self, payload: Payload, samples: int, *, step: str, round_: int) -> Tensor:
+        """Like `forward`, for a batch in a form that only the tuning method's two sides know.
+
+        Args:
+            payload: the request's tensors, each with its codec.
+            samples: number of samples in the batch.
+            step: as for `forward`.
+            round_: as for `forward`.
 
         Raises:
-            SamplesMissing: the server lacks samples that the differences refer to. Drop them from
-                the delta cache, then send a new batch under a new name.
+            SamplesMissing: the server lacks samples that the payload names. Send another payload
+                under a new name.
         """
+        response = self._send_forward(payload, step, round_)
+        _check_none_missing(response, samples)
+        return _tensor(response, "features", (samples, *self._features))
+
+    def _send_forward(self, payload: Payload, step: str, round_: int) -> Frame:
         meta = {"step": step, "round": round_}
-        tensors = batch.tensors if isinstance(batch, DeltaBatch) else self._batch(batch)
-        response = self._server.send_frame(FORWARD_PATH, "forward", meta, tensors)
-        if isinstance(batch, DeltaBatch):
-            _check_none_missing(response, len(batch))
-        return _tensor(response, "features", (len(batch), *self._features))
+        return self._server.send_frame(FORWARD_PATH, "forward", meta, payload)
 
     def backward(
         self,

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from protocol.base import Message
 from protocol.errors import InvalidField, StaleRound
+from protocol.messages import StepMeta
 from protocol.wire import (
     BACKWARD_PATH,
     EXCHANGE_PATH,
@@ -35,7 +36,6 @@ from split_server.engine.api import (
 )
 from split_server.federation.snapshot import RunSnapshot
 from split_server.http.services import Services
-from split_server.payloads.deltas import DeltaBatch, apply_deltas
 from split_server.payloads.requests import (
     Batch,
     SplitRequest,
@@ -73,14 +73,18 @@ Submit = Callable[[], Awaitable[Reply]]
 Handler = Callable[[HandlerContext, SplitRequest], Submit | Reply]
 
 
-def handle_forward(context: HandlerContext, request: SplitRequest) -> Submit | Reply:
+def handle_forward(context: HandlerContext, request: SplitRequest) -> Submit:
     """Run a batch forward; the engine retains the step if a backward may follow."""
     forward = parse_forward(request)
-    smashed = load_batch(context, request, forward.batch)
-    if isinstance(smashed, Reply):
-        return smashed
+    return submit_forward(context, request, forward.meta, forward.smashed)
+
+
+def submit_forward(
+    context: HandlerContext, request: SplitRequest, meta: StepMeta, smashed: Tensor
+) -> Submit:
+    """Return the function that runs a step's smashed data [B, T, D] forward."""
     job = ForwardJob(
-        key=StepKey(request.run, request.participant, forward.meta.step),
+        key=StepKey(request.run, request.participant, meta.step),
         body=request.body,
         smashed=smashed,
         fingerprint=request.fingerprint,
@@ -88,7 +92,7 @@ def handle_forward(context: HandlerContext, request: SplitRequest) -> Submit | R
         backward=request.body.settings.tunes_ahead,
     )
     compute = partial(context.services.engine.submit, job)
-    return submit(compute, "features", request.plan.wire.features, forward.meta)
+    return submit(compute, "features", request.plan.wire.features, meta)
 
 
 def handle_backward(context: HandlerContext, request: SplitRequest) -> Submit:
@@ -150,14 +154,14 @@ def handle_infer(context: HandlerContext, request: SplitRequest) -> Submit | Rep
 def handle_samples(context: HandlerContext, request: SplitRequest) -> Reply:
     """Cache smashed data under the ids that came with them."""
     samples = parse_samples(request).samples
-    context.services.samples.put(_owner(request), samples.form, samples.ids, samples.buffers)
+    context.services.samples.put(owner_of(request), samples.form, samples.ids, samples.buffers)
     return Reply("kept")
 
 
 def handle_missing(context: HandlerContext, request: SplitRequest) -> Reply:
     """Answer with the indices of the ids whose samples are not cached."""
     ids = parse_missing(request).ids
-    return _missing(context.services.samples.list_missing(_owner(request), ids))
+    return missing_reply(context.services.samples.list_missing(owner_of(request), ids))
 
 
 HANDLERS: Final[Mapping[str, tuple[str, Handler]]] = {  # path: the frame's kind, its handler
@@ -187,26 +191,25 @@ def submit(
 
 
 def load_batch(context: HandlerContext, request: SplitRequest, batch: Batch) -> Tensor | Reply:
-    """Return a batch's smashed data [B, T, D], or the reply that names its missing samples.
-
-    Deltas are added on the CPU wherever the body runs: the device adds the same numbers, and the
-    results must agree bit for bit.
-    """
+    """Return a batch's smashed data [B, T, D], or the reply that names its missing samples."""
     if isinstance(batch, Tensor):
         return batch
-    if isinstance(batch, DeltaBatch):
-        rebuilt = apply_deltas(context.services.samples, _owner(request), batch)
-        return _missing(rebuilt) if isinstance(rebuilt, list) else rebuilt.to(request.device)
-    cached = context.services.samples.take(_owner(request), batch.ids)
-    return _missing(cached) if isinstance(cached, list) else decode_cached(*cached, request.device)
+    cached = context.services.samples.take(owner_of(request), batch.ids)
+    return (
+        missing_reply(cached)
+        if isinstance(cached, list)
+        else decode_cached(*cached, request.device)
+    )
 
 
-def _missing(indices: list[int]) -> Reply:
+def missing_reply(indices: list[int]) -> Reply:
+    """Return the reply that names the missing samples by their indices in the request."""
     places = torch.tensor(indices, dtype=torch.int64)
     return Reply("missing", tensors={"places": (places, "int64")})
 
 
-def _owner(request: SplitRequest) -> Owner:
+def owner_of(request: SplitRequest) -> Owner:
+    """Return the owner of a request's samples in the sample store."""
     return Owner(request.run, request.participant)
 
 

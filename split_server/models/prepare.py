@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import split_model
+from protocol.errors import InvalidField
 from protocol.messages import BlobRef
 from protocol.seeds import derive_seed
 from protocol.settings import RunSettings
@@ -32,6 +33,16 @@ def prepare_run(settings: RunSettings, files: RunFiles, cache_dir: Path) -> Prep
     Raises:
         InvalidField: the model cannot be obtained, or cut as the plan requires.
     """
+    try:
+        return _prepare(settings, files, cache_dir)
+    except InvalidField as error:
+        part, dot, field = (error.field or "").partition(".")
+        if dot and part in {"model", "distillation"}:  # name the field that people wrote
+            error.field = settings.method.locate(part, field)
+        raise
+
+
+def _prepare(settings: RunSettings, files: RunFiles, cache_dir: Path) -> PreparedRun:
     plan, method = settings.plan, server_method(settings)
     method.check(plan)
     backbone = split_model.prepare_backbone(plan.model, plan.model.weights, cache_dir)

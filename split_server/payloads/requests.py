@@ -26,7 +26,6 @@ from protocol.messages import (
 from protocol.plan import RunPlan
 from split_model import anatomy, needed_tokens
 from split_server.models.body_key import BodyKey
-from split_server.payloads.deltas import DeltaBatch, decode_deltas
 from split_server.payloads.samples import (
     EncodedSamples,
     check_encoded_samples,
@@ -96,15 +95,15 @@ class CachedBatch:
     ids: list[bytes]  # [B]
 
 
-Batch = Tensor | CachedBatch | DeltaBatch  # a tensor is smashed data [B, T, D]
+Batch = Tensor | CachedBatch  # a tensor is smashed data [B, T, D]
 
 
 @dataclass(frozen=True)
 class ForwardRequest:
-    """A training step's batch, sent whole or as deltas."""
+    """A training step's smashed data [B, T, D]."""
 
     meta: StepMeta
-    batch: Tensor | DeltaBatch
+    smashed: Tensor
 
 
 @dataclass(frozen=True)
@@ -156,14 +155,9 @@ def parse_forward(request: SplitRequest) -> ForwardRequest:
     Raises:
         InvalidField, RunClosed, StaleRound, MalformedFrame, WrongShape, TooLarge, NonFinite
     """
-    meta = _parse_step_meta(request)
-    if "ids" not in request.frame.specs:
-        return ForwardRequest(meta, decode_batch(request))
-    _require_delta_cache(request)
-    max_samples = request.plan.training.batch_size
-    settings = request.body.settings
-    deltas = decode_deltas(request.frame, settings, request.limits, max_samples)
-    return ForwardRequest(meta, deltas)
+    meta = parse_step_meta(request)
+    refuse_sample_ids(request)
+    return ForwardRequest(meta, decode_batch(request))
 
 
 def parse_backward(request: SplitRequest) -> BackwardRequest:
@@ -172,7 +166,7 @@ def parse_backward(request: SplitRequest) -> BackwardRequest:
     Raises:
         InvalidField, RunClosed, StaleRound, MalformedFrame, WrongShape, TooLarge, NonFinite
     """
-    return BackwardRequest(_parse_step_meta(request), decode_batch_gradients(request))
+    return BackwardRequest(parse_step_meta(request), decode_batch_gradients(request))
 
 
 def parse_exchange(request: SplitRequest) -> ExchangeRequest:
@@ -239,7 +233,12 @@ def parse_missing(request: SplitRequest) -> MissingRequest:
     return MissingRequest(decode_sample_ids(request.frame))
 
 
-def _parse_step_meta(request: SplitRequest) -> StepMeta:
+def parse_step_meta(request: SplitRequest) -> StepMeta:
+    """Parse the meta of a training step through the frozen body.
+
+    Raises:
+        InvalidField, RunClosed, StaleRound
+    """
     meta = parse_message(StepMeta, dict(request.frame.meta))
     _require_placement(request, "input")
     request.permission.require_trainer(meta.round, None)
@@ -299,8 +298,13 @@ def _require_placement(request: SplitRequest, placement: str) -> None:
         )
 
 
-def _require_delta_cache(request: SplitRequest) -> None:
-    if request.plan.wire.delta_smashed is None:
+def refuse_sample_ids(request: SplitRequest) -> None:
+    """Refuse a training step that names its samples instead of sending their smashed data.
+
+    Raises:
+        InvalidField
+    """
+    if "ids" in request.frame.specs:
         raise InvalidField(
             "the server caches no smashed data for deltas in this run; send whole batches",
             field="delta_smashed",

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from edge_client.data import Dataset
 from edge_client.participant import Participant
+from edge_client.training.split_training import Sample
 from edge_client.transport import SamplesMissing, Server
-from edge_client.transport.deltas import DeltaBatch, Sample
+from edge_client.transport.split_client import Payload
 from protocol.codecs.registry import as_decoded
 from protocol.federation import FederationSettings
 from protocol.plan import RunPlan, TrainingPlan, WirePlan
@@ -33,6 +34,8 @@ from tests.support.server import (
     running_server,
     tensor_in,
 )
+from tuning_methods.sfprompt.device import SFPromptPaperDevice
+from tuning_methods.sfprompt.device_deltas import DeltaBatch
 
 TOKENS, WIDTH = 1 + 4 + 4, 192  # class token, prompts, 2 x 2 patches
 
@@ -78,6 +81,7 @@ class Device(SilentReporter):
     """Takes part in a whole run, and records each step of split training.
 
     Attributes:
+        cache: the device's copies of smashed data; None: the run sends them whole.
         states: prompts and tail after each step.
         sent: smashed data of each request, and the batch of changes that was sent for it.
         missing: samples that the server did not have.
@@ -107,6 +111,10 @@ class Device(SilentReporter):
             self.initial = load_state(
                 self.participant.files.fetch(self.participant.run.state, lambda _: b"")
             )
+            method = self.participant._method
+            assert isinstance(method, SFPromptPaperDevice)
+            wire_plan = self.participant.run.settings.plan.wire
+            self.cache = method.delta_cache(wire_plan, device.cache_bytes)
             self._watch()
             self.participant.take_part()
             self.up = client.traffic().up[Phase.SMASHED]
@@ -126,38 +134,40 @@ class Device(SilentReporter):
         return sum(len(sent.tensors[part][0]) for _, sent in self.sent if part in sent.tensors)
 
     def _count_differing(self) -> int:
-        copies = self.participant.samples.plane.deltas
-        if copies is None:
+        cache = self.cache
+        if cache is None:
             return 0
-        ids = [bytes(id_.tolist()) for id_ in copies._ids(list(copies._copies))]
+        ids = [bytes(id_.tolist()) for id_ in cache._ids(list(cache._copies))]
         assert len(ids) >= BATCH
         return sum(
             stored is None
             or stored.version != copy.version
             or bytes(stored.data) != copy.smashed.numpy().tobytes()
             for stored, copy in zip(
-                self.store.find(self.owner, ids), copies._copies.values(), strict=True
+                self.store.find(self.owner, ids), cache._copies.values(), strict=True
             )
         )
 
     def _watch(self) -> None:
-        plane, copies = self.participant.samples.plane, self.participant.samples.plane.deltas
-        if copies is None:
+        plane, cache = self.participant.samples.plane, self.cache
+        if cache is None:
             return
-        forward, revise = plane.forward, copies.revise
+        forward, encode = plane.forward_payload, cache.encode
 
-        def revised(samples: Sequence[Sample], smashed: Tensor) -> DeltaBatch:
-            self.sent.append((smashed.clone(), revise(samples, smashed)))
+        def recording_encode(samples: Sequence[Sample], smashed: Tensor) -> DeltaBatch:
+            self.sent.append((smashed.clone(), encode(samples, smashed)))
             return self.sent[-1][1]
 
-        def forwarded(batch: DeltaBatch, **step: Any) -> Tensor:
+        def recording_forward(payload: Payload, samples: int, **step: Any) -> Tensor:
+            _, batch = self.sent[-1]
+            assert payload is batch.tensors
             try:
-                return forward(batch, **step)
+                return forward(payload, samples, **step)
             except SamplesMissing as error:
                 self.missing += [batch.samples[place] for place in error.places]
                 raise
 
-        plane.forward, copies.revise = forwarded, revised
+        plane.forward_payload, cache.encode = recording_forward, recording_encode
 
 
 def relative_error(tensor: Tensor, reference: Tensor) -> float:
@@ -255,7 +265,7 @@ def test_a_device_without_its_copies_sends_whole_samples_again(
 ) -> None:
     def forget(device: Device, done: int) -> None:
         if done == 5:
-            device.participant.samples.plane.deltas.forget([(0, None), (3, None)])
+            device.cache.forget([(0, None), (3, None)])
 
     device = Device(server, tmp_path, QUANTISED, forget, split_epochs=4)
     assert device.missing == []

@@ -111,10 +111,10 @@ def test_a_run_of_unavailable_parts_is_refused(operator: ApiClient) -> None:
         ({"backbone": "resnet18"}, "model.backbone"),
         ({"weights": "random:many"}, "model.weights"),
         ({"weights": "file:/nowhere.safetensors"}, "model.weights"),
-        ({"cut": 13}, "model.cut"),
-        ({"prompt_at": "cut", "cut": 12}, "model.prompt_at"),
-        ({"prompt_depth": "deep", "cut": 0}, "model.prompt_depth"),
-        ({"tune": "adapter", "cut": 0}, "model.tune"),
+        ({"cut": 13}, "method.model.cut"),
+        ({"prompt_at": "cut", "cut": 12}, "method.model.prompt_at"),
+        ({"prompt_depth": "deep", "cut": 0}, "method.model.prompt_depth"),
+        ({"tune": "adapter", "cut": 0}, "method.model.tune"),
     ):
         wrong = {**settings, "model": {**settings["model"], **change}}
         answer = operator.call(

@@ -39,6 +39,8 @@ from split_model import (
 )
 from split_model.files import sha256_of
 
+CACHE_BYTES = 2**28
+
 
 @dataclass
 class Request:
@@ -267,7 +269,7 @@ def round_context(
         training=TrainingPlan.model_validate({"batch_size": 4, **training}),
     )
     reader = BatchReader(image_set(samples), model.preprocessing)
-    return RoundContext(settings, name, round_, 0, model, Samples(reader), advance)
+    return RoundContext(settings, name, round_, 0, model, Samples(reader), advance, CACHE_BYTES)
 
 
 @dataclass

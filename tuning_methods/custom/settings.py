@@ -55,6 +55,15 @@ class Custom(MethodSettings):
             return "fedpft"
         return "sfprompt-paper"
 
+    def check(self, settings: RunSettings) -> None:
+        super().check(settings)
+        if self._choose_method() != "sfprompt-paper" and self.wire.get("delta_smashed") is not None:
+            raise ValueError("delta_smashed needs proxy = none: no method has both")
+
+    def locate(self, part: str, field: str) -> str:
+        inside = field in getattr(self, part, {})
+        return f"method.{part}.{field}" if inside else super().locate(part, field)
+
     def model_part(self, settings: RunSettings) -> Fields:
         return self.model
 

@@ -1,20 +1,28 @@
-"""The device's side of SFPrompt as published: a small local body for the local-loss update."""
+"""The device's side of SFPrompt as published: a local body, and deltas of smashed data."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from torch import Tensor
 
 from edge_client.method import DeviceMethod
 from edge_client.model import DeviceModel
+from edge_client.training.context import RoundContext
+from edge_client.training.split_training import Sample
+from edge_client.transport import SamplesMissing, SplitPlane
+from protocol.plan import RunPlan, WirePlan
+from tuning_methods.sfprompt.device_deltas import DeltaCache
 from tuning_methods.sfprompt.local_body import LocalBody, build_local_body
 
 
 class SFPromptPaperDevice(DeviceMethod):
-    """The local-loss update runs through the local body, if the run has one."""
+    """Updates locally through the local body, and sends deltas, if the run has these."""
 
     def __init__(self) -> None:
         self._model: DeviceModel | None = None
         self._local_body: LocalBody | None = None
+        self._deltas: DeltaCache | None = None
 
     def local_forward(self, model: DeviceModel, smashed: Tensor) -> Tensor:
         body = self.local_body(model)
@@ -33,3 +41,38 @@ class SFPromptPaperDevice(DeviceMethod):
             )
             self._model = model
         return self._local_body
+
+    def forward(
+        self,
+        context: RoundContext,
+        plane: SplitPlane,
+        samples: Sequence[Sample],
+        smashed: Tensor,
+        step: str,
+    ) -> tuple[Tensor, Tensor | None]:
+        cache = self.delta_cache(context.run.wire, context.cache_bytes)
+        if cache is None:
+            return super().forward(context, plane, samples, smashed, step)
+        batch = cache.encode(samples, smashed)
+        try:
+            features = plane.forward_payload(
+                batch.tensors, len(batch), step=step, round_=context.round
+            )
+        except SamplesMissing as error:
+            cache.forget(samples[place] for place in error.places)
+            raise
+        cache.confirm(batch)
+        return features, batch.decoded
+
+    def uses_fixed_views(self, run: RunPlan) -> bool:
+        """With deltas: a sample has a cached copy for each of its views."""
+        return run.wire.delta_smashed is not None
+
+    def drop_sample_caches(self) -> None:
+        self._deltas = None
+
+    def delta_cache(self, wire: WirePlan, max_bytes: int) -> DeltaCache | None:
+        """Return the cache of the samples' smashed data; None: the run sends them whole."""
+        if self._deltas is None and wire.delta_smashed is not None:
+            self._deltas = DeltaCache(wire.smashed, wire.delta_smashed, wire.skip_below, max_bytes)
+        return self._deltas

@@ -1,24 +1,56 @@
-"""The server's side of SFPrompt as published: distils the devices' local body."""
+"""The server's side of SFPrompt as published: local bodies, and deltas of smashed data."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from protocol.plan import RunPlan
 from split_model import BackboneFile
 from split_model.backbone.tensor_file import TensorFile
+from split_server.http.handlers import (
+    Handler,
+    HandlerContext,
+    Reply,
+    Submit,
+    handle_forward,
+    missing_reply,
+    owner_of,
+    submit_forward,
+)
 from split_server.method import ModelFiles, ServerMethod
+from split_server.payloads.requests import SplitRequest
 from tuning_methods.proxies.cache import distil_once
 from tuning_methods.sfprompt.local_body import distil_local_body
+from tuning_methods.sfprompt.server_deltas import apply_deltas, parse_delta_forward
 
 _SHAPE = ("local_body", "cut", "tail_blocks")
 
 
 class SFPromptPaperServer(ServerMethod):
-    """The head file carries the local body, if the run has one."""
+    """The head file carries the local body, and forwards may carry deltas, if the run has these."""
+
+    @property
+    def handlers(self) -> Mapping[str, Handler]:
+        return {"forward": _handle_forward}
 
     def prepare(self, plan: RunPlan, backbone: BackboneFile, cache_dir: Path) -> ModelFiles:
         if not plan.model.local_body:
             return super().prepare(plan, backbone, cache_dir)
         path = distil_once(plan, backbone, cache_dir, _SHAPE, distil_local_body)
         return ModelFiles(backbone.path, TensorFile(path))
+
+
+def _handle_forward(context: HandlerContext, request: SplitRequest) -> Submit | Reply:
+    """Run a batch forward; smashed data that are sent as deltas are rebuilt first.
+
+    Deltas are added on the CPU wherever the body runs: the device adds the same numbers, and the
+    results must agree bit for bit.
+    """
+    if request.plan.wire.delta_smashed is None or "ids" not in request.frame.specs:
+        return handle_forward(context, request)
+    forward = parse_delta_forward(request)
+    rebuilt = apply_deltas(context.services.samples, owner_of(request), forward.batch)
+    if isinstance(rebuilt, list):
+        return missing_reply(rebuilt)
+    return submit_forward(context, request, forward.meta, rebuilt.to(request.device))

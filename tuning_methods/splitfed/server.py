@@ -35,6 +35,7 @@ from split_server.payloads.requests import (
     decode_batch,
     decode_batch_gradients,
     parse_infer,
+    refuse_sample_ids,
 )
 from tuning_methods.splitfed.tuned_bodies import BodyJob, BodyPlan, Direction, TunedBodies
 
@@ -60,13 +61,7 @@ def _handle_forward(context: HandlerContext, request: SplitRequest) -> Submit | 
     if not request.plan.model.tune_body:
         return handle_forward(context, request)
     meta = parse_body_step_meta(request)
-    if "ids" in request.frame.specs:
-        raise InvalidField(
-            "a run that tunes its head needs the smashed data, not ids of cached samples",
-            field="ids",
-            limit="none",
-            hint="send the smashed data of the whole batch",
-        )
+    refuse_sample_ids(request)
     job = _body_job("forward", context, request, meta, decode_batch(request))
     compute = partial(context.services.engine.submit, job)
     return submit(compute, "features", request.plan.wire.features, meta)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -12,8 +13,10 @@ import edge_client
 from edge_client.method import DeviceMethod, RoundResult, device_method
 from edge_client.model import DeviceModel
 from edge_client.training import RoundContext, TrainingResult
+from edge_client.training.split_training import Sample
 from edge_client.transport import SplitPlane
 from protocol.plan import RunPlan
+from protocol.settings import RunSettings
 from tests.support.edge import BodyServer, device_model, round_context
 
 
@@ -61,11 +64,58 @@ def test_without_samples_nothing_is_trained() -> None:
 
 
 def test_the_default_method_goes_from_head_straight_to_tail_and_sends_no_extras() -> None:
-    method, model = device_method(RunPlan()), device_model()
+    method, model = device_method(RunSettings()), device_model()
     assert type(method) is DeviceMethod
     smashed = torch.randn(2, 9, 192)
     assert torch.equal(method.local_forward(model, smashed), model.tail(smashed))
     assert method.update_extras(round_context(), torch.arange(3)) == {}
+
+
+class HalvingMethod(DeviceMethod):
+    """Sends half the smashed data, and records samples and names of the steps."""
+
+    def __init__(self, fixed_views: bool) -> None:
+        self.fixed_views = fixed_views
+        self.steps: list[tuple[Sequence[Sample], str]] = []
+
+    def forward(
+        self,
+        context: RoundContext,
+        plane: SplitPlane,
+        samples: Sequence[Sample],
+        smashed: Tensor,
+        step: str,
+    ) -> tuple[Tensor, Tensor | None]:
+        assert not smashed.requires_grad
+        self.steps.append((samples, step))
+        return super().forward(context, plane, samples, smashed / 2, step)
+
+    def uses_fixed_views(self, run: RunPlan) -> bool:
+        return self.fixed_views
+
+
+@pytest.mark.parametrize("fixed_views", [False, True])
+def test_a_method_decides_how_smashed_data_are_sent(fixed_views: bool) -> None:
+    training = {"keep_fraction": 1.0, "split_epochs": 3, "augment": True, "views": 2}
+    method, context = HalvingMethod(fixed_views), round_context(samples=4, **training)
+    epochs: list[int] = []
+    read = context.samples.images.read
+
+    def recording_read(positions: Tensor, *, epoch: int) -> tuple[Tensor, Tensor]:
+        epochs.append(epoch)
+        return read(positions, epoch=epoch)
+
+    context.samples.images.read = recording_read  # type: ignore[method-assign]
+    server = BodyServer(lose=1)
+    method.split_train(context, server.plane, torch.arange(4))
+    views = [view for samples, _ in method.steps for _, view in samples]
+    # One local epoch comes first; the first step is lost and sent again under another name.
+    assert views == [1] * 8 + [0] * 4 + [1] * 4
+    assert [sorted(position for position, _ in samples) for samples, _ in method.steps] == [
+        [0, 1, 2, 3]
+    ] * 4
+    assert len({step for _, step in method.steps}) == 4
+    assert epochs == ([1, 0, 1] if fixed_views else [1, 2, 3])
 
 
 def test_the_package_exports_exactly_this() -> None:

@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from edge_client.data import Dataset
+from edge_client.data import CorruptImageError, Dataset
+from edge_client.method import DeviceMethod, RoundResult
 from edge_client.participant import JoinedRun, Participant, succeeded
 from edge_client.reporter import BarReporter, JsonReporter
+from edge_client.training import RoundContext
+from edge_client.transport import SplitPlane
 from protocol.errors import (
     EmptyUpdate,
     IdempotencyKeyReused,
@@ -266,6 +269,30 @@ def test_what_waiting_cannot_mend_ends_the_device(
     server = Script(assignments=[(TRAIN, 1), (STOP, 1)], refusals={1: error("no")})
     with pytest.raises(error):
         take_part(server, tmp_path)
+
+
+def test_a_method_drops_its_caches_by_sample_when_positions_may_have_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+
+    class UnreadableOnce(DeviceMethod):
+        def train_round(self, context: RoundContext, plane: SplitPlane) -> RoundResult:
+            calls.append("train")
+            assert context.cache_bytes == Participant.cache_bytes
+            if len(calls) == 1:
+                raise CorruptImageError("image", limit="an image", value="gone")
+            return super().train_round(context, plane)
+
+        def drop_sample_caches(self) -> None:
+            calls.append("drop")
+
+    method = UnreadableOnce()
+    monkeypatch.setattr("edge_client.participant.device_method", lambda _: method)
+    server = Script(assignments=[(TRAIN, 1), (STOP, 1)])
+    take_part(server, tmp_path)
+    assert calls == ["train", "drop", "train"]
+    assert len(server.updates) == 1
 
 
 def test_the_mean_token_is_added_in_the_first_round_alone(tmp_path: Path) -> None:

@@ -142,6 +142,15 @@ def test_a_field_of_a_former_release_says_where_it_moved(parts: dict[str, Any], 
         ({"name": "sfprompt-paper", "skip_below": 0.1}, {}, "delta_smashed"),
         ({"name": "sfprompt-paper", "local_body": 2, "local_epochs": 0}, {}, "local_epochs"),
         ({"name": "splitfed", "tune": "full"}, {"training": {"proximal": 0.1}}, "proximal"),
+        (
+            {
+                "name": "custom",
+                "model": {"proxy": "pruned", "prompt_depth": "shallow"},
+                "wire": {"delta_smashed": "int4"},
+            },
+            {},
+            "delta_smashed needs proxy = none",
+        ),
     ],
 )
 def test_settings_that_do_not_fit_together_are_refused_before_a_run_is_created(

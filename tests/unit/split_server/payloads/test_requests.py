@@ -15,9 +15,9 @@ from protocol.frames import decode_frame, encode_frame, join_frame
 from protocol.limits import DEFAULT_LIMITS
 from split_server.models.body_key import BodyKey
 from split_server.payloads import requests
-from split_server.payloads.deltas import DeltaBatch
 from split_server.payloads.requests import CachedBatch, SplitRequest
 from tests.support.federation import TOKENS, WIDTH, run_settings, smashed
+from tuning_methods.sfprompt.server_deltas import parse_delta_forward
 from tuning_methods.splitfed.server import parse_body_step_meta
 
 STATE = "a" * 64
@@ -79,15 +79,14 @@ def test_a_forward_is_parsed_into_a_frozen_request() -> None:
     forward = requests.parse_forward(
         request({"step": "s", "round": 1}, permission, smashed=smashed())
     )
-    assert isinstance(forward.batch, Tensor)
-    assert torch.equal(forward.batch, smashed())
+    assert torch.equal(forward.smashed, smashed())
     assert (forward.meta.step, permission.checks) == ("s", [("trainer", 1, None)])
     with pytest.raises(FrozenInstanceError):
-        forward.batch = smashed(seed=1)  # type: ignore[misc]
+        forward.smashed = smashed(seed=1)  # type: ignore[misc]
 
 
 def test_a_forward_with_deltas_is_parsed_without_the_cache() -> None:
-    forward = requests.parse_forward(
+    forward = parse_delta_forward(
         request(
             {"step": "s", "round": 1},
             wire={"delta_smashed": "float32"},
@@ -95,8 +94,14 @@ def test_a_forward_with_deltas_is_parsed_without_the_cache() -> None:
             versions=torch.tensor([[1, 1], [2, 2]]),
         )
     )
-    assert isinstance(forward.batch, DeltaBatch)
     assert forward.batch.ids == [bytes(row.tolist()) for row in IDS]
+
+
+@pytest.mark.parametrize("tensors", [{"ids": IDS}, {"ids": IDS, "smashed": AT_CUT}])
+def test_a_forward_without_deltas_names_no_samples(tensors: Mapping[str, Tensor]) -> None:
+    with pytest.raises(InvalidField) as caught:
+        requests.parse_forward(request({"step": "s", "round": 1}, **tensors))
+    assert (caught.value.field, caught.value.limit) == ("delta_smashed", "a codec")
 
 
 def test_an_exchange_names_or_carries_its_batch() -> None:
@@ -118,6 +123,7 @@ def test_an_exchange_names_or_carries_its_batch() -> None:
     ("parse", "meta", "prompt_at", "check"),
     [
         (requests.parse_forward, {"step": "s", "round": 3}, "input", ("trainer", 3, None)),
+        (parse_delta_forward, {"step": "s", "round": 3}, "input", ("trainer", 3, None)),
         (requests.parse_backward, {"step": "s", "round": 3}, "input", ("trainer", 3, None)),
         (requests.parse_exchange, {**SESSION, "number": 0}, "cut", ("trainer", 1, 0)),
         (parse_body_step_meta, {**SESSION, "number": 0}, "input", ("pending update", 1, 0)),

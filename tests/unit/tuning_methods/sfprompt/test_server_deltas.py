@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from edge_client.transport.deltas import DeltaBatch as Sending
-from edge_client.transport.deltas import DeltaCache, Sample
+from edge_client.training.split_training import Sample
 from protocol.errors import (
     InvalidField,
     MalformedFrame,
@@ -24,9 +23,10 @@ from protocol.errors import (
 )
 from protocol.frames import Frame, decode_frame, encode_frame, join_frame
 from protocol.limits import DEFAULT_LIMITS, FrameLimits
-from split_server.payloads.deltas import apply_deltas, decode_deltas
 from split_server.storage.sample_store import Owner, RowForm, SampleStore, StoredSample, StoreLimits
 from tests.support.federation import SPLIT, TOKENS, WIDTH, smashed
+from tuning_methods.sfprompt.device_deltas import DeltaBatch, DeltaCache
+from tuning_methods.sfprompt.server_deltas import apply_deltas, decode_deltas
 
 A, B = Owner("r1", "p1"), Owner("r1", "p2")
 
@@ -264,7 +264,7 @@ def test_a_batch_that_is_too_large_in_memory_is_refused_before_it_is_decoded(
 
     limits = FrameLimits(max_frame_bytes=6 * ONE)
     assert len(decode_deltas(small, SPLIT, limits, MOST).ids) == 6
-    monkeypatch.setattr("split_server.payloads.deltas.decode_floats", decoded)
+    monkeypatch.setattr("tuning_methods.sfprompt.server_deltas.decode_floats", decoded)
     with pytest.raises(TooLarge) as caught:
         decode_deltas(small, SPLIT, FrameLimits(max_frame_bytes=6 * ONE - 1), MOST)
     assert (caught.value.field, caught.value.value) == ("ids", 6 * ONE)
@@ -330,7 +330,7 @@ def test_a_sample_on_disk_keeps_its_version_and_can_be_replaced(make: MakeStore)
     assert kept(store, 1, 2, 3) == [(10, 10), (8, 2), (9, 3)]
     assert store.memory_bytes + store.disk_bytes == 30
     assert found is not None
-    assert bytes(found.data) == bytes([1] * 10)  # whoever reads it still does
+    assert bytes(found.data) == bytes([1] * 10)  # a reader's bytes stay valid
 
 
 def test_samples_are_dropped_with_their_owner(store: SampleStore) -> None:
@@ -372,10 +372,10 @@ class Pair:
         if event == "forgotten":
             self.device.forget(named[:1])
         if event == "answer lost":  # and given up: the round was over
-            self._send(self.device.revise(named, batch))
+            self._send(self.device.encode(named, batch))
             return
         for _ in range(3):
-            revision = self.device.revise(named, batch)
+            revision = self.device.encode(named, batch)
             found = self._send(revision)
             if event == "sent twice" and isinstance(found, Tensor):
                 again = self._send(revision)
@@ -387,12 +387,12 @@ class Pair:
             self.device.forget(named[place] for place in found)
         raise AssertionError("three sendings were not enough")
 
-    def _send(self, batch: Sending) -> Tensor | list[int]:
+    def _send(self, batch: DeltaBatch) -> Tensor | list[int]:
         return ask(self.store, dict(batch.tensors))
 
     def _lose(self, sample: Sample, batch: Tensor) -> None:
         """Overwrite a cached sample."""
-        (name,) = self.device.revise([sample], batch[:1]).tensors["ids"][0]
+        (name,) = self.device.encode([sample], batch[:1]).tensors["ids"][0]
         form = RowForm("float32", (TOKENS, WIDTH), (ONE,))
         self.store.replace(A, form, [bytes(name.tolist())], [memoryview(bytes(ONE))], [2**40])
 

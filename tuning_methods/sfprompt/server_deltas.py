@@ -1,4 +1,4 @@
-"""Decode forwards that send deltas, and rebuild smashed data from them and the server's cache.
+"""Parse forwards that send deltas, and rebuild smashed data from them and the server's cache.
 
 Server and device cache the same smashed data of a sample, in float32. A request names, for each
 sample, the cached version that its delta refers to and the version that results. A version is
@@ -22,8 +22,10 @@ from protocol.codecs import get_codec
 from protocol.errors import MalformedFrame, NonFinite, WrongShape
 from protocol.frames import Frame
 from protocol.limits import FrameLimits
+from protocol.messages import StepMeta
 from protocol.plan import ModelPlan
 from split_model import anatomy
+from split_server.payloads.requests import SplitRequest, parse_step_meta
 from split_server.payloads.samples import decode_sample_ids, require_codec, require_row_wise
 from split_server.payloads.tensors import (
     check_batch_size,
@@ -68,6 +70,26 @@ class DeltaBatch:
     after: list[int]
     whole: Rows
     changes: Rows
+
+
+@dataclass(frozen=True)
+class DeltaForward:
+    """A training step's batch, sent as deltas."""
+
+    meta: StepMeta
+    batch: DeltaBatch
+
+
+def parse_delta_forward(request: SplitRequest) -> DeltaForward:
+    """Parse a forward that names its samples and sends their deltas.
+
+    Raises:
+        InvalidField, RunClosed, StaleRound, MalformedFrame, WrongShape, TooLarge, NonFinite
+    """
+    meta = parse_step_meta(request)
+    max_samples = request.plan.training.batch_size
+    settings = request.body.settings
+    return DeltaForward(meta, decode_deltas(request.frame, settings, request.limits, max_samples))
 
 
 def decode_deltas(
