@@ -307,8 +307,8 @@ def test_a_redistillation_that_diverges_fails_its_run(server: RunningServer) -> 
         ({"federation": {"dp_clip": 1.0}}, "distillation.every"),
         ({"distillation": {"retained": 1.0}}, "distillation.retained"),
         ({"distillation": {"every": -1}}, "distillation.every"),
-        ({"model": {"cut": 11}}, "model.cut"),
-        ({"model": {"proxy_ends": 6}}, "model.proxy_ends"),
+        ({"model": {"cut": 11}}, "method.model.cut"),
+        ({"model": {"proxy_ends": 6}}, "method.model.proxy_ends"),
     ],
 )
 def test_settings_that_redistillation_does_not_support_are_refused(

@@ -375,8 +375,8 @@ def test_an_invalid_request_of_a_body_session_is_refused_with_its_field(
     [
         ({"model": {"tune": "tail"}}, "tune_body"),
         ({"model": {"prompt_count": 2}}, "prompt_count"),
-        ({"model": {"cut": 12}}, "model.tune_body"),
-        ({"model": {"cut": 4, "tail_blocks": 8}}, "model.tune_body"),
+        ({"model": {"cut": 12}}, "method.model.tune_body"),
+        ({"model": {"cut": 4, "tail_blocks": 8}}, "method.model.tune_body"),
         ({"training": {"split_epochs": 0, "local_epochs": 1, "keep_fraction": 1}}, "tune_body"),
         ({"training": {"proximal": 0.1}}, "proximal"),
         ({"wire": {"delta_smashed": "int8"}}, "delta_smashed"),
