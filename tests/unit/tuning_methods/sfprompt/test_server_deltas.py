@@ -43,15 +43,15 @@ Tensors = dict[str, tuple[Tensor, str]]
 
 @pytest.fixture
 def make(tmp_path: Path) -> Iterator[MakeStore]:
-    made: list[SampleStore] = []
+    stores: list[SampleStore] = []
 
-    def one(memory: int = PLENTY, disk: int = 0, participant: int = PLENTY) -> SampleStore:
-        folder = tmp_path / f"samples-{len(made)}"
-        made.append(SampleStore(folder, StoreLimits(memory, disk, participant)))
-        return made[-1]
+    def make_store(memory: int = PLENTY, disk: int = 0, participant: int = PLENTY) -> SampleStore:
+        folder = tmp_path / f"samples-{len(stores)}"
+        stores.append(SampleStore(folder, StoreLimits(memory, disk, participant)))
+        return stores[-1]
 
-    yield one
-    for store in made:
+    yield make_store
+    for store in stores:
         store.close()
 
 
@@ -93,14 +93,14 @@ def ask(store: SampleStore, tensors: Tensors, owner: Owner = A) -> Tensor | list
 
 
 def answer(store: SampleStore, tensors: Tensors, owner: Owner = A) -> Tensor:
-    found = ask(store, tensors, owner)
-    assert isinstance(found, Tensor), f"places {found} are missing"
-    return found
+    result = ask(store, tensors, owner)
+    assert isinstance(result, Tensor), f"places {result} are missing"
+    return result
 
 
 def content(store: SampleStore, *names: int, owner: Owner = A) -> list[tuple[int, bytes] | None]:
-    found = store.find(owner, [bytes([name] * 16) for name in names])
-    return [None if kept is None else (kept.version, bytes(kept.data)) for kept in found]
+    stored = store.find(owner, [bytes([name] * 16) for name in names])
+    return [None if sample is None else (sample.version, bytes(sample.data)) for sample in stored]
 
 
 X, Y, Z = smashed(4, seed=0), smashed(4, seed=1), smashed(4, seed=2)
@@ -289,26 +289,26 @@ def names(*numbers: int) -> list[bytes]:
     return [bytes([number] * 16) for number in numbers]
 
 
-def kept(store: SampleStore, *numbers: int) -> list[tuple[int, int] | None]:
+def stored_samples(store: SampleStore, *numbers: int) -> list[tuple[int, int] | None]:
     """Version and content of each."""
-    found: list[StoredSample | None] = store.find(A, names(*numbers))
-    assert all(one is None or set(one.data) == {one.data[0]} for one in found)
-    return [None if one is None else (one.version, one.data[0]) for one in found]
+    samples: list[StoredSample | None] = store.find(A, names(*numbers))
+    assert all(sample is None or set(sample.data) == {sample.data[0]} for sample in samples)
+    return [None if sample is None else (sample.version, sample.data[0]) for sample in samples]
 
 
 def test_a_sample_is_replaced_with_its_version(store: SampleStore) -> None:
-    assert kept(store, 1) == [None]
+    assert stored_samples(store, 1) == [None]
     store.replace(A, FORM, names(1, 2), rows(10, 20), [4, 5])
-    assert kept(store, 2, 3, 1) == [(5, 20), None, (4, 10)]
+    assert stored_samples(store, 2, 3, 1) == [(5, 20), None, (4, 10)]
     store.replace(A, FORM, names(2), rows(21), [6])
-    assert kept(store, 1, 2) == [(4, 10), (6, 21)]
+    assert stored_samples(store, 1, 2) == [(4, 10), (6, 21)]
     assert store.memory_bytes == 20
 
 
 def test_put_does_not_replace_a_sample(store: SampleStore) -> None:
     store.replace(A, FORM, names(1), rows(10), [4])
     store.put(A, FORM, names(1, 2), rows(11, 20))
-    assert kept(store, 1, 2) == [(4, 10), (0, 20)]
+    assert stored_samples(store, 1, 2) == [(4, 10), (0, 20)]
 
 
 def test_the_least_recently_used_samples_are_evicted(make: MakeStore) -> None:
@@ -317,20 +317,20 @@ def test_the_least_recently_used_samples_are_evicted(make: MakeStore) -> None:
     store.replace(A, FORM, names(1), rows(10), [2])
     store.find(A, names(2))
     store.replace(A, FORM, names(4), rows(4), [3])
-    assert kept(store, 1, 2, 3, 4) == [(2, 10), (1, 2), None, (3, 4)]
+    assert stored_samples(store, 1, 2, 3, 4) == [(2, 10), (1, 2), None, (3, 4)]
 
 
 def test_a_sample_on_disk_keeps_its_version_and_can_be_replaced(make: MakeStore) -> None:
     store = make(memory=20, disk=100)
     store.replace(A, FORM, names(1, 2, 3), rows(1, 2, 3), [7, 8, 9])
     assert (store.memory_bytes, store.disk_bytes) == (20, 10)
-    found = store.find(A, names(1))[0]
-    assert kept(store, 1, 2, 3) == [(7, 1), (8, 2), (9, 3)]
+    sample = store.find(A, names(1))[0]
+    assert stored_samples(store, 1, 2, 3) == [(7, 1), (8, 2), (9, 3)]
     store.replace(A, FORM, names(1), rows(10), [10])
-    assert kept(store, 1, 2, 3) == [(10, 10), (8, 2), (9, 3)]
+    assert stored_samples(store, 1, 2, 3) == [(10, 10), (8, 2), (9, 3)]
     assert store.memory_bytes + store.disk_bytes == 30
-    assert found is not None
-    assert bytes(found.data) == bytes([1] * 10)  # a reader's bytes stay valid
+    assert sample is not None
+    assert bytes(sample.data) == bytes([1] * 10)  # a reader's bytes stay valid
 
 
 def test_samples_are_dropped_with_their_owner(store: SampleStore) -> None:
@@ -353,14 +353,16 @@ def test_a_batch_larger_than_the_cache_is_answered(make: MakeStore) -> None:
 
 # Both ends
 
-EVENTS = ["nothing", "answer lost", "sent twice", "copies lost", "one copy lost", "forgotten"]
+EVENTS = ["nothing", "response lost", "sent twice", "copies lost", "one copy lost", "forgotten"]
 
 
 class Pair:
     """A device and a server, and a connection that the test disturbs."""
 
-    def __init__(self, folder: Path, codecs: tuple[str, str], skip_below: float, room: int) -> None:
-        self.device = DeltaCache(*codecs, skip_below, room * ONE)
+    def __init__(
+        self, folder: Path, codecs: tuple[str, str], skip_below: float, copies: int
+    ) -> None:
+        self.device = DeltaCache(*codecs, skip_below, copies * ONE)
         self.store = SampleStore(folder, StoreLimits(3 * ONE, 3 * ONE, 5 * ONE))
 
     def visit(self, positions: list[int], batch: Tensor, event: str) -> None:
@@ -371,21 +373,21 @@ class Pair:
             self._lose(named[0], batch)
         if event == "forgotten":
             self.device.forget(named[:1])
-        if event == "answer lost":  # and given up: the round was over
+        if event == "response lost":  # and given up: the round was over
             self._send(self.device.encode(named, batch))
             return
         for _ in range(3):
-            revision = self.device.encode(named, batch)
-            found = self._send(revision)
-            if event == "sent twice" and isinstance(found, Tensor):
-                again = self._send(revision)
-                assert isinstance(again, list) or torch.equal(again, found)
-            if isinstance(found, Tensor):
-                self.device.confirm(revision)
-                assert torch.equal(found, revision.decoded)
+            delta = self.device.encode(named, batch)
+            result = self._send(delta)
+            if event == "sent twice" and isinstance(result, Tensor):
+                again = self._send(delta)
+                assert isinstance(again, list) or torch.equal(again, result)
+            if isinstance(result, Tensor):
+                self.device.confirm(delta)
+                assert torch.equal(result, delta.decoded)
                 return
-            self.device.forget(named[place] for place in found)
-        raise AssertionError("three sendings were not enough")
+            self.device.forget(named[place] for place in result)
+        raise AssertionError("three requests were not enough")
 
     def _send(self, batch: DeltaBatch) -> Tensor | list[int]:
         return ask(self.store, dict(batch.tensors))
@@ -403,7 +405,7 @@ class Pair:
         [("float32", "float32"), ("int8", "int4+zstd"), ("float16", "int4-asym")]
     ),
     skip_below=st.sampled_from([0.0, 0.05]),
-    room=st.integers(1, 6),
+    copies=st.integers(1, 6),
     visits=st.lists(
         st.tuples(
             st.lists(st.integers(0, 6), min_size=1, max_size=3, unique=True),
@@ -415,11 +417,11 @@ class Pair:
 def test_device_and_server_agree_bit_by_bit_after_any_loss(
     codecs: tuple[str, str],
     skip_below: float,
-    room: int,
+    copies: int,
     visits: list[tuple[list[int], str]],
 ) -> None:
     with TemporaryDirectory() as folder:
-        pair = Pair(Path(folder) / "samples", codecs, skip_below, room)
+        pair = Pair(Path(folder) / "samples", codecs, skip_below, copies)
         now = smashed(7)
         for number, (positions, event) in enumerate(visits):
             now = now + 0.05 * smashed(7, seed=number + 1)
