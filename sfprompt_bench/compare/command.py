@@ -23,7 +23,7 @@ from sfprompt_bench.compare.trackers import (
     log_mlflow,
     log_tensorboard,
 )
-from sfprompt_bench.methods.registry import METHODS
+from sfprompt_bench.methods.registry import METHODS, settable_fields
 from sfprompt_bench.presets import JsonFile
 from sfprompt_bench.run.preflight import make_run_folder
 
@@ -108,6 +108,10 @@ def _comparison(
     values = comparison.model_dump()
     if methods:
         values["methods"] = methods
+        without = settable_fields(comparison.methods) - settable_fields(methods)
+        values["method"] = {
+            field: value for field, value in comparison.method.items() if field not in without
+        }
         values["overrides"] = {
             name: parts for name, parts in comparison.overrides.items() if name in methods
         }

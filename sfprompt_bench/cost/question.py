@@ -14,17 +14,17 @@ class Question:
     """One device in one run. The cost does not depend on the hardware.
 
     Args:
-        settings: of the run; each method reads the parts that apply to it.
+        plan: of the run; each method reads the parts that apply to it.
         train_samples: training images of this device, at least 1.
         test_samples: images that it evaluates.
         local_epochs: passes over the samples in a round of a federated method, at least 1. Split
-            methods read theirs from the settings.
+            methods read theirs from the plan.
 
     Raises:
         InvalidField: a number is below its limit.
     """
 
-    settings: RunPlan
+    plan: RunPlan
     train_samples: int
     test_samples: int = 0
     local_epochs: int = 10
@@ -40,7 +40,7 @@ class Question:
     @property
     def split(self) -> ModelPlan:
         """The run's cut and prompts."""
-        return self.settings.model
+        return self.plan.model
 
     @property
     def unmerged(self) -> ModelPlan:
@@ -53,4 +53,4 @@ class Question:
 
         A share of each class, rounded up, may be a few samples more.
         """
-        return selected_count(self.train_samples, self.settings.training.keep_fraction)
+        return selected_count(self.train_samples, self.plan.training.keep_fraction)

@@ -41,8 +41,8 @@ def estimate(question: Question, paper: TrainingPlan | None = None) -> dict[str,
         if method.is_applicable(question)
     }
     if paper is not None:
-        settings = question.settings.model_copy(update={"training": paper})
-        published = dataclasses.replace(question, settings=settings)
+        plan = question.plan.model_copy(update={"training": paper})
+        published = dataclasses.replace(question, plan=plan)
         costs[SFPromptPaper.name] = SFPromptPaper().cost(published)
     return costs
 

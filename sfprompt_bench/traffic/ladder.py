@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from protocol.plan import RunPlan
+from protocol.settings import RunSettings
 from protocol.traffic import Phase
 from sfprompt_bench.compare.tasks import Figures, Task, perform_all
 from sfprompt_bench.presets import Preset
@@ -132,7 +132,7 @@ def _run(rung: Rung, seed: int, setting: LadderSetting, folder: Path) -> Figures
     return figures
 
 
-def _settings(rung: Rung, seed: int, setting: LadderSetting) -> RunPlan:
+def _settings(rung: Rung, seed: int, setting: LadderSetting) -> RunSettings:
     devices = {"min_participants": setting.devices}
     federation = rung.settings.federation.model_copy(update=devices)
     return rung.settings.model_copy(update={"seed": seed, "federation": federation})

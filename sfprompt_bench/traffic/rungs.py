@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from protocol.plan import RunPlan
+from protocol.settings import RunSettings
 from sfprompt_bench.methods.base import Changes, with_changes
 
 
@@ -21,10 +21,10 @@ class Rung:
 
     name: str
     what: str
-    settings: RunPlan
+    settings: RunSettings
 
 
-def ladder(paper: RunPlan, default: RunPlan) -> list[Rung]:
+def ladder(paper: RunSettings, default: RunSettings) -> list[Rung]:
     """Make the rungs from the paper's form of a run to its default form.
 
     The first and the last are these two. A measure without effect between them has no rung.
@@ -38,13 +38,13 @@ def ladder(paper: RunPlan, default: RunPlan) -> list[Rung]:
     return rungs
 
 
-def _measures(default: RunPlan) -> Iterator[tuple[str, str, Changes]]:
+def _measures(default: RunSettings) -> Iterator[tuple[str, str, Changes]]:
     """Name, description and changes of each measure, in the order of the ladder.
 
-    The training settings change together with the placement of prompts that they were tuned for,
-    except the share of selected samples.
+    The training settings change together with the method that they were tuned for, except the
+    share of selected samples.
     """
-    wire, training, values = default.wire, default.training, default.model_dump()
+    wire, training, values = default.wire, default.plan.training, default.model_dump()
     step_tensors = dict.fromkeys(("smashed", "features", "gradients"), "bfloat16")
     yield "bfloat16", "the tensors of a step in bfloat16", {"wire": step_tensors}
     yield (
@@ -52,17 +52,17 @@ def _measures(default: RunPlan) -> Iterator[tuple[str, str, Changes]]:
         "only the features that the tail reads",
         {"wire": {"pooled_features": wire.pooled_features}},
     )
-    all_samples = {"keep_fraction": 1.0}
+    plain = {"keep_fraction": 1.0, "keep_smashed": False}
     yield (
         "at the cut",
-        f"{default.model.prompt_depth} prompts in the body, tuned there, with training settings "
-        "for them; all samples, whose smashed data cross in every round",
-        {"model": values["model"], "training": values["training"] | all_samples},
+        f"{default.plan.model.prompt_depth} prompts in the body, tuned there, with training "
+        "settings for them; all samples, whose smashed data cross in every round",
+        {"method": values["method"] | plain, "training": values["training"]},
     )
     yield (
         "kept",
         "a sample's smashed data sent once and kept by the server",
-        {"wire": {"keep_smashed": wire.keep_smashed}},
+        {"method": {"keep_smashed": values["method"]["keep_smashed"]}},
     )
     yield (
         "coded smashed",
@@ -83,5 +83,5 @@ def _measures(default: RunPlan) -> Iterator[tuple[str, str, Changes]]:
     yield (
         "fewer samples",
         f"in each round {training.keep_fraction:.0%} of the samples, pruned by {training.pruning}",
-        {"training": values["training"]},
+        {"method": values["method"]},
     )
