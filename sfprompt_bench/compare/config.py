@@ -43,8 +43,8 @@ class Comparison(Message):
     """The settings of a comparison.
 
     A run's settings come from here, the strongest first: what defines the method, the point of the
-    sweep, the overrides of the method, the parts that all methods share, the method's own
-    defaults, the preset of the data set.
+    sweep, the overrides of the method, the parts that all methods share, the preset of the data
+    set, the method's defaults.
     """
 
     name: Text = "comparison"

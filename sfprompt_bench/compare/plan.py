@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from protocol.errors import InvalidField
+from protocol.messages import parse_message
 from protocol.settings import RunSettings
 from sfprompt_bench.compare.config import PARTS, Comparison, Values, as_table, point_name
 from sfprompt_bench.compare.tasks import Task
@@ -55,6 +56,22 @@ def plan(comparison: Comparison, folder: Path) -> list[Job]:
                 task = _task(at_point, method, point, seed, settings, folder)
                 jobs.append(Job(method, point, seed, settings, task))
     return jobs
+
+
+def with_methods(comparison: Comparison, methods: Sequence[str]) -> Comparison:
+    """The comparison of other methods, without overrides and fields that none of them has.
+
+    Raises:
+        NotFound: there is no such method.
+        InvalidField: a method is given twice.
+    """
+    without = settable_fields(comparison.methods) - settable_fields(methods)
+    changes = {
+        "methods": methods,
+        "method": {k: v for k, v in comparison.method.items() if k not in without},
+        "overrides": {k: v for k, v in comparison.overrides.items() if k in methods},
+    }
+    return parse_message(Comparison, comparison.model_dump() | changes)
 
 
 def tasks_of(jobs: list[Job]) -> list[Task]:

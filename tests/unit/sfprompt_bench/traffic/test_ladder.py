@@ -80,7 +80,7 @@ def test_a_measure_that_a_form_leaves_out_has_no_rung() -> None:
 
 
 def test_the_papers_form_has_none_of_the_measures() -> None:
-    wire, model = PAPER.settings.wire, PAPER.settings.model
+    wire, model = PAPER.settings.plan.wire, PAPER.settings.plan.model
     assert {wire.smashed, wire.features, wire.gradients, wire.updates, wire.head} == {"float32"}
     assert [wire.keep_smashed, wire.pooled_features, wire.update_deltas] == [False] * 3
     assert (model.prompt_at, model.prompt_depth) == ("input", "shallow")
@@ -90,7 +90,7 @@ def test_both_forms_are_of_one_backbone_on_the_same_data() -> None:
     for data in ("digits", "fashion-mnist"):
         paper, default = (preset_named(data, form) for form in ("paper", "default"))
         for field in ("backbone", "image_size", "cut", "prompt_count", "num_classes"):
-            one, other = paper.settings.model, default.settings.model
+            one, other = paper.settings.plan.model, default.settings.plan.model
             assert getattr(one, field) == getattr(other, field)
         assert paper.settings.federation == default.settings.federation
         assert (paper.limit_train, paper.limit_test) == (default.limit_train, default.limit_test)
