@@ -16,7 +16,7 @@ from protocol.plan import RunPlan
 from protocol.traffic import Phase, total_bytes
 from sfprompt_bench.compare.tasks import Figures
 from sfprompt_bench.compare.usage import Usage
-from sfprompt_bench.cost.question import Question
+from sfprompt_bench.cost.method_cost import Question
 from sfprompt_bench.methods.base import FederatedMethod
 from sfprompt_bench.run.report import closed_rounds, spent_epsilon
 from split_server.storage.database import EvaluationRow, ParticipantRow, RoundRow, Store

@@ -181,10 +181,13 @@ def _check_overrides_apply(
     """Refuse an override of a setting that the method itself sets."""
     actual = _dotted(settings.model_dump(mode="json"))
     for name, value in _dotted(comparison.overrides.get(method.name, {})).items():
+        field = f"overrides.{method.name}.{name}"
+        if name not in actual:
+            raise InvalidField(f"{method.name} has no setting {name}", field=field, value=value)
         if name not in point and actual[name] != value:
             raise InvalidField(
                 f"{method.name} requires {name} = {actual[name]}",
-                field=f"overrides.{method.name}.{name}",
+                field=field,
                 limit=actual[name],
                 value=value,
                 hint="remove the override, or compare another method",
@@ -195,8 +198,10 @@ def _dotted(table: Mapping[str, Any]) -> dict[str, Any]:
     """Turn tables into dotted names, as `as_table` has them."""
     values: dict[str, Any] = {}
     for key, value in table.items():
-        inner = _dotted(value) if isinstance(value, Mapping) else None
-        values |= {key: value} if inner is None else {f"{key}.{k}": v for k, v in inner.items()}
+        if isinstance(value, Mapping):
+            values |= {f"{key}.{inner}": leaf for inner, leaf in _dotted(value).items()}
+        else:
+            values[key] = value
     return values
 
 

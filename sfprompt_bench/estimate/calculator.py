@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from protocol.plan import TrainingPlan
 from protocol.presets import over_form
 from protocol.settings import RunSettings
-from sfprompt_bench.cost.method_cost import MethodCost
-from sfprompt_bench.cost.question import Question
+from sfprompt_bench.cost.method_cost import MethodCost, Question
 from sfprompt_bench.methods.registry import ESTIMATED
 from sfprompt_bench.methods.sfprompt import SFPromptPaper
 

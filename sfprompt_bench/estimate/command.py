@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from sfprompt_bench.cost.question import Question
+from sfprompt_bench.cost.method_cost import Question
 from sfprompt_bench.estimate.calculator import estimate as calculate
 from sfprompt_bench.estimate.calculator import paper_training
 from sfprompt_bench.estimate.report import estimate_report, estimate_table

@@ -10,8 +10,7 @@ from rich import box
 from rich.table import Table
 
 from protocol.settings import RunSettings
-from sfprompt_bench.cost.method_cost import MethodCost
-from sfprompt_bench.cost.question import Question
+from sfprompt_bench.cost.method_cost import MethodCost, Question
 from sfprompt_bench.estimate.calculator import Ratios, ratios
 
 _COLUMNS = ("tuned", "start", "up", "down", "in all", "TFLOP", "memory")

@@ -15,8 +15,7 @@ from protocol.method import method_class
 from protocol.parts import WireSettings
 from protocol.presets import Form
 from protocol.settings import RunSettings
-from sfprompt_bench.cost.method_cost import MethodCost
-from sfprompt_bench.cost.question import Question
+from sfprompt_bench.cost.method_cost import MethodCost, Question
 
 Advance = Callable[[int, int], None]  # called with steps done and total steps
 

@@ -12,7 +12,6 @@ from torch.nn import functional as F
 from edge_client.data import BatchReader, Dataset, cache_dir, shuffled
 from edge_client.model import preprocessing_of
 from protocol.federation import FederationSettings
-from protocol.messages import parse_message
 from protocol.plan import RunPlan
 from protocol.seeds import derive_seed
 from protocol.settings import RunSettings
@@ -22,7 +21,6 @@ from sfprompt_bench.methods.base import (
     Changes,
     Reference,
     ReferenceResult,
-    merged,
 )
 from split_model import (
     Body,
@@ -95,24 +93,25 @@ class LinearProbe(Reference):
     name = "linear-probe"
     what = "the floor: logistic regression on frozen features of the pooled data"
     tuning = "sfprompt-paper"
+    fixed: ClassVar[Changes] = {"method": {"cut": 0, "prompt_count": 0}}
 
     @property
     def fields(self) -> set[str]:
         return set()
 
     def settings(self, base: RunSettings, given: Changes | None = None) -> RunSettings:
+        parts = {part: fields for part, fields in (given or {}).items() if part != "method"}
+        checked = super().settings(base, parts)
         # Only the backbone has an effect: a sweep over other settings probes once.
-        model = merged(base.model.model_dump(), (given or {}).get("model", {}))
-        return parse_message(
-            RunSettings,
+        return RunSettings.model_validate(
             {
-                "name": base.name,
-                "seed": base.seed,
-                "class_names": base.class_names,
-                "method": {"name": self.tuning, "cut": 0, "prompt_count": 0},
-                "model": model,
+                "name": checked.name,
+                "seed": checked.seed,
+                "class_names": checked.class_names,
+                "method": {"name": self.tuning, **self.fixed["method"]},
+                "model": checked.model,
                 "federation": FederationSettings(rounds=1),
-            },
+            }
         )
 
     def measure(self, settings: RunSettings, data: Dataset, advance: Advance) -> ReferenceResult:

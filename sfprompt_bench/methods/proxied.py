@@ -13,8 +13,7 @@ from protocol.parts import BackboneSettings
 from protocol.plan import ModelPlan
 from protocol.settings import RunSettings
 from sfprompt_bench.cost.flops import blocks_flops, embedding_flops, is_tuned, output_flops
-from sfprompt_bench.cost.method_cost import MethodCost
-from sfprompt_bench.cost.question import Question
+from sfprompt_bench.cost.method_cost import MethodCost, Question
 from sfprompt_bench.cost.sizes import FLOAT_BYTES, image_numbers, peak_bytes
 from sfprompt_bench.methods.base import FLOAT32, Changes, FederatedMethod
 from split_model import Head, ModelPlanError, Tail, anatomy, state_shapes

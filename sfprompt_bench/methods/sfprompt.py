@@ -6,8 +6,7 @@ import dataclasses
 from typing import ClassVar
 
 from protocol.plan import WirePlan
-from sfprompt_bench.cost.method_cost import MethodCost
-from sfprompt_bench.cost.question import Question
+from sfprompt_bench.cost.method_cost import MethodCost, Question
 from sfprompt_bench.methods.base import FLOAT32, Changes, FederatedMethod
 from sfprompt_bench.methods.sfprompt_cost import sfprompt_cost
 

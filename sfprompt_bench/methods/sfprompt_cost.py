@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 from protocol.messages import SAMPLE_ID_BYTES
 from sfprompt_bench.cost.flops import forward_flops
-from sfprompt_bench.cost.method_cost import MethodCost
-from sfprompt_bench.cost.question import Question
+from sfprompt_bench.cost.method_cost import MethodCost, Question
 from sfprompt_bench.cost.sizes import (
     image_numbers,
     local_body_numbers,

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from sfprompt_bench.cost.flops import forward_flops
-from sfprompt_bench.cost.method_cost import MethodCost
-from sfprompt_bench.cost.question import Question
+from sfprompt_bench.cost.method_cost import MethodCost, Question
 from sfprompt_bench.cost.sizes import (
     FLOAT_BYTES,
     image_numbers,

@@ -7,8 +7,7 @@ from typing import ClassVar
 
 from protocol.plan import ModelPlan
 from sfprompt_bench.cost.flops import forward_flops
-from sfprompt_bench.cost.method_cost import MethodCost
-from sfprompt_bench.cost.question import Question
+from sfprompt_bench.cost.method_cost import MethodCost, Question
 from sfprompt_bench.cost.sizes import (
     FLOAT_BYTES,
     image_numbers,

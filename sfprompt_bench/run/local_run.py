@@ -16,9 +16,8 @@ from rich.console import Console
 from protocol.errors import SFPromptError
 from protocol.messages import Results
 from protocol.settings import RunSettings
-from sfprompt_bench.run.backbone_cache import shared_backbones
 from sfprompt_bench.run.live import LiveView
-from sfprompt_bench.run.preflight import choose_port
+from sfprompt_bench.run.preflight import choose_port, shared_backbones
 from sfprompt_bench.run.processes import Process, start_device, wait_until_healthy
 from sfprompt_bench.run.report import summary
 from split_model import save_state

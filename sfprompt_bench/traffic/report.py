@@ -14,7 +14,7 @@ from rich.table import Table
 from edge_client.transport.link import Link
 from protocol.settings import RunSettings
 from protocol.traffic import Phase
-from sfprompt_bench.cost.question import Question
+from sfprompt_bench.cost.method_cost import Question
 from sfprompt_bench.estimate.calculator import estimate, paper_training, ratios
 from sfprompt_bench.methods.base import with_changes
 from sfprompt_bench.plots import COLOURS, MB, save

@@ -21,7 +21,7 @@ from sfprompt_bench.compare.report import comparison_csv, comparison_json, repor
 from sfprompt_bench.compare.results import FIELDS, Outcome, bytes_to_target
 from sfprompt_bench.compare.tables import cost_table, measured_over_calculated, result_table
 from sfprompt_bench.compare.usage import Usage
-from sfprompt_bench.cost.question import Question
+from sfprompt_bench.cost.method_cost import Question
 from sfprompt_bench.estimate.calculator import estimate
 from sfprompt_bench.estimate.report import estimate_report
 from sfprompt_bench.methods.registry import METHODS

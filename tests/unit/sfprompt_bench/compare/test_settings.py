@@ -110,6 +110,13 @@ def test_an_override_of_a_field_that_the_method_lacks_is_refused(tmp_path: Path)
     assert caught.value.limit == ["cut", "split_epochs", "tail_blocks", "tune"]
 
 
+@pytest.mark.parametrize("wrong", [3, {"evry": 3}])
+def test_an_override_without_a_setting_is_refused(wrong: object, tmp_path: Path) -> None:
+    changed = {"linear-probe": {"method": {"distillation": wrong}}}
+    with pytest.raises(InvalidField, match="linear-probe has no setting"):
+        plan(comparison(methods=("linear-probe",), overrides=changed), tmp_path)
+
+
 def test_a_value_of_the_method_applies_where_there_is_the_field(tmp_path: Path) -> None:
     named = ("sfprompt", "splitfed-linear", "fedpeft-prompt", "fl-full", "linear-probe")
     config = comparison(methods=named, method={"cut": 2, "prompt_count": 3, "tune": "classifier"})

@@ -9,8 +9,7 @@ from rich.console import Console
 from protocol.federation import FederationSettings
 from protocol.parts import BackboneSettings
 from protocol.settings import RunSettings
-from sfprompt_bench.cost.method_cost import MethodCost
-from sfprompt_bench.cost.question import Question
+from sfprompt_bench.cost.method_cost import MethodCost, Question
 from sfprompt_bench.estimate.calculator import estimate, ratios
 from sfprompt_bench.estimate.report import estimate_report, estimate_table
 from sfprompt_bench.methods.registry import ESTIMATED

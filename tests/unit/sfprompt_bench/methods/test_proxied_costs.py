@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from protocol.distillation import DistillationSettings
 from protocol.plan import ModelPlan, RunPlan
-from sfprompt_bench.cost.question import Question
+from sfprompt_bench.cost.method_cost import Question
 from sfprompt_bench.estimate.calculator import estimate
 from sfprompt_bench.methods.registry import ESTIMATED
 from split_model.backbone.libraries import timm

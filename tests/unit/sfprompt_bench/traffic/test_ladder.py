@@ -12,7 +12,7 @@ from protocol.errors import NotFound
 from protocol.presets import FORMS
 from protocol.traffic import Phase
 from sfprompt_bench.presets import preset_named, traffic_preset
-from sfprompt_bench.traffic.ladder import LadderSetting, RungResult
+from sfprompt_bench.traffic.ladder import LadderSetting, RungResult, ladder
 from sfprompt_bench.traffic.report import (
     large_table,
     phase_table,
@@ -20,7 +20,6 @@ from sfprompt_bench.traffic.report import (
     traffic_figures,
     traffic_table,
 )
-from sfprompt_bench.traffic.rungs import ladder
 
 PAPER, DEFAULT = (traffic_preset(form, quick=False) for form in ("paper", "default"))
 
