@@ -15,7 +15,7 @@ from functools import lru_cache
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from protocol.base import Message
@@ -59,6 +59,18 @@ class MethodSettings(Message):
     device: ClassVar[str] = "edge_client.method:DeviceMethod"
     server: ClassVar[str] = "split_server.method:ServerMethod"
 
+    @model_validator(mode="before")
+    @classmethod
+    def _complete_tables(cls, values: Any) -> Any:
+        """Fill a table that is given in part from the field's default, not from its class's."""
+        if not isinstance(values, Mapping):
+            return values
+        completed = dict(values)
+        for field, info in cls.model_fields.items():
+            if isinstance(info.default, BaseModel) and isinstance(values.get(field), Mapping):
+                completed[field] = {**_dump(info.default), **values[field]}
+        return completed
+
     @property
     def rebuilds_head(self) -> bool:
         """Whether the server may rebuild the run's head between rounds."""
@@ -98,7 +110,15 @@ class MethodSettings(Message):
         Raises:
             InvalidField: the backbone does not fit the method.
         """
-        model = _dump(settings.model) | self.model_part(settings)
+        return self.resolve(settings, self.model_part(settings))
+
+    def resolve(self, settings: RunSettings, model_part: Fields) -> RunPlan:
+        """The plan with these fields of `ModelPlan`.
+
+        Raises:
+            ValidationError: the settings do not go together.
+        """
+        model = _dump(settings.model) | model_part
         training = _dump(settings.training) | self.training_part()
         wire = _dump(settings.wire) | self.wire_part()
         return RunPlan(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
@@ -18,7 +18,7 @@ from protocol.method import MethodSettings, parse_method
 from protocol.parts import BackboneSettings, Text, TrainingSettings, WireSettings
 from protocol.plan import RunPlan
 
-__all__ = ["RunSettings"]
+__all__ = ["RunSettings", "refuse_moved"]
 
 # Fields of former releases, and the settings that replace them.
 _MOVED: dict[str, dict[str, str]] = {
@@ -84,7 +84,7 @@ class RunSettings(Message):
         """Parse the method first: it has defaults for fields that the other tables do not set."""
         if not isinstance(values, Mapping):
             return values
-        _refuse_moved(values)
+        refuse_moved(values)
         try:
             method = parse_method(values.get("method", {}))
         except ValueError:
@@ -101,6 +101,12 @@ class RunSettings(Message):
         self.method.check(self)
         return self
 
+    def __copy__(self) -> Self:
+        # `model_copy` may change fields of the copy, and a cached plan would not follow.
+        copied = super().__copy__()
+        copied.__dict__.pop("plan", None)
+        return copied
+
     @cached_property
     def plan(self) -> RunPlan:
         """The plan that server and devices execute. May import torch for the backbone's shape.
@@ -111,7 +117,15 @@ class RunSettings(Message):
         return self.method.build_plan(self)
 
 
-def _refuse_moved(values: Mapping[str, Any]) -> None:
+def refuse_moved(values: Mapping[str, Any]) -> None:
+    """Refuse fields of former releases.
+
+    Args:
+        values: of `RunSettings`, by part; not validated.
+
+    Raises:
+        ValueError: names the field and its new place.
+    """
     for part, moved in _MOVED.items():
         given = values.get(part)
         for field in given if isinstance(given, Mapping) else ():

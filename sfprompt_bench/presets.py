@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from edge_client.data.fashion_mnist import CLASSES
 from protocol.errors import NotFound
 from protocol.federation import FederationSettings
-from protocol.plan import RunPlan
 from protocol.presets import FORMS, Form, over_form
 from protocol.settings import RunSettings
 from split_server.settings import DType
@@ -22,31 +21,27 @@ class Preset:
     """A run's settings and its data."""
 
     data: str  # as in `edge-client --data`
-    settings: RunPlan
+    settings: RunSettings
     limit_train: int | None = None  # images over all devices
     limit_test: int | None = None
 
 
 _MODEL = {"image_size": 42, "num_classes": 10}
 
-_METHOD = {"cut": 1, "prompt_count": 5}
+_PROMPTS = {"prompt_count": 5}
+
+_ALL_SAMPLES = {"keep_fraction": 1.0}  # of data sets with few
 
 
-def _run(name: str, form: Form, **more: object) -> RunPlan:
-    values = over_form(form, {"name": name, "model": _MODEL, "method": _METHOD, **more})
-    return RunSettings.model_validate(values).plan
-
-
-def _with_training(settings: RunPlan, **changes: object) -> RunPlan:
-    training = settings.training.model_copy(update=changes)
-    return settings.model_copy(update={"training": training})
+def _run(name: str, form: Form, method: dict[str, Any] = _PROMPTS, **more: object) -> RunSettings:
+    values = over_form(form, {"name": name, "model": _MODEL, "method": method, **more})
+    return RunSettings.model_validate(values)
 
 
 def _digits(form: Form) -> Preset:
-    settings = _run("digits", form, federation=FederationSettings(rounds=8))
-    if form == "default":  # all samples, as there are few
-        settings = _with_training(settings, keep_fraction=1.0)
-    return Preset(data="digits", settings=settings)
+    method = _PROMPTS | (_ALL_SAMPLES if form == "default" else {})
+    federation = FederationSettings(rounds=8)
+    return Preset(data="digits", settings=_run("digits", form, method, federation=federation))
 
 
 def _fashion_mnist(form: Form) -> Preset:
@@ -89,8 +84,8 @@ def traffic_preset(form: Form, *, quick: bool) -> Preset:
         preset = preset_named("fashion-mnist", form)
         federation = preset.settings.federation.model_copy(update={"evaluate_every": 10})
     else:
-        preset = replace(preset_named("digits", form), limit_train=200, limit_test=100)
-        preset = replace(preset, settings=_with_training(preset.settings, keep_fraction=1.0))
+        settings = _run("digits", form, _PROMPTS | _ALL_SAMPLES)
+        preset = Preset("digits", settings, limit_train=200, limit_test=100)
         federation = FederationSettings(rounds=3, evaluate_every=3)
     settings = preset.settings.model_copy(update={"federation": federation})
     return replace(preset, settings=settings)

@@ -48,8 +48,8 @@ class WholeModel(MethodSettings):
         return self._unshaped(settings) | self.shape_part(settings)
 
     def check(self, settings: RunSettings) -> None:
-        values = settings.model.model_dump() | self._unshaped(settings) | {"cut": 1}
-        ModelPlan.model_validate(values)
+        # The depth needs the backbone; any cut allows the other checks.
+        self.resolve(settings, self._unshaped(settings) | {"cut": 1})
 
     def training_part(self) -> Fields:
         return {

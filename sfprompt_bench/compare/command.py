@@ -13,6 +13,7 @@ from rich.console import Console
 from protocol.errors import InvalidField
 from protocol.messages import parse_message
 from sfprompt_bench.compare.config import QUICK, Comparison, load_comparison, point_name
+from sfprompt_bench.compare.plan import with_methods
 from sfprompt_bench.compare.report import comparison_csv, comparison_json, report_html
 from sfprompt_bench.compare.results import Outcome
 from sfprompt_bench.compare.runner import RESOLVED, run_comparison
@@ -105,15 +106,11 @@ def _comparison(
             hint="docs/results/comparisons has example files",
         )
     comparison = QUICK if file is None else load_comparison(file)
-    values = comparison.model_dump()
     if methods:
-        values["methods"] = methods
-        values["overrides"] = {
-            name: parts for name, parts in comparison.overrides.items() if name in methods
-        }
+        comparison = with_methods(comparison, methods)
     if seeds:
-        values["seeds"] = seeds
-    return parse_message(Comparison, values)
+        comparison = parse_message(Comparison, comparison.model_dump() | {"seeds": seeds})
+    return comparison
 
 
 def _show(comparison: Comparison, outcomes: Sequence[Outcome], console: Console) -> None:

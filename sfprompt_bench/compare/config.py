@@ -17,12 +17,14 @@ from protocol.base import Message
 from protocol.errors import InvalidField
 from protocol.messages import parse_message
 from protocol.parts import Text
+from protocol.settings import refuse_moved
+from sfprompt_bench.methods.base import merged
 
-PARTS = ("model", "federation", "training", "wire", "distillation")  # of a run's settings
+PARTS = ("model", "method", "training", "wire", "federation")  # of a run's settings
 
 Scalar = bool | int | float | str
 
-Part = dict[str, Scalar]
+Part = dict[str, Scalar | dict[str, Scalar]]  # a field of a method may be a table
 
 Values = dict[str, Scalar]  # of one point of a sweep, by dotted name
 
@@ -30,15 +32,19 @@ _SWEPT_FIELDS = frozenset(
     {"data", "devices", "partition", "rounds", "limit_train", "limit_test", "shots", "link"}
 )
 
-# Set once for all methods, so that no method trains more than another.
-_SHARED_FIELDS = {"rounds": "rounds", "min_participants": "devices"}
+# Fields that other settings of the comparison set, so that no method trains more than another.
+_SHARED_FIELDS = {
+    "federation": {"rounds": "rounds", "min_participants": "devices"},
+    "method": {"name": "methods"},
+}
 
 
 class Comparison(Message):
     """The settings of a comparison.
 
     A run's settings come from here, the strongest first: what defines the method, the point of the
-    sweep, the overrides of the method, the parts that all methods share, the method's preset.
+    sweep, the overrides of the method, the parts that all methods share, the preset of the data
+    set, the method's defaults.
     """
 
     name: Text = "comparison"
@@ -63,14 +69,32 @@ class Comparison(Message):
         None, gt=0, le=1, description="accuracy up to which bytes_to_target counts"
     )
     model: Part = {}
-    federation: Part = {}
+    method: Part = Field({}, description="for the methods that have the field")
     training: Part = {}
     wire: Part = {}
-    distillation: Part = {}
+    federation: Part = {}
     overrides: dict[str, dict[str, Part]] = Field({}, description="settings of one method, by part")
     sweep: dict[str, tuple[Scalar, ...]] = Field(
         {}, description="values by dotted name of the setting"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_moved(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        refuse_moved(values)
+        overrides, sweep = values.get("overrides"), values.get("sweep")
+        tables = dict(overrides) if isinstance(overrides, Mapping) else {}
+        if isinstance(sweep, Mapping):
+            tables["sweep"] = as_table(sweep)
+        for name, parts in tables.items():
+            if isinstance(parts, Mapping):
+                try:
+                    refuse_moved(parts)
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from None
+        return values
 
     @field_validator("partition")
     @classmethod
@@ -96,15 +120,14 @@ class Comparison(Message):
 
     @model_validator(mode="after")
     def _check_shared_fields(self) -> Comparison:
-        tables = [("", self.federation)]
-        tables += [
-            (f"overrides.{name}.", parts.get("federation", {}))
-            for name, parts in self.overrides.items()
-        ]
-        for prefix, fields in tables:
-            for field, instead in _SHARED_FIELDS.items():
-                if field in fields:
-                    raise ValueError(f"{prefix}federation.{field} is set by {instead}")
+        tables = {"": {part: getattr(self, part) for part in PARTS}}
+        tables |= {f"overrides.{name}.": parts for name, parts in self.overrides.items()}
+        tables |= {"sweep.": as_table(dict.fromkeys(self.sweep, 0))}
+        for prefix, parts in tables.items():
+            for part, shared in _SHARED_FIELDS.items():
+                for field, instead in shared.items():
+                    if field in parts.get(part, {}):
+                        raise ValueError(f"{prefix}{part}.{field} is set by {instead}")
         return self
 
     @model_validator(mode="after")
@@ -122,8 +145,6 @@ class Comparison(Message):
             if not (name in _SWEPT_FIELDS or (dot and part in PARTS and field)):
                 known = ", ".join([*sorted(_SWEPT_FIELDS), *(f"{part}.…" for part in PARTS)])
                 raise ValueError(f"sweep.{name} is none of {known}")
-            if field in _SHARED_FIELDS:
-                raise ValueError(f"sweep.{name} is set by {_SHARED_FIELDS[field]}")
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"sweep.{name} needs at least one value, and no value twice")
         return self
@@ -147,20 +168,24 @@ class Comparison(Message):
             Comparison, values | {name: value for name, value in point.items() if "." not in name}
         )
 
-    def shared(self, method: str, point: Values) -> dict[str, Part]:
+    def given(self, method: str, point: Values) -> dict[str, Any]:
         """Merge the parts that the comparison sets for a method.
 
         The parts of all methods come first, then the overrides of this method, then the point.
         """
-        merged: dict[str, Part] = {}
+        parts: dict[str, Any] = {part: getattr(self, part) for part in PARTS}
         swept = {name: value for name, value in point.items() if "." in name}
-        for part in PARTS:
-            overrides = self.overrides.get(method, {}).get(part, {})
-            merged[part] = dict(getattr(self, part)) | overrides
-        for name, value in swept.items():
-            part, _, field = name.partition(".")
-            merged[part][field] = value
-        return merged
+        return merged(merged(parts, self.overrides.get(method, {})), as_table(swept))
+
+
+def as_table(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn dotted names into tables: ``{"method.cut": 1}`` into ``{"method": {"cut": 1}}``."""
+    table: dict[str, Any] = {}
+    for name, value in values.items():
+        for key in reversed(name.split(".")):
+            value = {key: value}
+        table = merged(table, value)
+    return table
 
 
 def point_name(point: Mapping[str, Scalar]) -> str:

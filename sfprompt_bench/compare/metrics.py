@@ -16,7 +16,7 @@ from protocol.plan import RunPlan
 from protocol.traffic import Phase, total_bytes
 from sfprompt_bench.compare.tasks import Figures
 from sfprompt_bench.compare.usage import Usage
-from sfprompt_bench.cost.question import Question
+from sfprompt_bench.cost.method_cost import Question
 from sfprompt_bench.methods.base import FederatedMethod
 from sfprompt_bench.run.report import closed_rounds, spent_epsilon
 from split_server.storage.database import EvaluationRow, ParticipantRow, RoundRow, Store
@@ -103,7 +103,7 @@ def run_figures(
     }
 
 
-def calculated(method: FederatedMethod, settings: RunPlan, results: Results) -> Figures:
+def calculated(method: FederatedMethod, plan: RunPlan, results: Results) -> Figures:
     """Calculate the cost of a run for its mean device.
 
     A device's operations cannot be measured; torch's counter on the meta device stands for them.
@@ -112,16 +112,16 @@ def calculated(method: FederatedMethod, settings: RunPlan, results: Results) -> 
     train = statistics.fmean(participant.train_samples for participant in participants)
     test = statistics.fmean(participant.test_samples for participant in participants)
     question = Question(
-        settings,
+        plan,
         max(1, round(train)),
         round(test),
-        local_epochs=max(1, settings.training.local_epochs),
+        local_epochs=max(1, plan.training.local_epochs),
     )
     try:
         cost = method.cost(question)
     except InvalidField:  # the size of a codec's payload depends on the values
         return dict.fromkeys(("device_flops_per_round", "device_flops_total", "calculated"))
-    rounds = settings.federation.rounds
+    rounds = plan.federation.rounds
     # A round may sample some of the devices: the mean device trains in fewer rounds then.
     trained = round(sum(len(view.sampled) for view in results.rounds) / len(participants))
     totals = {

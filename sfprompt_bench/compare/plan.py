@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from protocol.errors import InvalidField
 from protocol.messages import parse_message
-from protocol.plan import RunPlan
-from sfprompt_bench.compare.config import PARTS, Comparison, Scalar, Values, point_name
+from protocol.settings import RunSettings
+from sfprompt_bench.compare.config import PARTS, Comparison, Values, as_table, point_name
 from sfprompt_bench.compare.tasks import Task
-from sfprompt_bench.methods.base import Method, Reference
-from sfprompt_bench.methods.registry import get_method
+from sfprompt_bench.methods.base import Method, Reference, tuning_fields
+from sfprompt_bench.methods.registry import get_method, settable_fields
 from sfprompt_bench.presets import PRESETS, preset_named
 from split_model import anatomy
 
 _OTHER_DATA = "fashion-mnist"  # its presets serve data sets without presets
 
-_NOT_OVERRIDDEN = {"federation": {"rounds", "min_participants"}}  # the comparison sets them
+# The comparison sets them by other fields.
+_NOT_OVERRIDDEN = {"federation": {"rounds", "min_participants"}, "method": {"name"}}
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Job:
     method: Method
     point: Values
     seed: int
-    settings: RunPlan
+    settings: RunSettings
     task: Task
 
 
@@ -44,6 +45,7 @@ def plan(comparison: Comparison, folder: Path) -> list[Job]:
         InvalidField: a setting is wrong, or contradicts a method; the error names both.
     """
     _check_overrides(comparison)
+    _check_method_fields(comparison)
     jobs = []
     for point in comparison.points():
         at_point = comparison.at(point)
@@ -54,6 +56,22 @@ def plan(comparison: Comparison, folder: Path) -> list[Job]:
                 task = _task(at_point, method, point, seed, settings, folder)
                 jobs.append(Job(method, point, seed, settings, task))
     return jobs
+
+
+def with_methods(comparison: Comparison, methods: Sequence[str]) -> Comparison:
+    """The comparison of other methods, without overrides and fields that none of them has.
+
+    Raises:
+        NotFound: there is no such method.
+        InvalidField: a method is given twice.
+    """
+    without = settable_fields(comparison.methods) - settable_fields(methods)
+    changes = {
+        "methods": methods,
+        "method": {k: v for k, v in comparison.method.items() if k not in without},
+        "overrides": {k: v for k, v in comparison.overrides.items() if k in methods},
+    }
+    return parse_message(Comparison, comparison.model_dump() | changes)
 
 
 def tasks_of(jobs: list[Job]) -> list[Task]:
@@ -81,19 +99,21 @@ def resolved(comparison: Comparison) -> dict[str, Any]:
 
 def _settings(
     comparison: Comparison, at_point: Comparison, method: Method, point: Values, seed: int
-) -> RunPlan:
+) -> RunSettings:
     """A method's settings at a point; ``at_point`` has the point's values for the comparison."""
     preset = _preset(at_point.data, method.form)
-    values = preset.model_dump()
-    given = comparison.shared(method.name, point)
-    for part in PARTS:
-        values[part] |= {**method.recipe.get(part, {}), **given[part]}
-    values |= {"name": method.name, "seed": seed}
-    values["class_names"] = at_point.class_names or preset.class_names
-    values["federation"] |= {"rounds": at_point.rounds, "min_participants": at_point.devices}
+    shared = {"rounds": at_point.rounds, "min_participants": at_point.devices}
+    base = preset.model_copy(
+        update={
+            "name": method.name,
+            "seed": seed,
+            "class_names": at_point.class_names or preset.class_names,
+            "federation": preset.federation.model_copy(update=shared),
+        }
+    )
     try:
-        settings = method.settings(parse_message(RunPlan, values))
-        anatomy(settings.model)
+        settings = method.settings(base, comparison.given(method.name, point))
+        anatomy(settings.plan.model)
     except InvalidField as error:
         raise _with_method(error, method, point) from error
     _check_overrides_apply(comparison, method, settings, point)
@@ -101,7 +121,7 @@ def _settings(
     return settings
 
 
-def _preset(data: str, form: str) -> RunPlan:
+def _preset(data: str, form: str) -> RunSettings:
     kind = data.partition(":")[0]
     if kind in PRESETS:
         return preset_named(kind, form).settings
@@ -130,32 +150,70 @@ def _check_overrides(comparison: Comparison) -> None:
                 value=name,
                 hint="add it to methods, or remove the overrides",
             )
-
-
-def _check_overrides_apply(
-    comparison: Comparison, method: Method, settings: RunPlan, point: Values
-) -> None:
-    """Refuse an override of a setting that the method itself sets."""
-    for part, fields in comparison.overrides.get(method.name, {}).items():
-        actual = getattr(settings, part).model_dump()
-        for field, value in fields.items():
-            if f"{part}.{field}" not in point and actual[field] != value:
+        fields = tuning_fields(get_method(name).tuning)
+        for field in comparison.overrides[name].get("method", {}):
+            if field not in fields:
                 raise InvalidField(
-                    f"{method.name} requires {part}.{field} = {actual[field]}",
-                    field=f"overrides.{method.name}.{part}.{field}",
-                    limit=actual[field],
-                    value=value,
-                    hint="remove the override, or compare another method",
+                    f"{name} has no method.{field}",
+                    field=f"overrides.{name}.method.{field}",
+                    limit=sorted(fields),
+                    hint="see the method's settings in docs/settings.md",
                 )
 
 
-def _check_distillation_images(comparison: Comparison, method: Method, settings: RunPlan) -> None:
+def _check_method_fields(comparison: Comparison) -> None:
+    """Refuse fields of `[method]` that no compared method has, or that all of them fix."""
+    given = as_table({name: name for name in comparison.sweep}).get("method", {})
+    known = settable_fields(comparison.methods)
+    for field in {**comparison.method, **given}:
+        if field not in known:
+            raise InvalidField(
+                f"none of the compared methods has a method.{field} that can be set",
+                field=f"method.{field}",
+                limit=sorted(known),
+                hint="see docs/settings.md for the fields of each method",
+            )
+
+
+def _check_overrides_apply(
+    comparison: Comparison, method: Method, settings: RunSettings, point: Values
+) -> None:
+    """Refuse an override of a setting that the method itself sets."""
+    actual = _dotted(settings.model_dump(mode="json"))
+    for name, value in _dotted(comparison.overrides.get(method.name, {})).items():
+        field = f"overrides.{method.name}.{name}"
+        if name not in actual:
+            raise InvalidField(f"{method.name} has no setting {name}", field=field, value=value)
+        if name not in point and actual[name] != value:
+            raise InvalidField(
+                f"{method.name} requires {name} = {actual[name]}",
+                field=field,
+                limit=actual[name],
+                value=value,
+                hint="remove the override, or compare another method",
+            )
+
+
+def _dotted(table: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn tables into dotted names, as `as_table` has them."""
+    values: dict[str, Any] = {}
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            values |= {f"{key}.{inner}": leaf for inner, leaf in _dotted(value).items()}
+        else:
+            values[key] = value
+    return values
+
+
+def _check_distillation_images(
+    comparison: Comparison, method: Method, settings: RunSettings
+) -> None:
     """Refuse to distil on the devices' data set: a server has none of its images."""
-    distillation = settings.distillation
+    distillation = settings.plan.distillation
     if distillation.epochs and distillation.images == comparison.data.partition(":")[0]:
         raise InvalidField(
             f"{method.name}: the server has none of the devices' images to distil on",
-            field="distillation.images",
+            field="method.distillation.images",
             limit="random, or another data set than the devices'",
             value=distillation.images,
         )
@@ -166,7 +224,7 @@ def _task(
     method: Method,
     point: Values,
     seed: int,
-    settings: RunPlan,
+    settings: RunSettings,
     folder: Path,
 ) -> Task:
     inputs: dict[str, Any] = {
@@ -186,15 +244,6 @@ def _task(
     return Task(task.name, task_folder, inputs)
 
 
-def _as_overrides(settings: RunPlan) -> dict[str, dict[str, Scalar]]:
-    parts: Mapping[str, dict[str, Scalar | None]] = settings.model_dump(
-        mode="json", include=set(PARTS)
-    )
-    return {
-        part: {
-            field: value
-            for field, value in fields.items()
-            if value is not None and field not in _NOT_OVERRIDDEN.get(part, ())
-        }
-        for part, fields in parts.items()
-    }
+def _as_overrides(settings: RunSettings) -> dict[str, Any]:
+    values = settings.model_dump(mode="json", exclude=_NOT_OVERRIDDEN)
+    return {part: values[part] for part in PARTS}

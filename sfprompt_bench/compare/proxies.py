@@ -21,13 +21,13 @@ from tuning_methods.proxies.weights import insert_into_backbone
 _BATCH = 100
 
 
-def write_distillation_images(settings: RunPlan, data_dir: Path) -> None:
+def write_distillation_images(plan: RunPlan, data_dir: Path) -> None:
     """Write the images that a run distils on into its server's folder, before the server starts.
 
     Raises:
         DataError: there is no data set of that name.
     """
-    distillation = settings.distillation
+    distillation = plan.distillation
     if distillation.epochs == 0 or distillation.images == "random":
         return
     images = load_dataset(distillation.images, seed=0).train
@@ -38,18 +38,18 @@ def write_distillation_images(settings: RunPlan, data_dir: Path) -> None:
 
 
 def backbone_accuracy(
-    settings: RunPlan, state: Mapping[str, Tensor], data: Dataset, cache_dir: Path
+    plan: RunPlan, state: Mapping[str, Tensor], data: Dataset, cache_dir: Path
 ) -> float:
     """Measure the backbone with a run's final state on the held-out images, 0 to 1.
 
     Args:
-        settings: of the run, which was on a proxy.
+        plan: of the run, which was on a proxy.
         state: its last global state.
         data: all devices' images together.
         cache_dir: folder of the run's backbones.
     """
-    split, tensors = insert_into_backbone(settings.model, state)
-    backbone = prepare_backbone(split, settings.model.weights, cache_dir)
+    split, tensors = insert_into_backbone(plan.model, state)
+    backbone = prepare_backbone(split, plan.model.weights, cache_dir)
     return _accuracy(TunedModel(split, open_backbone(backbone.path), tensors), data.test)
 
 

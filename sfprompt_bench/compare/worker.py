@@ -18,7 +18,7 @@ from rich.console import Console
 from edge_client.data import DataError, Dataset, limit_per_set, load_dataset
 from protocol.errors import SFPromptError
 from protocol.messages import parse_message
-from protocol.plan import RunPlan
+from protocol.settings import RunSettings
 from sfprompt_bench.compare.metrics import (
     calculated,
     device_accuracies,
@@ -68,7 +68,7 @@ def perform(inputs: dict[str, Any], folder: Path, threads: int) -> Figures:
         SFPromptError, DataError: the task failed.
     """
     method = get_method(inputs["method"])
-    settings = parse_message(RunPlan, inputs["settings"])
+    settings = parse_message(RunSettings, inputs["settings"])
     if isinstance(method, FederatedMethod):
         return _run(method, settings, inputs, folder, threads)
     if isinstance(method, Reference):
@@ -76,7 +76,9 @@ def perform(inputs: dict[str, Any], folder: Path, threads: int) -> Figures:
     raise TypeError(f"{method.name} is neither federated nor a reference")
 
 
-def _measure(method: Reference, settings: RunPlan, inputs: dict[str, Any], threads: int) -> Figures:
+def _measure(
+    method: Reference, settings: RunSettings, inputs: dict[str, Any], threads: int
+) -> Figures:
     torch.set_num_threads(threads)
     data = _pooled_data(settings, inputs)
     started = time.monotonic()
@@ -85,7 +87,7 @@ def _measure(method: Reference, settings: RunPlan, inputs: dict[str, Any], threa
     return reference_figures(result.accuracy, result.trainable_parameters, seconds)
 
 
-def _pooled_data(settings: RunPlan, inputs: dict[str, Any]) -> Dataset:
+def _pooled_data(settings: RunSettings, inputs: dict[str, Any]) -> Dataset:
     """Load the images of all devices of a run together."""
     train, test = inputs["limits"]
     seed = settings.seed % _MAX_SEED
@@ -95,7 +97,7 @@ def _pooled_data(settings: RunPlan, inputs: dict[str, Any]) -> Dataset:
 
 def _run(
     method: FederatedMethod,
-    settings: RunPlan,
+    settings: RunSettings,
     inputs: dict[str, Any],
     folder: Path,
     threads: int,
@@ -114,7 +116,7 @@ def _run(
         shots=inputs["shots"],
     )
     server_folder = folder / "server"
-    write_distillation_images(settings, server_folder)
+    write_distillation_images(settings.plan, server_folder)
     with UsageWatch(folder) as watch, (folder / "run.log").open("w") as log:
         results, summary = run.execute(Console(file=log))
     state = load_state(folder / "tuned.safetensors")
@@ -126,16 +128,16 @@ def _run(
         server=watch.server(),
         by_device=device_accuracies(server_folder, results.run.id),
     )
-    if settings.model.proxy != "none":
+    if settings.plan.model.proxy != "none":
         data, cache = _pooled_data(settings, inputs), server_folder / "backbones"
-        accuracy = backbone_accuracy(settings, state, data, cache)
+        accuracy = backbone_accuracy(settings.plan, state, data, cache)
         figures = with_backbone_accuracy(figures, accuracy)
     history = "".join(view.model_dump_json() + "\n" for view in results.rounds)
     (folder / "history.jsonl").write_text(history)
     # Weights and states of each device and round are large; the rest of the folder is small.
     for place in (server_folder, folder / "devices"):
         shutil.rmtree(place, ignore_errors=True)
-    return figures | calculated(method, settings, results)
+    return figures | calculated(method, settings.plan, results)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,6 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from sfprompt_bench.engine.batching import curve_loads, measure_curve
-from sfprompt_bench.engine.cores import divide_cores
 from sfprompt_bench.engine.findings import Findings, write_findings
 from sfprompt_bench.engine.roundtrip import measure_roundtrip
 from sfprompt_bench.engine.soak import measure_soak
@@ -25,7 +23,8 @@ from sfprompt_bench.engine.tables import (
     throughput_table,
 )
 from sfprompt_bench.engine.testbed import Testbed, running_testbed
-from sfprompt_bench.engine.throughput import measure_throughput
+from sfprompt_bench.engine.throughput import curve_loads, measure_curve, measure_throughput
+from sfprompt_bench.engine.worker import divide_cores
 from sfprompt_bench.engine.workload import QUICK, QUICK_CUT, EngineSetting, Load, Plan
 from sfprompt_bench.presets import DTypeOption, JsonFile
 from sfprompt_bench.run.preflight import make_run_folder

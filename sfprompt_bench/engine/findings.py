@@ -1,4 +1,4 @@
-"""All measurements of a benchmark of the engine, its main figures and their targets."""
+"""All measurements of a benchmark of the engine: main figures, their targets, and plots."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from matplotlib import pyplot as plt
 
-from sfprompt_bench.engine.batching import Point, write_csv
-from sfprompt_bench.engine.cores import Cores
 from sfprompt_bench.engine.loop import Roofline
-from sfprompt_bench.engine.plots import plot_curve, plot_soak
 from sfprompt_bench.engine.roundtrip import RoundTrip
 from sfprompt_bench.engine.soak import Soak
-from sfprompt_bench.engine.throughput import Throughput
+from sfprompt_bench.engine.throughput import Point, Throughput, write_csv
+from sfprompt_bench.engine.worker import Cores
 from sfprompt_bench.engine.workload import EngineSetting
+from sfprompt_bench.plots import save
 
 # By figure: the target, and whether it is a lower bound.
 TARGETS: Final = {
@@ -30,6 +30,10 @@ TARGETS: Final = {
     "p99_vs_median": (3.0, False),
     "memory_drift": (0.05, False),
 }
+
+_COLOURS = ("#1b6ca8", "#f0a202", "#3a7d44", "#c1121f", "#7b4b94", "#333333")
+
+_MIB = 1024 * 1024
 
 
 def meets_target(name: str, value: float) -> bool:
@@ -108,3 +112,60 @@ def write_findings(findings: Findings, folder: Path) -> list[Path]:
         written.append(plot_curve(findings.curve, folder / "engine-batching.png"))
     written.append(plot_soak(findings.soak, folder / "engine-soak.png"))
     return written
+
+
+def plot_curve(points: Sequence[Point], out: Path) -> Path:
+    """Plot samples a second with and without batching, and the gain, over the clients."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for number, batch in enumerate(sorted({point.load.batch for point in points})):
+        line = sorted(
+            (point for point in points if point.load.batch == batch),
+            key=lambda point: point.load.clients,
+        )
+        clients = [point.load.clients for point in line]
+        figures = [point.to_json() for point in line]
+        colour = _COLOURS[number % len(_COLOURS)]
+        batched = [values["samples_per_s"]["median"] for values in figures]
+        unbatched = [values["samples_per_s_alone"]["median"] for values in figures]
+        left.plot(clients, batched, marker="o", color=colour, label=f"batch {batch}")
+        left.plot(clients, unbatched, marker="x", color=colour, linestyle="--")
+        gains = [point.gain for point in line]
+        right.errorbar(
+            clients,
+            [gain.median for gain in gains],
+            yerr=[
+                [gain.median - gain.minimum for gain in gains],
+                [gain.maximum - gain.median for gain in gains],
+            ],
+            marker="o",
+            color=colour,
+            capsize=2,
+        )
+    left.set(xlabel="clients", ylabel="samples/s", title="solid: batching; dashed: without")
+    left.set_ylim(bottom=0)
+    right.set(xlabel="clients", ylabel="times as many samples/s", title="gain of batching")
+    right.axhline(1, color="#999999", linewidth=1)
+    for axes in (left, right):
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.grid(alpha=0.3)
+    figure.legend(fontsize="small", ncols=6, loc="outside lower center")
+    return save(figure, out)
+
+
+def plot_soak(soak: Soak, out: Path) -> Path:
+    """Plot the server's resident memory and each step's time over the time of the soak."""
+    figure, (above, below) = plt.subplots(2, 1, figsize=(8, 6), sharex=True, layout="constrained")
+    mebibytes = [nbytes / _MIB for _, nbytes in soak.memory]
+    above.plot([second for second, _ in soak.memory], mebibytes, color="#1b6ca8")
+    above.set(ylabel="resident memory (MiB)", title=f"{soak.load.clients} clients, one server")
+    above.set_ylim(0, 1.15 * max(mebibytes))
+    ends = [end for client in soak.ends for end in client]
+    lengths = [length for client in soak.lengths for length in client]
+    below.plot(ends, lengths, linestyle="", marker=".", markersize=2, alpha=0.4, color="#3a7d44")
+    below.set(xlabel="seconds", ylabel="seconds of a step")
+    below.set_ylim(bottom=0)
+    for axes in (above, below):
+        axes.axvspan(0, soak.warm_up_s, color="#999999", alpha=0.15)
+        axes.grid(alpha=0.3)
+    return save(figure, out)

@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sfprompt_bench.engine.spread import Spread
 from sfprompt_bench.engine.testbed import Testbed
 from sfprompt_bench.engine.throughput import Advance
 from sfprompt_bench.engine.worker import Worker
+from sfprompt_bench.engine.workload import Spread
 
 _STAGE_REPETITIONS = 40
 

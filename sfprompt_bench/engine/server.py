@@ -14,7 +14,7 @@ from edge_client.transport import Server
 from protocol.errors import SFPromptError
 from protocol.messages import JoinRequest, Task
 from protocol.plan import RunPlan
-from sfprompt_bench.engine.cores import Cores, pinned_to
+from sfprompt_bench.engine.worker import Cores, pinned_to
 from sfprompt_bench.run.preflight import choose_port
 from sfprompt_bench.run.processes import Process, wait_until_healthy
 from split_server.client import OperatorClient, read_token

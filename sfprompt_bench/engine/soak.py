@@ -9,9 +9,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from protocol.errors import SFPromptError
-from sfprompt_bench.engine.spread import quantile
 from sfprompt_bench.engine.testbed import Testbed, step_arguments
-from sfprompt_bench.engine.workload import Load
+from sfprompt_bench.engine.workload import Load, quantile
 
 _WARM_UP = 0.2  # share of the soak
 

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from sfprompt_bench.engine.batching import Point
 from sfprompt_bench.engine.findings import TARGETS, Findings, meets_target
 from sfprompt_bench.engine.roundtrip import RoundTrip
 from sfprompt_bench.engine.soak import Soak
+from sfprompt_bench.engine.throughput import Point
 
 _MAX_TAKEN = 0.05  # share of the cores that other programs may use without a warning
 

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sfprompt_bench.engine.cores import Cores
 from sfprompt_bench.engine.loop import Roofline
 from sfprompt_bench.engine.server import HOST, OpenRun, ServerProcess, running_server
-from sfprompt_bench.engine.worker import Worker
+from sfprompt_bench.engine.worker import Cores, Worker
 from sfprompt_bench.engine.workload import EngineSetting, Load, shape_of
 
 

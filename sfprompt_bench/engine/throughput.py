@@ -1,19 +1,28 @@
-"""Samples a second through the server, over those of a plain loop with the same body."""
+"""Samples a second: through the server over a plain loop, and the gain of batching."""
 
 from __future__ import annotations
 
+import csv
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from sfprompt_bench.engine.spread import Spread
+from sfprompt_bench.engine.server import OpenRun, ServerProcess, running_server
 from sfprompt_bench.engine.testbed import Looped, Served, Testbed
-from sfprompt_bench.engine.workload import Load
+from sfprompt_bench.engine.workload import Load, Plan, Spread
 
 Advance = Callable[[str], None]  # called after each measurement, with its name
 
 _MIN_STEPS = 2
+
+WITHOUT_BATCHING = {"max_batch_samples": 1}
+
+_COLUMNS = (
+    *("clients", "batch", "samples_per_s", "samples_per_s_alone"),
+    *("gain", "gain_least", "gain_most"),
+)
 
 
 @dataclass(frozen=True)
@@ -99,3 +108,79 @@ def _measure(testbed: Testbed, load: Load, advance: Advance) -> Throughput:
         advance(f"throughput {load}")
     small_steps = max(1, round(plan.seconds * rate / load.batch / 2))
     return Throughput(load, steps, served, looped, testbed.measure_loop(load.batch, small_steps))
+
+
+@dataclass(frozen=True)
+class Point:
+    """One load, served in turn with and without batching."""
+
+    load: Load
+    batched: Sequence[Served]
+    unbatched: Sequence[Served]
+
+    @property
+    def gain(self) -> Spread:
+        return Spread.of(
+            [
+                batched.samples_per_s / unbatched.samples_per_s
+                for batched, unbatched in zip(self.batched, self.unbatched, strict=True)
+            ]
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "clients": self.load.clients,
+            "batch": self.load.batch,
+            "samples_per_s": Spread.of([s.samples_per_s for s in self.batched]).to_json(),
+            "samples_per_s_alone": Spread.of([s.samples_per_s for s in self.unbatched]).to_json(),
+            "gain": self.gain.to_json(),
+            "client_cpu_share": Spread.of([s.client_share for s in self.batched]).median,
+        }
+
+
+def curve_loads(plan: Plan) -> list[Load]:
+    """The loads of the curve, the small ones first."""
+    loads = [Load(c, b) for c in plan.curve_clients for b in plan.curve_batches]
+    return sorted(
+        (load for load in loads if load.samples <= plan.curve_samples),
+        key=lambda load: (load.samples, load.clients),
+    )
+
+
+def measure_curve(testbed: Testbed, advance: Advance) -> list[Point]:
+    """Measure each load of the curve on two servers in turn."""
+    setting = testbed.setting
+    settings = setting.placement | WITHOUT_BATCHING
+    with running_server("server-alone", testbed.folder, testbed.cores, settings) as server:
+        unbatched = (server, server.open_run(setting.run))
+        loads = curve_loads(setting.plan)
+        return [_measure_point(testbed, load, unbatched, advance) for load in loads]
+
+
+def _measure_point(
+    testbed: Testbed, load: Load, unbatched: tuple[ServerProcess, OpenRun], advance: Advance
+) -> Point:
+    plan = testbed.setting.plan
+    testbed.measure_server(load, 1)  # warms the server up
+    rate = testbed.measure_server(load, 1, unbatched).samples_per_s
+    steps = steps_for(load, rate, plan.curve_seconds)
+    batched, alone = [], []
+    for _ in range(plan.curve_repetitions):
+        batched.append(testbed.measure_server(load, steps))
+        alone.append(testbed.measure_server(load, steps, unbatched))
+    advance(f"gain of batching {load}")
+    return Point(load, batched, alone)
+
+
+def write_csv(points: Sequence[Point], out: Path) -> Path:
+    """Write a line for each point: medians, and the gain's minimum and maximum."""
+    with out.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(_COLUMNS)
+        for point in points:
+            figures = point.to_json()
+            values = [figures["samples_per_s"]["median"], figures["samples_per_s_alone"]["median"]]
+            values += [point.gain.median, point.gain.minimum, point.gain.maximum]
+            load = [point.load.clients, point.load.batch]
+            writer.writerow([*load, *(f"{value:.4g}" for value in values)])
+    return out

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from protocol.plan import TrainingPlan
 from protocol.presets import over_form
 from protocol.settings import RunSettings
-from sfprompt_bench.cost.method_cost import MethodCost
-from sfprompt_bench.cost.question import Question
+from sfprompt_bench.cost.method_cost import MethodCost, Question
 from sfprompt_bench.methods.registry import ESTIMATED
 from sfprompt_bench.methods.sfprompt import SFPromptPaper
 
@@ -41,8 +40,8 @@ def estimate(question: Question, paper: TrainingPlan | None = None) -> dict[str,
         if method.is_applicable(question)
     }
     if paper is not None:
-        settings = question.settings.model_copy(update={"training": paper})
-        published = dataclasses.replace(question, settings=settings)
+        plan = question.plan.model_copy(update={"training": paper})
+        published = dataclasses.replace(question, plan=plan)
         costs[SFPromptPaper.name] = SFPromptPaper().cost(published)
     return costs
 

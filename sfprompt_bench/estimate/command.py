@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import time
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from protocol.messages import parse_message
-from protocol.plan import RunPlan
-from sfprompt_bench.cost.question import Question
+from sfprompt_bench.cost.method_cost import Question
 from sfprompt_bench.estimate.calculator import estimate as calculate
 from sfprompt_bench.estimate.calculator import paper_training
 from sfprompt_bench.estimate.report import estimate_report, estimate_table
+from sfprompt_bench.methods.base import with_changes
 from sfprompt_bench.presets import JsonFile, preset_named
 
 
@@ -45,21 +44,21 @@ def estimate(
     json_file: JsonFile = None,
 ) -> None:
     """Calculate a device's traffic, compute and memory for each method, without a run."""
-    values = preset_named("fashion-mnist").settings.model_dump()
-    values["class_names"] = None
-    values["model"] |= {
-        "backbone": backbone,
-        "image_size": image_size,
-        "num_classes": classes,
-        "cut": cut,
-        "keep_tokens": keep_tokens,
-    }
-    values["federation"] |= {"rounds": rounds, "evaluate_every": 0}
+    method: dict[str, Any] = {"cut": cut, "keep_tokens": keep_tokens}
     paper = paper_training()
     if keep_fraction is not None:
-        values["training"]["keep_fraction"] = keep_fraction
+        method["keep_fraction"] = keep_fraction
         paper = paper.model_copy(update={"keep_fraction": keep_fraction})
-    question = Question(parse_message(RunPlan, values), samples, local_epochs=local_epochs)
+    preset = preset_named("fashion-mnist").settings.model_copy(update={"class_names": None})
+    settings = with_changes(
+        preset,
+        {
+            "method": method,
+            "model": {"backbone": backbone, "image_size": image_size, "num_classes": classes},
+            "federation": {"rounds": rounds, "evaluate_every": 0},
+        },
+    )
+    question = Question(settings.plan, samples, local_epochs=local_epochs)
     started = time.perf_counter()
     costs = calculate(question, paper)
     seconds = time.perf_counter() - started
@@ -67,4 +66,6 @@ def estimate(
     console.print(estimate_table(question, costs))
     console.print(f"Calculated in {seconds:.1f} s.", highlight=False)
     if json_file is not None:
-        json_file.write_text(json.dumps(estimate_report(question, costs), indent=2) + "\n")
+        json_file.write_text(
+            json.dumps(estimate_report(settings, question, costs), indent=2) + "\n"
+        )

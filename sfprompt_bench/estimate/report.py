@@ -9,8 +9,8 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from sfprompt_bench.cost.method_cost import MethodCost
-from sfprompt_bench.cost.question import Question
+from protocol.settings import RunSettings
+from sfprompt_bench.cost.method_cost import MethodCost, Question
 from sfprompt_bench.estimate.calculator import Ratios, ratios
 
 _COLUMNS = ("tuned", "start", "up", "down", "in all", "TFLOP", "memory")
@@ -18,7 +18,7 @@ _COLUMNS = ("tuned", "start", "up", "down", "in all", "TFLOP", "memory")
 
 def estimate_table(question: Question, costs: Mapping[str, MethodCost]) -> Table:
     """Show the costs of `estimate`, a row for each method; totals are over the run's rounds."""
-    run, rounds = question.settings, question.settings.federation.rounds
+    run, rounds = question.plan, question.plan.federation.rounds
     table = Table(
         title=f"One device, {run.model.backbone} at {run.model.image_size} px, {rounds} rounds",
         title_justify="left",
@@ -43,11 +43,13 @@ def estimate_table(question: Question, costs: Mapping[str, MethodCost]) -> Table
     return table
 
 
-def estimate_report(question: Question, costs: Mapping[str, MethodCost]) -> dict[str, Any]:
-    """Convert the costs of `estimate` to values for JSON."""
-    rounds = question.settings.federation.rounds
+def estimate_report(
+    settings: RunSettings, question: Question, costs: Mapping[str, MethodCost]
+) -> dict[str, Any]:
+    """Convert the costs of `estimate` to values for JSON; ``settings`` are the question's."""
+    rounds = settings.federation.rounds
     return {
-        "settings": question.settings.model_dump(mode="json"),
+        "settings": settings.model_dump(mode="json"),
         "train_samples": question.train_samples,
         "test_samples": question.test_samples,
         "local_epochs": question.local_epochs,

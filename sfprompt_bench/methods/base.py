@@ -1,4 +1,4 @@
-"""What a method of the benchmark consists of."""
+"""What a method of the benchmark consists of: settings of a tuning method, and their cost."""
 
 from __future__ import annotations
 
@@ -7,43 +7,68 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from pydantic import BaseModel
+
 from edge_client.data import Dataset
 from protocol.messages import parse_message
-from protocol.plan import RunPlan
+from protocol.method import method_class
+from protocol.parts import WireSettings
 from protocol.presets import Form
-from sfprompt_bench.cost.method_cost import MethodCost
-from sfprompt_bench.cost.question import Question
+from protocol.settings import RunSettings
+from sfprompt_bench.cost.method_cost import MethodCost, Question
 
 Advance = Callable[[int, int], None]  # called with steps done and total steps
 
 Changes = Mapping[str, Mapping[str, Any]]  # by part of the settings, then by field
 
+FLOAT32: Mapping[str, Any] = WireSettings().model_dump()  # the wire of published methods
+
 
 class Method(ABC):
-    """A method of tuning a model.
-
-    A run's settings follow from the preset of the data set in this ``form``, then ``recipe``, then
-    the comparison's own settings, then `settings`.
+    """A tuning method (a package of `tuning_methods`, say) with the settings of a comparison.
 
     Attributes:
         name: in tables, files and settings.
         what: the method in a sentence.
-        form: the preset that the settings start from.
-        recipe: changes of that preset; a comparison may change them again.
+        tuning: name of the tuning method, as `method.name` in a run's settings.
+        defaults: changes of the tuning method's defaults; a comparison may change them again.
+        fixed: what defines this method; a comparison cannot change it.
     """
 
     name: ClassVar[str]
     what: ClassVar[str]
-    form: ClassVar[Form] = "default"
-    recipe: ClassVar[Changes] = {}
+    tuning: ClassVar[str]
+    defaults: ClassVar[Changes] = {}
+    fixed: ClassVar[Changes] = {}
 
-    def settings(self, base: RunPlan) -> RunPlan:
-        """Set everything in ``base`` that defines this method; a comparison cannot change it.
+    @property
+    def form(self) -> Form:
+        """The form of the presets that a comparison's settings start from."""
+        return "default" if self.tuning == "sfprompt" else "paper"
+
+    @property
+    def fields(self) -> set[str]:
+        """The fields of `[method]` that a comparison can set."""
+        return tuning_fields(self.tuning) - set(self.fixed.get("method", {}))
+
+    def settings(self, base: RunSettings, given: Changes | None = None) -> RunSettings:
+        """The settings of a run of this method.
+
+        Args:
+            base: a run of this method or of another one. Where it has a default of its method,
+                the default of this method applies.
+            given: changes of a comparison. Fields of `[method]` that the tuning method lacks are
+                ignored.
 
         Raises:
             InvalidField: the method cannot run with these settings.
         """
-        return base
+        values: dict[str, Any] = _chosen_values(base)
+        for changes in (self.defaults, given or {}, self.fixed):
+            values = merged(values, changes)
+        known = tuning_fields(self.tuning)
+        method = {field: value for field, value in values["method"].items() if field in known}
+        return parse_message(RunSettings, {**values, "method": {**method, "name": self.tuning}})
 
 
 class FederatedMethod(Method):
@@ -64,12 +89,12 @@ class FederatedMethod(Method):
     def cost(self, question: Question) -> MethodCost:
         """Calculate the cost for one device.
 
-        ``question.settings`` may be a run of this method or of another one: what defines the
+        ``question.plan`` may be of a run of this method or of another one: what defines the
         method is not read from it.
 
         Raises:
             UnsupportedBackboneError: the backbone cannot be cut.
-            ModelPlanError: the settings do not fit the backbone.
+            ModelPlanError: the plan does not fit the backbone.
             InvalidField: the size of a codec's payload depends on the values.
         """
 
@@ -86,17 +111,55 @@ class Reference(Method):
     """A method that tunes on the pooled data of all devices in one process, without a network."""
 
     @abstractmethod
-    def measure(self, settings: RunPlan, data: Dataset, advance: Advance) -> ReferenceResult:
+    def measure(self, settings: RunSettings, data: Dataset, advance: Advance) -> ReferenceResult:
         """Tune and evaluate. Raises the errors of the model's package."""
 
 
-def with_changes(settings: RunPlan, changes: Changes) -> RunPlan:
+def tuning_fields(tuning: str) -> set[str]:
+    """The fields of a tuning method's `[method]` table, without its name."""
+    return set(method_class(tuning).model_fields) - {"name"}
+
+
+def merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of ``first`` with those of ``second``; tables in both are merged likewise."""
+    result = dict(first)
+    for key, value in second.items():
+        known = result.get(key)
+        if isinstance(known, Mapping) and isinstance(value, Mapping):
+            value = merged(known, value)
+        result[key] = value
+    return result
+
+
+def with_changes(settings: RunSettings, changes: Changes) -> RunSettings:
     """Set some fields of some parts and validate the settings as a whole.
+
+    A `[method]` with another name replaces the whole table; other parts keep their values.
 
     Raises:
         InvalidField: there is no such field, or the fields contradict each other.
     """
     values = settings.model_dump()
-    for part, fields in changes.items():
-        values[part] |= fields
-    return parse_message(RunPlan, values)
+    if changes.get("method", {}).get("name", settings.method.name) != settings.method.name:
+        values["method"] = {}
+    return parse_message(RunSettings, merged(values, changes))
+
+
+def _chosen_values(settings: RunSettings) -> dict[str, Any]:
+    """A run's values without those that are the defaults of its method."""
+    values = settings.model_dump()
+    defaults = settings.method.defaults()
+    for part in ("method", "training", "wire"):
+        plain = _plain(type(getattr(settings, part))) | defaults.get(part, {})
+        fields = values[part].items()
+        values[part] = {field: value for field, value in fields if value != plain.get(field)}
+    return values
+
+
+def _plain(part: type[BaseModel]) -> dict[str, Any]:
+    """The defaults of a part's fields, as `model_dump` has them."""
+    defaults = {field: info.default for field, info in part.model_fields.items()}
+    return {
+        field: default.model_dump() if isinstance(default, BaseModel) else default
+        for field, default in defaults.items()
+    }

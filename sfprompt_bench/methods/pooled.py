@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -10,11 +11,17 @@ from torch.nn import functional as F
 
 from edge_client.data import BatchReader, Dataset, cache_dir, shuffled
 from edge_client.model import preprocessing_of
-from protocol.distillation import DistillationSettings
 from protocol.federation import FederationSettings
-from protocol.plan import RunPlan, TrainingPlan, WirePlan
+from protocol.plan import RunPlan
 from protocol.seeds import derive_seed
-from sfprompt_bench.methods.base import Advance, Reference, ReferenceResult, with_changes
+from protocol.settings import RunSettings
+from sfprompt_bench.methods.base import (
+    FLOAT32,
+    Advance,
+    Changes,
+    Reference,
+    ReferenceResult,
+)
 from split_model import (
     Body,
     Head,
@@ -39,26 +46,31 @@ _CACHE_BYTES = 2**30
 _STRENGTHS = (0.001, 0.01, 0.1, 1.0)  # of the probe's regularisation
 
 
+# Settings without effect on pooled data are fixed, so that a sweep over them tunes once.
+_SAMPLES = {"pruning": "random", "prune_per_class": False}
+_FEDERATION = {
+    "min_participants": 1,
+    "evaluate_every": 0,
+    "dp_clip": None,
+    "dp_noise_multiplier": 0.0,
+    "dp_seed": None,
+}
+
+
 class Central(Reference):
     """The prompts and tail of `sfprompt`, tuned in one process on the pooled data."""
 
     name = "central"
     what = "the ceiling: the prompts and tail of sfprompt, tuned on the pooled data"
+    tuning = "sfprompt"
+    fixed: ClassVar[Changes] = {
+        "method": {**_SAMPLES, "keep_smashed": False},
+        "federation": _FEDERATION,
+        "wire": FLOAT32,
+    }
 
-    def settings(self, base: RunPlan) -> RunPlan:
-        # Settings without effect here are reset, so that a sweep over them tunes once.
-        private = {"dp_clip": None, "dp_noise_multiplier": 0.0, "dp_seed": None}
-        return with_changes(
-            base,
-            {
-                "wire": WirePlan().model_dump(),
-                "federation": {"min_participants": 1, "evaluate_every": 0, **private},
-                "training": {"pruning": "random", "prune_per_class": False},
-            },
-        )
-
-    def measure(self, settings: RunPlan, data: Dataset, advance: Advance) -> ReferenceResult:
-        model = PooledModel(settings, data)
+    def measure(self, settings: RunSettings, data: Dataset, advance: Advance) -> ReferenceResult:
+        model = PooledModel(settings.plan, data)
         return ReferenceResult(model.tune(advance), model.trainable_parameters)
 
 
@@ -67,7 +79,12 @@ class CentralPaper(Central):
 
     name = "central-paper"
     what = "the prompts and tail of sfprompt-paper, tuned on the pooled data"
-    form = "paper"
+    tuning = "sfprompt-paper"
+    fixed: ClassVar[Changes] = {
+        "method": {**_SAMPLES, "delta_smashed": None, "skip_below": 0, "gradient_correction": 0},
+        "federation": _FEDERATION,
+        "wire": FLOAT32,
+    }
 
 
 class LinearProbe(Reference):
@@ -75,23 +92,30 @@ class LinearProbe(Reference):
 
     name = "linear-probe"
     what = "the floor: logistic regression on frozen features of the pooled data"
+    tuning = "sfprompt-paper"
+    fixed: ClassVar[Changes] = {"method": {"cut": 0, "prompt_count": 0}}
 
-    def settings(self, base: RunPlan) -> RunPlan:
-        unprompted = {"prompt_at": "input", "prompt_depth": "shallow", "prompt_count": 0}
-        # Settings without effect here are reset, so that a sweep over them probes once.
-        return with_changes(
-            base,
+    @property
+    def fields(self) -> set[str]:
+        return set()
+
+    def settings(self, base: RunSettings, given: Changes | None = None) -> RunSettings:
+        parts = {part: fields for part, fields in (given or {}).items() if part != "method"}
+        checked = super().settings(base, parts)
+        # Only the backbone has an effect: a sweep over other settings probes once.
+        return RunSettings.model_validate(
             {
-                "model": {**unprompted, "cut": 0, "tail_blocks": 0, "keep_tokens": 0},
-                "federation": FederationSettings(rounds=1).model_dump(),
-                "training": TrainingPlan().model_dump(),
-                "wire": WirePlan().model_dump(),
-                "distillation": DistillationSettings().model_dump(),
-            },
+                "name": checked.name,
+                "seed": checked.seed,
+                "class_names": checked.class_names,
+                "method": {"name": self.tuning, **self.fixed["method"]},
+                "model": checked.model,
+                "federation": FederationSettings(rounds=1),
+            }
         )
 
-    def measure(self, settings: RunPlan, data: Dataset, advance: Advance) -> ReferenceResult:
-        model = PooledModel(settings, data)
+    def measure(self, settings: RunSettings, data: Dataset, advance: Advance) -> ReferenceResult:
+        model = PooledModel(settings.plan, data)
         weights = settings.model.num_classes * (model.tail.sizes.width + 1)
         return ReferenceResult(model.probe(), weights)
 
@@ -100,17 +124,17 @@ class PooledModel:
     """Head, body and tail of a run in one process, with the pooled data.
 
     Args:
-        settings: of the run.
+        plan: of the run.
         data: all devices' images together.
     """
 
-    def __init__(self, settings: RunPlan, data: Dataset) -> None:
-        split = settings.model
-        backbone = prepare_backbone(split, settings.model.weights, cache_dir() / "backbones")
+    def __init__(self, plan: RunPlan, data: Dataset) -> None:
+        split = plan.model
+        backbone = prepare_backbone(split, split.weights, cache_dir() / "backbones")
         weights = open_backbone(backbone.path)
-        self.settings = settings
+        self.plan = plan
         self.body: Body = build_body(split, weights)
-        state = initial_state(split, weights, derive_seed(settings.seed, "initial-state"))
+        state = initial_state(split, weights, derive_seed(plan.seed, "initial-state"))
         self.head: Head = build_head(split, Layered(head_tensors(state), weights))
         self.tail: Tail = build_tail(split, Layered(tail_tensors(state), weights))
         self.prompts = nn.Parameter(state["prompts"]) if split.prompt_count else None
@@ -132,10 +156,10 @@ class PooledModel:
         epochs × keep fraction passes), with the same optimiser, rates and schedule. There are no
         rounds: nothing is averaged, and each pass is over all samples.
         """
-        training, rounds = self.settings.training, self.settings.federation.rounds
+        training, rounds = self.plan.training, self.plan.federation.rounds
         optimizer = make_optimizer(training, self.prompts, self.tail, head=self.head)
         epochs = max(1, round(rounds * training.split_epochs * training.keep_fraction))
-        seed = derive_seed(self.settings.seed, "centralised")
+        seed = derive_seed(self.plan.seed, "centralised")
         batches = list(
             itertools.chain.from_iterable(
                 shuffled(len(self.train), training.batch_size, seed, epoch)
@@ -173,7 +197,7 @@ class PooledModel:
         )
 
     def _features(self, images: Tensor, prompts: Tensor | None) -> Tensor:
-        at_cut = self.settings.model.prompt_at == "cut"
+        at_cut = self.plan.model.prompt_at == "cut"
         smashed = self.head(images, None if at_cut else prompts)
         num_tokens = None if self.body.sizes.averaged else self.tail.num_tokens
         features: Tensor = self.body(smashed, prompts if at_cut else None, num_tokens)

@@ -9,15 +9,15 @@ from typing import ClassVar
 
 from torch import nn
 
-from protocol.plan import ModelPlan, ProxyKind, RunPlan
-from protocol.presets import Form
+from protocol.parts import BackboneSettings
+from protocol.plan import ModelPlan
+from protocol.settings import RunSettings
 from sfprompt_bench.cost.flops import blocks_flops, embedding_flops, is_tuned, output_flops
-from sfprompt_bench.cost.method_cost import MethodCost
-from sfprompt_bench.cost.question import Question
+from sfprompt_bench.cost.method_cost import MethodCost, Question
 from sfprompt_bench.cost.sizes import FLOAT_BYTES, image_numbers, peak_bytes
-from sfprompt_bench.methods.base import Changes, FederatedMethod, with_changes
-from sfprompt_bench.methods.whole_model import whole_model_settings
+from sfprompt_bench.methods.base import FLOAT32, Changes, FederatedMethod
 from split_model import Head, ModelPlanError, Tail, anatomy, state_shapes
+from tuning_methods.fedpft.settings import FedPFT as FedPftSettings
 from tuning_methods.proxies.neurons import neurons_shape
 
 
@@ -29,25 +29,9 @@ class ProxiedMethod(FederatedMethod):
 
     Operations are those of one training step, forward and backward, counted on the meta device,
     so that narrower MLPs and a backward pass to the first tuned block count as they are.
-
-    Attributes:
-        proxy: its kind, as ``model.proxy`` names it.
-        tuned_ends: blocks at either end that are tuned in the method's paper; 0: all.
     """
 
-    form: ClassVar[Form] = "paper"
-    proxy: ClassVar[ProxyKind]
-    tuned_ends: ClassVar[int] = 0
-
-    def settings(self, base: RunPlan) -> RunPlan:
-        proxied = whole_model_settings(base, {"tune": "lora", "proxy": self.proxy})
-        uncut = proxied.model.model_copy(update={"cut": 0})
-        depth = anatomy(uncut).depth
-        return with_changes(proxied, {"model": {"cut": depth, "lora_ends": self.lora_ends(base)}})
-
-    def lora_ends(self, base: RunPlan) -> int:
-        """Blocks at either end that are tuned in a run of the method; 0: all."""
-        return self.tuned_ends
+    fixed: ClassVar[Changes] = {"wire": FLOAT32}
 
     def is_applicable(self, question: Question) -> bool:
         try:
@@ -57,24 +41,16 @@ class ProxiedMethod(FederatedMethod):
         return True
 
     def model(self, question: Question) -> ModelPlan:
-        """The proxy of the question's run, or one as in the method's paper if it has none.
+        """The proxy of the question's run, or that of the method's defaults if it has none.
 
         Raises as `cost` does.
         """
         run = question.split
-        if run.proxy == self.proxy:
+        backbone = {field: getattr(run, field) for field in BackboneSettings.model_fields}
+        own = RunSettings.model_validate({"model": backbone, "method": {"name": self.tuning}})
+        proxied = own.plan.model.replace(cut=0, model_overrides=run.model_overrides)
+        if run.proxy == proxied.proxy:
             return run
-        proxied = ModelPlan(
-            backbone=run.backbone,
-            image_size=run.image_size,
-            num_classes=run.num_classes,
-            model_overrides=run.model_overrides,
-            cut=0,
-            prompt_count=0,
-            tune="lora",
-            lora_ends=self.tuned_ends,
-            proxy=self.proxy,
-        )
         return proxied.replace(cut=anatomy(proxied).depth)
 
     def cost(self, question: Question) -> MethodCost:
@@ -95,7 +71,7 @@ class ProxiedMethod(FederatedMethod):
             device_peak_bytes=peak_bytes(
                 numbers,
                 trained,
-                question.settings.training.batch_size,
+                question.plan.training.batch_size,
                 image_numbers(settings) + _activations(settings),
             ),
         )
@@ -116,18 +92,13 @@ class FedPft(ProxiedMethod):
         "FedPFT: LoRA on a proxy with pruned MLPs, distilled before the run and again every 10 "
         "rounds; its accuracy in the backbone"
     )
-    proxy: ClassVar[ProxyKind] = "pruned"
-    distil_every: ClassVar[int] = 10  # rounds; the best interval in the paper
-    recipe: ClassVar[Changes] = {
-        "model": {"proxy": "pruned"},
-        "training": {"batch_size": 8, "tail_learning_rate": 2e-3},
-        "distillation": {"epochs": 5, "every": distil_every},
-    }
+    tuning = "fedpft"
 
     def cost(self, question: Question) -> MethodCost:
         plain, settings = super().cost(question), self.model(question)
-        in_run = question.split.proxy == self.proxy
-        interval = question.settings.distillation.every if in_run else self.distil_every
+        in_run = question.split.proxy == settings.proxy
+        distillation = question.plan.distillation if in_run else FedPftSettings().distillation
+        interval = distillation.every
         if not interval:
             return plain
         return dataclasses.replace(
@@ -149,15 +120,7 @@ class OffsiteTuning(ProxiedMethod):
 
     name = "offsite-tuning"
     what = "offsite-tuning: LoRA on the end blocks, fewer blocks between; accuracy in the backbone"
-    proxy: ClassVar[ProxyKind] = "dropped"
-    tuned_ends: ClassVar[int] = 1
-    recipe: ClassVar[Changes] = {
-        "model": {"proxy": "dropped"},
-        "training": {"batch_size": 8, "tail_learning_rate": 2e-3},
-    }
-
-    def lora_ends(self, base: RunPlan) -> int:
-        return base.model.proxy_ends
+    tuning = "offsite-tuning"
 
 
 @functools.lru_cache(maxsize=64)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from protocol.errors import NotFound
 from sfprompt_bench.methods.base import FederatedMethod, Method
 from sfprompt_bench.methods.pooled import Central, CentralPaper, LinearProbe
@@ -67,3 +69,12 @@ def get_method(name: str) -> Method:
         raise NotFound(
             "there is no such method", field="methods", limit=sorted(METHODS), value=name
         ) from None
+
+
+def settable_fields(names: Iterable[str]) -> set[str]:
+    """The fields of `[method]` that one of these methods has and does not fix.
+
+    Raises:
+        NotFound: there is no such method.
+    """
+    return set().union(*(get_method(name).fields for name in names))

@@ -5,11 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-from protocol.plan import RunPlan, WirePlan
-from protocol.presets import Form
-from sfprompt_bench.cost.method_cost import MethodCost
-from sfprompt_bench.cost.question import Question
-from sfprompt_bench.methods.base import Changes, FederatedMethod, with_changes
+from protocol.plan import WirePlan
+from sfprompt_bench.cost.method_cost import MethodCost, Question
+from sfprompt_bench.methods.base import FLOAT32, Changes, FederatedMethod
 from sfprompt_bench.methods.sfprompt_cost import sfprompt_cost
 
 
@@ -18,9 +16,8 @@ class SFPrompt(FederatedMethod):
 
     name = "sfprompt"
     what = "SFPrompt, default preset: prompts in every block of the body, kept by the server"
-
-    def settings(self, base: RunPlan) -> RunPlan:
-        return with_changes(base, {"model": {"prompt_at": "cut", "prompt_depth": "deep"}})
+    tuning = "sfprompt"
+    fixed: ClassVar[Changes] = {"method": {"prompt_depth": "deep"}}
 
     def cost(self, question: Question) -> MethodCost:
         """Calculate with the run's own placement, codecs and switches."""
@@ -33,9 +30,7 @@ class SFPromptCutShallow(SFPrompt):
     name = "sfprompt-cut-shallow"
     what = "the default preset with prompts before the body's first block only"
     is_variant = True
-
-    def settings(self, base: RunPlan) -> RunPlan:
-        return with_changes(base, {"model": {"prompt_at": "cut", "prompt_depth": "shallow"}})
+    fixed: ClassVar[Changes] = {"method": {"prompt_depth": "shallow"}}
 
 
 class SFPromptInputShallow(SFPrompt):
@@ -44,8 +39,8 @@ class SFPromptInputShallow(SFPrompt):
     name = "sfprompt-input-shallow"
     what = "the paper's placement and recipe in 8 bits, only the features that the tail reads"
     is_variant = True
-    form: ClassVar[Form] = "paper"
-    recipe: ClassVar[Changes] = {
+    tuning = "sfprompt-paper"
+    defaults: ClassVar[Changes] = {
         "wire": {
             "smashed": "int8",
             "features": "int8",
@@ -57,9 +52,7 @@ class SFPromptInputShallow(SFPrompt):
             "pooled_features": True,
         }
     }
-
-    def settings(self, base: RunPlan) -> RunPlan:
-        return with_changes(base, {"model": {"prompt_at": "input", "prompt_depth": "shallow"}})
+    fixed: ClassVar[Changes] = {"method": {"prompt_depth": "shallow"}}
 
 
 class SFPromptInputDeep(SFPromptInputShallow):
@@ -67,9 +60,7 @@ class SFPromptInputDeep(SFPromptInputShallow):
 
     name = "sfprompt-input-deep"
     what = "the same with prompts before every block on the device"
-
-    def settings(self, base: RunPlan) -> RunPlan:
-        return with_changes(base, {"model": {"prompt_at": "input", "prompt_depth": "deep"}})
+    fixed: ClassVar[Changes] = {"method": {"prompt_depth": "deep"}}
 
 
 class SFPromptPaper(FederatedMethod):
@@ -86,14 +77,19 @@ class SFPromptPaper(FederatedMethod):
 
     name = "sfprompt-paper"
     what = "SFPrompt as published: prompts at the input, four tensors a step, float32"
-    form: ClassVar[Form] = "paper"
-
-    def settings(self, base: RunPlan) -> RunPlan:
-        placement = {"prompt_at": "input", "prompt_depth": "shallow"}
-        return with_changes(base, {"model": placement, "wire": WirePlan().model_dump()})
+    tuning = "sfprompt-paper"
+    fixed: ClassVar[Changes] = {
+        "method": {
+            "prompt_depth": "shallow",
+            "delta_smashed": None,
+            "skip_below": 0,
+            "gradient_correction": 0,
+        },
+        "wire": FLOAT32,
+    }
 
     def cost(self, question: Question) -> MethodCost:
-        run = question.settings
+        run = question.plan
         placement = {"prompt_at": "input", "prompt_depth": "shallow", "keep_tokens": 0}
         published = run.model_copy(
             update={
@@ -102,7 +98,7 @@ class SFPromptPaper(FederatedMethod):
                 "wire": WirePlan(),
             }
         )
-        return sfprompt_cost(dataclasses.replace(question, settings=published))
+        return sfprompt_cost(dataclasses.replace(question, plan=published))
 
 
 class SFPromptPaperProxy(SFPromptPaper):
@@ -111,4 +107,4 @@ class SFPromptPaperProxy(SFPromptPaper):
     name = "sfprompt-paper-proxy"
     what = "SFPrompt as published, local updates through a small body that the server distils"
     is_variant = True
-    recipe: ClassVar[Changes] = {"model": {"local_body": 2}, "distillation": {"epochs": 5}}
+    defaults: ClassVar[Changes] = {"method": {"local_body": 2, "distillation": {"epochs": 5}}}

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 from protocol.messages import SAMPLE_ID_BYTES
 from sfprompt_bench.cost.flops import forward_flops
-from sfprompt_bench.cost.method_cost import MethodCost
-from sfprompt_bench.cost.question import Question
+from sfprompt_bench.cost.method_cost import MethodCost, Question
 from sfprompt_bench.cost.sizes import (
     image_numbers,
     local_body_numbers,
@@ -47,7 +46,7 @@ def sfprompt_cost(question: Question) -> MethodCost:
     """
     tensors = _Tensors.of(question)
     traffic, operations = _Traffic(question, tensors), _Operations(question, tensors)
-    federation = question.settings.federation
+    federation = question.plan.federation
     tuned = state_shapes(question.split).values()
     return MethodCost(
         trainable_parameters=sum(math.prod(shape) for shape in tuned),
@@ -76,7 +75,7 @@ class _Tensors:
 
     @classmethod
     def of(cls, question: Question) -> _Tensors:
-        split, run = question.split, question.settings
+        split, run = question.split, question.plan
         sizes, num_tokens = anatomy(split), needed_tokens(split)
         at_cut = split.prompt_at == "cut"
         prompted = sizes.tokens + split.prompt_count
@@ -95,8 +94,8 @@ class _Traffic:
 
     def __init__(self, question: Question, tensors: _Tensors) -> None:
         self.question, self.tensors = question, tensors
-        self.wire, self.training = question.settings.wire, question.settings.training
-        self.evaluates = question.settings.federation.evaluate_every > 0
+        self.wire, self.training = question.plan.wire, question.plan.training
+        self.evaluates = question.plan.federation.evaluate_every > 0
 
     def start(self) -> int:
         split = self.question.split
@@ -158,7 +157,7 @@ class _Operations:
     """Operations of training on the device."""
 
     def __init__(self, question: Question, tensors: _Tensors) -> None:
-        training, self.split = question.settings.training, question.split
+        training, self.split = question.plan.training, question.split
         self.train_samples, self.tensors = question.train_samples, tensors
         # Neither keeping all samples nor drawing them at random needs scores.
         needs_scores = training.keep_fraction < 1 and training.pruning != "random"
@@ -200,7 +199,7 @@ class _Operations:
 
 def _peak_bytes(question: Question, tensors: _Tensors) -> int:
     """The larger of a pass of the head and a step of training, for one batch."""
-    split, training = question.split, question.settings.training
+    split, training = question.split, question.plan.training
     numbers = part_numbers(split)
     smashed, features = math.prod(tensors.smashed), math.prod(tensors.features)
     head = image_numbers(split) + run_blocks(split, split.cut, tensors.smashed[0]) + smashed
@@ -228,7 +227,7 @@ def _peak_bytes(question: Question, tensors: _Tensors) -> int:
 
 def _cached_numbers(question: Question, tensors: _Tensors) -> int:
     """Numbers of head outputs that the device caches for scoring and the local update."""
-    training = question.settings.training
+    training = question.plan.training
     if not tensors.stored or (training.local_epochs == 0 and training.keep_fraction == 1):
         return 0
     tokens = needed_tokens(question.split) or tensors.smashed[0]

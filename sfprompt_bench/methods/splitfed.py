@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from protocol.plan import RunPlan, WirePlan
-from protocol.presets import Form
 from sfprompt_bench.cost.flops import forward_flops
-from sfprompt_bench.cost.method_cost import MethodCost
-from sfprompt_bench.cost.question import Question
+from sfprompt_bench.cost.method_cost import MethodCost, Question
 from sfprompt_bench.cost.sizes import (
     FLOAT_BYTES,
     image_numbers,
@@ -20,33 +16,14 @@ from sfprompt_bench.cost.sizes import (
     run_blocks,
     trained_blocks,
 )
-from sfprompt_bench.methods.base import Changes, FederatedMethod, with_changes
+from sfprompt_bench.methods.base import FLOAT32, Changes, FederatedMethod
 from split_model import anatomy
 
 
 class SplitFed(FederatedMethod):
-    """SplitFed (arXiv 2004.12088) in U-shape, in float32.
+    """SplitFed (arXiv 2004.12088) in U-shape, in float32, on all samples."""
 
-    The paper's form of SFPrompt without prompts, with all samples and no local update.
-
-    Attributes:
-        tuned: which parameters are trained, as settings of the model.
-    """
-
-    form: ClassVar[Form] = "paper"
-    recipe: ClassVar[Changes] = {"training": {"batch_size": 8}}
-    tuned: ClassVar[Mapping[str, Any]]
-
-    def settings(self, base: RunPlan) -> RunPlan:
-        unprompted = {"prompt_at": "input", "prompt_depth": "shallow", "prompt_count": 0}
-        return with_changes(
-            base,
-            {
-                "model": {**unprompted, **self.tuned},
-                "training": {"keep_fraction": 1.0, "pruning": "random", "local_epochs": 0},
-                "wire": WirePlan().model_dump(),
-            },
-        )
+    tuning = "splitfed"
 
 
 class SplitFedFull(SplitFed):
@@ -61,12 +38,10 @@ class SplitFedFull(SplitFed):
 
     name = "splitfed-full"
     what = "U-shaped SplitFed: head, body and tail are trained, all are averaged, float32"
-    # The rate is that of full fine-tuning.
-    recipe: ClassVar[Changes] = {"training": {"batch_size": 8, "tail_learning_rate": 5e-5}}
-    tuned: ClassVar[Mapping[str, Any]] = {"tune": "full", "tune_body": True}
+    fixed: ClassVar[Changes] = {"method": {"tune": "full"}, "wire": FLOAT32}
 
     def cost(self, question: Question) -> MethodCost:
-        settings, training = question.unmerged, question.settings.training
+        settings, training = question.unmerged, question.plan.training
         sizes, numbers = anatomy(settings), part_numbers(settings)
         flops = forward_flops(settings)
         device = numbers.head + numbers.tail
@@ -100,10 +75,10 @@ class SplitFedLinear(SplitFed):
 
     name = "splitfed-linear"
     what = "U-shaped SplitFed with frozen head and body: the tail alone is tuned, float32"
-    tuned: ClassVar[Mapping[str, Any]] = {"tune": "classifier"}
+    fixed: ClassVar[Changes] = {"method": {"tune": "linear"}, "wire": FLOAT32}
 
     def cost(self, question: Question) -> MethodCost:
-        settings, training = question.unmerged, question.settings.training
+        settings, training = question.unmerged, question.plan.training
         sizes, numbers = anatomy(settings), part_numbers(settings)
         flops, counts = forward_flops(settings), parameter_counts(settings)
         stream = sizes.tokens * sizes.width

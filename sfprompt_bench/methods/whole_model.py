@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from protocol.plan import ModelPlan, RunPlan, WirePlan
-from protocol.presets import Form
+from protocol.plan import ModelPlan
 from sfprompt_bench.cost.flops import forward_flops
-from sfprompt_bench.cost.method_cost import MethodCost
-from sfprompt_bench.cost.question import Question
+from sfprompt_bench.cost.method_cost import MethodCost, Question
 from sfprompt_bench.cost.sizes import (
     FLOAT_BYTES,
     image_numbers,
@@ -21,31 +19,9 @@ from sfprompt_bench.cost.sizes import (
     trained_blocks,
     uncut_settings,
 )
-from sfprompt_bench.methods.base import Changes, FederatedMethod, with_changes
-from split_model import Anatomy, anatomy
-
-
-def whole_model_settings(base: RunPlan, model: dict[str, Any]) -> RunPlan:
-    """Put the whole model on the device: a cut after the last block, and no split training.
-
-    The local update, head to tail, is the whole training of a round: `local_epochs` passes over
-    all samples.
-    """
-    depth = anatomy(pretrained_model(base.model)).depth
-    uncut = {
-        "proxy": "none",
-        "local_body": 0,
-        "cut": depth,
-        "tail_blocks": 0,
-        "keep_tokens": 0,
-        "prompt_at": "input",
-        "prompt_depth": "shallow",
-        "prompt_count": 0,
-    }
-    training = {"split_epochs": 0, "keep_fraction": 1.0, "local_learning_rate_scale": 1.0}
-    return with_changes(
-        base, {"model": uncut | model, "training": training, "wire": WirePlan().model_dump()}
-    )
+from sfprompt_bench.methods.base import FLOAT32, Changes, FederatedMethod
+from split_model import anatomy
+from tuning_methods.fedpeft.settings import NARROWING
 
 
 def pretrained_model(model: ModelPlan) -> ModelPlan:
@@ -63,22 +39,7 @@ class WholeModelMethod(FederatedMethod):
     """Downloads the whole model to start, then sends and receives what it tunes, as float32.
 
     Nothing of the samples crosses. A round is ``local_epochs`` passes over all samples.
-
-    Attributes:
-        tuned: which parameters are trained, as ``model.tune`` names them.
     """
-
-    form: ClassVar[Form] = "paper"
-    recipe: ClassVar[Changes] = {"training": {"batch_size": 8}}
-    tuned: ClassVar[str]
-
-    def settings(self, base: RunPlan) -> RunPlan:
-        sizes = anatomy(pretrained_model(base.model))
-        return whole_model_settings(base, {"tune": self.tuned} | self.added_settings(sizes))
-
-    def added_settings(self, sizes: Anatomy) -> dict[str, Any]:
-        """The settings of what the method adds to the pretrained model."""
-        return {}
 
     @abstractmethod
     def trained_numbers(self, settings: ModelPlan) -> int:
@@ -101,7 +62,7 @@ class WholeModelMethod(FederatedMethod):
         return self.trained_numbers(settings)
 
     def cost(self, question: Question) -> MethodCost:
-        settings = uncut_settings(pretrained_model(question.settings.model))
+        settings = uncut_settings(pretrained_model(question.plan.model))
         sizes, whole = anatomy(settings), part_numbers(settings).backbone
         sent = FLOAT_BYTES * self.sent_numbers(settings)
         visits = question.train_samples * question.local_epochs
@@ -115,7 +76,7 @@ class WholeModelMethod(FederatedMethod):
             device_peak_bytes=peak_bytes(
                 whole + self.added_numbers(settings),
                 self.trained_numbers(settings),
-                question.settings.training.batch_size,
+                question.plan.training.batch_size,
                 image_numbers(settings) + self.activations(settings) + features,
             ),
         )
@@ -126,8 +87,8 @@ class FullFineTuning(WholeModelMethod):
 
     name = "fl-full"
     what = "federated full fine-tuning: every weight is trained on the device and averaged"
-    recipe: ClassVar[Changes] = {"training": {"batch_size": 8, "tail_learning_rate": 5e-5}}
-    tuned = "full"
+    tuning = "fedavg"
+    fixed: ClassVar[Changes] = {"wire": FLOAT32}
 
     def trained_numbers(self, settings: ModelPlan) -> int:
         return parameter_counts(settings).total
@@ -153,12 +114,9 @@ class FedPeftAdapter(WholeModelMethod):
 
     name = "fedpeft-adapter"
     what = "FedPEFT: one bottleneck after every block, and the classifier"
-    recipe: ClassVar[Changes] = {"training": {"batch_size": 8, "tail_learning_rate": 1e-3}}
-    tuned = "adapter"
-    reduction: ClassVar[int] = 8  # to 96 of 768 in ViT-B
-
-    def added_settings(self, sizes: Anatomy) -> dict[str, Any]:
-        return {"adapter_width": max(1, sizes.width // self.reduction)}
+    tuning = "fedpeft"
+    # A width of 0 is an eighth of the backbone's.
+    fixed: ClassVar[Changes] = {"method": {"tune": "adapter", "adapter_width": 0}, "wire": FLOAT32}
 
     def trained_numbers(self, settings: ModelPlan) -> int:
         return parameter_counts(settings).classifier + self.added_numbers(settings)
@@ -183,7 +141,7 @@ class FedPeftAdapter(WholeModelMethod):
 
     def _widths(self, settings: ModelPlan) -> tuple[int, int]:
         width = anatomy(settings).width
-        return width, width // self.reduction
+        return width, width // NARROWING
 
 
 class FedPeftBias(WholeModelMethod):
@@ -195,8 +153,8 @@ class FedPeftBias(WholeModelMethod):
 
     name = "fedpeft-bias"
     what = "FedPEFT: all biases and the classifier"
-    recipe: ClassVar[Changes] = {"training": {"batch_size": 8, "tail_learning_rate": 2e-3}}
-    tuned = "bias"
+    tuning = "fedpeft"
+    fixed: ClassVar[Changes] = {"method": {"tune": "bias"}, "wire": FLOAT32}
 
     def trained_numbers(self, settings: ModelPlan) -> int:
         counts = parameter_counts(settings)
@@ -219,7 +177,8 @@ class FedPeftHead(WholeModelMethod):
 
     name = "fedpeft-head"
     what = "FedPEFT: the classifier alone, the whole frozen model on the device"
-    tuned = "classifier"
+    tuning = "fedpeft"
+    fixed: ClassVar[Changes] = {"method": {"tune": "classifier"}, "wire": FLOAT32}
 
     def trained_numbers(self, settings: ModelPlan) -> int:
         return parameter_counts(settings).classifier
@@ -242,14 +201,12 @@ class FedPeftPrompt(WholeModelMethod):
 
     name = "fedpeft-prompt"
     what = "FedPEFT: ten prompts before every block, and the classifier"
-    recipe: ClassVar[Changes] = {
-        "training": {"batch_size": 8, "prompt_learning_rate": 2e-3, "tail_learning_rate": 1e-2}
-    }
-    tuned = "classifier"
+    tuning = "fedpeft"
     prompts: ClassVar[int] = 10
-
-    def added_settings(self, sizes: Anatomy) -> dict[str, Any]:
-        return {"prompt_depth": "deep", "prompt_count": self.prompts}
+    fixed: ClassVar[Changes] = {
+        "method": {"tune": "prompt", "prompt_count": prompts},
+        "wire": FLOAT32,
+    }
 
     def trained_numbers(self, settings: ModelPlan) -> int:
         return parameter_counts(settings).classifier + self.added_numbers(settings)

@@ -10,9 +10,9 @@ import typer
 from rich.console import Console
 
 from edge_client.data.partition import SCHEMES, parse_scheme
-from protocol.messages import parse_message
-from protocol.plan import RunPlan
 from protocol.presets import Form
+from protocol.settings import RunSettings
+from sfprompt_bench.methods.base import with_changes
 from sfprompt_bench.presets import PRESETS, DTypeOption, JsonFile, preset_named
 from sfprompt_bench.run.local_run import LocalRun
 from sfprompt_bench.run.preflight import make_run_folder
@@ -96,14 +96,10 @@ def run(
 
 
 def _with_options(
-    settings: RunPlan, devices: int, rounds: int | None, keep_fraction: float | None, seed: int
-) -> RunPlan:
+    settings: RunSettings, devices: int, rounds: int | None, keep_fraction: float | None, seed: int
+) -> RunSettings:
     """The preset with the options of the command line, validated as a whole."""
-    values = settings.model_dump()
-    values["seed"] = seed
-    values["federation"]["min_participants"] = devices
-    if rounds is not None:
-        values["federation"]["rounds"] = rounds
-    if keep_fraction is not None:
-        values["training"]["keep_fraction"] = keep_fraction
-    return parse_message(RunPlan, values)
+    federation = {"min_participants": devices} | ({} if rounds is None else {"rounds": rounds})
+    method = {} if keep_fraction is None else {"keep_fraction": keep_fraction}
+    seeded = settings.model_copy(update={"seed": seed})
+    return with_changes(seeded, {"federation": federation, "method": method})

@@ -15,16 +15,14 @@ from rich.console import Console
 
 from protocol.errors import SFPromptError
 from protocol.messages import Results
-from protocol.plan import RunPlan
-from sfprompt_bench.run.backbone_cache import shared_backbones
+from protocol.settings import RunSettings
 from sfprompt_bench.run.live import LiveView
-from sfprompt_bench.run.preflight import choose_port
+from sfprompt_bench.run.preflight import choose_port, shared_backbones
 from sfprompt_bench.run.processes import Process, start_device, wait_until_healthy
 from sfprompt_bench.run.report import summary
 from split_model import save_state
 from split_server.client import OperatorClient, read_token
 from split_server.federation.export import newest_state
-from tuning_methods.custom.settings import Custom
 
 _START_TIMEOUT_S = 120.0
 
@@ -53,7 +51,7 @@ class LocalRun:
         link: network to simulate between each device and the server, e.g. ``20mbit,50ms``.
     """
 
-    settings: RunPlan
+    settings: RunSettings
     data: str
     devices: int
     partition: str
@@ -78,7 +76,7 @@ class LocalRun:
         rounds = self.settings.federation.rounds
         with self._server(console) as (url, operator, server), ExitStack() as stack:
             console.print("preparing the backbone …")
-            run = operator.create_run(Custom.of(self.settings))
+            run = operator.create_run(self.settings)
             started = time.monotonic()
             view = stack.enter_context(LiveView(console, names, rounds))
             devices = [

@@ -1,12 +1,15 @@
-"""Checks before a run: disk space, packages and a free port."""
+"""Preparation of a run: disk space, packages, a free port, and backbones from a shared cache."""
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 import socket
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from protocol.errors import Conflict, NotFound, SFPromptError
@@ -67,3 +70,43 @@ def choose_port(wanted: int) -> int:
                 hint="stop the program on this port, or choose another --port (0: any free port)",
             ) from error
         return int(probe.getsockname()[1])
+
+
+_FINISHED = frozenset({".whl", ".safetensors", ".json"})  # partial files have other suffixes
+
+
+@contextmanager
+def shared_backbones(data_dir: Path) -> Iterator[None]:
+    """Put cached backbones into a server's folder, and cache those that it adds.
+
+    Backbone files do not change once they have their names, so that both folders can link to them.
+    """
+    from edge_client.data.download import cache_dir  # imports torch, which help texts do not need
+
+    cache, server = cache_dir() / "backbones", data_dir / "backbones"
+    _copy_missing(cache, server)
+    try:
+        yield
+    finally:
+        _copy_missing(server, cache)
+
+
+def _copy_missing(source: Path, target: Path) -> None:
+    files = [file for file in source.glob("*") if file.suffix in _FINISHED]
+    if files:
+        target.mkdir(parents=True, exist_ok=True)
+    for file in files:
+        if not (target / file.name).exists():
+            _link_or_copy(file, target / file.name)
+
+
+def _link_or_copy(file: Path, target: Path) -> None:
+    try:
+        target.hardlink_to(file)
+    except FileExistsError:  # another run was faster
+        return
+    except OSError:  # another disk, or a file system without hard links
+        number, temporary = tempfile.mkstemp(dir=target.parent)
+        os.close(number)
+        shutil.copyfile(file, temporary)
+        Path(temporary).replace(target)

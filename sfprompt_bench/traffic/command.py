@@ -12,7 +12,7 @@ from rich.console import Console
 from sfprompt_bench.presets import DTypeOption, JsonFile, traffic_preset
 from sfprompt_bench.run.preflight import make_run_folder
 from sfprompt_bench.run.processes import usable_cores
-from sfprompt_bench.traffic.ladder import LadderSetting, run_ladder
+from sfprompt_bench.traffic.ladder import LadderSetting, ladder, run_ladder
 from sfprompt_bench.traffic.report import (
     large_table,
     phase_table,
@@ -20,7 +20,6 @@ from sfprompt_bench.traffic.report import (
     traffic_figures,
     traffic_table,
 )
-from sfprompt_bench.traffic.rungs import ladder
 
 
 def traffic(

@@ -12,10 +12,11 @@ from matplotlib import pyplot as plt
 from rich.table import Table
 
 from edge_client.transport.link import Link
-from protocol.plan import RunPlan
+from protocol.settings import RunSettings
 from protocol.traffic import Phase
-from sfprompt_bench.cost.question import Question
+from sfprompt_bench.cost.method_cost import Question
 from sfprompt_bench.estimate.calculator import estimate, paper_training, ratios
+from sfprompt_bench.methods.base import with_changes
 from sfprompt_bench.plots import COLOURS, MB, save
 from sfprompt_bench.traffic.ladder import LadderSetting, RungResult
 
@@ -55,12 +56,16 @@ def traffic_ratios(results: Sequence[RungResult], setting: LadderSetting) -> Tra
     )
 
 
-def large_setting(default: RunPlan) -> tuple[Question, dict[str, Any]]:
+def large_setting(default: RunSettings) -> tuple[Question, dict[str, Any]]:
     """Calculate ViT-B/16 at 224 px with 1,000 samples a device over 50 rounds."""
-    values = default.model_dump()
-    values["model"] |= {"backbone": "vit_base_patch16_224", "image_size": 224}
-    values["federation"] |= {"rounds": _LARGE_ROUNDS, "evaluate_every": 0}
-    question = Question(RunPlan.model_validate(values), _LARGE_SAMPLES)
+    large = with_changes(
+        default,
+        {
+            "model": {"backbone": "vit_base_patch16_224", "image_size": 224},
+            "federation": {"rounds": _LARGE_ROUNDS, "evaluate_every": 0},
+        },
+    )
+    question = Question(large.plan, _LARGE_SAMPLES)
     return question, asdict(ratios(estimate(question, paper_training()), _LARGE_ROUNDS))
 
 
@@ -97,8 +102,8 @@ def traffic_figures(results: Sequence[RungResult], setting: LadderSetting) -> di
 def device_flops(result: RungResult, setting: LadderSetting) -> int:
     """Calculate the operations of one device in the whole run, with torch's counter."""
     settings = result.rung.settings
-    method = "sfprompt" if settings.model.prompt_at == "cut" else "sfprompt-paper"
-    return estimate(_question(settings, setting))[method].flops_total(settings.federation.rounds)
+    costs = estimate(_question(settings, setting))
+    return costs[settings.method.name].flops_total(settings.federation.rounds)
 
 
 def network_seconds(result: RungResult, setting: LadderSetting) -> float:
@@ -107,11 +112,12 @@ def network_seconds(result: RungResult, setting: LadderSetting) -> float:
     Its bytes at the link's rates, and the latency of each request of split training.
     """
     link, settings = Link.parse(setting.link), result.rung.settings
-    training = settings.training
+    plan = settings.plan
+    training = plan.training
     samples = _question(settings, setting).selected_samples
     steps = training.split_epochs * -(-samples // training.batch_size)
     # Forward and backward, or both in one request.
-    requests_per_step = 2 if settings.model.prompt_at == "input" else 1
+    requests_per_step = 2 if plan.model.prompt_at == "input" else 1
     requests = settings.federation.rounds * steps * requests_per_step
     up, down = (
         sum(counts[direction] for counts in result.traffic.values()) / setting.devices
@@ -154,7 +160,7 @@ def traffic_table(results: Sequence[RungResult], setting: LadderSetting) -> Tabl
     return table
 
 
-def _break_even(default: RunPlan, setting: LadderSetting) -> str:
+def _break_even(default: RunSettings, setting: LadderSetting) -> str:
     costs = estimate(_question(default, setting))
     rounds = ratios(costs, default.federation.rounds).break_even_rounds
     if rounds is None:
@@ -175,11 +181,11 @@ def phase_table(results: Sequence[RungResult], setting: LadderSetting) -> Table:
     return table
 
 
-def large_table(default: RunPlan) -> Table:
+def large_table(default: RunSettings) -> Table:
     """Show the four ratios of `large_setting`."""
     question, shares = large_setting(default)
     table = Table(
-        title=f"Calculated: {question.settings.model.backbone} at 224 px, "
+        title=f"Calculated: {question.plan.model.backbone} at 224 px, "
         f"{_LARGE_SAMPLES:,} samples a device, {_LARGE_ROUNDS} rounds",
         title_justify="left",
     )
@@ -220,7 +226,7 @@ def plot_ladder(results: Sequence[RungResult], setting: LadderSetting, out: Path
     return save(figure, out)
 
 
-def _question(settings: RunPlan, setting: LadderSetting) -> Question:
+def _question(settings: RunSettings, setting: LadderSetting) -> Question:
     preset, devices = setting.preset, setting.devices
     train = (preset.limit_train or 0) // devices
-    return Question(settings, train, (preset.limit_test or 0) // devices)
+    return Question(settings.plan, train, (preset.limit_test or 0) // devices)

@@ -24,6 +24,8 @@ target_accuracy = 0.01
 backbone = "vit_tiny_patch16_224"
 weights = "random:3"
 image_size = 32
+
+[method]
 prompt_count = 4
 
 [federation]

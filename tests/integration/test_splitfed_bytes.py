@@ -13,7 +13,8 @@ from edge_client.participant import Participant
 from edge_client.transport import Server
 from protocol.federation import FederationSettings
 from protocol.messages import Results, RunStatus
-from protocol.plan import ModelPlan, RunPlan, TrainingPlan
+from protocol.parts import BackboneSettings
+from protocol.settings import RunSettings
 from sfprompt_bench.compare.metrics import calculated, run_figures
 from sfprompt_bench.compare.usage import Usage
 from sfprompt_bench.methods.registry import ESTIMATED
@@ -23,8 +24,8 @@ from tests.support.server import running_server
 
 SAMPLES, BATCH, ROUNDS = 24, 8, 2
 
-MODEL = ModelPlan(
-    backbone="vit_tiny_patch16_224", weights="random:0", image_size=64, cut=1, num_classes=3
+MODEL = BackboneSettings(
+    backbone="vit_tiny_patch16_224", weights="random:0", image_size=64, num_classes=3
 )
 
 MAX_HEADER_BYTES = 1500  # of a request or its response, in one direction
@@ -39,12 +40,8 @@ LEGS = {
 @pytest.mark.parametrize("name", LEGS)
 def test_the_bytes_of_start_and_training_are_the_calculated_ones(name: str, tmp_path: Path) -> None:
     method = ESTIMATED[name]
-    base = RunPlan(
-        model=MODEL,
-        federation=FederationSettings(rounds=ROUNDS),
-        training=TrainingPlan(batch_size=BATCH),
-    )
-    settings = method.settings(base)
+    base = RunSettings(model=MODEL, federation=FederationSettings(rounds=ROUNDS))
+    settings = method.settings(base, {"training": {"batch_size": BATCH}})
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with running_server(tmp_path / "node") as server:
@@ -70,7 +67,7 @@ def test_the_bytes_of_start_and_training_are_the_calculated_ones(name: str, tmp_
         server=usage,
         by_device={},
     )
-    expected = calculated(method, settings, results)["calculated"]
+    expected = calculated(method, settings.plan, results)["calculated"]
     requests = 2 * SAMPLES // BATCH + 2  # in a round, with those of the state and the update
     for field in ("bytes_up_per_round", "bytes_down_per_round"):
         extra = 40_000 if name == "splitfed-full" else 4_000  # the tensors' names in state files

@@ -19,6 +19,7 @@ from torch import Tensor
 from protocol.frames import Frame, decode_frame, encode_frame, join_frame
 from protocol.messages import Assignment, JoinResponse, RunView
 from protocol.plan import RunPlan
+from protocol.settings import RunSettings
 from protocol.wire import IDEMPOTENCY_HEADER, PROTOCOL_VERSION, VERSION_HEADER
 from split_server.app import Server, build_server, create_app
 from split_server.settings import ServerSettings, load_settings
@@ -54,10 +55,9 @@ class ApiClient:
             extra[IDEMPOTENCY_HEADER] = key
         return self.http.request(method, path, json=json, content=content, headers=extra)
 
-    def create(self, settings: RunPlan, key: str = "create-1") -> RunView:
-        answer = self.call(
-            "POST", "/v1/runs", key=key, json=Custom.of(settings).model_dump(mode="json")
-        )
+    def create(self, settings: RunPlan | RunSettings, key: str = "create-1") -> RunView:
+        run = Custom.of(settings) if isinstance(settings, RunPlan) else settings
+        answer = self.call("POST", "/v1/runs", key=key, json=run.model_dump(mode="json"))
         assert answer.is_success, answer.text
         return RunView.model_validate(answer.json())
 

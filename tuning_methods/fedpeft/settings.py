@@ -12,7 +12,7 @@ from tuning_methods.whole_model import WholeModel, width_of
 if TYPE_CHECKING:
     from protocol.settings import RunSettings
 
-_NARROWING = 8  # an adapter's width, of the backbone's: 96 of 768 in ViT-B
+NARROWING = 8  # an adapter's width, of the backbone's: 96 of 768 in ViT-B
 
 _RATES: dict[str, dict[str, Any]] = {
     "classifier": {},
@@ -50,6 +50,6 @@ class FedPEFT(WholeModel):
     def shape_part(self, settings: RunSettings) -> Fields:
         shape = dict(super().shape_part(settings))
         if self.tune == "adapter":
-            width = self.adapter_width or max(1, width_of(settings.model) // _NARROWING)
+            width = self.adapter_width or max(1, width_of(settings.model) // NARROWING)
             shape["adapter_width"] = width
         return shape

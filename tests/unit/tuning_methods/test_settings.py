@@ -64,6 +64,19 @@ def test_the_default_method_tunes_prompts_in_the_body_and_caches_smashed_data() 
     assert (run.training.batch_size, run.wire.smashed) == (8, "int4+zstd")
 
 
+def test_a_table_that_is_given_in_part_has_the_methods_defaults_for_the_rest() -> None:
+    run = settings({"name": "fedpft", "distillation": {"images": "digits"}})
+    distillation = run.plan.distillation
+    assert (distillation.images, distillation.epochs, distillation.every) == ("digits", 5, 10)
+
+
+def test_a_changed_copy_has_a_plan_of_its_own() -> None:
+    run = RunSettings()
+    assert run.plan.seed == 0
+    copy = run.model_copy(update={"seed": 3})
+    assert (copy.plan.seed, run.plan.seed) == (3, 0)
+
+
 def test_a_runs_own_value_wins_over_the_methods_default() -> None:
     run = settings({"name": "sfprompt"}, training={"batch_size": 3}, wire={"smashed": "float16"})
     assert (run.plan.training.batch_size, run.plan.wire.smashed) == (3, "float16")
@@ -151,6 +164,8 @@ def test_a_field_of_a_former_release_says_where_it_moved(parts: dict[str, Any], 
             {},
             "delta_smashed needs proxy = none",
         ),
+        ({"name": "fedpft"}, {"federation": {"dp_clip": 1.0}}, "dp_clip"),
+        ({"name": "fedavg"}, {"wire": {"updates": "topk:0.1"}}, "wire.update_deltas"),
     ],
 )
 def test_settings_that_do_not_fit_together_are_refused_before_a_run_is_created(

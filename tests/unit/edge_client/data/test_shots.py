@@ -80,7 +80,7 @@ def comparison(**more: object) -> Comparison:
 def test_shots_can_be_swept_and_make_other_tasks_of_references_too(tmp_path: Path) -> None:
     settings = comparison(methods=("sfprompt", "linear-probe"), sweep={"shots": (1, 4)})
     jobs = plan(settings, tmp_path)
-    assert [job.task.of["shots"] for job in jobs] == [1, 1, 4, 4]
+    assert [job.task.inputs["shots"] for job in jobs] == [1, 1, 4, 4]
     assert len({job.task.key for job in jobs}) == 4
 
 

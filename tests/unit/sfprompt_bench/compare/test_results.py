@@ -21,7 +21,7 @@ from sfprompt_bench.compare.report import comparison_csv, comparison_json, repor
 from sfprompt_bench.compare.results import FIELDS, Outcome, bytes_to_target
 from sfprompt_bench.compare.tables import cost_table, measured_over_calculated, result_table
 from sfprompt_bench.compare.usage import Usage
-from sfprompt_bench.cost.question import Question
+from sfprompt_bench.cost.method_cost import Question
 from sfprompt_bench.estimate.calculator import estimate
 from sfprompt_bench.estimate.report import estimate_report
 from sfprompt_bench.methods.registry import METHODS
@@ -239,8 +239,10 @@ def test_the_json_has_the_agreed_fields_for_every_method() -> None:
 
 
 def test_the_calculator_writes_its_methods_under_the_same_names_and_fields() -> None:
-    question = Question(preset_named("digits").settings, train_samples=10)
-    values = json.loads(json.dumps(estimate_report(question, estimate(question))))["methods"]
+    settings = preset_named("digits").settings
+    question = Question(settings.plan, train_samples=10)
+    report = estimate_report(settings, question, estimate(question))
+    values = json.loads(json.dumps(report))["methods"]
     for result in values.values():
         assert set(FIELDS[:6]) <= set(result)
     assert set(values) <= set(METHODS)

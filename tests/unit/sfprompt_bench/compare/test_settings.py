@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from protocol.errors import InvalidField, NotFound
 from protocol.messages import parse_message
+from protocol.parts import WireSettings
 from sfprompt_bench.compare.config import QUICK, Comparison, load_comparison, point_name, toml_text
-from sfprompt_bench.compare.plan import plan, resolved, tasks_of
+from sfprompt_bench.compare.plan import plan, resolved, tasks_of, with_methods
 from sfprompt_bench.methods.base import FederatedMethod
 from sfprompt_bench.methods.registry import ESTIMATED, METHODS
 from sfprompt_bench.presets import preset_named
@@ -48,6 +49,8 @@ def test_a_file_gives_a_comparison_with_its_own_name(tmp_path: Path) -> None:
         ("seeds = [1, 1]", "seeds", "twice: 1"),
         ('partition = "halves"', "partition", "iid | dirichlet"),
         ("[federation]\nrounds = 3", "body", "federation.rounds is set by rounds"),
+        ('[method]\nname = "fedpft"', "body", "method.name is set by methods"),
+        ('[sweep]\n"method.name" = ["fedpft"]', "body", "sweep.method.name is set by methods"),
         ("[overrides.sfprompt.federation]\nrounds = 3", "body", "overrides.sfprompt.federation"),
         ("[overrides.sfprompt.trainin]\nbatch_size = 3", "body", "overrides.sfprompt.trainin"),
         ("[sweep]\nlayers = [1]", "body", "sweep.layers"),
@@ -85,16 +88,115 @@ def test_a_cut_that_the_backbone_does_not_have_is_refused_before_anything_runs(
     tmp_path: Path,
 ) -> None:
     with pytest.raises(InvalidField, match="sfprompt") as caught:
-        plan(comparison(methods=("sfprompt",), model={**TINY, "cut": 13}), tmp_path)
+        plan(comparison(methods=("sfprompt",), method={"cut": 13}), tmp_path)
     assert "cut" in str(caught.value.field)
 
 
 def test_what_makes_a_method_cannot_be_overridden(tmp_path: Path) -> None:
-    changed = {"splitfed-linear": {"model": {"prompt_count": 3}}}
+    changed = {"splitfed-linear": {"method": {"tune": "full"}}}
     with pytest.raises(InvalidField) as caught:
         plan(comparison(methods=("splitfed-linear",), overrides=changed), tmp_path)
-    assert caught.value.field == "overrides.splitfed-linear.model.prompt_count"
-    assert caught.value.limit == 0
+    assert caught.value.field == "overrides.splitfed-linear.method.tune"
+    assert caught.value.limit == "linear"
+
+
+def test_an_override_of_a_field_that_the_method_lacks_is_refused(tmp_path: Path) -> None:
+    changed = {"splitfed-linear": {"method": {"prompt_count": 3}}}
+    with pytest.raises(
+        InvalidField, match=r"splitfed-linear has no method\.prompt_count"
+    ) as caught:
+        plan(comparison(methods=("splitfed-linear",), overrides=changed), tmp_path)
+    assert caught.value.field == "overrides.splitfed-linear.method.prompt_count"
+    assert caught.value.limit == ["cut", "split_epochs", "tail_blocks", "tune"]
+
+
+@pytest.mark.parametrize("wrong", [3, {"evry": 3}])
+def test_an_override_without_a_setting_is_refused(wrong: object, tmp_path: Path) -> None:
+    changed = {"linear-probe": {"method": {"distillation": wrong}}}
+    with pytest.raises(InvalidField, match="linear-probe has no setting"):
+        plan(comparison(methods=("linear-probe",), overrides=changed), tmp_path)
+
+
+def test_a_value_of_the_method_applies_where_there_is_the_field(tmp_path: Path) -> None:
+    named = ("sfprompt", "splitfed-linear", "fedpeft-prompt", "fl-full", "linear-probe")
+    config = comparison(methods=named, method={"cut": 2, "prompt_count": 3, "tune": "classifier"})
+    methods = [job.settings.method.model_dump() for job in plan(config, tmp_path)]
+    assert [method.get("cut") for method in methods] == [2, 2, None, None, 0]
+    assert [method.get("prompt_count") for method in methods] == [3, None, 10, None, 0]
+    assert [method.get("tune") for method in methods] == [
+        "classifier",
+        "linear",
+        "prompt",
+        None,
+        "tail",
+    ]
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"method": {"lora_rank": 4}},
+        {"method": {"prompt_depth": "deep"}},  # both methods fix it
+        {"sweep": {"method.lora_rank": (4, 8)}},
+        {"sweep": {"method.lora_rank.x": (4, 8)}},
+    ],
+)
+def test_a_value_that_no_compared_method_takes_is_refused(
+    parts: dict[str, Any], tmp_path: Path
+) -> None:
+    (field,) = parts.get("method", {"lora_rank": 4})
+    with pytest.raises(InvalidField, match="none of the compared methods") as caught:
+        plan(comparison(methods=("sfprompt", "sfprompt-paper", "linear-probe"), **parts), tmp_path)
+    assert caught.value.field == f"method.{field}"
+    assert isinstance(caught.value.limit, list)
+    assert "keep_fraction" in caught.value.limit
+
+
+def test_other_methods_leave_behind_what_they_have_no_field_for() -> None:
+    config = comparison(
+        methods=("sfprompt", "fedpft"),
+        method={"prompt_count": 3, "lora_rank": 4, "lora_rang": 4},
+        overrides={"sfprompt": {"training": {"batch_size": 4}}},
+    )
+    changed = with_methods(config, ["fedpft"])
+    assert changed.methods == ("fedpft",)
+    assert changed.method == {"lora_rank": 4, "lora_rang": 4}, "a wrong name is still refused"
+    assert changed.overrides == {}
+    with pytest.raises(NotFound):
+        with_methods(config, ["fedpfd"])
+
+
+@pytest.mark.parametrize(
+    ("parts", "says"),
+    [
+        ({"model": {"cut": 1}}, "model.cut has moved: write method.cut"),
+        ({"training": {"keep_fraction": 0.5}}, "write method.keep_fraction"),
+        ({"wire": {"keep_smashed": True}}, "write method.keep_smashed"),
+        ({"distillation": {"every": 3}}, "distillation has moved: write method.distillation"),
+        ({"overrides": {"central": {"model": {"cut": 1}}}}, "central: model.cut has moved"),
+        ({"sweep": {"wire.skip_below": (0.1, 0.2)}}, "sweep: wire.skip_below has moved"),
+        ({"sweep": {"distillation.every": (1, 2)}}, "sweep: distillation has moved"),
+    ],
+)
+def test_a_field_of_a_former_release_says_where_it_moved(parts: dict[str, Any], says: str) -> None:
+    with pytest.raises(InvalidField, match=re.escape(says)):
+        parse_message(Comparison, parts)
+
+
+def test_a_run_is_of_the_method_itself(tmp_path: Path) -> None:
+    for job in plan(comparison(methods=tuple(METHODS)), tmp_path):
+        assert job.settings.method.name == job.method.tuning != "custom"
+        assert job.method.settings(job.settings) == job.settings
+
+
+def test_settings_of_another_method_give_way_to_the_defaults_of_this_one() -> None:
+    base = preset_named("digits").settings
+    settings = METHODS["fedpeft-adapter"].settings(base)
+    assert settings.method.name == "fedpeft"
+    assert settings.training.tail_learning_rate == 1e-3
+    assert settings.wire == WireSettings()
+    assert settings.model == base.model
+    assert settings.federation == base.federation
 
 
 def test_overrides_of_a_method_that_is_not_compared_are_refused(tmp_path: Path) -> None:
@@ -217,6 +319,7 @@ def test_the_resolved_file_holds_every_setting_of_every_method(tmp_path: Path) -
     wire = preset_named("digits").settings.wire.model_dump(exclude_none=True)
     assert overrides["sfprompt"]["wire"] == wire
     assert overrides["central"]["model"]["backbone"] == "vit_tiny_patch16_224"
+    assert overrides["sfprompt"]["method"]["prompt_count"] == 5
 
 
 def test_the_quick_comparison_has_a_plan(tmp_path: Path) -> None:
@@ -234,25 +337,28 @@ def test_a_method_is_estimated_unless_it_is_a_reference_or_a_variant() -> None:
 def test_a_proxy_is_the_whole_head_whatever_it_lacks(tmp_path: Path) -> None:
     config = comparison(
         methods=("fedpft", "offsite-tuning", "sfprompt-paper-proxy"),
-        overrides={"offsite-tuning": {"model": {"proxy_ends": 2, "proxy_blocks": 5}}},
+        overrides={"offsite-tuning": {"method": {"ends": 2, "blocks": 5}}},
     )
-    pruned, dropped, split = (job.settings for job in plan(config, tmp_path))
+    pruned, dropped, split = (job.settings.plan for job in plan(config, tmp_path))
     assert (pruned.model.cut, pruned.model.proxy, pruned.model.lora_ends) == (12, "pruned", 0)
     assert (dropped.model.cut, dropped.model.proxy, dropped.model.lora_ends) == (5, "dropped", 2)
     assert (pruned.distillation.epochs, pruned.distillation.every) == (5, 10)
     assert (dropped.distillation.epochs, dropped.distillation.every) == (0, 0)
-    never = comparison(methods=("fedpft",), distillation={"every": 0})
-    assert {job.settings.distillation.every for job in plan(never, tmp_path)} == {0}
+    never = comparison(methods=("fedpft",), method={"distillation": {"every": 0}})
+    [job] = plan(never, tmp_path)
+    assert (job.settings.plan.distillation.epochs, job.settings.plan.distillation.every) == (5, 0)
     assert (split.model.local_body, split.model.proxy, split.model.cut) == (2, "none", 1)
 
 
 def test_a_server_does_not_distil_on_the_devices_own_data(tmp_path: Path) -> None:
-    config = comparison(methods=("fedpft",), distillation={"images": "digits"})
+    config = comparison(methods=("fedpft",), method={"distillation": {"images": "digits"}})
     with pytest.raises(InvalidField) as caught:
         plan(config, tmp_path)
-    assert caught.value.field == "distillation.images"
-    others = comparison(methods=("fedpft", "sfprompt"), distillation={"images": "cifar"})
-    assert {job.settings.distillation.images for job in plan(others, tmp_path)} == {"cifar"}
+    assert caught.value.field == "method.distillation.images"
+    swept = {"method.distillation.images": ("cifar", "svhn")}
+    jobs = plan(comparison(methods=("fedpft", "offsite-tuning"), sweep=swept), tmp_path)
+    images = [job.settings.plan.distillation.images for job in jobs]
+    assert images == ["cifar", "cifar", "svhn", "svhn"]
 
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
@@ -290,9 +396,8 @@ def test_the_method_of_the_guide_is_a_method() -> None:
     exec(compile(source, "compare.md", "exec", dont_inherit=True), namespace)
     method = namespace["SFPromptRandom"]()
     paper = preset_named("digits", "paper").settings
-    expected = paper.training.model_copy(update={"pruning": "random"})
-    assert method.settings(paper).training == expected
-    assert method.settings(paper).model == paper.model
+    expected = paper.method.model_copy(update={"pruning": "random"})
+    assert method.settings(paper) == paper.model_copy(update={"method": expected})
 
 
 def test_the_file_of_the_guide_is_a_comparison(tmp_path: Path) -> None:
@@ -314,6 +419,6 @@ def test_differential_privacy_excludes_distilling_neurons_again(tmp_path: Path) 
     with pytest.raises(InvalidField, match="fedpft") as caught:
         plan(comparison(**private), tmp_path)
     assert caught.value.field == "distillation.every"
-    never = comparison(**private, overrides={"fedpft": {"distillation": {"every": 0}}})
-    [job] = plan(never, tmp_path)
-    assert job.settings.distillation.every == 0
+    distillation = {"method": {"distillation": {"every": 0}}}
+    [job] = plan(comparison(**private, overrides={"fedpft": distillation}), tmp_path)
+    assert job.settings.plan.distillation.every == 0

@@ -15,20 +15,16 @@ from rich.console import Console
 
 import split_model
 from protocol.errors import InvalidField, SFPromptError
-from sfprompt_bench.engine.batching import Point, curve_loads, write_csv
-from sfprompt_bench.engine.cores import Cores, divide, pinned_to
-from sfprompt_bench.engine.findings import Findings, meets_target
+from sfprompt_bench.engine.findings import Findings, meets_target, plot_curve, plot_soak
 from sfprompt_bench.engine.loop import Roofline, measure_roofline
-from sfprompt_bench.engine.plots import plot_curve, plot_soak
 from sfprompt_bench.engine.roundtrip import REST, RoundTrip, Trips
 from sfprompt_bench.engine.soak import Soak
-from sfprompt_bench.engine.spread import Spread, quantile
 from sfprompt_bench.engine.synthetic_device import read_head
 from sfprompt_bench.engine.tables import ratio_table, roundtrip_table
 from sfprompt_bench.engine.testbed import Looped, Served
-from sfprompt_bench.engine.throughput import Throughput, steps_for
-from sfprompt_bench.engine.worker import Worker
-from sfprompt_bench.engine.workload import QUICK, EngineSetting, Load, Plan
+from sfprompt_bench.engine.throughput import Point, Throughput, curve_loads, steps_for, write_csv
+from sfprompt_bench.engine.worker import Cores, Worker, divide, pinned_to
+from sfprompt_bench.engine.workload import QUICK, EngineSetting, Load, Plan, Spread, quantile
 from split_server.runtime.device import choose_placement
 from tests.support.federation import SPLIT, smashed
 

@@ -7,9 +7,9 @@ import pytest
 from rich.console import Console
 
 from protocol.federation import FederationSettings
-from protocol.plan import ModelPlan, RunPlan
-from sfprompt_bench.cost.method_cost import MethodCost
-from sfprompt_bench.cost.question import Question
+from protocol.parts import BackboneSettings
+from protocol.settings import RunSettings
+from sfprompt_bench.cost.method_cost import MethodCost, Question
 from sfprompt_bench.estimate.calculator import estimate, ratios
 from sfprompt_bench.estimate.report import estimate_report, estimate_table
 from sfprompt_bench.methods.registry import ESTIMATED
@@ -60,13 +60,15 @@ def test_some_never_break_even(own: MethodCost, prompt: MethodCost) -> None:
     assert ratios(against(own, prompt), 1).break_even_rounds is None
 
 
+SETTINGS = RunSettings(
+    model=BackboneSettings(backbone="vit_tiny_patch16_224", image_size=32),
+    federation=FederationSettings(rounds=7),
+)
+
+
 @pytest.fixture(scope="module")
 def question() -> Question:
-    run = RunPlan(
-        model=ModelPlan(backbone="vit_tiny_patch16_224", image_size=32, prompt_at="cut"),
-        federation=FederationSettings(rounds=7),
-    )
-    return Question(run, 60, 20)
+    return Question(SETTINGS.plan, 60, 20)
 
 
 def test_a_table_has_a_row_for_every_method(question: Question) -> None:
@@ -81,9 +83,9 @@ def test_a_table_has_a_row_for_every_method(question: Question) -> None:
 
 def test_a_report_survives_json(question: Question) -> None:
     costs = estimate(question)
-    report = estimate_report(question, costs)
+    report = estimate_report(SETTINGS, question, costs)
     assert json.loads(json.dumps(report)) == report
-    assert RunPlan.model_validate(report["settings"]) == question.settings
+    assert RunSettings.model_validate(report["settings"]) == SETTINGS
     assert list(report["methods"]) == list(ESTIMATED)
     for name, cost in costs.items():
         assert report["methods"][name]["bytes_total"] == cost.bytes_total(7)

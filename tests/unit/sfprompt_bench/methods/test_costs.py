@@ -14,8 +14,7 @@ from protocol.errors import InvalidField
 from protocol.federation import FederationSettings
 from protocol.plan import ModelPlan, RunPlan, TrainingPlan
 from sfprompt_bench.cost.flops import count_flops, forward_flops
-from sfprompt_bench.cost.method_cost import MethodCost
-from sfprompt_bench.cost.question import Question
+from sfprompt_bench.cost.method_cost import MethodCost, Question
 from sfprompt_bench.estimate.calculator import estimate
 from sfprompt_bench.methods.registry import ESTIMATED
 from split_model import Body, Head, Tail, prompt_shape, skeleton

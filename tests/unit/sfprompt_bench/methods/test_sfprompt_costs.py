@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from protocol.codecs import get_codec
 from protocol.errors import InvalidField, UnknownCodec
 from protocol.plan import RunPlan
-from sfprompt_bench.cost.method_cost import MethodCost
-from sfprompt_bench.cost.question import Question
+from sfprompt_bench.cost.method_cost import MethodCost, Question
 from sfprompt_bench.cost.sizes import samples_bytes, tensor_bytes
 from sfprompt_bench.methods.registry import ESTIMATED
 

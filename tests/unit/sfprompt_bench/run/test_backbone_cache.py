@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sfprompt_bench.run.backbone_cache import shared_backbones
+from sfprompt_bench.run.preflight import shared_backbones
 
 
 @pytest.fixture(params=["links", "no links"])

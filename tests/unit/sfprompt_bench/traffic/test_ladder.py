@@ -12,7 +12,7 @@ from protocol.errors import NotFound
 from protocol.presets import FORMS
 from protocol.traffic import Phase
 from sfprompt_bench.presets import preset_named, traffic_preset
-from sfprompt_bench.traffic.ladder import LadderSetting, RungResult
+from sfprompt_bench.traffic.ladder import LadderSetting, RungResult, ladder
 from sfprompt_bench.traffic.report import (
     large_table,
     phase_table,
@@ -20,7 +20,6 @@ from sfprompt_bench.traffic.report import (
     traffic_figures,
     traffic_table,
 )
-from sfprompt_bench.traffic.rungs import ladder
 
 PAPER, DEFAULT = (traffic_preset(form, quick=False) for form in ("paper", "default"))
 
@@ -80,7 +79,7 @@ def test_a_measure_that_a_form_leaves_out_has_no_rung() -> None:
 
 
 def test_the_papers_form_has_none_of_the_measures() -> None:
-    wire, model = PAPER.settings.wire, PAPER.settings.model
+    wire, model = PAPER.settings.plan.wire, PAPER.settings.plan.model
     assert {wire.smashed, wire.features, wire.gradients, wire.updates, wire.head} == {"float32"}
     assert [wire.keep_smashed, wire.pooled_features, wire.update_deltas] == [False] * 3
     assert (model.prompt_at, model.prompt_depth) == ("input", "shallow")
@@ -90,7 +89,7 @@ def test_both_forms_are_of_one_backbone_on_the_same_data() -> None:
     for data in ("digits", "fashion-mnist"):
         paper, default = (preset_named(data, form) for form in ("paper", "default"))
         for field in ("backbone", "image_size", "cut", "prompt_count", "num_classes"):
-            one, other = paper.settings.model, default.settings.model
+            one, other = paper.settings.plan.model, default.settings.plan.model
             assert getattr(one, field) == getattr(other, field)
         assert paper.settings.federation == default.settings.federation
         assert (paper.limit_train, paper.limit_test) == (default.limit_train, default.limit_test)
