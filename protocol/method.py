@@ -113,10 +113,10 @@ class MethodSettings(Message):
         return self.resolve(settings, self.model_part(settings))
 
     def resolve(self, settings: RunSettings, model_part: Fields) -> RunPlan:
-        """The plan with these fields of `ModelPlan`.
+        """Build the plan with these fields of `ModelPlan`. Needs neither torch nor the backbone.
 
         Raises:
-            ValidationError: the settings do not go together.
+            ValidationError: the settings do not fit together.
         """
         model = _dump(settings.model) | model_part
         training = _dump(settings.training) | self.training_part()

@@ -121,7 +121,7 @@ def refuse_moved(values: Mapping[str, Any]) -> None:
     """Refuse fields of former releases.
 
     Args:
-        values: of `RunSettings`, by part; not validated.
+        values: of `RunSettings`, by table; not validated.
 
     Raises:
         ValueError: names the field and its new place.
