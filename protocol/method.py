@@ -29,6 +29,7 @@ __all__ = [
     "GROUP",
     "Fields",
     "MethodSettings",
+    "installed_method_names",
     "load_class",
     "method_class",
     "method_names",
@@ -191,9 +192,14 @@ def register(cls: type[MethodSettings]) -> type[MethodSettings]:
     return cls
 
 
+def installed_method_names() -> list[str]:
+    """List the names of all methods that installed packages announce, sorted."""
+    return sorted({entry.name for entry in entry_points(group=GROUP)})
+
+
 def method_names() -> list[str]:
     """List the names of all installed and registered methods, sorted."""
-    return sorted({*_registered, *(entry.name for entry in entry_points(group=GROUP))})
+    return sorted({*_registered, *installed_method_names()})
 
 
 @lru_cache(maxsize=64)

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from protocol.codec_names import FLOAT_CODECS, LOSSLESS_SUFFIX
-from protocol.method import MethodSettings, method_class, method_names
+from protocol.method import MethodSettings, installed_method_names, method_class
 from protocol.settings import RunSettings
 from split_server.settings import ENV_PREFIX, ServerSettings
 
@@ -69,7 +69,7 @@ def _run_blocks() -> Iterator[str]:
     yield from _class_blocks(RunSettings, ("method",))
     yield _METHODS
     nested: dict[str, None] = {}
-    for name in method_names():
+    for name in installed_method_names():
         first, *rest = _class_blocks(method_class(name), (), ("method",))
         yield f'### `[method]` `name = "{name}"`\n\n{first}'
         yield _method_defaults(method_class(name).model_validate({}))

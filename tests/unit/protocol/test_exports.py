@@ -21,7 +21,7 @@ EXPORTED = {
     "WrongShape error_from_wire",
     "federation": "FederationSettings ServerOptimizer",
     "presets": "FORMS Form over_form",
-    "method": "Fields GROUP MethodSettings load_class method_class method_names parse_method "
+    "method": "Fields GROUP MethodSettings installed_method_names load_class method_class method_names parse_method "
     "register",
     "settings": "RunSettings",
     "frames": "ALIGNMENT Frame MAGIC PREFIX_BYTES TensorSpec decode_frame encode_frame "
