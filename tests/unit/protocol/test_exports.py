@@ -21,9 +21,9 @@ EXPORTED = {
     "WrongShape error_from_wire",
     "federation": "FederationSettings ServerOptimizer",
     "presets": "FORMS Form over_form",
-    "method": "Fields GROUP MethodSettings installed_method_names load_class method_class method_names parse_method "
-    "register",
-    "settings": "RunSettings",
+    "method": "Fields GROUP MethodSettings installed_method_names load_class "
+    "method_class method_names parse_method register",
+    "settings": "RunSettings refuse_moved",
     "frames": "ALIGNMENT Frame MAGIC PREFIX_BYTES TensorSpec decode_frame encode_frame "
     "frame_length header_length join_frame require_kind",
     "header": "check_text pack_header unpack_header",
