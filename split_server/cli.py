@@ -23,6 +23,7 @@ from protocol.messages import Event, Results, RunView, parse_message
 from protocol.presets import Form, over_form
 from protocol.settings import RunSettings
 from protocol.traffic import total_bytes
+from split_server import __version__
 from split_server.client import OperatorClient, read_token
 from split_server.runtime.process import set_up_logging
 from split_server.settings import DEFAULT_PORT, ServerSettings, load_settings
@@ -35,6 +36,25 @@ app = typer.Typer(
 )
 
 out, err = Console(), Console(stderr=True)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"split-server {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """The options of the command itself."""
+
 
 DataDir = Annotated[
     Path,

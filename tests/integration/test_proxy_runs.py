@@ -165,7 +165,9 @@ def test_the_server_s_log_names_each_epoch() -> None:
 
 def test_a_server_distils_on_its_own_images(server: RunningServer, data_dir: Path) -> None:
     with_images = {**DISTILLATION, "images": "held"}
-    with pytest.raises(AssertionError, match=r'"field":"distillation.images"'):  # by `create`
+    with pytest.raises(
+        AssertionError, match=r'"field":"method.distillation.images"'
+    ):  # by `create`
         create_run(server, PRUNED, with_images)
     pixels = torch.stack([image_set(9).image(number) for number in range(9)])
     write_tensors(data_dir / "distillation" / "held.safetensors", {"images": pixels})
