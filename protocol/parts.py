@@ -38,28 +38,32 @@ class BackboneSettings(Message):
         description="packaged | hub | file:PATH (on the server) | random:SEED (untrained)",
     )
     image_size: int = Field(56, ge=8, le=2048, description="pixels a side")
-    num_classes: int = Field(10, ge=2, le=100_000)
+    num_classes: int = Field(10, ge=2, le=100_000, description="classes of all devices together")
 
 
 class TrainingSettings(Message):
     """How tuned parameters are optimised on the devices and on the server."""
 
-    batch_size: int = Field(32, ge=1, le=4096)
-    optimizer: Literal["sgd", "adam", "adamw"] = "adamw"
-    prompt_learning_rate: float = Field(5e-3, ge=0, le=100)
+    batch_size: int = Field(32, ge=1, le=4096, description="samples a step, on each device")
+    optimizer: Literal["sgd", "adam", "adamw"] = Field(
+        "adamw", description="of prompts, tail and other tuned parameters"
+    )
+    prompt_learning_rate: float = Field(5e-3, ge=0, le=100, description="of the prompts")
     tail_learning_rate: float = Field(
         2e-3, ge=0, le=100, description="of all tuned parameters but the prompts"
     )
     momentum: float = Field(0.0, ge=0, lt=1, description="of sgd")
     nesterov: bool = Field(False, description="Nesterov momentum, of sgd")
-    weight_decay: float = Field(0.0, ge=0, le=10)
+    weight_decay: float = Field(0.0, ge=0, le=10, description="of all but the prompts")
     proximal: float = Field(
         0.0, ge=0, le=100, description="FedProx's mu: pull to the round's global state"
     )
     schedule: Literal["constant", "cosine"] = Field(
         "cosine", description="of the learning rates over the rounds of the run"
     )
-    warmup_rounds: int = Field(0, ge=0, le=10_000)
+    warmup_rounds: int = Field(
+        0, ge=0, le=10_000, description="rounds in which the learning rates rise from 0"
+    )
     augment: bool = Field(False, description="flip and shift training images")
     views: int = Field(
         4, ge=1, le=1000, description="augmented views of a sample whose smashed data are cached"
@@ -75,9 +79,9 @@ class TrainingSettings(Message):
 class WireSettings(Message):
     """The codec of each kind of tensor on the wire."""
 
-    smashed: CodecName = "float32"
-    features: CodecName = "float32"
-    gradients: CodecName = "float32"
+    smashed: CodecName = Field("float32", description="output of the head, to the server")
+    features: CodecName = Field("float32", description="output of the body, in training")
+    gradients: CodecName = Field("float32", description="of features and of smashed data")
     inference: CodecName = Field(
         "float32", description="features of evaluation and prediction: rounding costs accuracy"
     )
