@@ -21,7 +21,6 @@ from protocol.settings import RunSettings
 
 __all__ = [
     "MAX_LOSS",
-    "NEURONS",
     "SAMPLE_ID_BYTES",
     "Assignment",
     "BlobRef",
@@ -62,7 +61,6 @@ StepId = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9
 
 SAMPLE_ID_BYTES = 16  # id of a sample in the server's cache
 
-NEURONS = "neurons"  # tensor of an update: how often each neuron was not above zero
 
 MAX_LOSS = 1e9  # of one sample; a larger loss means that the model diverged
 
@@ -206,7 +204,7 @@ class Assignment(Message):
     remaining_s: Seconds | None = None  # until the round closes without stragglers
     status: RunStatus
     reason: str | None = None
-    head: BlobRef | None = None  # only where it changes during the run (distillation.every)
+    head: BlobRef | None = None  # only where the method rebuilds it during the run
 
     @model_serializer(mode="wrap")
     def _omit_missing_head(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -93,9 +93,17 @@ class MethodSettings(Message):
         """Return the fields of `WirePlan` that the wire settings lack."""
         return {}
 
-    def plan_part(self) -> Fields:
-        """Return further fields of `RunPlan`."""
-        return {}
+    def own_part(self) -> Message:
+        """Return `RunPlan.method`: what only the method's own code on device and server reads."""
+        return Message()
+
+    @classmethod
+    def check_plan(cls, plan: RunPlan) -> None:
+        """Check that the method's own part fits the other parts of a plan.
+
+        Raises:
+            ValueError: names the fields that do not fit.
+        """
 
     def check(self, settings: RunSettings) -> None:
         """Check that the settings fit together. Must not import torch or need the backbone.
@@ -122,23 +130,25 @@ class MethodSettings(Message):
         model = _dump(settings.model) | model_part
         training = _dump(settings.training) | self.training_part()
         wire = _dump(settings.wire) | self.wire_part()
-        return RunPlan(
+        plan = RunPlan(
             name=settings.name,
             seed=settings.seed,
             class_names=settings.class_names,
-            model=self._validate(ModelPlan, "model", model),
+            model=self.validate_part(ModelPlan, "model", model),
             federation=settings.federation,
-            training=self._validate(TrainingPlan, "training", training),
-            wire=self._validate(WirePlan, "wire", wire),
-            **self.plan_part(),
+            training=self.validate_part(TrainingPlan, "training", training),
+            wire=self.validate_part(WirePlan, "wire", wire),
+            method=self.own_part().model_dump(mode="json", exclude_defaults=True),
         )
+        self.check_plan(plan)
+        return plan
 
     def locate(self, part: str, field: str) -> str:
         """Return the dotted name under which a run's settings have a field of a plan's part."""
         own = field in type(self).model_fields and field != "name"
         return f"method.{field}" if own else f"{part}.{field}"
 
-    def _validate(self, cls: type[P], part: str, values: Fields) -> P:
+    def validate_part(self, cls: type[P], part: str, values: Fields) -> P:
         """Validate a part of the plan; an error names the field that people wrote."""
         try:
             return cls.model_validate(values)

@@ -18,7 +18,6 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from protocol.base import Message
 from protocol.codec_names import is_row_wise_inside
-from protocol.distillation import DistillationSettings
 from protocol.federation import FederationSettings
 from protocol.parts import BackboneSettings, CodecName, Text, TrainingSettings, WireSettings
 
@@ -251,7 +250,9 @@ class RunPlan(Message):
     federation: FederationSettings = FederationSettings()
     training: TrainingPlan = TrainingPlan()
     wire: WirePlan = WirePlan()
-    distillation: DistillationSettings = DistillationSettings()
+    method: dict[str, Any] = Field(
+        {}, description="what the tuning method adds; only the method's own code reads it"
+    )
 
     @model_validator(mode="after")
     def _check_combinations(self) -> RunPlan:
@@ -264,11 +265,9 @@ class RunPlan(Message):
 def _refusals(plan: RunPlan) -> list[tuple[bool, str]]:
     """Each combination of settings that cannot run: whether the plan has it, and what to change."""
     model, training, wire = plan.model, plan.training, plan.wire
-    names, distillation = plan.class_names, plan.distillation
+    names = plan.class_names
     at_cut, mean_token = model.prompt_at == "cut", model.prompt_init == "mean-token"
     local_only = "training.split_epochs = 0 (no training through the server)"
-    if distillation.every:
-        distillation.check_neurons(model.proxy, plan.federation.dp_clip)
     return [
         (
             names is not None and len(names) != model.num_classes,
@@ -277,10 +276,6 @@ def _refusals(plan: RunPlan) -> list[tuple[bool, str]]:
         (
             at_cut and model.prompt_count == 0,
             "prompt_at = cut needs a prompt_count above 0: the server has nothing else to tune",
-        ),
-        (
-            bool(distillation.epochs) and model.proxy == "none" and not model.local_body,
-            "distillation.epochs needs a proxy or a local_body",
         ),
         (
             bool(model.local_body) and not training.local_epochs,

@@ -20,6 +20,7 @@ from sfprompt_bench.cost.method_cost import Question
 from sfprompt_bench.methods.base import FederatedMethod
 from sfprompt_bench.run.report import closed_rounds, spent_epsilon
 from split_server.storage.database import EvaluationRow, ParticipantRow, RoundRow, Store
+from tuning_methods.proxies.settings import distillation_of
 
 # A round of training; other phases are the start, evaluation and control.
 _TRAINING = (Phase.SMASHED, Phase.FEATURES, Phase.GRADIENTS, Phase.UPDATES)
@@ -69,7 +70,7 @@ def run_figures(
     closed = closed_rounds(results)
     head_bytes = sum(results.traffic.get(Phase.DOWNLOAD, {}).values())
     plan = results.run.plan
-    distillation, rounds = plan.distillation, plan.federation.rounds
+    distillation, rounds = distillation_of(plan), plan.federation.rounds
     heads = 1 + sum(distillation.is_due(view.round, rounds) for view in closed)
     first_head_bytes = head_bytes / heads
     state = results.run.state.nbytes  # a file of float32, as large as before the first round

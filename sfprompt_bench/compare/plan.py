@@ -16,6 +16,7 @@ from sfprompt_bench.methods.base import Method, Reference, tuning_fields
 from sfprompt_bench.methods.registry import get_method, settable_fields
 from sfprompt_bench.presets import PRESETS, preset_named
 from split_model import anatomy
+from tuning_methods.proxies.settings import distillation_of
 
 _OTHER_DATA = "fashion-mnist"  # its presets serve data sets without presets
 
@@ -209,7 +210,7 @@ def _check_distillation_images(
     comparison: Comparison, method: Method, settings: RunSettings
 ) -> None:
     """Refuse to distil on the devices' data set: a server has none of its images."""
-    distillation = settings.plan.distillation
+    distillation = distillation_of(settings.plan)
     if distillation.epochs and distillation.images == comparison.data.partition(":")[0]:
         raise InvalidField(
             f"{method.name}: the server has none of the devices' images to distil on",

@@ -16,6 +16,7 @@ from sfprompt_bench.compare.tasks import Figures
 from split_model import TunedModel, image_preparation, open_backbone, prepare_backbone
 from split_model.backbone.tensor_file import write_tensors
 from tuning_methods.proxies.cache import IMAGES
+from tuning_methods.proxies.settings import distillation_of
 from tuning_methods.proxies.weights import insert_into_backbone
 
 _BATCH = 100
@@ -27,7 +28,7 @@ def write_distillation_images(plan: RunPlan, data_dir: Path) -> None:
     Raises:
         DataError: there is no data set of that name.
     """
-    distillation = plan.distillation
+    distillation = distillation_of(plan)
     if distillation.epochs == 0 or distillation.images == "random":
         return
     images = load_dataset(distillation.images, seed=0).train

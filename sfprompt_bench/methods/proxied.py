@@ -19,6 +19,7 @@ from sfprompt_bench.methods.base import FLOAT32, Changes, FederatedMethod
 from split_model import Head, ModelPlanError, Tail, anatomy, state_shapes
 from tuning_methods.fedpft.settings import FedPFT as FedPftSettings
 from tuning_methods.proxies.neurons import neurons_shape
+from tuning_methods.proxies.settings import distillation_of
 
 
 class ProxiedMethod(FederatedMethod):
@@ -97,7 +98,7 @@ class FedPft(ProxiedMethod):
     def cost(self, question: Question) -> MethodCost:
         plain, settings = super().cost(question), self.model(question)
         in_run = question.split.proxy == settings.proxy
-        distillation = question.plan.distillation if in_run else FedPftSettings().distillation
+        distillation = distillation_of(question.plan) if in_run else FedPftSettings().distillation
         interval = distillation.every
         if not interval:
             return plain

@@ -37,7 +37,7 @@ def prepare_run(settings: RunSettings, files: RunFiles, cache_dir: Path) -> Prep
         return _prepare(settings, files, cache_dir)
     except InvalidField as error:
         part, dot, field = (error.field or "").partition(".")
-        if dot and part in {"model", "distillation"}:  # name the field that people wrote
+        if dot and part == "model":  # name the field that people wrote
             error.field = settings.method.locate(part, field)
         raise
 

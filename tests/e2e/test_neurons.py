@@ -20,7 +20,8 @@ def redistillation_run() -> RunPlan:
     values = small_run(devices=1, seed=4, split_epochs=0, keep_fraction=1).model_dump()
     values["model"] |= {"proxy": "pruned", "proxy_width": 24, "tune": "lora", "lora_rank": 2}
     values["model"] |= {"cut": 12, "prompt_count": 0}
-    values["distillation"] |= {"epochs": 20, "samples": 8, "batch_size": 8, "every": 1}
+    distillation = {"epochs": 20, "samples": 8, "batch_size": 8, "every": 1}
+    values["method"] |= {"distillation": distillation}
     return RunPlan.model_validate(values)
 
 

@@ -18,7 +18,7 @@ from edge_client.data import BatchReader, Dataset
 from edge_client.model import DeviceModel
 from edge_client.participant import Participant
 from edge_client.transport import Server
-from protocol.messages import NEURONS, Assignment, BlobRef, JoinResponse, RunStatus, RunView, Task
+from protocol.messages import Assignment, BlobRef, JoinResponse, RunStatus, RunView, Task
 from protocol.plan import RunPlan
 from split_model import load_state, state_shapes
 from split_model.backbone.tensor_file import TensorFile
@@ -32,6 +32,7 @@ from tests.support.reporters import ListReporter
 from tests.support.server import ApiClient, RunningServer, joined, running_server, wait_until
 from tests.support.settings import custom_settings
 from tuning_methods.fedpft import server as fedpft_server
+from tuning_methods.proxies.neurons import NEURONS
 
 WIDTH = 24  # neurons of 768 that the proxy keeps in a block
 
@@ -72,7 +73,7 @@ def settings(**parts: dict[str, Any]) -> RunPlan:
     rest = {
         "federation": {"rounds": 3, **changes.pop("federation", {})},
         "training": {**device_only, "tail_learning_rate": 0.01, **changes.pop("training", {})},
-        "distillation": {**DISTILLATION, **changes.pop("distillation", {})},
+        "method": {"distillation": {**DISTILLATION, **changes.pop("distillation", {})}},
     }
     return RunPlan.model_validate({"model": model, **rest, **changes})
 
@@ -301,12 +302,12 @@ def test_a_redistillation_that_diverges_fails_its_run(server: RunningServer) -> 
 @pytest.mark.parametrize(
     ("parts", "field"),
     [
-        ({"model": {"proxy": "dropped", "proxy_blocks": 4, "cut": 4}}, "distillation.every"),
-        ({"model": {"proxy": "none"}, "distillation": {"epochs": 0}}, "distillation.every"),
-        ({"distillation": {"epochs": 0}}, "distillation.every"),
-        ({"federation": {"dp_clip": 1.0}}, "distillation.every"),
-        ({"distillation": {"retained": 1.0}}, "distillation.retained"),
-        ({"distillation": {"every": -1}}, "distillation.every"),
+        ({"model": {"proxy": "dropped", "proxy_blocks": 4, "cut": 4}}, "method.distillation.every"),
+        ({"model": {"proxy": "none"}, "distillation": {"epochs": 0}}, "method.distillation.every"),
+        ({"distillation": {"epochs": 0}}, "method.distillation.every"),
+        ({"federation": {"dp_clip": 1.0}}, "method.distillation.every"),
+        ({"distillation": {"retained": 1.0}}, "method.distillation.retained"),
+        ({"distillation": {"every": -1}}, "method.distillation.every"),
         ({"model": {"cut": 11}}, "method.model.cut"),
         ({"model": {"proxy_ends": 6}}, "method.model.proxy_ends"),
     ],
@@ -315,8 +316,10 @@ def test_settings_that_redistillation_does_not_support_are_refused(
     server: RunningServer, parts: dict[str, dict[str, Any]], field: str
 ) -> None:
     values = settings().model_dump(mode="json")
+    values |= {"distillation": values["method"]["distillation"]}
     for part, fields in parts.items():
         values[part] |= fields
+    values["method"] = {"distillation": values.pop("distillation")}
     response = server.operator().call(
         "POST", "/v1/runs", key=f"no-{next(_keys)}", json=custom_settings(values)
     )

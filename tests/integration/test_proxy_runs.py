@@ -60,7 +60,7 @@ def create_run(
             "model": {**WHOLE.model_dump(), **model},
             "federation": {"rounds": 1},
             "training": {**device_only, "tail_learning_rate": 0.01, **training},
-            "distillation": distillation or {},
+            "method": {"distillation": distillation or {}},
         }
     )
     return server.operator().create(settings, key=f"proxy-{next(_keys)}")

@@ -13,7 +13,7 @@ _USER_SETTINGS = {"model": BackboneSettings, "training": TrainingSettings, "wire
 def custom_settings(plan: Mapping[str, Any]) -> dict[str, Any]:
     """Convert values of a `RunPlan`, valid or not, to values of `RunSettings`."""
     result = {**plan}
-    method: dict[str, Any] = {"name": "custom", "distillation": result.pop("distillation", {})}
+    method: dict[str, Any] = {"name": "custom", **result.pop("method", {})}
     for part, model in _USER_SETTINGS.items():
         fields = dict(result.pop(part, {}))
         method[part] = {k: v for k, v in fields.items() if k not in model.model_fields}

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from protocol.method import Fields, MethodSettings, load_class, method_class
 from protocol.plan import RunPlan
+from tuning_methods.proxies.settings import DistillationSettings, ProxyPart
 
 if TYPE_CHECKING:
     from protocol.settings import RunSettings
@@ -23,8 +24,8 @@ class Custom(MethodSettings):
     model: dict[str, Any] = Field({}, description="fields of `ModelPlan`")
     training: dict[str, Any] = Field({}, description="fields of `TrainingPlan`")
     wire: dict[str, Any] = Field({}, description="fields of `WirePlan`")
-    distillation: dict[str, Any] = Field(
-        {}, description="fields of the distillation of a proxy or a local body"
+    distillation: DistillationSettings = Field(
+        DistillationSettings(), description="distillation of a proxy or a local body"
     )
 
     @classmethod
@@ -33,7 +34,7 @@ class Custom(MethodSettings):
         from protocol.settings import RunSettings
 
         values = plan.model_dump(mode="json")
-        method: dict[str, Any] = {"name": "custom", "distillation": values.pop("distillation")}
+        method: dict[str, Any] = {"name": "custom", **values.pop("method")}
         for part in _PARTS:
             known = RunSettings.model_fields[part].annotation.model_fields  # type: ignore[union-attr]
             extra = [name for name in values[part] if name not in known]
@@ -42,7 +43,7 @@ class Custom(MethodSettings):
 
     @property
     def rebuilds_head(self) -> bool:
-        return bool(self.distillation.get("every"))
+        return self.distillation.every > 0
 
     def load_side(self, name: str) -> type[Any]:
         return load_class(getattr(method_class(self._choose_method()), name))
@@ -56,7 +57,12 @@ class Custom(MethodSettings):
         return "sfprompt-paper"
 
     def check(self, settings: RunSettings) -> None:
-        super().check(settings)
+        plan, chosen = self.build_plan(settings), method_class(self._choose_method())
+        for field in plan.method:
+            if field not in chosen.model_fields:
+                name = chosen.model_fields["name"].default
+                raise ValueError(f"{field} does not go with the fields that need method {name}")
+        chosen.check_plan(plan)
         if self._choose_method() != "sfprompt-paper" and self.wire.get("delta_smashed") is not None:
             raise ValueError("delta_smashed needs proxy = none: no method has both")
 
@@ -73,5 +79,5 @@ class Custom(MethodSettings):
     def wire_part(self) -> Fields:
         return self.wire
 
-    def plan_part(self) -> Fields:
-        return {"distillation": self.distillation} if self.distillation else {}
+    def own_part(self) -> ProxyPart:
+        return ProxyPart(distillation=self.distillation)

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from edge_client.method import DeviceMethod
 from edge_client.training.context import RoundContext
-from protocol.messages import NEURONS
-from tuning_methods.proxies.neurons import InactiveNeurons
+from tuning_methods.proxies.neurons import NEURONS, InactiveNeurons
+from tuning_methods.proxies.settings import distillation_of
 
 _BATCH = 128
 
@@ -20,7 +20,8 @@ class FedPFTDevice(DeviceMethod):
     """
 
     def update_extras(self, context: RoundContext, selected: Tensor) -> dict[str, Tensor]:
-        if not context.run.distillation.is_due(context.round, context.run.federation.rounds):
+        distillation = distillation_of(context.run)
+        if not distillation.is_due(context.round, context.run.federation.rounds):
             return {}
         return {NEURONS: measure_inactivity(context, selected)}
 

@@ -9,7 +9,7 @@ from torch import Tensor
 import split_model
 from protocol.errors import InvalidField, WrongShape
 from protocol.frames import Frame
-from protocol.messages import NEURONS, BlobRef
+from protocol.messages import BlobRef
 from protocol.plan import RunPlan
 from protocol.seeds import derive_seed
 from split_model.backbone.tensor_file import write_tensors
@@ -18,8 +18,9 @@ from split_server.method import Rebuild, RebuiltModel
 from split_server.payloads.tensors import decode_floats, require_finite
 from tuning_methods.proxies.cache import find_image_file, load_images
 from tuning_methods.proxies.distillation import redistil_proxy
-from tuning_methods.proxies.neurons import neurons_shape
+from tuning_methods.proxies.neurons import NEURONS, neurons_shape
 from tuning_methods.proxies.server import ProxyServer
+from tuning_methods.proxies.settings import distillation_of
 
 
 class FedPFTServer(ProxyServer):
@@ -32,11 +33,11 @@ class FedPFTServer(ProxyServer):
 
     def check(self, plan: RunPlan) -> None:
         super().check(plan)
-        if plan.distillation.every:
+        if distillation_of(plan).every:
             neurons_shape(plan.model)  # raises if the device does not have the whole proxy
 
     def extra_shapes(self, plan: RunPlan, round_: int) -> Mapping[str, tuple[int, ...]]:
-        if not plan.distillation.is_due(round_, plan.federation.rounds):
+        if not distillation_of(plan).is_due(round_, plan.federation.rounds):
             return {}
         return {NEURONS: neurons_shape(plan.model)}
 
@@ -71,7 +72,7 @@ class FedPFTServer(ProxyServer):
         return {NEURONS: shares}
 
     def is_rebuild_due(self, plan: RunPlan, round_: int) -> bool:
-        return plan.distillation.is_due(round_, plan.federation.rounds)
+        return distillation_of(plan).is_due(round_, plan.federation.rounds)
 
     def rebuild(self, work: Rebuild) -> RebuiltModel:
         """Distil the proxy again, on the same images as before the run, and write the head."""
@@ -95,7 +96,7 @@ def _write_proxy(work: Rebuild) -> None:
         work.files.read_state(work.state),
         work.files.read_extras(work.round)[NEURONS],
         load_images(plan, find_image_file(plan, work.cache_dir)),
-        plan.distillation,
+        distillation_of(plan),
         derive_seed(plan.seed, "proxy", work.round),
         work.check,
     )

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from protocol.distillation import DistillationSettings
 from protocol.method import Fields
+from tuning_methods.proxies.settings import DistillationSettings, ProxyPart, check_neurons
 from tuning_methods.whole_model import WholeModel, depth_of
 
 if TYPE_CHECKING:
+    from protocol.plan import RunPlan
     from protocol.settings import RunSettings
 
 
@@ -46,8 +47,12 @@ class OffsiteTuning(WholeModel):
     def shape_part(self, settings: RunSettings) -> Fields:
         return {"cut": depth_of(settings.model, **self._proxy_part())}
 
-    def plan_part(self) -> Fields:
-        return {"distillation": self.distillation}
+    def own_part(self) -> ProxyPart:
+        return ProxyPart(distillation=self.distillation)
+
+    @classmethod
+    def check_plan(cls, plan: RunPlan) -> None:
+        check_neurons(plan)
 
     def _proxy_part(self) -> Fields:
         return {"proxy": "dropped", "proxy_ends": self.ends, "proxy_blocks": self.blocks}

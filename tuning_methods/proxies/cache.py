@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import split_model
-from protocol.distillation import DistillationSettings
 from protocol.errors import InvalidField
 from protocol.plan import ModelPlan, RunPlan
 from protocol.seeds import derive_seed
 from split_model import BackboneFile
 from split_model.backbone.tensor_file import TensorFile, write_tensors
 from split_model.files import sha256_of
+from tuning_methods.proxies.settings import DistillationSettings, distillation_of
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ def distil_once(
     images = load_images(plan, image_path)
     seed = derive_seed(plan.seed, "proxy")
     teacher = split_model.open_backbone(backbone.path)
-    weights = distil(plan.model, teacher, images, plan.distillation, seed)
+    weights = distil(plan.model, teacher, images, distillation_of(plan), seed)
     write_tensors(path, weights, {"backbone": plan.model.backbone})
     log.info("%s is ready", path.stem)
     return path
@@ -69,7 +69,8 @@ def _cache_key(
     plan: RunPlan, backbone: BackboneFile, shape_fields: tuple[str, ...], image_path: Path | None
 ) -> str:
     """Hash everything that the distilled weights depend on."""
-    distillation = plan.distillation.model_dump(mode="json") if plan.distillation.epochs else None
+    settings = distillation_of(plan)
+    distillation = settings.model_dump(mode="json") if settings.epochs else None
     parts = {
         "backbone": backbone.sha256,
         "shape": {name: getattr(plan.model, name) for name in shape_fields},
@@ -86,15 +87,16 @@ def find_image_file(plan: RunPlan, cache_dir: Path) -> Path | None:
     Raises:
         InvalidField: the server does not have the file.
     """
-    if plan.distillation.epochs == 0 or plan.distillation.images == "random":
+    distillation = distillation_of(plan)
+    if distillation.epochs == 0 or distillation.images == "random":
         return None
-    path = cache_dir.parent / IMAGES / f"{plan.distillation.images}.safetensors"
+    path = cache_dir.parent / IMAGES / f"{distillation.images}.safetensors"
     if not path.is_file():
         raise InvalidField(
             "the server does not have these images",
-            field="distillation.images",
+            field="method.distillation.images",
             limit=sorted(["random", *(file.stem for file in path.parent.glob("*.safetensors"))]),
-            value=plan.distillation.images,
+            value=distillation.images,
             hint=f"put them into the server's data folder as {IMAGES}/NAME.safetensors",
         )
     return path
@@ -113,7 +115,7 @@ def load_images(plan: RunPlan, image_path: Path | None) -> Tensor:
     Raises:
         InvalidField: the file does not contain images.
     """
-    distillation, side = plan.distillation, plan.model.image_size
+    distillation, side = distillation_of(plan), plan.model.image_size
     generator = torch.Generator().manual_seed(derive_seed(plan.seed, "distillation-images"))
     if distillation.epochs == 0:
         return torch.empty(0, 3, side, side)
@@ -123,7 +125,7 @@ def load_images(plan: RunPlan, image_path: Path | None) -> Tensor:
     if pixels is None or pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] != 3:
         raise InvalidField(
             "the file does not contain images",
-            field="distillation.images",
+            field="method.distillation.images",
             limit="a tensor images, uint8 [N, 3, H, W]",
             value=distillation.images,
             hint=f"write the images into {IMAGES}/{image_path.name} as this tensor",

@@ -23,7 +23,6 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from protocol.distillation import DistillationSettings
 from protocol.plan import ModelPlan
 from protocol.seeds import derive_seed
 from split_model.backbone.architecture import anatomy, kept_blocks, pruned_blocks
@@ -36,6 +35,7 @@ from tuning_methods.proxies.neurons import (
     pruned_mlps,
     select_retained_neurons,
 )
+from tuning_methods.proxies.settings import DistillationSettings
 from tuning_methods.proxies.weights import backbone_plan, insert_into_backbone, proxy_weights
 
 log = logging.getLogger(__name__)

@@ -20,6 +20,8 @@ from split_model.errors import ModelPlanError
 from split_model.parts.head import Head
 from tuning_methods.proxies.weights import backbone_plan
 
+NEURONS = "neurons"  # tensor of an update: each neuron's share of inactive tokens
+
 
 def pruned_mlps(head: Head) -> list[nn.Module]:
     """List the L narrower MLPs of a pruned proxy, in the order of its blocks.

@@ -12,12 +12,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from protocol.distillation import DistillationSettings
 from protocol.plan import ModelPlan
 from split_model.backbone.architecture import body_blocks, evenly
 from split_model.parts.base import POSITIONS, Part
 from split_model.parts.build import build_body, build_head
 from tuning_methods.proxies.distillation import distil
+from tuning_methods.proxies.settings import DistillationSettings
 
 _BATCH = 64
 

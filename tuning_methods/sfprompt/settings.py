@@ -6,10 +6,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from protocol.distillation import DistillationSettings
 from protocol.method import Fields, MethodSettings
 from protocol.parts import CodecName
-from protocol.plan import PromptDepth, PruningScore
+from protocol.plan import PromptDepth, PruningScore, RunPlan
+from tuning_methods.proxies.settings import (
+    DistillationSettings,
+    ProxyPart,
+    check_neurons,
+    distillation_of,
+)
 
 if TYPE_CHECKING:
     from protocol.settings import RunSettings
@@ -182,5 +187,11 @@ class SFPromptPaper(_SplitPrompts):
             "gradient_correction": self.gradient_correction,
         }
 
-    def plan_part(self) -> Fields:
-        return {"distillation": self.distillation}
+    def own_part(self) -> ProxyPart:
+        return ProxyPart(distillation=self.distillation)
+
+    @classmethod
+    def check_plan(cls, plan: RunPlan) -> None:
+        if distillation_of(plan).epochs and not plan.model.local_body:
+            raise ValueError("method.distillation.epochs needs a local_body")
+        check_neurons(plan)

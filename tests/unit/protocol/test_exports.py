@@ -14,7 +14,6 @@ EXPORTED = {
     "codecs": "BFloat16 Buffer CODECS Codec Compressed Cosine Device ErrorFeedback FixedSizeCodec "
     "Float16 Float32 Int4 Int4Asymmetric Int64 Int8 ProductQuantiser RawCodec Svd TopK UInt8 "
     "encoded_bytes get_codec tensor_nbytes",
-    "distillation": "DistillationSettings",
     "errors": "Busy Conflict EmptyUpdate FieldValue Forbidden IdempotencyKeyReused InternalError "
     "InvalidField InvalidRequest MalformedFrame NonFinite NotFound RunClosed SFPromptError "
     "StaleRound StepLost TooLarge Unauthorized UnknownCodec Unreachable UnsupportedVersion "
@@ -29,7 +28,7 @@ EXPORTED = {
     "header": "check_text pack_header unpack_header",
     "limits": "DEFAULT_LIMITS FrameLimits MIB",
     "messages": "Assignment BlobRef BodyStepMeta BytesByPhase Count EvaluationReport Event "
-    "ExchangeMeta InferMeta JoinRequest JoinResponse Loss MAX_LOSS NEURONS ParticipantView Results "
+    "ExchangeMeta InferMeta JoinRequest JoinResponse Loss MAX_LOSS ParticipantView Results "
     "RoundStatus RoundView RunStatus RunView "
     "SAMPLE_ID_BYTES SamplesMeta Seconds Sha256 StepId StepMeta Task UpdateMeta UpdateReceipt "
     "parse_message",

@@ -18,6 +18,7 @@ from protocol.method import (
 from protocol.plan import RunPlan
 from protocol.settings import RunSettings
 from tuning_methods.custom.settings import Custom
+from tuning_methods.proxies.settings import distillation_of
 
 ALL = [
     "custom",
@@ -73,7 +74,7 @@ def test_the_default_method_tunes_prompts_in_the_body_and_caches_smashed_data() 
 
 def test_a_table_that_is_given_in_part_has_the_methods_defaults_for_the_rest() -> None:
     run = settings({"name": "fedpft", "distillation": {"images": "digits"}})
-    distillation = run.plan.distillation
+    distillation = distillation_of(run.plan)
     assert (distillation.images, distillation.epochs, distillation.every) == ("digits", 5, 10)
 
 
@@ -111,7 +112,7 @@ def test_a_proxys_depth_follows_from_its_method() -> None:
     pruned, dropped = plan("fedpft", width=8), plan("offsite-tuning", blocks=5, ends=2)
     assert (pruned.model.cut, pruned.model.proxy, pruned.model.proxy_width) == (12, "pruned", 8)
     assert (dropped.model.cut, dropped.model.proxy, dropped.model.lora_ends) == (5, "dropped", 2)
-    assert (pruned.distillation.epochs, dropped.distillation.epochs) == (5, 0)
+    assert [distillation_of(proxied).epochs for proxied in (pruned, dropped)] == [5, 0]
 
 
 @pytest.mark.parametrize(("tune", "body"), [("linear", False), ("full", True)])

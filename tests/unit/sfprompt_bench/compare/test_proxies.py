@@ -25,8 +25,8 @@ SETTINGS = RunPlan(model=SMALL.model_copy(update=PROXY))
 
 
 def test_images_to_distil_on_come_from_the_named_set(tmp_path: Path) -> None:
-    distillation = {"epochs": 1, "images": "digits", "samples": 30}
-    settings = RunPlan.model_validate({**SETTINGS.model_dump(), "distillation": distillation})
+    method = {"distillation": {"epochs": 1, "images": "digits", "samples": 30}}
+    settings = RunPlan.model_validate({**SETTINGS.model_dump(), "method": method})
     write_distillation_images(settings, tmp_path)
     pixels = TensorFile(tmp_path / "distillation" / "digits.safetensors")["images"]
     assert (pixels.dtype, pixels.shape[:2]) == (torch.uint8, (30, 3))

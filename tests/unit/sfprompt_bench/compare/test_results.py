@@ -195,7 +195,7 @@ def test_a_head_that_came_again_belongs_to_the_rounds() -> None:
         {
             "model": {"proxy": "pruned", "tune": "lora"},
             "federation": {"rounds": 2},
-            "distillation": {"epochs": 1, "every": 1},
+            "method": {"distillation": {"epochs": 1, "every": 1}},
         }
     )
     plain, result = figures_of(RunPlan()), figures_of(settings)

@@ -17,6 +17,7 @@ from sfprompt_bench.compare.plan import plan, resolved, tasks_of, with_methods
 from sfprompt_bench.methods.base import FederatedMethod
 from sfprompt_bench.methods.registry import ESTIMATED, METHODS
 from sfprompt_bench.presets import preset_named
+from tuning_methods.proxies.settings import distillation_of
 
 DOCS = Path(__file__).parents[4] / "docs"
 
@@ -342,11 +343,14 @@ def test_a_proxy_is_the_whole_head_whatever_it_lacks(tmp_path: Path) -> None:
     pruned, dropped, split = (job.settings.plan for job in plan(config, tmp_path))
     assert (pruned.model.cut, pruned.model.proxy, pruned.model.lora_ends) == (12, "pruned", 0)
     assert (dropped.model.cut, dropped.model.proxy, dropped.model.lora_ends) == (5, "dropped", 2)
-    assert (pruned.distillation.epochs, pruned.distillation.every) == (5, 10)
-    assert (dropped.distillation.epochs, dropped.distillation.every) == (0, 0)
+    assert [(d.epochs, d.every) for d in map(distillation_of, (pruned, dropped))] == [
+        (5, 10),
+        (0, 0),
+    ]
     never = comparison(methods=("fedpft",), method={"distillation": {"every": 0}})
     [job] = plan(never, tmp_path)
-    assert (job.settings.plan.distillation.epochs, job.settings.plan.distillation.every) == (5, 0)
+    distillation = distillation_of(job.settings.plan)
+    assert (distillation.epochs, distillation.every) == (5, 0)
     assert (split.model.local_body, split.model.proxy, split.model.cut) == (2, "none", 1)
 
 
@@ -357,7 +361,7 @@ def test_a_server_does_not_distil_on_the_devices_own_data(tmp_path: Path) -> Non
     assert caught.value.field == "method.distillation.images"
     swept = {"method.distillation.images": ("cifar", "svhn")}
     jobs = plan(comparison(methods=("fedpft", "offsite-tuning"), sweep=swept), tmp_path)
-    images = [job.settings.plan.distillation.images for job in jobs]
+    images = [distillation_of(job.settings.plan).images for job in jobs]
     assert images == ["cifar", "cifar", "svhn", "svhn"]
 
 
@@ -418,7 +422,7 @@ def test_differential_privacy_excludes_distilling_neurons_again(tmp_path: Path) 
     private = {"methods": ("fedpft",), "federation": {"dp_clip": 1.0, "dp_seed": 3}}
     with pytest.raises(InvalidField, match="fedpft") as caught:
         plan(comparison(**private), tmp_path)
-    assert caught.value.field == "distillation.every"
+    assert caught.value.field == "method.distillation.every"
     distillation = {"method": {"distillation": {"every": 0}}}
     [job] = plan(comparison(**private, overrides={"fedpft": distillation}), tmp_path)
-    assert job.settings.plan.distillation.every == 0
+    assert distillation_of(job.settings.plan).every == 0

@@ -7,12 +7,12 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from protocol.distillation import DistillationSettings
 from protocol.plan import ModelPlan, RunPlan
 from sfprompt_bench.cost.method_cost import Question
 from sfprompt_bench.estimate.calculator import estimate
 from sfprompt_bench.methods.registry import ESTIMATED
 from split_model.backbone.libraries import timm
+from tuning_methods.proxies.settings import DistillationSettings
 
 IMAGES, EPOCHS = 50, 2
 
@@ -131,7 +131,7 @@ def test_a_run_with_a_proxy_sets_how_often_it_is_distilled() -> None:
     with_proxy = question(**own)
     assert ESTIMATED["fedpft"].cost(with_proxy).renewals(1000) == 0
     often = DistillationSettings(epochs=1, every=3)
-    plan = with_proxy.plan.model_copy(update={"distillation": often})
+    plan = with_proxy.plan.model_copy(update={"method": {"distillation": often.model_dump()}})
     cost = ESTIMATED["fedpft"].cost(Question(plan, IMAGES, local_epochs=EPOCHS))
     assert [cost.renewals(rounds) for rounds in (0, 3, 4, 6, 7)] == [0, 0, 1, 1, 2]
     assert ESTIMATED["offsite-tuning"].cost(question()).renewals(1000) == 0

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from protocol.distillation import DistillationSettings
 from protocol.errors import RunClosed, StaleRound
 from protocol.messages import BlobRef, RoundStatus, RunStatus, Task
 from protocol.settings import RunSettings
@@ -26,6 +25,7 @@ from split_server.federation.snapshot import OpenRound, Participant, RunSnapshot
 from split_server.storage.run_files import StateRefs
 from tests.support.federation import run_settings
 from tuning_methods.custom.settings import Custom
+from tuning_methods.proxies.settings import DistillationSettings
 
 BLOB = BlobRef(sha256="0" * 64, nbytes=1)
 

@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from protocol.distillation import DistillationSettings
 from split_model import build_head
 from tests.support.uncut_model import random_model, reduced
 from tuning_methods.proxies.distillation import (
@@ -14,6 +13,7 @@ from tuning_methods.proxies.distillation import (
     layer_loss,
     trace_layers,
 )
+from tuning_methods.proxies.settings import DistillationSettings
 from tuning_methods.proxies.weights import proxy_weights
 
 DEPTH = 4

@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from protocol.distillation import DistillationSettings
 from split_model import ModelPlanError, build_head, initial_state
 from split_model.backbone.libraries import timm
 from split_model.checkpoints.state import head_tensors
@@ -12,6 +11,7 @@ from split_model.parts.build import Layered
 from tests.support.uncut_model import random_model, reduced
 from tuning_methods.proxies.distillation import layer_loss, redistil_proxy, trace_layers
 from tuning_methods.proxies.neurons import InactiveNeurons, neurons_shape, select_retained_neurons
+from tuning_methods.proxies.settings import DistillationSettings
 from tuning_methods.proxies.weights import insert_into_backbone, proxy_weights
 
 DEPTH, WIDTH = 4, 32

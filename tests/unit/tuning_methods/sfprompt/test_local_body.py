@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from protocol.distillation import DistillationSettings
 from split_model import (
     anatomy,
     build_body,
@@ -18,6 +17,7 @@ from split_model import (
 )
 from split_model.checkpoints.head_file import extra_tensors
 from tests.support.uncut_model import random_model, reduced, refused_field
+from tuning_methods.proxies.settings import DistillationSettings
 from tuning_methods.sfprompt.local_body import build_local_body, distil_local_body
 
 DEPTH = 6

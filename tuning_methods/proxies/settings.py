@@ -6,8 +6,10 @@ from pydantic import Field
 from pydantic_core import PydanticCustomError
 
 from protocol.base import Message
+from protocol.messages import parse_message
+from protocol.plan import RunPlan
 
-__all__ = ["DistillationSettings"]
+__all__ = ["DistillationSettings", "ProxyPart", "check_neurons", "distillation_of"]
 
 
 class DistillationSettings(Message):
@@ -54,25 +56,39 @@ class DistillationSettings(Message):
         """
         return self.every > 0 and 0 < round_ < rounds and round_ % self.every == 0
 
-    def check_neurons(self, proxy: str, dp_clip: float | None) -> None:
-        """Check that neurons can be distilled again in a run.
 
-        Args:
-            proxy: the plan's `model.proxy`.
-            dp_clip: the plan's `federation.dp_clip`.
+class ProxyPart(Message):
+    """What a method with a proxy adds to a run's plan, as `RunPlan.method`."""
 
-        Raises:
-            PydanticCustomError: the field `distillation.every` needs another setting.
-        """
-        needs = None
-        if proxy != "pruned":
-            needs = "model.proxy = pruned: no other replacement has fewer neurons"
-        elif self.epochs == 0:
-            needs = "distillation.epochs above 0"
-        elif dp_clip is not None:
-            needs = "no federation.dp_clip: no noise would hide which neurons a device uses"
-        if needs is not None:
-            field = "distillation.every"
-            raise PydanticCustomError(
-                "not_together", "{field} needs {needs}", {"field": field, "needs": needs}
-            )
+    distillation: DistillationSettings = DistillationSettings()
+
+
+def distillation_of(plan: RunPlan) -> DistillationSettings:
+    """Return the distillation of a run; a method that distils nothing has the defaults.
+
+    Raises:
+        InvalidField: a field is wrong.
+    """
+    return parse_message(DistillationSettings, plan.method.get("distillation", {}))
+
+
+def check_neurons(plan: RunPlan) -> None:
+    """Check that the neurons of the run's proxy can be distilled again, if they are to be.
+
+    Raises:
+        PydanticCustomError: `method.distillation.every` needs another setting.
+    """
+    distillation, needs = distillation_of(plan), None
+    if not distillation.every:
+        return
+    if plan.model.proxy != "pruned":
+        needs = "a pruned proxy: no other replacement has fewer neurons"
+    elif distillation.epochs == 0:
+        needs = "method.distillation.epochs above 0"
+    elif plan.federation.dp_clip is not None:
+        needs = "no federation.dp_clip: no noise would hide which neurons a device uses"
+    if needs is not None:
+        field = "method.distillation.every"
+        raise PydanticCustomError(
+            "not_together", "{field} needs {needs}", {"field": field, "needs": needs}
+        )
