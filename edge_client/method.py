@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from edge_client.model import DeviceModel
 from edge_client.training import (
     RoundContext,
     TrainingResult,
@@ -66,9 +65,9 @@ class DeviceMethod:
             extras=self.update_extras(context, selected),
         )
 
-    def local_forward(self, model: DeviceModel, smashed: Tensor) -> Tensor:
+    def local_forward(self, context: RoundContext, smashed: Tensor) -> Tensor:
         """Return the local update's logits [B, C] for smashed data [B, T, D]: body left out."""
-        logits: Tensor = model.tail(smashed)
+        logits: Tensor = context.model.tail(smashed)
         return logits
 
     def split_train(

@@ -19,7 +19,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 from protocol.base import Message
 from protocol.codec_names import is_row_wise_inside
 from protocol.federation import FederationSettings
-from protocol.parts import BackboneSettings, CodecName, Text, TrainingSettings, WireSettings
+from protocol.parts import BackboneSettings, Text, TrainingSettings, WireSettings
 
 __all__ = [
     "ModelPlan",
@@ -94,13 +94,6 @@ class ModelPlan(BackboneSettings):
     proxy_blocks: int = Field(
         0, ge=0, le=256, description="number of blocks left (proxy = dropped); 0: half"
     )
-    local_body: int = Field(
-        0,
-        ge=0,
-        le=256,
-        description="blocks of a small frozen body that the local update runs through on the "
-        "device; 0: from head straight to tail",
-    )
     model_overrides: tuple[tuple[str, Any], ...] = Field(
         (),
         exclude=True,  # runs never carry it
@@ -174,8 +167,6 @@ class ModelPlan(BackboneSettings):
 
     @model_validator(mode="after")
     def _check_proxy(self) -> ModelPlan:
-        if self.local_body and (self.prompt_at == "cut" or self.proxy != "none"):
-            self._refuse("local_body", "0 unless prompt_at = input and proxy = none")
         if self.proxy == "none":
             return self
         if self.tune not in ("tail", "classifier", "lora"):
@@ -219,17 +210,6 @@ class WirePlan(WireSettings):
     keep_smashed: bool = Field(
         False,
         description="send a sample's smashed data once; the server caches them (prompt_at = cut)",
-    )
-    delta_smashed: CodecName | None = Field(
-        None,
-        description="codec of the change of a sample's smashed data since its last visit; none: "
-        "they are sent whole (prompt_at = input)",
-    )
-    skip_below: float = Field(
-        0.0,
-        ge=0,
-        lt=1,
-        description="a relative change (L2) of a sample below this is not sent (delta_smashed)",
     )
     gradient_correction: float = Field(
         0.0,
@@ -278,10 +258,6 @@ def _refusals(plan: RunPlan) -> list[tuple[bool, str]]:
             "prompt_at = cut needs a prompt_count above 0: the server has nothing else to tune",
         ),
         (
-            bool(model.local_body) and not training.local_epochs,
-            "local_body needs local_epochs above 0",
-        ),
-        (
             wire.keep_smashed and not at_cut,
             "keep_smashed needs prompt_at = cut: prompts at the input change the smashed data in "
             "each step",
@@ -291,22 +267,10 @@ def _refusals(plan: RunPlan) -> list[tuple[bool, str]]:
             "keep_smashed needs a codec that encodes each sample by itself, not wire.smashed = "
             f"{wire.smashed}",
         ),
-        (bool(wire.skip_below) and wire.delta_smashed is None, "skip_below needs delta_smashed"),
         (
-            at_cut and bool(wire.delta_smashed or wire.gradient_correction),
-            "delta_smashed and gradient_correction need prompt_at = input: prompts at the cut "
-            "leave the smashed data as they are",
-        ),
-        *(
-            (
-                wire.delta_smashed is not None and not is_row_wise_inside(codec),
-                f"delta_smashed needs codecs that encode each sample by itself, not {name} = "
-                f"{codec}",
-            )
-            for name, codec in (
-                ("wire.smashed", wire.smashed),
-                ("delta_smashed", wire.delta_smashed or "float32"),
-            )
+            at_cut and bool(wire.gradient_correction),
+            "gradient_correction needs prompt_at = input: prompts at the cut need no gradient of "
+            "the smashed data",
         ),
         (
             bool(training.proximal) and at_cut,
@@ -330,10 +294,6 @@ def _refusals(plan: RunPlan) -> list[tuple[bool, str]]:
             model.tune_body and bool(training.proximal),
             "training.proximal needs a frozen body: the server does not pull bodies",
         ),
-        (
-            model.tune_body and wire.delta_smashed is not None,
-            "delta_smashed needs a frozen head: a tuned head changes all smashed data in each step",
-        ),
         *(
             (training.split_epochs == 0 and refused, f"{local_only} needs {needed}")
             for refused, needed in (
@@ -348,8 +308,8 @@ def _refusals(plan: RunPlan) -> list[tuple[bool, str]]:
                 ),
                 (at_cut, "prompt_at = input: prompts at the cut would never be tuned"),
                 (
-                    bool(wire.delta_smashed or wire.gradient_correction),
-                    "no delta_smashed and no gradient_correction: no smashed data are sent",
+                    bool(wire.gradient_correction),
+                    "gradient_correction = 0: no smashed data are sent",
                 ),
             )
         ),

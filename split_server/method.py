@@ -63,7 +63,7 @@ class Rebuild:
     Attributes:
         plan: the run's plan.
         files: the run's files.
-        cache_dir: folder of backbones and distilled weights.
+        cache_dir: folder of backbones and of weights made from them.
         round: the last closed round.
         state: the global state after this round.
         weights: file of the model's weights in this round.
@@ -132,7 +132,7 @@ class ServerMethod:
         Args:
             plan: the run's plan.
             backbone: the backbone's file.
-            cache_dir: folder of backbones and distilled weights.
+            cache_dir: folder of backbones and of weights made from them.
 
         Raises:
             InvalidField: the weights cannot be computed from this plan.

@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from edge_client.model import DeviceModel
 from edge_client.training.context import Diverged, RoundContext
 from protocol.messages import MAX_LOSS
 from split_model.optimizer import make_optimizer, set_progress
 
-LocalForward = Callable[[DeviceModel, Tensor], Tensor]
+LocalForward = Callable[[RoundContext, Tensor], Tensor]
 
 
 def local_update(context: RoundContext, forward: LocalForward) -> float | None:
@@ -25,7 +24,7 @@ def local_update(context: RoundContext, forward: LocalForward) -> float | None:
 
     Args:
         context: the round.
-        forward: model and smashed data [b, T, D] → logits [b, C].
+        forward: the round and smashed data [b, T, D] → logits [b, C].
 
     Returns:
         The mean cross-entropy over the last epoch; None without epochs or samples.
@@ -46,7 +45,7 @@ def local_update(context: RoundContext, forward: LocalForward) -> float | None:
     loss_sum = 0.0
     for epoch, positions in context.batches("local", torch.arange(samples), training.local_epochs):
         smashed, labels = _smashed(context, positions, epoch)
-        loss = F.cross_entropy(forward(model, smashed), labels)
+        loss = F.cross_entropy(forward(context, smashed), labels)
         optimizer.zero_grad()
         if not 0 <= loss.item() <= MAX_LOSS:
             raise Diverged(f"the local update has diverged: the loss of a batch is {loss.item():g}")

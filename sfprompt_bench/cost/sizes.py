@@ -37,11 +37,11 @@ def _part_numbers(settings: ModelPlan) -> PartBytes:
     return part_bytes(settings)
 
 
-def local_body_numbers(settings: ModelPlan) -> int:
+def local_body_numbers(settings: ModelPlan, num_blocks: int) -> int:
     """Count the numbers in the small body of the local update; 0 without one."""
-    if not settings.local_body:
+    if not num_blocks:
         return 0
-    return sum(tensor.numel() for tensor in LocalBody(settings).state_dict().values())
+    return sum(tensor.numel() for tensor in LocalBody(settings, num_blocks).state_dict().values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +90,6 @@ def _unprompted_settings(settings: ModelPlan) -> ModelPlan:
         prompt_at="input",
         prompt_depth="shallow",
         prompt_count=0,
-        local_body=0,
         keep_tokens=0,
     )
 

@@ -21,6 +21,7 @@ from sfprompt_bench.cost.sizes import (
     trained_blocks,
 )
 from split_model import anatomy, device_shapes, needed_tokens, state_shapes
+from tuning_methods.sfprompt.settings import paper_part
 
 
 def sfprompt_cost(question: Question) -> MethodCost:
@@ -99,7 +100,8 @@ class _Traffic:
 
     def start(self) -> int:
         split = self.question.split
-        numbers = part_numbers(split).head + local_body_numbers(split)
+        local_body = local_body_numbers(split, paper_part(self.question.plan).local_body)
+        numbers = part_numbers(split).head + local_body
         return tensor_bytes(self.wire.head, (numbers,)) + self._state("float32")
 
     def up_per_round(self) -> int:
@@ -158,6 +160,7 @@ class _Operations:
 
     def __init__(self, question: Question, tensors: _Tensors) -> None:
         training, self.split = question.plan.training, question.split
+        self.local_blocks = paper_part(question.plan).local_body
         self.train_samples, self.tensors = question.train_samples, tensors
         # Neither keeping all samples nor drawing them at random needs scores.
         needs_scores = training.keep_fraction < 1 and training.pruning != "random"
@@ -174,7 +177,7 @@ class _Operations:
             return total + (self.scored + self.visits) * self._head(0)
         visit = self._head(prompts) + (self._head_blocks(prompts) if prompts else 0)
         # Forward through the small body and, if something before it is tuned, backward.
-        local_body = self.split.local_body * forward_flops(self.split, prompts).block
+        local_body = self.local_blocks * forward_flops(self.split, prompts).block
         total += self.local_visits * local_body * (2 if prompts else 1)
         return total + self.scored * self._head(0) + self.visits * visit
 
@@ -200,7 +203,7 @@ class _Operations:
 def _peak_bytes(question: Question, tensors: _Tensors) -> int:
     """The larger of a pass of the head and a step of training, for one batch."""
     split, training = question.split, question.plan.training
-    numbers = part_numbers(split)
+    numbers, local_blocks = part_numbers(split), paper_part(question.plan).local_body
     smashed, features = math.prod(tensors.smashed), math.prod(tensors.features)
     head = image_numbers(split) + run_blocks(split, split.cut, tensors.smashed[0]) + smashed
     # Features and their gradient, and what autograd keeps of the tail's blocks.
@@ -210,7 +213,7 @@ def _peak_bytes(question: Question, tensors: _Tensors) -> int:
         activations = max(head, smashed + step)
     else:
         prompts = numbers.prompts
-        blocks = split.cut + split.local_body
+        blocks = split.cut + local_blocks
         passed = passed_blocks(split, blocks, tensors.smashed[0]) if prompts else 0
         activations = max(head, image_numbers(split) + passed + 2 * smashed + step)
     return peak_bytes(
@@ -218,7 +221,7 @@ def _peak_bytes(question: Question, tensors: _Tensors) -> int:
         + numbers.tail
         + prompts
         + _cached_numbers(question, tensors)
-        + local_body_numbers(split),
+        + local_body_numbers(split, local_blocks),
         numbers.tail + prompts,
         training.batch_size,
         activations,

@@ -277,13 +277,6 @@ def _check(settings: ModelPlan, sizes: Anatomy) -> None:
     if settings.cut > last:
         limit = f"from 0 to {last} (depth {sizes.depth} less {settings.tail_blocks} tail blocks)"
         raise ModelPlanError("cut", limit, settings.cut)
-    if settings.local_body:
-        if sizes.family != "plain":
-            limit = f"0 for {settings.backbone}: its blocks depend on positions"
-            raise ModelPlanError("local_body", limit, settings.local_body)
-        if settings.local_body > last - settings.cut:
-            limit = f"at most the {last - settings.cut} blocks of the body"
-            raise ModelPlanError("local_body", limit, settings.local_body)
     if settings.keep_tokens:
         if sizes.family != "plain":
             limit = f"0 for {settings.backbone}: its blocks depend on positions"

@@ -16,6 +16,8 @@ from split_model.errors import TensorFileError
 
 _PLAN, _IMAGES = "settings", "images"  # entries of the metadata
 
+_FORMER = ("local_body",)  # fields of earlier releases that are no part of a model
+
 
 @dataclasses.dataclass(frozen=True)
 class ImagePreparation:
@@ -49,7 +51,10 @@ def read_plan(file: TensorFile) -> ModelPlan:
     Raises:
         TensorFileError: there is none, or it breaks a limit.
     """
-    text = json.dumps(file.json(_PLAN))
+    values = file.json(_PLAN)
+    if isinstance(values, dict):
+        values = {field: value for field, value in values.items() if field not in _FORMER}
+    text = json.dumps(values)
     try:
         return ModelPlan.model_validate_json(text, strict=True)
     except ValidationError as error:

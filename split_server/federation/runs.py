@@ -75,7 +75,7 @@ class RunRegistry:
 
     @property
     def cache_dir(self) -> Path:
-        """The folder of downloaded backbones and distilled proxies."""
+        """The folder of downloaded backbones and of weights made from them."""
         return self.data_dir / "backbones"
 
     def load(self) -> None:

@@ -306,9 +306,7 @@ def refuse_sample_ids(request: SplitRequest) -> None:
     """
     if "ids" in request.frame.specs:
         raise InvalidField(
-            "the server caches no smashed data for deltas in this run; send whole batches",
-            field="delta_smashed",
-            limit="a codec",
+            "a step of this run names no samples; send its smashed data without ids", field="ids"
         )
 
 

@@ -52,7 +52,6 @@ class StoredSample:
 
     form: RowForm
     data: bytes | memoryview
-    version: int
 
 
 @dataclass(frozen=True)
@@ -123,38 +122,51 @@ class SampleStore:
         form: RowForm,
         ids: Sequence[bytes],
         buffers: Sequence[memoryview],
+        *,
+        replace: bool = False,
     ) -> None:
-        """Store samples. Samples whose ids are stored already stay as they are.
+        """Store samples.
 
         Args:
             owner: the samples' owner.
             form: the form of each sample.
             ids: one id for each sample.
             buffers: the codec's buffers, each for all samples.
+            replace: whether they replace stored samples of the same ids, which differ from each
+                other; else those stay as they are.
 
         Raises:
             TooLarge: one sample alone exceeds a limit.
         """
-        self._add(owner, form, ids, buffers, None)
-
-    def replace(
-        self,
-        owner: Owner,
-        form: RowForm,
-        ids: Sequence[bytes],
-        buffers: Sequence[memoryview],
-        versions: Sequence[int],
-    ) -> None:
-        """Store samples with versions; they replace stored samples of the same ids.
-
-        Args:
-            owner, form, ids, buffers: as for `put`; all ids differ.
-            versions: one version for each sample.
-
-        Raises:
-            TooLarge: one sample alone exceeds a limit.
-        """
-        self._add(owner, form, ids, buffers, versions)
+        limit = min(self._limits.participant_bytes, self._limits.memory_bytes)
+        if form.nbytes > limit:
+            raise TooLarge(
+                "a sample exceeds the server's memory for one participant's samples",
+                field="smashed",
+                limit=limit,
+                value=form.nbytes,
+                hint="raise samples_mib, or choose a method that caches no smashed data",
+            )
+        with self._lock:
+            stored = self._owners.setdefault(owner, _OwnerRecords())
+            self._owners.move_to_end(owner)
+            for row, id_ in enumerate(ids):
+                if id_ in stored.records:
+                    if not replace:
+                        stored.records.move_to_end(id_)
+                        continue
+                    self._remove(stored, id_)
+                data = b"".join(
+                    buffer[row * size : (row + 1) * size]
+                    for buffer, size in zip(buffers, form.sizes, strict=True)
+                )
+                stored.records[id_] = _Record(StoredSample(form, data))
+                stored.nbytes += len(data)
+                self.memory_bytes += len(data)
+            while stored.nbytes > self._limits.participant_bytes:
+                self._drop(owner, next(iter(stored.records)))
+            self._free_memory()
+            self._free_disk()
 
     def find(self, owner: Owner, ids: Sequence[bytes]) -> list[StoredSample | None]:
         """Return each stored sample; None for an id that is not stored."""
@@ -217,45 +229,6 @@ class SampleStore:
                 self._folder.remove(segment)
             self._segments.clear()
             self._folder.close()
-
-    def _add(
-        self,
-        owner: Owner,
-        form: RowForm,
-        ids: Sequence[bytes],
-        buffers: Sequence[memoryview],
-        versions: Sequence[int] | None,
-    ) -> None:
-        limit = min(self._limits.participant_bytes, self._limits.memory_bytes)
-        if form.nbytes > limit:
-            raise TooLarge(
-                "a sample exceeds the server's memory for one participant's samples",
-                field="smashed",
-                limit=limit,
-                value=form.nbytes,
-                hint="raise samples_mib, or switch wire.keep_smashed or wire.delta_smashed off",
-            )
-        with self._lock:
-            stored = self._owners.setdefault(owner, _OwnerRecords())
-            self._owners.move_to_end(owner)
-            for row, id_ in enumerate(ids):
-                if id_ in stored.records and versions is None:
-                    stored.records.move_to_end(id_)
-                    continue
-                if id_ in stored.records:
-                    self._remove(stored, id_)
-                data = b"".join(
-                    buffer[row * size : (row + 1) * size]
-                    for buffer, size in zip(buffers, form.sizes, strict=True)
-                )
-                version = 0 if versions is None else versions[row]
-                stored.records[id_] = _Record(StoredSample(form, data, version))
-                stored.nbytes += len(data)
-                self.memory_bytes += len(data)
-            while stored.nbytes > self._limits.participant_bytes:
-                self._drop(owner, next(iter(stored.records)))
-            self._free_memory()
-            self._free_disk()
 
     # Under the lock
 
@@ -322,7 +295,7 @@ class SampleStore:
         start = 0
         for id_, sample in samples.items():
             end = start + sample.form.nbytes
-            on_disk = StoredSample(sample.form, segment.data[start:end], sample.version)
+            on_disk = StoredSample(sample.form, segment.data[start:end])
             records[id_] = _Record(on_disk, segment)
             self.memory_bytes -= sample.form.nbytes
             start = end

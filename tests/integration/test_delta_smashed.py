@@ -36,6 +36,7 @@ from tests.support.server import (
 )
 from tuning_methods.sfprompt.device import SFPromptPaperDevice
 from tuning_methods.sfprompt.device_deltas import DeltaBatch
+from tuning_methods.sfprompt.server_deltas import read_cached
 
 TOKENS, WIDTH = 1 + 4 + 4, 192  # class token, prompts, 2 x 2 patches
 
@@ -44,6 +45,8 @@ BYTES_PER_SAMPLE = TOKENS * WIDTH * 4  # in float32
 SAMPLES, BATCH = 8, 4
 
 MAX_OVERHEAD = 1100  # bytes of a request in addition to its rows: HTTP, header, padding, ids
+
+DELTA_FIELDS = ("delta_smashed", "skip_below")  # of the method, not of the wire
 
 QUANTISED = {"smashed": "int8", "delta_smashed": "int4"}
 
@@ -72,7 +75,8 @@ def create_run(server: RunningServer, wire: dict[str, Any], **training: Any) -> 
         model=SMALL,
         federation=FederationSettings(rounds=1, evaluate_every=0),
         training=TrainingPlan.model_validate({**plain, **rates, **training}),
-        wire=WirePlan.model_validate(wire),
+        wire=WirePlan.model_validate({k: v for k, v in wire.items() if k not in DELTA_FIELDS}),
+        method={k: v for k, v in wire.items() if k in DELTA_FIELDS},
     )
     return server.operator().create(settings, key=f"delta-{next(_keys)}").id
 
@@ -141,8 +145,7 @@ class Device(SilentReporter):
         assert len(ids) >= BATCH
         return sum(
             stored is None
-            or stored.version != copy.version
-            or bytes(stored.data) != copy.smashed.numpy().tobytes()
+            or read_cached(stored) != (copy.version, memoryview(copy.smashed.numpy().tobytes()))
             for stored, copy in zip(
                 self.store.find(self.owner, ids), cache._copies.values(), strict=True
             )
@@ -359,7 +362,7 @@ def test_a_repeated_request_is_applied_once_and_has_the_same_response(
     expected = torch.stack([start[0], start[1] + change[1]])
     assert torch.equal(tensor_in(responses[0], "features"), features_of(expected))
     stored = store_of(server).find(owner, IDS)
-    assert [sample and bytes(sample.data) for sample in stored] == [
+    assert [sample and bytes(read_cached(sample)[1]) for sample in stored] == [
         row.numpy().tobytes() for row in expected
     ]
     returned = tensor_in(api.step("backward", random_smashed(2), "s1"), "gradients")

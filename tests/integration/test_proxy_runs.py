@@ -28,7 +28,7 @@ from tests.support.edge import files, image_set
 from tests.support.reporters import SilentReporter
 from tests.support.server import RunningServer
 from tuning_methods.proxies import distillation
-from tuning_methods.sfprompt.device import SFPromptPaperDevice
+from tuning_methods.sfprompt.local_body import build_local_body
 
 LORA = {"tune": "lora", "lora_rank": 2}
 
@@ -52,6 +52,7 @@ def create_run(
     server: RunningServer,
     model: dict[str, Any],
     distillation: dict[str, Any] | None = None,
+    method: dict[str, Any] | None = None,
     **training: Any,
 ) -> RunView:
     device_only = {"split_epochs": 0, "keep_fraction": 1, "local_epochs": 1, "batch_size": 5}
@@ -60,7 +61,7 @@ def create_run(
             "model": {**WHOLE.model_dump(), **model},
             "federation": {"rounds": 1},
             "training": {**device_only, "tail_learning_rate": 0.01, **training},
-            "method": {"distillation": distillation or {}},
+            "method": {"distillation": distillation or {}, **(method or {})},
         }
     )
     return server.operator().create(settings, key=f"proxy-{next(_keys)}")
@@ -185,7 +186,7 @@ def test_local_updates_use_a_small_body_that_comes_with_the_head(
     cut = {"cut": 1, "prompt_count": 2}
     split = {"split_epochs": 1, "keep_fraction": 0.5}
     plain = create_run(server, cut, **split)
-    run = create_run(server, {**cut, "local_body": 2}, DISTILLATION, **split)
+    run = create_run(server, cut, DISTILLATION, {"local_body": 2}, **split)
     assert (
         4 * 2 * BLOCK_PARAMETERS
         <= run.head.nbytes - plain.head.nbytes
@@ -193,8 +194,7 @@ def test_local_updates_use_a_small_body_that_comes_with_the_head(
     )
     assert run.state == plain.state
     participant = take_part(server, tmp_path / "device", run)
-    body = SFPromptPaperDevice().local_body(participant.model)
-    assert body is not None
+    body = build_local_body(participant.model.head.settings, 2, participant.model.extras)
     assert sum(parameter.numel() for parameter in body.parameters()) == 2 * BLOCK_PARAMETERS
     assert not any(parameter.requires_grad for parameter in body.parameters())
     with torch.no_grad():

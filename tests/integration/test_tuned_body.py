@@ -366,7 +366,7 @@ def test_an_invalid_request_of_a_body_session_is_refused_with_its_field(
     assert refusal("forward", meta(0), smashed=bad) == ("non_finite", "smashed")
     ids = torch.arange(16, dtype=torch.uint8).reshape(1, 16)
     for with_ids in ({"ids": ids}, {"ids": ids, "smashed": batch[:1]}):
-        assert refusal("forward", meta(0), **with_ids) == ("invalid_field", "delta_smashed")
+        assert refusal("forward", meta(0), **with_ids) == ("invalid_field", "ids")
     assert refusal("backward", meta(0), gradients=batch) == ("step_lost", "session")
 
 

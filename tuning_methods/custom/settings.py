@@ -8,12 +8,16 @@ from pydantic import Field
 
 from protocol.method import Fields, MethodSettings, load_class, method_class
 from protocol.plan import RunPlan
-from tuning_methods.proxies.settings import DistillationSettings, ProxyPart
+from tuning_methods.proxies.settings import DistillationSettings
+from tuning_methods.sfprompt.settings import PaperPart
 
 if TYPE_CHECKING:
     from protocol.settings import RunSettings
 
 _PARTS = ("model", "training", "wire")
+
+# Fields that a method adds to the plan, and the table that has them.
+OWN_FIELDS = {"local_body": "model", "delta_smashed": "wire", "skip_below": "wire"}
 
 
 class Custom(MethodSettings):
@@ -34,11 +38,14 @@ class Custom(MethodSettings):
         from protocol.settings import RunSettings
 
         values = plan.model_dump(mode="json")
-        method: dict[str, Any] = {"name": "custom", **values.pop("method")}
+        own: dict[str, Any] = values.pop("method")
+        method: dict[str, Any] = {"name": "custom"}
         for part in _PARTS:
             known = RunSettings.model_fields[part].annotation.model_fields  # type: ignore[union-attr]
             extra = [name for name in values[part] if name not in known]
             method[part] = {name: values[part].pop(name) for name in extra}
+        for name, value in own.items():
+            (method[OWN_FIELDS[name]] if name in OWN_FIELDS else method)[name] = value
         return RunSettings.model_validate({**values, "method": method})
 
     @property
@@ -63,21 +70,26 @@ class Custom(MethodSettings):
                 name = chosen.model_fields["name"].default
                 raise ValueError(f"{field} does not go with the fields that need method {name}")
         chosen.check_plan(plan)
-        if self._choose_method() != "sfprompt-paper" and self.wire.get("delta_smashed") is not None:
-            raise ValueError("delta_smashed needs proxy = none: no method has both")
 
     def locate(self, part: str, field: str) -> str:
+        part = OWN_FIELDS.get(field, part)
         inside = field in getattr(self, part, {})
         return f"method.{part}.{field}" if inside else super().locate(part, field)
 
     def model_part(self, settings: RunSettings) -> Fields:
-        return self.model
+        return _without_own(self.model)
 
     def training_part(self) -> Fields:
         return self.training
 
     def wire_part(self) -> Fields:
-        return self.wire
+        return _without_own(self.wire)
 
-    def own_part(self) -> ProxyPart:
-        return ProxyPart(distillation=self.distillation)
+    def own_part(self) -> PaperPart:
+        own = {name: getattr(self, part).get(name) for name, part in OWN_FIELDS.items()}
+        given = {name: value for name, value in own.items() if value is not None}
+        return self.validate_part(PaperPart, "method", given | {"distillation": self.distillation})
+
+
+def _without_own(fields: Fields) -> Fields:
+    return {name: value for name, value in fields.items() if name not in OWN_FIELDS}

@@ -34,7 +34,7 @@ def distil_once(
     plan: RunPlan,
     backbone: BackboneFile,
     cache_dir: Path,
-    shape_fields: tuple[str, ...],
+    shape: Mapping[str, object],
     distil: Distil,
 ) -> Path:
     """Return the cached file of a distillation; distil first if it is not cached.
@@ -43,7 +43,7 @@ def distil_once(
         plan: the run's plan.
         backbone: the teacher's file.
         cache_dir: folder of backbones and distilled weights, in the server's data folder.
-        shape_fields: fields of `ModelPlan` that decide the result's shape.
+        shape: the settings that decide the result's shape, by name.
         distil: computes the weights from the model's plan, the backbone's weights, the images
             [N, 3, S, S], the distillation's settings and a seed.
 
@@ -51,7 +51,7 @@ def distil_once(
         InvalidField: the images are missing, or the plan does not fit the backbone.
     """
     image_path = find_image_file(plan, cache_dir)
-    key = _cache_key(plan, backbone, shape_fields, image_path)
+    key = _cache_key(plan, backbone, shape, image_path)
     path = cache_dir / f"proxy-{key[:32]}.safetensors"
     if path.is_file():
         return path
@@ -66,14 +66,14 @@ def distil_once(
 
 
 def _cache_key(
-    plan: RunPlan, backbone: BackboneFile, shape_fields: tuple[str, ...], image_path: Path | None
+    plan: RunPlan, backbone: BackboneFile, shape: Mapping[str, object], image_path: Path | None
 ) -> str:
     """Hash everything that the distilled weights depend on."""
     settings = distillation_of(plan)
     distillation = settings.model_dump(mode="json") if settings.epochs else None
     parts = {
         "backbone": backbone.sha256,
-        "shape": {name: getattr(plan.model, name) for name in shape_fields},
+        "shape": dict(shape),
         "distillation": distillation,
         "seed": plan.seed if distillation else None,
         "images": None if image_path is None else sha256_of(image_path),

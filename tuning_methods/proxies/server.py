@@ -28,7 +28,8 @@ class ProxyServer(ServerMethod):
 
     def prepare(self, plan: RunPlan, backbone: BackboneFile, cache_dir: Path) -> ModelFiles:
         """Distil the proxy, or take it from the cache; equal runs share it."""
-        return ModelFiles(distil_once(plan, backbone, cache_dir, _SHAPE_FIELDS, distil_proxy))
+        shape = {field: getattr(plan.model, field) for field in _SHAPE_FIELDS}
+        return ModelFiles(distil_once(plan, backbone, cache_dir, shape, distil_proxy))
 
     def prepare_export(
         self, plan: RunPlan, weights: Path, state: Mapping[str, Tensor], cache_dir: Path

@@ -11,9 +11,10 @@ from edge_client.model import DeviceModel
 from edge_client.training.context import RoundContext
 from edge_client.training.split_training import Sample
 from edge_client.transport import SamplesMissing, SplitPlane
-from protocol.plan import RunPlan, WirePlan
+from protocol.plan import RunPlan
 from tuning_methods.sfprompt.device_deltas import DeltaCache
 from tuning_methods.sfprompt.local_body import LocalBody, build_local_body
+from tuning_methods.sfprompt.settings import paper_part
 
 
 class SFPromptPaperDevice(DeviceMethod):
@@ -24,20 +25,21 @@ class SFPromptPaperDevice(DeviceMethod):
         self._local_body: LocalBody | None = None
         self._deltas: DeltaCache | None = None
 
-    def local_forward(self, model: DeviceModel, smashed: Tensor) -> Tensor:
-        body = self.local_body(model)
-        return super().local_forward(model, smashed if body is None else body(smashed))
+    def local_forward(self, context: RoundContext, smashed: Tensor) -> Tensor:
+        body = self.local_body(context)
+        return super().local_forward(context, smashed if body is None else body(smashed))
 
-    def local_body(self, model: DeviceModel) -> LocalBody | None:
+    def local_body(self, context: RoundContext) -> LocalBody | None:
         """Return the model's frozen local body, built once per model; None: the run has none.
 
         Raises:
             WeightsMismatchError: the head file's tensors do not fit.
         """
+        model = context.model
         if self._model is not model:
-            settings = model.head.settings
+            num_blocks, settings = paper_part(context.run).local_body, model.head.settings
             self._local_body = (
-                build_local_body(settings, model.extras) if settings.local_body else None
+                build_local_body(settings, num_blocks, model.extras) if num_blocks else None
             )
             self._model = model
         return self._local_body
@@ -50,7 +52,7 @@ class SFPromptPaperDevice(DeviceMethod):
         smashed: Tensor,
         step: str,
     ) -> tuple[Tensor, Tensor | None]:
-        cache = self.delta_cache(context.run.wire, context.cache_bytes)
+        cache = self.delta_cache(context.run, context.cache_bytes)
         if cache is None:
             return super().forward(context, plane, samples, smashed, step)
         batch = cache.encode(samples, smashed)
@@ -66,13 +68,15 @@ class SFPromptPaperDevice(DeviceMethod):
 
     def uses_fixed_views(self, run: RunPlan) -> bool:
         """With deltas: a sample has a cached copy for each of its views."""
-        return run.wire.delta_smashed is not None
+        return paper_part(run).delta_smashed is not None
 
     def drop_sample_caches(self) -> None:
         self._deltas = None
 
-    def delta_cache(self, wire: WirePlan, max_bytes: int) -> DeltaCache | None:
+    def delta_cache(self, run: RunPlan, max_bytes: int) -> DeltaCache | None:
         """Return the cache of the samples' smashed data; None: the run sends them whole."""
-        if self._deltas is None and wire.delta_smashed is not None:
-            self._deltas = DeltaCache(wire.smashed, wire.delta_smashed, wire.skip_below, max_bytes)
+        part = paper_part(run)
+        if self._deltas is None and part.delta_smashed is not None:
+            whole = run.wire.smashed
+            self._deltas = DeltaCache(whole, part.delta_smashed, part.skip_below, max_bytes)
         return self._deltas

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from protocol.plan import ModelPlan
-from split_model.backbone.architecture import body_blocks, evenly
+from split_model.backbone.architecture import anatomy, body_blocks, evenly
+from split_model.errors import ModelPlanError
 from split_model.parts.base import POSITIONS, Part
 from split_model.parts.build import build_body, build_head
 from tuning_methods.proxies.distillation import distil
@@ -22,11 +23,29 @@ from tuning_methods.proxies.settings import DistillationSettings
 _BATCH = 64
 
 
+def check_local_body(settings: ModelPlan, num_blocks: int) -> None:
+    """Check that the model's body can be replaced by this number of blocks; 0: no replacement.
+
+    Raises:
+        ModelPlanError: it cannot.
+    """
+    if not num_blocks:
+        return
+    if anatomy(settings).family != "plain":
+        limit = f"0 for {settings.backbone}: its blocks depend on positions"
+        raise ModelPlanError("local_body", limit, num_blocks)
+    limit_blocks = len(body_blocks(settings))
+    if num_blocks > limit_blocks:
+        limit = f"at most the {limit_blocks} blocks of the body"
+        raise ModelPlanError("local_body", limit, num_blocks)
+
+
 class LocalBody(Part):
     """Maps smashed data to approximate features. Its blocks are numbered as the body's first."""
 
-    def __init__(self, settings: ModelPlan) -> None:
-        blocks = range(settings.cut, settings.cut + settings.local_body)
+    def __init__(self, settings: ModelPlan, num_blocks: int) -> None:
+        check_local_body(settings, num_blocks)
+        blocks = range(settings.cut, settings.cut + num_blocks)
         super().__init__(settings, blocks, POSITIONS)
 
     def forward(self, smashed: Tensor) -> Tensor:
@@ -38,18 +57,21 @@ class LocalBody(Part):
         return self.run(smashed, self.prompt_tokens(smashed, "smashed data"))
 
 
-def build_local_body(settings: ModelPlan, tensors: Mapping[str, Tensor]) -> LocalBody:
+def build_local_body(
+    settings: ModelPlan, num_blocks: int, tensors: Mapping[str, Tensor]
+) -> LocalBody:
     """Build the local body, frozen, float32 on the CPU.
 
     Raises:
         WeightsMismatchError: a tensor is missing or has another shape.
     """
-    body = LocalBody(settings)
+    body = LocalBody(settings, num_blocks)
     body.fill(tensors)
     return body
 
 
 def distil_local_body(
+    num_blocks: int,
     settings: ModelPlan,
     weights: Mapping[str, Tensor],
     images: Tensor,
@@ -58,11 +80,12 @@ def distil_local_body(
 ) -> dict[str, Tensor]:
     """Copy a local body from the body, and distil it if ``distillation.epochs`` is above 0.
 
-    The body's blocks are divided into `local_body` equal shares. Each local block starts as a copy
-    of its share's middle block and learns to reproduce its share's last block, without prompts.
+    The body's blocks are divided into equal shares, one for each local block, which starts as a
+    copy of its share's middle block and learns to reproduce the share's last, without prompts.
 
     Args:
-        settings: the model's plan, with a local body.
+        num_blocks: blocks of the local body.
+        settings: the model's plan.
         weights: the backbone's, by timm's names.
         images: [N, 3, S, S], preprocessed for the backbone.
         distillation: epochs, batch size and learning rate.
@@ -75,15 +98,16 @@ def distil_local_body(
         ModelPlanError: the plan does not fit the backbone.
         WeightsMismatchError: a tensor is missing or has another shape.
     """
-    blocks, count, first = body_blocks(settings), settings.local_body, settings.cut
-    sources = evenly(blocks, count)
+    blocks, first = body_blocks(settings), settings.cut
+    sources = evenly(blocks, num_blocks)
     copies: dict[str, Tensor] = {}
-    for name in LocalBody(settings).names():
+    for name in LocalBody(settings, num_blocks).names():
         _, number, rest = name.split(".", 2)
         copies[name] = weights[f"blocks.{sources[int(number) - first]}.{rest}"]
-    student = build_local_body(settings, copies)
+    student = build_local_body(settings, num_blocks, copies)
     if distillation.epochs:
-        lasts = [blocks[(place + 1) * len(blocks) // count - 1] for place in range(count)]
+        ends = range(1, num_blocks + 1)
+        lasts = [blocks[end * len(blocks) // num_blocks - 1] for end in ends]
         pairs = [(str(last), str(first + place)) for place, last in enumerate(lasts)]
         smashed = _compute_smashed(settings, weights, images)
         body = build_body(settings, weights)

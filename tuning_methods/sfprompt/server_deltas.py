@@ -10,6 +10,7 @@ version does not match is requested in full. See AQ-SGD (arXiv 2206.01299) and S
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -41,6 +42,10 @@ _ROWS: Final[Mapping[str, str]] = {"whole": "whole_rows", "changes": "change_row
 _TENSORS: Final = {"ids", "versions", *_ROWS, *_ROWS.values()}
 
 _CACHE_CODEC = "float32"
+
+_CACHE_FORM = f"version, {_CACHE_CODEC}"  # a sample's version, then its smashed data
+
+_VERSION = struct.Struct("<q")
 
 _MAX_REPORTED = 16  # wrong numbers in an error
 
@@ -144,7 +149,12 @@ def apply_deltas(store: SampleStore, owner: Owner, batch: DeltaBatch) -> Tensor 
     shape = batch.whole.tensor.shape[1:]
     smashed = torch.empty(len(cached), *shape)
     _fill(
-        smashed, {index: sample.data for index in needed if (sample := cached[index]) is not None}
+        smashed,
+        {
+            index: read_cached(sample)[1]
+            for index in needed
+            if (sample := cached[index]) is not None
+        },
     )
     changes = [
         (index, change)
@@ -159,14 +169,22 @@ def apply_deltas(store: SampleStore, owner: Owner, batch: DeltaBatch) -> Tensor 
         raise NonFinite("smashed data with their changes exceed float32's range", field="changes")
     updated = batch.whole.indices + [index for index, _ in changes]
     if updated:
-        store.replace(
+        versions = b"".join(_VERSION.pack(batch.after[index]) for index in updated)
+        store.put(
             owner,
-            RowForm(_CACHE_CODEC, tuple(shape), (smashed[0].nbytes,)),
+            RowForm(_CACHE_FORM, tuple(shape), (_VERSION.size, smashed[0].nbytes)),
             [batch.ids[index] for index in updated],
-            get_codec(_CACHE_CODEC).encode(smashed[updated]),
-            [batch.after[index] for index in updated],
+            [memoryview(versions), *get_codec(_CACHE_CODEC).encode(smashed[updated])],
+            replace=True,
         )
     return smashed
+
+
+def read_cached(sample: StoredSample) -> tuple[int, memoryview]:
+    """Return the version of a cached sample, and its smashed data in float32."""
+    data = memoryview(sample.data)
+    (version,) = _VERSION.unpack(data[: _VERSION.size])
+    return int(version), data[_VERSION.size :]
 
 
 def _matches(sample: StoredSample | None, batch: DeltaBatch, index: int) -> bool:
@@ -175,10 +193,10 @@ def _matches(sample: StoredSample | None, batch: DeltaBatch, index: int) -> bool
 
 
 def _has_version(sample: StoredSample | None, version: int) -> bool:
-    return sample is not None and sample.version == version
+    return sample is not None and read_cached(sample)[0] == version
 
 
-def _fill(smashed: Tensor, cached: Mapping[int, bytes | memoryview]) -> None:
+def _fill(smashed: Tensor, cached: Mapping[int, memoryview]) -> None:
     """Write cached rows to their indices in [B, T, D]."""
     if cached:
         joined = memoryview(bytearray(b"".join(cached.values())))

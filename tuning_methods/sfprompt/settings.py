@@ -6,14 +6,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from protocol.base import Message
+from protocol.codec_names import is_row_wise_inside
+from protocol.messages import parse_message
 from protocol.method import Fields, MethodSettings
 from protocol.parts import CodecName
 from protocol.plan import PromptDepth, PruningScore, RunPlan
 from tuning_methods.proxies.settings import (
     DistillationSettings,
-    ProxyPart,
     check_neurons,
-    distillation_of,
 )
 
 if TYPE_CHECKING:
@@ -116,7 +117,37 @@ class SFPrompt(_SplitPrompts):
         return {"keep_smashed": self.keep_smashed}
 
 
-class SFPromptPaper(_SplitPrompts):
+class PaperPart(Message):
+    """What the published form adds to a run's plan, as `RunPlan.method`."""
+
+    local_body: int = Field(
+        0,
+        ge=0,
+        le=256,
+        description="blocks of a small frozen body for the local-loss update; 0: none",
+    )
+    distillation: DistillationSettings = Field(
+        DistillationSettings(), description="of the local body"
+    )
+    delta_smashed: CodecName | None = Field(
+        None,
+        description="codec of a sample's change since its last visit; none: sent whole",
+    )
+    skip_below: float = Field(
+        0.0, ge=0, lt=1, description="relative changes (L2) below this are not sent"
+    )
+
+
+def paper_part(plan: RunPlan) -> PaperPart:
+    """Return what the published form adds to a run's plan.
+
+    Raises:
+        InvalidField: a field is wrong.
+    """
+    return parse_message(PaperPart, plan.method)
+
+
+class SFPromptPaper(PaperPart, _SplitPrompts):
     """SFPrompt as published: prompts at the input, tuned on the device; four tensors a step.
 
     A round scores samples by EL2N, updates prompts and tail from head straight to tail (or through
@@ -142,22 +173,6 @@ class SFPromptPaper(_SplitPrompts):
     local_learning_rate_scale: float = Field(
         0.1, ge=0, le=100, description="factor on both rates during the local-loss update"
     )
-    local_body: int = Field(
-        0,
-        ge=0,
-        le=256,
-        description="blocks of a small frozen body for the local-loss update; 0: none",
-    )
-    distillation: DistillationSettings = Field(
-        DistillationSettings(), description="of the local body"
-    )
-    delta_smashed: CodecName | None = Field(
-        None,
-        description="codec of a sample's change since its last visit; none: sent whole",
-    )
-    skip_below: float = Field(
-        0.0, ge=0, lt=1, description="relative changes (L2) below this are not sent"
-    )
     gradient_correction: float = Field(
         0.0,
         ge=0,
@@ -178,20 +193,54 @@ class SFPromptPaper(_SplitPrompts):
 
     def model_part(self, settings: RunSettings) -> Fields:
         shared = {field: getattr(self, field) for field in _MODEL if field != "keep_tokens"}
-        return {"prompt_at": "input", "local_body": self.local_body} | shared
+        return {"prompt_at": "input"} | shared
 
     def wire_part(self) -> Fields:
-        return {
-            "delta_smashed": self.delta_smashed,
-            "skip_below": self.skip_below,
-            "gradient_correction": self.gradient_correction,
-        }
+        return {"gradient_correction": self.gradient_correction}
 
-    def own_part(self) -> ProxyPart:
-        return ProxyPart(distillation=self.distillation)
+    def own_part(self) -> PaperPart:
+        return PaperPart(**{field: getattr(self, field) for field in PaperPart.model_fields})
 
     @classmethod
     def check_plan(cls, plan: RunPlan) -> None:
-        if distillation_of(plan).epochs and not plan.model.local_body:
-            raise ValueError("method.distillation.epochs needs a local_body")
+        for refused, message in _refusals(plan, paper_part(plan)):
+            if refused:
+                raise ValueError(message)
         check_neurons(plan)
+
+
+def _refusals(plan: RunPlan, part: PaperPart) -> list[tuple[bool, str]]:
+    """Each combination that cannot run: whether the plan has it, and what to change."""
+    at_cut, delta = plan.model.prompt_at == "cut", part.delta_smashed
+    return [
+        (
+            bool(part.distillation.epochs) and not part.local_body,
+            "method.distillation.epochs needs a local_body",
+        ),
+        (bool(part.local_body) and at_cut, "local_body needs prompt_at = input"),
+        (
+            bool(part.local_body) and not plan.training.local_epochs,
+            "local_body needs local_epochs above 0",
+        ),
+        (bool(part.skip_below) and delta is None, "skip_below needs delta_smashed"),
+        (
+            delta is not None and at_cut,
+            "delta_smashed needs prompt_at = input: prompts at the cut leave the smashed data as "
+            "they are",
+        ),
+        (
+            delta is not None and plan.training.split_epochs == 0,
+            "delta_smashed needs split_epochs above 0: no smashed data are sent",
+        ),
+        *(
+            (
+                delta is not None and not is_row_wise_inside(codec),
+                f"delta_smashed needs codecs that encode each sample by itself, not {name} = "
+                f"{codec}",
+            )
+            for name, codec in (
+                ("wire.smashed", plan.wire.smashed),
+                ("delta_smashed", delta or "float32"),
+            )
+        ),
+    ]

@@ -11,13 +11,12 @@ from torch import Tensor
 
 import edge_client
 from edge_client.method import DeviceMethod, RoundResult, device_method
-from edge_client.model import DeviceModel
 from edge_client.training import RoundContext, TrainingResult
 from edge_client.training.split_training import Sample
 from edge_client.transport import SplitPlane
 from protocol.plan import RunPlan
 from protocol.settings import RunSettings
-from tests.support.edge import BodyServer, device_model, round_context
+from tests.support.edge import BodyServer, round_context
 
 
 class RecordingMethod(DeviceMethod):
@@ -26,9 +25,9 @@ class RecordingMethod(DeviceMethod):
     def __init__(self) -> None:
         self.steps: list[str] = []
 
-    def local_forward(self, model: DeviceModel, smashed: Tensor) -> Tensor:
+    def local_forward(self, context: RoundContext, smashed: Tensor) -> Tensor:
         self.steps.append("local_forward")
-        return super().local_forward(model, smashed)
+        return super().local_forward(context, smashed)
 
     def split_train(
         self, context: RoundContext, plane: SplitPlane, selected: Tensor
@@ -64,10 +63,10 @@ def test_without_samples_nothing_is_trained() -> None:
 
 
 def test_the_default_method_goes_from_head_straight_to_tail_and_sends_no_extras() -> None:
-    method, model = device_method(RunSettings()), device_model()
+    method, context = device_method(RunSettings()), round_context()
     assert type(method) is DeviceMethod
     smashed = torch.randn(2, 9, 192)
-    assert torch.equal(method.local_forward(model, smashed), model.tail(smashed))
+    assert torch.equal(method.local_forward(context, smashed), context.model.tail(smashed))
     assert method.update_extras(round_context(), torch.arange(3)) == {}
 
 

@@ -64,7 +64,6 @@ def test_a_value_outside_its_limit_is_refused(field: str, value: Any) -> None:
         ("keep_tokens", {"keep_tokens": 4}),
         ("tune_body", {"tune_body": True, "prompt_count": 0}),
         ("tune_body", {"tune_body": True, "tune": "full"}),
-        ("local_body", {"local_body": 1, "prompt_at": "cut"}),
         ("proxy", {"proxy": "pruned", "prompt_depth": "deep"}),
     ],
 )
@@ -129,7 +128,9 @@ def test_a_plan_in_a_file_is_not_trusted(
 
 
 def test_a_file_as_earlier_releases_wrote_it_is_readable(tmp_path: Path) -> None:
-    values = {"backbone": "vit_tiny_patch16_224", "cut": 3, "model_overrides": [["depth", 4]]}
+    overrides = [["depth", 4]]
+    values = {"backbone": "vit_tiny_patch16_224", "cut": 3, "model_overrides": overrides}
+    values |= {"local_body": 2}
     metadata = {"settings": json.dumps(values)}
     save_file({"x": torch.zeros(1)}, tmp_path / "file", metadata=metadata)
     plan = read_plan(TensorFile(tmp_path / "file"))

@@ -1,5 +1,6 @@
 """The phases of a round on a real, small vision transformer, against plain torch."""
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -184,8 +185,6 @@ def test_the_local_update_is_a_plain_torch_loop() -> None:
 
 
 def test_a_local_update_through_a_small_body_is_a_plain_torch_loop(tmp_path: Path) -> None:
-    settings = SMALL.model_copy(update={"local_body": 2})
-    split = settings
     weights = open_backbone(files().backbone)
     # Of blocks 1 ... 11, by hand: the middles of two halves.
     sources = {"blocks.1.": "blocks.3.", "blocks.2.": "blocks.9."}
@@ -195,9 +194,11 @@ def test_a_local_update_through_a_small_body_is_a_plain_torch_loop(tmp_path: Pat
         for name in weights
         if name.startswith(source)
     }
-    head, _ = write_head_file(split, files().backbone, tmp_path / "head", "float32", small)
-    model = DeviceModel.load(settings, head, files().state)
-    context = round_context(model, model_settings=settings, local_epochs=2, **SGD)
+    head, _ = write_head_file(SMALL, files().backbone, tmp_path / "head", "float32", small)
+    model = DeviceModel.load(SMALL, head, files().state)
+    context = round_context(model, local_epochs=2, **SGD)
+    run = context.run.model_copy(update={"method": {"local_body": 2}})
+    context = dataclasses.replace(context, run=run)
     method = SFPromptPaperDevice()
     loss = local_update(context, method.local_forward)
 
@@ -221,7 +222,7 @@ def test_a_local_update_through_a_small_body_is_a_plain_torch_loop(tmp_path: Pat
         losses.append(value.item() * len(positions))
     assert_same(context.model.state(), plain.state(), 1e-5)
     assert loss == pytest.approx(sum(losses[3:]) / 10, rel=1e-4)
-    body = method.local_body(model)
+    body = method.local_body(context)
     assert body is not None
     assert all(parameter.grad is None for parameter in body.parameters())
 

@@ -18,6 +18,7 @@ from sfprompt_bench.methods.base import FederatedMethod
 from sfprompt_bench.methods.registry import ESTIMATED, METHODS
 from sfprompt_bench.presets import preset_named
 from tuning_methods.proxies.settings import distillation_of
+from tuning_methods.sfprompt.settings import paper_part
 
 DOCS = Path(__file__).parents[4] / "docs"
 
@@ -351,7 +352,7 @@ def test_a_proxy_is_the_whole_head_whatever_it_lacks(tmp_path: Path) -> None:
     [job] = plan(never, tmp_path)
     distillation = distillation_of(job.settings.plan)
     assert (distillation.epochs, distillation.every) == (5, 0)
-    assert (split.model.local_body, split.model.proxy, split.model.cut) == (2, "none", 1)
+    assert (paper_part(split).local_body, split.model.proxy, split.model.cut) == (2, "none", 1)
 
 
 def test_a_server_does_not_distil_on_the_devices_own_data(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -99,7 +101,9 @@ def test_a_backbone_without_proxies_has_all_the_other_methods() -> None:
 
 
 def test_a_small_body_costs_its_download_and_its_passes() -> None:
-    bare, more = question(prompt_count=5), question(prompt_count=5, local_body=2)
+    bare = question(prompt_count=5)
+    plan = bare.plan.model_copy(update={"method": {"local_body": 2}})
+    more = dataclasses.replace(bare, plan=plan)
     one, two = (ESTIMATED["sfprompt-paper"].cost(case) for case in (bare, more))
     assert two.bytes_start - one.bytes_start == 4 * 2 * BLOCK
     tokens = 197 + 5

@@ -39,7 +39,7 @@ def test_allowed_combinations(settings: dict[str, Any]) -> None:
         ({"training": {**ALONE, "local_epochs": 0}}, "local_epochs"),
         ({"training": {**ALONE, "local_learning_rate_scale": 0.5}}, "local_learning_rate_scale"),
         ({"training": ALONE, "model": {"prompt_at": "cut"}}, "prompt_at"),
-        ({"training": ALONE, "wire": {"delta_smashed": "int8"}}, "delta_smashed"),
+        ({"training": ALONE, "wire": {"gradient_correction": 0.1}}, "gradient_correction"),
         ({"model": {"tune": "everything"}}, "tune"),
         ({"model": {"tune": "full", "prompt_at": "cut"}}, "prompt_at"),
         ({"model": {"adapter_width": 0}}, "adapter_width"),

@@ -107,6 +107,52 @@ def test_a_stored_id_is_not_overwritten(make: MakeStore) -> None:
 # Missing samples
 
 
+def stored(store: SampleStore, *numbers: int) -> list[int | None]:
+    """The content of each sample, whose ten bytes are alike."""
+    return [
+        sample and sample.data[0] for sample in store.find(A, [name(number) for number in numbers])
+    ]
+
+
+def put_over(store: SampleStore, contents: dict[int, int]) -> None:
+    """Store samples by number, in place of those of the same numbers."""
+    names = [name(number) for number in contents]
+    buffer = b"".join(bytes([content]) * 10 for content in contents.values())
+    store.put(A, TEN, names, [memoryview(buffer)], replace=True)
+
+
+def test_a_sample_is_replaced_only_if_that_is_asked_for(make: MakeStore) -> None:
+    store = make()
+    put_over(store, {1: 10, 2: 20})
+    assert stored(store, 2, 3, 1) == [20, None, 10]
+    put_over(store, {2: 21})
+    store.put(A, TEN, [name(1)], [memoryview(bytes(10))])
+    assert stored(store, 1, 2) == [10, 21]
+    assert store.memory_bytes == 20
+
+
+def test_a_replaced_sample_counts_as_used(make: MakeStore) -> None:
+    store = make(participant=30)
+    put_over(store, {1: 1, 2: 2, 3: 3})
+    put_over(store, {1: 10})
+    stored(store, 2)
+    put_over(store, {4: 4})
+    assert stored(store, 1, 2, 3, 4) == [10, 2, None, 4]
+
+
+def test_a_sample_on_disk_can_be_replaced(make: MakeStore) -> None:
+    store = make(memory=20, disk=100)
+    put_over(store, {1: 1, 2: 2, 3: 3})
+    assert (store.memory_bytes, store.disk_bytes) == (20, 10)
+    sample = store.find(A, [name(1)])[0]
+    assert stored(store, 1, 2, 3) == [1, 2, 3]
+    put_over(store, {1: 10})
+    assert stored(store, 1, 2, 3) == [10, 2, 3]
+    assert store.memory_bytes + store.disk_bytes == 30
+    assert sample is not None
+    assert bytes(sample.data) == bytes([1] * 10)  # a reader's bytes stay valid
+
+
 def test_take_returns_the_missing_positions_and_drops_nothing(make: MakeStore) -> None:
     store = make(memory=30, disk=0)
     put(store, A, [1, 2, 3])

@@ -6,16 +6,16 @@ import torch
 from protocol.plan import RunPlan, WirePlan
 from tuning_methods.sfprompt.device import SFPromptPaperDevice
 
-DELTAS = WirePlan(smashed="int8", delta_smashed="int4", skip_below=0.1)
+DELTAS = RunPlan(wire=WirePlan(smashed="int8"), method={"delta_smashed": "int4", "skip_below": 0.1})
 
 ONE = 4 * 8 * 4  # bytes of a sample's copy
 
 
-@pytest.mark.parametrize("wire", [WirePlan(), DELTAS])
-def test_views_are_fixed_and_copies_cached_only_with_deltas(wire: WirePlan) -> None:
-    method, deltas = SFPromptPaperDevice(), wire.delta_smashed is not None
-    assert method.uses_fixed_views(RunPlan(wire=wire)) is deltas
-    assert (method.delta_cache(wire, ONE) is not None) is deltas
+@pytest.mark.parametrize(("plan", "deltas"), [(RunPlan(), False), (DELTAS, True)])
+def test_views_are_fixed_and_copies_cached_only_with_deltas(plan: RunPlan, deltas: bool) -> None:
+    method = SFPromptPaperDevice()
+    assert method.uses_fixed_views(plan) is deltas
+    assert (method.delta_cache(plan, ONE) is not None) is deltas
 
 
 def test_the_cache_stays_within_its_budget_until_it_is_dropped() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from protocol.codecs import get_codec
 from protocol.codecs.registry import as_decoded
 from protocol.errors import InvalidField
-from protocol.plan import RunPlan
+from protocol.settings import RunSettings
 from tuning_methods.sfprompt.device_deltas import DeltaBatch, DeltaCache
 
 PLENTY = 10**9
@@ -261,25 +261,28 @@ def test_nbytes_counts_the_copies_and_stays_within_the_budget(
         assert not lost & set(cached_positions(cache, 7))
 
 
-# Plans
+# Settings
 
 
-def test_a_plan_with_deltas_is_valid() -> None:
-    wire = {"smashed": "int8", "delta_smashed": "int4+zstd", "skip_below": 0.05}
-    settings = RunPlan.model_validate({"wire": {**wire, "gradient_correction": 0.01}})
-    assert RunPlan.model_validate_json(settings.model_dump_json()) == settings
+def deltas_settings(method: dict[str, Any], **parts: dict[str, Any]) -> RunSettings:
+    return RunSettings.model_validate({"method": {"name": "sfprompt-paper", **method}, **parts})
+
+
+def test_settings_with_deltas_are_valid() -> None:
+    deltas = {"delta_smashed": "int4+zstd", "skip_below": 0.05}
+    settings = deltas_settings({**deltas, "gradient_correction": 0.01}, wire={"smashed": "int8"})
+    assert settings.plan.method == deltas
+    assert settings.plan.wire.gradient_correction == 0.01
+    assert RunSettings.model_validate_json(settings.model_dump_json()).plan == settings.plan
 
 
 @pytest.mark.parametrize(
-    ("wire", "model", "message"),
+    ("method", "wire", "message"),
     [
-        ({"delta_smashed": "int4"}, {"prompt_at": "cut"}, "prompt_at = input"),
-        ({"gradient_correction": 0.1}, {"prompt_at": "cut"}, "prompt_at = input"),
         ({"delta_smashed": "topk:0.1"}, {}, "not delta_smashed = topk:0.1"),
         ({"delta_smashed": "pq+zstd"}, {}, "not delta_smashed = pq\\+zstd"),
-        ({"delta_smashed": "int4", "smashed": "pq"}, {}, "wire.smashed = pq"),
-        ({"delta_smashed": "int4", "keep_smashed": True}, {}, "keep_smashed"),
-        ({"delta_smashed": "int4", "keep_smashed": True}, {"prompt_at": "cut"}, "delta_smashed"),
+        ({"delta_smashed": "int4"}, {"smashed": "pq"}, "wire.smashed = pq"),
+        ({"delta_smashed": "int4", "split_epochs": 0, "keep_fraction": 1}, {}, "delta_smashed"),
         ({"skip_below": 0.1}, {}, "skip_below needs delta_smashed"),
         ({"delta_smashed": "int4", "skip_below": 1.0}, {}, "skip_below"),
         ({"delta_smashed": "int4", "skip_below": -0.1}, {}, "skip_below"),
@@ -287,8 +290,23 @@ def test_a_plan_with_deltas_is_valid() -> None:
         ({"delta_smashed": "int64"}, {}, "delta_smashed"),
     ],
 )
-def test_a_plan_that_cannot_run_is_refused(
-    wire: dict[str, Any], model: dict[str, Any], message: str
+def test_settings_that_cannot_run_are_refused(
+    method: dict[str, Any], wire: dict[str, Any], message: str
 ) -> None:
+    given = {"local_learning_rate_scale": 1, **method}
     with pytest.raises(ValidationError, match=message):
-        RunPlan.model_validate({"wire": wire, "model": model})
+        deltas_settings(given, wire=wire)
+
+
+@pytest.mark.parametrize(
+    ("wire", "message"),
+    [
+        ({"delta_smashed": "int4"}, "delta_smashed needs prompt_at = input"),
+        ({"gradient_correction": 0.1}, "gradient_correction needs prompt_at = input"),
+        ({"delta_smashed": "int4", "keep_smashed": True}, "delta_smashed"),
+    ],
+)
+def test_deltas_need_prompts_at_the_input(wire: dict[str, Any], message: str) -> None:
+    method = {"name": "custom", "model": {"prompt_at": "cut"}, "wire": wire}
+    with pytest.raises(ValidationError, match=message):
+        RunSettings.model_validate({"method": method})

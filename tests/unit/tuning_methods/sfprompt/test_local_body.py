@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from split_model import (
-    anatomy,
     build_body,
     build_head,
     initial_state,
@@ -18,15 +17,16 @@ from split_model import (
 from split_model.checkpoints.head_file import extra_tensors
 from tests.support.uncut_model import random_model, reduced, refused_field
 from tuning_methods.proxies.settings import DistillationSettings
-from tuning_methods.sfprompt.local_body import build_local_body, distil_local_body
+from tuning_methods.sfprompt.local_body import LocalBody, build_local_body, distil_local_body
 
 DEPTH = 6
 
 CUT = reduced("vit_base_patch16_224").replace(
     cut=1,
-    local_body=2,
     model_overrides=(("depth", DEPTH), ("embed_dim", 32), ("num_heads", 2), ("patch_size", 8)),
 )
+
+BLOCKS = 2
 
 SETTINGS = DistillationSettings(epochs=4, batch_size=8, learning_rate=3e-3)
 
@@ -38,13 +38,13 @@ def images() -> Tensor:
 def test_an_undistilled_local_body_consists_of_the_bodys_blocks() -> None:
     model = random_model(CUT)
     weights = {n: t.clone() for n, t in model.state_dict().items()}
-    tensors = distil_local_body(CUT, weights, images()[:0], DistillationSettings(), seed=0)
+    tensors = distil_local_body(BLOCKS, CUT, weights, images()[:0], DistillationSettings(), seed=0)
     tokens = torch.randn(2, 1 + 9, 32, generator=torch.Generator().manual_seed(2))
     # Of the body's blocks 1 … 5, the middle ones of two halves: 2 and 4.
     expected = model.blocks[4](model.blocks[2](tokens))
-    assert torch.allclose(build_local_body(CUT, tensors)(tokens), expected, atol=1e-5)
+    assert torch.allclose(build_local_body(CUT, BLOCKS, tensors)(tokens), expected, atol=1e-5)
     prompted = torch.cat([tokens, tokens[:, :3]], dim=1)
-    assert build_local_body(CUT, tensors)(prompted).shape == (2, 13, 32)
+    assert build_local_body(CUT, BLOCKS, tensors)(prompted).shape == (2, 13, 32)
 
 
 def test_distillation_lowers_the_local_bodys_error() -> None:
@@ -56,7 +56,7 @@ def test_distillation_lowers_the_local_bodys_error() -> None:
 
     def error(distillation: DistillationSettings) -> float:
         body = build_local_body(
-            CUT, distil_local_body(CUT, weights, images(), distillation, seed=0)
+            CUT, BLOCKS, distil_local_body(BLOCKS, CUT, weights, images(), distillation, seed=0)
         )
         assert not any(p.requires_grad for p in body.parameters())
         with torch.no_grad():
@@ -69,26 +69,20 @@ def test_distillation_lowers_the_local_bodys_error() -> None:
 def test_the_head_file_carries_the_local_body_and_the_state_does_not(tmp_path: Path) -> None:
     file = prepare_backbone(CUT, "random:1", tmp_path)
     weights = dict(random_model(CUT).state_dict())
-    tensors = distil_local_body(CUT, weights, images()[:0], DistillationSettings(), seed=0)
+    tensors = distil_local_body(BLOCKS, CUT, weights, images()[:0], DistillationSettings(), seed=0)
     path, _ = write_head_file(CUT, file.path, tmp_path / "head", "float32", tensors)
-    settings, _, frozen = read_head_file(path)
-    assert settings == CUT
+    _, _, frozen = read_head_file(path)
     extras = extra_tensors(frozen)
     assert extras.keys() == tensors.keys()
     assert all(torch.equal(extras[n], t) for n, t in tensors.items())
-    without = CUT.replace(local_body=0)
-    states = [initial_state(plan, weights, seed=0) for plan in (CUT, without)]
-    assert all(torch.equal(states[0][n], t) for n, t in states[1].items())
+    assert not initial_state(CUT, weights, seed=0).keys() & tensors.keys()
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [
-        {"local_body": DEPTH},
-        {"prompt_at": "cut"},
-        {"proxy": "pruned"},
-        {"backbone": "beit_base_patch16_224"},
-    ],
+    ("num_blocks", "changes"), [(DEPTH, {}), (BLOCKS, {"backbone": "beit_base_patch16_224"})]
 )
-def test_a_local_body_without_a_matching_body_is_refused(changes: dict[str, object]) -> None:
-    assert refused_field(lambda: anatomy(CUT.replace(**changes))) == "local_body"
+def test_a_local_body_without_a_matching_body_is_refused(
+    num_blocks: int, changes: dict[str, object]
+) -> None:
+    settings = CUT.replace(**changes)
+    assert refused_field(lambda: LocalBody(settings, num_blocks)) == "local_body"

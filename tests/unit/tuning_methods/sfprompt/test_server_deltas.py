@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -23,14 +24,16 @@ from protocol.errors import (
 )
 from protocol.frames import Frame, decode_frame, encode_frame, join_frame
 from protocol.limits import DEFAULT_LIMITS, FrameLimits
-from split_server.storage.sample_store import Owner, RowForm, SampleStore, StoredSample, StoreLimits
+from split_server.storage.sample_store import Owner, SampleStore, StoreLimits
 from tests.support.federation import SPLIT, TOKENS, WIDTH, smashed
 from tuning_methods.sfprompt.device_deltas import DeltaBatch, DeltaCache
-from tuning_methods.sfprompt.server_deltas import apply_deltas, decode_deltas
+from tuning_methods.sfprompt.server_deltas import apply_deltas, decode_deltas, read_cached
 
 A, B = Owner("r1", "p1"), Owner("r1", "p2")
 
-ONE = TOKENS * WIDTH * 4  # bytes of a copy
+ONE = TOKENS * WIDTH * 4  # bytes of a copy on the device
+
+CACHED = 8 + ONE  # bytes on the server: the version, then the smashed data
 
 PLENTY = 10**8
 
@@ -100,7 +103,8 @@ def answer(store: SampleStore, tensors: Tensors, owner: Owner = A) -> Tensor:
 
 def content(store: SampleStore, *names: int, owner: Owner = A) -> list[tuple[int, bytes] | None]:
     stored = store.find(owner, [bytes([name] * 16) for name in names])
-    return [None if sample is None else (sample.version, bytes(sample.data)) for sample in stored]
+    cached = [sample and read_cached(sample) for sample in stored]
+    return [pair and (pair[0], bytes(pair[1])) for pair in cached]
 
 
 X, Y, Z = smashed(4, seed=0), smashed(4, seed=1), smashed(4, seed=2)
@@ -278,65 +282,11 @@ def test_the_valid_request_is_accepted() -> None:
 
 # The store
 
-FORM = RowForm("uint8", (10,), (10,))
-
-
-def rows(*numbers: int) -> list[memoryview]:
-    return [memoryview(b"".join(bytes([number] * 10) for number in numbers))]
-
-
-def names(*numbers: int) -> list[bytes]:
-    return [bytes([number] * 16) for number in numbers]
-
-
-def stored_samples(store: SampleStore, *numbers: int) -> list[tuple[int, int] | None]:
-    """Version and content of each."""
-    samples: list[StoredSample | None] = store.find(A, names(*numbers))
-    assert all(sample is None or set(sample.data) == {sample.data[0]} for sample in samples)
-    return [None if sample is None else (sample.version, sample.data[0]) for sample in samples]
-
-
-def test_a_sample_is_replaced_with_its_version(store: SampleStore) -> None:
-    assert stored_samples(store, 1) == [None]
-    store.replace(A, FORM, names(1, 2), rows(10, 20), [4, 5])
-    assert stored_samples(store, 2, 3, 1) == [(5, 20), None, (4, 10)]
-    store.replace(A, FORM, names(2), rows(21), [6])
-    assert stored_samples(store, 1, 2) == [(4, 10), (6, 21)]
-    assert store.memory_bytes == 20
-
-
-def test_put_does_not_replace_a_sample(store: SampleStore) -> None:
-    store.replace(A, FORM, names(1), rows(10), [4])
-    store.put(A, FORM, names(1, 2), rows(11, 20))
-    assert stored_samples(store, 1, 2) == [(4, 10), (0, 20)]
-
-
-def test_the_least_recently_used_samples_are_evicted(make: MakeStore) -> None:
-    store = make(participant=30)
-    store.replace(A, FORM, names(1, 2, 3), rows(1, 2, 3), [1, 1, 1])
-    store.replace(A, FORM, names(1), rows(10), [2])
-    store.find(A, names(2))
-    store.replace(A, FORM, names(4), rows(4), [3])
-    assert stored_samples(store, 1, 2, 3, 4) == [(2, 10), (1, 2), None, (3, 4)]
-
-
-def test_a_sample_on_disk_keeps_its_version_and_can_be_replaced(make: MakeStore) -> None:
-    store = make(memory=20, disk=100)
-    store.replace(A, FORM, names(1, 2, 3), rows(1, 2, 3), [7, 8, 9])
-    assert (store.memory_bytes, store.disk_bytes) == (20, 10)
-    sample = store.find(A, names(1))[0]
-    assert stored_samples(store, 1, 2, 3) == [(7, 1), (8, 2), (9, 3)]
-    store.replace(A, FORM, names(1), rows(10), [10])
-    assert stored_samples(store, 1, 2, 3) == [(10, 10), (8, 2), (9, 3)]
-    assert store.memory_bytes + store.disk_bytes == 30
-    assert sample is not None
-    assert bytes(sample.data) == bytes([1] * 10)  # a reader's bytes stay valid
-
 
 def test_samples_are_dropped_with_their_owner(store: SampleStore) -> None:
     for owner in (A, B):
         answer(store, forward([1], [(-1, 1)], whole={0: X[0]}), owner)
-    assert store.memory_bytes == 2 * ONE
+    assert store.memory_bytes == 2 * CACHED
     store.drop(A.run, A.participant)
     assert ask(store, forward([1], [(1, 1)])) == [0]
     assert torch.equal(answer(store, forward([1], [(1, 1)]), B), X[:1])
@@ -345,7 +295,7 @@ def test_samples_are_dropped_with_their_owner(store: SampleStore) -> None:
 
 
 def test_a_batch_larger_than_the_cache_is_answered(make: MakeStore) -> None:
-    store = make(participant=2 * ONE)
+    store = make(participant=2 * CACHED)
     batch = forward([1, 2, 3], [(-1, 1)] * 3, whole=dict(enumerate(X[:3])))
     assert torch.equal(answer(store, batch), X[:3])
     assert ask(store, forward([1, 2, 3], [(1, 1)] * 3)) == [0]
@@ -363,7 +313,7 @@ class Pair:
         self, folder: Path, codecs: tuple[str, str], skip_below: float, copies: int
     ) -> None:
         self.device = DeltaCache(*codecs, skip_below, copies * ONE)
-        self.store = SampleStore(folder, StoreLimits(3 * ONE, 3 * ONE, 5 * ONE))
+        self.store = SampleStore(folder, StoreLimits(3 * CACHED, 3 * CACHED, 5 * CACHED))
 
     def visit(self, positions: list[int], batch: Tensor, event: str) -> None:
         named: list[Sample] = [(position, None) for position in positions]
@@ -395,8 +345,9 @@ class Pair:
     def _lose(self, sample: Sample, batch: Tensor) -> None:
         """Overwrite a cached sample."""
         (name,) = self.device.encode([sample], batch[:1]).tensors["ids"][0]
-        form = RowForm("float32", (TOKENS, WIDTH), (ONE,))
-        self.store.replace(A, form, [bytes(name.tolist())], [memoryview(bytes(ONE))], [2**40])
+        zeros = frame(forward([1], [(-1, 2**40)], whole={0: torch.zeros_like(batch[0])}))
+        other = decode_deltas(zeros, SPLIT, DEFAULT_LIMITS, MOST)
+        apply_deltas(self.store, A, replace(other, ids=[bytes(name.tolist())]))
 
 
 @settings(max_examples=40, deadline=None)
