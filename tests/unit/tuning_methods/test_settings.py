@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import pytest
 
+from protocol.base import Message
 from protocol.errors import InvalidField
 from protocol.messages import parse_message
 from protocol.method import (
@@ -184,18 +185,33 @@ def test_settings_that_do_not_fit_together_are_refused_before_a_run_is_created(
     assert says in str(caught.value)
 
 
+class MirrorPart(Message):
+    """What only the code of `Mirror` reads."""
+
+    angle: int = 0
+
+
 @register
 class Mirror(MethodSettings):
     """A method of another package."""
 
     name: Literal["mirror"] = "mirror"
     strength: float = 1.0
+    angle: int = 0
 
     def model_part(self, settings: RunSettings) -> dict[str, Any]:
         return {"prompt_at": "input", "prompt_count": 3}
 
     def training_part(self) -> dict[str, Any]:
         return {"local_learning_rate_scale": self.strength}
+
+    def own_part(self) -> MirrorPart:
+        return MirrorPart(angle=self.angle)
+
+    @classmethod
+    def check_plan(cls, plan: RunPlan) -> None:
+        if plan.method.get("angle", 0) > plan.model.prompt_count:
+            raise ValueError("angle must not exceed prompt_count")
 
 
 def test_a_name_belongs_to_one_method() -> None:
@@ -212,3 +228,26 @@ def test_a_method_needs_a_class_and_no_change_of_the_core() -> None:
     assert isinstance(run.method, Mirror)
     assert run.plan.training.local_learning_rate_scale == 0.25
     assert RunSettings.model_validate_json(run.model_dump_json()) == run
+
+
+def test_what_only_a_methods_own_code_reads_is_in_the_plan_where_it_is_no_default() -> None:
+    assert settings({"name": "mirror", "strength": 0.25}).plan.method == {}
+    plan = settings({"name": "mirror", "angle": 2}).plan
+    assert plan.method == {"angle": 2}
+    assert RunPlan.model_validate_json(plan.model_dump_json()) == plan
+    with pytest.raises(InvalidField, match="angle must not exceed prompt_count"):
+        settings({"name": "mirror", "angle": 4})
+
+
+@pytest.mark.parametrize(
+    ("method", "own"),
+    [
+        ({"name": "sfprompt"}, {}),
+        ({"name": "fedpft"}, {"distillation": {"epochs": 5, "every": 10}}),
+        ({"name": "offsite-tuning"}, {}),
+        ({"name": "sfprompt-paper", "local_body": 2}, {"local_body": 2}),
+        ({"name": "custom", "wire": {"delta_smashed": "int4"}}, {"delta_smashed": "int4"}),
+    ],
+)
+def test_each_methods_own_part(method: dict[str, Any], own: dict[str, Any]) -> None:
+    assert settings(method).plan.method == own
