@@ -145,7 +145,7 @@ class SampleStore:
                 field="smashed",
                 limit=limit,
                 value=form.nbytes,
-                hint="raise samples_mib, or choose a method that caches no smashed data",
+                hint="raise samples_mib, or cache no smashed data in this run",
             )
         with self._lock:
             stored = self._owners.setdefault(owner, _OwnerRecords())

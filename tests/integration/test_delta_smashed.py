@@ -117,8 +117,8 @@ class Device(SilentReporter):
             )
             method = self.participant._method
             assert isinstance(method, SFPromptPaperDevice)
-            wire_plan = self.participant.run.settings.plan.wire
-            self.cache = method.delta_cache(wire_plan, device.cache_bytes)
+            plan = self.participant.run.settings.plan
+            self.cache = method.delta_cache(plan, device.cache_bytes)
             self._watch()
             self.participant.take_part()
             self.up = client.traffic().up[Phase.SMASHED]
