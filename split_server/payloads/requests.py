@@ -181,7 +181,7 @@ def parse_exchange(request: SplitRequest) -> ExchangeRequest:
     _check_exchanged_tensors(request.frame, meta)
     return ExchangeRequest(
         meta,
-        gradients=decode_batch_gradients(request) if meta.number > 0 else None,
+        gradients=_decode_gradients(request) if meta.number > 0 else None,
         batch=(
             _decode_or_name_batch(request, request.plan.training.batch_size)
             if meta.number < meta.steps
@@ -206,6 +206,7 @@ def parse_infer(request: SplitRequest) -> InferRequest:
             limit=request.state,
             value=meta.state,
         )
+    check_tensors(request.frame, {"ids"} if "ids" in request.frame.specs else {"smashed"})
     return InferRequest(meta, _decode_or_name_batch(request, max_samples=None))
 
 
@@ -218,6 +219,7 @@ def parse_samples(request: SplitRequest) -> SamplesRequest:
     parse_message(SamplesMeta, dict(request.frame.meta))
     _require_sample_cache(request)
     request.permission.require_running()
+    check_tensors(request.frame, {"ids", "smashed"})
     settings = request.body.settings
     return SamplesRequest(check_encoded_samples(request.frame, settings, request.limits))
 
@@ -230,6 +232,7 @@ def parse_missing(request: SplitRequest) -> MissingRequest:
     """
     parse_message(SamplesMeta, dict(request.frame.meta))
     _require_sample_cache(request)
+    check_tensors(request.frame, {"ids"})
     return MissingRequest(decode_sample_ids(request.frame))
 
 
@@ -246,7 +249,8 @@ def parse_step_meta(request: SplitRequest) -> StepMeta:
 
 
 def decode_batch(request: SplitRequest) -> Tensor:
-    """Decode and check a frame's smashed data [B, T, D]."""
+    """Decode and check the smashed data [B, T, D] of a frame with no other tensor."""
+    check_tensors(request.frame, {"smashed"})
     return decode_smashed(
         request.frame,
         request.body.settings,
@@ -257,7 +261,27 @@ def decode_batch(request: SplitRequest) -> Tensor:
 
 
 def decode_batch_gradients(request: SplitRequest) -> Tensor:
-    """Decode and check a frame's gradients [B, T', D]."""
+    """Decode and check the gradients [B, T', D] of a frame with no other tensor."""
+    check_tensors(request.frame, {"gradients"})
+    return _decode_gradients(request)
+
+
+def check_tensors(frame: Frame, names: set[str]) -> None:
+    """Refuse a frame with a missing tensor, or with one that its kind does not have.
+
+    Raises:
+        MalformedFrame
+    """
+    if set(frame.specs) != names:
+        raise MalformedFrame(
+            "a request carries exactly the tensors of its kind",
+            field="tensors",
+            limit=sorted(names),
+            value=sorted(frame.specs),
+        )
+
+
+def _decode_gradients(request: SplitRequest) -> Tensor:
     return decode_gradients(
         request.frame,
         request.body.settings,
@@ -274,13 +298,6 @@ def _decode_or_name_batch(request: SplitRequest, max_samples: int | None) -> Ten
     if "ids" not in frame.specs:
         return decode_smashed(frame, settings, limits, request.device, max_samples)
     _require_sample_cache(request)
-    if "smashed" in frame.specs:
-        raise MalformedFrame(
-            "a request carries either a batch or its sample ids, not both",
-            field="tensors",
-            limit=["ids"],
-            value=sorted(frame.specs),
-        )
     ids = decode_sample_ids(frame)
     check_batch_size(len(ids), max_samples, "ids")
     shape = anatomy(settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -75,6 +76,15 @@ def test_make_run_tunes_and_leaves_a_run_folder(command: str, tmp_path: Path) ->
     assert "accuracy" in done.stdout
     left = {path.name for path in (tmp_path / "run").iterdir()}
     assert {"tuned.safetensors", "history.jsonl", "accuracy.png", "bytes.png"} <= left
+    [later] = blocks("docs/quickstart.md", "text")
+    export, predict = later.replace(".venv/bin/", "").splitlines()
+    run = json.loads((tmp_path / "run" / "result.json").read_text())["run"]
+    run_command(
+        export.replace("RUN", run).replace("runs/DATA-TIME", str(tmp_path / "run")), tmp_path
+    )
+    images = load_dataset("digits").test
+    Image.fromarray(images.image(0).permute(1, 2, 0).numpy()).save(tmp_path / "digit.png")
+    assert "digit.png" in run_command(predict.replace("IMAGE_OR_FOLDER", "digit.png"), tmp_path)
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -15,7 +15,12 @@ from protocol.frames import decode_frame, encode_frame, join_frame
 from protocol.limits import DEFAULT_LIMITS
 from split_server.models.body_key import BodyKey
 from split_server.payloads import requests
-from split_server.payloads.requests import CachedBatch, SplitRequest
+from split_server.payloads.requests import (
+    CachedBatch,
+    SplitRequest,
+    decode_batch,
+    decode_batch_gradients,
+)
 from tests.support.federation import TOKENS, WIDTH, run_settings, smashed
 from tuning_methods.sfprompt.server_deltas import parse_delta_forward
 from tuning_methods.splitfed.server import parse_body_step_meta
@@ -157,7 +162,7 @@ def test_an_inference_must_name_the_newest_state() -> None:
     [
         ({}, {"ids": IDS}, InvalidField, "keep_smashed"),
         ({"keep_smashed": True}, {"ids": IDS, "smashed": AT_CUT}, MalformedFrame, "tensors"),
-        ({"keep_smashed": True}, {}, MalformedFrame, "smashed"),
+        ({"keep_smashed": True}, {}, MalformedFrame, "tensors"),
     ],
 )
 def test_a_batch_is_either_sent_or_named(
@@ -169,3 +174,33 @@ def test_a_batch_is_either_sent_or_named(
     with pytest.raises(error) as caught:
         requests.parse_infer(request({"step": "s", "round": 1}, None, "cut", wire, **tensors))
     assert caught.value.field == field_
+
+
+@pytest.mark.parametrize(
+    ("parse", "prompt_at", "meta", "tensors"),
+    [
+        (requests.parse_forward, "input", {"step": "s", "round": 1}, {"smashed": smashed()}),
+        (requests.parse_backward, "input", {"step": "s", "round": 1}, {"gradients": smashed()}),
+        (requests.parse_exchange, "cut", {**SESSION, "number": 0}, {"ids": IDS}),
+        (requests.parse_exchange, "cut", {**SESSION, "number": 2}, {"gradients": smashed()}),
+        (requests.parse_infer, "cut", {"step": "s", "round": 1}, {"ids": IDS}),
+        (requests.parse_infer, "cut", {"step": "s", "round": 1}, {"smashed": AT_CUT}),
+        (requests.parse_samples, "cut", {}, {"ids": IDS, "smashed": AT_CUT}),
+        (requests.parse_missing, "cut", {}, {"ids": IDS}),
+        (decode_batch, "input", {}, {"smashed": smashed()}),
+        (decode_batch_gradients, "input", {}, {"gradients": smashed()}),
+    ],
+)
+def test_a_request_carries_exactly_the_tensors_of_its_kind(
+    parse: Callable[[SplitRequest], object],
+    prompt_at: str,
+    meta: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+) -> None:
+    """A client cannot send labels along, and the server would not take them."""
+    wire = {"keep_smashed": prompt_at == "cut"}
+    parse(request(meta, None, prompt_at, wire, **tensors))
+    labels = torch.tensor([0, 1])
+    for wrong in ({**tensors, "labels": labels}, {"labels": labels}, {}):
+        with pytest.raises(MalformedFrame):
+            parse(request(meta, None, prompt_at, wire, **wrong))
