@@ -10,6 +10,7 @@ from torch import Tensor
 from edge_client.training import (
     RoundContext,
     TrainingResult,
+    fit_start,
     local_update,
     select_samples,
     split_train,
@@ -50,6 +51,9 @@ class DeviceMethod:
             StaleRound: the server closed the round without this participant.
             StepLost: the server lost its state of this round; start the round again.
         """
+        if context.round == 0:
+            start = fit_start(context, plane)
+            return RoundResult(samples=start.samples, train_loss=start.loss)
         if context.round == 1 and context.run.model.prompt_init == "mean-token":
             context.model.add_mean_token(context.samples.images)
         selected = select_samples(context)

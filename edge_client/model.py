@@ -101,6 +101,11 @@ class DeviceModel:
         """Whether head and tail are the whole model: no block is left for a body."""
         return not body_blocks(self.head.settings)
 
+    def classify(self, inferred: Tensor) -> Tensor:
+        """Return logits [B, C] of what an inference returned: features, or logits already."""
+        logits: Tensor = inferred if self.tail.settings.depths else self.tail(inferred)
+        return logits
+
     def parameters(self) -> list[nn.Parameter]:
         """Return all tuned parameters on this device: of prompts, tail and head."""
         prompts = [] if self.prompts is None else [self.prompts]

@@ -175,7 +175,7 @@ class Predictor(Classifier):
         model = self._model
         smashed = model.head(images, model.prompts)
         features = smashed if model.is_whole else self._infer(smashed, start)
-        logits: torch.Tensor = model.tail(features)
+        logits = model.classify(features)
         return logits.softmax(dim=1)
 
     def _infer(self, smashed: torch.Tensor, start: int) -> torch.Tensor:

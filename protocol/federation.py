@@ -16,7 +16,9 @@ ServerOptimizer = Literal["fedavg", "fedavgm", "fedadam", "fedyogi"]
 class FederationSettings(Message):
     """How rounds run and how the server averages their updates."""
 
-    rounds: int = Field(8, ge=1, le=100_000, description="rounds of the run")
+    rounds: int = Field(
+        8, ge=0, le=100_000, description="rounds of training; 0: a closed-form start alone"
+    )
     min_participants: int = Field(
         1, ge=1, le=100_000, description="participants that the first round waits for"
     )

@@ -43,6 +43,7 @@ __all__ = [
     "SamplesMeta",
     "Seconds",
     "Sha256",
+    "StartMeta",
     "StepId",
     "StepMeta",
     "Task",
@@ -116,7 +117,7 @@ class RunView(Message):
     reason: str | None = None  # of a failure or cancellation
     settings: RunSettings  # as the operator wrote them
     plan: RunPlan  # what server and devices execute
-    round: Count  # the open round, from 1; 0 before the first
+    round: Count  # the open round; 0 before the first, and with a closed-form start the first
     participants: Count
     created_at: float  # seconds since 1970
     finished_at: float | None = None
@@ -302,6 +303,12 @@ class ExchangeMeta(Message):
         if self.number > self.steps:
             raise ValueError(f"number ({self.number}) is above steps ({self.steps})")
         return self
+
+
+class StartMeta(Message):
+    """The meta part of requests of round 0; they repeat until all participants have answered."""
+
+    attempt: Count
 
 
 class SamplesMeta(Message):

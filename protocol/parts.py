@@ -85,6 +85,9 @@ class WireSettings(Message):
     inference: CodecName = Field(
         "float32", description="features of evaluation and prediction: rounding costs accuracy"
     )
+    start: CodecName = Field(
+        "float32", description="features of round 0, once for each training sample (depths)"
+    )
     updates: CodecName = Field("float32", description="tail and prompts from a device")
     update_deltas: bool = Field(
         False, description="send a state as its change against the round's, both ways"

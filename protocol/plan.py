@@ -94,6 +94,19 @@ class ModelPlan(BackboneSettings):
     proxy_blocks: int = Field(
         0, ge=0, le=256, description="number of blocks left (proxy = dropped); 0: half"
     )
+    depths: int = Field(
+        0,
+        ge=0,
+        le=64,
+        description="blocks of the body, evenly spaced, whose outputs the tail reads; the server "
+        "fits the tail in closed form in round 0; 0: the last output alone, and no round 0",
+    )
+    rank: int = Field(
+        0,
+        ge=0,
+        le=65_536,
+        description="principal components of these outputs that the tail reads; 0: all numbers",
+    )
     model_overrides: tuple[tuple[str, Any], ...] = Field(
         (),
         exclude=True,  # runs never carry it
@@ -151,6 +164,18 @@ class ModelPlan(BackboneSettings):
             self._refuse("prompt_depth", "shallow where prompt_at = input and cut = 0")
         if self.keep_tokens and self.prompt_at == "input":
             self._refuse("keep_tokens", "0 where prompt_at = input: prompts are not merged")
+        return self
+
+    @model_validator(mode="after")
+    def _check_depths(self) -> ModelPlan:
+        if self.rank and not self.depths:
+            self._refuse("rank", "0 where depths = 0")
+        if not self.depths:
+            return self
+        if self.tail_blocks:
+            self._refuse("tail_blocks", "0 where depths is above 0: the tail is linear")
+        if self.tune not in ("tail", "classifier") or self.proxy != "none":
+            self._refuse("depths", "0 unless only prompts and the tail are tuned")
         return self
 
     @model_validator(mode="after")
@@ -234,6 +259,11 @@ class RunPlan(Message):
         {}, description="what the tuning method adds; only the method's own code reads it"
     )
 
+    @property
+    def first_round(self) -> int:
+        """The number of the run's first round: 0 with a closed-form start, else 1."""
+        return 0 if self.model.depths else 1
+
     @model_validator(mode="after")
     def _check_combinations(self) -> RunPlan:
         for refused, message in _refusals(self):
@@ -267,6 +297,7 @@ def _refusals(plan: RunPlan) -> list[tuple[bool, str]]:
             "keep_smashed needs a codec that encodes each sample by itself, not wire.smashed = "
             f"{wire.smashed}",
         ),
+        *_depth_refusals(plan),
         (
             at_cut and bool(wire.gradient_correction),
             "gradient_correction needs prompt_at = input: prompts at the cut need no gradient of "
@@ -317,5 +348,38 @@ def _refusals(plan: RunPlan) -> list[tuple[bool, str]]:
             wire.updates.startswith("topk") and not wire.update_deltas,
             "wire.updates = topk needs wire.update_deltas: it would set most numbers of a whole "
             "state to 0",
+        ),
+    ]
+
+
+def _depth_refusals(plan: RunPlan) -> list[tuple[bool, str]]:
+    """The combinations that a closed-form start excludes."""
+    model, training, federation = plan.model, plan.training, plan.federation
+    if not model.depths:
+        return [
+            (federation.rounds == 0, "federation.rounds = 0 needs depths above 0: a round 0"),
+        ]
+    alone = "depths above 0 (a closed-form start) needs"
+    return [
+        (not model.rank, f"{alone} rank above 0"),
+        (
+            not plan.wire.keep_smashed or not plan.wire.pooled_features,
+            f"{alone} keep_smashed and wire.pooled_features: the server computes from its cache",
+        ),
+        (
+            training.keep_fraction < 1 and training.pruning != "random",
+            f"{alone} pruning = random or keep_fraction = 1: the device cannot score samples",
+        ),
+        (
+            bool(training.local_epochs),
+            f"{alone} local_epochs = 0: the tail does not read the head's output",
+        ),
+        (
+            federation.server_optimizer != "fedavg",
+            f"{alone} federation.server_optimizer = fedavg: the start is no gradient",
+        ),
+        (
+            federation.dp_clip is not None,
+            f"{alone} federation.dp_clip = none: its sums carry no noise",
         ),
     ]

@@ -15,6 +15,8 @@ from protocol.wire import (
     INFER_PATH,
     MISSING_PATH,
     SAMPLES_PATH,
+    SOLVE_PATH,
+    START_PATH,
 )
 
 __all__ = [
@@ -46,6 +48,8 @@ _BY_PATH: Final[Mapping[str, tuple[Phase, Phase]]] = {
     EXCHANGE_PATH: (Phase.GRADIENTS, Phase.FEATURES),
     SAMPLES_PATH: (Phase.SMASHED, Phase.SMASHED),
     MISSING_PATH: (Phase.SMASHED, Phase.SMASHED),
+    START_PATH: (Phase.SMASHED, Phase.FEATURES),
+    SOLVE_PATH: (Phase.UPDATES, Phase.UPDATES),
 }
 
 _BY_LAST_SEGMENT: Final[Mapping[str, Phase]] = {

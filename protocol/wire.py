@@ -16,6 +16,8 @@ __all__ = [
     "PROTOCOL_VERSION",
     "REQUEST_ID_HEADER",
     "SAMPLES_PATH",
+    "SOLVE_PATH",
+    "START_PATH",
     "VERSION_HEADER",
 ]
 
@@ -40,5 +42,9 @@ EXCHANGE_PATH: Final = "/v1/split/exchange"
 SAMPLES_PATH: Final = "/v1/split/samples"
 
 MISSING_PATH: Final = "/v1/split/missing"
+
+START_PATH: Final = "/v1/split/start"
+
+SOLVE_PATH: Final = "/v1/split/solve"
 
 FLOAT32_BYTES: Final = 4  # of one number

@@ -42,6 +42,7 @@ from split_model.optimizer import learning_rate_factor, make_optimizer, set_prog
 from split_model.parts.body import Body
 from split_model.parts.build import Layered, build_body, build_head, build_tail, build_tunable_body
 from split_model.parts.cost import PartBytes, part_bytes
+from split_model.parts.depths import feature_shape, read_blocks, read_tokens
 from split_model.parts.head import Head
 from split_model.parts.tail import Tail, for_the_tail, needed_tokens
 
@@ -79,6 +80,7 @@ __all__ = [
     "device_shapes",
     "difference",
     "export_model",
+    "feature_shape",
     "for_the_tail",
     "head_tensors",
     "head_weights",
@@ -94,9 +96,11 @@ __all__ = [
     "part_bytes",
     "prepare_backbone",
     "prompt_shape",
+    "read_blocks",
     "read_body",
     "read_head_file",
     "read_state",
+    "read_tokens",
     "save_state",
     "set_progress",
     "skeleton",

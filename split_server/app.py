@@ -19,6 +19,7 @@ from prometheus_client import ProcessCollector
 from starlette.types import Receive, Scope, Send
 from torch import Tensor
 
+from split_server.closed_form.start import ClosedFormStarts
 from split_server.engine.body_cache import BodyCache
 from split_server.engine.engine import Engine
 from split_server.engine.limits import EngineLimits
@@ -65,16 +66,19 @@ class _EngineLink:
     notifier: Notifier
     engine: Engine
     samples: SampleStore
+    starts: list[ClosedFormStarts] = field(default_factory=list)  # built after the registry
 
     def changed(self, run_id: str) -> None:
         self.notifier.notify(run_id)
 
     def round_over(self, run_id: str) -> None:
         self.engine.release(run_id)
+        self._release_starts(run_id)
         self.notifier.notify(run_id)
 
     def run_over(self, run_id: str) -> None:
         self.samples.drop(run_id)
+        self._release_starts(run_id)
         self.engine.forget(run_id)
 
     def left(self, run_id: str, participant_id: str) -> None:
@@ -88,6 +92,10 @@ class _EngineLink:
     def work(self, run_id: str) -> Mapping[str, float]:
         figures = self.engine.figures(run_id)
         return figures.to_dict() if figures.tasks else {}
+
+    def _release_starts(self, run_id: str) -> None:
+        for starts in self.starts:
+            starts.release(run_id)
 
     def trained_state(self, run_id: str, participant_id: str, session: str) -> dict[str, Tensor]:
         return self.engine.trained_state(run_id, participant_id, session)
@@ -107,6 +115,8 @@ def build_services(
     liveness = Liveness(settings.live_window_s, clock)
     runs = RunRegistry(settings.data_dir, store, meter, link, clock)
     advancer = RunAdvancer(runs, liveness)
+    starts = ClosedFormStarts(runs, engine, samples, placement.device)
+    link.starts.append(starts)
     runs.load()
     return Services(
         settings=settings,
@@ -114,6 +124,7 @@ def build_services(
         engine=engine,
         figures=figures,
         samples=samples,
+        starts=starts,
         store=store,
         meter=meter,
         credentials=credentials,
@@ -171,6 +182,7 @@ async def _close_services(services: Services) -> None:
     services.notifier.close()
     for close in (
         services.advancer.close,
+        services.starts.close,
         services.engine.close,
         services.codec_threads.shutdown,
         services.samples.close,

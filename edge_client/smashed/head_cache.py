@@ -33,7 +33,7 @@ class HeadOutputs:
         num_tokens = needed_tokens(head.settings)
         tokens = head.sizes.tokens if num_tokens is None else num_tokens
         row_bytes = tokens * head.sizes.width * 4
-        fits = len(samples) * row_bytes <= cache_bytes
+        fits = len(samples) * row_bytes <= cache_bytes and not head.settings.depths
         rows = len(samples) if fits else 0
         self._tokens = torch.empty(rows, tokens, head.sizes.width)  # [n, T', D]
         self._filled = torch.zeros(rows, dtype=torch.bool)

@@ -74,7 +74,7 @@ def evaluate(
             features = samples.request_with_batch(batch, None, request)
         else:
             features = smashed if model.is_whole else request(smashed)
-        logits, labels = model.tail(features), samples.images.image_set.labels[batch]
+        logits, labels = model.classify(features), samples.images.image_set.labels[batch]
         correct += int((logits.argmax(dim=1) == labels).sum())
         loss_sum += F.cross_entropy(logits, labels, reduction="sum").item()
         advance("evaluate", done, len(batches))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,8 +21,10 @@ from protocol.wire import (
     INFER_PATH,
     MISSING_PATH,
     SAMPLES_PATH,
+    SOLVE_PATH,
+    START_PATH,
 )
-from split_model import Head, anatomy, needed_tokens
+from split_model import Head, anatomy, feature_shape, needed_tokens
 
 _MAX_IDS = 16_384  # in one request
 
@@ -50,6 +53,21 @@ class SamplesMissing(SFPromptError):
         self.places = places
 
 
+@dataclass(frozen=True)
+class Fit:
+    """The classifier of a closed-form start.
+
+    Attributes:
+        weight: [C, r].
+        bias: [C].
+        leverage: weight of each training sample's label in its own score, [n].
+    """
+
+    weight: Tensor
+    bias: Tensor
+    leverage: Tensor
+
+
 class SplitPlane:
     """Sends the requests of one run's split plane.
 
@@ -70,6 +88,10 @@ class SplitPlane:
         num_tokens = needed_tokens(split) if run.wire.pooled_features else None
         tokens = sizes.tokens + split.prompt_count
         self._features = (tokens if num_tokens is None else num_tokens, sizes.width)
+        if split.depths:
+            self._features = feature_shape(split)
+        self._is_classified = bool(split.depths)  # by the server, in an inference
+        self._classes = split.num_classes
 
     def forward(self, batch: Tensor, *, step: str, round_: int) -> Tensor:
         """Compute the features [B, T', D] of smashed data [B, T, D]; the server retains the step.
@@ -213,6 +235,8 @@ class SplitPlane:
     def infer(self, batch: Tensor, *, step: str, round_: int, state: str | None = None) -> Tensor:
         """Compute the features [B, T', D] of a batch; the server retains nothing.
 
+        With ``depths`` the result is logits [B, C]: the server has the tail.
+
         Args:
             batch: smashed data or ids.
             step: names the request.
@@ -226,7 +250,51 @@ class SplitPlane:
         meta = {"step": step, "round": round_, "state": state}
         response = self._server.send_frame(INFER_PATH, "infer", meta, self._batch(batch))
         _check_none_missing(response, len(batch))
+        if self._is_classified:
+            return _tensor(response, "logits", (len(batch), self._classes))
         return _tensor(response, "features", (len(batch), *self._features))
+
+    def start(self, ids: Tensor, attempt: int) -> Tensor:
+        """Name all training samples by their ids [n, 16]; return their features [n, 1, r].
+
+        Waits for the other participants, at most until the round is over.
+
+        Raises:
+            SamplesMissing: upload these samples, then send the same request again.
+            StaleRound: the round is over, or the server started it without this participant.
+        """
+        tensors = {"ids": (ids, "uint8")}
+        response = self._wait_for_others(START_PATH, "start", attempt, tensors)
+        _check_none_missing(response, len(ids))
+        return _tensor(response, "features", (len(ids), *self._features), kind="start")
+
+    def solve(self, sums: Tensor, counts: Tensor, attempt: int, samples: int) -> Fit:
+        """Send sums of features in each class [C, r] and counts [C]; return the classifier.
+
+        Waits for the other participants, at most until the round is over.
+
+        Args:
+            sums, counts: of this device's samples.
+            attempt: at the round.
+            samples: number of samples n.
+
+        Raises:
+            StepLost: the server lost the features; start the round again.
+        """
+        tensors = {"sums": (sums, "float32"), "counts": (counts, "float32")}
+        response = self._wait_for_others(SOLVE_PATH, "solve", attempt, tensors)
+        return Fit(
+            weight=_tensor(response, "weight", tuple(sums.shape), kind="solve"),
+            bias=_tensor(response, "bias", (len(counts),), kind="solve"),
+            leverage=_tensor(response, "leverage", (samples,), kind="solve"),
+        )
+
+    def _wait_for_others(self, path: str, kind: str, attempt: int, tensors: Payload) -> Frame:
+        while True:
+            try:
+                return self._server.send_frame(path, kind, {"attempt": attempt}, tensors)
+            except Busy:
+                continue
 
     def store_samples(self, ids: Tensor, smashed: Tensor) -> None:
         """Store smashed data [B, T, D] in the server's cache under these ids [B, 16]."""
@@ -282,8 +350,8 @@ def _missing_places(response: Frame, requested: int) -> list[int]:
     return places
 
 
-def _tensor(response: Frame, name: str, shape: tuple[int, ...]) -> Tensor:
-    require_kind(response, name)
+def _tensor(response: Frame, name: str, shape: tuple[int, ...], kind: str | None = None) -> Tensor:
+    require_kind(response, kind or name)
     if response.spec(name).shape != tuple(shape):
         raise MalformedFrame(
             "the server answered with a tensor of another shape",

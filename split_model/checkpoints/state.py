@@ -18,6 +18,7 @@ from split_model.layers.adapters import initial_adapter, initial_lora, is_lora
 from split_model.layers.prompts import initial_prompts, prompt_shape
 from split_model.parts.base import Part
 from split_model.parts.body import Body
+from split_model.parts.depths import make_tail
 from split_model.parts.head import ADAPTER, Head
 from split_model.parts.tail import Tail, is_classifier
 
@@ -49,7 +50,7 @@ def state_shapes(settings: ModelPlan) -> dict[str, tuple[int, ...]]:
 def _cached_shapes(settings: ModelPlan) -> dict[str, tuple[int, ...]]:
     # Cached because a server needs the shapes for each update.
     shapes: dict[str, tuple[int, ...]] = {}
-    parts: list[tuple[str, Part]] = [(HEAD, Head(settings)), (TAIL, Tail(settings))]
+    parts: list[tuple[str, Part]] = [(HEAD, Head(settings)), (TAIL, make_tail(settings))]
     if settings.tune_body:
         parts.append((BODY, Body(settings)))
     for prefix, part in parts:

@@ -1,5 +1,6 @@
 """The body: the blocks between head and tail, on the server; frozen or tuned there."""
 
+import torch
 from torch import Tensor
 
 from protocol.plan import ModelPlan
@@ -7,6 +8,7 @@ from split_model.backbone.architecture import body_blocks
 from split_model.errors import TokenCountError
 from split_model.layers.prompts import insert_prompts, prompt_shape
 from split_model.parts.base import POSITIONS, Part
+from split_model.parts.depths import pool_depth, read_blocks
 
 
 class Body(Part):
@@ -30,12 +32,15 @@ class Body(Part):
             num_tokens: compute only this many leading tokens; None: all.
 
         Returns:
-            [B, T', D], where T' is T, plus P with such prompts; or [B, num_tokens, D].
+            [B, T', D], where T' is T, plus P with such prompts; or [B, num_tokens, D]. With
+            ``depths`` [B, R, D], R as `read_tokens` returns.
 
         Raises:
             TokenCountError: a shape that the plan does not allow.
         """
         inside = self.prompt_tokens(smashed, "smashed data")
+        if self.settings.depths:
+            return self._read_depths(smashed, prompts, inside)
         if prompts is None:
             return self.run(smashed, inside, num_tokens=num_tokens)
         self._check_prompts(smashed, prompts, inside)
@@ -43,6 +48,27 @@ class Body(Part):
             return self.run_deep(smashed, prompts, num_tokens=num_tokens)
         tokens = insert_prompts(smashed, prompts[..., 0, :, :], self.sizes.prefix)
         return self.run(tokens, prompts.shape[-2], num_tokens=num_tokens)
+
+    def _read_depths(self, smashed: Tensor, prompts: Tensor | None, inside: int) -> Tensor:
+        """Compute what a tail with ``depths`` reads, [B, R, D]."""
+        wanted, read = set(read_blocks(self.settings)), []
+        numbers = iter(body_blocks(self.settings))
+
+        def read_after(tokens: Tensor) -> Tensor:
+            if next(numbers) in wanted:
+                read.append(pool_depth(tokens, self.sizes))
+            return tokens
+
+        if prompts is None:
+            self.run(smashed, inside, read_after)
+        else:
+            self._check_prompts(smashed, prompts, inside)
+            if self.settings.prompt_depth == "deep":
+                self.run_deep(smashed, prompts, read_after)
+            else:
+                tokens = insert_prompts(smashed, prompts[..., 0, :, :], self.sizes.prefix)
+                self.run(tokens, prompts.shape[-2], read_after)
+        return torch.cat(read, dim=1)
 
     def _tunes(self, name: str, *, parameter: bool) -> bool:
         return parameter and self.settings.tune_body

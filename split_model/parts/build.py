@@ -9,6 +9,7 @@ from protocol.plan import ModelPlan
 from split_model.layers.bfloat16 import activation_dtype, multiply_in_bfloat16
 from split_model.parts.base import Part
 from split_model.parts.body import Body
+from split_model.parts.depths import make_tail
 from split_model.parts.head import Head
 from split_model.parts.tail import Tail
 
@@ -88,7 +89,7 @@ def build_tail(settings: ModelPlan, tensors: Mapping[str, Tensor]) -> Tail:
 
     ``tensors``, by timm's names, include the classifier's. Raises as `build_head` does.
     """
-    tail = Tail(settings)
+    tail = make_tail(settings)
     tail.fill(tensors)
     _make_trainable(tail)
     return tail
@@ -105,7 +106,7 @@ def _make_trainable(part: Part) -> None:
 
 def frozen_names(settings: ModelPlan) -> list[str]:
     """timm's names of the device's frozen tensors: the head's, then the tail's."""
-    return list(dict.fromkeys([*_untuned(Head(settings)), *_untuned(Tail(settings))]))
+    return list(dict.fromkeys([*_untuned(Head(settings)), *_untuned(make_tail(settings))]))
 
 
 def frozen_body_names(settings: ModelPlan) -> list[str]:

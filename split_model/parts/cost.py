@@ -9,8 +9,8 @@ from protocol.plan import ModelPlan
 from split_model.backbone.architecture import skeleton
 from split_model.layers.prompts import prompt_shape
 from split_model.parts.body import Body
+from split_model.parts.depths import make_tail
 from split_model.parts.head import Head
-from split_model.parts.tail import Tail
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ def part_bytes(settings: ModelPlan) -> PartBytes:
     return PartBytes(
         head=_numbers(Head(settings)),
         body=_numbers(Body(settings)),
-        tail=_numbers(Tail(settings)),
+        tail=_numbers(make_tail(settings)),
         prompts=math.prod(prompt_shape(settings)),
         backbone=_numbers(skeleton(settings)),
     )

@@ -88,7 +88,7 @@ def needed_tokens(settings: ModelPlan) -> int | None:
     They are the leading tokens, or the single mean of the image tokens from `for_the_tail`.
     """
     sizes = anatomy(settings)
-    if settings.tail_blocks:
+    if settings.tail_blocks or settings.depths:
         return None
     return 1 if sizes.averaged else sizes.num_tokens
 

@@ -23,7 +23,7 @@ def export_run(data_dir: Path, run_id: str, out: Path) -> None:
         InvalidField: one of its files is damaged.
     """
     run, state = newest_state(data_dir, run_id)
-    metadata = {"run": run.id, "name": run.plan.name, "round": str(run.closed_rounds)}
+    metadata = {"run": run.id, "name": run.plan.name, "round": str(run.round)}
     classes = run.plan.class_names
     cache = data_dir / "backbones"
     model = run.method.prepare_export(run.plan, Path(run.backbone_path), state, cache)

@@ -101,7 +101,7 @@ def _open_next(run: RunSnapshot, live: Collection[str], *, settled: bool) -> Ope
         return None
     if not settled and any(participant.id not in live for participant in present):
         return None
-    round_, attempt = run.closed_rounds + 1, run.repeats
+    round_, attempt = run.next_round, run.repeats
     count = federation.participants_per_round
     sampled = _sample(run, candidates, count, round_, attempt)
     rate = len(sampled) / len(candidates) if federation.dp_noise_multiplier else None

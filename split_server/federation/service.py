@@ -350,6 +350,8 @@ class FederationService:
     def _trained_tensors(
         self, run: RunSnapshot, participant: Participant, meta: UpdateMeta
     ) -> dict[str, Tensor]:
+        if meta.round == 0 and run.state.server is not None:  # a start tunes no prompts
+            return read_tensors(self._runs.files(run.id).server_state(run.state.server.sha256))
         if meta.session is None:
             raise InvalidField(
                 "an update must name the session that trained its prompts or body", field="session"

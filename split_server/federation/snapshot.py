@@ -92,11 +92,16 @@ class RunSnapshot:
         return BodyKey.of(self.backbone_path, self.plan)
 
     @property
+    def next_round(self) -> int:
+        """The round after the closed ones."""
+        return self.plan.first_round + self.closed_rounds
+
+    @property
     def round(self) -> int:
         """The open round, or the last one; 0 before the first."""
         if self.open_round is not None:
             return self.open_round.round
-        return self.closed_rounds + (1 if self.repeats else 0)
+        return max(0, self.next_round - (0 if self.repeats else 1))
 
     @property
     def needs_rebuild(self) -> bool:
@@ -135,16 +140,16 @@ def load_snapshot(session: Session, run_id: str, data_dir: Path) -> RunSnapshot:
         .select_from(RoundRow)
         .where(RoundRow.run_id == run_id, RoundRow.status == RoundStatus.CLOSED)
     )
+    settings = _parsed(json.dumps(run.settings, sort_keys=True))
     repeats = session.scalar(
         select(func.count())
         .select_from(RoundRow)
         .where(
             RoundRow.run_id == run_id,
             RoundRow.status == RoundStatus.REPEATED,
-            RoundRow.round == (closed or 0) + 1,
+            RoundRow.round == settings.plan.first_round + (closed or 0),
         )
     )
-    settings = _parsed(json.dumps(run.settings, sort_keys=True))
     return RunSnapshot(
         id=run.id,
         status=RunStatus(run.status),

@@ -26,6 +26,8 @@ from protocol.wire import (
     MISSING_PATH,
     SAMPLES_PATH,
 )
+from split_model import anatomy
+from split_server.closed_form.basis import Basis, read_basis
 from split_server.engine.api import (
     BackwardJob,
     ExchangeJob,
@@ -47,7 +49,9 @@ from split_server.payloads.requests import (
     parse_samples,
 )
 from split_server.payloads.samples import decode_cached
-from split_server.storage.run_files import read_prompts
+from split_server.runtime.aio import run_on
+from split_server.runtime.device import used_here
+from split_server.storage.run_files import read_linear_tail, read_prompts
 from split_server.storage.sample_store import Owner
 
 
@@ -117,7 +121,9 @@ def handle_exchange(context: HandlerContext, request: SplitRequest) -> Submit | 
         if isinstance(loaded, Reply):
             return loaded
         smashed = loaded
-    meta = exchange.meta
+    meta, basis, gradients = exchange.meta, find_basis(context), exchange.gradients
+    if basis is not None and gradients is not None:
+        gradients = basis.project_back(gradients, anatomy(request.plan.model).width)
     job = ExchangeJob(
         run=request.run,
         participant=request.participant,
@@ -126,13 +132,14 @@ def handle_exchange(context: HandlerContext, request: SplitRequest) -> Submit | 
         steps=meta.steps,
         body=request.body,
         plan=_session_plan(context, meta.round),
-        gradients=exchange.gradients,
+        gradients=gradients,
         smashed=smashed,
         fingerprint=request.fingerprint,
         num_tokens=request.num_tokens,
     )
     compute = partial(context.services.engine.submit, job)
-    return submit(compute, "features", request.plan.wire.features, meta)
+    finish = None if basis is None else basis.project
+    return submit(compute, "features", request.plan.wire.features, meta, finish, context)
 
 
 def handle_infer(context: HandlerContext, request: SplitRequest) -> Submit | Reply:
@@ -148,7 +155,12 @@ def handle_infer(context: HandlerContext, request: SplitRequest) -> Submit | Rep
         request.run, request.participant, request.body, smashed, prompts, request.num_tokens
     )
     compute = partial(context.services.engine.infer, job)
-    return submit(compute, "features", request.plan.wire.inference, infer.meta)
+    codec = request.plan.wire.inference
+    basis = find_basis(context)
+    if basis is None:
+        return submit(compute, "features", codec, infer.meta)
+    classify = partial(classify_features, basis, device_state_file(context))
+    return submit(compute, "logits", codec, infer.meta, classify, context)
 
 
 def handle_samples(context: HandlerContext, request: SplitRequest) -> Reply:
@@ -179,15 +191,53 @@ def submit(
     name: str,
     codec: str,
     meta: Message,
+    finish: Callable[[Tensor], Tensor] | None = None,
+    context: HandlerContext | None = None,
 ) -> Submit:
-    """Return the function that awaits a computation and names its reply."""
+    """Return the function that awaits a computation and names its reply.
+
+    Args:
+        compute: the computation.
+        name: of its result, and of the reply.
+        codec: of its result.
+        meta: of the reply.
+        finish: is applied to the result, on a codec thread; needs ``context``.
+        context: of the request.
+    """
 
     async def reply() -> Reply:
         result = await compute()
+        if finish is not None and context is not None and result.numel():
+            result = await run_on(
+                context.services.codec_threads, partial(_finish, context, finish, result)
+            )
         tensors = {name: (result, codec)} if result.numel() else {}
         return Reply(name, meta.model_dump(), tensors)
 
     return reply
+
+
+def _finish(context: HandlerContext, finish: Callable[[Tensor], Tensor], result: Tensor) -> Tensor:
+    with context.services.codec_streams.use():
+        return finish(used_here(result))
+
+
+def find_basis(context: HandlerContext) -> Basis | None:
+    """Return the basis of a run's features, on the server's device; None: the run has none.
+
+    Raises:
+        NotFound: round 0 has no result yet.
+    """
+    if not context.run.plan.model.depths:
+        return None
+    path = context.services.runs.files(context.run.id).newest_basis()
+    return read_basis(path, context.services.placement.device)
+
+
+def classify_features(basis: Basis, state: Path, tokens: Tensor) -> Tensor:
+    """Compute logits [B, C] from read tokens [B, R, D] with a state's linear tail."""
+    weight, bias = read_linear_tail(state, tokens.device)
+    return basis.project(tokens).flatten(1) @ weight.T + bias
 
 
 def load_batch(context: HandlerContext, request: SplitRequest, batch: Batch) -> Tensor | Reply:
@@ -226,6 +276,12 @@ def _session_plan(context: HandlerContext, round_: int) -> SessionPlan:
         initial=partial(read_prompts, server_state_file(context)),
         from_mean_token=round_ == 1 and plan.model.prompt_init == "mean-token",
     )
+
+
+def device_state_file(context: HandlerContext) -> Path:
+    """Return the file with the device's part of the newest global state."""
+    state = context.run.state.device
+    return context.services.runs.files(context.run.id).state(state.sha256)
 
 
 def server_state_file(context: HandlerContext) -> Path:

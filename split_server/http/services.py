@@ -5,6 +5,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from split_server.closed_form.start import ClosedFormStarts
 from split_server.engine.engine import Engine
 from split_server.engine.metrics import EngineFigures
 from split_server.federation.advance import RunAdvancer
@@ -30,6 +31,7 @@ class Services:
     engine: Engine
     figures: EngineFigures
     samples: SampleStore
+    starts: ClosedFormStarts
     store: Store
     meter: Meter
     credentials: Credentials

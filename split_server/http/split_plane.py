@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Final, TypeVar
 
 import torch
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -13,7 +13,7 @@ from xxhash import xxh3_64_intdigest
 
 from protocol.errors import InvalidField, NonFinite
 from protocol.frames import decode_frame, encode_frame, frame_length, header_length, require_kind
-from protocol.wire import FRAME_MEDIA_TYPE
+from protocol.wire import FRAME_MEDIA_TYPE, SOLVE_PATH, START_PATH
 from split_server.engine.requests import to_public_error
 from split_server.federation.credentials import require_participant
 from split_server.federation.rounds import SenderPermission
@@ -23,6 +23,7 @@ from split_server.http.errors import send_pieces
 from split_server.http.handlers import HANDLERS, Handler, HandlerContext, Reply, Submit
 from split_server.http.middleware import identity_of
 from split_server.http.services import Services
+from split_server.http.start_handlers import handle_solve, handle_start
 from split_server.payloads.requests import SplitRequest
 from split_server.runtime.aio import run_on
 from split_server.runtime.device import used_here
@@ -39,6 +40,12 @@ _LIGHT_KINDS = frozenset({"forward", "backward"})  # these access no disk
 
 _RAW_CODECS = frozenset({"float32", "float16", "bfloat16"})
 
+_ROUTES: Final[Mapping[str, tuple[str, Handler]]] = {  # path: the frame's kind, its handler
+    **HANDLERS,
+    START_PATH: ("start", handle_start),
+    SOLVE_PATH: ("solve", handle_solve),
+}
+
 R = TypeVar("R")
 
 
@@ -50,7 +57,7 @@ class SplitPlane:
     services: Services
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        route = HANDLERS.get(scope["path"]) if scope["type"] == "http" else None
+        route = _ROUTES.get(scope["path"]) if scope["type"] == "http" else None
         if route is None:
             await self.app(scope, receive, send)
             return

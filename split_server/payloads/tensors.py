@@ -134,8 +134,9 @@ def decode_smashed(
         InvalidField: more than ``max_samples`` samples, or an unsuitable codec.
     """
     prompts = settings.prompt_count if settings.prompt_at == "input" else 0
-    num_tokens = split_model.anatomy(settings).tokens + prompts
-    return _decode_tokens(frame, "smashed", settings, limits, num_tokens, device, max_samples)
+    sizes = split_model.anatomy(settings)
+    shape = sizes.tokens + prompts, sizes.width
+    return _decode_tokens(frame, "smashed", limits, shape, device, max_samples)
 
 
 def decode_gradients(
@@ -148,31 +149,34 @@ def decode_gradients(
 ) -> Tensor:
     """Decode the finite gradient [B, T', D] of the features that the run returns.
 
-    T' is ``num_tokens``; None: all tokens, prompts included.
+    T' is ``num_tokens``; None: all tokens, prompts included. With ``depths`` it is [B, 1, r].
 
     Raises:
         MalformedFrame, WrongShape, TooLarge, NonFinite, InvalidField: as in `decode_smashed`.
     """
-    if num_tokens is None:
+    width = split_model.anatomy(settings).width
+    if settings.depths:
+        num_tokens, width = split_model.feature_shape(settings)
+    elif num_tokens is None:
         num_tokens = split_model.anatomy(settings).tokens + settings.prompt_count
-    return _decode_tokens(frame, "gradients", settings, limits, num_tokens, device, max_samples)
+    shape = num_tokens, width
+    return _decode_tokens(frame, "gradients", limits, shape, device, max_samples)
 
 
 def _decode_tokens(
     frame: Frame,
     name: str,
-    settings: ModelPlan,
     limits: FrameLimits,
-    num_tokens: int,
+    sample: tuple[int, int],
     device: torch.device | str,
     max_samples: int | None,
 ) -> Tensor:
-    width, shape = split_model.anatomy(settings).width, list(frame.spec(name).shape)
-    if len(shape) != 3 or shape[0] < 1 or shape[1:] != [num_tokens, width]:
+    shape = list(frame.spec(name).shape)
+    if len(shape) != 3 or shape[0] < 1 or shape[1:] != list(sample):
         raise WrongShape(
             "a tensor of the split plane is [samples, tokens, width]",
             field=name,
-            limit=["at least 1", num_tokens, width],
+            limit=["at least 1", *sample],
             value=shape,
         )
     check_batch_size(shape[0], max_samples, name)

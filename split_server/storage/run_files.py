@@ -52,6 +52,7 @@ class RunFiles:
     - ``states/SHA256.from.SHA256.frame``: the change from one device-side state to the next.
     - ``held/SHA256.safetensors``: server-side states, of the last two rounds.
     - ``updates/SHA256.safetensors``: updates, until their round is aggregated.
+    - ``basis/ATTEMPT.safetensors``: the result of round 0, if the run has one.
     - ``moments/ROUND.safetensors``: a server optimiser's moments, of the last two rounds.
     - ``extras/ROUND``, ``weights/ROUND`` and ``heads/ROUND.safetensors``: of the last round after
       which the model was made again, the updates' further tensors and the resulting weights.
@@ -70,6 +71,22 @@ class RunFiles:
     def weights_after(self, round_: int) -> Path:
         """Return the path of the model's weights made after this round."""
         return self.root / "weights" / f"{round_}.safetensors"
+
+    def basis(self, attempt: int) -> Path:
+        """Return the path of the result of an attempt at round 0: basis and classifier."""
+        return self.root / "basis" / f"{attempt}.safetensors"
+
+    def newest_basis(self) -> Path:
+        """Return the path of the basis that the run's features have.
+
+        Raises:
+            NotFound: round 0 has no result yet.
+        """
+        paths = (self.root / "basis").glob("*.safetensors")
+        newest = max(paths, key=lambda path: int(path.stem), default=None)
+        if newest is None:
+            raise NotFound("the run has no features before its round 0", field="round", value=0)
+        return newest
 
     def state(self, sha256: str) -> Path:
         """Return the path of a device-side state."""
@@ -217,3 +234,14 @@ def read_prompts(path: Path) -> Tensor:
         OSError: the file cannot be read.
     """
     return read_tensors(path)[PROMPTS]
+
+
+@lru_cache(maxsize=64)
+def read_linear_tail(path: Path, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Read weight [C, r] and bias [C] of a linear tail from a device-side state. Cached.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    tensors = read_tensors(path)
+    return tensors["tail.head.weight"].to(device), tensors["tail.head.bias"].to(device)

@@ -74,6 +74,16 @@ class SFPrompt(_SplitPrompts):
         0, ge=0, le=65_536, description="image tokens that cross the cut, merged; 0: all"
     )
     tune: Literal["tail", "classifier"] = Field("tail", description="in addition to the prompts")
+    depths: int = Field(
+        0,
+        ge=0,
+        le=64,
+        description="blocks of the body, evenly spaced, that a linear tail reads; the server fits "
+        "it in closed form in round 0 | 0: the last block alone, and no round 0",
+    )
+    rank: int = Field(
+        768, ge=1, le=65_536, description="principal components of these blocks' outputs"
+    )
     keep_fraction: float = Field(
         0.8, gt=0, le=1, description="share of a device's samples that train in a round"
     )
@@ -103,6 +113,7 @@ class SFPrompt(_SplitPrompts):
                 "gradients": "int4",
                 "stochastic_rounding": True,
                 "inference": "float16",
+                "start": "int4",
                 "updates": "float16",
                 "update_deltas": True,
                 "head": "int8",
@@ -111,7 +122,8 @@ class SFPrompt(_SplitPrompts):
         }
 
     def model_part(self, settings: RunSettings) -> Fields:
-        return {"prompt_at": "cut"} | {field: getattr(self, field) for field in _MODEL}
+        read = {"depths": self.depths, "rank": self.rank if self.depths else 0}
+        return {"prompt_at": "cut"} | read | {field: getattr(self, field) for field in _MODEL}
 
     def wire_part(self) -> Fields:
         return {"keep_smashed": self.keep_smashed}

@@ -1,0 +1,1 @@
+"""Round 0: fit a run's first classifier in closed form, from features and sums per class."""

@@ -1,0 +1,139 @@
+"""The basis of a run's features: principal components of what the body gives at several depths.
+
+The server computes it from all samples, without labels. Features travel in this basis.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from split_server.storage.run_files import read_tensors
+
+# Components with less than this share of the largest variance are rounding errors.
+_SMALLEST_VARIANCE = 1e-7
+
+# A component of variance v is scaled to v^(1/4): numbers of one rounding group are then alike, and
+# large components keep more steps than small ones.
+_POWER = -0.25
+
+
+@dataclass(frozen=True)
+class Basis:
+    """An affine map from read tokens [B, R, D] to features [B, 1, r], and its transpose.
+
+    Attributes:
+        mean: of the flattened tokens, [q], q = R * D.
+        vectors: scaled principal components, [q, r]; unused ones are 0.
+        scale: factor of each component, [r]; 0: unused.
+    """
+
+    mean: Tensor
+    vectors: Tensor
+    scale: Tensor
+
+    def project(self, tokens: Tensor) -> Tensor:
+        """Compute features [B, 1, r] from read tokens [B, R, D]."""
+        flat = tokens.flatten(1).to(self.vectors.dtype)
+        return ((flat - self.mean) @ self.vectors).unsqueeze(1)
+
+    def project_back(self, gradients: Tensor, width: int) -> Tensor:
+        """Compute the gradient of the read tokens [B, R, D] from that of features [B, 1, r].
+
+        Args:
+            gradients: [B, 1, r].
+            width: D.
+        """
+        flat = gradients.flatten(1).to(self.vectors.dtype) @ self.vectors.T  # (B, q)
+        return flat.reshape(len(flat), -1, width)
+
+    def to(self, device: torch.device) -> Basis:
+        """Return the basis on a device."""
+        return Basis(self.mean.to(device), self.vectors.to(device), self.scale.to(device))
+
+
+class Moments:
+    """Sums of flattened read tokens and of their products, in float64.
+
+    Args:
+        numbers: q, the numbers of one sample.
+
+    Attributes:
+        count: number of samples.
+    """
+
+    def __init__(self, numbers: int) -> None:
+        self._shift: Tensor | None = None  # the first batch's mean: small sums lose no digits
+        self._total = torch.zeros(numbers, dtype=torch.float64)
+        self._products = torch.zeros(numbers, numbers, dtype=torch.float64)
+        self.count = 0
+
+    def add(self, flat: Tensor) -> None:
+        """Add samples [B, q]; the order of the calls decides the last digits of the sums."""
+        if self._shift is None:
+            self._shift = flat.mean(dim=0)
+        shifted = flat - self._shift
+        self._total += shifted.sum(dim=0, dtype=torch.float64)
+        self._products += (shifted.T @ shifted).double()
+        self.count += len(flat)
+
+    def mean(self) -> Tensor:
+        """Return the mean, [q], float64."""
+        shift = 0.0 if self._shift is None else self._shift.double()
+        return shift + self._total / max(1, self.count)
+
+    def covariance(self) -> Tensor:
+        """Return the covariance, [q, q], float64."""
+        count = max(1, self.count)
+        mean = self._total / count
+        return self._products / count - torch.outer(mean, mean)
+
+
+def fit_basis(moments: Moments, rank: int, depths: int) -> Basis:
+    """Find the largest principal components, first of each depth, then of all together.
+
+    Two steps cost far less than one over all numbers, and lose almost nothing.
+
+    Args:
+        moments: of the flattened read tokens [N, q].
+        rank: r, the number of components; those beyond the data's are 0.
+        depths: number of depths in the q numbers, one after the other.
+    """
+    covariance = moments.covariance()
+    numbers = len(covariance)
+    block = numbers // depths
+    kept = min(block, max(1, -(-2 * rank // depths)))  # of each depth, twice as many as needed
+    stage = torch.zeros(numbers, depths * kept, dtype=torch.float64)
+    for depth in range(depths):
+        rows = slice(depth * block, (depth + 1) * block)
+        _, vectors = torch.linalg.eigh(covariance[rows, rows])
+        stage[rows, depth * kept : (depth + 1) * kept] = vectors[:, -kept:]
+    values, vectors = torch.linalg.eigh(stage.T @ covariance @ stage)
+    values, vectors = values.flip(0)[:rank], stage @ vectors.flip(1)[:, :rank]
+    used = values > _SMALLEST_VARIANCE * values[0].clamp(min=torch.finfo(torch.float64).tiny)
+    scale = torch.zeros(rank, dtype=torch.float64)
+    scale[: len(values)] = torch.where(used, values.clamp(min=1e-300) ** _POWER, 0.0)
+    scaled = torch.zeros(numbers, rank, dtype=torch.float64)
+    scaled[:, : len(values)] = _with_fixed_signs(vectors) * scale[: len(values)]
+    return Basis(moments.mean().float(), scaled.float(), scale)
+
+
+def _with_fixed_signs(vectors: Tensor) -> Tensor:
+    """Make each column's largest entry positive: an eigenvector's sign is arbitrary."""
+    largest = vectors.abs().argmax(dim=0, keepdim=True)
+    return vectors * torch.where(vectors.gather(0, largest) < 0, -1.0, 1.0)
+
+
+@lru_cache(maxsize=16)
+def read_basis(path: Path, device: torch.device) -> Basis:
+    """Read a run's basis to a device. Cached: callers must not change it.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    tensors = read_tensors(path)
+    return Basis(tensors["mean"], tensors["vectors"], tensors["scale"]).to(device)

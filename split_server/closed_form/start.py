@@ -1,0 +1,407 @@
+"""A run's round 0: all its participants name their samples, then send sums, and get a classifier.
+
+Both steps wait for every participant, so a request is held back until the last one has come, or
+until half of the round's time is over. Only the classifier's file outlives the server; whatever is
+lost before it is written is asked for again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from protocol.codecs.registry import as_decoded
+from protocol.errors import Busy, InvalidField, StaleRound, StepLost
+from protocol.plan import ModelPlan
+from split_model import anatomy, feature_shape, read_blocks, read_tokens, state_bytes
+from split_model.files import write_durably
+from split_server.closed_form.basis import Basis, Moments, fit_basis, read_basis
+from split_server.closed_form.classifier import FeatureSums, RidgeClassifier, fit_classifier
+from split_server.closed_form.sample_features import SampleFeatures, all_chunks
+from split_server.engine.api import InferJob
+from split_server.engine.engine import Engine
+from split_server.federation.rounds import pending_trainers, require_trainer
+from split_server.federation.runs import RunRegistry
+from split_server.federation.snapshot import RunSnapshot
+from split_server.payloads.samples import decode_cached
+from split_server.runtime.aio import run_on
+from split_server.storage.run_files import read_prompts, read_tensors
+from split_server.storage.sample_store import Owner, SampleStore
+
+log = logging.getLogger(__name__)
+
+_BATCH = 256  # samples computed at a time
+
+_WAIT_S = 20.0  # of a request for the other participants, before it is repeated
+
+_LEAST_SAMPLES = 2
+
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Sums:
+    """One participant's sums: of its features in each class [C, r], and their number [C]."""
+
+    features: Tensor
+    counts: Tensor
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """The basis of all participants' features, and their sums in it."""
+
+    basis: Basis
+    sums: FeatureSums
+
+
+@dataclass(frozen=True)
+class Solved:
+    """The result of a start, which is on disk before any participant learns it."""
+
+    basis: Basis
+    classifier: RidgeClassifier
+
+
+@dataclass
+class _Start:
+    """One attempt at round 0 of one run, on the event loop's thread.
+
+    Attributes:
+        restored: the result that an earlier process of the server has computed.
+    """
+
+    run: str
+    attempt: int
+    folder: Path
+    restored: Solved | None = None
+    ids: dict[str, list[bytes]] = field(default_factory=dict)
+    features: dict[str, SampleFeatures] = field(default_factory=dict)
+    sums: dict[str, Sums] = field(default_factory=dict)
+    fitting: asyncio.Task[Fitted | None] | None = None
+    solving: asyncio.Task[Solved] | None = None
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class ClosedFormStarts:
+    """Computes the closed-form starts of all runs. Its coroutines run on one event loop.
+
+    Args:
+        runs: the runs.
+        engine: computes the features.
+        samples: the smashed data.
+        device: decodes smashed data there.
+    """
+
+    def __init__(
+        self, runs: RunRegistry, engine: Engine, samples: SampleStore, device: torch.device
+    ) -> None:
+        self._runs, self._engine, self._samples, self._device = runs, engine, samples, device
+        self._threads = ThreadPoolExecutor(1, "split-start")
+        self._starts: dict[str, _Start] = {}
+        self._lock = threading.Lock()  # of the table: runs end on other threads
+
+    def close(self) -> None:
+        """Stop computing."""
+        self._threads.shutdown(cancel_futures=True)
+
+    def release(self, run_id: str) -> None:
+        """Drop a run's start, if there is one. Thread-safe."""
+        with self._lock:
+            start = self._starts.pop(run_id, None)
+        if start is not None:
+            shutil.rmtree(start.folder, ignore_errors=True)
+
+    async def features(
+        self, run_id: str, participant: str, attempt: int, ids: list[bytes]
+    ) -> Tensor | list[int]:
+        """Return the features [n, 1, r] of a participant's samples, once all have named theirs.
+
+        Or the positions of samples that the server lacks.
+
+        Raises:
+            Busy: others are awaited; repeat the request.
+            StaleRound: the round is not open, or was started without this participant.
+        """
+        start = self._open(run_id, participant, attempt)
+        missing = self._samples.list_missing(Owner(run_id, participant), ids)
+        if missing:
+            return missing
+        if start.restored is not None:
+            start.ids[participant] = ids
+            run = self._runs.snapshot(run_id)
+            if not await self._compute(start, run, participant, None):
+                raise _busy("samples were lost; they are sent again")
+            basis = start.restored.basis
+        else:
+            if start.fitting is None:
+                start.ids[participant] = ids
+                start.changed.set()
+            basis = (await self._await_fit(start)).basis
+        if start.ids.get(participant) != ids:
+            raise StaleRound("this round was started without this participant", field="round")
+        return await self._run(partial(_project, basis, start.features[participant]))
+
+    async def classifier(
+        self, run_id: str, participant: str, attempt: int, sums: Sums
+    ) -> tuple[RidgeClassifier, Tensor]:
+        """Return the classifier and the leverage [n] of the participant's samples.
+
+        Raises:
+            Busy: others are awaited; repeat the request.
+            StepLost: the server has no features of this attempt; start the round again.
+            StaleRound: the round is not open.
+            InvalidField: the counts do not add up to the participant's samples.
+        """
+        start = self._open(run_id, participant, attempt)
+        features = start.features.get(participant)
+        if features is None:
+            raise StepLost(
+                "the server has no features of this round's start", field="round", value=0
+            )
+        _check_counts(sums, features.samples)
+        solved = start.restored or await self._await_solution(start, participant, sums)
+        codec = self._runs.snapshot(run_id).plan.wire.start
+        leverage = await self._run(partial(_leverage, solved, features, codec))
+        return solved.classifier, leverage
+
+    def _open(self, run_id: str, participant: str, attempt: int) -> _Start:
+        """Return the open start of this attempt, created if needed."""
+        run, sender = self._runs.participant(run_id, participant)
+        require_trainer(run, sender, 0, attempt)
+        with self._lock:
+            start = self._starts.get(run_id)
+            if start is None or start.attempt != attempt:
+                folder = self._runs.files(run_id).root / "start"
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir(parents=True)
+                restored = self._restore(run_id, attempt)
+                start = self._starts[run_id] = _Start(run_id, attempt, folder, restored)
+            return start
+
+    def _restore(self, run_id: str, attempt: int) -> Solved | None:
+        path = self._runs.files(run_id).basis(attempt)
+        return _read_solved(path) if path.is_file() else None
+
+    async def _await_fit(self, start: _Start) -> Fitted:
+        def begin() -> None:
+            if start.fitting is None and self._is_complete(start, start.ids):
+                start.fitting = asyncio.create_task(self._fit(start))
+
+        fitted = await self._wait(start, begin, lambda: start.fitting)
+        if fitted is None:
+            raise _busy("samples were lost; they are sent again")
+        return fitted
+
+    async def _await_solution(self, start: _Start, participant: str, sums: Sums) -> Solved:
+        fitted = start.fitting.result() if start.fitting and start.fitting.done() else None
+        if fitted is None:
+            raise StepLost("the start is being computed again", field="round", value=0)
+        if start.solving is None:
+            start.sums[participant] = sums
+            start.changed.set()
+
+        def begin() -> None:
+            if start.solving is None and self._is_complete(start, start.sums):
+                start.solving = asyncio.create_task(self._solve(start, fitted))
+
+        return await self._wait(start, begin, lambda: start.solving)
+
+    async def _wait(
+        self,
+        start: _Start,
+        begin: Callable[[], None],
+        task: Callable[[], asyncio.Task[R] | None],
+    ) -> R:
+        """Wait until a task has begun and ended.
+
+        Raises:
+            Busy: it has not, after `_WAIT_S`.
+        """
+        loop = asyncio.get_running_loop()
+        give_up_at = loop.time() + _WAIT_S
+        while (left := give_up_at - loop.time()) > 0:
+            begin()
+            running = task()
+            if running is None:
+                start.changed.clear()
+                await _wait_briefly(start.changed, min(left, 1.0))
+                continue
+            done, _ = await asyncio.wait({running}, timeout=left)
+            if done:
+                return running.result()
+        raise _busy("the other participants are awaited")
+
+    def _is_complete(self, start: _Start, answers: Mapping[str, object]) -> bool:
+        """Whether every participant that can still answer has, or half of the round is over."""
+        run = self._runs.snapshot(start.run)
+        if run.open_round is None or not answers:
+            return False
+        awaited = [each for each in pending_trainers(run, run.open_round) if each not in answers]
+        if not awaited:
+            return True
+        now, half = self._runs.clock.monotonic(), run.plan.federation.round_timeout_s / 2
+        return run.deadline is not None and now > run.deadline - half
+
+    async def _fit(self, start: _Start) -> Fitted | None:
+        """Compute all features and the basis; None: samples were lost, so that it begins again."""
+        run = self._runs.snapshot(start.run)
+        moments = Moments(_read_numbers(run.plan.model))
+        order = run.in_order(frozenset(start.ids))
+        for participant in order:
+            complete = await self._compute(start, run, participant, moments)
+            if not complete:
+                start.ids.pop(participant)
+                start.features.clear()
+                start.fitting = None
+                return None
+        features = [start.features[participant] for participant in order]
+        return await self._run(partial(_fit_to, moments, run, features))
+
+    async def _compute(
+        self, start: _Start, run: RunSnapshot, participant: str, moments: Moments | None
+    ) -> bool:
+        """Compute one participant's read tokens; False: the server lacks some of its samples.
+
+        Args:
+            start, run, participant: whose.
+            moments: adds the samples; None: they are known.
+        """
+        ids, server = start.ids[participant], run.state.server
+        files = self._runs.files(run.id)
+        prompts = None if server is None else read_prompts(files.server_state(server.sha256))
+        numbers = _read_numbers(run.plan.model)
+        place = SampleFeatures(start.folder / participant, len(ids), numbers)
+        for first in range(0, len(ids), _BATCH):
+            taken = self._samples.take(Owner(run.id, participant), ids[first : first + _BATCH])
+            if isinstance(taken, list):
+                return False
+            smashed = await self._run(partial(decode_cached, *taken, self._device))
+            job = InferJob(run.id, participant, run.body, smashed, prompts)
+            tokens = await self._engine.infer(job)
+            flat = tokens.flatten(1).float().cpu()
+            await self._run(partial(_add, moments, place, first, flat))
+        start.features[participant] = place
+        return True
+
+    async def _solve(self, start: _Start, fitted: Fitted) -> Solved:
+        run = self._runs.snapshot(start.run)
+        answers = [start.sums[each] for each in run.in_order(frozenset(start.sums))]
+        path = self._runs.files(start.run).basis(start.attempt)
+
+        def solve() -> Solved:
+            class_sums = torch.stack([each.features.double() for each in answers]).sum(dim=0)
+            counts = torch.stack([each.counts.double() for each in answers]).sum(dim=0)
+            classifier = fit_classifier(fitted.sums, class_sums, counts, fitted.basis.scale)
+            solved = Solved(fitted.basis, classifier)
+            _write_solved(path, solved)
+            return solved
+
+        return await self._run(solve)
+
+    async def _run(self, function: Callable[[], R]) -> R:
+        return await run_on(self._threads, function)
+
+
+def _add(moments: Moments | None, place: SampleFeatures, first: int, flat: Tensor) -> None:
+    place.write(first, flat)
+    if moments is not None:
+        moments.add(flat)
+
+
+def _fit_to(moments: Moments, run: RunSnapshot, features: Sequence[SampleFeatures]) -> Fitted:
+    """Fit the basis, and sum the features as the devices will decode them."""
+    model, codec, count = run.plan.model, run.plan.wire.start, moments.count
+    if count < _LEAST_SAMPLES:
+        raise InvalidField(
+            "a closed-form start needs more samples",
+            field="train_samples",
+            limit=_LEAST_SAMPLES,
+            value=count,
+        )
+    _, rank = feature_shape(model)
+    basis = fit_basis(moments, rank, len(read_blocks(model)))
+    total = torch.zeros(rank, dtype=torch.float64)
+    products = torch.zeros(rank, rank, dtype=torch.float64)
+    for chunk in all_chunks(features):
+        decoded = as_decoded(basis.project(chunk[:, None]), codec).flatten(1).double()
+        total += decoded.sum(dim=0)
+        products += decoded.T @ decoded
+    centred = products - torch.outer(total, total) / count
+    return Fitted(basis, FeatureSums(count, total / count, centred))
+
+
+def _project(basis: Basis, features: SampleFeatures) -> Tensor:
+    """Return a participant's features [n, 1, r]."""
+    return torch.cat([basis.project(chunk[:, None]) for chunk in features.chunks()])
+
+
+def _leverage(solved: Solved, features: SampleFeatures, codec: str) -> Tensor:
+    """Return the leverage [n] of a participant's samples, float32."""
+    decoded = (as_decoded(solved.basis.project(c[:, None]), codec) for c in features.chunks())
+    return torch.cat([solved.classifier.leverage(each.flatten(1)) for each in decoded]).float()
+
+
+def _write_solved(path: Path, solved: Solved) -> None:
+    basis, classifier = solved.basis, solved.classifier
+    tensors = {
+        "mean": basis.mean,
+        "vectors": basis.vectors,
+        "scale": basis.scale,
+        "classifier.weight": classifier.weight,
+        "classifier.bias": classifier.bias,
+        "classifier.mean": classifier.mean,
+        "classifier.influence": classifier.influence,
+        "classifier.count": torch.tensor(classifier.count),
+    }
+    write_durably(path, state_bytes(tensors))
+
+
+def _read_solved(path: Path) -> Solved:
+    tensors = read_tensors(path)
+    classifier = RidgeClassifier(
+        weight=tensors["classifier.weight"],
+        bias=tensors["classifier.bias"],
+        mean=tensors["classifier.mean"],
+        influence=tensors["classifier.influence"],
+        count=int(tensors["classifier.count"]),
+    )
+    return Solved(read_basis(path, torch.device("cpu")), classifier)
+
+
+def _read_numbers(model: ModelPlan) -> int:
+    """The numbers of one sample's read tokens."""
+    return read_tokens(model) * anatomy(model).width
+
+
+def _check_counts(sums: Sums, samples: int) -> None:
+    if int(sums.counts.sum()) != samples:
+        raise InvalidField(
+            "the counts of the classes do not add up to the named samples",
+            field="counts",
+            limit=samples,
+            value=int(sums.counts.sum()),
+        )
+
+
+def _busy(message: str) -> Busy:
+    return Busy(message, field="round", value=0, retry_after_s=0.2)
+
+
+async def _wait_briefly(event: asyncio.Event, seconds: float) -> None:
+    try:
+        async with asyncio.timeout(seconds):
+            await event.wait()
+    except TimeoutError:
+        pass

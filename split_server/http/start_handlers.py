@@ -1,0 +1,43 @@
+"""The handlers of round 0: samples are named, sums are sent, and a classifier comes back."""
+
+from __future__ import annotations
+
+from split_server.closed_form.start import Sums
+from split_server.http.handlers import HandlerContext, Reply, Submit, missing_reply
+from split_server.payloads.requests import SplitRequest
+from split_server.payloads.start import parse_solve, parse_start
+
+
+def handle_start(context: HandlerContext, request: SplitRequest) -> Submit:
+    """Answer with the features of the named samples, once all participants have named theirs."""
+    start = parse_start(request)
+    starts, codec = context.services.starts, request.plan.wire.start
+
+    async def reply() -> Reply:
+        features = await starts.features(
+            request.run, request.participant, start.meta.attempt, start.ids
+        )
+        if isinstance(features, list):
+            return missing_reply(features)
+        return Reply("start", start.meta.model_dump(), {"features": (features, codec)})
+
+    return reply
+
+
+def handle_solve(context: HandlerContext, request: SplitRequest) -> Submit:
+    """Answer with the classifier, once all participants have sent their sums."""
+    solve = parse_solve(request)
+    sums = Sums(solve.sums, solve.counts)
+
+    async def reply() -> Reply:
+        classifier, leverage = await context.services.starts.classifier(
+            request.run, request.participant, solve.meta.attempt, sums
+        )
+        tensors = {
+            "weight": (classifier.weight, "float32"),
+            "bias": (classifier.bias, "float32"),
+            "leverage": (leverage, "float32"),
+        }
+        return Reply("solve", solve.meta.model_dump(), tensors)
+
+    return reply
