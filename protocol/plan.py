@@ -363,6 +363,10 @@ def _depth_refusals(plan: RunPlan) -> list[tuple[bool, str]]:
     return [
         (not model.rank, f"{alone} rank above 0"),
         (
+            not is_row_wise_inside(plan.wire.start),
+            f"{alone} a wire.start that encodes each sample by itself, not {plan.wire.start}",
+        ),
+        (
             not plan.wire.keep_smashed or not plan.wire.pooled_features,
             f"{alone} keep_smashed and wire.pooled_features: the server computes from its cache",
         ),

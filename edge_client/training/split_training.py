@@ -161,7 +161,9 @@ def _train_with_prompts_at_the_cut(
     if samples.uploader is not None:
         for view in _views(context):
             samples.uploader.ensure(selected, view)
-    optimizer = make_optimizer(context.run.training, None, model.tail)
+    # A tail that was fitted in closed form stays: a few steps would move it off its optimum.
+    tail = None if context.run.model.depths else model.tail
+    optimizer = make_optimizer(context.run.training, None, tail)
     batches = SplitBatches(context, selected)
     session = new_name(context)
 

@@ -20,6 +20,8 @@ from tuning_methods.proxies.settings import (
 if TYPE_CHECKING:
     from protocol.settings import RunSettings
 
+_DEPTHS = 4  # of the default form: more add bytes and time, and little accuracy
+
 _MODEL = (
     "cut",
     "tail_blocks",
@@ -74,12 +76,13 @@ class SFPrompt(_SplitPrompts):
         0, ge=0, le=65_536, description="image tokens that cross the cut, merged; 0: all"
     )
     tune: Literal["tail", "classifier"] = Field("tail", description="in addition to the prompts")
-    depths: int = Field(
-        0,
+    depths: int | None = Field(
+        None,
         ge=0,
         le=64,
-        description="blocks of the body, evenly spaced, that a linear tail reads; the server fits "
-        "it in closed form in round 0 | 0: the last block alone, and no round 0",
+        description="blocks of the body, evenly spaced, that a linear tail reads; round 0 fits it "
+        "in closed form, later rounds tune the prompts | 0: the tail reads the last block and is "
+        "tuned with the prompts | none: 4 where a closed-form start is possible, else 0",
     )
     rank: int = Field(
         768, ge=1, le=65_536, description="principal components of these blocks' outputs"
@@ -122,8 +125,26 @@ class SFPrompt(_SplitPrompts):
         }
 
     def model_part(self, settings: RunSettings) -> Fields:
-        read = {"depths": self.depths, "rank": self.rank if self.depths else 0}
+        depths = self._depths(settings)
+        read = {"depths": depths, "rank": self.rank if depths else 0}
         return {"prompt_at": "cut"} | read | {field: getattr(self, field) for field in _MODEL}
+
+    def _depths(self, settings: RunSettings) -> int:
+        """Return the number of depths; by default 0 for what excludes a closed-form start."""
+        if self.depths is not None:
+            return self.depths
+        federation = settings.federation
+        possible = (
+            not self.tail_blocks
+            and not self.local_epochs
+            and self.keep_smashed
+            and (self.keep_fraction == 1 or self.pruning == "random")
+            and settings.wire.pooled_features
+            and is_row_wise_inside(settings.wire.start)
+            and federation.dp_clip is None
+            and federation.server_optimizer == "fedavg"
+        )
+        return _DEPTHS if possible else 0
 
     def wire_part(self) -> Fields:
         return {"keep_smashed": self.keep_smashed}
