@@ -6,7 +6,6 @@ import functools
 import inspect
 import json
 import logging
-import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +13,10 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
-from protocol.errors import InvalidField, NotFound, SFPromptError
+from protocol.command import run_command, version_option
+from protocol.errors import InvalidField, NotFound
 from protocol.limits import MIB
 from protocol.messages import Event, Results, RunView, parse_message
 from protocol.presets import Form, over_form
@@ -35,23 +34,12 @@ app = typer.Typer(
     help="Run the frozen body of a vision transformer for many devices, and average their updates.",
 )
 
-out, err = Console(), Console(stderr=True)
-
-
-def _show_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"split-server {__version__}")
-        raise typer.Exit
+out = Console()
 
 
 @app.callback()
 def _options(
-    version: Annotated[
-        bool,
-        typer.Option(
-            "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
-        ),
-    ] = False,
+    version: Annotated[bool, version_option("split-server", __version__)] = False,
 ) -> None:
     """The options of the command itself."""
 
@@ -369,15 +357,8 @@ def _rounds_table(results: Results) -> Table:
 
 
 def main() -> None:
-    """Run the command; a typed error becomes one line and exit code 2.
-
-    typer turns Ctrl-C into exit code 130.
-    """
-    try:
-        app()
-    except (SFPromptError, OSError) as error:  # OSError: e.g. a file or a port
-        err.print(f"[red]error[/red]: {escape(str(error))}", highlight=False, soft_wrap=True)
-        sys.exit(2)
+    """Run the command."""
+    run_command(app)
 
 
 if __name__ == "__main__":
