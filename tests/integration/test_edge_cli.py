@@ -2,7 +2,6 @@
 
 import json
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -109,16 +108,10 @@ def test_help_alone_names_both_commands(command: Command) -> None:
     assert "predict" in out + err
 
 
-def test_the_installed_command_ends_with_one_line_and_2() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "edge_client.cli", "join", "node:8500", "--data", "digits"],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    assert done.returncode == 2
-    assert_one_line(done.stderr, "http://HOST:PORT", "found: node:8500")
+def test_an_address_without_a_scheme(command: Command) -> None:
+    code, _, err = command("join", "node:8500", "--data", "digits")
+    assert code == 2
+    assert_one_line(err, "http://HOST:PORT", "found: node:8500")
 
 
 def test_an_unreachable_server(command: Command) -> None:

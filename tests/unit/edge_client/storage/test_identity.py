@@ -43,20 +43,19 @@ def test_every_server_run_and_name_has_its_own(tmp_path: Path) -> None:
 
 def test_a_second_process_under_the_name_is_refused(tmp_path: Path) -> None:
     program = (
-        "import pathlib, sys\nfrom edge_client.storage.identity import Identity\n"
-        f"Identity(pathlib.Path({str(tmp_path)!r}), {URL!r}, 'run', sys.argv[1])"
+        "import pathlib\nfrom edge_client.storage.identity import Identity\n"
+        "for name in ('device-2', 'device'):\n"
+        f"    Identity(pathlib.Path({str(tmp_path)!r}), {URL!r}, 'run', name)\n"
+        "    print(name)"
     )
-
-    def other(name: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-c", program, name]
-        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
-
     with Identity(tmp_path, URL, "run", "device"):
-        refused = other("device")
-        assert refused.returncode == 1
-        assert "another process on this device" in refused.stderr
-        assert other("device-2").returncode == 0
-    assert other("device").returncode == 0
+        done = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60
+        )
+    assert done.returncode == 1
+    assert "another process on this device" in done.stderr
+    assert done.stdout == "device-2\n"
+    key(tmp_path)
 
 
 def test_refused_within_one_process_too(tmp_path: Path) -> None:
