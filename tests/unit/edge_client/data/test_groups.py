@@ -27,9 +27,9 @@ def test_every_sample_is_in_one_part_and_no_group_is_split(
     parts = data.draw(st.integers(1, len(set(groups))))
     cut = partition(np.zeros(len(groups)), parts, "natural", seed, groups)
     assert np.array_equal(np.sort(np.concatenate(cut)), np.arange(len(groups)))
-    holders = [{groups[place] for place in part} for part in cut]
-    assert sum(len(held) for held in holders) == len(set(groups))
-    assert all(held for held in holders)
+    groups_by_part = [{groups[place] for place in part} for part in cut]
+    assert sum(len(groups_in_part) for groups_in_part in groups_by_part) == len(set(groups))
+    assert all(groups_in_part for groups_in_part in groups_by_part)
     again = partition(np.zeros(len(groups)), parts, "natural", seed, groups)
     assert all(np.array_equal(a, b) for a, b in zip(cut, again, strict=True))
 

@@ -179,11 +179,11 @@ assert path.read_bytes() == content
 
 def test_one_that_fails_lets_the_next_go_on(cache: BlobCache) -> None:
     """Who waits for a download that turns out wrong or broken takes it over."""
-    begun, go_on = threading.Event(), threading.Event()
+    started, may_finish = threading.Event(), threading.Event()
 
     def wrong(start: int) -> bytes:
-        begun.set()
-        go_on.wait(5)
+        started.set()
+        may_finish.wait(5)
         return bytes(REF.nbytes - start)
 
     def first() -> None:
@@ -192,8 +192,8 @@ def test_one_that_fails_lets_the_next_go_on(cache: BlobCache) -> None:
 
     thread = threading.Thread(target=first)
     thread.start()
-    begun.wait(5)
-    threading.Timer(0.05, go_on.set).start()
+    started.wait(5)
+    threading.Timer(0.05, may_finish.set).start()
     assert cache.fetch(REF, Source()).read_bytes() == CONTENT
     thread.join()
 

@@ -53,9 +53,9 @@ class Origin:
         meta: UpdateMeta,
         state: Mapping[str, Tensor],
         codec: str,
-        beside: Mapping[str, Tensor] | None,
+        extra: Mapping[str, Tensor] | None,
     ) -> None:
-        assert not beside
+        assert not extra
         tensors = {name: (tensor, codec) for name, tensor in state.items()}
         frame = decode_frame(join_frame(encode_frame("update", {}, tensors)))
         self.updates.append((meta, frame.tensors()))
@@ -91,8 +91,8 @@ def test_a_device_makes_the_very_state_of_the_server_from_a_change(
     assert path.read_bytes() == origin.files.state(second.device.sha256).read_bytes()
     assert set(load_state(path)) == {"tail.a", "tail.b"}  # the prompts stay where they are
     assert second.server is not None
-    held = read_tensors(origin.files.server_state(second.server.sha256))
-    assert torch.equal(held["prompts"], torch.zeros(1, 2, 3))
+    server_state = read_tensors(origin.files.server_state(second.server.sha256))
+    assert torch.equal(server_state["prompts"], torch.zeros(1, 2, 3))
 
 
 def test_who_holds_another_state_gets_the_file(tmp_path: Path) -> None:

@@ -10,17 +10,17 @@ from edge_client.training.evaluation import prefetch
 
 
 def test_the_next_one_is_made_while_one_is_away() -> None:
-    begun = [threading.Event() for _ in range(3)]
+    started = [threading.Event() for _ in range(3)]
 
     def make(number: int) -> int:
-        begun[number].set()
+        started[number].set()
         return 10 * number
 
     for number, value in prefetch(range(3), make):
         assert value == 10 * number
         if number < 2:
-            assert begun[number + 1].wait(20)
-        assert not any(event.is_set() for event in begun[number + 2 :]), "and no more than that"
+            assert started[number + 1].wait(20)
+        assert not any(event.is_set() for event in started[number + 2 :]), "and no more than that"
 
 
 @pytest.mark.parametrize("items", [[], [1], [3, 1, 2]])

@@ -45,10 +45,10 @@ class Uncut(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        made = files()
-        state = load_state(made.state)
+        paths = files()
+        state = load_state(paths.state)
         self.model = timm.create_model(SMALL.backbone, img_size=32, num_classes=3)
-        weights = dict(open_backbone(made.backbone))
+        weights = dict(open_backbone(paths.backbone))
         weights |= {
             name.removeprefix("tail."): value.clone()
             for name, value in state.items()
@@ -68,10 +68,10 @@ class Uncut(nn.Module):
 
     def state(self) -> dict[str, Tensor]:
         tuned = {"norm": self.model.norm, "head": self.model.head}
-        made = {"prompts": self.prompts.detach().clone()}
+        state = {"prompts": self.prompts.detach().clone()}
         for name, module in tuned.items():
-            made |= {f"tail.{name}.{k}": v.clone() for k, v in module.state_dict().items()}
-        return made
+            state |= {f"tail.{name}.{k}": v.clone() for k, v in module.state_dict().items()}
+        return state
 
 
 def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
