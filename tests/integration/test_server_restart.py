@@ -72,8 +72,8 @@ def test_a_killed_server_resumes_the_open_round(server: ServerProcess) -> None:
     states = {"a": random_state(1), "b": random_state(2), "c": random_state(3)}
     operator = ApiClient(server.url, OPERATOR)
     run = operator.create(run_settings(min_participants=3, rounds=1, min_updates=3)).id
-    joiner = ApiClient(server.url)
-    credentials = {name: joiner.join(run, name).credential for name in states}
+    anonymous = ApiClient(server.url)
+    credentials = {name: anonymous.join(run, name).credential for name in states}
     devices = {name: ApiClient(server.url, credential) for name, credential in credentials.items()}
     before = devices["a"].assignment(run)
     assert before.task is Task.TRAIN
@@ -81,7 +81,7 @@ def test_a_killed_server_resumes_the_open_round(server: ServerProcess) -> None:
     receipt = devices["a"].update(run, states["a"], "u", samples=10).json()
     assert devices["b"].step("forward", smashed(), "s").is_success
     server.kill()
-    for api in (operator, joiner, *devices.values()):
+    for api in (operator, anonymous, *devices.values()):
         api.close()
 
     with running_server(server.folder) as again:

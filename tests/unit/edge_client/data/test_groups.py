@@ -154,7 +154,7 @@ def test_a_table_that_is_wrong_or_lacks_an_image_is_refused(
 
 
 @pytest.mark.parametrize("name", ["1.png", "_1.png"])
-def test_an_image_without_an_id_is_named_and_told_how_to_get_one(tmp_path: Path, name: str) -> None:
+def test_an_image_without_an_id_is_an_error_that_explains_ids(tmp_path: Path, name: str) -> None:
     write(tmp_path, f"train/cat/{name}", "train/cat/ann_1.png", "test/cat/x.png")
     with pytest.raises(PartitionError) as refused:
         training_files(tmp_path, "1/1")

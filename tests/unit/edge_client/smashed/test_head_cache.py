@@ -106,7 +106,7 @@ def test_each_sample_gets_its_own_output_in_any_order(
         assert torch.equal(head_outputs.for_tail(chosen), together[chosen, :1])
 
 
-def test_what_does_not_fit_the_cache_is_computed_each_time(
+def test_outputs_beyond_the_cache_are_computed_each_time(
     model: DeviceModel, runs: list[Tensor]
 ) -> None:
     together = everything()

@@ -95,7 +95,7 @@ def test_a_device_makes_the_very_state_of_the_server_from_a_change(
     assert torch.equal(server_state["prompts"], torch.zeros(1, 2, 3))
 
 
-def test_who_holds_another_state_gets_the_file(tmp_path: Path) -> None:
+def test_a_device_that_missed_a_state_gets_the_whole_file(tmp_path: Path) -> None:
     settings, origin = run(updates="float16"), Origin(RunFiles(tmp_path / "run"))
     refs = [origin.files.write_state(state(1.0), "cut")]
     states = device(origin, tmp_path / "blobs", settings)
@@ -127,7 +127,7 @@ def test_a_change_beyond_the_codecs_range_is_published_whole(tmp_path: Path) -> 
         origin.delta("r", second.device, first.device)
 
 
-def test_what_a_codec_leaves_out_of_an_update_comes_with_the_next_one(tmp_path: Path) -> None:
+def test_the_codec_s_error_in_an_update_is_sent_with_the_next_one(tmp_path: Path) -> None:
     settings, origin = run(updates="topk:0.25"), Origin(RunFiles(tmp_path / "run"))
     refs = origin.files.write_state(state(0.0), "cut")
     states = device(origin, tmp_path / "blobs", settings)

@@ -79,7 +79,7 @@ def test_only_this_user_reads_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damaged", ["", "{", '{"url": "http', "[]", "null", '{"key": 5}', "{}"])
-def test_a_file_cut_off_in_writing_is_made_anew(tmp_path: Path, damaged: str) -> None:
+def test_an_incomplete_file_is_replaced(tmp_path: Path, damaged: str) -> None:
     """The key is on the disk before it is used: a broken file was never joined with."""
     key(tmp_path)
     (file,) = tmp_path.iterdir()
@@ -107,7 +107,7 @@ def test_a_credential_that_cannot_be_written_does_not_cost_the_key(
     assert key(tmp_path) == first
 
 
-def test_what_was_remembered_is_there_after_a_restart_and_was_never_unlocked(
+def test_the_credential_survives_a_restart_and_its_file_stays_locked(
     tmp_path: Path,
 ) -> None:
     for credential in ("first", "second"):

@@ -9,7 +9,7 @@ import pytest
 from edge_client.training.evaluation import prefetch
 
 
-def test_the_next_one_is_made_while_one_is_away() -> None:
+def test_the_next_request_is_prepared_during_the_current_one() -> None:
     started = [threading.Event() for _ in range(3)]
 
     def make(number: int) -> int:
@@ -28,7 +28,7 @@ def test_they_come_in_their_order(items: list[int]) -> None:
     assert list(prefetch(items, str)) == [(item, str(item)) for item in items]
 
 
-def test_what_goes_wrong_is_told_at_its_turn() -> None:
+def test_an_error_is_raised_at_its_turn() -> None:
     results = prefetch([2, 1, 0], lambda number: 2 // number)
     assert [next(results), next(results)] == [(2, 1), (1, 2)]
     with pytest.raises(ZeroDivisionError):

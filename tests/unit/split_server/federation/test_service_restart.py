@@ -67,7 +67,7 @@ def test_a_restart_resumes_an_evaluation(harness: FederationHarness) -> None:
     assert harness.federation.results(run).rounds[0].accuracy == 0.5
 
 
-def test_the_deadline_starts_anew_after_a_restart(harness: FederationHarness) -> None:
+def test_the_deadline_restarts_with_the_server(harness: FederationHarness) -> None:
     run = harness.create(round_timeout_s=10, max_repeats=0)
     a = harness.join(run)
     harness.time.now += 9
