@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import json
@@ -86,7 +87,10 @@ Connect = Callable[[], OperatorClient]
 
 
 def _with_connection(command: Callable[..., None]) -> Callable[..., None]:
-    """Replace a command's parameter ``connect`` by the options of `_connect`."""
+    """Replace a command's parameter ``connect`` by the options of `_connect`.
+
+    The command calls ``connect`` for a client, which is closed when the command ends.
+    """
     connection = inspect.signature(_connect, eval_str=True).parameters
     parameters = inspect.signature(command, eval_str=True).parameters
     others = [parameter for name, parameter in parameters.items() if name != "connect"]
@@ -94,7 +98,12 @@ def _with_connection(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def connected(**values: Any) -> None:
         options = {name: values.pop(name) for name in connection}
-        command(connect=functools.partial(_connect, **options), **values)
+        with contextlib.ExitStack() as stack:
+
+            def connect() -> OperatorClient:
+                return stack.enter_context(contextlib.closing(_connect(**options)))
+
+            command(connect=connect, **values)
 
     signature = inspect.Signature([*others, *connection.values()])
     connected.__signature__ = signature  # type: ignore[attr-defined]
@@ -221,7 +230,8 @@ def create_run(
 @app.command(epilog="Example: split-server runs --json")
 def runs(url: Url = _URL, ca_file: CaFile = None, as_json: Json = False) -> None:
     """List the runs of a server."""
-    views = OperatorClient(url, ca_file=ca_file).runs()
+    with contextlib.closing(OperatorClient(url, ca_file=ca_file)) as client:
+        views = client.runs()
     if as_json:
         typer.echo(json.dumps([run.model_dump(mode="json") for run in views]))
         return
