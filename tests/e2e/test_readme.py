@@ -60,7 +60,9 @@ def test_the_readme_is_the_short_form_of_the_quick_start() -> None:
     assert set(commands_of("README.md")) <= set(commands_of("docs/quickstart.md"))
 
 
-def test_make_run_tunes_and_leaves_a_run_folder(tmp_path: Path) -> None:
+def test_make_run_tunes_and_leaves_a_run_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     smaller = f"--devices 1 --rounds 1 --limit-train 32 --limit-test 20 --out {tmp_path}/run"
     # The environment that runs this test stands in for the one that make would set up.
     stamp = tmp_path / "installed"
@@ -81,12 +83,11 @@ def test_make_run_tunes_and_leaves_a_run_folder(tmp_path: Path) -> None:
     [later] = blocks("docs/quickstart.md", "text")
     export, predict = later.replace(".venv/bin/", "").splitlines()
     run = json.loads((tmp_path / "run" / "result.json").read_text())["run"]
-    run_command(
-        export.replace("RUN", run).replace("runs/DATA-TIME", str(tmp_path / "run")), tmp_path
-    )
+    monkeypatch.chdir(tmp_path)
+    run_command(export.replace("RUN", run).replace("runs/DATA-TIME", "run"))
     images = load_dataset("digits").test
     Image.fromarray(images.image(0).permute(1, 2, 0).numpy()).save(tmp_path / "digit.png")
-    assert "digit.png" in run_command(predict.replace("IMAGE_OR_FOLDER", "digit.png"), tmp_path)
+    assert "digit.png" in run_command(predict.replace("IMAGE_OR_FOLDER", "digit.png")).output
 
 
 def test_make_run_takes_the_name_of_the_images() -> None:
