@@ -20,6 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from edge_client import __version__
+from protocol.command import run_command, version_option
 from protocol.errors import Forbidden, IdempotencyKeyReused, NotFound, SFPromptError
 from protocol.messages import RunStatus, RunView
 from protocol.seeds import derive_seed
@@ -77,20 +78,9 @@ HomeOption = Annotated[
 ]
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"edge-client {__version__}")
-        raise typer.Exit
-
-
 @app.callback()
 def _options(
-    version: Annotated[
-        bool,
-        typer.Option(
-            "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
-        ),
-    ] = False,
+    version: Annotated[bool, version_option("edge-client", __version__)] = False,
 ) -> None:
     """The options of the command itself."""
 
@@ -427,15 +417,8 @@ def _add_row(table: Table, prediction: Prediction) -> None:
 
 
 def main() -> None:
-    """Run the command; a typed error becomes one line on stderr and exit code 2.
-
-    Ctrl-C exits with 130 (typer's default).
-    """
-    try:
-        app()
-    except (SFPromptError, OSError) as error:  # OSError: of this device's disk
-        err.print(f"[red]error[/red]: {escape(str(error))}", highlight=False, soft_wrap=True)
-        sys.exit(2)
+    """Run the command."""
+    run_command(app)
 
 
 if __name__ == "__main__":

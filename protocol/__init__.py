@@ -10,4 +10,5 @@ without torch.
 - `protocol.wire`, `protocol.limits`: version, headers and paths; the limits of a frame
 - `protocol.traffic`: bytes at the socket, by purpose
 - `protocol.presets`, `protocol.seeds`, `protocol.tls`
+- `protocol.command`: version and errors of the commands of both ends
 """

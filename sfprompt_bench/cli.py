@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import importlib
 import signal
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from typer.core import TyperGroup
 from typer.main import get_command
 
 from edge_client import __version__
-from protocol.errors import SFPromptError
+from protocol.command import run_command, version_option
 from sfprompt_bench.run.preflight import PACKAGES, check_packages
 
 
@@ -112,39 +109,19 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-err = Console(stderr=True)
-
-
-def _show_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"sfprompt-bench {__version__}")
-        raise typer.Exit
-
 
 @app.callback()
 def describe(
-    version: Annotated[
-        bool,
-        typer.Option(
-            "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
-        ),
-    ] = False,
+    version: Annotated[bool, version_option("sfprompt-bench", __version__)] = False,
 ) -> None:
     """Run, compare and measure split-federated prompt tuning on one machine."""
 
 
 def main() -> None:
-    """Run the command; an `SFPromptError` becomes a message and exit code 2.
-
-    Ctrl-C ends it with exit code 130, which typer sets.
-    """
+    """Run the command."""
     # SIGTERM raises KeyboardInterrupt, so that server and devices are stopped too.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        app()
-    except (SFPromptError, OSError) as error:  # OSError: a file cannot be written, for example
-        err.print(f"[red]error[/red]: {escape(str(error))}", highlight=False)
-        sys.exit(2)
+    run_command(app)
 
 
 if __name__ == "__main__":

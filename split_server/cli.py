@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import json
 import logging
-import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +14,10 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
-from protocol.errors import InvalidField, NotFound, SFPromptError
+from protocol.command import run_command, version_option
+from protocol.errors import InvalidField, NotFound
 from protocol.limits import MIB
 from protocol.messages import Event, Results, RunView, parse_message
 from protocol.presets import Form, over_form
@@ -35,23 +35,12 @@ app = typer.Typer(
     help="Run the frozen body of a vision transformer for many devices, and average their updates.",
 )
 
-out, err = Console(), Console(stderr=True)
-
-
-def _show_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"split-server {__version__}")
-        raise typer.Exit
+out = Console()
 
 
 @app.callback()
 def _options(
-    version: Annotated[
-        bool,
-        typer.Option(
-            "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
-        ),
-    ] = False,
+    version: Annotated[bool, version_option("split-server", __version__)] = False,
 ) -> None:
     """The options of the command itself."""
 
@@ -98,7 +87,10 @@ Connect = Callable[[], OperatorClient]
 
 
 def _with_connection(command: Callable[..., None]) -> Callable[..., None]:
-    """Replace a command's parameter ``connect`` by the options of `_connect`."""
+    """Replace a command's parameter ``connect`` by the options of `_connect`.
+
+    The command calls ``connect`` for a client, which is closed when the command ends.
+    """
     connection = inspect.signature(_connect, eval_str=True).parameters
     parameters = inspect.signature(command, eval_str=True).parameters
     others = [parameter for name, parameter in parameters.items() if name != "connect"]
@@ -106,7 +98,12 @@ def _with_connection(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def connected(**values: Any) -> None:
         options = {name: values.pop(name) for name in connection}
-        command(connect=functools.partial(_connect, **options), **values)
+        with contextlib.ExitStack() as stack:
+
+            def connect() -> OperatorClient:
+                return stack.enter_context(contextlib.closing(_connect(**options)))
+
+            command(connect=connect, **values)
 
     signature = inspect.Signature([*others, *connection.values()])
     connected.__signature__ = signature  # type: ignore[attr-defined]
@@ -233,7 +230,8 @@ def create_run(
 @app.command(epilog="Example: split-server runs --json")
 def runs(url: Url = _URL, ca_file: CaFile = None, as_json: Json = False) -> None:
     """List the runs of a server."""
-    views = OperatorClient(url, ca_file=ca_file).runs()
+    with contextlib.closing(OperatorClient(url, ca_file=ca_file)) as client:
+        views = client.runs()
     if as_json:
         typer.echo(json.dumps([run.model_dump(mode="json") for run in views]))
         return
@@ -369,15 +367,8 @@ def _rounds_table(results: Results) -> Table:
 
 
 def main() -> None:
-    """Run the command; a typed error becomes one line and exit code 2.
-
-    typer turns Ctrl-C into exit code 130.
-    """
-    try:
-        app()
-    except (SFPromptError, OSError) as error:  # OSError: e.g. a file or a port
-        err.print(f"[red]error[/red]: {escape(str(error))}", highlight=False, soft_wrap=True)
-        sys.exit(2)
+    """Run the command."""
+    run_command(app)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ head to tail.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from split_model import Anatomy
 
 
-class WholeModel(MethodSettings):
+class WholeModel(MethodSettings, ABC):
     """Base class of the settings of methods that train the whole model on the device."""
 
     epochs: int = Field(
@@ -32,9 +33,9 @@ class WholeModel(MethodSettings):
         shared = {"batch_size": 8, "prompt_learning_rate": 1e-2, "warmup_rounds": 1}
         return {"training": shared | self.rates}
 
+    @abstractmethod
     def tuning_part(self, settings: RunSettings) -> Fields:
         """Return the fields of `ModelPlan` that do not depend on the backbone's shape."""
-        raise NotImplementedError
 
     def shape_part(self, settings: RunSettings) -> Fields:
         """Return the fields of `ModelPlan` that depend on the backbone's shape; may import torch.

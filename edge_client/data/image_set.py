@@ -217,7 +217,7 @@ class ImageSet:
     Attributes:
         store: n images.
         labels: int64 [n], indices into ``class_names``.
-        skipped: what was left out when the set was loaded.
+        skipped: files and classes that were not loaded, each with the reason.
 
     Raises:
         DataFormatError: the labels do not match the images or the classes.

@@ -57,11 +57,11 @@ class ErrorFeedback:
         return value + residual.to(value.device)
 
     def store_residual(self, name: str, value: Tensor, decoded: Tensor) -> None:
-        """Store ``value`` − ``decoded``: what the codec lost of this tensor."""
+        """Store the residual ``value`` − ``decoded``, the codec's error on this tensor."""
         self._residuals[name] = value.detach() - decoded
 
     def residual(self, name: str) -> Tensor | None:
-        """Return what is still to be sent of this tensor; None before the first encoding."""
+        """Return the residual of this tensor; None before the first encoding."""
         return self._residuals.get(name)
 
     def clear(self) -> None:

@@ -36,8 +36,9 @@ class TopK(FixedSizeCodec):
     squared error is at most (1 − k / n + 2⁻¹⁶) of the squared norm, and much smaller if few
     elements carry most of the norm.
 
-    Use it with `ErrorFeedback`, which sends later what is missing. It never rounds at random and
-    ignores a generator. NaN, infinity and magnitudes above 2¹²⁵ are refused.
+    Use it with `ErrorFeedback`, which adds the elements that were not sent to the next tensor. It
+    never rounds at random and ignores a generator. NaN, infinity and magnitudes above 2¹²⁵ are
+    refused.
 
     Compression of float32: 4 / (6 F), for an index of four bytes and a value of two.
 

@@ -1,1 +1,1 @@
-"""Methods of tuning: one class each, which settings make a run of it and what it costs a device."""
+"""The methods of a comparison: one class each, with its settings and its cost for a device."""

@@ -1,4 +1,4 @@
-"""A device and a server over HTTP train exactly as the uncut model does in one process."""
+"""Prompts at the input, over HTTP: the same numbers as the uncut model in one process."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -42,7 +41,7 @@ class StateRecorder(SilentReporter):
 
 
 class Uncut:
-    """timm's model; a hook inserts the prompts before a block."""
+    """timm's model; a hook inserts the prompts before the first block."""
 
     def __init__(self, settings: RunPlan, folder: Path, state: dict[str, Tensor]) -> None:
         model = settings.model
@@ -58,12 +57,11 @@ class Uncut:
         parameters = dict(self.model.named_parameters())
         self.tail = [parameters[name].requires_grad_() for name in self.tail_names]
         self.prompts = state["prompts"].clone().requires_grad_()
-        block = model.cut if model.prompt_at == "cut" else 0
-        self.model.blocks[block].register_forward_pre_hook(self._insert_prompts)
+        self.model.blocks[0].register_forward_pre_hook(self._insert_prompts)
 
     def _insert_prompts(self, _block: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         tokens = arguments[0]
-        prompts = self.prompts.expand(tokens.shape[0], -1, -1)  # [P, D], at the cut [1, P, D]
+        prompts = self.prompts.expand(tokens.shape[0], -1, -1)  # from [P, D]
         return (torch.cat([tokens[:, :1], prompts, tokens[:, 1:]], dim=1), *arguments[1:])
 
     def state(self) -> dict[str, Tensor]:
@@ -74,17 +72,10 @@ class Uncut:
         }
 
 
-WIRES = {
-    "input": {},
-    "cut": {"keep_smashed": True, "pooled_features": True},
-}
-
-
-@pytest.mark.parametrize("prompt_at", WIRES)
 def test_one_device_with_sgd_equals_the_uncut_model_in_each_step(
-    node: RunningServer, tmp_path: Path, prompt_at: str
+    node: RunningServer, tmp_path: Path
 ) -> None:
-    plain = small_run(
+    settings = small_run(
         rounds=2,
         keep_fraction=1,
         local_epochs=0,
@@ -93,12 +84,6 @@ def test_one_device_with_sgd_equals_the_uncut_model_in_each_step(
         schedule="constant",
         prompt_learning_rate=0.05,
         tail_learning_rate=0.02,
-    )
-    settings = plain.model_copy(
-        update={
-            "model": plain.model.model_copy(update={"prompt_at": prompt_at}),
-            "wire": plain.wire.model_copy(update=WIRES[prompt_at]),
-        }
     )
     data = limit_per_set(load_dataset("digits"), train=6 * 16 - 3, test=10, seed=0)
     recorder = StateRecorder()

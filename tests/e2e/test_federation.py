@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +18,7 @@ from protocol.traffic import Traffic
 from split_model import load_exported
 from tests.e2e.conftest import ServerProcess, small_run
 from tests.e2e.devices import DeviceProcesses, Devices, DeviceThreads, run_to_the_end
+from tests.support.commands import run_command
 
 SETTINGS = small_run(devices=2, seed=6, rounds=3)
 
@@ -95,9 +94,7 @@ def test_an_exported_model_predicts_what_the_split_model_predicts(
     undisturbed: FinishedRun, server: ServerProcess, tmp_path: Path
 ) -> None:
     run, out = undisturbed.results.run.id, tmp_path / "model.safetensors"
-    run_command(
-        "split_server.cli", "export", run, "--data-dir", str(server.data_dir), "--out", str(out)
-    )
+    run_command(f"split-server export {run} --data-dir {server.data_dir} --out {out}")
     images = load_dataset("digits").test
     files = []
     for number in range(6):
@@ -105,11 +102,9 @@ def test_an_exported_model_predicts_what_the_split_model_predicts(
         Image.fromarray(images.image(number).permute(1, 2, 0).numpy()).save(files[-1])
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no image")
-    lines = run_command(
-        "edge_client.cli",
-        *("predict", server.url, *map(str, files), str(broken)),
-        *("--run", run, "--json", "--top", "10", "--home", str(tmp_path / "home")),
-    ).splitlines()
+    images_and_options = [*files, broken, "--json --top 10 --home", tmp_path / "home", "--run", run]
+    command = " ".join(["edge-client predict", server.url, *map(str, images_and_options)])
+    lines = run_command(command).stdout.splitlines()
     split = [json.loads(line)["classes"] for line in lines[:-1]]
     assert "error" in json.loads(lines[-1])
     whole = load_exported(out)
@@ -129,11 +124,3 @@ def preprocessed(path: Path) -> torch.Tensor:
         pixels[None], 32, mode="bicubic", antialias=True
     ).squeeze(0)
     return (resized.float() / 255 - 0.5) / 0.5
-
-
-def run_command(*arguments: str) -> str:
-    completed = subprocess.run(
-        [sys.executable, "-m", *arguments], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert completed.returncode == 0, completed.stderr
-    return completed.stdout

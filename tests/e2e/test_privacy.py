@@ -30,15 +30,20 @@ def private_run(placement: str, **federation: Any) -> RunPlan:
     return RunPlan.model_validate(values)
 
 
-def complete_run(node: RunningServer, settings: RunPlan, home: Path) -> Results:
+def complete_run(
+    node: RunningServer, settings: RunPlan, home: Path
+) -> tuple[Results, dict[str, Tensor]]:
+    """Return the results, and the state before the first round."""
+    initial: dict[str, Tensor] = {}
+
+    def start(run: str) -> DeviceThreads:
+        initial.update(newest_state(data_dir_of(node), run)[1])
+        return DeviceThreads(node.url, run, DEVICES, home, train=40, test=20)
+
     with contextlib.closing(OperatorClient(node.url, OPERATOR)) as operator:
-        results, _ = run_to_the_end(
-            operator,
-            settings,
-            lambda run: DeviceThreads(node.url, run, DEVICES, home, train=40, test=20),
-        )
+        results, _ = run_to_the_end(operator, settings, start)
     assert results.run.status is RunStatus.FINISHED
-    return results
+    return results, initial
 
 
 def gaussian_epsilon(rounds: int, noise: float, delta: float) -> float:
@@ -61,7 +66,7 @@ def test_the_results_report_epsilon_for_each_round(
     node: RunningServer, tmp_path: Path, placement: str
 ) -> None:
     settings = private_run(placement, dp_clip=0.1, dp_noise_multiplier=1.5, dp_delta=1e-4)
-    results = complete_run(node, settings, tmp_path)
+    results, _ = complete_run(node, settings, tmp_path)
     reported = [view.epsilon for view in results.rounds]
     assert reported == [pytest.approx(gaussian_epsilon(n, 1.5, 1e-4)) for n in range(1, ROUNDS + 1)]
     assert results.run.settings.federation.dp_seed is None
@@ -71,9 +76,7 @@ def test_the_results_report_epsilon_for_each_round(
 def test_without_noise_each_round_moves_the_state_by_at_most_the_clip(
     node: RunningServer, tmp_path: Path, placement: str
 ) -> None:
-    clipped = complete_run(node, private_run(placement, dp_clip=0.1), tmp_path / "clipped")
-    assert [view.epsilon for view in clipped.rounds] == [None] * ROUNDS
-    # With this clip the state stays at the initial one.
-    still = complete_run(node, private_run(placement, dp_clip=1e-6), tmp_path / "still")
-    after, before = (newest_state(data_dir_of(node), r.run.id)[1] for r in (clipped, still))
+    results, before = complete_run(node, private_run(placement, dp_clip=0.1), tmp_path)
+    assert [view.epsilon for view in results.rounds] == [None] * ROUNDS
+    after = newest_state(data_dir_of(node), results.run.id)[1]
     assert 0.02 < distance(after, before) <= ROUNDS * 0.1 * 1.001

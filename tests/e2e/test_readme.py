@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -14,9 +15,11 @@ import pytest
 from PIL import Image
 
 from edge_client.data import load_dataset
+from sfprompt_bench.presets import PRESETS
 from sfprompt_bench.run.preflight import choose_port
 from sfprompt_bench.run.processes import Process, wait_until_healthy
 from split_server.client import OperatorClient, read_token
+from tests.support.commands import run_command
 
 ROOT = Path(__file__).parents[2]
 
@@ -57,15 +60,16 @@ def test_the_readme_is_the_short_form_of_the_quick_start() -> None:
     assert set(commands_of("README.md")) <= set(commands_of("docs/quickstart.md"))
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("make run")])
-def test_make_run_tunes_and_leaves_a_run_folder(command: str, tmp_path: Path) -> None:
-    smaller = f"--devices 2 --rounds 1 --limit-train 64 --limit-test 40 --out {tmp_path}/run"
+def test_make_run_tunes_and_leaves_a_run_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    smaller = f"--devices 1 --rounds 1 --limit-train 32 --limit-test 20 --out {tmp_path}/run"
     # The environment that runs this test stands in for the one that make would set up.
     stamp = tmp_path / "installed"
     stamp.touch()
     environment = [f"VENV={BIN.parent}", f"STAMP={stamp}"]
     done = subprocess.run(
-        [*shlex.split(command), *environment, f"ARGS={smaller}"],
+        ["make", "run", *environment, f"ARGS={smaller}"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -79,12 +83,19 @@ def test_make_run_tunes_and_leaves_a_run_folder(command: str, tmp_path: Path) ->
     [later] = blocks("docs/quickstart.md", "text")
     export, predict = later.replace(".venv/bin/", "").splitlines()
     run = json.loads((tmp_path / "run" / "result.json").read_text())["run"]
-    run_command(
-        export.replace("RUN", run).replace("runs/DATA-TIME", str(tmp_path / "run")), tmp_path
-    )
+    monkeypatch.chdir(tmp_path)
+    run_command(export.replace("RUN", run).replace("runs/DATA-TIME", "run"))
     images = load_dataset("digits").test
     Image.fromarray(images.image(0).permute(1, 2, 0).numpy()).save(tmp_path / "digit.png")
-    assert "digit.png" in run_command(predict.replace("IMAGE_OR_FOLDER", "digit.png"), tmp_path)
+    assert "digit.png" in run_command(predict.replace("IMAGE_OR_FOLDER", "digit.png")).output
+
+
+def test_make_run_takes_the_name_of_the_images() -> None:
+    commands = [command for command in COMMANDS if command.startswith("make run")]
+    digits, fashion = (run_process(f"{command} -n STAMP=README.md") for command in commands)
+    assert "--data digits" in digits
+    assert fashion == digits.replace("digits", "fashion-mnist")
+    assert PRESETS.keys() == {"digits", "fashion-mnist"}
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -93,18 +104,18 @@ def test_the_make_targets_of_development_call_what_they_say(target: str) -> None
     assert f"make {target}" in COMMANDS
     if target in ("test", "lint"):
         assert f"make {target}" in (ROOT / ".ci" / "run").read_text()
-    printed = run_command(f"make -n {target} STAMP=README.md", ROOT)
+    printed = run_process(f"make -n {target} STAMP=README.md")
     calls = {"test": "pytest", "lint": "mypy", "format": "ruff format", "docs": "settings_page"}
     assert calls[target] in printed
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("pip install")])
 def test_the_extras_that_are_installed_exist(command: str) -> None:
-    output = run_command(f"{command} --dry-run --no-deps --quiet --no-build-isolation", ROOT)
+    output = run_process(f"{command} --dry-run --no-deps --quiet --no-build-isolation")
     assert "does not provide the extra" not in output
 
 
-def run_command(command: str, folder: Path) -> str:
+def run_process(command: str, folder: Path = ROOT) -> str:
     words = shlex.split(command)
     if words[0] == "pip":
         words = [sys.executable, "-m", *words]
@@ -137,8 +148,12 @@ def photos(tmp_path: Path) -> Path:
     return tmp_path / "photos"
 
 
-def test_hosting_joining_watching_exporting_and_predicting(photos: Path) -> None:
+def test_hosting_joining_watching_exporting_and_predicting(
+    photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Server and device are processes; the other commands run in this one."""
     folder, port = photos.parent, choose_port(0)
+    monkeypatch.chdir(folder)
     (folder / "run.example.toml").write_text(
         (ROOT / "run.example.toml")
         .read_text()
@@ -156,16 +171,16 @@ def test_hosting_joining_watching_exporting_and_predicting(photos: Path) -> None
         probe = OperatorClient(url)
         wait_until_healthy(server, probe.is_healthy, 60)
         probe.close()
-        run_command(f"{create} --url {url}", folder)
+        run_command(f"{create} --url {url}")
         client = OperatorClient(url, read_token(folder / "sfprompt-data"))
         [run] = client.runs()
         client.close()
-        run_command(join, folder)
+        run_process(join, folder)
         for command in later:
             here = command.replace("RUN", run.id)
             if not here.startswith("edge-client") and " export " not in here:
                 here += f" --url {url}"
-            output = run_command(here, folder)
+            output = run_command(here).output
             if " watch " in here:
                 assert "run_finished" in output
             elif " predict " in here:
@@ -173,10 +188,8 @@ def test_hosting_joining_watching_exporting_and_predicting(photos: Path) -> None
         model = folder / "model.safetensors"
         assert model.stat().st_size > 1e6
         [snippet] = blocks("docs/quickstart.md", "python")
-        script = (
-            snippet.replace("model.safetensors", str(model)) + "assert logits.shape == (1, 2)\n"
-        )
-        subprocess.run([sys.executable, "-c", script], check=True, timeout=60, cwd=folder)
+        (folder / "snippet.py").write_text(snippet)
+        assert runpy.run_path("snippet.py")["logits"].shape == (1, 2)
     finally:
         server.stop()
 

@@ -61,10 +61,10 @@ def test_a_server_killed_between_rounds_ends_with_the_same_states(
         for device in undisturbed:
             device.train(round_)
     for round_ in range(1, ROUNDS + 1):
+        if round_ == ROUNDS:
+            server.kill_and_restart()
         for device in disturbed:
             device.train(round_)
-        if round_ < ROUNDS:
-            server.kill_and_restart()
     for first, second in zip(undisturbed, disturbed, strict=True):
         assert len(set(first.states())) == ROUNDS
         assert second.states() == first.states()

@@ -2,7 +2,6 @@
 
 import json
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -109,16 +108,10 @@ def test_help_alone_names_both_commands(command: Command) -> None:
     assert "predict" in out + err
 
 
-def test_the_installed_command_ends_with_one_line_and_2() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "edge_client.cli", "join", "node:8500", "--data", "digits"],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    assert done.returncode == 2
-    assert_one_line(done.stderr, "http://HOST:PORT", "found: node:8500")
+def test_an_address_without_a_scheme(command: Command) -> None:
+    code, _, err = command("join", "node:8500", "--data", "digits")
+    assert code == 2
+    assert_one_line(err, "http://HOST:PORT", "found: node:8500")
 
 
 def test_an_unreachable_server(command: Command) -> None:
@@ -183,13 +176,13 @@ def test_a_refusal_is_shown_as_it_is(command: Command) -> None:
     assert node.targets[-1] == "POST /v1/runs/new/participants"
 
 
-def test_no_image_to_predict_is_found_before_the_server_is_asked(command: Command) -> None:
+def test_a_missing_image_is_found_before_the_first_request(command: Command) -> None:
     code, _, err = command("predict", "http://127.0.0.1:1", "absent.png")
     assert code == 2
     assert_one_line(err, "absent.png")
 
 
-def test_a_folder_that_cannot_be_made(command: Command, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created(command: Command, tmp_path: Path) -> None:
     (tmp_path / "home").write_text("a file")
     with RawServer(answering(Node(view("r", 1.0)))) as server:
         arguments = ["join", server.url, "--data", "digits", "--progress", "json"]

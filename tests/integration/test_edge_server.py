@@ -78,7 +78,7 @@ def test_every_request_carries_version_and_its_own_id() -> None:
     assert "authorization" not in first.headers
 
 
-def test_joining_and_what_follows_it() -> None:
+def test_joining_and_the_next_requests() -> None:
     joined = {"participant": "p", "credential": "secret", "run": VIEW.model_dump(mode="json")}
     stop = Assignment(task=Task.STOP, round=2, state=REF, status=RunStatus.FINISHED)
     receipt = {"round": 1, "samples": 3}

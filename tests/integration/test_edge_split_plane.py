@@ -185,7 +185,7 @@ def test_features_can_be_trained_on() -> None:
 
 
 @pytest.mark.parametrize("error", [StaleRound, StepLost])
-def test_what_is_over_is_not_asked_for_again(error: type[StaleRound | StepLost]) -> None:
+def test_stale_rounds_and_lost_steps_are_not_retried(error: type[StaleRound | StepLost]) -> None:
     serve = Recorder(as_json(error("too late").to_wire(), "409 x"))
     with RawServer(serve) as raw:
         server = Server(raw.url)
@@ -209,7 +209,7 @@ MALFORMED = [
 
 
 @pytest.mark.parametrize("answer", MALFORMED)
-def test_a_malformed_frame_is_refused_and_not_asked_for_again(answer: bytes) -> None:
+def test_a_malformed_frame_is_refused_and_not_requested_again(answer: bytes) -> None:
     serve = Recorder(answer)
     with RawServer(serve) as raw:
         server = Server(raw.url)

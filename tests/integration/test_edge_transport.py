@@ -33,7 +33,7 @@ def transport(request: pytest.FixtureRequest) -> Iterator[MeteredTransport]:
     metered.close()
 
 
-def test_the_meter_says_what_the_server_counts(transport: MeteredTransport) -> None:
+def test_device_and_server_count_the_same_bytes(transport: MeteredTransport) -> None:
     seen = []
 
     def answer(request):
@@ -58,7 +58,7 @@ def test_the_meter_says_what_the_server_counts(transport: MeteredTransport) -> N
     assert set(traffic.down) == {Phase.CONTROL, Phase.FEATURES, Phase.UPDATES}
 
 
-def test_phases_are_told_apart_behind_a_prefix() -> None:
+def test_phases_are_recognised_behind_a_prefix() -> None:
     with RawServer(answering(lambda _: response())) as server:
         transport = MeteredTransport(prefix="/gpu/")
         client_of(transport).post(f"{server.url}/gpu{FORWARD_PATH}", content=b"x")
@@ -111,7 +111,7 @@ def test_chunked_and_empty_answers_keep_the_connection(transport: MeteredTranspo
         b"HTTP/1.1 150 Odd\r\nlink: </x>\r\ncontent-length: 2\r\n\r\nno",
     ],
 )
-def test_what_is_said_ahead_of_the_answer_is_not_the_answer(
+def test_an_interim_response_is_not_the_response(
     transport: MeteredTransport, early: bytes, together: bool
 ) -> None:
 
@@ -147,7 +147,7 @@ def test_a_header_of_two_lines_is_not_sent(transport: MeteredTransport, value: s
         assert server.received == 0
 
 
-def test_nobody_goes_on_with_a_connection_that_says_too_much(transport: MeteredTransport) -> None:
+def test_a_connection_with_extra_bytes_is_not_used_again(transport: MeteredTransport) -> None:
     """Bytes behind an answer belong to nobody; what follows them could be anything."""
     with RawServer(answering(lambda _: response(b"one") + response(b"two"))) as server:
         client = client_of(transport)
@@ -271,7 +271,7 @@ def test_a_slow_answer_is_not_a_silent_server(transport: MeteredTransport) -> No
         assert client_of(transport, timeout=0.6).get(server.url).content == b"ok"
 
 
-def test_a_slow_upload_does_not_time_out_while_it_goes_on() -> None:
+def test_a_slow_upload_does_not_time_out_while_it_progresses() -> None:
     near, far = socket.socketpair()
     near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 12)
     near.settimeout(0.3)
@@ -372,7 +372,7 @@ def test_https_with_an_own_authority(authority: trustme.CA, tmp_path: Path) -> N
     transport.close()
 
 
-def test_bytes_behind_an_answer_are_nobodys_under_tls_either(
+def test_bytes_behind_a_response_are_dropped_under_tls_too(
     authority: trustme.CA, tmp_path: Path
 ) -> None:
     """TLS has read them with the answer's last bytes: the socket itself is silent."""
@@ -403,7 +403,7 @@ def test_a_stale_https_connection_is_replaced(authority: trustme.CA, tmp_path: P
     transport.close()
 
 
-def test_a_certificate_of_nobody_or_for_another_is_refused(
+def test_an_untrusted_or_foreign_certificate_is_refused(
     authority: trustme.CA, tmp_path: Path
 ) -> None:
     authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))

@@ -28,7 +28,7 @@ class Clock:
 
 
 @pytest.mark.parametrize("https", [False, True])
-def test_an_exchange_over_a_link_takes_what_its_bytes_and_round_trips_take(
+def test_an_exchange_takes_the_time_of_its_bytes_and_round_trips(
     https: bool, authority: trustme.CA
 ) -> None:
     """A clock that only the link moves: loopback takes no time."""
@@ -78,7 +78,7 @@ def test_an_exchange_over_a_link_really_takes_that_long_and_little_more() -> Non
     transport.close()
 
 
-def test_what_the_server_needs_comes_on_top_of_the_link_s_time() -> None:
+def test_the_server_s_time_is_added_to_the_link_s() -> None:
     def answer(_request: object) -> bytes:
         time.sleep(0.1)
         return response(bytes(12_500))

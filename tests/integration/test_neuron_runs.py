@@ -151,12 +151,12 @@ def test_a_device_downloads_each_new_head_and_continues(
     expected = inactive_shares(model_then, images)
     torch.testing.assert_close(files.read_extras(2)[NEURONS].double(), expected, rtol=0, atol=1e-6)
     assert expected.std() > 0.01
-    kept = expected.argsort(dim=1, stable=True)[:, : WIDTH // 2]
+    retained = expected.argsort(dim=1, stable=True)[:, : WIDTH // 2]
     old = TensorFile(tmp_path / f"{heads[1]}.safetensors")
     for row, number in enumerate(range(1, 11)):
         name = f"blocks.{number}.mlp.fc1.weight"
         same = [torch.equal(old[name][n], proxy[name][n]) for n in range(WIDTH)]
-        assert {n for n in range(WIDTH) if same[n]} == set(kept[row].tolist())
+        assert {n for n in range(WIDTH) if same[n]} == set(retained[row].tolist())
     folders = {
         path.name: len(list(path.iterdir())) for path in files.root.iterdir() if path.is_dir()
     }

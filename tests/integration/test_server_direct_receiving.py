@@ -193,13 +193,13 @@ def test_a_disconnect_within_a_long_body_ends_the_request(place: Place) -> None:
 
 def test_many_connections_do_not_mix(place: Place) -> None:
     def talk(seed: int) -> list[tuple[int, str]]:
-        rng, found = random.Random(seed), []
+        rng, answers = random.Random(seed), []
         with place.connect() as connection:
             for _ in range(6):
                 body = rng.randbytes(rng.choice(LENGTHS[:-2]))
                 connection.sendall(request_of(body))
-                found.append((read_answer(connection), (200, expected(body))))
-        return [answer for answer, right in found if answer != right]
+                answers.append((read_answer(connection), (200, expected(body))))
+        return [answer for answer, right in answers if answer != right]
 
     async def all_of_them() -> list[list[tuple[int, str]]]:
         return await asyncio.gather(*(asyncio.to_thread(talk, seed) for seed in range(6)))

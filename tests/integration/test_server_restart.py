@@ -14,11 +14,13 @@ import httpx
 import pytest
 
 import split_model
+from protocol.errors import InvalidField
 from protocol.messages import Results, RunStatus, Task
+from split_server.app import create_app, serve_until_stopped
 from split_server.storage.database import Store
 from split_server.storage.traffic import Meter
 from tests.support.federation import OPERATOR, random_state, run_settings, smashed
-from tests.support.server import ApiClient, code_of, running_server, wait_until
+from tests.support.server import ApiClient, code_of, running_server, server_settings, wait_until
 
 
 class ServerProcess:
@@ -53,12 +55,9 @@ def test_a_folder_without_its_database_is_refused_and_unchanged(tmp_path: Path) 
     state = node / "runs" / "r0123456789" / "states" / "state.safetensors"
     state.parent.mkdir(parents=True)
     state.write_bytes(b"x")
-    command = [sys.executable, "-m", "split_server.cli", "serve", "--port", "0"]
-    done = subprocess.run(
-        [*command, "--data-dir", str(node)], capture_output=True, text=True, timeout=60, check=False
-    )
-    assert done.returncode == 2
-    assert "has 1 runs and no server.sqlite" in " ".join(done.stderr.split())
+    settings = server_settings(node)
+    with pytest.raises(InvalidField, match=r"has 1 runs and no server\.sqlite"):
+        serve_until_stopped(create_app(settings), settings)
     assert state.exists()
 
 
@@ -73,8 +72,8 @@ def test_a_killed_server_resumes_the_open_round(server: ServerProcess) -> None:
     states = {"a": random_state(1), "b": random_state(2), "c": random_state(3)}
     operator = ApiClient(server.url, OPERATOR)
     run = operator.create(run_settings(min_participants=3, rounds=1, min_updates=3)).id
-    joiner = ApiClient(server.url)
-    credentials = {name: joiner.join(run, name).credential for name in states}
+    anonymous = ApiClient(server.url)
+    credentials = {name: anonymous.join(run, name).credential for name in states}
     devices = {name: ApiClient(server.url, credential) for name, credential in credentials.items()}
     before = devices["a"].assignment(run)
     assert before.task is Task.TRAIN
@@ -82,7 +81,7 @@ def test_a_killed_server_resumes_the_open_round(server: ServerProcess) -> None:
     receipt = devices["a"].update(run, states["a"], "u", samples=10).json()
     assert devices["b"].step("forward", smashed(), "s").is_success
     server.kill()
-    for api in (operator, joiner, *devices.values()):
+    for api in (operator, anonymous, *devices.values()):
         api.close()
 
     with running_server(server.folder) as again:

@@ -155,7 +155,7 @@ def test_a_repeated_join_gives_the_same_credential(
 
 def test_each_role_may_send_its_requests_only(server: RunningServer, operator: ApiClient) -> None:
     run, other = new_run(operator), new_run(operator)
-    nobody, member, foreign = server.api(), joined(server, run), joined(server, other)
+    anonymous, participant, foreign = server.api(), joined(server, run), joined(server, other)
     forged = server.api("sfp1." + run + ".p0001." + "0" * 64)
     paths = [
         ("GET", f"/v1/runs/{run}/assignment"),
@@ -167,21 +167,21 @@ def test_each_role_may_send_its_requests_only(server: RunningServer, operator: A
         ("GET", f"/v1/runs/{run}/events"),
     ]
     for method, path in paths:
-        assert code_of(nobody.call(method, path, key="k")) == "unauthorized"
+        assert code_of(anonymous.call(method, path, key="k")) == "unauthorized"
         assert code_of(forged.call(method, path, key="k")) == "unauthorized"
         assert code_of(foreign.call(method, path, key="k")) == "forbidden"
     report = {"round": 1, "attempt": 0, "samples": 1, "correct": 1, "loss_sum": 1.0}
     path = f"/v1/runs/{run}/evaluation"
-    assert code_of(nobody.call("PUT", path, key="k", json=report)) == "unauthorized"
+    assert code_of(anonymous.call("PUT", path, key="k", json=report)) == "unauthorized"
     assert code_of(foreign.call("PUT", path, key="k", json=report)) == "forbidden"
     for kind in ("forward", "backward", "exchange", "infer", "samples", "missing"):
-        assert code_of(nobody.step(kind, smashed(), "s")) == "unauthorized"
+        assert code_of(anonymous.step(kind, smashed(), "s")) == "unauthorized"
         assert code_of(forged.step(kind, smashed(), "s")) == "unauthorized"
         assert code_of(operator.step(kind, smashed(), "s")) == "forbidden"
     settings = custom_settings(run_settings().model_dump(mode="json"))
-    assert code_of(nobody.call("POST", "/v1/runs", key="k", json=settings)) == "unauthorized"
-    assert code_of(member.call("POST", "/v1/runs", key="k", json=settings)) == "forbidden"
-    assert code_of(member.call("POST", f"/v1/runs/{run}/cancel", key="k")) == "forbidden"
+    assert code_of(anonymous.call("POST", "/v1/runs", key="k", json=settings)) == "unauthorized"
+    assert code_of(participant.call("POST", "/v1/runs", key="k", json=settings)) == "forbidden"
+    assert code_of(participant.call("POST", f"/v1/runs/{run}/cancel", key="k")) == "forbidden"
 
 
 def test_a_participant_that_left_is_refused(server: RunningServer, operator: ApiClient) -> None:

@@ -139,10 +139,10 @@ def test_a_round_with_prompts_at_the_cut(
 
     # Smashed data are sent once.
     ids, rows = by_ids(1, 2), smashed(batch=2)[:, :5]
-    asked = {"ids": ids}
-    assert tensor_of(api.ask("missing", {}, **asked), "missing", "places").tolist() == [0, 1]
+    named = {"ids": ids}
+    assert tensor_of(api.ask("missing", {}, **named), "missing", "places").tolist() == [0, 1]
     assert not frame_in(api.ask("samples", {}, ids=ids, smashed=rows), "kept").specs
-    assert tensor_of(api.ask("missing", {}, **asked), "missing", "places").tolist() == []
+    assert tensor_of(api.ask("missing", {}, **named), "missing", "places").tolist() == []
 
     # Two batches, and the prompts are those of a plain loop.
     body = body_of(server, settings.model)
@@ -152,7 +152,7 @@ def test_a_round_with_prompts_at_the_cut(
     sent: dict[str, Tensor] = {}
     for number, factor in ((0, 1.0), (1, 0.5 * (1 + math.cos(math.pi / 2)))):
         expected = body(rows, prompts)[:, :1]
-        features = tensor_in(api.ask("exchange", exchange(number), **sent, **asked), "features")
+        features = tensor_in(api.ask("exchange", exchange(number), **sent, **named), "features")
         torch.testing.assert_close(features, expected.detach())
         optimizer.param_groups[0]["lr"] = 0.005 * factor
         optimizer.zero_grad()
@@ -173,7 +173,7 @@ def test_a_round_with_prompts_at_the_cut(
     assert state.nbytes == assigned.state.nbytes
 
     # The new prompts are there for those who measure them.
-    inferred = tensor_in(api.ask("infer", {"step": "i", "round": 1}, **asked), "features")
+    inferred = tensor_in(api.ask("infer", {"step": "i", "round": 1}, **named), "features")
     torch.testing.assert_close(inferred, body(rows, prompts)[:, :1].detach())
     export_run(folder, run, tmp_path / "model.safetensors")
     model = split_model.load_exported(tmp_path / "model.safetensors")
@@ -202,14 +202,14 @@ def test_missing_samples_are_reported_and_nothing_else_happens(
     a, b = joined(server, run, "a"), joined(server, run, "b")
     rows = smashed(batch=2)[:, :5]
     assert a.ask("samples", {}, ids=by_ids(1, 2), smashed=rows).is_success
-    asked = {"ids": by_ids(1, 3, 2, 4)}
+    named = {"ids": by_ids(1, 3, 2, 4)}
     for _ in range(2):
-        answer = a.ask("exchange", exchange(0), **asked)
+        answer = a.ask("exchange", exchange(0), **named)
         assert tensor_of(answer, "missing", "places").tolist() == [1, 3]
-    answer = a.ask("infer", {"step": "i", "round": 1}, **asked)
+    answer = a.ask("infer", {"step": "i", "round": 1}, **named)
     assert tensor_of(answer, "missing", "places").tolist() == [1, 3]
     assert a.ask("samples", {}, ids=by_ids(3, 4), smashed=rows).is_success
-    features = tensor_in(a.ask("exchange", exchange(0), **asked), "features")
+    features = tensor_in(a.ask("exchange", exchange(0), **named), "features")
     again = tensor_in(a.ask("infer", {"step": "i", "round": 1}, smashed=rows), "features")
     torch.testing.assert_close(features[::2], again)  # samples 1 and 2 have the rows 0 and 1
     # Nobody has another's samples, not even under the same ids.

@@ -57,7 +57,7 @@ def test_a_body_without_end_is_cut_off() -> None:
     [b"0\r\n" + b"a: b\r\n" * 50_000, b"0\r\nx: " + b"y" * 300_000, b"2;" + b"e" * 300_000],
     ids=["trailers", "a trailer", "an extension"],
 )
-def test_what_stands_between_chunks_and_behind_them_has_an_end(chunks: bytes) -> None:
+def test_chunk_extensions_and_trailers_are_limited(chunks: bytes) -> None:
     head = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
     assert isinstance(talk(head + chunks, then_close=False), Unreachable)
 
@@ -79,7 +79,7 @@ def test_what_stands_between_chunks_and_behind_them_has_an_end(chunks: bytes) ->
         b"",
     ],
 )
-def test_what_is_no_http_is_an_unreachable_server(answer: bytes) -> None:
+def test_a_response_that_is_not_http_is_a_typed_error(answer: bytes) -> None:
     assert isinstance(talk(answer), (Unreachable, TooLarge))
 
 
@@ -102,7 +102,7 @@ def test_odd_answers_are_typed_errors(answer: bytes) -> None:
     talk(answer)
 
 
-def test_a_server_that_trickles_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_sends_too_slowly_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
     error = talk(b"HTTP/1.1 200 OK\r\ncontent-le", then_close=False)
     assert isinstance(error, Unreachable)
     assert "no response within 1 s" in str(error)

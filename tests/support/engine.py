@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,16 +51,16 @@ def input_body(folder: Path) -> BodyKey:
 @contextmanager
 def engines(placement: Placement = PLACEMENT) -> Iterator[MakeEngine]:
     """Yield a function that makes engines with shared bodies; stop them at the end."""
-    bodies, made = BodyCache(placement), list[Engine]()
+    bodies, created = BodyCache(placement), list[Engine]()
 
     def make(retained: int = 256 * MIB, time: FakeClock | None = None, **more: Any) -> Engine:
         limits = EngineLimits(retained, 64 * MIB, 64 * MIB, 300.0, 4, **more)
         clock = (time or FakeClock()).clock()
-        made.append(Engine(bodies, placement, limits, clock, handlers=[TunedBodies]))
-        return made[-1]
+        created.append(Engine(bodies, placement, limits, clock, handlers=[TunedBodies]))
+        return created[-1]
 
     yield make
-    for engine in made:
+    for engine in created:
         engine.close()
 
 
@@ -81,6 +82,15 @@ def numbers(seed: int, *shape: int) -> Tensor:
 def smashed(batch: int = 3, seed: int = 0) -> Tensor:
     """Return smashed data [B, T, D] without prompts."""
     return numbers(seed, batch, TOKENS, WIDTH)
+
+
+@functools.cache
+def uncut_blocks(backbone: Path) -> nn.Sequential:
+    """Return the frozen blocks of timm's own model."""
+    model = timm.create_model(SMALL.backbone, img_size=SMALL.image_size, num_classes=2).eval()
+    model.load_state_dict(dict(split_model.open_backbone(backbone)), strict=False)
+    blocks: nn.Sequential = model.requires_grad_(False).blocks
+    return blocks
 
 
 class Case:
@@ -145,15 +155,13 @@ class Case:
 
     def by_hand(self, batches: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
         """Compute the same with timm's blocks and torch's optimiser."""
-        model = timm.create_model(SMALL.backbone, img_size=SMALL.image_size, num_classes=2).eval()
-        model.load_state_dict(dict(split_model.open_backbone(self.backbone)), strict=False)
-        model.requires_grad_(False)
+        blocks = uncut_blocks(self.backbone)
         prompts = nn.Parameter(self.initial.clone())
         optimizer = torch.optim.SGD([prompts], lr=RATE, momentum=0.9)
         features = []
         for batch in batches:
             tokens = batch
-            for place, block in enumerate(model.blocks[SMALL.cut :]):
+            for place, block in enumerate(blocks[SMALL.cut :]):
                 if place < len(prompts):
                     own = prompts[place].expand(len(batch), -1, -1)
                     patches = tokens[:, -PATCHES:]

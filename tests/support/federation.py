@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -260,17 +259,8 @@ class FederationHarness:
         return [event.kind for event in self.federation.events(run, 0)]
 
 
-@contextmanager
-def bench(folder: Path) -> Iterator[FederationHarness]:
-    site = FederationHarness(folder)
-    try:
-        yield site
-    finally:
-        site.close()
-
-
-def everywhere(site: FederationHarness, run: str) -> float:
+def state_value(harness: FederationHarness, run: str) -> float:
     """The value of every element of the global state, which must be the same."""
-    values = {float(value) for tensor in site.state(run).values() for value in tensor.unique()}
+    values = {float(value) for tensor in harness.state(run).values() for value in tensor.unique()}
     assert len(values) == 1
     return values.pop()

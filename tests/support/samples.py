@@ -48,7 +48,7 @@ def lacking(store: SampleStore, owner: Owner, numbers: Sequence[int]) -> list[in
     return store.list_missing(owner, [name(number) for number in numbers])
 
 
-def kept(store: SampleStore, owner: Owner, among: Sequence[int] = range(40)) -> list[int]:
+def stored_numbers(store: SampleStore, owner: Owner, among: Sequence[int] = range(40)) -> list[int]:
     gone = set(lacking(store, owner, among))
     return [number for place, number in enumerate(among) if place not in gone]
 

@@ -1,4 +1,4 @@
-"""What a device holds of the model, and what it never does."""
+"""The device's parts of the model, and the parts that it never loads."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,14 +32,14 @@ class Allocations(TorchDispatchMode):
         self.nbytes, self._seen = 0, {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        made = func(*args, **(kwargs or {}))
-        for tensor in made if isinstance(made, (tuple, list)) else [made]:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
             if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
                 storage = tensor.untyped_storage()
                 if storage.data_ptr() not in self._seen:
                     self._seen[storage.data_ptr()] = storage
                     self.nbytes += storage.nbytes()
-        return made
+        return result
 
 
 def size(module: nn.Module) -> int:
@@ -137,10 +137,10 @@ def test_images_are_prepared_as_timm_records_it_for_the_backbone(
 
 
 def test_a_head_of_another_model_is_refused() -> None:
-    made = files()
+    paths = files()
     for change in ({"cut": 2}, {"num_classes": 4}, {"image_size": 48}, {"prompt_count": 5}):
         with pytest.raises(MalformedFrame, match="another model"):
-            DeviceModel.load(SMALL.model_copy(update=change), made.head, made.state)
+            DeviceModel.load(SMALL.model_copy(update=change), paths.head, paths.state)
 
 
 def test_prompts_at_the_cut_are_not_on_the_device(tmp_path: Path) -> None:
@@ -155,15 +155,20 @@ def test_prompts_at_the_cut_are_not_on_the_device(tmp_path: Path) -> None:
 
 
 def test_damaged_files_are_typed_errors(tmp_path: Path) -> None:
-    made = files()
-    for content in (b"", b"\xff" * 100, made.head.read_bytes()[:-100], made.state.read_bytes()):
+    paths = files()
+    for content in (
+        b"",
+        b"\xff" * 100,
+        paths.head.read_bytes()[:-100],
+        paths.state.read_bytes(),
+    ):
         (tmp_path / "head").write_bytes(content)
         with pytest.raises(MalformedFrame, match="cannot be used"):
-            DeviceModel.load(SMALL, tmp_path / "head", made.state)
-    for content in (b"", made.state.read_bytes()[:-9], made.head.read_bytes()):
+            DeviceModel.load(SMALL, tmp_path / "head", paths.state)
+    for content in (b"", paths.state.read_bytes()[:-9], paths.head.read_bytes()):
         (tmp_path / "state").write_bytes(content)
         with pytest.raises(MalformedFrame, match="cannot be used"):
-            DeviceModel.load(SMALL, made.head, tmp_path / "state")
+            DeviceModel.load(SMALL, paths.head, tmp_path / "state")
         with pytest.raises(MalformedFrame, match="cannot be used"):
             device_model().load_global_state(tmp_path / "state")
 

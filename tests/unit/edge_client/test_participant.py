@@ -214,7 +214,7 @@ def test_another_device_has_other_draws(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [StaleRound, IdempotencyKeyReused])
-def test_a_device_that_was_left_behind_goes_on(tmp_path: Path, error: type[SFPromptError]) -> None:
+def test_a_device_that_missed_a_round_continues(tmp_path: Path, error: type[SFPromptError]) -> None:
     script = [(TRAIN, 1), (TRAIN, 2), (EVALUATE, 2), (STOP, 2)]
     server = Script(assignments=script, refusals={1: error("round 1 is over")})
     reporter, _ = take_part(server, tmp_path)
@@ -244,7 +244,7 @@ def test_a_stale_round_in_the_middle_of_split_training(tmp_path: Path) -> None:
     assert torch.equal(server.updates[0][1]["prompts"], fresh.updates[0][1]["prompts"])
 
 
-def test_an_empty_update_is_told_and_passed(tmp_path: Path) -> None:
+def test_an_empty_update_is_reported_and_skipped(tmp_path: Path) -> None:
     server = Script(assignments=[(TRAIN, 1), (STOP, 1)], refusals={1: EmptyUpdate("no sample")})
     reporter, _ = take_part(server, tmp_path)
     assert [kind for kind, _ in reporter.events] == ["joined", "nothing-to-train", "stopped"]
@@ -263,9 +263,7 @@ def test_a_device_that_cannot_measure_a_state_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [NonFinite, Unauthorized])
-def test_what_waiting_cannot_mend_ends_the_device(
-    tmp_path: Path, error: type[SFPromptError]
-) -> None:
+def test_a_permanent_error_ends_the_device(tmp_path: Path, error: type[SFPromptError]) -> None:
     server = Script(assignments=[(TRAIN, 1), (STOP, 1)], refusals={1: error("no")})
     with pytest.raises(error):
         take_part(server, tmp_path)

@@ -140,7 +140,7 @@ def test_every_file_in_order_with_the_unreadable_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("names", [("r", "g", "b"), None])
-def test_an_exported_model_says_what_it_says_to_the_same_pixels(
+def test_an_exported_model_predicts_as_for_the_same_pixels(
     tmp_path: Path, names: tuple[str, ...] | None
 ) -> None:
     paths = save_images(tmp_path / "images", 3)
@@ -172,7 +172,7 @@ def test_a_file_that_is_no_exported_model_is_refused_by_name(tmp_path: Path) -> 
         assert "split-server export" in str(caught.value)
 
 
-def test_a_batch_of_unreadable_files_asks_the_server_nothing(tmp_path: Path) -> None:
+def test_a_batch_of_unreadable_files_sends_no_request(tmp_path: Path) -> None:
     bad = [tmp_path / f"{number}.png" for number in range(3)]
     for path in bad:
         path.write_bytes(b"no image")

@@ -14,6 +14,7 @@ EXPORTED = {
     "codecs": "BFloat16 Buffer CODECS Codec Compressed Cosine Device ErrorFeedback FixedSizeCodec "
     "Float16 Float32 Int4 Int4Asymmetric Int64 Int8 ProductQuantiser RawCodec Svd TopK UInt8 "
     "encoded_bytes get_codec tensor_nbytes",
+    "command": "run_command version_option",
     "errors": "Busy Conflict EmptyUpdate FieldValue Forbidden IdempotencyKeyReused InternalError "
     "InvalidField InvalidRequest MalformedFrame NonFinite NotFound RunClosed SFPromptError "
     "StaleRound StepLost TooLarge Unauthorized UnknownCodec Unreachable UnsupportedVersion "
@@ -45,7 +46,7 @@ EXPORTED = {
 
 FOLDER = Path(protocol.__file__).parent
 
-ROOMS = {"timm", "split_model", "edge_client", "split_server", "sfprompt_bench", "pruning"}
+MODEL_PACKAGES = {"timm", "split_model", "edge_client", "split_server", "sfprompt_bench", "pruning"}
 
 HTTP = {"httpx", "requests", "fastapi", "starlette", "uvicorn", "aiohttp"}
 
@@ -73,7 +74,7 @@ def loaded_by(*modules):
 
 
 def test_protocol_imports_neither_http_libraries_nor_models():
-    assert loaded_by(*EXPORTED).isdisjoint(ROOMS | HTTP)
+    assert loaded_by(*EXPORTED).isdisjoint(MODEL_PACKAGES | HTTP)
 
 
 def test_plans_and_errors_load_without_torch():

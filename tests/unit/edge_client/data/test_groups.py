@@ -27,9 +27,9 @@ def test_every_sample_is_in_one_part_and_no_group_is_split(
     parts = data.draw(st.integers(1, len(set(groups))))
     cut = partition(np.zeros(len(groups)), parts, "natural", seed, groups)
     assert np.array_equal(np.sort(np.concatenate(cut)), np.arange(len(groups)))
-    holders = [{groups[place] for place in part} for part in cut]
-    assert sum(len(held) for held in holders) == len(set(groups))
-    assert all(held for held in holders)
+    groups_by_part = [{groups[place] for place in part} for part in cut]
+    assert sum(len(groups_in_part) for groups_in_part in groups_by_part) == len(set(groups))
+    assert all(groups_in_part for groups_in_part in groups_by_part)
     again = partition(np.zeros(len(groups)), parts, "natural", seed, groups)
     assert all(np.array_equal(a, b) for a, b in zip(cut, again, strict=True))
 
@@ -154,7 +154,7 @@ def test_a_table_that_is_wrong_or_lacks_an_image_is_refused(
 
 
 @pytest.mark.parametrize("name", ["1.png", "_1.png"])
-def test_an_image_without_an_id_is_named_and_told_how_to_get_one(tmp_path: Path, name: str) -> None:
+def test_an_image_without_an_id_is_an_error_that_explains_ids(tmp_path: Path, name: str) -> None:
     write(tmp_path, f"train/cat/{name}", "train/cat/ann_1.png", "test/cat/x.png")
     with pytest.raises(PartitionError) as refused:
         training_files(tmp_path, "1/1")

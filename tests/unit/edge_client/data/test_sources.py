@@ -128,7 +128,7 @@ def test_a_folder_of_classes_holds_out_a_share_of_each(tmp_path: Path) -> None:
     assert data.test.class_counts().tolist() == [1, 2, 0]
 
 
-def test_what_cannot_be_read_is_skipped_and_named(tmp_path: Path) -> None:
+def test_unreadable_files_are_skipped_and_named(tmp_path: Path) -> None:
     write_class(tmp_path / "cat", 3)
     (tmp_path / "cat" / "text.png").write_text("no image")
     cut = tmp_path / "cat" / "cut.jpg"
@@ -260,12 +260,12 @@ def test_the_cache_lies_where_the_environment_says(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("name", ["NoSuchSet", "VOCDetection", "ImageFolder", "cifar10"])
-def test_what_is_no_classification_set_is_unknown(name: str, tmp_path: Path) -> None:
+def test_a_set_that_is_not_for_classification_is_unknown(name: str, tmp_path: Path) -> None:
     with pytest.raises(UnknownDatasetError):
         load_dataset(f"torchvision:{name}:{tmp_path}")
 
 
-def test_a_torchvision_set_that_is_not_there_says_what_goes_where(tmp_path: Path) -> None:
+def test_a_missing_torchvision_set_is_an_error_that_names_its_folder(tmp_path: Path) -> None:
     with pytest.raises(DatasetDownloadError) as refused:
         load_dataset(f"torchvision:GTSRB:{tmp_path}")
     assert str(tmp_path) in str(refused.value)

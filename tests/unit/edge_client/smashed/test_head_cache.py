@@ -95,16 +95,18 @@ def test_the_head_runs_once_for_what_the_tail_reads(model: DeviceModel, runs: li
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.lists(st.integers(0, SAMPLES - 1), min_size=1, max_size=20), max_size=4))
-def test_whatever_is_asked_for_in_turn_it_is_the_samples_own(asked: list[list[int]]) -> None:
+def test_each_sample_gets_its_own_output_in_any_order(
+    requests: list[list[int]],
+) -> None:
     head_outputs, together = outputs(shared_model()), everything()
-    for number, positions in enumerate(asked):
+    for number, positions in enumerate(requests):
         chosen = torch.tensor(positions)
         if number % 2:
             assert torch.equal(head_outputs.smashed(chosen), together[chosen])
         assert torch.equal(head_outputs.for_tail(chosen), together[chosen, :1])
 
 
-def test_what_does_not_fit_the_cache_is_computed_each_time(
+def test_outputs_beyond_the_cache_are_computed_each_time(
     model: DeviceModel, runs: list[Tensor]
 ) -> None:
     together = everything()

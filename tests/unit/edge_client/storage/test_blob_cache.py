@@ -62,7 +62,7 @@ def test_an_empty_file_needs_no_download(cache: BlobCache) -> None:
     assert cache.fetch(ref_of(b""), never).read_bytes() == b""
 
 
-def test_what_broke_off_goes_on(cache: BlobCache, tmp_path: Path) -> None:
+def test_an_interrupted_download_continues(cache: BlobCache, tmp_path: Path) -> None:
     with pytest.raises(Unreachable):
         cache.fetch(REF, Source(good=2))
     source = Source()
@@ -91,7 +91,7 @@ BlobCache(pathlib.Path({str(tmp_path)!r})).fetch(ref, download)
     assert source.starts == [6000, 9000]
 
 
-def test_a_part_that_is_complete_asks_for_nothing_more(cache: BlobCache, tmp_path: Path) -> None:
+def test_a_complete_part_is_not_requested_again(cache: BlobCache, tmp_path: Path) -> None:
     """The process died between the last byte and the renaming."""
     (tmp_path / f"{REF.sha256}.part").write_bytes(CONTENT)
     assert cache.fetch(REF, never).read_bytes() == CONTENT
@@ -177,13 +177,13 @@ assert path.read_bytes() == content
     assert len(list((tmp_path / "blobs").iterdir())) == 1
 
 
-def test_one_that_fails_lets_the_next_go_on(cache: BlobCache) -> None:
+def test_after_a_failed_download_the_next_process_continues(cache: BlobCache) -> None:
     """Who waits for a download that turns out wrong or broken takes it over."""
-    begun, go_on = threading.Event(), threading.Event()
+    started, may_finish = threading.Event(), threading.Event()
 
     def wrong(start: int) -> bytes:
-        begun.set()
-        go_on.wait(5)
+        started.set()
+        may_finish.wait(5)
         return bytes(REF.nbytes - start)
 
     def first() -> None:
@@ -192,8 +192,8 @@ def test_one_that_fails_lets_the_next_go_on(cache: BlobCache) -> None:
 
     thread = threading.Thread(target=first)
     thread.start()
-    begun.wait(5)
-    threading.Timer(0.05, go_on.set).start()
+    started.wait(5)
+    threading.Timer(0.05, may_finish.set).start()
     assert cache.fetch(REF, Source()).read_bytes() == CONTENT
     thread.join()
 
@@ -243,7 +243,7 @@ def test_a_file_that_goes_while_it_is_fetched_is_downloaded_again(
     assert source.starts == [0, 3000, 6000, 9000]
 
 
-def test_being_kept_is_a_use(cache: BlobCache) -> None:
+def test_keeping_a_file_counts_as_using_it(cache: BlobCache) -> None:
     paths = fill(cache, 2)
     cache.drop_old(keep={paths[0].stem}, newest=0)
     cache.drop_old(keep=set(), newest=0)  # another process, which has another head

@@ -53,9 +53,9 @@ class Origin:
         meta: UpdateMeta,
         state: Mapping[str, Tensor],
         codec: str,
-        beside: Mapping[str, Tensor] | None,
+        extra: Mapping[str, Tensor] | None,
     ) -> None:
-        assert not beside
+        assert not extra
         tensors = {name: (tensor, codec) for name, tensor in state.items()}
         frame = decode_frame(join_frame(encode_frame("update", {}, tensors)))
         self.updates.append((meta, frame.tensors()))
@@ -91,11 +91,11 @@ def test_a_device_makes_the_very_state_of_the_server_from_a_change(
     assert path.read_bytes() == origin.files.state(second.device.sha256).read_bytes()
     assert set(load_state(path)) == {"tail.a", "tail.b"}  # the prompts stay where they are
     assert second.server is not None
-    held = read_tensors(origin.files.server_state(second.server.sha256))
-    assert torch.equal(held["prompts"], torch.zeros(1, 2, 3))
+    server_state = read_tensors(origin.files.server_state(second.server.sha256))
+    assert torch.equal(server_state["prompts"], torch.zeros(1, 2, 3))
 
 
-def test_who_holds_another_state_gets_the_file(tmp_path: Path) -> None:
+def test_a_device_that_missed_a_state_gets_the_whole_file(tmp_path: Path) -> None:
     settings, origin = run(updates="float16"), Origin(RunFiles(tmp_path / "run"))
     refs = [origin.files.write_state(state(1.0), "cut")]
     states = device(origin, tmp_path / "blobs", settings)
@@ -127,7 +127,7 @@ def test_a_change_beyond_the_codecs_range_is_published_whole(tmp_path: Path) -> 
         origin.delta("r", second.device, first.device)
 
 
-def test_what_a_codec_leaves_out_of_an_update_comes_with_the_next_one(tmp_path: Path) -> None:
+def test_the_codec_s_error_in_an_update_is_sent_with_the_next_one(tmp_path: Path) -> None:
     settings, origin = run(updates="topk:0.25"), Origin(RunFiles(tmp_path / "run"))
     refs = origin.files.write_state(state(0.0), "cut")
     states = device(origin, tmp_path / "blobs", settings)

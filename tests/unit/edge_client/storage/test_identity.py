@@ -43,20 +43,19 @@ def test_every_server_run_and_name_has_its_own(tmp_path: Path) -> None:
 
 def test_a_second_process_under_the_name_is_refused(tmp_path: Path) -> None:
     program = (
-        "import pathlib, sys\nfrom edge_client.storage.identity import Identity\n"
-        f"Identity(pathlib.Path({str(tmp_path)!r}), {URL!r}, 'run', sys.argv[1])"
+        "import pathlib\nfrom edge_client.storage.identity import Identity\n"
+        "for name in ('device-2', 'device'):\n"
+        f"    Identity(pathlib.Path({str(tmp_path)!r}), {URL!r}, 'run', name)\n"
+        "    print(name)"
     )
-
-    def other(name: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-c", program, name]
-        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
-
     with Identity(tmp_path, URL, "run", "device"):
-        refused = other("device")
-        assert refused.returncode == 1
-        assert "another process on this device" in refused.stderr
-        assert other("device-2").returncode == 0
-    assert other("device").returncode == 0
+        done = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60
+        )
+    assert done.returncode == 1
+    assert "another process on this device" in done.stderr
+    assert done.stdout == "device-2\n"
+    key(tmp_path)
 
 
 def test_refused_within_one_process_too(tmp_path: Path) -> None:
@@ -80,7 +79,7 @@ def test_only_this_user_reads_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damaged", ["", "{", '{"url": "http', "[]", "null", '{"key": 5}', "{}"])
-def test_a_file_cut_off_in_writing_is_made_anew(tmp_path: Path, damaged: str) -> None:
+def test_an_incomplete_file_is_replaced(tmp_path: Path, damaged: str) -> None:
     """The key is on the disk before it is used: a broken file was never joined with."""
     key(tmp_path)
     (file,) = tmp_path.iterdir()
@@ -108,7 +107,7 @@ def test_a_credential_that_cannot_be_written_does_not_cost_the_key(
     assert key(tmp_path) == first
 
 
-def test_what_was_remembered_is_there_after_a_restart_and_was_never_unlocked(
+def test_the_credential_survives_a_restart_and_its_file_stays_locked(
     tmp_path: Path,
 ) -> None:
     for credential in ("first", "second"):

@@ -45,10 +45,10 @@ class Uncut(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        made = files()
-        state = load_state(made.state)
+        paths = files()
+        state = load_state(paths.state)
         self.model = timm.create_model(SMALL.backbone, img_size=32, num_classes=3)
-        weights = dict(open_backbone(made.backbone))
+        weights = dict(open_backbone(paths.backbone))
         weights |= {
             name.removeprefix("tail."): value.clone()
             for name, value in state.items()
@@ -68,10 +68,10 @@ class Uncut(nn.Module):
 
     def state(self) -> dict[str, Tensor]:
         tuned = {"norm": self.model.norm, "head": self.model.head}
-        made = {"prompts": self.prompts.detach().clone()}
+        state = {"prompts": self.prompts.detach().clone()}
         for name, module in tuned.items():
-            made |= {f"tail.{name}.{k}": v.clone() for k, v in module.state_dict().items()}
-        return made
+            state |= {f"tail.{name}.{k}": v.clone() for k, v in module.state_dict().items()}
+        return state
 
 
 def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
@@ -100,7 +100,7 @@ def el2n_by_hand(model: DeviceModel, context: RoundContext) -> list[float]:
 
 
 @pytest.mark.parametrize(("fraction", "count"), [(0.3, 3), (0.5, 5), (0.01, 1)])
-def test_the_highest_el2n_are_kept(fraction: float, count: int) -> None:
+def test_samples_with_the_highest_el2n_are_selected(fraction: float, count: int) -> None:
     context = round_context(keep_fraction=fraction, pruning="el2n")
     scores = el2n_by_hand(context.model, context)
     ranked = sorted(range(10), key=lambda position: -scores[position])
@@ -122,7 +122,7 @@ def test_each_class_keeps_its_share() -> None:
     assert sorted(context.samples.images.image_set.labels[selected].tolist()) == [0, 1, 2]
 
 
-def test_all_are_kept_without_scoring() -> None:
+def test_a_share_of_one_selects_all_samples_without_scoring() -> None:
     progress: list[str] = []
     context = round_context(keep_fraction=1.0, advance=lambda phase, *_: progress.append(phase))
     assert select_samples(context).tolist() == list(range(10))
@@ -137,7 +137,7 @@ def test_every_score_of_the_settings_works(pruning: str) -> None:
     assert torch.equal(selected, select_samples(context))
 
 
-def test_random_pruning_draws_anew_each_round_and_device() -> None:
+def test_random_pruning_differs_by_round_and_device() -> None:
     def draw(**more: Any) -> tuple[int, ...]:
         context = round_context(samples=60, keep_fraction=0.5, pruning="random", **more)
         return tuple(select_samples(context).tolist())
@@ -328,7 +328,7 @@ def test_without_prompts_the_tail_alone_is_trained() -> None:
     assert set(context.model.state()) == set(load_state(files(bare).state))
 
 
-def test_every_epoch_of_the_run_is_augmented_anew() -> None:
+def test_each_epoch_of_the_run_has_its_own_augmentation() -> None:
     seen: list[int] = []
 
     class Watching(Augmentation):
@@ -355,7 +355,7 @@ def test_every_epoch_of_the_run_is_augmented_anew() -> None:
 # Evaluation
 
 
-def test_evaluation_counts_what_the_uncut_model_gets_right() -> None:
+def test_evaluation_counts_the_correct_predictions_of_the_uncut_model() -> None:
     context = round_context(samples=150)
     progress: list[tuple[str, int, int]] = []
     server = BodyServer()

@@ -49,7 +49,7 @@ def talk(exchange: Exchange, up: int, down: int, piece: int = 10_000) -> None:
         ("8mbit,seed=9223372036854775807,loss=1", Link(8e6, 8e6, loss=1.0, seed=2**63 - 1)),
     ],
 )
-def test_a_text_says_what_a_link_is_like(text: str, link: Link) -> None:
+def test_a_link_is_parsed_from_its_text(text: str, link: Link) -> None:
     assert Link.parse(text) == link
 
 
@@ -127,7 +127,7 @@ def test_any_text_is_a_link_or_refused_with_an_example(text: str) -> None:
         (f"{'9' * 400}kbit", "down", [1e3, 1e12], math.inf),
     ],
 )
-def test_a_refusal_says_what_is_wrong_and_what_would_be_right(
+def test_an_error_names_the_value_and_the_accepted_form(
     text: str, field: str, limit: object, value: object
 ) -> None:
     with pytest.raises(InvalidField) as caught:
@@ -139,7 +139,7 @@ def test_a_refusal_says_what_is_wrong_and_what_would_be_right(
 
 @pytest.mark.parametrize("bad", [math.nan, -1.0, math.inf])
 @pytest.mark.parametrize("name", ["down_bps", "up_bps", "rtt_s", "jitter_s", "loss"])
-def test_a_link_made_without_a_text_is_checked_as_well(name: str, bad: float) -> None:
+def test_a_link_of_numbers_is_checked_too(name: str, bad: float) -> None:
     with pytest.raises(InvalidField):
         Link(**{"down_bps": 1e6, "up_bps": 1e6, name: bad})
 
@@ -181,7 +181,7 @@ def test_a_connection_that_fails_is_not_waited_for() -> None:
     assert clock.now == 100
 
 
-def test_what_loopback_needs_for_the_bytes_counts_towards_the_line_s_time() -> None:
+def test_the_time_on_loopback_is_part_of_the_simulated_time() -> None:
     clock = Clock()
     exchange = line("8mbit,50ms", clock).exchange()
     for _ in range(10):  # 0.1 s each on the line, of which loopback takes 0.03
@@ -201,7 +201,7 @@ def test_a_loopback_slower_than_the_line_takes_its_own_time_and_no_more() -> Non
     assert clock.now - 100 == pytest.approx(2.0 + 0.1)
 
 
-def test_what_the_server_computes_comes_on_top() -> None:
+def test_the_server_s_computation_is_added() -> None:
     clock = Clock()
     exchange = line("8mbit,50ms", clock).exchange()
     exchange.send(100_000)
@@ -221,7 +221,7 @@ def test_two_connections_share_a_direction() -> None:
     assert ends == [pytest.approx(1.9), pytest.approx(2.0)]
 
 
-def test_a_line_that_was_silent_begins_when_asked() -> None:
+def test_an_idle_link_starts_with_the_next_request() -> None:
     direction = Direction(8e6)
     assert direction.pass_at(10.0, 1_000_000) == pytest.approx(11.0)
     assert direction.pass_at(10.5, 1_000_000) == pytest.approx(12.0)
@@ -288,7 +288,7 @@ def test_jitter_is_uniform_from_nothing_to_the_most() -> None:
     assert all(abs(d / 0.01 - n / 10_000) < 0.02 for n, d in enumerate(delays))
 
 
-def test_an_exchange_is_held_up_once() -> None:
+def test_an_exchange_is_delayed_once() -> None:
     clock = Clock()
     shaky = line("8mbit,jitter=10ms,loss=0.5,seed=3", clock)
     reference = line("8mbit,jitter=10ms,loss=0.5,seed=3", Clock())

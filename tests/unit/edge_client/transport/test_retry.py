@@ -110,7 +110,7 @@ def test_no_patience_means_one_attempt() -> None:
     assert attempts.count == 1
 
 
-def test_patience_begins_anew_with_every_call() -> None:
+def test_each_call_has_the_whole_patience() -> None:
     clock = Clock()
     patient = policy(clock, patience_s=1.0)
     for _ in range(5):
@@ -131,7 +131,7 @@ def caused_by(cause: BaseException) -> Unreachable:
     return error
 
 
-def test_what_tls_refuses_is_final() -> None:
+def test_a_tls_error_is_not_retried() -> None:
     for cause in (ssl.SSLCertVerificationError(1, "self-signed"), ssl.SSLError(1, "WRONG_VERSION")):
         attempts = Attempts(caused_by(cause))
         with pytest.raises(Unreachable):
@@ -139,6 +139,6 @@ def test_what_tls_refuses_is_final() -> None:
         assert attempts.count == 1
 
 
-def test_a_handshake_that_broke_off_is_tried_again() -> None:
+def test_an_interrupted_handshake_is_retried() -> None:
     attempts = Attempts(caused_by(ssl.SSLEOFError(8, "EOF")), caused_by(ConnectionResetError()))
     assert policy(Clock()).call(attempts) == "done"

@@ -15,7 +15,7 @@ from protocol.messages import RunStatus, Task
 from split_server.aggregation.server_optimizer import Moments, server_step
 from split_server.federation import transitions
 from split_server.storage.run_files import RunFiles
-from tests.support.federation import FederationHarness, everywhere, state_of
+from tests.support.federation import FederationHarness, state_of, state_value
 
 RATES = {"server_momentum": 0.9, "server_beta2": 0.99}
 
@@ -106,66 +106,66 @@ def test_a_step_out_of_range_raises_a_typed_error() -> None:
 
 
 def trained(
-    site: FederationHarness, run: str, participant: str, *means: float, first: int = 1
+    harness: FederationHarness, run: str, participant: str, *means: float, first: int = 1
 ) -> None:
     """Let one participant send these means, one per round, and evaluate each state."""
     for round_, mean in enumerate(means, start=first):
-        assert site.task(run, participant).task is Task.TRAIN
-        site.update(run, participant, state_of(mean), round_=round_)
-        assert site.task(run, participant).task is Task.EVALUATE
-        site.evaluate(run, participant, round_=round_)
+        assert harness.task(run, participant).task is Task.TRAIN
+        harness.update(run, participant, state_of(mean), round_=round_)
+        assert harness.task(run, participant).task is Task.EVALUATE
+        harness.evaluate(run, participant, round_=round_)
 
 
 def test_a_restarted_run_continues_with_its_moments(tmp_path: Path, monkeypatch: Any) -> None:
-    site = FederationHarness(tmp_path)
-    run = site.create(rounds=3, server_optimizer="fedavgm")
-    participant = site.join(run)
-    trained(site, run, participant, 1.0)
-    assert everywhere(site, run) == 1.0
-    site.task(run, participant)
+    harness = FederationHarness(tmp_path)
+    run = harness.create(rounds=3, server_optimizer="fedavgm")
+    participant = harness.join(run)
+    trained(harness, run, participant, 1.0)
+    assert state_value(harness, run) == 1.0
+    harness.task(run, participant)
 
     def crash(*_: Any) -> None:
         raise RuntimeError("killed")
 
     with monkeypatch.context() as patch:  # the moments are on disk, the state is not committed yet
         patch.setattr(transitions, "apply", crash)
-        site.update(run, participant, state_of(1.5), round_=2)
-        assert everywhere(site, run) == 1.0
-    site.close()
-    site.open()
-    assert site.task(run, participant).task is Task.EVALUATE
-    assert everywhere(site, run) == pytest.approx(2.4)  # 1 + 0.9 + 0.5
-    site.evaluate(run, participant, round_=2)
-    site.close()
-    site.open()
-    trained(site, run, participant, 2.4, first=3)
-    assert everywhere(site, run) == pytest.approx(2.4 + 0.9 * 1.4)
-    assert site.runs.snapshot(run).status is RunStatus.FINISHED
-    site.close()
+        harness.update(run, participant, state_of(1.5), round_=2)
+        assert state_value(harness, run) == 1.0
+    harness.close()
+    harness.open()
+    assert harness.task(run, participant).task is Task.EVALUATE
+    assert state_value(harness, run) == pytest.approx(2.4)  # 1 + 0.9 + 0.5
+    harness.evaluate(run, participant, round_=2)
+    harness.close()
+    harness.open()
+    trained(harness, run, participant, 2.4, first=3)
+    assert state_value(harness, run) == pytest.approx(2.4 + 0.9 * 1.4)
+    assert harness.runs.snapshot(run).status is RunStatus.FINISHED
+    harness.close()
 
 
 def test_lost_moments_fail_the_run_with_their_reason(tmp_path: Path) -> None:
-    site = FederationHarness(tmp_path)
-    run = site.create(rounds=3, server_optimizer="fedyogi")
-    participant = site.join(run)
-    trained(site, run, participant, 1.0)
-    for path in (site.runs.files(run).root / "moments").iterdir():
+    harness = FederationHarness(tmp_path)
+    run = harness.create(rounds=3, server_optimizer="fedyogi")
+    participant = harness.join(run)
+    trained(harness, run, participant, 1.0)
+    for path in (harness.runs.files(run).root / "moments").iterdir():
         path.unlink()
-    site.task(run, participant)
-    site.update(run, participant, state_of(1.5), round_=2)
-    snapshot = site.runs.snapshot(run)
+    harness.task(run, participant)
+    harness.update(run, participant, state_of(1.5), round_=2)
+    snapshot = harness.runs.snapshot(run)
     assert snapshot.status is RunStatus.FAILED
     assert "server optimiser" in str(snapshot.reason)
-    site.close()
+    harness.close()
 
 
 def test_server_side_prompts_take_the_same_step(tmp_path: Path) -> None:
-    site = FederationHarness(tmp_path)
-    run = site.create(rounds=1, server_optimizer="fedavgm", prompt_at="cut", evaluate_every=0)
-    participant = site.join(run)
-    site.task(run, participant)
-    state = {name: torch.full_like(value, 2.0) for name, value in site.state(run).items()}
+    harness = FederationHarness(tmp_path)
+    run = harness.create(rounds=1, server_optimizer="fedavgm", prompt_at="cut", evaluate_every=0)
+    participant = harness.join(run)
+    harness.task(run, participant)
+    state = {name: torch.full_like(value, 2.0) for name, value in harness.state(run).items()}
     prompts = {"prompts": state.pop("prompts")}
-    site.update(run, participant, state, trained=lambda: prompts)
-    assert everywhere(site, run) == 2.0
-    site.close()
+    harness.update(run, participant, state, trained=lambda: prompts)
+    assert state_value(harness, run) == 2.0
+    harness.close()

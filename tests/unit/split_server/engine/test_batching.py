@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import threading
 import time
 from collections.abc import Awaitable, Iterator, Sequence
@@ -24,13 +25,10 @@ from split_server.models.body_key import BodyKey
 from split_server.runtime.device import Placement
 from tests.support.engine import (
     BATCHES,
-    DEPTHS,
     Case,
     MakeEngine,
     engines,
     gradient_of,
-    input_body,
-    prepare_backbone,
     smashed,
 )
 from tests.support.federation import run_settings
@@ -41,31 +39,15 @@ MODES = ["auto", "retained", "recompute"]
 PEOPLE = [f"p{number}" for number in range(5)]
 
 
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepare_backbone(tmp_path_factory.mktemp("backbones"))
-
-
-@pytest.fixture(scope="module")
-def make() -> Iterator[MakeEngine]:
-    with engines() as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def key(tmp_path_factory: pytest.TempPathFactory) -> BodyKey:
-    return input_body(tmp_path_factory.mktemp("backbones"))
-
-
 @contextmanager
 def busy_worker(engine: Engine, key: BodyKey, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Keep the worker busy with another job, so that the next jobs wait together."""
-    gate, at_work = threading.Event(), threading.Event()
+    may_finish, at_work = threading.Event(), threading.Event()
     real = compute.run_inference
 
     def blocked(*job: Any) -> Tensor:
         at_work.set()
-        gate.wait(20)
+        may_finish.wait(20)
         return real(*job)
 
     with monkeypatch.context() as patch:
@@ -76,7 +58,7 @@ def busy_worker(engine: Engine, key: BodyKey, monkeypatch: pytest.MonkeyPatch) -
         loop.start()
         assert at_work.wait(20)
         yield
-        gate.set()
+        may_finish.set()
         loop.join(20)
 
 
@@ -115,12 +97,18 @@ def sizes(tensors: Sequence[Tensor]) -> int:
     return sum(len(tensor) for tensor in tensors)
 
 
+@functools.cache
+def body_of(key: BodyKey, dtype: torch.dtype) -> split_model.Body:
+    return split_model.build_body(
+        key.settings, split_model.open_backbone(key.backbone), dtype=dtype
+    )
+
+
 def by_itself(
     key: BodyKey, tensor: Tensor, gradient: Tensor, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
     """Compute features and input gradient with the body itself."""
-    weights = split_model.open_backbone(key.backbone)
-    body = split_model.build_body(key.settings, weights, dtype=dtype)
+    body = body_of(key, dtype)
     leaf = tensor.clone().requires_grad_()
     features = body(leaf)
     features.backward(gradient)
@@ -128,8 +116,10 @@ def by_itself(
     return features.detach(), leaf.grad
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize(
+    ("mode", "dtype", "near"),
+    [*((mode, torch.float32, 1e-5) for mode in MODES), ("auto", torch.bfloat16, 2e-2)],
+)
 def test_joined_steps_equal_the_body_alone(
     key: BodyKey, monkeypatch: pytest.MonkeyPatch, mode: str, dtype: torch.dtype, near: float
 ) -> None:
@@ -160,12 +150,11 @@ def test_joined_steps_equal_the_body_alone(
 
 
 def test_jobs_of_runs_with_the_same_cut_share_a_batch(
-    make: MakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make: MakeEngine, backbone: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = run_settings()
     other = own.model_copy(update={"model": own.model.model_copy(update={"num_classes": 7})})
-    path = prepare_backbone(tmp_path)
-    keys = [BodyKey.of(str(path), settings) for settings in (own, other)]
+    keys = [BodyKey.of(str(backbone), settings) for settings in (own, other)]
     inputs = [with_prompts(batch=number + 2, seed=number) for number in range(2)]
     engine = make()
 
@@ -184,9 +173,17 @@ def test_jobs_of_runs_with_the_same_cut_share_a_batch(
         torch.testing.assert_close(features, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("depth", DEPTHS)
-@pytest.mark.parametrize("num_tokens", [None, 1])
+@pytest.mark.parametrize(
+    ("mode", "depth", "num_tokens"),  # each pair of values
+    [
+        ("auto", "shallow", None),
+        ("auto", "deep", 1),
+        ("retained", "shallow", 1),
+        ("retained", "deep", None),
+        ("recompute", "shallow", None),
+        ("recompute", "deep", 1),
+    ],
+)
 def test_joined_sessions_tune_their_own_prompts(
     make: MakeEngine, backbone: Path, mode: str, depth: str, num_tokens: int | None
 ) -> None:
@@ -194,12 +191,12 @@ def test_joined_sessions_tune_their_own_prompts(
     engine = make(backward=mode, max_wait_s=0.05)
     own = {who: [smashed(2, 10 * n + step) for step in range(3)] for n, who in enumerate(PEOPLE)}
 
-    async def everybody() -> list[tuple[list[Tensor], Tensor]]:
+    async def train_all() -> list[tuple[list[Tensor], Tensor]]:
         return await asyncio.gather(
             *(case.train(engine, batches, who=who) for who, batches in own.items())
         )
 
-    for (features, prompts), batches in zip(asyncio.run(everybody()), own.values(), strict=True):
+    for (features, prompts), batches in zip(asyncio.run(train_all()), own.values(), strict=True):
         expected, tuned = case.by_hand(batches)
         for one, other in zip(features, expected, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
@@ -334,7 +331,7 @@ def test_without_memory_for_graphs_the_forward_is_recomputed(
     one_step = probe._tracker.memory.taken
     engine = make(retained=int(1.5 * one_step))
 
-    async def crowd() -> None:
+    async def fill_memory() -> None:
         await engine.submit(forward(key, with_prompts(), "p9"))  # its size is known from now on
         await engine.submit(backward(key, with_prompts(), "p9"))
         for who in PEOPLE:
@@ -345,7 +342,7 @@ def test_without_memory_for_graphs_the_forward_is_recomputed(
             expected = by_itself(key, with_prompts(), with_prompts(seed=7))[1]
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
-    asyncio.run(crowd())
+    asyncio.run(fill_memory())
     asyncio.run(mean_batch(engine, 2 * len(PEOPLE) + 2))
     assert engine.figures("r1").recomputed == 2 * (len(PEOPLE) - 1)
     assert engine._tracker.memory.taken == 0

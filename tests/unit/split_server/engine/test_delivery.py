@@ -6,7 +6,6 @@ import asyncio
 import threading
 import time
 import weakref
-from collections.abc import Iterator
 from typing import cast
 
 import pytest
@@ -17,22 +16,11 @@ import split_model
 from split_server.engine.api import BackwardJob, ForwardJob, StepKey
 from split_server.engine.delivery import CompletionQueue, Deliver, Fail, _Completion
 from split_server.models.body_key import BodyKey
-from tests.support.engine import MakeEngine, engines, input_body, is_empty
+from tests.support.engine import MakeEngine, is_empty
 from tests.support.federation import smashed
 
 
-@pytest.fixture
-def make() -> Iterator[MakeEngine]:
-    with engines() as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def key(tmp_path_factory: pytest.TempPathFactory) -> BodyKey:
-    return input_body(tmp_path_factory.mktemp("backbones"))
-
-
-class HeldCompletions(CompletionQueue):
+class DelayedCompletions(CompletionQueue):
     """Delivers each result when the test calls `deliver`."""
 
     def __init__(self) -> None:
@@ -63,7 +51,7 @@ def gradient_by_itself(key: BodyKey, tensor: Tensor, gradient: Tensor) -> Tensor
 def test_a_forward_may_be_delivered_after_the_backward_of_another_step_in_its_batch(
     make: MakeEngine, key: BodyKey, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine, queued = make(), HeldCompletions()
+    engine, queued = make(), DelayedCompletions()
     monkeypatch.setattr(engine._completions, "send", queued.send)
     inputs = [smashed(seed=seed) for seed in (1, 2)]
     gradients = [smashed(seed=seed) for seed in (3, 4)]
@@ -77,15 +65,15 @@ def test_a_forward_may_be_delivered_after_the_backward_of_another_step_in_its_ba
             ]
             await asyncio.sleep(0)
             assert len(engine._schedule) == 2
-        found = []
+        gradients_of_inputs = []
         for place, forward in enumerate(forwards):
             await queued.deliver(place)
             await forward
             job = BackwardJob(names[place], key, gradients[place], 2)
             backward = asyncio.ensure_future(engine.submit(job))
             await queued.deliver(2 + place)
-            found.append(await backward)
-        return found
+            gradients_of_inputs.append(await backward)
+        return gradients_of_inputs
 
     for place, result in enumerate(asyncio.run(steps())):
         expected = gradient_by_itself(key, inputs[place], gradients[place])

@@ -6,7 +6,7 @@ import asyncio
 import gc
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +30,8 @@ from split_server.engine.body_cache import BodyCache
 from split_server.engine.engine import Engine
 from split_server.engine.limits import EngineLimits
 from split_server.models.body_key import BodyKey
-from split_server.runtime.device import choose_placement
+from tests.support.engine import MIB, PLACEMENT, MakeEngine
 from tests.support.federation import SPLIT, TOKENS, WIDTH, FakeClock, run_settings, smashed
-
-MIB = 1024 * 1024
-
-PLACEMENT = choose_placement("cpu", "float32")
-
-
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    cache = tmp_path_factory.mktemp("backbones")
-    return split_model.prepare_backbone(SPLIT, "random:0", cache).path
 
 
 @pytest.fixture(scope="module")
@@ -50,16 +40,8 @@ def bodies(backbone: Path) -> BodyCache:
 
 
 @pytest.fixture(scope="module")
-def key(backbone: Path) -> BodyKey:
-    return BodyKey.of(str(backbone), run_settings())
-
-
-@pytest.fixture(scope="module")
 def body(backbone: Path) -> Body:
     return split_model.build_body(SPLIT, split_model.open_backbone(backbone))
-
-
-MakeEngine = Callable[..., Engine]
 
 
 @pytest.fixture
@@ -152,8 +134,8 @@ def test_a_large_inference_runs_in_full_batches(
         return real(body, batch, *more)  # type: ignore[arg-type]
 
     monkeypatch.setattr(compute, "run_inference", counted)
-    found = asyncio.run(make().infer(InferJob("r1", "p1", key, rows)))
-    assert torch.allclose(found, body(rows), atol=1e-5)
+    features = asyncio.run(make().infer(InferJob("r1", "p1", key, rows)))
+    assert torch.allclose(features, body(rows), atol=1e-5)
     assert sum(sizes) == len(rows)
     assert max(sizes) == 3
 
@@ -287,17 +269,17 @@ def test_the_queue_is_bounded(
 ) -> None:
     one_job = 2 * TOKENS * WIDTH * 4
     engine = make(queued=2 * one_job)
-    gate, at_work = threading.Event(), threading.Event()
+    may_finish, at_work = threading.Event(), threading.Event()
     real = compute.run_inference
 
-    def held(*job: Any) -> Tensor:
+    def blocked(*job: Any) -> Tensor:
         at_work.set()
-        gate.wait(20)
+        may_finish.wait(20)
         return real(*job)
 
-    monkeypatch.setattr(compute, "run_inference", held)
+    monkeypatch.setattr(compute, "run_inference", blocked)
 
-    async def crowd() -> None:
+    async def fill_queue() -> None:
         first = asyncio.create_task(engine.infer(InferJob("r1", "p1", key, smashed())))
         await asyncio.to_thread(at_work.wait, 20)
         waiting = [
@@ -307,11 +289,11 @@ def test_the_queue_is_bounded(
         await asyncio.sleep(0)
         with pytest.raises(Busy):
             await engine.infer(InferJob("r1", "p1", key, smashed()))
-        gate.set()
+        may_finish.set()
         await asyncio.gather(first, *waiting)
         await engine.infer(InferJob("r1", "p1", key, smashed()))
 
-    asyncio.run(crowd())
+    asyncio.run(fill_queue())
 
 
 def test_a_failed_job_does_not_affect_others(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,19 +14,8 @@ from protocol.errors import IdempotencyKeyReused, StepLost
 from split_server.engine import compute
 from split_server.engine.api import BackwardJob, ForwardJob, StepKey
 from split_server.models.body_key import BodyKey
-from tests.support.engine import MakeEngine, engines, input_body
+from tests.support.engine import MakeEngine
 from tests.support.federation import smashed
-
-
-@pytest.fixture
-def make() -> Iterator[MakeEngine]:
-    with engines() as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def key(tmp_path_factory: pytest.TempPathFactory) -> BodyKey:
-    return input_body(tmp_path_factory.mktemp("backbones"))
 
 
 def lone(key: BodyKey, tensor: Tensor, name: str = "s", who: str = "p1") -> ForwardJob:

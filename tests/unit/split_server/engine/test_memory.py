@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,21 +11,10 @@ from torch import Tensor
 from protocol.errors import Busy, StepLost, TooLarge
 from split_server.engine.api import BackwardJob, ForwardJob, StepKey
 from split_server.models.body_key import BodyKey
-from tests.support.engine import MakeEngine, engines, input_body
+from tests.support.engine import MakeEngine
 from tests.support.federation import TOKENS, WIDTH, smashed
 
 STEP = 2 * smashed().nbytes  # input and response
-
-
-@pytest.fixture
-def make() -> Iterator[MakeEngine]:
-    with engines() as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def key(tmp_path_factory: pytest.TempPathFactory) -> BodyKey:
-    return input_body(tmp_path_factory.mktemp("backbones"))
 
 
 def forward(key: BodyKey, name: str, who: str = "p1", samples: int = 2) -> ForwardJob:

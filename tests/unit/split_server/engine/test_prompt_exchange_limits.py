@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,37 +14,17 @@ from split_server.engine import compute
 from split_server.engine.engine import Engine
 from tests.support.engine import (
     BATCHES,
-    DEPTHS,
     PROMPTS,
     TOKENS,
     WIDTH,
     Case,
     MakeEngine,
-    engines,
     gradient_of,
     is_empty,
-    prepare_backbone,
     smashed,
     tuned_prompts,
 )
 from tests.support.federation import FakeClock
-
-
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepare_backbone(tmp_path_factory.mktemp("backbones"))
-
-
-@pytest.fixture(scope="module")
-def make() -> Iterator[MakeEngine]:
-    with engines() as made:
-        yield made
-
-
-@pytest.fixture(params=DEPTHS)
-def case(request: pytest.FixtureRequest, backbone: Path) -> Case:
-    return Case(backbone, request.param)
-
 
 # Failures
 
@@ -75,7 +53,7 @@ def test_a_failed_forward_can_be_repeated(
 
     monkeypatch.setattr(compute, "run_forward", failing)
 
-    async def shaken() -> None:
+    async def train_with_failures() -> None:
         gradients: Tensor | None = None
         for place, batch in enumerate([*BATCHES, None]):
             job = case.job(place, 4, batch, gradients)
@@ -87,15 +65,10 @@ def test_a_failed_forward_can_be_repeated(
                 assert torch.equal(features, undisturbed[place])
                 gradients = gradient_of(features)
 
-    asyncio.run(shaken())
+    asyncio.run(train_with_failures())
     assert not failures
     assert torch.equal(tuned_prompts(engine), tuned)
-    assert (
-        len(engine._tracker.memory.steps)
-        == engine._tracker.memory.steps.nbytes
-        == engine._tracker.memory.reserved
-        == 0
-    )
+    assert is_empty(engine)
 
 
 def test_wrong_tensors_are_refused_and_change_nothing(make: MakeEngine, case: Case) -> None:
@@ -127,12 +100,7 @@ def test_prompts_outside_the_range_of_float32_never_become_an_update(
         await engine.submit(case.job(1, 1, None, huge))
         with pytest.raises(NonFinite):
             tuned_prompts(engine)
-        assert (
-            len(engine._tracker.memory.steps)
-            == engine._tracker.memory.steps.nbytes
-            == engine._tracker.memory.reserved
-            == 0
-        )
+        assert is_empty(engine)
         await case.train(engine, BATCHES[:1], session="t")
 
     asyncio.run(overflow())
@@ -144,7 +112,7 @@ def test_after_a_failed_backward_the_device_must_restart(
     engine, real = make(), compute.run_backward
     tuned = asyncio.run(case.train(make(), BATCHES))[1]
 
-    async def broken_off() -> Tensor:
+    async def fail_once() -> Tensor:
         features = await engine.submit(case.job(0, 4, BATCHES[0]))
 
         def full(*arguments: Any) -> Tensor:
@@ -160,23 +128,23 @@ def test_after_a_failed_backward_the_device_must_restart(
             await engine.submit(job)
         return (await case.train(engine, BATCHES))[1]
 
-    assert torch.equal(asyncio.run(broken_off()), tuned)
+    assert torch.equal(asyncio.run(fail_once()), tuned)
 
 
 def test_a_batch_with_late_gradients_is_lost(make: MakeEngine, case: Case) -> None:
     time = FakeClock()
     engine = make(time=time)
 
-    async def late() -> None:
+    async def too_late() -> None:
         features = await engine.submit(case.job(0, 2, BATCHES[0]))
         time.now += 301
         engine.sweep()
         assert engine._tracker.memory.steps.nbytes == 0
         with pytest.raises(StepLost):
             await engine.submit(case.job(1, 2, BATCHES[1], gradient_of(features)))
-        await case.train(engine, BATCHES, session="anew")
+        await case.train(engine, BATCHES, session="second")
 
-    asyncio.run(late())
+    asyncio.run(too_late())
 
 
 def test_an_abandoned_session_expires(make: MakeEngine, case: Case) -> None:
@@ -248,14 +216,14 @@ def test_an_exchange_whose_round_ends_meanwhile_leaves_nothing(
 ) -> None:
     engine, real = make(), compute.run_forward
 
-    def overtaken(body: Any, tensor: Tensor, *more: Any) -> Any:
+    def release_during_forward(body: Any, tensor: Tensor, *more: Any) -> Any:
         if torch.equal(tensor, BATCHES[number]):
             engine.release("r1")
         return real(body, tensor, *more)
 
-    monkeypatch.setattr(compute, "run_forward", overtaken)
+    monkeypatch.setattr(compute, "run_forward", release_during_forward)
 
-    async def ended() -> None:
+    async def exchanges() -> None:
         gradients: Tensor | None = None
         for place in range(number + 1):
             features = await engine.submit(case.job(place, 3, BATCHES[place], gradients))
@@ -263,13 +231,8 @@ def test_an_exchange_whose_round_ends_meanwhile_leaves_nothing(
         with pytest.raises(StepLost):
             await engine.submit(case.job(number + 1, 3, BATCHES[2], gradients))
 
-    asyncio.run(ended())
-    assert (
-        len(engine._tracker.memory.steps)
-        == engine._tracker.memory.steps.nbytes
-        == engine._tracker.memory.reserved
-        == 0
-    )
+    asyncio.run(exchanges())
+    assert is_empty(engine)
 
 
 # Memory
@@ -289,10 +252,10 @@ def test_one_steps_memory_is_enough_for_a_session(make: MakeEngine, case: Case) 
 
     async def sessions() -> None:
         await case.train(engine, batches, session="first")
-        await engine.submit(case.job(0, 6, batches[0], session="given up"))
+        await engine.submit(case.job(0, 6, batches[0], session="abandoned"))
         assert engine._tracker.memory.taken == one_step
-        await case.train(engine, batches, session="begun anew")
-        assert engine._tracker.memory.steps.nbytes == engine._tracker.memory.reserved == 0
+        await case.train(engine, batches, session="restarted")
+        assert is_empty(engine)
         with pytest.raises(TooLarge):
             await engine.submit(case.job(0, 1, smashed(5)))
 
@@ -302,7 +265,7 @@ def test_one_steps_memory_is_enough_for_a_session(make: MakeEngine, case: Case) 
 def test_others_wait_while_the_memory_is_full(make: MakeEngine, case: Case) -> None:
     engine = make(retained=memory_of_a_step(make(), case, smashed(4)), backward="retained")
 
-    async def crowd() -> None:
+    async def two_devices() -> None:
         await engine.submit(case.job(0, 1, smashed(4), who="p1"))
         with pytest.raises(Busy) as caught:
             await engine.submit(case.job(0, 1, smashed(4), who="p2"))
@@ -312,7 +275,7 @@ def test_others_wait_while_the_memory_is_full(make: MakeEngine, case: Case) -> N
         await engine.submit(case.job(1, 1, None, gradient_of(features), who="p1"))
         await case.train(engine, [smashed(4)], who="p2")
 
-    asyncio.run(crowd())
+    asyncio.run(two_devices())
 
 
 def test_no_other_job_takes_the_memory_between_two_batches(
@@ -325,23 +288,23 @@ def test_no_other_job_takes_the_memory_between_two_batches(
     )  # p1's session stays until its round ends
     engine, real = make(retained=limit + others, backward="retained"), compute.run_forward
     batches = [smashed(4, seed) for seed in range(3)]
-    answers: list[Any] = []
+    responses: list[Any] = []
 
-    async def crowd() -> None:
+    async def two_devices() -> None:
         loop = asyncio.get_running_loop()
 
         def watched(body: Any, tensor: Tensor, *more: Any) -> Any:
             assert engine._tracker.memory.steps.nbytes <= limit
-            if not answers and torch.equal(tensor, batches[1]):
+            if not responses and torch.equal(tensor, batches[1]):
                 other = engine.submit(case.job(0, 1, smashed(4), who="p2"))
-                answers.append(asyncio.run_coroutine_threadsafe(other, loop))
+                responses.append(asyncio.run_coroutine_threadsafe(other, loop))
                 asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop).result(20)
             return real(body, tensor, *more)
 
         monkeypatch.setattr(compute, "run_forward", watched)
         await case.train(engine, batches, who="p1")
         with pytest.raises(Busy):
-            await asyncio.wrap_future(answers[0])
+            await asyncio.wrap_future(responses[0])
         await case.train(engine, batches, who="p2")
 
-    asyncio.run(crowd())
+    asyncio.run(two_devices())

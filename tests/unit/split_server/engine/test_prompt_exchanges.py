@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,29 +25,11 @@ from tests.support.engine import (
     WIDTH,
     Case,
     MakeEngine,
-    engines,
     gradient_of,
-    prepare_backbone,
+    is_empty,
     smashed,
     tuned_prompts,
 )
-
-
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepare_backbone(tmp_path_factory.mktemp("backbones"))
-
-
-@pytest.fixture(scope="module")
-def make() -> Iterator[MakeEngine]:
-    with engines() as made:
-        yield made
-
-
-@pytest.fixture(params=DEPTHS)
-def case(request: pytest.FixtureRequest, backbone: Path) -> Case:
-    return Case(backbone, request.param)
-
 
 # Results
 
@@ -88,8 +69,8 @@ def test_mean_token_initialisation_shifts_the_prompts(make: MakeEngine, case: Ca
     mean = BATCHES[0][:, PREFIX:].reshape(-1, WIDTH).double().mean(dim=0)
     shifted = case.initial.clone()
     shifted[0] += mean.float()
-    found = engine._find_session("r1", "p1", "s").trained_state()["prompts"]
-    torch.testing.assert_close(found, shifted, rtol=0, atol=1e-6)
+    prompts = engine._find_session("r1", "p1", "s").trained_state()["prompts"]
+    torch.testing.assert_close(prompts, shifted, rtol=0, atol=1e-6)
 
 
 def test_participants_do_not_affect_each_other(make: MakeEngine, case: Case) -> None:
@@ -130,19 +111,19 @@ def test_a_repeat_gets_the_same_response_and_tunes_nothing_twice(
     monkeypatch.setattr(compute, "run_forward", counted_forward)
     monkeypatch.setattr(compute, "run_backward", counted_backward)
 
-    async def stammering() -> None:
+    async def repeat_each_request() -> None:
         gradients: Tensor | None = None
         for number, batch in enumerate([*BATCHES, None]):
             job = case.job(number, 4, batch, gradients)
-            answers = await asyncio.gather(*(engine.submit(job) for _ in range(3)))
-            answers.append(await engine.submit(job))
-            assert all(torch.equal(answers[0], one) for one in answers)
+            responses = await asyncio.gather(*(engine.submit(job) for _ in range(3)))
+            responses.append(await engine.submit(job))
+            assert all(torch.equal(responses[0], one) for one in responses)
             if batch is not None:
-                assert torch.equal(answers[0], undisturbed[number])
-                gradients = gradient_of(answers[0])
+                assert torch.equal(responses[0], undisturbed[number])
+                gradients = gradient_of(responses[0])
         assert torch.equal(tuned_prompts(engine), tuned)
 
-    asyncio.run(stammering())
+    asyncio.run(repeat_each_request())
     assert ran == {"forward": 4, "backward": 4}
 
 
@@ -245,16 +226,8 @@ def test_the_trained_state_is_that_of_a_finished_session(make: MakeEngine, case:
                 tuned_prompts(engine, who, name)
 
     asyncio.run(unfinished())
-    assert torch.equal(
-        tuned_prompts(engine),
-        tuned_prompts(engine),
-    )
-    assert (
-        len(engine._tracker.memory.steps)
-        == engine._tracker.memory.steps.nbytes
-        == engine._tracker.memory.reserved
-        == 0
-    )
+    assert torch.equal(tuned_prompts(engine), tuned_prompts(engine))
+    assert is_empty(engine)
 
 
 def test_a_new_session_replaces_the_earlier_one(make: MakeEngine, case: Case) -> None:
@@ -263,10 +236,10 @@ def test_a_new_session_replaces_the_earlier_one(make: MakeEngine, case: Case) ->
     async def twice() -> tuple[Any, Any]:
         features = await engine.submit(case.job(0, 4, smashed(3, 77), session="old"))
         await engine.submit(case.job(1, 4, smashed(3, 78), gradient_of(features), session="old"))
-        anew = await case.train(engine, BATCHES, session="new")
+        restarted = await case.train(engine, BATCHES, session="new")
         with pytest.raises(StepLost):
             await engine.submit(case.job(2, 4, BATCHES[0], gradient_of(features), session="old"))
-        return anew
+        return restarted
 
     features, prompts = asyncio.run(twice())
     undisturbed, tuned = asyncio.run(case.train(make(), BATCHES))
@@ -281,25 +254,25 @@ def test_jobs_run_while_prompts_are_copied(
     """The copy waits for everything in the GPU's queue."""
     engine, real = make(), PromptSession.trained_prompts
     asyncio.run(case.train(engine, BATCHES))
-    copying, go_on = threading.Event(), threading.Event()
+    copying, may_finish = threading.Event(), threading.Event()
 
     def slow(session: PromptSession) -> Tensor:
         copying.set()
-        assert go_on.wait(20)
+        assert may_finish.wait(20)
         return real(session)
 
     async def meanwhile() -> Tensor:
-        asked = asyncio.ensure_future(asyncio.to_thread(tuned_prompts, engine))
+        prompts = asyncio.ensure_future(asyncio.to_thread(tuned_prompts, engine))
         assert await asyncio.to_thread(copying.wait, 20)
-        late = threading.Timer(10, go_on.set)  # ends the test if a job waits
+        late = threading.Timer(10, may_finish.set)  # ends the test if a job waits
         late.start()
         await engine.infer(InferJob("r1", "p2", case.key, BATCHES[0], case.initial))
-        assert not go_on.is_set()
+        assert not may_finish.is_set()
         late.cancel()
-        go_on.set()
-        return await asked
+        may_finish.set()
+        return await prompts
 
     with monkeypatch.context() as patch:
         patch.setattr(PromptSession, "trained_prompts", slow)
-        found = asyncio.run(meanwhile())
-    assert torch.equal(found, tuned_prompts(engine))
+        prompts = asyncio.run(meanwhile())
+    assert torch.equal(prompts, tuned_prompts(engine))

@@ -259,10 +259,10 @@ def test_the_bytes_of_steps_and_graphs_are_counted_correctly(moves: list[tuple[s
             steps.drop(key)
         else:
             steps.use_up(graph, {key})
-        held = [one for k in "abcdef" if (one := steps.get(StepKey("r", k, "s"))) is not None]
-        alive = {one.graph for one in held if one.graph is not None}
-        alone = sum(one.smashed.nbytes for one in held if one.graph is None)
-        answers = sum(one.response.nbytes for one in held)
+        retained = [one for k in "abcdef" if (one := steps.get(StepKey("r", k, "s"))) is not None]
+        alive = {one.graph for one in retained if one.graph is not None}
+        alone = sum(one.smashed.nbytes for one in retained if one.graph is None)
+        answers = sum(one.response.nbytes for one in retained)
         assert steps.nbytes == alone + sum(one.nbytes for one in alive) + answers
 
 

@@ -17,14 +17,14 @@ class Work:
     """Runs until the test ends it, then does what the test specifies."""
 
     def __init__(self) -> None:
-        self.begun: list[str] = []
+        self.started: list[str] = []
         self.refused: list[tuple[str, SFPromptError]] = []
         self.may_end = threading.Event()
         self.then: Callable[[str], None] = lambda _run: None
         self.jobs = RebuildJobs(self._do, lambda run, error: self.refused.append((run, error)))
 
     def _do(self, run: str, check: Check) -> None:
-        self.begun.append(run)
+        self.started.append(run)
         while not self.may_end.wait(0.005):
             check()
         self.then(run)
@@ -32,10 +32,10 @@ class Work:
 
 @pytest.fixture
 def work() -> Iterator[Work]:
-    made = Work()
-    yield made
-    made.may_end.set()
-    made.jobs.close()
+    background = Work()
+    yield background
+    background.may_end.set()
+    background.jobs.close()
 
 
 def test_jobs_run_one_at_a_time_and_once_per_run(work: Work) -> None:
@@ -44,21 +44,21 @@ def test_jobs_run_one_at_a_time_and_once_per_run(work: Work) -> None:
     assert work.jobs.is_running("a")
     assert work.jobs.is_running("b"), "it waits for its turn"
     assert not work.jobs.is_running("c")
-    wait_until(lambda: work.begun == ["a"])
+    wait_until(lambda: work.started == ["a"])
     work.may_end.set()
     wait_until(lambda: not work.jobs.is_running("b"))
-    assert work.begun == ["a", "b"]
+    assert work.started == ["a", "b"]
     work.jobs.start("a")
-    wait_until(lambda: work.begun == ["a", "b", "a"])
+    wait_until(lambda: work.started == ["a", "b", "a"])
 
 
 def test_closing_stops_the_job_and_starts_no_other(work: Work) -> None:
     work.jobs.start("a")
     work.jobs.start("b")
-    wait_until(lambda: work.begun == ["a"])
+    wait_until(lambda: work.started == ["a"])
     work.jobs.close()
     work.jobs.start("c")
-    assert work.begun == ["a"]
+    assert work.started == ["a"]
     assert all(work.jobs.is_running(run) for run in "abc"), "nobody goes on without it"
 
 
@@ -89,4 +89,4 @@ def test_a_temporary_failure_pauses_the_run(
     assert not work.refused
     assert "the disk is full" in caplog.text
     work.jobs.start("a")
-    wait_until(lambda: work.begun == ["a", "a"])
+    wait_until(lambda: work.started == ["a", "a"])

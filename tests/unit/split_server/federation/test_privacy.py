@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from split_server.aggregation.differential_privacy import (
 from split_server.aggregation.fedavg import WeightedState, federated_average
 from split_server.cli import _rounds_table
 from split_server.federation.rounds import OpenTraining
-from tests.support.federation import FederationHarness, bench, random_state, state_of
+from tests.support.federation import FederationHarness, random_state, state_of
 from tests.unit.split_server.federation.test_rounds import a_run, next_step
 
 
@@ -169,89 +170,91 @@ def test_contradictory_settings_are_refused(changed: dict[str, Any], named: str)
 # Runs
 
 
-def trained(site: FederationHarness, run: str, participant: str, value: float, round_: int) -> None:
-    assert site.task(run, participant).task is Task.TRAIN
-    site.update(run, participant, state_of(value), round_=round_)
+def trained(
+    harness: FederationHarness, run: str, participant: str, value: float, round_: int
+) -> None:
+    assert harness.task(run, participant).task is Task.TRAIN
+    harness.update(run, participant, state_of(value), round_=round_)
 
 
-def view(site: FederationHarness, run: str) -> Results:
-    return site.federation.results(run)
+def view(harness: FederationHarness, run: str) -> Results:
+    return harness.federation.results(run)
 
 
 NOISED = {"dp_clip": 0.5, "dp_noise_multiplier": 2.0, "dp_delta": 1e-2, "evaluate_every": 0}
 
 
 def test_events_record_epsilon_after_each_round_also_after_a_restart(tmp_path: Path) -> None:
-    site = FederationHarness(tmp_path)
-    run = site.create(rounds=3, **NOISED)
-    participant = site.join(run)
+    harness = FederationHarness(tmp_path)
+    run = harness.create(rounds=3, **NOISED)
+    participant = harness.join(run)
     for round_ in (1, 2, 3):
-        trained(site, run, participant, 1.0, round_)
-        site.close()
-        site.open()
-    told = [one.epsilon for one in view(site, run).rounds]
+        trained(harness, run, participant, 1.0, round_)
+        harness.close()
+        harness.open()
+    told = [one.epsilon for one in view(harness, run).rounds]
     # Hand-worked for one round at order 7, see test_server_accountant.
     assert told[0] is not None
     assert told[0] <= 1.1640594
     assert told == [pytest.approx(compute_epsilon([1.0] * n, 2.0, 1e-2)) for n in (1, 2, 3)]
     assert told == sorted(told)
     assert len(set(told)) == 3
-    events = [e.data for e in site.federation.events(run, 0) if e.kind == "privacy_spent"]
+    events = [e.data for e in harness.federation.events(run, 0) if e.kind == "privacy_spent"]
     assert [event["epsilon"] for event in events] == told
     assert [(event["delta"], event["sampling_rate"]) for event in events] == [(1e-2, 1.0)] * 3
-    assert site.runs.snapshot(run).status is RunStatus.FINISHED
-    shown = _rounds_table(view(site, run)).columns[-1]
+    assert harness.runs.snapshot(run).status is RunStatus.FINISHED
+    shown = _rounds_table(view(harness, run)).columns[-1]
     assert [shown.header, *shown.cells] == ["epsilon", *(f"{epsilon:.2f}" for epsilon in told)]
-    site.close()
+    harness.close()
 
 
 def test_sampling_costs_less_and_a_repeated_round_nothing(
     tmp_path: Path,
 ) -> None:
-    with bench(tmp_path) as site:
-        run = site.create(
+    with closing(FederationHarness(tmp_path)) as harness:
+        run = harness.create(
             rounds=1, min_participants=2, participants_per_round=1, round_timeout_s=9, **NOISED
         )
-        members = [site.join(run, name) for name in "ab"]
-        drawn = [m for m in members if site.task(run, m).task is Task.TRAIN]
+        members = [harness.join(run, name) for name in "ab"]
+        drawn = [m for m in members if harness.task(run, m).task is Task.TRAIN]
         assert len(drawn) == 1
-        site.time.now += 10  # nobody answers
-        drawn = [m for m in members if site.task(run, m).task is Task.TRAIN]
-        site.update(run, drawn[0], state_of(1.0), attempt=1)
-        first, second = view(site, run).rounds
+        harness.time.now += 10  # nobody answers
+        drawn = [m for m in members if harness.task(run, m).task is Task.TRAIN]
+        harness.update(run, drawn[0], state_of(1.0), attempt=1)
+        first, second = view(harness, run).rounds
         assert first.epsilon is None
         assert second.epsilon == pytest.approx(compute_epsilon([1.0], 2.0, 1e-2))
-        (event,) = [e.data for e in site.federation.events(run, 0) if e.kind == "privacy_spent"]
+        (event,) = [e.data for e in harness.federation.events(run, 0) if e.kind == "privacy_spent"]
         assert event["sampling_rate"] == 0.5
         assert event["epsilon_secret_sample"] == pytest.approx(compute_epsilon([0.5], 2.0, 1e-2))
 
 
-def change(site: FederationHarness, run: str) -> float:
-    return length(site.state(run))  # from zeros
+def change(harness: FederationHarness, run: str) -> float:
+    return length(harness.state(run))  # from zeros
 
 
 @pytest.mark.parametrize("placement", ["input", "cut"])
 def test_the_complete_update_is_clipped_for_both_placements(tmp_path: Path, placement: str) -> None:
-    with bench(tmp_path) as site:
-        run = site.create(rounds=1, dp_clip=0.25, prompt_at=placement, evaluate_every=0)
-        participant = site.join(run)
-        site.task(run, participant)
-        state = {name: torch.full_like(t, 3.0) for name, t in site.state(run).items()}
+    with closing(FederationHarness(tmp_path)) as harness:
+        run = harness.create(rounds=1, dp_clip=0.25, prompt_at=placement, evaluate_every=0)
+        participant = harness.join(run)
+        harness.task(run, participant)
+        state = {name: torch.full_like(t, 3.0) for name, t in harness.state(run).items()}
         prompts = {"prompts": state.pop("prompts")} if placement == "cut" else {}
-        site.update(run, participant, state, trained=(lambda: prompts) if prompts else None)
-        assert change(site, run) == pytest.approx(0.25, rel=1e-5)
-        assert bool(site.state(run)["prompts"].ne(0).all())
-        assert view(site, run).rounds[0].epsilon is None  # clipping alone is no privacy
+        harness.update(run, participant, state, trained=(lambda: prompts) if prompts else None)
+        assert change(harness, run) == pytest.approx(0.25, rel=1e-5)
+        assert bool(harness.state(run)["prompts"].ne(0).all())
+        assert view(harness, run).rounds[0].epsilon is None  # clipping alone is no privacy
 
 
 def test_private_updates_have_equal_weights(tmp_path: Path) -> None:
-    with bench(tmp_path) as site:
-        run = site.create(rounds=1, min_participants=2, dp_clip=1e6, evaluate_every=0)
-        members = [site.join(run, name) for name in "ab"]
+    with closing(FederationHarness(tmp_path)) as harness:
+        run = harness.create(rounds=1, min_participants=2, dp_clip=1e6, evaluate_every=0)
+        members = [harness.join(run, name) for name in "ab"]
         for member, value, samples in zip(members, (1.0, 2.0), (1, 99), strict=True):
-            site.task(run, member)
-            site.update(run, member, state_of(value), samples=samples)
-        assert float(site.state(run)["prompts"].mean()) == pytest.approx(1.5)
+            harness.task(run, member)
+            harness.update(run, member, state_of(value), samples=samples)
+        assert float(harness.state(run)["prompts"].mean()) == pytest.approx(1.5)
 
 
 def test_the_server_optimiser_uses_the_noised_mean(tmp_path: Path) -> None:
@@ -260,14 +263,14 @@ def test_the_server_optimiser_uses_the_noised_mean(tmp_path: Path) -> None:
     def states(**federation: Any) -> list[dict[str, Tensor]]:
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         reached = []
-        with bench(folder) as site:
-            run = site.create(rounds=2, dp_seed=4, **NOISED, **federation)
-            participant = site.join(run)
+        with closing(FederationHarness(folder)) as harness:
+            run = harness.create(rounds=2, dp_seed=4, **NOISED, **federation)
+            participant = harness.join(run)
             for round_ in (1, 2):
-                base = site.state(run)
-                assert site.task(run, participant).task is Task.TRAIN
-                site.update(run, participant, base, round_=round_)  # no change: noise alone
-                reached.append(site.state(run))
+                base = harness.state(run)
+                assert harness.task(run, participant).task is Task.TRAIN
+                harness.update(run, participant, base, round_=round_)  # no change: noise alone
+                reached.append(harness.state(run))
         return reached
 
     plain, stepped = states(), states(server_optimizer="fedavgm")
@@ -281,12 +284,12 @@ def test_the_server_optimiser_uses_the_noised_mean(tmp_path: Path) -> None:
 
 def drawn(seed: int, **federation: Any) -> set[tuple[str, ...]]:
     run = a_run(10, participants_per_round=5, **federation)
-    found = set()
+    samplings = set()
     for _ in range(seed):
         step = next_step(run)
         assert isinstance(step, OpenTraining)
-        found.add(step.sampled)
-    return found
+        samplings.add(step.sampled)
+    return samplings
 
 
 def test_the_private_sample_cannot_be_predicted_from_the_settings() -> None:

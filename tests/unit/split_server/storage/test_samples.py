@@ -20,10 +20,10 @@ from tests.support.samples import (
     assert_whole,
     content,
     files,
-    kept,
     lacking,
     name,
     put,
+    stored_numbers,
     take,
 )
 
@@ -83,7 +83,7 @@ def test_a_sample_on_disk_has_the_same_bytes(make: MakeStore, tmp_path: Path) ->
     put(store, A, range(4, 12), TEN)
     assert store.memory_bytes <= 40
     assert sum(files(tmp_path / "samples-0")) == store.disk_bytes >= 80
-    assert kept(store, A) == list(range(12))
+    assert stored_numbers(store, A) == list(range(12))
     for number in range(12):
         assert_whole(take(store, A, [number]), A, [number])
 
@@ -160,7 +160,7 @@ def test_take_returns_the_missing_positions_and_drops_nothing(make: MakeStore) -
     assert take(store, B, [1, 2]) == [0, 1] == lacking(store, B, [1, 2])
     assert store.memory_bytes == 30
     put(store, A, [4])  # 1 and 2 were used
-    assert kept(store, A) == [1, 2, 4]
+    assert stored_numbers(store, A) == [1, 2, 4]
 
 
 def test_list_missing_does_not_count_as_use(make: MakeStore) -> None:
@@ -168,7 +168,7 @@ def test_list_missing_does_not_count_as_use(make: MakeStore) -> None:
     put(store, A, [1, 2, 3])
     assert lacking(store, A, [1]) == []
     put(store, A, [4])
-    assert kept(store, A) == [2, 3, 4]
+    assert stored_numbers(store, A) == [2, 3, 4]
 
 
 def test_mixed_forms_are_refused(make: MakeStore) -> None:
@@ -191,7 +191,7 @@ def test_a_sample_over_a_limit_is_refused_and_nothing_is_dropped(
     with pytest.raises(TooLarge) as caught:
         put(store, A, [2], TEN)
     assert (caught.value.limit, caught.value.value) == (9, 10)
-    assert kept(store, A) == [1]
+    assert stored_numbers(store, A) == [1]
     assert store.memory_bytes == 8
 
 
@@ -204,9 +204,9 @@ def test_the_least_recently_used_sample_is_dropped_first(make: MakeStore) -> Non
     take(store, A, [1])
     put(store, A, [2])  # sent again: used again
     put(store, A, [5])
-    assert kept(store, A) == [1, 2, 4, 5]
+    assert stored_numbers(store, A) == [1, 2, 4, 5]
     put(store, A, [6])
-    assert kept(store, A) == [1, 2, 5, 6]
+    assert stored_numbers(store, A) == [1, 2, 5, 6]
 
 
 def test_the_least_recent_owners_samples_are_dropped_first(make: MakeStore) -> None:
@@ -215,7 +215,11 @@ def test_the_least_recent_owners_samples_are_dropped_first(make: MakeStore) -> N
     put(store, B, [1, 2])
     take(store, A, [1])
     put(store, C, [1, 2])
-    assert (kept(store, A), kept(store, B), kept(store, C)) == ([1, 2], [], [1, 2])
+    assert (stored_numbers(store, A), stored_numbers(store, B), stored_numbers(store, C)) == (
+        [1, 2],
+        [],
+        [1, 2],
+    )
 
 
 def test_a_participant_over_its_limit_loses_its_own_samples_alone(make: MakeStore) -> None:
@@ -223,14 +227,14 @@ def test_a_participant_over_its_limit_loses_its_own_samples_alone(make: MakeStor
     put(store, B, [1, 2, 3])
     put(store, A, [1, 2])
     put(store, A, [3, 4, 5])
-    assert (kept(store, A), kept(store, B)) == ([3, 4, 5], [1, 2, 3])
+    assert (stored_numbers(store, A), stored_numbers(store, B)) == ([3, 4, 5], [1, 2, 3])
     assert store.memory_bytes == 60
 
 
 def test_a_participants_limit_includes_its_disk(make: MakeStore) -> None:
     store = make(memory=20, disk=PLENTY, participant=50)
     put(store, A, range(9))
-    assert kept(store, A) == [4, 5, 6, 7, 8]
+    assert stored_numbers(store, A) == [4, 5, 6, 7, 8]
     assert store.memory_bytes <= 20
 
 
@@ -240,7 +244,7 @@ def test_the_least_recently_used_segment_is_dropped_first(make: MakeStore) -> No
     assert (store.memory_bytes, store.disk_bytes) == (40, 40)
     take(store, A, [0])
     put(store, A, [8])
-    assert kept(store, A) == [0, *range(2, 9)]
+    assert stored_numbers(store, A) == [0, *range(2, 9)]
 
 
 @pytest.mark.parametrize("disk", [0, 40])
@@ -248,7 +252,7 @@ def test_a_batch_is_complete_once_its_missing_samples_are_sent(make: MakeStore, 
     """Its stored samples, least recently used before, must not be dropped for the others."""
     store = make(memory=80, disk=disk, participant=80 + disk)
     put(store, A, range(20))
-    here = kept(store, A)
+    here = stored_numbers(store, A)
     batch = [*here[:5], 0, 1]
     assert take(store, A, batch) == [5, 6]
     put(store, A, [0, 1])
@@ -283,13 +287,13 @@ def test_dropping_frees_memory_and_files(make: MakeStore, tmp_path: Path) -> Non
     for owner in (A, B, C):
         put(store, owner, range(10))
     store.drop("r1", "p2")
-    assert [kept(store, owner, range(10)) for owner in (A, B, C)] == [
+    assert [stored_numbers(store, owner, range(10)) for owner in (A, B, C)] == [
         list(range(10)),
         [],
         list(range(10)),
     ]
     store.drop("r1")
-    assert kept(store, A, range(10)) == []
+    assert stored_numbers(store, A, range(10)) == []
     assert_whole(take(store, C, range(10)), C, range(10))
     assert sum(files(tmp_path / "samples-0")) == store.disk_bytes
     store.drop("r2")
@@ -305,7 +309,7 @@ def test_files_of_an_earlier_process_are_removed(tmp_path: Path) -> None:
     put(killed, A, range(10))
     assert files(tmp_path / "samples")
     again = SampleStore(tmp_path / "samples", limits)
-    assert (files(tmp_path / "samples"), kept(again, A)) == ([], [])
+    assert (files(tmp_path / "samples"), stored_numbers(again, A)) == ([], [])
     again.close()
     assert not (tmp_path / "samples").exists()
 
@@ -314,7 +318,7 @@ def test_the_number_of_mapped_files_is_limited(tmp_path: Path) -> None:
     store = SampleStore(tmp_path / "samples", StoreLimits(40, PLENTY, PLENTY, files=3))
     put(store, A, range(40))
     assert 0 < len(files(tmp_path / "samples")) <= 3
-    assert kept(store, A)[-1] == 39
+    assert stored_numbers(store, A)[-1] == 39
     store.close()
 
 

@@ -24,9 +24,9 @@ from tests.support.samples import (
     C,
     assert_whole,
     files,
-    kept,
     lacking,
     put,
+    stored_numbers,
     take,
 )
 
@@ -63,14 +63,14 @@ class AnyUse(RuleBasedStateMachine):
             with pytest.raises(TooLarge):
                 put(self.store, owner, numbers, form)
             return
-        there = kept(self.store, owner)
+        there = stored_numbers(self.store, owner)
         put(self.store, owner, numbers, form)
         self.sent |= {(owner, number): form for number in numbers if number not in there}
         self.use(owner, numbers)
         if numbers[-1] not in numbers[:-1] and numbers[-1] not in there:
             assert lacking(self.store, owner, numbers[-1:]) == [], "just sent, and gone"
         if not self.limits.disk_bytes:
-            here = kept(self.store, owner)
+            here = stored_numbers(self.store, owner)
             gone = {number for who, number in self.sent if who == owner} - set(here)
             oldest = min(self.used[owner, number] for number in here)
             assert all(self.used[owner, number] < oldest for number in gone)
@@ -103,7 +103,7 @@ class AnyUse(RuleBasedStateMachine):
 
     @invariant()
     def no_budget_is_passed(self) -> None:
-        here = {owner: kept(self.store, owner) for owner in (A, B, C)}
+        here = {owner: stored_numbers(self.store, owner) for owner in (A, B, C)}
         sizes = {
             owner: sum(self.sent[owner, number].nbytes for number in numbers)
             for owner, numbers in here.items()
@@ -153,7 +153,7 @@ def test_many_threads_at_once(tmp_path: Path) -> None:
     with ThreadPoolExecutor(6) as threads:
         seen = sum(threads.map(use, range(6)))
     assert seen > 20, "hardly anything was found"
-    here = sum(len(kept(store, owner, range(60))) for owner in (A, B, C))
+    here = sum(len(stored_numbers(store, owner, range(60))) for owner in (A, B, C))
     assert store.memory_bytes <= 300
     assert store.disk_bytes == sum(files(path)) <= 600
     assert store.memory_bytes <= 10 * here <= store.memory_bytes + store.disk_bytes

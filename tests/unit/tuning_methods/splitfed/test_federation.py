@@ -18,7 +18,7 @@ from split_model import load_state
 from split_server.federation import transitions
 from split_server.federation.export import newest_state
 from split_server.storage.events import IdempotentRequest
-from tests.support.federation import SMALL, FederationHarness, everywhere, run_settings, state_of
+from tests.support.federation import SMALL, FederationHarness, run_settings, state_of, state_value
 from tuning_methods.custom.settings import Custom
 
 MODEL = SMALL.model_copy(update={"prompt_count": 0, "tune": "full", "tune_body": True, "cut": 10})
@@ -27,16 +27,18 @@ SPLIT = MODEL
 
 
 @pytest.fixture
-def site(tmp_path: Path) -> Iterator[FederationHarness]:
+def harness(tmp_path: Path) -> Iterator[FederationHarness]:
     harness = FederationHarness(tmp_path)
     yield harness
     harness.close()
 
 
-def created(site: FederationHarness, wire: dict[str, Any] | None = None, **federation: Any) -> str:
+def created(
+    harness: FederationHarness, wire: dict[str, Any] | None = None, **federation: Any
+) -> str:
     plain = run_settings(wire=wire, **federation)
     settings = RunPlan.model_validate({**plain.model_dump(), "model": MODEL.model_dump()})
-    return site.federation.create(
+    return harness.federation.create(
         Custom.of(settings), IdempotentRequest.of("create", uuid.uuid4().hex)
     ).id
 
@@ -49,70 +51,70 @@ def parts_of(value: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 
 def send(
-    site: FederationHarness, run: str, who: str, value: float, samples: int = 10, round_: int = 1
+    harness: FederationHarness, run: str, who: str, value: float, samples: int = 10, round_: int = 1
 ) -> None:
     sent, body = parts_of(value)
-    site.update(run, who, sent, samples=samples, round_=round_, trained=lambda: body)
+    harness.update(run, who, sent, samples=samples, round_=round_, trained=lambda: body)
 
 
 @pytest.mark.parametrize("wire", [{}, {"update_deltas": True, "updates": "float16"}])
 def test_bodies_are_averaged_as_the_devices_part_is(
-    site: FederationHarness, wire: dict[str, Any]
+    harness: FederationHarness, wire: dict[str, Any]
 ) -> None:
     """Both files hold the mean, (10 x 2 + 30 x 6) / 40 = 5."""
-    run = created(site, wire, min_participants=2, evaluate_every=0)
-    a, b = site.join(run, "a"), site.join(run, "b")
-    site.task(run, a), site.task(run, b)
-    send(site, run, b, 6.0, samples=30)
-    send(site, run, a, 2.0, samples=10)
-    assert everywhere(site, run) == 5.0
-    snapshot = site.runs.snapshot(run)
+    run = created(harness, wire, min_participants=2, evaluate_every=0)
+    a, b = harness.join(run, "a"), harness.join(run, "b")
+    harness.task(run, a), harness.task(run, b)
+    send(harness, run, b, 6.0, samples=30)
+    send(harness, run, a, 2.0, samples=10)
+    assert state_value(harness, run) == 5.0
+    snapshot = harness.runs.snapshot(run)
     assert snapshot.state.server is not None
-    device = load_state(site.runs.files(run).state(snapshot.state.device.sha256))
-    server = load_state(site.runs.files(run).server_state(snapshot.state.server.sha256))
+    device = load_state(harness.runs.files(run).state(snapshot.state.device.sha256))
+    server = load_state(harness.runs.files(run).server_state(snapshot.state.server.sha256))
     sent, body = parts_of(0.0)
     assert (device.keys(), server.keys()) == (sent.keys(), body.keys())
 
 
-def test_an_update_without_its_body_is_not_counted(site: FederationHarness) -> None:
-    run = created(site)
-    a = site.join(run)
-    site.task(run, a)
+def test_an_update_without_its_body_is_not_counted(harness: FederationHarness) -> None:
+    run = created(harness)
+    a = harness.join(run)
+    harness.task(run, a)
 
     def lost() -> dict[str, Tensor]:
         raise StepLost("the session is lost")
 
     with pytest.raises(StepLost):
-        site.update(run, a, parts_of(1.0)[0], trained=lost)
-    assert site.task(run, a).task is Task.TRAIN, "it may start the round again"
+        harness.update(run, a, parts_of(1.0)[0], trained=lost)
+    assert harness.task(run, a).task is Task.TRAIN, "it may start the round again"
     with pytest.raises(WrongShape):  # a device does not send a body
-        site.update(run, a, state_of(1.0, SPLIT), trained=lost)
-    assert site.kinds(run).count("update_counted") == 0
+        harness.update(run, a, state_of(1.0, SPLIT), trained=lost)
+    assert harness.kinds(run).count("update_counted") == 0
 
 
 def test_a_server_killed_before_a_state_counts_computes_it_again(
-    site: FederationHarness, monkeypatch: pytest.MonkeyPatch
+    harness: FederationHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """FedAvgM: 0 to 1; then the momentum is 0.9 x 1 + 0.5, so 1 to 2.4."""
-    run = created(site, rounds=2, server_optimizer="fedavgm", evaluate_every=0)
-    a = site.join(run)
-    site.task(run, a)
-    send(site, run, a, 1.0)
-    assert everywhere(site, run) == 1.0
-    site.task(run, a)
+    run = created(harness, rounds=2, server_optimizer="fedavgm", evaluate_every=0)
+    a = harness.join(run)
+    harness.task(run, a)
+    send(harness, run, a, 1.0)
+    assert state_value(harness, run) == 1.0
+    harness.task(run, a)
 
     def crash(*_: Any) -> None:
         raise RuntimeError("killed")
 
     with monkeypatch.context() as patch:
         patch.setattr(transitions, "apply", crash)
-        send(site, run, a, 1.5, round_=2)
-    assert everywhere(site, run) == 1.0
-    site.close()
-    site.open()
-    site.task(run, a)
-    assert everywhere(site, run) == pytest.approx(2.4)
-    finished, state = newest_state(site.folder, run)
+        send(harness, run, a, 1.5, round_=2)
+    assert state_value(harness, run) == 1.0
+    harness.close()
+    harness.open()
+    harness.task(run, a)
+    assert state_value(harness, run) == pytest.approx(2.4)
+    finished, state = newest_state(harness.folder, run)
     assert finished.status is RunStatus.FINISHED
     assert {name: tensor.shape for name, tensor in state.items()} == {
         name: tensor.shape for name, tensor in state_of(0.0, SPLIT).items()
@@ -120,18 +122,18 @@ def test_a_server_killed_before_a_state_counts_computes_it_again(
     assert all(torch.allclose(tensor, torch.tensor(2.4)) for tensor in state.values())
 
 
-def test_bodies_of_earlier_rounds_are_deleted(site: FederationHarness) -> None:
-    run = created(site, rounds=4, evaluate_every=0)
-    a = site.join(run)
+def test_bodies_of_earlier_rounds_are_deleted(harness: FederationHarness) -> None:
+    run = created(harness, rounds=4, evaluate_every=0)
+    a = harness.join(run)
     for round_ in (1, 2, 3):
-        site.task(run, a)
-        send(site, run, a, float(round_), round_=round_)
-    files, snapshot = site.runs.files(run), site.runs.snapshot(run)
+        harness.task(run, a)
+        send(harness, run, a, float(round_), round_=round_)
+    files, snapshot = harness.runs.files(run), harness.runs.snapshot(run)
     assert snapshot.state.server is not None
     bodies = {path.stem for path in (files.root / "held").iterdir()}
     assert snapshot.state.server.sha256 in bodies
     assert len(bodies) <= 2, "of four states"
     assert len(list((files.root / "states").iterdir())) == 4, "devices can download earlier states"
-    site.close()
-    site.open()
+    harness.close()
+    harness.open()
     assert {path.stem for path in (files.root / "held").iterdir()} == {snapshot.state.server.sha256}
