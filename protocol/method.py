@@ -77,8 +77,12 @@ class MethodSettings(Message):
         """Whether the server may rebuild the run's head between rounds."""
         return False
 
-    def defaults(self) -> dict[str, dict[str, Any]]:
-        """Return the method's defaults, by table and field, for fields that a run does not set."""
+    def defaults(self, given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """Return the method's defaults, by table and field, for fields that a run does not set.
+
+        Args:
+            given: the run's settings by table, as they were written; not validated.
+        """
         return {}
 
     def model_part(self, settings: RunSettings) -> Fields:

@@ -90,7 +90,7 @@ class RunSettings(Message):
         except ValueError:
             return values  # the field's validation reports the error
         filled = {**values, "method": method}
-        for name, defaults in method.defaults().items():
+        for name, defaults in method.defaults(values).items():
             table = values.get(name, {})
             if isinstance(table, Mapping):
                 filled[name] = {**defaults, **table}

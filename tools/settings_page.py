@@ -80,7 +80,7 @@ def _run_blocks() -> Iterator[str]:
 def _method_defaults(method: MethodSettings) -> str:
     """What a method sets in other tables unless the file says otherwise, and its source."""
     lines = []
-    for part, values in method.defaults().items():
+    for part, values in method.defaults({}).items():
         shown = ", ".join(f"`{name} = {json.dumps(value)}`" for name, value in values.items())
         lines.append(f"Defaults in `[{part}]`: {shown}.")
     if method.source:

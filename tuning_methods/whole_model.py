@@ -7,6 +7,7 @@ head to tail.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
@@ -29,7 +30,7 @@ class WholeModel(MethodSettings, ABC):
 
     rates: ClassVar[dict[str, Any]] = {"tail_learning_rate": 2e-2}  # the method's defaults
 
-    def defaults(self) -> dict[str, dict[str, Any]]:
+    def defaults(self, given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         shared = {"batch_size": 8, "prompt_learning_rate": 1e-2, "warmup_rounds": 1}
         return {"training": shared | self.rates}
 

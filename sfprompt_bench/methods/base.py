@@ -148,7 +148,7 @@ def with_changes(settings: RunSettings, changes: Changes) -> RunSettings:
 def _chosen_values(settings: RunSettings) -> dict[str, Any]:
     """A run's values without those that are the defaults of its method."""
     values = settings.model_dump()
-    defaults = settings.method.defaults()
+    defaults = settings.method.defaults(dict(settings))
     for part in ("method", "training", "wire"):
         plain = _plain(type(getattr(settings, part))) | defaults.get(part, {})
         fields = values[part].items()

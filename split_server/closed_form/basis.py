@@ -5,6 +5,7 @@ The server computes it from all samples, without labels. Features travel in this
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from split_server.storage.run_files import read_tensors
+from split_server.storage.run_files import TAIL_BIAS, TAIL_WEIGHT, read_tensors
 
 # Components with less than this share of the largest variance are rounding errors.
 _SMALLEST_VARIANCE = 1e-7
@@ -50,6 +51,11 @@ class Basis:
         """
         flat = gradients.flatten(1).to(self.vectors.dtype) @ self.vectors.T  # (B, q)
         return flat.reshape(len(flat), -1, width)
+
+    def without_basis(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return a state's linear tail, [C, r] in this basis, for all read numbers, [C, q]."""
+        weight = state[TAIL_WEIGHT] @ self.vectors.T  # (C, q)
+        return {TAIL_WEIGHT: weight, TAIL_BIAS: state[TAIL_BIAS] - weight @ self.mean}
 
     def to(self, device: torch.device) -> Basis:
         """Return the basis on a device."""

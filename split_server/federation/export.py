@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from protocol.errors import NotFound
 from split_model import export_model, head_weights
+from split_server.closed_form.basis import read_basis
 from split_server.federation.snapshot import RunSnapshot, load_snapshot
 from split_server.storage.database import RunRow, Store
 from split_server.storage.run_files import RunFiles
@@ -30,11 +32,14 @@ def export_run(data_dir: Path, run_id: str, out: Path) -> None:
     head = None
     if model.uses_head_file:
         head = head_weights(RunFiles(data_dir / "runs" / run_id).head)
-    export_model(model.plan, model.weights, model.state, out, metadata, classes, head)
+    plan = model.plan.replace(rank=0)  # its tail reads all numbers, see `newest_state`
+    export_model(plan, model.weights, model.state, out, metadata, classes, head)
 
 
 def newest_state(data_dir: Path, run_id: str) -> tuple[RunSnapshot, dict[str, Tensor]]:
     """Load a run and its newest global state, with both the device's and the server's part.
+
+    A tail that reads several depths in a basis is returned as one that reads all their numbers.
 
     Raises:
         NotFound: the folder contains no such run.
@@ -53,4 +58,7 @@ def newest_state(data_dir: Path, run_id: str) -> tuple[RunSnapshot, dict[str, Te
     finally:
         store.close()
     files = RunFiles(data_dir / "runs" / run_id)
-    return run, files.read_state(run.state)
+    state = files.read_state(run.state)
+    if run.plan.model.rank:
+        state |= read_basis(files.newest_basis(), torch.device("cpu")).without_basis(state)
+    return run, state

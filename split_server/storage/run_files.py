@@ -23,6 +23,8 @@ from split_model.files import write_durably
 
 log = logging.getLogger(__name__)
 
+TAIL_WEIGHT, TAIL_BIAS = "tail.head.weight", "tail.head.bias"  # of a linear tail, in a state
+
 
 def relative_to_data_dir(path: Path, data_dir: Path) -> str:
     """Return a path relative to the data folder, which may be moved or restored elsewhere."""
@@ -244,4 +246,4 @@ def read_linear_tail(path: Path, device: torch.device) -> tuple[Tensor, Tensor]:
         OSError: the file cannot be read.
     """
     tensors = read_tensors(path)
-    return tensors["tail.head.weight"].to(device), tensors["tail.head.bias"].to(device)
+    return tensors[TAIL_WEIGHT].to(device), tensors[TAIL_BIAS].to(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -38,8 +39,8 @@ class FedPEFT(WholeModel):
         0, ge=0, le=4096, description="inner width (tune = adapter); 0: an eighth of the model's"
     )
 
-    def defaults(self) -> dict[str, dict[str, Any]]:
-        return {"training": super().defaults()["training"] | _RATES[self.tune]}
+    def defaults(self, given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        return {"training": super().defaults(given)["training"] | _RATES[self.tune]}
 
     def tuning_part(self, settings: RunSettings) -> Fields:
         if self.tune == "prompt":

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BaseModel, Field
 
 from protocol.base import Message
 from protocol.codec_names import is_row_wise_inside
@@ -40,6 +41,13 @@ _TRAINING = (
     "split_epochs",
     "local_learning_rate_scale",
 )
+
+
+def _excludes_start(federation: object) -> bool:
+    """Whether settings of the federation, as they were written, exclude a closed-form start."""
+    given = dict(federation) if isinstance(federation, Mapping | BaseModel) else {}
+    private = given.get("dp_clip") is not None
+    return private or given.get("server_optimizer", "fedavg") != "fedavg"
 
 
 class _SplitPrompts(MethodSettings):
@@ -99,14 +107,15 @@ class SFPrompt(_SplitPrompts):
         True, description="send a sample's smashed data once; the server caches them"
     )
 
-    def defaults(self) -> dict[str, dict[str, Any]]:
+    def defaults(self, given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         # At the same bytes, 4-bit gradients of 80 % of the samples, rounded stochastically, are
         # more accurate than 8-bit gradients of 60 %. Without a warm-up round the first steps of
-        # fresh prompts are too long.
+        # fresh prompts are too long. After a closed-form start prompts refine what fits already.
+        starts = self.depths != 0 and not _excludes_start(given.get("federation", {}))
         return {
             "training": {
                 "batch_size": 8,
-                "prompt_learning_rate": 2e-3,
+                "prompt_learning_rate": 5e-4 if starts else 2e-3,
                 "tail_learning_rate": 1e-2,
                 "warmup_rounds": 1,
             },
@@ -133,7 +142,6 @@ class SFPrompt(_SplitPrompts):
         """Return the number of depths; by default 0 for what excludes a closed-form start."""
         if self.depths is not None:
             return self.depths
-        federation = settings.federation
         possible = (
             not self.tail_blocks
             and not self.local_epochs
@@ -141,8 +149,7 @@ class SFPrompt(_SplitPrompts):
             and (self.keep_fraction == 1 or self.pruning == "random")
             and settings.wire.pooled_features
             and is_row_wise_inside(settings.wire.start)
-            and federation.dp_clip is None
-            and federation.server_optimizer == "fedavg"
+            and not _excludes_start(dict(settings.federation))
         )
         return _DEPTHS if possible else 0
 
@@ -213,7 +220,7 @@ class SFPromptPaper(PaperPart, _SplitPrompts):
         description="times the error of the smashed data's codec is added to their gradient",
     )
 
-    def defaults(self) -> dict[str, dict[str, Any]]:
+    def defaults(self, given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         # A device makes few steps a round: rates are high, with a warm-up, and batches small.
         return {
             "training": {

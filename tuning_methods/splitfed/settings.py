@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -32,7 +33,7 @@ class SplitFed(MethodSettings):
     tail_blocks: int = Field(0, ge=0, le=256, description="last blocks, which the tail runs")
     split_epochs: int = Field(1, ge=1, le=10_000, description="epochs a round over all samples")
 
-    def defaults(self) -> dict[str, dict[str, Any]]:
+    def defaults(self, given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         rate = 5e-5 if self.tune == "full" else 2e-2
         shared = {"batch_size": 8, "prompt_learning_rate": 1e-2, "warmup_rounds": 1}
         return {"training": {**shared, "tail_learning_rate": rate}}

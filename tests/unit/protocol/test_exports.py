@@ -31,7 +31,7 @@ EXPORTED = {
     "messages": "Assignment BlobRef BodyStepMeta BytesByPhase Count EvaluationReport Event "
     "ExchangeMeta InferMeta JoinRequest JoinResponse Loss MAX_LOSS ParticipantView Results "
     "RoundStatus RoundView RunStatus RunView "
-    "SAMPLE_ID_BYTES SamplesMeta Seconds Sha256 StepId StepMeta Task UpdateMeta UpdateReceipt "
+    "SAMPLE_ID_BYTES SamplesMeta Seconds Sha256 StartMeta StepId StepMeta Task UpdateMeta UpdateReceipt "
     "parse_message",
     "seeds": "derive_seed",
     "parts": "BackboneSettings CodecName Text TrainingSettings WireSettings",
@@ -41,7 +41,7 @@ EXPORTED = {
     "tls": "create_ssl_context",
     "wire": "BACKWARD_PATH EXCHANGE_PATH FLOAT32_BYTES FORWARD_PATH FRAME_MEDIA_TYPE "
     "IDEMPOTENCY_HEADER INFER_PATH MISSING_PATH PROTOCOL_VERSION REQUEST_ID_HEADER "
-    "SAMPLES_PATH VERSION_HEADER",
+    "SAMPLES_PATH SOLVE_PATH START_PATH VERSION_HEADER",
 }
 
 FOLDER = Path(protocol.__file__).parent
