@@ -31,8 +31,8 @@ EXPORTED = {
     "messages": "Assignment BlobRef BodyStepMeta BytesByPhase Count EvaluationReport Event "
     "ExchangeMeta InferMeta JoinRequest JoinResponse Loss MAX_LOSS ParticipantView Results "
     "RoundStatus RoundView RunStatus RunView "
-    "SAMPLE_ID_BYTES SamplesMeta Seconds Sha256 StartMeta StepId StepMeta Task UpdateMeta UpdateReceipt "
-    "parse_message",
+    "SAMPLE_ID_BYTES SamplesMeta Seconds Sha256 StartMeta StepId StepMeta Task UpdateMeta "
+    "UpdateReceipt parse_message",
     "seeds": "derive_seed",
     "parts": "BackboneSettings CodecName Text TrainingSettings WireSettings",
     "plan": "ModelPlan PromptDepth PromptPlacement ProxyKind PruningScore RunPlan TrainingPlan "

@@ -1,0 +1,262 @@
+"""Round 0 over HTTP: one classifier for every partition, exported as it was evaluated."""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+import torch
+from sklearn.decomposition import PCA
+from sklearn.linear_model import Ridge
+from torch import Tensor
+from torch.nn import functional as F
+
+from edge_client.data import BatchReader, Dataset, ImageSet
+from edge_client.model import preprocessing_of
+from edge_client.participant import JoinedRun, Participant, succeeded
+from edge_client.transport import Server
+from protocol.errors import InvalidField
+from protocol.messages import Results, RunStatus
+from protocol.settings import RunSettings
+from split_model import (
+    Layered,
+    build_body,
+    build_head,
+    image_preparation,
+    load_exported,
+    open_backbone,
+)
+from split_server.federation.export import export_run, newest_state
+from split_server.storage.run_files import RunFiles, read_tensors
+from tests.support.edge import CLASSES, image_set
+from tests.support.reporters import SilentReporter
+from tests.support.server import RunningServer
+
+TRAIN, TEST = image_set(18), image_set(6, seed=1)
+
+PLAIN = {"smashed": "float32", "start": "float32", "features": "float32", "inference": "float32"}
+
+R = TypeVar("R")
+
+
+def settings(devices: int, rounds: int = 0, **wire: str) -> RunSettings:
+    return RunSettings.model_validate(
+        {
+            "model": {
+                "backbone": "vit_tiny_patch16_224",
+                "weights": "random:0",
+                "image_size": 32,
+                "num_classes": len(CLASSES),
+            },
+            "method": {"name": "sfprompt", "prompt_count": 2, "rank": 16},
+            "federation": {"rounds": rounds, "min_participants": devices},
+            "wire": {"updates": "float32", "head": "float32", **PLAIN, **wire},
+        }
+    )
+
+
+def of_class(images: ImageSet, label: int) -> ImageSet:
+    return images.subset(torch.arange(len(images))[images.labels == label])
+
+
+def at_once(calls: Sequence[Callable[[], R]]) -> list[R]:
+    """Call functions that wait for each other, each on a thread."""
+    results: dict[int, R] = {}
+    threads = [
+        threading.Thread(target=lambda place=place, call=call: results.update({place: call()}))
+        for place, call in enumerate(calls)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+    assert len(results) == len(calls), "a device has failed"
+    return [results[place] for place in range(len(calls))]
+
+
+def take_part(
+    server: RunningServer, home: Path, run: str, name: str, data: Dataset
+) -> Callable[[], bool]:
+    def call() -> bool:
+        with closing(Server(server.url)) as client:
+            device = Participant(client, data, home / name, name, SilentReporter())
+            return succeeded(device.join(run, f"join-{name}").take_part())
+
+    return call
+
+
+def run_with(
+    server: RunningServer, home: Path, train: Sequence[ImageSet], **more: Any
+) -> tuple[str, Results]:
+    """Run with one device for each training set; the first also has the test images."""
+    operator = server.operator()
+    run = operator.create(settings(len(train), **more), key=uuid.uuid4().hex).id
+    empty = TEST.subset(torch.arange(0))
+    parts = [Dataset(part, TEST if place == 0 else empty) for place, part in enumerate(train)]
+    calls = [take_part(server, home, run, f"d{place}", data) for place, data in enumerate(parts)]
+    assert all(at_once(calls))
+    answer = operator.call("GET", f"/v1/runs/{run}/results")
+    return run, Results.model_validate(answer.json())
+
+
+def tail_of(data_dir: Path, run: str) -> tuple[Tensor, Tensor]:
+    _, state = newest_state(data_dir, run)
+    return state["tail.head.weight"], state["tail.head.bias"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("devices")
+
+
+@pytest.fixture(scope="module")
+def together(server: RunningServer, home: Path) -> tuple[str, Results]:
+    """All data on one device."""
+    return run_with(server, home, [TRAIN])
+
+
+@pytest.fixture(scope="module")
+def by_class(server: RunningServer, home: Path) -> tuple[str, Results]:
+    """One class on each device."""
+    return run_with(server, home, [of_class(TRAIN, label) for label in range(3)])
+
+
+def read_numbers(data_dir: Path, run: str, images: ImageSet) -> Tensor:
+    """What the tail reads, [n, q], from head and body with the run's prompts."""
+    snapshot, state = newest_state(data_dir, run)
+    plan = snapshot.plan.model
+    weights = open_backbone(Path(snapshot.backbone_path))
+    reader = BatchReader(images, preprocessing_of(plan, image_preparation(plan)))
+    pixels, _ = reader.read(torch.arange(len(images)))
+    with torch.no_grad():
+        smashed = build_head(plan, Layered({}, weights))(pixels)
+        return build_body(plan, weights)(smashed, state["prompts"]).flatten(1)
+
+
+def test_the_classifier_is_a_ridge_regression_on_the_principal_components(
+    data_dir: Path, together: tuple[str, Results]
+) -> None:
+    run, _ = together
+    numbers = read_numbers(data_dir, run, TRAIN).double().numpy()
+    features = PCA(16).fit_transform(numbers)
+    weight, bias = tail_of(data_dir, run)
+    scores = torch.from_numpy(numbers) @ weight.double().T + bias.double()
+    targets = F.one_hot(TRAIN.labels, 3).double().numpy()
+    # The calibration scales the scores, and cross-validation chooses the strength: find both.
+    errors = []
+    for strength in torch.logspace(-6, 6, 400).tolist():
+        reference = Ridge(alpha=strength).fit(features, targets).predict(features)
+        reference = torch.from_numpy(reference)
+        scale = (scores * reference).sum() / reference.square().sum()
+        errors.append(float((scores / scale - reference).abs().max()))
+    assert min(errors) < 0.02
+
+
+def test_one_class_a_device_gives_the_classifier_of_the_pooled_data(
+    data_dir: Path, together: tuple[str, Results], by_class: tuple[str, Results]
+) -> None:
+    numbers = read_numbers(data_dir, together[0], TEST)
+    logits = []
+    for run, _ in (together, by_class):
+        weight, bias = tail_of(data_dir, run)
+        scores = numbers @ weight.T + bias
+        logits.append(scores / scores.norm())  # calibrated on each device's own samples
+    torch.testing.assert_close(logits[0], logits[1], atol=2e-3, rtol=0)
+    assert together[1].rounds[0].accuracy == by_class[1].rounds[0].accuracy
+
+
+def test_a_run_of_round_0_alone_finishes_with_an_evaluated_state(
+    together: tuple[str, Results],
+) -> None:
+    (only,) = together[1].rounds
+    assert together[1].run.status is RunStatus.FINISHED
+    assert (only.round, only.samples, only.evaluation_samples) == (0, 18, 6)
+    assert only.accuracy is not None
+    assert only.accuracy >= 0.8
+    assert only.train_loss is not None
+    assert only.train_loss < torch.log(torch.tensor(3.0))
+
+
+def test_the_exported_model_gives_the_evaluated_accuracy_and_loss(
+    data_dir: Path, together: tuple[str, Results], tmp_path: Path
+) -> None:
+    run, results = together
+    export_run(data_dir, run, tmp_path / "model.safetensors")
+    model = load_exported(tmp_path / "model.safetensors")
+    reader = BatchReader(TEST, preprocessing_of(model.settings, model.preparation))
+    images, labels = reader.read(torch.arange(len(TEST)))
+    with torch.no_grad():
+        logits = model(images)
+    accuracy = (logits.argmax(dim=1) == labels).double().mean().item()
+    assert accuracy == results.rounds[-1].accuracy
+    loss = F.cross_entropy(logits, labels).item()
+    assert loss == pytest.approx(results.rounds[-1].evaluation_loss, abs=1e-3)
+
+
+def test_prompts_are_tuned_in_the_rounds_after_the_start_and_the_tail_is_not(
+    server: RunningServer, data_dir: Path, home: Path
+) -> None:
+    run, results = run_with(server, home, [TRAIN], rounds=2)
+    assert [view.round for view in results.rounds] == [0, 1, 2]
+    files = RunFiles(data_dir / "runs" / run)
+    states = [view.state for view in results.rounds]
+    tails = [
+        load["tail.head.weight"]
+        for load in (read_tensors(files.state(state.sha256)) for state in states if state)
+    ]
+    torch.testing.assert_close(tails[0], tails[2])
+    snapshot, state = newest_state(data_dir, run)
+    start = newest_state(data_dir, run_with(server, home, [TRAIN])[0])[1]
+    assert not torch.equal(state["prompts"], start["prompts"])
+    assert snapshot.status is RunStatus.FINISHED
+
+
+def joined(client: Server, home: Path, run: str, name: str, data: Dataset) -> JoinedRun:
+    return Participant(client, data, home / name, name, SilentReporter()).join(run, f"join-{name}")
+
+
+def test_a_device_gets_the_same_classifier_after_the_server_has_lost_its_features(
+    server: RunningServer, home: Path, request: pytest.FixtureRequest
+) -> None:
+    """Another device's update may be counted already: the start must not be computed again."""
+    run = server.operator().create(settings(2), key=uuid.uuid4().hex).id
+    empty = TEST.subset(torch.arange(0))
+    halves = [TRAIN.subset(torch.arange(0, 9)), TRAIN.subset(torch.arange(9, 18))]
+    clients = [Server(server.url) for _ in halves]
+    for client in clients:
+        request.addfinalizer(client.close)
+    devices = [
+        joined(client, home, run, f"half{place}", Dataset(half, empty))
+        for place, (client, half) in enumerate(zip(clients, halves, strict=True))
+    ]
+
+    def start(device: JoinedRun) -> Tensor:
+        samples = device.samples.train
+        assert samples.uploader is not None
+        positions = torch.arange(len(samples))
+        samples.uploader.ensure(positions)
+        return device.samples.plane.start(samples.uploader.ids(positions), 0).flatten(1)
+
+    def solve(device: JoinedRun, features: Tensor) -> Tensor:
+        labels = device.samples.train.images.image_set.labels
+        one_hot = F.one_hot(labels, 3).float()
+        plane = device.samples.plane
+        return plane.solve(one_hot.T @ features, one_hot.sum(dim=0), 0, len(labels)).weight
+
+    features = at_once([lambda device=device: start(device) for device in devices])
+    pairs = list(zip(devices, features, strict=True))
+    with pytest.raises(InvalidField, match="counts"):
+        devices[0].samples.plane.solve(torch.zeros(3, 16), torch.ones(3), 0, 9)
+    first, second = at_once([lambda pair=pair: solve(*pair) for pair in pairs])
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    services = server.server._application.services
+    assert services is not None
+    services.starts.release(run)
+    again = start(devices[1])
+    torch.testing.assert_close(again, features[1], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(solve(devices[1], again), first, rtol=0, atol=0)
