@@ -66,19 +66,16 @@ class _EngineLink:
     notifier: Notifier
     engine: Engine
     samples: SampleStore
-    starts: list[ClosedFormStarts] = field(default_factory=list)  # built after the registry
 
     def changed(self, run_id: str) -> None:
         self.notifier.notify(run_id)
 
     def round_over(self, run_id: str) -> None:
         self.engine.release(run_id)
-        self._release_starts(run_id)
         self.notifier.notify(run_id)
 
     def run_over(self, run_id: str) -> None:
         self.samples.drop(run_id)
-        self._release_starts(run_id)
         self.engine.forget(run_id)
 
     def left(self, run_id: str, participant_id: str) -> None:
@@ -92,10 +89,6 @@ class _EngineLink:
     def work(self, run_id: str) -> Mapping[str, float]:
         figures = self.engine.figures(run_id)
         return figures.to_dict() if figures.tasks else {}
-
-    def _release_starts(self, run_id: str) -> None:
-        for starts in self.starts:
-            starts.release(run_id)
 
     def trained_state(self, run_id: str, participant_id: str, session: str) -> dict[str, Tensor]:
         return self.engine.trained_state(run_id, participant_id, session)
@@ -115,8 +108,6 @@ def build_services(
     liveness = Liveness(settings.live_window_s, clock)
     runs = RunRegistry(settings.data_dir, store, meter, link, clock)
     advancer = RunAdvancer(runs, liveness)
-    starts = ClosedFormStarts(runs, engine, samples, placement.device)
-    link.starts.append(starts)
     runs.load()
     return Services(
         settings=settings,
@@ -124,7 +115,7 @@ def build_services(
         engine=engine,
         figures=figures,
         samples=samples,
-        starts=starts,
+        starts=ClosedFormStarts(runs, engine, samples, placement.device),
         store=store,
         meter=meter,
         credentials=credentials,
@@ -248,6 +239,8 @@ async def _tick(services: Services) -> None:
         if tick % _TICKS_PER_SAVE == 0:
             with _logged("abandoned steps could not be freed"):
                 services.engine.sweep()
+            with _logged("finished starts could not be freed"):
+                await asyncio.to_thread(services.starts.sweep)
             with _logged("the traffic could not be saved"):
                 await asyncio.to_thread(services.runs.save_traffic)
 

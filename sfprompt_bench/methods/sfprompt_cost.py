@@ -20,7 +20,7 @@ from sfprompt_bench.cost.sizes import (
     tensors_bytes,
     trained_blocks,
 )
-from split_model import anatomy, device_shapes, needed_tokens, state_shapes
+from split_model import anatomy, device_shapes, feature_shape, needed_tokens, state_shapes
 from tuning_methods.sfprompt.settings import paper_part
 
 
@@ -37,7 +37,10 @@ def sfprompt_cost(question: Question) -> MethodCost:
     others by score, this is an upper bound: some may never be selected.
 
     An evaluation sends the smashed data of all test samples, or their names (and the data once),
-    and receives the features. Batches are as large as those of training.
+    and receives the features, with `depths` the logits. Batches are as large as those of training.
+
+    With `depths`, round 0 sends the names of all training samples and sums for each class, and
+    receives each sample's features and the classifier, once.
 
     Operations of a round are those of `SFPromptPaper`, except that with `keep_smashed` the head
     runs once for each sample and view, and forward only; the tail's 1x for each scored sample and
@@ -81,9 +84,10 @@ class _Tensors:
         at_cut = split.prompt_at == "cut"
         prompted = sizes.tokens + split.prompt_count
         pooled = run.wire.pooled_features and num_tokens is not None
+        features = (num_tokens if pooled and num_tokens is not None else prompted, sizes.width)
         return cls(
             smashed=(sizes.tokens if at_cut else prompted, sizes.width),
-            features=(num_tokens if pooled and num_tokens is not None else prompted, sizes.width),
+            features=feature_shape(split) if split.depths else features,
             at_cut=at_cut,
             stored=at_cut and run.wire.keep_smashed,
             views=run.training.views if run.training.augment else 1,
@@ -102,7 +106,25 @@ class _Traffic:
         split = self.question.split
         local_body = local_body_numbers(split, paper_part(self.question.plan).local_body)
         numbers = part_numbers(split).head + local_body
-        return tensor_bytes(self.wire.head, (numbers,)) + self._state("float32")
+        state = self._state("float32")
+        return tensor_bytes(self.wire.head, (numbers,)) + state + self._round_0_down()
+
+    def _round_0_down(self) -> int:
+        """Features of all training samples, the classifier, leverages, and the new state."""
+        split, samples = self.question.split, self.question.train_samples
+        if not split.depths:
+            return 0
+        codec = self.wire.updates if self.wire.update_deltas else "float32"
+        features = self._samples(self.wire.start, samples, self.tensors.features)
+        return features + self._state("float32") + 4 * samples + self._state(codec)
+
+    def _round_0_up(self) -> int:
+        """Names of all training samples, the sums of their features, and the update."""
+        split = self.question.split
+        if not split.depths:
+            return 0
+        names = SAMPLE_ID_BYTES * self.question.train_samples
+        return names + self._state("float32") + self._state(self.wire.updates)
 
     def up_per_round(self) -> int:
         gradients = self._visits(self.wire.gradients, self.tensors.features)
@@ -126,7 +148,7 @@ class _Traffic:
         trained = self.question.train_samples * self.tensors.views
         tested = self.question.test_samples if self.evaluates else 0
         names = SAMPLE_ID_BYTES * (trained + tested)
-        return self._smashed(trained) + self._smashed(tested) + names
+        return self._smashed(trained) + self._smashed(tested) + names + self._round_0_up()
 
     def up_per_evaluation(self) -> int:
         if not self.evaluates:
@@ -138,8 +160,9 @@ class _Traffic:
     def down_per_evaluation(self) -> int:
         if not self.evaluates:
             return 0
-        samples = self.question.test_samples
-        return self._samples(self.wire.inference, samples, self.tensors.features)
+        samples, split = self.question.test_samples, self.question.split
+        answer = (1, split.num_classes) if split.depths else self.tensors.features
+        return self._samples(self.wire.inference, samples, answer)
 
     def _state(self, codec: str) -> int:
         return tensors_bytes(codec, device_shapes(self.question.split).values())
@@ -231,7 +254,9 @@ def _peak_bytes(question: Question, tensors: _Tensors) -> int:
 def _cached_numbers(question: Question, tensors: _Tensors) -> int:
     """Numbers of head outputs that the device caches for scoring and the local update."""
     training = question.plan.training
-    if not tensors.stored or (training.local_epochs == 0 and training.keep_fraction == 1):
+    if not tensors.stored or question.split.depths:
+        return 0
+    if training.local_epochs == 0 and training.keep_fraction == 1:
         return 0
     tokens = needed_tokens(question.split) or tensors.smashed[0]
     width = anatomy(question.split).width

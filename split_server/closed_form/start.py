@@ -1,7 +1,7 @@
 """A run's round 0: all its participants name their samples, then send sums, and get a classifier.
 
 Both steps wait for every participant, so a request is held back until the last one has come, or
-until half of the round's time is over. Only the classifier's file outlives the server; whatever is
+until a share of the round's time is over. Only the classifier's file outlives the server; whatever is
 lost before it is written is asked for again.
 """
 
@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from protocol.codecs.registry import as_decoded
 from protocol.errors import Busy, InvalidField, StaleRound, StepLost
+from protocol.messages import RoundStatus
 from protocol.plan import ModelPlan
 from split_model import anatomy, feature_shape, read_blocks, read_tokens, state_bytes
 from split_model.files import write_durably
@@ -45,7 +47,11 @@ _BATCH = 256  # samples computed at a time
 
 _WAIT_S = 20.0  # of a request for the other participants, before it is repeated
 
-_LEAST_SAMPLES = 2
+_THREADS = 2
+
+_NAMING, _SUMMING = Fraction(1, 2), Fraction(3, 4)  # of the round's time
+
+_PAUSE_S = 0.2  # before a full engine is asked again
 
 R = TypeVar("R")
 
@@ -89,6 +95,7 @@ class _Start:
     ids: dict[str, list[bytes]] = field(default_factory=dict)
     features: dict[str, SampleFeatures] = field(default_factory=dict)
     sums: dict[str, Sums] = field(default_factory=dict)
+    fitted_at: float = 0.0  # on the monotonic clock
     fitting: asyncio.Task[Fitted | None] | None = None
     solving: asyncio.Task[Solved] | None = None
     changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -108,13 +115,21 @@ class ClosedFormStarts:
         self, runs: RunRegistry, engine: Engine, samples: SampleStore, device: torch.device
     ) -> None:
         self._runs, self._engine, self._samples, self._device = runs, engine, samples, device
-        self._threads = ThreadPoolExecutor(1, "split-start")
+        self._threads = ThreadPoolExecutor(_THREADS, "split-start")
         self._starts: dict[str, _Start] = {}
         self._lock = threading.Lock()  # of the table: runs end on other threads
 
     def close(self) -> None:
         """Stop computing."""
         self._threads.shutdown(cancel_futures=True)
+
+    def sweep(self) -> None:
+        """Drop the starts of runs that do not train round 0 any more. Thread-safe."""
+        for run_id in list(self._starts):
+            open_round = self._runs.snapshot(run_id).open_round
+            training = open_round is not None and open_round.status == RoundStatus.TRAINING
+            if open_round is None or open_round.round > 0 or not training:
+                self.release(run_id)
 
     def release(self, run_id: str) -> None:
         """Drop a run's start, if there is one. Thread-safe."""
@@ -134,7 +149,7 @@ class ClosedFormStarts:
             Busy: others are awaited; repeat the request.
             StaleRound: the round is not open, or was started without this participant.
         """
-        start = self._open(run_id, participant, attempt)
+        start = await self._open(run_id, participant, attempt)
         missing = self._samples.list_missing(Owner(run_id, participant), ids)
         if missing:
             return missing
@@ -164,7 +179,7 @@ class ClosedFormStarts:
             StaleRound: the round is not open.
             InvalidField: the counts do not add up to the participant's samples.
         """
-        start = self._open(run_id, participant, attempt)
+        start = await self._open(run_id, participant, attempt)
         features = start.features.get(participant)
         if features is None:
             raise StepLost(
@@ -176,10 +191,16 @@ class ClosedFormStarts:
         leverage = await self._run(partial(_leverage, solved, features, codec))
         return solved.classifier, leverage
 
-    def _open(self, run_id: str, participant: str, attempt: int) -> _Start:
+    async def _open(self, run_id: str, participant: str, attempt: int) -> _Start:
         """Return the open start of this attempt, created if needed."""
         run, sender = self._runs.participant(run_id, participant)
         require_trainer(run, sender, 0, attempt)
+        start = self._starts.get(run_id)
+        if start is not None and start.attempt == attempt:
+            return start
+        return await self._run(partial(self._create, run_id, attempt))
+
+    def _create(self, run_id: str, attempt: int) -> _Start:
         with self._lock:
             start = self._starts.get(run_id)
             if start is None or start.attempt != attempt:
@@ -196,7 +217,7 @@ class ClosedFormStarts:
 
     async def _await_fit(self, start: _Start) -> Fitted:
         def begin() -> None:
-            if start.fitting is None and self._is_complete(start, start.ids):
+            if start.fitting is None and self._is_complete(start, start.ids, _NAMING):
                 start.fitting = asyncio.create_task(self._fit(start))
 
         fitted = await self._wait(start, begin, lambda: start.fitting)
@@ -213,7 +234,9 @@ class ClosedFormStarts:
             start.changed.set()
 
         def begin() -> None:
-            if start.solving is None and self._is_complete(start, start.sums):
+            if start.solving is None and self._is_complete(
+                start, start.sums, _SUMMING, start.fitted_at
+            ):
                 start.solving = asyncio.create_task(self._solve(start, fitted))
 
         return await self._wait(start, begin, lambda: start.solving)
@@ -243,31 +266,46 @@ class ClosedFormStarts:
                 return running.result()
         raise _busy("the other participants are awaited")
 
-    def _is_complete(self, start: _Start, answers: Mapping[str, object]) -> bool:
-        """Whether every participant that can still answer has, or half of the round is over."""
+    def _is_complete(
+        self, start: _Start, answers: Mapping[str, object], patience: Fraction, since: float = 0.0
+    ) -> bool:
+        """Whether every participant that can still answer has, or the time for it is over.
+
+        Args:
+            start: of which run.
+            answers: by participant.
+            patience: share of the round's time after which no more answers are awaited.
+            since: at least an eighth of the round's time after this moment they are awaited.
+        """
         run = self._runs.snapshot(start.run)
         if run.open_round is None or not answers:
             return False
         awaited = [each for each in pending_trainers(run, run.open_round) if each not in answers]
-        if not awaited:
-            return True
-        now, half = self._runs.clock.monotonic(), run.plan.federation.round_timeout_s / 2
-        return run.deadline is not None and now > run.deadline - half
+        if not awaited or run.deadline is None:
+            return not awaited
+        whole = run.plan.federation.round_timeout_s
+        until = max(run.deadline - whole * float(1 - patience), since + whole / 8)
+        return self._runs.clock.monotonic() > until
 
     async def _fit(self, start: _Start) -> Fitted | None:
         """Compute all features and the basis; None: samples were lost, so that it begins again."""
         run = self._runs.snapshot(start.run)
         moments = Moments(_read_numbers(run.plan.model))
         order = run.in_order(frozenset(start.ids))
-        for participant in order:
-            complete = await self._compute(start, run, participant, moments)
-            if not complete:
-                start.ids.pop(participant)
+        fitted: Fitted | None = None
+        try:
+            for participant in order:
+                if not await self._compute(start, run, participant, moments):
+                    start.ids.pop(participant)
+                    return None
+            features = [start.features[participant] for participant in order]
+            fitted = await self._run(partial(_fit_to, moments, run, features))
+            start.fitted_at = self._runs.clock.monotonic()
+            return fitted
+        finally:
+            if fitted is None:  # the next request begins again
                 start.features.clear()
                 start.fitting = None
-                return None
-        features = [start.features[participant] for participant in order]
-        return await self._run(partial(_fit_to, moments, run, features))
 
     async def _compute(
         self, start: _Start, run: RunSnapshot, participant: str, moments: Moments | None
@@ -284,16 +322,29 @@ class ClosedFormStarts:
         numbers = _read_numbers(run.plan.model)
         place = SampleFeatures(start.folder / participant, len(ids), numbers)
         for first in range(0, len(ids), _BATCH):
-            taken = self._samples.take(Owner(run.id, participant), ids[first : first + _BATCH])
-            if isinstance(taken, list):
+            owner, batch = Owner(run.id, participant), ids[first : first + _BATCH]
+            smashed = await self._run(partial(self._load, owner, batch))
+            if smashed is None:
                 return False
-            smashed = await self._run(partial(decode_cached, *taken, self._device))
             job = InferJob(run.id, participant, run.body, smashed, prompts)
-            tokens = await self._engine.infer(job)
+            tokens = await self._infer(job)
             flat = tokens.flatten(1).float().cpu()
             await self._run(partial(_add, moments, place, first, flat))
         start.features[participant] = place
         return True
+
+    def _load(self, owner: Owner, ids: list[bytes]) -> Tensor | None:
+        """Return smashed data [B, T, D]; None: the server lacks some of them."""
+        taken = self._samples.take(owner, ids)
+        return None if isinstance(taken, list) else decode_cached(*taken, self._device)
+
+    async def _infer(self, job: InferJob) -> Tensor:
+        """Run a job; wait while the engine's queue is full."""
+        while True:
+            try:
+                return await self._engine.infer(job)
+            except Busy:
+                await asyncio.sleep(_PAUSE_S)
 
     async def _solve(self, start: _Start, fitted: Fitted) -> Solved:
         run = self._runs.snapshot(start.run)
@@ -323,13 +374,6 @@ def _add(moments: Moments | None, place: SampleFeatures, first: int, flat: Tenso
 def _fit_to(moments: Moments, run: RunSnapshot, features: Sequence[SampleFeatures]) -> Fitted:
     """Fit the basis, and sum the features as the devices will decode them."""
     model, codec, count = run.plan.model, run.plan.wire.start, moments.count
-    if count < _LEAST_SAMPLES:
-        raise InvalidField(
-            "a closed-form start needs more samples",
-            field="train_samples",
-            limit=_LEAST_SAMPLES,
-            value=count,
-        )
     _, rank = feature_shape(model)
     basis = fit_basis(moments, rank, len(read_blocks(model)))
     total = torch.zeros(rank, dtype=torch.float64)
