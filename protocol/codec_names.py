@@ -33,6 +33,7 @@ FLOAT_CODECS: Final = (
     "topk:F",
     "cosine:S",
     "svd:E",
+    "klt:Q",
 )  # as shown to people: the letter after the colon stands for the parameter
 
 INTEGER_CODECS: Final = ("int64", "uint8")
@@ -57,7 +58,12 @@ _SHARE: Final = _Parameter(
 
 _BITS: Final = _Parameter(re.compile(r"[2-8]"), "an integer from 2 to 8")
 
-_PARAMETERS: Final = {"topk": _SHARE, "cosine": _BITS, "svd": _SHARE}
+_STEP: Final = _Parameter(
+    re.compile(r"(?!0(\.0+)?$)[0-9](\.[0-9]{1,3})?"),
+    "above 0 and below 10, with at most 3 decimals",
+)
+
+_PARAMETERS: Final = {"topk": _SHARE, "cosine": _BITS, "svd": _SHARE, "klt": _STEP}
 
 _BASES: Final = {name.partition(":")[0]: name for name in (*FLOAT_CODECS, *INTEGER_CODECS)}
 

@@ -5,6 +5,7 @@ from protocol.codecs.cosine import Cosine
 from protocol.codecs.feedback import ErrorFeedback
 from protocol.codecs.int4 import Int4, Int4Asymmetric
 from protocol.codecs.int8 import Int8
+from protocol.codecs.klt import Klt
 from protocol.codecs.memory import tensor_nbytes
 from protocol.codecs.pq import ProductQuantiser
 from protocol.codecs.raw import BFloat16, Float16, Float32, Int64, RawCodec, UInt8
@@ -29,6 +30,7 @@ __all__ = [
     "Int4Asymmetric",
     "Int8",
     "Int64",
+    "Klt",
     "ProductQuantiser",
     "RawCodec",
     "Svd",

@@ -14,6 +14,7 @@ from protocol.codecs.codec import Codec, FixedSizeCodec
 from protocol.codecs.cosine import Cosine
 from protocol.codecs.int4 import Int4, Int4Asymmetric
 from protocol.codecs.int8 import Int8
+from protocol.codecs.klt import Klt
 from protocol.codecs.pq import ProductQuantiser
 from protocol.codecs.raw import BFloat16, Float16, Float32, Int64, RawCodec, UInt8
 from protocol.codecs.svd import Svd
@@ -32,6 +33,7 @@ _WITH_PARAMETER: dict[str, Callable[[str, str], Codec]] = {
     "topk": lambda parameter, name: TopK(Fraction(parameter), name),
     "cosine": lambda parameter, name: Cosine(int(parameter), name),
     "svd": lambda parameter, name: Svd(float(parameter), name),
+    "klt": lambda parameter, name: Klt(float(parameter), name),
 }
 
 

@@ -22,7 +22,7 @@ SHAPE = (64, 64, 384)
 
 SECONDS = 1.5  # of each measurement
 
-EXAMPLES = {"topk:F": "topk:0.05", "cosine:S": "cosine:4", "svd:E": "svd:0.9"}
+EXAMPLES = {"topk:F": "topk:0.05", "cosine:S": "cosine:4", "svd:E": "svd:0.9", "klt:Q": "klt:1"}
 
 
 def time_in_copies(call: Callable[[], object], tensor: torch.Tensor) -> tuple[float, float]:

@@ -5,6 +5,8 @@ import struct
 
 import msgpack
 
+from tests.protocol_vectors import rans
+
 
 def padded(data):
     return data + bytes(-len(data) % 64)
@@ -75,6 +77,12 @@ def zstd(content, size=None):
 def single_tensor(codec, shape, *buffers):
     """Return the header and the buffers of a frame with one tensor."""
     return header([spec("smashed", codec, shape, *map(len, buffers))]), list(buffers)
+
+
+def klt(shape, steps, tables, matrix, codes, extra=b""):
+    """Build a `klt` tensor; the codes begin with those of the positions' means."""
+    words = rans.encode(matrix, tables[: len(steps)]) + rans.encode(codes, tables[len(steps) :])
+    return single_tensor("klt:1", shape, brains(*steps), b"".join(tables), words + extra)
 
 
 UNIT_SPEC = spec("smashed", "float32", [1], 4)

@@ -3,6 +3,7 @@
 import math
 import struct
 
+from tests.protocol_vectors import rans
 from tests.protocol_vectors.by_hand import (
     THIRDS,
     UNIT_BUFFER,
@@ -12,6 +13,7 @@ from tests.protocol_vectors.by_hand import (
     frame,
     halves,
     header,
+    klt,
     single_tensor,
     spec,
     zstd,
@@ -27,6 +29,18 @@ def meta(packed):
 
 def nested(depth):
     return b"\x91" * depth + b"\xc0"
+
+
+def small_klt(steps=(1.0, 1.0), reach=1, extra=b"", state=0):
+    """Build a tensor of rank 1; ``state`` is added to the first state of the codes."""
+    tables = [rans.table(1, 100, 100), rans.table(1, 100, 100), rans.table(1, 128, 90)]
+    head, (step_bytes, _, words) = klt(
+        [4, 16], steps, tables, [[1, 1]] * 16, [[0], [1], [0], [-1]], extra
+    )
+    place = len(rans.encode([[1, 1]] * 16, tables[:2]))
+    words = words[:place] + bytes([words[place] ^ state]) + words[place + 1 :]
+    tables[2] = rans.table(reach, 128, 90)
+    return head, [step_bytes, b"".join(tables), words]
 
 
 good = frame(header([UNIT_SPEC]), [UNIT_BUFFER])
@@ -194,6 +208,9 @@ INVALID_CODECS = [
             ("svd:0.0000001", "seven decimals"),
             ("svd:1e-1", "an exponent"),
             ("cosine:9", "nine bits"),
+            ("klt:0", "a step of 0"),
+            ("klt:10", "a step of 10"),
+            ("klt:.5", "no digit before the point"),
             ("int8:8", "a parameter for a codec without one"),
             ("pq+zstd+zstd", "the suffix twice"),
         ]
@@ -280,6 +297,38 @@ INVALID_CODECS = [
         single_tensor("svd:0.9", [2, 3], halves(1, 0), floats(-1), halves(0, 0, 1)),
         "a negative singular value",
     ),
+    (
+        "klt-rank",
+        single_tensor("klt:1", [2, 8], bytes(8), bytes(28), bytes(12)),
+        "rank 3 of two tokens",
+    ),
+    (
+        "klt-large",
+        single_tensor("klt:1", [2, 8], bytes(2), bytes(4), bytes(58)),
+        "64 bytes for 16 values",
+    ),
+    (
+        "klt-tables",
+        single_tensor("klt:1", [2, 8], bytes(4), bytes(8), bytes(12)),
+        "a table is missing",
+    ),
+    ("klt-half-word", single_tensor("klt:1", [2, 8], bytes(2), bytes(4), bytes(13)), "half a word"),
+    ("klt-step", small_klt(steps=[-1.0, 1.0]), "a negative step"),
+    ("klt-nan", small_klt(steps=[1.0, NAN]), "a step of NaN"),
+    ("klt-huge", small_klt(steps=[1.0, 2.0**126]), "values above 2^126"),
+    ("klt-reach", small_klt(reach=16_384), "a reach above 16,383"),
+    ("klt-behind", small_klt(extra=b"\0\0"), "a word behind the codes"),
+    (
+        "klt-short",
+        single_tensor("klt:1", [2, 8], bytes(2), bytes(4), bytes(4)),
+        "no state of a lane",
+    ),
+    (
+        "klt-state",
+        single_tensor("klt:1", [2, 8], bytes(2), bytes(4), bytes(12)),
+        "states below 2^32",
+    ),
+    ("klt-end", small_klt(state=1), "a lane that does not end at 2^32"),
     ("zstd-flag", single_tensor("float32+zstd", [1], floats(1) + b"\x02"), "a last byte of 2"),
     ("zstd-empty", single_tensor("float32+zstd", [0], b""), "a buffer without its last byte"),
     ("zstd-long", single_tensor("float32+zstd", [1], bytes(6)), "a buffer two bytes too long"),

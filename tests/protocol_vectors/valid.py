@@ -3,6 +3,7 @@
 import math
 import struct
 
+from tests.protocol_vectors import rans
 from tests.protocol_vectors.by_hand import (
     THIRDS,
     UNIT_BUFFER,
@@ -11,6 +12,7 @@ from tests.protocol_vectors.by_hand import (
     floats,
     halves,
     header,
+    klt,
     nibbles,
     sines,
     single_tensor,
@@ -190,6 +192,53 @@ LOSSY = [
     ),
     ("svd-plain", single_tensor("svd:0.9", [3], floats(1, 2, 3)), [1.0, 2.0, 3.0], [1.0, 2.0, 3.0]),
     ("svd-zeros", single_tensor("svd:0.9", [2, 3], b"", b"", b""), [0.0] * 6, [0.0] * 6),
+    ("klt-plain", single_tensor("klt:1", [3], floats(1, 2, 3)), [1.0, 2.0, 3.0], [1.0, 2.0, 3.0]),
+    (
+        # The mean token alone: ten tokens of 2, −4, 0, 6
+        "klt-mean",
+        klt([5, 2, 4], [2.0], [rans.table(3, 64, 100)], [[1], [-2], [0], [3]], [[]] * 10),
+        [2.0, -4.0, 0.0, 6.0] * 10,
+        None,
+    ),
+    (
+        # 0.5 · (1, …) + 2 · (1, …) · c: no position has a mean
+        "klt",
+        klt(
+            [12, 8],
+            [0.5, 2.0],
+            [*[rans.table(1, 100, 100)] * 2, rans.table(4, 128, 90)],
+            [[1, 1]] * 8,
+            [[code] for code in (0, 0, 1, 0, -2, 4, 0, 0, -1, 0, 3, 0)],
+        ),
+        [0.5 + 2.0 * code for code in (0, 0, 1, 0, -2, 4, 0, 0, -1, 0, 3, 0) for _ in range(8)],
+        None,
+    ),
+    (
+        # Two positions with the means 2 and −1, four samples
+        "klt-positions",
+        klt(
+            [4, 2, 8],
+            [0.5, 2.0],
+            [*[rans.table(1, 100, 100)] * 2, rans.table(2, 128, 90)],
+            [[1, 1]] * 8,
+            [[code] for code in (2, -1, 0, 0, 1, 0, -2, 1, 0, 0)],
+        ),
+        [0.5 + 2.0 * code for code in (2, -1, 3, -1, 0, 0, 2, -1) for _ in range(8)],
+        None,
+    ),
+    (
+        # From 32 samples on the means are quarters: 0.5 and −0.25
+        "klt-quarters",
+        klt(
+            [32, 2, 2],
+            [0.5, 2.0],
+            [*[rans.table(1, 100, 100)] * 2, rans.table(2, 230, 90)],
+            [[1, 1]] * 2,
+            [[2], [-1], *[[row % 7 // 6] for row in range(64)]],
+        ),
+        [0.5 + 2.0 * (row % 7 // 6 + (0.5, -0.25)[row % 2]) for row in range(64) for _ in range(2)],
+        None,
+    ),
     ("zstd-plain", single_tensor("float32+zstd", [1], floats(1) + b"\x00"), [1.0], [1.0]),
     (
         "zstd",

@@ -21,11 +21,16 @@ from protocol.errors import UnknownCodec
 
 SHARES = ["0.05", "0.000001", "0.999999", "0.5", "1", "1.0", "1.000000"]
 
+STEPS = ["1", "0.5", "0.001", "0.010", "1.0", "9.999", "9", "2.25"]
+
 VALID = [
     *(name for name in FLOAT_CODECS if ":" not in name),
     *(f"{base}:{share}" for base in ("topk", "svd") for share in SHARES),
     *(f"cosine:{bits}" for bits in range(2, 9)),
+    *(f"klt:{step}" for step in STEPS),
 ]
+
+WRONG_STEPS = ["", "0", "0.0", "0.000", "10", "-1", ".5", "1.", "0.0001", "01", "1e-1", "nan", " 1"]
 
 WRONG_SHARES = ["", "0", "0.0", "0.000000", "1.1", "1.01", "2", "-0.5", ".5", "0.", "1.", "1e-3"]
 
@@ -90,6 +95,7 @@ def test_names_are_parsed():
         *UNKNOWN,
         *(f"{base}:{share}" for base in ("topk", "svd") for share in WRONG_SHARES),
         *(f"cosine:{bits}" for bits in WRONG_BITS),
+        *(f"klt:{step}" for step in WRONG_STEPS),
         *(f"{name}:" for name in ("int8", "float32", "pq")),
         *(f"{name}:4" for name in ("int8", "float32", "pq", "int64")),
         *("topk", "cosine", "svd", "topk:0.5:0.5"),
@@ -110,6 +116,7 @@ def test_a_wrong_name_is_refused_with_field_limit_and_value(name, parse):
         ("topk:1.5", "above 0 and at most 1, with at most 6 decimals"),
         ("svd:0", "above 0 and at most 1, with at most 6 decimals"),
         ("cosine:9", "an integer from 2 to 8"),
+        ("klt:10", "above 0 and below 10, with at most 3 decimals"),
     ],
 )
 def test_an_error_about_a_parameter_gives_the_allowed_values(name, limit):
@@ -120,7 +127,7 @@ def test_an_error_about_a_parameter_gives_the_allowed_values(name, limit):
 
 @given(st.text(max_size=20))
 def test_any_text_is_a_valid_name_or_refused(text):
-    for name in (text, f"topk:{text}", f"cosine:{text}", f"{text}+zstd"):
+    for name in (text, f"topk:{text}", f"cosine:{text}", f"klt:{text}", f"{text}+zstd"):
         try:
             check_float_codec(name)
         except UnknownCodec:

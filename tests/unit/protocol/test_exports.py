@@ -12,7 +12,7 @@ EXPORTED = {
     "codec_names": "CodecParts FLOAT_CODECS LOSSLESS_SUFFIX INTEGER_CODECS check_float_codec "
     "is_row_wise_inside parse_codec",
     "codecs": "BFloat16 Buffer CODECS Codec Compressed Cosine Device ErrorFeedback FixedSizeCodec "
-    "Float16 Float32 Int4 Int4Asymmetric Int64 Int8 ProductQuantiser RawCodec Svd TopK UInt8 "
+    "Float16 Float32 Int4 Int4Asymmetric Int64 Int8 Klt ProductQuantiser RawCodec Svd TopK UInt8 "
     "encoded_bytes get_codec tensor_nbytes",
     "command": "run_command version_option",
     "errors": "Busy Conflict EmptyUpdate FieldValue Forbidden IdempotencyKeyReused InternalError "
