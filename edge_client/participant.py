@@ -19,6 +19,7 @@ from edge_client.storage.blob_cache import BlobCache
 from edge_client.storage.identity import device_secret
 from edge_client.training import Diverged, Evaluation, Proximal, RoundContext, Samples, evaluate
 from edge_client.transport import Server, SplitPlane
+from protocol.codec_names import is_row_wise_inside
 from protocol.errors import Conflict, EmptyUpdate, Forbidden, InvalidField, StepLost
 from protocol.messages import (
     MAX_LOSS,
@@ -320,7 +321,9 @@ def _with_caches(
         return Samples(images, outputs)
     form = f"{model.head.sha256} {settings.wire.smashed}"
     secret = device_secret(device.folder)
-    return Samples(images, outputs, SampleUploader(outputs, images, plane, secret, form))
+    joint = not is_row_wise_inside(settings.wire.smashed)
+    uploader = SampleUploader(outputs, images, plane, secret, form, joint=joint)
+    return Samples(images, outputs, uploader)
 
 
 def succeeded(last: Assignment) -> bool:

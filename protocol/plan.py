@@ -292,11 +292,6 @@ def _refusals(plan: RunPlan) -> list[tuple[bool, str]]:
             "keep_smashed needs prompt_at = cut: prompts at the input change the smashed data in "
             "each step",
         ),
-        (
-            wire.keep_smashed and not is_row_wise_inside(wire.smashed),
-            "keep_smashed needs a codec that encodes each sample by itself, not wire.smashed = "
-            f"{wire.smashed}",
-        ),
         *_depth_refusals(plan),
         (
             at_cut and bool(wire.gradient_correction),

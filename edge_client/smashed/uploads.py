@@ -15,6 +15,8 @@ from protocol.messages import SAMPLE_ID_BYTES
 
 _CHUNK = 64  # samples in one request: an interrupted request is sent again
 
+_JOINT_TOKENS = 4096  # in one request, of a codec that needs fewer bytes for each the more they are
+
 
 class SampleUploader:
     """Uploads one set's smashed data, under an id for each sample.
@@ -28,6 +30,7 @@ class SampleUploader:
         plane: receives the uploads.
         secret: the device's secret, at most 64 bytes.
         form: identifies head and codec.
+        joint: the codec encodes the samples of a request together, and not one by one.
     """
 
     def __init__(
@@ -37,9 +40,12 @@ class SampleUploader:
         plane: SplitPlane,
         secret: bytes,
         form: str,
+        *,
+        joint: bool = False,
     ) -> None:
         self._outputs = outputs
-        self._chunk = max_samples_per_frame(outputs.head, _CHUNK)
+        samples_per_request = -(-_JOINT_TOKENS // outputs.head.sizes.tokens) if joint else 0
+        self._chunk = max_samples_per_frame(outputs.head, max(_CHUNK, samples_per_request))
         self._samples = samples
         self._plane = plane
         self._secret = secret
@@ -77,7 +83,7 @@ class SampleUploader:
         """Upload these samples; the head computes the next chunk during an upload."""
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="upload") as uploads:
             current: Future[None] | None = None
-            for chunk in positions.split(self._chunk):
+            for chunk in positions.tensor_split(max(1, -(-len(positions) // self._chunk))):
                 ids, smashed = self.ids(chunk, view), self._outputs.smashed(chunk, view)
                 if current is not None:
                     current.result()

@@ -21,6 +21,8 @@ from split_server.storage.sample_store import RowForm
 # A codec with a parameter encodes a whole tensor.
 _ROW_WISE = tuple(codec for codec in FLOAT_CODECS if ":" not in codec and is_row_wise_inside(codec))
 
+_SEPARATE = "int8"  # the codec in which the cache stores samples that came encoded together
+
 
 @dataclass(frozen=True)
 class EncodedSamples:
@@ -60,7 +62,7 @@ def require_row_wise(spec: TensorSpec) -> None:
     """
     if not is_row_wise_inside(spec.codec):
         raise InvalidField(
-            "cached samples need a codec that encodes each row by itself",
+            "these rows need a codec that encodes each of them by itself",
             field=spec.name,
             limit=list(_ROW_WISE),
             value=spec.codec,
@@ -91,15 +93,15 @@ def check_encoded_samples(frame: Frame, settings: ModelPlan, limits: FrameLimits
     """Check the samples of a frame for the cache, which stores them encoded.
 
     They are decoded once, so that the cache contains only valid samples. They are stored as they
-    came, less a lossless compression of all samples together.
+    came, less a lossless compression of all samples together; those of a codec whose rows cannot
+    be separated, in int8.
 
     Raises:
         MalformedFrame: a tensor is missing, or ids and samples differ in number.
-        InvalidField: the codec's rows cannot be separated.
+        InvalidField: the codec is not of floating-point numbers.
         WrongShape, NonFinite, TooLarge
     """
     ids, spec = decode_sample_ids(frame), frame.spec("smashed")
-    require_row_wise(spec)
     if spec.shape[:1] != (len(ids),):
         raise MalformedFrame(
             "a request must carry exactly one id for each sample",
@@ -107,9 +109,12 @@ def check_encoded_samples(frame: Frame, settings: ModelPlan, limits: FrameLimits
             limit=list(spec.shape[:1]),
             value=len(ids),
         )
-    decode_smashed(frame, settings, limits)
+    decoded = decode_smashed(frame, settings, limits)
     codec, buffers = get_codec(spec.codec), frame.buffers["smashed"]
-    if isinstance(codec, Compressed):  # together on the wire, one by one in the cache
+    if not is_row_wise_inside(spec.codec):
+        codec = get_codec(_SEPARATE)
+        buffers = tuple(codec.encode(decoded))
+    elif isinstance(codec, Compressed):  # together on the wire, one by one in the cache
         buffers = tuple(codec.decompress(buffers, spec.shape))
         codec = codec.inner
     sizes = tuple(buffer.nbytes // len(ids) for buffer in buffers)

@@ -52,16 +52,6 @@ EXCHANGE = {"session": "s", "round": 1, "attempt": 0, "number": 3, "steps": 3}
         (RunPlan, {"wire": {"keep_smashed": True}}, "body", None, None),
         (
             RunPlan,
-            {
-                "model": {"prompt_at": "cut"},
-                "wire": {"keep_smashed": True, "smashed": "topk:0.1"},
-            },
-            "body",
-            None,
-            None,
-        ),
-        (
-            RunPlan,
             {"federation": {"participants_per_round": 1, "min_updates": 2}},
             "federation",
             None,

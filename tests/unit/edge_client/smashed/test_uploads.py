@@ -86,11 +86,15 @@ def plane() -> Plane:
 @pytest.fixture
 def new_uploader(model: DeviceModel, plane: Plane) -> MakeUploader:
     def create(
-        images: BatchReader | None = None, secret: bytes = SECRET, form: str = "head float32"
+        images: BatchReader | None = None,
+        secret: bytes = SECRET,
+        form: str = "head float32",
+        *,
+        joint: bool = False,
     ) -> SampleUploader:
         images = images or reader(model)
         head_outputs = HeadOutputs(model.head, images, PLENTY)
-        return SampleUploader(head_outputs, images, plane, secret, form)
+        return SampleUploader(head_outputs, images, plane, secret, form, joint=joint)
 
     return create
 
@@ -198,10 +202,22 @@ def test_many_samples_are_sent_in_several_requests_on_another_thread(
 ) -> None:
     uploader = new_uploader(reader(model, 150))
     uploader.ensure(torch.arange(150))
-    assert [len(sent) for sent in plane.sent] == [64, 64, 22]
+    assert [len(sent) for sent in plane.sent] == [50, 50, 50]
     assert plane.sent_names == names(uploader.ids(torch.arange(150)))
     assert threading.get_ident() not in plane.threads
     assert not any(thread.name.startswith("upload") for thread in threading.enumerate())
+
+
+def test_samples_that_are_encoded_together_are_sent_in_larger_requests(
+    model: DeviceModel, plane: Plane, new_uploader: MakeUploader
+) -> None:
+    tokens = model.head.sizes.tokens
+    assert 64 * tokens < 4096
+    uploader = new_uploader(reader(model, 150), joint=True)
+    uploader.ensure(torch.arange(150))
+    requests = -(-150 * tokens // 4096)
+    assert len(plane.sent) == requests
+    assert max(map(len, plane.sent)) - min(map(len, plane.sent)) <= 1
 
 
 def test_a_refused_upload_raises(plane: Plane, new_uploader: MakeUploader) -> None:
