@@ -24,6 +24,8 @@ EXACT = ["float32", "float16", "bfloat16"]
 
 NEAR = ["int8", "int4", "int4-asym", "int8+zstd", "topk:0.25", "cosine:4", "svd:0.99", "pq"]
 
+NEAR += ["klt:0.25"]
+
 STEPS = 40
 
 
