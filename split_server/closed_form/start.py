@@ -1,8 +1,8 @@
 """A run's round 0: all its participants name their samples, then send sums, and get a classifier.
 
 Both steps wait for every participant, so a request is held back until the last one has come, or
-until a share of the round's time is over. Only the classifier's file outlives the server; whatever is
-lost before it is written is asked for again.
+until a share of the round's time is over. Only the classifier's file outlives the server; whatever
+is lost before it is written is asked for again.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import asyncio
 import logging
 import shutil
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -22,15 +22,22 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from protocol.codecs.registry import as_decoded
 from protocol.errors import Busy, InvalidField, StaleRound, StepLost
 from protocol.messages import RoundStatus
 from protocol.plan import ModelPlan
-from split_model import anatomy, feature_shape, read_blocks, read_tokens, state_bytes
-from split_model.files import write_durably
-from split_server.closed_form.basis import Basis, Moments, fit_basis, read_basis
-from split_server.closed_form.classifier import FeatureSums, RidgeClassifier, fit_classifier
-from split_server.closed_form.sample_features import SampleFeatures, all_chunks
+from split_model import anatomy, read_tokens
+from split_server.closed_form.basis import Moments
+from split_server.closed_form.classifier import RidgeClassifier, fit_classifier
+from split_server.closed_form.result import (
+    Fitted,
+    Solved,
+    fit_features,
+    leverage_of,
+    project_all,
+    read_solved,
+    write_solved,
+)
+from split_server.closed_form.sample_features import SampleFeatures
 from split_server.engine.api import InferJob
 from split_server.engine.engine import Engine
 from split_server.federation.rounds import pending_trainers, require_trainer
@@ -38,7 +45,7 @@ from split_server.federation.runs import RunRegistry
 from split_server.federation.snapshot import RunSnapshot
 from split_server.payloads.samples import decode_cached
 from split_server.runtime.aio import run_on
-from split_server.storage.run_files import read_prompts, read_tensors
+from split_server.storage.run_files import read_prompts
 from split_server.storage.sample_store import Owner, SampleStore
 
 log = logging.getLogger(__name__)
@@ -62,22 +69,6 @@ class Sums:
 
     features: Tensor
     counts: Tensor
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """The basis of all participants' features, and their sums in it."""
-
-    basis: Basis
-    sums: FeatureSums
-
-
-@dataclass(frozen=True)
-class Solved:
-    """The result of a start, which is on disk before any participant learns it."""
-
-    basis: Basis
-    classifier: RidgeClassifier
 
 
 @dataclass
@@ -166,7 +157,7 @@ class ClosedFormStarts:
             basis = (await self._await_fit(start)).basis
         if start.ids.get(participant) != ids:
             raise StaleRound("this round was started without this participant", field="round")
-        return await self._run(partial(_project, basis, start.features[participant]))
+        return await self._run(partial(project_all, basis, start.features[participant]))
 
     async def classifier(
         self, run_id: str, participant: str, attempt: int, sums: Sums
@@ -188,7 +179,7 @@ class ClosedFormStarts:
         _check_counts(sums, features.samples)
         solved = start.restored or await self._await_solution(start, participant, sums)
         codec = self._runs.snapshot(run_id).plan.wire.start
-        leverage = await self._run(partial(_leverage, solved, features, codec))
+        leverage = await self._run(partial(leverage_of, solved, features, codec))
         return solved.classifier, leverage
 
     async def _open(self, run_id: str, participant: str, attempt: int) -> _Start:
@@ -213,7 +204,7 @@ class ClosedFormStarts:
 
     def _restore(self, run_id: str, attempt: int) -> Solved | None:
         path = self._runs.files(run_id).basis(attempt)
-        return _read_solved(path) if path.is_file() else None
+        return read_solved(path) if path.is_file() else None
 
     async def _await_fit(self, start: _Start) -> Fitted:
         def begin() -> None:
@@ -299,7 +290,7 @@ class ClosedFormStarts:
                     start.ids.pop(participant)
                     return None
             features = [start.features[participant] for participant in order]
-            fitted = await self._run(partial(_fit_to, moments, run, features))
+            fitted = await self._run(partial(fit_features, moments, run.plan, features))
             start.fitted_at = self._runs.clock.monotonic()
             return fitted
         finally:
@@ -356,7 +347,7 @@ class ClosedFormStarts:
             counts = torch.stack([each.counts.double() for each in answers]).sum(dim=0)
             classifier = fit_classifier(fitted.sums, class_sums, counts, fitted.basis.scale)
             solved = Solved(fitted.basis, classifier)
-            _write_solved(path, solved)
+            write_solved(path, solved)
             return solved
 
         return await self._run(solve)
@@ -369,59 +360,6 @@ def _add(moments: Moments | None, place: SampleFeatures, first: int, flat: Tenso
     place.write(first, flat)
     if moments is not None:
         moments.add(flat)
-
-
-def _fit_to(moments: Moments, run: RunSnapshot, features: Sequence[SampleFeatures]) -> Fitted:
-    """Fit the basis, and sum the features as the devices will decode them."""
-    model, codec, count = run.plan.model, run.plan.wire.start, moments.count
-    _, rank = feature_shape(model)
-    basis = fit_basis(moments, rank, len(read_blocks(model)))
-    total = torch.zeros(rank, dtype=torch.float64)
-    products = torch.zeros(rank, rank, dtype=torch.float64)
-    for chunk in all_chunks(features):
-        decoded = as_decoded(basis.project(chunk[:, None]), codec).flatten(1).double()
-        total += decoded.sum(dim=0)
-        products += decoded.T @ decoded
-    centred = products - torch.outer(total, total) / count
-    return Fitted(basis, FeatureSums(count, total / count, centred))
-
-
-def _project(basis: Basis, features: SampleFeatures) -> Tensor:
-    """Return a participant's features [n, 1, r]."""
-    return torch.cat([basis.project(chunk[:, None]) for chunk in features.chunks()])
-
-
-def _leverage(solved: Solved, features: SampleFeatures, codec: str) -> Tensor:
-    """Return the leverage [n] of a participant's samples, float32."""
-    decoded = (as_decoded(solved.basis.project(c[:, None]), codec) for c in features.chunks())
-    return torch.cat([solved.classifier.leverage(each.flatten(1)) for each in decoded]).float()
-
-
-def _write_solved(path: Path, solved: Solved) -> None:
-    basis, classifier = solved.basis, solved.classifier
-    tensors = {
-        "mean": basis.mean,
-        "vectors": basis.vectors,
-        "scale": basis.scale,
-        "classifier.weight": classifier.weight,
-        "classifier.bias": classifier.bias,
-        "classifier.mean": classifier.mean,
-        "classifier.influence": classifier.influence,
-        "classifier.count": torch.tensor(classifier.count),
-    }
-    write_durably(path, state_bytes(tensors))
-
-
-def _read_solved(path: Path) -> Solved:
-    tensors = read_tensors(path)
-    classifier = RidgeClassifier(
-        weight=tensors["classifier.weight"],
-        bias=tensors["classifier.bias"],
-        mean=tensors["classifier.mean"],
-        influence=tensors["classifier.influence"],
-        count=int(tensors["classifier.count"]),
-    )
-    return Solved(read_basis(path, torch.device("cpu")), classifier)
 
 
 def _read_numbers(model: ModelPlan) -> int:

@@ -25,7 +25,8 @@ from tests.support.server import RunningServer
 STEP = {"step", "round"}
 SESSION = {"session", "round", "attempt", "number", "steps"}
 UPDATE = {"round", "attempt", "samples", "base", "session", "train_loss", "local_loss"}
-TAIL = {"tail.norm.weight", "tail.norm.bias", "tail.head.weight", "tail.head.bias"}
+LINEAR = {"tail.head.weight", "tail.head.bias"}
+TAIL = {"tail.norm.weight", "tail.norm.bias", *LINEAR}
 
 # By the last segment of the path: fields of the meta or the JSON, and all sets of tensors.
 FEDERATION = {
@@ -40,9 +41,11 @@ CONTENT = {
         **FEDERATION,
         "missing": (set(), [{"ids"}]),
         "samples": (set(), [{"ids", "smashed"}]),
+        "start": ({"attempt"}, [{"ids"}]),
+        "solve": ({"attempt"}, [{"sums", "counts"}]),
         "exchange": (SESSION, [{"ids"}, {"ids", "gradients"}, {"gradients"}]),
         "infer": (STEP | {"state"}, [{"ids"}]),
-        "update": (UPDATE, [TAIL]),
+        "update": (UPDATE, [LINEAR]),
     },
     "paper": {
         **FEDERATION,
@@ -63,8 +66,8 @@ HEADERS = {
 # What follows from labels: gradients, tuned tensors, losses, correct answers, hashes of states.
 FOLLOWS = {
     "default": {
-        "exchange.gradients",
-        *(f"update.{name}" for name in TAIL),
+        *("solve.sums", "exchange.gradients"),
+        *(f"update.{name}" for name in LINEAR),
         *("update.base", "update.train_loss", "evaluation.correct", "evaluation.loss_sum"),
         "infer.state",
     },

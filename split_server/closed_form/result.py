@@ -1,0 +1,94 @@
+"""The results of a start: the basis with the sums of all features, then the classifier in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from protocol.codecs.registry import as_decoded
+from protocol.plan import RunPlan
+from split_model import feature_shape, read_blocks, state_bytes
+from split_model.files import write_durably
+from split_server.closed_form.basis import Basis, Moments, fit_basis, read_basis
+from split_server.closed_form.classifier import FeatureSums, RidgeClassifier
+from split_server.closed_form.sample_features import SampleFeatures, all_chunks
+from split_server.storage.run_files import read_tensors
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """The basis of all participants' features, and their sums in it."""
+
+    basis: Basis
+    sums: FeatureSums
+
+
+@dataclass(frozen=True)
+class Solved:
+    """The result of a start, which is on disk before any participant learns it."""
+
+    basis: Basis
+    classifier: RidgeClassifier
+
+
+def fit_features(moments: Moments, plan: RunPlan, features: Sequence[SampleFeatures]) -> Fitted:
+    """Fit the basis, and sum the features as the devices will decode them."""
+    model, codec, count = plan.model, plan.wire.start, moments.count
+    _, rank = feature_shape(model)
+    basis = fit_basis(moments, rank, len(read_blocks(model)))
+    total = torch.zeros(rank, dtype=torch.float64)
+    products = torch.zeros(rank, rank, dtype=torch.float64)
+    for chunk in all_chunks(features):
+        decoded = as_decoded(basis.project(chunk[:, None]), codec).flatten(1).double()
+        total += decoded.sum(dim=0)
+        products += decoded.T @ decoded
+    centred = products - torch.outer(total, total) / count
+    return Fitted(basis, FeatureSums(count, total / count, centred))
+
+
+def project_all(basis: Basis, features: SampleFeatures) -> Tensor:
+    """Return a participant's features [n, 1, r]."""
+    return torch.cat([basis.project(chunk[:, None]) for chunk in features.chunks()])
+
+
+def leverage_of(solved: Solved, features: SampleFeatures, codec: str) -> Tensor:
+    """Return the leverage [n] of a participant's samples, float32."""
+    decoded = (as_decoded(solved.basis.project(c[:, None]), codec) for c in features.chunks())
+    return torch.cat([solved.classifier.leverage(each.flatten(1)) for each in decoded]).float()
+
+
+def write_solved(path: Path, solved: Solved) -> None:
+    """Write a result; it is durable on return."""
+    basis, classifier = solved.basis, solved.classifier
+    tensors = {
+        "mean": basis.mean,
+        "vectors": basis.vectors,
+        "scale": basis.scale,
+        "classifier.weight": classifier.weight,
+        "classifier.bias": classifier.bias,
+        "classifier.mean": classifier.mean,
+        "classifier.influence": classifier.influence,
+        "classifier.count": torch.tensor(classifier.count),
+    }
+    write_durably(path, state_bytes(tensors))
+
+
+def read_solved(path: Path) -> Solved:
+    """Read what `write_solved` wrote.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    tensors = read_tensors(path)
+    classifier = RidgeClassifier(
+        weight=tensors["classifier.weight"],
+        bias=tensors["classifier.bias"],
+        mean=tensors["classifier.mean"],
+        influence=tensors["classifier.influence"],
+        count=int(tensors["classifier.count"]),
+    )
+    return Solved(read_basis(path, torch.device("cpu")), classifier)
