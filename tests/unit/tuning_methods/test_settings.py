@@ -89,7 +89,7 @@ def test_a_changed_copy_has_a_plan_of_its_own() -> None:
 def test_a_runs_own_value_wins_over_the_methods_default() -> None:
     run = settings({"name": "sfprompt"}, training={"batch_size": 3}, wire={"smashed": "float16"})
     assert (run.plan.training.batch_size, run.plan.wire.smashed) == (3, "float16")
-    assert run.plan.training.prompt_learning_rate == 2e-3
+    assert run.plan.training.prompt_learning_rate == 5e-4
 
 
 @pytest.mark.parametrize(
@@ -251,3 +251,41 @@ def test_what_only_a_methods_own_code_reads_is_in_the_plan_where_it_is_no_defaul
 )
 def test_each_methods_own_part(method: dict[str, Any], own: dict[str, Any]) -> None:
     assert settings(method).plan.method == own
+
+
+def test_the_default_form_starts_in_closed_form_and_then_tunes_gently() -> None:
+    plan = settings({"name": "sfprompt"}).plan
+    assert (plan.model.depths, plan.model.rank, plan.first_round) == (4, 768, 0)
+    assert plan.training.prompt_learning_rate == 5e-4
+
+
+@pytest.mark.parametrize(
+    ("method", "federation"),
+    [
+        ({}, {"dp_clip": 1.0}),
+        ({}, {"server_optimizer": "fedadam"}),
+        ({"keep_smashed": False}, {}),
+        ({"local_epochs": 1}, {}),
+        ({"pruning": "el2n"}, {}),
+        ({"tail_blocks": 1}, {}),
+    ],
+)
+def test_the_default_form_starts_at_round_1_where_a_closed_form_start_is_impossible(
+    method: dict[str, Any], federation: dict[str, Any]
+) -> None:
+    plan = settings({"name": "sfprompt", **method}, federation=federation).plan
+    assert (plan.model.depths, plan.first_round) == (0, 1)
+    with pytest.raises(InvalidField, match="depths"):
+        settings({"name": "sfprompt", "depths": 4, **method}, federation=federation)
+
+
+def test_faster_prompts_are_the_default_without_a_closed_form_start() -> None:
+    for method, federation in (({"depths": 0}, {}), ({}, {"dp_clip": 1.0})):
+        plan = settings({"name": "sfprompt", **method}, federation=federation).plan
+        assert plan.training.prompt_learning_rate == 2e-3
+
+
+def test_a_run_without_rounds_needs_a_closed_form_start() -> None:
+    assert settings({"name": "sfprompt"}, federation={"rounds": 0}).plan.federation.rounds == 0
+    with pytest.raises(InvalidField, match="rounds = 0"):
+        settings({"name": "sfprompt", "depths": 0}, federation={"rounds": 0})
