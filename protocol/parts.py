@@ -92,7 +92,7 @@ class WireSettings(Message):
     update_deltas: bool = Field(
         False, description="send a state as its change against the round's, both ways"
     )
-    head: Literal["float32", "float16", "int8"] = Field(
+    head: Literal["float32", "float16", "int8", "int4"] = Field(
         "float32", description="the frozen head's weights, downloaded once"
     )
     pooled_features: bool = Field(

@@ -128,7 +128,7 @@ class SFPrompt(_SplitPrompts):
                 "start": "int4",
                 "updates": "float16",
                 "update_deltas": True,
-                "head": "int8",
+                "head": "int4",
                 "pooled_features": True,
             },
         }
