@@ -1,4 +1,4 @@
-"""Inference of labels from the gradients of features, with the tail and without it.
+"""Inference of labels from gradients of features, and from sums of features in each class.
 
 Source: Liu et al., *Clustering Label Inference Attack against Practical Split Learning*, arXiv
 2203.05222 (the clustering); for the loss, d loss / d logits = softmax - one-hot label.
@@ -37,6 +37,22 @@ def infer_labels(tail: Callable[[Tensor], Tensor], features: Tensor, gradients: 
     received = gradients.flatten(1).double().unsqueeze(2)
     residuals: Tensor = torch.linalg.lstsq(jacobian, received).solution  # p - y, [N, C, 1]
     return residuals.squeeze(2).argmin(dim=1)
+
+
+def infer_from_sums(features: Tensor, sums: Tensor, counts: Tensor) -> Tensor:
+    """Infer the labels [N] from the sums of known features in each class, by least squares.
+
+    The sums are linear in the one-hot labels: r equations for each class, and N unknowns.
+
+    Args:
+        features: that the server sent, [N, r].
+        sums: of the features in each class, [C, r].
+        counts: of the samples in each class, [C].
+    """
+    equations = torch.cat([features, torch.ones(len(features), 1)], dim=1).double().T  # [r + 1, N]
+    targets = torch.cat([sums.double(), counts.double().unsqueeze(1)], dim=1).T  # [r + 1, C]
+    one_hot: Tensor = torch.linalg.pinv(equations) @ targets  # [N, C]
+    return one_hot.argmax(dim=1)
 
 
 def cluster_directions(gradients: Tensor, clusters: int, seed: int) -> Tensor:

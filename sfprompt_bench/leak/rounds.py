@@ -1,4 +1,4 @@
-"""Rounds of the default form's split training, with all that the server sees of them."""
+"""Rounds of split training with prompts at the cut, with all that the server sees of them."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from protocol.seeds import derive_seed
 from sfprompt_bench.methods.pooled import PooledModel
 from split_model import Tail, for_the_tail
 from split_model.optimizer import learning_rate_factor, make_optimizer, set_progress
+from split_server.closed_form.basis import Basis
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class ObservedRound:
 
     Attributes:
         number: of the round, from 1.
-        tail: of the global state with which the round began; the device changes it in each step.
+        tail: of the global state with which the round began; the device changes it in each step,
+            unless it was fitted in round 0.
         features: that the server sent, [N, T', D], as the device decoded them.
         gradients: that the server received, [N, T', D], decoded.
         labels: of the samples, [N].
@@ -41,13 +43,16 @@ class ObservedRound:
     labels: Tensor
 
 
-def observe_rounds(model: PooledModel, plan: RunPlan, rounds: int) -> Iterator[ObservedRound]:
+def observe_rounds(
+    model: PooledModel, plan: RunPlan, rounds: int, basis: Basis | None = None
+) -> Iterator[ObservedRound]:
     """Train ``rounds`` rounds of a run with one participant, and yield each as the server sees it.
 
     Args:
         model: head, body, tail and prompts, tuned in place, and the participant's images.
         plan: of the run; the prompts must be at the cut.
         rounds: how many to train, of those in the plan.
+        basis: of the features, from round 0.
 
     Raises:
         InvalidField: the prompts are not at the cut.
@@ -60,17 +65,21 @@ def observe_rounds(model: PooledModel, plan: RunPlan, rounds: int) -> Iterator[O
             value=plan.model.prompt_at,
         )
     for number in range(1, rounds + 1):
-        yield _observe_round(model, model.prompts, plan, number)
+        yield _observe_round(model, model.prompts, plan, number, basis)
 
 
 def _observe_round(
-    model: PooledModel, prompts: torch.nn.Parameter, plan: RunPlan, number: int
+    model: PooledModel,
+    prompts: torch.nn.Parameter,
+    plan: RunPlan,
+    number: int,
+    basis: Basis | None,
 ) -> ObservedRound:
     published = copy.deepcopy(model.tail)
     device = DeviceModel(model.head, model.tail, None, model.train.preprocessing)
     training, wire = plan.training, plan.wire
     on_server = make_optimizer(training, prompts, None)
-    on_device = make_optimizer(training, None, model.tail)
+    on_device = make_optimizer(training, None, None if basis else model.tail)
     batches = _batches(model, plan, number)
     codec = get_codec(wire.gradients)
     seen: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -83,7 +92,9 @@ def _observe_round(
         with torch.no_grad():
             smashed = as_decoded(model.head(images), wire.smashed)
         features = model.body(smashed, prompts, model.tail.num_tokens)
-        if wire.pooled_features:
+        if basis is not None:
+            features = basis.project(features)
+        elif wire.pooled_features:
             features = for_the_tail(plan.model, features)
         sent = as_decoded(features.detach(), wire.features)
         _, gradient = train_tail(device, sent.clone(), labels)
