@@ -3,8 +3,8 @@
     python -m sfprompt_bench.micro.head_accuracy
 
 Each head feeds the frozen body without prompts. A ridge classifier is fitted to the features of 600
-images and tested on all others, for 20 draws of these 600: to the last class token alone, and to all
-that the default form's tail reads. Heads are compared draw by draw.
+images and tested on all others, for 20 draws of these 600: to the last class token alone, and to
+all that the default form's tail reads. Heads are compared draw by draw.
 """
 
 from __future__ import annotations
