@@ -128,7 +128,7 @@ class SFPrompt(_SplitPrompts):
                 "start": "int4",
                 "updates": "float16",
                 "update_deltas": True,
-                "head": "int4",
+                "head": "int8",
                 "pooled_features": True,
             },
         }
