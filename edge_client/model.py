@@ -36,6 +36,7 @@ from split_model import (
     tail_tensors,
 )
 from split_model.checkpoints.head_file import extra_tensors
+from split_model.checkpoints.metadata import head_plan
 
 _BATCH = 128
 
@@ -67,29 +68,27 @@ class DeviceModel:
             MalformedFrame: a file is damaged, or the head is of another model than the run's.
         """
         try:
-            split, images, frozen = read_head_file(head_file)
+            stored, images, frozen = read_head_file(head_file)
         except UNUSABLE as error:
             raise _unusable(head_file, error) from error
-        # Neither shapes the model: where the weights are from, and how prompts begin.
-        unshaping = {"weights": split.weights, "prompt_init": split.prompt_init}
-        if split != settings.model_copy(update=unshaping):
+        if stored != head_plan(settings):
             raise MalformedFrame(
                 "the head file is of another model than the run's",
                 field="head",
-                limit=settings.model_dump_json(),
-                value=str(split),
+                limit=str(head_plan(settings)),
+                value=str(stored),
             )
         state = _read(state_file)
         try:
-            check_device_state(split, state)
+            check_device_state(settings, state)
         except UNUSABLE as error:
             raise _unusable(state_file, error) from error
-        has_prompts = split.prompt_count and split.prompt_at == "input"
-        prompts = nn.Parameter(torch.empty(prompt_shape(split))) if has_prompts else None
-        preprocessing = preprocessing_of(split, images)
+        has_prompts = settings.prompt_count and settings.prompt_at == "input"
+        prompts = nn.Parameter(torch.empty(prompt_shape(settings))) if has_prompts else None
+        preprocessing = preprocessing_of(settings, images)
         try:
-            head = build_head(split, Layered(head_tensors(state), frozen))
-            tail = build_tail(split, Layered(tail_tensors(state), frozen))
+            head = build_head(settings, Layered(head_tensors(state), frozen))
+            tail = build_tail(settings, Layered(tail_tensors(state), frozen))
             extras = extra_tensors(frozen)
         except UNUSABLE as error:
             raise _unusable(head_file, error) from error

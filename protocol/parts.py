@@ -92,8 +92,10 @@ class WireSettings(Message):
     update_deltas: bool = Field(
         False, description="send a state as its change against the round's, both ways"
     )
-    head: Literal["float32", "float16", "int8"] = Field(
-        "float32", description="the frozen head's weights, downloaded once"
+    head: Literal["float32", "float16", "int8", "int4"] = Field(
+        "float32",
+        description="the frozen head's weights, downloaded once; int4: matrices in 4 bits, "
+        "the rest as with int8",
     )
     pooled_features: bool = Field(
         False, description="return only the tokens that the tail reads, if it reads the first ones"

@@ -60,6 +60,11 @@ _COMMANDS = {
         ),
         packages=(),
     ),
+    "leak": _Entry(
+        "sfprompt_bench.leak.command",
+        "Train like the default form, and infer the labels from what the server receives.",
+        ("sfprompt-bench leak", "sfprompt-bench leak --rounds 3 --json leak.json"),
+    ),
     "engine": _Entry(
         "sfprompt_bench.engine.command",
         "Measure the split server's engine: throughput, round trips, gain of batching and a soak.",

@@ -52,8 +52,8 @@ def fit_start(context: RoundContext, plane: SplitPlane) -> StartResult:
     one_hot = F.one_hot(labels, classes).double()  # (n, C)
     sums, counts = one_hot.T @ features.double(), one_hot.sum(dim=0)
     fit = plane.solve(sums.float(), counts.float(), context.attempt, len(positions))
-    scores = _leave_one_out(features @ fit.weight.T + fit.bias, one_hot.float(), fit.leverage)
-    factor, loss = _calibrate(scores, labels)
+    scores = leave_one_out(features @ fit.weight.T + fit.bias, one_hot.float(), fit.leverage)
+    factor, loss = calibrate(scores, labels)
     with torch.no_grad():
         classifier = dict(context.model.tail.named_parameters())
         classifier["trunk.head.weight"].copy_(factor * fit.weight)
@@ -78,7 +78,7 @@ def _features(context: RoundContext, plane: SplitPlane, positions: Tensor) -> Te
     raise ValueError("unreachable")
 
 
-def _leave_one_out(scores: Tensor, one_hot: Tensor, leverage: Tensor) -> Tensor:
+def leave_one_out(scores: Tensor, one_hot: Tensor, leverage: Tensor) -> Tensor:
     """Return the scores [n, C] that fits without the sample itself would give.
 
     Args:
@@ -90,7 +90,7 @@ def _leave_one_out(scores: Tensor, one_hot: Tensor, leverage: Tensor) -> Tensor:
     return (scores - weight * one_hot) / (1 - weight)
 
 
-def _calibrate(scores: Tensor, labels: Tensor) -> tuple[float, float]:
+def calibrate(scores: Tensor, labels: Tensor) -> tuple[float, float]:
     """Return the factor of scores [n, C] with the smallest cross-entropy, and this loss."""
     losses = [F.cross_entropy(factor * scores, labels).item() for factor in _TEMPERATURES]
     best = min(range(len(losses)), key=losses.__getitem__)

@@ -13,7 +13,8 @@ from protocol.codec_names import parse_codec
 from protocol.codecs import encoded_bytes
 from protocol.errors import InvalidField
 from protocol.plan import ModelPlan
-from split_model import PartBytes, anatomy, part_bytes, prompt_shape, skeleton
+from split_model import Head, PartBytes, anatomy, part_bytes, prompt_shape, skeleton
+from split_model.checkpoints.head_file import EXTRA, HeadDtype, packed_bytes
 from tuning_methods.sfprompt.local_body import LocalBody
 
 FLOAT_BYTES = 4  # of a float32
@@ -42,6 +43,26 @@ def local_body_numbers(settings: ModelPlan, num_blocks: int) -> int:
     if not num_blocks:
         return 0
     return sum(tensor.numel() for tensor in LocalBody(settings, num_blocks).state_dict().values())
+
+
+def head_bytes(settings: ModelPlan, dtype: HeadDtype, local_blocks: int = 0) -> int:
+    """Calculate the payload of a head file, without its header.
+
+    Args:
+        settings: the model's plan.
+        dtype: of the file, `wire.head`.
+        local_blocks: blocks of the small body of the local update.
+    """
+    return _head_bytes(_unprompted_settings(settings), dtype, local_blocks)
+
+
+@functools.lru_cache(maxsize=64)
+def _head_bytes(settings: ModelPlan, dtype: HeadDtype, local_blocks: int) -> int:
+    tensors = dict(Head(settings).state_dict())
+    if local_blocks:
+        body = LocalBody(settings, local_blocks).state_dict()
+        tensors |= {EXTRA + name: tensor for name, tensor in body.items()}
+    return packed_bytes(tensors, dtype)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ from protocol.messages import SAMPLE_ID_BYTES
 from sfprompt_bench.cost.flops import forward_flops
 from sfprompt_bench.cost.method_cost import MethodCost, Question
 from sfprompt_bench.cost.sizes import (
+    head_bytes,
     image_numbers,
     local_body_numbers,
     part_numbers,
@@ -16,7 +17,6 @@ from sfprompt_bench.cost.sizes import (
     peak_bytes,
     run_blocks,
     samples_bytes,
-    tensor_bytes,
     tensors_bytes,
     trained_blocks,
 )
@@ -104,10 +104,9 @@ class _Traffic:
 
     def start(self) -> int:
         split = self.question.split
-        local_body = local_body_numbers(split, paper_part(self.question.plan).local_body)
-        numbers = part_numbers(split).head + local_body
-        state = self._state("float32")
-        return tensor_bytes(self.wire.head, (numbers,)) + state + self._round_0_down()
+        local_blocks = paper_part(self.question.plan).local_body
+        head = head_bytes(split, self.wire.head, local_blocks)
+        return head + self._state("float32") + self._round_0_down()
 
     def _round_0_down(self) -> int:
         """Features of all training samples, the classifier, leverages, and the new state."""

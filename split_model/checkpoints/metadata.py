@@ -41,6 +41,31 @@ def model_metadata(settings: ModelPlan) -> dict[str, str]:
     """
     plan = settings.model_dump(mode="json", exclude={"weights"})
     plan["model_overrides"] = settings.model_overrides
+    return _entries(settings, plan)
+
+
+def head_plan(settings: ModelPlan) -> ModelPlan:
+    """The plan's fields that determine a head file; all others have their defaults."""
+    return ModelPlan(
+        backbone=settings.backbone,
+        image_size=settings.image_size,
+        cut=settings.cut,
+        model_overrides=settings.model_overrides,
+    )
+
+
+def head_metadata(settings: ModelPlan) -> dict[str, str]:
+    """The entries of a head file, without those that differ between runs with the same head.
+
+    Equal heads are then equal files, and a device downloads them once.
+    """
+    plan = head_plan(settings).model_dump(mode="json", exclude_unset=True)
+    if settings.model_overrides:
+        plan["model_overrides"] = settings.model_overrides
+    return _entries(settings, plan)
+
+
+def _entries(settings: ModelPlan, plan: dict[str, Any]) -> dict[str, str]:
     preparation = dataclasses.asdict(image_preparation(settings))
     return {_PLAN: json.dumps(plan), _IMAGES: json.dumps(preparation)}
 

@@ -138,8 +138,15 @@ def test_images_are_prepared_as_timm_records_it_for_the_backbone(
 
 def test_a_head_of_another_model_is_refused() -> None:
     paths = files()
-    for change in ({"cut": 2}, {"num_classes": 4}, {"image_size": 48}, {"prompt_count": 5}):
+    for change in ({"cut": 2}, {"image_size": 48}, {"backbone": "vit_small_patch16_224"}):
         with pytest.raises(MalformedFrame, match="another model"):
+            DeviceModel.load(SMALL.model_copy(update=change), paths.head, paths.state)
+
+
+def test_a_state_of_another_model_is_refused() -> None:
+    paths = files()
+    for change in ({"num_classes": 4}, {"prompt_count": 5}):
+        with pytest.raises(MalformedFrame, match="cannot be used"):
             DeviceModel.load(SMALL.model_copy(update=change), paths.head, paths.state)
 
 

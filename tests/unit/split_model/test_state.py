@@ -1,6 +1,7 @@
 """Tuned states, prepared backbones, head files and exports survive a write and a read."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,6 +33,8 @@ from split_model import (
     write_head_file,
 )
 from split_model.backbone.libraries import timm
+from split_model.checkpoints.head_file import HeadDtype
+from split_model.checkpoints.metadata import head_plan
 from tests.support.uncut_model import difference, random_model, reduced
 
 SETTINGS = reduced("vit_base_patch16_224").replace(tail_blocks=1)
@@ -182,13 +185,33 @@ def test_a_device_builds_its_head_from_the_head_file_alone(tmp_path: Path) -> No
     path, digest = write_head_file(SETTINGS, file.path, tmp_path / "head.safetensors")
     assert len(digest) == 64
     assert set(load_file(path)) == set(Head(SETTINGS).names())
-    settings, images, tensors = read_head_file(path)
-    head = build_head(settings, tensors)
-    assert settings == SETTINGS
+    stored, images, tensors = read_head_file(path)
+    head = build_head(SETTINGS, tensors)
+    assert stored == head_plan(SETTINGS)
     assert images.mean == (0.5, 0.5, 0.5)
     assert images.interpolation == "bicubic"
     assert head(torch.zeros(1, 3, 24, 24)).shape == (1, 10, 32)
     assert write_head_file(SETTINGS, file.path, tmp_path / "again")[1] == digest
+
+
+def test_runs_with_the_same_head_have_equal_head_files(tmp_path: Path) -> None:
+    settings = reduced("vit_base_patch16_224")
+    source = prepare_backbone(settings, "random:1", tmp_path)
+
+    def digest(dtype: HeadDtype = "int4", **changes: Any) -> str:
+        path = tmp_path / "head.safetensors"
+        return write_head_file(settings.replace(**changes), source.path, path, dtype)[1]
+
+    same: list[dict[str, Any]] = [
+        {"num_classes": 3},
+        {"prompt_count": 0},
+        {"prompt_at": "cut", "prompt_depth": "deep", "keep_tokens": 4},
+        {"prompt_init": "mean-token"},
+        {"weights": "random:1"},
+    ]
+    assert {digest(**changes) for changes in same} == {digest()}
+    others = [digest("float32"), digest(cut=0), digest(tune="classifier")]
+    assert len({digest(), *others}) == 4
 
 
 def _built(path: Path) -> None:

@@ -168,7 +168,7 @@ def test_deep_prompts_join_before_each_block_of_the_head(name: str) -> None:
 
 
 @pytest.mark.parametrize("tune", ["classifier", "bias", "adapter", "full"])
-@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "int8", "int4"])
 def test_an_exported_model_equals_the_devices_model(tune: str, dtype: str, tmp_path: Path) -> None:
     settings = reduced("vit_base_patch16_224").replace(tune=tune, cut=1, adapter_width=5)
     file = prepare_backbone(settings, "random:1", tmp_path)
