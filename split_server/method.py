@@ -92,6 +92,23 @@ class RebuiltModel:
     head: BlobRef
 
 
+@dataclass(frozen=True)
+class RoundMean:
+    """The mean of a round's updates, weighted by their samples.
+
+    Attributes:
+        round: its number, from 1.
+        samples: of all updates.
+        state: mean of the updates' states, by name.
+        extras: mean of their further tensors, by name.
+    """
+
+    round: int
+    samples: int
+    state: Mapping[str, Tensor]
+    extras: Mapping[str, Tensor]
+
+
 class ServerMethod:
     """SFPrompt's default form: a frozen body for all participants; prompts and tail are averaged.
 
@@ -160,6 +177,14 @@ class ServerMethod:
             NonFinite: a tensor contains NaN or infinity.
         """
         return {}
+
+    def next_state(self, plan: RunPlan, mean: RoundMean) -> dict[str, Tensor]:
+        """Return the state that the updates of a round result in; the server optimiser follows.
+
+        Raises:
+            SFPromptError: the run ends with this error.
+        """
+        return dict(mean.state)
 
     # Between rounds
 

@@ -17,7 +17,7 @@ from protocol.traffic import Phase, total_bytes
 from sfprompt_bench.compare.tasks import Figures
 from sfprompt_bench.compare.usage import Usage
 from sfprompt_bench.cost.method_cost import Question
-from sfprompt_bench.methods.base import FederatedMethod
+from sfprompt_bench.methods.base import FederatedMethod, ReferenceResult
 from sfprompt_bench.run.report import closed_rounds, spent_epsilon
 from split_server.storage.database import EvaluationRow, ParticipantRow, RoundRow, Store
 from tuning_methods.proxies.settings import distillation_of
@@ -138,14 +138,15 @@ def calculated(method: FederatedMethod, plan: RunPlan, results: Results) -> Figu
     }
 
 
-def reference_figures(accuracy: float, trainable_parameters: int, seconds: float) -> Figures:
+def reference_figures(result: ReferenceResult, seconds: float) -> Figures:
     """Collect the figures of a reference, with None for those that it does not have."""
     return {
         **dict.fromkeys(_FEDERATED_ONLY),
-        "accuracy": accuracy,
-        "best_accuracy": accuracy,
+        "accuracy": result.accuracy,
+        "best_accuracy": result.accuracy,
         "accuracy_clients": {},
-        "trainable_parameters": trainable_parameters,
+        "trainable_parameters": result.trainable_parameters,
+        "chosen": dict(result.chosen),
         "bytes": {},
         "seconds": seconds,
         "curve": [],

@@ -176,6 +176,7 @@ def method_json(outcome: Outcome) -> dict[str, Any]:
         "accuracy_clients": outcome.device_accuracies(),
         "curve": outcome.curve(),
         "calculated": outcome.calculated(),
+        "chosen": [figures.get("chosen", {}) for figures in outcome.figures],
         "failures": list(outcome.failures),
     }
 

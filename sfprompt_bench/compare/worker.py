@@ -84,7 +84,7 @@ def _measure(
     started = time.monotonic()
     result = method.measure(settings, data, lambda done, total: None)
     seconds = time.monotonic() - started
-    return reference_figures(result.accuracy, result.trainable_parameters, seconds)
+    return reference_figures(result, seconds)
 
 
 def _pooled_data(settings: RunSettings, inputs: dict[str, Any]) -> Dataset:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from pydantic import BaseModel
@@ -105,6 +105,7 @@ class ReferenceResult:
 
     accuracy: float  # on the held-out images, 0 to 1
     trainable_parameters: int
+    chosen: Mapping[str, Any] = field(default_factory=dict)  # from the training data, by name
 
 
 class Reference(Method):

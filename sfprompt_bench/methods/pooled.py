@@ -39,7 +39,7 @@ from split_model import (
 )
 from split_model.optimizer import learning_rate_factor, make_optimizer, set_progress
 
-_BATCH = 200
+BATCH = 200  # images of a forward pass
 
 _CACHE_BYTES = 2**30
 
@@ -87,11 +87,9 @@ class CentralPaper(Central):
     }
 
 
-class LinearProbe(Reference):
-    """Logistic regression on the frozen features, the best of four strengths."""
+class FrozenFeatures(Reference):
+    """A classifier on the frozen features of the pooled data: only the backbone has an effect."""
 
-    name = "linear-probe"
-    what = "the floor: logistic regression on frozen features of the pooled data"
     tuning = "sfprompt-paper"
     fixed: ClassVar[Changes] = {"method": {"cut": 0, "prompt_count": 0}}
 
@@ -102,7 +100,7 @@ class LinearProbe(Reference):
     def settings(self, base: RunSettings, given: Changes | None = None) -> RunSettings:
         parts = {part: fields for part, fields in (given or {}).items() if part != "method"}
         checked = super().settings(base, parts)
-        # Only the backbone has an effect: a sweep over other settings probes once.
+        # A sweep over other settings measures once.
         return RunSettings.model_validate(
             {
                 "name": checked.name,
@@ -113,6 +111,13 @@ class LinearProbe(Reference):
                 "federation": FederationSettings(rounds=1),
             }
         )
+
+
+class LinearProbe(FrozenFeatures):
+    """Logistic regression on the frozen features, the best of four strengths."""
+
+    name = "linear-probe"
+    what = "the floor: logistic regression on frozen features of the pooled data"
 
     def measure(self, settings: RunSettings, data: Dataset, advance: Advance) -> ReferenceResult:
         model = PooledModel(settings.plan, data)
@@ -176,7 +181,6 @@ class PooledModel:
             advance(step + 1, len(batches))
         return self._accuracy()
 
-    @torch.no_grad()
     def probe(self) -> float:
         """Fit logistic regression to the frozen features, without prompts; return test accuracy.
 
@@ -185,8 +189,8 @@ class PooledModel:
         # scikit-learn takes seconds to import, which no other method should wait for.
         from sklearn.linear_model import LogisticRegression
 
-        train, train_labels = self._pooled_features(self.train)
-        test, test_labels = self._pooled_features(self.test)
+        train, train_labels = self.features_of(self.train)
+        test, test_labels = self.features_of(self.test)
         return max(
             float(
                 LogisticRegression(C=strength, max_iter=2000)
@@ -196,6 +200,16 @@ class PooledModel:
             for strength in _STRENGTHS
         )
 
+    @torch.no_grad()
+    def features_of(self, samples: BatchReader) -> tuple[Tensor, Tensor]:
+        """Compute the classifier's inputs [N, F] without prompts, and read the labels [N]."""
+        pooled, labels = [], []
+        for positions in torch.arange(len(samples)).split(BATCH):
+            images, batch_labels = samples.read(positions)
+            pooled.append(self.tail.pool(self._features(images, None)))
+            labels.append(batch_labels)
+        return torch.cat(pooled), torch.cat(labels)
+
     def _features(self, images: Tensor, prompts: Tensor | None) -> Tensor:
         at_cut = self.plan.model.prompt_at == "cut"
         smashed = self.head(images, None if at_cut else prompts)
@@ -203,19 +217,10 @@ class PooledModel:
         features: Tensor = self.body(smashed, prompts if at_cut else None, num_tokens)
         return features
 
-    def _pooled_features(self, samples: BatchReader) -> tuple[Tensor, Tensor]:
-        """The tail's pooled features [N, F] of all samples, and their labels [N]."""
-        pooled, labels = [], []
-        for positions in torch.arange(len(samples)).split(_BATCH):
-            images, batch_labels = samples.read(positions)
-            pooled.append(self.tail.pool(self._features(images, None)))
-            labels.append(batch_labels)
-        return torch.cat(pooled), torch.cat(labels)
-
     @torch.no_grad()
     def _accuracy(self) -> float:
         correct = 0
-        for positions in torch.arange(len(self.test)).split(_BATCH):
+        for positions in torch.arange(len(self.test)).split(BATCH):
             images, labels = self.test.read(positions)
             logits: Tensor = self.tail(self._features(images, self.prompts))
             correct += int((logits.argmax(dim=1) == labels).sum())

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 
 from protocol.errors import NotFound
 from sfprompt_bench.methods.base import FederatedMethod, Method
+from sfprompt_bench.methods.closed_form import LDADepths, LDAProbe, RidgeDepths, RidgeProbe
+from sfprompt_bench.methods.fed3r import Fed3R
 from sfprompt_bench.methods.pooled import Central, CentralPaper, LinearProbe
 from sfprompt_bench.methods.proxied import FedPft, OffsiteTuning
 from sfprompt_bench.methods.sfprompt import (
@@ -31,6 +33,7 @@ _CLASSES: tuple[type[Method], ...] = (
     FedPeftBias,
     FedPeftAdapter,
     FedPeftPrompt,
+    Fed3R,
     FedPft,
     OffsiteTuning,
     SplitFedFull,
@@ -44,6 +47,10 @@ _CLASSES: tuple[type[Method], ...] = (
     Central,
     CentralPaper,
     LinearProbe,
+    RidgeProbe,
+    LDAProbe,
+    RidgeDepths,
+    LDADepths,
 )
 
 # In the order of tables: the whole model on the device, split methods, references.

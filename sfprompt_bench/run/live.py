@@ -71,7 +71,7 @@ class LiveView:
             if event == "progress":
                 phase, done, total = data["phase"], data["done"], data["total"]
                 self._devices.update(line, phase=phase, completed=done, total=total)
-                self._shares[name] = (_PHASES.index(phase) + done / total) / len(_PHASES)
+                self._shares[name] = (_place(phase) + done / total) / len(_PHASES)
                 self._move_round_bar()
             elif event == "joined":
                 note = f"{data['train_samples']} training, {data['test_samples']} test images"
@@ -118,6 +118,11 @@ def round_note(view: RoundView) -> str:
     accuracy = "not measured" if view.accuracy is None else f"{view.accuracy:6.1%}"
     loss = "" if view.train_loss is None else f"  loss {view.train_loss:.3f}"
     return f"accuracy {accuracy}{loss}  {_megabytes(total_bytes(view.traffic))}"
+
+
+def _place(phase: str) -> int:
+    """The place of a phase in a round; a method's own phase stands where split training does."""
+    return _PHASES.index(phase if phase in _PHASES else "split")
 
 
 def _megabytes(count: int) -> str:

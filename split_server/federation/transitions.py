@@ -30,6 +30,7 @@ from split_server.federation.rounds import (
 )
 from split_server.federation.snapshot import RunSnapshot
 from split_server.federation.views import closed_traffic
+from split_server.method import RoundMean
 from split_server.storage.database import EvaluationRow, RoundRow, RunRow, UpdateRow
 from split_server.storage.events import record_event
 from split_server.storage.run_files import RunFiles, StateRefs, read_tensors
@@ -46,10 +47,14 @@ def average(
     row = _open_row(session, run)
     base = run.state
     try:
-        mean = _mean(run.plan, row, base, _updates(session, row, action.updated), files)
+        updates = _updates(session, row, action.updated)
+        mean = _mean(run.plan, row, base, updates, files)
         names = run.method.extra_shapes(run.plan, row.round)
-        if names:
-            files.write_extras(row.round, {name: mean.pop(name) for name in names})
+        extras = {name: mean.pop(name) for name in names}
+        if extras:
+            files.write_extras(row.round, extras)
+        samples = sum(update.samples for update in updates)
+        mean = run.method.next_state(run.plan, RoundMean(row.round, samples, mean, extras))
         state = _next_state(run.plan.federation, row.round, base, mean, files)
     except SFPromptError as error:
         # Each update was valid; only their aggregate can still fail.

@@ -24,6 +24,7 @@ from sfprompt_bench.compare.usage import Usage
 from sfprompt_bench.cost.method_cost import Question
 from sfprompt_bench.estimate.calculator import estimate
 from sfprompt_bench.estimate.report import estimate_report
+from sfprompt_bench.methods.base import ReferenceResult
 from sfprompt_bench.methods.registry import METHODS
 from sfprompt_bench.presets import preset_named
 from tuning_methods.custom.settings import Custom
@@ -90,7 +91,9 @@ SFPROMPT = measured("sfprompt", figures(0.80, 10), figures(0.90, 12))
 
 FULL = measured("fl-full", figures(0.60, 900), figures(0.70, 900))
 
-CENTRAL = measured("central", *(reference_figures(0.95, 5000, 3.0) for _ in range(2)))
+REFERENCE = reference_figures(ReferenceResult(0.95, 5000), 3.0)
+
+CENTRAL = measured("central", REFERENCE, REFERENCE)
 
 FAILED = Outcome("fedpeft-<b>", "breaks", failures=("seed 0: <script>alert(1)</script>",))
 
@@ -212,7 +215,7 @@ def test_the_calculated_payload_has_every_head() -> None:
 
 
 def test_a_reference_has_every_field_of_a_run() -> None:
-    lacking = set(figures(0.5, 1)) - set(reference_figures(0.5, 1, 1.0))
+    lacking = set(figures(0.5, 1)) - set(reference_figures(ReferenceResult(0.5, 1), 1.0))
     assert lacking == set()
 
 

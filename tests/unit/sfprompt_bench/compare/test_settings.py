@@ -24,7 +24,10 @@ DOCS = Path(__file__).parents[4] / "docs"
 
 TINY = {"backbone": "vit_tiny_patch16_224", "weights": "random:3", "image_size": 32}
 
-REFERENCES = {"central", "central-paper", "linear-probe"}
+REFERENCES = {
+    *("central", "central-paper", "linear-probe"),
+    *("ridge-probe", "lda-probe", "ridge-depths", "lda-depths"),
+}
 
 
 def comparison(**more: object) -> Comparison:

@@ -79,6 +79,7 @@ def test_each_method_has_a_cost_under_its_name(thousand: dict[str, MethodCost]) 
         "fedpeft-bias",
         "fedpeft-adapter",
         "fedpeft-prompt",
+        "fed3r",
         "fedpft",
         "offsite-tuning",
         "splitfed-full",
@@ -133,6 +134,17 @@ def test_federated_methods_start_with_the_whole_model_and_send_what_they_tune(
     assert round(thousand["fl-full"].bytes_per_round / 1e6) == 687
     assert round(thousand["fedpeft-prompt"].bytes_up_per_round / 1e6, 2) == 0.68
     assert thousand["fl-full"].bytes_total(3) == 4 * WHOLE * 7
+
+
+def test_fed3r_sends_products_of_features_once(thousand: dict[str, MethodCost]) -> None:
+    cost, rows = thousand["fed3r"], 768 + 1
+    assert cost.bytes_start == 4 * WHOLE
+    assert cost.bytes_up_once == 4 * (rows * (rows + 1) // 2 + rows * 100)
+    assert cost.bytes_up_per_round == cost.bytes_down_per_round == 4 * CLASSIFIER
+    # Of an image: a forward pass without the classifier, and a product of each pair of features.
+    head = ESTIMATED["fedpeft-head"].cost(Question(base(), 1000, local_epochs=1))
+    forward = head.flops_total(1) // 1000 - 2 * (2 * 768 * 100)
+    assert cost.flops_total(1) == 1000 * (forward + 2 * rows**2), "one epoch, whatever others do"
 
 
 def test_a_visit_of_the_paper_moves_four_tensors_of_a_sample() -> None:
