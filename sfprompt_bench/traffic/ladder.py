@@ -61,12 +61,15 @@ def _measures(default: RunSettings) -> Iterator[tuple[str, str, Changes]]:
         "only the features that the tail reads",
         {"wire": {"pooled_features": wire.pooled_features}},
     )
-    plain = {"keep_fraction": 1.0, "keep_smashed": False}
+    plain = {"keep_fraction": 1.0, "keep_smashed": False, "depths": 0}
     yield (
         "at the cut",
         f"{default.plan.model.prompt_depth} prompts in the body, tuned there, with training "
         "settings for them; all samples, whose smashed data cross in every round",
-        {"method": values["method"] | plain, "training": values["training"]},
+        {
+            "method": values["method"] | plain,
+            "training": values["training"] | _tuned_rates(default),
+        },
     )
     yield (
         "kept",
@@ -92,8 +95,19 @@ def _measures(default: RunSettings) -> Iterator[tuple[str, str, Changes]]:
     yield (
         "fewer samples",
         f"in each round {training.keep_fraction:.0%} of the samples, pruned by {training.pruning}",
-        {"method": values["method"]},
+        {"method": values["method"] | {"depths": 0}},
     )
+    yield (
+        "closed form",
+        f"a tail on {default.plan.model.depths} depths, fitted in closed form in round 0",
+        {"method": values["method"], "training": values["training"]},
+    )
+
+
+def _tuned_rates(default: RunSettings) -> Changes:
+    """The training settings of the method's defaults where no closed form fits the tail."""
+    method = default.method.model_copy(update={"depths": 0})
+    return dict(method.defaults({})["training"])
 
 
 _FIGURES = "rung.json"

@@ -65,6 +65,7 @@ def test_every_measure_has_a_rung_of_its_own() -> None:
         "coded steps",
         "coded states",
         "fewer samples",
+        "closed form",
     ]
     assert RUNGS[-1].what.endswith("the default form")
 
