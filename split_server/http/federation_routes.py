@@ -80,7 +80,9 @@ class FederationRoutes:
         add("/runs/{run}/states/{sha256}/delta", self.delta, methods=["GET"])
         add("/runs/{run}/evaluation", self.evaluation, methods=["PUT"])
         add("/runs/{run}/update", self.update, methods=["PUT"])
-        self._update_route: BaseRoute = self.router.routes[-1]
+        self._update_route: BaseRoute = next(
+            route for route in self.router.routes if getattr(route, "endpoint", None) == self.update
+        )
 
     def limits_body_itself(self, scope: Scope) -> bool:
         """Whether a request's route reads a frame under its own limit, instead of JSON."""
