@@ -102,7 +102,8 @@ class Moments:
 def fit_basis(moments: Moments, rank: int, depths: int) -> Basis:
     """Find the largest principal components, first of each depth, then of all together.
 
-    Two steps cost far less than one over all numbers, and lose almost nothing.
+    The numbers are standardised first: the spread of patch tokens varies less than their mean, and
+    says as much. Two steps cost far less than one over all numbers, and lose almost nothing.
 
     Args:
         moments: of the flattened read tokens [N, q].
@@ -110,6 +111,9 @@ def fit_basis(moments: Moments, rank: int, depths: int) -> Basis:
         depths: number of depths in the q numbers, one after the other.
     """
     covariance = moments.covariance()
+    deviations = covariance.diagonal().clamp(min=0).sqrt()
+    inverse = torch.where(deviations > 0, 1 / deviations.clamp(min=1e-300), 0.0)
+    covariance = inverse[:, None] * covariance * inverse  # of the standardised numbers
     numbers = len(covariance)
     block = numbers // depths
     kept = min(block, max(1, -(-2 * rank // depths)))  # of each depth, twice as many as needed
@@ -124,7 +128,8 @@ def fit_basis(moments: Moments, rank: int, depths: int) -> Basis:
     scale = torch.zeros(rank, dtype=torch.float64)
     scale[: len(values)] = torch.where(used, values.clamp(min=1e-300) ** _POWER, 0.0)
     scaled = torch.zeros(numbers, rank, dtype=torch.float64)
-    scaled[:, : len(values)] = _with_fixed_signs(vectors) * scale[: len(values)]
+    fixed = _with_fixed_signs(vectors) * scale[: len(values)]
+    scaled[:, : len(values)] = inverse[:, None] * fixed
     return Basis(moments.mean().float(), scaled.float(), scale)
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from sklearn.decomposition import PCA
 from sklearn.linear_model import Ridge
+from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -138,12 +139,12 @@ def read_numbers(data_dir: Path, run: str, images: ImageSet) -> Tensor:
         return build_body(plan, weights)(smashed, state["prompts"]).flatten(1)
 
 
-def test_the_classifier_is_a_ridge_regression_on_the_principal_components(
+def test_the_classifier_is_a_ridge_regression_on_principal_components(
     data_dir: Path, together: tuple[str, Results]
 ) -> None:
     run, _ = together
     numbers = read_numbers(data_dir, run, TRAIN).double().numpy()
-    features = PCA(16).fit_transform(numbers)
+    features = PCA(16).fit_transform(StandardScaler().fit_transform(numbers))
     weight, bias = tail_of(data_dir, run)
     scores = torch.from_numpy(numbers) @ weight.double().T + bias.double()
     targets = F.one_hot(TRAIN.labels, 3).double().numpy()
