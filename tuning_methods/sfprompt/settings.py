@@ -115,7 +115,7 @@ class SFPrompt(_SplitPrompts):
         return {
             "training": {
                 "batch_size": 8,
-                "prompt_learning_rate": 5e-4 if starts else 2e-3,
+                "prompt_learning_rate": 1e-4 if starts else 2e-3,
                 "tail_learning_rate": 1e-2,
                 "warmup_rounds": 1,
             },

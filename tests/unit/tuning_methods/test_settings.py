@@ -91,7 +91,7 @@ def test_a_changed_copy_has_a_plan_of_its_own() -> None:
 def test_a_runs_own_value_wins_over_the_methods_default() -> None:
     run = settings({"name": "sfprompt"}, training={"batch_size": 3}, wire={"smashed": "float16"})
     assert (run.plan.training.batch_size, run.plan.wire.smashed) == (3, "float16")
-    assert run.plan.training.prompt_learning_rate == 5e-4
+    assert run.plan.training.prompt_learning_rate == 1e-4
 
 
 @pytest.mark.parametrize(
@@ -258,7 +258,7 @@ def test_each_methods_own_part(method: dict[str, Any], own: dict[str, Any]) -> N
 def test_the_default_form_starts_in_closed_form_and_then_tunes_gently() -> None:
     plan = settings({"name": "sfprompt"}).plan
     assert (plan.model.depths, plan.model.rank, plan.first_round) == (4, 768, 0)
-    assert plan.training.prompt_learning_rate == 5e-4
+    assert plan.training.prompt_learning_rate == 1e-4
 
 
 @pytest.mark.parametrize(
