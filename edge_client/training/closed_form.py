@@ -29,13 +29,11 @@ class StartResult:
 
     Attributes:
         samples: number of samples.
-        loss: mean cross-entropy of the samples, each left out of its own fit.
-        correct: number of samples that are then classified correctly.
+        loss: mean leave-one-out cross-entropy of the samples.
     """
 
     samples: int
     loss: float
-    correct: int
 
 
 def fit_start(context: RoundContext, plane: SplitPlane) -> StartResult:
@@ -58,8 +56,7 @@ def fit_start(context: RoundContext, plane: SplitPlane) -> StartResult:
         classifier = dict(context.model.tail.named_parameters())
         classifier["trunk.head.weight"].copy_(factor * fit.weight)
         classifier["trunk.head.bias"].copy_(factor * fit.bias)
-    correct = int((scores.argmax(dim=1) == labels).sum())
-    return StartResult(len(positions), loss, correct)
+    return StartResult(len(positions), loss)
 
 
 def _features(context: RoundContext, plane: SplitPlane, positions: Tensor) -> Tensor:
@@ -68,14 +65,13 @@ def _features(context: RoundContext, plane: SplitPlane, positions: Tensor) -> Te
     if uploader is None:
         raise ValueError("a closed-form start needs the server's sample cache")
     uploader.ensure(positions)
-    for attempt in range(_MAX_UPLOADS):
+    ids = uploader.ids(positions)
+    for _ in range(_MAX_UPLOADS):
         try:
-            return plane.start(uploader.ids(positions), context.attempt).flatten(1)
+            return plane.start(ids, context.attempt).flatten(1)
         except SamplesMissing as error:
-            if attempt == _MAX_UPLOADS - 1:
-                raise
             uploader.send(positions[error.places])
-    raise ValueError("unreachable")
+    return plane.start(ids, context.attempt).flatten(1)
 
 
 def leave_one_out(scores: Tensor, one_hot: Tensor, leverage: Tensor) -> Tensor:

@@ -97,7 +97,7 @@ class RoundContext:
 
     run: RunPlan
     participant: str
-    round: int  # from 1
+    round: int  # from `RunPlan.first_round`
     attempt: int
     model: DeviceModel
     samples: Samples

@@ -255,7 +255,7 @@ def _encode_tokens(
         tokens: contiguous.
         layout: theirs.
         relative_step: Q.
-        scale: a power of two above all magnitudes; what is computed is relative to it.
+        scale: a power of two above all magnitudes; the result is relative to it.
     """
     try:
         transform = _fit_transform(tokens, layout, relative_step, scale)
@@ -321,7 +321,7 @@ def _choose_directions(
     """Return orthonormal directions [width, rank] that are worth their bytes.
 
     If the positions' means are coded, these are the principal components about them, and then those
-    of what is left of the means.
+    of the means' remainder.
 
     Raises:
         torch.linalg.LinAlgError: the eigenvalues do not converge.

@@ -1,4 +1,4 @@
-"""Read the body at several depths, and the linear tail on what is read.
+"""The body's outputs at several depths, pooled, and the linear tail that reads them.
 
 One transformer block decides little alone: class token, mean and spread of the patch tokens after
 several blocks carry more than the last class token (Head2Toe, arXiv 2201.03529).

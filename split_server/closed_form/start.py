@@ -8,7 +8,6 @@ is lost before it is written is asked for again.
 from __future__ import annotations
 
 import asyncio
-import logging
 import shutil
 import threading
 from collections.abc import Callable, Mapping
@@ -44,11 +43,9 @@ from split_server.federation.rounds import pending_trainers, require_trainer
 from split_server.federation.runs import RunRegistry
 from split_server.federation.snapshot import RunSnapshot
 from split_server.payloads.samples import decode_cached
-from split_server.runtime.aio import run_on
+from split_server.runtime.aio import run_on, wait_for
 from split_server.storage.run_files import read_prompts
 from split_server.storage.sample_store import Owner, SampleStore
-
-log = logging.getLogger(__name__)
 
 _BATCH = 256  # samples computed at a time
 
@@ -250,7 +247,7 @@ class ClosedFormStarts:
             running = task()
             if running is None:
                 start.changed.clear()
-                await _wait_briefly(start.changed, min(left, 1.0))
+                await wait_for(start.changed, min(left, 1.0))
                 continue
             done, _ = await asyncio.wait({running}, timeout=left)
             if done:
@@ -279,7 +276,7 @@ class ClosedFormStarts:
         return self._runs.clock.monotonic() > until
 
     async def _fit(self, start: _Start) -> Fitted | None:
-        """Compute all features and the basis; None: samples were lost, so that it begins again."""
+        """Compute all features and the basis; None: the server has lost samples."""
         run = self._runs.snapshot(start.run)
         moments = Moments(_read_numbers(run.plan.model))
         order = run.in_order(frozenset(start.ids))
@@ -350,7 +347,11 @@ class ClosedFormStarts:
             write_solved(path, solved)
             return solved
 
-        return await self._run(solve)
+        try:
+            return await self._run(solve)
+        except BaseException:
+            start.solving = None  # the next request begins again
+            raise
 
     async def _run(self, function: Callable[[], R]) -> R:
         return await run_on(self._threads, function)
@@ -379,11 +380,3 @@ def _check_counts(sums: Sums, samples: int) -> None:
 
 def _busy(message: str) -> Busy:
     return Busy(message, field="round", value=0, retry_after_s=0.2)
-
-
-async def _wait_briefly(event: asyncio.Event, seconds: float) -> None:
-    try:
-        async with asyncio.timeout(seconds):
-            await event.wait()
-    except TimeoutError:
-        pass

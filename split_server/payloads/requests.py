@@ -178,6 +178,8 @@ def parse_exchange(request: SplitRequest) -> ExchangeRequest:
     meta = parse_message(ExchangeMeta, dict(request.frame.meta))
     _require_placement(request, "cut")
     request.permission.require_trainer(meta.round, meta.attempt)
+    if meta.round < 1:
+        raise InvalidField("round 0 tunes no prompts", field="round", limit=1, value=meta.round)
     _check_exchanged_tensors(request.frame, meta)
     return ExchangeRequest(
         meta,

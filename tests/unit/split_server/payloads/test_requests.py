@@ -123,6 +123,13 @@ def test_an_exchange_names_or_carries_its_batch() -> None:
     assert torch.equal(last.gradients, gradients)
 
 
+def test_round_0_has_no_exchange() -> None:
+    meta = {**SESSION, "round": 0, "number": 0}
+    with pytest.raises(InvalidField) as caught:
+        requests.parse_exchange(request(meta, None, "cut", {"keep_smashed": True}, ids=IDS))
+    assert (caught.value.field, caught.value.limit, caught.value.value) == ("round", 1, 0)
+
+
 @pytest.mark.parametrize(
     ("parse", "meta", "prompt_at", "check"),
     [
