@@ -14,6 +14,7 @@ from edge_client.training import (
     local_update,
     select_samples,
     split_train,
+    tune_classifier,
 )
 from edge_client.training.split_training import Sample, forward_whole
 from edge_client.transport import SplitPlane
@@ -56,6 +57,9 @@ class DeviceMethod:
             return RoundResult(samples=start.samples, train_loss=start.loss)
         if context.round == 1 and context.run.model.prompt_init == "mean-token":
             context.model.add_mean_token(context.samples.images)
+        if context.run.model.depths and not context.run.training.split_epochs:
+            loss = tune_classifier(context, plane)
+            return RoundResult(samples=len(context.samples), local_loss=loss)
         selected = select_samples(context)
         local_loss = local_update(context, self.local_forward)
         result: TrainingResult | None = None

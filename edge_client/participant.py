@@ -225,6 +225,7 @@ class JoinedRun:
             self._reporter.advance,
             self._device.cache_bytes,
             Proximal(self.model, strength) if strength else None,
+            assignment.start,
         )
         result = self._method.train_round(context, self.samples.plane)
         meta = UpdateMeta(

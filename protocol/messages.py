@@ -206,12 +206,14 @@ class Assignment(Message):
     status: RunStatus
     reason: str | None = None
     head: BlobRef | None = None  # only where the method rebuilds it during the run
+    start: Count | None = None  # the attempt at round 0 that counted, in a run that has one
 
     @model_serializer(mode="wrap")
-    def _omit_missing_head(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _omit_missing(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         values: dict[str, Any] = handler(self)
-        if self.head is None:
-            values.pop("head", None)
+        for name in ("head", "start"):
+            if values.get(name) is None:
+                values.pop(name, None)
         return values
 
 
@@ -306,8 +308,12 @@ class ExchangeMeta(Message):
 
 
 class StartMeta(Message):
-    """The meta part of requests of round 0; they repeat until all participants have answered."""
+    """The meta part of requests of round 0; they repeat until all participants have answered.
 
+    A device that has lost its features, or came later, requests them in a later round.
+    """
+
+    round: Count = 0
     attempt: Count
 
 

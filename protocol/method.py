@@ -89,7 +89,7 @@ class MethodSettings(Message):
         """Return the fields of `ModelPlan` that the backbone's settings lack."""
         return {}
 
-    def training_part(self) -> Fields:
+    def training_part(self, settings: RunSettings) -> Fields:
         """Return the fields of `TrainingPlan` that the training settings lack."""
         return {}
 
@@ -132,7 +132,7 @@ class MethodSettings(Message):
             ValidationError: the settings do not fit together.
         """
         model = _dump(settings.model) | model_part
-        training = _dump(settings.training) | self.training_part()
+        training = _dump(settings.training) | self.training_part(settings)
         wire = _dump(settings.wire) | self.wire_part()
         plan = RunPlan(
             name=settings.name,

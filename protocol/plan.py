@@ -220,7 +220,13 @@ class TrainingPlan(TrainingSettings):
     )
     pruning: PruningScore = "el2n"
     prune_per_class: bool = Field(False, description="select the same share of each class")
-    local_epochs: int = Field(1, ge=0, le=10_000, description="local-loss update, head to tail")
+    local_epochs: int = Field(
+        1,
+        ge=0,
+        le=10_000,
+        description="local-loss update, head to tail; with depths, steps of the classifier on all "
+        "samples' features, which the device has since round 0",
+    )
     split_epochs: int = Field(
         1, ge=0, le=10_000, description="through the server; 0: the local-loss update alone"
     )
@@ -284,7 +290,7 @@ def _refusals(plan: RunPlan) -> list[tuple[bool, str]]:
             f"class_names has {len(names or ())} names for num_classes {model.num_classes}",
         ),
         (
-            at_cut and model.prompt_count == 0,
+            at_cut and model.prompt_count == 0 and bool(training.split_epochs),
             "prompt_at = cut needs a prompt_count above 0: the server has nothing else to tune",
         ),
         (
@@ -332,7 +338,15 @@ def _refusals(plan: RunPlan) -> list[tuple[bool, str]]:
                     training.local_learning_rate_scale != 1,
                     "local_learning_rate_scale = 1",
                 ),
-                (at_cut, "prompt_at = input: prompts at the cut would never be tuned"),
+                (
+                    at_cut and bool(model.prompt_count),
+                    "prompt_at = input or prompt_count = 0: prompts at the cut would never be "
+                    "tuned",
+                ),
+                (
+                    at_cut and not model.depths,
+                    "prompt_at = input or depths above 0: the tail does not read the head's output",
+                ),
                 (
                     bool(wire.gradient_correction),
                     "gradient_correction = 0: no smashed data are sent",
@@ -370,8 +384,9 @@ def _depth_refusals(plan: RunPlan) -> list[tuple[bool, str]]:
             f"{alone} pruning = random or keep_fraction = 1: the device cannot score samples",
         ),
         (
-            bool(training.local_epochs),
-            f"{alone} local_epochs = 0: the tail does not read the head's output",
+            bool(training.local_epochs and training.split_epochs),
+            f"{alone} local_epochs = 0 or split_epochs = 0: prompts change the features that the "
+            "local update reads",
         ),
         (
             federation.server_optimizer != "fedavg",

@@ -28,20 +28,17 @@ class Preset:
 
 _MODEL = {"image_size": 42, "num_classes": 10}
 
-_PROMPTS = {"prompt_count": 5}
-
-_ALL_SAMPLES = {"keep_fraction": 1.0}  # of data sets with few
+_METHOD: dict[Form, dict[str, Any]] = {"default": {}, "paper": {"prompt_count": 5}}
 
 
-def _run(name: str, form: Form, method: dict[str, Any] = _PROMPTS, **more: object) -> RunSettings:
-    values = over_form(form, {"name": name, "model": _MODEL, "method": method, **more})
+def _run(name: str, form: Form, **more: object) -> RunSettings:
+    values = over_form(form, {"name": name, "model": _MODEL, "method": _METHOD[form], **more})
     return RunSettings.model_validate(values)
 
 
 def _digits(form: Form) -> Preset:
-    method = _PROMPTS | (_ALL_SAMPLES if form == "default" else {})
     federation = FederationSettings(rounds=8)
-    return Preset(data="digits", settings=_run("digits", form, method, federation=federation))
+    return Preset(data="digits", settings=_run("digits", form, federation=federation))
 
 
 def _fashion_mnist(form: Form) -> Preset:
@@ -84,7 +81,7 @@ def traffic_preset(form: Form, *, quick: bool) -> Preset:
         preset = preset_named("fashion-mnist", form)
         federation = preset.settings.federation.model_copy(update={"evaluate_every": 10})
     else:
-        settings = _run("digits", form, _PROMPTS | _ALL_SAMPLES)
+        settings = _run("digits", form)
         preset = Preset("digits", settings, limit_train=200, limit_test=100)
         federation = FederationSettings(rounds=3, evaluate_every=3)
     settings = preset.settings.model_copy(update={"federation": federation})

@@ -53,7 +53,7 @@ class WholeModel(MethodSettings, ABC):
         # The depth needs the backbone; any cut allows the other checks.
         self.resolve(settings, self._unshaped(settings) | {"cut": 1})
 
-    def training_part(self) -> Fields:
+    def training_part(self, settings: RunSettings) -> Fields:
         return {
             "local_epochs": self.epochs,
             "split_epochs": 0,

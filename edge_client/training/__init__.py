@@ -1,6 +1,6 @@
 """The phases of a round on the device, in the order in which they run."""
 
-from edge_client.training.closed_form import fit_start
+from edge_client.training.closed_form import fit_start, tune_classifier
 from edge_client.training.context import Diverged, Proximal, RoundContext, Samples
 from edge_client.training.evaluation import Evaluation, evaluate
 from edge_client.training.local_update import local_update
@@ -19,4 +19,5 @@ __all__ = [
     "local_update",
     "select_samples",
     "split_train",
+    "tune_classifier",
 ]

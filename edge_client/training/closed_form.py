@@ -1,4 +1,6 @@
-"""Round 0: fit the tail in closed form, from sums of this device's features in each class.
+"""The tail in closed form: round 0 fits it, and each later round is one step of it.
+
+Round 0 needs sums of this device's features in each class.
 
 The server computes the features of all participants' samples and their second moments. The device
 adds the sums, gets the classifier that all devices' sums give, and calibrates its scores on its own
@@ -15,10 +17,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from edge_client.training.context import RoundContext
-from edge_client.transport import SamplesMissing, SplitPlane
+from edge_client.training.context import Diverged, RoundContext
+from edge_client.transport import Features, SamplesMissing, SplitPlane
+from protocol.messages import MAX_LOSS
 
 _MAX_UPLOADS = 3  # of samples that the server has lost
+
+_CURVATURE = 2.0  # the inverse of the bound 1/2 on the curvature of cross-entropy in a score
 
 _TEMPERATURES = torch.logspace(0, 2, 41)  # factors of the scores, from 1 to 100
 
@@ -45,7 +50,7 @@ def fit_start(context: RoundContext, plane: SplitPlane) -> StartResult:
     """
     positions = torch.arange(len(context.samples))
     labels = context.samples.images.image_set.labels[positions]
-    features = _features(context, plane, positions)  # (n, r)
+    features = _request_features(context, plane, context.attempt).values  # (n, r)
     classes = context.run.model.num_classes
     one_hot = F.one_hot(labels, classes).double()  # (n, C)
     sums, counts = one_hot.T @ features.double(), one_hot.sum(dim=0)
@@ -59,19 +64,77 @@ def fit_start(context: RoundContext, plane: SplitPlane) -> StartResult:
     return StartResult(len(positions), loss)
 
 
-def _features(context: RoundContext, plane: SplitPlane, positions: Tensor) -> Tensor:
-    """Return the features [n, r] of all samples; uploads what the server lacks."""
-    uploader = context.samples.uploader
-    if uploader is None:
+def tune_classifier(context: RoundContext, plane: SplitPlane) -> float:
+    """Move the model's linear tail by steps of logistic regression on all samples' features.
+
+    Each step is of the mean gradient, divided by a bound of the loss's curvature in each feature.
+    It lowers the loss without a learning rate, and the mean of one step on every device is the step
+    on the pooled data, however the classes are distributed.
+
+    Returns:
+        The mean cross-entropy before the last step.
+
+    Raises:
+        Diverged: the loss is not finite.
+        StaleRound: the server closed the round without this participant.
+
+    Source: Böhning, Multinomial logistic regression algorithm (1992), with a diagonal bound.
+    """
+    features = _known_features(context, plane)
+    tail = context.model.tail.trunk.head
+    labels = context.samples.images.image_set.labels[: len(features.values)]
+    one_hot = F.one_hot(labels, context.run.model.num_classes).double()  # (n, C)
+    mean, values = features.mean.double(), features.values.double()
+    centred = values - mean  # (n, r)
+    variances = features.variances.double()
+    step = torch.where(variances > 0, _CURVATURE / variances.clamp(min=1e-30), 0.0)  # (r)
+    weight, bias, loss = tail.weight.detach().double(), tail.bias.detach().double(), 0.0
+    for epoch in range(context.run.training.local_epochs):
+        scores = values @ weight.T + bias  # (n, C)
+        loss = F.cross_entropy(scores, labels).item()
+        if not 0 <= loss <= MAX_LOSS:
+            raise Diverged(f"the local update has diverged: its loss is {loss:g}")
+        errors = scores.softmax(dim=1) - one_hot  # (n, C)
+        change = (errors.T @ centred / len(labels)) * step  # (C, r)
+        weight, bias = weight - change, bias - _CURVATURE * errors.mean(dim=0) + change @ mean
+        context.advance("local", epoch + 1, context.run.training.local_epochs)
+    with torch.no_grad():
+        tail.weight.copy_(weight)
+        tail.bias.copy_(bias)
+    return loss
+
+
+def _known_features(context: RoundContext, plane: SplitPlane) -> Features:
+    """Return the features of round 0; requests them if this device did not take part in it."""
+    cache = context.samples.features
+    if cache.features is None or cache.attempt != context.start_attempt:
+        return _request_features(context, plane, context.start_attempt)
+    return cache.features
+
+
+def _request_features(context: RoundContext, plane: SplitPlane, basis: int | None) -> Features:
+    """Return the features of all samples; uploads what the server lacks.
+
+    Args:
+        context, plane: the round, and the run's split plane.
+        basis: the attempt at round 0 whose basis the features have.
+    """
+    samples = context.samples
+    if samples.uploader is None:
         raise ValueError("a closed-form start needs the server's sample cache")
-    uploader.ensure(positions)
-    ids = uploader.ids(positions)
+    positions = torch.arange(len(samples))
+    samples.uploader.ensure(positions)
+    ids = samples.uploader.ids(positions)
     for _ in range(_MAX_UPLOADS):
         try:
-            return plane.start(ids, context.attempt).flatten(1)
+            features = plane.start(ids, context.round, context.attempt)
+            break
         except SamplesMissing as error:
-            uploader.send(positions[error.places])
-    return plane.start(ids, context.attempt).flatten(1)
+            samples.uploader.send(positions[error.places])
+    else:
+        features = plane.start(ids, context.round, context.attempt)
+    samples.features.features, samples.features.attempt = features, basis
+    return features
 
 
 def leave_one_out(scores: Tensor, one_hot: Tensor, leverage: Tensor) -> Tensor:

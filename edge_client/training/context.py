@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -13,7 +13,7 @@ from edge_client.data import BatchReader, shuffled
 from edge_client.model import DeviceModel
 from edge_client.smashed.head_cache import HeadOutputs
 from edge_client.smashed.uploads import SampleUploader
-from edge_client.transport import SamplesMissing
+from edge_client.transport import Features, SamplesMissing
 from protocol.plan import RunPlan
 from protocol.seeds import derive_seed
 from split_model import learning_rate_factor
@@ -50,6 +50,18 @@ class Proximal:
             parameter.grad = pull if parameter.grad is None else parameter.grad + pull
 
 
+@dataclass
+class FeatureCache:
+    """The features of all samples of a set, once the server has sent them.
+
+    Attributes:
+        attempt: at round 0 whose basis they have.
+    """
+
+    features: Features | None = None
+    attempt: int | None = None
+
+
 @dataclass(frozen=True)
 class Samples:
     """One set of the device's samples, with their caches.
@@ -58,11 +70,13 @@ class Samples:
         images: reads the set's images.
         outputs: the head's outputs, where they are constant (prompts at the cut).
         uploader: sends smashed data to the server's cache, where the run has one.
+        features: those of round 0, where the run has one.
     """
 
     images: BatchReader
     outputs: HeadOutputs | None = None
     uploader: SampleUploader | None = None
+    features: FeatureCache = field(default_factory=FeatureCache)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -104,6 +118,7 @@ class RoundContext:
     advance: Advance
     cache_bytes: int  # memory budget of a cache of the tuning method
     proximal: Proximal | None = None
+    start_attempt: int | None = None  # the attempt at round 0 that counted; None: none yet
 
     def add_proximal_gradients(self) -> None:
         """Add FedProx's gradient to a batch's gradients, if the run uses it."""

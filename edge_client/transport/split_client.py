@@ -54,6 +54,21 @@ class SamplesMissing(SFPromptError):
 
 
 @dataclass(frozen=True)
+class Features:
+    """The features of a device's samples, and what is known of all devices' features.
+
+    Attributes:
+        values: [n, r].
+        mean: over all devices' samples, [r].
+        variances: over all devices' samples, [r]; 0: an unused component.
+    """
+
+    values: Tensor
+    mean: Tensor
+    variances: Tensor
+
+
+@dataclass(frozen=True)
 class Fit:
     """The classifier of a closed-form start.
 
@@ -254,19 +269,25 @@ class SplitPlane:
             return _tensor(response, "logits", (len(batch), self._classes))
         return _tensor(response, "features", (len(batch), *self._features))
 
-    def start(self, ids: Tensor, attempt: int) -> Tensor:
-        """Name all training samples by their ids [n, 16]; return their features [n, 1, r].
+    def start(self, ids: Tensor, round_: int, attempt: int) -> Features:
+        """Name all training samples by their ids [n, 16]; return their features.
 
-        Waits for the other participants, at most until the round is over.
+        In round 0 it waits for the other participants, at most until the round is over.
 
         Raises:
             SamplesMissing: upload these samples, then send the same request again.
             StaleRound: the round is over, or the server started it without this participant.
         """
         tensors = {"ids": (ids, "uint8")}
-        response = self._wait_for_others(START_PATH, "start", attempt, tensors)
+        response = self._wait_for_others(START_PATH, "start", round_, attempt, tensors)
         _check_none_missing(response, len(ids))
-        return _tensor(response, "features", (len(ids), *self._features), kind="start")
+        rank = self._features[-1]
+        values = _tensor(response, "features", (len(ids), *self._features), kind="start")
+        return Features(
+            values=values.flatten(1),
+            mean=_tensor(response, "mean", (rank,), kind="start"),
+            variances=_tensor(response, "variances", (rank,), kind="start"),
+        )
 
     def solve(self, sums: Tensor, counts: Tensor, attempt: int, samples: int) -> Fit:
         """Send sums of features in each class [C, r] and counts [C]; return the classifier.
@@ -282,17 +303,20 @@ class SplitPlane:
             StepLost: the server lost the features; start the round again.
         """
         tensors = {"sums": (sums, "float32"), "counts": (counts, "float32")}
-        response = self._wait_for_others(SOLVE_PATH, "solve", attempt, tensors)
+        response = self._wait_for_others(SOLVE_PATH, "solve", 0, attempt, tensors)
         return Fit(
             weight=_tensor(response, "weight", tuple(sums.shape), kind="solve"),
             bias=_tensor(response, "bias", (len(counts),), kind="solve"),
             leverage=_tensor(response, "leverage", (samples,), kind="solve"),
         )
 
-    def _wait_for_others(self, path: str, kind: str, attempt: int, tensors: Payload) -> Frame:
+    def _wait_for_others(
+        self, path: str, kind: str, round_: int, attempt: int, tensors: Payload
+    ) -> Frame:
+        meta = {"round": round_, "attempt": attempt}
         while True:
             try:
-                return self._server.send_frame(path, kind, {"attempt": attempt}, tensors)
+                return self._server.send_frame(path, kind, meta, tensors)
             except Busy:
                 continue
 

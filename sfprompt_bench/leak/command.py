@@ -33,6 +33,8 @@ CODECS = ("int4", "int8", "float32")
 
 _HELD_OUT = 0.2
 
+_PROMPTS = {"split_epochs": 1, "keep_fraction": 1.0, "prompt_count": 5}
+
 
 @dataclass(frozen=True)
 class LeakResult:
@@ -66,13 +68,13 @@ def leak(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the run.")] = 0,
     json_file: JsonFile = None,
 ) -> None:
-    """Train like the default form, and infer the labels from what the server receives.
+    """Train like the default form with prompts, and infer the labels from what the server receives.
 
     One device trains in one process, through the codecs of the wire, once for each codec of the
     gradients. The server knows the features that it sent, the sums and gradients that it received
     and the tail of each round's global state.
     """
-    settings = preset_named(data).settings
+    settings = with_changes(preset_named(data).settings, {"method": _PROMPTS})
     source = load_dataset(parse_source(data), held_out=_HELD_OUT, seed=seed)
     images = limit_per_set(source, train=samples, seed=seed)
     rounds = min(rounds, settings.federation.rounds)

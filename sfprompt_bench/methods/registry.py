@@ -12,6 +12,7 @@ from sfprompt_bench.methods.pooled import Central, CentralPaper, LinearProbe
 from sfprompt_bench.methods.proxied import FedPft, OffsiteTuning
 from sfprompt_bench.methods.sfprompt import (
     SFPrompt,
+    SFPromptCutDeep,
     SFPromptCutShallow,
     SFPromptInputDeep,
     SFPromptInputShallow,
@@ -43,6 +44,7 @@ _CLASSES: tuple[type[Method], ...] = (
     SFPromptInputShallow,
     SFPromptInputDeep,
     SFPromptCutShallow,
+    SFPromptCutDeep,
     SFPrompt,
     Central,
     CentralPaper,

@@ -12,10 +12,10 @@ from sfprompt_bench.methods.sfprompt_cost import sfprompt_cost
 
 
 class SFPrompt(FederatedMethod):
-    """Prompts before every block of the body; the server keeps and tunes them."""
+    """A classifier of several depths: fitted in closed form, moved by a step in each round."""
 
     name = "sfprompt"
-    what = "SFPrompt, default preset: prompts in every block of the body, kept by the server"
+    what = "SFPrompt, default preset: a classifier in closed form, refined on the devices"
     tuning = "sfprompt"
     fixed: ClassVar[Changes] = {"method": {"prompt_depth": "deep"}}
 
@@ -24,13 +24,22 @@ class SFPrompt(FederatedMethod):
         return sfprompt_cost(question)
 
 
+class SFPromptCutDeep(SFPrompt):
+    """The default preset with prompts before every block of the body, tuned after round 0."""
+
+    name = "sfprompt-cut-deep"
+    what = "the default preset with prompts before every block of the body"
+    is_variant = True
+    fixed: ClassVar[Changes] = {"method": {"prompt_depth": "deep", "split_epochs": 1}}
+
+
 class SFPromptCutShallow(SFPrompt):
     """The default preset with one set of prompts, before the first block of the body."""
 
     name = "sfprompt-cut-shallow"
     what = "the default preset with prompts before the body's first block only"
     is_variant = True
-    fixed: ClassVar[Changes] = {"method": {"prompt_depth": "shallow"}}
+    fixed: ClassVar[Changes] = {"method": {"prompt_depth": "shallow", "split_epochs": 1}}
 
 
 class SFPromptInputShallow(SFPrompt):

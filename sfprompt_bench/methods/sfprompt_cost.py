@@ -40,7 +40,8 @@ def sfprompt_cost(question: Question) -> MethodCost:
     and receives the features, with `depths` the logits. Batches are as large as those of training.
 
     With `depths`, round 0 sends the names of all training samples and sums for each class, and
-    receives each sample's features and the classifier, once.
+    receives each sample's features and the classifier, once. Without `split_epochs`, a later round
+    moves the classifier alone.
 
     Operations of a round are those of `SFPromptPaper`, except that with `keep_smashed` the head
     runs once for each sample and view, and forward only; the tail's 1x for each scored sample and
@@ -109,13 +110,15 @@ class _Traffic:
         return head + self._state("float32") + self._round_0_down()
 
     def _round_0_down(self) -> int:
-        """Features of all training samples, the classifier, leverages, and the new state."""
+        """Features of all training samples, their moments, the classifier, leverages, new state."""
         split, samples = self.question.split, self.question.train_samples
         if not split.depths:
             return 0
         codec = self.wire.updates if self.wire.update_deltas else "float32"
         features = self._samples(self.wire.start, samples, self.tensors.features)
-        return features + self._state("float32") + 4 * samples + self._state(codec)
+        moments = 2 * 4 * self.tensors.features[1]  # mean and variances
+        fit = self._state("float32") + 4 * samples
+        return features + moments + fit + self._state(codec)
 
     def _round_0_up(self) -> int:
         """Names of all training samples, the sums of their features, and the update."""
@@ -253,8 +256,11 @@ def _peak_bytes(question: Question, tensors: _Tensors) -> int:
 def _cached_numbers(question: Question, tensors: _Tensors) -> int:
     """Numbers of head outputs that the device caches for scoring and the local update."""
     training = question.plan.training
-    if not tensors.stored or question.split.depths:
+    if not tensors.stored:
         return 0
+    if question.split.depths:
+        refines = training.local_epochs > 0
+        return question.train_samples * tensors.features[1] if refines else 0
     if training.local_epochs == 0 and training.keep_fraction == 1:
         return 0
     tokens = needed_tokens(question.split) or tensors.smashed[0]

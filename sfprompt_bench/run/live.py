@@ -77,7 +77,8 @@ class LiveView:
                 note = f"{data['train_samples']} training, {data['test_samples']} test images"
                 self._devices.update(line, phase="joined", note=note)
             elif event == "trained":
-                note = f"loss {data['train_loss'] or 0:.3f}  {_megabytes(data['bytes'])}"
+                loss = data["train_loss"] or data["local_loss"] or 0
+                note = f"loss {loss:.3f}  {_megabytes(data['bytes'])}"
                 self._devices.update(line, note=note)
             elif event == "evaluated" and data.get("accuracy") is not None:
                 self._devices.update(line, note=f"accuracy {data['accuracy']:.1%}")
@@ -116,7 +117,8 @@ class LiveView:
 def round_note(view: RoundView) -> str:
     """Describe a closed round: accuracy, loss and bytes."""
     accuracy = "not measured" if view.accuracy is None else f"{view.accuracy:6.1%}"
-    loss = "" if view.train_loss is None else f"  loss {view.train_loss:.3f}"
+    mean = view.local_loss if view.train_loss is None else view.train_loss
+    loss = "" if mean is None else f"  loss {mean:.3f}"
     return f"accuracy {accuracy}{loss}  {_megabytes(total_bytes(view.traffic))}"
 
 

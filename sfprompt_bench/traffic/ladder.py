@@ -39,7 +39,7 @@ def ladder(paper: RunSettings, default: RunSettings) -> list[Rung]:
     The first and the last are these two. A measure without effect between them has no rung.
     """
     rungs = [Rung("paper", "the paper's form: four tensors a step, all tokens, float32", paper)]
-    for name, what, changes in _measures(default):
+    for name, what, changes in _measures(default, paper.plan.model.prompt_count):
         settings = with_changes(rungs[-1].settings, changes)
         if settings != rungs[-1].settings:
             rungs.append(Rung(name, what, settings))
@@ -47,13 +47,15 @@ def ladder(paper: RunSettings, default: RunSettings) -> list[Rung]:
     return rungs
 
 
-def _measures(default: RunSettings) -> Iterator[tuple[str, str, Changes]]:
+def _measures(default: RunSettings, prompts: int) -> Iterator[tuple[str, str, Changes]]:
     """Name, description and changes of each measure, in the order of the ladder.
 
     The training settings change together with the method that they were tuned for, except the
     share of selected samples.
     """
-    wire, training, values = default.wire, default.plan.training, default.model_dump()
+    wire, values = default.wire, default.model_dump()
+    prompted = _with_prompts(default, prompts)
+    training = prompted.plan.training
     step_tensors = dict.fromkeys(("smashed", "features", "gradients"), "bfloat16")
     yield "bfloat16", "the tensors of a step in bfloat16", {"wire": step_tensors}
     yield (
@@ -61,14 +63,14 @@ def _measures(default: RunSettings) -> Iterator[tuple[str, str, Changes]]:
         "only the features that the tail reads",
         {"wire": {"pooled_features": wire.pooled_features}},
     )
-    plain = {"keep_fraction": 1.0, "keep_smashed": False, "depths": 0}
+    plain = {"keep_fraction": 1.0, "keep_smashed": False}
     yield (
         "at the cut",
-        f"{default.plan.model.prompt_depth} prompts in the body, tuned there, with training "
+        f"{prompted.plan.model.prompt_depth} prompts in the body, tuned there, with training "
         "settings for them; all samples, whose smashed data cross in every round",
         {
-            "method": values["method"] | plain,
-            "training": values["training"] | _tuned_rates(default),
+            "method": prompted.method.model_dump() | plain,
+            "training": prompted.training.model_dump(),
         },
     )
     yield (
@@ -95,19 +97,21 @@ def _measures(default: RunSettings) -> Iterator[tuple[str, str, Changes]]:
     yield (
         "fewer samples",
         f"in each round {training.keep_fraction:.0%} of the samples, pruned by {training.pruning}",
-        {"method": values["method"] | {"depths": 0}},
+        {"method": prompted.method.model_dump()},
     )
     yield (
         "closed form",
-        f"a tail on {default.plan.model.depths} depths, fitted in closed form in round 0",
+        f"no prompts, a tail on {default.plan.model.depths} depths: fitted in closed form in round "
+        "0, moved by a step in each round",
         {"method": values["method"], "training": values["training"]},
     )
 
 
-def _tuned_rates(default: RunSettings) -> Changes:
-    """The training settings of the method's defaults where no closed form fits the tail."""
-    method = default.method.model_copy(update={"depths": 0})
-    return dict(method.defaults({})["training"])
+def _with_prompts(default: RunSettings, prompts: int) -> RunSettings:
+    """The default form without a closed-form start: prompts and tail tuned by gradients."""
+    method = default.method.model_copy(update={"depths": 0, "prompt_count": prompts})
+    rates = {"training": dict(method.defaults({})["training"])}
+    return with_changes(default, {"method": method.model_dump(), **rates})
 
 
 _FIGURES = "rung.json"

@@ -30,6 +30,11 @@ class FeatureSums:
     mean: Tensor
     products: Tensor
 
+    @property
+    def variances(self) -> Tensor:
+        """The variance of each feature, [r], float64."""
+        return self.products.diagonal() / max(1, self.count)
+
 
 @dataclass(frozen=True)
 class RidgeClassifier:

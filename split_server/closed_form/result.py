@@ -29,10 +29,32 @@ class Fitted:
 
 @dataclass(frozen=True)
 class Solved:
-    """The result of a start, which is on disk before any participant learns it."""
+    """The result of a start, which is on disk before any participant learns it.
+
+    Attributes:
+        basis: of the features.
+        classifier: the ridge regression.
+        variances: of the features, [r], float64.
+    """
 
     basis: Basis
     classifier: RidgeClassifier
+    variances: Tensor
+
+
+@dataclass(frozen=True)
+class Features:
+    """A participant's features, and the mean and variances of all participants'.
+
+    Attributes:
+        values: [n, 1, r].
+        mean: [r], float64.
+        variances: [r], float64.
+    """
+
+    values: Tensor
+    mean: Tensor
+    variances: Tensor
 
 
 def fit_features(moments: Moments, plan: RunPlan, features: Sequence[SampleFeatures]) -> Fitted:
@@ -73,6 +95,7 @@ def write_solved(path: Path, solved: Solved) -> None:
         "classifier.mean": classifier.mean,
         "classifier.influence": classifier.influence,
         "classifier.count": torch.tensor(classifier.count),
+        "variances": solved.variances,
     }
     write_durably(path, state_bytes(tensors))
 
@@ -91,4 +114,4 @@ def read_solved(path: Path) -> Solved:
         influence=tensors["classifier.influence"],
         count=int(tensors["classifier.count"]),
     )
-    return Solved(read_basis(path, torch.device("cpu")), classifier)
+    return Solved(read_basis(path, torch.device("cpu")), classifier, tensors["variances"])

@@ -28,6 +28,7 @@ from split_model import anatomy, read_tokens
 from split_server.closed_form.basis import Moments
 from split_server.closed_form.classifier import RidgeClassifier, fit_classifier
 from split_server.closed_form.result import (
+    Features,
     Fitted,
     Solved,
     fit_features,
@@ -128,8 +129,8 @@ class ClosedFormStarts:
 
     async def features(
         self, run_id: str, participant: str, attempt: int, ids: list[bytes]
-    ) -> Tensor | list[int]:
-        """Return the features [n, 1, r] of a participant's samples, once all have named theirs.
+    ) -> Features | list[int]:
+        """Return the features of a participant's samples, once all have named theirs.
 
         Or the positions of samples that the server lacks.
 
@@ -146,15 +147,43 @@ class ClosedFormStarts:
             run = self._runs.snapshot(run_id)
             if not await self._compute(start, run, participant, None):
                 raise _busy("samples were lost; they are sent again")
-            basis = start.restored.basis
+            solved = start.restored
+            basis, mean, variances = solved.basis, solved.classifier.mean, solved.variances
         else:
             if start.fitting is None:
                 start.ids[participant] = ids
                 start.changed.set()
-            basis = (await self._await_fit(start)).basis
+            fitted = await self._await_fit(start)
+            basis, mean, variances = fitted.basis, fitted.sums.mean, fitted.sums.variances
         if start.ids.get(participant) != ids:
             raise StaleRound("this round was started without this participant", field="round")
-        return await self._run(partial(project_all, basis, start.features[participant]))
+        values = await self._run(partial(project_all, basis, start.features[participant]))
+        return Features(values, mean, variances)
+
+    async def later_features(
+        self, run_id: str, participant: str, ids: list[bytes]
+    ) -> Features | list[int]:
+        """Return a participant's features in a later round, in the basis of round 0.
+
+        Or the positions of samples that the server lacks.
+
+        Raises:
+            NotFound: round 0 has no result.
+        """
+        owner, run = Owner(run_id, participant), self._runs.snapshot(run_id)
+        missing = self._samples.list_missing(owner, ids)
+        if missing:
+            return missing
+        path = run.basis_file(self._runs.files(run_id))
+        solved = await self._run(partial(read_solved, path))
+        projected = []
+        for first in range(0, len(ids), _BATCH):
+            tokens = await self._read_tokens(run, owner, ids[first : first + _BATCH])
+            if tokens is None:
+                raise _busy("samples were lost; they are sent again")
+            # Through float16, as round 0 stores them: the same features again.
+            projected.append(solved.basis.project(tokens.half().float().cpu()))
+        return Features(torch.cat(projected), solved.classifier.mean, solved.variances)
 
     async def classifier(
         self, run_id: str, participant: str, attempt: int, sums: Sums
@@ -304,22 +333,26 @@ class ClosedFormStarts:
             start, run, participant: whose.
             moments: adds the samples; None: they are known.
         """
-        ids, server = start.ids[participant], run.state.server
-        files = self._runs.files(run.id)
-        prompts = None if server is None else read_prompts(files.server_state(server.sha256))
+        ids, owner = start.ids[participant], Owner(run.id, participant)
         numbers = _read_numbers(run.plan.model)
         place = SampleFeatures(start.folder / participant, len(ids), numbers)
         for first in range(0, len(ids), _BATCH):
-            owner, batch = Owner(run.id, participant), ids[first : first + _BATCH]
-            smashed = await self._run(partial(self._load, owner, batch))
-            if smashed is None:
+            tokens = await self._read_tokens(run, owner, ids[first : first + _BATCH])
+            if tokens is None:
                 return False
-            job = InferJob(run.id, participant, run.body, smashed, prompts)
-            tokens = await self._infer(job)
             flat = tokens.flatten(1).float().cpu()
             await self._run(partial(_add, moments, place, first, flat))
         start.features[participant] = place
         return True
+
+    async def _read_tokens(self, run: RunSnapshot, owner: Owner, ids: list[bytes]) -> Tensor | None:
+        """Compute what the tail reads of samples, [B, R, D]; None: the server lacks some."""
+        server, files = run.state.server, self._runs.files(run.id)
+        prompts = None if server is None else read_prompts(files.server_state(server.sha256))
+        smashed = await self._run(partial(self._load, owner, ids))
+        if smashed is None:
+            return None
+        return await self._infer(InferJob(run.id, owner.participant, run.body, smashed, prompts))
 
     def _load(self, owner: Owner, ids: list[bytes]) -> Tensor | None:
         """Return smashed data [B, T, D]; None: the server lacks some of them."""
@@ -343,7 +376,7 @@ class ClosedFormStarts:
             class_sums = torch.stack([each.features.double() for each in answers]).sum(dim=0)
             counts = torch.stack([each.counts.double() for each in answers]).sum(dim=0)
             classifier = fit_classifier(fitted.sums, class_sums, counts, fitted.basis.scale)
-            solved = Solved(fitted.basis, classifier)
+            solved = Solved(fitted.basis, classifier, fitted.sums.variances)
             write_solved(path, solved)
             return solved
 

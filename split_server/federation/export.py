@@ -60,5 +60,5 @@ def newest_state(data_dir: Path, run_id: str) -> tuple[RunSnapshot, dict[str, Te
     files = RunFiles(data_dir / "runs" / run_id)
     state = files.read_state(run.state)
     if run.plan.model.rank:
-        state |= read_basis(files.newest_basis(), torch.device("cpu")).without_basis(state)
+        state |= read_basis(run.basis_file(files), torch.device("cpu")).without_basis(state)
     return run, state

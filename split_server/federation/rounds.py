@@ -204,6 +204,7 @@ def assignment_for(run: RunSnapshot, participant_id: str, now: float) -> Assignm
         status=run.status,
         reason=reason,
         head=run.head if run.settings.method.rebuilds_head else None,
+        start=run.start_attempt,
     )
 
 

@@ -11,13 +11,14 @@ from pathlib import Path
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
+from protocol.errors import NotFound
 from protocol.messages import BlobRef, RoundStatus, RunStatus
 from protocol.plan import RunPlan
 from protocol.settings import RunSettings
 from split_server.method import ServerMethod, server_method
 from split_server.models.body_key import BodyKey
 from split_server.storage.database import EvaluationRow, ParticipantRow, RoundRow, RunRow, UpdateRow
-from split_server.storage.run_files import StateRefs
+from split_server.storage.run_files import RunFiles, StateRefs
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class RunSnapshot:
     open_round: OpenRound | None
     closed_rounds: int  # rounds that have produced a global state
     repeats: int  # failed attempts at the round after these
+    start_attempt: int | None = None  # at round 0, whose result the run uses; None: none yet
     renewed: int = 0  # the round after which weights and head were made again; 0: never
     deadline: float | None = None  # of the open phase, on the monotonic clock
 
@@ -90,6 +92,16 @@ class RunSnapshot:
     def body(self) -> BodyKey:
         """The frozen body, as it was when the run was created."""
         return BodyKey.of(self.backbone_path, self.plan)
+
+    def basis_file(self, files: RunFiles) -> Path:
+        """Return the path of the basis that the run's features have.
+
+        Raises:
+            NotFound: round 0 has no result yet.
+        """
+        if self.start_attempt is None:
+            raise NotFound("the run has no features before its round 0", field="round", value=0)
+        return files.basis(self.start_attempt)
 
     @property
     def next_round(self) -> int:
@@ -150,6 +162,13 @@ def load_snapshot(session: Session, run_id: str, data_dir: Path) -> RunSnapshot:
             RoundRow.round == settings.plan.first_round + (closed or 0),
         )
     )
+    start_attempt = session.scalar(
+        select(RoundRow.attempt).where(
+            RoundRow.run_id == run_id,
+            RoundRow.round == 0,
+            RoundRow.status.in_((RoundStatus.EVALUATING, RoundStatus.CLOSED)),
+        )
+    )
     return RunSnapshot(
         id=run.id,
         status=RunStatus(run.status),
@@ -165,6 +184,7 @@ def load_snapshot(session: Session, run_id: str, data_dir: Path) -> RunSnapshot:
         open_round=_load_open_round(session, last),
         closed_rounds=closed or 0,
         repeats=repeats or 0,
+        start_attempt=start_attempt,
         renewed=run.renewed,
     )
 

@@ -230,7 +230,7 @@ def find_basis(context: HandlerContext) -> Basis | None:
     """
     if not context.run.plan.model.depths:
         return None
-    path = context.services.runs.files(context.run.id).newest_basis()
+    path = context.run.basis_file(context.services.runs.files(context.run.id))
     return read_basis(path, context.services.placement.device)
 
 

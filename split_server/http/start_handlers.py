@@ -12,14 +12,21 @@ def handle_start(context: HandlerContext, request: SplitRequest) -> Submit:
     """Answer with the features of the named samples, once all participants have named theirs."""
     start = parse_start(request)
     starts, codec = context.services.starts, request.plan.wire.start
+    run, sender, meta = request.run, request.participant, start.meta
 
     async def reply() -> Reply:
-        features = await starts.features(
-            request.run, request.participant, start.meta.attempt, start.ids
-        )
+        if meta.round:
+            features = await starts.later_features(run, sender, start.ids)
+        else:
+            features = await starts.features(run, sender, meta.attempt, start.ids)
         if isinstance(features, list):
             return missing_reply(features)
-        return Reply("start", start.meta.model_dump(), {"features": (features, codec)})
+        tensors = {
+            "features": (features.values, codec),
+            "mean": (features.mean.float(), "float32"),
+            "variances": (features.variances.float(), "float32"),
+        }
+        return Reply("start", meta.model_dump(), tensors)
 
     return reply
 

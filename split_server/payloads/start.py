@@ -55,6 +55,8 @@ def parse_solve(request: SplitRequest) -> SolveRequest:
         InvalidField, RunClosed, StaleRound, MalformedFrame, WrongShape, NonFinite
     """
     meta = _parse_meta(request)
+    if meta.round:
+        raise InvalidField("sums belong to round 0", field="round", limit=0, value=meta.round)
     check_tensors(request.frame, {"sums", "counts"})
     classes, (_, rank) = request.plan.model.num_classes, feature_shape(request.plan.model)
     for name, shape in (("sums", [classes, rank]), ("counts", [classes])):
@@ -78,5 +80,5 @@ def _parse_meta(request: SplitRequest) -> StartMeta:
         raise InvalidField(
             "this run has no closed-form start", field="depths", limit="above 0", value=0
         )
-    request.permission.require_trainer(0, meta.attempt)
+    request.permission.require_trainer(meta.round, meta.attempt)
     return meta

@@ -78,18 +78,6 @@ class RunFiles:
         """Return the path of the result of an attempt at round 0: basis and classifier."""
         return self.root / "basis" / f"{attempt}.safetensors"
 
-    def newest_basis(self) -> Path:
-        """Return the path of the basis that the run's features have.
-
-        Raises:
-            NotFound: round 0 has no result yet.
-        """
-        paths = (self.root / "basis").glob("*.safetensors")
-        newest = max(paths, key=lambda path: int(path.stem), default=None)
-        if newest is None:
-            raise NotFound("the run has no features before its round 0", field="round", value=0)
-        return newest
-
     def state(self, sha256: str) -> Path:
         """Return the path of a device-side state."""
         return self.root / "states" / f"{sha256}.safetensors"

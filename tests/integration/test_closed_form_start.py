@@ -6,6 +6,7 @@ import threading
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,9 +21,9 @@ from torch.nn import functional as F
 from edge_client.data import BatchReader, Dataset, ImageSet
 from edge_client.model import preprocessing_of
 from edge_client.participant import JoinedRun, Participant, succeeded
-from edge_client.transport import Server
+from edge_client.transport import Features, Server
 from protocol.errors import InvalidField
-from protocol.messages import Results, RunStatus
+from protocol.messages import Assignment, Results, RunStatus
 from protocol.settings import RunSettings
 from split_model import (
     Layered,
@@ -45,7 +46,12 @@ PLAIN = {"smashed": "float32", "start": "float32", "features": "float32", "infer
 R = TypeVar("R")
 
 
-def settings(devices: int, rounds: int = 0, **wire: str) -> RunSettings:
+PROMPTED = {"prompt_count": 2}
+
+
+def settings(
+    devices: int, rounds: int = 0, method: dict[str, Any] = PROMPTED, **wire: str
+) -> RunSettings:
     return RunSettings.model_validate(
         {
             "model": {
@@ -54,7 +60,7 @@ def settings(devices: int, rounds: int = 0, **wire: str) -> RunSettings:
                 "image_size": 32,
                 "num_classes": len(CLASSES),
             },
-            "method": {"name": "sfprompt", "prompt_count": 2, "rank": 16},
+            "method": {"name": "sfprompt", "rank": 16, **method},
             "federation": {"rounds": rounds, "min_participants": devices},
             "wire": {"updates": "float32", "head": "float32", **PLAIN, **wire},
         }
@@ -136,7 +142,7 @@ def read_numbers(data_dir: Path, run: str, images: ImageSet) -> Tensor:
     pixels, _ = reader.read(torch.arange(len(images)))
     with torch.no_grad():
         smashed = build_head(plan, Layered({}, weights))(pixels)
-        return build_body(plan, weights)(smashed, state["prompts"]).flatten(1)
+        return build_body(plan, weights)(smashed, state.get("prompts")).flatten(1)
 
 
 def test_the_classifier_is_a_ridge_regression_on_principal_components(
@@ -217,6 +223,91 @@ def test_prompts_are_tuned_in_the_rounds_after_the_start_and_the_tail_is_not(
     assert snapshot.status is RunStatus.FINISHED
 
 
+@pytest.fixture(scope="module")
+def refined(server: RunningServer, home: Path) -> tuple[str, Results]:
+    """One class on each device, and three rounds that move the classifier."""
+    parts = [of_class(TRAIN, label) for label in range(3)]
+    return run_with(server, home, parts, rounds=3, method={})
+
+
+def test_later_rounds_are_steps_of_logistic_regression_on_the_pooled_data(
+    data_dir: Path, refined: tuple[str, Results]
+) -> None:
+    run, results = refined
+    files = RunFiles(data_dir / "runs" / run)
+    basis = read_tensors(files.basis(0))
+    states = [read_tensors(files.state(view.state.sha256)) for view in results.rounds if view.state]
+    parts = [of_class(TRAIN, label) for label in range(3)]
+    numbers = torch.cat([read_numbers(data_dir, run, part) for part in parts])
+    labels = torch.cat([part.labels for part in parts])
+    features = ((numbers - basis["mean"]) @ basis["vectors"]).double()
+    inputs = features - features.mean(dim=0)
+    variances = inputs.square().mean(dim=0)
+    assert len(states) == 4
+    for before, after in pairwise(states):
+        weight = before["tail.head.weight"].double().requires_grad_()
+        bias = before["tail.head.bias"].double().requires_grad_()
+        # In terms of the centred features, so that the bias moves on its own.
+        shifted = bias + weight.detach() @ features.mean(dim=0)
+        loss = F.cross_entropy(inputs @ weight.T + shifted, labels)
+        slopes = torch.autograd.grad(loss, [weight, bias])
+        expected = weight.detach() - 2 * slopes[0] / variances
+        shifted = shifted.detach() - 2 * slopes[1]
+        torch.testing.assert_close(
+            after["tail.head.weight"].double(), expected, atol=1e-3, rtol=1e-2
+        )
+        moved = after["tail.head.bias"].double() + expected @ features.mean(dim=0)
+        torch.testing.assert_close(moved, shifted, atol=1e-2, rtol=1e-2)
+    losses = [view.local_loss for view in results.rounds[1:]]
+    assert losses == sorted(losses, reverse=True)
+
+
+def test_later_rounds_send_and_tune_no_more_than_the_classifier(
+    data_dir: Path, refined: tuple[str, Results]
+) -> None:
+    run, results = refined
+    assert results.run.plan.model.prompt_count == 0
+    snapshot, state = newest_state(data_dir, run)
+    assert set(state) == {"tail.head.weight", "tail.head.bias"}
+    assert snapshot.state.server is None
+    for view in results.rounds[1:]:
+        assert not sum(view.traffic.get("smashed", {}).values())
+        assert not sum(view.traffic.get("features", {}).values())
+
+
+def test_a_device_that_has_lost_its_features_gets_them_again(
+    server: RunningServer, home: Path
+) -> None:
+    """Also one that has them in the basis of another attempt at round 0."""
+    operator = server.operator()
+    run = operator.create(settings(1, 2, method={}), key=uuid.uuid4().hex).id
+    with closing(Server(server.url)) as client:
+        device = joined(client, home, run, "forgetful", Dataset(TRAIN, TEST))
+        cache, seen = device.samples.train.features, []
+        request = device.samples.plane.start
+
+        def forget(ids: Tensor, round_: int, attempt: int) -> Features:
+            features = request(ids, round_, attempt)
+            seen.append((round_, features.values))
+            return features
+
+        device.samples.plane.start = forget  # type: ignore[method-assign]
+        train = device._train_until_complete
+
+        def train_without(assignment: Assignment) -> None:
+            if assignment.round == 1:
+                cache.features = None
+            elif assignment.round == 2:
+                cache.attempt = 7
+            train(assignment)
+
+        device._train_until_complete = train_without  # type: ignore[method-assign]
+        assert succeeded(device.take_part())
+    assert [round_ for round_, _ in seen] == [0, 1, 2]
+    for _, values in seen[1:]:
+        torch.testing.assert_close(values, seen[0][1], atol=1e-5, rtol=1e-5)
+
+
 def joined(client: Server, home: Path, run: str, name: str, data: Dataset) -> JoinedRun:
     return Participant(client, data, home / name, name, SilentReporter()).join(run, f"join-{name}")
 
@@ -236,12 +327,12 @@ def test_a_device_gets_the_same_classifier_after_the_server_has_lost_its_feature
         for place, (client, half) in enumerate(zip(clients, halves, strict=True))
     ]
 
-    def start(device: JoinedRun) -> Tensor:
+    def features_of(device: JoinedRun) -> Tensor:
         samples = device.samples.train
         assert samples.uploader is not None
         positions = torch.arange(len(samples))
         samples.uploader.ensure(positions)
-        return device.samples.plane.start(samples.uploader.ids(positions), 0).flatten(1)
+        return device.samples.plane.start(samples.uploader.ids(positions), 0, 0).values
 
     def solve(device: JoinedRun, features: Tensor) -> Tensor:
         labels = device.samples.train.images.image_set.labels
@@ -249,7 +340,7 @@ def test_a_device_gets_the_same_classifier_after_the_server_has_lost_its_feature
         plane = device.samples.plane
         return plane.solve(one_hot.T @ features, one_hot.sum(dim=0), 0, len(labels)).weight
 
-    features = at_once([lambda device=device: start(device) for device in devices])
+    features = at_once([lambda device=device: features_of(device) for device in devices])
     pairs = list(zip(devices, features, strict=True))
     with pytest.raises(InvalidField, match="counts"):
         devices[0].samples.plane.solve(torch.zeros(3, 16), torch.ones(3), 0, 9)
@@ -258,6 +349,6 @@ def test_a_device_gets_the_same_classifier_after_the_server_has_lost_its_feature
     services = server.server._application.services
     assert services is not None
     services.starts.release(run)
-    again = start(devices[1])
+    again = features_of(devices[1])
     torch.testing.assert_close(again, features[1], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(solve(devices[1], again), first, rtol=0, atol=0)

@@ -41,8 +41,17 @@ CONTENT = {
         **FEDERATION,
         "missing": (set(), [{"ids"}]),
         "samples": (set(), [{"ids", "smashed"}]),
-        "start": ({"attempt"}, [{"ids"}]),
-        "solve": ({"attempt"}, [{"sums", "counts"}]),
+        "start": ({"round", "attempt"}, [{"ids"}]),
+        "solve": ({"round", "attempt"}, [{"sums", "counts"}]),
+        "infer": (STEP | {"state"}, [{"ids"}]),
+        "update": (UPDATE, [LINEAR]),
+    },
+    "prompts": {
+        **FEDERATION,
+        "missing": (set(), [{"ids"}]),
+        "samples": (set(), [{"ids", "smashed"}]),
+        "start": ({"round", "attempt"}, [{"ids"}]),
+        "solve": ({"round", "attempt"}, [{"sums", "counts"}]),
         "exchange": (SESSION, [{"ids"}, {"ids", "gradients"}, {"gradients"}]),
         "infer": (STEP | {"state"}, [{"ids"}]),
         "update": (UPDATE, [LINEAR]),
@@ -66,6 +75,12 @@ HEADERS = {
 # What follows from labels: gradients, tuned tensors, losses, correct answers, hashes of states.
 FOLLOWS = {
     "default": {
+        *("solve.sums", "solve.counts"),
+        *(f"update.{name}" for name in LINEAR),
+        *("update.base", "update.train_loss", "update.local_loss"),
+        *("evaluation.correct", "evaluation.loss_sum", "infer.state"),
+    },
+    "prompts": {
         *("solve.sums", "solve.counts", "exchange.gradients"),
         *(f"update.{name}" for name in LINEAR),
         *("update.base", "update.train_loss", "evaluation.correct", "evaluation.loss_sum"),
@@ -83,7 +98,8 @@ FOLLOWS = {
 DATA = Dataset(image_set(12), image_set(3, seed=1))
 
 METHODS = {
-    "default": {"name": "sfprompt", "prompt_count": 2},
+    "default": {"name": "sfprompt"},
+    "prompts": {"name": "sfprompt", "prompt_count": 2},
     "paper": {"name": "sfprompt-paper", "prompt_count": 2},
 }
 
@@ -200,7 +216,7 @@ def recording(
     request: pytest.FixtureRequest, server: RunningServer, tmp_path_factory: pytest.TempPathFactory
 ) -> Recording:
     form, home = request.param, tmp_path_factory.mktemp("home")
-    other = relabelled(DATA) if form == "default" else exchanged(DATA)
+    other = exchanged(DATA) if form == "paper" else relabelled(DATA)
     runs = [record(server, home, METHODS[form], data) for data in (DATA, other)]
     return Recording(form, *runs)
 
@@ -232,8 +248,8 @@ def test_other_labels_change_what_follows_from_them_only(recording: Recording) -
         assert list(old) == list(new)
         changed |= {name for name in old if old[name] != new[name]}
     assert changed <= FOLLOWS[recording.form]
-    gradients = {"exchange.gradients", "backward.gradients"}
-    assert changed & gradients, "the labels were not used"
+    used = {"solve.sums", "exchange.gradients", "backward.gradients"}
+    assert changed & used, "the labels were not used"
 
 
 def test_the_papers_form_sends_the_same_smashed_data_until_gradients_tune_the_prompts(

@@ -79,7 +79,7 @@ class Custom(MethodSettings):
     def model_part(self, settings: RunSettings) -> Fields:
         return _without_own(self.model)
 
-    def training_part(self) -> Fields:
+    def training_part(self, settings: RunSettings) -> Fields:
         return self.training
 
     def wire_part(self) -> Fields:

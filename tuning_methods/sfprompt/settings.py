@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import BaseModel, Field
 
@@ -57,25 +57,47 @@ class _SplitPrompts(MethodSettings):
 
     cut: int = Field(1, ge=0, le=256, description="blocks in the head, on the device")
     tail_blocks: int = Field(0, ge=0, le=256, description="last blocks that belong to the tail")
-    prompt_count: int = Field(10, ge=0, le=1024, description="soft prompt tokens")
     prompt_init: Literal["normal", "mean-token"] = Field(
         "normal", description="random | random, shifted by the mean image token"
     )
     prune_per_class: bool = Field(False, description="select the same share of each class")
-    split_epochs: int = Field(1, ge=0, le=10_000, description="epochs a round through the server")
 
-    def training_part(self) -> Fields:
-        return {field: getattr(self, field) for field in _TRAINING}
+
+class Form(NamedTuple):
+    """The fields of `SFPrompt` that depend on each other, all with a value."""
+
+    depths: int
+    split_epochs: int
+    local_epochs: int
+    keep_fraction: float
+    prompt_count: int
 
 
 class SFPrompt(_SplitPrompts):
-    """Prompts in the body, tuned by the server: smashed data never change and cross once.
+    """A classifier in closed form, refined in each round; or prompts that the server tunes.
 
-    A step sends features down and their gradient up, in one round trip. Training draws a share of
-    the samples anew in each round.
+    Smashed data never change and cross once. Round 0 fits a linear classifier of several depths of
+    the body, and each later round is one step of it on every device. With ``split_epochs`` the
+    server tunes prompts in the body: a step sends features down and their gradient up, in one round
+    trip, for a share of the samples that is drawn anew in each round.
+
+    Fields without a value depend on the others; see `form`.
     """
 
     name: Literal["sfprompt"] = "sfprompt"
+    prompt_count: int | None = Field(
+        None,
+        ge=0,
+        le=1024,
+        description="soft prompt tokens; none: 10 with split_epochs, else 0",
+    )
+    split_epochs: int | None = Field(
+        None,
+        ge=0,
+        le=10_000,
+        description="epochs a round through the server, which tune the prompts; none: 0 after a "
+        "closed-form start without prompts, else 1",
+    )
     prompt_depth: PromptDepth = Field(
         "deep",
         description="deep: prompts before each block of the body | shallow: before its first",
@@ -89,17 +111,27 @@ class SFPrompt(_SplitPrompts):
         ge=0,
         le=64,
         description="blocks of the body, evenly spaced, that a linear tail reads; round 0 fits it "
-        "in closed form, later rounds tune the prompts | 0: the tail reads the last block and is "
-        "tuned with the prompts | none: 4 where a closed-form start is possible, else 0",
+        "in closed form | 0: the tail reads the last block and is tuned with the prompts | none: 4 "
+        "where a closed-form start is possible, else 0",
     )
     rank: int = Field(
         768, ge=1, le=65_536, description="principal components of these blocks' outputs"
     )
-    keep_fraction: float = Field(
-        0.8, gt=0, le=1, description="share of a device's samples that train in a round"
+    keep_fraction: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="share of a device's samples that train in a round; none: 0.8 with "
+        "split_epochs, else 1",
     )
     pruning: PruningScore = Field("random", description="how these samples are selected")
-    local_epochs: int = Field(0, ge=0, le=10_000, description="local-loss update of the tail")
+    local_epochs: int | None = Field(
+        None,
+        ge=0,
+        le=10_000,
+        description="local-loss update of the tail: after a closed-form start steps of the "
+        "classifier on all samples; none: 1 there without split_epochs, else 0",
+    )
     local_learning_rate_scale: float = Field(
         1.0, ge=0, le=100, description="factor on the rates during the local-loss update"
     )
@@ -134,9 +166,43 @@ class SFPrompt(_SplitPrompts):
         }
 
     def model_part(self, settings: RunSettings) -> Fields:
+        form = self.form(settings)
+        read = {"depths": form.depths, "rank": self.rank if form.depths else 0}
+        own = {field: getattr(self, field) for field in _MODEL}
+        return {"prompt_at": "cut"} | read | own | {"prompt_count": form.prompt_count}
+
+    def training_part(self, settings: RunSettings) -> Fields:
+        form = self.form(settings)
+        return {field: getattr(self, field) for field in _TRAINING} | {
+            "split_epochs": form.split_epochs,
+            "local_epochs": form.local_epochs,
+            "keep_fraction": form.keep_fraction,
+        }
+
+    def form(self, settings: RunSettings) -> Form:
+        """Fill in the fields without a value: those of the form that measures best."""
         depths = self._depths(settings)
-        read = {"depths": depths, "rank": self.rank if depths else 0}
-        return {"prompt_at": "cut"} | read | {field: getattr(self, field) for field in _MODEL}
+        split_epochs = self.split_epochs
+        if split_epochs is None:
+            split_epochs = int(not depths or self._asks_for_prompts)
+        refines = depths and not split_epochs
+        return Form(
+            depths=depths,
+            split_epochs=split_epochs,
+            local_epochs=int(bool(refines)) if self.local_epochs is None else self.local_epochs,
+            keep_fraction=self.keep_fraction or (0.8 if split_epochs else 1.0),
+            prompt_count=self.prompt_count
+            if self.prompt_count is not None
+            else (10 if split_epochs else 0),
+        )
+
+    @property
+    def _asks_for_prompts(self) -> bool:
+        """Whether a field was given a value that only split training uses."""
+        if self.split_epochs is not None:
+            return self.split_epochs > 0
+        draws = self.keep_fraction is not None and self.keep_fraction < 1
+        return bool(self.prompt_count) or draws or self.pruning != "random"
 
     def _depths(self, settings: RunSettings) -> int:
         """Return the number of depths; by default 0 for what excludes a closed-form start."""
@@ -144,7 +210,7 @@ class SFPrompt(_SplitPrompts):
             return self.depths
         possible = (
             not self.tail_blocks
-            and not self.local_epochs
+            and not (self.local_epochs and self._asks_for_prompts)
             and self.keep_smashed
             and (self.keep_fraction == 1 or self.pruning == "random")
             and settings.wire.pooled_features
@@ -197,6 +263,8 @@ class SFPromptPaper(PaperPart, _SplitPrompts):
     name: Literal["sfprompt-paper"] = "sfprompt-paper"
     device: ClassVar[str] = "tuning_methods.sfprompt.device:SFPromptPaperDevice"
     server: ClassVar[str] = "tuning_methods.sfprompt.server:SFPromptPaperServer"
+    prompt_count: int = Field(10, ge=0, le=1024, description="soft prompt tokens")
+    split_epochs: int = Field(1, ge=0, le=10_000, description="epochs a round through the server")
     prompt_depth: PromptDepth = Field(
         "shallow", description="shallow: prompts at the input | deep: before each block of the head"
     )
@@ -234,6 +302,9 @@ class SFPromptPaper(PaperPart, _SplitPrompts):
     def model_part(self, settings: RunSettings) -> Fields:
         shared = {field: getattr(self, field) for field in _MODEL if field != "keep_tokens"}
         return {"prompt_at": "input"} | shared
+
+    def training_part(self, settings: RunSettings) -> Fields:
+        return {field: getattr(self, field) for field in _TRAINING}
 
     def wire_part(self) -> Fields:
         return {"gradient_correction": self.gradient_correction}

@@ -49,7 +49,7 @@ class SplitFed(MethodSettings):
             "tune_body": full,
         }
 
-    def training_part(self) -> Fields:
+    def training_part(self, settings: RunSettings) -> Fields:
         return {
             "keep_fraction": 1.0,
             "pruning": "random",

@@ -16,7 +16,7 @@ def plan_of(form: Form, **values: object) -> RunPlan:
 
 
 def test_the_default_form_sends_a_samples_smashed_data_once() -> None:
-    plan = plan_of("default", model={"num_classes": 6})
+    plan = plan_of("default", model={"num_classes": 6}, method={"split_epochs": 1})
     assert (plan.model.prompt_at, plan.model.prompt_depth) == ("cut", "deep")
     assert plan.model.num_classes == 6
     assert plan.wire.keep_smashed

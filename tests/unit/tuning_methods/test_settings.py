@@ -20,6 +20,7 @@ from protocol.plan import RunPlan
 from protocol.settings import RunSettings
 from tuning_methods.custom.settings import Custom
 from tuning_methods.proxies.settings import distillation_of
+from tuning_methods.sfprompt.settings import Form, SFPrompt
 
 ALL = [
     "custom",
@@ -162,7 +163,9 @@ def test_a_field_of_a_former_release_says_where_it_moved(parts: dict[str, Any], 
     ("method", "parts", "says"),
     [
         ({"name": "sfprompt"}, {"training": {"proximal": 0.1}}, "training.proximal"),
-        ({"name": "sfprompt", "prompt_count": 0}, {}, "prompt_count"),
+        ({"name": "sfprompt", "prompt_count": 0, "split_epochs": 1}, {}, "prompt_count"),
+        ({"name": "sfprompt", "prompt_count": 2, "split_epochs": 0}, {}, "prompt_count = 0"),
+        ({"name": "sfprompt", "depths": 0, "split_epochs": 0}, {}, "local_epochs above 0"),
         ({"name": "sfprompt-paper", "skip_below": 0.1}, {}, "delta_smashed"),
         ({"name": "sfprompt-paper", "local_body": 2, "local_epochs": 0}, {}, "local_epochs"),
         ({"name": "splitfed", "tune": "full"}, {"training": {"proximal": 0.1}}, "proximal"),
@@ -204,7 +207,7 @@ class Mirror(MethodSettings):
     def model_part(self, settings: RunSettings) -> dict[str, Any]:
         return {"prompt_at": "input", "prompt_count": 3}
 
-    def training_part(self) -> dict[str, Any]:
+    def training_part(self, settings: object) -> dict[str, Any]:
         return {"local_learning_rate_scale": self.strength}
 
     def own_part(self) -> MirrorPart:
@@ -267,7 +270,7 @@ def test_the_default_form_starts_in_closed_form_and_then_tunes_gently() -> None:
         ({}, {"dp_clip": 1.0}),
         ({}, {"server_optimizer": "fedadam"}),
         ({"keep_smashed": False}, {}),
-        ({"local_epochs": 1}, {}),
+        ({"local_epochs": 1, "split_epochs": 1}, {}),
         ({"pruning": "el2n"}, {}),
         ({"tail_blocks": 1}, {}),
     ],
@@ -279,6 +282,28 @@ def test_the_default_form_starts_at_round_1_where_a_closed_form_start_is_impossi
     assert (plan.model.depths, plan.first_round) == (0, 1)
     with pytest.raises(InvalidField, match="depths"):
         settings({"name": "sfprompt", "depths": 4, **method}, federation=federation)
+
+
+@pytest.mark.parametrize(
+    ("method", "form"),
+    [
+        ({}, Form(4, 0, 1, 1.0, 0)),
+        ({"local_epochs": 3}, Form(4, 0, 3, 1.0, 0)),
+        ({"prompt_count": 5}, Form(4, 1, 0, 0.8, 5)),
+        ({"split_epochs": 2}, Form(4, 2, 0, 0.8, 10)),
+        ({"keep_fraction": 0.5}, Form(4, 1, 0, 0.5, 10)),
+        ({"depths": 0}, Form(0, 1, 0, 0.8, 10)),
+        ({"tail_blocks": 1}, Form(0, 1, 0, 0.8, 10)),
+    ],
+)
+def test_fields_without_a_value_follow_from_those_with_one(
+    method: dict[str, Any], form: Form
+) -> None:
+    run = settings({"name": "sfprompt", **method})
+    assert isinstance(run.method, SFPrompt)
+    assert run.method.form(run) == form
+    assert (run.plan.model.depths, run.plan.training.split_epochs) == form[:2]
+    assert run.plan.training.local_epochs == form.local_epochs
 
 
 def test_faster_prompts_are_the_default_without_a_closed_form_start() -> None:

@@ -324,7 +324,7 @@ def test_the_resolved_file_holds_every_setting_of_every_method(tmp_path: Path) -
     wire = preset_named("digits").settings.wire.model_dump(exclude_none=True)
     assert overrides["sfprompt"]["wire"] == wire
     assert overrides["central"]["model"]["backbone"] == "vit_tiny_patch16_224"
-    assert overrides["sfprompt"]["method"]["prompt_count"] == 5
+    assert overrides["sfprompt"]["method"]["rank"] == 768
 
 
 def test_the_quick_comparison_has_a_plan(tmp_path: Path) -> None:

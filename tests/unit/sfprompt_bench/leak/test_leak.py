@@ -40,7 +40,12 @@ def digits() -> Dataset:
 
 def settings(gradients: str = "int4", **method: Any) -> RunSettings:
     values = over_form("default", {"model": MODEL, "wire": {"gradients": gradients}})
-    values["method"] = {**values.get("method", {}), "keep_fraction": 1.0, **method}
+    values["method"] = {
+        **values.get("method", {}),
+        "split_epochs": 1,
+        "keep_fraction": 1.0,
+        **method,
+    }
     return RunSettings.model_validate(values)
 
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from protocol.errors import NotFound
 from protocol.presets import FORMS
 from protocol.traffic import Phase
+from sfprompt_bench.methods.base import with_changes
 from sfprompt_bench.presets import preset_named, traffic_preset
 from sfprompt_bench.traffic.ladder import LadderSetting, RungResult, ladder
 from sfprompt_bench.traffic.report import (
@@ -71,9 +72,10 @@ def test_every_measure_has_a_rung_of_its_own() -> None:
 
 
 def test_a_measure_that_a_form_leaves_out_has_no_rung() -> None:
-    quick = [traffic_preset(form, quick=True).settings for form in ("paper", "default")]
-    rungs = ladder(*quick)
-    assert rungs[-1].settings == quick[-1], "all samples of the few digits"
+    paper, default = (traffic_preset(form, quick=True).settings for form in ("paper", "default"))
+    default = with_changes(default, {"method": {"keep_fraction": 1.0}})
+    rungs = ladder(paper, default)
+    assert rungs[-1].settings == default, "all samples"
     assert len(rungs) == len(RUNGS) - 1
     for lower, upper in itertools.pairwise(rungs):
         assert lower.settings != upper.settings
@@ -89,7 +91,7 @@ def test_the_papers_form_has_none_of_the_measures() -> None:
 def test_both_forms_are_of_one_backbone_on_the_same_data() -> None:
     for data in ("digits", "fashion-mnist"):
         paper, default = (preset_named(data, form) for form in ("paper", "default"))
-        for field in ("backbone", "image_size", "cut", "prompt_count", "num_classes"):
+        for field in ("backbone", "image_size", "cut", "num_classes"):
             one, other = paper.settings.plan.model, default.settings.plan.model
             assert getattr(one, field) == getattr(other, field)
         assert paper.settings.federation == default.settings.federation
@@ -116,13 +118,15 @@ def test_ratios_are_worked_out_per_device_with_the_start_on_both_sides() -> None
 
 
 def test_a_line_is_waited_for_by_bytes_and_by_steps() -> None:
-    first, *_, last = traffic_figures(results(), SETTING)["rungs"]
+    first, *_, prompted, last = traffic_figures(results(), SETTING)["rungs"]
     nbytes = sum(sum(ways.values()) for ways in first["bytes"].values()) / 4
     steps = 2 * 10 * 188  # two requests for each of 750 samples in fours, in 10 rounds
     assert first["seconds_on_the_line"] == pytest.approx(8 * nbytes / 20e6 + 0.05 * steps)
-    nbytes = sum(sum(ways.values()) for ways in last["bytes"].values()) / 4
+    nbytes = sum(sum(ways.values()) for ways in prompted["bytes"].values()) / 4
     steps = 10 * 150  # one for each of 1,200 in eights
-    assert last["seconds_on_the_line"] == pytest.approx(8 * nbytes / 20e6 + 0.05 * steps)
+    assert prompted["seconds_on_the_line"] == pytest.approx(8 * nbytes / 20e6 + 0.05 * steps)
+    nbytes = sum(sum(ways.values()) for ways in last["bytes"].values()) / 4
+    assert last["seconds_on_the_line"] == pytest.approx(8 * nbytes / 20e6), "no step"
 
 
 def test_the_figures_are_json_and_hold_every_rung() -> None:
