@@ -89,7 +89,7 @@ def results_of(server: RunningServer, run: str) -> Any:
 
 def redistillations(api: ApiClient, run: str) -> list[dict[str, Any]]:
     events = api.call("GET", f"/v1/runs/{run}/events?after=0").json()
-    return [event["data"] for event in events if event["kind"] == "proxy_renewed"]
+    return [event["data"] for event in events if event["kind"] == "model_rebuilt"]
 
 
 def inactive_shares(model: DeviceModel, images: Tensor) -> Tensor:
