@@ -266,7 +266,7 @@ _MAX_RETRY_AFTER_S = 86_400.0
 def error_from_wire(body: object, status: int) -> SFPromptError:
     """Build the typed error of a response.
 
-    A body of another form (an HTML page of a proxy, for example) gives the error class for
+    A body of another form (an HTML page of an HTTP proxy, for example) gives the error class for
     ``status``. Fields of a wrong type are dropped, because ``body`` is not trusted.
     """
     wire = body.get("error") if isinstance(body, Mapping) else None

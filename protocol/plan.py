@@ -5,7 +5,7 @@ People write `protocol.settings.RunSettings`; its method turns them into a `RunP
 
 from __future__ import annotations
 
-from typing import Any, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 from pydantic import (
     ConfigDict,
@@ -25,7 +25,6 @@ __all__ = [
     "ModelPlan",
     "PromptDepth",
     "PromptPlacement",
-    "ProxyKind",
     "PruningScore",
     "RunPlan",
     "TrainingPlan",
@@ -37,8 +36,6 @@ __all__ = [
 PromptPlacement = Literal["input", "cut"]
 
 PromptDepth = Literal["shallow", "deep"]
-
-ProxyKind = Literal["none", "pruned", "dropped"]
 
 PruningScore = Literal["el2n", "grand", "margin", "loss", "random"]
 
@@ -80,19 +77,15 @@ class ModelPlan(BackboneSettings):
     lora_ends: int = Field(
         0, ge=0, le=256, description="changed blocks at either end; 0: all blocks (tune = lora)"
     )
-    proxy: ProxyKind = Field(
-        "none",
-        description="the run's model is a smaller one made from the backbone: pruned, with fewer "
-        "neurons in the MLPs, or dropped, with fewer blocks",
+    blocks: tuple[Annotated[int, Field(ge=0, le=255)], ...] = Field(
+        (),
+        max_length=256,
+        description="numbers of the backbone's blocks that the model has, ascending; empty: all",
     )
-    proxy_ends: int = Field(
-        1, ge=0, le=128, description="blocks at either end that a proxy leaves unchanged"
-    )
-    proxy_width: int = Field(
-        0, ge=0, le=65_536, description="neurons of the other MLPs (proxy = pruned); 0: a quarter"
-    )
-    proxy_blocks: int = Field(
-        0, ge=0, le=256, description="number of blocks left (proxy = dropped); 0: half"
+    mlp_widths: tuple[Annotated[int, Field(ge=0, le=65_536)], ...] = Field(
+        (),
+        max_length=256,
+        description="neurons in the MLP of each of these blocks; 0: as in the backbone; empty: all",
     )
     depths: int = Field(
         0,
@@ -123,6 +116,11 @@ class ModelPlan(BackboneSettings):
     def tunes_ahead(self) -> bool:
         """Whether anything ahead of the body is tuned, so that the device needs its gradient."""
         return self.tunes_head or (self.prompt_count > 0 and self.prompt_at == "input")
+
+    @property
+    def is_reshaped(self) -> bool:
+        """Whether blocks or widths are chosen, so that the backbone's weights may not fit."""
+        return bool(self.blocks or self.mlp_widths)
 
     def replace(self, **changes: Any) -> ModelPlan:
         """The plan with some fields changed, validated again (`model_copy` does not validate).
@@ -174,7 +172,7 @@ class ModelPlan(BackboneSettings):
             return self
         if self.tail_blocks:
             self._refuse("tail_blocks", "0 where depths is above 0: the tail is linear")
-        if self.tune not in ("tail", "classifier") or self.proxy != "none":
+        if self.tune not in ("tail", "classifier"):
             self._refuse("depths", "0 unless only prompts and the tail are tuned")
         return self
 
@@ -191,14 +189,11 @@ class ModelPlan(BackboneSettings):
         return self
 
     @model_validator(mode="after")
-    def _check_proxy(self) -> ModelPlan:
-        if self.proxy == "none":
-            return self
-        if self.tune not in ("tail", "classifier", "lora"):
-            self._refuse("tune", "tail, classifier or lora where proxy is not none")
-        if self.prompt_at != "input" or self.prompt_depth != "shallow":
-            limit = "none unless prompt_at = input and prompt_depth = shallow"
-            self._refuse("proxy", limit)
+    def _check_shape(self) -> ModelPlan:
+        if list(self.blocks) != sorted(set(self.blocks)):
+            self._refuse("blocks", "ascending, each number once")
+        if self.blocks and self.mlp_widths and len(self.blocks) != len(self.mlp_widths):
+            self._refuse("mlp_widths", f"empty or one width for each of {len(self.blocks)} blocks")
         return self
 
     def _refuse(self, field: str, limit: str) -> NoReturn:

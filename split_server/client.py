@@ -60,7 +60,7 @@ class OperatorClient:
                 hint="for example http://gpu-node:8500",
             )
         verify = create_ssl_context(ca_file) if ca_file else True
-        # trust_env=False: do not use a proxy from the environment.
+        # trust_env=False: do not use an HTTP proxy from the environment.
         self._client = httpx.Client(
             base_url=url, headers=headers, timeout=_TIMEOUT_S, trust_env=False, verify=verify
         )

@@ -18,7 +18,7 @@ from protocol.messages import BlobRef
 from protocol.method import load_class, method_class, method_names
 from protocol.plan import ModelPlan, RunPlan
 from protocol.settings import RunSettings
-from split_model import BackboneFile, part_bytes
+from split_model import BackboneFile, ModelPlanError, part_bytes
 from split_server.engine.handler import HandlerFactory
 from split_server.storage.run_files import RunFiles, StateRefs
 
@@ -31,7 +31,7 @@ class ModelFiles:
     """The weights of a run's model.
 
     Attributes:
-        weights: file of the backbone's weights, or of a proxy's.
+        weights: file of the backbone's weights, or of those made from them.
         extras: further frozen tensors of the head file, by name, for the method's device side.
     """
 
@@ -154,6 +154,10 @@ class ServerMethod:
         Raises:
             InvalidField: the weights cannot be computed from this plan.
         """
+        if plan.model.is_reshaped:
+            field = "blocks" if plan.model.blocks else "mlp_widths"
+            limit = "empty: the run's method makes no weights for other blocks than the backbone's"
+            raise ModelPlanError(field, limit, getattr(plan.model, field))
         return ModelFiles(backbone.path)
 
     def prepare_export(

@@ -30,6 +30,9 @@ class WholeModel(MethodSettings, ABC):
 
     rates: ClassVar[dict[str, Any]] = {"tail_learning_rate": 2e-2}  # the method's defaults
 
+    # Stands for `shape_part` in checks without the backbone, which any shape allows.
+    stand_in: ClassVar[Fields] = {"cut": 1}
+
     def defaults(self, given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         shared = {"batch_size": 8, "prompt_learning_rate": 1e-2, "warmup_rounds": 1}
         return {"training": shared | self.rates}
@@ -44,14 +47,13 @@ class WholeModel(MethodSettings, ABC):
         Raises:
             InvalidField: timm has no such architecture, or it cannot be cut.
         """
-        return {"cut": depth_of(settings.model)}
+        return {"cut": anatomy_of(settings.model).depth}
 
     def model_part(self, settings: RunSettings) -> Fields:
         return self._unshaped(settings) | self.shape_part(settings)
 
     def check(self, settings: RunSettings) -> None:
-        # The depth needs the backbone; any cut allows the other checks.
-        self.resolve(settings, self._unshaped(settings) | {"cut": 1})
+        self.resolve(settings, self._unshaped(settings) | self.stand_in)
 
     def training_part(self, settings: RunSettings) -> Fields:
         return {
@@ -66,30 +68,13 @@ class WholeModel(MethodSettings, ABC):
         return without_prompts | self.tuning_part(settings)
 
 
-def depth_of(model: BackboneSettings, **proxy: Any) -> int:
-    """Return the number of blocks of a backbone, or of its proxy.
-
-    Args:
-        model: the backbone's settings.
-        proxy: the proxy's fields of `ModelPlan`; none: no proxy.
+def anatomy_of(model: BackboneSettings) -> Anatomy:
+    """Read the sizes of a whole backbone.
 
     Raises:
         InvalidField: timm has no such architecture, or it cannot be cut.
     """
-    return _anatomy(model, **proxy).depth
-
-
-def width_of(model: BackboneSettings) -> int:
-    """Return the number of elements of a backbone's token.
-
-    Raises:
-        InvalidField: timm has no such architecture, or it cannot be cut.
-    """
-    return _anatomy(model).width
-
-
-def _anatomy(model: BackboneSettings, **proxy: Any) -> Anatomy:
     # Imports torch, which parsing settings must not do.
     from split_model import anatomy
 
-    return anatomy(ModelPlan(**model.model_dump(), cut=0, prompt_count=0, **proxy))
+    return anatomy(ModelPlan(**model.model_dump(), cut=0, prompt_count=0))

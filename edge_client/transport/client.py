@@ -96,7 +96,7 @@ class Server:
         self._headers = httpx.Headers(
             {
                 "host": base.netloc.decode("ascii"),
-                # Bodies are read as they are on the wire: a proxy must not compress them.
+                # Bodies are read as they are on the wire: an HTTP proxy must not compress them.
                 "accept-encoding": "identity",
                 "user-agent": "edge-client",
                 VERSION_HEADER: str(PROTOCOL_VERSION),
@@ -246,7 +246,7 @@ class Server:
         headers = {"range": f"bytes={start}-{start + _PIECE_BYTES - 1}"}
         response = self._call("GET", path, [], headers=headers)
         if response.status_code != httpx.codes.PARTIAL_CONTENT:
-            return _body(response)[start:]  # the server, or a proxy, does not support ranges
+            return _body(response)[start:]  # the server, or an HTTP proxy, ignores ranges
         content_range = response.headers.get("content-range", "")
         if not re.match(rf"bytes {start}-", content_range):
             raise MalformedFrame(

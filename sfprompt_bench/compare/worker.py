@@ -128,7 +128,7 @@ def _run(
         server=watch.server(),
         by_device=device_accuracies(server_folder, results.run.id),
     )
-    if settings.plan.model.proxy != "none":
+    if settings.plan.model.is_reshaped:
         data, cache = _pooled_data(settings, inputs), server_folder / "backbones"
         accuracy = backbone_accuracy(settings.plan, state, data, cache)
         figures = with_backbone_accuracy(figures, accuracy)

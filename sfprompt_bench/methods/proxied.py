@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from torch import nn
 
+from protocol.errors import InvalidField
 from protocol.parts import BackboneSettings
 from protocol.plan import ModelPlan
 from protocol.settings import RunSettings
@@ -16,7 +17,7 @@ from sfprompt_bench.cost.flops import blocks_flops, embedding_flops, is_tuned, o
 from sfprompt_bench.cost.method_cost import MethodCost, Question
 from sfprompt_bench.cost.sizes import FLOAT_BYTES, image_numbers, peak_bytes
 from sfprompt_bench.methods.base import FLOAT32, Changes, FederatedMethod
-from split_model import Head, ModelPlanError, Tail, anatomy, state_shapes
+from split_model import Head, Tail, anatomy, state_shapes
 from tuning_methods.fedpft.settings import FedPFT as FedPftSettings
 from tuning_methods.proxies.neurons import neurons_shape
 from tuning_methods.proxies.settings import distillation_of
@@ -33,11 +34,12 @@ class ProxiedMethod(FederatedMethod):
     """
 
     fixed: ClassVar[Changes] = {"wire": FLOAT32}
+    shape_field: ClassVar[str]  # the field of `ModelPlan` with the proxy's shape
 
     def is_applicable(self, question: Question) -> bool:
         try:
             _step_flops(self.model(question))
-        except ModelPlanError:
+        except InvalidField:
             return False
         return True
 
@@ -47,12 +49,11 @@ class ProxiedMethod(FederatedMethod):
         Raises as `cost` does.
         """
         run = question.split
+        if getattr(run, self.shape_field):
+            return run
         backbone = {field: getattr(run, field) for field in BackboneSettings.model_fields}
         own = RunSettings.model_validate({"model": backbone, "method": {"name": self.tuning}})
-        proxied = own.plan.model.replace(cut=0, model_overrides=run.model_overrides)
-        if run.proxy == proxied.proxy:
-            return run
-        return proxied.replace(cut=anatomy(proxied).depth)
+        return own.plan.model
 
     def cost(self, question: Question) -> MethodCost:
         settings = self.model(question)
@@ -94,10 +95,11 @@ class FedPft(ProxiedMethod):
         "rounds; its accuracy in the backbone"
     )
     tuning = "fedpft"
+    shape_field = "mlp_widths"
 
     def cost(self, question: Question) -> MethodCost:
         plain, settings = super().cost(question), self.model(question)
-        in_run = question.split.proxy == settings.proxy
+        in_run = bool(question.split.mlp_widths)
         distillation = distillation_of(question.plan) if in_run else FedPftSettings().distillation
         interval = distillation.every
         if not interval:
@@ -122,6 +124,7 @@ class OffsiteTuning(ProxiedMethod):
     name = "offsite-tuning"
     what = "offsite-tuning: LoRA on the end blocks, fewer blocks between; accuracy in the backbone"
     tuning = "offsite-tuning"
+    shape_field = "blocks"
 
 
 @functools.lru_cache(maxsize=64)

@@ -14,98 +14,6 @@ from protocol.plan import ModelPlan
 from split_model.backbone.libraries import timm
 from split_model.errors import ModelPlanError, UnsupportedBackboneError
 
-_PRUNING_FACTOR = 4  # 768 of 3072 neurons in ViT-B (FedPFT, arXiv 2404.11536)
-
-
-def proxy_width(settings: ModelPlan, full_width: int) -> int:
-    """The number of neurons of a pruned MLP that has ``full_width`` in the backbone."""
-    return settings.proxy_width or max(1, full_width // _PRUNING_FACTOR)
-
-
-def kept_blocks(settings: ModelPlan, depth: int) -> list[int]:
-    """The numbers of the backbone's ``depth`` blocks that the proxy keeps, in order.
-
-    A dropped proxy keeps `proxy_ends` blocks at either end and evenly spaced blocks between them,
-    `proxy_blocks` in total; any other keeps all.
-
-    Raises:
-        ModelPlanError: the backbone does not have that many blocks.
-
-    Source: the emulator of offsite-tuning (arXiv 2302.04870, section 3).
-    """
-    ends = settings.proxy_ends
-    count = settings.proxy_blocks or max(1, 2 * ends, depth // 2)
-    if 2 * ends > depth:
-        raise ModelPlanError("proxy_ends", f"at most half of the {depth} blocks", ends)
-    if settings.proxy != "dropped":
-        return list(range(depth))
-    if not max(1, 2 * ends) <= count <= depth:
-        limit = f"from {max(1, 2 * ends)} (two ends of {ends}) to the backbone's {depth} blocks"
-        raise ModelPlanError("proxy_blocks", limit, count)
-    middle = evenly(range(ends, depth - ends), count - 2 * ends)
-    return [*range(ends), *middle, *range(depth - ends, depth)]
-
-
-def evenly(blocks: range, count: int) -> list[int]:
-    """Choose ``count`` evenly spaced blocks: the middle block of each of ``count`` equal shares."""
-    return [blocks[(2 * place + 1) * len(blocks) // (2 * count)] for place in range(count)]
-
-
-def pruned_blocks(settings: ModelPlan, depth: int) -> range:
-    """The blocks with pruned MLPs: all but `proxy_ends` at either end; none if not pruned.
-
-    Raises:
-        ModelPlanError: the ends overlap.
-    """
-    kept_blocks(settings, depth)
-    if settings.proxy != "pruned":
-        return range(0)
-    return range(settings.proxy_ends, depth - settings.proxy_ends)
-
-
-def shape_proxy(settings: ModelPlan, model: Any) -> None:
-    """Turn timm's whole model on the meta device into the proxy, in place.
-
-    Its blocks are numbered from 0, so that the proxy is a model like any other.
-
-    Raises:
-        ModelPlanError: the plan does not fit, or this backbone has no proxy.
-    """
-    if settings.proxy == "none":
-        return
-    depth = len(model.blocks)
-    if not _is_plain(model):
-        limit = f"none for {settings.backbone}: its blocks are not a plain vision transformer's"
-        raise ModelPlanError("proxy", limit, settings.proxy)
-    for number in pruned_blocks(settings, depth):
-        _narrow(settings, model.blocks[number].mlp)
-    model.blocks = nn.Sequential(*(model.blocks[number] for number in kept_blocks(settings, depth)))
-
-
-def _is_plain(model: Any) -> bool:
-    """Whether blocks do not depend on their number and have MLPs of two layers."""
-    models, layers = timm.models, timm.layers
-    plain = (models.VisionTransformer, models.deit.VisionTransformerDistilled)
-    return type(model) in plain and all(
-        type(block) is models.vision_transformer.Block
-        and type(block.mlp) is layers.Mlp
-        and isinstance(block.mlp.fc1, nn.Linear)
-        and isinstance(block.mlp.norm, nn.Identity)
-        for block in model.blocks
-    )
-
-
-def _narrow(settings: ModelPlan, mlp: Any) -> None:
-    first, second = mlp.fc1, mlp.fc2
-    full_width = first.out_features
-    width = proxy_width(settings, full_width)
-    if width > full_width:
-        limit = f"at most the {full_width} neurons of an MLP of {settings.backbone}"
-        raise ModelPlanError("proxy_width", limit, width)
-    mlp.fc1 = nn.Linear(first.in_features, width, bias=first.bias is not None, device="meta")
-    mlp.fc2 = nn.Linear(width, second.out_features, bias=second.bias is not None, device="meta")
-
-
 # All architectures that these modules of timm register are of the classes in `family_of`.
 _MODULES = ("vision_transformer", "vision_transformer_hybrid", "deit", "vitamin", "eva", "beit")
 
@@ -121,6 +29,7 @@ class Anatomy:
     family: str  # "plain", "rotary" (Eva) or "relative" (Beit)
     num_tokens: int | None  # number of leading feature tokens that the tail reads; None: all
     averaged: bool = False  # the tail reads the mean of the image tokens, before any norm
+    mlp_widths: tuple[int, ...] = ()  # neurons in each block's MLP; empty: blocks are not plain
 
     @property
     def tokens(self) -> int:
@@ -209,11 +118,10 @@ def skeleton(settings: ModelPlan, blocks: range | None = None) -> nn.Module:
 @functools.lru_cache(maxsize=16)
 def _pristine(settings: ModelPlan) -> nn.Module:
     # Meta tensors take no memory, and building a model takes ten times as long as copying it.
-    if settings.proxy != "none":
-        plain = settings.replace(proxy="none", proxy_ends=1, proxy_width=0, proxy_blocks=0)
-        model = copy.deepcopy(_pristine(plain))
+    if settings.is_reshaped:
+        model = copy.deepcopy(_pristine(settings.replace(blocks=(), mlp_widths=())))
         with torch.device("meta"):
-            shape_proxy(settings, model)
+            _shape_blocks(settings, model)
         return model
     with torch.device("meta"):
         return create(settings, settings.num_classes)
@@ -235,15 +143,67 @@ def _checked_model(settings: ModelPlan) -> nn.Module:
         num_classes=settings.num_classes,
         model_overrides=settings.model_overrides,
         prompt_count=0,
-        proxy=settings.proxy,
-        proxy_ends=settings.proxy_ends,
-        proxy_width=settings.proxy_width,
-        proxy_blocks=settings.proxy_blocks,
+        blocks=settings.blocks,
+        mlp_widths=settings.mlp_widths,
     )
     pristine = _pristine(uncut)
     _check(settings, _measure(pristine))
     _check_image(settings, pristine)
     return pristine
+
+
+def kept_blocks(settings: ModelPlan) -> tuple[int, ...]:
+    """The numbers of the backbone's blocks that the model has, in order; raises as `skeleton`."""
+    depth = anatomy(settings).depth
+    return settings.blocks or tuple(range(depth))
+
+
+def _shape_blocks(settings: ModelPlan, model: Any) -> None:
+    """Leave out blocks of timm's whole model on the meta device and narrow MLPs, in place.
+
+    The remaining blocks are numbered from 0, so that the result is a model like any other.
+
+    Raises:
+        ModelPlanError: the backbone does not allow this shape.
+    """
+    field, depth = "blocks" if settings.blocks else "mlp_widths", len(model.blocks)
+    if not _has_plain_blocks(model):
+        limit = f"empty for {settings.backbone}: its blocks are not a plain vision transformer's"
+        raise ModelPlanError(field, limit, getattr(settings, field))
+    numbers = settings.blocks or tuple(range(depth))
+    if numbers[-1] >= depth:
+        limit = f"numbers below {depth}, the blocks of {settings.backbone}"
+        raise ModelPlanError("blocks", limit, settings.blocks)
+    widths = settings.mlp_widths or (0,) * len(numbers)
+    if len(widths) != len(numbers):
+        limit = f"empty or one width for each of {len(numbers)} blocks"
+        raise ModelPlanError("mlp_widths", limit, widths)
+    model.blocks = nn.Sequential(*(model.blocks[number] for number in numbers))
+    for block, width in zip(model.blocks, widths, strict=True):
+        if width:
+            _narrow(settings, block.mlp, width)
+
+
+def _has_plain_blocks(model: Any) -> bool:
+    """Whether blocks do not depend on their number and have MLPs of two layers."""
+    models, layers = timm.models, timm.layers
+    plain = (models.VisionTransformer, models.deit.VisionTransformerDistilled)
+    return type(model) in plain and all(
+        type(block) is models.vision_transformer.Block
+        and type(block.mlp) is layers.Mlp
+        and isinstance(block.mlp.fc1, nn.Linear)
+        and isinstance(block.mlp.norm, nn.Identity)
+        for block in model.blocks
+    )
+
+
+def _narrow(settings: ModelPlan, mlp: Any, width: int) -> None:
+    first, second = mlp.fc1, mlp.fc2
+    if width > first.out_features:
+        limit = f"at most the {first.out_features} neurons of an MLP of {settings.backbone}"
+        raise ModelPlanError("mlp_widths", limit, width)
+    mlp.fc1 = nn.Linear(first.in_features, width, bias=first.bias is not None, device="meta")
+    mlp.fc2 = nn.Linear(width, second.out_features, bias=second.bias is not None, device="meta")
 
 
 def body_blocks(settings: ModelPlan) -> range:
@@ -264,6 +224,9 @@ def _measure(model: Any) -> Anatomy:
         family=family_of(model) or "",
         num_tokens=(2 if distilled else 1) if by_token else None,
         averaged=model.global_pool == "avg" and plain_pool and norm_follows,
+        mlp_widths=tuple(block.mlp.fc1.out_features for block in model.blocks)
+        if _has_plain_blocks(model)
+        else (),
     )
 
 

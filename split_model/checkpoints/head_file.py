@@ -39,7 +39,7 @@ _MAX_INT8 = 127
 
 _INT4 = Int4()
 
-EXTRA = "local_body."  # prefix of a method's further tensors
+EXTRA = "method."  # prefix of a method's further tensors
 
 
 def packed(tensors: Mapping[str, Tensor], dtype: HeadDtype) -> dict[str, Tensor]:

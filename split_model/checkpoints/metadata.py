@@ -16,7 +16,8 @@ from split_model.errors import TensorFileError
 
 _PLAN, _IMAGES = "settings", "images"  # entries of the metadata
 
-_FORMER = ("local_body",)  # fields of earlier releases that are no part of a model
+# Fields of earlier releases that a plan no longer has.
+_FORMER = ("local_body", "proxy", "proxy_ends", "proxy_width", "proxy_blocks")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -158,7 +158,7 @@ def replace_model(
     row = session.get_one(RunRow, run.id)
     row.backbone_path, row.renewed = weights, round_
     row.head_sha256, row.head_nbytes = head.sha256, head.nbytes
-    record_event(session, run.id, at, "proxy_renewed", round=round_, head=head.sha256)
+    record_event(session, run.id, at, "model_rebuilt", round=round_, head=head.sha256)
 
 
 def abandon_round(session: Session, run: RunSnapshot, meter: Meter, at: float) -> None:

@@ -1,1 +1,1 @@
-"""The model files of a run: backbone, proxy, head and first global state."""
+"""The model files of a run: weights, head and first global state."""

@@ -46,6 +46,8 @@ class BodyKey:
             settings.image_size,
             settings.cut,
             settings.tail_blocks,
+            settings.blocks,
+            settings.mlp_widths,
             settings.model_overrides,
         )
         return self.backbone, self.state, *sizes

@@ -27,7 +27,7 @@ class PreparedRun:
 def prepare_run(settings: RunSettings, files: RunFiles, cache_dir: Path) -> PreparedRun:
     """Fetch the backbone, make the run's weights, write the head file and the first global state.
 
-    Takes seconds, or minutes if weights are downloaded or distilled: do not call it on the event
+    Takes seconds, or minutes if weights are downloaded or made: do not call it on the event
     loop.
 
     Raises:

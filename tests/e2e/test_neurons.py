@@ -18,7 +18,7 @@ from tests.support.server import RunningServer
 def redistillation_run() -> RunPlan:
     """Two rounds; between them the server distils the proxy again, for some seconds."""
     values = small_run(devices=1, seed=4, split_epochs=0, keep_fraction=1).model_dump()
-    values["model"] |= {"proxy": "pruned", "proxy_width": 24, "tune": "lora", "lora_rank": 2}
+    values["model"] |= {"mlp_widths": (0, *[24] * 10, 0), "tune": "lora", "lora_rank": 2}
     values["model"] |= {"cut": 12, "prompt_count": 0}
     distillation = {"epochs": 20, "samples": 8, "batch_size": 8, "every": 1}
     values["method"] |= {"distillation": distillation}

@@ -36,7 +36,7 @@ from tuning_methods.proxies.neurons import NEURONS
 
 WIDTH = 24  # neurons of 768 that the proxy keeps in a block
 
-PRUNED = {"tune": "lora", "lora_rank": 2, "proxy": "pruned", "proxy_width": WIDTH}
+PRUNED = {"tune": "lora", "lora_rank": 2, "mlp_widths": [0, *[WIDTH] * 10, 0]}
 
 DISTILLATION = {"epochs": 1, "samples": 8, "batch_size": 8, "every": 1}
 
@@ -89,7 +89,7 @@ def results_of(server: RunningServer, run: str) -> Any:
 
 def redistillations(api: ApiClient, run: str) -> list[dict[str, Any]]:
     events = api.call("GET", f"/v1/runs/{run}/events?after=0").json()
-    return [event["data"] for event in events if event["kind"] == "proxy_renewed"]
+    return [event["data"] for event in events if event["kind"] == "model_rebuilt"]
 
 
 def inactive_shares(model: DeviceModel, images: Tensor) -> Tensor:
@@ -302,14 +302,20 @@ def test_a_redistillation_that_diverges_fails_its_run(server: RunningServer) -> 
 @pytest.mark.parametrize(
     ("parts", "field"),
     [
-        ({"model": {"proxy": "dropped", "proxy_blocks": 4, "cut": 4}}, "method.distillation.every"),
-        ({"model": {"proxy": "none"}, "distillation": {"epochs": 0}}, "method.distillation.every"),
+        (
+            {"model": {"mlp_widths": [], "blocks": [0, 3, 8, 11], "cut": 4}},
+            "method.distillation.every",
+        ),
+        ({"model": {"mlp_widths": []}, "distillation": {"epochs": 0}}, "method.distillation.every"),
+        ({"model": {"mlp_widths": [0] * 12}}, "method.distillation.every"),
         ({"distillation": {"epochs": 0}}, "method.distillation.every"),
         ({"federation": {"dp_clip": 1.0}}, "method.distillation.every"),
         ({"distillation": {"retained": 1.0}}, "method.distillation.retained"),
         ({"distillation": {"every": -1}}, "method.distillation.every"),
         ({"model": {"cut": 11}}, "method.model.cut"),
-        ({"model": {"proxy_ends": 6}}, "method.model.proxy_ends"),
+        ({"model": {"mlp_widths": [0, *[WIDTH] * 9, 8, 0]}}, "method.model.mlp_widths"),
+        ({"model": {"mlp_widths": [WIDTH] * 11}}, "method.model.mlp_widths"),
+        ({"model": {"mlp_widths": [769] * 12}}, "method.model.mlp_widths"),
     ],
 )
 def test_settings_that_redistillation_does_not_support_are_refused(

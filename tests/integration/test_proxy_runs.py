@@ -32,11 +32,11 @@ from tuning_methods.sfprompt.local_body import build_local_body
 
 LORA = {"tune": "lora", "lora_rank": 2}
 
-PRUNED = {**LORA, "proxy": "pruned", "proxy_width": 96}
-
-DROPPED = {**LORA, "proxy": "dropped", "proxy_blocks": 4, "cut": 4, "lora_ends": 1}
+PRUNED = {**LORA, "mlp_widths": (0, *[96] * 10, 0)}
 
 KEPT_BLOCKS = [0, 3, 8, 11]  # the ends, and the middles of the two halves of 1 to 10
+
+DROPPED = {**LORA, "blocks": tuple(KEPT_BLOCKS), "cut": 4, "lora_ends": 1}
 
 DISTILLATION = {"epochs": 1, "samples": 8, "batch_size": 8}
 

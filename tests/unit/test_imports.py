@@ -1,7 +1,8 @@
-"""Which package may import which, and how large a source file may be."""
+"""Which package may import which, what the core may name, and how large a source file may be."""
 
 import ast
 import functools
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +48,14 @@ IMPORT_EXCEPTIONS = {
     # SQLite reports a full disk as `OperationalError`; the server answers `busy`.
     ("split_server/http/errors.py", "sqlalchemy.exc.OperationalError"),
 }
+
+# Ideas of single tuning methods, which only the methods' own packages name.
+METHOD_IDEAS = re.compile(
+    r"(?<!HTTP )prox(y|ies)(?!_headers)|fedpft|offsite|local.bod", re.IGNORECASE
+)
+
+# Files that name settings of former releases, to refuse or to ignore them.
+NAME_FORMER_SETTINGS = {"protocol/settings.py", "split_model/checkpoints/metadata.py"}
 
 MIN_LINES, MAX_LINES = 20, 450
 
@@ -123,6 +132,17 @@ def test_each_import_exception_is_still_needed(exception: tuple[str, str]) -> No
     path = ROOT / file
     assert path.is_file(), "delete this exception"
     assert any(is_within(name, module) for name in imported(path)), "delete this exception"
+
+
+@pytest.mark.parametrize("package", sorted(CORE_PACKAGES))
+def test_the_core_names_no_idea_of_a_single_method(package: str) -> None:
+    named = {
+        (relative(path), line.strip())
+        for path in source_files(package)
+        for line in path.read_text().splitlines()
+        if METHOD_IDEAS.search(line) and relative(path) not in NAME_FORMER_SETTINGS
+    }
+    assert named == set()
 
 
 @pytest.mark.parametrize("package", PACKAGES)

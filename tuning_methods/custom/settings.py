@@ -59,7 +59,7 @@ class Custom(MethodSettings):
         """Return the name of the method whose code this plan needs."""
         if self.model.get("tune_body"):
             return "splitfed"
-        if self.model.get("proxy", "none") != "none":
+        if self.model.get("blocks") or self.model.get("mlp_widths"):
             return "fedpft"
         return "sfprompt-paper"
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from protocol.method import Fields
-from tuning_methods.whole_model import WholeModel, width_of
+from tuning_methods.whole_model import WholeModel, anatomy_of
 
 if TYPE_CHECKING:
     from protocol.settings import RunSettings
@@ -51,6 +51,6 @@ class FedPEFT(WholeModel):
     def shape_part(self, settings: RunSettings) -> Fields:
         shape = dict(super().shape_part(settings))
         if self.tune == "adapter":
-            width = self.adapter_width or max(1, width_of(settings.model) // NARROWING)
+            width = self.adapter_width or max(1, anatomy_of(settings.model).width // NARROWING)
             shape["adapter_width"] = width
         return shape

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from protocol.method import Fields
 from tuning_methods.proxies.settings import DistillationSettings, ProxyPart, check_neurons
-from tuning_methods.whole_model import WholeModel, depth_of
+from tuning_methods.proxies.shapes import backbone_widths, check_ends, misfit
+from tuning_methods.whole_model import WholeModel
 
 if TYPE_CHECKING:
     from protocol.plan import RunPlan
     from protocol.settings import RunSettings
+
+NARROWING = 4  # 768 of 3072 neurons in ViT-B (FedPFT, arXiv 2404.11536)
 
 
 class FedPFT(WholeModel):
@@ -29,6 +33,7 @@ class FedPFT(WholeModel):
     device: ClassVar[str] = "tuning_methods.fedpft.device:FedPFTDevice"
     server: ClassVar[str] = "tuning_methods.fedpft.server:FedPFTServer"
     rates: ClassVar[dict[str, Any]] = {"tail_learning_rate": 2e-3}
+    stand_in: ClassVar[Fields] = {"cut": 1, "mlp_widths": (1,)}
 
     ends: int = Field(1, ge=0, le=128, description="blocks at either end whose MLPs are not pruned")
     width: int = Field(
@@ -47,11 +52,27 @@ class FedPFT(WholeModel):
         return self.distillation.every > 0
 
     def tuning_part(self, settings: RunSettings) -> Fields:
-        lora = {"tune": "lora", "lora_rank": self.lora_rank, "lora_ends": 0}
-        return lora | self._proxy_part()
+        return {"tune": "lora", "lora_rank": self.lora_rank, "lora_ends": 0}
 
     def shape_part(self, settings: RunSettings) -> Fields:
-        return {"cut": depth_of(settings.model, **self._proxy_part())}
+        widths = backbone_widths(settings.model)
+        return {"cut": len(widths), "mlp_widths": self.narrow(widths)}
+
+    def narrow(self, widths: Sequence[int]) -> tuple[int, ...]:
+        """Return `ModelPlan.mlp_widths` of the proxy, from the neurons in each MLP of the backbone.
+
+        Raises:
+            InvalidField: a setting does not fit the backbone.
+        """
+        depth, ends = len(widths), self.ends
+        check_ends(ends, depth)
+        if self.rebuilds_head and 2 * ends == depth:
+            limit = f"below half of the {depth} blocks, so that neurons can be distilled again"
+            raise misfit("ends", limit, ends)
+        if self.width > min(widths):
+            raise misfit("width", f"at most the backbone's {min(widths)} neurons", self.width)
+        pruned = (self.width or max(1, width // NARROWING) for width in widths[ends : depth - ends])
+        return (*[0] * ends, *pruned, *[0] * ends)
 
     def own_part(self) -> ProxyPart:
         return ProxyPart(distillation=self.distillation)
@@ -59,6 +80,3 @@ class FedPFT(WholeModel):
     @classmethod
     def check_plan(cls, plan: RunPlan) -> None:
         check_neurons(plan)
-
-    def _proxy_part(self) -> Fields:
-        return {"proxy": "pruned", "proxy_ends": self.ends, "proxy_width": self.width}

@@ -8,7 +8,8 @@ from pydantic import Field
 
 from protocol.method import Fields
 from tuning_methods.proxies.settings import DistillationSettings, ProxyPart, check_neurons
-from tuning_methods.whole_model import WholeModel, depth_of
+from tuning_methods.proxies.shapes import backbone_widths, check_ends, evenly, misfit
+from tuning_methods.whole_model import WholeModel
 
 if TYPE_CHECKING:
     from protocol.plan import RunPlan
@@ -41,11 +42,30 @@ class OffsiteTuning(WholeModel):
     )
 
     def tuning_part(self, settings: RunSettings) -> Fields:
-        lora = {"tune": "lora", "lora_rank": self.lora_rank, "lora_ends": self.ends}
-        return lora | self._proxy_part()
+        return {"tune": "lora", "lora_rank": self.lora_rank, "lora_ends": self.ends}
 
     def shape_part(self, settings: RunSettings) -> Fields:
-        return {"cut": depth_of(settings.model, **self._proxy_part())}
+        blocks = self.keep(len(backbone_widths(settings.model)))
+        return {"cut": len(blocks), "blocks": blocks}
+
+    def keep(self, depth: int) -> tuple[int, ...]:
+        """Return `ModelPlan.blocks` of the proxy of a backbone of ``depth`` blocks.
+
+        They are those at both ends, and evenly spaced ones between.
+
+        Raises:
+            InvalidField: a setting does not fit the backbone.
+
+        Source: the emulator of offsite-tuning (arXiv 2302.04870, section 3).
+        """
+        ends = self.ends
+        check_ends(ends, depth)
+        count = self.blocks or max(2 * ends, depth // 2)
+        if not 2 * ends <= count <= depth:
+            limit = f"from {2 * ends} (two ends of {ends}) to the backbone's {depth} blocks"
+            raise misfit("blocks", limit, count)
+        middle = evenly(range(ends, depth - ends), count - 2 * ends)
+        return (*range(ends), *middle, *range(depth - ends, depth))
 
     def own_part(self) -> ProxyPart:
         return ProxyPart(distillation=self.distillation)
@@ -53,6 +73,3 @@ class OffsiteTuning(WholeModel):
     @classmethod
     def check_plan(cls, plan: RunPlan) -> None:
         check_neurons(plan)
-
-    def _proxy_part(self) -> Fields:
-        return {"proxy": "dropped", "proxy_ends": self.ends, "proxy_blocks": self.blocks}

@@ -25,8 +25,9 @@ from torch import Tensor, nn
 
 from protocol.plan import ModelPlan
 from protocol.seeds import derive_seed
-from split_model.backbone.architecture import anatomy, kept_blocks, pruned_blocks
+from split_model.backbone.architecture import anatomy, kept_blocks
 from split_model.checkpoints.state import PROMPTS, head_tensors
+from split_model.layers.adapters import lora_blocks
 from split_model.parts.base import Part
 from split_model.parts.build import Layered, build_head
 from split_model.parts.head import Head
@@ -36,7 +37,12 @@ from tuning_methods.proxies.neurons import (
     select_retained_neurons,
 )
 from tuning_methods.proxies.settings import DistillationSettings
-from tuning_methods.proxies.weights import backbone_plan, insert_into_backbone, proxy_weights
+from tuning_methods.proxies.weights import (
+    backbone_plan,
+    insert_into_backbone,
+    narrowed_blocks,
+    proxy_weights,
+)
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +110,7 @@ def distil_proxy(
 ) -> dict[str, Tensor]:
     """Make a proxy from its backbone, and distil it if ``distillation.epochs`` is above 0.
 
-    A pruned proxy trains its narrower MLPs, a dropped one the blocks between its ends. A block
+    A proxy with narrower MLPs trains these, one with fewer blocks the blocks without LoRA. A block
     reproduces the backbone's blocks from the one that it copies to the last before the next copy.
 
     Args:
@@ -130,8 +136,8 @@ def distil_proxy(
     depth = anatomy(settings).depth
     whole_proxy = settings.replace(cut=depth, tail_blocks=0, tune="tail", prompt_count=0)
     student = build_head(whole_proxy, proxy)
-    trained = _select_trained(settings, student, full.cut)
-    kept = kept_blocks(settings, full.cut)
+    trained = _select_trained(settings, student)
+    kept = kept_blocks(settings)
     lasts = [*(following - 1 for following in kept[1:]), kept[-1]]
     pairs = [(str(last), str(place)) for place, last in enumerate(lasts)]
     distil(build_head(full, weights), student, pairs, trained, images, distillation, seed)
@@ -252,12 +258,12 @@ def distil(
     return losses
 
 
-def _select_trained(settings: ModelPlan, student: Head, full_depth: int) -> list[nn.Parameter]:
-    """Return the parameters of narrower MLPs, or of the blocks between a dropped proxy's ends."""
-    if settings.proxy == "pruned":
-        modules = [f"{number}.mlp" for number in pruned_blocks(settings, full_depth)]
+def _select_trained(settings: ModelPlan, student: Head) -> list[nn.Parameter]:
+    """Return the parameters of narrower MLPs, or else of the blocks that LoRA does not change."""
+    if settings.mlp_widths:
+        modules = [f"{number}.mlp" for number in narrowed_blocks(settings)]
     else:
-        ends = settings.proxy_ends
-        modules = [str(number) for number in range(ends, len(student.blocks) - ends)]
+        changed = lora_blocks(settings) if settings.tune == "lora" else set()
+        modules = [number for number in student.blocks if int(number) not in changed]
     blocks = student.blocks
     return [parameter for name in modules for parameter in blocks.get_submodule(name).parameters()]

@@ -15,32 +15,30 @@ import torch
 from torch import Tensor, nn
 
 from protocol.plan import ModelPlan
-from split_model.backbone.architecture import pruned_blocks
+from split_model.backbone.architecture import anatomy
 from split_model.errors import ModelPlanError
 from split_model.parts.head import Head
-from tuning_methods.proxies.weights import backbone_plan
+from tuning_methods.proxies.weights import narrowed_blocks
 
 NEURONS = "neurons"  # tensor of an update: each neuron's share of inactive tokens
 
 
 def pruned_mlps(head: Head) -> list[nn.Module]:
-    """List the L narrower MLPs of a pruned proxy, in the order of its blocks.
+    """List the L narrower MLPs of a proxy, in the order of its blocks.
 
     Raises:
-        ModelPlanError: the proxy is not pruned, not completely in the head, or has no such MLP.
+        ModelPlanError: the proxy has no such MLP or MLPs of several widths, or is not completely
+            in the head.
     """
     settings = head.settings
-    depth = backbone_plan(settings).cut
-    if settings.proxy != "pruned":
-        raise ModelPlanError("proxy", "'pruned', to count neurons", settings.proxy)
+    depth = anatomy(settings).depth
+    if len({width for width in settings.mlp_widths if width}) != 1:
+        limit = "one width apart from 0, to count neurons"
+        raise ModelPlanError("mlp_widths", limit, settings.mlp_widths)
     if settings.cut != depth:
         limit = f"{depth}, the whole proxy, to count its neurons on the device"
         raise ModelPlanError("cut", limit, settings.cut)
-    numbers = pruned_blocks(settings, depth)
-    if not numbers:
-        limit = f"below half of the {depth} blocks, so that some MLPs are narrower"
-        raise ModelPlanError("proxy_ends", limit, settings.proxy_ends)
-    return [head.blocks[str(number)].get_submodule("mlp") for number in numbers]
+    return [head.blocks[str(number)].get_submodule("mlp") for number in narrowed_blocks(settings)]
 
 
 @functools.lru_cache(maxsize=64)

@@ -12,9 +12,10 @@ from split_model import BackboneFile, part_bytes, prepare_backbone
 from split_server.method import ModelFiles, ModelForExport, ServerMethod
 from tuning_methods.proxies.cache import distil_once
 from tuning_methods.proxies.distillation import distil_proxy
-from tuning_methods.proxies.weights import backbone_plan, insert_into_backbone
+from tuning_methods.proxies.weights import backbone_plan, check_tuned, insert_into_backbone
 
-_SHAPE_FIELDS = ("proxy", "proxy_ends", "proxy_width", "proxy_blocks")
+# Fields of the plan that decide which of a proxy's tensors there are, and which are distilled.
+_SHAPE_FIELDS = ("blocks", "mlp_widths", "tune", "lora_ends")
 
 
 class ProxyServer(ServerMethod):
@@ -22,6 +23,10 @@ class ProxyServer(ServerMethod):
 
     Source: offsite-tuning (arXiv 2302.04870), FedPFT (arXiv 2404.11536).
     """
+
+    def check(self, plan: RunPlan) -> None:
+        super().check(plan)
+        check_tuned(plan.model)
 
     def backbone_bytes(self, plan: RunPlan) -> int:
         return part_bytes(backbone_plan(plan.model)).backbone_bytes

@@ -37,7 +37,7 @@ class DistillationSettings(Message):
         0,
         ge=0,
         le=100_000,
-        description="rounds between distillations of the least used neurons (proxy = pruned); "
+        description="rounds between distillations of the least used neurons of narrower MLPs; "
         "0: never",
     )
     retained: float = Field(
@@ -81,8 +81,8 @@ def check_neurons(plan: RunPlan) -> None:
     distillation, needs = distillation_of(plan), None
     if not distillation.every:
         return
-    if plan.model.proxy != "pruned":
-        needs = "a pruned proxy: no other replacement has fewer neurons"
+    if not any(plan.model.mlp_widths):
+        needs = "a proxy with narrower MLPs: no other replacement has fewer neurons"
     elif distillation.epochs == 0:
         needs = "method.distillation.epochs above 0"
     elif plan.federation.dp_clip is not None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from protocol.plan import ModelPlan
-from split_model.backbone.architecture import anatomy, kept_blocks, proxy_width, pruned_blocks
+from split_model.backbone.architecture import anatomy, kept_blocks
 from split_model.checkpoints.state import HEAD, TunedState, check_state, state_shapes
 from split_model.errors import ModelPlanError
 from split_model.parts.head import is_added
@@ -25,9 +25,9 @@ def backbone_plan(settings: ModelPlan) -> ModelPlan:
 
     A plan without a proxy is returned unchanged.
     """
-    if settings.proxy == "none":
+    if not settings.is_reshaped:
         return settings
-    bare = settings.replace(proxy="none", cut=0, tail_blocks=0, tune="tail")
+    bare = settings.replace(blocks=(), mlp_widths=(), cut=0, tail_blocks=0, tune="tail")
     depth = anatomy(bare).depth
     return bare.replace(cut=depth, tune=settings.tune)
 
@@ -56,23 +56,42 @@ def proxy_weights(settings: ModelPlan, weights: Mapping[str, Tensor]) -> dict[st
     Raises:
         ModelPlanError: the plan does not fit the backbone.
     """
-    depth = _backbone_depth(settings)
-    places = {number: place for place, number in enumerate(kept_blocks(settings, depth))}
+    numbers = kept_blocks(settings)
+    places = {number: place for place, number in enumerate(numbers)}
     proxy: dict[str, Tensor] = {}
     for name in weights:
         new_name = _renumber_block(name, places)
         if new_name is not None:
             proxy[new_name] = weights[name]
-    for number in pruned_blocks(settings, depth):
-        mlp = f"{_BLOCKS}{number}.mlp."
+    for place in narrowed_blocks(settings):
+        mlp, new_mlp = (f"{_BLOCKS}{number}.mlp." for number in (numbers[place], place))
         weights_in, weights_out = weights[mlp + "fc1.weight"], weights[mlp + "fc2.weight"]
-        width = proxy_width(settings, len(weights_in))
+        width = settings.mlp_widths[place]
         kept = rank_neurons(weights_in, weights_out)[:width].sort().values
-        proxy[mlp + "fc1.weight"] = weights_in[kept].contiguous()
-        proxy[mlp + "fc2.weight"] = weights_out[:, kept].contiguous()
+        proxy[new_mlp + "fc1.weight"] = weights_in[kept].contiguous()
+        proxy[new_mlp + "fc2.weight"] = weights_out[:, kept].contiguous()
         if mlp + "fc1.bias" in weights:
-            proxy[mlp + "fc1.bias"] = weights[mlp + "fc1.bias"][kept].contiguous()
+            proxy[new_mlp + "fc1.bias"] = weights[mlp + "fc1.bias"][kept].contiguous()
     return proxy
+
+
+def narrowed_blocks(settings: ModelPlan) -> list[int]:
+    """List the proxy's blocks with a narrower MLP, in order."""
+    return [number for number, width in enumerate(settings.mlp_widths) if width]
+
+
+def check_tuned(settings: ModelPlan) -> None:
+    """Check that what is tuned on the proxy also exists in its backbone.
+
+    Raises:
+        ModelPlanError: biases of fewer neurons are tuned, for example.
+    """
+    if settings.tune not in ("tail", "classifier", "lora"):
+        raise ModelPlanError("tune", "tail, classifier or lora on a proxy", settings.tune)
+    if settings.prompt_at != "input":
+        raise ModelPlanError("prompt_at", "input on a proxy", settings.prompt_at)
+    if settings.prompt_depth != "shallow":
+        raise ModelPlanError("prompt_depth", "shallow on a proxy", settings.prompt_depth)
 
 
 def insert_into_backbone(
@@ -86,16 +105,17 @@ def insert_into_backbone(
         The backbone's plan, uncut, and its state. Without a proxy: the given plan and state.
 
     Raises:
-        ModelPlanError: the device did not have the whole proxy.
+        ModelPlanError: the device did not have the whole proxy, or tuned what only a proxy has.
         WeightsMismatchError: the state does not fit the plan.
     """
     check_state(settings, state)
-    if settings.proxy == "none":
+    if not settings.is_reshaped:
         return settings, dict(state)
+    check_tuned(settings)
     if settings.cut != anatomy(settings).depth:
         limit = f"{anatomy(settings).depth}, the whole proxy, to be put into the backbone"
         raise ModelPlanError("cut", limit, settings.cut)
-    numbers = dict(enumerate(kept_blocks(settings, _backbone_depth(settings))))
+    numbers = dict(enumerate(kept_blocks(settings)))
     # With `lora_ends` the target would tune other blocks than the proxy did: it tunes all.
     target = backbone_plan(settings).replace(lora_ends=0)
     moved: TunedState = {}
@@ -110,10 +130,6 @@ def insert_into_backbone(
             moved[name] = torch.zeros(shape)
     check_state(target, moved)
     return target, moved
-
-
-def _backbone_depth(settings: ModelPlan) -> int:
-    return backbone_plan(settings).cut if settings.proxy != "none" else anatomy(settings).depth
 
 
 def _renumber_block(name: str, places: Mapping[int, int]) -> str | None:

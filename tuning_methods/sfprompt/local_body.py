@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from protocol.plan import ModelPlan
-from split_model.backbone.architecture import anatomy, body_blocks, evenly
+from split_model.backbone.architecture import anatomy, body_blocks
 from split_model.errors import ModelPlanError
 from split_model.parts.base import POSITIONS, Part
 from split_model.parts.build import build_body, build_head
 from tuning_methods.proxies.distillation import distil
 from tuning_methods.proxies.settings import DistillationSettings
+from tuning_methods.proxies.shapes import evenly
 
 _BATCH = 64
 

@@ -35,7 +35,7 @@ EXPORTED = {
     "UpdateReceipt parse_message",
     "seeds": "derive_seed",
     "parts": "BackboneSettings CodecName Text TrainingSettings WireSettings",
-    "plan": "ModelPlan PromptDepth PromptPlacement ProxyKind PruningScore RunPlan TrainingPlan "
+    "plan": "ModelPlan PromptDepth PromptPlacement PruningScore RunPlan TrainingPlan "
     "Tuned WirePlan",
     "traffic": "Phase Traffic get_phases total_bytes",
     "tls": "create_ssl_context",

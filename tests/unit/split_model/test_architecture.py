@@ -83,6 +83,10 @@ def test_a_caller_may_change_its_skeleton() -> None:
         ({"image_size": 8}, "image_size"),
         ({"model_overrides": (("no_such_argument", 1),)}, "model_overrides"),
         ({"model_overrides": (("embed_dim", 7),)}, "model_overrides"),
+        ({"blocks": (0, 2)}, "blocks"),
+        ({"blocks": (1,), "cut": 2}, "cut"),
+        ({"mlp_widths": (8,)}, "mlp_widths"),
+        ({"mlp_widths": (8, 769)}, "mlp_widths"),
     ],
 )
 def test_limits_that_need_the_architecture(changes: dict[str, Any], field: str) -> None:
@@ -104,6 +108,17 @@ def test_anatomy() -> None:
     assert anatomy(reduced("deit_tiny_distilled_patch16_224")).num_tokens == 2
     assert anatomy(reduced("vit_base_patch16_siglip_224")).num_tokens is None
     assert body_blocks(ModelPlan(cut=2, tail_blocks=3)) == range(2, 9)
+    shaped = ModelPlan(**{**TINY, "blocks": (1,), "mlp_widths": (8,)})
+    assert (anatomy(ModelPlan(**TINY)).mlp_widths, anatomy(shaped).mlp_widths) == ((768, 768), (8,))
+
+
+@pytest.mark.parametrize("field", ["blocks", "mlp_widths"])
+def test_blocks_that_depend_on_their_place_are_neither_left_out_nor_narrowed(field: str) -> None:
+    plan = reduced("beit_base_patch16_224")
+    assert anatomy(plan).mlp_widths == ()
+    with pytest.raises(ModelPlanError, match="plain vision transformer") as caught:
+        anatomy(plan.replace(**{field: (0, 1)}))
+    assert (caught.value.field, caught.value.value) == (f"model.{field}", [0, 1])
 
 
 def test_torchvision_works_over_this_torch() -> None:

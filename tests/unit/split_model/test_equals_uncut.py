@@ -147,3 +147,27 @@ def test_each_cut(name: str, case: tuple[Any, ...]) -> None:
     if name not in _models:
         _models[name] = random_model(settings)
     check(_models[name], settings)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        (1, 0, "cut", "deep"),
+        (1, 1, "cut", "shallow"),
+        (2, 1, "input", "deep"),
+        (3, 0, "input", "shallow"),
+    ],
+    ids=lambda case: "-".join(map(str, case)),
+)
+def test_some_blocks_with_narrower_mlps(case: tuple[Any, ...]) -> None:
+    overrides = (("depth", 5), ("embed_dim", 32), ("num_heads", 2), ("patch_size", 8))
+    backbone = reduced("vit_base_patch16_224").replace(model_overrides=overrides)
+    model = random_model(backbone)
+    model.blocks = torch.nn.Sequential(*(model.blocks[number] for number in (0, 2, 3)))
+    generator = torch.Generator().manual_seed(2)
+    for place, width in ((1, 40), (2, 8)):
+        mlp = model.blocks[place].mlp
+        mlp.fc1, mlp.fc2 = torch.nn.Linear(32, width), torch.nn.Linear(width, 32)
+        for parameter in mlp.parameters():
+            parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
+    check(model, _with(backbone.replace(blocks=(0, 2, 3), mlp_widths=(0, 40, 8)), case))

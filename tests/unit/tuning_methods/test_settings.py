@@ -112,11 +112,43 @@ def test_fedpeft_tunes_a_part_of_the_whole_model(tune: str, model: dict[str, Any
     assert built.training.keep_fraction == 1
 
 
-def test_a_proxys_depth_follows_from_its_method() -> None:
+def test_a_proxys_shape_follows_from_its_method() -> None:
     pruned, dropped = plan("fedpft", width=8), plan("offsite-tuning", blocks=5, ends=2)
-    assert (pruned.model.cut, pruned.model.proxy, pruned.model.proxy_width) == (12, "pruned", 8)
-    assert (dropped.model.cut, dropped.model.proxy, dropped.model.lora_ends) == (5, "dropped", 2)
+    assert (pruned.model.cut, pruned.model.blocks) == (12, ())
+    assert pruned.model.mlp_widths == (0, *[8] * 10, 0)
+    assert (dropped.model.cut, dropped.model.mlp_widths, dropped.model.lora_ends) == (5, (), 2)
+    assert dropped.model.blocks == (0, 1, 6, 10, 11)
     assert [distillation_of(proxied).epochs for proxied in (pruned, dropped)] == [5, 0]
+    assert plan("fedpft").model.mlp_widths[1] == 768 // 4
+    assert plan("offsite-tuning").model.blocks == (0, 2, 4, 7, 9, 11)
+
+
+@pytest.mark.parametrize(
+    ("method", "field", "value"),
+    [
+        ({"name": "fedpft", "ends": 7}, "method.ends", 7),
+        ({"name": "fedpft", "ends": 6}, "method.ends", 6),  # no neurons to distil again
+        ({"name": "fedpft", "width": 769}, "method.width", 769),
+        ({"name": "offsite-tuning", "ends": 7}, "method.ends", 7),
+        ({"name": "offsite-tuning", "blocks": 13}, "method.blocks", 13),
+        ({"name": "offsite-tuning", "blocks": 3, "ends": 2}, "method.blocks", 3),
+    ],
+)
+def test_a_proxy_that_does_not_fit_the_backbone_is_refused_by_the_methods_own_setting(
+    method: dict[str, Any], field: str, value: int
+) -> None:
+    with pytest.raises(InvalidField, match="do not fit the backbone") as caught:
+        settings(method).plan  # noqa: B018
+    assert (caught.value.field, caught.value.value) == (field, value)
+    assert "12" in str(caught.value.limit) or "768" in str(caught.value.limit)
+
+
+@pytest.mark.parametrize("name", ["fedpft", "offsite-tuning"])
+def test_other_architectures_have_no_proxy(name: str) -> None:
+    beit = TINY | {"backbone": "beit_base_patch16_224"}
+    with pytest.raises(InvalidField, match="plain vision transformer") as caught:
+        settings({"name": name}, model=beit).plan  # noqa: B018
+    assert caught.value.field == "model.backbone"
 
 
 @pytest.mark.parametrize(("tune", "body"), [("linear", False), ("full", True)])
@@ -172,13 +204,14 @@ def test_a_field_of_a_former_release_says_where_it_moved(parts: dict[str, Any], 
         (
             {
                 "name": "custom",
-                "model": {"proxy": "pruned", "prompt_depth": "shallow"},
+                "model": {"mlp_widths": [8] * 12},
                 "wire": {"delta_smashed": "int4"},
             },
             {},
             "delta_smashed does not go with",
         ),
         ({"name": "fedpft"}, {"federation": {"dp_clip": 1.0}}, "dp_clip"),
+        ({"name": "offsite-tuning", "distillation": {"every": 2}}, {}, "narrower MLPs"),
         ({"name": "fedavg"}, {"wire": {"updates": "topk:0.1"}}, "wire.update_deltas"),
     ],
 )

@@ -19,7 +19,12 @@ from split_model.backbone.tensor_file import TensorFile
 from tests.support.edge import SMALL, image_set
 from tuning_methods.proxies.weights import proxy_weights
 
-PROXY: dict[str, Any] = {"proxy": "pruned", "cut": 12, "prompt_count": 0, "tune": "lora"}
+PROXY: dict[str, Any] = {
+    "mlp_widths": (0, *[192] * 10, 0),
+    "cut": 12,
+    "prompt_count": 0,
+    "tune": "lora",
+}
 
 SETTINGS = RunPlan(model=SMALL.model_copy(update=PROXY))
 

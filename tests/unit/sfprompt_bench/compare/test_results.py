@@ -196,7 +196,7 @@ def test_the_figures_of_a_run_are_per_device_and_start_counts_once() -> None:
 def test_a_head_that_came_again_belongs_to_the_rounds() -> None:
     settings = RunPlan.model_validate(
         {
-            "model": {"proxy": "pruned", "tune": "lora"},
+            "model": {"mlp_widths": (8,) * 12, "tune": "lora"},
             "federation": {"rounds": 2},
             "method": {"distillation": {"epochs": 1, "every": 1}},
         }

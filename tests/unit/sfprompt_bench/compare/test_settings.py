@@ -345,8 +345,9 @@ def test_a_proxy_is_the_whole_head_whatever_it_lacks(tmp_path: Path) -> None:
         overrides={"offsite-tuning": {"method": {"ends": 2, "blocks": 5}}},
     )
     pruned, dropped, split = (job.settings.plan for job in plan(config, tmp_path))
-    assert (pruned.model.cut, pruned.model.proxy, pruned.model.lora_ends) == (12, "pruned", 0)
-    assert (dropped.model.cut, dropped.model.proxy, dropped.model.lora_ends) == (5, "dropped", 2)
+    assert (pruned.model.cut, pruned.model.lora_ends) == (12, 0)
+    assert (dropped.model.cut, dropped.model.lora_ends) == (5, 2)
+    assert (len(pruned.model.mlp_widths), len(dropped.model.blocks)) == (12, 5)
     assert [(d.epochs, d.every) for d in map(distillation_of, (pruned, dropped))] == [
         (5, 10),
         (0, 0),
@@ -355,7 +356,7 @@ def test_a_proxy_is_the_whole_head_whatever_it_lacks(tmp_path: Path) -> None:
     [job] = plan(never, tmp_path)
     distillation = distillation_of(job.settings.plan)
     assert (distillation.epochs, distillation.every) == (5, 0)
-    assert (paper_part(split).local_body, split.model.proxy, split.model.cut) == (2, "none", 1)
+    assert (paper_part(split).local_body, split.model.is_reshaped, split.model.cut) == (2, False, 1)
 
 
 def test_a_server_does_not_distil_on_the_devices_own_data(tmp_path: Path) -> None:

@@ -38,6 +38,11 @@ def question(**model: object) -> Question:
     return Question(RunPlan(model=settings), IMAGES, local_epochs=EPOCHS)
 
 
+def narrow(width: int) -> tuple[int, ...]:
+    """Widths of the MLPs of a proxy whose two ends are unchanged."""
+    return (0, *[width] * 10, 0)
+
+
 def test_parameters_and_bytes_are_those_counted_by_hand() -> None:
     cost = ESTIMATED["fedpft"].cost(question())
     assert cost.trainable_parameters == 12 * LORA + CLASSIFIER
@@ -75,8 +80,8 @@ def test_operations_are_those_of_timm_s_model_with_the_same_way_back() -> None:
 
 
 def test_the_proxy_of_a_run_is_used_unchanged() -> None:
-    own = {"prompt_count": 0, "tune": "lora", "lora_rank": 2, "proxy_width": 1536}
-    cost = ESTIMATED["fedpft"].cost(question(proxy="pruned", cut=12, **own))
+    own = {"prompt_count": 0, "tune": "lora", "lora_rank": 2, "mlp_widths": narrow(1536)}
+    cost = ESTIMATED["fedpft"].cost(question(cut=12, **own))
     assert cost.trainable_parameters == 12 * LORA // 4 + CLASSIFIER
     lacks = 10 * 1536 * (2 * WIDTH + 1)
     assert cost.bytes_start == 4 * (FRAME + 12 * BLOCK - lacks + cost.trainable_parameters)
@@ -85,7 +90,7 @@ def test_the_proxy_of_a_run_is_used_unchanged() -> None:
 def test_memory_falls_with_what_the_proxy_lacks() -> None:
     small, large = (
         ESTIMATED["fedpft"].cost(
-            question(proxy="pruned", cut=12, prompt_count=0, tune="lora", proxy_width=width)
+            question(cut=12, prompt_count=0, tune="lora", mlp_widths=narrow(width))
         )
         for width in (768, 3072)
     )
@@ -131,7 +136,7 @@ def test_a_proxy_that_is_distilled_again_is_downloaded_again() -> None:
 
 
 def test_a_run_with_a_proxy_sets_how_often_it_is_distilled() -> None:
-    own = {"proxy": "pruned", "cut": 12, "prompt_count": 0, "tune": "lora"}
+    own = {"mlp_widths": narrow(768), "cut": 12, "prompt_count": 0, "tune": "lora"}
     with_proxy = question(**own)
     assert ESTIMATED["fedpft"].cost(with_proxy).renewals(1000) == 0
     often = DistillationSettings(epochs=1, every=3)

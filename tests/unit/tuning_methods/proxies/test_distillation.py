@@ -24,9 +24,9 @@ FULL = reduced("vit_base_patch16_224").replace(
     model_overrides=(("depth", DEPTH), ("embed_dim", 32), ("num_heads", 2), ("patch_size", 8)),
 )
 
-PRUNED = FULL.replace(proxy="pruned", proxy_width=32)
+PRUNED = FULL.replace(mlp_widths=(0, 32, 32, 0))
 
-DROPPED = FULL.replace(proxy="dropped", proxy_blocks=3, cut=3)
+DROPPED = FULL.replace(blocks=(0, 2, 3), cut=3, tune="lora", lora_ends=1)
 
 SETTINGS = DistillationSettings(epochs=4, batch_size=8, learning_rate=5e-3)
 
@@ -69,21 +69,20 @@ def test_distillation_lowers_the_loss_and_changes_nothing_else(settings: object)
     assert distilled.keys() == start.keys()
     assert all(torch.equal(weights[n], t) for n, t in before.items())
     changed = {n for n, t in distilled.items() if not torch.equal(t, start[n])}
-    if settings.proxy == "pruned":
+    if settings is PRUNED:
         layers = ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
         assert changed == {f"blocks.{b}.mlp.{layer}" for b in (1, 2) for layer in layers}
     else:
         assert {n.split(".")[1] for n in changed} == {"1"}
     pairs = [(str(b), str(b)) for b in range(DEPTH)]
-    if settings.proxy == "dropped":
+    if settings is DROPPED:
         pairs = [("1", "0"), ("2", "1"), ("3", "2")]  # the proxy keeps blocks 0, 2 and 3
 
     @torch.no_grad()
     def loss(proxy: dict[str, Tensor]) -> float:
         target = trace_layers(build_head(FULL, weights), images())
-        return float(
-            layer_loss(target, trace_layers(build_head(settings, proxy), images()), pairs, 0.01)
-        )
+        student = build_head(settings.untuned(), proxy)
+        return float(layer_loss(target, trace_layers(student, images()), pairs, 0.01))
 
     assert loss(distilled) < 0.9 * loss(start)
     again = distil_proxy(settings, weights, images(), SETTINGS, seed=0)

@@ -24,7 +24,7 @@ FULL = reduced("vit_base_patch16_224").replace(
     model_overrides=(("depth", DEPTH), ("embed_dim", 32), ("num_heads", 2), ("patch_size", 8)),
 )
 
-PRUNED = FULL.replace(proxy="pruned", proxy_width=WIDTH)
+PRUNED = FULL.replace(mlp_widths=(0, WIDTH, WIDTH, 0))
 
 SETTINGS = DistillationSettings(epochs=3, batch_size=8, learning_rate=5e-3, every=1, retained=0.25)
 
@@ -192,7 +192,12 @@ def test_an_exception_before_a_batch_ends_the_work() -> None:
 
 @pytest.mark.parametrize(
     ("changes", "field"),
-    [({"cut": 3}, "cut"), ({"proxy_ends": 2}, "proxy_ends"), ({"proxy": "none"}, "proxy")],
+    [
+        ({"cut": 3}, "cut"),
+        ({"mlp_widths": (0,) * DEPTH}, "mlp_widths"),
+        ({"mlp_widths": (0, WIDTH, WIDTH // 2, 0)}, "mlp_widths"),
+        ({"mlp_widths": ()}, "mlp_widths"),
+    ],
 )
 def test_neurons_are_counted_only_in_a_whole_pruned_proxy(changes: dict, field: str) -> None:
     with pytest.raises(ModelPlanError) as caught:

@@ -8,10 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from protocol.plan import ModelPlan
+from protocol.plan import ModelPlan, RunPlan
 from split_model import Head, TunedModel, anatomy, initial_state
-from split_model.backbone.architecture import kept_blocks
 from tests.support.uncut_model import difference, random_model, reduced, refused_field
+from tuning_methods.fedpft.settings import FedPFT
+from tuning_methods.offsite_tuning.settings import OffsiteTuning
+from tuning_methods.proxies.server import ProxyServer
 from tuning_methods.proxies.weights import (
     backbone_plan,
     insert_into_backbone,
@@ -29,9 +31,9 @@ FULL = reduced("vit_base_patch16_224").replace(
     model_overrides=(("depth", DEPTH), ("embed_dim", 32), ("num_heads", 2), ("patch_size", 8)),
 )
 
-PRUNED = FULL.replace(proxy="pruned", proxy_ends=1, proxy_width=40)
+PRUNED = FULL.replace(mlp_widths=(0, 40, 40, 40, 40, 0))
 
-DROPPED = FULL.replace(proxy="dropped", proxy_ends=1, proxy_blocks=4, cut=4)
+DROPPED = FULL.replace(blocks=(0, 2, 4, 5), cut=4)
 
 
 def images() -> Tensor:
@@ -62,7 +64,7 @@ def test_a_pruned_mlp_equals_one_whose_other_neurons_are_zeroed() -> None:
         norms = torch.cat([weights[name + "1.weight"], weights[name + "2.weight"].T], 1).norm(dim=1)
         pruned = sorted(range(HIDDEN), key=lambda neuron: float(norms[neuron]))[: HIDDEN - 40]
         zeroed[name + "2.weight"][:, pruned] = 0
-    full = PRUNED.replace(proxy="none")
+    full = PRUNED.replace(mlp_widths=())
     assert difference(logits, TunedModel(full, zeroed, state)(images())) <= 1e-5
     assert difference(logits, TunedModel(full, weights, state)(images())) > 1e-2
 
@@ -70,7 +72,6 @@ def test_a_pruned_mlp_equals_one_whose_other_neurons_are_zeroed() -> None:
 def test_a_dropped_proxy_equals_the_model_without_these_blocks() -> None:
     model = random_model(FULL)
     weights = {n: t.clone() for n, t in model.state_dict().items()}
-    assert kept_blocks(DROPPED, DEPTH) == [0, 2, 4, 5]
     proxy = proxy_weights(DROPPED, weights)
     assert anatomy(DROPPED).depth == 4
     state = initial_state(DROPPED, proxy, seed=0)
@@ -85,9 +86,9 @@ def test_a_dropped_proxy_equals_the_model_without_these_blocks() -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"proxy": "pruned", "proxy_width": HIDDEN},
-        {"proxy": "pruned", "proxy_width": 1, "proxy_ends": DEPTH // 2},
-        {"proxy": "dropped", "proxy_blocks": DEPTH},
+        {"mlp_widths": (0, *[HIDDEN] * 4, 0)},
+        {"mlp_widths": (0,) * DEPTH},
+        {"blocks": tuple(range(DEPTH))},
     ],
 )
 def test_a_proxy_without_omissions_equals_the_model(changes: dict[str, object]) -> None:
@@ -106,7 +107,7 @@ def test_a_state_tuned_on_a_pruned_proxy_fits_the_backbone() -> None:
     weights = random_model(FULL).state_dict()
     state = random_state(PRUNED, proxy_weights(PRUNED, weights))
     settings, full_state = insert_into_backbone(PRUNED, state)
-    assert settings == backbone_plan(PRUNED) == PRUNED.replace(proxy="none")
+    assert settings == backbone_plan(PRUNED) == PRUNED.replace(mlp_widths=())
     assert full_state.keys() == state.keys()
 
 
@@ -115,7 +116,7 @@ def test_a_state_tuned_at_a_dropped_proxys_ends_moves_to_the_backbones_ends() ->
     weights = random_model(FULL).state_dict()
     state = random_state(ends, proxy_weights(ends, weights))
     settings, full_state = insert_into_backbone(ends, state)
-    assert (settings.cut, settings.proxy) == (DEPTH, "none")
+    assert (settings.cut, settings.blocks) == (DEPTH, ())
     changed = {n.split(".")[2] for n, t in full_state.items() if "lora_" in n and t.any()}
     assert changed == {"0", "5"}
     last = "head.blocks.{}.attn.qkv.lora_v_up"
@@ -140,7 +141,7 @@ def test_a_part_of_a_proxy_cannot_be_put_into_the_backbone() -> None:
 def test_vit_bs_proxy_is_as_large_as_in_fedpfts_paper() -> None:
     # 81 M and 47 M in arXiv 2404.11536: parameters of the blocks, in units of 2^20.
     full = ModelPlan(backbone="vit_base_patch16_224", image_size=224, cut=12, prompt_count=0)
-    proxy = full.replace(proxy="pruned")
+    proxy = full.replace(mlp_widths=FedPFT().narrow([3072] * 12))
     numbers, pruned = (
         sum(p.numel() for p in Head(settings).blocks.parameters()) for settings in (full, proxy)
     )
@@ -150,14 +151,24 @@ def test_vit_bs_proxy_is_as_large_as_in_fedpfts_paper() -> None:
     assert (numbers >> 20, pruned >> 20) == (81, 47)
 
 
-@given(st.integers(1, 48), st.data())
+def test_a_proxy_may_lack_blocks_and_neurons() -> None:
+    both = DROPPED.replace(mlp_widths=(0, 40, 0, 40))
+    weights = random_model(FULL).state_dict()
+    proxy = proxy_weights(both, weights)
+    narrow = proxy_weights(FULL.replace(mlp_widths=(0, 0, 40, 0, 0, 40)), weights)
+    for place, number in enumerate(both.blocks):
+        prefix = f"blocks.{place}."
+        for name in (name for name in proxy if name.startswith(prefix)):
+            assert torch.equal(proxy[name], narrow[name.replace(prefix, f"blocks.{number}.")])
+
+
+@given(st.integers(2, 48), st.data())
 def test_kept_blocks_are_in_order_and_evenly_spaced(depth: int, data: st.DataObject) -> None:
-    ends = data.draw(st.integers(0, depth // 2))
-    count = data.draw(st.integers(max(1, 2 * ends), depth))
-    settings = DROPPED.replace(proxy_ends=ends, proxy_blocks=count)
-    kept = kept_blocks(settings, depth)
+    ends = data.draw(st.integers(1, depth // 2))
+    count = data.draw(st.integers(2 * ends, depth))
+    kept = OffsiteTuning(ends=ends, blocks=count).keep(depth)
     assert len(kept) == count
-    assert kept == sorted(set(kept))
+    assert list(kept) == sorted(set(kept))
     assert set(kept) >= {*range(ends), *range(depth - ends, depth)}
     middle = [number for number in kept if ends <= number < depth - ends]
     gaps = {after - before for before, after in itertools.pairwise(middle)}
@@ -167,19 +178,16 @@ def test_kept_blocks_are_in_order_and_evenly_spaced(depth: int, data: st.DataObj
 @pytest.mark.parametrize(
     ("field", "changes"),
     [
-        ("proxy_width", {"proxy": "pruned", "proxy_width": HIDDEN + 1}),
-        ("proxy_ends", {"proxy": "pruned", "proxy_ends": DEPTH}),
-        ("proxy_blocks", {"proxy": "dropped", "proxy_blocks": DEPTH + 1}),
-        ("proxy_blocks", {"proxy": "dropped", "proxy_ends": 2, "proxy_blocks": 3}),
-        ("tune", {"proxy": "pruned", "tune": "bias"}),
+        ("tune", {"tune": "bias"}),
+        ("tune", {"tune": "full"}),
+        ("prompt_depth", {"prompt_depth": "deep", "prompt_count": 2}),
+        ("prompt_at", {"prompt_at": "cut", "prompt_count": 2, "tune": "tail", "cut": 2}),
     ],
 )
-def test_a_proxy_outside_its_limits_is_refused(field: str, changes: dict[str, object]) -> None:
-    assert refused_field(lambda: anatomy(FULL.replace(**changes))) == field
-
-
-def test_other_architectures_have_no_proxy() -> None:
-    assert (
-        refused_field(lambda: anatomy(reduced("beit_base_patch16_224").replace(proxy="pruned")))
-        == "proxy"
-    )
+def test_what_only_a_proxy_has_cannot_be_put_into_the_backbone(
+    field: str, changes: dict[str, object]
+) -> None:
+    settings = PRUNED.replace(**changes)
+    assert refused_field(lambda: ProxyServer().check(RunPlan(model=settings))) == field
+    state = random_state(settings, proxy_weights(settings, random_model(FULL).state_dict()))
+    assert refused_field(lambda: insert_into_backbone(settings, state)) == field
