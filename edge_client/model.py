@@ -10,33 +10,31 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from edge_client.data import BatchReader, Interpolation, Preprocessing
+from edge_client.data.batches import BatchReader, Interpolation, Preprocessing
 from protocol.errors import MalformedFrame
 from protocol.plan import ModelPlan
-from split_model import (
-    Head,
-    ImagePreparation,
-    Layered,
-    ModelPlanError,
-    Tail,
-    TensorFileError,
+from split_model.backbone.architecture import body_blocks
+from split_model.checkpoints.head_file import extra_tensors, read_head_file
+from split_model.checkpoints.metadata import ImagePreparation, head_plan
+from split_model.checkpoints.state import (
     TunedState,
-    UnsupportedBackboneError,
-    WeightsMismatchError,
     apply_state,
-    body_blocks,
-    build_head,
-    build_tail,
     check_device_state,
     head_tensors,
     load_state,
-    prompt_shape,
-    read_head_file,
     read_state,
     tail_tensors,
 )
-from split_model.checkpoints.head_file import extra_tensors
-from split_model.checkpoints.metadata import head_plan
+from split_model.errors import (
+    ModelPlanError,
+    TensorFileError,
+    UnsupportedBackboneError,
+    WeightsMismatchError,
+)
+from split_model.layers.prompts import prompt_shape
+from split_model.parts.build import Layered, build_head, build_tail
+from split_model.parts.head import Head
+from split_model.parts.tail import Tail
 
 _BATCH = 128
 

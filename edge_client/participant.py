@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from edge_client.data import Augmentation, BatchReader, CorruptImageError, Dataset
+from edge_client.data.batches import Augmentation, BatchReader
+from edge_client.data.dataset import Dataset
+from edge_client.data.errors import CorruptImageError
 from edge_client.method import device_method
 from edge_client.model import DeviceModel
 from edge_client.reporter import Reporter
@@ -18,7 +20,8 @@ from edge_client.smashed.uploads import SampleUploader
 from edge_client.storage.blob_cache import BlobCache
 from edge_client.storage.identity import device_secret
 from edge_client.training import Diverged, Evaluation, Proximal, RoundContext, Samples, evaluate
-from edge_client.transport import Server, SplitPlane
+from edge_client.transport.client import Server
+from edge_client.transport.split_client import SplitPlane
 from protocol.codec_names import is_row_wise_inside
 from protocol.errors import Conflict, EmptyUpdate, Forbidden, InvalidField, StepLost
 from protocol.messages import (

@@ -1,15 +1,20 @@
-"""Report a device's progress: bars for people, lines of JSON for programs."""
+"""Report a device's progress and predictions: for people, or as JSON for programs."""
 
 from __future__ import annotations
 
 import json
 import sys
 import time
-from typing import Any, Protocol
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+if TYPE_CHECKING:  # it imports torch
+    from edge_client.prediction import Prediction
 
 
 class Reporter(Protocol):
@@ -75,3 +80,30 @@ class BarReporter:
 
 def _short(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def show_predictions(predictions: Iterable[Prediction], *, as_json: bool) -> None:
+    """Print a table of predictions, or one JSON object for each image as it is classified."""
+    if as_json:
+        for prediction in predictions:
+            sys.stdout.write(json.dumps(prediction.to_dict()) + "\n")
+            sys.stdout.flush()
+        return
+    table = Table()
+    table.add_column("image")
+    table.add_column("class", style="bold")
+    table.add_column("probability", justify="right")
+    table.add_column("next best")
+    for prediction in predictions:
+        _add_row(table, prediction)
+    Console().print(table)
+
+
+def _add_row(table: Table, prediction: Prediction) -> None:
+    path = escape(prediction.path)
+    if prediction.error is not None:
+        table.add_row(path, "-", "-", f"[red]{escape(prediction.error)}[/red]")
+        return
+    (best, probability), *others = prediction.classes
+    next_best = ", ".join(f"{name} {value:.1%}" for name, value in others)
+    table.add_row(path, escape(best), f"{probability:.1%}", escape(next_best))

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from edge_client.data.dataset import Dataset
 from edge_client.data.errors import PartitionError, SourceError
+
+if TYPE_CHECKING:  # it imports torch; a source is also parsed without images
+    from edge_client.data.dataset import Dataset
 
 Kind = Literal["folder", "torchvision", "digits", "fashion-mnist"]
 

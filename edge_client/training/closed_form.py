@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from edge_client.training.context import RoundContext
-from edge_client.transport import SamplesMissing, SplitPlane
+from edge_client.transport.split_client import SamplesMissing, SplitPlane
 
 _MAX_UPLOADS = 3  # of samples that the server has lost
 

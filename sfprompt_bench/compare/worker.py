@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from edge_client.data import DataError, Dataset, limit_per_set, load_dataset
+from edge_client.data.dataset import Dataset, limit_per_set
+from edge_client.data.errors import DataError
+from edge_client.data.sources import load_dataset
 from protocol.errors import SFPromptError
 from protocol.messages import parse_message
 from protocol.settings import RunSettings
@@ -35,7 +37,7 @@ from sfprompt_bench.compare.usage import UsageWatch
 from sfprompt_bench.methods.base import FederatedMethod, Reference
 from sfprompt_bench.methods.registry import get_method
 from sfprompt_bench.run.local_run import LocalRun
-from split_model import load_state
+from split_model.checkpoints.state import load_state
 
 JOB, FIGURES = "job.json", "figures.json"
 

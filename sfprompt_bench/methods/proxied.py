@@ -15,8 +15,13 @@ from protocol.settings import RunSettings
 from sfprompt_bench.cost.flops import blocks_flops, embedding_flops, is_tuned, output_flops
 from sfprompt_bench.cost.method_cost import MethodCost, Question
 from sfprompt_bench.cost.sizes import FLOAT_BYTES, image_numbers, peak_bytes
-from sfprompt_bench.methods.base import FLOAT32, Changes, FederatedMethod
-from split_model import Head, ModelPlanError, Tail, anatomy, state_shapes
+from sfprompt_bench.methods.base import FLOAT32, FederatedMethod
+from sfprompt_bench.presets import Changes
+from split_model.backbone.architecture import anatomy
+from split_model.checkpoints.state import state_shapes
+from split_model.errors import ModelPlanError
+from split_model.parts.head import Head
+from split_model.parts.tail import Tail
 from tuning_methods.fedpft.settings import FedPFT as FedPftSettings
 from tuning_methods.proxies.neurons import neurons_shape
 from tuning_methods.proxies.settings import distillation_of

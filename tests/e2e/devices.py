@@ -11,9 +11,11 @@ from typing import Any, Protocol
 
 import torch
 
-from edge_client.data import Dataset, Part, by_content, limit_per_set, load_dataset
+from edge_client.data.dataset import Dataset, by_content, limit_per_set
+from edge_client.data.partition import Part
+from edge_client.data.sources import load_dataset
 from edge_client.participant import Participant, succeeded
-from edge_client.transport import Server
+from edge_client.transport.client import Server
 from protocol.messages import Results
 from protocol.plan import RunPlan
 from sfprompt_bench.run.processes import Process, start_device

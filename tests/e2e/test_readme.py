@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from edge_client.data import load_dataset
+from edge_client.data.sources import load_dataset
 from sfprompt_bench.presets import PRESETS
 from sfprompt_bench.run.preflight import choose_port
 from sfprompt_bench.run.processes import Process, wait_until_healthy

@@ -13,9 +13,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-import split_model
 from protocol.errors import InvalidField
 from protocol.messages import Results, RunStatus, Task
+from split_model.checkpoints.state import load_state
 from split_server.app import create_app, serve_until_stopped
 from split_server.storage.database import Store
 from split_server.storage.traffic import Meter
@@ -106,7 +106,7 @@ def test_a_killed_server_resumes_the_open_round(server: ServerProcess) -> None:
     assert (results.rounds[0].samples, len(results.rounds[0].updated)) == (60, 3)
     path = server.folder / "runs" / run / "states" / f"{results.run.state.sha256}.safetensors"
     weights = {"a": 10, "b": 20, "c": 30}
-    for name, tensor in split_model.load_state(path).items():
+    for name, tensor in load_state(path).items():
         exact = sum(states[who][name].double() * weight for who, weight in weights.items()) / 60
         assert (tensor.double() - exact).abs().max() < 1e-6
     meter, store = Meter(), Store(server.folder / "server.sqlite")

@@ -8,19 +8,16 @@ import torch
 from PIL import Image
 
 from edge_client.data.decode import decode_file
+from edge_client.data.image_files import image_files
 from edge_client.model import preprocessing_of
-from edge_client.prediction import Prediction, Predictor, WholePredictor, image_files
+from edge_client.prediction import Prediction, Predictor, WholePredictor
 from protocol.errors import InvalidField, NotFound
 from protocol.messages import BlobRef, JoinRequest, JoinResponse, RunStatus, RunView
 from protocol.plan import RunPlan
-from split_model import (
-    export_model,
-    image_preparation,
-    initial_state,
-    load_exported,
-    open_backbone,
-    prepare_backbone,
-)
+from split_model.backbone.weights import open_backbone, prepare_backbone
+from split_model.checkpoints.export import export_model, load_exported
+from split_model.checkpoints.metadata import image_preparation
+from split_model.checkpoints.state import initial_state
 from tests.support.edge import SMALL, BodyServer, device_model, files, image_set
 from tuning_methods.custom.settings import Custom
 

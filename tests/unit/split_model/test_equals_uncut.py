@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from protocol.plan import ModelPlan
-from split_model import build_body, build_head, build_tail, prompt_shape, skeleton
-from split_model.backbone.architecture import supported_backbones
+from split_model.backbone.architecture import skeleton, supported_backbones
+from split_model.layers.prompts import prompt_shape
+from split_model.parts.build import build_body, build_head, build_tail
 from tests.support.uncut_model import Hooks, difference, random_model, reduced, signature
 
 OUTPUT_TOLERANCE = 1e-5

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from edge_client.cli import _load_data
-from edge_client.data import DataFormatError, PartitionError, load_dataset, partition
+from edge_client.data.errors import DataFormatError, PartitionError
+from edge_client.data.partition import partition
+from edge_client.data.sources import load_dataset
 from protocol.messages import BlobRef, RunStatus, RunView
 from protocol.settings import RunSettings
 

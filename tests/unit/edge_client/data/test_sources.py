@@ -9,23 +9,20 @@ import pytest
 import torch
 from PIL import Image
 
-from edge_client.data import (
+from edge_client.data.dataset import Dataset, limit_per_set
+from edge_client.data.decode import decode_file, rgb_tensor
+from edge_client.data.download import cache_dir
+from edge_client.data.errors import (
     ClassMismatchError,
     CorruptImageError,
-    Dataset,
     DatasetDownloadError,
-    DataSource,
     EmptyDatasetError,
     MissingDataError,
     PartitionError,
     SourceError,
     UnknownDatasetError,
-    cache_dir,
-    limit_per_set,
-    load_dataset,
-    parse_source,
 )
-from edge_client.data.decode import decode_file, rgb_tensor
+from edge_client.data.sources import DataSource, load_dataset, parse_source
 from tests.support.data import cut_network
 
 

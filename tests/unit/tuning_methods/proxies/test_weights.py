@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from protocol.plan import ModelPlan
-from split_model import Head, TunedModel, anatomy, initial_state
-from split_model.backbone.architecture import kept_blocks
+from split_model.backbone.architecture import anatomy, kept_blocks
+from split_model.checkpoints.export import TunedModel
+from split_model.checkpoints.state import initial_state
+from split_model.parts.head import Head
 from tests.support.uncut_model import difference, random_model, reduced, refused_field
 from tuning_methods.proxies.weights import (
     backbone_plan,
