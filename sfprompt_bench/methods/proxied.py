@@ -62,11 +62,7 @@ class ProxiedMethod(FederatedMethod):
     def cost(self, question: Question) -> MethodCost:
         settings = self.model(question)
         trained = sum(map(math.prod, state_shapes(settings).values()))
-        numbers = sum(
-            tensor.numel()
-            for part in (Head(settings), Tail(settings))
-            for tensor in part.state_dict().values()
-        )
+        numbers = _device_numbers(settings)
         visits = question.train_samples * question.local_epochs
         return MethodCost(
             trainable_parameters=trained,
@@ -148,6 +144,14 @@ def _head_flops(settings: ModelPlan) -> int:
     return embedding_flops(head) + blocks_flops(head)
 
 
+@functools.lru_cache(maxsize=64)
+def _device_numbers(settings: ModelPlan) -> int:
+    """Count the numbers in head and tail."""
+    parts = (Head(settings), Tail(settings))
+    return sum(tensor.numel() for part in parts for tensor in part.state_dict().values())
+
+
+@functools.lru_cache(maxsize=64)
 def _activations(settings: ModelPlan) -> int:
     """Count what autograd keeps of one image: of every block as of a frozen one, plus LoRA's.
 

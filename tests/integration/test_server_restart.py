@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import signal
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +17,7 @@ from split_server.app import create_app, serve_until_stopped
 from split_server.storage.database import Store
 from split_server.storage.traffic import Meter
 from tests.support.federation import OPERATOR, random_state, run_settings, smashed
+from tests.support.processes import CommandProcess
 from tests.support.server import ApiClient, code_of, running_server, server_settings, wait_until
 
 
@@ -31,23 +29,19 @@ class ServerProcess:
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
-        command = [sys.executable, "-m", "split_server.cli", "serve", "--port", str(port)]
-        command += ["--data-dir", str(folder), "--torch-threads", "1"]
-        command += ["--operator-token", OPERATOR]
-        self.log = folder.parent / "log"
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log)
+        arguments = ["serve", "--port", str(port), "--data-dir", str(folder)]
+        arguments += ["--torch-threads", "1", "--operator-token", OPERATOR]
+        self.process = CommandProcess("split_server.cli", arguments, folder.parent / "log")
         wait_until(self._answers, 60)
 
     def _answers(self) -> bool:
-        assert self.process.poll() is None, self.log.read_text()
+        assert self.process.exit_code() is None, self.process.last_lines()
         with contextlib.suppress(httpx.TransportError):
             return httpx.get(f"{self.url}/v1/health", trust_env=False).is_success
         return False
 
     def kill(self) -> None:
-        self.process.send_signal(signal.SIGKILL)
-        self.process.wait(10)
+        self.process.kill()
 
 
 def test_a_folder_without_its_database_is_refused_and_unchanged(tmp_path: Path) -> None:

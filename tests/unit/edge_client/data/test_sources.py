@@ -70,7 +70,7 @@ def test_an_unreadable_source_names_the_forms(text: str) -> None:
 
 def test_the_digits_are_there_without_torchvision() -> None:
     program = (
-        "import sys; from edge_client.data import load_dataset; d = load_dataset('digits');"
+        "import sys; from edge_client.data.sources import load_dataset; d = load_dataset('digits');"
         "print(len(d.train) + len(d.test), 'torchvision' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
