@@ -20,14 +20,20 @@ from rich.markup import escape
 from rich.table import Table
 
 from edge_client import __version__
+from edge_client.check_command import check
 from protocol.command import run_command, version_option
-from protocol.errors import Forbidden, IdempotencyKeyReused, NotFound, SFPromptError
+from protocol.errors import (
+    Forbidden,
+    IdempotencyKeyReused,
+    InvalidField,
+    NotFound,
+    SFPromptError,
+)
 from protocol.messages import RunStatus, RunView
 from protocol.seeds import derive_seed
 
 # Modules that import torch are imported in functions, so that --help is fast on small devices.
 if TYPE_CHECKING:
-    from edge_client.data import Dataset
     from edge_client.participant import JoinedRun, Participant
     from edge_client.prediction import Prediction
     from edge_client.reporter import Reporter
@@ -158,6 +164,7 @@ def join(
 ) -> None:
     """Take part in a run until it ends."""
     from edge_client.data import cache_dir
+    from edge_client.loading import load_run_data
     from edge_client.participant import Participant, succeeded
     from edge_client.reporter import BarReporter, JsonReporter
     from edge_client.storage.identity import Identity
@@ -169,11 +176,19 @@ def join(
     server = _server(url, patience, ca_file, reporter, line)
     try:
         chosen = _choose(server, run, open_only=True)
-        dataset = _load_data(
-            data, chosen, part, partition, data_seed, held_out, limit_train, limit_test, shots
+        dataset = load_run_data(
+            data,
+            chosen,
+            part,
+            partition,
+            data_seed,
+            held_out,
+            limit_train,
+            limit_test,
+            shots,
+            reporter=reporter,
+            cache_bytes=cache_mib * 1024 * 1024,
         )
-        for skipped in dataset.skipped:
-            reporter.event("skipped", path=skipped.path, reason=skipped.reason)
         participant = Participant(
             server, dataset, folder / "blobs", name, reporter, cache_mib * 1024 * 1024
         )
@@ -222,11 +237,14 @@ def predict(
 ) -> None:
     """Classify images with the newest tuned state of a run, or with an exported model."""
     from edge_client.data import cache_dir
+    from edge_client.data.walk import group_by_reason
     from edge_client.prediction import Predictor, WholePredictor, image_files
     from edge_client.storage.identity import Identity
 
     _prepare(threads, verbose)
-    files = image_files(images)
+    files, skipped = image_files(images)
+    for entry in group_by_reason(skipped):
+        err.print(escape(f"skipped  {entry.path}  {entry.reason}"), soft_wrap=True, highlight=False)
     if model.endswith(".safetensors"):
         _show_predictions(WholePredictor(Path(model)).predict(files, top), as_json=as_json)
         return
@@ -291,6 +309,9 @@ def leave(
         server.close()
     done = "has had its samples deleted" if samples_only else "has left"
     typer.echo(f"{name} {done}: run {chosen.id}")
+
+
+app.command(epilog="Example:\n\nedge-client check photos --classes cat,dog")(check)
 
 
 def _prepare(threads: int | None, verbose: bool) -> None:
@@ -367,43 +388,30 @@ def _choose(server: Server, run_id: str | None, *, open_only: bool) -> RunView:
     return max(suitable, key=lambda run: run.created_at)
 
 
-def _load_data(
-    source: str,
-    run: RunView,
-    part: str | None,
-    partition: str,
-    seed: int,
-    held_out: float,
-    limit_train: int | None,
-    limit_test: int | None,
-    shots: int | None,
-) -> Dataset:
-    from edge_client.data import Dataset, Part, by_content, limit_per_set, load_dataset
-
-    names = run.settings.class_names
-    data = load_dataset(source, held_out=held_out, seed=seed, class_names=names)
-    data = limit_per_set(data, train=limit_train, test=limit_test, shots=shots, seed=seed)
-    if part is not None:
-        parsed = Part.parse(part)
-        data = Dataset(
-            parsed.take(data.train, partition, seed), parsed.take(data.test, "iid", seed)
-        )
-    return by_content(data)
-
-
 def _show_predictions(predictions: Iterable[Prediction], *, as_json: bool) -> None:
-    if as_json:
-        for prediction in predictions:
-            typer.echo(json.dumps(prediction.to_dict()))
-        return
+    """Print the predictions.
+
+    Raises:
+        InvalidField: none of the images can be read.
+    """
     table = Table()
     table.add_column("image")
     table.add_column("class", style="bold")
     table.add_column("probability", justify="right")
     table.add_column("next best")
-    for prediction in predictions:
-        _add_row(table, prediction)
-    Console().print(table)
+    is_read, total = False, 0
+    try:
+        for prediction in predictions:
+            is_read, total = is_read or prediction.error is None, total + 1
+            if as_json:
+                typer.echo(json.dumps(prediction.to_dict()))
+            else:
+                _add_row(table, prediction)
+    finally:
+        if not as_json:
+            Console().print(table)
+    if not is_read:
+        raise InvalidField("none of the images can be read", field="images", value=total)
 
 
 def _add_row(table: Table, prediction: Prediction) -> None:

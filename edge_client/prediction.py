@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
-from edge_client.data import CorruptImageError, Preprocessing
-from edge_client.data.decode import decode_file
+from edge_client.data import CorruptImageError, Preprocessing, Skipped
+from edge_client.data.image_set import decode_file
+from edge_client.data.pictures import SUFFIXES
+from edge_client.data.remarks import as_text, summarise
+from edge_client.data.walk import find_pictures
 from edge_client.model import UNUSABLE, DeviceModel, preprocessing_of
 from edge_client.storage.blob_cache import BlobCache
 from edge_client.transport import Server, SplitPlane
@@ -43,24 +45,36 @@ class Prediction:
         return {"path": self.path, "classes": dict(self.classes)}
 
 
-def image_files(paths: Iterable[Path]) -> list[Path]:
+def image_files(paths: Iterable[Path]) -> tuple[list[Path], list[Skipped]]:
     """List the image files among ``paths`` and, sorted, below the folders among them.
+
+    A file is taken as given; in folders, the files are those that joining reads.
+
+    Returns:
+        The files, and what is left out.
 
     Raises:
         NotFound: a path does not exist, or there is no image file.
     """
-    suffixes = set(Image.registered_extensions())
     files: list[Path] = []
+    skipped: list[Skipped] = []
     for path in paths:
-        if not path.exists():
-            raise NotFound("no such file or folder", field="images", value=str(path))
         if path.is_dir():
-            files += sorted(f for f in path.rglob("*") if f.suffix.lower() in suffixes)
-        else:
+            found, left_out = find_pictures(path)
+            files += found
+            skipped += left_out
+        elif path.exists() or path.is_symlink():
             files.append(path)
+        else:
+            raise NotFound("no such file or folder", field="images", value=as_text(path))
     if not files:
-        raise NotFound("there is no image file", field="images", limit=sorted(suffixes)[:12])
-    return files
+        raise NotFound(
+            "there is no image file",
+            field="images",
+            limit=sorted(SUFFIXES),
+            hint=f"Skipped: {summarise(skipped)}" if skipped else None,
+        )
+    return files, skipped
 
 
 class Classifier(ABC):
@@ -94,21 +108,21 @@ class Classifier(ABC):
             images, errors = [], {}
             for path in chunk:
                 try:
-                    image = decode_file(path).unsqueeze(0)  # [1, 3, H, W]
+                    image = decode_file(path, preprocessing.background).unsqueeze(0)
                     images.append(preprocessing.resize(image))  # [1, 3, S, S]
                 except CorruptImageError as error:
-                    errors[path] = str(error)
+                    errors[path] = error.hint or str(error)
             rows: Iterator[torch.Tensor] = iter(())
             if images:
                 batch = preprocessing.normalise(torch.cat(images))
                 rows = iter(self.probabilities(batch, start))
             for path in chunk:
                 if path in errors:
-                    yield Prediction(str(path), error=errors[path])
+                    yield Prediction(as_text(path), error=errors[path])
                     continue
                 best = next(rows).topk(min(top, len(labels)))
                 pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-                yield Prediction(str(path), tuple((labels[i], value) for i, value in pairs))
+                yield Prediction(as_text(path), tuple((labels[i], value) for i, value in pairs))
 
 
 class Predictor(Classifier):

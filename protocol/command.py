@@ -35,7 +35,9 @@ def run_command(app: typer.Typer) -> None:
     try:
         app()
     except (SFPromptError, OSError) as error:  # OSError: of a file or a port
+        # A file's name may be no valid text, which no terminal takes.
+        text = str(error).encode("utf-8", "backslashreplace").decode()
         Console(stderr=True).print(
-            f"[red]error[/red]: {escape(str(error))}", highlight=False, soft_wrap=True
+            f"[red]error[/red]: {escape(text)}", highlight=False, soft_wrap=True
         )
         sys.exit(2)

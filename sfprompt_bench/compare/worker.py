@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from edge_client.data import DataError, Dataset, limit_per_set, load_dataset
+from edge_client.data import DataError, Dataset, limit_per_set, load_dataset, parse_colour
 from protocol.errors import SFPromptError
 from protocol.messages import parse_message
 from protocol.settings import RunSettings
@@ -91,7 +91,12 @@ def _pooled_data(settings: RunSettings, inputs: dict[str, Any]) -> Dataset:
     """Load the images of all devices of a run together."""
     train, test = inputs["limits"]
     seed = settings.seed % _MAX_SEED
-    data = load_dataset(inputs["data"], seed=seed, class_names=settings.class_names)
+    data = load_dataset(
+        inputs["data"],
+        seed=seed,
+        class_names=settings.class_names,
+        background=parse_colour(settings.model.background),
+    )
     return limit_per_set(data, train=train, test=test, shots=inputs["shots"], seed=seed)
 
 

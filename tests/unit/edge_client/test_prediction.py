@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from edge_client.data.decode import decode_file
+from edge_client.data.image_set import decode_file
 from edge_client.model import preprocessing_of
 from edge_client.prediction import Prediction, Predictor, WholePredictor, image_files
 from protocol.errors import InvalidField, NotFound
@@ -53,9 +53,10 @@ def test_folders_are_searched_and_sorted_and_files_taken_as_given(tmp_path: Path
     (tmp_path / "a" / "notes.txt").write_text("no image")
     (tmp_path / "b.weird").write_text("named by hand")
     (tmp_path / "a" / "UPPER.PNG").write_bytes(paths[0].read_bytes())
-    listed = image_files([tmp_path / "b.weird", tmp_path / "a", paths[1]])
+    listed, skipped = image_files([tmp_path / "b.weird", tmp_path / "a", paths[1]])
     upper = tmp_path / "a" / "UPPER.PNG"
     assert listed == [tmp_path / "b.weird", *paths, upper, *nested, paths[1]]
+    assert [entry.path for entry in skipped] == [str(tmp_path / "a" / "notes.txt")]
 
 
 def test_nothing_to_classify(tmp_path: Path) -> None:
