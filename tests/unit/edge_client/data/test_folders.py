@@ -228,9 +228,13 @@ def test_pictures_of_almost_one_value_and_conversions_are_noticed(tmp_path: Path
     noticed = [(os.path.relpath(entry.path, tmp_path), entry.reason) for entry in data.noticed]
     assert ("cat/flat.png", "almost one value (range 0)") in noticed
     assert ("1 images", "turned upright (EXIF)") in [(e.path, e.reason) for e in data.noticed]
-    turned = {path.name: i for i, path in enumerate(data.train.store.paths)}
-    if "turned.png" in turned:
-        assert data.train.image(turned["turned.png"]).shape == (3, 8, 6)
+    turned = [
+        part.image(index).shape
+        for part in (data.train, data.test)
+        for index, path in enumerate(part.store.paths)
+        if path.name == "turned.png"
+    ]
+    assert turned == [(3, 8, 6)]
 
 
 # train/ and test/
