@@ -150,7 +150,7 @@ def read_once(
             noticed.append(Skipped(as_text(path), f"almost one value (range {result.spread})"))
         converted.update(step.kind for step in result.steps)
     noticed += [
-        Skipped(f"{converted[kind]} images", phrase)
+        Skipped(f"{converted[kind]} image{'s' * (converted[kind] > 1)}", phrase)
         for kind, phrase in _PHRASES.items()
         if converted[kind]
     ]

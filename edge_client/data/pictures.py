@@ -94,8 +94,8 @@ class Picture:
     @property
     def spread(self) -> int:
         """The largest range of a channel, 0 to 255."""
-        flat = self.pixels.reshape(-1, 3)
-        return int((flat.max(axis=0).astype(int) - flat.min(axis=0)).max())
+        channels = (self.pixels[..., number] for number in range(3))
+        return max(int(channel.max()) - int(channel.min()) for channel in channels)
 
 
 def read_picture(path: Path, background: Colour = WHITE) -> Picture:

@@ -66,7 +66,8 @@ def scale_to_bytes(values: NDArray[Any]) -> tuple[NDArray[np.uint8], str]:
     scale = 255 / (white - start) if white > start else 0.0
     if is_float:
         values = np.nan_to_num(values, nan=start, posinf=start, neginf=start)
-    shifted = values.astype(np.float64 if values.dtype.itemsize > 2 else np.float32) - start
+    is_long = not is_float and values.dtype.itemsize > 2  # more digits than a float32 has
+    shifted = values.astype(np.float64 if is_long else np.float32) - start
     scaled = np.floor(shifted * scale + 0.5).astype(np.uint8)
     return scaled, f"{start:,.6g} … {white:,.6g} to 0 … 255"
 

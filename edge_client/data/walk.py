@@ -98,6 +98,11 @@ class PictureWalk:
             else:
                 waiting += self._read(tree, current)
 
+    def add_root(self, tree: str, folder: Path) -> None:
+        """Find the pictures in and below a folder that may itself be a link."""
+        for inside in self._read(tree, folder):
+            self.add_tree(tree, inside)
+
     def follow_links(self) -> None:
         """Read the folders that links lead to, after all folders that lie in the trees."""
         while self._links:
@@ -108,9 +113,7 @@ class PictureWalk:
             elif _identity(link) in self._seen:
                 self._skip(link, f"a link to {as_text(target)}, which is read already")
             else:
-                waiting = self._read(tree, link)
-                while waiting:
-                    self.add_tree(tree, waiting.pop())
+                self.add_root(tree, link)
 
     def _read(self, tree: str, folder: Path) -> list[Path]:
         """Take the pictures in a folder; return the folders in it."""
@@ -137,8 +140,8 @@ class PictureWalk:
 
 def find_pictures(folder: Path) -> tuple[list[Path], list[Skipped]]:
     """List the picture files below a folder, sorted, and what is left out."""
-    walk = PictureWalk(folder.resolve() if folder.is_symlink() else folder)
-    walk.add_tree("", folder)
+    walk = PictureWalk(folder)
+    walk.add_root("", folder)
     walk.follow_links()
     return sorted(path for _, path in walk.files), walk.skipped
 

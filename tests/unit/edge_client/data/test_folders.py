@@ -109,6 +109,15 @@ def test_predicting_lists_the_same_files_as_joining(tmp_path: Path) -> None:
     assert ".heic is not read: save it as JPEG or PNG" in {entry.reason for entry in skipped}
 
 
+def test_a_data_folder_that_is_a_link_is_read(tmp_path: Path) -> None:
+    write_class(tmp_path / "archive" / "cat")
+    (tmp_path / "P").symlink_to(tmp_path / "archive")
+    assert counts(load(tmp_path / "P")) == {"cat": 4}
+    files, skipped = find_pictures(tmp_path / "P")
+    assert len(files) == 4
+    assert skipped == []
+
+
 # What cannot be read
 
 
@@ -227,7 +236,7 @@ def test_pictures_of_almost_one_value_and_conversions_are_noticed(tmp_path: Path
     data = load(tmp_path)
     noticed = [(os.path.relpath(entry.path, tmp_path), entry.reason) for entry in data.noticed]
     assert ("cat/flat.png", "almost one value (range 0)") in noticed
-    assert ("1 images", "turned upright (EXIF)") in [(e.path, e.reason) for e in data.noticed]
+    assert ("1 image", "turned upright (EXIF)") in [(e.path, e.reason) for e in data.noticed]
     turned = [
         part.image(index).shape
         for part in (data.train, data.test)
