@@ -41,8 +41,8 @@ def check(
 
     Exit code 0: no problem; 1: problems were found; 2: the folder cannot be checked.
     """
-    from edge_client.data import parse_colour
     from edge_client.data.check import check_folder
+    from edge_client.data.pictures import parse_colour
     from protocol.errors import InvalidField
 
     try:

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from edge_client.data import (
-    Dataset,
-    Part,
-    Preprocessing,
-    PreprocessingError,
-    by_content,
-    limit_per_set,
-    load_dataset,
-    parse_colour,
-    parse_source,
-)
+from edge_client.data.batches import Preprocessing
+from edge_client.data.dataset import Dataset, by_content, limit_per_set
+from edge_client.data.errors import PreprocessingError
+from edge_client.data.partition import Part
+from edge_client.data.pictures import parse_colour
+from edge_client.data.sources import load_dataset, parse_source
 from edge_client.model import UNUSABLE, preprocessing_of
 from edge_client.reporter import Reporter
 from protocol.messages import RunView
 from protocol.plan import ModelPlan
-from split_model import image_preparation
+from split_model.checkpoints.metadata import image_preparation
 
 
 def load_run_data(

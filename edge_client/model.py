@@ -10,7 +10,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from edge_client.data import BatchReader, Interpolation, Preprocessing, parse_colour
+from edge_client.data import BatchReader, Interpolation, Preprocessing
+from edge_client.data.pictures import parse_colour
 from protocol.errors import MalformedFrame
 from protocol.plan import ModelPlan
 from split_model import (

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from edge_client.data import CorruptImageError, Preprocessing, Skipped
+from edge_client.data import CorruptImageError, Preprocessing
 from edge_client.data.image_set import decode_file
 from edge_client.data.pictures import SUFFIXES
-from edge_client.data.remarks import as_text, summarise
+from edge_client.data.remarks import Skipped, as_text, summarise
 from edge_client.data.walk import find_pictures
 from edge_client.model import UNUSABLE, DeviceModel, preprocessing_of
 from edge_client.storage.blob_cache import BlobCache

@@ -22,12 +22,10 @@ from edge_client.data.errors import (
     PickledDataError,
     PreprocessingError,
     SourceError,
-    TooManyPixelsError,
     UnknownDatasetError,
 )
 from edge_client.data.image_set import ImageSet
 from edge_client.data.partition import Part, Scheme, parse_scheme, partition
-from edge_client.data.pictures import Colour, Picture, parse_colour, read_picture
 from edge_client.data.remarks import Skipped
 from edge_client.data.sources import DataSource, load_dataset, parse_source
 
@@ -35,7 +33,6 @@ __all__ = [
     "Augmentation",
     "BatchReader",
     "ClassMismatchError",
-    "Colour",
     "CorruptImageError",
     "DataError",
     "DataFormatError",
@@ -50,23 +47,19 @@ __all__ = [
     "Part",
     "PartitionError",
     "PickledDataError",
-    "Picture",
     "Preprocessing",
     "PreprocessingError",
     "Scheme",
     "Skipped",
     "SourceError",
-    "TooManyPixelsError",
     "UnknownDatasetError",
     "by_content",
     "cache_dir",
     "hold_out",
     "limit_per_set",
     "load_dataset",
-    "parse_colour",
     "parse_scheme",
     "parse_source",
     "partition",
-    "read_picture",
     "shuffled",
 ]

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from edge_client.data import BatchReader, Dataset, ImageSet, load_dataset, parse_colour
+from edge_client.data import BatchReader, Dataset, ImageSet, load_dataset
+from edge_client.data.pictures import parse_colour
 from edge_client.model import preprocessing_of
 from protocol.plan import RunPlan
 from protocol.seeds import derive_seed

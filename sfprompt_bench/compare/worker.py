@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from edge_client.data import DataError, Dataset, limit_per_set, load_dataset, parse_colour
+from edge_client.data import DataError, Dataset, limit_per_set, load_dataset
+from edge_client.data.pictures import parse_colour
 from protocol.errors import SFPromptError
 from protocol.messages import parse_message
 from protocol.settings import RunSettings

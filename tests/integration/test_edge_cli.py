@@ -15,7 +15,9 @@ from edge_client import cli
 from protocol.errors import Forbidden, NotFound
 from protocol.messages import BlobRef, RunStatus, RunView
 from protocol.settings import RunSettings
-from split_model import export_model, initial_state, open_backbone, prepare_backbone
+from split_model.backbone.weights import open_backbone, prepare_backbone
+from split_model.checkpoints.export import export_model
+from split_model.checkpoints.state import initial_state
 from tests.support.edge import SMALL, RawServer, Request, answering, response
 
 REF = BlobRef(sha256="a" * 64, nbytes=10)

@@ -9,7 +9,9 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from edge_client.data import BatchReader, Preprocessing, PreprocessingError, by_content
+from edge_client.data.batches import BatchReader, Preprocessing
+from edge_client.data.dataset import by_content
+from edge_client.data.errors import PreprocessingError
 from edge_client.data.folder import load_folder
 
 MEAN = (0.5, 0.4, 0.3)

@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from edge_client.data import Dataset, EmptyDatasetError, load_dataset
+from edge_client.data.dataset import Dataset
+from edge_client.data.errors import EmptyDatasetError
 from edge_client.data.remarks import as_text
+from edge_client.data.sources import load_dataset
 from edge_client.data.walk import find_pictures
 from edge_client.participant import _hash_names
 

@@ -10,8 +10,14 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from edge_client.data import CorruptImageError, TooManyPixelsError, parse_colour, read_picture
-from edge_client.data.pictures import FORMATS, SUFFIXES, convert_picture
+from edge_client.data.errors import CorruptImageError, TooManyPixelsError
+from edge_client.data.pictures import (
+    FORMATS,
+    SUFFIXES,
+    convert_picture,
+    parse_colour,
+    read_picture,
+)
 from tools.picture_cases import ALPHA, COLOURS, Case, all_cases
 
 with warnings.catch_warnings():
