@@ -117,7 +117,8 @@ def adobe_rgb_in_srgb(pixels: Numbers) -> Numbers:
     linear = (pixels / 255.0) ** _GAMMA @ (_TO_SRGB @ _ADOBE).T
     linear = linear.clip(0, 1)
     curved = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
-    return (curved * 255 + 0.5).astype(np.uint8)
+    converted: Numbers = (curved * 255 + 0.5).astype(np.uint8)
+    return converted
 
 
 # Lab of the corners of the CMYK cube: each ink alone, and their overprints.

@@ -10,8 +10,6 @@ from PIL import Image, ImageCms
 
 from edge_client.data.remarks import as_text
 
-_BLACK_POINT_COMPENSATION = 0x2000  # lcms2's flag, of which Pillow 10 has no public name
-
 _MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab": "LAB"}  # of ICC's colour spaces
 
 _SAME = 2  # of 255: a profile that changes no colour by more is taken for sRGB
@@ -80,7 +78,7 @@ def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
         mode,
         "RGB",
         ImageCms.Intent.RELATIVE_COLORIMETRIC,
-        _BLACK_POINT_COMPENSATION,
+        ImageCms.Flags.BLACKPOINTCOMPENSATION,
     )
     probe = _probe(mode)
     if probe is None:

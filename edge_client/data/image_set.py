@@ -88,6 +88,7 @@ class ImageStore(Protocol):
 
     def drop_resized(self) -> None:
         """Free the resized images that nobody has taken."""
+        return
 
 
 class ArrayStore(ImageStore):

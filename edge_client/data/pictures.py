@@ -175,7 +175,7 @@ def _to_picture(image: Image.Image, background: Colour, stream: IO[bytes] | None
             Step("background", "transparent parts on #{:02x}{:02x}{:02x}".format(*background))
         )
     pixels = _turn(pixels, turn)
-    if turn == 1 and stored_turn in range(2, 9):
+    if turn == 1 and stored_turn is not None and 2 <= stored_turn <= 8:
         turn = stored_turn  # Pillow has turned this TIFF while decoding it
     if turn != 1:
         steps.insert(0, Step("turned", f"turned upright (EXIF orientation {turn})"))
@@ -234,7 +234,8 @@ def _composite(pixels: Pixels, alpha: Pixels, background: Colour) -> Pixels:
 
 def _tile(image: Image.Image) -> str:
     """Return how a file's pixels are packed, as Pillow names it; known only before decoding."""
-    arguments: Any = image.tile[0][3] if getattr(image, "tile", None) else ""
+    tiles: Any = getattr(image, "tile", None)
+    arguments = tiles[0][3] if tiles else ""
     return arguments if isinstance(arguments, str) else ""
 
 

@@ -67,8 +67,8 @@ def scale_to_bytes(values: NDArray[Any]) -> tuple[NDArray[np.uint8], str]:
     if is_float:
         values = np.nan_to_num(values, nan=start, posinf=start, neginf=start)
     is_long = not is_float and values.dtype.itemsize > 2  # more digits than a float32 has
-    shifted = values.astype(np.float64 if is_long else np.float32) - start
-    scaled = np.floor(shifted * scale + 0.5).astype(np.uint8)
+    numbers: Any = values.astype(np.float64 if is_long else np.float32)
+    scaled: NDArray[np.uint8] = np.floor((numbers - start) * scale + 0.5).astype(np.uint8)
     return scaled, f"{start:,.6g} … {white:,.6g} to 0 … 255"
 
 
@@ -96,9 +96,9 @@ def read_low_bytes(
         return None
     start = stream.tell()
     stream.seek(0)
-    again = open_again(stream)
+    again: Any = open_again(stream)
     swapped = "RGBA" if name.startswith("LA") else name[:-4] + _LOW_BYTE[name[-4:]]
-    again.tile = [_with_packing(tile, swapped) for tile in again.tile]
+    again.tile = [_with_packing(tile, swapped) for tile in tiles]
     again.load()
     other = np.asarray(again).astype(np.uint16)
     if name.startswith("LA"):  # four bytes: grey, grey, alpha, alpha
@@ -107,7 +107,9 @@ def read_low_bytes(
         return np.stack([grey, grey, grey, alpha], axis=-1)
     stream.seek(start)
     image.load()
-    return np.asarray(image).astype(np.uint16) << 8 | other
+    upper = np.asarray(image).astype(np.uint16)
+    whole: NDArray[np.uint16] = np.left_shift(upper, 8) | other
+    return whole
 
 
 def _packing(tile: Any) -> str:
