@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,11 @@ import torch
 
 from edge_client.data import CorruptImageError, Preprocessing
 from edge_client.data.image_set import decode_file
-from edge_client.data.pictures import SUFFIXES
-from edge_client.data.remarks import Skipped, as_text, summarise
-from edge_client.data.walk import find_pictures
+from edge_client.data.remarks import as_text
 from edge_client.model import UNUSABLE, DeviceModel, preprocessing_of
 from edge_client.storage.blob_cache import BlobCache
 from edge_client.transport import Server, SplitPlane
-from protocol.errors import InvalidField, NotFound, StaleRound
+from protocol.errors import InvalidField, StaleRound
 from protocol.messages import JoinRequest, RunView
 from split_model import load_exported
 
@@ -43,38 +41,6 @@ class Prediction:
         if self.error is not None:
             return {"path": self.path, "error": self.error}
         return {"path": self.path, "classes": dict(self.classes)}
-
-
-def image_files(paths: Iterable[Path]) -> tuple[list[Path], list[Skipped]]:
-    """List the image files among ``paths`` and, sorted, below the folders among them.
-
-    A file is taken as given; in folders, the files are those that joining reads.
-
-    Returns:
-        The files, and what is left out.
-
-    Raises:
-        NotFound: a path does not exist, or there is no image file.
-    """
-    files: list[Path] = []
-    skipped: list[Skipped] = []
-    for path in paths:
-        if path.is_dir():
-            found, left_out = find_pictures(path)
-            files += found
-            skipped += left_out
-        elif path.exists() or path.is_symlink():
-            files.append(path)
-        else:
-            raise NotFound("no such file or folder", field="images", value=as_text(path))
-    if not files:
-        raise NotFound(
-            "there is no image file",
-            field="images",
-            limit=sorted(SUFFIXES),
-            hint=f"Skipped: {summarise(skipped)}" if skipped else None,
-        )
-    return files, skipped
 
 
 class Classifier(ABC):

@@ -14,10 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_client.data.errors import MissingDataError
-from edge_client.data.first_read import Failed, Progress, Reading
-from edge_client.data.folder import find_classes
-from edge_client.data.layout import find_layout
+from edge_client.data.layout import find_classes, find_layout
 from edge_client.data.pictures import NEARLY_ONE_VALUE, WHITE, Colour, Picture
+from edge_client.data.reading import Failed, Progress, Reading
 from edge_client.data.remarks import Skipped, as_text, class_name
 from edge_client.data.sampling import stratified_share
 from edge_client.data.similar import MAX_PICTURES, look_of, near_pairs

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,27 +10,12 @@ import torch
 from edge_client.data.batches import Preprocessing
 from edge_client.data.dataset import Dataset, hold_out
 from edge_client.data.errors import EmptyDatasetError, MissingDataError
-from edge_client.data.first_read import Progress, read_once
+from edge_client.data.first_read import read_once
 from edge_client.data.image_set import FileStore, ImageSet
-from edge_client.data.layout import Layout, find_layout
+from edge_client.data.layout import ClassFiles, Layout, find_classes, find_layout
 from edge_client.data.pictures import SUFFIXES, WHITE, Colour
-from edge_client.data.remarks import Skipped, as_text, class_name, summarise
-from edge_client.data.walk import PictureWalk
-
-
-@dataclass(frozen=True)
-class ClassFiles:
-    """The picture files below one folder of class folders.
-
-    Attributes:
-        files: class and path of each, ordered by class folder and path.
-        folders: the class of each class folder.
-        skipped: what is left out, and why.
-    """
-
-    files: tuple[tuple[str, Path], ...]
-    folders: dict[Path, str]
-    skipped: tuple[Skipped, ...]
+from edge_client.data.reading import Progress
+from edge_client.data.remarks import Skipped, as_text, summarise
 
 
 def load_folder(
@@ -99,35 +83,6 @@ def load_folder(
         return hold_out(image_set(train_files, first.noticed), held_out, seed)
     noticed = [*first.noticed, *_one_sided(names, train_files, test_files)]
     return Dataset(image_set(train_files, noticed), image_set(test_files, noticed))
-
-
-def find_classes(folder: Path) -> ClassFiles:
-    """List the picture files in the class folders of a folder; none is opened."""
-    walk = PictureWalk(folder)
-    folders, files = walk.list_folder(folder)
-    walk.skipped += [
-        Skipped(as_text(file), "an image outside the class folders")
-        for file in files
-        if file.suffix.lower() in SUFFIXES
-    ]
-    classes = {entry: class_name(entry.name) for entry in folders}
-    for entry, name in classes.items():
-        walk.add_tree(name, entry)
-    walk.follow_links()
-    walk.skipped += _merged(classes)
-    return ClassFiles(tuple(sorted(walk.files, key=lambda f: f[1])), classes, tuple(walk.skipped))
-
-
-def _merged(classes: dict[Path, str]) -> list[Skipped]:
-    """Name class folders whose names differ in their Unicode form alone: they are one class."""
-    names = list(classes.values())
-    return [
-        Skipped(
-            as_text(folder), f"one class with another folder named {name}, in another Unicode form"
-        )
-        for folder, name in classes.items()
-        if names.count(name) > 1 and folder.name != name
-    ]
 
 
 def _without_images(found: ClassFiles, readable: Sequence[tuple[str, Path]]) -> list[Skipped]:

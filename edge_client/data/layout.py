@@ -1,4 +1,4 @@
-"""Decide whether train/ and test/ in a data folder are its structure, or classes of these names.
+"""Find the class folders of a data folder: whether train/ and test/ divide it, or are classes.
 
 ``train`` may be a class: a vehicle, say. A folder that is named so is structure if it holds class
 folders, and nothing speaks for a class:
@@ -42,6 +42,21 @@ class Layout:
     unused: tuple[Skipped, ...] = field(default=())
 
 
+@dataclass(frozen=True)
+class ClassFiles:
+    """The picture files below one folder of class folders.
+
+    Attributes:
+        files: class and path of each, ordered by class folder and path.
+        folders: the class of each class folder.
+        skipped: what is left out, and why.
+    """
+
+    files: tuple[tuple[str, Path], ...]
+    folders: dict[Path, str]
+    skipped: tuple[Skipped, ...]
+
+
 def find_layout(root: Path, class_names: Sequence[str] | None) -> Layout:
     """Find the class folders.
 
@@ -70,6 +85,35 @@ def find_layout(root: Path, class_names: Sequence[str] | None) -> Layout:
     reason = "a second test folder is not read"
     unused += [Skipped(as_text(f), reason) for f in tests if test is not None and f != test]
     return Layout(train, test, tuple(unused))
+
+
+def find_classes(folder: Path) -> ClassFiles:
+    """List the picture files in the class folders of a folder; none is opened."""
+    walk = PictureWalk(folder)
+    folders, files = walk.list_folder(folder)
+    walk.skipped += [
+        Skipped(as_text(file), "an image outside the class folders")
+        for file in files
+        if file.suffix.lower() in SUFFIXES
+    ]
+    classes = {entry: class_name(entry.name) for entry in folders}
+    for entry, name in classes.items():
+        walk.add_tree(name, entry)
+    walk.follow_links()
+    walk.skipped += _merged(classes)
+    return ClassFiles(tuple(sorted(walk.files, key=lambda f: f[1])), classes, tuple(walk.skipped))
+
+
+def _merged(classes: dict[Path, str]) -> list[Skipped]:
+    """Name class folders whose names differ in their Unicode form alone: they are one class."""
+    names = list(classes.values())
+    return [
+        Skipped(
+            as_text(folder), f"one class with another folder named {name}, in another Unicode form"
+        )
+        for folder, name in classes.items()
+        if names.count(name) > 1 and folder.name != name
+    ]
 
 
 def _is_structure(

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from edge_client.data.batches import Preprocessing
-from edge_client.data.dataset import Dataset
 from edge_client.data.errors import PartitionError, SourceError
-from edge_client.data.first_read import Progress
-from edge_client.data.pictures import WHITE, Colour
+
+if TYPE_CHECKING:  # they import torch or Pillow; a source is also parsed without images
+    from edge_client.data.batches import Preprocessing
+    from edge_client.data.dataset import Dataset
+    from edge_client.data.pictures import Colour
+    from edge_client.data.reading import Progress
 
 Kind = Literal["folder", "torchvision", "digits", "fashion-mnist"]
 
@@ -69,7 +71,7 @@ def load_dataset(
     held_out: float = 0.2,
     seed: int = 0,
     class_names: Sequence[str] | None = None,
-    background: Colour = WHITE,
+    background: Colour = (255, 255, 255),
     preprocessing: Preprocessing | None = None,
     cache_bytes: int = 0,
     progress: Progress = lambda done, total: None,

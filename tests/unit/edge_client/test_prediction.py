@@ -7,9 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
+from edge_client.data.image_files import image_files
 from edge_client.data.image_set import decode_file
 from edge_client.model import preprocessing_of
-from edge_client.prediction import Prediction, Predictor, WholePredictor, image_files
+from edge_client.prediction import Prediction, Predictor, WholePredictor
 from protocol.errors import InvalidField, NotFound
 from protocol.messages import BlobRef, JoinRequest, JoinResponse, RunStatus, RunView
 from protocol.plan import ModelPlan, RunPlan
