@@ -8,14 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-from edge_client.reporter import BarReporter
-
-# Modules that import torch are imported in functions, as in cli.py.
+# Most modules are imported in functions: --help waits for none of them.
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from edge_client.data.check import Finding, Report
 
 _SHOWN = 5  # findings of a kind
@@ -41,8 +38,11 @@ def check(
 
     Exit code 0: no problem; 1: problems were found; 2: the folder cannot be checked.
     """
+    from rich.console import Console
+
     from edge_client.data.check import check_folder
     from edge_client.data.pictures import parse_colour
+    from edge_client.reporter import BarReporter
     from protocol.errors import InvalidField
 
     try:
@@ -73,6 +73,9 @@ def check(
 
 
 def _print(report: Report, console: Console) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
     table = Table(title=f"{escape(report.folder)}: {report.layout}", title_justify="left")
     table.add_column("class")
     table.add_column("train", justify="right")
@@ -102,6 +105,8 @@ def _print(report: Report, console: Console) -> None:
 
 
 def _print_counts(console: Console, title: str, counts: dict[str, int]) -> None:
+    from rich.markup import escape
+
     if counts:
         listed = ", ".join(f"{name} ({count})" for name, count in list(counts.items())[:_SHOWN])
         more = f", … {len(counts)} in all" if len(counts) > _SHOWN else ""
