@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from edge_client.check_command import check
 from protocol.command import run_command, version_option
 from protocol.errors import Forbidden, IdempotencyKeyReused, NotFound, SFPromptError
 
 # Most modules are imported in functions: --help and errors of arguments wait for none of them, an
 # unreachable server not for torch.
 if TYPE_CHECKING:
-    from edge_client.data.dataset import Dataset
     from edge_client.participant import JoinedRun, Participant
     from edge_client.reporter import Reporter
     from edge_client.storage.identity import Identity
@@ -162,15 +162,24 @@ def join(
         chosen = _choose(server, run, open_only=True)
         reporter.event("chosen", run=chosen.id)
         # Imported here: torch takes seconds to import, which the lines above do not need.
+        from edge_client.loading import load_run_data
         from edge_client.participant import Participant, succeeded
         from edge_client.storage.identity import Identity
 
         _limit_threads(threads)
-        dataset = _load_data(
-            data, chosen, part, partition, data_seed, held_out, limit_train, limit_test, shots
+        dataset = load_run_data(
+            data,
+            chosen,
+            part,
+            partition,
+            data_seed,
+            held_out,
+            limit_train,
+            limit_test,
+            shots,
+            reporter=reporter,
+            cache_bytes=cache_mib * 1024 * 1024,
         )
-        for skipped in dataset.skipped:
-            reporter.event("skipped", path=skipped.path, reason=skipped.reason)
         participant = Participant(
             server, dataset, folder / "blobs", name, reporter, cache_mib * 1024 * 1024
         )
@@ -223,11 +232,12 @@ def predict(
     """Classify images with the newest tuned state of a run, or with an exported model."""
     from edge_client.data.download import cache_dir
     from edge_client.data.image_files import image_files
-    from edge_client.reporter import show_predictions
+    from edge_client.reporter import show_predictions, show_skipped
     from edge_client.storage.identity import Identity
 
     _prepare(verbose)
-    files = image_files(images)
+    files, skipped = image_files(images)
+    show_skipped(skipped)
     if model.endswith(".safetensors"):
         from edge_client.prediction import WholePredictor
 
@@ -299,6 +309,9 @@ def leave(
         server.close()
     done = "has had its samples deleted" if samples_only else "has left"
     typer.echo(f"{name} {done}: run {chosen.id}")
+
+
+app.command(epilog="Example:\n\nedge-client check photos --classes cat,dog")(check)
 
 
 def _prepare(verbose: bool) -> None:
@@ -392,32 +405,6 @@ def _choose(server: Server, run_id: str | None, *, open_only: bool) -> RunView:
             hint="create one on the server: split-server create-run",
         )
     return max(suitable, key=lambda run: run.created_at)
-
-
-def _load_data(
-    source: str,
-    run: RunView,
-    part: str | None,
-    partition: str,
-    seed: int,
-    held_out: float,
-    limit_train: int | None,
-    limit_test: int | None,
-    shots: int | None,
-) -> Dataset:
-    from edge_client.data.dataset import Dataset, by_content, limit_per_set
-    from edge_client.data.partition import Part
-    from edge_client.data.sources import load_dataset
-
-    names = run.settings.class_names
-    data = load_dataset(source, held_out=held_out, seed=seed, class_names=names)
-    data = limit_per_set(data, train=limit_train, test=limit_test, shots=shots, seed=seed)
-    if part is not None:
-        parsed = Part.parse(part)
-        data = Dataset(
-            parsed.take(data.train, partition, seed), parsed.take(data.test, "iid", seed)
-        )
-    return by_content(data)
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from edge_client.data.batches import BatchReader, Interpolation, Preprocessing
+from edge_client.data.pictures import parse_colour
 from protocol.errors import MalformedFrame
 from protocol.plan import ModelPlan
 from split_model.backbone.architecture import body_blocks
@@ -144,13 +145,20 @@ class DeviceModel:
 
 
 def preprocessing_of(split: ModelPlan, images: ImagePreparation) -> Preprocessing:
-    """Return the preprocessing with which the model's backbone was trained.
+    """Return the preprocessing: as the backbone was trained, and as the run's settings fit images.
 
     Raises:
         PreprocessingError: the backbone uses an interpolation that is not supported here.
     """
     interpolation = cast(Interpolation, images.interpolation)
-    return Preprocessing(split.image_size, images.mean, images.std, interpolation)
+    return Preprocessing(
+        split.image_size,
+        images.mean,
+        images.std,
+        interpolation,
+        split.fit,
+        parse_colour(split.background),
+    )
 
 
 def _read(state_file: Path) -> TunedState:

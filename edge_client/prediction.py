@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from edge_client.data.batches import Preprocessing
-from edge_client.data.decode import decode_file
 from edge_client.data.errors import CorruptImageError
+from edge_client.data.image_set import decode_file
+from edge_client.data.remarks import as_text
 from edge_client.model import UNUSABLE, DeviceModel, preprocessing_of
 from edge_client.storage.blob_cache import BlobCache
 from edge_client.transport.client import Server
@@ -75,21 +76,21 @@ class Classifier(ABC):
             images, errors = [], {}
             for path in chunk:
                 try:
-                    image = decode_file(path).unsqueeze(0)  # [1, 3, H, W]
+                    image = decode_file(path, preprocessing.background).unsqueeze(0)
                     images.append(preprocessing.resize(image))  # [1, 3, S, S]
                 except CorruptImageError as error:
-                    errors[path] = str(error)
+                    errors[path] = error.hint or str(error)
             rows: Iterator[torch.Tensor] = iter(())
             if images:
                 batch = preprocessing.normalise(torch.cat(images))
                 rows = iter(self.probabilities(batch, start))
             for path in chunk:
                 if path in errors:
-                    yield Prediction(str(path), error=errors[path])
+                    yield Prediction(as_text(path), error=errors[path])
                     continue
                 best = next(rows).topk(min(top, len(labels)))
                 pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-                yield Prediction(str(path), tuple((labels[i], value) for i, value in pairs))
+                yield Prediction(as_text(path), tuple((labels[i], value) for i, value in pairs))
 
 
 class Predictor(Classifier):

@@ -100,8 +100,10 @@ def run_command(app: typer.Typer) -> None:
         from rich.console import Console
         from rich.markup import escape
 
+        # A file's name may be no valid text, which no terminal takes.
+        text = str(error).encode("utf-8", "backslashreplace").decode()
         Console(stderr=True).print(
-            f"[red]error[/red]: {escape(str(error))}", highlight=False, soft_wrap=True
+            f"[red]error[/red]: {escape(text)}", highlight=False, soft_wrap=True
         )
         sys.exit(2)
 

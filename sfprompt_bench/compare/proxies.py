@@ -11,6 +11,7 @@ from torch import Tensor
 from edge_client.data.batches import BatchReader
 from edge_client.data.dataset import Dataset
 from edge_client.data.image_set import ImageSet
+from edge_client.data.pictures import parse_colour
 from edge_client.data.sources import load_dataset
 from edge_client.model import preprocessing_of
 from protocol.plan import RunPlan
@@ -36,7 +37,8 @@ def write_distillation_images(plan: RunPlan, data_dir: Path) -> None:
     distillation = distillation_of(plan)
     if distillation.epochs == 0 or distillation.images == "random":
         return
-    images = load_dataset(distillation.images, seed=0).train
+    background = parse_colour(plan.model.background)
+    images = load_dataset(distillation.images, seed=0, background=background).train
     generator = torch.Generator().manual_seed(derive_seed(0, "distillation-images"))
     chosen = torch.randperm(len(images), generator=generator)[: distillation.samples]
     pixels = torch.stack([images.image(int(index)) for index in chosen])  # [N, 3, H, W]

@@ -34,7 +34,7 @@ EXPORTED = {
     "SAMPLE_ID_BYTES SamplesMeta Seconds Sha256 StartMeta StepId StepMeta Task UpdateMeta "
     "UpdateReceipt parse_message",
     "seeds": "derive_seed",
-    "parts": "BackboneSettings CodecName Text TrainingSettings WireSettings",
+    "parts": "BackboneSettings ClassName CodecName Fit Text TrainingSettings WireSettings",
     "plan": "ModelPlan PromptDepth PromptPlacement ProxyKind PruningScore RunPlan TrainingPlan "
     "Tuned WirePlan",
     "traffic": "Phase Traffic get_phases total_bytes",
