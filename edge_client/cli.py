@@ -238,7 +238,7 @@ def predict(
     """Classify images with the newest tuned state of a run, or with an exported model."""
     from edge_client.data import cache_dir
     from edge_client.data.image_files import image_files
-    from edge_client.data.walk import group_by_reason
+    from edge_client.data.remarks import group_by_reason
     from edge_client.prediction import Predictor, WholePredictor
     from edge_client.storage.identity import Identity
 
