@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from os import PathLike, fspath
@@ -52,3 +53,18 @@ def summarise(remarks: Iterable[Skipped], limit: int = 5) -> str:
     entries = "; ".join(f"{entry.path} ({entry.reason})" for entry in listed[:limit])
     more = f"; and {len(listed) - limit} more" if len(listed) > limit else ""
     return f"{entries}{more}"
+
+
+def group_by_reason(skipped: Iterable[Skipped], limit: int = 3) -> list[Skipped]:
+    """Name the first few entries of each reason, and count the others."""
+    counts: Counter[str] = Counter()
+    shown: list[Skipped] = []
+    for entry in skipped:
+        counts[entry.reason] += 1
+        if counts[entry.reason] <= limit:
+            shown.append(entry)
+    return shown + [
+        Skipped(f"{count - limit} more", reason)
+        for reason, count in counts.items()
+        if count > limit
+    ]

@@ -9,8 +9,6 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 
 from edge_client.data.pictures import OTHER_SUFFIXES, SUFFIXES
@@ -149,21 +147,6 @@ def find_pictures(folder: Path) -> tuple[list[Path], list[Skipped]]:
 def is_machine_made(name: str) -> bool:
     """Whether a file or folder of this name is hidden, or made by a system and not by people."""
     return name.startswith(".") or name.lower() in _MACHINE_MADE | _SILENT
-
-
-def group_by_reason(skipped: Iterable[Skipped], limit: int = 3) -> list[Skipped]:
-    """Name the first few entries of each reason, and count the others."""
-    counts: Counter[str] = Counter()
-    shown: list[Skipped] = []
-    for entry in skipped:
-        counts[entry.reason] += 1
-        if counts[entry.reason] <= limit:
-            shown.append(entry)
-    return shown + [
-        Skipped(f"{count - limit} more", reason)
-        for reason, count in counts.items()
-        if count > limit
-    ]
 
 
 def _stat_problem(path: Path, error: OSError) -> str:
