@@ -46,6 +46,7 @@ MISTAKES = {
     "edge-client join node:8500 --data digits": "http://HOST:PORT",
     f"edge-client predict {NOBODY} absent.png": "absent.png",
     "edge-client leave node:8500": "http://HOST:PORT",
+    "edge-client check absent": "absent",
     "split-server serve --max-frame-mib 0": "max_frame_mib",
     "split-server create-run --set method.name=unknown --operator-token 12345678": "no such method",
     f"split-server runs --url {NOBODY}": "Unreachable",
