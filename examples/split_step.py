@@ -54,21 +54,17 @@ def main() -> None:
 
     optimizer = make_optimizer(TRAINING, prompts, tail)
     for step in range(STEPS):
-        loss = split_step(head, body, tail, prompts, images, labels)
+        loss = split_step((head, body, tail), prompts, images, labels)
         optimizer.step()
         optimizer.zero_grad()
         print(f"step {step + 1:2d}: loss {loss:.4f}")
 
 
 def split_step(
-    head: nn.Module,
-    body: nn.Module,
-    tail: nn.Module,
-    prompts: Tensor,
-    images: Tensor,
-    labels: Tensor,
+    parts: tuple[nn.Module, ...], prompts: Tensor, images: Tensor, labels: Tensor
 ) -> float:
     """One forward and backward pass across both cuts; returns the loss."""
+    head, body, tail = parts
     smashed = head(images, prompts)  # device: [B, T, D]
     received = smashed.detach().requires_grad_()  # crosses the first cut
     features = body(received)  # server: [B, T, D]
