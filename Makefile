@@ -38,8 +38,9 @@ format: $(STAMP)  ## Format and fix what can be fixed
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-docs: $(STAMP)  ## Write the generated parts of docs/: the settings page and the README's figure
+docs: $(STAMP)  ## Write the generated parts of docs/: settings, pictures, the README's figure
 	@$(BIN)/python -m tools.settings_page
+	@$(BIN)/python -m tools.pictures_page
 	@$(BIN)/python -m tools.traffic_figure
 
 bench: $(STAMP)  ## Traffic and accuracy from the paper's form to the default, in minutes

@@ -3,36 +3,30 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import signal
 import socket
 import sys
-from collections.abc import Iterable
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-from edge_client import __version__
+from edge_client.check_command import check
 from protocol.command import run_command, version_option
 from protocol.errors import Forbidden, IdempotencyKeyReused, NotFound, SFPromptError
-from protocol.messages import RunStatus, RunView
-from protocol.seeds import derive_seed
 
-# Modules that import torch are imported in functions, so that --help is fast on small devices.
+# Most modules are imported in functions: --help and errors of arguments wait for none of them, an
+# unreachable server not for torch.
 if TYPE_CHECKING:
-    from edge_client.data import Dataset
     from edge_client.participant import JoinedRun, Participant
-    from edge_client.prediction import Prediction
     from edge_client.reporter import Reporter
     from edge_client.storage.identity import Identity
-    from edge_client.transport import Link, Server
+    from edge_client.transport.client import Server
+    from edge_client.transport.link import Link
+    from protocol.messages import RunView
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -40,8 +34,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Tune a split vision model together with others; images and labels stay on this device.",
 )
-
-err = Console(stderr=True)
 
 
 class Progress(StrEnum):
@@ -80,7 +72,7 @@ HomeOption = Annotated[
 
 @app.callback()
 def _options(
-    version: Annotated[bool, version_option("edge-client", __version__)] = False,
+    version: Annotated[bool, version_option("edge-client")] = False,
 ) -> None:
     """The options of the command itself."""
 
@@ -157,23 +149,37 @@ def join(
     verbose: Annotated[bool, typer.Option("--verbose", "-v")] = False,
 ) -> None:
     """Take part in a run until it ends."""
-    from edge_client.data import cache_dir
-    from edge_client.participant import Participant, succeeded
+    from edge_client.data.download import cache_dir
     from edge_client.reporter import BarReporter, JsonReporter
-    from edge_client.storage.identity import Identity
 
-    _prepare(threads, verbose)
+    _prepare(verbose)
+    _check_data(data, part, partition)
     reporter: Reporter = JsonReporter() if progress is Progress.JSON else BarReporter()
     folder = home or cache_dir()
     line = None if link is None else _parse_link(link, data_seed, name)
     server = _server(url, patience, ca_file, reporter, line)
     try:
         chosen = _choose(server, run, open_only=True)
-        dataset = _load_data(
-            data, chosen, part, partition, data_seed, held_out, limit_train, limit_test, shots
+        reporter.event("chosen", run=chosen.id)
+        # Imported here: torch takes seconds to import, which the lines above do not need.
+        from edge_client.loading import load_run_data
+        from edge_client.participant import Participant, succeeded
+        from edge_client.storage.identity import Identity
+
+        _limit_threads(threads)
+        dataset = load_run_data(
+            data,
+            chosen,
+            part,
+            partition,
+            data_seed,
+            held_out,
+            limit_train,
+            limit_test,
+            shots,
+            reporter=reporter,
+            cache_bytes=cache_mib * 1024 * 1024,
         )
-        for skipped in dataset.skipped:
-            reporter.event("skipped", path=skipped.path, reason=skipped.reason)
         participant = Participant(
             server, dataset, folder / "blobs", name, reporter, cache_mib * 1024 * 1024
         )
@@ -183,11 +189,14 @@ def join(
         reporter.close()
         server.close()
     if not succeeded(last):
+        from rich.console import Console
+        from rich.markup import escape
+
         reason = escape(last.reason or "no reason given")
         summary = (
             f"The run ended as {last.status}" if last.status.is_over else "No longer taking part"
         )
-        err.print(f"[red]{summary}[/red]: {reason}", soft_wrap=True)
+        Console(stderr=True).print(f"[red]{summary}[/red]: {reason}", soft_wrap=True)
         raise typer.Exit(3)
 
 
@@ -221,25 +230,34 @@ def predict(
     verbose: Annotated[bool, typer.Option("--verbose", "-v")] = False,
 ) -> None:
     """Classify images with the newest tuned state of a run, or with an exported model."""
-    from edge_client.data import cache_dir
-    from edge_client.prediction import Predictor, WholePredictor, image_files
+    from edge_client.data.download import cache_dir
+    from edge_client.data.image_files import image_files
+    from edge_client.reporter import show_predictions, show_skipped
     from edge_client.storage.identity import Identity
 
-    _prepare(threads, verbose)
-    files = image_files(images)
+    _prepare(verbose)
+    files, skipped = image_files(images)
+    show_skipped(skipped)
     if model.endswith(".safetensors"):
-        _show_predictions(WholePredictor(Path(model)).predict(files, top), as_json=as_json)
+        from edge_client.prediction import WholePredictor
+
+        _limit_threads(threads)
+        show_predictions(WholePredictor(Path(model)).predict(files, top), as_json=as_json)
         return
     folder = home or cache_dir()
     server = _server(model, 30.0, ca_file, None)
     try:
         chosen = _choose(server, run, open_only=False)
+        # Imported here: torch takes seconds to import, which the lines above do not need.
+        from edge_client.prediction import Predictor
+
+        _limit_threads(threads)
         guest = f"{name} (predict)"
         with Identity(folder / "identities", model, chosen.id, guest) as identity:
             predictor = Predictor.join(
                 server, chosen, folder / "blobs", identity.key, guest, join_token
             )
-        _show_predictions(predictor.predict(files, top), as_json=as_json)
+        show_predictions(predictor.predict(files, top), as_json=as_json)
     finally:
         server.close()
 
@@ -267,10 +285,10 @@ def leave(
 
     A process that takes part for this device ends at its next request.
     """
-    from edge_client.data import cache_dir
+    from edge_client.data.download import cache_dir
     from edge_client.storage.identity import credential_of
 
-    _prepare(None, verbose)
+    _prepare(verbose)
     server = _server(url, 30.0, ca_file, None)
     try:
         chosen = _choose(server, run, open_only=True)
@@ -293,7 +311,10 @@ def leave(
     typer.echo(f"{name} {done}: run {chosen.id}")
 
 
-def _prepare(threads: int | None, verbose: bool) -> None:
+app.command(epilog="Example:\n\nedge-client check photos --classes cat,dog")(check)
+
+
+def _prepare(verbose: bool) -> None:
     logging.basicConfig(
         level=logging.DEBUG if verbose else logging.WARNING,
         stream=sys.stderr,
@@ -301,12 +322,27 @@ def _prepare(threads: int | None, verbose: bool) -> None:
     )
     for noisy in ("httpx", "httpcore", "PIL"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    # SIGTERM acts like Ctrl-C: finally-blocks run, and bars are cleared.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+def _limit_threads(threads: int | None) -> None:
     if threads is not None:
         import torch
 
         torch.set_num_threads(threads)
-    # SIGTERM acts like Ctrl-C: finally-blocks run, and bars are cleared.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+def _check_data(source: str, part: str | None, partition: str) -> None:
+    """Refuse texts of another form before the first request; the data are loaded later."""
+    from edge_client.data.sources import parse_source
+
+    parse_source(source)
+    if part is not None:
+        from edge_client.data.partition import Part, parse_scheme
+
+        Part.parse(part)
+        parse_scheme(partition)
 
 
 def _join_as(
@@ -328,7 +364,8 @@ def _join_as(
 
 def _parse_link(text: str, seed: int, name: str) -> Link:
     """Return the simulated link, with a seed that is different for each device."""
-    from edge_client.transport import Link
+    from edge_client.transport.link import Link
+    from protocol.seeds import derive_seed
 
     return replace(Link.parse(text), seed=derive_seed(seed, "link", name))
 
@@ -340,7 +377,8 @@ def _server(
     reporter: Reporter | None,
     link: Link | None = None,
 ) -> Server:
-    from edge_client.transport import RetryPolicy, Server
+    from edge_client.transport.client import Server
+    from edge_client.transport.retry import RetryPolicy
 
     def report(error: SFPromptError, seconds: float) -> None:
         if reporter is not None:
@@ -351,6 +389,8 @@ def _server(
 
 
 def _choose(server: Server, run_id: str | None, *, open_only: bool) -> RunView:
+    from protocol.messages import RunStatus
+
     if run_id is not None:
         return server.run(run_id)
     suitable = [
@@ -365,55 +405,6 @@ def _choose(server: Server, run_id: str | None, *, open_only: bool) -> RunView:
             hint="create one on the server: split-server create-run",
         )
     return max(suitable, key=lambda run: run.created_at)
-
-
-def _load_data(
-    source: str,
-    run: RunView,
-    part: str | None,
-    partition: str,
-    seed: int,
-    held_out: float,
-    limit_train: int | None,
-    limit_test: int | None,
-    shots: int | None,
-) -> Dataset:
-    from edge_client.data import Dataset, Part, by_content, limit_per_set, load_dataset
-
-    names = run.settings.class_names
-    data = load_dataset(source, held_out=held_out, seed=seed, class_names=names)
-    data = limit_per_set(data, train=limit_train, test=limit_test, shots=shots, seed=seed)
-    if part is not None:
-        parsed = Part.parse(part)
-        data = Dataset(
-            parsed.take(data.train, partition, seed), parsed.take(data.test, "iid", seed)
-        )
-    return by_content(data)
-
-
-def _show_predictions(predictions: Iterable[Prediction], *, as_json: bool) -> None:
-    if as_json:
-        for prediction in predictions:
-            typer.echo(json.dumps(prediction.to_dict()))
-        return
-    table = Table()
-    table.add_column("image")
-    table.add_column("class", style="bold")
-    table.add_column("probability", justify="right")
-    table.add_column("next best")
-    for prediction in predictions:
-        _add_row(table, prediction)
-    Console().print(table)
-
-
-def _add_row(table: Table, prediction: Prediction) -> None:
-    path = escape(prediction.path)
-    if prediction.error is not None:
-        table.add_row(path, "-", "-", f"[red]{escape(prediction.error)}[/red]")
-        return
-    (best, probability), *others = prediction.classes
-    next_best = ", ".join(f"{name} {value:.1%}" for name, value in others)
-    table.add_row(path, escape(best), f"{probability:.1%}", escape(next_best))
 
 
 def main() -> None:

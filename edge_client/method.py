@@ -17,7 +17,7 @@ from edge_client.training import (
     tune_classifier,
 )
 from edge_client.training.split_training import Sample, forward_whole
-from edge_client.transport import SplitPlane
+from edge_client.transport.split_client import SplitPlane
 from protocol.plan import RunPlan
 from protocol.settings import RunSettings
 

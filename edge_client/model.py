@@ -10,33 +10,32 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from edge_client.data import BatchReader, Interpolation, Preprocessing
+from edge_client.data.batches import BatchReader, Interpolation, Preprocessing
+from edge_client.data.pictures import parse_colour
 from protocol.errors import MalformedFrame
 from protocol.plan import ModelPlan
-from split_model import (
-    Head,
-    ImagePreparation,
-    Layered,
-    ModelPlanError,
-    Tail,
-    TensorFileError,
+from split_model.backbone.architecture import body_blocks
+from split_model.checkpoints.head_file import extra_tensors, read_head_file
+from split_model.checkpoints.metadata import ImagePreparation, head_plan
+from split_model.checkpoints.state import (
     TunedState,
-    UnsupportedBackboneError,
-    WeightsMismatchError,
     apply_state,
-    body_blocks,
-    build_head,
-    build_tail,
     check_device_state,
     head_tensors,
     load_state,
-    prompt_shape,
-    read_head_file,
     read_state,
     tail_tensors,
 )
-from split_model.checkpoints.head_file import extra_tensors
-from split_model.checkpoints.metadata import head_plan
+from split_model.errors import (
+    ModelPlanError,
+    TensorFileError,
+    UnsupportedBackboneError,
+    WeightsMismatchError,
+)
+from split_model.layers.prompts import prompt_shape
+from split_model.parts.build import Layered, build_head, build_tail
+from split_model.parts.head import Head
+from split_model.parts.tail import Tail
 
 _BATCH = 128
 
@@ -146,13 +145,20 @@ class DeviceModel:
 
 
 def preprocessing_of(split: ModelPlan, images: ImagePreparation) -> Preprocessing:
-    """Return the preprocessing with which the model's backbone was trained.
+    """Return the preprocessing: as the backbone was trained, and as the run's settings fit images.
 
     Raises:
         PreprocessingError: the backbone uses an interpolation that is not supported here.
     """
     interpolation = cast(Interpolation, images.interpolation)
-    return Preprocessing(split.image_size, images.mean, images.std, interpolation)
+    return Preprocessing(
+        split.image_size,
+        images.mean,
+        images.std,
+        interpolation,
+        split.fit,
+        parse_colour(split.background),
+    )
 
 
 def _read(state_file: Path) -> TunedState:

@@ -8,7 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from edge_client.data import Augmentation, BatchReader, CorruptImageError, Dataset
+from edge_client.data.batches import Augmentation, BatchReader
+from edge_client.data.dataset import Dataset
+from edge_client.data.errors import CorruptImageError
+from edge_client.data.remarks import compose
 from edge_client.method import device_method
 from edge_client.model import DeviceModel
 from edge_client.reporter import Reporter
@@ -18,7 +21,8 @@ from edge_client.smashed.uploads import SampleUploader
 from edge_client.storage.blob_cache import BlobCache
 from edge_client.storage.identity import device_secret
 from edge_client.training import Diverged, Evaluation, Proximal, RoundContext, Samples, evaluate
-from edge_client.transport import Server, SplitPlane
+from edge_client.transport.client import Server
+from edge_client.transport.split_client import SplitPlane
 from protocol.codec_names import is_row_wise_inside
 from protocol.errors import Conflict, EmptyUpdate, Forbidden, InvalidField, StepLost
 from protocol.messages import (
@@ -306,6 +310,7 @@ def _open_samples(device: Participant, data: Dataset, model: RunModel) -> RunSam
         data.train, preprocessing, cache_bytes=cache_bytes, augmentation=augmentation
     )
     test = BatchReader(data.test, preprocessing, cache_bytes=cache_bytes)
+    data.drop_resized()
     return RunSamples(
         _with_caches(device, train, model, plane), _with_caches(device, test, model, plane), plane
     )
@@ -348,5 +353,6 @@ def _check_classes(data: Dataset, settings: RunPlan) -> None:
 
 
 def _hash_names(class_names: Sequence[str]) -> str:
-    """Return the SHA-256 over the names in order, each followed by a newline."""
-    return hashlib.sha256("".join(f"{name}\n" for name in class_names).encode()).hexdigest()
+    """Return the SHA-256 over the names in order, in NFC, each followed by a newline."""
+    text = "".join(f"{compose(name)}\n" for name in class_names)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
-from edge_client.data import CorruptImageError, Preprocessing
-from edge_client.data.decode import decode_file
+from edge_client.data.batches import Preprocessing
+from edge_client.data.errors import CorruptImageError
+from edge_client.data.image_set import decode_file
+from edge_client.data.remarks import as_text
 from edge_client.model import UNUSABLE, DeviceModel, preprocessing_of
 from edge_client.storage.blob_cache import BlobCache
-from edge_client.transport import Server, SplitPlane
-from protocol.errors import InvalidField, NotFound, StaleRound
+from edge_client.transport.client import Server
+from edge_client.transport.split_client import SplitPlane
+from protocol.errors import InvalidField, StaleRound
 from protocol.messages import JoinRequest, RunView
-from split_model import load_exported
+from split_model.checkpoints.export import load_exported
 
 _BATCH = 32
 
@@ -41,26 +43,6 @@ class Prediction:
         if self.error is not None:
             return {"path": self.path, "error": self.error}
         return {"path": self.path, "classes": dict(self.classes)}
-
-
-def image_files(paths: Iterable[Path]) -> list[Path]:
-    """List the image files among ``paths`` and, sorted, below the folders among them.
-
-    Raises:
-        NotFound: a path does not exist, or there is no image file.
-    """
-    suffixes = set(Image.registered_extensions())
-    files: list[Path] = []
-    for path in paths:
-        if not path.exists():
-            raise NotFound("no such file or folder", field="images", value=str(path))
-        if path.is_dir():
-            files += sorted(f for f in path.rglob("*") if f.suffix.lower() in suffixes)
-        else:
-            files.append(path)
-    if not files:
-        raise NotFound("there is no image file", field="images", limit=sorted(suffixes)[:12])
-    return files
 
 
 class Classifier(ABC):
@@ -94,21 +76,21 @@ class Classifier(ABC):
             images, errors = [], {}
             for path in chunk:
                 try:
-                    image = decode_file(path).unsqueeze(0)  # [1, 3, H, W]
+                    image = decode_file(path, preprocessing.background).unsqueeze(0)
                     images.append(preprocessing.resize(image))  # [1, 3, S, S]
                 except CorruptImageError as error:
-                    errors[path] = str(error)
+                    errors[path] = error.hint or str(error)
             rows: Iterator[torch.Tensor] = iter(())
             if images:
                 batch = preprocessing.normalise(torch.cat(images))
                 rows = iter(self.probabilities(batch, start))
             for path in chunk:
                 if path in errors:
-                    yield Prediction(str(path), error=errors[path])
+                    yield Prediction(as_text(path), error=errors[path])
                     continue
                 best = next(rows).topk(min(top, len(labels)))
                 pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-                yield Prediction(str(path), tuple((labels[i], value) for i, value in pairs))
+                yield Prediction(as_text(path), tuple((labels[i], value) for i, value in pairs))
 
 
 class Predictor(Classifier):

@@ -10,7 +10,7 @@ from torch import Tensor
 from edge_client.model import DeviceModel
 from edge_client.storage.blob_cache import BlobCache
 from edge_client.storage.global_state import GlobalStates
-from edge_client.transport import Server
+from edge_client.transport.client import Server
 from edge_client.transport.response import Body
 from protocol.errors import NotFound, StaleRound
 from protocol.messages import Assignment, BlobRef, RunView, UpdateMeta

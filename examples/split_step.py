@@ -17,8 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import split_model
 from protocol.plan import ModelPlan, TrainingPlan
+from split_model.backbone.architecture import skeleton
+from split_model.backbone.weights import open_backbone, prepare_backbone
+from split_model.checkpoints.state import initial_state, tail_tensors
+from split_model.optimizer import make_optimizer
+from split_model.parts.build import build_body, build_head, build_tail
 
 PLAN = ModelPlan(
     backbone="vit_tiny_patch16_224", image_size=64, cut=2, num_classes=4, prompt_count=5
@@ -33,38 +37,34 @@ def main() -> None:
     """Cut the model, check the cut, then tune prompts and tail for a few steps."""
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
-        file = split_model.prepare_backbone(PLAN, "random:0", Path(folder))
-        weights = dict(split_model.open_backbone(file.path))
-    state = split_model.initial_state(PLAN, weights, seed=0)
-    head = split_model.build_head(PLAN, weights)
-    body = split_model.build_body(PLAN, weights)
-    tail = split_model.build_tail(PLAN, split_model.tail_tensors(state))
+        file = prepare_backbone(PLAN, "random:0", Path(folder))
+        weights = dict(open_backbone(file.path))
+    state = initial_state(PLAN, weights, seed=0)
+    head = build_head(PLAN, weights)
+    body = build_body(PLAN, weights)
+    tail = build_tail(PLAN, tail_tensors(state))
     prompts = nn.Parameter(state["prompts"])
     images, labels = torch.randn(16, 3, 64, 64), torch.arange(16) % 4  # [B, 3, S, S], [B]
 
-    uncut = split_model.skeleton(PLAN)  # timm's whole model
-    uncut.load_state_dict({**weights, **split_model.tail_tensors(state)}, assign=True)
+    uncut = skeleton(PLAN)  # timm's whole model
+    uncut.load_state_dict({**weights, **tail_tensors(state)}, assign=True)
     with torch.no_grad():
         error = (tail(body(head(images))) - uncut(images)).abs().max().item()
     print(f"tail(body(head(x))) equals the uncut model: {error < 1e-5} (error {error:.1e})")
 
-    optimizer = split_model.make_optimizer(TRAINING, prompts, tail)
+    optimizer = make_optimizer(TRAINING, prompts, tail)
     for step in range(STEPS):
-        loss = split_step(head, body, tail, prompts, images, labels)
+        loss = split_step((head, body, tail), prompts, images, labels)
         optimizer.step()
         optimizer.zero_grad()
         print(f"step {step + 1:2d}: loss {loss:.4f}")
 
 
 def split_step(
-    head: nn.Module,
-    body: nn.Module,
-    tail: nn.Module,
-    prompts: Tensor,
-    images: Tensor,
-    labels: Tensor,
+    parts: tuple[nn.Module, ...], prompts: Tensor, images: Tensor, labels: Tensor
 ) -> float:
     """One forward and backward pass across both cuts; returns the loss."""
+    head, body, tail = parts
     smashed = head(images, prompts)  # device: [B, T, D]
     received = smashed.detach().requires_grad_()  # crosses the first cut
     features = body(received)  # server: [B, T, D]

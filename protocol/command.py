@@ -1,25 +1,87 @@
-"""What the project's commands share: the option ``--version``, and the form of their errors."""
+"""What the project's commands share: subcommands, the option ``--version``, the form of errors."""
 
 from __future__ import annotations
 
+import importlib
 import sys
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import typer
-from rich.console import Console
-from rich.markup import escape
+from typer.core import TyperGroup
+from typer.main import get_command
 
 from protocol.errors import SFPromptError
 
-__all__ = ["run_command", "version_option"]
+__all__ = ["Subcommand", "group_of", "run_command", "version_option"]
 
 
-def version_option(command: str, version: str) -> Any:
+@dataclass(frozen=True)
+class Subcommand:
+    """A subcommand, known by its help alone until it is called.
+
+    Attributes:
+        module: has a function with the subcommand's name, ``_`` for ``-``.
+        summary: its help.
+        examples: command lines.
+        notes: paragraphs after the examples.
+    """
+
+    module: str
+    summary: str
+    examples: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def build(self, name: str, function: Callable[..., None]) -> Any:
+        """Make click's command of a function, whose parameters become its options."""
+        title = "Example" if len(self.examples) == 1 else "Examples"
+        shown = [f"{title}:", *self.examples] if self.examples else []
+        app = typer.Typer(add_completion=False, rich_markup_mode="rich")
+        app.command(name, help=self.summary, epilog="\n\n".join([*shown, *self.notes]))(function)
+        return get_command(app)
+
+    def load(self, name: str) -> Any:
+        """Import the module and make the command."""
+        module = importlib.import_module(self.module)
+        return self.build(name, getattr(module, name.replace("-", "_")))
+
+
+class _Group(TyperGroup):
+    """Imports a subcommand's module when it is called.
+
+    Arguments and results are click's classes (`Any`: some versions of typer have copies of them).
+    """
+
+    subcommands: ClassVar[Mapping[str, Subcommand]] = {}
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(self.subcommands)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """The command's name and summary for the list, without an import."""
+        entry = self.subcommands.get(cmd_name)
+        return None if entry is None else entry.build(cmd_name, lambda: None)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, _, rest = super().resolve_command(ctx, args)
+        return name, self.subcommands[str(name)].load(str(name)), rest
+
+
+def group_of(subcommands: Mapping[str, Subcommand]) -> type[TyperGroup]:
+    """Return the class of a command with these subcommands, for ``typer.Typer(cls=...)``.
+
+    The list of subcommands waits for none of their imports, and none for those of another.
+    """
+    return type("Group", (_Group,), {"subcommands": subcommands})
+
+
+def version_option(command: str) -> Any:
     """Return the option ``--version``: print the command's name and version, and exit."""
 
     def show(wanted: bool) -> None:
         if wanted:
-            typer.echo(f"{command} {version}")
+            typer.echo(f"{command} {_installed_version()}")
             raise typer.Exit
 
     return typer.Option(
@@ -35,7 +97,21 @@ def run_command(app: typer.Typer) -> None:
     try:
         app()
     except (SFPromptError, OSError) as error:  # OSError: of a file or a port
+        from rich.console import Console
+        from rich.markup import escape
+
+        # A file's name may be no valid text, which no terminal takes.
+        text = str(error).encode("utf-8", "backslashreplace").decode()
         Console(stderr=True).print(
-            f"[red]error[/red]: {escape(str(error))}", highlight=False, soft_wrap=True
+            f"[red]error[/red]: {escape(text)}", highlight=False, soft_wrap=True
         )
         sys.exit(2)
+
+
+def _installed_version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("sfprompt")
+    except PackageNotFoundError:  # a checkout that is not installed
+        return "0+unknown"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
@@ -11,9 +12,27 @@ from protocol.base import Message
 from protocol.codec_names import check_float_codec
 from protocol.errors import UnknownCodec
 
-__all__ = ["BackboneSettings", "CodecName", "Text", "TrainingSettings", "WireSettings"]
+__all__ = [
+    "BackboneSettings",
+    "ClassName",
+    "CodecName",
+    "Fit",
+    "Text",
+    "TrainingSettings",
+    "WireSettings",
+]
 
 Text = Annotated[str, Field(min_length=1, max_length=200)]
+
+Fit = Literal["crop", "pad", "stretch"]
+
+
+def _compose(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
+
+
+# In Unicode normal form C: macOS writes folder names in form D, and people write settings in C.
+ClassName = Annotated[Text, AfterValidator(_compose)]
 
 
 def _known_codec(name: str) -> str:
@@ -38,6 +57,17 @@ class BackboneSettings(Message):
         description="packaged | hub | file:PATH (on the server) | random:SEED (untrained)",
     )
     image_size: int = Field(56, ge=8, le=2048, description="pixels a side")
+    fit: Fit = Field(
+        "crop",
+        description="how an image that is not square becomes square: crop to its centre | pad with "
+        "the background | stretch",
+    )
+    background: str = Field(
+        "#ffffff",
+        pattern="^#[0-9a-f]{6}$",
+        description="colour behind transparent parts of an image and of padding, #RRGGBB in lower "
+        "case",
+    )
     num_classes: int = Field(10, ge=2, le=100_000, description="classes of all devices together")
 
 

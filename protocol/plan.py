@@ -19,7 +19,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 from protocol.base import Message
 from protocol.codec_names import is_row_wise_inside
 from protocol.federation import FederationSettings
-from protocol.parts import BackboneSettings, Text, TrainingSettings, WireSettings
+from protocol.parts import BackboneSettings, ClassName, Text, TrainingSettings, WireSettings
 
 __all__ = [
     "ModelPlan",
@@ -251,7 +251,9 @@ class RunPlan(Message):
 
     name: Text = "run"
     seed: int = Field(0, ge=0, lt=2**63)
-    class_names: tuple[Text, ...] | None = Field(None, description="in the order of the classes")
+    class_names: tuple[ClassName, ...] | None = Field(
+        None, description="in the order of the classes"
+    )
     model: ModelPlan = ModelPlan()
     federation: FederationSettings = FederationSettings()
     training: TrainingPlan = TrainingPlan()

@@ -15,7 +15,7 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 from protocol.base import Message
 from protocol.federation import FederationSettings
 from protocol.method import MethodSettings, parse_method
-from protocol.parts import BackboneSettings, Text, TrainingSettings, WireSettings
+from protocol.parts import BackboneSettings, ClassName, Text, TrainingSettings, WireSettings
 from protocol.plan import RunPlan
 
 __all__ = ["RunSettings", "refuse_moved"]
@@ -63,7 +63,7 @@ class RunSettings(Message):
 
     name: Text = Field("run", description="the run's name")
     seed: int = Field(0, ge=0, lt=2**63, description="seed of all random choices of the run")
-    class_names: tuple[Text, ...] | None = Field(
+    class_names: tuple[ClassName, ...] | None = Field(
         None, description="names of the classes, in their order"
     )
     method: Annotated[SerializeAsAny[MethodSettings], BeforeValidator(parse_method)] = Field(

@@ -16,14 +16,17 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from edge_client.participant import Participant
-    from protocol.errors import SFPromptError
-    from protocol.method import MethodSettings, register
-    from protocol.settings import RunSettings
-    from split_model import TunedModel, load_exported
-    from split_server.app import SplitServer, create_app
-    from split_server.client import OperatorClient
-    from split_server.settings import ServerSettings
+    from edge_client.participant import Participant as Participant
+    from protocol.errors import SFPromptError as SFPromptError
+    from protocol.method import MethodSettings as MethodSettings
+    from protocol.method import register as register
+    from protocol.settings import RunSettings as RunSettings
+    from split_model.checkpoints.export import TunedModel as TunedModel
+    from split_model.checkpoints.export import load_exported as load_exported
+    from split_server.app import SplitServer as SplitServer
+    from split_server.app import create_app as create_app
+    from split_server.client import OperatorClient as OperatorClient
+    from split_server.settings import ServerSettings as ServerSettings
 
 __version__ = version("sfprompt")
 
@@ -35,26 +38,13 @@ _MODULES = {
     "SFPromptError": "protocol.errors",
     "ServerSettings": "split_server.settings",
     "SplitServer": "split_server.app",
-    "TunedModel": "split_model",
+    "TunedModel": "split_model.checkpoints.export",
     "create_app": "split_server.app",
-    "load_exported": "split_model",
+    "load_exported": "split_model.checkpoints.export",
     "register": "protocol.method",
 }
 
-__all__ = [
-    "MethodSettings",
-    "OperatorClient",
-    "Participant",
-    "RunSettings",
-    "SFPromptError",
-    "ServerSettings",
-    "SplitServer",
-    "TunedModel",
-    "__version__",
-    "create_app",
-    "load_exported",
-    "register",
-]
+__all__ = sorted([*_MODULES, "__version__"])
 
 
 def __getattr__(name: str) -> Any:
@@ -64,4 +54,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return list(__all__)
+    return __all__

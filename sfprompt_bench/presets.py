@@ -1,19 +1,22 @@
-"""Presets of runs, by data set and form of the method, and options that commands share."""
+"""Presets of runs, changes of their settings, and options that commands share."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from edge_client.data.fashion_mnist import CLASSES
 from protocol.errors import NotFound
 from protocol.federation import FederationSettings
+from protocol.messages import parse_message
 from protocol.presets import FORMS, Form, over_form
 from protocol.settings import RunSettings
 from split_server.settings import DType
+
+Changes = Mapping[str, Mapping[str, Any]]  # by part of the settings, then by field
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,8 @@ def _digits(form: Form) -> Preset:
 
 
 def _fashion_mnist(form: Form) -> Preset:
+    from edge_client.data.fashion_mnist import CLASSES  # imports torch
+
     return Preset(
         data="fashion-mnist",
         settings=_run(
@@ -86,6 +91,31 @@ def traffic_preset(form: Form, *, quick: bool) -> Preset:
         federation = FederationSettings(rounds=3, evaluate_every=3)
     settings = preset.settings.model_copy(update={"federation": federation})
     return replace(preset, settings=settings)
+
+
+def merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of ``first`` with those of ``second``; tables in both are merged likewise."""
+    result = dict(first)
+    for key, value in second.items():
+        known = result.get(key)
+        if isinstance(known, Mapping) and isinstance(value, Mapping):
+            value = merged(known, value)
+        result[key] = value
+    return result
+
+
+def with_changes(settings: RunSettings, changes: Changes) -> RunSettings:
+    """Set some fields of some parts and validate the settings as a whole.
+
+    A `[method]` with another name replaces the whole table; other parts keep their values.
+
+    Raises:
+        InvalidField: there is no such field, or the fields contradict each other.
+    """
+    values = settings.model_dump()
+    if changes.get("method", {}).get("name", settings.method.name) != settings.method.name:
+        values["method"] = {}
+    return parse_message(RunSettings, merged(values, changes))
 
 
 DTypeOption = Annotated[

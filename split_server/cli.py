@@ -2,368 +2,72 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import inspect
-import json
-import logging
-import tomllib
-from collections.abc import Callable
-from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from protocol.command import run_command, version_option
-from protocol.errors import InvalidField, NotFound
-from protocol.limits import MIB
-from protocol.messages import Event, Results, RunView, parse_message
-from protocol.presets import Form, over_form
-from protocol.settings import RunSettings
-from protocol.traffic import total_bytes
-from split_server import __version__
-from split_server.client import OperatorClient, read_token
-from split_server.runtime.process import set_up_logging
-from split_server.settings import DEFAULT_PORT, ServerSettings, load_settings
+from protocol.command import Subcommand, group_of, run_command, version_option
+
+_RUNS = "split_server.commands.runs"
+
+_SUBCOMMANDS = {
+    "serve": Subcommand(
+        "split_server.commands.serve",
+        "Host the split server until a signal stops it.",
+        (
+            "split-server serve --host 0.0.0.0 --data-dir /srv/sfprompt",
+            "split-server serve --config server.toml --device cuda --dtype bfloat16",
+        ),
+        (
+            "Settings may also be given in the environment (SPLIT_SERVER_PORT) or in a TOML file "
+            "(port = 8500). Flags override the environment, which overrides the file.",
+        ),
+    ),
+    "create-run": Subcommand(
+        _RUNS,
+        "Create a run for devices to join.",
+        (
+            "split-server create-run --config run.toml",
+            "split-server create-run --set model.num_classes=6 --set federation.rounds=20",
+        ),
+    ),
+    "runs": Subcommand(_RUNS, "List the runs of a server.", ("split-server runs --json",)),
+    "watch": Subcommand(
+        _RUNS,
+        "Print a run's events until it is over.",
+        ("split-server watch RUN --data-dir sfprompt-data",),
+    ),
+    "results": Subcommand(
+        _RUNS,
+        "Show a run's rounds: updates, losses, accuracy, traffic, and the privacy budget spent.",
+        ("split-server results RUN --json",),
+    ),
+    "cancel": Subcommand(_RUNS, "Stop a run; its devices learn of it with their next request."),
+    "export": Subcommand(
+        _RUNS,
+        "Write the complete tuned model to one safetensors file. Needs no running server.",
+        ("split-server export RUN --out model.safetensors",),
+        (
+            "Use the file with: edge-client predict model.safetensors photos/, or, in a program, "
+            "sfprompt.load_exported('model.safetensors')(images)",
+        ),
+    ),
+}
 
 app = typer.Typer(
+    cls=group_of(_SUBCOMMANDS),
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     help="Run the frozen body of a vision transformer for many devices, and average their updates.",
 )
 
-out = Console()
-
 
 @app.callback()
 def _options(
-    version: Annotated[bool, version_option("split-server", __version__)] = False,
+    version: Annotated[bool, version_option("split-server")] = False,
 ) -> None:
     """The options of the command itself."""
-
-
-DataDir = Annotated[
-    Path,
-    typer.Option("--data-dir", help="The server's data folder.", envvar="SPLIT_SERVER_DATA_DIR"),
-]
-
-Url = Annotated[str, typer.Option("--url", help="Address of the server.")]
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-
-TokenOption = Annotated[
-    str | None,
-    typer.Option(
-        "--operator-token",
-        envvar="SPLIT_SERVER_OPERATOR_TOKEN",
-        help="Default: the token in the data folder.",
-    ),
-]
-
-CaFile = Annotated[
-    Path | None, typer.Option("--ca-file", help="PEM file of trusted certificates, for https.")
-]
-
-RunId = Annotated[str, typer.Argument(help="The run's id.")]
-
-_DATA_DIR = Path("sfprompt-data")
-
-_URL = f"http://127.0.0.1:{DEFAULT_PORT}"
-
-
-def _connect(
-    url: Url = _URL,
-    data_dir: DataDir = _DATA_DIR,
-    operator_token: TokenOption = None,
-    ca_file: CaFile = None,
-) -> OperatorClient:
-    return OperatorClient(url, operator_token or read_token(data_dir), ca_file)
-
-
-Connect = Callable[[], OperatorClient]
-
-
-def _with_connection(command: Callable[..., None]) -> Callable[..., None]:
-    """Replace a command's parameter ``connect`` by the options of `_connect`.
-
-    The command calls ``connect`` for a client, which is closed when the command ends.
-    """
-    connection = inspect.signature(_connect, eval_str=True).parameters
-    parameters = inspect.signature(command, eval_str=True).parameters
-    others = [parameter for name, parameter in parameters.items() if name != "connect"]
-
-    @functools.wraps(command)
-    def connected(**values: Any) -> None:
-        options = {name: values.pop(name) for name in connection}
-        with contextlib.ExitStack() as stack:
-
-            def connect() -> OperatorClient:
-                return stack.enter_context(contextlib.closing(_connect(**options)))
-
-            command(connect=connect, **values)
-
-    signature = inspect.Signature([*others, *connection.values()])
-    connected.__signature__ = signature  # type: ignore[attr-defined]
-    return connected
-
-
-def _described(name: str) -> Any:
-    """Create an option of ``serve`` from a setting's description; its value is None if unset."""
-    setting = ServerSettings.model_fields[name]
-    default = setting.get_default(call_default_factory=True)
-    text = setting.description or name.replace("_", " ")
-    choices = get_args(setting.annotation) if get_origin(setting.annotation) is Literal else ()
-    shown = "" if default is None else f" Default: {default}."
-    return typer.Option(
-        help=text[0].upper() + text[1:] + "." + shown,
-        show_default=False,
-        metavar="<" + "|".join(choices) + ">" if choices else None,
-    )
-
-
-@app.command(
-    epilog="Settings may also be given in the environment (SPLIT_SERVER_PORT) or in a TOML file "
-    "(port = 8500). Flags override the environment, which overrides the file.\n\n"
-    "Examples:\n\nsplit-server serve --host 0.0.0.0 --data-dir /srv/sfprompt\n\n"
-    "split-server serve --config server.toml --device cuda --dtype bfloat16"
-)
-def serve(
-    config: Annotated[Path | None, typer.Option(help="TOML file with settings.")] = None,
-    host: Annotated[str | None, _described("host")] = None,
-    port: Annotated[int | None, _described("port")] = None,
-    data_dir: Annotated[Path | None, _described("data_dir")] = None,
-    device: Annotated[str | None, _described("device")] = None,
-    dtype: Annotated[str | None, _described("dtype")] = None,
-    torch_threads: Annotated[int | None, _described("torch_threads")] = None,
-    max_frame_mib: Annotated[int | None, _described("max_frame_mib")] = None,
-    engine_memory_mib: Annotated[int | None, _described("engine_memory_mib")] = None,
-    max_batch_samples: Annotated[int | None, _described("max_batch_samples")] = None,
-    max_wait_ms: Annotated[float | None, _described("max_wait_ms")] = None,
-    backward: Annotated[str | None, _described("backward")] = None,
-    compile: Annotated[bool | None, _described("compile")] = None,  # noqa: A002
-    queue_mib: Annotated[int | None, _described("queue_mib")] = None,
-    answer_mib: Annotated[int | None, _described("answer_mib")] = None,
-    samples_mib: Annotated[int | None, _described("samples_mib")] = None,
-    samples_disk_mib: Annotated[int | None, _described("samples_disk_mib")] = None,
-    participant_samples_mib: Annotated[int | None, _described("participant_samples_mib")] = None,
-    max_bodies: Annotated[int | None, _described("max_bodies")] = None,
-    max_steps: Annotated[int | None, _described("max_steps")] = None,
-    max_connections: Annotated[int | None, _described("max_connections")] = None,
-    graph_timeout_s: Annotated[float | None, _described("graph_timeout_s")] = None,
-    step_timeout_s: Annotated[float | None, _described("step_timeout_s")] = None,
-    body_timeout_s: Annotated[float | None, _described("body_timeout_s")] = None,
-    live_window_s: Annotated[float | None, _described("live_window_s")] = None,
-    max_wait_s: Annotated[float | None, _described("max_wait_s")] = None,
-    operator_token: Annotated[str | None, _described("operator_token")] = None,
-    join_token: Annotated[str | None, _described("join_token")] = None,
-    tls_cert: Annotated[Path | None, _described("tls_cert")] = None,
-    tls_key: Annotated[Path | None, _described("tls_key")] = None,
-    log_level: Annotated[str | None, _described("log_level")] = None,
-) -> None:
-    """Host the split server until a signal stops it."""
-    flags = {name: value for name, value in locals().items() if name != "config"}
-    settings = load_settings(flags, config)
-    set_up_logging(settings.log_level)
-    # Imported here: torch takes seconds to import, which the other commands do not need.
-    from split_server.app import create_app, serve_until_stopped
-    from split_server.runtime.process import keep_large_buffers, raise_descriptor_limit
-
-    raise_descriptor_limit()
-    keep_large_buffers()
-    server = create_app(settings)
-    _log_memory_limits(settings, f"{server.placement.device}, {server.placement.dtype_name}")
-    serve_until_stopped(server, settings)
-
-
-def _log_memory_limits(settings: ServerSettings, placement: str) -> None:
-    logging.getLogger("split_server").info(
-        "bodies on %s; memory limits: %d MiB for open steps, %d MiB for request bodies, %d MiB for "
-        "the engine's queue, %d MiB for cached responses, %d MiB for cached samples (%d MiB on "
-        "disk), and the weights of %d bodies; data in %s",
-        placement,
-        settings.engine_memory_mib,
-        settings.request_bodies_bytes // MIB,
-        settings.engine_queue_bytes // MIB,
-        settings.answer_mib,
-        settings.samples_mib,
-        settings.samples_disk_mib,
-        settings.max_bodies,
-        settings.data_dir,
-    )
-
-
-@app.command(
-    "create-run",
-    epilog="Examples:\n\nsplit-server create-run --config run.toml\n\n"
-    "split-server create-run --set model.num_classes=6 --set federation.rounds=20",
-)
-@_with_connection
-def create_run(
-    connect: Connect,
-    config: Annotated[Path | None, typer.Option(help="TOML file with the run's settings.")] = None,
-    changes: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="One setting, SECTION.NAME=VALUE; overrides the file."),
-    ] = None,
-    form: Annotated[
-        Form,
-        typer.Option(
-            help="The values of all other settings. default: prompts at the cut, "
-            "little traffic; paper: as published."
-        ),
-    ] = "default",
-    as_json: Json = False,
-) -> None:
-    """Create a run for devices to join."""
-    values = over_form(form, _run_settings(config, changes or []))
-    settings = parse_message(RunSettings, values)
-    run = connect().create_run(settings)
-    if as_json:
-        typer.echo(run.model_dump_json())
-    else:
-        out.print(f"run [bold]{run.id}[/bold] ({run.settings.name}) waits for participants")
-
-
-@app.command(epilog="Example: split-server runs --json")
-def runs(url: Url = _URL, ca_file: CaFile = None, as_json: Json = False) -> None:
-    """List the runs of a server."""
-    with contextlib.closing(OperatorClient(url, ca_file=ca_file)) as client:
-        views = client.runs()
-    if as_json:
-        typer.echo(json.dumps([run.model_dump(mode="json") for run in views]))
-        return
-    table = Table("run", "name", "status", "round", "participants", "backbone", "method")
-    for run in views:
-        table.add_row(*_run_cells(run))
-    out.print(table)
-
-
-@app.command(epilog="Example: split-server watch RUN --data-dir sfprompt-data")
-@_with_connection
-def watch(connect: Connect, run: RunId, as_json: Json = False) -> None:
-    """Print a run's events until it is over."""
-    client, after = connect(), 0
-    while True:
-        events = client.events(run, after, wait_s=20)
-        for event in events:
-            after = event.seq
-            typer.echo(event.model_dump_json() if as_json else _event_line(event))
-        if not events and client.results(run).run.status.is_over:
-            return
-
-
-@app.command(epilog="Example: split-server results RUN --json")
-@_with_connection
-def results(connect: Connect, run: RunId, as_json: Json = False) -> None:
-    """Show a run's rounds: updates, losses, accuracy, traffic, and the privacy budget spent."""
-    view = connect().results(run)
-    if as_json:
-        typer.echo(view.model_dump_json())
-    else:
-        out.print(_rounds_table(view))
-
-
-@app.command()
-@_with_connection
-def cancel(connect: Connect, run: RunId) -> None:
-    """Stop a run; its devices learn of it with their next request."""
-    stopped = connect().cancel(run)
-    out.print(f"run {stopped.id} is {stopped.status}")
-
-
-@app.command(
-    epilog="Example: split-server export RUN --out model.safetensors\n\n"
-    "Use the file with: edge-client predict model.safetensors photos/, or, in a program, "
-    "split_model.load_exported('model.safetensors')(images)"
-)
-def export(
-    run: RunId,
-    destination: Annotated[Path, typer.Option("--out", help="File to write.")],
-    data_dir: DataDir = _DATA_DIR,
-) -> None:
-    """Write the complete tuned model to one safetensors file. Needs no running server."""
-    from split_server.federation.export import export_run
-
-    export_run(data_dir, run, destination)
-    size = destination.stat().st_size / 1e6
-    out.print(f"{destination} ({size:.1f} MB)", highlight=False)
-
-
-def _run_settings(config: Path | None, changes: list[str]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    if config is not None:
-        try:
-            values = tomllib.loads(config.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise NotFound(
-                "the settings file cannot be read", field="config", value=str(error)
-            ) from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise InvalidField(
-                f"the settings file is not valid TOML ({error})", field="config", value=str(config)
-            ) from None
-    for change in changes:
-        name, equals, text = change.partition("=")
-        if not equals:
-            raise InvalidField(
-                "a setting is given as SECTION.NAME=VALUE", field="set", value=change
-            )
-        *sections, last = name.strip().split(".")
-        table = values
-        for section in sections:
-            table = table.setdefault(section, {})
-            if not isinstance(table, dict):
-                raise InvalidField(
-                    f"{section} is a single setting, not a section", field="set", value=change
-                )
-        try:
-            table[last] = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
-            table[last] = text  # plain text needs no quotes
-    return values
-
-
-def _run_cells(run: RunView) -> tuple[str, ...]:
-    model, federation = run.settings.model, run.settings.federation
-    return (
-        run.id,
-        run.settings.name,
-        str(run.status),
-        f"{run.round}/{federation.rounds}",
-        str(run.participants),
-        model.backbone,
-        run.settings.method.name,
-    )
-
-
-def _event_line(event: Event) -> str:
-    data = "  ".join(f"{name}={value}" for name, value in event.data.items())
-    return f"{event.seq:>4}  {event.kind:<20}  {data}"
-
-
-def _rounds_table(results: Results) -> Table:
-    table = Table(title=f"{results.run.id} ({results.run.status})", title_justify="left")
-    is_private = any(view.epsilon is not None for view in results.rounds)
-    names = ["round", "status", "updates", "samples", "loss", "accuracy", "MB"]
-    for name in [*names, "epsilon"] if is_private else names:
-        table.add_column(name, justify="left" if name == "status" else "right")
-    for view in results.rounds:
-        epsilon = "-" if view.epsilon is None else f"{view.epsilon:.2f}"
-        nbytes = total_bytes(view.traffic)
-        table.add_row(
-            str(view.round) + ("" if not view.attempt else f" ({view.attempt + 1})"),
-            str(view.status),
-            f"{len(view.updated)}/{len(view.sampled)}",
-            str(view.samples),
-            "-" if view.train_loss is None else f"{view.train_loss:.4f}",
-            "-" if view.accuracy is None else f"{view.accuracy:.2%}",
-            f"{nbytes / 1e6:.2f}",
-            *([epsilon] if is_private else []),
-        )
-    return table
 
 
 def main() -> None:

@@ -18,7 +18,9 @@ from protocol.messages import BlobRef
 from protocol.method import load_class, method_class, method_names
 from protocol.plan import ModelPlan, RunPlan
 from protocol.settings import RunSettings
-from split_model import BackboneFile, ModelPlanError, part_bytes
+from split_model.backbone.weights import BackboneFile
+from split_model.errors import ModelPlanError
+from split_model.parts.cost import part_bytes
 from split_server.engine.handler import HandlerFactory
 from split_server.storage.run_files import RunFiles, StateRefs
 

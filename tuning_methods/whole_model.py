@@ -18,7 +18,7 @@ from protocol.plan import ModelPlan
 
 if TYPE_CHECKING:
     from protocol.settings import RunSettings
-    from split_model import Anatomy
+    from split_model.backbone.architecture import Anatomy
 
 
 class WholeModel(MethodSettings, ABC):
@@ -75,6 +75,6 @@ def anatomy_of(model: BackboneSettings) -> Anatomy:
         InvalidField: timm has no such architecture, or it cannot be cut.
     """
     # Imports torch, which parsing settings must not do.
-    from split_model import anatomy
+    from split_model.backbone.architecture import anatomy
 
     return anatomy(ModelPlan(**model.model_dump(), cut=0, prompt_count=0))

@@ -12,7 +12,9 @@ from torch.nn import functional
 
 from edge_client.data.errors import PreprocessingError
 from edge_client.data.image_set import ImageSet
+from edge_client.data.pictures import WHITE, Colour
 from edge_client.data.sampling import generator
+from protocol.parts import Fit
 
 Interpolation = Literal["bilinear", "bicubic", "nearest"]
 
@@ -77,6 +79,8 @@ class Preprocessing:
         image_size: side in pixels.
         mean: of R, G and B, on a scale of 0 to 1.
         std: of R, G and B, on a scale of 0 to 1.
+        fit: how an image that is not square becomes square: crop to its centre, pad or stretch.
+        background: colour of padding.
 
     Raises:
         PreprocessingError: a value is out of range.
@@ -86,6 +90,8 @@ class Preprocessing:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     interpolation: Interpolation = "bicubic"
+    fit: Fit = "crop"
+    background: Colour = WHITE
 
     def __post_init__(self) -> None:
         if not 1 <= self.image_size <= _MAX_SIDE:
@@ -99,27 +105,52 @@ class Preprocessing:
             raise PreprocessingError(
                 "interpolation", limit=" | ".join(get_args(Interpolation)), value=self.interpolation
             )
+        if self.fit not in get_args(Fit):
+            raise PreprocessingError("fit", limit=" | ".join(get_args(Fit)), value=self.fit)
 
     @property
     def bytes_per_image(self) -> int:
         """Size of one resized image as uint8."""
         return 3 * self.image_size**2
 
+    @property
+    def form(self) -> tuple[object, ...]:
+        """What `resize` depends on: equal forms resize an image to equal pixels."""
+        return self.image_size, self.interpolation, self.fit, self.background
+
     def resize(self, images: Tensor) -> Tensor:
-        """Crop the centre square and resize it: uint8 [b, 3, H, W] → uint8 [b, 3, S, S].
+        """Make images square, and resize them: uint8 [b, 3, H, W] → uint8 [b, 3, S, S].
 
         Resizing is antialiased, except with nearest-neighbour interpolation.
         """
         height, width = images.shape[-2:]
-        side = min(height, width)
-        top, left = (height - side) // 2, (width - side) // 2
-        square = images[..., top : top + side, left : left + side]
-        if side == self.image_size:
-            return square
+        side = self.image_size
+        if self.fit == "stretch":
+            return self._interpolate(images, side, side)
+        if self.fit == "crop":
+            shorter = min(height, width)
+            top, left = (height - shorter) // 2, (width - shorter) // 2
+            square = images[..., top : top + shorter, left : left + shorter]
+            return self._interpolate(square, side, side)
+        longer = max(height, width)
+        rows = max(1, int(side * height / longer + 0.5))
+        columns = max(1, int(side * width / longer + 0.5))
+        resized = self._interpolate(images, rows, columns)  # before padding: it bounds the memory
+        if rows == columns:
+            return resized
+        colour = torch.tensor(self.background, dtype=torch.uint8).view(1, 3, 1, 1)
+        padded = colour.expand(len(images), 3, side, side).clone()
+        top, left = (side - rows) // 2, (side - columns) // 2
+        padded[..., top : top + rows, left : left + columns] = resized
+        return padded
+
+    def _interpolate(self, images: Tensor, rows: int, columns: int) -> Tensor:
+        if images.shape[-2:] == (rows, columns):
+            return images
         if self.interpolation == "nearest":
-            return functional.interpolate(square, self.image_size, mode="nearest-exact")
+            return functional.interpolate(images, (rows, columns), mode="nearest-exact")
         return functional.interpolate(
-            square, self.image_size, mode=self.interpolation, antialias=True
+            images, (rows, columns), mode=self.interpolation, antialias=True
         )
 
     def normalise(self, images: Tensor) -> Tensor:
@@ -177,6 +208,11 @@ class BatchReader:
         count = min(len(image_set), cache_bytes // preprocessing.bytes_per_image)
         self._cache = torch.empty((count, 3, side, side), dtype=torch.uint8)
         self._filled = torch.zeros(count, dtype=torch.bool)
+        for position in range(count):
+            resized = image_set.store.take_resized(position, preprocessing.form)
+            if resized is not None:
+                self._cache[position] = resized
+                self._filled[position] = True
 
     def __len__(self) -> int:
         return len(self.image_set)

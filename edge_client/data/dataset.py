@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from edge_client.data.errors import (
-    ClassMismatchError,
-    CorruptImageError,
-    EmptyDatasetError,
-    PartitionError,
-)
-from edge_client.data.image_set import ImageSet, Skipped
+from edge_client.data.errors import ClassMismatchError, EmptyDatasetError, PartitionError
+from edge_client.data.image_set import ImageSet
+from edge_client.data.remarks import Skipped, summarise
 from edge_client.data.sampling import pick_per_class, stratified_pick, stratified_share
 
 
@@ -38,7 +33,7 @@ class Dataset:
                 "training set",
                 limit="at least one readable image",
                 value=0,
-                hint=_describe_skipped(self.train.skipped),
+                hint=f"Skipped: {summarise(self.skipped)}" if self.skipped else "",
             )
 
     @property
@@ -51,6 +46,16 @@ class Dataset:
         """The entries skipped in either set, without repeats."""
         return tuple(dict.fromkeys(self.train.skipped + self.test.skipped))
 
+    @property
+    def noticed(self) -> tuple[Skipped, ...]:
+        """What is odd about loaded files and classes of either set, without repeats."""
+        return tuple(dict.fromkeys(self.train.noticed + self.test.noticed))
+
+    def drop_resized(self) -> None:
+        """Free what the first reading of the files has resized and nobody has taken."""
+        self.train.store.drop_resized()
+        self.test.store.drop_resized()
+
     def readable(self) -> Dataset:
         """Return the data without images that have become unreadable.
 
@@ -62,11 +67,20 @@ class Dataset:
     def aligned(self, class_names: Sequence[str]) -> Dataset:
         """Return both sets with labels that index ``class_names``.
 
+        What is tested does not depend on what is trained: a class may have test images alone.
+
         Raises:
-            ClassMismatchError: the sets share no class with ``class_names``.
+            ClassMismatchError: the training set shares no class with ``class_names``.
             EmptyDatasetError: no training image is left.
         """
-        return Dataset(self.train.aligned(class_names), self.test.aligned(class_names))
+        train = self.train.aligned(class_names)
+        counts = train.class_counts().tolist()
+        absent = [name for name, count in zip(train.class_names, counts, strict=True) if not count]
+        if absent:
+            reason = "no training image here of these classes of the run"
+            noticed = Skipped(", ".join(absent), reason)
+            train = replace(train, noticed=(*train.noticed, noticed))
+        return Dataset(train, self.test.aligned(class_names))
 
 
 def hold_out(images: ImageSet, share: float, seed: int) -> Dataset:
@@ -131,14 +145,6 @@ def _limit(images: ImageSet, field: str, limit: int | None, seed: int) -> ImageS
     return images.subset(stratified_pick(images.labels.numpy(), limit, seed, field=field))
 
 
-def _describe_skipped(skipped: tuple[Skipped, ...], limit: int = 5) -> str:
-    if not skipped:
-        return ""
-    entries = "; ".join(f"{entry.path} ({entry.reason})" for entry in skipped[:limit])
-    more = f"; and {len(skipped) - limit} more" if len(skipped) > limit else ""
-    return f"Skipped: {entries}{more}"
-
-
 def by_content(dataset: Dataset) -> Dataset:
     """Order both sets by a hash of each image.
 
@@ -150,14 +156,6 @@ def by_content(dataset: Dataset) -> Dataset:
 
 
 def _order(images: ImageSet) -> ImageSet:
-    digests = [_digest(images, position) for position in range(len(images))]
+    digests = [images.store.digest(position) for position in range(len(images))]
     order = sorted(range(len(images)), key=lambda position: (digests[position], position))
     return images.subset(torch.tensor(order, dtype=torch.int64))
-
-
-def _digest(images: ImageSet, position: int) -> bytes:
-    try:
-        image = images.image(position)  # uint8 [3, H, W]
-    except CorruptImageError:
-        return b""  # reading it later reports the error
-    return hashlib.blake2b(image.contiguous().numpy().tobytes(), digest_size=16).digest()

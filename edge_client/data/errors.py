@@ -8,7 +8,8 @@ DataError
 ├── DatasetDownloadError   the files are missing and their download failed
 ├── DataFormatError        a file's content does not match its format
 ├── PickledDataError       the data exist only in pickled form, which is never read
-├── CorruptImageError      an image that was readable has become unreadable
+├── CorruptImageError      an image cannot be read
+│   └── TooManyPixelsError an image is larger than this device decodes
 ├── ClassMismatchError     the set shares no class with the run
 ├── PartitionError         the set cannot be partitioned as requested
 ├── PreprocessingError     an image size, mean, interpolation or batch size is invalid
@@ -67,7 +68,11 @@ class PickledDataError(DataError):
 
 
 class CorruptImageError(DataError):
-    """An image that was readable has become unreadable."""
+    """An image cannot be read."""
+
+
+class TooManyPixelsError(CorruptImageError):
+    """An image is larger than this device decodes."""
 
 
 class ClassMismatchError(DataError):

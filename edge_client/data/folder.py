@@ -2,52 +2,49 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from edge_client.data.batches import Preprocessing
 from edge_client.data.dataset import Dataset, hold_out
-from edge_client.data.decode import check_files
 from edge_client.data.errors import EmptyDatasetError, MissingDataError
-from edge_client.data.image_set import FileStore, ImageSet, Skipped
-
-SUFFIXES = frozenset(
-    {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-)
-
-TRAIN_NAMES = ("train", "training")
-
-TEST_NAMES = ("test", "testing", "val", "valid", "validation")
+from edge_client.data.first_read import read_once
+from edge_client.data.image_set import FileStore, ImageSet
+from edge_client.data.layout import ClassFiles, Layout, find_classes, find_layout
+from edge_client.data.pictures import SUFFIXES, WHITE, Colour
+from edge_client.data.reading import Progress
+from edge_client.data.remarks import Skipped, as_text, summarise
 
 
-@dataclass(frozen=True)
-class _Scan:
-    """The readable files below one folder.
-
-    Attributes:
-        files: class and path of each, ordered by path.
-    """
-
-    files: tuple[tuple[str, Path], ...]
-    skipped: tuple[Skipped, ...]
-
-    @property
-    def classes(self) -> frozenset[str]:
-        return frozenset(name for name, _ in self.files)
-
-
-def load_folder(root: Path, *, held_out: float, seed: int) -> Dataset:
+def load_folder(
+    root: Path,
+    *,
+    held_out: float,
+    seed: int,
+    class_names: Sequence[str] | None = None,
+    background: Colour = WHITE,
+    preprocessing: Preprocessing | None = None,
+    cache_bytes: int = 0,
+    progress: Progress = lambda done, total: None,
+) -> Dataset:
     """Load root/CLASS/**/image, or root/train/CLASS/… and root/test/CLASS/….
 
-    Every file is decoded once; unreadable files and classes without a readable image are listed as
-    skipped. Only paths stay in memory. `file_groups` gives the images' groups.
+    Every file is decoded once; what is not read is listed as skipped, what is odd as noticed.
+    Only paths stay in memory, and resized images as far as their budget goes. `file_groups` gives
+    the images' groups. `find_layout` tells which of the two forms a folder has. A class may have
+    training images alone, or test images alone.
 
     Args:
         root: the data folder.
-        held_out: share of each class to test on, if there is no folder test, testing, val, valid or
-            validation.
+        held_out: share of each class to test on, if there is no folder of test images.
         seed: determines the held-out images.
+        class_names: of the run, to tell a class named train from a folder of training images.
+        background: colour behind transparent parts.
+        preprocessing: of the run's model, to keep resized images for `BatchReader`.
+        cache_bytes: memory budget of the resized images.
+        progress: receives the count of files read.
 
     Raises:
         MissingDataError: ``root`` is not a folder.
@@ -55,93 +52,68 @@ def load_folder(root: Path, *, held_out: float, seed: int) -> Dataset:
         PartitionError: ``held_out`` is out of range.
     """
     if not root.is_dir():
-        raise MissingDataError("--data folder", limit="a folder", value=str(root))
-    train_folder = _first_folder(root, TRAIN_NAMES)
-    test_folder = _first_folder(root, TEST_NAMES)
-    if train_folder is None:
-        return hold_out(_image_set(root, root, _scan(root)), held_out, seed)
-    train = _image_set(root, train_folder, _scan(train_folder))
-    if test_folder is None:
-        return hold_out(train, held_out, seed)
-    return Dataset(train, _test_set(root, _scan(test_folder), train))
+        raise MissingDataError("--data folder", limit="a folder", value=as_text(root))
+    layout = find_layout(root, class_names)
+    train = find_classes(layout.train)
+    test = None if layout.test is None else find_classes(layout.test)
+    files = train.files + (() if test is None else test.files)
+    paths = [path for _, path in files]
+    first = read_once(paths, background, preprocessing, cache_bytes, progress)
+
+    def is_readable(entry: tuple[str, Path]) -> bool:
+        return entry[1] not in first.failed
+
+    train_files = list(filter(is_readable, train.files))
+    test_files = [] if test is None else list(filter(is_readable, test.files))
+    skipped = [Skipped(as_text(path), reason) for path, reason in first.failed.items()]
+    skipped += [*layout.unused, *train.skipped, *_without_images(train, train_files)]
+    if test is not None:
+        skipped += [*test.skipped, *_without_images(test, test_files)]
+    skipped.sort(key=lambda entry: entry.path)
+    if not train_files:
+        raise _no_images(layout, skipped)
+    names = tuple(sorted({name for name, _ in train_files + test_files}))
+
+    def image_set(entries: Sequence[tuple[str, Path]], noticed: Sequence[Skipped]) -> ImageSet:
+        store = FileStore([path for _, path in entries], root, background, first.decoded)
+        labels = torch.tensor([names.index(name) for name, _ in entries], dtype=torch.int64)
+        return ImageSet(store, labels, names, tuple(skipped), tuple(noticed))
+
+    if test is None:
+        return hold_out(image_set(train_files, first.noticed), held_out, seed)
+    noticed = [*first.noticed, *_one_sided(names, train_files, test_files)]
+    return Dataset(image_set(train_files, noticed), image_set(test_files, noticed))
 
 
-def _first_folder(root: Path, names: tuple[str, ...]) -> Path | None:
-    return next((root / name for name in names if (root / name).is_dir()), None)
-
-
-def _scan(root: Path) -> _Scan:
-    skipped: list[Skipped] = []
-    candidates: list[tuple[str, Path]] = []
-    folders: list[Path] = []
-    for entry in sorted(root.iterdir()):
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir():
-            folders.append(entry)
-        elif entry.suffix.lower() in SUFFIXES:
-            skipped.append(Skipped(str(entry), "an image outside the class folders"))
-    for folder in folders:
-        for path in sorted(folder.rglob("*")):
-            if path.is_dir() or any(part.startswith(".") for part in path.parts[len(root.parts) :]):
-                continue
-            if path.suffix.lower() in SUFFIXES:
-                candidates.append((folder.name, path))
-            else:
-                skipped.append(Skipped(str(path), "not named like an image file"))
-    reasons = check_files([path for _, path in candidates])
-    files: list[tuple[str, Path]] = []
-    for candidate, reason in zip(candidates, reasons, strict=True):
-        if reason is None:
-            files.append(candidate)
-        else:
-            skipped.append(Skipped(str(candidate[1]), reason))
-    readable = {name for name, _ in files}
-    skipped += [
-        Skipped(str(folder), "a class without a readable image")
-        for folder in folders
-        if folder.name not in readable
+def _without_images(found: ClassFiles, readable: Sequence[tuple[str, Path]]) -> list[Skipped]:
+    named = {name for name, _ in readable}
+    return [
+        Skipped(as_text(folder), "a class without a readable image")
+        for folder, name in found.folders.items()
+        if name not in named
     ]
-    return _Scan(tuple(files), tuple(skipped))
 
 
-def _image_set(root: Path, folder: Path, scan: _Scan) -> ImageSet:
-    """Return the set of a folder's readable images; ``root`` is the data folder."""
-    if not scan.files:
-        skipped = "; ".join(f"{entry.path} ({entry.reason})" for entry in scan.skipped[:5])
-        raise EmptyDatasetError(
-            "--data folder",
-            limit=f"{folder}/CLASS/IMAGE with a suffix of {' '.join(sorted(SUFFIXES))}",
-            value="no readable image",
-            hint=f"Skipped: {skipped}" if skipped else "",
+def _one_sided(
+    names: Sequence[str], train: Sequence[tuple[str, Path]], test: Sequence[tuple[str, Path]]
+) -> list[Skipped]:
+    """Name the classes that are only trained or only tested here."""
+    trained, tested = {name for name, _ in train}, {name for name, _ in test}
+    return [
+        Skipped(
+            name,
+            "a class with test images alone" if name in tested else "a class without test images",
         )
-    names = tuple(sorted(scan.classes))
-    label = {name: i for i, name in enumerate(names)}
-    return ImageSet(
-        FileStore([path for _, path in scan.files], root),
-        torch.tensor([label[name] for name, _ in scan.files], dtype=torch.int64),
-        names,
-        scan.skipped,
-    )
+        for name in names
+        if name not in trained or name not in tested
+    ]
 
 
-def _test_set(root: Path, scan: _Scan, train: ImageSet) -> ImageSet:
-    """Return the set of test images whose class has training images; list the others as skipped."""
-    label = {name: i for i, name in enumerate(train.class_names)}
-    known = [(label[name], path) for name, path in scan.files if name in label]
-    unknown = tuple(
-        Skipped(name, "test images of a class without training images")
-        for name in sorted(scan.classes - label.keys())
-    )
-    untested = tuple(
-        Skipped(name, "a class without test images")
-        for name in train.class_names
-        if name not in scan.classes
-    )
-    labels = torch.tensor([number for number, _ in known], dtype=torch.int64)
-    return replace(
-        train,
-        store=FileStore([path for _, path in known], root),
-        labels=labels,
-        skipped=scan.skipped + unknown + untested,
+def _no_images(layout: Layout, skipped: Sequence[Skipped]) -> EmptyDatasetError:
+    suffixes = " ".join(sorted(SUFFIXES))
+    return EmptyDatasetError(
+        "--data folder",
+        limit=f"{as_text(layout.train)}/CLASS/IMAGE with a suffix of {suffixes}",
+        value="no readable image",
+        hint=f"Skipped: {summarise(skipped)}" if skipped else "",
     )

@@ -1,108 +1,40 @@
-"""Sets of labelled images, in memory or in files, and the natural groups of their images."""
+"""Sets of labelled images, in memory or in files."""
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from edge_client.data.decode import check_files, decode_file
-from edge_client.data.errors import ClassMismatchError, DataFormatError, PartitionError
-
-GROUPS_FILE = "groups.csv"
-
-SEPARATOR = "_"
-
-_HINT = (
-    f"Put {GROUPS_FILE} with the columns file,group into the data folder (file: the path relative "
-    f"to it), or name every image GROUP{SEPARATOR}…, such as ann{SEPARATOR}01.png, or use another "
-    "partition."
-)
+from edge_client.data.errors import ClassMismatchError, CorruptImageError, DataFormatError
+from edge_client.data.groups import file_groups, no_groups_error
+from edge_client.data.pictures import WHITE, Colour, Picture, read_picture
+from edge_client.data.remarks import Skipped, as_text, compose
 
 
-def file_groups(root: Path, paths: Sequence[Path]) -> tuple[str, ...]:
-    """Return the group of each image.
+def tensor_of(picture: Picture) -> Tensor:
+    """Return a picture's pixels, uint8 [3, H, W]."""
+    return torch.from_numpy(picture.pixels.transpose(2, 0, 1).copy())
 
-    Groups are read from root/groups.csv if it exists; else a group is the part of the file's name
-    before its first ``_``.
 
-    Args:
-        root: the data folder.
-        paths: of the images, below ``root``.
+def decode_file(path: Path, background: Colour = WHITE) -> Tensor:
+    """Decode an image file to uint8 [3, H, W].
 
     Raises:
-        PartitionError: an image has no group.
-        DataFormatError: groups.csv is not readable, or contradicts itself.
+        CorruptImageError: the file cannot be decoded.
     """
-    table = root / GROUPS_FILE
-    groups = _read_groups(table) if table.is_file() else None
-    return tuple(_group(root, path, groups) for path in paths)
+    return tensor_of(read_picture(path, background))
 
 
-def no_groups_error(set_name: str) -> PartitionError:
-    """Return the error for a set without groups."""
-    field = f"groups of {set_name}"
-    return PartitionError(field, limit="an id for each image", value=None, hint=_HINT)
-
-
-def _group(root: Path, path: Path, groups: dict[str, str] | None) -> str:
-    file = path.relative_to(root).as_posix()
-    if groups is not None:
-        group = groups.get(file, "")
-        if not group:
-            raise PartitionError(
-                "group of an image", limit=f"a row in {root / GROUPS_FILE}", value=file, hint=_HINT
-            )
-        return group
-    group, separator, _ = path.name.partition(SEPARATOR)
-    if not (group and separator):
-        raise PartitionError(
-            "group of an image", limit=f"a name GROUP{SEPARATOR}…", value=file, hint=_HINT
-        )
-    return group
-
-
-def _read_groups(table: Path) -> dict[str, str]:
-    """Read groups.csv: the group of each file."""
-    groups: dict[str, str] = {}
-    try:
-        with table.open(newline="", encoding="utf-8-sig") as stream:
-            rows = csv.DictReader(stream, strict=True)
-            if not {"file", "group"} <= set(rows.fieldnames or ()):
-                raise DataFormatError(
-                    f"columns of {table}",
-                    limit="file,group",
-                    value=",".join(rows.fieldnames or ()),
-                )
-            for row in rows:
-                file, group = ((row[name] or "").strip() for name in ("file", "group"))
-                file = PurePosixPath(file).as_posix()  # ./cat/1.png is cat/1.png
-                if groups.setdefault(file, group) != group:
-                    raise DataFormatError(
-                        f"groups of {file} in {table}",
-                        limit=groups[file],
-                        value=group,
-                        hint="A file has to be in one group only.",
-                    )
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataFormatError(
-            str(table), limit="CSV in UTF-8", value="unreadable", hint=str(error)
-        ) from error
-    return groups
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """A file or class that a set leaves out, and the reason."""
-
-    path: str
-    reason: str
+def digest_of(image: Tensor) -> bytes:
+    """Return a hash of an image, uint8 [3, H, W]."""
+    return hashlib.blake2b(image.contiguous().numpy().tobytes(), digest_size=16).digest()
 
 
 class ImageStore(Protocol):
@@ -135,8 +67,31 @@ class ImageStore(Protocol):
         """
         ...
 
+    def digest(self, index: int) -> bytes:
+        """Return a hash of one image; of no bytes where the image cannot be decoded."""
+        try:
+            return digest_of(self.read(index))
+        except CorruptImageError:
+            return b""  # reading it later reports the error
 
-class ArrayStore:
+    def take_resized(self, index: int, form: Hashable) -> Tensor | None:
+        """Give away one image that was resized when the files were first read.
+
+        Args:
+            index: of the image.
+            form: `Preprocessing.form`, to which it has to be resized.
+
+        Returns:
+            uint8 [3, S, S], or None: read and resize it. A second call returns None.
+        """
+        return None
+
+    def drop_resized(self) -> None:
+        """Free the resized images that nobody has taken."""
+        return
+
+
+class ArrayStore(ImageStore):
     """Images of one size in memory, uint8 [n, C, H, W] with C = 1 (grey) or 3."""
 
     def __init__(self, pixels: Tensor) -> None:
@@ -169,17 +124,42 @@ class ArrayStore:
         raise no_groups_error("this set")
 
 
-class FileStore:
+@dataclass(frozen=True)
+class Decoded:
+    """What is kept of files that have been decoded once: hashes, and some resized images.
+
+    Attributes:
+        digests: a hash of each image.
+        form: to which the images are resized; see `Preprocessing.form`.
+        resized: uint8 [3, S, S] each; they are given away once.
+    """
+
+    digests: Mapping[Path, bytes]
+    form: Hashable
+    resized: dict[Path, Tensor]
+
+
+class FileStore(ImageStore):
     """Images in files, decoded when they are read.
 
     Args:
         paths: of the files, below ``root``.
         root: the data folder.
+        background: colour behind transparent parts.
+        decoded: what is known of the files already.
     """
 
-    def __init__(self, paths: Sequence[Path], root: Path) -> None:
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        root: Path,
+        background: Colour = WHITE,
+        decoded: Decoded | None = None,
+    ) -> None:
         self.paths = tuple(paths)
         self.root = root
+        self._background = background
+        self._decoded = decoded
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -190,24 +170,39 @@ class FileStore:
         Raises:
             CorruptImageError: the image cannot be decoded.
         """
-        return decode_file(self.paths[index])
+        return decode_file(self.paths[index], self._background)
 
     def unreadable(self) -> dict[int, Skipped]:
         """Return the images whose files are missing or damaged now, by position."""
-        reasons = check_files(self.paths)
-        return {
-            index: Skipped(str(path), reason)
-            for index, (path, reason) in enumerate(zip(self.paths, reasons, strict=True))
-            if reason is not None
-        }
+        unreadable = {}
+        for index, path in enumerate(self.paths):
+            try:
+                read_picture(path, self._background)
+            except CorruptImageError as error:
+                unreadable[index] = Skipped(as_text(path), error.hint or "unreadable")
+        return unreadable
 
     def take(self, indices: Tensor) -> FileStore:
         """Return a store of these files only."""
-        return FileStore([self.paths[i] for i in indices.tolist()], self.root)
+        paths = [self.paths[i] for i in indices.tolist()]
+        return FileStore(paths, self.root, self._background, self._decoded)
 
     def groups(self) -> tuple[str, ...]:
         """Return the images' groups; see `file_groups` for sources and errors."""
         return file_groups(self.root, self.paths)
+
+    def digest(self, index: int) -> bytes:
+        known = self._decoded.digests.get(self.paths[index]) if self._decoded else None
+        return super().digest(index) if known is None else known
+
+    def take_resized(self, index: int, form: Hashable) -> Tensor | None:
+        if self._decoded is None or self._decoded.form != form:
+            return None
+        return self._decoded.resized.pop(self.paths[index], None)
+
+    def drop_resized(self) -> None:
+        if self._decoded is not None:
+            self._decoded.resized.clear()
 
 
 @dataclass(frozen=True)
@@ -218,6 +213,7 @@ class ImageSet:
         store: n images.
         labels: int64 [n], indices into ``class_names``.
         skipped: files and classes that were not loaded, each with the reason.
+        noticed: files and classes that were loaded and are odd, each with the reason.
 
     Raises:
         DataFormatError: the labels do not match the images or the classes.
@@ -227,6 +223,7 @@ class ImageSet:
     labels: Tensor
     class_names: tuple[str, ...]
     skipped: tuple[Skipped, ...] = ()
+    noticed: tuple[Skipped, ...] = ()
 
     def __post_init__(self) -> None:
         if self.labels.dtype != torch.int64 or self.labels.shape != (len(self.store),):
@@ -282,32 +279,35 @@ class ImageSet:
     def aligned(self, class_names: Sequence[str]) -> ImageSet:
         """Return the set with labels that index ``class_names``; classes are matched by name.
 
-        Images of other classes are left out and listed in ``skipped``.
+        Names are compared in Unicode normal form C. Images of other classes are left out and listed
+        in ``skipped``.
 
         Raises:
             ClassMismatchError: the two lists share no name, or ``class_names`` has a duplicate.
         """
-        names = tuple(class_names)
+        names = tuple(compose(name) for name in class_names)
+        own = tuple(compose(name) for name in self.class_names)
         if names == self.class_names:
             return self
         if len(set(names)) != len(names):
             raise ClassMismatchError("class_names", limit="each name once", value=names)
         index = {name: i for i, name in enumerate(names)}
-        if not any(name in index for name in self.class_names):
+        if not any(name in index for name in own):
             raise ClassMismatchError(
                 "class names",
                 limit=f"some of {', '.join(names)}",
                 value=", ".join(self.class_names),
                 hint="Name the class folders as the run names its classes.",
             )
-        table = torch.tensor([index.get(name, -1) for name in self.class_names])
+        table = torch.tensor([index.get(name, -1) for name in own])
         counts = self.class_counts().tolist()
         other_classes = tuple(
             Skipped(name, f"not a class of this run ({count} images)")
-            for name, count in zip(self.class_names, counts, strict=True)
+            for name, count in zip(own, counts, strict=True)
             if name not in index and count
         )
         labels = table[self.labels]  # [n], -1 for a class that the run does not have
         positions = torch.nonzero(labels >= 0).flatten()
         store = self.store if len(positions) == len(self) else self.store.take(positions)
-        return ImageSet(store, labels[positions], names, self.skipped + other_classes)
+        skipped = self.skipped + other_classes
+        return ImageSet(store, labels[positions], names, skipped, self.noticed)

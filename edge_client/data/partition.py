@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from edge_client.data.errors import PartitionError
-from edge_client.data.image_set import ImageSet
 from edge_client.data.sampling import Indices, generator
+
+if TYPE_CHECKING:  # an image set imports torch; a scheme is also parsed without images
+    from edge_client.data.image_set import ImageSet
 
 SchemeKind = Literal["iid", "dirichlet", "shards", "quantity", "natural"]
 

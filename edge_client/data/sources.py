@@ -5,10 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from edge_client.data.dataset import Dataset
 from edge_client.data.errors import PartitionError, SourceError
+
+if TYPE_CHECKING:  # they import torch or Pillow; a source is also parsed without images
+    from edge_client.data.batches import Preprocessing
+    from edge_client.data.dataset import Dataset
+    from edge_client.data.pictures import Colour
+    from edge_client.data.reading import Progress
+
 
 Kind = Literal["folder", "torchvision", "digits", "fashion-mnist"]
 
@@ -66,8 +72,15 @@ def load_dataset(
     held_out: float = 0.2,
     seed: int = 0,
     class_names: Sequence[str] | None = None,
+    background: Colour = (255, 255, 255),
+    preprocessing: Preprocessing | None = None,
+    cache_bytes: int = 0,
+    progress: Progress = lambda done, total: None,
 ) -> Dataset:
     """Load a data set for training and testing; missing files are downloaded.
+
+    The files of a folder are decoded once. With ``preprocessing``, the resized images are kept as
+    far as ``cache_bytes`` goes, so that `BatchReader` need not decode them again.
 
     Args:
         source: or its text.
@@ -75,6 +88,10 @@ def load_dataset(
         seed: determines the held-out images.
         class_names: the run's classes in the order of its labels; images of other classes are left
             out and listed as skipped.
+        background: colour behind transparent parts.
+        preprocessing: of the run's model.
+        cache_bytes: memory budget of the resized images.
+        progress: receives the count of files read, and of all files.
 
     Raises:
         DataError: see `edge_client.data.errors` for its kinds.
@@ -82,11 +99,25 @@ def load_dataset(
     if not 0.0 < held_out < 1.0:
         raise PartitionError("held-out share", limit="more than 0, less than 1", value=held_out)
     source = parse_source(source) if isinstance(source, str) else source
-    dataset = _load(source, held_out, seed)
+    if source.kind == "folder":
+        from edge_client.data.folder import load_folder
+
+        dataset = load_folder(
+            source.path or Path(source.name),
+            held_out=held_out,
+            seed=seed,
+            class_names=class_names,
+            background=background,
+            preprocessing=preprocessing,
+            cache_bytes=cache_bytes,
+            progress=progress,
+        )
+    else:
+        dataset = _load_set(source, held_out, seed, background)
     return dataset if class_names is None else dataset.aligned(class_names)
 
 
-def _load(source: DataSource, held_out: float, seed: int) -> Dataset:
+def _load_set(source: DataSource, held_out: float, seed: int, background: Colour) -> Dataset:
     """Load a set. Loaders are imported on use, because a device may lack a loader's library."""
     if source.kind == "digits":
         from edge_client.data.digits import load_digits
@@ -96,10 +127,8 @@ def _load(source: DataSource, held_out: float, seed: int) -> Dataset:
         from edge_client.data.fashion_mnist import load_fashion_mnist
 
         return load_fashion_mnist(source.path)
-    if source.kind == "folder":
-        from edge_client.data.folder import load_folder
-
-        return load_folder(source.path or Path(source.name), held_out=held_out, seed=seed)
     from edge_client.data.torchvision_set import load_torchvision
 
-    return load_torchvision(source.name, source.path, held_out=held_out, seed=seed)
+    return load_torchvision(
+        source.name, source.path, held_out=held_out, seed=seed, background=background
+    )

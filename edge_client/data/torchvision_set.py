@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from torch import Tensor
 from edge_client.data.cifar import FORMS as CIFAR_FORMS
 from edge_client.data.cifar import load_cifar
 from edge_client.data.dataset import Dataset, hold_out
-from edge_client.data.decode import rgb_tensor
 from edge_client.data.download import cache_dir
 from edge_client.data.errors import (
     CorruptImageError,
@@ -28,7 +28,10 @@ from edge_client.data.errors import (
     UnknownDatasetError,
 )
 from edge_client.data.fashion_mnist import load_fashion_mnist
-from edge_client.data.image_set import ImageSet, Skipped, no_groups_error
+from edge_client.data.groups import no_groups_error
+from edge_client.data.image_set import ImageSet, ImageStore, tensor_of
+from edge_client.data.pictures import WHITE, Colour, convert_picture, read_picture
+from edge_client.data.remarks import Skipped
 
 Arguments = Mapping[str, object]
 
@@ -76,7 +79,9 @@ _LABEL_ATTRIBUTES = ("targets", "labels", "_labels", "y")
 _PAIR_ATTRIBUTES = ("_samples", "samples", "_flat_character_images")
 
 
-def load_torchvision(name: str, root: Path | None, *, held_out: float, seed: int) -> Dataset:
+def load_torchvision(
+    name: str, root: Path | None, *, held_out: float, seed: int, background: Colour = WHITE
+) -> Dataset:
     """Load a set of torchvision.datasets, downloaded if its files are missing.
 
     Sets with pickled files are refused; CIFAR is read in its binary form.
@@ -86,6 +91,7 @@ def load_torchvision(name: str, root: Path | None, *, held_out: float, seed: int
         root: folder of the files; None: the cache.
         held_out: share of each class to test on, if the set has no test half.
         seed: determines the held-out images.
+        background: colour behind transparent parts.
 
     Raises:
         UnknownDatasetError: torchvision has no such classification set.
@@ -108,10 +114,10 @@ def load_torchvision(name: str, root: Path | None, *, held_out: float, seed: int
     halves = _halves(name, factory)
     train = _open(name, factory, halves[0], home)
     if halves[1] is None:
-        (images,) = _image_sets(name, [train])
+        (images,) = _image_sets(name, [train], background)
         return hold_out(images, held_out, seed)
     test = _open(name, factory, halves[1], home)
-    return Dataset(*_image_sets(name, [train, test]))
+    return Dataset(*_image_sets(name, [train, test], background))
 
 
 def _factory(name: str) -> Any:
@@ -196,7 +202,7 @@ def _download_error(
     )
 
 
-def _image_sets(name: str, halves: Sequence[Any]) -> list[ImageSet]:
+def _image_sets(name: str, halves: Sequence[Any], background: Colour) -> list[ImageSet]:
     raw = [_labels(name, half) for half in halves]
     names = _class_names(halves[0])
     values = np.unique(np.concatenate(raw))
@@ -208,7 +214,7 @@ def _image_sets(name: str, halves: Sequence[Any]) -> list[ImageSet]:
         names = tuple(str(value) for value in values)
         raw = [np.searchsorted(values, labels).astype(np.int64) for labels in raw]
     return [
-        ImageSet(TorchvisionStore(name, half), torch.from_numpy(labels), names)
+        ImageSet(TorchvisionStore(name, half, background), torch.from_numpy(labels), names)
         for half, labels in zip(halves, raw, strict=True)
     ]
 
@@ -270,18 +276,24 @@ def _pcam_labels(half: Any) -> NDArray[np.int64]:
         ) from error
 
 
-class TorchvisionStore:
+class TorchvisionStore(ImageStore):
     """Images of a torchvision set.
 
     Args:
         name: of the set.
         half: torchvision's training or test half.
+        background: colour behind transparent parts.
         rows: positions of the images in ``half``, int64 [n]; None: all.
     """
 
-    def __init__(self, name: str, half: Any, rows: Tensor | None = None) -> None:
+    def __init__(
+        self, name: str, half: Any, background: Colour = WHITE, rows: Tensor | None = None
+    ) -> None:
         self.name = name
         self.half = half
+        self._background = background
+        if hasattr(half, "loader"):  # a folder of files, which torchvision would open its own way
+            half.loader = partial(_open_file, background)
         self.rows = torch.arange(len(half)) if rows is None else rows
 
     def __len__(self) -> int:
@@ -297,7 +309,7 @@ class TorchvisionStore:
         try:
             image = self.half[row][0]
             if isinstance(image, Image.Image):
-                return rgb_tensor(image)
+                return tensor_of(convert_picture(image, self._background))
             return _rgb(torch.as_tensor(image))
         except Exception as error:  # as in decode_file
             raise CorruptImageError(
@@ -320,11 +332,15 @@ class TorchvisionStore:
 
     def take(self, indices: Tensor) -> TorchvisionStore:
         """Return a store of these images only; its files or arrays are shared."""
-        return TorchvisionStore(self.name, self.half, self.rows[indices])
+        return TorchvisionStore(self.name, self.half, self._background, self.rows[indices])
 
     def groups(self) -> tuple[str, ...]:
         """Raise PartitionError: torchvision's sets have no groups."""
         raise no_groups_error(f"torchvision:{self.name}")
+
+
+def _open_file(background: Colour, path: str) -> Image.Image:
+    return Image.fromarray(read_picture(Path(path), background).pixels)
 
 
 def _rgb(pixels: Tensor) -> Tensor:

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from edge_client.data import BatchReader
-from split_model import Head, for_the_tail, needed_tokens
+from edge_client.data.batches import BatchReader
+from split_model.parts.head import Head
+from split_model.parts.tail import for_the_tail, needed_tokens
 
 # Matrix products of another size may differ in their last bit. With a constant batch size a
 # sample's smashed data do not depend on the other samples of a call.

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from edge_client.data import BatchReader
+from edge_client.data.batches import BatchReader
 from edge_client.smashed.head_cache import HeadOutputs
 from edge_client.transport.split_client import SplitPlane, max_samples_per_frame
 from protocol.messages import SAMPLE_ID_BYTES

@@ -9,14 +9,14 @@ from pathlib import Path
 from torch import Tensor
 
 from edge_client.storage.blob_cache import BlobCache
-from edge_client.transport import Server
+from edge_client.transport.client import Server
 from protocol.codecs.feedback import ErrorFeedback
 from protocol.codecs.registry import as_decoded
 from protocol.errors import MalformedFrame, NotFound
 from protocol.frames import require_kind
 from protocol.messages import BlobRef, UpdateMeta
 from protocol.plan import WirePlan
-from split_model import TunedState, applied, difference, load_state, state_bytes
+from split_model.checkpoints.state import TunedState, applied, difference, load_state, state_bytes
 
 
 class GlobalStates:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from edge_client.training.context import Diverged, RoundContext
-from edge_client.transport import Features, SamplesMissing, SplitPlane
+from edge_client.transport.split_client import Features, SamplesMissing, SplitPlane
 from protocol.messages import MAX_LOSS
 
 _MAX_UPLOADS = 3  # of samples that the server has lost

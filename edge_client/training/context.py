@@ -9,14 +9,14 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from edge_client.data import BatchReader, shuffled
+from edge_client.data.batches import BatchReader, shuffled
 from edge_client.model import DeviceModel
 from edge_client.smashed.head_cache import HeadOutputs
 from edge_client.smashed.uploads import SampleUploader
-from edge_client.transport import Features, SamplesMissing
+from edge_client.transport.split_client import Features, SamplesMissing
 from protocol.plan import RunPlan
 from protocol.seeds import derive_seed
-from split_model import learning_rate_factor
+from split_model.optimizer import learning_rate_factor
 
 R = TypeVar("R")
 

@@ -14,8 +14,7 @@ from torch.nn import functional as F
 
 from edge_client.model import DeviceModel
 from edge_client.training.context import Advance, Samples
-from edge_client.transport import SplitPlane
-from edge_client.transport.split_client import max_samples_per_frame
+from edge_client.transport.split_client import SplitPlane, max_samples_per_frame
 
 Item = TypeVar("Item")
 

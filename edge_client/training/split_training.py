@@ -14,11 +14,11 @@ from torch.nn import functional as F
 
 from edge_client.model import DeviceModel
 from edge_client.training.context import Diverged, RoundContext
-from edge_client.transport import SamplesMissing, SplitPlane
+from edge_client.transport.split_client import SamplesMissing, SplitPlane
 from protocol.codecs.registry import as_decoded
 from protocol.errors import StepLost
 from protocol.messages import MAX_LOSS, ExchangeMeta
-from split_model import make_optimizer, set_progress
+from split_model.optimizer import make_optimizer, set_progress
 
 _MAX_ATTEMPTS = 5  # at one step, before its loss is reported as an error
 

@@ -11,12 +11,10 @@ import uuid
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote
 
 import httpx
-import torch
-from torch import Tensor
 
 from edge_client.transport.http_transport import BODY_EXTENSION, MeteredTransport
 from edge_client.transport.link import Link
@@ -30,7 +28,6 @@ from protocol.errors import (
     Unreachable,
     error_from_wire,
 )
-from protocol.frames import Frame, decode_frame, encode_frame, frame_length
 from protocol.messages import (
     Assignment,
     BlobRef,
@@ -51,6 +48,13 @@ from protocol.wire import (
     REQUEST_ID_HEADER,
     VERSION_HEADER,
 )
+
+# Frames import torch, which takes seconds and which most requests do without.
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from protocol.frames import Frame
 
 log = logging.getLogger("edge_client")
 
@@ -167,6 +171,8 @@ class Server:
             codec: encodes ``state``.
             extras: further tensors, sent as float32.
         """
+        from protocol.frames import encode_frame
+
         tensors = {name: (value, codec) for name, value in state.items()}
         tensors |= {name: (value, "float32") for name, value in (extras or {}).items()}
         pieces = encode_frame("update", meta.model_dump(), tensors)
@@ -199,6 +205,8 @@ class Server:
             NotFound: the server has no such difference.
         """
         path = _run_path(run, f"states/{ref.sha256}/delta?base={base.sha256}")
+        from protocol.frames import decode_frame
+
         return decode_frame(_body(self._call("GET", path, [])))
 
     # Split plane
@@ -220,6 +228,8 @@ class Server:
             tensors: each with its codec.
             at_random: generators for the tensors whose codec rounds stochastically.
         """
+        from protocol.frames import decode_frame, encode_frame
+
         pieces = encode_frame(kind, meta, tensors, generators=generators)
         return decode_frame(_body(self._call("POST", path, pieces, media=FRAME_MEDIA_TYPE)))
 
@@ -273,7 +283,7 @@ class Server:
         if media is not None:
             sent["content-type"] = media
         if method != "GET":
-            sent["content-length"] = str(frame_length(pieces))
+            sent["content-length"] = str(sum(piece.nbytes for piece in pieces))
         if key is not None:
             sent[IDEMPOTENCY_HEADER] = key
         return self._retry.call(lambda: self._attempt(method, path, pieces, sent))

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import httptools
-import numpy as np
 
 from protocol.errors import TooLarge
 
@@ -168,6 +167,8 @@ def _content_length(headers: Headers) -> int | None:
 
 def _read_exactly(socket: Receiver, length: int, start: bytearray) -> Body:
     """Read a body of known length, of which ``start`` has been received."""
+    import numpy as np  # here, because it takes longer to import than a first request
+
     body: memoryview = np.empty(length, np.uint8).data  # unlike bytearray, not zeroed first
     filled = len(start)
     body[:filled] = start

@@ -24,7 +24,10 @@ from protocol.wire import (
     SOLVE_PATH,
     START_PATH,
 )
-from split_model import Head, anatomy, feature_shape, needed_tokens
+from split_model.backbone.architecture import anatomy
+from split_model.parts.depths import feature_shape
+from split_model.parts.head import Head
+from split_model.parts.tail import needed_tokens
 
 _MAX_IDS = 16_384  # in one request
 

@@ -12,13 +12,14 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
-from edge_client.data import PartitionError, parse_scheme
+from edge_client.data.errors import PartitionError
+from edge_client.data.partition import parse_scheme
 from protocol.base import Message
 from protocol.errors import InvalidField
 from protocol.messages import parse_message
 from protocol.parts import Text
 from protocol.settings import refuse_moved
-from sfprompt_bench.methods.base import merged
+from sfprompt_bench.presets import merged
 
 PARTS = ("model", "method", "training", "wire", "federation")  # of a run's settings
 

@@ -15,7 +15,7 @@ from sfprompt_bench.compare.tasks import Task
 from sfprompt_bench.methods.base import Method, Reference, tuning_fields
 from sfprompt_bench.methods.registry import get_method, settable_fields
 from sfprompt_bench.presets import PRESETS, preset_named
-from split_model import anatomy
+from split_model.backbone.architecture import anatomy
 from tuning_methods.proxies.settings import distillation_of
 
 _OTHER_DATA = "fashion-mnist"  # its presets serve data sets without presets

@@ -8,13 +8,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from edge_client.data import BatchReader, Dataset, ImageSet, load_dataset
+from edge_client.data.batches import BatchReader
+from edge_client.data.dataset import Dataset
+from edge_client.data.image_set import ImageSet
+from edge_client.data.pictures import parse_colour
+from edge_client.data.sources import load_dataset
 from edge_client.model import preprocessing_of
 from protocol.plan import RunPlan
 from protocol.seeds import derive_seed
 from sfprompt_bench.compare.tasks import Figures
-from split_model import TunedModel, image_preparation, open_backbone, prepare_backbone
 from split_model.backbone.tensor_file import write_tensors
+from split_model.backbone.weights import open_backbone, prepare_backbone
+from split_model.checkpoints.export import TunedModel
+from split_model.checkpoints.metadata import image_preparation
 from tuning_methods.proxies.cache import IMAGES
 from tuning_methods.proxies.settings import distillation_of
 from tuning_methods.proxies.weights import insert_into_backbone
@@ -31,7 +37,8 @@ def write_distillation_images(plan: RunPlan, data_dir: Path) -> None:
     distillation = distillation_of(plan)
     if distillation.epochs == 0 or distillation.images == "random":
         return
-    images = load_dataset(distillation.images, seed=0).train
+    background = parse_colour(plan.model.background)
+    images = load_dataset(distillation.images, seed=0, background=background).train
     generator = torch.Generator().manual_seed(derive_seed(0, "distillation-images"))
     chosen = torch.randperm(len(images), generator=generator)[: distillation.samples]
     pixels = torch.stack([images.image(int(index)) for index in chosen])  # [N, 3, H, W]

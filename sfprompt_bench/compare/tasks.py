@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from edge_client.data import DataError
+from edge_client.data.errors import DataError
 from protocol.errors import SFPromptError
 from sfprompt_bench.run.processes import end_processes
 

@@ -15,7 +15,10 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from edge_client.data import DataError, Dataset, limit_per_set, load_dataset
+from edge_client.data.dataset import Dataset, limit_per_set
+from edge_client.data.errors import DataError
+from edge_client.data.pictures import parse_colour
+from edge_client.data.sources import load_dataset
 from protocol.errors import SFPromptError
 from protocol.messages import parse_message
 from protocol.settings import RunSettings
@@ -35,7 +38,7 @@ from sfprompt_bench.compare.usage import UsageWatch
 from sfprompt_bench.methods.base import FederatedMethod, Reference
 from sfprompt_bench.methods.registry import get_method
 from sfprompt_bench.run.local_run import LocalRun
-from split_model import load_state
+from split_model.checkpoints.state import load_state
 
 JOB, FIGURES = "job.json", "figures.json"
 
@@ -91,7 +94,12 @@ def _pooled_data(settings: RunSettings, inputs: dict[str, Any]) -> Dataset:
     """Load the images of all devices of a run together."""
     train, test = inputs["limits"]
     seed = settings.seed % _MAX_SEED
-    data = load_dataset(inputs["data"], seed=seed, class_names=settings.class_names)
+    data = load_dataset(
+        inputs["data"],
+        seed=seed,
+        class_names=settings.class_names,
+        background=parse_colour(settings.model.background),
+    )
     return limit_per_set(data, train=train, test=test, shots=inputs["shots"], seed=seed)
 
 

@@ -13,7 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from protocol.plan import ModelPlan
 from sfprompt_bench.cost.sizes import uncut_settings
-from split_model import Body, Head, Tail, anatomy
+from split_model.backbone.architecture import anatomy
+from split_model.parts.body import Body
+from split_model.parts.head import Head
+from split_model.parts.tail import Tail
 
 # Blocks of one kind cost the same: equal names, shapes and tuning of their parameters, and equal
 # need for an input gradient, which exists where something before the block is tuned.

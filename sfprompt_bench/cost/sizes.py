@@ -13,8 +13,11 @@ from protocol.codec_names import parse_codec
 from protocol.codecs import encoded_bytes
 from protocol.errors import InvalidField
 from protocol.plan import ModelPlan
-from split_model import Head, PartBytes, anatomy, part_bytes, prompt_shape, skeleton
+from split_model.backbone.architecture import anatomy, skeleton
 from split_model.checkpoints.head_file import EXTRA, HeadDtype, packed_bytes
+from split_model.layers.prompts import prompt_shape
+from split_model.parts.cost import PartBytes, part_bytes
+from split_model.parts.head import Head
 from tuning_methods.sfprompt.local_body import LocalBody
 
 FLOAT_BYTES = 4  # of a float32

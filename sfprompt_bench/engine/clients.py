@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from edge_client.transport import Server, SplitPlane
+from edge_client.transport.client import Server
+from edge_client.transport.split_client import SplitPlane
 from protocol.messages import parse_message
 from protocol.plan import RunPlan
 from sfprompt_bench.engine import echo, stages

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import split_model
 from protocol.messages import parse_message
 from protocol.plan import ModelPlan
 from sfprompt_bench.cost.flops import body_step_flops
 from sfprompt_bench.engine.stages import time_server_stages
 from sfprompt_bench.engine.worker import serve_tasks
-from split_model import Body
+from split_model.backbone.weights import open_backbone, prepare_backbone
+from split_model.parts.body import Body
+from split_model.parts.build import build_body
 from split_server.runtime.device import Placement, choose_placement
 from split_server.runtime.process import keep_large_buffers
 
@@ -103,10 +104,10 @@ class Loop:
         settings = parse_message(ModelPlan, model)
         split = settings
         self._placement = choose_placement(**placement)
-        file = split_model.prepare_backbone(split, settings.weights, Path(backbones))
-        self._body = split_model.build_body(
+        file = prepare_backbone(split, settings.weights, Path(backbones))
+        self._body = build_body(
             split,
-            split_model.open_backbone(file.path),
+            open_backbone(file.path),
             self._placement.device,
             self._placement.dtype,
         )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from edge_client.transport import Server
+from edge_client.transport.client import Server
 from protocol.errors import SFPromptError
 from protocol.messages import JoinRequest, Task
 from protocol.plan import RunPlan

@@ -17,7 +17,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from edge_client.transport import RetryPolicy
+from edge_client.transport.retry import RetryPolicy
 from protocol.errors import MalformedFrame, SFPromptError, StepLost, Unreachable, error_from_wire
 from protocol.frames import decode_frame, encode_frame, frame_length, require_kind
 from protocol.wire import (

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import split_model
 from protocol.messages import parse_message
 from protocol.plan import ModelPlan, RunPlan
+from split_model.backbone.architecture import anatomy
 
 _PROMPTS = 5
 
@@ -122,7 +122,7 @@ class EngineSetting:
     @property
     def empty_model(self) -> ModelPlan:
         """The model with an empty body: all blocks are in the head."""
-        depth = split_model.anatomy(self.model).depth
+        depth = anatomy(self.model).depth
         return self._model(depth, 0)
 
     def _model(self, cut: int, prompts: int) -> ModelPlan:
@@ -156,7 +156,7 @@ class EngineSetting:
 
 def shape_of(model: ModelPlan, batch: int) -> tuple[int, int, int]:
     """[B, T, D] of a batch's smashed data, prompts at the input included."""
-    sizes = split_model.anatomy(model)
+    sizes = anatomy(model)
     return batch, sizes.tokens + model.prompt_count, sizes.width
 
 

@@ -9,12 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from sfprompt_bench.cost.method_cost import Question
-from sfprompt_bench.estimate.calculator import estimate as calculate
-from sfprompt_bench.estimate.calculator import paper_training
-from sfprompt_bench.estimate.report import estimate_report, estimate_table
-from sfprompt_bench.methods.base import with_changes
-from sfprompt_bench.presets import JsonFile, preset_named
+from sfprompt_bench.presets import JsonFile, preset_named, with_changes
 
 
 def estimate(
@@ -44,6 +39,12 @@ def estimate(
     json_file: JsonFile = None,
 ) -> None:
     """Calculate a device's traffic, compute and memory for each method, without a run."""
+    # Imported here: torch takes seconds to import, which help and errors do not need.
+    from sfprompt_bench.cost.method_cost import Question
+    from sfprompt_bench.estimate.calculator import estimate as calculate
+    from sfprompt_bench.estimate.calculator import paper_training
+    from sfprompt_bench.estimate.report import estimate_report, estimate_table
+
     method: dict[str, Any] = {"cut": cut, "keep_tokens": keep_tokens}
     paper = paper_training()
     if keep_fraction is not None:

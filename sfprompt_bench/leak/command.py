@@ -4,59 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
-from edge_client.data import Dataset, limit_per_set, load_dataset, parse_source
-from protocol.settings import RunSettings
-from sfprompt_bench.leak.attacks import (
-    cluster_directions,
-    infer_from_sums,
-    infer_labels,
-    purity,
-)
-from sfprompt_bench.leak.rounds import ObservedRound, observe_rounds
-from sfprompt_bench.leak.start import ObservedStart, observe_start
-from sfprompt_bench.methods.base import with_changes
-from sfprompt_bench.methods.pooled import PooledModel
-from sfprompt_bench.presets import JsonFile, preset_named
+from sfprompt_bench.presets import JsonFile, preset_named, with_changes
+from sfprompt_bench.run.preflight import check_packages
+
+if TYPE_CHECKING:
+    from sfprompt_bench.leak.measurement import LeakResult
 
 CODECS = ("int4", "int8", "float32")
 
 _HELD_OUT = 0.2
 
 _PROMPTS = {"split_epochs": 1, "keep_fraction": 1.0, "prompt_count": 5}
-
-
-@dataclass(frozen=True)
-class LeakResult:
-    """Shares of one round's labels that the server infers, and of random labels for comparison.
-
-    Attributes:
-        gradients: their codec; None: round 0, from the sums in each class.
-        round: its number.
-        samples: number of labels.
-        by_least_squares: from gradients with the tail of the round's global state, or from sums.
-        by_least_squares_random: of random labels.
-        by_clusters: purity of clusters of the gradients' directions, without the tail.
-        by_clusters_random: of random labels.
-    """
-
-    gradients: str | None
-    round: int
-    samples: int
-    by_least_squares: float
-    by_least_squares_random: float
-    by_clusters: float | None = None
-    by_clusters_random: float | None = None
 
 
 def leak(
@@ -74,7 +39,13 @@ def leak(
     gradients. The server knows the features that it sent, the sums and gradients that it received
     and the tail of each round's global state.
     """
+    check_packages()
     settings = with_changes(preset_named(data).settings, {"method": _PROMPTS})
+    # Imported here: torch takes seconds to import, which help and errors do not need.
+    from edge_client.data.dataset import limit_per_set
+    from edge_client.data.sources import load_dataset, parse_source
+    from sfprompt_bench.leak.measurement import measure_leak
+
     source = load_dataset(parse_source(data), held_out=_HELD_OUT, seed=seed)
     images = limit_per_set(source, train=samples, seed=seed)
     rounds = min(rounds, settings.federation.rounds)
@@ -91,69 +62,6 @@ def leak(
     if json_file is not None:
         values = [dataclasses.asdict(result) for result in results]
         json_file.write_text(json.dumps(values, indent=2) + "\n")
-
-
-def measure_leak(settings: RunSettings, data: Dataset, rounds: int) -> Iterator[LeakResult]:
-    """Train ``rounds`` rounds of one device with all training images, and attack each.
-
-    A run that starts in closed form has a round 0 before them.
-
-    Raises:
-        InvalidField: the server does not tune the prompts, or the model cannot be obtained.
-    """
-    plan = settings.plan
-    model, basis = PooledModel(plan, data), None
-    if plan.model.depths:
-        basis, start = observe_start(model, plan)
-        yield attack_start(start, plan.seed)
-    for observed in observe_rounds(model, plan, rounds, basis):
-        yield attack_round(observed, plan.wire.gradients, plan.model.num_classes, plan.seed)
-
-
-def attack_start(observed: ObservedStart, seed: int) -> LeakResult:
-    """Infer the labels of round 0; ``seed`` is that of the random labels."""
-    inferred = infer_from_sums(observed.features, observed.sums, observed.counts)
-    random = _shuffled(observed.labels, seed)
-    return LeakResult(
-        gradients=None,
-        round=0,
-        samples=len(inferred),
-        by_least_squares=_share(inferred == observed.labels),
-        by_least_squares_random=_share(inferred == random),
-    )
-
-
-def attack_round(observed: ObservedRound, codec: str, classes: int, seed: int) -> LeakResult:
-    """Infer the labels of a round, with its tail and without.
-
-    Args:
-        observed: the round.
-        codec: of the gradients, for the result.
-        classes: their number.
-        seed: of the clusters and of the random labels.
-    """
-    labels = observed.labels
-    random = _shuffled(labels, seed)
-    inferred = infer_labels(observed.tail, observed.features, observed.gradients)
-    clusters = cluster_directions(observed.gradients, classes, seed)
-    return LeakResult(
-        gradients=codec,
-        round=observed.number,
-        samples=len(labels),
-        by_least_squares=_share(inferred == labels),
-        by_least_squares_random=_share(inferred == random),
-        by_clusters=purity(clusters, labels),
-        by_clusters_random=purity(clusters, random),
-    )
-
-
-def _shuffled(labels: Tensor, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return labels[torch.randperm(len(labels), generator=generator)]
-
-
-def _share(hits: Tensor) -> float:
-    return float(hits.double().mean())
 
 
 def _table(results: list[LeakResult], data: str) -> Table:

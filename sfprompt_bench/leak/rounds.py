@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from edge_client.data import shuffled
+from edge_client.data.batches import shuffled
 from edge_client.model import DeviceModel
 from edge_client.training.split_training import train_tail
 from protocol.codecs import get_codec
@@ -18,8 +18,8 @@ from protocol.errors import InvalidField
 from protocol.plan import RunPlan
 from protocol.seeds import derive_seed
 from sfprompt_bench.methods.pooled import PooledModel
-from split_model import Tail, for_the_tail
 from split_model.optimizer import learning_rate_factor, make_optimizer, set_progress
+from split_model.parts.tail import Tail, for_the_tail
 from split_server.closed_form.basis import Basis
 
 

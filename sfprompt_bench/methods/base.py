@@ -9,17 +9,16 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel
 
-from edge_client.data import Dataset
+from edge_client.data.dataset import Dataset
 from protocol.messages import parse_message
 from protocol.method import method_class
 from protocol.parts import WireSettings
 from protocol.presets import Form
 from protocol.settings import RunSettings
 from sfprompt_bench.cost.method_cost import MethodCost, Question
+from sfprompt_bench.presets import Changes, merged
 
 Advance = Callable[[int, int], None]  # called with steps done and total steps
-
-Changes = Mapping[str, Mapping[str, Any]]  # by part of the settings, then by field
 
 FLOAT32: Mapping[str, Any] = WireSettings().model_dump()  # the wire of published methods
 
@@ -119,31 +118,6 @@ class Reference(Method):
 def tuning_fields(tuning: str) -> set[str]:
     """The fields of a tuning method's `[method]` table, without its name."""
     return set(method_class(tuning).model_fields) - {"name"}
-
-
-def merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of ``first`` with those of ``second``; tables in both are merged likewise."""
-    result = dict(first)
-    for key, value in second.items():
-        known = result.get(key)
-        if isinstance(known, Mapping) and isinstance(value, Mapping):
-            value = merged(known, value)
-        result[key] = value
-    return result
-
-
-def with_changes(settings: RunSettings, changes: Changes) -> RunSettings:
-    """Set some fields of some parts and validate the settings as a whole.
-
-    A `[method]` with another name replaces the whole table; other parts keep their values.
-
-    Raises:
-        InvalidField: there is no such field, or the fields contradict each other.
-    """
-    values = settings.model_dump()
-    if changes.get("method", {}).get("name", settings.method.name) != settings.method.name:
-        values["method"] = {}
-    return parse_message(RunSettings, merged(values, changes))
 
 
 def _chosen_values(settings: RunSettings) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from edge_client.data import BatchReader, Dataset
+from edge_client.data.batches import BatchReader
+from edge_client.data.dataset import Dataset
 from protocol.settings import RunSettings
 from sfprompt_bench.methods.base import Advance, ReferenceResult
 from sfprompt_bench.methods.pooled import BATCH, FrozenFeatures, PooledModel

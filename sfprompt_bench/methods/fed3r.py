@@ -10,9 +10,10 @@ from protocol.plan import ModelPlan
 from sfprompt_bench.cost.flops import forward_flops
 from sfprompt_bench.cost.method_cost import MethodCost, Question
 from sfprompt_bench.cost.sizes import FLOAT_BYTES, parameter_counts, run_blocks, uncut_settings
-from sfprompt_bench.methods.base import FLOAT32, Changes
+from sfprompt_bench.methods.base import FLOAT32
 from sfprompt_bench.methods.whole_model import WholeModelMethod, pretrained_model
-from split_model import anatomy
+from sfprompt_bench.presets import Changes
+from split_model.backbone.architecture import anatomy
 from tuning_methods.fed3r.sums import sums_shapes
 
 

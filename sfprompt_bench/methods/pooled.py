@@ -9,35 +9,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from edge_client.data import BatchReader, Dataset, cache_dir, shuffled
+from edge_client.data.batches import BatchReader, shuffled
+from edge_client.data.dataset import Dataset
+from edge_client.data.download import cache_dir
 from edge_client.model import preprocessing_of
 from protocol.federation import FederationSettings
 from protocol.plan import RunPlan
 from protocol.seeds import derive_seed
 from protocol.settings import RunSettings
-from sfprompt_bench.methods.base import (
-    FLOAT32,
-    Advance,
-    Changes,
-    Reference,
-    ReferenceResult,
-)
-from split_model import (
-    Body,
-    Head,
-    Layered,
-    Tail,
-    build_body,
-    build_head,
-    build_tail,
-    head_tensors,
-    image_preparation,
-    initial_state,
-    open_backbone,
-    prepare_backbone,
-    tail_tensors,
-)
+from sfprompt_bench.methods.base import FLOAT32, Advance, Reference, ReferenceResult
+from sfprompt_bench.presets import Changes
+from split_model.backbone.weights import open_backbone, prepare_backbone
+from split_model.checkpoints.metadata import image_preparation
+from split_model.checkpoints.state import head_tensors, initial_state, tail_tensors
 from split_model.optimizer import learning_rate_factor, make_optimizer, set_progress
+from split_model.parts.body import Body
+from split_model.parts.build import Layered, build_body, build_head, build_tail
+from split_model.parts.head import Head
+from split_model.parts.tail import Tail
 
 BATCH = 200  # images of a forward pass
 

@@ -16,8 +16,12 @@ from protocol.settings import RunSettings
 from sfprompt_bench.cost.flops import blocks_flops, embedding_flops, is_tuned, output_flops
 from sfprompt_bench.cost.method_cost import MethodCost, Question
 from sfprompt_bench.cost.sizes import FLOAT_BYTES, image_numbers, peak_bytes
-from sfprompt_bench.methods.base import FLOAT32, Changes, FederatedMethod
-from split_model import Head, Tail, anatomy, state_shapes
+from sfprompt_bench.methods.base import FLOAT32, FederatedMethod
+from sfprompt_bench.presets import Changes
+from split_model.backbone.architecture import anatomy
+from split_model.checkpoints.state import state_shapes
+from split_model.parts.head import Head
+from split_model.parts.tail import Tail
 from tuning_methods.fedpft.settings import FedPFT as FedPftSettings
 from tuning_methods.proxies.neurons import neurons_shape
 from tuning_methods.proxies.settings import distillation_of
@@ -58,11 +62,7 @@ class ProxiedMethod(FederatedMethod):
     def cost(self, question: Question) -> MethodCost:
         settings = self.model(question)
         trained = sum(map(math.prod, state_shapes(settings).values()))
-        numbers = sum(
-            tensor.numel()
-            for part in (Head(settings), Tail(settings))
-            for tensor in part.state_dict().values()
-        )
+        numbers = _device_numbers(settings)
         visits = question.train_samples * question.local_epochs
         return MethodCost(
             trainable_parameters=trained,
@@ -146,6 +146,14 @@ def _head_flops(settings: ModelPlan) -> int:
     return embedding_flops(head) + blocks_flops(head)
 
 
+@functools.lru_cache(maxsize=64)
+def _device_numbers(settings: ModelPlan) -> int:
+    """Count the numbers in head and tail."""
+    parts = (Head(settings), Tail(settings))
+    return sum(tensor.numel() for part in parts for tensor in part.state_dict().values())
+
+
+@functools.lru_cache(maxsize=64)
 def _activations(settings: ModelPlan) -> int:
     """Count what autograd keeps of one image: of every block as of a frozen one, plus LoRA's.
 

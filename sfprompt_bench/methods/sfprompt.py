@@ -7,8 +7,9 @@ from typing import ClassVar
 
 from protocol.plan import WirePlan
 from sfprompt_bench.cost.method_cost import MethodCost, Question
-from sfprompt_bench.methods.base import FLOAT32, Changes, FederatedMethod
+from sfprompt_bench.methods.base import FLOAT32, FederatedMethod
 from sfprompt_bench.methods.sfprompt_cost import sfprompt_cost
+from sfprompt_bench.presets import Changes
 
 
 class SFPrompt(FederatedMethod):

@@ -20,7 +20,10 @@ from sfprompt_bench.cost.sizes import (
     tensors_bytes,
     trained_blocks,
 )
-from split_model import anatomy, device_shapes, feature_shape, needed_tokens, state_shapes
+from split_model.backbone.architecture import anatomy
+from split_model.checkpoints.state import device_shapes, state_shapes
+from split_model.parts.depths import feature_shape
+from split_model.parts.tail import needed_tokens
 from tuning_methods.sfprompt.settings import paper_part
 
 

@@ -16,8 +16,9 @@ from sfprompt_bench.cost.sizes import (
     run_blocks,
     trained_blocks,
 )
-from sfprompt_bench.methods.base import FLOAT32, Changes, FederatedMethod
-from split_model import anatomy
+from sfprompt_bench.methods.base import FLOAT32, FederatedMethod
+from sfprompt_bench.presets import Changes
+from split_model.backbone.architecture import anatomy
 
 
 class SplitFed(FederatedMethod):

@@ -19,8 +19,9 @@ from sfprompt_bench.cost.sizes import (
     trained_blocks,
     uncut_settings,
 )
-from sfprompt_bench.methods.base import FLOAT32, Changes, FederatedMethod
-from split_model import anatomy
+from sfprompt_bench.methods.base import FLOAT32, FederatedMethod
+from sfprompt_bench.presets import Changes
+from split_model.backbone.architecture import anatomy
 from tuning_methods.fedpeft.settings import NARROWING
 
 

@@ -17,20 +17,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from edge_client.data import BatchReader, cache_dir, load_dataset, parse_source
+from edge_client.data.batches import BatchReader
+from edge_client.data.download import cache_dir
+from edge_client.data.sources import load_dataset, parse_source
 from edge_client.model import preprocessing_of
 from protocol.plan import ModelPlan
-from split_model import (
-    Body,
-    Head,
-    build_body,
-    build_head,
-    image_preparation,
-    open_backbone,
-    prepare_backbone,
-)
+from split_model.backbone.weights import open_backbone, prepare_backbone
 from split_model.checkpoints.head_file import HeadDtype, Unpacked, packed, packed_bytes
-from split_model.parts.build import frozen_names
+from split_model.checkpoints.metadata import image_preparation
+from split_model.parts.body import Body
+from split_model.parts.build import build_body, build_head, frozen_names
+from split_model.parts.head import Head
 
 SETTINGS = ModelPlan(image_size=42, cut=1, prompt_at="cut", prompt_count=0, depths=4)
 

@@ -19,11 +19,14 @@ import typer
 from torch import Tensor
 from torch.nn import functional as F
 
-import split_model
-from edge_client.data import BatchReader, Preprocessing, load_dataset
+from edge_client.data.batches import BatchReader, Preprocessing
 from edge_client.data.download import cache_dir
+from edge_client.data.sources import load_dataset
 from protocol.codecs import get_codec
 from protocol.plan import ModelPlan
+from split_model.backbone.weights import open_backbone, prepare_backbone
+from split_model.checkpoints.metadata import image_preparation
+from split_model.parts.build import build_body, build_head
 
 _BATCH = 16  # images in one pass
 
@@ -35,11 +38,11 @@ class _Model:
 
     def __init__(self, image_size: int, data: str) -> None:
         plan = ModelPlan(image_size=image_size, cut=1, prompt_count=0)
-        backbone = split_model.prepare_backbone(plan, "packaged", cache_dir() / "backbones")
-        tensors = split_model.open_backbone(backbone.path)
-        self._head = split_model.build_head(plan, tensors).eval()
-        self._body = split_model.build_body(plan, tensors).eval()
-        recorded = split_model.image_preparation(plan)
+        backbone = prepare_backbone(plan, "packaged", cache_dir() / "backbones")
+        tensors = open_backbone(backbone.path)
+        self._head = build_head(plan, tensors).eval()
+        self._body = build_body(plan, tensors).eval()
+        recorded = image_preparation(plan)
         preparation = Preprocessing(image_size, recorded.mean, recorded.std)
         self._images = BatchReader(load_dataset(data, seed=0).train, preparation)
 

@@ -12,11 +12,8 @@ from rich.console import Console
 from edge_client.data.partition import SCHEMES, parse_scheme
 from protocol.presets import Form
 from protocol.settings import RunSettings
-from sfprompt_bench.methods.base import with_changes
-from sfprompt_bench.presets import PRESETS, DTypeOption, JsonFile, preset_named
-from sfprompt_bench.run.local_run import LocalRun
-from sfprompt_bench.run.preflight import make_run_folder
-from sfprompt_bench.run.report import result_table, write_files
+from sfprompt_bench.presets import PRESETS, DTypeOption, JsonFile, preset_named, with_changes
+from sfprompt_bench.run.preflight import check_packages, make_run_folder
 
 FormOption = Annotated[
     Form,
@@ -68,9 +65,14 @@ def run(
     json_file: JsonFile = None,
 ) -> None:
     """Tune with one server and several devices on this machine, and report bytes and accuracy."""
-    console = Console()
-    preset = preset_named(data, form)
+    check_packages()
     scheme = parse_scheme(partition)
+    preset = preset_named(data, form)
+    # Imported here: torch takes seconds to import, which help and errors do not need.
+    from sfprompt_bench.run.local_run import LocalRun
+    from sfprompt_bench.run.report import result_table, write_files
+
+    console = Console()
     folder = make_run_folder(out, data)
     local = LocalRun(
         settings=_with_options(preset.settings, devices, rounds, keep_fraction, seed),

@@ -71,8 +71,9 @@ class LiveView:
             if event == "progress":
                 phase, done, total = data["phase"], data["done"], data["total"]
                 self._devices.update(line, phase=phase, completed=done, total=total)
-                self._shares[name] = (_place(phase) + done / total) / len(_PHASES)
-                self._move_round_bar()
+                if phase != "reading":  # of the images, before the first round
+                    self._shares[name] = (_place(phase) + done / total) / len(_PHASES)
+                    self._move_round_bar()
             elif event == "joined":
                 note = f"{data['train_samples']} training, {data['test_samples']} test images"
                 self._devices.update(line, phase="joined", note=note)

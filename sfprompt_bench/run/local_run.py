@@ -20,9 +20,7 @@ from sfprompt_bench.run.live import LiveView
 from sfprompt_bench.run.preflight import choose_port, shared_backbones
 from sfprompt_bench.run.processes import Process, start_device, wait_until_healthy
 from sfprompt_bench.run.report import summary
-from split_model import save_state
 from split_server.client import OperatorClient, read_token
-from split_server.federation.export import newest_state
 
 _START_TIMEOUT_S = 120.0
 
@@ -105,8 +103,9 @@ class LocalRun:
         if results.run.status != "finished":
             ended = results.run
             raise SFPromptError(f"the run ended with status {ended.status}: {ended.reason}")
+        figures = summary(results, time.monotonic() - started)
         self._save_state(results)
-        return results, summary(results, time.monotonic() - started)
+        return results, figures
 
     @contextmanager
     def _server(self, console: Console) -> Iterator[tuple[str, OperatorClient, Process]]:
@@ -156,6 +155,10 @@ class LocalRun:
         return [*arguments, "--home", str(home)]
 
     def _save_state(self, results: Results) -> None:
+        # Imported at the end: server and devices need not wait for this process to import torch.
+        from split_model.checkpoints.state import save_state
+        from split_server.federation.export import newest_state
+
         _, state = newest_state(self.folder / "server", results.run.id)
         save_state(state, self.folder / "tuned.safetensors")
 

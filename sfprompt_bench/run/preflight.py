@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from edge_client.data.download import cache_dir
 from protocol.errors import Conflict, NotFound, SFPromptError
 
 _NEEDED_BYTES = 500 * 1024 * 1024  # weights, their conversion, states and logs
@@ -81,8 +82,6 @@ def shared_backbones(data_dir: Path) -> Iterator[None]:
 
     Backbone files do not change once they have their names, so that both folders can link to them.
     """
-    from edge_client.data.download import cache_dir  # imports torch, which help texts do not need
-
     cache, server = cache_dir() / "backbones", data_dir / "backbones"
     _copy_missing(cache, server)
     try:

@@ -10,16 +10,7 @@ import typer
 from rich.console import Console
 
 from sfprompt_bench.presets import DTypeOption, JsonFile, traffic_preset
-from sfprompt_bench.run.preflight import make_run_folder
-from sfprompt_bench.run.processes import usable_cores
-from sfprompt_bench.traffic.ladder import LadderSetting, ladder, run_ladder
-from sfprompt_bench.traffic.report import (
-    large_table,
-    phase_table,
-    plot_ladder,
-    traffic_figures,
-    traffic_table,
-)
+from sfprompt_bench.run.preflight import check_packages, make_run_folder
 
 
 def traffic(
@@ -59,6 +50,18 @@ def traffic(
     json_file: JsonFile = None,
 ) -> None:
     """Run the paper's form, add one measure against traffic at a time, and report each."""
+    check_packages()
+    # Imported here: torch takes seconds to import, which help and errors do not need.
+    from sfprompt_bench.run.processes import usable_cores
+    from sfprompt_bench.traffic.ladder import LadderSetting, ladder, run_ladder
+    from sfprompt_bench.traffic.report import (
+        large_table,
+        phase_table,
+        plot_ladder,
+        traffic_figures,
+        traffic_table,
+    )
+
     console = Console()
     folder = make_run_folder(out, "traffic")
     paper, default = (traffic_preset(form, quick=quick) for form in ("paper", "default"))

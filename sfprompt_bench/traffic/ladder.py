@@ -12,8 +12,7 @@ from rich.console import Console
 from protocol.settings import RunSettings
 from protocol.traffic import Phase
 from sfprompt_bench.compare.tasks import Figures, Task, perform_all
-from sfprompt_bench.methods.base import Changes, with_changes
-from sfprompt_bench.presets import Preset
+from sfprompt_bench.presets import Changes, Preset, with_changes
 from sfprompt_bench.run.local_run import LocalRun
 from sfprompt_bench.run.report import write_files
 

@@ -16,8 +16,8 @@ from protocol.settings import RunSettings
 from protocol.traffic import Phase
 from sfprompt_bench.cost.method_cost import Question
 from sfprompt_bench.estimate.calculator import estimate, paper_training, ratios
-from sfprompt_bench.methods.base import with_changes
 from sfprompt_bench.plots import COLOURS, MB, save
+from sfprompt_bench.presets import with_changes
 from sfprompt_bench.traffic.ladder import LadderSetting, RungResult
 
 _PHASES = tuple(phase for phase in Phase if phase is not Phase.CONTROL)  # control is little

@@ -11,7 +11,7 @@ from protocol.codec_names import is_row_wise_inside
 from protocol.errors import InvalidField
 from protocol.frames import decode_frame, encode_frame, join_frame
 from protocol.plan import RunPlan
-from split_model import applied, difference, is_server_side
+from split_model.checkpoints.state import applied, difference, is_server_side
 from split_model.files import write_durably
 from split_server.storage.run_files import RunFiles, StateRefs
 

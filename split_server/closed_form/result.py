@@ -11,8 +11,9 @@ from torch import Tensor
 
 from protocol.codecs.registry import as_decoded
 from protocol.plan import RunPlan
-from split_model import feature_shape, read_blocks, state_bytes
+from split_model.checkpoints.state import state_bytes
 from split_model.files import write_durably
+from split_model.parts.depths import feature_shape, read_blocks
 from split_server.closed_form.basis import Basis, Moments, fit_basis, read_basis
 from split_server.closed_form.classifier import FeatureSums, RidgeClassifier
 from split_server.closed_form.sample_features import SampleFeatures, all_chunks

@@ -24,7 +24,8 @@ from torch import Tensor
 from protocol.errors import Busy, InvalidField, StaleRound, StepLost
 from protocol.messages import RoundStatus
 from protocol.plan import ModelPlan
-from split_model import anatomy, read_tokens
+from split_model.backbone.architecture import anatomy
+from split_model.parts.depths import read_tokens
 from split_server.closed_form.basis import Moments
 from split_server.closed_form.classifier import RidgeClassifier, fit_classifier
 from split_server.closed_form.result import (

@@ -9,8 +9,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-import split_model
-from split_model import Body
+from split_model.layers.prompts import prompt_shape
+from split_model.parts.body import Body
+from split_model.parts.build import build_body
 from split_server.models.body_key import BodyKey, weights_of
 from split_server.runtime.device import Placement
 
@@ -69,7 +70,7 @@ class BodyCache:
     def _load(self, key: BodyKey, twin: Body | None) -> Body:
         weights = weights_of(key) if twin is None else _weights_in(twin)
         placement = self._placement
-        body = split_model.build_body(key.settings, weights, placement.device, placement.dtype)
+        body = build_body(key.settings, weights, placement.device, placement.dtype)
         if self._compiled:
             _compile(body, placement)
         return body
@@ -86,7 +87,7 @@ def _compile(body: Body, placement: Placement) -> None:
     smashed = torch.zeros(shape, device=placement.device, dtype=placement.flowing)
     prompts = None
     if at_cut and settings.prompt_count:
-        prompts = smashed.new_zeros((2, *split_model.prompt_shape(settings)))  # [B, L, P, D]
+        prompts = smashed.new_zeros((2, *prompt_shape(settings)))  # [B, L, P, D]
     with torch.inference_mode():
         body(smashed, prompts)
     leaf = (smashed if prompts is None else prompts).requires_grad_()

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-import split_model
-from split_model import Body
+from split_model.parts.body import Body
+from split_model.parts.tail import for_the_tail
 from split_server.engine.steps import Graph
 
 
@@ -81,7 +81,7 @@ def run_inference(
 def _call(body: Body, smashed: Tensor, prompts: Tensor | None, num_tokens: int | None) -> Tensor:
     is_averaged = num_tokens is not None and body.sizes.averaged
     features: Tensor = body(smashed, prompts, None if is_averaged else num_tokens)
-    return split_model.for_the_tail(body.settings, features) if is_averaged else features
+    return for_the_tail(body.settings, features) if is_averaged else features
 
 
 class _SavedBytes:

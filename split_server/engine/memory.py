@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from protocol.errors import TooLarge
-from split_model import body_blocks
+from split_model.backbone.architecture import body_blocks
 from split_server.engine.api import StepKey
 from split_server.engine.limits import BackwardMode
 from split_server.engine.steps import RetainedSteps

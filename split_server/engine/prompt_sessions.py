@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from protocol.errors import NonFinite
-from split_model import anatomy
+from split_model.backbone.architecture import anatomy
 from split_model.checkpoints.state import PROMPTS
 from split_model.optimizer import learning_rate_factor, make_optimizer, set_progress
 from split_server.engine.api import ExchangeJob, SessionPlan, StepKey, batch_key

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from protocol.errors import NotFound
-from split_model import export_model, head_weights
+from split_model.checkpoints.export import export_model
+from split_model.checkpoints.head_file import head_weights
 from split_server.closed_form.basis import read_basis
 from split_server.federation.snapshot import RunSnapshot, load_snapshot
+from split_server.storage.data_dir import database_in
 from split_server.storage.database import RunRow, Store
 from split_server.storage.run_files import RunFiles
 
@@ -44,12 +46,7 @@ def newest_state(data_dir: Path, run_id: str) -> tuple[RunSnapshot, dict[str, Te
     Raises:
         NotFound: the folder contains no such run.
     """
-    database = data_dir / "server.sqlite"
-    if not database.is_file():
-        raise NotFound(
-            "this is not the data folder of a server", field="data_dir", value=str(data_dir)
-        )
-    store = Store(database)
+    store = Store(database_in(data_dir))
     try:
         with store.reading() as session:
             if session.get(RunRow, run_id) is None:

@@ -36,7 +36,7 @@ from protocol.messages import (
     UpdateReceipt,
 )
 from protocol.settings import RunSettings
-from split_model import applied
+from split_model.checkpoints.state import applied
 from split_server.federation import records, rounds, transitions, views
 from split_server.federation.advance import RunAdvancer
 from split_server.federation.credentials import Credentials

@@ -26,7 +26,7 @@ from protocol.wire import (
     MISSING_PATH,
     SAMPLES_PATH,
 )
-from split_model import anatomy
+from split_model.backbone.architecture import anatomy
 from split_server.closed_form.basis import Basis, read_basis
 from split_server.engine.api import (
     BackwardJob,

@@ -9,8 +9,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-import split_model
 from protocol.plan import ModelPlan, RunPlan
+from split_model.backbone.weights import open_backbone
+from split_model.checkpoints.state import body_tensors, load_state
+from split_model.parts.build import Layered
 
 
 @dataclass(frozen=True)
@@ -62,10 +64,10 @@ def weights_of(key: BodyKey) -> Mapping[str, Tensor]:
     """Return a body's weights by timm's names, each read on access.
 
     Raises:
-        TensorFileError: as `split_model.open_backbone` and `split_model.load_state` raise it.
+        TensorFileError: as `open_backbone` and `load_state` raise it.
     """
-    backbone = split_model.open_backbone(key.backbone)
+    backbone = open_backbone(key.backbone)
     if key.state is None:
         return backbone
-    tuned = split_model.body_tensors(split_model.load_state(key.state))
-    return split_model.Layered(tuned, backbone)
+    tuned = body_tensors(load_state(key.state))
+    return Layered(tuned, backbone)

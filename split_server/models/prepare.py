@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import split_model
 from protocol.errors import InvalidField
 from protocol.messages import BlobRef
 from protocol.seeds import derive_seed
 from protocol.settings import RunSettings
+from split_model.backbone.weights import open_backbone, prepare_backbone
+from split_model.checkpoints.head_file import write_head_file
+from split_model.checkpoints.state import initial_state
 from split_server.method import server_method
 from split_server.storage.run_files import RunFiles, StateRefs
 
@@ -45,12 +47,12 @@ def prepare_run(settings: RunSettings, files: RunFiles, cache_dir: Path) -> Prep
 def _prepare(settings: RunSettings, files: RunFiles, cache_dir: Path) -> PreparedRun:
     plan, method = settings.plan, server_method(settings)
     method.check(plan)
-    backbone = split_model.prepare_backbone(plan.model, plan.model.weights, cache_dir)
+    backbone = prepare_backbone(plan.model, plan.model.weights, cache_dir)
     model = method.prepare(plan, backbone, cache_dir)
-    weights = split_model.open_backbone(model.weights)
+    weights = open_backbone(model.weights)
     seed = derive_seed(plan.seed, "initial-state")
-    state = split_model.initial_state(plan.model, weights, seed)
-    head, sha256 = split_model.write_head_file(
+    state = initial_state(plan.model, weights, seed)
+    head, sha256 = write_head_file(
         plan.model, model.weights, files.head, plan.wire.head, model.extras
     )
     return PreparedRun(

@@ -24,7 +24,8 @@ from protocol.messages import (
     parse_message,
 )
 from protocol.plan import RunPlan
-from split_model import anatomy, needed_tokens
+from split_model.backbone.architecture import anatomy
+from split_model.parts.tail import needed_tokens
 from split_server.models.body_key import BodyKey
 from split_server.payloads.samples import (
     EncodedSamples,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from protocol.errors import InvalidField, WrongShape
 from protocol.messages import StartMeta, parse_message
-from split_model import feature_shape
+from split_model.parts.depths import feature_shape
 from split_server.payloads.requests import SplitRequest, check_tensors
 from split_server.payloads.samples import decode_sample_ids
 from split_server.payloads.tensors import decode_floats

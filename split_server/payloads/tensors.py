@@ -9,20 +9,22 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-import split_model
 from protocol.codec_names import FLOAT_CODECS
 from protocol.codecs import get_codec
 from protocol.errors import InvalidField, NonFinite, TooLarge, WrongShape
 from protocol.frames import Frame
 from protocol.limits import FrameLimits
 from protocol.plan import ModelPlan
+from split_model.backbone.architecture import anatomy
+from split_model.checkpoints.state import device_shapes
+from split_model.parts.depths import feature_shape
 
 FLOAT32_BYTES = 4
 
 
 @lru_cache(maxsize=64)
 def _state_shapes(model: ModelPlan) -> Mapping[str, tuple[int, ...]]:
-    return split_model.device_shapes(model)
+    return device_shapes(model)
 
 
 def decode_update(
@@ -134,7 +136,7 @@ def decode_smashed(
         InvalidField: more than ``max_samples`` samples, or an unsuitable codec.
     """
     prompts = settings.prompt_count if settings.prompt_at == "input" else 0
-    sizes = split_model.anatomy(settings)
+    sizes = anatomy(settings)
     shape = sizes.tokens + prompts, sizes.width
     return _decode_tokens(frame, "smashed", limits, shape, device, max_samples)
 
@@ -154,11 +156,11 @@ def decode_gradients(
     Raises:
         MalformedFrame, WrongShape, TooLarge, NonFinite, InvalidField: as in `decode_smashed`.
     """
-    width = split_model.anatomy(settings).width
+    width = anatomy(settings).width
     if settings.depths:
-        num_tokens, width = split_model.feature_shape(settings)
+        num_tokens, width = feature_shape(settings)
     elif num_tokens is None:
-        num_tokens = split_model.anatomy(settings).tokens + settings.prompt_count
+        num_tokens = anatomy(settings).tokens + settings.prompt_count
     shape = num_tokens, width
     return _decode_tokens(frame, "gradients", limits, shape, device, max_samples)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from protocol.errors import InvalidField
-from split_model import activation_dtype
+from split_model.layers.bfloat16 import activation_dtype
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -9,7 +9,7 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
-from protocol.errors import InvalidField
+from protocol.errors import InvalidField, NotFound
 
 try:
     import fcntl
@@ -41,6 +41,18 @@ def lock_data_dir(path: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def database_in(path: Path) -> Path:
+    """Return the database in a data folder.
+
+    Raises:
+        NotFound: there is none.
+    """
+    database = path / "server.sqlite"
+    if not database.is_file():
+        raise NotFound("this is not the data folder of a server", field="data_dir", value=str(path))
+    return database
 
 
 def new_run_id() -> str:

@@ -17,8 +17,7 @@ from torch import Tensor
 from protocol.errors import NotFound
 from protocol.messages import BlobRef
 from protocol.plan import PromptPlacement
-from split_model import is_server_side, state_bytes
-from split_model.checkpoints.state import PROMPTS
+from split_model.checkpoints.state import PROMPTS, is_server_side, state_bytes
 from split_model.files import write_durably
 
 log = logging.getLogger(__name__)

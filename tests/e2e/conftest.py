@@ -10,8 +10,9 @@ import pytest
 from protocol.federation import FederationSettings
 from protocol.plan import ModelPlan, RunPlan, TrainingPlan
 from sfprompt_bench.run.preflight import choose_port
-from sfprompt_bench.run.processes import Process, wait_until_healthy
+from sfprompt_bench.run.processes import wait_until_healthy
 from split_server.client import OperatorClient, read_token
+from tests.support.processes import CommandProcess
 from tests.support.server import RunningServer, running_server
 
 SMALL = ModelPlan(
@@ -43,11 +44,11 @@ class ServerProcess:
         self.start()
 
     def start(self) -> None:
-        arguments = ["split_server.cli", "serve", "--port", str(self.port)]
+        arguments = ["serve", "--port", str(self.port)]
         arguments += ["--data-dir", str(self.data_dir), "--torch-threads", "1"]
         # The rows that share a batch may change how a matrix product is rounded.
         arguments += ["--max-batch-samples", "1"]
-        self.process = Process("server", arguments, self.folder, threads=1)
+        self.process = CommandProcess("split_server.cli", arguments, self.folder / "server.log")
         probe = OperatorClient(self.url)
         wait_until_healthy(self.process, probe.is_healthy, 60)
         probe.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable
@@ -11,14 +12,16 @@ from typing import Any, Protocol
 
 import torch
 
-from edge_client.data import Dataset, Part, by_content, limit_per_set, load_dataset
+from edge_client.data.dataset import Dataset, by_content, limit_per_set
+from edge_client.data.partition import Part
+from edge_client.data.sources import load_dataset
 from edge_client.participant import Participant, succeeded
-from edge_client.transport import Server
+from edge_client.transport.client import Server
 from protocol.messages import Results
 from protocol.plan import RunPlan
-from sfprompt_bench.run.processes import Process, start_device
 from split_server.client import OperatorClient
 from tests.e2e.conftest import ServerProcess
+from tests.support.processes import CommandProcess
 from tests.support.reporters import ListReporter
 from tuning_methods.custom.settings import Custom
 
@@ -41,7 +44,7 @@ class DeviceProcesses:
 
     def __init__(self, server: ServerProcess, run: str, count: int, home: Path) -> None:
         self.events: dict[str, list[dict[str, Any]]] = {}
-        self.processes: list[Process] = []
+        self.processes: dict[str, CommandProcess] = {}
         home.mkdir(exist_ok=True)
         for number in range(1, count + 1):
             name = f"device-{number}"
@@ -49,17 +52,17 @@ class DeviceProcesses:
             arguments = ["join", server.url, "--run", run, "--data", "digits", "--threads", "1"]
             arguments += ["--limit-train", str(TRAIN), "--limit-test", str(TEST)]
             arguments += ["--part", f"{number}/{count}", "--home", str(home / name)]
-            self.processes.append(start_device(name, arguments, home, self._record, threads=1))
-
-    def _record(self, name: str, data: dict[str, Any]) -> None:
-        self.events[name].append(data)
+            arguments += ["--name", name, "--progress", "json"]
+            log = home / f"{name}.log"
+            self.processes[name] = CommandProcess("edge_client.cli", arguments, log)
 
     def wait(self) -> None:
-        for process in self.processes:
+        for name, process in self.processes.items():
             assert process.wait(TIMEOUT_S) == 0, process.last_lines()
+            self.events[name] = [json.loads(line) for line in process.lines()]
 
     def stop(self) -> None:
-        for process in self.processes:
+        for process in self.processes.values():
             process.stop()
 
 

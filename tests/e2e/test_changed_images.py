@@ -9,11 +9,12 @@ import pytest
 from PIL import Image
 
 from edge_client.cli import _join_as
-from edge_client.data import Dataset, limit_per_set, load_dataset
+from edge_client.data.dataset import Dataset, limit_per_set
 from edge_client.data.folder import load_folder
+from edge_client.data.sources import load_dataset
 from edge_client.participant import JoinedRun, Participant
 from edge_client.storage.identity import Identity
-from edge_client.transport import Server
+from edge_client.transport.client import Server
 from protocol.messages import Results
 from split_server.client import OperatorClient
 from tests.e2e.conftest import data_dir_of

@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from edge_client.data import limit_per_set, load_dataset, shuffled
+from edge_client.data.batches import shuffled
+from edge_client.data.dataset import limit_per_set
+from edge_client.data.sources import load_dataset
 from edge_client.participant import JoinedRun, Participant
-from edge_client.transport import Server
+from edge_client.transport.client import Server
 from protocol.plan import RunPlan
 from protocol.seeds import derive_seed
-from split_model import open_backbone, prepare_backbone
 from split_model.backbone.libraries import timm
+from split_model.backbone.weights import open_backbone, prepare_backbone
 from split_server.client import OperatorClient
 from split_server.federation.export import newest_state
 from tests.e2e.conftest import data_dir_of, small_run

@@ -12,10 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from edge_client.data import load_dataset
+from edge_client.data.sources import load_dataset
 from protocol.messages import Results, RunStatus
 from protocol.traffic import Traffic
-from split_model import load_exported
+from split_model.checkpoints.export import load_exported
 from tests.e2e.conftest import ServerProcess, small_run
 from tests.e2e.devices import DeviceProcesses, Devices, DeviceThreads, run_to_the_end
 from tests.support.commands import run_command

@@ -14,12 +14,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from edge_client.data import load_dataset
+from edge_client.data.sources import load_dataset
 from sfprompt_bench.presets import PRESETS
 from sfprompt_bench.run.preflight import choose_port
-from sfprompt_bench.run.processes import Process, wait_until_healthy
+from sfprompt_bench.run.processes import wait_until_healthy
 from split_server.client import OperatorClient, read_token
 from tests.support.commands import run_command
+from tests.support.processes import CommandProcess
 
 ROOT = Path(__file__).parents[2]
 
@@ -165,7 +166,7 @@ def test_hosting_joining_watching_exporting_and_predicting(
     serve, create, join, *later = [_placed(command, places) for command in hosted]
     assert serve.startswith("split-server serve")
     words = [*shlex.split(serve.replace("0.0.0.0", "127.0.0.1"))[1:], "--port", str(port)]
-    server = Process("server", ["split_server.cli", *words], folder, threads=1, cwd=folder)
+    server = CommandProcess("split_server.cli", words, folder / "server.log", cwd=folder)
     url = f"http://127.0.0.1:{port}"
     try:
         probe = OperatorClient(url)

@@ -18,21 +18,20 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from torch.nn import functional as F
 
-from edge_client.data import BatchReader, Dataset, ImageSet
+from edge_client.data.batches import BatchReader
+from edge_client.data.dataset import Dataset
+from edge_client.data.image_set import ImageSet
 from edge_client.model import preprocessing_of
 from edge_client.participant import JoinedRun, Participant, succeeded
-from edge_client.transport import Features, Server
+from edge_client.transport.client import Server
+from edge_client.transport.split_client import Features
 from protocol.errors import InvalidField
 from protocol.messages import Assignment, Results, RunStatus
 from protocol.settings import RunSettings
-from split_model import (
-    Layered,
-    build_body,
-    build_head,
-    image_preparation,
-    load_exported,
-    open_backbone,
-)
+from split_model.backbone.weights import open_backbone
+from split_model.checkpoints.export import load_exported
+from split_model.checkpoints.metadata import image_preparation
+from split_model.parts.build import Layered, build_body, build_head
 from split_server.federation.export import export_run, newest_state
 from split_server.storage.run_files import RunFiles, read_tensors
 from tests.support.edge import CLASSES, image_set

@@ -13,16 +13,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from edge_client.data import Dataset
+from edge_client.data.dataset import Dataset
 from edge_client.participant import Participant
 from edge_client.training.split_training import Sample
-from edge_client.transport import SamplesMissing, Server
-from edge_client.transport.split_client import Payload
+from edge_client.transport.client import Server
+from edge_client.transport.split_client import Payload, SamplesMissing
 from protocol.codecs.registry import as_decoded
 from protocol.federation import FederationSettings
 from protocol.plan import RunPlan, TrainingPlan, WirePlan
 from protocol.traffic import Phase
-from split_model import build_body, load_state, open_backbone
+from split_model.backbone.weights import open_backbone
+from split_model.checkpoints.state import load_state
+from split_model.parts.build import build_body
 from split_server.storage.sample_store import Owner, SampleStore
 from tests.support.edge import SMALL, device_model, files, image_set
 from tests.support.reporters import SilentReporter

@@ -9,14 +9,10 @@ import sys
 from pathlib import Path
 
 from protocol.plan import ModelPlan
-from split_model import (
-    initial_state,
-    open_backbone,
-    part_bytes,
-    prepare_backbone,
-    save_state,
-    write_head_file,
-)
+from split_model.backbone.weights import open_backbone, prepare_backbone
+from split_model.checkpoints.head_file import write_head_file
+from split_model.checkpoints.state import initial_state, save_state
+from split_model.parts.cost import part_bytes
 
 ROOT = Path(__file__).parents[2]
 

@@ -1,6 +1,7 @@
 """The command ``edge-client``: its help, and errors as one line with exit code 2."""
 
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -14,7 +15,10 @@ from edge_client import cli
 from protocol.errors import Forbidden, NotFound
 from protocol.messages import BlobRef, RunStatus, RunView
 from protocol.settings import RunSettings
-from tests.support.edge import RawServer, Request, answering, response
+from split_model.backbone.weights import open_backbone, prepare_backbone
+from split_model.checkpoints.export import export_model
+from split_model.checkpoints.state import initial_state
+from tests.support.edge import SMALL, RawServer, Request, answering, response
 
 REF = BlobRef(sha256="a" * 64, nbytes=10)
 
@@ -102,10 +106,11 @@ def test_help_shows_examples(command: Command, name: str, examples: list[str]) -
         assert start + example in " ".join(out.split())
 
 
-def test_help_alone_names_both_commands(command: Command) -> None:
+def test_help_alone_names_all_commands(command: Command) -> None:
     _, out, err = command("--help")
     assert "join" in out + err
     assert "predict" in out + err
+    assert "check" in out + err
 
 
 def test_an_address_without_a_scheme(command: Command) -> None:
@@ -197,3 +202,59 @@ def test_a_ca_file_that_is_none(command: Command, tmp_path: Path) -> None:
     code, _, err = command(*arguments)
     assert code == 2
     assert_one_line(err, "absent.pem")
+
+
+def exported(folder: Path) -> Path:
+    backbone = prepare_backbone(SMALL, SMALL.weights, folder / "backbones").path
+    state = initial_state(SMALL, open_backbone(backbone), seed=3)
+    return export_model(SMALL, backbone, state, folder / "model.safetensors")
+
+
+def test_predicting_names_files_that_are_no_text_and_keeps_all_rows(
+    command: Command, tmp_path: Path
+) -> None:
+    model, photos = exported(tmp_path), tmp_path / "photos"
+    photos.mkdir()
+    Image.effect_noise((9, 9), 90).save(photos / "good.png")
+    Path(os.fsdecode(os.fsencode(photos) + b"/broken\xff.jpg")).write_bytes(b"no picture")
+    (photos / "notes.txt").write_text("notes")
+    code, out, err = command("predict", str(model), str(photos))
+    assert code == 0, err
+    assert "broken\\xff.jpg" in out
+    assert "good.png" in out
+    assert "notes.txt" in err
+    code, out, _ = command("predict", str(model), str(photos), "--json")
+    assert [Path(json.loads(line)["path"]).name for line in out.splitlines()] == [
+        "broken\\xff.jpg",
+        "good.png",
+    ]
+    broken = next(file for file in os.listdir(photos) if "broken" in file)
+    code, out, err = command("predict", str(model), str(photos / broken))
+    assert code == 2
+    assert "broken\\xff.jpg" in out
+    assert "none of the images can be read" in err
+
+
+def test_joining_with_names_that_are_no_text_is_refused_in_one_line(
+    command: Command, tmp_path: Path
+) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/c\xe9pe"))
+    folder.mkdir()
+    with RawServer(answering(Node(view("r", 1.0)))) as server:
+        arguments = ["join", server.url, "--data", f"folder:{folder}", "--progress", "json"]
+        code, _, err = command(*arguments)
+    assert code == 2
+    assert_one_line(err, "c\\xe9pe")
+
+
+def test_check_reports_without_a_server(command: Command, tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        (tmp_path / "P" / name).mkdir(parents=True)
+        for number in range(3):
+            Image.effect_noise((20, 20), 90).save(tmp_path / "P" / name / f"{number}.png")
+    code, out, _ = command("check", "P", "--classes", "cat,dog", "--json")
+    assert code == 0
+    assert json.loads(out)["classes"]["dog"] == {"train": 2, "test": 1}
+    code, _, err = command("check", "absent")
+    assert code == 2
+    assert_one_line(err, "absent")

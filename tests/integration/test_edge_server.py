@@ -9,7 +9,8 @@ import torch
 import trustme
 
 from edge_client.storage.blob_cache import BlobCache
-from edge_client.transport import RetryPolicy, Server
+from edge_client.transport.client import Server
+from edge_client.transport.retry import RetryPolicy
 from protocol import errors
 from protocol.errors import (
     Busy,

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from edge_client.transport import SamplesMissing, Server, SplitPlane
+from edge_client.transport.client import Server
+from edge_client.transport.split_client import SamplesMissing, SplitPlane
 from protocol.errors import InvalidField, MalformedFrame, StaleRound, StepLost, UnsupportedVersion
 from protocol.frames import Frame, decode_frame, encode_frame, join_frame
 from protocol.messages import ExchangeMeta

@@ -12,9 +12,9 @@ import httpx
 import pytest
 import trustme
 
-from edge_client.transport import Link, MeteredTransport
 from edge_client.transport.connection import CountingSocket
-from edge_client.transport.http_transport import BODY_EXTENSION
+from edge_client.transport.http_transport import BODY_EXTENSION, MeteredTransport
+from edge_client.transport.link import Link
 from protocol.errors import InvalidField, TooLarge
 from protocol.traffic import Phase
 from protocol.wire import FORWARD_PATH

@@ -7,9 +7,9 @@ import time
 import pytest
 import trustme
 
-from edge_client.transport import Link, MeteredTransport
 from edge_client.transport.connection import CountingSocket
-from edge_client.transport.link import Line
+from edge_client.transport.http_transport import MeteredTransport
+from edge_client.transport.link import Line, Link
 from tests.support.edge import Connection, RawServer, answering, response
 from tests.support.transport import Forgetful, client_of, counted, server_side
 

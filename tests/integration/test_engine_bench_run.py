@@ -8,8 +8,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from sfprompt_bench.engine.command import measure_engine, show
 from sfprompt_bench.engine.findings import write_findings
+from sfprompt_bench.engine.measurement import measure_engine, show
 from sfprompt_bench.engine.workload import EngineSetting, Load, Plan
 
 TINY = Plan(

@@ -16,15 +16,17 @@ from sklearn.linear_model import Ridge
 from torch import Tensor
 from torch.nn import functional as F
 
-from edge_client.data import BatchReader, Dataset, ImageSet
-from edge_client.data.image_set import ArrayStore
+from edge_client.data.batches import BatchReader
+from edge_client.data.dataset import Dataset
+from edge_client.data.image_set import ArrayStore, ImageSet
 from edge_client.participant import JoinedRun, Participant
-from edge_client.transport import Server
+from edge_client.transport.client import Server
 from protocol.errors import InvalidField
 from protocol.messages import RunStatus, RunView, parse_message
 from protocol.settings import RunSettings
-from split_model import device_shapes, open_backbone
 from split_model.backbone.libraries import timm
+from split_model.backbone.weights import open_backbone
+from split_model.checkpoints.state import device_shapes
 from split_server.federation.export import newest_state
 from tests.support.edge import files, image_set
 from tests.support.reporters import SilentReporter

@@ -23,7 +23,8 @@ NAME, PICKLED_NAME = "vit_tiny_patch16_224", "deit_tiny_patch16_224"
 PREPARE = """
 import sys
 from protocol.plan import ModelPlan
-from split_model import WeightSourceError, prepare_backbone
+from split_model.backbone.weights import prepare_backbone
+from split_model.errors import WeightSourceError
 for line in sys.stdin:
     name, folder = line.split()
     settings = ModelPlan(backbone=name, image_size=224, cut=1, num_classes=3)

@@ -13,9 +13,9 @@ import httpx
 import pytest
 import torch
 
-from edge_client.data import Dataset
+from edge_client.data.dataset import Dataset
 from edge_client.participant import Participant, succeeded
-from edge_client.transport import Server
+from edge_client.transport.client import Server
 from protocol.frames import decode_frame
 from protocol.settings import RunSettings
 from tests.support.edge import CLASSES, Request, image_set

@@ -14,14 +14,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from edge_client.data import BatchReader, Dataset
+from edge_client.data.batches import BatchReader
+from edge_client.data.dataset import Dataset
 from edge_client.model import DeviceModel
 from edge_client.participant import Participant
-from edge_client.transport import Server
+from edge_client.transport.client import Server
 from protocol.messages import Assignment, BlobRef, JoinResponse, RunStatus, RunView, Task
 from protocol.plan import RunPlan
-from split_model import load_state, state_shapes
 from split_model.backbone.tensor_file import TensorFile
+from split_model.checkpoints.state import load_state, state_shapes
 from split_server.client import OperatorClient
 from split_server.method import Rebuild
 from split_server.storage.run_files import RunFiles

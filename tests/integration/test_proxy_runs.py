@@ -13,14 +13,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from edge_client.data import BatchReader, Dataset
+from edge_client.data.batches import BatchReader
+from edge_client.data.dataset import Dataset
 from edge_client.participant import JoinedRun, Participant
-from edge_client.transport import Server
+from edge_client.transport.client import Server
 from protocol.messages import RunStatus, RunView
 from protocol.plan import RunPlan
-from split_model import load_exported, open_backbone
 from split_model.backbone.libraries import timm
 from split_model.backbone.tensor_file import write_tensors
+from split_model.backbone.weights import open_backbone
+from split_model.checkpoints.export import load_exported
 from split_server.federation.export import export_run, newest_state
 from split_server.runtime.process import set_up_logging
 from tests.integration.test_whole_model import WHOLE

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-import split_model
 from protocol.frames import decode_frame
+from split_model.backbone.weights import open_backbone
+from split_model.parts.build import build_body
 from tests.support.federation import SMALL, run_settings, smashed
 from tests.support.server import joined, labels, measured, running_server, wait_until
 
@@ -33,5 +34,5 @@ def test_the_body_of_a_run_is_compiled_before_its_first_step(
     found = decode_frame(bytearray(answer.content)).tensor("features")
     split = model
     file = next((tmp_path / "backbones").glob("*.safetensors"))
-    body = split_model.build_body(split, split_model.open_backbone(file))
+    body = build_body(split, open_backbone(file))
     torch.testing.assert_close(found, body(smashed(batch=3)), rtol=1e-4, atol=1e-4)

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import signal
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 
-import split_model
 from protocol.errors import InvalidField
 from protocol.messages import Results, RunStatus, Task
+from split_model.checkpoints.state import load_state
 from split_server.app import create_app, serve_until_stopped
 from split_server.storage.database import Store
 from split_server.storage.traffic import Meter
 from tests.support.federation import OPERATOR, random_state, run_settings, smashed
+from tests.support.processes import CommandProcess
 from tests.support.server import ApiClient, code_of, running_server, server_settings, wait_until
 
 
@@ -31,23 +29,19 @@ class ServerProcess:
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
-        command = [sys.executable, "-m", "split_server.cli", "serve", "--port", str(port)]
-        command += ["--data-dir", str(folder), "--torch-threads", "1"]
-        command += ["--operator-token", OPERATOR]
-        self.log = folder.parent / "log"
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log)
+        arguments = ["serve", "--port", str(port), "--data-dir", str(folder)]
+        arguments += ["--torch-threads", "1", "--operator-token", OPERATOR]
+        self.process = CommandProcess("split_server.cli", arguments, folder.parent / "log")
         wait_until(self._answers, 60)
 
     def _answers(self) -> bool:
-        assert self.process.poll() is None, self.log.read_text()
+        assert self.process.exit_code() is None, self.process.last_lines()
         with contextlib.suppress(httpx.TransportError):
             return httpx.get(f"{self.url}/v1/health", trust_env=False).is_success
         return False
 
     def kill(self) -> None:
-        self.process.send_signal(signal.SIGKILL)
-        self.process.wait(10)
+        self.process.kill()
 
 
 def test_a_folder_without_its_database_is_refused_and_unchanged(tmp_path: Path) -> None:
@@ -106,7 +100,7 @@ def test_a_killed_server_resumes_the_open_round(server: ServerProcess) -> None:
     assert (results.rounds[0].samples, len(results.rounds[0].updated)) == (60, 3)
     path = server.folder / "runs" / run / "states" / f"{results.run.state.sha256}.safetensors"
     weights = {"a": 10, "b": 20, "c": 30}
-    for name, tensor in split_model.load_state(path).items():
+    for name, tensor in load_state(path).items():
         exact = sum(states[who][name].double() * weight for who, weight in weights.items()) / 60
         assert (tensor.double() - exact).abs().max() < 1e-6
     meter, store = Meter(), Store(server.folder / "server.sqlite")

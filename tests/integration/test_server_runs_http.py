@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import split_model
 from protocol.messages import Results, RunStatus, RunView, Task
 from protocol.wire import PROTOCOL_VERSION, VERSION_HEADER
+from split_model.backbone.weights import open_backbone
+from split_model.checkpoints.export import load_exported
+from split_model.parts.build import build_body
 from split_server.federation import advance, transitions
 from split_server.federation.export import export_run
 from tests.support.federation import (
@@ -70,7 +72,7 @@ def test_a_whole_run_over_http(server: RunningServer, operator: ApiClient, tmp_p
     features = tensor_in(a.step("forward", smashed(), "s1"), "features")
     gradient = tensor_in(a.step("backward", smashed(seed=1), "s1"), "gradients")
     body_path = next(server_folder(server).rglob("vit_tiny*.safetensors"))
-    body = split_model.build_body(SPLIT, split_model.open_backbone(body_path))
+    body = build_body(SPLIT, open_backbone(body_path))
     leaf = smashed().requires_grad_(True)
     expected = body(leaf)
     expected.backward(smashed(seed=1))
@@ -95,7 +97,7 @@ def test_a_whole_run_over_http(server: RunningServer, operator: ApiClient, tmp_p
 
     out = tmp_path / "model.safetensors"
     export_run(server_folder(server), run, out)
-    model = split_model.load_exported(out)
+    model = load_exported(out)
     assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
     assert float(model.get_buffer("prompts").mean()) == 2.0
 

@@ -15,12 +15,15 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-import split_model
 from protocol.codecs.registry import as_decoded
 from protocol.frames import encode_frame, join_frame
 from protocol.messages import BlobRef, Task
 from protocol.plan import ModelPlan
 from protocol.wire import PROTOCOL_VERSION, VERSION_HEADER
+from split_model.backbone.weights import open_backbone
+from split_model.checkpoints.export import load_exported
+from split_model.parts.body import Body
+from split_model.parts.build import build_body
 from split_server.federation.export import export_run
 from split_server.storage.database import RunRow, Store
 from split_server.storage.run_files import RunFiles
@@ -121,10 +124,10 @@ def exchange(number: int, steps: int = 2, session: str = "s", attempt: int = 0) 
     }
 
 
-def body_of(server: RunningServer, split: ModelPlan) -> split_model.Body:
+def body_of(server: RunningServer, split: ModelPlan) -> Body:
     folder = server.server._application.settings.data_dir
     path = next(folder.rglob("vit_tiny*.safetensors"))
-    return split_model.build_body(split, split_model.open_backbone(path))
+    return build_body(split, open_backbone(path))
 
 
 def test_a_round_with_prompts_at_the_cut(
@@ -177,7 +180,7 @@ def test_a_round_with_prompts_at_the_cut(
     inferred = tensor_in(api.ask("infer", {"step": "i", "round": 1}, **named), "features")
     torch.testing.assert_close(inferred, body(rows, prompts)[:, :1].detach())
     export_run(folder, run, tmp_path / "model.safetensors")
-    model = split_model.load_exported(tmp_path / "model.safetensors")
+    model = load_exported(tmp_path / "model.safetensors")
     torch.testing.assert_close(model.get_buffer("prompts"), prompts.detach())
 
 

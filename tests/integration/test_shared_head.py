@@ -7,7 +7,7 @@ from typing import Any
 
 from edge_client.run_model import RunModel
 from edge_client.storage.blob_cache import BlobCache
-from edge_client.transport import Server
+from edge_client.transport.client import Server
 from protocol.messages import JoinRequest
 from tests.support.federation import run_settings
 from tests.support.server import RunningServer, running_server

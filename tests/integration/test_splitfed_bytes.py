@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from edge_client.data import Dataset
+from edge_client.data.dataset import Dataset
 from edge_client.participant import Participant
-from edge_client.transport import Server
+from edge_client.transport.client import Server
 from protocol.federation import FederationSettings
 from protocol.messages import Results, RunStatus
 from protocol.parts import BackboneSettings

@@ -15,17 +15,20 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from edge_client.data import BatchReader, Dataset, shuffled
+from edge_client.data.batches import BatchReader, shuffled
+from edge_client.data.dataset import Dataset
 from edge_client.participant import Participant
 from edge_client.prediction import Predictor
-from edge_client.transport import Server
+from edge_client.transport.client import Server
 from protocol.federation import FederationSettings
 from protocol.messages import Results, RunStatus, RunView
 from protocol.plan import ModelPlan, RunPlan, TrainingPlan, WirePlan
 from protocol.seeds import derive_seed
 from protocol.traffic import Phase
-from split_model import load_exported, load_state, open_backbone
 from split_model.backbone.libraries import timm
+from split_model.backbone.weights import open_backbone
+from split_model.checkpoints.export import load_exported
+from split_model.checkpoints.state import load_state
 from split_server.federation.export import export_run, newest_state
 from tests.support.edge import files, image_set
 from tests.support.reporters import SilentReporter

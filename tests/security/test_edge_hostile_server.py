@@ -6,7 +6,9 @@ import httpx
 import pytest
 import torch
 
-from edge_client.transport import MeteredTransport, RetryPolicy, Server
+from edge_client.transport.client import Server
+from edge_client.transport.http_transport import MeteredTransport
+from edge_client.transport.retry import RetryPolicy
 from protocol.errors import SFPromptError, TooLarge, Unreachable
 from tests.support.edge import Connection, RawServer
 

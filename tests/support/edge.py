@@ -19,25 +19,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edge_client.data import BatchReader, ImageSet
-from edge_client.data.image_set import ArrayStore
+from edge_client.data.batches import BatchReader
+from edge_client.data.image_set import ArrayStore, ImageSet
 from edge_client.model import DeviceModel
 from edge_client.training import RoundContext, Samples
-from edge_client.transport import RetryPolicy, Server, SplitPlane
+from edge_client.transport.client import Server
+from edge_client.transport.retry import RetryPolicy
+from edge_client.transport.split_client import SplitPlane
 from protocol.errors import StepLost
 from protocol.frames import Frame, decode_frame, encode_frame, join_frame
 from protocol.messages import BlobRef
 from protocol.plan import ModelPlan, RunPlan, TrainingPlan
-from split_model import (
-    build_body,
-    device_shapes,
-    initial_state,
-    open_backbone,
-    prepare_backbone,
-    save_state,
-    write_head_file,
-)
+from split_model.backbone.weights import open_backbone, prepare_backbone
+from split_model.checkpoints.head_file import write_head_file
+from split_model.checkpoints.state import device_shapes, initial_state, save_state
 from split_model.files import sha256_of
+from split_model.parts.build import build_body
 
 CACHE_BYTES = 2**28
 

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import split_model
 from protocol.plan import RunPlan, TrainingPlan
+from split_model.backbone import weights
 from split_model.backbone.libraries import timm
+from split_model.backbone.weights import open_backbone
+from split_model.layers.prompts import prompt_shape
 from split_server.engine.api import ExchangeJob, SessionPlan
 from split_server.engine.body_cache import BodyCache
 from split_server.engine.engine import Engine
@@ -39,12 +41,12 @@ MakeEngine = Callable[..., Engine]
 
 
 def prepare_backbone(folder: Path) -> Path:
-    return split_model.prepare_backbone(SMALL, "random:0", folder).path
+    return weights.prepare_backbone(SMALL, "random:0", folder).path
 
 
 def input_body(folder: Path) -> BodyKey:
     """Return the body of a run with prompts at the input; its weights are in this folder."""
-    path = split_model.prepare_backbone(SPLIT, "random:0", folder).path
+    path = weights.prepare_backbone(SPLIT, "random:0", folder).path
     return BodyKey.of(str(path), run_settings())
 
 
@@ -88,7 +90,7 @@ def smashed(batch: int = 3, seed: int = 0) -> Tensor:
 def uncut_blocks(backbone: Path) -> nn.Sequential:
     """Return the frozen blocks of timm's own model."""
     model = timm.create_model(SMALL.backbone, img_size=SMALL.image_size, num_classes=2).eval()
-    model.load_state_dict(dict(split_model.open_backbone(backbone)), strict=False)
+    model.load_state_dict(dict(open_backbone(backbone)), strict=False)
     blocks: nn.Sequential = model.requires_grad_(False).blocks
     return blocks
 
@@ -105,7 +107,7 @@ class Case:
         self.split = model
         self.key = BodyKey.of(str(backbone), settings)
         self.num_tokens = num_tokens
-        self.initial = 0.3 * numbers(99, *split_model.prompt_shape(self.split))
+        self.initial = 0.3 * numbers(99, *prompt_shape(self.split))
         self.backbone = backbone
 
     @property

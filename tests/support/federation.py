@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import split_model
 from protocol.errors import Busy
 from protocol.federation import FederationSettings
 from protocol.frames import decode_frame, encode_frame, join_frame
 from protocol.messages import Assignment, EvaluationReport, JoinRequest, UpdateMeta
 from protocol.plan import ModelPlan, RunPlan, TrainingPlan, WirePlan
 from protocol.settings import RunSettings
+from split_model.checkpoints.state import state_shapes
 from split_server.federation.advance import RunAdvancer
 from split_server.federation.credentials import Credentials
 from split_server.federation.liveness import Liveness
@@ -70,16 +70,14 @@ def busy_error(why: str) -> Busy:
 
 def state_of(value: float, split: ModelPlan = SPLIT) -> dict[str, Tensor]:
     """A global state in which every element has this value."""
-    return {
-        name: torch.full(shape, value) for name, shape in split_model.state_shapes(split).items()
-    }
+    return {name: torch.full(shape, value) for name, shape in state_shapes(split).items()}
 
 
 def random_state(seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return {
         name: torch.randn(shape, generator=generator)
-        for name, shape in sorted(split_model.state_shapes(SPLIT).items())
+        for name, shape in sorted(state_shapes(SPLIT).items())
     }
 
 

@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from edge_client.data import Augmentation, BatchReader
+from edge_client.data.batches import Augmentation, BatchReader
 from edge_client.model import DeviceModel
 from edge_client.smashed.head_cache import HeadOutputs
 from tests.support.edge import SMALL, device_model, image_set

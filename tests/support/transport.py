@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import httpx
 import trustme
 
-from edge_client.transport import MeteredTransport
+from edge_client.transport.http_transport import MeteredTransport
 from tests.support.edge import Connection, response
 
 

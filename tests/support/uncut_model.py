@@ -10,8 +10,8 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from protocol.plan import ModelPlan
-from split_model import ModelPlanError
 from split_model.backbone.libraries import timm
+from split_model.errors import ModelPlanError
 
 PROMPTS = 3
 

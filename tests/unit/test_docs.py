@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tools import settings_page
+from tools import pictures_page, settings_page
 
 ROOT = Path(__file__).parents[2]
 
@@ -70,6 +70,10 @@ def test_a_link_to_a_heading_is_looked_up_as_github_names_it() -> None:
 
 def test_the_settings_page_is_current() -> None:
     assert settings_page.PAGE.read_text() == settings_page.render(), "stale: run `make docs`"
+
+
+def test_the_table_of_pictures_is_current() -> None:
+    assert pictures_page.PAGE.read_text() == pictures_page.render(), "stale: run `make docs`"
 
 
 @pytest.mark.parametrize("name", PROSE_PAGES)

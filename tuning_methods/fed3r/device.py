@@ -7,7 +7,7 @@ from torch import Tensor
 
 from edge_client.method import DeviceMethod, RoundResult
 from edge_client.training import RoundContext
-from edge_client.transport import SplitPlane
+from edge_client.transport.split_client import SplitPlane
 from tuning_methods.fed3r.sums import FeatureSums
 
 _BATCH = 128

@@ -9,7 +9,7 @@ from torch import Tensor
 from protocol.errors import InvalidField, WrongShape
 from protocol.frames import Frame
 from protocol.plan import RunPlan
-from split_model import device_shapes
+from split_model.checkpoints.state import device_shapes
 from split_server.method import RoundMean, ServerMethod
 from split_server.payloads.tensors import decode_floats
 from tuning_methods.fed3r.ridge import solve_ridge

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-import split_model
 from protocol.errors import InvalidField, WrongShape
 from protocol.frames import Frame
 from protocol.messages import BlobRef
 from protocol.plan import RunPlan
 from protocol.seeds import derive_seed
 from split_model.backbone.tensor_file import write_tensors
+from split_model.backbone.weights import open_backbone, prepare_backbone
+from split_model.checkpoints.head_file import write_head_file
 from split_model.files import sync_folder
 from split_server.method import Rebuild, RebuiltModel
 from split_server.payloads.tensors import decode_floats, require_finite
@@ -80,7 +81,7 @@ class FedPFTServer(ProxyServer):
         proxy, head = files.weights_after(work.round), files.head_after(work.round)
         if not proxy.is_file():
             _write_proxy(work)
-        _, sha256 = split_model.write_head_file(plan.model, proxy, head, plan.wire.head)
+        _, sha256 = write_head_file(plan.model, proxy, head, plan.wire.head)
         for folder in (proxy.parent, head.parent, files.root):
             sync_folder(folder)
         return RebuiltModel(proxy, BlobRef(sha256=sha256, nbytes=head.stat().st_size))
@@ -88,11 +89,11 @@ class FedPFTServer(ProxyServer):
 
 def _write_proxy(work: Rebuild) -> None:
     plan = work.plan
-    backbone = split_model.prepare_backbone(plan.model, plan.model.weights, work.cache_dir)
+    backbone = prepare_backbone(plan.model, plan.model.weights, work.cache_dir)
     weights = redistil_proxy(
         plan.model,
-        split_model.open_backbone(backbone.path),
-        split_model.open_backbone(work.weights),
+        open_backbone(backbone.path),
+        open_backbone(work.weights),
         work.files.read_state(work.state),
         work.files.read_extras(work.round)[NEURONS],
         load_images(plan, find_image_file(plan, work.cache_dir)),

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-import split_model
+from edge_client.model import preprocessing_of
 from protocol.errors import InvalidField
 from protocol.plan import ModelPlan, RunPlan
 from protocol.seeds import derive_seed
-from split_model import BackboneFile
 from split_model.backbone.tensor_file import TensorFile, write_tensors
+from split_model.backbone.weights import BackboneFile, open_backbone
+from split_model.checkpoints.metadata import image_preparation
 from split_model.files import sha256_of
 from tuning_methods.proxies.settings import DistillationSettings, distillation_of
 
@@ -58,7 +58,7 @@ def distil_once(
     log.info("distilling %s from %s", path.stem, plan.model.backbone)
     images = load_images(plan, image_path)
     seed = derive_seed(plan.seed, "proxy")
-    teacher = split_model.open_backbone(backbone.path)
+    teacher = open_backbone(backbone.path)
     weights = distil(plan.model, teacher, images, distillation_of(plan), seed)
     write_tensors(path, weights, {"backbone": plan.model.backbone})
     log.info("%s is ready", path.stem)
@@ -103,7 +103,7 @@ def find_image_file(plan: RunPlan, cache_dir: Path) -> Path | None:
 
 
 def load_images(plan: RunPlan, image_path: Path | None) -> Tensor:
-    """Load the distillation's images, or draw noise, preprocessed for the backbone.
+    """Load the distillation's images, preprocessed as on devices, or draw noise.
 
     Args:
         plan: the run's plan.
@@ -131,10 +131,5 @@ def load_images(plan: RunPlan, image_path: Path | None) -> Tensor:
             hint=f"write the images into {IMAGES}/{image_path.name} as this tensor",
         )
     selected = torch.randperm(len(pixels), generator=generator)[: distillation.samples]
-    scaled = pixels[selected].to(torch.float32) / 255
-    resized = F.interpolate(scaled, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
-    preprocessing = split_model.image_preparation(plan.model)
-    mean, deviation = (
-        torch.tensor(values)[:, None, None] for values in (preprocessing.mean, preprocessing.std)
-    )
-    return (resized - mean) / deviation
+    preprocessing = preprocessing_of(plan.model, image_preparation(plan.model))
+    return preprocessing.normalise(preprocessing.resize(pixels[selected]))

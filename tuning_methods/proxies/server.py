@@ -8,7 +8,8 @@ from pathlib import Path
 from torch import Tensor
 
 from protocol.plan import RunPlan
-from split_model import BackboneFile, part_bytes, prepare_backbone
+from split_model.backbone.weights import BackboneFile, prepare_backbone
+from split_model.parts.cost import part_bytes
 from split_server.method import ModelFiles, ModelForExport, ServerMethod
 from tuning_methods.proxies.cache import distil_once
 from tuning_methods.proxies.distillation import distil_proxy

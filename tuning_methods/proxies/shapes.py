@@ -15,7 +15,7 @@ def backbone_widths(model: BackboneSettings) -> tuple[int, ...]:
     """
     if widths := anatomy_of(model).mlp_widths:
         return widths
-    from split_model import ModelPlanError  # imports torch
+    from split_model.errors import ModelPlanError
 
     limit = "a plain vision transformer: only of its blocks a proxy is made"
     raise ModelPlanError("backbone", limit, model.backbone)

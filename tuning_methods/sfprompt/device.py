@@ -10,7 +10,7 @@ from edge_client.method import DeviceMethod
 from edge_client.model import DeviceModel
 from edge_client.training.context import RoundContext
 from edge_client.training.split_training import Sample
-from edge_client.transport import SamplesMissing, SplitPlane
+from edge_client.transport.split_client import SamplesMissing, SplitPlane
 from protocol.plan import RunPlan
 from tuning_methods.sfprompt.device_deltas import DeltaCache
 from tuning_methods.sfprompt.local_body import LocalBody, build_local_body

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from protocol.errors import InvalidField
 from protocol.plan import RunPlan
-from split_model import BackboneFile
 from split_model.backbone.tensor_file import TensorFile
+from split_model.backbone.weights import BackboneFile
 from split_server.http.handlers import (
     Handler,
     HandlerContext,

@@ -25,7 +25,7 @@ from protocol.frames import Frame
 from protocol.limits import FrameLimits
 from protocol.messages import StepMeta
 from protocol.plan import ModelPlan
-from split_model import anatomy
+from split_model.backbone.architecture import anatomy
 from split_server.payloads.requests import SplitRequest, parse_step_meta
 from split_server.payloads.samples import decode_sample_ids, require_codec, require_row_wise
 from split_server.payloads.tensors import (

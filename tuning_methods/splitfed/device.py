@@ -13,9 +13,9 @@ from edge_client.training.split_training import (
     new_name,
     train_tail,
 )
-from edge_client.transport import SplitPlane
+from edge_client.transport.split_client import SplitPlane
 from protocol.messages import BodyStepMeta
-from split_model import make_optimizer, set_progress
+from split_model.optimizer import make_optimizer, set_progress
 
 
 class SplitFedDevice(DeviceMethod):

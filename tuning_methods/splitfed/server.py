@@ -13,7 +13,7 @@ from torch import Tensor
 from protocol.errors import InvalidField
 from protocol.messages import BodyStepMeta, parse_message
 from protocol.plan import RunPlan
-from split_model import BODY, state_shapes
+from split_model.checkpoints.state import BODY, state_shapes
 from split_server.engine.api import InferJob
 from split_server.engine.handler import HandlerFactory
 from split_server.http.handlers import (

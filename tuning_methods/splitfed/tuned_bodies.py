@@ -13,10 +13,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-import split_model
 from protocol.errors import NonFinite, TooLarge
 from protocol.plan import TrainingPlan
-from split_model import Body, learning_rate_factor, make_optimizer, set_progress
+from split_model.checkpoints.state import read_body
+from split_model.optimizer import learning_rate_factor, make_optimizer, set_progress
+from split_model.parts.body import Body
+from split_model.parts.build import build_tunable_body
 from split_server.engine import compute
 from split_server.engine.api import JobName, StepKey, batch_key
 from split_server.engine.handler import EngineParts, SessionHandler
@@ -186,7 +188,7 @@ class BodySession:
         """
         if self._model is None or self.applied != self.steps:
             raise lost_session_error(self.name)
-        state = split_model.read_body(self._model)
+        state = read_body(self._model)
         for name, tensor in state.items():
             if not bool(torch.isfinite(tensor).all()):
                 raise NonFinite("the body tuned on the server is not finite", field=name)
@@ -195,7 +197,7 @@ class BodySession:
     def _load(self, device: torch.device) -> tuple[Body, torch.optim.Optimizer]:
         if self._model is None or self._optimizer is None:
             weights: Mapping[str, Tensor] = weights_of(self.body)
-            body = split_model.build_tunable_body(self.body.settings, weights, device)
+            body = build_tunable_body(self.body.settings, weights, device)
             self._model, self._optimizer = body, make_optimizer(self.plan.training, None, body)
         return self._model, self._optimizer
 

@@ -8,11 +8,14 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from edge_client.data import BatchReader, Preprocessing
+from edge_client.data.batches import BatchReader, Preprocessing
 from edge_client.model import DeviceModel, preprocessing_of
 from protocol.errors import MalformedFrame
 from protocol.plan import ModelPlan
-from split_model import build_body, image_preparation, load_state, open_backbone, save_state
+from split_model.backbone.weights import open_backbone
+from split_model.checkpoints.metadata import image_preparation
+from split_model.checkpoints.state import load_state, save_state
+from split_model.parts.build import build_body
 from tests.support.edge import SMALL, device_model, files, image_set
 
 

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from edge_client.data import CorruptImageError, Dataset
+from edge_client.data.dataset import Dataset
+from edge_client.data.errors import CorruptImageError
 from edge_client.method import DeviceMethod, RoundResult
 from edge_client.participant import JoinedRun, Participant, succeeded
 from edge_client.reporter import BarReporter, JsonReporter
 from edge_client.training import RoundContext
-from edge_client.transport import SplitPlane
+from edge_client.transport.split_client import SplitPlane
 from protocol.errors import (
     EmptyUpdate,
     IdempotencyKeyReused,
@@ -38,7 +39,7 @@ from protocol.messages import (
 )
 from protocol.plan import RunPlan, TrainingPlan
 from protocol.traffic import Traffic
-from split_model import load_state
+from split_model.checkpoints.state import load_state
 from tests.support.edge import SMALL, BodyServer, files, image_set
 from tuning_methods.custom.settings import Custom
 

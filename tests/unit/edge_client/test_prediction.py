@@ -7,20 +7,17 @@ import pytest
 import torch
 from PIL import Image
 
-from edge_client.data.decode import decode_file
+from edge_client.data.image_files import image_files
+from edge_client.data.image_set import decode_file
 from edge_client.model import preprocessing_of
-from edge_client.prediction import Prediction, Predictor, WholePredictor, image_files
+from edge_client.prediction import Prediction, Predictor, WholePredictor
 from protocol.errors import InvalidField, NotFound
 from protocol.messages import BlobRef, JoinRequest, JoinResponse, RunStatus, RunView
-from protocol.plan import RunPlan
-from split_model import (
-    export_model,
-    image_preparation,
-    initial_state,
-    load_exported,
-    open_backbone,
-    prepare_backbone,
-)
+from protocol.plan import ModelPlan, RunPlan
+from split_model.backbone.weights import open_backbone, prepare_backbone
+from split_model.checkpoints.export import export_model, load_exported
+from split_model.checkpoints.metadata import image_preparation
+from split_model.checkpoints.state import initial_state
 from tests.support.edge import SMALL, BodyServer, device_model, files, image_set
 from tuning_methods.custom.settings import Custom
 
@@ -53,9 +50,10 @@ def test_folders_are_searched_and_sorted_and_files_taken_as_given(tmp_path: Path
     (tmp_path / "a" / "notes.txt").write_text("no image")
     (tmp_path / "b.weird").write_text("named by hand")
     (tmp_path / "a" / "UPPER.PNG").write_bytes(paths[0].read_bytes())
-    listed = image_files([tmp_path / "b.weird", tmp_path / "a", paths[1]])
+    listed, skipped = image_files([tmp_path / "b.weird", tmp_path / "a", paths[1]])
     upper = tmp_path / "a" / "UPPER.PNG"
     assert listed == [tmp_path / "b.weird", *paths, upper, *nested, paths[1]]
+    assert [entry.path for entry in skipped] == [str(tmp_path / "a" / "notes.txt")]
 
 
 def test_nothing_to_classify(tmp_path: Path) -> None:
@@ -139,6 +137,38 @@ def test_every_file_in_order_with_the_unreadable_named(tmp_path: Path) -> None:
         )
 
 
+def export(folder: Path, split: ModelPlan = SMALL, names: tuple[str, ...] | None = None) -> Path:
+    backbone = prepare_backbone(split, split.weights, folder / "backbones").path
+    state = initial_state(split, open_backbone(backbone), seed=3)
+    return export_model(split, backbone, state, folder / "m.safetensors", class_names=names)
+
+
+def test_an_exported_file_says_how_images_are_fitted(tmp_path: Path) -> None:
+    predictor = WholePredictor(export(tmp_path, SMALL.replace(fit="pad", background="#102030")))
+    preprocessing = predictor.preprocessing
+    assert (preprocessing.fit, preprocessing.background) == ("pad", (16, 32, 48))
+    assert WholePredictor(export(tmp_path)).preprocessing.fit == "crop"
+
+
+def test_a_turned_and_a_transparent_picture_predict_as_what_people_see(tmp_path: Path) -> None:
+    (path,) = save_images(tmp_path, 1)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    with Image.open(path) as image:
+        stored = image.transpose(Image.Transpose.ROTATE_90)
+        stored.save(tmp_path / "turned.png", exif=exif)
+        clear = image.convert("RGBA")
+    clear.putpixel((3, 3), (0, 0, 0, 0))
+    clear.save(tmp_path / "clear.png")
+    flat = Image.alpha_composite(Image.new("RGBA", clear.size, "white"), clear)
+    flat.convert("RGB").save(tmp_path / "flat.png")
+    pairs = [(path, tmp_path / "turned.png"), (tmp_path / "flat.png", tmp_path / "clear.png")]
+    model = WholePredictor(export(tmp_path))
+    for upright, other in pairs:
+        one, two = model.predict([upright, other], top=3)
+        assert one.classes == two.classes
+
+
 @pytest.mark.parametrize("names", [("r", "g", "b"), None])
 def test_an_exported_model_predicts_as_for_the_same_pixels(
     tmp_path: Path, names: tuple[str, ...] | None
@@ -146,9 +176,7 @@ def test_an_exported_model_predicts_as_for_the_same_pixels(
     paths = save_images(tmp_path / "images", 3)
     paths[1].write_bytes(b"no image")
     split = SMALL
-    backbone = prepare_backbone(split, SMALL.weights, tmp_path / "backbones").path
-    state = initial_state(split, open_backbone(backbone), seed=3)
-    file = export_model(split, backbone, state, tmp_path / "m.safetensors", class_names=names)
+    file = export(tmp_path, split, names)
     predictions = list(WholePredictor(file).predict(paths, top=3))
     assert predictions[1].error is not None
     model, preprocessing = load_exported(file), preprocessing_of(split, image_preparation(split))

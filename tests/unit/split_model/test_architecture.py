@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from protocol.plan import ModelPlan
-from split_model import ModelPlanError, UnsupportedBackboneError, anatomy, body_blocks, skeleton
-from split_model.backbone.architecture import supported_backbones
+from split_model.backbone.architecture import anatomy, body_blocks, skeleton, supported_backbones
 from split_model.backbone.libraries import timm, torchvision
+from split_model.errors import ModelPlanError, UnsupportedBackboneError
 from tests.support.uncut_model import reduced
 
 TINY: dict[str, Any] = {

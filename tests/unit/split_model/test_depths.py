@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from protocol.plan import ModelPlan
-from split_model import Layered, anatomy, build_body, build_tail, feature_shape, read_tokens
-from split_model.backbone.architecture import skeleton
-from split_model.parts.depths import pool_depth, read_blocks
+from split_model.backbone.architecture import anatomy, skeleton
+from split_model.parts.build import Layered, build_body, build_tail
+from split_model.parts.depths import feature_shape, pool_depth, read_blocks, read_tokens
 
 PLAN = ModelPlan(
     backbone="vit_tiny_patch16_224",

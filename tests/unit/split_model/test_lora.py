@@ -7,12 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from protocol.plan import ModelPlan
-from split_model import (
-    Layered,
-    TunedModel,
+from split_model.checkpoints.export import TunedModel
+from split_model.checkpoints.state import (
     TunedState,
-    build_head,
-    build_tail,
     head_tensors,
     initial_state,
     read_state,
@@ -20,7 +17,7 @@ from split_model import (
     tail_tensors,
 )
 from split_model.layers.adapters import lora_blocks, merged
-from split_model.parts.build import frozen_names
+from split_model.parts.build import Layered, build_head, build_tail, frozen_names
 from tests.support.uncut_model import difference, random_model, reduced, refused_field
 
 PLAIN = reduced("vit_base_patch16_224").replace(prompt_count=0)

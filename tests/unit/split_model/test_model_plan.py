@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 from protocol.errors import InvalidField
 from protocol.messages import parse_message
 from protocol.plan import ModelPlan, RunPlan
-from split_model import TensorFileError
 from split_model.backbone.tensor_file import TensorFile, write_tensors
 from split_model.checkpoints.metadata import model_metadata, read_plan
+from split_model.errors import TensorFileError
 from tests.support.uncut_model import reduced, refused_field
 
 

@@ -12,8 +12,9 @@ import torch
 from onnx import helper, numpy_helper
 
 from protocol.plan import ModelPlan
-from split_model import PackagedBackboneError, prepare_backbone
 from split_model.backbone import weights
+from split_model.backbone.weights import prepare_backbone
+from split_model.errors import PackagedBackboneError
 
 WIDTH = 4
 

@@ -7,16 +7,10 @@ import torch
 from torch import Tensor
 
 from protocol.plan import ModelPlan
-from split_model import (
-    TokenCountError,
-    WeightsMismatchError,
-    build_body,
-    build_head,
-    build_tail,
-    for_the_tail,
-    prompt_shape,
-)
-from split_model.layers.prompts import initial_prompts
+from split_model.errors import TokenCountError, WeightsMismatchError
+from split_model.layers.prompts import initial_prompts, prompt_shape
+from split_model.parts.build import build_body, build_head, build_tail
+from split_model.parts.tail import for_the_tail
 from tests.support.uncut_model import difference, random_model, reduced
 
 

@@ -9,32 +9,24 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from protocol.plan import ModelPlan
-from split_model import (
-    Head,
-    TensorFileError,
-    WeightsMismatchError,
-    WeightSourceError,
+from split_model.backbone.libraries import timm
+from split_model.backbone.weights import open_backbone, prepare_backbone
+from split_model.checkpoints.export import export_model, load_exported
+from split_model.checkpoints.head_file import HeadDtype, read_head_file, write_head_file
+from split_model.checkpoints.metadata import head_plan
+from split_model.checkpoints.state import (
     apply_state,
-    build_body,
-    build_head,
-    build_tail,
-    export_model,
     initial_state,
-    load_exported,
     load_state,
-    open_backbone,
-    part_bytes,
-    prepare_backbone,
-    read_head_file,
     read_state,
     save_state,
     state_shapes,
     tail_tensors,
-    write_head_file,
 )
-from split_model.backbone.libraries import timm
-from split_model.checkpoints.head_file import HeadDtype
-from split_model.checkpoints.metadata import head_plan
+from split_model.errors import TensorFileError, WeightsMismatchError, WeightSourceError
+from split_model.parts.build import build_body, build_head, build_tail
+from split_model.parts.cost import part_bytes
+from split_model.parts.head import Head
 from tests.support.uncut_model import difference, random_model, reduced
 
 SETTINGS = reduced("vit_base_patch16_224").replace(tail_blocks=1)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from protocol.plan import ModelPlan
-from split_model import anatomy
+from split_model.backbone.architecture import anatomy
 from split_model.layers.token_merging import merge_tokens
 from split_model.parts.body import Body
 from split_model.parts.head import Head

@@ -8,30 +8,31 @@ import torch
 from safetensors.torch import load_file
 
 from protocol.plan import ModelPlan
-from split_model import (
-    Head,
-    Tail,
-    WeightsMismatchError,
+from split_model.backbone.weights import prepare_backbone
+from split_model.checkpoints.export import export_model, load_exported
+from split_model.checkpoints.head_file import read_head_file, write_head_file
+from split_model.checkpoints.state import (
     apply_state,
     body_tensors,
+    device_shapes,
+    head_tensors,
+    initial_state,
+    read_body,
+    read_state,
+    state_shapes,
+    tail_tensors,
+)
+from split_model.errors import WeightsMismatchError
+from split_model.parts.build import (
+    Layered,
     build_body,
     build_head,
     build_tail,
     build_tunable_body,
-    device_shapes,
-    export_model,
-    head_tensors,
-    initial_state,
-    load_exported,
-    prepare_backbone,
-    read_body,
-    read_head_file,
-    read_state,
-    state_shapes,
-    tail_tensors,
-    write_head_file,
+    frozen_names,
 )
-from split_model.parts.build import Layered, frozen_names
+from split_model.parts.head import Head
+from split_model.parts.tail import Tail
 from tests.support.uncut_model import Hooks, difference, random_model, reduced, refused_field
 
 WHOLE = ModelPlan(

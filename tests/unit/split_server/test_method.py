@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from protocol.plan import ModelPlan, RunPlan
-from split_model import BackboneFile, ModelPlanError
+from split_model.backbone.weights import BackboneFile
+from split_model.errors import ModelPlanError
 from split_server.method import ServerMethod
 
 BACKBONE = BackboneFile(path=Path("backbone"), sha256="", nbytes=0, parameters=0)

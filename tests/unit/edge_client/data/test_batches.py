@@ -7,17 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from edge_client.data import (
-    Augmentation,
-    BatchReader,
-    CorruptImageError,
-    ImageSet,
-    Preprocessing,
-    PreprocessingError,
-    load_dataset,
-    shuffled,
-)
-from edge_client.data.image_set import ArrayStore, FileStore
+from edge_client.data.batches import Augmentation, BatchReader, Preprocessing, shuffled
+from edge_client.data.errors import CorruptImageError, PreprocessingError
+from edge_client.data.image_set import ArrayStore, FileStore, ImageSet
+from edge_client.data.sources import load_dataset
 
 MEAN = (0.5, 0.4, 0.3)
 

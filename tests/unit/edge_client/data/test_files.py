@@ -12,15 +12,15 @@ import pytest
 import torch
 from PIL import Image
 
-from edge_client.data import (
+from edge_client.data import fashion_mnist as fashion
+from edge_client.data.errors import (
     CorruptImageError,
     DataFormatError,
     DatasetDownloadError,
     PickledDataError,
-    load_dataset,
 )
-from edge_client.data import fashion_mnist as fashion
 from edge_client.data.fashion_mnist import read_idx
+from edge_client.data.sources import load_dataset
 from split_model.backbone.libraries import torchvision
 from tests.support.data import cut_network
 

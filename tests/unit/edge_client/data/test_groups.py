@@ -11,8 +11,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from edge_client.cli import _load_data
-from edge_client.data import DataFormatError, PartitionError, load_dataset, partition
+from edge_client.data.errors import DataFormatError, PartitionError
+from edge_client.data.partition import partition
+from edge_client.data.sources import load_dataset
+from edge_client.loading import load_run_data
+from edge_client.reporter import JsonReporter
 from protocol.messages import BlobRef, RunStatus, RunView
 from protocol.settings import RunSettings
 
@@ -96,7 +99,19 @@ def training_files(
         head=ref,
         state=ref,
     )
-    dataset = _load_data(f"folder:{folder}", run, part, scheme, 5, 0.2, None, None, shots)
+    dataset = load_run_data(
+        f"folder:{folder}",
+        run,
+        part,
+        scheme,
+        5,
+        0.2,
+        None,
+        None,
+        shots,
+        reporter=JsonReporter(),
+        cache_bytes=0,
+    )
     return [path.relative_to(folder).as_posix() for path in dataset.train.store.paths]
 
 

@@ -2,7 +2,8 @@
 
 import torch
 
-from edge_client.data import by_content, load_dataset
+from edge_client.data.dataset import by_content
+from edge_client.data.sources import load_dataset
 
 
 def test_the_order_depends_on_the_images_alone() -> None:

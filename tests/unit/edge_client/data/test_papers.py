@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edge_client.data import DataFormatError, MissingLibraryError, load_dataset
+from edge_client.data.errors import DataFormatError, MissingLibraryError
+from edge_client.data.sources import load_dataset
 from split_model.backbone.libraries import torchvision
 from tests.support.data import cut_network
 

@@ -6,8 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_client.data import ImageSet, Part, PartitionError, Scheme, parse_scheme, partition
-from edge_client.data.image_set import ArrayStore
+from edge_client.data.errors import PartitionError
+from edge_client.data.image_set import ArrayStore, ImageSet
+from edge_client.data.partition import Part, Scheme, parse_scheme, partition
 
 SCHEMES = st.one_of(
     st.just("iid"),

@@ -10,8 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_client.data import Dataset, ImageSet, PartitionError, limit_per_set, load_dataset
-from edge_client.data.image_set import ArrayStore
+from edge_client.data.dataset import Dataset, limit_per_set
+from edge_client.data.errors import PartitionError
+from edge_client.data.image_set import ArrayStore, ImageSet
+from edge_client.data.sources import load_dataset
 from protocol.errors import InvalidField
 from protocol.messages import parse_message
 from sfprompt_bench.compare.config import Comparison

@@ -4,28 +4,23 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from edge_client.data import (
+from edge_client.data.dataset import Dataset, limit_per_set
+from edge_client.data.download import cache_dir
+from edge_client.data.errors import (
     ClassMismatchError,
     CorruptImageError,
-    Dataset,
     DatasetDownloadError,
-    DataSource,
     EmptyDatasetError,
     MissingDataError,
     PartitionError,
     SourceError,
     UnknownDatasetError,
-    cache_dir,
-    limit_per_set,
-    load_dataset,
-    parse_source,
 )
-from edge_client.data.decode import decode_file, rgb_tensor
+from edge_client.data.sources import DataSource, load_dataset, parse_source
 from tests.support.data import cut_network
 
 
@@ -73,7 +68,7 @@ def test_an_unreadable_source_names_the_forms(text: str) -> None:
 
 def test_the_digits_are_there_without_torchvision() -> None:
     program = (
-        "import sys; from edge_client.data import load_dataset; d = load_dataset('digits');"
+        "import sys; from edge_client.data.sources import load_dataset; d = load_dataset('digits');"
         "print(len(d.train) + len(d.test), 'torchvision' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
@@ -114,9 +109,9 @@ def test_a_folder_with_train_and_test_keeps_them_apart(tmp_path: Path) -> None:
     assert data.test.labels.tolist() == [1]
     assert data.test.image(0)[:, 0, 0].tolist() == [0, 255, 0]
     assert data.test.image(0).shape == (3, 4, 6)
-    assert [(entry.path, entry.reason) for entry in data.skipped] == [
-        ("cat", "a class without test images")
-    ]
+    noticed = [(entry.path, entry.reason) for entry in data.noticed]
+    assert ("cat", "a class without test images") in noticed
+    assert data.skipped == ()
 
 
 def test_a_folder_of_classes_holds_out_a_share_of_each(tmp_path: Path) -> None:
@@ -148,19 +143,21 @@ def test_unreadable_files_are_skipped_and_named(tmp_path: Path) -> None:
         "cat/text.png",
         "cat/cut.jpg",
         "cat/notes.txt",
+        "cat",
         "empty",
         "rotten",
         "rotten/a.png",
         "stray.png",
     }
     assert "truncated" in named["cat/cut.jpg"]
+    assert named["cat"] == "1 hidden or machine-made entries left out: .hidden.png"
     assert named["empty"] == named["rotten"] == "a class without a readable image"
 
 
 def test_an_image_that_claims_too_many_pixels_is_skipped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edge_client.data.decode.MAX_PIXELS", 100)
+    monkeypatch.setattr("edge_client.data.pictures.MAX_PIXELS", 100)
     write_class(tmp_path / "cat", 2)
     huge = write_image(tmp_path / "cat" / "huge.png", size=(11, 10))
     data = load_dataset(f"folder:{tmp_path}")
@@ -168,13 +165,19 @@ def test_an_image_that_claims_too_many_pixels_is_skipped(
     assert "11 x 10 pixels" in data.skipped[0].reason
 
 
-def test_test_images_of_an_untrained_class_are_named_not_used(tmp_path: Path) -> None:
+@pytest.mark.parametrize("names", [None, ("cat", "emu")])
+def test_test_images_of_an_untrained_class_are_evaluated(
+    tmp_path: Path, names: tuple[str, ...] | None
+) -> None:
     write_class(tmp_path / "train" / "cat", 2)
     write_class(tmp_path / "val" / "cat", 1)
     write_class(tmp_path / "val" / "emu", 1)
-    data = load_dataset(f"folder:{tmp_path}")
-    assert len(data.test) == 1
-    assert [entry.path for entry in data.skipped] == ["emu"]
+    data = load_dataset(f"folder:{tmp_path}", class_names=names)
+    assert data.class_names == ("cat", "emu")
+    assert data.train.labels.tolist() == [0, 0]
+    assert data.test.labels.tolist() == [0, 1]
+    assert data.skipped == ()
+    assert ("emu", "a class with test images alone") in [(n.path, n.reason) for n in data.noticed]
 
 
 def test_a_folder_that_is_not_there_is_a_clear_error(tmp_path: Path) -> None:
@@ -199,20 +202,6 @@ def test_an_image_that_rots_after_opening_is_a_typed_error(tmp_path: Path) -> No
         path.write_bytes(b"gone")
     with pytest.raises(CorruptImageError, match=r"cat/\d\.png"):
         data.train.image(0)
-
-
-def test_every_mode_of_image_becomes_rgb_bytes(tmp_path: Path) -> None:
-    grey16 = np.full((2, 3), 0x8000, np.uint16)
-    Image.fromarray(grey16).save(tmp_path / "16.png")
-    palette = Image.new("P", (3, 2), 0)
-    palette.putpalette([10, 20, 30] * 256)
-    palette.save(tmp_path / "p.png", transparency=bytes([0, 255]))
-    assert decode_file(tmp_path / "16.png")[:, 0, 0].tolist() == [128, 128, 128]
-    assert decode_file(tmp_path / "p.png")[:, 0, 0].tolist() == [10, 20, 30]
-    for mode in ("1", "L", "LA", "RGBA", "CMYK"):
-        pixels = rgb_tensor(Image.new(mode, (3, 2)))
-        assert pixels.shape == (3, 2, 3)
-        assert pixels.dtype == torch.uint8
 
 
 def test_labels_follow_the_runs_class_names(tmp_path: Path) -> None:

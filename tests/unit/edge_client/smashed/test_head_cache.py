@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from edge_client.data import BatchReader
+from edge_client.data.batches import BatchReader
 from edge_client.model import DeviceModel
 from edge_client.smashed.head_cache import HeadOutputs
 from tests.support.edge import device_model

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from edge_client.data import BatchReader, ImageSet
-from edge_client.data.image_set import ArrayStore
+from edge_client.data.batches import BatchReader
+from edge_client.data.image_set import ArrayStore, ImageSet
 from edge_client.model import DeviceModel
 from edge_client.smashed.head_cache import HeadOutputs
 from edge_client.smashed.uploads import SampleUploader
 from edge_client.training.context import Samples
-from edge_client.transport import SamplesMissing
+from edge_client.transport.split_client import SamplesMissing
 from protocol.errors import Busy
 from tests.support.edge import CLASSES, image_set
 from tests.support.heads import (

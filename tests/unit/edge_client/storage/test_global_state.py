@@ -17,7 +17,7 @@ from protocol.federation import FederationSettings
 from protocol.frames import Frame, decode_frame, encode_frame, join_frame
 from protocol.messages import BlobRef, UpdateMeta
 from protocol.plan import ModelPlan, RunPlan, WirePlan
-from split_model import applied, load_state, state_bytes
+from split_model.checkpoints.state import applied, load_state, state_bytes
 from split_server.aggregation.publishing import publish
 from split_server.storage.run_files import RunFiles, StateRefs, read_tensors
 

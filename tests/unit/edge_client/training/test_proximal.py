@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from edge_client.data import shuffled
+from edge_client.data.batches import shuffled
 from edge_client.method import device_method
 from edge_client.model import DeviceModel
 from edge_client.training import Proximal, local_update, split_train

@@ -10,14 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from edge_client.data import Augmentation, shuffled
+from edge_client.data.batches import Augmentation, shuffled
 from edge_client.method import device_method
 from edge_client.model import DeviceModel
 from edge_client.training import RoundContext, evaluate, local_update, select_samples, split_train
 from protocol.errors import StepLost
 from protocol.seeds import derive_seed
-from split_model import load_state, open_backbone, write_head_file
 from split_model.backbone.libraries import timm
+from split_model.backbone.weights import open_backbone
+from split_model.checkpoints.head_file import write_head_file
+from split_model.checkpoints.state import load_state
 from split_model.optimizer import learning_rate_factor
 from tests.support.edge import SMALL, BodyServer, device_model, files, image_set, round_context
 from tuning_methods.custom.settings import Custom

@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_client.transport import Link
-from edge_client.transport.link import Direction, Exchange, Line
+from edge_client.transport.link import Direction, Exchange, Line, Link
 from protocol.errors import InvalidField
 
 

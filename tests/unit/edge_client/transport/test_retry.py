@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from edge_client.transport import RetryPolicy
+from edge_client.transport.retry import RetryPolicy
 from protocol import errors
 from protocol.errors import Busy, InternalError, SFPromptError, Unreachable
 

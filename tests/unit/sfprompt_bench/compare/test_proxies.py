@@ -7,15 +7,17 @@ from typing import Any
 
 import torch
 
-from edge_client.data import Dataset, load_dataset
+from edge_client.data.dataset import Dataset
+from edge_client.data.sources import load_dataset
 from protocol.plan import RunPlan
 from sfprompt_bench.compare.proxies import (
     backbone_accuracy,
     with_backbone_accuracy,
     write_distillation_images,
 )
-from split_model import initial_state, open_backbone, prepare_backbone
 from split_model.backbone.tensor_file import TensorFile
+from split_model.backbone.weights import open_backbone, prepare_backbone
+from split_model.checkpoints.state import initial_state
 from tests.support.edge import SMALL, image_set
 from tuning_methods.proxies.weights import proxy_weights
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from edge_client.data import DataError, PartitionError
+from edge_client.data.errors import DataError, PartitionError
 from protocol.errors import InvalidField, SFPromptError
 from sfprompt_bench.compare.tasks import Figures, Task, perform_all, read_figures, task_key
 

@@ -6,8 +6,8 @@ import pytest
 
 from protocol.plan import ModelPlan
 from sfprompt_bench.cost.sizes import head_bytes
-from split_model import prepare_backbone, write_head_file
-from split_model.checkpoints.head_file import HeadDtype
+from split_model.backbone.weights import prepare_backbone
+from split_model.checkpoints.head_file import HeadDtype, write_head_file
 
 PLAN = ModelPlan(
     backbone="vit_tiny_patch16_224", weights="random:0", image_size=96, prompt_at="cut"

@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-import split_model
 from protocol.errors import InvalidField, SFPromptError
 from sfprompt_bench.engine.findings import Findings, meets_target, plot_curve, plot_soak
 from sfprompt_bench.engine.loop import Roofline, measure_roofline
@@ -25,6 +24,8 @@ from sfprompt_bench.engine.testbed import Looped, Served
 from sfprompt_bench.engine.throughput import Point, Throughput, curve_loads, steps_for, write_csv
 from sfprompt_bench.engine.worker import Cores, Worker, divide, pinned_to
 from sfprompt_bench.engine.workload import QUICK, EngineSetting, Load, Plan, Spread, quantile
+from split_model.backbone.weights import open_backbone, prepare_backbone
+from split_model.parts.build import build_body
 from split_server.runtime.device import choose_placement
 from tests.support.federation import SPLIT, smashed
 
@@ -75,8 +76,8 @@ def test_the_share_of_the_matrix_rate_is_that_of_its_operations() -> None:
 
 
 def test_a_roofline_counts_a_samples_forward_and_input_gradient(tmp_path: Path) -> None:
-    file = split_model.prepare_backbone(SPLIT, "random:0", tmp_path).path
-    body = split_model.build_body(SPLIT, split_model.open_backbone(file))
+    file = prepare_backbone(SPLIT, "random:0", tmp_path).path
+    body = build_body(SPLIT, open_backbone(file))
     _, tokens, width = smashed().shape
     roofline = measure_roofline(body, choose_placement("cpu", "float32"), tokens)
     # Of a block: twelve D x D products of two operations a token, once forward and once for the

@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from edge_client.data import Dataset, ImageSet, limit_per_set, load_dataset, parse_source
+from edge_client.data.dataset import Dataset, limit_per_set
+from edge_client.data.image_set import ImageSet
+from edge_client.data.sources import load_dataset, parse_source
 from protocol.errors import InvalidField
 from protocol.presets import over_form
 from protocol.settings import RunSettings
 from sfprompt_bench.leak.attacks import cluster_directions, infer_from_sums, infer_labels, purity
-from sfprompt_bench.leak.command import attack_round, measure_leak
+from sfprompt_bench.leak.measurement import attack_round, measure_leak
 from sfprompt_bench.leak.rounds import ObservedRound, observe_rounds
 from sfprompt_bench.methods.pooled import PooledModel
 

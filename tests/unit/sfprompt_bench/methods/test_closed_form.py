@@ -11,8 +11,9 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import Ridge
 from torch import Tensor
 
-from edge_client.data import Dataset, cache_dir, limit_per_set, load_dataset
-from edge_client.data.download import CACHE_VARIABLE
+from edge_client.data.dataset import Dataset, limit_per_set
+from edge_client.data.download import CACHE_VARIABLE, cache_dir
+from edge_client.data.sources import load_dataset
 from protocol.settings import RunSettings
 from sfprompt_bench.methods.closed_form import (
     evenly_spaced,
@@ -24,8 +25,8 @@ from sfprompt_bench.methods.closed_form import (
 from sfprompt_bench.methods.pooled import PooledModel
 from sfprompt_bench.methods.registry import METHODS
 from sfprompt_bench.methods.shrunk_lda import ShrunkLDA, choose_shrinkage
-from split_model import open_backbone, prepare_backbone
 from split_model.backbone.libraries import timm
+from split_model.backbone.weights import open_backbone, prepare_backbone
 
 NAMES = ("ridge-probe", "lda-probe", "ridge-depths", "lda-depths")
 

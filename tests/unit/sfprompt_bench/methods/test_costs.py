@@ -17,8 +17,12 @@ from sfprompt_bench.cost.flops import count_flops, forward_flops
 from sfprompt_bench.cost.method_cost import MethodCost, Question
 from sfprompt_bench.estimate.calculator import estimate
 from sfprompt_bench.methods.registry import ESTIMATED
-from split_model import Body, Head, Tail, prompt_shape, skeleton
+from split_model.backbone.architecture import skeleton
 from split_model.backbone.libraries import timm
+from split_model.layers.prompts import prompt_shape
+from split_model.parts.body import Body
+from split_model.parts.head import Head
+from split_model.parts.tail import Tail
 
 WHOLE = 85_875_556  # ViT-B/16 with 100 classes
 

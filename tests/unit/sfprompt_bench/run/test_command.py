@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from edge_client.data import PartitionError
+from edge_client.data.errors import PartitionError
 from protocol.errors import NotFound, SFPromptError
 from sfprompt_bench.cli import app
 

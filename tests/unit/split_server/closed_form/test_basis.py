@@ -10,7 +10,7 @@ from sklearn.decomposition import PCA
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from split_model import state_bytes
+from split_model.checkpoints.state import state_bytes
 from split_server.closed_form.basis import Basis, Moments, fit_basis, read_basis
 from split_server.closed_form.sample_features import SampleFeatures
 from split_server.storage.run_files import TAIL_BIAS, TAIL_WEIGHT

@@ -15,8 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
-import split_model
 from protocol.errors import Busy, InternalError, StepLost, TooLarge
+from split_model.backbone.weights import open_backbone
+from split_model.parts.body import Body
+from split_model.parts.build import build_body
 from split_server.engine import compute
 from split_server.engine.api import BackwardJob, ForwardJob, InferJob, StepKey
 from split_server.engine.engine import Engine
@@ -98,10 +100,8 @@ def sizes(tensors: Sequence[Tensor]) -> int:
 
 
 @functools.cache
-def body_of(key: BodyKey, dtype: torch.dtype) -> split_model.Body:
-    return split_model.build_body(
-        key.settings, split_model.open_backbone(key.backbone), dtype=dtype
-    )
+def body_of(key: BodyKey, dtype: torch.dtype) -> Body:
+    return build_body(key.settings, open_backbone(key.backbone), dtype=dtype)
 
 
 def by_itself(

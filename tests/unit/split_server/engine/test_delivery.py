@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import split_model
+from split_model.backbone.weights import open_backbone
+from split_model.parts.build import build_body
 from split_server.engine.api import BackwardJob, ForwardJob, StepKey
 from split_server.engine.delivery import CompletionQueue, Deliver, Fail, _Completion
 from split_server.models.body_key import BodyKey
@@ -41,7 +42,7 @@ class DelayedCompletions(CompletionQueue):
 
 def gradient_by_itself(key: BodyKey, tensor: Tensor, gradient: Tensor) -> Tensor:
     """Compute the input's gradient with the body itself."""
-    body = split_model.build_body(key.settings, split_model.open_backbone(key.backbone))
+    body = build_body(key.settings, open_backbone(key.backbone))
     leaf = tensor.clone().requires_grad_()
     body(leaf).backward(gradient)
     assert leaf.grad is not None

@@ -14,7 +14,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import split_model
 from protocol.errors import (
     Busy,
     IdempotencyKeyReused,
@@ -22,7 +21,9 @@ from protocol.errors import (
     StepLost,
     WrongShape,
 )
-from split_model import Body
+from split_model.backbone.weights import open_backbone
+from split_model.parts.body import Body
+from split_model.parts.build import build_body
 from split_server.engine import compute
 from split_server.engine import engine as engine_module
 from split_server.engine.api import BackwardJob, ForwardJob, InferJob, StepKey
@@ -41,7 +42,7 @@ def bodies(backbone: Path) -> BodyCache:
 
 @pytest.fixture(scope="module")
 def body(backbone: Path) -> Body:
-    return split_model.build_body(SPLIT, split_model.open_backbone(backbone))
+    return build_body(SPLIT, open_backbone(backbone))
 
 
 @pytest.fixture

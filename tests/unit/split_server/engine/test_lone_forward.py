@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-import split_model
 from protocol.errors import IdempotencyKeyReused, StepLost
+from split_model.backbone.weights import open_backbone
+from split_model.parts.build import build_body
 from split_server.engine import compute
 from split_server.engine.api import BackwardJob, ForwardJob, StepKey
 from split_server.models.body_key import BodyKey
@@ -25,7 +26,7 @@ def lone(key: BodyKey, tensor: Tensor, name: str = "s", who: str = "p1") -> Forw
 
 def test_the_features_are_the_bodys_and_nothing_is_retained(make: MakeEngine, key: BodyKey) -> None:
     engine = make(retained=1)  # not enough for an input
-    body = split_model.build_body(key.settings, split_model.open_backbone(key.backbone))
+    body = build_body(key.settings, open_backbone(key.backbone))
 
     async def steps() -> None:
         for who in ("p1", "p2"):

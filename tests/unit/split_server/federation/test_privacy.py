@@ -23,7 +23,7 @@ from split_server.aggregation.differential_privacy import (
     private_mean,
 )
 from split_server.aggregation.fedavg import WeightedState, federated_average
-from split_server.cli import _rounds_table
+from split_server.commands.runs import _rounds_table
 from split_server.federation.rounds import OpenTraining
 from tests.support.federation import FederationHarness, random_state, state_of
 from tests.unit.split_server.federation.test_rounds import a_run, next_step

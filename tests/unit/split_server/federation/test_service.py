@@ -22,7 +22,7 @@ from protocol.errors import (
     WrongShape,
 )
 from protocol.messages import JoinRequest, RoundStatus, RunStatus, Task
-from split_model import load_state
+from split_model.checkpoints.state import load_state
 from split_server.storage.events import IdempotentRequest
 from tests.support.federation import (
     FederationHarness,

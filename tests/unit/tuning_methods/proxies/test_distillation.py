@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from split_model import build_head
+from split_model.parts.build import build_head
 from tests.support.uncut_model import random_model, reduced
 from tuning_methods.proxies.distillation import (
     Trace,

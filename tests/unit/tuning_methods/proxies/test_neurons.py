@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from split_model import ModelPlanError, build_head, initial_state
 from split_model.backbone.libraries import timm
-from split_model.checkpoints.state import head_tensors
-from split_model.parts.build import Layered
+from split_model.checkpoints.state import head_tensors, initial_state
+from split_model.errors import ModelPlanError
+from split_model.parts.build import Layered, build_head
 from tests.support.uncut_model import random_model, reduced
 from tuning_methods.proxies.distillation import layer_loss, redistil_proxy, trace_layers
 from tuning_methods.proxies.neurons import InactiveNeurons, neurons_shape, select_retained_neurons

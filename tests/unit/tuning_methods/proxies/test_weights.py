@@ -9,7 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from protocol.plan import ModelPlan, RunPlan
-from split_model import Head, TunedModel, anatomy, initial_state
+from split_model.backbone.architecture import anatomy
+from split_model.checkpoints.export import TunedModel
+from split_model.checkpoints.state import initial_state
+from split_model.parts.head import Head
 from tests.support.uncut_model import difference, random_model, reduced, refused_field
 from tuning_methods.fedpft.settings import FedPFT
 from tuning_methods.offsite_tuning.settings import OffsiteTuning

@@ -6,15 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from split_model import (
-    build_body,
-    build_head,
-    initial_state,
-    prepare_backbone,
-    read_head_file,
-    write_head_file,
-)
-from split_model.checkpoints.head_file import extra_tensors
+from split_model.backbone.weights import prepare_backbone
+from split_model.checkpoints.head_file import extra_tensors, read_head_file, write_head_file
+from split_model.checkpoints.state import initial_state
+from split_model.parts.build import build_body, build_head
 from tests.support.uncut_model import random_model, reduced, refused_field
 from tuning_methods.proxies.settings import DistillationSettings
 from tuning_methods.sfprompt.local_body import LocalBody, build_local_body, distil_local_body

@@ -14,7 +14,7 @@ from torch import Tensor
 from protocol.errors import StepLost, WrongShape
 from protocol.messages import RunStatus, Task
 from protocol.plan import RunPlan
-from split_model import load_state
+from split_model.checkpoints.state import load_state
 from split_server.federation import transitions
 from split_server.federation.export import newest_state
 from split_server.storage.events import IdempotentRequest

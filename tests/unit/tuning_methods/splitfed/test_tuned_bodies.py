@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import split_model
 from protocol.errors import (
     Busy,
     IdempotencyKeyReused,
@@ -26,6 +25,8 @@ from protocol.errors import (
 )
 from protocol.plan import RunPlan, TrainingPlan
 from split_model.backbone.libraries import timm
+from split_model.backbone.weights import open_backbone
+from split_model.checkpoints.state import save_state
 from split_server.engine.api import ForwardJob, StepKey
 from split_server.engine.engine import Engine
 from split_server.models.body_key import BodyKey
@@ -139,7 +140,7 @@ class Case:
     def by_hand(self, batches: Sequence[Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
         """Compute the same with timm's blocks, torch's optimiser and half a cosine."""
         model = timm.create_model(SMALL.backbone, img_size=SMALL.image_size, num_classes=2).eval()
-        model.load_state_dict(dict(split_model.open_backbone(self.backbone)), strict=False)
+        model.load_state_dict(dict(open_backbone(self.backbone)), strict=False)
         blocks = model.blocks[CUT:]
         optimizer = OPTIMIZERS[self.optimizer](list(blocks.parameters()))
         responses, rate = [], RATES[self.optimizer]
@@ -204,7 +205,7 @@ def test_a_session_begins_with_the_global_states_body(
     make: MakeEngine, case: Case, tmp_path: Path
 ) -> None:
     moved = {name: tensor + 0.01 for name, tensor in case.initial().items()}
-    split_model.save_state(moved, tmp_path / "state.safetensors")
+    save_state(moved, tmp_path / "state.safetensors")
     case.key = replace(case.key, state=tmp_path / "state.safetensors")
     engine = make()
     features = asyncio.run(engine.submit(case.forward(0, 1, BATCHES[0])))

@@ -1,0 +1,43 @@
+"""List image files for a prediction; reads none of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from edge_client.data.pictures import SUFFIXES
+from edge_client.data.remarks import Skipped, as_text, summarise
+from edge_client.data.walk import find_pictures
+from protocol.errors import NotFound
+
+
+def image_files(paths: Iterable[Path]) -> tuple[list[Path], list[Skipped]]:
+    """List the image files among ``paths`` and, sorted, below the folders among them.
+
+    A file is taken as given; in folders, the files are those that joining reads.
+
+    Returns:
+        The files, and what is left out.
+
+    Raises:
+        NotFound: a path does not exist, or there is no image file.
+    """
+    files: list[Path] = []
+    skipped: list[Skipped] = []
+    for path in paths:
+        if path.is_dir():
+            found, left_out = find_pictures(path)
+            files += found
+            skipped += left_out
+        elif path.exists() or path.is_symlink():
+            files.append(path)
+        else:
+            raise NotFound("no such file or folder", field="images", value=as_text(path))
+    if not files:
+        raise NotFound(
+            "there is no image file",
+            field="images",
+            limit=sorted(SUFFIXES),
+            hint=f"Skipped: {summarise(skipped)}" if skipped else None,
+        )
+    return files, skipped

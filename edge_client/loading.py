@@ -1,0 +1,83 @@
+"""Load a device's data for a run, and report what is left out."""
+
+from __future__ import annotations
+
+from edge_client.data.batches import Preprocessing
+from edge_client.data.dataset import Dataset, by_content, limit_per_set
+from edge_client.data.errors import PreprocessingError
+from edge_client.data.partition import Part
+from edge_client.data.pictures import parse_colour
+from edge_client.data.sources import load_dataset, parse_source
+from edge_client.model import UNUSABLE, preprocessing_of
+from edge_client.reporter import Reporter
+from protocol.messages import RunView
+from protocol.plan import ModelPlan
+from split_model.checkpoints.metadata import image_preparation
+
+
+def load_run_data(
+    source: str,
+    run: RunView,
+    part: str | None,
+    partition: str,
+    seed: int,
+    held_out: float,
+    limit_train: int | None,
+    limit_test: int | None,
+    shots: int | None,
+    *,
+    reporter: Reporter,
+    cache_bytes: int,
+) -> Dataset:
+    """Load what this device contributes to a run, and report what is left out or odd.
+
+    Args:
+        source: the text after ``--data``.
+        run: tells classes, background and image size.
+        part: "K/N", this device's part of the data; None: all.
+        partition: how parts are divided.
+        seed: of the part, the held-out share and the limits.
+        held_out: share to test on, if the data have no test set.
+        limit_train: number of training images, at most.
+        limit_test: number of test images, at most.
+        shots: number of training images of each class.
+        reporter: receives progress, and the events ``skipped`` and ``noticed``.
+        cache_bytes: memory budget of resized images, for each of train and test.
+
+    Raises:
+        DataError: the data or the options are faulty.
+    """
+    model = run.plan.model
+    is_folder = parse_source(source).kind == "folder"
+    data = load_dataset(
+        source,
+        held_out=held_out,
+        seed=seed,
+        class_names=run.settings.class_names,
+        background=parse_colour(model.background),
+        preprocessing=_expected_preprocessing(model) if is_folder and cache_bytes else None,
+        cache_bytes=2 * cache_bytes,
+        progress=lambda done, total: reporter.advance("reading", done, total),
+    )
+    for entry in data.skipped:
+        reporter.event("skipped", path=entry.path, reason=entry.reason)
+    for entry in data.noticed:
+        reporter.event("noticed", path=entry.path, reason=entry.reason)
+    data = limit_per_set(data, train=limit_train, test=limit_test, shots=shots, seed=seed)
+    if part is not None:
+        parsed = Part.parse(part)
+        data = Dataset(
+            parsed.take(data.train, partition, seed), parsed.take(data.test, "iid", seed)
+        )
+    return by_content(data)
+
+
+def _expected_preprocessing(model: ModelPlan) -> Preprocessing | None:
+    """Return the preprocessing that the head file will name, which comes after joining.
+
+    If it names another, the images are decoded again.
+    """
+    try:
+        return preprocessing_of(model, image_preparation(model))
+    except (*UNUSABLE, PreprocessingError):
+        return None

@@ -1,0 +1,1 @@
+"""The subcommands of ``split-server``, each imported when it is called."""

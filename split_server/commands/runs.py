@@ -1,0 +1,250 @@
+"""The subcommands of ``split-server`` with which an operator manages runs."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import json
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from protocol.errors import InvalidField, NotFound
+from protocol.messages import Event, Results, RunView, parse_message
+from protocol.presets import Form, over_form
+from protocol.settings import RunSettings
+from protocol.traffic import total_bytes
+from split_server.client import OperatorClient, read_token
+from split_server.settings import DEFAULT_PORT
+from split_server.storage.data_dir import database_in
+
+out = Console()
+
+DataDir = Annotated[
+    Path,
+    typer.Option("--data-dir", help="The server's data folder.", envvar="SPLIT_SERVER_DATA_DIR"),
+]
+
+Url = Annotated[str, typer.Option("--url", help="Address of the server.")]
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+TokenOption = Annotated[
+    str | None,
+    typer.Option(
+        "--operator-token",
+        envvar="SPLIT_SERVER_OPERATOR_TOKEN",
+        help="Default: the token in the data folder.",
+    ),
+]
+
+CaFile = Annotated[
+    Path | None, typer.Option("--ca-file", help="PEM file of trusted certificates, for https.")
+]
+
+RunId = Annotated[str, typer.Argument(help="The run's id.")]
+
+_DATA_DIR = Path("sfprompt-data")
+
+_URL = f"http://127.0.0.1:{DEFAULT_PORT}"
+
+
+def _connect(
+    url: Url = _URL,
+    data_dir: DataDir = _DATA_DIR,
+    operator_token: TokenOption = None,
+    ca_file: CaFile = None,
+) -> OperatorClient:
+    return OperatorClient(url, operator_token or read_token(data_dir), ca_file)
+
+
+Connect = Callable[[], OperatorClient]
+
+
+def _with_connection(command: Callable[..., None]) -> Callable[..., None]:
+    """Replace a command's parameter ``connect`` by the options of `_connect`.
+
+    The command calls ``connect`` for a client, which is closed when the command ends.
+    """
+    connection = inspect.signature(_connect, eval_str=True).parameters
+    parameters = inspect.signature(command, eval_str=True).parameters
+    others = [parameter for name, parameter in parameters.items() if name != "connect"]
+
+    @functools.wraps(command)
+    def connected(**values: Any) -> None:
+        options = {name: values.pop(name) for name in connection}
+        with contextlib.ExitStack() as stack:
+
+            def connect() -> OperatorClient:
+                return stack.enter_context(contextlib.closing(_connect(**options)))
+
+            command(connect=connect, **values)
+
+    signature = inspect.Signature([*others, *connection.values()])
+    connected.__signature__ = signature  # type: ignore[attr-defined]
+    return connected
+
+
+@_with_connection
+def create_run(
+    connect: Connect,
+    config: Annotated[Path | None, typer.Option(help="TOML file with the run's settings.")] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="One setting, SECTION.NAME=VALUE; overrides the file."),
+    ] = None,
+    form: Annotated[
+        Form,
+        typer.Option(
+            help="The values of all other settings. default: prompts at the cut, "
+            "little traffic; paper: as published."
+        ),
+    ] = "default",
+    as_json: Json = False,
+) -> None:
+    """Create a run for devices to join."""
+    values = over_form(form, _run_settings(config, changes or []))
+    settings = parse_message(RunSettings, values)
+    run = connect().create_run(settings)
+    if as_json:
+        typer.echo(run.model_dump_json())
+    else:
+        out.print(f"run [bold]{run.id}[/bold] ({run.settings.name}) waits for participants")
+
+
+def runs(url: Url = _URL, ca_file: CaFile = None, as_json: Json = False) -> None:
+    """List the runs of a server."""
+    with contextlib.closing(OperatorClient(url, ca_file=ca_file)) as client:
+        views = client.runs()
+    if as_json:
+        typer.echo(json.dumps([run.model_dump(mode="json") for run in views]))
+        return
+    table = Table("run", "name", "status", "round", "participants", "backbone", "method")
+    for run in views:
+        table.add_row(*_run_cells(run))
+    out.print(table)
+
+
+@_with_connection
+def watch(connect: Connect, run: RunId, as_json: Json = False) -> None:
+    """Print a run's events until it is over."""
+    client, after = connect(), 0
+    while True:
+        events = client.events(run, after, wait_s=20)
+        for event in events:
+            after = event.seq
+            typer.echo(event.model_dump_json() if as_json else _event_line(event))
+        if not events and client.results(run).run.status.is_over:
+            return
+
+
+@_with_connection
+def results(connect: Connect, run: RunId, as_json: Json = False) -> None:
+    """Show a run's rounds: updates, losses, accuracy, traffic, and the privacy budget spent."""
+    view = connect().results(run)
+    if as_json:
+        typer.echo(view.model_dump_json())
+    else:
+        out.print(_rounds_table(view))
+
+
+@_with_connection
+def cancel(connect: Connect, run: RunId) -> None:
+    """Stop a run; its devices learn of it with their next request."""
+    stopped = connect().cancel(run)
+    out.print(f"run {stopped.id} is {stopped.status}")
+
+
+def export(
+    run: RunId,
+    destination: Annotated[Path, typer.Option("--out", help="File to write.")],
+    data_dir: DataDir = _DATA_DIR,
+) -> None:
+    """Write the complete tuned model to one safetensors file. Needs no running server."""
+    database_in(data_dir)
+    # Imported here: torch takes seconds to import, which no other command needs.
+    from split_server.federation.export import export_run
+
+    export_run(data_dir, run, destination)
+    size = destination.stat().st_size / 1e6
+    out.print(f"{destination} ({size:.1f} MB)", highlight=False)
+
+
+def _run_settings(config: Path | None, changes: list[str]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    if config is not None:
+        try:
+            values = tomllib.loads(config.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise NotFound(
+                "the settings file cannot be read", field="config", value=str(error)
+            ) from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise InvalidField(
+                f"the settings file is not valid TOML ({error})", field="config", value=str(config)
+            ) from None
+    for change in changes:
+        name, equals, text = change.partition("=")
+        if not equals:
+            raise InvalidField(
+                "a setting is given as SECTION.NAME=VALUE", field="set", value=change
+            )
+        *sections, last = name.strip().split(".")
+        table = values
+        for section in sections:
+            table = table.setdefault(section, {})
+            if not isinstance(table, dict):
+                raise InvalidField(
+                    f"{section} is a single setting, not a section", field="set", value=change
+                )
+        try:
+            table[last] = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            table[last] = text  # plain text needs no quotes
+    return values
+
+
+def _run_cells(run: RunView) -> tuple[str, ...]:
+    model, federation = run.settings.model, run.settings.federation
+    return (
+        run.id,
+        run.settings.name,
+        str(run.status),
+        f"{run.round}/{federation.rounds}",
+        str(run.participants),
+        model.backbone,
+        run.settings.method.name,
+    )
+
+
+def _event_line(event: Event) -> str:
+    data = "  ".join(f"{name}={value}" for name, value in event.data.items())
+    return f"{event.seq:>4}  {event.kind:<20}  {data}"
+
+
+def _rounds_table(results: Results) -> Table:
+    table = Table(title=f"{results.run.id} ({results.run.status})", title_justify="left")
+    is_private = any(view.epsilon is not None for view in results.rounds)
+    names = ["round", "status", "updates", "samples", "loss", "accuracy", "MB"]
+    for name in [*names, "epsilon"] if is_private else names:
+        table.add_column(name, justify="left" if name == "status" else "right")
+    for view in results.rounds:
+        epsilon = "-" if view.epsilon is None else f"{view.epsilon:.2f}"
+        nbytes = total_bytes(view.traffic)
+        table.add_row(
+            str(view.round) + ("" if not view.attempt else f" ({view.attempt + 1})"),
+            str(view.status),
+            f"{len(view.updated)}/{len(view.sampled)}",
+            str(view.samples),
+            "-" if view.train_loss is None else f"{view.train_loss:.4f}",
+            "-" if view.accuracy is None else f"{view.accuracy:.2%}",
+            f"{nbytes / 1e6:.2f}",
+            *([epsilon] if is_private else []),
+        )
+    return table
