@@ -8,7 +8,7 @@ import math
 import re
 import ssl
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -197,6 +197,7 @@ class Server:
 
         Raises:
             NotFound: the server has no such difference.
+            DamagedFrame: it is damaged.
         """
         path = _run_path(run, f"states/{ref.sha256}/delta?base={base.sha256}")
         return decode_frame(_body(self._call("GET", path, [])))
@@ -221,7 +222,8 @@ class Server:
             at_random: generators for the tensors whose codec rounds stochastically.
         """
         pieces = encode_frame(kind, meta, tensors, generators=generators)
-        return decode_frame(_body(self._call("POST", path, pieces, media=FRAME_MEDIA_TYPE)))
+        request = self._request("POST", path, pieces, media=FRAME_MEDIA_TYPE)
+        return self._retry.call(lambda: decode_frame(_body(request())))
 
     # Shared by all requests
 
@@ -267,6 +269,20 @@ class Server:
         key: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> httpx.Response:
+        request = self._request(method, path, pieces, media=media, key=key, headers=headers)
+        return self._retry.call(request)
+
+    def _request(
+        self,
+        method: str,
+        path: str,
+        pieces: list[memoryview],
+        *,
+        media: str | None = None,
+        key: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> Callable[[], httpx.Response]:
+        """Return the function that sends a request once."""
         sent = self._headers.copy()
         if headers:
             sent.update(headers)
@@ -276,7 +292,7 @@ class Server:
             sent["content-length"] = str(frame_length(pieces))
         if key is not None:
             sent[IDEMPOTENCY_HEADER] = key
-        return self._retry.call(lambda: self._attempt(method, path, pieces, sent))
+        return lambda: self._attempt(method, path, pieces, sent)
 
     def _attempt(
         self, method: str, path: str, pieces: list[memoryview], headers: httpx.Headers

@@ -9,7 +9,6 @@ from typing import Final, TypeVar
 
 import torch
 from starlette.types import ASGIApp, Receive, Scope, Send
-from xxhash import xxh3_64_intdigest
 
 from protocol.errors import InvalidField, NonFinite
 from protocol.frames import decode_frame, encode_frame, frame_length, header_length, require_kind
@@ -111,7 +110,7 @@ class SplitPlane:
                 state=run.state.device.sha256,
                 permission=SenderPermission(run, participant),
                 frame=frame,
-                fingerprint=xxh3_64_intdigest(data),
+                fingerprint=frame.checksum,
                 limits=limits,
                 device=device,
             )
