@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,6 +59,8 @@ _PADDING = bytes(ALIGNMENT)
 
 _SPEC_KEYS = {"name", "codec", "shape", "sizes"}
 
+Meter = Callable[[int], None]
+
 
 @dataclass(frozen=True)
 class TensorSpec:
@@ -87,6 +89,7 @@ class Frame:
     specs: Mapping[str, TensorSpec]
     buffers: Mapping[str, tuple[memoryview, ...]] = field(repr=False)
     checksum: int  # of all its bytes: tells a repeated frame from another one
+    meter: Meter | None = field(default=None, repr=False, compare=False)
 
     def spec(self, name: str) -> TensorSpec:
         """Return the description of one tensor.
@@ -109,9 +112,13 @@ class Frame:
 
         Raises:
             MalformedFrame: the frame has no tensor of this name.
+            Busy: the frame's meter has no memory for it.
         """
         spec = self.spec(name)
-        return get_codec(spec.codec).decode(self.buffers[name], spec.shape, device)
+        codec = get_codec(spec.codec)
+        if self.meter is not None:
+            self.meter(codec.decoded_bytes(spec.shape, spec.sizes))
+        return codec.decode(self.buffers[name], spec.shape, device)
 
     def tensors(self) -> dict[str, Tensor]:
         return {name: self.tensor(name) for name in self.specs}
@@ -189,11 +196,19 @@ def join_frame(pieces: Sequence[memoryview]) -> bytearray:
     return bytearray(b"".join(pieces))
 
 
-def decode_frame(data: Buffer, limits: FrameLimits = DEFAULT_LIMITS) -> Frame:
+def decode_frame(
+    data: Buffer, limits: FrameLimits = DEFAULT_LIMITS, meter: Meter | None = None
+) -> Frame:
     """Decode a frame without copying its buffers.
 
     Every length is checked against ``limits`` and against the real number of bytes before memory
     is allocated for it.
+
+    Args:
+        data: the frame.
+        limits: of the frame.
+        meter: is called with the bytes that decoding a tensor takes, before they are taken; an
+            error that it raises ends the decoding.
 
     Raises:
         DamagedFrame: its checksum does not fit its bytes; the sender may send it again.
@@ -209,7 +224,7 @@ def decode_frame(data: Buffer, limits: FrameLimits = DEFAULT_LIMITS) -> Frame:
     kind, meta, raw_specs = unpack_header(view[PREFIX_BYTES:end], limits)
     _check_padding(view, end)
     specs, buffers = _read_tensors(view, _align(end), raw_specs, limits)
-    return Frame(kind, meta, specs, buffers, checksum)
+    return Frame(kind, meta, specs, buffers, checksum, meter)
 
 
 def _check_integrity(view: memoryview, limits: FrameLimits) -> int:
