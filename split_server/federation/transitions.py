@@ -62,8 +62,8 @@ def average(
             for at, excess in sorted(refused.items())
         )
         if len(updates) < federation.min_updates:
-            names = ", ".join(each.participant for each in refusals)
-            return repeat_or_fail(run, open_round, len(updates), f"too long: the update of {names}")
+            who = ", ".join(each.participant for each in refusals)
+            return repeat_or_fail(run, open_round, len(updates), f"too long: the update of {who}")
         mean, left_out = _mean(run.plan, row, base, updates, files)
         names = run.method.extra_shapes(run.plan, row.round)
         extras = {name: mean.pop(name) for name in names}
