@@ -65,6 +65,14 @@ _COMMANDS = {
         "Train like the default form, and infer the labels from what the server receives.",
         ("sfprompt-bench leak", "sfprompt-bench leak --rounds 3 --json leak.json"),
     ),
+    "poison": _Entry(
+        "sfprompt_bench.poison.command",
+        "Measure accuracy with hostile devices, for each attack and aggregation rule.",
+        (
+            "sfprompt-bench poison --quick",
+            "sfprompt-bench poison --json poison.json --plot poison.png",
+        ),
+    ),
     "engine": _Entry(
         "sfprompt_bench.engine.command",
         "Measure the split server's engine: throughput, round trips, gain of batching and a soak.",
