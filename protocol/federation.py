@@ -56,7 +56,7 @@ class FederationSettings(Message):
         ge=1,
         le=1e6,
         description="an update is refused if its change is longer than this times the median of "
-        "the round's updates; with fewer than three updates, longer than a thousand times the "
+        "the round's updates; with fewer than three updates, longer than a hundred times the "
         "global state; not applied with dp_clip; none: never",
     )
     aggregation: AggregationRule = Field(

@@ -19,7 +19,7 @@ _NEGLIGIBLE = 0.01  # of the state's length: a change below it is never refused
 
 _FEWEST = 3  # updates of which a majority can be told
 
-_ABSOLUTE = 1000.0  # times the state's length, with fewer; a state counts as at least 1 long
+_ABSOLUTE = 100.0  # times the state's length, with fewer; its numbers count as at least 1 each
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,9 @@ def length_of(state: Mapping[str, Tensor]) -> float:
     return math.sqrt(sum(float(state[name].double().square().sum()) for name in sorted(state)))
 
 
-def find_excess(lengths: Sequence[Lengths], state: float, factor: float) -> dict[int, Excess]:
+def find_excess(
+    lengths: Sequence[Lengths], state: float, factor: float, numbers: int
+) -> dict[int, Excess]:
     """Find the updates that are too long.
 
     With three updates or more, the limit is ``factor`` times the median of their lengths, the lower
@@ -71,13 +73,15 @@ def find_excess(lengths: Sequence[Lengths], state: float, factor: float) -> dict
         lengths: of all updates of the round.
         state: length of the state that they change.
         factor: above it an update is refused.
+        numbers: of the state.
 
     Returns:
         The excess by position.
     """
     found: dict[int, Excess] = {}
     changes = [each.change for each in lengths]
-    limit = _limit(changes, factor, floor=_NEGLIGIBLE * state, absolute=_ABSOLUTE * max(state, 1.0))
+    absolute = _ABSOLUTE * max(state, math.sqrt(numbers))
+    limit = _limit(changes, factor, floor=_NEGLIGIBLE * state, absolute=absolute)
     found |= {at: Excess(each, limit) for at, each in enumerate(changes) if not each <= limit}
     extras = [each.extras for each in lengths]
     limit = _limit(extras, factor, floor=0.0, absolute=math.inf)

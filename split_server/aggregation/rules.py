@@ -43,7 +43,8 @@ def find_refused(
     if federation.update_norm_bound is None or federation.dp_clip is not None:
         return {}
     lengths = [measure(load(), state) for load in loads]
-    return find_excess(lengths, length_of(state), federation.update_norm_bound)
+    numbers = sum(tensor.numel() for tensor in state.values())
+    return find_excess(lengths, length_of(state), federation.update_norm_bound, numbers)
 
 
 def aggregate(federation: FederationSettings, updates: Sequence[WeightedState]) -> Aggregated:
