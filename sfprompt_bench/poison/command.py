@@ -88,9 +88,9 @@ def _table(results: list[PoisonResult]) -> Table:
         box=box.SIMPLE_HEAD,
     )
     for heading in ("attack", "hostile"):
-        table.add_column(heading)
+        table.add_column(heading, no_wrap=True)
     for name in names:
-        table.add_column(name, justify="right")
+        table.add_column(name.replace("-", " "), justify="right")
     by_row: dict[tuple[str, float], dict[str, PoisonResult]] = {}
     for result in results:
         row = by_row.setdefault((result.attack or "none", result.hostile), {})
