@@ -10,6 +10,7 @@ SFPromptError                     base class of all errors of this project
 │   ├── WrongShape                the shape of a tensor is not what the run requires
 │   ├── NonFinite                 a tensor contains NaN or infinity
 │   └── EmptyUpdate               the update was trained on no samples
+├── DamagedFrame                  bytes of the frame changed on their way; send it again
 ├── Unauthorized                  the credential is missing, or this server did not issue it
 ├── Forbidden                     the credential is valid, but does not allow this request
 ├── NotFound                      no such run, participant, state or page
@@ -20,6 +21,7 @@ SFPromptError                     base class of all errors of this project
 │   └── IdempotencyKeyReused      the idempotency key was used for another request
 ├── Busy                          the server is full; repeat after `retry_after_s`
 ├── InternalError                 the server failed; its log has the request id
+│   └── DamagedFile               a stored file is not what was written; the log names it
 └── Unreachable                   no response from the other end (raised only by a client)
 """
 
@@ -32,6 +34,8 @@ from typing import Any, ClassVar, TypeAlias
 __all__ = [
     "Busy",
     "Conflict",
+    "DamagedFile",
+    "DamagedFrame",
     "EmptyUpdate",
     "FieldValue",
     "Forbidden",
@@ -180,6 +184,12 @@ class EmptyUpdate(InvalidRequest):
     code, status = "empty_update", 422
 
 
+class DamagedFrame(SFPromptError):
+    """Bytes of the frame changed on their way; send it again."""
+
+    code, status = "damaged_frame", 400
+
+
 class Unauthorized(SFPromptError):
     """The credential is missing, or this server did not issue it."""
 
@@ -238,6 +248,12 @@ class InternalError(SFPromptError):
     """The server failed; its log has the request id."""
 
     code, status = "internal_error", 500
+
+
+class DamagedFile(InternalError):
+    """A stored file is not what was written; the log names it."""
+
+    code = "damaged_file"
 
 
 class Unreachable(SFPromptError):

@@ -8,9 +8,11 @@ from pydantic import Field, model_validator
 
 from protocol.base import Message
 
-__all__ = ["FederationSettings", "ServerOptimizer"]
+__all__ = ["AggregationRule", "FederationSettings", "ServerOptimizer"]
 
 ServerOptimizer = Literal["fedavg", "fedavgm", "fedadam", "fedyogi"]
+
+AggregationRule = Literal["fedavg", "median", "trimmed-mean", "krum", "multi-krum"]
 
 
 class FederationSettings(Message):
@@ -42,6 +44,32 @@ class FederationSettings(Message):
     )
     evaluate_every: int = Field(
         1, ge=0, le=100_000, description="rounds from one evaluation to the next; 0: never"
+    )
+    max_samples: int = Field(
+        1_000_000,
+        ge=1,
+        lt=2**53,
+        description="training or test samples that a participant may join with; bounds its weight",
+    )
+    update_norm_bound: float | None = Field(
+        10.0,
+        ge=1,
+        le=1e6,
+        description="an update is refused if its change is longer than this times the median of "
+        "the round's updates; with fewer than three updates, longer than a hundred times the "
+        "global state; not applied with dp_clip; none: never",
+    )
+    aggregation: AggregationRule = Field(
+        "fedavg",
+        description="fedavg: mean weighted by samples | median, trimmed-mean: of each number | "
+        "krum: the one update nearest to the others | multi-krum: mean of the nearest",
+    )
+    hostile_share: float = Field(
+        0.2,
+        ge=0,
+        lt=0.5,
+        description="share of hostile participants that trimmed-mean, krum and multi-krum "
+        "tolerate, rounded up to whole participants",
     )
     server_optimizer: ServerOptimizer = Field(
         "fedavg", description="how the mean update changes the global state"
@@ -88,6 +116,14 @@ class FederationSettings(Message):
         if 0 < self.dp_noise_multiplier < 1e-3:
             raise ValueError(
                 "dp_noise_multiplier must be 0 or at least 0.001: less noise gives no privacy"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_aggregation(self) -> FederationSettings:
+        if self.aggregation != "fedavg" and self.dp_clip is not None:
+            raise ValueError(
+                f"dp_clip needs aggregation fedavg, not {self.aggregation}: its noise is a mean's"
             )
         return self
 

@@ -1,24 +1,32 @@
 """Frames: a msgpack header followed by the buffers of tensors. See SPEC.md, section 3.
 
-    "SFPF" | version u16 | reserved u16 | header length u32 | total length u64 | header | pad
-    buffer | pad | buffer | pad | ...
+    "SFPF" | version u16 | reserved u16 | header length u32 | total length u64 | checksum u64
+    header | pad | buffer | pad | buffer | pad | ...
 
-Integers are little-endian; every buffer starts at a multiple of 64 bytes.
+Integers are little-endian; every buffer starts at a multiple of 64 bytes. The checksum is the XXH3
+of all other bytes, a tenth of the time of a CRC-32.
 """
 
 from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from xxhash import xxh3_64
 
 from protocol.codecs import Buffer, Device, get_codec
-from protocol.errors import InvalidField, MalformedFrame, TooLarge, UnsupportedVersion
+from protocol.errors import (
+    DamagedFrame,
+    InvalidField,
+    MalformedFrame,
+    TooLarge,
+    UnsupportedVersion,
+)
 from protocol.header import check_text, pack_header, unpack_header
 from protocol.limits import DEFAULT_LIMITS, FrameLimits
 from protocol.wire import PROTOCOL_VERSION
@@ -43,11 +51,15 @@ ALIGNMENT = 64
 
 _PREFIX = struct.Struct("<4sHHIQ")  # magic, version, reserved, header length, total length
 
-PREFIX_BYTES = _PREFIX.size
+_CHECKSUM = struct.Struct("<Q")
+
+PREFIX_BYTES = _PREFIX.size + _CHECKSUM.size
 
 _PADDING = bytes(ALIGNMENT)
 
 _SPEC_KEYS = {"name", "codec", "shape", "sizes"}
+
+Meter = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -76,6 +88,8 @@ class Frame:
     meta: Mapping[str, Any]
     specs: Mapping[str, TensorSpec]
     buffers: Mapping[str, tuple[memoryview, ...]] = field(repr=False)
+    checksum: int  # of all its bytes: tells a repeated frame from another one
+    meter: Meter | None = field(default=None, repr=False, compare=False)
 
     def spec(self, name: str) -> TensorSpec:
         """Return the description of one tensor.
@@ -98,9 +112,13 @@ class Frame:
 
         Raises:
             MalformedFrame: the frame has no tensor of this name.
+            Busy: the frame's meter has no memory for it.
         """
         spec = self.spec(name)
-        return get_codec(spec.codec).decode(self.buffers[name], spec.shape, device)
+        codec = get_codec(spec.codec)
+        if self.meter is not None:
+            self.meter(codec.decoded_bytes(spec.shape, spec.sizes))
+        return codec.decode(self.buffers[name], spec.shape, device)
 
     def tensors(self) -> dict[str, Tensor]:
         return {name: self.tensor(name) for name in self.specs}
@@ -150,7 +168,9 @@ def encode_frame(
         if pad := _padding_for(buffer.nbytes):
             pieces.append(memoryview(pad))
     prefix = _PREFIX.pack(MAGIC, PROTOCOL_VERSION, 0, len(header), length)
-    return [memoryview(prefix + header + _padding_for(PREFIX_BYTES + len(header))), *pieces]
+    padded = header + _padding_for(PREFIX_BYTES + len(header))
+    checksum = _CHECKSUM.pack(_checksum([prefix, padded, *pieces]))
+    return [memoryview(prefix + checksum + padded), *pieces]
 
 
 def frame_length(pieces: Sequence[memoryview]) -> int:
@@ -164,33 +184,55 @@ def header_length(data: Buffer) -> int:
     return int(length)
 
 
+def _checksum(pieces: Iterable[Buffer]) -> int:
+    state = xxh3_64()
+    for piece in pieces:
+        state.update(piece)
+    return int(state.intdigest())
+
+
 def join_frame(pieces: Sequence[memoryview]) -> bytearray:
     """Join an encoded frame into one buffer, for a caller that cannot write pieces."""
     return bytearray(b"".join(pieces))
 
 
-def decode_frame(data: Buffer, limits: FrameLimits = DEFAULT_LIMITS) -> Frame:
+def decode_frame(
+    data: Buffer, limits: FrameLimits = DEFAULT_LIMITS, meter: Meter | None = None
+) -> Frame:
     """Decode a frame without copying its buffers.
 
     Every length is checked against ``limits`` and against the real number of bytes before memory
     is allocated for it.
 
+    Args:
+        data: the frame.
+        limits: of the frame.
+        meter: is called with the bytes that decoding a tensor takes, before they are taken; an
+            error that it raises ends the decoding.
+
     Raises:
+        DamagedFrame: its checksum does not fit its bytes; the sender may send it again.
         MalformedFrame: the bytes are not a frame.
         TooLarge: a length is over its limit.
         UnsupportedVersion: the frame has another version of the protocol.
         UnknownCodec: this end does not have a tensor's codec.
     """
     view = memoryview(data).cast("B")
+    checksum = _check_integrity(view, limits)
     header_bytes = _read_prefix(view, limits)
     end = PREFIX_BYTES + header_bytes
     kind, meta, raw_specs = unpack_header(view[PREFIX_BYTES:end], limits)
     _check_padding(view, end)
     specs, buffers = _read_tensors(view, _align(end), raw_specs, limits)
-    return Frame(kind, meta, specs, buffers)
+    return Frame(kind, meta, specs, buffers, checksum, meter)
 
 
-def _read_prefix(view: memoryview, limits: FrameLimits) -> int:
+def _check_integrity(view: memoryview, limits: FrameLimits) -> int:
+    """Check the length and the checksum, and return the latter.
+
+    The checksum comes before all other checks: a changed byte anywhere is a damaged frame, which
+    may arrive intact the next time.
+    """
     if view.nbytes > limits.max_frame_bytes:
         raise TooLarge(
             "the frame is too large",
@@ -205,6 +247,20 @@ def _read_prefix(view: memoryview, limits: FrameLimits) -> int:
             limit=PREFIX_BYTES,
             value=view.nbytes,
         )
+    (declared,) = _CHECKSUM.unpack_from(view, _PREFIX.size)
+    found = _checksum([view[: _PREFIX.size], view[PREFIX_BYTES:]])
+    if declared != found:
+        raise DamagedFrame(
+            "bytes of the frame changed on their way: its checksum does not fit",
+            field="checksum",
+            limit=f"{found:016x}",
+            value=f"{declared:016x}",
+            hint="send it again",
+        )
+    return found
+
+
+def _read_prefix(view: memoryview, limits: FrameLimits) -> int:
     magic, version, reserved, header_bytes, total = _PREFIX.unpack_from(view)
     if magic != MAGIC:
         raise MalformedFrame(

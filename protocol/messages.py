@@ -136,6 +136,7 @@ class RoundView(Message):
     closed_at: float | None = None
     sampled: tuple[str, ...]  # participants selected to train
     updated: tuple[str, ...] = ()  # participants whose update was counted
+    refused: tuple[str, ...] = ()  # participants whose update was refused
     samples: Count = 0  # selected samples behind these updates
     train_loss: float | None = None  # mean over the selected samples in split training
     local_loss: float | None = None  # mean over the samples in the local-loss update

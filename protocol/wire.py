@@ -21,7 +21,7 @@ __all__ = [
     "VERSION_HEADER",
 ]
 
-PROTOCOL_VERSION = 1  # in every frame, and in the version header of every request
+PROTOCOL_VERSION = 2  # in every frame, and in the version header of every request
 
 VERSION_HEADER = "sfprompt-version"
 

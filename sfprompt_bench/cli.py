@@ -45,6 +45,14 @@ _SUBCOMMANDS = {
         "Train like the default form, and infer the labels from what the server receives.",
         ("sfprompt-bench leak", "sfprompt-bench leak --rounds 3 --json leak.json"),
     ),
+    "poison": Subcommand(
+        "sfprompt_bench.poison.command",
+        "Measure accuracy with hostile devices, for each attack and aggregation rule.",
+        (
+            "sfprompt-bench poison --quick",
+            "sfprompt-bench poison --json poison.json --plot poison.png",
+        ),
+    ),
     "engine": Subcommand(
         "sfprompt_bench.engine.command",
         "Measure the split server's engine: throughput, round trips, gain of batching and a soak.",

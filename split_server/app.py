@@ -29,8 +29,8 @@ from split_server.federation.credentials import Credentials, load_operator_token
 from split_server.federation.liveness import Liveness
 from split_server.federation.runs import RunRegistry
 from split_server.federation.service import FederationService
-from split_server.http.body import BodyBudget
-from split_server.http.connection import MeteredProtocol
+from split_server.http.budget import BodyBudget
+from split_server.http.connection import STALL_KEY, MeteredProtocol
 from split_server.http.errors import add_error_handlers
 from split_server.http.federation_routes import FederationRoutes
 from split_server.http.metrics import RunCollector, metrics_router
@@ -188,7 +188,7 @@ def _add_metrics(services: Services) -> None:
     watch = figures.watch
     watch(
         "sfprompt_requests_bytes",
-        "Request bodies in memory",
+        "Memory of requests: bodies, decoded tensors and responses",
         lambda: services.body_budget.taken,
     )
     watch(
@@ -199,7 +199,12 @@ def _add_metrics(services: Services) -> None:
     if torch.cuda.is_available():
         watch("sfprompt_gpu_bytes", "Memory of the GPU in use", torch.cuda.memory_allocated)
     figures.registry.register(
-        RunCollector(services.runs.open_runs, figures.of_run, services.meter.run)
+        RunCollector(
+            services.runs.open_runs,
+            figures.of_run,
+            services.meter.run,
+            lambda run: services.runs.refusals[run],
+        )
     )
 
 
@@ -291,7 +296,7 @@ class SplitServer:
             tasks.append(asyncio.create_task(compiler.watch()))
         log.info("ready: bodies on %s in %s", self.placement.device, self.placement.dtype_name)
         try:
-            yield {"meter": self._meter}
+            yield {"meter": self._meter, STALL_KEY: settings.stall_timeout_s}
         finally:
             for task in tasks:
                 task.cancel()

@@ -90,7 +90,8 @@ class ServerSettings(BaseSettings):
         512,
         ge=1,
         le=2**20,
-        description="memory for request bodies, and as much again for tensors in the queue",
+        description="memory for requests: bodies, tensors that are decoded, responses; and as much "
+        "again for tensors in the queue",
     )
     answer_mib: int = Field(
         256,
@@ -118,6 +119,12 @@ class ServerSettings(BaseSettings):
     max_bodies: int = Field(4, ge=1, le=1024, description="frozen bodies in memory")
     body_timeout_s: float = Field(
         120.0, gt=0, le=86_400, description="timeout of receiving one request"
+    )
+    stall_timeout_s: float = Field(
+        10.0,
+        gt=0,
+        le=86_400,
+        description="a request or response is given up if less than 10 KiB of it move in this time",
     )
     live_window_s: float = Field(
         60.0, gt=0, le=86_400, description="a silent participant is not sampled after this time"

@@ -12,7 +12,7 @@ from edge_client.storage.blob_cache import BlobCache
 from edge_client.transport.client import Server
 from protocol.codecs.feedback import ErrorFeedback
 from protocol.codecs.registry import as_decoded
-from protocol.errors import MalformedFrame, NotFound
+from protocol.errors import DamagedFrame, MalformedFrame, NotFound
 from protocol.frames import require_kind
 from protocol.messages import BlobRef, UpdateMeta
 from protocol.plan import WirePlan
@@ -109,7 +109,7 @@ class GlobalStates:
         base, old = self._newest
         try:
             frame = self._server.delta(self._run, ref, base)
-        except NotFound:
+        except (DamagedFrame, NotFound):  # the server may have it so: download the whole state
             return None
         require_kind(frame, "delta")
         if {name: spec.shape for name, spec in frame.specs.items()} != {

@@ -8,7 +8,7 @@ import math
 import re
 import ssl
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -203,6 +203,7 @@ class Server:
 
         Raises:
             NotFound: the server has no such difference.
+            DamagedFrame: it is damaged.
         """
         path = _run_path(run, f"states/{ref.sha256}/delta?base={base.sha256}")
         from protocol.frames import decode_frame
@@ -231,7 +232,8 @@ class Server:
         from protocol.frames import decode_frame, encode_frame
 
         pieces = encode_frame(kind, meta, tensors, generators=generators)
-        return decode_frame(_body(self._call("POST", path, pieces, media=FRAME_MEDIA_TYPE)))
+        request = self._request("POST", path, pieces, media=FRAME_MEDIA_TYPE)
+        return self._retry.call(lambda: decode_frame(_body(request())))
 
     # Shared by all requests
 
@@ -277,6 +279,20 @@ class Server:
         key: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> httpx.Response:
+        request = self._request(method, path, pieces, media=media, key=key, headers=headers)
+        return self._retry.call(request)
+
+    def _request(
+        self,
+        method: str,
+        path: str,
+        pieces: list[memoryview],
+        *,
+        media: str | None = None,
+        key: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> Callable[[], httpx.Response]:
+        """Return the function that sends a request once."""
         sent = self._headers.copy()
         if headers:
             sent.update(headers)
@@ -286,7 +302,7 @@ class Server:
             sent["content-length"] = str(sum(piece.nbytes for piece in pieces))
         if key is not None:
             sent[IDEMPOTENCY_HEADER] = key
-        return self._retry.call(lambda: self._attempt(method, path, pieces, sent))
+        return lambda: self._attempt(method, path, pieces, sent)
 
     def _attempt(
         self, method: str, path: str, pieces: list[memoryview], headers: httpx.Headers

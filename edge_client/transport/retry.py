@@ -9,19 +9,23 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from protocol.errors import Busy, InternalError, SFPromptError, Unreachable
+from protocol.errors import Busy, DamagedFrame, InternalError, SFPromptError, Unreachable
 
 T = TypeVar("T")
 
-_MAX_SERVER_FAULTS = 3  # in one request, before the fault counts as permanent
+_FAULT_PATIENCE_S = 60.0  # with a fault that may be permanent; a disk error passes within this
+
+# What OpenSSL says about a record whose bytes changed on their way, or the other end's alert of it.
+_DAMAGED_RECORD = ("BAD_RECORD_MAC", "DECRYPTION_FAILED", "BAD_DECRYPT", "DECODE_ERROR")
 
 
 @dataclass
 class RetryPolicy:
     """Waits between attempts, exponentially longer and with jitter, up to a time limit.
 
-    Retried are `Busy`, `Unreachable` unless TLS refused (a bad certificate stays bad), and a few
-    `InternalError`s (the server's disk may have been full). Other errors are permanent.
+    Retried are `Busy`, `Unreachable` unless TLS refused (a bad certificate stays bad), and for at
+    most a minute `DamagedFrame` and `InternalError` (the server's disk may have failed for a
+    moment). Other errors are permanent.
 
     Attributes:
         patience_s: seconds from the first failure to giving up.
@@ -44,28 +48,32 @@ class RetryPolicy:
         Raises:
             SFPromptError: the last attempt's error.
         """
-        give_up_at: float | None = None
-        wait, faults = self.first_wait_s, 0
+        failing_since: float | None = None
+        wait = self.first_wait_s
         while True:
             try:
                 return attempt()
-            except (Busy, Unreachable, InternalError) as error:
+            except (Busy, DamagedFrame, InternalError, Unreachable) as error:
                 if _is_permanent(error.__cause__):
                     raise
-                faults += isinstance(error, InternalError)
-                if faults > _MAX_SERVER_FAULTS:
-                    raise
                 now = self.clock()
-                give_up_at = now + self.patience_s if give_up_at is None else give_up_at
+                failing_since = now if failing_since is None else failing_since
                 pause = max(error.retry_after_s or 0.0, wait) * (1 + 0.25 * self.jitter.random())
-                if now + pause > give_up_at:
+                if now + pause > failing_since + self._patience(error):
                     raise
                 self.on_wait(error, pause)
                 self.sleep(pause)
                 wait = min(2 * wait, self.max_wait_s)
 
+    def _patience(self, error: SFPromptError) -> float:
+        if isinstance(error, (DamagedFrame, InternalError)):
+            return min(self.patience_s, _FAULT_PATIENCE_S)
+        return self.patience_s
+
 
 def _is_permanent(cause: BaseException | None) -> bool:
-    """Whether TLS refused the server; a connection lost during the handshake may recover."""
+    """Whether TLS refused the server; a lost connection or a damaged record may recover."""
     lost = (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
-    return isinstance(cause, ssl.SSLError) and not isinstance(cause, lost)
+    if not isinstance(cause, ssl.SSLError) or isinstance(cause, lost):
+        return False
+    return not any(reason in str(cause) for reason in _DAMAGED_RECORD)

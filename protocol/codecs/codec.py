@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from protocol.errors import MalformedFrame
+from protocol.wire import FLOAT32_BYTES
 
 Buffer = bytes | bytearray | memoryview
 
@@ -61,6 +63,17 @@ class Codec(ABC):
         Raises:
             MalformedFrame: wrong number of buffers, or a wrong size.
         """
+
+    def decoded_bytes(self, shape: Sequence[int], sizes: Sequence[int]) -> int:
+        """Return the most bytes that decoding takes: the tensor, and what it needs meanwhile.
+
+        Known from a header alone, so that memory is counted before it is taken.
+
+        Args:
+            shape: of the tensor.
+            sizes: of its buffers, which `check_sizes` has accepted.
+        """
+        return FLOAT32_BYTES * math.prod(shape) + 2 * sum(sizes)
 
     @abstractmethod
     def decode(

@@ -29,6 +29,7 @@ from protocol.codecs.rans import (
     decode_columns,
     encode_columns,
     fit_tables,
+    lookup_bytes,
     reaches,
 )
 from protocol.errors import MalformedFrame
@@ -37,6 +38,8 @@ from protocol.wire import FLOAT32_BYTES
 _STEP_BYTES = torch.bfloat16.itemsize
 
 _WORD_BYTES = 2
+
+_CODE_BYTES = 10  # of a code while a tensor is decoded: as it comes, as int32, as float32
 
 _MAX_VALUE = 2.0**126  # of a decoded value, so that all of them are finite
 
@@ -141,6 +144,16 @@ class Klt(Codec):
             or sum(sizes) >= FLOAT32_BYTES * math.prod(shape)
         ):
             raise self._wrong_sizes(shape, list(sizes))
+
+    def decoded_bytes(self, shape: Sequence[int], sizes: Sequence[int]) -> int:
+        """Return the bytes of the tensor, of both matrices' codes, and of their lookup tables."""
+        plain = super().decoded_bytes(shape, sizes)
+        layout = _layout(shape)
+        if len(sizes) == 1 or layout is None:
+            return plain
+        columns = sizes[0] // _STEP_BYTES
+        rows = layout.width + layout.predicted + layout.tokens
+        return plain + _CODE_BYTES * columns * rows + lookup_bytes(rows, columns)
 
     def decode(
         self, buffers: Sequence[memoryview], shape: Sequence[int], device: Device = "cpu"

@@ -70,6 +70,11 @@ class ProductQuantiser(FixedSizeCodec):
         vectors = math.prod(_vector_shape(shape))
         return [vectors, min(vectors, _MAX_ENTRIES) * _VECTOR_SIZE * FLOAT32_BYTES]
 
+    def decoded_bytes(self, shape: Sequence[int], sizes: Sequence[int]) -> int:
+        """Return the bytes of the tensor twice, for rows are padded, and of 64-bit codes."""
+        codes, _ = sizes
+        return 2 * super().decoded_bytes(shape, sizes) + 8 * codes
+
     def decode(
         self, buffers: Sequence[memoryview], shape: Sequence[int], device: Device = "cpu"
     ) -> Tensor:

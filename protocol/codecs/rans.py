@@ -16,7 +16,15 @@ from numpy.typing import NDArray
 
 from protocol.errors import MalformedFrame
 
-__all__ = ["MAX_REACH", "TABLE_BYTES", "decode_columns", "encode_columns", "fit_tables", "reaches"]
+__all__ = [
+    "MAX_REACH",
+    "TABLE_BYTES",
+    "decode_columns",
+    "encode_columns",
+    "fit_tables",
+    "lookup_bytes",
+    "reaches",
+]
 
 TABLE_BYTES: Final = 4  # reach (16 bits), share of zeros, decay
 
@@ -37,6 +45,10 @@ _STATE_WORDS = 3
 _CODES_PER_LANE = 2048  # a lane costs 6 bytes; all lanes together are one vector operation
 
 _MAX_LANES = 4096
+
+_LOOKUP_ROWS = 8192  # from here on a column's lookup table takes less time than it saves
+
+_MAX_LOOKUPS = 512  # of 128 KiB each; further columns are searched
 
 _TABLE = np.dtype([("reach", "<u2"), ("zeros", "u1"), ("decay", "u1")])
 
@@ -64,6 +76,11 @@ def fit_tables(codes: NDArray[np.int32]) -> bytes | None:
     tables["zeros"] = np.clip(np.rint(256 * (1 - nonzero / max(len(codes), 1))), 0, 255)
     tables["decay"] = np.clip(np.rint(256 * decay), 1, 255)
     return tables.tobytes()
+
+
+def lookup_bytes(rows: int, columns: int) -> int:
+    """Return the bytes of the lookup tables with which a matrix is decoded."""
+    return min(columns, _MAX_LOOKUPS) * _TOTAL * 2 if rows >= _LOOKUP_ROWS else 0
 
 
 def reaches(tables: bytes | memoryview) -> NDArray[np.int64]:
@@ -129,14 +146,23 @@ def decode_columns(words: Words, rows: int, tables: bytes | memoryview) -> tuple
     widths = [_widths(model) for model in models]
     codes = np.zeros((len(reach), rows), np.int16)
     columns = np.flatnonzero(reach)
+    lookups = {}
+    if rows >= _LOOKUP_ROWS:
+        lookups = {column: _lookup(widths[column]) for column in columns[:_MAX_LOOKUPS]}
     for start in range(0, rows, lanes):
         active = states[: min(lanes, rows - start)]  # a view
         for column in columns:
             model, width = models[column], widths[column]
             slots = active & _MASK
-            found = np.searchsorted(model, slots, side="right") - 1
+            if (lookup := lookups.get(column)) is not None:
+                found = lookup.take(slots.astype(np.intp), mode="clip").astype(np.intp)
+            else:
+                found = np.searchsorted(model, slots, side="right") - 1
             codes[column, start : start + lanes] = found - reach[column]
-            active[:] = width[found] * (active >> _SHIFT) + slots - model[found]
+            active >>= _SHIFT
+            active *= width.take(found, mode="clip")
+            active += slots
+            active -= model.take(found, mode="clip")
             low = active < _LOWEST
             count = int(np.count_nonzero(low))
             if count:
@@ -174,6 +200,15 @@ def _cumulate(table: Any) -> NDArray[np.uint64]:
 
 def _widths(model: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return np.diff(model, append=np.uint64(_TOTAL))
+
+
+def _lookup(widths: NDArray[np.uint64]) -> NDArray[np.int16]:
+    """Return the place of the code that each of the 2¹⁶ slots belongs to.
+
+    A gather takes a tenth of the time of a binary search, whatever the number of codes.
+    """
+    places = np.arange(len(widths), dtype=np.uint16)  # up to 2 * 16,383
+    return np.repeat(places, widths.astype(np.int64)).view(np.int16)
 
 
 def _state_words(states: NDArray[np.uint64]) -> Words:

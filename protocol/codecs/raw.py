@@ -11,6 +11,7 @@ from torch import Tensor
 from protocol.codecs.codec import Device, FixedSizeCodec
 from protocol.codecs.memory import from_buffer, max_magnitude, to_buffer, to_device
 from protocol.errors import InvalidField
+from protocol.wire import FLOAT32_BYTES
 
 
 class RawCodec(FixedSizeCodec):
@@ -24,6 +25,10 @@ class RawCodec(FixedSizeCodec):
 
     def sizes(self, shape: Sequence[int]) -> list[int]:
         return [math.prod(shape) * self.dtype.itemsize]
+
+    def decoded_bytes(self, shape: Sequence[int], sizes: Sequence[int]) -> int:
+        """Return the bytes of a conversion to float32 or of a copy; the tensor itself is a view."""
+        return math.prod(shape) * max(FLOAT32_BYTES, self.dtype.itemsize)
 
     def decode(
         self, buffers: Sequence[memoryview], shape: Sequence[int], device: Device = "cpu"

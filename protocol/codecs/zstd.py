@@ -59,6 +59,11 @@ class Compressed(Codec):
                 value=list(sizes),
             )
 
+    def decoded_bytes(self, shape: Sequence[int], sizes: Sequence[int]) -> int:
+        """Return the most bytes of the inner codec's buffers, and of decoding them."""
+        plain = self.inner.max_sizes(shape, len(sizes))
+        return sum(plain) + self.inner.decoded_bytes(shape, plain)
+
     def decode(
         self, buffers: Sequence[memoryview], shape: Sequence[int], device: Device = "cpu"
     ) -> Tensor:

@@ -1,4 +1,4 @@
-"""CPU time of single stages of a round trip: encode, decode, read, fingerprint, finite check."""
+"""CPU time of single stages of a round trip: encode, decode, read, finite check."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from xxhash import xxh3_64_intdigest
 
 from protocol.frames import decode_frame, encode_frame, join_frame
 from protocol.limits import DEFAULT_LIMITS
@@ -50,7 +49,6 @@ def time_server_stages(shape: list[int], times: int) -> dict[str, Any]:
             {
                 "server read": lambda: loop.run(_read(data)),
                 "server decode": lambda: decode_frame(data).tensor("smashed"),
-                "server fingerprint": lambda: xxh3_64_intdigest(data),
                 "server finite check": lambda: is_finite(tensor),
                 "server encode": lambda: encode_frame("features", _META, tensors),
             },

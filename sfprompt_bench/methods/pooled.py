@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -190,12 +191,20 @@ class PooledModel:
         )
 
     @torch.no_grad()
-    def features_of(self, samples: BatchReader) -> tuple[Tensor, Tensor]:
-        """Compute the classifier's inputs [N, F] without prompts, and read the labels [N]."""
+    def features_of(
+        self, samples: BatchReader, change: Callable[[Tensor], Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Compute the classifier's inputs [N, F] without prompts, and read the labels [N].
+
+        Args:
+            samples: the images.
+            change: is applied to the images [B, 3, H, W] before; None: nothing is.
+        """
         pooled, labels = [], []
         for positions in torch.arange(len(samples)).split(BATCH):
             images, batch_labels = samples.read(positions)
-            pooled.append(self.tail.pool(self._features(images, None)))
+            changed = images if change is None else change(images)
+            pooled.append(self.tail.pool(self._features(changed, None)))
             labels.append(batch_labels)
         return torch.cat(pooled), torch.cat(labels)
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from split_server.storage.run_files import TAIL_BIAS, TAIL_WEIGHT, read_tensors
+from split_server.storage.run_files import TAIL_BIAS, TAIL_WEIGHT
+from split_server.storage.tensor_files import read_tensors
 
 # Components with less than this share of the largest variance are rounding errors.
 _SMALLEST_VARIANCE = 1e-7

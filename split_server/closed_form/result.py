@@ -11,13 +11,11 @@ from torch import Tensor
 
 from protocol.codecs.registry import as_decoded
 from protocol.plan import RunPlan
-from split_model.checkpoints.state import state_bytes
-from split_model.files import write_durably
 from split_model.parts.depths import feature_shape, read_blocks
 from split_server.closed_form.basis import Basis, Moments, fit_basis, read_basis
 from split_server.closed_form.classifier import FeatureSums, RidgeClassifier
 from split_server.closed_form.sample_features import SampleFeatures, all_chunks
-from split_server.storage.run_files import read_tensors
+from split_server.storage.tensor_files import read_tensors, write_named_tensors
 
 
 @dataclass(frozen=True)
@@ -98,13 +96,14 @@ def write_solved(path: Path, solved: Solved) -> None:
         "classifier.count": torch.tensor(classifier.count),
         "variances": solved.variances,
     }
-    write_durably(path, state_bytes(tensors))
+    write_named_tensors(path, tensors)
 
 
 def read_solved(path: Path) -> Solved:
     """Read what `write_solved` wrote.
 
     Raises:
+        DamagedFile: it is not what was written.
         OSError: the file cannot be read.
     """
     tensors = read_tensors(path)

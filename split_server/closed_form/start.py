@@ -21,7 +21,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from protocol.errors import Busy, InvalidField, StaleRound, StepLost
+from protocol.errors import Busy, DamagedFile, InvalidField, StaleRound, StepLost
 from protocol.messages import RoundStatus
 from protocol.plan import ModelPlan
 from split_model.backbone.architecture import anatomy
@@ -39,6 +39,7 @@ from split_server.closed_form.result import (
     write_solved,
 )
 from split_server.closed_form.sample_features import SampleFeatures
+from split_server.closed_form.sums import SumLimits, Sums
 from split_server.engine.api import InferJob
 from split_server.engine.engine import Engine
 from split_server.federation.rounds import pending_trainers, require_trainer
@@ -62,14 +63,6 @@ _PAUSE_S = 0.2  # before a full engine is asked again
 R = TypeVar("R")
 
 
-@dataclass(frozen=True)
-class Sums:
-    """One participant's sums: of its features in each class [C, r], and their number [C]."""
-
-    features: Tensor
-    counts: Tensor
-
-
 @dataclass
 class _Start:
     """One attempt at round 0 of one run, on the event loop's thread.
@@ -84,6 +77,7 @@ class _Start:
     restored: Solved | None = None
     ids: dict[str, list[bytes]] = field(default_factory=dict)
     features: dict[str, SampleFeatures] = field(default_factory=dict)
+    limits: dict[str, SumLimits] = field(default_factory=dict)
     sums: dict[str, Sums] = field(default_factory=dict)
     fitted_at: float = 0.0  # on the monotonic clock
     fitting: asyncio.Task[Fitted | None] | None = None
@@ -138,8 +132,17 @@ class ClosedFormStarts:
         Raises:
             Busy: others are awaited; repeat the request.
             StaleRound: the round is not open, or was started without this participant.
+            InvalidField: there are more ids than the participant joined with samples.
         """
         start = await self._open(run_id, participant, attempt)
+        _, sender = self._runs.participant(run_id, participant)
+        if len(ids) > sender.train_samples:
+            raise InvalidField(
+                "a participant cannot name more samples than it joined with",
+                field="ids",
+                limit=sender.train_samples,
+                value=len(ids),
+            )
         missing = self._samples.list_missing(Owner(run_id, participant), ids)
         if missing:
             return missing
@@ -195,7 +198,7 @@ class ClosedFormStarts:
             Busy: others are awaited; repeat the request.
             StepLost: the server has no features of this attempt; start the round again.
             StaleRound: the round is not open.
-            InvalidField: the counts do not add up to the participant's samples.
+            InvalidField: no labels of the participant's samples give these sums.
         """
         start = await self._open(run_id, participant, attempt)
         features = start.features.get(participant)
@@ -203,9 +206,16 @@ class ClosedFormStarts:
             raise StepLost(
                 "the server has no features of this round's start", field="round", value=0
             )
-        _check_counts(sums, features.samples)
-        solved = start.restored or await self._await_solution(start, participant, sums)
         codec = self._runs.snapshot(run_id).plan.wire.start
+        fitted = start.fitting.result() if start.fitting and start.fitting.done() else None
+        basis = start.restored.basis if start.restored else fitted.basis if fitted else None
+        if basis is None:
+            raise StepLost("the start is being computed again", field="round", value=0)
+        if participant not in start.limits:
+            limits = await self._run(partial(SumLimits.of, basis, features, codec))
+            start.limits[participant] = limits
+        start.limits[participant].check(sums)
+        solved = start.restored or await self._await_solution(start, participant, sums)
         leverage = await self._run(partial(leverage_of, solved, features, codec))
         return solved.classifier, leverage
 
@@ -231,7 +241,11 @@ class ClosedFormStarts:
 
     def _restore(self, run_id: str, attempt: int) -> Solved | None:
         path = self._runs.files(run_id).basis(attempt)
-        return read_solved(path) if path.is_file() else None
+        try:
+            return read_solved(path) if path.is_file() else None
+        except DamagedFile:
+            path.unlink()  # the participants send again what it was computed from
+            return None
 
     async def _await_fit(self, start: _Start) -> Fitted:
         def begin() -> None:
@@ -323,6 +337,7 @@ class ClosedFormStarts:
         finally:
             if fitted is None:  # the next request begins again
                 start.features.clear()
+                start.limits.clear()
                 start.fitting = None
 
     async def _compute(
@@ -400,16 +415,6 @@ def _add(moments: Moments | None, place: SampleFeatures, first: int, flat: Tenso
 def _read_numbers(model: ModelPlan) -> int:
     """The numbers of one sample's read tokens."""
     return read_tokens(model) * anatomy(model).width
-
-
-def _check_counts(sums: Sums, samples: int) -> None:
-    if int(sums.counts.sum()) != samples:
-        raise InvalidField(
-            "the counts of the classes do not add up to the named samples",
-            field="counts",
-            limit=samples,
-            value=int(sums.counts.sum()),
-        )
 
 
 def _busy(message: str) -> Busy:

@@ -52,6 +52,7 @@ def serve(
     graph_timeout_s: Annotated[float | None, _described("graph_timeout_s")] = None,
     step_timeout_s: Annotated[float | None, _described("step_timeout_s")] = None,
     body_timeout_s: Annotated[float | None, _described("body_timeout_s")] = None,
+    stall_timeout_s: Annotated[float | None, _described("stall_timeout_s")] = None,
     live_window_s: Annotated[float | None, _described("live_window_s")] = None,
     max_wait_s: Annotated[float | None, _described("max_wait_s")] = None,
     operator_token: Annotated[str | None, _described("operator_token")] = None,

@@ -87,6 +87,8 @@ class RunAdvancer:
         with runs.changing(run.id) as session:
             work = runs.watcher.work(run.id)
             transitions.apply(session, run, action, runs.meter, runs.clock.wall(), work)
+        if isinstance(action, rounds.Publish):
+            runs.refusals[run.id] += len(action.refused)
         log.info("run %s: %s", run.id, action)
         if not isinstance(action, rounds.OpenTraining):
             runs.watcher.round_over(run.id)

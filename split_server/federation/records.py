@@ -23,6 +23,8 @@ from split_server.storage.database import (
 )
 from split_server.storage.events import IdempotentRequest, record_event
 
+REFUSED = "update_refused"  # kind of the event
+
 
 def add_run(
     session: Session,
@@ -139,7 +141,7 @@ def decline_update(
         session,
         run_id,
         at,
-        "update_refused",
+        REFUSED,
         round=row.round,
         attempt=row.attempt,
         participant=participant_id,

@@ -32,19 +32,31 @@ class Aggregate:
 
 
 @dataclass(frozen=True)
+class Refusal:
+    """An update that was too long to count: its length, and the longest that would have counted."""
+
+    participant: str
+    length: float
+    limit: float
+
+
+@dataclass(frozen=True)
 class Publish:
     """Make the average, which is on disk already, the global state."""
 
     updated: tuple[str, ...]
     evaluators: tuple[str, ...]
     state: StateRefs
+    refused: tuple[Refusal, ...] = ()
+    left_out: tuple[str, ...] = ()  # by the aggregation rule
 
 
 @dataclass(frozen=True)
 class Repeat:
-    """Close this attempt without a result: too few updates arrived."""
+    """Close this attempt without a result: too few updates arrived or could be counted."""
 
     updates: int
+    reason: str | None = None  # None: too few arrived
 
 
 @dataclass(frozen=True)
@@ -76,7 +88,8 @@ def decide(run: RunSnapshot, live: Collection[str], now: float, *, settled: bool
         live: ids of participants with a recent request.
         now: seconds on the monotonic clock.
         settled: the server has been up long enough for every live participant to call. Before
-            that, a new round waits for all of them, so that a restart does not shrink it.
+            that, a new round and an evaluation wait for all of them, so that a restart does not
+            shrink them.
     """
     if run.status.is_over:
         return None
@@ -85,7 +98,7 @@ def decide(run: RunSnapshot, live: Collection[str], now: float, *, settled: bool
             return Rebuild(run.closed_rounds)
         return _open_next(run, live, settled=settled)
     if run.open_round.status == RoundStatus.TRAINING:
-        return _end_training(run, run.open_round, live, now)
+        return _end_training(run, run.open_round, live, now, settled=settled)
     if pending_evaluators(run, run.open_round) and not _is_late(run, now):
         return None
     return CloseRound()
@@ -124,23 +137,38 @@ def _sample(
 
 
 def _end_training(
-    run: RunSnapshot, open_round: OpenRound, live: Collection[str], now: float
+    run: RunSnapshot, open_round: OpenRound, live: Collection[str], now: float, *, settled: bool
 ) -> Action | None:
     if pending_trainers(run, open_round) and not _is_late(run, now):
         return None
+    if len(open_round.updated) < run.plan.federation.min_updates:
+        return repeat_or_fail(run, open_round, len(open_round.updated))
+    everybody = _evaluators(run, open_round, run.participants)
+    if not settled and not set(everybody) <= set(live):
+        return None  # after a restart: the live ones have not called yet
+    return Aggregate(
+        updated=tuple(run.in_order(open_round.updated)),
+        evaluators=_evaluators(run, open_round, live),
+    )
+
+
+def repeat_or_fail(
+    run: RunSnapshot, open_round: OpenRound, updates: int, reason: str | None = None
+) -> Repeat | FailRun:
+    """Return what follows an attempt with too few updates.
+
+    Args:
+        updates: that can be counted.
+        reason: why there are so few; None: they did not arrive.
+    """
     federation = run.plan.federation
-    if len(open_round.updated) >= federation.min_updates:
-        return Aggregate(
-            updated=tuple(run.in_order(open_round.updated)),
-            evaluators=_evaluators(run, open_round, live),
-        )
-    if open_round.attempt >= federation.max_repeats:
-        return FailRun(
-            f"round {open_round.round} got {len(open_round.updated)} of at least "
-            f"{federation.min_updates} updates (attempt {open_round.attempt + 1} of "
-            f"{federation.max_repeats + 1})"
-        )
-    return Repeat(len(open_round.updated))
+    if open_round.attempt < federation.max_repeats:
+        return Repeat(updates, reason)
+    return FailRun(
+        f"round {open_round.round} got {updates} of at least {federation.min_updates} updates "
+        f"(attempt {open_round.attempt + 1} of {federation.max_repeats + 1})"
+        + (f": {reason}" if reason else "")
+    )
 
 
 def _evaluators(run: RunSnapshot, open_round: OpenRound, live: Collection[str]) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -70,6 +71,7 @@ class RunRegistry:
         self.meter = meter
         self.watcher = watcher
         self.clock = clock
+        self.refusals: Counter[str] = Counter()  # refused updates by run, since the server started
         self._snapshots: dict[str, RunSnapshot] = {}
         self._locks: dict[str, threading.RLock] = {}
 
@@ -85,6 +87,7 @@ class RunRegistry:
             run_ids = list(session.scalars(select(RunRow.id)))
         for run_id in run_ids:
             self.reload(run_id)
+            self.files(run_id).sweep_temporary()
             self.sweep(run_id, self._snapshots[run_id])
         for folder in run_folders(self.data_dir):
             if folder.name not in self._snapshots:

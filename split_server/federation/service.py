@@ -45,6 +45,7 @@ from split_server.federation.runs import RunRegistry
 from split_server.federation.snapshot import Participant, RunSnapshot, load_snapshot
 from split_server.federation.updates import (
     check_base,
+    check_join,
     check_report,
     check_samples,
 )
@@ -52,7 +53,8 @@ from split_server.models.prepare import PreparedRun, prepare_run
 from split_server.payloads.tensors import FLOAT32_BYTES, decode_update, require_finite
 from split_server.storage.data_dir import new_run_id
 from split_server.storage.events import IdempotentRequest
-from split_server.storage.run_files import RunFiles, read_tensors, relative_to_data_dir
+from split_server.storage.run_files import RunFiles, relative_to_data_dir
+from split_server.storage.tensor_files import read_tensors
 
 log = logging.getLogger(__name__)
 
@@ -234,6 +236,7 @@ class FederationService:
         request: JoinRequest,
         idempotent: IdempotentRequest,
     ) -> str:
+        check_join(request, run.plan.federation.max_samples)
         if request.train_samples or request.test_samples:
             rounds.require_running(run)  # a device without data only reads, which is allowed later
         _check_classes(run, request)
@@ -364,6 +367,7 @@ class FederationService:
         with self._runs.changing(run.id) as session:
             at = self._runs.clock.wall()
             records.decline_update(session, run.id, run.open_round, participant.id, error, at)
+        self._runs.refusals[run.id] += 1
 
     def _settle(self, run_id: str, participant_id: str, meta: UpdateMeta) -> None:
         """Release the participant's own body, unless a late repeat names an earlier attempt."""

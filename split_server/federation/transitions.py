@@ -10,15 +10,18 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 from torch import Tensor
 
-from protocol.errors import SFPromptError
+from protocol.errors import DamagedFile, SFPromptError
 from protocol.federation import FederationSettings
 from protocol.messages import BlobRef, RoundStatus, RunStatus
 from protocol.plan import RunPlan
 from split_server.aggregation.differential_privacy import make_noise_generator, private_mean
-from split_server.aggregation.fedavg import WeightedState, federated_average, weighted_mean
+from split_server.aggregation.fedavg import WeightedState, weighted_mean
+from split_server.aggregation.norm_bound import Excess
 from split_server.aggregation.publishing import publish
+from split_server.aggregation.rules import aggregate, find_refused
 from split_server.aggregation.server_optimizer import server_step
 from split_server.federation.privacy_budget import OPENED, record_spent
+from split_server.federation.records import REFUSED
 from split_server.federation.rounds import (
     Action,
     Aggregate,
@@ -26,41 +29,65 @@ from split_server.federation.rounds import (
     FailRun,
     OpenTraining,
     Publish,
+    Refusal,
     Repeat,
+    repeat_or_fail,
 )
-from split_server.federation.snapshot import RunSnapshot
+from split_server.federation.snapshot import OpenRound, RunSnapshot
 from split_server.federation.views import closed_traffic
 from split_server.method import RoundMean
 from split_server.storage.database import EvaluationRow, RoundRow, RunRow, UpdateRow
 from split_server.storage.events import record_event
-from split_server.storage.run_files import RunFiles, StateRefs, read_tensors
+from split_server.storage.run_files import RunFiles, StateRefs
+from split_server.storage.tensor_files import open_tensors, read_tensors
 from split_server.storage.traffic import Meter
 
 
 def average(
     session: Session, run: RunSnapshot, action: Aggregate, files: RunFiles
-) -> Publish | FailRun:
+) -> Publish | Repeat | FailRun:
     """Write the new global state to disk, without referring to it in the database yet.
 
-    Separate from `apply`, so that no transaction waits for the computation.
+    Separate from `apply`, so that no transaction waits for the computation. Everything follows from
+    files that stay until the result is in the database: after a crash it is the same again.
     """
-    row = _open_row(session, run)
-    base = run.state
+    row, open_round = _open_row(session, run), _open_round(run)
+    federation, base = run.plan.federation, run.state
     try:
-        updates = _updates(session, row, action.updated)
-        mean = _mean(run.plan, row, base, updates, files)
+        sent = _updates(session, row, action.updated)
+        refused = _refused(federation, base, sent, files)
+        updates = [update for at, update in enumerate(sent) if at not in refused]
+        refusals = tuple(
+            Refusal(sent[at].participant_id, excess.length, excess.limit)
+            for at, excess in sorted(refused.items())
+        )
+        if len(updates) < federation.min_updates:
+            who = ", ".join(each.participant for each in refusals)
+            return repeat_or_fail(run, open_round, len(updates), f"too long: the update of {who}")
+        mean, left_out = _mean(run.plan, row, base, updates, files)
         names = run.method.extra_shapes(run.plan, row.round)
         extras = {name: mean.pop(name) for name in names}
         if extras:
             files.write_extras(row.round, extras)
         samples = sum(update.samples for update in updates)
         mean = run.method.next_state(run.plan, RoundMean(row.round, samples, mean, extras))
-        state = _next_state(run.plan.federation, row.round, base, mean, files)
+        state = _next_state(federation, row.round, base, mean, files)
+    except DamagedFile as error:
+        return repeat_or_fail(run, open_round, len(action.updated) - 1, str(error))
     except SFPromptError as error:
         # Each update was valid; only their aggregate can still fail.
         return FailRun(f"round {row.round}: {error}")
     refs = publish(state, base, run.plan, files)
-    return Publish(action.updated, action.evaluators, refs)
+    counted = tuple(update.participant_id for update in updates)
+    return Publish(counted, action.evaluators, refs, refusals, left_out)
+
+
+def _refused(
+    federation: FederationSettings, base: StateRefs, updates: list[UpdateRow], files: RunFiles
+) -> dict[int, Excess]:
+    """Find the updates that are too long, by position."""
+    loads = [partial(read_tensors, files.update(update.sha256)) for update in updates]
+    return find_refused(federation, loads, files.read_state(base))
 
 
 def _mean(
@@ -69,21 +96,30 @@ def _mean(
     base: StateRefs,
     updates: list[UpdateRow],
     files: RunFiles,
-) -> dict[str, Tensor]:
-    """Average the updates: weighted by samples, or with equal weights, clipped and noised."""
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Aggregate the updates, or average them with equal weights, clipped and noised.
+
+    Returns:
+        The tensors, and the participants whose updates the rule left out.
+    """
     federation = plan.federation
-    loads = [partial(read_tensors, files.update(update.sha256)) for update in updates]
+    # A rule that compares all updates opens all of them, and reads one tensor after the other.
+    read = read_tensors if federation.aggregation == "fedavg" else open_tensors
+    loads = [partial(read, files.update(update.sha256)) for update in updates]
     if federation.dp_clip is None:
-        return federated_average(
+        weighted = [
             WeightedState(update.samples, load) for update, load in zip(updates, loads, strict=True)
-        )
-    return private_mean(
+        ]
+        result = aggregate(federation, weighted)
+        return result.tensors, tuple(updates[at].participant_id for at in result.left_out)
+    mean = private_mean(
         loads,
         files.read_state(base),
         clip=federation.dp_clip,
         noise_multiplier=federation.dp_noise_multiplier,
         generator=make_noise_generator(plan, row.round, row.attempt),
     )
+    return mean, ()
 
 
 def _next_state(
@@ -133,7 +169,8 @@ def apply(
         _close(session, run, row, meter, at)
     elif isinstance(action, Repeat):
         _give_up(session, run, row, meter, at)
-        _record(session, row, "round_repeated", at, updates=action.updates)
+        reason = {} if action.reason is None else {"reason": action.reason}
+        _record(session, row, "round_repeated", at, updates=action.updates, **reason)
     elif isinstance(action, FailRun):
         _give_up(session, run, row, meter, at)
         end_run(session, run.id, RunStatus.FAILED, action.reason, at)
@@ -207,6 +244,18 @@ def _publish(
     row.train_loss = weighted_mean((update.train_loss, update.samples) for update in updates)
     row.local_loss = weighted_mean((update.local_loss, update.samples) for update in updates)
     _set_state(session, run, row, action.state)
+    for refusal in action.refused:
+        _record(
+            session,
+            row,
+            REFUSED,
+            at,
+            participant=refusal.participant,
+            code="too_long",
+            length=refusal.length,
+            limit=refusal.limit,
+        )
+    left_out = {"left_out": list(action.left_out)} if action.left_out else {}
     _record(
         session,
         row,
@@ -216,6 +265,7 @@ def _publish(
         samples=row.samples,
         train_loss=row.train_loss,
         state=action.state.device.sha256,
+        **left_out,
     )
     record_spent(session, run, row, at)
     if action.evaluators:
@@ -299,6 +349,11 @@ def _updates(session: Session, row: RoundRow, participants: tuple[str, ...]) -> 
 
 
 def _open_row(session: Session, run: RunSnapshot) -> RoundRow:
+    open_round = _open_round(run)
+    return session.get_one(RoundRow, (run.id, open_round.round, open_round.attempt))
+
+
+def _open_round(run: RunSnapshot) -> OpenRound:
     if run.open_round is None:  # cannot happen: the step was decided from this snapshot
         raise LookupError(f"run {run.id} has no open round")
-    return session.get_one(RoundRow, (run.id, run.open_round.round, run.open_round.attempt))
+    return run.open_round

@@ -3,8 +3,25 @@
 from __future__ import annotations
 
 from protocol.errors import EmptyUpdate, InvalidField
-from protocol.messages import MAX_LOSS, BlobRef, EvaluationReport, UpdateMeta
+from protocol.messages import MAX_LOSS, BlobRef, EvaluationReport, JoinRequest, UpdateMeta
 from split_server.federation.snapshot import Participant
+
+
+def check_join(request: JoinRequest, max_samples: int) -> None:
+    """Refuse numbers of samples that would give a participant too much weight.
+
+    Raises:
+        InvalidField: it has more than the run allows.
+    """
+    for field in ("train_samples", "test_samples"):
+        if getattr(request, field) > max_samples:
+            raise InvalidField(
+                "a participant of this run cannot have so many samples",
+                field=field,
+                limit=max_samples,
+                value=getattr(request, field),
+                hint="raise federation.max_samples in a new run, if the number is right",
+            )
 
 
 def check_samples(meta: UpdateMeta, participant: Participant) -> None:

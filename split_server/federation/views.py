@@ -18,6 +18,7 @@ from protocol.messages import (
 )
 from protocol.traffic import Traffic
 from split_server.federation.privacy_budget import spent
+from split_server.federation.records import REFUSED
 from split_server.federation.snapshot import RunSnapshot
 from split_server.storage.database import EventRow, ParticipantRow, RoundRow, UpdateRow
 from split_server.storage.traffic import Meter
@@ -75,6 +76,11 @@ def _rounds(
         )
     ):
         updated.setdefault((round_, attempt), set()).add(participant)
+    refused: dict[tuple[int, int], set[str]] = {}
+    for data in session.scalars(
+        select(EventRow.data).where(EventRow.run_id == run.id, EventRow.kind == REFUSED)
+    ):
+        refused.setdefault((data["round"], data["attempt"]), set()).add(data["participant"])
     earlier = Traffic()
     for row in rows:
         earlier.merge(Traffic.from_dict(row.traffic))
@@ -83,9 +89,11 @@ def _rounds(
     for row in rows:
         is_open = row.closed_at is None
         traffic = total.since(earlier).to_dict() if is_open else row.traffic
-        senders = run.in_order(frozenset(updated.get((row.round, row.attempt), set())))
-        epsilon = epsilons.get((row.round, row.attempt))
-        views.append(_round(row, tuple(senders), traffic, epsilon))
+        key = row.round, row.attempt
+        not_counted = frozenset(refused.get(key, set()))
+        senders = run.in_order(frozenset(updated.get(key, set())) - not_counted)
+        view = _round(row, tuple(senders), traffic, epsilons.get(key))
+        views.append(view.model_copy(update={"refused": tuple(run.in_order(not_counted))}))
     return tuple(views)
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import math
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,84 +12,13 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope
 
 from protocol.errors import Busy, InvalidField, MalformedFrame, TooLarge
-
-
-class BodyBudget:
-    """The memory budget of all requests that are being received or processed.
-
-    Used on the event loop only.
-
-    Args:
-        limit: in bytes.
-        busy_error: creates the error, with an estimate of when to retry.
-    """
-
-    def __init__(self, limit: int, busy_error: Callable[[str], Busy]) -> None:
-        self._limit = limit
-        self._busy_error = busy_error
-        self._taken = 0
-
-    @property
-    def taken(self) -> int:
-        """Bytes in use."""
-        return self._taken
-
-    @contextmanager
-    def reserve(self) -> Iterator[Reservation]:
-        """Open one request's reservation, released at the end."""
-        reservation = Reservation(self)
-        try:
-            yield reservation
-        finally:
-            self._taken -= reservation.nbytes
-
-    def take(self, nbytes: int, reserved: int) -> None:
-        """Take ``nbytes`` more for a request that has ``reserved`` already.
-
-        A request that is alone always succeeds.
-
-        Raises:
-            Busy: other requests use the budget.
-        """
-        if self._taken > reserved and self._taken + nbytes > self._limit:
-            refusal = self._busy_error("the server is receiving too many requests")
-            refusal.field, refusal.limit = "queue_mib", self._limit
-            refusal.value = self._taken + nbytes
-            raise refusal
-        self.add(nbytes)
-
-    def add(self, nbytes: int) -> None:
-        """Count ``nbytes`` that are in memory already."""
-        self._taken += nbytes
-
-
-class Reservation:
-    """One request's part of a `BodyBudget`.
-
-    It grows with the received bytes, not with the declared length: a slow sender takes little from
-    other requests.
-    """
-
-    def __init__(self, budget: BodyBudget) -> None:
-        self._budget = budget
-        self.nbytes = 0
-
-    def add(self, nbytes: int) -> None:
-        """Reserve memory for received bytes.
-
-        Raises:
-            Busy: the budget is used up.
-        """
-        self._budget.take(nbytes, self.nbytes)
-        self.nbytes += nbytes
-
-    def add_response(self, nbytes: int) -> None:
-        """Count a response's bytes; never refused, but others may be while it is sent."""
-        self._budget.add(nbytes)
-        self.nbytes += nbytes
-
+from split_server.http.budget import Reservation
 
 _DISCARD_BYTES = 64 * 1024
+
+_STALL_BYTES = 10 * 1024  # fewer in the time of a stall are none
+
+_MAX_LENGTH_DIGITS = 18
 
 BUFFERS_KEY = "sfprompt_buffers"  # in the ASGI scope's state: the connection's `BufferHolder`
 
@@ -109,13 +38,21 @@ class RequestBodyBuffer:
         self._view = self._buffer.data
         self._filled = 0
         self._reservation = reservation
-        self.complete: asyncio.Future[memoryview] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        self.complete: asyncio.Future[memoryview] = loop.create_future()
+        if reservation is not None:
+            reservation.on_give_way = self._give_way
         self.write(received)
 
     @property
     def is_open(self) -> bool:
         """Whether bytes are still expected."""
         return not self.complete.done()
+
+    @property
+    def filled(self) -> int:
+        """Bytes received so far."""
+        return self._filled
 
     @property
     def rest(self) -> memoryview:
@@ -137,7 +74,17 @@ class RequestBodyBuffer:
             self.complete.set_exception(error)
             return
         if self._filled == len(self._view):
+            if self._reservation is not None:
+                self._reservation.on_give_way = None  # it is processed now
             self.complete.set_result(self._view)
+
+    def _give_way(self, error: Busy) -> None:
+        """Give up, for other requests; called on any thread."""
+        self.complete.get_loop().call_soon_threadsafe(self._give_up, error)
+
+    def _give_up(self, error: Busy) -> None:
+        if self.is_open:
+            self.complete.set_exception(error)
 
     def disconnect(self) -> None:
         """Fail: the client has disconnected."""
@@ -243,12 +190,12 @@ def declared_length(scope: Scope) -> int | None:
     """
     for name, value in scope["headers"]:
         if name == b"content-length":
-            if not value.isdigit():
+            if not value.isdigit() or len(value) > _MAX_LENGTH_DIGITS:
                 raise InvalidField(
-                    "the content length is not a number",
+                    "the content length is not a number of usual size",
                     field="content-length",
-                    limit="digits",
-                    value=repr(value),
+                    limit=f"up to {_MAX_LENGTH_DIGITS} digits",
+                    value=repr(value[:40]),
                 )
             return int(value)
     return None
@@ -260,6 +207,7 @@ async def read_body(
     limit: int,
     timeout_s: float,
     reservation: Reservation | None = None,
+    stall_s: float = math.inf,
 ) -> bytearray | memoryview:
     """Receive the whole body into one writable buffer.
 
@@ -267,6 +215,7 @@ async def read_body(
         limit: of the body, in bytes.
         timeout_s: for the whole body.
         reservation: grows with the received bytes.
+        stall_s: time in which at least 10 KiB have to arrive, or the rest.
 
     Raises:
         TooLarge: the declared length or the body exceeds ``limit``.
@@ -278,7 +227,7 @@ async def read_body(
         raise too_large(limit, length)
     try:
         async with asyncio.timeout(timeout_s):
-            return await _read(scope, receive, length, limit, reservation)
+            return await _read(scope, receive, length, limit, reservation, stall_s)
     except TimeoutError:
         raise too_slow(timeout_s) from None
 
@@ -289,14 +238,16 @@ async def _read(
     length: int | None,
     limit: int,
     reservation: Reservation | None,
+    stall_s: float,
 ) -> bytearray | memoryview:
     holder: BufferHolder | None = scope.get("state", {}).get(BUFFERS_KEY)
     if holder is not None and length is not None:
-        return await _read_directly(holder, receive, length, reservation)
+        return await _read_directly(holder, receive, length, reservation, stall_s)
     # Without a buffer of the connection, the body grows with the received bytes.
     body = bytearray()
     while True:
-        message = await _next_message(receive)
+        async with asyncio.timeout(_finite(stall_s)):
+            message = await _next_message(receive)
         chunk = message.get("body", b"")
         if len(body) + len(chunk) > limit:
             raise too_large(limit, len(body) + len(chunk))
@@ -311,14 +262,19 @@ async def _read(
 
 
 async def _read_directly(
-    holder: BufferHolder, receive: Receive, length: int, reservation: Reservation | None
+    holder: BufferHolder,
+    receive: Receive,
+    length: int,
+    reservation: Reservation | None,
+    stall_s: float,
 ) -> memoryview:
     """Receive the body into a buffer of the connection, after the bytes that uvicorn has read."""
-    first = await _next_message(receive)
+    async with asyncio.timeout(_finite(stall_s)):
+        first = await _next_message(receive)
     buffer = holder.open(length, first.get("body", b""), reservation)
     try:
         if first.get("more_body", False):
-            await buffer.complete
+            await _completion(buffer, stall_s)
             while (await _next_message(receive)).get("more_body", False):  # until uvicorn's end
                 pass
         if not buffer.complete.done():
@@ -328,6 +284,28 @@ async def _read_directly(
         raise ClientDisconnect from None
     finally:
         holder.buffer = None
+        if reservation is not None:
+            reservation.on_give_way = None  # it would keep the buffer until a garbage collection
+
+
+async def _completion(buffer: RequestBodyBuffer, stall_s: float) -> None:
+    """Wait until a buffer is full.
+
+    Raises:
+        TimeoutError: fewer than `_STALL_BYTES` came within ``stall_s``.
+    """
+    while True:
+        before = buffer.filled
+        done, _ = await asyncio.wait({buffer.complete}, timeout=_finite(stall_s))
+        if done:
+            buffer.complete.result()
+            return
+        if buffer.filled - before < _STALL_BYTES:
+            raise TimeoutError
+
+
+def _finite(seconds: float) -> float | None:
+    return seconds if math.isfinite(seconds) else None
 
 
 async def _next_message(receive: Receive) -> Message:

@@ -15,6 +15,12 @@ _DIRECT_BYTES = 64 * 1024  # above this, bypassing the HTTP parser saves time
 
 SOCKET_KEY = "sfprompt_socket"  # in the ASGI scope's state: its `SocketCounter`
 
+DRAINED_KEY = "sfprompt_drained"  # in the ASGI scope's state: waits until responses were taken
+
+STALL_KEY = "stall_timeout_s"  # in the app's state: the time of a stall
+
+_STALL_BYTES = 10 * 1024  # fewer in the time of a stall are none
+
 
 class _CountingTransport:
     """Delegates to a transport and counts written bytes."""
@@ -22,9 +28,17 @@ class _CountingTransport:
     def __init__(self, inner: asyncio.Transport, counter: SocketCounter) -> None:
         self._inner = inner
         self._counter = counter
+        self._written = 0
+
+    @property
+    def delivered(self) -> int:
+        """Bytes that the system has taken since the connection began."""
+        return self._written - self._inner.get_write_buffer_size()
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
-        self._counter.sent += memoryview(data).nbytes
+        nbytes = memoryview(data).nbytes
+        self._counter.sent += nbytes
+        self._written += nbytes
         self._inner.write(data)
 
     def __getattr__(self, name: str) -> Any:
@@ -41,8 +55,9 @@ class MeteredProtocol(HttpToolsProtocol):
         self, transport: asyncio.Transport
     ) -> None:
         self.counter = SocketCounter()
-        counting = _CountingTransport(transport, self.counter)
-        super().connection_made(cast(asyncio.Transport, counting))
+        self._counting = _CountingTransport(transport, self.counter)
+        self._stall: asyncio.TimerHandle | None = None
+        super().connection_made(cast(asyncio.Transport, self._counting))
         self.holder = BufferHolder(self._receive_into)
 
     def data_received(self, data: bytes) -> None:
@@ -53,6 +68,7 @@ class MeteredProtocol(HttpToolsProtocol):
         super().on_message_begin()
         self.scope["state"][SOCKET_KEY] = self.counter
         self.scope["state"][BUFFERS_KEY] = self.holder
+        self.scope["state"][DRAINED_KEY] = self.flow.drain
 
     def on_body(self, body: bytes) -> None:
         buffer = self.holder.open_buffer
@@ -82,7 +98,31 @@ class MeteredProtocol(HttpToolsProtocol):
     def _count(self, nbytes: int) -> None:
         self.counter.received += nbytes
 
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._await_delivery()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._stall is not None:
+            self._stall.cancel()
+
+    def _await_delivery(self) -> None:
+        """Close the connection unless the client takes a part of its responses in time."""
+        seconds = self.app_state.get(STALL_KEY)
+        if seconds is not None:
+            before = self._counting.delivered
+            self._stall = self.loop.call_later(seconds, self._check_delivery, before)
+
+    def _check_delivery(self, before: int) -> None:
+        if self._counting.delivered - before < _STALL_BYTES:
+            self.transport.abort()  # a plain close would wait for the client
+        else:
+            self._await_delivery()
+
     def connection_lost(self, exc: Exception | None) -> None:
+        if self._stall is not None:
+            self._stall.cancel()
         super().connection_lost(exc)
         if self.holder.buffer is not None:
             self.holder.buffer.disconnect()

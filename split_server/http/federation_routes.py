@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,7 +18,7 @@ from starlette.types import Scope
 
 from protocol.base import Message
 from protocol.errors import InvalidField, NotFound
-from protocol.frames import decode_frame, require_kind
+from protocol.frames import Frame, decode_frame, require_kind
 from protocol.messages import (
     Assignment,
     EvaluationReport,
@@ -45,8 +47,11 @@ from split_server.http.middleware import identity_of, set_participant
 from split_server.http.services import Services
 from split_server.runtime.aio import wait_for
 from split_server.storage.events import IdempotentRequest
+from split_server.storage.tensor_files import check_file
 
 Key = Annotated[str | None, Header(alias="idempotency-key")]
+
+Number = Annotated[int, Query(ge=0, lt=2**53)]  # as `protocol.messages.Count`; SQLite has 64 bits
 
 Wait = Annotated[float, Query(ge=0, le=3600, description="seconds to wait for a change")]
 
@@ -129,7 +134,7 @@ class FederationRoutes:
         return await run_in_threadpool(self._federation.results, run)
 
     async def events(
-        self, request: Request, run: str, after: Annotated[int, Query(ge=0)] = 0, wait: Wait = 0
+        self, request: Request, run: str, after: Number = 0, wait: Wait = 0
     ) -> list[Event]:
         """Return the events after number ``after``; wait for the first."""
         require_reader(identity_of(request.scope), run)
@@ -173,8 +178,8 @@ class FederationRoutes:
         request: Request,
         run: str,
         task: Task | None = None,
-        round_: Annotated[int, Query(alias="round", ge=0)] = 0,
-        attempt: Annotated[int, Query(ge=0)] = 0,
+        round_: Annotated[int, Query(alias="round", ge=0, lt=2**53)] = 0,
+        attempt: Number = 0,
         wait: Wait = 0,
     ) -> Assignment:
         """Return the sender's next task; wait while it equals the one in the query."""
@@ -207,14 +212,14 @@ class FederationRoutes:
             _require_sha256(sha256, "sha256")
             raise NotFound("the run has a newer head", field="sha256", value=sha256)
         path = self._runs.files(run).head_after(snapshot.renewed)
-        return _file_response(request, path, snapshot.head.sha256)
+        return await _checked_file(request, path, snapshot.head.sha256)
 
     async def state(self, request: Request, run: str, sha256: str) -> Response:
         """Return the device's part of a global state."""
         require_reader(self._reader(request, run), run)
         self._runs.snapshot(run)
         _require_sha256(sha256, "sha256")
-        return _file_response(request, self._runs.files(run).state(sha256), sha256)
+        return await _checked_file(request, self._runs.files(run).state(sha256), sha256)
 
     async def delta(self, request: Request, run: str, sha256: str, base: str) -> Response:
         """Return a frame of kind ``delta``: the change from the state ``base`` to this one."""
@@ -238,15 +243,25 @@ class FederationRoutes:
         limit = min(limit, settings.frame_limits.max_frame_bytes)
         with self._services.body_budget.reserve() as reservation:
             data = await read_body(
-                request.scope, request.receive, limit, settings.body_timeout_s, reservation
+                request.scope,
+                request.receive,
+                limit,
+                settings.body_timeout_s,
+                reservation,
+                settings.stall_timeout_s,
             )
-            return await run_in_threadpool(self._update, identity, data, key)
+            decode = partial(decode_frame, data, settings.frame_limits, reservation.add_decoded)
+            return await run_in_threadpool(self._update, identity, data, decode, key)
 
     def _update(
-        self, identity: ParticipantIdentity, data: bytearray | memoryview, key: str | None
+        self,
+        identity: ParticipantIdentity,
+        data: bytearray | memoryview,
+        decode: Callable[[], Frame],
+        key: str | None,
     ) -> UpdateReceipt:
         idempotent = IdempotentRequest.of(_update_scope(identity), key, data)
-        frame = decode_frame(data, self._services.settings.frame_limits)
+        frame = decode()
         require_kind(frame, "update")
         meta = parse_message(UpdateMeta, dict(frame.meta))
         return self._federation.update(identity.run, identity.participant, meta, frame, idempotent)
@@ -316,6 +331,15 @@ def _check_range(header: str, size: int) -> None:
         raise InvalidField(
             "the range ends before it begins", field="range", limit=first, value=int(last)
         )
+
+
+async def _checked_file(request: Request, path: Path, sha256: str) -> Response:
+    """Respond with a file, checked against its hash before its first byte is sent."""
+    response = _file_response(request, path, sha256)
+    first = _RANGE.fullmatch(request.headers.get("range", "bytes=0-"))
+    if isinstance(response, FileResponse) and first is not None and int(first[1]) == 0:
+        await run_in_threadpool(check_file, path, sha256)
+    return response
 
 
 def _file_response(request: Request, path: Path, sha256: str) -> Response:

@@ -41,6 +41,7 @@ class RunCollector(Collector):
         open_runs: returns the ids of the open runs.
         figures: returns what the engine has computed for a run.
         traffic: returns the traffic of a run's participants.
+        refusals: returns how many updates of a run were refused.
     """
 
     def __init__(
@@ -48,10 +49,12 @@ class RunCollector(Collector):
         open_runs: Callable[[], Iterable[str]],
         figures: Callable[[str], RunFigures],
         traffic: Callable[[str], Traffic],
+        refusals: Callable[[str], int],
     ) -> None:
         self._open_runs = open_runs
         self._figures = figures
         self._traffic = traffic
+        self._refusals = refusals
 
     def describe(self) -> Iterator[CounterMetricFamily]:
         """Describe nothing in advance: the names come with the values."""
@@ -65,6 +68,10 @@ class RunCollector(Collector):
             for run in runs:
                 family.add_metric([run], read(self._figures(run)))
             yield family
+        family = CounterMetricFamily("sfprompt_updates_refused", "Refused updates", labels=["run"])
+        for run in runs:
+            family.add_metric([run], self._refusals(run))
+        yield family
         labels = ["run", "phase", "direction"]
         family = CounterMetricFamily("sfprompt_wire_bytes", "Bytes at the socket", labels=labels)
         for run in runs:

@@ -13,7 +13,7 @@ from split_server.federation.credentials import Credentials
 from split_server.federation.liveness import Liveness
 from split_server.federation.runs import RunRegistry
 from split_server.federation.service import FederationService
-from split_server.http.body import BodyBudget
+from split_server.http.budget import BodyBudget
 from split_server.runtime.aio import Notifier
 from split_server.runtime.device import Placement, SideStreams
 from split_server.settings import ServerSettings

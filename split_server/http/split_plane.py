@@ -9,7 +9,6 @@ from typing import Final, TypeVar
 
 import torch
 from starlette.types import ASGIApp, Receive, Scope, Send
-from xxhash import xxh3_64_intdigest
 
 from protocol.errors import InvalidField, NonFinite
 from protocol.frames import decode_frame, encode_frame, frame_length, header_length, require_kind
@@ -19,12 +18,14 @@ from split_server.federation.credentials import require_participant
 from split_server.federation.rounds import SenderPermission
 from split_server.federation.snapshot import Participant, RunSnapshot
 from split_server.http.body import read_body
+from split_server.http.budget import Reservation
+from split_server.http.connection import DRAINED_KEY
 from split_server.http.errors import send_pieces
 from split_server.http.handlers import HANDLERS, Handler, HandlerContext, Reply, Submit
 from split_server.http.middleware import identity_of
 from split_server.http.services import Services
 from split_server.http.start_handlers import handle_solve, handle_start
-from split_server.payloads.requests import SplitRequest
+from split_server.payloads.requests import SplitRequest, response_bytes
 from split_server.runtime.aio import run_on
 from split_server.runtime.device import used_here
 
@@ -76,17 +77,27 @@ class SplitPlane:
         services.liveness.touch(run.id, participant.id)
         with services.body_budget.reserve() as reservation:
             limit = settings.frame_limits.max_frame_bytes
-            data = await read_body(scope, receive, limit, settings.body_timeout_s, reservation)
+            data = await read_body(
+                scope,
+                receive,
+                limit,
+                settings.body_timeout_s,
+                reservation,
+                settings.stall_timeout_s,
+            )
             # Again: the run may have changed while the body was received.
             run, participant = services.runs.participant(run.id, participant.id)
-            handled = await self._handle(kind, handler, run, participant, data)
+            handled = await self._handle(kind, handler, run, participant, data, reservation)
             del data
+            reservation.release_decoded()
             reply = handled if isinstance(handled, Reply) else await handled()
             encode = partial(_encode, reply)
             pieces = encode() if _is_light(reply) else await self._off_loop(encode)
             reservation.add_response(frame_length(pieces))
             del handled, reply, encode  # free their tensors while a slow client still reads
             await send_pieces(send, 200, _MEDIA, pieces)
+            del pieces
+            await _drained(scope)
 
     async def _handle(
         self,
@@ -95,13 +106,14 @@ class SplitPlane:
         run: RunSnapshot,
         participant: Participant,
         data: bytearray | memoryview,
+        reservation: Reservation,
     ) -> Submit | Reply:
         """Decode and handle a request: on the event loop if it is light, else on a thread."""
         context = HandlerContext(self.services, run)
         limits, device = self.services.settings.frame_limits, self.services.placement.device
 
         def decode() -> SplitRequest:
-            frame = decode_frame(data, limits)
+            frame = decode_frame(data, limits, reservation.add_decoded)
             require_kind(frame, kind)
             return SplitRequest(
                 run=run.id,
@@ -111,23 +123,31 @@ class SplitPlane:
                 state=run.state.device.sha256,
                 permission=SenderPermission(run, participant),
                 frame=frame,
-                fingerprint=xxh3_64_intdigest(data),
+                fingerprint=frame.checksum,
                 limits=limits,
                 device=device,
+                reserve=reservation.add_decoded,
             )
 
         handler = run.method.handlers.get(kind, handler)
+
+        def handle(request: SplitRequest) -> Submit | Reply:
+            handled = handler(context, request)
+            if not isinstance(handled, Reply):
+                reservation.expect_response(response_bytes(request))
+            return handled
+
         is_light = (
             not run.method.has_tuned_bodies(run.plan)
             and kind in _LIGHT_KINDS
             and device.type == "cpu"
         )
         if not is_light or len(data) > _LIGHT_BYTES or header_length(data) > _LIGHT_HEADER_BYTES:
-            return await self._off_loop(lambda: handler(context, decode()))
+            return await self._off_loop(lambda: handle(decode()))
         request = decode()
         if _are_raw(spec.codec for spec in request.frame.specs.values()):
-            return handler(context, request)
-        return await self._off_loop(lambda: handler(context, request))
+            return handle(request)
+        return await self._off_loop(lambda: handle(request))
 
     async def _off_loop(self, function: Callable[[], R]) -> R:
         """Run a function on a codec thread, so that the federation's disk delays no step."""
@@ -140,6 +160,13 @@ class SplitPlane:
                 raise to_public_error(error) from error
 
         return await run_on(self.services.codec_threads, call)
+
+
+async def _drained(scope: Scope) -> None:
+    """Wait until the client has taken the response: until then its memory is in use."""
+    drained = scope.get("state", {}).get(DRAINED_KEY)
+    if drained is not None:
+        await drained()
 
 
 def _encode(reply: Reply) -> list[memoryview]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from split_server.closed_form.start import Sums
+from split_server.closed_form.sums import Sums
 from split_server.http.handlers import HandlerContext, Reply, Submit, missing_reply
 from split_server.payloads.requests import SplitRequest
 from split_server.payloads.start import parse_solve, parse_start

@@ -6,6 +6,8 @@ finiteness. What it returns is valid for the run; handlers only look it up and s
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -25,6 +27,7 @@ from protocol.messages import (
 )
 from protocol.plan import RunPlan
 from split_model.backbone.architecture import anatomy
+from split_model.parts.depths import feature_shape
 from split_model.parts.tail import needed_tokens
 from split_server.models.body_key import BodyKey
 from split_server.payloads.samples import (
@@ -33,6 +36,7 @@ from split_server.payloads.samples import (
     decode_sample_ids,
 )
 from split_server.payloads.tensors import (
+    FLOAT32_BYTES,
     check_batch_size,
     check_decoded_size,
     decode_gradients,
@@ -68,6 +72,7 @@ class SplitRequest:
             same name.
         limits: of the server.
         device: tensors are decoded there.
+        reserve: counts bytes that are about to be taken for the request; raises `Busy`.
     """
 
     run: str
@@ -80,6 +85,7 @@ class SplitRequest:
     fingerprint: int
     limits: FrameLimits
     device: torch.device
+    reserve: Callable[[int], None] = lambda _nbytes: None
 
     @cached_property
     def num_tokens(self) -> int | None:
@@ -87,6 +93,24 @@ class SplitRequest:
         if not self.plan.wire.pooled_features:
             return None
         return needed_tokens(self.plan.model)
+
+
+def response_bytes(request: SplitRequest) -> int:
+    """Return the bytes of the tensor that a valid request gets from the engine, in float32."""
+    frame, model = request.frame, request.plan.model
+    names = ("gradients",) if frame.kind == "backward" else ("smashed", "ids")
+    samples = next((frame.specs[name].shape[0] for name in names if name in frame.specs), 0)
+    sizes = anatomy(model)
+    tokens = sizes.tokens + model.prompt_count
+    if frame.kind not in ("forward", "backward", "exchange", "infer"):
+        return 0
+    if frame.kind == "backward":
+        numbers = tokens * sizes.width
+    elif model.depths:
+        numbers = math.prod(feature_shape(model)) + model.num_classes
+    else:
+        numbers = (request.num_tokens or tokens) * sizes.width
+    return FLOAT32_BYTES * samples * numbers
 
 
 @dataclass(frozen=True)
@@ -304,7 +328,9 @@ def _decode_or_name_batch(request: SplitRequest, max_samples: int | None) -> Ten
     ids = decode_sample_ids(frame)
     check_batch_size(len(ids), max_samples, "ids")
     shape = anatomy(settings)
-    check_decoded_size(len(ids) * shape.tokens * shape.width, "ids", limits)
+    elements = len(ids) * shape.tokens * shape.width
+    check_decoded_size(elements, "ids", limits)
+    request.reserve(FLOAT32_BYTES * elements)
     return CachedBatch(ids)
 
 

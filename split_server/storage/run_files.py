@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import shutil
 from collections.abc import Iterable, Mapping
@@ -11,14 +10,13 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from protocol.errors import NotFound
 from protocol.messages import BlobRef
 from protocol.plan import PromptPlacement
-from split_model.checkpoints.state import PROMPTS, is_server_side, state_bytes
-from split_model.files import write_durably
+from split_model.checkpoints.state import PROMPTS, is_server_side
+from split_server.storage.tensor_files import read_tensors, write_named_tensors, write_tensors
 
 log = logging.getLogger(__name__)
 
@@ -139,7 +137,7 @@ class RunFiles:
 
         A server killed before it commits the round's state makes that state again from them.
         """
-        write_durably(self._moments(round_), state_bytes(moments))
+        write_named_tensors(self._moments(round_), moments)
         _prune(self._moments(round_).parent, (str(number) for number in (round_ - 1, round_)))
 
     def _moments(self, round_: int) -> Path:
@@ -162,7 +160,7 @@ class RunFiles:
 
     def write_extras(self, round_: int, tensors: Mapping[str, Tensor]) -> None:
         """Write what `read_extras` reads."""
-        write_durably(self._extras(round_), state_bytes(tensors))
+        write_named_tensors(self._extras(round_), tensors)
 
     def _extras(self, round_: int) -> Path:
         return self.root / "extras" / f"{round_}.safetensors"
@@ -183,6 +181,11 @@ class RunFiles:
         """Remove all other server-side states, since a body is large."""
         _prune(self.root / "held", wanted)
 
+    def sweep_temporary(self) -> None:
+        """Remove what a killed server had not finished writing."""
+        for path in self.root.rglob(".*.tmp"):
+            path.unlink(missing_ok=True)
+
     def remove(self) -> None:
         """Remove the run's folder."""
         shutil.rmtree(self.root, ignore_errors=True)
@@ -198,21 +201,6 @@ def _prune(folder: Path, wanted: Iterable[str]) -> None:
                 path.unlink(missing_ok=True)
             except OSError as error:  # some systems do not remove a file that is open
                 log.warning("%s could not be removed yet: %s", path.name, error)
-
-
-def write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> BlobRef:
-    """Write a safetensors file named by its content's hash; it is durable on return."""
-    data = state_bytes(tensors)
-    sha256 = hashlib.sha256(data).hexdigest()
-    write_durably(folder / f"{sha256}.safetensors", data)
-    return BlobRef(sha256=sha256, nbytes=len(data))
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read the tensors of a safetensors file."""
-    with safe_open(path, framework="pt") as file:
-        names: list[str] = list(file.keys())
-        return {name: torch.as_tensor(file.get_tensor(name)) for name in names}
 
 
 @lru_cache(maxsize=64)

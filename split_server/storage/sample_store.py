@@ -7,14 +7,19 @@ dropped sample costs only its traffic: the device sends it again.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from xxhash import xxh3_64_intdigest
+
 from protocol.errors import InvalidField, TooLarge
 from split_server.storage.segments import Segment, SegmentFolder
+
+log = logging.getLogger(__name__)
 
 _SEGMENT_BYTES = 8 * 1024 * 1024  # moved to disk together
 
@@ -52,6 +57,12 @@ class StoredSample:
 
     form: RowForm
     data: bytes | memoryview
+    checksum: int | None = None  # of a sample on disk
+
+    @property
+    def is_damaged(self) -> bool:
+        """Whether the disk returns other bytes than were written."""
+        return self.checksum is not None and xxh3_64_intdigest(self.data) != self.checksum
 
 
 @dataclass(frozen=True)
@@ -174,10 +185,13 @@ class SampleStore:
             stored = self._owners.get(owner)
             if stored is None:
                 return [None] * len(ids)
-            return [
+            found = [
                 self._use(owner, stored, id_).sample if id_ in stored.records else None
                 for id_ in ids
             ]
+        damaged = {id_ for id_, each in zip(ids, found, strict=True) if each and each.is_damaged}
+        self._drop_damaged(owner, damaged)
+        return [None if id_ in damaged else each for id_, each in zip(ids, found, strict=True)]
 
     def list_missing(self, owner: Owner, ids: Sequence[bytes]) -> list[int]:
         """Return the positions in ``ids`` of samples that are not stored."""
@@ -205,6 +219,10 @@ class SampleStore:
             samples = [self._use(owner, stored, id_).sample for id_ in ids if id_ in stored.records]
             if len(samples) < len(ids):
                 return [place for place, id_ in enumerate(ids) if id_ not in stored.records]
+        damaged = [place for place, sample in enumerate(samples) if sample.is_damaged]
+        if damaged:
+            self._drop_damaged(owner, {ids[place] for place in damaged})
+            return damaged
         form = samples[0].form
         if any(sample.form != form for sample in samples):
             raise InvalidField(
@@ -229,6 +247,14 @@ class SampleStore:
                 self._folder.remove(segment)
             self._segments.clear()
             self._folder.close()
+
+    def _drop_damaged(self, owner: Owner, ids: Iterable[bytes]) -> None:
+        """Drop samples that the disk has changed: their device sends them again."""
+        with self._lock:
+            for id_ in ids:
+                if owner in self._owners and id_ in self._owners[owner].records:
+                    log.warning("a sample on disk is damaged and is dropped")
+                    self._drop(owner, id_)
 
     # Under the lock
 
@@ -295,7 +321,8 @@ class SampleStore:
         start = 0
         for id_, sample in samples.items():
             end = start + sample.form.nbytes
-            on_disk = StoredSample(sample.form, segment.data[start:end])
+            checksum = xxh3_64_intdigest(sample.data)
+            on_disk = StoredSample(sample.form, segment.data[start:end], checksum)
             records[id_] = _Record(on_disk, segment)
             self.memory_bytes -= sample.form.nbytes
             start = end

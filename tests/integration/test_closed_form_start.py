@@ -33,7 +33,8 @@ from split_model.checkpoints.export import load_exported
 from split_model.checkpoints.metadata import image_preparation
 from split_model.parts.build import Layered, build_body, build_head
 from split_server.federation.export import export_run, newest_state
-from split_server.storage.run_files import RunFiles, read_tensors
+from split_server.storage.run_files import RunFiles
+from split_server.storage.tensor_files import read_tensors
 from tests.support.edge import CLASSES, image_set
 from tests.support.reporters import SilentReporter
 from tests.support.server import RunningServer
@@ -343,6 +344,12 @@ def test_a_device_gets_the_same_classifier_after_the_server_has_lost_its_feature
     pairs = list(zip(devices, features, strict=True))
     with pytest.raises(InvalidField, match="counts"):
         devices[0].samples.plane.solve(torch.zeros(3, 16), torch.ones(3), 0, 9)
+    for factor in (20.0, -1.0, 1e30):  # no labels of its samples give such sums
+        labels = F.one_hot(halves[0].labels, 3).float()
+        sums, counts = factor * labels.T @ features[0], labels.sum(dim=0)
+        sums[0] += abs(factor)
+        with pytest.raises(InvalidField, match="sums"):
+            devices[0].samples.plane.solve(sums, counts, 0, 9)
     first, second = at_once([lambda pair=pair: solve(*pair) for pair in pairs])
     torch.testing.assert_close(first, second, rtol=0, atol=0)
     services = server.server._application.services

@@ -73,7 +73,7 @@ def test_every_request_carries_version_and_its_own_id() -> None:
         server.close()
     first, second = serve.requests
     assert (first.method, first.target, first.body) == ("GET", "/v1/runs", b"")
-    assert first.headers["sfprompt-version"] == "1"
+    assert first.headers["sfprompt-version"] == "2"
     assert first.headers["accept-encoding"] == "identity"
     assert first.headers["x-request-id"] != second.headers["x-request-id"]
     assert "authorization" not in first.headers

@@ -1,10 +1,12 @@
 """The split plane as a server of raw sockets sees it: what goes up, and what may come down."""
 
+import struct
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from xxhash import xxh3_64_intdigest
 
 from edge_client.transport.client import Server
 from edge_client.transport.split_client import SamplesMissing, SplitPlane
@@ -199,13 +201,17 @@ def test_stale_rounds_and_lost_steps_are_not_retried(error: type[StaleRound | St
 MALFORMED = [
     response(b""),
     response(b"SFPF"),
-    response(b"<html>" * 100),
     frame("features", "features", torch.ones(2, 9, 191)),
     frame("features", "features", torch.ones(2, 1, 192)),
     frame("features", "features", torch.ones(2 * 9 * 192)),
     frame("features", "other", X),
     frame("features", "features", X.long(), "int64"),
+]
+
+DAMAGED = [
+    response(b"<html>" * 100),
     response(frame("features", "features", X).split(b"\r\n\r\n", 1)[1][:-64]),
+    frame("features", "features", X)[:-1] + b"\x01",
 ]
 
 
@@ -220,11 +226,23 @@ def test_a_malformed_frame_is_refused_and_not_requested_again(answer: bytes) -> 
     assert len(serve.requests) == 1
 
 
+@pytest.mark.parametrize("answer", DAMAGED)
+def test_a_damaged_response_is_requested_again(answer: bytes) -> None:
+    serve = Recorder(answer, answer, frame("features", "features", X))
+    with RawServer(serve) as raw:
+        server = Server(raw.url)
+        assert torch.equal(plane(server).forward(X, step="s", round_=1), X)
+        server.close()
+    assert len(serve.requests) == 3
+    assert len({request.body for request in serve.requests}) == 1
+
+
 def test_frames_of_another_kind_or_version_are_refused() -> None:
-    newer = bytearray(frame("features", "features", X))
-    newer[newer.index(b"SFPF") + 4] = 2
+    head, newer = frame("features", "features", X).split(b"\r\n\r\n", 1)
+    newer = newer[:4] + b"\x03" + newer[5:]
+    newer = newer[:20] + struct.pack("<Q", xxh3_64_intdigest(newer[:20] + newer[28:])) + newer[28:]
     other = frame("update", "features", X)
-    with RawServer(Recorder(other, other, other, bytes(newer))) as raw:
+    with RawServer(Recorder(other, other, other, head + b"\r\n\r\n" + newer)) as raw:
         server = impatient(raw)
         split = plane(server, "cut", keep_smashed=True)
         for ask in (

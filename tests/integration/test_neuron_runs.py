@@ -289,8 +289,9 @@ def test_a_cancelled_run_does_not_wait_for_its_redistillation(
 
 
 def test_a_redistillation_that_diverges_fails_its_run(server: RunningServer) -> None:
+    any_length = {**NO_EVALUATION, "update_norm_bound": None}
     run = create_run(
-        server, **ten_classes(federation=NO_EVALUATION, distillation={"learning_rate": 1.0})
+        server, **ten_classes(federation=any_length, distillation={"learning_rate": 1.0})
     )
     device = joined(server, run.id)
     assert device.update(run.id, state_with_shares(3e38, 0.5), "one").is_success

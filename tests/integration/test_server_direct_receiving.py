@@ -20,7 +20,8 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from protocol.errors import Busy
-from split_server.http.body import BodyBudget, read_body
+from split_server.http.body import read_body
+from split_server.http.budget import BodyBudget
 from split_server.http.connection import SOCKET_KEY, MeteredProtocol
 from split_server.http.errors import send_error, send_pieces
 from tests.support.federation import busy_error

@@ -80,7 +80,7 @@ def test_an_invalid_range_is_refused_with_a_typed_error(
 
 def test_versions_are_checked(server: RunningServer) -> None:
     api = server.api()
-    wrong = api.call("GET", "/v1/runs", headers={VERSION_HEADER: "2"})
+    wrong = api.call("GET", "/v1/runs", headers={VERSION_HEADER: "1"})
     assert (code_of(wrong), wrong.status_code) == ("unsupported_version", 426)
     assert wrong.json()["error"]["limit"] == PROTOCOL_VERSION
     del api.http.headers[VERSION_HEADER]

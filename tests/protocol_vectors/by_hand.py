@@ -4,6 +4,7 @@ import math
 import struct
 
 import msgpack
+from xxhash import xxh3_64_intdigest
 
 from tests.protocol_vectors import rans
 
@@ -13,14 +14,27 @@ def padded(data):
 
 
 def frame(
-    header, buffers=(), *, magic=b"SFPF", version=1, reserved=0, length=None, total=None, pad=None
+    header,
+    buffers=(),
+    *,
+    magic=b"SFPF",
+    version=2,
+    reserved=0,
+    length=None,
+    total=None,
+    pad=None,
+    flip=None,
 ):
     packed = header if isinstance(header, bytes) else msgpack.packb(header)
     length = len(packed) if length is None else length
-    body = packed + bytes(-(20 + len(packed)) % 64) + b"".join(padded(b) for b in buffers)
-    total = 20 + len(body) if total is None else total
-    data = struct.pack("<4sHHIQ", magic, version, reserved, length, total) + body
-    return data if pad is None else data[:-1] + pad
+    body = packed + bytes(-(28 + len(packed)) % 64) + b"".join(padded(b) for b in buffers)
+    total = 28 + len(body) if total is None else total
+    prefix = struct.pack("<4sHHIQ", magic, version, reserved, length, total)
+    body = body if pad is None else body[:-1] + pad
+    data = bytearray(prefix + struct.pack("<Q", xxh3_64_intdigest(prefix + body)) + body)
+    if flip is not None:
+        data[flip] ^= 1
+    return bytes(data)
 
 
 def header(tensors=(), kind="forward", meta=None):

@@ -47,11 +47,28 @@ good = frame(header([UNIT_SPEC]), [UNIT_BUFFER])
 
 INVALID = [
     ("nothing", b"", "malformed_frame", "an empty frame"),
-    ("short-prefix", good[:19], "malformed_frame", "shorter than the prefix"),
-    ("truncated", good[:-64], "malformed_frame", "the last buffer is missing"),
-    ("longer", good + bytes(64), "malformed_frame", "more bytes than the total length"),
+    ("short-prefix", good[:27], "malformed_frame", "shorter than the prefix"),
+    ("truncated", good[:-64], "damaged_frame", "the last buffer is missing"),
+    ("longer", good + bytes(64), "damaged_frame", "more bytes than the checksum is of"),
+    *(
+        (
+            f"flipped-{name}",
+            frame(header([UNIT_SPEC]), [UNIT_BUFFER], flip=at),
+            "damaged_frame",
+            why,
+        )
+        for name, at, why in [
+            ("magic", 0, "a changed bit of the magic"),
+            ("version", 4, "a changed bit of the version"),
+            ("total", 12, "a changed bit of the total length"),
+            ("checksum", 20, "a changed bit of the checksum"),
+            ("header", 40, "a changed bit of the header"),
+            ("buffer", -64, "a changed bit of a buffer"),
+            ("padding", -1, "a changed bit of the padding"),
+        ]
+    ),
     ("magic", frame(header(), magic=b"SFPG"), "malformed_frame", "wrong magic"),
-    ("version", frame(header(), version=2), "unsupported_version", "version 2"),
+    ("version", frame(header(), version=3), "unsupported_version", "version 3"),
     ("reserved", frame(header(), reserved=1), "malformed_frame", "reserved is not zero"),
     ("header-length", frame(header(), length=262_145), "too_large", "header over its limit"),
     ("header-past-end", frame(header(), length=4096), "malformed_frame", "header past the end"),

@@ -51,7 +51,7 @@ def main():
         code = "unknown_codec" if name.startswith("name-") else "malformed_frame"
         (FOLDER / f"invalid-{name}.bin").write_bytes(frame(head, buffers))
         invalid.append({"file": f"invalid-{name}.bin", "code": code, "why": why})
-    content = {"version": 1, "valid": valid, "invalid": invalid}
+    content = {"version": 2, "valid": valid, "invalid": invalid}
     text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
     (FOLDER / "vectors.json").write_text(text + "\n", encoding="utf-8")
 

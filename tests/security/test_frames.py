@@ -2,6 +2,7 @@
 
 | attack | stopped by |
 |---|---|
+| a bit changed on its way | the checksum |
 | random bytes; a frame with bytes changed, removed or added | decoding raises only typed errors |
 | a declared length of gigabytes | compared with the received bytes before memory is allocated |
 | nested list headers that each reserve memory | the limit on a list's declared length |
@@ -19,9 +20,10 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from xxhash import xxh3_64_intdigest
 
 import protocol
-from protocol.errors import MalformedFrame, SFPromptError, TooLarge
+from protocol.errors import DamagedFrame, MalformedFrame, SFPromptError, TooLarge
 from protocol.frames import decode_frame, encode_frame, join_frame
 
 VECTORS = Path(protocol.__file__).with_name("vectors")
@@ -51,9 +53,18 @@ def is_frame(data):
 
 
 def frame_with(header, values=b""):
-    """A frame with this header, and correct lengths."""
-    body = header + bytes(-(20 + len(header)) % 64) + values
-    return struct.pack("<4sHHIQ", b"SFPF", 1, 0, len(header), 20 + len(body)) + body
+    """A frame with this header, correct lengths and checksum."""
+    body = header + bytes(-(28 + len(header)) % 64) + values
+    prefix = struct.pack("<4sHHIQ", b"SFPF", 2, 0, len(header), 28 + len(body))
+    return prefix + struct.pack("<Q", xxh3_64_intdigest(prefix + body)) + body
+
+
+def resealed(data):
+    """The frame with a checksum that fits its changed bytes, as an attacker would send it."""
+    data = bytearray(data)
+    if len(data) >= 28:
+        data[20:28] = struct.pack("<Q", xxh3_64_intdigest(data[:20] + data[28:]))
+    return data
 
 
 @settings(max_examples=300, deadline=None)
@@ -126,21 +137,33 @@ def test_changed_frames_raise_only_typed_errors(seed, data):
         else:
             del changed[place]
     is_frame(changed)
+    is_frame(resealed(changed))
 
 
 def test_each_truncation_is_refused():
     assert is_frame(VALID)
     assert not any(is_frame(VALID[:length]) for length in range(len(VALID)))
+    assert not any(is_frame(resealed(VALID[:length])) for length in range(len(VALID)))
 
 
 def test_a_changed_byte_of_prefix_or_padding_is_refused():
     header_bytes = int.from_bytes(VALID[8:12], "little")
-    values = -(-(20 + header_bytes) // 64) * 64
-    padding = [*range(20 + header_bytes, values), *range(values + 24, len(VALID))]
+    values = -(-(28 + header_bytes) // 64) * 64
+    padding = [*range(28 + header_bytes, values), *range(values + 24, len(VALID))]
     for place in [*range(20), *padding]:
         changed = bytearray(VALID)
         changed[place] ^= 1
-        assert not is_frame(changed), place
+        assert not is_frame(resealed(changed)), place
+
+
+def test_each_flipped_bit_is_a_damaged_frame_that_may_be_sent_again():
+    """Tried: every single bit of a frame, changed on its way. Stopped by: the checksum, which is
+    compared before anything else, so that the error never blames the sender."""
+    for bit in range(8 * len(VALID)):
+        changed = bytearray(VALID)
+        changed[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(DamagedFrame):
+            decode_frame(changed)
 
 
 def error_and_peak_memory(data):
@@ -183,7 +206,7 @@ def test_nested_lists_do_not_reserve_memory_each():
 def test_a_declared_total_length_is_refused_before_memory_is_allocated():
     data = bytearray(VALID)
     data[12:20] = (2**63).to_bytes(8, "little")
-    error, peak = error_and_peak_memory(bytes(data))
+    error, peak = error_and_peak_memory(bytes(resealed(data)))
     assert isinstance(error, MalformedFrame)
     assert (error.field, error.value) == ("length", 2**63)
     assert peak < 2**20

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from xxhash import xxh3_64_intdigest
 
 from protocol.frames import encode_frame, join_frame
 from protocol.messages import Task
@@ -82,10 +83,9 @@ def test_samples_are_stored_after_damaged_frames(cut_member: ApiClient) -> None:
 
 def raw_frame(header: object, payload: bytes = b"") -> bytes:
     packed: bytes = msgpack.packb(header)
-    pad = -(20 + len(packed)) % 64
-    total = 20 + len(packed) + pad + len(payload)
-    prefix = struct.pack("<4sHHIQ", b"SFPF", 1, 0, len(packed), total)
-    return prefix + packed + bytes(pad) + payload
+    body = packed + bytes(-(28 + len(packed)) % 64) + payload
+    prefix = struct.pack("<4sHHIQ", b"SFPF", 2, 0, len(packed), 28 + len(body))
+    return prefix + struct.pack("<Q", xxh3_64_intdigest(prefix + body)) + body
 
 
 @pytest.mark.parametrize(

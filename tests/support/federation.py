@@ -27,7 +27,8 @@ from split_server.models.prepare import PreparedRun
 from split_server.runtime.process import Clock
 from split_server.storage.database import Store
 from split_server.storage.events import IdempotentRequest
-from split_server.storage.run_files import RunFiles, write_tensors
+from split_server.storage.run_files import RunFiles
+from split_server.storage.tensor_files import write_tensors
 from split_server.storage.traffic import Meter
 from tuning_methods.custom.settings import Custom
 

@@ -27,6 +27,14 @@ class Fed3RServer(ServerMethod):
 
     def check(self, plan: RunPlan) -> None:
         super().check(plan)
+        rule = plan.federation.aggregation
+        if rule in ("median", "trimmed-mean"):
+            raise InvalidField(
+                "fed3r adds sums; this rule would take each of their numbers by itself",
+                field="federation.aggregation",
+                limit=["fedavg", "krum", "multi-krum"],
+                value=rule,
+            )
         names = sorted(device_shapes(plan.model))
         if names != [BIAS, WEIGHT]:
             raise InvalidField(

@@ -29,6 +29,7 @@ from split_model.backbone.architecture import anatomy
 from split_server.payloads.requests import SplitRequest, parse_step_meta
 from split_server.payloads.samples import decode_sample_ids, require_codec, require_row_wise
 from split_server.payloads.tensors import (
+    FLOAT32_BYTES,
     check_batch_size,
     check_decoded_size,
     decode_floats,
@@ -125,6 +126,8 @@ def decode_deltas(
     versions = _decode_integers(frame, "versions", (len(ids), 2))
     shape = (anatomy(settings).tokens + settings.prompt_count, anatomy(settings).width)
     check_decoded_size(len(ids) * math.prod(shape), "ids", limits)
+    if frame.meter is not None:
+        frame.meter(FLOAT32_BYTES * len(ids) * math.prod(shape))
     whole, changes = (_decode_rows(frame, name, len(ids), shape) for name in _ROWS)
     batch = DeltaBatch(ids, versions[:, 0].tolist(), versions[:, 1].tolist(), whole, changes)
     _check_versions(batch)

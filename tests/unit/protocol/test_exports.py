@@ -15,7 +15,8 @@ EXPORTED = {
     "Float16 Float32 Int4 Int4Asymmetric Int64 Int8 Klt ProductQuantiser RawCodec Svd TopK UInt8 "
     "encoded_bytes get_codec tensor_nbytes",
     "command": "Subcommand group_of run_command version_option",
-    "errors": "Busy Conflict EmptyUpdate FieldValue Forbidden IdempotencyKeyReused InternalError "
+    "errors": "Busy Conflict DamagedFile DamagedFrame EmptyUpdate FieldValue Forbidden "
+    "IdempotencyKeyReused InternalError "
     "InvalidField InvalidRequest MalformedFrame NonFinite NotFound RunClosed SFPromptError "
     "StaleRound StepLost TooLarge Unauthorized UnknownCodec Unreachable UnsupportedVersion "
     "WrongShape error_from_wire",

@@ -10,6 +10,7 @@ import msgpack
 import pytest
 import torch
 from torch import Tensor
+from xxhash import xxh3_64_intdigest
 
 from protocol.codecs import get_codec
 from protocol.errors import MalformedFrame, SFPromptError, TooLarge
@@ -116,9 +117,10 @@ TENSORS: list[tuple[object, str, object, object]] = [
 
 def refused(header: dict[str, Any], limits: FrameLimits) -> SFPromptError:
     packed = msgpack.packb(header)
-    pad = -(20 + len(packed)) % 64
-    total = 20 + len(packed) + pad
-    frame = struct.pack("<4sHHIQ", b"SFPF", 1, 0, len(packed), total) + packed + bytes(pad)
+    pad = -(28 + len(packed)) % 64
+    prefix = struct.pack("<4sHHIQ", b"SFPF", 2, 0, len(packed), 28 + len(packed) + pad)
+    body = packed + bytes(pad)
+    frame = prefix + struct.pack("<Q", xxh3_64_intdigest(prefix + body)) + body
     with pytest.raises(SFPromptError) as caught:
         decode_frame(frame, limits)
     return caught.value

@@ -19,7 +19,8 @@ from protocol.messages import BlobRef, UpdateMeta
 from protocol.plan import ModelPlan, RunPlan, WirePlan
 from split_model.checkpoints.state import applied, load_state, state_bytes
 from split_server.aggregation.publishing import publish
-from split_server.storage.run_files import RunFiles, StateRefs, read_tensors
+from split_server.storage.run_files import RunFiles, StateRefs
+from split_server.storage.tensor_files import read_tensors
 
 META = UpdateMeta(round=1, attempt=0, samples=3)
 

@@ -8,7 +8,14 @@ import pytest
 
 from edge_client.transport.retry import RetryPolicy
 from protocol import errors
-from protocol.errors import Busy, InternalError, SFPromptError, Unreachable
+from protocol.errors import (
+    Busy,
+    DamagedFile,
+    DamagedFrame,
+    InternalError,
+    SFPromptError,
+    Unreachable,
+)
 
 
 class Clock:
@@ -48,19 +55,28 @@ def test_busy_and_unreachable_are_tried_again(kind: type[SFPromptError]) -> None
     assert clock.pauses == [0.2, 0.4, 0.8]
 
 
-def test_a_fault_of_the_server_is_tried_again_but_not_for_long() -> None:
-    clock, attempts = Clock(), Attempts(InternalError("1"), InternalError("2"))
+@pytest.mark.parametrize("kind", [InternalError, DamagedFile, DamagedFrame])
+def test_a_fault_is_tried_again_but_not_for_long(kind: type[SFPromptError]) -> None:
+    """A disk that fails for ten seconds ends no device; a server that always fails does."""
+    clock, attempts = Clock(), Attempts(*[kind("fault")] * 6)
     assert policy(clock).call(attempts) == "done"
-    assert clock.pauses == [0.2, 0.4]
-    lasting = Attempts(*(InternalError(str(number)) for number in range(100)))
-    with pytest.raises(InternalError, match="3"):
-        policy(Clock()).call(lasting)
+    assert clock.pauses == [0.2, 0.4, 0.8, 1.6, 3.2, 6.4]
+    clock, lasting = Clock(), Attempts(*[kind("fault")] * 100)
+    with pytest.raises(kind):
+        policy(clock).call(lasting)
+    assert 30 < clock.now - 100 <= 60
 
 
 OTHERS = [
     getattr(errors, name)
     for name in errors.__all__
-    if name not in ("Busy", "Unreachable", "InternalError", "FieldValue", "error_from_wire")
+    if name not in ("FieldValue", "error_from_wire")
+]
+
+OTHERS = [
+    kind
+    for kind in OTHERS
+    if not issubclass(kind, (Busy, DamagedFrame, InternalError, Unreachable))
 ]
 
 
@@ -137,6 +153,17 @@ def test_a_tls_error_is_not_retried() -> None:
         with pytest.raises(Unreachable):
             policy(Clock()).call(attempts)
         assert attempts.count == 1
+
+
+@pytest.mark.parametrize(
+    "reason",
+    [
+        "[SSL: DECRYPTION_FAILED_OR_BAD_RECORD_MAC] decryption failed or bad record mac",
+        "[SSL: SSLV3_ALERT_BAD_RECORD_MAC] sslv3 alert bad record mac",
+    ],
+)
+def test_a_flipped_bit_on_a_tls_connection_is_retried(reason: str) -> None:
+    assert policy(Clock()).call(Attempts(caused_by(ssl.SSLError(1, reason)))) == "done"
 
 
 def test_an_interrupted_handshake_is_retried() -> None:

@@ -10,10 +10,10 @@ from sklearn.decomposition import PCA
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from split_model.checkpoints.state import state_bytes
 from split_server.closed_form.basis import Basis, Moments, fit_basis, read_basis
 from split_server.closed_form.sample_features import SampleFeatures
 from split_server.storage.run_files import TAIL_BIAS, TAIL_WEIGHT
+from split_server.storage.tensor_files import write_named_tensors
 
 DEPTHS, TOKENS, WIDTH, RANK = 2, 4, 6, 8
 
@@ -111,7 +111,7 @@ def test_a_basis_survives_its_file(tmp_path: Path) -> None:
     basis = fitted(tokens())
     path = tmp_path / "basis.safetensors"
     tensors = {"mean": basis.mean, "vectors": basis.vectors, "scale": basis.scale}
-    path.write_bytes(state_bytes(tensors))
+    write_named_tensors(path, tensors)
     read = read_basis(path, torch.device("cpu"))
     torch.testing.assert_close(read.project(tokens()), basis.project(tokens()), rtol=0, atol=0)
 

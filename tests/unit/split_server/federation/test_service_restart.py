@@ -9,6 +9,7 @@ import pytest
 
 from protocol.messages import Task
 from split_server.storage.events import IdempotentRequest
+from split_server.storage.run_files import RunFiles
 from split_server.storage.traffic import SocketCounter
 from tests.support.federation import FederationHarness, state_of, state_value
 
@@ -194,3 +195,57 @@ def test_a_moved_data_folder_finds_its_backbones(tmp_path: Path) -> None:
         harness.folder = new
         harness.open()
         assert Path(harness.runs.snapshot(run).backbone_path) == new / before.relative_to(old)
+
+
+def test_a_round_is_evaluated_although_the_server_died_before_its_state_was_written(
+    harness: FederationHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = harness.create(min_participants=2, rounds=1)
+    a, b = harness.join(run, "a"), harness.join(run, "b")
+
+    def die(*_: object) -> None:
+        raise OSError("killed")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RunFiles, "write_state", die)
+        for one in (a, b):
+            harness.update(run, one, state_of(1.0))
+    harness.close()
+    harness.open()
+    assert harness.task(run, a).task is Task.WAIT  # for b, which calls too
+    assert harness.task(run, b).task is Task.EVALUATE
+    for one in (a, b):
+        harness.evaluate(run, one, correct=10)
+    (only,) = harness.federation.results(run).rounds
+    assert (only.accuracy, only.evaluation_samples) == (1.0, 20)
+
+
+def test_a_damaged_update_repeats_the_round_and_names_the_file(
+    harness: FederationHarness,
+) -> None:
+    run = harness.create(min_participants=2, rounds=1, evaluate_every=0)
+    a, b = harness.join(run, "a"), harness.join(run, "b")
+    harness.update(run, a, state_of(1.0))
+    (file,) = (harness.runs.files(run).root / "updates").iterdir()
+    file.write_bytes(file.read_bytes()[:-1] + b"!")
+    harness.update(run, b, state_of(3.0))
+    (event,) = [e for e in harness.federation.events(run, 0) if e.kind == "round_repeated"]
+    assert file.name in event.data["reason"]
+    assert harness.task(run, a).attempt == 1
+    for one in (a, b):
+        harness.update(run, one, state_of(2.0), attempt=1)
+    assert state_value(harness, run) == 2.0
+
+
+def test_files_that_a_killed_server_had_not_finished_are_removed(
+    harness: FederationHarness,
+) -> None:
+    run = harness.create(min_participants=1)
+    folders = [harness.runs.files(run).root / name for name in ("states", "basis", "moments")]
+    for folder in folders:
+        folder.mkdir(exist_ok=True)
+        (folder / ".x.safetensors.1.abcd.tmp").write_bytes(b"half")
+    harness.close()
+    harness.open()
+    assert not [path for folder in folders for path in folder.glob(".*")]
+    assert list(folders[0].iterdir())

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocol.errors import Busy
-from split_server.http.body import BodyBudget, BufferHolder
+from split_server.http.body import BufferHolder
+from split_server.http.budget import BodyBudget
 from tests.support.federation import busy_error
 
 

@@ -344,3 +344,20 @@ def test_a_full_disk_costs_only_samples(
     assert store.disk_bytes == 0
     assert files(tmp_path / "samples-0") == []
     assert_whole(take(store, A, [11]), A, [11])
+
+
+def test_a_sample_that_the_disk_has_changed_is_missing_and_can_be_stored_again(
+    make: MakeStore, tmp_path: Path
+) -> None:
+    store = make(memory=40, disk=PLENTY)
+    put(store, A, range(12))
+    (first, *_) = sorted((tmp_path / "samples-0").iterdir(), key=lambda path: path.stat().st_mtime)
+    with first.open("r+b") as file:
+        begin = file.read(1)
+        file.seek(0)
+        file.write(bytes([begin[0] ^ 1]))
+    missing = [number for number in range(12) if isinstance(take(store, A, [number]), list)]
+    assert len(missing) == 1
+    assert lacking(store, A, range(12)) == missing
+    put(store, A, missing)
+    assert_whole(take(store, A, range(12)), A, range(12))

@@ -15,7 +15,8 @@ from protocol.traffic import Traffic
 from split_model.files import write_durably
 from split_server.storage.data_dir import lock_data_dir
 from split_server.storage.database import SCHEMA_VERSION, EventRow, Store
-from split_server.storage.run_files import RunFiles, read_prompts, read_tensors
+from split_server.storage.run_files import RunFiles, read_prompts
+from split_server.storage.tensor_files import read_tensors
 from split_server.storage.traffic import Meter, SocketCounter
 
 

@@ -1,0 +1,1 @@
+"""Accuracy with hostile devices: attacks on the model, under each aggregation rule."""

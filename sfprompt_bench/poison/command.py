@@ -1,0 +1,130 @@
+"""The command ``sfprompt-bench poison``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from matplotlib import pyplot as plt
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from edge_client.data.dataset import limit_per_set
+from edge_client.data.sources import load_dataset, parse_source
+from protocol.federation import AggregationRule
+from sfprompt_bench.plots import save
+from sfprompt_bench.poison.attacks import ATTACKS
+from sfprompt_bench.poison.measure import PoisonResult, make_plan, measure_all, prepare_data
+from sfprompt_bench.presets import JsonFile, preset_named
+
+RULES: tuple[tuple[AggregationRule, bool], ...] = (
+    ("fedavg", False),
+    ("fedavg", True),
+    ("median", True),
+    ("trimmed-mean", True),
+    ("krum", True),
+    ("multi-krum", True),
+)  # and whether the bound on the updates' lengths is on
+
+SHARES = (0.0, 0.1, 0.2, 0.4)
+
+_HELD_OUT = 0.2
+
+_QUICK_IMAGES, _QUICK_ROUNDS, _QUICK_SHARES = 300, 3, (0.0, 0.2, 0.4)
+
+
+def poison(
+    data: Annotated[str, typer.Option(help="Preset: digits | fashion-mnist")] = "digits",
+    samples: Annotated[int, typer.Option(min=50, help="Training images of all devices.")] = 1000,
+    devices: Annotated[int, typer.Option(min=5, max=100, help="Number of devices.")] = 10,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of each run.")] = 5,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the run.")] = 0,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer images and rounds.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Write a plot to this PNG file.")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Measure accuracy with hostile devices, for each attack and aggregation rule.
+
+    The server's federation runs in this process: frames, database, bound and rules are those of
+    a run. The devices tune a classifier on frozen features, so that a run takes seconds.
+    """
+    shares: tuple[float, ...] = SHARES
+    if quick:
+        samples, rounds, shares = _QUICK_IMAGES, _QUICK_ROUNDS, _QUICK_SHARES
+    source = load_dataset(parse_source(data), held_out=_HELD_OUT, seed=seed)
+    images = limit_per_set(source, train=samples, test=samples, seed=seed)
+    settings = preset_named(data).settings.model_copy(update={"seed": seed})
+    console, results = Console(), list[PoisonResult]()
+    total = len(RULES) * (1 + len(ATTACKS) * (len(shares) - 1))
+    with console.status("computing features …") as status:
+        base = make_plan(settings.plan, "fedavg", bound=True, rounds=rounds)
+        prepared = prepare_data(base, images, devices)
+        for result in measure_all(settings.plan, prepared, RULES, list(ATTACKS), shares, rounds):
+            results.append(result)
+            status.update(f"run {len(results)} of {total}")
+    console.print(_table(results))
+    if plot is not None:
+        console.print(f"plot: {draw(results, plot)}")
+    if json_file is not None:
+        values = [dataclasses.asdict(result) for result in results]
+        json_file.write_text(json.dumps(values, indent=2) + "\n")
+
+
+def name_of(result: PoisonResult) -> str:
+    """Return a rule's name for people."""
+    return result.rule if result.bound else f"{result.rule}, no bound"
+
+
+def _table(results: list[PoisonResult]) -> Table:
+    names = list(dict.fromkeys(map(name_of, results)))
+    table = Table(
+        title="Accuracy on held-out images, %",
+        title_justify="left",
+        caption="in brackets: patched images of other classes that become class 0, %",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+    )
+    for heading in ("attack", "hostile"):
+        table.add_column(heading, no_wrap=True)
+    for name in names:
+        table.add_column(name.replace("-", " "), justify="right")
+    by_row: dict[tuple[str, float], dict[str, PoisonResult]] = {}
+    for result in results:
+        row = by_row.setdefault((result.attack or "none", result.hostile), {})
+        row[name_of(result)] = result
+    for (attack, hostile), row in by_row.items():
+        shown = [_shown(row[name]) if name in row else "" for name in names]
+        table.add_row(attack, f"{hostile:.0%}", *shown)
+    return table
+
+
+def _shown(result: PoisonResult) -> str:
+    backdoor = f" ({100 * result.backdoor:.0f})" if result.attack == "backdoor" else ""
+    return f"{100 * result.accuracy:.1f}{backdoor}"
+
+
+def draw(results: list[PoisonResult], out: Path) -> Path:
+    """Plot accuracy over the share of hostile devices, one panel for each attack."""
+    figure, panels = plt.subplots(
+        1, len(ATTACKS), figsize=(3 * len(ATTACKS), 3.4), sharey=True, layout="constrained"
+    )
+    names = list(dict.fromkeys(map(name_of, results)))
+    for axes, attack in zip(panels, ATTACKS, strict=True):
+        for name in names:
+            points = [r for r in results if name_of(r) == name and r.attack in (None, attack)]
+            points.sort(key=lambda result: result.hostile)
+            axes.plot(
+                [100 * point.hostile for point in points],
+                [100 * point.accuracy for point in points],
+                marker="o",
+                label=name,
+            )
+        axes.set(title=attack, xlabel="hostile devices (%)")
+        axes.grid(alpha=0.3)
+    panels[0].set(ylabel="accuracy (%)")
+    figure.legend(*panels[0].get_legend_handles_labels(), ncols=6, loc="outside lower center")
+    return save(figure, out)

@@ -1,0 +1,71 @@
+"""The aggregation of a round: which updates count, and the rule that turns them into one state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from protocol.federation import FederationSettings
+from split_server.aggregation import robust
+from split_server.aggregation.fedavg import WeightedState, federated_average
+from split_server.aggregation.norm_bound import Excess, find_excess, length_of, measure
+
+
+@dataclass(frozen=True)
+class Aggregated:
+    """The result of a rule.
+
+    Attributes:
+        tensors: the new state, and the updates' further tensors.
+        left_out: positions of valid updates that the rule did not use.
+    """
+
+    tensors: dict[str, Tensor]
+    left_out: tuple[int, ...] = ()
+
+
+def find_refused(
+    federation: FederationSettings,
+    loads: Sequence[Callable[[], Mapping[str, Tensor]]],
+    state: Mapping[str, Tensor],
+) -> dict[int, Excess]:
+    """Find the updates that are too long to count, by position.
+
+    Differential privacy clips every update instead, and counts all of them.
+
+    Args:
+        federation: the run's settings.
+        loads: read the updates, one at a time.
+        state: the global state before the round.
+    """
+    if federation.update_norm_bound is None or federation.dp_clip is not None:
+        return {}
+    lengths = [measure(load(), state) for load in loads]
+    numbers = sum(tensor.numel() for tensor in state.values())
+    return find_excess(lengths, length_of(state), federation.update_norm_bound, numbers)
+
+
+def aggregate(federation: FederationSettings, updates: Sequence[WeightedState]) -> Aggregated:
+    """Turn updates into one state, with the run's rule.
+
+    `fedavg` and `multi-krum` weight updates by their samples; the other rules do not.
+
+    Raises:
+        EmptyUpdate: there is no update.
+        WrongShape: the updates have different tensors.
+        NonFinite: the result is not finite.
+    """
+    rule = federation.aggregation
+    if rule == "fedavg" or len(updates) < 2:
+        return Aggregated(federated_average(updates))
+    hostile = robust.tolerated(federation.hostile_share, len(updates))
+    if rule == "median":
+        return Aggregated(robust.median([update.load() for update in updates]))
+    if rule == "trimmed-mean":
+        return Aggregated(robust.trimmed_mean([update.load() for update in updates], hostile))
+    nearest = robust.krum([update.load() for update in updates], hostile)
+    count = 1 if rule == "krum" else max(1, len(updates) - hostile)
+    chosen, left_out = sorted(nearest[:count]), tuple(sorted(nearest[count:]))
+    return Aggregated(federated_average(updates[at] for at in chosen), left_out)

@@ -1,0 +1,168 @@
+"""The memory budget of all requests: received bodies, what they decode to, and their responses."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from protocol.errors import Busy
+
+_GIVES_WAY_S = 2.0  # without progress, until a body gives way to other requests
+
+_PROGRESS_BYTES = 4096  # that count as progress
+
+
+class BodyBudget:
+    """The memory budget of all requests that are being received, processed or answered.
+
+    Thread-safe: frames are decoded on threads.
+
+    Args:
+        limit: in bytes.
+        busy_error: creates the error, with an estimate of when to retry.
+        clock: seconds that never go back.
+    """
+
+    def __init__(
+        self,
+        limit: int,
+        busy_error: Callable[[str], Busy],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._limit = limit
+        self._busy_error = busy_error
+        self._clock = clock
+        self._taken = 0
+        self._open: set[Reservation] = set()
+        self._lock = threading.Lock()
+
+    @property
+    def taken(self) -> int:
+        """Bytes in use."""
+        return self._taken
+
+    @property
+    def now(self) -> float:
+        """Seconds that never go back."""
+        return self._clock()
+
+    @contextmanager
+    def reserve(self) -> Iterator[Reservation]:
+        """Open one request's reservation, released at the end."""
+        reservation = Reservation(self)
+        with self._lock:
+            self._open.add(reservation)
+        try:
+            yield reservation
+        finally:
+            with self._lock:
+                self._open.discard(reservation)
+                self._taken -= reservation.nbytes
+
+    def take(self, nbytes: int, reservation: Reservation) -> None:
+        """Take ``nbytes`` more for a request.
+
+        A request that is alone always succeeds.
+
+        Raises:
+            Busy: other requests use the budget. Bodies among them that have stalled are given up.
+        """
+        with self._lock:
+            wanted = self._taken + nbytes
+            if self._taken <= reservation.nbytes or wanted <= self._limit:
+                self._taken = wanted
+                return
+            stalled = [each for each in self._open - {reservation} if each.has_stalled(self.now)]
+        refusal = self.full(wanted)
+        for each in stalled:
+            each.give_way(self.full(wanted))
+        raise refusal
+
+    def full(self, wanted: int) -> Busy:
+        """Create the error of a request for which there is no memory now."""
+        refusal = self._busy_error("the server is receiving too many requests")
+        refusal.field, refusal.limit, refusal.value = "queue_mib", self._limit, wanted
+        return refusal
+
+    def change(self, nbytes: int) -> None:
+        """Count ``nbytes`` that are in memory already, or that are no more if below 0."""
+        with self._lock:
+            self._taken += nbytes
+
+
+class Reservation:
+    """One request's part of a `BodyBudget`.
+
+    It grows with the received bytes, not with the declared length: a slow sender takes little from
+    other requests.
+
+    Attributes:
+        nbytes: in all.
+        on_give_way: is called with an error when other requests need the memory of a body that has
+            stalled; None: the body is complete.
+    """
+
+    def __init__(self, budget: BodyBudget) -> None:
+        self._budget = budget
+        self._decoded = self._response = self._since_progress = 0
+        self._progress_at = budget.now
+        self.nbytes = 0
+        self.on_give_way: Callable[[Busy], None] | None = None
+
+    def add(self, nbytes: int) -> None:
+        """Reserve memory for received bytes.
+
+        Raises:
+            Busy: the budget is used up.
+        """
+        self._take(nbytes)
+        self._since_progress += nbytes
+        if self._since_progress >= _PROGRESS_BYTES:
+            self._since_progress, self._progress_at = 0, self._budget.now
+
+    def add_decoded(self, nbytes: int) -> None:
+        """Reserve memory for tensors that are about to be decoded.
+
+        Raises:
+            Busy: the budget is used up.
+        """
+        self._take(nbytes)
+        self._decoded += nbytes
+
+    def release_decoded(self) -> None:
+        """Release the decoded tensors: the engine counts them from now on."""
+        self._change(-self._decoded)
+        self._decoded = 0
+
+    def expect_response(self, nbytes: int) -> None:
+        """Reserve memory for a response before it is computed.
+
+        Raises:
+            Busy: the budget is used up.
+        """
+        self._take(nbytes)
+        self._response += nbytes
+
+    def add_response(self, nbytes: int) -> None:
+        """Count a response's bytes in place of the expected ones; never refused."""
+        self._change(nbytes - self._response)
+        self._response = nbytes
+
+    def has_stalled(self, now: float) -> bool:
+        """Whether its body is incomplete and has made no progress for some time."""
+        return self.on_give_way is not None and now - self._progress_at > _GIVES_WAY_S
+
+    def give_way(self, error: Busy) -> None:
+        """Give up a body that has stalled."""
+        if self.on_give_way is not None:
+            self.on_give_way(error)
+
+    def _take(self, nbytes: int) -> None:
+        self._budget.take(nbytes, self)
+        self.nbytes += nbytes
+
+    def _change(self, nbytes: int) -> None:
+        self._budget.change(nbytes)
+        self.nbytes += nbytes
