@@ -5,21 +5,19 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from matplotlib import pyplot as plt
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from edge_client.data.dataset import limit_per_set
-from edge_client.data.sources import load_dataset, parse_source
 from protocol.federation import AggregationRule
-from sfprompt_bench.plots import save
-from sfprompt_bench.poison.attacks import ATTACKS
-from sfprompt_bench.poison.measure import PoisonResult, make_plan, measure_all, prepare_data
 from sfprompt_bench.presets import JsonFile, preset_named
+from sfprompt_bench.run.preflight import check_packages
+
+if TYPE_CHECKING:
+    from sfprompt_bench.poison.measure import PoisonResult
 
 RULES: tuple[tuple[AggregationRule, bool], ...] = (
     ("fedavg", False),
@@ -52,13 +50,22 @@ def poison(
     The server's federation runs in this process: frames, database, bound and rules are those of
     a run. The devices tune a classifier on frozen features, so that a run takes seconds.
     """
+    check_packages()
+    # Imported here: torch takes seconds to import, which help and errors do not need.
+    from edge_client.data.dataset import limit_per_set
+    from edge_client.data.sources import load_dataset, parse_source
+    from sfprompt_bench.poison.attacks import ATTACKS
+    from sfprompt_bench.poison.chart import draw
+    from sfprompt_bench.poison.measure import make_plan, measure_all, prepare_data
+
     shares: tuple[float, ...] = SHARES
     if quick:
         samples, rounds, shares = _QUICK_IMAGES, _QUICK_ROUNDS, _QUICK_SHARES
     source = load_dataset(parse_source(data), held_out=_HELD_OUT, seed=seed)
     images = limit_per_set(source, train=samples, test=samples, seed=seed)
     settings = preset_named(data).settings.model_copy(update={"seed": seed})
-    console, results = Console(), list[PoisonResult]()
+    console = Console()
+    results: list[PoisonResult] = []
     total = len(RULES) * (1 + len(ATTACKS) * (len(shares) - 1))
     with console.status("computing features …") as status:
         base = make_plan(settings.plan, "fedavg", bound=True, rounds=rounds)
@@ -74,13 +81,8 @@ def poison(
         json_file.write_text(json.dumps(values, indent=2) + "\n")
 
 
-def name_of(result: PoisonResult) -> str:
-    """Return a rule's name for people."""
-    return result.rule if result.bound else f"{result.rule}, no bound"
-
-
 def _table(results: list[PoisonResult]) -> Table:
-    names = list(dict.fromkeys(map(name_of, results)))
+    names = list(dict.fromkeys(result.label for result in results))
     table = Table(
         title="Accuracy on held-out images, %",
         title_justify="left",
@@ -95,7 +97,7 @@ def _table(results: list[PoisonResult]) -> Table:
     by_row: dict[tuple[str, float], dict[str, PoisonResult]] = {}
     for result in results:
         row = by_row.setdefault((result.attack or "none", result.hostile), {})
-        row[name_of(result)] = result
+        row[result.label] = result
     for (attack, hostile), row in by_row.items():
         shown = [_shown(row[name]) if name in row else "" for name in names]
         table.add_row(attack, f"{hostile:.0%}", *shown)
@@ -105,26 +107,3 @@ def _table(results: list[PoisonResult]) -> Table:
 def _shown(result: PoisonResult) -> str:
     backdoor = f" ({100 * result.backdoor:.0f})" if result.attack == "backdoor" else ""
     return f"{100 * result.accuracy:.1f}{backdoor}"
-
-
-def draw(results: list[PoisonResult], out: Path) -> Path:
-    """Plot accuracy over the share of hostile devices, one panel for each attack."""
-    figure, panels = plt.subplots(
-        1, len(ATTACKS), figsize=(3 * len(ATTACKS), 3.4), sharey=True, layout="constrained"
-    )
-    names = list(dict.fromkeys(map(name_of, results)))
-    for axes, attack in zip(panels, ATTACKS, strict=True):
-        for name in names:
-            points = [r for r in results if name_of(r) == name and r.attack in (None, attack)]
-            points.sort(key=lambda result: result.hostile)
-            axes.plot(
-                [100 * point.hostile for point in points],
-                [100 * point.accuracy for point in points],
-                marker="o",
-                label=name,
-            )
-        axes.set(title=attack, xlabel="hostile devices (%)")
-        axes.grid(alpha=0.3)
-    panels[0].set(ylabel="accuracy (%)")
-    figure.legend(*panels[0].get_legend_handles_labels(), ncols=6, loc="outside lower center")
-    return save(figure, out)

@@ -63,6 +63,11 @@ class PoisonResult:
     refused: float
     refused_honest: float
 
+    @property
+    def label(self) -> str:
+        """The rule's name for people."""
+        return self.rule if self.bound else f"{self.rule}, no bound"
+
 
 def prepare_data(plan: RunPlan, data: Dataset, devices: int) -> PoisonData:
     """Compute all features once, and deal the training images out at random."""

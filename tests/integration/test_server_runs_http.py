@@ -246,7 +246,7 @@ def test_refused_updates_do_not_count(server: RunningServer, operator: ApiClient
     ):
         assert code_of(api.update(run, state, f"u-{code}-{next(_keys)}", **meta)) == code
     path = f"/v1/runs/{run}/update"
-    assert code_of(api.call("PUT", path, key="k", content=b"x" * 100)) == "malformed_frame"
+    assert code_of(api.call("PUT", path, key="k", content=b"x" * 100)) == "damaged_frame"
     wrong_kind = step_frame("forward", smashed(), "s")
     assert code_of(api.call("PUT", path, key="k", content=wrong_kind)) == "invalid_field"
     other.update(run, state_of(4.0), "u")
