@@ -25,7 +25,8 @@ _MAX_UPLOADS = 3  # of samples that the server has lost
 
 _CURVATURE = 2.0  # the inverse of the bound 1/2 on the curvature of cross-entropy in a score
 
-_TEMPERATURES = torch.logspace(0, 2, 41)  # factors of the scores, from 1 to 100
+# Factors of the scores. A few easy samples would choose a far larger one than other devices' do.
+_TEMPERATURES = torch.logspace(0, 1.5, 31)
 
 
 @dataclass(frozen=True)

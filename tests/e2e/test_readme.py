@@ -158,7 +158,7 @@ def test_hosting_joining_watching_exporting_and_predicting(
     (folder / "run.example.toml").write_text(
         (ROOT / "run.example.toml")
         .read_text()
-        .replace("rounds = 10", "rounds = 1")
+        .replace("rounds = 8", "rounds = 1")
         .replace("min_participants = 6", "min_participants = 1")
     )
     hosted = [c for c in COMMANDS if c.startswith(("split-server", "edge-client"))]

@@ -20,7 +20,7 @@ EXPORTED = {
     "InvalidField InvalidRequest MalformedFrame NonFinite NotFound RunClosed SFPromptError "
     "StaleRound StepLost TooLarge Unauthorized UnknownCodec Unreachable UnsupportedVersion "
     "WrongShape error_from_wire",
-    "federation": "FederationSettings ServerOptimizer",
+    "federation": "AggregationRule FederationSettings ServerOptimizer",
     "presets": "FORMS Form over_form",
     "method": "Fields GROUP MethodSettings installed_method_names load_class "
     "method_class method_names parse_method register",

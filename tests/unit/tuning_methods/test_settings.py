@@ -73,7 +73,7 @@ def test_the_default_method_tunes_prompts_in_the_body_and_caches_smashed_data() 
     assert run.method.name == "sfprompt"
     assert (run.plan.model.prompt_at, run.plan.model.prompt_depth) == ("cut", "deep")
     assert run.plan.wire.keep_smashed
-    assert (run.training.batch_size, run.wire.smashed) == (8, "int4+zstd")
+    assert (run.training.batch_size, run.wire.smashed) == (8, "klt:0.5")
 
 
 def test_a_table_that_is_given_in_part_has_the_methods_defaults_for_the_rest() -> None:
