@@ -11,6 +11,7 @@ from pathlib import Path
 from edge_client.data.batches import Augmentation, BatchReader
 from edge_client.data.dataset import Dataset
 from edge_client.data.errors import CorruptImageError
+from edge_client.data.label_noise import with_noised_labels
 from edge_client.data.remarks import compose
 from edge_client.method import device_method
 from edge_client.model import DeviceModel
@@ -119,7 +120,7 @@ class JoinedRun:
         self.credential = credential
         self.run = model.run
         self.files = model.files
-        self.data = device.data
+        self.data = _with_private_labels(device, model.run.plan)
         self._run_model = model
         self._device = device
         self._server = device.server
@@ -330,6 +331,14 @@ def _with_caches(
     joint = not is_row_wise_inside(settings.wire.smashed)
     uploader = SampleUploader(outputs, images, plane, secret, form, joint=joint)
     return Samples(images, outputs, uploader)
+
+
+def _with_private_labels(device: Participant, plan: RunPlan) -> Dataset:
+    """Return the device's data, with labels replaced at random if the run asks for it."""
+    epsilon = plan.training.label_epsilon
+    if epsilon is None or len(device.data.train) == 0:
+        return device.data
+    return with_noised_labels(device.data, epsilon, device_secret(device.folder))
 
 
 def succeeded(last: Assignment) -> bool:

@@ -99,6 +99,14 @@ class TrainingSettings(Message):
         4, ge=1, le=1000, description="augmented views of a sample whose smashed data are cached"
     )
 
+    label_epsilon: float | None = Field(
+        None,
+        gt=0,
+        le=100,
+        description="local differential privacy of training labels: each device replaces some at "
+        "random before it trains; none: none",
+    )
+
     @model_validator(mode="after")
     def _check_nesterov(self) -> TrainingSettings:
         if self.nesterov and (self.optimizer != "sgd" or self.momentum == 0):

@@ -14,7 +14,9 @@ import pytest
 import torch
 
 from edge_client.data.dataset import Dataset
+from edge_client.data.label_noise import with_noised_labels
 from edge_client.participant import Participant, succeeded
+from edge_client.storage.identity import device_secret
 from edge_client.transport.client import Server
 from protocol.frames import decode_frame
 from protocol.settings import RunSettings
@@ -162,6 +164,7 @@ def record(
     method: Mapping[str, object],
     data: Dataset,
     rounds: int = 2,
+    training: Mapping[str, object] | None = None,
 ) -> list[Request]:
     """Take part in a run as its only device, and return all requests."""
     settings = RunSettings.model_validate(
@@ -174,6 +177,7 @@ def record(
             },
             "federation": {"rounds": rounds},
             "method": method,
+            "training": training or {},
         }
     )
     run = server.operator().create(settings, key=uuid.uuid4().hex).id
@@ -250,6 +254,27 @@ def test_other_labels_change_what_follows_from_them_only(recording: Recording) -
     assert changed <= FOLLOWS[recording.form]
     used = {"solve.sums", "exchange.gradients", "backward.gradients"}
     assert changed & used, "the labels were not used"
+
+
+@pytest.mark.parametrize("form", list(METHODS))
+def test_what_a_device_sends_follows_from_its_noised_labels_alone(
+    form: str, server: RunningServer, tmp_path: Path
+) -> None:
+    epsilon, labels = 1.0, DATA.train.labels
+    other = Dataset(replace(DATA.train, labels=(labels + 1) % len(CLASSES)), DATA.test)
+    secret = device_secret(tmp_path)
+    noised = [with_noised_labels(data, epsilon, secret).train.labels for data in (DATA, other)]
+    mixed = torch.where(noised[0] == noised[1], other.train.labels, labels)
+    assert not torch.equal(mixed, labels)
+    data = Dataset(replace(DATA.train, labels=mixed), DATA.test)
+    private = {"label_epsilon": epsilon}
+    plain, changed = (
+        contents_of(record(server, tmp_path, METHODS[form], each, training=private))
+        for each in (DATA, data)
+    )
+    assert [content.parts() for content in plain] == [content.parts() for content in changed]
+    public = contents_of(record(server, tmp_path, METHODS[form], DATA))
+    assert [content.parts() for content in plain] != [content.parts() for content in public]
 
 
 def test_the_papers_form_sends_the_same_smashed_data_until_gradients_tune_the_prompts(
