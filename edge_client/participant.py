@@ -25,7 +25,7 @@ from edge_client.training import Diverged, Evaluation, Proximal, RoundContext, S
 from edge_client.transport.client import Server
 from edge_client.transport.split_client import SplitPlane
 from protocol.codec_names import is_row_wise_inside
-from protocol.errors import Conflict, EmptyUpdate, Forbidden, InvalidField, StepLost
+from protocol.errors import Conflict, EmptyUpdate, Forbidden, InvalidField, StaleRound, StepLost
 from protocol.messages import (
     MAX_LOSS,
     Assignment,
@@ -207,6 +207,12 @@ class JoinedRun:
                 return
             except StepLost as error:
                 self._report("begun-anew", assignment, str(error))
+            except StaleRound as error:
+                if assignment.round:
+                    raise
+                # Round 0 was started without this device, and still waits for its update.
+                self._decline(assignment, str(error))
+                return
         self._decline(assignment, f"the server lost its state of the round {_MAX_STARTS} times")
 
     def _decline(self, assignment: Assignment, reason: str) -> None:

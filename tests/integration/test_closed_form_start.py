@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -306,6 +307,37 @@ def test_a_device_that_has_lost_its_features_gets_them_again(
     assert [round_ for round_, _ in seen] == [0, 1, 2]
     for _, values in seen[1:]:
         torch.testing.assert_close(values, seen[0][1], atol=1e-5, rtol=1e-5)
+
+
+def test_a_device_that_comes_too_late_for_round_0_declines_and_trains_in_the_next(
+    server: RunningServer, home: Path
+) -> None:
+    values = settings(2, 1, method={}).model_dump()
+    values["federation"] |= {"round_timeout_s": 8.0}
+    run = server.operator().create(RunSettings.model_validate(values), key=uuid.uuid4().hex).id
+    halves = [TRAIN.subset(torch.arange(0, 9)), TRAIN.subset(torch.arange(9, 18))]
+    clients = [Server(server.url) for _ in halves]
+    devices = [
+        joined(client, home, run, f"slow{place}", Dataset(half, TEST))
+        for place, (client, half) in enumerate(zip(clients, halves, strict=True))
+    ]
+    train = devices[1]._train_round
+
+    def train_late(assignment: Assignment) -> None:
+        if assignment.round == 0:
+            time.sleep(5)  # longer than half of the round's time
+        train(assignment)
+
+    devices[1]._train_round = train_late  # type: ignore[method-assign]
+    ended = at_once([lambda device=device: device.take_part() for device in devices])
+    assert all(succeeded(last) for last in ended)
+    for client in clients:
+        client.close()
+    answer = server.operator().call("GET", f"/v1/runs/{run}/results")
+    first, second = Results.model_validate(answer.json()).rounds
+    assert (first.samples, second.samples) == (9, 18)
+    assert first.closed_at is not None
+    assert first.closed_at - first.opened_at < 8, "the round waited for the late device"
 
 
 def joined(client: Server, home: Path, run: str, name: str, data: Dataset) -> JoinedRun:
