@@ -80,7 +80,9 @@ def test_many_small_frames_that_decode_to_much_take_bounded_memory(
     while any(thread.is_alive() for thread in threads):
         peak = max(peak, services.body_budget.taken)
         time.sleep(0.001)
-    assert set(answers) == {"ok", "busy"}
+    assert set(answers) <= {"ok", "busy"}
+    ask(member)
+    assert answers[-1] == "ok", "one alone is served"
     assert 3 * MIB < peak < (QUEUE_MIB + 4) * MIB  # a response is a little longer than expected
     wait_until(lambda: server_taken(server) == 0)
     assert member.step("infer", smashed(), "after").is_success

@@ -11,8 +11,7 @@ from rich.console import Console
 from protocol.errors import NotFound
 from protocol.presets import FORMS
 from protocol.traffic import Phase
-from sfprompt_bench.methods.base import with_changes
-from sfprompt_bench.presets import preset_named, traffic_preset
+from sfprompt_bench.presets import preset_named, traffic_preset, with_changes
 from sfprompt_bench.traffic.ladder import LadderSetting, RungResult, ladder
 from sfprompt_bench.traffic.report import (
     large_table,
