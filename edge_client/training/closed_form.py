@@ -11,6 +11,7 @@ Source: Fed3R (arXiv 2406.01116).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,8 @@ from edge_client.transport.split_client import Features, SamplesMissing, SplitPl
 from protocol.messages import MAX_LOSS
 
 _MAX_UPLOADS = 3  # of samples that the server has lost
+
+_USUAL_FACTOR = 8.0  # of the scores, where this device did not take part in round 0
 
 _CURVATURE = 2.0  # the inverse of the bound 1/2 on the curvature of cross-entropy in a score
 
@@ -58,6 +61,7 @@ def fit_start(context: RoundContext, plane: SplitPlane) -> StartResult:
     fit = plane.solve(sums.float(), counts.float(), context.attempt, len(positions))
     scores = leave_one_out(features @ fit.weight.T + fit.bias, one_hot.float(), fit.leverage)
     factor, loss = calibrate(scores, labels)
+    context.samples.features.decay = fit.strength / factor * caution(loss, classes)
     with torch.no_grad():
         classifier = dict(context.model.tail.named_parameters())
         classifier["trunk.head.weight"].copy_(factor * fit.weight)
@@ -71,6 +75,10 @@ def tune_classifier(context: RoundContext, plane: SplitPlane) -> float:
     Each step is of the mean gradient, divided by a bound of the loss's curvature in each feature.
     It lowers the loss without a learning rate, and the mean of one step on every device is the step
     on the pooled data, however the classes are distributed.
+
+    The loss has the ridge regression's penalty, in units of cross-entropy: `caution` times it. With
+    the whole penalty the classifier of round 0 is nearly at the optimum, and wrong labels move it
+    little.
 
     Returns:
         The mean cross-entropy before the last step.
@@ -88,7 +96,11 @@ def tune_classifier(context: RoundContext, plane: SplitPlane) -> float:
     mean, values = features.mean.double(), features.values.double()
     centred = values - mean  # (n, r)
     variances = features.variances.double()
-    step = torch.where(variances > 0, _CURVATURE / variances.clamp(min=1e-30), 0.0)  # (r)
+    # A component's scale is the root of its inverse variance, see the server's basis.
+    used = variances > 0
+    penalty = torch.where(used, context.samples.features.decay / variances.clamp(min=1e-30), 0.0)
+    bound = variances / _CURVATURE + penalty  # (r)
+    step = torch.where(used, 1 / bound.clamp(min=1e-30), 0.0)
     weight, bias, loss = tail.weight.detach().double(), tail.bias.detach().double(), 0.0
     for epoch in range(context.run.training.local_epochs):
         scores = values @ weight.T + bias  # (n, C)
@@ -96,7 +108,7 @@ def tune_classifier(context: RoundContext, plane: SplitPlane) -> float:
         if not 0 <= loss <= MAX_LOSS:
             raise Diverged(f"the local update has diverged: its loss is {loss:g}")
         errors = scores.softmax(dim=1) - one_hot  # (n, C)
-        change = (errors.T @ centred / len(labels)) * step  # (C, r)
+        change = (errors.T @ centred / len(labels) + penalty * weight) * step  # (C, r)
         weight, bias = weight - change, bias - _CURVATURE * errors.mean(dim=0) + change @ mean
         context.advance("local", epoch + 1, context.run.training.local_epochs)
     with torch.no_grad():
@@ -135,6 +147,7 @@ def _request_features(context: RoundContext, plane: SplitPlane, basis: int | Non
     else:
         features = plane.start(ids, context.round, context.attempt)
     samples.features.features, samples.features.attempt = features, basis
+    samples.features.decay = features.strength / _USUAL_FACTOR
     return features
 
 
@@ -148,6 +161,19 @@ def leave_one_out(scores: Tensor, one_hot: Tensor, leverage: Tensor) -> Tensor:
     """
     weight = leverage.clamp(max=1 - 1e-4).unsqueeze(1)
     return (scores - weight * one_hot) / (1 - weight)
+
+
+def caution(loss: float, classes: int) -> float:
+    """Return the share of the ridge regression's penalty that later rounds keep, 0.1 to 1.
+
+    Where the leave-one-out loss is small against guessing, the labels are consistent, and most of
+    the penalty only slows the fit. Where it is large, more steps would fit wrong labels.
+
+    Args:
+        loss: leave-one-out cross-entropy of round 0.
+        classes: C; guessing loses ln C.
+    """
+    return min(1.0, max(0.1, (loss / math.log(classes) - 0.2) / 0.3))
 
 
 def calibrate(scores: Tensor, labels: Tensor) -> tuple[float, float]:

@@ -56,10 +56,12 @@ class FeatureCache:
 
     Attributes:
         attempt: at round 0 whose basis they have.
+        decay: of the tail in later rounds, see `tune_classifier`.
     """
 
     features: Features | None = None
     attempt: int | None = None
+    decay: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -64,11 +64,13 @@ class Features:
         values: [n, r].
         mean: over all devices' samples, [r].
         variances: over all devices' samples, [r]; 0: an unused component.
+        strength: of the ridge regression's penalty, for each sample; 0 before it is solved.
     """
 
     values: Tensor
     mean: Tensor
     variances: Tensor
+    strength: float
 
 
 @dataclass(frozen=True)
@@ -79,11 +81,13 @@ class Fit:
         weight: [C, r].
         bias: [C].
         leverage: weight of each training sample's label in its own score, [n].
+        strength: of the penalty, for each sample.
     """
 
     weight: Tensor
     bias: Tensor
     leverage: Tensor
+    strength: float
 
 
 class SplitPlane:
@@ -290,6 +294,7 @@ class SplitPlane:
             values=values.flatten(1),
             mean=_tensor(response, "mean", (rank,), kind="start"),
             variances=_tensor(response, "variances", (rank,), kind="start"),
+            strength=_tensor(response, "strength", (1,), kind="start").item(),
         )
 
     def solve(self, sums: Tensor, counts: Tensor, attempt: int, samples: int) -> Fit:
@@ -311,6 +316,7 @@ class SplitPlane:
             weight=_tensor(response, "weight", tuple(sums.shape), kind="solve"),
             bias=_tensor(response, "bias", (len(counts),), kind="solve"),
             leverage=_tensor(response, "leverage", (samples,), kind="solve"),
+            strength=_tensor(response, "strength", (1,), kind="solve").item(),
         )
 
     def _wait_for_others(

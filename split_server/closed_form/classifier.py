@@ -46,6 +46,8 @@ class RidgeClassifier:
         mean: of the features, [r], float64.
         influence: a factor A [r, r] of the inverse products, float64.
         count: number of samples n.
+        strength: of the penalty on the squares of the unscaled components' coefficients, beside
+            the sum of squared errors.
     """
 
     weight: Tensor
@@ -53,6 +55,7 @@ class RidgeClassifier:
     mean: Tensor
     influence: Tensor
     count: int
+    strength: float
 
     def leverage(self, features: Tensor) -> Tensor:
         """Return h [B] of training samples' features [B, r]: the weight of a label in its own fit.
@@ -93,6 +96,7 @@ def fit_classifier(
         mean=sums.mean,
         influence=(unscale[:, None] * vectors) * inverse.sqrt(),
         count=sums.count,
+        strength=float(strength),
     )
 
 

@@ -49,11 +49,13 @@ class Features:
         values: [n, 1, r].
         mean: [r], float64.
         variances: [r], float64.
+        strength: of the ridge regression, for each sample; 0 before it is solved.
     """
 
     values: Tensor
     mean: Tensor
     variances: Tensor
+    strength: float = 0.0
 
 
 def fit_features(moments: Moments, plan: RunPlan, features: Sequence[SampleFeatures]) -> Fitted:
@@ -94,6 +96,7 @@ def write_solved(path: Path, solved: Solved) -> None:
         "classifier.mean": classifier.mean,
         "classifier.influence": classifier.influence,
         "classifier.count": torch.tensor(classifier.count),
+        "classifier.strength": torch.tensor(classifier.strength, dtype=torch.float64),
         "variances": solved.variances,
     }
     write_named_tensors(path, tensors)
@@ -113,5 +116,6 @@ def read_solved(path: Path) -> Solved:
         mean=tensors["classifier.mean"],
         influence=tensors["classifier.influence"],
         count=int(tensors["classifier.count"]),
+        strength=float(tensors["classifier.strength"]),
     )
     return Solved(read_basis(path, torch.device("cpu")), classifier, tensors["variances"])

@@ -187,7 +187,9 @@ class ClosedFormStarts:
                 raise _busy("samples were lost; they are sent again")
             # Through float16, as round 0 stores them: the same features again.
             projected.append(solved.basis.project(tokens.half().float().cpu()))
-        return Features(torch.cat(projected), solved.classifier.mean, solved.variances)
+        classifier = solved.classifier
+        strength = classifier.strength / max(1, classifier.count)
+        return Features(torch.cat(projected), classifier.mean, solved.variances, strength)
 
     async def classifier(
         self, run_id: str, participant: str, attempt: int, sums: Sums

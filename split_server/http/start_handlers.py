@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from split_server.closed_form.sums import Sums
 from split_server.http.handlers import HandlerContext, Reply, Submit, missing_reply
 from split_server.payloads.requests import SplitRequest
@@ -25,6 +27,7 @@ def handle_start(context: HandlerContext, request: SplitRequest) -> Submit:
             "features": (features.values, codec),
             "mean": (features.mean.float(), "float32"),
             "variances": (features.variances.float(), "float32"),
+            "strength": (torch.tensor([features.strength]), "float32"),
         }
         return Reply("start", meta.model_dump(), tensors)
 
@@ -44,6 +47,7 @@ def handle_solve(context: HandlerContext, request: SplitRequest) -> Submit:
             "weight": (classifier.weight, "float32"),
             "bias": (classifier.bias, "float32"),
             "leverage": (leverage, "float32"),
+            "strength": (torch.tensor([classifier.strength / max(1, classifier.count)]), "float32"),
         }
         return Reply("solve", solve.meta.model_dump(), tensors)
 

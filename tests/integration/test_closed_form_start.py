@@ -7,6 +7,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -224,49 +225,69 @@ def test_prompts_are_tuned_in_the_rounds_after_the_start_and_the_tail_is_not(
     assert snapshot.status is RunStatus.FINISHED
 
 
+@dataclass(frozen=True)
+class Refined:
+    """A run with one class on each device, and three rounds that move the classifier."""
+
+    run: str
+    results: Results
+    decays: list[float]
+
+
 @pytest.fixture(scope="module")
-def refined(server: RunningServer, home: Path) -> tuple[str, Results]:
-    """One class on each device, and three rounds that move the classifier."""
-    parts = [of_class(TRAIN, label) for label in range(3)]
-    return run_with(server, home, parts, rounds=3, method={})
+def refined(server: RunningServer, home: Path) -> Refined:
+    operator = server.operator()
+    run = operator.create(settings(3, 3, method={}), key=uuid.uuid4().hex).id
+    clients = [Server(server.url) for _ in range(3)]
+    devices = [
+        joined(client, home, run, f"refined{label}", Dataset(of_class(TRAIN, label), TEST))
+        for label, client in enumerate(clients)
+    ]
+    ended = at_once([lambda device=device: device.take_part() for device in devices])
+    assert all(succeeded(last) for last in ended)
+    for client in clients:
+        client.close()
+    results = Results.model_validate(operator.call("GET", f"/v1/runs/{run}/results").json())
+    return Refined(run, results, [each.samples.train.features.decay for each in devices])
 
 
-def test_later_rounds_are_steps_of_logistic_regression_on_the_pooled_data(
-    data_dir: Path, refined: tuple[str, Results]
+def test_later_rounds_are_steps_of_penalised_logistic_regression(
+    data_dir: Path, refined: Refined
 ) -> None:
-    run, results = refined
-    files = RunFiles(data_dir / "runs" / run)
+    files = RunFiles(data_dir / "runs" / refined.run)
     basis = read_tensors(files.basis(0))
-    states = [read_tensors(files.state(view.state.sha256)) for view in results.rounds if view.state]
+    views = refined.results.rounds
+    states = [read_tensors(files.state(view.state.sha256)) for view in views if view.state]
     parts = [of_class(TRAIN, label) for label in range(3)]
-    numbers = torch.cat([read_numbers(data_dir, run, part) for part in parts])
-    labels = torch.cat([part.labels for part in parts])
-    features = ((numbers - basis["mean"]) @ basis["vectors"]).double()
-    inputs = features - features.mean(dim=0)
-    variances = inputs.square().mean(dim=0)
+    numbers = [read_numbers(data_dir, refined.run, part) for part in parts]
+    features = [((each - basis["mean"]) @ basis["vectors"]).double() for each in numbers]
+    mean = torch.cat(features).mean(dim=0)
+    variances = (torch.cat(features) - mean).square().mean(dim=0)
     assert len(states) == 4
+    assert all(decay > 0 for decay in refined.decays)
     for before, after in pairwise(states):
-        weight = before["tail.head.weight"].double().requires_grad_()
-        bias = before["tail.head.bias"].double().requires_grad_()
-        # In terms of the centred features, so that the bias moves on its own.
-        shifted = bias + weight.detach() @ features.mean(dim=0)
-        loss = F.cross_entropy(inputs @ weight.T + shifted, labels)
-        slopes = torch.autograd.grad(loss, [weight, bias])
-        expected = weight.detach() - 2 * slopes[0] / variances
-        shifted = shifted.detach() - 2 * slopes[1]
+        weights, offsets = [], []  # of the devices
+        for part, each, decay in zip(parts, features, refined.decays, strict=True):
+            weight = before["tail.head.weight"].double().requires_grad_()
+            # In terms of the centred features, so that the offset moves on its own.
+            offset = (before["tail.head.bias"].double() + weight.detach() @ mean).requires_grad_()
+            penalty = (decay / variances * weight.square()).sum() / 2
+            loss = F.cross_entropy((each - mean) @ weight.T + offset, part.labels)
+            slopes = torch.autograd.grad(loss + penalty, [weight, offset])
+            weights.append(weight.detach() - slopes[0] / (variances / 2 + decay / variances))
+            offsets.append(offset.detach() - 2 * slopes[1])
+        expected, offset = torch.stack(weights).mean(dim=0), torch.stack(offsets).mean(dim=0)
         torch.testing.assert_close(
             after["tail.head.weight"].double(), expected, atol=1e-3, rtol=1e-2
         )
-        moved = after["tail.head.bias"].double() + expected @ features.mean(dim=0)
-        torch.testing.assert_close(moved, shifted, atol=1e-2, rtol=1e-2)
-    losses = [view.local_loss for view in results.rounds[1:]]
-    assert losses == sorted(losses, reverse=True)
+        moved = after["tail.head.bias"].double() + expected @ mean
+        torch.testing.assert_close(moved, offset, atol=1e-2, rtol=1e-2)
 
 
 def test_later_rounds_send_and_tune_no_more_than_the_classifier(
-    data_dir: Path, refined: tuple[str, Results]
+    data_dir: Path, refined: Refined
 ) -> None:
-    run, results = refined
+    run, results = refined.run, refined.results
     assert results.run.plan.model.prompt_count == 0
     snapshot, state = newest_state(data_dir, run)
     assert set(state) == {"tail.head.weight", "tail.head.bias"}
