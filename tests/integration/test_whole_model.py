@@ -35,10 +35,10 @@ from tests.support.reporters import SilentReporter
 from tests.support.server import RunningServer
 
 WHOLE = ModelPlan(
-    backbone="vit_tiny_patch16_224",
+    backbone="test_vit",
     weights="random:0",
     image_size=32,
-    cut=12,
+    cut=6,
     num_classes=3,
     prompt_count=0,
 )
@@ -53,14 +53,14 @@ METHODS: dict[str, dict[str, Any]] = {
 
 RATES = {"prompt_learning_rate": 0.05, "tail_learning_rate": 0.02}
 
-WIDTH, DEPTH, CLASSIFIER = 192, 12, 3 * 193
+WIDTH, DEPTH, CLASSIFIER = 64, 6, 3 * 65
 
-BLOCK = 12 * WIDTH**2 + 13 * WIDTH
+BLOCK = 10 * WIDTH**2 + 12 * WIDTH  # its MLP is three times as wide
 
 TUNED_PARAMETERS = {
     "fl-full": 3 * 256 * WIDTH + WIDTH + 6 * WIDTH + DEPTH * BLOCK + 2 * WIDTH + CLASSIFIER,
     "fedpeft-head": CLASSIFIER,
-    "fedpeft-bias": (11 * DEPTH + 2) * WIDTH + CLASSIFIER,
+    "fedpeft-bias": (10 * DEPTH + 2) * WIDTH + CLASSIFIER,
     "fedpeft-adapter": 2 * WIDTH * 24 + 24 + WIDTH + CLASSIFIER,
     "fedpeft-prompt": DEPTH * 10 * WIDTH + CLASSIFIER,
 }
@@ -69,7 +69,7 @@ SAMPLES, BATCH, ROUNDS, EPOCHS = 10, 4, 2, 2
 
 SPLIT_PLANE = {"smashed", "features", "gradients", "inference"}
 
-MAX_OVERHEAD = 32_768  # bytes of a download in addition to its tensors: names, HTTP
+MAX_OVERHEAD = 8192  # bytes of a download in addition to its tensors: names, HTTP
 
 
 _keys = itertools.count()
