@@ -40,7 +40,7 @@ from tuning_methods.sfprompt.device import SFPromptPaperDevice
 from tuning_methods.sfprompt.device_deltas import DeltaBatch
 from tuning_methods.sfprompt.server_deltas import read_cached
 
-TOKENS, WIDTH = 1 + 4 + 4, 192  # class token, prompts, 2 x 2 patches
+TOKENS, WIDTH = 1 + 4 + 4, 64  # class token, prompts, 2 x 2 patches
 
 BYTES_PER_SAMPLE = TOKENS * WIDTH * 4  # in float32
 

@@ -16,7 +16,7 @@ from protocol.messages import ExchangeMeta
 from protocol.plan import RunPlan, WirePlan
 from tests.support.edge import SMALL, RawServer, Recorder, Request, as_json, impatient, response
 
-X = torch.randn((2, 1 + 4 + 4, 192), generator=torch.Generator().manual_seed(0))  # with prompts
+X = torch.randn((2, 1 + 4 + 4, 64), generator=torch.Generator().manual_seed(0))  # with prompts
 
 BARE = X[:, :5]  # class token and 2 x 2 patches
 
@@ -202,8 +202,8 @@ MALFORMED = [
     response(b""),
     response(b"SFPF"),
     frame("features", "features", torch.ones(2, 9, 191)),
-    frame("features", "features", torch.ones(2, 1, 192)),
-    frame("features", "features", torch.ones(2 * 9 * 192)),
+    frame("features", "features", torch.ones(2, 1, 64)),
+    frame("features", "features", torch.ones(2 * 9 * 64)),
     frame("features", "other", X),
     frame("features", "features", X.long(), "int64"),
 ]

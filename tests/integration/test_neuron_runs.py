@@ -35,13 +35,14 @@ from tests.support.settings import custom_settings
 from tuning_methods.fedpft import server as fedpft_server
 from tuning_methods.proxies.neurons import NEURONS
 
-WIDTH = 24  # neurons of 768 that the proxy keeps in a block
+WIDTH = 24  # neurons of 192 that the proxy keeps in a block
 
-PRUNED = {"tune": "lora", "lora_rank": 2, "mlp_widths": [0, *[WIDTH] * 10, 0]}
+LAYERS = 4
+
+PRUNED = {"tune": "lora", "lora_rank": 2, "mlp_widths": [0, *[WIDTH] * LAYERS, 0]}
 
 DISTILLATION = {"epochs": 1, "samples": 8, "batch_size": 8, "every": 1}
 
-LAYERS = 10
 
 NO_EVALUATION: dict[str, Any] = {"evaluate_every": 0}
 
@@ -100,14 +101,14 @@ def inactive_shares(model: DeviceModel, images: Tensor) -> Tensor:
         model.head.blocks[str(number)].mlp.act.register_forward_hook(  # type: ignore[union-attr]
             lambda _, __, out, number=number: outputs.update({number: out})
         )
-        for number in range(1, 11)
+        for number in range(1, LAYERS + 1)
     ]
     with torch.no_grad():
         model.head(images, model.prompts)
     for hook in hooks:
         hook.remove()
     return torch.stack(
-        [(outputs[number] <= 0).double().mean(dim=(0, 1)) for number in range(1, 11)]
+        [(outputs[number] <= 0).double().mean(dim=(0, 1)) for number in range(1, LAYERS + 1)]
     )
 
 
@@ -139,7 +140,7 @@ def test_a_device_downloads_each_new_head_and_continues(
 
     model = participant.model
     proxy = TensorFile(RunFiles(data_dir / "runs" / run.id).weights_after(2))
-    for number in range(12):
+    for number in range(LAYERS + 2):
         for layer in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"):
             parameter = model.head.blocks[str(number)].get_parameter(f"mlp.{layer}")
             assert torch.equal(parameter, proxy[f"blocks.{number}.mlp.{layer}"])
@@ -154,7 +155,7 @@ def test_a_device_downloads_each_new_head_and_continues(
     assert expected.std() > 0.01
     retained = expected.argsort(dim=1, stable=True)[:, : WIDTH // 2]
     old = TensorFile(tmp_path / f"{heads[1]}.safetensors")
-    for row, number in enumerate(range(1, 11)):
+    for row, number in enumerate(range(1, LAYERS + 1)):
         name = f"blocks.{number}.mlp.fc1.weight"
         same = [torch.equal(old[name][n], proxy[name][n]) for n in range(WIDTH)]
         assert {n for n in range(WIDTH) if same[n]} == set(retained[row].tolist())
@@ -305,19 +306,19 @@ def test_a_redistillation_that_diverges_fails_its_run(server: RunningServer) -> 
     ("parts", "field"),
     [
         (
-            {"model": {"mlp_widths": [], "blocks": [0, 3, 8, 11], "cut": 4}},
+            {"model": {"mlp_widths": [], "blocks": [0, 2, 3, 5], "cut": 4}},
             "method.distillation.every",
         ),
         ({"model": {"mlp_widths": []}, "distillation": {"epochs": 0}}, "method.distillation.every"),
-        ({"model": {"mlp_widths": [0] * 12}}, "method.distillation.every"),
+        ({"model": {"mlp_widths": [0] * 6}}, "method.distillation.every"),
         ({"distillation": {"epochs": 0}}, "method.distillation.every"),
         ({"federation": {"dp_clip": 1.0}}, "method.distillation.every"),
         ({"distillation": {"retained": 1.0}}, "method.distillation.retained"),
         ({"distillation": {"every": -1}}, "method.distillation.every"),
-        ({"model": {"cut": 11}}, "method.model.cut"),
+        ({"model": {"cut": 5}}, "method.model.cut"),
         ({"model": {"mlp_widths": [0, *[WIDTH] * 9, 8, 0]}}, "method.model.mlp_widths"),
-        ({"model": {"mlp_widths": [WIDTH] * 11}}, "method.model.mlp_widths"),
-        ({"model": {"mlp_widths": [769] * 12}}, "method.model.mlp_widths"),
+        ({"model": {"mlp_widths": [WIDTH] * 5}}, "method.model.mlp_widths"),
+        ({"model": {"mlp_widths": [193] * 6}}, "method.model.mlp_widths"),
     ],
 )
 def test_settings_that_redistillation_does_not_support_are_refused(

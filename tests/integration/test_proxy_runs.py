@@ -34,18 +34,17 @@ from tuning_methods.sfprompt.local_body import build_local_body
 
 LORA = {"tune": "lora", "lora_rank": 2}
 
-PRUNED = {**LORA, "mlp_widths": (0, *[96] * 10, 0)}
+PRUNED = {**LORA, "mlp_widths": (0, *[24] * 4, 0)}
 
-KEPT_BLOCKS = [0, 3, 8, 11]  # the ends, and the middles of the two halves of 1 to 10
+KEPT_BLOCKS = [0, 2, 4, 5]
 
 DROPPED = {**LORA, "blocks": tuple(KEPT_BLOCKS), "cut": 4, "lora_ends": 1}
 
 DISTILLATION = {"epochs": 1, "samples": 8, "batch_size": 8}
 
-WIDTH, CLASSIFIER = 192, 3 * 193
+WIDTH, MLP_WIDTH, CLASSIFIER = 64, 192, 3 * 65
 
-BLOCK_PARAMETERS = 12 * WIDTH**2 + 13 * WIDTH
-
+BLOCK_PARAMETERS = 10 * WIDTH**2 + 12 * WIDTH
 
 _keys = itertools.count()
 
@@ -80,7 +79,7 @@ def take_part(server: RunningServer, folder: Path, run: RunView) -> JoinedRun:
 
 def backbone_with(state: dict[str, Tensor], blocks: list[int]) -> Any:
     """timm's whole model with the tuned LoRA products added to the weights of these blocks."""
-    model = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=3).eval()
+    model = timm.create_model(WHOLE.backbone, img_size=32, num_classes=3).eval()
     weights = {n: t.clone() for n, t in open_backbone(files(WHOLE).backbone).items()}
     weights |= {f"head.{name}": state[f"tail.head.{name}"] for name in ("weight", "bias")}
     for place, number in enumerate(blocks):
@@ -96,8 +95,8 @@ def backbone_with(state: dict[str, Tensor], blocks: list[int]) -> Any:
 @pytest.mark.parametrize(
     ("changes", "blocks", "tuned_blocks", "removed"),
     [
-        (PRUNED, list(range(12)), 12, 10 * (768 - 96) * (2 * WIDTH + 1)),
-        (DROPPED, KEPT_BLOCKS, 2, 8 * BLOCK_PARAMETERS),
+        (PRUNED, list(range(6)), 6, 4 * (MLP_WIDTH - 24) * (2 * WIDTH + 1)),
+        (DROPPED, KEPT_BLOCKS, 2, 2 * BLOCK_PARAMETERS),
     ],
     ids=["pruned", "dropped"],
 )
@@ -118,7 +117,7 @@ def test_a_run_on_a_proxy_tunes_the_whole_backbone(
     assert all(t.any() for t in state.values()), "training changed each tensor"
     # The head file has the backbone's parameters but for those that the proxy lacks; LoRA and
     # classifier are in the state.
-    whole = 3 * 256 * WIDTH + WIDTH + 6 * WIDTH + 12 * BLOCK_PARAMETERS + 2 * WIDTH
+    whole = 3 * 256 * WIDTH + WIDTH + 6 * WIDTH + 6 * BLOCK_PARAMETERS + 2 * WIDTH
     assert 0 <= run.head.nbytes - 4 * (whole - removed) <= 40_000
     assert run.backbone_bytes == 4 * (whole + CLASSIFIER)
 

@@ -196,7 +196,7 @@ def impatient(server: RawServer, **more: object) -> Server:
 
 
 SMALL = ModelPlan(
-    backbone="vit_tiny_patch16_224",
+    backbone="test_vit",
     weights="random:0",
     image_size=32,
     cut=1,

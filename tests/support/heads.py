@@ -12,7 +12,10 @@ from edge_client.model import DeviceModel
 from edge_client.smashed.head_cache import HeadOutputs
 from tests.support.edge import SMALL, device_model, image_set
 
-AT_CUT = SMALL.model_copy(update={"prompt_at": "cut", "cut": 2})
+# As wide as a real model: how a matrix product is rounded depends on its size.
+WIDE = {"backbone": "vit_tiny_patch16_224"}
+
+AT_CUT = SMALL.model_copy(update={**WIDE, "prompt_at": "cut", "cut": 2})
 
 SAMPLES, TOKENS, WIDTH = 37, 5, 192
 

@@ -62,7 +62,7 @@ def test_without_samples_nothing_is_trained() -> None:
 def test_the_default_method_goes_from_head_straight_to_tail_and_sends_no_extras() -> None:
     method, context = device_method(RunSettings()), round_context()
     assert type(method) is DeviceMethod
-    smashed = torch.randn(2, 9, 192)
+    smashed = torch.randn(2, 9, 64)
     assert torch.equal(method.local_forward(context, smashed), context.model.tail(smashed))
     assert method.update_extras(round_context(), torch.arange(3)) == {}
 

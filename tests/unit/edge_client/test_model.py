@@ -50,9 +50,10 @@ def size(module: nn.Module) -> int:
 
 
 def test_the_body_is_never_allocated() -> None:
-    files()
+    split = SMALL.model_copy(update={"backbone": "vit_tiny_patch16_224"})
+    files(split)
     with Allocations() as taken:
-        model = device_model()
+        model = device_model(split)
     width, hidden = 192, 768
     block = 4 * width + (3 * width * width + 3 * width) + (width * width + width)
     block += 2 * width * hidden + hidden + width
@@ -66,11 +67,11 @@ def test_the_body_is_never_allocated() -> None:
     for part in (model.head, model.tail):
         assert all(p.device.type == "cpu" for p in [*part.parameters(), *part.buffers()])
         assert len(part.trunk.blocks) == 0
-    body = build_body(SMALL, open_backbone(files().backbone))
+    body = build_body(split, open_backbone(files(split).backbone))
     assert size(body) == 11 * block
     expected_bytes = 4 * (embedding + block + tail)
     assert expected_bytes <= taken.nbytes < 1.1 * expected_bytes < 4 * size(body) / 4
-    assert files().head.stat().st_size < 4 * (embedding + block) + 8192
+    assert files(split).head.stat().st_size < 4 * (embedding + block) + 8192
 
 
 def test_only_prompts_and_tail_are_trained() -> None:
@@ -106,7 +107,7 @@ def test_the_mean_token_is_the_mean_over_images_and_patches() -> None:
     samples = BatchReader(image_set(150), model.preprocessing)  # more than one chunk
     model.add_mean_token(samples)
     images, _ = samples.read(range(150))
-    embedded = model.head.embed(images)  # (150, 1 + 4, 192), the class token first
+    embedded = model.head.embed(images)  # (150, 1 + 4, 64), the class token first
     mean = embedded[:, 1:].double().mean(dim=(0, 1)).float()
     assert torch.allclose(model.prompts - before, mean.expand(4, -1), atol=1e-5)
     assert model.prompts.requires_grad
@@ -159,7 +160,7 @@ def test_prompts_at_the_cut_are_not_on_the_device(tmp_path: Path) -> None:
     model.add_mean_token(BatchReader(image_set(), model.preprocessing))
     state = model.state()
     assert set(state) == set(load_state(files().state)) - {"prompts"}
-    save_state(state | {"prompts": torch.zeros(1, 4, 192)}, tmp_path / "with-prompts")
+    save_state(state | {"prompts": torch.zeros(1, 4, 64)}, tmp_path / "with-prompts")
     with pytest.raises(MalformedFrame):
         model.load_global_state(tmp_path / "with-prompts")
 
@@ -186,7 +187,7 @@ def test_damaged_files_are_typed_errors(tmp_path: Path) -> None:
 def test_a_state_of_another_shape_changes_nothing(tmp_path: Path) -> None:
     model = device_model()
     before = model.state()
-    save_state(before | {"prompts": torch.zeros(5, 192)}, tmp_path / "wrong")
+    save_state(before | {"prompts": torch.zeros(5, 64)}, tmp_path / "wrong")
     with pytest.raises(MalformedFrame):
         model.load_global_state(tmp_path / "wrong")
     assert all(torch.equal(model.state()[name], before[name]) for name in before)

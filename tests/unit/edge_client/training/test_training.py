@@ -188,8 +188,8 @@ def test_the_local_update_is_a_plain_torch_loop() -> None:
 
 def test_a_local_update_through_a_small_body_is_a_plain_torch_loop(tmp_path: Path) -> None:
     weights = open_backbone(files().backbone)
-    # Of blocks 1 ... 11, by hand: the middles of two halves.
-    sources = {"blocks.1.": "blocks.3.", "blocks.2.": "blocks.9."}
+    # Of blocks 1 ... 5, by hand: the middles of two halves.
+    sources = {"blocks.1.": "blocks.2.", "blocks.2.": "blocks.4."}
     small = {
         own + name.removeprefix(source): weights[name]
         for own, source in sources.items()
@@ -216,7 +216,7 @@ def test_a_local_update_through_a_small_body_is_a_plain_torch_loop(tmp_path: Pat
     losses = []
     for positions in batches("local", 10, 2):
         images, labels = context.samples.images.read(positions)
-        tokens = whole.blocks[9](whole.blocks[3](plain.head(images, plain.prompts)))
+        tokens = whole.blocks[4](whole.blocks[2](plain.head(images, plain.prompts)))
         value = F.cross_entropy(plain.tail(tokens), labels)
         optimizer.zero_grad()
         value.backward()

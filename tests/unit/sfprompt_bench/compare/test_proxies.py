@@ -22,8 +22,8 @@ from tests.support.edge import SMALL, image_set
 from tuning_methods.proxies.weights import proxy_weights
 
 PROXY: dict[str, Any] = {
-    "mlp_widths": (0, *[192] * 10, 0),
-    "cut": 12,
+    "mlp_widths": (0, *[48] * 4, 0),
+    "cut": 6,
     "prompt_count": 0,
     "tune": "lora",
 }
