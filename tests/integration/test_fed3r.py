@@ -33,10 +33,10 @@ from tests.support.reporters import SilentReporter
 from tests.support.server import RunningServer, code_of, joined, running_server
 from tuning_methods.fed3r.sums import CLASSES, GRAM, sums_shapes
 
-WIDTH, NUM_CLASSES, TEN = 192, 3, 10
+WIDTH, NUM_CLASSES, TEN = 64, 3, 10
 
 MODEL = {
-    "backbone": "vit_tiny_patch16_224",
+    "backbone": "test_vit",
     "weights": "random:0",
     "image_size": 32,
 }

@@ -170,7 +170,7 @@ def record(
     settings = RunSettings.model_validate(
         {
             "model": {
-                "backbone": "vit_tiny_patch16_224",
+                "backbone": "test_vit",
                 "weights": "random:0",
                 "image_size": 32,
                 "num_classes": len(CLASSES),

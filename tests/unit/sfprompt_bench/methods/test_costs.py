@@ -54,7 +54,7 @@ def base(*, cut: int = 1, prompts: int = 5, **training: float) -> RunPlan:
 
 def tiny(**training: float) -> RunPlan:
     return RunPlan(
-        model=ModelPlan(backbone="vit_tiny_patch16_224", image_size=32, cut=2, prompt_count=2),
+        model=ModelPlan(backbone="test_vit", image_size=32, cut=2, prompt_count=2),
         training=TrainingPlan.model_validate(training),
     )
 
