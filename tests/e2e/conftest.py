@@ -15,9 +15,7 @@ from split_server.client import OperatorClient, read_token
 from tests.support.processes import CommandProcess
 from tests.support.server import RunningServer, running_server
 
-SMALL = ModelPlan(
-    backbone="vit_tiny_patch16_224", weights="random:3", image_size=32, cut=1, prompt_count=4
-)
+SMALL = ModelPlan(backbone="test_vit", weights="random:3", image_size=32, cut=1, prompt_count=4)
 
 
 def small_run(*, rounds: int = 2, devices: int = 1, seed: int = 0, **training: object) -> RunPlan:

@@ -35,7 +35,7 @@ from tuning_methods.custom.settings import Custom
 
 BATCH, TRAIN, TEST = 16, 4 * 16 - 3, 10
 
-WIDTH, TOKENS = 192, 1 + 4  # class token, 2 x 2 patches
+WIDTH, TOKENS = 64, 1 + 4  # class token, 2 x 2 patches
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +197,7 @@ def test_one_device_with_sgd_equals_the_uncut_model_in_each_step(
     take_part(node.url, OPERATOR, data_dir_of(node), settings, data, home, reporter, started)
     initial, *after_rounds = states
     assert len(after_rounds) == 2
-    assert len(initial["prompts"]) == (11 if depth == "deep" else 1)
+    assert len(initial["prompts"]) == (5 if depth == "deep" else 1)
 
     uncut = Uncut(settings, tmp_path / "backbones", initial)
     samples = joined[0].samples.train.images
@@ -350,7 +350,7 @@ def test_a_sample_store_that_is_too_small_changes_no_bit_of_the_result(
     node: RunningServer, data: Dataset, tmp_path: Path
 ) -> None:
     settings = cut_run(
-        model={"image_size": 80},  # 26 tokens: 1.2 MiB for all samples
+        model={"image_size": 144},  # 82 tokens: 1.2 MiB for all samples
         wire={"keep_smashed": True},
         rounds=1,
         keep_fraction=1,

@@ -57,7 +57,7 @@ def test_the_bytes_of_split_training_are_those_of_the_papers_formula(
     undisturbed: FinishedRun,
 ) -> None:
     results = undisturbed.results
-    tokens, width = 1 + 4 + 4, 192  # class token, prompts, 2 x 2 patches
+    tokens, width = 1 + 4 + 4, 64  # class token, prompts, 2 x 2 patches
     bytes_per_sample = tokens * width * 4
     selected = sum(view.samples for view in results.rounds)
     four_transfers = 4 * bytes_per_sample * selected

@@ -19,7 +19,9 @@ def redistillation_run() -> RunPlan:
     """Two rounds; between them the server distils the proxy again, for some seconds."""
     values = small_run(devices=1, seed=4, split_epochs=0, keep_fraction=1).model_dump()
     values["model"] |= {"mlp_widths": (0, *[24] * 10, 0), "tune": "lora", "lora_rank": 2}
-    values["model"] |= {"cut": 12, "prompt_count": 0}
+    # A larger model than the other runs have, so that the server can be killed meanwhile.
+    larger = {"backbone": "vit_tiny_patch16_224", "cut": 12, "prompt_count": 0}
+    values["model"] |= larger
     distillation = {"epochs": 20, "samples": 8, "batch_size": 8, "every": 1}
     values["method"] |= {"distillation": distillation}
     return RunPlan.model_validate(values)
