@@ -52,6 +52,8 @@ def plot_accuracy(rounds: Sequence[RoundView], title: str, out: Path) -> Path:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.margins(y=0.15)
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(low, 0), min(high, 101))  # no share is above 100 %
     return save(figure, out)
 
 
