@@ -15,6 +15,9 @@ from torch import Tensor
 
 _STRENGTHS = torch.logspace(-5, 3, 33, dtype=torch.float64)  # times the mean variance
 
+# Of the samples. A fit that leaves less has learnt them by heart: cross-validation is then 0 / 0.
+_LEAST_FREEDOM = 0.03
+
 
 @dataclass(frozen=True)
 class FeatureSums:
@@ -116,6 +119,7 @@ def _choose_strength(values: Tensor, targets: Tensor, variance: float, count: fl
         damped = values + factor * mean_variance
         residual = variance - 2 * (squares / damped).sum() + (squares * values / damped**2).sum()
         freedom = 1 - (1 + (values / damped).sum()) / count
-        errors.append(float(residual / freedom**2) if freedom > 0 else float("inf"))
+        is_fit = freedom > _LEAST_FREEDOM
+        errors.append(float(residual / freedom**2) if is_fit else float("inf"))
     best = min(range(len(errors)), key=errors.__getitem__)
     return _STRENGTHS[best] * mean_variance

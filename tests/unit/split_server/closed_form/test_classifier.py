@@ -111,3 +111,14 @@ def test_an_unused_component_and_a_class_without_samples_get_no_weight() -> None
     classifier = fit(features, labels.clamp(max=CLASSES - 2), scale)
     assert torch.count_nonzero(classifier.weight[:, 3]) == 0
     assert torch.count_nonzero(classifier.weight[CLASSES - 1]) == 0
+
+
+def test_samples_of_their_own_features_are_not_learnt_by_heart() -> None:
+    """Any strength fits them equally well; without one, leave-one-out scores are the labels."""
+    features = torch.eye(40, dtype=torch.float64)
+    one_hot = F.one_hot(torch.arange(4).repeat(10), 4).double()
+    centred = features - features.mean(dim=0)
+    sums = FeatureSums(40, features.mean(dim=0), centred.T @ centred)
+    scale = torch.ones(40, dtype=torch.float64)
+    fit = fit_classifier(sums, one_hot.T @ features, one_hot.sum(dim=0), scale)
+    assert fit.leverage(features).mean() < 0.98
