@@ -62,23 +62,23 @@ def fit_start(context: RoundContext, plane: SplitPlane) -> StartResult:
     scores = leave_one_out(features @ fit.weight.T + fit.bias, one_hot.float(), fit.leverage)
     factor, loss = calibrate(scores, labels)
     context.samples.features.decay = fit.strength / factor * caution(loss, classes)
+    classifier = context.model.tail.trunk.head
     with torch.no_grad():
-        classifier = dict(context.model.tail.named_parameters())
-        classifier["trunk.head.weight"].copy_(factor * fit.weight)
-        classifier["trunk.head.bias"].copy_(factor * fit.bias)
+        classifier.weight.copy_(factor * fit.weight)
+        classifier.bias.copy_(factor * fit.bias)
     return StartResult(len(positions), loss)
 
 
 def tune_classifier(context: RoundContext, plane: SplitPlane) -> float:
     """Move the model's linear tail by steps of logistic regression on all samples' features.
 
-    Each step is of the mean gradient, divided by a bound of the loss's curvature in each feature.
-    It lowers the loss without a learning rate, and the mean of one step on every device is the step
-    on the pooled data, however the classes are distributed.
+    Each step divides the mean gradient by a bound of the loss's curvature in each feature, so that
+    it needs no learning rate. If all devices have the same penalty, the mean of one step on each is
+    the step on the pooled data, however the classes are distributed.
 
-    The loss has the ridge regression's penalty, in units of cross-entropy: `caution` times it. With
-    the whole penalty the classifier of round 0 is nearly at the optimum, and wrong labels move it
-    little.
+    The loss includes a share of the ridge regression's penalty, see `caution`. With the whole
+    penalty the classifier of round 0 is nearly optimal, and wrong labels change it little. Each
+    device computes its share in round 0; one that restarts later uses a usual value.
 
     Returns:
         The mean cross-entropy before the last step.
@@ -177,7 +177,12 @@ def caution(loss: float, classes: int) -> float:
 
 
 def calibrate(scores: Tensor, labels: Tensor) -> tuple[float, float]:
-    """Return the factor of scores [n, C] with the smallest cross-entropy, and this loss."""
+    """Return the factor of scores [n, C] with the smallest cross-entropy, and this loss in nats.
+
+    Args:
+        scores: leave-one-out scores, [n, C].
+        labels: int64 [n].
+    """
     losses = [F.cross_entropy(factor * scores, labels).item() for factor in _TEMPERATURES]
     best = min(range(len(losses)), key=losses.__getitem__)
     return float(_TEMPERATURES[best]), losses[best]
