@@ -9,7 +9,10 @@ from torch import Tensor
 
 from edge_client.training import (
     RoundContext,
+    Samples,
     TrainingResult,
+    classifier_loss,
+    evaluate,
     fit_start,
     local_update,
     select_samples,
@@ -72,6 +75,39 @@ class DeviceMethod:
             session=result.session if result else None,
             extras=self.update_extras(context, selected),
         )
+
+    def selection_loss(
+        self, context: RoundContext, plane: SplitPlane, validation: Samples | None, state: str
+    ) -> tuple[float, int] | None:
+        """Return the loss of the global state in the model by which the server selects states.
+
+        Args:
+            context: of the round that produced the state.
+            plane: the run's.
+            validation: samples that are not trained on; None: the run has none.
+            state: hash of the state.
+
+        Returns:
+            The mean loss and the number of samples; None: this device cannot tell.
+
+        Raises:
+            StaleRound: the server's global state is another one.
+        """
+        if context.run.model.depths and not context.run.training.split_epochs:
+            loss = classifier_loss(context)
+            return None if loss is None else (loss, len(context.samples))
+        if validation is None or not len(validation):
+            return None
+        measured = evaluate(
+            context.model,
+            plane,
+            validation,
+            step=f"select.{context.round}",
+            round_=context.round,
+            advance=context.advance,
+            state=state,
+        )
+        return measured.loss_sum / measured.samples, measured.samples
 
     def local_forward(self, context: RoundContext, smashed: Tensor) -> Tensor:
         """Return the local update's logits [B, C] for smashed data [B, T, D]: body left out."""

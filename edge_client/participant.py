@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from edge_client.data.batches import Augmentation, BatchReader
 from edge_client.data.dataset import Dataset
 from edge_client.data.errors import CorruptImageError
+from edge_client.data.image_set import ImageSet
 from edge_client.data.label_noise import with_noised_labels
 from edge_client.data.remarks import compose
+from edge_client.data.sampling import stratified_pick
 from edge_client.method import device_method
 from edge_client.model import DeviceModel
 from edge_client.reporter import Reporter
@@ -110,6 +115,7 @@ class JoinedRun:
         run: as the server described it when the device joined.
         files: cached files of the server.
         data: the device's images, less those that have become unreadable.
+        validation: training images that select the best state instead; None: the run has none.
         samples: the data as this run uses them.
     """
 
@@ -120,14 +126,14 @@ class JoinedRun:
         self.credential = credential
         self.run = model.run
         self.files = model.files
-        self.data = _with_private_labels(device, model.run.plan)
+        self.data, self.validation = _split_validation(device, model.run.plan)
         self._run_model = model
         self._device = device
         self._server = device.server
         self._reporter = device.reporter
         self._settings = model.run.plan
         self._method = device_method(model.run.settings)
-        self.samples = _open_samples(device, self.data, model)
+        self.samples = _open_samples(device, self.data, self.validation, model)
 
     @property
     def model(self) -> DeviceModel:
@@ -184,10 +190,12 @@ class JoinedRun:
         """
         reported = self.data.skipped
         self.data = self.data.readable()
+        if self.validation is not None:
+            self.validation = self.validation.readable()
         for skipped in self.data.skipped:
             if skipped not in reported:
                 self._reporter.event("skipped", path=skipped.path, reason=skipped.reason)
-        self.samples = _open_samples(self._device, self.data, self._run_model)
+        self.samples = _open_samples(self._device, self.data, self.validation, self._run_model)
         self._method.drop_sample_caches()
 
     def _do(self, assignment: Assignment) -> None:
@@ -225,19 +233,7 @@ class JoinedRun:
     def _train_round(self, assignment: Assignment) -> None:
         started, before = time.monotonic(), self._server.traffic()
         self._update_model(assignment)
-        strength = self._settings.training.proximal
-        context = RoundContext(
-            self._settings,
-            self._device.name,
-            assignment.round,
-            assignment.attempt,
-            self.model,
-            self.samples.train,
-            self._reporter.advance,
-            self._device.cache_bytes,
-            Proximal(self.model, strength) if strength else None,
-            assignment.start,
-        )
+        context = self._context(assignment)
         result = self._method.train_round(context, self.samples.plane)
         meta = UpdateMeta(
             round=assignment.round,
@@ -258,12 +254,30 @@ class JoinedRun:
             bytes=self._server.traffic().since(before).total(),
         )
 
+    def _context(self, assignment: Assignment) -> RoundContext:
+        """Return what the round of an assignment works with; the model has its global state."""
+        strength = self._settings.training.proximal
+        return RoundContext(
+            self._settings,
+            self._device.name,
+            assignment.round,
+            assignment.attempt,
+            self.model,
+            self.samples.train,
+            self._reporter.advance,
+            self._device.cache_bytes,
+            Proximal(self.model, strength) if strength else None,
+            assignment.start,
+            assignment.rate_scale,
+        )
+
     def _evaluate(self, assignment: Assignment) -> None:
         self._update_model(assignment)
         result = evaluate(
             self.model,
             self.samples.plane,
             self.samples.test,
+            step=f"evaluate.{assignment.round}",
             round_=assignment.round,
             advance=self._reporter.advance,
             state=assignment.state.sha256,
@@ -273,12 +287,15 @@ class JoinedRun:
             result = Evaluation(
                 samples=0, correct=0, loss_sum=0.0
             )  # so that the server does not wait
+        selection = self._selection_loss(assignment)
         report = EvaluationReport(
             round=assignment.round,
             attempt=assignment.attempt,
             samples=result.samples,
             correct=result.correct,
             loss_sum=result.loss_sum,
+            selection_loss=None if selection is None else selection[0],
+            selection_samples=0 if selection is None else selection[1],
         )
         self._server.send_evaluation(self.run.id, report)
         if report.samples:
@@ -286,6 +303,21 @@ class JoinedRun:
             self._reporter.event(
                 "evaluated", round=assignment.round, samples=result.samples, accuracy=accuracy
             )
+
+    def _selection_loss(self, assignment: Assignment) -> tuple[float, int] | None:
+        """Return the loss by which the server selects states, and its samples; None: none."""
+        if not self._settings.selects_states:
+            return None
+        result = self._method.selection_loss(
+            self._context(assignment),
+            self.samples.plane,
+            self.samples.validation,
+            assignment.state.sha256,
+        )
+        if result is None:
+            return None
+        loss, samples = result
+        return (MAX_LOSS if math.isnan(loss) else min(loss, MAX_LOSS)), samples
 
     def _update_model(self, assignment: Assignment) -> None:
         if self._run_model.update(assignment):
@@ -302,11 +334,14 @@ class RunSamples:
 
     train: Samples
     test: Samples
+    validation: Samples | None
     plane: SplitPlane
 
 
-def _open_samples(device: Participant, data: Dataset, model: RunModel) -> RunSamples:
-    """Open both sets with empty caches."""
+def _open_samples(
+    device: Participant, data: Dataset, validation: ImageSet | None, model: RunModel
+) -> RunSamples:
+    """Open all sets with empty caches."""
     settings, cache_bytes = model.run.plan, device.cache_bytes
     plane = SplitPlane(device.server, settings)
     augmentation = None
@@ -317,9 +352,15 @@ def _open_samples(device: Participant, data: Dataset, model: RunModel) -> RunSam
         data.train, preprocessing, cache_bytes=cache_bytes, augmentation=augmentation
     )
     test = BatchReader(data.test, preprocessing, cache_bytes=cache_bytes)
+    selecting = None
+    if validation is not None:
+        selecting = BatchReader(validation, preprocessing, cache_bytes=cache_bytes)
     data.drop_resized()
     return RunSamples(
-        _with_caches(device, train, model, plane), _with_caches(device, test, model, plane), plane
+        _with_caches(device, train, model, plane),
+        _with_caches(device, test, model, plane),
+        None if selecting is None else _with_caches(device, selecting, model, plane),
+        plane,
     )
 
 
@@ -339,12 +380,21 @@ def _with_caches(
     return Samples(images, outputs, uploader)
 
 
-def _with_private_labels(device: Participant, plan: RunPlan) -> Dataset:
-    """Return the device's data, with labels replaced at random if the run asks for it."""
-    epsilon = plan.training.label_epsilon
-    if epsilon is None or len(device.data.train) == 0:
-        return device.data
-    return with_noised_labels(device.data, epsilon, device_secret(device.folder))
+def _split_validation(device: Participant, plan: RunPlan) -> tuple[Dataset, ImageSet | None]:
+    """Return the device's data, and the training images that select the best state instead.
+
+    Labels are replaced at random before if the run asks for it.
+    """
+    data, epsilon = device.data, plan.training.label_epsilon
+    if epsilon is not None and len(data.train):
+        data = with_noised_labels(data, epsilon, device_secret(device.folder))
+    count = int((plan.training.validation_share or 0.0) * len(data.train))
+    if not count:
+        return data, None
+    seed = derive_seed(plan.seed, "validation", device.name)
+    chosen = stratified_pick(data.train.labels.numpy(), count, seed, field="validation")
+    others = np.setdiff1d(np.arange(len(data.train)), chosen)
+    return Dataset(data.train.subset(others), data.test), data.train.subset(chosen)
 
 
 def succeeded(last: Assignment) -> bool:

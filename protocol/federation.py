@@ -45,6 +45,19 @@ class FederationSettings(Message):
     evaluate_every: int = Field(
         1, ge=0, le=100_000, description="rounds from one evaluation to the next; 0: never"
     )
+    keep_best: bool = Field(
+        True,
+        description="discard a state whose loss is above that of the best one, go back to the best "
+        "one, and halve the learning rates; in runs whose devices report a loss for that, see "
+        "training.validation_share",
+    )
+    patience: int = Field(
+        3,
+        ge=0,
+        le=100_000,
+        description="finish after this number of evaluations in a row that lowered this loss by "
+        "less than 0.1 %; 0: never before the last round",
+    )
     max_samples: int = Field(
         1_000_000,
         ge=1,

@@ -144,6 +144,7 @@ class RoundView(Message):
     evaluation_loss: float | None = None
     evaluation_samples: Count = 0
     epsilon: float | None = None  # of all rounds so far, with noise (federation.dp_…)
+    kept: bool = True  # False: the state was worse than the best one, and was discarded
     traffic: BytesByPhase = {}
     state: BlobRef | None = None  # the round's global state
 
@@ -167,6 +168,12 @@ class Results(Message):
     rounds: tuple[RoundView, ...]
     participants: tuple[ParticipantView, ...]
     traffic: BytesByPhase  # of all participants
+
+    @property
+    def best(self) -> RoundView | None:
+        """The measured round whose state the run has: the last one that was kept."""
+        closed = (view for view in reversed(self.rounds) if view.status == RoundStatus.CLOSED)
+        return next((view for view in closed if view.kept and view.accuracy is not None), None)
 
 
 class Event(Message):
@@ -208,12 +215,13 @@ class Assignment(Message):
     reason: str | None = None
     head: BlobRef | None = None  # only where the method rebuilds it during the run
     start: Count | None = None  # the attempt at round 0 that counted, in a run that has one
+    rate_scale: Annotated[float, Field(gt=0, le=1)] = 1.0  # of the learning rates in this round
 
     @model_serializer(mode="wrap")
     def _omit_missing(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         values: dict[str, Any] = handler(self)
-        for name in ("head", "start"):
-            if values.get(name) is None:
+        for name, missing in (("head", None), ("start", None), ("rate_scale", 1.0)):
+            if values.get(name) == missing:
                 values.pop(name, None)
         return values
 
@@ -245,6 +253,8 @@ class EvaluationReport(Message):
     samples: Count
     correct: Count
     loss_sum: float
+    selection_loss: Loss | None = None  # by which the server selects a state; see SPEC, section 9
+    selection_samples: Count = 0  # behind this mean
 
     @model_validator(mode="after")
     def _check_correct(self) -> EvaluationReport:

@@ -99,6 +99,14 @@ class TrainingSettings(Message):
         4, ge=1, le=1000, description="augmented views of a sample whose smashed data are cached"
     )
 
+    validation_share: float | None = Field(
+        None,
+        ge=0,
+        le=0.5,
+        description="share of each device's training images, by class, that select the best state "
+        "and are not trained on; none: 0.1 where prompts are tuned after a closed-form start, "
+        "else 0",
+    )
     label_epsilon: float | None = Field(
         None,
         gt=0,

@@ -267,6 +267,16 @@ class RunPlan(Message):
         """The number of the run's first round: 0 with a closed-form start, else 1."""
         return 0 if self.model.depths else 1
 
+    @property
+    def selects_states(self) -> bool:
+        """Whether devices report a loss by which the server selects the best state.
+
+        With a validation share it is that of these images. A classifier that is only refined after
+        a closed-form start has none: each honest round lowers the loss that it is fitted to.
+        """
+        refines = self.model.depths and not self.training.split_epochs
+        return self.federation.keep_best and bool(refines or self.training.validation_share)
+
     @model_validator(mode="after")
     def _check_combinations(self) -> RunPlan:
         for refused, message in _refusals(self):
@@ -314,6 +324,24 @@ def _refusals(plan: RunPlan) -> list[tuple[bool, str]]:
             mean_token and plan.federation.dp_clip is not None,
             "prompt_init = mean-token does not go with federation.dp_clip, which would clip the "
             "shift of the first round",
+        ),
+        *(
+            (
+                bool(training.validation_share) and plan.federation.keep_best and refused,
+                f"training.validation_share needs federation.{needed} or keep_best = false: {why}",
+            )
+            for refused, needed, why in (
+                (
+                    plan.federation.server_optimizer != "fedavg",
+                    "server_optimizer = fedavg",
+                    "moments do not go back to an earlier state",
+                ),
+                (
+                    plan.federation.dp_clip is not None,
+                    "dp_clip = none",
+                    "the losses that select a state carry no noise",
+                ),
+            )
         ),
         (
             model.tune_body and training.split_epochs == 0,

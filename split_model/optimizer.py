@@ -23,6 +23,17 @@ def learning_rate_factor(training: TrainingPlan, progress: float, rounds: int) -
     return 0.5 * (1 + math.cos(math.pi * (progress - warm) / (1 - warm)))
 
 
+def scale_rates(training: TrainingPlan, scale: float) -> TrainingPlan:
+    """Return the plan with both learning rates multiplied by ``scale``."""
+    if scale == 1:
+        return training
+    rates = {
+        name: scale * getattr(training, name)
+        for name in ("prompt_learning_rate", "tail_learning_rate")
+    }
+    return training.model_copy(update=rates)
+
+
 def make_optimizer(
     training: TrainingPlan,
     prompts: nn.Parameter | None,

@@ -1,6 +1,6 @@
 """The phases of a round on the device, in the order in which they run."""
 
-from edge_client.training.closed_form import fit_start, tune_classifier
+from edge_client.training.closed_form import classifier_loss, fit_start, tune_classifier
 from edge_client.training.context import Diverged, Proximal, RoundContext, Samples
 from edge_client.training.evaluation import Evaluation, evaluate
 from edge_client.training.local_update import local_update
@@ -14,6 +14,7 @@ __all__ = [
     "RoundContext",
     "Samples",
     "TrainingResult",
+    "classifier_loss",
     "evaluate",
     "fit_start",
     "local_update",

@@ -117,6 +117,24 @@ def tune_classifier(context: RoundContext, plane: SplitPlane) -> float:
     return loss
 
 
+def classifier_loss(context: RoundContext) -> float | None:
+    """Return the loss that `tune_classifier` lowers: mean cross-entropy, and the penalty.
+
+    Returns:
+        None if this device does not have the features.
+    """
+    cache = context.samples.features
+    if cache.features is None or cache.attempt != context.start_attempt:
+        return None
+    tail, variances = context.model.tail.trunk.head, cache.features.variances.double()
+    labels = context.samples.images.image_set.labels[: len(cache.features.values)]
+    weight = tail.weight.detach().double()  # (C, r)
+    scores = cache.features.values.double() @ weight.T + tail.bias.detach().double()  # (n, C)
+    used = variances > 0
+    penalty = float((cache.decay * weight.square()[:, used] / variances[used]).sum() / 2)
+    return float(F.cross_entropy(scores, labels)) + penalty
+
+
 def _known_features(context: RoundContext, plane: SplitPlane) -> Features:
     """Return the features of round 0; requests them if this device did not take part in it."""
     cache = context.samples.features

@@ -121,6 +121,7 @@ class RoundContext:
     cache_bytes: int  # memory budget of a cache of the tuning method
     proximal: Proximal | None = None
     start_attempt: int | None = None  # the attempt at round 0 that counted; None: none yet
+    rate_scale: float = 1.0  # of the learning rates, below 1 after discarded states
 
     def add_proximal_gradients(self) -> None:
         """Add FedProx's gradient to a batch's gradients, if the run uses it."""
@@ -162,4 +163,4 @@ class RoundContext:
         """Return the schedule's factor after ``done`` of this round's ``total`` steps."""
         rounds = self.run.federation.rounds
         progress = (self.round - 1 + done / total) / rounds
-        return learning_rate_factor(self.run.training, progress, rounds)
+        return self.rate_scale * learning_rate_factor(self.run.training, progress, rounds)

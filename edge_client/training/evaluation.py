@@ -38,6 +38,7 @@ def evaluate(
     plane: SplitPlane,
     samples: Samples,
     *,
+    step: str,
     round_: int,
     advance: Advance,
     state: str | None = None,
@@ -46,6 +47,15 @@ def evaluate(
 
     The head computes the next batch while the server computes one. A device with the whole model
     sends no request.
+
+    Args:
+        model: with the global state.
+        plane: the run's.
+        samples: of one set.
+        step: prefix of the requests' names.
+        round_: that produced the state.
+        advance: receives the progress.
+        state: hash of the only state to compute with; None: the server's newest.
 
     Raises:
         StaleRound: the server's global state is no longer ``state``.
@@ -64,10 +74,10 @@ def evaluate(
             return smashed
 
     for done, (batch, smashed) in enumerate(prefetch(batches, compute_smashed), start=1):
-        step = f"evaluate.{round_}.{done}"
+        name = f"{step}.{done}"
 
-        def request(tensor: Tensor, step: str = step) -> Tensor:
-            return plane.infer(tensor, step=step, round_=round_, state=state)
+        def request(tensor: Tensor, name: str = name) -> Tensor:
+            return plane.infer(tensor, step=name, round_=round_, state=state)
 
         if smashed is None:
             features = samples.request_with_batch(batch, None, request)

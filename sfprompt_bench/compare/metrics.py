@@ -80,7 +80,7 @@ def run_figures(
     accuracies = [view.accuracy for view in closed if view.accuracy is not None]
     all_bytes = total_bytes(results.traffic)
     return {
-        "accuracy": accuracies[-1] if accuracies else None,
+        "accuracy": results.best.accuracy if results.best else None,
         "best_accuracy": max(accuracies, default=None),
         "accuracy_clients": dict(by_device),
         "accuracy_worst_client": min(by_device.values(), default=None),
@@ -154,7 +154,7 @@ def reference_figures(result: ReferenceResult, seconds: float) -> Figures:
 
 
 def device_accuracies(data_dir: Path, run_id: str) -> dict[str, float]:
-    """Read the last evaluation's accuracy on each device's samples, by device name.
+    """Read the accuracy of the run's state on each device's samples, by device name.
 
     Devices without held-out samples, or without a response in that round, are left out.
     """
@@ -163,7 +163,7 @@ def device_accuracies(data_dir: Path, run_id: str) -> dict[str, float]:
         with store.reading() as session:
             newest = session.execute(
                 select(RoundRow.round, RoundRow.attempt)
-                .where(RoundRow.run_id == run_id, RoundRow.accuracy.is_not(None))
+                .where(RoundRow.run_id == run_id, RoundRow.accuracy.is_not(None), RoundRow.kept)
                 .order_by(RoundRow.round.desc(), RoundRow.attempt.desc())
                 .limit(1)
             ).first()

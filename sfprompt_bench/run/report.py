@@ -55,7 +55,7 @@ def summary(results: Results, seconds: float) -> dict[str, Any]:
         "run": results.run.id,
         "status": str(results.run.status),
         "rounds": len(closed),
-        "accuracy": accuracies[-1] if accuracies else None,
+        "accuracy": results.best.accuracy if results.best else None,
         "best_accuracy": max(accuracies, default=None),
         "seconds": seconds,
         "epsilon": spent_epsilon(results),

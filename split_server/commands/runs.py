@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from protocol.errors import InvalidField, NotFound
-from protocol.messages import Event, Results, RunView, parse_message
+from protocol.messages import Event, Results, RoundView, RunView, parse_message
 from protocol.presets import Form, over_form
 from protocol.settings import RunSettings
 from protocol.traffic import total_bytes
@@ -228,12 +228,21 @@ def _event_line(event: Event) -> str:
     return f"{event.seq:>4}  {event.kind:<20}  {data}"
 
 
+def _accuracy(view: RoundView, best: RoundView | None) -> str:
+    """Show a round's accuracy, and whether the run has its state."""
+    if view.accuracy is None:
+        return "-"
+    mark = " discarded" if not view.kept else " *" if view == best else ""
+    return f"{view.accuracy:.2%}{mark}"
+
+
 def _rounds_table(results: Results) -> Table:
     table = Table(title=f"{results.run.id} ({results.run.status})", title_justify="left")
     is_private = any(view.epsilon is not None for view in results.rounds)
     names = ["round", "status", "updates", "samples", "loss", "accuracy", "MB"]
     for name in [*names, "epsilon"] if is_private else names:
         table.add_column(name, justify="left" if name == "status" else "right")
+    best = results.best
     for view in results.rounds:
         epsilon = "-" if view.epsilon is None else f"{view.epsilon:.2f}"
         nbytes = total_bytes(view.traffic)
@@ -243,7 +252,7 @@ def _rounds_table(results: Results) -> Table:
             f"{len(view.updated)}/{len(view.sampled)}",
             str(view.samples),
             "-" if view.train_loss is None else f"{view.train_loss:.4f}",
-            "-" if view.accuracy is None else f"{view.accuracy:.2%}",
+            _accuracy(view, best),
             f"{nbytes / 1e6:.2f}",
             *([epsilon] if is_private else []),
         )

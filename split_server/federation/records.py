@@ -50,6 +50,7 @@ def add_run(
         backbone_path=backbone_path,
         backbone_bytes=prepared.backbone_bytes,
         renewed=0,
+        best=None,
         head_sha256=prepared.head.sha256,
         head_nbytes=prepared.head.nbytes,
     )
@@ -167,5 +168,7 @@ def count_evaluation(
         )
     )
     idempotent.remember(session, {}, at)
-    data: dict[str, Any] = report.model_dump(exclude={"loss_sum"})
+    data: dict[str, Any] = report.model_dump(exclude={"loss_sum", "selection_samples"})
+    if report.selection_loss is None:
+        data.pop("selection_loss")
     record_event(session, run_id, at, "evaluation_counted", participant=participant_id, **data)

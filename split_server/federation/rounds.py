@@ -177,10 +177,12 @@ def _evaluators(run: RunSnapshot, open_round: OpenRound, live: Collection[str]) 
     is_last = open_round.round >= federation.rounds
     if interval == 0 or not (open_round.round % interval == 0 or is_last):
         return ()
+    selects = run.plan.selects_states
     return tuple(
         participant.id
         for participant in run.present
-        if participant.test_samples > 0 and participant.id in live
+        if participant.id in live
+        and (participant.test_samples or (selects and participant.train_samples))
     )
 
 
@@ -233,6 +235,7 @@ def assignment_for(run: RunSnapshot, participant_id: str, now: float) -> Assignm
         reason=reason,
         head=run.head if run.settings.method.rebuilds_head else None,
         start=run.start_attempt,
+        rate_scale=run.rate_scale,
     )
 
 

@@ -194,8 +194,9 @@ class RunRegistry:
             before: the run before its last change; jobs may still read its server-side state.
         """
         run = self._snapshots[run_id]
+        wanted_states = [before.state, run.state, *([run.best.refs] if run.best else [])]
         self.files(run_id).prune_server_states(
-            snapshot.state.server.sha256 for snapshot in (before, run) if snapshot.state.server
+            refs.server.sha256 for refs in wanted_states if refs.server
         )
         wanted: list[str] = []
         if run.open_round is not None and run.open_round.status == RoundStatus.TRAINING:

@@ -17,8 +17,19 @@ from protocol.plan import RunPlan
 from protocol.settings import RunSettings
 from split_server.method import ServerMethod, server_method
 from split_server.models.body_key import BodyKey
-from split_server.storage.database import EvaluationRow, ParticipantRow, RoundRow, RunRow, UpdateRow
+from split_server.storage.database import (
+    BestState,
+    EvaluationRow,
+    ParticipantRow,
+    RoundRow,
+    RunRow,
+    UpdateRow,
+)
 from split_server.storage.run_files import RunFiles, StateRefs
+
+_RATE_CUT = 0.5  # of the learning rates, for each state that was discarded
+
+_LEAST_RATE_SCALE = 2.0**-20
 
 
 @dataclass(frozen=True)
@@ -78,6 +89,8 @@ class RunSnapshot:
     repeats: int  # failed attempts at the round after these
     start_attempt: int | None = None  # at round 0, whose result the run uses; None: none yet
     renewed: int = 0  # the round after which weights and head were made again; 0: never
+    best: BestState | None = None  # the best measured state; None: none was measured
+    discarded: int = 0  # rounds whose state was worse than the best one
     deadline: float | None = None  # of the open phase, on the monotonic clock
 
     @property
@@ -102,6 +115,11 @@ class RunSnapshot:
         if self.start_attempt is None:
             raise NotFound("the run has no features before its round 0", field="round", value=0)
         return files.basis(self.start_attempt)
+
+    @property
+    def rate_scale(self) -> float:
+        """The factor on the learning rates of the next or open round."""
+        return max(_LEAST_RATE_SCALE, _RATE_CUT**self.discarded)
 
     @property
     def next_round(self) -> int:
@@ -162,6 +180,11 @@ def load_snapshot(session: Session, run_id: str, data_dir: Path) -> RunSnapshot:
             RoundRow.round == settings.plan.first_round + (closed or 0),
         )
     )
+    discarded = session.scalar(
+        select(func.count())
+        .select_from(RoundRow)
+        .where(RoundRow.run_id == run_id, RoundRow.kept.is_(False))
+    )
     start_attempt = session.scalar(
         select(RoundRow.attempt).where(
             RoundRow.run_id == run_id,
@@ -186,6 +209,8 @@ def load_snapshot(session: Session, run_id: str, data_dir: Path) -> RunSnapshot:
         repeats=repeats or 0,
         start_attempt=start_attempt,
         renewed=run.renewed,
+        best=run.best_state,
+        discarded=discarded or 0,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -33,10 +34,17 @@ from split_server.federation.rounds import (
     Repeat,
     repeat_or_fail,
 )
+from split_server.federation.selection import Report, compare
 from split_server.federation.snapshot import OpenRound, RunSnapshot
 from split_server.federation.views import closed_traffic
 from split_server.method import RoundMean
-from split_server.storage.database import EvaluationRow, RoundRow, RunRow, UpdateRow
+from split_server.storage.database import (
+    BestState,
+    EvaluationRow,
+    RoundRow,
+    RunRow,
+    UpdateRow,
+)
 from split_server.storage.events import record_event
 from split_server.storage.run_files import RunFiles, StateRefs
 from split_server.storage.tensor_files import open_tensors, read_tensors
@@ -165,7 +173,10 @@ def apply(
     if isinstance(action, Publish):
         _publish(session, run, row, action, meter, at)
     elif isinstance(action, CloseRound):
-        _measure(session, run, row)
+        reports = _reports(session, run, row.round, row.attempt)
+        _measure(row, reports)
+        if run.plan.federation.keep_best:
+            _select_state(session, run, row, reports, at)
         _close(session, run, row, meter, at)
     elif isinstance(action, Repeat):
         _give_up(session, run, row, meter, at)
@@ -220,6 +231,9 @@ def _open(session: Session, run: RunSnapshot, action: OpenTraining, at: float) -
             evaluators=[],
             samples=0,
             evaluation_samples=0,
+            change=None,
+            kept=True,
+            progress=True,
             traffic={},
         )
     )
@@ -280,23 +294,64 @@ def _set_state(session: Session, run: RunSnapshot, row: RoundRow, refs: StateRef
     run_row.set_state(refs)
 
 
-def _measure(session: Session, run: RunSnapshot, row: RoundRow) -> None:
-    reports_by_id = {
+def _reports(
+    session: Session, run: RunSnapshot, round_: int, attempt: int
+) -> dict[str, EvaluationRow]:
+    """Return the evaluations of an attempt at a round by participant, in the order of every sum."""
+    by_id = {
         report.participant_id: report
         for report in session.scalars(
             select(EvaluationRow).where(
-                EvaluationRow.run_id == row.run_id,
-                EvaluationRow.round == row.round,
-                EvaluationRow.attempt == row.attempt,
+                EvaluationRow.run_id == run.id,
+                EvaluationRow.round == round_,
+                EvaluationRow.attempt == attempt,
             )
         )
     }
-    reports = [reports_by_id[id_] for id_ in run.in_order(frozenset(reports_by_id))]
-    samples = sum(report.samples for report in reports)
+    return {id_: by_id[id_] for id_ in run.in_order(frozenset(by_id))}
+
+
+def _measure(row: RoundRow, reports: Mapping[str, EvaluationRow]) -> None:
+    samples = sum(report.samples for report in reports.values())
     if samples:
         row.evaluation_samples = samples
-        row.accuracy = sum(report.correct for report in reports) / samples
-        row.evaluation_loss = sum(report.loss_sum for report in reports) / samples
+        row.accuracy = sum(report.correct for report in reports.values()) / samples
+        row.evaluation_loss = sum(report.loss_sum for report in reports.values()) / samples
+
+
+def _select_state(
+    session: Session,
+    run: RunSnapshot,
+    row: RoundRow,
+    reports: Mapping[str, EvaluationRow],
+    at: float,
+) -> None:
+    """Make the measured state the best one, or go back to the best one if it is worse."""
+    new, run_row = _losses(reports), session.get_one(RunRow, run.id)
+    if not new:
+        return
+    best = run_row.best_state
+    verdict = None
+    if best is not None:
+        verdict = compare(new, _losses(_reports(session, run, best.round, best.attempt)))
+    if verdict is not None:
+        row.change, row.kept, row.progress = verdict.change, verdict.is_kept, verdict.is_progress
+    if best is not None and not row.kept:
+        run_row.set_state(best.refs)
+        _record(session, row, "state_discarded", at, change=row.change, best_round=best.round)
+        return
+    refs = run_row.state
+    run_row.best = BestState(
+        round=row.round, attempt=row.attempt, device=refs.device, server=refs.server
+    ).model_dump(mode="json")
+
+
+def _losses(reports: Mapping[str, EvaluationRow]) -> dict[str, Report]:
+    return {
+        id_: Report(report.selection_loss, report.selection_samples)
+        for id_, report in reports.items()
+        if report.selection_loss is not None and report.selection_samples
+    }
 
 
 def _close(session: Session, run: RunSnapshot, row: RoundRow, meter: Meter, at: float) -> None:
@@ -311,8 +366,23 @@ def _close(session: Session, run: RunSnapshot, row: RoundRow, meter: Meter, at: 
         evaluation_loss=row.evaluation_loss,
         evaluation_samples=row.evaluation_samples,
     )
+    patience = run.plan.federation.patience
     if row.round >= run.plan.federation.rounds:
         end_run(session, run.id, RunStatus.FINISHED, None, at)
+    elif patience and _rounds_without_progress(session, run) >= patience:
+        reason = f"{patience} rounds in a row without progress (federation.patience)"
+        end_run(session, run.id, RunStatus.FINISHED, reason, at)
+
+
+def _rounds_without_progress(session: Session, run: RunSnapshot) -> int:
+    """Count the newest measured rounds in a row whose state is no better than the best one."""
+    session.flush()
+    steps = session.scalars(
+        select(RoundRow.progress)
+        .where(RoundRow.run_id == run.id, RoundRow.change.is_not(None))
+        .order_by(RoundRow.round.desc(), RoundRow.attempt.desc())
+    )
+    return len(list(itertools.takewhile(lambda progress: not progress, steps)))
 
 
 def _give_up(session: Session, run: RunSnapshot, row: RoundRow, meter: Meter, at: float) -> None:

@@ -76,6 +76,13 @@ def check_report(report: EvaluationReport, participant: Participant) -> None:
             limit=participant.test_samples,
             value=report.samples,
         )
+    if report.selection_samples > participant.train_samples:
+        raise InvalidField(
+            "a device cannot select states by more samples than it joined with",
+            field="selection_samples",
+            limit=participant.train_samples,
+            value=report.selection_samples,
+        )
     if not 0 <= report.loss_sum <= MAX_LOSS * report.samples:
         raise InvalidField(
             "the sum of losses is out of range",

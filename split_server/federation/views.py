@@ -121,6 +121,7 @@ def _round(
         evaluation_loss=row.evaluation_loss,
         evaluation_samples=row.evaluation_samples,
         epsilon=epsilon,
+        kept=row.kept,
         traffic=traffic,
         state=state,
     )

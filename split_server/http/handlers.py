@@ -27,6 +27,7 @@ from protocol.wire import (
     SAMPLES_PATH,
 )
 from split_model.backbone.architecture import anatomy
+from split_model.optimizer import scale_rates
 from split_server.closed_form.basis import Basis, read_basis
 from split_server.engine.api import (
     BackwardJob,
@@ -270,7 +271,7 @@ def _session_plan(context: HandlerContext, round_: int) -> SessionPlan:
             "this run has no prompts to tune", field="prompt_count", limit=1, value=0
         )
     return SessionPlan(
-        training=plan.training,
+        training=scale_rates(plan.training, context.run.rate_scale),
         rounds=plan.federation.rounds,
         round=round_,
         initial=partial(read_prompts, server_state_file(context)),

@@ -12,17 +12,32 @@ from sqlalchemy import JSON, Connection, ForeignKey, ForeignKeyConstraint, creat
 from sqlalchemy.engine import URL
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
+from protocol.base import Message
 from protocol.errors import InvalidField
 from protocol.messages import BlobRef
 from split_server.storage.run_files import StateRefs
 
-SCHEMA_VERSION = 6
+SCHEMA_VERSION = 7
 
 
 class Base(DeclarativeBase):
     """All tables of `SCHEMA_VERSION`."""
 
     type_annotation_map = {dict[str, Any]: JSON, list[str]: JSON}
+
+
+class BestState(Message):
+    """The best measured state of a run, and the attempt at a round that produced it."""
+
+    round: int
+    attempt: int
+    device: BlobRef
+    server: BlobRef | None
+
+    @property
+    def refs(self) -> StateRefs:
+        """Its files."""
+        return StateRefs(self.device, self.server)
 
 
 class RunRow(Base):
@@ -45,6 +60,7 @@ class RunRow(Base):
     state_nbytes: Mapped[int]
     server_sha256: Mapped[str | None] = mapped_column("held_sha256")  # the server-side state
     server_nbytes: Mapped[int | None] = mapped_column("held_nbytes")
+    best: Mapped[dict[str, Any] | None]  # `BestState`; None: no state has been measured
 
     def set_state(self, refs: StateRefs) -> None:
         """Make this the run's global state."""
@@ -59,6 +75,11 @@ class RunRow(Base):
         if self.server_sha256 is not None and self.server_nbytes is not None:
             server = BlobRef(sha256=self.server_sha256, nbytes=self.server_nbytes)
         return StateRefs(BlobRef(sha256=self.state_sha256, nbytes=self.state_nbytes), server)
+
+    @property
+    def best_state(self) -> BestState | None:
+        """The best measured state."""
+        return None if self.best is None else BestState.model_validate(self.best)
 
 
 class ParticipantRow(Base):
@@ -98,6 +119,9 @@ class RoundRow(Base):
     accuracy: Mapped[float | None]
     evaluation_loss: Mapped[float | None]
     evaluation_samples: Mapped[int]
+    change: Mapped[float | None]  # of the selection loss against the best state
+    kept: Mapped[bool]  # whether the state replaced the best one
+    progress: Mapped[bool]  # whether it is better by enough to go on
     state_sha256: Mapped[str | None]
     state_nbytes: Mapped[int | None]
     traffic: Mapped[dict[str, Any]]
@@ -144,6 +168,8 @@ class EvaluationRow(_RoundEntry, Base):
 
     correct: Mapped[int]
     loss_sum: Mapped[float]
+    selection_loss: Mapped[float | None]
+    selection_samples: Mapped[int]
 
 
 class EventRow(Base):

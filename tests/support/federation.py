@@ -238,10 +238,17 @@ class FederationHarness:
         samples: int = 10,
         correct: int = 5,
         loss_sum: float = 10.0,
+        selection_loss: float | None = None,
         key: str | None = None,
     ) -> None:
         report = EvaluationReport(
-            round=round_, attempt=attempt, samples=samples, correct=correct, loss_sum=loss_sum
+            round=round_,
+            attempt=attempt,
+            samples=samples,
+            correct=correct,
+            loss_sum=loss_sum,
+            selection_loss=selection_loss,
+            selection_samples=0 if selection_loss is None else 10,
         )
         content = report.model_dump_json().encode()
         idempotent = IdempotentRequest.of(

@@ -21,6 +21,8 @@ from tuning_methods.proxies.settings import (
 if TYPE_CHECKING:
     from protocol.settings import RunSettings
 
+_VALIDATION_SHARE = 0.1  # where prompts are tuned after a closed-form start
+
 _DEPTHS = 4  # of the default form: more add bytes and time, and little accuracy
 
 _MODEL = (
@@ -174,10 +176,14 @@ class SFPrompt(_SplitPrompts):
 
     def training_part(self, settings: RunSettings) -> Fields:
         form = self.form(settings)
+        share = settings.training.validation_share
+        if share is None and form.depths and form.split_epochs:
+            share = _VALIDATION_SHARE
         return {field: getattr(self, field) for field in _TRAINING} | {
             "split_epochs": form.split_epochs,
             "local_epochs": form.local_epochs,
             "keep_fraction": form.keep_fraction,
+            "validation_share": share,
         }
 
     def form(self, settings: RunSettings) -> Form:

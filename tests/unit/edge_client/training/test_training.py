@@ -348,6 +348,7 @@ def test_each_epoch_of_the_run_has_its_own_augmentation() -> None:
             context.model,
             BodyServer().plane,
             context.samples,
+            step="evaluate",
             round_=1,
             advance=lambda *_: None,
         )
@@ -365,6 +366,7 @@ def test_evaluation_counts_the_correct_predictions_of_the_uncut_model() -> None:
         context.model,
         server.plane,
         context.samples,
+        step="evaluate",
         round_=1,
         advance=lambda *step: progress.append(step),
     )
@@ -386,6 +388,7 @@ def test_a_device_without_test_images_has_nothing_to_count() -> None:
         context.model,
         BodyServer().plane,
         context.samples,
+        step="evaluate",
         round_=1,
         advance=lambda *_: None,
     )
