@@ -13,8 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_client.data.errors import MissingDataError
-from edge_client.data.layout import find_classes, find_layout
+from edge_client.data.layout import list_files
 from edge_client.data.pictures import NEARLY_ONE_VALUE, WHITE, Colour, Picture
 from edge_client.data.reading import Failed, Progress, Reading
 from edge_client.data.remarks import Skipped, as_text, class_name
@@ -123,19 +122,15 @@ def check_folder(
         MissingDataError: ``root`` is not a folder.
         PartitionError: ``held_out`` is out of range.
     """
-    if not root.is_dir():
-        raise MissingDataError("folder", limit="a folder", value=as_text(root))
-    layout = find_layout(root, class_names)
-    train = find_classes(layout.train)
-    test = None if layout.test is None else find_classes(layout.test)
+    listed = list_files(root, class_names, "folder")
+    train, test = listed.train, listed.test
     files = [(name, path, "train") for name, path in train.files]
     files += [] if test is None else [(name, path, "test") for name, path in test.files]
     seen, failed = _read(files, background, progress)
     if test is None:
         seen = _hold_out(seen, held_out, seed)
-    skipped = [*layout.unused, *train.skipped, *(() if test is None else test.skipped)]
     findings = [Finding("unreadable", True, as_text(path), why) for path, why in failed.items()]
-    findings += [_of_skipped(entry) for entry in dict.fromkeys(skipped)]
+    findings += [_of_skipped(entry) for entry in dict.fromkeys(listed.skipped)]
     folders = {*train.folders.values(), *(() if test is None else test.folders.values())}
     used = seen
     if class_names is not None:

@@ -9,10 +9,10 @@ import torch
 
 from edge_client.data.batches import Preprocessing
 from edge_client.data.dataset import Dataset, hold_out
-from edge_client.data.errors import EmptyDatasetError, MissingDataError
+from edge_client.data.errors import EmptyDatasetError
 from edge_client.data.first_read import read_once
 from edge_client.data.image_set import FileStore, ImageSet
-from edge_client.data.layout import ClassFiles, Layout, find_classes, find_layout
+from edge_client.data.layout import ClassFiles, Layout, list_files
 from edge_client.data.pictures import SUFFIXES, WHITE, Colour
 from edge_client.data.reading import Progress
 from edge_client.data.remarks import Skipped, as_text, summarise
@@ -51,11 +51,8 @@ def load_folder(
         EmptyDatasetError: there is no readable training image.
         PartitionError: ``held_out`` is out of range.
     """
-    if not root.is_dir():
-        raise MissingDataError("--data folder", limit="a folder", value=as_text(root))
-    layout = find_layout(root, class_names)
-    train = find_classes(layout.train)
-    test = None if layout.test is None else find_classes(layout.test)
+    listed = list_files(root, class_names, "--data folder")
+    train, test = listed.train, listed.test
     files = train.files + (() if test is None else test.files)
     paths = [path for _, path in files]
     first = read_once(paths, background, preprocessing, cache_bytes, progress)
@@ -66,12 +63,12 @@ def load_folder(
     train_files = list(filter(is_readable, train.files))
     test_files = [] if test is None else list(filter(is_readable, test.files))
     skipped = [Skipped(as_text(path), reason) for path, reason in first.failed.items()]
-    skipped += [*layout.unused, *train.skipped, *_without_images(train, train_files)]
+    skipped += [*listed.skipped, *_without_images(train, train_files)]
     if test is not None:
-        skipped += [*test.skipped, *_without_images(test, test_files)]
+        skipped += _without_images(test, test_files)
     skipped.sort(key=lambda entry: entry.path)
     if not train_files:
-        raise _no_images(layout, skipped)
+        raise _no_images(listed.layout, skipped)
     names = tuple(sorted({name for name, _ in train_files + test_files}))
 
     def image_set(entries: Sequence[tuple[str, Path]], noticed: Sequence[Skipped]) -> ImageSet:

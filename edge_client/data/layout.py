@@ -18,6 +18,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from edge_client.data.errors import MissingDataError
 from edge_client.data.pictures import SUFFIXES
 from edge_client.data.remarks import Skipped, as_text, class_name
 from edge_client.data.walk import PictureWalk
@@ -55,6 +56,45 @@ class ClassFiles:
     files: tuple[tuple[str, Path], ...]
     folders: dict[Path, str]
     skipped: tuple[Skipped, ...]
+
+
+@dataclass(frozen=True)
+class FolderFiles:
+    """All picture files of a data folder.
+
+    Attributes:
+        layout: where the class folders are.
+        train: files of the training images, or of all images if ``test`` is None.
+        test: files of the test images; None: the folder has no test folder.
+    """
+
+    layout: Layout
+    train: ClassFiles
+    test: ClassFiles | None
+
+    @property
+    def skipped(self) -> tuple[Skipped, ...]:
+        """Files and folders that are skipped, with the reasons."""
+        test = () if self.test is None else self.test.skipped
+        return (*self.layout.unused, *self.train.skipped, *test)
+
+
+def list_files(root: Path, class_names: Sequence[str] | None, field: str) -> FolderFiles:
+    """List the picture files of a data folder, without opening any.
+
+    Args:
+        root: the data folder.
+        class_names: class names of the run; None: they are not known.
+        field: name of the folder in an error.
+
+    Raises:
+        MissingDataError: ``root`` is not a folder.
+    """
+    if not root.is_dir():
+        raise MissingDataError(field, limit="a folder", value=as_text(root))
+    layout = find_layout(root, class_names)
+    test = None if layout.test is None else find_classes(layout.test)
+    return FolderFiles(layout, find_classes(layout.train), test)
 
 
 def find_layout(root: Path, class_names: Sequence[str] | None) -> Layout:

@@ -72,6 +72,8 @@ class Reply:
     tensors: Mapping[str, tuple[Tensor, str]] = field(default_factory=dict)
 
 
+Compute = Callable[[], Awaitable[Tensor]]
+
 Submit = Callable[[], Awaitable[Reply]]
 
 Handler = Callable[[HandlerContext, SplitRequest], Submit | Reply]
@@ -137,9 +139,10 @@ def handle_exchange(context: HandlerContext, request: SplitRequest) -> Submit | 
         fingerprint=request.fingerprint,
         num_tokens=request.num_tokens,
     )
-    compute = partial(context.services.engine.submit, job)
-    finish = None if basis is None else basis.project
-    return submit(compute, "features", request.plan.wire.features, meta, finish, context)
+    compute: Compute = partial(context.services.engine.submit, job)
+    if basis is not None:
+        compute = followed_by(context, compute, basis.project)
+    return submit(compute, "features", request.plan.wire.features, meta)
 
 
 def handle_infer(context: HandlerContext, request: SplitRequest) -> Submit | Reply:
@@ -160,7 +163,7 @@ def handle_infer(context: HandlerContext, request: SplitRequest) -> Submit | Rep
     if basis is None:
         return submit(compute, "features", codec, infer.meta)
     classify = partial(classify_features, basis, device_state_file(context))
-    return submit(compute, "logits", codec, infer.meta, classify, context)
+    return submit(followed_by(context, compute, classify), "logits", codec, infer.meta)
 
 
 def handle_samples(context: HandlerContext, request: SplitRequest) -> Reply:
@@ -186,40 +189,46 @@ HANDLERS: Final[Mapping[str, tuple[str, Handler]]] = {  # path: the frame's kind
 }
 
 
-def submit(
-    compute: Callable[[], Awaitable[Tensor]],
-    name: str,
-    codec: str,
-    meta: Message,
-    finish: Callable[[Tensor], Tensor] | None = None,
-    context: HandlerContext | None = None,
-) -> Submit:
-    """Return the function that awaits a computation and names its reply.
+def submit(compute: Compute, name: str, codec: str, meta: Message) -> Submit:
+    """Return the function that runs a computation and makes a reply of its result.
 
     Args:
-        compute: the computation.
-        name: of its result, and of the reply.
-        codec: of its result.
-        meta: of the reply.
-        finish: is applied to the result, on a codec thread; needs ``context``.
-        context: of the request.
+        compute: the computation; an empty result is not sent.
+        name: name of the result and kind of the reply.
+        codec: codec of the result.
+        meta: meta part of the reply.
     """
 
     async def reply() -> Reply:
         result = await compute()
-        if finish is not None and context is not None and result.numel():
-            result = await run_on(
-                context.services.codec_threads, partial(_finish, context, finish, result)
-            )
         tensors = {name: (result, codec)} if result.numel() else {}
         return Reply(name, meta.model_dump(), tensors)
 
     return reply
 
 
-def _finish(context: HandlerContext, finish: Callable[[Tensor], Tensor], result: Tensor) -> Tensor:
-    with context.services.codec_streams.use():
-        return finish(used_here(result))
+def followed_by(
+    context: HandlerContext, compute: Compute, function: Callable[[Tensor], Tensor]
+) -> Compute:
+    """Return a computation whose result, unless it is empty, passes through a function.
+
+    Args:
+        context: context of the request.
+        compute: the first computation.
+        function: runs on a codec thread.
+    """
+
+    def call(result: Tensor) -> Tensor:
+        with context.services.codec_streams.use():
+            return function(used_here(result))
+
+    async def compute_both() -> Tensor:
+        result = await compute()
+        if not result.numel():
+            return result
+        return await run_on(context.services.codec_threads, partial(call, result))
+
+    return compute_both
 
 
 def find_basis(context: HandlerContext) -> Basis | None:
