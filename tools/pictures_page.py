@@ -34,8 +34,8 @@ def render() -> str:
     parts = (
         f"Suffixes of supported formats: {suffixes}.",
         f"Suffixes of unsupported formats, whose files are skipped with a remark: {others}.",
-        f"The table lists {len(cases)} files, read with a white background. *mode* is Pillow's mode of "
-        "the stored pixels.",
+        f"The table has {len(cases)} files, read with a white background. *mode* is Pillow's mode "
+        "of the stored pixels.",
         _table(cases),
     )
     return f"{before}{_BEGIN}\n\n" + "\n\n".join(parts) + f"\n\n{_END}{after}"

@@ -14,8 +14,8 @@ from pathlib import Path
 from edge_client.data.pictures import OTHER_SUFFIXES, SUFFIXES
 from edge_client.data.remarks import Remark, as_text
 
-# Folders and files that operating systems and programs create. Hidden ones begin with a dot, such as
-# `._x.jpg` of macOS and `.thumbnails` of Linux.
+# Folders and files that operating systems and programs create. Hidden ones begin with a dot, such
+# as `._x.jpg` of macOS and `.thumbnails` of Linux.
 _MACHINE_MADE = frozenset(
     {
         "$recycle.bin",
