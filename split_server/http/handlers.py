@@ -1,6 +1,6 @@
 """The handlers of the split plane, one for each kind of request.
 
-A handler runs on a worker thread, or on the event loop if the request is light. It parses the
+A handler runs on a codec thread, or on the event loop if the request is light. It parses the
 request and returns the reply, or a function that submits the request to the engine.
 """
 
@@ -80,7 +80,7 @@ Handler = Callable[[HandlerContext, SplitRequest], Submit | Reply]
 
 
 def handle_forward(context: HandlerContext, request: SplitRequest) -> Submit:
-    """Run a batch forward; the engine retains the step if a backward may follow."""
+    """Run the forward pass of a step; the engine retains the step if a backward may follow."""
     forward = parse_forward(request)
     return submit_forward(context, request, forward.meta, forward.smashed)
 
@@ -88,7 +88,14 @@ def handle_forward(context: HandlerContext, request: SplitRequest) -> Submit:
 def submit_forward(
     context: HandlerContext, request: SplitRequest, meta: StepMeta, smashed: Tensor
 ) -> Submit:
-    """Return the function that runs a step's smashed data [B, T, D] forward."""
+    """Return the function that runs the forward pass of a step.
+
+    Args:
+        context: context of the request.
+        request: the request.
+        meta: meta part of the step.
+        smashed: smashed data of the step, [B, T, D].
+    """
     job = ForwardJob(
         key=StepKey(request.run, request.participant, meta.step),
         body=request.body,
@@ -102,7 +109,7 @@ def submit_forward(
 
 
 def handle_backward(context: HandlerContext, request: SplitRequest) -> Submit:
-    """Turn the gradient of a step's features into that of its smashed data."""
+    """Compute the gradient of a step's smashed data from the gradient of its features."""
     backward = parse_backward(request)
     job = BackwardJob(
         key=StepKey(request.run, request.participant, backward.meta.step),
@@ -115,7 +122,7 @@ def handle_backward(context: HandlerContext, request: SplitRequest) -> Submit:
 
 
 def handle_exchange(context: HandlerContext, request: SplitRequest) -> Submit | Reply:
-    """Tune a session's prompts with one batch's gradients, and run the next batch forward."""
+    """Tune a session's prompts with the gradients of a batch; run the next batch forward."""
     exchange = parse_exchange(request)
     smashed = None
     if exchange.batch is not None:
@@ -146,7 +153,7 @@ def handle_exchange(context: HandlerContext, request: SplitRequest) -> Submit | 
 
 
 def handle_infer(context: HandlerContext, request: SplitRequest) -> Submit | Reply:
-    """Run a batch forward with the newest global state; nothing is retained."""
+    """Run a batch forward with the newest global state; retain nothing."""
     infer = parse_infer(request)
     smashed = load_batch(context, request, infer.batch)
     if isinstance(smashed, Reply):
@@ -167,19 +174,19 @@ def handle_infer(context: HandlerContext, request: SplitRequest) -> Submit | Rep
 
 
 def handle_samples(context: HandlerContext, request: SplitRequest) -> Reply:
-    """Cache smashed data under the ids that came with them."""
+    """Cache smashed data under the ids in the request."""
     samples = parse_samples(request).samples
     context.services.samples.put(owner_of(request), samples.form, samples.ids, samples.buffers)
     return Reply("kept")
 
 
 def handle_missing(context: HandlerContext, request: SplitRequest) -> Reply:
-    """Answer with the indices of the ids whose samples are not cached."""
+    """Reply with the positions of the ids whose samples are not cached."""
     ids = parse_missing(request).ids
     return missing_reply(context.services.samples.list_missing(owner_of(request), ids))
 
 
-HANDLERS: Final[Mapping[str, tuple[str, Handler]]] = {  # path: the frame's kind, its handler
+HANDLERS: Final[Mapping[str, tuple[str, Handler]]] = {  # path: kind of the frame, handler
     FORWARD_PATH: ("forward", handle_forward),
     BACKWARD_PATH: ("backward", handle_backward),
     EXCHANGE_PATH: ("exchange", handle_exchange),
@@ -232,7 +239,7 @@ def followed_by(
 
 
 def find_basis(context: HandlerContext) -> Basis | None:
-    """Return the basis of a run's features, on the server's device; None: the run has none.
+    """Return the basis of a run's features on the server's device; None: the run has none.
 
     Raises:
         NotFound: round 0 has no result yet.
@@ -244,7 +251,16 @@ def find_basis(context: HandlerContext) -> Basis | None:
 
 
 def classify_features(basis: Basis, state: Path, tokens: Tensor) -> Tensor:
-    """Compute logits [B, C] from read tokens [B, R, D] with a state's linear tail."""
+    """Compute logits with the linear tail of a state.
+
+    Args:
+        basis: basis of the features.
+        state: file of the state's device part.
+        tokens: tokens that the tail reads, [B, R, D].
+
+    Returns:
+        The logits, [B, C].
+    """
     weight, bias = read_linear_tail(state, tokens.device)
     return basis.project(tokens).flatten(1) @ weight.T + bias
 
