@@ -1,4 +1,4 @@
-"""The results of a start: the basis with the sums of all features, then the classifier in it."""
+"""The two results of round 0: the basis with the sums of all features, and the classifier."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from split_server.storage.tensor_files import read_tensors, write_named_tensors
 
 
 @dataclass(frozen=True)
-class Fitted:
+class FittedBasis:
     """The basis of all participants' features, and their sums in it."""
 
     basis: Basis
@@ -27,13 +27,13 @@ class Fitted:
 
 
 @dataclass(frozen=True)
-class Solved:
-    """The result of a start, which is on disk before any participant learns it.
+class Solution:
+    """The final result of round 0. It is on disk before any participant receives it.
 
     Attributes:
-        basis: of the features.
-        classifier: the ridge regression.
-        variances: of the features, [r], float64.
+        basis: basis of the features.
+        classifier: the fitted classifier.
+        variances: variance of each feature, [r], float64.
     """
 
     basis: Basis
@@ -46,10 +46,11 @@ class Features:
     """A participant's features, and the mean and variances of all participants'.
 
     Attributes:
-        values: [n, 1, r].
-        mean: [r], float64.
-        variances: [r], float64.
-        strength: of the ridge regression, for each sample; 0 before it is solved.
+        values: features of the participant's samples, [n, 1, r].
+        mean: mean over all participants, [r], float64.
+        variances: variance over all participants, [r], float64.
+        strength: strength of the ridge regression divided by the number of samples; 0 before it is
+            solved.
     """
 
     values: Tensor
@@ -58,8 +59,16 @@ class Features:
     strength: float = 0.0
 
 
-def fit_features(moments: Moments, plan: RunPlan, features: Sequence[SampleFeatures]) -> Fitted:
-    """Fit the basis, and sum the features as the devices will decode them."""
+def fit_features(
+    moments: Moments, plan: RunPlan, features: Sequence[SampleFeatures]
+) -> FittedBasis:
+    """Fit the basis, and sum the features as the devices will decode them.
+
+    Args:
+        moments: moments of the read tokens of all samples.
+        plan: plan of the run.
+        features: read tokens of each participant's samples.
+    """
     model, codec, count = plan.model, plan.wire.start, moments.count
     _, rank = feature_shape(model)
     basis = fit_basis(moments, rank, len(read_blocks(model)))
@@ -70,22 +79,22 @@ def fit_features(moments: Moments, plan: RunPlan, features: Sequence[SampleFeatu
         total += decoded.sum(dim=0)
         products += decoded.T @ decoded
     centred = products - torch.outer(total, total) / count
-    return Fitted(basis, FeatureSums(count, total / count, centred))
+    return FittedBasis(basis, FeatureSums(count, total / count, centred))
 
 
-def project_all(basis: Basis, features: SampleFeatures) -> Tensor:
+def project_samples(basis: Basis, features: SampleFeatures) -> Tensor:
     """Return a participant's features [n, 1, r]."""
     return torch.cat([basis.project(chunk[:, None]) for chunk in features.chunks()])
 
 
-def leverage_of(solved: Solved, features: SampleFeatures, codec: str) -> Tensor:
+def compute_leverage(solved: Solution, features: SampleFeatures, codec: str) -> Tensor:
     """Return the leverage [n] of a participant's samples, float32."""
     decoded = (as_decoded(solved.basis.project(c[:, None]), codec) for c in features.chunks())
     return torch.cat([solved.classifier.leverage(each.flatten(1)) for each in decoded]).float()
 
 
-def write_solved(path: Path, solved: Solved) -> None:
-    """Write a result; it is durable on return."""
+def write_solution(path: Path, solved: Solution) -> None:
+    """Write a result durably."""
     basis, classifier = solved.basis, solved.classifier
     tensors = {
         "mean": basis.mean,
@@ -102,11 +111,11 @@ def write_solved(path: Path, solved: Solved) -> None:
     write_named_tensors(path, tensors)
 
 
-def read_solved(path: Path) -> Solved:
-    """Read what `write_solved` wrote.
+def read_solution(path: Path) -> Solution:
+    """Read what `write_solution` wrote.
 
     Raises:
-        DamagedFile: it is not what was written.
+        DamagedFile: the file has changed since it was written.
         OSError: the file cannot be read.
     """
     tensors = read_tensors(path)
@@ -118,4 +127,4 @@ def read_solved(path: Path) -> Solved:
         count=int(tensors["classifier.count"]),
         strength=float(tensors["classifier.strength"]),
     )
-    return Solved(read_basis(path, torch.device("cpu")), classifier, tensors["variances"])
+    return Solution(read_basis(path, torch.device("cpu")), classifier, tensors["variances"])

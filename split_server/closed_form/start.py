@@ -1,8 +1,8 @@
-"""A run's round 0: all its participants name their samples, then send sums, and get a classifier.
+"""Round 0 of a run: participants name their samples, send their class sums, and get a classifier.
 
-Both steps wait for every participant, so a request is held back until the last one has come, or
-until a share of the round's time is over. Only the classifier's file outlives the server; whatever
-is lost before it is written is asked for again.
+The responses of both steps depend on all participants. A request therefore waits for the last
+participant, or until a share of the round's time is over. Only the classifier is on disk: if the
+server restarts before it is written, the participants send everything again.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from split_server.closed_form.basis import Moments
 from split_server.closed_form.classifier import RidgeClassifier, fit_classifier
 from split_server.closed_form.result import (
     Features,
-    Fitted,
-    Solved,
+    FittedBasis,
+    Solution,
+    compute_leverage,
     fit_features,
-    leverage_of,
-    project_all,
-    read_solved,
-    write_solved,
+    project_samples,
+    read_solution,
+    write_solution,
 )
 from split_server.closed_form.sample_features import SampleFeatures
 from split_server.closed_form.sums import SumLimits, Sums
@@ -52,47 +52,59 @@ from split_server.storage.sample_store import Owner, SampleStore
 
 _BATCH = 256  # samples computed at a time
 
-_WAIT_S = 20.0  # of a request for the other participants, before it is repeated
+_WAIT_S = 20.0  # a request waits this long for other participants; then the client repeats it
 
 _THREADS = 2
 
-_NAMING, _SUMMING = Fraction(1, 2), Fraction(3, 4)  # of the round's time
+# Share of the round's time after which each step continues without the missing participants.
+_IDS_SHARE, _SUMS_SHARE = Fraction(1, 2), Fraction(3, 4)
 
-_PAUSE_S = 0.2  # before a full engine is asked again
+_PAUSE_S = 0.2  # before another request to a full engine
 
 R = TypeVar("R")
 
 
 @dataclass
 class _Start:
-    """One attempt at round 0 of one run, on the event loop's thread.
+    """The state of one attempt at round 0 of a run; used on the event loop only.
 
     Attributes:
-        restored: the result that an earlier process of the server has computed.
+        run: id of the run.
+        attempt: number of the attempt.
+        folder: folder of the files with read tokens.
+        restored: the result of an earlier server process; None: there is none.
+        ids: sample ids of each participant.
+        features: read tokens of each participant's samples.
+        limits: limits of each participant's sums.
+        sums: class sums of each participant.
+        fitted_at: when the basis was fitted, in seconds on the monotonic clock.
+        fitting: the task that fits the basis; None: not begun.
+        solving: the task that fits the classifier; None: not begun.
+        changed: set when a participant has sent ids or sums.
     """
 
     run: str
     attempt: int
     folder: Path
-    restored: Solved | None = None
+    restored: Solution | None = None
     ids: dict[str, list[bytes]] = field(default_factory=dict)
     features: dict[str, SampleFeatures] = field(default_factory=dict)
     limits: dict[str, SumLimits] = field(default_factory=dict)
     sums: dict[str, Sums] = field(default_factory=dict)
-    fitted_at: float = 0.0  # on the monotonic clock
-    fitting: asyncio.Task[Fitted | None] | None = None
-    solving: asyncio.Task[Solved] | None = None
+    fitted_at: float = 0.0
+    fitting: asyncio.Task[FittedBasis | None] | None = None
+    solving: asyncio.Task[Solution] | None = None
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class ClosedFormStarts:
-    """Computes the closed-form starts of all runs. Its coroutines run on one event loop.
+    """Computes round 0 of all runs. Its coroutines run on one event loop.
 
     Args:
-        runs: the runs.
-        engine: computes the features.
-        samples: the smashed data.
-        device: decodes smashed data there.
+        runs: the registry of all runs.
+        engine: computes the read tokens.
+        samples: cache of the smashed data.
+        device: device on which smashed data are decoded.
     """
 
     def __init__(
@@ -101,14 +113,14 @@ class ClosedFormStarts:
         self._runs, self._engine, self._samples, self._device = runs, engine, samples, device
         self._threads = ThreadPoolExecutor(_THREADS, "split-start")
         self._starts: dict[str, _Start] = {}
-        self._lock = threading.Lock()  # of the table: runs end on other threads
+        self._lock = threading.Lock()  # protects the table: runs end on other threads
 
     def close(self) -> None:
         """Stop computing."""
         self._threads.shutdown(cancel_futures=True)
 
     def sweep(self) -> None:
-        """Drop the starts of runs that do not train round 0 any more. Thread-safe."""
+        """Drop the state of runs whose round 0 is not training any more. Thread-safe."""
         for run_id in list(self._starts):
             open_round = self._runs.snapshot(run_id).open_round
             training = open_round is not None and open_round.status == RoundStatus.TRAINING
@@ -116,7 +128,7 @@ class ClosedFormStarts:
                 self.release(run_id)
 
     def release(self, run_id: str) -> None:
-        """Drop a run's start, if there is one. Thread-safe."""
+        """Drop the state of a run's round 0, if there is any. Thread-safe."""
         with self._lock:
             start = self._starts.pop(run_id, None)
         if start is not None:
@@ -125,13 +137,20 @@ class ClosedFormStarts:
     async def features(
         self, run_id: str, participant: str, attempt: int, ids: list[bytes]
     ) -> Features | list[int]:
-        """Return the features of a participant's samples, once all have named theirs.
+        """Return the features of a participant's samples, once all participants have named theirs.
 
-        Or the positions of samples that the server lacks.
+        Args:
+            run_id: the run.
+            participant: the sender.
+            attempt: the attempt at round 0.
+            ids: ids of the samples.
+
+        Returns:
+            The features, or the positions of ids whose samples the server lacks.
 
         Raises:
-            Busy: others are awaited; repeat the request.
-            StaleRound: the round is not open, or was started without this participant.
+            Busy: the server waits for other participants; repeat the request.
+            StaleRound: the round is not open, or was computed without this participant.
             InvalidField: there are more ids than the participant joined with samples.
         """
         start = await self._open(run_id, participant, attempt)
@@ -161,7 +180,7 @@ class ClosedFormStarts:
             basis, mean, variances = fitted.basis, fitted.sums.mean, fitted.sums.variances
         if start.ids.get(participant) != ids:
             raise StaleRound("this round was started without this participant", field="round")
-        values = await self._run(partial(project_all, basis, start.features[participant]))
+        values = await self._run(partial(project_samples, basis, start.features[participant]))
         return Features(values, mean, variances)
 
     async def later_features(
@@ -169,7 +188,13 @@ class ClosedFormStarts:
     ) -> Features | list[int]:
         """Return a participant's features in a later round, in the basis of round 0.
 
-        Or the positions of samples that the server lacks.
+        Args:
+            run_id: the run.
+            participant: the sender.
+            ids: ids of the samples.
+
+        Returns:
+            The features, or the positions of ids whose samples the server lacks.
 
         Raises:
             NotFound: round 0 has no result.
@@ -179,13 +204,13 @@ class ClosedFormStarts:
         if missing:
             return missing
         path = run.basis_file(self._runs.files(run_id))
-        solved = await self._run(partial(read_solved, path))
+        solved = await self._run(partial(read_solution, path))
         projected = []
         for first in range(0, len(ids), _BATCH):
             tokens = await self._read_tokens(run, owner, ids[first : first + _BATCH])
             if tokens is None:
                 raise _busy("samples were lost; they are sent again")
-            # Through float16, as round 0 stores them: the same features again.
+            # Rounded to float16, as round 0 stores them, so that the features are the same.
             projected.append(solved.basis.project(tokens.half().float().cpu()))
         classifier = solved.classifier
         strength = classifier.strength / max(1, classifier.count)
@@ -196,11 +221,17 @@ class ClosedFormStarts:
     ) -> tuple[RidgeClassifier, Tensor]:
         """Return the classifier and the leverage [n] of the participant's samples.
 
+        Args:
+            run_id: the run.
+            participant: the sender.
+            attempt: the attempt at round 0.
+            sums: class sums of the participant's features.
+
         Raises:
-            Busy: others are awaited; repeat the request.
+            Busy: the server waits for other participants; repeat the request.
             StepLost: the server has no features of this attempt; start the round again.
             StaleRound: the round is not open.
-            InvalidField: no labels of the participant's samples give these sums.
+            InvalidField: no labels of the participant's samples can give these sums.
         """
         start = await self._open(run_id, participant, attempt)
         features = start.features.get(participant)
@@ -218,11 +249,11 @@ class ClosedFormStarts:
             start.limits[participant] = limits
         start.limits[participant].check(sums)
         solved = start.restored or await self._await_solution(start, participant, sums)
-        leverage = await self._run(partial(leverage_of, solved, features, codec))
+        leverage = await self._run(partial(compute_leverage, solved, features, codec))
         return solved.classifier, leverage
 
     async def _open(self, run_id: str, participant: str, attempt: int) -> _Start:
-        """Return the open start of this attempt, created if needed."""
+        """Return the state of this attempt, and create it if needed."""
         run, sender = self._runs.participant(run_id, participant)
         require_trainer(run, sender, 0, attempt)
         start = self._starts.get(run_id)
@@ -241,17 +272,17 @@ class ClosedFormStarts:
                 start = self._starts[run_id] = _Start(run_id, attempt, folder, restored)
             return start
 
-    def _restore(self, run_id: str, attempt: int) -> Solved | None:
+    def _restore(self, run_id: str, attempt: int) -> Solution | None:
         path = self._runs.files(run_id).basis(attempt)
         try:
-            return read_solved(path) if path.is_file() else None
+            return read_solution(path) if path.is_file() else None
         except DamagedFile:
-            path.unlink()  # the participants send again what it was computed from
+            path.unlink()  # the participants send ids and sums again
             return None
 
-    async def _await_fit(self, start: _Start) -> Fitted:
+    async def _await_fit(self, start: _Start) -> FittedBasis:
         def begin() -> None:
-            if start.fitting is None and self._is_complete(start, start.ids, _NAMING):
+            if start.fitting is None and self._is_complete(start, start.ids, _IDS_SHARE):
                 start.fitting = asyncio.create_task(self._fit(start))
 
         fitted = await self._wait(start, begin, lambda: start.fitting)
@@ -259,7 +290,7 @@ class ClosedFormStarts:
             raise _busy("samples were lost; they are sent again")
         return fitted
 
-    async def _await_solution(self, start: _Start, participant: str, sums: Sums) -> Solved:
+    async def _await_solution(self, start: _Start, participant: str, sums: Sums) -> Solution:
         fitted = start.fitting.result() if start.fitting and start.fitting.done() else None
         if fitted is None:
             raise StepLost("the start is being computed again", field="round", value=0)
@@ -269,7 +300,7 @@ class ClosedFormStarts:
 
         def begin() -> None:
             if start.solving is None and self._is_complete(
-                start, start.sums, _SUMMING, start.fitted_at
+                start, start.sums, _SUMS_SHARE, start.fitted_at
             ):
                 start.solving = asyncio.create_task(self._solve(start, fitted))
 
@@ -281,10 +312,15 @@ class ClosedFormStarts:
         begin: Callable[[], None],
         task: Callable[[], asyncio.Task[R] | None],
     ) -> R:
-        """Wait until a task has begun and ended.
+        """Wait for the end of a task, and return its result.
+
+        Args:
+            start: the attempt.
+            begin: starts the task if it can begin.
+            task: returns the task; None: it has not begun.
 
         Raises:
-            Busy: it has not, after `_WAIT_S`.
+            Busy: the task has not ended within `_WAIT_S`.
         """
         loop = asyncio.get_running_loop()
         give_up_at = loop.time() + _WAIT_S
@@ -298,35 +334,36 @@ class ClosedFormStarts:
             done, _ = await asyncio.wait({running}, timeout=left)
             if done:
                 return running.result()
-        raise _busy("the other participants are awaited")
+        raise _busy("the server waits for other participants")
 
     def _is_complete(
-        self, start: _Start, answers: Mapping[str, object], patience: Fraction, since: float = 0.0
+        self, start: _Start, responses: Mapping[str, object], share: Fraction, since: float = 0.0
     ) -> bool:
-        """Whether every participant that can still answer has, or the time for it is over.
+        """Whether all participants have responded that still can, or their time is over.
 
         Args:
-            start: of which run.
-            answers: by participant.
-            patience: share of the round's time after which no more answers are awaited.
-            since: at least an eighth of the round's time after this moment they are awaited.
+            start: the attempt.
+            responses: responses so far, by participant.
+            share: share of the round's time within which participants must respond.
+            since: when the step began, in seconds on the monotonic clock; participants have at
+                least an eighth of the round's time from then on.
         """
         run = self._runs.snapshot(start.run)
-        if run.open_round is None or not answers:
+        if run.open_round is None or not responses:
             return False
-        awaited = [each for each in pending_trainers(run, run.open_round) if each not in answers]
-        if not awaited or run.deadline is None:
-            return not awaited
+        pending = [each for each in pending_trainers(run, run.open_round) if each not in responses]
+        if not pending or run.deadline is None:
+            return not pending
         whole = run.plan.federation.round_timeout_s
-        until = max(run.deadline - whole * float(1 - patience), since + whole / 8)
+        until = max(run.deadline - whole * float(1 - share), since + whole / 8)
         return self._runs.clock.monotonic() > until
 
-    async def _fit(self, start: _Start) -> Fitted | None:
-        """Compute all features and the basis; None: the server has lost samples."""
+    async def _fit(self, start: _Start) -> FittedBasis | None:
+        """Compute the read tokens of all samples and fit the basis; None: samples were lost."""
         run = self._runs.snapshot(start.run)
         moments = Moments(_read_numbers(run.plan.model))
         order = run.in_order(frozenset(start.ids))
-        fitted: Fitted | None = None
+        fitted: FittedBasis | None = None
         try:
             for participant in order:
                 if not await self._compute(start, run, participant, moments):
@@ -345,11 +382,16 @@ class ClosedFormStarts:
     async def _compute(
         self, start: _Start, run: RunSnapshot, participant: str, moments: Moments | None
     ) -> bool:
-        """Compute one participant's read tokens; False: the server lacks some of its samples.
+        """Compute the read tokens of one participant's samples.
 
         Args:
-            start, run, participant: whose.
-            moments: adds the samples; None: they are known.
+            start: the attempt.
+            run: the run.
+            participant: the participant.
+            moments: sums to which the samples are added; None: the sums are known.
+
+        Returns:
+            False if the server lacks some of the samples.
         """
         ids, owner = start.ids[participant], Owner(run.id, participant)
         numbers = _read_numbers(run.plan.model)
@@ -364,7 +406,7 @@ class ClosedFormStarts:
         return True
 
     async def _read_tokens(self, run: RunSnapshot, owner: Owner, ids: list[bytes]) -> Tensor | None:
-        """Compute what the tail reads of samples, [B, R, D]; None: the server lacks some."""
+        """Compute the tokens that the tail reads, [B, R, D]; None: samples are missing."""
         server, files = run.state.server, self._runs.files(run.id)
         prompts = None if server is None else read_prompts(files.server_state(server.sha256))
         smashed = await self._run(partial(self._load, owner, ids))
@@ -373,7 +415,7 @@ class ClosedFormStarts:
         return await self._infer(InferJob(run.id, owner.participant, run.body, smashed, prompts))
 
     def _load(self, owner: Owner, ids: list[bytes]) -> Tensor | None:
-        """Return smashed data [B, T, D]; None: the server lacks some of them."""
+        """Return the smashed data of samples, [B, T, D]; None: samples are missing."""
         taken = self._samples.take(owner, ids)
         return None if isinstance(taken, list) else decode_cached(*taken, self._device)
 
@@ -385,17 +427,17 @@ class ClosedFormStarts:
             except Busy:
                 await asyncio.sleep(_PAUSE_S)
 
-    async def _solve(self, start: _Start, fitted: Fitted) -> Solved:
+    async def _solve(self, start: _Start, fitted: FittedBasis) -> Solution:
         run = self._runs.snapshot(start.run)
-        answers = [start.sums[each] for each in run.in_order(frozenset(start.sums))]
+        sums = [start.sums[each] for each in run.in_order(frozenset(start.sums))]
         path = self._runs.files(start.run).basis(start.attempt)
 
-        def solve() -> Solved:
-            class_sums = torch.stack([each.features.double() for each in answers]).sum(dim=0)
-            counts = torch.stack([each.counts.double() for each in answers]).sum(dim=0)
+        def solve() -> Solution:
+            class_sums = torch.stack([each.features.double() for each in sums]).sum(dim=0)
+            counts = torch.stack([each.counts.double() for each in sums]).sum(dim=0)
             classifier = fit_classifier(fitted.sums, class_sums, counts, fitted.basis.scale)
-            solved = Solved(fitted.basis, classifier, fitted.sums.variances)
-            write_solved(path, solved)
+            solved = Solution(fitted.basis, classifier, fitted.sums.variances)
+            write_solution(path, solved)
             return solved
 
         try:
@@ -415,7 +457,7 @@ def _add(moments: Moments | None, place: SampleFeatures, first: int, flat: Tenso
 
 
 def _read_numbers(model: ModelPlan) -> int:
-    """The numbers of one sample's read tokens."""
+    """Return the number of elements of one sample's read tokens."""
     return read_tokens(model) * anatomy(model).width
 
 

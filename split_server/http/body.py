@@ -288,10 +288,8 @@ async def _read_directly(
     try:
         if first.get("more_body", False):
             await _completion(buffer, stall_s)
-            while (await _next_message(receive)).get(
-                "more_body", False
-            ):  # until uvicorn has seen the end
-                pass
+            while (await _next_message(receive)).get("more_body", False):
+                pass  # until uvicorn's last message
         if not buffer.complete.done():
             raise MalformedFrame("the body ended early", field="body", limit=length)
         return buffer.complete.result()

@@ -215,7 +215,7 @@ def test_classes_that_the_run_or_the_device_lacks_are_said_once(tmp_path: Path) 
         write_class(tmp_path / name)
     data = load(tmp_path, ("ant", "bee", "cat", "dog"))
     assert [(e.path, e.reason) for e in data.noticed] == [
-        ("ant, bee", "no training image here of these classes of the run")
+        ("ant, bee", "no training images of these classes of the run")
     ]
     assert {entry.path for entry in data.skipped} == {"emu"}
 
