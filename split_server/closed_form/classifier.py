@@ -13,9 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_STRENGTHS = torch.logspace(
-    -5, 3, 33, dtype=torch.float64
-)  # times the mean variance of a component
+_STRENGTHS = torch.logspace(-5, 3, 33, dtype=torch.float64)  # times the mean variance
 
 # A fit with a smaller share of residual degrees of freedom interpolates the samples, and
 # generalised cross-validation divides 0 by 0.

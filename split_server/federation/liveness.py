@@ -1,4 +1,4 @@
-"""Tracks participants with recent requests."""
+"""Track participants with recent requests."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ from split_server.runtime.process import Clock
 
 
 class Liveness:
-    """Stores until when each participant counts as live. In memory only; a restart resets it."""
+    """Stores until when each participant is live. In memory only: a restart resets it.
+
+    Args:
+        window_s: time in seconds that a participant is live after a request.
+        clock: the monotonic clock.
+    """
 
     def __init__(self, window_s: float, clock: Clock) -> None:
         self._window_s = window_s
@@ -18,7 +23,7 @@ class Liveness:
         self._lock = threading.Lock()
 
     def touch(self, run_id: str, participant_id: str, wait_s: float = 0.0) -> None:
-        """Record a request; the next is expected within the window, or within 2 * ``wait_s``."""
+        """Record a request. The participant is live for the window, or 2 * ``wait_s`` if longer."""
         until = self._clock.monotonic() + max(self._window_s, 2 * wait_s)
         with self._lock:
             of_run = self._until.setdefault(run_id, {})
@@ -40,5 +45,5 @@ class Liveness:
 
     @property
     def settled(self) -> bool:
-        """Whether every live participant has had time to call since the server started."""
+        """Whether the server has been up for the window: it knows all live participants."""
         return self._clock.monotonic() - self._started >= self._window_s

@@ -307,7 +307,7 @@ def test_a_test_folder_without_classes_and_a_second_one_are_named(tmp_path: Path
     write_class(tmp_path / "val" / "cat", 5)
     data = load(tmp_path, ("cat",))
     assert len(data.test) == 2
-    assert "second test folder" in reasons(data, tmp_path)["val"]
+    assert "another test folder" in reasons(data, tmp_path)["val"]
 
 
 def test_folders_of_the_wrong_names_are_refused_by_their_names(tmp_path: Path) -> None:
