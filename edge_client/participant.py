@@ -136,7 +136,7 @@ class JoinedRun:
         return self._run_model.model
 
     def take_part(self) -> Assignment:
-        """Do assignments until the server sends ``stop``, and return this last assignment."""
+        """Carry out assignments until the server sends stop, and return that last assignment."""
         done: Assignment | None = None
         while True:
             assignment = self._server.assignment(self.run.id, done, _POLL_S)

@@ -45,7 +45,7 @@ class RunModel:
 
     @classmethod
     def download(cls, server: Server, run: RunView, files: BlobCache) -> RunModel:
-        """Load head and global state, from the cache or the server.
+        """Download head and global state, unless they are in the cache, and load them.
 
         Raises:
             MalformedFrame: a file is damaged or belongs to another model.

@@ -165,7 +165,7 @@ class Results(Message):
     run: RunView
     rounds: tuple[RoundView, ...]
     participants: tuple[ParticipantView, ...]
-    traffic: BytesByPhase  # sum over all participants
+    traffic: BytesByPhase  # of all participants
 
 
 class Event(Message):
@@ -205,8 +205,8 @@ class Assignment(Message):
     remaining_s: Seconds | None = None  # until the round closes without stragglers
     status: RunStatus
     reason: str | None = None
-    head: BlobRef | None = None  # newest head; None: it does not change in this run
-    start: Count | None = None  # attempt at round 0 that has a result; None: there is none
+    head: BlobRef | None = None  # only where the method rebuilds it during the run
+    start: Count | None = None  # the attempt at round 0 that counted, in a run that has one
 
     @model_serializer(mode="wrap")
     def _omit_missing(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from protocol.messages import MAX_LOSS
 
 _MAX_UPLOADS = 3  # uploads of samples that the server has lost
 
-_DEFAULT_FACTOR = 8.0  # factor of the scores, if this device did not take part in round 0
+_USUAL_FACTOR = 8.0  # factor of the scores, if this device did not take part in round 0
 
 _CURVATURE = 2.0  # cross-entropy has a curvature of at most 1/2 in each score
 
@@ -65,7 +65,7 @@ def fit_start(context: RoundContext, plane: SplitPlane) -> StartResult:
     fit = plane.solve(sums.float(), counts.float(), context.attempt, len(positions))
     scores = leave_one_out(features @ fit.weight.T + fit.bias, one_hot.float(), fit.leverage)
     factor, loss = calibrate(scores, labels)
-    context.samples.features.decay = fit.strength / factor * penalty_share(loss, classes)
+    context.samples.features.decay = fit.strength / factor * caution(loss, classes)
     classifier = context.model.tail.trunk.head
     with torch.no_grad():
         classifier.weight.copy_(factor * fit.weight)
@@ -80,13 +80,13 @@ def tune_classifier(context: RoundContext, plane: SplitPlane) -> float:
     that no learning rate is needed. If all devices have the same penalty, the average of one step
     on each device is the step on the pooled data, for any distribution of the classes.
 
-    The loss includes a share of the ridge regression's penalty (see `penalty_share`). With the
+    The loss includes a share of the ridge regression's penalty (see `caution`). With the
     whole penalty, the classifier of round 0 is nearly optimal, and wrong labels change it little. A
     device computes its share in round 0; a device that restarts later uses a default.
 
-    Args:
-        context: the round; its model's tail is tuned.
-        plane: the split plane of the run.
+    The loss includes a share of the ridge regression's penalty, see `caution`. With the whole
+    penalty the classifier of round 0 is nearly optimal, and wrong labels change it little. Each
+    device computes its share in round 0; one that restarts later uses a usual value.
 
     Returns:
         The mean cross-entropy before the last step, in nats.
@@ -156,7 +156,7 @@ def _request_features(context: RoundContext, plane: SplitPlane, basis: int | Non
     else:
         features = plane.start(ids, context.round, context.attempt)
     samples.features.features, samples.features.attempt = features, basis
-    samples.features.decay = features.strength / _DEFAULT_FACTOR
+    samples.features.decay = features.strength / _USUAL_FACTOR
     return features
 
 
@@ -172,7 +172,7 @@ def leave_one_out(scores: Tensor, one_hot: Tensor, leverage: Tensor) -> Tensor:
     return (scores - weight * one_hot) / (1 - weight)
 
 
-def penalty_share(loss: float, classes: int) -> float:
+def caution(loss: float, classes: int) -> float:
     """Return the share of the ridge regression's penalty in later rounds, 0.1 to 1.
 
     If the leave-one-out loss is small compared with that of guessing, the labels are consistent,

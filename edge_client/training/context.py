@@ -55,9 +55,8 @@ class FeatureCache:
     """The features of all samples of a set, as the server sent them.
 
     Attributes:
-        features: the features; None: not requested yet.
-        attempt: attempt at round 0 in whose basis the features are.
-        decay: weight decay of the tail in later rounds; see `tune_classifier`.
+        attempt: at round 0 whose basis they have.
+        decay: of the tail in later rounds, see `tune_classifier`.
     """
 
     features: Features | None = None

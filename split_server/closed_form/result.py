@@ -19,7 +19,7 @@ from split_server.storage.tensor_files import read_tensors, write_named_tensors
 
 
 @dataclass(frozen=True)
-class FittedBasis:
+class Fitted:
     """The basis of all participants' features, and their sums in it."""
 
     basis: Basis
@@ -27,13 +27,13 @@ class FittedBasis:
 
 
 @dataclass(frozen=True)
-class Solution:
+class Solved:
     """The final result of round 0. It is on disk before any participant receives it.
 
     Attributes:
-        basis: basis of the features.
-        classifier: the fitted classifier.
-        variances: variance of each feature, [r], float64.
+        basis: of the features.
+        classifier: the ridge regression.
+        variances: of the features, [r], float64.
     """
 
     basis: Basis
@@ -59,16 +59,8 @@ class Features:
     strength: float = 0.0
 
 
-def fit_features(
-    moments: Moments, plan: RunPlan, features: Sequence[SampleFeatures]
-) -> FittedBasis:
-    """Fit the basis, and sum the features as the devices will decode them.
-
-    Args:
-        moments: moments of the read tokens of all samples.
-        plan: plan of the run.
-        features: read tokens of each participant's samples.
-    """
+def fit_features(moments: Moments, plan: RunPlan, features: Sequence[SampleFeatures]) -> Fitted:
+    """Fit the basis, and sum the features as the devices will decode them."""
     model, codec, count = plan.model, plan.wire.start, moments.count
     _, rank = feature_shape(model)
     basis = fit_basis(moments, rank, len(read_blocks(model)))
@@ -79,21 +71,21 @@ def fit_features(
         total += decoded.sum(dim=0)
         products += decoded.T @ decoded
     centred = products - torch.outer(total, total) / count
-    return FittedBasis(basis, FeatureSums(count, total / count, centred))
+    return Fitted(basis, FeatureSums(count, total / count, centred))
 
 
-def project_samples(basis: Basis, features: SampleFeatures) -> Tensor:
+def project_all(basis: Basis, features: SampleFeatures) -> Tensor:
     """Return a participant's features [n, 1, r]."""
     return torch.cat([basis.project(chunk[:, None]) for chunk in features.chunks()])
 
 
-def compute_leverage(solved: Solution, features: SampleFeatures, codec: str) -> Tensor:
+def leverage_of(solved: Solved, features: SampleFeatures, codec: str) -> Tensor:
     """Return the leverage [n] of a participant's samples, float32."""
     decoded = (as_decoded(solved.basis.project(c[:, None]), codec) for c in features.chunks())
     return torch.cat([solved.classifier.leverage(each.flatten(1)) for each in decoded]).float()
 
 
-def write_solution(path: Path, solved: Solution) -> None:
+def write_solved(path: Path, solved: Solved) -> None:
     """Write a result durably."""
     basis, classifier = solved.basis, solved.classifier
     tensors = {
@@ -111,8 +103,8 @@ def write_solution(path: Path, solved: Solution) -> None:
     write_named_tensors(path, tensors)
 
 
-def read_solution(path: Path) -> Solution:
-    """Read what `write_solution` wrote.
+def read_solved(path: Path) -> Solved:
+    """Read what `write_solved` wrote.
 
     Raises:
         DamagedFile: the file has changed since it was written.
@@ -127,4 +119,4 @@ def read_solution(path: Path) -> Solution:
         count=int(tensors["classifier.count"]),
         strength=float(tensors["classifier.strength"]),
     )
-    return Solution(read_basis(path, torch.device("cpu")), classifier, tensors["variances"])
+    return Solved(read_basis(path, torch.device("cpu")), classifier, tensors["variances"])

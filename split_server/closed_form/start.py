@@ -30,13 +30,13 @@ from split_server.closed_form.basis import Moments
 from split_server.closed_form.classifier import RidgeClassifier, fit_classifier
 from split_server.closed_form.result import (
     Features,
-    FittedBasis,
-    Solution,
-    compute_leverage,
+    Fitted,
+    Solved,
     fit_features,
-    project_samples,
-    read_solution,
-    write_solution,
+    leverage_of,
+    project_all,
+    read_solved,
+    write_solved,
 )
 from split_server.closed_form.sample_features import SampleFeatures
 from split_server.closed_form.sums import SumLimits, Sums
@@ -52,14 +52,14 @@ from split_server.storage.sample_store import Owner, SampleStore
 
 _BATCH = 256  # samples computed at a time
 
-_WAIT_S = 20.0  # a request waits this long for other participants; then the client repeats it
+_WAIT_S = 20.0  # of a request for the other participants, before it is repeated
 
 _THREADS = 2
 
 # Share of the round's time after which each step continues without the missing participants.
 _IDS_SHARE, _SUMS_SHARE = Fraction(1, 2), Fraction(3, 4)
 
-_PAUSE_S = 0.2  # before another request to a full engine
+_PAUSE_S = 0.2  # before a full engine is asked again
 
 R = TypeVar("R")
 
@@ -86,14 +86,14 @@ class _Start:
     run: str
     attempt: int
     folder: Path
-    restored: Solution | None = None
+    restored: Solved | None = None
     ids: dict[str, list[bytes]] = field(default_factory=dict)
     features: dict[str, SampleFeatures] = field(default_factory=dict)
     limits: dict[str, SumLimits] = field(default_factory=dict)
     sums: dict[str, Sums] = field(default_factory=dict)
     fitted_at: float = 0.0
-    fitting: asyncio.Task[FittedBasis | None] | None = None
-    solving: asyncio.Task[Solution] | None = None
+    fitting: asyncio.Task[Fitted | None] | None = None
+    solving: asyncio.Task[Solved] | None = None
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -101,10 +101,10 @@ class ClosedFormStarts:
     """Computes round 0 of all runs. Its coroutines run on one event loop.
 
     Args:
-        runs: the registry of all runs.
-        engine: computes the read tokens.
-        samples: cache of the smashed data.
-        device: device on which smashed data are decoded.
+        runs: the runs.
+        engine: computes the features.
+        samples: the smashed data.
+        device: decodes smashed data there.
     """
 
     def __init__(
@@ -180,7 +180,7 @@ class ClosedFormStarts:
             basis, mean, variances = fitted.basis, fitted.sums.mean, fitted.sums.variances
         if start.ids.get(participant) != ids:
             raise StaleRound("this round was started without this participant", field="round")
-        values = await self._run(partial(project_samples, basis, start.features[participant]))
+        values = await self._run(partial(project_all, basis, start.features[participant]))
         return Features(values, mean, variances)
 
     async def later_features(
@@ -188,13 +188,7 @@ class ClosedFormStarts:
     ) -> Features | list[int]:
         """Return a participant's features in a later round, in the basis of round 0.
 
-        Args:
-            run_id: the run.
-            participant: the sender.
-            ids: ids of the samples.
-
-        Returns:
-            The features, or the positions of ids whose samples the server lacks.
+        Or the positions of samples that the server lacks.
 
         Raises:
             NotFound: round 0 has no result.
@@ -204,13 +198,13 @@ class ClosedFormStarts:
         if missing:
             return missing
         path = run.basis_file(self._runs.files(run_id))
-        solved = await self._run(partial(read_solution, path))
+        solved = await self._run(partial(read_solved, path))
         projected = []
         for first in range(0, len(ids), _BATCH):
             tokens = await self._read_tokens(run, owner, ids[first : first + _BATCH])
             if tokens is None:
                 raise _busy("samples were lost; they are sent again")
-            # Rounded to float16, as round 0 stores them, so that the features are the same.
+            # Through float16, as round 0 stores them: the same features again.
             projected.append(solved.basis.project(tokens.half().float().cpu()))
         classifier = solved.classifier
         strength = classifier.strength / max(1, classifier.count)
@@ -221,17 +215,11 @@ class ClosedFormStarts:
     ) -> tuple[RidgeClassifier, Tensor]:
         """Return the classifier and the leverage [n] of the participant's samples.
 
-        Args:
-            run_id: the run.
-            participant: the sender.
-            attempt: the attempt at round 0.
-            sums: class sums of the participant's features.
-
         Raises:
             Busy: the server waits for other participants; repeat the request.
             StepLost: the server has no features of this attempt; start the round again.
             StaleRound: the round is not open.
-            InvalidField: no labels of the participant's samples can give these sums.
+            InvalidField: no labels of the participant's samples give these sums.
         """
         start = await self._open(run_id, participant, attempt)
         features = start.features.get(participant)
@@ -249,7 +237,7 @@ class ClosedFormStarts:
             start.limits[participant] = limits
         start.limits[participant].check(sums)
         solved = start.restored or await self._await_solution(start, participant, sums)
-        leverage = await self._run(partial(compute_leverage, solved, features, codec))
+        leverage = await self._run(partial(leverage_of, solved, features, codec))
         return solved.classifier, leverage
 
     async def _open(self, run_id: str, participant: str, attempt: int) -> _Start:
@@ -272,15 +260,15 @@ class ClosedFormStarts:
                 start = self._starts[run_id] = _Start(run_id, attempt, folder, restored)
             return start
 
-    def _restore(self, run_id: str, attempt: int) -> Solution | None:
+    def _restore(self, run_id: str, attempt: int) -> Solved | None:
         path = self._runs.files(run_id).basis(attempt)
         try:
-            return read_solution(path) if path.is_file() else None
+            return read_solved(path) if path.is_file() else None
         except DamagedFile:
             path.unlink()  # the participants send ids and sums again
             return None
 
-    async def _await_fit(self, start: _Start) -> FittedBasis:
+    async def _await_fit(self, start: _Start) -> Fitted:
         def begin() -> None:
             if start.fitting is None and self._is_complete(start, start.ids, _IDS_SHARE):
                 start.fitting = asyncio.create_task(self._fit(start))
@@ -290,7 +278,7 @@ class ClosedFormStarts:
             raise _busy("samples were lost; they are sent again")
         return fitted
 
-    async def _await_solution(self, start: _Start, participant: str, sums: Sums) -> Solution:
+    async def _await_solution(self, start: _Start, participant: str, sums: Sums) -> Solved:
         fitted = start.fitting.result() if start.fitting and start.fitting.done() else None
         if fitted is None:
             raise StepLost("the start is being computed again", field="round", value=0)
@@ -334,7 +322,7 @@ class ClosedFormStarts:
             done, _ = await asyncio.wait({running}, timeout=left)
             if done:
                 return running.result()
-        raise _busy("the server waits for other participants")
+        raise _busy("the other participants are awaited")
 
     def _is_complete(
         self, start: _Start, responses: Mapping[str, object], share: Fraction, since: float = 0.0
@@ -358,12 +346,12 @@ class ClosedFormStarts:
         until = max(run.deadline - whole * float(1 - share), since + whole / 8)
         return self._runs.clock.monotonic() > until
 
-    async def _fit(self, start: _Start) -> FittedBasis | None:
+    async def _fit(self, start: _Start) -> Fitted | None:
         """Compute the read tokens of all samples and fit the basis; None: samples were lost."""
         run = self._runs.snapshot(start.run)
         moments = Moments(_read_numbers(run.plan.model))
         order = run.in_order(frozenset(start.ids))
-        fitted: FittedBasis | None = None
+        fitted: Fitted | None = None
         try:
             for participant in order:
                 if not await self._compute(start, run, participant, moments):
@@ -406,7 +394,7 @@ class ClosedFormStarts:
         return True
 
     async def _read_tokens(self, run: RunSnapshot, owner: Owner, ids: list[bytes]) -> Tensor | None:
-        """Compute the tokens that the tail reads, [B, R, D]; None: samples are missing."""
+        """Compute what the tail reads of samples, [B, R, D]; None: the server lacks some."""
         server, files = run.state.server, self._runs.files(run.id)
         prompts = None if server is None else read_prompts(files.server_state(server.sha256))
         smashed = await self._run(partial(self._load, owner, ids))
@@ -415,7 +403,7 @@ class ClosedFormStarts:
         return await self._infer(InferJob(run.id, owner.participant, run.body, smashed, prompts))
 
     def _load(self, owner: Owner, ids: list[bytes]) -> Tensor | None:
-        """Return the smashed data of samples, [B, T, D]; None: samples are missing."""
+        """Return smashed data [B, T, D]; None: the server lacks some of them."""
         taken = self._samples.take(owner, ids)
         return None if isinstance(taken, list) else decode_cached(*taken, self._device)
 
@@ -427,17 +415,17 @@ class ClosedFormStarts:
             except Busy:
                 await asyncio.sleep(_PAUSE_S)
 
-    async def _solve(self, start: _Start, fitted: FittedBasis) -> Solution:
+    async def _solve(self, start: _Start, fitted: Fitted) -> Solved:
         run = self._runs.snapshot(start.run)
-        sums = [start.sums[each] for each in run.in_order(frozenset(start.sums))]
+        answers = [start.sums[each] for each in run.in_order(frozenset(start.sums))]
         path = self._runs.files(start.run).basis(start.attempt)
 
-        def solve() -> Solution:
-            class_sums = torch.stack([each.features.double() for each in sums]).sum(dim=0)
-            counts = torch.stack([each.counts.double() for each in sums]).sum(dim=0)
+        def solve() -> Solved:
+            class_sums = torch.stack([each.features.double() for each in answers]).sum(dim=0)
+            counts = torch.stack([each.counts.double() for each in answers]).sum(dim=0)
             classifier = fit_classifier(fitted.sums, class_sums, counts, fitted.basis.scale)
-            solved = Solution(fitted.basis, classifier, fitted.sums.variances)
-            write_solution(path, solved)
+            solved = Solved(fitted.basis, classifier, fitted.sums.variances)
+            write_solved(path, solved)
             return solved
 
         try:
@@ -457,7 +445,7 @@ def _add(moments: Moments | None, place: SampleFeatures, first: int, flat: Tenso
 
 
 def _read_numbers(model: ModelPlan) -> int:
-    """Return the number of elements of one sample's read tokens."""
+    """The numbers of one sample's read tokens."""
     return read_tokens(model) * anatomy(model).width
 
 

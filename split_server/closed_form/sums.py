@@ -1,7 +1,7 @@
-"""Check the class sums that a participant sends in round 0 against the features of its samples.
+"""The sums that a participant sends in round 0, checked against the features that the server has.
 
-The server knows the features of each sample, but not its class. It therefore knows the total of all
-class sums exactly, and an upper bound on the norm of the sum of n samples.
+The server knows every sample's features, and does not know the classes. It therefore knows exactly
+what all class sums add up to, and how long the sum of so many samples can be.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class Sums:
 
 @dataclass(frozen=True)
 class SumLimits:
-    """Limits of the class sums of one participant.
+    """What sums over one participant's samples can be.
 
     Attributes:
-        total: sum of all features, [r], float64.
-        longest: sum of the n largest norms, for n from 0 to the number of samples, float64.
+        total: the sum of all features, [r], float64.
+        longest: the sum of the n greatest lengths, for n from 0 on, [samples + 1], float64.
     """
 
     total: Tensor
@@ -56,11 +56,11 @@ class SumLimits:
         return cls(total, torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]))
 
     def check(self, sums: Sums) -> None:
-        """Refuse sums that no labels of these samples can give.
+        """Refuse sums that no labels of these samples give.
 
         Raises:
-            InvalidField: the counts do not add up to the number of samples, the sums do not add up
-                to the sum of all features, or the norm of a class sum is too large.
+            InvalidField: the counts do not add up to the samples; the sums not to their features;
+                or a class's sum is longer than the features of so many samples can be.
         """
         samples = len(self.longest) - 1
         if int(sums.counts.sum()) != samples:
@@ -84,7 +84,7 @@ class SumLimits:
         if bool((lengths > limits).any()):
             worst = int((lengths - limits).argmax())
             raise InvalidField(
-                "the sum of a class is too long for its number of samples",
+                "the sum of a class is longer than the features of so many samples",
                 field="sums",
                 limit=float(limits[worst]),
                 value=float(lengths[worst]),

@@ -1,4 +1,4 @@
-"""Track participants with recent requests."""
+"""Tracks participants with recent requests."""
 
 from __future__ import annotations
 
@@ -8,12 +8,7 @@ from split_server.runtime.process import Clock
 
 
 class Liveness:
-    """Stores until when each participant is live. In memory only: a restart resets it.
-
-    Args:
-        window_s: time in seconds that a participant is live after a request.
-        clock: the monotonic clock.
-    """
+    """Stores until when each participant counts as live. In memory only; a restart resets it."""
 
     def __init__(self, window_s: float, clock: Clock) -> None:
         self._window_s = window_s

@@ -53,7 +53,7 @@ class Publish:
 
 @dataclass(frozen=True)
 class Repeat:
-    """Close this attempt without a result, since too few updates arrived or were accepted."""
+    """Close this attempt without a result: too few updates arrived or could be counted."""
 
     updates: int
     reason: str | None = None  # None: too few arrived
@@ -87,10 +87,10 @@ def decide(run: RunSnapshot, live: Collection[str], now: float, *, settled: bool
     Args:
         run: the run.
         live: ids of participants with a recent request.
-        now: current time in seconds on the monotonic clock.
-        settled: whether the server has been up long enough to know all live participants. Until
-            then, a new round and an evaluation wait for all participants, so that a restart of the
-            server does not exclude any.
+        now: seconds on the monotonic clock.
+        settled: the server has been up long enough for every live participant to call. Before
+            that, a new round and an evaluation wait for all of them, so that a restart does not
+            shrink them.
     """
     if run.status.is_over:
         return None
@@ -144,9 +144,9 @@ def _end_training(
         return None
     if len(open_round.updated) < run.plan.federation.min_updates:
         return repeat_or_fail(run, open_round, len(open_round.updated))
-    evaluators = _evaluators(run, open_round, run.participants)
-    if not settled and not set(evaluators) <= set(live):
-        return None  # after a restart, live participants may not have sent a request yet
+    everybody = _evaluators(run, open_round, run.participants)
+    if not settled and not set(everybody) <= set(live):
+        return None  # after a restart: the live ones have not called yet
     return Aggregate(
         updated=tuple(run.in_order(open_round.updated)),
         evaluators=_evaluators(run, open_round, live),

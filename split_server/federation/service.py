@@ -240,7 +240,7 @@ class FederationService:
     ) -> str:
         check_join(request, run.plan.federation.max_samples)
         if request.train_samples or request.test_samples:
-            rounds.require_running(run)  # a device without samples may join later, to read
+            rounds.require_running(run)  # a device without data only reads, which is allowed later
         _check_classes(run, request)
         return records.add_participant(session, run, request, idempotent, self._runs.clock.wall())
 
@@ -262,7 +262,7 @@ class FederationService:
         runs.watcher.left(run_id, participant_id)
         self._advancer.try_advance(run_id)
 
-    # Updates and evaluations
+    # Updates
 
     def admit_update(self, run_id: str, participant_id: str, idempotent: IdempotentRequest) -> int:
         """Refuse an update that cannot count, before its body is received; admit a repetition.
@@ -419,7 +419,7 @@ class FederationService:
 
 
 def _check_classes(run: RunSnapshot, request: JoinRequest) -> None:
-    """Refuse data whose labels do not stand for the classes of the run."""
+    """Refuse data whose labels would mean other classes than those of the run."""
     if request.num_classes != run.plan.model.num_classes:
         raise InvalidField(
             "the device's data and the run differ in the number of classes",

@@ -75,9 +75,9 @@ class RunSnapshot:
     participants: Mapping[str, Participant]  # by id, including those that have left
     open_round: OpenRound | None
     closed_rounds: int  # rounds that have produced a global state
-    repeats: int  # repeated attempts at the next round
-    start_attempt: int | None = None  # attempt at round 0 with a result; None: no result yet
-    renewed: int = 0  # round after which weights and head were last rebuilt; 0: never
+    repeats: int  # failed attempts at the round after these
+    start_attempt: int | None = None  # at round 0, whose result the run uses; None: none yet
+    renewed: int = 0  # the round after which weights and head were made again; 0: never
     deadline: float | None = None  # of the open phase, on the monotonic clock
 
     @property

@@ -1,4 +1,4 @@
-"""uvicorn's connection with a byte counter, direct receiving, and a write timeout."""
+"""uvicorn's connection, extended: count bytes at the socket, receive large bodies directly."""
 
 from __future__ import annotations
 
@@ -48,8 +48,7 @@ class _CountingTransport:
 class MeteredProtocol(HttpToolsProtocol):
     """uvicorn's HTTP protocol, extended as the module says.
 
-    The counter includes request lines and headers. Under TLS it counts the decrypted bytes, as the
-    device does.
+    Under TLS it counts the decrypted bytes, as the device does.
     """
 
     def connection_made(  # type: ignore[override]

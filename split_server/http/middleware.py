@@ -171,7 +171,7 @@ def identity_of(scope: Scope) -> Identity:
 
 
 def set_participant(scope: Scope, identity: ParticipantIdentity) -> None:
-    """Charge this request, which has no participant credential, to a participant."""
+    """Charge this request to a participant, although it carried no credential."""
     scope.setdefault("state", {})[_IDENTITY_KEY] = identity
 
 

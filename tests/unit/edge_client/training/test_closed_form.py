@@ -9,7 +9,7 @@ import torch
 from sklearn.linear_model import Ridge
 from torch.nn import functional as F
 
-from edge_client.training.closed_form import calibrate, leave_one_out, penalty_share
+from edge_client.training.closed_form import calibrate, caution, leave_one_out
 
 
 def test_leave_one_out_scores_are_those_of_fits_without_the_sample() -> None:
@@ -45,4 +45,4 @@ def test_more_of_the_penalty_stays_the_nearer_the_loss_is_to_guessing(
     share: float, expected: float
 ) -> None:
     for classes in (2, 10, 1000):
-        assert penalty_share(share * math.log(classes), classes) == pytest.approx(expected)
+        assert caution(share * math.log(classes), classes) == pytest.approx(expected)
