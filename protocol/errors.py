@@ -282,7 +282,7 @@ _MAX_RETRY_AFTER_S = 86_400.0
 def error_from_wire(body: object, status: int) -> SFPromptError:
     """Build the typed error of a response.
 
-    If the body has another form, such as the HTML page of a proxy, ``status`` decides the class.
+    If the body has another form, such as the HTML page of a gateway, ``status`` decides the class.
     Fields of a wrong type are dropped, because the body is not trusted.
 
     Args:

@@ -147,7 +147,7 @@ class WireSettings(Message):
     head: Literal["float32", "float16", "int8", "int4"] = Field(
         "float32",
         description="weights of the frozen head, downloaded once; int4: matrices in 4 bits, "
-        "the rest in int8",
+        "all other weights as with int8",
     )
     pooled_features: bool = Field(
         False,

@@ -1,4 +1,4 @@
-"""The two results of round 0: the basis with the sums of all features, and the classifier."""
+"""The results of a start: the basis with the sums of all features, then the classifier in it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Fitted:
 
 @dataclass(frozen=True)
 class Solved:
-    """The final result of round 0. It is on disk before any participant receives it.
+    """The result of a start, which is on disk before any participant learns it.
 
     Attributes:
         basis: of the features.
@@ -46,11 +46,10 @@ class Features:
     """A participant's features, and the mean and variances of all participants'.
 
     Attributes:
-        values: features of the participant's samples, [n, 1, r].
-        mean: mean over all participants, [r], float64.
-        variances: variance over all participants, [r], float64.
-        strength: strength of the ridge regression divided by the number of samples; 0 before it is
-            solved.
+        values: [n, 1, r].
+        mean: [r], float64.
+        variances: [r], float64.
+        strength: of the ridge regression, for each sample; 0 before it is solved.
     """
 
     values: Tensor
@@ -86,7 +85,7 @@ def leverage_of(solved: Solved, features: SampleFeatures, codec: str) -> Tensor:
 
 
 def write_solved(path: Path, solved: Solved) -> None:
-    """Write a result durably."""
+    """Write a result; it is durable on return."""
     basis, classifier = solved.basis, solved.classifier
     tensors = {
         "mean": basis.mean,
@@ -107,7 +106,7 @@ def read_solved(path: Path) -> Solved:
     """Read what `write_solved` wrote.
 
     Raises:
-        DamagedFile: the file has changed since it was written.
+        DamagedFile: it is not what was written.
         OSError: the file cannot be read.
     """
     tensors = read_tensors(path)

@@ -1,8 +1,8 @@
-"""Round 0 of a run: participants name their samples, send their class sums, and get a classifier.
+"""A run's round 0: all its participants name their samples, then send sums, and get a classifier.
 
-The responses of both steps depend on all participants. A request therefore waits for the last
-participant, or until a share of the round's time is over. Only the classifier is on disk: if the
-server restarts before it is written, the participants send everything again.
+Both steps wait for every participant, so a request is held back until the last one has come, or
+until a share of the round's time is over. Only the classifier's file outlives the server; whatever
+is lost before it is written is asked for again.
 """
 
 from __future__ import annotations
@@ -56,8 +56,7 @@ _WAIT_S = 20.0  # of a request for the other participants, before it is repeated
 
 _THREADS = 2
 
-# Share of the round's time after which each step continues without the missing participants.
-_IDS_SHARE, _SUMS_SHARE = Fraction(1, 2), Fraction(3, 4)
+_NAMING, _SUMMING = Fraction(1, 2), Fraction(3, 4)  # of the round's time
 
 _PAUSE_S = 0.2  # before a full engine is asked again
 
@@ -66,21 +65,10 @@ R = TypeVar("R")
 
 @dataclass
 class _Start:
-    """The state of one attempt at round 0 of a run; used on the event loop only.
+    """One attempt at round 0 of one run, on the event loop's thread.
 
     Attributes:
-        run: id of the run.
-        attempt: number of the attempt.
-        folder: folder of the files with read tokens.
-        restored: the result of an earlier server process; None: there is none.
-        ids: sample ids of each participant.
-        features: read tokens of each participant's samples.
-        limits: limits of each participant's sums.
-        sums: class sums of each participant.
-        fitted_at: when the basis was fitted, in seconds on the monotonic clock.
-        fitting: the task that fits the basis; None: not begun.
-        solving: the task that fits the classifier; None: not begun.
-        changed: set when a participant has sent ids or sums.
+        restored: the result that an earlier process of the server has computed.
     """
 
     run: str
@@ -91,14 +79,14 @@ class _Start:
     features: dict[str, SampleFeatures] = field(default_factory=dict)
     limits: dict[str, SumLimits] = field(default_factory=dict)
     sums: dict[str, Sums] = field(default_factory=dict)
-    fitted_at: float = 0.0
+    fitted_at: float = 0.0  # on the monotonic clock
     fitting: asyncio.Task[Fitted | None] | None = None
     solving: asyncio.Task[Solved] | None = None
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class ClosedFormStarts:
-    """Computes round 0 of all runs. Its coroutines run on one event loop.
+    """Computes the closed-form starts of all runs. Its coroutines run on one event loop.
 
     Args:
         runs: the runs.
@@ -113,14 +101,14 @@ class ClosedFormStarts:
         self._runs, self._engine, self._samples, self._device = runs, engine, samples, device
         self._threads = ThreadPoolExecutor(_THREADS, "split-start")
         self._starts: dict[str, _Start] = {}
-        self._lock = threading.Lock()  # protects the table: runs end on other threads
+        self._lock = threading.Lock()  # of the table: runs end on other threads
 
     def close(self) -> None:
         """Stop computing."""
         self._threads.shutdown(cancel_futures=True)
 
     def sweep(self) -> None:
-        """Drop the state of runs whose round 0 is not training any more. Thread-safe."""
+        """Drop the starts of runs that do not train round 0 any more. Thread-safe."""
         for run_id in list(self._starts):
             open_round = self._runs.snapshot(run_id).open_round
             training = open_round is not None and open_round.status == RoundStatus.TRAINING
@@ -128,7 +116,7 @@ class ClosedFormStarts:
                 self.release(run_id)
 
     def release(self, run_id: str) -> None:
-        """Drop the state of a run's round 0, if there is any. Thread-safe."""
+        """Drop a run's start, if there is one. Thread-safe."""
         with self._lock:
             start = self._starts.pop(run_id, None)
         if start is not None:
@@ -137,20 +125,13 @@ class ClosedFormStarts:
     async def features(
         self, run_id: str, participant: str, attempt: int, ids: list[bytes]
     ) -> Features | list[int]:
-        """Return the features of a participant's samples, once all participants have named theirs.
+        """Return the features of a participant's samples, once all have named theirs.
 
-        Args:
-            run_id: the run.
-            participant: the sender.
-            attempt: the attempt at round 0.
-            ids: ids of the samples.
-
-        Returns:
-            The features, or the positions of ids whose samples the server lacks.
+        Or the positions of samples that the server lacks.
 
         Raises:
-            Busy: the server waits for other participants; repeat the request.
-            StaleRound: the round is not open, or was computed without this participant.
+            Busy: others are awaited; repeat the request.
+            StaleRound: the round is not open, or was started without this participant.
             InvalidField: there are more ids than the participant joined with samples.
         """
         start = await self._open(run_id, participant, attempt)
@@ -216,7 +197,7 @@ class ClosedFormStarts:
         """Return the classifier and the leverage [n] of the participant's samples.
 
         Raises:
-            Busy: the server waits for other participants; repeat the request.
+            Busy: others are awaited; repeat the request.
             StepLost: the server has no features of this attempt; start the round again.
             StaleRound: the round is not open.
             InvalidField: no labels of the participant's samples give these sums.
@@ -241,7 +222,7 @@ class ClosedFormStarts:
         return solved.classifier, leverage
 
     async def _open(self, run_id: str, participant: str, attempt: int) -> _Start:
-        """Return the state of this attempt, and create it if needed."""
+        """Return the open start of this attempt, created if needed."""
         run, sender = self._runs.participant(run_id, participant)
         require_trainer(run, sender, 0, attempt)
         start = self._starts.get(run_id)
@@ -265,12 +246,12 @@ class ClosedFormStarts:
         try:
             return read_solved(path) if path.is_file() else None
         except DamagedFile:
-            path.unlink()  # the participants send ids and sums again
+            path.unlink()  # the participants send again what it was computed from
             return None
 
     async def _await_fit(self, start: _Start) -> Fitted:
         def begin() -> None:
-            if start.fitting is None and self._is_complete(start, start.ids, _IDS_SHARE):
+            if start.fitting is None and self._is_complete(start, start.ids, _NAMING):
                 start.fitting = asyncio.create_task(self._fit(start))
 
         fitted = await self._wait(start, begin, lambda: start.fitting)
@@ -288,7 +269,7 @@ class ClosedFormStarts:
 
         def begin() -> None:
             if start.solving is None and self._is_complete(
-                start, start.sums, _SUMS_SHARE, start.fitted_at
+                start, start.sums, _SUMMING, start.fitted_at
             ):
                 start.solving = asyncio.create_task(self._solve(start, fitted))
 
@@ -300,15 +281,10 @@ class ClosedFormStarts:
         begin: Callable[[], None],
         task: Callable[[], asyncio.Task[R] | None],
     ) -> R:
-        """Wait for the end of a task, and return its result.
-
-        Args:
-            start: the attempt.
-            begin: starts the task if it can begin.
-            task: returns the task; None: it has not begun.
+        """Wait until a task has begun and ended.
 
         Raises:
-            Busy: the task has not ended within `_WAIT_S`.
+            Busy: it has not, after `_WAIT_S`.
         """
         loop = asyncio.get_running_loop()
         give_up_at = loop.time() + _WAIT_S
@@ -325,29 +301,28 @@ class ClosedFormStarts:
         raise _busy("the other participants are awaited")
 
     def _is_complete(
-        self, start: _Start, responses: Mapping[str, object], share: Fraction, since: float = 0.0
+        self, start: _Start, answers: Mapping[str, object], patience: Fraction, since: float = 0.0
     ) -> bool:
-        """Whether all participants have responded that still can, or their time is over.
+        """Whether every participant that can still answer has, or the time for it is over.
 
         Args:
-            start: the attempt.
-            responses: responses so far, by participant.
-            share: share of the round's time within which participants must respond.
-            since: when the step began, in seconds on the monotonic clock; participants have at
-                least an eighth of the round's time from then on.
+            start: of which run.
+            answers: by participant.
+            patience: share of the round's time after which no more answers are awaited.
+            since: at least an eighth of the round's time after this moment they are awaited.
         """
         run = self._runs.snapshot(start.run)
-        if run.open_round is None or not responses:
+        if run.open_round is None or not answers:
             return False
-        pending = [each for each in pending_trainers(run, run.open_round) if each not in responses]
-        if not pending or run.deadline is None:
-            return not pending
+        awaited = [each for each in pending_trainers(run, run.open_round) if each not in answers]
+        if not awaited or run.deadline is None:
+            return not awaited
         whole = run.plan.federation.round_timeout_s
-        until = max(run.deadline - whole * float(1 - share), since + whole / 8)
+        until = max(run.deadline - whole * float(1 - patience), since + whole / 8)
         return self._runs.clock.monotonic() > until
 
     async def _fit(self, start: _Start) -> Fitted | None:
-        """Compute the read tokens of all samples and fit the basis; None: samples were lost."""
+        """Compute all features and the basis; None: the server has lost samples."""
         run = self._runs.snapshot(start.run)
         moments = Moments(_read_numbers(run.plan.model))
         order = run.in_order(frozenset(start.ids))
@@ -370,16 +345,11 @@ class ClosedFormStarts:
     async def _compute(
         self, start: _Start, run: RunSnapshot, participant: str, moments: Moments | None
     ) -> bool:
-        """Compute the read tokens of one participant's samples.
+        """Compute one participant's read tokens; False: the server lacks some of its samples.
 
         Args:
-            start: the attempt.
-            run: the run.
-            participant: the participant.
-            moments: sums to which the samples are added; None: the sums are known.
-
-        Returns:
-            False if the server lacks some of the samples.
+            start, run, participant: whose.
+            moments: adds the samples; None: they are known.
         """
         ids, owner = start.ids[participant], Owner(run.id, participant)
         numbers = _read_numbers(run.plan.model)

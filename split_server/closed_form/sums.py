@@ -16,17 +16,12 @@ from protocol.errors import InvalidField
 from split_server.closed_form.basis import Basis
 from split_server.closed_form.sample_features import SampleFeatures
 
-_ROUNDING = 1e-3  # tolerance, as a share of the sum of all norms: sums are sent as float32
+_ROUNDING = 1e-3  # of the features' lengths: sums travel as float32
 
 
 @dataclass(frozen=True)
 class Sums:
-    """One participant's class sums.
-
-    Attributes:
-        features: sum of the features in each class, [C, r].
-        counts: number of samples in each class, [C].
-    """
+    """One participant's sums: of its features in each class [C, r], and their number [C]."""
 
     features: Tensor
     counts: Tensor

@@ -64,7 +64,7 @@ def test_sums_that_no_labels_give_are_refused(features: SampleFeatures) -> None:
     shifted = sums.features.clone()
     shifted[0] += 1000.0
     shifted[1] -= 1000.0
-    with pytest.raises(InvalidField, match="too long"):
+    with pytest.raises(InvalidField, match="longer than the features"):
         limits.check(Sums(shifted, sums.counts))
 
 
