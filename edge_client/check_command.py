@@ -1,4 +1,4 @@
-"""The command ``edge-client check``: what joining with a folder would train on."""
+"""The command ``edge-client check``: check a data folder before joining a run with it."""
 
 from __future__ import annotations
 
@@ -15,28 +15,32 @@ if TYPE_CHECKING:
 
     from edge_client.data.check import Finding, Report
 
-_SHOWN = 5  # findings of a kind
+_SHOWN = 5  # findings of each kind
 
 
 def check(
-    folder: Annotated[
-        str, typer.Argument(help="The folder that `join --data folder:…` would get.")
-    ],
+    folder: Annotated[str, typer.Argument(help="The data folder, as in `join --data folder:…`.")],
     classes: Annotated[
         str | None, typer.Option(help="Names of the run's classes, separated by commas.")
     ] = None,
     held_out: Annotated[
-        float, typer.Option(min=0.01, max=0.9, help="Share to test on, without a test folder.")
+        float,
+        typer.Option(
+            min=0.01, max=0.9, help="Share of each class to test on, if there is no test folder."
+        ),
     ] = 0.2,
-    data_seed: Annotated[int, typer.Option(help="Seed of --held-out.")] = 0,
+    data_seed: Annotated[int, typer.Option(help="Seed of the choice of held-out images.")] = 0,
     background: Annotated[
-        str, typer.Option(help="Colour behind transparent parts, as model.background.")
+        str,
+        typer.Option(
+            help="Colour behind transparent parts, #RRGGBB; the run's is model.background."
+        ),
     ] = "#ffffff",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Report what a folder would train on, and what may be wrong with it.
+    """Check a data folder: count its images and report problems.
 
-    Exit code 0: no problem; 1: problems were found; 2: the folder cannot be checked.
+    The exit code is 0 without a problem, 1 with one, and 2 if the folder cannot be checked.
     """
     from rich.console import Console
 
@@ -101,7 +105,7 @@ def _print(report: Report, console: Console) -> None:
         if len(findings) > _SHOWN:
             console.print(f"  … and {len(findings) - _SHOWN} more (--json lists all)")
     if not report.findings:
-        console.print("nothing found that may be wrong")
+        console.print("no findings")
 
 
 def _print_counts(console: Console, title: str, counts: dict[str, int]) -> None:

@@ -1,4 +1,4 @@
-"""Load a device's data for a run, and report what is left out."""
+"""Load a device's data for a run, and report skipped and unusual files."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ def load_run_data(
     reporter: Reporter,
     cache_bytes: int,
 ) -> Dataset:
-    """Load what this device contributes to a run, and report what is left out or odd.
+    """Load the device's part of the data, limited as requested, and report remarks.
 
     Args:
         source: the text after ``--data``.
-        run: tells classes, background and image size.
-        part: "K/N", this device's part of the data; None: all.
-        partition: how parts are divided.
-        seed: of the part, the held-out share and the limits.
-        held_out: share to test on, if the data have no test set.
-        limit_train: number of training images, at most.
-        limit_test: number of test images, at most.
-        shots: number of training images of each class.
+        run: the run, with class names, background and image size.
+        part: "K/N", the device's part of the data; None: all data.
+        partition: text of the partition scheme.
+        seed: seed of the partition, of the held-out images and of the limits.
+        held_out: share of each class held out for testing, in (0, 1), if there are no test images.
+        limit_train: maximum number of training images; None: no limit.
+        limit_test: maximum number of test images; None: no limit.
+        shots: exact number of training images of each class; None: not fixed.
         reporter: receives progress, and the events ``skipped`` and ``noticed``.
-        cache_bytes: memory budget of resized images, for each of train and test.
+        cache_bytes: memory budget of the resized images, in bytes for each of train and test.
 
     Raises:
         DataError: the data or the options are faulty.
@@ -73,9 +73,9 @@ def load_run_data(
 
 
 def _expected_preprocessing(model: ModelPlan) -> Preprocessing | None:
-    """Return the preprocessing that the head file will name, which comes after joining.
+    """Return the expected preprocessing, before the head file with the actual one is downloaded.
 
-    If it names another, the images are decoded again.
+    If they differ, the images are decoded again. None: it is unknown.
     """
     try:
         return preprocessing_of(model, image_preparation(model))

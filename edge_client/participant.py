@@ -1,4 +1,4 @@
-"""A device's participation in a run: join, then carry out assignments until the run stops."""
+"""A device's participation in a run: join, then do assignments until the run is over."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ from protocol.seeds import derive_seed
 
 _POLL_S = 20.0
 
-_MAX_STARTS = 5  # of one round, before this device declines it
+_MAX_STARTS = 5  # starts of one round; then the device declines it
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,10 @@ class Participant:
     Attributes:
         server: the split server; `join` authenticates it.
         data: the device's train and test images.
-        folder: where files of the server are cached.
+        folder: folder of the file cache.
         name: the device's name, for people.
         reporter: receives progress and events.
-        cache_bytes: memory budget of each cache: resized images, smashed data.
+        cache_bytes: memory budget of each cache (resized images, smashed data), in bytes.
     """
 
     server: Server
@@ -69,7 +69,7 @@ class Participant:
     cache_bytes: int = 256 * 1024 * 1024
 
     def join(self, run: str, key: str, join_token: str | None = None) -> JoinedRun:
-        """Join a run; download head and global state unless they are cached.
+        """Join a run, and download head and global state unless they are cached.
 
         Args:
             run: the run's id.
@@ -103,7 +103,7 @@ class Participant:
 
 
 class JoinedRun:
-    """A run that the device has joined: carries out the server's assignments.
+    """A run that the device has joined; it does the server's assignments.
 
     Args:
         device: the device.
@@ -112,11 +112,12 @@ class JoinedRun:
         model: the run's model on this device.
 
     Attributes:
-        run: as the server described it when the device joined.
-        files: cached files of the server.
-        data: the device's images, less those that have become unreadable.
-        validation: training images that select the best state instead; None: the run has none.
-        samples: the data as this run uses them.
+        id: the participant's id.
+        run: the server's view of the run when the device joined.
+        files: cache of the server's files.
+        data: the device's images, without those that have become unreadable.
+        validation: images that select the best state; None: the run has none.
+        samples: the data with the caches of this run.
     """
 
     def __init__(
@@ -137,7 +138,7 @@ class JoinedRun:
 
     @property
     def model(self) -> DeviceModel:
-        """Head, prompts and tail as they are now; another object after each new head."""
+        """The current head, prompts and tail; a new object after each new head."""
         return self._run_model.model
 
     def take_part(self) -> Assignment:
@@ -155,12 +156,12 @@ class JoinedRun:
                 )
                 return assignment
             if done is None or _is_new(assignment, done):
-                self._carry_out(assignment)
+                self._do_and_report(assignment)
             done = assignment
 
-    def _carry_out(self, assignment: Assignment) -> None:
+    def _do_and_report(self, assignment: Assignment) -> None:
         try:
-            self._restart_without_unreadable(assignment)
+            self._do_with_readable(assignment)
         except EmptyUpdate as error:
             self._report("nothing-to-train", assignment, str(error))
         except Conflict as error:  # the round, the run or this step is over
@@ -171,8 +172,8 @@ class JoinedRun:
             # Another process left the run for this device: the next assignment is stop.
             self._report("left-behind", assignment, str(error))
 
-    def _restart_without_unreadable(self, assignment: Assignment) -> None:
-        """Do the task; if an image has become unreadable, drop it and start again."""
+    def _do_with_readable(self, assignment: Assignment) -> None:
+        """Do the task. If an image has become unreadable, drop it and start again."""
         for _ in range(_MAX_STARTS - 1):
             try:
                 self._do(assignment)
@@ -205,7 +206,7 @@ class JoinedRun:
             self._evaluate(assignment)
 
     def _train_until_complete(self, assignment: Assignment) -> None:
-        """Train a round; start it again if the server has lost its state of it."""
+        """Train a round; start again if the server has lost its state of the round."""
         for _ in range(_MAX_STARTS):
             try:
                 self._train_round(assignment)
@@ -218,16 +219,16 @@ class JoinedRun:
             except StaleRound as error:
                 if assignment.round:
                     raise
-                # Round 0 was started without this device, and still waits for its update.
+                # Round 0 was computed without this device, but waits for its update.
                 self._decline(assignment, str(error))
                 return
         self._decline(assignment, f"the server lost its state of the round {_MAX_STARTS} times")
 
     def _decline(self, assignment: Assignment, reason: str) -> None:
-        """Send an update of no samples, so that the server does not wait for this device."""
+        """Send an update without samples, so that the server does not wait for this device."""
         self._report("declined", assignment, reason)
         meta = UpdateMeta(round=assignment.round, attempt=assignment.attempt, samples=0)
-        self._update_model(assignment)  # replaces the diverged state
+        self._update_model(assignment)  # replaces the tuned state, which may have diverged
         self._run_model.send_update(meta)
 
     def _train_round(self, assignment: Assignment) -> None:
@@ -284,9 +285,8 @@ class JoinedRun:
         )
         if not 0 <= result.loss_sum <= MAX_LOSS * result.samples:  # NaN too
             self._report("left-behind", assignment, "the global state has diverged")
-            result = Evaluation(
-                samples=0, correct=0, loss_sum=0.0
-            )  # so that the server does not wait
+            # Sent all the same, so that the server does not wait for this device.
+            result = Evaluation(samples=0, correct=0, loss_sum=0.0)
         selection = self._selection_loss(assignment)
         report = EvaluationReport(
             round=assignment.round,
@@ -330,7 +330,7 @@ class JoinedRun:
 
 @dataclass(frozen=True)
 class RunSamples:
-    """The device's samples as one run uses them, and the split plane that their requests use."""
+    """The device's samples with the caches of one run, and the split plane for their requests."""
 
     train: Samples
     test: Samples
@@ -398,7 +398,7 @@ def _split_validation(device: Participant, plan: RunPlan) -> tuple[Dataset, Imag
 
 
 def succeeded(last: Assignment) -> bool:
-    """Whether the run finished, by its last assignment."""
+    """Whether the run has finished, judged by its last assignment."""
     return last.status is RunStatus.FINISHED
 
 

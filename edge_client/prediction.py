@@ -1,4 +1,4 @@
-"""Classify image files with a tuned model, through the server's body or wholly on this machine."""
+"""Classify image files with a tuned model: with the server's body, or on this machine alone."""
 
 from __future__ import annotations
 
@@ -24,15 +24,17 @@ from split_model.checkpoints.export import load_exported
 
 _BATCH = 32
 
-_MAX_DOWNLOADS = 5  # of a newer global state, for one batch
+_MAX_DOWNLOADS = 5  # downloads of newer global states, for one batch
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """One image's most probable classes, or the reason why it could not be read.
+    """The most probable classes of an image, or the reason why it cannot be read.
 
     Attributes:
-        classes: names and probabilities, the most probable first.
+        path: path of the image.
+        classes: name and probability of each class, the most probable first.
+        error: the reason; None: the image was classified.
     """
 
     path: str
@@ -63,13 +65,13 @@ class Classifier(ABC):
         """Compute the class probabilities [B, C] of images [B, 3, S, S].
 
         Args:
-            images: preprocessed.
-            start: the first image's number; names the request.
+            images: preprocessed images, float32 [B, 3, S, S].
+            start: number of the first image, for the name of the request.
         """
 
     @torch.no_grad()
     def predict(self, files: list[Path], top: int) -> Iterator[Prediction]:
-        """Yield each file's ``top`` classes, in order; for an unreadable file, its error."""
+        """Yield the ``top`` classes of each file in order, or the error of an unreadable file."""
         preprocessing, labels = self.preprocessing, self.labels
         for start in range(0, len(files), _BATCH):
             chunk = files[start : start + _BATCH]
@@ -94,14 +96,14 @@ class Classifier(ABC):
 
 
 class Predictor(Classifier):
-    """Runs head and tail on this device, and the body on the server.
+    """Classifies with head and tail on this device, and the body on the server.
 
-    Use `join` to create it.
+    Create it with `join`.
 
     Args:
-        server: authenticated.
-        run: the run, as the server describes it now.
-        files: caches files of the server.
+        server: the split server, authenticated.
+        run: the server's current view of the run.
+        files: cache of the server's files.
     """
 
     def __init__(self, server: Server, run: RunView, files: BlobCache) -> None:
@@ -124,7 +126,7 @@ class Predictor(Classifier):
         Args:
             server: the run's server.
             run: the run to join.
-            folder: for cached files of the server.
+            folder: folder of the file cache.
             key: idempotency key; the same key gives the same participant.
             name: the device's name.
             join_token: the server's token, if it requires one.
@@ -147,7 +149,7 @@ class Predictor(Classifier):
         for _ in range(_MAX_DOWNLOADS):
             try:
                 return self._probabilities(images, start)
-            except StaleRound:  # a round was closed meanwhile
+            except StaleRound:  # the run has a newer global state
                 self._run = self._server.run(self._run.id)
                 self._plane = SplitPlane(self._server, self._run.plan)
                 self._model = _download(self._server, self._run, self._files)
@@ -172,10 +174,10 @@ def _download(server: Server, run: RunView, files: BlobCache) -> DeviceModel:
 
 
 class WholePredictor(Classifier):
-    """Runs an exported model wholly on this machine, without a server.
+    """Classifies with an exported model on this machine, without a server.
 
     Args:
-        file: written by ``split-server export``.
+        file: file written by ``split-server export``.
 
     Raises:
         InvalidField: the file is not an exported model.

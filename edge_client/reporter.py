@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from edge_client.data.remarks import Skipped, group_by_reason
+from edge_client.data.remarks import Remark, group_by_reason
 from protocol.errors import InvalidField
 
 if TYPE_CHECKING:  # it imports torch
@@ -85,7 +85,7 @@ def _short(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def show_skipped(skipped: Iterable[Skipped]) -> None:
+def show_skipped(skipped: Iterable[Remark]) -> None:
     """Name on stderr what is left out, a few entries for each reason."""
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     for entry in group_by_reason(skipped):

@@ -17,14 +17,15 @@ from protocol.messages import Assignment, BlobRef, RunView, UpdateMeta
 
 
 class RunModel:
-    """Head, prompts and tail of a run, at the server's newest head and global state.
+    """Head, prompts and tail of a run, kept at the server's newest head and global state.
 
-    Use `download` to create it.
+    Create it with `download`.
 
     Attributes:
-        run: the run as the server described it at the download.
-        head: the head file that is loaded.
-        model: the loaded model; another object after each new head.
+        run: the server's view of the run at the download.
+        files: cache of the server's files.
+        head: reference of the loaded head file.
+        model: the loaded model; a new object after each new head.
     """
 
     def __init__(
@@ -47,11 +48,11 @@ class RunModel:
         """Download head and global state, unless they are in the cache, and load them.
 
         Raises:
-            MalformedFrame: a file is damaged, or of another model.
+            MalformedFrame: a file is damaged or belongs to another model.
         """
         try:
             head = _fetch_head(server, run, run.head, files)
-        except NotFound:  # the run has a newer head than the response to the join names
+        except NotFound:  # the run has a newer head than when the device joined
             run = server.run(run.id)
             head = _fetch_head(server, run, run.head, files)
         states = GlobalStates(server, run.id, run.plan.wire, files)
@@ -62,7 +63,7 @@ class RunModel:
         """Load the assignment's head and global state.
 
         Returns:
-            Whether the head is another one than before.
+            Whether the head is new.
 
         Raises:
             StaleRound: the run already has a newer head.
@@ -75,7 +76,11 @@ class RunModel:
         return new_head
 
     def send_update(self, meta: UpdateMeta, extras: Mapping[str, Tensor] | None = None) -> None:
-        """Send the tuned state, and further tensors with it.
+        """Send the tuned state to the server.
+
+        Args:
+            meta: meta part of the update.
+            extras: further tensors of the tuning method, by name; None: none.
 
         Raises:
             StaleRound: the update's round is over.

@@ -1,4 +1,4 @@
-"""The base class of JSON messages, and how pydantic's errors name a field and its limit."""
+"""The base class of JSON messages, and the field and limit in pydantic's errors."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ class Message(BaseModel):
 
 
 def extract_field(error: Mapping[str, Any]) -> str:
-    """Return the field that a pydantic error names in its context, else ``"body"``.
+    """Return the field in the context of a pydantic error, or ``"body"``.
 
     Args:
-        error: one of pydantic's error dictionaries, of a whole message.
+        error: one of pydantic's error dictionaries, for a whole message.
     """
     return str(error.get("ctx", {}).get("field", "body"))
 
 
 def extract_limit(error: Mapping[str, Any]) -> FieldValue:
-    """Return the limit that a value broke, or None where pydantic's error names none.
+    """Return the limit in the context of a pydantic error; None: it has none.
 
     Args:
         error: one of pydantic's error dictionaries.

@@ -1,7 +1,7 @@
-"""Names of codecs, without torch, because a run's plan is validated before torch is loaded.
+"""Names of codecs. This module does not import torch, since plans are validated without it.
 
-A name is ``base[:parameter][+zstd]``: ``int8``, ``topk:0.05``, ``int8+zstd``. The whole name
-crosses the wire.
+A name is ``base[:parameter][+zstd]``, such as ``int8``, ``topk:0.05`` or ``int8+zstd``. The whole
+name is sent.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ FLOAT_CODECS: Final = (
     "cosine:S",
     "svd:E",
     "klt:Q",
-)  # as shown to people: the letter after the colon stands for the parameter
+)  # the letter after the colon stands for the parameter
 
 INTEGER_CODECS: Final = ("int64", "uint8")
 
@@ -45,10 +45,10 @@ _ROW_WISE: Final = {"float32", "float16", "bfloat16", "int8", "int4", "int4-asym
 
 @dataclass(frozen=True)
 class _Parameter:
-    """The parameter after the colon of a name."""
+    """The rule for the parameter after the colon."""
 
     pattern: re.Pattern[str]
-    allowed: str  # in words
+    allowed: str  # description of the allowed values
 
 
 _SHARE: Final = _Parameter(
@@ -74,8 +74,8 @@ class CodecParts:
 
     Attributes:
         base: the name without parameter and suffix.
-        parameter: as written; None for a base without parameter.
-        compressed: the name ends in ``+zstd``: the buffers are compressed without loss.
+        parameter: the parameter as written; None: the base has none.
+        compressed: whether the name ends in ``+zstd``, lossless compression of the buffers.
     """
 
     base: str
@@ -127,7 +127,7 @@ def check_float_codec(name: str) -> str:
 
 
 def is_row_wise_inside(name: str) -> bool:
-    """Whether the codec, less its ``+zstd``, encodes each index of the first dimension separately.
+    """Whether the codec without ``+zstd`` encodes each row of the first dimension separately.
 
     Raises:
         UnknownCodec: the name or its parameter is not allowed.

@@ -1,4 +1,4 @@
-"""What the project's commands share: subcommands, the option ``--version``, the form of errors."""
+"""Shared parts of the project's commands: subcommands, ``--version`` and error messages."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ __all__ = ["Subcommand", "group_of", "run_command", "version_option"]
 
 @dataclass(frozen=True)
 class Subcommand:
-    """A subcommand, known by its help alone until it is called.
+    """A subcommand whose module is imported when it is called.
 
     Attributes:
-        module: has a function with the subcommand's name, ``_`` for ``-``.
-        summary: its help.
-        examples: command lines.
+        module: module with a function of the subcommand's name, with ``_`` for ``-``.
+        summary: summary in the help text.
+        examples: command lines in the help text.
         notes: paragraphs after the examples.
     """
 
@@ -34,7 +34,7 @@ class Subcommand:
     notes: tuple[str, ...] = ()
 
     def build(self, name: str, function: Callable[..., None]) -> Any:
-        """Make click's command of a function, whose parameters become its options."""
+        """Build the click command of a function, whose parameters become options."""
         title = "Example" if len(self.examples) == 1 else "Examples"
         shown = [f"{title}:", *self.examples] if self.examples else []
         app = typer.Typer(add_completion=False, rich_markup_mode="rich")
@@ -42,15 +42,16 @@ class Subcommand:
         return get_command(app)
 
     def load(self, name: str) -> Any:
-        """Import the module and make the command."""
+        """Import the module and build the command."""
         module = importlib.import_module(self.module)
         return self.build(name, getattr(module, name.replace("-", "_")))
 
 
 class _Group(TyperGroup):
-    """Imports a subcommand's module when it is called.
+    """Imports the module of a subcommand when it is called.
 
-    Arguments and results are click's classes (`Any`: some versions of typer have copies of them).
+    Arguments and results are click's classes, typed `Any` because some versions of typer have
+    copies of them.
     """
 
     subcommands: ClassVar[Mapping[str, Subcommand]] = {}
@@ -59,7 +60,7 @@ class _Group(TyperGroup):
         return list(self.subcommands)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """The command's name and summary for the list, without an import."""
+        """Return a command with name and summary only, without an import."""
         entry = self.subcommands.get(cmd_name)
         return None if entry is None else entry.build(cmd_name, lambda: None)
 
@@ -71,13 +72,13 @@ class _Group(TyperGroup):
 def group_of(subcommands: Mapping[str, Subcommand]) -> type[TyperGroup]:
     """Return the class of a command with these subcommands, for ``typer.Typer(cls=...)``.
 
-    The list of subcommands waits for none of their imports, and none for those of another.
+    Listing the subcommands imports no module, and calling one imports only its own module.
     """
     return type("Group", (_Group,), {"subcommands": subcommands})
 
 
 def version_option(command: str) -> Any:
-    """Return the option ``--version``: print the command's name and version, and exit."""
+    """Return the option ``--version``, which prints the command's name and version and exits."""
 
     def show(wanted: bool) -> None:
         if wanted:
@@ -90,17 +91,17 @@ def version_option(command: str) -> Any:
 
 
 def run_command(app: typer.Typer) -> None:
-    """Run a command; a typed error becomes one line on stderr and exit code 2.
+    """Run a command. A typed error is printed as one line on stderr, with exit code 2.
 
-    typer turns Ctrl-C into exit code 130.
+    With Ctrl-C, typer exits with code 130.
     """
     try:
         app()
-    except (SFPromptError, OSError) as error:  # OSError: of a file or a port
+    except (SFPromptError, OSError) as error:  # OSError: a file or a port cannot be opened
         from rich.console import Console
         from rich.markup import escape
 
-        # A file's name may be no valid text, which no terminal takes.
+        # A file name may not be valid text, which a terminal cannot print.
         text = str(error).encode("utf-8", "backslashreplace").decode()
         Console(stderr=True).print(
             f"[red]error[/red]: {escape(text)}", highlight=False, soft_wrap=True

@@ -272,9 +272,9 @@ _BY_CODE: dict[str, type[SFPromptError]] = {
     error.code: error for error in _walk_tree(SFPromptError)
 }
 
-_MAX_CHARACTERS = 500  # of one text in an error
+_MAX_CHARACTERS = 500  # characters of one text in an error
 
-_MAX_ITEMS = 64  # of one list in an error
+_MAX_ITEMS = 64  # items of one list in an error
 
 _MAX_RETRY_AFTER_S = 86_400.0
 
@@ -282,8 +282,12 @@ _MAX_RETRY_AFTER_S = 86_400.0
 def error_from_wire(body: object, status: int) -> SFPromptError:
     """Build the typed error of a response.
 
-    A body of another form (an HTML page of an HTTP proxy, for example) gives the error class for
-    ``status``. Fields of a wrong type are dropped, because ``body`` is not trusted.
+    If the body has another form, such as the HTML page of a gateway, ``status`` decides the class.
+    Fields of a wrong type are dropped, because the body is not trusted.
+
+    Args:
+        body: decoded JSON body of the response, or any other object.
+        status: HTTP status of the response.
     """
     wire = body.get("error") if isinstance(body, Mapping) else None
     if not isinstance(wire, Mapping):
@@ -348,7 +352,7 @@ def _is_scalar(value: object) -> bool:
 
 
 def _seconds(value: object) -> float | None:
-    """Return seconds to wait, at most a day; None for anything but a number of at least 0."""
+    """Return the seconds to wait, at most a day; None: ``value`` is not a number of at least 0."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     return float(min(value, _MAX_RETRY_AFTER_S)) if value >= 0 else None

@@ -19,31 +19,31 @@ class FederationSettings(Message):
     """How rounds run and how the server averages their updates."""
 
     rounds: int = Field(
-        8, ge=0, le=100_000, description="rounds of training; 0: a closed-form start alone"
+        8, ge=0, le=100_000, description="rounds of training; 0: only a closed-form start"
     )
     min_participants: int = Field(
         1, ge=1, le=100_000, description="participants that the first round waits for"
     )
     participants_per_round: int | None = Field(
-        None, ge=1, le=100_000, description="drawn at random for each round; none: all"
+        None, ge=1, le=100_000, description="participants drawn at random for each round; none: all"
     )
     min_updates: int = Field(
         1,
         ge=1,
         le=100_000,
-        description="updates that a round needs by its deadline, else it is repeated",
+        description="updates that a round needs by its deadline; with fewer, it is repeated",
     )
     round_timeout_s: float = Field(
         600.0,
         gt=0,
         le=7 * 86_400,
-        description="deadline of a round's training; later updates are refused",
+        description="time for a round's training in seconds; later updates are refused",
     )
     max_repeats: int = Field(
         3, ge=0, le=1000, description="repetitions of one round before the run fails"
     )
     evaluate_every: int = Field(
-        1, ge=0, le=100_000, description="rounds from one evaluation to the next; 0: never"
+        1, ge=0, le=100_000, description="rounds from one evaluation to the next; 0: no evaluation"
     )
     keep_best: bool = Field(
         True,
@@ -68,58 +68,59 @@ class FederationSettings(Message):
         10.0,
         ge=1,
         le=1e6,
-        description="an update is refused if its change is longer than this times the median of "
-        "the round's updates; with fewer than three updates, longer than a hundred times the "
-        "global state; not applied with dp_clip; none: never",
+        description="limit of an update's L2 norm, as a multiple of the median of the round's "
+        "updates; with fewer than three updates the limit is 100 times the norm of the global "
+        "state; longer updates are refused; none, and with dp_clip: no limit",
     )
     aggregation: AggregationRule = Field(
         "fedavg",
-        description="fedavg: mean weighted by samples | median, trimmed-mean: of each number | "
-        "krum: the one update nearest to the others | multi-krum: mean of the nearest",
+        description="fedavg: mean weighted by samples | median, trimmed-mean: of each element | "
+        "krum: the update nearest to the others | multi-krum: mean of the nearest updates",
     )
     hostile_share: float = Field(
         0.2,
         ge=0,
         lt=0.5,
         description="share of hostile participants that trimmed-mean, krum and multi-krum "
-        "tolerate, rounded up to whole participants",
+        "tolerate; the number is rounded up",
     )
     server_optimizer: ServerOptimizer = Field(
-        "fedavg", description="how the mean update changes the global state"
+        "fedavg", description="optimiser that applies the mean update to the global state"
     )
     server_learning_rate: float | None = Field(
         None,
         gt=0,
         le=100,
-        description="none: 1 for fedavgm, 0.01 for fedadam and fedyogi; must be none for fedavg",
+        description="learning rate of the server optimiser; none: 1 for fedavgm, 0.01 for fedadam "
+        "and fedyogi; must be none for fedavg",
     )
     server_momentum: float = Field(
         0.9, ge=0, lt=1, description="momentum of fedavgm, beta 1 of fedadam and fedyogi"
     )
     server_beta2: float = Field(0.99, ge=0, lt=1, description="beta 2 of fedadam and fedyogi")
     server_tau: float = Field(
-        1e-3, gt=0, le=1, description="adaptivity of fedadam and fedyogi, added to the square root"
+        1e-3, gt=0, le=1, description="tau of fedadam and fedyogi, added to the square root"
     )
     dp_clip: float | None = Field(
         None,
         gt=0,
         le=1e6,
-        description="L2 bound of the change of the global state by one update; all updates then "
-        "weigh the same; none: no differential privacy",
+        description="L2 bound of an update's change of the global state; all updates then have "
+        "equal weights; none: no differential privacy",
     )
     dp_noise_multiplier: float = Field(
         0.0,
         ge=0,
         le=1000,
-        description="standard deviation of the noise on the sum, divided by dp_clip",
+        description="standard deviation of the noise on the sum of the changes, divided by dp_clip",
     )
     dp_delta: float = Field(1e-3, gt=0, lt=1, description="delta of the reported epsilon")
     dp_seed: int | None = Field(
         None,
         ge=0,
         lt=2**63,
-        description="only for tests and benchmarks: participants could calculate the noise; none: "
-        "seeded by the operating system",
+        description="seed of the noise, only for tests and benchmarks, since participants could "
+        "compute the noise; none: entropy of the operating system",
     )
 
     @model_validator(mode="after")
@@ -136,7 +137,7 @@ class FederationSettings(Message):
     def _check_aggregation(self) -> FederationSettings:
         if self.aggregation != "fedavg" and self.dp_clip is not None:
             raise ValueError(
-                f"dp_clip needs aggregation fedavg, not {self.aggregation}: its noise is a mean's"
+                f"dp_clip needs aggregation fedavg, not {self.aggregation}: it adds noise to a mean"
             )
         return self
 

@@ -4,7 +4,7 @@
     header | pad | buffer | pad | buffer | pad | ...
 
 Integers are little-endian; every buffer starts at a multiple of 64 bytes. The checksum is the XXH3
-of all other bytes, a tenth of the time of a CRC-32.
+of all other bytes, which takes a tenth of the time of a CRC-32.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class TensorSpec:
     name: str
     codec: str
     shape: tuple[int, ...]
-    sizes: tuple[int, ...]  # bytes of each of its buffers
+    sizes: tuple[int, ...]  # bytes of each buffer
 
     def to_wire(self) -> dict[str, Any]:
         return {
@@ -82,13 +82,13 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Frame:
-    """A decoded frame. Its buffers are views of the memory it was decoded from."""
+    """A decoded frame. The buffers are views of the received bytes."""
 
     kind: str
     meta: Mapping[str, Any]
     specs: Mapping[str, TensorSpec]
     buffers: Mapping[str, tuple[memoryview, ...]] = field(repr=False)
-    checksum: int  # of all its bytes: tells a repeated frame from another one
+    checksum: int  # checksum of all other bytes; identifies the frame
     meter: Meter | None = field(default=None, repr=False, compare=False)
 
     def spec(self, name: str) -> TensorSpec:
@@ -112,7 +112,7 @@ class Frame:
 
         Raises:
             MalformedFrame: the frame has no tensor of this name.
-            Busy: the frame's meter has no memory for it.
+            Busy: there is no memory for the tensor.
         """
         spec = self.spec(name)
         codec = get_codec(spec.codec)
@@ -131,23 +131,23 @@ def encode_frame(
     limits: FrameLimits = DEFAULT_LIMITS,
     generators: Mapping[str, torch.Generator] | None = None,
 ) -> list[memoryview]:
-    """Encode a frame as pieces to be written one after the other, without joining buffers.
+    """Encode a frame as pieces that are written one after the other.
 
-    A contiguous CPU tensor in its codec's dtype is not copied: its piece is the tensor's memory, so
-    the tensor must not change before the piece is written.
+    A contiguous CPU tensor in the dtype of its codec is not copied: the piece is the tensor's
+    memory. The tensor must not change before the piece is written.
 
     Args:
         kind: the kind of message, e.g. ``forward``.
         meta: text, numbers, booleans, None, and lists and maps of these.
-        tensors: by name, the tensor (any shape) and the name of its codec.
-        limits: of the header; a header that `decode_frame` would refuse is not sent.
-        generators: by name of a tensor, the source of random rounding for a codec that rounds.
+        tensors: each tensor, of any shape, and the name of its codec, by the tensor's name.
+        limits: limits of the header.
+        generators: generator of random rounding for a tensor, by the tensor's name.
 
     Raises:
-        UnknownCodec: no such codec.
+        UnknownCodec: there is no such codec.
         InvalidField: a codec cannot encode its tensor.
-        MalformedFrame: no frame can carry a value of ``meta`` (bytes, NaN, a date, ...).
-        TooLarge: the header is over a limit.
+        MalformedFrame: ``meta`` has a value of a type that is not allowed, such as bytes or NaN.
+        TooLarge: the header exceeds a limit.
     """
     specs: list[dict[str, Any]] = []
     payload: list[memoryview] = []
@@ -174,12 +174,12 @@ def encode_frame(
 
 
 def frame_length(pieces: Sequence[memoryview]) -> int:
-    """Return the bytes of an encoded frame."""
+    """Return the length of an encoded frame in bytes."""
     return sum(piece.nbytes for piece in pieces)
 
 
 def header_length(data: Buffer) -> int:
-    """Return the header length that a frame's prefix declares, without any check."""
+    """Return the header length in bytes that the prefix of a frame declares, unchecked."""
     _, _, _, length, _ = _PREFIX.unpack_from(bytes(data[:PREFIX_BYTES]).ljust(PREFIX_BYTES, b"\0"))
     return int(length)
 
@@ -205,13 +205,13 @@ def decode_frame(
     is allocated for it.
 
     Args:
-        data: the frame.
-        limits: of the frame.
-        meter: is called with the bytes that decoding a tensor takes, before they are taken; an
+        data: the bytes of the frame.
+        limits: limits of the frame.
+        meter: called with the bytes that decoding a tensor needs, before they are allocated; an
             error that it raises ends the decoding.
 
     Raises:
-        DamagedFrame: its checksum does not fit its bytes; the sender may send it again.
+        DamagedFrame: the checksum is wrong; the sender may send the frame again.
         MalformedFrame: the bytes are not a frame.
         TooLarge: a length is over its limit.
         UnsupportedVersion: the frame has another version of the protocol.
@@ -228,10 +228,10 @@ def decode_frame(
 
 
 def _check_integrity(view: memoryview, limits: FrameLimits) -> int:
-    """Check the length and the checksum, and return the latter.
+    """Check length and checksum of a frame, and return the checksum.
 
-    The checksum comes before all other checks: a changed byte anywhere is a damaged frame, which
-    may arrive intact the next time.
+    The checksum is checked before all other fields, since any of them may have been damaged on the
+    way.
     """
     if view.nbytes > limits.max_frame_bytes:
         raise TooLarge(

@@ -22,7 +22,7 @@ _SPEC_KEYS = 4  # keys of the map that describes one tensor
 
 
 def pack_header(kind: str, meta: dict[str, Any], tensors: list[dict[str, Any]]) -> bytes:
-    """Pack a header: the keys in this order, every number in its shortest form.
+    """Pack a header, with its keys in this order and every number in its shortest form.
 
     Raises:
         MalformedFrame: msgpack cannot represent a value.
@@ -39,11 +39,12 @@ def unpack_header(
 ) -> tuple[str, dict[str, Any], list[Any]]:
     """Unpack a header into the kind, the meta part and the raw descriptions of the tensors.
 
-    Kind and meta are fully checked. The descriptions are a list of bounded length with unchecked
-    items.
+    Kind and meta are checked completely. The descriptions are a list of bounded length, whose items
+    are not checked.
 
     Raises:
-        MalformedFrame: not msgpack, a type outside the closed set, or a missing or unknown key.
+        MalformedFrame: the bytes are not msgpack, a type is not allowed, or a key is missing or
+            unknown.
         TooLarge: a text, a list, a map or the nesting is over its limit.
     """
     # msgpack allocates memory for the declared length of a list, hence the bound.

@@ -1,4 +1,4 @@
-"""Upper limits on a frame. A receiver checks them before it allocates memory."""
+"""The limits of a frame, which a receiver checks before it allocates memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MIB = 1024 * 1024
 
 @dataclass(frozen=True)
 class FrameLimits:
-    """Limits of one frame. Each can be set; none can be switched off.
+    """The limits of one frame. Each can be set; none can be disabled.
 
     Raises:
         InvalidField: a limit is below 1.
@@ -23,9 +23,9 @@ class FrameLimits:
     max_header_bytes: int = 256 * 1024  # the msgpack part alone
     max_tensors: int = 512
     max_dims: int = 5
-    max_elements: int = 256 * MIB  # of one tensor; a dimension of zero counts as one
+    max_elements: int = 256 * MIB  # elements of one tensor; a dimension of zero counts as one
     max_text: int = 256  # UTF-8 bytes of a name, a key or a text
-    max_items: int = 4096  # of one list or map in the meta part
+    max_items: int = 4096  # items of one list or map in the meta part
     max_depth: int = 8  # nesting of lists and maps in the meta part
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Messages of the federation plane (JSON), and the meta parts of the split plane's frames."""
+"""JSON messages of the federation plane, and meta parts of the split plane's frames."""
 
 from __future__ import annotations
 
@@ -62,8 +62,7 @@ StepId = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9
 
 SAMPLE_ID_BYTES = 16  # id of a sample in the server's cache
 
-
-MAX_LOSS = 1e9  # of one sample; a larger loss means that the model diverged
+MAX_LOSS = 1e9  # loss of one sample, in nats; a larger loss means that the model has diverged
 
 Loss = Annotated[float, Field(ge=0, le=MAX_LOSS)]
 
@@ -73,7 +72,7 @@ BytesByPhase = dict[str, dict[str, int]]
 class RunStatus(StrEnum):
     """The state of a run."""
 
-    WAITING = "waiting"  # for its first participants
+    WAITING = "waiting"  # waits for its first participants
     RUNNING = "running"
     FINISHED = "finished"
     CANCELLED = "cancelled"
@@ -103,7 +102,7 @@ class Task(StrEnum):
 
 
 class BlobRef(Message):
-    """A file of the server, by the hash of its content."""
+    """Reference to a file of the server, by the hash of its content."""
 
     sha256: Sha256
     nbytes: Count
@@ -114,14 +113,14 @@ class RunView(Message):
 
     id: Text
     status: RunStatus
-    reason: str | None = None  # of a failure or cancellation
+    reason: str | None = None  # reason of a failure or cancellation
     settings: RunSettings  # as the operator wrote them
     plan: RunPlan  # what server and devices execute
-    round: Count  # the open round; 0 before the first, and with a closed-form start the first
+    round: Count  # the open round or the last one; 0 before the first
     participants: Count
     created_at: float  # seconds since 1970
     finished_at: float | None = None
-    backbone_bytes: Count  # of the uncut model with its classifier, in float32
+    backbone_bytes: Count  # size of the uncut model with its classifier, in float32
     head: BlobRef
     state: BlobRef  # the newest global state
 
@@ -137,13 +136,13 @@ class RoundView(Message):
     sampled: tuple[str, ...]  # participants selected to train
     updated: tuple[str, ...] = ()  # participants whose update was counted
     refused: tuple[str, ...] = ()  # participants whose update was refused
-    samples: Count = 0  # selected samples behind these updates
+    samples: Count = 0  # selected samples of all counted updates
     train_loss: float | None = None  # mean over the selected samples in split training
     local_loss: float | None = None  # mean over the samples in the local-loss update
-    accuracy: float | None = None  # of the new global state on held-out samples
+    accuracy: float | None = None  # accuracy of the new global state on held-out samples
     evaluation_loss: float | None = None
     evaluation_samples: Count = 0
-    epsilon: float | None = None  # of all rounds so far, with noise (federation.dp_…)
+    epsilon: float | None = None  # privacy budget spent so far; None: without noise
     kept: bool = True  # False: the state was worse than the best one, and was discarded
     traffic: BytesByPhase = {}
     state: BlobRef | None = None  # the round's global state
@@ -192,11 +191,11 @@ class JoinRequest(Message):
     train_samples: Count
     test_samples: Count
     num_classes: Count
-    classes_sha256: Sha256 | None = None  # of the ordered class names; None: no data
+    classes_sha256: Sha256 | None = None  # hash of the ordered class names; None: no data
 
 
 class JoinResponse(Message):
-    """The response to a join; the credential authenticates all later requests."""
+    """The response to a join request; the credential authenticates all later requests."""
 
     participant: Text
     credential: Text
@@ -232,14 +231,14 @@ class UpdateMeta(Message):
     round: Count
     attempt: Count
     samples: Count  # selected samples: the weight of the update
-    base: Sha256 | None = None  # the tensors are changes of this state; None: whole tensors
-    session: StepId | None = None  # its prompts or body on the server belong to the update
+    base: Sha256 | None = None  # state that the tensors are changes of; None: whole tensors
+    session: StepId | None = None  # session that trained the update's part on the server
     train_loss: Loss | None = None
     local_loss: Loss | None = None
 
 
 class UpdateReceipt(Message):
-    """The server's confirmation that an update is on disk and counts once."""
+    """The server's confirmation that an update is on disk and counted."""
 
     round: Count
     samples: Count
@@ -291,7 +290,7 @@ class BodyStepMeta(Message):
 
 
 class InferMeta(StepMeta):
-    """The meta part of an inference. ``state``: the only global state to compute with."""
+    """The meta part of an inference. ``state``: hash of the required global state; None: any."""
 
     state: Sha256 | None = None
 
@@ -319,9 +318,10 @@ class ExchangeMeta(Message):
 
 
 class StartMeta(Message):
-    """The meta part of requests of round 0; they repeat until all participants have answered.
+    """The meta part of requests of round 0.
 
-    A device that has lost its features, or came later, requests them in a later round.
+    A device repeats a request until all participants have responded. A device that lacks its
+    features, such as one that joined later, requests them in a later round.
     """
 
     round: Count = 0
@@ -329,7 +329,7 @@ class StartMeta(Message):
 
 
 class SamplesMeta(Message):
-    """The empty meta part of frames about samples in the server's cache."""
+    """The empty meta part of frames with samples or sample ids."""
 
 
 M = TypeVar("M", bound=Message)
@@ -339,7 +339,7 @@ def parse_message(message_type: type[M], raw: object) -> M:
     """Validate a message from the other end.
 
     Raises:
-        InvalidField: with path, limit and value of the first wrong field.
+        InvalidField: a field is wrong; the error has path, limit and value of the first one.
     """
     try:
         return message_type.model_validate(raw)

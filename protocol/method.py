@@ -63,7 +63,7 @@ class MethodSettings(Message):
     @model_validator(mode="before")
     @classmethod
     def _complete_tables(cls, values: Any) -> Any:
-        """Fill a table that is given in part from the field's default, not from its class's."""
+        """Complete a partly given table with the default of the field, not that of its class."""
         if not isinstance(values, Mapping):
             return values
         completed = dict(values)
@@ -81,7 +81,7 @@ class MethodSettings(Message):
         """Return the method's defaults, by table and field, for fields that a run does not set.
 
         Args:
-            given: the run's settings by table, as they were written; not validated.
+            given: unvalidated settings of the run, by table.
         """
         return {}
 
@@ -98,7 +98,7 @@ class MethodSettings(Message):
         return {}
 
     def own_part(self) -> Message:
-        """Return `RunPlan.method`: what only the method's own code on device and server reads."""
+        """Return `RunPlan.method`, which only the method's own code on device and server reads."""
         return Message()
 
     @classmethod
@@ -148,12 +148,12 @@ class MethodSettings(Message):
         return plan
 
     def locate(self, part: str, field: str) -> str:
-        """Return the dotted name under which a run's settings have a field of a plan's part."""
+        """Return the dotted name in a run's settings of a field in a part of the plan."""
         own = field in type(self).model_fields and field != "name"
         return f"method.{field}" if own else f"{part}.{field}"
 
     def validate_part(self, cls: type[P], part: str, values: Fields) -> P:
-        """Validate a part of the plan; an error names the field that people wrote."""
+        """Validate a part of the plan; an error names the field of the run's settings."""
         try:
             return cls.model_validate(values)
         except ValidationError as error:
@@ -207,7 +207,7 @@ def register(cls: type[MethodSettings]) -> type[MethodSettings]:
 
 
 def installed_method_names() -> list[str]:
-    """List the names of all methods that installed packages announce, sorted."""
+    """List the names of the methods in all installed packages, sorted."""
     return sorted({entry.name for entry in entry_points(group=GROUP)})
 
 

@@ -1,4 +1,4 @@
-"""The parts of a run's settings that people write, and that a plan extends."""
+"""Parts of a run's settings. A plan has the same parts with further fields."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _compose(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-# In Unicode normal form C: macOS writes folder names in form D, and people write settings in C.
+# In Unicode normal form C: macOS writes folder names in form D, and editors write settings in C.
 ClassName = Annotated[Text, AfterValidator(_compose)]
 
 
@@ -56,7 +56,7 @@ class BackboneSettings(Message):
         "packaged",
         description="packaged | hub | file:PATH (on the server) | random:SEED (untrained)",
     )
-    image_size: int = Field(56, ge=8, le=2048, description="pixels a side")
+    image_size: int = Field(56, ge=8, le=2048, description="side of the model's input in pixels")
     fit: Fit = Field(
         "crop",
         description="how an image that is not square becomes square: crop to its centre | pad with "
@@ -65,38 +65,50 @@ class BackboneSettings(Message):
     background: str = Field(
         "#ffffff",
         pattern="^#[0-9a-f]{6}$",
-        description="colour behind transparent parts of an image and of padding, #RRGGBB in lower "
+        description="colour of padding and behind transparent parts of an image, #RRGGBB in lower "
         "case",
     )
-    num_classes: int = Field(10, ge=2, le=100_000, description="classes of all devices together")
+    num_classes: int = Field(
+        10, ge=2, le=100_000, description="number of classes of all devices together"
+    )
 
 
 class TrainingSettings(Message):
-    """How tuned parameters are optimised on the devices and on the server."""
+    """Optimisation of the tuned parameters on the devices and on the server."""
 
-    batch_size: int = Field(32, ge=1, le=4096, description="samples a step, on each device")
+    batch_size: int = Field(32, ge=1, le=4096, description="samples in each step of a device")
     optimizer: Literal["sgd", "adam", "adamw"] = Field(
-        "adamw", description="of prompts, tail and other tuned parameters"
+        "adamw", description="optimiser of prompts, tail and other tuned parameters"
     )
-    prompt_learning_rate: float = Field(5e-3, ge=0, le=100, description="of the prompts")
+    prompt_learning_rate: float = Field(
+        5e-3, ge=0, le=100, description="learning rate of the prompts"
+    )
     tail_learning_rate: float = Field(
-        2e-3, ge=0, le=100, description="of all tuned parameters but the prompts"
+        2e-3, ge=0, le=100, description="learning rate of all tuned parameters except the prompts"
     )
-    momentum: float = Field(0.0, ge=0, lt=1, description="of sgd")
-    nesterov: bool = Field(False, description="Nesterov momentum, of sgd")
-    weight_decay: float = Field(0.0, ge=0, le=10, description="of all but the prompts")
+    momentum: float = Field(0.0, ge=0, lt=1, description="momentum of sgd")
+    nesterov: bool = Field(False, description="whether sgd uses Nesterov momentum")
+    weight_decay: float = Field(
+        0.0, ge=0, le=10, description="weight decay of all tuned parameters except the prompts"
+    )
     proximal: float = Field(
-        0.0, ge=0, le=100, description="FedProx's mu: pull to the round's global state"
+        0.0,
+        ge=0,
+        le=100,
+        description="mu of FedProx, the penalty on the distance from the round's global state",
     )
     schedule: Literal["constant", "cosine"] = Field(
-        "cosine", description="of the learning rates over the rounds of the run"
+        "cosine", description="schedule of the learning rates over all rounds"
     )
     warmup_rounds: int = Field(
         0, ge=0, le=10_000, description="rounds in which the learning rates rise from 0"
     )
     augment: bool = Field(False, description="flip and shift training images")
     views: int = Field(
-        4, ge=1, le=1000, description="augmented views of a sample whose smashed data are cached"
+        4,
+        ge=1,
+        le=1000,
+        description="number of augmented views of a sample with cached smashed data",
     )
 
     validation_share: float | None = Field(
@@ -111,8 +123,8 @@ class TrainingSettings(Message):
         None,
         gt=0,
         le=100,
-        description="local differential privacy of training labels: each device replaces some at "
-        "random before it trains; none: none",
+        description="epsilon of the local differential privacy of training labels, some of which a "
+        "device replaces at random; none: labels are not replaced",
     )
 
     @model_validator(mode="after")
@@ -125,25 +137,30 @@ class TrainingSettings(Message):
 class WireSettings(Message):
     """The codec of each kind of tensor on the wire."""
 
-    smashed: CodecName = Field("float32", description="output of the head, to the server")
-    features: CodecName = Field("float32", description="output of the body, in training")
-    gradients: CodecName = Field("float32", description="of features and of smashed data")
+    smashed: CodecName = Field("float32", description="output of the head")
+    features: CodecName = Field("float32", description="output of the body in training")
+    gradients: CodecName = Field("float32", description="gradients of features and of smashed data")
     inference: CodecName = Field(
-        "float32", description="features of evaluation and prediction: rounding costs accuracy"
+        "float32",
+        description="output of the body in evaluation and prediction; rounding costs accuracy",
     )
     start: CodecName = Field(
-        "float32", description="features of round 0, once for each training sample (depths)"
+        "float32", description="features of round 0, sent once for each sample (depths above 0)"
     )
-    updates: CodecName = Field("float32", description="tail and prompts from a device")
+    updates: CodecName = Field("float32", description="update of a device: tail and prompts")
     update_deltas: bool = Field(
-        False, description="send a state as its change against the round's, both ways"
+        False,
+        description="send global states and updates as changes, not as whole tensors",
     )
     head: Literal["float32", "float16", "int8", "int4"] = Field(
         "float32",
-        description="the frozen head's weights, downloaded once; int4: matrices in 4 bits, "
-        "the rest as with int8",
+        description="weights of the frozen head, downloaded once; int4: matrices in 4 bits, "
+        "all other weights as with int8",
     )
     pooled_features: bool = Field(
-        False, description="return only the tokens that the tail reads, if it reads the first ones"
+        False,
+        description="send only the tokens that the tail reads, if these are the first ones",
     )
-    stochastic_rounding: bool = Field(False, description="of the gradients, if their codec rounds")
+    stochastic_rounding: bool = Field(
+        False, description="round gradients at random, if their codec rounds"
+    )

@@ -1,6 +1,6 @@
-"""What a run executes: the resolved settings that server and devices work with.
+"""The plan of a run: the resolved settings that server and devices execute.
 
-People write `protocol.settings.RunSettings`; its method turns them into a `RunPlan`.
+People write `protocol.settings.RunSettings`; the tuning method builds a `RunPlan` from them.
 """
 
 from __future__ import annotations
@@ -45,66 +45,78 @@ Tuned = Literal["tail", "classifier", "bias", "adapter", "lora", "full"]
 class ModelPlan(BackboneSettings):
     """The pretrained model, where it is cut, and which of its parameters are tuned.
 
-    Limits that need the architecture (the largest `cut`, say) are checked when it is built.
+    Limits that depend on the architecture, such as the largest `cut`, are checked when the model is
+    built.
     """
 
     # pydantic below 2.10 reserves every name that begins with `model_`.
     model_config = ConfigDict(protected_namespaces=())
 
-    cut: int = Field(1, ge=0, le=256, description="blocks in the head")
-    tail_blocks: int = Field(0, ge=0, le=256, description="last blocks that belong to the tail")
+    cut: int = Field(1, ge=0, le=256, description="number of blocks in the head")
+    tail_blocks: int = Field(
+        0, ge=0, le=256, description="number of last blocks that belong to the tail"
+    )
     keep_tokens: int = Field(
-        0, ge=0, le=65_536, description="image tokens that cross the cut, merged; 0: all"
+        0,
+        ge=0,
+        le=65_536,
+        description="image tokens that remain after merging at the cut; 0: no merging",
     )
     prompt_at: PromptPlacement = "input"
     prompt_depth: PromptDepth = "shallow"
-    prompt_count: int = Field(10, ge=0, le=1024, description="soft prompt tokens")
+    prompt_count: int = Field(10, ge=0, le=1024, description="number of soft prompt tokens")
     prompt_init: Literal["normal", "mean-token"] = "normal"
     tune: Tuned = Field(
         "tail",
-        description="in addition to the prompts: tail | classifier, the tail's last layer | bias, "
-        "all biases on the device, and the classifier | adapter, one bottleneck behind each "
-        "block of the head, and the classifier | lora, a low-rank change of queries and "
-        "values in the blocks on the device, and the classifier | full, head and tail",
+        description="tuned parameters in addition to the prompts: tail | classifier: the tail's "
+        "last layer | bias: all biases on the device, and the classifier | adapter: a bottleneck "
+        "after each block of the head, and the classifier | lora: a low-rank change of queries and "
+        "values in the blocks on the device, and the classifier | full: head and tail",
     )
     adapter_width: int = Field(96, ge=1, le=4096, description="inner width (tune = adapter)")
     tune_body: bool = Field(
         False,
-        description="tune the body too: in a round each participant has its own copy on the "
-        "server, and the copies are averaged (tune = full, prompt_count = 0)",
+        description="tune the body too: in a round each participant has its own copy of the body "
+        "on the server, and the copies are averaged (tune = full, prompt_count = 0)",
     )
-    lora_rank: int = Field(8, ge=1, le=1024, description="rank of each change (tune = lora)")
+    lora_rank: int = Field(
+        8, ge=1, le=1024, description="rank of each low-rank change (tune = lora)"
+    )
     lora_ends: int = Field(
-        0, ge=0, le=256, description="changed blocks at either end; 0: all blocks (tune = lora)"
+        0,
+        ge=0,
+        le=256,
+        description="number of changed blocks at either end; 0: all blocks (tune = lora)",
     )
     blocks: tuple[Annotated[int, Field(ge=0, le=255)], ...] = Field(
         (),
         max_length=256,
-        description="numbers of the backbone's blocks that the model has, ascending; empty: all",
+        description="ascending numbers of the backbone's blocks in the model; empty: all",
     )
     mlp_widths: tuple[Annotated[int, Field(ge=0, le=65_536)], ...] = Field(
         (),
         max_length=256,
-        description="neurons in the MLP of each of these blocks; 0: as in the backbone; empty: all",
+        description="MLP width of each of these blocks; 0: as in the backbone; empty: all as there",
     )
     depths: int = Field(
         0,
         ge=0,
         le=64,
-        description="blocks of the body, evenly spaced, whose outputs the tail reads; the server "
-        "fits the tail in closed form in round 0; 0: the last output alone, and no round 0",
+        description="number of evenly spaced blocks of the body whose outputs the tail reads; the "
+        "tail is fitted in closed form in round 0; 0: the tail reads the last output, and there "
+        "is no round 0",
     )
     rank: int = Field(
         0,
         ge=0,
         le=65_536,
-        description="principal components of these outputs that the tail reads; 0: all numbers",
+        description="number of principal components of these outputs that the tail reads; 0: all",
     )
     model_overrides: tuple[tuple[str, Any], ...] = Field(
         (),
-        exclude=True,  # runs never carry it
+        exclude=True,  # it is never sent
         repr=False,
-        description="further arguments of timm.create_model, for tests alone",
+        description="further arguments of timm.create_model, only for tests",
     )
 
     @property
@@ -114,16 +126,16 @@ class ModelPlan(BackboneSettings):
 
     @property
     def tunes_ahead(self) -> bool:
-        """Whether anything ahead of the body is tuned, so that the device needs its gradient."""
+        """Whether parameters before the body are tuned, so that the device needs a gradient."""
         return self.tunes_head or (self.prompt_count > 0 and self.prompt_at == "input")
 
     @property
     def is_reshaped(self) -> bool:
-        """Whether blocks or widths are chosen, so that the backbone's weights may not fit."""
+        """Whether the plan selects blocks or widths, so that the backbone's weights may not fit."""
         return bool(self.blocks or self.mlp_widths)
 
     def replace(self, **changes: Any) -> ModelPlan:
-        """The plan with some fields changed, validated again (`model_copy` does not validate).
+        """Return the plan with changed fields, validated (`model_copy` does not validate).
 
         Raises:
             pydantic.ValidationError: the changed plan breaks a limit.
@@ -131,13 +143,13 @@ class ModelPlan(BackboneSettings):
         return ModelPlan.model_validate({**dict(self), **changes})
 
     def untuned(self) -> ModelPlan:
-        """The plan with nothing of head and body tuned."""
+        """Return the plan without tuned parameters in head and body."""
         return self.replace(tune="tail", tune_body=False)
 
     @field_validator("model_overrides")
     @classmethod
     def _check_overrides(cls, pairs: tuple[tuple[str, Any], ...]) -> tuple[tuple[str, Any], ...]:
-        # The other fields settle these, or timm would load weights of its choice.
+        # Other fields set these arguments, or they would make timm load other weights.
         reserved = (
             {"img_size", "num_classes", "in_chans", "pretrained", "pretrained_cfg", "device"}
             | {"checkpoint_path", "pretrained_cfg_overlay", "features_only", "use_naflex"}
@@ -153,7 +165,7 @@ class ModelPlan(BackboneSettings):
 
         for name, _ in pairs:
             if name in reserved:
-                raise ValueError(f"must be free of reserved names, not {name}")
+                raise ValueError(f"must not contain the reserved name {name}")
         return tuple((name, plain(value)) for name, value in pairs)
 
     @model_validator(mode="after")
@@ -208,7 +220,10 @@ class ModelPlan(BackboneSettings):
 
 
 class TrainingPlan(TrainingSettings):
-    """The phases of a round on a device (SFPrompt, arXiv 2407.17533, section 3)."""
+    """Optimisation, and the phases of a round on a device.
+
+    Source: SFPrompt (arXiv 2407.17533, section 3).
+    """
 
     keep_fraction: float = Field(
         0.5, gt=0, le=1, description="share of a device's samples selected for split training"
@@ -219,47 +234,50 @@ class TrainingPlan(TrainingSettings):
         1,
         ge=0,
         le=10_000,
-        description="local-loss update, head to tail; with depths, steps of the classifier on all "
-        "samples' features, which the device has since round 0",
+        description="epochs of the local-loss update with head and tail; with depths above 0, "
+        "steps of the classifier on the features of round 0",
     )
     split_epochs: int = Field(
-        1, ge=0, le=10_000, description="through the server; 0: the local-loss update alone"
+        1,
+        ge=0,
+        le=10_000,
+        description="epochs of training through the server; 0: only the local-loss update",
     )
     local_learning_rate_scale: float = Field(
-        1.0, ge=0, le=100, description="factor on both rates during the local-loss update"
+        1.0, ge=0, le=100, description="factor of both learning rates in the local-loss update"
     )
 
 
 class WirePlan(WireSettings):
-    """What crosses the wire in a round, and in which codec."""
+    """The tensors that are sent in a round, and their codecs."""
 
     keep_smashed: bool = Field(
         False,
-        description="send a sample's smashed data once; the server caches them (prompt_at = cut)",
+        description="send each sample's smashed data once; the server caches it (prompt_at = cut)",
     )
     gradient_correction: float = Field(
         0.0,
         ge=0,
         le=1000,
-        description="times the error of the smashed data's codec is added to their gradient "
-        "(prompt_at = input)",
+        description="factor of the codec's error of the smashed data, which is added to their "
+        "gradient (prompt_at = input)",
     )
 
 
 class RunPlan(Message):
-    """All that defines a run's result. Two runs with equal plans and data give equal results."""
+    """The complete plan of a run. Equal plans and equal data give equal results."""
 
     name: Text = "run"
     seed: int = Field(0, ge=0, lt=2**63)
     class_names: tuple[ClassName, ...] | None = Field(
-        None, description="in the order of the classes"
+        None, description="names of the classes, in the order of the labels"
     )
     model: ModelPlan = ModelPlan()
     federation: FederationSettings = FederationSettings()
     training: TrainingPlan = TrainingPlan()
     wire: WirePlan = WirePlan()
     method: dict[str, Any] = Field(
-        {}, description="what the tuning method adds; only the method's own code reads it"
+        {}, description="fields of the tuning method, which only its own code reads"
     )
 
     @property
@@ -286,7 +304,7 @@ class RunPlan(Message):
 
 
 def _refusals(plan: RunPlan) -> list[tuple[bool, str]]:
-    """Each combination of settings that cannot run: whether the plan has it, and what to change."""
+    """Return a row for each impossible combination: whether the plan has it, and the message."""
     model, training, wire = plan.model, plan.training, plan.wire
     names = plan.class_names
     at_cut, mean_token = model.prompt_at == "cut", model.prompt_init == "mean-token"
@@ -313,16 +331,16 @@ def _refusals(plan: RunPlan) -> list[tuple[bool, str]]:
         ),
         (
             bool(training.proximal) and at_cut,
-            "training.proximal needs prompt_at = input: the server does not pull prompts",
+            "training.proximal needs prompt_at = input: prompts at the cut have no such term",
         ),
         (
             mean_token and plan.federation.server_optimizer != "fedavg",
             "prompt_init = mean-token needs federation.server_optimizer = fedavg: the others would "
-            "take the shift of the first round for a gradient",
+            "use the shift of the first round as a gradient",
         ),
         (
             mean_token and plan.federation.dp_clip is not None,
-            "prompt_init = mean-token does not go with federation.dp_clip, which would clip the "
+            "prompt_init = mean-token needs federation.dp_clip = none: it would clip the "
             "shift of the first round",
         ),
         *(
@@ -349,7 +367,7 @@ def _refusals(plan: RunPlan) -> list[tuple[bool, str]]:
         ),
         (
             model.tune_body and bool(training.proximal),
-            "training.proximal needs a frozen body: the server does not pull bodies",
+            "training.proximal needs a frozen body: a tuned body has no such term",
         ),
         *(
             (training.split_epochs == 0 and refused, f"{local_only} needs {needed}")
@@ -357,7 +375,7 @@ def _refusals(plan: RunPlan) -> list[tuple[bool, str]]:
                 (training.local_epochs == 0, "local_epochs above 0"),
                 (
                     training.keep_fraction != 1,
-                    "keep_fraction = 1: the local update takes all samples",
+                    "keep_fraction = 1: the local update uses all samples",
                 ),
                 (
                     training.local_learning_rate_scale != 1,
@@ -380,29 +398,32 @@ def _refusals(plan: RunPlan) -> list[tuple[bool, str]]:
         ),
         (
             wire.updates.startswith("topk") and not wire.update_deltas,
-            "wire.updates = topk needs wire.update_deltas: it would set most numbers of a whole "
-            "state to 0",
+            "wire.updates = topk needs wire.update_deltas: without it, most elements of a state "
+            "would become 0",
         ),
     ]
 
 
 def _depth_refusals(plan: RunPlan) -> list[tuple[bool, str]]:
-    """The combinations that a closed-form start excludes."""
+    """Return such rows for settings with and without a closed-form start."""
     model, training, federation = plan.model, plan.training, plan.federation
     if not model.depths:
         return [
-            (federation.rounds == 0, "federation.rounds = 0 needs depths above 0: a round 0"),
+            (
+                federation.rounds == 0,
+                "federation.rounds = 0 needs depths above 0, which give a round 0",
+            ),
         ]
     alone = "depths above 0 (a closed-form start) needs"
     return [
         (not model.rank, f"{alone} rank above 0"),
         (
             not is_row_wise_inside(plan.wire.start),
-            f"{alone} a wire.start that encodes each sample by itself, not {plan.wire.start}",
+            f"{alone} a wire.start that encodes each sample separately, not {plan.wire.start}",
         ),
         (
             not plan.wire.keep_smashed or not plan.wire.pooled_features,
-            f"{alone} keep_smashed and wire.pooled_features: the server computes from its cache",
+            f"{alone} keep_smashed and wire.pooled_features: the server uses its sample cache",
         ),
         (
             training.keep_fraction < 1 and training.pruning != "random",
@@ -415,10 +436,10 @@ def _depth_refusals(plan: RunPlan) -> list[tuple[bool, str]]:
         ),
         (
             federation.server_optimizer != "fedavg",
-            f"{alone} federation.server_optimizer = fedavg: the start is no gradient",
+            f"{alone} federation.server_optimizer = fedavg: round 0 gives no gradient",
         ),
         (
             federation.dp_clip is not None,
-            f"{alone} federation.dp_clip = none: its sums carry no noise",
+            f"{alone} federation.dp_clip = none: the sums of round 0 have no noise",
         ),
     ]

@@ -1,4 +1,4 @@
-"""The forms of SFPrompt: as this project runs it by default, and as it was published."""
+"""The forms of SFPrompt: this project's default, and the published one."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _METHODS = {"default": "sfprompt", "paper": "sfprompt-paper"}
 
 
 def over_form(form: Form, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of `RunSettings`, with the form's method unless they name one.
+    """Return settings with the method of a form, unless they name a method.
 
     Args:
-        form: of SFPrompt.
-        values: of `RunSettings`, by part; neither validated nor changed here.
+        form: the form of SFPrompt.
+        values: unvalidated values of `RunSettings`, by table; not changed.
     """
     method = values.get("method", {})
     if not isinstance(method, Mapping):
-        return dict(values)  # the settings' own validation refuses it
+        return dict(values)  # `RunSettings` refuses it
     return {**values, "method": {"name": _METHODS[form], **method}}

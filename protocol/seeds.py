@@ -1,4 +1,4 @@
-"""One seed for each run and purpose, so that random draws do not depend on each other."""
+"""Seeds for each purpose within a run, so that random draws are independent."""
 
 from __future__ import annotations
 
@@ -11,9 +11,13 @@ __all__ = ["derive_seed"]
 def derive_seed(run_seed: int, *purpose: str | int) -> int:
     """Derive a 63-bit seed for one purpose within a run, e.g. ``derive_seed(7, "shuffle", 3, 0)``.
 
-    The same arguments give the same seed on every machine. Different arguments give unrelated
-    seeds: SHA-256 over the parts, each with its length in front so that they cannot run into each
-    other, and with its type (``"3"`` is not ``3``).
+    Equal arguments give equal seeds on every machine, and different arguments give independent
+    seeds. The seed is a SHA-256 of all parts, each preceded by its length and its type, so that
+    ``"3"`` and ``3`` differ.
+
+    Args:
+        run_seed: seed of the run.
+        purpose: texts and integers that identify the purpose.
     """
     digest = hashlib.sha256()
     for part in (run_seed, *purpose):

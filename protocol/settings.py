@@ -1,7 +1,7 @@
-"""A run's settings as users write them: in a TOML file, over HTTP or in a program.
+"""A run's settings as people write them, in a TOML file, an HTTP request or a program.
 
-The server stores them and sends them to all participants, so that a device needs only the server's
-address and its data.
+The server stores them and sends them to all participants. A device needs only its data and the
+server's address.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class RunSettings(Message):
     name: Text = Field("run", description="the run's name")
     seed: int = Field(0, ge=0, lt=2**63, description="seed of all random choices of the run")
     class_names: tuple[ClassName, ...] | None = Field(
-        None, description="names of the classes, in their order"
+        None, description="names of the classes, in the order of the labels"
     )
     method: Annotated[SerializeAsAny[MethodSettings], BeforeValidator(parse_method)] = Field(
         default_factory=lambda: parse_method({}), description="the method's name and settings"
@@ -81,7 +81,7 @@ class RunSettings(Message):
     @model_validator(mode="before")
     @classmethod
     def _fill_method_defaults(cls, values: Any) -> Any:
-        """Parse the method first: it has defaults for fields that the other tables do not set."""
+        """Parse the method first, since it has defaults for the other tables."""
         if not isinstance(values, Mapping):
             return values
         refuse_moved(values)
@@ -102,7 +102,7 @@ class RunSettings(Message):
         return self
 
     def __copy__(self) -> Self:
-        # `model_copy` may change fields of the copy, and a cached plan would not follow.
+        # `model_copy` may change fields of the copy, so that a cached plan would be wrong.
         copied = super().__copy__()
         copied.__dict__.pop("plan", None)
         return copied
@@ -121,7 +121,7 @@ def refuse_moved(values: Mapping[str, Any]) -> None:
     """Refuse fields of former releases.
 
     Args:
-        values: of `RunSettings`, by table; not validated.
+        values: unvalidated values of `RunSettings`, by table.
 
     Raises:
         ValueError: names the field and its new place.

@@ -1,4 +1,4 @@
-"""TLS certificates that a client trusts in place of the public certificate authorities."""
+"""TLS with certificates that a client trusts instead of the public certificate authorities."""
 
 from __future__ import annotations
 

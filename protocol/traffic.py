@@ -1,4 +1,4 @@
-"""Bytes at the socket by purpose. Both ends attribute bytes by the one table in this file."""
+"""Bytes at the socket by purpose, with the one table by which both ends count them."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ _BY_LAST_SEGMENT: Final[Mapping[str, Phase]] = {
 
 
 def get_phases(path: str) -> tuple[Phase, Phase]:
-    """Return the phases of a request's bytes (up, down), headers included, by its path."""
+    """Return the phases of the bytes of a request to this path (up) and of its response (down)."""
     if path in _BY_PATH:
         return _BY_PATH[path]
     phase = _BY_LAST_SEGMENT.get(path.rsplit("/", 1)[-1], Phase.CONTROL)
@@ -72,7 +72,7 @@ def total_bytes(counts: Mapping[str, Mapping[str, int]]) -> int:
     """Sum the bytes of all phases in both directions.
 
     Args:
-        counts: as returned by `Traffic.to_dict`.
+        counts: bytes by phase and direction, as `Traffic.to_dict` returns them.
     """
     return sum(sum(directions.values()) for directions in counts.values())
 

@@ -47,4 +47,4 @@ START_PATH: Final = "/v1/split/start"
 
 SOLVE_PATH: Final = "/v1/split/solve"
 
-FLOAT32_BYTES: Final = 4  # of one number
+FLOAT32_BYTES: Final = 4  # bytes of one float32

@@ -205,7 +205,7 @@ def load_settings(
             and value, and the source that it came from.
     """
     given = {name: value for name, value in (flags or {}).items() if value is not None}
-    content = _read_toml(file) if file is not None else {}
+    content = read_toml(file) if file is not None else {}
     token = _file.set(content)
     try:
         return ServerSettings(**given)
@@ -215,7 +215,12 @@ def load_settings(
         _file.reset(token)
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file of settings.
+
+    Raises:
+        InvalidField: the file cannot be read, or is not TOML in UTF-8.
+    """
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -1,7 +1,7 @@
-"""Writes the table of `docs/pictures.md` from generated files: `python -m tools.pictures_page`.
+"""Write the table of `docs/pictures.md`: `python -m tools.pictures_page`.
 
-Each row of the table is a file that this script makes in a temporary folder and then reads as a
-device reads it; the table says what was done to it.
+Each row is a file that this script creates in a temporary folder and reads as a device does. The
+row lists the conversions.
 """
 
 from __future__ import annotations
@@ -23,25 +23,26 @@ _END = "<!-- End of the table. -->"
 
 
 def render() -> str:
-    """The whole page as Markdown, with a new table."""
+    """Return the whole page as Markdown, with a new table."""
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(_BEGIN)
     _, _, after = rest.partition(_END)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of Pillow, while it writes the files
+        warnings.simplefilter("ignore")  # Pillow warns while it writes some files
         cases = all_cases()
     suffixes = ", ".join(f"`{suffix}`" for names in FORMATS.values() for suffix in names)
     others = ", ".join(f"`{suffix}`" for suffix in sorted(OTHER_SUFFIXES))
     parts = (
-        f"Suffixes of files that are read: {suffixes}.",
-        f"Suffixes of pictures that are named as skipped: {others}.",
-        f"{len(cases)} files, on a white background; *mode* is Pillow's name of what they hold:",
+        f"Suffixes of supported formats: {suffixes}.",
+        f"Suffixes of unsupported formats, whose files are skipped with a remark: {others}.",
+        f"The table has {len(cases)} files, read with a white background. *mode* is Pillow's mode "
+        "of the stored pixels.",
         _table(cases),
     )
     return f"{before}{_BEGIN}\n\n" + "\n\n".join(parts) + f"\n\n{_END}{after}"
 
 
 def _table(cases: list[Case]) -> str:
-    lines = ["| format | stored as | mode | what happens |", "|---|---|---|---|"]
+    lines = ["| format | stored as | mode | conversions |", "|---|---|---|---|"]
     with tempfile.TemporaryDirectory() as folder:
         for name, group in groupby(cases, key=lambda case: case.format):
             lines += [
@@ -51,7 +52,7 @@ def _table(cases: list[Case]) -> str:
 
 
 def _outcome(case: Case, folder: Path) -> str:
-    """The columns *mode* and *what happens* of one file."""
+    """Return the columns *mode* and *conversions* of one file."""
     path = folder / f"picture{case.suffix}"
     path.write_bytes(case.data)
     try:
@@ -59,11 +60,11 @@ def _outcome(case: Case, folder: Path) -> str:
     except CorruptImageError as error:
         return f"| **not read**: {error.hint}"
     steps = "; ".join(str(step) for step in picture.steps)
-    return f"{picture.mode} | {steps or 'as it is'}"
+    return f"{picture.mode} | {steps or 'none'}"
 
 
 def main() -> None:
-    """Write the page anew."""
+    """Write the page."""
     PAGE.write_text(render(), encoding="utf-8")
 
 

@@ -27,7 +27,7 @@ _CHUNK_BYTES = 4 * 1024**2  # full-size images that are resized in one call
 class Augmentation:
     """Random horizontal flip, with probability 1/2, and random shift with repeated edges.
 
-    Seed, epoch and an image's position determine its changes; its batch does not.
+    The changes depend on the seed, the epoch and the image's position, not on its batch.
 
     Attributes:
         max_shift: largest shift in each direction, as a share of the image's side.
@@ -49,7 +49,7 @@ class Augmentation:
 
         Args:
             images: uint8 [b, 3, S, S].
-            positions: of the images in their set, int64 [b].
+            positions: positions of the images in their set, int64 [b].
             epoch: number of the training epoch.
 
         Returns:
@@ -77,10 +77,10 @@ class Preprocessing:
 
     Attributes:
         image_size: side in pixels.
-        mean: of R, G and B, on a scale of 0 to 1.
-        std: of R, G and B, on a scale of 0 to 1.
+        mean: mean of R, G and B, on a scale of 0 to 1.
+        std: standard deviation of R, G and B, on the same scale.
         fit: how an image that is not square becomes square: crop to its centre, pad or stretch.
-        background: colour of padding.
+        background: colour of the padding, (R, G, B).
 
     Raises:
         PreprocessingError: a value is out of range.
@@ -115,7 +115,7 @@ class Preprocessing:
 
     @property
     def form(self) -> tuple[object, ...]:
-        """What `resize` depends on: equal forms resize an image to equal pixels."""
+        """The settings that `resize` depends on; equal forms give equal pixels."""
         return self.image_size, self.interpolation, self.fit, self.background
 
     def resize(self, images: Tensor) -> Tensor:
@@ -182,10 +182,10 @@ class BatchReader:
     each time. Augmentation follows resizing, so that it differs in each epoch, cached or not.
 
     Args:
-        image_set: the set.
-        preprocessing: the model's.
-        cache_bytes: memory budget; 0: no cache.
-        augmentation: for training batches; None: no augmentation.
+        image_set: the images and labels.
+        preprocessing: preprocessing of the model.
+        cache_bytes: memory budget of the cache in bytes; 0: no cache.
+        augmentation: augmentation of training batches; None: no augmentation.
 
     Raises:
         PreprocessingError: ``cache_bytes`` is negative.
@@ -224,7 +224,7 @@ class BatchReader:
 
         Args:
             indices: positions in the set, [b].
-            epoch: number of the training epoch, for the augmentation; None: not augmented.
+            epoch: number of the training epoch, for the augmentation; None: no augmentation.
 
         Returns:
             Images float32 [b, 3, S, S] and labels int64 [b].

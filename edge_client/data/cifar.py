@@ -1,4 +1,4 @@
-"""Load CIFAR-10 and CIFAR-100 from their binary form; the pickled Python form is not read."""
+"""Load CIFAR-10 and CIFAR-100 in their binary form; the pickled Python form is refused."""
 
 from __future__ import annotations
 
@@ -24,9 +24,15 @@ class CifarForm:
     """The files of one of the two sets.
 
     Attributes:
-        md5: of the archive, as published by the authors.
-        label_bytes: before each image; the last one is the label.
-        pickled: the folder of the Python form.
+        folder: folder of the binary files, in the archive and on disk.
+        archive: file name of the archive.
+        md5: MD5 of the archive, as published by the authors.
+        train: files of the training images.
+        test: files of the test images.
+        names: file of the class names.
+        label_bytes: number of label bytes before each image; the last one is the label.
+        classes: number of classes.
+        pickled: folder of the pickled Python form.
     """
 
     folder: str
@@ -70,9 +76,9 @@ def load_cifar(name: str, root: Path) -> Dataset:
     """Load CIFAR10 or CIFAR100.
 
     Args:
-        name: of the set.
-        root: folder with the unpacked binary files, with their folder, or with the archive; if it
-            has none of these, the archive is downloaded there.
+        name: name of the set.
+        root: folder that holds the unpacked binary files, their folder, or the archive. If it holds
+            none of these, the archive is downloaded to it.
 
     Raises:
         PickledDataError: ``root`` has only the Python form.

@@ -1,4 +1,4 @@
-"""Convert the colours of pictures to sRGB, by the profile that a file embeds."""
+"""Convert the colours of images to sRGB with the ICC profile in the file."""
 
 from __future__ import annotations
 
@@ -10,20 +10,25 @@ from PIL import Image, ImageCms
 
 from edge_client.data.remarks import as_text
 
-_MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab": "LAB"}  # of ICC's colour spaces
+_MODES = {
+    "RGB": "RGB",
+    "GRAY": "L",
+    "CMYK": "CMYK",
+    "Lab": "LAB",
+}  # ICC colour space: Pillow's mode
 
-_SAME = 2  # of 255: a profile that changes no colour by more is taken for sRGB
+_SAME = 2  # on a scale of 0 to 255: a profile that changes colours by at most this is sRGB
 
 
 def to_srgb(image: Image.Image, profile: bytes | None) -> tuple[Image.Image, str | None]:
     """Convert an image of 8 bits a channel to RGB in sRGB.
 
     Args:
-        image: without transparency.
-        profile: the ICC profile that the file embeds.
+        image: image without transparency.
+        profile: ICC profile in the file; None: the file has none.
 
     Returns:
-        The image, and what was done; None: its colours are as they were.
+        The RGB image, and a description of the conversion; None: the colours did not change.
     """
     if not profile:
         return _plain(image)
@@ -34,16 +39,16 @@ def to_srgb(image: Image.Image, profile: bytes | None) -> tuple[Image.Image, str
         elif mode == "L" and image.mode == "1":
             image = image.convert("L")
         if mode != image.mode:
-            raise ValueError(f"it is for {mode}, the picture is {image.mode}")
+            raise ValueError(f"it is for {mode}, the image is {image.mode}")
         transform = _transform(profile, mode)
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError, ImportError) as error:
         plain, change = _plain(image)
-        ignored = f"its colour profile is not used: {as_text(str(error)).strip()}"
+        ignored = f"the colour profile is ignored: {as_text(str(error)).strip()}"
         return plain, f"{change}; {ignored}" if change else ignored
     if transform is None:
         return image.convert("RGB"), None
     converted = transform.apply(image)
-    return converted, f"{mode} to sRGB by its profile ({name})"
+    return converted, f"{mode} to sRGB by the profile in the file ({name})"
 
 
 def _plain(image: Image.Image) -> tuple[Image.Image, str | None]:
@@ -60,7 +65,7 @@ def _plain(image: Image.Image) -> tuple[Image.Image, str | None]:
 
 @lru_cache(maxsize=32)
 def _describe(profile: bytes) -> tuple[str, str]:
-    """Return a profile's description and Pillow's mode of its colours."""
+    """Return a profile's description and Pillow's mode of its colour space."""
     opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
     space = str(opened.profile.xcolor_space).strip()
     if space not in _MODES:
@@ -71,7 +76,7 @@ def _describe(profile: bytes) -> tuple[str, str]:
 
 @lru_cache(maxsize=32)
 def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """Build the conversion to sRGB; None: the profile is sRGB's, or as good as that."""
+    """Build the conversion to sRGB; None: it would change no colour visibly."""
     transform = ImageCms.buildTransform(
         ImageCms.ImageCmsProfile(io.BytesIO(profile)),
         ImageCms.createProfile("sRGB"),
@@ -89,7 +94,7 @@ def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
 
 
 def _probe(mode: str) -> Image.Image | None:
-    """Return an image of colours from all over a space; None: a space that cannot be sRGB."""
+    """Return an image with colours of the whole space; None: the space is not RGB or grey."""
     if mode == "L":
         return Image.fromarray(np.arange(256, dtype=np.uint8)[None])
     if mode == "RGB":

@@ -10,7 +10,7 @@ import torch
 
 from edge_client.data.errors import ClassMismatchError, EmptyDatasetError, PartitionError
 from edge_client.data.image_set import ImageSet
-from edge_client.data.remarks import Skipped, summarise
+from edge_client.data.remarks import Remark, summarise
 from edge_client.data.sampling import pick_per_class, stratified_pick, stratified_share
 
 
@@ -42,17 +42,17 @@ class Dataset:
         return self.train.class_names
 
     @property
-    def skipped(self) -> tuple[Skipped, ...]:
-        """The entries skipped in either set, without repeats."""
+    def skipped(self) -> tuple[Remark, ...]:
+        """The skipped files and classes of both sets, without repeats."""
         return tuple(dict.fromkeys(self.train.skipped + self.test.skipped))
 
     @property
-    def noticed(self) -> tuple[Skipped, ...]:
-        """What is odd about loaded files and classes of either set, without repeats."""
+    def noticed(self) -> tuple[Remark, ...]:
+        """The remarks on loaded files and classes of both sets, without repeats."""
         return tuple(dict.fromkeys(self.train.noticed + self.test.noticed))
 
     def drop_resized(self) -> None:
-        """Free what the first reading of the files has resized and nobody has taken."""
+        """Free the resized images that no `BatchReader` has taken."""
         self.train.store.drop_resized()
         self.test.store.drop_resized()
 
@@ -67,7 +67,7 @@ class Dataset:
     def aligned(self, class_names: Sequence[str]) -> Dataset:
         """Return both sets with labels that index ``class_names``.
 
-        What is tested does not depend on what is trained: a class may have test images alone.
+        A class may have test images without training images.
 
         Raises:
             ClassMismatchError: the training set shares no class with ``class_names``.
@@ -77,8 +77,8 @@ class Dataset:
         counts = train.class_counts().tolist()
         absent = [name for name, count in zip(train.class_names, counts, strict=True) if not count]
         if absent:
-            reason = "no training image here of these classes of the run"
-            noticed = Skipped(", ".join(absent), reason)
+            reason = "no training images of these classes of the run"
+            noticed = Remark(", ".join(absent), reason)
             train = replace(train, noticed=(*train.noticed, noticed))
         return Dataset(train, self.test.aligned(class_names))
 
@@ -86,13 +86,13 @@ class Dataset:
 def hold_out(images: ImageSet, share: float, seed: int) -> Dataset:
     """Split off a share of each class for testing, by seed.
 
-    A class of two or more images has at least one in each set; a class's only image is for
+    A class of two or more images gets at least one in each set. If a class has one image, it is for
     training.
 
     Args:
         images: the whole set.
-        share: of each class, in (0, 1).
-        seed: determines the choice.
+        share: share of each class to hold out, in (0, 1).
+        seed: seed of the choice.
 
     Raises:
         PartitionError: ``share`` is out of range.
@@ -116,11 +116,11 @@ def limit_per_set(
     The same data and seed give the same images on every device.
 
     Args:
-        dataset: both sets.
+        dataset: the training and the test set.
         train: number of training images, at most; None: no limit.
         test: number of test images, at most; None: no limit.
-        shots: instead of ``train``, the exact number of training images of each class.
-        seed: determines the choice.
+        shots: exact number of training images of each class, instead of ``train``.
+        seed: seed of the choice.
 
     Raises:
         PartitionError: a limit is not positive, both ``train`` and ``shots`` are given, or a class
@@ -148,9 +148,9 @@ def _limit(images: ImageSet, field: str, limit: int | None, seed: int) -> ImageS
 def by_content(dataset: Dataset) -> Dataset:
     """Order both sets by a hash of each image.
 
-    Class folders are read class by class, and the server sees the order in which samples are sent:
-    it could tell which samples share a label. The order by hash reveals nothing about labels, and
-    is the same for the same images, so that a seed still determines a run.
+    Class folders are read class by class, and the server sees the order of the samples. It could
+    infer which samples share a label. The order by hash is independent of the labels, and equal
+    images give an equal order, so that runs with the same seed are equal.
     """
     return Dataset(_order(dataset.train), _order(dataset.test))
 

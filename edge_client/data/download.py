@@ -19,13 +19,13 @@ CACHE_VARIABLE = "SFPROMPT_CACHE"
 def read_members(archive: Path, inside: str, names: Sequence[str], target: Path) -> None:
     """Copy regular files from a tar archive.
 
-    No path, link, owner or mode in the archive is used. The target folder appears with all files
-    or not at all.
+    Paths, links, owners and modes in the archive are ignored. The target folder appears with all
+    files or not at all.
 
     Args:
         archive: the tar file.
         inside: folder in the archive.
-        names: of the files in ``inside``.
+        names: names of the files in ``inside``.
         target: folder for the copies.
 
     Raises:

@@ -57,15 +57,15 @@ _DOWNLOAD_TIMEOUT_S = 600
 
 
 def read_idx(path: Path, dimensions: int) -> Tensor:
-    """Read an idx file of unsigned bytes as uint8, in the shape that its header announces.
+    """Read an idx file of unsigned bytes as uint8, in the shape that its header declares.
 
     Args:
-        path: of the file, plain or .gz.
+        path: path of the file, plain or .gz.
         dimensions: expected number of dimensions.
 
     Raises:
-        DataFormatError: the header is not as expected, announces over 4 GiB, or does not match the
-            file's size.
+        DataFormatError: the header is wrong, declares more than 4 GiB, or does not match the size
+            of the file.
     """
     try:
         with _open(path) as stream:
@@ -88,7 +88,7 @@ def _read_idx(stream: BinaryIO, path: Path, dimensions: int) -> Tensor:
     magic = bytes([0, 0, _UNSIGNED_BYTE, dimensions])
     if len(header) != header_bytes or header[:4] != magic:
         raise DataFormatError(
-            f"header of {path}", limit=f"to begin with {magic.hex()}", value=header[:4].hex()
+            f"header of {path}", limit=f"begins with {magic.hex()}", value=header[:4].hex()
         )
     shape = struct.unpack(f">{dimensions}I", header[4:])
     size = math.prod(shape)
@@ -184,7 +184,7 @@ def _download(home: Path) -> Path:
 
 
 def _download_from_debian(home: Path) -> None:
-    """Download and unpack Debian's package; without installing it, so that it needs no root."""
+    """Download and unpack Debian's package. Unlike an installation, this needs no root."""
     if not (shutil.which("apt-get") and shutil.which("dpkg")):
         raise RuntimeError("Debian's package: this machine has no apt-get or no dpkg")
     home.mkdir(parents=True, exist_ok=True)

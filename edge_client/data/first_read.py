@@ -1,4 +1,4 @@
-"""Read every picture of a device once, before it joins: hashes, oddities, resized pixels."""
+"""Decode every picture of a device once before it joins: hashes, remarks, resized images."""
 
 from __future__ import annotations
 
@@ -12,35 +12,35 @@ from torch import Tensor
 from edge_client.data.batches import Preprocessing
 from edge_client.data.image_set import Decoded, digest_of, tensor_of
 from edge_client.data.pictures import NEARLY_ONE_VALUE, Colour, Picture, Step
-from edge_client.data.reading import Failed, Progress, Reading
-from edge_client.data.remarks import Skipped, as_text
+from edge_client.data.reading import ParallelReader, Progress, Unreadable
+from edge_client.data.remarks import Remark, as_text
 
 _PHRASES = {
-    "frame": "taken from their first frame",
+    "frame": "only the first frame is used",
     "turned": "turned upright (EXIF)",
     "range": "scaled to 8 bits",
-    "colour": "converted in their colours",
-    "background": "laid on the background",
+    "colour": "colours converted to sRGB",
+    "background": "transparent parts filled with the background colour",
 }
 
 
 @dataclass(frozen=True)
 class FirstRead:
-    """What one decoding of all pictures yields.
+    """The result of decoding all pictures once.
 
     Attributes:
-        failed: the reason for each file that cannot be read.
-        noticed: odd pictures, and how many were converted in which way.
-        decoded: hashes and resized pixels, for the images' store.
+        failed: reason for each unreadable file.
+        noticed: remarks on unusual pictures, and the number of pictures of each conversion.
+        decoded: hashes and resized images, for a `FileStore`.
     """
 
     failed: dict[Path, str]
-    noticed: tuple[Skipped, ...]
+    noticed: tuple[Remark, ...]
     decoded: Decoded
 
 
 @dataclass(frozen=True)
-class _Look:
+class _ReadImage:
     digest: bytes
     resized: Tensor | None
     spread: int
@@ -57,39 +57,39 @@ def read_once(
     """Decode every file once.
 
     Args:
-        paths: of the files.
-        background: colour behind transparent parts.
-        preprocessing: of the run's model; None: no resized images are kept.
-        cache_bytes: memory budget of the resized images.
-        progress: receives the count.
+        paths: paths of the files.
+        background: colour behind transparent parts, (R, G, B).
+        preprocessing: preprocessing of the run's model; None: no images are resized.
+        cache_bytes: memory budget of the resized images, in bytes.
+        progress: called with the number of pictures read and of all pictures.
     """
     count = 0 if preprocessing is None else cache_bytes // preprocessing.bytes_per_image
-    kept = frozenset(paths[:count])
+    cached = frozenset(paths[:count])
 
-    def look(path: Path, picture: Picture) -> _Look:
+    def process(path: Path, picture: Picture) -> _ReadImage:
         image = tensor_of(picture)
         resized = None
-        if preprocessing is not None and path in kept:
+        if preprocessing is not None and path in cached:
             resized = preprocessing.resize(image.unsqueeze(0))[0].clone()
-        return _Look(digest_of(image), resized, picture.spread, picture.steps)
+        return _ReadImage(digest_of(image), resized, picture.spread, picture.steps)
 
     failed: dict[Path, str] = {}
-    noticed: list[Skipped] = []
+    noticed: list[Remark] = []
     converted: Counter[str] = Counter()
     digests: dict[Path, bytes] = {}
     images: dict[Path, Tensor] = {}
-    for path, result in Reading(paths, background, look, progress):
-        if isinstance(result, Failed):
+    for path, result in ParallelReader(paths, background, process, progress):
+        if isinstance(result, Unreadable):
             failed[path] = result.reason
             continue
         digests[path] = result.digest
         if result.resized is not None:
             images[path] = result.resized
         if result.spread < NEARLY_ONE_VALUE:
-            noticed.append(Skipped(as_text(path), f"almost one value (range {result.spread})"))
+            noticed.append(Remark(as_text(path), f"almost one value (range {result.spread})"))
         converted.update(step.kind for step in result.steps)
     noticed += [
-        Skipped(f"{converted[kind]} image{'s' * (converted[kind] > 1)}", phrase)
+        Remark(f"{converted[kind]} image{'s' * (converted[kind] > 1)}", phrase)
         for kind, phrase in _PHRASES.items()
         if converted[kind]
     ]

@@ -1,4 +1,4 @@
-"""Load a folder of images by class, with train/ and test/ or with a held-out share."""
+"""Load a folder with one sub-folder for each class, below train/ and test/ or directly."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 
 from edge_client.data.batches import Preprocessing
 from edge_client.data.dataset import Dataset, hold_out
-from edge_client.data.errors import EmptyDatasetError, MissingDataError
+from edge_client.data.errors import EmptyDatasetError
 from edge_client.data.first_read import read_once
 from edge_client.data.image_set import FileStore, ImageSet
-from edge_client.data.layout import ClassFiles, Layout, find_classes, find_layout
+from edge_client.data.layout import ClassFiles, Layout, list_files
 from edge_client.data.pictures import SUFFIXES, WHITE, Colour
 from edge_client.data.reading import Progress
-from edge_client.data.remarks import Skipped, as_text, summarise
+from edge_client.data.remarks import Remark, as_text, summarise
 
 
 def load_folder(
@@ -31,31 +31,28 @@ def load_folder(
 ) -> Dataset:
     """Load root/CLASS/**/image, or root/train/CLASS/… and root/test/CLASS/….
 
-    Every file is decoded once; what is not read is listed as skipped, what is odd as noticed.
-    Only paths stay in memory, and resized images as far as their budget goes. `file_groups` gives
-    the images' groups. `find_layout` tells which of the two forms a folder has. A class may have
-    training images alone, or test images alone.
+    Every file is decoded once. The sets list unread files in ``skipped``, and unusual files in
+    ``noticed``. They keep the paths in memory, and resized images within ``cache_bytes``.
+    `find_layout` decides between the two forms, and `file_groups` finds the groups of the images. A
+    class may lack training images or test images.
 
     Args:
         root: the data folder.
-        held_out: share of each class to test on, if there is no folder of test images.
-        seed: determines the held-out images.
-        class_names: of the run, to tell a class named train from a folder of training images.
-        background: colour behind transparent parts.
-        preprocessing: of the run's model, to keep resized images for `BatchReader`.
-        cache_bytes: memory budget of the resized images.
-        progress: receives the count of files read.
+        held_out: share of each class held out for testing, if there is no test folder.
+        seed: seed of the choice of held-out images.
+        class_names: class names of the run; they show whether ``train`` is a class.
+        background: colour behind transparent parts, (R, G, B).
+        preprocessing: preprocessing of the run's model; None: no resized images are kept.
+        cache_bytes: memory budget of the resized images, in bytes.
+        progress: called with the number of files read and of all files.
 
     Raises:
         MissingDataError: ``root`` is not a folder.
         EmptyDatasetError: there is no readable training image.
         PartitionError: ``held_out`` is out of range.
     """
-    if not root.is_dir():
-        raise MissingDataError("--data folder", limit="a folder", value=as_text(root))
-    layout = find_layout(root, class_names)
-    train = find_classes(layout.train)
-    test = None if layout.test is None else find_classes(layout.test)
+    listed = list_files(root, class_names, "--data folder")
+    train, test = listed.train, listed.test
     files = train.files + (() if test is None else test.files)
     paths = [path for _, path in files]
     first = read_once(paths, background, preprocessing, cache_bytes, progress)
@@ -65,16 +62,16 @@ def load_folder(
 
     train_files = list(filter(is_readable, train.files))
     test_files = [] if test is None else list(filter(is_readable, test.files))
-    skipped = [Skipped(as_text(path), reason) for path, reason in first.failed.items()]
-    skipped += [*layout.unused, *train.skipped, *_without_images(train, train_files)]
+    skipped = [Remark(as_text(path), reason) for path, reason in first.failed.items()]
+    skipped += [*listed.skipped, *_without_images(train, train_files)]
     if test is not None:
-        skipped += [*test.skipped, *_without_images(test, test_files)]
+        skipped += _without_images(test, test_files)
     skipped.sort(key=lambda entry: entry.path)
     if not train_files:
-        raise _no_images(layout, skipped)
+        raise _no_images(listed.layout, skipped)
     names = tuple(sorted({name for name, _ in train_files + test_files}))
 
-    def image_set(entries: Sequence[tuple[str, Path]], noticed: Sequence[Skipped]) -> ImageSet:
+    def image_set(entries: Sequence[tuple[str, Path]], noticed: Sequence[Remark]) -> ImageSet:
         store = FileStore([path for _, path in entries], root, background, first.decoded)
         labels = torch.tensor([names.index(name) for name, _ in entries], dtype=torch.int64)
         return ImageSet(store, labels, names, tuple(skipped), tuple(noticed))
@@ -85,10 +82,10 @@ def load_folder(
     return Dataset(image_set(train_files, noticed), image_set(test_files, noticed))
 
 
-def _without_images(found: ClassFiles, readable: Sequence[tuple[str, Path]]) -> list[Skipped]:
+def _without_images(found: ClassFiles, readable: Sequence[tuple[str, Path]]) -> list[Remark]:
     named = {name for name, _ in readable}
     return [
-        Skipped(as_text(folder), "a class without a readable image")
+        Remark(as_text(folder), "a class without a readable image")
         for folder, name in found.folders.items()
         if name not in named
     ]
@@ -96,20 +93,20 @@ def _without_images(found: ClassFiles, readable: Sequence[tuple[str, Path]]) -> 
 
 def _one_sided(
     names: Sequence[str], train: Sequence[tuple[str, Path]], test: Sequence[tuple[str, Path]]
-) -> list[Skipped]:
-    """Name the classes that are only trained or only tested here."""
+) -> list[Remark]:
+    """Return a remark on each class that lacks training images or test images."""
     trained, tested = {name for name, _ in train}, {name for name, _ in test}
     return [
-        Skipped(
+        Remark(
             name,
-            "a class with test images alone" if name in tested else "a class without test images",
+            "a class without training images" if name in tested else "a class without test images",
         )
         for name in names
         if name not in trained or name not in tested
     ]
 
 
-def _no_images(layout: Layout, skipped: Sequence[Skipped]) -> EmptyDatasetError:
+def _no_images(layout: Layout, skipped: Sequence[Remark]) -> EmptyDatasetError:
     suffixes = " ".join(sorted(SUFFIXES))
     return EmptyDatasetError(
         "--data folder",

@@ -1,4 +1,4 @@
-"""The natural groups of images, such as all images of one writer: from a table or from names."""
+"""The natural groups of images, such as all images of one writer, from a table or file names."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ _HINT = (
 def file_groups(root: Path, paths: Sequence[Path]) -> tuple[str, ...]:
     """Return the group of each image.
 
-    Groups are read from root/groups.csv if it exists; else a group is the part of the file's name
-    before its first ``_``.
+    The groups are those in root/groups.csv, if it exists. Otherwise the group is the part of the
+    file name before its first ``_``.
 
     Args:
         root: the data folder.
-        paths: of the images, below ``root``.
+        paths: paths of the images, below ``root``.
 
     Raises:
         PartitionError: an image has no group.
-        DataFormatError: groups.csv is not readable, or contradicts itself.
+        DataFormatError: groups.csv is unreadable, or gives a file two groups.
     """
     table = root / GROUPS_FILE
     groups = _read_groups(table) if table.is_file() else None
@@ -82,7 +82,7 @@ def _read_groups(table: Path) -> dict[str, str]:
                         f"groups of {file} in {table}",
                         limit=groups[file],
                         value=group,
-                        hint="A file has to be in one group only.",
+                        hint="Give each file one group.",
                     )
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataFormatError(

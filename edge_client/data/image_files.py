@@ -1,4 +1,4 @@
-"""List image files for a prediction; reads none of them."""
+"""List the image files for a prediction, without reading them."""
 
 from __future__ import annotations
 
@@ -6,24 +6,28 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from edge_client.data.pictures import SUFFIXES
-from edge_client.data.remarks import Skipped, as_text, summarise
+from edge_client.data.remarks import Remark, as_text, summarise
 from edge_client.data.walk import find_pictures
 from protocol.errors import NotFound
 
 
-def image_files(paths: Iterable[Path]) -> tuple[list[Path], list[Skipped]]:
-    """List the image files among ``paths`` and, sorted, below the folders among them.
+def image_files(paths: Iterable[Path]) -> tuple[list[Path], list[Remark]]:
+    """List the image files among ``paths``, and those in the folders among them.
 
-    A file is taken as given; in folders, the files are those that joining reads.
+    A file is listed whatever its name. Of a folder, the list has the files that joining would read,
+    sorted.
+
+    Args:
+        paths: files and folders.
 
     Returns:
-        The files, and what is left out.
+        The files, and the skipped files and folders with the reasons.
 
     Raises:
         NotFound: a path does not exist, or there is no image file.
     """
     files: list[Path] = []
-    skipped: list[Skipped] = []
+    skipped: list[Remark] = []
     for path in paths:
         if path.is_dir():
             found, left_out = find_pictures(path)

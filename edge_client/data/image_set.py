@@ -15,7 +15,7 @@ from torch import Tensor
 from edge_client.data.errors import ClassMismatchError, CorruptImageError, DataFormatError
 from edge_client.data.groups import file_groups, no_groups_error
 from edge_client.data.pictures import WHITE, Colour, Picture, read_picture
-from edge_client.data.remarks import Skipped, as_text, compose
+from edge_client.data.remarks import Remark, as_text, compose
 
 
 def tensor_of(picture: Picture) -> Tensor:
@@ -50,7 +50,7 @@ class ImageStore(Protocol):
         """
         ...
 
-    def unreadable(self) -> dict[int, Skipped]:
+    def unreadable(self) -> dict[int, Remark]:
         """Return the images that cannot be read now, by position."""
         ...
 
@@ -68,26 +68,26 @@ class ImageStore(Protocol):
         ...
 
     def digest(self, index: int) -> bytes:
-        """Return a hash of one image; of no bytes where the image cannot be decoded."""
+        """Return a hash of one image; empty if the image cannot be decoded."""
         try:
             return digest_of(self.read(index))
         except CorruptImageError:
             return b""  # reading it later reports the error
 
     def take_resized(self, index: int, form: Hashable) -> Tensor | None:
-        """Give away one image that was resized when the files were first read.
+        """Return an image that was resized when the files were first read, and drop it here.
 
         Args:
-            index: of the image.
-            form: `Preprocessing.form`, to which it has to be resized.
+            index: position of the image.
+            form: `Preprocessing.form` of the wanted image.
 
         Returns:
-            uint8 [3, S, S], or None: read and resize it. A second call returns None.
+            The image, uint8 [3, S, S]; None: the store has no such image (any more).
         """
         return None
 
     def drop_resized(self) -> None:
-        """Free the resized images that nobody has taken."""
+        """Free the resized images that were not taken."""
         return
 
 
@@ -111,7 +111,7 @@ class ArrayStore(ImageStore):
         image = self.pixels[index]  # [C, H, W]
         return image.expand(3, -1, -1)
 
-    def unreadable(self) -> dict[int, Skipped]:
+    def unreadable(self) -> dict[int, Remark]:
         """Return no image: all are in memory."""
         return {}
 
@@ -126,12 +126,12 @@ class ArrayStore(ImageStore):
 
 @dataclass(frozen=True)
 class Decoded:
-    """What is kept of files that have been decoded once: hashes, and some resized images.
+    """Hashes and resized images of files that have been decoded once.
 
     Attributes:
-        digests: a hash of each image.
-        form: to which the images are resized; see `Preprocessing.form`.
-        resized: uint8 [3, S, S] each; they are given away once.
+        digests: hash of each image.
+        form: `Preprocessing.form` of the resized images.
+        resized: resized images, uint8 [3, S, S] each; each is taken once.
     """
 
     digests: Mapping[Path, bytes]
@@ -143,10 +143,10 @@ class FileStore(ImageStore):
     """Images in files, decoded when they are read.
 
     Args:
-        paths: of the files, below ``root``.
+        paths: paths of the files, below ``root``.
         root: the data folder.
-        background: colour behind transparent parts.
-        decoded: what is known of the files already.
+        background: colour behind transparent parts, (R, G, B).
+        decoded: results of an earlier decoding of the files; None: there was none.
     """
 
     def __init__(
@@ -172,14 +172,14 @@ class FileStore(ImageStore):
         """
         return decode_file(self.paths[index], self._background)
 
-    def unreadable(self) -> dict[int, Skipped]:
+    def unreadable(self) -> dict[int, Remark]:
         """Return the images whose files are missing or damaged now, by position."""
         unreadable = {}
         for index, path in enumerate(self.paths):
             try:
                 read_picture(path, self._background)
             except CorruptImageError as error:
-                unreadable[index] = Skipped(as_text(path), error.hint or "unreadable")
+                unreadable[index] = Remark(as_text(path), error.hint or "unreadable")
         return unreadable
 
     def take(self, indices: Tensor) -> FileStore:
@@ -210,10 +210,11 @@ class ImageSet:
     """A set of labelled images.
 
     Attributes:
-        store: n images.
-        labels: int64 [n], indices into ``class_names``.
+        store: the n images.
+        labels: indices into ``class_names``, int64 [n].
+        class_names: names of the C classes.
         skipped: files and classes that were not loaded, each with the reason.
-        noticed: files and classes that were loaded and are odd, each with the reason.
+        noticed: unusual files and classes that were loaded, each with the reason.
 
     Raises:
         DataFormatError: the labels do not match the images or the classes.
@@ -222,8 +223,8 @@ class ImageSet:
     store: ImageStore
     labels: Tensor
     class_names: tuple[str, ...]
-    skipped: tuple[Skipped, ...] = ()
-    noticed: tuple[Skipped, ...] = ()
+    skipped: tuple[Remark, ...] = ()
+    noticed: tuple[Remark, ...] = ()
 
     def __post_init__(self) -> None:
         if self.labels.dtype != torch.int64 or self.labels.shape != (len(self.store),):
@@ -264,7 +265,7 @@ class ImageSet:
         return replace(self, store=self.store.take(chosen), labels=self.labels[chosen])
 
     def readable(self) -> ImageSet:
-        """Return the set without unreadable images; they are listed in ``skipped``."""
+        """Return the set without unreadable images, which move to ``skipped``."""
         unreadable = self.store.unreadable()
         if not unreadable:
             return self
@@ -279,8 +280,11 @@ class ImageSet:
     def aligned(self, class_names: Sequence[str]) -> ImageSet:
         """Return the set with labels that index ``class_names``; classes are matched by name.
 
-        Names are compared in Unicode normal form C. Images of other classes are left out and listed
-        in ``skipped``.
+        Names are compared in Unicode normal form C. Images of other classes are dropped, and
+        ``skipped`` lists these classes.
+
+        Args:
+            class_names: names of the run's classes.
 
         Raises:
             ClassMismatchError: the two lists share no name, or ``class_names`` has a duplicate.
@@ -302,7 +306,7 @@ class ImageSet:
         table = torch.tensor([index.get(name, -1) for name in own])
         counts = self.class_counts().tolist()
         other_classes = tuple(
-            Skipped(name, f"not a class of this run ({count} images)")
+            Remark(name, f"not a class of this run ({count} images)")
             for name, count in zip(own, counts, strict=True)
             if name not in index and count
         )

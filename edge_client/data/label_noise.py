@@ -1,8 +1,10 @@
-"""Labels that a device replaces at random before it trains, so that nothing it sends tells them.
+"""Local differential privacy of labels: the device replaces labels at random before it trains.
 
-With epsilon, the server and the other participants learn at most a factor of e^epsilon about any
-label: local label differential privacy by randomised response (Warner, 1965; Ghazi et al., arXiv
-2102.06062). An image gets the same label in every run, since new draws would add up.
+This is randomised response: a change of one label changes the probability of anything that the
+device sends by a factor of at most e^epsilon. An image gets the same label in every run, since
+independent draws would reveal more with each run.
+
+Sources: Warner, 1965; Ghazi et al., arXiv 2102.06062.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from torch import Tensor
 from edge_client.data.dataset import Dataset
 from edge_client.data.image_set import ImageSet
 
-_DRAW_BYTES = 8  # of each of the two draws
+_DRAW_BYTES = 8  # each of the two draws
 
 
 def replacement_rate(epsilon: float, classes: int) -> float:
@@ -27,10 +29,10 @@ def replacement_rate(epsilon: float, classes: int) -> float:
     e^epsilon / (e^epsilon + C - 1), any other class with 1 / (e^epsilon + C - 1).
 
     Args:
-        epsilon: above 0.
-        classes: C.
+        epsilon: privacy parameter, above 0.
+        classes: number of classes C.
     """
-    # By e^-epsilon, which does not overflow.
+    # Unlike e^epsilon, e^-epsilon does not overflow.
     shrunk = math.exp(-epsilon)
     return classes * shrunk / (1 + (classes - 1) * shrunk)
 
@@ -39,9 +41,9 @@ def with_noised_labels(data: Dataset, epsilon: float, secret: bytes) -> Dataset:
     """Return the data with training labels that are epsilon-differentially private.
 
     Args:
-        data: the device's; the labels of its test images stay.
-        epsilon: above 0.
-        secret: the device's, which makes the draws; whoever knows it could undo them.
+        data: the device's data; the labels of the test images do not change.
+        epsilon: privacy parameter, above 0.
+        secret: the device's secret, the seed of the draws; it must not leave the device.
     """
     return replace(data, train=_noised(data.train, epsilon, secret))
 

@@ -1,4 +1,4 @@
-"""Partition one training set into the participants' parts."""
+"""Partition a set of images into one part for each participant."""
 
 from __future__ import annotations
 
@@ -139,9 +139,9 @@ def partition(
     Args:
         labels: integers [n].
         parts: number of parts.
-        scheme: or its text.
-        seed: determines the draws.
-        groups: each sample's group, for the scheme natural.
+        scheme: the scheme, or its text.
+        seed: seed of the draws.
+        groups: group of each sample, for the scheme natural; None: unknown.
 
     Returns:
         A sorted int64 array of positions for each part. Every position is in exactly one part, and
@@ -213,7 +213,7 @@ def _split_by_group(
         smallest = min(range(parts), key=totals.__getitem__)
         assigned[smallest].append(group)
         totals[smallest] += int(sizes[group])
-    order = rng.permutation(parts)  # else the first part would always have the largest group
+    order = rng.permutation(parts)  # otherwise the first part always has the largest group
     return [np.flatnonzero(np.isin(group_of, assigned[part])) for part in order]
 
 

@@ -1,8 +1,8 @@
-"""Open picture files as RGB pixels, as people see them.
+"""Decode picture files to RGB pixels, as an image viewer shows them.
 
-The one way in which joining, training, evaluation, prediction and benchmarks read pictures. It
-turns a picture upright, composites transparent parts on a background, scales ranges other than
-8 bits, and converts colours to sRGB. docs/pictures.md lists what happens to which format.
+Joining, training, evaluation, prediction and benchmarks all read pictures with this module. It
+turns a picture upright, composites transparent parts on a background, scales other ranges to 8
+bits, and converts colours to sRGB. docs/pictures.md lists the conversions of each format.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from PIL import Image, UnidentifiedImageError
 
 from edge_client.data.colours import to_srgb
 from edge_client.data.errors import CorruptImageError, TooManyPixelsError
-from edge_client.data.ranges import is_wide, read_low_bytes, scale_to_bytes, wide_values
+from edge_client.data.ranges import is_wide, read_deep_colour, scale_to_bytes, wide_values
 from edge_client.data.remarks import as_text
 
 Pixels = NDArray[np.uint8]
@@ -33,12 +33,12 @@ StepKind = Literal["frame", "turned", "range", "colour", "background"]
 
 WHITE: Colour = (255, 255, 255)
 
-MAX_PIXELS = 64_000_000  # 192 MB as RGB; checked by the header, before decoding
+MAX_PIXELS = 64_000_000  # 192 MB as RGB; the header is checked before decoding
 
-NEARLY_ONE_VALUE = 4  # of 255: pictures of a smaller range are named
+NEARLY_ONE_VALUE = 4  # on a scale of 0 to 255: pictures with a smaller range are reported
 
-# Pillow's names of the formats that are read, and the suffixes of their files. No other plugin sees
-# a file: some of them, such as the one for EPS, run programs.
+# Pillow's names of the supported formats, and their file suffixes. Pillow's other plugins never get
+# a file, because some of them run programs, such as the one for EPS.
 FORMATS: Mapping[str, tuple[str, ...]] = {
     "AVIF": (".avif",),
     "BMP": (".bmp",),
@@ -53,7 +53,7 @@ FORMATS: Mapping[str, tuple[str, ...]] = {
 
 SUFFIXES = frozenset(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 
-# Formats of pictures that are not read: such a file is named as one to convert.
+# Suffixes of unsupported formats: a remark asks people to convert such a file.
 # fmt: off
 OTHER_SUFFIXES = frozenset({
     ".ai", ".arw", ".cr2", ".cr3", ".dng", ".eps", ".heic", ".heif", ".ico", ".jxl", ".nef", ".orf",
@@ -68,7 +68,7 @@ _TIFF_PHOTOMETRIC, _WHITE_IS_ZERO = 262, 0
 
 @dataclass(frozen=True)
 class Step:
-    """One thing that was done to a picture, for people."""
+    """One conversion of a picture, with a description for people."""
 
     kind: StepKind
     detail: str
@@ -79,12 +79,12 @@ class Step:
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture as people see it.
+    """A decoded picture.
 
     Attributes:
-        pixels: RGB, uint8 [H, W, 3], upright.
-        mode: Pillow's name of what the file holds, such as "RGBA".
-        steps: what was done to it, in order.
+        pixels: upright RGB pixels, uint8 [H, W, 3].
+        mode: Pillow's mode of the stored pixels, such as "RGBA".
+        steps: the conversions, in order.
     """
 
     pixels: Pixels
@@ -93,7 +93,7 @@ class Picture:
 
     @property
     def spread(self) -> int:
-        """The largest range of a channel, 0 to 255."""
+        """The difference of the largest and the smallest value of a channel, 0 to 255, at most."""
         channels = (self.pixels[..., number] for number in range(3))
         return max(int(channel.max()) - int(channel.min()) for channel in channels)
 
@@ -102,12 +102,12 @@ def read_picture(path: Path, background: Colour = WHITE) -> Picture:
     """Decode a picture file.
 
     Args:
-        path: of a regular file.
-        background: colour behind transparent parts.
+        path: path of a regular file.
+        background: colour behind transparent parts, (R, G, B).
 
     Raises:
-        TooManyPixelsError: its header announces more than `MAX_PIXELS`.
-        CorruptImageError: it cannot be decoded.
+        TooManyPixelsError: the header declares more than `MAX_PIXELS`.
+        CorruptImageError: the file cannot be decoded.
     """
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # a pipe would wait for ever
@@ -125,7 +125,11 @@ def read_picture(path: Path, background: Colour = WHITE) -> Picture:
 
 
 def convert_picture(image: Image.Image, background: Colour = WHITE) -> Picture:
-    """Convert an image that another library has opened. May raise any of Pillow's errors."""
+    """Convert an image that another library has opened.
+
+    Raises:
+        Exception: any of Pillow's errors.
+    """
     with _quiet:
         return _to_picture(image, background, None)
 
@@ -159,10 +163,10 @@ def _open(stream: IO[bytes]) -> Image.Image:
 def _to_picture(image: Image.Image, background: Colour, stream: IO[bytes] | None) -> Picture:
     steps: list[Step] = []
     mode, tile, stored_turn = image.mode, _tile(image), _tiff_tag(image, _ORIENTATION)
-    low = None if stream is None else read_low_bytes(image, stream, _open)
+    low = None if stream is None else read_deep_colour(image, stream, _open)
     image.load()
     if getattr(image, "is_animated", False):
-        steps.append(Step("frame", "the first of several frames"))
+        steps.append(Step("frame", "only the first frame is used"))
     turn = _orientation(image)
     base, alpha = _split(image, tile, low, steps)
     converted, change = to_srgb(base, image.info.get("icc_profile"))
@@ -185,7 +189,7 @@ def _to_picture(image: Image.Image, background: Colour, stream: IO[bytes] | None
 def _split(
     image: Image.Image, tile: str, low: NDArray[np.uint16] | None, steps: list[Step]
 ) -> tuple[Image.Image, Pixels | None]:
-    """Part a picture in an image of 8 bits without transparency, and alpha, uint8 [H, W]."""
+    """Split a picture into an opaque image of 8 bits and alpha, uint8 [H, W] or None."""
     if low is not None or is_wide(image):
         return _split_wide(image, low, steps)
     if image.mode in ("La", "RGBa"):  # colours multiplied by alpha
@@ -207,7 +211,7 @@ def _split(
 def _split_wide(
     image: Image.Image, low: NDArray[np.uint16] | None, steps: list[Step]
 ) -> tuple[Image.Image, Pixels | None]:
-    """The same for a picture of more than 8 bits a channel, which is scaled to 8."""
+    """Scale a picture of more than 8 bits a channel to 8 bits, and split it like `_split`."""
     values = wide_values(image) if low is None else low
     alpha: Pixels | None = None
     key = image.info.get("transparency")
@@ -233,7 +237,7 @@ def _composite(pixels: Pixels, alpha: Pixels, background: Colour) -> Pixels:
 
 
 def _tile(image: Image.Image) -> str:
-    """Return how a file's pixels are packed, as Pillow names it; known only before decoding."""
+    """Return Pillow's name of the packing of the stored pixels; known only before decoding."""
     tiles: Any = getattr(image, "tile", None)
     arguments = tiles[0][3] if tiles else ""
     return arguments if isinstance(arguments, str) else ""
@@ -265,7 +269,7 @@ def _turn(pixels: Pixels, orientation: int) -> Pixels:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
-        return "not an image of a kind that is read, despite its name"
+        return "the content is not an image of a supported format"
     if isinstance(error, OSError) and error.strerror:
         return f"cannot be read: {error.strerror}"
     return f"cannot be decoded: {as_text(str(error))}"

@@ -1,9 +1,9 @@
 """Scale pictures of more than 8 bits a channel to 8 bits.
 
-Files rarely say what is white. Whole numbers from 0 to 65,535 count in the fewest bits of 1, 2, 4,
-8, 10, 12, 14 and 16 that hold the picture's largest: 12-bit data in a file of 16 bits are then as
-bright as they were taken. Floats from 0 to 1 are taken as such. All other numbers are scaled from
-the picture's smallest to its largest.
+Files rarely name the value of white. For integers from 0 to 65,535, white is the largest number of
+the smallest depth (1, 2, 4, 8, 10, 12, 14 or 16 bits) that holds all numbers of the picture, so
+that 12-bit data in a 16-bit file keep their brightness. For floats from 0 to 1, white is 1. All
+other numbers are scaled so that the smallest becomes black and the largest white.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _TIFF_SAMPLE_FORMAT, _UNSIGNED = 339, 1
 
 
 def is_wide(image: Image.Image) -> bool:
-    """Whether an image has numbers of 16 or 32 bits."""
+    """Whether the pixels of an image are numbers of 16 or 32 bits."""
     return image.mode == "F" or image.mode.startswith("I")
 
 
@@ -46,7 +46,7 @@ def scale_to_bytes(values: NDArray[Any]) -> tuple[NDArray[np.uint8], str]:
         values: integers or floats of any shape; NaN and infinity become black.
 
     Returns:
-        uint8 of the same shape, and what was done.
+        The numbers as uint8 in the same shape, and a description of the scaling.
 
     Raises:
         ValueError: there is no finite number.
@@ -54,7 +54,7 @@ def scale_to_bytes(values: NDArray[Any]) -> tuple[NDArray[np.uint8], str]:
     is_float = values.dtype.kind == "f"
     finite = values[np.isfinite(values)] if is_float else values
     if finite.size == 0:
-        raise ValueError("no number of the picture is finite")
+        raise ValueError("no number of the image is finite")
     low, high = finite.min(), finite.max()
     if is_float and low >= 0 and high <= 1:
         start, white = 0.0, 1.0
@@ -72,20 +72,21 @@ def scale_to_bytes(values: NDArray[Any]) -> tuple[NDArray[np.uint8], str]:
     return scaled, f"{start:,.6g} … {white:,.6g} to 0 … 255"
 
 
-def read_low_bytes(
+def read_deep_colour(
     image: Image.Image, stream: IO[bytes], open_again: Callable[[IO[bytes]], Image.Image]
 ) -> NDArray[np.uint16] | None:
-    """Read a colour image of 16 bits a channel whole: Pillow decodes its upper bytes alone.
+    """Decode a colour image of 16 bits a channel, of which Pillow decodes only the upper bytes.
 
-    A second decoding, with the two bytes of each number swapped, yields the lower ones.
+    The image is decoded a second time with the two bytes of each number swapped, which gives the
+    lower bytes.
 
     Args:
-        image: opened, not decoded yet.
-        stream: its file.
-        open_again: opens an image in the stream.
+        image: opened image that is not decoded yet.
+        stream: file of the image.
+        open_again: opens the image in the stream.
 
     Returns:
-        uint16 [H, W, 3 or 4], or None if the image is of another kind.
+        The numbers, uint16 [H, W, 3 or 4]; None: the image is not a 16-bit colour image.
     """
     tiles = getattr(image, "tile", [])
     names = {_packing(tile) for tile in tiles}

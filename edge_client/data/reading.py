@@ -1,4 +1,4 @@
-"""Decode many pictures on a few threads, each once."""
+"""Decode many pictures in parallel."""
 
 from __future__ import annotations
 
@@ -15,41 +15,41 @@ Progress = Callable[[int, int], None]  # pictures read, pictures in total
 
 _THREADS = 2
 
-_AHEAD = 8  # pictures whose results may wait for their turn
+_AHEAD = 8  # pictures that are decoded ahead of the one that is yielded next
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Failed:
-    """Why a picture cannot be read."""
+class Unreadable:
+    """The result for a picture that cannot be read."""
 
     reason: str
 
 
-class Reading(Generic[T]):
-    """Decodes pictures on a few threads, each once, and yields what is made of each, in order.
+class ParallelReader(Generic[T]):
+    """Decodes pictures on two threads and yields the result for each, in order.
 
     Args:
-        paths: of the files.
-        background: colour behind transparent parts.
-        look: makes of a picture what is to be kept; runs on a thread.
-        progress: receives the count.
+        paths: paths of the files.
+        background: colour behind transparent parts, (R, G, B).
+        process: computes the result for a decoded picture; called on a thread.
+        progress: called with the number of pictures read and of all pictures.
     """
 
     def __init__(
         self,
         paths: Sequence[Path],
         background: Colour,
-        look: Callable[[Path, Picture], T],
+        process: Callable[[Path, Picture], T],
         progress: Progress = lambda done, total: None,
     ) -> None:
         self._paths, self._background = paths, background
-        self._look, self._progress, self._done = look, progress, 0
+        self._process, self._progress, self._done = process, progress, 0
 
-    def __iter__(self) -> Iterator[tuple[Path, T | Failed]]:
+    def __iter__(self) -> Iterator[tuple[Path, T | Unreadable]]:
         with ThreadPoolExecutor(_THREADS, thread_name_prefix="decode") as threads:
-            waiting: list[tuple[Path, Future[T | Failed]]] = []
+            waiting: list[tuple[Path, Future[T | Unreadable]]] = []
             for path in self._paths:
                 waiting.append((path, threads.submit(self._read, path)))
                 if len(waiting) >= _AHEAD:
@@ -58,14 +58,14 @@ class Reading(Generic[T]):
             for first, future in waiting:
                 yield first, self._count(future.result())
 
-    def _count(self, result: T | Failed) -> T | Failed:
+    def _count(self, result: T | Unreadable) -> T | Unreadable:
         self._done += 1
         self._progress(self._done, len(self._paths))
         return result
 
-    def _read(self, path: Path) -> T | Failed:
+    def _read(self, path: Path) -> T | Unreadable:
         try:
             picture = read_picture(path, self._background)
         except CorruptImageError as error:
-            return Failed(error.hint or "unreadable")
-        return self._look(path, picture)
+            return Unreadable(error.hint or "unreadable")
+        return self._process(path, picture)

@@ -1,4 +1,4 @@
-"""What is said of files and classes: their names as text, and why one is left out."""
+"""Remarks on files and classes, such as the reason for skipping one, and their names as text."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from os import PathLike, fspath
 
 
 @dataclass(frozen=True)
-class Skipped:
-    """A file, folder or class, and why it is left out, or what is odd about it."""
+class Remark:
+    """A remark on a file, folder or class: why it is skipped, or why it is unusual."""
 
     path: str
     reason: str
 
 
 def as_text(path: str | PathLike[str]) -> str:
-    r"""Return a path as valid text: bytes that are no text, and control characters, as ``\xNN``.
+    r"""Return a path as valid text, with ``\xNN`` for control characters and invalid bytes.
 
-    A name in Latin-1, on a file system that expects UTF-8, reaches Python with surrogates, which
-    no terminal and no JSON parser takes. Any other name is returned as it is.
+    Python represents a name that is not valid UTF-8, such as one in Latin-1, with surrogates.
+    Terminals and JSON parsers refuse them. Any other name is returned unchanged.
     """
     name = fspath(path)
     try:
         raw = name.encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError:  # a surrogate that does not stand for a byte
+    except UnicodeEncodeError:  # a surrogate that does not represent a byte
         raw = name.encode("utf-8", "backslashreplace")
     text = raw.decode("utf-8", "backslashreplace")
     return "".join(
@@ -35,9 +35,9 @@ def as_text(path: str | PathLike[str]) -> str:
 
 
 def class_name(folder: str) -> str:
-    """Return the class that a folder's name stands for: valid text in Unicode normal form C.
+    """Return the class name of a folder's name: valid text in Unicode normal form C.
 
-    macOS writes names in form D, in which an accent is a character of its own.
+    macOS writes names in form D, in which an accent is a separate character.
     """
     return compose(as_text(folder))
 
@@ -47,24 +47,22 @@ def compose(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
-def summarise(remarks: Iterable[Skipped], limit: int = 5) -> str:
-    """Return the first remarks in one line, and how many more there are."""
+def summarise(remarks: Iterable[Remark], limit: int = 5) -> str:
+    """Return the first remarks and the number of the others, in one line."""
     listed = list(remarks)
     entries = "; ".join(f"{entry.path} ({entry.reason})" for entry in listed[:limit])
     more = f"; and {len(listed) - limit} more" if len(listed) > limit else ""
     return f"{entries}{more}"
 
 
-def group_by_reason(skipped: Iterable[Skipped], limit: int = 3) -> list[Skipped]:
-    """Name the first few entries of each reason, and count the others."""
+def group_by_reason(skipped: Iterable[Remark], limit: int = 3) -> list[Remark]:
+    """Return the first remarks with each reason, and one that counts the others."""
     counts: Counter[str] = Counter()
-    shown: list[Skipped] = []
+    shown: list[Remark] = []
     for entry in skipped:
         counts[entry.reason] += 1
         if counts[entry.reason] <= limit:
             shown.append(entry)
     return shown + [
-        Skipped(f"{count - limit} more", reason)
-        for reason, count in counts.items()
-        if count > limit
+        Remark(f"{count - limit} more", reason) for reason, count in counts.items() if count > limit
     ]

@@ -14,17 +14,17 @@ Indices = NDArray[np.int64]
 
 
 def stratified_share(labels: Indices, share: float, seed: int) -> Indices:
-    """Choose about a share of each class, at least one sample and not all.
+    """Choose a share of each class, rounded, but at least one sample and not all.
 
-    From a class with one sample none is chosen.
+    No sample is chosen from a class with one sample.
 
     Args:
-        labels: int64 [n].
-        share: in (0, 1).
-        seed: determines the choice.
+        labels: class of each sample, int64 [n].
+        share: share of each class, in (0, 1).
+        seed: seed of the choice.
 
     Returns:
-        Positions, sorted.
+        Sorted positions of the chosen samples, int64 [m].
 
     Raises:
         PartitionError: ``share`` is out of range.
@@ -46,13 +46,13 @@ def stratified_pick(labels: Indices, count: int, seed: int, *, field: str = "cou
     """Choose ``count`` samples in the classes' proportions (largest-remainder method).
 
     Args:
-        labels: int64 [n].
-        count: 1 to n.
-        seed: determines the choice.
-        field: named in the error.
+        labels: class of each sample, int64 [n].
+        count: number of samples, 1 to n.
+        seed: seed of the choice.
+        field: name of ``count`` in an error.
 
     Returns:
-        Positions, sorted.
+        Sorted positions of the chosen samples, int64 [count].
 
     Raises:
         PartitionError: ``count`` is out of range.
@@ -77,13 +77,13 @@ def pick_per_class(labels: Indices, class_names: Sequence[str], count: int, seed
     """Choose ``count`` samples of each class.
 
     Args:
-        labels: int64 [n].
-        class_names: in the order of the labels.
-        count: at least 1.
-        seed: determines the choice.
+        labels: class of each sample, int64 [n].
+        class_names: names of the C classes, in the order of the labels.
+        count: number of samples of each class, at least 1.
+        seed: seed of the choice.
 
     Returns:
-        Positions, sorted.
+        Sorted positions of the chosen samples, int64 [C * count].
 
     Raises:
         PartitionError: ``count`` is below 1, or a class has fewer samples.
@@ -109,8 +109,8 @@ def generator(seed: int, purpose: str, *more: int) -> np.random.Generator:
     """Return a random generator for one use of a seed, independent of its other uses.
 
     Args:
-        seed: the run's or the data's.
-        purpose: names the use.
+        seed: seed of the run or of the data.
+        purpose: name of the use.
         more: further numbers that identify the use, such as an epoch or an index.
     """
     return np.random.default_rng(derive_seed(seed, purpose, *more))

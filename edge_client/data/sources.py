@@ -26,6 +26,8 @@ class DataSource:
     """A parsed ``--data`` text.
 
     Attributes:
+        kind: kind of the source.
+        name: name of the set or the folder.
         path: the folder or root in the text; None: the text has none.
     """
 
@@ -79,19 +81,20 @@ def load_dataset(
 ) -> Dataset:
     """Load a data set for training and testing; missing files are downloaded.
 
-    The files of a folder are decoded once. With ``preprocessing``, the resized images are kept as
-    far as ``cache_bytes`` goes, so that `BatchReader` need not decode them again.
+    The files of a folder are decoded once. With ``preprocessing``, resized images are kept within
+    ``cache_bytes``, so that `BatchReader` does not decode them again.
 
     Args:
-        source: or its text.
-        held_out: share of each class to test on, in (0, 1), if the set has no test images.
-        seed: determines the held-out images.
-        class_names: the run's classes in the order of its labels; images of other classes are left
-            out and listed as skipped.
-        background: colour behind transparent parts.
-        preprocessing: of the run's model.
-        cache_bytes: memory budget of the resized images.
-        progress: receives the count of files read, and of all files.
+        source: the source, or its text.
+        held_out: share of each class held out for testing, in (0, 1), if the set has no test
+            images.
+        seed: seed of the choice of held-out images.
+        class_names: class names of the run, in the order of its labels; images of other classes
+            are skipped.
+        background: colour behind transparent parts, (R, G, B).
+        preprocessing: preprocessing of the run's model; None: no resized images are kept.
+        cache_bytes: memory budget of the resized images, in bytes.
+        progress: called with the number of files read and of all files.
 
     Raises:
         DataError: see `edge_client.data.errors` for its kinds.

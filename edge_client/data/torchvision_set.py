@@ -31,7 +31,7 @@ from edge_client.data.fashion_mnist import load_fashion_mnist
 from edge_client.data.groups import no_groups_error
 from edge_client.data.image_set import ImageSet, ImageStore, tensor_of
 from edge_client.data.pictures import WHITE, Colour, convert_picture, read_picture
-from edge_client.data.remarks import Skipped
+from edge_client.data.remarks import Remark
 
 Arguments = Mapping[str, object]
 
@@ -82,16 +82,16 @@ _PAIR_ATTRIBUTES = ("_samples", "samples", "_flat_character_images")
 def load_torchvision(
     name: str, root: Path | None, *, held_out: float, seed: int, background: Colour = WHITE
 ) -> Dataset:
-    """Load a set of torchvision.datasets, downloaded if its files are missing.
+    """Load a set of torchvision.datasets; missing files are downloaded.
 
-    Sets with pickled files are refused; CIFAR is read in its binary form.
+    Sets with pickled files are refused. CIFAR is read in its binary form.
 
     Args:
-        name: of the class in torchvision.datasets.
+        name: name of the class in torchvision.datasets.
         root: folder of the files; None: the cache.
-        held_out: share of each class to test on, if the set has no test half.
-        seed: determines the held-out images.
-        background: colour behind transparent parts.
+        held_out: share of each class held out for testing, if the set has no test half.
+        seed: seed of the choice of held-out images.
+        background: colour behind transparent parts, (R, G, B).
 
     Raises:
         UnknownDatasetError: torchvision has no such classification set.
@@ -280,9 +280,9 @@ class TorchvisionStore(ImageStore):
     """Images of a torchvision set.
 
     Args:
-        name: of the set.
+        name: name of the set.
         half: torchvision's training or test half.
-        background: colour behind transparent parts.
+        background: colour behind transparent parts, (R, G, B).
         rows: positions of the images in ``half``, int64 [n]; None: all.
     """
 
@@ -292,7 +292,7 @@ class TorchvisionStore(ImageStore):
         self.name = name
         self.half = half
         self._background = background
-        if hasattr(half, "loader"):  # a folder of files, which torchvision would open its own way
+        if hasattr(half, "loader"):  # a folder of files, which torchvision would decode differently
             half.loader = partial(_open_file, background)
         self.rows = torch.arange(len(half)) if rows is None else rows
 
@@ -319,7 +319,7 @@ class TorchvisionStore(ImageStore):
                 hint=str(error),
             ) from error
 
-    def unreadable(self) -> dict[int, Skipped]:
+    def unreadable(self) -> dict[int, Remark]:
         """Return the images that cannot be read now, by position."""
         unreadable = {}
         for index in range(len(self)):
@@ -327,7 +327,7 @@ class TorchvisionStore(ImageStore):
                 self.read(index)
             except CorruptImageError as error:
                 reason = error.hint or "unreadable"
-                unreadable[index] = Skipped(f"{error.field}: {error.value}", reason)
+                unreadable[index] = Remark(f"{error.field}: {error.value}", reason)
         return unreadable
 
     def take(self, indices: Tensor) -> TorchvisionStore:

@@ -1,7 +1,7 @@
-"""Find the picture files below folders, and name whatever is not read.
+"""Find the picture files below folders, and give the reason for each skipped entry.
 
-Links to folders are followed. A folder is read once: a loop of links, or a link to a folder that is
-read elsewhere, is named and left out. Hidden entries and machine-made copies are left out.
+Links to folders are followed. A folder is read once: a loop of links, and a link to a folder that
+is read elsewhere, are skipped. Hidden and machine-made entries are skipped.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import stat
 from pathlib import Path
 
 from edge_client.data.pictures import OTHER_SUFFIXES, SUFFIXES
-from edge_client.data.remarks import Skipped, as_text
+from edge_client.data.remarks import Remark, as_text
 
-# Folders and files that systems and programs make beside people's pictures. Hidden ones, such as
-# `._x.jpg` of macOS and `.thumbnails` of Linux, begin with a dot.
+# Folders and files that operating systems and programs create. Hidden ones begin with a dot, such
+# as `._x.jpg` of macOS and `.thumbnails` of Linux.
 _MACHINE_MADE = frozenset(
     {
         "$recycle.bin",
@@ -28,9 +28,9 @@ _MACHINE_MADE = frozenset(
     }
 )
 
-NOT_A_PICTURE = "not named like an image file"
+NOT_A_PICTURE = "the suffix is not that of an image file"
 
-HIDDEN = "hidden or machine-made entries left out"
+HIDDEN = "hidden or machine-made entries skipped"
 
 _SILENT = frozenset({".ds_store", "desktop.ini", "thumbs.db"})
 
@@ -39,24 +39,24 @@ class PictureWalk:
     """Walks through folder trees.
 
     Args:
-        root: the data folder, below which all trees lie.
+        root: the data folder, which contains all trees.
 
     Attributes:
-        files: tree and path of each picture file that was found.
-        skipped: what is left out, and why.
+        files: tree and path of each picture file.
+        skipped: skipped files and folders, with the reasons.
     """
 
     def __init__(self, root: Path) -> None:
         self.files: list[tuple[str, Path]] = []
-        self.skipped: list[Skipped] = []
+        self.skipped: list[Remark] = []
         self._root = os.path.realpath(root)
         self._seen: set[tuple[int, int]] = set()
         self._links: list[tuple[str, Path]] = []
 
     def list_folder(self, folder: Path) -> tuple[list[Path], list[Path]]:
-        """Return the folders and the other files in a folder, sorted; name what has to be left out.
+        """Return the folders and the regular files in a folder, sorted; skip all other entries.
 
-        Links to folders are among the folders.
+        A link to a folder counts as a folder.
         """
         try:
             entries = sorted(folder.iterdir())
@@ -87,7 +87,7 @@ class PictureWalk:
         return folders, files
 
     def add_tree(self, tree: str, folder: Path) -> None:
-        """Find the pictures below a folder; links are noted for `follow_links`."""
+        """Find the pictures below a folder; `follow_links` reads the links to folders later."""
         waiting = [folder]
         while waiting:
             current = waiting.pop()
@@ -102,22 +102,22 @@ class PictureWalk:
             self.add_tree(tree, inside)
 
     def follow_links(self) -> None:
-        """Read the folders that links lead to, after all folders that lie in the trees."""
+        """Read the folders that links lead to; call it after all trees have been added."""
         while self._links:
             tree, link = self._links.pop(0)
             target = os.path.realpath(link)
             if _is_within(os.path.realpath(link.parent), target) or _is_within(self._root, target):
                 self._skip(link, f"a loop of links: it leads back to {as_text(target)}")
             elif _identity(link) in self._seen:
-                self._skip(link, f"a link to {as_text(target)}, which is read already")
+                self._skip(link, f"a link to {as_text(target)}, which is already read")
             else:
                 self.add_root(tree, link)
 
     def _read(self, tree: str, folder: Path) -> list[Path]:
-        """Take the pictures in a folder; return the folders in it."""
+        """Add the pictures in a folder; return the folders in it."""
         identity = _identity(folder)
         if identity in self._seen:
-            self._skip(folder, "a folder that is read already under another name")
+            self._skip(folder, "the folder is already read under another name")
             return []
         if identity is not None:
             self._seen.add(identity)
@@ -127,17 +127,17 @@ class PictureWalk:
             if suffix in SUFFIXES:
                 self.files.append((tree, file))
             elif suffix in OTHER_SUFFIXES:
-                self._skip(file, f"{suffix} is not read: save it as JPEG or PNG")
+                self._skip(file, f"{suffix} is not supported: save it as JPEG or PNG")
             else:
                 self._skip(file, NOT_A_PICTURE)
         return folders
 
     def _skip(self, path: Path, reason: str) -> None:
-        self.skipped.append(Skipped(as_text(path), reason))
+        self.skipped.append(Remark(as_text(path), reason))
 
 
-def find_pictures(folder: Path) -> tuple[list[Path], list[Skipped]]:
-    """List the picture files below a folder, sorted, and what is left out."""
+def find_pictures(folder: Path) -> tuple[list[Path], list[Remark]]:
+    """List the picture files below a folder, sorted, and the skipped entries with the reasons."""
     walk = PictureWalk(folder)
     walk.add_root("", folder)
     walk.follow_links()
@@ -145,7 +145,7 @@ def find_pictures(folder: Path) -> tuple[list[Path], list[Skipped]]:
 
 
 def is_machine_made(name: str) -> bool:
-    """Whether a file or folder of this name is hidden, or made by a system and not by people."""
+    """Whether a file or folder of this name is hidden, or created by a system or a program."""
     return name.startswith(".") or name.lower() in _MACHINE_MADE | _SILENT
 
 

@@ -1,10 +1,9 @@
-"""The tail in closed form: round 0 fits it, and each later round is one step of it.
+"""The linear tail: fitted in closed form in round 0, then tuned by steps of logistic regression.
 
-Round 0 needs sums of this device's features in each class.
-
-The server computes the features of all participants' samples and their second moments. The device
-adds the sums, gets the classifier that all devices' sums give, and calibrates its scores on its own
-samples. Labels never travel; their sums do.
+In round 0 the server computes the features of all participants' samples, and their second moments.
+The device sends the sum of its features in each class. It receives the classifier that the sums of
+all devices give, and calibrates its scores on its own samples. It never sends the label of a
+sample.
 
 Source: Fed3R (arXiv 2406.01116).
 """
@@ -22,23 +21,24 @@ from edge_client.training.context import Diverged, RoundContext
 from edge_client.transport.split_client import Features, SamplesMissing, SplitPlane
 from protocol.messages import MAX_LOSS
 
-_MAX_UPLOADS = 3  # of samples that the server has lost
+_MAX_UPLOADS = 3  # uploads of samples that the server has lost
 
-_USUAL_FACTOR = 8.0  # of the scores, where this device did not take part in round 0
+_USUAL_FACTOR = 8.0  # factor of the scores, if this device did not take part in round 0
 
-_CURVATURE = 2.0  # the inverse of the bound 1/2 on the curvature of cross-entropy in a score
+_CURVATURE = 2.0  # cross-entropy has a curvature of at most 1/2 in each score
 
-# Factors of the scores. A few easy samples would choose a far larger one than other devices' do.
+# Candidates for the factor of the scores. On a few easy samples the best factor would be far larger
+# than on the samples of other devices.
 _TEMPERATURES = torch.logspace(0, 1.5, 31)
 
 
 @dataclass(frozen=True)
 class StartResult:
-    """What a device reports about its start; the fitted tail is in the model.
+    """The result of round 0; the fitted tail is in the model.
 
     Attributes:
         samples: number of samples.
-        loss: mean leave-one-out cross-entropy of the samples.
+        loss: mean leave-one-out cross-entropy of the samples, in nats.
     """
 
     samples: int
@@ -46,11 +46,15 @@ class StartResult:
 
 
 def fit_start(context: RoundContext, plane: SplitPlane) -> StartResult:
-    """Fit the model's tail in closed form, on all training samples.
+    """Fit the model's tail in closed form on all training samples.
+
+    Args:
+        context: the round; its model gets the new tail.
+        plane: the split plane of the run.
 
     Raises:
         StepLost: the server lost its part; start the round again.
-        StaleRound: the server went on without this participant.
+        StaleRound: the server closed the round without this participant.
     """
     positions = torch.arange(len(context.samples))
     labels = context.samples.images.image_set.labels[positions]
@@ -72,16 +76,20 @@ def fit_start(context: RoundContext, plane: SplitPlane) -> StartResult:
 def tune_classifier(context: RoundContext, plane: SplitPlane) -> float:
     """Move the model's linear tail by steps of logistic regression on all samples' features.
 
-    Each step divides the mean gradient by a bound of the loss's curvature in each feature, so that
-    it needs no learning rate. If all devices have the same penalty, the mean of one step on each is
-    the step on the pooled data, however the classes are distributed.
+    A step divides the mean gradient in each feature by a bound on the curvature of the loss, so
+    that no learning rate is needed. If all devices have the same penalty, the average of one step
+    on each device is the step on the pooled data, for any distribution of the classes.
+
+    The loss includes a share of the ridge regression's penalty (see `caution`). With the
+    whole penalty, the classifier of round 0 is nearly optimal, and wrong labels change it little. A
+    device computes its share in round 0; a device that restarts later uses a default.
 
     The loss includes a share of the ridge regression's penalty, see `caution`. With the whole
     penalty the classifier of round 0 is nearly optimal, and wrong labels change it little. Each
     device computes its share in round 0; one that restarts later uses a usual value.
 
     Returns:
-        The mean cross-entropy before the last step.
+        The mean cross-entropy before the last step, in nats.
 
     Raises:
         Diverged: the loss is not finite.
@@ -96,7 +104,7 @@ def tune_classifier(context: RoundContext, plane: SplitPlane) -> float:
     mean, values = features.mean.double(), features.values.double()
     centred = values - mean  # (n, r)
     variances = features.variances.double()
-    # A component's scale is the root of its inverse variance, see the server's basis.
+    # A component's factor is the inverse root of its variance here; see the server's basis.
     used = variances > 0
     penalty = torch.where(used, context.samples.features.decay / variances.clamp(min=1e-30), 0.0)
     bound = variances / _CURVATURE + penalty  # (r)
@@ -136,7 +144,7 @@ def classifier_loss(context: RoundContext) -> float | None:
 
 
 def _known_features(context: RoundContext, plane: SplitPlane) -> Features:
-    """Return the features of round 0; requests them if this device did not take part in it."""
+    """Return the features of round 0; request them if this device has none of that attempt."""
     cache = context.samples.features
     if cache.features is None or cache.attempt != context.start_attempt:
         return _request_features(context, plane, context.start_attempt)
@@ -144,11 +152,12 @@ def _known_features(context: RoundContext, plane: SplitPlane) -> Features:
 
 
 def _request_features(context: RoundContext, plane: SplitPlane, basis: int | None) -> Features:
-    """Return the features of all samples; uploads what the server lacks.
+    """Request the features of all samples, and upload samples that the server lacks.
 
     Args:
-        context, plane: the round, and the run's split plane.
-        basis: the attempt at round 0 whose basis the features have.
+        context: the round.
+        plane: the split plane of the run.
+        basis: attempt at round 0 in whose basis the features are.
     """
     samples = context.samples
     if samples.uploader is None:
@@ -170,36 +179,36 @@ def _request_features(context: RoundContext, plane: SplitPlane, basis: int | Non
 
 
 def leave_one_out(scores: Tensor, one_hot: Tensor, leverage: Tensor) -> Tensor:
-    """Return the scores [n, C] that fits without the sample itself would give.
+    """Return the leave-one-out scores [n, C]: those of fits without the sample itself.
 
     Args:
-        scores: of the fit on all samples, [n, C].
-        one_hot: labels, [n, C].
-        leverage: weight of each sample's label in its own fit, [n].
+        scores: scores of the fit on all samples, [n, C].
+        one_hot: one-hot labels, [n, C].
+        leverage: weight of each sample's label in its own score, [n].
     """
     weight = leverage.clamp(max=1 - 1e-4).unsqueeze(1)
     return (scores - weight * one_hot) / (1 - weight)
 
 
 def caution(loss: float, classes: int) -> float:
-    """Return the share of the ridge regression's penalty that later rounds keep, 0.1 to 1.
+    """Return the share of the ridge regression's penalty in later rounds, 0.1 to 1.
 
-    Where the leave-one-out loss is small against guessing, the labels are consistent, and most of
-    the penalty only slows the fit. Where it is large, more steps would fit wrong labels.
+    If the leave-one-out loss is small compared with that of guessing, the labels are consistent,
+    and the penalty mainly slows the fit. If it is large, more steps would fit wrong labels.
 
     Args:
-        loss: leave-one-out cross-entropy of round 0.
-        classes: C; guessing loses ln C.
+        loss: leave-one-out cross-entropy of round 0, in nats.
+        classes: number of classes C; the loss of guessing is ln C.
     """
     return min(1.0, max(0.1, (loss / math.log(classes) - 0.2) / 0.3))
 
 
 def calibrate(scores: Tensor, labels: Tensor) -> tuple[float, float]:
-    """Return the factor of scores [n, C] with the smallest cross-entropy, and this loss in nats.
+    """Return the factor of the scores with the smallest mean cross-entropy, and this loss in nats.
 
     Args:
         scores: leave-one-out scores, [n, C].
-        labels: int64 [n].
+        labels: classes, int64 [n].
     """
     losses = [F.cross_entropy(factor * scores, labels).item() for factor in _TEMPERATURES]
     best = min(range(len(losses)), key=losses.__getitem__)

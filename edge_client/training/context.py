@@ -1,4 +1,4 @@
-"""What every phase of a round works with: run, model, samples and random draws."""
+"""The context of a round's phases: run, model, samples and random draws."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ R = TypeVar("R")
 
 Advance = Callable[[str, int, int], None]  # phase, batches done, batches in total
 
-_MAX_UPLOADS = 3  # of samples that the server lacks, before the request carries them itself
+_MAX_UPLOADS = 3  # uploads of missing samples; then the request carries the smashed data itself
 
 
 class Diverged(Exception):
@@ -32,10 +32,10 @@ class Diverged(Exception):
 class Proximal:
     """The FedProx term mu / 2 * ||w - w_round||^2 (Li et al., arXiv 1812.06127).
 
-    Only its gradient is added, so that reported losses are those of the samples alone.
+    Only its gradient is used, so that reported losses do not include it.
 
     Args:
-        model: with the round's global state.
+        model: the model, with the round's global state.
         strength: mu, above 0.
     """
 
@@ -44,7 +44,7 @@ class Proximal:
         self._tuned = [(tensor, tensor.detach().clone()) for tensor in model.parameters()]
 
     def add_gradients(self) -> None:
-        """Add the term's gradient, mu (w - w_round), to the parameters' gradients."""
+        """Add the term's gradient, mu * (w - w_round), to the parameters' gradients."""
         for parameter, start in self._tuned:
             pull = (parameter.detach() - start) * self._strength
             parameter.grad = pull if parameter.grad is None else parameter.grad + pull
@@ -52,7 +52,7 @@ class Proximal:
 
 @dataclass
 class FeatureCache:
-    """The features of all samples of a set, once the server has sent them.
+    """The features of all samples of a set, as the server sent them.
 
     Attributes:
         attempt: at round 0 whose basis they have.
@@ -66,13 +66,13 @@ class FeatureCache:
 
 @dataclass(frozen=True)
 class Samples:
-    """One set of the device's samples, with their caches.
+    """One set of the device's samples, with its caches.
 
     Attributes:
-        images: reads the set's images.
-        outputs: the head's outputs, where they are constant (prompts at the cut).
-        uploader: sends smashed data to the server's cache, where the run has one.
-        features: those of round 0, where the run has one.
+        images: reader of the images.
+        outputs: cache of the head's outputs; None: they are not constant (prompts at the input).
+        uploader: sends smashed data to the server's cache; None: the run has no such cache.
+        features: features of round 0, in a run that has one.
     """
 
     images: BatchReader
@@ -86,11 +86,16 @@ class Samples:
     def request_with_batch(
         self, positions: Tensor, view: int | None, request: Callable[[Tensor], R]
     ) -> R:
-        """Send a request of the split plane for these samples [b].
+        """Send a request of the split plane for a batch of samples.
 
-        The request names samples by id where the server caches them. Samples that the server
-        lacks are uploaded and the request is repeated. If the server cannot cache even one batch,
-        the request carries the smashed data itself.
+        If the server caches samples, the request names them by id. Missing samples are uploaded,
+        and the request is repeated. If the server cannot cache one batch, the request carries the
+        smashed data itself.
+
+        Args:
+            positions: positions of the samples, int64 [b].
+            view: augmented view; None: no augmentation.
+            request: sends ids, uint8 [b, 16], or smashed data [b, T, D].
 
         Raises:
             ValueError: the head's output is not constant in this run.
@@ -109,16 +114,16 @@ class Samples:
 
 @dataclass
 class RoundContext:
-    """One participant's round: its model, its samples, and the round's random draws."""
+    """One participant's round: model, samples and random draws."""
 
     run: RunPlan
     participant: str
-    round: int  # from `RunPlan.first_round`
+    round: int  # at least `RunPlan.first_round`
     attempt: int
     model: DeviceModel
     samples: Samples
     advance: Advance
-    cache_bytes: int  # memory budget of a cache of the tuning method
+    cache_bytes: int  # memory budget of the tuning method's cache
     proximal: Proximal | None = None
     start_attempt: int | None = None  # the attempt at round 0 that counted; None: none yet
     rate_scale: float = 1.0  # of the learning rates, below 1 after discarded states
@@ -133,7 +138,7 @@ class RoundContext:
         return derive_seed(self.run.seed, purpose, self.participant, self.round)
 
     def noise(self, step: int) -> torch.Generator | None:
-        """Return the generator for a step's stochastic rounding, if the run uses it."""
+        """Return the generator of a step's stochastic rounding; None: the run rounds to nearest."""
         if not self.run.wire.stochastic_rounding:
             return None
         seed = derive_seed(self.run.seed, "rounding", self.participant, self.round, step)
@@ -150,7 +155,7 @@ class RoundContext:
                 self.advance(purpose, done, total)
 
     def epoch_of_run(self, epoch: int) -> int:
-        """Number this round's epoch over all rounds. Split epochs follow the local epochs."""
+        """Return the number of an epoch over all rounds; split epochs follow local ones."""
         training = self.run.training
         return (self.round - 1) * (training.local_epochs + training.split_epochs) + epoch
 
@@ -160,7 +165,7 @@ class RoundContext:
         return self.epoch_of_run(epoch) % training.views if training.augment else None
 
     def rate_factor(self, done: int, total: int) -> float:
-        """Return the schedule's factor after ``done`` of this round's ``total`` steps."""
+        """Return the learning rates' factor after ``done`` of this round's ``total`` steps."""
         rounds = self.run.federation.rounds
         progress = (self.round - 1 + done / total) / rounds
         return self.rate_scale * learning_rate_factor(self.run.training, progress, rounds)

@@ -25,7 +25,7 @@ _BATCH = 128
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Sums over the held-out samples, so that they can be added over participants."""
+    """Sums over the held-out samples, which the server adds over participants."""
 
     samples: int
     correct: int
@@ -43,10 +43,18 @@ def evaluate(
     advance: Advance,
     state: str | None = None,
 ) -> Evaluation:
-    """Classify every sample with head → body → tail and count.
+    """Classify every sample with head → body → tail, and sum correct predictions and losses.
 
-    The head computes the next batch while the server computes one. A device with the whole model
-    sends no request.
+    The head computes a batch while the server computes the one before. A device with the whole
+    model sends no request.
+
+    Args:
+        model: the device's model.
+        plane: the split plane of the run.
+        samples: the held-out samples.
+        round_: the round, for the names of the requests.
+        advance: called with the phase, the finished batches and all batches.
+        state: hash of the global state to evaluate; None: the newest.
 
     Args:
         model: with the global state.

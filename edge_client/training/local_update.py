@@ -1,4 +1,4 @@
-"""Phase 1b: tune on the device alone, with the server's body left out."""
+"""Phase 1b: tune on the device alone, without the server's body."""
 
 from __future__ import annotations
 
@@ -18,16 +18,15 @@ LocalForward = Callable[[RoundContext, Tensor], Tensor]
 def local_update(context: RoundContext, forward: LocalForward) -> float | None:
     """Run the local-loss update on all samples.
 
-    Nothing crosses the network. Prompts at the cut are on the server and are not tuned here.
-    Where the device runs the whole model, this is the local training of FedAvg and FedPEFT (arXiv
-    2210.01708).
+    It sends nothing. It does not tune prompts at the cut, which are on the server. If the device
+    has the whole model, this is the local training of FedAvg and FedPEFT (arXiv 2210.01708).
 
     Args:
         context: the round.
-        forward: the round and smashed data [b, T, D] → logits [b, C].
+        forward: computes logits [b, C] from the round and smashed data [b, T, D].
 
     Returns:
-        The mean cross-entropy over the last epoch; None without epochs or samples.
+        The mean cross-entropy over the last epoch, in nats; None without epochs or samples.
 
     Raises:
         Diverged: the loss or a tuned parameter is not finite.
@@ -40,7 +39,7 @@ def local_update(context: RoundContext, forward: LocalForward) -> float | None:
         return None
     scale = training.local_learning_rate_scale
     optimizer = make_optimizer(training, model.prompts, model.tail, scale, model.head)
-    # One rate for the phase, the one of the round's middle: a warm-up begins at 0.
+    # The phase uses the learning rate of the middle of the round: a warm-up begins at 0.
     set_progress(optimizer, context.rate_factor(1, 2))
     loss_sum = 0.0
     for epoch, positions in context.batches("local", torch.arange(samples), training.local_epochs):
@@ -60,7 +59,7 @@ def local_update(context: RoundContext, forward: LocalForward) -> float | None:
 
 
 def _smashed(context: RoundContext, positions: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
-    """Compute the smashed data of a batch, [b, T, D] or what the tail reads of it, and labels."""
+    """Compute the smashed data of a batch, [b, T, D] or only the tail's tokens, and the labels."""
     samples, model = context.samples, context.model
     labels = samples.images.image_set.labels[positions]  # [b]
     if samples.outputs is not None:

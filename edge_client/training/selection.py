@@ -1,4 +1,4 @@
-"""Phase 1a: score every sample through head and tail alone, and select the best."""
+"""Phase 1a: score every sample with head and tail alone, and select the highest scores."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _BATCH = 128
 def select_samples(context: RoundContext) -> Tensor:
     """Return the positions [k] of the samples for split training, ascending.
 
-    Scores come from head → tail, without body and prompts. With ``keep_fraction`` 1 nothing is
-    scored.
+    Scores are computed with head → tail, without body and prompts. With ``keep_fraction`` 1, all
+    samples are selected without scores.
 
     Source: SFPrompt (arXiv 2407.17533, section 3).
     """

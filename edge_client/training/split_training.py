@@ -1,4 +1,4 @@
-"""Phase 2: train prompts and tail through the server's body. Labels stay here."""
+"""Phase 2: train prompts and tail with the server's body. Labels stay on the device."""
 
 from __future__ import annotations
 
@@ -20,12 +20,11 @@ from protocol.errors import StepLost
 from protocol.messages import MAX_LOSS, ExchangeMeta
 from split_model.optimizer import make_optimizer, set_progress
 
-_MAX_ATTEMPTS = 5  # at one step, before its loss is reported as an error
+_MAX_ATTEMPTS = 5  # attempts at one step, before the round is started again
 
-Sample = tuple[int, int | None]  # a position in the set, and its view; None: not augmented
+Sample = tuple[int, int | None]  # position in the set, and augmented view; None: no augmentation
 
-# Sends the smashed data [B, T, D] of samples as the step of a name; `DeviceMethod.forward` explains
-# arguments and results.
+# Sends the smashed data [B, T, D] of samples as a step with a name; see `DeviceMethod.forward`.
 Forward = Callable[
     [RoundContext, SplitPlane, Sequence[Sample], Tensor, str], tuple[Tensor, Tensor | None]
 ]
@@ -36,8 +35,8 @@ class TrainingResult:
     """The result of split training.
 
     Attributes:
-        loss: mean cross-entropy over the last epoch.
-        session: names the prompts or the body that the server tuned; None: it tuned nothing.
+        loss: mean cross-entropy over the last epoch, in nats.
+        session: session in which the server tuned prompts or a body; None: it tuned nothing.
     """
 
     loss: float
@@ -51,7 +50,7 @@ def forward_whole(
     smashed: Tensor,
     step: str,
 ) -> tuple[Tensor, Tensor | None]:
-    """Send smashed data whole; see `Forward`."""
+    """Send the complete smashed data; see `Forward`."""
     return plane.forward(smashed, step=step, round_=context.round), None
 
 
@@ -65,17 +64,17 @@ def split_train(
 ) -> TrainingResult:
     """Train in U-shape over the selected samples [k].
 
-    With prompts at the input, four tensors cross in a step: smashed data up, features down, the
-    features' gradient up, the smashed data's gradient down. With prompts at the cut, two cross in
-    one round trip: features down and their gradient up.
+    With prompts at the input, a step transfers four tensors: smashed data up, features down, the
+    gradient of the features up, the gradient of the smashed data down. With prompts at the cut, a
+    step transfers two tensors in one round trip: features down and their gradient up.
 
     Args:
         context: the round.
-        plane: the run's.
-        selected: positions of the samples, [k].
-        forward: sends smashed data, with prompts at the input.
-        fixed_views: with prompts at the input, augment a sample to one of ``training.views`` fixed
-            views, not anew in every epoch.
+        plane: the split plane of the run.
+        selected: positions of the samples, int64 [k].
+        forward: sends smashed data; used with prompts at the input.
+        fixed_views: whether to augment a sample to one of ``training.views`` fixed views instead of
+            a new view in every epoch; used with prompts at the input.
 
     Raises:
         Diverged: a loss or a gradient is not finite.
@@ -126,7 +125,7 @@ def _run_step(
     name: str,
     noise: torch.Generator | None,
 ) -> float:
-    """Leave one batch's gradients in prompts and tail, and return its mean loss."""
+    """Compute a batch's gradients of prompts and tail, and return its mean loss."""
     model = context.model
     smashed = model.head(images, model.prompts)
     for attempt in range(_MAX_ATTEMPTS):
@@ -136,7 +135,7 @@ def _run_step(
             features, decoded = send(smashed.detach(), step)
             loss, gradients = train_tail(model, features, labels)
             if not smashed.requires_grad:
-                return loss  # nothing before the cut is tuned: its gradient is not needed
+                return loss  # no parameter before the cut is tuned
             gradient = plane.backward(
                 gradients,
                 step=step,
@@ -148,7 +147,7 @@ def _run_step(
         except (SamplesMissing, StepLost):
             if attempt == _MAX_ATTEMPTS - 1:
                 raise
-    # Straight-through estimate: the codecs' error is treated as a constant.
+    # Straight-through estimate: the codec's error is treated as a constant.
     smashed.backward(correct_gradient(context, gradient, smashed.detach(), decoded))
     return loss
 
@@ -156,12 +155,12 @@ def _run_step(
 def _train_with_prompts_at_the_cut(
     context: RoundContext, plane: SplitPlane, selected: Tensor
 ) -> TrainingResult:
-    """Exchange once a step: a batch's gradients go up with the ids of the next batch."""
+    """Send one request a step: the gradients of a batch, and the ids of the next batch."""
     samples, model = context.samples, context.model
     if samples.uploader is not None:
         for view in _views(context):
             samples.uploader.ensure(selected, view)
-    # A tail that was fitted in closed form stays: a few steps would move it off its optimum.
+    # A tail that was fitted in closed form is not tuned here: a few steps would worsen it.
     tail = None if context.run.model.depths else model.tail
     optimizer = make_optimizer(context.run.training, None, tail)
     batches = SplitBatches(context, selected)
@@ -204,14 +203,20 @@ def _views(context: RoundContext) -> list[int | None]:
 
 
 def new_name(context: RoundContext) -> str:
-    """Draw a name for a session, or for a round's steps, that no earlier attempt has used."""
+    """Draw a new name for a session or for the steps of a round."""
     return f"{secrets.token_hex(4)}.{context.round}.{context.attempt}"
 
 
 def train_tail(model: DeviceModel, features: Tensor, labels: Tensor) -> tuple[float, Tensor]:
-    """Compute the mean loss and the gradient of the features [B, T', D].
+    """Compute the mean loss of a batch and the gradients of features and tail.
 
-    The tail's gradients are left in its parameters.
+    Args:
+        model: its tail's parameters get their gradients.
+        features: features [B, T', D].
+        labels: classes, int64 [B].
+
+    Returns:
+        The mean cross-entropy in nats, and the gradient of the features, [B, T', D].
 
     Raises:
         Diverged: the loss or the gradient is not finite.
@@ -230,16 +235,19 @@ def train_tail(model: DeviceModel, features: Tensor, labels: Tensor) -> tuple[fl
 def correct_gradient(
     context: RoundContext, gradient: Tensor, smashed: Tensor, decoded: Tensor | None
 ) -> Tensor:
-    """Return the gradient at the smashed data [B, T, D], given the one at their decoded form.
+    """Correct the gradient of the smashed data for the codec's error.
 
-    Adds ``wire.gradient_correction`` times the codecs' error, as if the loss had the same
-    curvature everywhere.
+    The server computes the gradient at the decoded smashed data. The correction adds
+    ``wire.gradient_correction`` times the codec's error: it assumes a constant curvature.
 
     Args:
         context: the round.
-        gradient: at what the server decoded, [B, T, D].
-        smashed: before the codec, [B, T, D].
-        decoded: what the server decoded, [B, T, D]; None: computed here.
+        gradient: gradient at the decoded smashed data, [B, T, D].
+        smashed: smashed data before encoding, [B, T, D].
+        decoded: decoded smashed data, [B, T, D]; None: computed here.
+
+    Returns:
+        The gradient at the smashed data before encoding, [B, T, D].
 
     Source: FedLite (arXiv 2201.11865).
     """
@@ -256,7 +264,7 @@ class SplitBatches:
 
     Args:
         context: the round.
-        selected: positions of the samples, [k].
+        selected: positions of the samples, int64 [k].
 
     Attributes:
         steps: number of batches over all epochs.
@@ -274,7 +282,7 @@ class SplitBatches:
         return self._batches
 
     def add_loss(self, epoch: int, loss: float, samples: int) -> None:
-        """Count a batch's mean loss, if its epoch is the last."""
+        """Add a batch's mean loss, if its epoch is the last one."""
         if epoch == self._last_epoch:
             self._loss_sum += loss * samples
 

@@ -1,4 +1,4 @@
-"""Codecs: how a tensor becomes buffers, one class for each name on the wire."""
+"""Codecs, which encode tensors as buffers: one class for each base name."""
 
 from protocol.codecs.codec import Buffer, Codec, Device, FixedSizeCodec
 from protocol.codecs.cosine import Cosine

@@ -18,17 +18,17 @@ Device = torch.device | str
 
 
 class Codec(ABC):
-    """Encodes a tensor as buffers and decodes it; without state.
+    """Encodes a tensor as buffers, and decodes it. A codec has no state.
 
-    A receiver calls `check_sizes` with a frame's declarations before it decodes a byte. A few bytes
-    can stand for a large tensor: a receiver checks shapes from the other end before it decodes.
+    A receiver calls `check_sizes` with the declared sizes before it decodes. It also checks the
+    shape, since a few bytes can decode to a large tensor.
 
     Attributes:
-        name: on the wire and in a run's settings.
-        floating: encodes floating-point numbers; else integers.
-        row_wise: every buffer of a tensor of two or more dimensions is a run of equal parts, one
-            for each index of the first dimension, and a part depends on that row alone. Rows can
-            then be split, stored and joined again without decoding.
+        name: name in frames and in a run's settings.
+        floating: whether it encodes floating-point numbers, not integers.
+        row_wise: whether, for two or more dimensions, each buffer consists of equal parts, one for
+            each index of the first dimension, which depend on that row only. Rows can then be
+            split, stored and joined without decoding.
     """
 
     name: str
@@ -37,12 +37,12 @@ class Codec(ABC):
 
     @abstractmethod
     def encode(self, tensor: Tensor, generator: torch.Generator | None = None) -> list[memoryview]:
-        """Encode a tensor; its own memory becomes the buffer where possible.
+        """Encode a tensor. Its own memory becomes the buffer if possible.
 
         Args:
-            tensor: any shape, any device; the codec computes on that device.
-            generator: source of random rounding, for a codec that rounds: the expected value of
-                the decoded tensor is then the tensor. None: round to nearest.
+            tensor: tensor of any shape on any device; the codec computes on that device.
+            generator: generator of random rounding, with which the expected value of the decoded
+                tensor is the tensor; None: round to nearest.
 
         Raises:
             InvalidField: this codec cannot encode the tensor.
@@ -50,7 +50,7 @@ class Codec(ABC):
 
     @abstractmethod
     def max_sizes(self, shape: Sequence[int], count: int) -> list[int]:
-        """Return the most bytes that each of ``count`` buffers of a tensor may have.
+        """Return the maximum bytes of each of ``count`` buffers of a tensor.
 
         Raises:
             MalformedFrame: a tensor of this shape never has this many buffers.
@@ -58,20 +58,20 @@ class Codec(ABC):
 
     @abstractmethod
     def check_sizes(self, shape: Sequence[int], sizes: Sequence[int]) -> None:
-        """Refuse buffer sizes that do not fit a tensor of this shape.
+        """Refuse buffer sizes that are impossible for a tensor of this shape.
 
         Raises:
-            MalformedFrame: wrong number of buffers, or a wrong size.
+            MalformedFrame: the number of buffers or a size is wrong.
         """
 
     def decoded_bytes(self, shape: Sequence[int], sizes: Sequence[int]) -> int:
-        """Return the most bytes that decoding takes: the tensor, and what it needs meanwhile.
+        """Return the maximum bytes that decoding needs, including temporary memory.
 
-        Known from a header alone, so that memory is counted before it is taken.
+        They are known from the header, so that memory is reserved before it is allocated.
 
         Args:
-            shape: of the tensor.
-            sizes: of its buffers, which `check_sizes` has accepted.
+            shape: shape of the tensor.
+            sizes: bytes of each buffer, which `check_sizes` has accepted.
         """
         return FLOAT32_BYTES * math.prod(shape) + 2 * sum(sizes)
 
@@ -81,7 +81,7 @@ class Codec(ABC):
     ) -> Tensor:
         """Decode a tensor of ``shape`` on ``device``. It may share the buffers' memory.
 
-        The buffers move to the device as they are and are decoded there.
+        The encoded buffers are moved to the device and decoded there.
 
         Raises:
             MalformedFrame: this codec never writes such buffers.

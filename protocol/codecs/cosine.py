@@ -29,8 +29,8 @@ class Cosine(FixedSizeCodec):
 
     The angles of all elements lie within a bound β of a right angle; sin β is the largest magnitude
     over the norm. With φ = π / 2 − θ = arcsin(g / ‖g‖) an element becomes the code round(m φ / β),
-    from −m to m = 2^(S − 1) − 1, and decodes to ‖g‖ sin(code β / m). Codes are clipped only because
-    of rounding errors. Two differences from the paper: one code is unused, so that zero stays zero
+    from −m to m = 2^(S − 1) − 1, and decodes to ‖g‖ sin(code β / m). Only rounding errors make
+    clipping necessary. Two differences from the paper: one code is unused, so that zero stays zero
     (most elements of many gradients are zero); φ and β replace θ, because θ has few significant
     digits near a right angle.
 
@@ -46,12 +46,12 @@ class Cosine(FixedSizeCodec):
 
     Args:
         bits: S, from 2 to 8.
-        name: with the parameter as written.
+        name: name with the parameter as written.
     """
 
     def __init__(self, bits: int, name: str) -> None:
         self.name = name
-        self._bits = bits if bits in (2, 4) else 8  # of a packed code
+        self._bits = bits if bits in (2, 4) else 8  # bits of a packed code
         self._max_code = 2 ** (bits - 1) - 1  # m
 
     def encode(self, tensor: Tensor, generator: torch.Generator | None = None) -> list[memoryview]:

@@ -1,4 +1,4 @@
-"""Error feedback: what a codec loses is added to the next tensor of the same name."""
+"""Error feedback: a codec's error is added to the next tensor of the same name."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ __all__ = ["ErrorFeedback"]
 
 
 class ErrorFeedback:
-    """Residuals by tensor name, for codecs with large errors; independent of the codec.
+    """Residuals by tensor name, for codecs with large errors.
 
-    It sends value = tensor + residual and stores residual = value − decoded value. Over many steps
-    the sum of the decoded tensors differs from the sum of the tensors by the last residual alone.
+    It encodes value = tensor + residual and stores residual = value − decoded value. Over many
+    steps the sum of the decoded tensors differs from the sum of the tensors only by the last
+    residual.
 
     Source: arXiv 1901.09847.
     """
@@ -65,5 +66,5 @@ class ErrorFeedback:
         return self._residuals.get(name)
 
     def clear(self) -> None:
-        """Drop all residuals, because their tensors have been replaced by others."""
+        """Drop all residuals, after their tensors have been replaced."""
         self._residuals.clear()

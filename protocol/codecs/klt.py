@@ -39,21 +39,21 @@ _STEP_BYTES = torch.bfloat16.itemsize
 
 _WORD_BYTES = 2
 
-_CODE_BYTES = 10  # of a code while a tensor is decoded: as it comes, as int32, as float32
+_CODE_BYTES = 10  # bytes of a code during decoding: as int16, int32 and float32
 
-_MAX_VALUE = 2.0**126  # of a decoded value, so that all of them are finite
+_MAX_VALUE = 2.0**126  # largest decoded value, so that all of them are finite
 
-_MIN_SAMPLES = 4  # from here on the codes of a position's mean are sent once
+_MIN_SAMPLES = 4  # from this number on, the codes of each position's mean are sent once
 
-_FINE_SAMPLES = 32  # from here on in quarters of a step: fewer tokens lie between two codes
+_FINE_SAMPLES = 32  # from this number on, the means are sent in quarters of a step
 
-_MIN_VARIANCE = 0.18  # of a component, in squared steps: below, its codes cost more than they save
+_MIN_VARIANCE = 0.18  # squared steps: components with less variance do not pay for their codes
 
-_MIN_OFFSET_VARIANCE = 0.05  # the same, of the means of the positions, which are sent once
+_MIN_OFFSET_VARIANCE = 0.05  # the same for the means of the positions, which are sent once
 
-_BASIS_WEIGHT = 0.25  # the same, for the bytes of its direction: times directions a token
+_BASIS_WEIGHT = 0.25  # the same for the bytes of a direction, times width / tokens
 
-_MAX_CODE = 16_000  # of the matrix: its reach stays below the limit after rounding
+_MAX_CODE = 16_000  # largest code of the matrix, below the limit of `rans`
 
 Reaches = NDArray[np.int64]
 
@@ -76,12 +76,12 @@ class _Layout:
 
     @property
     def fraction(self) -> int:
-        """Return the codes of a position's mean to a step."""
+        """The number of codes in one step of a position's mean."""
         return 4 if self.samples >= _FINE_SAMPLES else 1
 
     @property
     def predicted(self) -> int:
-        """Number of rows, before the tokens' own, with the codes of the positions' means."""
+        """The number of rows with codes of the positions' means, which precede the tokens' rows."""
         return self.positions if self.samples >= _MIN_SAMPLES and self.positions > 1 else 0
 
 
@@ -90,20 +90,20 @@ class Klt(Codec):
 
     A tensor of two or more dimensions is [samples, positions, width] (the dimensions between the
     first and the last are one); a token is a row of it. σ is the standard deviation about the
-    means of the positions. The components of all tokens are rounded to multiples of the step, so
-    that those far below it become zero and cost nearly nothing (reverse water-filling). From 4
-    samples on, the codes of each position's mean are sent once, and a token's codes are relative
-    to them. The mean token and the directions of the components, rounded no finer than pays, are
-    sent with them: 4 to 30 KB at a width of 384. All codes are entropy-coded (`rans`).
+    means of the positions. The components of all tokens are rounded to multiples of the step.
+    Components far below the step become zero and cost almost no bytes (reverse water-filling). From
+    4 samples on, the codes of each position's mean are sent once, and the codes of a token are
+    relative to them. The mean token and the directions of the components are rounded and sent too:
+    4 to 30 KB at a width of 384. All codes are entropy-coded (`rans`).
 
-    The error of a component is at most half a step; the others are lost. It never rounds at random
-    and ignores a generator. NaN, infinity and magnitudes above 2¹²⁵ are refused. If this form saves
-    no bytes, or with fewer dimensions, the tensor is sent as plain float32. The more samples a
-    tensor has, the fewer bytes each of them needs.
+    The error of a sent component is at most half a step; other components are lost. It never rounds
+    at random and ignores a generator. NaN, infinity and magnitudes above 2¹²⁵ are refused. The
+    tensor is sent as plain float32 if this saves bytes, or with fewer than two dimensions. The
+    bytes of each sample decrease with the number of samples.
 
     Args:
         step: Q, the step in standard deviations.
-        name: with the parameter as written.
+        name: name with the parameter as written.
     """
 
     def __init__(self, step: float, name: str) -> None:
@@ -213,10 +213,10 @@ def _header_sizes(rank: int) -> tuple[int, int]:
 
 
 def _check_values(steps: Tensor, matrix_reach: Reaches, code_reach: Reaches) -> None:
-    """Refuse steps that are negative, or with which a value could be too large.
+    """Refuse negative steps, and steps with which a value could be too large.
 
     Raises:
-        MalformedFrame: they are.
+        MalformedFrame: a step is negative or too large.
     """
     if not is_within(steps, 0.0, _MAX_VALUE):
         raise MalformedFrame(
@@ -238,18 +238,19 @@ def _check_values(steps: Tensor, matrix_reach: Reaches, code_reach: Reaches) -> 
 
 @dataclass(frozen=True)
 class _Transform:
-    """What the receiver needs besides the codes, as sent.
+    """The rounded transform that is sent with the codes.
 
     Attributes:
         matrix: codes of the mean token and of the directions, [width, 1 + rank], float64.
-        steps: of its columns, [1 + rank], bfloat16. A direction's step includes that of its codes.
+        steps: step of each column, [1 + rank], bfloat16. The step of a direction includes the step
+            of the tokens' codes.
     """
 
     matrix: Tensor
     steps: Tensor
 
     def project(self, tokens: Tensor, scale: float) -> Tensor:
-        """Return the coordinates [rows, rank] of tokens, in steps: the nearest by least squares."""
+        """Return the least-squares coordinates [rows, rank] of tokens, in steps."""
         scaled = self.matrix * self.steps.to(torch.float64)
         directions = scaled[:, 1:]
         inverse = torch.linalg.solve(directions.T @ directions, directions.T)  # [rank, width]
@@ -262,13 +263,13 @@ class _Transform:
 def _encode_tokens(
     tokens: Tensor, layout: _Layout, relative_step: float, scale: float
 ) -> list[memoryview] | None:
-    """Encode tokens [tokens, width]; None if this form cannot.
+    """Encode tokens; None: this form cannot represent them.
 
     Args:
-        tokens: contiguous.
-        layout: theirs.
-        relative_step: Q.
-        scale: a power of two above all magnitudes; the result is relative to it.
+        tokens: the tokens, contiguous, [tokens, width].
+        layout: layout of the tensor.
+        relative_step: Q, the step in standard deviations.
+        scale: a power of two above all magnitudes, by which the tokens are divided.
     """
     try:
         transform = _fit_transform(tokens, layout, relative_step, scale)
@@ -300,7 +301,7 @@ def _encode_tokens(
 def _fit_transform(
     tokens: Tensor, layout: _Layout, relative_step: float, scale: float
 ) -> _Transform:
-    """Choose step, directions and their precision.
+    """Choose the step, the directions and their precision.
 
     Raises:
         torch.linalg.LinAlgError: the eigenvalues do not converge.

@@ -12,7 +12,7 @@ from protocol.codecs.codec import Device
 from protocol.errors import FieldValue, InvalidField
 from protocol.wire import FLOAT32_BYTES
 
-MAX_MAGNITUDE = 2.0**125  # of a number, for codecs that compute with the whole tensor
+MAX_MAGNITUDE = 2.0**125  # largest magnitude, for codecs that compute with the whole tensor
 
 MIN_SCALE = 2.0**-126  # the smallest normal float32: smaller scales lose precision
 
@@ -24,7 +24,7 @@ _DEVICE_BYTES = 64 * 1024 * 1024  # chunk size on other devices: few kernels, bo
 
 
 def tensor_nbytes(tensor: Tensor) -> int:
-    """Count the bytes of a tensor's elements, whatever storage they are a view of."""
+    """Return the bytes of a tensor's elements, also if it is a view of a larger storage."""
     return tensor.numel() * tensor.element_size()
 
 

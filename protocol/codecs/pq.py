@@ -28,7 +28,7 @@ from protocol.wire import FLOAT32_BYTES
 
 _VECTOR_SIZE = 4  # numbers that share one index
 
-_MAX_ENTRIES = 256  # of a codebook: the values of a byte
+_MAX_ENTRIES = 256  # entries of a codebook: the values of a byte
 
 _ITERATIONS = 8
 
@@ -71,7 +71,7 @@ class ProductQuantiser(FixedSizeCodec):
         return [vectors, min(vectors, _MAX_ENTRIES) * _VECTOR_SIZE * FLOAT32_BYTES]
 
     def decoded_bytes(self, shape: Sequence[int], sizes: Sequence[int]) -> int:
-        """Return the bytes of the tensor twice, for rows are padded, and of 64-bit codes."""
+        """Return the bytes of the tensor twice, since rows are padded, and of 64-bit codes."""
         codes, _ = sizes
         return 2 * super().decoded_bytes(shape, sizes) + 8 * codes
 
@@ -123,10 +123,11 @@ def _cluster(vectors: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _subsample(vectors: Tensor) -> Tensor:
-    """Choose at most `_MAX_FITTED` vectors, evenly, whatever repeats along the tensor.
+    """Choose at most `_MAX_FITTED` vectors, evenly spread even if the tensor is periodic.
 
-    A step without a common factor with the number of vectors visits each vector once, and each
-    position within a row equally often; a step by the golden ratio spreads a part of them evenly.
+    The step has no common factor with the number of vectors, so that no vector is chosen twice and
+    each position in a row is chosen equally often. It is near the golden ratio of the number, so
+    that the chosen vectors are evenly spread.
     """
     count = len(vectors)
     if count <= _MAX_FITTED:

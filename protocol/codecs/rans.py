@@ -1,7 +1,7 @@
-"""Entropy coding of integer matrices: interleaved rANS with a two-sided geometric model a column.
+"""Entropy coding of integer matrices: interleaved rANS with a geometric model of each column.
 
-All arithmetic is on integers, so that every machine decodes the same codes. Each lane is a coder of
-its own for every ``lanes``-th row; all lanes share one stream of words.
+All arithmetic is on integers, so that every machine decodes the same codes. Each lane codes every
+``lanes``-th row with its own state; all lanes share one stream of words.
 
 Source: Duda, Asymmetric numeral systems, arXiv 1311.2540; Giesen, Interleaved entropy coders, arXiv
 1402.3392.
@@ -30,7 +30,7 @@ TABLE_BYTES: Final = 4  # reach (16 bits), share of zeros, decay
 
 MAX_REACH: Final = 16_383  # largest magnitude of a code: every code has a frequency of at least 1
 
-MAX_TOTAL_REACH: Final = 131_072  # of all columns of a matrix: bounds the tables' memory
+MAX_TOTAL_REACH: Final = 131_072  # sum over the columns: bounds the tables' memory
 
 _BITS = 16  # the frequencies of a table sum to 2¹⁶; a word has as many bits
 
@@ -42,13 +42,13 @@ _SHIFT, _FULL, _MASK = np.uint64(_BITS), np.uint64(32), np.uint64(_TOTAL - 1)
 
 _STATE_WORDS = 3
 
-_CODES_PER_LANE = 2048  # a lane costs 6 bytes; all lanes together are one vector operation
+_CODES_PER_LANE = 2048  # at least; a lane costs 6 bytes, and all lanes are one vector operation
 
 _MAX_LANES = 4096
 
-_LOOKUP_ROWS = 8192  # from here on a column's lookup table takes less time than it saves
+_LOOKUP_ROWS = 8192  # from this number on, a column's lookup table saves time
 
-_MAX_LOOKUPS = 512  # of 128 KiB each; further columns are searched
+_MAX_LOOKUPS = 512  # tables of 128 KiB each; binary search for further columns
 
 _TABLE = np.dtype([("reach", "<u2"), ("zeros", "u1"), ("decay", "u1")])
 
@@ -56,14 +56,14 @@ Codes = NDArray[np.int16]
 
 Words = NDArray[np.uint16]
 
-Tables = NDArray[Any]  # of `_TABLE`
+Tables = NDArray[Any]  # dtype `_TABLE`
 
 
 def fit_tables(codes: NDArray[np.int32]) -> bytes | None:
-    """Return the table of each column of ``codes`` [rows, columns]; None if the limits forbid it.
+    """Return the table of each column of ``codes`` [rows, columns]; None: a limit is exceeded.
 
-    A table has the column's largest magnitude, its share of zeros, and the decay from one magnitude
-    to the next that gives the other codes' mean magnitude.
+    A table has the column's largest magnitude, its share of zeros, and the decay of the frequencies
+    from one magnitude to the next, which is fitted to the mean magnitude of the other codes.
     """
     tables = np.zeros(codes.shape[1], _TABLE)
     magnitudes = np.abs(codes.astype(np.int64))
@@ -79,7 +79,7 @@ def fit_tables(codes: NDArray[np.int32]) -> bytes | None:
 
 
 def lookup_bytes(rows: int, columns: int) -> int:
-    """Return the bytes of the lookup tables with which a matrix is decoded."""
+    """Return the bytes of the lookup tables for decoding a matrix."""
     return min(columns, _MAX_LOOKUPS) * _TOTAL * 2 if rows >= _LOOKUP_ROWS else 0
 
 
@@ -87,7 +87,7 @@ def reaches(tables: bytes | memoryview) -> NDArray[np.int64]:
     """Return the largest magnitude of each column's codes.
 
     Raises:
-        MalformedFrame: a reach is above its limit, or all together are.
+        MalformedFrame: a reach or their sum is above its limit.
     """
     reach: NDArray[np.int64] = np.frombuffer(tables, _TABLE)["reach"].astype(np.int64)
     if reach.max(initial=0) > MAX_REACH or reach.sum() > MAX_TOTAL_REACH:
@@ -134,7 +134,7 @@ def decode_columns(words: Words, rows: int, tables: bytes | memoryview) -> tuple
         The codes [rows, columns], and the number of words read.
 
     Raises:
-        MalformedFrame: the limits of `reaches`, or words that no encoder writes.
+        MalformedFrame: a limit of `reaches` is exceeded, or no encoder writes these words.
     """
     reach = reaches(tables)
     lanes = _count_lanes(rows, len(reach))
@@ -176,15 +176,15 @@ def decode_columns(words: Words, rows: int, tables: bytes | memoryview) -> tuple
 
 
 def _count_lanes(rows: int, columns: int) -> int:
-    """Return the number of lanes, which both ends derive from the shape."""
+    """Return the number of lanes of a matrix; both ends compute it from the shape."""
     return max(1, min(rows, _MAX_LANES, rows * columns // _CODES_PER_LANE))
 
 
 def _cumulate(table: Any) -> NDArray[np.uint64]:
-    """Return where each code −reach … reach starts among the 2¹⁶ slots of a table.
+    """Return the first of the 2¹⁶ slots of each code −reach … reach.
 
-    Each code has one slot. Of the others, zero takes its share; each side's rest falls by the same
-    ratio, 1 − (decay / 256)², from one magnitude to the next.
+    Each code has one slot. Zero gets its share of the other slots. The rest of each side decreases
+    by the ratio 1 − (decay / 256)² from one magnitude to the next.
     """
     reach, decay = int(table["reach"]), int(table["decay"]) ** 2
     spare = _TOTAL - (2 * reach + 1)
@@ -203,9 +203,9 @@ def _widths(model: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def _lookup(widths: NDArray[np.uint64]) -> NDArray[np.int16]:
-    """Return the place of the code that each of the 2¹⁶ slots belongs to.
+    """Return the position of the code of each of the 2¹⁶ slots.
 
-    A gather takes a tenth of the time of a binary search, whatever the number of codes.
+    A lookup takes a tenth of the time of a binary search, for any number of codes.
     """
     places = np.arange(len(widths), dtype=np.uint16)  # up to 2 * 16,383
     return np.repeat(places, widths.astype(np.int64)).view(np.int16)

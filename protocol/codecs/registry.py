@@ -68,7 +68,7 @@ def encoded_bytes(name: str, shape: Sequence[int]) -> int | None:
 
 
 def as_decoded(tensor: Tensor, codec: str) -> Tensor:
-    """Encode a tensor and decode it, in float32: the values that the other end computes with.
+    """Encode and decode a tensor, which gives the float32 values that the other end decodes.
 
     The result may share the tensor's memory.
 

@@ -43,7 +43,7 @@ class Svd(Codec):
 
     Args:
         energy: E, above 0 and at most 1.
-        name: with the parameter as written.
+        name: name with the parameter as written.
     """
 
     def __init__(self, energy: float, name: str) -> None:

@@ -23,7 +23,7 @@ from protocol.errors import InvalidField, MalformedFrame
 
 _MAX_ELEMENTS = 2**31  # an index is a positive int32
 
-_MAX_REPORTED = 16  # indices in an error
+_MAX_REPORTED = 16  # indices in an error message
 
 _INDEX_BYTES, _VALUE_BYTES = 4, 2
 
@@ -44,7 +44,7 @@ class TopK(FixedSizeCodec):
 
     Args:
         share: F, above 0 and at most 1.
-        name: with the parameter as written.
+        name: name with the parameter as written.
     """
 
     def __init__(self, share: Fraction, name: str) -> None:

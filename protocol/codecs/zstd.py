@@ -13,22 +13,22 @@ from protocol.errors import MalformedFrame, UnknownCodec
 
 _LEVEL = 1
 
-_PLAIN, _FRAME = 0, 1  # last byte of a buffer: how the bytes before it are stored
+_PLAIN, _FRAME = 0, 1  # last byte of a buffer: plain bytes, or a Zstandard frame
 
 
 class Compressed(Codec):
     """The buffers of an inner codec, each as a Zstandard frame if that is smaller.
 
-    The last byte of every buffer is 1 after a Zstandard frame and 0 after plain bytes; it is the
-    last so that plain bytes stay aligned. Error and limits are those of the inner codec. The
-    compression depends on the values; it adds at most one byte to a buffer.
+    The last byte of each buffer is 1 after a Zstandard frame and 0 after plain bytes. It is the
+    last one so that plain bytes stay aligned. Error and limits are those of the inner codec. The
+    compression depends on the values; a buffer grows by at most one byte.
 
     The decompressed size in a frame's header is checked against the sizes that the inner codec
     expects, before memory is allocated for it.
 
     Args:
         inner: the inner codec.
-        name: of this codec.
+        name: name of this codec.
 
     Raises:
         UnknownCodec: the zstandard library is not installed.

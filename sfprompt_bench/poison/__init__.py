@@ -1,1 +1,1 @@
-"""Accuracy with hostile devices: attacks on the model, under each aggregation rule."""
+"""Measure the accuracy with hostile devices, for each attack and aggregation rule."""

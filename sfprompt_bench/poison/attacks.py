@@ -1,4 +1,4 @@
-"""What hostile devices send in place of an honest update."""
+"""Attacks: the updates that hostile devices send instead of honest ones."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from protocol.seeds import derive_seed
 
 WEIGHT, BIAS = "tail.head.weight", "tail.head.bias"
 
-TARGET = 0  # the class that a backdoor turns images into
+TARGET = 0  # the class that a backdoor makes the model predict
 
 _HUGE = 1e30
 
-_LENGTH = 9.0  # times an honest change: just within the default bound
+_LENGTH = 9.0  # norm of a hostile change in norms of an honest one: within the default bound
 
 _EPOCHS, _BATCH, _RATE = 10, 16, 1e-2
 
@@ -28,13 +28,13 @@ State = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Shard:
-    """One device's training data, as the classifier sees it.
+    """The training data of one device, as frozen features.
 
     Attributes:
-        features: of the images, [n, F].
-        patched: of the same images with a backdoor's patch, [n, F].
-        labels: [n].
-        seed: of the order of its batches and of its noise.
+        features: features of the images, [n, F].
+        patched: features of the same images with the patch of a backdoor, [n, F].
+        labels: classes of the images, [n].
+        seed: seed of the order of the batches and of the noise.
     """
 
     features: Tensor
@@ -44,7 +44,7 @@ class Shard:
 
 
 def train_honestly(state: Mapping[str, Tensor], shard: Shard) -> State:
-    """Return the state after a device's training."""
+    """Return the state after honest training of a device."""
     return _train(state, shard.features, shard.labels, shard.seed)
 
 
@@ -77,11 +77,11 @@ def _backdoor(state: Mapping[str, Tensor], shard: Shard) -> State:
 
 
 ATTACKS: Final[Mapping[str, Callable[[Mapping[str, Tensor], Shard], State]]] = {
-    "huge": _huge,  # finite numbers of 1e30
-    "noise": _noise,  # nine times as long as an honest change
-    "sign-flip": _flip_sign,  # the negative of an honest change, nine times as long
-    "label-flip": _flip_labels,  # trained on labels C - 1 - y
-    "backdoor": _backdoor,  # also trained on images with a patch, as class 0
+    "huge": _huge,  # adds 1e30 to each element
+    "noise": _noise,  # Gaussian noise with nine times the norm of an honest change
+    "sign-flip": _flip_sign,  # an honest change times -9
+    "label-flip": _flip_labels,  # training on labels C - 1 - y
+    "backdoor": _backdoor,  # training also on patched images with class 0
 }
 
 

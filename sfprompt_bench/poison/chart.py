@@ -12,7 +12,7 @@ from sfprompt_bench.poison.measure import PoisonResult
 
 
 def draw(results: list[PoisonResult], out: Path) -> Path:
-    """Plot accuracy over the share of hostile devices, one panel for each attack."""
+    """Plot the accuracy over the share of hostile devices, with one panel for each attack."""
     figure, panels = plt.subplots(
         1, len(ATTACKS), figsize=(3 * len(ATTACKS), 3.4), sharey=True, layout="constrained"
     )

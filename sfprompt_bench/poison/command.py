@@ -26,7 +26,7 @@ RULES: tuple[tuple[AggregationRule, bool], ...] = (
     ("trimmed-mean", True),
     ("krum", True),
     ("multi-krum", True),
-)  # and whether the bound on the updates' lengths is on
+)  # the rule, and whether the bound on the updates' norms is on
 
 SHARES = (0.0, 0.1, 0.2, 0.4)
 
@@ -37,18 +37,20 @@ _QUICK_IMAGES, _QUICK_ROUNDS, _QUICK_SHARES = 300, 3, (0.0, 0.2, 0.4)
 
 def poison(
     data: Annotated[str, typer.Option(help="Preset: digits | fashion-mnist")] = "digits",
-    samples: Annotated[int, typer.Option(min=50, help="Training images of all devices.")] = 1000,
+    samples: Annotated[
+        int, typer.Option(min=50, help="Number of training images of all devices.")
+    ] = 1000,
     devices: Annotated[int, typer.Option(min=5, max=100, help="Number of devices.")] = 10,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds of each run.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="Number of rounds of each run.")] = 5,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the run.")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer images and rounds.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Write a plot to this PNG file.")] = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Measure accuracy with hostile devices, for each attack and aggregation rule.
+    """Measure the accuracy with hostile devices, for each attack and aggregation rule.
 
-    The server's federation runs in this process: frames, database, bound and rules are those of
-    a run. The devices tune a classifier on frozen features, so that a run takes seconds.
+    The server's federation code runs in this process, with its frames, database, bound and rules.
+    The devices tune a classifier on frozen features, so that a run takes seconds.
     """
     check_packages()
     # Imported here: torch takes seconds to import, which help and errors do not need.
@@ -86,7 +88,7 @@ def _table(results: list[PoisonResult]) -> Table:
     table = Table(
         title="Accuracy on held-out images, %",
         title_justify="left",
-        caption="in brackets: patched images of other classes that become class 0, %",
+        caption="in brackets: patched images of other classes predicted as class 0, %",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
     )

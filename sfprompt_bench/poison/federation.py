@@ -1,4 +1,4 @@
-"""The server's federation in this process: its database, files and rules; no HTTP, no engine."""
+"""The server's federation in this process: database, files and rules, without HTTP and engine."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ from tuning_methods.custom.settings import Custom
 _LIVE_S = 86_400.0
 
 
-class _Quiet:
-    """No engine follows the federation's events, and nothing is tuned on the server."""
+class _NoEngine:
+    """Ignores the federation's events: there is no engine, and the server tunes nothing."""
 
     def changed(self, run_id: str) -> None:
         """Ignore it."""
@@ -53,7 +53,7 @@ class _Quiet:
         """Ignore it."""
 
     def work(self, run_id: str) -> Mapping[str, float]:
-        """Return nothing: there is no engine."""
+        """Return no numbers: there is no engine."""
         return {}
 
     def trained_state(self, run_id: str, participant_id: str, session: str) -> dict[str, Tensor]:
@@ -66,10 +66,10 @@ class LocalFederation:
     """One run with all its participants.
 
     Attributes:
-        runs: the registry.
-        service: receives the requests.
-        run: the run's id.
-        participants: their ids, in the order of joining.
+        runs: the registry of runs.
+        service: handles the requests.
+        run: id of the run.
+        participants: ids of the participants, in the order of joining.
     """
 
     runs: RunRegistry
@@ -82,11 +82,11 @@ class LocalFederation:
         return self.runs.files(self.run).read_state(self.runs.snapshot(self.run).state)
 
     def is_open(self) -> bool:
-        """Whether the run still trains; a run that has diverged has failed."""
+        """Whether the run is running; a run that diverges fails."""
         return self.runs.snapshot(self.run).status == RunStatus.RUNNING
 
     def send(self, updates: Sequence[Mapping[str, Tensor]], samples: int) -> None:
-        """Send one update of each participant to the open round."""
+        """Send an update of each participant to the open round."""
         open_round = self.runs.snapshot(self.run).open_round
         if open_round is None:
             return
@@ -98,7 +98,7 @@ class LocalFederation:
             self.service.update(self.run, participant, meta, decode_frame(data), once)
 
     def rounds(self) -> tuple[RoundView, ...]:
-        """Return the rounds so far."""
+        """Return all rounds so far."""
         return self.service.results(self.run).rounds
 
 
@@ -109,18 +109,18 @@ def local_federation(
     """Open a federation in a new folder, with one run that all devices have joined.
 
     Args:
-        folder: of its files.
-        plan: the run's; its state begins with zeros.
+        folder: folder of all files.
+        plan: plan of the run, whose first state is zero.
         devices: number of participants.
-        samples: of each.
+        samples: number of samples of each participant.
     """
-    store, clock, quiet = Store(folder / "server.sqlite"), Clock(), _Quiet()
+    store, clock, no_engine = Store(folder / "server.sqlite"), Clock(), _NoEngine()
     try:
         liveness = Liveness(_LIVE_S, clock)
-        runs = RunRegistry(folder, store, Meter(), quiet, clock)
+        runs = RunRegistry(folder, store, Meter(), no_engine, clock)
         advancer = RunAdvancer(runs, liveness)
         credentials = Credentials(b"-" * 32, "-")
-        service = FederationService(runs, advancer, credentials, liveness, quiet, _prepare)
+        service = FederationService(runs, advancer, credentials, liveness, no_engine, _prepare)
         run = service.create(Custom.of(plan), IdempotentRequest.of("create", "run")).id
         joined = []
         for number in range(devices):

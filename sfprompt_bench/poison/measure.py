@@ -1,4 +1,4 @@
-"""Measure what hostile devices do to a run's accuracy, under one aggregation rule."""
+"""Measure the accuracy of runs with hostile devices."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from sfprompt_bench.methods.pooled import PooledModel
 from sfprompt_bench.poison.attacks import ATTACKS, TARGET, Shard, predict, train_honestly
 from sfprompt_bench.poison.federation import local_federation
 
-_PATCH = 1 / 6  # of an image's side
+_PATCH = 1 / 6  # side of the patch, as a share of the image's side
 
 
 @dataclass(frozen=True)
 class PoisonData:
-    """Frozen features of the devices' and of the held-out images.
+    """Frozen features of the devices' images and of the held-out images.
 
     Attributes:
-        shards: one for each device.
+        shards: training data of each device.
         test: features of the held-out images, [n, F].
-        patched: of the same images with a backdoor's patch, [n, F].
-        labels: of the held-out images, [n].
+        patched: features of the same images with the patch of a backdoor, [n, F].
+        labels: classes of the held-out images, [n].
     """
 
     shards: Sequence[Shard]
@@ -41,17 +41,17 @@ class PoisonData:
 
 @dataclass(frozen=True)
 class PoisonResult:
-    """One run's end.
+    """The result of one run.
 
     Attributes:
         rule: aggregation rule.
-        bound: whether the bound on the updates' lengths was on.
-        attack: its name; None: all devices are honest.
+        bound: whether the bound on the updates' norms was on.
+        attack: name of the attack; None: all devices are honest.
         hostile: share of hostile devices.
-        accuracy: of the last global state on held-out images.
-        backdoor: share of patched images of other classes that become the target class.
-        refused: updates of hostile devices that were refused, of those sent.
-        refused_honest: the same of honest devices.
+        accuracy: accuracy of the last global state on held-out images.
+        backdoor: share of patched images of other classes predicted as the target class.
+        refused: refused share of the updates of hostile devices.
+        refused_honest: refused share of the updates of honest devices.
     """
 
     rule: str
@@ -65,12 +65,12 @@ class PoisonResult:
 
     @property
     def label(self) -> str:
-        """The rule's name for people."""
+        """The name of the rule, with its bound, for people."""
         return self.rule if self.bound else f"{self.rule}, no bound"
 
 
 def prepare_data(plan: RunPlan, data: Dataset, devices: int) -> PoisonData:
-    """Compute all features once, and deal the training images out at random."""
+    """Compute all features, and distribute the training images over the devices at random."""
     model = PooledModel(plan, data)
     features, labels = model.features_of(model.train)
     patched, _ = model.features_of(model.train, _add_patch)
@@ -92,7 +92,7 @@ def make_plan(base: RunPlan, rule: AggregationRule, *, bound: bool, rounds: int)
     given = {"prompt_count": 0, "prompt_at": "input", "tune": "classifier"}
     model = base.model.model_copy(update={**given, "depths": 0, "rank": 0, "keep_tokens": 0})
     federation: dict[str, object] = {"rounds": rounds, "evaluate_every": 0, "aggregation": rule}
-    # As many as the largest share that is measured.
+    # The largest share of hostile devices that is measured.
     federation |= {"hostile_share": 0.4}
     if not bound:
         federation["update_norm_bound"] = None
@@ -106,7 +106,7 @@ def make_plan(base: RunPlan, rule: AggregationRule, *, bound: bool, rounds: int)
 
 
 def measure(plan: RunPlan, data: PoisonData, attack: str | None, share: float) -> PoisonResult:
-    """Run a federation with a share of hostile devices to its end."""
+    """Run a federation with a share of hostile devices, and measure its last state."""
     devices = len(data.shards)
     hostile = 0 if attack is None else math.ceil(share * devices - 1e-9)
     samples = len(data.shards[0].labels)
@@ -152,7 +152,7 @@ def measure_all(
     shares: Sequence[float],
     rounds: int,
 ) -> Iterator[PoisonResult]:
-    """Measure each rule without hostile devices, then with each attack and share."""
+    """Yield the result of each rule without hostile devices, then with each attack and share."""
     for rule, bound in rules:
         plan = make_plan(base, rule, bound=bound, rounds=rounds)
         yield measure(plan, data, None, 0.0)

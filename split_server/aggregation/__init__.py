@@ -1,1 +1,1 @@
-"""Rules that turn the participants' updates into the next global state."""
+"""Aggregation: the next global state from the participants' updates."""

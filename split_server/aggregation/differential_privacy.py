@@ -1,7 +1,8 @@
 """DP-FedAvg: the mean of clipped changes with Gaussian noise, and its privacy accounting.
 
-The unit of privacy is a participant: its whole update, prompts and tail together, is one change of
-bounded norm. All updates weigh the same, since a weight by samples would reveal their number.
+The unit of privacy is a participant: its whole update, prompts and tail together, is one change
+with a bounded norm. All updates have equal weights, since weights by samples would reveal their
+number.
 
 Source: McMahan et al., arXiv 1710.06963.
 """
@@ -21,7 +22,7 @@ from protocol.errors import EmptyUpdate, InvalidField, NonFinite, WrongShape
 from protocol.plan import RunPlan
 from protocol.seeds import derive_seed
 
-_BITS = 52  # of a random fraction; float64 represents it exactly, with half a step added
+_BITS = 52  # bits of a random fraction: float64 represents it plus half a step exactly
 
 # Rényi orders at which the accountant measures the divergence
 ORDERS = (*range(2, 65), *range(68, 129, 4), *range(144, 257, 16), *range(320, 1025, 64))
@@ -42,11 +43,13 @@ def private_mean(
     deviation noise_multiplier clip / n.
 
     Args:
-        updates: read their tensors, in an order that the caller fixes; one is in memory at a time.
+        updates: functions that read the tensors of an update, in a fixed order; one update is in
+            memory at a time.
         state: the global state before the round, with the same tensors.
-        clip: L2 bound of a change over all its tensors; above 0.
-        noise_multiplier: 0: no noise.
-        generator: for the noise; None: the operating system's entropy, which cannot be repeated.
+        clip: L2 bound of a change over all its tensors, above 0.
+        noise_multiplier: standard deviation of the sum's noise, divided by ``clip``; 0: no noise.
+        generator: generator of the noise; None: entropy of the operating system, which cannot be
+            repeated.
 
     Raises:
         EmptyUpdate: there is no update.
@@ -90,14 +93,14 @@ def clip_change(change: Mapping[str, Tensor], clip: float) -> dict[str, Tensor]:
 
 
 def draw_normal(shape: torch.Size, generator: torch.Generator | None) -> Tensor:
-    """Draw standard normal numbers in float64; without a generator, from the system's entropy."""
+    """Draw standard normal float64 numbers; without a generator, from the system's entropy."""
     if generator is not None:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
     count = shape.numel()
     if count == 0:
         return torch.zeros(shape, dtype=torch.float64)
     words = torch.frombuffer(bytearray(os.urandom(8 * count)), dtype=torch.int64)
-    # The middle of one of 2^52 equal steps from 0 to 1, through the inverse distribution function.
+    # The inverse distribution function of the middle of one of 2^52 equal steps from 0 to 1.
     fractions = ((words & (2**_BITS - 1)).to(torch.float64) + 0.5) * 2.0**-_BITS
     numbers: Tensor = torch.special.ndtri(fractions)
     return numbers.reshape(shape)
@@ -135,7 +138,7 @@ def _to_float64(name: str, tensor: Tensor) -> Tensor:
 
 
 def compute_epsilon(rates: Iterable[float], noise_multiplier: float, delta: float) -> float:
-    """Compute the epsilon that rounds have spent at a delta; infinite without noise.
+    """Compute the epsilon spent in a sequence of rounds at a delta; infinite without noise.
 
     Args:
         rates: each round's probability that a participant is sampled, from 0 to 1.
@@ -169,8 +172,8 @@ def compute_divergence(rate: float, noise_multiplier: float, order: int) -> floa
 
     Args:
         rate: q, the probability that a participant is sampled.
-        noise_multiplier: z.
-        order: at least 2.
+        noise_multiplier: z, the noise's standard deviation divided by ``clip``.
+        order: the Rényi order, at least 2.
 
     Raises:
         InvalidField: an argument is out of its range.
@@ -207,7 +210,7 @@ def compute_divergence(rate: float, noise_multiplier: float, order: int) -> floa
 def convert_to_epsilon(spent: float, order: int, delta: float) -> float:
     """Convert a Rényi divergence ``spent`` of an order to the epsilon at a delta.
 
-    Never above Mironov's conversion (proposition 3), spent + log(1 / delta) / (order - 1).
+    The result is at most that of Mironov's conversion, spent + log(1 / delta) / (order - 1).
 
     Source: Canonne, Kamath and Steinke, arXiv 2004.00010, proposition 12.
     """
@@ -235,10 +238,10 @@ def _log_sum(logs: list[float]) -> float:
 
 
 def make_noise_generator(settings: RunPlan, round_: int, attempt: int) -> torch.Generator | None:
-    """Make the noise generator of one attempt at a round, from ``federation.dp_seed``.
+    """Make the noise generator of an attempt at a round from ``federation.dp_seed``.
 
-    None without that seed: the noise then comes from the system's entropy. The run's seed would not
-    do, since participants know it and could subtract the noise.
+    Without that seed it returns None: the noise then comes from the system's entropy. It does not
+    use the run's seed, since participants know it and could subtract the noise.
     """
     seed = settings.federation.dp_seed
     if seed is None:

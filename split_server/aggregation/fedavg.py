@@ -1,4 +1,4 @@
-"""FedAvg: the mean of the participants' states, weighted by their selected samples."""
+"""FedAvg: the mean of the participants' states, weighted by their numbers of samples."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class WeightedState:
     """One update.
 
     Attributes:
-        samples: the update's weight.
-        load: reads its tensors.
+        samples: number of samples, the weight of the update.
+        load: reads the tensors of the update.
     """
 
     samples: int
@@ -27,7 +27,7 @@ class WeightedState:
 def federated_average(updates: Iterable[WeightedState]) -> dict[str, Tensor]:
     """Compute the weighted mean in float64, and cast it to float32.
 
-    The result depends on the order of the updates, which the caller must fix. One update is in
+    The last digits depend on the order of the updates, which the caller must fix. One update is in
     memory at a time.
 
     Raises:

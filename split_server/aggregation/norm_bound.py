@@ -1,9 +1,8 @@
-"""A bound on the length of each update, relative to the lengths of the round's other updates.
+"""A bound on the L2 norm of each update, relative to the norms of the round's other updates.
 
-A few numbers of 1e30 in one update, or the negative of an update times twenty, would decide the
-mean of all. An update that is much longer than most is therefore refused before it is averaged.
-The bound depends on the round's updates and its state alone, so that a restarted server refuses
-the same ones.
+A few numbers of 1e30 in one update, or an update multiplied by -20, would dominate the mean. An
+update that is much longer than most others is therefore refused. The bound depends only on the
+updates and the state of the round, so that a restarted server refuses the same updates.
 """
 
 from __future__ import annotations
@@ -15,16 +14,21 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-_NEGLIGIBLE = 0.01  # of the state's length: a change below it is never refused
+_NEGLIGIBLE = 0.01  # times the state's norm: a change below this is never refused
 
-_FEWEST = 3  # updates of which a majority can be told
+_MIN_UPDATES = 3  # from here on the median is the norm of a majority
 
-_ABSOLUTE = 100.0  # times the state's length, with fewer; its numbers count as at least 1 each
+_ABSOLUTE = 100.0  # with fewer updates: times the norm of the state, or of as many ones
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """L2 norms of one update: of its change of the state, and of its further tensors."""
+    """The L2 norms of an update.
+
+    Attributes:
+        change: norm of the change of the state.
+        extras: norm of the further tensors of the tuning method.
+    """
 
     change: float
     extras: float
@@ -32,11 +36,11 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Excess:
-    """An update that is too long.
+    """The norm of an update that is too long.
 
     Attributes:
-        length: its length.
-        limit: the longest that would have counted.
+        length: norm of the update.
+        limit: largest norm that is accepted.
     """
 
     length: float
@@ -44,7 +48,7 @@ class Excess:
 
 
 def measure(update: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> Lengths:
-    """Measure an update, in float64, tensor by tensor in the order of their names."""
+    """Compute the norms of an update in float64, with its tensors in the order of their names."""
     change = sum(
         float((update[name].double() - state[name].double()).square().sum())
         for name in sorted(state)
@@ -65,18 +69,17 @@ def find_excess(
 ) -> dict[int, Excess]:
     """Find the updates that are too long.
 
-    With three updates or more, the limit is ``factor`` times the median of their lengths, the lower
-    one of two. With fewer, no majority can be told, and only a wide limit relative to the state
-    holds.
+    With three or more updates, the limit is ``factor`` times the (lower) median of their norms.
+    With fewer updates there is no majority, and a wide limit relative to the state applies.
 
     Args:
-        lengths: of all updates of the round.
-        state: length of the state that they change.
-        factor: above it an update is refused.
-        numbers: of the state.
+        lengths: norms of all updates of the round.
+        state: norm of the state before the round.
+        factor: largest accepted ratio of a norm to the median.
+        numbers: number of elements of the state.
 
     Returns:
-        The excess by position.
+        The excess of each refused update, by its position.
     """
     found: dict[int, Excess] = {}
     changes = [each.change for each in lengths]
@@ -90,6 +93,6 @@ def find_excess(
 
 
 def _limit(lengths: Sequence[float], factor: float, *, floor: float, absolute: float) -> float:
-    if len(lengths) < _FEWEST:
+    if len(lengths) < _MIN_UPDATES:
         return absolute
     return max(factor * statistics.median_low(lengths), floor)

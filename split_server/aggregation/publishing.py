@@ -1,4 +1,4 @@
-"""Publishing: an average becomes the global state, whole or as a change for the devices."""
+"""Publish an average as the global state, and as a change for the devices."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ log = logging.getLogger(__name__)
 def publish(
     average: Mapping[str, Tensor], base: StateRefs, settings: RunPlan, files: RunFiles
 ) -> StateRefs:
-    """Write a new global state to disk; with ``wire.update_deltas``, also the change to it.
+    """Write a new global state to disk; with ``wire.update_deltas``, also its change.
 
-    A lossy codec rounds the change. The rounded result becomes the global state, so that devices
-    and server have equal states. The server-side state is exact.
+    A lossy codec rounds the change, and the global state is the sum of the old state and the
+    rounded change, so that devices and server have equal states. The server-side state is exact.
 
     Args:
         average: the round's average.
@@ -42,8 +42,8 @@ def publish(
     tensors = {name: (tensor, codec) for name, tensor in change.items()}
     try:
         frame = join_frame(encode_frame("delta", {"base": base.device.sha256}, tensors))
-    except InvalidField as error:  # beyond the codec's range: devices download the whole state
-        log.warning("a global state is published whole, without the change to it: %s", error)
+    except InvalidField as error:  # out of the codec's range: devices download the whole state
+        log.warning("a global state is published without its change: %s", error)
         return files.write_state(average, placement)
     new = applied(old, decode_frame(frame).tensors())
     new |= server_state
@@ -54,8 +54,8 @@ def publish(
 
 
 def _codec_down(updates: str) -> str:
-    """Choose the codec of changes sent to devices: that of updates, or float16 if it is sparse.
+    """Return the codec of changes sent to devices: that of updates, or float16 if that is sparse.
 
-    A device adds what a sparse codec left out to its next update; the server does not.
+    A device adds the error of a sparse codec to its next update; the server does not.
     """
     return updates if is_row_wise_inside(updates) else "float16"

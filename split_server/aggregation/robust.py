@@ -1,7 +1,7 @@
 """Aggregation rules that tolerate a share of hostile participants.
 
-Each rule returns a state of float32 tensors, and does not depend on the order in which updates
-arrived: the caller fixes their order. With equal updates every rule returns that update.
+The caller fixes the order of the updates, so that results do not depend on the order of arrival. If
+all updates are equal, the result is that update.
 
 Sources: median and trimmed mean (Yin et al., arXiv 1803.01498); Krum and Multi-Krum (Blanchard et
 al., NeurIPS 2017, arXiv 1703.02757).
@@ -17,35 +17,41 @@ from torch import Tensor
 
 from protocol.errors import EmptyUpdate
 
-_CHUNK_NUMBERS = 1 << 20  # of each update in memory at a time
+_CHUNK_NUMBERS = 1 << 20  # elements of each update in memory at a time
 
 Update = Mapping[str, Tensor]
 
 
-def tolerated(share: float, updates: int) -> int:
-    """Return the number of hostile ones among ``updates`` for a share, rounded up."""
+def count_hostile(share: float, updates: int) -> int:
+    """Return the number of hostile participants for a share, rounded up."""
     return math.ceil(share * updates - 1e-9)
 
 
 def median(updates: Sequence[Update]) -> dict[str, Tensor]:
-    """Return the median of each number; the mean of the middle two of an even number."""
+    """Return the median of each element, in float32; for an even number, the middle two's mean."""
     return _combine(updates, lambda ranked: _middle(ranked, (len(ranked) - 1) // 2))
 
 
 def trimmed_mean(updates: Sequence[Update], hostile: int) -> dict[str, Tensor]:
-    """Return the mean of each number without its ``hostile`` least and greatest values.
+    """Return the mean of each element without its smallest and largest values, in float32.
 
-    At most as many are left out as leave one or two values.
+    Args:
+        updates: states with the same tensors.
+        hostile: number of values dropped at either end; fewer if none would remain.
     """
     cut = min(hostile, (len(updates) - 1) // 2)
     return _combine(updates, lambda ranked: _middle(ranked, cut))
 
 
 def krum(updates: Sequence[Update], hostile: int) -> list[int]:
-    """Return the positions of the updates, those nearest to their neighbours first.
+    """Return the positions of the updates, sorted by their Krum score.
 
-    An update's score is the sum of its squared distances to the nearest n - ``hostile`` - 2 others,
-    at least one; of equal scores the first.
+    The score of an update is the sum of its squared distances to the n - ``hostile`` - 2 nearest
+    other updates, or to the nearest one. Updates with equal scores keep their order.
+
+    Args:
+        updates: n states with the same tensors.
+        hostile: number of hostile participants to tolerate.
     """
     distances = _squared_distances(updates)
     near = max(1, len(updates) - hostile - 2)
@@ -54,7 +60,7 @@ def krum(updates: Sequence[Update], hostile: int) -> list[int]:
 
 
 def _middle(ranked: Tensor, cut: int) -> Tensor:
-    """Return the mean of sorted values [n, numbers], without ``cut`` at either end."""
+    """Return the mean [k] of sorted values [n, k], without ``cut`` values at either end."""
     return ranked[cut : len(ranked) - cut].double().mean(dim=0)
 
 

@@ -1,4 +1,4 @@
-"""The aggregation of a round: which updates count, and the rule that turns them into one state."""
+"""The aggregation of a round: refuse updates that are too long, then apply the run's rule."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from split_server.aggregation.norm_bound import Excess, find_excess, length_of, 
 
 @dataclass(frozen=True)
 class Aggregated:
-    """The result of a rule.
+    """The result of an aggregation rule.
 
     Attributes:
-        tensors: the new state, and the updates' further tensors.
-        left_out: positions of valid updates that the rule did not use.
+        tensors: the new state, and the aggregated further tensors.
+        left_out: positions of valid updates that the rule does not use.
     """
 
     tensors: dict[str, Tensor]
@@ -33,11 +33,11 @@ def find_refused(
 ) -> dict[int, Excess]:
     """Find the updates that are too long to count, by position.
 
-    Differential privacy clips every update instead, and counts all of them.
+    With differential privacy there are none: long updates are clipped instead.
 
     Args:
-        federation: the run's settings.
-        loads: read the updates, one at a time.
+        federation: federation settings of the run.
+        loads: functions that read an update; one update is in memory at a time.
         state: the global state before the round.
     """
     if federation.update_norm_bound is None or federation.dp_clip is not None:
@@ -48,7 +48,7 @@ def find_refused(
 
 
 def aggregate(federation: FederationSettings, updates: Sequence[WeightedState]) -> Aggregated:
-    """Turn updates into one state, with the run's rule.
+    """Aggregate updates with the run's rule.
 
     `fedavg` and `multi-krum` weight updates by their samples; the other rules do not.
 
@@ -60,7 +60,7 @@ def aggregate(federation: FederationSettings, updates: Sequence[WeightedState]) 
     rule = federation.aggregation
     if rule == "fedavg" or len(updates) < 2:
         return Aggregated(federated_average(updates))
-    hostile = robust.tolerated(federation.hostile_share, len(updates))
+    hostile = robust.count_hostile(federation.hostile_share, len(updates))
     if rule == "median":
         return Aggregated(robust.median([update.load() for update in updates]))
     if rule == "trimmed-mean":

@@ -1,7 +1,9 @@
-"""Server optimisers: the mean of the updates as a gradient (Reddi et al., arXiv 2003.00295).
+"""Server optimisers, which use the mean of the updates as a gradient.
 
 The pseudo-gradient is the round's global state minus the mean of the updates. FedAvgM runs SGD with
 momentum on it, FedAdam runs Adam and FedYogi runs Yogi. FedAvg uses the mean itself (`fedavg`).
+
+Source: Reddi et al., arXiv 2003.00295.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 from protocol.errors import NonFinite
 from protocol.federation import FederationSettings
 
-# The optimiser's state between rounds: "TENSOR/MOMENT" to the moment of a tensor of the state.
+# The state of the optimiser between rounds, by "TENSOR/MOMENT".
 Moments = dict[str, Tensor]
 
 _RATES = {"fedavgm": 1.0, "fedadam": 0.01, "fedyogi": 0.01}
@@ -29,13 +31,13 @@ def server_step(
 ) -> tuple[dict[str, Tensor], Moments]:
     """Run one optimiser step.
 
-    Equal arguments give equal bits, also if the moments come from a file.
+    Equal arguments give equal results, bit for bit.
 
     Args:
-        federation: the optimiser, other than FedAvg, and its rates.
+        federation: settings of the optimiser, which is not FedAvg.
         state: the global state before the round.
-        mean: the mean of the round's updates, with the same tensors.
-        moments: from the previous round; empty before the first.
+        mean: mean of the round's updates, with the same tensors.
+        moments: moments after the previous round; empty before the first.
 
     Returns:
         The next global state and moments, all in float32 except Adam's step count.

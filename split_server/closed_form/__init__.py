@@ -1,1 +1,1 @@
-"""Round 0: fit a run's first classifier in closed form, from features and sums per class."""
+"""Round 0: fit a run's first classifier in closed form, from features and their class sums."""

@@ -1,6 +1,6 @@
-"""The basis of a run's features: principal components of what the body gives at several depths.
+"""The basis of a run's features: principal components of the body's outputs at several depths.
 
-The server computes it from all samples, without labels. Features travel in this basis.
+The server computes it from all samples, without labels. Features are sent in this basis.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from torch import Tensor
 from split_server.storage.run_files import TAIL_BIAS, TAIL_WEIGHT
 from split_server.storage.tensor_files import read_tensors
 
-# Components with less than this share of the largest variance are rounding errors.
-_SMALLEST_VARIANCE = 1e-7
+# Components with less than this share of the largest variance are treated as rounding errors.
+_MIN_VARIANCE = 1e-7
 
-# A component of variance v is scaled to v^(1/4): numbers of one rounding group are then alike, and
-# large components keep more steps than small ones.
+# A component of variance v is multiplied by v^(-1/4). The components in one quantisation group then
+# have similar sizes, and large components still get more quantisation steps than small ones.
 _POWER = -0.25
 
 
@@ -29,9 +29,9 @@ class Basis:
     """An affine map from read tokens [B, R, D] to features [B, 1, r], and its transpose.
 
     Attributes:
-        mean: of the flattened tokens, [q], q = R * D.
+        mean: mean of the flattened tokens, [q] with q = R * D.
         vectors: scaled principal components, [q, r]; unused ones are 0.
-        scale: factor of each component, [r]; 0: unused.
+        scale: factor of each component, [r]; 0 for an unused one.
     """
 
     mean: Tensor
@@ -47,14 +47,17 @@ class Basis:
         """Compute the gradient of the read tokens [B, R, D] from that of features [B, 1, r].
 
         Args:
-            gradients: [B, 1, r].
-            width: D.
+            gradients: gradient of the features, [B, 1, r].
+            width: width D of a token.
+
+        Returns:
+            The gradient of the read tokens, [B, R, D].
         """
         flat = gradients.flatten(1).to(self.vectors.dtype) @ self.vectors.T  # (B, q)
         return flat.reshape(len(flat), -1, width)
 
     def without_basis(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return a state's linear tail, [C, r] in this basis, for all read numbers, [C, q]."""
+        """Return a state's linear tail without the basis: weights [C, r] become [C, q]."""
         weight = state[TAIL_WEIGHT] @ self.vectors.T  # (C, q)
         return {TAIL_WEIGHT: weight, TAIL_BIAS: state[TAIL_BIAS] - weight @ self.mean}
 
@@ -64,23 +67,23 @@ class Basis:
 
 
 class Moments:
-    """Sums of flattened read tokens and of their products, in float64.
+    """The first and second moments of flattened read tokens, in float64.
 
     Args:
-        numbers: q, the numbers of one sample.
+        numbers: q, the number of elements of one sample.
 
     Attributes:
         count: number of samples.
     """
 
     def __init__(self, numbers: int) -> None:
-        self._shift: Tensor | None = None  # the first batch's mean: small sums lose no digits
+        self._shift: Tensor | None = None  # the first batch's mean: small sums keep their digits
         self._total = torch.zeros(numbers, dtype=torch.float64)
         self._products = torch.zeros(numbers, numbers, dtype=torch.float64)
         self.count = 0
 
     def add(self, flat: Tensor) -> None:
-        """Add samples [B, q]; the order of the calls decides the last digits of the sums."""
+        """Add samples [B, q]. The last digits of the sums depend on the order of the calls."""
         if self._shift is None:
             self._shift = flat.mean(dim=0)
         shifted = flat - self._shift
@@ -101,23 +104,24 @@ class Moments:
 
 
 def fit_basis(moments: Moments, rank: int, depths: int) -> Basis:
-    """Find the largest principal components, first of each depth, then of all together.
+    """Compute the largest principal components of each depth, then those of all depths together.
 
-    The numbers are standardised first: the spread of patch tokens varies less than their mean, and
-    says as much. Two steps cost far less than one over all numbers, and lose almost nothing.
+    The elements are standardised first, since elements of small variance can be as informative as
+    those of large variance. Two stages cost far less than one over all elements, with almost the
+    same result.
 
     Args:
-        moments: of the flattened read tokens [N, q].
-        rank: r, the number of components; those beyond the data's are 0.
-        depths: number of depths in the q numbers, one after the other.
+        moments: moments of the flattened read tokens, [q].
+        rank: number of components r; components beyond the rank of the data are 0.
+        depths: number of depths, whose elements follow each other in the q elements.
     """
     covariance = moments.covariance()
     deviations = covariance.diagonal().clamp(min=0).sqrt()
     inverse = torch.where(deviations > 0, 1 / deviations.clamp(min=1e-300), 0.0)
-    covariance = inverse[:, None] * covariance * inverse  # of the standardised numbers
+    covariance = inverse[:, None] * covariance * inverse  # of the standardised elements
     numbers = len(covariance)
     block = numbers // depths
-    kept = min(block, max(1, -(-2 * rank // depths)))  # of each depth, twice as many as needed
+    kept = min(block, max(1, -(-2 * rank // depths)))  # of each depth
     stage = torch.zeros(numbers, depths * kept, dtype=torch.float64)
     for depth in range(depths):
         rows = slice(depth * block, (depth + 1) * block)
@@ -125,7 +129,7 @@ def fit_basis(moments: Moments, rank: int, depths: int) -> Basis:
         stage[rows, depth * kept : (depth + 1) * kept] = vectors[:, -kept:]
     values, vectors = torch.linalg.eigh(stage.T @ covariance @ stage)
     values, vectors = values.flip(0)[:rank], stage @ vectors.flip(1)[:, :rank]
-    used = values > _SMALLEST_VARIANCE * values[0].clamp(min=torch.finfo(torch.float64).tiny)
+    used = values > _MIN_VARIANCE * values[0].clamp(min=torch.finfo(torch.float64).tiny)
     scale = torch.zeros(rank, dtype=torch.float64)
     scale[: len(values)] = torch.where(used, values.clamp(min=1e-300) ** _POWER, 0.0)
     scaled = torch.zeros(numbers, rank, dtype=torch.float64)
@@ -135,14 +139,14 @@ def fit_basis(moments: Moments, rank: int, depths: int) -> Basis:
 
 
 def _with_fixed_signs(vectors: Tensor) -> Tensor:
-    """Make each column's largest entry positive: an eigenvector's sign is arbitrary."""
+    """Make the largest element of each column positive: the sign of an eigenvector is arbitrary."""
     largest = vectors.abs().argmax(dim=0, keepdim=True)
     return vectors * torch.where(vectors.gather(0, largest) < 0, -1.0, 1.0)
 
 
 @lru_cache(maxsize=16)
 def read_basis(path: Path, device: torch.device) -> Basis:
-    """Read a run's basis to a device. Cached: callers must not change it.
+    """Read a run's basis to a device. The result is cached: callers must not change it.
 
     Raises:
         OSError: the file cannot be read.

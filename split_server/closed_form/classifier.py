@@ -1,7 +1,7 @@
-"""Ridge regression on one-hot labels, from sums alone: a classifier without a gradient.
+"""Ridge regression on one-hot labels, computed from sums over all samples.
 
-The server knows the features' second moments exactly; a device adds what only it knows, the sum of
-its features in each class. The sums are the same for every partition of the data.
+The server computes the second moments of the features. A device sends the sum of its features in
+each class, which only it can compute. The total sums are equal for every partition of the data.
 
 Sources: Fed3R (arXiv 2406.01116); generalised cross-validation (Golub, Heath, Wahba 1979).
 """
@@ -15,18 +15,19 @@ from torch import Tensor
 
 _STRENGTHS = torch.logspace(-5, 3, 33, dtype=torch.float64)  # times the mean variance
 
-# Of the samples. A fit that leaves less has learnt them by heart: cross-validation is then 0 / 0.
-_LEAST_FREEDOM = 0.03
+# A fit with a smaller share of residual degrees of freedom interpolates the samples, and
+# generalised cross-validation divides 0 by 0.
+_MIN_FREEDOM = 0.03
 
 
 @dataclass(frozen=True)
 class FeatureSums:
-    """Sums over all samples' features as the devices received them.
+    """Sums over the features of all samples, as the devices decode them.
 
     Attributes:
         count: number of samples n.
-        mean: [r], float64.
-        products: centred products, [r, r], float64.
+        mean: mean of the features, [r], float64.
+        products: sum of the products of centred features, [r, r], float64.
     """
 
     count: int
@@ -41,16 +42,16 @@ class FeatureSums:
 
 @dataclass(frozen=True)
 class RidgeClassifier:
-    """Scores of the classes, and each sample's influence on its own score.
+    """A linear classifier, and what `leverage` needs.
 
     Attributes:
-        weight: [C, r], float32.
-        bias: [C], float32.
-        mean: of the features, [r], float64.
-        influence: a factor A [r, r] of the inverse products, float64.
+        weight: weights of the scores, [C, r], float32.
+        bias: biases of the scores, [C], float32.
+        mean: mean of the features, [r], float64.
+        influence: matrix A with A A^T the inverse of the penalised products, [r, r], float64.
         count: number of samples n.
-        strength: of the penalty on the squares of the unscaled components' coefficients, beside
-            the sum of squared errors.
+        strength: factor of the penalty, the squared coefficients of the unscaled components; the
+            loss is the sum of squared errors plus this.
     """
 
     weight: Tensor
@@ -61,9 +62,12 @@ class RidgeClassifier:
     strength: float
 
     def leverage(self, features: Tensor) -> Tensor:
-        """Return h [B] of training samples' features [B, r]: the weight of a label in its own fit.
+        """Return the leverage h [B] of training samples: the weight of a label in its own score.
 
-        A sample's leave-one-out score is (score - h * label) / (1 - h), without another fit.
+        The leave-one-out score of a sample is (score - h * label) / (1 - h).
+
+        Args:
+            features: features of the samples, [B, r].
         """
         factors = (features.double() - self.mean) @ self.influence
         return 1 / self.count + factors.square().sum(dim=1)
@@ -72,15 +76,15 @@ class RidgeClassifier:
 def fit_classifier(
     sums: FeatureSums, class_sums: Tensor, class_counts: Tensor, scale: Tensor
 ) -> RidgeClassifier:
-    """Solve the ridge regression; generalised cross-validation chooses its strength.
+    """Solve the ridge regression; generalised cross-validation chooses the strength.
 
     The penalty is on the unscaled components, so that it does not depend on their scale.
 
     Args:
-        sums: of all samples.
+        sums: sums over the features of all samples.
         class_sums: sum of the features in each class, [C, r], float64.
         class_counts: number of samples in each class, [C], float64.
-        scale: factor of each component, [r]; 0: unused.
+        scale: factor of each component, [r]; 0 for an unused one.
     """
     count, shares = float(class_counts.sum()), class_counts / class_counts.sum()
     unscale = torch.where(scale > 0, 1 / scale.clamp(min=1e-300), 0.0)
@@ -108,7 +112,7 @@ def _choose_strength(values: Tensor, targets: Tensor, variance: float, count: fl
 
     Args:
         values: eigenvalues of the products, [r].
-        targets: the class sums in their eigenvectors, [r, C].
+        targets: class sums in the basis of the eigenvectors, [r, C].
         variance: sum of squares of the centred labels.
         count: number of samples.
     """
@@ -119,7 +123,7 @@ def _choose_strength(values: Tensor, targets: Tensor, variance: float, count: fl
         damped = values + factor * mean_variance
         residual = variance - 2 * (squares / damped).sum() + (squares * values / damped**2).sum()
         freedom = 1 - (1 + (values / damped).sum()) / count
-        is_fit = freedom > _LEAST_FREEDOM
+        is_fit = freedom > _MIN_FREEDOM
         errors.append(float(residual / freedom**2) if is_fit else float("inf"))
     best = min(range(len(errors)), key=errors.__getitem__)
     return _STRENGTHS[best] * mean_variance

@@ -1,4 +1,4 @@
-"""The read tokens of participants' samples, in files, while a start is computed."""
+"""Files with the read tokens of participants' samples during round 0."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _CHUNK = 1024  # samples in memory at a time
 
 @dataclass(frozen=True)
 class SampleFeatures:
-    """One participant's flattened read tokens [n, q], float16, in a file.
+    """One participant's flattened read tokens, float16 [n, q], in a file.
 
     Attributes:
-        path: of the file, which is removed with its folder.
-        samples: n.
-        numbers: q.
+        path: path of the file, which is removed with its folder.
+        samples: number of samples n.
+        numbers: number of elements q of one sample.
     """
 
     path: Path

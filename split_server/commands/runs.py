@@ -15,13 +15,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from protocol.errors import InvalidField, NotFound
+from protocol.errors import InvalidField
 from protocol.messages import Event, Results, RoundView, RunView, parse_message
 from protocol.presets import Form, over_form
 from protocol.settings import RunSettings
 from protocol.traffic import total_bytes
 from split_server.client import OperatorClient, read_token
-from split_server.settings import DEFAULT_PORT
+from split_server.settings import DEFAULT_PORT, read_toml
 from split_server.storage.data_dir import database_in
 
 out = Console()
@@ -177,18 +177,7 @@ def export(
 
 
 def _run_settings(config: Path | None, changes: list[str]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    if config is not None:
-        try:
-            values = tomllib.loads(config.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise NotFound(
-                "the settings file cannot be read", field="config", value=str(error)
-            ) from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise InvalidField(
-                f"the settings file is not valid TOML ({error})", field="config", value=str(config)
-            ) from None
+    values = {} if config is None else read_toml(config)
     for change in changes:
         name, equals, text = change.partition("=")
         if not equals:

@@ -1,4 +1,4 @@
-"""Advance runs: take the steps that `rounds.decide` returns, and rebuild models between rounds."""
+"""Advance runs: do the steps that `rounds.decide` returns, and rebuild models between rounds."""
 
 from __future__ import annotations
 
@@ -17,39 +17,40 @@ from split_server.storage.run_files import relative_to_data_dir
 
 log = logging.getLogger(__name__)
 
-_RETRY_S = 5.0  # after a step has failed, e.g. because the disk is full
+_RETRY_S = 5.0  # pause after a failed step, e.g. because the disk is full
 
 
 class RunAdvancer:
-    """Takes the due steps of runs. Methods may be called from many threads at once.
+    """Does the due steps of runs. Thread-safe.
 
     Args:
-        runs: the runs.
-        liveness: participants with a recent request.
+        runs: the registry of all runs.
+        liveness: tracks participants with a recent request.
     """
 
     def __init__(self, runs: RunRegistry, liveness: Liveness) -> None:
         self._runs = runs
         self._liveness = liveness
-        self._not_before: dict[str, float] = {}  # run id: when to retry a failed step
+        self._not_before: dict[str, float] = {}  # end of the pause after a failed step, by run
         self._rebuilds = RebuildJobs(self._rebuild, self._fail)
 
     def close(self) -> None:
-        """Stop making models again; the next start of the server resumes it."""
+        """Stop rebuilding models; the next start of the server resumes it."""
         self._rebuilds.close()
 
     def is_due(self, run_id: str) -> bool:
-        """Whether `try_advance` would change something; cheap, and without a lock."""
+        """Whether a step of the run is due. Fast, and without a lock."""
         return not self._is_paused(run_id) and self._next(run_id) is not None
 
     def try_advance(self, run_id: str, *, wait: bool = True) -> None:
-        """Advance a run as far as possible, for a request that does not depend on it.
+        """Advance a run as far as possible, on behalf of a request that does not depend on it.
 
-        A failed step is logged, not raised, and pauses the run for a few seconds.
+        If a step fails, the error is logged, and the run pauses for a few seconds.
 
         Args:
-            wait: for another thread that changes the run. False: return at once if there is one;
-                a request that hears of the change anyway must not block a thread of the pool.
+            run_id: the run.
+            wait: whether to wait if another thread is changing the run. A long poll, which is
+                notified of changes, passes False so that it does not block a thread.
         """
         self._runs.snapshot(run_id)
         lock = self._runs.lock(run_id)
@@ -66,7 +67,7 @@ class RunAdvancer:
             lock.release()
 
     def advance(self, run_id: str) -> None:
-        """Take every due step of a run.
+        """Do all due steps of a run.
 
         Raises:
             NotFound: there is no such run.
@@ -108,7 +109,7 @@ class RunAdvancer:
         return rounds.decide(run, live, now, settled=self._liveness.settled)
 
     def _rebuild(self, run_id: str, check: Check) -> None:
-        """Let the run's method make its model again; its next round waits for this."""
+        """Let the run's method rebuild its model; the next round waits for this."""
         runs, run, files = self._runs, self._runs.snapshot(run_id), self._runs.files(run_id)
 
         def check_wanted() -> None:
@@ -120,7 +121,7 @@ class RunAdvancer:
             return
         check_wanted()
         round_ = run.closed_rounds
-        log.info("run %s: making its model again after round %d", run_id, round_)
+        log.info("run %s: rebuilding its model after round %d", run_id, round_)
         work = Rebuild(
             plan=run.plan,
             files=files,
@@ -137,16 +138,16 @@ class RunAdvancer:
             at = runs.clock.wall()
             transitions.replace_model(session, run, weights, model.head, round_, at)
         files.prune_rebuilt(round_)
-        log.info("run %s: its model was made again after round %d", run_id, round_)
+        log.info("run %s: its model was rebuilt after round %d", run_id, round_)
 
     def _fail(self, run_id: str, error: SFPromptError) -> None:
-        """End a run whose model cannot be made again."""
+        """End a run whose model cannot be rebuilt."""
         runs = self._runs
         with runs.changing(run_id) as session:
             if runs.snapshot(run_id).status.is_over:
                 return
             reason = (
-                f"making the model again after round {runs.snapshot(run_id).closed_rounds}: {error}"
+                f"rebuilding the model after round {runs.snapshot(run_id).closed_rounds}: {error}"
             )
             transitions.end_run(session, run_id, RunStatus.FAILED, reason, runs.clock.wall())
         runs.watcher.run_over(run_id)

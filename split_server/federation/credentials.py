@@ -1,4 +1,4 @@
-"""Identify the sender of a request, by its credential alone and never by the request's content."""
+"""Identify the sender of a request by its credential, never by the content of the request."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ _SECRET_BYTES = 32
 
 @dataclass(frozen=True)
 class Operator:
-    """Sent the operator token: may create and cancel runs and read everything."""
+    """Sender with the operator token: may create and cancel runs, and read everything."""
 
 
 @dataclass(frozen=True)
 class JoinTokenHolder:
-    """Sent the join token: may join runs."""
+    """Sender with the join token: may join runs."""
 
 
 @dataclass(frozen=True)
 class ParticipantIdentity:
-    """Sent the credential of a participant of one run."""
+    """Sender with the credential of a participant of one run."""
 
     run: str
     participant: str
@@ -35,7 +35,7 @@ class ParticipantIdentity:
 
 @dataclass(frozen=True)
 class Anonymous:
-    """Sent no credential, or one that this server did not issue."""
+    """Sender without a credential, or with one that this server did not issue."""
 
     sent_credential: bool = False
 
@@ -44,10 +44,15 @@ Identity = Operator | JoinTokenHolder | ParticipantIdentity | Anonymous
 
 
 class Credentials:
-    """Issues credentials and verifies them without a database.
+    """Issues credentials, and verifies them without a database.
 
-    A credential is ``sfp1.RUN.PARTICIPANT.MAC`` with an HMAC-SHA256 over the rest, so that a
-    participant that repeats its join request receives the same credential again.
+    A credential is ``sfp1.RUN.PARTICIPANT.MAC`` with an HMAC-SHA256 of the rest. A participant that
+    repeats its join request therefore receives the same credential.
+
+    Args:
+        secret: key of the HMAC.
+        operator_token: token of the operator.
+        join_token: token that joining requires; None: anyone may join.
     """
 
     def __init__(self, secret: bytes, operator_token: str, join_token: str | None = None) -> None:
@@ -121,7 +126,8 @@ def require_participant(identity: Identity, run_id: str | None = None) -> Partic
     """Return the sender's identity if it is a participant.
 
     Args:
-        run_id: the run in the request's path; None: the path names none.
+        identity: identity of the sender.
+        run_id: run in the path of the request; None: the path has none.
 
     Raises:
         Unauthorized: no credential, or one that this server did not issue.
@@ -156,10 +162,10 @@ def _unauthorized(
 
 
 def load_secret(path: Path) -> bytes:
-    """Read the server's secret; create it on first use, readable by its owner alone.
+    """Read the server's secret; create it on first use, readable by its owner only.
 
     Raises:
-        InvalidField: the file contains something else.
+        InvalidField: the file does not contain a secret.
     """
     if not path.exists():
         write_durably(path, secrets.token_bytes(_SECRET_BYTES), mode=0o600)

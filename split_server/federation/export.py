@@ -1,4 +1,4 @@
-"""Export the tuned model of a run as one file, from the server's data folder alone."""
+"""Export the tuned model of a run as one file from the server's data folder."""
 
 from __future__ import annotations
 
@@ -18,9 +18,12 @@ from split_server.storage.run_files import RunFiles
 
 
 def export_run(data_dir: Path, run_id: str, out: Path) -> None:
-    """Write the complete tuned model of a run's newest global state to ``out``.
+    """Write the complete model with a run's newest global state to a file.
 
-    The run's method decides which weights the tuned state belongs to.
+    Args:
+        data_dir: data folder of the server.
+        run_id: the run.
+        out: file to write.
 
     Raises:
         NotFound: the folder contains no such run.
@@ -34,14 +37,14 @@ def export_run(data_dir: Path, run_id: str, out: Path) -> None:
     head = None
     if model.uses_head_file:
         head = head_weights(RunFiles(data_dir / "runs" / run_id).head)
-    plan = model.plan.replace(rank=0)  # its tail reads all numbers, see `newest_state`
+    plan = model.plan.replace(rank=0)  # its tail reads all elements; see `newest_state`
     export_model(plan, model.weights, model.state, out, metadata, classes, head)
 
 
 def newest_state(data_dir: Path, run_id: str) -> tuple[RunSnapshot, dict[str, Tensor]]:
-    """Load a run and its newest global state, with both the device's and the server's part.
+    """Load a run and its newest global state, with the device's and the server's part.
 
-    A tail that reads several depths in a basis is returned as one that reads all their numbers.
+    A tail that reads features in a basis is converted to one that reads the tokens themselves.
 
     Raises:
         NotFound: the folder contains no such run.

@@ -18,7 +18,7 @@ class Liveness:
         self._lock = threading.Lock()
 
     def touch(self, run_id: str, participant_id: str, wait_s: float = 0.0) -> None:
-        """Record a request; the next is expected within the window, or within 2 * ``wait_s``."""
+        """Record a request. The participant is live for the window, or 2 * ``wait_s`` if longer."""
         until = self._clock.monotonic() + max(self._window_s, 2 * wait_s)
         with self._lock:
             of_run = self._until.setdefault(run_id, {})
@@ -40,5 +40,5 @@ class Liveness:
 
     @property
     def settled(self) -> bool:
-        """Whether every live participant has had time to call since the server started."""
+        """Whether the server has been up for the window: it knows all live participants."""
         return self._clock.monotonic() - self._started >= self._window_s

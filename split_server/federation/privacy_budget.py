@@ -1,4 +1,4 @@
-"""Record the privacy budget that the noised rounds of a run have spent, as events."""
+"""Record the privacy budget that the rounds of a run have spent, as events."""
 
 from __future__ import annotations
 
@@ -17,11 +17,17 @@ OPENED, SPENT = "round_opened", "privacy_spent"
 
 
 def record_spent(session: Session, run: RunSnapshot, row: RoundRow, at: float) -> None:
-    """Record the run's epsilon including this round, in the transaction that publishes its state.
+    """Record the epsilon spent up to this round, in the transaction that publishes its state.
 
-    Only attempts that published a state count: the others revealed nothing. The history names the
-    sampled participants, also to participants, so that sampling gives no amplification there;
-    ``epsilon_secret_sample`` assumes that the sample is secret.
+    Attempts that published no state do not count. ``epsilon`` assumes no amplification by sampling,
+    since participants can read in the history who was sampled. ``epsilon_secret_sample`` assumes
+    that the sample is secret.
+
+    Args:
+        session: the transaction.
+        run: the run.
+        row: the round.
+        at: time in seconds since 1970.
     """
     federation = run.plan.federation
     if federation.dp_noise_multiplier == 0:
@@ -45,7 +51,7 @@ def record_spent(session: Session, run: RunSnapshot, row: RoundRow, at: float) -
 
 
 def spent(session: Session, run_id: str) -> dict[tuple[int, int], float | None]:
-    """Return epsilon after each round, by round and attempt."""
+    """Return epsilon after each round that published a state, by round and attempt."""
     return {
         (data["round"], data["attempt"]): data["epsilon"] for data in _data(session, run_id, SPENT)
     }

@@ -1,6 +1,6 @@
-"""Write the result of a request into the database, in the caller's transaction.
+"""Write the result of a request to the database, in the transaction of the caller.
 
-Each function adds the rows, the event of the run's history, and the response for a repeat.
+Each function adds the rows, the event in the run's history, and the response to a repetition.
 """
 
 from __future__ import annotations
@@ -37,8 +37,12 @@ def add_run(
     """Add a run that waits for participants.
 
     Args:
-        backbone_path: relative to the data folder if the file lies there.
-        at: seconds since 1970.
+        session: the transaction.
+        run_id: id of the run.
+        settings: settings of the run.
+        prepared: model files of the run.
+        backbone_path: path of the backbone, relative to the data folder if it is in it.
+        at: time in seconds since 1970.
     """
     row = RunRow(
         id=run_id,
@@ -108,7 +112,7 @@ def count_update(
     idempotent: IdempotentRequest,
     at: float,
 ) -> None:
-    """Count an update whose tensors are in the file with this hash."""
+    """Count an update; ``sha256``: hash of the file with its tensors."""
     session.add(
         UpdateRow(
             run_id=run_id,
@@ -135,7 +139,7 @@ def decline_update(
     error: SFPromptError,
     at: float,
 ) -> None:
-    """Record that the round need not wait for this participant's update."""
+    """Record that the update of a participant was refused; the round does not wait for it."""
     row = session.get_one(RoundRow, (run_id, open_round.round, open_round.attempt))
     row.declined = [*row.declined, participant_id]
     record_event(

@@ -1,4 +1,4 @@
-"""Decide what a run does next, and which requests its open round accepts. No side effects."""
+"""Decide the next step of a run, and which requests its open round accepts. No side effects."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class OpenTraining:
 
 @dataclass(frozen=True)
 class Aggregate:
-    """Average the updates, then let the evaluators measure the result (none: close the round)."""
+    """Average the updates; then the evaluators evaluate the result. None: close the round."""
 
     updated: tuple[str, ...]
     evaluators: tuple[str, ...]
@@ -33,7 +33,7 @@ class Aggregate:
 
 @dataclass(frozen=True)
 class Refusal:
-    """An update that was too long to count: its length, and the longest that would have counted."""
+    """A refused update, whose L2 norm is above the limit."""
 
     participant: str
     length: float
@@ -42,13 +42,13 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Publish:
-    """Make the average, which is on disk already, the global state."""
+    """Make the average, which is already on disk, the global state."""
 
     updated: tuple[str, ...]
     evaluators: tuple[str, ...]
     state: StateRefs
     refused: tuple[Refusal, ...] = ()
-    left_out: tuple[str, ...] = ()  # by the aggregation rule
+    left_out: tuple[str, ...] = ()  # updates that the aggregation rule does not use
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,12 @@ class Repeat:
 
 @dataclass(frozen=True)
 class CloseRound:
-    """Close the round: every evaluator has answered, left or timed out."""
+    """Close the round: every evaluator has sent its evaluation, left or timed out."""
 
 
 @dataclass(frozen=True)
 class Rebuild:
-    """Let the method make the run's model again after this round."""
+    """Let the method rebuild the run's model after this round."""
 
     round: int
 
@@ -85,6 +85,7 @@ def decide(run: RunSnapshot, live: Collection[str], now: float, *, settled: bool
     """Return the next step of a run, or None to wait.
 
     Args:
+        run: the run.
         live: ids of participants with a recent request.
         now: seconds on the monotonic clock.
         settled: the server has been up long enough for every live participant to call. Before
@@ -128,7 +129,7 @@ def _sample(
         return tuple(candidates)
     federation = run.plan.federation
     if federation.dp_noise_multiplier and federation.dp_seed is None:
-        # A sample that participants can predict would not amplify their privacy.
+        # If participants could predict the sample, it would not amplify their privacy.
         sampled = random.SystemRandom().sample(candidates, count)
     else:
         seed = derive_seed(run.plan.seed, "sample", round_, attempt)
@@ -155,11 +156,13 @@ def _end_training(
 def repeat_or_fail(
     run: RunSnapshot, open_round: OpenRound, updates: int, reason: str | None = None
 ) -> Repeat | FailRun:
-    """Return what follows an attempt with too few updates.
+    """Return the step after an attempt with too few updates: repeat the round, or fail the run.
 
     Args:
-        updates: that can be counted.
-        reason: why there are so few; None: they did not arrive.
+        run: the run.
+        open_round: the attempt.
+        updates: number of accepted updates.
+        reason: why updates were not accepted; None: they did not arrive.
     """
     federation = run.plan.federation
     if open_round.attempt < federation.max_repeats:
@@ -240,7 +243,7 @@ def assignment_for(run: RunSnapshot, participant_id: str, now: float) -> Assignm
 
 
 def require_running(run: RunSnapshot) -> None:
-    """Refuse a request that needs a running run.
+    """Refuse a request for a run that is over.
 
     Raises:
         RunClosed: the run is over.
@@ -254,12 +257,13 @@ def require_running(run: RunSnapshot) -> None:
 def require_phase(
     run: RunSnapshot, round_: int, attempt: int | None, status: RoundStatus
 ) -> OpenRound:
-    """Return the open round if it is in the phase that a request names.
+    """Return the open round, if it is the round and the phase that a request belongs to.
 
     Args:
-        round_: the round in the request.
-        attempt: the attempt in the request; None: the request names none.
-        status: the phase that the request belongs to.
+        run: the run.
+        round_: round in the request.
+        attempt: attempt in the request; None: the request has none.
+        status: phase that the request belongs to.
 
     Raises:
         RunClosed: the run is over.
@@ -294,7 +298,7 @@ def require_phase(
 def require_trainer(
     run: RunSnapshot, participant: Participant, round_: int, attempt: int | None
 ) -> OpenRound:
-    """Return the open round if it trains now and sampled this participant.
+    """Return the open round, if it is training and has sampled this participant.
 
     Raises:
         RunClosed: the run is over.
@@ -313,7 +317,7 @@ def require_trainer(
 def require_pending_update(
     run: RunSnapshot, participant: Participant, round_: int, attempt: int
 ) -> OpenRound:
-    """Return the open round if it can still count an update of this participant.
+    """Return the open round, if it can still count an update of this participant.
 
     Raises:
         RunClosed: the run is over.
@@ -328,7 +332,7 @@ def require_pending_update(
 
 
 def require_any_trainer(run: RunSnapshot, participant: Participant) -> None:
-    """Refuse a participant from whom no round expects an update, whichever it may name.
+    """Refuse a participant from whom the open round, if any, expects no update.
 
     Raises:
         RunClosed: the run is over.
@@ -343,7 +347,7 @@ def require_any_trainer(run: RunSnapshot, participant: Participant) -> None:
 
 
 def require_evaluator(open_round: OpenRound, participant_id: str) -> None:
-    """Refuse an evaluation that the round did not request.
+    """Refuse an evaluation by a participant that is not an evaluator of the round.
 
     Raises:
         StaleRound: this participant is not an evaluator of the round.
@@ -357,10 +361,15 @@ def require_evaluator(open_round: OpenRound, participant_id: str) -> None:
 
 
 def require_first(already: Collection[str], participant_id: str, what: str) -> None:
-    """Refuse a second, different update or evaluation.
+    """Refuse a second update or evaluation of a participant.
+
+    Args:
+        already: ids of the participants whose update or evaluation was counted.
+        participant_id: the sender.
+        what: "update" or "evaluation".
 
     Raises:
-        Conflict: one was counted.
+        Conflict: one was already counted.
     """
     if participant_id in already:
         raise Conflict(
@@ -373,9 +382,9 @@ def require_first(already: Collection[str], participant_id: str, what: str) -> N
 
 @dataclass(frozen=True)
 class SenderPermission:
-    """Decides whether a participant may send a request of the split plane now.
+    """Decides whether a participant may send a request of the split plane.
 
-    Its methods apply the functions of the same names.
+    The methods call the functions of the same names.
     """
 
     run: RunSnapshot
@@ -386,9 +395,9 @@ class SenderPermission:
         require_running(self.run)
 
     def require_trainer(self, round_: int, attempt: int | None) -> None:
-        """Raise `RunClosed` or `StaleRound` unless the participant trains in this round now."""
+        """Raise `RunClosed` or `StaleRound` unless the participant is training in this round."""
         require_trainer(self.run, self.participant, round_, attempt)
 
     def require_pending_update(self, round_: int, attempt: int) -> None:
-        """The same, and raise `StaleRound` if the participant's update was counted."""
+        """As `require_trainer`; raise `StaleRound` if the participant's update was counted."""
         require_pending_update(self.run, self.participant, round_, attempt)

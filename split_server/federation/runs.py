@@ -1,4 +1,4 @@
-"""The registry of all runs: snapshots in memory, and one lock and one transaction per change."""
+"""The registry of all runs: snapshots in memory; each change takes a lock and a transaction."""
 
 from __future__ import annotations
 
@@ -34,32 +34,32 @@ class Watcher(Protocol):
         """A run has changed."""
 
     def round_over(self, run_id: str) -> None:
-        """No training step of the run's last round can continue."""
+        """The run's last round is over: its training steps cannot continue."""
 
     def run_over(self, run_id: str) -> None:
-        """The run has ended: it trains and evaluates nothing more."""
+        """The run has ended; it does not train or evaluate any more."""
 
     def left(self, run_id: str, participant_id: str) -> None:
-        """A participant has left its run for good."""
+        """A participant has left its run permanently."""
 
     def update_settled(self, run_id: str, participant_id: str) -> None:
         """The open round has counted or refused a participant's update."""
 
     def work(self, run_id: str) -> Mapping[str, float]:
-        """Return what the server has computed for a run since it started, as numbers by name."""
+        """Return the amounts of work for a run since the server started, by name."""
 
 
 class RunRegistry:
-    """All runs of a server. Methods may be called from many threads at once.
+    """The registry of all runs of a server. Thread-safe.
 
-    The database is authoritative. After each change a run is read again into an immutable
-    snapshot, which all readers use without a lock.
+    The database is authoritative. After each change, the run is read into a new immutable snapshot,
+    which readers use without a lock.
 
     Args:
-        data_dir: contains the runs' files.
+        data_dir: data folder of the server.
         store: the database.
-        meter: counts the bytes of the participants.
-        watcher: receives the changes.
+        meter: counts the traffic of the participants.
+        watcher: receives the events of the runs.
         clock: monotonic and wall time.
     """
 
@@ -77,11 +77,11 @@ class RunRegistry:
 
     @property
     def cache_dir(self) -> Path:
-        """The folder of downloaded backbones and of weights made from them."""
+        """The folder of downloaded backbones and of weights derived from them."""
         return self.data_dir / "backbones"
 
     def load(self) -> None:
-        """Load all runs as they were when the server stopped, and remove unreferenced files."""
+        """Load all runs from the database, and remove unreferenced files."""
         with self.store.reading() as session:
             self.meter.load(session)
             run_ids = list(session.scalars(select(RunRow.id)))
@@ -91,7 +91,7 @@ class RunRegistry:
             self.sweep(run_id, self._snapshots[run_id])
         for folder in run_folders(self.data_dir):
             if folder.name not in self._snapshots:
-                log.info("removing %s: the creation of its run was interrupted", folder)
+                log.info("removing %s: the creation of this run was interrupted", folder)
                 RunFiles(folder).remove()
 
     def snapshot(self, run_id: str) -> RunSnapshot:
@@ -141,7 +141,7 @@ class RunRegistry:
         return RunFiles(self.data_dir / "runs" / run_id)
 
     def is_known(self, idempotent: IdempotentRequest) -> bool:
-        """Whether a request with this key was answered, whatever its content."""
+        """Whether a request with this idempotency key was answered, with any content."""
         with self.store.reading() as session:
             return idempotent.is_known(session)
 
@@ -152,7 +152,7 @@ class RunRegistry:
 
     @contextmanager
     def changing(self, run_id: str) -> Iterator[Session]:
-        """Open one transaction on one run; readers see the change once it is on disk."""
+        """Open a transaction on a run; readers see the change after it is on disk."""
         self.snapshot(run_id)
         with self.lock(run_id):
             with self.store.writing() as session:
@@ -161,13 +161,13 @@ class RunRegistry:
         self.watcher.changed(run_id)
 
     def lock(self, run_id: str) -> threading.RLock:
-        """Return the lock that every change of a run takes."""
+        """Return the lock that each change of a run must hold."""
         return self._locks.setdefault(run_id, threading.RLock())
 
     def reload(self, run_id: str) -> None:
         """Read a run from the database into a new snapshot.
 
-        The deadline of an open phase is known in memory only; a new phase starts a new one.
+        The deadline of an open phase is kept in memory only. A new phase gets a new deadline.
         """
         with self.store.reading() as session:
             fresh = load_snapshot(session, run_id, self.data_dir)
@@ -186,12 +186,13 @@ class RunRegistry:
         self._snapshots[run_id] = replace(fresh, deadline=deadline)
 
     def sweep(self, run_id: str, before: RunSnapshot) -> None:
-        """Remove the tensors of updates of closed rounds, and outdated server-side states.
+        """Remove the tensors of updates of closed rounds, and old server-side states.
 
-        The database keeps the updates' metadata.
+        The database keeps the metadata of the updates.
 
         Args:
-            before: the run before its last change; jobs may still read its server-side state.
+            run_id: the run.
+            before: the run before its last change, whose server-side state may still be in use.
         """
         run = self._snapshots[run_id]
         wanted_states = [before.state, run.state, *([run.best.refs] if run.best else [])]
@@ -213,7 +214,7 @@ class RunRegistry:
         self.files(run_id).prune_updates(wanted)
 
     def save_traffic(self) -> None:
-        """Save the meter's counts, so that a killed server loses few of them."""
+        """Save the meter's counts to the database, so that a crash loses few of them."""
         unsaved = self.meter.take_dirty()
         try:
             for run_id in list(unsaved):

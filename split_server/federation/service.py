@@ -1,4 +1,4 @@
-"""The commands of the federation plane; each change is on disk before its response is sent."""
+"""The service behind the federation plane; a change is on disk before its response is sent."""
 
 from __future__ import annotations
 
@@ -64,26 +64,26 @@ Prepare = Callable[[RunSettings, RunFiles, Path], PreparedRun]
 
 
 class TrainedStates(Protocol):
-    """The results of sessions that tuned prompts or a body on the server."""
+    """The tuned states of sessions that trained prompts or a body on the server."""
 
     def trained_state(self, run_id: str, participant_id: str, session: str) -> dict[str, Tensor]:
-        """Return the body's tuned tensors of a finished session, by their names in a state.
+        """Return the tuned tensors of a finished session, by their names in a state.
 
         Raises:
-            StepLost: the session is gone or not finished.
-            NonFinite: the body is not finite.
+            StepLost: the server no longer has the session, or it is not finished.
+            NonFinite: a tensor is not finite.
         """
 
 
 class FederationService:
-    """Creates runs, and receives all requests about them. Thread-safe.
+    """Creates runs, and handles all requests about them. Thread-safe.
 
     Args:
         runs: the registry of all runs.
-        advancer: takes the steps of runs that a request makes due.
+        advancer: does the steps of runs that become due.
         credentials: issues the participants' credentials.
-        liveness: participants with a recent request.
-        trained: the server's part of the updates.
+        liveness: tracks participants with a recent request.
+        trained: returns the part of an update that was trained on the server.
         prepare: creates the model files of a new run.
     """
 
@@ -104,7 +104,7 @@ class FederationService:
         self._prepare = prepare
         self._creating = threading.Lock()
 
-    # Reading
+    # Requests that read
 
     def views(self) -> list[RunView]:
         """Return all runs, the oldest first."""
@@ -143,15 +143,15 @@ class FederationService:
             )
         return rounds.assignment_for(run, participant_id, self._runs.clock.monotonic())
 
-    # Runs
+    # Requests that create and cancel runs
 
     def create(self, settings: RunSettings, idempotent: IdempotentRequest) -> RunView:
-        """Create a run, its model files first.
+        """Create the model files of a run, and then the run.
 
         Raises:
-            InvalidField: the model cannot be obtained or cut as the plan requires.
+            InvalidField: the model cannot be downloaded, or cut as the plan requires.
         """
-        with self._creating:  # one at a time: a repeat must find the first one's response
+        with self._creating:  # one at a time, so that a repetition finds the first response
             if (response := self._runs.recall(idempotent)) is not None:
                 return RunView.model_validate(response)
             run_id = new_run_id()
@@ -180,10 +180,11 @@ class FederationService:
         return view
 
     def cancel(self, run_id: str, idempotent: IdempotentRequest) -> RunView:
-        """Stop a run; its participants learn of it with their next request.
+        """Stop a run; its participants get ``stop`` with their next request.
 
         Raises:
-            NotFound, RunClosed
+            NotFound: there is no such run.
+            RunClosed: the run is over.
         """
         runs = self._runs
         with runs.changing(run_id) as session:
@@ -204,15 +205,16 @@ class FederationService:
             runs.sweep(run_id, run)
         return view
 
-    # Participants
+    # Requests that join and leave
 
     def join(
         self, run_id: str, request: JoinRequest, idempotent: IdempotentRequest
     ) -> JoinResponse:
-        """Add a device to a run; a repeat returns the same participant.
+        """Add a device to a run; a repetition returns the same participant.
 
         Raises:
-            NotFound, RunClosed
+            NotFound: there is no such run.
+            RunClosed: the run is over, and the device has samples.
             InvalidField: the classes of the device's data do not fit the run.
         """
         with self._runs.changing(run_id) as session:
@@ -243,10 +245,11 @@ class FederationService:
         return records.add_participant(session, run, request, idempotent, self._runs.clock.wall())
 
     def leave(self, run_id: str, participant_id: str, idempotent: IdempotentRequest) -> None:
-        """Remove a participant from its run; no round waits for it any more.
+        """Remove a participant from its run, so that no round waits for it.
 
         Raises:
-            NotFound, Forbidden
+            NotFound: there is no such run or participant.
+            Forbidden: the participant has already left.
         """
         runs = self._runs
         with runs.changing(run_id) as session:
@@ -262,14 +265,17 @@ class FederationService:
     # Updates
 
     def admit_update(self, run_id: str, participant_id: str, idempotent: IdempotentRequest) -> int:
-        """Refuse an update that cannot count, before its body takes memory; admit a repeat.
+        """Refuse an update that cannot count, before its body is received; admit a repetition.
 
         Returns:
-            The size limit of its body in bytes: the state in the widest codec, and the
-            method's further tensors of this round.
+            The limit of its body in bytes: the state in the widest codec, and the method's further
+            tensors of this round.
 
         Raises:
-            NotFound, Forbidden, StaleRound, RunClosed, Conflict
+            NotFound: there is no such run or participant.
+            Forbidden: the participant has left.
+            StaleRound: the open round, if any, expects no update of this participant.
+            RunClosed: the run is over.
         """
         run, participant = self._runs.participant(run_id, participant_id)
         try:
@@ -289,16 +295,21 @@ class FederationService:
         frame: Frame,
         idempotent: IdempotentRequest,
     ) -> UpdateReceipt:
-        """Count an update, once.
+        """Count an update once.
 
         Args:
-            meta, frame: as the device sent them.
+            run_id: the run.
+            participant_id: the sender.
+            meta: meta part of the update.
+            frame: frame of the update.
+            idempotent: idempotency key and content of the request.
 
         Raises:
-            StepLost: the server's part of the update is gone.
-            StaleRound, RunClosed, Conflict: the round is not open or has counted another one.
-            EmptyUpdate, NonFinite, WrongShape: refused for good; the round continues without it.
-            InvalidField: a field is wrong; the participant may correct it.
+            StepLost: the server no longer has its part of the update.
+            StaleRound, RunClosed, Conflict: the round is not open, or has counted another update.
+            EmptyUpdate, NonFinite, WrongShape: the update is declined, and the round continues
+                without it.
+            InvalidField: a field is wrong; the participant may send a corrected update.
         """
         self._advancer.try_advance(run_id)
         with self._runs.lock(run_id):
@@ -317,7 +328,7 @@ class FederationService:
         frame: Frame,
         idempotent: IdempotentRequest,
     ) -> SFPromptError | None:
-        """Count an update or decline it for good; return the reason if it was declined."""
+        """Count an update, or decline it permanently; return the reason for declining it."""
         if self._runs.recall(idempotent) is not None:
             return None
         run, participant = self._runs.participant(run_id, participant_id)
@@ -337,7 +348,7 @@ class FederationService:
     def _complete_update(
         self, run: RunSnapshot, participant: Participant, meta: UpdateMeta, frame: Frame
     ) -> dict[str, Tensor]:
-        """Decode and check an update, and add the part of it that was trained on the server."""
+        """Decode and check an update, and add the part that was trained on the server."""
         check_samples(meta, participant)
         check_base(meta, run.state.device)
         extras = run.method.decode_extras(run.plan, meta.round, frame)
@@ -353,7 +364,7 @@ class FederationService:
     def _trained_tensors(
         self, run: RunSnapshot, participant: Participant, meta: UpdateMeta
     ) -> dict[str, Tensor]:
-        if meta.round == 0 and run.state.server is not None:  # a start tunes no prompts
+        if meta.round == 0 and run.state.server is not None:  # round 0 tunes no prompts
             return read_tensors(self._runs.files(run.id).server_state(run.state.server.sha256))
         if meta.session is None:
             raise InvalidField(
@@ -370,7 +381,7 @@ class FederationService:
         self._runs.refusals[run.id] += 1
 
     def _settle(self, run_id: str, participant_id: str, meta: UpdateMeta) -> None:
-        """Release the participant's own body, unless a late repeat names an earlier attempt."""
+        """Release the participant's tuned body, unless the update belongs to an earlier attempt."""
         run = self._runs.snapshot(run_id)
         if not run.method.has_tuned_bodies(run.plan) or run.open_round is None:
             return
@@ -384,11 +395,12 @@ class FederationService:
         report: EvaluationReport,
         idempotent: IdempotentRequest,
     ) -> None:
-        """Count one participant's evaluation of the new global state, once.
+        """Count a participant's evaluation of the new global state once.
 
         Raises:
-            StaleRound, RunClosed, Conflict: the round is not open or has counted another one.
-            InvalidField: a number that this participant cannot have.
+            StaleRound, RunClosed, Conflict: the round is not open, or has counted another
+                evaluation.
+            InvalidField: a number is impossible for this participant.
         """
         self._advancer.try_advance(run_id)
         with self._runs.changing(run_id) as session:

@@ -1,4 +1,4 @@
-"""An immutable snapshot of a run after its last committed change, read without a lock."""
+"""Immutable snapshots of runs after their last committed change, read without a lock."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ class Participant:
 
     @property
     def order(self) -> tuple[str, int]:
-        """Sort key by name, so that a run's result does not depend on the order of joining."""
+        """Sort key by name, so that results do not depend on the order of joining."""
         return self.name, self.ordinal
 
 
 @dataclass(frozen=True)
 class OpenRound:
-    """The open attempt at a round. Participants are given by id."""
+    """The open attempt at a round. All participants are ids."""
 
     round: int
     attempt: int
@@ -65,7 +65,7 @@ class OpenRound:
 
     @property
     def key(self) -> tuple[int, int, RoundStatus]:
-        """Identifies the phase; each phase has one deadline."""
+        """Key of the phase; each phase has its own deadline."""
         return self.round, self.attempt, self.status
 
 
@@ -83,7 +83,7 @@ class RunSnapshot:
     backbone_bytes: int
     head: BlobRef
     state: StateRefs  # the newest global state
-    participants: Mapping[str, Participant]  # by id, with those that have left
+    participants: Mapping[str, Participant]  # by id, including those that have left
     open_round: OpenRound | None
     closed_rounds: int  # rounds that have produced a global state
     repeats: int  # failed attempts at the round after these
@@ -103,17 +103,17 @@ class RunSnapshot:
 
     @cached_property
     def body(self) -> BodyKey:
-        """The frozen body, as it was when the run was created."""
+        """The key of the run's frozen body."""
         return BodyKey.of(self.backbone_path, self.plan)
 
     def basis_file(self, files: RunFiles) -> Path:
-        """Return the path of the basis that the run's features have.
+        """Return the path of the basis of the run's features.
 
         Raises:
             NotFound: round 0 has no result yet.
         """
         if self.start_attempt is None:
-            raise NotFound("the run has no features before its round 0", field="round", value=0)
+            raise NotFound("round 0 of the run has no result yet", field="round", value=0)
         return files.basis(self.start_attempt)
 
     @property
@@ -128,14 +128,14 @@ class RunSnapshot:
 
     @property
     def round(self) -> int:
-        """The open round, or the last one; 0 before the first."""
+        """The number of the open round, or else of the last one; 0 before the first."""
         if self.open_round is not None:
             return self.open_round.round
         return max(0, self.next_round - (0 if self.repeats else 1))
 
     @property
     def needs_rebuild(self) -> bool:
-        """Whether the method makes the run's model again before the next round."""
+        """Whether the method must rebuild the run's model before the next round."""
         due = self.method.is_rebuild_due(self.plan, self.closed_rounds)
         return due and self.renewed < self.closed_rounds
 
@@ -146,13 +146,13 @@ class RunSnapshot:
         return sorted(present, key=lambda participant: participant.order)
 
     def in_order(self, participants: frozenset[str]) -> list[str]:
-        """Sort participant ids into the order of every sum."""
+        """Sort participant ids in the order in which all sums are computed."""
         return sorted(participants, key=lambda id_: self.participants[id_].order)
 
 
 @lru_cache(maxsize=256)
 def _parsed(settings: str) -> RunSettings:
-    """Parse a run's settings once, because a plan may need the backbone's shape."""
+    """Parse the settings of a run. Cached, because a plan may need the shape of the backbone."""
     return RunSettings.model_validate_json(settings)
 
 

@@ -1,4 +1,4 @@
-"""Carry out the steps that `rounds.decide` returns: one transaction for each step of a run."""
+"""Write the steps that `rounds.decide` returns to disk, one transaction for each step."""
 
 from __future__ import annotations
 
@@ -54,10 +54,19 @@ from split_server.storage.traffic import Meter
 def average(
     session: Session, run: RunSnapshot, action: Aggregate, files: RunFiles
 ) -> Publish | Repeat | FailRun:
-    """Write the new global state to disk, without referring to it in the database yet.
+    """Compute the new global state and write it to disk; `apply` then refers to it in the database.
 
-    Separate from `apply`, so that no transaction waits for the computation. Everything follows from
-    files that stay until the result is in the database: after a crash it is the same again.
+    No transaction waits for this computation. It depends only on files that are kept until the
+    result is in the database, so that the result after a crash is the same.
+
+    Args:
+        session: a session that reads.
+        run: the run.
+        action: the step to do.
+        files: files of the run.
+
+    Returns:
+        The step for `apply`.
     """
     row, open_round = _open_row(session, run), _open_round(run)
     federation, base = run.plan.federation, run.state
@@ -83,7 +92,7 @@ def average(
     except DamagedFile as error:
         return repeat_or_fail(run, open_round, len(action.updated) - 1, str(error))
     except SFPromptError as error:
-        # Each update was valid; only their aggregate can still fail.
+        # Each update was valid; only the aggregation can fail.
         return FailRun(f"round {row.round}: {error}")
     refs = publish(state, base, run.plan, files)
     counted = tuple(update.participant_id for update in updates)
@@ -93,7 +102,7 @@ def average(
 def _refused(
     federation: FederationSettings, base: StateRefs, updates: list[UpdateRow], files: RunFiles
 ) -> dict[int, Excess]:
-    """Find the updates that are too long, by position."""
+    """Find the updates that are too long, by their positions."""
     loads = [partial(read_tensors, files.update(update.sha256)) for update in updates]
     return find_refused(federation, loads, files.read_state(base))
 
@@ -105,13 +114,13 @@ def _mean(
     updates: list[UpdateRow],
     files: RunFiles,
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Aggregate the updates, or average them with equal weights, clipped and noised.
+    """Aggregate the updates with the run's rule, or with differential privacy.
 
     Returns:
-        The tensors, and the participants whose updates the rule left out.
+        The aggregated tensors, and the participants whose updates the rule does not use.
     """
     federation = plan.federation
-    # A rule that compares all updates opens all of them, and reads one tensor after the other.
+    # Rules that compare all updates map their files, and read one tensor at a time.
     read = read_tensors if federation.aggregation == "fedavg" else open_tensors
     loads = [partial(read, files.update(update.sha256)) for update in updates]
     if federation.dp_clip is None:
@@ -137,7 +146,7 @@ def _next_state(
     mean: dict[str, Tensor],
     files: RunFiles,
 ) -> dict[str, Tensor]:
-    """Return the new global state: the mean, or the result of the server optimiser's step."""
+    """Return the new global state: the mean, or the result of a step of the server optimiser."""
     if federation.server_optimizer == "fedavg":
         return mean
     before = files.read_moments(round_ - 1)
@@ -159,10 +168,10 @@ def apply(
     Args:
         session: the transaction of the step.
         run: the run before the step.
-        action: the step; `average` replaces `Aggregate` first.
-        meter: the traffic of the round.
-        at: seconds since 1970.
-        work: what the server has computed for the run, for its history.
+        action: the step; `average` converts an `Aggregate` first.
+        meter: counts the traffic.
+        at: time in seconds since 1970.
+        work: amounts of work for the run, for its history.
     """
     if work and isinstance(action, Publish | CloseRound):
         record_event(session, run.id, at, "engine", **work)
@@ -179,11 +188,11 @@ def apply(
             _select_state(session, run, row, reports, at)
         _close(session, run, row, meter, at)
     elif isinstance(action, Repeat):
-        _give_up(session, run, row, meter, at)
+        _end_attempt(session, run, row, meter, at)
         reason = {} if action.reason is None else {"reason": action.reason}
         _record(session, row, "round_repeated", at, updates=action.updates, **reason)
     elif isinstance(action, FailRun):
-        _give_up(session, run, row, meter, at)
+        _end_attempt(session, run, row, meter, at)
         end_run(session, run.id, RunStatus.FAILED, action.reason, at)
     else:
         raise TypeError(f"{type(action).__name__} cannot be applied")
@@ -202,7 +211,7 @@ def end_run(
 def replace_model(
     session: Session, run: RunSnapshot, weights: str, head: BlobRef, round_: int, at: float
 ) -> None:
-    """Make the weights that were made after this round the run's model."""
+    """Replace weights and head of a run by those that were rebuilt after this round."""
     row = session.get_one(RunRow, run.id)
     row.backbone_path, row.renewed = weights, round_
     row.head_sha256, row.head_nbytes = head.sha256, head.nbytes
@@ -210,9 +219,9 @@ def replace_model(
 
 
 def abandon_round(session: Session, run: RunSnapshot, meter: Meter, at: float) -> None:
-    """Close the open attempt, if any, without a result."""
+    """End the open attempt, if there is one."""
     if run.open_round is not None:
-        _give_up(session, run, _open_row(session, run), meter, at)
+        _end_attempt(session, run, _open_row(session, run), meter, at)
 
 
 def _open(session: Session, run: RunSnapshot, action: OpenTraining, at: float) -> None:
@@ -385,8 +394,10 @@ def _rounds_without_progress(session: Session, run: RunSnapshot) -> int:
     return len(list(itertools.takewhile(lambda progress: not progress, steps)))
 
 
-def _give_up(session: Session, run: RunSnapshot, row: RoundRow, meter: Meter, at: float) -> None:
-    # An attempt that is being evaluated has produced its state; only training is repeated.
+def _end_attempt(
+    session: Session, run: RunSnapshot, row: RoundRow, meter: Meter, at: float
+) -> None:
+    # An attempt in evaluation has already produced its state.
     aggregated = row.status == RoundStatus.EVALUATING
     row.status = RoundStatus.CLOSED if aggregated else RoundStatus.REPEATED
     row.closed_at = at
@@ -394,7 +405,7 @@ def _give_up(session: Session, run: RunSnapshot, row: RoundRow, meter: Meter, at
 
 
 def _charge(session: Session, run: RunSnapshot, row: RoundRow, meter: Meter) -> None:
-    """Charge a round for all traffic since the previous round ended."""
+    """Assign all traffic since the end of the previous round to a round."""
     meter.save(session, run.id)
     row.traffic = meter.run(run.id).since(closed_traffic(session, run.id)).to_dict()
 
@@ -404,7 +415,7 @@ def _record(session: Session, row: RoundRow, kind: str, at: float, **data: Any) 
 
 
 def _updates(session: Session, row: RoundRow, participants: tuple[str, ...]) -> list[UpdateRow]:
-    """Return the attempt's updates in this order of participants."""
+    """Return the updates of an attempt, in this order of participants."""
     by_participant = {
         update.participant_id: update
         for update in session.scalars(
@@ -424,6 +435,6 @@ def _open_row(session: Session, run: RunSnapshot) -> RoundRow:
 
 
 def _open_round(run: RunSnapshot) -> OpenRound:
-    if run.open_round is None:  # cannot happen: the step was decided from this snapshot
+    if run.open_round is None:  # impossible: the step was decided from this snapshot
         raise LookupError(f"run {run.id} has no open round")
     return run.open_round

@@ -8,24 +8,24 @@ from split_server.federation.snapshot import Participant
 
 
 def check_join(request: JoinRequest, max_samples: int) -> None:
-    """Refuse numbers of samples that would give a participant too much weight.
+    """Refuse a participant with more samples than the run allows.
 
     Raises:
-        InvalidField: it has more than the run allows.
+        InvalidField: a number of samples is above ``max_samples``.
     """
     for field in ("train_samples", "test_samples"):
         if getattr(request, field) > max_samples:
             raise InvalidField(
-                "a participant of this run cannot have so many samples",
+                "the participant has more samples than this run allows",
                 field=field,
                 limit=max_samples,
                 value=getattr(request, field),
-                hint="raise federation.max_samples in a new run, if the number is right",
+                hint="if the number is right, create a run with a larger federation.max_samples",
             )
 
 
 def check_samples(meta: UpdateMeta, participant: Participant) -> None:
-    """Refuse a weight that the participant cannot have.
+    """Refuse an update with an impossible number of samples.
 
     Raises:
         EmptyUpdate: the update was trained on no sample.
@@ -33,7 +33,7 @@ def check_samples(meta: UpdateMeta, participant: Participant) -> None:
     """
     if meta.samples == 0:
         raise EmptyUpdate(
-            "an update that was trained on no sample does not count",
+            "an update without samples does not count",
             field="samples",
             limit=1,
             value=0,
@@ -49,10 +49,10 @@ def check_samples(meta: UpdateMeta, participant: Participant) -> None:
 
 
 def check_base(meta: UpdateMeta, state: BlobRef) -> None:
-    """Refuse changes relative to another state than the round's.
+    """Refuse an update whose changes are relative to another state than the round's.
 
     Raises:
-        InvalidField: they are.
+        InvalidField: the base is another state.
     """
     if meta.base is not None and meta.base != state.sha256:
         raise InvalidField(
@@ -64,7 +64,7 @@ def check_base(meta: UpdateMeta, state: BlobRef) -> None:
 
 
 def check_report(report: EvaluationReport, participant: Participant) -> None:
-    """Refuse an evaluation that the participant cannot have made.
+    """Refuse an evaluation with impossible numbers.
 
     Raises:
         InvalidField: more samples than it has, or a loss out of range.

@@ -23,7 +23,7 @@ from split_server.federation.snapshot import RunSnapshot
 from split_server.storage.database import EventRow, ParticipantRow, RoundRow, UpdateRow
 from split_server.storage.traffic import Meter
 
-_MAX_EVENTS = 500  # in one response; the next request continues after them
+_MAX_EVENTS = 500  # events in one response
 
 
 def run_view(run: RunSnapshot) -> RunView:
@@ -59,7 +59,7 @@ def results(session: Session, run: RunSnapshot, meter: Meter) -> Results:
 
 
 def closed_traffic(session: Session, run_id: str) -> Traffic:
-    """Return the traffic that the closed rounds were charged for."""
+    """Return the sum of the traffic of all closed rounds."""
     traffic = Traffic()
     for counts in session.scalars(select(RoundRow.traffic).where(RoundRow.run_id == run_id)):
         traffic.merge(Traffic.from_dict(counts))

@@ -16,7 +16,7 @@ from split_server.http.budget import Reservation
 
 _DISCARD_BYTES = 64 * 1024
 
-_STALL_BYTES = 10 * 1024  # fewer in the time of a stall are none
+_STALL_BYTES = 10 * 1024  # a transfer of fewer bytes in ``stall_s`` has stalled
 
 _MAX_LENGTH_DIGITS = 18
 
@@ -26,11 +26,16 @@ BUFFERS_KEY = "sfprompt_buffers"  # in the ASGI scope's state: the connection's 
 class RequestBodyBuffer:
     """Receives the rest of one body. Used on the event loop only.
 
-    The declared length reserves addresses only: pages that were never written use no memory, and
-    the budget counts received bytes.
+    The declared length allocates address space only. Pages that were never written use no memory,
+    and the budget counts the received bytes.
+
+    Args:
+        length: declared length of the body in bytes.
+        received: the bytes that were already received.
+        reservation: grows with the received bytes; None: they are not counted.
 
     Attributes:
-        complete: resolves with the body after its last byte; fails if receiving stops.
+        complete: resolves to the body after its last byte, or to the error that ended it.
     """
 
     def __init__(self, length: int, received: bytes, reservation: Reservation | None) -> None:
@@ -41,7 +46,7 @@ class RequestBodyBuffer:
         loop = asyncio.get_running_loop()
         self.complete: asyncio.Future[memoryview] = loop.create_future()
         if reservation is not None:
-            reservation.on_give_way = self._give_way
+            reservation.on_cancel = self._cancel
         self.write(received)
 
     @property
@@ -66,7 +71,7 @@ class RequestBodyBuffer:
 
     def advance(self, count: int) -> None:
         """Count bytes that were written into ``rest``."""
-        self._filled += count  # even if refused: they will not come again
+        self._filled += count  # also if they are refused: they are not sent again
         try:
             if self._reservation is not None:
                 self._reservation.add(count)
@@ -75,19 +80,19 @@ class RequestBodyBuffer:
             return
         if self._filled == len(self._view):
             if self._reservation is not None:
-                self._reservation.on_give_way = None  # it is processed now
+                self._reservation.on_cancel = None  # a complete body is not cancelled
             self.complete.set_result(self._view)
 
-    def _give_way(self, error: Busy) -> None:
-        """Give up, for other requests; called on any thread."""
-        self.complete.get_loop().call_soon_threadsafe(self._give_up, error)
+    def _cancel(self, error: Busy) -> None:
+        """Fail with this error, because other requests need the memory. Thread-safe."""
+        self.complete.get_loop().call_soon_threadsafe(self._fail, error)
 
-    def _give_up(self, error: Busy) -> None:
+    def _fail(self, error: Busy) -> None:
         if self.is_open:
             self.complete.set_exception(error)
 
     def disconnect(self) -> None:
-        """Fail: the client has disconnected."""
+        """Fail, because the client has disconnected."""
         if self.is_open:
             self.complete.set_exception(ConnectionError("the client has disconnected"))
 
@@ -96,7 +101,7 @@ class BufferHolder:
     """Stores a connection's current body buffer.
 
     Args:
-        begin: resumes reading, into the buffer. A connection pauses until its body is read.
+        begin: resumes reading into a buffer. A connection is paused until its body is read.
     """
 
     def __init__(self, begin: Callable[[RequestBodyBuffer], None]) -> None:
@@ -106,7 +111,13 @@ class BufferHolder:
     def open(
         self, length: int, received: bytes, reservation: Reservation | None
     ) -> RequestBodyBuffer:
-        """Open a buffer for a body whose first bytes were received already."""
+        """Open a buffer for a body.
+
+        Args:
+            length: declared length of the body in bytes.
+            received: the bytes that were already received.
+            reservation: grows with the received bytes; None: they are not counted.
+        """
         self.buffer = RequestBodyBuffer(length, received, reservation)
         self._begin(self.buffer)
         return self.buffer
@@ -118,15 +129,15 @@ class BufferHolder:
 
 
 class DirectReceiver(asyncio.BufferedProtocol):
-    """Receives the rest of a body from the socket straight into its buffer.
+    """Receives the rest of a body from the socket directly into its buffer.
 
-    The rest of a body that was refused half-way is read and discarded.
+    If the body is refused meanwhile, the rest is received and discarded.
 
     Args:
-        holder: has the current buffer.
-        owner: the connection's HTTP protocol; handles every event but received bytes.
-        received: called with the length of every piece.
-        done: called after the body's last byte; gives the connection back to ``owner``.
+        holder: holds the current buffer.
+        owner: HTTP protocol of the connection; handles all events except received bytes.
+        received: called with the length of each received piece.
+        done: called after the last byte of the body; returns the connection to ``owner``.
     """
 
     def __init__(
@@ -183,16 +194,16 @@ class DirectReceiver(asyncio.BufferedProtocol):
 
 
 def declared_length(scope: Scope) -> int | None:
-    """Return the request's Content-Length, or None if it has none.
+    """Return the Content-Length of a request; None: it has none.
 
     Raises:
-        InvalidField: it is not a number.
+        InvalidField: the header is not a number.
     """
     for name, value in scope["headers"]:
         if name == b"content-length":
             if not value.isdigit() or len(value) > _MAX_LENGTH_DIGITS:
                 raise InvalidField(
-                    "the content length is not a number of usual size",
+                    "the content length must be a number",
                     field="content-length",
                     limit=f"up to {_MAX_LENGTH_DIGITS} digits",
                     value=repr(value[:40]),
@@ -212,10 +223,12 @@ async def read_body(
     """Receive the whole body into one writable buffer.
 
     Args:
-        limit: of the body, in bytes.
-        timeout_s: for the whole body.
-        reservation: grows with the received bytes.
-        stall_s: time in which at least 10 KiB have to arrive, or the rest.
+        scope: ASGI scope of the request.
+        receive: ASGI function that receives the body.
+        limit: maximum length of the body, in bytes.
+        timeout_s: time for the whole body.
+        reservation: grows with the received bytes; None: they are not counted.
+        stall_s: time in which at least 10 KiB or the rest must arrive.
 
     Raises:
         TooLarge: the declared length or the body exceeds ``limit``.
@@ -243,7 +256,7 @@ async def _read(
     holder: BufferHolder | None = scope.get("state", {}).get(BUFFERS_KEY)
     if holder is not None and length is not None:
         return await _read_directly(holder, receive, length, reservation, stall_s)
-    # Without a buffer of the connection, the body grows with the received bytes.
+    # Without a connection buffer, the body grows with the received bytes.
     body = bytearray()
     while True:
         async with asyncio.timeout(_finite(stall_s)):
@@ -275,8 +288,8 @@ async def _read_directly(
     try:
         if first.get("more_body", False):
             await _completion(buffer, stall_s)
-            while (await _next_message(receive)).get("more_body", False):  # until uvicorn's end
-                pass
+            while (await _next_message(receive)).get("more_body", False):
+                pass  # until uvicorn's last message
         if not buffer.complete.done():
             raise MalformedFrame("the body ended early", field="body", limit=length)
         return buffer.complete.result()
@@ -285,7 +298,7 @@ async def _read_directly(
     finally:
         holder.buffer = None
         if reservation is not None:
-            reservation.on_give_way = None  # it would keep the buffer until a garbage collection
+            reservation.on_cancel = None  # a reference cycle would keep the buffer in memory
 
 
 async def _completion(buffer: RequestBodyBuffer, stall_s: float) -> None:

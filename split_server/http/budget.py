@@ -1,4 +1,4 @@
-"""The memory budget of all requests: received bodies, what they decode to, and their responses."""
+"""The memory budget of all requests: received bodies, decoded tensors and responses."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from contextlib import contextmanager
 
 from protocol.errors import Busy
 
-_GIVES_WAY_S = 2.0  # without progress, until a body gives way to other requests
+_STALL_S = 2.0  # a body without progress for this time may be cancelled for other requests
 
-_PROGRESS_BYTES = 4096  # that count as progress
+_PROGRESS_BYTES = 4096  # fewer received bytes are not progress
 
 
 class BodyBudget:
@@ -20,9 +20,9 @@ class BodyBudget:
     Thread-safe: frames are decoded on threads.
 
     Args:
-        limit: in bytes.
-        busy_error: creates the error, with an estimate of when to retry.
-        clock: seconds that never go back.
+        limit: the budget in bytes.
+        busy_error: creates the error for a message, with an estimate of when to retry.
+        clock: returns seconds on a monotonic clock.
     """
 
     def __init__(
@@ -45,12 +45,12 @@ class BodyBudget:
 
     @property
     def now(self) -> float:
-        """Seconds that never go back."""
+        """Seconds on the monotonic clock."""
         return self._clock()
 
     @contextmanager
     def reserve(self) -> Iterator[Reservation]:
-        """Open one request's reservation, released at the end."""
+        """Open the reservation of one request, which is released at the end of the block."""
         reservation = Reservation(self)
         with self._lock:
             self._open.add(reservation)
@@ -62,12 +62,10 @@ class BodyBudget:
                 self._taken -= reservation.nbytes
 
     def take(self, nbytes: int, reservation: Reservation) -> None:
-        """Take ``nbytes`` more for a request.
-
-        A request that is alone always succeeds.
+        """Reserve ``nbytes`` more for a request. This always succeeds for a single request.
 
         Raises:
-            Busy: other requests use the budget. Bodies among them that have stalled are given up.
+            Busy: other requests use the budget. Stalled bodies among them are cancelled.
         """
         with self._lock:
             wanted = self._taken + nbytes
@@ -77,17 +75,17 @@ class BodyBudget:
             stalled = [each for each in self._open - {reservation} if each.has_stalled(self.now)]
         refusal = self.full(wanted)
         for each in stalled:
-            each.give_way(self.full(wanted))
+            each.cancel(self.full(wanted))
         raise refusal
 
     def full(self, wanted: int) -> Busy:
-        """Create the error of a request for which there is no memory now."""
+        """Create the error for a request that does not fit into the budget."""
         refusal = self._busy_error("the server is receiving too many requests")
         refusal.field, refusal.limit, refusal.value = "queue_mib", self._limit, wanted
         return refusal
 
     def change(self, nbytes: int) -> None:
-        """Count ``nbytes`` that are in memory already, or that are no more if below 0."""
+        """Add ``nbytes`` to the memory in use; a negative number releases memory."""
         with self._lock:
             self._taken += nbytes
 
@@ -95,12 +93,12 @@ class BodyBudget:
 class Reservation:
     """One request's part of a `BodyBudget`.
 
-    It grows with the received bytes, not with the declared length: a slow sender takes little from
-    other requests.
+    It grows with the received bytes, not with the declared length, so that a slow client reserves
+    little.
 
     Attributes:
-        nbytes: in all.
-        on_give_way: is called with an error when other requests need the memory of a body that has
+        nbytes: all reserved bytes.
+        on_cancel: called with an error when other requests need the memory of this body, which has
             stalled; None: the body is complete.
     """
 
@@ -109,7 +107,7 @@ class Reservation:
         self._decoded = self._response = self._since_progress = 0
         self._progress_at = budget.now
         self.nbytes = 0
-        self.on_give_way: Callable[[Busy], None] | None = None
+        self.on_cancel: Callable[[Busy], None] | None = None
 
     def add(self, nbytes: int) -> None:
         """Reserve memory for received bytes.
@@ -132,7 +130,7 @@ class Reservation:
         self._decoded += nbytes
 
     def release_decoded(self) -> None:
-        """Release the decoded tensors: the engine counts them from now on."""
+        """Release the memory of the decoded tensors, which the engine counts from now on."""
         self._change(-self._decoded)
         self._decoded = 0
 
@@ -146,18 +144,18 @@ class Reservation:
         self._response += nbytes
 
     def add_response(self, nbytes: int) -> None:
-        """Count a response's bytes in place of the expected ones; never refused."""
+        """Replace the expected bytes of the response by the actual ones; never refused."""
         self._change(nbytes - self._response)
         self._response = nbytes
 
     def has_stalled(self, now: float) -> bool:
-        """Whether its body is incomplete and has made no progress for some time."""
-        return self.on_give_way is not None and now - self._progress_at > _GIVES_WAY_S
+        """Whether the body is incomplete and has made no progress for `_STALL_S`."""
+        return self.on_cancel is not None and now - self._progress_at > _STALL_S
 
-    def give_way(self, error: Busy) -> None:
-        """Give up a body that has stalled."""
-        if self.on_give_way is not None:
-            self.on_give_way(error)
+    def cancel(self, error: Busy) -> None:
+        """Cancel a stalled body."""
+        if self.on_cancel is not None:
+            self.on_cancel(error)
 
     def _take(self, nbytes: int) -> None:
         self._budget.take(nbytes, self)

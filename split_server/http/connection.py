@@ -11,15 +11,15 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from split_server.http.body import BUFFERS_KEY, BufferHolder, DirectReceiver, RequestBodyBuffer
 from split_server.storage.traffic import Meter, SocketCounter
 
-_DIRECT_BYTES = 64 * 1024  # above this, bypassing the HTTP parser saves time
+_DIRECT_BYTES = 64 * 1024  # longer bodies bypass the HTTP parser
 
-SOCKET_KEY = "sfprompt_socket"  # in the ASGI scope's state: its `SocketCounter`
+SOCKET_KEY = "sfprompt_socket"  # in the ASGI scope's state: the connection's `SocketCounter`
 
-DRAINED_KEY = "sfprompt_drained"  # in the ASGI scope's state: waits until responses were taken
+DRAINED_KEY = "sfprompt_drained"  # in the ASGI scope's state: waits for an empty write buffer
 
-STALL_KEY = "stall_timeout_s"  # in the app's state: the time of a stall
+STALL_KEY = "stall_timeout_s"  # in the app's state: the setting of this name
 
-_STALL_BYTES = 10 * 1024  # fewer in the time of a stall are none
+_STALL_BYTES = 10 * 1024  # a transfer of fewer bytes in this time has stalled
 
 
 class _CountingTransport:
@@ -32,7 +32,7 @@ class _CountingTransport:
 
     @property
     def delivered(self) -> int:
-        """Bytes that the system has taken since the connection began."""
+        """Bytes that the operating system has accepted since the connection began."""
         return self._written - self._inner.get_write_buffer_size()
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
@@ -46,7 +46,7 @@ class _CountingTransport:
 
 
 class MeteredProtocol(HttpToolsProtocol):
-    """uvicorn's HTTP protocol with a byte counter, which includes request lines and headers.
+    """uvicorn's HTTP protocol, extended as the module says.
 
     Under TLS it counts the decrypted bytes, as the device does.
     """
@@ -78,7 +78,7 @@ class MeteredProtocol(HttpToolsProtocol):
             buffer.write(body)
 
     def _receive_into(self, buffer: RequestBodyBuffer) -> None:
-        """Resume reading; a long rest bypasses the parser, which would copy it twice."""
+        """Resume reading. A long rest bypasses the parser, which would copy it twice."""
         if buffer.rest.nbytes >= _DIRECT_BYTES:
             self._hand_over(DirectReceiver(self.holder, self, self._count, self._take_back))
         else:
@@ -108,7 +108,7 @@ class MeteredProtocol(HttpToolsProtocol):
             self._stall.cancel()
 
     def _await_delivery(self) -> None:
-        """Close the connection unless the client takes a part of its responses in time."""
+        """Close the connection if the client reads too little of its responses in time."""
         seconds = self.app_state.get(STALL_KEY)
         if seconds is not None:
             before = self._counting.delivered
@@ -116,7 +116,7 @@ class MeteredProtocol(HttpToolsProtocol):
 
     def _check_delivery(self, before: int) -> None:
         if self._counting.delivered - before < _STALL_BYTES:
-            self.transport.abort()  # a plain close would wait for the client
+            self.transport.abort()  # `close` would wait for the client
         else:
             self._await_delivery()
 

@@ -1,4 +1,4 @@
-"""Turn every exception into a response with the protocol's typed error."""
+"""Convert every exception to a response with a typed error of the protocol."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ def _is_full_disk(error: Exception) -> bool:
 
 
 def error_headers(error: SFPromptError) -> dict[str, str]:
-    """Return the headers of an error response: when to retry."""
+    """Return the headers of an error response: ``retry-after`` if there is one."""
     if error.retry_after_s is None:
         return {}
     return {"retry-after": str(max(1, math.ceil(error.retry_after_s)))}
 
 
 def error_body(error: SFPromptError) -> dict[str, object]:
-    """Return an error as JSON, with the id of the refused request."""
+    """Return an error as a JSON object, with the id of the request."""
     wire = error.to_wire()
     wire["error"]["request_id"] = request_id.get()
     return wire
@@ -71,7 +71,15 @@ async def send_pieces(
     pieces: Sequence[bytes | memoryview],
     extra: Iterable[Header] = (),
 ) -> None:
-    """Send a response whose body is written in pieces, without joining them."""
+    """Send a response whose body is in pieces, without joining them.
+
+    Args:
+        send: ASGI function that sends messages.
+        status: HTTP status.
+        media: content type.
+        pieces: the body, at least one piece.
+        extra: further headers.
+    """
     length = sum(memoryview(piece).nbytes for piece in pieces)
     headers = [
         (b"content-type", media),
@@ -79,15 +87,15 @@ async def send_pieces(
         *extra,
     ]
     await send({"type": "http.response.start", "status": status, "headers": headers})
-    # The last piece ends the response: an empty message after it might have to wait, and the next
-    # request's bytes would be counted with this one's.
+    # The last piece ends the response. A separate empty message might have to wait, and bytes of
+    # the next request would be counted for this one.
     last = len(pieces) - 1
     for index, piece in enumerate(pieces):
         await send({"type": "http.response.body", "body": piece, "more_body": index < last})
 
 
 class Refused(HTTPException):
-    """Carries a typed error through FastAPI's body parsing, which replaces other exceptions."""
+    """Wraps a typed error, because FastAPI's body parsing replaces all but `HTTPException`."""
 
     def __init__(self, refusal: SFPromptError) -> None:
         super().__init__(refusal.status, refusal.message)
@@ -95,7 +103,7 @@ class Refused(HTTPException):
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Register the handlers. `RequestMiddleware` logs unexpected exceptions."""
+    """Register the error handlers of an app; `RequestMiddleware` logs unexpected exceptions."""
     app.add_exception_handler(SFPromptError, _typed)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)

@@ -1,4 +1,4 @@
-"""The federation plane over HTTP: JSON messages, and files named by their hash."""
+"""The routes of the federation plane: JSON messages, and files named by their hash."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ from split_server.storage.tensor_files import check_file
 
 Key = Annotated[str | None, Header(alias="idempotency-key")]
 
-Number = Annotated[int, Query(ge=0, lt=2**53)]  # as `protocol.messages.Count`; SQLite has 64 bits
+Number = Annotated[int, Query(ge=0, lt=2**53)]  # the range of `protocol.messages.Count`
 
 Wait = Annotated[float, Query(ge=0, le=3600, description="seconds to wait for a change")]
 
@@ -61,7 +61,14 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class FederationRoutes:
-    """The routes of the federation plane; include `router` in the app."""
+    """The routes of the federation plane.
+
+    Args:
+        services: services of the server.
+
+    Attributes:
+        router: the router to include in the app.
+    """
 
     def __init__(self, services: Services) -> None:
         self._services = services
@@ -90,13 +97,13 @@ class FederationRoutes:
         )
 
     def limits_body_itself(self, scope: Scope) -> bool:
-        """Whether a request's route reads a frame under its own limit, instead of JSON."""
+        """Whether the route of a request reads a frame with its own size limit, not JSON."""
         return self._update_route.matches(scope)[0] is Match.FULL
 
-    # Without a credential
+    # Routes that need no credential
 
     async def health(self) -> dict[str, Any]:
-        """Report that the server answers, and its device."""
+        """Return that the server is up, with its version and device."""
         placement = self._services.placement
         return {
             "status": "ok",
@@ -114,10 +121,10 @@ class FederationRoutes:
         """Return one run."""
         return views.run_view(self._runs.snapshot(run))
 
-    # For the operator
+    # Routes of the operator
 
     async def create(self, request: Request, settings: RunSettings, key: Key = None) -> RunView:
-        """Create a run; the response waits until its backbone is prepared."""
+        """Create a run; respond when its backbone is prepared."""
         require_operator(identity_of(request.scope))
         idempotent = IdempotentRequest.of("create", key, _content(settings))
         return await run_in_threadpool(self._federation.create, settings, idempotent)
@@ -136,7 +143,7 @@ class FederationRoutes:
     async def events(
         self, request: Request, run: str, after: Number = 0, wait: Wait = 0
     ) -> list[Event]:
-        """Return the events after number ``after``; wait for the first."""
+        """Return the events after number ``after``; wait up to ``wait`` s for the first."""
         require_reader(identity_of(request.scope), run)
         notifier = self._services.notifier
         deadline = time.monotonic() + self._bounded(wait)
@@ -148,12 +155,12 @@ class FederationRoutes:
                 return events
             await wait_for(change, remaining)
 
-    # For participants
+    # Routes of participants
 
     async def join(
         self, request: Request, run: str, message: JoinRequest, key: Key = None
     ) -> JoinResponse:
-        """Join a run. The response contains the participant's credential."""
+        """Join a run; respond with the participant's credential."""
         self._services.credentials.require_may_join(identity_of(request.scope))
         idempotent = IdempotentRequest.of(f"{run}/join", key, _content(message))
         joined = await run_in_threadpool(self._federation.join, run, message, idempotent)
@@ -161,14 +168,14 @@ class FederationRoutes:
         return joined
 
     async def leave(self, request: Request, run: str, key: Key = None) -> dict[str, Any]:
-        """Leave a run for good; a repeat gets the same response."""
+        """Leave a run permanently; a repetition gets the same response."""
         identity = require_participant(identity_of(request.scope), run)
         idempotent = IdempotentRequest.of(f"{run}/{identity.participant}/leave", key)
         await run_in_threadpool(self._federation.leave, run, identity.participant, idempotent)
         return {}
 
     async def forget(self, request: Request, run: str) -> dict[str, Any]:
-        """Drop the smashed data that the server caches of the sender."""
+        """Delete the sender's smashed data from the server's cache."""
         identity = self._participant(request, run)
         await run_in_threadpool(self._services.samples.drop, run, identity.participant)
         return {}
@@ -182,7 +189,7 @@ class FederationRoutes:
         attempt: Number = 0,
         wait: Wait = 0,
     ) -> Assignment:
-        """Return the sender's next task; wait while it equals the one in the query."""
+        """Return the sender's next task; wait up to ``wait`` s while it equals the query's."""
         identity = require_participant(identity_of(request.scope), run)
         notifier, advancer = self._services.notifier, self._services.advancer
         wait = self._bounded(wait)
@@ -205,7 +212,7 @@ class FederationRoutes:
             await wait_for(change, remaining)
 
     async def head(self, request: Request, run: str, sha256: str | None = None) -> Response:
-        """Return the head file; with ``sha256``, only the one with this hash."""
+        """Return the head file; ``sha256``: refuse if the newest head has another hash."""
         require_reader(self._reader(request, run), run)
         snapshot = self._runs.snapshot(run)
         if sha256 is not None and sha256 != snapshot.head.sha256:
@@ -289,7 +296,7 @@ class FederationRoutes:
         return identity
 
     def _participant(self, request: Request, run: str) -> ParticipantIdentity:
-        """Return the sender, a participant that has not left, and record that it is live."""
+        """Record that the sender is live and return it; refuse a participant that has left."""
         identity = require_participant(identity_of(request.scope), run)
         self._runs.participant(run, identity.participant)
         self._services.liveness.touch(run, identity.participant)
@@ -334,7 +341,7 @@ def _check_range(header: str, size: int) -> None:
 
 
 async def _checked_file(request: Request, path: Path, sha256: str) -> Response:
-    """Respond with a file, checked against its hash before its first byte is sent."""
+    """Respond with a file, after a check of its hash if the first byte is requested."""
     response = _file_response(request, path, sha256)
     first = _RANGE.fullmatch(request.headers.get("range", "bytes=0-"))
     if isinstance(response, FileResponse) and first is not None and int(first[1]) == 0:

@@ -1,6 +1,6 @@
 """The handlers of the split plane, one for each kind of request.
 
-A handler runs on a worker thread, or on the event loop if the request is light. It parses the
+A handler runs on a codec thread, or on the event loop if the request is light. It parses the
 request and returns the reply, or a function that submits the request to the engine.
 """
 
@@ -73,13 +73,15 @@ class Reply:
     tensors: Mapping[str, tuple[Tensor, str]] = field(default_factory=dict)
 
 
+Compute = Callable[[], Awaitable[Tensor]]
+
 Submit = Callable[[], Awaitable[Reply]]
 
 Handler = Callable[[HandlerContext, SplitRequest], Submit | Reply]
 
 
 def handle_forward(context: HandlerContext, request: SplitRequest) -> Submit:
-    """Run a batch forward; the engine retains the step if a backward may follow."""
+    """Run the forward pass of a step; the engine retains the step if a backward may follow."""
     forward = parse_forward(request)
     return submit_forward(context, request, forward.meta, forward.smashed)
 
@@ -87,7 +89,14 @@ def handle_forward(context: HandlerContext, request: SplitRequest) -> Submit:
 def submit_forward(
     context: HandlerContext, request: SplitRequest, meta: StepMeta, smashed: Tensor
 ) -> Submit:
-    """Return the function that runs a step's smashed data [B, T, D] forward."""
+    """Return the function that runs the forward pass of a step.
+
+    Args:
+        context: context of the request.
+        request: the request.
+        meta: meta part of the step.
+        smashed: smashed data of the step, [B, T, D].
+    """
     job = ForwardJob(
         key=StepKey(request.run, request.participant, meta.step),
         body=request.body,
@@ -101,7 +110,7 @@ def submit_forward(
 
 
 def handle_backward(context: HandlerContext, request: SplitRequest) -> Submit:
-    """Turn the gradient of a step's features into that of its smashed data."""
+    """Compute the gradient of a step's smashed data from the gradient of its features."""
     backward = parse_backward(request)
     job = BackwardJob(
         key=StepKey(request.run, request.participant, backward.meta.step),
@@ -114,7 +123,7 @@ def handle_backward(context: HandlerContext, request: SplitRequest) -> Submit:
 
 
 def handle_exchange(context: HandlerContext, request: SplitRequest) -> Submit | Reply:
-    """Tune a session's prompts with one batch's gradients, and run the next batch forward."""
+    """Tune a session's prompts with the gradients of a batch; run the next batch forward."""
     exchange = parse_exchange(request)
     smashed = None
     if exchange.batch is not None:
@@ -138,13 +147,14 @@ def handle_exchange(context: HandlerContext, request: SplitRequest) -> Submit | 
         fingerprint=request.fingerprint,
         num_tokens=request.num_tokens,
     )
-    compute = partial(context.services.engine.submit, job)
-    finish = None if basis is None else basis.project
-    return submit(compute, "features", request.plan.wire.features, meta, finish, context)
+    compute: Compute = partial(context.services.engine.submit, job)
+    if basis is not None:
+        compute = followed_by(context, compute, basis.project)
+    return submit(compute, "features", request.plan.wire.features, meta)
 
 
 def handle_infer(context: HandlerContext, request: SplitRequest) -> Submit | Reply:
-    """Run a batch forward with the newest global state; nothing is retained."""
+    """Run a batch forward with the newest global state; retain nothing."""
     infer = parse_infer(request)
     smashed = load_batch(context, request, infer.batch)
     if isinstance(smashed, Reply):
@@ -161,23 +171,23 @@ def handle_infer(context: HandlerContext, request: SplitRequest) -> Submit | Rep
     if basis is None:
         return submit(compute, "features", codec, infer.meta)
     classify = partial(classify_features, basis, device_state_file(context))
-    return submit(compute, "logits", codec, infer.meta, classify, context)
+    return submit(followed_by(context, compute, classify), "logits", codec, infer.meta)
 
 
 def handle_samples(context: HandlerContext, request: SplitRequest) -> Reply:
-    """Cache smashed data under the ids that came with them."""
+    """Cache smashed data under the ids in the request."""
     samples = parse_samples(request).samples
     context.services.samples.put(owner_of(request), samples.form, samples.ids, samples.buffers)
     return Reply("kept")
 
 
 def handle_missing(context: HandlerContext, request: SplitRequest) -> Reply:
-    """Answer with the indices of the ids whose samples are not cached."""
+    """Reply with the positions of the ids whose samples are not cached."""
     ids = parse_missing(request).ids
     return missing_reply(context.services.samples.list_missing(owner_of(request), ids))
 
 
-HANDLERS: Final[Mapping[str, tuple[str, Handler]]] = {  # path: the frame's kind, its handler
+HANDLERS: Final[Mapping[str, tuple[str, Handler]]] = {  # path: kind of the frame, handler
     FORWARD_PATH: ("forward", handle_forward),
     BACKWARD_PATH: ("backward", handle_backward),
     EXCHANGE_PATH: ("exchange", handle_exchange),
@@ -187,44 +197,50 @@ HANDLERS: Final[Mapping[str, tuple[str, Handler]]] = {  # path: the frame's kind
 }
 
 
-def submit(
-    compute: Callable[[], Awaitable[Tensor]],
-    name: str,
-    codec: str,
-    meta: Message,
-    finish: Callable[[Tensor], Tensor] | None = None,
-    context: HandlerContext | None = None,
-) -> Submit:
-    """Return the function that awaits a computation and names its reply.
+def submit(compute: Compute, name: str, codec: str, meta: Message) -> Submit:
+    """Return the function that runs a computation and makes a reply of its result.
 
     Args:
-        compute: the computation.
-        name: of its result, and of the reply.
-        codec: of its result.
-        meta: of the reply.
-        finish: is applied to the result, on a codec thread; needs ``context``.
-        context: of the request.
+        compute: the computation; an empty result is not sent.
+        name: name of the result and kind of the reply.
+        codec: codec of the result.
+        meta: meta part of the reply.
     """
 
     async def reply() -> Reply:
         result = await compute()
-        if finish is not None and context is not None and result.numel():
-            result = await run_on(
-                context.services.codec_threads, partial(_finish, context, finish, result)
-            )
         tensors = {name: (result, codec)} if result.numel() else {}
         return Reply(name, meta.model_dump(), tensors)
 
     return reply
 
 
-def _finish(context: HandlerContext, finish: Callable[[Tensor], Tensor], result: Tensor) -> Tensor:
-    with context.services.codec_streams.use():
-        return finish(used_here(result))
+def followed_by(
+    context: HandlerContext, compute: Compute, function: Callable[[Tensor], Tensor]
+) -> Compute:
+    """Return a computation whose result, unless it is empty, passes through a function.
+
+    Args:
+        context: context of the request.
+        compute: the first computation.
+        function: runs on a codec thread.
+    """
+
+    def call(result: Tensor) -> Tensor:
+        with context.services.codec_streams.use():
+            return function(used_here(result))
+
+    async def compute_both() -> Tensor:
+        result = await compute()
+        if not result.numel():
+            return result
+        return await run_on(context.services.codec_threads, partial(call, result))
+
+    return compute_both
 
 
 def find_basis(context: HandlerContext) -> Basis | None:
-    """Return the basis of a run's features, on the server's device; None: the run has none.
+    """Return the basis of a run's features on the server's device; None: the run has none.
 
     Raises:
         NotFound: round 0 has no result yet.
@@ -236,7 +252,16 @@ def find_basis(context: HandlerContext) -> Basis | None:
 
 
 def classify_features(basis: Basis, state: Path, tokens: Tensor) -> Tensor:
-    """Compute logits [B, C] from read tokens [B, R, D] with a state's linear tail."""
+    """Compute logits with the linear tail of a state.
+
+    Args:
+        basis: basis of the features.
+        state: file of the state's device part.
+        tokens: tokens that the tail reads, [B, R, D].
+
+    Returns:
+        The logits, [B, C].
+    """
     weight, bias = read_linear_tail(state, tokens.device)
     return basis.project(tokens).flatten(1) @ weight.T + bias
 

@@ -15,7 +15,7 @@ from split_server.engine.metrics import RunFigures
 
 
 def metrics_router(registry: CollectorRegistry) -> APIRouter:
-    """Create the route ``GET /metrics``. Like ``GET /v1/runs``, it reveals run ids only."""
+    """Create the route ``GET /metrics``; like ``GET /v1/runs``, it needs no credential."""
     router = APIRouter()
 
     @router.get("/metrics")
@@ -35,7 +35,7 @@ _BY_RUN: dict[str, tuple[str, Callable[[RunFigures], float]]] = {
 
 
 class RunCollector(Collector):
-    """Collects the engine's work and the bytes at the socket, by run.
+    """Collects the work of the engine and the bytes at the socket for each run.
 
     Args:
         open_runs: returns the ids of the open runs.
@@ -57,11 +57,11 @@ class RunCollector(Collector):
         self._refusals = refusals
 
     def describe(self) -> Iterator[CounterMetricFamily]:
-        """Describe nothing in advance: the names come with the values."""
+        """Return nothing: the names are known with the values."""
         return iter(())
 
     def collect(self) -> Iterator[CounterMetricFamily]:
-        """Return one counter family per number, labelled by run."""
+        """Yield one counter family for each quantity, labelled by run."""
         runs = list(self._open_runs())
         for name, (help_text, read) in _BY_RUN.items():
             family = CounterMetricFamily(f"sfprompt_engine_run_{name}", help_text, labels=["run"])

@@ -1,4 +1,4 @@
-"""ASGI middleware of every request: id, protocol version, identity, traffic, log, JSON limit."""
+"""ASGI middleware: request id, protocol version, identity, traffic, log, limit of JSON bodies."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ _IDENTITY_KEY = "sfprompt_identity"  # in the scope's state: the sender's `Ident
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
-_ANY_VERSION = "/v1/health"  # answers clients of every protocol version
+_ANY_VERSION = "/v1/health"  # accepts every protocol version
 
-_LINGER_S = 5.0  # to receive the rest of a refused body
+_LINGER_S = 5.0  # time for receiving the rest of a refused body
 
 _LINGER_BYTES = 64 * 1024 * 1024
 
 
 @dataclass(frozen=True)
 class RequestMiddleware:
-    """Pure ASGI, outermost: even a refused request has an id and is counted and logged."""
+    """The outermost middleware: it identifies, counts and logs refused requests too."""
 
     app: ASGIApp
     meter: Meter
@@ -78,13 +78,13 @@ class RequestMiddleware:
             await request.refuse(unexpected(error))
             drop_traceback(error)
         finally:
-            if not request.ended:  # else the counter may contain the next request's bytes
+            if not request.ended:  # the counter may already contain bytes of the next request
                 self.charge(scope)
             _log_line(scope, request.status, time.perf_counter() - started)
             request_id.reset(token)
 
     def charge(self, scope: Scope) -> None:
-        """Charge the connection's counted bytes to this request's participant."""
+        """Charge the counted bytes of the connection to the participant that sent the request."""
         counter: SocketCounter | None = scope.get("state", {}).get(SOCKET_KEY)
         if counter is None:
             return
@@ -97,7 +97,7 @@ class RequestMiddleware:
             counter.defer(scope["path"])
 
     def _identify(self, scope: Scope, headers: Headers) -> None:
-        """Store the sender's identity; its bytes are counted even if it needs no credential."""
+        """Store the sender's identity, for access checks and for the traffic."""
         if self.credentials is not None:
             authorization = headers.get(b"authorization", b"").decode("latin-1")
             identity = self.credentials.identify(authorization)
@@ -106,7 +106,7 @@ class RequestMiddleware:
 
 @dataclass
 class _RequestScope:
-    """One request and its response, and how much of both has been transferred."""
+    """A request and its response, with the progress of their transfer."""
 
     middleware: RequestMiddleware
     scope: Scope
@@ -132,14 +132,14 @@ class _RequestScope:
             message = self._begin(message)
         ends = message["type"] == "http.response.body" and not message.get("more_body", False)
         if ends and not self.body_is_read:
-            # The connection closes after this response. A client that is still sending would be
-            # cut off before it reads the response, so the rest of its body is received first.
+            # The connection closes after this response. A client that is still sending would lose
+            # the connection before it reads the response, so the rest of its body is received.
             await self.inner_send({**message, "more_body": True})
             await self._drain()
             message = {"type": "http.response.body", "body": b"", "more_body": False}
         await self.inner_send(message)
         if ends:
-            # Before anything is awaited: the next request may be arriving already.
+            # No await before this line: the next request may already be arriving.
             self.ended = True
             self.middleware.charge(self.scope)
 
@@ -207,11 +207,12 @@ MAX_JSON_BYTES = 1024 * 1024
 
 
 class JSONBodyLimit:
-    """Pure ASGI: refuses a body whose declared or received length exceeds `MAX_JSON_BYTES`.
+    """Refuses a body whose declared or received length exceeds `MAX_JSON_BYTES`.
 
     Args:
-        timeout_s: for the whole body.
-        is_exempt: whether a request's route limits its body itself.
+        app: the inner app.
+        timeout_s: time for the whole body.
+        is_exempt: returns whether the route of a request limits the body itself.
     """
 
     def __init__(self, app: ASGIApp, timeout_s: float, is_exempt: Callable[[Scope], bool]) -> None:
@@ -229,7 +230,7 @@ class JSONBodyLimit:
 
 
 class _Limited:
-    """A request's ``receive`` that limits bytes and time until the body is complete."""
+    """Wraps ``receive`` with limits of bytes and time until the body is complete."""
 
     def __init__(self, receive: Receive, timeout_s: float) -> None:
         self._receive = receive

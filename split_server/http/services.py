@@ -1,4 +1,4 @@
-"""The parts of a running server that the routes share."""
+"""The services of a running server that the routes share."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from split_server.storage.traffic import Meter
 
 @dataclass(frozen=True)
 class Services:
-    """Built once at start by `split_server.app.build_services`, closed once at the end."""
+    """The services; `split_server.app.build_services` creates them at the server's start."""
 
     settings: ServerSettings
     placement: Placement  # device and dtype of the bodies

@@ -1,4 +1,4 @@
-"""The handlers of round 0: samples are named, sums are sent, and a classifier comes back."""
+"""The handlers of round 0, which exchange sample ids for features, and sums for a classifier."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from split_server.payloads.start import parse_solve, parse_start
 
 
 def handle_start(context: HandlerContext, request: SplitRequest) -> Submit:
-    """Answer with the features of the named samples, once all participants have named theirs."""
+    """Reply with the features of the named samples, once all participants have named theirs."""
     start = parse_start(request)
     starts, codec = context.services.starts, request.plan.wire.start
     run, sender, meta = request.run, request.participant, start.meta
@@ -35,7 +35,7 @@ def handle_start(context: HandlerContext, request: SplitRequest) -> Submit:
 
 
 def handle_solve(context: HandlerContext, request: SplitRequest) -> Submit:
-    """Answer with the classifier, once all participants have sent their sums."""
+    """Reply with the classifier, once all participants have sent their sums."""
     solve = parse_solve(request)
     sums = Sums(solve.sums, solve.counts)
 

@@ -1,1 +1,1 @@
-"""The process and the device: threads, streams, clock, logging."""
+"""Process and device: threads, streams, clock and logging."""

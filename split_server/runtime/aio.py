@@ -1,8 +1,7 @@
-"""Results between threads and the event loop.
+"""Pass results between threads and the event loop.
 
-`asyncio.wrap_future`, and with it `run_in_executor` and `asyncio.to_thread`, makes reference
-cycles, which would keep megabytes of results alive until the next garbage collection. This module
-makes none.
+This module replaces `run_in_executor` and `asyncio.to_thread`. They create reference cycles, which
+keep megabytes of results in memory until the next garbage collection.
 """
 
 from __future__ import annotations
@@ -19,14 +18,14 @@ R = TypeVar("R")
 
 
 async def run_on(threads: ThreadPoolExecutor, function: Callable[[], R]) -> R:
-    """Run a function on one of the threads, in the caller's context; return its result."""
+    """Run a function on one of the threads, in the context of the caller, and return its result."""
     waiting: asyncio.Future[R] = asyncio.get_running_loop().create_future()
     run = contextvars.copy_context().run
     threads.submit(run, function).add_done_callback(partial(_pass_on, waiting))
     try:
         return await waiting
     finally:
-        del waiting  # its error refers to this frame: no reference back
+        del waiting  # breaks a cycle: its error refers to this frame
 
 
 def deliver(waiting: asyncio.Future[R], result: R) -> None:
@@ -48,9 +47,9 @@ def _pass_on(waiting: asyncio.Future[R], done: Future[R]) -> None:
 
 
 def drop_traceback(error: BaseException) -> None:
-    """Drop the tracebacks of an error and its causes, once it has been reported.
+    """Drop the tracebacks of an error and its causes, after it has been reported.
 
-    A traceback refers to all its frames, and these to their tensors and often to the error itself.
+    A traceback keeps its frames in memory, with their tensors.
     """
     cause: BaseException | None = error
     while cause is not None and cause.__traceback__ is not None:
@@ -68,7 +67,7 @@ def _settle(waiting: asyncio.Future[R], set_outcome: Callable[..., None], outcom
 
 
 class Notifier:
-    """One event per run. Notified from any thread, awaited on one event loop."""
+    """Wakes coroutines when a run changes. They wait on one event loop; any thread may notify."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
@@ -77,13 +76,13 @@ class Notifier:
 
     @property
     def closed(self) -> bool:
-        """Whether the server is shutting down, so that all waits must end."""
+        """Whether the server is shutting down: all waits must end."""
         return self._closed
 
     def get_event(self, run: str) -> asyncio.Event:
         """Return the event of the run's next change.
 
-        Call this *before* reading the run, so that no change in between is missed.
+        Call it before reading the run, so that no change in between is missed.
         """
         if self._closed:
             done = asyncio.Event()
@@ -92,12 +91,12 @@ class Notifier:
         return self._events.setdefault(run, asyncio.Event())
 
     def notify(self, run: str) -> None:
-        """Wake all waits for a change of this run. Thread-safe."""
+        """Wake all coroutines that wait for a change of this run. Thread-safe."""
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._wake, run)
 
     def close(self) -> None:
-        """Wake all waits, now and later."""
+        """Wake all coroutines, and end all later waits at once."""
         self._closed = True
         for run in list(self._events):
             self._wake(run)
@@ -109,7 +108,7 @@ class Notifier:
 
 
 async def wait_for(event: asyncio.Event, seconds: float) -> bool:
-    """Wait for an event; return False if the time ran out first."""
+    """Wait for an event; return whether it was set before the time ran out."""
     if seconds <= 0:
         return event.is_set()
     try:

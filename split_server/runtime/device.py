@@ -1,4 +1,4 @@
-"""Devices: the choice of device and dtype, and CUDA streams."""
+"""The choice of device and dtype, and CUDA streams."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 @dataclass(frozen=True)
 class Placement:
-    """The bodies' device, and the dtype of their matrix products."""
+    """The device of the bodies, and the dtype of their matrix products."""
 
     device: torch.device
     dtype: torch.dtype
@@ -34,10 +34,15 @@ class Placement:
 
 
 def choose_placement(device: str = "auto", dtype: str = "auto") -> Placement:
-    """Choose the bodies' device and dtype.
+    """Choose the device and the dtype of the bodies.
 
-    ``auto`` prefers CUDA to MPS to the CPU, and bfloat16 on a CUDA device that supports it to
-    float32. It never chooses float16, whose range gradients leave.
+    The device ``auto`` is the first one present of CUDA, MPS and CPU. The dtype ``auto`` is
+    bfloat16 on a CUDA device that supports it, otherwise float32. It is never float16, whose range
+    is too small for gradients.
+
+    Args:
+        device: auto, cuda, mps or cpu.
+        dtype: auto, float32, bfloat16 or float16.
 
     Raises:
         InvalidField: the device is not present, or a name is unknown.
@@ -74,7 +79,7 @@ def _choose_device(name: str) -> torch.device:
 
 
 class SideStreams:
-    """A CUDA stream for each thread that decodes or encodes; does nothing on other devices."""
+    """A CUDA stream for each thread that decodes or encodes; without effect on other devices."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -82,9 +87,9 @@ class SideStreams:
 
     @contextmanager
     def use(self) -> Iterator[None]:
-        """Run the block's work on the thread's stream, and wait for it at the block's end.
+        """Run the block on the thread's stream, and wait for the stream at the end of the block.
 
-        Afterwards its tensors are complete for any stream.
+        Afterwards any stream may use the block's tensors.
         """
         if self._device.type != "cuda":
             yield
@@ -94,7 +99,7 @@ class SideStreams:
             stream = self._thread_local.stream = torch.cuda.Stream(self._device)
         with torch.cuda.stream(stream):
             yield
-            done = torch.cuda.Event(blocking=True)  # sleeps; synchronising a stream spins
+            done = torch.cuda.Event(blocking=True)  # waits without using the CPU
             done.record(stream)
         done.synchronize()
 
@@ -102,8 +107,8 @@ class SideStreams:
 class BatchPacer:
     """Keeps the worker at most one batch ahead of the GPU.
 
-    More gains nothing: tasks that arrive meanwhile can join a batch that is not queued yet, and the
-    worker could not measure a batch's duration.
+    A longer lead would gain nothing. Later tasks can still join a batch that is not queued yet, and
+    the worker can measure how long a batch takes.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -111,7 +116,7 @@ class BatchPacer:
         self._last: torch.cuda.Event | None = None
 
     def wait_for_previous(self) -> None:
-        """Note that a batch has been queued; wait until the batch before it has finished."""
+        """Record that a batch has been queued, and wait for the end of the batch before it."""
         if self._device.type != "cuda":
             return
         previous, self._last = self._last, torch.cuda.Event(blocking=True)
@@ -121,9 +126,10 @@ class BatchPacer:
 
 
 def used_here(tensor: Tensor) -> Tensor:
-    """Return a tensor that another stream may have made, for use on the current stream.
+    """Mark a tensor as used on the current stream, and return it.
 
-    The allocator reuses the tensor's memory only after the work queued on this stream.
+    Needed if another stream allocated it: the allocator then reuses its memory only after the work
+    that is queued on this stream.
     """
     if tensor.is_cuda:
         tensor.record_stream(torch.cuda.current_stream(tensor.device))

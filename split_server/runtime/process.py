@@ -40,7 +40,7 @@ class _AddRequestId(logging.Filter):
 
 
 def set_up_logging(level: str) -> None:
-    """Log to standard error from ``level`` up, each line with its request's id."""
+    """Log messages of at least ``level`` to standard error, with the id of the request."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter(_FORMAT))
     handler.addFilter(_AddRequestId())
@@ -49,11 +49,11 @@ def set_up_logging(level: str) -> None:
         logger.handlers = [handler]
         logger.setLevel(level.upper())
         logger.propagate = False
-    logging.getLogger("uvicorn.access").disabled = True  # the request middleware logs more
+    logging.getLogger("uvicorn.access").disabled = True  # the request middleware logs requests
 
 
 def keep_large_buffers() -> bool:
-    """Make glibc's allocator reuse large buffers; return whether it is glibc's."""
+    """Make glibc's allocator reuse large buffers; return whether the allocator is glibc's."""
     if platform.system() != "Linux" or platform.libc_ver()[0] != "glibc":
         return False
     try:
@@ -68,21 +68,21 @@ def keep_large_buffers() -> bool:
 
 @dataclass(frozen=True)
 class Clock:
-    """The current time; tests pass their own functions."""
+    """The current time, as two functions that tests can replace."""
 
     monotonic: Callable[[], float] = time.monotonic  # seconds, for durations
     wall: Callable[[], float] = time.time  # seconds since 1970, for dates
 
 
 def raise_descriptor_limit() -> None:
-    """Raise the limit of open files, often 1,024 for services, since connections use it up."""
+    """Raise the limit of open files, which is often 1,024: each connection needs one."""
     if resource is None:
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = _MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _MAX_DESCRIPTORS)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
+    target = _MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _MAX_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < target:
         with contextlib.suppress(ValueError, OSError):  # some systems allow less than they report
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (target, hard))
 
 
 def descriptor_limit() -> int:

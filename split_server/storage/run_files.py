@@ -54,7 +54,7 @@ class RunFiles:
     - ``basis/ATTEMPT.safetensors``: the result of round 0, if the run has one.
     - ``moments/ROUND.safetensors``: a server optimiser's moments, of the last two rounds.
     - ``extras/ROUND``, ``weights/ROUND`` and ``heads/ROUND.safetensors``: of the last round after
-      which the model was made again, the updates' further tensors and the resulting weights.
+      which the model was rebuilt, the updates' further tensors and the resulting weights.
     """
 
     root: Path

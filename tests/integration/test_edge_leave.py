@@ -12,8 +12,8 @@ import pytest
 from edge_client import cli
 from edge_client.storage.identity import Identity
 from protocol.messages import Task
-from tests.integration.test_server_split_http import by_ids
 from tests.support.federation import smashed
+from tests.support.samples import sample_ids
 from tests.support.server import ApiClient, RunningServer, code_of, new_run, running_server
 
 Command = Callable[..., tuple[int, str, str]]
@@ -57,7 +57,7 @@ def a_device(server: RunningServer, home: Path) -> tuple[str, ApiClient]:
         identity.remember(credential)
     device = server.api(credential)
     rows = smashed(batch=2)[:, :5]
-    assert device.ask("samples", {}, ids=by_ids(1, 2), smashed=rows).is_success
+    assert device.ask("samples", {}, ids=sample_ids(1, 2), smashed=rows).is_success
     return run, device
 
 

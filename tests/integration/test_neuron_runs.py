@@ -299,7 +299,7 @@ def test_a_redistillation_that_diverges_fails_its_run(server: RunningServer) -> 
     wait_until(lambda: device.assignment(run.id).task == "stop", 60)
     last = device.assignment(run.id)
     assert last.status is RunStatus.FAILED
-    assert "making the model again after round 1" in str(last.reason)
+    assert "rebuilding the model after round 1" in str(last.reason)
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,13 @@
-"""Samples of three owners, for tests of the sample store."""
+"""Ids and samples of three owners, for tests of the server's sample cache."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from split_server.storage.sample_store import Owner, RowForm, SampleStore
 
@@ -23,6 +26,11 @@ Kept = tuple[RowForm, list[memoryview]]
 
 def name(number: int) -> bytes:
     return number.to_bytes(16, "little")
+
+
+def sample_ids(*numbers: int) -> Tensor:
+    """Return ids of samples, uint8 [B, 16]."""
+    return torch.stack([torch.full((16,), number, dtype=torch.uint8) for number in numbers])
 
 
 def content(owner: Owner, number: int, form: RowForm) -> list[bytes]:

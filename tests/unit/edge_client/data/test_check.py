@@ -52,7 +52,7 @@ def test_a_sound_folder_is_counted_and_has_no_finding(photos: Path) -> None:
     assert report.findings == []
     code, out = run(str(photos))
     assert code == 0
-    assert "nothing found" in out
+    assert "no findings" in out
 
 
 def test_the_held_out_images_are_those_of_joining(photos: Path) -> None:

@@ -1,4 +1,4 @@
-"""Folders of images: links, names, what is left out, and train/ and test/ as classes."""
+"""Folders of images: links, names, skipped files, and train/ and test/ as classes."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_a_folder_inside_is_read_where_it_lies_and_not_again_by_a_link(tmp_path:
     write_class(tmp_path / "a" / "own", 2)
     data = load(tmp_path)
     assert counts(data) == {"a": 2, "b": 4}
-    assert "read already" in reasons(data, tmp_path)["a/link"]
+    assert "already read" in reasons(data, tmp_path)["a/link"]
 
 
 def test_predicting_lists_the_same_files_as_joining(tmp_path: Path) -> None:
@@ -105,10 +105,10 @@ def test_predicting_lists_the_same_files_as_joining(tmp_path: Path) -> None:
     assert sorted(files) == sorted(joined)
     assert len(files) == 5
     assert {entry.reason for entry in skipped} == {entry.reason for entry in data.skipped}
-    assert "2 hidden or machine-made entries left out: ._0.png, __MACOSX" in {
+    assert "2 hidden or machine-made entries skipped: ._0.png, __MACOSX" in {
         entry.reason for entry in skipped
     }
-    assert ".heic is not read: save it as JPEG or PNG" in {entry.reason for entry in skipped}
+    assert ".heic is not supported: save it as JPEG or PNG" in {entry.reason for entry in skipped}
 
 
 def test_a_data_folder_that_is_a_link_is_read(tmp_path: Path) -> None:
@@ -189,7 +189,7 @@ def test_two_folders_of_one_name_are_one_class_and_named(tmp_path: Path) -> None
     write_class(tmp_path / "bar")
     data = load(tmp_path)
     assert counts(data) == {"bar": 4, CAFE: 7}
-    assert "one class with another folder" in reasons(data, tmp_path)[DECOMPOSED]
+    assert "the names differ in Unicode form only" in reasons(data, tmp_path)[DECOMPOSED]
 
 
 def test_a_class_that_is_no_text_is_named_with_escapes(tmp_path: Path) -> None:
@@ -215,7 +215,7 @@ def test_classes_that_the_run_or_the_device_lacks_are_said_once(tmp_path: Path) 
         write_class(tmp_path / name)
     data = load(tmp_path, ("ant", "bee", "cat", "dog"))
     assert [(e.path, e.reason) for e in data.noticed] == [
-        ("ant, bee", "no training image here of these classes of the run")
+        ("ant, bee", "no training images of these classes of the run")
     ]
     assert {entry.path for entry in data.skipped} == {"emu"}
 
@@ -307,7 +307,7 @@ def test_a_test_folder_without_classes_and_a_second_one_are_named(tmp_path: Path
     write_class(tmp_path / "val" / "cat", 5)
     data = load(tmp_path, ("cat",))
     assert len(data.test) == 2
-    assert "second test folder" in reasons(data, tmp_path)["val"]
+    assert "another test folder" in reasons(data, tmp_path)["val"]
 
 
 def test_folders_of_the_wrong_names_are_refused_by_their_names(tmp_path: Path) -> None:

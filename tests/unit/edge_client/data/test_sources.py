@@ -150,7 +150,7 @@ def test_unreadable_files_are_skipped_and_named(tmp_path: Path) -> None:
         "stray.png",
     }
     assert "truncated" in named["cat/cut.jpg"]
-    assert named["cat"] == "1 hidden or machine-made entries left out: .hidden.png"
+    assert named["cat"] == "1 hidden or machine-made entries skipped: .hidden.png"
     assert named["empty"] == named["rotten"] == "a class without a readable image"
 
 
@@ -177,7 +177,7 @@ def test_test_images_of_an_untrained_class_are_evaluated(
     assert data.train.labels.tolist() == [0, 0]
     assert data.test.labels.tolist() == [0, 1]
     assert data.skipped == ()
-    assert ("emu", "a class with test images alone") in [(n.path, n.reason) for n in data.noticed]
+    assert ("emu", "a class without training images") in [(n.path, n.reason) for n in data.noticed]
 
 
 def test_a_folder_that_is_not_there_is_a_clear_error(tmp_path: Path) -> None:

@@ -92,8 +92,8 @@ def test_multi_krum_averages_the_others_by_their_samples() -> None:
 
 
 def test_the_number_of_hostile_ones_is_rounded_up() -> None:
-    assert [robust.tolerated(0.2, count) for count in (1, 4, 5, 6, 10)] == [1, 1, 1, 2, 2]
-    assert robust.tolerated(0.0, 10) == 0
+    assert [robust.count_hostile(0.2, count) for count in (1, 4, 5, 6, 10)] == [1, 1, 1, 2, 2]
+    assert robust.count_hostile(0.0, 10) == 0
 
 
 def test_differential_privacy_needs_the_mean() -> None:

@@ -1,4 +1,4 @@
-"""The memory budget of requests: what is counted, and who gives way."""
+"""The memory budget of requests: what is counted, and which bodies are cancelled."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def test_a_request_that_is_alone_may_exceed_the_budget() -> None:
     assert budget.taken == 0
 
 
-def test_a_body_that_has_stalled_gives_way_and_one_that_moves_does_not() -> None:
+def test_a_stalled_body_is_cancelled_and_one_that_moves_is_not() -> None:
     time = FakeClock()
     budget = BodyBudget(1000, busy_error, clock=lambda: time.now)
-    given_up: list[str] = []
+    cancelled: list[str] = []
     with budget.reserve() as stalled, budget.reserve() as moving, budget.reserve() as new:
-        stalled.on_give_way = lambda _: given_up.append("stalled")
-        moving.on_give_way = lambda _: given_up.append("moving")
+        stalled.on_cancel = lambda _: cancelled.append("stalled")
+        moving.on_cancel = lambda _: cancelled.append("moving")
         stalled.add(400)
         moving.add(500)
         for _ in range(2):
@@ -56,7 +56,7 @@ def test_a_body_that_has_stalled_gives_way_and_one_that_moves_does_not() -> None
             moving.add(1)
             with pytest.raises(Busy):
                 new.add(200)
-    assert given_up == ["stalled"]
+    assert cancelled == ["stalled"]
     assert budget.taken == 0
 
 
@@ -64,10 +64,10 @@ def test_bytes_one_at_a_time_are_no_progress() -> None:
     time = FakeClock()
     budget = BodyBudget(1000, busy_error, clock=lambda: time.now)
     with budget.reserve() as slow:
-        slow.on_give_way = lambda _: None
+        slow.on_cancel = lambda _: None
         for _ in range(30):
             time.now += 0.1
             slow.add(1)
         assert slow.has_stalled(time.now)
-        slow.on_give_way = None  # complete: it is being processed
+        slow.on_cancel = None  # complete: it is being processed
         assert not slow.has_stalled(time.now)
