@@ -177,7 +177,8 @@ class SFPrompt(_SplitPrompts):
     def training_part(self, settings: RunSettings) -> Fields:
         form = self.form(settings)
         share = settings.training.validation_share
-        if share is None and form.depths and form.split_epochs:
+        tunes = form.split_epochs and settings.federation.rounds
+        if share is None and form.depths and tunes:
             share = _VALIDATION_SHARE
         return {field: getattr(self, field) for field in _TRAINING} | {
             "split_epochs": form.split_epochs,
