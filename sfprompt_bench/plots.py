@@ -40,10 +40,24 @@ def plot_accuracy(rounds: Sequence[RoundView], title: str, out: Path) -> Path:
     numbers = [number for number, _ in measured]
     percents = [100 * accuracy for _, accuracy in measured]
     axes.plot(numbers, percents, marker="o", color="#1b6ca8")
-    if percents:
+    discarded = [view for view in rounds if view.accuracy is not None and not view.kept]
+    if discarded:
+        axes.plot(
+            [view.round for view in discarded],
+            [100 * (view.accuracy or 0.0) for view in discarded],
+            linestyle="none",
+            marker="x",
+            markersize=9,
+            color=_RED,
+            label="discarded",
+        )
+        axes.legend(frameon=False)
+    kept = [view for view in rounds if view.accuracy is not None and view.kept]
+    if kept:
+        last = 100 * (kept[-1].accuracy or 0.0)
         axes.annotate(
-            f"{percents[-1]:.1f} %",
-            (numbers[-1], percents[-1]),
+            f"{last:.1f} %",
+            (kept[-1].round, last),
             textcoords="offset points",
             xytext=(0, 8),
             ha="right",

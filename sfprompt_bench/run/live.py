@@ -116,11 +116,12 @@ class LiveView:
 
 
 def round_note(view: RoundView) -> str:
-    """Describe a closed round: accuracy, loss and bytes."""
+    """Describe a closed round: accuracy, loss and bytes, and whether its state was discarded."""
     accuracy = "not measured" if view.accuracy is None else f"{view.accuracy:6.1%}"
     mean = view.local_loss if view.train_loss is None else view.train_loss
     loss = "" if mean is None else f"  loss {mean:.3f}"
-    return f"accuracy {accuracy}{loss}  {_megabytes(total_bytes(view.traffic))}"
+    discarded = "" if view.kept else "  discarded: worse than before"
+    return f"accuracy {accuracy}{loss}  {_megabytes(total_bytes(view.traffic))}{discarded}"
 
 
 def _place(phase: str) -> int:

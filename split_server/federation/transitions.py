@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -21,6 +20,7 @@ from split_server.aggregation.norm_bound import Excess
 from split_server.aggregation.publishing import publish
 from split_server.aggregation.rules import aggregate, find_refused
 from split_server.aggregation.server_optimizer import server_step
+from split_server.federation.measurement import measure, rounds_without_progress
 from split_server.federation.privacy_budget import OPENED, record_spent
 from split_server.federation.records import REFUSED
 from split_server.federation.rounds import (
@@ -34,13 +34,10 @@ from split_server.federation.rounds import (
     Repeat,
     repeat_or_fail,
 )
-from split_server.federation.selection import Report, compare
 from split_server.federation.snapshot import OpenRound, RunSnapshot
 from split_server.federation.views import closed_traffic
 from split_server.method import RoundMean
 from split_server.storage.database import (
-    BestState,
-    EvaluationRow,
     RoundRow,
     RunRow,
     UpdateRow,
@@ -182,10 +179,7 @@ def apply(
     if isinstance(action, Publish):
         _publish(session, run, row, action, meter, at)
     elif isinstance(action, CloseRound):
-        reports = _reports(session, run, row.round, row.attempt)
-        _measure(row, reports)
-        if run.plan.federation.keep_best:
-            _select_state(session, run, row, reports, at)
+        measure(session, run, row, at)
         _close(session, run, row, meter, at)
     elif isinstance(action, Repeat):
         _end_attempt(session, run, row, meter, at)
@@ -303,66 +297,6 @@ def _set_state(session: Session, run: RunSnapshot, row: RoundRow, refs: StateRef
     run_row.set_state(refs)
 
 
-def _reports(
-    session: Session, run: RunSnapshot, round_: int, attempt: int
-) -> dict[str, EvaluationRow]:
-    """Return the evaluations of an attempt at a round by participant, in the order of every sum."""
-    by_id = {
-        report.participant_id: report
-        for report in session.scalars(
-            select(EvaluationRow).where(
-                EvaluationRow.run_id == run.id,
-                EvaluationRow.round == round_,
-                EvaluationRow.attempt == attempt,
-            )
-        )
-    }
-    return {id_: by_id[id_] for id_ in run.in_order(frozenset(by_id))}
-
-
-def _measure(row: RoundRow, reports: Mapping[str, EvaluationRow]) -> None:
-    samples = sum(report.samples for report in reports.values())
-    if samples:
-        row.evaluation_samples = samples
-        row.accuracy = sum(report.correct for report in reports.values()) / samples
-        row.evaluation_loss = sum(report.loss_sum for report in reports.values()) / samples
-
-
-def _select_state(
-    session: Session,
-    run: RunSnapshot,
-    row: RoundRow,
-    reports: Mapping[str, EvaluationRow],
-    at: float,
-) -> None:
-    """Make the measured state the best one, or go back to the best one if it is worse."""
-    new, run_row = _losses(reports), session.get_one(RunRow, run.id)
-    if not new:
-        return
-    best = run_row.best_state
-    verdict = None
-    if best is not None:
-        verdict = compare(new, _losses(_reports(session, run, best.round, best.attempt)))
-    if verdict is not None:
-        row.change, row.kept, row.progress = verdict.change, verdict.is_kept, verdict.is_progress
-    if best is not None and not row.kept:
-        run_row.set_state(best.refs)
-        _record(session, row, "state_discarded", at, change=row.change, best_round=best.round)
-        return
-    refs = run_row.state
-    run_row.best = BestState(
-        round=row.round, attempt=row.attempt, device=refs.device, server=refs.server
-    ).model_dump(mode="json")
-
-
-def _losses(reports: Mapping[str, EvaluationRow]) -> dict[str, Report]:
-    return {
-        id_: Report(report.selection_loss, report.selection_samples)
-        for id_, report in reports.items()
-        if report.selection_loss is not None and report.selection_samples
-    }
-
-
 def _close(session: Session, run: RunSnapshot, row: RoundRow, meter: Meter, at: float) -> None:
     row.status, row.closed_at = RoundStatus.CLOSED, at
     _charge(session, run, row, meter)
@@ -378,20 +312,9 @@ def _close(session: Session, run: RunSnapshot, row: RoundRow, meter: Meter, at: 
     patience = run.plan.federation.patience
     if row.round >= run.plan.federation.rounds:
         end_run(session, run.id, RunStatus.FINISHED, None, at)
-    elif patience and _rounds_without_progress(session, run) >= patience:
+    elif patience and rounds_without_progress(session, run) >= patience:
         reason = f"{patience} rounds in a row without progress (federation.patience)"
         end_run(session, run.id, RunStatus.FINISHED, reason, at)
-
-
-def _rounds_without_progress(session: Session, run: RunSnapshot) -> int:
-    """Count the newest measured rounds in a row whose state is no better than the best one."""
-    session.flush()
-    steps = session.scalars(
-        select(RoundRow.progress)
-        .where(RoundRow.run_id == run.id, RoundRow.change.is_not(None))
-        .order_by(RoundRow.round.desc(), RoundRow.attempt.desc())
-    )
-    return len(list(itertools.takewhile(lambda progress: not progress, steps)))
 
 
 def _end_attempt(

@@ -105,3 +105,16 @@ def test_nothing_is_discarded_if_switched_off_or_not_measured(
     run_rounds(harness, run, a, 1.0, loss, loss, loss, loss)
     assert state_value(harness, run) == 5.0
     assert harness.task(run, a).rate_scale == 1.0
+
+
+def test_a_loss_above_that_of_guessing_is_reported_from_the_second_round_on(
+    harness: FederationHarness,
+) -> None:
+    run = harness.create(rounds=4)
+    a = harness.join(run)
+    for round_, loss in enumerate((2.4, 2.2, 2.4, 2.5), start=1):  # guessing loses ln 10 = 2.3
+        harness.update(run, a, state_of(1.0), round_=round_)
+        harness.evaluate(run, a, round_=round_, loss_sum=10 * loss)
+    events = harness.federation.events(run, 0)
+    told = [event.data for event in events if event.kind == "loss_above_guessing"]
+    assert told == [{"round": 4, "loss": 2.5, "guessing": pytest.approx(2.302585)}]
