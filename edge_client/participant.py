@@ -276,7 +276,7 @@ class JoinedRun:
         self._update_model(assignment)
         result = evaluate(
             self.model,
-            self.samples.plane,
+            self.samples.inference,
             self.samples.test,
             step=f"evaluate.{assignment.round}",
             round_=assignment.round,
@@ -336,6 +336,7 @@ class RunSamples:
     test: Samples
     validation: Samples | None
     plane: SplitPlane
+    inference: SplitPlane  # of held-out images
 
 
 def _open_samples(
@@ -344,6 +345,8 @@ def _open_samples(
     """Open all sets with empty caches."""
     settings, cache_bytes = model.run.plan, device.cache_bytes
     plane = SplitPlane(device.server, settings)
+    inference_codec = settings.wire.inference_smashed or settings.wire.smashed
+    inference = SplitPlane(device.server, settings, inference_codec)
     augmentation = None
     if settings.training.augment:
         augmentation = Augmentation(derive_seed(settings.seed, "augment", device.name))
@@ -356,16 +359,21 @@ def _open_samples(
     if validation is not None:
         selecting = BatchReader(validation, preprocessing, cache_bytes=cache_bytes)
     data.drop_resized()
+
+    def with_caches(images: BatchReader, split_plane: SplitPlane, codec: str) -> Samples:
+        return _with_caches(device, images, model, split_plane, codec)
+
     return RunSamples(
-        _with_caches(device, train, model, plane),
-        _with_caches(device, test, model, plane),
-        None if selecting is None else _with_caches(device, selecting, model, plane),
+        with_caches(train, plane, settings.wire.smashed),
+        with_caches(test, inference, inference_codec),
+        None if selecting is None else with_caches(selecting, plane, settings.wire.smashed),
         plane,
+        inference,
     )
 
 
 def _with_caches(
-    device: Participant, images: BatchReader, model: RunModel, plane: SplitPlane
+    device: Participant, images: BatchReader, model: RunModel, plane: SplitPlane, codec: str
 ) -> Samples:
     settings = model.run.plan
     if settings.model.prompt_at != "cut":
@@ -373,9 +381,9 @@ def _with_caches(
     outputs = HeadOutputs(model.model.head, images, device.cache_bytes)
     if not settings.wire.keep_smashed:
         return Samples(images, outputs)
-    form = f"{model.head.sha256} {settings.wire.smashed}"
+    form = f"{model.head.sha256} {codec}"
     secret = device_secret(device.folder)
-    joint = not is_row_wise_inside(settings.wire.smashed)
+    joint = not is_row_wise_inside(codec)
     uploader = SampleUploader(outputs, images, plane, secret, form, joint=joint)
     return Samples(images, outputs, uploader)
 

@@ -108,7 +108,7 @@ class Predictor(Classifier):
 
     def __init__(self, server: Server, run: RunView, files: BlobCache) -> None:
         self._server, self._run, self._files = server, run, files
-        self._plane = SplitPlane(server, run.plan)
+        self._plane = SplitPlane(server, run.plan, run.plan.wire.inference_smashed)
         self._model = _download(server, run, files)
 
     @classmethod
@@ -151,7 +151,8 @@ class Predictor(Classifier):
                 return self._probabilities(images, start)
             except StaleRound:  # the run has a newer global state
                 self._run = self._server.run(self._run.id)
-                self._plane = SplitPlane(self._server, self._run.plan)
+                plan = self._run.plan
+                self._plane = SplitPlane(self._server, plan, plan.wire.inference_smashed)
                 self._model = _download(self._server, self._run, self._files)
         return self._probabilities(images, start)
 

@@ -144,6 +144,11 @@ class WireSettings(Message):
         "float32",
         description="output of the body in evaluation and prediction; rounding costs accuracy",
     )
+    inference_smashed: CodecName | None = Field(
+        None,
+        description="smashed data of held-out images and of predictions; with float16 the "
+        "accuracy is that of the exported model; none: as smashed",
+    )
     start: CodecName = Field(
         "float32", description="features of round 0, sent once for each sample (depths above 0)"
     )

@@ -100,11 +100,13 @@ class SplitPlane:
     Args:
         server: authenticated.
         run: the run's settings.
+        smashed: codec of smashed data; None: that of training.
     """
 
-    def __init__(self, server: Server, run: RunPlan) -> None:
+    def __init__(self, server: Server, run: RunPlan, smashed: str | None = None) -> None:
         self._server = server
         self._wire = run.wire
+        self._smashed = smashed or run.wire.smashed
         split = run.model
         sizes = anatomy(split)
         num_tokens = needed_tokens(split) if run.wire.pooled_features else None
@@ -331,7 +333,7 @@ class SplitPlane:
 
     def store_samples(self, ids: Tensor, smashed: Tensor) -> None:
         """Store smashed data [B, T, D] in the server's cache under these ids [B, 16]."""
-        tensors = {"ids": (ids, "uint8"), "smashed": (smashed, self._wire.smashed)}
+        tensors = {"ids": (ids, "uint8"), "smashed": (smashed, self._smashed)}
         response = self._server.send_frame(SAMPLES_PATH, "samples", {}, tensors)
         require_kind(response, "kept")
 
@@ -348,7 +350,7 @@ class SplitPlane:
     def _batch(self, batch: Tensor) -> Payload:
         if batch.dtype == torch.uint8:
             return {"ids": (batch.reshape(-1, SAMPLE_ID_BYTES), "uint8")}
-        return {"smashed": (batch, self._wire.smashed)}
+        return {"smashed": (batch, self._smashed)}
 
 
 def _rounding(noise: torch.Generator | None) -> dict[str, torch.Generator]:

@@ -153,14 +153,14 @@ class _Traffic:
         trained = self.question.train_samples * self.tensors.views
         tested = self.question.test_samples if self.evaluates else 0
         names = SAMPLE_ID_BYTES * (trained + tested)
-        return self._smashed(trained) + self._smashed(tested) + names + self._round_0_up()
+        return self._smashed(trained) + self._tested(tested) + names + self._round_0_up()
 
     def up_per_evaluation(self) -> int:
         if not self.evaluates:
             return 0
         if self.tensors.stored:
             return SAMPLE_ID_BYTES * self.question.test_samples
-        return self._smashed(self.question.test_samples)
+        return self._tested(self.question.test_samples)
 
     def down_per_evaluation(self) -> int:
         if not self.evaluates:
@@ -178,6 +178,10 @@ class _Traffic:
 
     def _smashed(self, samples: int) -> int:
         return self._samples(self.wire.smashed, samples, self.tensors.smashed)
+
+    def _tested(self, samples: int) -> int:
+        codec = self.wire.inference_smashed or self.wire.smashed
+        return self._samples(codec, samples, self.tensors.smashed)
 
     def _samples(self, codec: str, samples: int, shape: tuple[int, int]) -> int:
         return samples_bytes(codec, samples, self.training.batch_size, shape)

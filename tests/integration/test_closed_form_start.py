@@ -191,10 +191,13 @@ def test_a_run_of_round_0_alone_finishes_with_an_evaluated_state(
     assert only.train_loss < torch.log(torch.tensor(3.0))
 
 
+@pytest.mark.parametrize(
+    "codecs", [{}, {"smashed": "klt:1", "inference_smashed": "float16", "start": "int4"}]
+)
 def test_the_exported_model_gives_the_evaluated_accuracy_and_loss(
-    data_dir: Path, together: tuple[str, Results], tmp_path: Path
+    server: RunningServer, home: Path, data_dir: Path, tmp_path: Path, codecs: dict[str, str]
 ) -> None:
-    run, results = together
+    run, results = run_with(server, home, [TRAIN], **codecs)
     export_run(data_dir, run, tmp_path / "model.safetensors")
     model = load_exported(tmp_path / "model.safetensors")
     reader = BatchReader(TEST, preprocessing_of(model.settings, model.preparation))
