@@ -53,6 +53,15 @@ CaOption = Annotated[
     Path | None, typer.Option("--ca-file", help="PEM file to trust for https, e.g. your own CA.")
 ]
 
+TokenOption = Annotated[
+    str | None,
+    typer.Option(
+        "--join-token",
+        envvar="EDGE_CLIENT_JOIN_TOKEN",
+        help="The server's join token, if it requires one.",
+    ),
+]
+
 NameOption = Annotated[
     str,
     typer.Option(
@@ -135,12 +144,7 @@ def join(
     patience: Annotated[
         float, typer.Option(min=0, help="Seconds to wait for a busy or unreachable server.")
     ] = 300.0,
-    join_token: Annotated[
-        str | None,
-        typer.Option(
-            envvar="EDGE_CLIENT_JOIN_TOKEN", help="The server's join token, if it requires one."
-        ),
-    ] = None,
+    join_token: TokenOption = None,
     ca_file: CaOption = None,
     home: HomeOption = None,
     progress: Annotated[
@@ -159,7 +163,7 @@ def join(
     line = None if link is None else _parse_link(link, data_seed, name)
     server = _server(url, patience, ca_file, reporter, line)
     try:
-        chosen = _choose(server, run, open_only=True)
+        chosen = _choose(server, run, join_token, open_only=True)
         reporter.event("chosen", run=chosen.id)
         # Imported here: torch takes seconds to import, which the lines above do not need.
         from edge_client.loading import load_run_data
@@ -219,12 +223,7 @@ def predict(
         bool, typer.Option("--json", help="Print one JSON object per image.")
     ] = False,
     threads: ThreadsOption = None,
-    join_token: Annotated[
-        str | None,
-        typer.Option(
-            envvar="EDGE_CLIENT_JOIN_TOKEN", help="The server's join token, if it requires one."
-        ),
-    ] = None,
+    join_token: TokenOption = None,
     ca_file: CaOption = None,
     home: HomeOption = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v")] = False,
@@ -247,7 +246,7 @@ def predict(
     folder = home or cache_dir()
     server = _server(model, 30.0, ca_file, None)
     try:
-        chosen = _choose(server, run, open_only=False)
+        chosen = _choose(server, run, join_token, open_only=False)
         # Imported here: torch takes seconds to import, which the lines above do not need.
         from edge_client.prediction import Predictor
 
@@ -277,6 +276,7 @@ def leave(
             "sent again when needed."
         ),
     ] = False,
+    join_token: TokenOption = None,
     ca_file: CaOption = None,
     home: HomeOption = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v")] = False,
@@ -291,7 +291,7 @@ def leave(
     _prepare(verbose)
     server = _server(url, 30.0, ca_file, None)
     try:
-        chosen = _choose(server, run, open_only=True)
+        chosen = _choose(server, run, join_token, open_only=True)
         credential = credential_of((home or cache_dir()) / "identities", url, chosen.id, name)
         if credential is None:
             raise NotFound(
@@ -388,9 +388,14 @@ def _server(
     return Server(url, retry=retry, ca_file=ca_file, link=link)
 
 
-def _choose(server: Server, run_id: str | None, *, open_only: bool) -> RunView:
+def _choose(
+    server: Server, run_id: str | None, join_token: str | None, *, open_only: bool
+) -> RunView:
+    """Return the run of this id, or else the newest suitable one."""
     from protocol.messages import RunStatus
 
+    if join_token is not None:
+        server.authenticate(join_token, "join_token")
     if run_id is not None:
         return server.run(run_id)
     suitable = [

@@ -35,8 +35,9 @@ from split_server.http.errors import add_error_handlers
 from split_server.http.federation_routes import FederationRoutes
 from split_server.http.metrics import RunCollector, metrics_router
 from split_server.http.middleware import JSONBodyLimit, RequestMiddleware
+from split_server.http.rights import Guard, list_routes, require_rows
 from split_server.http.services import Services
-from split_server.http.split_plane import SplitPlane
+from split_server.http.split_plane import ROUTES, SplitPlane
 from split_server.method import list_job_handlers
 from split_server.models.body_key import BodyKey
 from split_server.runtime.aio import Notifier
@@ -266,7 +267,7 @@ class SplitServer:
         self.settings = settings
         self.placement = choose_placement(settings.device, settings.dtype)
         self.services: Services | None = None  # None: before startup
-        self._fastapi = FastAPI(title="SFPrompt split server", lifespan=self._lifespan)
+        self._fastapi = FastAPI(lifespan=self._lifespan, openapi_url=None)  # no pages of its own
         add_error_handlers(self._fastapi)
         self._meter = Meter()
         self._app: Any = RequestMiddleware(self._fastapi, self._meter)
@@ -306,12 +307,14 @@ class SplitServer:
 def _compose(app: FastAPI, services: Services) -> RequestMiddleware:
     """Put the routes and the middleware together."""
     routes = FederationRoutes(services)
-    app.include_router(routes.router)
-    app.include_router(metrics_router(services.figures.registry))
+    metrics = metrics_router(services.figures.registry)
+    app.router.routes.extend([*routes.router.routes, *metrics.routes])
+    require_rows([*list_routes(app.routes), *(("POST", path) for path in ROUTES)])
     _add_metrics(services)
     timeout_s = services.settings.body_timeout_s
     json_limit = JSONBodyLimit(app, timeout_s, is_exempt=routes.limits_body_itself)
-    return RequestMiddleware(SplitPlane(json_limit, services), services.meter, services.credentials)
+    guard = Guard(SplitPlane(json_limit, services), services.credentials.is_open)
+    return RequestMiddleware(guard, services.meter, services.credentials)
 
 
 def create_app(settings: ServerSettings) -> SplitServer:

@@ -50,8 +50,6 @@ class OperatorClient:
 
     def __init__(self, url: str, token: str | None = None, ca_file: Path | None = None) -> None:
         headers = {VERSION_HEADER: str(PROTOCOL_VERSION)}
-        if token is not None:
-            headers["authorization"] = f"Bearer {token}"
         if httpx.URL(url).scheme not in ("http", "https"):
             raise InvalidField(
                 "the server's address must begin with http:// or https://",
@@ -64,6 +62,12 @@ class OperatorClient:
         self._client = httpx.Client(
             base_url=url, headers=headers, timeout=_TIMEOUT_S, trust_env=False, verify=verify
         )
+        if token is not None:
+            self.authenticate(token)
+
+    def authenticate(self, token: str) -> None:
+        """Send this token with every later request."""
+        self._client.headers["authorization"] = f"Bearer {token}"
 
     def close(self) -> None:
         """Close the connections."""

@@ -114,9 +114,13 @@ class Server:
         """Return the bytes at the socket so far, in both directions, by phase."""
         return self._transport.traffic()
 
-    def authenticate(self, credential: str) -> None:
-        """Send this credential with every later request."""
-        self._headers["authorization"] = _bearer(credential, "credential")
+    def authenticate(self, credential: str, field: str = "credential") -> None:
+        """Send this credential, or the join token, with every later request.
+
+        Raises:
+            InvalidField: it cannot be sent; names the field.
+        """
+        self._headers["authorization"] = _bearer(credential, field)
 
     # Federation plane
 

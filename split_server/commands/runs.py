@@ -61,7 +61,13 @@ def _connect(
     operator_token: TokenOption = None,
     ca_file: CaFile = None,
 ) -> OperatorClient:
-    return OperatorClient(url, operator_token or read_token(data_dir), ca_file)
+    client = OperatorClient(url, ca_file=ca_file)  # checks the address before a token is read
+    try:
+        client.authenticate(operator_token or read_token(data_dir))
+    except BaseException:
+        client.close()
+        raise
+    return client
 
 
 Connect = Callable[[], OperatorClient]
@@ -118,10 +124,10 @@ def create_run(
         out.print(f"run [bold]{run.id}[/bold] ({run.settings.name}) waits for participants")
 
 
-def runs(url: Url = _URL, ca_file: CaFile = None, as_json: Json = False) -> None:
+@_with_connection
+def runs(connect: Connect, as_json: Json = False) -> None:
     """List the runs of a server."""
-    with contextlib.closing(OperatorClient(url, ca_file=ca_file)) as client:
-        views = client.runs()
+    views = connect().runs()
     if as_json:
         typer.echo(json.dumps([run.model_dump(mode="json") for run in views]))
         return

@@ -7,7 +7,7 @@ import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
-from protocol.errors import Forbidden, InvalidField, Unauthorized
+from protocol.errors import Forbidden, InvalidField
 from split_model.files import write_durably
 
 _PREFIX = "sfp1"
@@ -78,19 +78,10 @@ class Credentials:
             return JoinTokenHolder()
         return self._verify(token.decode(errors="replace")) or Anonymous(sent_credential=True)
 
-    def require_may_join(self, identity: Identity) -> None:
-        """Refuse a sender that may not join a run.
-
-        Raises:
-            Unauthorized: the server has a join token, and the sender is anonymous.
-            Forbidden: the server has a join token, and the credential is of another kind.
-        """
-        if self._join is None or isinstance(identity, (JoinTokenHolder, Operator)):
-            return
-        if isinstance(identity, Anonymous):
-            hint = "pass it to edge-client as --join-token or EDGE_CLIENT_JOIN_TOKEN"
-            raise _unauthorized(identity, "joining requires this server's join token", hint)
-        raise Forbidden("joining requires this server's join token, not another credential")
+    @property
+    def is_open(self) -> bool:
+        """Whether everybody may join: the server has no join token."""
+        return self._join is None
 
     def _verify(self, token: str) -> ParticipantIdentity | None:
         parts = token.split(".")
@@ -107,58 +98,15 @@ class Credentials:
         return hmac.digest(self._secret, message, "sha256").hex()
 
 
-def require_operator(identity: Identity) -> None:
-    """Refuse every sender but the operator.
-
-    Raises:
-        Unauthorized: no token, or one that this server did not issue.
-        Forbidden: a valid credential of another kind.
-    """
-    if isinstance(identity, Operator):
-        return
-    if isinstance(identity, Anonymous):
-        hint = "pass it to split-server as --operator-token; the default is in DATA_DIR"
-        raise _unauthorized(identity, "this request requires the operator token", hint)
-    raise Forbidden("this request requires the operator token, not another credential")
-
-
-def require_participant(identity: Identity, run_id: str | None = None) -> ParticipantIdentity:
+def require_participant(identity: Identity) -> ParticipantIdentity:
     """Return the sender's identity if it is a participant.
 
-    Args:
-        identity: identity of the sender.
-        run_id: run in the path of the request; None: the path has none.
-
     Raises:
-        Unauthorized: no credential, or one that this server did not issue.
-        Forbidden: a credential of another kind or of another run.
+        Forbidden: it is not, although the table of rights let the request pass.
     """
-    if isinstance(identity, Anonymous):
-        raise _unauthorized(identity, "this request requires a participant's credential")
     if not isinstance(identity, ParticipantIdentity):
         raise Forbidden("this request requires a participant's credential, not another one")
-    if run_id is not None and identity.run != run_id:
-        raise Forbidden("the credential belongs to another run", field="run", value=run_id)
     return identity
-
-
-def require_reader(identity: Identity, run_id: str) -> None:
-    """Refuse every sender but the operator and the run's participants.
-
-    Raises:
-        Unauthorized: no credential, or one that this server did not issue.
-        Forbidden: a credential of another kind or of another run.
-    """
-    if not isinstance(identity, Operator):
-        require_participant(identity, run_id)
-
-
-def _unauthorized(
-    identity: Anonymous, message: str, hint: str = "send it as Authorization: Bearer TOKEN"
-) -> Unauthorized:
-    if identity.sent_credential:
-        return Unauthorized(f"{message}; this server did not issue the one sent", hint=hint)
-    return Unauthorized(message, hint=hint)
 
 
 def load_secret(path: Path) -> bytes:

@@ -35,13 +35,7 @@ from protocol.messages import (
 from protocol.settings import RunSettings
 from protocol.wire import PROTOCOL_VERSION
 from split_server.federation import views
-from split_server.federation.credentials import (
-    Identity,
-    ParticipantIdentity,
-    require_operator,
-    require_participant,
-    require_reader,
-)
+from split_server.federation.credentials import ParticipantIdentity, require_participant
 from split_server.http.body import read_body
 from split_server.http.middleware import identity_of, set_participant
 from split_server.http.services import Services
@@ -100,7 +94,7 @@ class FederationRoutes:
         """Whether the route of a request reads a frame with its own size limit, not JSON."""
         return self._update_route.matches(scope)[0] is Match.FULL
 
-    # Routes that need no credential
+    # For all, and for those who may join
 
     async def health(self) -> dict[str, Any]:
         """Return that the server is up, with its version and device."""
@@ -123,28 +117,22 @@ class FederationRoutes:
 
     # Routes of the operator
 
-    async def create(self, request: Request, settings: RunSettings, key: Key = None) -> RunView:
+    async def create(self, settings: RunSettings, key: Key = None) -> RunView:
         """Create a run; respond when its backbone is prepared."""
-        require_operator(identity_of(request.scope))
         idempotent = IdempotentRequest.of("create", key, _content(settings))
         return await run_in_threadpool(self._federation.create, settings, idempotent)
 
-    async def cancel(self, request: Request, run: str, key: Key = None) -> RunView:
+    async def cancel(self, run: str, key: Key = None) -> RunView:
         """Stop a run."""
-        require_operator(identity_of(request.scope))
         idempotent = IdempotentRequest.of(f"{run}/cancel", key)
         return await run_in_threadpool(self._federation.cancel, run, idempotent)
 
-    async def results(self, request: Request, run: str) -> Results:
+    async def results(self, run: str) -> Results:
         """Return a run's rounds, participants and traffic so far."""
-        require_reader(identity_of(request.scope), run)
         return await run_in_threadpool(self._federation.results, run)
 
-    async def events(
-        self, request: Request, run: str, after: Number = 0, wait: Wait = 0
-    ) -> list[Event]:
+    async def events(self, run: str, after: Number = 0, wait: Wait = 0) -> list[Event]:
         """Return the events after number ``after``; wait up to ``wait`` s for the first."""
-        require_reader(identity_of(request.scope), run)
         notifier = self._services.notifier
         deadline = time.monotonic() + self._bounded(wait)
         while True:
@@ -161,7 +149,6 @@ class FederationRoutes:
         self, request: Request, run: str, message: JoinRequest, key: Key = None
     ) -> JoinResponse:
         """Join a run; respond with the participant's credential."""
-        self._services.credentials.require_may_join(identity_of(request.scope))
         idempotent = IdempotentRequest.of(f"{run}/join", key, _content(message))
         joined = await run_in_threadpool(self._federation.join, run, message, idempotent)
         set_participant(request.scope, ParticipantIdentity(run, joined.participant))
@@ -169,7 +156,7 @@ class FederationRoutes:
 
     async def leave(self, request: Request, run: str, key: Key = None) -> dict[str, Any]:
         """Leave a run permanently; a repetition gets the same response."""
-        identity = require_participant(identity_of(request.scope), run)
+        identity = require_participant(identity_of(request.scope))
         idempotent = IdempotentRequest.of(f"{run}/{identity.participant}/leave", key)
         await run_in_threadpool(self._federation.leave, run, identity.participant, idempotent)
         return {}
@@ -190,7 +177,7 @@ class FederationRoutes:
         wait: Wait = 0,
     ) -> Assignment:
         """Return the sender's next task; wait up to ``wait`` s while it equals the query's."""
-        identity = require_participant(identity_of(request.scope), run)
+        identity = require_participant(identity_of(request.scope))
         notifier, advancer = self._services.notifier, self._services.advancer
         wait = self._bounded(wait)
         if not self._runs.has_left(run, identity.participant):
@@ -213,7 +200,7 @@ class FederationRoutes:
 
     async def head(self, request: Request, run: str, sha256: str | None = None) -> Response:
         """Return the head file; ``sha256``: refuse if the newest head has another hash."""
-        require_reader(self._reader(request, run), run)
+        self._touch(request, run)
         snapshot = self._runs.snapshot(run)
         if sha256 is not None and sha256 != snapshot.head.sha256:
             _require_sha256(sha256, "sha256")
@@ -223,14 +210,14 @@ class FederationRoutes:
 
     async def state(self, request: Request, run: str, sha256: str) -> Response:
         """Return the device's part of a global state."""
-        require_reader(self._reader(request, run), run)
+        self._touch(request, run)
         self._runs.snapshot(run)
         _require_sha256(sha256, "sha256")
         return await _checked_file(request, self._runs.files(run).state(sha256), sha256)
 
     async def delta(self, request: Request, run: str, sha256: str, base: str) -> Response:
         """Return a frame of kind ``delta``: the change from the state ``base`` to this one."""
-        require_reader(self._reader(request, run), run)
+        self._touch(request, run)
         self._runs.snapshot(run)
         _require_sha256(sha256, "sha256")
         _require_sha256(base, "base")
@@ -289,15 +276,18 @@ class FederationRoutes:
     def _bounded(self, wait: float) -> float:
         return min(wait, self._services.settings.max_wait_s)
 
-    def _reader(self, request: Request, run: str) -> Identity:
-        identity = identity_of(request.scope)
-        if isinstance(identity, ParticipantIdentity) and identity.run == run:
+    def _touch(self, request: Request, run: str) -> None:
+        """Record that the sender is live, if it is a participant.
+
+        Raises:
+            Forbidden: it has left.
+        """
+        if isinstance(identity_of(request.scope), ParticipantIdentity):
             self._participant(request, run)
-        return identity
 
     def _participant(self, request: Request, run: str) -> ParticipantIdentity:
         """Record that the sender is live and return it; refuse a participant that has left."""
-        identity = require_participant(identity_of(request.scope), run)
+        identity = require_participant(identity_of(request.scope))
         self._runs.participant(run, identity.participant)
         self._services.liveness.touch(run, identity.participant)
         return identity

@@ -15,7 +15,7 @@ from split_server.engine.metrics import RunFigures
 
 
 def metrics_router(registry: CollectorRegistry) -> APIRouter:
-    """Create the route ``GET /metrics``; like ``GET /v1/runs``, it needs no credential."""
+    """Create the route ``GET /metrics``, for the operator."""
     router = APIRouter()
 
     @router.get("/metrics")

@@ -41,7 +41,7 @@ _LIGHT_KINDS = frozenset({"forward", "backward"})  # these access no disk
 
 _RAW_CODECS = frozenset({"float32", "float16", "bfloat16"})
 
-_ROUTES: Final[Mapping[str, tuple[str, Handler]]] = {  # path: kind of the frame, handler
+ROUTES: Final[Mapping[str, tuple[str, Handler]]] = {  # path: the frame's kind, its handler
     **HANDLERS,
     START_PATH: ("start", handle_start),
     SOLVE_PATH: ("solve", handle_solve),
@@ -58,7 +58,7 @@ class SplitPlane:
     services: Services
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        route = _ROUTES.get(scope["path"]) if scope["type"] == "http" else None
+        route = ROUTES.get(scope["path"]) if scope["type"] == "http" else None
         if route is None:
             await self.app(scope, receive, send)
             return

@@ -36,7 +36,7 @@ def test_a_step_is_retained_only_if_a_parameter_before_the_body_is_tuned(
     assert tensor_in(first, "features").shape == shape
     assert api.step("forward", rows, "s").content == first.content
     assert code_of(api.step("forward", rows + 1, "s")) == "idempotency_key_reused"
-    metrics = api.call("GET", "/metrics").text
+    metrics = server.operator().call("GET", "/metrics").text
     assert (_gauge(metrics, "sfprompt_engine_open_steps") > 0) == has_backward
     assert (_gauge(metrics, "sfprompt_engine_retained_bytes") > 0) == has_backward
     response = api.step("backward", rows, "s")

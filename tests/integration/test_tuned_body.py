@@ -248,7 +248,7 @@ def test_a_body_that_does_not_fit_in_memory_waits_until_another_is_released(tmp_
             thread.join(120)
         assert [device.last.status for device in devices] == [RunStatus.FINISHED] * 2
         assert not any("begun-anew" in device.events for device in devices)
-        metrics = server.api().call("GET", "/metrics").text
+        metrics = server.operator().call("GET", "/metrics").text
     refused = [line for line in metrics.splitlines() if 'refused_total{code="busy"}' in line]
     assert float(refused[0].split()[-1]) > 0
     assert "sfprompt_engine_own_bodies 0.0" in metrics

@@ -143,7 +143,7 @@ def test_poison_over_http_is_refused_and_named(server: RunningServer) -> None:
     results = operator.call("GET", f"/v1/runs/{run}/results").json()
     assert results["rounds"][0]["refused"] == ["p0003"]
     assert results["rounds"][0]["updated"] == ["p0001", "p0002"]
-    page = server.api().http.get("/metrics").text
+    page = server.operator().http.get("/metrics").text
     assert f'sfprompt_updates_refused_total{{run="{run}"}} 1.0' in page
 
 

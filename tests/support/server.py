@@ -186,7 +186,7 @@ def running_server(folder: Path, **changes: Any) -> Iterator[RunningServer]:
 
 def measured(server: RunningServer) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
     """Every sample of /metrics, by name and labels."""
-    page = server.api().http.get("/metrics")
+    page = server.operator().http.get("/metrics")
     assert page.headers["content-type"].startswith("text/plain")
     return {
         (sample.name, frozenset(sample.labels.items())): sample.value

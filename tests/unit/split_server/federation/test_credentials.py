@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from protocol.errors import Forbidden, InvalidField, Unauthorized
+from protocol.errors import Forbidden, InvalidField
 from split_server.federation.credentials import (
     Anonymous,
     Credentials,
@@ -19,9 +19,7 @@ from split_server.federation.credentials import (
     ParticipantIdentity,
     load_operator_token,
     load_secret,
-    require_operator,
     require_participant,
-    require_reader,
 )
 
 SECRET = b"s" * 32
@@ -69,44 +67,17 @@ def test_tokens_are_recognised() -> None:
     both = credentials("the-join-token")
     assert both.identify(f"Bearer {OPERATOR}") == Operator()
     assert both.identify("Bearer the-join-token") == JoinTokenHolder()
-    both.require_may_join(JoinTokenHolder())
-    both.require_may_join(Operator())
-    refused: list[tuple[Identity, type[Exception]]] = [
-        (Anonymous(), Unauthorized),
-        (Anonymous(True), Unauthorized),
-        (ParticipantIdentity("r1", "p1"), Forbidden),
-    ]
-    for identity, error in refused:
-        credentials().require_may_join(identity)
-        with pytest.raises(error):
-            both.require_may_join(identity)
+    assert not both.is_open
+    assert credentials().is_open
 
 
-def test_each_role_has_its_permissions() -> None:
+def test_only_a_participant_is_one() -> None:
     participant = ParticipantIdentity("r1", "p1")
-    require_operator(Operator())
-    refused: list[tuple[Identity, type[Exception]]] = [
-        (Anonymous(), Unauthorized),
-        (participant, Forbidden),
-        (JoinTokenHolder(), Forbidden),
-    ]
-    for identity, error in refused:
-        with pytest.raises(error):
-            require_operator(identity)
-    assert require_participant(participant) == require_participant(participant, "r1") == participant
-    refused = [
-        (Anonymous(True), Unauthorized),
-        (Operator(), Forbidden),
-        (JoinTokenHolder(), Forbidden),
-        (ParticipantIdentity("r2", "p1"), Forbidden),
-    ]
-    for identity, error in refused:
-        with pytest.raises(error):
-            require_participant(identity, "r1")
-    require_reader(Operator(), "r1")
-    require_reader(participant, "r1")
-    with pytest.raises(Forbidden):
-        require_reader(participant, "r2")
+    assert require_participant(participant) == participant
+    others: list[Identity] = [Anonymous(), Anonymous(True), Operator(), JoinTokenHolder()]
+    for identity in others:
+        with pytest.raises(Forbidden):
+            require_participant(identity)
 
 
 def test_secrets_are_created_once_and_readable_by_their_owner_only(tmp_path: Path) -> None:
