@@ -5,16 +5,26 @@ from __future__ import annotations
 import contextlib
 import logging
 import signal
-import socket
 import sys
 from dataclasses import replace
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from edge_client.check_command import check
+from edge_client.options import (
+    CaOption,
+    HomeOption,
+    NameOption,
+    Progress,
+    RunOption,
+    ThreadsOption,
+    TokenFileOption,
+    TokenOption,
+    Url,
+    choose_token,
+)
 from protocol.command import run_command, version_option
 from protocol.errors import Forbidden, IdempotencyKeyReused, NotFound, SFPromptError
 
@@ -34,49 +44,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Tune a split vision model together with others; images and labels stay on this device.",
 )
-
-
-class Progress(StrEnum):
-    """The form in which a device reports its progress."""
-
-    BAR = "bar"
-    JSON = "json"
-
-
-Url = Annotated[str, typer.Argument(help="Address of the split server, e.g. http://gpu-node:8500")]
-
-RunOption = Annotated[
-    str | None, typer.Option("--run", help="Id of the run. Default: the newest suitable run.")
-]
-
-CaOption = Annotated[
-    Path | None, typer.Option("--ca-file", help="PEM file to trust for https, e.g. your own CA.")
-]
-
-TokenOption = Annotated[
-    str | None,
-    typer.Option(
-        "--join-token",
-        envvar="EDGE_CLIENT_JOIN_TOKEN",
-        help="The server's join token, if it requires one.",
-    ),
-]
-
-NameOption = Annotated[
-    str,
-    typer.Option(
-        "--name",
-        default_factory=socket.gethostname,
-        show_default="the host's name",
-        help="This device's name; a restart with the same name continues as before.",
-    ),
-]
-
-ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: all.")]
-
-HomeOption = Annotated[
-    Path | None, typer.Option("--home", help="Folder for downloads and the device's identity.")
-]
 
 
 @app.callback()
@@ -145,6 +112,7 @@ def join(
         float, typer.Option(min=0, help="Seconds to wait for a busy or unreachable server.")
     ] = 300.0,
     join_token: TokenOption = None,
+    join_token_file: TokenFileOption = None,
     ca_file: CaOption = None,
     home: HomeOption = None,
     progress: Annotated[
@@ -161,9 +129,10 @@ def join(
     reporter: Reporter = JsonReporter() if progress is Progress.JSON else BarReporter()
     folder = home or cache_dir()
     line = None if link is None else _parse_link(link, data_seed, name)
+    token = choose_token(join_token, join_token_file)
     server = _server(url, patience, ca_file, reporter, line)
     try:
-        chosen = _choose(server, run, join_token, open_only=True)
+        chosen = _choose(server, run, token, open_only=True)
         reporter.event("chosen", run=chosen.id)
         # Imported here: torch takes seconds to import, which the lines above do not need.
         from edge_client.loading import load_run_data
@@ -188,7 +157,7 @@ def join(
             server, dataset, folder / "blobs", name, reporter, cache_mib * 1024 * 1024
         )
         with Identity(folder / "identities", url, chosen.id, name) as identity:
-            last = _join_as(identity, participant, chosen.id, join_token).take_part()
+            last = _join_as(identity, participant, chosen.id, token).take_part()
     finally:
         reporter.close()
         server.close()
@@ -224,6 +193,7 @@ def predict(
     ] = False,
     threads: ThreadsOption = None,
     join_token: TokenOption = None,
+    join_token_file: TokenFileOption = None,
     ca_file: CaOption = None,
     home: HomeOption = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v")] = False,
@@ -244,18 +214,17 @@ def predict(
         show_predictions(WholePredictor(Path(model)).predict(files, top), as_json=as_json)
         return
     folder = home or cache_dir()
+    token = choose_token(join_token, join_token_file)
     server = _server(model, 30.0, ca_file, None)
     try:
-        chosen = _choose(server, run, join_token, open_only=False)
+        chosen = _choose(server, run, token, open_only=False)
         # Imported here: torch takes seconds to import, which the lines above do not need.
         from edge_client.prediction import Predictor
 
         _limit_threads(threads)
         guest = f"{name} (predict)"
         with Identity(folder / "identities", model, chosen.id, guest) as identity:
-            predictor = Predictor.join(
-                server, chosen, folder / "blobs", identity.key, guest, join_token
-            )
+            predictor = Predictor.join(server, chosen, folder / "blobs", identity.key, guest, token)
         show_predictions(predictor.predict(files, top), as_json=as_json)
     finally:
         server.close()
@@ -277,6 +246,7 @@ def leave(
         ),
     ] = False,
     join_token: TokenOption = None,
+    join_token_file: TokenFileOption = None,
     ca_file: CaOption = None,
     home: HomeOption = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v")] = False,
@@ -289,9 +259,10 @@ def leave(
     from edge_client.storage.identity import credential_of
 
     _prepare(verbose)
+    token = choose_token(join_token, join_token_file)
     server = _server(url, 30.0, ca_file, None)
     try:
-        chosen = _choose(server, run, join_token, open_only=True)
+        chosen = _choose(server, run, token, open_only=True)
         credential = credential_of((home or cache_dir()) / "identities", url, chosen.id, name)
         if credential is None:
             raise NotFound(

@@ -6,15 +6,16 @@ import importlib
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
-from protocol.errors import SFPromptError
+from protocol.errors import InvalidField, SFPromptError
 
-__all__ = ["Subcommand", "group_of", "run_command", "version_option"]
+__all__ = ["Subcommand", "group_of", "read_token_file", "run_command", "version_option"]
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,27 @@ def version_option(command: str) -> Any:
     return typer.Option(
         "--version", callback=show, is_eager=True, help="Show the version and exit."
     )
+
+
+def read_token_file(path: Path, field: str) -> str:
+    """Read a token from a file, so that no list of processes shows it.
+
+    Args:
+        path: of the file; spaces and lines around the token are dropped.
+        field: the option's name, for errors.
+
+    Raises:
+        InvalidField: the file cannot be read or is empty.
+    """
+    try:
+        token = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidField(
+            "the file of a token cannot be read", field=field, value=str(error)
+        ) from None
+    if not token:
+        raise InvalidField("the file of a token is empty", field=field, value=str(path))
+    return token
 
 
 def run_command(app: typer.Typer) -> None:

@@ -19,6 +19,7 @@ from prometheus_client import ProcessCollector
 from starlette.types import Receive, Scope, Send
 from torch import Tensor
 
+from split_server.address import write_address
 from split_server.closed_form.start import ClosedFormStarts
 from split_server.engine.body_cache import BodyCache
 from split_server.engine.engine import Engine
@@ -375,6 +376,7 @@ def serve_until_stopped(application: SplitServer, settings: ServerSettings) -> N
     with lock_data_dir(settings.data_dir):
         check_complete(settings.data_dir, settings.database)
         Store(settings.database).close()  # reports a wrong schema in one line, not in a traceback
+        write_address(settings)
         # Garbage collection over all imported modules takes a fifth of a second. Freezing them
         # excludes them from every collection while serving.
         gc.collect()

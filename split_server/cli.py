@@ -15,13 +15,19 @@ _SUBCOMMANDS = {
         "split_server.commands.serve",
         "Host the split server until a signal stops it.",
         (
-            "split-server serve --host 0.0.0.0 --data-dir /srv/sfprompt",
+            "split-server serve --host 0.0.0.0 --certs certs --data-dir /srv/sfprompt",
             "split-server serve --config server.toml --device cuda --dtype bfloat16",
         ),
         (
             "Settings may also be given in the environment (SPLIT_SERVER_PORT) or in a TOML file "
             "(port = 8500). Flags override the environment, which overrides the file.",
         ),
+    ),
+    "certs": Subcommand(
+        "split_server.commands.certs",
+        "Make a certificate authority, a certificate of this server, and a join token.",
+        ("split-server certs --host gpu-node --host 10.0.0.5 --out certs",),
+        ("A second call replaces the server's certificate alone: devices keep what they have.",),
     ),
     "create-run": Subcommand(
         _RUNS,

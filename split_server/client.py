@@ -32,7 +32,7 @@ def read_token(data_dir: Path) -> str:
             "the data folder contains no operator token",
             field="data_dir",
             value=str(path),
-            hint="pass the server's --data-dir, or --operator-token",
+            hint="pass the server's --data-dir, or --operator-token-file",
         ) from None
 
 
@@ -115,11 +115,14 @@ class OperatorClient:
                 method, path, json=body, headers=headers, timeout=timeout_s
             )
         except httpx.TransportError as error:
+            is_refused = "certificate" in str(error).lower()
             raise Unreachable(
                 f"the server does not answer ({error})",
                 field="url",
                 value=str(self._client.base_url),
-                hint="is it running? start it with: split-server serve",
+                hint="pass a name in its certificate as --url, and its authority as --ca-file"
+                if is_refused
+                else "is it running? start it with: split-server serve",
             ) from error
         try:
             content: object = response.json() if response.content else None

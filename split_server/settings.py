@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import tomllib
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from protocol.command import read_token_file
 from protocol.errors import InvalidField
 from protocol.limits import MIB, FrameLimits
 from split_server.engine.limits import BackwardMode
@@ -25,6 +27,10 @@ from split_server.engine.limits import BackwardMode
 ENV_PREFIX = "SPLIT_SERVER_"
 
 OPERATOR_TOKEN_FILE = "operator.token"  # noqa: S105 - the name of a file in the data folder
+
+# Files that `split-server certs` writes
+CERT_FILE, KEY_FILE, CA_FILE = "cert.pem", "key.pem", "ca.pem"
+JOIN_TOKEN_FILE = "join.token"  # noqa: S105 - a name
 
 DEFAULT_PORT = 8500
 
@@ -131,15 +137,57 @@ class ServerSettings(BaseSettings):
     )
     max_wait_s: float = Field(60.0, gt=0, le=600, description="longest long poll")
     max_connections: int = Field(2000, ge=1, le=1_000_000, description="limit of open connections")
+    certs: Path | None = Field(
+        None,
+        description="folder that split-server certs made; stands for tls_cert, tls_key and "
+        "join_token_file",
+    )
+    insecure: bool = Field(
+        False,
+        description="listen on other than loopback without TLS or without a join token",
+    )
     operator_token: Token | None = Field(
         None, description="none: created, in DATA_DIR/operator.token"
     )
+    operator_token_file: Path | None = Field(
+        None, description="file with the operator token, which no list of processes shows"
+    )
     join_token: Token | None = Field(None, description="none: anyone may join")
+    join_token_file: Path | None = Field(
+        None, description="file with the join token, which no list of processes shows"
+    )
     tls_cert: Path | None = Field(
         None, description="PEM file of the certificate; needs tls_key; serves https"
     )
     tls_key: Path | None = Field(None, description="PEM file of the certificate's key")
     log_level: LogLevel = Field("info", description="least severe messages to log")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_files(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Put the files of the folder `certs`, and the tokens in files, where they belong."""
+        values = dict(values)
+        if isinstance(certs := values.get("certs"), (str, Path)):
+            own = {"tls_cert": CERT_FILE, "tls_key": KEY_FILE}
+            if values.get("join_token") is None:
+                own["join_token_file"] = JOIN_TOKEN_FILE
+            values = {name: Path(certs) / file for name, file in own.items()} | values
+        for name in ("operator_token", "join_token"):
+            if isinstance(file := values.get(f"{name}_file"), (str, Path)):
+                if values.get(name) is not None:
+                    raise ValueError(f"set {name} or {name}_file, not both")
+                values[name] = read_token_file(Path(file), f"{name}_file")
+        return values
+
+    @model_validator(mode="after")
+    def _check_exposure(self) -> ServerSettings:
+        if self.exposed and not self.insecure:
+            raise ValueError(
+                f"others can reach {self.host}, and the server lacks {' and '.join(self.exposed)}: "
+                "make both with `split-server certs --host NAME --out certs` and add "
+                "`--certs certs`; or add `--insecure`, on a network that is yours alone"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_tls_pair(self) -> ServerSettings:
@@ -174,6 +222,14 @@ class ServerSettings(BaseSettings):
         from_file = InitSettingsSource(settings_cls, init_kwargs=dict(_file.get({})))
         return init_settings, env_settings, from_file
 
+    @property
+    def exposed(self) -> list[str]:
+        """What a server that others can reach lacks; empty: nothing."""
+        if is_loopback(self.host):
+            return []
+        lacking = {"TLS": self.tls_cert is None, "a join token": self.join_token is None}
+        return [name for name, is_lacking in lacking.items() if is_lacking]
+
     @cached_property
     def frame_limits(self) -> FrameLimits:
         """The limits of a request's frame."""
@@ -193,6 +249,14 @@ class ServerSettings(BaseSettings):
     def database(self) -> Path:
         """The SQLite file of runs, rounds and participants."""
         return self.data_dir / "server.sqlite"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a server that listens on this address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def load_settings(

@@ -15,13 +15,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from protocol.command import read_token_file
 from protocol.errors import InvalidField
 from protocol.messages import Event, Results, RoundView, RunView, parse_message
 from protocol.presets import Form, over_form
 from protocol.settings import RunSettings
 from protocol.traffic import total_bytes
+from split_server.address import Address, read_address
 from split_server.client import OperatorClient, read_token
-from split_server.settings import DEFAULT_PORT, read_toml
+from split_server.settings import read_toml
 from split_server.storage.data_dir import database_in
 
 out = Console()
@@ -31,7 +33,10 @@ DataDir = Annotated[
     typer.Option("--data-dir", help="The server's data folder.", envvar="SPLIT_SERVER_DATA_DIR"),
 ]
 
-Url = Annotated[str, typer.Option("--url", help="Address of the server.")]
+Url = Annotated[
+    str | None,
+    typer.Option("--url", help="Address of the server. Default: as in its data folder."),
+]
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -40,29 +45,41 @@ TokenOption = Annotated[
     typer.Option(
         "--operator-token",
         envvar="SPLIT_SERVER_OPERATOR_TOKEN",
-        help="Default: the token in the data folder.",
+        help="Default: that in the data folder. The list of processes shows it to others.",
+    ),
+]
+
+TokenFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--operator-token-file",
+        envvar="SPLIT_SERVER_OPERATOR_TOKEN_FILE",
+        help="File with the operator token.",
     ),
 ]
 
 CaFile = Annotated[
-    Path | None, typer.Option("--ca-file", help="PEM file of trusted certificates, for https.")
+    Path | None,
+    typer.Option("--ca-file", help="PEM file of trusted certificates, for https with --url."),
 ]
 
 RunId = Annotated[str, typer.Argument(help="The run's id.")]
 
 _DATA_DIR = Path("sfprompt-data")
 
-_URL = f"http://127.0.0.1:{DEFAULT_PORT}"
-
 
 def _connect(
-    url: Url = _URL,
+    url: Url = None,
     data_dir: DataDir = _DATA_DIR,
     operator_token: TokenOption = None,
+    operator_token_file: TokenFile = None,
     ca_file: CaFile = None,
 ) -> OperatorClient:
-    client = OperatorClient(url, ca_file=ca_file)  # checks the address before a token is read
-    try:
+    address = read_address(data_dir) if url is None else Address(url)
+    client = OperatorClient(address.url, ca_file=ca_file or address.ca_file)
+    try:  # only now: a wrong address is told before a missing token
+        if operator_token is None and operator_token_file is not None:
+            operator_token = read_token_file(operator_token_file, "operator_token_file")
         client.authenticate(operator_token or read_token(data_dir))
     except BaseException:
         client.close()

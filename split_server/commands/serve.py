@@ -55,8 +55,12 @@ def serve(
     stall_timeout_s: Annotated[float | None, _described("stall_timeout_s")] = None,
     live_window_s: Annotated[float | None, _described("live_window_s")] = None,
     max_wait_s: Annotated[float | None, _described("max_wait_s")] = None,
+    certs: Annotated[Path | None, _described("certs")] = None,
+    insecure: Annotated[bool | None, _described("insecure")] = None,
     operator_token: Annotated[str | None, _described("operator_token")] = None,
+    operator_token_file: Annotated[Path | None, _described("operator_token_file")] = None,
     join_token: Annotated[str | None, _described("join_token")] = None,
+    join_token_file: Annotated[Path | None, _described("join_token_file")] = None,
     tls_cert: Annotated[Path | None, _described("tls_cert")] = None,
     tls_key: Annotated[Path | None, _described("tls_key")] = None,
     log_level: Annotated[str | None, _described("log_level")] = None,
@@ -72,6 +76,12 @@ def serve(
     raise_descriptor_limit()
     keep_large_buffers()
     server = create_app(settings)
+    if settings.exposed:
+        logging.getLogger("split_server").warning(
+            "insecure: others can reach %s, without %s",
+            settings.host,
+            " and ".join(settings.exposed),
+        )
     _log_memory_limits(settings, f"{server.placement.device}, {server.placement.dtype_name}")
     serve_until_stopped(server, settings)
 

@@ -156,9 +156,9 @@ _NEEDED = {
 }
 
 _HINTS = {
-    Role.JOINER: "pass it to edge-client as --join-token or EDGE_CLIENT_JOIN_TOKEN",
+    Role.JOINER: "pass it to edge-client as --join-token-file or EDGE_CLIENT_JOIN_TOKEN",
     Role.PARTICIPANT: "send it as Authorization: Bearer TOKEN",
-    Role.OPERATOR: "pass it to split-server as --operator-token; the default is in DATA_DIR",
+    Role.OPERATOR: "pass it to split-server as --operator-token-file; the default is in DATA_DIR",
 }
 
 

@@ -7,6 +7,7 @@ import os
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -51,8 +52,8 @@ def test_this_file_runs_every_command_of_the_pages() -> None:
     known += ("pip install", "split-server", "edge-client")
     assert [command for command in COMMANDS if not command.startswith(known)] == []
     assert {page: len(commands_of(page)) for page in PAGES} == {
-        "README.md": 9,
-        "docs/quickstart.md": 12,
+        "README.md": 10,
+        "docs/quickstart.md": 13,
         "CONTRIBUTING.md": 4,
     }
 
@@ -163,28 +164,28 @@ def test_hosting_joining_watching_exporting_and_predicting(
     )
     hosted = [c for c in COMMANDS if c.startswith(("split-server", "edge-client"))]
     places = {"gpu-node:8500": f"127.0.0.1:{port}"}
-    serve, create, join, *later = [_placed(command, places) for command in hosted]
+    certs, serve, create, join, *later = [_placed(command, places) for command in hosted]
     assert serve.startswith("split-server serve")
-    words = [*shlex.split(serve.replace("0.0.0.0", "127.0.0.1"))[1:], "--port", str(port)]
+    run_command(certs)
+    for name in ("ca.pem", "join.token"):  # as a person copies them to each device
+        shutil.copy(folder / "certs" / name, folder / name)
+    words = [*shlex.split(serve)[1:], "--port", str(port)]
     server = CommandProcess("split_server.cli", words, folder / "server.log", cwd=folder)
-    url = f"http://127.0.0.1:{port}"
+    url, ca_file = f"https://127.0.0.1:{port}", folder / "ca.pem"
     try:
-        probe = OperatorClient(url)
+        probe = OperatorClient(url, ca_file=ca_file)
         wait_until_healthy(server, probe.is_healthy, 60)
         probe.close()
-        run_command(f"{create} --url {url}")
-        client = OperatorClient(url, read_token(folder / "sfprompt-data"))
+        run_command(create)
+        client = OperatorClient(url, read_token(folder / "sfprompt-data"), ca_file)
         [run] = client.runs()
         client.close()
         run_process(join, folder)
         for command in later:
-            here = command.replace("RUN", run.id)
-            if not here.startswith("edge-client") and " export " not in here:
-                here += f" --url {url}"
-            output = run_command(here).output
-            if " watch " in here:
+            output = run_command(command.replace("RUN", run.id)).output
+            if " watch " in command:
                 assert "run_finished" in output
-            elif " predict " in here:
+            elif " predict " in command:
                 assert any(name in output for name in CLASSES)
         model = folder / "model.safetensors"
         assert model.stat().st_size > 1e6

@@ -49,7 +49,7 @@ MISTAKES = {
     "edge-client check absent": "absent",
     "split-server serve --max-frame-mib 0": "max_frame_mib",
     "split-server create-run --set method.name=unknown --operator-token 12345678": "no such method",
-    f"split-server runs --url {NOBODY}": "Unreachable",
+    f"split-server runs --url {NOBODY} --operator-token 12345678": "Unreachable",
     "split-server watch RUN --data-dir absent": "absent",
     "split-server export RUN --data-dir absent --out model": "absent",
     "sfprompt-bench run --data unknown": "unknown",

@@ -33,6 +33,7 @@ def test_flags_override_the_environment_which_overrides_the_file(
     file = written(tmp_path, 'port = 1\nhost = "from-file"\nqueue_mib = 7\n')
     monkeypatch.setenv("SPLIT_SERVER_PORT", "2")
     monkeypatch.setenv("SPLIT_SERVER_HOST", "from-environment")
+    monkeypatch.setenv("SPLIT_SERVER_INSECURE", "true")  # others could reach such a host
     settings = load_settings({"port": 3, "host": None}, file)
     assert (settings.port, settings.host, settings.queue_mib) == (3, "from-environment", 7)
     assert load_settings().max_frame_mib == 256
@@ -138,7 +139,7 @@ def test_the_allocator_is_configured_without_an_error() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["serve", "create-run", "runs", "watch", "cancel", "results", "export"]
+    "command", ["serve", "certs", "create-run", "runs", "watch", "cancel", "results", "export"]
 )
 def test_every_command_has_help(command: str) -> None:
     shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"})
