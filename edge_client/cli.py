@@ -26,7 +26,8 @@ from edge_client.options import (
     choose_token,
 )
 from protocol.command import run_command, version_option
-from protocol.errors import Forbidden, IdempotencyKeyReused, NotFound, SFPromptError
+from protocol.errors import Forbidden, IdempotencyKeyReused, NotFound, Removed, SFPromptError
+from protocol.printable import printable
 
 # Most modules are imported in functions: --help and errors of arguments wait for none of them, an
 # unreachable server not for torch.
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from edge_client.transport.client import Server
     from edge_client.transport.link import Link
     from protocol.messages import RunView
+
+REMOVED = 4  # exit code: the operator removed this device
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -158,19 +161,27 @@ def join(
         )
         with Identity(folder / "identities", url, chosen.id, name) as identity:
             last = _join_as(identity, participant, chosen.id, token).take_part()
+    except Removed as error:
+        reporter.close()
+        raise _exit(REMOVED, "Removed from the run", str(error)) from None
     finally:
         reporter.close()
         server.close()
     if not succeeded(last):
-        from rich.console import Console
-        from rich.markup import escape
-
-        reason = escape(last.reason or "no reason given")
         summary = (
             f"The run ended as {last.status}" if last.status.is_over else "No longer taking part"
         )
-        Console(stderr=True).print(f"[red]{summary}[/red]: {reason}", soft_wrap=True)
-        raise typer.Exit(3)
+        raise _exit(3, summary, last.reason or "no reason given")
+
+
+def _exit(code: int, summary: str, reason: str) -> typer.Exit:
+    """Print why the command ends, and return the exception that ends it with this code."""
+    from rich.console import Console
+    from rich.markup import escape
+
+    text = f"[red]{summary}[/red]: {escape(printable(reason))}"
+    Console(stderr=True).print(text, soft_wrap=True, highlight=False)
+    return typer.Exit(code)
 
 
 @app.command(

@@ -30,7 +30,15 @@ from edge_client.training import Diverged, Evaluation, Proximal, RoundContext, S
 from edge_client.transport.client import Server
 from edge_client.transport.split_client import SplitPlane
 from protocol.codec_names import is_row_wise_inside
-from protocol.errors import Conflict, EmptyUpdate, Forbidden, InvalidField, StaleRound, StepLost
+from protocol.errors import (
+    Conflict,
+    EmptyUpdate,
+    Forbidden,
+    InvalidField,
+    Removed,
+    StaleRound,
+    StepLost,
+)
 from protocol.messages import (
     MAX_LOSS,
     Assignment,
@@ -166,6 +174,8 @@ class JoinedRun:
             self._report("nothing-to-train", assignment, str(error))
         except Conflict as error:  # the round, the run or this step is over
             self._report("left-behind", assignment, str(error))
+        except Removed:
+            raise
         except Forbidden as error:
             if error.field != "participant":
                 raise

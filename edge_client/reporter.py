@@ -15,6 +15,7 @@ from rich.table import Table
 
 from edge_client.data.remarks import Remark, group_by_reason
 from protocol.errors import InvalidField
+from protocol.printable import printable
 
 if TYPE_CHECKING:  # it imports torch
     from edge_client.prediction import Prediction
@@ -72,7 +73,8 @@ class BarReporter:
 
     def event(self, kind: str, **data: Any) -> None:
         details = "  ".join(f"{name} {_short(value)}" for name, value in data.items())
-        self._progress.console.print(f"[bold]{kind}[/bold]  {escape(details)}", highlight=False)
+        text = escape(printable(details))  # reasons are the server's words
+        self._progress.console.print(f"[bold]{kind}[/bold]  {text}", highlight=False)
 
     def advance(self, phase: str, done: int, total: int) -> None:
         self._progress.update(self._task, description=phase, completed=done, total=total)

@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from protocol.errors import InvalidField, SFPromptError
+from protocol.printable import printable_lines
 
 __all__ = ["Subcommand", "group_of", "read_token_file", "run_command", "version_option"]
 
@@ -123,11 +124,8 @@ def run_command(app: typer.Typer) -> None:
         from rich.console import Console
         from rich.markup import escape
 
-        # A file name may not be valid text, which a terminal cannot print.
-        text = str(error).encode("utf-8", "backslashreplace").decode()
-        Console(stderr=True).print(
-            f"[red]error[/red]: {escape(text)}", highlight=False, soft_wrap=True
-        )
+        text = escape(printable_lines(str(error)))  # a server's words, or a file's strange name
+        Console(stderr=True).print(f"[red]error[/red]: {text}", highlight=False, soft_wrap=True)
         sys.exit(2)
 
 

@@ -13,6 +13,7 @@ SFPromptError                     base class of all errors of this project
 ├── DamagedFrame                  bytes of the frame changed on their way; send it again
 ├── Unauthorized                  the credential is missing, or this server did not issue it
 ├── Forbidden                     the credential is valid, but does not allow this request
+│   └── Removed                   the operator removed this participant from its run
 ├── NotFound                      no such run, participant, state or page
 ├── Conflict                      the request is valid, but not in the current state
 │   ├── StaleRound                the round of the request is not open
@@ -31,6 +32,8 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, TypeAlias
 
+from protocol.printable import printable
+
 __all__ = [
     "Busy",
     "Conflict",
@@ -46,6 +49,7 @@ __all__ = [
     "MalformedFrame",
     "NonFinite",
     "NotFound",
+    "Removed",
     "RunClosed",
     "SFPromptError",
     "StaleRound",
@@ -202,6 +206,12 @@ class Forbidden(SFPromptError):
     code, status = "forbidden", 403
 
 
+class Removed(Forbidden):
+    """The operator removed this participant from its run."""
+
+    code = "removed"
+
+
 class NotFound(SFPromptError):
     """No such run, participant, state or page."""
 
@@ -338,13 +348,15 @@ def _truncate(text: str) -> str:
 
 
 def _text(value: object) -> str | None:
-    return _truncate(value) if isinstance(value, str) else None
+    return printable(_truncate(value)) if isinstance(value, str) else None
 
 
 def _field_value(value: object) -> FieldValue:
     if isinstance(value, list):
-        return [_json_safe(item) for item in value[:_MAX_ITEMS] if _is_scalar(item)]
-    return _json_safe(value) if isinstance(value, (str, int, float)) else None
+        return [_field_value(item) for item in value[:_MAX_ITEMS] if _is_scalar(item)]
+    if isinstance(value, str):
+        return _text(value)
+    return _json_safe(value) if isinstance(value, (int, float)) else None
 
 
 def _is_scalar(value: object) -> bool:

@@ -28,6 +28,7 @@ from split_server.engine.metrics import EngineFigures
 from split_server.federation.advance import RunAdvancer
 from split_server.federation.credentials import Credentials, load_operator_token, load_secret
 from split_server.federation.liveness import Liveness
+from split_server.federation.removals import Removals
 from split_server.federation.runs import RunRegistry
 from split_server.federation.service import FederationService
 from split_server.http.budget import BodyBudget
@@ -125,6 +126,7 @@ def build_services(
         runs=runs,
         advancer=advancer,
         federation=FederationService(runs, advancer, credentials, liveness, link),
+        removals=Removals(runs, advancer, liveness),
         notifier=notifier,
         body_budget=BodyBudget(settings.request_bodies_bytes, engine.busy_error),
         codec_threads=ThreadPoolExecutor(_CODEC_THREADS, "split-codec"),
@@ -314,7 +316,8 @@ def _compose(app: FastAPI, services: Services) -> RequestMiddleware:
     _add_metrics(services)
     timeout_s = services.settings.body_timeout_s
     json_limit = JSONBodyLimit(app, timeout_s, is_exempt=routes.limits_body_itself)
-    guard = Guard(SplitPlane(json_limit, services), services.credentials.is_open)
+    is_open = services.credentials.is_open
+    guard = Guard(SplitPlane(json_limit, services), services.runs, is_open)
     return RequestMiddleware(guard, services.meter, services.credentials)
 
 

@@ -49,6 +49,13 @@ _SUBCOMMANDS = {
         ("split-server results RUN --json",),
     ),
     "cancel": Subcommand(_RUNS, "Stop a run; its devices learn of it with their next request."),
+    "remove-device": Subcommand(
+        _RUNS,
+        "Remove a device from a run and revoke its credential; the run goes on without it.",
+        ("split-server remove-device RUN kitchen",),
+        ("Who has the join token can join as another device: give the others a new token, too.",),
+    ),
+    "delete": Subcommand(_RUNS, "Delete the rows and files of a run that is over."),
     "export": Subcommand(
         _RUNS,
         "Write the complete tuned model to one safetensors file. Needs no running server.",

@@ -102,6 +102,14 @@ class OperatorClient:
         """Stop a run."""
         return parse_message(RunView, self._call("POST", f"/v1/runs/{run}/cancel"))
 
+    def remove_participant(self, run: str, participant: str) -> None:
+        """Remove a participant, by its id, from a run."""
+        self._call("DELETE", f"/v1/runs/{run}/participants/{participant}")
+
+    def delete_run(self, run: str) -> None:
+        """Delete a run that is over."""
+        self._call("DELETE", f"/v1/runs/{run}")
+
     def _call(
         self,
         method: str,
@@ -109,7 +117,7 @@ class OperatorClient:
         body: dict[str, Any] | None = None,
         timeout_s: float | None = _TIMEOUT_S,
     ) -> Any:
-        headers = {IDEMPOTENCY_HEADER: uuid.uuid4().hex} if method == "POST" else {}
+        headers = {IDEMPOTENCY_HEADER: uuid.uuid4().hex} if method != "GET" else {}
         try:
             response = self._client.request(
                 method, path, json=body, headers=headers, timeout=timeout_s

@@ -7,7 +7,7 @@ import functools
 import inspect
 import json
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,9 +16,17 @@ from rich.console import Console
 from rich.table import Table
 
 from protocol.command import read_token_file
-from protocol.errors import InvalidField
-from protocol.messages import Event, Results, RoundView, RunView, parse_message
+from protocol.errors import InvalidField, NotFound
+from protocol.messages import (
+    Event,
+    ParticipantView,
+    Results,
+    RoundView,
+    RunView,
+    parse_message,
+)
 from protocol.presets import Form, over_form
+from protocol.printable import printable
 from protocol.settings import RunSettings
 from protocol.traffic import total_bytes
 from split_server.address import Address, read_address
@@ -162,7 +170,7 @@ def watch(connect: Connect, run: RunId, as_json: Json = False) -> None:
         events = client.events(run, after, wait_s=20)
         for event in events:
             after = event.seq
-            typer.echo(event.model_dump_json() if as_json else _event_line(event))
+            typer.echo(_event_json(event) if as_json else _event_line(event))
         if not events and client.results(run).run.status.is_over:
             return
 
@@ -182,6 +190,50 @@ def cancel(connect: Connect, run: RunId) -> None:
     """Stop a run; its devices learn of it with their next request."""
     stopped = connect().cancel(run)
     out.print(f"run {stopped.id} is {stopped.status}")
+
+
+@_with_connection
+def remove_device(
+    connect: Connect,
+    run: RunId,
+    device: Annotated[str, typer.Argument(help="The device's name, or its id as p0001.")],
+) -> None:
+    """Remove a device from a run and revoke its credential; the run goes on without it."""
+    client = connect()
+    participant = _find_participant(client.results(run).participants, device)
+    client.remove_participant(run, participant.id)
+    text = f"{printable(participant.name)} ({participant.id}) was removed from run {run}"
+    out.print(text, highlight=False, markup=False)
+
+
+def _find_participant(participants: Sequence[ParticipantView], device: str) -> ParticipantView:
+    """Return the participant with this id or name.
+
+    Raises:
+        NotFound: there is none.
+        InvalidField: several have the name.
+    """
+    found = [each for each in participants if each.id == device] or [
+        each for each in participants if each.name == device
+    ]
+    if not found:
+        raise NotFound("the run has no such device", field="device", value=device)
+    if len(found) > 1:
+        raise InvalidField(
+            "several devices of the run have this name",
+            field="device",
+            limit=[each.id for each in found],
+            value=device,
+            hint="name one by its id",
+        )
+    return found[0]
+
+
+@_with_connection
+def delete(connect: Connect, run: RunId) -> None:
+    """Delete the rows and files of a run that is over."""
+    connect().delete_run(run)
+    out.print(f"run {run} is deleted")
 
 
 def export(
@@ -235,9 +287,13 @@ def _run_cells(run: RunView) -> tuple[str, ...]:
     )
 
 
+def _event_json(event: Event) -> str:
+    return json.dumps(event.model_dump(mode="json"))  # in ASCII, as names are foreign
+
+
 def _event_line(event: Event) -> str:
     data = "  ".join(f"{name}={value}" for name, value in event.data.items())
-    return f"{event.seq:>4}  {event.kind:<20}  {data}"
+    return printable(f"{event.seq:>4}  {event.kind:<20}  {data}")
 
 
 def _accuracy(view: RoundView, best: RoundView | None) -> str:

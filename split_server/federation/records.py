@@ -7,15 +7,18 @@ from __future__ import annotations
 
 from typing import Any
 
+from sqlalchemy import delete
 from sqlalchemy.orm import Session
 
 from protocol.errors import SFPromptError
-from protocol.messages import EvaluationReport, JoinRequest, RunStatus, UpdateMeta
+from protocol.messages import EvaluationReport, JoinRequest, RoundStatus, RunStatus, UpdateMeta
 from protocol.settings import RunSettings
 from split_server.federation.snapshot import OpenRound, RunSnapshot
 from split_server.models.prepare import PreparedRun
 from split_server.storage.database import (
     EvaluationRow,
+    EventRow,
+    IdempotentResponseRow,
     ParticipantRow,
     RoundRow,
     RunRow,
@@ -84,6 +87,7 @@ def add_participant(
             classes_sha256=request.classes_sha256,
             joined_at=at,
             left_at=None,
+            removed=False,
             traffic={},
         )
     )
@@ -101,6 +105,35 @@ def record_leaving(
     session.get_one(ParticipantRow, (run_id, participant_id)).left_at = at
     idempotent.remember(session, {}, at)
     record_event(session, run_id, at, "participant_left", participant=participant_id)
+
+
+def record_removal(
+    session: Session,
+    run: RunSnapshot,
+    participant_id: str,
+    idempotent: IdempotentRequest,
+    at: float,
+) -> None:
+    """Record that the operator removed a participant; its update of an open round is void."""
+    row = session.get_one(ParticipantRow, (run.id, participant_id))
+    row.removed, row.left_at = True, row.left_at or at
+    if run.open_round is not None and run.open_round.status == RoundStatus.TRAINING:
+        key = (run.id, run.open_round.round, run.open_round.attempt, participant_id)
+        if (update := session.get(UpdateRow, key)) is not None:
+            session.delete(update)
+    idempotent.remember(session, {}, at)
+    record_event(
+        session, run.id, at, "participant_removed", participant=participant_id, name=row.name
+    )
+
+
+def delete_run(session: Session, run_id: str) -> None:
+    """Delete all rows of a run."""
+    for table in (EvaluationRow, UpdateRow, RoundRow, EventRow, ParticipantRow):
+        session.execute(delete(table).where(table.run_id == run_id))
+    of_run = IdempotentResponseRow.scope.startswith(f"{run_id}/", autoescape=True)
+    session.execute(delete(IdempotentResponseRow).where(of_run))
+    session.execute(delete(RunRow).where(RunRow.id == run_id))
 
 
 def count_update(

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from protocol.errors import Forbidden, NotFound
+from protocol.errors import Forbidden, NotFound, Removed
 from protocol.messages import RoundStatus
 from split_server.federation.snapshot import Participant, RunSnapshot, load_snapshot
 from split_server.runtime.process import Clock
@@ -105,6 +105,10 @@ class RunRegistry:
             raise NotFound("there is no such run", field="run", value=run_id)
         return snapshot
 
+    def has(self, run_id: str) -> bool:
+        """Whether there is such a run."""
+        return run_id in self._snapshots
+
     def snapshots(self) -> list[RunSnapshot]:
         """Return all runs, the oldest first."""
         return sorted(self._snapshots.values(), key=lambda run: (run.created_at, run.id))
@@ -118,10 +122,12 @@ class RunRegistry:
 
         Raises:
             NotFound: no such run or participant.
-            Forbidden: the participant has left.
+            Removed: the operator removed the participant.
+            Forbidden: it has left.
         """
         snapshot = self.snapshot(run_id)
         participant = _participant_in(snapshot, participant_id)
+        require_not_removed(participant)
         if participant.left:
             raise Forbidden(
                 "this participant has left the run", field="participant", value=participant_id
@@ -155,10 +161,17 @@ class RunRegistry:
         """Open a transaction on a run; readers see the change after it is on disk."""
         self.snapshot(run_id)
         with self.lock(run_id):
+            self.snapshot(run_id)  # again: the run may have been deleted meanwhile
             with self.store.writing() as session:
                 yield session
             self.reload(run_id)
         self.watcher.changed(run_id)
+
+    def forget(self, run_id: str) -> None:
+        """Forget a run whose rows have been deleted."""
+        self._snapshots.pop(run_id, None)
+        self.refusals.pop(run_id, None)
+        self.meter.forget(run_id)
 
     def lock(self, run_id: str) -> threading.RLock:
         """Return the lock that each change of a run must hold."""
@@ -224,6 +237,21 @@ class RunRegistry:
                 unsaved.discard(run_id)
         finally:
             self.meter.mark_dirty(unsaved)
+
+
+def require_not_removed(participant: Participant) -> None:
+    """Refuse a participant that the operator removed.
+
+    Raises:
+        Removed: it was.
+    """
+    if participant.removed:
+        raise Removed(
+            "the operator removed this participant from the run",
+            field="participant",
+            value=participant.id,
+            hint="ask the server's operator",
+        )
 
 
 def _participant_in(run: RunSnapshot, participant_id: str) -> Participant:

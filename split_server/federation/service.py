@@ -41,7 +41,7 @@ from split_server.federation import records, rounds, transitions, views
 from split_server.federation.advance import RunAdvancer
 from split_server.federation.credentials import Credentials
 from split_server.federation.liveness import Liveness
-from split_server.federation.runs import RunRegistry
+from split_server.federation.runs import RunRegistry, require_not_removed
 from split_server.federation.snapshot import Participant, RunSnapshot, load_snapshot
 from split_server.federation.updates import (
     check_base,
@@ -135,12 +135,14 @@ class FederationService:
 
         Raises:
             NotFound: there is no such run or participant.
+            Removed: the operator removed the participant.
         """
         run = self._runs.snapshot(run_id)
         if participant_id not in run.participants:
             raise NotFound(
                 "there is no such participant", field="participant", value=participant_id
             )
+        require_not_removed(run.participants[participant_id])
         return rounds.assignment_for(run, participant_id, self._runs.clock.monotonic())
 
     # Requests that create and cancel runs
@@ -215,9 +217,13 @@ class FederationService:
         Raises:
             NotFound: there is no such run.
             RunClosed: the run is over, and the device has samples.
+            Removed: the operator removed the participant that joined with this key.
             InvalidField: the classes of the device's data do not fit the run.
         """
         with self._runs.changing(run_id) as session:
+            if (earlier := idempotent.stored(session)) is not None:
+                known = self._runs.snapshot(run_id).participants
+                require_not_removed(known[str(earlier["participant"])])
             response = idempotent.recall(session)
             participant_id = str(response["participant"]) if response else None
             if participant_id is None:

@@ -41,8 +41,9 @@ class Participant:
     ordinal: int
     train_samples: int
     test_samples: int
-    left: bool
+    left: bool  # of its own accord, or removed
     classes_sha256: str | None = None
+    removed: bool = False  # by the operator
 
     @property
     def order(self) -> tuple[str, int]:
@@ -224,6 +225,7 @@ def _load_participants(session: Session, run_id: str) -> dict[str, Participant]:
             ParticipantRow.test_samples,
             ParticipantRow.left_at,
             ParticipantRow.classes_sha256,
+            ParticipantRow.removed,
         ).where(ParticipantRow.run_id == run_id)
     )
     return {
@@ -235,6 +237,7 @@ def _load_participants(session: Session, run_id: str) -> dict[str, Participant]:
             row.test_samples,
             row.left_at is not None,
             row.classes_sha256,
+            row.removed,
         )
         for row in rows
     }

@@ -74,11 +74,13 @@ class FederationRoutes:
         add("/runs", self.create, methods=["POST"], status_code=201)
         add("/runs", self.runs, methods=["GET"])
         add("/runs/{run}", self.run, methods=["GET"])
+        add("/runs/{run}", self.delete, methods=["DELETE"])
         add("/runs/{run}/cancel", self.cancel, methods=["POST"])
         add("/runs/{run}/results", self.results, methods=["GET"])
         add("/runs/{run}/events", self.events, methods=["GET"])
         add("/runs/{run}/participants", self.join, methods=["POST"], status_code=201)
         add("/runs/{run}/participants/me", self.leave, methods=["DELETE"])
+        add("/runs/{run}/participants/{participant}", self.remove, methods=["DELETE"])
         add("/runs/{run}/samples", self.forget, methods=["DELETE"])
         add("/runs/{run}/assignment", self.assignment, methods=["GET"])
         add("/runs/{run}/head", self.head, methods=["GET"])
@@ -126,6 +128,19 @@ class FederationRoutes:
         """Stop a run."""
         idempotent = IdempotentRequest.of(f"{run}/cancel", key)
         return await run_in_threadpool(self._federation.cancel, run, idempotent)
+
+    async def delete(self, run: str, key: Key = None) -> dict[str, Any]:
+        """Delete a run that is over."""
+        idempotent = IdempotentRequest.of("delete", key, run.encode())
+        await run_in_threadpool(self._services.removals.delete_run, run, idempotent)
+        return {}
+
+    async def remove(self, run: str, participant: str, key: Key = None) -> dict[str, Any]:
+        """Remove a participant from its run, and revoke its credential."""
+        idempotent = IdempotentRequest.of(f"{run}/remove", key, participant.encode())
+        remove = self._services.removals.remove_participant
+        await run_in_threadpool(remove, run, participant, idempotent)
+        return {}
 
     async def results(self, run: str) -> Results:
         """Return a run's rounds, participants and traffic so far."""

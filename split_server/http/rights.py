@@ -31,6 +31,7 @@ from split_server.federation.credentials import (
     Operator,
     ParticipantIdentity,
 )
+from split_server.federation.runs import RunRegistry, require_not_removed
 from split_server.http.middleware import identity_of
 
 
@@ -68,11 +69,13 @@ RIGHTS = (
     _right("POST", "/v1/runs", _OPERATOR),
     _right("GET", "/v1/runs", _JOINER, _OPERATOR),
     _right("GET", _RUN, _JOINER, _PARTICIPANT, _OPERATOR),
+    _right("DELETE", _RUN, _OPERATOR),
     _right("POST", f"{_RUN}/cancel", _OPERATOR),
     _right("GET", f"{_RUN}/results", _PARTICIPANT, _OPERATOR),
     _right("GET", f"{_RUN}/events", _PARTICIPANT, _OPERATOR),
     _right("POST", f"{_RUN}/participants", _JOINER, _OPERATOR),
     _right("DELETE", f"{_RUN}/participants/me", _PARTICIPANT),
+    _right("DELETE", f"{_RUN}/participants/{{participant}}", _OPERATOR),
     _right("DELETE", f"{_RUN}/samples", _PARTICIPANT),
     _right("GET", f"{_RUN}/assignment", _PARTICIPANT),
     _right("GET", f"{_RUN}/head", _PARTICIPANT, _OPERATOR),
@@ -196,14 +199,30 @@ class Guard:
 
     Attributes:
         app: answers the requests that may pass; also those of no route, which it refuses.
+        runs: tell which participants were removed.
         is_open: as in `roles_of`.
     """
 
     app: ASGIApp
+    runs: RunRegistry
     is_open: bool
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         row = find_right(scope["method"], scope["path"]) if scope["type"] == "http" else None
         if row is not None:
-            require_right(identity_of(scope), *row, is_open=self.is_open)
+            identity = identity_of(scope)
+            require_right(identity, *row, is_open=self.is_open)
+            if Role.STRANGER not in row[0].roles:
+                self._require_valid(identity)
         await self.app(scope, receive, send)
+
+    def _require_valid(self, identity: Identity) -> None:
+        """Refuse a credential that the operator revoked.
+
+        Raises:
+            Removed: it was.
+        """
+        if isinstance(identity, ParticipantIdentity) and self.runs.has(identity.run):
+            participants = self.runs.snapshot(identity.run).participants
+            if (participant := participants.get(identity.participant)) is not None:
+                require_not_removed(participant)

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 
+from protocol.printable import printable
+
 try:
     import resource
 except ImportError:  # Windows has no such limit
@@ -33,9 +35,12 @@ request_id: ContextVar[str] = ContextVar("request_id", default="-")
 _FORMAT = "%(asctime)s %(levelname)-7s %(request_id)s %(name)s: %(message)s"
 
 
-class _AddRequestId(logging.Filter):
+class _OneLine(logging.Filter):
+    """Add the request's id; keep names and paths of others from writing lines of their own."""
+
     def filter(self, record: logging.LogRecord) -> bool:
         record.request_id = request_id.get()
+        record.msg, record.args = printable(record.getMessage()), None
         return True
 
 
@@ -43,7 +48,7 @@ def set_up_logging(level: str) -> None:
     """Log messages of at least ``level`` to standard error, with the id of the request."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter(_FORMAT))
-    handler.addFilter(_AddRequestId())
+    handler.addFilter(_OneLine())
     for name in ("split_server", "split_model", "tuning_methods", "uvicorn"):
         logger = logging.getLogger(name)
         logger.handlers = [handler]

@@ -96,6 +96,7 @@ class ParticipantRow(Base):
     classes_sha256: Mapped[str | None]
     joined_at: Mapped[float]
     left_at: Mapped[float | None]
+    removed: Mapped[bool]  # by the operator; left_at says when
     traffic: Mapped[dict[str, Any]]
 
 

@@ -58,6 +58,11 @@ class IdempotentRequest:
         """Whether a request with this key has had a response, whatever its content."""
         return session.get(IdempotentResponseRow, (self.scope, self.key)) is not None
 
+    def stored(self, session: Session) -> dict[str, Any] | None:
+        """Return the response to an earlier request with this key, whatever its content."""
+        row = session.get(IdempotentResponseRow, (self.scope, self.key))
+        return None if row is None else row.response
+
     def recall(self, session: Session) -> dict[str, Any] | None:
         """Return the response to an earlier, equal request.
 

@@ -85,6 +85,12 @@ class Meter:
             for run, participant, traffic in rows:
                 self._total(run, participant).merge(Traffic.from_dict(traffic))
 
+    def forget(self, run: str) -> None:
+        """Forget a run's totals."""
+        with self._lock:
+            self._totals.pop(run, None)
+            self._dirty.discard(run)
+
     def save(self, session: Session, run: str) -> None:
         """Save a run's totals."""
         with self._lock:
