@@ -56,7 +56,9 @@ _CODEC_THREADS = 8  # decode and encode frames
 
 _TICK_S = 0.25  # the longest delay until a deadline is noticed
 
-_TICKS_PER_SAVE = 20  # between two savings of the meter
+_TICKS_PER_SAVE = 4  # of the meter: a killed server loses at most the counts of a second
+
+_TICKS_PER_SWEEP = 20  # of abandoned steps
 
 
 @dataclass(frozen=True)
@@ -234,7 +236,7 @@ class _Compiler:
 
 
 async def _tick(services: Services) -> None:
-    """Notice deadlines, free abandoned steps, and save the meter from time to time."""
+    """Notice deadlines, save the meter, and free abandoned steps from time to time."""
     for tick in range(1, 2**62):
         await asyncio.sleep(_TICK_S)
         for run_id in services.runs.open_runs():
@@ -243,11 +245,12 @@ async def _tick(services: Services) -> None:
                     await asyncio.to_thread(services.advancer.try_advance, run_id, wait=False)
         if tick % _TICKS_PER_SAVE == 0:
             with _logged("abandoned steps could not be freed"):
+            with _logged("the traffic could not be saved"):
+                await asyncio.to_thread(services.runs.save_traffic)
+        if tick % _TICKS_PER_SWEEP == 0:
                 services.engine.sweep()
             with _logged("finished starts could not be freed"):
                 await asyncio.to_thread(services.starts.sweep)
-            with _logged("the traffic could not be saved"):
-                await asyncio.to_thread(services.runs.save_traffic)
 
 
 @contextlib.contextmanager
