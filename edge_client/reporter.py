@@ -71,8 +71,13 @@ class BarReporter:
         self._task = self._progress.add_task("waiting", total=None)
 
     def event(self, kind: str, **data: Any) -> None:
-        details = "  ".join(f"{name} {_short(value)}" for name, value in data.items())
-        self._progress.console.print(f"[bold]{kind}[/bold]  {escape(details)}", highlight=False)
+        if (message := data.get("message")) is not None:
+            shown = "".join(each if each.isprintable() else "?" for each in str(message))
+            line = f"[bold]{kind}[/bold]: {escape(shown)}"
+        else:
+            details = "  ".join(f"{name} {_short(value)}" for name, value in data.items())
+            line = f"[bold]{kind}[/bold]  {escape(details)}"
+        self._progress.console.print(line, highlight=False, soft_wrap=True)
 
     def advance(self, phase: str, done: int, total: int) -> None:
         self._progress.update(self._task, description=phase, completed=done, total=total)

@@ -23,6 +23,7 @@ __all__ = [
     "MAX_LOSS",
     "SAMPLE_ID_BYTES",
     "Assignment",
+    "Absence",
     "BlobRef",
     "BodyStepMeta",
     "BytesByPhase",
@@ -168,6 +169,7 @@ class Results(Message):
     participants: tuple[ParticipantView, ...]
     traffic: BytesByPhase  # of all participants
 
+    waiting: str | None = None  # for whom the run waits before it can go on; None: for nobody
     @property
     def best(self) -> RoundView | None:
         """The measured round whose state the run has: the last one that was kept."""
@@ -216,16 +218,24 @@ class Assignment(Message):
     start: Count | None = None  # the attempt at round 0 that counted, in a run that has one
     rate_scale: Annotated[float, Field(gt=0, le=1)] = 1.0  # of the learning rates in this round
 
+    waiting: str | None = None  # for whom the run waits before it can go on; None: for nobody
     @model_serializer(mode="wrap")
     def _omit_missing(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         values: dict[str, Any] = handler(self)
-        for name, missing in (("head", None), ("start", None), ("rate_scale", 1.0)):
+        missing_values = {"head": None, "start": None, "rate_scale": 1.0, "waiting": None}
+        for name, missing in missing_values.items():
             if values.get(name) == missing:
                 values.pop(name, None)
         return values
 
 
 class UpdateMeta(Message):
+class Absence(Message):
+    """A participant's notice that it ends; no round waits for it until its next request."""
+
+    reason: Text
+
+
     """The meta part of an update."""
 
     round: Count
