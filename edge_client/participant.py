@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edge_client.data.dataset import Dataset
-from edge_client.data.errors import CorruptImageError
+from edge_client.data.errors import CorruptImageError, DataError
 from edge_client.data.remarks import compose
 from edge_client.method import device_method
 from edge_client.model import DeviceModel
@@ -21,7 +21,16 @@ from edge_client.storage.blob_cache import BlobCache
 from edge_client.storage.run_memory import RunMemory
 from edge_client.training import Diverged, Evaluation, Proximal, RoundContext, evaluate
 from edge_client.transport.client import Server
-from protocol.errors import Conflict, EmptyUpdate, Forbidden, InvalidField, StaleRound, StepLost
+from protocol.errors import (
+    Conflict,
+    EmptyUpdate,
+    Forbidden,
+    InvalidField,
+    SFPromptError,
+    StaleRound,
+    StepLost,
+    Unreachable,
+)
 from protocol.messages import (
     MAX_LOSS,
     Assignment,
@@ -33,7 +42,7 @@ from protocol.messages import (
 )
 from protocol.plan import RunPlan
 
-_POLL_S = 20.0
+_POLL_S = 8.0  # so that silence of the server is noticed within ten seconds
 
 _MAX_STARTS = 5  # starts of one round; then the device declines it
 
@@ -140,7 +149,18 @@ class JoinedRun:
         return self._run_model.model
 
     def take_part(self) -> Assignment:
-        """Carry out assignments until the server sends stop, and return that last assignment."""
+        """Carry out assignments until the server sends stop, and return that last assignment.
+
+        Whatever ends the process earlier, the server is told, so that no round waits for it.
+        """
+        try:
+            return self._take_part()
+        except BaseException as error:
+            if not isinstance(error, Unreachable):
+                self._server.end(self.run.id, _reason_of(error))
+            raise
+
+    def _take_part(self) -> Assignment:
         done: Assignment | None = None
         while True:
             assignment = self._server.assignment(self.run.id, done, _POLL_S)
@@ -154,6 +174,8 @@ class JoinedRun:
                     traffic=traffic.to_dict(),
                 )
                 return assignment
+            if assignment.waiting and (done is None or assignment.waiting != done.waiting):
+                self._reporter.event("waiting", message=assignment.waiting)
             if done is None or _is_new(assignment, done):
                 self._do_and_report(assignment)
             done = assignment
@@ -337,6 +359,15 @@ class JoinedRun:
 def succeeded(last: Assignment) -> bool:
     """Whether the run has finished, judged by its last assignment."""
     return last.status is RunStatus.FINISHED
+
+
+def _reason_of(error: BaseException) -> str:
+    """Describe for the server why this process ends; nothing in it comes from the images."""
+    if isinstance(error, KeyboardInterrupt):
+        return "it was stopped"
+    if isinstance(error, DataError):
+        return "its images cannot be used any more"
+    return error.code if isinstance(error, SFPromptError) else type(error).__name__
 
 
 def _is_new(assignment: Assignment, done: Assignment) -> bool:
