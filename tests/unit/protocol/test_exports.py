@@ -34,14 +34,15 @@ EXPORTED = {
     "RoundStatus RoundView RunStatus RunView "
     "SAMPLE_ID_BYTES SamplesMeta Seconds Sha256 StartMeta StepId StepMeta Task UpdateMeta "
     "UpdateReceipt parse_message",
+    "nearest": "nearest_field nearest_name",
     "seeds": "derive_seed",
     "parts": "BackboneSettings ClassName CodecName Fit Text TrainingSettings WireSettings",
     "plan": "ModelPlan PromptDepth PromptPlacement PruningScore RunPlan TrainingPlan "
     "Tuned WirePlan",
     "traffic": "Phase Traffic get_phases total_bytes",
     "tls": "create_ssl_context",
-    "wire": "BACKWARD_PATH EXCHANGE_PATH FLOAT32_BYTES FORWARD_PATH FRAME_MEDIA_TYPE "
     "untyped": "STATUS_FIELD describe_request is_typed untyped_error",
+    "wire": "BACKWARD_PATH EXCHANGE_PATH FLOAT32_BYTES FORWARD_PATH FRAME_MEDIA_TYPE "
     "IDEMPOTENCY_HEADER INFER_PATH MISSING_PATH PROTOCOL_VERSION REQUEST_ID_HEADER "
     "SAMPLES_PATH SOLVE_PATH START_PATH VERSION_HEADER",
 }
