@@ -366,8 +366,12 @@ def _server(
         if reporter is not None:
             reporter.event("waiting", reason=str(error), seconds=seconds)
 
+    def tell(kind: str, message: str) -> None:
+        if reporter is not None:
+            reporter.event(kind, message=message)
+
     retry = RetryPolicy(patience_s=patience, on_wait=report)
-    return Server(url, retry=retry, ca_file=ca_file, link=link)
+    return Server(url, retry=retry, ca_file=ca_file, link=link, tell=tell)
 
 
 def _choose(

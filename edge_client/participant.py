@@ -9,35 +9,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from edge_client.data.batches import Augmentation, BatchReader
 from edge_client.data.dataset import Dataset
-from edge_client.data.errors import CorruptImageError
-from edge_client.data.image_set import ImageSet
-from edge_client.data.label_noise import with_noised_labels
+from edge_client.data.errors import CorruptImageError, DataError
 from edge_client.data.remarks import compose
-from edge_client.data.sampling import stratified_pick
 from edge_client.method import device_method
 from edge_client.model import DeviceModel
 from edge_client.reporter import Reporter
 from edge_client.run_model import RunModel
-from edge_client.smashed.head_cache import HeadOutputs
-from edge_client.smashed.uploads import SampleUploader
+from edge_client.run_samples import RunSamples, open_samples, split_validation
 from edge_client.storage.blob_cache import BlobCache
-from edge_client.storage.identity import device_secret
-from edge_client.training import Diverged, Evaluation, Proximal, RoundContext, Samples, evaluate
+from edge_client.storage.run_memory import RunMemory
+from edge_client.training import Diverged, Evaluation, Proximal, RoundContext, evaluate
 from edge_client.transport.client import Server
-from edge_client.transport.split_client import SplitPlane
-from protocol.codec_names import is_row_wise_inside
 from protocol.errors import (
     Conflict,
     EmptyUpdate,
     Forbidden,
     InvalidField,
     Removed,
+    SFPromptError,
     StaleRound,
     StepLost,
+    Unreachable,
 )
 from protocol.messages import (
     MAX_LOSS,
@@ -49,9 +42,8 @@ from protocol.messages import (
     UpdateMeta,
 )
 from protocol.plan import RunPlan
-from protocol.seeds import derive_seed
 
-_POLL_S = 20.0
+_POLL_S = 8.0  # so that silence of the server is noticed within ten seconds
 
 _MAX_STARTS = 5  # starts of one round; then the device declines it
 
@@ -98,8 +90,9 @@ class Participant:
         response = self.server.join(run, request, key, join_token)
         self.server.authenticate(response.credential)
         _check_classes(self.data, response.run.plan)
-        model = RunModel.download(self.server, response.run, BlobCache(self.folder))
-        joined = JoinedRun(self, response.participant, response.credential, model)
+        memory = RunMemory(self.folder / "runs", run, response.participant)
+        model = RunModel.download(self.server, response.run, BlobCache(self.folder), memory)
+        joined = JoinedRun(self, response.participant, response.credential, model, memory)
         self.reporter.event(
             "joined",
             participant=joined.id,
@@ -118,6 +111,7 @@ class JoinedRun:
         participant: the id that the server gave this device.
         credential: authenticates the device in this run.
         model: the run's model on this device.
+        memory: what outlives this process.
 
     Attributes:
         id: the participant's id.
@@ -129,20 +123,26 @@ class JoinedRun:
     """
 
     def __init__(
-        self, device: Participant, participant: str, credential: str, model: RunModel
+        self,
+        device: Participant,
+        participant: str,
+        credential: str,
+        model: RunModel,
+        memory: RunMemory,
     ) -> None:
         self.id = participant
         self.credential = credential
         self.run = model.run
         self.files = model.files
-        self.data, self.validation = _split_validation(device, model.run.plan)
+        self.data, self.validation = split_validation(device, model.run.plan)
         self._run_model = model
         self._device = device
         self._server = device.server
         self._reporter = device.reporter
         self._settings = model.run.plan
         self._method = device_method(model.run.settings)
-        self.samples = _open_samples(device, self.data, self.validation, model)
+        self._memory = memory
+        self.samples = self._open_samples()
 
     @property
     def model(self) -> DeviceModel:
@@ -150,11 +150,23 @@ class JoinedRun:
         return self._run_model.model
 
     def take_part(self) -> Assignment:
-        """Carry out assignments until the server sends stop, and return that last assignment."""
+        """Carry out assignments until the server sends stop, and return that last assignment.
+
+        Whatever ends the process earlier, the server is told, so that no round waits for it.
+        """
+        try:
+            return self._take_part()
+        except BaseException as error:
+            if not isinstance(error, Unreachable):
+                self._server.end(self.run.id, _reason_of(error))
+            raise
+
+    def _take_part(self) -> Assignment:
         done: Assignment | None = None
         while True:
             assignment = self._server.assignment(self.run.id, done, _POLL_S)
             if assignment.task is Task.STOP:
+                self._memory.forget()
                 traffic = self._server.traffic()
                 self._reporter.event(
                     "stopped",
@@ -163,6 +175,8 @@ class JoinedRun:
                     traffic=traffic.to_dict(),
                 )
                 return assignment
+            if assignment.waiting and (done is None or assignment.waiting != done.waiting):
+                self._reporter.event("waiting", message=assignment.waiting)
             if done is None or _is_new(assignment, done):
                 self._do_and_report(assignment)
             done = assignment
@@ -193,6 +207,11 @@ class JoinedRun:
                 self._drop_unreadable()
         self._do(assignment)
 
+    def _open_samples(self) -> RunSamples:
+        samples = open_samples(self._device, self.data, self.validation, self._run_model)
+        samples.train.features.fitted = self._memory.start
+        return samples
+
     def _drop_unreadable(self) -> None:
         """Continue without the images that have become unreadable, and report each.
 
@@ -206,7 +225,7 @@ class JoinedRun:
         for skipped in self.data.skipped:
             if skipped not in reported:
                 self._reporter.event("skipped", path=skipped.path, reason=skipped.reason)
-        self.samples = _open_samples(self._device, self.data, self.validation, self._run_model)
+        self.samples = self._open_samples()
         self._method.drop_sample_caches()
 
     def _do(self, assignment: Assignment) -> None:
@@ -246,6 +265,8 @@ class JoinedRun:
         self._update_model(assignment)
         context = self._context(assignment)
         result = self._method.train_round(context, self.samples.plane)
+        if (fitted := self.samples.train.features.fitted) is not None:
+            self._memory.keep_start(*fitted)
         meta = UpdateMeta(
             round=assignment.round,
             attempt=assignment.attempt,
@@ -338,86 +359,18 @@ class JoinedRun:
         self._reporter.event(kind, round=assignment.round, reason=reason)
 
 
-@dataclass(frozen=True)
-class RunSamples:
-    """The device's samples with the caches of one run, and the split plane for their requests."""
-
-    train: Samples
-    test: Samples
-    validation: Samples | None
-    plane: SplitPlane
-    inference: SplitPlane  # of held-out images
-
-
-def _open_samples(
-    device: Participant, data: Dataset, validation: ImageSet | None, model: RunModel
-) -> RunSamples:
-    """Open all sets with empty caches."""
-    settings, cache_bytes = model.run.plan, device.cache_bytes
-    plane = SplitPlane(device.server, settings)
-    inference_codec = settings.wire.inference_smashed or settings.wire.smashed
-    inference = SplitPlane(device.server, settings, inference_codec)
-    augmentation = None
-    if settings.training.augment:
-        augmentation = Augmentation(derive_seed(settings.seed, "augment", device.name))
-    preprocessing = model.model.preprocessing
-    train = BatchReader(
-        data.train, preprocessing, cache_bytes=cache_bytes, augmentation=augmentation
-    )
-    test = BatchReader(data.test, preprocessing, cache_bytes=cache_bytes)
-    selecting = None
-    if validation is not None:
-        selecting = BatchReader(validation, preprocessing, cache_bytes=cache_bytes)
-    data.drop_resized()
-
-    def with_caches(images: BatchReader, split_plane: SplitPlane, codec: str) -> Samples:
-        return _with_caches(device, images, model, split_plane, codec)
-
-    return RunSamples(
-        with_caches(train, plane, settings.wire.smashed),
-        with_caches(test, inference, inference_codec),
-        None if selecting is None else with_caches(selecting, plane, settings.wire.smashed),
-        plane,
-        inference,
-    )
-
-
-def _with_caches(
-    device: Participant, images: BatchReader, model: RunModel, plane: SplitPlane, codec: str
-) -> Samples:
-    settings = model.run.plan
-    if settings.model.prompt_at != "cut":
-        return Samples(images)
-    outputs = HeadOutputs(model.model.head, images, device.cache_bytes)
-    if not settings.wire.keep_smashed:
-        return Samples(images, outputs)
-    form = f"{model.head.sha256} {codec}"
-    secret = device_secret(device.folder)
-    joint = not is_row_wise_inside(codec)
-    uploader = SampleUploader(outputs, images, plane, secret, form, joint=joint)
-    return Samples(images, outputs, uploader)
-
-
-def _split_validation(device: Participant, plan: RunPlan) -> tuple[Dataset, ImageSet | None]:
-    """Return the device's data, and the training images that select the best state instead.
-
-    Labels are replaced at random before if the run asks for it.
-    """
-    data, epsilon = device.data, plan.training.label_epsilon
-    if epsilon is not None and len(data.train):
-        data = with_noised_labels(data, epsilon, device_secret(device.folder))
-    count = int((plan.training.validation_share or 0.0) * len(data.train))
-    if not count:
-        return data, None
-    seed = derive_seed(plan.seed, "validation", device.name)
-    chosen = stratified_pick(data.train.labels.numpy(), count, seed, field="validation")
-    others = np.setdiff1d(np.arange(len(data.train)), chosen)
-    return Dataset(data.train.subset(others), data.test), data.train.subset(chosen)
-
-
 def succeeded(last: Assignment) -> bool:
     """Whether the run has finished, judged by its last assignment."""
     return last.status is RunStatus.FINISHED
+
+
+def _reason_of(error: BaseException) -> str:
+    """Describe for the server why this process ends; nothing in it comes from the images."""
+    if isinstance(error, KeyboardInterrupt):
+        return "it was stopped"
+    if isinstance(error, DataError):
+        return "its images cannot be used any more"
+    return error.code if isinstance(error, SFPromptError) else type(error).__name__
 
 
 def _is_new(assignment: Assignment, done: Assignment) -> bool:

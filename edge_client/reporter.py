@@ -72,9 +72,12 @@ class BarReporter:
         self._task = self._progress.add_task("waiting", total=None)
 
     def event(self, kind: str, **data: Any) -> None:
-        details = "  ".join(f"{name} {_short(value)}" for name, value in data.items())
-        text = escape(printable(details))  # reasons are the server's words
-        self._progress.console.print(f"[bold]{kind}[/bold]  {text}", highlight=False)
+        if (message := data.get("message")) is not None:
+            line = f"[bold]{kind}[/bold]: {escape(printable(str(message)))}"
+        else:
+            details = "  ".join(f"{name} {_short(value)}" for name, value in data.items())
+            line = f"[bold]{kind}[/bold]  {escape(printable(details))}"
+        self._progress.console.print(line, highlight=False, soft_wrap=True)
 
     def advance(self, phase: str, done: int, total: int) -> None:
         self._progress.update(self._task, description=phase, completed=done, total=total)

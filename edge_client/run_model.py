@@ -10,6 +10,7 @@ from torch import Tensor
 from edge_client.model import DeviceModel
 from edge_client.storage.blob_cache import BlobCache
 from edge_client.storage.global_state import GlobalStates
+from edge_client.storage.run_memory import RunMemory
 from edge_client.transport.client import Server
 from edge_client.transport.response import Body
 from protocol.errors import NotFound, StaleRound
@@ -44,8 +45,16 @@ class RunModel:
         self.model = model
 
     @classmethod
-    def download(cls, server: Server, run: RunView, files: BlobCache) -> RunModel:
+    def download(
+        cls, server: Server, run: RunView, files: BlobCache, memory: RunMemory | None = None
+    ) -> RunModel:
         """Download head and global state, unless they are in the cache, and load them.
+
+        Args:
+            server: authenticated.
+            run: as the server described it.
+            files: caches the files.
+            memory: of a device that sends updates.
 
         Raises:
             MalformedFrame: a file is damaged or belongs to another model.
@@ -55,7 +64,7 @@ class RunModel:
         except NotFound:  # the run has a newer head than when the device joined
             run = server.run(run.id)
             head = _fetch_head(server, run, run.head, files)
-        states = GlobalStates(server, run.id, run.plan.wire, files)
+        states = GlobalStates(server, run.id, run.plan.wire, files, memory)
         model = DeviceModel.load(run.plan.model, head, states.fetch(run.state))
         return cls(server, run, files, states, model)
 

@@ -40,7 +40,11 @@ class FederationSettings(Message):
         description="time for a round's training in seconds; later updates are refused",
     )
     max_repeats: int = Field(
-        3, ge=0, le=1000, description="repetitions of one round before the run fails"
+        3,
+        ge=0,
+        le=1000,
+        description="repetitions of one round before the run fails; a round that devices miss is "
+        "repeated once they are back, however often",
     )
     evaluate_every: int = Field(
         1, ge=0, le=100_000, description="rounds from one evaluation to the next; 0: no evaluation"

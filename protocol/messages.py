@@ -15,6 +15,7 @@ from pydantic import (
 
 from protocol.base import Message, extract_field, extract_limit
 from protocol.errors import InvalidField
+from protocol.nearest import nearest_field
 from protocol.parts import Text
 from protocol.plan import RunPlan
 from protocol.settings import RunSettings
@@ -22,6 +23,7 @@ from protocol.settings import RunSettings
 __all__ = [
     "MAX_LOSS",
     "SAMPLE_ID_BYTES",
+    "Absence",
     "Assignment",
     "BlobRef",
     "BodyStepMeta",
@@ -167,6 +169,7 @@ class Results(Message):
     rounds: tuple[RoundView, ...]
     participants: tuple[ParticipantView, ...]
     traffic: BytesByPhase  # of all participants
+    waiting: str | None = None  # for whom the run waits before it can go on; None: for nobody
 
     @property
     def best(self) -> RoundView | None:
@@ -215,14 +218,22 @@ class Assignment(Message):
     head: BlobRef | None = None  # only where the method rebuilds it during the run
     start: Count | None = None  # the attempt at round 0 that counted, in a run that has one
     rate_scale: Annotated[float, Field(gt=0, le=1)] = 1.0  # of the learning rates in this round
+    waiting: str | None = None  # for whom the run waits before it can go on; None: for nobody
 
     @model_serializer(mode="wrap")
     def _omit_missing(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         values: dict[str, Any] = handler(self)
-        for name, missing in (("head", None), ("start", None), ("rate_scale", 1.0)):
+        missing_values = {"head": None, "start": None, "rate_scale": 1.0, "waiting": None}
+        for name, missing in missing_values.items():
             if values.get(name) == missing:
                 values.pop(name, None)
         return values
+
+
+class Absence(Message):
+    """A participant's notice that it ends; no round waits for it until its next request."""
+
+    reason: Text
 
 
 class UpdateMeta(Message):
@@ -345,10 +356,19 @@ def parse_message(message_type: type[M], raw: object) -> M:
         return message_type.model_validate(raw)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        value = first.get("input")
+        value, path = first.get("input"), ".".join(str(part) for part in first["loc"])
+        value = value if isinstance(value, (str, int, float)) else None
+        if first["type"] == "extra_forbidden":
+            meant = nearest_field(message_type, first["loc"], raw)
+            raise InvalidField(
+                f"{message_type.__name__}: there is no field {path}",
+                field=path,
+                value=value,
+                hint=f"did you mean {meant}?" if meant else None,
+            ) from None
         raise InvalidField(
             f"{message_type.__name__}: {first['msg']}",
-            field=".".join(str(part) for part in first["loc"]) or extract_field(first),
+            field=path or extract_field(first),
             limit=extract_limit(first),
-            value=value if isinstance(value, (str, int, float)) else None,
+            value=value,
         ) from None

@@ -72,6 +72,11 @@ class MethodSettings(Message):
                 completed[field] = {**_dump(info.default), **values[field]}
         return completed
 
+    @classmethod
+    def class_of(cls, values: Mapping[str, Any]) -> type[MethodSettings]:
+        """Return the class of the method that a `[method]` table names."""
+        return method_class(str(values.get("name", "sfprompt")))
+
     @property
     def rebuilds_head(self) -> bool:
         """Whether the server may rebuild the run's head between rounds."""

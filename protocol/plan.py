@@ -307,6 +307,7 @@ def _refusals(plan: RunPlan) -> list[tuple[bool, str]]:
     """Return a row for each impossible combination: whether the plan has it, and the message."""
     model, training, wire = plan.model, plan.training, plan.wire
     names = plan.class_names
+    repeated = {name for name in names or () if (names or ()).count(name) > 1}
     at_cut, mean_token = model.prompt_at == "cut", model.prompt_init == "mean-token"
     local_only = "training.split_epochs = 0 (no training through the server)"
     return [
@@ -314,6 +315,7 @@ def _refusals(plan: RunPlan) -> list[tuple[bool, str]]:
             names is not None and len(names) != model.num_classes,
             f"class_names has {len(names or ())} names for num_classes {model.num_classes}",
         ),
+        (bool(repeated), f"class_names has a name twice: {', '.join(sorted(repeated))}"),
         (
             at_cut and model.prompt_count == 0 and bool(training.split_epochs),
             "prompt_at = cut needs a prompt_count above 0: the server has nothing else to tune",

@@ -44,6 +44,7 @@ from split_server.method import list_job_handlers
 from split_server.models.body_key import BodyKey
 from split_server.runtime.aio import Notifier
 from split_server.runtime.device import Placement, SideStreams, choose_placement
+from split_server.runtime.listening import check_address
 from split_server.runtime.process import Clock, descriptor_limit
 from split_server.settings import OPERATOR_TOKEN_FILE, ServerSettings
 from split_server.storage.data_dir import check_complete, lock_data_dir
@@ -59,7 +60,9 @@ _CODEC_THREADS = 8  # decode and encode frames
 
 _TICK_S = 0.25  # the longest delay until a deadline is noticed
 
-_TICKS_PER_SAVE = 20  # between two savings of the meter
+_TICKS_PER_SAVE = 4  # of the meter: a killed server loses at most the counts of a second
+
+_TICKS_PER_SWEEP = 20  # of abandoned steps
 
 
 @dataclass(frozen=True)
@@ -238,7 +241,7 @@ class _Compiler:
 
 
 async def _tick(services: Services) -> None:
-    """Notice deadlines, free abandoned steps, and save the meter from time to time."""
+    """Notice deadlines, save the meter, and free abandoned steps from time to time."""
     for tick in range(1, 2**62):
         await asyncio.sleep(_TICK_S)
         for run_id in services.runs.open_runs():
@@ -246,12 +249,13 @@ async def _tick(services: Services) -> None:
                 if services.advancer.is_due(run_id):
                     await asyncio.to_thread(services.advancer.try_advance, run_id, wait=False)
         if tick % _TICKS_PER_SAVE == 0:
+            with _logged("the traffic could not be saved"):
+                await asyncio.to_thread(services.runs.save_traffic)
+        if tick % _TICKS_PER_SWEEP == 0:
             with _logged("abandoned steps could not be freed"):
                 services.engine.sweep()
             with _logged("finished starts could not be freed"):
                 await asyncio.to_thread(services.starts.sweep)
-            with _logged("the traffic could not be saved"):
-                await asyncio.to_thread(services.runs.save_traffic)
 
 
 @contextlib.contextmanager
@@ -374,8 +378,10 @@ def serve_until_stopped(application: SplitServer, settings: ServerSettings) -> N
     """Lock the data folder and serve until a signal arrives.
 
     Raises:
-        InvalidField: the folder is in use, cannot be used, or belongs to another release.
+        InvalidField: the folder is in use, cannot be used, or belongs to another release; or the
+            address cannot be listened on.
     """
+    check_address(settings.host, settings.port)
     with lock_data_dir(settings.data_dir):
         check_complete(settings.data_dir, settings.database)
         Store(settings.database).close()  # reports a wrong schema in one line, not in a traceback

@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+import ssl
+import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
 
-from protocol.errors import InvalidField, NotFound, Unreachable, error_from_wire
+from protocol.errors import (
+    Busy,
+    InvalidField,
+    NotFound,
+    SFPromptError,
+    Unreachable,
+    error_from_wire,
+)
 from protocol.messages import Event, Results, RunView, parse_message
 from protocol.settings import RunSettings
 from protocol.tls import create_ssl_context
+from protocol.untyped import describe_request, is_typed, untyped_error
 from protocol.wire import IDEMPOTENCY_HEADER, PROTOCOL_VERSION, VERSION_HEADER
 from split_server.settings import OPERATOR_TOKEN_FILE
 
 _TIMEOUT_S = 600.0
+
+_CREATE_PATIENCE_S = 900.0  # while the server makes a run's files, or something in between fails
+
+_CREATE_PAUSE_S = (1.0, 15.0)  # the first and the longest
 
 
 def read_token(data_dir: Path) -> str:
@@ -80,10 +95,42 @@ class OperatorClient:
         except httpx.TransportError:
             return False
 
-    def create_run(self, settings: RunSettings) -> RunView:
-        """Create a run; waits without a timeout while the server prepares the backbone."""
-        body = settings.model_dump(mode="json")
-        return parse_message(RunView, self._call("POST", "/v1/runs", body, timeout_s=None))
+    def create_run(
+        self,
+        settings: RunSettings,
+        key: str | None = None,
+        on_wait: Callable[[SFPromptError], None] = lambda _error: None,
+    ) -> RunView:
+        """Create a run; waits while the server prepares the backbone.
+
+        If the response is lost, or an HTTP proxy does not wait for it, the request is repeated
+        with the same key, and finds the run that the first one has made.
+
+        Args:
+            settings: of the run.
+            key: names this creation: the same key gives the same run; None: a new one.
+            on_wait: called before each repetition.
+
+        Raises:
+            Busy, Unreachable: no response for a quarter of an hour, or no server at all.
+        """
+        body, key = settings.model_dump(mode="json"), key or uuid.uuid4().hex
+        (pause, longest), give_up_at = _CREATE_PAUSE_S, time.monotonic() + _CREATE_PATIENCE_S
+        is_sent = False
+        while True:
+            try:
+                answer = self._call("POST", "/v1/runs", body, timeout_s=None, key=key)
+                return parse_message(RunView, answer)
+            except (Busy, Unreachable) as error:
+                # A server that never was there is not waited for.
+                is_sent = is_sent or not isinstance(error.__cause__, httpx.ConnectError)
+                if not is_sent or time.monotonic() > give_up_at:
+                    if is_sent:
+                        error.hint = f"the run may exist; find it with: --key {key}"
+                    raise
+                on_wait(error)
+                time.sleep(pause)
+                pause = min(2 * pause, longest)
 
     def runs(self) -> list[RunView]:
         """List all runs, the oldest first."""
@@ -116,26 +163,42 @@ class OperatorClient:
         path: str,
         body: dict[str, Any] | None = None,
         timeout_s: float | None = _TIMEOUT_S,
+        key: str | None = None,
     ) -> Any:
-        headers = {IDEMPOTENCY_HEADER: uuid.uuid4().hex} if method != "GET" else {}
+        headers = {IDEMPOTENCY_HEADER: key or uuid.uuid4().hex} if method != "GET" else {}
         try:
             response = self._client.request(
                 method, path, json=body, headers=headers, timeout=timeout_s
             )
         except httpx.TransportError as error:
-            is_refused = "certificate" in str(error).lower()
-            raise Unreachable(
-                f"the server does not answer ({error})",
-                field="url",
-                value=str(self._client.base_url),
-                hint="pass a name in its certificate as --url, and its authority as --ca-file"
-                if is_refused
-                else "is it running? start it with: split-server serve",
-            ) from error
+            raise _unreachable(str(self._client.base_url), error) from error
         try:
             content: object = response.json() if response.content else None
         except ValueError:
             content = None
+        if response.is_error and not is_typed(content):
+            nbytes = len(response.request.content)
+            request = describe_request(method, path.partition("?")[0], nbytes)
+            raise untyped_error(response.status_code, request, nbytes)
         if response.is_error:
             raise error_from_wire(content, response.status_code)
         return content
+
+
+def _unreachable(url: str, error: httpx.TransportError) -> Unreachable:
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, ssl.SSLCertVerificationError):
+        cause = cause.__cause__ or cause.__context__
+    if cause is not None:
+        return Unreachable(
+            f"the server's certificate is not trusted: {cause.verify_message}",
+            field="url",
+            value=url,
+            hint="give the server's certificate with --ca-file, and use a name that it is made for",
+        )
+    return Unreachable(
+        f"the server does not answer ({error})",
+        field="url",
+        value=url,
+        hint="is it running? start it with: split-server serve",
+    )

@@ -22,6 +22,7 @@ from pydantic_settings import (
 from protocol.command import read_token_file
 from protocol.errors import InvalidField
 from protocol.limits import MIB, FrameLimits
+from protocol.nearest import nearest_name
 from split_server.engine.limits import BackwardMode
 
 ENV_PREFIX = "SPLIT_SERVER_"
@@ -270,6 +271,7 @@ def load_settings(
     """
     given = {name: value for name, value in (flags or {}).items() if value is not None}
     content = read_toml(file) if file is not None else {}
+    _check_environment()
     token = _file.set(content)
     try:
         return ServerSettings(**given)
@@ -286,7 +288,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         InvalidField: the file cannot be read, or is not TOML in UTF-8.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise InvalidField(
             "the settings file cannot be read", field="config", value=str(error)
@@ -295,6 +297,24 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise InvalidField(
             f"{path} is not valid TOML ({error})", field="config", value=str(path)
         ) from error
+
+
+def _check_environment() -> None:
+    """Refuse a misspelt variable; others of this prefix may belong to somebody else.
+
+    Raises:
+        InvalidField: the environment has a variable whose name is nearly a setting's.
+    """
+    for variable in sorted(_environment()):
+        name = variable.removeprefix(ENV_PREFIX).lower()
+        if name == variable.lower() or name in ServerSettings.model_fields:
+            continue
+        if (meant := nearest_name(name, ServerSettings.model_fields)) is not None:
+            raise InvalidField(
+                f"there is no setting {name}",
+                field=variable,
+                hint=f"did you mean {ENV_PREFIX}{meant.upper()}? else unset it",
+            )
 
 
 def _explain(
@@ -315,11 +335,12 @@ def _explain(
     value = first.get("input")
     shown = value if isinstance(value, (str, int, float)) and not secret else None
     if first["type"] == "extra_forbidden":
+        meant = nearest_name(name, ServerSettings.model_fields)
         return InvalidField(
             f"there is no setting {name}",
             field=name,
-            limit=sorted(ServerSettings.model_fields),
-            hint=source,
+            limit=None if meant else sorted(ServerSettings.model_fields),
+            hint=f"did you mean {meant}? {source}" if meant else source,
         )
     return InvalidField(f"{name}: {first['msg']}", field=name, value=shown, hint=source)
 

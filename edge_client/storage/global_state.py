@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
 
 from edge_client.storage.blob_cache import BlobCache
+from edge_client.storage.run_memory import Residuals, RunMemory
 from edge_client.transport.client import Server
 from protocol.codecs.feedback import ErrorFeedback
 from protocol.codecs.registry import as_decoded
-from protocol.errors import DamagedFrame, MalformedFrame, NotFound
+from protocol.errors import (
+    Busy,
+    DamagedFrame,
+    InternalError,
+    MalformedFrame,
+    NotFound,
+    SFPromptError,
+    Unreachable,
+)
 from protocol.frames import require_kind
 from protocol.messages import BlobRef, UpdateMeta
 from protocol.plan import WirePlan
 from split_model.checkpoints.state import TunedState, applied, difference, load_state, state_bytes
+
+# The server may have counted an update although the device got such an error.
+_UNDECIDED = (Busy, DamagedFrame, InternalError, Unreachable)
 
 
 class GlobalStates:
@@ -30,16 +41,23 @@ class GlobalStates:
         run: the run's id.
         wire: the run's wire settings.
         files: caches downloads.
+        memory: keeps the codec's error across a restart; None: this process alone has it.
     """
 
-    def __init__(self, server: Server, run: str, wire: WirePlan, files: BlobCache) -> None:
+    def __init__(
+        self,
+        server: Server,
+        run: str,
+        wire: WirePlan,
+        files: BlobCache,
+        memory: RunMemory | None = None,
+    ) -> None:
         self._server = server
         self._run = run
         self._wire = wire
         self._files = files
-        self._feedback = ErrorFeedback()
-        self._feedback_before = ErrorFeedback()
-        self._last_base: str | None = None  # SHA-256 of the last update's base state
+        self._memory = memory
+        self._residuals = memory.residuals if memory else Residuals()
         self._newest: tuple[BlobRef, TunedState] | None = None
 
     def fetch(self, ref: BlobRef) -> Path:
@@ -89,18 +107,30 @@ class GlobalStates:
             self._server.send_update(self._run, meta, state, codec, extras)
             return
         base, old = self._newest
-        if base.sha256 == self._last_base:  # the round is repeated: its first update is void
-            self._feedback = copy.deepcopy(self._feedback_before)
-        self._feedback_before = copy.deepcopy(self._feedback)
+        last = self._residuals
+        is_repeated = base.sha256 == last.base  # then the round's first update is void
+        before = last.before if is_repeated else last.after
+        feedback = ErrorFeedback(before)
         corrected = {
-            name: self._feedback.add_residual(name, change)
+            name: feedback.add_residual(name, change)
             for name, change in difference(state, old).items()
         }
-        meta = meta.model_copy(update={"base": base.sha256})
-        self._server.send_update(self._run, meta, corrected, codec, extras)
         for name, value in corrected.items():
-            self._feedback.store_residual(name, value, as_decoded(value, codec))
-        self._last_base = base.sha256
+            feedback.store_residual(name, value, as_decoded(value, codec))
+        meta = meta.model_copy(update={"base": base.sha256})
+        # Before the server can count the update: this process may end before it hears of it.
+        self._keep(Residuals(base.sha256, before, feedback.residuals()))
+        try:
+            self._server.send_update(self._run, meta, corrected, codec, extras)
+        except SFPromptError as error:
+            if not isinstance(error, _UNDECIDED):
+                self._keep(Residuals(base.sha256, before, before))
+            raise
+
+    def _keep(self, residuals: Residuals) -> None:
+        self._residuals = residuals
+        if self._memory is not None:
+            self._memory.keep_residuals(residuals)
 
     def _rebuild_from_delta(self, ref: BlobRef) -> bytes | None:
         """Build the state's file from the newest state and a delta; None: there is no delta."""

@@ -65,7 +65,9 @@ def fit_start(context: RoundContext, plane: SplitPlane) -> StartResult:
     fit = plane.solve(sums.float(), counts.float(), context.attempt, len(positions))
     scores = leave_one_out(features @ fit.weight.T + fit.bias, one_hot.float(), fit.leverage)
     factor, loss = calibrate(scores, labels)
-    context.samples.features.decay = fit.strength / factor * caution(loss, classes)
+    cache = context.samples.features
+    cache.decay = fit.strength / factor * caution(loss, classes)
+    cache.fitted = context.attempt, cache.decay
     classifier = context.model.tail.trunk.head
     with torch.no_grad():
         classifier.weight.copy_(factor * fit.weight)
@@ -86,7 +88,7 @@ def tune_classifier(context: RoundContext, plane: SplitPlane) -> float:
 
     The loss includes a share of the ridge regression's penalty, see `caution`. With the whole
     penalty the classifier of round 0 is nearly optimal, and wrong labels change it little. Each
-    device computes its share in round 0; one that restarts later uses a usual value.
+    device computes its share in round 0; one that was not there uses a usual value.
 
     Returns:
         The mean cross-entropy before the last step, in nats.
@@ -173,8 +175,10 @@ def _request_features(context: RoundContext, plane: SplitPlane, basis: int | Non
             samples.uploader.send(positions[error.places])
     else:
         features = plane.start(ids, context.round, context.attempt)
-    samples.features.features, samples.features.attempt = features, basis
-    samples.features.decay = features.strength / _USUAL_FACTOR
+    cache = samples.features
+    cache.features, cache.attempt = features, basis
+    fitted_in, decay = cache.fitted or (None, 0.0)
+    cache.decay = decay if fitted_in == basis else features.strength / _USUAL_FACTOR
     return features
 
 

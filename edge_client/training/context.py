@@ -57,11 +57,13 @@ class FeatureCache:
     Attributes:
         attempt: at round 0 whose basis they have.
         decay: of the tail in later rounds, see `tune_classifier`.
+        fitted: attempt at round 0, and the decay that this device computed in it.
     """
 
     features: Features | None = None
     attempt: int | None = None
     decay: float = 0.0
+    fitted: tuple[int, float] | None = None
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
-import math
 import re
-import ssl
+import time
 import uuid
 from collections.abc import Callable, Mapping
 from functools import lru_cache
@@ -18,17 +18,15 @@ import httpx
 
 from edge_client.transport.http_transport import BODY_EXTENSION, MeteredTransport
 from edge_client.transport.link import Link
+from edge_client.transport.outages import SILENCE_S, Outages, Tell
+from edge_client.transport.polling import PollWait
+from edge_client.transport.refusals import refusal_of, unreachable
 from edge_client.transport.response import Body
 from edge_client.transport.retry import RetryPolicy
 from protocol.base import Message
-from protocol.errors import (
-    InvalidField,
-    MalformedFrame,
-    SFPromptError,
-    Unreachable,
-    error_from_wire,
-)
+from protocol.errors import InvalidField, MalformedFrame, SFPromptError
 from protocol.messages import (
+    Absence,
     Assignment,
     BlobRef,
     EvaluationReport,
@@ -41,6 +39,7 @@ from protocol.messages import (
 )
 from protocol.tls import create_ssl_context
 from protocol.traffic import Traffic
+from protocol.untyped import STATUS_FIELD
 from protocol.wire import (
     FRAME_MEDIA_TYPE,
     IDEMPOTENCY_HEADER,
@@ -62,7 +61,7 @@ M = TypeVar("M", bound=Message)
 
 _PIECE_BYTES = 4 * 1024 * 1024  # of a download; a broken connection loses at most one piece
 
-_MAX_RETRY_AFTER_S = 86_400.0
+_END_S = 5.0  # for the last message of a process
 
 
 class Server:
@@ -74,6 +73,7 @@ class Server:
         ca_file: a PEM file to trust instead of the system's store, for ``https``.
         response_timeout_s: seconds to wait for one response.
         link: simulates a slower line, for benchmarks.
+        tell: receives what a person should hear of the server's silence: a kind and a sentence.
 
     Raises:
         InvalidField: ``url`` is not an http(s) address, or ``ca_file`` not a PEM file.
@@ -87,16 +87,21 @@ class Server:
         ca_file: Path | None = None,
         response_timeout_s: float = 120.0,
         link: Link | None = None,
+        tell: Tell = lambda _kind, _message: None,
     ) -> None:
         base = _base_url(url)
         context = create_ssl_context(ca_file) if ca_file else None
-        self._transport = MeteredTransport(context, prefix=base.path, link=link)
+        self._outages = Outages(tell)
+        self._poll_wait = PollWait()
+        self._transport = MeteredTransport(
+            context, prefix=base.path, link=link, on_silence=self._outages.silent
+        )
         self._retry = retry or RetryPolicy()
         self._base = base
         self._resolve = lru_cache(maxsize=64)(
             self._resolve_path
         )  # parsing takes longer than a small step
-        self._timeouts = {"read": response_timeout_s}
+        self._response_timeout_s = response_timeout_s
         self._headers = httpx.Headers(
             {
                 "host": base.netloc.decode("ascii"),
@@ -145,18 +150,41 @@ class Server:
         """Leave the run for good; the server deletes this device's samples."""
         self._json("DELETE", _run_path(run, "participants/me"), key=uuid.uuid4().hex)
 
+    def end(self, run: str, reason: str) -> None:
+        """Tell the server that this process ends, once and without waiting for a lost server."""
+        pieces = [memoryview(Absence(reason=reason).model_dump_json().encode())]
+        path = _run_path(run, "participants/me/absence")
+        request = self._request("PUT", path, pieces, media="application/json", timeout_s=_END_S)
+        with contextlib.suppress(SFPromptError):
+            request()
+
     def forget_samples(self, run: str) -> None:
         """Delete this device's smashed data from the server's cache."""
         self._json("DELETE", _run_path(run, "samples"), key=uuid.uuid4().hex)
 
     def assignment(self, run: str, after: Assignment | None, wait_s: float) -> Assignment:
-        """Return the next assignment; wait up to ``wait_s`` seconds while it equals ``after``."""
-        query = ""
-        if after is not None:
-            query = (
-                f"?task={after.task}&round={after.round}&attempt={after.attempt}&wait={wait_s:g}"
-            )
-        return self._message(Assignment, "GET", _run_path(run, "assignment") + query)
+        """Return the next assignment; wait up to ``wait_s`` seconds while it equals ``after``.
+
+        The wait is shorter if something between device and server does not survive a longer one.
+        """
+
+        def poll() -> httpx.Response:
+            path, timeout_s = _run_path(run, "assignment"), None
+            if after is not None:
+                wait = self._poll_wait.bounded(wait_s)
+                timeout_s = min(self._response_timeout_s, wait + SILENCE_S)
+                path += f"?task={after.task}&round={after.round}&attempt={after.attempt}"
+                path += f"&wait={wait:g}"
+            started = time.monotonic()
+            try:
+                response = self._request("GET", path, [], timeout_s=timeout_s)()
+            except SFPromptError as error:
+                self._poll_wait.failed(error, time.monotonic() - started)
+                raise
+            self._poll_wait.succeeded()
+            return response
+
+        return parse_message(Assignment, _parse_json(_body(self._retry.call(poll))))
 
     def send_update(
         self,
@@ -223,6 +251,7 @@ class Server:
         meta: Mapping[str, Any],
         tensors: Mapping[str, tuple[Tensor, str]],
         generators: Mapping[str, torch.Generator] | None = None,
+        waits_s: float = 0.0,
     ) -> Frame:
         """Send one frame to a path of the split plane, and return the response's frame.
 
@@ -231,12 +260,13 @@ class Server:
             kind: of the sent frame.
             meta: of the sent frame.
             tensors: each with its codec.
-            at_random: generators for the tensors whose codec rounds stochastically.
+            generators: for the tensors whose codec rounds stochastically.
+            waits_s: seconds that the server may hold the request back for others.
         """
         from protocol.frames import decode_frame, encode_frame
 
         pieces = encode_frame(kind, meta, tensors, generators=generators)
-        request = self._request("POST", path, pieces, media=FRAME_MEDIA_TYPE)
+        request = self._request("POST", path, pieces, media=FRAME_MEDIA_TYPE, waits_s=waits_s)
         return self._retry.call(lambda: decode_frame(_body(request())))
 
     # Shared by all requests
@@ -295,8 +325,19 @@ class Server:
         media: str | None = None,
         key: str | None = None,
         headers: Mapping[str, str] | None = None,
+        timeout_s: float | None = None,
+        waits_s: float = 0.0,
     ) -> Callable[[], httpx.Response]:
-        """Return the function that sends a request once."""
+        """Return the function that sends a request once.
+
+        Args:
+            method, path, pieces: of the request.
+            media: the type of the body.
+            key: idempotency key.
+            headers: further ones.
+            timeout_s: seconds to wait for the response; None: those of all requests.
+            waits_s: seconds of silence that are no sign of an outage.
+        """
         sent = self._headers.copy()
         if headers:
             sent.update(headers)
@@ -306,10 +347,16 @@ class Server:
             sent["content-length"] = str(sum(piece.nbytes for piece in pieces))
         if key is not None:
             sent[IDEMPOTENCY_HEADER] = key
-        return lambda: self._attempt(method, path, pieces, sent)
+        limits = {"read": timeout_s or self._response_timeout_s, "silence": SILENCE_S + waits_s}
+        return lambda: self._attempt(method, path, pieces, sent, limits)
 
     def _attempt(
-        self, method: str, path: str, pieces: list[memoryview], headers: httpx.Headers
+        self,
+        method: str,
+        path: str,
+        pieces: list[memoryview],
+        headers: httpx.Headers,
+        limits: Mapping[str, float],
     ) -> httpx.Response:
         request_id = uuid.uuid4().hex[:16]
         headers[REQUEST_ID_HEADER] = request_id
@@ -318,25 +365,25 @@ class Server:
             self._resolve(path),
             headers=headers,
             stream=_Pieces(pieces),
-            extensions={"timeout": self._timeouts},
+            extensions={"timeout": limits},
         )
         try:
             # Without httpx's client: its handling of cookies, redirects and headers, all unused
             # here, takes a third of the CPU time of a round trip of 1.5 MB.
             response = self._transport.handle_request(request)
         except httpx.TransportError as error:
-            raise Unreachable(
-                f"{method} {path}: {error}",
-                field="url",
-                value=str(self._base),
-                hint="is the server running, and can this device reach it?",
-            ) from (_tls_refusal(error) or error)
+            self._outages.failed()
+            made = unreachable(request, self._base, error)
+            raise made from made.__cause__
         if not response.is_success:
-            refusal = _refusal(response)
+            refusal = refusal_of(response, _body(response), request)
+            if refusal.field == STATUS_FIELD and refusal.retry_after_s is None:
+                self._outages.failed()
             log.info(
                 "request %s %s %s refused: %s (%s)", request_id, method, path, refusal.code, refusal
             )
             raise refusal
+        self._outages.heard()
         log.debug("request %s %s %s -> %d", request_id, method, path, response.status_code)
         return response
 
@@ -388,40 +435,8 @@ def _body(response: httpx.Response) -> Body:
     return body
 
 
-def _refusal(response: httpx.Response) -> SFPromptError:
-    if response.is_redirect:
-        return InvalidField(
-            "the server redirects to another address",
-            field="url",
-            value=response.headers["location"],
-            hint="use that address",
-        )
-    try:
-        wire = json.loads(bytes(_body(response)))
-    except (ValueError, RecursionError):
-        wire = None
-    error = error_from_wire(wire, response.status_code)
-    if error.retry_after_s is None:
-        error.retry_after_s = _parse_seconds(response.headers.get("retry-after", ""))
-    return error
-
-
-def _parse_seconds(text: str) -> float | None:
-    """Parse a Retry-After header; None unless it gives seconds."""
-    try:
-        seconds = float(text)
-    except ValueError:
-        return None
-    return min(seconds, _MAX_RETRY_AFTER_S) if seconds >= 0 and not math.isnan(seconds) else None
-
-
 def _parse_json(body: Body) -> Any:
     try:
         return json.loads(bytes(body)) if body else None
     except (ValueError, RecursionError) as error:
         raise MalformedFrame("the server's response is not JSON", field="body") from error
-
-
-def _tls_refusal(error: BaseException) -> ssl.SSLError | None:
-    cause = error.__cause__
-    return cause if isinstance(cause, ssl.SSLError) else None

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import select
 import socket
 import ssl
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Final, cast
 
 import httpx
@@ -22,10 +24,25 @@ BROKEN: Final = (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
 
 _PORTS: Final = {"http": 80, "https": 443}
 
-# A router may drop a connection that is silent while the device computes.
-_KEEP_ALIVE: Final = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 6}  # s, s, times
+# A router may drop a connection that is silent while the device computes or waits.
+_KEEP_ALIVE: Final = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 6}  # s, s, times
 
 _SMALL_BYTES = 4096  # a body piece up to this size is sent together with the headers
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long to wait for the other end to take or send a byte.
+
+    Attributes:
+        seconds: until the exchange is given up.
+        silence_s: until a person is told.
+        on_silence: tells, with the seconds so far.
+    """
+
+    seconds: float
+    silence_s: float = math.inf
+    on_silence: Callable[[float], None] = lambda _seconds: None
 
 
 class CountingSocket:
@@ -33,6 +50,7 @@ class CountingSocket:
 
     def __init__(self, inner: socket.socket) -> None:
         self._inner = inner
+        self._patience = Patience(0.0)  # as the socket has it
         self.sent = 0
         self.received = 0
 
@@ -43,18 +61,31 @@ class CountingSocket:
         """Send all of ``data``; the timeout applies to each part of it."""
         rest = memoryview(data).cast("B")
         while rest.nbytes:
-            count = self._inner.send(rest)
+            count = self._patiently(lambda: self._inner.send(rest))  # noqa: B023 - called at once
             self.sent += count
             rest = rest[count:]
 
     def receive_into(self, buffer: memoryview) -> int:
         """Receive some bytes into the buffer and return their number; 0: the peer has closed."""
-        count = self._inner.recv_into(buffer)
+        count = self._patiently(lambda: self._inner.recv_into(buffer))
         self.received += count
         return count
 
-    def set_timeout(self, seconds: float) -> None:
-        self._inner.settimeout(seconds)
+    def set_patience(self, patience: Patience) -> None:
+        self._patience = patience
+        self._inner.settimeout(min(patience.seconds, patience.silence_s))
+
+    def _patiently(self, move: Callable[[], int]) -> int:
+        """Move some bytes; tell a person when nothing moves, and give up later."""
+        patience, waited = self._patience, 0.0
+        while True:
+            try:
+                return move()
+            except TimeoutError:
+                waited += self._inner.gettimeout() or 0.0
+                if waited >= patience.seconds:
+                    raise
+                patience.on_silence(waited)
 
     def close(self) -> None:
         self._inner.close()
@@ -118,14 +149,14 @@ class Connection:
         self.used = False
         self.closed = False
 
-    def exchange(self, request: httpx.Request, timeout: float, max_body: int) -> RawResponse:
+    def exchange(self, request: httpx.Request, patience: Patience, max_body: int) -> RawResponse:
         """Send a request and read its response, with a body of at most ``max_body`` bytes.
 
         Raises:
             BrokenResponse, OSError, TooLarge: as in `read_response`.
             InvalidField: a header of the request contains a line break.
         """
-        self.socket.set_timeout(timeout)
+        self.socket.set_patience(patience)
         self.socket.begin_exchange()
         sent = self._send(request)
         response = read_response(self.socket, max_body, bodiless=request.method == "HEAD")

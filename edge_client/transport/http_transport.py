@@ -8,13 +8,14 @@ bytes do not. A simulated link acts at the same place.
 
 from __future__ import annotations
 
+import math
 import ssl
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import httpx
 
-from edge_client.transport.connection import BROKEN, Connection
+from edge_client.transport.connection import BROKEN, Connection, Patience
 from edge_client.transport.link import Line, Link
 from edge_client.transport.response import Body, BrokenResponse, RawResponse
 from protocol.limits import DEFAULT_LIMITS
@@ -37,6 +38,7 @@ class MeteredTransport(httpx.BaseTransport):
         max_body_bytes: of one response.
         prefix: path in the server's address that precedes the protocol's paths.
         link: simulated link, shared by all connections; None: the real network.
+        on_silence: called with the seconds in which no byte of a response came.
     """
 
     def __init__(
@@ -46,12 +48,14 @@ class MeteredTransport(httpx.BaseTransport):
         max_body_bytes: int = DEFAULT_LIMITS.max_frame_bytes,
         prefix: str = "",
         link: Link | None = None,
+        on_silence: Callable[[float], None] = lambda _seconds: None,
     ) -> None:
         self._tls = tls
         self._connect_timeout_s = connect_timeout_s
         self._max_body_bytes = max_body_bytes
         self._prefix = prefix.rstrip("/")
         self._line = None if link is None else Line(link)
+        self._on_silence = on_silence
         self._idle: dict[_Origin, list[Connection]] = {}
         self._lock = threading.Lock()
         self._traffic = Traffic()
@@ -70,23 +74,25 @@ class MeteredTransport(httpx.BaseTransport):
             httpx.ReadError: the connection broke during the exchange.
             TooLarge: the response is over ``max_body_bytes``.
         """
-        timeouts = request.extensions.get("timeout", {})
-        read_timeout = timeouts.get("read") or 60.0
+        limits = request.extensions.get("timeout", {})
+        patience = Patience(
+            limits.get("read") or 60.0, limits.get("silence") or math.inf, self._on_silence
+        )
         origin = _origin(request.url)
         connection = self._take(origin, request)
         try:
             received = connection.socket.received
             try:
-                response = self._exchange(connection, request, read_timeout)
+                response = self._exchange(connection, request, patience)
             except BROKEN:
                 stale = connection.used and connection.socket.received == received
                 if not stale:
                     raise
                 connection = self._open(request)
-                response = self._exchange(connection, request, read_timeout)
+                response = self._exchange(connection, request, patience)
         except TimeoutError as error:
             raise httpx.ReadTimeout(
-                f"no response within {read_timeout:g} s", request=request
+                f"no response within {patience.seconds:g} s", request=request
             ) from error
         except (OSError, BrokenResponse) as error:
             raise httpx.ReadError(str(error) or type(error).__name__, request=request) from error
@@ -108,11 +114,11 @@ class MeteredTransport(httpx.BaseTransport):
                 connection.close()
 
     def _exchange(
-        self, connection: Connection, request: httpx.Request, timeout: float
+        self, connection: Connection, request: httpx.Request, patience: Patience
     ) -> RawResponse:
         sent, received = connection.socket.sent, connection.socket.received
         try:
-            return connection.exchange(request, timeout, self._max_body_bytes)
+            return connection.exchange(request, patience, self._max_body_bytes)
         except BaseException:
             connection.close()
             raise

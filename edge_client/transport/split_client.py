@@ -14,6 +14,7 @@ from protocol.frames import Frame, require_kind
 from protocol.limits import DEFAULT_LIMITS, MIB
 from protocol.messages import SAMPLE_ID_BYTES, BodyStepMeta, ExchangeMeta
 from protocol.plan import RunPlan
+from protocol.untyped import STATUS_FIELD
 from protocol.wire import (
     BACKWARD_PATH,
     EXCHANGE_PATH,
@@ -34,6 +35,8 @@ _MAX_IDS = 16_384  # in one request
 _FLOAT_BYTES = 4
 
 _HEADER_BYTES = MIB
+
+_OTHERS_S = 20.0  # for which the server holds a request of round 0 back
 
 Payload = Mapping[str, tuple[Tensor, str]]
 
@@ -327,9 +330,10 @@ class SplitPlane:
         meta = {"round": round_, "attempt": attempt}
         while True:
             try:
-                return self._server.send_frame(path, kind, meta, tensors)
-            except Busy:
-                continue
+                return self._server.send_frame(path, kind, meta, tensors, waits_s=_OTHERS_S)
+            except Busy as error:
+                if error.field == STATUS_FIELD:  # an HTTP proxy's, which knows of no others
+                    raise
 
     def store_samples(self, ids: Tensor, smashed: Tensor) -> None:
         """Store smashed data [B, T, D] in the server's cache under these ids [B, 16]."""

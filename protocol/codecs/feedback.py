@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -18,11 +20,14 @@ class ErrorFeedback:
     steps the sum of the decoded tensors differs from the sum of the tensors only by the last
     residual.
 
+    Args:
+        residuals: by tensor name, of an earlier feedback; none of them changes.
+
     Source: arXiv 1901.09847.
     """
 
-    def __init__(self) -> None:
-        self._residuals: dict[str, Tensor] = {}
+    def __init__(self, residuals: Mapping[str, Tensor] | None = None) -> None:
+        self._residuals: dict[str, Tensor] = dict(residuals or {})
 
     def encode(
         self, name: str, tensor: Tensor, codec: Codec, generator: torch.Generator | None = None
@@ -64,6 +69,10 @@ class ErrorFeedback:
     def residual(self, name: str) -> Tensor | None:
         """Return the residual of this tensor; None before the first encoding."""
         return self._residuals.get(name)
+
+    def residuals(self) -> dict[str, Tensor]:
+        """Return all residuals, by tensor name."""
+        return dict(self._residuals)
 
     def clear(self) -> None:
         """Drop all residuals, after their tensors have been replaced."""

@@ -201,7 +201,7 @@ def load_comparison(file: Path) -> Comparison:
         InvalidField: the file cannot be read, or a setting is wrong; it names the setting.
     """
     try:
-        values = tomllib.loads(file.read_text())
+        values = tomllib.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise InvalidField(
             f"the comparison cannot be read ({error})",

@@ -102,7 +102,8 @@ class LocalRun:
             results = operator.results(run.id)  # with the bytes of the devices' last requests
         if results.run.status != "finished":
             ended = results.run
-            raise SFPromptError(f"the run ended with status {ended.status}: {ended.reason}")
+            reason = ended.reason or "the server gave no reason"
+            raise SFPromptError(f"the run ended with status {ended.status}: {reason}")
         figures = summary(results, time.monotonic() - started)
         self._save_state(results)
         return results, figures

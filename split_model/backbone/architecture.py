@@ -261,8 +261,8 @@ def _check(settings: ModelPlan, sizes: Anatomy) -> None:
 
 def _check_image(settings: ModelPlan, model: Any) -> None:
     embed = model.patch_embed
-    if not getattr(model, "dynamic_img_size", False) or hasattr(embed, "backbone"):
+    if hasattr(embed, "backbone"):
         return
-    side = max(embed.patch_size)
-    if settings.image_size % side and not getattr(model, "dynamic_img_pad", False):
+    side, pads = max(embed.patch_size), getattr(model, "dynamic_img_pad", False)
+    if settings.image_size % side and not pads:  # timm would drop the last rows and columns
         raise ModelPlanError("image_size", f"a multiple of {side}", settings.image_size)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_CHUNK = 1024  # samples in memory at a time
+CHUNK = 1024  # samples in memory at a time
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class SampleFeatures:
     def chunks(self) -> Iterator[Tensor]:
         """Yield all samples in order, as float32 [b, q]."""
         stored = self._open("r")
-        for start in range(0, self.samples, _CHUNK):
-            yield torch.from_numpy(np.asarray(stored[start : start + _CHUNK], dtype=np.float32))
+        for start in range(0, self.samples, CHUNK):
+            yield torch.from_numpy(np.asarray(stored[start : start + CHUNK], dtype=np.float32))
 
     def _open(self, mode: str) -> np.memmap[tuple[int, ...], np.dtype[np.float16]]:
         shape = (self.samples, self.numbers)

@@ -38,7 +38,7 @@ from split_server.closed_form.result import (
     read_solved,
     write_solved,
 )
-from split_server.closed_form.sample_features import SampleFeatures
+from split_server.closed_form.sample_features import CHUNK, SampleFeatures
 from split_server.closed_form.sums import SumLimits, Sums
 from split_server.engine.api import InferJob
 from split_server.engine.engine import Engine
@@ -181,12 +181,15 @@ class ClosedFormStarts:
         path = run.basis_file(self._runs.files(run_id))
         solved = await self._run(partial(read_solved, path))
         projected = []
-        for first in range(0, len(ids), _BATCH):
-            tokens = await self._read_tokens(run, owner, ids[first : first + _BATCH])
-            if tokens is None:
-                raise _busy("samples were lost; they are sent again")
-            # Through float16, as round 0 stores them: the same features again.
-            projected.append(solved.basis.project(tokens.half().float().cpu()))
+        for first in range(0, len(ids), CHUNK):
+            read = []
+            for start in range(first, min(first + CHUNK, len(ids)), _BATCH):
+                tokens = await self._read_tokens(run, owner, ids[start : start + _BATCH])
+                if tokens is None:
+                    raise _busy("samples were lost; they are sent again")
+                read.append(tokens.half().float().cpu())
+            # Through float16 and in chunks, as in round 0: the same features bit for bit.
+            projected.append(solved.basis.project(torch.cat(read)))
         classifier = solved.classifier
         strength = classifier.strength / max(1, classifier.count)
         return Features(torch.cat(projected), classifier.mean, solved.variances, strength)

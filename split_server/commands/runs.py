@@ -13,10 +13,11 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from protocol.command import read_token_file
-from protocol.errors import InvalidField, NotFound
+from protocol.errors import InvalidField, NotFound, SFPromptError
 from protocol.messages import (
     Event,
     ParticipantView,
@@ -74,6 +75,8 @@ CaFile = Annotated[
 RunId = Annotated[str, typer.Argument(help="The run's id.")]
 
 _DATA_DIR = Path("sfprompt-data")
+
+_WATCH_S = 5  # of a poll for events; then for whom the run waits is asked
 
 
 def _connect(
@@ -137,16 +140,26 @@ def create_run(
             "little traffic; paper: as published."
         ),
     ] = "default",
+    key: Annotated[
+        str | None,
+        typer.Option(
+            help="Names this creation: a repetition with the same key finds the same run."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Create a run for devices to join."""
     values = over_form(form, _run_settings(config, changes or []))
     settings = parse_message(RunSettings, values)
-    run = connect().create_run(settings)
+    run = connect().create_run(settings, key, _show_waiting)
     if as_json:
         typer.echo(run.model_dump_json())
     else:
         out.print(f"run [bold]{run.id}[/bold] ({run.settings.name}) waits for participants")
+
+
+def _show_waiting(error: SFPromptError) -> None:
+    typer.echo(f"waiting: {printable(str(error))}", err=True)
 
 
 @_with_connection
@@ -165,14 +178,21 @@ def runs(connect: Connect, as_json: Json = False) -> None:
 @_with_connection
 def watch(connect: Connect, run: RunId, as_json: Json = False) -> None:
     """Print a run's events until it is over."""
-    client, after = connect(), 0
+    client, after, waiting = connect(), 0, None
     while True:
-        events = client.events(run, after, wait_s=20)
+        events = client.events(run, after, wait_s=_WATCH_S)
         for event in events:
             after = event.seq
             typer.echo(_event_json(event) if as_json else _event_line(event))
-        if not events and client.results(run).run.status.is_over:
+        if events:
+            continue
+        seen = client.results(run)
+        if seen.run.status.is_over:
             return
+        if seen.waiting is not None and seen.waiting != waiting:
+            line = json.dumps({"kind": "waiting", "message": seen.waiting})
+            typer.echo(line if as_json else f"waiting: {printable(seen.waiting)}")
+        waiting = seen.waiting
 
 
 @_with_connection
@@ -183,6 +203,8 @@ def results(connect: Connect, run: RunId, as_json: Json = False) -> None:
         typer.echo(view.model_dump_json())
     else:
         out.print(_rounds_table(view))
+        if view.waiting is not None:
+            out.print(f"waiting: {escape(printable(view.waiting))}", highlight=False)
 
 
 @_with_connection
@@ -238,10 +260,25 @@ def delete(connect: Connect, run: RunId) -> None:
 
 def export(
     run: RunId,
-    destination: Annotated[Path, typer.Option("--out", help="File to write.")],
+    destination: Annotated[Path, typer.Option("--out", help="File to write, NAME.safetensors.")],
     data_dir: DataDir = _DATA_DIR,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
 ) -> None:
     """Write the complete tuned model to one safetensors file. Needs no running server."""
+    if destination.suffix != ".safetensors":
+        raise InvalidField(
+            "a model is exported as a safetensors file and in no other format",
+            field="out",
+            limit="NAME.safetensors",
+            value=str(destination),
+        )
+    if destination.exists() and not force:
+        raise InvalidField(
+            "the file exists",
+            field="out",
+            value=str(destination),
+            hint="choose another name, or replace it with --force",
+        )
     database_in(data_dir)
     # Imported here: torch takes seconds to import, which no other command needs.
     from split_server.federation.export import export_run

@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 
 from protocol.errors import SFPromptError
-from protocol.messages import RunStatus
+from protocol.messages import RoundStatus, RunStatus
 from split_server.federation import rounds, transitions
 from split_server.federation.background import Check, RebuildJobs, Stopped
 from split_server.federation.liveness import Liveness
@@ -90,12 +90,23 @@ class RunAdvancer:
             transitions.apply(session, run, action, runs.meter, runs.clock.wall(), work)
         if isinstance(action, rounds.Publish):
             runs.refusals[run.id] += len(action.refused)
+        self._note_attendance(run, action)
         log.info("run %s: %s", run.id, action)
         if not isinstance(action, rounds.OpenTraining):
             runs.watcher.round_over(run.id)
             if runs.snapshot(run.id).status.is_over:
                 runs.watcher.run_over(run.id)
             runs.sweep(run.id, run)
+
+    def _note_attendance(self, run: RunSnapshot, action: rounds.Action) -> None:
+        """Note who answered in the phase that an action ends, and who did not."""
+        if isinstance(action, rounds.OpenTraining):
+            self._liveness.opened(run.id)
+        elif run.open_round is not None:
+            is_training = run.open_round.status == RoundStatus.TRAINING
+            pending = rounds.pending_trainers if is_training else rounds.pending_evaluators
+            answered = run.open_round.updated | run.open_round.declined if is_training else ()
+            self._liveness.closed(run.id, answered, pending(run, run.open_round))
 
     def _is_paused(self, run_id: str) -> bool:
         return self._runs.clock.monotonic() < self._not_before.get(run_id, 0.0)
@@ -106,7 +117,14 @@ class RunAdvancer:
         live = self._liveness.live(run_id)
         now = self._runs.clock.monotonic()
         run = self._runs.snapshot(run_id)
-        return rounds.decide(run, live, now, settled=self._liveness.settled)
+        return rounds.decide(
+            run,
+            live,
+            now,
+            settled=self._liveness.is_settled(run_id, (each.id for each in run.present)),
+            away=self._liveness.away(run_id),
+            pausing=self._liveness.pausing(run_id),
+        )
 
     def _rebuild(self, run_id: str, check: Check) -> None:
         """Let the run's method rebuild its model; the next round waits for this."""

@@ -136,6 +136,12 @@ def delete_run(session: Session, run_id: str) -> None:
     session.execute(delete(RunRow).where(RunRow.id == run_id))
 
 
+def record_end(session: Session, run_id: str, participant_id: str, reason: str, at: float) -> None:
+    """Record that a participant's process has ended, and why."""
+    data = {"participant": participant_id, "reason": reason}
+    record_event(session, run_id, at, "participant_ended", **data)
+
+
 def count_update(
     session: Session,
     run_id: str,

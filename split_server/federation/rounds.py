@@ -53,10 +53,18 @@ class Publish:
 
 @dataclass(frozen=True)
 class Repeat:
-    """Close this attempt without a result: too few updates arrived or could be counted."""
+    """Close this attempt without a result: too few updates arrived or could be counted.
+
+    Attributes:
+        updates: number of updates that can be counted.
+        reason: why there are so few; None: they did not arrive.
+        is_failure: whether the attempt counts against `max_repeats`: it does if participants
+            answered, and not if they were away.
+    """
 
     updates: int
-    reason: str | None = None  # None: too few arrived
+    reason: str | None = None
+    is_failure: bool = True
 
 
 @dataclass(frozen=True)
@@ -81,12 +89,22 @@ class FailRun:
 Action = OpenTraining | Aggregate | Publish | Repeat | CloseRound | Rebuild | FailRun
 
 
-def decide(run: RunSnapshot, live: Collection[str], now: float, *, settled: bool) -> Action | None:
+def decide(
+    run: RunSnapshot,
+    live: Collection[str],
+    now: float,
+    *,
+    settled: bool,
+    away: Collection[str] = (),
+    pausing: Collection[str] = (),
+) -> Action | None:
     """Return the next step of a run, or None to wait.
 
     Args:
         run: the run.
         live: ids of participants with a recent request.
+        away: ids of participants that told that they end; no round waits for them.
+        pausing: ids of participants that are drawn only if too few others are there.
         now: seconds on the monotonic clock.
         settled: the server has been up long enough for every live participant to call. Before
             that, a new round and an evaluation wait for all of them, so that a restart does not
@@ -97,28 +115,42 @@ def decide(run: RunSnapshot, live: Collection[str], now: float, *, settled: bool
     if run.open_round is None:
         if run.needs_rebuild:
             return Rebuild(run.closed_rounds)
-        return _open_next(run, live, settled=settled)
+        return _open_next(run, live, pausing, settled=settled)
     if run.open_round.status == RoundStatus.TRAINING:
-        return _end_training(run, run.open_round, live, now, settled=settled)
-    if pending_evaluators(run, run.open_round) and not _is_late(run, now):
-        return None
+        return _end_training(run, run.open_round, live, away, now, settled=settled)
+    if pending := pending_evaluators(run, run.open_round):
+        if is_unmeasured(run, run.open_round):
+            return None  # the last state of a run is measured, however long that takes
+        if not _is_late(run, now) and not set(pending) <= set(away):
+            return None
     return CloseRound()
 
 
-def _open_next(run: RunSnapshot, live: Collection[str], *, settled: bool) -> OpenTraining | None:
+def is_unmeasured(run: RunSnapshot, open_round: OpenRound) -> bool:
+    """Whether an open evaluation is the last one of its run, and has no report yet."""
+    is_evaluating = open_round.status == RoundStatus.EVALUATING
+    return is_evaluating and _is_last(run, open_round) and not open_round.evaluated
+
+
+def _open_next(
+    run: RunSnapshot, live: Collection[str], pausing: Collection[str], *, settled: bool
+) -> OpenTraining | None:
     federation = run.plan.federation
     present = [participant for participant in run.present if participant.train_samples > 0]
-    candidates = [participant.id for participant in present if participant.id in live]
+    drawable = run.drawable(live)
     if run.closed_rounds == 0 and len(present) < federation.min_participants:
         return None
-    if len(candidates) < federation.min_updates:
+    if len(drawable) < federation.min_updates:
         return None
     if not settled and any(participant.id not in live for participant in present):
         return None
     round_, attempt = run.next_round, run.repeats
     count = federation.participants_per_round
-    sampled = _sample(run, candidates, count, round_, attempt)
-    rate = len(sampled) / len(candidates) if federation.dp_noise_multiplier else None
+    reliable = [id_ for id_ in drawable if id_ not in pausing]
+    if len(reliable) >= federation.min_updates:
+        drawable = reliable
+    sampled = _sample(run, drawable, count, round_, attempt)
+    rate = len(sampled) / len(drawable) if federation.dp_noise_multiplier else None
     return OpenTraining(round_, attempt, sampled, rate)
 
 
@@ -138,19 +170,31 @@ def _sample(
 
 
 def _end_training(
-    run: RunSnapshot, open_round: OpenRound, live: Collection[str], now: float, *, settled: bool
+    run: RunSnapshot,
+    open_round: OpenRound,
+    live: Collection[str],
+    away: Collection[str],
+    now: float,
+    *,
+    settled: bool,
 ) -> Action | None:
-    if pending_trainers(run, open_round) and not _is_late(run, now):
+    has_enough = len(open_round.updated) >= run.plan.federation.min_updates
+    # Without enough updates, who is away may come back until the deadline.
+    gone = away if has_enough else ()
+    pending = [id_ for id_ in pending_trainers(run, open_round) if id_ not in gone]
+    if pending and not _is_late(run, now):
         return None
-    if len(open_round.updated) < run.plan.federation.min_updates:
+    if not has_enough:
+        if pending:
+            return Repeat(len(open_round.updated), is_failure=False)
         return repeat_or_fail(run, open_round, len(open_round.updated))
     everybody = _evaluators(run, open_round, run.participants)
     if not settled and not set(everybody) <= set(live):
         return None  # after a restart: the live ones have not called yet
-    return Aggregate(
-        updated=tuple(run.in_order(open_round.updated)),
-        evaluators=_evaluators(run, open_round, live),
-    )
+    evaluators = _evaluators(run, open_round, live)
+    if not evaluators and _is_last(run, open_round):
+        evaluators = everybody  # nobody is there now; whoever comes first measures the last state
+    return Aggregate(tuple(run.in_order(open_round.updated)), evaluators)
 
 
 def repeat_or_fail(
@@ -165,11 +209,11 @@ def repeat_or_fail(
         reason: why updates were not accepted; None: they did not arrive.
     """
     federation = run.plan.federation
-    if open_round.attempt < federation.max_repeats:
+    if run.failures < federation.max_repeats:
         return Repeat(updates, reason)
     return FailRun(
         f"round {open_round.round} got {updates} of at least {federation.min_updates} updates "
-        f"(attempt {open_round.attempt + 1} of {federation.max_repeats + 1})"
+        f"(attempt {run.failures + 1} of {federation.max_repeats + 1})"
         + (f": {reason}" if reason else "")
     )
 
@@ -177,8 +221,7 @@ def repeat_or_fail(
 def _evaluators(run: RunSnapshot, open_round: OpenRound, live: Collection[str]) -> tuple[str, ...]:
     federation = run.plan.federation
     interval = federation.evaluate_every
-    is_last = open_round.round >= federation.rounds
-    if interval == 0 or not (open_round.round % interval == 0 or is_last):
+    if interval == 0 or not (open_round.round % interval == 0 or _is_last(run, open_round)):
         return ()
     selects = run.plan.selects_states
     return tuple(
@@ -204,6 +247,10 @@ def pending_evaluators(run: RunSnapshot, open_round: OpenRound) -> list[str]:
         for id_ in open_round.evaluators
         if id_ not in open_round.evaluated and not run.participants[id_].left
     ]
+
+
+def _is_last(run: RunSnapshot, open_round: OpenRound) -> bool:
+    return open_round.round >= run.plan.federation.rounds
 
 
 def _is_late(run: RunSnapshot, now: float) -> bool:

@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session
 from torch import Tensor
 
 from protocol.errors import (
+    Busy,
     Conflict,
     EmptyUpdate,
     InvalidField,
@@ -32,23 +33,19 @@ from protocol.messages import (
     RoundStatus,
     RunStatus,
     RunView,
+    Task,
     UpdateMeta,
     UpdateReceipt,
 )
 from protocol.settings import RunSettings
 from split_model.checkpoints.state import applied
-from split_server.federation import records, rounds, transitions, views
+from split_server.federation import records, rounds, transitions, updates, views
 from split_server.federation.advance import RunAdvancer
 from split_server.federation.credentials import Credentials
 from split_server.federation.liveness import Liveness
 from split_server.federation.runs import RunRegistry, require_not_removed
 from split_server.federation.snapshot import Participant, RunSnapshot, load_snapshot
-from split_server.federation.updates import (
-    check_base,
-    check_join,
-    check_report,
-    check_samples,
-)
+from split_server.federation.waiting import waiting_in
 from split_server.models.prepare import PreparedRun, prepare_run
 from split_server.payloads.tensors import FLOAT32_BYTES, decode_update, require_finite
 from split_server.storage.data_dir import new_run_id
@@ -57,6 +54,8 @@ from split_server.storage.run_files import RunFiles, relative_to_data_dir
 from split_server.storage.tensor_files import read_tensors
 
 log = logging.getLogger(__name__)
+
+_CREATE_WAIT_S = 5.0  # for another creation: a waiting request holds a thread
 
 _UPDATE_MARGIN_BYTES = 1024 * 1024  # header and padding of an update's frame
 
@@ -118,7 +117,8 @@ class FederationService:
         """
         self._runs.snapshot(run_id)
         with self._runs.lock(run_id), self._runs.store.reading() as session:
-            return views.results(session, self._runs.snapshot(run_id), self._runs.meter)
+            run = self._runs.snapshot(run_id)
+            return views.results(session, run, self._runs.meter, waiting_in(run, self._liveness))
 
     def events(self, run_id: str, after: int) -> list[Event]:
         """Return a run's events after the one with this number.
@@ -143,7 +143,10 @@ class FederationService:
                 "there is no such participant", field="participant", value=participant_id
             )
         require_not_removed(run.participants[participant_id])
-        return rounds.assignment_for(run, participant_id, self._runs.clock.monotonic())
+        assignment = rounds.assignment_for(run, participant_id, self._runs.clock.monotonic())
+        if assignment.task is not Task.WAIT:
+            return assignment
+        return assignment.model_copy(update={"waiting": waiting_in(run, self._liveness)})
 
     # Requests that create and cancel runs
 
@@ -152,8 +155,11 @@ class FederationService:
 
         Raises:
             InvalidField: the model cannot be downloaded, or cut as the plan requires.
+            Busy: another run is being created, perhaps this one; repeat with the same key.
         """
-        with self._creating:  # one at a time, so that a repetition finds the first response
+        if not self._creating.acquire(timeout=_CREATE_WAIT_S):
+            raise Busy("another run is being created", retry_after_s=_CREATE_WAIT_S)
+        try:  # one at a time, so that a repetition finds the first response
             if (response := self._runs.recall(idempotent)) is not None:
                 return RunView.model_validate(response)
             run_id = new_run_id()
@@ -163,6 +169,8 @@ class FederationService:
             except BaseException:
                 files.remove()
                 raise
+        finally:
+            self._creating.release()
         self._runs.watcher.changed(run_id)
         log.info("run %s (%s) created", run_id, settings.name)
         return view
@@ -244,10 +252,11 @@ class FederationService:
         request: JoinRequest,
         idempotent: IdempotentRequest,
     ) -> str:
-        check_join(request, run.plan.federation.max_samples)
+        updates.check_join(request, run.plan.federation.max_samples)
         if request.train_samples or request.test_samples:
             rounds.require_running(run)  # a device without data only reads, which is allowed later
-        _check_classes(run, request)
+            updates.check_name(run, request, self._liveness.live(run.id))
+        updates.check_classes(run, request)
         return records.add_participant(session, run, request, idempotent, self._runs.clock.wall())
 
     def leave(self, run_id: str, participant_id: str, idempotent: IdempotentRequest) -> None:
@@ -266,6 +275,16 @@ class FederationService:
             records.record_leaving(session, run_id, participant_id, idempotent, at)
         self._liveness.forget(run_id, participant_id)
         runs.watcher.left(run_id, participant_id)
+        self._advancer.try_advance(run_id)
+
+    def end(self, run_id: str, participant_id: str, reason: str) -> None:
+        """Record that a participant ends: no round waits for it until its next request."""
+        run, _ = self._runs.participant(run_id, participant_id)
+        if run.status.is_over or not self._liveness.end(run_id, participant_id):
+            return
+        with self._runs.changing(run_id) as session:
+            at = self._runs.clock.wall()
+            records.record_end(session, run_id, participant_id, reason, at)
         self._advancer.try_advance(run_id)
 
     # Updates
@@ -355,8 +374,8 @@ class FederationService:
         self, run: RunSnapshot, participant: Participant, meta: UpdateMeta, frame: Frame
     ) -> dict[str, Tensor]:
         """Decode and check an update, and add the part that was trained on the server."""
-        check_samples(meta, participant)
-        check_base(meta, run.state.device)
+        updates.check_samples(meta, participant)
+        updates.check_base(meta, run.state.device)
         extras = run.method.decode_extras(run.plan, meta.round, frame)
         tensors = decode_update(frame, run.plan.model, extras)
         if meta.base is not None:
@@ -418,28 +437,7 @@ class FederationService:
             )
             rounds.require_evaluator(open_round, participant_id)
             rounds.require_first(open_round.evaluated, participant_id, "evaluation")
-            check_report(report, participant)
+            updates.check_report(report, participant)
             at = self._runs.clock.wall()
             records.count_evaluation(session, run_id, participant_id, report, idempotent, at)
         self._advancer.try_advance(run_id)
-
-
-def _check_classes(run: RunSnapshot, request: JoinRequest) -> None:
-    """Refuse data whose labels would mean other classes than those of the run."""
-    if request.num_classes != run.plan.model.num_classes:
-        raise InvalidField(
-            "the device's data and the run differ in the number of classes",
-            field="num_classes",
-            limit=run.plan.model.num_classes,
-            value=request.num_classes,
-            hint="a device that lacks a class needs class_names in the run's settings",
-        )
-    known = {participant.classes_sha256 for participant in run.participants.values()} - {None}
-    if request.classes_sha256 is not None and known - {request.classes_sha256}:
-        raise InvalidField(
-            "the classes of the device's data differ in name from those of earlier devices",
-            field="classes_sha256",
-            limit=sorted(filter(None, known)),
-            value=request.classes_sha256,
-            hint="use the same folder names, or list class_names in the run's settings",
-        )

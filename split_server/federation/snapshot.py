@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -20,6 +20,7 @@ from split_server.models.body_key import BodyKey
 from split_server.storage.database import (
     BestState,
     EvaluationRow,
+    EventRow,
     ParticipantRow,
     RoundRow,
     RunRow,
@@ -30,6 +31,8 @@ from split_server.storage.run_files import RunFiles, StateRefs
 _RATE_CUT = 0.5  # of the learning rates, for each state that was discarded
 
 _LEAST_RATE_SCALE = 2.0**-20
+
+REPEATED = "round_repeated"  # kind of the event
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,8 @@ class RunSnapshot:
     participants: Mapping[str, Participant]  # by id, including those that have left
     open_round: OpenRound | None
     closed_rounds: int  # rounds that have produced a global state
-    repeats: int  # failed attempts at the round after these
+    repeats: int  # attempts without a result at the round after these
+    failures: int = 0  # those of them in which participants answered
     start_attempt: int | None = None  # at round 0, whose result the run uses; None: none yet
     renewed: int = 0  # the round after which weights and head were made again; 0: never
     best: BestState | None = None  # the best measured state; None: none was measured
@@ -145,6 +149,10 @@ class RunSnapshot:
         """The participants that have not left, sorted."""
         present = [each for each in self.participants.values() if not each.left]
         return sorted(present, key=lambda participant: participant.order)
+
+    def drawable(self, live: Collection[str]) -> list[str]:
+        """Return the ids of the live participants that can train, in order."""
+        return [each.id for each in self.present if each.train_samples > 0 and each.id in live]
 
     def in_order(self, participants: frozenset[str]) -> list[str]:
         """Sort participant ids in the order in which all sums are computed."""
@@ -208,11 +216,21 @@ def load_snapshot(session: Session, run_id: str, data_dir: Path) -> RunSnapshot:
         open_round=_load_open_round(session, last),
         closed_rounds=closed or 0,
         repeats=repeats or 0,
+        failures=_count_failures(session, run_id, settings, closed or 0) if repeats else 0,
         start_attempt=start_attempt,
         renewed=run.renewed,
         best=run.best_state,
         discarded=discarded or 0,
     )
+
+
+def _count_failures(session: Session, run_id: str, settings: RunSettings, closed: int) -> int:
+    """Count the attempts at the next round that failed although participants answered."""
+    events = session.scalars(
+        select(EventRow.data).where(EventRow.run_id == run_id, EventRow.kind == REPEATED)
+    )
+    round_ = settings.plan.first_round + closed
+    return sum(data["round"] == round_ and data.get("failure", True) for data in events)
 
 
 def _load_participants(session: Session, run_id: str) -> dict[str, Participant]:

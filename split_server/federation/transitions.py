@@ -34,7 +34,7 @@ from split_server.federation.rounds import (
     Repeat,
     repeat_or_fail,
 )
-from split_server.federation.snapshot import OpenRound, RunSnapshot
+from split_server.federation.snapshot import REPEATED, OpenRound, RunSnapshot
 from split_server.federation.views import closed_traffic
 from split_server.method import RoundMean
 from split_server.storage.database import (
@@ -184,7 +184,8 @@ def apply(
     elif isinstance(action, Repeat):
         _end_attempt(session, run, row, meter, at)
         reason = {} if action.reason is None else {"reason": action.reason}
-        _record(session, row, "round_repeated", at, updates=action.updates, **reason)
+        data = {"updates": action.updates, "failure": action.is_failure, **reason}
+        _record(session, row, REPEATED, at, **data)
     elif isinstance(action, FailRun):
         _end_attempt(session, run, row, meter, at)
         end_run(session, run.id, RunStatus.FAILED, action.reason, at)

@@ -1,10 +1,12 @@
-"""Check updates and evaluations against what their participant may send."""
+"""Check joins, updates and evaluations against what their participant may send."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from protocol.errors import EmptyUpdate, InvalidField
 from protocol.messages import MAX_LOSS, BlobRef, EvaluationReport, JoinRequest, UpdateMeta
-from split_server.federation.snapshot import Participant
+from split_server.federation.snapshot import Participant, RunSnapshot
 
 
 def check_join(request: JoinRequest, max_samples: int) -> None:
@@ -22,6 +24,50 @@ def check_join(request: JoinRequest, max_samples: int) -> None:
                 value=getattr(request, field),
                 hint="if the number is right, create a run with a larger federation.max_samples",
             )
+
+
+def check_name(run: RunSnapshot, request: JoinRequest, live: Collection[str]) -> None:
+    """Refuse the name of another device that takes part: people could not tell them apart.
+
+    One that has lost its identity may join again once its former self counts as away.
+
+    Raises:
+        InvalidField: a live participant has the name.
+    """
+    for each in run.present:
+        if each.name == request.name and each.train_samples and each.id in live:
+            raise InvalidField(
+                "another device takes part under this name",
+                field="name",
+                value=request.name,
+                hint="give each device its own --name; a device that has lost its --home joins "
+                "again a minute after its last request",
+            )
+
+
+def check_classes(run: RunSnapshot, request: JoinRequest) -> None:
+    """Refuse data whose labels would mean other classes than those of the run.
+
+    Raises:
+        InvalidField: the classes differ in number or name.
+    """
+    if request.num_classes != run.plan.model.num_classes:
+        raise InvalidField(
+            "the device's data and the run differ in the number of classes",
+            field="num_classes",
+            limit=run.plan.model.num_classes,
+            value=request.num_classes,
+            hint="a device that lacks a class needs class_names in the run's settings",
+        )
+    known = {participant.classes_sha256 for participant in run.participants.values()} - {None}
+    if request.classes_sha256 is not None and known - {request.classes_sha256}:
+        raise InvalidField(
+            "the classes of the device's data differ in name from those of earlier devices",
+            field="classes_sha256",
+            limit=sorted(filter(None, known)),
+            value=request.classes_sha256,
+            hint="use the same folder names, or list class_names in the run's settings",
+        )
 
 
 def check_samples(meta: UpdateMeta, participant: Participant) -> None:

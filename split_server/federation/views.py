@@ -44,8 +44,8 @@ def run_view(run: RunSnapshot) -> RunView:
     )
 
 
-def results(session: Session, run: RunSnapshot, meter: Meter) -> Results:
-    """Return a run's rounds, participants and traffic so far."""
+def results(session: Session, run: RunSnapshot, meter: Meter, waiting: str | None) -> Results:
+    """Return a run's rounds, participants and traffic so far, and for whom it waits."""
     rows = session.scalars(
         select(RoundRow).where(RoundRow.run_id == run.id).order_by(RoundRow.round, RoundRow.attempt)
     ).all()
@@ -55,6 +55,7 @@ def results(session: Session, run: RunSnapshot, meter: Meter) -> Results:
         rounds=_rounds(session, run, rows, total),
         participants=_participants(session, run, meter),
         traffic=total.to_dict(),
+        waiting=waiting,
     )
 
 

@@ -37,10 +37,16 @@ def unexpected(error: Exception) -> SFPromptError:
     return InternalError("the server failed on this request")
 
 
-def _is_full_disk(error: Exception) -> bool:
-    if isinstance(error, OperationalError):
-        return "disk is full" in str(error.orig)
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+def _is_full_disk(error: BaseException | None) -> bool:
+    """Whether a full disk is the cause, however deep; safetensors only names it."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        text = str(error.orig if isinstance(error, OperationalError) else error)
+        if any(sign in text for sign in ("disk is full", "No space left on device")):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def error_headers(error: SFPromptError) -> dict[str, str]:

@@ -20,6 +20,7 @@ from protocol.base import Message
 from protocol.errors import InvalidField, NotFound
 from protocol.frames import Frame, decode_frame, require_kind
 from protocol.messages import (
+    Absence,
     Assignment,
     EvaluationReport,
     Event,
@@ -81,6 +82,7 @@ class FederationRoutes:
         add("/runs/{run}/participants", self.join, methods=["POST"], status_code=201)
         add("/runs/{run}/participants/me", self.leave, methods=["DELETE"])
         add("/runs/{run}/participants/{participant}", self.remove, methods=["DELETE"])
+        add("/runs/{run}/participants/me/absence", self.end, methods=["PUT"])
         add("/runs/{run}/samples", self.forget, methods=["DELETE"])
         add("/runs/{run}/assignment", self.assignment, methods=["GET"])
         add("/runs/{run}/head", self.head, methods=["GET"])
@@ -176,6 +178,13 @@ class FederationRoutes:
         await run_in_threadpool(self._federation.leave, run, identity.participant, idempotent)
         return {}
 
+    async def end(self, request: Request, run: str, absence: Absence) -> dict[str, Any]:
+        """Note that the sender ends; no round waits for it until its next request."""
+        identity = require_participant(identity_of(request.scope))
+        end = self._federation.end
+        await run_in_threadpool(end, run, identity.participant, absence.reason)
+        return {}
+
     async def forget(self, request: Request, run: str) -> dict[str, Any]:
         """Delete the sender's smashed data from the server's cache."""
         identity = self._participant(request, run)
@@ -199,15 +208,17 @@ class FederationRoutes:
             self._services.liveness.touch(run, identity.participant, wait)
         if advancer.is_due(run):
             await run_in_threadpool(advancer.try_advance, run, wait=False)
-        deadline = time.monotonic() + wait
+        deadline, first = time.monotonic() + wait, None
         while True:
             change = notifier.get_event(run)
             assignment = self._federation.assignment(run, identity.participant)
+            first = first or assignment
             is_new = (assignment.task, assignment.round, assignment.attempt) != (
                 task,
                 round_,
                 attempt,
             )
+            is_new = is_new or assignment.waiting != first.waiting
             remaining = deadline - time.monotonic()
             if is_new or remaining <= 0 or notifier.closed:
                 return assignment

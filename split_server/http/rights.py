@@ -75,6 +75,7 @@ RIGHTS = (
     _right("GET", f"{_RUN}/events", _PARTICIPANT, _OPERATOR),
     _right("POST", f"{_RUN}/participants", _JOINER, _OPERATOR),
     _right("DELETE", f"{_RUN}/participants/me", _PARTICIPANT),
+    _right("PUT", f"{_RUN}/participants/me/absence", _PARTICIPANT),
     _right("DELETE", f"{_RUN}/participants/{{participant}}", _OPERATOR),
     _right("DELETE", f"{_RUN}/samples", _PARTICIPANT),
     _right("GET", f"{_RUN}/assignment", _PARTICIPANT),

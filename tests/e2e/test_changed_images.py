@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,14 +11,17 @@ from PIL import Image
 
 from edge_client.cli import _join_as
 from edge_client.data.dataset import Dataset, limit_per_set
+from edge_client.data.errors import EmptyDatasetError
 from edge_client.data.folder import load_folder
 from edge_client.data.sources import load_dataset
 from edge_client.participant import JoinedRun, Participant
 from edge_client.storage.identity import Identity
 from edge_client.transport.client import Server
 from protocol.messages import Results
+from protocol.plan import RunPlan
 from split_server.client import OperatorClient
 from tests.e2e.conftest import data_dir_of
+from tests.e2e.devices import DeviceThreads
 from tests.e2e.test_cut import RecordingReporter, cut_run, take_part
 from tests.support.federation import OPERATOR
 from tests.support.server import RunningServer
@@ -81,3 +85,29 @@ def test_a_device_that_joins_with_other_images_leaves_as_the_earlier_participant
         (40, False),
         (30, True),
     ]
+
+
+def test_a_device_whose_images_are_gone_says_so_and_the_others_go_on(
+    node: RunningServer, photos: Dataset, tmp_path: Path
+) -> None:
+    class Removing(RecordingReporter):
+        def event(self, kind: str, **data: object) -> None:
+            if kind == "trained":
+                shutil.rmtree(tmp_path / "photos")
+
+    values = cut_run().model_dump()
+    values["federation"] |= {"min_participants": 2}
+    with contextlib.closing(OperatorClient(node.url, OPERATOR)) as operator:
+        run = operator.create_run(Custom.of(RunPlan.model_validate(values))).id
+        other = DeviceThreads(node.url, run, 1, tmp_path, train=40, test=10)
+        with contextlib.closing(Server(node.url)) as client:
+            device = Participant(client, photos, tmp_path, "gone", Removing(), cache_bytes=0)
+            joined = device.join(run, key="gone")
+            with pytest.raises(EmptyDatasetError):
+                joined.take_part()
+        other.wait()  # far less than the ten minutes that a round may take
+        results = operator.results(run)
+        events = operator.events(run, 0, 0)
+    assert [len(view.updated) for view in results.rounds] == [2, 1]
+    [told] = [event.data["reason"] for event in events if event.kind == "participant_ended"]
+    assert told == "its images cannot be used any more"

@@ -1,5 +1,6 @@
 """The device's requests to a raw socket server, and its handling of the responses."""
 
+import contextlib
 import json
 import ssl
 from pathlib import Path
@@ -35,6 +36,7 @@ from protocol.messages import (
 )
 from protocol.settings import RunSettings
 from split_model.files import sha256_of
+from split_server.client import OperatorClient
 from tests.support.edge import (
     NO_PATIENCE,
     Connection,
@@ -346,10 +348,17 @@ def test_a_refused_certificate_is_not_tried_again(tmp_path: Path) -> None:
         for ca_file in (None, tmp_path / "other.pem"):
             retry = RetryPolicy(sleep=pauses.append)
             server = Server(raw.url, retry=retry, ca_file=ca_file)
-            with pytest.raises(Unreachable, match="CERTIFICATE_VERIFY_FAILED") as caught:
+            with pytest.raises(Unreachable, match="certificate is not trusted") as caught:
                 server.runs()
+            assert "--ca-file" in str(caught.value)
+            assert "running" not in str(caught.value)
             assert isinstance(caught.value.__cause__, ssl.SSLCertVerificationError)
             server.close()
+        with (
+            contextlib.closing(OperatorClient(raw.url)) as operator,
+            pytest.raises(Unreachable, match=r"certificate is not trusted.*--ca-file"),
+        ):
+            operator.runs()
         trusting = impatient(raw, ca_file=tmp_path / "own.pem")
         assert trusting.runs() == []
         trusting.close()
@@ -366,7 +375,7 @@ def test_plain_http_behind_an_https_address_is_not_tried_again() -> None:
     with RawServer(plain) as raw:
         url = raw.url.replace("http:", "https:")
         server = Server(url, retry=RetryPolicy(sleep=pauses.append))
-        with pytest.raises(Unreachable):
+        with pytest.raises(Unreachable, match=r"does not speak TLS.*http://"):
             server.runs()
         server.close()
     assert pauses == []

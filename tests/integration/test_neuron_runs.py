@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -371,12 +372,16 @@ def test_a_device_whose_head_was_deleted_requests_a_new_assignment(
 ) -> None:
     run = create_run(server, federation={"rounds": 2, "round_timeout_s": 4.0, "max_repeats": 0})
     reporter, data = ListReporter(), Dataset(image_set(10), image_set(7, seed=1))
+    path = f"/v1/runs/{run.id}/cancel"
     with contextlib.closing(OutdatedServer(server.url)) as client:
         device = Participant(client, data, tmp_path, "late", reporter)
         participant = device.join(run.id, "join-late")
         assert participant.run.head == run.head, "it requested the run again"
+        cancel = threading.Timer(2, lambda: server.operator().call("POST", path, key="cancel"))
+        cancel.start()
         last = participant.take_part()
-    assert last.status is RunStatus.FAILED, "no device trained"
+        cancel.join()
+    assert last.status is RunStatus.CANCELLED, "no device trained"
     [event] = reporter.of("left-behind")
     assert event["round"] == 1
     assert reporter.of("trained") == []

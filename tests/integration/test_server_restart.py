@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -74,11 +75,15 @@ def test_a_killed_server_resumes_the_open_round(server: ServerProcess) -> None:
     assert devices["c"].update(run, states["c"], "u", samples=30).is_success
     receipt = devices["a"].update(run, states["a"], "u", samples=10).json()
     assert devices["b"].step("forward", smashed(), "s").is_success
+    counted = operator.call("GET", f"/v1/runs/{run}/results").json()["traffic"]
+    time.sleep(1.3)
     server.kill()
     for api in (operator, anonymous, *devices.values()):
         api.close()
 
     with running_server(server.folder) as again:
+        kept = again.operator().call("GET", f"/v1/runs/{run}/results").json()["traffic"]
+        assert kept == counted, "a second after they were counted, bytes outlive a kill"
         devices = {name: again.api(credential) for name, credential in credentials.items()}
         for name, task in (("a", Task.WAIT), ("b", Task.TRAIN), ("c", Task.WAIT)):
             after = devices[name].assignment(run)

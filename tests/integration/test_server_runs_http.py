@@ -173,9 +173,10 @@ def test_each_role_may_send_its_requests_only(server: RunningServer, operator: A
         assert code_of(forged.call(method, path, key="k")) == "unauthorized"
         assert code_of(foreign.call(method, path, key="k")) == "forbidden"
     report = {"round": 1, "attempt": 0, "samples": 1, "correct": 1, "loss_sum": 1.0}
-    path = f"/v1/runs/{run}/evaluation"
-    assert code_of(anonymous.call("PUT", path, key="k", json=report)) == "unauthorized"
-    assert code_of(foreign.call("PUT", path, key="k", json=report)) == "forbidden"
+    for name, body in (("evaluation", report), ("participants/me/absence", {"reason": "it ends"})):
+        path = f"/v1/runs/{run}/{name}"
+        assert code_of(anonymous.call("PUT", path, key="k", json=body)) == "unauthorized"
+        assert code_of(foreign.call("PUT", path, key="k", json=body)) == "forbidden"
     for kind in ("forward", "backward", "exchange", "infer", "samples", "missing"):
         assert code_of(anonymous.step(kind, smashed(), "s")) == "unauthorized"
         assert code_of(forged.step(kind, smashed(), "s")) == "unauthorized"
@@ -289,7 +290,33 @@ def test_a_long_poll_is_answered_when_something_changes(
 def test_the_deadline_passes_without_requests(server: RunningServer, operator: ApiClient) -> None:
     run = new_run(operator, round_timeout_s=0.2, max_repeats=0)
     joined(server, run)
-    wait_until(lambda: operator.call("GET", f"/v1/runs/{run}").json()["status"] == "failed")
+    path = f"/v1/runs/{run}/events?after=0&wait=20"
+    events = operator.call("GET", path).json()
+    while events[-1]["kind"] != "round_repeated":
+        events += operator.call("GET", path.replace("=0", f"={events[-1]['seq']}")).json()
+    assert events[-1]["data"] == {"round": 1, "attempt": 0, "updates": 0, "failure": False}
+
+
+def test_a_device_hears_at_once_for_whom_a_run_waits_and_when_that_changes(
+    server: RunningServer, operator: ApiClient
+) -> None:
+    run = new_run(operator, min_participants=3)
+    kitchen = joined(server, run, "kitchen")
+    assert kitchen.assignment(run).waiting == "1 of 3 devices: kitchen; 2 more needed"
+    timer = threading.Timer(0.2, lambda: joined(server, run, "hall"))
+    timer.start()
+    later = kitchen.assignment(run, "?task=wait&round=0&attempt=0&wait=20")
+    assert later.waiting == "2 of 3 devices: hall, kitchen; 1 more needed"
+    timer.join()
+
+
+def test_a_device_that_ends_is_not_waited_for(server: RunningServer, operator: ApiClient) -> None:
+    run = new_run(operator, min_participants=2, rounds=1, evaluate_every=0)
+    a, b = (joined(server, run, name) for name in "ab")
+    assert a.update(run, state_of(1.0), "u").is_success
+    path = f"/v1/runs/{run}/participants/me/absence"
+    assert b.call("PUT", path, json={"reason": "it was stopped"}).json() == {}
+    assert a.assignment(run).task is Task.STOP
 
 
 def test_a_full_disk_pauses_a_run_and_no_device(

@@ -50,7 +50,7 @@ IMPORT_EXCEPTIONS = {
 
 # Ideas of single tuning methods, which only the methods' own packages name.
 METHOD_IDEAS = re.compile(
-    r"(?<!HTTP )prox(y|ies)(?!_headers)|fedpft|offsite|local.bod", re.IGNORECASE
+    r"(?<!HTTP )prox(y|ies)(?!_headers|_read_timeout)|fedpft|offsite|local.bod", re.IGNORECASE
 )
 
 # Files that name settings of former releases, to refuse or to ignore them.

@@ -64,6 +64,7 @@ class Script(BodyServer):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.polled: list[Assignment | None] = []
+        self.ended: list[str] = []
         self.updates: list[tuple[UpdateMeta, dict[str, torch.Tensor]]] = []
         self.reports: list[EvaluationReport] = []
         self.downloads: list[str] = []
@@ -94,6 +95,9 @@ class Script(BodyServer):
 
     def authenticate(self, credential: str) -> None:
         self.credential = credential
+
+    def end(self, run: str, reason: str) -> None:
+        self.ended.append(reason)
 
     def head(self, run: str, start: int = 0) -> bytes:
         self.downloads.append("head")
@@ -182,6 +186,19 @@ def test_a_whole_run(tmp_path: Path) -> None:
     assert set(server.calls) == {"forward", "backward", "infer"}
 
 
+def test_for_whom_a_run_waits_is_said_once(tmp_path: Path) -> None:
+    class Waiting(Script):
+        def assignment(self, run: str, after: Assignment | None, wait_s: float) -> Assignment:
+            assignment = super().assignment(run, after, wait_s)
+            waits = assignment.task is WAIT
+            text = "1 of 2 devices: device; 1 more needed" if waits else None
+            return assignment.model_copy(update={"waiting": text})
+
+    reporter, _ = take_part(Waiting(assignments=[(WAIT, 0), (WAIT, 0), (STOP, 0)]), tmp_path)
+    said = [data for kind, data in reporter.events if kind == "waiting"]
+    assert said == [{"message": "1 of 2 devices: device; 1 more needed"}]
+
+
 def test_an_assignment_given_twice_is_done_once(tmp_path: Path) -> None:
     script = [(TRAIN, 1), (TRAIN, 1), (TRAIN, 1), (EVALUATE, 1), (EVALUATE, 1), (STOP, 1)]
     server = Script(assignments=script)
@@ -268,6 +285,7 @@ def test_a_permanent_error_ends_the_device(tmp_path: Path, error: type[SFPromptE
     server = Script(assignments=[(TRAIN, 1), (STOP, 1)], refusals={1: error("no")})
     with pytest.raises(error):
         take_part(server, tmp_path)
+    assert server.ended == [error.code], "it tells why it ends"
 
 
 def test_a_method_drops_its_caches_by_sample_when_positions_may_have_changed(

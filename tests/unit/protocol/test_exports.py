@@ -29,17 +29,19 @@ EXPORTED = {
     "frame_length header_length join_frame require_kind",
     "header": "check_text pack_header unpack_header",
     "limits": "DEFAULT_LIMITS FrameLimits MIB",
-    "messages": "Assignment BlobRef BodyStepMeta BytesByPhase Count EvaluationReport Event "
+    "messages": "Absence Assignment BlobRef BodyStepMeta BytesByPhase Count EvaluationReport Event "
     "ExchangeMeta InferMeta JoinRequest JoinResponse Loss MAX_LOSS ParticipantView Results "
     "RoundStatus RoundView RunStatus RunView "
     "SAMPLE_ID_BYTES SamplesMeta Seconds Sha256 StartMeta StepId StepMeta Task UpdateMeta "
     "UpdateReceipt parse_message",
+    "nearest": "nearest_field nearest_name",
     "seeds": "derive_seed",
     "parts": "BackboneSettings ClassName CodecName Fit Text TrainingSettings WireSettings",
     "plan": "ModelPlan PromptDepth PromptPlacement PruningScore RunPlan TrainingPlan "
     "Tuned WirePlan",
     "traffic": "Phase Traffic get_phases total_bytes",
     "tls": "create_ssl_context",
+    "untyped": "STATUS_FIELD describe_request is_typed untyped_error",
     "wire": "BACKWARD_PATH EXCHANGE_PATH FLOAT32_BYTES FORWARD_PATH FRAME_MEDIA_TYPE "
     "IDEMPOTENCY_HEADER INFER_PATH MISSING_PATH PROTOCOL_VERSION REQUEST_ID_HEADER "
     "SAMPLES_PATH SOLVE_PATH START_PATH VERSION_HEADER",

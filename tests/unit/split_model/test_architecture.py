@@ -95,6 +95,12 @@ def test_limits_that_need_the_architecture(changes: dict[str, Any], field: str) 
     assert caught.value.field == f"model.{field}"
 
 
+def test_a_fixed_image_size_must_fit_the_patches() -> None:
+    with pytest.raises(ModelPlanError) as caught:
+        skeleton(ModelPlan(backbone="vit_small_patch14_dinov2", image_size=30))
+    assert (caught.value.field, caught.value.limit) == ("model.image_size", "a multiple of 14")
+
+
 def test_a_dynamic_image_size_must_fit_the_patches() -> None:
     with pytest.raises(ModelPlanError, match="a multiple of 14"):
         skeleton(ModelPlan(backbone="vit_intern300m_patch14_448", image_size=30))

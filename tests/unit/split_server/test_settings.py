@@ -181,3 +181,25 @@ def test_a_folder_in_use_is_a_typed_error(tmp_path: Path) -> None:
         shown = CliRunner().invoke(app, ["serve", "--port", "0", "--data-dir", str(tmp_path)])
     assert isinstance(shown.exception, InvalidField)
     assert shown.exception.field == "data_dir"
+
+
+def test_a_file_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "server.toml"
+    file.write_text("port = 1234", encoding="utf-8-sig")
+    assert load_settings(file=file).port == 1234
+
+
+def test_the_nearest_setting_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InvalidField, match="did you mean max_connections"):
+        load_settings(file=written(tmp_path, "max_connection = 5"))
+
+
+def test_a_misspelt_variable_is_refused_and_a_foreign_one_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("SPLIT_SERVER_SERVICE_HOST", "10.0.0.1")  # Kubernetes sets such ones
+    load_settings()
+    monkeypatch.setenv("SPLIT_SERVER_JOIN_TOKN", "secret-token")
+    with pytest.raises(InvalidField, match="did you mean SPLIT_SERVER_JOIN_TOKEN") as caught:
+        load_settings()
+    assert "secret" not in str(caught.value)

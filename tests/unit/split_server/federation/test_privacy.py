@@ -218,7 +218,9 @@ def test_sampling_costs_less_and_a_repeated_round_nothing(
         members = [harness.join(run, name) for name in "ab"]
         drawn = [m for m in members if harness.task(run, m).task is Task.TRAIN]
         assert len(drawn) == 1
-        harness.time.now += 10  # nobody answers
+        harness.time.now += 10  # nobody answers, and both are there
+        for member in members:
+            harness.liveness.touch(run, member)
         drawn = [m for m in members if harness.task(run, m).task is Task.TRAIN]
         harness.update(run, drawn[0], state_of(1.0), attempt=1)
         first, second = view(harness, run).rounds

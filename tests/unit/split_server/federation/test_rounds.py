@@ -70,6 +70,7 @@ def an_open_round(
         status=RunStatus.RUNNING,
         deadline=NOW + 10,
         repeats=attempt,
+        failures=attempt,
         open_round=OpenRound(
             round=run.closed_rounds + 1,
             attempt=attempt,
@@ -178,10 +179,51 @@ def test_a_round_does_not_wait_for_participants_that_left_or_declined() -> None:
 
 def test_too_few_updates_repeat_the_round_and_then_fail_the_run() -> None:
     run = a_run(3, min_updates=2, max_repeats=1)
-    assert next_step(an_open_round(run, updated={"p1"}), NOW + 10) == Repeat(1)
-    again = next_step(an_open_round(run, updated={"p1"}, attempt=1), NOW + 10)
+    refused = {"p2", "p3"}
+    assert next_step(an_open_round(run, updated={"p1"}, declined=refused)) == Repeat(1)
+    again = next_step(an_open_round(run, updated={"p1"}, declined=refused, attempt=1))
     assert isinstance(again, FailRun)
     assert "1 of at least 2 updates" in again.reason
+
+
+def test_a_round_that_devices_miss_is_repeated_however_often() -> None:
+    run = an_open_round(a_run(3, min_updates=2, max_repeats=0), updated={"p1"}, attempt=7)
+    assert next_step(run, NOW + 9) is None
+    assert next_step(run, NOW + 10) == Repeat(1, is_failure=False)
+
+
+def test_a_round_does_not_wait_for_participants_that_have_told_that_they_end() -> None:
+    run = an_open_round(a_run(3), updated={"p1", "p2"})
+    step = decide(run, everybody(run), NOW, settled=True, away={"p3"})
+    assert isinstance(step, Aggregate)
+    measured = an_open_round(a_run(2), evaluators=("p1", "p2"), evaluated={"p1"})
+    assert isinstance(decide(measured, {"p1"}, NOW, settled=True, away={"p2"}), CloseRound)
+
+
+def test_a_round_with_too_few_updates_waits_until_its_deadline_for_who_is_away() -> None:
+    run = an_open_round(a_run(2, min_updates=2), updated={"p1"})
+    assert decide(run, {"p1"}, NOW, settled=True, away={"p2"}) is None
+    step = decide(run, {"p1"}, NOW + 10, settled=True, away={"p2"})
+    assert step == Repeat(1, is_failure=False)
+
+
+def test_who_misses_rounds_is_left_out_unless_too_few_others_are_there() -> None:
+    run = a_run(3, min_updates=2)
+    step = decide(run, everybody(run), NOW, settled=True, pausing={"p2"})
+    assert step == OpenTraining(1, 0, ("p1", "p3"))
+    step = decide(run, {"p1", "p2"}, NOW, settled=True, pausing={"p2"})
+    assert step == OpenTraining(1, 0, ("p1", "p2"))
+
+
+def test_the_last_state_waits_for_an_evaluation_however_late_it_comes() -> None:
+    run = a_run(2, closed=1, rounds=2)
+    step = decide(an_open_round(run, updated={"p1", "p2"}), set(), NOW, settled=True)
+    assert isinstance(step, Aggregate)
+    assert step.evaluators == ("p1", "p2")
+    late = an_open_round(run, evaluators=("p1", "p2"))
+    assert next_step(late, NOW + 1000) is None
+    one = an_open_round(run, evaluators=("p1", "p2"), evaluated={"p2"})
+    assert isinstance(next_step(one, NOW + 1000), CloseRound)
 
 
 def test_a_round_without_updates_is_not_aggregated() -> None:

@@ -104,14 +104,16 @@ def test_the_deadline_holds_without_polls_in_between(harness: FederationHarness)
 
 
 def test_too_few_updates_repeat_the_round_and_then_fail_the_run(harness: FederationHarness) -> None:
-    run = harness.create(round_timeout_s=10, max_repeats=1)
+    run = harness.create(round_timeout_s=10, max_repeats=1, min_updates=1)
     a = harness.join(run)
-    harness.time.now += 10
+    with pytest.raises(EmptyUpdate):
+        harness.update(run, a, state_of(1.0), samples=0)
     again = harness.task(run, a)
     assert (again.task, again.round, again.attempt) == (Task.TRAIN, 1, 1)
     with pytest.raises(StaleRound):
         harness.update(run, a, state_of(1.0), attempt=0)
-    harness.time.now += 10
+    with pytest.raises(EmptyUpdate):
+        harness.update(run, a, state_of(1.0), samples=0, attempt=1)
     stop = harness.task(run, a)
     assert (stop.task, stop.status) == (Task.STOP, RunStatus.FAILED)
     assert stop.reason is not None

@@ -1,0 +1,98 @@
+"""What a device keeps of a run across a restart, so that it continues as if it had not stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from split_model.files import write_durably
+
+_ENTRY = "sfprompt"  # in the file's metadata: everything but the tensors, as JSON
+
+
+@dataclass(frozen=True)
+class Residuals:
+    """What the codec of updates has lost, around the last update.
+
+    Attributes:
+        base: SHA-256 of the state that the update changed; None: there was no update.
+        before: residuals by tensor, to which the update was added.
+        after: residuals that it left.
+    """
+
+    base: str | None = None
+    before: Mapping[str, Tensor] = field(default_factory=dict)
+    after: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class RunMemory:
+    """One participant's memory of one run, in one small file that is replaced atomically.
+
+    A file that cannot be read counts as none: the device then continues as one that came later.
+
+    Args:
+        folder: for the files of all runs, readable by this user only.
+        run: the run's id.
+        participant: the id that the server gave this device.
+
+    Attributes:
+        start: attempt at round 0, and the decay that this device computed in it; None: none yet.
+        residuals: of the last update.
+    """
+
+    def __init__(self, folder: Path, run: str, participant: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        name = hashlib.sha256(f"{run}\n{participant}".encode()).hexdigest()[:24]
+        self._path = folder / f"{name}.safetensors"
+        self.start: tuple[int, float] | None = None
+        self.residuals = Residuals()
+        for unfinished in folder.glob(f".{self._path.name}.*.tmp"):
+            unfinished.unlink(missing_ok=True)
+        with contextlib.suppress(OSError, SafetensorError, ValueError, KeyError, TypeError):
+            self._read()
+
+    def keep_start(self, attempt: int, decay: float) -> None:
+        """Keep the decay computed in an attempt at round 0; it is durable on return."""
+        if self.start != (attempt, decay):
+            self.start = attempt, decay
+            self._write()
+
+    def keep_residuals(self, residuals: Residuals) -> None:
+        """Keep what an update leaves; it is durable on return."""
+        self.residuals = residuals
+        self._write()
+
+    def forget(self) -> None:
+        """Remove the file: the run is over for this device."""
+        self._path.unlink(missing_ok=True)
+
+    def _write(self) -> None:
+        sides = {"before": self.residuals.before, "after": self.residuals.after}
+        tensors = {
+            f"{side}/{name}": tensor.detach().cpu().contiguous()
+            for side, by_name in sides.items()
+            for name, tensor in by_name.items()
+            if tensor.count_nonzero()
+        }
+        entry = {"start": self.start, "base": self.residuals.base}
+        content = save(tensors, metadata={_ENTRY: json.dumps(entry)})
+        write_durably(self._path, content, mode=0o600)
+
+    def _read(self) -> None:
+        with safe_open(self._path, framework="pt") as file:
+            entry = json.loads((file.metadata() or {})[_ENTRY])
+            sides: dict[str, dict[str, Tensor]] = {"before": {}, "after": {}}
+            for key in list(file.keys()):
+                side, _, name = key.partition("/")
+                sides[side][name] = file.get_tensor(key)
+        start = entry["start"]
+        self.start = None if start is None else (int(start[0]), float(start[1]))
+        self.residuals = Residuals(entry["base"], sides["before"], sides["after"])
