@@ -67,7 +67,8 @@ def sender(server: RunningServer, role: Role, run: Run) -> ApiClient:
     if role is Role.OPERATOR:
         return server.operator()
     # A participant of its own for each request: one of them is to leave.
-    return server.api(server.api(JOIN).join(run.id, key=uuid.uuid4().hex).credential)
+    name = uuid.uuid4().hex
+    return server.api(server.api(JOIN).join(run.id, name, key=name).credential)
 
 
 def test_every_route_has_a_row_and_every_row_a_route(server: RunningServer) -> None:
