@@ -3,6 +3,9 @@
 A sample is stored in the codec's form, as it arrived, under an id that only its device can compute.
 The least recently used samples move from memory to mapped files, and are dropped from there. A
 dropped sample costs only its traffic: the device sends it again.
+
+Memory and disk are shared equally: a participant that uses no more than its share loses nothing to
+others, however much they send. What one does not use of its share, others may.
 """
 
 from __future__ import annotations
@@ -96,10 +99,19 @@ class _Record:
 
 @dataclass
 class _OwnerRecords:
-    """One owner's samples, least recently used first."""
+    """One owner's samples, least recently used first.
+
+    Attributes:
+        nbytes: of the samples, in memory and on disk.
+        memory_bytes: of those in memory.
+        disk_bytes, segments: of its files, with samples in them that have been dropped.
+    """
 
     records: OrderedDict[bytes, _Record] = field(default_factory=OrderedDict)
     nbytes: int = 0
+    memory_bytes: int = 0
+    disk_bytes: int = 0
+    segments: int = 0
 
 
 @dataclass(frozen=True)
@@ -115,7 +127,8 @@ class SampleStore:
 
     Args:
         folder: for files; samples of an earlier process are removed from it.
-        limits: above them, the least recently used samples are dropped.
+        limits: above them, the least recently used samples of those owners are dropped that use
+            more than an equal share.
     """
 
     def __init__(self, folder: Path, limits: StoreLimits) -> None:
@@ -173,6 +186,7 @@ class SampleStore:
                 )
                 stored.records[id_] = _Record(StoredSample(form, data))
                 stored.nbytes += len(data)
+                stored.memory_bytes += len(data)
                 self.memory_bytes += len(data)
             while stored.nbytes > self._limits.participant_bytes:
                 self._drop(owner, next(iter(stored.records)))
@@ -276,54 +290,77 @@ class SampleStore:
         record = stored.records.pop(id_)
         stored.nbytes -= record.nbytes
         if record.segment is None:
+            stored.memory_bytes -= record.nbytes
             self.memory_bytes -= record.nbytes
             return
         content = self._segments[record.segment]
         content.ids.discard(id_)
         if not content.ids:
             del self._segments[record.segment]
+            stored.segments -= 1
+            stored.disk_bytes -= record.segment.data.nbytes
             self.disk_bytes -= record.segment.data.nbytes
             self._folder.remove(record.segment)
 
     def _free_memory(self) -> None:
         while self.memory_bytes > self._limits.memory_bytes:
-            owner, ids = self._least_recently_used()
+            owner, ids = self._next_in_memory()
             if self._limits.disk_bytes and self._move_to_disk(owner, ids):
                 continue
             for id_ in ids:
                 self._drop(owner, id_)
 
-    def _least_recently_used(self) -> tuple[Owner, list[bytes]]:
-        """Choose samples in memory of the least recent owner: one, or up to a segment's size."""
-        max_bytes = min(_SEGMENT_BYTES, self._limits.memory_bytes // 4)
-        for owner, stored in self._owners.items():
-            ids: list[bytes] = []
-            nbytes = 0
-            for id_, record in stored.records.items():
-                if record.segment is None:
-                    nbytes += record.nbytes
-                    if ids and nbytes > max_bytes:
-                        break
-                    ids.append(id_)
-            if ids:
+    def _next_in_memory(self) -> tuple[Owner, list[bytes]]:
+        """Choose samples in memory to free: one, or up to a segment's size, all of one owner.
+
+        They are those of the least recent owner with more than its share. Its newest sample stays
+        if it is the only one, and others lose samples instead: a sample just sent must not vanish.
+        """
+        share = self._limits.memory_bytes / len(self._owners)
+        greedy = [
+            (owner, stored)
+            for owner, stored in self._owners.items()
+            if stored.memory_bytes > share and stored.memory_bytes > self._newest_bytes(stored)
+        ]
+        for owner, stored in greedy or self._owners.items():
+            if ids := self._oldest_in_memory(stored):
                 return owner, ids
         raise LookupError("memory_bytes counts bytes of no sample")
 
+    def _newest_bytes(self, stored: _OwnerRecords) -> int:
+        return stored.records[next(reversed(stored.records))].nbytes
+
+    def _oldest_in_memory(self, stored: _OwnerRecords) -> list[bytes]:
+        max_bytes = min(_SEGMENT_BYTES, self._limits.memory_bytes // 4)
+        ids: list[bytes] = []
+        nbytes = 0
+        for id_, record in stored.records.items():
+            if record.segment is None:
+                nbytes += record.nbytes
+                if ids and nbytes > max_bytes:
+                    break
+                ids.append(id_)
+        return ids
+
     def _move_to_disk(self, owner: Owner, ids: Iterable[bytes]) -> bool:
         """Move samples to a new segment; return whether that succeeded."""
-        records = self._owners[owner].records
+        stored = self._owners[owner]
+        records = stored.records
         samples = {id_: records[id_].sample for id_ in ids}
         segment = self._folder.write(sample.data for sample in samples.values())
         if segment is None:
             return False
         self._segments[segment] = _SegmentContent(owner, set(samples))
         self.disk_bytes += segment.data.nbytes
+        stored.disk_bytes += segment.data.nbytes
+        stored.segments += 1
         start = 0
         for id_, sample in samples.items():
             end = start + sample.form.nbytes
             checksum = xxh3_64_intdigest(sample.data)
             on_disk = StoredSample(sample.form, segment.data[start:end], checksum)
             records[id_] = _Record(on_disk, segment)
+            stored.memory_bytes -= sample.form.nbytes
             self.memory_bytes -= sample.form.nbytes
             start = end
         return True
@@ -331,9 +368,24 @@ class SampleStore:
     def _free_disk(self) -> None:
         limits = self._limits
         while self.disk_bytes > limits.disk_bytes or len(self._segments) > limits.files:
-            content = next(iter(self._segments.values()))
+            content = self._next_segment(is_full=self.disk_bytes > limits.disk_bytes)
             for id_ in list(content.ids):
                 self._drop(content.owner, id_)
+
+    def _next_segment(self, *, is_full: bool) -> _SegmentContent:
+        """Choose the least recently used segment of an owner with more than its share.
+
+        Args:
+            is_full: whether bytes are short; else files are.
+        """
+        limits, owners = self._limits, len(self._owners)
+        for content in self._segments.values():
+            stored = self._owners[content.owner]
+            if is_full and stored.disk_bytes * owners > limits.disk_bytes:
+                return content
+            if not is_full and stored.segments * owners > limits.files:
+                return content
+        raise LookupError("disk_bytes counts bytes of no segment")
 
 
 def _join(form: RowForm, samples: Sequence[StoredSample]) -> list[memoryview]:

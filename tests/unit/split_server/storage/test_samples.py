@@ -209,16 +209,17 @@ def test_the_least_recently_used_sample_is_dropped_first(make: MakeStore) -> Non
     assert stored_numbers(store, A) == [1, 2, 5, 6]
 
 
-def test_the_least_recent_owners_samples_are_dropped_first(make: MakeStore) -> None:
-    store = make(memory=40)
-    put(store, A, [1, 2])
-    put(store, B, [1, 2])
-    take(store, A, [1])
+def test_owners_with_more_than_their_share_lose_samples_least_recent_first(make: MakeStore) -> None:
+    store = make(memory=60)
+    put(store, A, [1, 2, 3])
+    put(store, B, [1])
     put(store, C, [1, 2])
+    take(store, B, [1])
+    put(store, C, [3, 4])  # A and C are above a third
     assert (stored_numbers(store, A), stored_numbers(store, B), stored_numbers(store, C)) == (
-        [1, 2],
-        [],
-        [1, 2],
+        [2, 3],
+        [1],
+        [2, 3, 4],
     )
 
 
