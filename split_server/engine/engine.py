@@ -174,7 +174,7 @@ class Engine:
     async def _infer_part(self, job: InferJob) -> Tensor:
         prompts = job.prompts
         with self._lock:
-            self._worker.check_queue(job.smashed.nbytes)
+            self._worker.check_queue((job.run, job.participant), job.smashed.nbytes)
             pending = self._tracker.track(None, 0)
 
             def done(part: Forwarded) -> None:
@@ -190,6 +190,11 @@ class Engine:
                 return torch.cat([used_here(part) for part in parts])
         except torch.OutOfMemoryError as error:
             raise to_public_error(error) from error
+
+    def locate(self, run: str, participant: str, address: str) -> None:
+        """Remember the address of a participant's requests: addresses share the engine equally."""
+        with self._lock:
+            self._schedule.turns.locate((run, participant), address)
 
     def release(self, run: str, participant: str | None = None) -> None:
         """Free steps, sessions and responses of a run, or of one participant. Thread-safe."""

@@ -37,7 +37,7 @@ class PlainSteps(JobHandler[ForwardJob | BackwardJob]):
         return self._begin_forward(job) if job.backward else self._begin_lone_forward(job)
 
     def _begin_forward(self, job: ForwardJob) -> PendingRequest:
-        self._worker.check_queue(job.smashed.nbytes)
+        self._worker.check_queue((job.key.run, job.key.participant), job.smashed.nbytes)
         admission = self._tracker.admit(job, job.smashed, None, self._worker.busy_error)
         pending = self._tracker.track(job.name, job.fingerprint, admission.nbytes)
         done = partial(self._finish_forward, job, pending, admission)
@@ -46,7 +46,7 @@ class PlainSteps(JobHandler[ForwardJob | BackwardJob]):
 
     def _begin_lone_forward(self, job: ForwardJob) -> PendingRequest:
         """Queue a forward without a backward: its response alone is cached."""
-        self._worker.check_queue(job.smashed.nbytes)
+        self._worker.check_queue((job.key.run, job.key.participant), job.smashed.nbytes)
         pending = self._tracker.track(job.name, job.fingerprint)
         releases = self._tracker.count_releases(job.key)
         done = partial(self._finish_lone_forward, job, pending, releases)
@@ -59,7 +59,7 @@ class PlainSteps(JobHandler[ForwardJob | BackwardJob]):
         if step is None:
             raise _lost_step_error(job.key)
         check_gradient_shape(job.gradients, step.response.shape)
-        self._worker.check_queue(job.gradients.nbytes)
+        self._worker.check_queue((job.key.run, job.key.participant), job.gradients.nbytes)
         pending = self._tracker.track(job.name, job.fingerprint)
         releases = self._tracker.count_releases(job.key)
         done = partial(self._finish_backward, job, step, pending, releases)

@@ -129,7 +129,7 @@ class PromptSessions(SessionHandler[ExchangeJob, PromptSession]):
             StepLost: the job is not the next exchange of an open session.
             Busy, TooLarge, WrongShape
         """
-        self._worker.check_queue(_queued_bytes(job))
+        self._worker.check_queue((job.run, job.participant), _queued_bytes(job))
         if job.number == 0:
             self._tracker.drop_steps(job.run, job.participant)  # frees memory for the new session
             pending, admission = self._track(job)

@@ -11,6 +11,7 @@ from typing import Generic, TypeVar
 from split_server.engine.api import StepKey
 from split_server.engine.steps import Graph
 from split_server.engine.tasks import BackwardTask, ForwardTask, Kind, Sender, SessionTask, Task
+from split_server.engine.turns import Turns
 
 _MAX_GRAPH_WAIT_S = 3.0  # the first forward is slow for reasons that the backward does not share
 
@@ -102,8 +103,8 @@ class _Lane(Generic[T]):
 class Schedule:
     """The queued tasks. Not thread-safe: callers hold the engine's lock.
 
-    Senders take turns by the samples that they have had (start-time fair queuing, Goyal et al.
-    1996): a sender of many samples waits behind a sender of few, and no task starves.
+    Senders take turns by the samples that they have had, and addresses likewise (`Turns`): a sender
+    of many samples waits behind a sender of few, and no task starves.
 
     Args:
         max_tokens: tokens per batch beyond which the device gains nothing.
@@ -119,8 +120,7 @@ class Schedule:
         self._recompute: dict[Kind, _Lane[BackwardTask]] = {}  # backwards without a graph
         self._graphs: dict[Graph, PendingGraph] = {}
         self._numbers = itertools.count()
-        self._turn = 0.0  # of the last task that was taken
-        self._next_turn: dict[Sender, float] = {}
+        self.turns = Turns()
 
     def __len__(self) -> int:
         queued = sum(len(lane.heap) for lane in self._lanes())
@@ -136,7 +136,7 @@ class Schedule:
         """Queue a forward, or either direction of a session: no graph waits for it to free it."""
         task.arrived = now
         lane = self._forward.setdefault(task.kind, _Lane())
-        lane.add(self._turn_of(task), next(self._numbers), task)
+        lane.add(self.turns.give(task, task.arrived), next(self._numbers), task)
 
     def add_backward(self, task: BackwardTask, now: float) -> None:
         """Queue a backward with the others of its graph, or with others that lack a graph."""
@@ -205,12 +205,7 @@ class Schedule:
 
     def _add_recompute(self, task: BackwardTask) -> None:
         lane = self._recompute.setdefault(task.kind, _Lane())
-        lane.add(self._turn_of(task), next(self._numbers), task)
-
-    def _turn_of(self, task: Task) -> float:
-        turn = max(self._turn, self._next_turn.get(task.sender, 0.0))
-        self._next_turn[task.sender] = turn + task.samples
-        return turn
+        lane.add(self.turns.give(task, task.arrived), next(self._numbers), task)
 
     def _ready_lanes(
         self, now: float
@@ -228,15 +223,13 @@ class Schedule:
         return min(lanes, key=lambda kind: lanes[kind].heap[0][:2])
 
     def _take(self, lane: _Lane[T], kind: Kind) -> list[T]:
-        self._turn = max(self._turn, lane.heap[0][0])
+        self.turns.take(lane.heap[0][0])
         tasks = lane.take(self._max_batch_samples(kind))
         self._forget_idle()
         return tasks
 
     def _forget_idle(self) -> None:
-        """Forget the turns of idle senders and the empty lanes, once there are many."""
-        if len(self._next_turn) > 10_000:
-            self._next_turn = {s: at for s, at in self._next_turn.items() if at > self._turn}
+        """Forget the empty lanes, once there are many."""
         if len(self._forward) > 1000:
             self._forward = {kind: lane for kind, lane in self._forward.items() if lane.heap}
 

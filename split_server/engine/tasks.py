@@ -61,6 +61,7 @@ class Task:
     nbytes: int  # bytes in the queue
     fail: Fail
     arrived: float = field(default=0.0, init=False)  # seconds on the monotonic clock
+    address: object = field(default=None, init=False)  # of the sender, while the task is queued
 
 
 @dataclass(eq=False, kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar, cast
@@ -19,7 +20,14 @@ from split_server.engine.memory import StepSizes
 from split_server.engine.metrics import EngineFigures, Turn
 from split_server.engine.scheduler import Batch, Schedule
 from split_server.engine.steps import Graph, RetainedSteps
-from split_server.engine.tasks import BackwardTask, Forwarded, ForwardTask, SessionTask, Task
+from split_server.engine.tasks import (
+    BackwardTask,
+    Forwarded,
+    ForwardTask,
+    Sender,
+    SessionTask,
+    Task,
+)
 from split_server.runtime.device import BatchPacer, Placement, used_here
 
 Item = TypeVar("Item")
@@ -233,6 +241,7 @@ class Worker:
         self._seconds_per_sample = 0.01  # a running mean
         self._closed = False
         self.queued_bytes = 0
+        self._queued_by: Counter[object] = Counter()  # bytes, by address
         self._thread = threading.Thread(target=self._run_batches, name="split-engine", daemon=True)
 
     def start(self) -> None:
@@ -251,17 +260,24 @@ class Worker:
         elif isinstance(task, BackwardTask):
             self._schedule.add_backward(task, now)
         self.queued_bytes += task.nbytes
+        task.address = self._schedule.turns.address_of(task.sender)
+        self._queued_by[task.address] += task.nbytes
         self._lock.notify()
 
-    def check_queue(self, nbytes: int) -> None:
+    def check_queue(self, sender: Sender, nbytes: int) -> None:
         """Check that ``nbytes`` more tensors fit the queue. An empty queue takes any size.
+
+        An address may queue as much as it leaves free (Choudhury and Hahne, 1998), so that no
+        number of requests from one address closes the queue to others.
 
         Raises:
             Busy: the queue is full, or the engine stops.
         """
         if self._closed:
             raise _shutdown_error()
-        if self.queued_bytes and self.queued_bytes + nbytes > self._queued_limit:
+        free = self._queued_limit - self.queued_bytes
+        own = self._queued_by[self._schedule.turns.address_of(sender)]
+        if self.queued_bytes and (nbytes > free or (own and own + nbytes > free)):
             raise self.busy_error("the queue is full")
 
     def busy_error(self, reason: str) -> Busy:
@@ -305,7 +321,11 @@ class Worker:
             return None
 
     def _take(self, batch: Batch) -> None:
-        self.queued_bytes -= sum(task.nbytes for task in batch.tasks)
+        for task in batch.tasks:
+            self.queued_bytes -= task.nbytes
+            self._queued_by[task.address] -= task.nbytes
+            if self._queued_by[task.address] <= 0:
+                del self._queued_by[task.address]
         if batch.graph is not None:
             keys = {task.key for task in batch.tasks if isinstance(task, BackwardTask)}
             self._steps.use_up(batch.graph, keys)

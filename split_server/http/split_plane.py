@@ -75,6 +75,8 @@ class SplitPlane:
         identity = require_participant(identity_of(scope))
         run, participant = services.runs.participant(identity.run, identity.participant)
         services.liveness.touch(run.id, participant.id)
+        if scope.get("client"):
+            services.engine.locate(run.id, participant.id, scope["client"][0])
         with services.body_budget.reserve() as reservation:
             limit = settings.frame_limits.max_frame_bytes
             data = await read_body(

@@ -240,7 +240,7 @@ class TunedBodies(SessionHandler[BodyJob, BodySession]):
             InvalidField: the number of steps differs from the session's.
             WrongShape: the gradients do not have the features' shape.
         """
-        self._worker.check_queue(job.tensor.nbytes)
+        self._worker.check_queue((job.key.run, job.key.participant), job.tensor.nbytes)
         return self._begin_forward(job) if job.direction == "forward" else self._begin_backward(job)
 
     def _begin_forward(self, job: BodyJob) -> PendingRequest:

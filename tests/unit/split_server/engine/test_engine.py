@@ -265,7 +265,7 @@ def test_a_new_step_replaces_the_participants_oldest(make: MakeEngine, key: Body
     asyncio.run(many())
 
 
-def test_the_queue_is_bounded(
+def test_the_queue_is_bounded_and_one_sender_cannot_fill_it(
     make: MakeEngine, key: BodyKey, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one_job = 2 * TOKENS * WIDTH * 4
@@ -283,13 +283,14 @@ def test_the_queue_is_bounded(
     async def fill_queue() -> None:
         first = asyncio.create_task(engine.infer(InferJob("r1", "p1", key, smashed())))
         await asyncio.to_thread(at_work.wait, 20)
-        waiting = [
-            asyncio.create_task(engine.infer(InferJob("r1", "p1", key, smashed())))
-            for _ in range(2)
-        ]
+        waiting = [asyncio.create_task(engine.infer(InferJob("r1", "p1", key, smashed())))]
+        await asyncio.sleep(0)
+        with pytest.raises(Busy):  # one sender leaves as much free as it takes
+            await engine.infer(InferJob("r1", "p1", key, smashed()))
+        waiting += [asyncio.create_task(engine.infer(InferJob("r1", "p2", key, smashed())))]
         await asyncio.sleep(0)
         with pytest.raises(Busy):
-            await engine.infer(InferJob("r1", "p1", key, smashed()))
+            await engine.infer(InferJob("r1", "p3", key, smashed()))
         may_finish.set()
         await asyncio.gather(first, *waiting)
         await engine.infer(InferJob("r1", "p1", key, smashed()))
