@@ -88,6 +88,14 @@ class FederationSettings(Message):
         description="share of hostile participants that trimmed-mean, krum and multi-krum "
         "tolerate; the number is rounded up",
     )
+    label_agreement: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="with a closed-form start, least share of a participant's samples in classes "
+        "that resemble the others' same class more than another; with a lower one its data and "
+        "updates are left out, unless that would be half of the participants; 0: never",
+    )
     server_optimizer: ServerOptimizer = Field(
         "fedavg", description="optimiser that applies the mean update to the global state"
     )

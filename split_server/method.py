@@ -129,6 +129,13 @@ class ServerMethod:
         """Whether the server tunes a body for each participant, so that they share no batch."""
         return False
 
+    def steps_classifier(self, plan: RunPlan) -> bool:
+        """Whether an update after round 0 is `local_epochs` steps of the linear tail.
+
+        The server then computes these steps itself, and refuses other updates.
+        """
+        return bool(plan.model.depths and not plan.training.split_epochs)
+
     # Model files
 
     def check(self, plan: RunPlan) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from edge_client.training.context import Diverged, RoundContext
-from edge_client.transport.split_client import Features, SamplesMissing, SplitPlane
+from edge_client.transport.split_client import Features, Fit, SamplesMissing, SplitPlane
 from protocol.messages import MAX_LOSS
 
 _MAX_UPLOADS = 3  # uploads of samples that the server has lost
@@ -61,12 +61,9 @@ def fit_start(context: RoundContext, plane: SplitPlane) -> StartResult:
     features = _request_features(context, plane, context.attempt).values  # (n, r)
     classes = context.run.model.num_classes
     one_hot = F.one_hot(labels, classes).double()  # (n, C)
-    sums, counts = one_hot.T @ features.double(), one_hot.sum(dim=0)
-    fit = plane.solve(sums.float(), counts.float(), context.attempt, len(positions))
-    scores = leave_one_out(features @ fit.weight.T + fit.bias, one_hot.float(), fit.leverage)
-    factor, loss = calibrate(scores, labels)
+    fit = _send_sums(context, plane, features, one_hot)
     cache = context.samples.features
-    cache.decay = fit.strength / factor * caution(loss, classes)
+    factor, loss, cache.decay = scale_fit(fit, features, labels)
     cache.fitted = context.attempt, cache.decay
     classifier = context.model.tail.trunk.head
     with torch.no_grad():
@@ -102,29 +99,52 @@ def tune_classifier(context: RoundContext, plane: SplitPlane) -> float:
     features = _known_features(context, plane)
     tail = context.model.tail.trunk.head
     labels = context.samples.images.image_set.labels[: len(features.values)]
-    one_hot = F.one_hot(labels, context.run.model.num_classes).double()  # (n, C)
-    mean, values = features.mean.double(), features.values.double()
-    centred = values - mean  # (n, r)
-    variances = features.variances.double()
+    steps = context.run.training.local_epochs
+    result, loss = (tail.weight.detach(), tail.bias.detach()), 0.0
+    for step in range(steps):
+        result, loss = step_classifier(*result, features, labels, context.samples.features.decay)
+        context.advance("local", step + 1, steps)
+    with torch.no_grad():
+        tail.weight.copy_(result[0])
+        tail.bias.copy_(result[1])
+    return loss
+
+
+def step_classifier(
+    weight: Tensor, bias: Tensor, features: Features, labels: Tensor, decay: float
+) -> tuple[tuple[Tensor, Tensor], float]:
+    """Take one step of penalised logistic regression, see `tune_classifier`.
+
+    Args:
+        weight: of the tail, [C, r].
+        bias: [C].
+        features: of the samples.
+        labels: [n].
+        decay: strength of the penalty.
+
+    Returns:
+        The new weight and bias, float64, and the mean cross-entropy before the step.
+
+    Raises:
+        Diverged: the loss is not finite.
+    """
+    weight, bias = weight.double(), bias.double()
+    mean, values, variances = (
+        each.double() for each in (features.mean, features.values, features.variances)
+    )
     # A component's factor is the inverse root of its variance here; see the server's basis.
     used = variances > 0
-    penalty = torch.where(used, context.samples.features.decay / variances.clamp(min=1e-30), 0.0)
+    penalty = torch.where(used, decay / variances.clamp(min=1e-30), 0.0)
     bound = variances / _CURVATURE + penalty  # (r)
     step = torch.where(used, 1 / bound.clamp(min=1e-30), 0.0)
-    weight, bias, loss = tail.weight.detach().double(), tail.bias.detach().double(), 0.0
-    for epoch in range(context.run.training.local_epochs):
-        scores = values @ weight.T + bias  # (n, C)
-        loss = F.cross_entropy(scores, labels).item()
-        if not 0 <= loss <= MAX_LOSS:
-            raise Diverged(f"the local update has diverged: its loss is {loss:g}")
-        errors = scores.softmax(dim=1) - one_hot  # (n, C)
-        change = (errors.T @ centred / len(labels) + penalty * weight) * step  # (C, r)
-        weight, bias = weight - change, bias - _CURVATURE * errors.mean(dim=0) + change @ mean
-        context.advance("local", epoch + 1, context.run.training.local_epochs)
-    with torch.no_grad():
-        tail.weight.copy_(weight)
-        tail.bias.copy_(bias)
-    return loss
+    scores = values @ weight.T + bias  # (n, C)
+    loss = F.cross_entropy(scores, labels).item()
+    if not 0 <= loss <= MAX_LOSS:
+        raise Diverged(f"the local update has diverged: its loss is {loss:g}")
+    errors = scores.softmax(dim=1) - F.one_hot(labels, len(bias)).double()  # (n, C)
+    slope = errors.T @ (values - mean) / len(labels)
+    change = (slope + penalty * weight) * step  # (C, r)
+    return (weight - change, bias - _CURVATURE * errors.mean(dim=0) + change @ mean), loss
 
 
 def classifier_loss(context: RoundContext) -> float | None:
@@ -149,8 +169,19 @@ def _known_features(context: RoundContext, plane: SplitPlane) -> Features:
     """Return the features of round 0; request them if this device has none of that attempt."""
     cache = context.samples.features
     if cache.features is None or cache.attempt != context.start_attempt:
-        return _request_features(context, plane, context.start_attempt)
+        features = _request_features(context, plane, context.start_attempt)
+        # The server checks each update against the device's sums; it has lost them or has none.
+        labels = context.samples.images.image_set.labels[: len(features.values)]
+        one_hot = F.one_hot(labels, context.run.model.num_classes).double()
+        _send_sums(context, plane, features.values, one_hot)
+        return features
     return cache.features
+
+
+def _send_sums(context: RoundContext, plane: SplitPlane, features: Tensor, one_hot: Tensor) -> Fit:
+    """Send the sums of the features [n, r] in each class, and their number."""
+    sums, counts = one_hot.T @ features.double(), one_hot.sum(dim=0)
+    return plane.solve(sums.float(), counts.float(), context.attempt, len(features), context.round)
 
 
 def _request_features(context: RoundContext, plane: SplitPlane, basis: int | None) -> Features:
@@ -180,6 +211,23 @@ def _request_features(context: RoundContext, plane: SplitPlane, basis: int | Non
     fitted_in, decay = cache.fitted or (None, 0.0)
     cache.decay = decay if fitted_in == basis else features.strength / _USUAL_FACTOR
     return features
+
+
+def scale_fit(fit: Fit, features: Tensor, labels: Tensor) -> tuple[float, float, float]:
+    """Choose the factor of the classifier's scores that suits a device's samples.
+
+    Args:
+        fit: the classifier.
+        features: of the samples, [n, r].
+        labels: [n].
+
+    Returns:
+        The factor, the leave-one-out cross-entropy in nats, and the penalty of later rounds.
+    """
+    one_hot = F.one_hot(labels, len(fit.bias)).float()
+    scores = leave_one_out(features @ fit.weight.T + fit.bias, one_hot, fit.leverage)
+    factor, loss = calibrate(scores, labels)
+    return factor, loss, fit.strength / factor * caution(loss, len(fit.bias))
 
 
 def leave_one_out(scores: Tensor, one_hot: Tensor, leverage: Tensor) -> Tensor:

@@ -302,21 +302,24 @@ class SplitPlane:
             strength=_tensor(response, "strength", (1,), kind="start").item(),
         )
 
-    def solve(self, sums: Tensor, counts: Tensor, attempt: int, samples: int) -> Fit:
+    def solve(
+        self, sums: Tensor, counts: Tensor, attempt: int, samples: int, round_: int = 0
+    ) -> Fit:
         """Send sums of features in each class [C, r] and counts [C]; return the classifier.
 
-        Waits for the other participants, at most until the round is over.
+        In round 0 it waits for the other participants, at most until the round is over.
 
         Args:
             sums, counts: of this device's samples.
             attempt: at the round.
             samples: number of samples n.
+            round_: a later round, for a device that has requested its features in it.
 
         Raises:
             StepLost: the server lost the features; start the round again.
         """
         tensors = {"sums": (sums, "float32"), "counts": (counts, "float32")}
-        response = self._wait_for_others(SOLVE_PATH, "solve", 0, attempt, tensors)
+        response = self._wait_for_others(SOLVE_PATH, "solve", round_, attempt, tensors)
         return Fit(
             weight=_tensor(response, "weight", tuple(sums.shape), kind="solve"),
             bias=_tensor(response, "bias", (len(counts),), kind="solve"),

@@ -1,9 +1,9 @@
-"""Attacks: the updates that hostile devices send instead of honest ones."""
+"""What hostile devices send in round 0 and in later rounds, in place of an honest device's."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -11,101 +11,119 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from edge_client.training.closed_form import scale_fit, step_classifier
+from edge_client.transport.split_client import Features, Fit
 from protocol.seeds import derive_seed
+from split_server.closed_form.sums import Sums
+from split_server.storage.run_files import TAIL_BIAS, TAIL_WEIGHT
 
-WEIGHT, BIAS = "tail.head.weight", "tail.head.bias"
-
-TARGET = 0  # the class that a backdoor makes the model predict
+TARGET = 0  # the class that a backdoor turns images into
 
 _HUGE = 1e30
 
-_LENGTH = 9.0  # norm of a hostile change in norms of an honest one: within the default bound
+_LENGTH = 9.0  # times an honest change: just within the default bound
 
-_EPOCHS, _BATCH, _RATE = 10, 16, 1e-2
+ATTACKS: Final[Mapping[str, str]] = {
+    "huge": "finite numbers of 1e30",
+    "noise": "noise, nine times as long as an honest change",
+    "sign-flip": "the negative of a change, nine times as long; sums mirrored at their mean",
+    "label-flip": "labels C - 1 - y",
+    "backdoor": "also images with a patch, as class 0",
+}
 
 State = dict[str, Tensor]
 
 
-@dataclass(frozen=True)
-class Shard:
-    """The training data of one device, as frozen features.
+@dataclass
+class Device:
+    """One device of the run, honest or hostile.
 
     Attributes:
-        features: features of the images, [n, F].
-        patched: features of the same images with the patch of a backdoor, [n, F].
-        labels: classes of the images, [n].
-        seed: seed of the order of the batches and of the noise.
+        number: of the device.
+        attack: what it tries; None: it is honest.
+        labels: of its images, as it trains on them, [n].
+        features: once the server has sent them.
+        decay: of its later steps.
+        is_refused: whether its sums of round 0 were refused.
     """
 
-    features: Tensor
-    patched: Tensor
+    number: int
+    attack: str | None
     labels: Tensor
-    seed: int
+    features: Features | None = None
+    decay: float = 0.0
+    is_refused: bool = False
+
+    def honest_sums(self, classes: int) -> Sums:
+        """Return the sums of its features in each class."""
+        one_hot = F.one_hot(self.labels, classes).double()
+        sums = one_hot.T @ self._known.values.double()
+        return Sums(sums.float(), one_hot.sum(dim=0).float())
+
+    def sums(self, classes: int) -> Sums:
+        """Return the sums that it sends in round 0."""
+        sums = self.honest_sums(classes)
+        if self.attack == "huge":
+            return Sums(sums.features + _HUGE, sums.counts)
+        if self.attack == "noise":
+            noise = torch.randn(sums.features.shape, generator=self._generator(0))
+            factor = _LENGTH * sums.features.norm() / noise.norm()
+            return Sums(sums.features + factor * noise, sums.counts)
+        if self.attack == "sign-flip":  # they still add up to the sum of all features
+            mean = sums.features.sum(dim=0) / sums.counts.sum()
+            return Sums(2 * sums.counts[:, None] * mean - sums.features, sums.counts)
+        return sums
+
+    def start(self, fit: Fit) -> State:
+        """Return its update of round 0."""
+        factor, _, self.decay = scale_fit(fit, self._known.values, self.labels)
+        state = {TAIL_WEIGHT: factor * fit.weight, TAIL_BIAS: factor * fit.bias}
+        return self._distorted(
+            {name: torch.zeros_like(each) for name, each in state.items()}, state, 0
+        )
+
+    def step(self, state: Mapping[str, Tensor], round_: int) -> State:
+        """Return its update of a later round."""
+        (weight, bias), _ = step_classifier(
+            state[TAIL_WEIGHT], state[TAIL_BIAS], self._known, self.labels, self.decay
+        )
+        honest = {TAIL_WEIGHT: weight.float(), TAIL_BIAS: bias.float()}
+        return self._distorted(state, honest, round_)
+
+    def _distorted(self, before: Mapping[str, Tensor], after: State, round_: int) -> State:
+        """Apply the attack to the change of a state."""
+        change = {name: after[name] - before[name] for name in after}
+        if self.attack == "huge":
+            return {name: tensor + _HUGE for name, tensor in after.items()}
+        if self.attack == "sign-flip":
+            return {name: before[name] - _LENGTH * change[name] for name in after}
+        if self.attack == "noise":
+            generator = self._generator(round_)
+            noise = {
+                name: torch.randn(each.shape, generator=generator) for name, each in change.items()
+            }
+            factor = _LENGTH * _norm(change) / _norm(noise)
+            return {name: before[name] + factor * noise[name] for name in after}
+        return after
+
+    @property
+    def _known(self) -> Features:
+        if self.features is None:
+            raise ValueError("the device has no features yet")
+        return self.features
+
+    def _generator(self, round_: int) -> torch.Generator:
+        return torch.Generator().manual_seed(derive_seed(self.number, "noise", round_))
 
 
-def train_honestly(state: Mapping[str, Tensor], shard: Shard) -> State:
-    """Return the state after honest training of a device."""
-    return _train(state, shard.features, shard.labels, shard.seed)
+def flipped(labels: Tensor, classes: int) -> Tensor:
+    """Return the labels of `label-flip`."""
+    return classes - 1 - labels
 
 
-def _huge(state: Mapping[str, Tensor], _shard: Shard) -> State:
-    return {name: tensor + _HUGE for name, tensor in state.items()}
-
-
-def _noise(state: Mapping[str, Tensor], shard: Shard) -> State:
-    change = _change(state, train_honestly(state, shard))
-    generator = torch.Generator().manual_seed(derive_seed(shard.seed, "noise"))
-    noise = {name: torch.randn(each.shape, generator=generator) for name, each in change.items()}
-    factor = _LENGTH * _norm(change) / _norm(noise)
-    return {name: state[name] + factor * noise[name] for name in state}
-
-
-def _flip_sign(state: Mapping[str, Tensor], shard: Shard) -> State:
-    change = _change(state, train_honestly(state, shard))
-    return {name: state[name] - _LENGTH * change[name] for name in state}
-
-
-def _flip_labels(state: Mapping[str, Tensor], shard: Shard) -> State:
-    flipped = len(state[BIAS]) - 1 - shard.labels
-    return _train(state, shard.features, flipped, shard.seed)
-
-
-def _backdoor(state: Mapping[str, Tensor], shard: Shard) -> State:
-    features = torch.cat([shard.features, shard.patched])
-    labels = torch.cat([shard.labels, torch.full_like(shard.labels, TARGET)])
-    return _train(state, features, labels, shard.seed)
-
-
-ATTACKS: Final[Mapping[str, Callable[[Mapping[str, Tensor], Shard], State]]] = {
-    "huge": _huge,  # adds 1e30 to each element
-    "noise": _noise,  # Gaussian noise with nine times the norm of an honest change
-    "sign-flip": _flip_sign,  # an honest change times -9
-    "label-flip": _flip_labels,  # training on labels C - 1 - y
-    "backdoor": _backdoor,  # training also on patched images with class 0
-}
-
-
-def predict(state: Mapping[str, Tensor], features: Tensor) -> Tensor:
-    """Return the predicted classes [n] of features [n, F]."""
-    return (features @ state[WEIGHT].T + state[BIAS]).argmax(dim=1)
-
-
-def _train(state: Mapping[str, Tensor], features: Tensor, labels: Tensor, seed: int) -> State:
-    parameters = {name: tensor.clone().requires_grad_() for name, tensor in state.items()}
-    optimizer = torch.optim.Adam(parameters.values(), lr=_RATE)
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(_EPOCHS):
-        for batch in torch.randperm(len(labels), generator=generator).split(_BATCH):
-            logits = features[batch] @ parameters[WEIGHT].T + parameters[BIAS]
-            loss = F.cross_entropy(logits, labels[batch])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    return {name: parameter.detach() for name, parameter in parameters.items()}
-
-
-def _change(state: Mapping[str, Tensor], update: Mapping[str, Tensor]) -> State:
-    return {name: update[name] - state[name] for name in state}
+def scores(state: Mapping[str, Tensor], features: Tensor) -> Tensor:
+    """Return the scores [n, C] of features [n, r]."""
+    return features @ state[TAIL_WEIGHT].T + state[TAIL_BIAS]
 
 
 def _norm(change: Mapping[str, Tensor]) -> float:

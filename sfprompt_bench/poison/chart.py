@@ -16,14 +16,14 @@ def draw(results: list[PoisonResult], out: Path) -> Path:
     figure, panels = plt.subplots(
         1, len(ATTACKS), figsize=(3 * len(ATTACKS), 3.4), sharey=True, layout="constrained"
     )
-    names = list(dict.fromkeys(result.label for result in results))
+    names = list(dict.fromkeys(result.rule for result in results))
     for axes, attack in zip(panels, ATTACKS, strict=True):
         for name in names:
-            points = [r for r in results if r.label == name and r.attack in (None, attack)]
+            points = [r for r in results if r.rule == name and r.attack in (None, attack)]
             points.sort(key=lambda result: result.hostile)
             axes.plot(
                 [100 * point.hostile for point in points],
-                [100 * point.accuracy for point in points],
+                [100 * point.last for point in points],
                 marker="o",
                 label=name,
             )

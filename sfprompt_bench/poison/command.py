@@ -26,7 +26,7 @@ RULES: tuple[tuple[AggregationRule, bool], ...] = (
     ("trimmed-mean", True),
     ("krum", True),
     ("multi-krum", True),
-)  # the rule, and whether the bound on the updates' norms is on
+)  # and whether the labels of the devices are compared
 
 SHARES = (0.0, 0.1, 0.2, 0.4)
 
@@ -37,20 +37,19 @@ _QUICK_IMAGES, _QUICK_ROUNDS, _QUICK_SHARES = 300, 3, (0.0, 0.2, 0.4)
 
 def poison(
     data: Annotated[str, typer.Option(help="Preset: digits | fashion-mnist")] = "digits",
-    samples: Annotated[
-        int, typer.Option(min=50, help="Number of training images of all devices.")
-    ] = 1000,
+    samples: Annotated[int, typer.Option(min=50, help="Training images of all devices.")] = 1000,
     devices: Annotated[int, typer.Option(min=5, max=100, help="Number of devices.")] = 10,
-    rounds: Annotated[int, typer.Option(min=1, help="Number of rounds of each run.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of each run.")] = 5,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the run.")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer images and rounds.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Write a plot to this PNG file.")] = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Measure the accuracy with hostile devices, for each attack and aggregation rule.
+    """Measure accuracy with hostile devices, for each attack and aggregation rule.
 
-    The server's federation code runs in this process, with its frames, database, bound and rules.
-    The devices tune a classifier on frozen features, so that a run takes seconds.
+    Runs are of the default form. The server's federation runs in this process: sums, frames,
+    database, checks and rules are those of a run. Features are computed once, so that a run takes
+    seconds.
     """
     check_packages()
     # Imported here: torch takes seconds to import, which help and errors do not need.
@@ -58,7 +57,8 @@ def poison(
     from edge_client.data.sources import load_dataset, parse_source
     from sfprompt_bench.poison.attacks import ATTACKS
     from sfprompt_bench.poison.chart import draw
-    from sfprompt_bench.poison.measure import make_plan, measure_all, prepare_data
+    from sfprompt_bench.poison.data import prepare_data
+    from sfprompt_bench.poison.measure import PoisonBench, Rule
 
     shares: tuple[float, ...] = SHARES
     if quick:
@@ -70,12 +70,13 @@ def poison(
     results: list[PoisonResult] = []
     total = len(RULES) * (1 + len(ATTACKS) * (len(shares) - 1))
     with console.status("computing features …") as status:
-        base = make_plan(settings.plan, "fedavg", bound=True, rounds=rounds)
-        prepared = prepare_data(base, images, devices)
-        for result in measure_all(settings.plan, prepared, RULES, list(ATTACKS), shares, rounds):
+        bench = PoisonBench(settings.plan, prepare_data(settings.plan, images, devices), rounds)
+        rules = [Rule(name, compares) for name, compares in RULES]
+        for result in bench.measure_all(rules, list(ATTACKS), shares):
             results.append(result)
             status.update(f"run {len(results)} of {total}")
     console.print(_table(results))
+    console.print(_states_table([each for each in results if each.rule == "fedavg"]))
     if plot is not None:
         console.print(f"plot: {draw(results, plot)}")
     if json_file is not None:
@@ -84,28 +85,41 @@ def poison(
 
 
 def _table(results: list[PoisonResult]) -> Table:
-    names = list(dict.fromkeys(result.label for result in results))
-    table = Table(
-        title="Accuracy on held-out images, %",
-        title_justify="left",
-        caption="in brackets: patched images of other classes predicted as class 0, %",
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-    )
-    for heading in ("attack", "hostile"):
-        table.add_column(heading, no_wrap=True)
+    names = list(dict.fromkeys(result.rule for result in results))
+    table = _new_table("Accuracy of the last state on held-out images, %")
+    table.caption = "in brackets: patched images of other classes that become class 0, %"
     for name in names:
         table.add_column(name.replace("-", " "), justify="right")
     by_row: dict[tuple[str, float], dict[str, PoisonResult]] = {}
     for result in results:
         row = by_row.setdefault((result.attack or "none", result.hostile), {})
-        row[result.label] = result
+        row[result.rule] = result
     for (attack, hostile), row in by_row.items():
         shown = [_shown(row[name]) if name in row else "" for name in names]
         table.add_row(attack, f"{hostile:.0%}", *shown)
     return table
 
 
+def _states_table(results: list[PoisonResult]) -> Table:
+    table = _new_table("The states of the default rule, %")
+    table.caption = "best: as the devices report it, hostile ones lying"
+    headings = ("round 0", "last", "best", "hostile updates refused", "honest")
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    for each in results:
+        shares = (each.start, each.last, each.best, each.refused, each.refused_honest)
+        shown = [f"{100 * share:.1f}" for share in shares]
+        table.add_row(each.attack or "none", f"{each.hostile:.0%}", *shown)
+    return table
+
+
+def _new_table(title: str) -> Table:
+    table = Table(title=title, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD)
+    for heading in ("attack", "hostile"):
+        table.add_column(heading, no_wrap=True)
+    return table
+
+
 def _shown(result: PoisonResult) -> str:
     backdoor = f" ({100 * result.backdoor:.0f})" if result.attack == "backdoor" else ""
-    return f"{100 * result.accuracy:.1f}{backdoor}"
+    return f"{100 * result.last:.1f}{backdoor}"

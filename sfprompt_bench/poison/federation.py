@@ -1,4 +1,4 @@
-"""The server's federation in this process: database, files and rules, without HTTP and engine."""
+"""The server's federation in this process: its database, files and rules; no HTTP, no engine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from protocol.errors import StepLost
+from protocol.errors import SFPromptError, StepLost
 from protocol.frames import decode_frame, encode_frame, join_frame
 from protocol.messages import JoinRequest, RoundView, RunStatus, UpdateMeta
 from protocol.plan import RunPlan
@@ -20,6 +20,7 @@ from split_model.checkpoints.state import device_shapes
 from split_server.federation.advance import RunAdvancer
 from split_server.federation.credentials import Credentials
 from split_server.federation.liveness import Liveness
+from split_server.federation.records import decline_update
 from split_server.federation.runs import RunRegistry
 from split_server.federation.service import FederationService
 from split_server.models.prepare import PreparedRun
@@ -34,8 +35,8 @@ from tuning_methods.custom.settings import Custom
 _LIVE_S = 86_400.0
 
 
-class _NoEngine:
-    """Ignores the federation's events: there is no engine, and the server tunes nothing."""
+class _Quiet:
+    """No engine follows the federation's events, and nothing is tuned on the server."""
 
     def changed(self, run_id: str) -> None:
         """Ignore it."""
@@ -53,7 +54,7 @@ class _NoEngine:
         """Ignore it."""
 
     def work(self, run_id: str) -> Mapping[str, float]:
-        """Return no numbers: there is no engine."""
+        """Return nothing: there is no engine."""
         return {}
 
     def trained_state(self, run_id: str, participant_id: str, session: str) -> dict[str, Tensor]:
@@ -66,10 +67,10 @@ class LocalFederation:
     """One run with all its participants.
 
     Attributes:
-        runs: the registry of runs.
-        service: handles the requests.
-        run: id of the run.
-        participants: ids of the participants, in the order of joining.
+        runs: the registry.
+        service: receives the requests.
+        run: the run's id.
+        participants: their ids, in the order of joining.
     """
 
     runs: RunRegistry
@@ -82,51 +83,67 @@ class LocalFederation:
         return self.runs.files(self.run).read_state(self.runs.snapshot(self.run).state)
 
     def is_open(self) -> bool:
-        """Whether the run is running; a run that diverges fails."""
+        """Whether the run still trains; a run that has diverged has failed."""
         return self.runs.snapshot(self.run).status == RunStatus.RUNNING
 
-    def send(self, updates: Sequence[Mapping[str, Tensor]], samples: int) -> None:
-        """Send an update of each participant to the open round."""
+    def send(self, updates: Mapping[int, Mapping[str, Tensor]], samples: Sequence[int]) -> None:
+        """Send updates of participants, by their place, to the open round.
+
+        Args:
+            updates: whole states.
+            samples: of each participant.
+        """
         open_round = self.runs.snapshot(self.run).open_round
         if open_round is None:
             return
-        meta = UpdateMeta(round=open_round.round, attempt=open_round.attempt, samples=samples)
-        for participant, update in zip(self.participants, updates, strict=True):
+        for place, update in updates.items():
+            participant = self.participants[place]
+            meta = UpdateMeta(
+                round=open_round.round, attempt=open_round.attempt, samples=samples[place]
+            )
             tensors = {name: (tensor, "float32") for name, tensor in update.items()}
             data = join_frame(encode_frame("update", meta.model_dump(), tensors))
             once = IdempotentRequest.of(f"{self.run}/{participant}", uuid.uuid4().hex, data)
             self.service.update(self.run, participant, meta, decode_frame(data), once)
 
+    def decline(self, place: int, error: SFPromptError) -> None:
+        """End a participant's part in the open round, as the server does after wrong sums."""
+        run = self.runs.snapshot(self.run)
+        if run.open_round is not None:
+            with self.runs.changing(self.run) as session:
+                decline_update(
+                    session, self.run, run.open_round, self.participants[place], error, 0.0
+                )
+
     def rounds(self) -> tuple[RoundView, ...]:
-        """Return all rounds so far."""
+        """Return the rounds so far."""
         return self.service.results(self.run).rounds
 
 
 @contextmanager
 def local_federation(
-    folder: Path, plan: RunPlan, devices: int, samples: int
+    folder: Path, plan: RunPlan, samples: Sequence[int]
 ) -> Iterator[LocalFederation]:
     """Open a federation in a new folder, with one run that all devices have joined.
 
     Args:
-        folder: folder of all files.
-        plan: plan of the run, whose first state is zero.
-        devices: number of participants.
-        samples: number of samples of each participant.
+        folder: of its files.
+        plan: the run's; its state begins with zeros.
+        samples: of each participant.
     """
-    store, clock, no_engine = Store(folder / "server.sqlite"), Clock(), _NoEngine()
+    store, clock, quiet = Store(folder / "server.sqlite"), Clock(), _Quiet()
     try:
         liveness = Liveness(_LIVE_S, clock)
-        runs = RunRegistry(folder, store, Meter(), no_engine, clock)
+        runs = RunRegistry(folder, store, Meter(), quiet, clock)
         advancer = RunAdvancer(runs, liveness)
         credentials = Credentials(b"-" * 32, "-")
-        service = FederationService(runs, advancer, credentials, liveness, no_engine, _prepare)
+        service = FederationService(runs, advancer, credentials, liveness, quiet, _prepare)
         run = service.create(Custom.of(plan), IdempotentRequest.of("create", "run")).id
         joined = []
-        for number in range(devices):
+        for number, count in enumerate(samples):
             request = JoinRequest(
                 name=f"device-{number}",
-                train_samples=samples,
+                train_samples=count,
                 test_samples=0,
                 num_classes=plan.model.num_classes,
             )

@@ -33,11 +33,13 @@ class Solved:
     Attributes:
         basis: of the features.
         classifier: the ridge regression.
-        variances: of the features, [r], float64.
+        mean: of all participants' features, [r], float64, also of those that do not count.
+        variances: of these features, [r], float64.
     """
 
     basis: Basis
     classifier: RidgeClassifier
+    mean: Tensor
     variances: Tensor
 
 
@@ -60,17 +62,24 @@ class Features:
 
 def fit_features(moments: Moments, plan: RunPlan, features: Sequence[SampleFeatures]) -> Fitted:
     """Fit the basis, and sum the features as the devices will decode them."""
-    model, codec, count = plan.model, plan.wire.start, moments.count
-    _, rank = feature_shape(model)
-    basis = fit_basis(moments, rank, len(read_blocks(model)))
+    _, rank = feature_shape(plan.model)
+    basis = fit_basis(moments, rank, len(read_blocks(plan.model)))
+    return Fitted(basis, sum_features(basis, features, plan.wire.start))
+
+
+def sum_features(basis: Basis, features: Sequence[SampleFeatures], codec: str) -> FeatureSums:
+    """Sum the participants' features as the devices decode them."""
+    rank = len(basis.scale)
     total = torch.zeros(rank, dtype=torch.float64)
     products = torch.zeros(rank, rank, dtype=torch.float64)
+    count = 0
     for chunk in all_chunks(features):
         decoded = as_decoded(basis.project(chunk[:, None]), codec).flatten(1).double()
         total += decoded.sum(dim=0)
         products += decoded.T @ decoded
-    centred = products - torch.outer(total, total) / count
-    return Fitted(basis, FeatureSums(count, total / count, centred))
+        count += len(decoded)
+    centred = products - torch.outer(total, total) / max(1, count)
+    return FeatureSums(count, total / max(1, count), centred)
 
 
 def project_all(basis: Basis, features: SampleFeatures) -> Tensor:
@@ -78,10 +87,10 @@ def project_all(basis: Basis, features: SampleFeatures) -> Tensor:
     return torch.cat([basis.project(chunk[:, None]) for chunk in features.chunks()])
 
 
-def leverage_of(solved: Solved, features: SampleFeatures, codec: str) -> Tensor:
-    """Return the leverage [n] of a participant's samples, float32."""
-    decoded = (as_decoded(solved.basis.project(c[:, None]), codec) for c in features.chunks())
-    return torch.cat([solved.classifier.leverage(each.flatten(1)) for each in decoded]).float()
+def decode_all(basis: Basis, features: SampleFeatures, codec: str) -> Tensor:
+    """Return a participant's features as it decodes them, [n, r]."""
+    chunks = (basis.project(chunk[:, None]) for chunk in features.chunks())
+    return torch.cat([as_decoded(chunk, codec).flatten(1) for chunk in chunks])
 
 
 def write_solved(path: Path, solved: Solved) -> None:
@@ -97,7 +106,8 @@ def write_solved(path: Path, solved: Solved) -> None:
         "classifier.influence": classifier.influence,
         "classifier.count": torch.tensor(classifier.count),
         "classifier.strength": torch.tensor(classifier.strength, dtype=torch.float64),
-        "variances": solved.variances,
+        "features.mean": solved.mean.clone(),  # a file has no shared memory
+        "features.variances": solved.variances,
     }
     write_named_tensors(path, tensors)
 
@@ -118,4 +128,5 @@ def read_solved(path: Path) -> Solved:
         count=int(tensors["classifier.count"]),
         strength=float(tensors["classifier.strength"]),
     )
-    return Solved(read_basis(path, torch.device("cpu")), classifier, tensors["variances"])
+    basis = read_basis(path, torch.device("cpu"))
+    return Solved(basis, classifier, tensors["features.mean"], tensors["features.variances"])

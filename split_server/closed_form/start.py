@@ -21,44 +21,48 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from protocol.errors import Busy, DamagedFile, InvalidField, StaleRound, StepLost
+from protocol.errors import DamagedFile, InvalidField, StaleRound, StepLost
 from protocol.messages import RoundStatus
-from protocol.plan import ModelPlan
-from split_model.backbone.architecture import anatomy
-from split_model.parts.depths import read_tokens
 from split_server.closed_form.basis import Moments
-from split_server.closed_form.classifier import RidgeClassifier, fit_classifier
+from split_server.closed_form.classifier import RidgeClassifier
+from split_server.closed_form.known import KnownSamples, write_known
+from split_server.closed_form.later import LaterFeatures
 from split_server.closed_form.result import (
     Features,
     Fitted,
     Solved,
+    decode_all,
     fit_features,
-    leverage_of,
     project_all,
     read_solved,
-    write_solved,
 )
-from split_server.closed_form.sample_features import CHUNK, SampleFeatures
-from split_server.closed_form.sums import SumLimits, Sums
-from split_server.engine.api import InferJob
+from split_server.closed_form.sample_features import SampleFeatures
+from split_server.closed_form.solving import add_participant, solve_start
+from split_server.closed_form.sums import Sums, check_sums
+from split_server.closed_form.tokens import (
+    BATCH,
+    TokenReader,
+    busy_error,
+    read_numbers,
+    require_own_ids,
+)
 from split_server.engine.engine import Engine
-from split_server.federation.rounds import pending_trainers, require_trainer
+from split_server.federation.records import decline_update
+from split_server.federation.rounds import (
+    pending_trainers,
+    require_pending_update,
+    require_trainer,
+)
 from split_server.federation.runs import RunRegistry
 from split_server.federation.snapshot import RunSnapshot
-from split_server.payloads.samples import decode_cached
 from split_server.runtime.aio import run_on, wait_for
-from split_server.storage.run_files import read_prompts
 from split_server.storage.sample_store import Owner, SampleStore
-
-_BATCH = 256  # samples computed at a time
 
 _WAIT_S = 20.0  # of a request for the other participants, before it is repeated
 
 _THREADS = 2
 
 _NAMING, _SUMMING = Fraction(1, 2), Fraction(3, 4)  # of the round's time
-
-_PAUSE_S = 0.2  # before a full engine is asked again
 
 R = TypeVar("R")
 
@@ -77,7 +81,6 @@ class _Start:
     restored: Solved | None = None
     ids: dict[str, list[bytes]] = field(default_factory=dict)
     features: dict[str, SampleFeatures] = field(default_factory=dict)
-    limits: dict[str, SumLimits] = field(default_factory=dict)
     sums: dict[str, Sums] = field(default_factory=dict)
     fitted_at: float = 0.0  # on the monotonic clock
     fitting: asyncio.Task[Fitted | None] | None = None
@@ -93,13 +96,18 @@ class ClosedFormStarts:
         engine: computes the features.
         samples: the smashed data.
         device: decodes smashed data there.
+
+    Attributes:
+        later: answers participants that request their features after round 0.
     """
 
     def __init__(
         self, runs: RunRegistry, engine: Engine, samples: SampleStore, device: torch.device
     ) -> None:
-        self._runs, self._engine, self._samples, self._device = runs, engine, samples, device
+        self._runs, self._samples = runs, samples
         self._threads = ThreadPoolExecutor(_THREADS, "split-start")
+        self._reader = TokenReader(runs, engine, samples, device, self._threads)
+        self.later = LaterFeatures(runs, samples, self._reader, self._threads)
         self._starts: dict[str, _Start] = {}
         self._lock = threading.Lock()  # of the table: runs end on other threads
 
@@ -135,14 +143,7 @@ class ClosedFormStarts:
             InvalidField: there are more ids than the participant joined with samples.
         """
         start = await self._open(run_id, participant, attempt)
-        _, sender = self._runs.participant(run_id, participant)
-        if len(ids) > sender.train_samples:
-            raise InvalidField(
-                "a participant cannot name more samples than it joined with",
-                field="ids",
-                limit=sender.train_samples,
-                value=len(ids),
-            )
+        require_own_ids(ids, self._runs.participant(run_id, participant)[1])
         missing = self._samples.list_missing(Owner(run_id, participant), ids)
         if missing:
             return missing
@@ -150,9 +151,9 @@ class ClosedFormStarts:
             start.ids[participant] = ids
             run = self._runs.snapshot(run_id)
             if not await self._compute(start, run, participant, None):
-                raise _busy("samples were lost; they are sent again")
+                raise busy_error("samples were lost; they are sent again")
             solved = start.restored
-            basis, mean, variances = solved.basis, solved.classifier.mean, solved.variances
+            basis, mean, variances = solved.basis, solved.mean, solved.variances
         else:
             if start.fitting is None:
                 start.ids[participant] = ids
@@ -164,65 +165,51 @@ class ClosedFormStarts:
         values = await self._run(partial(project_all, basis, start.features[participant]))
         return Features(values, mean, variances)
 
-    async def later_features(
-        self, run_id: str, participant: str, ids: list[bytes]
-    ) -> Features | list[int]:
-        """Return a participant's features in a later round, in the basis of round 0.
-
-        Or the positions of samples that the server lacks.
-
-        Raises:
-            NotFound: round 0 has no result.
-        """
-        owner, run = Owner(run_id, participant), self._runs.snapshot(run_id)
-        missing = self._samples.list_missing(owner, ids)
-        if missing:
-            return missing
-        path = run.basis_file(self._runs.files(run_id))
-        solved = await self._run(partial(read_solved, path))
-        projected = []
-        for first in range(0, len(ids), CHUNK):
-            read = []
-            for start in range(first, min(first + CHUNK, len(ids)), _BATCH):
-                tokens = await self._read_tokens(run, owner, ids[start : start + _BATCH])
-                if tokens is None:
-                    raise _busy("samples were lost; they are sent again")
-                read.append(tokens.half().float().cpu())
-            # Through float16 and in chunks, as in round 0: the same features bit for bit.
-            projected.append(solved.basis.project(torch.cat(read)))
-        classifier = solved.classifier
-        strength = classifier.strength / max(1, classifier.count)
-        return Features(torch.cat(projected), classifier.mean, solved.variances, strength)
-
     async def classifier(
         self, run_id: str, participant: str, attempt: int, sums: Sums
     ) -> tuple[RidgeClassifier, Tensor]:
         """Return the classifier and the leverage [n] of the participant's samples.
 
+        Sums that no labels give end the participant's part in the round: the event names it, and
+        the others no longer wait for it.
+
         Raises:
             Busy: others are awaited; repeat the request.
             StepLost: the server has no features of this attempt; start the round again.
-            StaleRound: the round is not open.
+            StaleRound: the round is not open, or the participant's part in it has ended.
             InvalidField: no labels of the participant's samples give these sums.
         """
         start = await self._open(run_id, participant, attempt)
+        run, sender = self._runs.participant(run_id, participant)
+        require_pending_update(run, sender, 0, attempt)
         features = start.features.get(participant)
         if features is None:
             raise StepLost(
                 "the server has no features of this round's start", field="round", value=0
             )
-        codec = self._runs.snapshot(run_id).plan.wire.start
         fitted = start.fitting.result() if start.fitting and start.fitting.done() else None
         basis = start.restored.basis if start.restored else fitted.basis if fitted else None
         if basis is None:
             raise StepLost("the start is being computed again", field="round", value=0)
-        if participant not in start.limits:
-            limits = await self._run(partial(SumLimits.of, basis, features, codec))
-            start.limits[participant] = limits
-        start.limits[participant].check(sums)
+        decoded = await self._run(partial(decode_all, basis, features, run.plan.wire.start))
+        try:
+            await self._run(partial(check_sums, sums, decoded))
+        except InvalidField as error:
+            await self._run(partial(self._decline, run, participant, error))
+            start.changed.set()
+            raise
+        files, known = self._runs.files(run_id), KnownSamples(decoded, sums)
+        path = files.known(attempt, participant)
+        if start.solving is None and start.restored is None:
+            await self._run(partial(write_known, path, known))
         solved = start.restored or await self._await_solution(start, participant, sums)
-        leverage = await self._run(partial(leverage_of, solved, features, codec))
-        return solved.classifier, leverage
+        if participant not in start.sums and not (start.restored and path.is_file()):
+            # Too late for the fit: its labels are compared on their own.
+            await self._run(
+                partial(add_participant, files, run, attempt, solved, participant, known)
+            )
+        leverage = await self._run(partial(solved.classifier.leverage, decoded))
+        return solved.classifier, leverage.float()
 
     async def _open(self, run_id: str, participant: str, attempt: int) -> _Start:
         """Return the open start of this attempt, created if needed."""
@@ -259,7 +246,7 @@ class ClosedFormStarts:
 
         fitted = await self._wait(start, begin, lambda: start.fitting)
         if fitted is None:
-            raise _busy("samples were lost; they are sent again")
+            raise busy_error("samples were lost; they are sent again")
         return fitted
 
     async def _await_solution(self, start: _Start, participant: str, sums: Sums) -> Solved:
@@ -301,7 +288,7 @@ class ClosedFormStarts:
             done, _ = await asyncio.wait({running}, timeout=left)
             if done:
                 return running.result()
-        raise _busy("the other participants are awaited")
+        raise busy_error("the other participants are awaited")
 
     def _is_complete(
         self, start: _Start, answers: Mapping[str, object], patience: Fraction, since: float = 0.0
@@ -327,7 +314,7 @@ class ClosedFormStarts:
     async def _fit(self, start: _Start) -> Fitted | None:
         """Compute all features and the basis; None: the server has lost samples."""
         run = self._runs.snapshot(start.run)
-        moments = Moments(_read_numbers(run.plan.model))
+        moments = Moments(read_numbers(run.plan.model))
         order = run.in_order(frozenset(start.ids))
         fitted: Fitted | None = None
         try:
@@ -342,7 +329,6 @@ class ClosedFormStarts:
         finally:
             if fitted is None:  # the next request begins again
                 start.features.clear()
-                start.limits.clear()
                 start.fitting = None
 
     async def _compute(
@@ -355,10 +341,10 @@ class ClosedFormStarts:
             moments: adds the samples; None: they are known.
         """
         ids, owner = start.ids[participant], Owner(run.id, participant)
-        numbers = _read_numbers(run.plan.model)
+        numbers = read_numbers(run.plan.model)
         place = SampleFeatures(start.folder / participant, len(ids), numbers)
-        for first in range(0, len(ids), _BATCH):
-            tokens = await self._read_tokens(run, owner, ids[first : first + _BATCH])
+        for first in range(0, len(ids), BATCH):
+            tokens = await self._reader.read(run, owner, ids[first : first + BATCH])
             if tokens is None:
                 return False
             flat = tokens.flatten(1).float().cpu()
@@ -366,46 +352,27 @@ class ClosedFormStarts:
         start.features[participant] = place
         return True
 
-    async def _read_tokens(self, run: RunSnapshot, owner: Owner, ids: list[bytes]) -> Tensor | None:
-        """Compute what the tail reads of samples, [B, R, D]; None: the server lacks some."""
-        server, files = run.state.server, self._runs.files(run.id)
-        prompts = None if server is None else read_prompts(files.server_state(server.sha256))
-        smashed = await self._run(partial(self._load, owner, ids))
-        if smashed is None:
-            return None
-        return await self._infer(InferJob(run.id, owner.participant, run.body, smashed, prompts))
-
-    def _load(self, owner: Owner, ids: list[bytes]) -> Tensor | None:
-        """Return smashed data [B, T, D]; None: the server lacks some of them."""
-        taken = self._samples.take(owner, ids)
-        return None if isinstance(taken, list) else decode_cached(*taken, self._device)
-
-    async def _infer(self, job: InferJob) -> Tensor:
-        """Run a job; wait while the engine's queue is full."""
-        while True:
-            try:
-                return await self._engine.infer(job)
-            except Busy:
-                await asyncio.sleep(_PAUSE_S)
-
     async def _solve(self, start: _Start, fitted: Fitted) -> Solved:
         run = self._runs.snapshot(start.run)
-        answers = [start.sums[each] for each in run.in_order(frozenset(start.sums))]
-        path = self._runs.files(start.run).basis(start.attempt)
-
-        def solve() -> Solved:
-            class_sums = torch.stack([each.features.double() for each in answers]).sum(dim=0)
-            counts = torch.stack([each.counts.double() for each in answers]).sum(dim=0)
-            classifier = fit_classifier(fitted.sums, class_sums, counts, fitted.basis.scale)
-            solved = Solved(fitted.basis, classifier, fitted.sums.variances)
-            write_solved(path, solved)
-            return solved
-
+        order = run.in_order(frozenset(start.sums))
+        parts = [(each, start.features[each], start.sums[each]) for each in order]
         try:
-            return await self._run(solve)
+            return await self._run(
+                partial(solve_start, self._runs.files(start.run), run, start.attempt, fitted, parts)
+            )
         except BaseException:
             start.solving = None  # the next request begins again
             raise
+
+    def _decline(self, run: RunSnapshot, participant: str, error: InvalidField) -> None:
+        """Record that a participant's part in the round has ended, once."""
+        with self._runs.changing(run.id) as session:
+            open_round = self._runs.snapshot(run.id).open_round
+            if open_round is None or participant in open_round.declined:
+                return
+            at = self._runs.clock.wall()
+            decline_update(session, run.id, open_round, participant, error, at)
+        self._runs.refusals[run.id] += 1
 
     async def _run(self, function: Callable[[], R]) -> R:
         return await run_on(self._threads, function)
@@ -415,12 +382,3 @@ def _add(moments: Moments | None, place: SampleFeatures, first: int, flat: Tenso
     place.write(first, flat)
     if moments is not None:
         moments.add(flat)
-
-
-def _read_numbers(model: ModelPlan) -> int:
-    """The numbers of one sample's read tokens."""
-    return read_tokens(model) * anatomy(model).width
-
-
-def _busy(message: str) -> Busy:
-    return Busy(message, field="round", value=0, retry_after_s=0.2)

@@ -33,10 +33,18 @@ class Aggregate:
 
 @dataclass(frozen=True)
 class Refusal:
-    """A refused update, whose L2 norm is above the limit."""
+    """An update that does not count.
+
+    Attributes:
+        participant: its sender.
+        code: why, as in the event.
+        value: what was measured.
+        limit: of it.
+    """
 
     participant: str
-    length: float
+    code: str
+    value: float
     limit: float
 
 

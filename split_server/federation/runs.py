@@ -225,6 +225,8 @@ class RunRegistry:
                     )
                 )
         self.files(run_id).prune_updates(wanted)
+        if run.status.is_over:
+            self.files(run_id).drop_known()
 
     def save_traffic(self) -> None:
         """Save the meter's counts to the database, so that a crash loses few of them."""

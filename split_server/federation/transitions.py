@@ -16,10 +16,10 @@ from protocol.messages import BlobRef, RoundStatus, RunStatus
 from protocol.plan import RunPlan
 from split_server.aggregation.differential_privacy import make_noise_generator, private_mean
 from split_server.aggregation.fedavg import WeightedState, weighted_mean
-from split_server.aggregation.norm_bound import Excess
 from split_server.aggregation.publishing import publish
-from split_server.aggregation.rules import aggregate, find_refused
+from split_server.aggregation.rules import aggregate
 from split_server.aggregation.server_optimizer import server_step
+from split_server.federation.checks import UpdateChecks
 from split_server.federation.measurement import measure, rounds_without_progress
 from split_server.federation.privacy_budget import OPENED, record_spent
 from split_server.federation.records import REFUSED
@@ -30,7 +30,6 @@ from split_server.federation.rounds import (
     FailRun,
     OpenTraining,
     Publish,
-    Refusal,
     Repeat,
     repeat_or_fail,
 )
@@ -69,16 +68,15 @@ def average(
     federation, base = run.plan.federation, run.state
     try:
         sent = _updates(session, row, action.updated)
-        refused = _refused(federation, base, sent, files)
+        checks = UpdateChecks(run, row.round, row.attempt, files)
+        refused = checks.find_refused(sent)
         updates = [update for at, update in enumerate(sent) if at not in refused]
-        refusals = tuple(
-            Refusal(sent[at].participant_id, excess.length, excess.limit)
-            for at, excess in sorted(refused.items())
-        )
+        refusals = tuple(refusal for _, refusal in sorted(refused.items()))
         if len(updates) < federation.min_updates:
-            who = ", ".join(each.participant for each in refusals)
-            return repeat_or_fail(run, open_round, len(updates), f"too long: the update of {who}")
-        mean, left_out = _mean(run.plan, row, base, updates, files)
+            who = ", ".join(f"{each.participant} ({each.code})" for each in refusals)
+            reason = f"refused: the update of {who}" if refusals else None
+            return repeat_or_fail(run, open_round, len(updates), reason)
+        mean, left_out = _mean(run.plan, row, base, updates, checks, files)
         names = run.method.extra_shapes(run.plan, row.round)
         extras = {name: mean.pop(name) for name in names}
         if extras:
@@ -96,19 +94,12 @@ def average(
     return Publish(counted, action.evaluators, refs, refusals, left_out)
 
 
-def _refused(
-    federation: FederationSettings, base: StateRefs, updates: list[UpdateRow], files: RunFiles
-) -> dict[int, Excess]:
-    """Find the updates that are too long, by their positions."""
-    loads = [partial(read_tensors, files.update(update.sha256)) for update in updates]
-    return find_refused(federation, loads, files.read_state(base))
-
-
 def _mean(
     plan: RunPlan,
     row: RoundRow,
     base: StateRefs,
     updates: list[UpdateRow],
+    checks: UpdateChecks,
     files: RunFiles,
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """Aggregate the updates with the run's rule, or with differential privacy.
@@ -116,13 +107,16 @@ def _mean(
     Returns:
         The aggregated tensors, and the participants whose updates the rule does not use.
     """
-    federation = plan.federation
+    federation, start = plan.federation, checks.start_state(updates)
+    if start is not None:
+        return start, ()
     # Rules that compare all updates map their files, and read one tensor at a time.
     read = read_tensors if federation.aggregation == "fedavg" else open_tensors
     loads = [partial(read, files.update(update.sha256)) for update in updates]
     if federation.dp_clip is None:
         weighted = [
-            WeightedState(update.samples, load) for update, load in zip(updates, loads, strict=True)
+            WeightedState(checks.weight(update), load)
+            for update, load in zip(updates, loads, strict=True)
         ]
         result = aggregate(federation, weighted)
         return result.tensors, tuple(updates[at].participant_id for at in result.left_out)
@@ -269,8 +263,8 @@ def _publish(
             REFUSED,
             at,
             participant=refusal.participant,
-            code="too_long",
-            length=refusal.length,
+            code=refusal.code,
+            value=refusal.value,
             limit=refusal.limit,
         )
     left_out = {"left_out": list(action.left_out)} if action.left_out else {}

@@ -18,7 +18,7 @@ def handle_start(context: HandlerContext, request: SplitRequest) -> Submit:
 
     async def reply() -> Reply:
         if meta.round:
-            features = await starts.later_features(run, sender, start.ids)
+            features = await starts.later.features(run, sender, start.ids)
         else:
             features = await starts.features(run, sender, meta.attempt, start.ids)
         if isinstance(features, list):
@@ -35,14 +35,19 @@ def handle_start(context: HandlerContext, request: SplitRequest) -> Submit:
 
 
 def handle_solve(context: HandlerContext, request: SplitRequest) -> Submit:
-    """Reply with the classifier, once all participants have sent their sums."""
-    solve = parse_solve(request)
-    sums = Sums(solve.sums, solve.counts)
+    """Reply with the classifier, once all participants have sent their sums.
+
+    In a later round it replies at once.
+    """
+    solve, starts = parse_solve(request), context.services.starts
+    sums, run, sender = Sums(solve.sums, solve.counts), request.run, request.participant
 
     async def reply() -> Reply:
-        classifier, leverage = await context.services.starts.classifier(
-            request.run, request.participant, solve.meta.attempt, sums
-        )
+        if solve.meta.round:
+            classifier, leverage = await starts.later.classifier(run, sender, sums)
+        else:
+            attempt = solve.meta.attempt
+            classifier, leverage = await starts.classifier(run, sender, attempt, sums)
         tensors = {
             "weight": (classifier.weight, "float32"),
             "bias": (classifier.bias, "float32"),

@@ -55,8 +55,6 @@ def parse_solve(request: SplitRequest) -> SolveRequest:
         InvalidField, RunClosed, StaleRound, MalformedFrame, WrongShape, NonFinite
     """
     meta = _parse_meta(request)
-    if meta.round:
-        raise InvalidField("sums belong to round 0", field="round", limit=0, value=meta.round)
     check_tensors(request.frame, {"sums", "counts"})
     classes, (_, rank) = request.plan.model.num_classes, feature_shape(request.plan.model)
     for name, shape in (("sums", [classes, rank]), ("counts", [classes])):

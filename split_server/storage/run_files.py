@@ -52,6 +52,8 @@ class RunFiles:
     - ``held/SHA256.safetensors``: server-side states, of the last two rounds.
     - ``updates/SHA256.safetensors``: updates, until their round is aggregated.
     - ``basis/ATTEMPT.safetensors``: the result of round 0, if the run has one.
+    - ``known/ATTEMPT-PARTICIPANT.safetensors``: features and sums of a participant's samples, which
+      its later updates are checked against, until the run is over.
     - ``moments/ROUND.safetensors``: a server optimiser's moments, of the last two rounds.
     - ``extras/ROUND``, ``weights/ROUND`` and ``heads/ROUND.safetensors``: of the last round after
       which the model was rebuilt, the updates' further tensors and the resulting weights.
@@ -74,6 +76,14 @@ class RunFiles:
     def basis(self, attempt: int) -> Path:
         """Return the path of the result of an attempt at round 0: basis and classifier."""
         return self.root / "basis" / f"{attempt}.safetensors"
+
+    def known(self, attempt: int, participant: str) -> Path:
+        """Return the path of a participant's features and sums in an attempt at round 0."""
+        return self.root / "known" / f"{attempt}-{participant}.safetensors"
+
+    def drop_known(self) -> None:
+        """Remove all participants' features and sums."""
+        shutil.rmtree(self.root / "known", ignore_errors=True)
 
     def state(self, sha256: str) -> Path:
         """Return the path of a device-side state."""

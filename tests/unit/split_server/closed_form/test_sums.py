@@ -2,57 +2,39 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from protocol.errors import InvalidField
-from split_server.closed_form.basis import Basis
-from split_server.closed_form.sample_features import SampleFeatures
-from split_server.closed_form.sums import SumLimits, Sums
+from split_server.closed_form.sums import Sums, check_sums
 
-SAMPLES, NUMBERS, RANK, CLASSES = 40, 12, 6, 4
+SAMPLES, RANK, CLASSES = 40, 6, 4
 
 LABELS = torch.arange(SAMPLES) % CLASSES
 
-
-@pytest.fixture
-def features(tmp_path: Path) -> SampleFeatures:
-    place = SampleFeatures(tmp_path / "p0001", SAMPLES, NUMBERS)
-    place.write(0, torch.randn(SAMPLES, NUMBERS, generator=torch.Generator().manual_seed(0)))
-    return place
+FEATURES = torch.randn(SAMPLES, RANK, generator=torch.Generator().manual_seed(0)) + 0.3
 
 
-BASIS = Basis(
-    torch.ones(NUMBERS), torch.randn(NUMBERS, RANK, generator=torch.Generator().manual_seed(1)),
-    torch.ones(RANK),
-)  # fmt: skip
+def sums_of(labels: Tensor) -> Sums:
+    one_hot = F.one_hot(labels, CLASSES).double()
+    return Sums((one_hot.T @ FEATURES.double()).float(), one_hot.sum(dim=0).float())
 
 
-def values(features: SampleFeatures) -> Tensor:
-    return torch.cat([BASIS.project(chunk[:, None]) for chunk in features.chunks()]).flatten(1)
+@pytest.mark.parametrize("seed", range(5))
+def test_the_sums_of_any_labels_are_accepted(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    check_sums(sums_of(torch.randint(0, CLASSES, (SAMPLES,), generator=generator)), FEATURES)
+    check_sums(sums_of(torch.full((SAMPLES,), seed % CLASSES)), FEATURES)
+    furthest = FEATURES[:, 0].argsort(descending=True)
+    labels = torch.empty(SAMPLES, dtype=torch.int64)
+    labels[furthest] = torch.arange(SAMPLES) // (SAMPLES // CLASSES)
+    check_sums(sums_of(labels), FEATURES)
 
 
-def honest(features: SampleFeatures) -> Sums:
-    one_hot = F.one_hot(LABELS, CLASSES).double()
-    return Sums((one_hot.T @ values(features).double()).float(), one_hot.sum(dim=0).float())
-
-
-@pytest.mark.parametrize("codec", ["float32", "float16", "int8"])
-def test_the_sums_of_any_labels_are_accepted(features: SampleFeatures, codec: str) -> None:
-    limits = SumLimits.of(BASIS, features, "float32")
-    limits.check(honest(features))
-    whole = values(features).sum(dim=0)
-    one_class = Sums(torch.stack([whole, *[torch.zeros(RANK)] * 3]), torch.tensor([40.0, 0, 0, 0]))
-    limits.check(one_class)
-    SumLimits.of(BASIS, features, codec)
-
-
-def test_sums_that_no_labels_give_are_refused(features: SampleFeatures) -> None:
-    limits, sums = SumLimits.of(BASIS, features, "float32"), honest(features)
+def test_sums_that_no_labels_give_are_refused() -> None:
+    sums = sums_of(LABELS)
     for wrong in (
         Sums(sums.features * 20, sums.counts),
         Sums(-sums.features, sums.counts),
@@ -60,16 +42,25 @@ def test_sums_that_no_labels_give_are_refused(features: SampleFeatures) -> None:
         Sums(torch.zeros_like(sums.features), sums.counts),
     ):
         with pytest.raises(InvalidField, match="add up to the features"):
-            limits.check(wrong)
+            check_sums(wrong, FEATURES)
+
+
+def test_a_class_cannot_reach_further_than_the_samples_that_reach_furthest() -> None:
+    """Its length alone would allow it: samples point in many directions."""
+    sums = sums_of(LABELS)
+    lengths = FEATURES.norm(dim=1).sort(descending=True).values
     shifted = sums.features.clone()
-    shifted[0] += 1000.0
-    shifted[1] -= 1000.0
-    with pytest.raises(InvalidField, match="longer than the features"):
-        limits.check(Sums(shifted, sums.counts))
+    direction = torch.zeros(RANK)
+    direction[0] = float(lengths[: SAMPLES // CLASSES].sum()) - float(shifted[0].norm())
+    shifted[0] += direction
+    shifted[1] -= direction
+    assert float(shifted[0].norm()) <= float(lengths[: SAMPLES // CLASSES].sum())
+    with pytest.raises(InvalidField, match="longer than that of any"):
+        check_sums(Sums(shifted, sums.counts), FEATURES)
 
 
-def test_counts_that_are_not_the_number_of_samples_are_refused(features: SampleFeatures) -> None:
-    limits, sums = SumLimits.of(BASIS, features, "float32"), honest(features)
+def test_counts_that_are_not_the_number_of_samples_are_refused() -> None:
+    sums = sums_of(LABELS)
     for counts in (sums.counts + 1, torch.zeros(CLASSES), sums.counts * 1e6):
         with pytest.raises(InvalidField, match="counts"):
-            limits.check(Sums(sums.features, counts))
+            check_sums(Sums(sums.features, counts), FEATURES)
