@@ -47,12 +47,9 @@ from split_server.closed_form.tokens import (
     require_own_ids,
 )
 from split_server.engine.engine import Engine
+from split_server.federation.permissions import require_pending_update, require_trainer
 from split_server.federation.records import decline_update
-from split_server.federation.rounds import (
-    pending_trainers,
-    require_pending_update,
-    require_trainer,
-)
+from split_server.federation.rounds import pending_trainers
 from split_server.federation.runs import RunRegistry
 from split_server.federation.snapshot import RunSnapshot
 from split_server.runtime.aio import run_on, wait_for

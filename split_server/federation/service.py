@@ -39,7 +39,7 @@ from protocol.messages import (
 )
 from protocol.settings import RunSettings
 from split_model.checkpoints.state import applied
-from split_server.federation import records, rounds, transitions, updates, views
+from split_server.federation import permissions, records, rounds, transitions, updates, views
 from split_server.federation.advance import RunAdvancer
 from split_server.federation.credentials import Credentials
 from split_server.federation.liveness import Liveness
@@ -201,7 +201,7 @@ class FederationService:
             if (response := idempotent.recall(session)) is not None:
                 return RunView.model_validate(response)
             run = runs.snapshot(run_id)
-            rounds.require_running(run)
+            permissions.require_running(run)
             at = runs.clock.wall()
             transitions.abandon_round(session, run, runs.meter, at)
             transitions.end_run(
@@ -254,7 +254,9 @@ class FederationService:
     ) -> str:
         updates.check_join(request, run.plan.federation.max_samples)
         if request.train_samples or request.test_samples:
-            rounds.require_running(run)  # a device without data only reads, which is allowed later
+            permissions.require_running(
+                run
+            )  # a device without data only reads, which is allowed later
             updates.check_name(run, request, self._liveness.live(run.id))
         updates.check_classes(run, request)
         return records.add_participant(session, run, request, idempotent, self._runs.clock.wall())
@@ -304,7 +306,7 @@ class FederationService:
         """
         run, participant = self._runs.participant(run_id, participant_id)
         try:
-            rounds.require_any_trainer(run, participant)
+            permissions.require_any_trainer(run, participant)
         except Conflict:
             if not self._runs.is_known(idempotent):
                 raise
@@ -357,8 +359,8 @@ class FederationService:
         if self._runs.recall(idempotent) is not None:
             return None
         run, participant = self._runs.participant(run_id, participant_id)
-        open_round = rounds.require_trainer(run, participant, meta.round, meta.attempt)
-        rounds.require_first(open_round.updated, participant_id, "update")
+        open_round = permissions.require_trainer(run, participant, meta.round, meta.attempt)
+        permissions.require_first(open_round.updated, participant_id, "update")
         try:
             tensors = self._complete_update(run, participant, meta, frame)
         except (EmptyUpdate, NonFinite, WrongShape) as error:
@@ -432,11 +434,11 @@ class FederationService:
             if idempotent.recall(session) is not None:
                 return
             run, participant = self._runs.participant(run_id, participant_id)
-            open_round = rounds.require_phase(
+            open_round = permissions.require_phase(
                 run, report.round, report.attempt, RoundStatus.EVALUATING
             )
-            rounds.require_evaluator(open_round, participant_id)
-            rounds.require_first(open_round.evaluated, participant_id, "evaluation")
+            permissions.require_evaluator(open_round, participant_id)
+            permissions.require_first(open_round.evaluated, participant_id, "evaluation")
             updates.check_report(report, participant)
             at = self._runs.clock.wall()
             records.count_evaluation(session, run_id, participant_id, report, idempotent, at)

@@ -15,7 +15,7 @@ from protocol.frames import decode_frame, encode_frame, frame_length, header_len
 from protocol.wire import FRAME_MEDIA_TYPE, SOLVE_PATH, START_PATH
 from split_server.engine.requests import to_public_error
 from split_server.federation.credentials import require_participant
-from split_server.federation.rounds import SenderPermission
+from split_server.federation.permissions import SenderPermission
 from split_server.federation.snapshot import Participant, RunSnapshot
 from split_server.http.body import read_body
 from split_server.http.budget import Reservation

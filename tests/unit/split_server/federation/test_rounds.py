@@ -10,7 +10,7 @@ import pytest
 from protocol.errors import RunClosed, StaleRound
 from protocol.messages import BlobRef, RoundStatus, RunStatus, Task
 from protocol.settings import RunSettings
-from split_server.federation import rounds
+from split_server.federation import permissions, rounds
 from split_server.federation.rounds import (
     Aggregate,
     CloseRound,
@@ -287,18 +287,20 @@ def test_the_task_after_leaving_is_to_stop() -> None:
 
 def test_a_request_must_name_the_open_round_attempt_and_phase() -> None:
     run = an_open_round(a_run(2), attempt=1)
-    assert rounds.require_phase(run, 1, 1, RoundStatus.TRAINING).attempt == 1
+    assert permissions.require_phase(run, 1, 1, RoundStatus.TRAINING).attempt == 1
     for round_, attempt, status in (
         (2, 1, RoundStatus.TRAINING),
         (1, 0, RoundStatus.TRAINING),
         (1, 1, RoundStatus.EVALUATING),
     ):
         with pytest.raises(StaleRound):
-            rounds.require_phase(run, round_, attempt, status)
+            permissions.require_phase(run, round_, attempt, status)
     with pytest.raises(RunClosed):
-        rounds.require_phase(replace(run, status=RunStatus.FINISHED), 1, 1, RoundStatus.TRAINING)
+        permissions.require_phase(
+            replace(run, status=RunStatus.FINISHED), 1, 1, RoundStatus.TRAINING
+        )
     with pytest.raises(StaleRound):
-        rounds.require_trainer(run, participant(9), 1, 1)
+        permissions.require_trainer(run, participant(9), 1, 1)
 
 
 @pytest.mark.parametrize(
