@@ -12,7 +12,6 @@ from edge_client.data.batches import Augmentation, BatchReader
 from edge_client.data.dataset import Dataset
 from edge_client.data.image_set import ImageSet
 from edge_client.data.label_noise import with_noised_labels
-from edge_client.data.sampling import stratified_pick
 from edge_client.run_model import RunModel
 from edge_client.smashed.head_cache import HeadOutputs
 from edge_client.smashed.uploads import SampleUploader
@@ -116,6 +115,7 @@ def split_validation(device: Owner, plan: RunPlan) -> tuple[Dataset, ImageSet | 
     if not count:
         return data, None
     seed = derive_seed(plan.seed, "validation", device.name)
-    chosen = stratified_pick(data.train.labels.numpy(), count, seed, field="validation")
+    # Not by class: the server sees which samples are not trained on.
+    chosen = np.sort(np.random.default_rng(seed).permutation(len(data.train))[:count])
     others = np.setdiff1d(np.arange(len(data.train)), chosen)
     return Dataset(data.train.subset(others), data.test), data.train.subset(chosen)

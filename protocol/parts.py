@@ -115,7 +115,7 @@ class TrainingSettings(Message):
         None,
         ge=0,
         le=0.5,
-        description="share of each device's training images, by class, that select the best state "
+        description="share of each device's training images that select the best state "
         "and are not trained on; none: 0.1 where prompts are tuned after a closed-form start, "
         "else 0",
     )

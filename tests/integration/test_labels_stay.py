@@ -36,7 +36,11 @@ FEDERATION = {
         {"name", "train_samples", "test_samples", "num_classes", "classes_sha256"},
         [set()],
     ),
-    "evaluation": ({"round", "attempt", "samples", "correct", "loss_sum"}, [set()]),
+    "evaluation": (
+        {"round", "attempt", "samples", "correct", "loss_sum"}
+        | {"selection_loss", "selection_samples"},
+        [set()],
+    ),
 }
 CONTENT = {
     "default": {
@@ -80,13 +84,14 @@ FOLLOWS = {
         *("solve.sums", "solve.counts"),
         *(f"update.{name}" for name in LINEAR),
         *("update.base", "update.train_loss", "update.local_loss"),
-        *("evaluation.correct", "evaluation.loss_sum", "infer.state"),
+        *("evaluation.correct", "evaluation.loss_sum", "evaluation.selection_loss"),
+        "infer.state",
     },
     "prompts": {
         *("solve.sums", "solve.counts", "exchange.gradients"),
         *(f"update.{name}" for name in LINEAR),
         *("update.base", "update.train_loss", "evaluation.correct", "evaluation.loss_sum"),
-        "infer.state",
+        *("evaluation.selection_loss", "infer.state"),
     },
     # The device tunes the prompts in its head, so that smashed data change with them.
     "paper": {
