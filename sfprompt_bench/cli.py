@@ -53,6 +53,14 @@ _SUBCOMMANDS = {
             "sfprompt-bench poison --json poison.json --plot poison.png",
         ),
     ),
+    "fuzz": Subcommand(
+        "sfprompt_bench.fuzz.command",
+        "Decode mutated frames and send broken requests to a server; list what goes wrong.",
+        (
+            "sfprompt-bench fuzz --frames 20000 --requests 2000",
+            "sfprompt-bench fuzz --seed 7 --json fuzz.json",
+        ),
+    ),
     "engine": Subcommand(
         "sfprompt_bench.engine.command",
         "Measure the split server's engine: throughput, round trips, gain of batching and a soak.",
