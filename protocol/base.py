@@ -26,12 +26,12 @@ class Message(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _check_texts(cls, raw: Any) -> Any:
-        if isinstance(raw, Mapping) and (text := _find_surrogate(raw)) is not None:
+        if isinstance(raw, dict) and (text := _find_surrogate(raw)) is not None:
             raise ValueError(f"a text has half of a surrogate pair: {text!r}")
         return raw
 
 
-def _find_surrogate(raw: Mapping[Any, Any]) -> str | None:
+def _find_surrogate(raw: dict[Any, Any]) -> str | None:
     """Return a text, among keys and values at any depth, that has no UTF-8."""
     rest: list[Any] = [raw]  # a list, because JSON may be nested more deeply than Python calls
     while rest:
@@ -39,7 +39,7 @@ def _find_surrogate(raw: Mapping[Any, Any]) -> str | None:
         if isinstance(value, str):
             if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
                 return value[:40]
-        elif isinstance(value, Mapping):
+        elif isinstance(value, dict):
             rest.extend(value)
             rest.extend(value.values())
         elif isinstance(value, (list, tuple)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import random
 import struct
 from collections.abc import Callable
@@ -126,16 +125,15 @@ def _change_place(data: bytearray, place: int, draws: random.Random) -> None:
 
 
 def mutated_tree(tree: Any, draws: random.Random) -> Any:
-    """Change one to three nodes of a tree of maps and lists."""
-    changed = copy.deepcopy(tree)
+    """Change one to three nodes of a tree of maps and lists, which becomes the changed one."""
     for _ in range(draws.randint(1, 3)):
         places: list[tuple[Any, Any]] = []
-        _collect(changed, places)
+        _collect(tree, places)
         if not places:
             return _value(draws)
         parent, key = draws.choice(places)
         _change_node(parent, key, draws)
-    return changed
+    return tree
 
 
 def _collect(node: Any, places: list[tuple[Any, Any]]) -> None:
