@@ -124,7 +124,7 @@ def build_services(
         engine=engine,
         figures=figures,
         samples=samples,
-        starts=ClosedFormStarts(runs, engine, samples, placement.device),
+        starts=ClosedFormStarts(runs, engine, samples, placement.device, settings.max_wait_s),
         store=store,
         meter=meter,
         credentials=credentials,

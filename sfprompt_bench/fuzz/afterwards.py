@@ -19,6 +19,8 @@ _TIMEOUT_S: Final = 120.0
 
 _IMAGES: Final = 60
 
+_KIND_LENGTH: Final = 60  # of an error's line: logger and the beginning of its message
+
 _PLAN: Final = RunPlan(
     name="afterwards",
     model=ModelPlan(backbone="test_vit", weights="random:0", image_size=32, cut=1, prompt_count=2),
@@ -59,6 +61,17 @@ def finish_run(target: Target, folder: Path, report: Report) -> None:
     finally:
         device.stop()
     check_finished(code, report)
+
+
+def check_log(log: Path, report: Report) -> None:
+    """Note each kind of error in a server's log: no request may cause one."""
+    kinds: dict[str, str] = {}
+    for line in log.read_text(errors="replace").splitlines():
+        parts = line.split(maxsplit=4)  # date, time, level, request, logger and message
+        if len(parts) == 5 and parts[2] in ("ERROR", "CRITICAL"):
+            kinds.setdefault(parts[4][:_KIND_LENGTH], line[:200])
+    for line in kinds.values():
+        report.add(0, f"the log {log}", line)
 
 
 def check_finished(code: int | None, report: Report) -> None:

@@ -77,7 +77,7 @@ def fuzz(
 def _fuzz_server(console: Console, count: int, seed: int, crowd: int, folder: Path) -> Report:
     from sfprompt_bench.engine.server import running_server
     from sfprompt_bench.engine.worker import divide_cores
-    from sfprompt_bench.fuzz.afterwards import finish_run
+    from sfprompt_bench.fuzz.afterwards import check_log, finish_run
     from sfprompt_bench.fuzz.crowding import measure_crowds
     from sfprompt_bench.fuzz.requests import fuzz_requests
     from sfprompt_bench.fuzz.target import SERVER_SETTINGS, Target
@@ -96,6 +96,7 @@ def _fuzz_server(console: Console, count: int, seed: int, crowd: int, folder: Pa
         report.findings[:0] = fresh.findings
         console.print("a device takes part in a run …")
         finish_run(target, folder, report)
+        check_log(folder / "server.log", report)
     return report
 
 

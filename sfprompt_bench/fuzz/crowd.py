@@ -1,7 +1,7 @@
 """A crowd of idle or slow connections from one address, as a process of its own.
 
 It opens connections that send nothing, or a byte of a request each second, and opens each that the
-server closes again a second later.
+server closes again some seconds later.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from typing import Final
 
 _REQUEST: Final = b"GET /v1/health HTTP/1.1\r\nhost: x\r\nx-slow: " + b"a" * 10_000
 
-_PAUSE_S: Final = 1.0
+_BYTE_S: Final = 1.0  # between two bytes
+
+_REOPEN_S: Final = 5.0
 
 _BURST: Final = 100  # connections that are opened at the same time
 
@@ -30,7 +32,7 @@ async def hold(port: int, count: int, *, slow: bool, seconds: float) -> int:
                     reader, writer = await asyncio.open_connection("127.0.0.1", port)
                 await _stay(reader, writer, slow=slow)
             again += 1
-            await asyncio.sleep(_PAUSE_S)
+            await asyncio.sleep(_REOPEN_S)
 
     clients = [asyncio.create_task(client()) for _ in range(count)]
     await asyncio.sleep(seconds)
@@ -47,7 +49,7 @@ async def _stay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, s
         if slow:
             for byte in _REQUEST:
                 writer.write(bytes([byte]))
-                done, _ = await asyncio.wait({closed}, timeout=_PAUSE_S)
+                done, _ = await asyncio.wait({closed}, timeout=_BYTE_S)
                 if done:
                     return
         await closed

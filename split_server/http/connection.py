@@ -52,6 +52,8 @@ class _CountingTransport:
         return self._written - self._inner.get_write_buffer_size()
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
+        if self._inner.is_closing():  # the rest of a response that nobody takes
+            return
         nbytes = memoryview(data).nbytes
         self._counter.sent += nbytes
         self._written += nbytes

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from sfprompt_bench.fuzz import requests as fuzzed
-from sfprompt_bench.fuzz.afterwards import check_finished, create_run, device_arguments
+from sfprompt_bench.fuzz.afterwards import check_finished, check_log, create_run, device_arguments
+from sfprompt_bench.fuzz.findings import Report
 from sfprompt_bench.fuzz.requests import fuzz_requests
 from sfprompt_bench.fuzz.target import SERVER_SETTINGS, Target
+from sfprompt_bench.fuzz.wire import RawConnection
 from sfprompt_bench.run.preflight import choose_port
 from sfprompt_bench.run.processes import wait_until_healthy
 from split_server.client import OperatorClient, read_token
@@ -32,6 +35,9 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
         wait_until_healthy(process, probe.is_healthy, 60)  # type: ignore[arg-type]
         probe.close()
         yield Target(url, read_token(folder / "data"), process.pid)
+        report = Report("", "")
+        check_log(process.log, report)
+        assert report.findings == []
     finally:
         process.stop()
 
@@ -59,3 +65,17 @@ def test_a_failure_is_a_finding_with_its_seed(
     assert {finding.seed for finding in report.findings} <= {42, 43, 44}
     assert report.findings
     assert report.to_json()["findings"]
+
+
+def test_a_start_waits_for_others_no_longer_than_the_longest_long_poll(target: Target) -> None:
+    """It held a request back for 20 s, whatever `max_wait_s` was."""
+    connection = RawConnection(target.address, 10)
+    credential = target.runs[-1].credentials[0]
+    own = [each for each in target.valid_requests() if credential in str(each.headers)]
+    for kind, status in (("samples", 200), ("start", 503)):
+        request = next(each for each in own if each.path == f"/v1/split/{kind}")
+        began = time.monotonic()
+        connection.send(request.to_bytes())
+        assert connection.response().status == status
+        assert time.monotonic() - began < 5
+    connection.close()
