@@ -33,6 +33,8 @@ _INPUT_S: Final = 0.25  # CPU time of one input
 
 _MESSAGES: Final = 0.25  # share of messages among all inputs
 
+_WARM_UP: Final = 300  # inputs before memory is measured
+
 _TICK: Final = 1000  # inputs between two looks at memory and progress
 
 
@@ -46,7 +48,7 @@ def fuzz_frames(count: int, seed: int, tick: Callable[[int], None]) -> Report:
     """
     report = Report("Frames and messages", "inputs", memory_limit=_MEMORY_BYTES)
     valid_frames(), valid_messages(), valid_error()
-    for warm in range(seed, seed + 300):  # libraries take their memory at their first use
+    for warm in range(_WARM_UP):  # libraries take their memory at their first use
         _try(warm, Report("", ""))
     _forget_peak()
     began, descriptors = time.perf_counter(), _descriptors()

@@ -27,7 +27,7 @@ def test_mutated_frames_and_messages_raise_only_typed_errors() -> None:
 
 
 def test_the_same_seed_makes_the_same_inputs() -> None:
-    first, second = fuzz_frames(300, 5, ignore), fuzz_frames(300, 5, ignore)
+    first, second = fuzz_frames(100, 5, ignore), fuzz_frames(100, 5, ignore)
     assert first.outcomes == second.outcomes
 
 
@@ -60,7 +60,7 @@ def test_a_decoder_that_fails_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> N
         raise IndexError("beyond the end")
 
     monkeypatch.setattr(type(get_codec("int8")), "decode", fail)
-    report = fuzz_frames(2000, 0, ignore)
+    report = fuzz_frames(800, 0, ignore)
     assert report.findings
     assert "IndexError: beyond the end" in report.findings[0].outcome
     again = fuzz_frames(1, report.findings[0].seed, ignore)
