@@ -95,6 +95,7 @@ class _Fuzzer:
             self.report.notes.append("schemathesis is not installed: no requests from OpenAPI")
         self._lock = threading.Lock()
         self._own = threading.local()
+        self._kept: list[RawConnection] = []  # of all threads
         self._openapi_lock = threading.Lock()  # hypothesis runs one test at a time
 
     def send(self, seeds: Iterable[int]) -> None:
@@ -108,6 +109,9 @@ class _Fuzzer:
                 if self.report.is_full:
                     threads.shutdown(cancel_futures=True)
                     break
+        for connection in self._kept:
+            connection.close()
+        self._kept.clear()
 
     def send_giants(self) -> None:
         """Send an URL and a header of 100 MiB."""
@@ -215,6 +219,7 @@ class _Fuzzer:
             connection: RawConnection | None = getattr(self._own, "connection", None)
             if connection is None:
                 connection = self._own.connection = RawConnection(self._target.address, SLOW_S)
+                self._kept.append(connection)
             try:
                 connection.send(data)
                 response = connection.response(to_head=to_head)
