@@ -61,6 +61,11 @@ _SUBCOMMANDS = {
             "sfprompt-bench fuzz --seed 7 --json fuzz.json",
         ),
     ),
+    "soak-day": Subcommand(
+        "sfprompt_bench.day.command",
+        "Simulate a day with many devices that come and go, and check a server's resources.",
+        ("sfprompt-bench soak-day --hours 6 --minutes 1", "sfprompt-bench soak-day"),
+    ),
     "engine": Subcommand(
         "sfprompt_bench.engine.command",
         "Measure the split server's engine: throughput, round trips, gain of batching and a soak.",
