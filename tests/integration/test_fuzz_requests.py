@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -69,13 +70,12 @@ def test_a_failure_is_a_finding_with_its_seed(
 
 def test_a_start_waits_for_others_no_longer_than_the_longest_long_poll(target: Target) -> None:
     """It held a request back for 20 s, whatever `max_wait_s` was."""
-    connection = RawConnection(target.address, 10)
     credential = target.runs[-1].credentials[0]
     own = [each for each in target.valid_requests() if credential in str(each.headers)]
     for kind, status in (("samples", 200), ("start", 503)):
         request = next(each for each in own if each.path == f"/v1/split/{kind}")
         began = time.monotonic()
-        connection.send(request.to_bytes())
-        assert connection.response().status == status
+        with closing(RawConnection(target.address, 10)) as connection:
+            connection.send(request.to_bytes())
+            assert connection.response().status == status
         assert time.monotonic() - began < 5
-    connection.close()
