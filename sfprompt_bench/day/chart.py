@@ -17,7 +17,7 @@ def draw(result: DayResult, out: Path) -> Path:
     hours = [sample.hour for sample in result.samples]
     panels = {
         "resident memory (MiB)": [sample.memory / _MIB for sample in result.samples],
-        "descriptors": [float(sample.descriptors) for sample in result.samples],
+        "connections, and other descriptors": [float(s.connections) for s in result.samples],
         "files": [float(sample.files) for sample in result.samples],
         "database (MiB)": [sample.database / _MIB for sample in result.samples],
     }
@@ -27,6 +27,7 @@ def draw(result: DayResult, out: Path) -> Path:
         panel.set(title=name)
         panel.set_ylim(bottom=0)
         panel.grid(alpha=0.3)
+    axes[0][1].plot(hours, [sample.descriptors for sample in result.samples], color="#f0a202")
     for panel in axes[1]:
         panel.set(xlabel="simulated hour")
     return save(figure, out)

@@ -233,9 +233,11 @@ async def live_through(day: Day) -> None:
 
 
 def main() -> None:
-    """Live through the day that standard input describes; write the counts of all requests."""
+    """Live through the day that the argument describes; write the counts of all requests."""
     torch.set_num_threads(1)
     day = Day(**json.loads(sys.argv[1]))
+    sys.stdout.write("ready\n")
+    sys.stdout.flush()
     asyncio.run(live_through(day))
     sys.stdout.write(json.dumps(day.counts) + "\n")
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import statistics
 import time
+import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +39,8 @@ MAX_DATABASE_A_ROUND: Final = 64 * 1024  # bytes: of its record, events and new 
 
 _SAMPLES: Final = 240
 
+_CONNECTIONS: Final = re.compile(r"^sfprompt_connections (\S+)$", re.MULTILINE)
+
 MODEL: Final = ModelPlan(
     backbone="test_vit", weights="random:0", image_size=32, cut=1, prompt_count=2
 )
@@ -44,10 +48,22 @@ MODEL: Final = ModelPlan(
 
 @dataclass(frozen=True)
 class Sample:
-    """A server's resources at one moment of the day."""
+    """A server's resources at one moment of the day.
+
+    Attributes:
+        hour: of the day.
+        memory: resident bytes.
+        connections: of devices that are there.
+        descriptors: all others.
+        files: in the data folder.
+        database: bytes of it, with its log.
+        rounds: so far.
+        participants: that have joined and not left.
+    """
 
     hour: float
     memory: int
+    connections: int
     descriptors: int
     files: int
     database: int
@@ -169,9 +185,14 @@ def live_a_day(
         process = Process(
             "devices", ["sfprompt_bench.day.devices", json.dumps(day)], folder, lines.append
         )
+        while not lines and process.exit_code() is None:  # it imports torch
+            time.sleep(0.1)
         began, samples = time.perf_counter(), []
         while process.exit_code() is None:
             hour = (time.perf_counter() - began) * speed / 3600
+            if hour > hours:
+                time.sleep(0.1)
+                continue
             samples.append(_sample(hour, server, operator, run))
             tick(hour)
             time.sleep(60 * minutes / _SAMPLES)
@@ -181,7 +202,7 @@ def live_a_day(
             raise SFPromptError(
                 f"the simulated devices have ended:\n{process.last_lines()}", field="devices"
             )
-    return DayResult(hours, time.perf_counter() - began, devices, samples, json.loads(lines[-1]))
+    return DayResult(hours, 60 * minutes, devices, samples, json.loads(lines[-1]))
 
 
 def _plan(speed: float, seed: int) -> RunPlan:
@@ -205,12 +226,15 @@ def _sample(hour: float, server: ServerProcess, operator: OperatorClient, run: s
     view = next(each for each in operator.runs() if each.id == run)
     if view.status.is_over:
         raise SFPromptError(f"the run has ended: {view.reason}", field="run")
+    with urllib.request.urlopen(f"{server.url}/metrics") as page:  # noqa: S310 - our own server
+        connections = int(float(_CONNECTIONS.findall(page.read().decode())[0]))
     files = [path for path in server.data_dir.rglob("*") if path.is_file()]
     database = sum(path.stat().st_size for path in files if path.name.startswith("server.sqlite"))
     return Sample(
         hour=hour,
         memory=server.resident_bytes(),
-        descriptors=len(os.listdir(f"/proc/{server.pid}/fd")),
+        connections=connections,
+        descriptors=len(os.listdir(f"/proc/{server.pid}/fd")) - connections,
         files=len(files),
         database=database,
         rounds=view.round,

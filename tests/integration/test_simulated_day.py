@@ -43,6 +43,7 @@ def result_of(**growth: int) -> DayResult:
             hour=float(hour),
             rounds=6 * hour,
             participants=50,
+            connections=hour,
             **{name: value + hour * growth.get(name, 0) for name, value in start.items()},
         )
         for hour in range(25)
