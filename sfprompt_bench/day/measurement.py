@@ -226,7 +226,9 @@ def _sample(hour: float, server: ServerProcess, operator: OperatorClient, run: s
     view = next(each for each in operator.runs() if each.id == run)
     if view.status.is_over:
         raise SFPromptError(f"the run has ended: {view.reason}", field="run")
-    with urllib.request.urlopen(f"{server.url}/metrics") as page:  # noqa: S310 - our own server
+    headers = {"authorization": f"Bearer {read_token(server.data_dir)}"}
+    request = urllib.request.Request(f"{server.url}/metrics", headers=headers)  # noqa: S310
+    with urllib.request.urlopen(request) as page:  # noqa: S310 - our own server
         connections = int(float(_CONNECTIONS.findall(page.read().decode())[0]))
     files = [path for path in server.data_dir.rglob("*") if path.is_file()]
     database = sum(path.stat().st_size for path in files if path.name.startswith("server.sqlite"))

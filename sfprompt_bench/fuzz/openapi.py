@@ -6,31 +6,29 @@ import importlib.util
 import json
 import urllib.parse
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, Final
+
+from fastapi import FastAPI
 
 from protocol.errors import SFPromptError
 from sfprompt_bench.fuzz.target import Request, Target
-from sfprompt_bench.fuzz.wire import RawConnection
+from split_server.http.federation_routes import FederationRoutes
 
 BATCH: Final = 25  # requests of one seed: one operation's
 
-_TIMEOUT_S: Final = 30.0
-
 
 class OpenApi:
-    """The operations that the server describes.
+    """The operations of the federation plane.
 
     Args:
-        target: whose description is read.
+        target: gets the requests.
     """
 
     def __init__(self, target: Target) -> None:
         import schemathesis
 
-        connection = RawConnection(target.address, _TIMEOUT_S)
-        connection.send(Request("GET", "/openapi.json").to_bytes())
-        description = json.loads(connection.response().body)
-        connection.close()
+        description = _describe_routes()
         schema = schemathesis.openapi.from_dict(description)
         self._operations = [result.ok() for result in schema.get_all_operations()]
         self._target = target
@@ -82,6 +80,14 @@ class OpenApi:
         credentials = self._target.runs[seed % len(self._target.runs)].credentials
         token = self._target.operator_token if seed % 8 < 2 else credentials[0]
         return {"sfprompt-version": "2", "authorization": f"Bearer {token}"}
+
+
+def _describe_routes() -> dict[str, Any]:
+    """Return the OpenAPI description of the server's routes, which it does not serve itself."""
+    app = FastAPI()
+    no_services: Any = SimpleNamespace(federation=None, runs=None)
+    app.include_router(FederationRoutes(no_services).router)
+    return app.openapi()
 
 
 def _request_of(case: Any, headers: dict[str, str], run: str) -> Request:

@@ -114,14 +114,14 @@ class Target:
     def _requests_of(self, run: FuzzedRun) -> list[Request]:
         base, (first, second) = f"/v1/runs/{run.id}", run.credentials
         operator = _headers(self.operator_token)
-        member, other = _headers(first), _headers(second)
+        member, other, joiner = _headers(first), _headers(second), _headers()
         join = {"name": "x", "train_samples": 9, "test_samples": 3, "num_classes": 10}
         report = {"round": 1, "attempt": 0, "samples": 9, "correct": 3, "loss_sum": 1.5}
         settings = Custom.of(run.plan).model_dump(mode="json")
         return [
             Request("GET", "/v1/health"),
-            Request("GET", "/metrics"),
-            Request("GET", "/v1/runs", member),
+            Request("GET", "/metrics", operator),
+            Request("GET", "/v1/runs", joiner),
             Request("GET", base, member),
             Request("GET", f"{base}/results", member),
             Request("GET", f"{base}/events?after=0&wait=0.01", member),
@@ -130,9 +130,9 @@ class Target:
             Request("GET", f"{base}/states/{run.state}/state", member),
             Request("GET", f"{base}/states/{run.state}/delta?base={run.state}", member),
             Request("DELETE", f"{base}/samples", other),
-            _json_request("POST", f"{base}/participants", member, join),
+            _json_request("POST", f"{base}/participants", joiner, join),
             _json_request("PUT", f"{base}/evaluation", member, report),
-            _json_request("POST", "/v1/runs", {**member}, settings),
+            _json_request("POST", "/v1/runs", member, settings),
             _json_request("POST", "/v1/runs", operator, {**settings, "seed": -1}),
             _json_request("POST", "/v1/runs/r0123456789/cancel", operator, {}),
             Request("DELETE", "/v1/runs/r0123456789/participants/me", {**member, **_key()}),
@@ -140,8 +140,9 @@ class Target:
         ]
 
 
-def _headers(credential: str) -> dict[str, str]:
-    return {VERSION_HEADER: str(PROTOCOL_VERSION), "authorization": f"Bearer {credential}"}
+def _headers(credential: str | None = None) -> dict[str, str]:
+    headers = {VERSION_HEADER: str(PROTOCOL_VERSION)}
+    return {**headers, "authorization": f"Bearer {credential}"} if credential else headers
 
 
 def _key() -> dict[str, str]:
