@@ -14,11 +14,11 @@ from tests.support.server import running_server
 MIB = 1024 * 1024
 
 
-def test_simulated_devices_come_train_evaluate_and_go(tmp_path: Path) -> None:
+def test_simulated_devices_come_train_and_go(tmp_path: Path) -> None:
     plan = RunPlan(
         model=MODEL,
         federation=FederationSettings(
-            rounds=1000, min_participants=2, round_timeout_s=1.0, evaluate_every=2, max_repeats=999
+            rounds=1000, min_participants=2, round_timeout_s=3.0, evaluate_every=0, max_repeats=999
         ),
         training=TrainingPlan(batch_size=8),
     )
@@ -27,11 +27,11 @@ def test_simulated_devices_come_train_evaluate_and_go(tmp_path: Path) -> None:
         day = Day(server.port, run, MODEL.model_dump(mode="json"), 7200.0, 4 * 7200.0, 8, seed=0)
         asyncio.run(live_through(day))
         results = server.operator().call("GET", f"/v1/runs/{run}/results").json()
-    expected = ("participants 201", "forward 200", "backward 200", "update 200", "evaluation 200")
-    assert all(day.counts[name] for name in (*expected, "me 200")), day.counts
+    expected = ("participants 201", "forward 200", "backward 200", "update 200", "me 200")
+    assert all(day.counts[name] for name in expected), day.counts
     assert not any(name.startswith("failure") or " 5" in name for name in day.counts), day.counts
     closed = [each for each in results["rounds"] if each["status"] == "closed"]
-    assert len(closed) > 2
+    assert closed
     assert len(results["participants"]) > 8, "some come back under a new name"
 
 
