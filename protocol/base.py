@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from protocol.errors import FieldValue
 
@@ -15,9 +15,36 @@ _LIMIT_NAMES = ("ge", "gt", "le", "lt", "min_length", "max_length", "pattern", "
 
 
 class Message(BaseModel):
-    """Base class of all JSON messages: immutable, without unknown fields, NaN or infinity."""
+    """Base class of all JSON messages: immutable, without unknown fields, NaN or infinity.
+
+    Its texts are Unicode: half of a surrogate pair, which JSON can spell, has no UTF-8 and could be
+    neither stored nor shown.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_texts(cls, raw: Any) -> Any:
+        if isinstance(raw, dict) and (text := _find_surrogate(raw)) is not None:
+            raise ValueError(f"a text has half of a surrogate pair: {text!r}")
+        return raw
+
+
+def _find_surrogate(raw: dict[Any, Any]) -> str | None:
+    """Return a text, among keys and values at any depth, that has no UTF-8."""
+    rest: list[Any] = [raw]  # a list, because JSON may be nested more deeply than Python calls
+    while rest:
+        value = rest.pop()
+        if isinstance(value, str):
+            if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
+                return value[:40]
+        elif isinstance(value, dict):
+            rest.extend(value)
+            rest.extend(value.values())
+        elif isinstance(value, (list, tuple)):
+            rest.extend(value)
+    return None
 
 
 def extract_field(error: Mapping[str, Any]) -> str:

@@ -53,6 +53,19 @@ _SUBCOMMANDS = {
             "sfprompt-bench poison --json poison.json --plot poison.png",
         ),
     ),
+    "fuzz": Subcommand(
+        "sfprompt_bench.fuzz.command",
+        "Decode mutated frames and send broken requests to a server; list what goes wrong.",
+        (
+            "sfprompt-bench fuzz --frames 20000 --requests 2000",
+            "sfprompt-bench fuzz --seed 7 --json fuzz.json",
+        ),
+    ),
+    "soak-day": Subcommand(
+        "sfprompt_bench.day.command",
+        "Simulate a day with many devices that come and go, and check a server's resources.",
+        ("sfprompt-bench soak-day --hours 6 --minutes 1", "sfprompt-bench soak-day"),
+    ),
     "engine": Subcommand(
         "sfprompt_bench.engine.command",
         "Measure the split server's engine: throughput, round trips, gain of batching and a soak.",

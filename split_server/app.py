@@ -32,7 +32,8 @@ from split_server.federation.removals import Removals
 from split_server.federation.runs import RunRegistry
 from split_server.federation.service import FederationService
 from split_server.http.budget import BodyBudget
-from split_server.http.connection import STALL_KEY, MeteredProtocol
+from split_server.http.connection import CONNECTIONS_KEY, STALL_KEY, MeteredProtocol
+from split_server.http.connections import ConnectionLimits, ConnectionTable
 from split_server.http.errors import add_error_handlers
 from split_server.http.federation_routes import FederationRoutes
 from split_server.http.metrics import RunCollector, metrics_router
@@ -57,6 +58,8 @@ log = logging.getLogger(__name__)
 _MIB = 1024 * 1024
 
 _CODEC_THREADS = 8  # decode and encode frames
+
+_KEEP_ALIVE_S = 120  # longer than a device's long poll
 
 _TICK_S = 0.25  # the longest delay until a deadline is noticed
 
@@ -121,7 +124,7 @@ def build_services(
         engine=engine,
         figures=figures,
         samples=samples,
-        starts=ClosedFormStarts(runs, engine, samples, placement.device),
+        starts=ClosedFormStarts(runs, engine, samples, placement.device, settings.max_wait_s),
         store=store,
         meter=meter,
         credentials=credentials,
@@ -297,18 +300,34 @@ class SplitServer:
             build_services, settings, self.placement, self._meter, notifier
         )
         self._app = _compose(app, services)
-        tasks = [asyncio.create_task(_tick(services))]
+        connections = ConnectionTable(_connection_limits(settings))
+        services.figures.watch("sfprompt_connections", "Open connections", lambda: len(connections))
+        tasks = [asyncio.create_task(_tick(services)), asyncio.create_task(connections.watch())]
         if settings.compile:
             compiler = _Compiler(services)
             await compiler.compile_open_runs()
             tasks.append(asyncio.create_task(compiler.watch()))
         log.info("ready: bodies on %s in %s", self.placement.device, self.placement.dtype_name)
         try:
-            yield {"meter": self._meter, STALL_KEY: settings.stall_timeout_s}
+            yield {
+                "meter": self._meter,
+                STALL_KEY: settings.stall_timeout_s,
+                CONNECTIONS_KEY: connections,
+            }
         finally:
             for task in tasks:
                 task.cancel()
             await _close_services(services)
+
+
+def _connection_limits(settings: ServerSettings) -> ConnectionLimits:
+    return ConnectionLimits(
+        total=settings.max_connections,
+        per_address=settings.max_address_connections,
+        per_participant=settings.max_participant_connections,
+        first_request_s=settings.first_request_timeout_s,
+        idle_s=_KEEP_ALIVE_S,
+    )
 
 
 def _compose(app: FastAPI, services: Services) -> RequestMiddleware:
@@ -335,8 +354,6 @@ def create_app(settings: ServerSettings) -> SplitServer:
 
 
 _GRACE_S = 10  # for requests in progress when the server stops
-
-_KEEP_ALIVE_S = 120  # longer than a device's long poll
 
 
 class Server(uvicorn.Server):
@@ -366,7 +383,6 @@ def build_server(application: SplitServer, settings: ServerSettings) -> Server:
         server_header=False,
         proxy_headers=False,  # the client's address is not used
         timeout_keep_alive=_KEEP_ALIVE_S,
-        limit_concurrency=settings.max_connections,
         timeout_graceful_shutdown=_GRACE_S,
         ssl_certfile=settings.tls_cert,
         ssl_keyfile=settings.tls_key,

@@ -147,6 +147,23 @@ class ServerSettings(BaseSettings):
         False,
         description="listen on other than loopback without TLS or without a join token",
     )
+    max_address_connections: int = Field(
+        256,
+        ge=1,
+        le=1_000_000,
+        description="open connections of one address without a valid credential; above it, "
+        "the longest idle one is closed",
+    )
+    max_participant_connections: int = Field(
+        32, ge=2, le=1_000_000, description="limit of one participant's open connections"
+    )
+    first_request_timeout_s: float = Field(
+        10.0,
+        gt=0,
+        le=86_400,
+        description="a connection whose first request is not complete is closed after this time, "
+        "unless the request has a valid credential",
+    )
     operator_token: Token | None = Field(
         None, description="none: created, in DATA_DIR/operator.token"
     )

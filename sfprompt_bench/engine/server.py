@@ -24,6 +24,8 @@ HOST = "127.0.0.1"
 
 _START_TIMEOUT_S = 120.0
 
+_CONNECTIONS = 1500
+
 _SAMPLES = 1_000_000  # the claim of each participant
 
 
@@ -47,6 +49,10 @@ class ServerProcess:
     @property
     def url(self) -> str:
         return f"http://{HOST}:{self.port}"
+
+    @property
+    def pid(self) -> int:
+        return int(self._process.pid)
 
     def cpu_s(self) -> float:
         """Measure the server's CPU seconds so far."""
@@ -101,6 +107,7 @@ def running_server(
         "port": port,
         "data_dir": str(data_dir),
         "torch_threads": cores.threads,
+        "max_address_connections": _CONNECTIONS,  # all clients are on this machine
         **settings,
     }
     config = folder / f"{name}.toml"

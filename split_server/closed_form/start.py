@@ -55,7 +55,7 @@ from split_server.federation.snapshot import RunSnapshot
 from split_server.runtime.aio import run_on, wait_for
 from split_server.storage.sample_store import Owner, SampleStore
 
-_WAIT_S = 20.0  # of a request for the other participants, before it is repeated
+_WAIT_S = 20.0  # at most, of a request for the other participants, before it is repeated
 
 _THREADS = 2
 
@@ -99,8 +99,14 @@ class ClosedFormStarts:
     """
 
     def __init__(
-        self, runs: RunRegistry, engine: Engine, samples: SampleStore, device: torch.device
+        self,
+        runs: RunRegistry,
+        engine: Engine,
+        samples: SampleStore,
+        device: torch.device,
+        max_wait_s: float = _WAIT_S,
     ) -> None:
+        self._wait_s = min(_WAIT_S, max_wait_s)
         self._runs, self._samples = runs, samples
         self._threads = ThreadPoolExecutor(_THREADS, "split-start")
         self._reader = TokenReader(runs, engine, samples, device, self._threads)
@@ -271,10 +277,10 @@ class ClosedFormStarts:
         """Wait until a task has begun and ended.
 
         Raises:
-            Busy: it has not, after `_WAIT_S`.
+            Busy: it has not, in time.
         """
         loop = asyncio.get_running_loop()
-        give_up_at = loop.time() + _WAIT_S
+        give_up_at = loop.time() + self._wait_s
         while (left := give_up_at - loop.time()) > 0:
             begin()
             running = task()

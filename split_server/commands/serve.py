@@ -49,6 +49,11 @@ def serve(
     max_bodies: Annotated[int | None, _described("max_bodies")] = None,
     max_steps: Annotated[int | None, _described("max_steps")] = None,
     max_connections: Annotated[int | None, _described("max_connections")] = None,
+    max_address_connections: Annotated[int | None, _described("max_address_connections")] = None,
+    max_participant_connections: Annotated[
+        int | None, _described("max_participant_connections")
+    ] = None,
+    first_request_timeout_s: Annotated[float | None, _described("first_request_timeout_s")] = None,
     graph_timeout_s: Annotated[float | None, _described("graph_timeout_s")] = None,
     step_timeout_s: Annotated[float | None, _described("step_timeout_s")] = None,
     body_timeout_s: Annotated[float | None, _described("body_timeout_s")] = None,

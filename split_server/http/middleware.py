@@ -23,7 +23,7 @@ from split_server.federation.credentials import (
     ParticipantIdentity,
 )
 from split_server.http.body import declared_length, too_large, too_slow
-from split_server.http.connection import SOCKET_KEY
+from split_server.http.connection import IDENTIFY_KEY, SOCKET_KEY
 from split_server.http.errors import Refused, send_error, unexpected
 from split_server.runtime.aio import drop_traceback
 from split_server.runtime.process import request_id
@@ -62,10 +62,10 @@ class RequestMiddleware:
         sent_id = headers.get(_ID_NAME, b"").decode("latin-1")
         is_valid = _REQUEST_ID.fullmatch(sent_id)
         token = request_id.set(sent_id if is_valid else secrets.token_hex(8))
-        self._identify(scope, headers)
         request = _RequestScope(self, scope, headers, receive, send)
         started = time.perf_counter()
         try:
+            self._identify(scope, headers)
             _require_version(scope, headers)
             await self.app(scope, request.receive, request.send)
         except SFPromptError as error:
@@ -100,8 +100,7 @@ class RequestMiddleware:
         """Store the sender's identity, for access checks and for the traffic."""
         if self.credentials is not None:
             authorization = headers.get(b"authorization", b"").decode("latin-1")
-            identity = self.credentials.identify(authorization)
-            scope.setdefault("state", {})[_IDENTITY_KEY] = identity
+            _set_identity(scope, self.credentials.identify(authorization))
 
 
 @dataclass
@@ -172,7 +171,19 @@ def identity_of(scope: Scope) -> Identity:
 
 def set_participant(scope: Scope, identity: ParticipantIdentity) -> None:
     """Charge this request to a participant, although it carried no credential."""
-    scope.setdefault("state", {})[_IDENTITY_KEY] = identity
+    _set_identity(scope, identity)
+
+
+def _set_identity(scope: Scope, identity: Identity) -> None:
+    """Store the sender of a request, also for the limits of its connection.
+
+    Raises:
+        Busy: the sender has too many connections in use.
+    """
+    state = scope.setdefault("state", {})
+    state[_IDENTITY_KEY] = identity
+    if (identify := state.get(IDENTIFY_KEY)) is not None:
+        identify(identity)
 
 
 def _log_line(scope: Scope, status: int, seconds: float) -> None:

@@ -37,6 +37,11 @@ class CommandProcess:
         )
         self._process.start()
 
+    @property
+    def pid(self) -> int:
+        assert self._process.pid is not None
+        return self._process.pid
+
     def exit_code(self) -> int | None:
         """The exit code; None while it runs."""
         return self._process.exitcode
