@@ -31,6 +31,7 @@ from split_server.federation.liveness import Liveness
 from split_server.federation.removals import Removals
 from split_server.federation.runs import RunRegistry
 from split_server.federation.service import FederationService
+from split_server.http.audit import AUDIT_FILE, AuditLog
 from split_server.http.budget import BodyBudget
 from split_server.http.connection import CONNECTIONS_KEY, STALL_KEY, MeteredProtocol
 from split_server.http.connections import ConnectionLimits, ConnectionTable
@@ -135,6 +136,7 @@ def build_services(
         removals=Removals(runs, advancer, liveness),
         notifier=notifier,
         body_budget=BodyBudget(settings.request_bodies_bytes, engine.busy_error),
+        audit=AuditLog(settings.data_dir / AUDIT_FILE, clock.wall),
         codec_threads=ThreadPoolExecutor(_CODEC_THREADS, "split-codec"),
         codec_streams=SideStreams(placement.device),
     )
@@ -189,6 +191,7 @@ async def _close_services(services: Services) -> None:
         services.samples.close,
         services.runs.save_traffic,
         services.store.close,
+        services.audit.close,
     ):
         await asyncio.to_thread(close)
 
@@ -341,7 +344,7 @@ def _compose(app: FastAPI, services: Services) -> RequestMiddleware:
     json_limit = JSONBodyLimit(app, timeout_s, is_exempt=routes.limits_body_itself)
     is_open = services.credentials.is_open
     guard = Guard(SplitPlane(json_limit, services), services.runs, is_open)
-    return RequestMiddleware(guard, services.meter, services.credentials)
+    return RequestMiddleware(guard, services.meter, services.credentials, services.audit)
 
 
 def create_app(settings: ServerSettings) -> SplitServer:

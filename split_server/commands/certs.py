@@ -12,6 +12,7 @@ import typer
 
 from protocol.errors import InvalidField
 from split_model.files import write_durably
+from split_server.runtime.process import private_files
 from split_server.settings import CA_FILE, CERT_FILE, JOIN_TOKEN_FILE, KEY_FILE
 
 # Imported in functions: the package is not among the first words of a command.
@@ -40,10 +41,11 @@ def certs(
 
     A second call replaces the server's certificate alone: devices keep what they have.
     """
-    authority, key = _open_authority(out)
-    _write_certificate(out, [*host, *_HERE], authority, key)
-    if not (out / JOIN_TOKEN_FILE).exists():
-        _write(out / JOIN_TOKEN_FILE, f"{secrets.token_urlsafe(24)}\n".encode())
+    with private_files():
+        authority, key = _open_authority(out)
+        _write_certificate(out, [*host, *_HERE], authority, key)
+        if not (out / JOIN_TOKEN_FILE).exists():
+            _write(out / JOIN_TOKEN_FILE, f"{secrets.token_urlsafe(24)}\n".encode())
     typer.echo(f"{out}: certificate of {', '.join(host)}, and a join token")
     typer.echo(f"server:  split-server serve --host 0.0.0.0 --certs {out}")
     typer.echo(

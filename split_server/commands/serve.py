@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import typer
 
 from protocol.limits import MIB
-from split_server.runtime.process import set_up_logging
+from split_server.runtime.process import private_files, set_up_logging
 from split_server.settings import ServerSettings, load_settings
 
 
@@ -88,7 +88,8 @@ def serve(
             " and ".join(settings.exposed),
         )
     _log_memory_limits(settings, f"{server.placement.device}, {server.placement.dtype_name}")
-    serve_until_stopped(server, settings)
+    with private_files():
+        serve_until_stopped(server, settings)
 
 
 def _log_memory_limits(settings: ServerSettings, placement: str) -> None:

@@ -22,6 +22,7 @@ from split_server.federation.credentials import (
     Operator,
     ParticipantIdentity,
 )
+from split_server.http.audit import AuditLog
 from split_server.http.body import declared_length, too_large, too_slow
 from split_server.http.connection import IDENTIFY_KEY, SOCKET_KEY
 from split_server.http.errors import Refused, send_error, unexpected
@@ -53,6 +54,7 @@ class RequestMiddleware:
     app: ASGIApp
     meter: Meter
     credentials: Credentials | None = None  # None: the server is still starting
+    audit: AuditLog | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -81,6 +83,8 @@ class RequestMiddleware:
             if not request.ended:  # the counter may already contain bytes of the next request
                 self.charge(scope)
             _log_line(scope, request.status, time.perf_counter() - started)
+            if self.audit is not None:
+                self.audit.record(scope, identity_of(scope), request.status)
             request_id.reset(token)
 
     def charge(self, scope: Scope) -> None:

@@ -14,6 +14,7 @@ from split_server.federation.liveness import Liveness
 from split_server.federation.removals import Removals
 from split_server.federation.runs import RunRegistry
 from split_server.federation.service import FederationService
+from split_server.http.audit import AuditLog
 from split_server.http.budget import BodyBudget
 from split_server.runtime.aio import Notifier
 from split_server.runtime.device import Placement, SideStreams
@@ -43,5 +44,6 @@ class Services:
     removals: Removals
     notifier: Notifier
     body_budget: BodyBudget
+    audit: AuditLog
     codec_threads: ThreadPoolExecutor  # decode and encode frames
     codec_streams: SideStreams  # CUDA streams of these threads

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import logging
+import os
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 
@@ -55,6 +56,16 @@ def set_up_logging(level: str) -> None:
         logger.setLevel(level.upper())
         logger.propagate = False
     logging.getLogger("uvicorn.access").disabled = True  # the request middleware logs requests
+
+
+@contextlib.contextmanager
+def private_files() -> Iterator[None]:
+    """Make every file that the block creates 0600 and every folder 0700, whichever library does."""
+    before = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)
 
 
 def keep_large_buffers() -> bool:

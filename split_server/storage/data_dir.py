@@ -30,6 +30,8 @@ def lock_data_dir(path: Path) -> Iterator[None]:
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(PermissionError):  # another user's folder, which this one may use
+            path.chmod(0o700)  # also a folder of an earlier release
         descriptor = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as error:
         raise InvalidField(

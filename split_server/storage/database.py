@@ -17,7 +17,7 @@ from protocol.errors import InvalidField
 from protocol.messages import BlobRef
 from split_server.storage.run_files import StateRefs
 
-SCHEMA_VERSION = 7
+SCHEMA_VERSION = 8
 
 
 class Base(DeclarativeBase):

@@ -22,7 +22,7 @@ class IdempotentRequest:
 
     Attributes:
         scope: the sender and the operation.
-        key: the request's idempotency key; equal keys mark repeats.
+        key: SHA-256 of the request's idempotency key; equal keys mark repeats.
         digest: SHA-256 of the content.
     """
 
@@ -52,7 +52,9 @@ class IdempotentRequest:
                 limit=_MAX_KEY,
                 value=len(key),
             )
-        return cls(scope, key, hashlib.sha256(content).hexdigest())
+        # Whoever reads the database must not be able to join with the key of a device.
+        hashed = hashlib.sha256(f"{scope}\n{key}".encode()).hexdigest()
+        return cls(scope, hashed, hashlib.sha256(content).hexdigest())
 
     def is_known(self, session: Session) -> bool:
         """Whether a request with this key has had a response, whatever its content."""

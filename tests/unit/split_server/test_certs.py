@@ -30,6 +30,7 @@ def test_all_files_are_readable_by_their_owner_only(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "certs").iterdir()} == names
     for path in (tmp_path / "certs").iterdir():
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE((tmp_path / "certs").stat().st_mode) == 0o700
     assert "--ca-file ca.pem --join-token-file join.token" in shown
 
 
