@@ -94,8 +94,7 @@ class DeviceMethod:
             StaleRound: the server's global state is another one.
         """
         if context.run.model.depths and not context.run.training.split_epochs:
-            loss = classifier_loss(context)
-            return None if loss is None else (loss, len(context.samples))
+            return classifier_loss(context, plane), len(context.samples)
         if validation is None or not len(validation):
             return None
         measured = evaluate(

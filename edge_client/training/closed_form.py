@@ -147,19 +147,19 @@ def step_classifier(
     return (weight - change, bias - _CURVATURE * errors.mean(dim=0) + change @ mean), loss
 
 
-def classifier_loss(context: RoundContext) -> float | None:
+def classifier_loss(context: RoundContext, plane: SplitPlane) -> float:
     """Return the loss that `tune_classifier` lowers: mean cross-entropy, and the penalty.
 
-    Returns:
-        None if this device does not have the features.
+    A device that has no features, because it has restarted, requests them.
+
+    Raises:
+        StaleRound: the round's evaluation is over.
     """
-    cache = context.samples.features
-    if cache.features is None or cache.attempt != context.start_attempt:
-        return None
-    tail, variances = context.model.tail.trunk.head, cache.features.variances.double()
-    labels = context.samples.images.image_set.labels[: len(cache.features.values)]
+    features, cache = _known_features(context, plane), context.samples.features
+    tail, variances = context.model.tail.trunk.head, features.variances.double()
+    labels = context.samples.images.image_set.labels[: len(features.values)]
     weight = tail.weight.detach().double()  # (C, r)
-    scores = cache.features.values.double() @ weight.T + tail.bias.detach().double()  # (n, C)
+    scores = features.values.double() @ weight.T + tail.bias.detach().double()  # (n, C)
     used = variances > 0
     penalty = float((cache.decay * weight.square()[:, used] / variances[used]).sum() / 2)
     return float(F.cross_entropy(scores, labels)) + penalty

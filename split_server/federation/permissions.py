@@ -82,6 +82,23 @@ def require_trainer(
     return open_round
 
 
+def require_trainer_or_evaluator(
+    run: RunSnapshot, participant: Participant, round_: int, attempt: int
+) -> bool:
+    """Return whether the round is in evaluation; refuse a participant that has no part in it.
+
+    Raises:
+        RunClosed: the run is over.
+        StaleRound: the round is not open, or did not sample this participant.
+    """
+    if run.open_round is None or run.open_round.status != RoundStatus.EVALUATING:
+        require_trainer(run, participant, round_, attempt)
+        return False
+    open_round = require_phase(run, round_, attempt, RoundStatus.EVALUATING)
+    require_evaluator(open_round, participant.id)
+    return True
+
+
 def require_pending_update(
     run: RunSnapshot, participant: Participant, round_: int, attempt: int
 ) -> OpenRound:
@@ -165,6 +182,10 @@ class SenderPermission:
     def require_trainer(self, round_: int, attempt: int | None) -> None:
         """Raise `RunClosed` or `StaleRound` unless the participant is training in this round."""
         require_trainer(self.run, self.participant, round_, attempt)
+
+    def require_trainer_or_evaluator(self, round_: int, attempt: int) -> bool:
+        """As `require_trainer`, or in the round's evaluation; return whether it evaluates."""
+        return require_trainer_or_evaluator(self.run, self.participant, round_, attempt)
 
     def require_pending_update(self, round_: int, attempt: int) -> None:
         """As `require_trainer`; raise `StaleRound` if the participant's update was counted."""

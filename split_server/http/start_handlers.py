@@ -17,7 +17,7 @@ def handle_start(context: HandlerContext, request: SplitRequest) -> Submit:
     run, sender, meta = request.run, request.participant, start.meta
 
     async def reply() -> Reply:
-        if meta.round:
+        if start.is_later:
             features = await starts.later.features(run, sender, start.ids)
         else:
             features = await starts.features(run, sender, meta.attempt, start.ids)
@@ -37,13 +37,13 @@ def handle_start(context: HandlerContext, request: SplitRequest) -> Submit:
 def handle_solve(context: HandlerContext, request: SplitRequest) -> Submit:
     """Reply with the classifier, once all participants have sent their sums.
 
-    In a later round it replies at once.
+    Once round 0 has its result, it replies at once.
     """
     solve, starts = parse_solve(request), context.services.starts
     sums, run, sender = Sums(solve.sums, solve.counts), request.run, request.participant
 
     async def reply() -> Reply:
-        if solve.meta.round:
+        if solve.is_later:
             classifier, leverage = await starts.later.classifier(run, sender, sums)
         else:
             attempt = solve.meta.attempt

@@ -53,6 +53,9 @@ class Permission(Protocol):
     def require_trainer(self, round_: int, attempt: int | None) -> None:
         """Raise `RunClosed` or `StaleRound` unless the participant trains in this round now."""
 
+    def require_trainer_or_evaluator(self, round_: int, attempt: int) -> bool:
+        """Raise the same unless it trains or evaluates in this round; return if it evaluates."""
+
     def require_pending_update(self, round_: int, attempt: int) -> None:
         """The same, and raise `StaleRound` if the participant's update was counted."""
 

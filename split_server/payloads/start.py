@@ -17,10 +17,17 @@ from split_server.payloads.tensors import decode_floats
 
 @dataclass(frozen=True)
 class StartRequest:
-    """The ids of all training samples of a participant."""
+    """The ids of all training samples of a participant.
+
+    Attributes:
+        meta: as sent.
+        ids: of the samples.
+        is_later: round 0 has its result already, and nobody is waited for.
+    """
 
     meta: StartMeta
     ids: list[bytes]
+    is_later: bool
 
 
 @dataclass(frozen=True)
@@ -29,12 +36,15 @@ class SolveRequest:
 
     Attributes:
         sums: of the features in each class, [C, r].
+        meta: as sent.
         counts: number of samples in each class, [C].
+        is_later: round 0 has its result already, and nobody is waited for.
     """
 
     meta: StartMeta
     sums: Tensor
     counts: Tensor
+    is_later: bool
 
 
 def parse_start(request: SplitRequest) -> StartRequest:
@@ -43,9 +53,9 @@ def parse_start(request: SplitRequest) -> StartRequest:
     Raises:
         InvalidField, RunClosed, StaleRound, MalformedFrame
     """
-    meta = _parse_meta(request)
+    meta, is_later = _parse_meta(request)
     check_tensors(request.frame, {"ids"})
-    return StartRequest(meta, decode_sample_ids(request.frame))
+    return StartRequest(meta, decode_sample_ids(request.frame), is_later)
 
 
 def parse_solve(request: SplitRequest) -> SolveRequest:
@@ -54,7 +64,7 @@ def parse_solve(request: SplitRequest) -> SolveRequest:
     Raises:
         InvalidField, RunClosed, StaleRound, MalformedFrame, WrongShape, NonFinite
     """
-    meta = _parse_meta(request)
+    meta, is_later = _parse_meta(request)
     check_tensors(request.frame, {"sums", "counts"})
     classes, (_, rank) = request.plan.model.num_classes, feature_shape(request.plan.model)
     for name, shape in (("sums", [classes, rank]), ("counts", [classes])):
@@ -69,14 +79,15 @@ def parse_solve(request: SplitRequest) -> SolveRequest:
     counts = decode_floats(request.frame, "counts")
     if bool((counts < 0).any()) or not torch.equal(counts, counts.round()):
         raise InvalidField("counts are whole numbers from 0", field="counts", limit=0)
-    return SolveRequest(meta, decode_floats(request.frame, "sums"), counts)
+    return SolveRequest(meta, decode_floats(request.frame, "sums"), counts, is_later)
 
 
-def _parse_meta(request: SplitRequest) -> StartMeta:
+def _parse_meta(request: SplitRequest) -> tuple[StartMeta, bool]:
+    """Return the meta part, and whether round 0 has its result already."""
     meta = parse_message(StartMeta, dict(request.frame.meta))
     if not request.plan.model.depths:
         raise InvalidField(
             "this run has no closed-form start", field="depths", limit="above 0", value=0
         )
-    request.permission.require_trainer(meta.round, meta.attempt)
-    return meta
+    evaluates = request.permission.require_trainer_or_evaluator(meta.round, meta.attempt)
+    return meta, evaluates or meta.round > 0
