@@ -53,6 +53,13 @@ _SUBCOMMANDS = {
             "sfprompt-bench poison --json poison.json --plot poison.png",
         ),
     ),
+    "chaos": Subcommand(
+        "sfprompt_bench.chaos.command",
+        "Kill, cut off, duplicate, damage and delay in runs of real processes; each has to end as "
+        "if nothing had happened.",
+        ("sfprompt-bench chaos", "sfprompt-bench chaos --faults 1000 --seed 7 --json"),
+        ("A failed run is named by its seed S. Repeat it: sfprompt-bench chaos --runs 1 --seed S",),
+    ),
     "engine": Subcommand(
         "sfprompt_bench.engine.command",
         "Measure the split server's engine: throughput, round trips, gain of batching and a soak.",
