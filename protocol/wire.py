@@ -6,6 +6,7 @@ from typing import Final
 
 __all__ = [
     "BACKWARD_PATH",
+    "CHECKSUM_HEADER",
     "EXCHANGE_PATH",
     "FLOAT32_BYTES",
     "FORWARD_PATH",
@@ -26,6 +27,8 @@ PROTOCOL_VERSION = 2  # in every frame, and in the version header of every reque
 VERSION_HEADER = "sfprompt-version"
 
 IDEMPOTENCY_HEADER = "idempotency-key"
+
+CHECKSUM_HEADER = "sfprompt-checksum"  # of a JSON body
 
 REQUEST_ID_HEADER = "x-request-id"
 

@@ -66,6 +66,13 @@ _SUBCOMMANDS = {
         "Simulate a day with many devices that come and go, and check a server's resources.",
         ("sfprompt-bench soak-day --hours 6 --minutes 1", "sfprompt-bench soak-day"),
     ),
+    "chaos": Subcommand(
+        "sfprompt_bench.chaos.command",
+        "Kill, cut off, duplicate, damage and delay in runs of real processes; each has to end as "
+        "if nothing had happened.",
+        ("sfprompt-bench chaos", "sfprompt-bench chaos --faults 1000 --seed 7 --json"),
+        ("A failed run is named by its seed S. Repeat it: sfprompt-bench chaos --runs 1 --seed S",),
+    ),
     "engine": Subcommand(
         "sfprompt_bench.engine.command",
         "Measure the split server's engine: throughput, round trips, gain of batching and a soak.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -23,6 +24,10 @@ class SampleUploader:
 
     An id is a keyed hash of the image, the head and the codec: equal images have equal ids on one
     device, and an id reveals nothing about its image without the device's secret.
+
+    What a joint codec makes of a sample depends on those beside it. It encodes fixed groups of the
+    set, which are always sent whole, and whose content enters the ids: an id names one value,
+    whatever the server loses.
 
     Args:
         outputs: computes the smashed data.
@@ -46,6 +51,7 @@ class SampleUploader:
         self._outputs = outputs
         samples_per_request = -(-_JOINT_TOKENS // outputs.head.sizes.tokens) if joint else 0
         self._chunk = max_samples_per_frame(outputs.head, max(_CHUNK, samples_per_request))
+        self._joint = joint
         self._samples = samples
         self._plane = plane
         self._secret = secret
@@ -58,10 +64,11 @@ class SampleUploader:
         keys = [(position, view) for position in positions.tolist()]
         absent = [key for key in keys if key not in self._ids]
         if absent:
-            for chunk in torch.tensor([position for position, _ in absent]).split(self._chunk):
+            for chunk in self._chunks(torch.tensor([position for position, _ in absent])):
                 images, _ = self._samples.read(chunk, epoch=view)
+                group = _digest_of(images) if self._joint else b""
                 for position, image in zip(chunk.tolist(), images, strict=True):
-                    self._ids[position, view] = self._id(image)
+                    self._ids[position, view] = self._id(image, group)
         data = bytearray(b"".join(self._ids[key] for key in keys))
         return torch.frombuffer(data, dtype=torch.uint8).reshape(-1, SAMPLE_ID_BYTES)
 
@@ -81,23 +88,56 @@ class SampleUploader:
 
     def send(self, positions: Tensor, view: int | None = None) -> None:
         """Upload these samples; the head computes the next chunk during an upload."""
+        chunks = self._chunks(positions)
+        if self._joint:
+            chunks = [self._distinct(group, view) for group in chunks]
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="upload") as uploads:
             current: Future[None] | None = None
-            for chunk in positions.tensor_split(max(1, -(-len(positions) // self._chunk))):
+            for chunk in chunks:
                 ids, smashed = self.ids(chunk, view), self._outputs.smashed(chunk, view)
                 if current is not None:
                     current.result()
                 current = uploads.submit(self._plane.store_samples, ids, smashed)
             if current is not None:
                 current.result()
-        self._sent.update(self._ids_of(positions, view))
+        for chunk in chunks:
+            self._sent.update(self._ids_of(chunk, view))
+
+    def _chunks(self, positions: Tensor) -> Sequence[Tensor]:
+        """Divide these samples into requests; a joint codec's are whole groups of the set."""
+        if not self._joint:
+            return positions.tensor_split(_count(len(positions), self._chunk))
+        groups = torch.arange(len(self._samples)).tensor_split(
+            _count(len(self._samples), self._chunk)
+        )
+        return [group for group in groups if torch.isin(group, positions).any()]
+
+    def _distinct(self, positions: Tensor, view: int | None) -> Tensor:
+        """Return the first of these positions with each id."""
+        first: dict[bytes, int] = {}
+        for position, sample_id in zip(
+            positions.tolist(), self._ids_of(positions, view), strict=True
+        ):
+            first.setdefault(sample_id, position)
+        return torch.tensor(list(first.values()))
 
     def _ids_of(self, positions: Tensor, view: int | None) -> list[bytes]:
         self.ids(positions, view)
         return [self._ids[position, view] for position in positions.tolist()]
 
-    def _id(self, image: Tensor) -> bytes:
+    def _id(self, image: Tensor, group: bytes) -> bytes:
+        """Return the id of an image, of the group with this digest."""
         digest = hashlib.blake2b(key=self._secret, digest_size=SAMPLE_ID_BYTES)
-        digest.update(len(self._form).to_bytes(4, "little") + self._form)
+        form = self._form + group
+        digest.update(len(form).to_bytes(4, "little") + form)
         digest.update(image.contiguous().numpy().tobytes())
         return digest.digest()
+
+
+def _count(samples: int, chunk: int) -> int:
+    """Return the number of requests for so many samples."""
+    return max(1, -(-samples // chunk))
+
+
+def _digest_of(images: Tensor) -> bytes:
+    return hashlib.blake2b(images.contiguous().numpy().tobytes()).digest()

@@ -57,10 +57,9 @@ class BlobCache:
             if _matches(path, ref):  # another process has completed it
                 part.unlink()
                 return path
-            resumed = file.seek(0, os.SEEK_END) > 0
             received = _append_rest(file, ref, download)
-            if received != ref and resumed:
-                file.truncate(0)  # the earlier part was damaged: start again
+            if received != ref:
+                file.truncate(0)  # a part was damaged, on the way or on the disk: start again
                 received = _append_rest(file, ref, download)
             if received != ref:
                 part.unlink()

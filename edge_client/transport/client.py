@@ -24,6 +24,7 @@ from edge_client.transport.refusals import refusal_of, unreachable
 from edge_client.transport.response import Body
 from edge_client.transport.retry import RetryPolicy
 from protocol.base import Message
+from protocol.checksums import JSONChecksum
 from protocol.errors import InvalidField, MalformedFrame, SFPromptError
 from protocol.messages import (
     Absence,
@@ -41,6 +42,7 @@ from protocol.tls import create_ssl_context
 from protocol.traffic import Traffic
 from protocol.untyped import STATUS_FIELD
 from protocol.wire import (
+    CHECKSUM_HEADER,
     FRAME_MEDIA_TYPE,
     IDEMPOTENCY_HEADER,
     PROTOCOL_VERSION,
@@ -285,6 +287,9 @@ class Server:
     ) -> Any:
         pieces = [memoryview(message.model_dump_json().encode())] if message else []
         media = "application/json" if message else None
+        if pieces:
+            checksum = JSONChecksum(key or "").update(pieces[0]).text()
+            headers = {**(headers or {}), CHECKSUM_HEADER: checksum}
         response = self._call(method, path, pieces, media=media, key=key, headers=headers)
         return _parse_json(_body(response))
 
@@ -375,6 +380,8 @@ class Server:
             self._outages.failed()
             made = unreachable(request, self._base, error)
             raise made from made.__cause__
+        if (checksum := response.headers.get(CHECKSUM_HEADER)) is not None:
+            JSONChecksum().update(_body(response)).check(checksum)
         if not response.is_success:
             refusal = refusal_of(response, _body(response), request)
             if refusal.field == STATUS_FIELD and refusal.retry_after_s is None:

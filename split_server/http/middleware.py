@@ -14,8 +14,15 @@ from dataclasses import dataclass, field
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from protocol.errors import SFPromptError, UnsupportedVersion
-from protocol.wire import PROTOCOL_VERSION, REQUEST_ID_HEADER, VERSION_HEADER
+from protocol.checksums import JSONChecksum
+from protocol.errors import DamagedFrame, SFPromptError, UnsupportedVersion
+from protocol.wire import (
+    CHECKSUM_HEADER,
+    IDEMPOTENCY_HEADER,
+    PROTOCOL_VERSION,
+    REQUEST_ID_HEADER,
+    VERSION_HEADER,
+)
 from split_server.federation.credentials import (
     Credentials,
     Identity,
@@ -33,6 +40,10 @@ from split_server.storage.traffic import Meter, SocketCounter
 log = logging.getLogger(__name__)
 
 Headers = dict[bytes, bytes]
+
+_CHECKSUM_NAME, _KEY_NAME = CHECKSUM_HEADER.encode(), IDEMPOTENCY_HEADER.encode()
+
+_JSON = (b"content-type", b"application/json")
 
 _ID_NAME, _VERSION_NAME = REQUEST_ID_HEADER.encode(), VERSION_HEADER.encode()
 
@@ -119,6 +130,7 @@ class _RequestScope:
     status: int = 0  # 0: no response yet
     ended: bool = False
     body_is_read: bool = field(init=False)
+    held_start: Message | None = None
 
     def __post_init__(self) -> None:
         length = self.headers.get(b"content-length", b"0")
@@ -133,6 +145,12 @@ class _RequestScope:
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             message = self._begin(message)
+            if _JSON in message["headers"]:
+                self.held_start = message  # until the body is there, for its checksum
+                return
+        if self.held_start is not None:
+            start, self.held_start = self.held_start, None
+            await self.inner_send(_with_checksum(start, message))
         ends = message["type"] == "http.response.body" and not message.get("more_body", False)
         if ends and not self.body_is_read:
             # The connection closes after this response. A client that is still sending would lose
@@ -165,6 +183,14 @@ class _RequestScope:
             async with asyncio.timeout(_LINGER_S):
                 while not self.body_is_read and received < _LINGER_BYTES:
                     received += len((await self.receive()).get("body", b""))
+
+
+def _with_checksum(start: Message, body: Message) -> Message:
+    """Add the checksum to the start of a response whose whole body is the next message."""
+    if body.get("more_body", False):
+        return start
+    checksum = JSONChecksum().update(body.get("body", b"")).text()
+    return {**start, "headers": [*start["headers"], (_CHECKSUM_NAME, checksum.encode())]}
 
 
 def identity_of(scope: Scope) -> Identity:
@@ -241,13 +267,31 @@ class JSONBodyLimit:
             return
         if (length := declared_length(scope)) is not None and length > MAX_JSON_BYTES:
             raise too_large(MAX_JSON_BYTES, length)
-        await self._app(scope, _Limited(receive, self._timeout_s).receive, send)
+        headers: Headers = dict(scope["headers"])
+        limited = _Limited(
+            receive,
+            self._timeout_s,
+            JSONChecksum(headers.get(_KEY_NAME, b"").decode("latin-1")),
+            headers.get(_CHECKSUM_NAME),
+        )
+        await self._app(scope, limited.receive, send)
 
 
 class _Limited:
-    """Wraps ``receive`` with limits of bytes and time until the body is complete."""
+    """Wraps ``receive`` with limits of bytes and time until the body is complete.
 
-    def __init__(self, receive: Receive, timeout_s: float) -> None:
+    Args:
+        receive: of the request.
+        timeout_s: for the whole body.
+        checksum: that of no bytes yet.
+        declared: the checksum in the request's header; None: it has none.
+    """
+
+    def __init__(
+        self, receive: Receive, timeout_s: float, checksum: JSONChecksum, declared: bytes | None
+    ) -> None:
+        self._checksum = checksum
+        self._declared = declared
         self._receive = receive
         self._timeout_s = timeout_s
         self._deadline = asyncio.get_running_loop().time() + timeout_s
@@ -266,4 +310,14 @@ class _Limited:
         self._complete = not message.get("more_body", False)
         if self._nbytes > MAX_JSON_BYTES:
             raise Refused(too_large(MAX_JSON_BYTES, self._nbytes))
+        if self._declared is not None:
+            self._check(message.get("body", b""), self._declared)
         return message
+
+    def _check(self, piece: bytes, declared: bytes) -> None:
+        self._checksum.update(piece)
+        if self._complete:
+            try:
+                self._checksum.check(declared.decode("latin-1"))
+            except DamagedFrame as error:
+                raise Refused(error) from None

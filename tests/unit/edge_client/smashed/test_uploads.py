@@ -220,6 +220,27 @@ def test_samples_that_are_encoded_together_are_sent_in_larger_requests(
     assert max(map(len, plane.sent)) - min(map(len, plane.sent)) <= 1
 
 
+def test_samples_that_are_encoded_together_are_sent_again_together(
+    model: DeviceModel, plane: Plane, new_uploader: MakeUploader
+) -> None:
+    uploader = new_uploader(reader(model, 150), joint=True)
+    uploader.ensure(torch.arange(150))
+    sent, lost = list(plane.sent), plane.sent[0][3]
+    del plane.cache[lost]
+    uploader.send(torch.tensor([3]))
+    assert plane.sent == [*sent, sent[0]]
+    again = new_uploader(reader(model, 150), joint=True)  # of the device after a restart
+    again.send(torch.tensor([3, 7]))
+    assert plane.sent == [*sent, sent[0], sent[0]]
+
+
+def test_an_id_of_samples_that_are_encoded_together_depends_on_all_of_them(
+    model: DeviceModel, new_uploader: MakeUploader
+) -> None:
+    first, more = (new_uploader(reader(model, count), joint=True) for count in (10, 11))
+    assert names(first.ids(torch.arange(10))) != names(more.ids(torch.arange(10)))
+
+
 def test_a_refused_upload_raises(plane: Plane, new_uploader: MakeUploader) -> None:
     plane.refuse = Busy("full")
     with pytest.raises(Busy):

@@ -104,6 +104,12 @@ def test_a_damaged_part_is_downloaded_again(cache: BlobCache, tmp_path: Path, pa
     assert cache.fetch(REF, Source()).read_bytes() == CONTENT
 
 
+def test_a_download_that_is_damaged_on_its_way_is_repeated(cache: BlobCache) -> None:
+    damaged, whole = Source(CONTENT[:5000] + b"?" + CONTENT[5001:]), Source()
+    sources = iter([*[damaged] * 4, *[whole] * 4])  # each takes four pieces
+    assert cache.fetch(REF, lambda start: next(sources)(start)).read_bytes() == CONTENT
+
+
 @pytest.mark.parametrize(
     "wrong",
     [b"x" * 10_000, CONTENT[:-1], CONTENT + b"x", CONTENT[::-1], b""],

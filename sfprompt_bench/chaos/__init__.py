@@ -1,0 +1,1 @@
+"""Runs under injected faults, whose results have to equal those of undisturbed runs."""
