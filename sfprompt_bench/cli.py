@@ -32,6 +32,15 @@ _SUBCOMMANDS = {
             "sfprompt-bench compare docs/results/comparisons/digits.toml --out runs/digits",
         ),
     ),
+    "dominate": Subcommand(
+        "sfprompt_bench.dominate.command",
+        "Measure the default form and other methods over data sets, sizes and partitions, and "
+        "judge in each who is first.",
+        (
+            "sfprompt-bench dominate --quick",
+            "sfprompt-bench dominate --cells 'digits-*' --methods sfprompt,ridge-depths",
+        ),
+    ),
     "estimate": Subcommand(
         "sfprompt_bench.estimate.command",
         "Calculate a device's traffic, compute and memory for each method, without a run.",
