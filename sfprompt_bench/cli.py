@@ -41,6 +41,11 @@ _SUBCOMMANDS = {
             "sfprompt-bench dominate --cells 'digits-*' --methods sfprompt,ridge-depths",
         ),
     ),
+    "random": Subcommand(
+        "sfprompt_bench.random_runs.command",
+        "Run the default form with random settings, and report runs that end below their start.",
+        ("sfprompt-bench random --count 3", "sfprompt-bench random --count 100 --csv runs.csv"),
+    ),
     "estimate": Subcommand(
         "sfprompt_bench.estimate.command",
         "Calculate a device's traffic, compute and memory for each method, without a run.",
