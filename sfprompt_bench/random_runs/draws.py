@@ -23,9 +23,9 @@ _PATCH = 14  # pixels of the backbone's patches
 
 _PATTERN, _DRAWN = 8, 32  # pixels of a class's pattern, and of a synthetic image
 
-_TOKENS = 12_000  # of all images of a run: what a core computes in half a minute
+_TOKENS = 5_000  # of all images of a run: what a core computes in some ten seconds
 
-_TEST_IMAGES = 200
+_TEST_IMAGES = 150
 
 _MOST_CLASSES = 10  # of the data sets with real images
 
