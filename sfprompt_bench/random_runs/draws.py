@@ -25,7 +25,7 @@ _PATTERN, _DRAWN = 8, 32  # pixels of a class's pattern, and of a synthetic imag
 
 _TOKENS = 5_000  # of all images of a run: what a core computes in some ten seconds
 
-_TEST_IMAGES = 150
+_TEST_IMAGES = 120
 
 _MOST_CLASSES = 10  # of the data sets with real images
 
@@ -86,7 +86,7 @@ def draw(number: int, *, tokens: int = _TOKENS) -> Draw:
         image_size=size,
         noise=float(np.exp(rng.uniform(np.log(0.3), np.log(6)))),
         wrong_labels=float(rng.choice([0.0, 0.0, 0.0, 0.1, 0.3])),
-        rounds=int(rng.integers(2, 13)),
+        rounds=int(rng.integers(2, 9)),
     )
 
 

@@ -26,7 +26,7 @@ class RandomRun:
     Attributes:
         drawn: its settings.
         start: accuracy after round 0.
-        end: of the final state.
+        end: of the state that the run has at its end.
         majority: accuracy of always naming the most frequent class of the training labels.
         error: why the run failed; None: it did not.
     """
@@ -63,10 +63,11 @@ def perform(node: Node, drawn: Draw, model: Mapping[str, Any] = MODEL) -> Random
         results = node.run(settings_of(drawn, data, model), data)
     except SFPromptError as error:
         return RandomRun(drawn, error=str(error))
-    known = [view.accuracy for view in results.rounds if view.accuracy is not None]
-    if not known:
+    start = next((view.accuracy for view in results.rounds if view.accuracy is not None), None)
+    end = results.best.accuracy if results.best else None
+    if start is None or end is None:
         return RandomRun(drawn, error="no round was evaluated")
-    return RandomRun(drawn, known[0], known[-1], majority_accuracy(data))
+    return RandomRun(drawn, start, end, majority_accuracy(data))
 
 
 def settings_of(drawn: Draw, data: Sequence[Dataset], model: Mapping[str, Any]) -> RunSettings:
@@ -81,7 +82,6 @@ def settings_of(drawn: Draw, data: Sequence[Dataset], model: Mapping[str, Any]) 
             "federation": {
                 "rounds": drawn.rounds,
                 "min_participants": drawn.devices,
-                "evaluate_every": drawn.rounds,
             },
         },
     )
