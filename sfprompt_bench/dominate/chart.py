@@ -9,6 +9,7 @@ from pathlib import Path
 
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from sfprompt_bench.dominate.report import MB
@@ -20,7 +21,9 @@ _DEFAULT_COLOUR, _FEDERATED_COLOUR, _POOLED_COLOUR = "#D55E00", "#0072B2", "#666
 
 _WIDTH_INCHES, _PANEL_INCHES, _FONT = 5.2, 4.3, 11
 
-_GAP = 1.045  # least ratio of accuracies' heights between two labels, in shares of a panel
+_LABEL_GAP = 0.06  # between two names, as a share of a panel's height
+
+_LEAST_POINTS = 3.0  # of the axis, above and below the default form
 
 
 @dataclass(frozen=True)
@@ -47,9 +50,8 @@ def dots_of(verdicts: Sequence[Verdict]) -> list[Dot]:
     points: dict[str, list[float]] = {}
     megabytes: dict[str, list[float]] = {}
     for verdict in verdicts:
-        if verdict.default is None:
-            continue
-        for score in verdict.scores:
+        default = [] if verdict.default is None else [verdict.default]
+        for score in (*default, *verdict.comparable):
             points.setdefault(score.method, []).append(-100 * verdict.difference(score))
             if score.nbytes is not None:
                 megabytes.setdefault(score.method, []).append(score.nbytes / MB)
@@ -101,6 +103,8 @@ def _draw_panel(axes: Axes, verdicts: Sequence[Verdict], name: str) -> None:
         placed.append((place, dot, colour))
     axes.axhline(0, color=_DEFAULT_COLOUR, linewidth=1, linestyle="--", zorder=1)
     axes.margins(y=0.12)
+    low_y, high_y = axes.get_ylim()
+    axes.set_ylim(min(low_y, -_LEAST_POINTS), max(high_y, _LEAST_POINTS))
     _label(axes, placed)
     cells = len(verdicts)
     axes.set(
@@ -111,8 +115,12 @@ def _draw_panel(axes: Axes, verdicts: Sequence[Verdict], name: str) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
     ticks = [t for t in (1, 3, 10, 30, 100, 300, 1000, 3000) if low <= t <= max(known) * 1.5]
     axes.set_xticks([*ticks, edge * 1.3], [*(f"{t:,}" for t in ticks), "pooled"])
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+g}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(_signed))
     axes.grid(axis="y", alpha=0.3)
+
+
+def _signed(value: float, _: int | None) -> str:
+    return f"{value:+g}" if value else "0"
 
 
 def _style(dot: Dot, edge: float) -> tuple[str, float]:
@@ -126,7 +134,7 @@ def _style(dot: Dot, edge: float) -> tuple[str, float]:
 def _label(axes: Axes, placed: Sequence[tuple[float, Dot, str]]) -> None:
     """Write each name beside its dot, and move names apart that would overlap."""
     low, high = axes.get_ylim()
-    step = (high - low) * (_GAP - 1) * 1.25
+    step = (high - low) * _LABEL_GAP
     for pooled in (False, True):
         group = sorted(
             (p for p in placed if (p[1].megabytes is None) == pooled), key=lambda p: p[1].mean
@@ -136,13 +144,12 @@ def _label(axes: Axes, placed: Sequence[tuple[float, Dot, str]]) -> None:
             height = max(dot.mean, last + step)
             last = height
             bold = dot.method == DEFAULT
-            axes.annotate(
-                dot.method,
-                (place, dot.mean),
-                xytext=(place * 1.25, height),
+            axes.text(
+                place * 1.3,
+                height,
+                f"{dot.method}, default" if bold else dot.method,
                 color=colour,
                 va="center",
-                ha="left",
                 fontweight="bold" if bold else "normal",
-                fontsize=_FONT if bold else _FONT - 2,
+                path_effects=[withStroke(linewidth=3, foreground="white")],
             )

@@ -84,7 +84,8 @@ def dominate(
         )
         verdicts = measure.measure_cells(selection, planned, folder, jobs, console)
     console.print(reports.accuracy_table(verdicts))
-    console.print(reports.verdict_table(verdicts))
+    for pooled in (False, True):
+        console.print(reports.verdict_table(verdicts, pooled=pooled))
     console.print(reports.count_line(verdicts), highlight=False)
     values = json.dumps(reports.verdicts_json(verdicts), indent=2) + "\n"
     for name, text in (

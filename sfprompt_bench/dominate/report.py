@@ -12,26 +12,13 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from sfprompt_bench.dominate.verdicts import DEFAULT, Score, Verdict
+from sfprompt_bench.dominate.verdicts import Score, Verdict
 
 MB = 1e6
 
 _ABSENT = "-"
 
-VERDICT_COLUMNS = (
-    "cell",
-    "default form",
-    "MB",
-    "best other",
-    "its accuracy",
-    "points",
-    "deviations",
-    "verdict",
-    "best other federated",
-    "its accuracy",
-    "MB",
-    "verdict",
-)
+VERDICT_COLUMNS = ("cell", "default", "best other", "its", "points", "in sd", "verdict")
 
 _COLUMNS = (
     "cell",
@@ -53,35 +40,48 @@ _COLUMNS = (
 _COLOURS = {"first": "green", "tied": "yellow", "behind": "red"}
 
 
-def verdict_rows(verdicts: Sequence[Verdict]) -> list[tuple[str, ...]]:
-    """The cells of the table of verdicts, those in which another method wins at the top."""
-    ranked = sorted(verdicts, key=_rank)
-    return [_row(verdict) for verdict in ranked if verdict.default is not None]
+def verdict_rows(verdicts: Sequence[Verdict], *, pooled: bool) -> list[tuple[str, ...]]:
+    """The rows of a table of verdicts; those in which another method wins come first.
+
+    Args:
+        verdicts: of all cells.
+        pooled: whether references on pooled data count among the other methods.
+    """
+    judged = [
+        (verdict.in_deviations(best), verdict, best)
+        for verdict in verdicts
+        if (best := verdict.best(pooled=pooled)) is not None
+    ]
+    return [
+        (
+            verdict.cell.name,
+            _percent(verdict.default),
+            best.method,
+            _percent(best),
+            f"{100 * verdict.difference(best):+.1f}",
+            f"{distance:+.1f}",
+            verdict.word(best),
+        )
+        for distance, verdict, best in sorted(judged, key=lambda item: item[0])
+    ]
 
 
-def verdict_table(verdicts: Sequence[Verdict]) -> Table:
-    """Show the default form against the best other method of each cell."""
-    table = Table(
-        title="The default form against the best other method",
-        title_justify="left",
-        caption=CAPTION,
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-    )
-    for number, name in enumerate(VERDICT_COLUMNS):
-        table.add_column(name, justify="left" if number in (0, 3, 7, 8, 11) else "right")
-    for row in verdict_rows(verdicts):
-        words = [f"[{_COLOURS[cell]}]{cell}[/]" if cell in _COLOURS else cell for cell in row]
-        table.add_row(*words)
+def verdict_table(verdicts: Sequence[Verdict], *, pooled: bool) -> Table:
+    """Show the default form against the best other method of each cell; see `verdict_rows`."""
+    others = "method" if pooled else "federated method"
+    table = _table(f"The default form against the best other {others}", VERDICT_COLUMNS, (0, 2, 6))
+    for row in verdict_rows(verdicts, pooled=pooled):
+        table.add_row(*row[:-1], f"[{_COLOURS[row[-1]]}]{row[-1]}[/]")
+    if pooled:
+        table.caption = CAPTION
     return table
 
 
 CAPTION = (
-    "Means over the seeds ± standard deviation; MB of one device in the whole run. deviations: "
-    "points in units of the pooled standard deviation; within one: tied. Other methods count with "
-    "their best measured round, the default form with its final state. Pooled references see all "
+    "Accuracy in %: means over the seeds ± standard deviation. points: over the seeds that both "
+    "have. in sd: the points in units of the pooled standard deviation; within one, the two are "
+    "tied. Other methods count with their "
+    "best measured round, the default form with its final state. References on pooled data see all "
     "images in one place."
 )
 
@@ -91,9 +91,7 @@ def count_line(verdicts: Sequence[Verdict]) -> str:
     parts = []
     for label, pooled in (("all others", True), ("federated methods", False)):
         words = [
-            verdict.word(best)
-            for verdict in verdicts
-            if verdict.default and (best := verdict.best(pooled=pooled))
+            verdict.word(best) for verdict in verdicts if (best := verdict.best(pooled=pooled))
         ]
         counts = ", ".join(f"{words.count(word)} {word}" for word in ("first", "tied", "behind"))
         parts.append(f"against {label}: {counts} of {len(words)} cells")
@@ -101,44 +99,42 @@ def count_line(verdicts: Sequence[Verdict]) -> str:
 
 
 def accuracy_table(verdicts: Sequence[Verdict]) -> Table:
-    """Show the accuracy of each method, a row for each, in each cell."""
-    table = Table(
-        title="Accuracy, %", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
-    )
+    """Show each method with its bytes, and its accuracy in each cell, a column for each cell."""
     columns, rows = accuracy_rows(verdicts)
-    for number, name in enumerate(columns):
-        table.add_column(name, justify="right" if number else "left")
+    table = _table("Accuracy of all methods", columns, (0,))
     for row in rows:
         table.add_row(*row)
     return table
 
 
 def accuracy_rows(verdicts: Sequence[Verdict]) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows of the table of accuracies: a row for each cell, a column a method."""
-    methods = list(dict.fromkeys(score.method for v in verdicts for score in v.scores))
-    rows = []
-    for verdict in verdicts:
-        by_method = {score.method: score for score in verdict.scores}
-        cells = [_percent(by_method.get(method)) for method in methods]
-        rows.append([verdict.cell.name, *cells])
-    return ["cell", *methods], rows
+    """Columns and rows of the table of accuracies: a row for each method in each cell."""
+    rows = [
+        [
+            verdict.cell.name,
+            score.method,
+            _percent(score),
+            _megabytes(score),
+            str(len(score.accuracies)),
+        ]
+        for verdict in verdicts
+        for score in sorted(verdict.scores, key=lambda score: -score.mean)
+    ]
+    return ["cell", "method", "accuracy", "MB", "seeds"], rows
 
 
 def markdown(verdicts: Sequence[Verdict]) -> str:
-    """Write both tables as Markdown, for a page."""
+    """Write the tables as Markdown, for a page."""
+    heading = list(VERDICT_COLUMNS)
     columns, rows = accuracy_rows(verdicts)
-    tables = [(list(VERDICT_COLUMNS), verdict_rows(verdicts)), (columns, rows)]
-    texts = [
-        "\n".join(
-            [
-                _line(heading),
-                _line(["---"] * len(heading)),
-                *(_line(list(row)) for row in body),
-            ]
-        )
-        for heading, body in tables
+    tables = [
+        _markdown_table(heading, verdict_rows(verdicts, pooled=True)),
+        CAPTION,
+        _markdown_table(heading, verdict_rows(verdicts, pooled=False)),
+        count_line(verdicts) + ".",
+        _markdown_table(columns, rows),
     ]
-    return "\n\n".join([texts[0], CAPTION, count_line(verdicts) + ".", texts[1]]) + "\n"
+    return "\n\n".join(tables) + "\n"
 
 
 def scores_csv(verdicts: Sequence[Verdict]) -> str:
@@ -149,7 +145,7 @@ def scores_csv(verdicts: Sequence[Verdict]) -> str:
     for verdict in verdicts:
         cell = verdict.cell
         for score in verdict.scores:
-            compared = verdict.default is not None and score.method != DEFAULT
+            compared = score in verdict.comparable
             writer.writerow(
                 [
                     cell.name,
@@ -159,7 +155,7 @@ def scores_csv(verdicts: Sequence[Verdict]) -> str:
                     cell.kind,
                     score.method,
                     int(score.is_pooled),
-                    score.seeds,
+                    " ".join(map(str, score.accuracies)),
                     f"{score.mean:.4f}",
                     f"{score.deviation:.4f}",
                     "" if score.nbytes is None else round(score.nbytes),
@@ -179,12 +175,12 @@ def verdicts_json(verdicts: Sequence[Verdict]) -> dict[str, Any]:
 def _cell_json(verdict: Verdict) -> dict[str, Any]:
     values: dict[str, Any] = {
         "cell": asdict(verdict.cell) | {"name": verdict.cell.name},
-        "methods": {score.method: asdict(score) for score in verdict.scores},
+        "methods": {score.method: _score_json(score) for score in verdict.scores},
         "failures": list(verdict.failures),
     }
     for key, pooled in (("against_all", True), ("against_federated", False)):
         best = verdict.best(pooled=pooled)
-        if best is not None and verdict.default is not None:
+        if best is not None:
             distance = verdict.in_deviations(best)
             values[key] = {
                 "best_other": best.method,
@@ -195,34 +191,8 @@ def _cell_json(verdict: Verdict) -> dict[str, Any]:
     return values
 
 
-def _rank(verdict: Verdict) -> float:
-    best = verdict.best()
-    return verdict.in_deviations(best) if best and verdict.default else math.inf
-
-
-def _row(verdict: Verdict) -> tuple[str, ...]:
-    default, best = verdict.default, verdict.best()
-    federated = verdict.best(pooled=False)
-    cells = [verdict.cell.words, _percent(default), _megabytes(default)]
-    if best is None:
-        cells += [_ABSENT] * 5
-    else:
-        cells += [
-            best.method,
-            _percent(best),
-            f"{100 * verdict.difference(best):+.1f}",
-            f"{verdict.in_deviations(best):+.1f}",
-            verdict.word(best),
-        ]
-    if federated is None:
-        return (*cells, *[_ABSENT] * 4)
-    return (
-        *cells,
-        federated.method,
-        _percent(federated),
-        _megabytes(federated),
-        verdict.word(federated),
-    )
+def _score_json(score: Score) -> dict[str, Any]:
+    return asdict(score) | {"mean": score.mean, "deviation": score.deviation}
 
 
 def _percent(score: Score | None) -> str:
@@ -238,5 +208,16 @@ def _megabytes(score: Score | None) -> str:
     return f"{megabytes:,.0f}" if megabytes >= 100 else f"{megabytes:.1f}"
 
 
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+def _table(title: str, columns: Sequence[str], left: Sequence[int]) -> Table:
+    table = Table(
+        title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
+    )
+    table.caption_justify = "left"
+    for number, name in enumerate(columns):
+        table.add_column(name, justify="left" if number in left else "right", no_wrap=number != 2)
+    return table
+
+
+def _markdown_table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [heading, ["---"] * len(heading), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from sfprompt_bench.compare.results import Outcome
@@ -23,24 +24,37 @@ class Score:
 
     Attributes:
         method: its name.
-        mean: over the seeds, 0 to 1.
-        deviation: over the seeds; of one seed, that of the share of right test images.
-        seeds: number of seeds.
+        accuracies: by seed, 0 to 1.
+        test_images: that they are measured on.
         nbytes: of one device in the whole run, evaluation included; None: the method tunes on
             pooled data.
         seconds: of a run, mean over the seeds.
     """
 
     method: str
-    mean: float
-    deviation: float
-    seeds: int
-    nbytes: float | None
-    seconds: float
+    accuracies: Mapping[int, float]
+    test_images: int
+    nbytes: float | None = None
+    seconds: float = 0.0
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.accuracies.values())
+
+    @property
+    def deviation(self) -> float:
+        """Standard deviation over the seeds; of one seed, that of the share of right images."""
+        if len(self.accuracies) > 1:
+            return statistics.stdev(self.accuracies.values())
+        return math.sqrt(self.mean * (1 - self.mean) / self.test_images)
 
     @property
     def is_pooled(self) -> bool:
         return isinstance(get_method(self.method), Reference)
+
+    def at(self, seeds: Iterable[int]) -> Score:
+        """The score over some of its seeds."""
+        return replace(self, accuracies={seed: self.accuracies[seed] for seed in seeds})
 
 
 @dataclass(frozen=True)
@@ -62,20 +76,32 @@ class Verdict:
         return next((score for score in self.scores if score.method == DEFAULT), None)
 
     def best(self, *, pooled: bool = True) -> Score | None:
-        """The best other method; without ``pooled``, the best other federated method."""
-        others = [s for s in self.scores if s.method != DEFAULT and (pooled or not s.is_pooled)]
-        return max(others, key=lambda score: score.mean, default=None)
+        """The best other method; without ``pooled``, the best other federated method.
+
+        It is the one with the greatest lead over the default form, over the seeds of both.
+        """
+        others = [score for score in self.comparable if pooled or not score.is_pooled]
+        return min(others, key=self.difference, default=None)
+
+    @property
+    def comparable(self) -> list[Score]:
+        """The other methods that have a seed with the default form."""
+        if self.default is None:
+            return []
+        seeds = self.default.accuracies.keys()
+        others = [score for score in self.scores if score.method != DEFAULT]
+        return [score for score in others if seeds & score.accuracies.keys()]
 
     def difference(self, other: Score) -> float:
-        """The default form's mean minus another method's."""
-        return self.default.mean - other.mean if self.default else math.nan
+        """The default form's mean minus another method's, over the seeds that both have."""
+        default, other = self._common(other)
+        return default.mean - other.mean
 
     def in_deviations(self, other: Score) -> float:
         """The difference in units of the pooled standard deviation."""
-        if self.default is None:
-            return math.nan
-        squares = (self.default.deviation**2 + other.deviation**2) / 2
-        difference = self.difference(other)
+        default, other = self._common(other)
+        squares = (default.deviation**2 + other.deviation**2) / 2
+        difference = default.mean - other.mean
         if not squares:
             return math.copysign(math.inf, difference) if difference else 0.0
         return difference / math.sqrt(squares)
@@ -86,6 +112,12 @@ class Verdict:
         if abs(distance) <= 1:
             return "tied"
         return "first" if distance > 0 else "behind"
+
+    def _common(self, other: Score) -> tuple[Score, Score]:
+        if self.default is None:
+            raise ValueError(f"{self.cell.name} has no result of {DEFAULT}")
+        seeds = sorted(self.default.accuracies.keys() & other.accuracies.keys())
+        return self.default.at(seeds), other.at(seeds)
 
 
 def verdict_of(cell: Cell, outcomes: Sequence[Outcome], test_images: int) -> Verdict:
@@ -101,16 +133,12 @@ def verdict_of(cell: Cell, outcomes: Sequence[Outcome], test_images: int) -> Ver
 
 def _score(outcome: Outcome, test_images: int) -> Score | None:
     figure = "accuracy" if outcome.method == DEFAULT else "best_accuracy"
-    mean, deviation = outcome.mean(figure), outcome.spread(figure)
-    if mean is None or deviation is None:
+    accuracies = {
+        seed: figures[figure]
+        for seed, figures in zip(outcome.seeds, outcome.figures, strict=True)
+        if figures[figure] is not None
+    }
+    if not accuracies:
         return None
-    if len(outcome.seeds) == 1:
-        deviation = math.sqrt(mean * (1 - mean) / test_images)
-    return Score(
-        outcome.method,
-        mean,
-        deviation,
-        len(outcome.seeds),
-        outcome.mean("bytes_total"),
-        outcome.mean("seconds") or 0.0,
-    )
+    nbytes, seconds = outcome.mean("bytes_total"), outcome.mean("seconds")
+    return Score(outcome.method, accuracies, test_images, nbytes, seconds or 0.0)

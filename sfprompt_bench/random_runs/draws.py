@@ -63,14 +63,20 @@ class Draw:
     rounds: int
 
 
-def draw(number: int, *, tokens: int = _TOKENS) -> Draw:
-    """Draw settings; large images are fewer, so that ``tokens`` pass through the backbone."""
+def draw(number: int, *, patch: int = _PATCH, tokens: int = _TOKENS) -> Draw:
+    """Draw the settings of a run.
+
+    Args:
+        number: of the run; it determines the settings.
+        patch: pixels of the backbone's patches.
+        tokens: of all images; large images are fewer.
+    """
     rng = generator(number, "random settings")
     source = SOURCES[int(rng.integers(len(SOURCES)))]
     most = 20 if source == "synthetic" else _MOST_CLASSES
     classes, devices = int(rng.integers(2, most + 1)), int(rng.integers(1, 9))
-    size = _PATCH * int(rng.integers(2, 9))
-    possible = tokens // ((size // _PATCH) ** 2 + 1)
+    size = patch * int(rng.integers(2, 9))
+    possible = tokens // ((size // patch) ** 2 + 1)
     test = min(_TEST_IMAGES, possible // 3)
     per_device = round(float(np.exp(rng.uniform(np.log(_LEAST_PER_DEVICE), np.log(500)))))
     images = min(devices * per_device, possible - test)

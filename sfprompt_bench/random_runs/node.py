@@ -6,7 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,9 @@ from split_server.app import build_server, create_app
 from split_server.client import OperatorClient, read_token
 from split_server.settings import load_settings
 
-_START_TIMEOUT_S = 30.0
+_START_TIMEOUT_S = 60.0
+
+_RUN_TIMEOUT_S = 900.0
 
 _STOP_TIMEOUT_S = 30.0
 
@@ -52,12 +54,12 @@ class Node:
                 threads.submit(self._take_part, run, f"device-{number}", part)
                 for number, part in enumerate(data, start=1)
             ]
-            try:
-                for device in devices:
-                    device.result()
-            except BaseException:
-                operator.cancel(run)  # otherwise the other devices wait
-                raise
+            done, waiting = wait(devices, _RUN_TIMEOUT_S, return_when=FIRST_EXCEPTION)
+            failure = next((error for device in done if (error := device.exception())), None)
+            if waiting and not operator.results(run).run.status.is_over:
+                operator.cancel(run)  # otherwise the other devices wait for it
+            if failure is not None:
+                raise failure
             results = operator.results(run)
         if results.run.status != "finished":
             raise SFPromptError(f"the run ended as {results.run.status}: {results.run.reason}")
