@@ -59,7 +59,8 @@ class Node:
             if waiting and not operator.results(run).run.status.is_over:
                 operator.cancel(run)  # otherwise the other devices wait for it
             if failure is not None:
-                raise failure
+                what = f"{type(failure).__name__}: {failure}"
+                raise SFPromptError(f"a device ended with {what}") from failure
             results = operator.results(run)
         if results.run.status != "finished":
             raise SFPromptError(f"the run ended as {results.run.status}: {results.run.reason}")
