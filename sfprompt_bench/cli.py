@@ -32,6 +32,20 @@ _SUBCOMMANDS = {
             "sfprompt-bench compare docs/results/comparisons/digits.toml --out runs/digits",
         ),
     ),
+    "dominate": Subcommand(
+        "sfprompt_bench.dominate.command",
+        "Measure the default form and other methods over data sets, sizes and partitions, and "
+        "judge in each who is first.",
+        (
+            "sfprompt-bench dominate --quick",
+            "sfprompt-bench dominate --cells 'digits-*' --methods sfprompt,ridge-depths",
+        ),
+    ),
+    "random": Subcommand(
+        "sfprompt_bench.random_runs.command",
+        "Run the default form with random settings, and report runs that end below their start.",
+        ("sfprompt-bench random --count 3", "sfprompt-bench random --count 100 --csv runs.csv"),
+    ),
     "estimate": Subcommand(
         "sfprompt_bench.estimate.command",
         "Calculate a device's traffic, compute and memory for each method, without a run.",

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from protocol.errors import SFPromptError
 from sfprompt_bench.compare.config import Comparison, toml_text
-from sfprompt_bench.compare.plan import plan, resolved, tasks_of
+from sfprompt_bench.compare.plan import Job, plan, resolved, tasks_of
 from sfprompt_bench.compare.results import Outcome, outcomes_of
 from sfprompt_bench.compare.tasks import Failure, Figures, Task, perform_all
 from sfprompt_bench.compare.worker import FIGURES, JOB, perform
@@ -20,7 +20,7 @@ from sfprompt_bench.run.processes import Process, usable_cores
 
 RESOLVED = "comparison.toml"
 
-_TASK = "task.json"
+TASK_FILE = "task.json"
 
 _POLL_S = 3600.0
 
@@ -37,6 +37,12 @@ def run_comparison(
     """
     jobs = plan(comparison, folder)
     (folder / RESOLVED).write_text(toml_text(resolved(comparison)))
+    results = perform_jobs(jobs, at_once, console)
+    return outcomes_of(jobs, results, comparison.target_accuracy)
+
+
+def perform_jobs(jobs: list[Job], at_once: int, console: Console) -> dict[str, Figures | Failure]:
+    """Perform the tasks without a result, and return the result of each task by its key."""
     tasks = tasks_of(jobs)
     threads = max(1, usable_cores() // at_once)
 
@@ -48,15 +54,12 @@ def run_comparison(
     results = perform_all(
         tasks,
         perform_task,
-        file=_TASK,
+        file=TASK_FILE,
         at_once=at_once,
         console=console,
         describe=_describe,
     )
-    by_key: dict[str, Figures | Failure] = {
-        task.key: result for task, result in zip(tasks, results, strict=True)
-    }
-    return outcomes_of(jobs, by_key, comparison.target_accuracy)
+    return {task.key: result for task, result in zip(tasks, results, strict=True)}
 
 
 def _perform_in_process(task: Task, threads: int) -> Figures:

@@ -152,6 +152,11 @@ def test_a_sample_is_sent_once(plane: Plane, new_uploader: MakeUploader) -> None
     )
 
 
+def test_a_device_without_images_sends_none(plane: Plane, new_uploader: MakeUploader) -> None:
+    new_uploader().ensure(torch.arange(0))
+    assert plane.queries == []
+
+
 def test_equal_images_are_sent_once(
     model: DeviceModel, plane: Plane, new_uploader: MakeUploader
 ) -> None:

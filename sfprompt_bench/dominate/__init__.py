@@ -1,0 +1,1 @@
+"""The default form against every other method, over sizes, data sets and partitions."""

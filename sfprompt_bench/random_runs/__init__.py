@@ -1,0 +1,1 @@
+"""Runs of the default form with random settings: none may end below its start."""
