@@ -53,4 +53,4 @@ def _seconds(job: Job, test_images: int) -> float:
         return _REFERENCE_S + image_s * visits + _FROZEN_IMAGE_S * test_images
     evaluations = max(1, federation.rounds // max(1, federation.evaluate_every))
     tests = _TEST_IMAGE_S * test_images * evaluations
-    return _SERVER_S + _DEVICE_S * inputs["devices"] + image_s * visits + tests
+    return float(_SERVER_S + _DEVICE_S * inputs["devices"] + image_s * visits + tests)
