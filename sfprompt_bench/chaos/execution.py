@@ -43,6 +43,8 @@ _PAUSE_S = {"server": 0.1, "device": 0.2}  # of the supervisors
 
 _MAX_STARTS = 25
 
+_BLAME_S = 15.0  # a process that ends with an error later than this was not ended by the fault
+
 _DISK_MIB = 48
 
 _SPARE_BYTES = 8192  # of a full disk, at most
@@ -237,9 +239,14 @@ class ChaosRun:
             return
         allowed = MAY_END_THE_SERVER if name == SERVER else MAY_END_A_DEVICE
         self.result.device_ended |= name != SERVER
-        causes = [fault for fault in self.result.injected if fault.kind in allowed]
+        since = time.monotonic() - self._started - _BLAME_S
+        causes = [
+            fault
+            for fault in self.result.injected
+            if fault.kind in allowed and name in fault.target and (fault.injected_at or 0.0) > since
+        ]
         if causes:
-            causes[-1].restarts += 1
+            max(causes, key=lambda fault: fault.injected_at or 0.0).restarts += 1
         else:
             self.result.problems.append(
                 f"{name} ended with exit code {code}: {process.last_lines(2)}"

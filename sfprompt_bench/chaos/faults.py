@@ -81,7 +81,7 @@ HEAVY = (
 DISK = (Kind.FULL_DISK_SERVER, Kind.FULL_DISK_DEVICE, Kind.WRITE_ERRORS)
 
 # Kinds after which a device may end with an error, for its supervisor to start it again.
-MAY_END_A_DEVICE = frozenset({Kind.CORRUPT_REQUEST, Kind.CORRUPT_RESPONSE, *DISK})
+MAY_END_A_DEVICE = frozenset({Kind.CORRUPT_REQUEST, Kind.CORRUPT_RESPONSE, Kind.FULL_DISK_DEVICE})
 
 # Kinds after which the server may end with an error.
 MAY_END_THE_SERVER = frozenset({Kind.FULL_DISK_SERVER, Kind.WRITE_ERRORS})

@@ -28,9 +28,9 @@ PLAN = RunPlan.model_validate(
 def run(tmp_path: Path) -> str:
     """A finished run of three devices, by its id; its database is in the folder."""
     update = {name: torch.ones(shape) for name, shape in device_shapes(PLAN.model).items()}
-    with local_federation(tmp_path, PLAN, DEVICES, samples=5) as federation:
+    with local_federation(tmp_path, PLAN, [5] * DEVICES) as federation:
         for _ in range(2):
-            federation.send([update] * DEVICES, samples=5)
+            federation.send(dict.fromkeys(range(DEVICES), update), [5] * DEVICES)
         assert not federation.is_open()
         return federation.run
 
