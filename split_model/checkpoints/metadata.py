@@ -80,14 +80,22 @@ def read_plan(file: TensorFile) -> ModelPlan:
     values = file.json(_PLAN)
     if isinstance(values, dict):
         values = {field: value for field, value in values.items() if field not in _FORMER}
-    text = json.dumps(values)
     try:
-        return ModelPlan.model_validate_json(text, strict=True)
+        return ModelPlan.model_validate(_with_tuples(values), strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(str(part) for part in first["loc"])
         reason = f"its settings are invalid: {place}: {first['msg']}"
         raise TensorFileError(file.path, reason) from error
+
+
+def _with_tuples(value: object) -> object:
+    """Replace JSON's lists at any depth by tuples, which plans have."""
+    if isinstance(value, list):
+        return tuple(_with_tuples(item) for item in value)
+    if isinstance(value, dict):
+        return {name: _with_tuples(item) for name, item in value.items()}
+    return value
 
 
 def read_preparation(file: TensorFile) -> ImagePreparation:
