@@ -7,6 +7,8 @@ from xxhash import xxh3_64
 from protocol.errors import DamagedFrame
 from protocol.wire import CHECKSUM_HEADER
 
+__all__ = ["JSONChecksum", "Pieces"]
+
 Pieces = bytes | bytearray | memoryview
 
 

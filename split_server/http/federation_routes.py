@@ -218,7 +218,8 @@ class FederationRoutes:
                 round_,
                 attempt,
             )
-            is_new = is_new or assignment.waiting != first.waiting
+            if assignment.waiting is not None:  # else a task follows at once
+                is_new = is_new or assignment.waiting != first.waiting
             remaining = deadline - time.monotonic()
             if is_new or remaining <= 0 or notifier.closed:
                 return assignment

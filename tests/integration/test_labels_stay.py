@@ -76,6 +76,7 @@ QUERIES = {"assignment": {"task", "round", "attempt", "wait"}, "delta": {"base"}
 HEADERS = {
     *("host", "user-agent", "accept-encoding", "content-type", "content-length", "range"),
     *("authorization", "sfprompt-version", "x-request-id", "idempotency-key"),
+    "sfprompt-checksum",
 }
 
 # What follows from labels: gradients, tuned tensors, losses, correct answers, hashes of states.

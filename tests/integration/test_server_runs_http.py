@@ -152,7 +152,7 @@ def test_a_repeated_join_gives_the_same_credential(
     run = new_run(operator)
     api = server.api()
     assert api.join(run, key="k").credential == api.join(run, key="k").credential
-    assert api.join(run, key="k2").credential != api.join(run, key="k").credential
+    assert api.join(run, "b", key="k2").credential != api.join(run, key="k").credential
 
 
 def test_each_role_may_send_its_requests_only(server: RunningServer, operator: ApiClient) -> None:

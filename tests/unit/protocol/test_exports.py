@@ -14,10 +14,10 @@ EXPORTED = {
     "codecs": "BFloat16 Buffer CODECS Codec Compressed Cosine Device ErrorFeedback FixedSizeCodec "
     "Float16 Float32 Int4 Int4Asymmetric Int64 Int8 Klt ProductQuantiser RawCodec Svd TopK UInt8 "
     "encoded_bytes get_codec tensor_nbytes",
-    "command": "Subcommand group_of run_command version_option",
+    "command": "Subcommand group_of read_token_file run_command version_option",
     "errors": "Busy Conflict DamagedFile DamagedFrame EmptyUpdate FieldValue Forbidden "
     "IdempotencyKeyReused InternalError "
-    "InvalidField InvalidRequest MalformedFrame NonFinite NotFound RunClosed SFPromptError "
+    "InvalidField InvalidRequest MalformedFrame NonFinite NotFound Removed RunClosed SFPromptError "
     "StaleRound StepLost TooLarge Unauthorized UnknownCodec Unreachable UnsupportedVersion "
     "WrongShape error_from_wire",
     "federation": "AggregationRule FederationSettings ServerOptimizer",
@@ -42,9 +42,11 @@ EXPORTED = {
     "traffic": "Phase Traffic get_phases total_bytes",
     "tls": "create_ssl_context",
     "untyped": "STATUS_FIELD describe_request is_typed untyped_error",
-    "wire": "BACKWARD_PATH EXCHANGE_PATH FLOAT32_BYTES FORWARD_PATH FRAME_MEDIA_TYPE "
-    "IDEMPOTENCY_HEADER INFER_PATH MISSING_PATH PROTOCOL_VERSION REQUEST_ID_HEADER "
-    "SAMPLES_PATH SOLVE_PATH START_PATH VERSION_HEADER",
+    "checksums": "JSONChecksum Pieces",
+    "printable": "printable printable_lines",
+    "wire": "BACKWARD_PATH CHECKSUM_HEADER EXCHANGE_PATH FLOAT32_BYTES FORWARD_PATH "
+    "FRAME_MEDIA_TYPE IDEMPOTENCY_HEADER INFER_PATH MISSING_PATH PROTOCOL_VERSION "
+    "REQUEST_ID_HEADER SAMPLES_PATH SOLVE_PATH START_PATH VERSION_HEADER",
 }
 
 FOLDER = Path(protocol.__file__).parent
