@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -76,8 +77,8 @@ class RunMemory:
 
     def _write(self) -> None:
         sides = {"before": self.residuals.before, "after": self.residuals.after}
-        tensors = {
-            f"{side}/{name}": tensor.detach().cpu().contiguous()
+        tensors = {  # copies: both sides may have the same tensor, which a file cannot
+            f"{side}/{name}": tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
             for side, by_name in sides.items()
             for name, tensor in by_name.items()
             if tensor.count_nonzero()

@@ -1,0 +1,34 @@
+"""What a device keeps of a run across a restart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from edge_client.storage.run_memory import Residuals, RunMemory
+
+
+def test_start_and_residuals_are_read_again(tmp_path: Path) -> None:
+    memory = RunMemory(tmp_path, "run", "p0001")
+    memory.keep_start(2, 0.125)
+    same = torch.tensor([[1.0, -2.0]])
+    memory.keep_residuals(Residuals("ab", {"w": same, "zero": torch.zeros(3)}, {"w": same}))
+    again = RunMemory(tmp_path, "run", "p0001")
+    assert again.start == (2, 0.125)
+    assert again.residuals.base == "ab"
+    assert again.residuals.before.keys() == again.residuals.after.keys() == {"w"}
+    torch.testing.assert_close(again.residuals.after["w"], same)
+    assert RunMemory(tmp_path, "run", "p0002").start is None
+
+
+def test_a_file_that_cannot_be_read_counts_as_none(tmp_path: Path) -> None:
+    memory = RunMemory(tmp_path, "run", "p0001")
+    memory.keep_start(0, 1.0)
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes()[:-3])
+    assert RunMemory(tmp_path, "run", "p0001").start in (None, (0, 1.0))
+    path.write_bytes(b"\xff" * 50)
+    assert RunMemory(tmp_path, "run", "p0001").start is None
+    memory.forget()
+    assert not list(tmp_path.iterdir())
