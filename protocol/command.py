@@ -116,10 +116,12 @@ def read_token_file(path: Path, field: str) -> str:
 def run_command(app: typer.Typer) -> None:
     """Run a command. A typed error is printed as one line on stderr, with exit code 2.
 
-    With Ctrl-C, typer exits with code 130.
+    With Ctrl-C the exit code is 130.
     """
     try:
         app()
+    except KeyboardInterrupt:  # outside of typer's own handler
+        sys.exit(130)
     except (SFPromptError, OSError) as error:  # OSError: a file or a port cannot be opened
         from rich.console import Console
         from rich.markup import escape

@@ -1,4 +1,4 @@
-"""Random settings of a run, their findings, and three such runs."""
+"""Random settings of a run, their findings, and one such run."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ def test_a_failed_run_is_a_finding_and_counts(tmp_path: Path) -> None:
     assert lines[1].endswith(",failed: no")
 
 
-def test_three_random_runs_end_no_lower_than_they_start(tmp_path: Path) -> None:
+def test_a_random_run_ends_no_lower_than_it_starts(tmp_path: Path) -> None:
     with running_node(tmp_path) as node:
-        runs = [perform(node, draw(n, patch=PATCH, tokens=2000), SMALL) for n in range(3)]
-    assert [run.findings for run in runs] == [()] * 3
-    assert {run.drawn.number for run in runs} == {0, 1, 2}
+        run = perform(node, draw(1, patch=PATCH, tokens=2000), SMALL)
+    assert run.findings == ()
+    assert run.drawn.number == 1
