@@ -103,6 +103,22 @@ def request_of(member: ApiClient, content: bytes, length: int | None = None) -> 
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + content
 
 
+def most_taken_unread(server: RunningServer, member: ApiClient, content: bytes) -> float:
+    """Send two requests whose responses nobody reads; return the most bytes that they took."""
+    most, give_up_at, count_at = 0.0, time.monotonic() + 60, time.monotonic() + 6
+    with contextlib.ExitStack() as stack:
+        for _ in range(2):
+            one = stack.enter_context(socket.create_connection(("127.0.0.1", server.port)))
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            one.sendall(request_of(member, content))
+        while (taken := server_taken(server)) or time.monotonic() < count_at:
+            assert time.monotonic() < give_up_at, f"{taken} bytes stay taken"
+            most = max(most, taken)
+            if most and not taken:
+                break
+    return most
+
+
 def test_responses_that_nobody_reads_are_counted_and_given_up(
     server: RunningServer, member: ApiClient
 ) -> None:
@@ -110,16 +126,8 @@ def test_responses_that_nobody_reads_are_counted_and_given_up(
     response is counted before it is computed and until it was taken; the connection of a client
     that takes nothing is closed after stall_timeout_s."""
     content = bomb("svd:1", 8 * MIB // (4 * 7 * 192))
-    sockets = []
-    for _ in range(2):
-        one = socket.create_connection(("127.0.0.1", server.port))
-        one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        one.sendall(request_of(member, content))
-        sockets.append(one)
-    wait_until(lambda: server_taken(server) > 5 * MIB, 60)
-    wait_until(lambda: server_taken(server) == 0, 60)  # nobody has read a byte
-    for one in sockets:
-        one.close()
+    # A busy machine may compute a response and give it up between two looks at the metrics.
+    assert any(most_taken_unread(server, member, content) > 5 * MIB for _ in range(4))
     assert member.step("infer", smashed(), "after-unread").is_success
 
 
@@ -130,17 +138,14 @@ def test_a_body_that_stops_one_byte_short_blocks_nobody_for_long(
     that has stalled gives way to other requests after two seconds, and ends after
     stall_timeout_s."""
     size = 5 * MIB
-    sockets = []
-    for _ in range(2):
-        one = socket.create_connection(("127.0.0.1", server.port))
-        sockets.append(one)
-        with contextlib.suppress(OSError):  # refused while it was sent
-            one.sendall(request_of(member, bytes(size - 1), size))
-    began = time.monotonic()
-    wait_until(lambda: member.step("infer", smashed(), "beside").is_success, 10)
-    assert time.monotonic() - began < 5
-    for one in sockets:
-        one.close()
+    with contextlib.ExitStack() as stack:
+        for _ in range(2):
+            one = stack.enter_context(socket.create_connection(("127.0.0.1", server.port)))
+            with contextlib.suppress(OSError):  # refused while it was sent
+                one.sendall(request_of(member, bytes(size - 1), size))
+        began = time.monotonic()
+        wait_until(lambda: member.step("infer", smashed(), "beside").is_success, 10)
+        assert time.monotonic() - began < 5
 
 
 def test_a_body_that_trickles_is_given_up(server: RunningServer, member: ApiClient) -> None:
