@@ -56,6 +56,17 @@ class _Ends:
     writer: asyncio.StreamWriter
     upstream: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
+    @property
+    def server_writer(self) -> asyncio.StreamWriter:
+        """Of the connection to the server.
+
+        Raises:
+            _Broken: there is none.
+        """
+        if self.upstream is None:
+            raise _Broken
+        return self.upstream[1]
+
     def close(self, *, reset: bool = False) -> None:
         writers = [self.writer, *([self.upstream[1]] if self.upstream else [])]
         for writer in writers:
@@ -119,8 +130,11 @@ class Proxy:
         self.loop.call_later(seconds, self._out_of_reach.discard, device)
 
     async def _listen(self, device: str) -> int:
-        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            await self._serve(_Ends(device, reader, writer))
+        def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            # Known before its task begins: a task cancelled at once would not close it.
+            ends = _Ends(device, reader, writer)
+            self._open.add(ends)
+            self._start(self._serve(ends))
 
         server = await asyncio.start_server(serve, "127.0.0.1", 0, limit=_LIMIT)
         self._servers.append(server)
@@ -129,15 +143,14 @@ class Proxy:
     async def _close(self) -> None:
         for server in self._servers:
             server.close()
-        for ends in list(self._open):
-            ends.close(reset=True)
         others = asyncio.all_tasks() - {asyncio.current_task()}
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
+        for ends in list(self._open):
+            ends.close(reset=True)
 
     async def _serve(self, ends: _Ends) -> None:
-        self._open.add(ends)
         reset = False
         try:
             while ends.device not in self._out_of_reach:
@@ -246,12 +259,12 @@ class Proxy:
 
     async def _send(self, ends: _Ends, data: bytes, *, in_fragments: bool = False) -> None:
         if ends.upstream is None or ends.upstream[0].at_eof():
-            ends.upstream = await self._connect()
+            await self._connect_upstream(ends)
         try:
-            await _write(ends.upstream[1], data, in_fragments=in_fragments)
+            await _write(ends.server_writer, data, in_fragments=in_fragments)
         except ConnectionError:
-            ends.upstream = await self._connect()  # the server had closed an idle connection
-            await _write(ends.upstream[1], data, in_fragments=in_fragments)
+            await self._connect_upstream(ends)  # the server had closed an idle connection
+            await _write(ends.server_writer, data, in_fragments=in_fragments)
         self._total += 1
         async with self._forwarded:
             self._forwarded.notify_all()
@@ -280,6 +293,12 @@ class Proxy:
         in_fragments: bool = False,
     ) -> None:
         await _write(ends.writer, data or response.data, in_fragments=in_fragments)
+
+    async def _connect_upstream(self, ends: _Ends) -> None:
+        """Connect an exchange to the server, and close its connection of before."""
+        if ends.upstream is not None:
+            _close(ends.upstream[1])
+        ends.upstream = await self._connect()
 
     async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         return await asyncio.open_connection("127.0.0.1", self._server_port, limit=_LIMIT)
