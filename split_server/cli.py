@@ -57,12 +57,16 @@ _SUBCOMMANDS = {
     ),
     "delete": Subcommand(_RUNS, "Delete the rows and files of a run that is over."),
     "export": Subcommand(
-        _RUNS,
-        "Write the complete tuned model to one safetensors file. Needs no running server.",
-        ("split-server export RUN --out model.safetensors",),
+        "split_server.commands.export",
+        "Write a run's complete tuned model, and its card. Needs no running server.",
         (
-            "Use the file with: edge-client predict model.safetensors photos/, or, in a program, "
-            "sfprompt.load_exported('model.safetensors')(images)",
+            "split-server export RUN --out model.safetensors",
+            "split-server export RUN --out model.onnx --round best",
+            "split-server export RUN --out model  # a folder for timm.create_model",
+        ),
+        (
+            "Use a safetensors file with: edge-client predict model.safetensors photos/, or, in a "
+            "program, sfprompt.load_exported('model.safetensors')(images)",
         ),
     ),
 }

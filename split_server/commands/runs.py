@@ -33,7 +33,6 @@ from protocol.traffic import total_bytes
 from split_server.address import Address, read_address
 from split_server.client import OperatorClient, read_token
 from split_server.settings import read_toml
-from split_server.storage.data_dir import database_in
 
 out = Console()
 
@@ -74,14 +73,14 @@ CaFile = Annotated[
 
 RunId = Annotated[str, typer.Argument(help="The run's id.")]
 
-_DATA_DIR = Path("sfprompt-data")
+DATA_DIR = Path("sfprompt-data")
 
 _WATCH_S = 5  # of a poll for events; then for whom the run waits is asked
 
 
 def _connect(
     url: Url = None,
-    data_dir: DataDir = _DATA_DIR,
+    data_dir: DataDir = DATA_DIR,
     operator_token: TokenOption = None,
     operator_token_file: TokenFile = None,
     ca_file: CaFile = None,
@@ -256,36 +255,6 @@ def delete(connect: Connect, run: RunId) -> None:
     """Delete the rows and files of a run that is over."""
     connect().delete_run(run)
     out.print(f"run {run} is deleted")
-
-
-def export(
-    run: RunId,
-    destination: Annotated[Path, typer.Option("--out", help="File to write, NAME.safetensors.")],
-    data_dir: DataDir = _DATA_DIR,
-    force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
-) -> None:
-    """Write the complete tuned model to one safetensors file. Needs no running server."""
-    if destination.suffix != ".safetensors":
-        raise InvalidField(
-            "a model is exported as a safetensors file and in no other format",
-            field="out",
-            limit="NAME.safetensors",
-            value=str(destination),
-        )
-    if destination.exists() and not force:
-        raise InvalidField(
-            "the file exists",
-            field="out",
-            value=str(destination),
-            hint="choose another name, or replace it with --force",
-        )
-    database_in(data_dir)
-    # Imported here: torch takes seconds to import, which no other command needs.
-    from split_server.federation.export import export_run
-
-    export_run(data_dir, run, destination)
-    size = destination.stat().st_size / 1e6
-    out.print(f"{destination} ({size:.1f} MB)", highlight=False)
 
 
 def _run_settings(config: Path | None, changes: list[str]) -> dict[str, Any]:
