@@ -113,7 +113,8 @@ def _card(
 ) -> str:
     model, settings = run.plan.model, run.settings
     preparation = image_preparation(model)
-    names = run.plan.class_names or tuple(map(str, range(model.num_classes)))
+    names = run.plan.class_names
+    listed = ", ".join(f"{number} {each}" for number, each in enumerate(names or ()))
     values = {"name": name, "side": model.image_size, "classes": model.num_classes}
     return _CARD.format(
         title=run.plan.name or run.id,
@@ -124,7 +125,7 @@ def _card(
         interpolation=preparation.interpolation,
         mean=list(preparation.mean),
         std=list(preparation.std),
-        names=", ".join(f"{number} {each}" for number, each in enumerate(names)),
+        names=listed or f"0 to {model.num_classes - 1}, without names.",
         rounds=_rounds(rows, round_),
         **values,
     )
@@ -138,7 +139,7 @@ def _facts(run: RunSnapshot, round_: int, rows: Sequence[RoundRow]) -> dict[str,
         "backbone": f"`{model.backbone}`, weights {model.weights}",
         "licence of the backbone": _licence(model.backbone, model.weights),
         "cut": f"{model.cut} blocks on the device",
-        "tuned on": f"{sum(counts):,} images of {len(counts)} devices",
+        "tuned on": f"{sum(counts):,} images on {len(counts)} device{'s' * (len(counts) != 1)}",
         "round": f"{round_}, of {run.plan.federation.rounds} planned",
         "run": run.id,
     }

@@ -211,7 +211,7 @@ def test_the_exported_model_gives_the_evaluated_accuracy_and_loss(
     assert loss == pytest.approx(results.rounds[-1].evaluation_loss, abs=1e-3)
     card = (tmp_path / "model.md").read_text()
     assert f"{accuracy:.2%} on {len(TEST)} images that the devices held out" in card
-    assert f"tuned on | {len(TRAIN)} images of 1 devices" in card
+    assert f"tuned on | {len(TRAIN)} images on 1 device " in card
 
 
 def test_prompts_are_tuned_in_the_rounds_after_the_start_and_the_tail_is_not(
