@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from edge_client.head.layers import ACTIVATIONS, Floats, Linear, Norm, sigmoid, softmax_sums
 from edge_client.head.positions import relative_bias, turns_of
 from protocol.architecture import Architecture
+
+_SCORES = 1 << 19  # numbers that stay in a core's second cache through all steps of the softmax
 
 Tensors = Mapping[str, Floats]
 
@@ -25,17 +27,18 @@ class Block:
     def __init__(self, architecture: Architecture, tensors: Tensors, number: int) -> None:
         name = f"blocks.{number}"
         norms = [read_norm(architecture, tensors, f"{name}.norm{place}") for place in (1, 2)]
-        self._after = norms if architecture.norm_after else (None, None)
-        self._before = (None, None) if architecture.norm_after else norms
+        nothing = [None, None]
+        self._after: Sequence[Norm | None] = norms if architecture.norm_after else nothing
+        self._before: Sequence[Norm | None] = nothing if architecture.norm_after else norms
         scales = [_scale(tensors, name, place) for place in (1, 2)]
-        self._attention = Attention(architecture, tensors, number, self._before[0], scales[0])
-        self._mlp = MLP(architecture, tensors, f"{name}.mlp", self._before[1], scales[1])
+        self._layers: Sequence[Callable[[Floats], Floats]] = (
+            Attention(architecture, tensors, number, self._before[0], scales[0]),
+            MLP(architecture, tensors, f"{name}.mlp", self._before[1], scales[1]),
+        )
 
     def __call__(self, tokens: Floats) -> Floats:
         """[B, T, D] to [B, T, D]; the inputs may be overwritten."""
-        for layer, before, after in zip(
-            (self._attention, self._mlp), self._before, self._after, strict=True
-        ):
+        for layer, before, after in zip(self._layers, self._before, self._after, strict=True):
             change = layer(tokens if before is None else before.normalise(tokens))
             tokens += change if after is None else after(change)
         return tokens
@@ -63,7 +66,7 @@ class Attention:
         name = f"blocks.{number}.attn"
         self._heads = architecture.heads
         queries, keys, values = _projections(tensors, name)
-        width = len(queries.weight) // self._heads
+        width = queries.outputs // self._heads
         self._norms = [
             read_norm(architecture, tensors, f"{name}.{side}_norm")
             if f"{name}.{side}_norm.weight" in tensors
@@ -73,9 +76,9 @@ class Attention:
         self._scale = np.float32(width**-0.5)
         if self._norms[0] is None:
             queries = queries.scaled(width**-0.5)
-        self._shared = len(queries.weight) // len(keys.weight)  # queries of one key
-        self._joint = _joined([each.after(norm) for each in (queries, keys, values)])
-        self._rows = [len(queries.weight), len(keys.weight), len(values.weight)]
+        self._shared = queries.outputs // keys.outputs  # queries of one key
+        self._joint = Linear.joined([each.after(norm) for each in (queries, keys, values)])
+        self._rows = [queries.outputs, keys.outputs, values.outputs]
         gate = f"{name}.gate"
         self._gate = Linear.read(tensors, gate).after(norm) if f"{gate}.weight" in tensors else None
         out = Linear.read(tensors, f"{name}.proj").scaled(scale)
@@ -100,12 +103,11 @@ class Attention:
             queries, keys = self._turns(queries), self._turns(keys)
         if self._shared > 1:
             keys, values = (np.repeat(each, self._shared, axis=1) for each in (keys, values))
-        scores = queries @ keys.swapaxes(2, 3)  # [B, H, T, T]
-        if self._bias is not None:
-            scores += self._bias
-        sums = softmax_sums(scores)
-        mixed = scores @ values  # [B, H, T, d]
-        mixed /= sums
+        mixed = np.empty_like(queries, order="C")  # [B, H, T, d]
+        together = max(1, _SCORES // count**2)
+        for image in range(batch):
+            for head in range(0, self._heads, together):
+                self._mix(image, slice(head, head + together), queries, keys, values, mixed)
         inner = mixed.transpose(0, 2, 1, 3).reshape(batch * count, -1)
         if self._gate is not None:
             inner = inner if self._inner is None else self._inner(inner)
@@ -113,6 +115,22 @@ class Attention:
         elif self._inner is not None:
             inner = self._inner.normalise(inner)
         return self._out(inner).reshape(batch, count, -1)
+
+    def _mix(
+        self,
+        image: int,
+        heads: slice,
+        queries: Floats,
+        keys: Floats,
+        values: Floats,
+        mixed: Floats,
+    ) -> None:
+        scores = queries[image, heads] @ keys[image, heads].swapaxes(1, 2)  # [h, T, T]
+        if self._bias is not None:
+            scores += self._bias[heads]
+        sums = softmax_sums(scores)
+        np.matmul(scores, values[image, heads], out=mixed[image, heads])
+        mixed[image, heads] /= sums
 
     def _split(self, joint: Floats) -> list[Floats]:
         """Divide [B, T, rows] in queries, keys and values [B, H, T, d], without a copy."""
@@ -142,7 +160,7 @@ class MLP:
         self._gate = architecture.gate
         if f"{name}.fc1_g.weight" in tensors:
             parts = [Linear.read(tensors, f"{name}.{each}") for each in ("fc1_g", "fc1_x")]
-            first = _joined(parts)
+            first = Linear.joined(parts)
         else:
             first = Linear.read(tensors, f"{name}.fc1")
         self._first = first.after(norm)
@@ -192,19 +210,7 @@ def _projections(tensors: Tensors, name: str) -> list[Linear]:
         biases = list(np.split(tensors[f"{name}.qkv.bias"], 3))
     else:
         biases = [None] * 3
-    return [Linear(weight, bias) for weight, bias in zip(weights, biases, strict=True)]
-
-
-def _joined(layers: list[Linear]) -> Linear:
-    """Return one layer with the outputs of several, one after the other."""
-    weight = np.concatenate([layer.weight for layer in layers])
-    if all(layer.bias is None for layer in layers):
-        return Linear(weight)
-    biases = [
-        np.zeros(len(layer.weight), np.float32) if layer.bias is None else layer.bias
-        for layer in layers
-    ]
-    return Linear(weight, np.concatenate(biases))
+    return [Linear.of(weight, bias) for weight, bias in zip(weights, biases, strict=True)]
 
 
 def _scale(tensors: Tensors, block: str, place: int) -> Floats | None:

@@ -30,7 +30,7 @@ class NumpyHead:
         kernel = tensors["patch_embed.proj.weight"]
         # The kernel's channels come last: then a patch is read in longer pieces.
         rows = np.ascontiguousarray(kernel.transpose(0, 2, 3, 1)).reshape(len(kernel), -1)
-        self._embed = Linear(rows, tensors.get("patch_embed.proj.bias"))
+        self._embed = Linear.of(rows, tensors.get("patch_embed.proj.bias"))
         first = architecture.first_epsilon
         self._norms = [
             read_norm(architecture, tensors, name, first) if f"{name}.weight" in tensors else None
@@ -53,8 +53,7 @@ class NumpyHead:
         """
         architecture = self.architecture
         height, width = (
-            side * patch
-            for side, patch in zip(architecture.grid, architecture.patch, strict=True)
+            side * patch for side, patch in zip(architecture.grid, architecture.patch, strict=True)
         )
         if images.ndim != 4 or images.shape[1:] != (3, height, width):
             raise WrongShape(

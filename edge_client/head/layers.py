@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,7 +27,7 @@ class Linear:
     """A linear layer.
 
     Attributes:
-        weight: [O, I].
+        weight: [I, O]: in this order a few rows are multiplied twice as fast.
         bias: [O]; None: there is none.
     """
 
@@ -36,12 +36,34 @@ class Linear:
 
     @classmethod
     def read(cls, tensors: Mapping[str, Floats], name: str) -> Linear:
-        """Read the layer of this name."""
-        return cls(tensors[f"{name}.weight"], tensors.get(f"{name}.bias"))
+        """Read the layer of this name, whose weight is stored as [O, I]."""
+        return cls.of(tensors[f"{name}.weight"], tensors.get(f"{name}.bias"))
+
+    @classmethod
+    def of(cls, weight: Floats, bias: Floats | None) -> Linear:
+        """Return the layer with this weight [O, I]."""
+        return cls(np.ascontiguousarray(weight.T), bias)
+
+    @classmethod
+    def joined(cls, layers: Sequence[Linear]) -> Linear:
+        """Return one layer with the outputs of several, one after the other."""
+        weight = np.concatenate([layer.weight for layer in layers], axis=1)
+        if all(layer.bias is None for layer in layers):
+            return cls(weight)
+        biases = [
+            np.zeros(layer.outputs, np.float32) if layer.bias is None else layer.bias
+            for layer in layers
+        ]
+        return cls(weight, np.concatenate(biases))
+
+    @property
+    def outputs(self) -> int:
+        """The number of outputs O."""
+        return int(self.weight.shape[1])
 
     def __call__(self, inputs: Floats) -> Floats:
         """[n, I] to [n, O]."""
-        outputs = inputs @ self.weight.T
+        outputs = inputs @ self.weight
         if self.bias is not None:
             outputs += self.bias
         return outputs
@@ -52,17 +74,16 @@ class Linear:
             return self
         bias = self.bias
         if norm.bias is not None:
-            shift = self.weight @ norm.bias
+            shift = norm.bias @ self.weight
             bias = shift if bias is None else bias + shift
-        return Linear(self.weight * norm.weight, bias)
+        return Linear(self.weight * norm.weight[:, None], bias)
 
     def scaled(self, factor: Floats | float | None) -> Linear:
         """Return a layer whose outputs are multiplied by a factor, [O] or one."""
         if factor is None:
             return self
-        factors = np.broadcast_to(np.asarray(factor, np.float32), (len(self.weight),))
-        bias = None if self.bias is None else self.bias * factors
-        return Linear(np.ascontiguousarray(self.weight * factors[:, None]), bias)
+        scale = np.asarray(factor, np.float32)
+        return Linear(self.weight * scale, None if self.bias is None else self.bias * scale)
 
 
 @dataclass(frozen=True)
@@ -91,10 +112,9 @@ class Norm:
 
     def normalise(self, inputs: Floats) -> Floats:
         """Normalise without weight and bias."""
-        if self.is_rms:
-            outputs = inputs.copy()
-        else:
-            outputs = inputs - inputs.mean(axis=-1, keepdims=True)
+        outputs: Floats = inputs.copy()
+        if not self.is_rms:
+            outputs -= inputs.mean(axis=-1, keepdims=True)
         variance: Floats = np.einsum("...d,...d->...", outputs, outputs)[..., None]
         variance /= np.float32(inputs.shape[-1])
         variance += np.float32(self.epsilon)
@@ -163,7 +183,7 @@ def silu(values: Floats) -> Floats:
 def sigmoid(values: Floats) -> Floats:
     """1 / (1 + exp(-x))."""
     with np.errstate(over="ignore"):  # an infinite exponential gives the right 0
-        result: Floats = 1 / (1 + np.exp(-values))
+        result: Floats = np.float32(1) / (np.float32(1) + np.exp(-values))
     return result
 
 

@@ -41,9 +41,7 @@ class Turns:
         return turned
 
 
-def turns_of(
-    architecture: Architecture, tensors: Mapping[str, Floats], block: int
-) -> Turns | None:
+def turns_of(architecture: Architecture, tensors: Mapping[str, Floats], block: int) -> Turns | None:
     """Return the rotary positions of a block; None: the backbone has none."""
     rotary = architecture.rotary
     if rotary is None:
@@ -53,9 +51,7 @@ def turns_of(
     x = np.tile(np.arange(columns, dtype=np.float64), rows)[:, None]
     if rotary.learned is not None:
         first, second = tensors["rope.freqs"][:, block].astype(np.float64)[:, :, None]
-        along_x, along_y = (
-            (first, second) if rotary.learned == "column-row" else (second, first)
-        )
+        along_x, along_y = (first, second) if rotary.learned == "column-row" else (second, first)
         angles = x * along_x + y * along_y  # [heads, N, pairs]
     else:
         angles = np.array(rotary.start) + y * np.array(rotary.row) + x * np.array(rotary.column)
@@ -80,8 +76,8 @@ def relative_bias(
     if not tables:
         return None
     index = _offsets(*architecture.grid)
-    bias: Floats = np.ascontiguousarray(sum(table[index] for table in tables).transpose(2, 0, 1))
-    return bias
+    bias = np.sum([table[index] for table in tables], axis=0)  # [T, T, H]
+    return np.ascontiguousarray(bias.transpose(2, 0, 1), np.float32)
 
 
 def _offsets(rows: int, columns: int) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:

@@ -13,11 +13,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-from torch.nn import functional as F
+import numpy as np
+from numpy.typing import NDArray
 
+from edge_client.data.image_set import Labels
+from edge_client.model import Floats
 from edge_client.training.context import Diverged, RoundContext
+from edge_client.training.loss import cross_entropy, one_hot, softmax
 from edge_client.transport.split_client import Features, Fit, SamplesMissing, SplitPlane
 from protocol.messages import MAX_LOSS
 
@@ -29,7 +31,10 @@ _CURVATURE = 2.0  # cross-entropy has a curvature of at most 1/2 in each score
 
 # Candidates for the factor of the scores. On a few easy samples the best factor would be far larger
 # than on the samples of other devices.
-_TEMPERATURES = torch.logspace(0, 1.5, 31)
+_FACTORS = np.logspace(0, 1.5, 31)
+
+
+Doubles = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -56,19 +61,14 @@ def fit_start(context: RoundContext, plane: SplitPlane) -> StartResult:
         StepLost: the server lost its part; start the round again.
         StaleRound: the server closed the round without this participant.
     """
-    positions = torch.arange(len(context.samples))
+    positions = np.arange(len(context.samples))
     labels = context.samples.images.image_set.labels[positions]
     features = _request_features(context, plane, context.attempt).values  # (n, r)
-    classes = context.run.model.num_classes
-    one_hot = F.one_hot(labels, classes).double()  # (n, C)
-    fit = _send_sums(context, plane, features, one_hot)
+    fit = _send_sums(context, plane, features, labels)
     cache = context.samples.features
     factor, loss, cache.decay = scale_fit(fit, features, labels)
     cache.fitted = context.attempt, cache.decay
-    classifier = context.model.tail.trunk.head
-    with torch.no_grad():
-        classifier.weight.copy_(factor * fit.weight)
-        classifier.bias.copy_(factor * fit.bias)
+    context.model.set_classifier(factor * fit.weight, factor * fit.bias)
     return StartResult(len(positions), loss)
 
 
@@ -78,10 +78,6 @@ def tune_classifier(context: RoundContext, plane: SplitPlane) -> float:
     A step divides the mean gradient in each feature by a bound on the curvature of the loss, so
     that no learning rate is needed. If all devices have the same penalty, the average of one step
     on each device is the step on the pooled data, for any distribution of the classes.
-
-    The loss includes a share of the ridge regression's penalty (see `caution`). With the
-    whole penalty, the classifier of round 0 is nearly optimal, and wrong labels change it little. A
-    device computes its share in round 0; a device that restarts later uses a default.
 
     The loss includes a share of the ridge regression's penalty, see `caution`. With the whole
     penalty the classifier of round 0 is nearly optimal, and wrong labels change it little. Each
@@ -97,22 +93,21 @@ def tune_classifier(context: RoundContext, plane: SplitPlane) -> float:
     Source: Böhning, Multinomial logistic regression algorithm (1992), with a diagonal bound.
     """
     features = _known_features(context, plane)
-    tail = context.model.tail.trunk.head
     labels = context.samples.images.image_set.labels[: len(features.values)]
     steps = context.run.training.local_epochs
-    result, loss = (tail.weight.detach(), tail.bias.detach()), 0.0
+    weight, bias = _doubles(*context.model.classifier)
+    loss = 0.0
     for step in range(steps):
-        result, loss = step_classifier(*result, features, labels, context.samples.features.decay)
+        decay = context.samples.features.decay
+        (weight, bias), loss = step_classifier(weight, bias, features, labels, decay)
         context.advance("local", step + 1, steps)
-    with torch.no_grad():
-        tail.weight.copy_(result[0])
-        tail.bias.copy_(result[1])
+    context.model.set_classifier(weight, bias)
     return loss
 
 
 def step_classifier(
-    weight: Tensor, bias: Tensor, features: Features, labels: Tensor, decay: float
-) -> tuple[tuple[Tensor, Tensor], float]:
+    weight: Doubles, bias: Doubles, features: Features, labels: Labels, decay: float
+) -> tuple[tuple[Doubles, Doubles], float]:
     """Take one step of penalised logistic regression, see `tune_classifier`.
 
     Args:
@@ -128,23 +123,20 @@ def step_classifier(
     Raises:
         Diverged: the loss is not finite.
     """
-    weight, bias = weight.double(), bias.double()
-    mean, values, variances = (
-        each.double() for each in (features.mean, features.values, features.variances)
-    )
+    mean, values, variances = _doubles(features.mean, features.values, features.variances)
     # A component's factor is the inverse root of its variance here; see the server's basis.
     used = variances > 0
-    penalty = torch.where(used, decay / variances.clamp(min=1e-30), 0.0)
+    penalty = np.where(used, decay / np.maximum(variances, 1e-30), 0.0)
     bound = variances / _CURVATURE + penalty  # (r)
-    step = torch.where(used, 1 / bound.clamp(min=1e-30), 0.0)
+    step = np.where(used, 1 / np.maximum(bound, 1e-30), 0.0)
     scores = values @ weight.T + bias  # (n, C)
-    loss = F.cross_entropy(scores, labels).item()
+    loss = cross_entropy(scores, labels)
     if not 0 <= loss <= MAX_LOSS:
         raise Diverged(f"the local update has diverged: its loss is {loss:g}")
-    errors = scores.softmax(dim=1) - F.one_hot(labels, len(bias)).double()  # (n, C)
+    errors = softmax(scores) - one_hot(labels, len(bias))  # (n, C)
     slope = errors.T @ (values - mean) / len(labels)
     change = (slope + penalty * weight) * step  # (C, r)
-    return (weight - change, bias - _CURVATURE * errors.mean(dim=0) + change @ mean), loss
+    return (weight - change, bias - _CURVATURE * errors.mean(axis=0) + change @ mean), loss
 
 
 def classifier_loss(context: RoundContext, plane: SplitPlane) -> float:
@@ -156,13 +148,13 @@ def classifier_loss(context: RoundContext, plane: SplitPlane) -> float:
         StaleRound: the round's evaluation is over.
     """
     features, cache = _known_features(context, plane), context.samples.features
-    tail, variances = context.model.tail.trunk.head, features.variances.double()
+    weight, bias = _doubles(*context.model.classifier)
+    values, variances = _doubles(features.values, features.variances)
     labels = context.samples.images.image_set.labels[: len(features.values)]
-    weight = tail.weight.detach().double()  # (C, r)
-    scores = features.values.double() @ weight.T + tail.bias.detach().double()  # (n, C)
+    scores = values @ weight.T + bias  # (n, C)
     used = variances > 0
-    penalty = float((cache.decay * weight.square()[:, used] / variances[used]).sum() / 2)
-    return float(F.cross_entropy(scores, labels)) + penalty
+    penalty = float((cache.decay * np.square(weight[:, used]) / variances[used]).sum() / 2)
+    return cross_entropy(scores, labels) + penalty
 
 
 def _known_features(context: RoundContext, plane: SplitPlane) -> Features:
@@ -172,16 +164,17 @@ def _known_features(context: RoundContext, plane: SplitPlane) -> Features:
         features = _request_features(context, plane, context.start_attempt)
         # The server checks each update against the device's sums; it has lost them or has none.
         labels = context.samples.images.image_set.labels[: len(features.values)]
-        one_hot = F.one_hot(labels, context.run.model.num_classes).double()
-        _send_sums(context, plane, features.values, one_hot)
+        _send_sums(context, plane, features.values, labels)
         return features
     return cache.features
 
 
-def _send_sums(context: RoundContext, plane: SplitPlane, features: Tensor, one_hot: Tensor) -> Fit:
+def _send_sums(context: RoundContext, plane: SplitPlane, features: Floats, labels: Labels) -> Fit:
     """Send the sums of the features [n, r] in each class, and their number."""
-    sums, counts = one_hot.T @ features.double(), one_hot.sum(dim=0)
-    return plane.solve(sums.float(), counts.float(), context.attempt, len(features), context.round)
+    rows = one_hot(labels, context.run.model.num_classes)  # (n, C)
+    sums = (rows.T @ features.astype(np.float64)).astype(np.float32)
+    counts = rows.sum(axis=0).astype(np.float32)
+    return plane.solve(sums, counts, context.attempt, len(features), context.round)
 
 
 def _request_features(context: RoundContext, plane: SplitPlane, basis: int | None) -> Features:
@@ -195,7 +188,7 @@ def _request_features(context: RoundContext, plane: SplitPlane, basis: int | Non
     samples = context.samples
     if samples.uploader is None:
         raise ValueError("a closed-form start needs the server's sample cache")
-    positions = torch.arange(len(samples))
+    positions = np.arange(len(samples))
     samples.uploader.ensure(positions)
     ids = samples.uploader.ids(positions)
     for _ in range(_MAX_UPLOADS):
@@ -213,7 +206,7 @@ def _request_features(context: RoundContext, plane: SplitPlane, basis: int | Non
     return features
 
 
-def scale_fit(fit: Fit, features: Tensor, labels: Tensor) -> tuple[float, float, float]:
+def scale_fit(fit: Fit, features: Floats, labels: Labels) -> tuple[float, float, float]:
     """Choose the factor of the classifier's scores that suits a device's samples.
 
     Args:
@@ -224,22 +217,26 @@ def scale_fit(fit: Fit, features: Tensor, labels: Tensor) -> tuple[float, float,
     Returns:
         The factor, the leave-one-out cross-entropy in nats, and the penalty of later rounds.
     """
-    one_hot = F.one_hot(labels, len(fit.bias)).float()
-    scores = leave_one_out(features @ fit.weight.T + fit.bias, one_hot, fit.leverage)
+    scores = leave_one_out(
+        features @ fit.weight.T + fit.bias, one_hot(labels, len(fit.bias)), fit.leverage
+    )
     factor, loss = calibrate(scores, labels)
     return factor, loss, fit.strength / factor * caution(loss, len(fit.bias))
 
 
-def leave_one_out(scores: Tensor, one_hot: Tensor, leverage: Tensor) -> Tensor:
+def leave_one_out(
+    scores: NDArray[np.floating], rows: NDArray[np.floating], leverage: NDArray[np.floating]
+) -> Doubles:
     """Return the leave-one-out scores [n, C]: those of fits without the sample itself.
 
     Args:
         scores: scores of the fit on all samples, [n, C].
-        one_hot: one-hot labels, [n, C].
+        rows: one-hot labels, [n, C].
         leverage: weight of each sample's label in its own score, [n].
     """
-    weight = leverage.clamp(max=1 - 1e-4).unsqueeze(1)
-    return (scores - weight * one_hot) / (1 - weight)
+    weight = np.minimum(leverage.astype(np.float64), 1 - 1e-4)[:, None]
+    result: Doubles = (scores - weight * rows) / (1 - weight)
+    return result
 
 
 def caution(loss: float, classes: int) -> float:
@@ -255,13 +252,17 @@ def caution(loss: float, classes: int) -> float:
     return min(1.0, max(0.1, (loss / math.log(classes) - 0.2) / 0.3))
 
 
-def calibrate(scores: Tensor, labels: Tensor) -> tuple[float, float]:
+def calibrate(scores: NDArray[np.floating], labels: Labels) -> tuple[float, float]:
     """Return the factor of the scores with the smallest mean cross-entropy, and this loss in nats.
 
     Args:
         scores: leave-one-out scores, [n, C].
         labels: classes, int64 [n].
     """
-    losses = [F.cross_entropy(factor * scores, labels).item() for factor in _TEMPERATURES]
+    losses = [cross_entropy(factor * scores, labels) for factor in _FACTORS]
     best = min(range(len(losses)), key=losses.__getitem__)
-    return float(_TEMPERATURES[best]), losses[best]
+    return float(_FACTORS[best]), losses[best]
+
+
+def _doubles(*arrays: NDArray[np.floating]) -> tuple[Doubles, ...]:
+    return tuple(np.asarray(array, np.float64) for array in arrays)

@@ -8,13 +8,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
-import torch
-from torch import Tensor
-from torch.nn import functional as F
+import numpy as np
 
-from edge_client.model import DeviceModel
+from edge_client.data.image_set import Labels
+from edge_client.model import Floats, Model
 from edge_client.training.context import Advance, Samples
-from edge_client.transport.split_client import SplitPlane, max_samples_per_frame
+from edge_client.training.loss import cross_entropy
+from edge_client.transport.split_client import Ids, SplitPlane
 
 Item = TypeVar("Item")
 
@@ -32,9 +32,8 @@ class Evaluation:
     loss_sum: float
 
 
-@torch.no_grad()
 def evaluate(
-    model: DeviceModel,
+    model: Model,
     plane: SplitPlane,
     samples: Samples,
     *,
@@ -49,14 +48,6 @@ def evaluate(
     model sends no request.
 
     Args:
-        model: the device's model.
-        plane: the split plane of the run.
-        samples: the held-out samples.
-        round_: the round, for the names of the requests.
-        advance: called with the phase, the finished batches and all batches.
-        state: hash of the global state to evaluate; None: the newest.
-
-    Args:
         model: with the global state.
         plane: the run's.
         samples: of one set.
@@ -69,31 +60,30 @@ def evaluate(
         StaleRound: the server's global state is no longer ``state``.
     """
     correct, loss_sum = 0, 0.0
-    positions = torch.arange(len(samples))
+    positions = np.arange(len(samples))
     if samples.uploader is not None:
         samples.uploader.ensure(positions)
-    batches = positions.split(max_samples_per_frame(model.head, _BATCH)) if len(samples) else ()
+    size = model.samples_per_frame(_BATCH)
+    batches = [positions[start : start + size] for start in range(0, len(samples), size)]
 
-    def compute_smashed(batch: Tensor) -> Tensor | None:
+    def compute_smashed(batch: Labels) -> Floats | None:
         if samples.outputs is not None:
             return None
-        with torch.no_grad():  # the mode is per thread, and this runs on another
-            smashed: Tensor = model.head(samples.images.read(batch)[0], model.prompts)
-            return smashed
+        return model.smashed(samples.images.read(batch)[0])
 
     for done, (batch, smashed) in enumerate(prefetch(batches, compute_smashed), start=1):
         name = f"{step}.{done}"
 
-        def request(tensor: Tensor, name: str = name) -> Tensor:
-            return plane.infer(tensor, step=name, round_=round_, state=state)
+        def request(sent: Floats | Ids, name: str = name) -> Floats:
+            return plane.infer(sent, step=name, round_=round_, state=state)
 
         if smashed is None:
             features = samples.request_with_batch(batch, None, request)
         else:
             features = smashed if model.is_whole else request(smashed)
         logits, labels = model.classify(features), samples.images.image_set.labels[batch]
-        correct += int((logits.argmax(dim=1) == labels).sum())
-        loss_sum += F.cross_entropy(logits, labels, reduction="sum").item()
+        correct += int((logits.argmax(axis=1) == labels).sum())
+        loss_sum += cross_entropy(logits, labels) * len(labels)
         advance("evaluate", done, len(batches))
     return Evaluation(len(samples), correct, loss_sum)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from edge_client.data.batches import shuffled
-from edge_client.model import DeviceModel
+from edge_client.torch_model import TorchModel
 from edge_client.training.split_training import train_tail
 from protocol.codecs import get_codec
 from protocol.codecs.registry import as_decoded
@@ -76,7 +76,7 @@ def _observe_round(
     basis: Basis | None,
 ) -> ObservedRound:
     published = copy.deepcopy(model.tail)
-    device = DeviceModel(model.head, model.tail, None, model.train.preprocessing)
+    device = TorchModel(model.head, model.tail, None, model.train.preprocessing)
     training, wire = plan.training, plan.wire
     on_server = make_optimizer(training, prompts, None)
     on_device = make_optimizer(training, None, None if basis else model.tail)

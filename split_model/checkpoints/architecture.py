@@ -148,9 +148,7 @@ def _rotary(settings: ModelPlan, model: Any) -> Rotary | None:
     angles = _angles(rope, (rows, columns), layout)  # [rows, columns, pairs]
     start = angles[0, 0]
     row, column = _step(angles[:, 0] - start), _step(angles[0] - start)
-    return Rotary(
-        layout=layout, start=_rounded(start), row=_rounded(row), column=_rounded(column)
-    )
+    return Rotary(layout=layout, start=_rounded(start), row=_rounded(row), column=_rounded(column))
 
 
 def _angles(rope: Any, grid: tuple[int, int], layout: str) -> Tensor:
