@@ -1,4 +1,4 @@
-"""How a device computes a head from the tensors of its file: what their names and shapes leave open.
+"""How a device computes a head: what names and shapes of its tensors leave open.
 
 The server describes the backbone once, in the head file's metadata. With this map and section 6 of
 SPEC.md a device needs no library of vision models.

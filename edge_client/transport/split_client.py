@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from protocol.arrays import Array, Generator
 
 from edge_client.transport.client import Server
+from protocol.arrays import Array, Generator
 from protocol.errors import Busy, MalformedFrame, SFPromptError
 from protocol.frames import Frame, require_kind
 from protocol.messages import SAMPLE_ID_BYTES, BodyStepMeta, ExchangeMeta

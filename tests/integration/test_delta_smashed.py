@@ -15,6 +15,7 @@ from torch import Tensor
 
 from edge_client.data.dataset import Dataset
 from edge_client.participant import Participant
+from edge_client.torch_model import read
 from edge_client.training.split_training import Sample
 from edge_client.transport.client import Server
 from edge_client.transport.split_client import Payload, SamplesMissing
@@ -296,7 +297,7 @@ def test_the_codec_s_error_corrects_the_gradient(
     model = device_model()
     with torch.no_grad():
         model.prompts.copy_(corrected.initial["prompts"])
-    images, _ = corrected.participant.samples.train.images.read(range(SAMPLES))
+    images, _ = read(corrected.participant.samples.train.images, range(SAMPLES))
     smashed = model.head(images, model.prompts)
     smashed.backward(weight * (smashed.detach() - as_decoded(smashed.detach(), "int4")))
     moved = corrected.states[0]["prompts"] - without.states[0]["prompts"]

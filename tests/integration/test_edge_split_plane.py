@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from xxhash import xxh3_64_intdigest
 
+from edge_client.torch_model import wire_shape
 from edge_client.transport.client import Server
 from edge_client.transport.split_client import SamplesMissing, SplitPlane
 from protocol.errors import InvalidField, MalformedFrame, StaleRound, StepLost, UnsupportedVersion
@@ -27,7 +28,8 @@ META = ExchangeMeta(session="s", round=3, attempt=1, number=1, steps=2)
 
 def plane(server: Server, prompt_at: str = "input", **wire: Any) -> SplitPlane:
     model = SMALL.model_copy(update={"prompt_at": prompt_at})
-    return SplitPlane(server, RunPlan(model=model, wire=WirePlan.model_validate(wire)))
+    plan = RunPlan(model=model, wire=WirePlan.model_validate(wire))
+    return SplitPlane(server, plan, wire_shape(model, plan.wire.pooled_features))
 
 
 def frame(kind: str, name: str, tensor: Tensor, codec: str = "float32") -> bytes:
