@@ -20,6 +20,7 @@ from edge_client.run_samples import RunSamples, open_samples, split_validation
 from edge_client.storage.blob_cache import BlobCache
 from edge_client.storage.run_memory import RunMemory
 from edge_client.training import Diverged, Evaluation, Proximal, RoundContext, evaluate
+from edge_client.training.prediction_counts import PredictionCounter
 from edge_client.transport.client import Server
 from protocol.errors import (
     Conflict,
@@ -313,6 +314,7 @@ class JoinedRun:
             round_=assignment.round,
             advance=self._reporter.advance,
             state=assignment.state.sha256,
+            counter=PredictionCounter() if self._settings.training.reports_classes else None,
         )
         if not 0 <= result.loss_sum <= MAX_LOSS * result.samples:  # NaN too
             self._report("left-behind", assignment, "the global state has diverged")
@@ -327,6 +329,7 @@ class JoinedRun:
             loss_sum=result.loss_sum,
             selection_loss=None if selection is None else selection[0],
             selection_samples=0 if selection is None else selection[1],
+            predictions=result.predictions,
         )
         self._server.send_evaluation(self.run.id, report)
         if report.samples:

@@ -18,6 +18,7 @@ from protocol.errors import InvalidField
 from protocol.nearest import nearest_field
 from protocol.parts import Text
 from protocol.plan import RunPlan
+from protocol.quality import PredictionCounts
 from protocol.settings import RunSettings
 
 __all__ = [
@@ -265,11 +266,15 @@ class EvaluationReport(Message):
     loss_sum: float
     selection_loss: Loss | None = None  # by which the server selects a state; see SPEC, section 9
     selection_samples: Count = 0  # behind this mean
+    predictions: PredictionCounts | None = None  # with training.report_classes
 
     @model_validator(mode="after")
     def _check_correct(self) -> EvaluationReport:
         if self.correct > self.samples:
             raise ValueError(f"correct ({self.correct}) is above samples ({self.samples})")
+        counts = self.predictions
+        if counts is not None and (counts.samples, counts.correct) != (self.samples, self.correct):
+            raise ValueError("samples and correct differ from those of predictions")
         return self
 
 

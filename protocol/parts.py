@@ -127,6 +127,18 @@ class TrainingSettings(Message):
         "device replaces at random; none: labels are not replaced",
     )
 
+    report_classes: bool | None = Field(
+        None,
+        description="devices report how many held-out images of each class they predict as which "
+        "class, and how confidently; false: only how many they predict right; none: true unless "
+        "label_epsilon is set",
+    )
+
+    @property
+    def reports_classes(self) -> bool:
+        """Whether devices report their predictions by class."""
+        return self.label_epsilon is None if self.report_classes is None else self.report_classes
+
     @model_validator(mode="after")
     def _check_nesterov(self) -> TrainingSettings:
         if self.nesterov and (self.optimizer != "sgd" or self.momentum == 0):

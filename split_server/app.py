@@ -28,6 +28,7 @@ from split_server.engine.metrics import EngineFigures
 from split_server.federation.advance import RunAdvancer
 from split_server.federation.credentials import Credentials, load_operator_token, load_secret
 from split_server.federation.liveness import Liveness
+from split_server.federation.reader import RunReader
 from split_server.federation.removals import Removals
 from split_server.federation.runs import RunRegistry
 from split_server.federation.service import FederationService
@@ -133,6 +134,7 @@ def build_services(
         runs=runs,
         advancer=advancer,
         federation=FederationService(runs, advancer, credentials, liveness, link),
+        reader=RunReader(runs, liveness),
         removals=Removals(runs, advancer, liveness),
         notifier=notifier,
         body_budget=BodyBudget(settings.request_bodies_bytes, engine.busy_error),

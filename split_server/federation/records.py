@@ -207,11 +207,13 @@ def count_evaluation(
             run_id=run_id,
             participant_id=participant_id,
             received_at=at,
-            **report.model_dump(),
+            **report.model_dump(exclude={"predictions"}),
+            predictions=report.predictions and report.predictions.model_dump(mode="json"),
         )
     )
     idempotent.remember(session, {}, at)
-    data: dict[str, Any] = report.model_dump(exclude={"loss_sum", "selection_samples"})
+    hidden = {"loss_sum", "selection_samples", "predictions"}
+    data: dict[str, Any] = report.model_dump(exclude=hidden)
     if report.selection_loss is None:
         data.pop("selection_loss")
     record_event(session, run_id, at, "evaluation_counted", participant=participant_id, **data)

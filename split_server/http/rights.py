@@ -72,6 +72,7 @@ RIGHTS = (
     _right("DELETE", _RUN, _OPERATOR),
     _right("POST", f"{_RUN}/cancel", _OPERATOR),
     _right("GET", f"{_RUN}/results", _PARTICIPANT, _OPERATOR),
+    _right("GET", f"{_RUN}/rounds/{{round_}}/evaluation", _OPERATOR),
     _right("GET", f"{_RUN}/events", _PARTICIPANT, _OPERATOR),
     _right("POST", f"{_RUN}/participants", _JOINER, _OPERATOR),
     _right("DELETE", f"{_RUN}/participants/me", _PARTICIPANT),

@@ -11,6 +11,7 @@ from split_server.engine.metrics import EngineFigures
 from split_server.federation.advance import RunAdvancer
 from split_server.federation.credentials import Credentials
 from split_server.federation.liveness import Liveness
+from split_server.federation.reader import RunReader
 from split_server.federation.removals import Removals
 from split_server.federation.runs import RunRegistry
 from split_server.federation.service import FederationService
@@ -41,6 +42,7 @@ class Services:
     runs: RunRegistry
     advancer: RunAdvancer
     federation: FederationService
+    reader: RunReader
     removals: Removals
     notifier: Notifier
     body_budget: BodyBudget

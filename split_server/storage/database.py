@@ -17,7 +17,7 @@ from protocol.errors import InvalidField
 from protocol.messages import BlobRef
 from split_server.storage.run_files import StateRefs
 
-SCHEMA_VERSION = 8
+SCHEMA_VERSION = 9
 
 
 class Base(DeclarativeBase):
@@ -171,6 +171,7 @@ class EvaluationRow(_RoundEntry, Base):
     loss_sum: Mapped[float]
     selection_loss: Mapped[float | None]
     selection_samples: Mapped[int]
+    predictions: Mapped[dict[str, Any] | None]  # `PredictionCounts`
 
 
 class EventRow(Base):

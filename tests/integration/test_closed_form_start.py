@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from edge_client.transport.client import Server
 from edge_client.transport.split_client import Features
 from protocol.errors import InvalidField, NotFound
 from protocol.messages import Assignment, Results, RunStatus
+from protocol.quality import EvaluationView
 from protocol.settings import RunSettings
 from split_model.backbone.weights import open_backbone
 from split_model.checkpoints.export import load_exported
@@ -209,6 +211,11 @@ def test_the_exported_model_gives_the_evaluated_accuracy_and_loss(
     assert accuracy == results.rounds[-1].accuracy
     loss = F.cross_entropy(logits, labels).item()
     assert loss == pytest.approx(results.rounds[-1].evaluation_loss, abs=1e-3)
+    view = EvaluationView.model_validate(
+        server.operator().call("GET", f"/v1/runs/{run}/rounds/0/evaluation").json()
+    )
+    pairs = Counter(zip(labels.tolist(), logits.argmax(dim=1).tolist(), strict=True))
+    assert {(label, column): n for label, column, n in view.confusion} == pairs
     card = (tmp_path / "model.md").read_text()
     assert f"{accuracy:.2%} on {len(TEST)} images that the devices held out" in card
     assert f"tuned on | {len(TRAIN)} images on 1 device " in card

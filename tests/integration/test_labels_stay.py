@@ -38,7 +38,7 @@ FEDERATION = {
     ),
     "evaluation": (
         {"round", "attempt", "samples", "correct", "loss_sum"}
-        | {"selection_loss", "selection_samples"},
+        | {"selection_loss", "selection_samples", "predictions"},
         [set()],
     ),
 }
@@ -86,20 +86,21 @@ FOLLOWS = {
         *(f"update.{name}" for name in LINEAR),
         *("update.base", "update.train_loss", "update.local_loss"),
         *("evaluation.correct", "evaluation.loss_sum", "evaluation.selection_loss"),
+        "evaluation.predictions",
         "infer.state",
     },
     "prompts": {
         *("solve.sums", "solve.counts", "exchange.gradients"),
         *(f"update.{name}" for name in LINEAR),
         *("update.base", "update.train_loss", "evaluation.correct", "evaluation.loss_sum"),
-        *("evaluation.selection_loss", "infer.state"),
+        *("evaluation.predictions", "evaluation.selection_loss", "infer.state"),
     },
     # The device tunes the prompts in its head, so that smashed data change with them.
     "paper": {
         *("forward.smashed", "backward.gradients", "infer.smashed", "infer.state"),
         *(f"update.{name}" for name in {*TAIL, "prompts"}),
         *("update.train_loss", "update.local_loss"),
-        *("evaluation.correct", "evaluation.loss_sum"),
+        *("evaluation.correct", "evaluation.loss_sum", "evaluation.predictions"),
     },
 }
 

@@ -35,6 +35,8 @@ EXPORTED = {
     "SAMPLE_ID_BYTES SamplesMeta Seconds Sha256 StartMeta StepId StepMeta Task UpdateMeta "
     "UpdateReceipt parse_message",
     "nearest": "nearest_field nearest_name",
+    "quality": "CONFIDENCE_BINS ClassQuality ConfidenceBin DeviceQuality EvaluationView MAX_CELLS "
+    "PredictionCounts Quality",
     "seeds": "derive_seed",
     "parts": "BackboneSettings ClassName CodecName Fit Text TrainingSettings WireSettings",
     "plan": "ModelPlan PromptDepth PromptPlacement PruningScore RunPlan TrainingPlan "
