@@ -17,7 +17,7 @@ def test_every_phase_of_a_device_has_its_place(phase: str) -> None:
 
 @pytest.mark.parametrize("more", [{}, {"seconds": 3.0}], ids=["for others", "for the server"])
 def test_a_device_that_waits_says_why(more: dict[str, float]) -> None:
-    """What `edge_client.participant` reports while others join, and `edge_client.cli` in outages."""
+    """What `edge_client.participant` reports while others join, `edge_client.cli` in outages."""
     written = io.StringIO()
     console = Console(file=written, force_terminal=True, width=100)
     with LiveView(console, ["device-1"], 2) as view:
