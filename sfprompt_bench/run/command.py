@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -11,17 +10,15 @@ import typer
 from rich.console import Console
 
 from edge_client.data.partition import SCHEMES, parse_scheme
-from protocol.errors import NotFound
 from protocol.presets import Form
 from protocol.settings import RunSettings
 from sfprompt_bench.presets import (
     PRESETS,
     DTypeOption,
     JsonFile,
-    Preset,
-    preset_named,
     with_changes,
 )
+from sfprompt_bench.run.choice import choose_preset
 from sfprompt_bench.run.preflight import check_packages, make_run_folder
 
 FormOption = Annotated[
@@ -86,7 +83,7 @@ def run(
     """Tune with one server and several devices on this machine, and report bytes and accuracy."""
     check_packages()
     scheme = parse_scheme(partition)
-    preset = _choose_preset(data, form, image_size)
+    preset = choose_preset(data, form, image_size)
     # Imported here: torch takes seconds to import, which help and errors do not need.
     from sfprompt_bench.run.local_run import LocalRun
     from sfprompt_bench.run.report import result_table, write_files
@@ -114,29 +111,6 @@ def run(
         console.print(f"  {path}", highlight=False)
     if json_file is not None:
         json_file.write_text(json.dumps(figures, indent=2) + "\n")
-
-
-def _choose_preset(data: str, form: Form, image_size: int | None) -> Preset:
-    """Return the preset of a data set, or the one made for a folder of images."""
-    if data in PRESETS:
-        preset = preset_named(data, form)
-        if image_size is None:
-            return preset
-        settings = with_changes(preset.settings, {"model": {"image_size": image_size}})
-        return replace(preset, settings=settings)
-    kind, colon, path = data.partition(":")
-    root = Path(path if colon else data).expanduser()
-    if (kind == "folder" and path) or root.is_dir():
-        from sfprompt_bench.run.own_images import folder_preset  # imports Pillow
-
-        return folder_preset(root, form, image_size)
-    raise NotFound(
-        "this names no data set for a run",
-        field="data",
-        limit=[*PRESETS, "folder:PATH"],
-        value=data,
-        hint="your own images: --data folder:PATH, with one folder for each class",
-    )
 
 
 def _with_options(

@@ -10,7 +10,7 @@ from PIL import Image
 from edge_client.data.errors import MissingDataError
 from protocol.errors import InvalidField
 from protocol.presets import FORMS
-from sfprompt_bench.run.command import _choose_preset
+from sfprompt_bench.run.choice import choose_preset
 from sfprompt_bench.run.own_images import folder_preset
 
 
@@ -39,8 +39,8 @@ def test_classes_are_the_folders_and_the_size_follows_the_images(
 @pytest.mark.parametrize("form", FORMS)
 def test_a_folder_is_named_with_or_without_its_kind(tmp_path: Path, form: str) -> None:
     root = photos(tmp_path, 28, "a", "b")
-    plain = _choose_preset(str(root), form, None)
-    assert plain == _choose_preset(f"folder:{root}", form, None)
+    plain = choose_preset(str(root), form, None)
+    assert plain == choose_preset(f"folder:{root}", form, None)
 
 
 def test_files_that_are_no_pictures_do_not_matter_for_the_size(tmp_path: Path) -> None:
