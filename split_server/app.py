@@ -132,7 +132,7 @@ def build_services(
         figures=figures,
         samples=samples,
         labels=labels,
-        stand_ins=StandIns(runs, federation, starts, starts.reader, labels),
+        stand_ins=StandIns(runs, federation, starts, labels),
         starts=starts,
         store=store,
         meter=meter,

@@ -80,19 +80,17 @@ class Measured:
 
     Attributes:
         decay: penalty of the classifier's steps, from round 0.
-        held_out: features of the test samples, [m, r]; None: not computed yet.
+        held_out: features of the test samples, [m, r].
     """
 
     decay: float
-    held_out: Tensor | None = None
+    held_out: Tensor
 
 
 def write_measured(path: Path, measured: Measured) -> None:
     """Write it; it is durable on return."""
-    tensors = {"decay": torch.tensor(measured.decay, dtype=torch.float64)}
-    if measured.held_out is not None:
-        tensors["held_out"] = measured.held_out
-    write_named_tensors(path, tensors)
+    decay = torch.tensor(measured.decay, dtype=torch.float64)
+    write_named_tensors(path, {"decay": decay, "held_out": measured.held_out})
 
 
 def read_measured(path: Path) -> Measured | None:
@@ -104,4 +102,4 @@ def read_measured(path: Path) -> Measured | None:
     if not path.is_file():
         return None
     tensors = read_tensors(path)
-    return Measured(float(tensors["decay"]), tensors.get("held_out"))
+    return Measured(float(tensors["decay"]), tensors["held_out"])

@@ -1,9 +1,12 @@
-"""The features of a participant whose labels the server has, in the basis of round 0."""
+"""The features of a participant whose labels the server has, in the basis of round 0.
+
+They are in files once the participant has taken part: from then on the server needs no sample.
+"""
 
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -15,7 +18,7 @@ from split_server.closed_form.known import read_known
 from split_server.closed_form.result import Solved, read_solved
 from split_server.closed_form.start import ClosedFormStarts
 from split_server.closed_form.sums import Sums
-from split_server.closed_form.tokens import BATCH, TokenReader
+from split_server.closed_form.tokens import BATCH
 from split_server.federation.runs import RunRegistry
 from split_server.federation.snapshot import RunSnapshot
 from split_server.runtime.aio import run_on
@@ -34,16 +37,17 @@ class SamplesGone(Exception):
 
 
 @dataclass(frozen=True)
-class TrainFeatures:
-    """A participant's training samples as later rounds use them.
+class Prepared:
+    """A participant's samples as the rounds after round 0 use them.
 
     Attributes:
-        features: with mean and variances of all participants'.
-        decay: penalty of the classifier's steps.
+        train: features of the training samples, with mean and variances of all participants'; None:
+            it has none.
+        measured: the penalty of the classifier's steps, and features of the test samples.
     """
 
-    features: Features
-    decay: float
+    train: Features | None
+    measured: Measured
 
 
 @dataclass(frozen=True)
@@ -52,84 +56,88 @@ class LabelledFeatures:
 
     Args:
         runs: the runs.
-        starts: compute the features of training samples.
-        reader: computes what the tail reads of test samples.
+        starts: compute features.
         threads: compute, and access files.
     """
 
     runs: RunRegistry
     starts: ClosedFormStarts
-    reader: TokenReader
     threads: ThreadPoolExecutor
 
-    async def train(
-        self, run: RunSnapshot, participant: str, samples: LabelledSamples
-    ) -> TrainFeatures:
-        """Return the training samples' features; one that came after round 0 gets them now.
+    async def prepared(self, run: RunSnapshot, participant: str, labels: SharedLabels) -> Prepared:
+        """Return a participant's features; one that came after round 0 gets them now.
 
         Raises:
             SamplesGone: the device has to send the samples again.
         """
-        found = await run_on(self.threads, partial(self._read_train, run, participant))
+        has_train = bool(len(labels.train))
+        read = partial(self._read, run, participant, has_train=has_train)
+        found = await run_on(self.threads, read)
         if found is not None:
             return found
+        train = await self._later(run, participant, labels.train) if has_train else None
+        decay = train.strength / USUAL_FACTOR if train is not None else 0.0
+        attempt = _attempt(run)
+        measured = await self.keep(run, participant, attempt, decay, labels.test.ids)
+        return Prepared(train, measured)
+
+    async def keep(
+        self, run: RunSnapshot, participant: str, attempt: int, decay: float, test: list[bytes]
+    ) -> Measured:
+        """Compute the features of the test samples, and keep them with the penalty in a file.
+
+        Args:
+            run, participant: whose.
+            attempt: at round 0, in whose basis the features are.
+            decay: the penalty.
+            test: ids of the test samples.
+
+        Raises:
+            SamplesGone: the device has to send the samples again.
+        """
+        files = self.runs.files(run.id)
+        solved = await run_on(self.threads, partial(read_solved, files.basis(attempt)))
+        features = [torch.zeros(0, len(solved.basis.scale))]
+        for first in range(0, len(test), BATCH):
+            ids = test[first : first + BATCH]
+            tokens = await self.starts.reader.read(run, Owner(run.id, participant), ids)
+            if tokens is None:
+                raise SamplesGone
+            project = partial(solved.basis.project, tokens.float().cpu())
+            features.append((await run_on(self.threads, project)).flatten(1))
+        measured = Measured(decay, torch.cat(features))
+        path = files.measured(attempt, participant)
+        await run_on(self.threads, partial(write_measured, path, measured))
+        return measured
+
+    async def _later(
+        self, run: RunSnapshot, participant: str, samples: LabelledSamples
+    ) -> Features:
         later = await self.starts.later.features(run.id, participant, samples.ids)
         if isinstance(later, list):
             raise SamplesGone
         decoded = as_decoded(later.values, run.plan.wire.start).flatten(1)
         sums = Sums(*one_hot_sums(decoded, samples.labels, run.plan.model.num_classes))
         await self.starts.later.classifier(run.id, participant, sums)
-        features = Features(decoded, later.mean, later.variances, later.strength)
-        decay = later.strength / USUAL_FACTOR
-        path = self.runs.files(run.id).measured(_attempt(run), participant)
-        await run_on(self.threads, partial(write_measured, path, Measured(decay)))
-        return TrainFeatures(features, decay)
+        return Features(decoded, later.mean, later.variances, later.strength)
 
-    def _read_train(self, run: RunSnapshot, participant: str) -> TrainFeatures | None:
+    def _read(self, run: RunSnapshot, participant: str, *, has_train: bool) -> Prepared | None:
         files = self.runs.files(run.id)
-        known = read_known(files.known(_attempt(run), participant))
         measured = read_measured(files.measured(_attempt(run), participant))
-        if known is None or measured is None:
+        if measured is None:
             return None
-        solved = self._solved(run)
-        strength = solved.classifier.strength / max(1, solved.classifier.count)
-        features = Features(known.features, solved.mean, solved.variances, strength)
-        return TrainFeatures(features, measured.decay)
+        if not has_train:
+            return Prepared(None, measured)
+        known = read_known(files.known(_attempt(run), participant))
+        if known is None:
+            return None
+        solved = read_solved(run.basis_file(files))
+        return Prepared(_features(known.features, solved), measured)
 
-    async def held_out(
-        self, run: RunSnapshot, participant: str, labels: SharedLabels
-    ) -> tuple[Tensor, Tensor]:
-        """Return features [m, r] and labels [m] of the test samples.
 
-        Raises:
-            SamplesGone: the device has to send the samples again.
-        """
-        path = self.runs.files(run.id).measured(_attempt(run), participant)
-        measured = await run_on(self.threads, partial(read_measured, path)) or Measured(0.0)
-        features = measured.held_out
-        if features is None:
-            features = await self._compute(run, participant, labels.test.ids)
-            # Only behind the decay, which says that the participant has taken part.
-            if len(labels.train) == 0 or path.is_file():
-                kept = replace(measured, held_out=features)
-                await run_on(self.threads, partial(write_measured, path, kept))
-        return features, labels.test.labels
-
-    async def _compute(self, run: RunSnapshot, participant: str, ids: list[bytes]) -> Tensor:
-        solved = await run_on(self.threads, partial(self._solved, run))
-        features = [torch.zeros(0, len(solved.basis.scale))]
-        for first in range(0, len(ids), BATCH):
-            tokens = await self.reader.read(
-                run, Owner(run.id, participant), ids[first : first + BATCH]
-            )
-            if tokens is None:
-                raise SamplesGone
-            project = partial(solved.basis.project, tokens.float().cpu())
-            features.append((await run_on(self.threads, project)).flatten(1))
-        return torch.cat(features)
-
-    def _solved(self, run: RunSnapshot) -> Solved:
-        return read_solved(run.basis_file(self.runs.files(run.id)))
+def _features(values: Tensor, solved: Solved) -> Features:
+    strength = solved.classifier.strength / max(1, solved.classifier.count)
+    return Features(values, solved.mean, solved.variances, strength)
 
 
 def _attempt(run: RunSnapshot) -> int:

@@ -21,17 +21,14 @@ from protocol.messages import EvaluationReport, Task
 from split_model.linear_fit import Fit, one_hot_sums
 from split_server.closed_form.start import ClosedFormStarts
 from split_server.closed_form.sums import Sums
-from split_server.closed_form.tokens import TokenReader
 from split_server.federation.rounds import next_task
 from split_server.federation.runs import RunRegistry
 from split_server.federation.service import FederationService
 from split_server.federation.snapshot import OpenRound, RunSnapshot
 from split_server.runtime.aio import run_on
 from split_server.shared_labels.labels import (
-    Measured,
     SharedLabels,
     read_labels,
-    write_measured,
 )
 from split_server.shared_labels.receipt import LabelReceipt
 from split_server.shared_labels.samples import LabelledFeatures, SamplesGone
@@ -54,7 +51,6 @@ class StandIns:
         runs: the runs.
         federation: takes the updates and evaluations.
         starts: computes round 0.
-        reader: computes what the tail reads.
         receipt: deletes labels whose samples are gone.
     """
 
@@ -63,13 +59,12 @@ class StandIns:
         runs: RunRegistry,
         federation: FederationService,
         starts: ClosedFormStarts,
-        reader: TokenReader,
         receipt: LabelReceipt,
     ) -> None:
         self._runs, self._federation, self._starts = runs, federation, starts
         self._receipt = receipt
         self._threads = ThreadPoolExecutor(_THREADS, "split-stand-in")
-        self._features = LabelledFeatures(runs, starts, reader, self._threads)
+        self._features = LabelledFeatures(runs, starts, self._threads)
         self._working: dict[tuple[str, str], asyncio.Task[None]] = {}
 
     def close(self) -> None:
@@ -140,27 +135,27 @@ class StandIns:
         strength = classifier.strength / max(1, classifier.count)
         fit = Fit(classifier.weight, classifier.bias, leverage, strength)
 
-        def send() -> None:
-            update, decay = start_update(open_round, fit, decoded, samples.labels)
-            path = self._runs.files(run.id).measured(attempt, participant)
-            write_measured(path, Measured(decay))
-            self._send(run, participant, update)
-
-        await run_on(self._threads, send)
+        scale = partial(start_update, open_round, fit, decoded, samples.labels)
+        update, decay = await run_on(self._threads, scale)
+        # Before the update, so that afterwards the server needs no sample.
+        await self._features.keep(run, participant, attempt, decay, labels.test.ids)
+        await run_on(self._threads, partial(self._send, run, participant, update))
 
     async def _step(
         self, run: RunSnapshot, open_round: OpenRound, participant: str, labels: SharedLabels
     ) -> None:
         """Do the steps of a later round."""
-        train = await self._features.train(run, participant, labels.train)
+        prepared = await self._features.prepared(run, participant, labels)
+        if (features := prepared.train) is None:
+            raise SamplesGone
 
         def send() -> None:
             update = step_update(
                 open_round,
                 self._runs.files(run.id).read_state(run.state),
-                train.features,
+                features,
                 labels.train.labels,
-                train.decay,
+                prepared.measured.decay,
                 run.plan.training.local_epochs,
             )
             self._send(run, participant, update)
@@ -171,17 +166,18 @@ class StandIns:
         self, run: RunSnapshot, open_round: OpenRound, participant: str, labels: SharedLabels
     ) -> None:
         """Measure the newest global state."""
+        prepared = await self._features.prepared(run, participant, labels)
+        measured = prepared.measured
         train = None
-        if len(labels.train):
-            found = await self._features.train(run, participant, labels.train)
-            train = found.features, labels.train.labels, found.decay
-        held_out = await self._features.held_out(run, participant, labels)
+        if prepared.train is not None:
+            train = prepared.train, labels.train.labels, measured.decay
 
         def send() -> None:
             state = self._runs.files(run.id).read_state(run.state)
             with torch.no_grad():
-                measured = report(open_round, run.plan, state, held_out, train)
-            self._send_report(run, participant, measured)
+                held_out = measured.held_out, labels.test.labels
+                result = report(open_round, run.plan, state, held_out, train)
+            self._send_report(run, participant, result)
 
         await run_on(self._threads, send)
 

@@ -25,7 +25,7 @@ from split_server.storage.run_files import RunFiles
 from tests.integration.test_closed_form_start import at_once, settings, take_part
 from tests.support.edge import CLASSES, image_set
 from tests.support.reporters import SilentReporter
-from tests.support.server import RunningServer, code_of
+from tests.support.server import RunningServer, code_of, running_server, wait_until
 
 
 def confused(images: ImageSet) -> ImageSet:
@@ -201,3 +201,16 @@ def test_a_device_may_stay_until_the_run_ends(server: RunningServer, tmp_path: P
     upload(server, tmp_path, run, 0)
     with closing(Server(server.url)) as client:
         assert succeeded(join(client, tmp_path, run, 1).take_part())
+
+
+def test_a_restarted_server_needs_no_device_after_round_0(tmp_path: Path) -> None:
+    node = tmp_path / "node"
+    with running_server(node) as before:
+        run = create(before, "shared", rounds=400)
+        for place in range(2):
+            upload(before, tmp_path, run, place)
+        wait_until(lambda: len(results_of(before, run).rounds) > 2, 60)
+    with running_server(node) as after:
+        seen = len(results_of(after, run).rounds)
+        assert seen < 400, "the run was over before the restart"
+        wait_until(lambda: len(results_of(after, run).rounds) > seen + 2, 60)
