@@ -20,6 +20,8 @@ EXPORTED = {
     "InvalidField InvalidRequest MalformedFrame NonFinite NotFound Removed RunClosed SFPromptError "
     "StaleRound StepLost TooLarge Unauthorized UnknownCodec Unreachable UnsupportedVersion "
     "WrongShape error_from_wire",
+    "combinations": "list_refusals",
+    "labels": "LabelUse SHARED label_epsilon",
     "federation": "AggregationRule FederationSettings ServerOptimizer",
     "presets": "FORMS Form over_form",
     "method": "Fields GROUP MethodSettings installed_method_names load_class "
@@ -47,8 +49,8 @@ EXPORTED = {
     "checksums": "JSONChecksum Pieces",
     "printable": "printable printable_lines",
     "wire": "BACKWARD_PATH CHECKSUM_HEADER EXCHANGE_PATH FLOAT32_BYTES FORWARD_PATH "
-    "FRAME_MEDIA_TYPE IDEMPOTENCY_HEADER INFER_PATH MISSING_PATH PROTOCOL_VERSION "
-    "REQUEST_ID_HEADER SAMPLES_PATH SOLVE_PATH START_PATH VERSION_HEADER",
+    "FRAME_MEDIA_TYPE IDEMPOTENCY_HEADER INFER_PATH LABELS_PATH MISSING_PATH "
+    "PROTOCOL_VERSION REQUEST_ID_HEADER SAMPLES_PATH SOLVE_PATH START_PATH VERSION_HEADER",
 }
 
 FOLDER = Path(protocol.__file__).parent
