@@ -48,6 +48,11 @@ _SUBCOMMANDS = {
         "Show a run's rounds: updates, losses, accuracy, traffic, and the privacy budget spent.",
         ("split-server results RUN --json",),
     ),
+    "evaluation": Subcommand(
+        "split_server.commands.evaluation",
+        "Show how well a round's model classifies held-out images, by device and by class.",
+        ("split-server evaluation RUN", "split-server evaluation RUN --round best --json"),
+    ),
     "cancel": Subcommand(_RUNS, "Stop a run; its devices learn of it with their next request."),
     "remove-device": Subcommand(
         _RUNS,
@@ -57,12 +62,16 @@ _SUBCOMMANDS = {
     ),
     "delete": Subcommand(_RUNS, "Delete the rows and files of a run that is over."),
     "export": Subcommand(
-        _RUNS,
-        "Write the complete tuned model to one safetensors file. Needs no running server.",
-        ("split-server export RUN --out model.safetensors",),
+        "split_server.commands.export",
+        "Write a run's complete tuned model, and its card. Needs no running server.",
         (
-            "Use the file with: edge-client predict model.safetensors photos/, or, in a program, "
-            "sfprompt.load_exported('model.safetensors')(images)",
+            "split-server export RUN --out model.safetensors",
+            "split-server export RUN --out model.onnx --round best",
+            "split-server export RUN --out model  # a folder for timm.create_model",
+        ),
+        (
+            "Use a safetensors file with: edge-client predict model.safetensors photos/, or, in a "
+            "program, sfprompt.load_exported('model.safetensors')(images)",
         ),
     ),
 }

@@ -15,6 +15,8 @@ from torch.nn import functional as F
 from edge_client.model import DeviceModel
 from edge_client.training.context import Advance, Samples
 from edge_client.transport.split_client import SplitPlane, max_samples_per_frame
+from protocol.quality import PredictionCounts
+from split_model.prediction_counts import PredictionCounter
 
 Item = TypeVar("Item")
 
@@ -30,6 +32,7 @@ class Evaluation:
     samples: int
     correct: int
     loss_sum: float
+    predictions: PredictionCounts | None = None
 
 
 @torch.no_grad()
@@ -42,6 +45,7 @@ def evaluate(
     round_: int,
     advance: Advance,
     state: str | None = None,
+    counter: PredictionCounter | None = None,
 ) -> Evaluation:
     """Classify every sample with head → body → tail, and sum correct predictions and losses.
 
@@ -51,19 +55,12 @@ def evaluate(
     Args:
         model: the device's model.
         plane: the split plane of the run.
-        samples: the held-out samples.
-        round_: the round, for the names of the requests.
-        advance: called with the phase, the finished batches and all batches.
-        state: hash of the global state to evaluate; None: the newest.
-
-    Args:
-        model: with the global state.
-        plane: the run's.
         samples: of one set.
         step: prefix of the requests' names.
         round_: that produced the state.
-        advance: receives the progress.
+        advance: called with the phase, the finished batches and all batches.
         state: hash of the only state to compute with; None: the server's newest.
+        counter: counts the predictions by class and confidence; None: they are not counted.
 
     Raises:
         StaleRound: the server's global state is no longer ``state``.
@@ -94,8 +91,11 @@ def evaluate(
         logits, labels = model.classify(features), samples.images.image_set.labels[batch]
         correct += int((logits.argmax(dim=1) == labels).sum())
         loss_sum += F.cross_entropy(logits, labels, reduction="sum").item()
+        if counter is not None:
+            counter.add(logits.softmax(dim=1).numpy(), labels.numpy())
         advance("evaluate", done, len(batches))
-    return Evaluation(len(samples), correct, loss_sum)
+    predictions = None if counter is None else counter.counts()
+    return Evaluation(len(samples), correct, loss_sum, predictions)
 
 
 def prefetch(

@@ -33,7 +33,6 @@ from protocol.traffic import total_bytes
 from split_server.address import Address, read_address
 from split_server.client import OperatorClient, read_token
 from split_server.settings import read_toml
-from split_server.storage.data_dir import database_in
 
 out = Console()
 
@@ -74,14 +73,14 @@ CaFile = Annotated[
 
 RunId = Annotated[str, typer.Argument(help="The run's id.")]
 
-_DATA_DIR = Path("sfprompt-data")
+DATA_DIR = Path("sfprompt-data")
 
 _WATCH_S = 5  # of a poll for events; then for whom the run waits is asked
 
 
 def _connect(
     url: Url = None,
-    data_dir: DataDir = _DATA_DIR,
+    data_dir: DataDir = DATA_DIR,
     operator_token: TokenOption = None,
     operator_token_file: TokenFile = None,
     ca_file: CaFile = None,
@@ -101,7 +100,7 @@ def _connect(
 Connect = Callable[[], OperatorClient]
 
 
-def _with_connection(command: Callable[..., None]) -> Callable[..., None]:
+def with_connection(command: Callable[..., None]) -> Callable[..., None]:
     """Replace a command's parameter ``connect`` by the options of `_connect`.
 
     The command calls ``connect`` for a client, which is closed when the command ends.
@@ -125,7 +124,7 @@ def _with_connection(command: Callable[..., None]) -> Callable[..., None]:
     return connected
 
 
-@_with_connection
+@with_connection
 def create_run(
     connect: Connect,
     config: Annotated[Path | None, typer.Option(help="TOML file with the run's settings.")] = None,
@@ -162,7 +161,7 @@ def _show_waiting(error: SFPromptError) -> None:
     typer.echo(f"waiting: {printable(str(error))}", err=True)
 
 
-@_with_connection
+@with_connection
 def runs(connect: Connect, as_json: Json = False) -> None:
     """List the runs of a server."""
     views = connect().runs()
@@ -175,7 +174,7 @@ def runs(connect: Connect, as_json: Json = False) -> None:
     out.print(table)
 
 
-@_with_connection
+@with_connection
 def watch(connect: Connect, run: RunId, as_json: Json = False) -> None:
     """Print a run's events until it is over."""
     client, after, waiting = connect(), 0, None
@@ -195,7 +194,7 @@ def watch(connect: Connect, run: RunId, as_json: Json = False) -> None:
         waiting = seen.waiting
 
 
-@_with_connection
+@with_connection
 def results(connect: Connect, run: RunId, as_json: Json = False) -> None:
     """Show a run's rounds: updates, losses, accuracy, traffic, and the privacy budget spent."""
     view = connect().results(run)
@@ -207,14 +206,14 @@ def results(connect: Connect, run: RunId, as_json: Json = False) -> None:
             out.print(f"waiting: {escape(printable(view.waiting))}", highlight=False)
 
 
-@_with_connection
+@with_connection
 def cancel(connect: Connect, run: RunId) -> None:
     """Stop a run; its devices learn of it with their next request."""
     stopped = connect().cancel(run)
     out.print(f"run {stopped.id} is {stopped.status}")
 
 
-@_with_connection
+@with_connection
 def remove_device(
     connect: Connect,
     run: RunId,
@@ -251,41 +250,11 @@ def _find_participant(participants: Sequence[ParticipantView], device: str) -> P
     return found[0]
 
 
-@_with_connection
+@with_connection
 def delete(connect: Connect, run: RunId) -> None:
     """Delete the rows and files of a run that is over."""
     connect().delete_run(run)
     out.print(f"run {run} is deleted")
-
-
-def export(
-    run: RunId,
-    destination: Annotated[Path, typer.Option("--out", help="File to write, NAME.safetensors.")],
-    data_dir: DataDir = _DATA_DIR,
-    force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
-) -> None:
-    """Write the complete tuned model to one safetensors file. Needs no running server."""
-    if destination.suffix != ".safetensors":
-        raise InvalidField(
-            "a model is exported as a safetensors file and in no other format",
-            field="out",
-            limit="NAME.safetensors",
-            value=str(destination),
-        )
-    if destination.exists() and not force:
-        raise InvalidField(
-            "the file exists",
-            field="out",
-            value=str(destination),
-            hint="choose another name, or replace it with --force",
-        )
-    database_in(data_dir)
-    # Imported here: torch takes seconds to import, which no other command needs.
-    from split_server.federation.export import export_run
-
-    export_run(data_dir, run, destination)
-    size = destination.stat().st_size / 1e6
-    out.print(f"{destination} ({size:.1f} MB)", highlight=False)
 
 
 def _run_settings(config: Path | None, changes: list[str]) -> dict[str, Any]:

@@ -70,23 +70,27 @@ def require_row_wise(spec: TensorSpec) -> None:
         )
 
 
-def decode_sample_ids(frame: Frame) -> list[bytes]:
-    """Decode the sample ids of a frame, [B] of 16 bytes.
+def decode_sample_ids(frame: Frame, name: str = "ids") -> list[bytes]:
+    """Decode sample ids of a frame, [B] of 16 bytes.
+
+    Args:
+        frame: the frame.
+        name: of the tensor.
 
     Raises:
         MalformedFrame: the frame lacks them, or codec or shape is wrong.
     """
-    spec = frame.spec("ids")
+    spec = frame.spec(name)
     require_codec(spec, "uint8")
     shape = list(spec.shape)
     if len(shape) != 2 or shape[0] < 1 or shape[1] != SAMPLE_ID_BYTES:
         raise MalformedFrame(
             "sample ids are bytes, [samples, 16]",
-            field="ids",
+            field=name,
             limit=["at least 1", SAMPLE_ID_BYTES],
             value=shape,
         )
-    data = bytes(frame.buffers["ids"][0])
+    data = bytes(frame.buffers[name][0])
     return [data[at : at + SAMPLE_ID_BYTES] for at in range(0, len(data), SAMPLE_ID_BYTES)]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -26,15 +27,17 @@ from edge_client.data.image_set import ImageSet
 from edge_client.model import preprocessing_of
 from edge_client.participant import JoinedRun, Participant, succeeded
 from edge_client.transport.client import Server
-from edge_client.transport.split_client import Features
-from protocol.errors import InvalidField
+from protocol.errors import InvalidField, NotFound
 from protocol.messages import Assignment, Results, RunStatus
+from protocol.quality import EvaluationView
 from protocol.settings import RunSettings
 from split_model.backbone.weights import open_backbone
 from split_model.checkpoints.export import load_exported
+from split_model.checkpoints.export_format import ExportFormat
 from split_model.checkpoints.metadata import image_preparation
+from split_model.linear_fit import Features
 from split_model.parts.build import Layered, build_body, build_head
-from split_server.federation.export import export_run, newest_state
+from split_server.federation.export import export_run, newest_state, read_round_state
 from split_server.storage.run_files import RunFiles
 from split_server.storage.tensor_files import read_tensors
 from tests.support.edge import CLASSES, image_set
@@ -208,6 +211,14 @@ def test_the_exported_model_gives_the_evaluated_accuracy_and_loss(
     assert accuracy == results.rounds[-1].accuracy
     loss = F.cross_entropy(logits, labels).item()
     assert loss == pytest.approx(results.rounds[-1].evaluation_loss, abs=1e-3)
+    view = EvaluationView.model_validate(
+        server.operator().call("GET", f"/v1/runs/{run}/rounds/0/evaluation").json()
+    )
+    pairs = Counter(zip(labels.tolist(), logits.argmax(dim=1).tolist(), strict=True))
+    assert {(label, column): n for label, column, n in view.confusion} == pairs
+    card = (tmp_path / "model.safetensors.md").read_text()
+    assert f"{accuracy:.2%} on {len(TEST)} images that the devices held out" in card
+    assert f"tuned on | {len(TRAIN)} images on 1 device " in card
 
 
 def test_prompts_are_tuned_in_the_rounds_after_the_start_and_the_tail_is_not(
@@ -222,6 +233,8 @@ def test_prompts_are_tuned_in_the_rounds_after_the_start_and_the_tail_is_not(
         for load in (read_tensors(files.state(state.sha256)) for state in states if state)
     ]
     torch.testing.assert_close(tails[0], tails[2])
+    with pytest.raises(InvalidField, match="only of the newest round"):
+        read_round_state(data_dir, run, "0")
     snapshot, state = newest_state(data_dir, run)
     start = newest_state(data_dir, run_with(server, home, [TRAIN])[0])[1]
     assert not torch.equal(state["prompts"], start["prompts"])
@@ -298,6 +311,27 @@ def test_later_rounds_send_and_tune_no_more_than_the_classifier(
     for view in results.rounds[1:]:
         assert not sum(view.traffic.get("smashed", {}).values())
         assert not sum(view.traffic.get("features", {}).values())
+
+
+def test_each_round_can_be_exported_and_best_is_the_most_accurate(
+    data_dir: Path, refined: Refined, tmp_path: Path
+) -> None:
+    measured = [(view.accuracy or 0.0, -view.round) for view in refined.results.rounds]
+    best = read_round_state(data_dir, refined.run, "best")
+    assert best.round == -max(measured)[1]
+    first = read_round_state(data_dir, refined.run, "0")
+    last = read_round_state(data_dir, refined.run, "3")
+    assert (first.round, last.round) == (0, 3)
+    _, newest = newest_state(data_dir, refined.run)
+    assert torch.equal(last.tensors["tail.head.weight"], newest["tail.head.weight"])
+    assert not torch.equal(first.tensors["tail.head.weight"], newest["tail.head.weight"])
+    with pytest.raises(NotFound) as caught:
+        read_round_state(data_dir, refined.run, "4")
+    assert (caught.value.field, caught.value.value) == ("round", "4")
+    out = tmp_path / "folder" / "model.onnx"
+    export_run(data_dir, refined.run, out, ExportFormat.ONNX, "0")
+    assert "session.run" in (out.parent / "model.onnx.md").read_text()
+    assert sorted(path.name for path in out.parent.iterdir()) == ["model.onnx", "model.onnx.md"]
 
 
 def test_a_device_that_has_lost_its_features_gets_them_again(

@@ -52,7 +52,7 @@ MISTAKES = {
     f"split-server runs --url {NOBODY} --operator-token 12345678": "Unreachable",
     "split-server watch RUN --data-dir absent": "absent",
     "split-server export RUN --data-dir absent --out model.safetensors": "absent",
-    "split-server export RUN --data-dir absent --out model.onnx": "NAME.safetensors",
+    "split-server export RUN --data-dir absent --out model.pt": "NAME.safetensors",
     "split-server create-run --set rounds=3 --operator-token 12345678": "federation.rounds?",
     "sfprompt-bench run --data unknown": "unknown",
     "sfprompt-bench run --partition dirichlet:much": "dirichlet:much",

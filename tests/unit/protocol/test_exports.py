@@ -22,6 +22,8 @@ EXPORTED = {
     "InvalidField InvalidRequest MalformedFrame NonFinite NotFound Removed RunClosed SFPromptError "
     "StaleRound StepLost TooLarge Unauthorized UnknownCodec Unreachable UnsupportedVersion "
     "WrongShape error_from_wire",
+    "combinations": "list_refusals",
+    "labels": "LabelUse SHARED label_epsilon",
     "federation": "AggregationRule FederationSettings ServerOptimizer",
     "presets": "FORMS Form over_form",
     "method": "Fields GROUP MethodSettings installed_method_names load_class "
@@ -37,6 +39,8 @@ EXPORTED = {
     "SAMPLE_ID_BYTES SamplesMeta Seconds Sha256 StartMeta StepId StepMeta Task UpdateMeta "
     "UpdateReceipt parse_message",
     "nearest": "nearest_field nearest_name",
+    "quality": "CONFIDENCE_BINS ClassQuality ConfidenceBin DeviceQuality EvaluationView MAX_CELLS "
+    "PredictionCounts Quality",
     "seeds": "derive_seed",
     "parts": "BackboneSettings ClassName CodecName Fit Text TrainingSettings WireSettings",
     "plan": "ModelPlan PromptDepth PromptPlacement PruningScore RunPlan TrainingPlan "
@@ -49,8 +53,8 @@ EXPORTED = {
     "checksums": "JSONChecksum Pieces",
     "printable": "printable printable_lines",
     "wire": "BACKWARD_PATH CHECKSUM_HEADER EXCHANGE_PATH FLOAT32_BYTES FORWARD_PATH "
-    "FRAME_MEDIA_TYPE IDEMPOTENCY_HEADER INFER_PATH MISSING_PATH PROTOCOL_VERSION "
-    "REQUEST_ID_HEADER SAMPLES_PATH SOLVE_PATH START_PATH VERSION_HEADER",
+    "FRAME_MEDIA_TYPE IDEMPOTENCY_HEADER INFER_PATH LABELS_PATH MISSING_PATH "
+    "PROTOCOL_VERSION REQUEST_ID_HEADER SAMPLES_PATH SOLVE_PATH START_PATH VERSION_HEADER",
 }
 
 FOLDER = Path(protocol.__file__).parent
