@@ -22,10 +22,10 @@ from protocol.settings import RunSettings
 # Gradients need torch, which a device that refines a classifier alone need not have. The functions
 # that compute them import their modules themselves.
 if TYPE_CHECKING:
-    from protocol.arrays import Array
     from torch import Tensor
 
     from edge_client.training.split_training import Sample, TrainingResult
+    from protocol.arrays import Array
 
 
 @dataclass(frozen=True)

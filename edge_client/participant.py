@@ -18,6 +18,7 @@ from edge_client.model import Compute, Model, needs_torch
 from edge_client.reporter import Reporter
 from edge_client.run_model import RunModel
 from edge_client.run_samples import RunSamples, open_samples, split_validation
+from edge_client.smashed.sharing import share_labels
 from edge_client.storage.blob_cache import BlobCache
 from edge_client.storage.run_memory import RunMemory
 from edge_client.training import Diverged, Evaluation, RoundContext, evaluate
@@ -43,6 +44,7 @@ from protocol.messages import (
     UpdateMeta,
 )
 from protocol.plan import RunPlan
+from split_model.prediction_counts import PredictionCounter
 
 if TYPE_CHECKING:
     from edge_client.training.proximal import Proximal
@@ -63,6 +65,7 @@ class Participant:
         name: the device's name, for people.
         reporter: receives progress and events.
         cache_bytes: memory budget of each cache (resized images, smashed data), in bytes.
+        shares_labels: whether the server may have the labels, in a run that asks for them.
         compute: the library that computes; auto: NumPy, in each run in which it suffices.
     """
 
@@ -72,6 +75,7 @@ class Participant:
     name: str
     reporter: Reporter
     cache_bytes: int = 256 * 1024 * 1024
+    shares_labels: bool = False
     compute: Compute = "auto"
 
     def join(self, run: str, key: str, join_token: str | None = None) -> JoinedRun:
@@ -84,6 +88,7 @@ class Participant:
 
         Raises:
             InvalidField: the data have more classes than the run.
+            InvalidField: the run needs the labels, and the server may not have them.
             RunClosed: the run is over.
         """
         request = JoinRequest(
@@ -92,6 +97,7 @@ class Participant:
             test_samples=len(self.data.test),
             num_classes=len(self.data.class_names),
             classes_sha256=_hash_names(self.data.class_names),
+            shares_labels=self.shares_labels,
         )
         response = self.server.join(run, request, key, join_token)
         self.server.authenticate(response.credential)
@@ -169,6 +175,15 @@ class JoinedRun:
                 self._server.end(self.run.id, _reason_of(error))
             raise
 
+    def upload(self) -> None:
+        """Send samples and labels to a run that shares labels, unless the server has them.
+
+        The device may end afterwards; the server finishes the run without it.
+        """
+        assignment = self._server.assignment(self.run.id, None, _POLL_S)
+        if assignment.task is Task.UPLOAD:
+            self._do_and_report(assignment)
+
     def _take_part(self) -> Assignment:
         done: Assignment | None = None
         while True:
@@ -184,7 +199,7 @@ class JoinedRun:
                 )
                 return assignment
             if assignment.waiting and (done is None or assignment.waiting != done.waiting):
-                self._reporter.event("waiting", message=assignment.waiting)
+                self._reporter.event("waiting", reason=assignment.waiting)
             if done is None or _is_new(assignment, done):
                 self._do_and_report(assignment)
             done = assignment
@@ -237,10 +252,31 @@ class JoinedRun:
         self._method.drop_sample_caches()
 
     def _do(self, assignment: Assignment) -> None:
-        if assignment.task is Task.TRAIN:
+        if assignment.task is Task.UPLOAD:
+            self._share_labels()
+        elif assignment.task is Task.TRAIN:
             self._train_until_complete(assignment)
         elif assignment.task is Task.EVALUATE:
             self._evaluate(assignment)
+
+    def _share_labels(self) -> None:
+        """Send samples and labels, if the owner agreed, so that the server needs no device.
+
+        Raises:
+            InvalidField: the owner did not agree.
+            SamplesMissing: the server has no room for the samples.
+        """
+        if not (self._device.shares_labels and self._settings.shares_labels):
+            raise InvalidField(
+                "the server asks for labels that it may not have",
+                field="shares_labels",
+                limit=True,
+                value=False,
+            )
+        share_labels(self.samples.plane, self.samples.train, self.samples.test)
+        train, test = len(self.samples.train), len(self.samples.test)
+        message = f"the server has {train} + {test} samples and labels, and needs no device now"
+        self._reporter.event("labels-shared", train=train, test=test, message=message)
 
     def _train_until_complete(self, assignment: Assignment) -> None:
         """Train a round; start again if the server has lost its state of the round."""
@@ -328,6 +364,7 @@ class JoinedRun:
             round_=assignment.round,
             advance=self._reporter.advance,
             state=assignment.state.sha256,
+            counter=PredictionCounter() if self._settings.training.reports_classes else None,
         )
         if not 0 <= result.loss_sum <= MAX_LOSS * result.samples:  # NaN too
             self._report("left-behind", assignment, "the global state has diverged")
@@ -342,6 +379,7 @@ class JoinedRun:
             loss_sum=result.loss_sum,
             selection_loss=None if selection is None else selection[0],
             selection_samples=0 if selection is None else selection[1],
+            predictions=result.predictions,
         )
         self._server.send_evaluation(self.run.id, report)
         if report.samples:

@@ -16,11 +16,11 @@ from edge_client.data.image_set import decode_file
 from edge_client.data.remarks import as_text
 from edge_client.model import Compute, Floats, Model, check_compute, load_model
 from edge_client.storage.blob_cache import BlobCache
-from edge_client.training.loss import softmax
 from edge_client.transport.client import Server
 from edge_client.transport.split_client import SplitPlane
 from protocol.errors import StaleRound
 from protocol.messages import JoinRequest, RunView
+from split_model.loss import softmax
 
 _BATCH = 32
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from protocol.arrays import Array
-
 from edge_client.model import Compute, Model, check_compute, load_model
 from edge_client.storage.blob_cache import BlobCache
 from edge_client.storage.global_state import GlobalStates
 from edge_client.storage.run_memory import RunMemory
 from edge_client.transport.client import Server
 from edge_client.transport.response import Body
+from protocol.arrays import Array
 from protocol.errors import NotFound, StaleRound
 from protocol.messages import Assignment, BlobRef, RunView, UpdateMeta
 

@@ -18,6 +18,7 @@ from protocol.errors import InvalidField
 from protocol.nearest import nearest_field
 from protocol.parts import Text
 from protocol.plan import RunPlan
+from protocol.quality import PredictionCounts
 from protocol.settings import RunSettings
 
 __all__ = [
@@ -97,6 +98,7 @@ class RoundStatus(StrEnum):
 class Task(StrEnum):
     """The next task of a participant."""
 
+    UPLOAD = "upload"  # send samples and labels; only in a run with shared labels
     TRAIN = "train"
     EVALUATE = "evaluate"
     WAIT = "wait"
@@ -195,6 +197,7 @@ class JoinRequest(Message):
     test_samples: Count
     num_classes: Count
     classes_sha256: Sha256 | None = None  # hash of the ordered class names; None: no data
+    shares_labels: bool = False  # whether its owner lets the server have its labels
 
 
 class JoinResponse(Message):
@@ -265,11 +268,15 @@ class EvaluationReport(Message):
     loss_sum: float
     selection_loss: Loss | None = None  # by which the server selects a state; see SPEC, section 9
     selection_samples: Count = 0  # behind this mean
+    predictions: PredictionCounts | None = None  # with training.report_classes
 
     @model_validator(mode="after")
     def _check_correct(self) -> EvaluationReport:
         if self.correct > self.samples:
             raise ValueError(f"correct ({self.correct}) is above samples ({self.samples})")
+        counts = self.predictions
+        if counts is not None and (counts.samples, counts.correct) != (self.samples, self.correct):
+            raise ValueError("samples and correct differ from those of predictions")
         return self
 
 
@@ -340,7 +347,7 @@ class StartMeta(Message):
 
 
 class SamplesMeta(Message):
-    """The empty meta part of frames with samples or sample ids."""
+    """The empty meta part of frames with samples, sample ids or labels."""
 
 
 M = TypeVar("M", bound=Message)

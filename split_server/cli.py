@@ -48,6 +48,11 @@ _SUBCOMMANDS = {
         "Show a run's rounds: updates, losses, accuracy, traffic, and the privacy budget spent.",
         ("split-server results RUN --json",),
     ),
+    "evaluation": Subcommand(
+        "split_server.commands.evaluation",
+        "Show how well a round's model classifies held-out images, by device and by class.",
+        ("split-server evaluation RUN", "split-server evaluation RUN --round best --json"),
+    ),
     "cancel": Subcommand(_RUNS, "Stop a run; its devices learn of it with their next request."),
     "remove-device": Subcommand(
         _RUNS,

@@ -20,6 +20,7 @@ from protocol.errors import (
     error_from_wire,
 )
 from protocol.messages import Event, Results, RunView, parse_message
+from protocol.quality import EvaluationView
 from protocol.settings import RunSettings
 from protocol.tls import create_ssl_context
 from protocol.untyped import describe_request, is_typed, untyped_error
@@ -139,6 +140,11 @@ class OperatorClient:
     def results(self, run: str) -> Results:
         """Return a run's rounds, participants and traffic."""
         return parse_message(Results, self._call("GET", f"/v1/runs/{run}/results"))
+
+    def evaluation(self, run: str, round_: int) -> EvaluationView:
+        """Return how well a round's state classifies held-out images, in all and by device."""
+        path = f"/v1/runs/{run}/rounds/{round_}/evaluation"
+        return parse_message(EvaluationView, self._call("GET", path))
 
     def events(self, run: str, after: int, wait_s: float) -> list[Event]:
         """Return the events after number ``after``; waits up to ``wait_s`` for the first."""

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from protocol.arrays import Array
-
 from edge_client.storage.blob_cache import BlobCache
 from edge_client.storage.run_memory import Residuals, RunMemory
 from edge_client.storage.states import (
@@ -18,6 +16,7 @@ from edge_client.storage.states import (
     state_bytes,
 )
 from edge_client.transport.client import Server
+from protocol.arrays import Array
 from protocol.codecs.feedback import ErrorFeedback
 from protocol.codecs.registry import as_decoded
 from protocol.errors import (

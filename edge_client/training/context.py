@@ -11,9 +11,10 @@ from edge_client.data.image_set import Labels
 from edge_client.model import Floats, Model
 from edge_client.smashed.head_cache import HeadOutputs
 from edge_client.smashed.uploads import SampleUploader
-from edge_client.transport.split_client import Features, Ids, SamplesMissing
+from edge_client.transport.split_client import Ids, SamplesMissing
 from protocol.plan import RunPlan
 from protocol.seeds import derive_seed
+from split_model.linear_fit import Features
 
 if TYPE_CHECKING:
     import torch

@@ -13,8 +13,10 @@ import numpy as np
 from edge_client.data.image_set import Labels
 from edge_client.model import Floats, Model
 from edge_client.training.context import Advance, Samples
-from edge_client.training.loss import cross_entropy
 from edge_client.transport.split_client import Ids, SplitPlane
+from protocol.quality import PredictionCounts
+from split_model.loss import cross_entropy, softmax
+from split_model.prediction_counts import PredictionCounter
 
 Item = TypeVar("Item")
 
@@ -30,6 +32,7 @@ class Evaluation:
     samples: int
     correct: int
     loss_sum: float
+    predictions: PredictionCounts | None = None
 
 
 def evaluate(
@@ -41,6 +44,7 @@ def evaluate(
     round_: int,
     advance: Advance,
     state: str | None = None,
+    counter: PredictionCounter | None = None,
 ) -> Evaluation:
     """Classify every sample with head → body → tail, and sum correct predictions and losses.
 
@@ -48,13 +52,14 @@ def evaluate(
     model sends no request.
 
     Args:
-        model: with the global state.
-        plane: the run's.
+        model: the device's model.
+        plane: the split plane of the run.
         samples: of one set.
         step: prefix of the requests' names.
         round_: that produced the state.
-        advance: receives the progress.
+        advance: called with the phase, the finished batches and all batches.
         state: hash of the only state to compute with; None: the server's newest.
+        counter: counts the predictions by class and confidence; None: they are not counted.
 
     Raises:
         StaleRound: the server's global state is no longer ``state``.
@@ -84,8 +89,11 @@ def evaluate(
         logits, labels = model.classify(features), samples.images.image_set.labels[batch]
         correct += int((logits.argmax(axis=1) == labels).sum())
         loss_sum += cross_entropy(logits, labels) * len(labels)
+        if counter is not None:
+            counter.add(softmax(logits), labels)
         advance("evaluate", done, len(batches))
-    return Evaluation(len(samples), correct, loss_sum)
+    predictions = None if counter is None else counter.counts()
+    return Evaluation(len(samples), correct, loss_sum, predictions)
 
 
 def prefetch(

@@ -53,7 +53,6 @@ from protocol.wire import (
 # Frames import every codec, which most requests do without.
 if TYPE_CHECKING:
     from protocol.arrays import Array, Generator
-
     from protocol.frames import Frame
 
 log = logging.getLogger("edge_client")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,11 +19,13 @@ from protocol.wire import (
     EXCHANGE_PATH,
     FORWARD_PATH,
     INFER_PATH,
+    LABELS_PATH,
     MISSING_PATH,
     SAMPLES_PATH,
     SOLVE_PATH,
     START_PATH,
 )
+from split_model.linear_fit import Features, Fit
 
 _MAX_IDS = 16_384  # in one request
 
@@ -33,6 +34,8 @@ _OTHERS_S = 20.0  # for which the server holds a request of round 0 back
 Floats = NDArray[np.float32]
 
 Ids = NDArray[np.uint8]
+
+Labels = NDArray[np.int64]
 
 Payload = Mapping[str, tuple[Array, str]]
 
@@ -53,40 +56,6 @@ class SamplesMissing(SFPromptError):
             hint="its cache may be too small: raise samples_mib and participant_samples_mib",
         )
         self.places = places
-
-
-@dataclass(frozen=True)
-class Features:
-    """The features of a device's samples, and what is known of all devices' features.
-
-    Attributes:
-        values: [n, r].
-        mean: over all devices' samples, [r].
-        variances: over all devices' samples, [r]; 0: an unused component.
-        strength: of the ridge regression's penalty, for each sample; 0 before it is solved.
-    """
-
-    values: Floats
-    mean: Floats
-    variances: Floats
-    strength: float
-
-
-@dataclass(frozen=True)
-class Fit:
-    """The classifier of a closed-form start.
-
-    Attributes:
-        weight: [C, r].
-        bias: [C].
-        leverage: weight of each training sample's label in its own score, [n].
-        strength: of the penalty, for each sample.
-    """
-
-    weight: Floats
-    bias: Floats
-    leverage: Floats
-    strength: float
 
 
 class SplitPlane:
@@ -339,6 +308,24 @@ class SplitPlane:
         """Store smashed data [B, T, D] in the server's cache under these ids [B, 16]."""
         tensors = {"ids": (ids, "uint8"), "smashed": (smashed, self._smashed)}
         response = self._server.send_frame(SAMPLES_PATH, "samples", {}, tensors)
+        require_kind(response, "kept")
+
+    def share_labels(self, train: tuple[Ids, Labels], test: tuple[Ids, Labels]) -> None:
+        """Send the labels of all training and test samples; the server then needs no device.
+
+        Args:
+            train, test: ids [n, 16] and labels [n] of each.
+
+        Raises:
+            SamplesMissing: upload these samples, training before test samples, and send the labels
+                again.
+        """
+        tensors: dict[str, tuple[Array, str]] = {}
+        for kind, (ids, labels) in (("train", train), ("test", test)):
+            if len(ids):
+                tensors |= {f"{kind}_ids": (ids, "uint8"), f"{kind}_labels": (labels, "int64")}
+        response = self._server.send_frame(LABELS_PATH, "labels", {}, tensors)
+        _check_none_missing(response, len(train[0]) + len(test[0]))
         require_kind(response, "kept")
 
     def missing(self, ids: Ids) -> list[int]:

@@ -40,6 +40,7 @@ from protocol.messages import (
     UpdateReceipt,
 )
 from protocol.plan import RunPlan
+from protocol.quality import CONFIDENCE_BINS, ConfidenceBin, PredictionCounts
 from protocol.settings import RunSettings
 from sfprompt_bench.presets import preset_named
 
@@ -173,6 +174,20 @@ def _small_messages() -> list[Message]:
         ),
         UpdateReceipt(round=1, samples=9),
         EvaluationReport(round=1, attempt=0, samples=9, correct=4, loss_sum=2.5),
+        EvaluationReport(
+            round=1,
+            attempt=0,
+            samples=2,
+            correct=1,
+            loss_sum=0.5,
+            predictions=PredictionCounts(
+                confusion=((0, 0, 1), (0, 1, 1)),
+                bins=(
+                    *[ConfidenceBin()] * (CONFIDENCE_BINS - 1),
+                    ConfidenceBin(samples=2, correct=1, confidence_sum=1.9),
+                ),
+            ),
+        ),
         Event(seq=1, at=1.5, kind="run_created", data={"a": [1, {"b": None}]}),
         Assignment(
             task=Task.TRAIN,

@@ -20,6 +20,7 @@ from split_model.checkpoints.state import device_shapes
 from split_server.federation.advance import RunAdvancer
 from split_server.federation.credentials import Credentials
 from split_server.federation.liveness import Liveness
+from split_server.federation.reader import RunReader
 from split_server.federation.records import decline_update
 from split_server.federation.runs import RunRegistry
 from split_server.federation.service import FederationService
@@ -75,6 +76,7 @@ class LocalFederation:
 
     runs: RunRegistry
     service: FederationService
+    reader: RunReader
     run: str
     participants: tuple[str, ...]
 
@@ -117,7 +119,7 @@ class LocalFederation:
 
     def rounds(self) -> tuple[RoundView, ...]:
         """Return the rounds so far."""
-        return self.service.results(self.run).rounds
+        return self.reader.results(self.run).rounds
 
 
 @contextmanager
@@ -149,7 +151,7 @@ def local_federation(
             )
             once = IdempotentRequest.of(f"{run}/join", str(number))
             joined.append(service.join(run, request, once).participant)
-        yield LocalFederation(runs, service, run, tuple(joined))
+        yield LocalFederation(runs, service, RunReader(runs, liveness), run, tuple(joined))
     finally:
         store.close()
 

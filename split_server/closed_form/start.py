@@ -96,6 +96,7 @@ class ClosedFormStarts:
 
     Attributes:
         later: answers participants that request their features after round 0.
+        reader: computes what the tail reads of samples.
     """
 
     def __init__(
@@ -109,8 +110,8 @@ class ClosedFormStarts:
         self._wait_s = min(_WAIT_S, max_wait_s)
         self._runs, self._samples = runs, samples
         self._threads = ThreadPoolExecutor(_THREADS, "split-start")
-        self._reader = TokenReader(runs, engine, samples, device, self._threads)
-        self.later = LaterFeatures(runs, samples, self._reader, self._threads)
+        self.reader = TokenReader(runs, engine, samples, device, self._threads)
+        self.later = LaterFeatures(runs, samples, self.reader, self._threads)
         self._starts: dict[str, _Start] = {}
         self._lock = threading.Lock()  # of the table: runs end on other threads
 
@@ -347,7 +348,7 @@ class ClosedFormStarts:
         numbers = read_numbers(run.plan.model)
         place = SampleFeatures(start.folder / participant, len(ids), numbers)
         for first in range(0, len(ids), BATCH):
-            tokens = await self._reader.read(run, owner, ids[first : first + BATCH])
+            tokens = await self.reader.read(run, owner, ids[first : first + BATCH])
             if tokens is None:
                 return False
             flat = tokens.flatten(1).float().cpu()

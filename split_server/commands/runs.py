@@ -100,7 +100,7 @@ def _connect(
 Connect = Callable[[], OperatorClient]
 
 
-def _with_connection(command: Callable[..., None]) -> Callable[..., None]:
+def with_connection(command: Callable[..., None]) -> Callable[..., None]:
     """Replace a command's parameter ``connect`` by the options of `_connect`.
 
     The command calls ``connect`` for a client, which is closed when the command ends.
@@ -124,7 +124,7 @@ def _with_connection(command: Callable[..., None]) -> Callable[..., None]:
     return connected
 
 
-@_with_connection
+@with_connection
 def create_run(
     connect: Connect,
     config: Annotated[Path | None, typer.Option(help="TOML file with the run's settings.")] = None,
@@ -161,7 +161,7 @@ def _show_waiting(error: SFPromptError) -> None:
     typer.echo(f"waiting: {printable(str(error))}", err=True)
 
 
-@_with_connection
+@with_connection
 def runs(connect: Connect, as_json: Json = False) -> None:
     """List the runs of a server."""
     views = connect().runs()
@@ -174,7 +174,7 @@ def runs(connect: Connect, as_json: Json = False) -> None:
     out.print(table)
 
 
-@_with_connection
+@with_connection
 def watch(connect: Connect, run: RunId, as_json: Json = False) -> None:
     """Print a run's events until it is over."""
     client, after, waiting = connect(), 0, None
@@ -194,7 +194,7 @@ def watch(connect: Connect, run: RunId, as_json: Json = False) -> None:
         waiting = seen.waiting
 
 
-@_with_connection
+@with_connection
 def results(connect: Connect, run: RunId, as_json: Json = False) -> None:
     """Show a run's rounds: updates, losses, accuracy, traffic, and the privacy budget spent."""
     view = connect().results(run)
@@ -206,14 +206,14 @@ def results(connect: Connect, run: RunId, as_json: Json = False) -> None:
             out.print(f"waiting: {escape(printable(view.waiting))}", highlight=False)
 
 
-@_with_connection
+@with_connection
 def cancel(connect: Connect, run: RunId) -> None:
     """Stop a run; its devices learn of it with their next request."""
     stopped = connect().cancel(run)
     out.print(f"run {stopped.id} is {stopped.status}")
 
 
-@_with_connection
+@with_connection
 def remove_device(
     connect: Connect,
     run: RunId,
@@ -250,7 +250,7 @@ def _find_participant(participants: Sequence[ParticipantView], device: str) -> P
     return found[0]
 
 
-@_with_connection
+@with_connection
 def delete(connect: Connect, run: RunId) -> None:
     """Delete the rows and files of a run that is over."""
     connect().delete_run(run)

@@ -24,7 +24,7 @@ def measure(session: Session, run: RunSnapshot, row: RoundRow, at: float) -> Non
         row: the round, which was in evaluation.
         at: seconds since 1970.
     """
-    reports = _reports(session, run, row.round, row.attempt)
+    reports = read_reports(session, run, row.round, row.attempt)
     samples = sum(report.samples for report in reports.values())
     if samples:
         row.evaluation_samples = samples
@@ -66,7 +66,7 @@ def _warn_of_loss(
         record_event(session, run.id, at, "loss_above_guessing", **data)
 
 
-def _reports(
+def read_reports(
     session: Session, run: RunSnapshot, round_: int, attempt: int
 ) -> dict[str, EvaluationRow]:
     """Return the evaluations of an attempt at a round by participant, in the order of every sum."""
@@ -97,7 +97,7 @@ def _select_state(
     best = run_row.best_state
     verdict = None
     if best is not None:
-        verdict = compare(new, _losses(_reports(session, run, best.round, best.attempt)))
+        verdict = compare(new, _losses(read_reports(session, run, best.round, best.attempt)))
     if verdict is not None:
         row.change, row.kept, row.progress = verdict.change, verdict.is_kept, verdict.is_progress
     if best is not None and not row.kept:

@@ -26,10 +26,8 @@ from protocol.frames import Frame
 from protocol.messages import (
     Assignment,
     EvaluationReport,
-    Event,
     JoinRequest,
     JoinResponse,
-    Results,
     RoundStatus,
     RunStatus,
     RunView,
@@ -75,7 +73,7 @@ class TrainedStates(Protocol):
 
 
 class FederationService:
-    """Creates runs, and handles all requests about them. Thread-safe.
+    """Creates runs, and handles all requests that change them. Thread-safe.
 
     Args:
         runs: the registry of all runs.
@@ -103,32 +101,7 @@ class FederationService:
         self._prepare = prepare
         self._creating = threading.Lock()
 
-    # Requests that read
-
-    def views(self) -> list[RunView]:
-        """Return all runs, the oldest first."""
-        return [views.run_view(run) for run in self._runs.snapshots()]
-
-    def results(self, run_id: str) -> Results:
-        """Return rounds, participants and traffic of a run.
-
-        Raises:
-            NotFound: there is no such run.
-        """
-        self._runs.snapshot(run_id)
-        with self._runs.lock(run_id), self._runs.store.reading() as session:
-            run = self._runs.snapshot(run_id)
-            return views.results(session, run, self._runs.meter, waiting_in(run, self._liveness))
-
-    def events(self, run_id: str, after: int) -> list[Event]:
-        """Return a run's events after the one with this number.
-
-        Raises:
-            NotFound: there is no such run.
-        """
-        self._runs.snapshot(run_id)
-        with self._runs.store.reading() as session:
-            return views.events(session, run_id, after)
+    # Tasks
 
     def assignment(self, run_id: str, participant_id: str) -> Assignment:
         """Return a participant's next task, from memory alone.
@@ -259,6 +232,7 @@ class FederationService:
             )  # a device without data only reads, which is allowed later
             updates.check_name(run, request, self._liveness.live(run.id))
         updates.check_classes(run, request)
+        updates.check_consent(run, request)
         return records.add_participant(session, run, request, idempotent, self._runs.clock.wall())
 
     def leave(self, run_id: str, participant_id: str, idempotent: IdempotentRequest) -> None:
@@ -276,6 +250,7 @@ class FederationService:
             at = runs.clock.wall()
             records.record_leaving(session, run_id, participant_id, idempotent, at)
         self._liveness.forget(run_id, participant_id)
+        runs.drop_labels(run_id, participant_id)
         runs.watcher.left(run_id, participant_id)
         self._advancer.try_advance(run_id)
 
@@ -305,6 +280,7 @@ class FederationService:
             RunClosed: the run is over.
         """
         run, participant = self._runs.participant(run_id, participant_id)
+        permissions.require_own_labels(run)
         try:
             permissions.require_any_trainer(run, participant)
         except Conflict:
@@ -439,7 +415,7 @@ class FederationService:
             )
             permissions.require_evaluator(open_round, participant_id)
             permissions.require_first(open_round.evaluated, participant_id, "evaluation")
-            updates.check_report(report, participant)
+            updates.check_report(report, participant, run.plan.model.num_classes)
             at = self._runs.clock.wall()
             records.count_evaluation(session, run_id, participant_id, report, idempotent, at)
         self._advancer.try_advance(run_id)

@@ -70,6 +70,23 @@ def check_classes(run: RunSnapshot, request: JoinRequest) -> None:
         )
 
 
+def check_consent(run: RunSnapshot, request: JoinRequest) -> None:
+    """Refuse a device with samples whose owner has not agreed to what the run does with labels.
+
+    Raises:
+        InvalidField: the run shares labels, and the device does not.
+    """
+    has_samples = request.train_samples or request.test_samples
+    if run.plan.shares_labels and has_samples and not request.shares_labels:
+        raise InvalidField(
+            "the devices of this run send their labels to the server; this one may not",
+            field="shares_labels",
+            limit=True,
+            value=False,
+            hint="if the server may have your labels: edge-client join --share-labels",
+        )
+
+
 def check_samples(meta: UpdateMeta, participant: Participant) -> None:
     """Refuse an update with an impossible number of samples.
 
@@ -109,11 +126,11 @@ def check_base(meta: UpdateMeta, state: BlobRef) -> None:
         )
 
 
-def check_report(report: EvaluationReport, participant: Participant) -> None:
+def check_report(report: EvaluationReport, participant: Participant, num_classes: int) -> None:
     """Refuse an evaluation with impossible numbers.
 
     Raises:
-        InvalidField: more samples than it has, or a loss out of range.
+        InvalidField: more samples than it has, an unknown class, or a loss out of range.
     """
     if report.samples > participant.test_samples:
         raise InvalidField(
@@ -129,10 +146,24 @@ def check_report(report: EvaluationReport, participant: Participant) -> None:
             limit=participant.train_samples,
             value=report.selection_samples,
         )
+    _check_classes(report, num_classes)
     if not 0 <= report.loss_sum <= MAX_LOSS * report.samples:
         raise InvalidField(
             "the sum of losses is out of range",
             field="loss_sum",
             limit=[0, MAX_LOSS * report.samples],
             value=report.loss_sum,
+        )
+
+
+def _check_classes(report: EvaluationReport, num_classes: int) -> None:
+    if report.predictions is None:
+        return
+    highest = max((max(cell[:2]) for cell in report.predictions.confusion), default=0)
+    if highest >= num_classes:
+        raise InvalidField(
+            "an evaluation counts a class that the run does not have",
+            field="predictions.confusion",
+            limit=num_classes - 1,
+            value=highest,
         )

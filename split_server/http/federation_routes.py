@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query, Request
+from fastapi import Path as PathParameter
 from fastapi.responses import FileResponse, Response
 from starlette.concurrency import run_in_threadpool
 from starlette.routing import BaseRoute, Match
@@ -33,6 +34,7 @@ from protocol.messages import (
     UpdateReceipt,
     parse_message,
 )
+from protocol.quality import EvaluationView
 from protocol.settings import RunSettings
 from protocol.wire import PROTOCOL_VERSION
 from split_server.federation import views
@@ -47,6 +49,8 @@ from split_server.storage.tensor_files import check_file
 Key = Annotated[str | None, Header(alias="idempotency-key")]
 
 Number = Annotated[int, Query(ge=0, lt=2**53)]  # the range of `protocol.messages.Count`
+
+PathNumber = Annotated[int, PathParameter(ge=0, lt=2**53)]
 
 Wait = Annotated[float, Query(ge=0, le=3600, description="seconds to wait for a change")]
 
@@ -68,6 +72,7 @@ class FederationRoutes:
     def __init__(self, services: Services) -> None:
         self._services = services
         self._federation = services.federation
+        self._reader = services.reader
         self._runs = services.runs
         self.router = APIRouter(prefix="/v1")
         add = self.router.add_api_route
@@ -78,6 +83,7 @@ class FederationRoutes:
         add("/runs/{run}", self.delete, methods=["DELETE"])
         add("/runs/{run}/cancel", self.cancel, methods=["POST"])
         add("/runs/{run}/results", self.results, methods=["GET"])
+        add("/runs/{run}/rounds/{round_}/evaluation", self.evaluation_of, methods=["GET"])
         add("/runs/{run}/events", self.events, methods=["GET"])
         add("/runs/{run}/participants", self.join, methods=["POST"], status_code=201)
         add("/runs/{run}/participants/me", self.leave, methods=["DELETE"])
@@ -113,7 +119,7 @@ class FederationRoutes:
 
     async def runs(self) -> list[RunView]:
         """List all runs, the oldest first."""
-        return self._federation.views()
+        return self._reader.views()
 
     async def run(self, run: str) -> RunView:
         """Return one run."""
@@ -146,7 +152,11 @@ class FederationRoutes:
 
     async def results(self, run: str) -> Results:
         """Return a run's rounds, participants and traffic so far."""
-        return await run_in_threadpool(self._federation.results, run)
+        return await run_in_threadpool(self._reader.results, run)
+
+    async def evaluation_of(self, run: str, round_: PathNumber) -> EvaluationView:
+        """Return how well a round's state classifies held-out images, in all and by device."""
+        return await run_in_threadpool(self._reader.evaluation, run, round_)
 
     async def events(self, run: str, after: Number = 0, wait: Wait = 0) -> list[Event]:
         """Return the events after number ``after``; wait up to ``wait`` s for the first."""
@@ -154,7 +164,7 @@ class FederationRoutes:
         deadline = time.monotonic() + self._bounded(wait)
         while True:
             change = notifier.get_event(run)
-            events = await run_in_threadpool(self._federation.events, run, after)
+            events = await run_in_threadpool(self._reader.events, run, after)
             remaining = deadline - time.monotonic()
             if events or remaining <= 0 or notifier.closed:
                 return events
@@ -186,9 +196,10 @@ class FederationRoutes:
         return {}
 
     async def forget(self, request: Request, run: str) -> dict[str, Any]:
-        """Delete the sender's smashed data from the server's cache."""
+        """Delete the sender's smashed data, and the labels that it shared."""
         identity = self._participant(request, run)
-        await run_in_threadpool(self._services.samples.drop, run, identity.participant)
+        forget = self._services.labels.forget
+        await run_in_threadpool(forget, run, identity.participant, "its device deleted them")
         return {}
 
     async def assignment(

@@ -19,6 +19,7 @@ from protocol.wire import (
     EXCHANGE_PATH,
     FORWARD_PATH,
     INFER_PATH,
+    LABELS_PATH,
     MISSING_PATH,
     SAMPLES_PATH,
     SOLVE_PATH,
@@ -72,6 +73,7 @@ RIGHTS = (
     _right("DELETE", _RUN, _OPERATOR),
     _right("POST", f"{_RUN}/cancel", _OPERATOR),
     _right("GET", f"{_RUN}/results", _PARTICIPANT, _OPERATOR),
+    _right("GET", f"{_RUN}/rounds/{{round_}}/evaluation", _OPERATOR),
     _right("GET", f"{_RUN}/events", _PARTICIPANT, _OPERATOR),
     _right("POST", f"{_RUN}/participants", _JOINER, _OPERATOR),
     _right("DELETE", f"{_RUN}/participants/me", _PARTICIPANT),
@@ -95,6 +97,7 @@ RIGHTS = (
             MISSING_PATH,
             START_PATH,
             SOLVE_PATH,
+            LABELS_PATH,
         )
     ),
 )

@@ -11,6 +11,7 @@ from split_server.engine.metrics import EngineFigures
 from split_server.federation.advance import RunAdvancer
 from split_server.federation.credentials import Credentials
 from split_server.federation.liveness import Liveness
+from split_server.federation.reader import RunReader
 from split_server.federation.removals import Removals
 from split_server.federation.runs import RunRegistry
 from split_server.federation.service import FederationService
@@ -19,6 +20,8 @@ from split_server.http.budget import BodyBudget
 from split_server.runtime.aio import Notifier
 from split_server.runtime.device import Placement, SideStreams
 from split_server.settings import ServerSettings
+from split_server.shared_labels.receipt import LabelReceipt
+from split_server.shared_labels.stand_in import StandIns
 from split_server.storage.database import Store
 from split_server.storage.sample_store import SampleStore
 from split_server.storage.traffic import Meter
@@ -33,6 +36,8 @@ class Services:
     engine: Engine
     figures: EngineFigures
     samples: SampleStore
+    labels: LabelReceipt
+    stand_ins: StandIns
     starts: ClosedFormStarts
     store: Store
     meter: Meter
@@ -41,6 +46,7 @@ class Services:
     runs: RunRegistry
     advancer: RunAdvancer
     federation: FederationService
+    reader: RunReader
     removals: Removals
     notifier: Notifier
     body_budget: BodyBudget

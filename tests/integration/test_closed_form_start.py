@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -28,14 +29,15 @@ from edge_client.model import preprocessing_of
 from edge_client.participant import JoinedRun, Participant, succeeded
 from edge_client.torch_model import read
 from edge_client.transport.client import Server
-from edge_client.transport.split_client import Features
 from protocol.errors import InvalidField, NotFound
 from protocol.messages import Assignment, Results, RunStatus
+from protocol.quality import EvaluationView
 from protocol.settings import RunSettings
 from split_model.backbone.weights import open_backbone
 from split_model.checkpoints.export import load_exported
 from split_model.checkpoints.export_format import ExportFormat
 from split_model.checkpoints.metadata import image_preparation
+from split_model.linear_fit import Features
 from split_model.parts.build import Layered, build_body, build_head
 from split_server.federation.export import export_run, newest_state, read_round_state
 from split_server.storage.run_files import RunFiles
@@ -211,7 +213,12 @@ def test_the_exported_model_gives_the_evaluated_accuracy_and_loss(
     assert accuracy == results.rounds[-1].accuracy
     loss = F.cross_entropy(logits, labels).item()
     assert loss == pytest.approx(results.rounds[-1].evaluation_loss, abs=1e-3)
-    card = (tmp_path / "model.md").read_text()
+    view = EvaluationView.model_validate(
+        server.operator().call("GET", f"/v1/runs/{run}/rounds/0/evaluation").json()
+    )
+    pairs = Counter(zip(labels.tolist(), logits.argmax(dim=1).tolist(), strict=True))
+    assert {(label, column): n for label, column, n in view.confusion} == pairs
+    card = (tmp_path / "model.safetensors.md").read_text()
     assert f"{accuracy:.2%} on {len(TEST)} images that the devices held out" in card
     assert f"tuned on | {len(TRAIN)} images on 1 device " in card
 
@@ -325,8 +332,8 @@ def test_each_round_can_be_exported_and_best_is_the_most_accurate(
     assert (caught.value.field, caught.value.value) == ("round", "4")
     out = tmp_path / "folder" / "model.onnx"
     export_run(data_dir, refined.run, out, ExportFormat.ONNX, "0")
-    assert "session.run" in out.with_suffix(".md").read_text()
-    assert sorted(path.name for path in out.parent.iterdir()) == ["model.md", "model.onnx"]
+    assert "session.run" in (out.parent / "model.onnx.md").read_text()
+    assert sorted(path.name for path in out.parent.iterdir()) == ["model.onnx", "model.onnx.md"]
 
 
 def test_a_device_that_has_lost_its_features_gets_them_again(

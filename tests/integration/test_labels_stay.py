@@ -34,12 +34,13 @@ TAIL = {"tail.norm.weight", "tail.norm.bias", *LINEAR}
 # By the last segment of the path: fields of the meta or the JSON, and all sets of tensors.
 FEDERATION = {
     "participants": (
-        {"name", "train_samples", "test_samples", "num_classes", "classes_sha256"},
+        {"name", "train_samples", "test_samples", "num_classes", "classes_sha256"}
+        | {"shares_labels"},
         [set()],
     ),
     "evaluation": (
         {"round", "attempt", "samples", "correct", "loss_sum"}
-        | {"selection_loss", "selection_samples"},
+        | {"selection_loss", "selection_samples", "predictions"},
         [set()],
     ),
 }
@@ -87,20 +88,21 @@ FOLLOWS = {
         *(f"update.{name}" for name in LINEAR),
         *("update.base", "update.train_loss", "update.local_loss"),
         *("evaluation.correct", "evaluation.loss_sum", "evaluation.selection_loss"),
+        "evaluation.predictions",
         "infer.state",
     },
     "prompts": {
         *("solve.sums", "solve.counts", "exchange.gradients"),
         *(f"update.{name}" for name in LINEAR),
         *("update.base", "update.train_loss", "evaluation.correct", "evaluation.loss_sum"),
-        *("evaluation.selection_loss", "infer.state"),
+        *("evaluation.predictions", "evaluation.selection_loss", "infer.state"),
     },
     # The device tunes the prompts in its head, so that smashed data change with them.
     "paper": {
         *("forward.smashed", "backward.gradients", "infer.smashed", "infer.state"),
         *(f"update.{name}" for name in {*TAIL, "prompts"}),
         *("update.train_loss", "update.local_loss"),
-        *("evaluation.correct", "evaluation.loss_sum"),
+        *("evaluation.correct", "evaluation.loss_sum", "evaluation.predictions"),
     },
 }
 
@@ -274,7 +276,7 @@ def test_what_a_device_sends_follows_from_its_noised_labels_alone(
     mixed = np.where(noised[0] == noised[1], other.train.labels, labels)
     assert not np.array_equal(mixed, labels)
     data = Dataset(replace(DATA.train, labels=mixed), DATA.test)
-    private = {"label_epsilon": epsilon}
+    private = {"labels": f"noised:{epsilon}"}
     plain, changed = (
         contents_of(record(server, tmp_path, METHODS[form], each, training=private))
         for each in (DATA, data)

@@ -28,7 +28,7 @@ def run_of(harness: FederationHarness, count: int, **federation: object) -> tupl
 
 
 def first_round(harness: FederationHarness, run: str) -> RoundView:
-    return harness.federation.results(run).rounds[0]
+    return harness.reader.results(run).rounds[0]
 
 
 def test_an_update_of_huge_numbers_is_refused_and_named(harness: FederationHarness) -> None:
@@ -41,7 +41,7 @@ def test_an_update_of_huge_numbers_is_refused_and_named(harness: FederationHarne
     assert state_value(harness, run) == 2.0
     view = first_round(harness, run)
     assert (view.refused, view.updated, view.samples) == ((hostile,), (a, b), 20)
-    (event,) = [e for e in harness.federation.events(run, 0) if e.kind == "update_refused"]
+    (event,) = [e for e in harness.reader.events(run, 0) if e.kind == "update_refused"]
     assert (event.data["participant"], event.data["code"]) == (hostile, "too_long")
     assert event.data["value"] > 1e30 > event.data["limit"]
     assert harness.runs.refusals[run] == 1
@@ -94,7 +94,7 @@ def test_a_lone_bad_update_ends_no_run_at_once(harness: FederationHarness) -> No
     run, (a, hostile) = run_of(harness, 2, min_updates=2, max_repeats=1)
     harness.update(run, a, state_of(1.0))
     harness.update(run, hostile, state_of(1e30))
-    (repeated,) = [e for e in harness.federation.events(run, 0) if e.kind == "round_repeated"]
+    (repeated,) = [e for e in harness.reader.events(run, 0) if e.kind == "round_repeated"]
     assert hostile in repeated.data["reason"]
     assert harness.task(run, a).attempt == 1
     for one in (a, hostile):

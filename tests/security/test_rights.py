@@ -54,7 +54,7 @@ def routes_of(server: RunningServer) -> list[tuple[str, str]]:
 
 def send(api: ApiClient, right: Right, run: Run) -> httpx.Response:
     """Send a request that nobody could mistake for a valid one, without content and key."""
-    path = right.path.format(run=run.id, sha256=run.sha256, participant="p9999")
+    path = right.path.format(run=run.id, sha256=run.sha256, participant="p9999", round_=1)
     query = f"?base={run.sha256}" if path.endswith("/delta") else ""
     return api.call(right.method, path + query)
 

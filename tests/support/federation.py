@@ -21,6 +21,7 @@ from split_model.checkpoints.state import state_shapes
 from split_server.federation.advance import RunAdvancer
 from split_server.federation.credentials import Credentials
 from split_server.federation.liveness import Liveness
+from split_server.federation.reader import RunReader
 from split_server.federation.runs import RunRegistry
 from split_server.federation.service import FederationService
 from split_server.models.prepare import PreparedRun
@@ -184,6 +185,7 @@ class FederationHarness:
             self.trained,
             prepare_without_weights,
         )
+        self.reader = RunReader(self.runs, self.liveness)
         self.runs.load()
 
     def close(self) -> None:
@@ -262,7 +264,7 @@ class FederationHarness:
 
     def kinds(self, run: str) -> list[str]:
         """The kinds of the run's events."""
-        return [event.kind for event in self.federation.events(run, 0)]
+        return [event.kind for event in self.reader.events(run, 0)]
 
 
 def state_value(harness: FederationHarness, run: str) -> float:

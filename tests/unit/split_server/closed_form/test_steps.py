@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from edge_client.training.closed_form import step_classifier
-from edge_client.transport.split_client import Features
+from split_model.linear_fit import Features, step_classifier
 from split_server.closed_form.basis import Basis
 from split_server.closed_form.classifier import FeatureSums, fit_classifier
 from split_server.closed_form.known import KnownSamples

@@ -24,7 +24,7 @@ def test_a_run_pauses_while_its_only_device_is_away_and_goes_on_with_it(
         harness.advancer.advance(run)
         assert harness.runs.snapshot(run).status is RunStatus.RUNNING
         assert sampled(harness, run) is None, "the silent are not drawn"
-        waiting = harness.federation.results(run).waiting
+        waiting = harness.reader.results(run).waiting
         assert waiting == "0 of 1 devices; 1 more needed"
         back = harness.task(run, a)
         assert (back.task, back.attempt) == (Task.TRAIN, attempt)
@@ -75,7 +75,7 @@ def test_a_round_goes_on_at_once_without_a_device_that_has_told_that_it_ends(
     assert harness.task(run, a).task is Task.EVALUATE
     harness.evaluate(run, a)
     assert sampled(harness, run) == (a,)
-    [told] = [e.data for e in harness.federation.events(run, 0) if e.kind == "participant_ended"]
+    [told] = [e.data for e in harness.reader.events(run, 0) if e.kind == "participant_ended"]
     assert told == {"participant": b, "reason": "its images cannot be used any more"}
     harness.task(run, b)
     harness.update(run, a, state_of(1.0), round_=2)
@@ -99,12 +99,12 @@ def test_who_is_missing_is_said_to_devices_and_to_the_operator(harness: Federati
     a = harness.join(run, "kitchen")
     expected = "1 of 3 devices: kitchen; 2 more needed"
     assert harness.task(run, a).waiting == expected
-    assert harness.federation.results(run).waiting == expected
+    assert harness.reader.results(run).waiting == expected
     b = harness.join(run, "hall\x1b[2J")
     assert harness.task(run, b).waiting == "2 of 3 devices: hall?[2J, kitchen; 1 more needed"
     harness.join(run, "attic")
     assert harness.task(run, a).waiting is None
-    assert harness.federation.results(run).waiting is None
+    assert harness.reader.results(run).waiting is None
 
 
 def test_the_last_state_of_a_run_is_measured_by_who_comes_back(harness: FederationHarness) -> None:
@@ -114,13 +114,13 @@ def test_the_last_state_of_a_run_is_measured_by_who_comes_back(harness: Federati
         harness.update(run, one, state_of(1.0))
     harness.time.now += 500
     harness.task(run, a)
-    (only,) = harness.federation.results(run).rounds
+    (only,) = harness.reader.results(run).rounds
     assert only.status is RoundStatus.EVALUATING
-    waiting = harness.federation.results(run).waiting
+    waiting = harness.reader.results(run).waiting
     assert waiting == "one of these devices has to measure the last state: measures"
     assert harness.task(run, b).task is Task.EVALUATE
     harness.evaluate(run, b)
-    (only,) = harness.federation.results(run).rounds
+    (only,) = harness.reader.results(run).rounds
     assert (harness.runs.snapshot(run).status, only.accuracy) == (RunStatus.FINISHED, 0.5)
 
 

@@ -60,7 +60,7 @@ def test_an_update_counts_although_the_aggregation_fails(
     harness.advancer.try_advance(run)
     assert disk.attempts == 3
     assert state_value(harness, run) == 2.0
-    assert harness.federation.results(run).rounds[0].updated == (a, b)
+    assert harness.reader.results(run).rounds[0].updated == (a, b)
 
 
 def test_an_evaluation_counts_although_closing_the_round_fails(
@@ -76,7 +76,7 @@ def test_an_evaluation_counts_although_closing_the_round_fails(
     disk.full = False
     harness.time.now += 5
     assert harness.task(run, a).task is Task.STOP
-    assert harness.federation.results(run).rounds[0].accuracy == 0.9
+    assert harness.reader.results(run).rounds[0].accuracy == 0.9
 
 
 def test_joining_and_leaving_succeed_although_a_step_fails(

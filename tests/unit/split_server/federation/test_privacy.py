@@ -178,7 +178,7 @@ def trained(
 
 
 def view(harness: FederationHarness, run: str) -> Results:
-    return harness.federation.results(run)
+    return harness.reader.results(run)
 
 
 NOISED = {"dp_clip": 0.5, "dp_noise_multiplier": 2.0, "dp_delta": 1e-2, "evaluate_every": 0}
@@ -199,7 +199,7 @@ def test_events_record_epsilon_after_each_round_also_after_a_restart(tmp_path: P
     assert told == [pytest.approx(compute_epsilon([1.0] * n, 2.0, 1e-2)) for n in (1, 2, 3)]
     assert told == sorted(told)
     assert len(set(told)) == 3
-    events = [e.data for e in harness.federation.events(run, 0) if e.kind == "privacy_spent"]
+    events = [e.data for e in harness.reader.events(run, 0) if e.kind == "privacy_spent"]
     assert [event["epsilon"] for event in events] == told
     assert [(event["delta"], event["sampling_rate"]) for event in events] == [(1e-2, 1.0)] * 3
     assert harness.runs.snapshot(run).status is RunStatus.FINISHED
@@ -226,7 +226,7 @@ def test_sampling_costs_less_and_a_repeated_round_nothing(
         first, second = view(harness, run).rounds
         assert first.epsilon is None
         assert second.epsilon == pytest.approx(compute_epsilon([1.0], 2.0, 1e-2))
-        (event,) = [e.data for e in harness.federation.events(run, 0) if e.kind == "privacy_spent"]
+        (event,) = [e.data for e in harness.reader.events(run, 0) if e.kind == "privacy_spent"]
         assert event["sampling_rate"] == 0.5
         assert event["epsilon_secret_sample"] == pytest.approx(compute_epsilon([0.5], 2.0, 1e-2))
 

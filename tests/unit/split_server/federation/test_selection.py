@@ -63,12 +63,12 @@ def test_a_worse_state_is_discarded_and_the_rates_are_halved(harness: Federation
     assert state_value(harness, run) == 2.0
     assignment = harness.task(run, a)
     assert (assignment.task, assignment.round, assignment.rate_scale) == (Task.TRAIN, 4, 0.5)
-    views = harness.federation.results(run).rounds
+    views = harness.reader.results(run).rounds
     assert [view.kept for view in views if view.accuracy is not None] == [True, True, False]
     harness.update(run, a, state_of(9.0), round_=4)
     harness.evaluate(run, a, round_=4, selection_loss=0.7)
     assert state_value(harness, run) == 9.0
-    best = harness.federation.results(run).best
+    best = harness.reader.results(run).best
     assert best is not None
     assert best.round == 4
 
@@ -115,6 +115,6 @@ def test_a_loss_above_that_of_guessing_is_reported_from_the_second_round_on(
     for round_, loss in enumerate((2.4, 2.2, 2.4, 2.5), start=1):  # guessing loses ln 10 = 2.3
         harness.update(run, a, state_of(1.0), round_=round_)
         harness.evaluate(run, a, round_=round_, loss_sum=10 * loss)
-    events = harness.federation.events(run, 0)
+    events = harness.reader.events(run, 0)
     told = [event.data for event in events if event.kind == "loss_above_guessing"]
     assert told == [{"round": 4, "loss": 2.5, "guessing": pytest.approx(2.302585)}]

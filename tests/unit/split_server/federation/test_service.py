@@ -52,7 +52,7 @@ def test_a_whole_run(harness: FederationHarness) -> None:
         harness.evaluate(run, a, round_=round_, samples=10, correct=9, loss_sum=2.0)
         harness.evaluate(run, b, round_=round_, samples=5, correct=3, loss_sum=7.0)
     assert state_value(harness, run) == 2.0
-    results = harness.federation.results(run)
+    results = harness.reader.results(run)
     assert results.run.status is RunStatus.FINISHED
     assert results.run.finished_at is not None
     first = results.rounds[0]
@@ -92,7 +92,7 @@ def test_a_round_continues_without_stragglers(harness: FederationHarness) -> Non
     with pytest.raises(StaleRound):
         harness.update(run, b, state_of(9.0))
     assert state_value(harness, run) == 1.0
-    assert harness.federation.results(run).rounds[0].updated == (a,)
+    assert harness.reader.results(run).rounds[0].updated == (a,)
 
 
 def test_the_deadline_holds_without_polls_in_between(harness: FederationHarness) -> None:
@@ -118,7 +118,7 @@ def test_too_few_updates_repeat_the_round_and_then_fail_the_run(harness: Federat
     assert (stop.task, stop.status) == (Task.STOP, RunStatus.FAILED)
     assert stop.reason is not None
     assert "0 of at least 1 updates" in stop.reason
-    statuses = [view.status for view in harness.federation.results(run).rounds]
+    statuses = [view.status for view in harness.reader.results(run).rounds]
     assert statuses == [RoundStatus.REPEATED, RoundStatus.REPEATED]
     assert state_value(harness, run) == 0.0
 
@@ -137,7 +137,7 @@ def test_an_evaluation_of_no_sample_ends_the_wait_and_does_not_count(
             harness.evaluate(run, b, round_=1, samples=10, correct=5, loss_sum=20.0)
         else:
             harness.evaluate(run, b, round_=2, samples=0, correct=0, loss_sum=0.0)
-        view = harness.federation.results(run).rounds[-1 if round_ == 2 else 0]
+        view = harness.reader.results(run).rounds[-1 if round_ == 2 else 0]
         assert view.status is RoundStatus.CLOSED
         assert (view.accuracy, view.evaluation_loss, view.evaluation_samples) == reported
     assert harness.task(run, a).task is Task.STOP
@@ -150,7 +150,7 @@ def test_an_unanswered_evaluation_ends_at_its_deadline(harness: FederationHarnes
     assert harness.task(run, a).task is Task.EVALUATE
     harness.time.now += 10
     assert harness.task(run, a).round == 2
-    first = harness.federation.results(run).rounds[0]
+    first = harness.reader.results(run).rounds[0]
     assert (first.status, first.accuracy, first.evaluation_samples) == (RoundStatus.CLOSED, None, 0)
 
 
@@ -199,7 +199,7 @@ def test_an_update_that_cannot_count_is_refused(
     harness.update(run, good, state_of(1.0))
     if goes_on:
         assert state_value(harness, run) == 1.0
-        view = harness.federation.results(run).rounds[0]
+        view = harness.reader.results(run).rounds[0]
         assert (view.updated, view.samples) == ((good,), 10)
         assert "update_refused" in harness.kinds(run)
     else:
@@ -310,7 +310,7 @@ def test_a_repeated_update_counts_once(harness: FederationHarness) -> None:
         harness.update(run, a, state_of(2.0), key="k2")
     assert (second.value.field, second.value.limit, second.value.value) == ("update", 1, 2)
     harness.update(run, b, state_of(1.0), key="k")
-    assert harness.federation.results(run).rounds[0].samples == 20
+    assert harness.reader.results(run).rounds[0].samples == 20
     harness.update(run, a, state_of(1.0), key="k")  # the round is over; the answer is the same
     assert harness.kinds(run).count("update_counted") == 2
 
@@ -331,7 +331,7 @@ def test_a_repeated_creation_gives_the_same_run(harness: FederationHarness) -> N
     once = IdempotentRequest.of("create", "k", b"content")
     first = harness.federation.create(Custom.of(run_settings()), once)
     assert harness.federation.create(Custom.of(run_settings()), once) == first
-    assert len(harness.federation.views()) == 1
+    assert len(harness.reader.views()) == 1
 
 
 def test_evaluations_are_checked_and_counted_once(harness: FederationHarness) -> None:

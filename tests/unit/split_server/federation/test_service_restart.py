@@ -65,7 +65,7 @@ def test_a_restart_resumes_an_evaluation(harness: FederationHarness) -> None:
     assert harness.task(run, a).task is Task.WAIT
     assert harness.task(run, b).task is Task.EVALUATE
     harness.evaluate(run, b, correct=0)
-    assert harness.federation.results(run).rounds[0].accuracy == 0.5
+    assert harness.reader.results(run).rounds[0].accuracy == 0.5
 
 
 def test_the_deadline_restarts_with_the_server(harness: FederationHarness) -> None:
@@ -135,7 +135,7 @@ def test_each_round_is_charged_its_traffic_across_a_restart(
     moved(1)
     harness.update(run, a, state_of(1.0), round_=2)
     moved(7)
-    results = harness.federation.results(run)
+    results = harness.reader.results(run)
     assert [view.traffic["updates"]["up"] for view in results.rounds] == [100, 11]
     assert results.traffic == {"updates": {"up": 118, "down": 4}}
     assert results.participants[0].traffic == results.traffic
@@ -161,7 +161,7 @@ def test_traffic_that_could_not_be_saved_is_saved_later(
     harness.close()
     harness.open()
     for run in who:
-        assert harness.federation.results(run).traffic == {"updates": {"up": 100, "down": 10}}
+        assert harness.reader.results(run).traffic == {"updates": {"up": 100, "down": 10}}
 
 
 def test_a_failed_change_changes_nothing(
@@ -216,7 +216,7 @@ def test_a_round_is_evaluated_although_the_server_died_before_its_state_was_writ
     assert harness.task(run, b).task is Task.EVALUATE
     for one in (a, b):
         harness.evaluate(run, one, correct=10)
-    (only,) = harness.federation.results(run).rounds
+    (only,) = harness.reader.results(run).rounds
     assert (only.accuracy, only.evaluation_samples) == (1.0, 20)
 
 
@@ -229,7 +229,7 @@ def test_a_damaged_update_repeats_the_round_and_names_the_file(
     (file,) = (harness.runs.files(run).root / "updates").iterdir()
     file.write_bytes(file.read_bytes()[:-1] + b"!")
     harness.update(run, b, state_of(3.0))
-    (event,) = [e for e in harness.federation.events(run, 0) if e.kind == "round_repeated"]
+    (event,) = [e for e in harness.reader.events(run, 0) if e.kind == "round_repeated"]
     assert file.name in event.data["reason"]
     assert harness.task(run, a).attempt == 1
     for one in (a, b):

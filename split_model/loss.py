@@ -7,7 +7,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_client.data.image_set import Labels
+Labels = NDArray[np.int64]
 
 F = TypeVar("F", np.float32, np.float64)
 
