@@ -90,7 +90,8 @@ def tune_classifier(context: RoundContext, plane: SplitPlane) -> float:
     features = _known_features(context, plane)
     labels = context.samples.images.image_set.labels[: len(features.values)]
     steps = context.run.training.local_epochs
-    (weight, bias), loss = context.model.classifier, 0.0
+    weight, bias = (each.astype(np.float64) for each in context.model.classifier)
+    loss = 0.0
     for step in range(steps):
         decay = context.samples.features.decay
         (weight, bias), loss = step_classifier(weight, bias, features, labels, decay)

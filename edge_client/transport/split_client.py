@@ -388,4 +388,4 @@ def _tensor(response: Frame, name: str, shape: tuple[int, ...], kind: str | None
     array = response.array(name)
     if array.dtype.kind != "f":
         raise MalformedFrame("the server answered with integers, not floats", field=name)
-    return np.asarray(array, np.float32)
+    return np.require(array, np.float32, ["W"])

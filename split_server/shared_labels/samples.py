@@ -122,8 +122,8 @@ class LabelledFeatures:
         )
         sent = Sums(torch.from_numpy(sums), torch.from_numpy(counts))
         await self.starts.later.classifier(run.id, participant, sent)
-        known = (each.numpy() for each in (decoded, later.mean, later.variances))
-        return Features(*known, strength=later.strength)
+        mean, variances = later.mean.numpy(), later.variances.numpy()
+        return Features(decoded.numpy(), mean, variances, later.strength)
 
     def _read(self, run: RunSnapshot, participant: str, *, has_train: bool) -> Prepared | None:
         files = self.runs.files(run.id)
@@ -141,8 +141,7 @@ class LabelledFeatures:
 
 def _features(values: Tensor, solved: Solved) -> Features:
     strength = solved.classifier.strength / max(1, solved.classifier.count)
-    known = (each.numpy() for each in (values, solved.mean, solved.variances))
-    return Features(*known, strength=strength)
+    return Features(values.numpy(), solved.mean.numpy(), solved.variances.numpy(), strength)
 
 
 def _attempt(run: RunSnapshot) -> int:

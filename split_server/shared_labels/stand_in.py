@@ -136,8 +136,8 @@ class StandIns:
         sent = Sums(torch.from_numpy(sums), torch.from_numpy(counts))
         classifier, leverage = await self._starts.classifier(run.id, participant, attempt, sent)
         strength = classifier.strength / max(1, classifier.count)
-        solved = (each.numpy() for each in (classifier.weight, classifier.bias, leverage))
-        fit = Fit(*solved, strength=strength)
+        weight, bias = classifier.weight.numpy(), classifier.bias.numpy()
+        fit = Fit(weight, bias, leverage.numpy(), strength)
 
         scale = partial(start_update, open_round, fit, decoded, samples.labels)
         update, decay = await run_on(self._threads, scale)

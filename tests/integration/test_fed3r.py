@@ -73,8 +73,8 @@ def create(server: RunningServer, run: RunSettings) -> RunView:
     return server.operator().create(run, key=f"fed3r-{next(_keys)}")
 
 
-def subset(images: ImageSet, positions: Tensor) -> ImageSet:
-    pixels = torch.stack([images.image(int(position)) for position in positions])
+def subset(images: ImageSet, positions: np.ndarray) -> ImageSet:
+    pixels = np.stack([images.image(int(position)) for position in positions])
     return ImageSet(ArrayStore(pixels), images.labels[positions], images.class_names)
 
 

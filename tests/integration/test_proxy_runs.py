@@ -9,6 +9,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -172,7 +173,7 @@ def test_a_server_distils_on_its_own_images(server: RunningServer, data_dir: Pat
         AssertionError, match=r'"field":"method.distillation.images"'
     ):  # by `create`
         create_run(server, PRUNED, with_images)
-    pixels = torch.stack([image_set(9).image(number) for number in range(9)])
+    pixels = torch.from_numpy(np.stack([image_set(9).image(number) for number in range(9)]))
     write_tensors(data_dir / "distillation" / "held.safetensors", {"images": pixels})
     run = create_run(server, PRUNED, with_images)
     assert run.head != create_run(server, PRUNED, DISTILLATION).head

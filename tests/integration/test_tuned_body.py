@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -139,7 +140,7 @@ class Uncut:
 
 def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     for name, value in actual.items():
-        torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-5, msg=name)
+        np.testing.assert_allclose(value, expected[name], rtol=0, atol=1e-5, err_msg=name)
 
 
 def state_after(
