@@ -146,13 +146,20 @@ def require_torch(purpose: str) -> None:
     Args:
         purpose: what needs them.
     """
-    if any(find_spec(name) is None for name in ("torch", "timm")):
+    if not (_is_installed("torch") and _is_installed("timm")):
         raise InvalidField(
             f"{purpose} needs torch and timm on the device, which are not installed",
             field="compute",
             limit="a run whose devices train a classifier alone (the default form)",
             hint='pip install "sfprompt[device-torch]"',
         )
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except ImportError:  # what an installation that is only partly there raises
+        return False
 
 
 def load_model(run: RunView, head_file: Path, state_file: Path, compute: Compute) -> Model:
