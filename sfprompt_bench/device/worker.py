@@ -39,7 +39,8 @@ def measure(model: Model, batch: int, seconds: float) -> dict[str, Any]:
     side = model.settings.image_size
     images = np.random.default_rng(0).standard_normal((batch, 3, side, side)).astype(np.float32)
     model.smashed(images)
-    wall, runs, cpu = [], 0, time.process_time()
+    wall: list[float] = []
+    runs, cpu = 0, time.process_time()
     end = time.perf_counter() + seconds
     while not wall or time.perf_counter() < end:
         began = time.perf_counter()
