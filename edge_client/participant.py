@@ -191,7 +191,7 @@ class JoinedRun:
                 )
                 return assignment
             if assignment.waiting and (done is None or assignment.waiting != done.waiting):
-                self._reporter.event("waiting", message=assignment.waiting)
+                self._reporter.event("waiting", reason=assignment.waiting)
             if done is None or _is_new(assignment, done):
                 self._do_and_report(assignment)
             done = assignment

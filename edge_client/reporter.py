@@ -72,8 +72,8 @@ class BarReporter:
         self._task = self._progress.add_task("waiting", total=None)
 
     def event(self, kind: str, **data: Any) -> None:
-        if (message := data.get("message")) is not None:
-            line = f"[bold]{kind}[/bold]: {escape(printable(str(message)))}"
+        if set(data) == {"reason"}:
+            line = f"[bold]{kind}[/bold]: {escape(printable(str(data['reason'])))}"
         else:
             details = "  ".join(f"{name} {_short(value)}" for name, value in data.items())
             line = f"[bold]{kind}[/bold]  {escape(printable(details))}"

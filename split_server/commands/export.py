@@ -51,8 +51,10 @@ def export(
     from split_server.federation.model_card import card_path
 
     export_run(data_dir, run, destination, chosen, round_)
-    for path in (destination, card_path(destination, chosen)):
-        out.print(f"{path} ({_size(path) / 1e6:.1f} MB)", highlight=False, markup=False)
+    size = f"({_size(destination) / 1e6:.1f} MB)"
+    card = card_path(destination, chosen)
+    out.print(f"{destination} {size}", highlight=False, markup=False)
+    out.print(f"{card}, its card", highlight=False, markup=False)
 
 
 def _size(path: Path) -> int:

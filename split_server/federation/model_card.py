@@ -80,7 +80,7 @@ normalised with mean {mean} and standard deviation {std}.
 
 def card_path(out: Path, kind: ExportFormat) -> Path:
     """Return where the card of an exported model is written."""
-    return out / "README.md" if kind == ExportFormat.TIMM else out.with_suffix(".md")
+    return out / "README.md" if kind == ExportFormat.TIMM else out.with_name(f"{out.name}.md")
 
 
 def write_card(

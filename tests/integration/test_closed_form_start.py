@@ -216,7 +216,7 @@ def test_the_exported_model_gives_the_evaluated_accuracy_and_loss(
     )
     pairs = Counter(zip(labels.tolist(), logits.argmax(dim=1).tolist(), strict=True))
     assert {(label, column): n for label, column, n in view.confusion} == pairs
-    card = (tmp_path / "model.md").read_text()
+    card = (tmp_path / "model.safetensors.md").read_text()
     assert f"{accuracy:.2%} on {len(TEST)} images that the devices held out" in card
     assert f"tuned on | {len(TRAIN)} images on 1 device " in card
 
@@ -330,8 +330,8 @@ def test_each_round_can_be_exported_and_best_is_the_most_accurate(
     assert (caught.value.field, caught.value.value) == ("round", "4")
     out = tmp_path / "folder" / "model.onnx"
     export_run(data_dir, refined.run, out, ExportFormat.ONNX, "0")
-    assert "session.run" in out.with_suffix(".md").read_text()
-    assert sorted(path.name for path in out.parent.iterdir()) == ["model.md", "model.onnx"]
+    assert "session.run" in (out.parent / "model.onnx.md").read_text()
+    assert sorted(path.name for path in out.parent.iterdir()) == ["model.onnx", "model.onnx.md"]
 
 
 def test_a_device_that_has_lost_its_features_gets_them_again(

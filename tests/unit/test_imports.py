@@ -17,9 +17,9 @@ MAY_IMPORT = {
     "split_model": {"protocol"},
     "edge_client": {"protocol", "pruning", "split_model"},
     "split_server": {"protocol", "split_model"},
-    "tuning_methods": CORE_PACKAGES | {"sfprompt"},
-    "sfprompt": CORE_PACKAGES | {"tuning_methods"},
-    "sfprompt_bench": CORE_PACKAGES | {"tuning_methods", "sfprompt"},
+    "tuning_methods": CORE_PACKAGES,
+    "sfprompt_bench": CORE_PACKAGES | {"tuning_methods"},
+    "sfprompt": CORE_PACKAGES | {"tuning_methods", "sfprompt_bench"},  # the face of them all
     "tools": CORE_PACKAGES | {"tuning_methods", "sfprompt", "sfprompt_bench"},
 }
 

@@ -196,7 +196,7 @@ def test_for_whom_a_run_waits_is_said_once(tmp_path: Path) -> None:
 
     reporter, _ = take_part(Waiting(assignments=[(WAIT, 0), (WAIT, 0), (STOP, 0)]), tmp_path)
     said = [data for kind, data in reporter.events if kind == "waiting"]
-    assert said == [{"message": "1 of 2 devices: device; 1 more needed"}]
+    assert said == [{"reason": "1 of 2 devices: device; 1 more needed"}]
 
 
 def test_an_assignment_given_twice_is_done_once(tmp_path: Path) -> None:
