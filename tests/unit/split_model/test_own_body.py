@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -25,7 +27,7 @@ PLAN = ModelPlan(
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory):
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, torch.Tensor]:
     backbone = prepare_backbone(PLAN, PLAN.weights, tmp_path_factory.mktemp("backbones"))
     return open_backbone(backbone.path)
 
@@ -41,7 +43,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory):
     ],
 )
 def test_a_folded_body_computes_what_the_tuned_one_does(
-    weights, tuning: BodyTuning, expected: int
+    weights: Mapping[str, torch.Tensor], tuning: BodyTuning, expected: int
 ) -> None:
     own = OwnBody(PLAN, weights, tuning, seed=0)
     assert sum(parameter.numel() for parameter in own.parameters) == expected
