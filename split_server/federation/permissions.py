@@ -111,7 +111,7 @@ def require_pending_update(
     open_round = require_trainer(run, participant, round_, attempt)
     if participant.id in open_round.updated or participant.id in open_round.declined:
         raise StaleRound(
-            "this participant's update was counted already", field="round", value=round_
+            "this participant's update was already counted or declined", field="round", value=round_
         )
     return open_round
 

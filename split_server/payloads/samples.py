@@ -11,10 +11,11 @@ from torch import Tensor
 from protocol.codec_names import FLOAT_CODECS, is_row_wise_inside
 from protocol.codecs import Compressed, get_codec
 from protocol.errors import InvalidField, MalformedFrame
-from protocol.frames import Frame, TensorSpec
+from protocol.frames import Frame
 from protocol.limits import FrameLimits
 from protocol.messages import SAMPLE_ID_BYTES
 from protocol.plan import ModelPlan
+from protocol.tensor_specs import TensorSpec
 from split_server.payloads.tensors import decode_smashed
 from split_server.storage.sample_store import RowForm
 
