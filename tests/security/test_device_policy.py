@@ -137,7 +137,8 @@ def test_a_run_outside_the_owners_limits_gets_nothing(
 
 
 def test_the_limits_may_stand_in_the_environment(join: Join) -> None:
-    """Tried: the same on a device that runs as a service. Stopped by: variables of the service."""
+    """Tried: a server asks too much of a device that runs as a service. Stopped by: limits as
+    variables of the service."""
     server = HostileServer(run_view(plan={"cut": 2}))
     names = {"EDGE_CLIENT_BACKBONE": "vit_small_patch14_dinov2", "EDGE_CLIENT_MIN_CUT": "5"}
     assert "method.cut; allowed: at least 5; found: 2" in join(server, **names)
@@ -162,8 +163,8 @@ def test_another_run_after_joining_than_was_shown_is_refused(join: Join) -> None
 def test_a_larger_file_in_a_later_round_is_not_downloaded(
     server: RunningServer, tmp_path: Path
 ) -> None:
-    """Tried: small files at the join, a huge head or state in an assignment. Stopped by: the same
-    limit for each assignment."""
+    """Tried: small files at the join, a huge head or state in an assignment. Stopped by: the
+    limit of the join, for each assignment."""
     run = server.operator().create(run_settings(min_participants=9), key="policy").id
     client = Server(server.url)
     request = JoinRequest(name="a", train_samples=1, test_samples=0, num_classes=10)
@@ -189,7 +190,7 @@ def test_a_larger_file_in_a_later_round_is_not_downloaded(
 
 
 def test_the_usual_run_is_within_the_usual_limits() -> None:
-    """Nothing is tried: the default policy lets in the default form and the paper's."""
+    """Tried: nothing. The default policy lets in the default form and the paper's."""
     DevicePolicy().check_run(run_view())
     DevicePolicy(require_tls=True).check_address("HTTPS://node:8500")
     DevicePolicy().check_run(run_view().model_copy(update={"plan": RunSettings().plan}))
