@@ -17,7 +17,7 @@ from protocol.errors import InvalidField
 from protocol.messages import BlobRef
 from split_server.storage.run_files import StateRefs
 
-SCHEMA_VERSION = 9
+SCHEMA_VERSION = 10
 
 
 class Base(DeclarativeBase):
@@ -97,6 +97,7 @@ class ParticipantRow(Base):
     joined_at: Mapped[float]
     left_at: Mapped[float | None]
     removed: Mapped[bool]  # by the operator; left_at says when
+    labelled: Mapped[bool]  # the server has its labels; only in runs with shared labels
     traffic: Mapped[dict[str, Any]]
 
 
