@@ -6,7 +6,7 @@ import hashlib
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from edge_client.data.dataset import Dataset
@@ -14,6 +14,7 @@ from edge_client.data.errors import CorruptImageError, DataError
 from edge_client.data.remarks import compose
 from edge_client.method import device_method
 from edge_client.model import DeviceModel
+from edge_client.policy import DevicePolicy
 from edge_client.reporter import Reporter
 from edge_client.run_model import RunModel
 from edge_client.run_samples import RunSamples, open_samples, split_validation
@@ -27,6 +28,7 @@ from protocol.errors import (
     EmptyUpdate,
     Forbidden,
     InvalidField,
+    RefusedByDevice,
     Removed,
     SFPromptError,
     StaleRound,
@@ -62,6 +64,7 @@ class Participant:
         reporter: receives progress and events.
         cache_bytes: memory budget of each cache (resized images, smashed data), in bytes.
         shares_labels: whether the server may have the labels, in a run that asks for them.
+        policy: what this device takes part in.
     """
 
     server: Server
@@ -71,6 +74,7 @@ class Participant:
     reporter: Reporter
     cache_bytes: int = 256 * 1024 * 1024
     shares_labels: bool = False
+    policy: DevicePolicy = field(default_factory=DevicePolicy)
 
     def join(self, run: str, key: str, join_token: str | None = None) -> JoinedRun:
         """Join a run, and download head and global state unless they are cached.
@@ -83,6 +87,7 @@ class Participant:
         Raises:
             InvalidField: the data have more classes than the run.
             InvalidField: the run needs the labels, and the server may not have them.
+            RefusedByDevice: the device's policy forbids the run.
             RunClosed: the run is over.
         """
         request = JoinRequest(
@@ -97,7 +102,12 @@ class Participant:
         self.server.authenticate(response.credential)
         _check_classes(self.data, response.run.plan)
         memory = RunMemory(self.folder / "runs", run, response.participant)
-        model = RunModel.download(self.server, response.run, BlobCache(self.folder), memory)
+        files = BlobCache(self.folder)
+        try:
+            model = RunModel.download(self.server, response.run, files, memory, self.policy)
+        except RefusedByDevice as error:
+            self.server.end(run, _reason_of(error))
+            raise
         joined = JoinedRun(self, response.participant, response.credential, model, memory)
         self.reporter.event(
             "joined",

@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from edge_client.model import DeviceModel
+from edge_client.policy import DevicePolicy
 from edge_client.storage.blob_cache import BlobCache
 from edge_client.storage.global_state import GlobalStates
 from edge_client.storage.run_memory import RunMemory
@@ -36,17 +37,24 @@ class RunModel:
         files: BlobCache,
         states: GlobalStates,
         model: DeviceModel,
+        policy: DevicePolicy,
     ) -> None:
         self._server = server
         self.run = run
         self.files = files
         self.head = run.head
         self._states = states
+        self._policy = policy
         self.model = model
 
     @classmethod
     def download(
-        cls, server: Server, run: RunView, files: BlobCache, memory: RunMemory | None = None
+        cls,
+        server: Server,
+        run: RunView,
+        files: BlobCache,
+        memory: RunMemory | None = None,
+        policy: DevicePolicy | None = None,
     ) -> RunModel:
         """Download head and global state, unless they are in the cache, and load them.
 
@@ -55,18 +63,23 @@ class RunModel:
             run: as the server described it.
             files: caches the files.
             memory: of a device that sends updates.
+            policy: what this device takes part in; None: the default policy.
 
         Raises:
+            RefusedByDevice: the policy forbids the run or the size of its files.
             MalformedFrame: a file is damaged or belongs to another model.
         """
+        policy = policy or DevicePolicy()
+        policy.check_run(run)
         try:
             head = _fetch_head(server, run, run.head, files)
         except NotFound:  # the run has a newer head than when the device joined
             run = server.run(run.id)
+            policy.check_run(run)
             head = _fetch_head(server, run, run.head, files)
         states = GlobalStates(server, run.id, run.plan.wire, files, memory)
         model = DeviceModel.load(run.plan.model, head, states.fetch(run.state))
-        return cls(server, run, files, states, model)
+        return cls(server, run, files, states, model, policy)
 
     def update(self, assignment: Assignment) -> bool:
         """Load the assignment's head and global state.
@@ -75,8 +88,10 @@ class RunModel:
             Whether the head is new.
 
         Raises:
+            RefusedByDevice: the files are larger than the device's policy allows.
             StaleRound: the run already has a newer head.
         """
+        self._policy.check_download(assignment.head or self.head, assignment.state)
         new_head = assignment.head is not None and assignment.head != self.head
         if assignment.head is not None and new_head:
             self._load_head(assignment.head, assignment.state)

@@ -19,9 +19,9 @@ EXPORTED = {
     "command": "Subcommand group_of read_token_file run_command version_option",
     "errors": "Busy Conflict DamagedFile DamagedFrame EmptyUpdate FieldValue Forbidden "
     "IdempotencyKeyReused InternalError "
-    "InvalidField InvalidRequest MalformedFrame NonFinite NotFound Removed RunClosed SFPromptError "
-    "StaleRound StepLost TooLarge Unauthorized UnknownCodec Unreachable UnsupportedVersion "
-    "WrongShape error_from_wire",
+    "InvalidField InvalidRequest MalformedFrame NonFinite NotFound RefusedByDevice Removed "
+    "RunClosed SFPromptError StaleRound StepLost TooLarge Unauthorized UnknownCodec Unreachable "
+    "UnsupportedVersion WrongShape error_from_wire",
     "combinations": "list_refusals",
     "labels": "LabelUse SHARED label_epsilon",
     "federation": "AggregationRule FederationSettings ServerOptimizer",
