@@ -85,5 +85,6 @@ def _fit(values: Tensor, labels: Tensor, basis: Basis, classes: int) -> tuple[Te
     solved = fit_classifier(sums, one_hot.T @ exact, one_hot.sum(dim=0), basis.scale)
     strength = solved.strength / max(1, solved.count)
     leverage = solved.leverage(values).float()
-    factor, _, _ = scale_fit(Fit(solved.weight, solved.bias, leverage, strength), values, labels)
+    fit = Fit(solved.weight.numpy(), solved.bias.numpy(), leverage.numpy(), strength)
+    factor, _, _ = scale_fit(fit, values.numpy(), labels.numpy())
     return factor * solved.weight, factor * solved.bias

@@ -114,9 +114,13 @@ class LabelledFeatures:
         if isinstance(later, list):
             raise SamplesGone(participant)
         decoded = as_decoded(later.values, run.plan.wire.start).flatten(1)
-        sums = Sums(*one_hot_sums(decoded, samples.labels, run.plan.model.num_classes))
-        await self.starts.later.classifier(run.id, participant, sums)
-        return Features(decoded, later.mean, later.variances, later.strength)
+        sums, counts = one_hot_sums(
+            decoded.numpy(), samples.labels.numpy(), run.plan.model.num_classes
+        )
+        sent = Sums(torch.from_numpy(sums), torch.from_numpy(counts))
+        await self.starts.later.classifier(run.id, participant, sent)
+        mean, variances = later.mean.numpy(), later.variances.numpy()
+        return Features(decoded.numpy(), mean, variances, later.strength)
 
     def _read(self, run: RunSnapshot, participant: str, *, has_train: bool) -> Prepared | None:
         files = self.runs.files(run.id)
@@ -134,7 +138,7 @@ class LabelledFeatures:
 
 def _features(values: Tensor, solved: Solved) -> Features:
     strength = solved.classifier.strength / max(1, solved.classifier.count)
-    return Features(values, solved.mean, solved.variances, strength)
+    return Features(values.numpy(), solved.mean.numpy(), solved.variances.numpy(), strength)
 
 
 def _attempt(run: RunSnapshot) -> int:

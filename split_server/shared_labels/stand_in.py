@@ -154,10 +154,14 @@ class StandIns:
             raise SamplesGone(participant)
         decode = partial(as_decoded, features.values, run.plan.wire.start)
         decoded = (await run_on(self._threads, decode)).flatten(1)
-        sums = Sums(*one_hot_sums(decoded, samples.labels, run.plan.model.num_classes))
-        classifier, leverage = await self._starts.classifier(run.id, participant, attempt, sums)
+        sums, counts = one_hot_sums(
+            decoded.numpy(), samples.labels.numpy(), run.plan.model.num_classes
+        )
+        sent = Sums(torch.from_numpy(sums), torch.from_numpy(counts))
+        classifier, leverage = await self._starts.classifier(run.id, participant, attempt, sent)
         strength = classifier.strength / max(1, classifier.count)
-        fit = Fit(classifier.weight, classifier.bias, leverage, strength)
+        weight, bias = classifier.weight.numpy(), classifier.bias.numpy()
+        fit = Fit(weight, bias, leverage.numpy(), strength)
 
         scale = partial(start_update, open_round, fit, decoded, samples.labels)
         update, decay = await run_on(self._threads, scale)

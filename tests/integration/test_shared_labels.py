@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ from tests.support.server import RunningServer, code_of, running_server, wait_un
 
 def confused(images: ImageSet) -> ImageSet:
     """The images with some wrong labels, so that no classifier is perfect."""
-    labels = images.labels.clone()
+    labels = images.labels.copy()
     labels[:4] = (labels[:4] + 1) % len(CLASSES)
     return replace(images, labels=labels)
 
@@ -146,10 +147,11 @@ def test_faulty_frames_of_labels_are_refused(server: RunningServer, tmp_path: Pa
     run = create(server, "shared")
     with closing(Server(server.url)) as client:
         joined = join(client, tmp_path, run, 0)
-        joined.samples.train.uploader.ensure(torch.arange(13))  # type: ignore[union-attr]
-        ids = joined.samples.train.uploader.ids(torch.arange(13))  # type: ignore[union-attr]
+        joined.samples.train.uploader.ensure(np.arange(13))  # type: ignore[union-attr]
+        found = joined.samples.train.uploader.ids(np.arange(13))  # type: ignore[union-attr]
+        ids = torch.tensor(found)
     api = server.api(joined.credential)
-    labels = PARTS[0].labels.long()
+    labels = torch.from_numpy(PARTS[0].labels)
 
     def refused(**tensors: Tensor) -> tuple[str, str]:
         answer = api.ask("labels", {}, **tensors)
