@@ -85,7 +85,7 @@ class OpenApi:
 def _describe_routes() -> dict[str, Any]:
     """Return the OpenAPI description of the server's routes, which it does not serve itself."""
     app = FastAPI()
-    no_services: Any = SimpleNamespace(federation=None, runs=None)
+    no_services: Any = SimpleNamespace(federation=None, reader=None, runs=None)
     app.include_router(FederationRoutes(no_services).router)
     return app.openapi()
 

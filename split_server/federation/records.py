@@ -57,6 +57,7 @@ def add_run(
         backbone_path=backbone_path,
         backbone_bytes=prepared.backbone_bytes,
         renewed=0,
+        paused=False,
         best=None,
         head_sha256=prepared.head.sha256,
         head_nbytes=prepared.head.nbytes,

@@ -66,6 +66,7 @@ class OpenRound:
     declined: frozenset[str]
     evaluators: tuple[str, ...]
     evaluated: frozenset[str]
+    closing: bool = False  # the operator closes the phase without those that are missing
 
     @property
     def key(self) -> tuple[int, int, RoundStatus]:
@@ -96,6 +97,7 @@ class RunSnapshot:
     renewed: int = 0  # the round after which weights and head were made again; 0: never
     best: BestState | None = None  # the best measured state; None: none was measured
     discarded: int = 0  # rounds whose state was worse than the best one
+    paused: bool = False  # by the operator: no further round opens
     deadline: float | None = None  # of the open phase, on the monotonic clock
 
     @property
@@ -221,6 +223,7 @@ def load_snapshot(session: Session, run_id: str, data_dir: Path) -> RunSnapshot:
         renewed=run.renewed,
         best=run.best_state,
         discarded=discarded or 0,
+        paused=run.paused,
     )
 
 
@@ -273,6 +276,7 @@ def _load_open_round(session: Session, row: RoundRow | None) -> OpenRound | None
         declined=frozenset(row.declined),
         evaluators=tuple(row.evaluators),
         evaluated=_senders(session, EvaluationRow, row),
+        closing=row.closing,
     )
 
 

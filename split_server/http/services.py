@@ -9,12 +9,15 @@ from split_server.closed_form.start import ClosedFormStarts
 from split_server.engine.engine import Engine
 from split_server.engine.metrics import EngineFigures
 from split_server.federation.advance import RunAdvancer
+from split_server.federation.control import RunControl
 from split_server.federation.credentials import Credentials
 from split_server.federation.liveness import Liveness
+from split_server.federation.presence import Presence
 from split_server.federation.reader import RunReader
 from split_server.federation.removals import Removals
 from split_server.federation.runs import RunRegistry
 from split_server.federation.service import FederationService
+from split_server.federation.state import RunStates
 from split_server.http.audit import AuditLog
 from split_server.http.budget import BodyBudget
 from split_server.runtime.aio import Notifier
@@ -44,6 +47,9 @@ class Services:
     federation: FederationService
     reader: RunReader
     removals: Removals
+    control: RunControl
+    states: RunStates
+    presence: Presence
     notifier: Notifier
     body_budget: BodyBudget
     audit: AuditLog
