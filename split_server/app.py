@@ -49,6 +49,8 @@ from split_server.http.services import Services
 from split_server.http.split_plane import ROUTES, SplitPlane
 from split_server.method import list_job_handlers
 from split_server.models.body_key import BodyKey
+from split_server.page.routes import PageRoutes
+from split_server.page.session import Sessions
 from split_server.runtime.aio import Notifier
 from split_server.runtime.device import Placement, SideStreams, choose_placement
 from split_server.runtime.listening import check_address
@@ -134,6 +136,7 @@ def build_services(
         store=store,
         meter=meter,
         credentials=credentials,
+        sessions=Sessions(clock.monotonic),
         liveness=liveness,
         runs=runs,
         advancer=advancer,
@@ -348,15 +351,18 @@ def _compose(app: FastAPI, services: Services) -> RequestMiddleware:
     """Put the routes and the middleware together."""
     routes = FederationRoutes(services)
     metrics = metrics_router(services.figures.registry)
-    operator = OperatorRoutes(services).router
-    app.router.routes.extend([*routes.router.routes, *operator.routes, *metrics.routes])
+    operator, page = OperatorRoutes(services).router, PageRoutes(services).router
+    for router in (routes.router, operator, page, metrics):
+        app.router.routes.extend(router.routes)
     require_rows([*list_routes(app.routes), *(("POST", path) for path in ROUTES)])
     _add_metrics(services)
     timeout_s = services.settings.body_timeout_s
     json_limit = JSONBodyLimit(app, timeout_s, is_exempt=routes.limits_body_itself)
     is_open = services.credentials.is_open
     guard = Guard(SplitPlane(json_limit, services), services.runs, is_open)
-    return RequestMiddleware(guard, services.meter, services.credentials, services.audit)
+    return RequestMiddleware(
+        guard, services.meter, services.credentials, services.audit, services.sessions
+    )
 
 
 def create_app(settings: ServerSettings) -> SplitServer:

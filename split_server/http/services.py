@@ -20,6 +20,7 @@ from split_server.federation.service import FederationService
 from split_server.federation.state import RunStates
 from split_server.http.audit import AuditLog
 from split_server.http.budget import BodyBudget
+from split_server.page.session import Sessions
 from split_server.runtime.aio import Notifier
 from split_server.runtime.device import Placement, SideStreams
 from split_server.settings import ServerSettings
@@ -41,6 +42,7 @@ class Services:
     store: Store
     meter: Meter
     credentials: Credentials
+    sessions: Sessions
     liveness: Liveness
     runs: RunRegistry
     advancer: RunAdvancer
