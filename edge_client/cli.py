@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import signal
 import sys
@@ -26,15 +25,13 @@ from edge_client.options import (
     choose_token,
 )
 from protocol.command import run_command, version_option
-from protocol.errors import Forbidden, IdempotencyKeyReused, NotFound, Removed, SFPromptError
+from protocol.errors import NotFound, Removed, SFPromptError
 from protocol.printable import printable
 
 # Most modules are imported in functions: --help and errors of arguments wait for none of them, an
 # unreachable server not for torch.
 if TYPE_CHECKING:
-    from edge_client.participant import JoinedRun, Participant
     from edge_client.reporter import Reporter
-    from edge_client.storage.identity import Identity
     from edge_client.transport.client import Server
     from edge_client.transport.link import Link
     from protocol.messages import RunView
@@ -45,7 +42,8 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    help="Tune a split vision model together with others; images and labels stay on this device.",
+    help="Tune a split vision model together with others; images stay on this device, and labels "
+    "unless you share them.",
 )
 
 
@@ -114,6 +112,21 @@ def join(
     patience: Annotated[
         float, typer.Option(min=0, help="Seconds to wait for a busy or unreachable server.")
     ] = 300.0,
+    share_labels: Annotated[
+        bool,
+        typer.Option(
+            "--share-labels",
+            help="Let the server have this device's labels, in a run with labels = shared.",
+        ),
+    ] = False,
+    upload_only: Annotated[
+        bool,
+        typer.Option(
+            "--upload-only",
+            help="End when the server has samples and labels; it finishes the run alone. "
+            "Implies --share-labels.",
+        ),
+    ] = False,
     join_token: TokenOption = None,
     join_token_file: TokenFileOption = None,
     ca_file: CaOption = None,
@@ -138,10 +151,12 @@ def join(
         chosen = _choose(server, run, token, open_only=True)
         reporter.event("chosen", run=chosen.id)
         # Imported here: torch takes seconds to import, which the lines above do not need.
+        from edge_client.joining import check_consent, join_as
         from edge_client.loading import load_run_data
         from edge_client.participant import Participant, succeeded
         from edge_client.storage.identity import Identity
 
+        check_consent(chosen, share_labels or upload_only, upload_only)
         _limit_threads(threads)
         dataset = load_run_data(
             data,
@@ -157,10 +172,20 @@ def join(
             cache_bytes=cache_mib * 1024 * 1024,
         )
         participant = Participant(
-            server, dataset, folder / "blobs", name, reporter, cache_mib * 1024 * 1024
+            server,
+            dataset,
+            folder / "blobs",
+            name,
+            reporter,
+            cache_mib * 1024 * 1024,
+            share_labels or upload_only,
         )
         with Identity(folder / "identities", url, chosen.id, name) as identity:
-            last = _join_as(identity, participant, chosen.id, token).take_part()
+            joined = join_as(identity, participant, chosen.id, token)
+            if upload_only:
+                joined.upload()
+                return
+            last = joined.take_part()
     except Removed as error:
         reporter.close()
         raise _exit(REMOVED, "Removed from the run", str(error)) from None
@@ -325,23 +350,6 @@ def _check_data(source: str, part: str | None, partition: str) -> None:
 
         Part.parse(part)
         parse_scheme(partition)
-
-
-def _join_as(
-    identity: Identity, participant: Participant, run: str, join_token: str | None
-) -> JoinedRun:
-    """Join with the stored identity; if the images have changed, leave and join as a new one."""
-    try:
-        joined = participant.join(run, identity.key, join_token)
-    except IdempotencyKeyReused:
-        if (earlier := identity.credential) is not None:
-            participant.server.authenticate(earlier)
-            with contextlib.suppress(Forbidden):  # it has already left
-                participant.server.leave(run)
-        identity.renew()
-        joined = participant.join(run, identity.key, join_token)
-    identity.remember(joined.credential)
-    return joined
 
 
 def _parse_link(text: str, seed: int, name: str) -> Link:

@@ -17,10 +17,10 @@ from edge_client.model import DeviceModel
 from edge_client.reporter import Reporter
 from edge_client.run_model import RunModel
 from edge_client.run_samples import RunSamples, open_samples, split_validation
+from edge_client.smashed.sharing import share_labels
 from edge_client.storage.blob_cache import BlobCache
 from edge_client.storage.run_memory import RunMemory
 from edge_client.training import Diverged, Evaluation, Proximal, RoundContext, evaluate
-from edge_client.training.prediction_counts import PredictionCounter
 from edge_client.transport.client import Server
 from protocol.errors import (
     Conflict,
@@ -43,6 +43,7 @@ from protocol.messages import (
     UpdateMeta,
 )
 from protocol.plan import RunPlan
+from split_model.prediction_counts import PredictionCounter
 
 _POLL_S = 8.0  # so that silence of the server is noticed within ten seconds
 
@@ -60,6 +61,7 @@ class Participant:
         name: the device's name, for people.
         reporter: receives progress and events.
         cache_bytes: memory budget of each cache (resized images, smashed data), in bytes.
+        shares_labels: whether the server may have the labels, in a run that asks for them.
     """
 
     server: Server
@@ -68,6 +70,7 @@ class Participant:
     name: str
     reporter: Reporter
     cache_bytes: int = 256 * 1024 * 1024
+    shares_labels: bool = False
 
     def join(self, run: str, key: str, join_token: str | None = None) -> JoinedRun:
         """Join a run, and download head and global state unless they are cached.
@@ -79,6 +82,7 @@ class Participant:
 
         Raises:
             InvalidField: the data have more classes than the run.
+            InvalidField: the run needs the labels, and the server may not have them.
             RunClosed: the run is over.
         """
         request = JoinRequest(
@@ -87,6 +91,7 @@ class Participant:
             test_samples=len(self.data.test),
             num_classes=len(self.data.class_names),
             classes_sha256=_hash_names(self.data.class_names),
+            shares_labels=self.shares_labels,
         )
         response = self.server.join(run, request, key, join_token)
         self.server.authenticate(response.credential)
@@ -162,6 +167,15 @@ class JoinedRun:
                 self._server.end(self.run.id, _reason_of(error))
             raise
 
+    def upload(self) -> None:
+        """Send samples and labels to a run that shares labels, unless the server has them.
+
+        The device may end afterwards; the server finishes the run without it.
+        """
+        assignment = self._server.assignment(self.run.id, None, _POLL_S)
+        if assignment.task is Task.UPLOAD:
+            self._do_and_report(assignment)
+
     def _take_part(self) -> Assignment:
         done: Assignment | None = None
         while True:
@@ -230,10 +244,31 @@ class JoinedRun:
         self._method.drop_sample_caches()
 
     def _do(self, assignment: Assignment) -> None:
-        if assignment.task is Task.TRAIN:
+        if assignment.task is Task.UPLOAD:
+            self._share_labels()
+        elif assignment.task is Task.TRAIN:
             self._train_until_complete(assignment)
         elif assignment.task is Task.EVALUATE:
             self._evaluate(assignment)
+
+    def _share_labels(self) -> None:
+        """Send samples and labels, if the owner agreed, so that the server needs no device.
+
+        Raises:
+            InvalidField: the owner did not agree.
+            SamplesMissing: the server has no room for the samples.
+        """
+        if not (self._device.shares_labels and self._settings.shares_labels):
+            raise InvalidField(
+                "the server asks for labels that it may not have",
+                field="shares_labels",
+                limit=True,
+                value=False,
+            )
+        share_labels(self.samples.plane, self.samples.train, self.samples.test)
+        train, test = len(self.samples.train), len(self.samples.test)
+        message = f"the server has {train} + {test} samples and labels, and needs no device now"
+        self._reporter.event("labels-shared", train=train, test=test, message=message)
 
     def _train_until_complete(self, assignment: Assignment) -> None:
         """Train a round; start again if the server has lost its state of the round."""

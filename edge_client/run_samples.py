@@ -20,6 +20,7 @@ from edge_client.training import Samples
 from edge_client.transport.client import Server
 from edge_client.transport.split_client import SplitPlane
 from protocol.codec_names import is_row_wise_inside
+from protocol.labels import label_epsilon
 from protocol.plan import RunPlan
 from protocol.seeds import derive_seed
 
@@ -108,7 +109,7 @@ def split_validation(device: Owner, plan: RunPlan) -> tuple[Dataset, ImageSet | 
 
     Labels are replaced at random before if the run asks for it.
     """
-    data, epsilon = device.data, plan.training.label_epsilon
+    data, epsilon = device.data, label_epsilon(plan.training.labels)
     if epsilon is not None and len(data.train):
         data = with_noised_labels(data, epsilon, device_secret(device.folder))
     count = int((plan.training.validation_share or 0.0) * len(data.train))

@@ -9,17 +9,15 @@ of all other bytes, which takes a tenth of the time of a CRC-32.
 
 from __future__ import annotations
 
-import math
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+from numpy.typing import NDArray
 from xxhash import xxh3_64
 
-from protocol.codecs import Buffer, Device, get_codec
+from protocol.codecs import Buffer, Codec, get_codec
 from protocol.errors import (
     DamagedFrame,
     InvalidField,
@@ -27,16 +25,21 @@ from protocol.errors import (
     TooLarge,
     UnsupportedVersion,
 )
-from protocol.header import check_text, pack_header, unpack_header
+from protocol.header import pack_header, unpack_header
 from protocol.limits import DEFAULT_LIMITS, FrameLimits
+from protocol.tensor_specs import TensorSpec, read_spec
 from protocol.wire import PROTOCOL_VERSION
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from protocol.arrays import Array, Device, Generator
 
 __all__ = [
     "ALIGNMENT",
     "MAGIC",
     "PREFIX_BYTES",
     "Frame",
-    "TensorSpec",
     "decode_frame",
     "encode_frame",
     "frame_length",
@@ -57,27 +60,7 @@ PREFIX_BYTES = _PREFIX.size + _CHECKSUM.size
 
 _PADDING = bytes(ALIGNMENT)
 
-_SPEC_KEYS = {"name", "codec", "shape", "sizes"}
-
 Meter = Callable[[int], None]
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """The description of one tensor in a header."""
-
-    name: str
-    codec: str
-    shape: tuple[int, ...]
-    sizes: tuple[int, ...]  # bytes of each buffer
-
-    def to_wire(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "codec": self.codec,
-            "shape": list(self.shape),
-            "sizes": list(self.sizes),
-        }
 
 
 @dataclass(frozen=True)
@@ -107,41 +90,63 @@ class Frame:
             )
         return spec
 
-    def tensor(self, name: str, device: Device = "cpu") -> Tensor:
-        """Decode one tensor on ``device``, in the dtype of its codec.
+    def array(self, name: str) -> NDArray[Any]:
+        """Decode one tensor as a NumPy array, in the dtype of its codec; bfloat16 as float32.
+
+        The array may share the frame's memory, and may be read-only.
 
         Raises:
-            MalformedFrame: the frame has no tensor of this name.
+            MalformedFrame: the frame has no tensor of this name, or no encoder writes its buffers.
+            Busy: there is no memory for the array.
+        """
+        spec = self.spec(name)
+        return self._metered_codec(spec).decode_array(self.buffers[name], spec.shape)
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Decode all tensors as NumPy arrays, by name."""
+        return {name: self.array(name) for name in self.specs}
+
+    def tensor(self, name: str, device: Device = "cpu") -> Tensor:
+        """Decode one tensor with torch on ``device``, in the dtype of its codec.
+
+        Raises:
+            MalformedFrame: the frame has no tensor of this name, or no encoder writes its buffers.
             Busy: there is no memory for the tensor.
         """
         spec = self.spec(name)
+        return self._metered_codec(spec).decode(self.buffers[name], spec.shape, device)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Decode all tensors with torch on the CPU, by name."""
+        return {name: self.tensor(name) for name in self.specs}
+
+    def _metered_codec(self, spec: TensorSpec) -> Codec:
         codec = get_codec(spec.codec)
         if self.meter is not None:
             self.meter(codec.decoded_bytes(spec.shape, spec.sizes))
-        return codec.decode(self.buffers[name], spec.shape, device)
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {name: self.tensor(name) for name in self.specs}
+        return codec
 
 
 def encode_frame(
     kind: str,
     meta: Mapping[str, Any],
-    tensors: Mapping[str, tuple[Tensor, str]],
+    tensors: Mapping[str, tuple[Array, str]],
     limits: FrameLimits = DEFAULT_LIMITS,
-    generators: Mapping[str, torch.Generator] | None = None,
+    generators: Mapping[str, Generator] | None = None,
 ) -> list[memoryview]:
     """Encode a frame as pieces that are written one after the other.
 
-    A contiguous CPU tensor in the dtype of its codec is not copied: the piece is the tensor's
-    memory. The tensor must not change before the piece is written.
+    A contiguous array in the CPU's memory and in the dtype of its codec is not copied: the piece is
+    the array's memory. The array must not change before the piece is written.
 
     Args:
         kind: the kind of message, e.g. ``forward``.
         meta: text, numbers, booleans, None, and lists and maps of these.
-        tensors: each tensor, of any shape, and the name of its codec, by the tensor's name.
+        tensors: each NumPy array or torch tensor, of any shape, and the name of its codec, by the
+            tensor's name.
         limits: limits of the header.
-        generators: generator of random rounding for a tensor, by the tensor's name.
+        generators: generator of random rounding for a tensor, of NumPy or torch, by the tensor's
+            name.
 
     Raises:
         UnknownCodec: there is no such codec.
@@ -306,7 +311,7 @@ def _read_tensors(
     specs: dict[str, TensorSpec] = {}
     buffers: dict[str, tuple[memoryview, ...]] = {}
     for raw in raw_specs:
-        spec = _read_spec(raw, limits)
+        spec = read_spec(raw, limits)
         if spec.name in specs:
             raise MalformedFrame("two tensors have the same name", field="tensors", value=spec.name)
         pieces: list[memoryview] = []
@@ -331,73 +336,6 @@ def _read_tensors(
             value=view.nbytes,
         )
     return specs, buffers
-
-
-def _read_spec(raw: Any, limits: FrameLimits) -> TensorSpec:
-    if not isinstance(raw, dict) or set(raw) != _SPEC_KEYS:
-        raise MalformedFrame(
-            "a tensor must be described by exactly name, codec, shape and sizes",
-            field="tensors",
-            limit=sorted(_SPEC_KEYS),
-            value=sorted(raw) if isinstance(raw, dict) else type(raw).__name__,
-        )
-    name, codec = raw["name"], raw["codec"]
-    if not isinstance(name, str) or not isinstance(codec, str) or not name:
-        raise MalformedFrame(
-            "a tensor's name and codec must be text, the name not empty",
-            field="tensors",
-            limit=["str", "str"],
-            value=[name and type(name).__name__, type(codec).__name__],
-        )
-    check_text(name, "tensors.name", limits)
-    check_text(codec, f"{name}.codec", limits)
-    shape = tuple(_read_naturals(raw["shape"], f"{name}.shape"))
-    sizes = tuple(_read_naturals(raw["sizes"], f"{name}.sizes"))
-    _check_shape(name, shape, limits)
-    try:
-        get_codec(codec).check_sizes(shape, sizes)
-    except MalformedFrame as error:
-        error.field = f"{name}.sizes"
-        raise
-    return TensorSpec(name, codec, shape, sizes)
-
-
-def _check_shape(name: str, shape: Sequence[int], limits: FrameLimits) -> None:
-    if len(shape) > limits.max_dims:
-        raise TooLarge(
-            "a tensor has too many dimensions",
-            field=f"{name}.shape",
-            limit=limits.max_dims,
-            value=len(shape),
-        )
-    # A zero counts as one, so that it cannot hide dimensions whose strides overflow.
-    elements = math.prod(max(size, 1) for size in shape)
-    if elements > limits.max_elements:
-        raise TooLarge(
-            "a tensor has too many elements",
-            field=f"{name}.shape",
-            limit=limits.max_elements,
-            value=list(shape),
-        )
-
-
-def _read_naturals(raw: Any, where: str) -> Iterator[int]:
-    if not isinstance(raw, list):
-        raise MalformedFrame(
-            "must be a list of integers",
-            field=where,
-            limit="list",
-            value=type(raw).__name__,
-        )
-    for number in raw:
-        if isinstance(number, bool) or not isinstance(number, int) or number < 0:
-            raise MalformedFrame(
-                "must be an integer of at least 0",
-                field=where,
-                limit=0,
-                value=number if isinstance(number, (int, float)) else type(number).__name__,
-            )
-        yield number
 
 
 def _align(length: int) -> int:

@@ -98,6 +98,7 @@ class RoundStatus(StrEnum):
 class Task(StrEnum):
     """The next task of a participant."""
 
+    UPLOAD = "upload"  # send samples and labels; only in a run with shared labels
     TRAIN = "train"
     EVALUATE = "evaluate"
     WAIT = "wait"
@@ -197,6 +198,7 @@ class JoinRequest(Message):
     test_samples: Count
     num_classes: Count
     classes_sha256: Sha256 | None = None  # hash of the ordered class names; None: no data
+    shares_labels: bool = False  # whether its owner lets the server have its labels
 
 
 class JoinResponse(Message):
@@ -346,7 +348,7 @@ class StartMeta(Message):
 
 
 class SamplesMeta(Message):
-    """The empty meta part of frames with samples or sample ids."""
+    """The empty meta part of frames with samples, sample ids or labels."""
 
 
 M = TypeVar("M", bound=Message)

@@ -11,6 +11,7 @@ from pydantic_core import PydanticCustomError
 from protocol.base import Message
 from protocol.codec_names import check_float_codec
 from protocol.errors import UnknownCodec
+from protocol.labels import LabelUse, label_epsilon
 
 __all__ = [
     "BackboneSettings",
@@ -119,25 +120,25 @@ class TrainingSettings(Message):
         "and are not trained on; none: 0.1 where prompts are tuned after a closed-form start, "
         "else 0",
     )
-    label_epsilon: float | None = Field(
-        None,
-        gt=0,
-        le=100,
-        description="epsilon of the local differential privacy of training labels, some of which a "
-        "device replaces at random; none: labels are not replaced",
+    labels: LabelUse = Field(
+        "device",
+        description="device: labels stay on their device, but what it sends reveals most of them | "
+        "noised:E: a device replaces some training labels at random, local differential privacy "
+        "with epsilon E | shared: a device sends its samples and labels once, and the server tunes "
+        "and evaluates without it; devices join such a run with --share-labels alone",
     )
-
     report_classes: bool | None = Field(
         None,
         description="devices report how many held-out images of each class they predict as which "
         "class, and how confidently; false: only how many they predict right; none: true unless "
-        "label_epsilon is set",
+        "labels are noised",
     )
 
     @property
     def reports_classes(self) -> bool:
         """Whether devices report their predictions by class."""
-        return self.label_epsilon is None if self.report_classes is None else self.report_classes
+        noised = label_epsilon(self.labels) is not None
+        return not noised if self.report_classes is None else self.report_classes
 
     @model_validator(mode="after")
     def _check_nesterov(self) -> TrainingSettings:

@@ -13,6 +13,7 @@ from protocol.wire import (
     EXCHANGE_PATH,
     FORWARD_PATH,
     INFER_PATH,
+    LABELS_PATH,
     MISSING_PATH,
     SAMPLES_PATH,
     SOLVE_PATH,
@@ -50,6 +51,7 @@ _BY_PATH: Final[Mapping[str, tuple[Phase, Phase]]] = {
     MISSING_PATH: (Phase.SMASHED, Phase.SMASHED),
     START_PATH: (Phase.SMASHED, Phase.FEATURES),
     SOLVE_PATH: (Phase.UPDATES, Phase.UPDATES),
+    LABELS_PATH: (Phase.UPDATES, Phase.UPDATES),
 }
 
 _BY_LAST_SEGMENT: Final[Mapping[str, Phase]] = {

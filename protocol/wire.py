@@ -13,6 +13,7 @@ __all__ = [
     "FRAME_MEDIA_TYPE",
     "IDEMPOTENCY_HEADER",
     "INFER_PATH",
+    "LABELS_PATH",
     "MISSING_PATH",
     "PROTOCOL_VERSION",
     "REQUEST_ID_HEADER",
@@ -49,5 +50,7 @@ MISSING_PATH: Final = "/v1/split/missing"
 START_PATH: Final = "/v1/split/start"
 
 SOLVE_PATH: Final = "/v1/split/solve"
+
+LABELS_PATH: Final = "/v1/split/labels"
 
 FLOAT32_BYTES: Final = 4  # bytes of one float32

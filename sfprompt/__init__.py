@@ -2,6 +2,8 @@
 
     import sfprompt
 
+    run = sfprompt.simulate("photos", devices=3)
+    run.export("model.safetensors")
     model = sfprompt.load_exported("model.safetensors")
     settings = sfprompt.RunSettings(method={"name": "sfprompt", "prompt_count": 5})
 
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from protocol.method import MethodSettings as MethodSettings
     from protocol.method import register as register
     from protocol.settings import RunSettings as RunSettings
+    from sfprompt_bench.run.simulation import Simulation as Simulation
+    from sfprompt_bench.run.simulation import simulate as simulate
     from split_model.checkpoints.export import TunedModel as TunedModel
     from split_model.checkpoints.export import load_exported as load_exported
     from split_server.app import SplitServer as SplitServer
@@ -37,11 +41,13 @@ _MODULES = {
     "RunSettings": "protocol.settings",
     "SFPromptError": "protocol.errors",
     "ServerSettings": "split_server.settings",
+    "Simulation": "sfprompt_bench.run.simulation",
     "SplitServer": "split_server.app",
     "TunedModel": "split_model.checkpoints.export",
     "create_app": "split_server.app",
     "load_exported": "split_model.checkpoints.export",
     "register": "protocol.method",
+    "simulate": "sfprompt_bench.run.simulation",
 }
 
 __all__ = sorted([*_MODULES, "__version__"])

@@ -15,6 +15,7 @@ _SUBCOMMANDS = {
         "Tune with one server and several devices on this machine, and report bytes and accuracy.",
         (
             "sfprompt-bench run",
+            "sfprompt-bench run --data folder:photos --devices 3",
             "sfprompt-bench run --data fashion-mnist --partition dirichlet:0.3 --json result.json",
         ),
     ),

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import matplotlib as mpl
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from protocol.messages import RoundView
 from protocol.traffic import Phase
-
-mpl.use("Agg")  # draws to files, without a window
 
 COLOURS = {
     Phase.SMASHED: "#1b6ca8",
@@ -33,10 +30,25 @@ _RED = "#c1121f"
 _MAX_SCALE = 4  # times the highest bar
 
 
-def plot_accuracy(rounds: Sequence[RoundView], title: str, out: Path) -> Path:
+def new_figure(rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, Any]:
+    """Make a figure that no window shows, and that leaves a notebook's settings alone.
+
+    Args:
+        rows: of panels.
+        columns: of panels.
+        options: ``figsize`` in inches, and arguments of `Figure.subplots`.
+
+    Returns:
+        The figure, and its axes as `Figure.subplots` returns them.
+    """
+    figure = Figure(figsize=options.pop("figsize"), layout="constrained")
+    return figure, figure.subplots(rows, columns, **options)
+
+
+def draw_accuracy(rounds: Sequence[RoundView], title: str) -> Figure:
     """Plot the global state's accuracy on the held-out samples over rounds."""
     measured = [(view.round, view.accuracy) for view in rounds if view.accuracy is not None]
-    figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    figure, axes = new_figure(figsize=(6.4, 4))
     numbers = [number for number, _ in measured]
     percents = [100 * accuracy for _, accuracy in measured]
     axes.plot(numbers, percents, marker="o", color="#1b6ca8")
@@ -68,12 +80,12 @@ def plot_accuracy(rounds: Sequence[RoundView], title: str, out: Path) -> Path:
     axes.margins(y=0.15)
     low, high = axes.get_ylim()
     axes.set_ylim(max(low, 0), min(high, 101))  # no share is above 100 %
-    return save(figure, out)
+    return figure
 
 
-def plot_bytes(rounds: Sequence[RoundView], full_round_bytes: int, title: str, out: Path) -> Path:
+def draw_bytes(rounds: Sequence[RoundView], full_round_bytes: int, title: str) -> Figure:
     """Plot bytes at the socket by round and phase, and those of federated full fine-tuning."""
-    figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    figure, axes = new_figure(figsize=(6.4, 4))
     numbers = [view.round for view in rounds]
     bottom = [0.0] * len(rounds)
     for phase, colour in COLOURS.items():
@@ -86,7 +98,7 @@ def plot_bytes(rounds: Sequence[RoundView], full_round_bytes: int, title: str, o
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="y", alpha=0.3)
     figure.legend(fontsize="small", ncols=4, loc="outside lower center")
-    return save(figure, out)
+    return figure
 
 
 def _mark_full(axes: Axes, full: float, highest: float) -> None:
@@ -102,7 +114,6 @@ def _mark_full(axes: Axes, full: float, highest: float) -> None:
 
 
 def save(figure: Figure, out: Path) -> Path:
-    """Write a figure to a file and free its memory."""
+    """Write a figure to a file, and return the file."""
     figure.savefig(out, dpi=150)
-    plt.close(figure)
     return out

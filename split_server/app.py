@@ -56,6 +56,8 @@ from split_server.runtime.device import Placement, SideStreams, choose_placement
 from split_server.runtime.listening import check_address
 from split_server.runtime.process import Clock, descriptor_limit
 from split_server.settings import OPERATOR_TOKEN_FILE, ServerSettings
+from split_server.shared_labels.receipt import LabelReceipt
+from split_server.shared_labels.stand_in import StandIns
 from split_server.storage.data_dir import check_complete, lock_data_dir
 from split_server.storage.database import Store
 from split_server.storage.sample_store import SampleStore, StoreLimits
@@ -126,13 +128,18 @@ def build_services(
     runs = RunRegistry(settings.data_dir, store, meter, link, clock)
     advancer = RunAdvancer(runs, liveness)
     runs.load()
+    starts = ClosedFormStarts(runs, engine, samples, placement.device, settings.max_wait_s)
+    federation = FederationService(runs, advancer, credentials, liveness, link)
+    labels = LabelReceipt(runs, advancer, samples)
     return Services(
         settings=settings,
         placement=placement,
         engine=engine,
         figures=figures,
         samples=samples,
-        starts=ClosedFormStarts(runs, engine, samples, placement.device, settings.max_wait_s),
+        labels=labels,
+        stand_ins=StandIns(runs, federation, starts, labels),
+        starts=starts,
         store=store,
         meter=meter,
         credentials=credentials,
@@ -140,7 +147,7 @@ def build_services(
         liveness=liveness,
         runs=runs,
         advancer=advancer,
-        federation=FederationService(runs, advancer, credentials, liveness, link),
+        federation=federation,
         reader=RunReader(runs, liveness),
         removals=Removals(runs, advancer, liveness),
         control=RunControl(runs, advancer),
@@ -197,6 +204,7 @@ async def _close_services(services: Services) -> None:
     services.notifier.close()
     for close in (
         services.advancer.close,
+        services.stand_ins.close,
         services.starts.close,
         services.engine.close,
         services.codec_threads.shutdown,
@@ -320,6 +328,7 @@ class SplitServer:
         connections = ConnectionTable(_connection_limits(settings))
         services.figures.watch("sfprompt_connections", "Open connections", lambda: len(connections))
         tasks = [asyncio.create_task(_tick(services)), asyncio.create_task(connections.watch())]
+        tasks.append(asyncio.create_task(services.stand_ins.watch()))
         if settings.compile:
             compiler = _Compiler(services)
             await compiler.compile_open_runs()

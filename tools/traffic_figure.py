@@ -5,8 +5,7 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
-import matplotlib as mpl
-from matplotlib import pyplot as plt
+from sfprompt_bench.plots import new_figure, save
 
 FOLDER = Path(__file__).parents[1] / "docs" / "results" / "traffic"
 
@@ -31,7 +30,7 @@ def draw(source: Path, destination: Path) -> None:
     with source.open(newline="") as file:
         rows = list(csv.DictReader(file))
     totals = [float(row["mb"]) for row in rows]
-    figure, axes = plt.subplots(figsize=(8, 3.3), layout="constrained")
+    figure, axes = new_figure(figsize=(8, 3.3))
     colours = [_GREY] * (len(rows) - 1) + [_BLUE]
     axes.barh([LABELS[row["rung"]] for row in rows], totals, color=colours, height=0.7)
     for number, (row, total) in enumerate(zip(rows, totals, strict=True)):
@@ -53,13 +52,11 @@ def draw(source: Path, destination: Path) -> None:
     axes.xaxis.set_visible(False)
     for side in ("top", "right", "bottom"):
         axes.spines[side].set_visible(False)
-    figure.savefig(destination, dpi=150)
-    plt.close(figure)
+    save(figure, destination)
 
 
 def main() -> None:
     """Write `traffic.png` next to `ladder.csv`."""
-    mpl.use("Agg")
     draw(FOLDER / "ladder.csv", FOLDER / "traffic.png")
 
 

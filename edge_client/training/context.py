@@ -13,9 +13,10 @@ from edge_client.data.batches import BatchReader, shuffled
 from edge_client.model import DeviceModel
 from edge_client.smashed.head_cache import HeadOutputs
 from edge_client.smashed.uploads import SampleUploader
-from edge_client.transport.split_client import Features, SamplesMissing
+from edge_client.transport.split_client import SamplesMissing
 from protocol.plan import RunPlan
 from protocol.seeds import derive_seed
+from split_model.linear_fit import Features
 from split_model.optimizer import learning_rate_factor
 
 R = TypeVar("R")

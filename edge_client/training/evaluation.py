@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 from edge_client.model import DeviceModel
 from edge_client.training.context import Advance, Samples
-from edge_client.training.prediction_counts import PredictionCounter
 from edge_client.transport.split_client import SplitPlane, max_samples_per_frame
 from protocol.quality import PredictionCounts
+from split_model.prediction_counts import PredictionCounter
 
 Item = TypeVar("Item")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,12 +19,14 @@ from protocol.wire import (
     EXCHANGE_PATH,
     FORWARD_PATH,
     INFER_PATH,
+    LABELS_PATH,
     MISSING_PATH,
     SAMPLES_PATH,
     SOLVE_PATH,
     START_PATH,
 )
 from split_model.backbone.architecture import anatomy
+from split_model.linear_fit import Features, Fit
 from split_model.parts.depths import feature_shape
 from split_model.parts.head import Head
 from split_model.parts.tail import needed_tokens
@@ -57,40 +58,6 @@ class SamplesMissing(SFPromptError):
             hint="its cache may be too small: raise samples_mib and participant_samples_mib",
         )
         self.places = places
-
-
-@dataclass(frozen=True)
-class Features:
-    """The features of a device's samples, and what is known of all devices' features.
-
-    Attributes:
-        values: [n, r].
-        mean: over all devices' samples, [r].
-        variances: over all devices' samples, [r]; 0: an unused component.
-        strength: of the ridge regression's penalty, for each sample; 0 before it is solved.
-    """
-
-    values: Tensor
-    mean: Tensor
-    variances: Tensor
-    strength: float
-
-
-@dataclass(frozen=True)
-class Fit:
-    """The classifier of a closed-form start.
-
-    Attributes:
-        weight: [C, r].
-        bias: [C].
-        leverage: weight of each training sample's label in its own score, [n].
-        strength: of the penalty, for each sample.
-    """
-
-    weight: Tensor
-    bias: Tensor
-    leverage: Tensor
-    strength: float
 
 
 class SplitPlane:
@@ -342,6 +309,24 @@ class SplitPlane:
         """Store smashed data [B, T, D] in the server's cache under these ids [B, 16]."""
         tensors = {"ids": (ids, "uint8"), "smashed": (smashed, self._smashed)}
         response = self._server.send_frame(SAMPLES_PATH, "samples", {}, tensors)
+        require_kind(response, "kept")
+
+    def share_labels(self, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> None:
+        """Send the labels of all training and test samples; the server then needs no device.
+
+        Args:
+            train, test: ids [n, 16] and labels [n] of each.
+
+        Raises:
+            SamplesMissing: upload these samples, training before test samples, and send the labels
+                again.
+        """
+        tensors: dict[str, tuple[Tensor, str]] = {}
+        for kind, (ids, labels) in (("train", train), ("test", test)):
+            if len(ids):
+                tensors |= {f"{kind}_ids": (ids, "uint8"), f"{kind}_labels": (labels, "int64")}
+        response = self._server.send_frame(LABELS_PATH, "labels", {}, tensors)
+        _check_none_missing(response, len(train[0]) + len(test[0]))
         require_kind(response, "kept")
 
     def missing(self, ids: Tensor) -> list[int]:

@@ -1,12 +1,11 @@
 """Codecs, which encode tensors as buffers: one class for each base name."""
 
-from protocol.codecs.codec import Buffer, Codec, Device, FixedSizeCodec
+from protocol.codecs.codec import Buffer, Codec, FixedSizeCodec
 from protocol.codecs.cosine import Cosine
 from protocol.codecs.feedback import ErrorFeedback
 from protocol.codecs.int4 import Int4, Int4Asymmetric
 from protocol.codecs.int8 import Int8
 from protocol.codecs.klt import Klt
-from protocol.codecs.memory import tensor_nbytes
 from protocol.codecs.pq import ProductQuantiser
 from protocol.codecs.raw import BFloat16, Float16, Float32, Int64, RawCodec, UInt8
 from protocol.codecs.registry import CODECS, encoded_bytes, get_codec
@@ -21,7 +20,6 @@ __all__ = [
     "Codec",
     "Compressed",
     "Cosine",
-    "Device",
     "ErrorFeedback",
     "FixedSizeCodec",
     "Float16",
@@ -38,5 +36,4 @@ __all__ = [
     "UInt8",
     "encoded_bytes",
     "get_codec",
-    "tensor_nbytes",
 ]

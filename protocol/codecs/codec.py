@@ -5,20 +5,25 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
+from protocol.arrays import NUMPY, Array, Backend, Device, Generator, backend_of, backend_on
 from protocol.errors import MalformedFrame
 from protocol.wire import FLOAT32_BYTES
 
-Buffer = bytes | bytearray | memoryview
+if TYPE_CHECKING:
+    from torch import Tensor
 
-Device = torch.device | str
+Buffer = bytes | bytearray | memoryview
 
 
 class Codec(ABC):
-    """Encodes a tensor as buffers, and decodes it. A codec has no state.
+    """Encodes an array as buffers, and decodes it. A codec has no state.
+
+    It computes with the library of the array (see `protocol.arrays`).
 
     A receiver calls `check_sizes` with the declared sizes before it decodes. It also checks the
     shape, since a few bytes can decode to a large tensor.
@@ -35,18 +40,26 @@ class Codec(ABC):
     floating: bool = True
     row_wise: bool = False
 
-    @abstractmethod
-    def encode(self, tensor: Tensor, generator: torch.Generator | None = None) -> list[memoryview]:
-        """Encode a tensor. Its own memory becomes the buffer if possible.
+    def encode(self, array: Array, generator: Generator | None = None) -> list[memoryview]:
+        """Encode an array. Its own memory becomes the buffer if possible.
 
         Args:
-            tensor: tensor of any shape on any device; the codec computes on that device.
+            array: NumPy array, or torch tensor on any device, of any shape.
             generator: generator of random rounding, with which the expected value of the decoded
-                tensor is the tensor; None: round to nearest.
+                array is the array; None: round to nearest.
 
         Raises:
-            InvalidField: this codec cannot encode the tensor.
+            InvalidField: this codec cannot encode the array.
         """
+        backend = backend_of(array)
+        with np.errstate(all="ignore"):  # numbers beyond the range are refused
+            return self._encode(backend, backend.own(array), generator)
+
+    @abstractmethod
+    def _encode(
+        self, backend: Backend, array: Any, generator: Generator | None
+    ) -> list[memoryview]:
+        """Encode an array of this backend."""
 
     @abstractmethod
     def max_sizes(self, shape: Sequence[int], count: int) -> list[int]:
@@ -75,17 +88,39 @@ class Codec(ABC):
         """
         return FLOAT32_BYTES * math.prod(shape) + 2 * sum(sizes)
 
-    @abstractmethod
     def decode(
         self, buffers: Sequence[memoryview], shape: Sequence[int], device: Device = "cpu"
     ) -> Tensor:
-        """Decode a tensor of ``shape`` on ``device``. It may share the buffers' memory.
+        """Decode a torch tensor of ``shape`` on ``device``. It may share the buffers' memory.
 
         The encoded buffers are moved to the device and decoded there.
 
         Raises:
             MalformedFrame: this codec never writes such buffers.
         """
+        with np.errstate(all="ignore"):
+            tensor: Tensor = self._decode(backend_on(device), buffers, shape)
+        return tensor
+
+    def decode_array(self, buffers: Sequence[memoryview], shape: Sequence[int]) -> NDArray[Any]:
+        """Decode a NumPy array of ``shape``. It may share the buffers' memory, and be read-only.
+
+        Raises:
+            MalformedFrame: this codec never writes such buffers.
+        """
+        with np.errstate(all="ignore"):
+            array: NDArray[Any] = self._decode(NUMPY, buffers, shape)
+        return array
+
+    def decode_like(self, array: Any, buffers: Sequence[memoryview]) -> Any:
+        """Decode buffers of an array of this shape: of the same library, on the same device."""
+        backend = backend_of(array)
+        with np.errstate(all="ignore"):
+            return self._decode(backend, buffers, array.shape)
+
+    @abstractmethod
+    def _decode(self, backend: Backend, buffers: Sequence[memoryview], shape: Sequence[int]) -> Any:
+        """Decode an array of this backend."""
 
 
 class FixedSizeCodec(Codec):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Sequence
+from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
-from protocol.codecs.codec import Device, FixedSizeCodec
+from protocol.arrays import Backend, Generator, chunks
+from protocol.codecs.codec import FixedSizeCodec
 from protocol.codecs.memory import (
     MAX_MAGNITUDE,
     check_magnitude,
@@ -17,7 +19,6 @@ from protocol.codecs.memory import (
     power_of_two_above,
     rows_per_chunk,
     to_buffer,
-    to_device,
 )
 from protocol.errors import MalformedFrame
 
@@ -54,25 +55,27 @@ class Cosine(FixedSizeCodec):
         self._bits = bits if bits in (2, 4) else 8  # bits of a packed code
         self._max_code = 2 ** (bits - 1) - 1  # m
 
-    def encode(self, tensor: Tensor, generator: torch.Generator | None = None) -> list[memoryview]:
-        plain = tensor.detach().reshape(-1).to(torch.float32)
-        magnitude = check_magnitude(self.name, plain)
+    def _encode(
+        self, backend: Backend, array: Any, generator: Generator | None
+    ) -> list[memoryview]:
+        xp = backend.xp
+        plain = xp.astype(array.reshape(-1), xp.float32, copy=False)
+        magnitude = check_magnitude(self.name, backend, plain)
         unit = power_of_two_above(magnitude)
         scaled = plain / unit
-        norm = _norm(scaled)
+        norm = _norm(backend, scaled)
         bound = math.asin(min(1.0, magnitude / unit / norm)) if norm else 0.0
-        codes = self._compute_codes(scaled, norm, bound, generator)
-        codes = codes.add_(self._max_code).to(torch.uint8)
+        codes = self._compute_codes(backend, scaled, norm, bound, generator)
+        codes = xp.astype(codes + self._max_code, xp.uint8)
         header = bytearray(_HEADER.pack(norm * unit, bound))
-        return [to_buffer(_pack(codes, self._bits)), memoryview(header)]
+        packed = backend.host(_pack(xp, codes, self._bits))
+        return [to_buffer(packed), memoryview(header)]
 
     def sizes(self, shape: Sequence[int]) -> list[int]:
         elements = math.prod(shape)
         return [-(-elements * self._bits // 8), _HEADER.size]
 
-    def decode(
-        self, buffers: Sequence[memoryview], shape: Sequence[int], device: Device = "cpu"
-    ) -> Tensor:
+    def _decode(self, backend: Backend, buffers: Sequence[memoryview], shape: Sequence[int]) -> Any:
         norm, bound = _HEADER.unpack(buffers[1])
         if not (0 <= bound <= math.pi / 2 and 0 <= norm * math.sin(bound) <= 2 * MAX_MAGNITUDE):
             raise MalformedFrame(
@@ -82,18 +85,17 @@ class Cosine(FixedSizeCodec):
                 value=[norm, bound],
             )
         elements = math.prod(shape)
-        packed = from_buffer(buffers[0], torch.uint8, buffers[0].nbytes)
-        if unused := packed.numel() * 8 // self._bits - elements:
+        packed = from_buffer(buffers[0], "u1", buffers[0].nbytes)
+        if unused := packed.size * 8 // self._bits - elements:
             _check_unused(int(packed[-1]), 8 - unused * self._bits)
-        packed = to_device(packed, device)
-        values = [norm * sine for sine in self._compute_sines(bound)]
-        levels = torch.tensor(values, dtype=torch.float32, device=device)
-        decoded = torch.empty(elements, dtype=torch.float32, device=device)
-        chunk_codes = rows_per_chunk(1, decoded.device) // 8 * 8
-        for out, part in zip(
-            decoded.split(chunk_codes), packed.split(chunk_codes * self._bits // 8), strict=True
-        ):
-            codes = _unpack(part, self._bits)[: len(out)]
+        xp, packed = backend.xp, backend.own(packed)
+        levels = backend.own(np.asarray(norm * self._compute_sines(bound), np.float32))
+        decoded = backend.empty(elements)
+        chunk_bytes = rows_per_chunk(1, backend) // 8 * self._bits
+        for start in range(0, len(packed), chunk_bytes):
+            first = start * 8 // self._bits
+            out = decoded[first : first + chunk_bytes * 8 // self._bits]
+            codes = _unpack(xp, packed[start : start + chunk_bytes], self._bits)[: len(out)]
             if len(out) and int(codes.max()) >= len(levels):
                 raise MalformedFrame(
                     "a code must be at most 2 m",
@@ -101,57 +103,66 @@ class Cosine(FixedSizeCodec):
                     limit=len(levels) - 1,
                     value=int(codes.max()),
                 )
-            torch.index_select(levels, 0, codes.to(torch.int32), out=out)
+            out[...] = xp.take(levels, xp.astype(codes, xp.int32), axis=0)
         return decoded.reshape(tuple(shape))
 
     def _compute_codes(
-        self, values: Tensor, norm: float, bound: float, generator: torch.Generator | None
-    ) -> Tensor:
+        self,
+        backend: Backend,
+        values: Any,
+        norm: float,
+        bound: float,
+        generator: Generator | None,
+    ) -> Any:
         """Return codes −m … m of values [n] with this norm; may overwrite ``values``."""
+        xp = backend.xp
         if bound == 0:
-            return torch.zeros_like(values)
-        sines = values.mul_(1 / norm).clamp_(-1, 1)
-        codes = torch.asin(sines).mul_(self._max_code / bound)
+            return xp.zeros_like(values)
+        values *= 1 / norm
+        sines = backend.clip(values, -1, 1)
+        codes = xp.asin(sines)
+        codes *= self._max_code / bound
         if generator is None:
-            return codes.round_().clamp_(-self._max_code, self._max_code)
-        lower = codes.floor_().clamp_(-self._max_code, self._max_code - 1)
-        levels = torch.tensor(self._compute_sines(bound), dtype=torch.float32, device=values.device)
-        indices = (lower + self._max_code).to(torch.int64)
+            return backend.clip(xp.round(codes, out=codes), -self._max_code, self._max_code)
+        lower = backend.clip(xp.floor(codes, out=codes), -self._max_code, self._max_code - 1)
+        levels = backend.own(np.asarray(self._compute_sines(bound), np.float32))
+        indices = xp.astype(lower + self._max_code, xp.int64)
         below, above = levels[indices], levels[indices + 1]
-        noise = torch.rand(values.shape, generator=generator, device=generator.device)
-        return lower.add_(noise.to(values.device) * (above - below) < sines - below)
+        lower += backend.draw(values.shape, generator) * (above - below) < sines - below
+        return lower
 
-    def _compute_sines(self, bound: float) -> list[float]:
+    def _compute_sines(self, bound: float) -> NDArray[np.float64]:
         """Return the sine of the angle of each code, from −m to m."""
         codes = range(-self._max_code, self._max_code + 1)
-        return [math.sin(code * bound / self._max_code) for code in codes]
+        return np.array([math.sin(code * bound / self._max_code) for code in codes])
 
 
-def _norm(values: Tensor) -> float:
+def _norm(backend: Backend, values: Any) -> float:
     """Return the norm of float32 values of magnitudes up to 1, in double precision."""
-    parts = values.split(rows_per_chunk(1, values.device))
-    return math.sqrt(sum(float(part.to(torch.float64).square().sum()) for part in parts))
+    xp = backend.xp
+    parts = chunks(rows_per_chunk(1, backend), values)
+    return math.sqrt(sum(float(xp.sum(xp.astype(part, xp.float64) ** 2)) for (part,) in parts))
 
 
-def _pack(codes: Tensor, bits: int) -> Tensor:
+def _pack(xp: Any, codes: Any, bits: int) -> Any:
     """Pack uint8 codes [n], 8 / bits in a byte, the first in its lowest bits."""
     if bits == 8:
         return codes
     codes_per_byte = 8 // bits
-    padded = torch.nn.functional.pad(codes, (0, -len(codes) % codes_per_byte))
-    columns = padded.view(-1, codes_per_byte)
-    packed = columns[:, 0].clone()
+    packed = xp.empty_like(codes[::codes_per_byte])
+    packed[...] = codes[::codes_per_byte]
     for index in range(1, codes_per_byte):
-        packed |= columns[:, index] << (bits * index)
+        column = codes[index::codes_per_byte]
+        packed[: len(column)] |= column << (bits * index)
     return packed
 
 
-def _unpack(packed: Tensor, bits: int) -> Tensor:
+def _unpack(xp: Any, packed: Any, bits: int) -> Any:
     """Unpack bytes into codes: uint8 [bytes · 8 / bits]."""
     if bits == 8:
         return packed
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
-    return (packed.unsqueeze(1) >> shifts).bitwise_and_(2**bits - 1).flatten()
+    columns = [packed >> shift & (2**bits - 1) for shift in range(0, 8, bits)]
+    return xp.stack(columns, axis=1).reshape(-1)
 
 
 def _check_unused(byte: int, used: int) -> None:

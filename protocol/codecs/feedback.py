@@ -3,53 +3,56 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Generic
 
-import torch
-from torch import Tensor
-
+from protocol.arrays import SomeArray, backend_of
 from protocol.codecs.codec import Codec
 from protocol.errors import WrongShape
+
+if TYPE_CHECKING:
+    from protocol.arrays import Generator
 
 __all__ = ["ErrorFeedback"]
 
 
-class ErrorFeedback:
-    """Residuals by tensor name, for codecs with large errors.
+class ErrorFeedback(Generic[SomeArray]):
+    """Residuals by name, of NumPy arrays or of torch tensors, for codecs with large errors.
 
-    It encodes value = tensor + residual and stores residual = value − decoded value. Over many
-    steps the sum of the decoded tensors differs from the sum of the tensors only by the last
+    It encodes value = array + residual and stores residual = value − decoded value. Over many
+    steps the sum of the decoded arrays differs from the sum of the arrays only by the last
     residual.
 
     Args:
-        residuals: by tensor name, of an earlier feedback; none of them changes.
+        residuals: by name, of an earlier feedback; none of them changes.
 
     Source: arXiv 1901.09847.
     """
 
-    def __init__(self, residuals: Mapping[str, Tensor] | None = None) -> None:
-        self._residuals: dict[str, Tensor] = dict(residuals or {})
+    def __init__(self, residuals: Mapping[str, SomeArray] | None = None) -> None:
+        self._residuals: dict[str, Any] = dict(residuals or {})
 
     def encode(
-        self, name: str, tensor: Tensor, codec: Codec, generator: torch.Generator | None = None
+        self, name: str, array: SomeArray, codec: Codec, generator: Generator | None = None
     ) -> list[memoryview]:
-        """Encode a tensor plus its residual, and store the new residual.
+        """Encode an array plus its residual, and store the new residual.
 
         Raises:
-            WrongShape: an earlier tensor of this name had another shape.
+            WrongShape: an earlier array of this name had another shape.
             InvalidField: the codec cannot encode the value; the residual does not change.
         """
-        value = self.add_residual(name, tensor)
+        value: Any = self.add_residual(name, array)
         buffers = codec.encode(value, generator)
-        self.store_residual(name, value, codec.decode(buffers, value.shape, value.device))
+        self.store_residual(name, value, codec.decode_like(value, buffers))
         return buffers
 
-    def add_residual(self, name: str, tensor: Tensor) -> Tensor:
-        """Return tensor plus residual in float32: the value to encode.
+    def add_residual(self, name: str, array: SomeArray) -> SomeArray:
+        """Return array plus residual in float32: the value to encode.
 
         Raises:
-            WrongShape: an earlier tensor of this name had another shape.
+            WrongShape: an earlier array of this name had another shape.
         """
-        value = tensor.detach().to(torch.float32)
+        backend = backend_of(array)
+        value: SomeArray = backend.xp.astype(backend.own(array), backend.xp.float32, copy=False)
         residual = self._residuals.get(name)
         if residual is None:
             return value
@@ -60,20 +63,22 @@ class ErrorFeedback:
                 limit=list(residual.shape),
                 value=list(value.shape),
             )
-        return value + residual.to(value.device)
+        total: SomeArray = value + backend.own(residual)
+        return total
 
-    def store_residual(self, name: str, value: Tensor, decoded: Tensor) -> None:
-        """Store the residual ``value`` − ``decoded``, the codec's error on this tensor."""
-        self._residuals[name] = value.detach() - decoded
+    def store_residual(self, name: str, value: SomeArray, decoded: SomeArray) -> None:
+        """Store the residual ``value`` − ``decoded``, the codec's error on this array."""
+        backend = backend_of(value)
+        self._residuals[name] = backend.own(value) - backend.own(decoded)
 
-    def residual(self, name: str) -> Tensor | None:
-        """Return the residual of this tensor; None before the first encoding."""
+    def residual(self, name: str) -> SomeArray | None:
+        """Return the residual of this array; None before the first encoding."""
         return self._residuals.get(name)
 
-    def residuals(self) -> dict[str, Tensor]:
-        """Return all residuals, by tensor name."""
+    def residuals(self) -> dict[str, SomeArray]:
+        """Return all residuals, by name."""
         return dict(self._residuals)
 
     def clear(self) -> None:
-        """Drop all residuals, after their tensors have been replaced."""
+        """Drop all residuals, after their arrays have been replaced."""
         self._residuals.clear()

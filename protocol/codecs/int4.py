@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
-from protocol.codecs.codec import Device, FixedSizeCodec
+from protocol.arrays import Backend, Generator, chunks, widen
+from protocol.codecs.codec import FixedSizeCodec
 from protocol.codecs.memory import (
+    BFLOAT16_BYTES,
     MAX_MAGNITUDE,
     MIN_SCALE,
     find_extremes,
@@ -22,7 +25,6 @@ from protocol.codecs.memory import (
     round_in_place,
     rows_per_chunk,
     to_buffer,
-    to_device,
     to_matrix,
 )
 from protocol.errors import MalformedFrame
@@ -49,81 +51,82 @@ class _FourBits(FixedSizeCodec):
     zero: int  # the four bits of code 0
 
     @abstractmethod
-    def _extremes(self, groups: Tensor, scratch: Tensor) -> list[Tensor]:
+    def _extremes(self, xp: Any, groups: Any, scratch: Any) -> list[Any]:
         """Return float32 [rows, groups, 1] for `_describe`, of groups [rows, groups, size]."""
 
     @abstractmethod
-    def _describe(self, extremes: Sequence[Tensor]) -> list[Tensor]:
-        """Return the bfloat16 numbers of each group, the scale first."""
+    def _describe(self, backend: Backend, extremes: Sequence[Any]) -> list[Any]:
+        """Return the numbers of each group, the scale first, as bits of bfloat16."""
 
     @abstractmethod
-    def _are_in_range(self, numbers: Sequence[Tensor]) -> bool:
-        """Whether finite groups can have these numbers (on the CPU)."""
+    def _are_in_range(self, numbers: Sequence[NDArray[np.float32]]) -> bool:
+        """Whether finite groups can have these numbers."""
 
     @abstractmethod
-    def _to_codes(self, groups: Tensor, numbers: Sequence[Tensor], out: Tensor) -> Tensor:
+    def _to_codes(self, xp: Any, groups: Any, numbers: Sequence[Any], out: Any) -> Any:
         """Fill ``out`` with codes before rounding, and return it."""
 
     @abstractmethod
-    def _from_codes(self, groups: Tensor, numbers: Sequence[Tensor]) -> None:
+    def _from_codes(self, groups: Any, numbers: Sequence[Any]) -> None:
         """Turn the four bits of each code into its value, in place."""
 
-    def encode(self, tensor: Tensor, generator: torch.Generator | None = None) -> list[memoryview]:
-        source = to_matrix(tensor)
+    def _encode(
+        self, backend: Backend, array: Any, generator: Generator | None
+    ) -> list[memoryview]:
+        xp = backend.xp
+        source = to_matrix(backend, array)
         width = source.shape[1]
-        chunk_rows = rows_per_chunk(width, source.device)
-        chunks = source.split(chunk_rows)
-        scratch = torch.empty_like(_group(source[:chunk_rows]))
-        extremes = [self._extremes(chunk, scratch[: len(chunk)]) for chunk in map(_group, chunks)]
-        numbers = self._describe([torch.cat(column) for column in zip(*extremes, strict=True)])
-        divisors = [number.to(torch.float32) for number in numbers]
-        divisors[0].masked_fill_(divisors[0] == 0, math.inf)  # x / inf gives code 0
-        packed = torch.empty(len(source), _half(width), dtype=torch.int8, device=source.device)
-        for chunk, out, *chunk_numbers in zip(
-            chunks, *_split(chunk_rows, packed, *divisors), strict=True
-        ):
-            codes = self._to_codes(_group(chunk), chunk_numbers, scratch[: len(chunk)])
-            round_in_place(codes, generator, *self.code_range)
-            _pack(codes.flatten(1)[:, :width], self.zero, out)
-        numbers = [number.cpu() for number in numbers]
-        if not self._are_in_range(numbers):
-            raise range_error(self.name, MAX_MAGNITUDE, max_magnitude(source))
-        return [to_buffer(packed), *map(to_buffer, numbers)]
+        chunk_rows = rows_per_chunk(width, backend)
+        scratch = xp.empty_like(_group(xp, source[:chunk_rows]))
+        extremes = [
+            self._extremes(xp, _group(xp, chunk), scratch[: len(chunk)])
+            for (chunk,) in chunks(chunk_rows, source)
+        ]
+        numbers = self._describe(
+            backend, [xp.concat(column) for column in zip(*extremes, strict=True)]
+        )
+        divisors = [widen(number, backend) for number in numbers]
+        divisors[0][divisors[0] == 0] = math.inf  # x / inf gives code 0
+        packed = xp.empty_like(source[:, : _half(width)], dtype=xp.uint8)
+        for chunk, out, *chunk_numbers in chunks(chunk_rows, source, packed, *divisors):
+            codes = self._to_codes(xp, _group(xp, chunk), chunk_numbers, scratch[: len(chunk)])
+            round_in_place(backend, codes, generator, *self.code_range)
+            _pack(xp, _ungroup(codes, width), self.zero, out)
+        sent = [backend.host(number) for number in numbers]
+        if not self._are_in_range([widen(bits) for bits in sent]):
+            raise range_error(self.name, MAX_MAGNITUDE, max_magnitude(backend, source))
+        return [to_buffer(backend.host(packed)), *map(to_buffer, sent)]
 
     def sizes(self, shape: Sequence[int]) -> list[int]:
         rows, width = matrix_shape(shape)
         groups, _ = _count_groups(width)
-        group_buffer = rows * groups * torch.bfloat16.itemsize
+        group_buffer = rows * groups * BFLOAT16_BYTES
         return [rows * _half(width)] + [group_buffer] * self.group_numbers
 
-    def decode(
-        self, buffers: Sequence[memoryview], shape: Sequence[int], device: Device = "cpu"
-    ) -> Tensor:
+    def _decode(self, backend: Backend, buffers: Sequence[memoryview], shape: Sequence[int]) -> Any:
         rows, width = matrix_shape(shape)
         groups, size = _count_groups(width)
-        packed = from_buffer(buffers[0], torch.uint8, rows, _half(width))
+        packed = from_buffer(buffers[0], "u1", rows, _half(width))
         if width % 2 and bool((packed[:, -1:] > 15).any()):
             raise MalformedFrame("unused bits must be zero", field="codes", limit=0)
-        narrow = [from_buffer(buffer, torch.bfloat16, rows, groups, 1) for buffer in buffers[1:]]
-        if not self._are_in_range(narrow):
+        numbers = [widen(from_buffer(buffer, "<i2", rows, groups, 1)) for buffer in buffers[1:]]
+        if not self._are_in_range(numbers):
             raise MalformedFrame(
                 "a scale or a minimum is out of range",
                 field="scales",
                 limit=_MAX_SCALE,
-                value=find_extremes(*narrow),
+                value=find_extremes(*numbers),
             )
-        packed = to_device(packed, device)
-        numbers = [to_device(number, device).to(torch.float32) for number in narrow]
-        decoded = torch.empty(rows, width, dtype=torch.float32, device=device)
-        chunk_rows = rows_per_chunk(width, decoded.device)
-        for out, chunk, *chunk_numbers in zip(
-            *_split(chunk_rows, decoded, packed, *numbers), strict=True
+        decoded = backend.empty(rows, width)
+        chunk_rows = rows_per_chunk(width, backend)
+        for out, chunk, *chunk_numbers in chunks(
+            chunk_rows, decoded, backend.own(packed), *map(backend.own, numbers)
         ):
             _unpack(chunk, out)
-            groups_of_chunk = _group(out)
+            groups_of_chunk = _group(backend.xp, out)
             self._from_codes(groups_of_chunk, chunk_numbers)
             if width % size:  # the groups are a padded copy
-                out.copy_(groups_of_chunk.flatten(1)[:, :width])
+                out[...] = _ungroup(groups_of_chunk, width)
         return decoded.reshape(tuple(shape))
 
 
@@ -142,20 +145,21 @@ class Int4(_FourBits):
 
     name, group_numbers, code_range, zero = "int4", 1, (-7, 7), 8
 
-    def _extremes(self, groups: Tensor, scratch: Tensor) -> list[Tensor]:
-        return [torch.amax(torch.abs(groups, out=scratch), 2, keepdim=True)]
+    def _extremes(self, xp: Any, groups: Any, scratch: Any) -> list[Any]:
+        return [xp.max(xp.abs(groups, out=scratch), axis=2, keepdims=True)]
 
-    def _describe(self, extremes: Sequence[Tensor]) -> list[Tensor]:
-        return [_truncate(_flush_small(extremes[0] / 7))]
+    def _describe(self, backend: Backend, extremes: Sequence[Any]) -> list[Any]:
+        return [_truncate(backend.xp, _flush_small(extremes[0] / 7))]
 
-    def _are_in_range(self, numbers: Sequence[Tensor]) -> bool:
+    def _are_in_range(self, numbers: Sequence[NDArray[np.float32]]) -> bool:
         return is_within(numbers[0], 0.0, _MAX_SCALE)
 
-    def _to_codes(self, groups: Tensor, numbers: Sequence[Tensor], out: Tensor) -> Tensor:
-        return torch.div(groups, numbers[0], out=out)
+    def _to_codes(self, xp: Any, groups: Any, numbers: Sequence[Any], out: Any) -> Any:
+        return xp.divide(groups, numbers[0], out=out)
 
-    def _from_codes(self, groups: Tensor, numbers: Sequence[Tensor]) -> None:
-        groups.sub_(self.zero).mul_(numbers[0])
+    def _from_codes(self, groups: Any, numbers: Sequence[Any]) -> None:
+        groups -= self.zero
+        groups *= numbers[0]
 
 
 class Int4Asymmetric(_FourBits):
@@ -175,28 +179,31 @@ class Int4Asymmetric(_FourBits):
 
     name, group_numbers, code_range, zero = "int4-asym", 2, (0, 15), 0
 
-    def _extremes(self, groups: Tensor, scratch: Tensor) -> list[Tensor]:
-        return [torch.amin(groups, 2, keepdim=True), torch.amax(groups, 2, keepdim=True)]
+    def _extremes(self, xp: Any, groups: Any, scratch: Any) -> list[Any]:
+        return [extreme(groups, axis=2, keepdims=True) for extreme in (xp.min, xp.max)]
 
-    def _describe(self, extremes: Sequence[Tensor]) -> list[Tensor]:
+    def _describe(self, backend: Backend, extremes: Sequence[Any]) -> list[Any]:
         least, greatest = extremes
-        minimum = _truncate(least, downwards=True)
-        scale = _flush_small((greatest - minimum.to(torch.float32)) / 15)
-        return [_truncate(scale, upwards=True), minimum]
+        minimum = _truncate(backend.xp, least, downwards=True)
+        scale = _flush_small((greatest - widen(minimum, backend)) / 15)
+        return [_truncate(backend.xp, scale, upwards=True), minimum]
 
-    def _are_in_range(self, numbers: Sequence[Tensor]) -> bool:
+    def _are_in_range(self, numbers: Sequence[NDArray[np.float32]]) -> bool:
         scale, minimum = numbers
         return is_within(scale, 0.0, _MAX_SCALE) and is_within(
             minimum, -MAX_MAGNITUDE, MAX_MAGNITUDE
         )
 
-    def _to_codes(self, groups: Tensor, numbers: Sequence[Tensor], out: Tensor) -> Tensor:
+    def _to_codes(self, xp: Any, groups: Any, numbers: Sequence[Any], out: Any) -> Any:
         scale, minimum = numbers
-        return torch.sub(groups, minimum, out=out).div_(scale)
+        codes = xp.subtract(groups, minimum, out=out)
+        codes /= scale
+        return codes
 
-    def _from_codes(self, groups: Tensor, numbers: Sequence[Tensor]) -> None:
+    def _from_codes(self, groups: Any, numbers: Sequence[Any]) -> None:
         scale, minimum = numbers
-        groups.mul_(scale).add_(minimum)
+        groups *= scale
+        groups += minimum
 
 
 def _count_groups(width: int) -> tuple[int, int]:
@@ -209,7 +216,7 @@ def _half(width: int) -> int:
     return -(-width // 2)
 
 
-def _group(rows: Tensor) -> Tensor:
+def _group(xp: Any, rows: Any) -> Any:
     """Return rows [rows, D] as float32 groups [rows, groups, size], as a view if D fits.
 
     Otherwise it repeats the last element, which changes neither minimum nor maximum.
@@ -217,50 +224,51 @@ def _group(rows: Tensor) -> Tensor:
     width = rows.shape[1]
     groups, size = _count_groups(width)
     missing = groups * size - width
-    plain = rows.to(torch.float32)
+    plain = xp.astype(rows, xp.float32, copy=False)
     if missing:
-        plain = torch.cat([plain, plain[:, -1:].expand(-1, missing)], 1)
-    return plain.view(-1, groups, size)
+        plain = xp.concat([plain, *[plain[:, -1:]] * missing], axis=1)
+    return plain.reshape(len(rows), groups, size)
 
 
-def _split(chunk_rows: int, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
-    return [tensor.split(chunk_rows) for tensor in tensors]
+def _ungroup(groups: Any, width: int) -> Any:
+    """Return groups [rows, groups, size] as rows [rows, D], without what `_group` repeated."""
+    rows, count, size = groups.shape
+    return groups.reshape(rows, count * size)[:, :width]
 
 
-def _flush_small(scale: Tensor) -> Tensor:
+def _flush_small(scale: Any) -> Any:
     """Set scales too small to be precise to zero, in place."""
-    return scale.masked_fill_(scale < MIN_SCALE, 0.0)
+    scale[scale < MIN_SCALE] = 0.0
+    return scale
 
 
-def _truncate(values: Tensor, *, downwards: bool = False, upwards: bool = False) -> Tensor:
-    """Convert float32 to bfloat16, rounding towards zero unless another direction is given.
+def _truncate(xp: Any, values: Any, *, downwards: bool = False, upwards: bool = False) -> Any:
+    """Convert float32 to bits of bfloat16, rounding towards zero unless another direction is given.
 
     Args:
         values: any shape; not negative if ``upwards``.
         downwards: round towards −∞.
         upwards: round towards +∞.
     """
-    bits = values.view(torch.int32)
+    bits = values.view(xp.int32)
     if downwards:  # increases the magnitude of a negative number
-        bits = bits + (bits >> 31).bitwise_and_(0xFFFF)
+        bits = bits + ((bits >> 31) & 0xFFFF)
     if upwards:
         bits = bits + 0xFFFF
-    return (bits >> 16).to(torch.int16).view(torch.bfloat16)
+    return xp.astype(bits >> 16, xp.int16)
 
 
-def _pack(codes: Tensor, zero: int, out: Tensor) -> None:
-    """Pack integer-valued codes [rows, D] into int8 ``out`` [rows, ⌈D / 2⌉]; overwrites codes."""
+def _pack(xp: Any, codes: Any, zero: int, out: Any) -> None:
+    """Pack integer-valued codes [rows, D] into uint8 ``out`` [rows, ⌈D / 2⌉]."""
     half = out.shape[1]
-    low, high = codes[:, :half], codes[:, half:]
-    low[:, : high.shape[1]].add_(high, alpha=16)
-    # float32 converts fast only to signed bytes: subtract 128, then flip the highest bit.
-    out.copy_(low.add_(17 * zero - 128)).bitwise_xor_(-128)
-    if high.shape[1] < half:
-        out[:, -1].bitwise_and_(15)  # no second code
+    numbers = xp.astype(codes, xp.int8).view(xp.uint8)  # to signed bytes: their conversion is fast
+    numbers += zero
+    out[...] = numbers[:, :half]
+    out[:, : numbers.shape[1] - half] |= numbers[:, half:] << 4
 
 
-def _unpack(packed: Tensor, out: Tensor) -> None:
+def _unpack(packed: Any, out: Any) -> None:
     """Unpack uint8 [rows, ⌈D / 2⌉] into numbers 0 … 15, float32 ``out`` [rows, D]."""
     half = packed.shape[1]
-    out[:, :half].copy_(packed.bitwise_and(15))
-    out[:, half:].copy_(packed[:, : out.shape[1] - half].bitwise_right_shift(4))
+    out[:, :half] = packed & 15
+    out[:, half:] = packed[:, : out.shape[1] - half] >> 4

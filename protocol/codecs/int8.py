@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
-import torch
-from torch import Tensor
-
-from protocol.codecs.codec import Device, FixedSizeCodec
+from protocol.arrays import Backend, Generator, chunks
+from protocol.codecs.codec import FixedSizeCodec
 from protocol.codecs.memory import (
     MIN_SCALE,
     find_extremes,
@@ -20,7 +19,6 @@ from protocol.codecs.memory import (
     round_in_place,
     rows_per_chunk,
     to_buffer,
-    to_device,
     to_matrix,
 )
 from protocol.errors import MalformedFrame
@@ -45,35 +43,37 @@ class Int8(FixedSizeCodec):
 
     name, row_wise = "int8", True
 
-    def encode(self, tensor: Tensor, generator: torch.Generator | None = None) -> list[memoryview]:
-        source = to_matrix(tensor)
+    def _encode(
+        self, backend: Backend, array: Any, generator: Generator | None
+    ) -> list[memoryview]:
+        xp = backend.xp
+        source = to_matrix(backend, array)
         # Two read-only passes are faster than one pass that writes magnitudes.
-        highest, lowest = source.amax(1, keepdim=True), source.amin(1, keepdim=True)
-        scales = torch.maximum(highest, -lowest).to(torch.float32).div_(_LEVELS)
-        scales.masked_fill_(scales < MIN_SCALE, 0.0)
-        divisors = scales.masked_fill(scales == 0, math.inf)  # x / inf gives code 0
-        values = torch.empty(source.shape, dtype=torch.int8, device=source.device)
-        chunk_rows = rows_per_chunk(source.shape[1], source.device)
-        scratch = torch.empty_like(source[:chunk_rows], dtype=torch.float32)
-        for part, divisor, out in zip(
-            *(tensor.split(chunk_rows) for tensor in (source, divisors, values)), strict=True
-        ):
-            codes = torch.div(part.to(torch.float32), divisor, out=scratch[: len(part)])
-            out.copy_(round_in_place(codes, generator, -_LEVELS, _LEVELS))
-        scales = scales.cpu()
-        if not is_within(scales, 0.0, _MAX_SCALE):
-            raise range_error(self.name, _LEVELS * _MAX_SCALE, max_magnitude(source))
-        return [to_buffer(values), to_buffer(scales)]
+        highest, lowest = (extreme(source, axis=1, keepdims=True) for extreme in (xp.max, xp.min))
+        scales = xp.astype(xp.maximum(highest, -lowest), xp.float32)
+        scales /= _LEVELS
+        scales[scales < MIN_SCALE] = 0.0
+        divisors = xp.asarray(scales, copy=True)
+        divisors[divisors == 0] = math.inf  # x / inf gives code 0
+        values = xp.empty_like(source, dtype=xp.int8)
+        chunk_rows = rows_per_chunk(source.shape[1], backend)
+        scratch = backend.empty(*source[:chunk_rows].shape)
+        for part, divisor, out in chunks(chunk_rows, source, divisors, values):
+            plain = xp.astype(part, xp.float32, copy=False)
+            codes = xp.divide(plain, divisor, out=scratch[: len(part)])
+            out[...] = round_in_place(backend, codes, generator, -_LEVELS, _LEVELS)
+        sent = backend.host(scales)
+        if not is_within(sent, 0.0, _MAX_SCALE):
+            raise range_error(self.name, _LEVELS * _MAX_SCALE, max_magnitude(backend, source))
+        return [to_buffer(backend.host(values)), to_buffer(sent)]
 
     def sizes(self, shape: Sequence[int]) -> list[int]:
         rows, width = matrix_shape(shape)
         return [rows * width, rows * FLOAT32_BYTES]
 
-    def decode(
-        self, buffers: Sequence[memoryview], shape: Sequence[int], device: Device = "cpu"
-    ) -> Tensor:
+    def _decode(self, backend: Backend, buffers: Sequence[memoryview], shape: Sequence[int]) -> Any:
         rows, width = matrix_shape(shape)
-        scales = from_buffer(buffers[1], torch.float32, rows, 1)
+        scales = from_buffer(buffers[1], "<f4", rows, 1)
         if not is_within(scales, 0.0, _MAX_SCALE):
             raise MalformedFrame(
                 "a scale must be a finite number of at least 0",
@@ -81,15 +81,10 @@ class Int8(FixedSizeCodec):
                 limit=_MAX_SCALE,
                 value=find_extremes(scales),
             )
-        values = to_device(from_buffer(buffers[0], torch.int8, rows, width), device)
-        scales = to_device(scales, device)
-        decoded = torch.empty(rows, width, dtype=torch.float32, device=device)
-        chunk_rows = rows_per_chunk(width, decoded.device)
-        for out, codes, scale in zip(
-            decoded.split(chunk_rows),
-            values.split(chunk_rows),
-            scales.split(chunk_rows),
-            strict=True,
-        ):
-            out.copy_(codes).mul_(scale)
+        values = backend.own(from_buffer(buffers[0], "i1", rows, width))
+        decoded = backend.empty(rows, width)
+        chunk_rows = rows_per_chunk(width, backend)
+        for out, codes, scale in chunks(chunk_rows, decoded, values, backend.own(scales)):
+            out[...] = codes
+            out *= scale
         return decoded.reshape(tuple(shape))

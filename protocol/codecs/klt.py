@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from protocol.codecs.codec import Codec, Device
+from protocol.arrays import NUMPY, Backend, Generator, chunks, widen
+from protocol.codecs.codec import Codec
 from protocol.codecs.memory import (
+    BFLOAT16_BYTES,
     MIN_SCALE,
     check_magnitude,
     find_extremes,
@@ -21,7 +22,6 @@ from protocol.codecs.memory import (
     power_of_two_above,
     rows_per_chunk,
     to_buffer,
-    to_device,
 )
 from protocol.codecs.rans import (
     MAX_REACH,
@@ -34,8 +34,6 @@ from protocol.codecs.rans import (
 )
 from protocol.errors import MalformedFrame
 from protocol.wire import FLOAT32_BYTES
-
-_STEP_BYTES = torch.bfloat16.itemsize
 
 _WORD_BYTES = 2
 
@@ -109,16 +107,19 @@ class Klt(Codec):
     def __init__(self, step: float, name: str) -> None:
         self.name, self._step = name, step
 
-    def encode(self, tensor: Tensor, generator: torch.Generator | None = None) -> list[memoryview]:
-        plain = tensor.detach().to(torch.float32)
-        magnitude = check_magnitude(self.name, plain)
+    def _encode(
+        self, backend: Backend, array: Any, generator: Generator | None
+    ) -> list[memoryview]:
+        plain = backend.xp.astype(array, backend.xp.float32, copy=False)
+        scale = power_of_two_above(check_magnitude(self.name, backend, plain))
         layout = _layout(plain.shape)
         if layout is not None:
-            tokens = plain.reshape(layout.tokens, layout.width).contiguous()
-            buffers = _encode_tokens(tokens, layout, self._step, power_of_two_above(magnitude))
-            if buffers and sum(buffer.nbytes for buffer in buffers) < FLOAT32_BYTES * plain.numel():
+            tokens = backend.contiguous(plain.reshape(layout.tokens, layout.width))
+            buffers = _encode_tokens(backend, tokens, layout, self._step, scale)
+            plain_bytes = FLOAT32_BYTES * layout.tokens * layout.width
+            if buffers and sum(buffer.nbytes for buffer in buffers) < plain_bytes:
                 return buffers
-        return [to_buffer(plain)]
+        return [to_buffer(backend.host(plain))]
 
     def max_sizes(self, shape: Sequence[int], count: int) -> list[int]:
         layout, plain = _layout(shape), FLOAT32_BYTES * math.prod(shape)
@@ -135,7 +136,7 @@ class Klt(Codec):
             if list(sizes) != limits:
                 raise self._wrong_sizes(shape, list(sizes))
             return
-        rank = sizes[0] // _STEP_BYTES - 1
+        rank = sizes[0] // BFLOAT16_BYTES - 1
         if (
             rank < 0
             or any(not 0 <= size <= limit for size, limit in zip(sizes, limits, strict=True))
@@ -151,18 +152,16 @@ class Klt(Codec):
         layout = _layout(shape)
         if len(sizes) == 1 or layout is None:
             return plain
-        columns = sizes[0] // _STEP_BYTES
+        columns = sizes[0] // BFLOAT16_BYTES
         rows = layout.width + layout.predicted + layout.tokens
         return plain + _CODE_BYTES * columns * rows + lookup_bytes(rows, columns)
 
-    def decode(
-        self, buffers: Sequence[memoryview], shape: Sequence[int], device: Device = "cpu"
-    ) -> Tensor:
+    def _decode(self, backend: Backend, buffers: Sequence[memoryview], shape: Sequence[int]) -> Any:
         layout = _layout(shape)
         if len(buffers) == 1 or layout is None:
-            return to_device(from_buffer(buffers[0], torch.float32, *shape), device)
-        columns = buffers[0].nbytes // _STEP_BYTES
-        steps = from_buffer(buffers[0], torch.bfloat16, columns).to(torch.float32)
+            return backend.own(from_buffer(buffers[0], "<f4", *shape))
+        columns = buffers[0].nbytes // BFLOAT16_BYTES
+        steps = widen(from_buffer(buffers[0], "<i2", columns))
         matrix_tables = buffers[1][: TABLE_BYTES * columns]
         code_tables = buffers[1][TABLE_BYTES * columns :]
         _check_values(steps, reaches(matrix_tables), reaches(code_tables))
@@ -177,16 +176,16 @@ class Klt(Codec):
                 limit=used + last,
                 value=len(words),
             )
-        scaled = to_device(torch.from_numpy(matrix), device) * to_device(steps, device)
-        own = to_device(torch.from_numpy(codes.astype(np.int32)), device)
+        scaled = backend.own(matrix * steps)
+        own = backend.own(codes.astype(np.int32))
         if layout.predicted:
             samples = own[layout.predicted :].reshape(layout.samples, layout.positions, -1)
-            own = (layout.fraction * samples + own[: layout.predicted]).flatten(0, 1)
+            own = (layout.fraction * samples + own[: layout.predicted]).reshape(layout.tokens, -1)
             scaled[:, 1:] /= layout.fraction
-        decoded = torch.empty(layout.tokens, layout.width, dtype=torch.float32, device=device)
-        chunk_rows = rows_per_chunk(layout.width, decoded.device)
-        for out, part in zip(decoded.split(chunk_rows), own.split(chunk_rows), strict=True):
-            torch.addmm(scaled[:, 0], part.to(torch.float32), scaled[:, 1:].T, out=out)
+        decoded = backend.empty(layout.tokens, layout.width)
+        for out, part in chunks(rows_per_chunk(layout.width, backend), decoded, own):
+            numbers = backend.xp.astype(part, backend.xp.float32)
+            backend.add_product(scaled[:, 0], numbers, scaled[:, 1:].T, out=out)
         return decoded.reshape(tuple(shape))
 
     def _wrong_sizes(self, shape: Sequence[int], sizes: list[int]) -> MalformedFrame:
@@ -209,10 +208,10 @@ def _layout(shape: Sequence[int]) -> _Layout | None:
 
 def _header_sizes(rank: int) -> tuple[int, int]:
     """Return the bytes of the steps and of the tables: the mean token, then the directions."""
-    return _STEP_BYTES * (1 + rank), TABLE_BYTES * (1 + 2 * rank)
+    return BFLOAT16_BYTES * (1 + rank), TABLE_BYTES * (1 + 2 * rank)
 
 
-def _check_values(steps: Tensor, matrix_reach: Reaches, code_reach: Reaches) -> None:
+def _check_values(steps: NDArray[np.float32], matrix_reach: Reaches, code_reach: Reaches) -> None:
     """Refuse negative steps, and steps with which a value could be too large.
 
     Raises:
@@ -225,7 +224,7 @@ def _check_values(steps: Tensor, matrix_reach: Reaches, code_reach: Reaches) -> 
             limit=_MAX_VALUE,
             value=find_extremes(steps),
         )
-    largest = steps.to(torch.float64).numpy() * matrix_reach
+    largest = steps.astype(np.float64) * matrix_reach
     value = float(largest[0] + (2 * largest[1:] * code_reach).sum())
     if not value <= _MAX_VALUE:
         raise MalformedFrame(
@@ -242,140 +241,145 @@ class _Transform:
 
     Attributes:
         matrix: codes of the mean token and of the directions, [width, 1 + rank], float64.
-        steps: step of each column, [1 + rank], bfloat16. The step of a direction includes the step
-            of the tokens' codes.
+        steps: step of each column, [1 + rank], float32 with the precision of bfloat16. The step of
+            a direction includes the step of the tokens' codes.
     """
 
-    matrix: Tensor
-    steps: Tensor
+    matrix: Any
+    steps: Any
 
-    def project(self, tokens: Tensor, scale: float) -> Tensor:
+    def project(self, backend: Backend, tokens: Any, scale: float) -> Any:
         """Return the least-squares coordinates [rows, rank] of tokens, in steps."""
-        scaled = self.matrix * self.steps.to(torch.float64)
+        xp = backend.xp
+        scaled = self.matrix * xp.astype(self.steps, xp.float64)
         directions = scaled[:, 1:]
-        inverse = torch.linalg.solve(directions.T @ directions, directions.T)  # [rank, width]
-        offset = inverse @ scaled[:, 0]
-        inverse, offset = inverse.to(torch.float32), offset.to(torch.float32)
-        chunks = tokens.split(rows_per_chunk(tokens.shape[1], tokens.device))
-        return torch.cat([(chunk / scale) @ inverse.T - offset for chunk in chunks])
+        inverse = xp.linalg.solve(directions.T @ directions, directions.T)  # [rank, width]
+        offset = xp.astype(inverse @ scaled[:, 0], xp.float32)
+        inverse = xp.astype(inverse, xp.float32)
+        parts = chunks(rows_per_chunk(tokens.shape[1], backend), tokens)
+        return xp.concat([(part / scale) @ inverse.T - offset for (part,) in parts])
 
 
 def _encode_tokens(
-    tokens: Tensor, layout: _Layout, relative_step: float, scale: float
+    backend: Backend, tokens: Any, layout: _Layout, relative_step: float, scale: float
 ) -> list[memoryview] | None:
     """Encode tokens; None: this form cannot represent them.
 
     Args:
+        backend: of the tokens.
         tokens: the tokens, contiguous, [tokens, width].
         layout: layout of the tensor.
         relative_step: Q, the step in standard deviations.
         scale: a power of two above all magnitudes, by which the tokens are divided.
     """
+    xp = backend.xp
     try:
-        transform = _fit_transform(tokens, layout, relative_step, scale)
-        coordinates = transform.project(tokens, scale)
-    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # no convergence, or singular
+        transform = _fit_transform(backend, tokens, layout, relative_step, scale)
+        coordinates = transform.project(backend, tokens, scale)
+    except backend.linalg_error:  # no convergence, or singular
         return None
-    steps = transform.steps.to(torch.float32) * scale
-    if not bool(coordinates.isfinite().all()) or not is_within(steps.cpu(), 0.0, _MAX_VALUE):
+    steps = backend.host(transform.steps * scale)
+    if not bool(xp.all(xp.isfinite(coordinates))) or not is_within(steps, 0.0, _MAX_VALUE):
         return None
     if layout.predicted:
         by_sample = coordinates.reshape(layout.samples, layout.positions, -1)
-        means = (by_sample.mean(dim=0) * layout.fraction).round_()
+        means = xp.round(xp.mean(by_sample, axis=0) * layout.fraction)
         by_sample -= means / layout.fraction
-        coordinates = torch.cat([means, coordinates])
-    codes = coordinates.round_().to(torch.int32)
-    parts = [part.cpu().numpy() for part in (transform.matrix.to(torch.int32), codes)]
+        coordinates = xp.concat([means, coordinates])
+    codes = xp.astype(xp.round(coordinates, out=coordinates), xp.int32)
+    parts = [backend.host(part) for part in (xp.astype(transform.matrix, xp.int32), codes)]
     tables = [table for table in map(fit_tables, parts) if table is not None]
     if len(tables) < len(parts):  # a code is too large
         return None
     words = [encode_columns(part, table) for part, table in zip(parts, tables, strict=True)]
-    steps.masked_fill_(steps < MIN_SCALE, 0.0)
+    steps[steps < MIN_SCALE] = 0.0
     return [
-        to_buffer(steps.to(torch.bfloat16)),
+        to_buffer(NUMPY.to_bfloat16(steps)),
         memoryview(b"".join(tables)),
         memoryview(b"".join(part.tobytes() for part in words)),
     ]
 
 
 def _fit_transform(
-    tokens: Tensor, layout: _Layout, relative_step: float, scale: float
+    backend: Backend, tokens: Any, layout: _Layout, relative_step: float, scale: float
 ) -> _Transform:
     """Choose the step, the directions and their precision.
 
     Raises:
-        torch.linalg.LinAlgError: the eigenvalues do not converge.
+        Exception: the backend's `linalg_error`: the eigenvalues do not converge.
     """
-    mean, offsets, scatter = _moments(tokens, layout, scale)
-    total = float(scatter.trace())
-    within = total - layout.samples * float(offsets.square().sum())
+    xp = backend.xp
+    mean, offsets, scatter = _moments(backend, tokens, layout, scale)
+    total = float(xp.linalg.trace(scatter))
+    within = total - layout.samples * float(xp.sum(offsets**2))
     freedom = (layout.samples - 1) * layout.positions * layout.width
     if layout.samples == 1 or within <= 1e-12 * total:  # one sample, or all of them are equal
         within, freedom = total, layout.tokens * layout.width
     step = relative_step * math.sqrt(within / freedom)
-    directions = _choose_directions(offsets, scatter, layout, step**2)
+    directions = _choose_directions(xp, offsets, scatter, layout, step**2)
     rank = directions.shape[1]
-    deviations = ((scatter @ directions) * directions).sum(dim=0).div_(layout.tokens).sqrt_()
+    deviations = (xp.sum((scatter @ directions) * directions, axis=0) / layout.tokens) ** 0.5
     precision = min(max(math.sqrt(rank / layout.tokens), 0.1), 1.0)
     units = precision * step / (deviations * math.sqrt(max(rank, 1)))  # steps of the directions
-    units.clamp_(1 / _MAX_CODE, 1 / math.sqrt(layout.width))
-    mean_step = max(step / 4, float(mean.abs().max()) / _MAX_CODE)
-    first = torch.tensor([mean_step], dtype=torch.float64, device=mean.device)
-    steps = torch.cat([first, step * units]).to(torch.bfloat16)
-    columns = torch.cat([mean[:, None], step * directions], dim=1)
-    divisors = steps.to(torch.float64)
-    divisors.masked_fill_(divisors == 0, math.inf)  # x / inf gives code 0
-    matrix = (columns / divisors).round_().clamp_(-MAX_REACH, MAX_REACH)
+    units = backend.clip(units, 1 / _MAX_CODE, 1 / math.sqrt(layout.width))
+    first = xp.empty_like(mean[:1])
+    first[...] = max(step / 4, float(xp.max(xp.abs(mean))) / _MAX_CODE)
+    steps = xp.astype(xp.concat([first, step * units]), xp.float32)
+    steps = widen(backend.to_bfloat16(steps), backend)
+    divisors = xp.astype(steps, xp.float64)
+    divisors[divisors == 0] = math.inf  # x / inf gives code 0
+    columns = xp.concat([mean[:, None], step * directions], axis=1)
+    matrix = backend.clip(xp.round(columns / divisors), -MAX_REACH, MAX_REACH)
     return _Transform(matrix, steps)
 
 
 def _choose_directions(
-    offsets: Tensor, scatter: Tensor, layout: _Layout, squared_step: float
-) -> Tensor:
+    xp: Any, offsets: Any, scatter: Any, layout: _Layout, squared_step: float
+) -> Any:
     """Return orthonormal directions [width, rank] that are worth their bytes.
 
     If the positions' means are coded, these are the principal components about them, and then those
     of the means' remainder.
 
     Raises:
-        torch.linalg.LinAlgError: the eigenvalues do not converge.
+        Exception: the backend's `linalg_error`: the eigenvalues do not converge.
     """
     if not squared_step:
         return scatter[:, :0]
     basis_cost = _BASIS_WEIGHT * layout.width / layout.tokens
     if not layout.predicted:
-        return _principal(scatter / layout.tokens, squared_step * (_MIN_VARIANCE + basis_cost))
+        return _principal(xp, scatter / layout.tokens, squared_step * (_MIN_VARIANCE + basis_cost))
     within = (scatter - layout.samples * (offsets.T @ offsets)) / layout.tokens
-    directions = _principal(within, squared_step * (_MIN_VARIANCE + basis_cost))
+    directions = _principal(xp, within, squared_step * (_MIN_VARIANCE + basis_cost))
     rest = offsets - (offsets @ directions) @ directions.T
     between = rest.T @ rest / layout.positions
-    extra = _principal(between, squared_step * (_MIN_OFFSET_VARIANCE + basis_cost))
-    return torch.cat([directions, extra], dim=1)[:, : layout.max_rank]
+    extra = _principal(xp, between, squared_step * (_MIN_OFFSET_VARIANCE + basis_cost))
+    return xp.concat([directions, extra], axis=1)[:, : layout.max_rank]
 
 
-def _principal(covariance: Tensor, threshold: float) -> Tensor:
+def _principal(xp: Any, covariance: Any, threshold: float) -> Any:
     """Return the principal directions with variances above a threshold, the largest first."""
-    variances, vectors = torch.linalg.eigh(covariance)
-    rank = int((variances > threshold).sum())
-    largest: Tensor = vectors[:, len(variances) - rank :]
-    return largest.flip(1)
+    variances, vectors = xp.linalg.eigh(covariance)
+    rank = int(xp.sum(variances > threshold))
+    return xp.flip(vectors[:, len(variances) - rank :], axis=1)
 
 
-def _moments(tokens: Tensor, layout: _Layout, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def _moments(backend: Backend, tokens: Any, layout: _Layout, scale: float) -> tuple[Any, Any, Any]:
     """Return the mean token, the positions' offsets from it, and the tokens' scatter about it.
 
     All are of the tokens divided by ``scale``, in float64: [width], [positions, width] and
     [width, width].
     """
+    xp = backend.xp
     by_sample = tokens.reshape(layout.samples, layout.positions, layout.width)
-    per_chunk = max(1, rows_per_chunk(layout.width, tokens.device) // layout.positions)
-    total = torch.zeros(layout.positions, layout.width, dtype=torch.float64, device=tokens.device)
-    for chunk in by_sample.split(per_chunk):
-        total += (chunk.to(torch.float64) / scale).sum(dim=0)
+    chunk_rows = rows_per_chunk(layout.width, backend)
+    total: Any = 0.0
+    for (part,) in chunks(max(1, chunk_rows // layout.positions), by_sample):
+        total = total + xp.sum(xp.astype(part, xp.float64) / scale, axis=0)
     means = total / layout.samples
-    mean = means.mean(dim=0)
-    scatter = torch.zeros(layout.width, layout.width, dtype=torch.float64, device=tokens.device)
-    for chunk in tokens.split(rows_per_chunk(layout.width, tokens.device)):
-        offset = chunk.to(torch.float64) / scale - mean
-        scatter.addmm_(offset.T, offset)
+    mean = xp.mean(means, axis=0)
+    scatter: Any = 0.0
+    for (part,) in chunks(chunk_rows, tokens):
+        offset = xp.astype(part, xp.float64) / scale - mean
+        scatter = scatter + offset.T @ offset
     return mean, means - mean, scatter

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
-import torch
-from torch import Tensor
-from torch.nn import functional as F
-
-from protocol.codecs.codec import Device, FixedSizeCodec
+from protocol.arrays import Backend, Generator, chunks
+from protocol.codecs.codec import FixedSizeCodec
 from protocol.codecs.memory import (
     MAX_MAGNITUDE,
     check_magnitude,
@@ -20,7 +18,6 @@ from protocol.codecs.memory import (
     power_of_two_above,
     rows_per_chunk,
     to_buffer,
-    to_device,
     to_matrix,
 )
 from protocol.errors import MalformedFrame
@@ -58,13 +55,19 @@ class ProductQuantiser(FixedSizeCodec):
 
     name = "pq"
 
-    def encode(self, tensor: Tensor, generator: torch.Generator | None = None) -> list[memoryview]:
-        plain = to_matrix(tensor).to(torch.float32)
-        magnitude = check_magnitude(self.name, plain)
-        unit = power_of_two_above(magnitude)
-        vectors = F.pad(plain / unit, (0, -plain.shape[1] % _VECTOR_SIZE)).view(-1, _VECTOR_SIZE)
-        codes, codebook = _cluster(vectors)
-        return [to_buffer(codes), to_buffer(codebook * unit)]
+    def _encode(
+        self, backend: Backend, array: Any, generator: Generator | None
+    ) -> list[memoryview]:
+        xp = backend.xp
+        plain = xp.astype(to_matrix(backend, array), xp.float32, copy=False)
+        unit = power_of_two_above(check_magnitude(self.name, backend, plain))
+        rows, vectors = _vector_shape(array.shape)
+        padded = backend.empty(rows, vectors * _VECTOR_SIZE)
+        padded[...] = 0.0
+        padded[:, : plain.shape[1]] = plain
+        padded /= unit
+        codes, codebook = _cluster(backend, padded.reshape(-1, _VECTOR_SIZE))
+        return [to_buffer(backend.host(part)) for part in (codes, codebook * unit)]
 
     def sizes(self, shape: Sequence[int]) -> list[int]:
         vectors = math.prod(_vector_shape(shape))
@@ -75,14 +78,12 @@ class ProductQuantiser(FixedSizeCodec):
         codes, _ = sizes
         return 2 * super().decoded_bytes(shape, sizes) + 8 * codes
 
-    def decode(
-        self, buffers: Sequence[memoryview], shape: Sequence[int], device: Device = "cpu"
-    ) -> Tensor:
+    def _decode(self, backend: Backend, buffers: Sequence[memoryview], shape: Sequence[int]) -> Any:
         rows, width = matrix_shape(shape)
         code_shape = _vector_shape(shape)
         entries = min(math.prod(code_shape), _MAX_ENTRIES)
-        codes = from_buffer(buffers[0], torch.uint8, *code_shape)
-        codebook = from_buffer(buffers[1], torch.float32, entries, _VECTOR_SIZE)
+        codes = from_buffer(buffers[0], "u1", *code_shape)
+        codebook = from_buffer(buffers[1], "<f4", entries, _VECTOR_SIZE)
         if entries and int(codes.max()) >= entries:
             raise MalformedFrame(
                 "a code must be below the number of codebook entries",
@@ -97,11 +98,12 @@ class ProductQuantiser(FixedSizeCodec):
                 limit=2 * MAX_MAGNITUDE,
                 value=find_extremes(codebook),
             )
-        codes, codebook = to_device(codes, device), to_device(codebook, device)
-        decoded = torch.empty(rows, width, dtype=torch.float32, device=device)
-        chunk_rows = rows_per_chunk(width, decoded.device)
-        for out, part in zip(decoded.split(chunk_rows), codes.split(chunk_rows), strict=True):
-            out.copy_(F.embedding(part.to(torch.int64), codebook).flatten(1)[:, :width])
+        xp = backend.xp
+        codebook = backend.own(codebook)
+        decoded = backend.empty(rows, width)
+        for out, part in chunks(rows_per_chunk(width, backend), decoded, backend.own(codes)):
+            vectors = xp.take(codebook, xp.astype(part.reshape(-1), xp.int64), axis=0)
+            out[...] = vectors.reshape(len(part), code_shape[1] * _VECTOR_SIZE)[:, :width]
         return decoded.reshape(tuple(shape))
 
 
@@ -111,18 +113,20 @@ def _vector_shape(shape: Sequence[int]) -> tuple[int, int]:
     return rows, -(-width // _VECTOR_SIZE)
 
 
-def _cluster(vectors: Tensor) -> tuple[Tensor, Tensor]:
+def _cluster(backend: Backend, vectors: Any) -> tuple[Any, Any]:
     """Cluster vectors [N, 4] of magnitudes up to 1: uint8 codes [N] and codebook [K, 4]."""
+    xp = backend.xp
     entries = min(len(vectors), _MAX_ENTRIES)
     if entries == 0:
-        return vectors.new_empty(0, dtype=torch.uint8), vectors
-    centres = _fit(_subsample(vectors), entries)
-    codes = _assign(vectors, centres)
-    means, counts = _compute_means(vectors, codes, entries)
-    return codes.to(torch.uint8), torch.where(counts > 0, means, 0.0)
+        return xp.empty_like(vectors[:, 0], dtype=xp.uint8), vectors
+    centres = _fit(backend, _subsample(xp, vectors), entries)
+    codes = _assign(backend, vectors, centres)
+    means, counts = _compute_means(backend, vectors, codes, entries)
+    means[counts == 0] = 0.0
+    return xp.astype(codes, xp.uint8), means
 
 
-def _subsample(vectors: Tensor) -> Tensor:
+def _subsample(xp: Any, vectors: Any) -> Any:
     """Choose at most `_MAX_FITTED` vectors, evenly spread even if the tensor is periodic.
 
     The step has no common factor with the number of vectors, so that no vector is chosen twice and
@@ -135,51 +139,59 @@ def _subsample(vectors: Tensor) -> Tensor:
     step = round(count * (math.sqrt(5) - 1) / 2)
     while math.gcd(step, count) > 1:
         step += 1
-    indices = torch.arange(_MAX_FITTED, dtype=torch.int64, device=vectors.device) * step % count
-    return vectors[indices]
+    return vectors[xp.arange(_MAX_FITTED, dtype=xp.int64, device=vectors.device) * step % count]
 
 
-def _fit(vectors: Tensor, entries: int) -> Tensor:
+def _fit(backend: Backend, vectors: Any, entries: int) -> Any:
     """Run Lloyd's algorithm, initialised with distinct vectors in sorted order."""
-    distinct: Tensor = torch.unique(vectors, dim=0)
+    xp = backend.xp
+    distinct = _distinct(xp, vectors)
     if len(distinct) <= entries:
-        return F.pad(distinct, (0, 0, 0, entries - len(distinct)))
-    indices = torch.arange(entries, device=vectors.device) * len(distinct) // entries
-    centres = distinct[indices]
+        return xp.concat([distinct, xp.zeros_like(vectors[: entries - len(distinct)])])
+    places = xp.arange(entries, dtype=xp.int64, device=vectors.device) * len(distinct) // entries
+    centres = distinct[places]
     for _ in range(_ITERATIONS):
-        codes = _assign(vectors, centres)
-        means, counts = _compute_means(vectors, codes, entries)
-        centres = torch.where(counts > 0, means, centres)
-        unused = (counts == 0).flatten().nonzero().flatten()
+        codes = _assign(backend, vectors, centres)
+        means, counts = _compute_means(backend, vectors, codes, entries)
+        centres = xp.where(counts[:, None] > 0, means, centres)
+        (unused,) = xp.nonzero(counts == 0)
         if len(unused):  # move these centres to the vectors with the largest errors
-            errors = (vectors - centres[codes]).square().sum(1)
-            centres[unused] = vectors[errors.argsort(descending=True, stable=True)[: len(unused)]]
+            errors = xp.sum((vectors - centres[codes]) ** 2, axis=1)
+            largest = xp.argsort(errors, descending=True, stable=True)
+            centres[unused] = vectors[largest[: len(unused)]]
     return centres
 
 
-def _assign(vectors: Tensor, centres: Tensor) -> Tensor:
+def _distinct(xp: Any, vectors: Any) -> Any:
+    """Return the vectors [N, 4] that differ, sorted by their first number, then the second, …"""
+    ordered = vectors
+    for axis in reversed(range(_VECTOR_SIZE)):
+        ordered = ordered[xp.argsort(ordered[:, axis], stable=True)]
+    differs = xp.any(ordered[1:] != ordered[:-1], axis=1)
+    return xp.concat([ordered[:1], ordered[1:][differs]])
+
+
+def _assign(backend: Backend, vectors: Any, centres: Any) -> Any:
     """Return the index of the nearest centre of each vector: int64 [N]."""
-    halves = centres.square().sum(1) / 2  # |v - c|² / 2 = |v|² / 2 + |c|² / 2 - v · c
-    chunk_rows = rows_per_chunk(len(centres), vectors.device)
-    return torch.cat(
+    xp = backend.xp
+    halves = xp.sum(centres**2, axis=1) / 2  # |v - c|² / 2 = |v|² / 2 + |c|² / 2 - v · c
+    scores = backend.empty(rows_per_chunk(len(centres), backend), len(centres))
+    return xp.concat(
         [
-            _argmin(torch.addmm(halves, part, centres.T, alpha=-1))
-            for part in vectors.split(chunk_rows)
+            backend.argmin(
+                backend.add_product(halves, part, centres.T, out=scores[: len(part)], sign=-1)
+            )
+            for (part,) in chunks(len(scores), vectors)
         ]
     )
 
 
-def _argmin(scores: Tensor) -> Tensor:
-    """Return the column of the least number of each row."""
-    if scores.device.type != "cpu":
-        return scores.argmin(1)
-    # numpy's argmin is several times faster on the CPU than torch's.
-    columns: Tensor = torch.from_numpy(scores.numpy().argmin(1))
-    return columns
-
-
-def _compute_means(vectors: Tensor, codes: Tensor, entries: int) -> tuple[Tensor, Tensor]:
-    """Return the mean [K, 4] of the vectors of each code (NaN if none) and their number [K, 1]."""
-    sums = [torch.bincount(codes, axis.to(torch.float64), entries) for axis in vectors.unbind(1)]
-    counts = torch.bincount(codes, minlength=entries).unsqueeze(1)
-    return (torch.stack(sums, 1) / counts).to(torch.float32), counts
+def _compute_means(backend: Backend, vectors: Any, codes: Any, entries: int) -> tuple[Any, Any]:
+    """Return the mean [K, 4] of the vectors of each code (NaN if none) and their number [K]."""
+    xp = backend.xp
+    sums = [
+        backend.bincount(codes, xp.astype(vectors[:, axis], xp.float64), entries)
+        for axis in range(_VECTOR_SIZE)
+    ]
+    counts = backend.bincount(codes, None, entries)
+    return xp.astype(xp.stack(sums, axis=1) / counts[:, None], xp.float32), counts

@@ -6,9 +6,7 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from functools import lru_cache
 
-import torch
-from torch import Tensor
-
+from protocol.arrays import SomeArray, backend_of
 from protocol.codec_names import LOSSLESS_SUFFIX, parse_codec
 from protocol.codecs.codec import Codec, FixedSizeCodec
 from protocol.codecs.cosine import Cosine
@@ -67,13 +65,16 @@ def encoded_bytes(name: str, shape: Sequence[int]) -> int | None:
     return sum(codec.sizes(shape)) if isinstance(codec, FixedSizeCodec) else None
 
 
-def as_decoded(tensor: Tensor, codec: str) -> Tensor:
-    """Encode and decode a tensor, which gives the float32 values that the other end decodes.
+def as_decoded(array: SomeArray, codec: str) -> SomeArray:
+    """Encode and decode an array, which gives the float32 values that the other end decodes.
 
-    The result may share the tensor's memory.
+    The result is of the same library and on the same device. It may share the array's memory.
 
     Raises:
         InvalidField: the codec cannot encode these numbers.
     """
     lossy = get_codec(codec.removesuffix(LOSSLESS_SUFFIX))
-    return lossy.decode(lossy.encode(tensor), tensor.shape).to(torch.float32)
+    xp = backend_of(array).xp
+    decoded = lossy.decode_like(array, lossy.encode(array))
+    plain: SomeArray = xp.astype(decoded, xp.float32, copy=False)
+    return plain

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
-import torch
-from torch import Tensor
-
-from protocol.codecs.codec import Codec, Device
+from protocol.arrays import Backend, Generator
+from protocol.codecs.codec import Codec
 from protocol.codecs.memory import (
     check_magnitude,
     find_extremes,
     from_buffer,
     is_within,
     to_buffer,
-    to_device,
 )
 from protocol.errors import MalformedFrame
 from protocol.wire import FLOAT32_BYTES
@@ -49,26 +47,31 @@ class Svd(Codec):
     def __init__(self, energy: float, name: str) -> None:
         self.name, self._energy = name, energy
 
-    def encode(self, tensor: Tensor, generator: torch.Generator | None = None) -> list[memoryview]:
-        plain = tensor.detach().to(torch.float32)
-        check_magnitude(self.name, plain)
-        max_rank = _max_rank(tensor.shape)
-        factors = self._factorise(plain.reshape(len(plain), -1), max_rank) if max_rank else None
-        return [to_buffer(part) for part in factors or [plain]]
+    def _encode(
+        self, backend: Backend, array: Any, generator: Generator | None
+    ) -> list[memoryview]:
+        plain = backend.xp.astype(array, backend.xp.float32, copy=False)
+        check_magnitude(self.name, backend, plain)
+        max_rank, factors = _max_rank(array.shape), None
+        if max_rank:
+            factors = self._factorise(backend, plain.reshape(len(plain), -1), max_rank)
+        return [to_buffer(backend.host(part)) for part in factors or [plain]]
 
-    def _factorise(self, matrix: Tensor, max_rank: int) -> list[Tensor] | None:
+    def _factorise(self, backend: Backend, matrix: Any, max_rank: int) -> list[Any] | None:
         """Return U, singular values and V as sent; None to send the matrix as plain float32."""
+        xp = backend.xp
         try:
-            left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # no convergence
+            left, values, right = xp.linalg.svd(matrix, full_matrices=False)
+        except backend.linalg_error:  # no convergence
             return None
-        energies = values.to(torch.float64).square().cumsum(0)
+        energies = xp.cumulative_sum(xp.astype(values, xp.float64) ** 2)
         total = float(energies[-1])
         rank = int((energies < self._energy * total).sum()) + 1 if total else 0
         if rank > max_rank or not float(values[0]) <= _LARGEST_SINGULAR_VALUE:
             return None
-        left, right = left[:, :rank].clamp(-1, 1), right[:rank].clamp(-1, 1)
-        return [left.to(torch.float16), values[:rank], right.to(torch.float16)]
+        vectors = [backend.clip(part, -1, 1) for part in (left[:, :rank], right[:rank])]
+        left, right = (xp.astype(part, xp.float16) for part in vectors)
+        return [left, values[:rank], right]
 
     def max_sizes(self, shape: Sequence[int], count: int) -> list[int]:
         if count == 1:
@@ -84,15 +87,13 @@ class Svd(Codec):
         if list(sizes) != expected or not 0 <= sizes[-1] <= limits[-1]:
             raise self._wrong_sizes(shape, list(sizes))
 
-    def decode(
-        self, buffers: Sequence[memoryview], shape: Sequence[int], device: Device = "cpu"
-    ) -> Tensor:
+    def _decode(self, backend: Backend, buffers: Sequence[memoryview], shape: Sequence[int]) -> Any:
         if len(buffers) == 1:
-            return to_device(from_buffer(buffers[0], torch.float32, *shape), device)
+            return backend.own(from_buffer(buffers[0], "<f4", *shape))
         rank = buffers[1].nbytes // FLOAT32_BYTES
-        left = from_buffer(buffers[0], torch.float16, shape[0], rank)
-        values = from_buffer(buffers[1], torch.float32, rank)
-        right = from_buffer(buffers[2], torch.float16, rank, math.prod(shape[1:]))
+        left = from_buffer(buffers[0], "<f2", shape[0], rank)
+        values = from_buffer(buffers[1], "<f4", rank)
+        right = from_buffer(buffers[2], "<f2", rank, math.prod(shape[1:]))
         if not (is_within(left, -1, 1) and is_within(right, -1, 1)):
             raise MalformedFrame(
                 "an element of a singular vector must be at most 1",
@@ -107,8 +108,9 @@ class Svd(Codec):
                 limit=_LARGEST_SINGULAR_VALUE,
                 value=find_extremes(values),
             )
-        scaled = to_device(left, device).to(torch.float32) * to_device(values, device)
-        return (scaled @ to_device(right, device).to(torch.float32)).reshape(tuple(shape))
+        xp = backend.xp
+        scaled = xp.astype(backend.own(left), xp.float32) * backend.own(values)
+        return (scaled @ xp.astype(backend.own(right), xp.float32)).reshape(tuple(shape))
 
     def _wrong_sizes(self, shape: Sequence[int], sizes: list[int]) -> MalformedFrame:
         return MalformedFrame(

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
-from protocol.codecs.codec import Device, FixedSizeCodec
+from protocol.arrays import Backend, Generator, widen
+from protocol.codecs.codec import FixedSizeCodec
 from protocol.codecs.memory import (
     MAX_MAGNITUDE,
     check_magnitude,
@@ -17,7 +19,6 @@ from protocol.codecs.memory import (
     from_buffer,
     is_within,
     to_buffer,
-    to_device,
 )
 from protocol.errors import InvalidField, MalformedFrame
 
@@ -50,29 +51,32 @@ class TopK(FixedSizeCodec):
     def __init__(self, share: Fraction, name: str) -> None:
         self.name, self._share = name, share
 
-    def encode(self, tensor: Tensor, generator: torch.Generator | None = None) -> list[memoryview]:
-        if tensor.numel() > _MAX_ELEMENTS:
+    def _encode(
+        self, backend: Backend, array: Any, generator: Generator | None
+    ) -> list[memoryview]:
+        elements = math.prod(array.shape)
+        if elements > _MAX_ELEMENTS:
             raise InvalidField(
                 "the tensor has too many elements for a 32-bit index",
                 field="codec",
                 limit=_MAX_ELEMENTS,
-                value=tensor.numel(),
+                value=elements,
             )
-        plain = tensor.detach().reshape(-1).to(torch.float32)
-        check_magnitude(self.name, plain)
-        indices = _indices_of_largest(plain.abs(), self._count(tensor.shape))
-        return [to_buffer(indices.to(torch.int32)), to_buffer(plain[indices].to(torch.bfloat16))]
+        xp = backend.xp
+        plain = xp.astype(array.reshape(-1), xp.float32, copy=False)
+        check_magnitude(self.name, backend, plain)
+        indices = _indices_of_largest(backend, xp.abs(plain), self._count(array.shape))
+        parts = [xp.astype(indices, xp.int32), backend.to_bfloat16(plain[indices])]
+        return [to_buffer(backend.host(part)) for part in parts]
 
     def sizes(self, shape: Sequence[int]) -> list[int]:
         count = self._count(shape)
         return [_INDEX_BYTES * count, _VALUE_BYTES * count]
 
-    def decode(
-        self, buffers: Sequence[memoryview], shape: Sequence[int], device: Device = "cpu"
-    ) -> Tensor:
+    def _decode(self, backend: Backend, buffers: Sequence[memoryview], shape: Sequence[int]) -> Any:
         elements, count = math.prod(shape), self._count(shape)
-        indices = from_buffer(buffers[0], torch.int32, count)
-        values = from_buffer(buffers[1], torch.bfloat16, count)
+        indices = from_buffer(buffers[0], "<i4", count)
+        values = widen(from_buffer(buffers[1], "<i2", count))
         if count and not _is_increasing_below(indices, elements):
             raise MalformedFrame(
                 "indices must increase strictly, from 0 to below the number of elements",
@@ -87,27 +91,27 @@ class TopK(FixedSizeCodec):
                 limit=2 * MAX_MAGNITUDE,
                 value=find_extremes(values),
             )
-        decoded = torch.zeros(elements, dtype=torch.float32, device=device)
-        places = to_device(indices, device).to(torch.int64)
-        decoded[places] = to_device(values, device).to(torch.float32)
+        decoded = backend.empty(elements)
+        decoded[...] = 0.0
+        decoded[backend.xp.astype(backend.own(indices), backend.xp.int64)] = backend.own(values)
         return decoded.reshape(tuple(shape))
 
     def _count(self, shape: Sequence[int]) -> int:
         return math.ceil(self._share * math.prod(shape))
 
 
-def _indices_of_largest(magnitudes: Tensor, count: int) -> Tensor:
+def _indices_of_largest(backend: Backend, magnitudes: Any, count: int) -> Any:
     """Return the indices of the ``count`` largest, ascending; of equal ones the first."""
+    xp = backend.xp
     if count == 0:
-        return magnitudes.new_empty(0, dtype=torch.int64)
-    least = torch.topk(magnitudes, count, sorted=False).values.min()
-    above = (magnitudes > least).nonzero().flatten()
-    equal = (magnitudes == least).nonzero().flatten()[: count - len(above)]
-    return torch.cat([above, equal]).sort().values
+        return xp.empty_like(magnitudes[:0], dtype=xp.int64)
+    least = backend.kth_largest(magnitudes, count)
+    (above,), (equal,) = xp.nonzero(magnitudes > least), xp.nonzero(magnitudes == least)
+    return xp.sort(xp.concat([above, equal[: count - len(above)]]))
 
 
-def _is_increasing_below(indices: Tensor, end: int) -> bool:
-    """Whether indices (int32 on the CPU, not empty) increase strictly within 0 … end − 1.
+def _is_increasing_below(indices: NDArray[np.int32], end: int) -> bool:
+    """Whether indices (not empty) increase strictly within 0 … end − 1.
 
     It compares neighbours, because a difference could overflow.
     """

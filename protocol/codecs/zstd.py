@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
-import torch
-from torch import Tensor
-
-from protocol.codecs.codec import Codec, Device
+from protocol.arrays import Backend, Generator
+from protocol.codecs.codec import Codec
 from protocol.errors import MalformedFrame, UnknownCodec
 
 _LEVEL = 1
@@ -38,11 +37,13 @@ class Compressed(Codec):
         self.name, self.floating, self.inner = name, inner.floating, inner
         self._library = _import_zstandard(name)
 
-    def encode(self, tensor: Tensor, generator: torch.Generator | None = None) -> list[memoryview]:
+    def _encode(
+        self, backend: Backend, array: Any, generator: Generator | None
+    ) -> list[memoryview]:
         compressor = self._library.ZstdCompressor(level=_LEVEL)
         return [
             _choose_smaller(plain, compressor.compress(plain))
-            for plain in self.inner.encode(tensor, generator)
+            for plain in self.inner._encode(backend, array, generator)
         ]
 
     def max_sizes(self, shape: Sequence[int], count: int) -> list[int]:
@@ -64,10 +65,8 @@ class Compressed(Codec):
         plain = self.inner.max_sizes(shape, len(sizes))
         return sum(plain) + self.inner.decoded_bytes(shape, plain)
 
-    def decode(
-        self, buffers: Sequence[memoryview], shape: Sequence[int], device: Device = "cpu"
-    ) -> Tensor:
-        return self.inner.decode(self.decompress(buffers, shape), shape, device)
+    def _decode(self, backend: Backend, buffers: Sequence[memoryview], shape: Sequence[int]) -> Any:
+        return self.inner._decode(backend, self.decompress(buffers, shape), shape)
 
     def decompress(self, buffers: Sequence[memoryview], shape: Sequence[int]) -> list[memoryview]:
         """Return the inner codec's buffers, after checking their sizes against the shape.

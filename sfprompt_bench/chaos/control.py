@@ -63,7 +63,7 @@ class ControlPage:
         struct.pack_into("<ii", self._map, 8, _NUMBERS[point], calls)
 
     def disarm(self) -> None:
-        """Kill the process at no point; its next incarnation must not die of an old order."""
+        """Kill the process at no point; the restarted process must not be killed."""
         struct.pack_into("<ii", self._map, 8, 0, 0)
 
     def has_fired(self) -> bool:

@@ -65,7 +65,7 @@ class SmallDisks:
         return Path(f"/proc/{self._holder.pid}/root") / path.relative_to("/")
 
     def close(self) -> None:
-        """Let both file systems go, with their files."""
+        """Remove both file systems, with their files."""
         for pipe in (self._holder.stdin, self._holder.stdout):
             if pipe is not None:
                 pipe.close()

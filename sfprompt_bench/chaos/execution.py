@@ -62,7 +62,7 @@ class RunResult:
         faults: with what followed each.
         requests: by route.
         seconds: from the start of the server to the end of the last device.
-        problems: differences from the undisturbed run, and what else must not happen.
+        problems: differences from the undisturbed run, and other failures.
         outcome: None: it could not be read.
         device_ended: a device ended with an error, which it tells the server: no evaluation waits
             for it.
@@ -167,7 +167,7 @@ class ChaosRun:
                 device = self._add_device(number, run, proxy)
                 supervisors.append(self._supervise(device, _PAUSE_S["device"]))
                 device.start()
-                # One after the other, for the order of joining is that of the average.
+                # One after the other, so that devices join in the same order in every run.
                 self._poll_until(supervisors, lambda name=device.name: name in self._joined)
             self._poll_until(supervisors, lambda: all(each.done for each in supervisors[1:]))
         finally:

@@ -1,4 +1,4 @@
-"""What a run has come to, from the server's database: to be the same with faults as without."""
+"""The outcome of a run, from the server's database; it must be the same with and without faults."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class RoundOutcome:
     """A closed round.
 
     Attributes:
-        states: how often a state was made in it; one.
+        states: number of states made in the round; must be 1.
         counted: samples of each update in the state, by device.
         received: updates of the attempt in the database, by device.
         samples: of all counted updates.
@@ -73,7 +73,7 @@ class Outcome:
     def differences(self, reference: Outcome, *, evaluated: bool = True) -> list[str]:
         """Say in what this outcome differs from that of an undisturbed run.
 
-        Attempts that were repeated are none: their result is that of the last attempt.
+        Repeated attempts do not count as differences: the result is that of the last one.
 
         Args:
             reference: of the undisturbed run.

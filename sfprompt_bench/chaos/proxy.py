@@ -41,7 +41,7 @@ class Observer(Protocol):
         """The request of a fault has arrived from a device."""
 
     def retried(self, fault: Fault | None, device: str) -> None:
-        """A device repeats a request that this fault of the network broke; None: another."""
+        """A device repeats a request that this network fault broke; None: there was no fault."""
 
     def refused(self, fault: Fault | None, device: str, status: int) -> None:
         """The server answers a request, which a fault may have changed, with an error."""
@@ -49,7 +49,7 @@ class Observer(Protocol):
 
 @dataclass(eq=False)
 class _Ends:
-    """Both connections of one exchange after the other."""
+    """A device's connection, and the proxy's connection to the server."""
 
     device: str
     reader: asyncio.StreamReader
@@ -58,7 +58,7 @@ class _Ends:
 
     @property
     def server_writer(self) -> asyncio.StreamWriter:
-        """Of the connection to the server.
+        """The writer to the server.
 
         Raises:
             _Broken: there is none.
@@ -89,7 +89,7 @@ class Proxy:
     Args:
         server_port: on loopback.
         faults: of the run.
-        observer: injects also the faults that are none of the network's.
+        observer: also injects the faults outside the network.
     """
 
     def __init__(self, server_port: int, faults: Sequence[Fault], observer: Observer) -> None:
@@ -295,7 +295,7 @@ class Proxy:
         await _write(ends.writer, data or response.data, in_fragments=in_fragments)
 
     async def _connect_upstream(self, ends: _Ends) -> None:
-        """Connect an exchange to the server, and close its connection of before."""
+        """Connect an exchange to the server, and close its previous connection."""
         if ends.upstream is not None:
             _close(ends.upstream[1])
         ends.upstream = await self._connect()

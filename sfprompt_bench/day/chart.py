@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from matplotlib import pyplot as plt
-
 from sfprompt_bench.day.measurement import DayResult
-from sfprompt_bench.plots import save
+from sfprompt_bench.plots import new_figure, save
 
 _MIB = 1024 * 1024
 
@@ -21,7 +19,7 @@ def draw(result: DayResult, out: Path) -> Path:
         "files": [float(sample.files) for sample in result.samples],
         "database (MiB)": [sample.database / _MIB for sample in result.samples],
     }
-    figure, axes = plt.subplots(2, 2, figsize=(8, 5), sharex=True, layout="constrained")
+    figure, axes = new_figure(2, 2, figsize=(8, 5), sharex=True)
     for panel, (name, values) in zip(axes.flat, panels.items(), strict=True):
         panel.plot(hours, values, color="#1b6ca8")
         panel.set(title=name)

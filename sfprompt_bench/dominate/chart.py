@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from matplotlib import pyplot as plt
+import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from sfprompt_bench.dominate.report import MB
 from sfprompt_bench.dominate.verdicts import DEFAULT, Verdict
-from sfprompt_bench.plots import save
+from sfprompt_bench.plots import new_figure, save
 
 # From the palette of Okabe and Ito, which colour-blind people can tell apart.
 _DEFAULT_COLOUR, _FEDERATED_COLOUR, _POOLED_COLOUR = "#D55E00", "#0072B2", "#666666"
@@ -73,14 +73,9 @@ def draw(verdicts: Sequence[Verdict], out: Path) -> Path:
     pooled data move none and stand at the right edge.
     """
     names = list(dict.fromkeys(verdict.cell.data for verdict in verdicts))
-    with plt.rc_context({"font.size": _FONT}):
-        figure, panels = plt.subplots(
-            len(names),
-            1,
-            figsize=(_WIDTH_INCHES, _PANEL_INCHES * len(names)),
-            squeeze=False,
-            layout="constrained",
-        )
+    with mpl.rc_context({"font.size": _FONT}):
+        size = (_WIDTH_INCHES, _PANEL_INCHES * len(names))
+        figure, panels = new_figure(len(names), figsize=size, squeeze=False)
         for axes, name in zip(panels[:, 0], names, strict=True):
             _draw_panel(axes, [verdict for verdict in verdicts if verdict.cell.data == name], name)
         return save(figure, out)

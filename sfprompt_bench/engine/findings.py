@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from matplotlib import pyplot as plt
 
 from sfprompt_bench.engine.loop import Roofline
 from sfprompt_bench.engine.roundtrip import RoundTrip
@@ -18,7 +17,7 @@ from sfprompt_bench.engine.soak import Soak
 from sfprompt_bench.engine.throughput import Point, Throughput, write_csv
 from sfprompt_bench.engine.worker import Cores
 from sfprompt_bench.engine.workload import EngineSetting
-from sfprompt_bench.plots import save
+from sfprompt_bench.plots import new_figure, save
 
 # By figure: the target, and whether it is a lower bound.
 TARGETS: Final = {
@@ -116,7 +115,7 @@ def write_findings(findings: Findings, folder: Path) -> list[Path]:
 
 def plot_curve(points: Sequence[Point], out: Path) -> Path:
     """Plot samples a second with and without batching, and the gain, over the clients."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, (left, right) = new_figure(1, 2, figsize=(10, 4))
     for number, batch in enumerate(sorted({point.load.batch for point in points})):
         line = sorted(
             (point for point in points if point.load.batch == batch),
@@ -155,7 +154,7 @@ def plot_curve(points: Sequence[Point], out: Path) -> Path:
 
 def plot_soak(soak: Soak, out: Path) -> Path:
     """Plot the server's resident memory and each step's time over the time of the soak."""
-    figure, (above, below) = plt.subplots(2, 1, figsize=(8, 6), sharex=True, layout="constrained")
+    figure, (above, below) = new_figure(2, 1, figsize=(8, 6), sharex=True)
     mebibytes = [nbytes / _MIB for _, nbytes in soak.memory]
     above.plot([second for second, _ in soak.memory], mebibytes, color="#1b6ca8")
     above.set(ylabel="resident memory (MiB)", title=f"{soak.load.clients} clients, one server")

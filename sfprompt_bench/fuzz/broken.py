@@ -70,7 +70,7 @@ def slow_request(
 
 
 def giant_head(target: Target, size: int, *, in_url: bool) -> int:
-    """Send an URL or a header of ``size`` bytes; returns how many the server let in.
+    """Send a URL or a header of ``size`` bytes; returns how many the server let in.
 
     Raises:
         Misbehaved: it took more than `MAX_UNREAD` bytes, or did not close the connection.

@@ -30,7 +30,7 @@ _MEMORY_BYTES: Final = 96 * _MIB  # by which the server may grow: its settings a
 
 _DESCRIPTORS: Final = 64  # by which it may grow: files of samples and of new runs
 
-_GIANT_BYTES: Final = 100 * _MIB  # of an URL or a header
+_GIANT_BYTES: Final = 100 * _MIB  # of a URL or a header
 
 _GIANT_MEMORY: Final = 16 * _MIB  # that it may cost
 
@@ -55,7 +55,7 @@ def fuzz_requests(
         count: of requests.
         seed: of the first request; each further request has the next number.
         tick: is called with the number of requests done.
-        giants: also send an URL and a header of 100 MiB.
+        giants: also send a URL and a header of 100 MiB.
     """
     fuzzer = _Fuzzer(target, seed, count, tick)
     report = fuzzer.report
@@ -114,9 +114,9 @@ class _Fuzzer:
         self._kept.clear()
 
     def send_giants(self) -> None:
-        """Send an URL and a header of 100 MiB."""
+        """Send a URL and a header of 100 MiB."""
         for in_url in (True, False):
-            before, name = self._target.resident_bytes(), "an URL" if in_url else "a header"
+            before, name = self._target.resident_bytes(), "a URL" if in_url else "a header"
             name += f" of {_GIANT_BYTES // _MIB} MiB"
             try:
                 taken = giant_head(self._target, _GIANT_BYTES, in_url=in_url)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from edge_client.training.closed_form import calibrate, leave_one_out
 from protocol.codecs.registry import as_decoded
 from protocol.plan import RunPlan
 from sfprompt_bench.methods.pooled import PooledModel
+from split_model.linear_fit import calibrate, leave_one_out
 from split_model.parts.depths import feature_shape, read_blocks
 from split_server.closed_form.basis import Basis, Moments, fit_basis
 from split_server.closed_form.classifier import FeatureSums, fit_classifier

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from edge_client.training.closed_form import scale_fit, step_classifier
-from edge_client.transport.split_client import Features, Fit
 from protocol.seeds import derive_seed
+from split_model.linear_fit import Features, Fit, scale_fit, step_classifier
 from split_server.closed_form.sums import Sums
 from split_server.storage.run_files import TAIL_BIAS, TAIL_WEIGHT
 

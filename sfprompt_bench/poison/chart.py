@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from matplotlib import pyplot as plt
-
-from sfprompt_bench.plots import save
+from sfprompt_bench.plots import new_figure, save
 from sfprompt_bench.poison.attacks import ATTACKS
 from sfprompt_bench.poison.measure import PoisonResult
 
 
 def draw(results: list[PoisonResult], out: Path) -> Path:
     """Plot the accuracy over the share of hostile devices, with one panel for each attack."""
-    figure, panels = plt.subplots(
-        1, len(ATTACKS), figsize=(3 * len(ATTACKS), 3.4), sharey=True, layout="constrained"
-    )
+    figure, panels = new_figure(1, len(ATTACKS), figsize=(3 * len(ATTACKS), 3.4), sharey=True)
     names = list(dict.fromkeys(result.rule for result in results))
     for axes, attack in zip(panels, ATTACKS, strict=True):
         for name in names:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from edge_client.transport.split_client import Features, Fit
 from protocol.codecs.registry import as_decoded
 from protocol.errors import InvalidField
 from protocol.federation import AggregationRule, FederationSettings
@@ -21,6 +20,7 @@ from protocol.plan import RunPlan
 from sfprompt_bench.poison.attacks import TARGET, Device, scores
 from sfprompt_bench.poison.data import PoisonData
 from sfprompt_bench.poison.federation import LocalFederation, local_federation
+from split_model.linear_fit import Features, Fit
 from split_server.closed_form.basis import Basis, Moments
 from split_server.closed_form.known import KnownSamples, write_known
 from split_server.closed_form.result import Fitted, decode_all, fit_features

@@ -12,7 +12,13 @@ from rich.console import Console
 from edge_client.data.partition import SCHEMES, parse_scheme
 from protocol.presets import Form
 from protocol.settings import RunSettings
-from sfprompt_bench.presets import PRESETS, DTypeOption, JsonFile, preset_named, with_changes
+from sfprompt_bench.presets import (
+    PRESETS,
+    DTypeOption,
+    JsonFile,
+    with_changes,
+)
+from sfprompt_bench.run.choice import choose_preset
 from sfprompt_bench.run.preflight import check_packages, make_run_folder
 
 FormOption = Annotated[
@@ -26,8 +32,18 @@ FormOption = Annotated[
 
 def run(
     data: Annotated[
-        str, typer.Option(help=f"Data set, with preset settings: {' | '.join(PRESETS)}")
+        str,
+        typer.Option(
+            help=f"Data set with preset settings ({' | '.join(PRESETS)}), or folder:PATH: your own "
+            "images, one folder for each class."
+        ),
     ] = "digits",
+    image_size: Annotated[
+        int | None,
+        typer.Option(
+            min=14, max=1024, help="Side of the model's input, in pixels. Default: the preset's."
+        ),
+    ] = None,
     form: FormOption = "default",
     devices: Annotated[int, typer.Option(min=1, max=64, help="Edge clients to start.")] = 4,
     partition: Annotated[
@@ -67,13 +83,13 @@ def run(
     """Tune with one server and several devices on this machine, and report bytes and accuracy."""
     check_packages()
     scheme = parse_scheme(partition)
-    preset = preset_named(data, form)
+    preset = choose_preset(data, form, image_size)
     # Imported here: torch takes seconds to import, which help and errors do not need.
     from sfprompt_bench.run.local_run import LocalRun
     from sfprompt_bench.run.report import result_table, write_files
 
     console = Console()
-    folder = make_run_folder(out, data)
+    folder = make_run_folder(out, preset.settings.name)
     local = LocalRun(
         settings=_with_options(preset.settings, devices, rounds, keep_fraction, seed),
         data=preset.data,

@@ -26,6 +26,10 @@ _START_TIMEOUT_S = 120.0
 
 _POLL_S = 0.5
 
+EVALUATION = "evaluation.json"  # of the best round, in the run's folder
+
+SERVER = "server"  # the server's data folder, in the run's folder
+
 _DEVICES = "devices"  # folder of the devices' homes
 
 _LEAVE_TIMEOUT_S = 60.0  # for devices to learn that the run has ended and to leave
@@ -100,6 +104,7 @@ class LocalRun:
                 with suppress(subprocess.TimeoutExpired):
                     device.wait(_LEAVE_TIMEOUT_S)
             results = operator.results(run.id)  # with the bytes of the devices' last requests
+            self._save_evaluation(operator, results)
         if results.run.status != "finished":
             ended = results.run
             reason = ended.reason or "the server gave no reason"
@@ -111,7 +116,7 @@ class LocalRun:
     @contextmanager
     def _server(self, console: Console) -> Iterator[tuple[str, OperatorClient, Process]]:
         port = choose_port(self.port)
-        data_dir = self.folder / "server"
+        data_dir = self.folder / SERVER
         arguments = ["split_server.cli", "serve", "--host", "127.0.0.1", "--port", str(port)]
         arguments += ["--data-dir", str(data_dir)]
         if self.dtype != "auto":  # auto leaves the choice to the environment
@@ -155,12 +160,17 @@ class LocalRun:
         home = self.folder / _DEVICES / str(number)
         return [*arguments, "--home", str(home)]
 
+    def _save_evaluation(self, operator: OperatorClient, results: Results) -> None:
+        if results.best is not None:
+            view = operator.evaluation(results.run.id, results.best.round)
+            (self.folder / EVALUATION).write_text(view.model_dump_json(indent=2) + "\n")
+
     def _save_state(self, results: Results) -> None:
         # Imported at the end: server and devices need not wait for this process to import torch.
         from split_model.checkpoints.state import save_state
         from split_server.federation.export import newest_state
 
-        _, state = newest_state(self.folder / "server", results.run.id)
+        _, state = newest_state(self.folder / SERVER, results.run.id)
         save_state(state, self.folder / "tuned.safetensors")
 
 

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from protocol.messages import Results, RoundStatus, RoundView
 from protocol.traffic import Phase, total_bytes
-from sfprompt_bench.plots import plot_accuracy, plot_bytes
+from sfprompt_bench.plots import draw_accuracy, draw_bytes, save
 
 _PURPOSE = {
     Phase.DOWNLOAD: "head, once",
@@ -119,8 +119,8 @@ def write_files(results: Results, figures: dict[str, Any], folder: Path) -> list
     return [
         history,
         result,
-        plot_accuracy(closed, title, folder / "accuracy.png"),
-        plot_bytes(closed, per_round, title, folder / "bytes.png"),
+        save(draw_accuracy(closed, title), folder / "accuracy.png"),
+        save(draw_bytes(closed, per_round, title), folder / "bytes.png"),
     ]
 
 

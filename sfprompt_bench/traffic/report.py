@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from matplotlib import pyplot as plt
 from rich.table import Table
 
 from edge_client.transport.link import Link
@@ -16,7 +15,7 @@ from protocol.settings import RunSettings
 from protocol.traffic import Phase
 from sfprompt_bench.cost.method_cost import Question
 from sfprompt_bench.estimate.calculator import estimate, paper_training, ratios
-from sfprompt_bench.plots import COLOURS, MB, save
+from sfprompt_bench.plots import COLOURS, MB, new_figure, save
 from sfprompt_bench.presets import with_changes
 from sfprompt_bench.traffic.ladder import LadderSetting, RungResult
 
@@ -203,9 +202,7 @@ def large_table(default: RunSettings) -> Table:
 
 def plot_ladder(results: Sequence[RungResult], setting: LadderSetting, out: Path) -> Path:
     """Plot each rung's bytes on a logarithmic scale, and its accuracy."""
-    figure, (left, right) = plt.subplots(
-        1, 2, figsize=(10, 4), sharey=True, layout="constrained", width_ratios=(3, 1)
-    )
+    figure, (left, right) = new_figure(1, 2, figsize=(10, 4), sharey=True, width_ratios=(3, 1))
     names = [result.rung.name for result in results]
     totals = [result.mean_bytes / MB / setting.devices for result in results]
     left.barh(names, totals, color=COLOURS[Phase.SMASHED])

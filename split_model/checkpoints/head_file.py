@@ -10,8 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from protocol.codecs import Int4
-from protocol.codecs.memory import from_buffer, tensor_nbytes, to_buffer
+from protocol.codecs import CODECS, Int4
 from protocol.plan import ModelPlan
 from protocol.wire import FLOAT32_BYTES
 from split_model.backbone.tensor_file import TensorFile, write_tensors
@@ -74,10 +73,10 @@ def packed_bytes(tensors: Mapping[str, Tensor], dtype: HeadDtype) -> int:
     for name, tensor in tensors.items():
         match _stored_dtype(name, tensor, dtype):
             case "float32":
-                total += tensor_nbytes(tensor)
+                total += tensor.nbytes
             case "int4":
                 shape = torch.tensor(tensor.shape)
-                total += sum(_INT4.sizes(_rows(tensor).shape)) + tensor_nbytes(shape)
+                total += sum(_INT4.sizes(_rows(tensor).shape)) + shape.nbytes
             case "int8":
                 total += tensor.numel() + FLOAT32_BYTES * len(_rows(tensor))
             case "float16":
@@ -138,8 +137,10 @@ def _to_int4(name: str, tensor: Tensor) -> dict[str, Tensor]:
     rows = _rows(tensor)
     codes, scales = _INT4.encode(rows)
     return {
-        name: from_buffer(codes, torch.uint8, len(rows), -1),
-        name + _SCALE: from_buffer(scales, torch.bfloat16, len(rows), -1),
+        name: CODECS["uint8"].decode([codes], [len(rows), codes.nbytes // len(rows)]),
+        name + _SCALE: CODECS["bfloat16"].decode(
+            [scales], [len(rows), scales.nbytes // 2 // len(rows)]
+        ),
         name + _SHAPE: torch.tensor(tensor.shape),
     }
 
@@ -152,7 +153,7 @@ def _from_int4(codes: Tensor, scales: Tensor, shape: Tensor) -> Tensor:
     """
     sizes = [int(size) for size in shape]
     rows = [math.prod(sizes[:1]), math.prod(sizes[1:])]
-    buffers = [to_buffer(codes), to_buffer(scales)]
+    buffers = [*CODECS["uint8"].encode(codes), *CODECS["bfloat16"].encode(scales)]
     _INT4.check_sizes(rows, [buffer.nbytes for buffer in buffers])
     return _INT4.decode(buffers, rows).reshape(sizes)
 

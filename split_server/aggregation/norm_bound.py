@@ -1,7 +1,7 @@
 """A bound on the L2 norm of each update, relative to the norms of the round's other updates.
 
 A few numbers of 1e30 in one update, or an update multiplied by -20, would dominate the mean. An
-update that is much longer than most others is therefore refused. The bound depends only on the
+update whose norm is far above most others is therefore refused. The bound depends only on the
 updates and the state of the round, so that a restarted server refuses the same updates.
 """
 
@@ -22,7 +22,7 @@ _ABSOLUTE = 100.0  # with fewer updates: times the norm of the state, or of as m
 
 
 @dataclass(frozen=True)
-class Lengths:
+class Norms:
     """The L2 norms of an update.
 
     Attributes:
@@ -36,18 +36,18 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Excess:
-    """The norm of an update that is too long.
+    """The norm of an update that is refused.
 
     Attributes:
-        length: norm of the update.
+        norm: of the update.
         limit: largest norm that is accepted.
     """
 
-    length: float
+    norm: float
     limit: float
 
 
-def measure(update: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> Lengths:
+def measure(update: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> Norms:
     """Compute the norms of an update in float64, with its tensors in the order of their names."""
     change = sum(
         float((update[name].double() - state[name].double()).square().sum())
@@ -56,24 +56,24 @@ def measure(update: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> Length
     extras = sum(
         float(update[name].double().square().sum()) for name in sorted(update) if name not in state
     )
-    return Lengths(math.sqrt(change), math.sqrt(extras))
+    return Norms(math.sqrt(change), math.sqrt(extras))
 
 
-def length_of(state: Mapping[str, Tensor]) -> float:
+def norm_of(state: Mapping[str, Tensor]) -> float:
     """Return the L2 norm of a state."""
     return math.sqrt(sum(float(state[name].double().square().sum()) for name in sorted(state)))
 
 
 def find_excess(
-    lengths: Sequence[Lengths], state: float, factor: float, numbers: int
+    norms: Sequence[Norms], state: float, factor: float, numbers: int
 ) -> dict[int, Excess]:
-    """Find the updates that are too long.
+    """Find the updates whose norm is too large.
 
     With three or more updates, the limit is ``factor`` times the (lower) median of their norms.
     With fewer updates there is no majority, and a wide limit relative to the state applies.
 
     Args:
-        lengths: norms of all updates of the round.
+        norms: norms of all updates of the round.
         state: norm of the state before the round.
         factor: largest accepted ratio of a norm to the median.
         numbers: number of elements of the state.
@@ -82,17 +82,17 @@ def find_excess(
         The excess of each refused update, by its position.
     """
     found: dict[int, Excess] = {}
-    changes = [each.change for each in lengths]
+    changes = [each.change for each in norms]
     absolute = _ABSOLUTE * max(state, math.sqrt(numbers))
     limit = _limit(changes, factor, floor=_NEGLIGIBLE * state, absolute=absolute)
     found |= {at: Excess(each, limit) for at, each in enumerate(changes) if not each <= limit}
-    extras = [each.extras for each in lengths]
+    extras = [each.extras for each in norms]
     limit = _limit(extras, factor, floor=0.0, absolute=math.inf)
     found |= {at: Excess(each, limit) for at, each in enumerate(extras) if not each <= limit}
     return found
 
 
-def _limit(lengths: Sequence[float], factor: float, *, floor: float, absolute: float) -> float:
-    if len(lengths) < _MIN_UPDATES:
+def _limit(norms: Sequence[float], factor: float, *, floor: float, absolute: float) -> float:
+    if len(norms) < _MIN_UPDATES:
         return absolute
-    return max(factor * statistics.median_low(lengths), floor)
+    return max(factor * statistics.median_low(norms), floor)

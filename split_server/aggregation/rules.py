@@ -10,7 +10,7 @@ from torch import Tensor
 from protocol.federation import FederationSettings
 from split_server.aggregation import robust
 from split_server.aggregation.fedavg import WeightedState, federated_average
-from split_server.aggregation.norm_bound import Excess, find_excess, length_of, measure
+from split_server.aggregation.norm_bound import Excess, find_excess, measure, norm_of
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ def find_refused(
     loads: Sequence[Callable[[], Mapping[str, Tensor]]],
     state: Mapping[str, Tensor],
 ) -> dict[int, Excess]:
-    """Find the updates that are too long to count, by position.
+    """Find the updates whose norm is too large to count, by position.
 
-    With differential privacy there are none: long updates are clipped instead.
+    With differential privacy there are none: large updates are clipped instead.
 
     Args:
         federation: federation settings of the run.
@@ -42,9 +42,9 @@ def find_refused(
     """
     if federation.update_norm_bound is None or federation.dp_clip is not None:
         return {}
-    lengths = [measure(load(), state) for load in loads]
+    norms = [measure(load(), state) for load in loads]
     numbers = sum(tensor.numel() for tensor in state.values())
-    return find_excess(lengths, length_of(state), federation.update_norm_bound, numbers)
+    return find_excess(norms, norm_of(state), federation.update_norm_bound, numbers)
 
 
 def aggregate(federation: FederationSettings, updates: Sequence[WeightedState]) -> Aggregated:

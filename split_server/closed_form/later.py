@@ -24,7 +24,7 @@ from split_server.storage.sample_store import Owner, SampleStore
 
 
 class LaterFeatures:
-    """Answers the requests of round 0 in later rounds, at once: nobody is waited for.
+    """Answers the requests of round 0 in later rounds without waiting for other participants.
 
     Args:
         runs: the runs.
@@ -45,10 +45,9 @@ class LaterFeatures:
     async def features(
         self, run_id: str, participant: str, ids: list[bytes]
     ) -> Features | list[int]:
-        """Return a participant's features in the basis of round 0.
+        """Return features in the basis of round 0, or the positions of missing samples.
 
-        Or the positions of samples that the server lacks. Its updates count once it has sent its
-        sums, too.
+        Its updates count once it has sent its sums, too.
 
         Raises:
             NotFound: round 0 has no result.
@@ -64,10 +63,10 @@ class LaterFeatures:
         projected = []
         for first in range(0, len(ids), CHUNK):
             read = []
-            for start in range(first, min(first + CHUNK, len(ids)), BATCH):
-                tokens = await self._reader.read(run, owner, ids[start : start + BATCH])
+            for offset in range(first, min(first + CHUNK, len(ids)), BATCH):
+                tokens = await self._reader.read(run, owner, ids[offset : offset + BATCH])
                 if tokens is None:
-                    raise busy_error("samples were lost; they are sent again")
+                    raise busy_error("the server lost samples; send them again")
                 read.append(tokens.half().float().cpu())
             # Through float16 and in chunks, as in round 0: the same features bit for bit.
             projected.append(solved.basis.project(torch.cat(read)))
@@ -110,5 +109,5 @@ class LaterFeatures:
 
 def _start_attempt(run: RunSnapshot) -> int:
     if run.start_attempt is None:
-        raise NotFound("the run has no features before its round 0", field="round", value=0)
+        raise NotFound("round 0 of this run has no result yet", field="round", value=0)
     return run.start_attempt

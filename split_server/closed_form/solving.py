@@ -1,4 +1,4 @@
-"""Fit the classifier of round 0 to the sums that agree; remember what each sender has sent."""
+"""Fit the classifier of round 0 to the sums that agree, and store what each sender has sent."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from split_server.storage.run_files import RunFiles
 
 log = logging.getLogger(__name__)
 
-Part = tuple[str, SampleFeatures, Sums]  # participant, its samples, its sums
+Sender = tuple[str, SampleFeatures, Sums]  # participant, its samples, its sums
 
 
 def solve_start(
-    files: RunFiles, run: RunSnapshot, attempt: int, fitted: Fitted, parts: Sequence[Part]
+    files: RunFiles, run: RunSnapshot, attempt: int, fitted: Fitted, senders: Sequence[Sender]
 ) -> Solved:
     """Fit the classifier of an attempt at round 0; the result is durable on return.
 
@@ -32,33 +32,33 @@ def solve_start(
         run: the run.
         attempt: at round 0.
         fitted: basis and sums of all features.
-        parts: the participants that have sent sums, in the run's order.
+        senders: the participants that have sent sums, in the run's order.
     """
     codec = run.plan.wire.start
-    left_out = find_left_out(fitted.sums, [sums for _, _, sums in parts], run)
-    counted = [part for place, part in enumerate(parts) if place not in left_out]
+    left_out = find_left_out(fitted.sums, [sums for _, _, sums in senders], run)
+    counted = [each for position, each in enumerate(senders) if position not in left_out]
     sums, used = fitted.sums, sum(int(each.counts.sum()) for _, _, each in counted)
     if used < sums.count:  # without the samples whose labels do not count
         sums = sum_features(fitted.basis, [features for _, features, _ in counted], codec)
     class_sums = torch.stack([each.features.double() for _, _, each in counted]).sum(dim=0)
     counts = torch.stack([each.counts.double() for _, _, each in counted]).sum(dim=0)
     classifier = fit_classifier(sums, class_sums, counts, fitted.basis.scale)
-    for place, share in left_out.items():
-        participant, features, own = parts[place]
+    for position, share in left_out.items():
+        participant, features, own = senders[position]
         decoded = decode_all(fitted.basis, features, codec)
         write_known(files.known(attempt, participant), KnownSamples(decoded, own, share))
-        log.warning("run %s: the labels of %s do not agree with others'", run.id, participant)
+        log.warning("run %s: the labels of %s disagree with the others'", run.id, participant)
     solved = Solved(fitted.basis, classifier, fitted.sums.mean, fitted.sums.variances)
     write_solved(files.basis(attempt), solved)
     return solved
 
 
 def find_left_out(sums: FeatureSums, senders: Sequence[Sums], run: RunSnapshot) -> dict[int, float]:
-    """Find the senders whose labels do not agree: the share that does, by place."""
-    least = run.plan.federation.label_agreement
-    if not least or not senders:
+    """Return the share of agreeing samples of each sender whose labels disagree, by position."""
+    required = run.plan.federation.label_agreement
+    if not required or not senders:
         return {}
-    return ClassMeans(Whitening.of(sums), senders).find_disagreeing(least)
+    return ClassMeans(Whitening.of(sums), senders).find_disagreeing(required)
 
 
 def add_participant(
@@ -69,7 +69,7 @@ def add_participant(
     participant: str,
     known: KnownSamples,
 ) -> None:
-    """Remember the samples of a participant whose sums come after those of the others.
+    """Store the features and sums of a participant whose sums arrived after the fit.
 
     Its labels are compared with those of all others that count.
 
@@ -83,12 +83,12 @@ def add_participant(
     """
     if known.sums is None:
         raise ValueError("a participant is added with its sums")
-    least, low = run.plan.federation.label_agreement, None
-    if least:
+    required, low = run.plan.federation.label_agreement, None
+    if required:
         whitening = Whitening.of_solved(solved.classifier, known.features)
         senders = [known.sums, *_counted_sums(files, run, attempt, participant)]
         share = ClassMeans(whitening, senders).share(0)
-        low = share[0] if share is not None and share[0] < least else None
+        low = share[0] if share is not None and share[0] < required else None
     write_known(files.known(attempt, participant), replace(known, disagrees=low))
 
 

@@ -55,11 +55,12 @@ from split_server.federation.snapshot import RunSnapshot
 from split_server.runtime.aio import run_on, wait_for
 from split_server.storage.sample_store import Owner, SampleStore
 
-_WAIT_S = 20.0  # at most, of a request for the other participants, before it is repeated
+_WAIT_S = 20.0  # the longest that a request waits for other participants; then it is repeated
 
 _THREADS = 2
 
-_NAMING, _SUMMING = Fraction(1, 2), Fraction(3, 4)  # of the round's time
+# Shares of the round's time after which no more ids, or sums, are awaited.
+_IDS_SHARE, _SUMS_SHARE = Fraction(1, 2), Fraction(3, 4)
 
 R = TypeVar("R")
 
@@ -96,6 +97,7 @@ class ClosedFormStarts:
 
     Attributes:
         later: answers participants that request their features after round 0.
+        reader: computes what the tail reads of samples.
     """
 
     def __init__(
@@ -109,10 +111,10 @@ class ClosedFormStarts:
         self._wait_s = min(_WAIT_S, max_wait_s)
         self._runs, self._samples = runs, samples
         self._threads = ThreadPoolExecutor(_THREADS, "split-start")
-        self._reader = TokenReader(runs, engine, samples, device, self._threads)
-        self.later = LaterFeatures(runs, samples, self._reader, self._threads)
+        self.reader = TokenReader(runs, engine, samples, device, self._threads)
+        self.later = LaterFeatures(runs, samples, self.reader, self._threads)
         self._starts: dict[str, _Start] = {}
-        self._lock = threading.Lock()  # of the table: runs end on other threads
+        self._lock = threading.Lock()  # guards `_starts`: runs end on other threads
 
     def close(self) -> None:
         """Stop computing."""
@@ -136,12 +138,12 @@ class ClosedFormStarts:
     async def features(
         self, run_id: str, participant: str, attempt: int, ids: list[bytes]
     ) -> Features | list[int]:
-        """Return the features of a participant's samples, once all have named theirs.
+        """Return the features of a participant's samples, or the positions of missing samples.
 
-        Or the positions of samples that the server lacks.
+        Waits until all participants have sent their ids.
 
         Raises:
-            Busy: others are awaited; repeat the request.
+            Busy: other participants are still awaited; repeat the request.
             StaleRound: the round is not open, or was started without this participant.
             InvalidField: there are more ids than the participant joined with samples.
         """
@@ -154,7 +156,7 @@ class ClosedFormStarts:
             start.ids[participant] = ids
             run = self._runs.snapshot(run_id)
             if not await self._compute(start, run, participant, None):
-                raise busy_error("samples were lost; they are sent again")
+                raise busy_error("the server lost samples; send them again")
             solved = start.restored
             basis, mean, variances = solved.basis, solved.mean, solved.variances
         else:
@@ -173,13 +175,13 @@ class ClosedFormStarts:
     ) -> tuple[RidgeClassifier, Tensor]:
         """Return the classifier and the leverage [n] of the participant's samples.
 
-        Sums that no labels give end the participant's part in the round: the event names it, and
-        the others no longer wait for it.
+        If no labels give these sums, the server declines the participant's update and records an
+        event; the others no longer wait for it.
 
         Raises:
-            Busy: others are awaited; repeat the request.
+            Busy: other participants are still awaited; repeat the request.
             StepLost: the server has no features of this attempt; start the round again.
-            StaleRound: the round is not open, or the participant's part in it has ended.
+            StaleRound: the round is not open, or the participant's update was declined.
             InvalidField: no labels of the participant's samples give these sums.
         """
         start = await self._open(run_id, participant, attempt)
@@ -207,7 +209,7 @@ class ClosedFormStarts:
             await self._run(partial(write_known, path, known))
         solved = start.restored or await self._await_solution(start, participant, sums)
         if participant not in start.sums and not (start.restored and path.is_file()):
-            # Too late for the fit: its labels are compared on their own.
+            # Too late for the fit: its labels are compared with those that were in time.
             await self._run(
                 partial(add_participant, files, run, attempt, solved, participant, known)
             )
@@ -244,12 +246,12 @@ class ClosedFormStarts:
 
     async def _await_fit(self, start: _Start) -> Fitted:
         def begin() -> None:
-            if start.fitting is None and self._is_complete(start, start.ids, _NAMING):
+            if start.fitting is None and self._is_complete(start, start.ids, _IDS_SHARE):
                 start.fitting = asyncio.create_task(self._fit(start))
 
         fitted = await self._wait(start, begin, lambda: start.fitting)
         if fitted is None:
-            raise busy_error("samples were lost; they are sent again")
+            raise busy_error("the server lost samples; send them again")
         return fitted
 
     async def _await_solution(self, start: _Start, participant: str, sums: Sums) -> Solved:
@@ -262,7 +264,7 @@ class ClosedFormStarts:
 
         def begin() -> None:
             if start.solving is None and self._is_complete(
-                start, start.sums, _SUMMING, start.fitted_at
+                start, start.sums, _SUMS_SHARE, start.fitted_at
             ):
                 start.solving = asyncio.create_task(self._solve(start, fitted))
 
@@ -291,18 +293,18 @@ class ClosedFormStarts:
             done, _ = await asyncio.wait({running}, timeout=left)
             if done:
                 return running.result()
-        raise busy_error("the other participants are awaited")
+        raise busy_error("still waiting for other participants")
 
     def _is_complete(
-        self, start: _Start, answers: Mapping[str, object], patience: Fraction, since: float = 0.0
+        self, start: _Start, answers: Mapping[str, object], share: Fraction, since: float = 0.0
     ) -> bool:
         """Whether every participant that can still answer has, or the time for it is over.
 
         Args:
-            start: of which run.
+            start: the run's start.
             answers: by participant.
-            patience: share of the round's time after which no more answers are awaited.
-            since: at least an eighth of the round's time after this moment they are awaited.
+            share: of the round's time, after which no more answers are awaited.
+            since: answers are awaited for at least an eighth of the round's time after this moment.
         """
         run = self._runs.snapshot(start.run)
         if run.open_round is None or not answers:
@@ -311,7 +313,7 @@ class ClosedFormStarts:
         if not awaited or run.deadline is None:
             return not awaited
         whole = run.plan.federation.round_timeout_s
-        until = max(run.deadline - whole * float(1 - patience), since + whole / 8)
+        until = max(run.deadline - whole * float(1 - share), since + whole / 8)
         return self._runs.clock.monotonic() > until
 
     async def _fit(self, start: _Start) -> Fitted | None:
@@ -337,22 +339,24 @@ class ClosedFormStarts:
     async def _compute(
         self, start: _Start, run: RunSnapshot, participant: str, moments: Moments | None
     ) -> bool:
-        """Compute one participant's read tokens; False: the server lacks some of its samples.
+        """Compute what the tail reads of one participant's samples; False: some are missing.
 
         Args:
-            start, run, participant: whose.
-            moments: adds the samples; None: they are known.
+            start: the run's open start.
+            run: the run.
+            participant: its id.
+            moments: to which the samples are added; None: the basis is already fitted.
         """
         ids, owner = start.ids[participant], Owner(run.id, participant)
         numbers = read_numbers(run.plan.model)
-        place = SampleFeatures(start.folder / participant, len(ids), numbers)
+        features = SampleFeatures(start.folder / participant, len(ids), numbers)
         for first in range(0, len(ids), BATCH):
-            tokens = await self._reader.read(run, owner, ids[first : first + BATCH])
+            tokens = await self.reader.read(run, owner, ids[first : first + BATCH])
             if tokens is None:
                 return False
             flat = tokens.flatten(1).float().cpu()
-            await self._run(partial(_add, moments, place, first, flat))
-        start.features[participant] = place
+            await self._run(partial(_add, moments, features, first, flat))
+        start.features[participant] = features
         return True
 
     async def _solve(self, start: _Start, fitted: Fitted) -> Solved:
@@ -368,7 +372,7 @@ class ClosedFormStarts:
             raise
 
     def _decline(self, run: RunSnapshot, participant: str, error: InvalidField) -> None:
-        """Record that a participant's part in the round has ended, once."""
+        """Decline a participant's update, once."""
         with self._runs.changing(run.id) as session:
             open_round = self._runs.snapshot(run.id).open_round
             if open_round is None or participant in open_round.declined:
@@ -381,7 +385,7 @@ class ClosedFormStarts:
         return await run_on(self._threads, function)
 
 
-def _add(moments: Moments | None, place: SampleFeatures, first: int, flat: Tensor) -> None:
-    place.write(first, flat)
+def _add(moments: Moments | None, features: SampleFeatures, first: int, flat: Tensor) -> None:
+    features.write(first, flat)
     if moments is not None:
         moments.add(flat)

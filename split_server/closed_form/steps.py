@@ -1,8 +1,8 @@
-"""The updates of a run with a closed-form start, against what the server can compute itself.
+"""Compare the updates of a run with a closed-form start with what the server computes itself.
 
 An update of round 0 is the server's own classifier times a factor. A later one is a step of
 logistic regression, which needs the labels only as the sums of the features of each class: the
-server has these since round 0. All that it does not know is one number, the strength of the
+server has these since round 0. It does not know one number: the decay, the strength of the
 penalty.
 """
 
@@ -21,19 +21,19 @@ from split_server.closed_form.result import Solved
 from split_server.closed_form.sums import Sums
 from split_server.storage.run_files import TAIL_BIAS, TAIL_WEIGHT
 
-MIN_FACTOR, MAX_FACTOR = 1.0, 10**1.5  # of the scores in round 0
+MIN_FACTOR, MAX_FACTOR = 1.0, 10**1.5  # of the logits in round 0
 
-_LEAST_CAUTION = 0.1  # share of the ridge regression's penalty that later rounds keep
+_MIN_DECAY_SHARE = 0.1  # of the ridge regression's decay, in later rounds
 
-_CURVATURE = 2.0  # the inverse of the bound 1/2 on the curvature of cross-entropy in a score
+_CURVATURE = 2.0  # the inverse of the bound 1/2 on the curvature of cross-entropy in a logit
 
-# Errors that the codec of the updates leaves, of the update's length. Codecs that are not listed
-# send the rest later, so that an update may contain much of earlier steps.
+# Error of the updates' codec, as a share of the update's norm. Codecs that are not listed use error
+# feedback, so that an update may contain residuals of earlier rounds.
 _CODEC_ERRORS = {"float32": 0.01, "float16": 0.02, "bfloat16": 0.03, "int8": 0.1, "int4": 0.4}
 
 _OTHER_ERROR = 10.0
 
-_NEGLIGIBLE = 1e-3  # of the state's length: a difference below it is never refused
+_NEGLIGIBLE = 1e-3  # share of the state's norm: a difference below it is never refused
 
 _MAX_STEPS = 20  # of a round; more are not computed again
 
@@ -46,32 +46,35 @@ State = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Difference:
-    """How far an update is from what it can be: an L2 norm, and its limit."""
+    """The distance from an update to the nearest one that an honest device can send, and its limit.
 
-    length: float
+    Both are L2 norms.
+    """
+
+    norm: float
     limit: float
 
     @property
     def is_refused(self) -> bool:
         """Whether no honest device sends this update."""
-        return not self.length <= self.limit
+        return not self.norm <= self.limit
 
 
-def score_factor(update: State, solved: Solved) -> float:
+def logit_factor(update: State, solved: Solved) -> float:
     """Return the factor in an update of round 0, within its limits.
 
     It is the one whose multiple of the classifier is nearest to the update.
     """
     weight, bias = solved.classifier.weight.double(), solved.classifier.bias.double()
     along = (update[TAIL_WEIGHT].double() * weight).sum() + (update[TAIL_BIAS] * bias).sum()
-    length = weight.square().sum() + bias.square().sum()
-    factor = float(along / length.clamp(min=1e-300))
+    squared_norm = weight.square().sum() + bias.square().sum()
+    factor = float(along / squared_norm.clamp(min=1e-300))
     return min(max(factor, MIN_FACTOR), MAX_FACTOR) if math.isfinite(factor) else MIN_FACTOR
 
 
 def measure_start(update: State, solved: Solved, codec: str) -> Difference:
     """Measure how far an update of round 0 is from the nearest multiple of the classifier."""
-    factor = score_factor(update, solved)
+    factor = logit_factor(update, solved)
     expected = _flat(factor * solved.classifier.weight, factor * solved.classifier.bias)
     sent = _flat(update[TAIL_WEIGHT], update[TAIL_BIAS])
     return Difference(float((sent - expected).norm()), _limit(codec, expected, expected))
@@ -84,7 +87,7 @@ def scaled_classifier(solved: Solved, updates: Sequence[tuple[State, int]]) -> d
         solved: of round 0.
         updates: with the number of samples of each, its weight.
     """
-    factors = sorted((score_factor(update, solved), samples) for update, samples in updates)
+    factors = sorted((logit_factor(update, solved), samples) for update, samples in updates)
     half, seen = sum(samples for _, samples in factors) / 2, 0
     factor = factors[-1][0]
     for each, samples in factors:
@@ -128,8 +131,8 @@ def measure_step(
     def distance(decay: float) -> float:
         return float((model.run(decay, steps) - sent).norm())
 
-    whole = solved.classifier.strength / max(1, solved.classifier.count)
-    decay = _nearest(distance, whole * _LEAST_CAUTION / MAX_FACTOR, whole)
+    ridge_decay = solved.classifier.strength / max(1, solved.classifier.count)
+    decay = _nearest(distance, ridge_decay * _MIN_DECAY_SHARE / MAX_FACTOR, ridge_decay)
     change = model.run(decay, steps) - before
     return Difference(distance(decay), _limit(codec, change, before))
 
@@ -159,7 +162,7 @@ class _StepModel:
 
     @classmethod
     def of(cls, state: State, features: Tensor, sums: Sums, solved: Solved) -> _StepModel:
-        """Compute what the steps of every strength have in common."""
+        """Compute what the steps with any decay have in common."""
         weight, bias = state[TAIL_WEIGHT].double(), state[TAIL_BIAS].double()
         mean, count = solved.mean, len(features)
         centred = features.double() - mean
@@ -171,7 +174,7 @@ class _StepModel:
         return cls(weight, bias, centred, mean, targets, shares, solved.variances, first)
 
     def run(self, decay: float, steps: int) -> Tensor:
-        """Return the flattened tail after the steps with a penalty of this strength."""
+        """Return the flattened tail after the steps with this decay."""
         used = self.variances > 0
         penalty = torch.where(used, decay / self.variances.clamp(min=1e-30), 0.0)
         step = torch.where(used, 1 / (self.variances / _CURVATURE + penalty).clamp(min=1e-30), 0.0)
@@ -179,9 +182,9 @@ class _StepModel:
         for number in range(steps):
             slope, offset = self.first
             if number:
-                scores = self.centred @ weight.T + (bias + weight @ self.mean)
+                logits = self.centred @ weight.T + (bias + weight @ self.mean)
                 slope, offset = _gradient(
-                    scores.softmax(dim=1), self.centred, self.targets, self.shares
+                    logits.softmax(dim=1), self.centred, self.targets, self.shares
                 )
             change = (slope + penalty * weight) * step
             weight, bias = weight - change, bias - _CURVATURE * offset + change @ self.mean
@@ -196,7 +199,7 @@ def _gradient(
 
 
 def _nearest(distance: Callable[[float], float], low: float, high: float) -> float:
-    """Find the strength with the smallest distance, in logarithms: a grid, then golden section."""
+    """Find the decay with the smallest distance, in logarithms: a grid, then golden section."""
     start, end = math.log(max(low, 1e-300)), math.log(max(high, 1e-300))
     grid = [start + (end - start) * place / (_GRID - 1) for place in range(_GRID)]
     best = min(range(_GRID), key=lambda place: distance(math.exp(grid[place])))

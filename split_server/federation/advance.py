@@ -114,9 +114,12 @@ class RunAdvancer:
     def _next(self, run_id: str) -> rounds.Action | None:
         if self._rebuilds.is_running(run_id):
             return None
-        live = self._liveness.live(run_id)
         now = self._runs.clock.monotonic()
         run = self._runs.snapshot(run_id)
+        if run.plan.shares_labels:  # the server does the tasks: it matters who has sent its labels
+            away = run.participants.keys() - run.labelled
+            return rounds.decide(run, run.labelled, now, settled=True, away=away)
+        live = self._liveness.live(run_id)
         return rounds.decide(
             run,
             live,

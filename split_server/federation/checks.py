@@ -27,8 +27,8 @@ class UpdateChecks:
     """Checks the updates of one attempt at a round.
 
     With a closed-form start the server knows each participant's features and class sums, and with
-    them what its updates can be. Everything else is bounded relative to the other updates. All
-    follows from files that stay until the result is in the database.
+    them the updates that are possible. Other updates are bounded relative to each other. The checks
+    depend only on files that stay until the result is in the database.
 
     Args:
         run: the run.
@@ -46,15 +46,15 @@ class UpdateChecks:
     def find_refused(self, updates: Sequence[UpdateRow]) -> dict[int, Refusal]:
         """Find the updates that do not count, by position."""
         refused: dict[int, Refusal] = {}
-        for at, update in enumerate(updates):
+        for position, update in enumerate(updates):
             if self._start is not None and (refusal := self._check(update)) is not None:
-                refused[at] = refusal
-        rest = [at for at in range(len(updates)) if at not in refused]
-        loads = [partial(self._read, updates[at]) for at in rest]
-        too_long = find_refused(self._plan.federation, loads, self._before)
-        for place, excess in too_long.items():
-            sender = updates[rest[place]].participant_id
-            refused[rest[place]] = Refusal(sender, "too_long", excess.length, excess.limit)
+                refused[position] = refusal
+        rest = [position for position in range(len(updates)) if position not in refused]
+        loads = [partial(self._read, updates[position]) for position in rest]
+        too_large = find_refused(self._plan.federation, loads, self._before)
+        for number, excess in too_large.items():
+            sender = updates[rest[number]].participant_id
+            refused[rest[number]] = Refusal(sender, "norm_too_large", excess.norm, excess.limit)
         return refused
 
     def weight(self, update: UpdateRow) -> int:
@@ -63,7 +63,7 @@ class UpdateChecks:
         return update.samples if known is None else min(update.samples, len(known.features))
 
     def start_state(self, updates: Sequence[UpdateRow]) -> dict[str, Tensor] | None:
-        """Return the state after round 0; None: the round is another."""
+        """Return the state after round 0; None: another round, or no closed-form start."""
         if self._round > 0 or self._start is None:
             return None
         sent = [(self._read(update), self.weight(update)) for update in updates]
@@ -73,8 +73,8 @@ class UpdateChecks:
         """Check an update of a run with a closed-form start."""
         sender, known = update.participant_id, self._of(update.participant_id)
         if known is not None and known.disagrees is not None:
-            least = self._plan.federation.label_agreement
-            return Refusal(sender, "labels_disagree", known.disagrees, least)
+            required = self._plan.federation.label_agreement
+            return Refusal(sender, "labels_disagree", known.disagrees, required)
         tensors, codec = self._read(update), self._plan.wire.updates
         difference: Difference | None = None
         if self._round == 0:
@@ -95,7 +95,7 @@ class UpdateChecks:
             )
         if difference is None or not difference.is_refused:
             return None
-        return Refusal(sender, code, difference.length, difference.limit)
+        return Refusal(sender, code, difference.norm, difference.limit)
 
     def _of(self, participant: str) -> KnownSamples | None:
         """Return what is known of a participant's samples."""

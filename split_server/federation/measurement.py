@@ -16,11 +16,11 @@ from split_server.storage.events import record_event
 
 
 def measure(session: Session, run: RunSnapshot, row: RoundRow, at: float) -> None:
-    """Write accuracy and loss of a round's state, and make it or an earlier one the run's.
+    """Write accuracy and loss of a round's state, and select the run's state.
 
     Args:
-        session: the transaction of the step.
-        run: the run before the step.
+        session: the open transaction.
+        run: the run before this transaction.
         row: the round, which was in evaluation.
         at: seconds since 1970.
     """
@@ -69,7 +69,7 @@ def _warn_of_loss(
 def read_reports(
     session: Session, run: RunSnapshot, round_: int, attempt: int
 ) -> dict[str, EvaluationRow]:
-    """Return the evaluations of an attempt at a round by participant, in the order of every sum."""
+    """Return an attempt's evaluations by participant, in the order in which values are summed."""
     by_id = {
         report.participant_id: report
         for report in session.scalars(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from protocol.errors import Conflict, RunClosed, StaleRound
+from protocol.errors import Conflict, InvalidField, RunClosed, StaleRound
 from protocol.messages import RoundStatus, RunStatus
 from split_server.federation.snapshot import OpenRound, Participant, RunSnapshot
 
@@ -111,7 +111,7 @@ def require_pending_update(
     open_round = require_trainer(run, participant, round_, attempt)
     if participant.id in open_round.updated or participant.id in open_round.declined:
         raise StaleRound(
-            "this participant's update was counted already", field="round", value=round_
+            "this participant's update was already counted or declined", field="round", value=round_
         )
     return open_round
 
@@ -129,6 +129,21 @@ def require_any_trainer(run: RunSnapshot, participant: Participant) -> None:
             "no round is open", field="round", limit="an open round", value=str(run.status)
         )
     require_trainer(run, participant, run.open_round.round, None)
+
+
+def require_own_labels(run: RunSnapshot) -> None:
+    """Refuse an update of a device whose updates the server computes.
+
+    Raises:
+        InvalidField: the run's labels are shared.
+    """
+    if run.plan.shares_labels:
+        raise InvalidField(
+            "the server computes the updates of this run",
+            field="training.labels",
+            limit=["device", "noised:E"],
+            value=run.plan.training.labels,
+        )
 
 
 def require_evaluator(open_round: OpenRound, participant_id: str) -> None:

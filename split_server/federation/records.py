@@ -89,6 +89,7 @@ def add_participant(
             joined_at=at,
             left_at=None,
             removed=False,
+            labelled=False,
             traffic={},
         )
     )
@@ -103,7 +104,8 @@ def record_leaving(
     session: Session, run_id: str, participant_id: str, idempotent: IdempotentRequest, at: float
 ) -> None:
     """Record that a participant has left."""
-    session.get_one(ParticipantRow, (run_id, participant_id)).left_at = at
+    row = session.get_one(ParticipantRow, (run_id, participant_id))
+    row.left_at, row.labelled = at, False
     idempotent.remember(session, {}, at)
     record_event(session, run_id, at, "participant_left", participant=participant_id)
 
@@ -117,7 +119,7 @@ def record_removal(
 ) -> None:
     """Record that the operator removed a participant; its update of an open round is void."""
     row = session.get_one(ParticipantRow, (run.id, participant_id))
-    row.removed, row.left_at = True, row.left_at or at
+    row.removed, row.left_at, row.labelled = True, row.left_at or at, False
     if run.open_round is not None and run.open_round.status == RoundStatus.TRAINING:
         key = (run.id, run.open_round.round, run.open_round.attempt, participant_id)
         if (update := session.get(UpdateRow, key)) is not None:
@@ -126,6 +128,24 @@ def record_removal(
     record_event(
         session, run.id, at, "participant_removed", participant=participant_id, name=row.name
     )
+
+
+def record_labels(
+    session: Session, run_id: str, participant_id: str, samples: int, at: float
+) -> None:
+    """Record that the server has a participant's labels, which are on disk."""
+    session.get_one(ParticipantRow, (run_id, participant_id)).labelled = True
+    data = {"participant": participant_id, "samples": samples}
+    record_event(session, run_id, at, "labels_received", **data)
+
+
+def record_labels_lost(
+    session: Session, run_id: str, participant_id: str, reason: str, at: float
+) -> None:
+    """Record that the server needs a participant's samples and labels again."""
+    session.get_one(ParticipantRow, (run_id, participant_id)).labelled = False
+    data = {"participant": participant_id, "reason": reason}
+    record_event(session, run_id, at, "labels_needed", **data)
 
 
 def delete_run(session: Session, run_id: str) -> None:

@@ -46,6 +46,7 @@ class Removals:
             records.record_removal(session, run, participant_id, idempotent, runs.clock.wall())
         log.info("run %s: participant %s was removed", run_id, participant_id)
         self.liveness.forget(run_id, participant_id)
+        runs.drop_labels(run_id, participant_id)
         runs.watcher.left(run_id, participant_id)
         self.advancer.try_advance(run_id)
 

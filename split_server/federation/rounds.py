@@ -145,7 +145,7 @@ def _open_next(
     run: RunSnapshot, live: Collection[str], pausing: Collection[str], *, settled: bool
 ) -> OpenTraining | None:
     federation = run.plan.federation
-    present = [participant for participant in run.present if participant.train_samples > 0]
+    present = run.trainers
     drawable = run.drawable(live)
     if run.closed_rounds == 0 and len(present) < federation.min_participants:
         return None
@@ -268,21 +268,35 @@ def _is_late(run: RunSnapshot, now: float) -> bool:
     return run.deadline is not None and now >= run.deadline
 
 
-def assignment_for(run: RunSnapshot, participant_id: str, now: float) -> Assignment:
-    """Return a participant's next task."""
+def next_task(run: RunSnapshot, participant_id: str) -> Task:
+    """Return what a participant's samples are needed for next, whoever does it."""
     open_round = run.open_round
-    task, attempt = Task.WAIT, open_round.attempt if open_round else run.repeats
-    remaining: float | None = None
     if run.status.is_over or run.participants[participant_id].left:
-        task = Task.STOP
-    elif open_round is not None:
-        if open_round.status == RoundStatus.TRAINING:
-            is_pending = participant_id in pending_trainers(run, open_round)
-            task = Task.TRAIN if is_pending else Task.WAIT
-        elif participant_id in pending_evaluators(run, open_round):
-            task = Task.EVALUATE
-        if run.deadline is not None:
-            remaining = max(0.0, run.deadline - now)
+        return Task.STOP
+    if open_round is None:
+        return Task.WAIT
+    if open_round.status == RoundStatus.TRAINING:
+        return Task.TRAIN if participant_id in pending_trainers(run, open_round) else Task.WAIT
+    is_pending = participant_id in pending_evaluators(run, open_round)
+    return Task.EVALUATE if is_pending else Task.WAIT
+
+
+def _device_task(run: RunSnapshot, participant_id: str) -> Task:
+    """Return a device's next task; with shared labels the server does all but the upload."""
+    task, participant = next_task(run, participant_id), run.participants[participant_id]
+    if task is Task.STOP or not run.plan.shares_labels:
+        return task
+    has_samples = participant.train_samples or participant.test_samples
+    return Task.UPLOAD if has_samples and not participant.labelled else Task.WAIT
+
+
+def assignment_for(run: RunSnapshot, participant_id: str, now: float) -> Assignment:
+    """Return a device's next task."""
+    open_round, task = run.open_round, _device_task(run, participant_id)
+    attempt = open_round.attempt if open_round else run.repeats
+    remaining: float | None = None
+    if open_round is not None and run.deadline is not None and task is not Task.STOP:
+        remaining = max(0.0, run.deadline - now)
     reason = run.reason
     if task == Task.STOP and not run.status.is_over:
         reason = "you have left this run"

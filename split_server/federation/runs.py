@@ -228,6 +228,11 @@ class RunRegistry:
         if run.status.is_over:
             self.files(run_id).drop_known()
 
+    def drop_labels(self, run_id: str, participant_id: str) -> None:
+        """Remove the labels and features of a participant that shared its labels."""
+        if self.snapshot(run_id).plan.shares_labels:
+            self.files(run_id).drop_labels(participant_id)
+
     def save_traffic(self) -> None:
         """Save the meter's counts to the database, so that a crash loses few of them."""
         unsaved = self.meter.take_dirty()

@@ -1,8 +1,8 @@
 """Decide whether a round's state replaces the best one, from the losses that devices report.
 
 A device compares each state with the best one on the same samples of its own, so that differences
-between devices cancel out. Each device's difference is clipped at the median size: a device that
-reports whatever it likes then counts as one of many.
+between devices cancel out. Each device's difference is clipped at the median size, so that one
+dishonest device cannot decide alone.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-_LEAST_GAIN = 1e-3  # of the loss: a smaller one does not prolong a run
+_LEAST_GAIN = 1e-3  # relative decrease of the loss that counts as progress
 
 
 @dataclass(frozen=True)

@@ -232,6 +232,7 @@ class FederationService:
             )  # a device without data only reads, which is allowed later
             updates.check_name(run, request, self._liveness.live(run.id))
         updates.check_classes(run, request)
+        updates.check_consent(run, request)
         return records.add_participant(session, run, request, idempotent, self._runs.clock.wall())
 
     def leave(self, run_id: str, participant_id: str, idempotent: IdempotentRequest) -> None:
@@ -249,6 +250,7 @@ class FederationService:
             at = runs.clock.wall()
             records.record_leaving(session, run_id, participant_id, idempotent, at)
         self._liveness.forget(run_id, participant_id)
+        runs.drop_labels(run_id, participant_id)
         runs.watcher.left(run_id, participant_id)
         self._advancer.try_advance(run_id)
 
@@ -278,6 +280,7 @@ class FederationService:
             RunClosed: the run is over.
         """
         run, participant = self._runs.participant(run_id, participant_id)
+        permissions.require_own_labels(run)
         try:
             permissions.require_any_trainer(run, participant)
         except Conflict:

@@ -47,6 +47,7 @@ class Participant:
     left: bool  # of its own accord, or removed
     classes_sha256: str | None = None
     removed: bool = False  # by the operator
+    labelled: bool = False  # the server has its samples and labels, and does its tasks
 
     @property
     def order(self) -> tuple[str, int]:
@@ -152,9 +153,20 @@ class RunSnapshot:
         present = [each for each in self.participants.values() if not each.left]
         return sorted(present, key=lambda participant: participant.order)
 
+    @property
+    def labelled(self) -> frozenset[str]:
+        """The ids of the participants whose tasks the server does."""
+        return frozenset(each.id for each in self.present if each.labelled)
+
+    @property
+    def trainers(self) -> list[Participant]:
+        """The present participants with training samples; with shared labels, those it has."""
+        shares = self.plan.shares_labels
+        return [each for each in self.present if each.train_samples and shares <= each.labelled]
+
     def drawable(self, live: Collection[str]) -> list[str]:
         """Return the ids of the live participants that can train, in order."""
-        return [each.id for each in self.present if each.train_samples > 0 and each.id in live]
+        return [each.id for each in self.trainers if each.id in live]
 
     def in_order(self, participants: frozenset[str]) -> list[str]:
         """Sort participant ids in the order in which all sums are computed."""
@@ -247,6 +259,7 @@ def _load_participants(session: Session, run_id: str) -> dict[str, Participant]:
             ParticipantRow.left_at,
             ParticipantRow.classes_sha256,
             ParticipantRow.removed,
+            ParticipantRow.labelled,
         ).where(ParticipantRow.run_id == run_id)
     )
     return {
@@ -259,6 +272,7 @@ def _load_participants(session: Session, run_id: str) -> dict[str, Participant]:
             row.left_at is not None,
             row.classes_sha256,
             row.removed,
+            row.labelled,
         )
         for row in rows
     }

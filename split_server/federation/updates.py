@@ -70,6 +70,23 @@ def check_classes(run: RunSnapshot, request: JoinRequest) -> None:
         )
 
 
+def check_consent(run: RunSnapshot, request: JoinRequest) -> None:
+    """Refuse a device with samples whose owner has not agreed to what the run does with labels.
+
+    Raises:
+        InvalidField: the run shares labels, and the device does not.
+    """
+    has_samples = request.train_samples or request.test_samples
+    if run.plan.shares_labels and has_samples and not request.shares_labels:
+        raise InvalidField(
+            "the devices of this run send their labels to the server; this one may not",
+            field="shares_labels",
+            limit=True,
+            value=False,
+            hint="if the server may have your labels: edge-client join --share-labels",
+        )
+
+
 def check_samples(meta: UpdateMeta, participant: Participant) -> None:
     """Refuse an update with an impossible number of samples.
 

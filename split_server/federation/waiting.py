@@ -14,6 +14,8 @@ _MAX_NAMES = 8
 
 def waiting_in(run: RunSnapshot, liveness: Liveness) -> str | None:
     """Return for whom a run waits now, see `waiting_for`."""
+    if run.plan.shares_labels:
+        return waiting_for(run, run.labelled, settled=True)
     settled = liveness.is_settled(run.id, (each.id for each in run.present))
     return waiting_for(run, liveness.live(run.id), settled=settled)
 
@@ -38,7 +40,7 @@ def waiting_for(run: RunSnapshot, live: Collection[str], *, settled: bool) -> st
     if run.paused:
         return "its operator has paused the run"
     federation = run.plan.federation
-    present = [each.id for each in run.present if each.train_samples > 0]
+    present = [each.id for each in run.trainers]
     if run.closed_rounds == 0 and len(present) < federation.min_participants:
         return _count(run, present, federation.min_participants)
     there = run.drawable(live)

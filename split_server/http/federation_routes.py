@@ -196,9 +196,10 @@ class FederationRoutes:
         return {}
 
     async def forget(self, request: Request, run: str) -> dict[str, Any]:
-        """Delete the sender's smashed data from the server's cache."""
+        """Delete the sender's smashed data, and the labels that it shared."""
         identity = self._participant(request, run)
-        await run_in_threadpool(self._services.samples.drop, run, identity.participant)
+        forget = self._services.labels.forget
+        await run_in_threadpool(forget, run, identity.participant, "its device deleted them")
         return {}
 
     async def assignment(

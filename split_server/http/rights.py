@@ -19,6 +19,7 @@ from protocol.wire import (
     EXCHANGE_PATH,
     FORWARD_PATH,
     INFER_PATH,
+    LABELS_PATH,
     MISSING_PATH,
     SAMPLES_PATH,
     SOLVE_PATH,
@@ -109,6 +110,7 @@ RIGHTS = (
             MISSING_PATH,
             START_PATH,
             SOLVE_PATH,
+            LABELS_PATH,
         )
     ),
 )

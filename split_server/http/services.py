@@ -24,6 +24,8 @@ from split_server.page.session import Sessions
 from split_server.runtime.aio import Notifier
 from split_server.runtime.device import Placement, SideStreams
 from split_server.settings import ServerSettings
+from split_server.shared_labels.receipt import LabelReceipt
+from split_server.shared_labels.stand_in import StandIns
 from split_server.storage.database import Store
 from split_server.storage.sample_store import SampleStore
 from split_server.storage.traffic import Meter
@@ -38,6 +40,8 @@ class Services:
     engine: Engine
     figures: EngineFigures
     samples: SampleStore
+    labels: LabelReceipt
+    stand_ins: StandIns
     starts: ClosedFormStarts
     store: Store
     meter: Meter

@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from protocol.errors import InvalidField, NonFinite
 from protocol.frames import decode_frame, encode_frame, frame_length, header_length, require_kind
-from protocol.wire import FRAME_MEDIA_TYPE, SOLVE_PATH, START_PATH
+from protocol.wire import FRAME_MEDIA_TYPE, LABELS_PATH, SOLVE_PATH, START_PATH
 from split_server.engine.requests import to_public_error
 from split_server.federation.credentials import require_participant
 from split_server.federation.permissions import SenderPermission
@@ -24,7 +24,7 @@ from split_server.http.errors import send_pieces
 from split_server.http.handlers import HANDLERS, Handler, HandlerContext, Reply, Submit
 from split_server.http.middleware import identity_of
 from split_server.http.services import Services
-from split_server.http.start_handlers import handle_solve, handle_start
+from split_server.http.start_handlers import handle_labels, handle_solve, handle_start
 from split_server.payloads.requests import SplitRequest, response_bytes
 from split_server.runtime.aio import run_on
 from split_server.runtime.device import used_here
@@ -45,6 +45,7 @@ ROUTES: Final[Mapping[str, tuple[str, Handler]]] = {  # path: the frame's kind, 
     **HANDLERS,
     START_PATH: ("start", handle_start),
     SOLVE_PATH: ("solve", handle_solve),
+    LABELS_PATH: ("labels", handle_labels),
 }
 
 R = TypeVar("R")

@@ -1,4 +1,4 @@
-"""The handlers of round 0, which exchange sample ids for features, and sums for a classifier."""
+"""The handlers of round 0 (ids for features, sums for a classifier) and of shared labels."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 
 from split_server.closed_form.sums import Sums
 from split_server.http.handlers import HandlerContext, Reply, Submit, missing_reply
+from split_server.payloads.labels import parse_labels
 from split_server.payloads.requests import SplitRequest
 from split_server.payloads.start import parse_solve, parse_start
 
@@ -57,3 +58,10 @@ def handle_solve(context: HandlerContext, request: SplitRequest) -> Submit:
         return Reply("solve", solve.meta.model_dump(), tensors)
 
     return reply
+
+
+def handle_labels(context: HandlerContext, request: SplitRequest) -> Reply:
+    """Keep a participant's labels, or name the samples that have to be sent first."""
+    labels = parse_labels(request)
+    missing = context.services.labels.receive(request.run, request.participant, labels)
+    return missing_reply(missing) if missing else Reply("kept")

@@ -11,10 +11,11 @@ from torch import Tensor
 from protocol.codec_names import FLOAT_CODECS, is_row_wise_inside
 from protocol.codecs import Compressed, get_codec
 from protocol.errors import InvalidField, MalformedFrame
-from protocol.frames import Frame, TensorSpec
+from protocol.frames import Frame
 from protocol.limits import FrameLimits
 from protocol.messages import SAMPLE_ID_BYTES
 from protocol.plan import ModelPlan
+from protocol.tensor_specs import TensorSpec
 from split_server.payloads.tensors import decode_smashed
 from split_server.storage.sample_store import RowForm
 
@@ -69,23 +70,27 @@ def require_row_wise(spec: TensorSpec) -> None:
         )
 
 
-def decode_sample_ids(frame: Frame) -> list[bytes]:
-    """Decode the sample ids of a frame, [B] of 16 bytes.
+def decode_sample_ids(frame: Frame, name: str = "ids") -> list[bytes]:
+    """Decode sample ids of a frame, [B] of 16 bytes.
+
+    Args:
+        frame: the frame.
+        name: of the tensor.
 
     Raises:
         MalformedFrame: the frame lacks them, or codec or shape is wrong.
     """
-    spec = frame.spec("ids")
+    spec = frame.spec(name)
     require_codec(spec, "uint8")
     shape = list(spec.shape)
     if len(shape) != 2 or shape[0] < 1 or shape[1] != SAMPLE_ID_BYTES:
         raise MalformedFrame(
             "sample ids are bytes, [samples, 16]",
-            field="ids",
+            field=name,
             limit=["at least 1", SAMPLE_ID_BYTES],
             value=shape,
         )
-    data = bytes(frame.buffers["ids"][0])
+    data = bytes(frame.buffers[name][0])
     return [data[at : at + SAMPLE_ID_BYTES] for at in range(0, len(data), SAMPLE_ID_BYTES)]
 
 

@@ -98,6 +98,7 @@ class ParticipantRow(Base):
     joined_at: Mapped[float]
     left_at: Mapped[float | None]
     removed: Mapped[bool]  # by the operator; left_at says when
+    labelled: Mapped[bool]  # the server has its labels; only in runs with shared labels
     traffic: Mapped[dict[str, Any]]
 
 

@@ -54,6 +54,9 @@ class RunFiles:
     - ``basis/ATTEMPT.safetensors``: the result of round 0, if the run has one.
     - ``known/ATTEMPT-PARTICIPANT.safetensors``: features and sums of a participant's samples, which
       its later updates are checked against, until the run is over.
+    - ``labels/PARTICIPANT.safetensors``: ids and labels of its samples, where labels are shared;
+      ``labels/ATTEMPT-PARTICIPANT.safetensors``: what the server has computed of them since that
+      attempt at round 0; until the run is over.
     - ``moments/ROUND.safetensors``: a server optimiser's moments, of the last two rounds.
     - ``extras/ROUND``, ``weights/ROUND`` and ``heads/ROUND.safetensors``: of the last round after
       which the model was rebuilt, the updates' further tensors and the resulting weights.
@@ -82,8 +85,24 @@ class RunFiles:
         return self.root / "known" / f"{attempt}-{participant}.safetensors"
 
     def drop_known(self) -> None:
-        """Remove all participants' features and sums."""
+        """Remove all participants' features, sums and labels."""
         shutil.rmtree(self.root / "known", ignore_errors=True)
+        shutil.rmtree(self.root / "labels", ignore_errors=True)
+
+    def labels(self, participant: str) -> Path:
+        """Return the path of a participant's ids and labels."""
+        return self.root / "labels" / f"{participant}.safetensors"
+
+    def measured(self, attempt: int, participant: str) -> Path:
+        """Return the path of what the server has computed for a participant since round 0."""
+        return self.root / "labels" / f"{attempt}-{participant}.safetensors"
+
+    def drop_labels(self, participant: str) -> None:
+        """Remove what the server has of a participant's labels and of its features."""
+        for folder in ("labels", "known"):
+            for path in (self.root / folder).glob(f"*-{participant}.safetensors"):
+                path.unlink(missing_ok=True)
+        self.labels(participant).unlink(missing_ok=True)
 
     def state(self, sha256: str) -> Path:
         """Return the path of a device-side state."""

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from edge_client.cli import _join_as
 from edge_client.data.dataset import Dataset, limit_per_set
 from edge_client.data.errors import EmptyDatasetError
 from edge_client.data.folder import load_folder
 from edge_client.data.sources import load_dataset
+from edge_client.joining import join_as
 from edge_client.participant import JoinedRun, Participant
 from edge_client.storage.identity import Identity
 from edge_client.transport.client import Server
@@ -79,7 +79,7 @@ def test_a_device_that_joins_with_other_images_leaves_as_the_earlier_participant
             data = limit_per_set(digits, train=images, test=10, seed=0)
             participant = Participant(client, data, tmp_path, "kitchen", RecordingReporter())
             with Identity(tmp_path / "identities", node.url, run.id, "kitchen") as identity:
-                _join_as(identity, participant, run.id, None)
+                join_as(identity, participant, run.id, None)
         results: Results = operator.results(run.id)
     assert [(p.train_samples, p.left_at is None) for p in results.participants] == [
         (40, False),

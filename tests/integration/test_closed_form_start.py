@@ -27,7 +27,6 @@ from edge_client.data.image_set import ImageSet
 from edge_client.model import preprocessing_of
 from edge_client.participant import JoinedRun, Participant, succeeded
 from edge_client.transport.client import Server
-from edge_client.transport.split_client import Features
 from protocol.errors import InvalidField, NotFound
 from protocol.messages import Assignment, Results, RunStatus
 from protocol.quality import EvaluationView
@@ -36,6 +35,7 @@ from split_model.backbone.weights import open_backbone
 from split_model.checkpoints.export import load_exported
 from split_model.checkpoints.export_format import ExportFormat
 from split_model.checkpoints.metadata import image_preparation
+from split_model.linear_fit import Features
 from split_model.parts.build import Layered, build_body, build_head
 from split_server.federation.export import export_run, newest_state, read_round_state
 from split_server.storage.run_files import RunFiles

@@ -33,7 +33,8 @@ TAIL = {"tail.norm.weight", "tail.norm.bias", *LINEAR}
 # By the last segment of the path: fields of the meta or the JSON, and all sets of tensors.
 FEDERATION = {
     "participants": (
-        {"name", "train_samples", "test_samples", "num_classes", "classes_sha256"},
+        {"name", "train_samples", "test_samples", "num_classes", "classes_sha256"}
+        | {"shares_labels"},
         [set()],
     ),
     "evaluation": (
@@ -274,7 +275,7 @@ def test_what_a_device_sends_follows_from_its_noised_labels_alone(
     mixed = torch.where(noised[0] == noised[1], other.train.labels, labels)
     assert not torch.equal(mixed, labels)
     data = Dataset(replace(DATA.train, labels=mixed), DATA.test)
-    private = {"label_epsilon": epsilon}
+    private = {"labels": f"noised:{epsilon}"}
     plain, changed = (
         contents_of(record(server, tmp_path, METHODS[form], each, training=private))
         for each in (DATA, data)

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from edge_client.training.closed_form import step_classifier
-from edge_client.transport.split_client import Features
 from protocol.errors import InvalidField
 from protocol.settings import RunSettings
 from sfprompt_bench.poison.federation import LocalFederation, local_federation
+from split_model.linear_fit import Features, step_classifier
 from split_model.parts.depths import feature_shape
 from split_server.closed_form.basis import Basis
 from split_server.closed_form.classifier import FeatureSums, fit_classifier

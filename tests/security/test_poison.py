@@ -42,7 +42,7 @@ def test_an_update_of_huge_numbers_is_refused_and_named(harness: FederationHarne
     view = first_round(harness, run)
     assert (view.refused, view.updated, view.samples) == ((hostile,), (a, b), 20)
     (event,) = [e for e in harness.reader.events(run, 0) if e.kind == "update_refused"]
-    assert (event.data["participant"], event.data["code"]) == (hostile, "too_long")
+    assert (event.data["participant"], event.data["code"]) == (hostile, "norm_too_large")
     assert event.data["value"] > 1e30 > event.data["limit"]
     assert harness.runs.refusals[run] == 1
 

@@ -28,10 +28,9 @@ class View {
   parts() {
     const { place } = this;
     this.showState();
-    return [place.top, card("Devices", place.devices), h("div", { class: "grid" },
+    return [place.top, card("Devices", place.devices), h("div", { class: "grid broad" },
       card("Accuracy on held-out images", place.accuracy), card("Loss", place.loss),
       card("Data sent", place.bytes), invitation(this.id, this.state.status)),
-    h("p", {}),
     place.quality,
     h("div", { class: "grid" }, card("What happened", place.events),
       card("The server's work", place.engine))];
@@ -43,8 +42,10 @@ class View {
     this.source.onmessage = (message) => {
       this.events.push(JSON.parse(message.data));
       this.showEvents();
-      clearTimeout(this.timer);
-      this.timer = setTimeout(() => this.loadResults().catch((e) => tell(e.message)), 300);
+      this.timer ??= setTimeout(() => { // one request for all events of this time
+        this.timer = null;
+        this.loadResults().catch((error) => tell(error.message));
+      }, 300);
     };
     this.source.addEventListener("status", (message) => {
       this.state = JSON.parse(message.data);
@@ -90,8 +91,8 @@ class View {
     const work = state.engine;
     this.place.engine.replaceChildren(h("p", {}, work.tasks
       ? `${work.samples} images through the model since the server started, in batches of `
-        + `${work.batch_samples} on average; ${work.compute_s} s of computing, and each `
-        + `request waited ${work.wait_ms} ms for its turn.`
+        + `${work.batch_samples} on average; ${work.compute_s.toFixed(1)} s of computing, and each `
+        + `request waited ${Math.round(work.wait_ms)} ms for its turn.`
       : "Nothing has been computed for this run since the server started."));
   }
 
@@ -158,7 +159,8 @@ class View {
       points: closed.filter((round) => round.evaluation_loss != null).map(point("evaluation_loss")),
       second: kept.map(point("train_loss")), show: (value) => value.toFixed(2),
       label: "Loss over rounds",
-    }), h("p", { class: "soft small" }, "solid: held-out images; dashed: training"));
+    }), kept.length ? h("p", { class: "soft small" }, "solid: held-out images; dashed: training")
+      : "");
     this.place.bytes.replaceChildren(...this.bytes(results));
   }
 

@@ -49,7 +49,7 @@ WIDE = FrameLimits(max_depth=20)
 
 def filled(codec, shape):
     count = math.prod(shape)
-    return torch.arange(count, dtype=torch.float32).to(CODECS[codec].dtype).reshape(shape)
+    return torch.arange(count, dtype=torch.float32).to(getattr(torch, codec)).reshape(shape)
 
 
 @settings(max_examples=150, deadline=None)

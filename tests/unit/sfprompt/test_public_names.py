@@ -12,12 +12,14 @@ PUBLIC = [
     "RunSettings",
     "SFPromptError",
     "ServerSettings",
+    "Simulation",
     "SplitServer",
     "TunedModel",
     "__version__",
     "create_app",
     "load_exported",
     "register",
+    "simulate",
 ]
 
 

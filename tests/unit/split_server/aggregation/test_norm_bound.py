@@ -7,23 +7,23 @@ import math
 import pytest
 import torch
 
-from split_server.aggregation.norm_bound import Lengths, find_excess, length_of, measure
+from split_server.aggregation.norm_bound import Norms, find_excess, measure, norm_of
 
 
-def changes(*lengths: float) -> list[Lengths]:
-    return [Lengths(length, 0.0) for length in lengths]
+def changes(*norms: float) -> list[Norms]:
+    return [Norms(length, 0.0) for length in norms]
 
 
 def test_lengths_are_norms_over_all_tensors_of_an_update() -> None:
     state = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([[0.0]])}
     update = {"a": torch.tensor([4.0, 2.0]), "b": torch.tensor([[4.0]]), "extra": torch.ones(9)}
-    assert measure(update, state) == Lengths(change=5.0, extras=3.0)
-    assert length_of(state) == math.sqrt(5.0)
+    assert measure(update, state) == Norms(change=5.0, extras=3.0)
+    assert norm_of(state) == math.sqrt(5.0)
 
 
-def test_an_update_above_the_factor_of_the_median_is_too_long() -> None:
+def test_an_update_above_the_factor_of_the_median_is_too_large() -> None:
     found = find_excess(changes(1.0, 2.0, 20.1, 3.0, 1.5), state=1.0, factor=10.0, numbers=4)
-    assert {at: (each.length, each.limit) for at, each in found.items()} == {2: (20.1, 20.0)}
+    assert {at: (each.norm, each.limit) for at, each in found.items()} == {2: (20.1, 20.0)}
     assert find_excess(changes(1.0, 2.0, 20.0, 3.0, 1.5), state=1.0, factor=10.0, numbers=4) == {}
 
 
@@ -49,5 +49,5 @@ def test_fewer_than_three_updates_have_a_wide_limit_relative_to_the_state() -> N
 
 
 def test_further_tensors_have_a_limit_of_their_own() -> None:
-    lengths = [Lengths(1.0, 5.0), Lengths(1.0, 6.0), Lengths(1.0, 1e20)]
-    assert set(find_excess(lengths, state=1.0, factor=10.0, numbers=4)) == {2}
+    norms = [Norms(1.0, 5.0), Norms(1.0, 6.0), Norms(1.0, 1e20)]
+    assert set(find_excess(norms, state=1.0, factor=10.0, numbers=4)) == {2}

@@ -7,18 +7,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from edge_client.training.closed_form import step_classifier
-from edge_client.transport.split_client import Features
+from split_model.linear_fit import Features, step_classifier
 from split_server.closed_form.basis import Basis
 from split_server.closed_form.classifier import FeatureSums, fit_classifier
 from split_server.closed_form.known import KnownSamples
 from split_server.closed_form.result import Solved
 from split_server.closed_form.steps import (
     Difference,
+    logit_factor,
     measure_start,
     measure_step,
     scaled_classifier,
-    score_factor,
 )
 from split_server.closed_form.sums import Sums
 from split_server.storage.run_files import TAIL_BIAS, TAIL_WEIGHT
@@ -78,7 +77,7 @@ def measured(
 @pytest.mark.parametrize("share", [0.004, 1 / 8, 1.0])
 def test_the_steps_of_a_device_are_known_whatever_its_penalty(steps: int, share: float) -> None:
     result = measured(steps_of(LABELS, steps, share * STRENGTH), steps=steps)
-    assert result.length < 0.05 * result.limit
+    assert result.norm < 0.05 * result.limit
 
 
 def test_rounding_by_the_codec_is_allowed() -> None:
@@ -124,4 +123,4 @@ def test_the_state_of_round_0_has_the_median_factor() -> None:
         ({TAIL_WEIGHT: factor * fit.weight, TAIL_BIAS: factor * fit.bias}, samples)
         for factor, samples in ((4.0, 10), (31.0, 30), (5.0, 10), (6.0, 50))
     ]
-    assert score_factor(scaled_classifier(SOLVED, updates), SOLVED) == pytest.approx(6.0)
+    assert logit_factor(scaled_classifier(SOLVED, updates), SOLVED) == pytest.approx(6.0)

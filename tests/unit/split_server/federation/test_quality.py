@@ -14,10 +14,10 @@ from sklearn.metrics import (
     recall_score,
 )
 
-from edge_client.training.prediction_counts import PredictionCounter
 from protocol.errors import InvalidField, NotFound
 from protocol.messages import EvaluationReport
 from protocol.quality import CONFIDENCE_BINS, EvaluationView, PredictionCounts
+from split_model.prediction_counts import PredictionCounter
 from split_server.storage.events import IdempotentRequest
 from tests.support.federation import FederationHarness, state_of
 

@@ -29,6 +29,6 @@ def request(method: str, path: str) -> Scope:
 def test_only_the_update_route_limits_its_body_itself(
     method: str, path: str, is_exempt: bool
 ) -> None:
-    services = cast(Services, SimpleNamespace(federation=None, runs=None))
+    services = cast(Services, SimpleNamespace(federation=None, reader=None, runs=None))
     routes = FederationRoutes(services)
     assert routes.limits_body_itself(request(method, path)) is is_exempt

@@ -9,7 +9,7 @@ import torch
 from sklearn.linear_model import Ridge
 from torch.nn import functional as F
 
-from edge_client.training.closed_form import calibrate, caution, leave_one_out
+from split_model.linear_fit import calibrate, caution, leave_one_out
 
 
 def test_leave_one_out_scores_are_those_of_fits_without_the_sample() -> None:
