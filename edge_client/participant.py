@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edge_client.data.dataset import Dataset
+from edge_client.data.dataset import Dataset, hash_names
 from edge_client.data.errors import CorruptImageError, DataError
-from edge_client.data.remarks import compose
 from edge_client.method import device_method
 from edge_client.model import Compute, Model, needs_torch
 from edge_client.policy import DevicePolicy
@@ -101,7 +98,7 @@ class Participant:
             train_samples=len(self.data.train),
             test_samples=len(self.data.test),
             num_classes=len(self.data.class_names),
-            classes_sha256=_hash_names(self.data.class_names),
+            classes_sha256=hash_names(self.data.class_names),
             shares_labels=self.shares_labels,
         )
         response = self.server.join(run, request, key, join_token)
@@ -449,9 +446,3 @@ def _check_classes(data: Dataset, settings: RunPlan) -> None:
             limit=settings.model.num_classes,
             value=len(data.class_names),
         )
-
-
-def _hash_names(class_names: Sequence[str]) -> str:
-    """Return the SHA-256 over the names in order, in NFC, each followed by a newline."""
-    text = "".join(f"{compose(name)}\n" for name in class_names)
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -59,6 +59,7 @@ def add_run(
         backbone_bytes=prepared.backbone_bytes,
         renewed=0,
         body_tuned=False,
+        paused=False,
         best=None,
         head_sha256=prepared.head.sha256,
         head_nbytes=prepared.head.nbytes,

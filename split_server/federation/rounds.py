@@ -120,6 +120,8 @@ def decide(
     if run.status.is_over:
         return None
     if run.open_round is None:
+        if run.paused:
+            return None
         if run.needs_rebuild:
             return Rebuild(run.closed_rounds)
         return _open_next(run, live, pausing, settled=settled)
@@ -274,6 +276,8 @@ def _is_last(run: RunSnapshot, open_round: OpenRound) -> bool:
 
 
 def _is_late(run: RunSnapshot, now: float) -> bool:
+    if run.open_round is not None and run.open_round.closing:
+        return True
     return run.deadline is not None and now >= run.deadline
 
 

@@ -67,6 +67,7 @@ class OpenRound:
     declined: frozenset[str]
     evaluators: tuple[str, ...]
     evaluated: frozenset[str]
+    closing: bool = False  # the operator closes the phase without those that are missing
 
     @property
     def key(self) -> tuple[int, int, RoundStatus]:
@@ -98,6 +99,7 @@ class RunSnapshot:
     best: BestState | None = None  # the best measured state; None: none was measured
     discarded: int = 0  # rounds whose state was worse than the best one
     body_tuned: bool = False  # or the attempt was made; only with `server_tuning`
+    paused: bool = False  # by the operator: no further round opens
     deadline: float | None = None  # of the open phase, on the monotonic clock
 
     @property
@@ -235,6 +237,7 @@ def load_snapshot(session: Session, run_id: str, data_dir: Path) -> RunSnapshot:
         body_tuned=run.body_tuned,
         best=run.best_state,
         discarded=discarded or 0,
+        paused=run.paused,
     )
 
 
@@ -289,6 +292,7 @@ def _load_open_round(session: Session, row: RoundRow | None) -> OpenRound | None
         declined=frozenset(row.declined),
         evaluators=tuple(row.evaluators),
         evaluated=_senders(session, EvaluationRow, row),
+        closing=row.closing,
     )
 
 
