@@ -14,17 +14,28 @@ import typer
 
 from edge_client.check_command import check
 from edge_client.options import (
+    BackboneOption,
     CaOption,
     ComputeOption,
     HomeOption,
+    MaxDownloadOption,
+    MaxEpochsOption,
+    MinCutOption,
     NameOption,
     Progress,
+    RequireTLSOption,
     RunOption,
     ThreadsOption,
     TokenFileOption,
     TokenOption,
     Url,
     choose_token,
+)
+from edge_client.policy import (
+    DEFAULT_MAX_DOWNLOAD,
+    DEFAULT_MAX_EPOCHS,
+    DEFAULT_MIN_CUT,
+    DevicePolicy,
 )
 from protocol.command import run_command, version_option
 from protocol.errors import NotFound, Removed, SFPromptError
@@ -134,6 +145,11 @@ def join(
     join_token_file: TokenFileOption = None,
     ca_file: CaOption = None,
     home: HomeOption = None,
+    min_cut: MinCutOption = DEFAULT_MIN_CUT,
+    max_download: MaxDownloadOption = DEFAULT_MAX_DOWNLOAD,
+    require_tls: RequireTLSOption = False,
+    backbone: BackboneOption = None,
+    max_epochs: MaxEpochsOption = DEFAULT_MAX_EPOCHS,
     progress: Annotated[
         Progress, typer.Option(help="Progress bars, or lines of JSON.")
     ] = Progress.BAR,
@@ -145,6 +161,8 @@ def join(
 
     _prepare(verbose)
     _check_data(data, part, partition)
+    policy = DevicePolicy(min_cut, max_download, require_tls, tuple(backbone or ()), max_epochs)
+    policy.check_address(url)
     reporter: Reporter = JsonReporter() if progress is Progress.JSON else BarReporter()
     folder = home or cache_dir()
     line = None if link is None else _parse_link(link, data_seed, name)
@@ -152,7 +170,8 @@ def join(
     server = _server(url, patience, ca_file, reporter, line)
     try:
         chosen = _choose(server, run, token, open_only=True)
-        reporter.event("chosen", run=chosen.id)
+        reporter.event("chosen", run=chosen.id, allows=policy.describe())
+        policy.check_run(chosen)
         _limit_threads(threads)
         from edge_client.joining import check_consent, join_as
         from edge_client.loading import load_run_data
@@ -183,6 +202,7 @@ def join(
             reporter,
             cache_mib * 1024 * 1024,
             share_labels or upload_only,
+            policy,
             compute,
         )
         with Identity(folder / "identities", url, chosen.id, name) as identity:

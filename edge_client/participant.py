@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edge_client.data.dataset import Dataset
+from edge_client.data.dataset import Dataset, hash_names
 from edge_client.data.errors import CorruptImageError, DataError
-from edge_client.data.remarks import compose
 from edge_client.method import device_method
 from edge_client.model import Compute, Model, needs_torch
+from edge_client.policy import DevicePolicy
 from edge_client.reporter import Reporter
 from edge_client.run_model import RunModel
 from edge_client.run_samples import RunSamples, open_samples, split_validation
@@ -28,6 +26,7 @@ from protocol.errors import (
     EmptyUpdate,
     Forbidden,
     InvalidField,
+    RefusedByDevice,
     Removed,
     SFPromptError,
     StaleRound,
@@ -66,6 +65,7 @@ class Participant:
         reporter: receives progress and events.
         cache_bytes: memory budget of each cache (resized images, smashed data), in bytes.
         shares_labels: whether the server may have the labels, in a run that asks for them.
+        policy: what this device takes part in.
         compute: the library that computes; auto: NumPy, in each run in which it suffices.
     """
 
@@ -76,6 +76,7 @@ class Participant:
     reporter: Reporter
     cache_bytes: int = 256 * 1024 * 1024
     shares_labels: bool = False
+    policy: DevicePolicy = field(default_factory=DevicePolicy)
     compute: Compute = "auto"
 
     def join(self, run: str, key: str, join_token: str | None = None) -> JoinedRun:
@@ -89,6 +90,7 @@ class Participant:
         Raises:
             InvalidField: the data have more classes than the run.
             InvalidField: the run needs the labels, and the server may not have them.
+            RefusedByDevice: the device's policy forbids the run.
             RunClosed: the run is over.
         """
         request = JoinRequest(
@@ -96,16 +98,21 @@ class Participant:
             train_samples=len(self.data.train),
             test_samples=len(self.data.test),
             num_classes=len(self.data.class_names),
-            classes_sha256=_hash_names(self.data.class_names),
+            classes_sha256=hash_names(self.data.class_names),
             shares_labels=self.shares_labels,
         )
         response = self.server.join(run, request, key, join_token)
         self.server.authenticate(response.credential)
         _check_classes(self.data, response.run.plan)
         memory = RunMemory(self.folder / "runs", run, response.participant)
-        model = RunModel.download(
-            self.server, response.run, BlobCache(self.folder), memory, self.compute
-        )
+        files = BlobCache(self.folder)
+        try:
+            model = RunModel.download(
+                self.server, response.run, files, memory, self.policy, self.compute
+            )
+        except RefusedByDevice as error:
+            self.server.end(run, _reason_of(error))
+            raise
         joined = JoinedRun(self, response.participant, response.credential, model, memory)
         self.reporter.event(
             "joined",
@@ -439,9 +446,3 @@ def _check_classes(data: Dataset, settings: RunPlan) -> None:
             limit=settings.model.num_classes,
             value=len(data.class_names),
         )
-
-
-def _hash_names(class_names: Sequence[str]) -> str:
-    """Return the SHA-256 over the names in order, in NFC, each followed by a newline."""
-    text = "".join(f"{compose(name)}\n" for name in class_names)
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -120,6 +120,7 @@ class RunView(Message):
     reason: str | None = None  # reason of a failure or cancellation
     settings: RunSettings  # as the operator wrote them
     plan: RunPlan  # what server and devices execute
+    paused: bool = False  # by the operator: no further round opens
     round: Count  # the open round or the last one; 0 before the first
     participants: Count
     created_at: float  # seconds since 1970

@@ -26,12 +26,15 @@ from split_server.engine.engine import Engine
 from split_server.engine.limits import EngineLimits
 from split_server.engine.metrics import EngineFigures
 from split_server.federation.advance import RunAdvancer
+from split_server.federation.control import RunControl
 from split_server.federation.credentials import Credentials, load_operator_token, load_secret
 from split_server.federation.liveness import Liveness
+from split_server.federation.presence import Presence
 from split_server.federation.reader import RunReader
 from split_server.federation.removals import Removals
 from split_server.federation.runs import RunRegistry
 from split_server.federation.service import FederationService
+from split_server.federation.state import RunStates
 from split_server.http.audit import AUDIT_FILE, AuditLog
 from split_server.http.budget import BodyBudget
 from split_server.http.connection import CONNECTIONS_KEY, STALL_KEY, MeteredProtocol
@@ -40,16 +43,20 @@ from split_server.http.errors import add_error_handlers
 from split_server.http.federation_routes import FederationRoutes
 from split_server.http.metrics import RunCollector, metrics_router
 from split_server.http.middleware import JSONBodyLimit, RequestMiddleware
+from split_server.http.operator_routes import OperatorRoutes
 from split_server.http.rights import Guard, list_routes, require_rows
 from split_server.http.services import Services
 from split_server.http.split_plane import ROUTES, SplitPlane
 from split_server.method import list_job_handlers
 from split_server.models.body_key import BodyKey
+from split_server.page.routes import PageRoutes
+from split_server.page.session import Sessions
 from split_server.runtime.aio import Notifier
 from split_server.runtime.device import Placement, SideStreams, choose_placement
 from split_server.runtime.listening import check_address
 from split_server.runtime.process import Clock, descriptor_limit
 from split_server.settings import OPERATOR_TOKEN_FILE, ServerSettings
+from split_server.shared_labels.body_jobs import OwnBodies
 from split_server.shared_labels.receipt import LabelReceipt
 from split_server.shared_labels.stand_in import StandIns
 from split_server.storage.data_dir import check_complete, lock_data_dir
@@ -132,17 +139,21 @@ def build_services(
         figures=figures,
         samples=samples,
         labels=labels,
-        stand_ins=StandIns(runs, federation, starts, labels),
+        stand_ins=StandIns(runs, federation, starts, labels, engine, placement.device),
         starts=starts,
         store=store,
         meter=meter,
         credentials=credentials,
+        sessions=Sessions(clock.monotonic),
         liveness=liveness,
         runs=runs,
         advancer=advancer,
         federation=federation,
         reader=RunReader(runs, liveness),
         removals=Removals(runs, advancer, liveness),
+        control=RunControl(runs, advancer),
+        states=RunStates(runs, liveness, engine),
+        presence=Presence(runs, liveness),
         notifier=notifier,
         body_budget=BodyBudget(settings.request_bodies_bytes, engine.busy_error),
         audit=AuditLog(settings.data_dir / AUDIT_FILE, clock.wall),
@@ -164,7 +175,9 @@ def _build_engine(settings: ServerSettings, placement: Placement, figures: Engin
         backward=settings.backward,
     )
     bodies = BodyCache(placement, settings.max_bodies, compiled=settings.compile)
-    return Engine(bodies, placement, limits, figures=figures, handlers=list_job_handlers())
+    return Engine(
+        bodies, placement, limits, figures=figures, handlers=[*list_job_handlers(), OwnBodies]
+    )
 
 
 def _build_sample_store(settings: ServerSettings) -> SampleStore:
@@ -264,6 +277,8 @@ async def _tick(services: Services) -> None:
             with _logged(f"run {run_id} could not be advanced"):
                 if services.advancer.is_due(run_id):
                     await asyncio.to_thread(services.advancer.try_advance, run_id, wait=False)
+                if services.presence.has_changed(run_id):
+                    await asyncio.to_thread(services.presence.note, run_id)
         if tick % _TICKS_PER_SAVE == 0:
             with _logged("the traffic could not be saved"):
                 await asyncio.to_thread(services.runs.save_traffic)
@@ -348,14 +363,18 @@ def _compose(app: FastAPI, services: Services) -> RequestMiddleware:
     """Put the routes and the middleware together."""
     routes = FederationRoutes(services)
     metrics = metrics_router(services.figures.registry)
-    app.router.routes.extend([*routes.router.routes, *metrics.routes])
+    operator, page = OperatorRoutes(services).router, PageRoutes(services).router
+    for router in (routes.router, operator, page, metrics):
+        app.router.routes.extend(router.routes)
     require_rows([*list_routes(app.routes), *(("POST", path) for path in ROUTES)])
     _add_metrics(services)
     timeout_s = services.settings.body_timeout_s
     json_limit = JSONBodyLimit(app, timeout_s, is_exempt=routes.limits_body_itself)
     is_open = services.credentials.is_open
     guard = Guard(SplitPlane(json_limit, services), services.runs, is_open)
-    return RequestMiddleware(guard, services.meter, services.credentials, services.audit)
+    return RequestMiddleware(
+        guard, services.meter, services.credentials, services.audit, services.sessions
+    )
 
 
 def create_app(settings: ServerSettings) -> SplitServer:

@@ -10,6 +10,8 @@ from protocol.command import Subcommand, group_of, run_command, version_option
 
 _RUNS = "split_server.commands.runs"
 
+_CONTROL = "split_server.commands.control"
+
 _SUBCOMMANDS = {
     "serve": Subcommand(
         "split_server.commands.serve",
@@ -29,6 +31,14 @@ _SUBCOMMANDS = {
         ("split-server certs --host gpu-node --host 10.0.0.5 --out certs",),
         ("A second call replaces the server's certificate alone: devices keep what they have.",),
     ),
+    "init": Subcommand(
+        "split_server.commands.init",
+        "Write the settings of a run, from a folder of images or from five answers.",
+        (
+            "split-server init --data photos --devices 3",
+            "split-server init --classes cat,dog --out run.toml",
+        ),
+    ),
     "create-run": Subcommand(
         _RUNS,
         "Create a run for devices to join.",
@@ -38,6 +48,11 @@ _SUBCOMMANDS = {
         ),
     ),
     "runs": Subcommand(_RUNS, "List the runs of a server.", ("split-server runs --json",)),
+    "status": Subcommand(
+        _CONTROL,
+        "Show who is there, whom a run waits for, and when it goes on.",
+        ("split-server status RUN", "split-server status RUN --json"),
+    ),
     "watch": Subcommand(
         _RUNS,
         "Print a run's events until it is over.",
@@ -53,6 +68,17 @@ _SUBCOMMANDS = {
         "Show how well a round's model classifies held-out images, by device and by class.",
         ("split-server evaluation RUN", "split-server evaluation RUN --round best --json"),
     ),
+    "pause": Subcommand(
+        _CONTROL,
+        "Let the open round end, and open no further one until the run is resumed.",
+        ("split-server pause RUN",),
+    ),
+    "resume": Subcommand(_CONTROL, "Let a paused run go on.", ("split-server resume RUN",)),
+    "close-round": Subcommand(
+        _CONTROL,
+        "End the open phase of a round now, without the devices that are missing.",
+        ("split-server close-round RUN",),
+    ),
     "cancel": Subcommand(_RUNS, "Stop a run; its devices learn of it with their next request."),
     "remove-device": Subcommand(
         _RUNS,
@@ -60,7 +86,17 @@ _SUBCOMMANDS = {
         ("split-server remove-device RUN kitchen",),
         ("Who has the join token can join as another device: give the others a new token, too.",),
     ),
-    "delete": Subcommand(_RUNS, "Delete the rows and files of a run that is over."),
+    "delete": Subcommand(
+        _RUNS,
+        "Delete the rows and files of a run that is over.",
+        ("split-server delete RUN",),
+    ),
+    "gc": Subcommand(
+        _CONTROL,
+        "Delete all runs that are over, with their files.",
+        ("split-server gc --older-than 30", "split-server gc --yes --json"),
+        ("Export the models that you want to keep first.",),
+    ),
     "export": Subcommand(
         "split_server.commands.export",
         "Write a run's complete tuned model, and its card. Needs no running server.",

@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 
@@ -21,6 +21,7 @@ from protocol.errors import (
 )
 from protocol.messages import Event, Results, RunView, parse_message
 from protocol.quality import EvaluationView
+from protocol.run_state import RunState
 from protocol.settings import RunSettings
 from protocol.tls import create_ssl_context
 from protocol.untyped import describe_request, is_typed, untyped_error
@@ -150,6 +151,14 @@ class OperatorClient:
         """Return the events after number ``after``; waits up to ``wait_s`` for the first."""
         events = self._call("GET", f"/v1/runs/{run}/events?after={after}&wait={wait_s:g}")
         return [parse_message(Event, event) for event in events]
+
+    def status(self, run: str) -> RunState:
+        """Return who is there, and what a run waits for."""
+        return parse_message(RunState, self._call("GET", f"/v1/runs/{run}/status"))
+
+    def steer(self, run: str, action: Literal["pause", "resume", "close-round"]) -> RunView:
+        """Pause or resume a run, or end the open phase of its round."""
+        return parse_message(RunView, self._call("POST", f"/v1/runs/{run}/{action}"))
 
     def cancel(self, run: str) -> RunView:
         """Stop a run."""

@@ -305,14 +305,29 @@ def read_toml(path: Path) -> dict[str, Any]:
         InvalidField: the file cannot be read, or is not TOML in UTF-8.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
         raise InvalidField(
-            "the settings file cannot be read", field="config", value=str(error)
+            "the settings file cannot be read as UTF-8", field="config", value=str(error)
         ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    return parse_toml(text, str(path))
+
+
+def parse_toml(text: str, source: str) -> dict[str, Any]:
+    """Parse settings in TOML.
+
+    Args:
+        text: the settings.
+        source: where they come from, for errors.
+
+    Raises:
+        InvalidField: the text is not TOML.
+    """
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
         raise InvalidField(
-            f"{path} is not valid TOML ({error})", field="config", value=str(path)
+            f"{source} is not valid TOML ({error})", field="config", value=source
         ) from error
 
 

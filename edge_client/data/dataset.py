@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from edge_client.data.errors import ClassMismatchError, EmptyDatasetError, PartitionError
 from edge_client.data.image_set import ImageSet
-from edge_client.data.remarks import Remark, summarise
+from edge_client.data.remarks import Remark, compose, summarise
 from edge_client.data.sampling import pick_per_class, stratified_pick, stratified_share
 
 
@@ -158,3 +159,9 @@ def _order(images: ImageSet) -> ImageSet:
     digests = [images.store.digest(position) for position in range(len(images))]
     order = sorted(range(len(images)), key=lambda position: (digests[position], position))
     return images.subset(order)
+
+
+def hash_names(class_names: Sequence[str]) -> str:
+    """Return the SHA-256 over the names in order, in NFC, each followed by a newline."""
+    text = "".join(f"{compose(name)}\n" for name in class_names)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -28,7 +28,13 @@ from edge_client.data.errors import (
 from edge_client.data.fashion_mnist import load_fashion_mnist
 from edge_client.data.groups import no_groups_error
 from edge_client.data.image_set import ImageSet, ImageStore, Labels, Pixels, channels_first
-from edge_client.data.pictures import WHITE, Colour, convert_picture, read_picture
+from edge_client.data.pictures import (
+    WHITE,
+    Colour,
+    convert_picture,
+    known_formats_only,
+    read_picture,
+)
 from edge_client.data.remarks import Remark
 
 Arguments = Mapping[str, object]
@@ -240,7 +246,8 @@ def _labels(name: str, half: Any) -> NDArray[np.int64]:
     if hasattr(half, "h5py"):
         return _pcam_labels(half)
     # Only the samples themselves contain the labels.
-    labels = _as_labels([half[i][1] for i in range(len(half))], len(half))
+    with known_formats_only():
+        labels = _as_labels([half[i][1] for i in range(len(half))], len(half))
     if labels is None:
         raise UnknownDatasetError("torchvision set", limit="one class for each image", value=name)
     return labels
@@ -305,7 +312,8 @@ class TorchvisionStore(ImageStore):
         """
         row = int(self.rows[index])
         try:
-            image = self.half[row][0]
+            with known_formats_only():
+                image = self.half[row][0]
             if isinstance(image, Image.Image):
                 return channels_first(convert_picture(image, self._background))
             return _rgb(np.asarray(image))

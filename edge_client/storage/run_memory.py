@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +17,8 @@ from safetensors.numpy import save
 
 from edge_client.storage.states import Floats, State
 from split_model.files import write_durably
+
+_KEPT_S = 30 * 24 * 3600.0  # since the last use; a device that was away for longer starts anew
 
 _ENTRY = "sfprompt"  # in the file's metadata: everything but the tensors, as JSON
 
@@ -38,6 +42,7 @@ class RunMemory:
     """One participant's memory of one run, in one small file that is replaced atomically.
 
     A file that cannot be read counts as none: the device then continues as one that came later.
+    Files of runs to which the device has not returned for 30 days are deleted.
 
     Args:
         folder: for the files of all runs, readable by this user only.
@@ -59,6 +64,8 @@ class RunMemory:
             unfinished.unlink(missing_ok=True)
         with contextlib.suppress(OSError, SafetensorError, ValueError, KeyError, TypeError):
             self._read()
+            os.utime(self._path)
+        _sweep(folder)
 
     def keep_start(self, attempt: int, decay: float) -> None:
         """Keep the decay computed in an attempt at round 0; it is durable on return."""
@@ -97,3 +104,13 @@ class RunMemory:
         start = entry["start"]
         self.start = None if start is None else (int(start[0]), float(start[1]))
         self.residuals = Residuals(entry["base"], sides["before"], sides["after"])
+
+
+def _sweep(folder: Path) -> None:
+    """Delete what nobody has used for long, unfinished files included."""
+    unused_since = time.time() - _KEPT_S
+    for pattern in ("*.safetensors", ".*.tmp"):
+        for path in folder.glob(pattern):
+            with contextlib.suppress(FileNotFoundError):  # another process was faster
+                if path.stat().st_mtime < unused_since:
+                    path.unlink()

@@ -30,7 +30,7 @@ def select_samples(context: RoundContext) -> Labels:
     labels = torch.from_numpy(context.samples.images.image_set.labels)
     generator = torch.Generator().manual_seed(context.seed("prune"))
     if training.pruning == "random":  # needs no output of the model
-        scores = draw_random_scores(len(positions), generator)
+        scores: Tensor = draw_random_scores(len(positions), generator)
     else:
         logits, inputs = _score_inputs(context, positions)
         scores = SCORES[training.pruning](logits, labels, inputs, generator)

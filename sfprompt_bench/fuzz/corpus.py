@@ -206,7 +206,7 @@ def _small_messages() -> list[Message]:
 def _views() -> list[Message]:
     settings = preset_named("digits", "default").settings
     run = RunView(
-        id="r0123456789",
+        id="calm-otter-2345",
         status=RunStatus.RUNNING,
         settings=settings,
         plan=settings.plan,

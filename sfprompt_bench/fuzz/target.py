@@ -99,6 +99,11 @@ class Target:
         """Measure the server's resident memory."""
         return int(self.process.memory_info().rss)
 
+    def cpu_s(self) -> float:
+        """Measure the server's processor time so far, in seconds."""
+        times = self.process.cpu_times()
+        return float(times.user + times.system)
+
     def descriptors(self) -> int:
         """Count its open descriptors."""
         return len(os.listdir(Path("/proc") / str(self.process.pid) / "fd"))
@@ -134,8 +139,8 @@ class Target:
             _json_request("PUT", f"{base}/evaluation", member, report),
             _json_request("POST", "/v1/runs", member, settings),
             _json_request("POST", "/v1/runs", operator, {**settings, "seed": -1}),
-            _json_request("POST", "/v1/runs/r0123456789/cancel", operator, {}),
-            Request("DELETE", "/v1/runs/r0123456789/participants/me", {**member, **_key()}),
+            _json_request("POST", "/v1/runs/calm-otter-2345/cancel", operator, {}),
+            Request("DELETE", "/v1/runs/calm-otter-2345/participants/me", {**member, **_key()}),
             *_frame_requests(run, member, other),
         ]
 

@@ -25,6 +25,7 @@ class _Attendance:
         misses: rounds in a row that a participant was drawn for and did not answer.
         pauses: the number of openings from which a participant is drawn again.
         openings: attempts at rounds so far.
+        silent: participants whose silence has been noted.
     """
 
     heard: dict[str, float] = field(default_factory=dict)
@@ -33,6 +34,18 @@ class _Attendance:
     misses: dict[str, int] = field(default_factory=dict)
     pauses: dict[str, int] = field(default_factory=dict)
     openings: int = 0
+    silent: set[str] = field(default_factory=set)
+
+
+@dataclass(frozen=True)
+class PresenceChanges:
+    """Ids of the participants that fell silent, and of those that were heard again."""
+
+    silent: tuple[str, ...] = ()
+    returned: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.silent or self.returned)
 
 
 class Liveness:
@@ -102,6 +115,39 @@ class Liveness:
         now = self._clock.monotonic()
         with self._lock:
             return {id_ for id_, until in self._runs[run_id].until.items() if until > now}
+
+    def heard_ago(self, run_id: str) -> dict[str, float]:
+        """Return the seconds since each participant's last request, by id."""
+        now = self._clock.monotonic()
+        with self._lock:
+            return {id_: now - heard for id_, heard in self._runs[run_id].heard.items()}
+
+    def changes(self, run_id: str, present: Iterable[str]) -> PresenceChanges:
+        """Return which of these participants fell silent or came back since the last `note`.
+
+        Who has told that it ends is not silent; after a start of the server, nobody is for the
+        first window.
+        """
+        now = self._clock.monotonic()
+        is_settled = now - self._started >= self._window_s
+        silent, returned = [], []
+        with self._lock:
+            run = self._runs[run_id]
+            for id_ in present:
+                is_live = run.until.get(id_, 0.0) > now
+                is_known = id_ in run.heard or is_settled
+                if is_live and id_ in run.silent:
+                    returned.append(id_)
+                elif not is_live and is_known and id_ not in run.away | run.silent:
+                    silent.append(id_)
+        return PresenceChanges(tuple(silent), tuple(returned))
+
+    def note(self, run_id: str, changes: PresenceChanges) -> None:
+        """Note that these changes are recorded."""
+        with self._lock:
+            silent = self._runs[run_id].silent
+            silent.update(changes.silent)
+            silent.difference_update(changes.returned)
 
     def away(self, run_id: str) -> set[str]:
         """Return the ids of the participants that have ended."""

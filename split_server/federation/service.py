@@ -46,9 +46,9 @@ from split_server.federation.snapshot import Participant, RunSnapshot, load_snap
 from split_server.federation.waiting import waiting_in
 from split_server.models.prepare import PreparedRun, prepare_run
 from split_server.payloads.tensors import FLOAT32_BYTES, decode_update, require_finite
-from split_server.storage.data_dir import new_run_id
 from split_server.storage.events import IdempotentRequest
 from split_server.storage.run_files import RunFiles, relative_to_data_dir
+from split_server.storage.run_ids import new_run_id
 from split_server.storage.tensor_files import read_tensors
 
 log = logging.getLogger(__name__)

@@ -67,6 +67,7 @@ class OpenRound:
     declined: frozenset[str]
     evaluators: tuple[str, ...]
     evaluated: frozenset[str]
+    closing: bool = False  # the operator closes the phase without those that are missing
 
     @property
     def key(self) -> tuple[int, int, RoundStatus]:
@@ -97,6 +98,8 @@ class RunSnapshot:
     renewed: int = 0  # the round after which weights and head were made again; 0: never
     best: BestState | None = None  # the best measured state; None: none was measured
     discarded: int = 0  # rounds whose state was worse than the best one
+    body_tuned: bool = False  # or the attempt was made; only with `server_tuning`
+    paused: bool = False  # by the operator: no further round opens
     deadline: float | None = None  # of the open phase, on the monotonic clock
 
     @property
@@ -231,8 +234,10 @@ def load_snapshot(session: Session, run_id: str, data_dir: Path) -> RunSnapshot:
         failures=_count_failures(session, run_id, settings, closed or 0) if repeats else 0,
         start_attempt=start_attempt,
         renewed=run.renewed,
+        body_tuned=run.body_tuned,
         best=run.best_state,
         discarded=discarded or 0,
+        paused=run.paused,
     )
 
 
@@ -287,6 +292,7 @@ def _load_open_round(session: Session, row: RoundRow | None) -> OpenRound | None
         declined=frozenset(row.declined),
         evaluators=tuple(row.evaluators),
         evaluated=_senders(session, EvaluationRow, row),
+        closing=row.closing,
     )
 
 

@@ -224,6 +224,7 @@ def _open(session: Session, run: RunSnapshot, action: OpenTraining, at: float) -
             status=RoundStatus.TRAINING,
             opened_at=at,
             closed_at=None,
+            closing=False,
             sampled=list(action.sampled),
             declined=[],
             evaluators=[],
@@ -282,6 +283,7 @@ def _publish(
     record_spent(session, run, row, at)
     if action.evaluators:
         row.status, row.evaluators = RoundStatus.EVALUATING, list(action.evaluators)
+        row.closing = False  # the operator asked for the end of training
     else:
         _close(session, run, row, meter, at)
 

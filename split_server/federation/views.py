@@ -34,6 +34,7 @@ def run_view(run: RunSnapshot) -> RunView:
         reason=run.reason,
         settings=run.settings,
         plan=run.plan,
+        paused=run.paused,
         round=run.round,
         participants=len(run.present),
         created_at=run.created_at,

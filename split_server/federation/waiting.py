@@ -37,6 +37,8 @@ def waiting_for(run: RunSnapshot, live: Collection[str], *, settled: bool) -> st
         if set(pending) & set(live):
             return None
         return f"one of these devices has to measure the last state: {_names(run, pending)}"
+    if run.paused:
+        return "its operator has paused the run"
     federation = run.plan.federation
     present = [each.id for each in run.trainers]
     if run.closed_rounds == 0 and len(present) < federation.min_participants:
@@ -56,9 +58,14 @@ def _count(run: RunSnapshot, there: list[str], needed: int) -> str:
 
 
 def _names(run: RunSnapshot, ids: list[str]) -> str:
-    names = [_shown(run.participants[id_].name) for id_ in ids]
+    return join_names([run.participants[id_].name for id_ in ids])
+
+
+def join_names(names: Collection[str]) -> str:
+    """Join the names of devices for people: the first eight, and how many more there are."""
+    shown = [_shown(name) for name in names]
     more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
-    return ", ".join(names[:_MAX_NAMES]) + more
+    return ", ".join(shown[:_MAX_NAMES]) + more
 
 
 def _shown(name: str) -> str:

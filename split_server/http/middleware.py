@@ -24,6 +24,7 @@ from protocol.wire import (
     VERSION_HEADER,
 )
 from split_server.federation.credentials import (
+    Anonymous,
     Credentials,
     Identity,
     Operator,
@@ -33,6 +34,7 @@ from split_server.http.audit import AuditLog
 from split_server.http.body import declared_length, too_large, too_slow
 from split_server.http.connection import IDENTIFY_KEY, SOCKET_KEY
 from split_server.http.errors import Refused, send_error, unexpected
+from split_server.page.session import Sessions
 from split_server.runtime.aio import drop_traceback
 from split_server.runtime.process import request_id
 from split_server.storage.traffic import Meter, SocketCounter
@@ -66,6 +68,7 @@ class RequestMiddleware:
     meter: Meter
     credentials: Credentials | None = None  # None: the server is still starting
     audit: AuditLog | None = None
+    sessions: Sessions | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -113,9 +116,14 @@ class RequestMiddleware:
 
     def _identify(self, scope: Scope, headers: Headers) -> None:
         """Store the sender's identity, for access checks and for the traffic."""
-        if self.credentials is not None:
-            authorization = headers.get(b"authorization", b"").decode("latin-1")
-            _set_identity(scope, self.credentials.identify(authorization))
+        if self.credentials is None:
+            return
+        authorization = headers.get(b"authorization")
+        if authorization is None and self.sessions is not None and b"cookie" in headers:
+            _set_identity(scope, Operator() if self.sessions.is_open(headers) else Anonymous())
+            return
+        text = (authorization or b"").decode("latin-1")
+        _set_identity(scope, self.credentials.identify(text))
 
 
 @dataclass

@@ -66,12 +66,25 @@ _RUN = "/v1/runs/{run}"
 
 RIGHTS = (
     _right("GET", "/v1/health", *_ALL),
+    _right("GET", "/", *_ALL),
+    _right("GET", "/page/{asset}", *_ALL),
+    _right("GET", "/v1/session", _OPERATOR),
+    _right("POST", "/v1/session", *_ALL),
+    _right("DELETE", "/v1/session", *_ALL),
+    _right("POST", "/v1/settings", _OPERATOR),
     _right("GET", "/metrics", _OPERATOR),
     _right("POST", "/v1/runs", _OPERATOR),
     _right("GET", "/v1/runs", _JOINER, _OPERATOR),
     _right("GET", _RUN, _JOINER, _PARTICIPANT, _OPERATOR),
     _right("DELETE", _RUN, _OPERATOR),
     _right("POST", f"{_RUN}/cancel", _OPERATOR),
+    _right("POST", f"{_RUN}/pause", _OPERATOR),
+    _right("POST", f"{_RUN}/resume", _OPERATOR),
+    _right("POST", f"{_RUN}/close-round", _OPERATOR),
+    _right("GET", f"{_RUN}/status", _OPERATOR),
+    _right("GET", f"{_RUN}/stream", _OPERATOR),
+    _right("GET", f"{_RUN}/invitation", _OPERATOR),
+    _right("GET", f"{_RUN}/model", _OPERATOR),
     _right("GET", f"{_RUN}/results", _PARTICIPANT, _OPERATOR),
     _right("GET", f"{_RUN}/rounds/{{round_}}/evaluation", _OPERATOR),
     _right("GET", f"{_RUN}/events", _PARTICIPANT, _OPERATOR),
@@ -115,7 +128,7 @@ def find_right(method: str, path: str) -> tuple[Right, str | None] | None:
         return exact, None
     for pattern, right in _WITH_RUN:
         if method == right.method and (match := pattern.match(path)) is not None:
-            return right, match["run"]
+            return right, match.groupdict().get("run")
     return None
 
 

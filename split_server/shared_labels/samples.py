@@ -25,15 +25,12 @@ from split_server.runtime.aio import run_on
 from split_server.shared_labels.labels import (
     LabelledSamples,
     Measured,
+    SamplesGone,
     SharedLabels,
     read_measured,
     write_measured,
 )
 from split_server.storage.sample_store import Owner
-
-
-class SamplesGone(Exception):
-    """The sample store lacks samples that the server needs: the device has to send them again."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +99,7 @@ class LabelledFeatures:
             ids = test[first : first + BATCH]
             tokens = await self.starts.reader.read(run, Owner(run.id, participant), ids)
             if tokens is None:
-                raise SamplesGone
+                raise SamplesGone(participant)
             project = partial(solved.basis.project, tokens.float().cpu())
             features.append((await run_on(self.threads, project)).flatten(1))
         measured = Measured(decay, torch.cat(features))
@@ -115,7 +112,7 @@ class LabelledFeatures:
     ) -> Features:
         later = await self.starts.later.features(run.id, participant, samples.ids)
         if isinstance(later, list):
-            raise SamplesGone
+            raise SamplesGone(participant)
         decoded = as_decoded(later.values, run.plan.wire.start).flatten(1)
         sums, counts = one_hot_sums(
             decoded.numpy(), samples.labels.numpy(), run.plan.model.num_classes

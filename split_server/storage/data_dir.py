@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
-import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
 from protocol.errors import InvalidField, NotFound
+from split_server.storage.run_ids import is_run_id
 
 try:
     import fcntl
 except ImportError:  # Windows has no such lock
     fcntl = None  # type: ignore[assignment]
-
-_RUN_ID = re.compile("r[0-9a-f]{10}")
 
 
 @contextlib.contextmanager
@@ -57,17 +54,10 @@ def database_in(path: Path) -> Path:
     return database
 
 
-def new_run_id() -> str:
-    """Make the id of a new run."""
-    return "r" + secrets.token_hex(5)
-
-
 def run_folders(path: Path) -> list[Path]:
     """Return the folders of all runs, by their names; other folders are not the server's."""
     folder = path / "runs"
-    return (
-        [run for run in folder.iterdir() if _RUN_ID.fullmatch(run.name)] if folder.is_dir() else []
-    )
+    return [run for run in folder.iterdir() if is_run_id(run.name)] if folder.is_dir() else []
 
 
 def check_complete(path: Path, database: Path) -> None:

@@ -17,7 +17,7 @@ from protocol.errors import InvalidField
 from protocol.messages import BlobRef
 from split_server.storage.run_files import StateRefs
 
-SCHEMA_VERSION = 10
+SCHEMA_VERSION = 11
 
 
 class Base(DeclarativeBase):
@@ -53,6 +53,7 @@ class RunRow(Base):
     finished_at: Mapped[float | None]
     backbone_path: Mapped[str]
     backbone_bytes: Mapped[int]
+    body_tuned: Mapped[bool]  # before round 0, whether or not it helped
     renewed: Mapped[int]  # round after which backbone and head were made; 0: with the run
     head_sha256: Mapped[str]
     head_nbytes: Mapped[int]
@@ -60,6 +61,7 @@ class RunRow(Base):
     state_nbytes: Mapped[int]
     server_sha256: Mapped[str | None] = mapped_column("held_sha256")  # the server-side state
     server_nbytes: Mapped[int | None] = mapped_column("held_nbytes")
+    paused: Mapped[bool]  # by the operator: no further round opens
     best: Mapped[dict[str, Any] | None]  # `BestState`; None: no state has been measured
 
     def set_state(self, refs: StateRefs) -> None:
@@ -112,6 +114,7 @@ class RoundRow(Base):
     status: Mapped[str]
     opened_at: Mapped[float]
     closed_at: Mapped[float | None]
+    closing: Mapped[bool]  # the operator closes the open phase without those that are missing
     sampled: Mapped[list[str]]
     declined: Mapped[list[str]]  # sampled, but without an update to count
     evaluators: Mapped[list[str]]

@@ -47,7 +47,7 @@ class ServerProcess:
 
 def test_a_folder_without_its_database_is_refused_and_unchanged(tmp_path: Path) -> None:
     node = tmp_path / "node"
-    state = node / "runs" / "r0123456789" / "states" / "state.safetensors"
+    state = node / "runs" / "calm-otter-2345" / "states" / "state.safetensors"
     state.parent.mkdir(parents=True)
     state.write_bytes(b"x")
     settings = server_settings(node)

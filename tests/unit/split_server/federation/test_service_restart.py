@@ -86,7 +86,7 @@ def test_files_left_by_a_crash_are_removed(harness: FederationHarness) -> None:
     files = harness.runs.files(run)
     [received] = (files.root / "updates").iterdir()
     (files.root / "updates" / "half.tmp").write_bytes(b"x")
-    incomplete, foreign = (harness.folder / "runs" / name for name in ("r0123456789", "resnet"))
+    incomplete, foreign = (harness.folder / "runs" / name for name in ("calm-otter-2345", "resnet"))
     incomplete.mkdir()
     foreign.mkdir()
     harness.close()
