@@ -189,7 +189,7 @@ def test_hosting_joining_watching_exporting_and_predicting(
                 assert any(name in output for name in CLASSES)
         model = folder / "model.safetensors"
         assert model.stat().st_size > 1e6
-        [snippet] = blocks("docs/quickstart.md", "python")
+        *_, snippet = blocks("docs/quickstart.md", "python")  # of the exported model
         (folder / "snippet.py").write_text(snippet)
         assert runpy.run_path("snippet.py")["logits"].shape == (1, 2)
     finally:
