@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 from dataclasses import replace
@@ -15,6 +16,7 @@ from edge_client.check_command import check
 from edge_client.options import (
     BackboneOption,
     CaOption,
+    ComputeOption,
     HomeOption,
     MaxDownloadOption,
     MaxEpochsOption,
@@ -112,6 +114,7 @@ def join(
         typer.Option(help="Simulate a slower line, for benchmarks, e.g. 20mbit/5mbit,50ms."),
     ] = None,
     threads: ThreadsOption = None,
+    compute: ComputeOption = "auto",
     cache_mib: Annotated[
         int,
         typer.Option(
@@ -169,14 +172,15 @@ def join(
         chosen = _choose(server, run, token, open_only=True)
         reporter.event("chosen", run=chosen.id, allows=policy.describe())
         policy.check_run(chosen)
-        # Imported here: torch takes seconds to import, which the lines above do not need.
+        _limit_threads(threads)
         from edge_client.joining import check_consent, join_as
         from edge_client.loading import load_run_data
+        from edge_client.model import check_compute
         from edge_client.participant import Participant, succeeded
         from edge_client.storage.identity import Identity
 
         check_consent(chosen, share_labels or upload_only, upload_only)
-        _limit_threads(threads)
+        check_compute(chosen, compute)
         dataset = load_run_data(
             data,
             chosen,
@@ -199,6 +203,7 @@ def join(
             cache_mib * 1024 * 1024,
             share_labels or upload_only,
             policy,
+            compute,
         )
         with Identity(folder / "identities", url, chosen.id, name) as identity:
             joined = join_as(identity, participant, chosen.id, token)
@@ -248,6 +253,7 @@ def predict(
         bool, typer.Option("--json", help="Print one JSON object per image.")
     ] = False,
     threads: ThreadsOption = None,
+    compute: ComputeOption = "auto",
     join_token: TokenOption = None,
     join_token_file: TokenFileOption = None,
     ca_file: CaOption = None,
@@ -264,7 +270,10 @@ def predict(
     files, skipped = image_files(images)
     show_skipped(skipped)
     if model.endswith(".safetensors"):
-        from edge_client.prediction import WholePredictor
+        from edge_client.model import require_torch
+
+        require_torch("an exported model")
+        from edge_client.whole_prediction import WholePredictor
 
         _limit_threads(threads)
         show_predictions(WholePredictor(Path(model)).predict(files, top), as_json=as_json)
@@ -274,13 +283,14 @@ def predict(
     server = _server(model, 30.0, ca_file, None)
     try:
         chosen = _choose(server, run, token, open_only=False)
-        # Imported here: torch takes seconds to import, which the lines above do not need.
+        _limit_threads(threads)
         from edge_client.prediction import Predictor
 
-        _limit_threads(threads)
         guest = f"{name} (predict)"
         with Identity(folder / "identities", model, chosen.id, guest) as identity:
-            predictor = Predictor.join(server, chosen, folder / "blobs", identity.key, guest, token)
+            predictor = Predictor.join(
+                server, chosen, folder / "blobs", identity.key, guest, token, compute
+            )
         show_predictions(predictor.predict(files, top), as_json=as_json)
     finally:
         server.close()
@@ -354,10 +364,10 @@ def _prepare(verbose: bool) -> None:
 
 
 def _limit_threads(threads: int | None) -> None:
+    """Limit the threads of NumPy's matrix products, and of torch, before either is imported."""
     if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)
+        for library in ("OMP", "OPENBLAS", "MKL"):
+            os.environ[f"{library}_NUM_THREADS"] = str(threads)
 
 
 def _check_data(source: str, part: str | None, partition: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -122,3 +122,11 @@ def choose_token(token: str | None, file: Path | None) -> str | None:
     if token is None and file is not None:
         return read_token_file(file, "join_token_file")
     return token
+
+
+ComputeOption = Annotated[
+    Literal["auto", "numpy", "torch"],
+    typer.Option(
+        "--compute", help="The library that computes. auto: torch only in runs that need it."
+    ),
+]

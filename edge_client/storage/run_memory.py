@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
+import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor
+from safetensors.numpy import save
 
+from edge_client.storage.states import Floats, State
 from split_model.files import write_durably
 
 _KEPT_S = 30 * 24 * 3600.0  # since the last use; a device that was away for longer starts anew
@@ -34,8 +34,8 @@ class Residuals:
     """
 
     base: str | None = None
-    before: Mapping[str, Tensor] = field(default_factory=dict)
-    after: Mapping[str, Tensor] = field(default_factory=dict)
+    before: Mapping[str, Floats] = field(default_factory=dict)
+    after: Mapping[str, Floats] = field(default_factory=dict)
 
 
 class RunMemory:
@@ -84,20 +84,20 @@ class RunMemory:
 
     def _write(self) -> None:
         sides = {"before": self.residuals.before, "after": self.residuals.after}
-        tensors = {  # copies: both sides may have the same tensor, which a file cannot
-            f"{side}/{name}": tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        tensors = {
+            f"{side}/{name}": np.ascontiguousarray(array)
             for side, by_name in sides.items()
-            for name, tensor in by_name.items()
-            if tensor.count_nonzero()
+            for name, array in by_name.items()
+            if np.any(array)
         }
         entry = {"start": self.start, "base": self.residuals.base}
         content = save(tensors, metadata={_ENTRY: json.dumps(entry)})
         write_durably(self._path, content, mode=0o600)
 
     def _read(self) -> None:
-        with safe_open(self._path, framework="pt") as file:
+        with safe_open(self._path, framework="numpy") as file:
             entry = json.loads((file.metadata() or {})[_ENTRY])
-            sides: dict[str, dict[str, Tensor]] = {"before": {}, "after": {}}
+            sides: dict[str, State] = {"before": {}, "after": {}}
             for key in list(file.keys()):
                 side, _, name = key.partition("/")
                 sides[side][name] = file.get_tensor(key)
