@@ -8,6 +8,7 @@ import pytest
 import protocol
 
 EXPORTED = {
+    "architecture": "Architecture Rotary",
     "arrays": "Array Backend Device Generator NUMPY SomeArray as_numpy backend_of backend_on "
     "chunks widen",
     "base": "Message extract_field extract_limit",
