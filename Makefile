@@ -40,6 +40,7 @@ format: $(STAMP)  ## Format and fix what can be fixed
 
 docs: $(STAMP)  ## Write the generated parts of docs/: settings, pictures, the README's figure
 	@$(BIN)/python -m tools.settings_page
+	@$(BIN)/python -m tools.attacks_table
 	@$(BIN)/python -m tools.pictures_page
 	@$(BIN)/python -m tools.traffic_figure
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 from dataclasses import replace
@@ -13,16 +14,28 @@ import typer
 
 from edge_client.check_command import check
 from edge_client.options import (
+    BackboneOption,
     CaOption,
+    ComputeOption,
     HomeOption,
+    MaxDownloadOption,
+    MaxEpochsOption,
+    MinCutOption,
     NameOption,
     Progress,
+    RequireTLSOption,
     RunOption,
     ThreadsOption,
     TokenFileOption,
     TokenOption,
     Url,
     choose_token,
+)
+from edge_client.policy import (
+    DEFAULT_MAX_DOWNLOAD,
+    DEFAULT_MAX_EPOCHS,
+    DEFAULT_MIN_CUT,
+    DevicePolicy,
 )
 from protocol.command import run_command, version_option
 from protocol.errors import NotFound, Removed, SFPromptError
@@ -101,6 +114,7 @@ def join(
         typer.Option(help="Simulate a slower line, for benchmarks, e.g. 20mbit/5mbit,50ms."),
     ] = None,
     threads: ThreadsOption = None,
+    compute: ComputeOption = "auto",
     cache_mib: Annotated[
         int,
         typer.Option(
@@ -131,6 +145,11 @@ def join(
     join_token_file: TokenFileOption = None,
     ca_file: CaOption = None,
     home: HomeOption = None,
+    min_cut: MinCutOption = DEFAULT_MIN_CUT,
+    max_download: MaxDownloadOption = DEFAULT_MAX_DOWNLOAD,
+    require_tls: RequireTLSOption = False,
+    backbone: BackboneOption = None,
+    max_epochs: MaxEpochsOption = DEFAULT_MAX_EPOCHS,
     progress: Annotated[
         Progress, typer.Option(help="Progress bars, or lines of JSON.")
     ] = Progress.BAR,
@@ -142,6 +161,8 @@ def join(
 
     _prepare(verbose)
     _check_data(data, part, partition)
+    policy = DevicePolicy(min_cut, max_download, require_tls, tuple(backbone or ()), max_epochs)
+    policy.check_address(url)
     reporter: Reporter = JsonReporter() if progress is Progress.JSON else BarReporter()
     folder = home or cache_dir()
     line = None if link is None else _parse_link(link, data_seed, name)
@@ -149,15 +170,17 @@ def join(
     server = _server(url, patience, ca_file, reporter, line)
     try:
         chosen = _choose(server, run, token, open_only=True)
-        reporter.event("chosen", run=chosen.id)
-        # Imported here: torch takes seconds to import, which the lines above do not need.
+        reporter.event("chosen", run=chosen.id, allows=policy.describe())
+        policy.check_run(chosen)
+        _limit_threads(threads)
         from edge_client.joining import check_consent, join_as
         from edge_client.loading import load_run_data
+        from edge_client.model import check_compute
         from edge_client.participant import Participant, succeeded
         from edge_client.storage.identity import Identity
 
         check_consent(chosen, share_labels or upload_only, upload_only)
-        _limit_threads(threads)
+        check_compute(chosen, compute)
         dataset = load_run_data(
             data,
             chosen,
@@ -179,6 +202,8 @@ def join(
             reporter,
             cache_mib * 1024 * 1024,
             share_labels or upload_only,
+            policy,
+            compute,
         )
         with Identity(folder / "identities", url, chosen.id, name) as identity:
             joined = join_as(identity, participant, chosen.id, token)
@@ -228,6 +253,7 @@ def predict(
         bool, typer.Option("--json", help="Print one JSON object per image.")
     ] = False,
     threads: ThreadsOption = None,
+    compute: ComputeOption = "auto",
     join_token: TokenOption = None,
     join_token_file: TokenFileOption = None,
     ca_file: CaOption = None,
@@ -244,7 +270,10 @@ def predict(
     files, skipped = image_files(images)
     show_skipped(skipped)
     if model.endswith(".safetensors"):
-        from edge_client.prediction import WholePredictor
+        from edge_client.model import require_torch
+
+        require_torch("an exported model")
+        from edge_client.whole_prediction import WholePredictor
 
         _limit_threads(threads)
         show_predictions(WholePredictor(Path(model)).predict(files, top), as_json=as_json)
@@ -254,13 +283,14 @@ def predict(
     server = _server(model, 30.0, ca_file, None)
     try:
         chosen = _choose(server, run, token, open_only=False)
-        # Imported here: torch takes seconds to import, which the lines above do not need.
+        _limit_threads(threads)
         from edge_client.prediction import Predictor
 
-        _limit_threads(threads)
         guest = f"{name} (predict)"
         with Identity(folder / "identities", model, chosen.id, guest) as identity:
-            predictor = Predictor.join(server, chosen, folder / "blobs", identity.key, guest, token)
+            predictor = Predictor.join(
+                server, chosen, folder / "blobs", identity.key, guest, token, compute
+            )
         show_predictions(predictor.predict(files, top), as_json=as_json)
     finally:
         server.close()
@@ -334,10 +364,10 @@ def _prepare(verbose: bool) -> None:
 
 
 def _limit_threads(threads: int | None) -> None:
+    """Limit the threads of NumPy's matrix products, and of torch, before either is imported."""
     if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)
+        for library in ("OMP", "OPENBLAS", "MKL"):
+            os.environ[f"{library}_NUM_THREADS"] = str(threads)
 
 
 def _check_data(source: str, part: str | None, partition: str) -> None:

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from edge_client.data.batches import Preprocessing
 from edge_client.data.dataset import Dataset, by_content, limit_per_set
-from edge_client.data.errors import PreprocessingError
 from edge_client.data.partition import Part
 from edge_client.data.pictures import parse_colour
 from edge_client.data.sources import load_dataset, parse_source
-from edge_client.model import UNUSABLE, preprocessing_of
 from edge_client.reporter import Reporter
 from protocol.messages import RunView
 from protocol.plan import ModelPlan
-from split_model.checkpoints.metadata import image_preparation
 
 
 def load_run_data(
@@ -72,12 +69,12 @@ def load_run_data(
     return by_content(data)
 
 
-def _expected_preprocessing(model: ModelPlan) -> Preprocessing | None:
-    """Return the expected preprocessing, before the head file with the actual one is downloaded.
+def _expected_preprocessing(model: ModelPlan) -> Preprocessing:
+    """Return a preprocessing that resizes as nearly every backbone's does.
 
-    If they differ, the images are decoded again. None: it is unknown.
+    The head file with the actual one is downloaded later. If it resizes in another way, the images
+    are decoded again.
     """
-    try:
-        return preprocessing_of(model, image_preparation(model))
-    except (*UNUSABLE, PreprocessingError):
-        return None
+    plain = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    background = parse_colour(model.background)
+    return Preprocessing(model.image_size, *plain, "bicubic", model.fit, background)

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from torch import Tensor
-
+from edge_client.data.image_set import Labels
 from edge_client.training import (
     RoundContext,
     Samples,
-    TrainingResult,
     classifier_loss,
     evaluate,
     fit_start,
-    local_update,
-    select_samples,
-    split_train,
     tune_classifier,
 )
-from edge_client.training.split_training import Sample, forward_whole
 from edge_client.transport.split_client import SplitPlane
 from protocol.plan import RunPlan
 from protocol.settings import RunSettings
+
+# Gradients need torch, which a device that refines a classifier alone need not have. The functions
+# that compute them import their modules themselves.
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from edge_client.training.split_training import Sample, TrainingResult
+    from protocol.arrays import Array
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class RoundResult:
     local_loss: float | None = None
     train_loss: float | None = None
     session: str | None = None
-    extras: Mapping[str, Tensor] = field(default_factory=dict)
+    extras: Mapping[str, Array] = field(default_factory=dict)
 
 
 class DeviceMethod:
@@ -58,11 +61,18 @@ class DeviceMethod:
         if context.round == 0:
             start = fit_start(context, plane)
             return RoundResult(samples=start.samples, train_loss=start.loss)
-        if context.round == 1 and context.run.model.prompt_init == "mean-token":
-            context.model.add_mean_token(context.samples.images)
         if context.run.model.depths and not context.run.training.split_epochs:
             loss = tune_classifier(context, plane)
             return RoundResult(samples=len(context.samples), local_loss=loss)
+        return self._train_by_gradients(context, plane)
+
+    def _train_by_gradients(self, context: RoundContext, plane: SplitPlane) -> RoundResult:
+        from edge_client.torch_model import model_of
+        from edge_client.training.local_update import local_update
+        from edge_client.training.selection import select_samples
+
+        if context.round == 1 and context.run.model.prompt_init == "mean-token":
+            model_of(context).add_mean_token(context.samples.images)
         selected = select_samples(context)
         local_loss = local_update(context, self.local_forward)
         result: TrainingResult | None = None
@@ -110,13 +120,17 @@ class DeviceMethod:
 
     def local_forward(self, context: RoundContext, smashed: Tensor) -> Tensor:
         """Return the local update's logits [B, C] for smashed data [B, T, D]: body left out."""
-        logits: Tensor = context.model.tail(smashed)
+        from edge_client.torch_model import model_of
+
+        logits: Tensor = model_of(context).tail(smashed)
         return logits
 
     def split_train(
-        self, context: RoundContext, plane: SplitPlane, selected: Tensor
+        self, context: RoundContext, plane: SplitPlane, selected: Labels
     ) -> TrainingResult:
         """Train the selected samples [k] through the server's body."""
+        from edge_client.training.split_training import split_train
+
         fixed_views = self.uses_fixed_views(context.run)
         return split_train(context, plane, selected, self.forward, fixed_views=fixed_views)
 
@@ -145,6 +159,8 @@ class DeviceMethod:
             SamplesMissing: the server lacks samples that were not sent whole; the step is tried
                 again.
         """
+        from edge_client.training.split_training import forward_whole
+
         return forward_whole(context, plane, samples, smashed, step)
 
     def uses_fixed_views(self, run: RunPlan) -> bool:
@@ -154,7 +170,7 @@ class DeviceMethod:
     def drop_sample_caches(self) -> None:
         """Drop caches by sample: the set has lost unreadable images, and positions have changed."""
 
-    def update_extras(self, context: RoundContext, selected: Tensor) -> dict[str, Tensor]:
+    def update_extras(self, context: RoundContext, selected: Labels) -> Mapping[str, Array]:
         """Return further float32 tensors for the update, computed on the selected samples [k]."""
         return {}
 

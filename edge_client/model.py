@@ -1,147 +1,191 @@
-"""The device's part of the model: head, soft prompts and tail; never the server's body."""
+"""The device's part of a run's model, whichever library computes it; never the server's body."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from abc import ABC, abstractmethod
+from importlib.util import find_spec
 from pathlib import Path
-from typing import cast
+from typing import Literal, cast
 
-import torch
-from torch import Tensor, nn
+import numpy as np
+from numpy.typing import NDArray
 
-from edge_client.data.batches import BatchReader, Interpolation, Preprocessing
+from edge_client.data.batches import Interpolation, Preprocessing
 from edge_client.data.pictures import parse_colour
-from protocol.errors import MalformedFrame
+from protocol.errors import InvalidField, MalformedFrame
+from protocol.limits import DEFAULT_LIMITS, MIB
+from protocol.messages import RunView
 from protocol.plan import ModelPlan
-from split_model.backbone.architecture import body_blocks
-from split_model.checkpoints.head_file import extra_tensors, read_head_file
-from split_model.checkpoints.metadata import ImagePreparation, head_plan
-from split_model.checkpoints.state import (
-    TunedState,
-    apply_state,
-    check_device_state,
-    head_tensors,
-    load_state,
-    read_state,
-    tail_tensors,
-)
+from protocol.wire import FLOAT32_BYTES
+from split_model.checkpoints.metadata import ImagePreparation
 from split_model.errors import (
     ModelPlanError,
     TensorFileError,
     UnsupportedBackboneError,
     WeightsMismatchError,
 )
-from split_model.layers.prompts import prompt_shape
-from split_model.parts.build import Layered, build_head, build_tail
-from split_model.parts.head import Head
-from split_model.parts.tail import Tail
 
-_BATCH = 128
+Floats = NDArray[np.float32]
+
+State = dict[str, Floats]  # tuned tensors, by the names of a state
+
+Compute = Literal["auto", "numpy", "torch"]
+
+_HEADER_BYTES = MIB
+
+_CLASSIFIER_ALONE = "edge_client.method:DeviceMethod"  # it runs no other method's code
 
 # What reading a damaged or foreign file raises.
 UNUSABLE = (TensorFileError, ModelPlanError, UnsupportedBackboneError, WeightsMismatchError)
 
 
-@dataclass
-class DeviceModel:
-    """Head and tail as modules, the prompts as a parameter.
+class Model(ABC):
+    """Head and tail on the device.
 
     Attributes:
-        prompts: [P, D], or deep [L, P, D]; None: the run has none, or the server tunes them (at
-            the cut).
-        extras: further frozen tensors, for the device's side of the run's method.
+        settings: the model's plan.
+        preprocessing: turns images into the head's inputs.
+        tokens: of one sample's smashed data, without prompts.
+        width: features of a token.
+        cached_tokens: of a sample, which the tail reads at the cut; 0: none are kept.
+        is_whole: whether head and tail are the whole model.
     """
 
-    head: Head
-    tail: Tail
-    prompts: nn.Parameter | None
+    settings: ModelPlan
     preprocessing: Preprocessing
-    extras: Mapping[str, Tensor] = field(default_factory=dict)
+    tokens: int
+    width: int
+    cached_tokens: int
+    is_whole: bool
 
-    @classmethod
-    def load(cls, settings: ModelPlan, head_file: Path, state_file: Path) -> DeviceModel:
-        """Build the model from the server's files. The body is never allocated.
+    @abstractmethod
+    def smashed(self, images: Floats) -> Floats:
+        """Compute the smashed data [B, T, D] of images [B, 3, S, S]."""
 
-        Raises:
-            MalformedFrame: a file is damaged, or the head is of another model than the run's.
-        """
-        try:
-            stored, images, frozen = read_head_file(head_file)
-        except UNUSABLE as error:
-            raise _unusable(head_file, error) from error
-        if stored != head_plan(settings):
-            raise MalformedFrame(
-                "the head file is of another model than the run's",
-                field="head",
-                limit=str(head_plan(settings)),
-                value=str(stored),
-            )
-        state = _read(state_file)
-        try:
-            check_device_state(settings, state)
-        except UNUSABLE as error:
-            raise _unusable(state_file, error) from error
-        has_prompts = settings.prompt_count and settings.prompt_at == "input"
-        prompts = nn.Parameter(torch.empty(prompt_shape(settings))) if has_prompts else None
-        preprocessing = preprocessing_of(settings, images)
-        try:
-            head = build_head(settings, Layered(head_tensors(state), frozen))
-            tail = build_tail(settings, Layered(tail_tensors(state), frozen))
-            extras = extra_tensors(frozen)
-        except UNUSABLE as error:
-            raise _unusable(head_file, error) from error
-        apply_state(tail, prompts, state, head)
-        return cls(head, tail, prompts, preprocessing, extras)
+    @abstractmethod
+    def for_tail(self, smashed: Floats) -> Floats:
+        """Reduce smashed data [B, T, D] to the tokens that the tail reads, [B, T', D]."""
+
+    @abstractmethod
+    def classify(self, inferred: Floats) -> Floats:
+        """Return logits [B, C] of what an inference returned: features, or logits already."""
 
     @property
-    def is_whole(self) -> bool:
-        """Whether head and tail are the whole model: no block is left for a body."""
-        return not body_blocks(self.head.settings)
+    @abstractmethod
+    def classifier(self) -> tuple[Floats, Floats]:
+        """Weight [C, F] and bias [C] of a linear tail."""
 
-    def classify(self, inferred: Tensor) -> Tensor:
-        """Return logits [B, C] of what an inference returned: features, or logits already."""
-        logits: Tensor = inferred if self.tail.settings.depths else self.tail(inferred)
-        return logits
+    @abstractmethod
+    def set_classifier(self, weight: NDArray[np.floating], bias: NDArray[np.floating]) -> None:
+        """Replace weight [C, F] and bias [C] of a linear tail."""
 
-    def parameters(self) -> list[nn.Parameter]:
-        """Return all tuned parameters on this device: of prompts, tail and head."""
-        prompts = [] if self.prompts is None else [self.prompts]
-        parts = [*self.tail.parameters(), *self.head.parameters()]
-        return prompts + [parameter for parameter in parts if parameter.requires_grad]
-
+    @abstractmethod
     def load_global_state(self, state_file: Path) -> None:
-        """Replace the tuned tensors by a global state's, in place.
+        """Replace the tuned tensors by a global state's.
 
         Raises:
             MalformedFrame: the file is damaged, or of another model.
         """
-        try:
-            apply_state(self.tail, self.prompts, _read(state_file), self.head)
-        except UNUSABLE as error:
-            raise _unusable(state_file, error) from error
 
-    def state(self) -> TunedState:
-        """Return float32 copies of the tuned tensors."""
-        return read_state(self.tail, self.prompts, self.head)
+    @abstractmethod
+    def state(self) -> State:
+        """Return copies of the tuned tensors."""
 
-    @torch.no_grad()
-    def add_mean_token(self, samples: BatchReader) -> None:
-        """Shift the prompts by the samples' mean embedded token; of deep prompts, the first layer.
+    @abstractmethod
+    def feature_shape(self, pooled: bool) -> tuple[int, int]:
+        """Return the shape [T', D'] of one sample's features on the wire.
 
-        Every participant does so in the first round. FedAvg then starts the prompts at the mean of
-        all participants' data, which no single party sees.
+        Args:
+            pooled: whether only what the tail reads crosses the network.
         """
-        if self.prompts is None or len(samples) == 0:
-            return
-        total, count = torch.zeros(self.prompts.shape[-1], dtype=torch.float64), 0
-        for positions in torch.arange(len(samples)).split(_BATCH):
-            images, _ = samples.read(positions)
-            tokens = self.head.embed(images)[:, self.head.sizes.prefix :]  # [b, N, D]
-            total += tokens.sum(dim=(0, 1)).double()
-            count += tokens.shape[0] * tokens.shape[1]
-        first = self.prompts[0] if self.prompts.ndim == 3 else self.prompts  # [P, D]
-        first.add_((total / count).to(first.dtype))
+
+    def samples_per_frame(self, limit: int) -> int:
+        """Return the number of samples, at most ``limit``, whose float32 features fit in a frame.
+
+        Counts the body's tokens, prompts included: a response may be larger than its request.
+        """
+        tokens = self.tokens + self.settings.prompt_count
+        sample_bytes = tokens * self.width * FLOAT32_BYTES
+        return max(1, min(limit, (DEFAULT_LIMITS.max_frame_bytes - _HEADER_BYTES) // sample_bytes))
+
+
+def needs_torch(run: RunView) -> bool:
+    """Whether a device trains more than a linear classifier in this run, or merges tokens."""
+    model, plan = run.plan.model, run.plan
+    return not (
+        model.depths
+        and model.prompt_at == "cut"
+        and plan.wire.keep_smashed
+        and not plan.training.split_epochs
+        and not model.keep_tokens
+        and not model.is_reshaped
+        and run.settings.method.device == _CLASSIFIER_ALONE
+    )
+
+
+def check_compute(run: RunView, compute: Compute) -> None:
+    """Refuse a run that this installation cannot take part in, before anything is downloaded.
+
+    Raises:
+        InvalidField: the run needs torch, which is not installed or not allowed.
+    """
+    if compute == "torch" or (compute == "auto" and needs_torch(run)):
+        require_torch(f"the method {run.settings.method.name} with these settings")
+    elif compute == "numpy" and needs_torch(run):
+        raise InvalidField(
+            "this run trains on the device, for which NumPy alone does not suffice",
+            field="compute",
+            limit="auto or torch",
+            value=compute,
+        )
+
+
+def require_torch(purpose: str) -> None:
+    """Raise `InvalidField` unless torch and timm are installed.
+
+    Args:
+        purpose: what needs them.
+    """
+    if not (_is_installed("torch") and _is_installed("timm")):
+        raise InvalidField(
+            f"{purpose} needs torch and timm on the device, which are not installed",
+            field="compute",
+            limit="a run whose devices train a classifier alone (the default form)",
+            hint='pip install "sfprompt[device-torch]"',
+        )
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except ImportError:  # what an installation that is only partly there raises
+        return False
+
+
+def load_model(run: RunView, head_file: Path, state_file: Path, compute: Compute) -> Model:
+    """Load the device's part of a run's model from the server's files.
+
+    Args:
+        run: the run.
+        head_file: the head.
+        state_file: the global state.
+        compute: the library that computes; auto: NumPy, in each run in which it suffices.
+
+    Raises:
+        MalformedFrame: a file is damaged, or the head is of another model than the run's.
+        InvalidField: the run needs torch, which is not installed or not allowed.
+    """
+    check_compute(run, compute)
+    if compute != "torch" and not needs_torch(run):
+        from edge_client.linear_model import LinearModel
+
+        model = LinearModel.load(run.plan.model, head_file, state_file)
+        if model is not None:
+            return model
+        require_torch(f"the head of {run.plan.model.backbone}")
+    from edge_client.torch_model import TorchModel  # torch takes seconds to import
+
+    return TorchModel.load(run.plan.model, head_file, state_file)
 
 
 def preprocessing_of(split: ModelPlan, images: ImagePreparation) -> Preprocessing:
@@ -161,12 +205,6 @@ def preprocessing_of(split: ModelPlan, images: ImagePreparation) -> Preprocessin
     )
 
 
-def _read(state_file: Path) -> TunedState:
-    try:
-        return load_state(state_file)
-    except UNUSABLE as error:
-        raise _unusable(state_file, error) from error
-
-
-def _unusable(file: Path, error: Exception) -> MalformedFrame:
+def unusable(file: Path, error: Exception) -> MalformedFrame:
+    """Return the error for a file of the server that cannot be used."""
     return MalformedFrame(f"a file of the server cannot be used: {error}", value=str(file))

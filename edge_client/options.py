@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -65,6 +65,54 @@ HomeOption = Annotated[
 ]
 
 
+MinCutOption = Annotated[
+    int,
+    typer.Option(
+        "--min-cut",
+        envvar="EDGE_CLIENT_MIN_CUT",
+        min=0,
+        help="Take part only if so many blocks stay on this device; fewer blocks tell the server "
+        "more about the images.",
+    ),
+]
+
+MaxDownloadOption = Annotated[
+    int,
+    typer.Option(
+        "--max-download",
+        envvar="EDGE_CLIENT_MAX_DOWNLOAD",
+        min=1,
+        help="Largest download for head and tuned state together, in bytes.",
+    ),
+]
+
+RequireTLSOption = Annotated[
+    bool,
+    typer.Option(
+        "--require-tls", envvar="EDGE_CLIENT_REQUIRE_TLS", help="Refuse an address without https."
+    ),
+]
+
+BackboneOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--backbone",
+        envvar="EDGE_CLIENT_BACKBONE",
+        help="Take part only with this backbone (repeat it for several). Default: with every one.",
+    ),
+]
+
+MaxEpochsOption = Annotated[
+    int,
+    typer.Option(
+        "--max-epochs",
+        envvar="EDGE_CLIENT_MAX_EPOCHS",
+        min=0,
+        help="Most epochs of a round, and views of an image, that a server may ask for.",
+    ),
+]
+
+
 def choose_token(token: str | None, file: Path | None) -> str | None:
     """Return the join token from the option, the environment or a file; None: there is none.
 
@@ -74,3 +122,11 @@ def choose_token(token: str | None, file: Path | None) -> str | None:
     if token is None and file is not None:
         return read_token_file(file, "join_token_file")
     return token
+
+
+ComputeOption = Annotated[
+    Literal["auto", "numpy", "torch"],
+    typer.Option(
+        "--compute", help="The library that computes. auto: torch only in runs that need it."
+    ),
+]

@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from edge_client.data.dataset import Dataset
+from edge_client.data.dataset import Dataset, hash_names
 from edge_client.data.errors import CorruptImageError, DataError
-from edge_client.data.remarks import compose
 from edge_client.method import device_method
-from edge_client.model import DeviceModel
+from edge_client.model import Compute, Model, needs_torch
+from edge_client.policy import DevicePolicy
 from edge_client.reporter import Reporter
 from edge_client.run_model import RunModel
 from edge_client.run_samples import RunSamples, open_samples, split_validation
 from edge_client.smashed.sharing import share_labels
 from edge_client.storage.blob_cache import BlobCache
 from edge_client.storage.run_memory import RunMemory
-from edge_client.training import Diverged, Evaluation, Proximal, RoundContext, evaluate
+from edge_client.training import Diverged, Evaluation, RoundContext, evaluate
 from edge_client.transport.client import Server
 from protocol.errors import (
     Conflict,
     EmptyUpdate,
     Forbidden,
     InvalidField,
+    RefusedByDevice,
     Removed,
     SFPromptError,
     StaleRound,
@@ -45,6 +45,9 @@ from protocol.messages import (
 from protocol.plan import RunPlan
 from split_model.prediction_counts import PredictionCounter
 
+if TYPE_CHECKING:
+    from edge_client.training.proximal import Proximal
+
 _POLL_S = 8.0  # so that silence of the server is noticed within ten seconds
 
 _MAX_STARTS = 5  # starts of one round; then the device declines it
@@ -62,6 +65,8 @@ class Participant:
         reporter: receives progress and events.
         cache_bytes: memory budget of each cache (resized images, smashed data), in bytes.
         shares_labels: whether the server may have the labels, in a run that asks for them.
+        policy: what this device takes part in.
+        compute: the library that computes; auto: NumPy, in each run in which it suffices.
     """
 
     server: Server
@@ -71,6 +76,8 @@ class Participant:
     reporter: Reporter
     cache_bytes: int = 256 * 1024 * 1024
     shares_labels: bool = False
+    policy: DevicePolicy = field(default_factory=DevicePolicy)
+    compute: Compute = "auto"
 
     def join(self, run: str, key: str, join_token: str | None = None) -> JoinedRun:
         """Join a run, and download head and global state unless they are cached.
@@ -83,6 +90,7 @@ class Participant:
         Raises:
             InvalidField: the data have more classes than the run.
             InvalidField: the run needs the labels, and the server may not have them.
+            RefusedByDevice: the device's policy forbids the run.
             RunClosed: the run is over.
         """
         request = JoinRequest(
@@ -90,14 +98,21 @@ class Participant:
             train_samples=len(self.data.train),
             test_samples=len(self.data.test),
             num_classes=len(self.data.class_names),
-            classes_sha256=_hash_names(self.data.class_names),
+            classes_sha256=hash_names(self.data.class_names),
             shares_labels=self.shares_labels,
         )
         response = self.server.join(run, request, key, join_token)
         self.server.authenticate(response.credential)
         _check_classes(self.data, response.run.plan)
         memory = RunMemory(self.folder / "runs", run, response.participant)
-        model = RunModel.download(self.server, response.run, BlobCache(self.folder), memory)
+        files = BlobCache(self.folder)
+        try:
+            model = RunModel.download(
+                self.server, response.run, files, memory, self.policy, self.compute
+            )
+        except RefusedByDevice as error:
+            self.server.end(run, _reason_of(error))
+            raise
         joined = JoinedRun(self, response.participant, response.credential, model, memory)
         self.reporter.event(
             "joined",
@@ -151,7 +166,7 @@ class JoinedRun:
         self.samples = self._open_samples()
 
     @property
-    def model(self) -> DeviceModel:
+    def model(self) -> Model:
         """The current head, prompts and tail; a new object after each new head."""
         return self._run_model.model
 
@@ -324,7 +339,6 @@ class JoinedRun:
 
     def _context(self, assignment: Assignment) -> RoundContext:
         """Return what the round of an assignment works with; the model has its global state."""
-        strength = self._settings.training.proximal
         return RoundContext(
             self._settings,
             self._device.name,
@@ -334,10 +348,18 @@ class JoinedRun:
             self.samples.train,
             self._reporter.advance,
             self._device.cache_bytes,
-            Proximal(self.model, strength) if strength else None,
+            self._proximal(),
             assignment.start,
             assignment.rate_scale,
         )
+
+    def _proximal(self) -> Proximal | None:
+        strength = self._settings.training.proximal
+        if not strength or not needs_torch(self.run):  # a step of the classifier is whole
+            return None
+        from edge_client.training.proximal import proximal_of
+
+        return proximal_of(self.model, strength)
 
     def _evaluate(self, assignment: Assignment) -> None:
         self._update_model(assignment)
@@ -424,9 +446,3 @@ def _check_classes(data: Dataset, settings: RunPlan) -> None:
             limit=settings.model.num_classes,
             value=len(data.class_names),
         )
-
-
-def _hash_names(class_names: Sequence[str]) -> str:
-    """Return the SHA-256 over the names in order, in NFC, each followed by a newline."""
-    text = "".join(f"{compose(name)}\n" for name in class_names)
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Classify image files with a tuned model: with the server's body, or on this machine alone."""
+"""Classify image files with a run's newest model: head and tail here, the body on the server."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 
 from edge_client.data.batches import Preprocessing
 from edge_client.data.errors import CorruptImageError
 from edge_client.data.image_set import decode_file
 from edge_client.data.remarks import as_text
-from edge_client.model import UNUSABLE, DeviceModel, preprocessing_of
+from edge_client.model import Compute, Floats, Model, check_compute, load_model
 from edge_client.storage.blob_cache import BlobCache
 from edge_client.transport.client import Server
 from edge_client.transport.split_client import SplitPlane
-from protocol.errors import InvalidField, StaleRound
+from protocol.errors import StaleRound
 from protocol.messages import JoinRequest, RunView
-from split_model.checkpoints.export import load_exported
+from split_model.loss import softmax
 
 _BATCH = 32
 
@@ -61,7 +61,7 @@ class Classifier(ABC):
         """The classes' names, or their numbers if they have no names."""
 
     @abstractmethod
-    def probabilities(self, images: torch.Tensor, start: int) -> torch.Tensor:
+    def probabilities(self, images: Floats, start: int) -> Floats:
         """Compute the class probabilities [B, C] of images [B, 3, S, S].
 
         Args:
@@ -69,7 +69,6 @@ class Classifier(ABC):
             start: number of the first image, for the name of the request.
         """
 
-    @torch.no_grad()
     def predict(self, files: list[Path], top: int) -> Iterator[Prediction]:
         """Yield the ``top`` classes of each file in order, or the error of an unreadable file."""
         preprocessing, labels = self.preprocessing, self.labels
@@ -78,21 +77,21 @@ class Classifier(ABC):
             images, errors = [], {}
             for path in chunk:
                 try:
-                    image = decode_file(path, preprocessing.background).unsqueeze(0)
-                    images.append(preprocessing.resize(image))  # [1, 3, S, S]
+                    image = decode_file(path, preprocessing.background)
+                    images.append(preprocessing.resize(image))  # [3, S, S]
                 except CorruptImageError as error:
                     errors[path] = error.hint or str(error)
-            rows: Iterator[torch.Tensor] = iter(())
+            rows: Iterator[Floats] = iter(())
             if images:
-                batch = preprocessing.normalise(torch.cat(images))
+                batch = preprocessing.normalise(np.stack(images))
                 rows = iter(self.probabilities(batch, start))
             for path in chunk:
                 if path in errors:
                     yield Prediction(as_text(path), error=errors[path])
                     continue
-                best = next(rows).topk(min(top, len(labels)))
-                pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-                yield Prediction(as_text(path), tuple((labels[i], value) for i, value in pairs))
+                row = next(rows)
+                best = np.argsort(-row, kind="stable")[: min(top, len(labels))].tolist()
+                yield Prediction(as_text(path), tuple((labels[i], float(row[i])) for i in best))
 
 
 class Predictor(Classifier):
@@ -104,12 +103,15 @@ class Predictor(Classifier):
         server: the split server, authenticated.
         run: the server's current view of the run.
         files: cache of the server's files.
+        compute: the library that computes.
     """
 
-    def __init__(self, server: Server, run: RunView, files: BlobCache) -> None:
+    def __init__(
+        self, server: Server, run: RunView, files: BlobCache, compute: Compute = "auto"
+    ) -> None:
         self._server, self._run, self._files = server, run, files
-        self._plane = SplitPlane(server, run.plan, run.plan.wire.inference_smashed)
-        self._model = _download(server, run, files)
+        self._compute: Compute = compute
+        self._load()
 
     @classmethod
     def join(
@@ -120,6 +122,7 @@ class Predictor(Classifier):
         key: str,
         name: str,
         join_token: str | None = None,
+        compute: Compute = "auto",
     ) -> Predictor:
         """Join the run without samples, authenticate the server client, and download the model.
 
@@ -130,12 +133,17 @@ class Predictor(Classifier):
             key: idempotency key; the same key gives the same participant.
             name: the device's name.
             join_token: the server's token, if it requires one.
+            compute: the library that computes.
+
+        Raises:
+            InvalidField: the run needs torch, which is not installed or not allowed.
         """
+        check_compute(run, compute)
         classes = run.plan.model.num_classes
         request = JoinRequest(name=name, train_samples=0, test_samples=0, num_classes=classes)
         joined = server.join(run.id, request, key, join_token)
         server.authenticate(joined.credential)
-        return cls(server, joined.run, BlobCache(folder))
+        return cls(server, joined.run, BlobCache(folder), compute)
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -143,70 +151,36 @@ class Predictor(Classifier):
 
     @property
     def labels(self) -> Sequence[str]:
-        return _class_labels(self._run.settings.class_names, self._run.plan.model.num_classes)
+        return class_labels(self._run.settings.class_names, self._run.plan.model.num_classes)
 
-    def probabilities(self, images: torch.Tensor, start: int) -> torch.Tensor:
+    def probabilities(self, images: Floats, start: int) -> Floats:
         for _ in range(_MAX_DOWNLOADS):
             try:
                 return self._probabilities(images, start)
             except StaleRound:  # the run has a newer global state
                 self._run = self._server.run(self._run.id)
-                plan = self._run.plan
-                self._plane = SplitPlane(self._server, plan, plan.wire.inference_smashed)
-                self._model = _download(self._server, self._run, self._files)
+                self._load()
         return self._probabilities(images, start)
 
-    def _probabilities(self, images: torch.Tensor, start: int) -> torch.Tensor:
+    def _probabilities(self, images: Floats, start: int) -> Floats:
         model = self._model
-        smashed = model.head(images, model.prompts)
+        smashed = model.smashed(images)
         features = smashed if model.is_whole else self._infer(smashed, start)
-        logits = model.classify(features)
-        return logits.softmax(dim=1)
+        return softmax(model.classify(features))
 
-    def _infer(self, smashed: torch.Tensor, start: int) -> torch.Tensor:
+    def _infer(self, smashed: Floats, start: int) -> Floats:
         run, step = self._run, f"predict.{start}"
         return self._plane.infer(smashed, step=step, round_=run.round, state=run.state.sha256)
 
-
-def _download(server: Server, run: RunView, files: BlobCache) -> DeviceModel:
-    head = files.fetch(run.head, lambda start: server.head(run.id, start))
-    state = files.fetch(run.state, lambda start: server.state(run.id, run.state, start))
-    return DeviceModel.load(run.plan.model, head, state)
-
-
-class WholePredictor(Classifier):
-    """Classifies with an exported model on this machine, without a server.
-
-    Args:
-        file: file written by ``split-server export``.
-
-    Raises:
-        InvalidField: the file is not an exported model.
-    """
-
-    def __init__(self, file: Path) -> None:
-        try:
-            self._model = load_exported(file)
-        except UNUSABLE as error:
-            raise InvalidField(
-                f"the file is not an exported model: {error}",
-                field="model",
-                value=str(file),
-                hint="export one on the server: split-server export RUN --out model.safetensors",
-            ) from error
-
-    @property
-    def preprocessing(self) -> Preprocessing:
-        return preprocessing_of(self._model.settings, self._model.preparation)
-
-    @property
-    def labels(self) -> Sequence[str]:
-        return _class_labels(self._model.class_names, self._model.settings.num_classes)
-
-    def probabilities(self, images: torch.Tensor, start: int) -> torch.Tensor:
-        logits: torch.Tensor = self._model(images)
-        return logits.softmax(dim=1)
+    def _load(self) -> None:
+        server, run = self._server, self._run
+        head = self._files.fetch(run.head, lambda start: server.head(run.id, start))
+        state = self._files.fetch(run.state, lambda start: server.state(run.id, run.state, start))
+        self._model: Model = load_model(run, head, state, self._compute)
+        shape = self._model.feature_shape(run.plan.wire.pooled_features)
+        self._plane = SplitPlane(server, run.plan, shape, run.plan.wire.inference_smashed)
 
 
-def _class_labels(names: Sequence[str] | None, count: int) -> Sequence[str]:
+def class_labels(names: Sequence[str] | None, count: int) -> Sequence[str]:
+    """Return the names of the classes; without names, their numbers."""
     return names or tuple(map(str, range(count)))

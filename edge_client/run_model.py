@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from torch import Tensor
-
-from edge_client.model import DeviceModel
+from edge_client.model import Compute, Model, check_compute, load_model
+from edge_client.policy import DevicePolicy
 from edge_client.storage.blob_cache import BlobCache
 from edge_client.storage.global_state import GlobalStates
 from edge_client.storage.run_memory import RunMemory
 from edge_client.transport.client import Server
 from edge_client.transport.response import Body
+from protocol.arrays import Array
 from protocol.errors import NotFound, StaleRound
 from protocol.messages import Assignment, BlobRef, RunView, UpdateMeta
 
@@ -35,18 +35,28 @@ class RunModel:
         run: RunView,
         files: BlobCache,
         states: GlobalStates,
-        model: DeviceModel,
+        model: Model,
+        policy: DevicePolicy,
+        compute: Compute,
     ) -> None:
         self._server = server
         self.run = run
         self.files = files
         self.head = run.head
         self._states = states
+        self._policy = policy
         self.model = model
+        self._compute: Compute = compute
 
     @classmethod
     def download(
-        cls, server: Server, run: RunView, files: BlobCache, memory: RunMemory | None = None
+        cls,
+        server: Server,
+        run: RunView,
+        files: BlobCache,
+        memory: RunMemory | None = None,
+        policy: DevicePolicy | None = None,
+        compute: Compute = "auto",
     ) -> RunModel:
         """Download head and global state, unless they are in the cache, and load them.
 
@@ -55,18 +65,26 @@ class RunModel:
             run: as the server described it.
             files: caches the files.
             memory: of a device that sends updates.
+            policy: what this device takes part in; None: the default policy.
+            compute: the library that computes.
 
         Raises:
+            RefusedByDevice: the policy forbids the run or the size of its files.
             MalformedFrame: a file is damaged or belongs to another model.
+            InvalidField: the run needs torch, which is not installed or not allowed.
         """
+        policy = policy or DevicePolicy()
+        policy.check_run(run)
+        check_compute(run, compute)
         try:
             head = _fetch_head(server, run, run.head, files)
         except NotFound:  # the run has a newer head than when the device joined
             run = server.run(run.id)
+            policy.check_run(run)
             head = _fetch_head(server, run, run.head, files)
         states = GlobalStates(server, run.id, run.plan.wire, files, memory)
-        model = DeviceModel.load(run.plan.model, head, states.fetch(run.state))
-        return cls(server, run, files, states, model)
+        model = load_model(run, head, states.fetch(run.state), compute)
+        return cls(server, run, files, states, model, policy, compute)
 
     def update(self, assignment: Assignment) -> bool:
         """Load the assignment's head and global state.
@@ -75,8 +93,10 @@ class RunModel:
             Whether the head is new.
 
         Raises:
+            RefusedByDevice: the files are larger than the device's policy allows.
             StaleRound: the run already has a newer head.
         """
+        self._policy.check_download(assignment.head or self.head, assignment.state)
         new_head = assignment.head is not None and assignment.head != self.head
         if assignment.head is not None and new_head:
             self._load_head(assignment.head, assignment.state)
@@ -84,7 +104,7 @@ class RunModel:
         self.files.drop_old(keep={self.head.sha256})
         return new_head
 
-    def send_update(self, meta: UpdateMeta, extras: Mapping[str, Tensor] | None = None) -> None:
+    def send_update(self, meta: UpdateMeta, extras: Mapping[str, Array] | None = None) -> None:
         """Send the tuned state to the server.
 
         Args:
@@ -103,7 +123,7 @@ class RunModel:
         except NotFound as error:
             raise StaleRound(str(error), field="head", value=head.sha256) from error
         self.head = head
-        self.model = DeviceModel.load(self.run.plan.model, file, self._states.fetch(state))
+        self.model = load_model(self.run, file, self._states.fetch(state), self._compute)
 
 
 def _fetch_head(server: Server, run: RunView, head: BlobRef, files: BlobCache) -> Path:

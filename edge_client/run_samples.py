@@ -60,9 +60,10 @@ def open_samples(
 ) -> RunSamples:
     """Open all sets with empty caches."""
     settings, cache_bytes = model.run.plan, device.cache_bytes
-    plane = SplitPlane(device.server, settings)
+    shape = model.model.feature_shape(settings.wire.pooled_features)
+    plane = SplitPlane(device.server, settings, shape)
     inference_codec = settings.wire.inference_smashed or settings.wire.smashed
-    inference = SplitPlane(device.server, settings, inference_codec)
+    inference = SplitPlane(device.server, settings, shape, inference_codec)
     augmentation = None
     if settings.training.augment:
         augmentation = Augmentation(derive_seed(settings.seed, "augment", device.name))
@@ -94,7 +95,7 @@ def _with_caches(
     settings = model.run.plan
     if settings.model.prompt_at != "cut":
         return Samples(images)
-    outputs = HeadOutputs(model.model.head, images, device.cache_bytes)
+    outputs = HeadOutputs(model.model, images, device.cache_bytes)
     if not settings.wire.keep_smashed:
         return Samples(images, outputs)
     form = f"{model.head.sha256} {codec}"

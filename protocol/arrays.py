@@ -99,6 +99,10 @@ class Backend(ABC):
         """Return numbers from their bits: bfloat16 here if the library has it, else float32."""
 
     @abstractmethod
+    def floor(self, values: Any) -> Any:
+        """Round down in place, and return the values."""
+
+    @abstractmethod
     def clip(self, values: Any, low: float, high: float) -> Any:
         """Clip in place, and return the values."""
 
@@ -149,12 +153,15 @@ class _NumPyBackend(Backend):
 
     def to_bfloat16(self, values: Any) -> Any:
         bits = values.view(np.uint32)
-        rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
+        rounded = np.asarray((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16)
         rounded[np.isnan(values)] = 0x7FC0  # rounding could carry a NaN to infinity
         return rounded.astype(np.uint16).view(np.int16)
 
     def from_bfloat16(self, bits: NDArray[np.int16]) -> Any:
         return widen(bits)
+
+    def floor(self, values: Any) -> Any:
+        return np.floor(values, out=values)
 
     def clip(self, values: Any, low: float, high: float) -> Any:
         return np.clip(values, low, high, out=values)

@@ -36,6 +36,10 @@ def list_refusals(plan: RunPlan) -> list[tuple[bool, str]]:
         ),
         *_depth_refusals(plan),
         (
+            training.server_tuning != "none" and not plan.shares_labels,
+            "server_tuning needs training.labels = shared: the server tunes towards the labels",
+        ),
+        (
             plan.shares_labels and (not model.depths or bool(training.split_epochs)),
             "training.labels = shared needs a closed-form start (depths above 0) and split_epochs "
             "= 0: the server then tunes the classifier on the features that it has",

@@ -23,6 +23,7 @@ SFPromptError                     base class of all errors of this project
 ├── Busy                          the server is full; repeat after `retry_after_s`
 ├── InternalError                 the server failed; its log has the request id
 │   └── DamagedFile               a stored file is not what was written; the log names it
+├── RefusedByDevice               the device's policy forbids it (raised only by a client)
 └── Unreachable                   no response from the other end (raised only by a client)
 """
 
@@ -49,6 +50,7 @@ __all__ = [
     "MalformedFrame",
     "NonFinite",
     "NotFound",
+    "RefusedByDevice",
     "Removed",
     "RunClosed",
     "SFPromptError",
@@ -264,6 +266,12 @@ class DamagedFile(InternalError):
     """A stored file is not what was written; the log names it."""
 
     code = "damaged_file"
+
+
+class RefusedByDevice(SFPromptError):
+    """The device's policy forbids what the server asks (raised only by a client)."""
+
+    code, status = "refused_by_device", 0
 
 
 class Unreachable(SFPromptError):

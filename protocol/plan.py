@@ -40,6 +40,8 @@ PromptDepth = Literal["shallow", "deep"]
 
 PruningScore = Literal["el2n", "grand", "margin", "loss", "random"]
 
+BodyTuning = Literal["none", "layernorm", "bias", "lora"]
+
 Tuned = Literal["tail", "classifier", "bias", "adapter", "lora", "full"]
 
 
@@ -246,6 +248,15 @@ class TrainingPlan(TrainingSettings):
     )
     local_learning_rate_scale: float = Field(
         1.0, ge=0, le=100, description="factor of both learning rates in the local-loss update"
+    )
+    server_tuning: BodyTuning = Field(
+        "none", description="what the server tunes of its body before round 0, on shared labels"
+    )
+    server_epochs: int = Field(
+        4, ge=1, le=10_000, description="epochs of this over all participants' samples"
+    )
+    server_learning_rate: float = Field(
+        1e-3, gt=0, le=100, description="learning rate of this; AdamW, falling as a cosine"
     )
 
 

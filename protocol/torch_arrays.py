@@ -67,6 +67,9 @@ class TorchBackend(Backend):
     def from_bfloat16(self, bits: NDArray[np.int16]) -> Tensor:
         return self.own(bits).view(torch.bfloat16)
 
+    def floor(self, values: Tensor) -> Tensor:
+        return values.floor_()
+
     def clip(self, values: Tensor, low: float, high: float) -> Tensor:
         return values.clamp_(low, high)
 

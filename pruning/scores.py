@@ -1,18 +1,19 @@
 """Scores of samples by their value for training, from one forward pass of head and tail.
 
 All scores have the type `Score`; `SCORES` lists them by the names in a run's settings. A higher
-score marks a more valuable sample. No score needs the body, the network or a backward pass.
+score marks a more valuable sample. No score needs the body, the network or a backward pass. NumPy
+arrays and torch tensors give the same scores, each computed with the library of the logits.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+import numpy as np
 
+from protocol.arrays import NUMPY, Array, Backend, Generator, SomeArray, backend_of, backend_on
 from protocol.errors import InvalidField, WrongShape
+from protocol.wire import FLOAT32_BYTES
 
 __all__ = [
     "SCORES",
@@ -37,8 +38,8 @@ class Score(Protocol):
         generator: the source of random numbers; only for `random`.
 
     Returns:
-        [N], on the logits' device, without gradient. The score of a sample with non-finite logits
-        is not finite; `select_highest` refuses it.
+        [N], of the logits' library and on their device, without gradient. The score of a sample
+        with non-finite logits is not finite; `select_highest` refuses it.
 
     Raises:
         WrongShape: the shapes do not fit each other.
@@ -47,34 +48,38 @@ class Score(Protocol):
 
     def __call__(
         self,
-        logits: Tensor,
-        labels: Tensor,
-        features: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor: ...
+        logits: SomeArray,
+        labels: Array,
+        features: Array | None = None,
+        generator: Generator | None = None,
+    ) -> SomeArray: ...
 
 
 def el2n(
-    logits: Tensor,
-    labels: Tensor,
-    features: Tensor | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
+    logits: SomeArray,
+    labels: Array,
+    features: Array | None = None,
+    generator: Generator | None = None,
+) -> SomeArray:
     """Return the norm of the error, ‖softmax(logits) − onehot(labels)‖₂, from 0 to √2.
 
     Arguments and errors: see `Score`.
 
     Source: EL2N, arXiv 2107.07075, section 2; used by SFPrompt, arXiv 2407.17533, section 3.
     """
-    return _compute_error(*_validate(logits, labels)).square().sum(dim=1).sqrt()  # [N]
+    backend, own, classes = _validate(logits, labels)
+    with np.errstate(all="ignore"):
+        error = _compute_error(backend, own, classes)
+        norms: SomeArray = backend.xp.sqrt(backend.xp.sum(error**2, axis=1))  # [N]
+    return norms
 
 
 def grand(
-    logits: Tensor,
-    labels: Tensor,
-    features: Tensor | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
+    logits: SomeArray,
+    labels: Array,
+    features: Array | None = None,
+    generator: Generator | None = None,
+) -> SomeArray:
     """Return the norm of the loss's gradient with respect to the classifier's weight and bias.
 
     With the error e = softmax(logits) − onehot(labels) and the classifier's input f, the gradient
@@ -83,7 +88,7 @@ def grand(
 
     Source: GraNd, arXiv 2107.07075, section 2, restricted to the last layer.
     """
-    error_norm = el2n(logits, labels)  # [N]
+    error_norm: Any = el2n(logits, labels)  # [N]
     if features is None:
         raise InvalidField("the score grand needs the classifier's input", field="features")
     if features.ndim != 2 or features.shape[0] != logits.shape[0]:
@@ -93,23 +98,25 @@ def grand(
             limit=[logits.shape[0], "F"],
             value=list(features.shape),
         )
-    squares = features.detach().to(error_norm.dtype).square().sum(dim=1)  # [N]
-    return error_norm * (squares + 1).sqrt()
+    backend = backend_of(error_norm)
+    own = backend.xp.astype(backend.own(features), error_norm.dtype)
+    norms: SomeArray = error_norm * backend.xp.sqrt(backend.xp.sum(own**2, axis=1) + 1)
+    return norms
 
 
 def margin(
-    logits: Tensor,
-    labels: Tensor,
-    features: Tensor | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
+    logits: SomeArray,
+    labels: Array,
+    features: Array | None = None,
+    generator: Generator | None = None,
+) -> SomeArray:
     """Return the highest logit of another class minus the true class's; above 0 if misclassified.
 
     These are the negative log-odds of the true class against the strongest other class. Unlike a
     difference of probabilities, they do not saturate: confident samples still have an order.
     Arguments and errors: see `Score`; at least two classes.
     """
-    logits, labels = _validate(logits, labels)
+    backend, own, classes = _validate(logits, labels)
     if logits.shape[1] < 2:
         raise WrongShape(
             "the score margin needs at least two classes",
@@ -117,42 +124,54 @@ def margin(
             limit=2,
             value=logits.shape[1],
         )
-    column = labels.unsqueeze(1)  # [N, 1]
-    true_logit = logits.gather(1, column).squeeze(1)  # [N]
-    other_logit = logits.scatter(1, column, -torch.inf).amax(dim=1)  # [N]
-    return other_logit - true_logit
+    others = backend.xp.asarray(own, copy=True)
+    others[_true_entries(backend, own, classes)] = -np.inf
+    with np.errstate(all="ignore"):
+        margins: SomeArray = backend.xp.max(others, axis=1) - _true_logit(backend, own, classes)
+    return margins
 
 
 def loss(
-    logits: Tensor,
-    labels: Tensor,
-    features: Tensor | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
+    logits: SomeArray,
+    labels: Array,
+    features: Array | None = None,
+    generator: Generator | None = None,
+) -> SomeArray:
     """Return the cross-entropy of each sample, in nats. Arguments and errors: see `Score`."""
-    logits, labels = _validate(logits, labels)
-    return F.cross_entropy(logits, labels, reduction="none")  # [N]
+    backend, own, classes = _validate(logits, labels)
+    xp = backend.xp
+    with np.errstate(all="ignore"):
+        highest = xp.max(own, axis=1, keepdims=True)
+        partition = xp.log(xp.sum(xp.exp(own - highest), axis=1))
+        losses: SomeArray = partition - (_true_logit(backend, own, classes) - highest[:, 0])
+    return losses  # [N]
 
 
 def random(
-    logits: Tensor,
-    labels: Tensor,
-    features: Tensor | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
+    logits: SomeArray,
+    labels: Array,
+    features: Array | None = None,
+    generator: Generator | None = None,
+) -> SomeArray:
     """Return uniform numbers from 0 to 1, the baseline of the other scores.
 
     They depend only on the generator and on N. Arguments and errors: see `Score`.
     """
-    logits, _ = _validate(logits, labels)
+    backend, own, _ = _validate(logits, labels)
     if generator is None:
         raise InvalidField("the score random needs a seeded generator", field="generator")
-    return draw_random_scores(logits.shape[0], generator).to(logits.device)
+    scores: SomeArray = backend.own(draw_random_scores(len(own), generator))
+    return scores
 
 
-def draw_random_scores(samples: int, generator: torch.Generator) -> Tensor:
-    """Return the scores of `random`, [samples], without computing logits."""
-    return torch.rand(samples, generator=generator, device=generator.device)  # [N]
+def draw_random_scores(samples: int, generator: Generator) -> Any:
+    """Return the scores of `random`, [samples], without computing logits.
+
+    They are of the generator's library, and on its device.
+    """
+    if isinstance(generator, np.random.Generator):
+        return NUMPY.draw([samples], generator)
+    return backend_on(generator.device).draw([samples], generator)
 
 
 SCORES: dict[str, Score] = {
@@ -164,19 +183,34 @@ SCORES: dict[str, Score] = {
 }
 
 
-def _compute_error(logits: Tensor, labels: Tensor) -> Tensor:
+def _compute_error(backend: Backend, logits: Any, labels: Any) -> Any:
     """Return softmax(logits) − onehot(labels), [N, C].
 
     The true class's entry is minus the sum of the others: p − 1 would cancel all digits of a
     confident sample, so that different samples would tie.
     """
-    column = labels.unsqueeze(1)  # [N, 1]
-    others = logits.softmax(dim=1).scatter(1, column, 0.0)  # [N, C], zero at the true class
-    return others.scatter(1, column, -others.sum(dim=1, keepdim=True))
+    xp = backend.xp
+    powers = xp.exp(logits - xp.max(logits, axis=1, keepdims=True))  # [N, C]
+    error = powers / xp.sum(powers, axis=1, keepdims=True)
+    entries = _true_entries(backend, logits, labels)
+    error[entries] = 0.0
+    error[entries] = -xp.sum(error, axis=1)
+    return error
 
 
-def _validate(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def _true_entries(backend: Backend, logits: Any, labels: Any) -> tuple[Any, Any]:
+    """Return the indices of each sample's true class in the logits."""
+    xp = backend.xp
+    return xp.arange(len(logits), dtype=xp.int64, device=logits.device), labels
+
+
+def _true_logit(backend: Backend, logits: Any, labels: Any) -> Any:
+    return logits[_true_entries(backend, logits, labels)]
+
+
+def _validate(logits: Array, labels: Array) -> tuple[Backend, Any, Any]:
     """Check logits and labels; return logits in at least float32 and labels as int64."""
+    backend, of_labels = backend_of(logits), backend_of(labels)
     if logits.ndim != 2 or logits.shape[1] < 1:
         raise WrongShape(
             "logits must have one row for each sample and one column for each class",
@@ -184,7 +218,7 @@ def _validate(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
             limit=["N", "C"],
             value=list(logits.shape),
         )
-    if not logits.is_floating_point():
+    if not backend.xp.isdtype(logits.dtype, "real floating"):
         raise InvalidField("logits must be floating-point", field="logits", value=str(logits.dtype))
     if labels.shape != logits.shape[:1]:
         raise WrongShape(
@@ -193,17 +227,17 @@ def _validate(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
             limit=[logits.shape[0]],
             value=list(labels.shape),
         )
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+    if not of_labels.xp.isdtype(labels.dtype, "integral"):
         raise InvalidField("labels must be integers", field="labels", value=str(labels.dtype))
     classes = logits.shape[1]
-    if labels.numel() and (int(labels.min()) < 0 or int(labels.max()) >= classes):
+    if len(labels) and (int(labels.min()) < 0 or int(labels.max()) >= classes):
         raise InvalidField(
             "a label is not the number of a class",
             field="labels",
             limit=[0, classes - 1],
             value=[int(labels.min()), int(labels.max())],
         )
-    logits = logits.detach()
-    if logits.dtype in (torch.float16, torch.bfloat16):
-        logits = logits.float()
-    return logits, labels.to(device=logits.device, dtype=torch.int64)
+    xp, own = backend.xp, backend.own(logits)
+    if own.dtype.itemsize < FLOAT32_BYTES:
+        own = xp.astype(own, xp.float32)
+    return backend, own, xp.astype(backend.own(labels), xp.int64)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from typing import Any
 
-import torch
-from torch import Tensor
-
+from protocol.arrays import Array, Backend, SomeArray, backend_of
 from protocol.errors import InvalidField, NonFinite, WrongShape
 
 __all__ = ["select_highest", "selected_count"]
@@ -38,11 +37,11 @@ def selected_count(samples: int, keep_fraction: float) -> int:
 
 
 def select_highest(
-    scores: Tensor,
+    scores: SomeArray,
     keep_fraction: float,
-    labels: Tensor | None = None,
+    labels: Array | None = None,
     per_class: bool = False,
-) -> Tensor:
+) -> SomeArray:
     """Return the indices of the samples with the highest scores, ascending.
 
     Of equal scores it selects the lower index: equal input gives equal output on every machine.
@@ -55,7 +54,7 @@ def select_highest(
             sample, so that the selected share is larger with many small classes.
 
     Returns:
-        int64 [K], on the scores' device; empty if N is 0.
+        int64 [K], of the scores' library and on their device; empty if N is 0.
 
     Raises:
         NonFinite: a score is NaN or infinite.
@@ -71,7 +70,9 @@ def select_highest(
             limit=["N"],
             value=list(scores.shape),
         )
-    non_finite = int(scores.numel() - scores.isfinite().sum())
+    backend = backend_of(scores)
+    xp, own = backend.xp, backend.own(scores)
+    non_finite = len(own) - int(xp.sum(xp.isfinite(own)))
     if non_finite:
         raise NonFinite(
             "scores must be finite",
@@ -80,15 +81,18 @@ def select_highest(
             value=non_finite,
             hint="the model's output is NaN or infinite: lower the learning rate",
         )
-    order = torch.argsort(scores.detach(), descending=True, stable=True)  # [N]
+    order = xp.argsort(own, descending=True, stable=True)  # [N]
     if not per_class:
-        selected = order[: selected_count(scores.numel(), keep_fraction)]
+        selected = order[: selected_count(len(own), keep_fraction)]
     else:
-        selected = _select_within_classes(order, keep_fraction, labels)
-    return selected.sort().values
+        selected = _select_within_classes(backend, order, keep_fraction, labels)
+    indices: SomeArray = xp.sort(selected)
+    return indices
 
 
-def _select_within_classes(order: Tensor, keep_fraction: float, labels: Tensor | None) -> Tensor:
+def _select_within_classes(
+    backend: Backend, order: Any, keep_fraction: float, labels: Array | None
+) -> Any:
     if labels is None:
         raise InvalidField("per_class needs labels", field="labels")
     if labels.shape != order.shape:
@@ -98,13 +102,13 @@ def _select_within_classes(order: Tensor, keep_fraction: float, labels: Tensor |
             limit=list(order.shape),
             value=list(labels.shape),
         )
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+    if not backend_of(labels).xp.isdtype(labels.dtype, "integral"):
         raise InvalidField("labels must be integers", field="labels", value=str(labels.dtype))
     selected_count(0, keep_fraction)  # checks the fraction, also if no class occurs
-    ranked = labels.to(order.device)[order]  # [N], classes from the highest score down
-    selected = order[:0]
-    for label in ranked.unique():
+    xp = backend.xp
+    ranked = backend.own(labels)[order]  # [N], classes from the highest score down
+    selected = [order[:0]]
+    for label in xp.unique_values(ranked):
         of_class = order[ranked == label]
-        count = selected_count(of_class.numel(), keep_fraction)
-        selected = torch.cat([selected, of_class[:count]])
-    return selected
+        selected.append(of_class[: selected_count(len(of_class), keep_fraction)])
+    return xp.concat(selected)

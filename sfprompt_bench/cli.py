@@ -55,6 +55,14 @@ _SUBCOMMANDS = {
             "--samples 1000 --rounds 50",
         ),
     ),
+    "device": Subcommand(
+        "sfprompt_bench.device.command",
+        "Compute a device's head with NumPy and with torch: samples a second, memory, start.",
+        (
+            "sfprompt-bench device",
+            "sfprompt-bench device --backbone vit_base_patch16_224 --image-sizes 224",
+        ),
+    ),
     "leak": Subcommand(
         "sfprompt_bench.leak.command",
         "Train like the default form, and infer the labels from what the server receives.",

@@ -8,9 +8,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-from torch.nn import functional as F
+import numpy as np
+from numpy.typing import NDArray
+
+from split_model.loss import cross_entropy, softmax
+from split_model.loss import one_hot as one_hot_of
 
 USUAL_FACTOR = 8.0  # factor of the scores, for samples that did not take part in round 0
 
@@ -18,7 +20,15 @@ _CURVATURE = 2.0  # cross-entropy has a curvature of at most 1/2 in each score
 
 # Candidates for the factor of the scores. On a few easy samples the best factor would be far larger
 # than on the samples of other devices.
-_TEMPERATURES = torch.logspace(0, 1.5, 31)
+_FACTORS = np.logspace(0, 1.5, 31)
+
+Reals = NDArray[np.floating]
+
+Doubles = NDArray[np.float64]
+
+Floats = NDArray[np.float32]
+
+Labels = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -32,9 +42,9 @@ class Features:
         strength: of the ridge regression's penalty, for each sample; 0 before it is solved.
     """
 
-    values: Tensor
-    mean: Tensor
-    variances: Tensor
+    values: Floats
+    mean: Floats
+    variances: Floats
     strength: float
 
 
@@ -49,15 +59,15 @@ class Fit:
         strength: of the penalty, for each sample.
     """
 
-    weight: Tensor
-    bias: Tensor
-    leverage: Tensor
+    weight: Floats
+    bias: Floats
+    leverage: Floats
     strength: float
 
 
 def step_classifier(
-    weight: Tensor, bias: Tensor, features: Features, labels: Tensor, decay: float
-) -> tuple[tuple[Tensor, Tensor], float]:
+    weight: Reals, bias: Reals, features: Features, labels: Labels, decay: float
+) -> tuple[tuple[Doubles, Doubles], float]:
     """Take one step of penalised logistic regression.
 
     The step divides the mean gradient in each feature by a bound on the curvature of the loss, so
@@ -75,45 +85,45 @@ def step_classifier(
 
     Source: Böhning, Multinomial logistic regression algorithm (1992), with a diagonal bound.
     """
-    weight, bias = weight.double(), bias.double()
-    mean, values, variances = (
-        each.double() for each in (features.mean, features.values, features.variances)
-    )
+    weight, bias = _doubles(weight, bias)
+    mean, values, variances = _doubles(features.mean, features.values, features.variances)
     # A component's factor is the inverse root of its variance here; see the server's basis.
     used = variances > 0
-    penalty = torch.where(used, decay / variances.clamp(min=1e-30), 0.0)
+    penalty = np.where(used, decay / np.maximum(variances, 1e-30), 0.0)
     bound = variances / _CURVATURE + penalty  # (r)
-    step = torch.where(used, 1 / bound.clamp(min=1e-30), 0.0)
+    step = np.where(used, 1 / np.maximum(bound, 1e-30), 0.0)
     scores = values @ weight.T + bias  # (n, C)
-    loss = F.cross_entropy(scores, labels).item()
-    errors = scores.softmax(dim=1) - F.one_hot(labels, len(bias)).double()  # (n, C)
+    loss = cross_entropy(scores, labels)
+    errors = softmax(scores) - one_hot_of(labels, len(bias))  # (n, C)
     slope = errors.T @ (values - mean) / len(labels)
     change = (slope + penalty * weight) * step  # (C, r)
-    return (weight - change, bias - _CURVATURE * errors.mean(dim=0) + change @ mean), loss
+    return (weight - change, bias - _CURVATURE * errors.mean(axis=0) + change @ mean), loss
 
 
 def penalised_loss(
-    weight: Tensor, bias: Tensor, features: Features, labels: Tensor, decay: float
+    weight: Reals, bias: Reals, features: Features, labels: Labels, decay: float
 ) -> float:
     """Return the loss that `step_classifier` lowers: mean cross-entropy, and the penalty.
 
     Args:
         weight, bias, features, labels, decay: as there.
     """
-    variances, weight = features.variances.double(), weight.detach().double()
-    scores = features.values.double() @ weight.T + bias.detach().double()  # (n, C)
+    weight, bias = _doubles(weight, bias)
+    values, variances = _doubles(features.values, features.variances)
+    scores = values @ weight.T + bias  # (n, C)
     used = variances > 0
-    penalty = float((decay * weight.square()[:, used] / variances[used]).sum() / 2)
-    return float(F.cross_entropy(scores, labels)) + penalty
+    penalty = float((decay * np.square(weight[:, used]) / variances[used]).sum() / 2)
+    return cross_entropy(scores, labels) + penalty
 
 
-def one_hot_sums(features: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+def one_hot_sums(features: Reals, labels: Labels, classes: int) -> tuple[Floats, Floats]:
     """Return the sums [C, r] of the features [n, r] in each class, and their numbers [C]."""
-    one_hot = F.one_hot(labels, classes).double()
-    return (one_hot.T @ features.double()).float(), one_hot.sum(dim=0).float()
+    one_hot = one_hot_of(labels, classes)
+    sums = one_hot.T @ features.astype(np.float64)
+    return sums.astype(np.float32), one_hot.sum(axis=0).astype(np.float32)
 
 
-def scale_fit(fit: Fit, features: Tensor, labels: Tensor) -> tuple[float, float, float]:
+def scale_fit(fit: Fit, features: Reals, labels: Labels) -> tuple[float, float, float]:
     """Choose the factor of the classifier's scores that suits a device's samples.
 
     Args:
@@ -124,13 +134,13 @@ def scale_fit(fit: Fit, features: Tensor, labels: Tensor) -> tuple[float, float,
     Returns:
         The factor, the leave-one-out cross-entropy in nats, and the penalty of later rounds.
     """
-    one_hot = F.one_hot(labels, len(fit.bias)).float()
+    one_hot = one_hot_of(labels, len(fit.bias))
     scores = leave_one_out(features @ fit.weight.T + fit.bias, one_hot, fit.leverage)
     factor, loss = calibrate(scores, labels)
     return factor, loss, fit.strength / factor * caution(loss, len(fit.bias))
 
 
-def leave_one_out(scores: Tensor, one_hot: Tensor, leverage: Tensor) -> Tensor:
+def leave_one_out(scores: Reals, one_hot: Reals, leverage: Reals) -> Doubles:
     """Return the leave-one-out scores [n, C]: those of fits without the sample itself.
 
     Args:
@@ -138,8 +148,9 @@ def leave_one_out(scores: Tensor, one_hot: Tensor, leverage: Tensor) -> Tensor:
         one_hot: one-hot labels, [n, C].
         leverage: weight of each sample's label in its own score, [n].
     """
-    weight = leverage.clamp(max=1 - 1e-4).unsqueeze(1)
-    return (scores - weight * one_hot) / (1 - weight)
+    weight = np.minimum(leverage.astype(np.float64), 1 - 1e-4)[:, None]
+    result: Doubles = (scores - weight * one_hot) / (1 - weight)
+    return result
 
 
 def caution(loss: float, classes: int) -> float:
@@ -155,13 +166,17 @@ def caution(loss: float, classes: int) -> float:
     return min(1.0, max(0.1, (loss / math.log(classes) - 0.2) / 0.3))
 
 
-def calibrate(scores: Tensor, labels: Tensor) -> tuple[float, float]:
+def calibrate(scores: Reals, labels: Labels) -> tuple[float, float]:
     """Return the factor of the scores with the smallest mean cross-entropy, and this loss in nats.
 
     Args:
         scores: leave-one-out scores, [n, C].
         labels: classes, int64 [n].
     """
-    losses = [F.cross_entropy(factor * scores, labels).item() for factor in _TEMPERATURES]
+    losses = [cross_entropy(factor * scores, labels) for factor in _FACTORS]
     best = min(range(len(losses)), key=losses.__getitem__)
-    return float(_TEMPERATURES[best]), losses[best]
+    return float(_FACTORS[best]), losses[best]
+
+
+def _doubles(*arrays: Reals) -> tuple[Doubles, ...]:
+    return tuple(np.asarray(array, np.float64) for array in arrays)

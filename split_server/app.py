@@ -56,6 +56,7 @@ from split_server.runtime.device import Placement, SideStreams, choose_placement
 from split_server.runtime.listening import check_address
 from split_server.runtime.process import Clock, descriptor_limit
 from split_server.settings import OPERATOR_TOKEN_FILE, ServerSettings
+from split_server.shared_labels.body_jobs import OwnBodies
 from split_server.shared_labels.receipt import LabelReceipt
 from split_server.shared_labels.stand_in import StandIns
 from split_server.storage.data_dir import check_complete, lock_data_dir
@@ -138,7 +139,7 @@ def build_services(
         figures=figures,
         samples=samples,
         labels=labels,
-        stand_ins=StandIns(runs, federation, starts, labels),
+        stand_ins=StandIns(runs, federation, starts, labels, engine, placement.device),
         starts=starts,
         store=store,
         meter=meter,
@@ -174,7 +175,9 @@ def _build_engine(settings: ServerSettings, placement: Placement, figures: Engin
         backward=settings.backward,
     )
     bodies = BodyCache(placement, settings.max_bodies, compiled=settings.compile)
-    return Engine(bodies, placement, limits, figures=figures, handlers=list_job_handlers())
+    return Engine(
+        bodies, placement, limits, figures=figures, handlers=[*list_job_handlers(), OwnBodies]
+    )
 
 
 def _build_sample_store(settings: ServerSettings) -> SampleStore:

@@ -28,8 +28,8 @@ _INTRODUCTION = f"""\
 A run's settings are the TOML file that `split-server create-run --config` reads;
 `run.example.toml` is one. The server's settings are flags of `split-server serve`, environment
 variables with the prefix `{ENV_PREFIX}`, or lines of the TOML file that `serve --config` reads, in
-this order of precedence. Commands of the device have flags only; `edge-client join --help` lists
-them.
+this order of precedence. `edge-client join --help` lists
+the options of the device, some of which have a variable too.
 """
 
 _CODECS = f"""\

@@ -6,21 +6,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-import torch
-from torch import Tensor
-from torch.nn import functional
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
 
 from edge_client.data.errors import PreprocessingError
-from edge_client.data.image_set import ImageSet
+from edge_client.data.image_set import ImageSet, Labels, Pixels
 from edge_client.data.pictures import WHITE, Colour
 from edge_client.data.sampling import generator
 from protocol.parts import Fit
+
+Floats = NDArray[np.float32]
 
 Interpolation = Literal["bilinear", "bicubic", "nearest"]
 
 _MAX_SIDE = 4096  # pixels
 
-_CHUNK_BYTES = 4 * 1024**2  # full-size images that are resized in one call
+_FILTERS = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "nearest": Image.Resampling.NEAREST,
+}
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,7 @@ class Augmentation:
         if not 0.0 <= self.max_shift <= 0.5:
             raise PreprocessingError("max_shift", limit="0 to 0.5", value=self.max_shift)
 
-    def apply(self, images: Tensor, positions: Tensor, epoch: int) -> Tensor:
+    def apply(self, images: Pixels, positions: Labels, epoch: int) -> Pixels:
         """Augment images.
 
         Args:
@@ -57,17 +63,17 @@ class Augmentation:
         """
         side = images.shape[-1]
         limit = round(self.max_shift * side)
-        pixels = torch.arange(side)
-        augmented = torch.empty_like(images)
+        pixels = np.arange(side)
+        augmented = np.empty_like(images)
         for row, position in enumerate(positions.tolist()):
             rng = generator(self.seed, "augment", epoch, position)
             down, right = rng.integers(-limit, limit + 1, size=2).tolist()
             flipped = self.flip and bool(rng.integers(2))
-            rows = (pixels + down).clamp(0, side - 1)
-            columns = (pixels + right).clamp(0, side - 1)
+            rows = np.clip(pixels + down, 0, side - 1)
+            columns = np.clip(pixels + right, 0, side - 1)
             if flipped:
-                columns = columns.flip(0)
-            augmented[row] = images[row, :, rows][:, :, columns]
+                columns = columns[::-1]
+            augmented[row] = images[row][:, rows[:, None], columns]
         return augmented
 
 
@@ -118,49 +124,52 @@ class Preprocessing:
         """The settings that `resize` depends on; equal forms give equal pixels."""
         return self.image_size, self.interpolation, self.fit, self.background
 
-    def resize(self, images: Tensor) -> Tensor:
-        """Make images square, and resize them: uint8 [b, 3, H, W] → uint8 [b, 3, S, S].
+    def resize(self, image: Pixels) -> Pixels:
+        """Make an image square, and resize it: uint8 [3, H, W] → uint8 [3, S, S].
 
-        Resizing is antialiased, except with nearest-neighbour interpolation.
+        Resizing is Pillow's, antialiased except with nearest-neighbour interpolation.
         """
-        height, width = images.shape[-2:]
+        height, width = image.shape[-2:]
         side = self.image_size
         if self.fit == "stretch":
-            return self._interpolate(images, side, side)
+            return self._interpolate(image, side, side)
         if self.fit == "crop":
             shorter = min(height, width)
             top, left = (height - shorter) // 2, (width - shorter) // 2
-            square = images[..., top : top + shorter, left : left + shorter]
+            square = image[:, top : top + shorter, left : left + shorter]
             return self._interpolate(square, side, side)
         longer = max(height, width)
         rows = max(1, int(side * height / longer + 0.5))
         columns = max(1, int(side * width / longer + 0.5))
-        resized = self._interpolate(images, rows, columns)  # before padding: it bounds the memory
+        resized = self._interpolate(image, rows, columns)  # before padding: it bounds the memory
         if rows == columns:
             return resized
-        colour = torch.tensor(self.background, dtype=torch.uint8).view(1, 3, 1, 1)
-        padded = colour.expand(len(images), 3, side, side).clone()
+        padded = np.empty((3, side, side), np.uint8)
+        padded[:] = np.array(self.background, np.uint8)[:, None, None]
         top, left = (side - rows) // 2, (side - columns) // 2
-        padded[..., top : top + rows, left : left + columns] = resized
+        padded[:, top : top + rows, left : left + columns] = resized
         return padded
 
-    def _interpolate(self, images: Tensor, rows: int, columns: int) -> Tensor:
-        if images.shape[-2:] == (rows, columns):
-            return images
-        if self.interpolation == "nearest":
-            return functional.interpolate(images, (rows, columns), mode="nearest-exact")
-        return functional.interpolate(
-            images, (rows, columns), mode=self.interpolation, antialias=True
-        )
+    def _interpolate(self, image: Pixels, rows: int, columns: int) -> Pixels:
+        if image.shape[-2:] == (rows, columns):
+            return image
+        picture = Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0)))
+        resized = picture.resize((columns, rows), _FILTERS[self.interpolation])
+        return np.ascontiguousarray(np.asarray(resized).transpose(2, 0, 1))
 
-    def normalise(self, images: Tensor) -> Tensor:
+    def normalise(self, images: Pixels) -> Floats:
         """Normalise each channel by mean and std: uint8 [b, 3, S, S] → float32 [b, 3, S, S]."""
-        mean = torch.tensor(self.mean).view(1, 3, 1, 1) * 255
-        std = torch.tensor(self.std).view(1, 3, 1, 1) * 255
-        return images.to(torch.float32).sub_(mean).div_(std)
+        mean, std = (
+            np.array(values, np.float32).reshape(3, 1, 1) * np.float32(255)
+            for values in (self.mean, self.std)
+        )
+        normalised = images.astype(np.float32)
+        normalised -= mean
+        normalised /= std
+        return normalised
 
 
-def shuffled(n: int, batch_size: int, seed: int, epoch: int = 0) -> list[Tensor]:
+def shuffled(n: int, batch_size: int, seed: int, epoch: int = 0) -> list[Labels]:
     """Shuffle 0 … n-1 by seed and epoch, and cut the order into batches, int64 [batch_size].
 
     The last batch may be smaller.
@@ -171,7 +180,7 @@ def shuffled(n: int, batch_size: int, seed: int, epoch: int = 0) -> list[Tensor]
     for field, value, minimum in (("n", n, 0), ("batch_size", batch_size, 1), ("epoch", epoch, 0)):
         if value < minimum:
             raise PreprocessingError(field, limit=f"at least {minimum}", value=value)
-    order = torch.from_numpy(generator(seed, "shuffle", epoch).permutation(n))
+    order = generator(seed, "shuffle", epoch).permutation(n)
     return [order[start : start + batch_size] for start in range(0, n, batch_size)]
 
 
@@ -206,8 +215,8 @@ class BatchReader:
         self.augmentation = augmentation
         side = preprocessing.image_size
         count = min(len(image_set), cache_bytes // preprocessing.bytes_per_image)
-        self._cache = torch.empty((count, 3, side, side), dtype=torch.uint8)
-        self._filled = torch.zeros(count, dtype=torch.bool)
+        self._cache = np.empty((count, 3, side, side), np.uint8)
+        self._filled = np.zeros(count, np.bool_)
         for position in range(count):
             resized = image_set.store.take_resized(position, preprocessing.form)
             if resized is not None:
@@ -218,8 +227,8 @@ class BatchReader:
         return len(self.image_set)
 
     def read(
-        self, indices: Sequence[int] | Tensor, *, epoch: int | None = None
-    ) -> tuple[Tensor, Tensor]:
+        self, indices: Sequence[int] | Labels, *, epoch: int | None = None
+    ) -> tuple[Floats, Labels]:
         """Read a batch; an image's values do not depend on the other images of the batch.
 
         Args:
@@ -238,21 +247,21 @@ class BatchReader:
             images = self.augmentation.apply(images, positions, epoch)
         return self.preprocessing.normalise(images), self.image_set.labels[positions]
 
-    def _resized(self, positions: Tensor) -> Tensor:
+    def _resized(self, positions: Labels) -> Pixels:
         count = len(self._filled)
         if count == 0:
             return _read_resized(self.image_set, positions, self.preprocessing)
         cacheable = positions < count  # [b]
-        wanted = torch.zeros_like(self._filled)
+        wanted = np.zeros_like(self._filled)
         wanted[positions[cacheable]] = True
-        absent = torch.nonzero(wanted & ~self._filled).flatten()
+        absent = np.flatnonzero(wanted & ~self._filled)
         if len(absent):
             self._cache[absent] = _read_resized(self.image_set, absent, self.preprocessing)
             self._filled[absent] = True
         if bool(cacheable.all()):
             return self._cache[positions]
         side = self.preprocessing.image_size
-        images = torch.empty((len(positions), 3, side, side), dtype=torch.uint8)
+        images = np.empty((len(positions), 3, side, side), np.uint8)
         images[cacheable] = self._cache[positions[cacheable]]
         images[~cacheable] = _read_resized(
             self.image_set, positions[~cacheable], self.preprocessing
@@ -260,25 +269,14 @@ class BatchReader:
         return images
 
 
-def _positions(indices: Sequence[int] | Tensor) -> Tensor:
-    return torch.as_tensor(indices, dtype=torch.int64).reshape(-1)
+def _positions(indices: Sequence[int] | Labels) -> Labels:
+    return np.asarray(indices, np.int64).reshape(-1)
 
 
-def _read_resized(image_set: ImageSet, positions: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """Read and resize images, uint8 [n, 3, S, S]; neighbours of equal size in one call."""
+def _read_resized(image_set: ImageSet, positions: Labels, preprocessing: Preprocessing) -> Pixels:
+    """Read and resize images, uint8 [n, 3, S, S]."""
     side = preprocessing.image_size
-    resized = torch.empty((len(positions), 3, side, side), dtype=torch.uint8)
-    waiting: list[Tensor] = []
-    done = 0
-    for position in positions.tolist():
-        image = image_set.image(position)
-        if waiting and (
-            image.shape != waiting[0].shape or len(waiting) * image.numel() >= _CHUNK_BYTES
-        ):
-            resized[done : done + len(waiting)] = preprocessing.resize(torch.stack(waiting))
-            done += len(waiting)
-            waiting = []
-        waiting.append(image)
-    if waiting:
-        resized[done:] = preprocessing.resize(torch.stack(waiting))
+    resized = np.empty((len(positions), 3, side, side), np.uint8)
+    for row, position in enumerate(positions.tolist()):
+        resized[row] = preprocessing.resize(image_set.image(position))
     return resized

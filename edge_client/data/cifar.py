@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from edge_client.data.dataset import Dataset
 from edge_client.data.download import read_members
@@ -153,4 +152,4 @@ def _read(folder: Path, files: Sequence[str], form: CifarForm, names: tuple[str,
         labels[done : done + len(raw)] = raw[:, form.label_bytes - 1]
         pixels[done : done + len(raw)] = raw[:, form.label_bytes :].reshape(-1, 3, 32, 32)
         done += len(raw)
-    return ImageSet(ArrayStore(torch.from_numpy(pixels)), torch.from_numpy(labels), names)
+    return ImageSet(ArrayStore(pixels), labels, names)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 
 from edge_client.data.errors import ClassMismatchError, EmptyDatasetError, PartitionError
 from edge_client.data.image_set import ImageSet
-from edge_client.data.remarks import Remark, summarise
+from edge_client.data.remarks import Remark, compose, summarise
 from edge_client.data.sampling import pick_per_class, stratified_pick, stratified_share
 
 
@@ -98,7 +98,7 @@ def hold_out(images: ImageSet, share: float, seed: int) -> Dataset:
         PartitionError: ``share`` is out of range.
         EmptyDatasetError: there are no images.
     """
-    test = stratified_share(images.labels.numpy(), share, seed)
+    test = stratified_share(images.labels, share, seed)
     train = np.setdiff1d(np.arange(len(images)), test)
     return Dataset(images.subset(train), images.subset(test))
 
@@ -130,7 +130,7 @@ def limit_per_set(
     if shots is None:
         chosen = _limit(chosen, "train", train, seed)
     elif train is None:
-        positions = pick_per_class(chosen.labels.numpy(), chosen.class_names, shots, seed)
+        positions = pick_per_class(chosen.labels, chosen.class_names, shots, seed)
         chosen = chosen.subset(positions)
     else:
         raise PartitionError(
@@ -142,7 +142,7 @@ def limit_per_set(
 def _limit(images: ImageSet, field: str, limit: int | None, seed: int) -> ImageSet:
     if limit is None or (limit >= len(images) and limit > 0):
         return images
-    return images.subset(stratified_pick(images.labels.numpy(), limit, seed, field=field))
+    return images.subset(stratified_pick(images.labels, limit, seed, field=field))
 
 
 def by_content(dataset: Dataset) -> Dataset:
@@ -158,4 +158,10 @@ def by_content(dataset: Dataset) -> Dataset:
 def _order(images: ImageSet) -> ImageSet:
     digests = [images.store.digest(position) for position in range(len(images))]
     order = sorted(range(len(images)), key=lambda position: (digests[position], position))
-    return images.subset(torch.tensor(order, dtype=torch.int64))
+    return images.subset(order)
+
+
+def hash_names(class_names: Sequence[str]) -> str:
+    """Return the SHA-256 over the names in order, in NFC, each followed by a newline."""
+    text = "".join(f"{compose(name)}\n" for name in class_names)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 
 from edge_client.data.dataset import Dataset, hold_out
 from edge_client.data.errors import MissingLibraryError
@@ -28,8 +27,8 @@ def load_digits(*, held_out: float, seed: int) -> Dataset:
     raw = datasets.load_digits()
     scaled = np.rint(np.asarray(raw.images) * (255 / _MAX_VALUE)).astype(np.uint8)  # [1797, 8, 8]
     images = ImageSet(
-        ArrayStore(torch.from_numpy(scaled).unsqueeze(1)),
-        torch.from_numpy(np.asarray(raw.target, dtype=np.int64)),
+        ArrayStore(scaled[:, None]),
+        np.asarray(raw.target, dtype=np.int64),
         tuple(str(digit) for digit in range(10)),
     )
     return hold_out(images, held_out, seed)

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 import numpy as np
-import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from edge_client.data.dataset import Dataset
 from edge_client.data.download import cache_dir
@@ -56,7 +55,7 @@ _RAW = Path("FashionMNIST", "raw")  # torchvision's folder below its root
 _DOWNLOAD_TIMEOUT_S = 600
 
 
-def read_idx(path: Path, dimensions: int) -> Tensor:
+def read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
     """Read an idx file of unsigned bytes as uint8, in the shape that its header declares.
 
     Args:
@@ -82,7 +81,7 @@ def _open(path: Path) -> BinaryIO:
     return path.open("rb")
 
 
-def _read_idx(stream: BinaryIO, path: Path, dimensions: int) -> Tensor:
+def _read_idx(stream: BinaryIO, path: Path, dimensions: int) -> NDArray[np.uint8]:
     header_bytes = 4 + 4 * dimensions
     header = stream.read(header_bytes)
     magic = bytes([0, 0, _UNSIGNED_BYTE, dimensions])
@@ -107,7 +106,7 @@ def _read_idx(stream: BinaryIO, path: Path, dimensions: int) -> Tensor:
         filled += count
     if stream.read(1):
         raise DataFormatError(f"values in {path}", limit=size, value=f"more than {size}")
-    return torch.from_numpy(values.reshape(shape))
+    return values.reshape(shape)
 
 
 def load_fashion_mnist(root: Path | None) -> Dataset:
@@ -156,7 +155,7 @@ def _read(folder: Path, prefix: str) -> ImageSet:
             limit=f"{len(pixels)}, one for each image",
             value=len(labels),
         )
-    return ImageSet(ArrayStore(pixels.unsqueeze(1)), labels.to(torch.int64), CLASSES)
+    return ImageSet(ArrayStore(pixels[:, None]), labels.astype(np.int64), CLASSES)
 
 
 def _download(home: Path) -> Path:

@@ -7,10 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
-
 from edge_client.data.batches import Preprocessing
-from edge_client.data.image_set import Decoded, digest_of, tensor_of
+from edge_client.data.image_set import Decoded, Pixels, channels_first, digest_of
 from edge_client.data.pictures import NEARLY_ONE_VALUE, Colour, Picture, Step
 from edge_client.data.reading import ParallelReader, Progress, Unreadable
 from edge_client.data.remarks import Remark, as_text
@@ -42,7 +40,7 @@ class FirstRead:
 @dataclass(frozen=True)
 class _ReadImage:
     digest: bytes
-    resized: Tensor | None
+    resized: Pixels | None
     spread: int
     steps: tuple[Step, ...]
 
@@ -67,17 +65,17 @@ def read_once(
     cached = frozenset(paths[:count])
 
     def process(path: Path, picture: Picture) -> _ReadImage:
-        image = tensor_of(picture)
+        image = channels_first(picture)
         resized = None
         if preprocessing is not None and path in cached:
-            resized = preprocessing.resize(image.unsqueeze(0))[0].clone()
+            resized = preprocessing.resize(image)
         return _ReadImage(digest_of(image), resized, picture.spread, picture.steps)
 
     failed: dict[Path, str] = {}
     noticed: list[Remark] = []
     converted: Counter[str] = Counter()
     digests: dict[Path, bytes] = {}
-    images: dict[Path, Tensor] = {}
+    images: dict[Path, Pixels] = {}
     for path, result in ParallelReader(paths, background, process, progress):
         if isinstance(result, Unreadable):
             failed[path] = result.reason

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
+import numpy as np
 
 from edge_client.data.batches import Preprocessing
 from edge_client.data.dataset import Dataset, hold_out
@@ -73,7 +73,7 @@ def load_folder(
 
     def image_set(entries: Sequence[tuple[str, Path]], noticed: Sequence[Remark]) -> ImageSet:
         store = FileStore([path for _, path in entries], root, background, first.decoded)
-        labels = torch.tensor([names.index(name) for name, _ in entries], dtype=torch.int64)
+        labels = np.array([names.index(name) for name, _ in entries], np.int64)
         return ImageSet(store, labels, names, tuple(skipped), tuple(noticed))
 
     if test is None:

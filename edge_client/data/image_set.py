@@ -9,32 +9,35 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import torch
-from torch import Tensor
+from numpy.typing import ArrayLike, NDArray
 
 from edge_client.data.errors import ClassMismatchError, CorruptImageError, DataFormatError
 from edge_client.data.groups import file_groups, no_groups_error
 from edge_client.data.pictures import WHITE, Colour, Picture, read_picture
 from edge_client.data.remarks import Remark, as_text, compose
 
+Pixels = NDArray[np.uint8]
 
-def tensor_of(picture: Picture) -> Tensor:
+Labels = NDArray[np.int64]
+
+
+def channels_first(picture: Picture) -> Pixels:
     """Return a picture's pixels, uint8 [3, H, W]."""
-    return torch.from_numpy(picture.pixels.transpose(2, 0, 1).copy())
+    return picture.pixels.transpose(2, 0, 1).copy()
 
 
-def decode_file(path: Path, background: Colour = WHITE) -> Tensor:
+def decode_file(path: Path, background: Colour = WHITE) -> Pixels:
     """Decode an image file to uint8 [3, H, W].
 
     Raises:
         CorruptImageError: the file cannot be decoded.
     """
-    return tensor_of(read_picture(path, background))
+    return channels_first(read_picture(path, background))
 
 
-def digest_of(image: Tensor) -> bytes:
+def digest_of(image: Pixels) -> bytes:
     """Return a hash of an image, uint8 [3, H, W]."""
-    return hashlib.blake2b(image.contiguous().numpy().tobytes(), digest_size=16).digest()
+    return hashlib.blake2b(image.tobytes(), digest_size=16).digest()
 
 
 class ImageStore(Protocol):
@@ -42,7 +45,7 @@ class ImageStore(Protocol):
 
     def __len__(self) -> int: ...
 
-    def read(self, index: int) -> Tensor:
+    def read(self, index: int) -> Pixels:
         """Read one image, uint8 [3, H, W].
 
         Raises:
@@ -54,7 +57,7 @@ class ImageStore(Protocol):
         """Return the images that cannot be read now, by position."""
         ...
 
-    def take(self, indices: Tensor) -> ImageStore:
+    def take(self, indices: Labels) -> ImageStore:
         """Return a store of these images only, in this order; indices: int64 [n]."""
         ...
 
@@ -74,7 +77,7 @@ class ImageStore(Protocol):
         except CorruptImageError:
             return b""  # reading it later reports the error
 
-    def take_resized(self, index: int, form: Hashable) -> Tensor | None:
+    def take_resized(self, index: int, form: Hashable) -> Pixels | None:
         """Return an image that was resized when the files were first read, and drop it here.
 
         Args:
@@ -94,8 +97,9 @@ class ImageStore(Protocol):
 class ArrayStore(ImageStore):
     """Images of one size in memory, uint8 [n, C, H, W] with C = 1 (grey) or 3."""
 
-    def __init__(self, pixels: Tensor) -> None:
-        if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] not in (1, 3):
+    def __init__(self, pixels: Pixels) -> None:
+        pixels = np.asarray(pixels)
+        if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[1] not in (1, 3):
             raise DataFormatError(
                 "pixels",
                 limit="uint8 (n, 1 or 3, H, W)",
@@ -104,18 +108,18 @@ class ArrayStore(ImageStore):
         self.pixels = pixels
 
     def __len__(self) -> int:
-        return self.pixels.shape[0]
+        return len(self.pixels)
 
-    def read(self, index: int) -> Tensor:
+    def read(self, index: int) -> Pixels:
         """Return a view of one image, uint8 [3, H, W]; grey is repeated on all channels."""
         image = self.pixels[index]  # [C, H, W]
-        return image.expand(3, -1, -1)
+        return np.broadcast_to(image, (3, *image.shape[1:]))
 
     def unreadable(self) -> dict[int, Remark]:
         """Return no image: all are in memory."""
         return {}
 
-    def take(self, indices: Tensor) -> ArrayStore:
+    def take(self, indices: Labels) -> ArrayStore:
         """Return a store with copies of these images, so that the others can be freed."""
         return ArrayStore(self.pixels[indices])
 
@@ -136,7 +140,7 @@ class Decoded:
 
     digests: Mapping[Path, bytes]
     form: Hashable
-    resized: dict[Path, Tensor]
+    resized: dict[Path, Pixels]
 
 
 class FileStore(ImageStore):
@@ -164,7 +168,7 @@ class FileStore(ImageStore):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def read(self, index: int) -> Tensor:
+    def read(self, index: int) -> Pixels:
         """Read one image, uint8 [3, H, W].
 
         Raises:
@@ -182,7 +186,7 @@ class FileStore(ImageStore):
                 unreadable[index] = Remark(as_text(path), error.hint or "unreadable")
         return unreadable
 
-    def take(self, indices: Tensor) -> FileStore:
+    def take(self, indices: Labels) -> FileStore:
         """Return a store of these files only."""
         paths = [self.paths[i] for i in indices.tolist()]
         return FileStore(paths, self.root, self._background, self._decoded)
@@ -195,7 +199,7 @@ class FileStore(ImageStore):
         known = self._decoded.digests.get(self.paths[index]) if self._decoded else None
         return super().digest(index) if known is None else known
 
-    def take_resized(self, index: int, form: Hashable) -> Tensor | None:
+    def take_resized(self, index: int, form: Hashable) -> Pixels | None:
         if self._decoded is None or self._decoded.form != form:
             return None
         return self._decoded.resized.pop(self.paths[index], None)
@@ -221,13 +225,14 @@ class ImageSet:
     """
 
     store: ImageStore
-    labels: Tensor
+    labels: Labels
     class_names: tuple[str, ...]
     skipped: tuple[Remark, ...] = ()
     noticed: tuple[Remark, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.labels.dtype != torch.int64 or self.labels.shape != (len(self.store),):
+        object.__setattr__(self, "labels", np.asarray(self.labels))
+        if self.labels.dtype != np.int64 or self.labels.shape != (len(self.store),):
             raise DataFormatError(
                 "labels",
                 limit=f"int64 ({len(self.store)},)",
@@ -248,7 +253,7 @@ class ImageSet:
         """Return one image's class, an index into ``class_names``."""
         return int(self.labels[index])
 
-    def image(self, index: int) -> Tensor:
+    def image(self, index: int) -> Pixels:
         """Read one image at its original size, uint8 [3, H, W].
 
         Raises:
@@ -256,12 +261,12 @@ class ImageSet:
         """
         return self.store.read(index)
 
-    def subset(self, indices: Tensor | np.ndarray[tuple[int], np.dtype[np.int64]]) -> ImageSet:
+    def subset(self, indices: ArrayLike) -> ImageSet:
         """Return the images at these positions, int64 [m], in this order, with the same classes.
 
         Images in memory are copied, so that the larger set can be freed.
         """
-        chosen = torch.as_tensor(indices, dtype=torch.int64)
+        chosen = np.asarray(indices, dtype=np.int64)
         return replace(self, store=self.store.take(chosen), labels=self.labels[chosen])
 
     def readable(self) -> ImageSet:
@@ -270,12 +275,12 @@ class ImageSet:
         if not unreadable:
             return self
         positions = [i for i in range(len(self)) if i not in unreadable]
-        readable = self.subset(torch.tensor(positions, dtype=torch.int64))
+        readable = self.subset(positions)
         return replace(readable, skipped=self.skipped + tuple(unreadable.values()))
 
-    def class_counts(self) -> Tensor:
+    def class_counts(self) -> Labels:
         """Count the images of each class, int64 [C]."""
-        return torch.bincount(self.labels, minlength=len(self.class_names))
+        return np.bincount(self.labels, minlength=len(self.class_names)).astype(np.int64)
 
     def aligned(self, class_names: Sequence[str]) -> ImageSet:
         """Return the set with labels that index ``class_names``; classes are matched by name.
@@ -303,7 +308,7 @@ class ImageSet:
                 value=", ".join(self.class_names),
                 hint="Name the class folders as the run names its classes.",
             )
-        table = torch.tensor([index.get(name, -1) for name in own])
+        table = np.array([index.get(name, -1) for name in own], np.int64)
         counts = self.class_counts().tolist()
         other_classes = tuple(
             Remark(name, f"not a class of this run ({count} images)")
@@ -311,7 +316,7 @@ class ImageSet:
             if name not in index and count
         )
         labels = table[self.labels]  # [n], -1 for a class that the run does not have
-        positions = torch.nonzero(labels >= 0).flatten()
+        positions = np.flatnonzero(labels >= 0)
         store = self.store if len(positions) == len(self) else self.store.take(positions)
         skipped = self.skipped + other_classes
         return ImageSet(store, labels[positions], names, skipped, self.noticed)

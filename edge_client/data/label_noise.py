@@ -13,9 +13,6 @@ import hashlib
 import math
 from dataclasses import replace
 
-import torch
-from torch import Tensor
-
 from edge_client.data.dataset import Dataset
 from edge_client.data.image_set import ImageSet
 
@@ -52,12 +49,12 @@ def _noised(images: ImageSet, epsilon: float, secret: bytes) -> ImageSet:
     classes = len(images.class_names)
     rate = replacement_rate(epsilon, classes)
     purpose = f"labels {epsilon!r} {classes}".encode()
-    labels: Tensor = images.labels.clone()
+    labels = images.labels.copy()
     for index in range(len(images)):
         uniform, drawn = _draws(secret, purpose, images.store.digest(index))
         if uniform < rate:
             labels[index] = drawn % classes
-    return replace(images, labels=labels.to(torch.int64))
+    return replace(images, labels=labels)
 
 
 def _draws(secret: bytes, purpose: bytes, image: bytes) -> tuple[float, int]:

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 from edge_client.data.errors import PartitionError
 from edge_client.data.sampling import Indices, generator
 
-if TYPE_CHECKING:  # an image set imports torch; a scheme is also parsed without images
+if TYPE_CHECKING:  # a scheme is also parsed without images
     from edge_client.data.image_set import ImageSet
 
 SchemeKind = Literal["iid", "dirichlet", "shards", "quantity", "natural"]
@@ -123,7 +123,7 @@ class Part:
         """
         scheme = parse_scheme(scheme) if isinstance(scheme, str) else scheme
         groups = images.store.groups() if scheme.kind == "natural" else None
-        parts = partition(images.labels.numpy(), self.count, scheme, seed, groups)
+        parts = partition(images.labels, self.count, scheme, seed, groups)
         return images.subset(parts[self.number - 1])
 
 

@@ -11,7 +11,8 @@ import re
 import stat
 import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -132,6 +133,21 @@ def convert_picture(image: Image.Image, background: Colour = WHITE) -> Picture:
     """
     with _quiet:
         return _to_picture(image, background, None)
+
+
+@contextmanager
+def known_formats_only() -> Iterator[None]:
+    """Keep Pillow from trying other formats than ours, for code that opens files by itself.
+
+    Some of its plugins run a program: such a file is refused as none that Pillow knows.
+    """
+    Image.init()
+    all_formats = Image.ID
+    Image.ID = [name for name in all_formats if name in FORMATS]
+    try:
+        yield
+    finally:
+        Image.ID = all_formats
 
 
 def parse_colour(text: str) -> Colour:

@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
 from edge_client.data.cifar import FORMS as CIFAR_FORMS
 from edge_client.data.cifar import load_cifar
@@ -29,8 +27,14 @@ from edge_client.data.errors import (
 )
 from edge_client.data.fashion_mnist import load_fashion_mnist
 from edge_client.data.groups import no_groups_error
-from edge_client.data.image_set import ImageSet, ImageStore, tensor_of
-from edge_client.data.pictures import WHITE, Colour, convert_picture, read_picture
+from edge_client.data.image_set import ImageSet, ImageStore, Labels, Pixels, channels_first
+from edge_client.data.pictures import (
+    WHITE,
+    Colour,
+    convert_picture,
+    known_formats_only,
+    read_picture,
+)
 from edge_client.data.remarks import Remark
 
 Arguments = Mapping[str, object]
@@ -214,7 +218,7 @@ def _image_sets(name: str, halves: Sequence[Any], background: Colour) -> list[Im
         names = tuple(str(value) for value in values)
         raw = [np.searchsorted(values, labels).astype(np.int64) for labels in raw]
     return [
-        ImageSet(TorchvisionStore(name, half, background), torch.from_numpy(labels), names)
+        ImageSet(TorchvisionStore(name, half, background), labels, names)
         for half, labels in zip(halves, raw, strict=True)
     ]
 
@@ -242,7 +246,8 @@ def _labels(name: str, half: Any) -> NDArray[np.int64]:
     if hasattr(half, "h5py"):
         return _pcam_labels(half)
     # Only the samples themselves contain the labels.
-    labels = _as_labels([half[i][1] for i in range(len(half))], len(half))
+    with known_formats_only():
+        labels = _as_labels([half[i][1] for i in range(len(half))], len(half))
     if labels is None:
         raise UnknownDatasetError("torchvision set", limit="one class for each image", value=name)
     return labels
@@ -287,19 +292,19 @@ class TorchvisionStore(ImageStore):
     """
 
     def __init__(
-        self, name: str, half: Any, background: Colour = WHITE, rows: Tensor | None = None
+        self, name: str, half: Any, background: Colour = WHITE, rows: Labels | None = None
     ) -> None:
         self.name = name
         self.half = half
         self._background = background
         if hasattr(half, "loader"):  # a folder of files, which torchvision would decode differently
             half.loader = partial(_open_file, background)
-        self.rows = torch.arange(len(half)) if rows is None else rows
+        self.rows = np.arange(len(half)) if rows is None else rows
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def read(self, index: int) -> Tensor:
+    def read(self, index: int) -> Pixels:
         """Read one image, uint8 [3, H, W].
 
         Raises:
@@ -307,10 +312,11 @@ class TorchvisionStore(ImageStore):
         """
         row = int(self.rows[index])
         try:
-            image = self.half[row][0]
+            with known_formats_only():
+                image = self.half[row][0]
             if isinstance(image, Image.Image):
-                return tensor_of(convert_picture(image, self._background))
-            return _rgb(torch.as_tensor(image))
+                return channels_first(convert_picture(image, self._background))
+            return _rgb(np.asarray(image))
         except Exception as error:  # as in decode_file
             raise CorruptImageError(
                 f"torchvision:{self.name}",
@@ -330,7 +336,7 @@ class TorchvisionStore(ImageStore):
                 unreadable[index] = Remark(f"{error.field}: {error.value}", reason)
         return unreadable
 
-    def take(self, indices: Tensor) -> TorchvisionStore:
+    def take(self, indices: Labels) -> TorchvisionStore:
         """Return a store of these images only; its files or arrays are shared."""
         return TorchvisionStore(self.name, self.half, self._background, self.rows[indices])
 
@@ -343,7 +349,8 @@ def _open_file(background: Colour, path: str) -> Image.Image:
     return Image.fromarray(read_picture(Path(path), background).pixels)
 
 
-def _rgb(pixels: Tensor) -> Tensor:
-    if pixels.dtype != torch.uint8 or pixels.ndim not in (2, 3):
+def _rgb(pixels: NDArray[Any]) -> Pixels:
+    if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3):
         raise ValueError(f"{pixels.dtype} {tuple(pixels.shape)} is not a uint8 image")
-    return pixels.expand(3, *pixels.shape[-2:])  # [H, W] or [1, H, W] grey, or [3, H, W]
+    # [H, W] or [1, H, W] grey, or [3, H, W]
+    return np.broadcast_to(pixels, (3, *pixels.shape[-2:]))

@@ -6,12 +6,12 @@ import hashlib
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from edge_client.data.batches import BatchReader
+from edge_client.data.batches import BatchReader, Floats
+from edge_client.data.image_set import Labels
 from edge_client.smashed.head_cache import HeadOutputs
-from edge_client.transport.split_client import SplitPlane, max_samples_per_frame
+from edge_client.transport.split_client import Ids, SplitPlane
 from protocol.messages import SAMPLE_ID_BYTES
 
 _CHUNK = 64  # samples in one request: an interrupted request is sent again
@@ -49,8 +49,8 @@ class SampleUploader:
         joint: bool = False,
     ) -> None:
         self._outputs = outputs
-        samples_per_request = -(-_JOINT_TOKENS // outputs.head.sizes.tokens) if joint else 0
-        self._chunk = max_samples_per_frame(outputs.head, max(_CHUNK, samples_per_request))
+        samples_per_request = -(-_JOINT_TOKENS // outputs.model.tokens) if joint else 0
+        self._chunk = outputs.model.samples_per_frame(max(_CHUNK, samples_per_request))
         self._joint = joint
         self._samples = samples
         self._plane = plane
@@ -59,20 +59,20 @@ class SampleUploader:
         self._ids: dict[tuple[int, int | None], bytes] = {}  # by position and view
         self._sent: set[bytes] = set()
 
-    def ids(self, positions: Tensor, view: int | None = None) -> Tensor:
+    def ids(self, positions: Labels, view: int | None = None) -> Ids:
         """Return the ids [B, 16], uint8, of the samples at these positions [B]."""
         keys = [(position, view) for position in positions.tolist()]
         absent = [key for key in keys if key not in self._ids]
         if absent:
-            for chunk in self._chunks(torch.tensor([position for position, _ in absent])):
+            for chunk in self._chunks(np.array([position for position, _ in absent], np.int64)):
                 images, _ = self._samples.read(chunk, epoch=view)
                 group = _digest_of(images) if self._joint else b""
                 for position, image in zip(chunk.tolist(), images, strict=True):
                     self._ids[position, view] = self._id(image, group)
-        data = bytearray(b"".join(self._ids[key] for key in keys))
-        return torch.frombuffer(data, dtype=torch.uint8).reshape(-1, SAMPLE_ID_BYTES)
+        data = b"".join(self._ids[key] for key in keys)
+        return np.frombuffer(data, np.uint8).reshape(-1, SAMPLE_ID_BYTES)
 
-    def ensure(self, positions: Tensor, view: int | None = None) -> None:
+    def ensure(self, positions: Labels, view: int | None = None) -> None:
         """Upload those of these samples that the server does not have, also from earlier runs."""
         if not len(positions):  # a device may have no images to test on
             return
@@ -82,13 +82,13 @@ class SampleUploader:
                 unsent.setdefault(sample_id, row)
         if not unsent:
             return
-        candidates = positions[torch.tensor(list(unsent.values()))]
+        candidates = positions[list(unsent.values())]
         missing = self._plane.missing(self.ids(candidates, view))
         self._sent.update(unsent)
         if missing:
-            self.send(candidates[torch.tensor(missing)], view)
+            self.send(candidates[missing], view)
 
-    def send(self, positions: Tensor, view: int | None = None) -> None:
+    def send(self, positions: Labels, view: int | None = None) -> None:
         """Upload these samples; the head computes the next chunk during an upload."""
         chunks = self._chunks(positions)
         if self._joint:
@@ -105,34 +105,33 @@ class SampleUploader:
         for chunk in chunks:
             self._sent.update(self._ids_of(chunk, view))
 
-    def _chunks(self, positions: Tensor) -> Sequence[Tensor]:
+    def _chunks(self, positions: Labels) -> Sequence[Labels]:
         """Divide these samples into requests; a joint codec's are whole groups of the set."""
         if not self._joint:
-            return positions.tensor_split(_count(len(positions), self._chunk))
-        groups = torch.arange(len(self._samples)).tensor_split(
-            _count(len(self._samples), self._chunk)
-        )
-        return [group for group in groups if torch.isin(group, positions).any()]
+            return np.array_split(positions, _count(len(positions), self._chunk))
+        samples = len(self._samples)
+        groups = np.array_split(np.arange(samples), _count(samples, self._chunk))
+        return [group for group in groups if np.isin(group, positions).any()]
 
-    def _distinct(self, positions: Tensor, view: int | None) -> Tensor:
+    def _distinct(self, positions: Labels, view: int | None) -> Labels:
         """Return the first of these positions with each id."""
         first: dict[bytes, int] = {}
         for position, sample_id in zip(
             positions.tolist(), self._ids_of(positions, view), strict=True
         ):
             first.setdefault(sample_id, position)
-        return torch.tensor(list(first.values()))
+        return np.array(list(first.values()), np.int64)
 
-    def _ids_of(self, positions: Tensor, view: int | None) -> list[bytes]:
+    def _ids_of(self, positions: Labels, view: int | None) -> list[bytes]:
         self.ids(positions, view)
         return [self._ids[position, view] for position in positions.tolist()]
 
-    def _id(self, image: Tensor, group: bytes) -> bytes:
+    def _id(self, image: Floats, group: bytes) -> bytes:
         """Return the id of an image, of the group with this digest."""
         digest = hashlib.blake2b(key=self._secret, digest_size=SAMPLE_ID_BYTES)
         form = self._form + group
         digest.update(len(form).to_bytes(4, "little") + form)
-        digest.update(image.contiguous().numpy().tobytes())
+        digest.update(image.tobytes())
         return digest.digest()
 
 
@@ -141,5 +140,5 @@ def _count(samples: int, chunk: int) -> int:
     return max(1, -(-samples // chunk))
 
 
-def _digest_of(images: Tensor) -> bytes:
-    return hashlib.blake2b(images.contiguous().numpy().tobytes()).digest()
+def _digest_of(images: Floats) -> bytes:
+    return hashlib.blake2b(images.tobytes()).digest()

@@ -32,6 +32,9 @@ class BlobCache:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._own: dict[
+            str, float
+        ] = {}  # SHA-256 of downloads, and when this object used them last
         folder.mkdir(parents=True, exist_ok=True)
 
     def fetch(self, ref: BlobRef, download: Download) -> Path:
@@ -50,7 +53,7 @@ class BlobCache:
         path = self._folder / f"{ref.sha256}.safetensors"
         if _matches(path, ref):
             with contextlib.suppress(FileNotFoundError):  # else another process has deleted it
-                os.utime(path)
+                self._use(path)
                 return path
         part = self._folder / f"{ref.sha256}.part"
         with _locked(part) as file:
@@ -72,12 +75,16 @@ class BlobCache:
                 )
             os.fsync(file.fileno())
             part.replace(path)
+            self._own[ref.sha256] = path.stat().st_mtime
         return path
 
     def drop_old(
         self, keep: set[str], newest: int = _MAX_OTHER_FILES, unused_s: float = _GRACE_S
     ) -> None:
         """Delete all files but those in ``keep``, the most recently used, and those in use.
+
+        A file that this object has downloaded, and that nobody has used since, counts as unused at
+        once: a server that sends a new file every second does not fill the disk.
 
         Args:
             keep: SHA-256 of files that stay; they count as used now.
@@ -90,11 +97,19 @@ class BlobCache:
         unused_since = time.time() - unused_s
         others = [entry for entry in self._by_use("*.safetensors") if entry[1].stem not in keep]
         for used_at, file in others[: max(0, len(others) - newest)]:
-            if used_at <= unused_since:
+            if used_at <= unused_since or self._own.get(file.stem) == used_at:
                 file.unlink(missing_ok=True)
+                self._own.pop(file.stem, None)
         for used_at, part in self._by_use("*.part"):
             if used_at <= unused_since and part.stem not in keep:
                 _delete_unless_locked(part)
+
+    def _use(self, path: Path) -> None:
+        """Make a file the most recently used; it stays this object's if nobody else used it."""
+        is_own = self._own.get(path.stem) == path.stat().st_mtime
+        os.utime(path)
+        if is_own:
+            self._own[path.stem] = path.stat().st_mtime
 
     def _by_use(self, pattern: str) -> list[tuple[float, Path]]:
         """Return time of last use and path of each file, the least recently used first."""

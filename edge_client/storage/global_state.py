@@ -5,11 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from torch import Tensor
-
 from edge_client.storage.blob_cache import BlobCache
 from edge_client.storage.run_memory import Residuals, RunMemory
+from edge_client.storage.states import (
+    Floats,
+    State,
+    applied,
+    difference,
+    load_state,
+    state_bytes,
+)
 from edge_client.transport.client import Server
+from protocol.arrays import Array
 from protocol.codecs.feedback import ErrorFeedback
 from protocol.codecs.registry import as_decoded
 from protocol.errors import (
@@ -24,7 +31,6 @@ from protocol.errors import (
 from protocol.frames import require_kind
 from protocol.messages import BlobRef, UpdateMeta
 from protocol.plan import WirePlan
-from split_model.checkpoints.state import TunedState, applied, difference, load_state, state_bytes
 
 # The server may have counted an update although the device got such an error.
 _UNDECIDED = (Busy, DamagedFrame, InternalError, Unreachable)
@@ -58,7 +64,7 @@ class GlobalStates:
         self._files = files
         self._memory = memory
         self._residuals = memory.residuals if memory else Residuals()
-        self._newest: tuple[BlobRef, TunedState] | None = None
+        self._newest: tuple[BlobRef, State] | None = None
 
     def fetch(self, ref: BlobRef) -> Path:
         """Return a state's file, downloaded unless it is cached.
@@ -88,8 +94,8 @@ class GlobalStates:
     def send(
         self,
         meta: UpdateMeta,
-        state: Mapping[str, Tensor],
-        extras: Mapping[str, Tensor] | None = None,
+        state: Mapping[str, Floats],
+        extras: Mapping[str, Array] | None = None,
     ) -> None:
         """Send an update of the state that was fetched last.
 
@@ -110,7 +116,7 @@ class GlobalStates:
         last = self._residuals
         is_repeated = base.sha256 == last.base  # then the round's first update is void
         before = last.before if is_repeated else last.after
-        feedback = ErrorFeedback(before)
+        feedback: ErrorFeedback[Floats] = ErrorFeedback(before)
         corrected = {
             name: feedback.add_residual(name, change)
             for name, change in difference(state, old).items()
@@ -146,4 +152,4 @@ class GlobalStates:
             name: tuple(tensor.shape) for name, tensor in old.items()
         }:
             raise MalformedFrame("the delta has other tensors than the state", field="tensors")
-        return state_bytes(applied(old, frame.tensors()))
+        return state_bytes(applied(old, frame.arrays()))

@@ -5,16 +5,20 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
+import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor
+from safetensors.numpy import save
 
+from edge_client.storage.states import Floats, State
 from split_model.files import write_durably
+
+_KEPT_S = 30 * 24 * 3600.0  # since the last use; a device that was away for longer starts anew
 
 _ENTRY = "sfprompt"  # in the file's metadata: everything but the tensors, as JSON
 
@@ -30,14 +34,15 @@ class Residuals:
     """
 
     base: str | None = None
-    before: Mapping[str, Tensor] = field(default_factory=dict)
-    after: Mapping[str, Tensor] = field(default_factory=dict)
+    before: Mapping[str, Floats] = field(default_factory=dict)
+    after: Mapping[str, Floats] = field(default_factory=dict)
 
 
 class RunMemory:
     """One participant's memory of one run, in one small file that is replaced atomically.
 
     A file that cannot be read counts as none: the device then continues as one that came later.
+    Files of runs to which the device has not returned for 30 days are deleted.
 
     Args:
         folder: for the files of all runs, readable by this user only.
@@ -59,6 +64,8 @@ class RunMemory:
             unfinished.unlink(missing_ok=True)
         with contextlib.suppress(OSError, SafetensorError, ValueError, KeyError, TypeError):
             self._read()
+            os.utime(self._path)
+        _sweep(folder)
 
     def keep_start(self, attempt: int, decay: float) -> None:
         """Keep the decay computed in an attempt at round 0; it is durable on return."""
@@ -77,23 +84,33 @@ class RunMemory:
 
     def _write(self) -> None:
         sides = {"before": self.residuals.before, "after": self.residuals.after}
-        tensors = {  # copies: both sides may have the same tensor, which a file cannot
-            f"{side}/{name}": tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        tensors = {
+            f"{side}/{name}": np.ascontiguousarray(array)
             for side, by_name in sides.items()
-            for name, tensor in by_name.items()
-            if tensor.count_nonzero()
+            for name, array in by_name.items()
+            if np.any(array)
         }
         entry = {"start": self.start, "base": self.residuals.base}
         content = save(tensors, metadata={_ENTRY: json.dumps(entry)})
         write_durably(self._path, content, mode=0o600)
 
     def _read(self) -> None:
-        with safe_open(self._path, framework="pt") as file:
+        with safe_open(self._path, framework="numpy") as file:
             entry = json.loads((file.metadata() or {})[_ENTRY])
-            sides: dict[str, dict[str, Tensor]] = {"before": {}, "after": {}}
+            sides: dict[str, State] = {"before": {}, "after": {}}
             for key in list(file.keys()):
                 side, _, name = key.partition("/")
                 sides[side][name] = file.get_tensor(key)
         start = entry["start"]
         self.start = None if start is None else (int(start[0]), float(start[1]))
         self.residuals = Residuals(entry["base"], sides["before"], sides["after"])
+
+
+def _sweep(folder: Path) -> None:
+    """Delete what nobody has used for long, unfinished files included."""
+    unused_since = time.time() - _KEPT_S
+    for pattern in ("*.safetensors", ".*.tmp"):
+        for path in folder.glob(pattern):
+            with contextlib.suppress(FileNotFoundError):  # another process was faster
+                if path.stat().st_mtime < unused_since:
+                    path.unlink()

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+import numpy as np
 
+from edge_client.data.image_set import Labels
+from edge_client.model import Floats
 from edge_client.training.context import Diverged, RoundContext
 from edge_client.transport.split_client import SamplesMissing, SplitPlane
 from protocol.messages import MAX_LOSS
@@ -55,17 +56,14 @@ def fit_start(context: RoundContext, plane: SplitPlane) -> StartResult:
         StepLost: the server lost its part; start the round again.
         StaleRound: the server closed the round without this participant.
     """
-    positions = torch.arange(len(context.samples))
+    positions = np.arange(len(context.samples))
     labels = context.samples.images.image_set.labels[positions]
     features = _request_features(context, plane, context.attempt).values  # (n, r)
     fit = _send_sums(context, plane, features, labels)
     cache = context.samples.features
     factor, loss, cache.decay = scale_fit(fit, features, labels)
     cache.fitted = context.attempt, cache.decay
-    classifier = context.model.tail.trunk.head
-    with torch.no_grad():
-        classifier.weight.copy_(factor * fit.weight)
-        classifier.bias.copy_(factor * fit.bias)
+    context.model.set_classifier(factor * fit.weight, factor * fit.bias)
     return StartResult(len(positions), loss)
 
 
@@ -90,18 +88,17 @@ def tune_classifier(context: RoundContext, plane: SplitPlane) -> float:
     Source: Böhning, Multinomial logistic regression algorithm (1992), with a diagonal bound.
     """
     features = _known_features(context, plane)
-    tail = context.model.tail.trunk.head
     labels = context.samples.images.image_set.labels[: len(features.values)]
     steps = context.run.training.local_epochs
-    result, loss = (tail.weight.detach(), tail.bias.detach()), 0.0
+    weight, bias = (each.astype(np.float64) for each in context.model.classifier)
+    loss = 0.0
     for step in range(steps):
-        result, loss = step_classifier(*result, features, labels, context.samples.features.decay)
+        decay = context.samples.features.decay
+        (weight, bias), loss = step_classifier(weight, bias, features, labels, decay)
         if not 0 <= loss <= MAX_LOSS:
             raise Diverged(f"the local update has diverged: its loss is {loss:g}")
         context.advance("local", step + 1, steps)
-    with torch.no_grad():
-        tail.weight.copy_(result[0])
-        tail.bias.copy_(result[1])
+    context.model.set_classifier(weight, bias)
     return loss
 
 
@@ -115,8 +112,8 @@ def classifier_loss(context: RoundContext, plane: SplitPlane) -> float:
     """
     features, cache = _known_features(context, plane), context.samples.features
     labels = context.samples.images.image_set.labels[: len(features.values)]
-    tail = context.model.tail.trunk.head
-    return penalised_loss(tail.weight, tail.bias, features, labels, cache.decay)
+    weight, bias = context.model.classifier
+    return penalised_loss(weight, bias, features, labels, cache.decay)
 
 
 def _known_features(context: RoundContext, plane: SplitPlane) -> Features:
@@ -131,7 +128,7 @@ def _known_features(context: RoundContext, plane: SplitPlane) -> Features:
     return cache.features
 
 
-def _send_sums(context: RoundContext, plane: SplitPlane, features: Tensor, labels: Tensor) -> Fit:
+def _send_sums(context: RoundContext, plane: SplitPlane, features: Floats, labels: Labels) -> Fit:
     """Send the sums of the features [n, r] in each class, and their number."""
     sums, counts = one_hot_sums(features, labels, context.run.model.num_classes)
     return plane.solve(sums, counts, context.attempt, len(features), context.round)
@@ -148,7 +145,7 @@ def _request_features(context: RoundContext, plane: SplitPlane, basis: int | Non
     samples = context.samples
     if samples.uploader is None:
         raise ValueError("a closed-form start needs the server's sample cache")
-    positions = torch.arange(len(samples))
+    positions = np.arange(len(samples))
     samples.uploader.ensure(positions)
     ids = samples.uploader.ids(positions)
     for _ in range(_MAX_UPLOADS):

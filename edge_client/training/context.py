@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TypeVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, TypeVar
 
 from edge_client.data.batches import BatchReader, shuffled
-from edge_client.model import DeviceModel
+from edge_client.data.image_set import Labels
+from edge_client.model import Floats, Model
 from edge_client.smashed.head_cache import HeadOutputs
 from edge_client.smashed.uploads import SampleUploader
-from edge_client.transport.split_client import SamplesMissing
+from edge_client.transport.split_client import Ids, SamplesMissing
 from protocol.plan import RunPlan
 from protocol.seeds import derive_seed
 from split_model.linear_fit import Features
-from split_model.optimizer import learning_rate_factor
+
+if TYPE_CHECKING:
+    import torch
+
+    from edge_client.training.proximal import Proximal
 
 R = TypeVar("R")
 
@@ -28,27 +30,6 @@ _MAX_UPLOADS = 3  # uploads of missing samples; then the request carries the sma
 
 class Diverged(Exception):
     """A loss, a gradient or a tuned parameter is not finite: training cannot continue."""
-
-
-class Proximal:
-    """The FedProx term mu / 2 * ||w - w_round||^2 (Li et al., arXiv 1812.06127).
-
-    Only its gradient is used, so that reported losses do not include it.
-
-    Args:
-        model: the model, with the round's global state.
-        strength: mu, above 0.
-    """
-
-    def __init__(self, model: DeviceModel, strength: float) -> None:
-        self._strength = strength
-        self._tuned = [(tensor, tensor.detach().clone()) for tensor in model.parameters()]
-
-    def add_gradients(self) -> None:
-        """Add the term's gradient, mu * (w - w_round), to the parameters' gradients."""
-        for parameter, start in self._tuned:
-            pull = (parameter.detach() - start) * self._strength
-            parameter.grad = pull if parameter.grad is None else parameter.grad + pull
 
 
 @dataclass
@@ -87,7 +68,7 @@ class Samples:
         return len(self.images)
 
     def request_with_batch(
-        self, positions: Tensor, view: int | None, request: Callable[[Tensor], R]
+        self, positions: Labels, view: int | None, request: Callable[[Floats | Ids], R]
     ) -> R:
         """Send a request of the split plane for a batch of samples.
 
@@ -123,7 +104,7 @@ class RoundContext:
     participant: str
     round: int  # at least `RunPlan.first_round`
     attempt: int
-    model: DeviceModel
+    model: Model
     samples: Samples
     advance: Advance
     cache_bytes: int  # memory budget of the tuning method's cache
@@ -144,10 +125,12 @@ class RoundContext:
         """Return the generator of a step's stochastic rounding; None: the run rounds to nearest."""
         if not self.run.wire.stochastic_rounding:
             return None
+        import torch  # only runs with gradients have steps
+
         seed = derive_seed(self.run.seed, "rounding", self.participant, self.round, step)
         return torch.Generator().manual_seed(seed)
 
-    def batches(self, purpose: str, selected: Tensor, epochs: int) -> Iterator[tuple[int, Tensor]]:
+    def batches(self, purpose: str, selected: Labels, epochs: int) -> Iterator[tuple[int, Labels]]:
         """Yield (epoch, sample positions [b]) over ``selected`` [k], shuffled in every epoch."""
         size, seed = self.run.training.batch_size, self.seed(purpose)
         total, done = epochs * -(-len(selected) // size), 0
@@ -169,6 +152,8 @@ class RoundContext:
 
     def rate_factor(self, done: int, total: int) -> float:
         """Return the learning rates' factor after ``done`` of this round's ``total`` steps."""
+        from split_model.optimizer import learning_rate_factor  # imports torch
+
         rounds = self.run.federation.rounds
         progress = (self.round - 1 + done / total) / rounds
         return self.rate_scale * learning_rate_factor(self.run.training, progress, rounds)

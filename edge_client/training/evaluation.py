@@ -8,14 +8,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
-import torch
-from torch import Tensor
-from torch.nn import functional as F
+import numpy as np
 
-from edge_client.model import DeviceModel
+from edge_client.data.image_set import Labels
+from edge_client.model import Floats, Model
 from edge_client.training.context import Advance, Samples
-from edge_client.transport.split_client import SplitPlane, max_samples_per_frame
+from edge_client.transport.split_client import Ids, SplitPlane
 from protocol.quality import PredictionCounts
+from split_model.loss import cross_entropy, softmax
 from split_model.prediction_counts import PredictionCounter
 
 Item = TypeVar("Item")
@@ -35,9 +35,8 @@ class Evaluation:
     predictions: PredictionCounts | None = None
 
 
-@torch.no_grad()
 def evaluate(
-    model: DeviceModel,
+    model: Model,
     plane: SplitPlane,
     samples: Samples,
     *,
@@ -66,33 +65,32 @@ def evaluate(
         StaleRound: the server's global state is no longer ``state``.
     """
     correct, loss_sum = 0, 0.0
-    positions = torch.arange(len(samples))
+    positions = np.arange(len(samples))
     if samples.uploader is not None:
         samples.uploader.ensure(positions)
-    batches = positions.split(max_samples_per_frame(model.head, _BATCH)) if len(samples) else ()
+    size = model.samples_per_frame(_BATCH)
+    batches = [positions[start : start + size] for start in range(0, len(samples), size)]
 
-    def compute_smashed(batch: Tensor) -> Tensor | None:
+    def compute_smashed(batch: Labels) -> Floats | None:
         if samples.outputs is not None:
             return None
-        with torch.no_grad():  # the mode is per thread, and this runs on another
-            smashed: Tensor = model.head(samples.images.read(batch)[0], model.prompts)
-            return smashed
+        return model.smashed(samples.images.read(batch)[0])
 
     for done, (batch, smashed) in enumerate(prefetch(batches, compute_smashed), start=1):
         name = f"{step}.{done}"
 
-        def request(tensor: Tensor, name: str = name) -> Tensor:
-            return plane.infer(tensor, step=name, round_=round_, state=state)
+        def request(sent: Floats | Ids, name: str = name) -> Floats:
+            return plane.infer(sent, step=name, round_=round_, state=state)
 
         if smashed is None:
             features = samples.request_with_batch(batch, None, request)
         else:
             features = smashed if model.is_whole else request(smashed)
         logits, labels = model.classify(features), samples.images.image_set.labels[batch]
-        correct += int((logits.argmax(dim=1) == labels).sum())
-        loss_sum += F.cross_entropy(logits, labels, reduction="sum").item()
+        correct += int((logits.argmax(axis=1) == labels).sum())
+        loss_sum += cross_entropy(logits, labels) * len(labels)
         if counter is not None:
-            counter.add(logits.softmax(dim=1).numpy(), labels.numpy())
+            counter.add(softmax(logits), labels)
         advance("evaluate", done, len(batches))
     predictions = None if counter is None else counter.counts()
     return Evaluation(len(samples), correct, loss_sum, predictions)

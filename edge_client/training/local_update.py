@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from edge_client.data.image_set import Labels
+from edge_client.torch_model import model_of, read
 from edge_client.training.context import Diverged, RoundContext
 from protocol.messages import MAX_LOSS
 from split_model.optimizer import make_optimizer, set_progress
@@ -33,7 +36,7 @@ def local_update(context: RoundContext, forward: LocalForward) -> float | None:
 
     Source: SFPrompt (arXiv 2407.17533, section 3).
     """
-    training, model = context.run.training, context.model
+    training, model = context.run.training, model_of(context)
     samples = len(context.samples)
     if training.local_epochs == 0 or samples == 0:
         return None
@@ -42,7 +45,7 @@ def local_update(context: RoundContext, forward: LocalForward) -> float | None:
     # The phase uses the learning rate of the middle of the round: a warm-up begins at 0.
     set_progress(optimizer, context.rate_factor(1, 2))
     loss_sum = 0.0
-    for epoch, positions in context.batches("local", torch.arange(samples), training.local_epochs):
+    for epoch, positions in context.batches("local", np.arange(samples), training.local_epochs):
         smashed, labels = _smashed(context, positions, epoch)
         loss = F.cross_entropy(forward(context, smashed), labels)
         optimizer.zero_grad()
@@ -58,11 +61,12 @@ def local_update(context: RoundContext, forward: LocalForward) -> float | None:
     return loss_sum / samples
 
 
-def _smashed(context: RoundContext, positions: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
+def _smashed(context: RoundContext, positions: Labels, epoch: int) -> tuple[Tensor, Tensor]:
     """Compute the smashed data of a batch, [b, T, D] or only the tail's tokens, and the labels."""
-    samples, model = context.samples, context.model
-    labels = samples.images.image_set.labels[positions]  # [b]
+    samples, model = context.samples, model_of(context)
     if samples.outputs is not None:
-        return samples.outputs.for_tail(positions, context.view(epoch)), labels
-    images, _ = samples.images.read(positions, epoch=context.epoch_of_run(epoch))
+        labels = torch.from_numpy(samples.images.image_set.labels[positions])  # [b]
+        smashed = samples.outputs.for_tail(positions, context.view(epoch))
+        return torch.from_numpy(smashed), labels
+    images, labels = read(samples.images, positions, context.epoch_of_run(epoch))
     return model.head(images, model.prompts), labels

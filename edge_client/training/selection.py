@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from edge_client.data.image_set import Labels
+from edge_client.torch_model import model_of, read
 from edge_client.training.context import RoundContext
 from pruning import SCORES, draw_random_scores, select_highest
 
@@ -12,7 +15,7 @@ _BATCH = 128
 
 
 @torch.no_grad()
-def select_samples(context: RoundContext) -> Tensor:
+def select_samples(context: RoundContext) -> Labels:
     """Return the positions [k] of the samples for split training, ascending.
 
     Scores are computed with head → tail, without body and prompts. With ``keep_fraction`` 1, all
@@ -21,24 +24,27 @@ def select_samples(context: RoundContext) -> Tensor:
     Source: SFPrompt (arXiv 2407.17533, section 3).
     """
     training = context.run.training
-    positions = torch.arange(len(context.samples))
+    positions = np.arange(len(context.samples))
     if training.keep_fraction == 1 or len(positions) == 0:
         return positions
-    labels = context.samples.images.image_set.labels
+    labels = torch.from_numpy(context.samples.images.image_set.labels)
     generator = torch.Generator().manual_seed(context.seed("prune"))
     if training.pruning == "random":  # needs no output of the model
-        scores = draw_random_scores(len(positions), generator)
+        scores: Tensor = draw_random_scores(len(positions), generator)
     else:
         logits, inputs = _score_inputs(context, positions)
         scores = SCORES[training.pruning](logits, labels, inputs, generator)
-    return select_highest(scores, training.keep_fraction, labels, training.prune_per_class)
+    selected = select_highest(scores, training.keep_fraction, labels, training.prune_per_class)
+    result: Labels = selected.numpy()
+    return result
 
 
-def _score_inputs(context: RoundContext, positions: Tensor) -> tuple[Tensor, Tensor]:
+@torch.no_grad()
+def _score_inputs(context: RoundContext, positions: Labels) -> tuple[Tensor, Tensor]:
     """Compute the logits [n, C] and the classifier's inputs [n, D] of these samples [n]."""
-    tail = context.model.tail
+    tail = model_of(context).tail
     logits, inputs = [], []
-    batches = positions.split(_BATCH)
+    batches = [positions[start : start + _BATCH] for start in range(0, len(positions), _BATCH)]
     for done, batch in enumerate(batches, start=1):
         smashed = _smashed_without_prompts(context, batch)  # [b, T', D]
         inputs.append(tail.pool(smashed))
@@ -47,9 +53,9 @@ def _score_inputs(context: RoundContext, positions: Tensor) -> tuple[Tensor, Ten
     return torch.cat(logits), torch.cat(inputs)
 
 
-def _smashed_without_prompts(context: RoundContext, positions: Tensor) -> Tensor:
+def _smashed_without_prompts(context: RoundContext, positions: Labels) -> Tensor:
     samples = context.samples
     if samples.outputs is not None:
-        return samples.outputs.for_tail(positions)
-    smashed: Tensor = context.model.head(samples.images.read(positions)[0])
+        return torch.from_numpy(samples.outputs.for_tail(positions))
+    smashed: Tensor = model_of(context).head(read(samples.images, positions)[0])
     return smashed

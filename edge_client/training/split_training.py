@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from edge_client.model import DeviceModel
+from edge_client.data.image_set import Labels
+from edge_client.model import Floats
+from edge_client.torch_model import TorchModel, model_of, read
 from edge_client.training.context import Diverged, RoundContext
-from edge_client.transport.split_client import SamplesMissing, SplitPlane
+from edge_client.transport.split_client import Ids, SamplesMissing, SplitPlane
 from protocol.codecs.registry import as_decoded
 from protocol.errors import StepLost
 from protocol.messages import MAX_LOSS, ExchangeMeta
@@ -51,13 +53,13 @@ def forward_whole(
     step: str,
 ) -> tuple[Tensor, Tensor | None]:
     """Send the complete smashed data; see `Forward`."""
-    return plane.forward(smashed, step=step, round_=context.round), None
+    return torch.from_numpy(plane.forward(smashed, step=step, round_=context.round)), None
 
 
 def split_train(
     context: RoundContext,
     plane: SplitPlane,
-    selected: Tensor,
+    selected: Labels,
     forward: Forward = forward_whole,
     *,
     fixed_views: bool = False,
@@ -91,11 +93,11 @@ def split_train(
 def _train_with_prompts_at_the_input(
     context: RoundContext,
     plane: SplitPlane,
-    selected: Tensor,
+    selected: Labels,
     forward: Forward,
     fixed_views: bool,
 ) -> TrainingResult:
-    model = context.model
+    model = model_of(context)
     optimizer = make_optimizer(context.run.training, model.prompts, model.tail, head=model.head)
     batches = SplitBatches(context, selected)
     name = new_name(context)
@@ -104,7 +106,7 @@ def _train_with_prompts_at_the_input(
         epoch_of_round = context.run.training.local_epochs + epoch
         view = context.view(epoch_of_round)
         augmented = view if fixed_views else context.epoch_of_run(epoch_of_round)
-        images, labels = context.samples.images.read(positions, epoch=augmented)
+        images, labels = read(context.samples.images, positions, augmented)
         samples = [(position, view) for position in positions.tolist()]
         optimizer.zero_grad()
         send = partial(forward, context, plane, samples)
@@ -126,7 +128,7 @@ def _run_step(
     noise: torch.Generator | None,
 ) -> float:
     """Compute a batch's gradients of prompts and tail, and return its mean loss."""
-    model = context.model
+    model = model_of(context)
     smashed = model.head(images, model.prompts)
     for attempt in range(_MAX_ATTEMPTS):
         # Each attempt has its own name: the server answers a repeated name from its cache.
@@ -148,15 +150,16 @@ def _run_step(
             if attempt == _MAX_ATTEMPTS - 1:
                 raise
     # Straight-through estimate: the codec's error is treated as a constant.
-    smashed.backward(correct_gradient(context, gradient, smashed.detach(), decoded))
+    at_decoded = torch.from_numpy(gradient)
+    smashed.backward(correct_gradient(context, at_decoded, smashed.detach(), decoded))
     return loss
 
 
 def _train_with_prompts_at_the_cut(
-    context: RoundContext, plane: SplitPlane, selected: Tensor
+    context: RoundContext, plane: SplitPlane, selected: Labels
 ) -> TrainingResult:
     """Send one request a step: the gradients of a batch, and the ids of the next batch."""
-    samples, model = context.samples, context.model
+    samples, model = context.samples, model_of(context)
     if samples.uploader is not None:
         for view in _views(context):
             samples.uploader.ensure(selected, view)
@@ -179,7 +182,9 @@ def _train_with_prompts_at_the_cut(
     for step, (epoch, positions) in enumerate(batches):
         sent = gradients
 
-        def request(batch: Tensor, step: int = step, sent: Tensor | None = sent) -> Tensor | None:
+        def request(
+            batch: Floats | Ids, step: int = step, sent: Tensor | None = sent
+        ) -> Floats | None:
             return plane.exchange(meta(step), sent, batch, context.noise(step))
 
         view = context.view(context.run.training.local_epochs + epoch)
@@ -187,8 +192,8 @@ def _train_with_prompts_at_the_cut(
         if features is None:
             raise StepLost("the server answered a batch without its features", field="session")
         set_progress(optimizer, context.rate_factor(step, batches.steps))
-        labels = samples.images.image_set.labels[positions]
-        loss, gradients = train_tail(model, features, labels)
+        labels = torch.from_numpy(samples.images.image_set.labels[positions])
+        loss, gradients = train_tail(model, torch.from_numpy(features), labels)
         optimizer.step()
         batches.add_loss(epoch, loss, len(positions))
     plane.exchange(meta(batches.steps), gradients, None, context.noise(batches.steps))
@@ -207,7 +212,7 @@ def new_name(context: RoundContext) -> str:
     return f"{secrets.token_hex(4)}.{context.round}.{context.attempt}"
 
 
-def train_tail(model: DeviceModel, features: Tensor, labels: Tensor) -> tuple[float, Tensor]:
+def train_tail(model: TorchModel, features: Tensor, labels: Tensor) -> tuple[float, Tensor]:
     """Compute the mean loss of a batch and the gradients of features and tail.
 
     Args:
@@ -270,7 +275,7 @@ class SplitBatches:
         steps: number of batches over all epochs.
     """
 
-    def __init__(self, context: RoundContext, selected: Tensor) -> None:
+    def __init__(self, context: RoundContext, selected: Labels) -> None:
         training = context.run.training
         self._batches = context.batches("split", selected, training.split_epochs)
         self._last_epoch = training.split_epochs - 1
@@ -278,7 +283,7 @@ class SplitBatches:
         self._loss_sum = 0.0
         self.steps = training.split_epochs * math.ceil(len(selected) / training.batch_size)
 
-    def __iter__(self) -> Iterator[tuple[int, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[int, Labels]]:
         return self._batches
 
     def add_loss(self, epoch: int, loss: float, samples: int) -> None:

@@ -50,11 +50,9 @@ from protocol.wire import (
     VERSION_HEADER,
 )
 
-# Frames import torch, which takes seconds and which most requests do without.
+# Frames import every codec, which most requests do without.
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
+    from protocol.arrays import Array, Generator
     from protocol.frames import Frame
 
 log = logging.getLogger("edge_client")
@@ -192,9 +190,9 @@ class Server:
         self,
         run: str,
         meta: UpdateMeta,
-        state: Mapping[str, Tensor],
+        state: Mapping[str, Array],
         codec: str,
-        extras: Mapping[str, Tensor] | None = None,
+        extras: Mapping[str, Array] | None = None,
     ) -> UpdateReceipt:
         """Send a round's update.
 
@@ -251,8 +249,8 @@ class Server:
         path: str,
         kind: str,
         meta: Mapping[str, Any],
-        tensors: Mapping[str, tuple[Tensor, str]],
-        generators: Mapping[str, torch.Generator] | None = None,
+        tensors: Mapping[str, tuple[Array, str]],
+        generators: Mapping[str, Generator] | None = None,
         waits_s: float = 0.0,
     ) -> Frame:
         """Send one frame to a path of the split plane, and return the response's frame.

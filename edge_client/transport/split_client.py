@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from edge_client.transport.client import Server
+from protocol.arrays import Array, Generator
 from protocol.errors import Busy, MalformedFrame, SFPromptError
 from protocol.frames import Frame, require_kind
-from protocol.limits import DEFAULT_LIMITS, MIB
 from protocol.messages import SAMPLE_ID_BYTES, BodyStepMeta, ExchangeMeta
 from protocol.plan import RunPlan
 from protocol.untyped import STATUS_FIELD
@@ -25,21 +25,19 @@ from protocol.wire import (
     SOLVE_PATH,
     START_PATH,
 )
-from split_model.backbone.architecture import anatomy
 from split_model.linear_fit import Features, Fit
-from split_model.parts.depths import feature_shape
-from split_model.parts.head import Head
-from split_model.parts.tail import needed_tokens
 
 _MAX_IDS = 16_384  # in one request
 
-_FLOAT_BYTES = 4
-
-_HEADER_BYTES = MIB
-
 _OTHERS_S = 20.0  # for which the server holds a request of round 0 back
 
-Payload = Mapping[str, tuple[Tensor, str]]
+Floats = NDArray[np.float32]
+
+Ids = NDArray[np.uint8]
+
+Labels = NDArray[np.int64]
+
+Payload = Mapping[str, tuple[Array, str]]
 
 
 class SamplesMissing(SFPromptError):
@@ -63,6 +61,8 @@ class SamplesMissing(SFPromptError):
 class SplitPlane:
     """Sends the requests of one run's split plane.
 
+    It takes NumPy arrays or torch tensors, and returns NumPy arrays of float32.
+
     A batch is smashed data [B, T, D], or the ids [B, 16] (uint8) of samples in the server's cache.
     Features are [B, T', D]: T' counts all tokens, prompts included, or with
     ``wire.pooled_features`` only those that the tail reads.
@@ -70,24 +70,25 @@ class SplitPlane:
     Args:
         server: authenticated.
         run: the run's settings.
+        features: shape of one sample's features, [T', D'].
         smashed: codec of smashed data; None: that of training.
     """
 
-    def __init__(self, server: Server, run: RunPlan, smashed: str | None = None) -> None:
+    def __init__(
+        self,
+        server: Server,
+        run: RunPlan,
+        features: tuple[int, int],
+        smashed: str | None = None,
+    ) -> None:
         self._server = server
         self._wire = run.wire
         self._smashed = smashed or run.wire.smashed
-        split = run.model
-        sizes = anatomy(split)
-        num_tokens = needed_tokens(split) if run.wire.pooled_features else None
-        tokens = sizes.tokens + split.prompt_count
-        self._features = (tokens if num_tokens is None else num_tokens, sizes.width)
-        if split.depths:
-            self._features = feature_shape(split)
-        self._is_classified = bool(split.depths)  # by the server, in an inference
-        self._classes = split.num_classes
+        self._features = features
+        self._is_classified = bool(run.model.depths)  # by the server, in an inference
+        self._classes = run.model.num_classes
 
-    def forward(self, batch: Tensor, *, step: str, round_: int) -> Tensor:
+    def forward(self, batch: Array, *, step: str, round_: int) -> Floats:
         """Compute the features [B, T', D] of smashed data [B, T, D]; the server retains the step.
 
         Args:
@@ -98,7 +99,7 @@ class SplitPlane:
         response = self._send_forward(self._batch(batch), step, round_)
         return _tensor(response, "features", (len(batch), *self._features))
 
-    def forward_payload(self, payload: Payload, samples: int, *, step: str, round_: int) -> Tensor:
+    def forward_payload(self, payload: Payload, samples: int, *, step: str, round_: int) -> Floats:
         """Like `forward`, for a batch in a form that only the tuning method's two sides know.
 
         Args:
@@ -121,13 +122,13 @@ class SplitPlane:
 
     def backward(
         self,
-        gradients: Tensor,
+        gradients: Array,
         *,
         step: str,
         round_: int,
         smashed: tuple[int, ...],
-        noise: torch.Generator | None = None,
-    ) -> Tensor:
+        noise: Generator | None = None,
+    ) -> Floats:
         """Compute the gradient [B, T, D] of a step's smashed data from that of its features.
 
         Args:
@@ -149,7 +150,7 @@ class SplitPlane:
         )
         return _tensor(response, "gradients", smashed)
 
-    def body_forward(self, smashed: Tensor, meta: BodyStepMeta) -> Tensor:
+    def body_forward(self, smashed: Array, meta: BodyStepMeta) -> Floats:
         """Compute the features [B, T', D] of smashed data [B, T, D] with the session's tuned body.
 
         The first step waits until the server has memory for another body, at most until the round
@@ -173,11 +174,11 @@ class SplitPlane:
 
     def body_backward(
         self,
-        gradients: Tensor,
+        gradients: Array,
         meta: BodyStepMeta,
         smashed: tuple[int, ...],
-        noise: torch.Generator | None = None,
-    ) -> Tensor:
+        noise: Generator | None = None,
+    ) -> Floats:
         """Compute the smashed data's gradient [B, T, D]; the server tunes the session's body.
 
         Arguments and errors are those of `backward` and `body_forward`.
@@ -192,10 +193,10 @@ class SplitPlane:
     def exchange(
         self,
         meta: ExchangeMeta,
-        gradients: Tensor | None,
-        batch: Tensor | None,
-        noise: torch.Generator | None = None,
-    ) -> Tensor | None:
+        gradients: Array | None,
+        batch: Array | None,
+        noise: Generator | None = None,
+    ) -> Floats | None:
         """Send the last batch's gradients and request the next batch's features.
 
         Args:
@@ -211,7 +212,7 @@ class SplitPlane:
             SamplesMissing: upload these samples, then send the same exchange again.
             StepLost: the server lost the session; start the round again.
         """
-        tensors: dict[str, tuple[Tensor, str]] = {}
+        tensors: dict[str, tuple[Array, str]] = {}
         if gradients is not None:
             tensors["gradients"] = (gradients, self._wire.gradients)
         if batch is not None:
@@ -226,7 +227,7 @@ class SplitPlane:
         _check_none_missing(response, len(batch))
         return _tensor(response, "features", (len(batch), *self._features))
 
-    def infer(self, batch: Tensor, *, step: str, round_: int, state: str | None = None) -> Tensor:
+    def infer(self, batch: Array, *, step: str, round_: int, state: str | None = None) -> Floats:
         """Compute the features [B, T', D] of a batch; the server retains nothing.
 
         With ``depths`` the result is logits [B, C]: the server has the tail.
@@ -248,7 +249,7 @@ class SplitPlane:
             return _tensor(response, "logits", (len(batch), self._classes))
         return _tensor(response, "features", (len(batch), *self._features))
 
-    def start(self, ids: Tensor, round_: int, attempt: int) -> Features:
+    def start(self, ids: Ids, round_: int, attempt: int) -> Features:
         """Name all training samples by their ids [n, 16]; return their features.
 
         In round 0 it waits for the other participants, at most until the round is over.
@@ -263,15 +264,13 @@ class SplitPlane:
         rank = self._features[-1]
         values = _tensor(response, "features", (len(ids), *self._features), kind="start")
         return Features(
-            values=values.flatten(1),
+            values=values.reshape(len(ids), -1),
             mean=_tensor(response, "mean", (rank,), kind="start"),
             variances=_tensor(response, "variances", (rank,), kind="start"),
             strength=_tensor(response, "strength", (1,), kind="start").item(),
         )
 
-    def solve(
-        self, sums: Tensor, counts: Tensor, attempt: int, samples: int, round_: int = 0
-    ) -> Fit:
+    def solve(self, sums: Array, counts: Array, attempt: int, samples: int, round_: int = 0) -> Fit:
         """Send sums of features in each class [C, r] and counts [C]; return the classifier.
 
         In round 0 it waits for the other participants, at most until the round is over.
@@ -305,13 +304,13 @@ class SplitPlane:
                 if error.field == STATUS_FIELD:  # an HTTP proxy's, which knows of no others
                     raise
 
-    def store_samples(self, ids: Tensor, smashed: Tensor) -> None:
+    def store_samples(self, ids: Ids, smashed: Array) -> None:
         """Store smashed data [B, T, D] in the server's cache under these ids [B, 16]."""
         tensors = {"ids": (ids, "uint8"), "smashed": (smashed, self._smashed)}
         response = self._server.send_frame(SAMPLES_PATH, "samples", {}, tensors)
         require_kind(response, "kept")
 
-    def share_labels(self, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> None:
+    def share_labels(self, train: tuple[Ids, Labels], test: tuple[Ids, Labels]) -> None:
         """Send the labels of all training and test samples; the server then needs no device.
 
         Args:
@@ -321,7 +320,7 @@ class SplitPlane:
             SamplesMissing: upload these samples, training before test samples, and send the labels
                 again.
         """
-        tensors: dict[str, tuple[Tensor, str]] = {}
+        tensors: dict[str, tuple[Array, str]] = {}
         for kind, (ids, labels) in (("train", train), ("test", test)):
             if len(ids):
                 tensors |= {f"{kind}_ids": (ids, "uint8"), f"{kind}_labels": (labels, "int64")}
@@ -329,7 +328,7 @@ class SplitPlane:
         _check_none_missing(response, len(train[0]) + len(test[0]))
         require_kind(response, "kept")
 
-    def missing(self, ids: Tensor) -> list[int]:
+    def missing(self, ids: Ids) -> list[int]:
         """Return the indices of those ids [B, 16] that the server's cache lacks."""
         missing: list[int] = []
         for start in range(0, len(ids), _MAX_IDS):
@@ -339,13 +338,13 @@ class SplitPlane:
             missing += [start + place for place in _missing_places(response, requested)]
         return missing
 
-    def _batch(self, batch: Tensor) -> Payload:
-        if batch.dtype == torch.uint8:
+    def _batch(self, batch: Array) -> Payload:
+        if "uint8" in str(batch.dtype):
             return {"ids": (batch.reshape(-1, SAMPLE_ID_BYTES), "uint8")}
         return {"smashed": (batch, self._smashed)}
 
 
-def _rounding(noise: torch.Generator | None) -> dict[str, torch.Generator]:
+def _rounding(noise: Generator | None) -> dict[str, Generator]:
     return {} if noise is None else {"gradients": noise}
 
 
@@ -369,7 +368,7 @@ def _missing_places(response: Frame, requested: int) -> list[int]:
             limit=[requested],
             value=list(spec.shape),
         )
-    places: list[int] = response.tensor("places").tolist()
+    places: list[int] = response.array("places").tolist()
     if places != sorted(set(places)) or not all(0 <= place < requested for place in places):
         raise MalformedFrame(
             "the server names samples that were not requested", field="places", limit=requested
@@ -377,7 +376,7 @@ def _missing_places(response: Frame, requested: int) -> list[int]:
     return places
 
 
-def _tensor(response: Frame, name: str, shape: tuple[int, ...], kind: str | None = None) -> Tensor:
+def _tensor(response: Frame, name: str, shape: tuple[int, ...], kind: str | None = None) -> Floats:
     require_kind(response, kind or name)
     if response.spec(name).shape != tuple(shape):
         raise MalformedFrame(
@@ -386,17 +385,7 @@ def _tensor(response: Frame, name: str, shape: tuple[int, ...], kind: str | None
             limit=list(shape),
             value=list(response.spec(name).shape),
         )
-    tensor = response.tensor(name)
-    if not tensor.is_floating_point():
+    array = response.array(name)
+    if array.dtype.kind != "f":
         raise MalformedFrame("the server answered with integers, not floats", field=name)
-    return tensor.to(torch.float32)
-
-
-def max_samples_per_frame(head: Head, limit: int) -> int:
-    """Return the number of samples, at most ``limit``, whose float32 features fit in a frame.
-
-    Counts the body's tokens, prompts included: a response may be larger than its request.
-    """
-    tokens = head.sizes.tokens + head.settings.prompt_count
-    sample_bytes = tokens * head.sizes.width * _FLOAT_BYTES
-    return max(1, min(limit, (DEFAULT_LIMITS.max_frame_bytes - _HEADER_BYTES) // sample_bytes))
+    return np.require(array, np.float32, ["W"])

@@ -124,7 +124,7 @@ class Cosine(FixedSizeCodec):
         codes *= self._max_code / bound
         if generator is None:
             return backend.clip(xp.round(codes, out=codes), -self._max_code, self._max_code)
-        lower = backend.clip(xp.floor(codes, out=codes), -self._max_code, self._max_code - 1)
+        lower = backend.clip(backend.floor(codes), -self._max_code, self._max_code - 1)
         levels = backend.own(np.asarray(self._compute_sines(bound), np.float32))
         indices = xp.astype(lower + self._max_code, xp.int64)
         below, above = levels[indices], levels[indices + 1]

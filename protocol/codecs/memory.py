@@ -60,11 +60,10 @@ def round_in_place(
     distance from the lower one. It clips to ``low`` … ``high``, because a float32 rounding error
     can carry a value beyond.
     """
-    xp = backend.xp
     if generator is None:
-        return xp.round(values, out=values)
+        return backend.xp.round(values, out=values)
     values += backend.draw(values.shape, generator)
-    return backend.clip(xp.floor(values, out=values), low, high)
+    return backend.clip(backend.floor(values), low, high)
 
 
 def max_magnitude(backend: Backend, array: Any) -> float:

@@ -14,6 +14,7 @@ from edge_client.data.image_set import ImageSet
 from edge_client.data.pictures import parse_colour
 from edge_client.data.sources import load_dataset
 from edge_client.model import preprocessing_of
+from edge_client.torch_model import read
 from protocol.plan import RunPlan
 from protocol.seeds import derive_seed
 from sfprompt_bench.compare.tasks import Figures
@@ -41,7 +42,9 @@ def write_distillation_images(plan: RunPlan, data_dir: Path) -> None:
     images = load_dataset(distillation.images, seed=0, background=background).train
     generator = torch.Generator().manual_seed(derive_seed(0, "distillation-images"))
     chosen = torch.randperm(len(images), generator=generator)[: distillation.samples]
-    pixels = torch.stack([images.image(int(index)) for index in chosen])  # [N, 3, H, W]
+    pixels = torch.stack(
+        [torch.tensor(images.image(int(index))) for index in chosen]
+    )  # [N, 3, H, W]
     write_tensors(data_dir / IMAGES / f"{distillation.images}.safetensors", {"images": pixels})
 
 
@@ -66,7 +69,7 @@ def _accuracy(model: TunedModel, test: ImageSet) -> float:
     preprocessing = preprocessing_of(model.settings, image_preparation(model.settings))
     images, correct = BatchReader(test, preprocessing, cache_bytes=0), 0
     for positions in torch.arange(len(images)).split(_BATCH):
-        pixels, labels = images.read(positions)
+        pixels, labels = read(images, positions.numpy())
         correct += int((model(pixels).argmax(dim=1) == labels).sum())
     return correct / len(images)
 

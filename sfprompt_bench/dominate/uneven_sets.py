@@ -6,12 +6,11 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
 from edge_client.data.dataset import limit_per_set
 from edge_client.data.image_set import ImageSet
-from edge_client.data.sampling import generator
+from edge_client.data.sampling import Indices, generator
 from edge_client.data.sources import load_dataset
 from sfprompt_bench.dominate.cells import Cell
 
@@ -56,19 +55,19 @@ def class_sizes(cell: Cell, special: int) -> list[int]:
     return [first if number == special else next(others) for number in range(classes)]
 
 
-def _pick(images: ImageSet, cell: Cell, seed: int) -> torch.Tensor:
+def _pick(images: ImageSet, cell: Cell, seed: int) -> Indices:
     rng = generator(seed, f"uneven set {cell.kind}")
     sizes = class_sizes(cell, int(rng.integers(len(CLASS_NAMES))))
-    labels = images.labels.numpy()
+    labels = images.labels
     chosen = [
         rng.permutation(np.flatnonzero(labels == label))[:size] for label, size in enumerate(sizes)
     ]
-    return torch.from_numpy(np.sort(np.concatenate(chosen)))
+    return np.sort(np.concatenate(chosen))
 
 
 def _write(images: ImageSet, folder: Path) -> None:
     for number in range(len(images)):
         place = folder / CLASS_NAMES[images.label(number)]
         place.mkdir(parents=True, exist_ok=True)
-        pixels = images.image(number).permute(1, 2, 0).contiguous().numpy()
+        pixels = np.ascontiguousarray(images.image(number).transpose(1, 2, 0))
         Image.fromarray(pixels).save(place / f"{number:05}.png")

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from edge_client.torch_model import wire_shape
 from edge_client.transport.client import Server
 from edge_client.transport.split_client import SplitPlane
 from protocol.messages import parse_message
@@ -105,7 +106,9 @@ class TransportClient:
         """Connect as a participant of a run with these settings."""
         server = Server(url)
         server.authenticate(credential)
-        self._plane = SplitPlane(server, parse_message(RunPlan, settings))
+        plan = parse_message(RunPlan, settings)
+        shape = wire_shape(plan.model, plan.wire.pooled_features)
+        self._plane = SplitPlane(server, plan, shape)
         return {}
 
     def time_requests(self, shape: list[int], round_: int, times: int) -> dict[str, Any]:

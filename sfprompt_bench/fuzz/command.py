@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 
-_CROWD_S = 10.0  # of each measurement
+_CROWD_S = 5.0  # of each measurement
 
 
 def fuzz(

@@ -6,14 +6,16 @@ import importlib.util
 import json
 import urllib.parse
 from collections.abc import Callable
-from types import SimpleNamespace
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from fastapi import FastAPI
 
 from protocol.errors import SFPromptError
 from sfprompt_bench.fuzz.target import Request, Target
 from split_server.http.federation_routes import FederationRoutes
+
+if TYPE_CHECKING:
+    from split_server.http.services import Services
 
 BATCH: Final = 25  # requests of one seed: one operation's
 
@@ -28,7 +30,7 @@ class OpenApi:
     def __init__(self, target: Target) -> None:
         import schemathesis
 
-        description = _describe_routes()
+        description = describe_routes()
         schema = schemathesis.openapi.from_dict(description)
         self._operations = [result.ok() for result in schema.get_all_operations()]
         self._target = target
@@ -82,12 +84,18 @@ class OpenApi:
         return {"sfprompt-version": "2", "authorization": f"Bearer {token}"}
 
 
-def _describe_routes() -> dict[str, Any]:
+def describe_routes() -> dict[str, Any]:
     """Return the OpenAPI description of the server's routes, which it does not serve itself."""
     app = FastAPI()
-    no_services: Any = SimpleNamespace(federation=None, reader=None, runs=None)
-    app.include_router(FederationRoutes(no_services).router)
+    app.include_router(FederationRoutes(cast("Services", _NoServices())).router)
     return app.openapi()
+
+
+class _NoServices:
+    """Stands for the server's services, which no description needs."""
+
+    def __getattr__(self, name: str) -> None:
+        return None
 
 
 def _request_of(case: Any, headers: dict[str, str], run: str) -> Request:

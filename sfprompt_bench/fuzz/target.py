@@ -99,6 +99,11 @@ class Target:
         """Measure the server's resident memory."""
         return int(self.process.memory_info().rss)
 
+    def cpu_s(self) -> float:
+        """Measure the server's processor time so far, in seconds."""
+        times = self.process.cpu_times()
+        return float(times.user + times.system)
+
     def descriptors(self) -> int:
         """Count its open descriptors."""
         return len(os.listdir(Path("/proc") / str(self.process.pid) / "fd"))

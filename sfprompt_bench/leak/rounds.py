@@ -6,11 +6,12 @@ import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from edge_client.data.batches import shuffled
-from edge_client.model import DeviceModel
+from edge_client.torch_model import TorchModel, read
 from edge_client.training.split_training import train_tail
 from protocol.codecs import get_codec
 from protocol.codecs.registry import as_decoded
@@ -76,7 +77,7 @@ def _observe_round(
     basis: Basis | None,
 ) -> ObservedRound:
     published = copy.deepcopy(model.tail)
-    device = DeviceModel(model.head, model.tail, None, model.train.preprocessing)
+    device = TorchModel(model.head, model.tail, None, model.train.preprocessing)
     training, wire = plan.training, plan.wire
     on_server = make_optimizer(training, prompts, None)
     on_device = make_optimizer(training, None, None if basis else model.tail)
@@ -88,7 +89,7 @@ def _observe_round(
         factor = learning_rate_factor(training, progress, plan.federation.rounds)
         set_progress(on_server, factor)
         set_progress(on_device, factor)
-        images, labels = model.train.read(positions)
+        images, labels = read(model.train, positions.numpy())
         with torch.no_grad():
             smashed = as_decoded(model.head(images), wire.smashed)
         features = model.body(smashed, prompts, model.tail.num_tokens)
@@ -115,6 +116,6 @@ def _batches(model: PooledModel, plan: RunPlan, number: int) -> list[Tensor]:
     """The positions of a round's batches: a share of the samples, drawn at random."""
     size = plan.training.batch_size
     seed = derive_seed(plan.seed, "leak")
-    order = torch.cat(list(shuffled(len(model.train), size, seed, number)))
+    order = torch.from_numpy(np.concatenate(shuffled(len(model.train), size, seed, number)))
     count = max(1, round(plan.training.keep_fraction * len(order)))
     return list(order[:count].split(size))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from edge_client.torch_model import read
 from protocol.codecs.registry import as_decoded
 from protocol.plan import RunPlan
 from sfprompt_bench.methods.pooled import PooledModel
@@ -45,7 +46,7 @@ def observe_start(model: PooledModel, plan: RunPlan) -> tuple[Basis, ObservedSta
     """
     tokens, labels = [], []
     for positions in torch.arange(len(model.train)).split(_BATCH):
-        images, classes = model.train.read(positions)
+        images, classes = read(model.train, positions.numpy())
         smashed = as_decoded(model.head(images), plan.wire.smashed)
         tokens.append(model.body(smashed, model.prompts).flatten(1))
         labels.append(classes)
@@ -70,7 +71,8 @@ def _fit_tail(model: PooledModel, basis: Basis, seen: ObservedStart, one_hot: Te
     )
     scores = seen.features @ fit.weight.T + fit.bias
     leverage = fit.leverage(seen.features).float()
-    factor, _ = calibrate(leave_one_out(scores, one_hot.float(), leverage), seen.labels)
+    left_out = leave_one_out(scores.numpy(), one_hot.numpy(), leverage.numpy())
+    factor, _ = calibrate(left_out, seen.labels.numpy())
     classifier = dict(model.tail.named_parameters())
     classifier["trunk.head.weight"].copy_(factor * fit.weight)
     classifier["trunk.head.bias"].copy_(factor * fit.bias)

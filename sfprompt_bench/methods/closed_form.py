@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from edge_client.data.batches import BatchReader
 from edge_client.data.dataset import Dataset
+from edge_client.torch_model import read
 from protocol.settings import RunSettings
 from sfprompt_bench.methods.base import Advance, ReferenceResult
 from sfprompt_bench.methods.pooled import BATCH, FrozenFeatures, PooledModel
@@ -131,7 +132,7 @@ def features_at(
     sizes = model.tail.sizes
     features, labels = [], []
     for positions in torch.arange(len(samples)).split(BATCH):
-        images, batch_labels = samples.read(positions)
+        images, batch_labels = read(samples, positions.numpy())
         at_depths: list[Tensor] = []
 
         def keep(tokens: Tensor, at_depths: list[Tensor] = at_depths) -> Tensor:

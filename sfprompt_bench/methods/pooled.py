@@ -14,6 +14,7 @@ from edge_client.data.batches import BatchReader, shuffled
 from edge_client.data.dataset import Dataset
 from edge_client.data.download import cache_dir
 from edge_client.model import preprocessing_of
+from edge_client.torch_model import read
 from protocol.federation import FederationSettings
 from protocol.plan import RunPlan
 from protocol.seeds import derive_seed
@@ -163,7 +164,7 @@ class PooledModel:
         )
         for step, positions in enumerate(batches):
             set_progress(optimizer, learning_rate_factor(training, step / len(batches), rounds))
-            images, labels = self.train.read(positions)
+            images, labels = read(self.train, positions)
             loss = F.cross_entropy(self.tail(self._features(images, self.prompts)), labels)
             optimizer.zero_grad()
             loss.backward()
@@ -202,7 +203,7 @@ class PooledModel:
         """
         pooled, labels = [], []
         for positions in torch.arange(len(samples)).split(BATCH):
-            images, batch_labels = samples.read(positions)
+            images, batch_labels = read(samples, positions.numpy())
             changed = images if change is None else change(images)
             pooled.append(self.tail.pool(self._features(changed, None)))
             labels.append(batch_labels)
@@ -219,7 +220,7 @@ class PooledModel:
     def _accuracy(self) -> float:
         correct = 0
         for positions in torch.arange(len(self.test)).split(BATCH):
-            images, labels = self.test.read(positions)
+            images, labels = read(self.test, positions.numpy())
             logits: Tensor = self.tail(self._features(images, self.prompts))
             correct += int((logits.argmax(dim=1) == labels).sum())
         return correct / len(self.test)

@@ -46,6 +46,9 @@ def sfprompt_cost(question: Question) -> MethodCost:
     receives each sample's features and the classifier, once. Without `split_epochs`, a later round
     moves the classifier alone.
 
+    With shared labels a sample's name crosses a second time, with its label of 8 bytes, and nothing
+    else does after the start, in no round and in no evaluation.
+
     Operations of a round are those of `SFPromptPaper`, except that with `keep_smashed` the head
     runs once for each sample and view, and forward only; the tail's 1x for each scored sample and
     3x for each visit remain.
@@ -69,6 +72,9 @@ def sfprompt_cost(question: Question) -> MethodCost:
         evaluate_every=federation.evaluate_every if question.test_samples else 0,
         device_flops_once=operations.once(),
     )
+
+
+_LABEL_BYTES = 8
 
 
 @dataclass(frozen=True)
@@ -105,6 +111,7 @@ class _Traffic:
         self.question, self.tensors = question, tensors
         self.wire, self.training = question.plan.wire, question.plan.training
         self.evaluates = question.plan.federation.evaluate_every > 0
+        self.shares = question.plan.shares_labels
 
     def start(self) -> int:
         split = self.question.split
@@ -115,7 +122,7 @@ class _Traffic:
     def _round_0_down(self) -> int:
         """Features of all training samples, their moments, the classifier, leverages, new state."""
         split, samples = self.question.split, self.question.train_samples
-        if not split.depths:
+        if not split.depths or self.shares:
             return 0
         codec = self.wire.updates if self.wire.update_deltas else "float32"
         features = self._samples(self.wire.start, samples, self.tensors.features)
@@ -128,10 +135,15 @@ class _Traffic:
         split = self.question.split
         if not split.depths:
             return 0
+        if self.shares:
+            tested = self.question.test_samples if self.evaluates else 0
+            return (SAMPLE_ID_BYTES + _LABEL_BYTES) * (self.question.train_samples + tested)
         names = SAMPLE_ID_BYTES * self.question.train_samples
         return names + self._state("float32") + self._state(self.wire.updates)
 
     def up_per_round(self) -> int:
+        if self.shares:
+            return 0
         gradients = self._visits(self.wire.gradients, self.tensors.features)
         sent = self._state(self.wire.updates) + gradients
         if self.tensors.stored:
@@ -140,6 +152,8 @@ class _Traffic:
         return sent + self._visits(self.wire.smashed, self.tensors.smashed)
 
     def down_per_round(self) -> int:
+        if self.shares:
+            return 0
         # The global state is a file of float32, unless it comes as a change.
         codec = self.wire.updates if self.wire.update_deltas else "float32"
         received = self._state(codec) + self._visits(self.wire.features, self.tensors.features)
@@ -156,14 +170,14 @@ class _Traffic:
         return self._smashed(trained) + self._tested(tested) + names + self._round_0_up()
 
     def up_per_evaluation(self) -> int:
-        if not self.evaluates:
+        if not self.evaluates or self.shares:
             return 0
         if self.tensors.stored:
             return SAMPLE_ID_BYTES * self.question.test_samples
         return self._tested(self.question.test_samples)
 
     def down_per_evaluation(self) -> int:
-        if not self.evaluates:
+        if not self.evaluates or self.shares:
             return 0
         samples, split = self.question.test_samples, self.question.split
         answer = (1, split.num_classes) if split.depths else self.tensors.features
@@ -192,6 +206,7 @@ class _Operations:
 
     def __init__(self, question: Question, tensors: _Tensors) -> None:
         training, self.split = question.plan.training, question.split
+        self.shares = question.plan.shares_labels
         self.local_blocks = paper_part(question.plan).local_body
         self.train_samples, self.tensors = question.train_samples, tensors
         # Neither keeping all samples nor drawing them at random needs scores.
@@ -203,6 +218,8 @@ class _Operations:
     def per_round(self) -> int:
         prompts = self.split.prompt_count
         total = self.scored * self._tail(0) + self.visits * 3 * self._tail(prompts)
+        if self.shares:
+            return 0
         if self.tensors.stored:
             return total
         if self.tensors.at_cut:

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from edge_client.model import DeviceModel
+from edge_client.torch_model import TorchModel
 from protocol.plan import ModelPlan
 
 BATCH = 32
@@ -39,7 +39,7 @@ def main() -> None:
     torch.set_num_threads(1)
     warm_up()
     before = peak_bytes()
-    model = DeviceModel.load(settings, Path(sys.argv[2]), Path(sys.argv[3]))
+    model = TorchModel.load(settings, Path(sys.argv[2]), Path(sys.argv[3]))
     images = torch.randn(BATCH, 3, settings.image_size, settings.image_size)
     labels = torch.arange(BATCH) % settings.num_classes
     saved: dict[int, int] = {}  # bytes by address

@@ -13,6 +13,7 @@ import math
 import sys
 from collections.abc import Iterator, Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -21,6 +22,7 @@ from edge_client.data.batches import BatchReader
 from edge_client.data.download import cache_dir
 from edge_client.data.sources import load_dataset, parse_source
 from edge_client.model import preprocessing_of
+from edge_client.torch_model import read
 from protocol.plan import ModelPlan
 from split_model.backbone.weights import open_backbone, prepare_backbone
 from split_model.checkpoints.head_file import HeadDtype, Unpacked, packed, packed_bytes
@@ -67,7 +69,7 @@ def ridge_accuracy(train: Tensor, labels: Tensor, test: Tensor, test_labels: Ten
 def read_tokens(head: Head, body: Body, images: BatchReader) -> Tensor:
     """Compute what a tail reads of a set's first images, [N, R, D]."""
     positions = torch.arange(min(IMAGES, len(images)))
-    batches = [images.read(batch)[0] for batch in positions.split(_BATCH)]
+    batches = [read(images, batch.numpy())[0] for batch in positions.split(_BATCH)]
     return torch.cat([body(head(batch)) for batch in batches])
 
 
@@ -96,7 +98,8 @@ def main() -> None:
     for name in DATA:
         data = load_dataset(parse_source(name), held_out=0.3, seed=0)
         readers = [BatchReader(part, preprocessing) for part in (data.train, data.test)]
-        labels = torch.cat([part.labels[:IMAGES] for part in (data.train, data.test)])
+        both = [part.labels[:IMAGES] for part in (data.train, data.test)]
+        labels = torch.from_numpy(np.concatenate(both))
         tokens = {
             dtype: torch.cat([read_tokens(head, body, images) for images in readers])
             for dtype, head in _heads(frozen).items()

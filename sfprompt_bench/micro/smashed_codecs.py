@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from edge_client.data.batches import BatchReader, Preprocessing
 from edge_client.data.download import cache_dir
 from edge_client.data.sources import load_dataset
+from edge_client.torch_model import read
 from protocol.codecs import get_codec
 from protocol.plan import ModelPlan
 from split_model.backbone.weights import open_backbone, prepare_backbone
@@ -51,7 +52,8 @@ class _Model:
         """Compute the smashed data [samples, T, D] of images in a random order."""
         generator = torch.Generator().manual_seed(0)
         order = torch.randperm(len(self._images), generator=generator)[:samples]
-        return torch.cat([self._head(self._images.read(part)[0]) for part in order.split(_BATCH)])
+        batches = [read(self._images, part.numpy())[0] for part in order.split(_BATCH)]
+        return torch.cat([self._head(batch) for batch in batches])
 
     @torch.no_grad()
     def class_tokens(self, smashed: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ class Device:
     def honest_sums(self, classes: int) -> Sums:
         """Return the sums of its features in each class."""
         one_hot = F.one_hot(self.labels, classes).double()
-        sums = one_hot.T @ self._known.values.double()
+        sums = one_hot.T @ torch.from_numpy(self._known.values).double()
         return Sums(sums.float(), one_hot.sum(dim=0).float())
 
     def sums(self, classes: int) -> Sums:
@@ -75,18 +75,25 @@ class Device:
 
     def start(self, fit: Fit) -> State:
         """Return its update of round 0."""
-        factor, _, self.decay = scale_fit(fit, self._known.values, self.labels)
-        state = {TAIL_WEIGHT: factor * fit.weight, TAIL_BIAS: factor * fit.bias}
+        factor, _, self.decay = scale_fit(fit, self._known.values, self.labels.numpy())
+        state = {
+            TAIL_WEIGHT: factor * torch.from_numpy(fit.weight),
+            TAIL_BIAS: factor * torch.from_numpy(fit.bias),
+        }
         return self._distorted(
             {name: torch.zeros_like(each) for name, each in state.items()}, state, 0
         )
 
     def step(self, state: Mapping[str, Tensor], round_: int) -> State:
         """Return its update of a later round."""
+        before = [state[name].double().numpy() for name in (TAIL_WEIGHT, TAIL_BIAS)]
         (weight, bias), _ = step_classifier(
-            state[TAIL_WEIGHT], state[TAIL_BIAS], self._known, self.labels, self.decay
+            before[0], before[1], self._known, self.labels.numpy(), self.decay
         )
-        honest = {TAIL_WEIGHT: weight.float(), TAIL_BIAS: bias.float()}
+        honest = {
+            TAIL_WEIGHT: torch.from_numpy(weight).float(),
+            TAIL_BIAS: torch.from_numpy(bias).float(),
+        }
         return self._distorted(state, honest, round_)
 
     def _distorted(self, before: Mapping[str, Tensor], after: State, round_: int) -> State:

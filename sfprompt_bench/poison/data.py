@@ -10,6 +10,7 @@ from torch import Tensor
 
 from edge_client.data.batches import BatchReader
 from edge_client.data.dataset import Dataset
+from edge_client.torch_model import read as read_tensors
 from protocol.codecs.registry import as_decoded
 from protocol.plan import RunPlan
 from protocol.seeds import derive_seed
@@ -85,7 +86,7 @@ def _tokens_of(model: PooledModel, samples: BatchReader) -> Tokens:
     def read(change: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         tokens, labels = [], []
         for positions in torch.arange(len(samples)).split(_BATCH):
-            images, classes = samples.read(positions)
+            images, classes = read_tensors(samples, positions.numpy())
             smashed = as_decoded(model.head(change(images)), codec)
             tokens.append(model.body(smashed, None).flatten(1).half())
             labels.append(classes)

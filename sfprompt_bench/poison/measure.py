@@ -197,7 +197,7 @@ def _start(
     files = federation.runs.files(federation.run)
     for place, device in enumerate(devices):
         decoded = decode_all(fitted.basis, places[place], codec)
-        device.features = Features(decoded, mean, variances, 0.0)
+        device.features = Features(decoded.numpy(), mean.numpy(), variances.numpy(), 0.0)
         sums = device.sums(classes)
         try:
             check_sums(sums, decoded)
@@ -213,15 +213,19 @@ def _start(
     updates = {}
     for place, device in enumerate(devices):
         if not device.is_refused and device.features is not None:
-            leverage = solved.classifier.leverage(device.features.values).float()
-            fit = Fit(solved.classifier.weight, solved.classifier.bias, leverage, strength)
+            classifier = solved.classifier
+            leverage = classifier.leverage(torch.from_numpy(device.features.values)).float()
+            weight, bias = classifier.weight.numpy(), classifier.bias.numpy()
+            fit = Fit(weight, bias, leverage.numpy(), strength)
             updates[place] = device.start(fit)
     federation.send(updates, [len(device.labels) for device in devices])
     run = federation.runs.snapshot(federation.run)
     for place, device in enumerate(devices):
         if device.is_refused and device.features is not None:
             device.decay = strength / 8
-            known = KnownSamples(device.features.values, device.honest_sums(classes))
+            known = KnownSamples(
+                torch.from_numpy(device.features.values), device.honest_sums(classes)
+            )
             add_participant(files, run, 0, solved, federation.participants[place], known)
 
 

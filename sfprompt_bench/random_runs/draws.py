@@ -100,8 +100,8 @@ def data_of(drawn: Draw) -> list[Dataset]:
     """Make each device's images; the first device has all test images."""
     whole = _synthetic(drawn) if drawn.source == "synthetic" else _real(drawn)
     train = _with_wrong_labels(whole.train, drawn)
-    parts = partition(train.labels.numpy(), drawn.devices, drawn.partition, drawn.number)
-    nothing = whole.test.subset(torch.arange(0))
+    parts = partition(train.labels, drawn.devices, drawn.partition, drawn.number)
+    nothing = whole.test.subset(())
     return [
         Dataset(train.subset(part), nothing if place else whole.test)
         for place, part in enumerate(parts)
@@ -115,7 +115,7 @@ def _real(drawn: Draw) -> Dataset:
     rng = generator(drawn.number, "random images")
     sets = []
     for images, count in ((whole.train, drawn.images), (whole.test, drawn.test_images)):
-        labels = images.labels.numpy()
+        labels = images.labels
         known = rng.permutation(np.flatnonzero(labels < drawn.classes))[:count]
         chosen = images.subset(known)
         sets.append(ImageSet(chosen.store, chosen.labels, names))
@@ -133,15 +133,15 @@ def _synthetic(drawn: Draw) -> Dataset:
         labels = rng.integers(drawn.classes, size=count)
         noise = drawn.noise * rng.normal(size=(count, 3, _DRAWN, _DRAWN))
         pixels = 128 + 40 * (smooth[labels] + torch.from_numpy(noise))
-        store = ArrayStore(pixels.round().clamp(0, 255).to(torch.uint8))
-        return ImageSet(store, torch.from_numpy(labels), names)
+        store = ArrayStore(pixels.round().clamp(0, 255).to(torch.uint8).numpy())
+        return ImageSet(store, labels, names)
 
     return Dataset(images(drawn.images), images(drawn.test_images))
 
 
 def _with_wrong_labels(images: ImageSet, drawn: Draw) -> ImageSet:
     rng = generator(drawn.number, "wrong labels")
-    labels: Indices = images.labels.numpy().copy()
+    labels: Indices = images.labels.copy()
     wrong = rng.random(len(labels)) < drawn.wrong_labels
     labels[wrong] = rng.integers(drawn.classes, size=int(wrong.sum()))
-    return ImageSet(images.store, torch.from_numpy(labels), images.class_names)
+    return ImageSet(images.store, labels, images.class_names)

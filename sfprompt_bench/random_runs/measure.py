@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
+import numpy as np
 
 from edge_client.data.dataset import Dataset
 from protocol.errors import SFPromptError
@@ -91,6 +91,6 @@ def settings_of(drawn: Draw, data: Sequence[Dataset], model: Mapping[str, Any]) 
 
 def majority_accuracy(data: Sequence[Dataset]) -> float:
     """The share of test images in the class with the most training images."""
-    totals = torch.stack([part.train.class_counts() for part in data]).sum(dim=0)
+    totals = np.sum([part.train.class_counts() for part in data], axis=0)
     test = data[0].test
     return int(test.class_counts()[totals.argmax()]) / len(test)

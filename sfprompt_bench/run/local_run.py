@@ -154,6 +154,8 @@ class LocalRun:
             arguments += ["--limit-test", str(self.limit_test)]
         if self.shots is not None:
             arguments += ["--shots", str(self.shots)]
+        if self.settings.plan.shares_labels:
+            arguments.append("--share-labels")
         if self.link is not None:
             arguments += ["--link", self.link]
         # Each device has a home and downloads its files, as on separate machines.

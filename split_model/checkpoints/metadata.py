@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from protocol.architecture import Architecture
 from protocol.plan import ModelPlan
-from split_model.backbone.architecture import skeleton
-from split_model.backbone.libraries import timm
-from split_model.backbone.tensor_file import TensorFile
 from split_model.errors import TensorFileError
 
-_PLAN, _IMAGES = "settings", "images"  # entries of the metadata
+if TYPE_CHECKING:
+    from pathlib import Path
+    from typing import Protocol
+
+    class MetadataFile(Protocol):
+        """A file of tensors with metadata, whichever library reads its tensors."""
+
+        path: Path
+        metadata: dict[str, str]
+
+        def json(self, key: str) -> Any: ...
+
+
+# Entries of the metadata.
+_PLAN, _IMAGES, _ARCHITECTURE = "settings", "images", "architecture"
 
 # Fields of earlier releases that a plan no longer has.
 _FORMER = ("local_body", "proxy", "proxy_ends", "proxy_width", "proxy_blocks")
@@ -31,6 +43,10 @@ class ImagePreparation:
 
 def image_preparation(settings: ModelPlan) -> ImagePreparation:
     """The preparation that timm records for the backbone's pretrained weights."""
+    # Imported here: a device reads metadata without timm.
+    from split_model.backbone.architecture import skeleton
+    from split_model.backbone.libraries import timm
+
     config = timm.data.resolve_model_data_config(skeleton(settings))
     return _parse_preparation(config)
 
@@ -68,10 +84,17 @@ def head_metadata(settings: ModelPlan) -> dict[str, str]:
 
 def _entries(settings: ModelPlan, plan: dict[str, Any]) -> dict[str, str]:
     preparation = dataclasses.asdict(image_preparation(settings))
-    return {_PLAN: json.dumps(plan), _IMAGES: json.dumps(preparation)}
+    entries = {_PLAN: json.dumps(plan), _IMAGES: json.dumps(preparation)}
+    # Imported here, as timm is above.
+    from split_model.checkpoints.architecture import describe
+
+    architecture = None if settings.is_reshaped else describe(settings)
+    if architecture is not None:
+        entries[_ARCHITECTURE] = architecture.model_dump_json(exclude_defaults=True)
+    return entries
 
 
-def read_plan(file: TensorFile) -> ModelPlan:
+def read_plan(file: MetadataFile) -> ModelPlan:
     """The plan in a file's metadata, with the default source of the weights.
 
     Raises:
@@ -98,7 +121,7 @@ def _with_tuples(value: object) -> object:
     return value
 
 
-def read_preparation(file: TensorFile) -> ImagePreparation:
+def read_preparation(file: MetadataFile) -> ImagePreparation:
     """The image preparation in a file's metadata.
 
     Raises:
@@ -108,6 +131,23 @@ def read_preparation(file: TensorFile) -> ImagePreparation:
         return _parse_preparation(file.json(_IMAGES))
     except (KeyError, TypeError, ValueError) as error:
         raise TensorFileError(file.path, "its image preparation is invalid") from error
+
+
+def read_architecture(file: MetadataFile) -> Architecture | None:
+    """The architecture in a file's metadata; None: a device needs timm to compute the head.
+
+    Raises:
+        TensorFileError: it is invalid.
+    """
+    if _ARCHITECTURE not in file.metadata:
+        return None
+    try:
+        return Architecture.model_validate(file.json(_ARCHITECTURE))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        reason = f"its architecture is invalid: {place}: {first['msg']}"
+        raise TensorFileError(file.path, reason) from error
 
 
 def _parse_preparation(values: Any) -> ImagePreparation:

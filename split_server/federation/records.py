@@ -5,6 +5,7 @@ Each function adds the rows, the event in the run's history, and the response to
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from sqlalchemy import delete
@@ -57,6 +58,7 @@ def add_run(
         backbone_path=backbone_path,
         backbone_bytes=prepared.backbone_bytes,
         renewed=0,
+        body_tuned=False,
         paused=False,
         best=None,
         head_sha256=prepared.head.sha256,
@@ -146,6 +148,25 @@ def record_labels_lost(
     session.get_one(ParticipantRow, (run_id, participant_id)).labelled = False
     data = {"participant": participant_id, "reason": reason}
     record_event(session, run_id, at, "labels_needed", **data)
+
+
+def record_tuning(
+    session: Session, run_id: str, weights: str | None, figures: Mapping[str, float], at: float
+) -> None:
+    """Record that the body was tuned before round 0.
+
+    Args:
+        session: the transaction.
+        run_id: id of the run.
+        weights: the new weights, relative to the data folder; None: they were not better.
+        figures: of both bodies.
+        at: time in seconds since 1970.
+    """
+    row = session.get_one(RunRow, run_id)
+    row.body_tuned = True
+    if weights is not None:
+        row.backbone_path = weights
+    record_event(session, run_id, at, "body_tuned", kept=weights is not None, **figures)
 
 
 def delete_run(session: Session, run_id: str) -> None:

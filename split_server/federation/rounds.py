@@ -145,11 +145,8 @@ def _open_next(
     run: RunSnapshot, live: Collection[str], pausing: Collection[str], *, settled: bool
 ) -> OpenTraining | None:
     federation = run.plan.federation
-    present = run.trainers
-    drawable = run.drawable(live)
-    if run.closed_rounds == 0 and len(present) < federation.min_participants:
-        return None
-    if len(drawable) < federation.min_updates:
+    present, drawable = run.trainers, run.drawable(live)
+    if not _has_enough(run, drawable) or is_tuning_due(run):
         return None
     if not settled and any(participant.id not in live for participant in present):
         return None
@@ -161,6 +158,22 @@ def _open_next(
     sampled = _sample(run, drawable, count, round_, attempt)
     rate = len(sampled) / len(drawable) if federation.dp_noise_multiplier else None
     return OpenTraining(round_, attempt, sampled, rate)
+
+
+def _has_enough(run: RunSnapshot, drawable: Collection[str]) -> bool:
+    """Whether enough participants are there for the next round."""
+    federation = run.plan.federation
+    if run.closed_rounds == 0 and len(run.trainers) < federation.min_participants:
+        return False
+    return len(drawable) >= federation.min_updates
+
+
+def is_tuning_due(run: RunSnapshot) -> bool:
+    """Whether the server has to tune the run's body before its first round can begin."""
+    if run.plan.training.server_tuning == "none" or run.body_tuned or run.status.is_over:
+        return False
+    is_first = run.open_round is None and not run.closed_rounds and not run.repeats
+    return is_first and _has_enough(run, run.drawable(run.labelled))
 
 
 def _sample(

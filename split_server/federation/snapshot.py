@@ -98,6 +98,7 @@ class RunSnapshot:
     renewed: int = 0  # the round after which weights and head were made again; 0: never
     best: BestState | None = None  # the best measured state; None: none was measured
     discarded: int = 0  # rounds whose state was worse than the best one
+    body_tuned: bool = False  # or the attempt was made; only with `server_tuning`
     paused: bool = False  # by the operator: no further round opens
     deadline: float | None = None  # of the open phase, on the monotonic clock
 
@@ -233,6 +234,7 @@ def load_snapshot(session: Session, run_id: str, data_dir: Path) -> RunSnapshot:
         failures=_count_failures(session, run_id, settings, closed or 0) if repeats else 0,
         start_attempt=start_attempt,
         renewed=run.renewed,
+        body_tuned=run.body_tuned,
         best=run.best_state,
         discarded=discarded or 0,
         paused=run.paused,

@@ -13,6 +13,18 @@ from protocol.messages import SAMPLE_ID_BYTES
 from split_server.storage.tensor_files import read_tensors, write_named_tensors
 
 
+class SamplesGone(Exception):
+    """The server lacks samples or labels that it needs: a device has to send them again.
+
+    Attributes:
+        participant: whose.
+    """
+
+    def __init__(self, participant: str) -> None:
+        super().__init__(participant)
+        self.participant = participant
+
+
 @dataclass(frozen=True)
 class LabelledSamples:
     """Samples of the sample store, and their labels.

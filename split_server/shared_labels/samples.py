@@ -25,15 +25,12 @@ from split_server.runtime.aio import run_on
 from split_server.shared_labels.labels import (
     LabelledSamples,
     Measured,
+    SamplesGone,
     SharedLabels,
     read_measured,
     write_measured,
 )
 from split_server.storage.sample_store import Owner
-
-
-class SamplesGone(Exception):
-    """The sample store lacks samples that the server needs: the device has to send them again."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +99,7 @@ class LabelledFeatures:
             ids = test[first : first + BATCH]
             tokens = await self.starts.reader.read(run, Owner(run.id, participant), ids)
             if tokens is None:
-                raise SamplesGone
+                raise SamplesGone(participant)
             project = partial(solved.basis.project, tokens.float().cpu())
             features.append((await run_on(self.threads, project)).flatten(1))
         measured = Measured(decay, torch.cat(features))
@@ -115,11 +112,15 @@ class LabelledFeatures:
     ) -> Features:
         later = await self.starts.later.features(run.id, participant, samples.ids)
         if isinstance(later, list):
-            raise SamplesGone
+            raise SamplesGone(participant)
         decoded = as_decoded(later.values, run.plan.wire.start).flatten(1)
-        sums = Sums(*one_hot_sums(decoded, samples.labels, run.plan.model.num_classes))
-        await self.starts.later.classifier(run.id, participant, sums)
-        return Features(decoded, later.mean, later.variances, later.strength)
+        sums, counts = one_hot_sums(
+            decoded.numpy(), samples.labels.numpy(), run.plan.model.num_classes
+        )
+        sent = Sums(torch.from_numpy(sums), torch.from_numpy(counts))
+        await self.starts.later.classifier(run.id, participant, sent)
+        mean, variances = later.mean.numpy(), later.variances.numpy()
+        return Features(decoded.numpy(), mean, variances, later.strength)
 
     def _read(self, run: RunSnapshot, participant: str, *, has_train: bool) -> Prepared | None:
         files = self.runs.files(run.id)
@@ -137,7 +138,7 @@ class LabelledFeatures:
 
 def _features(values: Tensor, solved: Solved) -> Features:
     strength = solved.classifier.strength / max(1, solved.classifier.count)
-    return Features(values, solved.mean, solved.variances, strength)
+    return Features(values.numpy(), solved.mean.numpy(), solved.variances.numpy(), strength)
 
 
 def _attempt(run: RunSnapshot) -> int:

@@ -15,23 +15,34 @@ from functools import partial
 import torch
 
 from protocol.codecs.registry import as_decoded
-from protocol.errors import Busy, Conflict, Forbidden, SFPromptError
+from protocol.errors import (
+    Busy,
+    Forbidden,
+    RunClosed,
+    SFPromptError,
+    StaleRound,
+    StepLost,
+)
 from protocol.frames import decode_frame, encode_frame, join_frame
 from protocol.messages import EvaluationReport, Task
 from split_model.linear_fit import Fit, one_hot_sums
 from split_server.closed_form.start import ClosedFormStarts
 from split_server.closed_form.sums import Sums
-from split_server.federation.rounds import next_task
+from split_server.engine.engine import Engine
+from split_server.federation.rounds import is_tuning_due, next_task
 from split_server.federation.runs import RunRegistry
 from split_server.federation.service import FederationService
 from split_server.federation.snapshot import OpenRound, RunSnapshot
 from split_server.runtime.aio import run_on
+from split_server.shared_labels.body_jobs import SENDER
 from split_server.shared_labels.labels import (
+    SamplesGone,
     SharedLabels,
     read_labels,
 )
 from split_server.shared_labels.receipt import LabelReceipt
-from split_server.shared_labels.samples import LabelledFeatures, SamplesGone
+from split_server.shared_labels.samples import LabelledFeatures
+from split_server.shared_labels.tuning import BodyTunings
 from split_server.shared_labels.updates import Update, report, start_update, step_update
 from split_server.storage.events import IdempotentRequest
 
@@ -52,6 +63,8 @@ class StandIns:
         federation: takes the updates and evaluations.
         starts: computes round 0.
         receipt: deletes labels whose samples are gone.
+        engine: tunes bodies.
+        device: of the bodies.
     """
 
     def __init__(
@@ -60,11 +73,16 @@ class StandIns:
         federation: FederationService,
         starts: ClosedFormStarts,
         receipt: LabelReceipt,
+        engine: Engine,
+        device: torch.device,
     ) -> None:
         self._runs, self._federation, self._starts = runs, federation, starts
         self._receipt = receipt
         self._threads = ThreadPoolExecutor(_THREADS, "split-stand-in")
         self._features = LabelledFeatures(runs, starts, self._threads)
+        self._tunings = BodyTunings(
+            runs, engine, receipt.samples, starts.reader, device, self._threads
+        )
         self._working: dict[tuple[str, str], asyncio.Task[None]] = {}
 
     def close(self) -> None:
@@ -85,6 +103,8 @@ class StandIns:
     def _begin(self, run_id: str) -> None:
         if not self._runs.has(run_id) or not (run := self._runs.snapshot(run_id)).labelled:
             return
+        if is_tuning_due(run) and (run_id, SENDER) not in self._working:
+            self._working[run_id, SENDER] = asyncio.create_task(self._do(run, SENDER, Task.TRAIN))
         for participant in run.labelled:
             task, key = next_task(run, participant), (run_id, participant)
             if task in (Task.TRAIN, Task.EVALUATE) and key not in self._working:
@@ -93,12 +113,16 @@ class StandIns:
     async def _do(self, run: RunSnapshot, participant: str, task: Task) -> None:
         """Do one task; whatever goes wrong, the next tick begins again."""
         try:
-            await self._do_once(run, participant, task)
-        except SamplesGone:
-            reason = "the server no longer has its samples"
-            await run_on(self._threads, partial(self._receipt.forget, run.id, participant, reason))
-        except (Busy, Conflict, Forbidden):  # others are awaited, or the task is over
-            pass
+            if participant == SENDER:
+                await self._tunings.tune(run)
+            else:
+                await self._do_once(run, participant, task)
+        except SamplesGone as error:
+            lacking, reason = error.participant, "the server no longer has its samples"
+            await run_on(self._threads, partial(self._receipt.forget, run.id, lacking, reason))
+        except (Busy, Forbidden, RunClosed, StaleRound, StepLost) as error:
+            # Others are awaited, or the task is over.
+            log.debug("run %s: the tasks of %s: %s", run.id, participant, error)
         except Exception as error:
             if not isinstance(error, SFPromptError):
                 log.exception("run %s: the tasks of %s; retrying", run.id, participant)
@@ -112,7 +136,7 @@ class StandIns:
         open_round, path = run.open_round, self._runs.files(run.id).labels(participant)
         labels = await run_on(self._threads, partial(read_labels, path))
         if open_round is None or labels is None:
-            raise SamplesGone
+            raise SamplesGone(participant)
         if task is Task.EVALUATE:
             await self._evaluate(run, open_round, participant, labels)
         elif open_round.round == 0:
@@ -127,13 +151,17 @@ class StandIns:
         attempt, samples = open_round.attempt, labels.train
         features = await self._starts.features(run.id, participant, attempt, samples.ids)
         if isinstance(features, list):
-            raise SamplesGone
+            raise SamplesGone(participant)
         decode = partial(as_decoded, features.values, run.plan.wire.start)
         decoded = (await run_on(self._threads, decode)).flatten(1)
-        sums = Sums(*one_hot_sums(decoded, samples.labels, run.plan.model.num_classes))
-        classifier, leverage = await self._starts.classifier(run.id, participant, attempt, sums)
+        sums, counts = one_hot_sums(
+            decoded.numpy(), samples.labels.numpy(), run.plan.model.num_classes
+        )
+        sent = Sums(torch.from_numpy(sums), torch.from_numpy(counts))
+        classifier, leverage = await self._starts.classifier(run.id, participant, attempt, sent)
         strength = classifier.strength / max(1, classifier.count)
-        fit = Fit(classifier.weight, classifier.bias, leverage, strength)
+        weight, bias = classifier.weight.numpy(), classifier.bias.numpy()
+        fit = Fit(weight, bias, leverage.numpy(), strength)
 
         scale = partial(start_update, open_round, fit, decoded, samples.labels)
         update, decay = await run_on(self._threads, scale)
@@ -147,7 +175,7 @@ class StandIns:
         """Do the steps of a later round."""
         prepared = await self._features.prepared(run, participant, labels)
         if (features := prepared.train) is None:
-            raise SamplesGone
+            raise SamplesGone(participant)
 
         def send() -> None:
             update = step_update(

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -40,9 +43,9 @@ def start_update(
     Returns:
         The update, and the penalty of its later steps.
     """
-    factor, loss, decay = scale_fit(fit, features, labels)
+    factor, loss, decay = scale_fit(fit, features.numpy(), labels.numpy())
     meta = _meta(open_round, len(labels)).model_copy(update={"train_loss": loss})
-    return Update(meta, {TAIL_WEIGHT: factor * fit.weight, TAIL_BIAS: factor * fit.bias}), decay
+    return Update(meta, _state(factor * fit.weight, factor * fit.bias)), decay
 
 
 def step_update(
@@ -63,11 +66,12 @@ def step_update(
         decay: from round 0.
         steps: `local_epochs`.
     """
-    weight, bias, loss = state[TAIL_WEIGHT], state[TAIL_BIAS], 0.0
+    weight, bias = (state[name].double().numpy() for name in (TAIL_WEIGHT, TAIL_BIAS))
+    loss = 0.0
     for _ in range(steps):
-        (weight, bias), loss = step_classifier(weight, bias, features, labels, decay)
+        (weight, bias), loss = step_classifier(weight, bias, features, labels.numpy(), decay)
     meta = _meta(open_round, len(labels)).model_copy(update={"local_loss": min(loss, MAX_LOSS)})
-    return Update(meta, {TAIL_WEIGHT: weight.float(), TAIL_BIAS: bias.float()})
+    return Update(meta, _state(weight, bias))
 
 
 def report(
@@ -96,7 +100,8 @@ def report(
     has_diverged = not 0 <= loss_sum <= MAX_LOSS * len(labels)
     selection = None
     if train is not None and plan.selects_states:
-        loss = penalised_loss(weight, bias, *train)
+        seen, own_labels, decay = train
+        loss = penalised_loss(weight.numpy(), bias.numpy(), seen, own_labels.numpy(), decay)
         selection = min(loss, MAX_LOSS) if loss == loss else MAX_LOSS
     return EvaluationReport(
         round=open_round.round,
@@ -110,6 +115,11 @@ def report(
         if plan.training.reports_classes and not has_diverged
         else None,
     )
+
+
+def _state(weight: NDArray[np.floating], bias: NDArray[np.floating]) -> State:
+    arrays = {TAIL_WEIGHT: weight, TAIL_BIAS: bias}
+    return {name: torch.from_numpy(array).float() for name, array in arrays.items()}
 
 
 def _meta(open_round: OpenRound, samples: int) -> UpdateMeta:

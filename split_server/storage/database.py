@@ -17,7 +17,7 @@ from protocol.errors import InvalidField
 from protocol.messages import BlobRef
 from split_server.storage.run_files import StateRefs
 
-SCHEMA_VERSION = 10
+SCHEMA_VERSION = 11
 
 
 class Base(DeclarativeBase):
@@ -53,6 +53,7 @@ class RunRow(Base):
     finished_at: Mapped[float | None]
     backbone_path: Mapped[str]
     backbone_bytes: Mapped[int]
+    body_tuned: Mapped[bool]  # before round 0, whether or not it helped
     renewed: Mapped[int]  # round after which backbone and head were made; 0: with the run
     head_sha256: Mapped[str]
     head_nbytes: Mapped[int]

@@ -36,7 +36,7 @@ def photos(tmp_path: Path) -> Dataset:
         folder = tmp_path / "photos" / str(label)
         folder.mkdir(parents=True)
         for number in [i for i in range(len(digits)) if digits.label(i) == label][:6]:
-            pixels = digits.image(number).permute(1, 2, 0).numpy()
+            pixels = digits.image(number).transpose(1, 2, 0).copy()
             Image.fromarray(pixels).save(folder / f"{number}.png")
     return load_folder(tmp_path / "photos", held_out=0.3, seed=0)
 

@@ -19,6 +19,7 @@ from edge_client.data.batches import shuffled
 from edge_client.data.dataset import Dataset, limit_per_set
 from edge_client.data.sources import load_dataset
 from edge_client.participant import JoinedRun, Participant, succeeded
+from edge_client.torch_model import read
 from edge_client.transport.client import Server
 from protocol.messages import Results, RunStatus, Task
 from protocol.plan import RunPlan
@@ -214,7 +215,7 @@ def test_one_device_with_sgd_equals_the_uncut_model_in_each_step(
             progress = (round_ - 1 + step / len(batches)) / 2  # of the run, 0 to 1
             for group, rate in zip(optimizer.param_groups, (2.0, 0.02), strict=True):
                 group["lr"] = rate * (1 + math.cos(math.pi * progress)) / 2
-            images, labels = samples.read(positions)
+            images, labels = read(samples, positions)
             optimizer.zero_grad()
             F.cross_entropy(uncut.model(images), labels).backward()
             optimizer.step()
@@ -228,6 +229,7 @@ def test_one_device_with_sgd_equals_the_uncut_model_in_each_step(
 def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert actual.keys() == expected.keys()
     for name, value in actual.items():
+        value = torch.as_tensor(value)
         torch.testing.assert_close(value, expected[name].detach(), rtol=1e-5, atol=1e-5, msg=name)
 
 

@@ -14,6 +14,7 @@ from edge_client.data.batches import shuffled
 from edge_client.data.dataset import limit_per_set
 from edge_client.data.sources import load_dataset
 from edge_client.participant import JoinedRun, Participant
+from edge_client.torch_model import read
 from edge_client.transport.client import Server
 from protocol.plan import RunPlan
 from protocol.seeds import derive_seed
@@ -109,13 +110,15 @@ def test_one_device_with_sgd_equals_the_uncut_model_in_each_step(
         )
         seed = derive_seed(settings.seed, "split", "only", round_)
         for positions in shuffled(len(samples), 16, seed, 0):
-            images, labels = samples.read(positions)
+            images, labels = read(samples, positions)
             optimizer.zero_grad()
             F.cross_entropy(uncut.model(images), labels).backward()
             optimizer.step()
             expected = uncut.state()
             for name, value in recorder.states[step].items():
-                torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-5, msg=name)
+                torch.testing.assert_close(
+                    torch.as_tensor(value), expected[name], rtol=0, atol=1e-5, msg=name
+                )
             step += 1
     assert step == len(recorder.states) == STEPS_COMPARED
     for name, value in uncut.state().items():

@@ -99,7 +99,7 @@ def test_an_exported_model_predicts_what_the_split_model_predicts(
     files = []
     for number in range(6):
         files.append(tmp_path / f"{number}.png")
-        Image.fromarray(images.image(number).permute(1, 2, 0).numpy()).save(files[-1])
+        Image.fromarray(images.image(number).transpose(1, 2, 0).copy()).save(files[-1])
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no image")
     images_and_options = [*files, broken, "--json --top 10 --home", tmp_path / "home", "--run", run]

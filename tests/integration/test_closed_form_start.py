@@ -13,6 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import pytest
 import torch
 from sklearn.decomposition import PCA
@@ -26,6 +27,7 @@ from edge_client.data.dataset import Dataset
 from edge_client.data.image_set import ImageSet
 from edge_client.model import preprocessing_of
 from edge_client.participant import JoinedRun, Participant, succeeded
+from edge_client.torch_model import read
 from edge_client.transport.client import Server
 from protocol.errors import InvalidField, NotFound
 from protocol.messages import Assignment, Results, RunStatus
@@ -73,7 +75,7 @@ def settings(
 
 
 def of_class(images: ImageSet, label: int) -> ImageSet:
-    return images.subset(torch.arange(len(images))[images.labels == label])
+    return images.subset(np.flatnonzero(images.labels == label))
 
 
 def at_once(calls: Sequence[Callable[[], R]]) -> list[R]:
@@ -108,7 +110,7 @@ def run_with(
     """Run with one device for each training set; the first also has the test images."""
     operator = server.operator()
     run = operator.create(settings(len(train), **more), key=uuid.uuid4().hex).id
-    empty = TEST.subset(torch.arange(0))
+    empty = TEST.subset(())
     parts = [Dataset(part, TEST if place == 0 else empty) for place, part in enumerate(train)]
     calls = [take_part(server, home, run, f"d{place}", data) for place, data in enumerate(parts)]
     assert all(at_once(calls))
@@ -144,7 +146,7 @@ def read_numbers(data_dir: Path, run: str, images: ImageSet) -> Tensor:
     plan = snapshot.plan.model
     weights = open_backbone(Path(snapshot.backbone_path))
     reader = BatchReader(images, preprocessing_of(plan, image_preparation(plan)))
-    pixels, _ = reader.read(torch.arange(len(images)))
+    pixels, _ = read(reader, range(len(images)))
     with torch.no_grad():
         smashed = build_head(plan, Layered({}, weights))(pixels)
         return build_body(plan, weights)(smashed, state.get("prompts")).flatten(1)
@@ -158,7 +160,7 @@ def test_the_classifier_is_a_ridge_regression_on_principal_components(
     features = PCA(16).fit_transform(StandardScaler().fit_transform(numbers))
     weight, bias = tail_of(data_dir, run)
     scores = torch.from_numpy(numbers) @ weight.double().T + bias.double()
-    targets = F.one_hot(TRAIN.labels, 3).double().numpy()
+    targets = np.eye(3)[TRAIN.labels]
     # The calibration scales the scores, and cross-validation chooses the strength: find both.
     errors = []
     for strength in torch.logspace(-6, 6, 400).tolist():
@@ -204,7 +206,7 @@ def test_the_exported_model_gives_the_evaluated_accuracy_and_loss(
     export_run(data_dir, run, tmp_path / "model.safetensors")
     model = load_exported(tmp_path / "model.safetensors")
     reader = BatchReader(TEST, preprocessing_of(model.settings, model.preparation))
-    images, labels = reader.read(torch.arange(len(TEST)))
+    images, labels = read(reader, range(len(TEST)))
     with torch.no_grad():
         logits = model(images)
     accuracy = (logits.argmax(dim=1) == labels).double().mean().item()
@@ -288,7 +290,7 @@ def test_later_rounds_are_steps_of_penalised_logistic_regression(
             # In terms of the centred features, so that the offset moves on its own.
             offset = (before["tail.head.bias"].double() + weight.detach() @ mean).requires_grad_()
             penalty = (decay / variances * weight.square()).sum() / 2
-            loss = F.cross_entropy((each - mean) @ weight.T + offset, part.labels)
+            loss = F.cross_entropy((each - mean) @ weight.T + offset, torch.from_numpy(part.labels))
             slopes = torch.autograd.grad(loss + penalty, [weight, offset])
             weights.append(weight.detach() - slopes[0] / (variances / 2 + decay / variances))
             offsets.append(offset.detach() - 2 * slopes[1])
@@ -373,7 +375,7 @@ def test_a_device_that_comes_too_late_for_round_0_declines_and_trains_in_the_nex
     values = settings(2, 1, method={}).model_dump()
     values["federation"] |= {"round_timeout_s": 8.0}
     run = server.operator().create(RunSettings.model_validate(values), key=uuid.uuid4().hex).id
-    halves = [TRAIN.subset(torch.arange(0, 9)), TRAIN.subset(torch.arange(9, 18))]
+    halves = [TRAIN.subset(range(9)), TRAIN.subset(range(9, 18))]
     clients = [Server(server.url) for _ in halves]
     devices = [
         joined(client, home, run, f"slow{place}", Dataset(half, TEST))
@@ -403,14 +405,14 @@ def test_sums_that_no_labels_give_end_a_devices_part_in_round_0_and_the_others_g
 ) -> None:
     operator = server.operator()
     run = operator.create(settings(2, method={}), key=uuid.uuid4().hex).id
-    halves = [TRAIN.subset(torch.arange(0, 9)), TRAIN.subset(torch.arange(9, 18))]
+    halves = [TRAIN.subset(range(9)), TRAIN.subset(range(9, 18))]
     clients = [Server(server.url) for _ in halves]
     for client in clients:
         request.addfinalizer(client.close)
     honest, liar = (
         joined(client, home, run, f"liar{place}", Dataset(half, held_out))
         for place, (client, half, held_out) in enumerate(
-            zip(clients, halves, (TEST, TEST.subset(torch.arange(0))), strict=True)
+            zip(clients, halves, (TEST, TEST.subset(())), strict=True)
         )
     )
     solve = liar.samples.plane.solve
@@ -442,8 +444,8 @@ def test_a_device_gets_the_same_classifier_after_the_server_has_lost_its_feature
 ) -> None:
     """Another device's update may be counted already: the start must not be computed again."""
     run = server.operator().create(settings(2), key=uuid.uuid4().hex).id
-    empty = TEST.subset(torch.arange(0))
-    halves = [TRAIN.subset(torch.arange(0, 9)), TRAIN.subset(torch.arange(9, 18))]
+    empty = TEST.subset(())
+    halves = [TRAIN.subset(range(9)), TRAIN.subset(range(9, 18))]
     clients = [Server(server.url) for _ in halves]
     for client in clients:
         request.addfinalizer(client.close)
@@ -455,15 +457,15 @@ def test_a_device_gets_the_same_classifier_after_the_server_has_lost_its_feature
     def features_of(device: JoinedRun) -> Tensor:
         samples = device.samples.train
         assert samples.uploader is not None
-        positions = torch.arange(len(samples))
+        positions = np.arange(len(samples))
         samples.uploader.ensure(positions)
         return device.samples.plane.start(samples.uploader.ids(positions), 0, 0).values
 
     def solve(device: JoinedRun, features: Tensor) -> Tensor:
         labels = device.samples.train.images.image_set.labels
-        one_hot = F.one_hot(labels, 3).float()
+        one_hot = np.eye(3, dtype=np.float32)[labels]
         plane = device.samples.plane
-        return plane.solve(one_hot.T @ features, one_hot.sum(dim=0), 0, len(labels)).weight
+        return plane.solve(one_hot.T @ features, one_hot.sum(axis=0), 0, len(labels)).weight
 
     features = at_once([lambda device=device: features_of(device) for device in devices])
     pairs = list(zip(devices, features, strict=True))

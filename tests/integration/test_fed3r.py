@@ -20,6 +20,7 @@ from edge_client.data.batches import BatchReader
 from edge_client.data.dataset import Dataset
 from edge_client.data.image_set import ArrayStore, ImageSet
 from edge_client.participant import JoinedRun, Participant
+from edge_client.torch_model import read
 from edge_client.transport.client import Server
 from protocol.errors import InvalidField
 from protocol.messages import RunStatus, RunView, parse_message
@@ -72,8 +73,8 @@ def create(server: RunningServer, run: RunSettings) -> RunView:
     return server.operator().create(run, key=f"fed3r-{next(_keys)}")
 
 
-def subset(images: ImageSet, positions: Tensor) -> ImageSet:
-    pixels = torch.stack([images.image(int(position)) for position in positions])
+def subset(images: ImageSet, positions: np.ndarray) -> ImageSet:
+    pixels = np.stack([images.image(int(position)) for position in positions])
     return ImageSet(ArrayStore(pixels), images.labels[positions], images.class_names)
 
 
@@ -88,9 +89,7 @@ def test_devices_with_one_class_each_give_ridge_regression_on_pooled_features(
         for label in range(NUM_CLASSES):
             name = f"device-{label}"
             client = stack.enter_context(contextlib.closing(Server(server.url)))
-            data = Dataset(
-                subset(images, torch.nonzero(images.labels == label)[:, 0]), image_set(6)
-            )
+            data = Dataset(subset(images, np.flatnonzero(images.labels == label)), image_set(6))
             device = Participant(client, data, tmp_path / name, name, SilentReporter())
             devices.append(device.join(run.id, key=f"join-{name}"))
 
@@ -108,9 +107,7 @@ def test_devices_with_one_class_each_give_ridge_regression_on_pooled_features(
     plan = run.plan.model
     whole = timm.create_model(plan.backbone, img_size=32, num_classes=NUM_CLASSES).eval()
     whole.load_state_dict(dict(open_backbone(files(plan).backbone)), strict=False)
-    pixels, labels = BatchReader(images, devices[0].model.preprocessing).read(
-        torch.arange(len(images))
-    )
+    pixels, labels = read(BatchReader(images, devices[0].model.preprocessing), range(len(images)))
     with torch.no_grad():
         features = whole.forward_head(whole.forward_features(pixels), pre_logits=True).double()
     squares = float((features - features.mean(dim=0)).square().sum() / len(features))

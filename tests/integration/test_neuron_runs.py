@@ -17,8 +17,8 @@ from torch import Tensor
 
 from edge_client.data.batches import BatchReader
 from edge_client.data.dataset import Dataset
-from edge_client.model import DeviceModel
 from edge_client.participant import Participant
+from edge_client.torch_model import TorchModel, read
 from edge_client.transport.client import Server
 from protocol.messages import Assignment, BlobRef, JoinResponse, RunStatus, RunView, Task
 from protocol.plan import RunPlan
@@ -95,7 +95,7 @@ def redistillations(api: ApiClient, run: str) -> list[dict[str, Any]]:
     return [event["data"] for event in events if event["kind"] == "model_rebuilt"]
 
 
-def inactive_shares(model: DeviceModel, images: Tensor) -> Tensor:
+def inactive_shares(model: TorchModel, images: Tensor) -> Tensor:
     """The share of outputs at or below zero for each neuron, [blocks, neurons], by hooks."""
     outputs: dict[int, Tensor] = {}
     hooks = [
@@ -149,8 +149,8 @@ def test_a_device_downloads_each_new_head_and_continues(
     # The shares that the server ranked after round 2, computed again from that round's files.
     files = RunFiles(data_dir / "runs" / run.id)
     state = files.state(results.rounds[1].state.sha256)
-    model_then = DeviceModel.load(run.plan.model, tmp_path / f"{heads[1]}.safetensors", state)
-    images, _ = BatchReader(image_set(10), model_then.preprocessing).read(range(10))
+    model_then = TorchModel.load(run.plan.model, tmp_path / f"{heads[1]}.safetensors", state)
+    images, _ = read(BatchReader(image_set(10), model_then.preprocessing), range(10))
     expected = inactive_shares(model_then, images)
     torch.testing.assert_close(files.read_extras(2)[NEURONS].double(), expected, rtol=0, atol=1e-6)
     assert expected.std() > 0.01

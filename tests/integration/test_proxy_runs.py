@@ -9,6 +9,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from edge_client.data.batches import BatchReader
 from edge_client.data.dataset import Dataset
 from edge_client.participant import JoinedRun, Participant
+from edge_client.torch_model import read
 from edge_client.transport.client import Server
 from protocol.messages import RunStatus, RunView
 from protocol.plan import RunPlan
@@ -124,7 +126,7 @@ def test_a_run_on_a_proxy_tunes_the_whole_backbone(
     out = tmp_path / "model.safetensors"
     export_run(data_dir, run.id, out)
     model = participant.model
-    images, _ = BatchReader(image_set(7, seed=1), model.preprocessing).read(range(7))
+    images, _ = read(BatchReader(image_set(7, seed=1), model.preprocessing), range(7))
     with torch.no_grad():
         expected = backbone_with(state, blocks)(images)
         torch.testing.assert_close(load_exported(out)(images), expected, rtol=0, atol=1e-5)
@@ -171,7 +173,7 @@ def test_a_server_distils_on_its_own_images(server: RunningServer, data_dir: Pat
         AssertionError, match=r'"field":"method.distillation.images"'
     ):  # by `create`
         create_run(server, PRUNED, with_images)
-    pixels = torch.stack([image_set(9).image(number) for number in range(9)])
+    pixels = torch.from_numpy(np.stack([image_set(9).image(number) for number in range(9)]))
     write_tensors(data_dir / "distillation" / "held.safetensors", {"images": pixels})
     run = create_run(server, PRUNED, with_images)
     assert run.head != create_run(server, PRUNED, DISTILLATION).head

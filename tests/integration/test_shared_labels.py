@@ -9,18 +9,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from edge_client.data.batches import BatchReader
 from edge_client.data.dataset import Dataset
 from edge_client.data.image_set import ImageSet
+from edge_client.model import preprocessing_of
 from edge_client.participant import JoinedRun, Participant, succeeded
 from edge_client.transport.client import Server
 from protocol.errors import InvalidField
 from protocol.messages import JoinRequest, Results, RunStatus, Task
 from protocol.settings import RunSettings
-from split_server.federation.export import newest_state
+from split_model.checkpoints.export import load_exported
+from split_server.federation.export import export_run, newest_state
 from split_server.storage.run_files import RunFiles
 from tests.integration.test_closed_form_start import at_once, settings, take_part
 from tests.support.edge import CLASSES, image_set
@@ -30,7 +34,7 @@ from tests.support.server import RunningServer, code_of, running_server, wait_un
 
 def confused(images: ImageSet) -> ImageSet:
     """The images with some wrong labels, so that no classifier is perfect."""
-    labels = images.labels.clone()
+    labels = images.labels.copy()
     labels[:4] = (labels[:4] + 1) % len(CLASSES)
     return replace(images, labels=labels)
 
@@ -143,10 +147,11 @@ def test_faulty_frames_of_labels_are_refused(server: RunningServer, tmp_path: Pa
     run = create(server, "shared")
     with closing(Server(server.url)) as client:
         joined = join(client, tmp_path, run, 0)
-        joined.samples.train.uploader.ensure(torch.arange(13))  # type: ignore[union-attr]
-        ids = joined.samples.train.uploader.ids(torch.arange(13))  # type: ignore[union-attr]
+        joined.samples.train.uploader.ensure(np.arange(13))  # type: ignore[union-attr]
+        found = joined.samples.train.uploader.ids(np.arange(13))  # type: ignore[union-attr]
+        ids = torch.tensor(found)
     api = server.api(joined.credential)
-    labels = PARTS[0].labels.long()
+    labels = torch.from_numpy(PARTS[0].labels)
 
     def refused(**tensors: Tensor) -> tuple[str, str]:
         answer = api.ask("labels", {}, **tensors)
@@ -214,3 +219,43 @@ def test_a_restarted_server_needs_no_device_after_round_0(tmp_path: Path) -> Non
         seen = len(results_of(after, run).rounds)
         assert seen < 400, "the run was over before the restart"
         wait_until(lambda: len(results_of(after, run).rounds) > seen + 2, 60)
+
+
+def tuned_settings(**method: Any) -> RunSettings:
+    values = run_settings("shared", rounds=1).model_dump(mode="json")
+    values["method"] |= {"server_tuning": "lora", "server_epochs": 8} | method
+    values["training"]["batch_size"] = 4
+    values["wire"]["inference_smashed"] = "float32"
+    return RunSettings.model_validate(values)
+
+
+@pytest.mark.parametrize("rate", [2e-3, 1e-12])
+def test_a_body_tuned_on_the_server_is_kept_if_it_helps_and_exported_as_measured(
+    server: RunningServer, data_dir: Path, tmp_path: Path, rate: float
+) -> None:
+    settings = tuned_settings(server_learning_rate=rate)
+    run = server.operator().create(settings, key=uuid.uuid4().hex).id
+    for place in range(2):
+        upload(server, tmp_path, run, place)
+    results = finished(server, run)
+    events = server.operator().call("GET", f"/v1/runs/{run}/events").json()
+    kinds = [event["kind"] for event in events]
+    (tuned,) = [event["data"] for event in events if event["kind"] == "body_tuned"]
+    assert kinds.index("body_tuned") < kinds.index("round_opened")
+    is_better = (
+        tuned["loss_after"] < tuned["loss_before"]
+        and tuned["correct_after"] >= tuned["correct_before"]
+    )
+    assert tuned["kept"] is is_better
+    export_run(data_dir, run, tmp_path / "model.safetensors")
+    model = load_exported(tmp_path / "model.safetensors")
+    assert bool((data_dir / "runs" / run / "weights").exists()) is is_better
+    correct = 0
+    for images in TESTS:
+        reader = BatchReader(images, preprocessing_of(model.settings, model.preparation))
+        pixels, labels = reader.read(torch.arange(len(images)))
+        with torch.no_grad():
+            correct += int((model(pixels).argmax(dim=1) == labels).sum())
+    assert results.rounds[-1].accuracy == correct / sum(map(len, TESTS))
+    if rate < 1e-6:
+        assert not is_better, "nothing was tuned, so nothing is kept"

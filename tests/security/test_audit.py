@@ -23,7 +23,9 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_each_change_of_a_run_has_a_line(tmp_path: Path) -> None:
-    """Tried, too: a stranger's requests, which would push the others out of the file."""
+    """Tried: a participant, an operator and a stranger change a run, and the stranger fills the log
+    to push the others out. Stopped by: one line for each change, with role and address; refused
+    requests of strangers have none."""
     with running_server(tmp_path, join_token=JOIN) as server:
         operator = server.operator()
         run = operator.create(run_settings(min_participants=9)).id
@@ -46,7 +48,8 @@ def test_each_change_of_a_run_has_a_line(tmp_path: Path) -> None:
 
 
 def test_a_path_forges_no_line(tmp_path: Path) -> None:
-    """Tried: line breaks in a path. JSON escapes them."""
+    """Tried: line breaks and escape characters in a path, to forge lines of the log. Stopped by:
+    JSON, which writes them as codes."""
     log = AuditLog(tmp_path / AUDIT_FILE, lambda: 1.0)
     path = '/v1/runs/x"}\n{"role": "operator"}/cancel\u2028\x1b'
     log.record({"method": "POST", "path": path}, Operator(), 404)
@@ -56,6 +59,8 @@ def test_a_path_forges_no_line(tmp_path: Path) -> None:
 
 
 def test_the_log_is_rotated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tried: requests without end, to fill the disk with the log. Stopped by: five files of a
+    bounded size."""
     monkeypatch.setattr(audit, "_MAX_BYTES", 1000)
     log = AuditLog(tmp_path / AUDIT_FILE, lambda: 1.0)
     for number in range(100):

@@ -76,6 +76,8 @@ ROUTES = [
 def test_a_declared_length_above_the_limit_is_refused_before_the_body_is_read(
     server: RunningServer, run: str, member: ApiClient, method: str, path: str, limit: int
 ) -> None:
+    """Tried: a body of 10 GiB is announced on each route. Stopped by: the route's limit, before a
+    byte of it is read."""
     head = head_of(member, method, path.format(run=run), f"content-length: {10 * GIB}")
     started = time.monotonic()
     status, error = exchange(server, head)
@@ -90,6 +92,8 @@ def test_a_declared_length_above_the_limit_is_refused_before_the_body_is_read(
 def test_a_chunked_body_above_the_limit_is_refused(
     server: RunningServer, run: str, member: ApiClient, method: str, path: str, limit: int
 ) -> None:
+    """Tried: a body without an announced length that never ends. Stopped by: the route's limit,
+    counted as the chunks arrive."""
     head = head_of(
         member,
         method,
@@ -105,6 +109,8 @@ def test_a_chunked_body_above_the_limit_is_refused(
 def test_a_client_that_sends_a_body_above_the_limit_can_read_the_refusal(
     server: RunningServer, member: ApiClient
 ) -> None:
+    """Tried: 8 MiB are sent without waiting for an answer. Stopped by: a typed refusal that can
+    still be read; the connection closes."""
     body = b"x" * (8 * 1024 * 1024)
     response = member.call("POST", "/v1/split/forward", content=body)
     assert code_of(response) == "too_large"
@@ -117,6 +123,8 @@ def test_a_client_that_sends_a_body_above_the_limit_can_read_the_refusal(
 def test_a_body_that_does_not_arrive_times_out_and_delays_no_other_request(
     server: RunningServer, run: str, member: ApiClient
 ) -> None:
+    """Tried: a body that stops half way. Stopped by: a deadline for bodies; other requests pass
+    meanwhile."""
     head = head_of(member, "POST", "/v1/split/infer", "content-length: 500000")
     with socket.create_connection(("127.0.0.1", server.port), timeout=20) as slow:
         slow.sendall(head + b"x" * 1000)
@@ -129,6 +137,8 @@ def test_a_body_that_does_not_arrive_times_out_and_delays_no_other_request(
 def test_declared_bodies_that_do_not_arrive_use_no_memory_budget(
     server: RunningServer, member: ApiClient
 ) -> None:
+    """Tried: twenty announced bodies of which one byte comes, to use up the memory budget. Stopped
+    by: only bytes that have arrived count."""
     head = head_of(member, "POST", "/v1/split/infer", "content-length: 1000000")
     sockets = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(20)]
     try:
@@ -144,7 +154,8 @@ def test_declared_bodies_that_do_not_arrive_use_no_memory_budget(
 def test_a_frame_that_decodes_to_more_than_the_limit_is_refused(
     member: ApiClient, cut_member: ApiClient
 ) -> None:
-    """The limit is the server's setting, not the default of `decode_frame`."""
+    """Tried: a compressed frame that decodes to more than the server allows. Stopped by: the
+    decoded size is bounded by the server's setting, before it is decoded."""
     shape = (200, 7, 192)
     largest = 1024 * 1024 // (4 * 7 * 192)
     for batch, is_accepted in ((shape[0], False), (largest + 1, False), (largest, True)):
@@ -172,6 +183,8 @@ def test_a_frame_that_decodes_to_more_than_the_limit_is_refused(
 def test_a_used_up_memory_budget_answers_busy_until_it_is_released(
     server: RunningServer, run: str, member: ApiClient, method: str, path: str
 ) -> None:
+    """Tried: a body that stops one byte short while it holds the whole budget. Stopped by: others
+    are told to wait, and the deadline releases the budget."""
     head = head_of(member, method, path.format(run=run), "content-length: 1040000")
     with socket.create_connection(("127.0.0.1", server.port)) as large:
         large.sendall(head + b"x" * 1_030_000)
@@ -188,6 +201,8 @@ def test_a_used_up_memory_budget_answers_busy_until_it_is_released(
 def test_an_update_that_the_round_does_not_expect_is_refused_before_it_is_read(
     server: RunningServer,
 ) -> None:
+    """Tried: an update from a device that was not asked for one. Stopped by: round and participant
+    are checked before the body is read."""
     operator = server.operator()
     settings = run_settings(min_participants=2, participants_per_round=1, evaluate_every=0)
     run = operator.create(settings, key="unexpected-update").id
@@ -211,28 +226,11 @@ def test_an_update_that_the_round_does_not_expect_is_refused_before_it_is_read(
 def test_a_client_that_disconnects_affects_no_other_client(
     server: RunningServer, run: str, member: ApiClient
 ) -> None:
+    """Tried: connections that are reset in the middle of a body, on each route. Stopped by: the
+    request is dropped; the next client is served."""
     for method, path, _ in ROUTES:
         head = head_of(member, method, path.format(run=run), "content-length: 5000")
         with socket.create_connection(("127.0.0.1", server.port)) as connection:
             connection.sendall(head + b"x" * 100)
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     assert member.step("infer", smashed(), "after").is_success
-
-
-def test_bytes_that_are_not_http_end_only_their_connection(server: RunningServer) -> None:
-    for noise in (b"\x16\x03\x01\x02\x00\x01\x00", b"GET / SPDY/9\r\n\r\n", b"\r\n" * 50):
-        with socket.create_connection(("127.0.0.1", server.port), timeout=5) as connection:
-            connection.sendall(noise)
-            connection.shutdown(socket.SHUT_WR)
-            connection.settimeout(5)
-            while connection.recv(4096):
-                pass
-    assert server.api().call("GET", "/v1/health").is_success
-
-
-def test_the_server_still_works_after_these_tests(
-    server: RunningServer, run: str, member: ApiClient
-) -> None:
-    assert member.assignment(run).task is Task.TRAIN
-    assert member.step("forward", smashed(), "end").is_success
-    assert member.step("backward", torch.ones_like(smashed()), "end").is_success

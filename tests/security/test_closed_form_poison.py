@@ -69,11 +69,13 @@ class Run:
         mean, variances = self.solved.mean.float(), self.solved.variances.float()
         state = self.federation.state()
         decay = self.solved.classifier.strength / self.solved.classifier.count / 8
-        (weight, bias), _ = step_classifier(
-            state[TAIL_WEIGHT], state[TAIL_BIAS],
-            Features(VALUES[part], mean, variances, 0.0), LABELS[part], decay,
+        features = Features(VALUES[part].numpy(), mean.numpy(), variances.numpy(), 0.0)
+        tail, _ = step_classifier(
+            state[TAIL_WEIGHT].numpy(), state[TAIL_BIAS].numpy(),
+            features, LABELS[part].numpy(), decay,
         )  # fmt: skip
-        return {TAIL_WEIGHT: weight.float(), TAIL_BIAS: bias.float()}
+        weight, bias = (torch.from_numpy(array).float() for array in tail)
+        return {TAIL_WEIGHT: weight, TAIL_BIAS: bias}
 
     def refused(self) -> list[tuple[str, ...]]:
         """Of rounds 0 and 1."""

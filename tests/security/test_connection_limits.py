@@ -93,7 +93,8 @@ def test_connections_without_a_whole_request_lock_nobody_out(
 def test_a_known_connection_stays_while_others_come_and_go(
     small: RunningServer, trainer: ApiClient
 ) -> None:
-    """Tried: the same, to close the connection of a device. Stopped by: unknown ones go first."""
+    """Tried: connections come and go to close that of a device. Stopped by: unknown ones
+    go first."""
     authorization = trainer.http.headers["authorization"].encode()
     whole = HEALTH + b"authorization: " + authorization + b"\r\n\r\n"
     with connect(small) as device:
@@ -169,6 +170,8 @@ def test_a_hundred_megabytes_before_a_body_are_never_read(
     ids=["url", "header", "headers"],
 )
 def test_a_large_head_is_refused_with_a_typed_error(server: RunningServer, head: bytes) -> None:
+    """Tried: an URL, a header, or a number of headers above the limit. Stopped by: a typed refusal;
+    the connection closes."""
     with connect(server) as connection:
         connection.sendall(head)
         answer = received(connection)
@@ -188,9 +191,25 @@ def test_pipelined_requests_without_a_response_are_limited(server: RunningServer
         assert received(connection).count(b"HTTP/1.1 200") == 16
 
 
-def test_bytes_that_are_not_http_get_a_typed_error(server: RunningServer) -> None:
+@pytest.mark.parametrize(
+    ("noise", "has_answer"),
+    [
+        (b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n", True),
+        (b"\x16\x03\x01\x02\x00\x01\x00", False),
+        (b"GET / SPDY/9\r\n\r\n", True),
+        (b"\r\n" * 50, False),
+    ],
+)
+def test_bytes_that_are_not_http_end_only_their_connection(
+    server: RunningServer, noise: bytes, has_answer: bool
+) -> None:
+    """Tried: TLS, another protocol or empty lines on the server's port. Stopped by: a typed refusal
+    that ends this connection only."""
     with connect(server) as connection:
-        connection.sendall(b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n")
+        connection.sendall(noise)
+        connection.shutdown(socket.SHUT_WR)
         answer = received(connection)
-    assert answer.startswith(b"HTTP/1.1 400 ")
-    assert b'"code": "invalid_request"' in answer
+    if has_answer:
+        assert answer.startswith(b"HTTP/1.1 400 ")
+        assert b'"code": "invalid_request"' in answer
+    assert server.api().call("GET", "/v1/health").is_success

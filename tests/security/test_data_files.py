@@ -51,7 +51,8 @@ def _wait_until_it_answers(url: str, server: CommandProcess) -> None:
 
 
 def test_no_other_user_can_read_a_file_or_list_a_folder(folder: Path) -> None:
-    """Tried: to read database, states or secrets. Files are 0600, folders 0700."""
+    """Tried: another user of the machine reads database, states or secrets. Stopped by: files are
+    0600 and folders 0700, whatever the umask is."""
     modes = {
         path.relative_to(folder).as_posix(): stat.S_IMODE(path.stat().st_mode)
         for path in [folder, *folder.rglob("*")]
@@ -61,7 +62,8 @@ def test_no_other_user_can_read_a_file_or_list_a_folder(folder: Path) -> None:
 
 
 def test_no_file_has_a_devices_key(folder: Path) -> None:
-    """Tried: to take a device's credential with its join key, read from the database."""
+    """Tried: a device's credential is taken with its join key, read from the database. Stopped by:
+    keys are stored as hashes."""
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert any(path.name.startswith("server.sqlite") for path in files)
     assert [path.name for path in files if KEY.encode() in path.read_bytes()] == []

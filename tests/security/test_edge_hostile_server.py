@@ -33,6 +33,8 @@ def talk(answer: bytes, *, then_close: bool = True) -> SFPromptError:
 
 @pytest.mark.parametrize("length", [2**28 + 1, 10**15, 10**30])
 def test_a_declared_length_takes_no_memory(length: int) -> None:
+    """Tried: a server announces an answer of up to 10^30 bytes. Stopped by: the device's limit of
+    an answer, before memory is taken."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     error = talk(f"HTTP/1.1 200 OK\r\ncontent-length: {length}\r\n\r\n".encode())
     assert isinstance(error, TooLarge)
@@ -41,6 +43,9 @@ def test_a_declared_length_takes_no_memory(length: int) -> None:
 
 
 def test_a_body_without_end_is_cut_off() -> None:
+    """Tried: a server sends chunks without end. Stopped by: the limit of an answer, counted as they
+    arrive."""
+
     def endless(connection: Connection) -> None:
         connection.request()
         connection.send(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n")
@@ -60,6 +65,8 @@ def test_a_body_without_end_is_cut_off() -> None:
     ids=["trailers", "a trailer", "an extension"],
 )
 def test_chunk_extensions_and_trailers_are_limited(chunks: bytes) -> None:
+    """Tried: a server hides endless bytes in trailers and chunk extensions. Stopped by: the limit
+    of the parser's buffer."""
     head = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
     assert isinstance(talk(head + chunks, then_close=False), Unreachable)
 
@@ -82,6 +89,8 @@ def test_chunk_extensions_and_trailers_are_limited(chunks: bytes) -> None:
     ],
 )
 def test_a_response_that_is_not_http_is_a_typed_error(answer: bytes) -> None:
+    """Tried: a server answers in another protocol, or with broken HTTP. Stopped by: a typed error,
+    never a traceback."""
     assert isinstance(talk(answer), (Unreachable, TooLarge))
 
 
@@ -101,17 +110,21 @@ def test_a_response_that_is_not_http_is_a_typed_error(answer: bytes) -> None:
     ],
 )
 def test_odd_answers_are_typed_errors(answer: bytes) -> None:
+    """Tried: lengths, headers, redirects and JSON that no server sends, among them JSON nested
+    200,000 deep. Stopped by: each is a typed error."""
     talk(answer)
 
 
 def test_a_server_that_sends_too_slowly_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tried: a server stops in the middle of a header. Stopped by: the time-out of an answer."""
     error = talk(b"HTTP/1.1 200 OK\r\ncontent-le", then_close=False)
     assert isinstance(error, Unreachable)
     assert "no response within 1 s" in str(error)
 
 
 def test_an_answer_to_another_question_is_not_read_as_the_next() -> None:
-    """Surplus bytes after a response are dropped; they do not start the next response."""
+    """Tried: a server adds a second answer behind the first, for the next question. Stopped by:
+    surplus bytes are dropped."""
 
     def serve(connection: Connection) -> None:
         for _ in range(3):
@@ -126,7 +139,7 @@ def test_an_answer_to_another_question_is_not_read_as_the_next() -> None:
 
 
 def test_non_finite_features_do_not_crash_the_device() -> None:
-    """It stops training with them, and takes no part in the round."""
+    """Tried: a server sends features that are NaN. Stopped by: the device declines the round."""
     from edge_client.training import Diverged, split_train
     from tests.support.edge import BodyServer, round_context
 

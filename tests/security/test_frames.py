@@ -70,6 +70,8 @@ def resealed(data):
 @settings(max_examples=300, deadline=None)
 @given(st.binary(max_size=300))
 def test_random_bytes_are_refused(data):
+    """Tried: random bytes, with and without the magic number. Stopped by: the frame's fixed start
+    is checked first."""
     assert not is_frame(data)
     assert not is_frame(b"SFPF" + data)
 
@@ -79,6 +81,8 @@ def test_random_bytes_are_refused(data):
 @example(b"\xc7\x00\xff", b"")
 @example(b"\x83\xa4kind\xa0\xa4meta\x80\xa7tensors\x91\xc0", b"")
 def test_random_headers_raise_only_typed_errors(header, values):
+    """Tried: random bytes as a header, with a checksum that fits. Stopped by: a closed set of
+    types; only typed errors."""
     is_frame(frame_with(header, values))
 
 
@@ -116,12 +120,16 @@ HEADERS = st.fixed_dictionaries(
 @settings(max_examples=150, deadline=None)
 @given(HEADERS, st.integers(0, 4))
 def test_random_msgpack_headers_raise_only_typed_errors(header, blocks):
+    """Tried: headers that are valid msgpack with the wrong content. Stopped by: each field's type
+    and range is checked."""
     is_frame(frame_with(msgpack.packb(header), bytes(64 * blocks)))
 
 
 @settings(max_examples=400, deadline=None)
 @given(st.sampled_from(SEEDS), st.data())
 def test_changed_frames_raise_only_typed_errors(seed, data):
+    """Tried: valid frames with bytes set, cut, inserted or dropped, also with a new checksum.
+    Stopped by: typed errors only."""
     changed = bytearray(seed)
     for _ in range(data.draw(st.integers(1, 4))):
         if not changed:
@@ -141,12 +149,15 @@ def test_changed_frames_raise_only_typed_errors(seed, data):
 
 
 def test_each_truncation_is_refused():
+    """Tried: a frame cut off at each of its bytes. Stopped by: length and checksum."""
     assert is_frame(VALID)
     assert not any(is_frame(VALID[:length]) for length in range(len(VALID)))
     assert not any(is_frame(resealed(VALID[:length])) for length in range(len(VALID)))
 
 
 def test_a_changed_byte_of_prefix_or_padding_is_refused():
+    """Tried: bytes hidden in the padding, or other reserved ones, with a checksum that fits.
+    Stopped by: padding and reserved bytes must be zero."""
     header_bytes = int.from_bytes(VALID[8:12], "little")
     values = -(-(28 + header_bytes) // 64) * 64
     padding = [*range(28 + header_bytes, values), *range(values + 24, len(VALID))]
@@ -177,6 +188,8 @@ def error_and_peak_memory(data):
 
 
 def test_a_declared_buffer_is_refused_before_memory_is_allocated():
+    """Tried: a header of a few bytes that announces 256 MiB. Stopped by: the announced size is
+    compared with the frame's, before memory is taken."""
     spec = {"name": "x", "codec": "float32", "shape": [2**26], "sizes": [2**28]}
     error, peak = error_and_peak_memory(
         frame_with(msgpack.packb({"kind": "f", "meta": {}, "tensors": [spec]}))
@@ -188,6 +201,8 @@ def test_a_declared_buffer_is_refused_before_memory_is_allocated():
 
 @pytest.mark.parametrize("list_of", [b"\xdd\xff\xff\xff\xff", b"\xdf\xff\xff\xff\xff"])
 def test_a_declared_list_or_map_is_refused_before_memory_is_allocated(list_of):
+    """Tried: a list or map of four thousand million items in five bytes. Stopped by: the number of
+    items is bounded before memory is taken."""
     error, peak = error_and_peak_memory(
         frame_with(b"\x83\xa4kind\xa1f\xa4meta" + list_of + bytes(1000))
     )
@@ -196,6 +211,8 @@ def test_a_declared_list_or_map_is_refused_before_memory_is_allocated(list_of):
 
 
 def test_nested_lists_do_not_reserve_memory_each():
+    """Tried: 80,000 lists in each other, each of 4,096 announced items. Stopped by: the depth is
+    bounded."""
     # 80 000 list headers of 4096 items each, as deep as the header allows.
     header = b"\x83\xa4kind\xa1f\xa4meta" + b"\xdc\x10\x00" * 80_000
     error, peak = error_and_peak_memory(frame_with(header))
@@ -204,6 +221,8 @@ def test_nested_lists_do_not_reserve_memory_each():
 
 
 def test_a_declared_total_length_is_refused_before_memory_is_allocated():
+    """Tried: a frame that announces 2^63 bytes. Stopped by: the announced length must be that of
+    the body."""
     data = bytearray(VALID)
     data[12:20] = (2**63).to_bytes(8, "little")
     error, peak = error_and_peak_memory(bytes(resealed(data)))
@@ -215,6 +234,8 @@ def test_a_declared_total_length_is_refused_before_memory_is_allocated():
 @pytest.mark.parametrize("codec", ["float32", "float16", "bfloat16", "int64"])
 @pytest.mark.parametrize("shape", [[0, 2**63], [0, 2**62, 4], [2**32, 0, 2**32], [2**64 - 1, 0]])
 def test_a_zero_in_a_shape_does_not_hide_an_overflow(codec, shape):
+    """Tried: a shape with a zero, whose other sides overflow. Stopped by: each side is bounded, not
+    their product alone."""
     spec = {"name": "x", "codec": codec, "shape": shape, "sizes": [0]}
     with pytest.raises(TooLarge) as caught:
         decode_frame(frame_with(msgpack.packb({"kind": "f", "meta": {}, "tensors": [spec]})))
@@ -222,6 +243,8 @@ def test_a_zero_in_a_shape_does_not_hide_an_overflow(codec, shape):
 
 
 def test_an_error_does_not_repeat_a_large_header():
+    """Tried: a large header that an error would echo, to multiply traffic. Stopped by: texts of
+    errors are cut."""
     spec = {"name": "x" * 200, "codec": "y" * 200, "shape": [1], "sizes": [4]}
     with pytest.raises(SFPromptError) as caught:
         decode_frame(frame_with(msgpack.packb({"kind": "f", "meta": {}, "tensors": [spec] * 500})))

@@ -39,6 +39,8 @@ def join(api: ApiClient, run: str, body: bytes, key: str, checksum: str) -> str 
 def test_a_request_that_was_changed_on_the_way_is_damaged(
     server: RunningServer, run: str, body: bytes, key: str
 ) -> None:
+    """Tried: a number or a key of a JSON request changes on its way. Stopped by: the checksum over
+    body and key; nothing is stored."""
     checksum = JSONChecksum(KEY).update(JOIN).text()
     before = len(server.operator().call("GET", f"/v1/runs/{run}/results").json()["participants"])
     assert join(server.api(), run, body, key, checksum) == "damaged_frame"
@@ -47,16 +49,20 @@ def test_a_request_that_was_changed_on_the_way_is_damaged(
 
 
 def test_a_request_with_its_checksum_counts(server: RunningServer, run: str) -> None:
+    """Tried: nothing. A request with the checksum that fits counts."""
     assert join(server.api(), run, JOIN, KEY, JSONChecksum(KEY).update(JOIN).text()) is None
 
 
 @pytest.mark.parametrize("path", ["/v1/runs", "/v1/runs/absent", "/v1/health"])
 def test_a_response_has_its_checksum(server: RunningServer, path: str) -> None:
+    """Tried: nothing. Each answer has a checksum that devices can compare."""
     response = server.api().call("GET", path)
     assert response.headers[CHECKSUM_HEADER] == JSONChecksum().update(response.content).text()
 
 
 def test_a_device_repeats_a_request_whose_response_was_changed() -> None:
+    """Tried: an answer changes on its way. Stopped by: the checksum of the answer; the device asks
+    again."""
     header = f"{CHECKSUM_HEADER}: {JSONChecksum().update(b'[]').text()}"
     with RawServer(Recorder(as_json([1], "200 OK", header), as_json([], "200 OK", header))) as raw:
         device = Server(raw.url, retry=RetryPolicy(first_wait_s=0.01))

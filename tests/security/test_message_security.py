@@ -35,6 +35,8 @@ from tests.support.server import ApiClient, RunningServer, code_of, tensor_in
 def test_a_frame_with_an_identity_or_an_invalid_step_is_refused(
     member: ApiClient, meta: dict[str, object]
 ) -> None:
+    """Tried: a frame names another participant or run, a path as its step, or a round beyond all
+    bounds. Stopped by: identity comes from the credential; a closed set of fields."""
     frame = step_frame("infer", smashed(), **{"step": "x", **meta}, round_=1)  # type: ignore[arg-type]
     if "step" not in meta:
         frame = step_frame("infer", smashed(), step=None)  # type: ignore[arg-type]
@@ -66,6 +68,8 @@ def split_frame(kind: str) -> bytes:
 def test_a_damaged_frame_about_samples_is_refused_without_an_internal_error(
     cut_member: ApiClient, noise: bytes, place: int, kind: str
 ) -> None:
+    """Tried: frames about stored samples with random damage. Stopped by: typed refusals, never a
+    failure of the server."""
     frame = bytearray(split_frame(kind))
     frame[place : place + len(noise)] = noise
     response = cut_member.call("POST", f"/v1/split/{kind}", content=bytes(frame))
@@ -75,6 +79,8 @@ def test_a_damaged_frame_about_samples_is_refused_without_an_internal_error(
 
 
 def test_samples_are_stored_after_damaged_frames(cut_member: ApiClient) -> None:
+    """Tried: the damaged frames of the test before, to leave the store broken. Stopped by: a frame
+    is decoded whole before it changes anything."""
     for kind in ("samples", "missing", "exchange"):
         response = cut_member.call("POST", f"/v1/split/{kind}", content=split_frame(kind))
         assert response.is_success, response.text
@@ -103,6 +109,8 @@ def raw_frame(header: object, payload: bytes = b"") -> bytes:
 def test_forged_tensor_headers_are_refused(
     member: ApiClient, tensors: list[dict[str, object]]
 ) -> None:
+    """Tried: tensors of 2^40 numbers, negative sides, the codec pickle. Stopped by: known codecs,
+    bounded shapes, sizes that agree."""
     header = {"kind": "infer", "meta": {"step": "s", "round": 1}, "tensors": tensors}
     response = member.call("POST", "/v1/split/infer", content=raw_frame(header, bytes(64)))
     assert response.status_code in (400, 413, 415, 422), response.text
@@ -123,6 +131,8 @@ def test_forged_tensor_headers_are_refused(
     ],
 )
 def test_invalid_json_is_refused(member: ApiClient, run: str, body: bytes) -> None:
+    """Tried: deeply nested JSON, NaN, more right answers than samples, numbers of 5,000 digits.
+    Stopped by: a bounded parser and the bounds of each field."""
     response = member.call("PUT", f"/v1/runs/{run}/evaluation", key="k", content=body)
     assert (response.status_code, code_of(response)) == (422, "invalid_field"), response.text
 
@@ -137,6 +147,8 @@ def test_invalid_json_is_refused(member: ApiClient, run: str, body: bytes) -> No
     ],
 )
 def test_a_path_cannot_leave_the_data_folder(server: RunningServer, run: str, path: str) -> None:
+    """Tried: paths that lead out of the data folder, also in other spellings. Stopped by: files are
+    named by hashes; runs by known ids."""
     response = server.operator().call("GET", path.format(run=run))
     assert code_of(response) in ("not_found", "invalid_field")
 
@@ -144,6 +156,8 @@ def test_a_path_cannot_leave_the_data_folder(server: RunningServer, run: str, pa
 def test_a_captured_update_cannot_be_replayed_into_another_round(
     server: RunningServer, member: ApiClient
 ) -> None:
+    """Tried: an update is sent again under other keys, to another round, by another device. Stopped
+    by: round, attempt and credential are part of it."""
     operator = server.operator()
     run = operator.create(run_settings(evaluate_every=0, rounds=3), key="replay").id
     api = server.api(server.api().join(run).credential)
@@ -158,6 +172,8 @@ def test_a_captured_update_cannot_be_replayed_into_another_round(
 
 
 def test_concurrent_updates_of_one_participant_count_once(server: RunningServer) -> None:
+    """Tried: eight updates at once, to count several times. Stopped by: one transaction and
+    idempotency keys."""
     operator = server.operator()
     run = operator.create(run_settings(rounds=1, evaluate_every=0, min_participants=2), key="r").id
     credential = server.api().join(run).credential
@@ -190,6 +206,8 @@ def test_concurrent_updates_of_one_participant_count_once(server: RunningServer)
 def test_a_damaged_frame_is_refused_without_an_internal_error(
     server: RunningServer, run: str, member: ApiClient, noise: bytes, place: int, kind: str
 ) -> None:
+    """Tried: steps and updates with random damage. Stopped by: typed refusals, never a failure of
+    the server."""
     if kind == "infer":
         method, path = "POST", "/v1/split/infer"
         frame = bytearray(step_frame("infer", smashed(batch=1), "s"))
@@ -206,6 +224,8 @@ def test_a_damaged_frame_is_refused_without_an_internal_error(
 def test_the_server_still_works_after_these_tests(
     server: RunningServer, run: str, member: ApiClient
 ) -> None:
+    """Tried: everything in this file, to leave the server broken. Stopped by: nothing of it changes
+    a run."""
     assert member.assignment(run).task is Task.TRAIN
     assert member.step("forward", smashed(), "end").is_success
     assert member.step("backward", torch.ones_like(smashed()), "end").is_success

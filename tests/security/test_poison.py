@@ -48,7 +48,8 @@ def test_an_update_of_huge_numbers_is_refused_and_named(harness: FederationHarne
 
 
 def test_the_negative_of_an_update_times_twenty_is_refused(harness: FederationHarness) -> None:
-    """Tried: sign-flip x 20, which turns the mean of five around. Stopped by: the same bound."""
+    """Tried: sign-flip x 20, which turns the mean of five around. Stopped by: the bound
+    relative to the median."""
     run, who = run_of(harness, 5)
     for number, one in enumerate(who):
         harness.update(run, one, state_of(-20.0 if number == 3 else 1.0))
@@ -132,7 +133,8 @@ def test_a_declared_number_of_samples_is_bounded(harness: FederationHarness) -> 
 
 
 def test_poison_over_http_is_refused_and_named(server: RunningServer) -> None:
-    """Tried: the same over real sockets. Stopped by: the same; results and metrics name it."""
+    """Tried: an update of 1e30 over real sockets. Stopped by: the bound relative to the median;
+    results and metrics name the device."""
     operator = server.operator()
     run = new_run(operator, min_participants=3, evaluate_every=0)
     apis = [joined(server, run, name) for name in ("p", "q", "r")]

@@ -52,7 +52,8 @@ def events(server: RunningServer, run: str) -> list[tuple[str, dict[str, object]
 
 
 def test_its_credential_opens_no_route_any_more(server: RunningServer) -> None:
-    """Tried: every request that a participant may send. The credential is revoked."""
+    """Tried: a removed device sends every request that a participant may send. Stopped by: its
+    credential is revoked."""
     view = server.operator().create(run_settings(min_participants=9), key=uuid.uuid4().hex)
     device = joined(server, view.id)
     remove(server, view.id)
@@ -64,7 +65,8 @@ def test_its_credential_opens_no_route_any_more(server: RunningServer) -> None:
 
 
 def test_it_cannot_join_again_with_its_key(server: RunningServer) -> None:
-    """Tried: to join with the key of the first join, with the same and with other content."""
+    """Tried: a removed device joins with the key of its first join, with the same and with other
+    content. Stopped by: the key is revoked with it."""
     run = new_run(server.operator(), min_participants=9)
     server.api().join(run, "a", key="the-key")
     remove(server, run)
@@ -75,6 +77,8 @@ def test_it_cannot_join_again_with_its_key(server: RunningServer) -> None:
 
 
 def test_a_waiting_device_learns_of_it_at_once(server: RunningServer) -> None:
+    """Tried: a removed device keeps a request open that waits. Stopped by: the wait ends with the
+    removal."""
     run = new_run(server.operator(), min_participants=9)
     device = joined(server, run)
     answers: list[str] = []
@@ -87,7 +91,8 @@ def test_a_waiting_device_learns_of_it_at_once(server: RunningServer) -> None:
 
 
 def test_its_samples_are_dropped_and_its_update_does_not_count(server: RunningServer) -> None:
-    """Tried: to poison the round before the removal. An update that is not averaged yet is void."""
+    """Tried: a round is poisoned before the removal. Stopped by: an update that is not averaged yet
+    is void."""
     run = new_run(server.operator(), rounds=1, min_participants=3, evaluate_every=0)
     good, poisoner, other = (joined(server, run, name) for name in ("a", "b", "c"))
     for device, value in ((poisoner, 9.0), (good, 1.0)):
@@ -105,6 +110,8 @@ def test_its_samples_are_dropped_and_its_update_does_not_count(server: RunningSe
 
 
 def test_a_round_does_not_wait_for_it(server: RunningServer) -> None:
+    """Tried: a device that never answers is removed, and would hold the round. Stopped by: the
+    round no longer counts it."""
     run = new_run(server.operator(), rounds=1, min_participants=2, evaluate_every=0)
     good, _ = joined(server, run, "a"), joined(server, run, "b")
     assert good.assignment(run).task is Task.TRAIN
@@ -115,6 +122,7 @@ def test_a_round_does_not_wait_for_it(server: RunningServer) -> None:
 
 
 def test_its_cached_samples_are_gone(server: RunningServer) -> None:
+    """Tried: a removed device's samples stay in memory. Stopped by: they are dropped with it."""
     store = server.server._application.services.samples
     before = store.memory_bytes
     run = new_run(
@@ -129,7 +137,8 @@ def test_its_cached_samples_are_gone(server: RunningServer) -> None:
 
 
 def test_a_removal_outlives_a_restart(tmp_path: Path) -> None:
-    """Tried: to come back after the server was started again."""
+    """Tried: a removed device comes back after the server was started again. Stopped by: the
+    removal is on disk."""
     with running_server(tmp_path) as first:
         run = first.operator().create(run_settings(min_participants=9)).id
         credential = first.api().join(run, "a", key="the-key").credential
@@ -143,6 +152,7 @@ def test_a_removal_outlives_a_restart(tmp_path: Path) -> None:
 
 
 def test_the_operator_removes_by_name_or_id(server: RunningServer) -> None:
+    """Tried: nothing. A name that several devices have is refused with their ids."""
     run = new_run(server.operator(), min_participants=9)
     server.api().join(run, "kitchen")
     for key in ("2", "3"):  # devices without images may share a name
@@ -158,6 +168,7 @@ def test_the_operator_removes_by_name_or_id(server: RunningServer) -> None:
 def test_the_device_ends_with_a_message_and_a_code_of_its_own(
     server: RunningServer, tmp_path: Path
 ) -> None:
+    """Tried: nothing. The removed device's command says so and ends with code 4."""
     run = new_run(server.operator(), min_participants=9)
     with Identity(tmp_path / "identities", server.url, run, "kitchen") as identity:
         server.api().join(run, "kitchen", key=identity.key)
@@ -179,7 +190,8 @@ def finished(server: RunningServer) -> tuple[str, ApiClient]:
 
 
 def test_a_deleted_run_leaves_neither_rows_nor_files(server: RunningServer) -> None:
-    """Tried: to read a run, or to join it, after it was deleted."""
+    """Tried: a run is read, or joined, after it was deleted. Stopped by: rows and files are
+    gone."""
     run, device = finished(server)
     folder = server.server._application.settings.data_dir / "runs" / run
     assert folder.is_dir()
@@ -202,6 +214,8 @@ def test_a_deleted_run_leaves_neither_rows_nor_files(server: RunningServer) -> N
 def test_a_repeated_deletion_succeeds_and_a_running_run_is_not_deleted(
     server: RunningServer,
 ) -> None:
+    """Tried: an operator deletes a run twice, or while devices take part. Stopped by: the
+    idempotency key; a run that is not over is refused."""
     run, _ = finished(server)
     operator = server.operator()
     for _ in range(2):

@@ -79,10 +79,12 @@ def sender(server: RunningServer, role: Role, run: Run) -> ApiClient:
 
 
 def test_every_route_has_a_row_and_every_row_a_route(server: RunningServer) -> None:
+    """Tried: nothing. The table of rights has the routes of the server."""
     assert sorted(routes_of(server)) == sorted((right.method, right.path) for right in RIGHTS)
 
 
 def test_a_route_without_a_row_stops_the_server_from_starting() -> None:
+    """Tried: a new route that nobody has given rights. Stopped by: the server does not start."""
     with pytest.raises(LookupError, match="GET /v1/new has no row"):
         require_rows([("GET", "/v1/health"), ("GET", "/v1/new")])
 
@@ -91,7 +93,8 @@ def test_a_route_without_a_row_stops_the_server_from_starting() -> None:
 def test_every_route_lets_in_the_roles_of_its_row_and_no_others(
     server: RunningServer, run: Run, right: Right
 ) -> None:
-    """Tried: each request with no credential, the join token, a credential, the operator token."""
+    """Tried: each request with no credential, the join token, a credential, the operator's token.
+    Stopped by: the table of rights."""
     for role in Role:
         answer = send(sender(server, role, run), right, run)
         if role in right.roles:
@@ -109,7 +112,8 @@ def test_every_route_lets_in_the_roles_of_its_row_and_no_others(
 def test_a_credential_of_another_run_opens_no_run(
     server: RunningServer, run: Run, other_run: Run, right: Right
 ) -> None:
-    """Tried: to read or change a run with a credential that another run issued."""
+    """Tried: a run is read or changed with a credential of another run. Stopped by: a credential
+    counts in its run only."""
     answer = send(sender(server, Role.PARTICIPANT, other_run), right, run)
     assert code_of(answer) == "forbidden"
     if Role.JOINER not in right.roles:
@@ -120,7 +124,8 @@ def test_a_credential_of_another_run_opens_no_run(
     "token", ["x", "sfp1...", "sfp1.r.p.0", JOIN[:-1], JOIN + "x", JOIN.upper(), "operator"]
 )
 def test_a_guessed_token_is_a_strangers(server: RunningServer, token: str) -> None:
-    """Tried: tokens that are almost right. They are compared whole, in constant time."""
+    """Tried: tokens that are almost right. Stopped by: they are compared whole, in constant
+    time."""
     api = server.api()
     api.http.headers["authorization"] = f"Bearer {token}"
     assert code_of(api.call("GET", "/v1/runs")) == "unauthorized"
@@ -132,7 +137,8 @@ def test_a_guessed_token_is_a_strangers(server: RunningServer, token: str) -> No
     ["/v1/runs/", "//v1/runs", "/v1//runs", "/v1/./runs", "/v1/%72uns", "/V1/runs", "/v1/runs;x"],
 )
 def test_no_other_spelling_of_a_path_evades_the_table(server: RunningServer, path: str) -> None:
-    """Tried: to reach the list of runs by a path that the table might not match."""
+    """Tried: the list of runs under paths that the table might not match. Stopped by: the path that
+    is served is the path that is checked."""
     stranger = server.api()
     answer = httpx.request("GET", server.url + path, trust_env=False, follow_redirects=True)
     assert answer.status_code in (401, 404), answer.text
@@ -140,7 +146,8 @@ def test_no_other_spelling_of_a_path_evades_the_table(server: RunningServer, pat
 
 
 def test_a_stranger_s_body_is_not_read(server: RunningServer) -> None:
-    """Tried: to make the server receive a body before it asks who sends it."""
+    """Tried: a stranger sends a large body. Stopped by: rights are checked before the body is
+    read."""
     with socket.create_connection(("127.0.0.1", server.port), timeout=5) as raw:
         head = "POST /v1/runs HTTP/1.1\r\nhost: x\r\nsfprompt-version: 2\r\ncontent-length: 1000000"
         raw.sendall(f"{head}\r\n\r\n".encode())
@@ -148,6 +155,8 @@ def test_a_stranger_s_body_is_not_read(server: RunningServer) -> None:
 
 
 def test_without_a_join_token_everybody_may_do_what_a_joiner_may(tmp_path: Path) -> None:
+    """Tried: a stranger reads results and metrics of a server without a join token. Stopped by:
+    only what a joiner may do is open."""
     with running_server(tmp_path) as running:
         run = running.operator().create(run_settings(min_participants=99)).id
         stranger = running.api()
@@ -159,6 +168,7 @@ def test_without_a_join_token_everybody_may_do_what_a_joiner_may(tmp_path: Path)
 
 
 def test_the_documented_table_is_the_table_of_the_code() -> None:
+    """Tried: nothing. The page shows the table of the code."""
     rows = re.findall(r"^\| `([A-Z]+) (/\S*)` \| (.+) \|$", SECURITY.read_text(), re.MULTILINE)
     documented = [
         Right(method, path, frozenset(role for role, cell in zip(Role, cells, strict=True) if cell))

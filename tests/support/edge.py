@@ -21,7 +21,7 @@ from torch import Tensor
 
 from edge_client.data.batches import BatchReader
 from edge_client.data.image_set import ArrayStore, ImageSet
-from edge_client.model import DeviceModel
+from edge_client.torch_model import TorchModel, wire_shape
 from edge_client.training import RoundContext, Samples
 from edge_client.transport.client import Server
 from edge_client.transport.retry import RetryPolicy
@@ -235,9 +235,9 @@ def _files(model: ModelPlan) -> Files:
     return Files(backbone, head, folder / "state.safetensors")
 
 
-def device_model(model: ModelPlan = SMALL) -> DeviceModel:
+def device_model(model: ModelPlan = SMALL) -> TorchModel:
     run_files = files(model)
-    return DeviceModel.load(model, run_files.head, run_files.state)
+    return TorchModel.load(model, run_files.head, run_files.state)
 
 
 def image_set(samples: int = 10, seed: int = 0) -> ImageSet:
@@ -246,11 +246,11 @@ def image_set(samples: int = 10, seed: int = 0) -> ImageSet:
     labels = torch.arange(samples) % 3
     pixels = torch.randint(0, 120, (samples, 3, 40, 40), generator=generator, dtype=torch.uint8)
     pixels[torch.arange(samples), labels] += 100
-    return ImageSet(ArrayStore(pixels), labels, CLASSES)
+    return ImageSet(ArrayStore(pixels.numpy()), labels.numpy(), CLASSES)
 
 
 def round_context(
-    model: DeviceModel | None = None,
+    model: TorchModel | None = None,
     *,
     samples: int = 10,
     round_: int = 1,
@@ -289,7 +289,7 @@ class BodyServer:
     @property
     def plane(self) -> SplitPlane:
         """Return the split plane of a run with this server."""
-        return SplitPlane(self, RunPlan(model=self.model))
+        return SplitPlane(self, RunPlan(model=self.model), wire_shape(self.model, False))
 
     def send_frame(
         self,
@@ -300,7 +300,7 @@ class BodyServer:
         generators: Mapping[str, torch.Generator] | None = None,
     ) -> Frame:
         assert path == f"/v1/split/{kind}"
-        assert not any(tensor.requires_grad for tensor, _ in tensors.values())
+        assert not any(getattr(tensor, "requires_grad", False) for tensor, _ in tensors.values())
         sent = _over_the_wire(kind, meta, tensors, generators)
         self.calls.append(kind)
         answers = {"forward": self.forward, "backward": self.backward, "infer": self.infer}

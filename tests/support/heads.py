@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from edge_client.data.batches import Augmentation, BatchReader
-from edge_client.model import DeviceModel
 from edge_client.smashed.head_cache import HeadOutputs
+from edge_client.torch_model import TorchModel
 from tests.support.edge import SMALL, device_model, image_set
 
 # As wide as a real model: how a matrix product is rounded depends on its size.
@@ -21,11 +21,11 @@ SAMPLES, TOKENS, WIDTH = 37, 5, 192
 
 PLENTY = 10**8
 
-EVERYTHING = torch.arange(SAMPLES)
+EVERYTHING = np.arange(SAMPLES)
 
 
 @functools.cache
-def shared_model() -> DeviceModel:
+def shared_model() -> TorchModel:
     return device_model(AT_CUT)
 
 
@@ -35,12 +35,12 @@ def everything() -> Tensor:
     return outputs(shared_model()).smashed(EVERYTHING)
 
 
-def reader(model: DeviceModel, samples: int = SAMPLES, *, augmented: bool = False) -> BatchReader:
+def reader(model: TorchModel, samples: int = SAMPLES, *, augmented: bool = False) -> BatchReader:
     augmentation = Augmentation(3) if augmented else None
     return BatchReader(image_set(samples), model.preprocessing, augmentation=augmentation)
 
 
 def outputs(
-    model: DeviceModel, cache_bytes: int = PLENTY, *, augmented: bool = False
+    model: TorchModel, cache_bytes: int = PLENTY, *, augmented: bool = False
 ) -> HeadOutputs:
-    return HeadOutputs(model.head, reader(model, augmented=augmented), cache_bytes)
+    return HeadOutputs(model, reader(model, augmented=augmented), cache_bytes)

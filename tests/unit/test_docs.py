@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tools import pictures_page, settings_page
+from tools import attacks_table, pictures_page, settings_page
 
 ROOT = Path(__file__).parents[2]
 
@@ -66,6 +66,13 @@ def anchors(page: Path) -> set[str]:
 
 def test_a_link_to_a_heading_is_looked_up_as_github_names_it() -> None:
     assert "where-to-change-what" in anchors(ROOT / "docs" / "architecture.md")
+
+
+def test_every_security_test_says_what_it_tries_and_what_stops_it() -> None:
+    attacks = attacks_table.attacks()
+    assert [each.test for each in attacks if not each.is_described] == []
+    assert len([each for each in attacks if not each.is_none]) >= 25
+    assert attacks_table.PAGE.read_text() == attacks_table.render(), "stale: run `make docs`"
 
 
 def test_the_settings_page_is_current() -> None:

@@ -30,6 +30,7 @@ HTTP = {"starlette", "fastapi", "uvicorn", "split_server.http"}
 # A folder, and the libraries and modules that no file in it imports.
 MUST_NOT_IMPORT = {
     "protocol": HTTP | {"httpx", "torch", "timm", "torchvision"},
+    "pruning": {"torch"},
     "split_server/runtime": HTTP,
     "split_server/storage": HTTP | {"split_server.engine", "split_server.federation"},
     "split_server/aggregation": HTTP,

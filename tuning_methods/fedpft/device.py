@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from edge_client.data.image_set import Labels
 from edge_client.method import DeviceMethod
+from edge_client.torch_model import model_of, read
 from edge_client.training.context import RoundContext
 from tuning_methods.proxies.neurons import NEURONS, InactiveNeurons
 from tuning_methods.proxies.settings import distillation_of
@@ -19,7 +21,7 @@ class FedPFTDevice(DeviceMethod):
     Source: FedPFT (arXiv 2404.11536, section 3.3).
     """
 
-    def update_extras(self, context: RoundContext, selected: Tensor) -> dict[str, Tensor]:
+    def update_extras(self, context: RoundContext, selected: Labels) -> dict[str, Tensor]:
         distillation = distillation_of(context.run)
         if not distillation.is_due(context.round, context.run.federation.rounds):
             return {}
@@ -27,7 +29,7 @@ class FedPFTDevice(DeviceMethod):
 
 
 @torch.no_grad()
-def measure_inactivity(context: RoundContext, selected: Tensor) -> Tensor:
+def measure_inactivity(context: RoundContext, selected: Labels) -> Tensor:
     """Measure each neuron's share of tokens with an activation not above zero.
 
     Args:
@@ -39,12 +41,12 @@ def measure_inactivity(context: RoundContext, selected: Tensor) -> Tensor:
 
     Source: FedPFT (arXiv 2404.11536, section 3.3).
     """
-    model = context.model
+    model = model_of(context)
     neurons = InactiveNeurons(model.head)
-    batches = selected.split(_BATCH) if len(selected) else ()
+    batches = [selected[start : start + _BATCH] for start in range(0, len(selected), _BATCH)]
     with neurons.counting():
         for done, positions in enumerate(batches, start=1):
-            images, _ = context.samples.images.read(positions)
+            images, _ = read(context.samples.images, positions)
             model.head(images, model.prompts)
             context.advance("neurons", done, len(batches))
     return neurons.shares

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -132,4 +133,5 @@ def load_images(plan: RunPlan, image_path: Path | None) -> Tensor:
         )
     selected = torch.randperm(len(pixels), generator=generator)[: distillation.samples]
     preprocessing = preprocessing_of(plan.model, image_preparation(plan.model))
-    return preprocessing.normalise(preprocessing.resize(pixels[selected]))
+    resized = [preprocessing.resize(each) for each in pixels[selected].numpy()]
+    return torch.from_numpy(preprocessing.normalise(np.stack(resized)))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from edge_client.method import DeviceMethod
-from edge_client.model import DeviceModel
+from edge_client.torch_model import TorchModel, model_of
 from edge_client.training.context import RoundContext
 from edge_client.training.split_training import Sample
 from edge_client.transport.split_client import SamplesMissing, SplitPlane
@@ -21,7 +22,7 @@ class SFPromptPaperDevice(DeviceMethod):
     """Updates locally through the local body, and sends deltas, if the run has these."""
 
     def __init__(self) -> None:
-        self._model: DeviceModel | None = None
+        self._model: TorchModel | None = None
         self._local_body: LocalBody | None = None
         self._deltas: DeltaCache | None = None
 
@@ -35,7 +36,7 @@ class SFPromptPaperDevice(DeviceMethod):
         Raises:
             WeightsMismatchError: the head file's tensors do not fit.
         """
-        model = context.model
+        model = model_of(context)
         if self._model is not model:
             num_blocks, settings = paper_part(context.run).local_body, model.head.settings
             self._local_body = (
@@ -64,7 +65,7 @@ class SFPromptPaperDevice(DeviceMethod):
             cache.forget(samples[place] for place in error.places)
             raise
         cache.confirm(batch)
-        return features, batch.decoded
+        return torch.from_numpy(features), batch.decoded
 
     def uses_fixed_views(self, run: RunPlan) -> bool:
         """With deltas: a sample has a cached copy for each of its views."""

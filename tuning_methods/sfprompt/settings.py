@@ -12,7 +12,7 @@ from protocol.codec_names import is_row_wise_inside
 from protocol.messages import parse_message
 from protocol.method import Fields, MethodSettings
 from protocol.parts import CodecName
-from protocol.plan import PromptDepth, PruningScore, RunPlan
+from protocol.plan import BodyTuning, PromptDepth, PruningScore, RunPlan
 from tuning_methods.proxies.settings import (
     DistillationSettings,
     check_neurons,
@@ -43,6 +43,9 @@ _TRAINING = (
     "split_epochs",
     "local_learning_rate_scale",
 )
+
+
+_SERVER = ("server_tuning", "server_epochs", "server_learning_rate")
 
 
 def _excludes_start(federation: object) -> bool:
@@ -141,6 +144,15 @@ class SFPrompt(_SplitPrompts):
         True, description="send a sample's smashed data once; the server caches them"
     )
 
+    server_tuning: BodyTuning = Field(
+        "none",
+        description="with training.labels = shared: what the server tunes of its body before round "
+        "0, on all samples together, kept only if it helps: none | layernorm: norms | bias: all "
+        "biases | lora: low-rank changes of queries and values",
+    )
+    server_epochs: int = Field(4, ge=1, le=10_000, description="epochs of it")
+    server_learning_rate: float = Field(1e-3, gt=0, le=100, description="its learning rate")
+
     def defaults(self, given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         # At the same bytes, 4-bit gradients of 80 % of the samples, rounded stochastically, are
         # more accurate than 8-bit gradients of 60 %. Without a warm-up round the first steps of
@@ -180,7 +192,7 @@ class SFPrompt(_SplitPrompts):
         tunes = form.split_epochs and settings.federation.rounds
         if share is None and form.depths and tunes:
             share = _VALIDATION_SHARE
-        return {field: getattr(self, field) for field in _TRAINING} | {
+        return {field: getattr(self, field) for field in (*_TRAINING, *_SERVER)} | {
             "split_epochs": form.split_epochs,
             "local_epochs": form.local_epochs,
             "keep_fraction": form.keep_fraction,

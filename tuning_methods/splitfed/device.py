@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+import torch
 
+from edge_client.data.image_set import Labels
 from edge_client.method import DeviceMethod
+from edge_client.torch_model import model_of, read
 from edge_client.training.context import RoundContext
 from edge_client.training.split_training import (
     SplitBatches,
@@ -25,7 +27,7 @@ class SplitFedDevice(DeviceMethod):
     """
 
     def split_train(
-        self, context: RoundContext, plane: SplitPlane, selected: Tensor
+        self, context: RoundContext, plane: SplitPlane, selected: Labels
     ) -> TrainingResult:
         if context.run.model.tune_body:
             return train_with_tuned_body(context, plane, selected)
@@ -33,7 +35,7 @@ class SplitFedDevice(DeviceMethod):
 
 
 def train_with_tuned_body(
-    context: RoundContext, plane: SplitPlane, selected: Tensor
+    context: RoundContext, plane: SplitPlane, selected: Labels
 ) -> TrainingResult:
     """Train head, body and tail on the selected samples.
 
@@ -55,7 +57,7 @@ def train_with_tuned_body(
 
     Source: SplitFed (arXiv 2004.12088).
     """
-    model = context.model
+    model = model_of(context)
     optimizer = make_optimizer(context.run.training, None, model.tail, head=model.head)
     batches = SplitBatches(context, selected)
     session = new_name(context)
@@ -69,13 +71,13 @@ def train_with_tuned_body(
             steps=batches.steps,
         )
         epoch_of_run = context.epoch_of_run(context.run.training.local_epochs + epoch)
-        images, labels = context.samples.images.read(positions, epoch=epoch_of_run)
+        images, labels = read(context.samples.images, positions, epoch_of_run)
         optimizer.zero_grad()
         smashed = model.head(images)
-        features = plane.body_forward(smashed.detach(), meta)
+        features = torch.from_numpy(plane.body_forward(smashed.detach(), meta))
         loss, gradients = train_tail(model, features, labels)
         shape, noise = tuple(smashed.shape), context.noise(step)
-        gradient = plane.body_backward(gradients, meta, shape, noise)
+        gradient = torch.from_numpy(plane.body_backward(gradients, meta, shape, noise))
         smashed.backward(correct_gradient(context, gradient, smashed.detach(), None))
         optimizer.step()
         batches.add_loss(epoch, loss, len(positions))

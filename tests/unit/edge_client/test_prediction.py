@@ -10,7 +10,8 @@ from PIL import Image
 from edge_client.data.image_files import image_files
 from edge_client.data.image_set import decode_file
 from edge_client.model import preprocessing_of
-from edge_client.prediction import Prediction, Predictor, WholePredictor
+from edge_client.prediction import Prediction, Predictor
+from edge_client.whole_prediction import WholePredictor
 from protocol.errors import InvalidField, NotFound
 from protocol.messages import BlobRef, JoinRequest, JoinResponse, RunStatus, RunView
 from protocol.plan import ModelPlan, RunPlan
@@ -34,7 +35,7 @@ def save_images(folder: Path, count: int) -> list[Path]:
     folder.mkdir(exist_ok=True)
     images, paths = image_set(count), []
     for number in range(count):
-        pixels = images.store.read(number).permute(1, 2, 0).numpy()
+        pixels = images.store.read(number).transpose(1, 2, 0)
         paths.append(folder / f"{number:03}.png")
         Image.fromarray(pixels).save(paths[-1])
     return paths
@@ -123,11 +124,11 @@ def test_every_file_in_order_with_the_unreadable_named(tmp_path: Path) -> None:
             assert "not an image" in prediction.error or "cannot be decoded" in prediction.error
             assert prediction.to_dict() == {"path": str(path), "error": prediction.error}
             continue
-        image = model.preprocessing.normalise(
-            model.preprocessing.resize(decode_file(path).unsqueeze(0))
-        )
+        preprocessing = model.preprocessing
+        pixels = preprocessing.normalise(preprocessing.resize(decode_file(path))[None])
         with torch.no_grad():
-            features = body.infer(model.head(image, model.prompts), step="", round_=0)
+            smashed = model.head(torch.from_numpy(pixels), model.prompts)
+            features = body.infer(smashed, step="", round_=0)
             shares = model.tail(features).softmax(dim=1)[0]
         order = shares.argsort(descending=True)[:2].tolist()
         assert prediction.error is None
@@ -181,10 +182,8 @@ def test_an_exported_model_predicts_as_for_the_same_pixels(
     assert predictions[1].error is not None
     model, preprocessing = load_exported(file), preprocessing_of(split, image_preparation(split))
     for number in (0, 2):
-        image = preprocessing.normalise(
-            preprocessing.resize(decode_file(paths[number]).unsqueeze(0))
-        )
-        shares = model(image).softmax(dim=1)[0]
+        pixels = preprocessing.resize(decode_file(paths[number]))[None]
+        shares = model(torch.from_numpy(preprocessing.normalise(pixels))).softmax(dim=1)[0]
         expected = {(names or "012")[i]: pytest.approx(float(shares[i])) for i in range(3)}
         assert dict(predictions[number].classes) == expected
 

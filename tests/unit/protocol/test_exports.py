@@ -19,9 +19,9 @@ EXPORTED = {
     "command": "Subcommand group_of read_token_file run_command version_option",
     "errors": "Busy Conflict DamagedFile DamagedFrame EmptyUpdate FieldValue Forbidden "
     "IdempotencyKeyReused InternalError "
-    "InvalidField InvalidRequest MalformedFrame NonFinite NotFound Removed RunClosed SFPromptError "
-    "StaleRound StepLost TooLarge Unauthorized UnknownCodec Unreachable UnsupportedVersion "
-    "WrongShape error_from_wire",
+    "InvalidField InvalidRequest MalformedFrame NonFinite NotFound RefusedByDevice Removed "
+    "RunClosed SFPromptError StaleRound StepLost TooLarge Unauthorized UnknownCodec Unreachable "
+    "UnsupportedVersion WrongShape error_from_wire",
     "combinations": "list_refusals",
     "labels": "LabelUse SHARED label_epsilon",
     "federation": "AggregationRule FederationSettings ServerOptimizer",
@@ -88,7 +88,7 @@ def test_plans_and_errors_load_without_torch():
     assert light.isdisjoint(["torch", "numpy"])
 
 
-def test_frames_and_codecs_work_where_torch_is_not_installed():
+def test_frames_codecs_and_pruning_work_where_torch_is_not_installed():
     code = """
 import sys
 
@@ -112,6 +112,13 @@ for name in (*FLOAT_CODECS, *INTEGER_CODECS):
     error = np.linalg.norm(frame.array("x") - array) / np.linalg.norm(array)
     print(codec, error, flush=True)
     assert error < 0.6, codec
+
+import pruning
+
+logits, labels = numbers[:, 0], np.arange(8) % 3
+for score in pruning.SCORES.values():
+    scores = score(logits, labels, logits, np.random.default_rng(2))
+    assert len(pruning.select_highest(scores, 0.5, labels, per_class=True)) == 5
 """
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=FOLDER.parent

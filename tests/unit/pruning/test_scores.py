@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -184,3 +185,25 @@ def test_the_exported_names():
     names += " select_highest selected_count"
     assert sorted(pruning.__all__) == sorted(names.split())
     assert all(hasattr(pruning, name) for name in pruning.__all__)
+
+
+@pytest.mark.parametrize("name", SCORES)
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_numpy_gives_torchs_scores(name, dtype):
+    draws = np.random.default_rng(3)
+    logits = (draws.standard_normal((200, 7)) * 8).astype(dtype)
+    labels, features = draws.integers(0, 7, 200), draws.standard_normal((200, 5)).astype(dtype)
+    found = SCORES[name](logits, labels, features, np.random.default_rng(4))
+    assert isinstance(found, np.ndarray)
+    tensors = [torch.from_numpy(array) for array in (logits, labels, features)]
+    expected = SCORES[name](*tensors, np.random.default_rng(4))
+    # The loss of a confident sample is a difference of numbers near 1.
+    np.testing.assert_allclose(found, expected.numpy(), rtol=2e-6, atol=2.5e-7)
+    assert found.dtype == expected.numpy().dtype
+
+
+def test_numpys_loss_is_torchs_cross_entropy():
+    draws = np.random.default_rng(5)
+    logits, labels = draws.standard_normal((50, 4)) * 30, draws.integers(0, 4, 50)
+    expected = F.cross_entropy(*map(torch.from_numpy, (logits, labels)), reduction="none")
+    np.testing.assert_allclose(loss(logits, labels), expected.numpy(), rtol=1e-12, atol=1e-13)

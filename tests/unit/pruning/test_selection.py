@@ -1,6 +1,7 @@
 import math
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -154,3 +155,15 @@ def test_inconsistent_input_is_refused(scores, labels, error, field):
     with pytest.raises(error) as caught:
         select_highest(scores, 0.5, labels, per_class=True)
     assert caught.value.field == field
+
+
+@pytest.mark.parametrize("per_class", [False, True])
+def test_numpy_selects_what_torch_selects_even_among_equal_scores(per_class):
+    draws = np.random.default_rng(6)
+    scores, labels = draws.integers(0, 5, 300).astype(np.float32), draws.integers(0, 4, 300)
+    found = select_highest(scores, 0.37, labels, per_class)
+    assert isinstance(found, np.ndarray)
+    assert found.dtype == np.int64
+    tensors = torch.from_numpy(scores), torch.from_numpy(labels)
+    expected = select_highest(tensors[0], 0.37, tensors[1], per_class)
+    assert found.tolist() == expected.tolist()

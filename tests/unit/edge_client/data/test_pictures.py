@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from edge_client.data.pictures import (
     parse_colour,
     read_picture,
 )
+from edge_client.data.torchvision_set import TorchvisionStore
 from tools.picture_cases import ALPHA, COLOURS, Case, all_cases
 
 with warnings.catch_warnings():
@@ -154,3 +156,24 @@ def test_a_name_that_is_no_text_is_read_and_named_as_text(tmp_path: Path) -> Non
     assert str(refused.value.value).endswith("c\\xe9pe.png")
     Image.new("L", (3, 3)).save(path)
     assert read_picture(path).pixels.shape == (3, 3, 3)
+
+
+def test_a_torchvision_set_that_opens_files_itself_reaches_none_of_pillows_other_formats(
+    tmp_path: Path,
+) -> None:
+    """Pillow's plugin for EPS would run a program; sets such as DTD call Pillow themselves."""
+    flower = Image.new("RGB", (8, 8), (9, 99, 199))
+    flower.save(tmp_path / "0.png")
+    flower.save(tmp_path / "script.eps")
+    (tmp_path / "script.eps").rename(tmp_path / "1.jpg")
+
+    class Flowers(list[Path]):
+        def __getitem__(self, index: Any) -> Any:
+            return Image.open(super().__getitem__(index)).convert("RGB"), 0
+
+    half = Flowers(tmp_path / name for name in ("0.png", "1.jpg"))
+    store = TorchvisionStore("Flowers", half)
+    assert store.read(0)[:, 0, 0].tolist() == [9, 99, 199]
+    with pytest.raises(CorruptImageError, match="cannot identify image file"):
+        store.read(1)
+    assert "EPS" in Image.ID  # other code of this process opens what it likes

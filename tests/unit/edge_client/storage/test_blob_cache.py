@@ -231,6 +231,20 @@ def test_a_file_in_recent_use_stays(cache: BlobCache) -> None:
     assert not any(path.exists() for path in paths)
 
 
+def test_files_that_this_device_alone_has_used_go_at_once(tmp_path: Path) -> None:
+    """A server that sends a new file every second does not fill the disk."""
+    cache, other = BlobCache(tmp_path), BlobCache(tmp_path)
+    contents = [bytes([number]) for number in range(20)]
+    for content in contents:
+        for _ in range(2):  # once downloaded, once from the disk
+            cache.fetch(ref_of(content), lambda _start, content=content: content)
+        if content == contents[3]:
+            other.fetch(ref_of(content), never)
+        cache.drop_old(keep=set(), newest=2)
+        assert len(list(tmp_path.iterdir())) <= 4  # the newest two, and that of the other
+    assert (tmp_path / f"{ref_of(contents[3]).sha256}.safetensors").exists()
+
+
 def test_a_file_that_goes_while_it_is_fetched_is_downloaded_again(
     cache: BlobCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

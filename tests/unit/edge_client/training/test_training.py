@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,8 +13,11 @@ from torch.nn import functional as F
 
 from edge_client.data.batches import Augmentation, shuffled
 from edge_client.method import device_method
-from edge_client.model import DeviceModel
-from edge_client.training import RoundContext, evaluate, local_update, select_samples, split_train
+from edge_client.torch_model import TorchModel, read
+from edge_client.training import RoundContext, evaluate
+from edge_client.training.local_update import local_update
+from edge_client.training.selection import select_samples
+from edge_client.training.split_training import split_train
 from protocol.errors import StepLost
 from protocol.seeds import derive_seed
 from split_model.backbone.libraries import timm
@@ -79,21 +83,21 @@ class Uncut(nn.Module):
 def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
     assert set(actual) == set(expected)
     for name, value in actual.items():
-        assert torch.allclose(value, expected[name], rtol=0, atol=tolerance), name
+        assert np.allclose(value, expected[name], rtol=0, atol=tolerance), name
 
 
 def moved(state: dict[str, Tensor]) -> float:
     start = load_state(files().state)
-    return min(float((state[name] - start[name]).abs().max()) for name in start)
+    return min(float(np.abs(np.asarray(state[name]) - start[name].numpy()).max()) for name in start)
 
 
 # Scoring
 
 
-def el2n_by_hand(model: DeviceModel, context: RoundContext) -> list[float]:
+def el2n_by_hand(model: TorchModel, context: RoundContext) -> list[float]:
     scores = []
     for position in range(len(context.samples)):
-        image, label = context.samples.images.read([position])
+        image, label = read(context.samples.images, [position])
         logits = model.tail(model.head(image)).flatten().tolist()
         total = sum(math.exp(value) for value in logits)
         error = [math.exp(value) / total - (i == int(label)) for i, value in enumerate(logits)]
@@ -115,7 +119,7 @@ def test_prompts_and_body_have_no_say_in_the_scores() -> None:
     before = select_samples(context)
     with torch.no_grad():
         context.model.prompts.normal_()
-    assert torch.equal(select_samples(context), before)
+    assert np.array_equal(select_samples(context), before)
 
 
 def test_each_class_keeps_its_share() -> None:
@@ -136,7 +140,7 @@ def test_every_score_of_the_settings_works(pruning: str) -> None:
     context = round_context(keep_fraction=0.5, pruning=pruning)
     selected = select_samples(context)
     assert len(selected) == 5
-    assert torch.equal(selected, select_samples(context))
+    assert np.array_equal(selected, select_samples(context))
 
 
 def test_random_pruning_differs_by_round_and_device() -> None:
@@ -175,7 +179,7 @@ def test_the_local_update_is_a_plain_torch_loop() -> None:
     )
     losses = []
     for positions in batches("local", 10, 2):
-        images, labels = context.samples.images.read(positions)
+        images, labels = read(context.samples.images, positions)
         value = F.cross_entropy(model.tail(model.head(images, model.prompts)), labels)
         optimizer.zero_grad()
         value.backward()
@@ -197,7 +201,7 @@ def test_a_local_update_through_a_small_body_is_a_plain_torch_loop(tmp_path: Pat
         if name.startswith(source)
     }
     head, _ = write_head_file(SMALL, files().backbone, tmp_path / "head", "float32", small)
-    model = DeviceModel.load(SMALL, head, files().state)
+    model = TorchModel.load(SMALL, head, files().state)
     context = round_context(model, local_epochs=2, **SGD)
     run = context.run.model_copy(update={"method": {"local_body": 2}})
     context = dataclasses.replace(context, run=run)
@@ -215,7 +219,7 @@ def test_a_local_update_through_a_small_body_is_a_plain_torch_loop(tmp_path: Pat
     optimizer = torch.optim.SGD(groups, momentum=0.9)
     losses = []
     for positions in batches("local", 10, 2):
-        images, labels = context.samples.images.read(positions)
+        images, labels = read(context.samples.images, positions)
         tokens = whole.blocks[4](whole.blocks[2](plain.head(images, plain.prompts)))
         value = F.cross_entropy(plain.tail(tokens), labels)
         optimizer.zero_grad()
@@ -250,7 +254,7 @@ def test_split_training_is_the_uncut_model_s_step_by_step() -> None:
         split_epochs=2, advance=lambda *_: states.append(context.model.state()), **SGD
     )
     server = BodyServer()
-    selected = torch.tensor([0, 2, 3, 5, 7, 8, 9])
+    selected = np.array([0, 2, 3, 5, 7, 8, 9])
     trained = split_train(context, server.plane, selected)
 
     uncut = Uncut()
@@ -262,7 +266,7 @@ def test_split_training_is_the_uncut_model_s_step_by_step() -> None:
     orders = batches("split", 7, 2)
     assert len(states) == len(orders) == 4
     for order, state in zip(orders, states, strict=True):
-        images, labels = context.samples.images.read(selected[order])
+        images, labels = read(context.samples.images, selected[order])
         value = F.cross_entropy(uncut(images), labels)
         optimizer.zero_grad()
         value.backward()
@@ -287,7 +291,7 @@ def test_the_schedule_runs_through_the_steps_of_the_round() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.optim, "SGD", Watching)
         context = round_context(round_=3, **{**SGD, "schedule": "cosine"})
-        split_train(context, BodyServer().plane, torch.arange(8))
+        split_train(context, BodyServer().plane, np.arange(8))
     training, rounds = context.run.training, context.run.federation.rounds
     expected = [0.5 * learning_rate_factor(training, (2 + s / 2) / rounds, rounds) for s in (0, 1)]
     assert rates == pytest.approx(expected)
@@ -296,9 +300,9 @@ def test_the_schedule_runs_through_the_steps_of_the_round() -> None:
 @pytest.mark.parametrize("lost", [1, 4])
 def test_a_lost_step_is_sent_again_and_changes_nothing(lost: int) -> None:
     smooth = round_context(**SGD)
-    trained = split_train(smooth, BodyServer().plane, torch.arange(8))
+    trained = split_train(smooth, BodyServer().plane, np.arange(8))
     shaken, server = round_context(**SGD), BodyServer(lose=lost)
-    assert split_train(shaken, server.plane, torch.arange(8)) == trained
+    assert split_train(shaken, server.plane, np.arange(8)) == trained
     assert_same(shaken.model.state(), smooth.model.state(), 0)
     assert server.calls == ["forward", "backward"] * (2 + lost)
     assert len(set(server.steps)) == 2 + lost
@@ -307,7 +311,7 @@ def test_a_lost_step_is_sent_again_and_changes_nothing(lost: int) -> None:
 def test_a_step_that_is_always_lost_is_an_error() -> None:
     context, server = round_context(**SGD), BodyServer(lose=100)
     with pytest.raises(StepLost):
-        split_train(context, server.plane, torch.arange(4))
+        split_train(context, server.plane, np.arange(4))
     assert len(server.steps) == 5
     assert_same(context.model.state(), load_state(files().state), 0)
 
@@ -317,7 +321,7 @@ def test_steps_have_other_names_in_every_round_and_attempt() -> None:
     for round_, attempt in ((1, 0), (1, 1), (2, 0)):
         context, server = round_context(round_=round_, **SGD), BodyServer()
         context.attempt = attempt
-        split_train(context, server.plane, torch.arange(8))
+        split_train(context, server.plane, np.arange(8))
         names |= set(server.steps)
     assert len(names) == 6
 
@@ -326,7 +330,7 @@ def test_without_prompts_the_tail_alone_is_trained() -> None:
     bare = SMALL.model_copy(update={"prompt_count": 0})
     context = round_context(device_model(bare), **SGD)
     local_update(context, device_method(Custom.of(context.run)).local_forward)
-    split_train(context, BodyServer(bare).plane, torch.arange(4))
+    split_train(context, BodyServer(bare).plane, np.arange(4))
     assert set(context.model.state()) == set(load_state(files(bare).state))
 
 
@@ -334,7 +338,7 @@ def test_each_epoch_of_the_run_has_its_own_augmentation() -> None:
     seen: list[int] = []
 
     class Watching(Augmentation):
-        def apply(self, images: Tensor, positions: Tensor, epoch: int) -> Tensor:
+        def apply(self, images: np.ndarray, positions: np.ndarray, epoch: int) -> np.ndarray:
             seen.append(epoch)
             return super().apply(images, positions, epoch)
 
@@ -343,7 +347,7 @@ def test_each_epoch_of_the_run_has_its_own_augmentation() -> None:
         context.samples.images.augmentation = Watching(0)
         select_samples(context)
         local_update(context, device_method(Custom.of(context.run)).local_forward)
-        split_train(context, BodyServer().plane, torch.arange(4))
+        split_train(context, BodyServer().plane, np.arange(4))
         evaluate(
             context.model,
             BodyServer().plane,
@@ -370,7 +374,7 @@ def test_evaluation_counts_the_correct_predictions_of_the_uncut_model() -> None:
         round_=1,
         advance=lambda *step: progress.append(step),
     )
-    images, labels = context.samples.images.read(range(150))
+    images, labels = read(context.samples.images, range(150))
     logits = Uncut()(images)
     assert measured.samples == 150
     assert measured.correct == int((logits.argmax(dim=1) == labels).sum())

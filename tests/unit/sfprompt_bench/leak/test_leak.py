@@ -92,7 +92,7 @@ def test_sums_over_more_samples_than_components_tell_less() -> None:
 def test_the_labels_come_from_the_gradients_and_not_from_the_images(digits: Dataset) -> None:
     order = torch.randperm(len(digits.train), generator=torch.Generator().manual_seed(0))
     images, true = digits.train, digits.train.labels
-    drawn = Dataset(ImageSet(images.store, true[order], images.class_names), digits.test)
+    drawn = Dataset(ImageSet(images.store, true[order.numpy()], images.class_names), digits.test)
     observed = first_round(drawn, "int4")
     inferred = infer_labels(observed.tail, observed.features, observed.gradients)
     assert (inferred == observed.labels).double().mean() > 0.9

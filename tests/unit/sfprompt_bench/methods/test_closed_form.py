@@ -14,6 +14,7 @@ from torch import Tensor
 from edge_client.data.dataset import Dataset, limit_per_set
 from edge_client.data.download import CACHE_VARIABLE, cache_dir
 from edge_client.data.sources import load_dataset
+from edge_client.torch_model import read
 from protocol.settings import RunSettings
 from sfprompt_bench.methods.closed_form import (
     evenly_spaced,
@@ -78,7 +79,7 @@ def test_features_of_a_depth_are_those_of_timms_own_blocks(digits: Dataset) -> N
         settings.plan.model, settings.model.weights, cache_dir() / "backbones"
     )
     whole.load_state_dict(dict(open_backbone(backbone.path)), strict=False)
-    images, expected_labels = model.test.read(torch.arange(len(model.test)))
+    images, expected_labels = read(model.test, range(len(model.test)))
     with torch.no_grad():
         tokens = whole.forward_intermediates(
             images,

@@ -58,6 +58,15 @@ def own(
 KEPT = {"keep_smashed": True, "pooled_features": True}
 
 
+def test_with_shared_labels_samples_names_and_labels_cross_once_and_nothing_else() -> None:
+    model = {"prompt_count": 0, "depths": 4, "rank": 64}
+    training = {"split_epochs": 0, "local_epochs": 1, "labels": "shared"}
+    cost = own(model=model, wire=KEPT, training=training, every=1, test=5)
+    assert cost.bytes_start == 4 * (HEAD + 64 * 100 + 100)
+    assert cost.bytes_up_once == 15 * (4 * NUMBERS + 16 + 16 + 8)
+    assert cost.bytes_total(20) == cost.bytes_start + cost.bytes_up_once
+
+
 def test_kept_smashed_data_cross_once_and_visits_carry_names_and_class_tokens() -> None:
     cost = own(wire=KEPT, training={"split_epochs": 3})
     visits = 30

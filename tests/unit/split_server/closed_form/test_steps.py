@@ -57,11 +57,13 @@ STRENGTH = SOLVED.classifier.strength / COUNT
 
 def steps_of(labels: Tensor, count: int = 1, decay: float = STRENGTH / 8) -> dict[str, Tensor]:
     """The device's own code."""
-    features = Features(FEATURES, SOLVED.mean.float(), SOLVED.variances.float(), STRENGTH)
-    tail = STATE[TAIL_WEIGHT], STATE[TAIL_BIAS]
+    mean, variances = SOLVED.mean.float().numpy(), SOLVED.variances.float().numpy()
+    features = Features(FEATURES.numpy(), mean, variances, STRENGTH)
+    tail = STATE[TAIL_WEIGHT].numpy(), STATE[TAIL_BIAS].numpy()
     for _ in range(count):
-        tail, _ = step_classifier(*tail, features, labels, decay)
-    return {TAIL_WEIGHT: tail[0].float(), TAIL_BIAS: tail[1].float()}
+        tail, _ = step_classifier(*tail, features, labels.numpy(), decay)
+    names = (TAIL_WEIGHT, TAIL_BIAS)
+    return {name: torch.from_numpy(array).float() for name, array in zip(names, tail, strict=True)}
 
 
 def measured(

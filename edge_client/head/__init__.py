@@ -1,0 +1,1 @@
+"""The frozen head in NumPy: embedding and first blocks of a vision transformer."""
