@@ -13,6 +13,8 @@ from fastapi import FastAPI
 from protocol.errors import SFPromptError
 from sfprompt_bench.fuzz.target import Request, Target
 from split_server.http.federation_routes import FederationRoutes
+from split_server.http.operator_routes import OperatorRoutes
+from split_server.page.routes import PageRoutes
 
 if TYPE_CHECKING:
     from split_server.http.services import Services
@@ -87,8 +89,12 @@ class OpenApi:
 def describe_routes() -> dict[str, Any]:
     """Return the OpenAPI description of the server's routes, which it does not serve itself."""
     app = FastAPI()
-    app.include_router(FederationRoutes(cast("Services", _NoServices())).router)
-    return app.openapi()
+    services = cast("Services", _NoServices())
+    for routes in (FederationRoutes, OperatorRoutes, PageRoutes):
+        app.include_router(routes(services).router)
+    description = app.openapi()
+    del description["paths"]["/v1/runs/{run}/stream"]  # it ends with the run
+    return description
 
 
 class _NoServices:
@@ -103,7 +109,7 @@ def _request_of(case: Any, headers: dict[str, str], run: str) -> Request:
     path = str(case.formatted_path)
     parts = path.split("/")
     is_creation = path == "/v1/runs"
-    if len(parts) > 4 and len(parts[3]) % 2 and parts[-1] not in ("cancel", "me"):
+    if len(parts) > 4 and len(parts[3]) % 2 and parts[-1] not in ("cancel", "me", "pause"):
         parts[3] = run
         path = "/".join(parts)
     query = {name: _text(value) for name, value in dict(case.query or {}).items()}

@@ -2,7 +2,7 @@
 
 import { h, megabytes } from "./dom.js";
 
-const WIDTH = 480, HEIGHT = 230, LEFT = 46, RIGHT = 14, TOP = 22, BOTTOM = 34;
+const WIDTH = 480, HEIGHT = 230, LEFT = 58, RIGHT = 14, TOP = 22, BOTTOM = 34;
 
 // Draw values over rounds.
 //   points: [{round, value, mark}], second: the same, dashed; levels: [{value, name}], dotted.

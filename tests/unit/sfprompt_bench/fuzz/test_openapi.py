@@ -11,4 +11,4 @@ def test_the_description_has_every_route_of_the_federation_plane() -> None:
         for method in methods
     }
     federation = {(right.method, right.path) for right in RIGHTS if "/split/" not in right.path}
-    assert described == federation - {("GET", "/metrics")}
+    assert described == federation - {("GET", "/metrics"), ("GET", "/v1/runs/{run}/stream")}
