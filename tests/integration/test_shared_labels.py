@@ -253,7 +253,7 @@ def test_a_body_tuned_on_the_server_is_kept_if_it_helps_and_exported_as_measured
     correct = 0
     for images in TESTS:
         reader = BatchReader(images, preprocessing_of(model.settings, model.preparation))
-        pixels, labels = reader.read(torch.arange(len(images)))
+        pixels, labels = (torch.from_numpy(each) for each in reader.read(np.arange(len(images))))
         with torch.no_grad():
             correct += int((model(pixels).argmax(dim=1) == labels).sum())
     assert results.rounds[-1].accuracy == correct / sum(map(len, TESTS))

@@ -140,7 +140,8 @@ def test_an_answer_to_another_question_is_not_read_as_the_next() -> None:
 
 def test_non_finite_features_do_not_crash_the_device() -> None:
     """Tried: a server sends features that are NaN. Stopped by: the device declines the round."""
-    from edge_client.training import Diverged, split_train
+    from edge_client.training.context import Diverged
+    from edge_client.training.split_training import split_train
     from tests.support.edge import BodyServer, round_context
 
     class Poisoned(BodyServer):

@@ -42,7 +42,6 @@ EXPORTED = {
     "nearest": "nearest_field nearest_name",
     "quality": "CONFIDENCE_BINS ClassQuality ConfidenceBin DeviceQuality EvaluationView MAX_CELLS "
     "PredictionCounts Quality",
-    "architecture": "Architecture Rotary",
     "run_state": "DeviceState DeviceStatus RunState",
     "seeds": "derive_seed",
     "parts": "BackboneSettings ClassName CodecName Fit Text TrainingSettings WireSettings",
