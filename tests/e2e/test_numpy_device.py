@@ -36,7 +36,8 @@ CLASSES = ("bright", "dark", "striped")
 
 IMAGES = 24  # of each class on each device
 
-DIGITS = 32  # bytes by which requests differ: digits of losses, random ids
+# Bytes of a phase: paths name runs, whose ids differ in length, and losses in their digits.
+DIGITS = 32
 
 MEMORY = 256 * 1024**2  # bytes that a device without torch may allocate
 

@@ -13,12 +13,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from edge_client.data.dataset import Dataset
+from edge_client.data.dataset import Dataset, hash_names
 from edge_client.data.errors import EmptyDatasetError
 from edge_client.data.remarks import as_text
 from edge_client.data.sources import load_dataset
 from edge_client.data.walk import find_pictures
-from edge_client.participant import _hash_names
 
 CAFE = "caf\u00e9"
 
@@ -180,7 +179,7 @@ def test_names_are_compared_in_one_unicode_form(tmp_path: Path, names: tuple[str
     data = load(tmp_path, names)
     assert counts(data) == {CAFE: 4, "bar": 4}
     assert data.skipped == data.noticed == ()
-    assert _hash_names(names) == _hash_names((CAFE, "bar"))
+    assert hash_names(names) == hash_names((CAFE, "bar"))
 
 
 def test_two_folders_of_one_name_are_one_class_and_named(tmp_path: Path) -> None:
@@ -200,7 +199,7 @@ def test_a_class_that_is_no_text_is_named_with_escapes(tmp_path: Path) -> None:
     data = load(tmp_path)
     assert counts(data) == {"cat": 4, "c\\xe9pe": 4}
     assert list(reasons(data, tmp_path)) == ["cat/broken\\xff.jpg"]
-    _hash_names(data.class_names)
+    hash_names(data.class_names)
     "".join(entry.path for entry in data.skipped).encode()
 
 
