@@ -25,7 +25,7 @@ from protocol.plan import RunPlan
 from protocol.seeds import derive_seed
 
 
-class Owner(Protocol):
+class SampleDevice(Protocol):
     """The device whose samples they are, see `edge_client.participant.Participant`."""
 
     @property
@@ -56,17 +56,17 @@ class RunSamples:
 
 
 def open_samples(
-    device: Owner, data: Dataset, validation: ImageSet | None, model: RunModel
+    device: SampleDevice, data: Dataset, validation: ImageSet | None, model: RunModel
 ) -> RunSamples:
     """Open all sets with empty caches."""
-    settings, cache_bytes = model.run.plan, device.cache_bytes
-    shape = model.model.feature_shape(settings.wire.pooled_features)
-    plane = SplitPlane(device.server, settings, shape)
-    inference_codec = settings.wire.inference_smashed or settings.wire.smashed
-    inference = SplitPlane(device.server, settings, shape, inference_codec)
+    plan, cache_bytes = model.run.plan, device.cache_bytes
+    shape = model.model.feature_shape(plan.wire.pooled_features)
+    plane = SplitPlane(device.server, plan, shape)
+    inference_codec = plan.wire.inference_smashed or plan.wire.smashed
+    inference = SplitPlane(device.server, plan, shape, inference_codec)
     augmentation = None
-    if settings.training.augment:
-        augmentation = Augmentation(derive_seed(settings.seed, "augment", device.name))
+    if plan.training.augment:
+        augmentation = Augmentation(derive_seed(plan.seed, "augment", device.name))
     preprocessing = model.model.preprocessing
     train = BatchReader(
         data.train, preprocessing, cache_bytes=cache_bytes, augmentation=augmentation
@@ -81,34 +81,34 @@ def open_samples(
         return _with_caches(device, images, model, split_plane, codec)
 
     return RunSamples(
-        with_caches(train, plane, settings.wire.smashed),
+        with_caches(train, plane, plan.wire.smashed),
         with_caches(test, inference, inference_codec),
-        None if selecting is None else with_caches(selecting, plane, settings.wire.smashed),
+        None if selecting is None else with_caches(selecting, plane, plan.wire.smashed),
         plane,
         inference,
     )
 
 
 def _with_caches(
-    device: Owner, images: BatchReader, model: RunModel, plane: SplitPlane, codec: str
+    device: SampleDevice, images: BatchReader, model: RunModel, plane: SplitPlane, codec: str
 ) -> Samples:
-    settings = model.run.plan
-    if settings.model.prompt_at != "cut":
+    plan = model.run.plan
+    if plan.model.prompt_at != "cut":
         return Samples(images)
     outputs = HeadOutputs(model.model, images, device.cache_bytes)
-    if not settings.wire.keep_smashed:
+    if not plan.wire.keep_smashed:
         return Samples(images, outputs)
-    form = f"{model.head.sha256} {codec}"
+    encoding = f"{model.head.sha256} {codec}"
     secret = device_secret(device.folder)
     joint = not is_row_wise_inside(codec)
-    uploader = SampleUploader(outputs, images, plane, secret, form, joint=joint)
+    uploader = SampleUploader(outputs, images, plane, secret, encoding, joint=joint)
     return Samples(images, outputs, uploader)
 
 
-def split_validation(device: Owner, plan: RunPlan) -> tuple[Dataset, ImageSet | None]:
-    """Return the device's data, and the training images that select the best state instead.
+def split_validation(device: SampleDevice, plan: RunPlan) -> tuple[Dataset, ImageSet | None]:
+    """Return the device's data, and the training images reserved for selecting the best state.
 
-    Labels are replaced at random before if the run asks for it.
+    With noised labels, labels are replaced at random first.
     """
     data, epsilon = device.data, label_epsilon(plan.training.labels)
     if epsilon is not None and len(data.train):

@@ -29,8 +29,8 @@ class Residuals:
 
     Attributes:
         base: SHA-256 of the state that the update changed; None: there was no update.
-        before: residuals by tensor, to which the update was added.
-        after: residuals that it left.
+        before: residuals by tensor that were added to the update.
+        after: residuals that the update left.
     """
 
     base: str | None = None
@@ -41,7 +41,7 @@ class Residuals:
 class RunMemory:
     """One participant's memory of one run, in one small file that is replaced atomically.
 
-    A file that cannot be read counts as none: the device then continues as one that came later.
+    A file that cannot be read is ignored: the device continues like one that joined after round 0.
     Files of runs to which the device has not returned for 30 days are deleted.
 
     Args:
