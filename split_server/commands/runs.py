@@ -75,6 +75,8 @@ RunId = Annotated[str, typer.Argument(help="The run's id.")]
 
 DATA_DIR = Path("sfprompt-data")
 
+_ID_WIDTH = 18  # letters of the longest ids
+
 _WATCH_S = 5  # of a poll for events; then for whom the run waits is asked
 
 
@@ -168,7 +170,10 @@ def runs(connect: Connect, as_json: Json = False) -> None:
     if as_json:
         typer.echo(json.dumps([run.model_dump(mode="json") for run in views]))
         return
-    table = Table("run", "name", "status", "round", "participants", "backbone", "method")
+    table = Table()
+    table.add_column("run", no_wrap=True, min_width=_ID_WIDTH)  # to be typed or copied
+    for name in ("name", "status", "round", "devices", "backbone", "method"):
+        table.add_column(name)
     for run in views:
         table.add_row(*_run_cells(run))
     out.print(table)
