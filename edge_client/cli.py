@@ -249,9 +249,8 @@ def predict(
     name: NameOption,
     run: RunOption = None,
     top: Annotated[int, typer.Option(min=1, help="Classes to show for each image.")] = 3,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object per image.")
-    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object per image.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV, a row per image.")] = False,
     threads: ThreadsOption = None,
     compute: ComputeOption = "auto",
     join_token: TokenOption = None,
@@ -263,10 +262,11 @@ def predict(
     """Classify images with the newest tuned state of a run, or with an exported model."""
     from edge_client.data.download import cache_dir
     from edge_client.data.image_files import image_files
-    from edge_client.reporter import show_predictions, show_skipped
+    from edge_client.prediction_output import Form, show_predictions, show_skipped
     from edge_client.storage.identity import Identity
 
     _prepare(verbose)
+    form: Form = "csv" if as_csv else "json" if as_json else "table"
     files, skipped = image_files(images)
     show_skipped(skipped)
     if model.endswith(".safetensors"):
@@ -276,7 +276,7 @@ def predict(
         from edge_client.whole_prediction import WholePredictor
 
         _limit_threads(threads)
-        show_predictions(WholePredictor(Path(model)).predict(files, top), as_json=as_json)
+        show_predictions(WholePredictor(Path(model)).predict(files, top), top, form)
         return
     folder = home or cache_dir()
     token = choose_token(join_token, join_token_file)
@@ -291,7 +291,7 @@ def predict(
             predictor = Predictor.join(
                 server, chosen, folder / "blobs", identity.key, guest, token, compute
             )
-        show_predictions(predictor.predict(files, top), as_json=as_json)
+        show_predictions(predictor.predict(files, top), top, form)
     finally:
         server.close()
 

@@ -1,24 +1,17 @@
-"""Report a device's progress and predictions: for people, or as JSON for programs."""
+"""Report a device's progress: for people, or as JSON for programs."""
 
 from __future__ import annotations
 
 import json
 import sys
 import time
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
-from edge_client.data.remarks import Remark, group_by_reason
-from protocol.errors import InvalidField
 from protocol.printable import printable
-
-if TYPE_CHECKING:  # it imports torch
-    from edge_client.prediction import Prediction
 
 
 class Reporter(Protocol):
@@ -88,47 +81,3 @@ class BarReporter:
 
 def _short(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def show_skipped(skipped: Iterable[Remark]) -> None:
-    """Name on stderr what is left out, a few entries for each reason."""
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
-    for entry in group_by_reason(skipped):
-        console.print(escape(f"skipped  {entry.path}  {entry.reason}"))
-
-
-def show_predictions(predictions: Iterable[Prediction], *, as_json: bool) -> None:
-    """Print a table of predictions, or one JSON object for each image as it is classified.
-
-    Raises:
-        InvalidField: none of the images can be read.
-    """
-    table = Table()
-    table.add_column("image")
-    table.add_column("class", style="bold")
-    table.add_column("probability", justify="right")
-    table.add_column("next best")
-    is_read, total = False, 0
-    try:
-        for prediction in predictions:
-            is_read, total = is_read or prediction.error is None, total + 1
-            if as_json:
-                sys.stdout.write(json.dumps(prediction.to_dict()) + "\n")
-                sys.stdout.flush()
-            else:
-                _add_row(table, prediction)
-    finally:
-        if not as_json:
-            Console().print(table)
-    if not is_read:
-        raise InvalidField("none of the images can be read", field="images", value=total)
-
-
-def _add_row(table: Table, prediction: Prediction) -> None:
-    path = escape(prediction.path)
-    if prediction.error is not None:
-        table.add_row(path, "-", "-", f"[red]{escape(prediction.error)}[/red]")
-        return
-    (best, probability), *others = prediction.classes
-    next_best = ", ".join(f"{name} {value:.1%}" for name, value in others)
-    table.add_row(path, escape(best), f"{probability:.1%}", escape(next_best))

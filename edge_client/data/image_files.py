@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 from edge_client.data.pictures import SUFFIXES
@@ -11,7 +11,7 @@ from edge_client.data.walk import find_pictures
 from protocol.errors import NotFound
 
 
-def image_files(paths: Iterable[Path]) -> tuple[list[Path], list[Remark]]:
+def image_files(paths: Sequence[Path]) -> tuple[list[Path], list[Remark]]:
     """List the image files among ``paths``, and those in the folders among them.
 
     A file is listed whatever its name. Of a folder, the list has the files that joining would read,
@@ -21,10 +21,11 @@ def image_files(paths: Iterable[Path]) -> tuple[list[Path], list[Remark]]:
         paths: files and folders.
 
     Returns:
-        The files, and the skipped files and folders with the reasons.
+        The files, and the skipped files and folders with the reasons; a path that does not exist
+        is one of these.
 
     Raises:
-        NotFound: a path does not exist, or there is no image file.
+        NotFound: there is no image file.
     """
     files: list[Path] = []
     skipped: list[Remark] = []
@@ -36,12 +37,13 @@ def image_files(paths: Iterable[Path]) -> tuple[list[Path], list[Remark]]:
         elif path.exists() or path.is_symlink():
             files.append(path)
         else:
-            raise NotFound("no such file or folder", field="images", value=as_text(path))
+            skipped.append(Remark(as_text(path), "no such file or folder"))
     if not files:
         raise NotFound(
             "there is no image file",
             field="images",
             limit=sorted(SUFFIXES),
+            value=[as_text(path) for path in paths],
             hint=f"Skipped: {summarise(skipped)}" if skipped else None,
         )
     return files, skipped

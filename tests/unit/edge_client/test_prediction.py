@@ -1,5 +1,7 @@
 """Classifying files: their order, and those that cannot be read."""
 
+import csv
+import io
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from edge_client.data.image_files import image_files
 from edge_client.data.image_set import decode_file
 from edge_client.model import preprocessing_of
 from edge_client.prediction import Prediction, Predictor
+from edge_client.prediction_output import write_csv
 from edge_client.whole_prediction import WholePredictor
 from protocol.errors import InvalidField, NotFound
 from protocol.messages import BlobRef, JoinRequest, JoinResponse, RunStatus, RunView
@@ -57,10 +60,34 @@ def test_folders_are_searched_and_sorted_and_files_taken_as_given(tmp_path: Path
     assert [entry.path for entry in skipped] == [str(tmp_path / "a" / "notes.txt")]
 
 
+def test_a_path_that_does_not_exist_is_named_and_the_others_are_classified(tmp_path: Path) -> None:
+    paths = save_images(tmp_path / "a", 1)
+    listed, skipped = image_files([tmp_path / "absent.png", *paths])
+    assert listed == paths
+    assert [entry.reason for entry in skipped] == ["no such file or folder"]
+
+
+def test_predictions_as_csv_have_a_row_for_each_image() -> None:
+    written = io.StringIO()
+    predictions = [
+        Prediction("a, b.png", (("=cat", 0.75), ("dog", 0.25))),
+        Prediction("broken.png", error="not an image"),
+        Prediction("c.png", (("dog", 1.0),)),  # fewer classes than asked for
+    ]
+    write_csv(predictions, 2, written)
+    rows = list(csv.reader(io.StringIO(written.getvalue())))
+    assert rows == [
+        ["image", "class1", "probability1", "class2", "probability2", "error"],
+        ["a, b.png", "'=cat", "0.750000", "dog", "0.250000", ""],
+        ["broken.png", "", "", "", "", "not an image"],
+        ["c.png", "dog", "1.000000", "", "", ""],
+    ]
+
+
 def test_nothing_to_classify(tmp_path: Path) -> None:
-    with pytest.raises(NotFound) as caught:
+    with pytest.raises(NotFound, match="no such file") as caught:
         image_files([tmp_path / "absent"])
-    assert caught.value.value == str(tmp_path / "absent")
+    assert caught.value.value == [str(tmp_path / "absent")]
     with pytest.raises(NotFound, match="no image"):
         image_files([tmp_path])
 
