@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("playwright", reason="needs the package playwright")
+
 from playwright.sync_api import Page, expect
 
 from split_model.checkpoints.export import load_exported
