@@ -173,8 +173,7 @@ def join(
         reporter.event("chosen", run=chosen.id, allows=policy.describe())
         policy.check_run(chosen)
         _limit_threads(threads)
-        from edge_client.joining import check_consent, join_as
-        from edge_client.loading import load_run_data
+        from edge_client.joining import check_consent, join_as, load_run_data
         from edge_client.model import check_compute
         from edge_client.participant import Participant, succeeded
         from edge_client.storage.identity import Identity

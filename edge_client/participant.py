@@ -43,7 +43,7 @@ from protocol.messages import (
     UpdateMeta,
 )
 from protocol.plan import RunPlan
-from split_model.prediction_counts import PredictionCounter
+from split_model.predictions import PredictionCounter
 
 if TYPE_CHECKING:
     from edge_client.training.proximal import Proximal

@@ -20,7 +20,7 @@ from edge_client.transport.client import Server
 from edge_client.transport.split_client import SplitPlane
 from protocol.errors import StaleRound
 from protocol.messages import JoinRequest, RunView
-from split_model.loss import softmax
+from split_model.predictions import softmax
 
 _BATCH = 32
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from split_model.loss import cross_entropy, softmax
-from split_model.loss import one_hot as one_hot_of
+from split_model.predictions import cross_entropy, softmax
+from split_model.predictions import one_hot as one_hot_of
 
 USUAL_FACTOR = 8.0  # factor of the scores, for samples that did not take part in round 0
 

@@ -15,8 +15,7 @@ from edge_client.model import Floats, Model
 from edge_client.training.context import Advance, Samples
 from edge_client.transport.split_client import Ids, SplitPlane
 from protocol.quality import PredictionCounts
-from split_model.loss import cross_entropy, softmax
-from split_model.prediction_counts import PredictionCounter
+from split_model.predictions import PredictionCounter, cross_entropy, softmax
 
 Item = TypeVar("Item")
 

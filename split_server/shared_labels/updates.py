@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from protocol.messages import MAX_LOSS, EvaluationReport, UpdateMeta
 from protocol.plan import RunPlan
 from split_model.linear_fit import Features, Fit, penalised_loss, scale_fit, step_classifier
-from split_model.prediction_counts import PredictionCounter
+from split_model.predictions import PredictionCounter
 from split_server.federation.snapshot import OpenRound
 from split_server.storage.run_files import TAIL_BIAS, TAIL_WEIGHT
 

@@ -14,7 +14,7 @@ from PIL import Image
 from edge_client.data.errors import DataFormatError, PartitionError
 from edge_client.data.partition import partition
 from edge_client.data.sources import load_dataset
-from edge_client.loading import load_run_data
+from edge_client.joining import load_run_data
 from edge_client.reporter import JsonReporter
 from protocol.messages import BlobRef, RunStatus, RunView
 from protocol.settings import RunSettings

@@ -10,8 +10,7 @@ from PIL import Image
 from edge_client.data.errors import MissingDataError
 from protocol.errors import InvalidField
 from protocol.presets import FORMS
-from sfprompt_bench.run.choice import choose_preset
-from sfprompt_bench.run.own_images import folder_preset
+from sfprompt_bench.run.choice import choose_preset, folder_preset
 
 
 def photos(root: Path, side: int, *classes: str) -> Path:

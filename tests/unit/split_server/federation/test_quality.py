@@ -17,7 +17,7 @@ from sklearn.metrics import (
 from protocol.errors import InvalidField, NotFound
 from protocol.messages import EvaluationReport
 from protocol.quality import CONFIDENCE_BINS, EvaluationView, PredictionCounts
-from split_model.prediction_counts import PredictionCounter
+from split_model.predictions import PredictionCounter
 from split_server.storage.events import IdempotentRequest
 from tests.support.federation import FederationHarness, state_of
 
